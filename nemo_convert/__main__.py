@@ -1,0 +1,81 @@
+"""Conversion by itself: ``python -m nemo_convert to-nemo SRC DST | to-hf SRC DST | verify A B``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from recipes.errors import RecipeError
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m nemo_convert", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_nemo = commands.add_parser("to-nemo", help="Hugging Face folder or hub id to NeMo 2")
+    to_nemo.add_argument("source")
+    to_nemo.add_argument("target", type=Path)
+    to_nemo.add_argument("--pack", action="store_true", help="write one .nemo file")
+    to_hf = commands.add_parser("to-hf", help="NeMo 2 directory or .nemo file to Hugging Face")
+    to_hf.add_argument("source", type=Path)
+    to_hf.add_argument("target", type=Path)
+    verify = commands.add_parser("verify", help="compare a folder and a checkpoint")
+    verify.add_argument("first", type=Path)
+    verify.add_argument("second", type=Path)
+    arguments = parser.parse_args()
+    try:
+        return {"to-nemo": _to_nemo, "to-hf": _to_hf, "verify": _verify}[arguments.command](arguments)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _to_nemo(arguments: argparse.Namespace) -> int:
+    from nemo_convert import convert, hf, nemo, parity
+
+    target: Path = arguments.target
+    if target.exists():
+        raise RecipeError(f"{target} exists.", "choose another target")
+    source = hf.resolve(arguments.source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        checkpoint = Path(temporary) / target.name
+        core = convert.to_nemo(source, checkpoint)
+        _report(parity.compare(source, checkpoint, core).require(f"{source} → {target}"))
+        if arguments.pack:
+            nemo.pack(checkpoint, target)
+        else:
+            checkpoint.rename(target)
+    return 0
+
+
+def _to_hf(arguments: argparse.Namespace) -> int:
+    from nemo_convert import convert, nemo, parity
+
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = nemo.open_checkpoint(arguments.source, Path(scratch))
+        convert.to_hf(checkpoint, arguments.target)
+        core = parity.load_core(checkpoint)
+        parity.compare(arguments.target, checkpoint, core).require(
+            f"{arguments.source} → {arguments.target}"
+        )
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from nemo_convert import parity
+
+    result = parity.verify(arguments.first, arguments.second)
+    _report(result)
+    result.require(f"{arguments.first} and {arguments.second}")
+    return 0
+
+
+def _report(result: object) -> None:
+    print(result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Conversion between Hugging Face and NeMo, in both directions, weights bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_convert import nemo
+from nemo_convert.families import FAMILIES, Family
+from nemo_convert.hf import Weights, copy_side_files, write_weights
+from recipes.architecture import Architecture, read_architecture
+from recipes.errors import RecipeError
+from recipes.manifest import write_text_atomically
+from recipes.sources import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+
+class _MergedWeights:
+    """Megatron weights made on demand from a Hugging Face folder."""
+
+    def __init__(self, weights: Weights, arch: Architecture, family: Family) -> None:
+        self._weights, self._arch = weights, arch
+        self._rows = {}
+        for weight, layer in family.weights_of(arch):
+            index = "" if layer is None else str(layer)
+            self._rows[weight.megatron.replace("{i}", index)] = (weight, index)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight, index = self._rows[name]
+        parts = [self._weights.read(hf.replace("{i}", index)) for hf in weight.hf]
+        return weight.merge(self._arch, parts)
+
+
+def check_vocabulary(folder: Path, arch: Architecture) -> int:
+    """Returns the tokenizer's size, which must fit the embedding.
+
+    Raises:
+        RecipeError: The tokenizer has tokens that the model has no embedding for.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        size = len(AutoTokenizer.from_pretrained(folder))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(
+            f"{folder} has no usable tokenizer: {reason}", "save the tokenizer beside the model"
+        ) from error
+    if size > arch.vocab_size:
+        raise RecipeError(
+            f"{folder}: the tokenizer has {size} tokens, the model's vocabulary {arch.vocab_size}.",
+            "use the tokenizer that the model was trained with",
+        )
+    return size
+
+
+def to_nemo(hf_folder: Path, checkpoint: Path) -> Any:
+    """Converts a Hugging Face folder to a NeMo 2 checkpoint directory.
+
+    Returns:
+        The filled Megatron model, for a parity check.
+    """
+    arch = read_architecture(read_json(hf_folder / "config.json"), str(hf_folder))
+    check_vocabulary(hf_folder, arch)
+    nemo.initialize(nemo.Parallelism())
+    with tempfile.TemporaryDirectory() as temporary:
+        side = Path(temporary) / nemo.SIDE
+        copy_side_files(hf_folder, side)
+        model = nemo.new_model(side)
+        core = nemo.build_core(model, nemo.Parallelism())
+        source = _MergedWeights(Weights(hf_folder), arch, FAMILIES[arch.hf_architecture])
+        nemo.fill(core, source)
+        nemo.save_checkpoint(checkpoint, model, core, side, rank=0)
+    return core
+
+
+def hf_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields a NeMo checkpoint's weights under their Hugging Face names."""
+    arch = nemo.architecture_of(checkpoint)
+    rows = {}
+    for weight, layer in FAMILIES[arch.hf_architecture].weights_of(arch):
+        index = "" if layer is None else str(layer)
+        rows[weight.megatron.replace("{i}", index)] = (weight, index)
+    for name, tensor in nemo.read_weights(checkpoint):
+        weight, index = rows[name]
+        parts = weight.split(arch, tensor)
+        yield from zip((hf.replace("{i}", index) for hf in weight.hf), parts, strict=True)
+
+
+def to_hf(checkpoint: Path, hf_folder: Path) -> None:
+    """Converts a NeMo 2 checkpoint directory to a Hugging Face folder.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        RecipeError: The folder exists already.
+    """
+    if hf_folder.exists() and any(hf_folder.iterdir()):
+        raise RecipeError(f"{hf_folder} exists and is not empty.", "choose another directory")
+    partial = hf_folder.with_name(hf_folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    copy_side_files(nemo.side_files(checkpoint), partial)
+    config = nemo.read_config(checkpoint)
+    # Explicit, since transformers would otherwise derive a wrong one for a pruned hidden size.
+    config["head_dim"] = nemo.architecture_of(checkpoint).kv_channels
+    write_text_atomically(partial / "config.json", json.dumps(config, indent=2) + "\n")
+    write_weights(hf_weights(checkpoint), partial)
+    if hf_folder.exists():
+        hf_folder.rmdir()
+    partial.rename(hf_folder)

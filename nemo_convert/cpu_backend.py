@@ -1,0 +1,331 @@
+"""Megatron-Core, NeMo and ModelOpt without CUDA: every change to a library, and why.
+
+``enable()`` does nothing where CUDA is available. Elsewhere it applies the patches listed here and
+fails loudly if one of the replaced names is gone, so an upgrade cannot leave a patch that silently
+no longer works. ``adapt_config`` sets what a model's config must be on a CPU, in memory only: what
+is written to a checkpoint stays what a GPU wants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from recipes.errors import RecipeError
+
+CPU = torch.device("cpu")
+GROUPS = ("torch", "megatron", "nemo", "modelopt")
+_applied: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced attribute. ``make`` receives the original and returns the replacement."""
+
+    target: str
+    """``module:attribute`` or ``module:Class.attribute``."""
+    reason: str
+    make: Callable[[Any], Any]
+
+
+def enable(*groups: str) -> bool:
+    """Applies the patches of ``groups`` (all of ``GROUPS`` by default), once.
+
+    Returns:
+        Whether this process runs without CUDA.
+
+    Raises:
+        RecipeError: A patched name no longer exists.
+    """
+    if torch.cuda.is_available():
+        return False
+    for group in groups or GROUPS:
+        if group not in _applied:
+            for patch in PATCHES[group]:
+                _apply(patch)
+            _applied.add(group)
+            if group == "modelopt":
+                _register_rms_norm()
+    return True
+
+
+def _apply(patch: Patch) -> None:
+    module, _, path = patch.target.partition(":")
+    *parents, name = path.split(".")
+    holder: Any = importlib.import_module(module)
+    try:
+        for parent in parents:
+            holder = getattr(holder, parent)
+        original = getattr(holder, name)
+    except AttributeError as error:
+        raise RecipeError(
+            f"CPU backend: {patch.target} does not exist in the installed version.",
+            "install the pinned versions (pip install -e .), or update nemo_convert/cpu_backend.py",
+        ) from error
+    setattr(holder, name, patch.make(original))
+
+
+def _always(value: Any) -> Callable[[Any], Any]:
+    """A patch that returns ``value`` whatever it is called with."""
+    return lambda original: lambda *args, **kwargs: value
+
+
+class _Stream:
+    """Stands in for CUDA streams and events: a CPU runs in order, so there is nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+
+def _on_cpu(factory: Any) -> Any:
+    """Redirects ``device="cuda"`` literals and drops ``pin_memory``, which needs a driver."""
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _tensor_to(original: Any) -> Any:
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and isinstance(args[0], (str, torch.device)) and str(args[0]).startswith("cuda"):
+            args = (CPU, *args[1:])
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = CPU
+        result: torch.Tensor = original(self, *args, **kwargs)
+        return result
+
+    return to
+
+
+def _with_cuda_type_names(original: Any) -> Any:
+    """Names parameter types as CUDA would while the mixed-precision optimizer compares strings."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        type_of = torch.Tensor.type
+        torch.Tensor.type = lambda tensor: type_of(tensor).replace("torch.", "torch.cuda.", 1)  # type: ignore[assignment,method-assign]
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            torch.Tensor.type = type_of  # type: ignore[method-assign]
+
+    return __init__
+
+
+def _without_rope_fusion_check(original: Any) -> Any:
+    """Lets a config say what a GPU wants; ``adapt_config`` turns the fusion off before building."""
+
+    def __post_init__(self: Any) -> None:  # noqa: N807
+        wanted, self.apply_rope_fusion = self.apply_rope_fusion, False
+        original(self)
+        self.apply_rope_fusion = wanted
+
+    return __post_init__
+
+
+def _gather_scalar(original: Any) -> Any:
+    def all_gather_into_tensor(output: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(output, tensor.reshape(1) if tensor.dim() == 0 else tensor, *args, **kwargs)
+
+    return all_gather_into_tensor
+
+
+def _clip_by_norm(original: Any) -> Any:
+    """The same arithmetic as Megatron's, without its CUDA tensor type assertion."""
+
+    def clip(
+        parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
+    ) -> None:
+        scale = max_norm / (total_norm + 1.0e-6)
+        if scale < 1.0:
+            for parameter in parameters if isinstance(parameters, list) else [parameters]:
+                gradient = parameter.decoupled_grad if use_decoupled_grad else parameter.grad
+                if gradient is not None:
+                    gradient.mul_(scale)
+
+    return clip
+
+
+def _seed_all(original: Any) -> Any:
+    def set_random_seed(seed: int, *args: Any, **kwargs: Any) -> None:
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        original(seed, *args, **kwargs)
+        model_parallel_cuda_manual_seed(seed)
+
+    return set_random_seed
+
+
+PATCHES: dict[str, list[Patch]] = {
+    "torch": [
+        Patch("torch.cuda:current_device", "Megatron allocates on it", _always(CPU)),
+        Patch("torch.cuda:empty_cache", "called after loading", _always(None)),
+        Patch("torch.cuda:synchronize", "called by the checkpoint writer", _always(None)),
+        Patch("torch.cuda:max_memory_reserved", "logged by NeMo each step", _always(0)),
+        Patch("torch.cuda:max_memory_allocated", "logged by NeMo each step", _always(0)),
+        Patch(
+            "torch.cuda:get_rng_state",
+            "random state is saved in checkpoints",
+            lambda _: lambda device=None: torch.get_rng_state(),
+        ),
+        Patch(
+            "torch.cuda:set_rng_state",
+            "random state is restored from checkpoints",
+            lambda _: lambda state, device=None: torch.set_rng_state(state),
+        ),
+        Patch("torch.cuda:manual_seed", "seeds the device", lambda _: torch.manual_seed),
+        Patch("torch.cuda:Stream", "DDP and checkpoint streams", lambda _: _Stream),
+        Patch("torch.cuda:Event", "pipeline schedule", lambda _: _Stream),
+        Patch("torch.cuda:stream", "DDP", lambda _: lambda stream: contextlib.nullcontext()),
+        Patch("torch.cuda:current_stream", "DDP", _always(_Stream())),
+        Patch("torch.cuda:default_stream", "DDP", _always(_Stream())),
+        Patch("torch:Tensor.cuda", "Megatron moves results", lambda _: lambda self, *a, **k: self),
+        Patch("torch:nn.Module.cuda", "NeMo moves the model", lambda _: lambda self, *a, **k: self),
+        Patch("torch:Tensor.to", "literal 'cuda' in NeMo's metric logging", _tensor_to),
+        *(
+            Patch(f"torch:{name}", "literal device='cuda' in Megatron and NeMo", _on_cpu)
+            for name in ("tensor", "zeros", "ones", "empty", "full", "arange")
+        ),
+        Patch(
+            "torch.distributed:all_gather_into_tensor",
+            "gloo refuses a 0-dimensional input (ModelOpt's layer count)",
+            _gather_scalar,
+        ),
+    ],
+    "megatron": [
+        Patch(
+            "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+            "the tracker reads a device generator",
+            lambda _: lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
+        ),
+        Patch(
+            "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+            "the tracker writes a device generator",
+            lambda _: lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state),
+        ),
+        Patch(
+            "megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",
+            "refuses apply_rope_fusion without TransformerEngine",
+            _without_rope_fusion_check,
+        ),
+        Patch(
+            "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",
+            "asserts torch.cuda.FloatTensor",
+            _clip_by_norm,
+        ),
+        Patch(
+            "megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__",
+            "accepts only parameters whose type is named torch.cuda.*",
+            _with_cuda_type_names,
+        ),
+    ],
+    "nemo": [
+        Patch(
+            "nemo.lightning.io.pl:_fix_tensors_device",
+            "asks CUDA for the current device when loading",
+            lambda _: lambda checkpoint: checkpoint,
+        ),
+        Patch(
+            "nemo.lightning.megatron_init:_set_random_seed",
+            "seeds Megatron's generators only where a GPU is counted",
+            _seed_all,
+        ),
+    ],
+    "modelopt": [],
+}
+
+
+def _register_rms_norm() -> None:
+    """Lets ModelOpt prune ``nn.RMSNorm``, which Megatron's local layer spec uses."""
+    from modelopt.torch.nas.modules.norm import _DynamicLayerNorm
+    from modelopt.torch.nas.registry import DMRegistry
+
+    class _DynamicRMSNorm(_DynamicLayerNorm):
+        def _setup(self, *, num_features: Any) -> None:
+            self._register_hparam("num_features", num_features)
+            self._register_dynamic_attribute("weight", self._cut_to_active_features)
+            self._register_dynamic_attribute("normalized_shape", self._get_normalized_shape)
+
+    DMRegistry.register({nn.RMSNorm: "nn.RMSNorm"})(_DynamicRMSNorm)
+
+
+def adapt_config(config: Any) -> Any:
+    """Makes a NeMo model config buildable on a CPU; returns it. No effect with CUDA.
+
+    TransformerEngine's layer spec and the fused kernels need CUDA. The local spec has the same
+    checkpoint keys, so a checkpoint moves freely between the two.
+    """
+    if torch.cuda.is_available():
+        return config
+    config.transformer_layer_spec = sdpa_layer_spec
+    config.use_cpu_initialization = True
+    for fusion in (
+        "apply_rope_fusion",
+        "masked_softmax_fusion",
+        "bias_activation_fusion",
+        "bias_dropout_fusion",
+        "gradient_accumulation_fusion",
+        "persist_layer_norm",
+        "cross_entropy_loss_fusion",
+    ):
+        setattr(config, fusion, False)
+    return config
+
+
+def sdpa_layer_spec(config: Any) -> Any:
+    """Megatron's local layer spec with PyTorch's fused attention instead of the unfused one."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    spec = get_gpt_layer_local_spec(
+        normalization=config.normalization, qk_layernorm=config.qk_layernorm
+    )
+    spec.submodules.self_attention.submodules.core_attention = _sdpa_attention()
+    return spec
+
+
+def _sdpa_attention() -> type[nn.Module]:
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class SdpaAttention(DotProductAttention):  # type: ignore[misc]
+        """Causal attention by ``scaled_dot_product_attention``; subclasses what ModelOpt knows."""
+
+        def forward(
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            """Shapes: query [s, b, heads, d], key and value [s, b, groups, d]; returns [s, b, heads·d].
+
+            ``attention_mask`` is not read: every batch here is causal and unpadded.
+            """
+            length, batch = query.shape[:2]
+            context = nn.functional.scaled_dot_product_attention(
+                *(t.permute(1, 2, 0, 3) for t in (query, key, value)),
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+            return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+    return SdpaAttention
+

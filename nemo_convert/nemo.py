@@ -1,0 +1,224 @@
+"""NeMo 2 checkpoints: building, saving, restoring and reading them.
+
+A checkpoint is a directory ``<name>.nemo`` with ``weights/`` (Megatron's torch_dist format) and
+``context/`` (NeMo's own serialised model config, and the model's tokenizer, templates and
+generation config in ``context/hf``). Stock NeMo loads it with no code of ours.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_convert import cpu_backend
+from nemo_convert.families import FAMILIES, canonical_name, load
+from nemo_convert.hf import copy_side_files
+from recipes.architecture import Architecture, read_architecture
+from recipes.errors import RecipeError
+from recipes.sources import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS, CONTEXT, SIDE = "weights", "context", "hf"
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """Megatron's parallel sizes."""
+
+    tensor: int = 1
+    pipeline: int = 1
+
+
+def initialize(parallel: Parallelism, seed: int = 1234) -> None:
+    """Sets up torch.distributed and Megatron's groups, under torchrun or in a single process."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    on_cpu = cpu_backend.enable()
+    if not torch.distributed.is_initialized():
+        if torch.distributed.is_torchelastic_launched():
+            torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
+        else:
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+        )
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+
+
+def open_checkpoint(path: Path, scratch: Path) -> Path:
+    """Returns the directory form of a checkpoint, unpacking a ``.nemo`` file into ``scratch``.
+
+    Raises:
+        RecipeError: Not a NeMo 2 checkpoint, or an archive with entries that leave its directory.
+    """
+    if path.is_file():
+        try:
+            with tarfile.open(path) as archive:
+                archive.extractall(scratch, filter="data")
+        except (tarfile.TarError, OSError) as error:
+            raise RecipeError(f"{path} cannot be unpacked safely: {error}") from error
+        path = scratch
+    if not (path / WEIGHTS).is_dir() or not (path / CONTEXT / "io.json").is_file():
+        raise RecipeError(
+            f"{path} is not a NeMo 2 checkpoint: it needs {WEIGHTS}/ and {CONTEXT}/io.json.",
+            "convert a Hugging Face model first: python -m nemo_convert to-nemo SRC DST",
+        )
+    return path
+
+
+def find_checkpoint(artifact: Path) -> Path:
+    """The checkpoint directory in a stage's artifact."""
+    return next(p for p in sorted(artifact.glob("*.nemo")) if p.is_dir())
+
+
+def pack(checkpoint: Path, file: Path) -> None:
+    """Packs the directory form into one uncompressed ``.nemo`` file (weights do not compress)."""
+    partial = file.with_name(file.name + ".partial")
+    with tarfile.open(partial, "w") as archive:
+        for part in (CONTEXT, WEIGHTS):
+            archive.add(checkpoint / part, arcname=part)
+    partial.replace(file)
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """The Hugging Face ``config.json`` that a checkpoint carries."""
+    return read_json(side_files(checkpoint) / "config.json")
+
+
+def side_files(checkpoint: Path) -> Path:
+    """Folder of the tokenizer and everything else that came with the model."""
+    return checkpoint / CONTEXT / SIDE
+
+
+def architecture_of(checkpoint: Path) -> Architecture:
+    """Shape of the model in a checkpoint."""
+    return read_architecture(read_config(checkpoint), str(checkpoint))
+
+
+def new_model(hf_folder: Path) -> Any:
+    """A NeMo model (config and tokenizer, no weights yet) for a Hugging Face folder.
+
+    ``hf_folder`` must hold side files only, in a directory named ``hf``: NeMo copies the whole
+    directory into the context as the tokenizer's files.
+    """
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    arch = read_architecture(read_json(hf_folder / "config.json"), str(hf_folder))
+    family = FAMILIES[arch.hf_architecture]
+    config = load(family.importer)(str(hf_folder)).config
+    return load(family.model)(config, tokenizer=AutoTokenizer(str(hf_folder)))
+
+
+def restore_model(checkpoint: Path) -> Any:
+    """The NeMo model of a checkpoint, without weights."""
+    from nemo.lightning.io import load_context
+
+    return load_context(checkpoint / CONTEXT, subpath="model")
+
+
+def build_core(model: Any, parallel: Parallelism, params_dtype: torch.dtype | None = None) -> Any:
+    """Builds this rank's Megatron ``GPTModel`` for a NeMo model, with uninitialised weights."""
+    config = cpu_backend.adapt_config(model.config)
+    config.tensor_model_parallel_size = parallel.tensor
+    config.pipeline_model_parallel_size = parallel.pipeline
+    config.perform_initialization = False
+    if params_dtype is not None:
+        config.params_dtype = params_dtype
+    config.pipeline_dtype = config.params_dtype
+    return config.configure_model(model.tokenizer)
+
+
+def load_weights(core: Any, checkpoint: Path) -> None:
+    """Loads a checkpoint into this rank's model, whatever layout it was written at."""
+    from megatron.core import dist_checkpointing
+
+    state = dist_checkpointing.load(core.sharded_state_dict(prefix="module."), str(checkpoint / WEIGHTS))
+    core.load_state_dict({name.removeprefix("module."): v for name, v in state.items()})
+
+
+def save_checkpoint(checkpoint: Path, model: Any, core: Any, side: Path, rank: int) -> None:
+    """Writes weights from all ranks and, on rank 0, the context.
+
+    Args:
+        checkpoint: Directory to write; must not hold a checkpoint yet.
+        model: NeMo model whose ``__io__`` config is what the context will say.
+        core: This rank's Megatron model.
+        side: Folder of side files (tokenizer, config.json, …) to carry.
+        rank: Global rank.
+    """
+    from megatron.core import dist_checkpointing
+
+    weights = checkpoint / WEIGHTS
+    weights.mkdir(parents=True, exist_ok=True)
+    dist_checkpointing.save(core.sharded_state_dict(prefix="module."), str(weights))
+    if rank == 0:
+        write_context(checkpoint, model, side)
+
+
+def write_context(checkpoint: Path, model: Any, side: Path) -> None:
+    """Writes ``context/`` for a model, with ``side`` as its tokenizer directory."""
+    from nemo import lightning as nl
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+    from nemo.lightning.io.pl import TrainerContext
+
+    with tempfile.TemporaryDirectory() as temporary:
+        staged = Path(temporary) / SIDE
+        copy_side_files(side, staged)
+        tokenizer = AutoTokenizer(str(staged))
+        model.tokenizer = tokenizer
+        model.__io__.tokenizer = tokenizer.__io__
+        trainer = nl.Trainer(devices=1, accelerator="cpu", strategy=nl.MegatronStrategy())
+        context = TrainerContext(model=model, trainer=trainer, extra={})
+        shutil.rmtree(checkpoint / CONTEXT, ignore_errors=True)
+        context.io_dump(checkpoint / CONTEXT, yaml_attrs=["model"])
+
+
+def fill(core: Any, tensors: Mapping[str, torch.Tensor] | Any) -> None:
+    """Copies weights, named as in the family's table, into a model at TP=PP=1.
+
+    Raises:
+        RecipeError: A weight's shape is not the model's.
+    """
+    for name, parameter in core.named_parameters():
+        tensor = tensors[canonical_name(name)]
+        if tensor.shape != parameter.shape:
+            raise RecipeError(
+                f"weight {name} is {tuple(tensor.shape)} in the file but the config says "
+                f"{tuple(parameter.shape)}.",
+                "config.json and weights are of different models, or vocabularies differ",
+            )
+        parameter.data.copy_(tensor)
+
+
+def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields weights in the family's names, reading one Megatron tensor (all layers) at a time."""
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint import load as dcp_load
+
+    arch = architecture_of(checkpoint)
+    reader = FileSystemReader(checkpoint / WEIGHTS)
+    stored = reader.read_metadata().state_dict_metadata
+    for weight in FAMILIES[arch.hf_architecture].weights:
+        key = "module." + weight.megatron.replace(".{i}.", ".")
+        if key not in stored:
+            continue
+        tensor = torch.empty(stored[key].size, dtype=stored[key].properties.dtype)
+        dcp_load({key: tensor}, storage_reader=FileSystemReader(checkpoint / WEIGHTS), no_dist=True)
+        if weight.per_layer:
+            yield from ((weight.megatron.replace("{i}", str(i)), t) for i, t in enumerate(tensor))
+        else:
+            yield weight.megatron, tensor

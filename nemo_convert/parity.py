@@ -1,0 +1,123 @@
+"""Parity gates: proof that a conversion changed nothing."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_convert import nemo
+from nemo_convert.convert import hf_weights
+from nemo_convert.hf import Weights, load_causal_lm
+from recipes.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+LOGITS_TOLERANCE = 1e-3
+"""Largest logit difference in float32; 135M parameters differ by about 1e-4, a bug by 1 or more."""
+WINDOW = 128
+TEXT = """\
+A lighthouse keeper wrote down the weather every evening for forty-one years. On most nights the
+entry was a single word, and the word was "wind". In 1893, however, a visiting surveyor found that
+the notebooks also held 2,406 sketches of passing ships, each with its tonnage and its flag. He
+copied them into tables, compared the dates with harbour records, and could show that the coast had
+been far busier than anybody believed. The keeper, asked why he had drawn them, said only: "It was
+something to do after the lamp was lit." Today the notebooks are read by climate scientists, who
+care little about the ships; they want the one word, repeated fourteen thousand times, because no
+instrument stood anywhere near that rock until 1921. Numbers such as 3.14159 or 10^6, code such as
+`for i in range(10): print(i)`, and letters beyond ASCII (é, ß, 東京, Привет) appear here so that
+every part of a tokenizer is used.
+"""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Result of a comparison of two models on the same tokens."""
+
+    max_logit_difference: float
+    tokens: int
+    weights_equal: bool
+
+    def require(self, what: str) -> Parity:
+        """Raises ``RecipeError`` unless the models are the same; returns itself."""
+        if not self.weights_equal:
+            raise RecipeError(f"parity gate failed: {what}: weights differ after the round trip.")
+        if not self.max_logit_difference <= LOGITS_TOLERANCE:  # also catches NaN
+            raise RecipeError(
+                f"parity gate failed: {what}: logits differ by {self.max_logit_difference:.2e}, "
+                f"more than {LOGITS_TOLERANCE:.0e}."
+            )
+        return self
+
+
+def compare(hf_folder: Path, checkpoint: Path, core: Any) -> Parity:
+    """Compares a Hugging Face folder with a NeMo checkpoint and the Megatron model built from it.
+
+    Logits are compared on ``TEXT`` in float32; weights are compared for equality, read back from
+    the checkpoint's files rather than from memory.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(hf_folder)(TEXT, return_tensors="pt")["input_ids"]
+    tokens = tokens[:, :WINDOW]
+    reference = load_causal_lm(hf_folder)
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    difference = (expected - core_logits(core, tokens)).abs().max().item()
+    return Parity(difference, tokens.numel(), same_weights(hf_folder, checkpoint))
+
+
+def core_logits(core: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [batch, sequence, vocabulary] of a Megatron model at TP=PP=1, in float32."""
+    import torch
+
+    core.eval()
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
+    with torch.no_grad():
+        logits: torch.Tensor = core(tokens, positions, None).float()
+    return logits
+
+
+def same_weights(hf_folder: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint holds exactly the weights of a folder, bit for bit."""
+    import torch
+
+    source = Weights(hf_folder)
+    names = source.names()
+    for name, tensor in hf_weights(checkpoint):
+        names.discard(name)
+        if not torch.equal(source.read(name), tensor):
+            return False
+    # A tied head may be stored twice; inv_freq buffers of old checkpoints are not weights.
+    return not {n for n in names if n != "lm_head.weight" and not n.endswith("inv_freq")}
+
+
+def verify(first: Path, second: Path) -> Parity:
+    """Compares two models, each a Hugging Face folder or a NeMo checkpoint (directory or file).
+
+    Raises:
+        RecipeError: Neither or both are NeMo checkpoints.
+    """
+    is_nemo = [path.is_file() or (path / nemo.CONTEXT).is_dir() for path in (first, second)]
+    if is_nemo[0] == is_nemo[1]:
+        raise RecipeError(
+            "verify compares a Hugging Face folder with a NeMo checkpoint; got two of a kind.",
+            "give one of each",
+        )
+    folder, packed = (second, first) if is_nemo[0] else (first, second)
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = nemo.open_checkpoint(packed, Path(scratch))
+        return compare(folder, checkpoint, load_core(checkpoint))
+
+
+def load_core(checkpoint: Path) -> Any:
+    """Builds and loads a checkpoint's Megatron model in this process, in float32."""
+    import torch
+
+    nemo.initialize(nemo.Parallelism())
+    core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), torch.float32)
+    nemo.load_weights(core, checkpoint)
+    return core

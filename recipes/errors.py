@@ -1,0 +1,19 @@
+"""The one error a user sees: what is wrong, where, and how to fix it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RecipeError(Exception):
+    """Bad input or a failed check. The message is shown as it is, without a traceback."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(f"{what}\n  fix: {fix}" if fix else what)
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Returns ``" Did you mean 'x'?"``, or an empty string when nothing is close."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,69 @@
+"""Hugging Face model to NeMo 2 checkpoint, with proof that nothing changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from recipes.manifest import Outcome
+from recipes.preflight import Chain, Problem
+from recipes.sources import model_name
+from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
+
+KIND = "checkpoint_nemo"
+INPUTS: dict[str, str] = {}
+
+
+@dataclass
+class Config(StageConfig):
+    """Settings of ``import_hf``."""
+
+    hf_path: str = MISSING
+    """Folder, hub id, or ``pypi://`` source."""
+    pack: bool = False
+    """Also write the checkpoint as one ``.nemo`` file."""
+
+
+def external(cfg: Config) -> dict[str, Path]:
+    """Local files that the result depends on."""
+    return {"hf_path": Path(cfg.hf_path)} if Path(cfg.hf_path).is_dir() else {}
+
+
+def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
+    """The teacher itself was checked when the chain was read."""
+    return iter(())
+
+
+def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
+    """Converts, compares, and records what was imported."""
+    from nemo_convert import convert, hf, nemo, parity
+
+    log = metrics_log(out)
+    log.progress("import", 0, 3)
+    folder = hf.resolve(cfg.hf_path)
+    checkpoint = out / f"{model_name(cfg.hf_path)}.nemo"
+    core = convert.to_nemo(folder, checkpoint)
+    log.progress("import", 1, 3)
+    gate = parity.compare(folder, checkpoint, core).require(f"{cfg.hf_path} → {checkpoint.name}")
+    log.progress("import", 2, 3)
+    if cfg.pack:
+        nemo.pack(checkpoint, out / f"{checkpoint.stem}.packed.nemo")
+    log.progress("import", 3, 3)
+    arch = nemo.architecture_of(checkpoint)
+    return Outcome(
+        metrics={
+            "parity_max_logit_difference": gate.max_logit_difference,
+            "parity_tokens": gate.tokens,
+            "licence": hf.licence(folder),
+        },
+        architecture=arch.as_dict(),
+        parameters=sum(p.numel() for p in core.parameters()),
+        tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(checkpoint)),
+    )
+
+
+if __name__ == "__main__":
+    stage_main(run, Config, KIND)

@@ -1,0 +1,84 @@
+"""Megatron's indexed datasets: writing parts, and reading windows back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+from recipes.errors import RecipeError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Encode = Callable[[list[str]], list[list[int]]]
+
+
+def load_tokenizer(folder: Path) -> tuple[Encode, int]:
+    """Returns a batch encoder without special tokens, and the end-of-text token.
+
+    Raises:
+        RecipeError: The tokenizer names no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        raise RecipeError(f"the tokenizer in {folder} has no eos_token.")
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+    return encode, tokenizer.eos_token_id
+
+
+def prefix(artifact: Path, part: str) -> Path:
+    """Path of a part without ``.bin`` or ``.idx``, as Megatron wants it."""
+    return artifact / part
+
+
+class PartWriter:
+    """Writes several parts side by side."""
+
+    def __init__(self, artifact: Path, parts: Iterable[str]) -> None:
+        self._paths = {part: prefix(artifact, part) for part in parts}
+        self._builders = {
+            part: IndexedDatasetBuilder(f"{path}.bin", dtype=np.int32)
+            for part, path in self._paths.items()
+        }
+
+    def add(self, part: str, ids: list[int]) -> None:
+        """Appends one document."""
+        self._builders[part].add_document(torch.tensor(ids, dtype=torch.int32), [len(ids)])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if kind is None:
+            for part, builder in self._builders.items():
+                builder.finalize(f"{self._paths[part]}.idx")
+
+
+def windows(artifact: Path, part: str, seq_length: int, count: int | None = None) -> torch.Tensor:
+    """Consecutive windows of a part as int64 [windows, seq_length], documents running on.
+
+    Args:
+        artifact: Artifact directory of ``prepare_data``.
+        part: One of ``corpus.PARTS``.
+        seq_length: Tokens a window.
+        count: Windows wanted; all that fit by default. Fewer are returned if the part is shorter.
+    """
+    dataset = IndexedDataset(str(prefix(artifact, part)))
+    ids = np.concatenate([dataset[i] for i in range(len(dataset))])
+    fit = len(ids) // seq_length
+    fit = fit if count is None else min(fit, count)
+    return torch.from_numpy(ids[: fit * seq_length].astype(np.int64)).view(fit, seq_length)

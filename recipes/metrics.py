@@ -1,0 +1,48 @@
+"""Progress and metrics of a running stage, as JSON lines that anything can follow.
+
+The stage appends; the launcher, on this machine or another, tails the file and draws. So a bar, a
+plain log and a plot in the report all come from one record.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends records to ``metrics.jsonl``. Rank 0 only; other ranks pass ``path=None``."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = path.open("a", encoding="utf-8", buffering=1) if path else None
+
+    def log(self, **values: Any) -> None:
+        """Appends one record, stamped with the time."""
+        if self._file:
+            self._file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+
+    def progress(self, task: str, done: int, total: int, **values: Any) -> None:
+        """Appends a record of work done: ``done`` of ``total`` units of ``task``."""
+        self.log(task=task, done=done, total=total, **values)
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the records of a metrics file; a last line cut short by a kill is passed over."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def steps_of(path: Path, task: str) -> list[dict[str, Any]]:
+    """Records of ``task``, one per step; of a step done again after a restart, the last counts."""
+    latest = {r["done"]: r for r in read_records(path) if r.get("task") == task}
+    return [latest[step] for step in sorted(latest)]
