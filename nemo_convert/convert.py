@@ -26,10 +26,7 @@ class _MergedWeights:
 
     def __init__(self, weights: Weights, arch: Architecture, family: Family) -> None:
         self._weights, self._arch = weights, arch
-        self._rows = {}
-        for weight, layer in family.weights_of(arch):
-            index = "" if layer is None else str(layer)
-            self._rows[weight.megatron.replace("{i}", index)] = (weight, index)
+        self._rows = family.rows(arch)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         weight, index = self._rows[name]
@@ -83,10 +80,7 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> Any:
 def hf_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields a NeMo checkpoint's weights under their Hugging Face names."""
     arch = nemo.architecture_of(checkpoint)
-    rows = {}
-    for weight, layer in FAMILIES[arch.hf_architecture].weights_of(arch):
-        index = "" if layer is None else str(layer)
-        rows[weight.megatron.replace("{i}", index)] = (weight, index)
+    rows = FAMILIES[arch.hf_architecture].rows(arch)
     for name, tensor in nemo.read_weights(checkpoint):
         weight, index = rows[name]
         parts = weight.split(arch, tensor)

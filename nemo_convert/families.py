@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 class Weight:
     """One Megatron weight and the Hugging Face weights it is made of.
 
-    ``{i}`` in a name is the layer. ``merge`` builds the Megatron weight from the Hugging Face ones,
+    ``{i}`` in a name is the layer. ``shape`` is the whole weight's, without parallelism. ``merge`` builds the Megatron weight from the Hugging Face ones,
     ``split`` undoes it; both move values without changing them.
     """
 
     megatron: str
     hf: tuple[str, ...]
+    shape: Callable[[Architecture], tuple[int, ...]]
     merge: Callable[[Architecture, list[torch.Tensor]], torch.Tensor]
     split: Callable[[Architecture, torch.Tensor], list[torch.Tensor]]
 
@@ -54,11 +55,25 @@ class Family:
                 yield weight, None
 
 
+    def rows(self, architecture: Architecture) -> dict[str, tuple[Weight, str]]:
+        """The same by Megatron name, with the layer as it stands in names."""
+        numbered = ((w, "" if i is None else str(i)) for w, i in self.weights_of(architecture))
+        return {w.megatron.replace("{i}", index): (w, index) for w, index in numbered}
+
+
 OUTPUT_LAYER = "output_layer.weight"
 
 
-def _same(name: str, hf: str) -> Weight:
-    return Weight(name, (hf,), lambda _, tensors: tensors[0], lambda _, tensor: [tensor])
+def _same(name: str, hf: str, shape: Callable[[Architecture], tuple[int, ...]]) -> Weight:
+    return Weight(name, (hf,), shape, lambda _, tensors: tensors[0], lambda _, tensor: [tensor])
+
+
+def _norm(arch: Architecture) -> tuple[int, ...]:
+    return (arch.hidden_size,)
+
+
+def _vocabulary(arch: Architecture) -> tuple[int, ...]:
+    return (arch.vocab_size, arch.hidden_size)
 
 
 def _merge_qkv(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -90,27 +105,43 @@ def _halves(_: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
 
 _LAYER, _HF = "decoder.layers.{i}.", "model.layers.{i}."
 _DENSE = (
-    _same("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+    _same("embedding.word_embeddings.weight", "model.embed_tokens.weight", _vocabulary),
     _same(
-        f"{_LAYER}self_attention.linear_qkv.layer_norm_weight", f"{_HF}input_layernorm.weight"
+        f"{_LAYER}self_attention.linear_qkv.layer_norm_weight",
+        f"{_HF}input_layernorm.weight",
+        _norm,
     ),
     Weight(
         f"{_LAYER}self_attention.linear_qkv.weight",
         tuple(f"{_HF}self_attn.{p}_proj.weight" for p in "qkv"),
+        lambda a: ((a.num_attention_heads + 2 * a.num_query_groups) * a.kv_channels, a.hidden_size),
         _merge_qkv,
         _split_qkv,
     ),
-    _same(f"{_LAYER}self_attention.linear_proj.weight", f"{_HF}self_attn.o_proj.weight"),
-    _same(f"{_LAYER}mlp.linear_fc1.layer_norm_weight", f"{_HF}post_attention_layernorm.weight"),
+    _same(
+        f"{_LAYER}self_attention.linear_proj.weight",
+        f"{_HF}self_attn.o_proj.weight",
+        lambda a: (a.hidden_size, a.num_attention_heads * a.kv_channels),
+    ),
+    _same(
+        f"{_LAYER}mlp.linear_fc1.layer_norm_weight",
+        f"{_HF}post_attention_layernorm.weight",
+        _norm,
+    ),
     Weight(
         f"{_LAYER}mlp.linear_fc1.weight",
         (f"{_HF}mlp.gate_proj.weight", f"{_HF}mlp.up_proj.weight"),
+        lambda a: (2 * a.ffn_hidden_size, a.hidden_size),
         _concat,
         _halves,
     ),
-    _same(f"{_LAYER}mlp.linear_fc2.weight", f"{_HF}mlp.down_proj.weight"),
-    _same("decoder.final_layernorm.weight", "model.norm.weight"),
-    _same(OUTPUT_LAYER, "lm_head.weight"),
+    _same(
+        f"{_LAYER}mlp.linear_fc2.weight",
+        f"{_HF}mlp.down_proj.weight",
+        lambda a: (a.hidden_size, a.ffn_hidden_size),
+    ),
+    _same("decoder.final_layernorm.weight", "model.norm.weight", _norm),
+    _same(OUTPUT_LAYER, "lm_head.weight", _vocabulary),
 )
 _NEMO = "nemo.collections.llm.gpt.model"
 
