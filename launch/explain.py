@@ -1,0 +1,50 @@
+"""Hydra's and OmegaConf's errors as one message with the nearest valid name."""
+
+from __future__ import annotations
+
+import re
+
+from recipes.errors import RecipeError, did_you_mean
+
+
+def explain(error: Exception) -> str:
+    """Returns what to tell the user about an error."""
+    if isinstance(error, RecipeError):
+        return str(error)
+    text = "\n".join(_chain_of(error))
+    if choice := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
+        group, name = choice.groups()
+        options = _options(text)
+        return f"there is no {group} '{name}'.{did_you_mean(name, options)}\n  fix: use one of: {', '.join(options)}"
+    if key := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in '(\w+)'", text):
+        name = key.group(1) or key.group(2)
+        full = re.search(r"full_key: (\S+)", text)
+        where = full.group(1) if full else name
+        return f"there is no field {where}.{did_you_mean(name, _fields(error))}"
+    return "\n  ".join(_chain_of(error)[:2])
+
+
+def _chain_of(error: BaseException | None) -> list[str]:
+    """The messages of an error and its causes, the outermost first."""
+    texts: list[str] = []
+    while error is not None:
+        texts.append(str(error))
+        error = error.__cause__ or error.__context__
+    return texts
+
+
+def _options(text: str) -> list[str]:
+    _, _, listed = text.partition("Available options")
+    lines = [line.strip() for line in listed.splitlines()[1:]]
+    return [line for line in lines[: lines.index("") if "" in lines else None] if line and line != "schema"]
+
+
+def _fields(error: BaseException | None) -> list[str]:
+    """Valid names beside a wrong key, from the node that refused it."""
+    names: list[str] = []
+    while error is not None:
+        parent = getattr(error, "parent_node", None)
+        if parent is not None and hasattr(parent, "keys"):
+            names += [str(key) for key in parent]
+        error = error.__cause__ or error.__context__
+    return names

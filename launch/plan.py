@@ -1,0 +1,296 @@
+"""From a composed config to a plan: typed stages in order, fingerprints, and what must run."""
+
+from __future__ import annotations
+
+import graphlib
+import importlib
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recipes.errors import RecipeError, did_you_mean
+from recipes.fingerprint import (
+    code_fingerprint,
+    external_stamp,
+    result_settings,
+    stage_fingerprint,
+)
+from recipes.manifest import ARTIFACT, WORK, Manifest, changed_files, check_artifact, read_manifest
+from recipes.preflight import Chain, read_chain, require_none
+from recipes.stage import StageConfig
+
+RUN, RESUME, SKIP = "run", "resume", "skip"
+
+
+@dataclass(frozen=True)
+class InputRef:
+    """Where an input is, and what it must be."""
+
+    directory: Path
+    kind: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage, resolved: what to start, and whether to."""
+
+    name: str
+    directory: Path
+    module: str
+    config: StageConfig
+    inputs: Mapping[str, InputRef]
+    code: str
+    fingerprint: str
+    action: str
+    reason: str
+
+    def request(self) -> dict[str, Any]:
+        """Content of the stage's ``config.yaml``."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "code": self.code,
+            "inputs": {
+                name: {
+                    "directory": str(ref.directory),
+                    "kind": ref.kind,
+                    "fingerprint": ref.fingerprint,
+                }
+                for name, ref in self.inputs.items()
+            },
+            "config": OmegaConf.to_container(OmegaConf.structured(self.config)),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run."""
+
+    run_dir: Path
+    chain: Chain
+    stages: tuple[PlannedStage, ...]
+
+    def todo(self) -> list[PlannedStage]:
+        """Stages that will be started, in order."""
+        return [stage for stage in self.stages if stage.action != SKIP]
+
+
+def stage_module(stage: str) -> ModuleType:
+    """Imports a stage's module. None of them imports torch at its top."""
+    return importlib.import_module(f"recipes.{stage}")
+
+
+def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
+    """Checks everything that can be checked without running, and decides what must run.
+
+    Raises:
+        RecipeError: A problem that would fail the run later, with its fix.
+    """
+    configs = typed_stages(cfg)
+    only = _known(cfg.stages.get("only"), configs, "stages.only")
+    force = _known(cfg.force, configs, "force") or set()
+    order = _order(configs)
+    chain = read_chain(cfg.model.hf_path, configs)
+    wanted = [name for name in order if only is None or name in only]
+    require_none(
+        problem for name in wanted for problem in _module(configs[name]).check(configs[name], chain)
+    )
+    planned: dict[str, PlannedStage] = {}
+    for name in order:
+        stage = _plan_stage(name, configs[name], run_dir, planned, force)
+        if name not in wanted:
+            stage = _left_out(stage, needed=_is_input(name, wanted, configs))
+        planned[name] = stage
+    plan = Plan(run_dir, chain, tuple(planned[name] for name in wanted))
+    _require_disk(plan)
+    return plan
+
+
+def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
+    """Turns the stage nodes of a composed config into their dataclasses.
+
+    Raises:
+        RecipeError: A value is missing, cannot be resolved or is of the wrong type.
+    """
+    typed: dict[str, StageConfig] = {}
+    for name, node in cfg.stages.items():
+        if name == "only":
+            continue
+        try:
+            typed[str(name)] = OmegaConf.to_object(node)  # type: ignore[assignment]
+        except OmegaConfBaseException as error:
+            raise RecipeError(f"stages.{name}: {str(error).splitlines()[0]}") from error
+    if not typed:
+        raise RecipeError("the recipe has no stages.")
+    return typed
+
+
+def _module(config: StageConfig) -> ModuleType:
+    return stage_module(config.stage)
+
+
+def _known(names: Iterable[str] | None, configs: Mapping[str, Any], where: str) -> set[str] | None:
+    if names is None:
+        return None
+    for name in names:
+        if name not in configs:
+            raise RecipeError(
+                f"{where}: there is no stage '{name}'.{did_you_mean(name, configs)}",
+                f"use one of: {', '.join(configs)}",
+            )
+    return set(names)
+
+
+def _order(configs: Mapping[str, StageConfig]) -> list[str]:
+    """Stage names, inputs before what needs them; the graph is the inputs themselves."""
+    graph: dict[str, set[str]] = {}
+    for name, config in configs.items():
+        for key, source in config.inputs.items():
+            if source not in configs and not Path(source).is_dir():
+                raise RecipeError(
+                    f"stages.{name}.inputs.{key}={source} is neither a stage of this recipe nor a "
+                    f"stage directory.{did_you_mean(source, configs)}",
+                    f"use one of: {', '.join(configs)}, or a path such as runs/other/{key}",
+                )
+        graph[name] = {source for source in config.inputs.values() if source in configs}
+    try:
+        # Sorted within a rank, so that the order is the recipe's and not a set's.
+        sorter = graphlib.TopologicalSorter(graph)
+        sorter.prepare()
+        order: list[str] = []
+        while sorter.is_active():
+            ready = sorted(sorter.get_ready(), key=list(configs).index)
+            order += ready
+            sorter.done(*ready)
+        return order
+    except graphlib.CycleError as error:
+        raise RecipeError(f"stages feed each other in a circle: {' → '.join(error.args[1])}.") from error
+
+
+def _plan_stage(
+    name: str,
+    config: StageConfig,
+    run_dir: Path,
+    planned: Mapping[str, PlannedStage],
+    force: set[str],
+) -> PlannedStage:
+    module = _module(config)
+    directory = run_dir / name
+    inputs = _resolve_inputs(name, config, module, planned)
+    code = code_fingerprint(f"recipes.{config.stage}")
+    external = getattr(module, "external", lambda _: {})(config)
+    fingerprint = stage_fingerprint(
+        result_settings(config),
+        code,
+        {key: ref.fingerprint for key, ref in inputs.items()},
+        {key: external_stamp(path) for key, path in external.items()},
+    )
+    upstream = [planned[s] for s in config.inputs.values() if s in planned]
+    rerun = [stage.name for stage in upstream if stage.action != SKIP]
+    action, reason = SKIP, "complete"
+    manifest = read_manifest(directory)
+    if name in force:
+        action, reason = RUN, "forced"
+    elif manifest is None:
+        action, reason = _unfinished(directory, fingerprint)
+    elif manifest.fingerprint != fingerprint:
+        action, reason = RUN, _difference(manifest, config, code, inputs)
+    elif changed_files(directory / ARTIFACT, manifest.files, rehash=False):
+        check_artifact(directory, rehash=False)  # raises, naming the files
+    elif rerun:
+        action, reason = RUN, f"after {', '.join(rerun)}"
+    return PlannedStage(
+        name, directory, f"recipes.{config.stage}", config, inputs, code, fingerprint, action, reason
+    )
+
+
+def _resolve_inputs(
+    name: str, config: StageConfig, module: ModuleType, planned: Mapping[str, PlannedStage]
+) -> dict[str, InputRef]:
+    kinds: Mapping[str, str] = module.INPUTS
+    if config.inputs.keys() != kinds.keys():
+        raise RecipeError(
+            f"stages.{name}.inputs has {', '.join(config.inputs) or 'nothing'}; "
+            f"{config.stage} needs {', '.join(kinds) or 'nothing'}.",
+            "name each input once",
+        )
+    inputs = {}
+    for key, source in config.inputs.items():
+        if source in planned:
+            found = planned[source]
+            kind, fingerprint = _module(found.config).KIND, found.fingerprint
+            directory = found.directory
+        else:
+            directory = Path(source).resolve()
+            manifest = check_artifact(directory, kinds[key], rehash=False)
+            kind, fingerprint = manifest.kind, manifest.fingerprint
+        if kind != kinds[key]:
+            raise RecipeError(
+                f"stages.{name}.inputs.{key}={source} is a {kind}; a {kinds[key]} is needed.",
+                "point it at a stage of that kind",
+            )
+        inputs[key] = InputRef(directory, kind, fingerprint)
+    return inputs
+
+
+def _unfinished(directory: Path, fingerprint: str) -> tuple[str, str]:
+    mark = directory / WORK / "fingerprint"
+    if mark.exists() and mark.read_text() == fingerprint:
+        return RESUME, "was interrupted"
+    return RUN, "not run yet"
+
+
+def _difference(
+    manifest: Manifest, config: StageConfig, code: str, inputs: Mapping[str, InputRef]
+) -> str:
+    """Says in a few words why an existing result is out of date."""
+    now: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
+    resources = {"resources"}
+    fields = [
+        f"{key} {manifest.config.get(key)} → {now[key]}"
+        for key in now
+        if key not in resources and now[key] != manifest.config.get(key)
+    ]
+    if fields:
+        return fields[0] if len(fields) == 1 else f"{fields[0]} and {len(fields) - 1} more"
+    changed = [key for key, ref in inputs.items() if manifest.inputs.get(key) != ref.fingerprint]
+    if changed:
+        return f"input {changed[0]} changed"
+    return "code changed" if manifest.code != code else "source files changed"
+
+
+def _is_input(name: str, wanted: Iterable[str], configs: Mapping[str, StageConfig]) -> bool:
+    return any(name in configs[other].inputs.values() for other in wanted)
+
+
+def _left_out(stage: PlannedStage, *, needed: bool) -> PlannedStage:
+    """A stage outside ``stages.only``: never run, and complete if something wanted reads it."""
+    if needed and stage.action != SKIP:
+        raise RecipeError(
+            f"stages.only leaves out {stage.name}, whose result is needed but not there "
+            f"({stage.reason}).",
+            f"add {stage.name} to stages.only, or run the whole chain",
+        )
+    return stage
+
+
+def _require_disk(plan: Plan) -> None:
+    """Refuses to start what would fill the disk."""
+    need = sum(
+        getattr(_module(stage.config), "disk_bytes", lambda *_: 0)(stage.config, plan.chain)
+        for stage in plan.todo()
+    )
+    existing = next(p for p in (plan.run_dir, *plan.run_dir.resolve().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if need > free:
+        raise RecipeError(
+            f"{plan.run_dir} needs about {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free.",
+            "free some space, or set run_dir to another disk",
+        )

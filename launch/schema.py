@@ -1,0 +1,28 @@
+"""Stage schemas for Hydra: found by their folder in ``conf/stage``, not listed anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+
+from launch.plan import stage_module
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def register() -> None:
+    """Registers every stage's ``Config`` as ``stage/<stage>/schema``."""
+    store = ConfigStore.instance()
+    for folder in sorted((CONF / "stage").iterdir()):
+        store.store(group=f"stage/{folder.name}", name="schema", node=stage_module(folder.name).Config)
+
+
+def recipes() -> dict[str, str]:
+    """Recipe names and their one-line descriptions."""
+    from omegaconf import OmegaConf
+
+    found = {}
+    for path in sorted((CONF / "recipe").glob("*.yaml")):
+        found[path.stem] = str(OmegaConf.load(path).get("description", ""))
+    return found

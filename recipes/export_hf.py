@@ -1,0 +1,64 @@
+"""NeMo checkpoint to Hugging Face folder, with a model card and proof that nothing changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes.manifest import Outcome
+from recipes.preflight import Chain, Problem
+from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
+
+KIND = "checkpoint_hf"
+INPUTS = {"checkpoint": "checkpoint_nemo", "evaluation": "eval_results"}
+
+
+@dataclass
+class Config(StageConfig):
+    """Settings of ``export_hf``."""
+
+    teacher: str = ""
+    """Model that the student came from, for the card."""
+    recipe: str = ""
+    """What was done, for the card."""
+
+
+def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
+    """Nothing can be wrong that other stages do not see first."""
+    return iter(())
+
+
+def disk_bytes(cfg: Config, chain: Chain) -> int:
+    """Size of the folder, the teacher's at most."""
+    return 4 * chain.teacher.parameters()
+
+
+def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
+    """Converts, compares with the checkpoint, and writes the card."""
+    from nemo_convert import convert, hf, nemo, parity
+    from recipes.model_card import write_card
+
+    log = metrics_log(out)
+    checkpoint = nemo.find_checkpoint(inputs["checkpoint"].artifact)
+    log.progress("export", 0, 2)
+    convert.to_hf(checkpoint, out)
+    log.progress("export", 1, 2)
+    core = parity.load_core(checkpoint)
+    gate = parity.compare(out, checkpoint, core).require(f"{checkpoint.name} → {out}")
+    manifest = inputs["checkpoint"].manifest
+    write_card(out, cfg, manifest, inputs["evaluation"].manifest)
+    log.progress("export", 2, 2)
+    return Outcome(
+        metrics={
+            "parity_max_logit_difference": gate.max_logit_difference,
+            "parity_tokens": gate.tokens,
+        },
+        architecture=manifest.architecture,
+        parameters=manifest.parameters,
+        tokenizer_sha256=hf.tokenizer_sha256(out),
+    )
+
+
+if __name__ == "__main__":
+    stage_main(run, Config, KIND)

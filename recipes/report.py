@@ -1,0 +1,51 @@
+"""One self-contained HTML file that says what was asked, done and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes.manifest import Outcome
+from recipes.preflight import Chain, Problem
+from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
+
+KIND = "report"
+INPUTS = {
+    "teacher": "checkpoint_nemo",
+    "data": "dataset",
+    "pruned": "checkpoint_nemo",
+    "distilled": "checkpoint_nemo",
+    "evaluation": "eval_results",
+    "exported": "checkpoint_hf",
+}
+FILE = "report.html"
+
+
+@dataclass
+class Config(StageConfig):
+    """Settings of ``report``."""
+
+    title: str = ""
+    """Name of the recipe."""
+    description: str = ""
+    """What the recipe does, in a line."""
+
+
+def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
+    """A report has no settings that could fail."""
+    return iter(())
+
+
+def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
+    """Collects the inputs' manifests and metrics, and renders them."""
+    from recipes.report_page import render
+
+    log = metrics_log(out)
+    render(cfg, inputs, out / FILE)
+    log.progress("report", 1, 1)
+    return Outcome(metrics={"file": FILE})
+
+
+if __name__ == "__main__":
+    stage_main(run, Config, KIND)
