@@ -15,7 +15,8 @@ def explain(error: Exception) -> str:
     if choice := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
         group, name = choice.groups()
         options = _options(text)
-        return f"there is no {group} '{name}'.{did_you_mean(name, options)}\n  fix: use one of: {', '.join(options)}"
+        hint = did_you_mean(name, options)
+        return f"there is no {group} '{name}'.{hint}\n  fix: use one of: {', '.join(options)}"
     if key := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in '(\w+)'", text):
         name = key.group(1) or key.group(2)
         full = re.search(r"full_key: (\S+)", text)
@@ -34,9 +35,9 @@ def _chain_of(error: BaseException | None) -> list[str]:
 
 
 def _options(text: str) -> list[str]:
-    _, _, listed = text.partition("Available options")
-    lines = [line.strip() for line in listed.splitlines()[1:]]
-    return [line for line in lines[: lines.index("") if "" in lines else None] if line and line != "schema"]
+    listed = re.search(r"Available options in '[^']*':\n((?:\t[^\n]*\n?)+)", text)
+    names = listed.group(1).split() if listed else []
+    return [name for name in names if name != "schema"]
 
 
 def _fields(error: BaseException | None) -> list[str]:

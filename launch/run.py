@@ -35,12 +35,24 @@ console = Console(highlight=False, soft_wrap=True)
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    """Composes, plans, runs. Raises ``RecipeError`` for anything the user can fix."""
-    began = time.monotonic()
+    """Composes, plans, runs."""
     recipe = HydraConfig.get().runtime.choices.get("recipe")
     if recipe is None:
         view.print_recipes(schema.recipes(), console)
         raise SystemExit(1)
+    try:
+        run(cfg, recipe)
+    except RecipeError as error:  # past Hydra, which would print the overrides first
+        raise SystemExit(_fail(error)) from error
+
+
+def run(cfg: DictConfig, recipe: str) -> None:
+    """Plans and runs a composed config.
+
+    Raises:
+        RecipeError: Anything that the user can fix.
+    """
+    began = time.monotonic()
     run_dir = _run_dir(cfg, recipe)
     _require_same_recipe(run_dir, recipe)
     plan = make_plan(cfg, run_dir)
@@ -111,12 +123,15 @@ def cli() -> int:
     except KeyboardInterrupt:
         console.print("interrupted; the same command resumes")
         return 130
-    except (RecipeError, HydraException, OmegaConfBaseException) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"error: {explain(error)}", markup=False
-        )
-        return 1
+    except (HydraException, OmegaConfBaseException) as error:
+        return _fail(error)
     return 0
+
+
+def _fail(error: Exception) -> int:
+    console_of_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    console_of_errors.print(f"error: {explain(error)}", markup=False)
+    return 1
 
 
 if __name__ == "__main__":

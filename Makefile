@@ -1,0 +1,22 @@
+# make demo   installs what is missing, then runs a recipe on the embedded model
+# make test   installs what is missing, then runs every test
+# make lint   ruff, mypy and the quick tests, as pre-commit runs them
+#
+# Variables: RECIPE, ARGS (overrides for demo, options for test), PYTHON (3.11 or 3.12), VENV.
+
+RECIPE ?= llama_depth_prune
+VENV ?= .venv
+export VENV PYTHON
+
+.PHONY: demo test lint install
+demo: install
+	$(VENV)/bin/python launch/run.py recipe=$(RECIPE) $(ARGS)
+
+test: install
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: install
+	PATH="$(abspath $(VENV))/bin:$$PATH" pre-commit run --all-files
+
+install:
+	@./install.sh

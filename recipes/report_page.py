@@ -1,0 +1,265 @@
+"""What the report says, collected from the inputs' manifests and metrics, and its rendering.
+
+Every figure comes from a manifest, or from a file that a manifest stamps; the page marks each with
+its unrounded value.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from recipes.manifest import write_text_atomically
+from recipes.metrics import METRICS, steps_of
+from recipes.report_plots import Series, interval_plot, layer_plot, line_plot, share_bar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from recipes.manifest import Manifest
+    from recipes.report import Config
+    from recipes.stage import Input, Inputs
+
+TEMPLATE = "report.html.j2"
+ROLES = ("teacher", "pruned", "distilled")
+ORDER = ("teacher", "data", "pruned", "distilled", "evaluation", "exported")
+"""Inputs in the order in which their stages run."""
+SHAPE = {
+    "num_layers": "Layers",
+    "hidden_size": "Hidden size",
+    "ffn_hidden_size": "Feed-forward size",
+    "num_attention_heads": "Attention heads",
+    "num_query_groups": "Query groups",
+    "kv_channels": "Head size",
+    "vocab_size": "Vocabulary",
+}
+TARGETS = {
+    "target_num_layers": "Layers",
+    "drop_layers": "Layers to drop",
+    "target_hidden_size": "Hidden size",
+    "target_ffn_hidden_size": "Feed-forward size",
+    "target_num_attention_heads": "Attention heads",
+}
+TERMS = {
+    "loss": ("total", "total"),
+    "kd": ("distillation (KL)", "distilled"),
+    "lm": ("next token", "teacher"),
+}
+DASH = Markup('<span class="none">–</span>')
+MAX_FILES = 200
+"""Files listed per stage; a large checkpoint has thousands, and its manifest names them all."""
+
+
+def render(cfg: Config, inputs: Inputs, path: Path) -> None:
+    """Writes the report as one HTML file that loads nothing else.
+
+    Args:
+        cfg: Title and description.
+        inputs: Inputs as ``recipes.report.INPUTS`` names them.
+        path: File to write.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(FORMATS)
+    html = environment.get_template(TEMPLATE).render(page(cfg, inputs))
+    write_text_atomically(path, html)
+
+
+def page(cfg: Config, inputs: Inputs) -> dict[str, Any]:
+    """Everything that the template shows."""
+    manifests = {name: inputs[name].manifest for name in ORDER if name in inputs}
+    evaluation = manifests["evaluation"].metrics
+    return {
+        "title": cfg.title or "Distillation report",
+        "description": cfg.description,
+        "made": datetime.now(UTC).isoformat(timespec="minutes"),
+        "m": manifests,
+        "targets": _targets(manifests["pruned"].config),
+        "saved": _saved(manifests),
+        "shape": list(_shape(manifests)),
+        "quality": {role: evaluation[role] for role in ROLES if role in evaluation},
+        "gap": _gap(evaluation),
+        "evaluation": evaluation,
+        "detail": _detail(inputs["evaluation"]),
+        "training": _training(inputs["distilled"]),
+        "layers": _layers(manifests["pruned"].metrics),
+        "quality_plot": _quality_plot(evaluation),
+        "largest": {
+            "bytes": max(m.total_bytes() for m in manifests.values()) or 1,
+            "seconds": max(m.seconds for m in manifests.values()) or 1,
+            "peak": max(m.peak_rss_bytes for m in manifests.values()) or 1,
+        },
+        "seconds": sum(m.seconds for m in manifests.values()),
+        "versions": _versions(manifests),
+        "max_files": MAX_FILES,
+        "bar": share_bar,
+    }
+
+
+def _targets(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The pruning targets that were set."""
+    chosen = ((label, config.get(key)) for key, label in TARGETS.items())
+    return [
+        (label, ", ".join(map(str, value)) if isinstance(value, list) else value)
+        for label, value in chosen
+        if value
+    ]
+
+
+def _saved(manifests: Mapping[str, Manifest]) -> float | None:
+    before, after = manifests["teacher"].parameters, manifests["distilled"].parameters
+    return 1 - after / before if before and after else None
+
+
+def _shape(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, Any, Any]]:
+    before = manifests["teacher"].architecture or {}
+    after = manifests["distilled"].architecture or {}
+    for key, label in SHAPE.items():
+        yield label, before.get(key), after.get(key)
+    yield "Parameters", manifests["teacher"].parameters, manifests["distilled"].parameters
+
+
+def _gap(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
+    """Share of the lost quality that each model has: all, none, and what was measured."""
+    share = evaluation.get("recovered")
+    if share is None:
+        return dict.fromkeys(ROLES)
+    return {"teacher": 1.0, "pruned": 0.0, "distilled": share}
+
+
+def _detail(evaluation: Input) -> dict[str, Any]:
+    """Generations and, over the same windows, how often the distilled model is the better one."""
+    path = evaluation.artifact / "results.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    losses = found.get("window_losses", {})
+    ours = losses.get("distilled", [])
+    wins = {
+        other: sum(a < b for a, b in zip(ours, losses[other], strict=True))
+        for other in ("pruned", "teacher")
+        if ours and other in losses
+    }
+    return {"generations": found.get("generations", []), "wins": wins, "compared": len(ours)}
+
+
+def _training(distilled: Input) -> dict[str, Any]:
+    """The distillation's curves; a plot whose data were not logged is left out."""
+    log = distilled.directory / METRICS
+    steps = steps_of(log, "distill")
+    terms = list(_terms(steps))
+    curves = [
+        _small(steps_of(log, "validate"), "val_loss", "Validation loss, next token", "teacher"),
+        _small(steps, "lr", "Learning rate", "quiet"),
+        _small(steps, "grad_norm", "Gradient norm", "quiet"),
+    ]
+    return {
+        "terms": terms,
+        "loss": line_plot("plot-loss", "Distillation loss over steps", terms) if terms else None,
+        "small": [curve for curve in curves if curve],
+    }
+
+
+def _small(
+    steps: list[dict[str, Any]], key: str, title: str, style: str
+) -> tuple[str, Markup] | None:
+    """A small plot of one logged value, or nothing where it was not logged."""
+    series = _one(steps, key, title, style)
+    if not series.points:
+        return None
+    name = f"plot-{key.replace('_', '-')}"
+    return title, line_plot(name, title, [series], height=130, zero=key != "val_loss")
+
+
+def _terms(steps: list[dict[str, Any]]) -> Iterator[Series]:
+    """The loss terms that are not zero; the total only where it is more than one of them."""
+    drawn: list[list[tuple[float, float]]] = []
+    for key in ("kd", "lm", "loss"):
+        points = _one(steps, key, "", "").points
+        if any(y for _, y in points) and points not in drawn:
+            drawn.append(list(points))
+            yield Series(*TERMS[key], points)
+
+
+def _one(steps: list[dict[str, Any]], key: str, label: str, style: str) -> Series:
+    points = [(float(s["done"]), float(s[key])) for s in steps if s.get(key) is not None]
+    return Series(label, style, points)
+
+
+def _layers(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    scores = {int(k): float(v) for k, v in metrics.get("layer_importance", {}).items()}
+    if not scores:
+        return None
+    kept = set(metrics.get("kept_layers", scores))
+    dropped = sorted(scores.keys() - kept)
+    title = f"Importance of {len(scores)} layers; dropped: {dropped or 'none'}"
+    plot = layer_plot("plot-layers", title, scores, kept)
+    return {"plot": plot, "dropped": dropped, "kept": len(kept)}
+
+
+def _quality_plot(evaluation: Mapping[str, Any]) -> Markup:
+    rows = [
+        (role, role, float(f["loss"]), float(f.get("loss_standard_error", 0.0)))
+        for role in ROLES
+        if (f := evaluation.get(role))
+    ]
+    return interval_plot("plot-quality", "Loss on held-out text with standard errors", rows)
+
+
+def _versions(manifests: Mapping[str, Manifest]) -> dict[str, list[str]]:
+    """Each library's versions; more than one where stages ran in different environments."""
+    found: dict[str, list[str]] = {}
+    for manifest in manifests.values():
+        for library, version in manifest.versions.items():
+            known = found.setdefault(library, [])
+            if version not in known:
+                known.append(version)
+    return found
+
+
+def _exact(value: float, text: str) -> Markup:
+    """A shown number that carries its unrounded value, for machines and for a pointer's hint."""
+    exact = json.dumps(value)
+    return Markup('<data value="{0}" title="{0}">{1}</data>').format(exact, text)
+
+
+def _optional(write: Callable[..., str]) -> Callable[..., Markup]:
+    def formatted(value: float | None, *args: Any) -> Markup:
+        return DASH if value is None else _exact(value, write(value, *args).replace("-", "−"))
+
+    return formatted
+
+
+def _scaled(value: float, units: str, base: str = "") -> str:
+    """Three significant digits or more, in thousands of the unit that fits."""
+    power = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) // 3), len(units))
+    text = f"{value / 1000**power:,.1f}" if power else f"{value:,}"
+    return f"{text} {units[power - 1] if power else ''}{base}".rstrip()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+FORMATS: dict[str, Callable[..., Markup]] = {
+    "count": _optional(lambda v: f"{v:,}"),
+    "parameters": _optional(lambda v: _scaled(v, "KMBT")),
+    "bytes": _optional(lambda v: _scaled(v, "kMGTP", "B")),
+    "duration": _optional(_duration),
+    "percent": _optional(lambda v, digits=1: f"{v:.{digits}%}"),
+    "decimals": _optional(lambda v, digits=3: f"{v:,.{digits}f}"),
+    "short": _optional(lambda v: f"{v:.3g}".replace("e-0", "e-")),
+}

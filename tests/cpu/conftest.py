@@ -1,0 +1,90 @@
+"""Tiny models with awkward shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ODD = {
+    "hidden_size": 56,
+    "intermediate_size": 120,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 7,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "tie_word_embeddings": True,
+}
+EVEN = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "tie_word_embeddings": False,
+}
+
+
+def write_tiny_llama(folder: Path, text_file: Path, **shape: Any) -> Path:
+    """Saves a random Llama with a tokenizer trained on the text, chat template included."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=288,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    lines = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
+    tokenizer.train_from_iterator(lines, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+    torch.manual_seed(0)
+    dtype = shape.pop("dtype", torch.float32)
+    config = LlamaConfig(
+        vocab_size=shape.pop("vocab_size", 293),
+        max_position_embeddings=256,
+        rope_theta=5000.0,
+        initializer_range=0.05,
+        **shape,
+    )
+    model = LlamaForCausalLM(config)
+    _train(model, fast, lines)
+    model = model.to(dtype)
+    model.generation_config.temperature = 0.7
+    model.generation_config.do_sample = True
+    model.save_pretrained(folder, max_shard_size=shape.pop("max_shard_size", "5GB"))
+    fast.save_pretrained(folder)
+    return folder
+
+
+def _train(model: Any, tokenizer: Any, lines: list[str]) -> None:
+    """A few steps on the text: distillation refuses a teacher that knows nothing."""
+    import torch
+
+    ids = [i for line in lines for i in tokenizer(line)["input_ids"]]
+    windows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        batch = windows[torch.randint(len(windows), (8,))]
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="session")
+def odd_llama(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """7 heads over 1 query group, nothing a multiple of 64, tied embeddings."""
+    return write_tiny_llama(tmp_path_factory.mktemp("odd") / "odd", text_file, **ODD)
+
+
+@pytest.fixture(scope="session")
+def even_llama(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """Divisible by 2 everywhere, for tensor and pipeline parallelism; untied embeddings."""
+    return write_tiny_llama(tmp_path_factory.mktemp("even") / "even", text_file, **EVEN)

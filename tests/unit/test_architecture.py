@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from nemo_convert.families import FAMILIES
+from nemo_convert.smollm2 import HF_CONFIG
+from recipes.architecture import (
+    SUPPORTED,
+    Architecture,
+    Targets,
+    pruned,
+    read_architecture,
+    target_problems,
+)
+from recipes.errors import RecipeError
+
+LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+DIVISORS = {"hidden_size": 64, "ffn_hidden_size": 64}
+SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
+
+
+def problems(**targets: Any) -> list[tuple[str, str]]:
+    return list(target_problems(SMOLLM2, Targets(**targets), DIVISORS))
+
+
+def test_parameters_of_smollm2() -> None:
+    layer = 576 * 9 * 64 * 2 + 576 * 3 * 64 * 2 + 3 * 576 * 1536 + 2 * 576
+    assert SMOLLM2.parameters() == 30 * layer + 49152 * 576 + 576 == 134_515_008
+
+
+def test_parameters_of_llama_3_1_8b() -> None:
+    layer = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336 + 2 * 4096
+    by_hand = 32 * layer + 2 * 128256 * 4096 + 4096
+    assert read_architecture(LLAMA_8B, "8B").parameters() == by_hand == 8_030_261_248
+
+
+@pytest.mark.parametrize("config", [HF_CONFIG, LLAMA_8B], ids=["tied", "untied"])
+def test_parameters_equal_the_conversion_table(config: dict[str, Any]) -> None:
+    architecture = read_architecture(config, "x")
+    total = 0
+    for weight, _ in FAMILIES["LlamaForCausalLM"].weights_of(architecture):
+        count = 1
+        for size in weight.shape(architecture):
+            count *= size
+        total += count
+    assert total == architecture.parameters()
+
+
+def test_flops_count_each_matrix_once() -> None:
+    layer = 576 * 64 * (2 * 9 + 2 * 3) + 3 * 576 * 1536
+    assert SMOLLM2.forward_flops_per_token() == 2 * (30 * layer + 49152 * 576)
+    untied = dataclasses.replace(SMOLLM2, tied_embeddings=False)
+    assert untied.forward_flops_per_token() == SMOLLM2.forward_flops_per_token()
+
+
+def test_every_supported_architecture_can_be_converted() -> None:
+    assert set(SUPPORTED) == set(FAMILIES)
+
+
+def test_defaults_of_absent_fields() -> None:
+    absent = ("num_key_value_heads", "tie_word_embeddings", "max_position_embeddings")
+    config = {key: value for key, value in LLAMA_8B.items() if key not in absent}
+    architecture = read_architecture(config, "x")
+    assert architecture.num_query_groups == 32
+    assert architecture.kv_channels == 128
+    assert architecture.tied_embeddings is False
+    assert architecture.max_position_embeddings == 2048
+
+
+def test_head_dim_is_kept_when_given() -> None:
+    assert read_architecture({**LLAMA_8B, "head_dim": 64}, "x").kv_channels == 64
+
+
+@pytest.mark.parametrize(
+    ("architectures", "name"),
+    [(["Qwen2ForCausalLM"], "Qwen2ForCausalLM"), (["GPT2LMHeadModel"], "GPT2LMHeadModel")]
+    + [([], "none"), (None, "none")],
+)
+def test_unsupported_architecture_names_the_supported_ones(
+    architectures: list[str] | None, name: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_architecture({**LLAMA_8B, "architectures": architectures}, "some/model")
+    message = str(caught.value)
+    assert f"some/model: architecture {name} is not supported" in message
+    assert all(supported in message for supported in SUPPORTED)
+
+
+def test_missing_architectures_are_refused() -> None:
+    with pytest.raises(RecipeError, match="architecture none is not supported"):
+        read_architecture({}, "x")
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_attention_heads", "vocab_size"])
+def test_missing_size_is_named(field: str) -> None:
+    config = {key: value for key, value in LLAMA_8B.items() if key != field}
+    with pytest.raises(RecipeError, match=field):
+        read_architecture(config, "x")
+
+
+@pytest.mark.parametrize("field", ["attention_bias", "mlp_bias"])
+@pytest.mark.xfail(
+    strict=True, reason="biases have no row in the conversion table, but are not refused"
+)
+def test_biases_are_refused(field: str) -> None:
+    with pytest.raises(RecipeError, match=field):
+        read_architecture({**LLAMA_8B, field: True}, "x")
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"num_layers": 24},
+        {"num_layers": 1},
+        {"hidden_size": 512, "ffn_hidden_size": 1152},
+        {"hidden_size": 576},
+        {"num_attention_heads": 6},
+        {"drop_layers": (1, 30)},
+        {"drop_layers": (3,), "hidden_size": 512},
+    ],
+)
+def test_possible_targets(targets: dict[str, Any]) -> None:
+    assert problems(**targets) == []
+
+
+@pytest.mark.parametrize(
+    ("targets", "what", "fix"),
+    [
+        ({}, "no target is set", "target_* field or drop_layers"),
+        ({"num_layers": 31}, "target_num_layers=31 is larger than the teacher's 30", "at most 30"),
+        ({"hidden_size": 640}, "target_hidden_size=640 is larger than", "at most 576"),
+        ({"num_attention_heads": 12}, "larger than the teacher's 9", "at most 9"),
+        ({"num_layers": 0}, "target_num_layers=0 is not positive", "use 1 to 30"),
+        ({"ffn_hidden_size": -64}, "target_ffn_hidden_size=-64 is not positive", "use 1 to 1536"),
+        ({"ffn_hidden_size": 1100}, "ffn_hidden_size_divisor=64", "use 1088 or 1152,"),
+        ({"hidden_size": 570}, "hidden_size_divisor=64", "use 512 or 576,"),
+        ({"hidden_size": 20}, "hidden_size_divisor=64", "use 64,"),
+        ({"num_attention_heads": 7}, "the teacher's 3 query groups", "a multiple of 3"),
+        ({"drop_layers": (0, 3)}, "drop_layers has [0]", "numbered 1 to 30"),
+        ({"drop_layers": (31,)}, "drop_layers has [31]", "numbered 1 to 30"),
+        ({"drop_layers": (2, 2)}, "drop_layers=[2, 2] names a layer twice", "once"),
+        ({"drop_layers": tuple(range(1, 31))}, "leaves no layer", "at least one layer"),
+        ({"drop_layers": (2,), "num_layers": 24}, "are both set", "one of them"),
+    ],
+)
+def test_each_rule_says_what_and_how_to_fix_it(
+    targets: dict[str, Any], what: str, fix: str
+) -> None:
+    [(found, advice)] = problems(**targets)
+    assert what in found
+    assert fix in advice
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    found = problems(num_layers=40, hidden_size=577, ffn_hidden_size=100, num_attention_heads=4)
+    assert len(found) == 4
+
+
+@pytest.mark.xfail(strict=True, reason="the advice is 'use , or a divisor of 20'")
+def test_advice_without_a_multiple_that_fits_is_a_sentence() -> None:
+    narrow = dataclasses.replace(SMOLLM2, ffn_hidden_size=60)
+    [(_, fix)] = target_problems(narrow, Targets(ffn_hidden_size=20), DIVISORS)
+    assert "use ," not in fix
+
+
+@pytest.mark.parametrize("divisor", [0, -64])
+@pytest.mark.xfail(
+    strict=True, reason="a divisor of 0 raises ZeroDivisionError and a negative one is taken"
+)
+def test_divisor_that_is_not_positive_is_refused(divisor: int) -> None:
+    found = target_problems(SMOLLM2, Targets(hidden_size=512), {"hidden_size": divisor})
+    assert any("divisor" in what for what, _ in found)
+
+
+def test_pruned_keeps_axes_without_a_target(teacher: Architecture) -> None:
+    student = pruned(teacher, Targets(hidden_size=64, num_layers=2))
+    assert student == dataclasses.replace(teacher, hidden_size=64, num_layers=2)
+    assert student.kv_channels == teacher.kv_channels
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [(Targets(drop_layers=(1, 3)), 2), (Targets(num_layers=3), 3), (Targets(hidden_size=64), 4)],
+)
+def test_pruned_layers(teacher: Architecture, targets: Targets, layers: int) -> None:
+    assert pruned(teacher, targets).num_layers == layers
+
+
+def test_fewer_heads_shrink_attention_only(teacher: Architecture) -> None:
+    student = pruned(teacher, Targets(num_attention_heads=4))
+    removed = teacher.num_layers * teacher.hidden_size * teacher.kv_channels * 2 * 4
+    assert teacher.parameters() - student.parameters() == removed
+
+
+def test_as_dict_builds_the_same_architecture(teacher: Architecture) -> None:
+    assert Architecture(**teacher.as_dict()) == teacher

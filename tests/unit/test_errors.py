@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import pytest
+
+from recipes.errors import RecipeError, did_you_mean
+
+
+def test_error_shows_the_fix_on_its_own_line() -> None:
+    assert str(RecipeError("it broke", "mend it")) == "it broke\n  fix: mend it"
+
+
+def test_error_without_a_fix_is_just_the_message() -> None:
+    assert str(RecipeError("it broke")) == "it broke"
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("distil", " Did you mean 'distill'?"), ("prnue", " Did you mean 'prune'?"), ("xyz", "")],
+)
+def test_did_you_mean(word: str, expected: str) -> None:
+    assert did_you_mean(word, iter(("prune", "distill"))) == expected

