@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +18,13 @@ from nemo import lightning as nl
 from nemo.collections import llm
 
 from nemo_convert import cpu_backend, nemo
-from nemo_convert.nemo import Parallelism
-from recipes import corpus
+from nemo_convert.hf import copy_side_files
 from recipes.errors import RecipeError
 from recipes.indexed_dataset import prefix
 from recipes.kd_model import KDModel
+from recipes.manifest import write_text_atomically
 from recipes.metrics import MetricsLog
+from recipes.sources import read_json
 from recipes.stage import Input, rank, world_size
 
 if TYPE_CHECKING:
@@ -77,22 +80,22 @@ def distill_checkpoint(
         resume=_resume(checkpoints, student),
         tokenizer=None,
     )
-    with model.core_module.hide_teacher_model(), model.core_module.hide_loss_modules():
-        student_model.config = model.config
-        nemo.save_checkpoint(
-            out, student_model, _Student(model.core_module), nemo.side_files(student), rank()
-        )
+    _save_student(cfg, model, student_model, nemo.side_files(student), out)
     return {**progress.summary, "teacher_loss": model.teacher_loss}
 
 
-class _Student:
-    """The student's part of a distillation model, as ``save_checkpoint`` needs it."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def sharded_state_dict(self, prefix: str) -> Any:
-        return self._module.sharded_state_dict(prefix=prefix)
+def _save_student(cfg: Config, model: KDModel, student_model: Any, side: Path, out: Path) -> None:
+    """Writes the student alone, in the type it was trained in, and says so in both configs."""
+    student_model.__io__.config.params_dtype = cfg.dtype
+    student_model.__io__.config.bf16 = cfg.dtype == torch.bfloat16
+    with tempfile.TemporaryDirectory() as temporary, model.core_module.hide_loss_modules():
+        staged = Path(temporary) / nemo.SIDE
+        copy_side_files(side, staged)
+        config = read_json(staged / "config.json")
+        config.pop("dtype", None)  # the newer name of the same
+        config["torch_dtype"] = str(cfg.dtype).removeprefix("torch.")
+        write_text_atomically(staged / "config.json", json.dumps(config, indent=2) + "\n")
+        nemo.save_checkpoint(out, student_model, model.core_module, staged, rank())
 
 
 def _trainer(cfg: Config) -> Any:

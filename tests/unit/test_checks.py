@@ -1,0 +1,232 @@
+"""The ``check`` functions of the stages, and the contract that every stage module keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.plan import stage_module
+from launch.schema import CONF
+from recipes import distill, evaluate, export_hf, import_hf, prepare_data, prune
+from recipes.errors import RecipeError
+from recipes.manifest import KINDS
+from recipes.preflight import Chain, Problem
+from recipes.stage import Resources, StageConfig
+
+STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    (tmp_path / "text.jsonl").write_text('{"text": "x"}\n')
+    return str(tmp_path / "text.jsonl")
+
+
+def one(problems: Any) -> Problem:
+    [problem] = problems
+    assert isinstance(problem, Problem)
+    return problem
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_modules_keep_the_contract(stage: str, chain: Chain) -> None:
+    module = stage_module(stage)
+    assert issubclass(module.Config, StageConfig)
+    assert dataclasses.is_dataclass(module.Config)
+    assert module.KIND in KINDS
+    assert set(module.INPUTS.values()) <= set(KINDS)
+    assert callable(module.run)
+    assert isinstance(list(module.check(module.Config(stage=stage), chain)), list)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_mark_only_resources_as_resources(stage: str) -> None:
+    fields = dataclasses.fields(stage_module(stage).Config)
+    assert [f.name for f in fields if f.metadata.get("resource")] == ["resources"]
+
+
+def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
+    cfg = prepare_data.Config(sources=[text])
+    assert list(prepare_data.check(cfg, chain)) == []
+    assert prepare_data.external(cfg) == {text: Path(text)}
+
+
+def test_prepare_data_lists_every_bad_source(text: str, chain: Chain) -> None:
+    cfg = prepare_data.Config(sources=["a.csv", text, "missing.txt"])
+    found = list(prepare_data.check(cfg, chain))
+    assert [p.rule for p in found] == ["data-sources", "data-sources"]
+    assert "a.csv" in found[0].what
+    assert "missing.txt" in found[1].what
+    assert list(prepare_data.external(cfg)) == [text]
+
+
+def test_prepare_data_needs_a_source(chain: Chain) -> None:
+    assert one(prepare_data.check(prepare_data.Config(), chain)).what == "no text is given"
+
+
+@pytest.mark.parametrize(
+    "fractions",
+    [
+        {"validation_fraction": 0.0},
+        {"heldout_fraction": -0.1},
+        {"calibration_fraction": 0.94},
+        {"validation_fraction": 0.5, "heldout_fraction": 0.5},
+    ],
+)
+def test_prepare_data_needs_positive_fractions_and_a_rest(
+    text: str, chain: Chain, fractions: dict[str, float]
+) -> None:
+    cfg = prepare_data.Config(sources=[text], **fractions)
+    assert one(prepare_data.check(cfg, chain)).rule == "data-parts"
+
+
+def test_prepare_data_knows_the_teachers_positions(text: str, chain: Chain) -> None:
+    fits = prepare_data.Config(sources=[text], seq_length=1024)
+    assert list(prepare_data.check(fits, chain)) == []
+    problem = one(prepare_data.check(dataclasses.replace(fits, seq_length=1025), chain))
+    assert problem.what == "seq_length=1025 exceeds the teacher's 1024 positions"
+
+
+@pytest.mark.parametrize("stage", [prune, distill, evaluate])
+@pytest.mark.xfail(
+    strict=True, reason="only prepare_data compares its seq_length with the teacher's positions"
+)
+def test_other_stages_know_the_teachers_positions(stage: Any, chain: Chain) -> None:
+    cfg = stage.Config(seq_length=1025)
+    if stage is prune:
+        cfg.target_num_layers = 2
+    assert list(stage.check(cfg, chain))
+
+
+@pytest.mark.xfail(strict=True, reason="no stage refuses a seq_length below 1")
+def test_seq_length_is_positive(text: str, chain: Chain) -> None:
+    assert list(prepare_data.check(prepare_data.Config(sources=[text], seq_length=0), chain))
+
+
+def test_prepare_data_fractions_leave_train_out() -> None:
+    cfg = prepare_data.Config(validation_fraction=0.1)
+    assert cfg.fractions() == {"validation": 0.1, "calibration": 0.04, "heldout": 0.04}
+
+
+def test_prepare_data_takes_each_document_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\none\n\nthree")
+    (tmp_path / "b.txt").write_text("three\n\nfour")
+    cfg, seen = prepare_data.Config(), set[str]()
+    assert list(prepare_data._unique(cfg, str(tmp_path / "a.txt"), seen)) == ["one", "two", "three"]
+    assert list(prepare_data._unique(cfg, str(tmp_path / "b.txt"), seen)) == ["four"]
+
+
+def test_prepare_data_takes_at_most_max_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
+    cfg = prepare_data.Config(max_documents=2)
+    assert list(prepare_data._unique(cfg, str(tmp_path / "a.txt"), set())) == ["one", "two"]
+
+
+def test_prepare_data_names_parts_without_a_window() -> None:
+    tokens = Counter(train=1000, validation=256, calibration=257)
+    with pytest.raises(RecipeError, match="validation: 256, heldout: 0"):
+        prepare_data._require_windows(tokens, 256)
+    prepare_data._require_windows(Counter(dict.fromkeys(tokens, 257), heldout=257), 256)
+
+
+def test_prune_passes_targets_on(chain: Chain) -> None:
+    good = prune.Config(target_hidden_size=64, target_ffn_hidden_size=192, target_num_layers=2)
+    assert list(prune.check(good, chain)) == []
+    bad = dataclasses.replace(good, target_hidden_size=100, target_ffn_hidden_size=512)
+    whats = [p.what for p in prune.check(bad, chain)]
+    assert len(whats) == 2
+    assert "target_hidden_size=100 is not a multiple of hidden_size_divisor=64" in whats
+    assert list(prune.check(dataclasses.replace(good, hidden_size_divisor=4), chain)) == []
+
+
+def test_prune_sorts_the_layers_to_drop() -> None:
+    assert prune.Config(drop_layers=[3, 1]).targets().drop_layers == (1, 3)
+
+
+@pytest.mark.parametrize("resources", [Resources(devices=2), Resources(nodes=2)])
+def test_prune_runs_on_one_rank(chain: Chain, resources: Resources) -> None:
+    cfg = prune.Config(target_num_layers=2, resources=resources)
+    assert one(prune.check(cfg, chain)).rule == "prune-ranks"
+
+
+@pytest.mark.parametrize("stage", [import_hf, prepare_data, evaluate, export_hf])
+@pytest.mark.xfail(
+    strict=True, reason="stages whose ranks would write the same files take several devices"
+)
+def test_stages_without_parallelism_run_on_one_rank(
+    stage: Any, chain: Chain, text: str
+) -> None:
+    cfg = stage.Config(resources=Resources(devices=2))
+    if stage is prepare_data:
+        cfg.sources = [text]
+    assert list(stage.check(cfg, chain))
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule"),
+    [
+        ({"precision": "fp8"}, "precision"),
+        ({"lr": 0.0}, "positive"),
+        ({"temperature": -1.0}, "positive"),
+        ({"checkpoint_interval": 0}, "positive"),
+        ({"val_check_interval": 0}, "positive"),
+        ({"warmup_steps": 100}, "warmup"),
+        ({"global_batch_size": 6}, "batch"),
+        ({"tensor_model_parallel_size": 2}, "ranks"),
+    ],
+)
+def test_distill_rules(chain: Chain, fields: dict[str, Any], rule: str) -> None:
+    assert one(distill.check(distill.Config(**fields), chain)).rule == rule
+
+
+def test_distill_lists_all_problems(chain: Chain) -> None:
+    cfg = distill.Config(max_steps=0, precision="8", global_batch_size=3)
+    rules = [p.rule for p in distill.check(cfg, chain)]
+    assert rules == ["precision", "positive", "warmup", "batch"]
+
+
+def test_distill_defaults_have_no_problem(chain: Chain) -> None:
+    assert list(distill.check(distill.Config(), chain)) == []
+
+
+@pytest.mark.xfail(
+    strict=True, reason="layout_problems looks at the teacher only, not at the pruned student"
+)
+@pytest.mark.parametrize(
+    ("target", "parallel"),
+    [
+        ({"target_num_layers": 3}, "pipeline_model_parallel_size"),
+        ({"target_ffn_hidden_size": 129}, "tensor_model_parallel_size"),
+    ],
+)
+def test_distill_knows_the_students_shape(
+    chain: Chain, target: dict[str, int], parallel: str
+) -> None:
+    student = prune.Config(stage="prune", ffn_hidden_size_divisor=1, **target)
+    cfg = distill.Config(
+        stage="distill",
+        inputs={"student": "prune"},
+        resources=Resources(devices=2),
+        **{parallel: 2},
+    )
+    whole = Chain(chain.hf_path, chain.teacher, {"prune": student, "distill": cfg})
+    assert list(distill.check(cfg, whole))
+
+
+@pytest.mark.parametrize("fields", [{"num_windows": 0}, {"prompt_tokens": 256}])
+def test_evaluate_needs_something_to_do(chain: Chain, fields: dict[str, int]) -> None:
+    assert list(evaluate.check(evaluate.Config(), chain)) == []
+    assert one(evaluate.check(evaluate.Config(**fields), chain)).rule == "evaluate"
+
+
+def test_import_depends_on_a_local_folder_only(hf_folder: Path) -> None:
+    assert import_hf.external(import_hf.Config(hf_path=str(hf_folder))) == {"hf_path": hf_folder}
+    assert import_hf.external(import_hf.Config(hf_path="org/name")) == {}
+
+
+def test_export_needs_the_size_of_the_teacher_at_most(chain: Chain) -> None:
+    assert export_hf.disk_bytes(export_hf.Config(), chain) == 4 * chain.teacher.parameters()

@@ -1,0 +1,221 @@
+"""What a plan refuses, and what it is made of. ``test_plan_status`` says what must run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from launch.plan import Plan, make_plan
+from recipes.errors import RecipeError
+from recipes.manifest import ARTIFACT, MANIFEST
+
+ORDER = ["import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
+MakePlan = Callable[..., Plan]
+Complete = Callable[..., None]
+
+
+def refusal(plan: MakePlan, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        plan(*overrides)
+    return str(caught.value)
+
+
+def test_stages_are_in_the_order_of_their_inputs(plan: MakePlan) -> None:
+    stages = plan().stages
+    assert [stage.name for stage in stages] == ORDER
+    place = {stage.name: i for i, stage in enumerate(stages)}
+    for stage in stages:
+        assert all(place[source] < place[stage.name] for source in stage.config.inputs.values())
+
+
+def test_planning_writes_nothing(plan: MakePlan, tmp_path: Path) -> None:
+    plan()
+    assert os.listdir(tmp_path) == []
+
+
+def test_plan_is_the_same_each_time(plan: MakePlan) -> None:
+    first, second = plan(), plan()
+    assert first == second
+    assert len({stage.fingerprint for stage in first.stages}) == len(ORDER)
+
+
+def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) -> None:
+    stage = plan().stages[3]
+    request = stage.request()
+    assert OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(request))) == request
+    assert request["config"]["stage"] == "distill"
+    assert request["fingerprint"] == stage.fingerprint
+    student = request["inputs"]["student"]
+    assert student["directory"] == str(tmp_path / "run" / "prune")
+    assert student["kind"] == "checkpoint_nemo"
+    assert student["fingerprint"] == plan().stages[2].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("force=[distil]", "force: there is no stage 'distil'. Did you mean 'distill'?"),
+        ("stages.only=[prun]", "stages.only: there is no stage 'prun'. Did you mean 'prune'?"),
+        ("stages.prune.target_hidden_size=640", "larger than the teacher's 576"),
+        ("stages.prune.target_ffn_hidden_size=1100", "use 1088 or 1152"),
+        ("stages.prune.target_num_attention_heads=7", "query groups"),
+        ("stages.prune.drop_layers=[31]", "layers are numbered 1 to 30"),
+        ("stages.prune.resources.devices=2", "stages.prune.resources.devices=1"),
+        ("stages.distill.resources.devices=3", "not a multiple of DP=3"),
+        ("data.seq_length=10000", "exceeds the teacher's 8192 positions"),
+        ("data.sources=[]", "no text is given"),
+        ("data.sources=[nothing.txt]", "there is no file 'nothing.txt'"),
+        ("data.sources=[text.csv]", "'text.csv' is not one of"),
+        ("data.sources=['pypi://x']", "not of the form pypi://"),
+        ("stages.prune.inputs.checkpoint=distill", "in a circle: prune → distill → prune"),
+        ("stages.prune.inputs.checkpoint=prepare_data", "is a dataset; a checkpoint_nemo is needed"),
+        ("stages.prune.inputs.checkpoint=improt_hf", "Did you mean 'import_hf'?"),
+        ("+stages.prune.inputs.extra=import_hf", "prune needs checkpoint, calibration"),
+        ("~stages.prune.inputs.calibration", "prune needs checkpoint, calibration"),
+        ("model.hf_path=/nowhere/at/all", "neither a folder nor a Hugging Face hub id"),
+    ],
+)
+def test_problem_is_found_before_anything_runs(
+    plan: MakePlan, tmp_path: Path, override: str, words: str
+) -> None:
+    assert words in refusal(plan, override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_problems_of_several_stages_are_listed_together(plan: MakePlan) -> None:
+    message = refusal(plan, "data.sources=[]", "stages.prune.target_hidden_size=640", "data.seq_length=9000")
+    for words in ("no text is given", "larger than the teacher", "9000"):
+        assert words in message
+
+
+def test_stage_feeding_itself_is_a_circle(plan: MakePlan) -> None:
+    assert "in a circle" in refusal(plan, "stages.prune.inputs.checkpoint=prune")
+
+
+def test_recipe_without_stages_is_refused(compose: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="the recipe has no stages"):
+        make_plan(compose(), tmp_path)
+
+
+def test_empty_data_file_is_refused(plan: MakePlan, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    assert "is empty" in refusal(plan, f"data.sources=[{tmp_path}/empty.jsonl]")
+
+
+def test_model_without_weights_is_refused(plan: MakePlan, hf_folder: Path) -> None:
+    (hf_folder / "model.safetensors").unlink()
+    assert f"{hf_folder} has no *.safetensors weights" in refusal(plan, f"model.hf_path={hf_folder}")
+
+
+def test_model_of_another_architecture_is_refused(plan: MakePlan, hf_folder: Path) -> None:
+    (hf_folder / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"]}))
+    message = refusal(plan, f"model.hf_path={hf_folder}")
+    assert "Qwen2ForCausalLM is not supported" in message
+    assert "LlamaForCausalLM" in message
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the message is OmegaConf's; read_chain's 'no model is set' comes too late"
+)
+def test_model_that_is_not_set_is_said_so(plan: MakePlan) -> None:
+    assert "no model is set" in refusal(plan, "model.hf_path=null")
+
+
+@pytest.mark.parametrize("override", ["stages.only=prune", "force=distill"])
+@pytest.mark.xfail(strict=True, reason="a name without brackets is read letter by letter")
+def test_one_name_without_brackets_is_understood_or_explained(
+    plan: MakePlan, override: str
+) -> None:
+    try:
+        plan(override)
+    except RecipeError as error:
+        message = str(error)
+    else:
+        return
+    assert "there is no stage" not in message
+
+
+@pytest.mark.xfail(strict=True, reason="an unknown stage type raises ModuleNotFoundError")
+def test_unknown_stage_type_is_refused(plan: MakePlan) -> None:
+    assert "distil" in refusal(plan, "stages.distill.stage=distil")
+
+
+def test_left_out_stage_that_is_needed_is_refused(plan: MakePlan) -> None:
+    message = refusal(plan, "stages.only=[prune]")
+    assert "leaves out import_hf" in message
+    assert "not run yet" in message
+    assert "add import_hf to stages.only" in message
+
+
+def test_left_out_stages_are_not_checked_and_not_planned(plan: MakePlan) -> None:
+    planned = plan("stages.only=[import_hf]", "stages.prune.target_hidden_size=640")
+    assert [stage.name for stage in planned.stages] == ["import_hf"]
+
+
+def test_only_runs_on_complete_inputs(plan: MakePlan, complete: Complete) -> None:
+    complete(plan(), "import_hf", "prepare_data")
+    planned = plan("stages.only=[prune]", "stages.prune.target_hidden_size=448")
+    assert [(stage.name, stage.action) for stage in planned.stages] == [("prune", "run")]
+
+
+def test_only_refuses_inputs_that_are_out_of_date(plan: MakePlan, complete: Complete) -> None:
+    complete(plan())
+    message = refusal(plan, "stages.only=[distill]", "stages.prune.target_hidden_size=448")
+    assert "leaves out prune" in message
+    assert "target_hidden_size 512 → 448" in message
+
+
+@pytest.mark.xfail(
+    strict=True, reason="changed files of a stage that is left out and not needed stop the run"
+)
+def test_only_does_not_look_at_stages_that_are_not_needed(
+    plan: MakePlan, complete: Complete, tmp_path: Path
+) -> None:
+    complete(plan())
+    (tmp_path / "run" / "report" / ARTIFACT / "data.bin").write_text("edited")
+    assert plan("stages.only=[prune]").todo() == []
+
+
+def external(plan: MakePlan, directory: Path) -> Plan:
+    return plan(f"stages.prune.inputs.checkpoint={directory}")
+
+
+def test_input_from_another_run(plan: MakePlan, complete: Complete, tmp_path: Path) -> None:
+    complete(plan())
+    other = (tmp_path / "run").rename(tmp_path / "other")
+    planned = external(plan, other / "import_hf")
+    reference = planned.stages[ORDER.index("prune")].inputs["checkpoint"]
+    manifest = json.loads((other / "import_hf" / MANIFEST).read_text())
+    assert reference.directory == other / "import_hf"
+    assert reference.fingerprint == manifest["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "damage", "words"),
+    [
+        ("prepare_data", None, "holds a dataset, but a checkpoint_nemo is needed"),
+        ("import_hf", "manifest", "has no manifest.json: it is not complete"),
+        ("import_hf", "file", "data.bin (changed)"),
+        ("nothing", None, "neither a stage of this recipe nor a stage directory"),
+        (".", None, "has no manifest.json"),
+    ],
+)
+def test_input_that_cannot_be_used(
+    plan: MakePlan, complete: Complete, tmp_path: Path, stage: str, damage: str | None, words: str
+) -> None:
+    complete(plan(), "import_hf", "prepare_data")
+    other = (tmp_path / "run").rename(tmp_path / "other")
+    if damage == "manifest":
+        (other / stage / MANIFEST).unlink()
+    elif damage == "file":
+        (other / stage / ARTIFACT / "data.bin").write_text("edited")
+    with pytest.raises(RecipeError) as caught:
+        external(plan, other / stage)
+    assert words in str(caught.value)
+    assert str((other / stage).resolve()) in str(caught.value)

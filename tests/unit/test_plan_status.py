@@ -1,0 +1,237 @@
+"""Which stages of a run in which state must run, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.plan import Plan
+from recipes.errors import RecipeError
+from recipes.manifest import ARTIFACT, MANIFEST, WORK, read_manifest, write_manifest
+
+ORDER = ["import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
+MakePlan = Callable[..., Plan]
+Complete = Callable[..., None]
+
+
+def todo(plan: Plan) -> dict[str, str]:
+    """Stages that run, with the reason."""
+    return {stage.name: stage.reason for stage in plan.todo()}
+
+
+@pytest.fixture
+def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
+    """A complete run."""
+    complete(plan())
+    return tmp_path / "run"
+
+
+def test_new_run_starts_everything(plan: MakePlan) -> None:
+    assert todo(plan()) == dict.fromkeys(ORDER, "not run yet")
+
+
+@pytest.mark.usefixtures("run")
+def test_complete_run_starts_nothing(plan: MakePlan) -> None:
+    assert todo(plan()) == {}
+    assert {stage.reason for stage in plan().stages} == {"complete"}
+
+
+@pytest.mark.usefixtures("run")
+def test_distill_field_reruns_distill_and_what_follows(plan: MakePlan) -> None:
+    assert todo(plan("stages.distill.lr=2e-4")) == {
+        "distill": "lr 0.0001 → 0.0002",
+        "evaluate": "input distilled changed",
+        "export_hf": "input checkpoint changed",
+        "report": "input distilled changed",
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.hf_path=HF", ORDER),
+        ("stages.prepare_data.max_documents=5", [n for n in ORDER if n != "import_hf"]),
+        ("stages.prune.target_hidden_size=448", ORDER[2:]),
+        ("stages.evaluate.num_windows=2", ["evaluate", "export_hf", "report"]),
+        ("stages.export_hf.recipe=x", ["export_hf", "report"]),
+        ("stages.report.title=x", ["report"]),
+    ],
+)
+@pytest.mark.usefixtures("run")
+def test_a_field_reruns_its_stage_and_what_follows(
+    plan: MakePlan, hf_folder: Path, override: str, expected: list[str]
+) -> None:
+    extra = []
+    if override.endswith("=HF"):
+        override = override.replace("HF", str(hf_folder))
+        # The small model needs smaller targets.
+        extra = ["stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128"]
+    assert list(todo(plan(override, *extra))) == expected
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "stages.distill.resources.time=1",
+        "stages.distill.resources.devices=4 stages.distill.micro_batch_size=4",
+        "+stages.prune.resources.env.X=y",
+        "+cluster.env.X=y",
+        "dry_run=true",
+    ],
+)
+@pytest.mark.usefixtures("run")
+def test_resources_rerun_nothing(plan: MakePlan, complete: Complete, override: str) -> None:
+    overrides = override.split()
+    if "devices" in override:  # A batch that both layouts can take.
+        complete(plan("stages.distill.global_batch_size=16"))
+        overrides.append("stages.distill.global_batch_size=16")
+    assert todo(plan(*overrides)) == {}
+
+
+@pytest.mark.usefixtures("run")
+def test_several_changed_fields_are_counted(plan: MakePlan) -> None:
+    overrides = ("stages.distill.lr=2e-4", "stages.distill.max_steps=7", "stages.distill.seed=1")
+    assert todo(plan(*overrides))["distill"].endswith(" and 2 more")
+
+
+def test_changed_code_is_the_reason(plan: MakePlan, run: Path) -> None:
+    manifest = read_manifest(run / "prune")
+    assert manifest is not None
+    write_manifest(run / "prune", dataclasses.replace(manifest, code="old", fingerprint="old"))
+    assert todo(plan()) == {
+        "prune": "code changed",
+        "distill": "after prune",
+        "evaluate": "after prune, distill",
+        "export_hf": "after distill, evaluate",
+        "report": "after prune, distill, evaluate, export_hf",
+    }
+
+
+def test_changed_data_file_is_the_reason(
+    plan: MakePlan, complete: Complete, tmp_path: Path
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("one")
+    complete(plan(f"data.sources=[{file}]"))
+    os.utime(file, ns=(0, 0))
+    assert todo(plan(f"data.sources=[{file}]")) == {}
+    file.write_text("two")
+    found = todo(plan(f"data.sources=[{file}]"))
+    assert found["prepare_data"] == "source files changed"
+    assert found["prune"] == "input calibration changed"
+    assert "import_hf" not in found
+
+
+def test_changed_model_folder_is_the_reason(
+    plan: MakePlan, complete: Complete, hf_folder: Path
+) -> None:
+    overrides = (
+        f"model.hf_path={hf_folder}",
+        "stages.prune.target_hidden_size=64",
+        "stages.prune.target_ffn_hidden_size=128",
+    )
+    complete(plan(*overrides))
+    assert todo(plan(*overrides)) == {}
+    (hf_folder / "model.safetensors").write_bytes(b"WEIGHTS")
+    found = todo(plan(*overrides))
+    assert list(found) == ORDER
+    assert found["import_hf"] == "source files changed"
+
+
+@pytest.mark.usefixtures("run")
+def test_forced_stage_runs_with_what_follows(plan: MakePlan) -> None:
+    assert todo(plan("force=[distill]")) == {
+        "distill": "forced",
+        "evaluate": "after distill",
+        "export_hf": "after distill, evaluate",
+        "report": "after distill, evaluate, export_hf",
+    }
+
+
+@pytest.mark.usefixtures("run")
+def test_forced_stages_may_be_several(plan: MakePlan) -> None:
+    found = todo(plan("force=[evaluate,report]"))
+    assert list(found) == ["evaluate", "export_hf", "report"]
+    assert found["report"] == "forced"
+
+
+def test_deleted_manifest_reruns_the_stage_and_what_follows(plan: MakePlan, run: Path) -> None:
+    (run / "evaluate" / MANIFEST).unlink()
+    assert todo(plan()) == {
+        "evaluate": "not run yet",
+        "export_hf": "after evaluate",
+        "report": "after evaluate, export_hf",
+    }
+
+
+@pytest.mark.parametrize("change", ["edit", "delete", "add"])
+def test_changed_artifact_is_refused_by_name(plan: MakePlan, run: Path, change: str) -> None:
+    artifact = run / "prune" / ARTIFACT
+    if change == "edit":
+        (artifact / "data.bin").write_text("edited")
+    elif change == "delete":
+        (artifact / "data.bin").unlink()
+    else:
+        (artifact / "new.bin").write_text("")
+    with pytest.raises(RecipeError, match="does not match its manifest") as caught:
+        plan()
+    assert str(artifact) in str(caught.value)
+    assert ("new.bin (added)" if change == "add" else "data.bin") in str(caught.value)
+    assert todo(plan("force=[prune]"))["prune"] == "forced"
+
+
+def test_touched_artifact_is_complete(plan: MakePlan, run: Path) -> None:
+    os.utime(run / "prune" / ARTIFACT / "data.bin", ns=(0, 0))
+    assert todo(plan()) == {}
+
+
+def test_broken_manifest_is_refused_by_name(plan: MakePlan, run: Path) -> None:
+    (run / "distill" / MANIFEST).write_text("{")
+    with pytest.raises(RecipeError, match="is not a readable manifest") as caught:
+        plan()
+    assert str(run / "distill" / MANIFEST) in str(caught.value)
+
+
+def interrupt(run: Path, stage: str, fingerprint: str) -> None:
+    (run / stage / MANIFEST).unlink()
+    (run / stage / WORK).mkdir()
+    (run / stage / WORK / "fingerprint").write_text(fingerprint)
+
+
+def test_interrupted_stage_is_resumed(plan: MakePlan, run: Path) -> None:
+    fingerprint = json.loads((run / "distill" / MANIFEST).read_text())["fingerprint"]
+    interrupt(run, "distill", fingerprint)
+    actions = {stage.name: (stage.action, stage.reason) for stage in plan().todo()}
+    assert actions["distill"] == ("resume", "was interrupted")
+    assert actions["evaluate"] == ("run", "after distill")
+
+
+def test_interrupted_stage_of_other_settings_starts_anew(plan: MakePlan, run: Path) -> None:
+    interrupt(run, "distill", "other")
+    actions = {stage.name: (stage.action, stage.reason) for stage in plan().todo()}
+    assert actions["distill"] == ("run", "not run yet")
+
+
+@pytest.mark.usefixtures("run")
+def test_rerun_that_made_another_result_reruns_what_follows(
+    plan: MakePlan, complete: Complete
+) -> None:
+    """As ``stages.only=[distill] force=[distill]`` leaves it, or a forced run killed after it."""
+    complete(plan(), "distill", content="another result")
+    assert list(todo(plan())) == ["evaluate", "export_hf", "report"]
+
+
+def test_runs_do_not_depend_on_where_they_are(
+    plan: MakePlan, run: Path, tmp_path: Path
+) -> None:
+    before = {stage.name: stage.fingerprint for stage in plan().stages}
+    run.rename(tmp_path / "moved")
+    assert todo(plan()) == dict.fromkeys(ORDER, "not run yet")
+    (tmp_path / "moved").rename(run)
+    assert todo(plan()) == {}
+    assert {stage.name: stage.fingerprint for stage in plan().stages} == before
