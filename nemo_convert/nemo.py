@@ -138,7 +138,8 @@ def build_core(model: Any, parallel: Parallelism, params_dtype: torch.dtype | No
     if params_dtype is not None:
         config.params_dtype = params_dtype
     config.pipeline_dtype = config.params_dtype
-    return config.configure_model(model.tokenizer)
+    # Megatron's local spec makes norms in float32 whatever params_dtype says.
+    return config.configure_model(model.tokenizer).to(config.params_dtype)
 
 
 def load_weights(core: Any, checkpoint: Path) -> None:

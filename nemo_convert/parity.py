@@ -71,13 +71,14 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any) -> Parity:
 
 
 def core_logits(core: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [batch, sequence, vocabulary] of a Megatron model at TP=PP=1, in float32."""
+    """Logits [batch, sequence, vocabulary] of a Megatron model at TP=PP=1, computed in float32."""
     import torch
 
-    core.eval()
+    core.float().eval()
+    core.config.params_dtype = torch.float32
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
     with torch.no_grad():
-        logits: torch.Tensor = core(tokens, positions, None).float()
+        logits: torch.Tensor = core(tokens, positions, None)
     return logits
 
 

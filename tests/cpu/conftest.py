@@ -46,7 +46,8 @@ def write_tiny_llama(folder: Path, text_file: Path, **shape: Any) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
     torch.manual_seed(0)
-    dtype = shape.pop("dtype", torch.float32)
+    dtype, train = shape.pop("dtype", torch.float32), shape.pop("train", True)
+    shard = shape.pop("max_shard_size", "5GB")
     config = LlamaConfig(
         vocab_size=shape.pop("vocab_size", 293),
         max_position_embeddings=256,
@@ -55,11 +56,12 @@ def write_tiny_llama(folder: Path, text_file: Path, **shape: Any) -> Path:
         **shape,
     )
     model = LlamaForCausalLM(config)
-    _train(model, fast, lines)
+    if train:
+        _train(model, fast, lines)
     model = model.to(dtype)
     model.generation_config.temperature = 0.7
     model.generation_config.do_sample = True
-    model.save_pretrained(folder, max_shard_size=shape.pop("max_shard_size", "5GB"))
+    model.save_pretrained(folder, max_shard_size=shard)
     fast.save_pretrained(folder)
     return folder
 
