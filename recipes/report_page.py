@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,16 @@ from markupsafe import Markup
 
 from recipes.manifest import write_text_atomically
 from recipes.metrics import METRICS, steps_of
-from recipes.report_plots import Series, interval_plot, layer_plot, line_plot, share_bar
+from recipes.report_plots import (
+    SMOOTHING,
+    Series,
+    interval_plot,
+    is_skewed,
+    layer_plot,
+    line_plot,
+    number,
+    share_bar,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -50,6 +60,12 @@ TERMS = {
     "loss": ("total", "total"),
     "kd": ("distillation (KL)", "distilled"),
     "lm": ("next token", "teacher"),
+}
+PARTS = {
+    "train": "Training",
+    "validation": "Validation",
+    "calibration": "Calibration",
+    "heldout": "Held out",
 }
 DASH = Markup('<span class="none">–</span>')
 MAX_FILES = 200
@@ -86,6 +102,7 @@ def page(cfg: Config, inputs: Inputs) -> dict[str, Any]:
         "made": datetime.now(UTC).isoformat(timespec="minutes"),
         "m": manifests,
         "targets": _targets(manifests["pruned"].config),
+        "parts": list(_parts(manifests["data"].metrics)),
         "saved": _saved(manifests),
         "shape": list(_shape(manifests)),
         "quality": {role: evaluation[role] for role in ROLES if role in evaluation},
@@ -115,6 +132,13 @@ def _targets(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
         for label, value in chosen
         if value
     ]
+
+
+def _parts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, int, int | None]]:
+    """Name, tokens and documents of each part of the text."""
+    for part, label in PARTS.items():
+        if (tokens := metrics.get("tokens", {}).get(part)) is not None:
+            yield label, tokens, metrics.get("documents", {}).get(part)
 
 
 def _saved(manifests: Mapping[str, Manifest]) -> float | None:
@@ -164,6 +188,7 @@ def _training(distilled: Input) -> dict[str, Any]:
     ]
     return {
         "terms": terms,
+        "smoothed": len(steps) >= 2 * SMOOTHING,
         "loss": line_plot("plot-loss", "Distillation loss over steps", terms) if terms else None,
         "small": [curve for curve in curves if curve],
     }
@@ -173,7 +198,7 @@ def _small(
     steps: list[dict[str, Any]], key: str, title: str, style: str
 ) -> tuple[str, Markup] | None:
     """A small plot of one logged value, or nothing where it was not logged."""
-    series = _one(steps, key, title, style)
+    series = replace(_one(steps, key, title, style), noisy=key == "grad_norm")
     if not series.points:
         return None
     name = f"plot-{key.replace('_', '-')}"
@@ -203,7 +228,8 @@ def _layers(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     dropped = sorted(scores.keys() - kept)
     title = f"Importance of {len(scores)} layers; dropped: {dropped or 'none'}"
     plot = layer_plot("plot-layers", title, scores, kept)
-    return {"plot": plot, "dropped": dropped, "kept": len(kept)}
+    skewed = is_skewed(scores.values())
+    return {"plot": plot, "dropped": dropped, "kept": len(kept), "skewed": skewed}
 
 
 def _quality_plot(evaluation: Mapping[str, Any]) -> Markup:
@@ -261,5 +287,5 @@ FORMATS: dict[str, Callable[..., Markup]] = {
     "duration": _optional(_duration),
     "percent": _optional(lambda v, digits=1: f"{v:.{digits}%}"),
     "decimals": _optional(lambda v, digits=3: f"{v:,.{digits}f}"),
-    "short": _optional(lambda v: f"{v:.3g}".replace("e-0", "e-")),
+    "short": _optional(lambda v: number(v, 3)),
 }

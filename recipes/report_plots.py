@@ -23,6 +23,8 @@ MAX_POINTS = 500
 SMOOTHING = 30
 """A line of at least twice this many points is also drawn as a mean over 1/30 of its length."""
 MAX_MARKERS = 40
+SKEW = 8
+"""Scores whose largest is more than this many times the median are drawn on a log scale."""
 
 _FRAME = Markup(
     '<svg id="{name}" class="plot" role="img" aria-label="{title}" style="height:{height}px">'
@@ -46,6 +48,15 @@ _BAR = Markup(
     '<rect class="bar {style}" x="{x}%" y="{y}%" width="{width}%" height="{height}%">'
     "<title>{hint}</title></rect>"
 )
+_COLUMN = Markup('<line class="grid" x1="{at}%" x2="{at}%" y1="0" y2="100%"/>')
+_BAND = Markup('<line class="won" x1="{low}%" x2="{high}%" y1="{y}%" y2="{y}%"/>')
+_INTERVAL = Markup(
+    '<line class="drop {style}" x1="{at}%" x2="{at}%" y1="{y}%" y2="100%"/>'
+    '<line class="whisker {style}" x1="{low}%" x2="{high}%" y1="{y}%" y2="{y}%"/>'
+    '<circle class="dot {style}" cx="{at}%" cy="{y}%" r="6"><title>{hint}</title></circle>'
+    '<text class="mark" x="{at}%" y="{y}%" dy="-14" text-anchor="{anchor}">{text}</text>'
+    '<text class="row" x="0" y="{y}%" dx="-12" dy=".35em" text-anchor="end">{label}</text>'
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,8 @@ class Series:
     label: str
     style: str
     points: Sequence[Point]
+    noisy: bool = True
+    """Whether a moving mean says more than the points alone."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +99,12 @@ def axis_over(values: Iterable[float], *, zero: bool = False, pad: float = 0.06)
     return Axis(min(0.0, low) if zero else low - room, high + room)
 
 
-def number(value: float) -> str:
-    """A tick's label, as short as it can be."""
-    text = f"{value:.6g}".replace("e-0", "e-").replace("e+0", "e+")
+def number(value: float, digits: int = 6) -> str:
+    """A number as short as it can be; small ones with an exponent."""
+    text = f"{value:.{digits}g}"
+    if 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
     return text.replace("-", "−")
 
 
@@ -114,7 +130,7 @@ def line_plot(
     up = axis_over((y for s in series for _, y in s.points), zero=zero)
     body = _axes(across, up)
     for one in series:
-        if len(one.points) >= 2 * SMOOTHING:
+        if one.noisy and len(one.points) >= 2 * SMOOTHING:
             body += _line(one.points, f"{one.style} raw", across, up)
             body += _line(smoothed(one.points), one.style, across, up)
         else:
@@ -159,22 +175,31 @@ def _markers(one: Series, across: Axis, up: Axis) -> Markup:
     )
 
 
+def is_skewed(scores: Iterable[float]) -> bool:
+    """Whether the largest score would flatten the rest; the first layer's often does."""
+    ordered = sorted(scores)
+    return ordered[0] > 0 and ordered[-1] > SKEW * ordered[len(ordered) // 2]
+
+
 def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int]) -> Markup:
-    """One bar per layer, numbered from 1; dropped layers are hollow."""
-    up = axis_over(scores.values(), zero=True)
-    slot = 100 / max(scores)
-    every = next(n for n in (1, 2, 5, 10, 20, max(scores)) if max(scores) / n <= 12)
-    body = Markup("").join(
-        _TICK_Y.format(at=100 - up.at(v), label=number(v)) for v in up.ticks(4)
-    )
+    """One bar per layer, numbered from 1; dropped layers are hollow; logarithmic when skewed."""
+    skewed = is_skewed(scores.values())
+    scale = math.log10 if skewed else float
+    lowest = math.log10(min(scores.values()) / 2) if skewed else 0.0
+    up = axis_over([lowest, *map(scale, scores.values())], pad=0.06)
+    up = Axis(lowest, up.high)
+    ticks = [(scale(v), v) for v in (_log_ticks(up) if skewed else up.ticks(4))]
+    slot, last = 100 / max(scores), max(scores)
+    every = next(n for n in (1, 2, 5, 10, 20, last) if last / n <= 12)
+    body = Markup("").join(_TICK_Y.format(at=100 - up.at(y), label=number(v)) for y, v in ticks)
     for layer, score in sorted(scores.items()):
-        fate = "kept" if layer in kept else "dropped"
+        fate, height = "kept" if layer in kept else "dropped", max(0.0, up.at(scale(score)))
         body += _BAR.format(
             style=fate,
             x=round((layer - 0.85) * slot, 3),
-            y=100 - up.at(max(score, 0.0)),
+            y=round(100 - height, 3),
             width=round(0.7 * slot, 3),
-            height=abs(round(up.at(score) - up.at(0.0), 3)),
+            height=height,
             hint=f"layer {layer}, {fate}: {score:.6g}",
         )
         if layer % every == 0 or layer == 1:
@@ -182,35 +207,43 @@ def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int
     return _FRAME.format(name=name, title=title, height=200, body=body)
 
 
-def interval_plot(
-    name: str, title: str, rows: Sequence[tuple[str, str, float, float]]
-) -> Markup:
+def _log_ticks(axis: Axis) -> list[float]:
+    """1, 2 and 5 in every decade of an axis of logarithms; powers of ten alone if it is long."""
+    steps = (1, 2, 5) if axis.high - axis.low < 2.5 else (1,)
+    decades = range(math.floor(axis.low), math.ceil(axis.high) + 1)
+    values = [step * 10.0**decade for decade in decades for step in steps]
+    return [v for v in values if axis.low <= math.log10(v) <= axis.high]
+
+
+def interval_plot(name: str, title: str, rows: Sequence[tuple[str, str, float, float]]) -> Markup:
     """Values with their standard errors on one scale; rows are (label, style, value, error).
 
-    Lines down from the rows' points let the eye measure the distance between them.
+    A band in the last row shows how far it came from the row before; lines down from every point
+    let the eye compare that with the others.
     """
     across = axis_over((v + s * e for _, _, v, e in rows for s in (-1, 1)), pad=0.1)
     body = Markup("").join(
-        Markup('<line class="grid" x1="{at}%" x2="{at}%" y1="0" y2="100%"/>').format(
-            at=across.at(v)
-        )
+        _COLUMN.format(at=across.at(v))
         + _TICK_X.format(at=across.at(v), anchor=_anchor(across.at(v)), label=number(v))
         for v in across.ticks(5)
     )
-    for index, (label, style, value, error) in enumerate(rows):
-        y = round(100 * (index + 0.56) / len(rows), 2)
-        at, low, high = across.at(value), across.at(value - error), across.at(value + error)
-        body += Markup(
-            '<line class="drop {style}" x1="{at}%" x2="{at}%" y1="{y}%" y2="100%"/>'
-            '<line class="whisker {style}" x1="{low}%" x2="{high}%" y1="{y}%" y2="{y}%"/>'
-            '<circle class="dot {style}" cx="{at}%" cy="{y}%" r="6"><title>{hint}</title></circle>'
-            '<text class="mark" x="{at}%" y="{y}%" dy="-14" text-anchor="{anchor}">{text}</text>'
-            '<text class="row" x="0" y="{y}%" dx="-12" dy=".35em" text-anchor="end">{label}</text>'
-        ).format(
-            style=style, at=at, y=y, low=low, high=high, label=label, text=f"{value:.3f}",
-            hint=f"{label}: {value:.4f} ± {error:.4f}",
+    heights = [round(100 * (index + 0.56) / len(rows), 2) for index in range(len(rows))]
+    if len(rows) > 2:
+        start, end = (across.at(value) for _, _, value, _ in rows[-2:])
+        body += _BAND.format(low=start, high=end, y=heights[-1])
+    for y, (label, style, value, error) in zip(heights, rows, strict=True):
+        at = across.at(value)
+        body += _INTERVAL.format(
+            style=style,
+            at=at,
+            y=y,
+            low=across.at(value - error),
+            high=across.at(value + error),
             anchor="start" if at < 6 else "end" if at > 94 else "middle",
-        )  # fmt: skip
+            label=label,
+            text=f"{value:.3f}",
+            hint=f"{label}: {value:.4f} ± {error:.4f}",
+        )
     return _FRAME.format(name=name, title=title, height=58 * len(rows), body=body)
 
 

@@ -49,6 +49,9 @@ METRICS: dict[str, dict[str, Any]] = {
     "report": {"file": "report.html"},
 }
 
+COMPOSED: dict[tuple[str, ...], DictConfig] = {}
+"""Composed configs, which nothing changes; composing one takes longer than a plan."""
+
 Compose = Callable[..., DictConfig]
 MakePlan = Callable[..., Plan]
 Complete = Callable[..., None]
@@ -90,9 +93,12 @@ def compose() -> Iterator[Compose]:
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf"), job_name="test"):
 
         def composed(*overrides: str) -> DictConfig:
-            cfg = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
-            HydraConfig.instance().set_config(cfg)
-            return cfg
+            if overrides not in COMPOSED:
+                COMPOSED[overrides] = hydra_compose(
+                    "config", overrides=list(overrides), return_hydra_config=True
+                )
+            HydraConfig.instance().set_config(COMPOSED[overrides])
+            return COMPOSED[overrides]
 
         yield composed
 

@@ -1,0 +1,277 @@
+"""The whole chain as a user runs it, on a tiny model with odd shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_convert.convert import hf_weights
+from nemo_convert.hf import Weights, tokenizer_sha256
+from nemo_convert.nemo import find_checkpoint
+from recipes.manifest import ARTIFACT, MANIFEST, Manifest, read_manifest
+from recipes.metrics import METRICS, steps_of
+from tests.conftest import REPO, run_recipe
+
+STAGES = ("import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report")
+STEPS, CHECKPOINT_INTERVAL = 24, 4
+
+
+def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
+    """Width and depth together, every size odd."""
+    return [
+        "recipe=llama_width_prune",
+        f"model.hf_path={model}",
+        f"data.sources=[{text_file}]",
+        "data.text_field=text",
+        "data.seq_length=64",
+        f"run_dir={run_dir}",
+        "stages.prune.target_hidden_size=40",
+        "stages.prune.hidden_size_divisor=8",
+        "stages.prune.target_ffn_hidden_size=72",
+        "stages.prune.ffn_hidden_size_divisor=8",
+        "stages.prune.target_num_attention_heads=5",
+        "stages.prune.target_num_layers=4",
+        f"stages.distill.max_steps={STEPS}",
+        "stages.distill.warmup_steps=2",
+        f"stages.distill.checkpoint_interval={CHECKPOINT_INTERVAL}",
+        "stages.distill.val_check_interval=12",
+        "stages.evaluate.num_windows=8",
+        "stages.evaluate.new_tokens=8",
+    ]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("chain") / "run"
+    result = run_recipe(*overrides(odd_llama, text_file, run_dir), cwd=run_dir.parent)
+    assert result.code == 0, result.output
+    for stage in STAGES:
+        assert f"{stage}: complete" in result.output
+    assert "7 stages ran" in result.output
+    return run_dir
+
+
+def manifest_of(run_dir: Path, stage: str) -> Manifest:
+    manifest = read_manifest(run_dir / stage)
+    assert manifest is not None
+    return manifest
+
+
+def without(run_dir: Path, copy: Path, *stages: str) -> Path:
+    """A copy of a run in which some stages have not run; times are kept, so hashes are trusted."""
+    shutil.copytree(run_dir, copy)
+    for stage in stages:
+        shutil.rmtree(copy / stage)
+    return copy
+
+
+def test_every_manifest_is_filled(tiny_run: Path) -> None:
+    for stage in STAGES:
+        manifest = manifest_of(tiny_run, stage)
+        assert manifest.seconds > 0
+        assert manifest.peak_rss_bytes > 100e6
+        assert manifest.files
+        assert {"torch", "megatron-core", "nvidia-modelopt"} <= manifest.versions.keys()
+        assert not (tiny_run / stage / "work").exists()
+
+
+def test_shapes_are_those_asked_for(tiny_run: Path) -> None:
+    shape = manifest_of(tiny_run, "export_hf").architecture
+    assert shape is not None
+    assert shape["hidden_size"] == 40
+    assert shape["ffn_hidden_size"] == 72
+    assert (shape["num_attention_heads"], shape["num_query_groups"], shape["kv_channels"]) == (5, 1, 10)
+    assert shape["num_layers"] == 4
+    weights = Weights(tiny_run / "export_hf" / ARTIFACT)
+    assert weights.read("model.layers.3.self_attn.q_proj.weight").shape == (50, 40)
+    assert weights.read("model.layers.0.mlp.down_proj.weight").shape == (40, 72)
+    assert "model.layers.4.mlp.down_proj.weight" not in weights.names()
+    counted = sum(weights.read(name).numel() for name in weights.names())
+    assert counted == manifest_of(tiny_run, "export_hf").parameters
+
+
+def test_exported_folder_works_with_plain_transformers(tiny_run: Path, odd_llama: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tiny_run / "export_hf" / ARTIFACT
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.head_dim == 10
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    ids = tokenizer("The import statement", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
+    assert model.generation_config.temperature == 0.7
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(odd_llama).chat_template
+    assert tokenizer_sha256(folder) == tokenizer_sha256(odd_llama)
+    card = (folder / "README.md").read_text()
+    evaluation = manifest_of(tiny_run, "evaluate").metrics
+    assert f"{evaluation['distilled']['perplexity']:.1f}" in card
+    assert "llama_width_prune" in card
+    assert str(odd_llama) in card
+
+
+def test_gates_were_passed(tiny_run: Path) -> None:
+    for stage in ("import_hf", "export_hf"):
+        assert manifest_of(tiny_run, stage).metrics["parity_max_logit_difference"] < 1e-4
+
+
+def test_figures_hang_together(tiny_run: Path) -> None:
+    figures = manifest_of(tiny_run, "evaluate").metrics
+    assert figures["teacher"]["kl_to_teacher"] == 0
+    assert figures["teacher"]["top1_agreement"] == 1
+    assert figures["pruned"]["kl_to_teacher"] > figures["distilled"]["kl_to_teacher"] > 0
+    assert figures["pruned"]["parameters"] == manifest_of(tiny_run, "prune").parameters
+    steps = steps_of(tiny_run / "distill" / METRICS, "distill")
+    assert [s["done"] for s in steps] == list(range(1, STEPS + 1))
+    assert steps[-1]["kd"] < steps[0]["kd"]
+    assert steps[-1]["lr"] < max(s["lr"] for s in steps)
+    assert [s["done"] for s in steps_of(tiny_run / "distill" / METRICS, "validate")] == [12, 24]
+
+
+def test_importance_is_kept_as_data(tiny_run: Path) -> None:
+    from safetensors.torch import load_file
+
+    metrics = manifest_of(tiny_run, "prune").metrics
+    scores = {int(layer): score for layer, score in metrics["layer_importance"].items()}
+    assert sorted(scores) == [1, 2, 3, 4, 5]
+    assert metrics["kept_layers"] == sorted(sorted(scores, key=lambda n: -scores[n])[:4])
+    tensors = load_file(tiny_run / "prune" / ARTIFACT / "importance.safetensors")
+    assert tensors["hidden_size"].shape == (56,)
+    assert sum(t.shape == (120,) for t in tensors.values()) == 5
+
+
+def test_parts_share_no_document(tiny_run: Path) -> None:
+    from recipes.indexed_dataset import IndexedDataset, prefix
+
+    parts = {}
+    for part in ("train", "validation", "calibration", "heldout"):
+        dataset = IndexedDataset(str(prefix(tiny_run / "prepare_data" / ARTIFACT, part)))
+        parts[part] = {tuple(dataset[i]) for i in range(len(dataset))}
+        assert len(parts[part]) == manifest_of(tiny_run, "prepare_data").metrics["documents"][part]
+    names = list(parts)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            assert not parts[first] & parts[second]
+
+
+def test_second_run_does_nothing(tiny_run: Path, odd_llama: Path, text_file: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()}
+    result = run_recipe(*overrides(odd_llama, text_file, tiny_run), cwd=tiny_run.parent)
+    assert result.code == 0, result.output
+    assert "everything was complete, nothing ran" in result.output
+    assert {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()} == before
+
+
+def test_changed_field_and_force_rerun_what_follows(
+    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run_dir = without(tiny_run, tmp_path / "run")
+    base = [*overrides(odd_llama, text_file, run_dir), "stages.only=[distill,evaluate]"]
+    kept = manifest_of(run_dir, "prune").started_at
+    first = manifest_of(run_dir, "distill")
+    result = run_recipe(*base, "stages.distill.lr=5e-4", cwd=tmp_path)
+    assert result.code == 0, result.output
+    assert "lr 0.001 → 0.0005" in result.output
+    assert manifest_of(run_dir, "prune").started_at == kept
+    assert manifest_of(run_dir, "distill").fingerprint != first.fingerprint
+    assert manifest_of(run_dir, "evaluate").metrics != manifest_of(tiny_run, "evaluate").metrics
+    forced = run_recipe(*base, "stages.distill.lr=5e-4", "force=[evaluate]", cwd=tmp_path)
+    assert forced.code == 0, forced.output
+    assert "1 stages ran" in forced.output
+
+
+def weights_of(run_dir: Path, stage: str) -> dict[str, torch.Tensor]:
+    return dict(hf_weights(find_checkpoint(run_dir / stage / ARTIFACT)))
+
+
+@pytest.mark.parametrize(("stage", "records"), [("prune", 3), ("distill", CHECKPOINT_INTERVAL * 3 - 1)])
+def test_kill_9_then_the_same_command_gives_the_same_weights(
+    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path, stage: str, records: int
+) -> None:
+    run_dir = without(tiny_run, tmp_path / "run", stage)
+    command = [*overrides(odd_llama, text_file, run_dir), f"stages.only=[{stage}]"]
+    launcher = subprocess.Popen(
+        [sys.executable, str(REPO / "launch" / "run.py"), *command],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+    )
+    metrics = run_dir / stage / METRICS
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or metrics.read_text().count("\n") < records:
+        assert launcher.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    assert not (run_dir / stage / MANIFEST).exists()
+    wait_until_no_process_has(str(run_dir))
+
+    result = run_recipe(*command, cwd=tmp_path)
+    assert result.code == 0, result.output
+    assert "resume" in result.output
+    if stage == "distill":
+        resumed = [json.loads(line) for line in metrics.read_text().splitlines()]
+        steps = [r["done"] for r in resumed if r["task"] == "distill"]
+        assert steps.count(1) == 1, "training must go on from a checkpoint, not from the start"
+    expected, found = weights_of(tiny_run, stage), weights_of(run_dir, stage)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def wait_until_no_process_has(text: str) -> None:
+    """The stage's processes must die with the launcher."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        found = [
+            pid
+            for pid in filter(str.isdigit, os.listdir("/proc"))
+            if text.encode() in _command_line(pid)
+        ]
+        if not found:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"still running: {found}")
+
+
+def _command_line(pid: str) -> bytes:
+    try:
+        return Path("/proc", pid, "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_changed_artifact_stops_the_chain(
+    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run_dir = without(tiny_run, tmp_path / "run", "report")
+    victim = run_dir / "evaluate" / ARTIFACT / "results.json"
+    victim.write_text(victim.read_text().replace("0.", "1."))
+    result = run_recipe(*overrides(odd_llama, text_file, run_dir), cwd=tmp_path)
+    assert result.code == 1
+    assert "does not match its manifest: results.json (changed)" in result.output
+    assert not (run_dir / "report").exists()
+
+
+def test_too_little_text_stops_before_training(
+    tiny_run: Path, odd_llama: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "one"}\n{"text": "two"}\n')
+    run_dir = without(tiny_run, tmp_path / "run", *STAGES[1:])
+    result = run_recipe(*overrides(odd_llama, short, run_dir), cwd=tmp_path)
+    assert result.code == 1
+    assert "too little text for seq_length=64" in result.output
+    assert "data.seq_length lower" in result.output
+    assert "Traceback" not in result.output
+    assert not (run_dir / "prepare_data" / ARTIFACT).exists()
+    assert not (run_dir / "prune").exists() or not (run_dir / "prune" / MANIFEST).exists()

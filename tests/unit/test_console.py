@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from launch.console import Follower, headline, print_plan, print_recipes, print_summary
+from launch.plan import Plan, PlannedStage
+from recipes.manifest import Manifest, read_manifest
+from recipes.metrics import METRICS, MetricsLog
+
+
+@pytest.fixture
+def screen() -> Console:
+    """What is printed where there is no terminal."""
+    return Console(file=StringIO(), width=200, highlight=False, soft_wrap=True)
+
+
+@pytest.fixture
+def stage(plan: Callable[..., Plan]) -> PlannedStage:
+    stage = next(s for s in plan().stages if s.name == "distill")
+    stage.directory.mkdir(parents=True)
+    return stage
+
+
+def text_of(screen: Console) -> str:
+    assert isinstance(screen.file, StringIO)
+    return screen.file.getvalue()
+
+
+def lines_of(screen: Console) -> list[str]:
+    return text_of(screen).splitlines()
+
+
+def test_recipes_are_listed_with_their_descriptions(screen: Console) -> None:
+    print_recipes({"one": "the first", "two": "the second"}, screen)
+    assert [line.split(maxsplit=1) for line in lines_of(screen)[1:3]] == [
+        ["one", "the first"],
+        ["two", "the second"],
+    ]
+    assert "python launch/run.py recipe=NAME" in text_of(screen)
+
+
+def test_plan_shows_action_and_reason(
+    screen: Console, plan: Callable[..., Plan], complete: Callable[..., None]
+) -> None:
+    complete(plan())
+    print_plan(plan("stages.distill.lr=2e-4"), screen)
+    shown = {line.split()[0]: line.split()[1:] for line in lines_of(screen)[2:]}
+    assert shown["prune"] == ["skip", "complete"]
+    assert shown["distill"] == ["run", "lr", "0.0001", "→", "0.0002"]
+
+
+@pytest.mark.xfail(
+    strict=True, reason="names and reasons are printed as rich markup, which takes out [words]"
+)
+def test_plan_shows_brackets_as_they_are(
+    screen: Console, plan: Callable[..., Plan], complete: Callable[..., None]
+) -> None:
+    complete(plan())
+    print_plan(plan("stages.report.title='a [draft] title'"), screen)
+    assert "a [draft] title" in text_of(screen)
+
+
+def test_summary_shows_what_each_stage_produced(
+    screen: Console, plan: Callable[..., Plan], complete: Callable[..., None]
+) -> None:
+    complete(plan())
+    print_summary(plan(), 1.25, screen)
+    shown = text_of(screen)
+    for words in ("1,200 tokens", "1.5 M parameters", "1.0 GB", "report.html", "75% recovered"):
+        assert words in shown
+    assert "everything was complete, nothing ran; 1.2 s" in shown
+    assert shown.count("skipped") == 7
+
+
+def test_summary_marks_incomplete_stages(screen: Console, plan: Callable[..., Plan]) -> None:
+    print_summary(plan(), 1.0, screen)
+    assert text_of(screen).count("incomplete") == 7
+
+
+@pytest.mark.parametrize(
+    ("recovered", "expected"),
+    [
+        (0.75, "perplexity 10.0 → 30.0 → 15.0, 75% recovered"),
+        (None, "perplexity 10.0 → 30.0 → 15.0"),
+        pytest.param(
+            0.0,
+            "perplexity 10.0 → 30.0 → 15.0, 0% recovered",
+            marks=pytest.mark.xfail(strict=True, reason="a share of 0 is taken for none"),
+        ),
+    ],
+)
+def test_headline_of_an_evaluation(
+    plan: Callable[..., Plan],
+    complete: Callable[..., None],
+    recovered: float | None,
+    expected: str,
+) -> None:
+    complete(plan())
+    evaluation: Manifest | None = read_manifest(plan().run_dir / "evaluate")
+    assert evaluation is not None
+    evaluation.metrics["recovered"] = recovered
+    assert headline(evaluation) == expected
+
+
+def records(follower: Follower, stage: PlannedStage, *steps: int, **values: Any) -> None:
+    log = MetricsLog(stage.directory / METRICS)
+    for step in steps:
+        log.progress("train", step, step, **values)
+    follower.update()
+
+
+def test_follower_prints_start_progress_and_end(screen: Console, stage: PlannedStage) -> None:
+    with Follower(stage, screen) as follower:
+        follower.update()
+        records(follower, stage, 1, loss=2.34567, other=1)
+        follower.update()
+    assert lines_of(screen) == [
+        "distill: started",
+        "distill: train 1/1  loss 2.346",
+        "distill: complete in 0 s",
+    ]
+
+
+def test_follower_does_not_call_a_failed_stage_complete(
+    screen: Console, stage: PlannedStage
+) -> None:
+    with pytest.raises(ValueError, match="x"), Follower(stage, screen):
+        raise ValueError("x")
+    assert lines_of(screen) == ["distill: started"]
+
+
+def test_follower_holds_back_unfinished_work(screen: Console, stage: PlannedStage) -> None:
+    log = MetricsLog(stage.directory / METRICS)
+    with Follower(stage, screen) as follower:
+        for step in range(1, 51):
+            log.progress("train", step, 50)
+            follower.update()
+    shown = [line for line in lines_of(screen) if "train" in line]
+    assert shown[-1] == "distill: train 50/50"
+    assert len(shown) <= 2
+
+
+def test_follower_waits_for_the_rest_of_a_line(screen: Console, stage: PlannedStage) -> None:
+    line = json.dumps({"task": "train", "done": 3, "total": 3}) + "\n"
+    with Follower(stage, screen) as follower, (stage.directory / METRICS).open("a") as file:
+        for part in (line[:10], line[10:]):
+            assert "train" not in text_of(screen)
+            file.write(part)
+            file.flush()
+            follower.update()
+    assert text_of(screen).count("train 3/3") == 1
+
+
+def test_follower_passes_over_records_of_an_interrupted_run(
+    screen: Console, stage: PlannedStage
+) -> None:
+    MetricsLog(stage.directory / METRICS).progress("train", 1, 1)
+    with Follower(stage, screen) as follower:
+        records(follower, stage, 2)
+    assert [line for line in lines_of(screen) if "train" in line] == ["distill: train 2/2"]
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        pytest.param((7,), id="shorter"),
+        pytest.param(
+            (7, 8, 9),
+            id="longer",
+            marks=pytest.mark.xfail(
+                strict=True, reason="the position in the old file is kept when that is deleted"
+            ),
+        ),
+    ],
+)
+def test_follower_reads_a_new_file_from_its_start(
+    screen: Console, stage: PlannedStage, again: tuple[int, ...]
+) -> None:
+    file: Path = stage.directory / METRICS
+    file.write_text('{"note": "longer than one of the new records"}\n' + "{}\n" * 33)
+    with Follower(stage, screen) as follower:
+        file.unlink()
+        follower.update()
+        records(follower, stage, *again)
+    shown = [line.split()[2] for line in lines_of(screen) if "train" in line]
+    assert shown == [f"{step}/{step}" for step in again]

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hydra.errors import HydraException
+
+from launch.explain import explain
+from recipes.errors import RecipeError
+
+RECIPE = "recipe=llama_width_prune"
+Compose = Callable[..., Any]
+
+
+def explained(compose: Compose, *overrides: str) -> str:
+    with pytest.raises(HydraException) as caught:
+        compose(*overrides)
+    return explain(caught.value)
+
+
+def test_recipe_errors_are_shown_as_they_are() -> None:
+    assert explain(RecipeError("what\nelse", "mend it")) == "what\nelse\n  fix: mend it"
+
+
+def test_unknown_recipe_lists_the_recipes_only(compose: Compose) -> None:
+    assert explained(compose, "recipe=llama_width_prun").splitlines() == [
+        "there is no recipe 'llama_width_prun'. Did you mean 'llama_width_prune'?",
+        "  fix: use one of: llama_depth_prune, llama_width_prune",
+    ]
+
+
+def test_no_near_name_gives_no_hint(compose: Compose) -> None:
+    first, fix = explained(compose, "recipe=zzz").splitlines()
+    assert first == "there is no recipe 'zzz'."
+    assert fix.endswith("llama_depth_prune, llama_width_prune")
+
+
+@pytest.mark.parametrize(
+    ("override", "words", "options"),
+    [
+        ("model=smollm", "there is no model 'smollm'.", "smollm2_135m"),
+        ("data=wikpedia", "no data 'wikpedia'. Did you mean 'wikipedia'?", "wikipedia"),
+        ("cluster=locl", "no cluster 'locl'. Did you mean 'local'?", "local"),
+        ("stage/distill@stages.distill=logit", "Did you mean 'logits'?", "logits"),
+    ],
+)
+def test_unknown_option_of_each_group(
+    compose: Compose, override: str, words: str, options: str
+) -> None:
+    message = explained(compose, RECIPE, override)
+    assert words in message
+    listed = message.partition("use one of: ")[2].split(", ")
+    assert options in listed
+    assert "schema" not in listed
+    assert not [name for name in listed if "/" in name or "=" in name or " " in name]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "stages.prune.target_hiden_size=512",
+            "there is no field stages.prune.target_hiden_size. Did you mean 'target_hidden_size'?",
+        ),
+        ("stages.prun.seq_length=1", "there is no field stages.prun. Did you mean 'prune'?"),
+        ("model.hf_pth=x", "there is no field model.hf_pth. Did you mean 'hf_path'?"),
+        ("dryrun=true", "there is no field dryrun. Did you mean 'dry_run'?"),
+        ("stages.distill.resources.device=2", "resources.device. Did you mean 'devices'?"),
+        ("stages.prune.qqq=1", "there is no field stages.prune.qqq."),
+    ],
+)
+def test_unknown_field_names_the_nearest(compose: Compose, override: str, message: str) -> None:
+    assert explained(compose, RECIPE, override).endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("override", "value", "field", "type_name"),
+    [
+        ("stages.distill.max_steps=abc", "'abc'", "stages.distill.max_steps", "Integer"),
+        ("stages.distill.lr=fast", "'fast'", "stages.distill.lr", "Float"),
+        ("stages.prune.drop_layers=[x]", "'x'", "stages.prune.drop_layers", "Integer"),
+        ("stages.import_hf.pack=maybe", "'maybe'", "stages.import_hf.pack", "valid bool"),
+    ],
+)
+def test_wrong_type_names_value_field_and_type(
+    compose: Compose, override: str, value: str, field: str, type_name: str
+) -> None:
+    message = explained(compose, RECIPE, override)
+    assert override in message
+    for words in (value, field, type_name):
+        assert words in message
+
+
+def test_malformed_override_is_quoted(compose: Compose) -> None:
+    assert "[a" in explained(compose, RECIPE, "stages.prune.drop_layers=[a")
+
+
+def test_other_errors_show_two_messages_of_their_chain() -> None:
+    try:
+        try:
+            try:
+                raise KeyError("innermost")
+            except KeyError as error:
+                raise ValueError("inner") from error
+        except ValueError as error:
+            raise HydraException("outer") from error
+    except HydraException as error:
+        assert explain(error) == "outer\n  inner"
