@@ -1,0 +1,1 @@
+"""The launcher: composes, plans, and starts stages somewhere."""

@@ -171,7 +171,9 @@ def _order(configs: Mapping[str, StageConfig]) -> list[str]:
             sorter.done(*ready)
         return order
     except graphlib.CycleError as error:
-        raise RecipeError(f"stages feed each other in a circle: {' → '.join(error.args[1])}.") from error
+        raise RecipeError(
+            f"stages feed each other in a circle: {' → '.join(error.args[1])}."
+        ) from error
 
 
 def _plan_stage(
@@ -185,7 +187,7 @@ def _plan_stage(
     directory = run_dir / name
     inputs = _resolve_inputs(name, config, module, planned)
     code = code_fingerprint(f"recipes.{config.stage}")
-    external = getattr(module, "external", lambda _: {})(config)
+    external: dict[str, Path] = getattr(module, "external", lambda _: {})(config)
     fingerprint = stage_fingerprint(
         result_settings(config),
         code,
@@ -207,7 +209,15 @@ def _plan_stage(
     elif rerun:
         action, reason = RUN, f"after {', '.join(rerun)}"
     return PlannedStage(
-        name, directory, f"recipes.{config.stage}", config, inputs, code, fingerprint, action, reason
+        name,
+        directory,
+        f"recipes.{config.stage}",
+        config,
+        inputs,
+        code,
+        fingerprint,
+        action,
+        reason,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from launch.plan import stage_module
 
@@ -15,14 +16,12 @@ def register() -> None:
     """Registers every stage's ``Config`` as ``stage/<stage>/schema``."""
     store = ConfigStore.instance()
     for folder in sorted((CONF / "stage").iterdir()):
-        store.store(group=f"stage/{folder.name}", name="schema", node=stage_module(folder.name).Config)
+        store.store(
+            group=f"stage/{folder.name}", name="schema", node=stage_module(folder.name).Config
+        )
 
 
 def recipes() -> dict[str, str]:
     """Recipe names and their one-line descriptions."""
-    from omegaconf import OmegaConf
-
-    found = {}
-    for path in sorted((CONF / "recipe").glob("*.yaml")):
-        found[path.stem] = str(OmegaConf.load(path).get("description", ""))
-    return found
+    files = sorted((CONF / "recipe").glob("*.yaml"))
+    return {file.stem: str(OmegaConf.select(OmegaConf.load(file), "description")) for file in files}

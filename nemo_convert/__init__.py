@@ -1,0 +1,1 @@
+"""Conversion between Hugging Face and NeMo, and the CPU backend."""

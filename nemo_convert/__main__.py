@@ -26,7 +26,9 @@ def main() -> int:
     verify.add_argument("second", type=Path)
     arguments = parser.parse_args()
     try:
-        return {"to-nemo": _to_nemo, "to-hf": _to_hf, "verify": _verify}[arguments.command](arguments)
+        return {"to-nemo": _to_nemo, "to-hf": _to_hf, "verify": _verify}[arguments.command](
+            arguments
+        )
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

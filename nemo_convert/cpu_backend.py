@@ -77,7 +77,7 @@ def _always(value: Any) -> Callable[[Any], Any]:
 
 
 class _Stream:
-    """Stands in for CUDA streams and events: a CPU runs in order, so there is nothing to wait for."""
+    """Stands in for CUDA streams and events: a CPU runs in order, and has nothing to wait for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -325,7 +325,7 @@ def _sdpa_attention() -> type[nn.Module]:
             *args: Any,
             **kwargs: Any,
         ) -> torch.Tensor:
-            """Shapes: query [s, b, heads, d], key and value [s, b, groups, d]; returns [s, b, heads·d].
+            """Returns [s, b, heads·d] for query [s, b, heads, d], key and value [s, b, groups, d].
 
             ``attention_mask`` is not read: every batch here is causal and unpadded.
             """
@@ -339,4 +339,3 @@ def _sdpa_attention() -> type[nn.Module]:
             return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
     return SdpaAttention
-

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 class Weight:
     """One Megatron weight and the Hugging Face weights it is made of.
 
-    ``{i}`` in a name is the layer. ``shape`` is the whole weight's, without parallelism. ``merge`` builds the Megatron weight from the Hugging Face ones,
-    ``split`` undoes it; both move values without changing them.
+    ``{i}`` in a name is the layer. ``shape`` is the whole weight's, without parallelism.
+    ``merge`` builds it from the Hugging Face ones, ``split`` undoes that; both move values
+    without changing them.
     """
 
     megatron: str
@@ -53,7 +54,6 @@ class Family:
                 yield from ((weight, layer) for layer in range(architecture.num_layers))
             else:
                 yield weight, None
-
 
     def rows(self, architecture: Architecture) -> dict[str, tuple[Weight, str]]:
         """The same by Megatron name, with the layer as it stands in names."""
@@ -148,7 +148,12 @@ _NEMO = "nemo.collections.llm.gpt.model"
 FAMILIES = {
     family.hf_architecture: family
     for family in (
-        Family("LlamaForCausalLM", f"{_NEMO}.llama:HFLlamaImporter", f"{_NEMO}.llama:LlamaModel", _DENSE),
+        Family(
+            "LlamaForCausalLM",
+            f"{_NEMO}.llama:HFLlamaImporter",
+            f"{_NEMO}.llama:LlamaModel",
+            _DENSE,
+        ),
     )
 }
 
@@ -156,7 +161,7 @@ LOCAL_SPEC_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-"""Names in Megatron's local layer spec that differ from TransformerEngine's, which the table uses."""
+"""Names in Megatron's local layer spec, and the table's, which are TransformerEngine's."""
 
 
 def canonical_name(name: str) -> str:

@@ -29,7 +29,11 @@ SIDE_FILES = (
     "README.md",
 )
 """What belongs to a model besides its weights, and must come along with every conversion."""
-TOKENIZER_FILES = tuple(n for n in SIDE_FILES if n not in ("config.json", "generation_config.json", "LICENSE*", "README.md"))
+TOKENIZER_FILES = tuple(
+    n
+    for n in SIDE_FILES
+    if n not in ("config.json", "generation_config.json", "LICENSE*", "README.md")
+)
 SHARD_BYTES = 4 << 30
 
 
@@ -101,7 +105,8 @@ class Weights:
         """
         if name not in self._files:
             raise RecipeError(
-                f"{self.folder} has no weight {name}.", "the checkpoint is incomplete or of another family"
+                f"{self.folder} has no weight {name}.",
+                "the checkpoint is incomplete or of another family",
             )
         tensor: torch.Tensor = self._files[name].get_tensor(name)
         return tensor

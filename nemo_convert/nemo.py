@@ -146,7 +146,9 @@ def load_weights(core: Any, checkpoint: Path) -> None:
     """Loads a checkpoint into this rank's model, whatever layout it was written at."""
     from megatron.core import dist_checkpointing
 
-    state = dist_checkpointing.load(core.sharded_state_dict(prefix="module."), str(checkpoint / WEIGHTS))
+    state = dist_checkpointing.load(
+        core.sharded_state_dict(prefix="module."), str(checkpoint / WEIGHTS)
+    )
     core.load_state_dict({name.removeprefix("module."): v for name, v in state.items()})
 
 

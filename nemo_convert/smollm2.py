@@ -48,7 +48,12 @@ HF_CONFIG: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 49152,
 }
-GENERATION_CONFIG = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+GENERATION_CONFIG = {
+    "_from_model_config": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
 CARD = """---
 license: apache-2.0
 language: en

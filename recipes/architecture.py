@@ -102,7 +102,8 @@ def pruned(teacher: Architecture, targets: Targets) -> Architecture:
     layers = targets.num_layers
     if targets.drop_layers:
         layers = teacher.num_layers - len(targets.drop_layers)
-    return replace(teacher, num_layers=layers or teacher.num_layers, **targets.width())
+    width: dict[str, Any] = targets.width()
+    return replace(teacher, num_layers=layers or teacher.num_layers, **width)
 
 
 def target_problems(

@@ -24,7 +24,9 @@ def source_problem(source: str) -> str | None:
         return None
     suffix = Path(file.member if file else source).suffix
     if suffix not in FILE_TYPES:
-        return f"'{source}' is not one of {', '.join(FILE_TYPES)}, hf://NAME[@CONFIG]:SPLIT, pypi://"
+        return (
+            f"'{source}' is not one of {', '.join(FILE_TYPES)}, hf://NAME[@CONFIG]:SPLIT, pypi://"
+        )
     if file is None and not Path(source).is_file():
         return f"there is no file '{source}'"
     if file is None and not Path(source).stat().st_size:

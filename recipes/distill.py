@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recipes.errors import RecipeError
 from recipes.manifest import Outcome
-from recipes.preflight import Chain, Problem
-from recipes.stage import Inputs, StageConfig, metrics_log, rank, stage_main
 from recipes.parallelism import layout_problems
+from recipes.preflight import Chain, Problem
+from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 
 if TYPE_CHECKING:
     import torch

@@ -15,11 +15,11 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from torch.nn.modules.loss import _Loss
 
 CHUNK_TOKENS = 64
-"""Tokens at a time. 64 rows of a 49k vocabulary in float32 are 12 MB, near a core's share of cache."""
+"""Tokens at a time: 64 rows of a 49k vocabulary in float32 are 12 MB, about what a cache holds."""
 
 
 def _log_softmax(logits: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Log-probabilities [n, vocabulary/tp] of float32 logits whose columns are split over a group."""
+    """Log-probabilities [n, vocabulary/tp] of float32 logits; a group holds the other columns."""
     if group is None:
         return torch.log_softmax(logits, dim=-1)
     peak = logits.amax(dim=-1, keepdim=True)
@@ -72,7 +72,9 @@ class LogitsKL(_Loss):
         super().__init__()
         self._temperature, self._group = temperature, group
 
-    def forward(self, student: Tensor | tuple[Tensor, ...], teacher: Tensor | tuple[Tensor, ...]) -> Tensor:
+    def forward(
+        self, student: Tensor | tuple[Tensor, ...], teacher: Tensor | tuple[Tensor, ...]
+    ) -> Tensor:
         """Per-token loss [batch, sequence] of logits [sequence, batch, vocabulary/tp].
 
         Megatron's output layer returns (logits, bias).
@@ -91,7 +93,7 @@ class LogitsKL(_Loss):
 
 @torch.no_grad()
 def cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Mean next-token loss of logits [sequence, batch, vocabulary/tp] for labels [batch, sequence]."""
+    """Mean loss of logits [sequence, batch, vocabulary/tp] for labels [batch, sequence]."""
     flat, targets = logits.reshape(-1, logits.shape[-1]), labels.t().reshape(-1)
     first = 0 if group is None else group.rank() * flat.shape[-1]
     total = torch.zeros((), device=flat.device)

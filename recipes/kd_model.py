@@ -72,7 +72,9 @@ class _LossReduction(MegatronLossReduction):  # type: ignore[misc]
         # makes every recursive call on it endless.
         object.__setattr__(self, "_model", model)
 
-    def forward(self, batch: dict[str, Tensor], forward_out: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: dict[str, Tensor], forward_out: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the micro batch's loss and its terms."""
         if self._model.teacher_loss is None:
             self._model.check_teacher(batch["labels"])
@@ -131,6 +133,7 @@ class KDModel(DistillationGPTModel):  # type: ignore[misc]
         self._temperature, self._kd_weight, self._lm_weight = temperature, kd_weight, lm_weight
         self.last_losses: dict[str, float] = {}
         self.teacher_loss: float | None = None
+        self._reduction: _LossReduction | None = None
 
     def configure_model(self) -> None:
         """Builds the student, loads the teacher beside it, and attaches the losses."""
@@ -152,7 +155,9 @@ class KDModel(DistillationGPTModel):  # type: ignore[misc]
             "criterion": losses,
             "loss_balancer": _Sum(self._kd_weight, self._lm_weight),
         }
-        model = mtd.convert(self.config.configure_model(self.tokenizer), mode=[("kd_loss", settings)])
+        model = mtd.convert(
+            self.config.configure_model(self.tokenizer), mode=[("kd_loss", settings)]
+        )
         adjust_distillation_model_for_mcore(
             model, distill_cfg=DistillationConfig(skip_lm_loss=self._lm_weight == 0)
         )
@@ -161,9 +166,9 @@ class KDModel(DistillationGPTModel):  # type: ignore[misc]
     @property
     def training_loss_reduction(self) -> _LossReduction:
         """Reduction of training losses."""
-        if not self._training_loss_reduction:
-            self._training_loss_reduction = _LossReduction(self)
-        return self._training_loss_reduction
+        if self._reduction is None:
+            self._reduction = _LossReduction(self)
+        return self._reduction
 
     def check_teacher(self, labels: Tensor) -> None:
         """Measures the teacher's own loss on the first batch, before anything is learnt from it.
@@ -177,7 +182,7 @@ class KDModel(DistillationGPTModel):  # type: ignore[misc]
         limit = RANDOM_SHARE * math.log(self._teacher_config.vocab_size)
         if not self.teacher_loss < limit:
             raise RecipeError(
-                f"the teacher's loss on the first batch is {self.teacher_loss:.2f}; a working model "
-                f"is well below {limit:.2f} (chance is {limit / RANDOM_SHARE:.2f}).",
+                f"the teacher's loss on the first batch is {self.teacher_loss:.2f}; a working "
+                f"model is well below {limit:.2f} (chance is {limit / RANDOM_SHARE:.2f}).",
                 "its weights are damaged or of another model, or the text is not of its language",
             )

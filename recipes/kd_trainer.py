@@ -104,7 +104,9 @@ def _trainer(cfg: Config) -> Any:
         tensor_model_parallel_size=cfg.tensor_model_parallel_size,
         pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,
         pipeline_dtype=cfg.dtype,
-        ddp=DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=not on_cpu),
+        ddp=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=not on_cpu
+        ),
         process_group_backend="gloo" if on_cpu else None,
         # NeMo's progress bar gathers on rank 0 only and hangs with several gloo ranks.
         replace_progress_bar=False,
@@ -239,9 +241,7 @@ class _Progress(Callback):  # type: ignore[misc]
         self._last = now
         self._log.progress("distill", step, self._cfg.max_steps, **values)
         done = step - self._first_step
-        self.summary = {
-            "final_" + name: value for name, value in pl_module.last_losses.items()
-        } | {
+        self.summary = {"final_" + name: value for name, value in pl_module.last_losses.items()} | {
             "steps": step,
             "tokens": step * tokens,
             "tokens_per_second": round(done * tokens / (now - self._began), 1),

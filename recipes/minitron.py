@@ -161,9 +161,7 @@ def _save_importance(
     write_text_atomically(folder / "importance.json", text)
 
 
-def _save_student(
-    model: Any, core: Any, teacher: Path, student: Architecture, out: Path
-) -> None:
+def _save_student(model: Any, core: Any, teacher: Path, student: Architecture, out: Path) -> None:
     """Writes the student, its NeMo context and its ``config.json``, with explicit head sizes."""
     config = nemo.read_config(teacher)
     for megatron, hf in HF_NAMES.items():

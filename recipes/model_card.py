@@ -24,9 +24,9 @@ pipeline_tag: text-generation
 {parameters:.1f} M parameters, made from `{teacher}` with the recipe `{recipe}`: pruned with NVIDIA
 ModelOpt's Minitron, then distilled from the unpruned model with NeMo.
 
-| | layers | hidden | feed-forward | heads | query groups | head size | vocabulary |
-|---|---|---|---|---|---|---|---|
-| this model | {num_layers} | {hidden_size} | {ffn_hidden_size} | {num_attention_heads} | {num_query_groups} | {kv_channels} | {vocab_size} |
+| layers | hidden | feed-forward | heads | query groups | head size | vocabulary |
+|---|---|---|---|---|---|---|
+{shape}
 
 Measured on {tokens:,} held-out tokens in windows of {window} ({windows} windows, no document in
 common with training):
@@ -48,7 +48,14 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 
 The licence is the base model's. Made with {versions}.
 """
-ROW = "| {role} | {parameters:.1f} M | {loss:.3f} ± {error:.3f} | {perplexity:.1f} | {kl:.3f} | {agreement:.1%} |"
+SHAPE = (
+    "| {num_layers} | {hidden_size} | {ffn_hidden_size} | {num_attention_heads} "
+    "| {num_query_groups} | {kv_channels} | {vocab_size} |"
+)
+ROW = (
+    "| {role} | {parameters:.1f} M | {loss:.3f} ± {error:.3f} | {perplexity:.1f} "
+    "| {kl:.3f} | {agreement:.1%} |"
+)
 
 
 def write_card(folder: Path, cfg: Config, model: Manifest, evaluation: Manifest) -> None:
@@ -62,7 +69,8 @@ def write_card(folder: Path, cfg: Config, model: Manifest, evaluation: Manifest)
         teacher=cfg.teacher,
         recipe=cfg.recipe,
         name=f"{cfg.teacher.rstrip('/').split('/')[-1]}-{cfg.recipe}",
-        **{**(model.architecture or {}), "parameters": (model.parameters or 0) / 1e6},
+        parameters=(model.parameters or 0) / 1e6,
+        shape=SHAPE.format(**(model.architecture or {})),
         rows=rows,
         tokens=metrics["tokens"],
         windows=metrics["windows"],

@@ -1,0 +1,1 @@
+"""Ways of starting a stage, one module each."""

@@ -84,7 +84,9 @@ def run(stage: PlannedStage, env: Mapping[str, str], follower: Follower) -> None
     # torchrun turns every failure into exit status 1, so only the manifest counts.
     manifest = read_manifest(stage.directory)
     if manifest is None or manifest.fingerprint != stage.fingerprint:
-        raise RecipeError(f"stage {stage.name} failed: {_reason(stage.directory, log)}\n  log: {log}")
+        raise RecipeError(
+            f"stage {stage.name} failed: {_reason(stage.directory, log)}\n  log: {log}"
+        )
 
 
 def _reason(directory: Path, log: Path) -> str:

@@ -89,7 +89,11 @@ def test_shapes_are_those_asked_for(tiny_run: Path) -> None:
     assert shape is not None
     assert shape["hidden_size"] == 40
     assert shape["ffn_hidden_size"] == 72
-    assert (shape["num_attention_heads"], shape["num_query_groups"], shape["kv_channels"]) == (5, 1, 10)
+    assert (shape["num_attention_heads"], shape["num_query_groups"], shape["kv_channels"]) == (
+        5,
+        1,
+        10,
+    )
     assert shape["num_layers"] == 4
     weights = Weights(tiny_run / "export_hf" / ARTIFACT)
     assert weights.read("model.layers.3.self_attn.q_proj.weight").shape == (50, 40)
@@ -194,7 +198,9 @@ def weights_of(run_dir: Path, stage: str) -> dict[str, torch.Tensor]:
     return dict(hf_weights(find_checkpoint(run_dir / stage / ARTIFACT)))
 
 
-@pytest.mark.parametrize(("stage", "records"), [("prune", 3), ("distill", CHECKPOINT_INTERVAL * 3 - 1)])
+@pytest.mark.parametrize(
+    ("stage", "records"), [("prune", 3), ("distill", CHECKPOINT_INTERVAL * 3 - 1)]
+)
 def test_kill_9_then_the_same_command_gives_the_same_weights(
     tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path, stage: str, records: int
 ) -> None:

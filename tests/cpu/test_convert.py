@@ -70,7 +70,9 @@ def test_round_trip_of_other_storage(
     assert_same_weights(source, tmp_path / "back")
 
 
-def test_written_shards_have_an_index_that_transformers_reads(odd_llama: Path, tmp_path: Path) -> None:
+def test_written_shards_have_an_index_that_transformers_reads(
+    odd_llama: Path, tmp_path: Path
+) -> None:
     hf.write_weights(iter(tensors(odd_llama).items()), tmp_path, shard_bytes=60_000)
     hf.copy_side_files(odd_llama, tmp_path)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
@@ -169,7 +171,7 @@ def main():
     trainer = nl.Trainer(devices=1, accelerator="cpu", strategy=strategy)
     _setup_trainer_and_restore_model(path, trainer, model)
     total = sum(float(p.double().abs().sum()) for p in model.parameters())
-    assert not any(name.startswith("recipes") or name.startswith("nemo_convert") for name in sys.modules)
+    assert not any(name.startswith(("recipes", "nemo_convert")) for name in sys.modules)
     print("SUM", total, type(model).__name__, model.tokenizer.vocab_size)
 
 if __name__ == "__main__":
@@ -177,7 +179,9 @@ if __name__ == "__main__":
 """
 
 
-def test_stock_nemo_loads_it_without_our_code(odd_llama: Path, odd_nemo: Path, tmp_path: Path) -> None:
+def test_stock_nemo_loads_it_without_our_code(
+    odd_llama: Path, odd_nemo: Path, tmp_path: Path
+) -> None:
     """NeMo's own loader; only what needs a GPU (fused kernels, one assertion) is switched off."""
     script = tmp_path / "stock.py"
     script.write_text(STOCK)

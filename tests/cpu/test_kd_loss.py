@@ -93,7 +93,8 @@ expected.mean().backward()
 torch.testing.assert_close(split, expected, rtol=1e-5, atol=1e-5)
 torch.testing.assert_close(part.grad, full.grad[..., columns], rtol=1e-4, atol=1e-7)
 torch.testing.assert_close(
-    cross_entropy(whole_s[..., columns], labels, dist.group.WORLD), cross_entropy(whole_s, labels, None)
+    cross_entropy(whole_s[..., columns], labels, dist.group.WORLD),
+    cross_entropy(whole_s, labels, None),
 )
 """
 

@@ -14,11 +14,6 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
 from omegaconf import DictConfig
 
 from launch import schema
@@ -27,6 +22,7 @@ from recipes.architecture import Architecture, read_architecture
 from recipes.manifest import ARTIFACT, Manifest, stamp_files, write_manifest
 from recipes.preflight import Chain
 
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "recipe=llama_width_prune"
 LLAMA_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -86,8 +86,12 @@ def test_head_dim_is_kept_when_given() -> None:
 
 @pytest.mark.parametrize(
     ("architectures", "name"),
-    [(["Qwen2ForCausalLM"], "Qwen2ForCausalLM"), (["GPT2LMHeadModel"], "GPT2LMHeadModel")]
-    + [([], "none"), (None, "none")],
+    [
+        (["Qwen2ForCausalLM"], "Qwen2ForCausalLM"),
+        (["GPT2LMHeadModel"], "GPT2LMHeadModel"),
+        ([], "none"),
+        (None, "none"),
+    ],
 )
 def test_unsupported_architecture_names_the_supported_ones(
     architectures: list[str] | None, name: str

@@ -157,9 +157,7 @@ def test_prune_runs_on_one_rank(chain: Chain, resources: Resources) -> None:
 @pytest.mark.xfail(
     strict=True, reason="stages whose ranks would write the same files take several devices"
 )
-def test_stages_without_parallelism_run_on_one_rank(
-    stage: Any, chain: Chain, text: str
-) -> None:
+def test_stages_without_parallelism_run_on_one_rank(stage: Any, chain: Chain, text: str) -> None:
     cfg = stage.Config(resources=Resources(devices=2))
     if stage is prepare_data:
         cfg.sources = [text]

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from io import StringIO
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import Console
 
 from launch.console import Follower, headline, print_plan, print_recipes, print_summary
-from launch.plan import Plan, PlannedStage
 from recipes.manifest import Manifest, read_manifest
 from recipes.metrics import METRICS, MetricsLog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from launch.plan import Plan, PlannedStage
 
 
 @pytest.fixture
@@ -39,9 +42,9 @@ def lines_of(screen: Console) -> list[str]:
 
 def test_recipes_are_listed_with_their_descriptions(screen: Console) -> None:
     print_recipes({"one": "the first", "two": "the second"}, screen)
-    assert [line.split(maxsplit=1) for line in lines_of(screen)[1:3]] == [
-        ["one", "the first"],
-        ["two", "the second"],
+    assert [line.split() for line in lines_of(screen)[1:3]] == [
+        ["one", "the", "first"],
+        ["two", "the", "second"],
     ]
     assert "python launch/run.py recipe=NAME" in text_of(screen)
 
@@ -50,10 +53,10 @@ def test_plan_shows_action_and_reason(
     screen: Console, plan: Callable[..., Plan], complete: Callable[..., None]
 ) -> None:
     complete(plan())
-    print_plan(plan("stages.distill.lr=2e-4"), screen)
+    print_plan(plan("stages.distill.weight_decay=0.25"), screen)
     shown = {line.split()[0]: line.split()[1:] for line in lines_of(screen)[2:]}
     assert shown["prune"] == ["skip", "complete"]
-    assert shown["distill"] == ["run", "lr", "0.0001", "→", "0.0002"]
+    assert shown["distill"] == ["run", "weight_decay", "0.1", "→", "0.25"]
 
 
 @pytest.mark.xfail(

@@ -3,13 +3,15 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from recipes.corpus import PARTS, part_of, read_documents, source_problem
 from recipes.errors import RecipeError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FRACTIONS = {"validation": 0.02, "calibration": 0.04, "heldout": 0.04}
 SHA = "0" * 64
@@ -84,7 +86,7 @@ def test_file_that_is_not_utf8_or_not_there(tmp_path: Path, name: str) -> None:
 @pytest.mark.xfail(strict=True, reason="the line of a JSONL file that is no JSON is not named")
 def test_invalid_jsonl_names_the_line(tmp_path: Path) -> None:
     source = write(tmp_path, "a.jsonl", '{"text": "one"}\n{"text": "two"}\n{oops\n')
-    with pytest.raises(RecipeError, match="(line|record) 3"):
+    with pytest.raises(RecipeError, match=r"(line|record) 3"):
         documents(source)
 
 

@@ -97,13 +97,12 @@ def test_malformed_override_is_quoted(compose: Compose) -> None:
 
 
 def test_other_errors_show_two_messages_of_their_chain() -> None:
-    try:
-        try:
-            try:
-                raise KeyError("innermost")
-            except KeyError as error:
-                raise ValueError("inner") from error
-        except ValueError as error:
-            raise HydraException("outer") from error
-    except HydraException as error:
-        assert explain(error) == "outer\n  inner"
+    outer, inner = HydraException("outer"), ValueError("inner")
+    outer.__cause__, inner.__cause__ = inner, KeyError("innermost")
+    assert explain(outer) == "outer\n  inner"
+
+
+def test_implicit_causes_count() -> None:
+    outer = HydraException("outer")
+    outer.__context__ = ValueError("inner")
+    assert explain(outer) == "outer\n  inner"

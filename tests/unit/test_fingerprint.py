@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,6 +15,10 @@ from recipes.fingerprint import (
     stage_fingerprint,
 )
 from recipes.stage import Resources
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 MODULES = {
     "stage_a": "from recipes import helper\n\ndef run():\n    return helper.VALUE\n",
@@ -121,7 +124,9 @@ def test_stage_fingerprint_depends_on_each_part() -> None:
         base,
     }
     assert len(others) == 5
-    assert base == stage_fingerprint(dict(reversed(settings.items())), "code", {"x": "1"}, {"y": "2"})
+    assert base == stage_fingerprint(
+        dict(reversed(settings.items())), "code", {"x": "1"}, {"y": "2"}
+    )
 
 
 @pytest.mark.parametrize("module", ["stage_a", "lazy"])

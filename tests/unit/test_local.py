@@ -3,10 +3,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
@@ -17,6 +16,10 @@ from launch.plan import Plan, PlannedStage
 from recipes.errors import RecipeError
 from recipes.manifest import MANIFEST, WORK
 from recipes.stage import Resources
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 AWKWARD = """it's "quoted" $HOME `id`
 and two lines"""
@@ -88,9 +91,7 @@ def test_script_runs_where_the_launcher_ran(
     here.mkdir()
     monkeypatch.chdir(here)
     script = local.write_script(stage, {})
-    done = subprocess.run(
-        [script], cwd="/", capture_output=True, text=True, check=True, timeout=20
-    )
+    done = subprocess.run([script], cwd="/", capture_output=True, text=True, check=True, timeout=20)
     assert done.stdout.strip() == str(here.resolve())
 
 
@@ -124,7 +125,8 @@ def test_stage_that_writes_its_manifest_has_succeeded(
     (stage.directory / MANIFEST).rename(tmp_path / "written")
     program = fake_python(
         tmp_path,
-        f'mv "{tmp_path}/written" "{stage.directory / MANIFEST}"\necho "$GREETING $0"\necho bad >&2',
+        f'mv "{tmp_path}/written" "{stage.directory / MANIFEST}"\n'
+        'echo "$GREETING $0"\necho bad >&2',
     )
     start(stage, program, monkeypatch)
     [log] = (stage.directory / "logs").iterdir()
@@ -159,7 +161,9 @@ def test_failed_stage_is_explained_by_its_own_message(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = stage.directory / WORK
-    program = fake_python(tmp_path, f'mkdir "{work}"; printf "no memory" > "{work}/error.txt"; exit 1')
+    program = fake_python(
+        tmp_path, f'mkdir "{work}"; printf "no memory" > "{work}/error.txt"; exit 1'
+    )
     message = failure(stage, program, monkeypatch)
     assert message.startswith("stage distill failed: no memory\n  log: ")
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,6 +22,9 @@ from recipes.manifest import (
     write_manifest,
     write_text_atomically,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HELLO_SHA256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
 UNENCODABLE = "a lone surrogate: \ud800"

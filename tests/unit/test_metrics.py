@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from recipes.metrics import MetricsLog, read_records, steps_of
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def test_log_without_a_path_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+
+def test_log_without_a_path_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     log = MetricsLog(None)
     log.log(loss=1.0)

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from recipes.architecture import Architecture
 from recipes.distill import Config
 from recipes.parallelism import data_parallel_size, layout_problems
 from recipes.preflight import Chain
 from recipes.stage import Resources
+
+if TYPE_CHECKING:
+    from recipes.architecture import Architecture
 
 
 def config(devices: int = 1, nodes: int = 1, tp: int = 1, pp: int = 1, **fields: Any) -> Config:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -14,6 +13,9 @@ from omegaconf import OmegaConf
 from launch.plan import Plan, make_plan
 from recipes.errors import RecipeError
 from recipes.manifest import ARTIFACT, MANIFEST
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ORDER = ["import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
 MakePlan = Callable[..., Plan]
@@ -74,7 +76,10 @@ def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) ->
         ("data.sources=[text.csv]", "'text.csv' is not one of"),
         ("data.sources=['pypi://x']", "not of the form pypi://"),
         ("stages.prune.inputs.checkpoint=distill", "in a circle: prune → distill → prune"),
-        ("stages.prune.inputs.checkpoint=prepare_data", "is a dataset; a checkpoint_nemo is needed"),
+        (
+            "stages.prune.inputs.checkpoint=prepare_data",
+            "is a dataset; a checkpoint_nemo is needed",
+        ),
         ("stages.prune.inputs.checkpoint=improt_hf", "Did you mean 'import_hf'?"),
         ("+stages.prune.inputs.extra=import_hf", "prune needs checkpoint, calibration"),
         ("~stages.prune.inputs.calibration", "prune needs checkpoint, calibration"),
@@ -89,7 +94,9 @@ def test_problem_is_found_before_anything_runs(
 
 
 def test_problems_of_several_stages_are_listed_together(plan: MakePlan) -> None:
-    message = refusal(plan, "data.sources=[]", "stages.prune.target_hidden_size=640", "data.seq_length=9000")
+    message = refusal(
+        plan, "data.sources=[]", "stages.prune.target_hidden_size=640", "data.seq_length=9000"
+    )
     for words in ("no text is given", "larger than the teacher", "9000"):
         assert words in message
 
@@ -110,7 +117,9 @@ def test_empty_data_file_is_refused(plan: MakePlan, tmp_path: Path) -> None:
 
 def test_model_without_weights_is_refused(plan: MakePlan, hf_folder: Path) -> None:
     (hf_folder / "model.safetensors").unlink()
-    assert f"{hf_folder} has no *.safetensors weights" in refusal(plan, f"model.hf_path={hf_folder}")
+    assert f"{hf_folder} has no *.safetensors weights" in refusal(
+        plan, f"model.hf_path={hf_folder}"
+    )
 
 
 def test_model_of_another_architecture_is_refused(plan: MakePlan, hf_folder: Path) -> None:

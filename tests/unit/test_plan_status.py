@@ -6,13 +6,16 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from launch.plan import Plan
 from recipes.errors import RecipeError
 from recipes.manifest import ARTIFACT, MANIFEST, WORK, read_manifest, write_manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ORDER = ["import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
 MakePlan = Callable[..., Plan]
@@ -43,8 +46,8 @@ def test_complete_run_starts_nothing(plan: MakePlan) -> None:
 
 @pytest.mark.usefixtures("run")
 def test_distill_field_reruns_distill_and_what_follows(plan: MakePlan) -> None:
-    assert todo(plan("stages.distill.lr=2e-4")) == {
-        "distill": "lr 0.0001 → 0.0002",
+    assert todo(plan("stages.distill.weight_decay=0.25")) == {
+        "distill": "weight_decay 0.1 → 0.25",
         "evaluate": "input distilled changed",
         "export_hf": "input checkpoint changed",
         "report": "input distilled changed",
@@ -229,9 +232,7 @@ def test_rerun_that_made_another_result_reruns_what_follows(
     assert list(todo(plan())) == ["evaluate", "export_hf", "report"]
 
 
-def test_runs_do_not_depend_on_where_they_are(
-    plan: MakePlan, run: Path, tmp_path: Path
-) -> None:
+def test_runs_do_not_depend_on_where_they_are(plan: MakePlan, run: Path, tmp_path: Path) -> None:
     before = {stage.name: stage.fingerprint for stage in plan().stages}
     run.rename(tmp_path / "moved")
     assert todo(plan()) == dict.fromkeys(ORDER, "not run yet")

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from recipes.architecture import Architecture
 from recipes.errors import RecipeError
 from recipes.preflight import Problem, read_chain, require_none
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from recipes.architecture import Architecture
 
 
 def test_no_problem_raises_nothing() -> None:

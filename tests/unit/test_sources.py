@@ -156,7 +156,8 @@ def local_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tinydata/a.txt", "hello")
         archive.writestr(
-            "tinydata-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n"
+            "tinydata-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n",
         )
         archive.writestr(
             "tinydata-1.0.dist-info/WHEEL",
@@ -185,7 +186,7 @@ def test_wheel_of_another_hash_is_not_used(local_wheel: Path, tmp_path: Path) ->
 
 def test_failed_download_says_what_to_do(local_wheel: Path) -> None:
     local_wheel.unlink()
-    with pytest.raises(RecipeError, match="could not download tinydata==1.0") as caught:
+    with pytest.raises(RecipeError, match=r"could not download tinydata==1\.0") as caught:
         fetch_wheel_file(WheelFile("tinydata", "1.0", "tinydata/a.txt", SHA))
     assert "check the network" in str(caught.value)
 

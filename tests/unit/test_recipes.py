@@ -1,0 +1,95 @@
+"""The recipes and stage configs that come with the checkout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from launch import schema
+from launch.plan import Plan, stage_module, typed_stages
+from launch.schema import CONF
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
+STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
+
+
+def test_there_are_recipes_and_stages() -> None:
+    assert {"llama_depth_prune", "llama_width_prune"} <= set(RECIPES)
+    assert {"import_hf", "prune", "distill", "evaluate", "export_hf"} <= set(STAGES)
+
+
+def test_configs_are_beside_the_packages(root: Path) -> None:
+    assert root / "conf" == CONF
+    assert (root / "launch" / "run.py").is_file()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_short_and_described(recipe: str) -> None:
+    text = (CONF / "recipe" / f"{recipe}.yaml").read_text()
+    assert len(text.splitlines()) <= 40
+    description = schema.recipes()[recipe]
+    assert description.strip()
+    assert "\n" not in description
+
+
+def test_every_recipe_is_listed() -> None:
+    assert list(schema.recipes()) == RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_plan_every_stage(recipe: str, plan: Callable[..., Plan]) -> None:
+    planned = plan(recipe=f"recipe={recipe}")
+    assert {stage.action for stage in planned.stages} == {"run"}
+    for stage in planned.stages:
+        assert stage.module == f"recipes.{stage.config.stage}"
+        assert stage.inputs.keys() == stage_module(stage.config.stage).INPUTS.keys()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_compose_to_the_dataclasses_of_their_stages(
+    recipe: str, compose: Callable[..., Any]
+) -> None:
+    cfg = compose(f"recipe={recipe}")
+    assert cfg.recipe_name == recipe
+    typed = typed_stages(cfg)
+    for name, config in typed.items():
+        assert type(config) is stage_module(config.stage).Config, name
+    assert {config.resources.devices for config in typed.values()} == {1}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_use_one_sequence_length(recipe: str, compose: Callable[..., Any]) -> None:
+    typed = typed_stages(compose(f"recipe={recipe}", "data.seq_length=77"))
+    lengths = {config.seq_length for config in typed.values() if hasattr(config, "seq_length")}
+    assert lengths == {77}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_folders_have_their_module(stage: str, root: Path) -> None:
+    assert (root / "recipes" / f"{stage}.py").is_file()
+    module = stage_module(stage)
+    for name in ("Config", "KIND", "INPUTS", "check", "run"):
+        assert hasattr(module, name), name
+
+
+@pytest.mark.parametrize("file", STAGE_FILES, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def test_stage_configs_name_their_stage_and_inputs(file: Path) -> None:
+    cfg: Any = OmegaConf.to_container(OmegaConf.load(file))
+    assert cfg["defaults"] == ["schema", "_self_"]
+    assert cfg["stage"] == file.parent.name
+    assert cfg.get("inputs", {}).keys() == stage_module(cfg["stage"]).INPUTS.keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_schemas_are_registered(stage: str) -> None:
+    schema.register()
+    node = ConfigStore.instance().load(f"stage/{stage}/schema.yaml").node
+    assert OmegaConf.get_type(node) is stage_module(stage).Config

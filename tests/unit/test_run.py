@@ -1,0 +1,205 @@
+"""The command line as a user types it, in another directory than the checkout."""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+from omegaconf import OmegaConf
+
+from launch.schema import CONF
+from recipes.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from launch.plan import Plan
+
+RECIPE = "recipe=llama_width_prune"
+RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+ORDER = ["import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
+SECRET = "hf_secret_that_nobody_may_see"
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def refused(launch: Launch, *args: str) -> str:
+    """Runs what must fail, and returns its one message."""
+    done = launch(*args)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stdout == ""
+    return done.stderr
+
+
+def files_below(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_no_recipe_lists_the_recipes(launch: Launch, tmp_path: Path) -> None:
+    done = launch()
+    assert done.returncode == 1
+    for recipe in RECIPES:
+        assert recipe in done.stdout
+    assert "recipe=NAME" in done.stdout
+    assert done.stderr == ""
+    assert files_below(tmp_path) == set()
+
+
+def test_help(launch: Launch) -> None:
+    done = launch("--help")
+    assert done.returncode == 0
+    for words in ("usage: python launch/run.py recipe=NAME", "dry_run=true", *RECIPES):
+        assert words in done.stdout
+
+
+def test_config_can_be_shown(launch: Launch, tmp_path: Path) -> None:
+    done = launch("--cfg", "job", RECIPE, "stages.prune.target_hidden_size=448")
+    assert done.returncode == 0
+    shown = OmegaConf.create(done.stdout)
+    assert shown.stages.prune.target_hidden_size == 448
+    assert list(shown.stages)[-7:] == ORDER
+    assert files_below(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["recipe=llama_width_prun"], ["no recipe", "Did you mean 'llama_width_prune'?"]),
+        ([RECIPE, "stages.prune.target_hiden_size=5"], ["Did you mean 'target_hidden_size'?"]),
+        ([RECIPE, "stages.distill.max_steps=x"], ["'x'", "Integer", "stages.distill.max_steps"]),
+        (
+            [RECIPE, "stages.prune.target_hidden_size=640", "data.sources=[no.txt]"],
+            [
+                "larger than the teacher's 576",
+                "[prune-target]",
+                "there is no file 'no.txt'",
+                "fix:",
+            ],
+        ),
+        ([RECIPE, "stages.only=[prune]"], ["leaves out import_hf"]),
+    ],
+    ids=["recipe", "field", "type", "check", "only"],
+)
+def test_mistakes_get_one_message_and_leave_no_trace(
+    launch: Launch, tmp_path: Path, args: list[str], words: list[str]
+) -> None:
+    message = refused(launch, *args)
+    for part in words:
+        assert part in message
+    assert files_below(tmp_path) == set()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_dry_run_writes_configs_and_scripts_and_starts_nothing(
+    launch: Launch, tmp_path: Path, recipe: str
+) -> None:
+    done = launch(f"recipe={recipe}", "dry_run=true", "+cluster.env.WORD='a b'", HF_TOKEN=SECRET)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "nothing was started" in done.stdout
+    run = tmp_path / "cwd" / "runs" / recipe
+    requests = {f"{stage}/{file}" for stage in ORDER for file in ("config.yaml", "run.sh")}
+    assert files_below(run) == {"run.yaml", *requests}
+    for stage in ORDER:
+        subprocess.run(["bash", "-n", run / stage / "run.sh"], check=True)
+        assert "export WORD='a b'" in (run / stage / "run.sh").read_text()
+        assert OmegaConf.load(run / stage / "config.yaml").config.stage == stage
+    for file in files_below(tmp_path):
+        assert SECRET not in (tmp_path / file).read_text()
+
+
+def test_sweep_gives_each_point_its_own_run(launch: Launch, tmp_path: Path) -> None:
+    done = launch("-m", RECIPE, "dry_run=true", "stages.prune.target_hidden_size=448,512")
+    assert done.returncode == 0, done.stderr
+    configs = (tmp_path / "cwd" / "runs" / "sweeps").glob("*/*/prune/config.yaml")
+    sizes = [OmegaConf.load(file).config.target_hidden_size for file in configs]
+    assert sorted(sizes) == [448, 512]
+
+
+def test_complete_run_starts_nothing_and_keeps_to_its_recipe(
+    launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
+) -> None:
+    complete(plan())
+    run = tmp_path / "run"
+    before = files_below(run)
+    done = launch(RECIPE, f"run_dir={run}")
+    assert done.returncode == 0, done.stderr
+    assert "everything was complete, nothing ran" in done.stdout
+    assert files_below(run) == before
+    (run / "run.yaml").write_text("recipe: llama_width_prune\n")
+    message = refused(launch, "recipe=llama_depth_prune", f"run_dir={run}", "dry_run=true")
+    assert "is a run of recipe llama_width_prune, not of llama_depth_prune" in message
+    assert files_below(run) == {*before, "run.yaml"}
+
+
+def test_second_launcher_of_a_run_is_refused(launch: Launch, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = launch(RECIPE, f"run_dir={run}")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: another process is running {run}.")
+    assert files_below(run) == {".lock"}
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a dry run takes no lock, and replaces what a running launcher will start"
+)
+def test_dry_run_does_not_touch_a_run_in_progress(launch: Launch, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch(RECIPE, f"run_dir={run}", "dry_run=true")
+    before = (run / "distill" / "config.yaml").read_text()
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        launch(RECIPE, f"run_dir={run}", "dry_run=true", "stages.distill.max_steps=77")
+    assert (run / "distill" / "config.yaml").read_text() == before
+
+
+@pytest.mark.xfail(strict=True, reason="a run_dir that YAML reads as a number raises TypeError")
+def test_run_dir_may_be_a_number(launch: Launch, tmp_path: Path) -> None:
+    assert launch(RECIPE, "run_dir=7", "dry_run=true").returncode == 0
+    assert (tmp_path / "cwd" / "7" / "run.yaml").is_file()
+
+
+@pytest.mark.xfail(strict=True, reason="a run_dir that is a file raises NotADirectoryError")
+def test_run_dir_that_is_a_file_is_refused(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in refused(launch, RECIPE, f"run_dir={tmp_path}/file")
+
+
+@pytest.mark.parametrize(
+    "override", ["stages.distill.resources.nodes=2", "cluster.executor=elsewhere"]
+)
+@pytest.mark.xfail(
+    strict=True, reason="the launcher reads neither cluster.executor nor resources.nodes"
+)
+def test_what_the_local_executor_cannot_do_is_refused(launch: Launch, override: str) -> None:
+    batch = "stages.distill.global_batch_size=8"
+    assert launch(RECIPE, "dry_run=true", batch, override).returncode == 1
+
+
+def test_launcher_imports_nothing_heavy(root: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, launch.run\n"
+        "launch.run.schema.register()\n"
+        "heavy = ('torch', 'transformers', 'nemo', 'megatron', 'modelopt', 'datasets', 'numpy')\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_nothing_of_a_dry_run_counts_as_a_result(launch: Launch, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch(RECIPE, f"run_dir={run}", "dry_run=true")
+    again = launch(RECIPE, f"run_dir={run}", "dry_run=true")
+    assert not list(run.rglob(MANIFEST))
+    assert again.stdout.count("not run yet") == len(ORDER)
