@@ -60,7 +60,7 @@ def test_first_record_after_a_truncated_line_is_kept(tmp_path: Path) -> None:
 
 def test_steps_keep_the_last_record_of_a_step_in_order(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "m.jsonl")
-    for step, loss in ((1, 5.0), (2, 4.0), (3, 3.0), (2, 2.0), (3, 1.0)):
+    for step, loss in ((1, 5.0), (3, 3.0), (2, 2.0), (3, 1.0)):
         log.progress("train", step, 3, loss=loss)
         log.progress("validate", step, 3, loss=9.0)
     log.log(done=1, loss=7.0)
