@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -37,7 +38,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         table.add_column(column)
     for stage in plan.stages:
         style = "dim" if stage.action == "skip" else "bold"
-        table.add_row(f"[{style}]{stage.name}", stage.action, stage.reason)
+        table.add_row(f"[{style}]{stage.name}", stage.action, escape(stage.reason))
     console.print(table)
 
 
@@ -75,7 +76,9 @@ def headline(manifest: Manifest) -> str:
             f"{m[role]['perplexity']:.1f}" for role in ("teacher", "pruned", "distilled")
         )
         share = m["recovered"]
-        return f"perplexity {perplexities}" + (f", {share:.0%} recovered" if share else "")
+        return f"perplexity {perplexities}" + (
+            f", {share:.0%} recovered" if share is not None else ""
+        )
     if manifest.kind == "report":
         return str(m["file"])
     if manifest.parameters:
@@ -125,6 +128,7 @@ class Follower:
     def update(self) -> None:
         """Reads what is new and draws it."""
         if not self._path.exists():
+            self._position = 0
             return
         if self._path.stat().st_size < self._position:
             self._position = 0

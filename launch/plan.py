@@ -16,12 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipes.errors import RecipeError, did_you_mean
 from recipes.fingerprint import (
+    REPO_ROOT,
     code_fingerprint,
     external_stamp,
     result_settings,
     stage_fingerprint,
 )
-from recipes.manifest import ARTIFACT, WORK, Manifest, changed_files, check_artifact, read_manifest
+from recipes.manifest import WORK, Manifest, check_artifact, read_manifest
 from recipes.preflight import Chain, read_chain, require_none
 from recipes.stage import StageConfig
 
@@ -83,7 +84,17 @@ class Plan:
 
 
 def stage_module(stage: str) -> ModuleType:
-    """Imports a stage's module. None of them imports torch at its top."""
+    """Imports a stage's module. None of them imports torch at its top.
+
+    Raises:
+        RecipeError: There is no such stage.
+    """
+    known = sorted(folder.name for folder in (REPO_ROOT / "conf" / "stage").iterdir())
+    if stage not in known:
+        raise RecipeError(
+            f"there is no kind of stage '{stage}'.{did_you_mean(stage, known)}",
+            f"use one of: {', '.join(known)}",
+        )
     return importlib.import_module(f"recipes.{stage}")
 
 
@@ -93,6 +104,8 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     Raises:
         RecipeError: A problem that would fail the run later, with its fix.
     """
+    if not cfg.model.hf_path:
+        raise RecipeError("no model is set.", "model=NAME or model.hf_path=DIR_OR_HUB_ID")
     configs = typed_stages(cfg)
     only = _known(cfg.stages.get("only"), configs, "stages.only")
     force = _known(cfg.force, configs, "force") or set()
@@ -105,8 +118,10 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     planned: dict[str, PlannedStage] = {}
     for name in order:
         stage = _plan_stage(name, configs[name], run_dir, planned, force)
-        if name not in wanted:
-            stage = _left_out(stage, needed=_is_input(name, wanted, configs))
+        if name in wanted or _is_input(name, wanted, configs):
+            _require_unchanged(stage)
+        if name not in wanted and _is_input(name, wanted, configs):
+            _require_complete(stage)
         planned[name] = stage
     plan = Plan(run_dir, chain, tuple(planned[name] for name in wanted))
     _require_disk(plan)
@@ -139,6 +154,7 @@ def _module(config: StageConfig) -> ModuleType:
 def _known(names: Iterable[str] | None, configs: Mapping[str, Any], where: str) -> set[str] | None:
     if names is None:
         return None
+    names = [names] if isinstance(names, str) else list(names)
     for name in names:
         if name not in configs:
             raise RecipeError(
@@ -204,10 +220,10 @@ def _plan_stage(
         action, reason = _unfinished(directory, fingerprint)
     elif manifest.fingerprint != fingerprint:
         action, reason = RUN, _difference(manifest, config, code, inputs)
-    elif changed_files(directory / ARTIFACT, manifest.files, rehash=False):
-        check_artifact(directory, rehash=False)  # raises, naming the files
     elif rerun:
         action, reason = RUN, f"after {', '.join(rerun)}"
+    elif made_anew := _made_anew(manifest, inputs):
+        action, reason = RUN, f"{', '.join(made_anew)} was made anew"
     return PlannedStage(
         name,
         directory,
@@ -280,15 +296,30 @@ def _is_input(name: str, wanted: Iterable[str], configs: Mapping[str, StageConfi
     return any(name in configs[other].inputs.values() for other in wanted)
 
 
-def _left_out(stage: PlannedStage, *, needed: bool) -> PlannedStage:
-    """A stage outside ``stages.only``: never run, and complete if something wanted reads it."""
-    if needed and stage.action != SKIP:
+def _made_anew(manifest: Manifest, inputs: Mapping[str, InputRef]) -> list[str]:
+    """Inputs whose files are not those that were read, though their fingerprint is the same."""
+    anew = []
+    for name, ref in inputs.items():
+        found, read = read_manifest(ref.directory), manifest.input_content.get(name)
+        if found is not None and read is not None and found.content() != read:
+            anew.append(name)
+    return anew
+
+
+def _require_unchanged(stage: PlannedStage) -> None:
+    """Refuses a complete stage whose files were edited since."""
+    if stage.action == SKIP:
+        check_artifact(stage.directory, rehash=False)
+
+
+def _require_complete(stage: PlannedStage) -> None:
+    """A stage outside ``stages.only`` never runs, so what is wanted must find it complete."""
+    if stage.action != SKIP:
         raise RecipeError(
             f"stages.only leaves out {stage.name}, whose result is needed but not there "
             f"({stage.reason}).",
             f"add {stage.name} to stages.only, or run the whole chain",
         )
-    return stage
 
 
 def _require_disk(plan: Plan) -> None:

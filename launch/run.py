@@ -55,26 +55,37 @@ def run(cfg: DictConfig, recipe: str) -> None:
     began = time.monotonic()
     run_dir = _run_dir(cfg, recipe)
     _require_same_recipe(run_dir, recipe)
+    if cfg.cluster.executor != "local":
+        raise RecipeError(f"cluster.executor={cfg.cluster.executor} is not known.", "cluster=local")
     plan = make_plan(cfg, run_dir)
+    local.check(plan.todo())
     view.print_plan(plan, console)
-    env = {str(k): str(v) for k, v in cfg.cluster.env.items()}
-    if cfg.dry_run:
-        _write_requests(plan, env, recipe)
-        console.print(f"dry run: configs and scripts are in {run_dir}; nothing was started")
-        return
     if plan.todo():
         run_dir.mkdir(parents=True, exist_ok=True)
         with _lock(run_dir):
-            _write_requests(plan, env, recipe)
-            for stage in plan.todo():
-                with view.Follower(stage, console) as follower:
-                    local.run(stage, env, follower)
-    view.print_summary(plan, time.monotonic() - began, console)
+            _start(plan, cfg, recipe)
+    if not cfg.dry_run:
+        view.print_summary(plan, time.monotonic() - began, console)
+
+
+def _start(plan: Plan, cfg: DictConfig, recipe: str) -> None:
+    """Writes the requests of all stages, then runs them unless this is a dry run."""
+    env = {str(k): str(v) for k, v in cfg.cluster.env.items()}
+    _write_requests(plan, env, recipe)
+    if cfg.dry_run:
+        console.print(f"dry run: configs and scripts are in {plan.run_dir}; nothing was started")
+        return
+    for stage in plan.todo():
+        with view.Follower(stage, console) as follower:
+            local.run(stage, env, follower)
 
 
 def _run_dir(cfg: DictConfig, recipe: str) -> Path:
-    if cfg.run_dir:
-        return Path(cfg.run_dir).resolve()
+    if cfg.run_dir is not None:
+        path = Path(str(cfg.run_dir)).resolve()
+        if path.exists() and not path.is_dir():
+            raise RecipeError(f"run_dir={path} is a file.", "give a directory")
+        return path
     hydra_cfg = HydraConfig.get()
     if hydra_cfg.mode == RunMode.MULTIRUN:
         return Path(hydra_cfg.sweep.dir, hydra_cfg.sweep.subdir).resolve()

@@ -202,7 +202,11 @@ PATCHES: dict[str, list[Patch]] = {
         Patch("torch.cuda:manual_seed", "seeds the device", lambda _: torch.manual_seed),
         Patch("torch.cuda:Stream", "DDP and checkpoint streams", lambda _: _Stream),
         Patch("torch.cuda:Event", "pipeline schedule", lambda _: _Stream),
-        Patch("torch.cuda:stream", "DDP communicates on one", lambda _: lambda stream: contextlib.nullcontext()),
+        Patch(
+            "torch.cuda:stream",
+            "DDP communicates on one",
+            lambda _: lambda stream: contextlib.nullcontext(),
+        ),
         Patch("torch.cuda:current_stream", "DDP waits for it", _always(_Stream())),
         Patch("torch.cuda:default_stream", "DDP waits for it", _always(_Stream())),
         Patch("torch:Tensor.cuda", "Megatron moves results", lambda _: lambda self, *a, **k: self),

@@ -10,6 +10,13 @@ from recipes.errors import RecipeError
 
 SUPPORTED = ("LlamaForCausalLM",)
 """Hugging Face architectures that can be converted; ``nemo_convert.families`` says how."""
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""What NeMo's Llama 3.1 config assumes; it reads only the factor from the model."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,15 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
             f"{where}: architecture {name} is not supported.",
             f"use a model of one of: {', '.join(SUPPORTED)}",
         )
+    for bias in ("attention_bias", "mlp_bias"):
+        if config.get(bias):
+            raise RecipeError(f"{where}: {bias} is set; biases of {name} are not supported.")
+    scaling = config.get("rope_scaling")
+    if scaling and {**LLAMA3_ROPE, **scaling, "factor": None} != {**LLAMA3_ROPE, "factor": None}:
+        raise RecipeError(
+            f"{where}: rope_scaling={scaling} is not supported.",
+            f"NeMo builds Llama 3's, with any factor: {LLAMA3_ROPE}",
+        )
     try:
         heads = config["num_attention_heads"]
         return Architecture(
@@ -110,25 +126,11 @@ def target_problems(
     teacher: Architecture, targets: Targets, divisors: Mapping[str, int]
 ) -> Iterable[tuple[str, str]]:
     """Yields (what is wrong, how to fix it) for targets that the axes cannot take."""
-    axes = {**targets.width(), "num_layers": targets.num_layers}
     if not targets.width() and targets.num_layers is None and not targets.drop_layers:
         yield "no target is set", "set at least one target_* field or drop_layers"
-    for axis, target in axes.items():
-        if target is None:
-            continue
-        have, name = getattr(teacher, axis), f"target_{axis}={target}"
-        divisor = divisors.get(axis, 1)
-        if target > have:
-            yield f"{name} is larger than the teacher's {have}", f"use at most {have}"
-        elif target < 1:
-            yield f"{name} is not positive", f"use 1 to {have}"
-        elif target != have and target % divisor:
-            low = target // divisor * divisor
-            choices = " or ".join(str(c) for c in (low, low + divisor) if 0 < c <= have)
-            yield (
-                f"{name} is not a multiple of {axis}_divisor={divisor}",
-                f"use {choices}, or a divisor of {target}",
-            )
+    for axis, target in {**targets.width(), "num_layers": targets.num_layers}.items():
+        if target is not None:
+            yield from _axis_problems(axis, target, getattr(teacher, axis), divisors.get(axis, 1))
     heads, groups = targets.num_attention_heads, teacher.num_query_groups
     if heads and 0 < heads <= teacher.num_attention_heads and heads % groups:
         yield (
@@ -137,6 +139,23 @@ def target_problems(
             f"use a multiple of {groups}",
         )
     yield from _drop_layer_problems(teacher, targets)
+
+
+def _axis_problems(axis: str, target: int, have: int, divisor: int) -> Iterable[tuple[str, str]]:
+    name = f"target_{axis}={target}"
+    if divisor < 1:
+        yield f"{axis}_divisor={divisor} is not positive", "use 1 or more"
+    elif target > have:
+        yield f"{name} is larger than the teacher's {have}", f"use at most {have}"
+    elif target < 1:
+        yield f"{name} is not positive", f"use 1 to {have}"
+    elif target != have and target % divisor:
+        low = target // divisor * divisor
+        choices = " or ".join(str(c) for c in (low, low + divisor) if 0 < c <= have)
+        yield (
+            f"{name} is not a multiple of {axis}_divisor={divisor}",
+            f"use {choices}, or a divisor of {target}" if choices else f"set a divisor of {target}",
+        )
 
 
 def _drop_layer_problems(teacher: Architecture, targets: Targets) -> Iterable[tuple[str, str]]:

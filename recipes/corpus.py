@@ -66,12 +66,23 @@ def _records(path: Path) -> Iterator[Any]:
             yield from re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
         elif path.suffix == ".json":
             data = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(data, (dict, list)):
+                raise ValueError("it is a single value, not a list or mapping of records")
             yield from data.values() if isinstance(data, dict) else data
         else:
-            with path.open(encoding="utf-8") as lines:
-                yield from (json.loads(line) for line in lines if line.strip())
+            yield from _lines(path)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read as {path.suffix}: {error}") from error
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from error
 
 
 def _from_hub(hub: Mapping[str, str], text_field: str) -> Iterator[str]:
@@ -84,8 +95,8 @@ def _from_hub(hub: Mapping[str, str], text_field: str) -> Iterator[str]:
                 f"dataset {hub['name']} has no field '{text_field}'; it has {', '.join(row)}.",
                 "set data.text_field",
             )
-        if row[text_field].strip():
-            yield row[text_field].strip()
+        if text := (row[text_field] or "").strip():
+            yield text
 
 
 def part_of(text: str, fractions: Mapping[str, float]) -> str:

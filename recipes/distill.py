@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from recipes.errors import RecipeError
 from recipes.manifest import Outcome
 from recipes.parallelism import layout_problems
-from recipes.preflight import Chain, Problem
+from recipes.preflight import Chain, Problem, window_problems
 from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 
 if TYPE_CHECKING:
@@ -72,7 +72,15 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
             f"warmup_steps={cfg.warmup_steps} leaves no step of max_steps={cfg.max_steps}",
             "set warmup_steps lower",
         )
+    yield from window_problems(cfg.seq_length, chain)
     yield from layout_problems(cfg, chain)
+
+
+def disk_bytes(cfg: Config, chain: Chain) -> int:
+    """The student, and checkpoints with optimizer state (14 bytes a parameter), one in flight."""
+    return chain.shape_of(cfg.inputs["student"]).parameters() * (
+        4 + 14 * (cfg.keep_checkpoints + 1)
+    )
 
 
 def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:

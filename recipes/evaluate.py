@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.manifest import Outcome
-from recipes.preflight import Chain, Problem
+from recipes.preflight import Chain, Problem, one_rank_problems, window_problems
 from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 
 KIND = "eval_results"
@@ -41,6 +41,8 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
             f"num_windows={cfg.num_windows}, prompt_tokens={cfg.prompt_tokens} leave nothing to do",
             "use at least one window, and prompts shorter than seq_length",
         )
+    yield from window_problems(cfg.seq_length, chain)
+    yield from one_rank_problems(cfg, "its windows are not split over ranks")
 
 
 def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.manifest import Outcome
-from recipes.preflight import Chain, Problem
+from recipes.preflight import Chain, Problem, one_rank_problems
 from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 
 KIND = "checkpoint_hf"
@@ -25,8 +25,8 @@ class Config(StageConfig):
 
 
 def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
-    """Nothing can be wrong that other stages do not see first."""
-    return iter(())
+    """Nothing else can be wrong that other stages do not see first."""
+    yield from one_rank_problems(cfg, "a conversion is one process's work")
 
 
 def disk_bytes(cfg: Config, chain: Chain) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from recipes.manifest import Outcome
-from recipes.preflight import Chain, Problem
+from recipes.preflight import Chain, Problem, one_rank_problems
 from recipes.sources import model_name
 from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 
@@ -34,7 +34,12 @@ def external(cfg: Config) -> dict[str, Path]:
 
 def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
     """The teacher itself was checked when the chain was read."""
-    return iter(())
+    yield from one_rank_problems(cfg, "a conversion is one process's work")
+
+
+def disk_bytes(cfg: Config, chain: Chain) -> int:
+    """The checkpoint, twice when it is packed as well."""
+    return 4 * chain.teacher.parameters() * (2 if cfg.pack else 1)
 
 
 def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:

@@ -62,6 +62,13 @@ class Manifest:
     started_at: str
     seconds: float
     peak_rss_bytes: int
+    input_content: dict[str, str] = field(default_factory=dict)
+    """What each input's files were; a forced rerun can change them under the same fingerprint."""
+
+    def content(self) -> str:
+        """One hash of the artifact's files."""
+        names = "".join(f"{name} {stamp.sha256}\n" for name, stamp in sorted(self.files.items()))
+        return hashlib.sha256(names.encode()).hexdigest()
 
     def total_bytes(self) -> int:
         """Size of the artifact on disk."""
@@ -71,11 +78,14 @@ class Manifest:
 def write_text_atomically(path: Path, text: str) -> None:
     """Writes ``path`` so that a reader sees the old content or the new one, never a part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_manifest(stage_dir: Path, manifest: Manifest) -> None:

@@ -20,6 +20,8 @@ class MetricsLog:
 
     def __init__(self, path: Path | None) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1) if path else None
+        if self._file and _cut_short(path):
+            self._file.write("\n")
 
     def log(self, **values: Any) -> None:
         """Appends one record, stamped with the time."""
@@ -29,6 +31,12 @@ class MetricsLog:
     def progress(self, task: str, done: int, total: int, **values: Any) -> None:
         """Appends a record of work done: ``done`` of ``total`` units of ``task``."""
         self.log(task=task, done=done, total=total, **values)
+
+
+def _cut_short(path: Path | None) -> bool:
+    """Whether a killed process left the last line unfinished."""
+    content = path.read_bytes() if path else b""
+    return bool(content) and not content.endswith(b"\n")
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

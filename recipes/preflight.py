@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from recipes.architecture import Architecture, read_architecture
+from recipes.architecture import Architecture, pruned, read_architecture
 from recipes.errors import RecipeError
 from recipes.sources import read_hf_config
 from recipes.stage import StageConfig
@@ -30,6 +30,33 @@ class Chain:
     hf_path: str
     teacher: Architecture
     stages: Mapping[str, StageConfig]
+
+    def shape_of(self, stage: str | None) -> Architecture:
+        """Shape of the model that a stage makes: the teacher's, unless it prunes."""
+        config = self.stages.get(stage or "")
+        targets = getattr(config, "targets", None)
+        return pruned(self.teacher, targets()) if targets else self.teacher
+
+
+def window_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
+    """Checks a window's length against the teacher's positions."""
+    limit = chain.teacher.max_position_embeddings
+    if not 1 <= seq_length <= limit:
+        yield Problem(
+            "seq-length",
+            f"seq_length={seq_length} is not between 1 and the teacher's {limit} positions",
+            f"set data.seq_length to at most {limit}",
+        )
+
+
+def one_rank_problems(config: StageConfig, reason: str) -> Iterator[Problem]:
+    """Refuses more than one process for a stage that has work for one."""
+    if config.resources.nodes * config.resources.devices != 1:
+        yield Problem(
+            "one-rank",
+            f"{config.stage} runs on one rank: {reason}",
+            "set its resources.devices and resources.nodes to 1",
+        )
 
 
 def read_chain(hf_path: str | None, stages: Mapping[str, StageConfig]) -> Chain:

@@ -10,7 +10,7 @@ from pathlib import Path
 from recipes import corpus
 from recipes.errors import RecipeError
 from recipes.manifest import Outcome
-from recipes.preflight import Chain, Problem
+from recipes.preflight import Chain, Problem, one_rank_problems, window_problems
 from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 
 KIND = "dataset"
@@ -57,13 +57,8 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
             "fractions of validation, calibration and heldout must be positive and leave a rest",
             "keep them well below 1 in total",
         )
-    limit = chain.teacher.max_position_embeddings
-    if cfg.seq_length > limit:
-        yield Problem(
-            "seq-length",
-            f"seq_length={cfg.seq_length} exceeds the teacher's {limit} positions",
-            f"set data.seq_length to at most {limit}",
-        )
+    yield from window_problems(cfg.seq_length, chain)
+    yield from one_rank_problems(cfg, "its files are written by one process")
 
 
 def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:

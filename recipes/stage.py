@@ -127,6 +127,7 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
         message = str(error) if isinstance(error, RecipeError) else traceback.format_exc()
         print(message, file=sys.stderr, flush=True)
         summary = message if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}"
+        (stage_dir / WORK).mkdir(exist_ok=True)
         write_text_atomically(stage_dir / WORK / "error.txt", summary)
         # A failing rank must not wait in a collective for ranks that will never come.
         os._exit(1)
@@ -167,6 +168,7 @@ def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: P
         started_at=started.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - began, 3),
         peak_rss_bytes=peak_rss,
+        input_content={name: item.manifest.content() for name, item in inputs.items()},
     )
     publish(stage_dir, out)
     write_manifest(stage_dir, manifest)

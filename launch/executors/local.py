@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from launch.console import Follower
@@ -18,6 +18,17 @@ from recipes.manifest import WORK, read_manifest
 from recipes.stage import die_with_parent
 
 POLL_SECONDS = 0.2
+
+
+def check(stages: Iterable[PlannedStage]) -> None:
+    """Raises ``RecipeError`` for a stage that one machine cannot run."""
+    for stage in stages:
+        if stage.config.resources.nodes != 1:
+            raise RecipeError(
+                f"stages.{stage.name}.resources.nodes={stage.config.resources.nodes}, but "
+                "cluster=local is one machine.",
+                "set it to 1",
+            )
 
 
 def command(stage: PlannedStage) -> list[str]:
@@ -47,7 +58,7 @@ def write_script(stage: PlannedStage, env: Mapping[str, str]) -> Path:
     """Writes ``run.sh``, which starts the stage by hand as the launcher would."""
     lines = ["#!/usr/bin/env bash", "set -euo pipefail"]
     lines += [f"export {k}={shlex.quote(v)}" for k, v in environment(stage, env).items()]
-    lines += ["exec " + shlex.join(command(stage))]
+    lines += [f"cd {shlex.quote(os.getcwd())}", "exec " + shlex.join(command(stage))]
     path = stage.directory / "run.sh"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     path.chmod(0o755)
@@ -62,6 +73,7 @@ def run(stage: PlannedStage, env: Mapping[str, str], follower: Follower) -> None
     """
     logs = stage.directory / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    (stage.directory / WORK / "error.txt").unlink(missing_ok=True)
     log = logs / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nemo_convert import __main__ as command_line
 from nemo_convert import convert, hf, nemo, parity
+from recipes.architecture import LLAMA3_ROPE
 from recipes.errors import RecipeError
 from tests.cpu.conftest import EVEN, ODD, write_tiny_llama
 
@@ -56,15 +58,19 @@ def test_round_trip_of_odd_shapes(odd_llama: Path, odd_nemo: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shard"), [(torch.bfloat16, "5GB"), (torch.float32, "60KB")], ids=["bf16", "sharded"]
+    "variant",
+    [
+        {"dtype": torch.bfloat16},
+        {"max_shard_size": "60KB"},
+        {"rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}},
+    ],
+    ids=["bf16", "sharded", "llama3 rope"],
 )
-def test_round_trip_of_other_storage(
-    text_file: Path, tmp_path: Path, dtype: torch.dtype, shard: str
+def test_round_trip_of_other_models(
+    text_file: Path, tmp_path: Path, variant: dict[str, Any]
 ) -> None:
-    source = write_tiny_llama(
-        tmp_path / "hf", text_file, **EVEN, dtype=dtype, max_shard_size=shard, train=False
-    )
-    assert len(list(source.glob("*.safetensors"))) > 1 or shard == "5GB"
+    source = write_tiny_llama(tmp_path / "hf", text_file, **EVEN, **variant, train=False)
+    assert ("max_shard_size" in variant) == (len(list(source.glob("*.safetensors"))) > 1)
     assert convert_by_command("to-nemo", source, tmp_path / "m.nemo") == 0
     assert convert_by_command("to-hf", tmp_path / "m.nemo", tmp_path / "back") == 0
     assert_same_weights(source, tmp_path / "back")

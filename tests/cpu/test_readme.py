@@ -97,6 +97,12 @@ def test_conversion_commands_run(demo_run: Path, tmp_path: Path) -> None:
 
 
 def test_every_command_is_tested() -> None:
-    known = ("make demo", "make test", "make lint", "python launch/run.py", "python -m nemo_convert")
+    known = (
+        "make demo",
+        "make test",
+        "make lint",
+        "python launch/run.py",
+        "python -m nemo_convert",
+    )
     other = [c for c in COMMANDS if not c.startswith(known)]
     assert other == ["git clone https://example.com/nemo-recipes && cd nemo-recipes"] or not other

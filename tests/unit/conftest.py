@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from launch import schema
 from launch.plan import Plan, PlannedStage, make_plan, stage_module
 from recipes.architecture import Architecture, read_architecture
-from recipes.manifest import ARTIFACT, Manifest, stamp_files, write_manifest
+from recipes.manifest import ARTIFACT, Manifest, read_manifest, stamp_files, write_manifest
 from recipes.preflight import Chain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,6 +133,11 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
         started_at="2025-01-01T00:00:00+00:00",
         seconds=1.0,
         peak_rss_bytes=10**9,
+        input_content={
+            name: found.content()
+            for name, ref in stage.inputs.items()
+            if (found := read_manifest(ref.directory))
+        },
     )
     write_manifest(stage.directory, manifest)
 

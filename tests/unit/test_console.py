@@ -59,9 +59,6 @@ def test_plan_shows_action_and_reason(
     assert shown["distill"] == ["run", "weight_decay", "0.1", "→", "0.25"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="names and reasons are printed as rich markup, which takes out [words]"
-)
 def test_plan_shows_brackets_as_they_are(
     screen: Console, plan: Callable[..., Plan], complete: Callable[..., None]
 ) -> None:
@@ -92,11 +89,7 @@ def test_summary_marks_incomplete_stages(screen: Console, plan: Callable[..., Pl
     [
         (0.75, "perplexity 10.0 → 30.0 → 15.0, 75% recovered"),
         (None, "perplexity 10.0 → 30.0 → 15.0"),
-        pytest.param(
-            0.0,
-            "perplexity 10.0 → 30.0 → 15.0, 0% recovered",
-            marks=pytest.mark.xfail(strict=True, reason="a share of 0 is taken for none"),
-        ),
+        pytest.param(0.0, "perplexity 10.0 → 30.0 → 15.0, 0% recovered"),
     ],
 )
 def test_headline_of_an_evaluation(
@@ -174,13 +167,7 @@ def test_follower_passes_over_records_of_an_interrupted_run(
     "again",
     [
         pytest.param((7,), id="shorter"),
-        pytest.param(
-            (7, 8, 9),
-            id="longer",
-            marks=pytest.mark.xfail(
-                strict=True, reason="the position in the old file is kept when that is deleted"
-            ),
-        ),
+        pytest.param((7, 8, 9), id="longer"),
     ],
 )
 def test_follower_reads_a_new_file_from_its_start(

@@ -83,7 +83,6 @@ def test_file_that_is_not_utf8_or_not_there(tmp_path: Path, name: str) -> None:
         documents(str(tmp_path / name))
 
 
-@pytest.mark.xfail(strict=True, reason="the line of a JSONL file that is no JSON is not named")
 def test_invalid_jsonl_names_the_line(tmp_path: Path) -> None:
     source = write(tmp_path, "a.jsonl", '{"text": "one"}\n{"text": "two"}\n{oops\n')
     with pytest.raises(RecipeError, match=r"(line|record) 3"):
@@ -91,10 +90,6 @@ def test_invalid_jsonl_names_the_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["3", "null", "true", '"a text"'])
-@pytest.mark.xfail(
-    strict=True,
-    reason="a JSON file that is a single value raises TypeError or is read letter by letter",
-)
 def test_json_that_is_no_collection_is_refused(tmp_path: Path, content: str) -> None:
     with pytest.raises(RecipeError, match=r"a\.json"):
         documents(write(tmp_path, "a.json", content))

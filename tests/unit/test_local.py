@@ -80,9 +80,6 @@ def test_script_does_what_the_launcher_does(
     assert done.stdout == "\n".join([*local.command(stage)[1:], AWKWARD])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="run.sh has no cd, so relative model.hf_path and data.sources break"
-)
 def test_script_runs_where_the_launcher_ran(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,9 +165,6 @@ def test_failed_stage_is_explained_by_its_own_message(
     assert message.startswith("stage distill failed: no memory\n  log: ")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="local.run does not delete error.txt of the run before, and shows it"
-)
 def test_message_of_an_earlier_run_is_not_shown(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,9 +75,6 @@ def test_failed_write_keeps_the_old_content(tmp_path: Path) -> None:
     assert file.read_text() == "old"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="write_text_atomically does not delete its partial file when writing fails"
-)
 def test_failed_write_leaves_no_partial(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     with pytest.raises(UnicodeEncodeError):

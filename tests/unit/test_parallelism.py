@@ -89,8 +89,5 @@ def test_tensor_parallel_axes(teacher: Architecture, axis: str, size: int) -> No
 @pytest.mark.parametrize(
     "fields", [{"micro_batch_size": 0}, {"tp": 0}, {"pp": 0}, {"global_batch_size": 0}]
 )
-@pytest.mark.xfail(
-    strict=True, reason="sizes of 0 raise ZeroDivisionError, and global_batch_size=0 is taken"
-)
 def test_sizes_of_zero_are_refused(fields: dict[str, int], chain: Chain) -> None:
     assert list(layout_problems(config(**fields), chain))

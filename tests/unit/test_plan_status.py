@@ -220,9 +220,6 @@ def test_interrupted_stage_of_other_settings_starts_anew(plan: MakePlan, run: Pa
     assert actions["distill"] == ("run", "not run yet")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="manifests name their inputs by fingerprint only, not by what was read"
-)
 @pytest.mark.usefixtures("run")
 def test_rerun_that_made_another_result_reruns_what_follows(
     plan: MakePlan, complete: Complete

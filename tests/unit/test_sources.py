@@ -75,9 +75,6 @@ def test_not_hub_ids(source: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["./model", "../model"])
-@pytest.mark.xfail(
-    strict=True, reason="is_hub_id takes a relative path that does not exist for a hub id"
-)
 def test_relative_paths_that_do_not_exist_are_not_hub_ids(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +129,6 @@ def test_invalid_config_names_the_file(hf_folder: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null", '"text"'])
-@pytest.mark.xfail(strict=True, reason="read_json returns JSON that is not an object")
 def test_config_that_is_no_object_names_the_file(hf_folder: Path, content: str) -> None:
     (hf_folder / "config.json").write_text(content)
     with pytest.raises(RecipeError, match=r"config\.json"):

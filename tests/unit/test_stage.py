@@ -133,9 +133,6 @@ def test_killed_stage_is_incomplete_and_keeps_its_work(worker: Worker, tmp_path:
     assert (stage / WORK / "fingerprint").read_text() == "fingerprint of hello"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="stage_main writes error.txt to work/, which is not there yet"
-)
 def test_failure_before_the_work_begins_is_explained(worker: Worker, tmp_path: Path) -> None:
     stage = tmp_path / "stage"
     assert worker.start(stage, unknown=1).returncode == 1
