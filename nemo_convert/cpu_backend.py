@@ -214,7 +214,7 @@ PATCHES: dict[str, list[Patch]] = {
         Patch("torch:Tensor.to", "literal 'cuda' in NeMo's metric logging", _tensor_to),
         *(
             Patch(f"torch:{name}", "literal device='cuda' in Megatron and NeMo", _on_cpu)
-            for name in ("tensor", "zeros", "ones", "empty", "full", "arange")
+            for name in ("tensor", "zeros", "ones", "empty", "empty_like", "full", "arange")
         ),
         Patch(
             "torch.distributed:all_gather_into_tensor",

@@ -86,7 +86,8 @@ class _LossReduction(MegatronLossReduction):  # type: ignore[misc]
         losses = self._model.core_module.compute_kd_loss(
             student_loss=mean(forward_out), loss_reduction_fn=mean
         )
-        return losses["loss"], {name: loss.detach() for name, loss in losses.items()}
+        # Cloned, since Megatron divides the loss by the number of micro batches in place.
+        return losses["loss"], {name: loss.detach().clone() for name, loss in losses.items()}
 
     def reduce(self, micro_batches: list[dict[str, Tensor]]) -> Tensor:
         """Mean over micro batches and data-parallel ranks; the terms go to ``last_losses``."""
@@ -135,14 +136,26 @@ class KDModel(DistillationGPTModel):  # type: ignore[misc]
         self.teacher_loss: float | None = None
         self._reduction: _LossReduction | None = None
 
+    def share_losses(self) -> None:
+        """Brings the last step's losses from the last pipeline stage, which has them, to all."""
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            found = [self.last_losses, self.teacher_loss]
+            torch.distributed.broadcast_object_list(
+                found,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+            self.last_losses, self.teacher_loss = found
+
     def configure_model(self) -> None:
         """Builds the student, loads the teacher beside it, and attaches the losses."""
         if hasattr(self, "module"):
             return
         for name in SHARED_SETTINGS:
             setattr(self._teacher_config, name, getattr(self.config, name))
+        # Not the student's: initialisation is also what marks a weight as tensor-parallel, and a
+        # gradient norm without those marks counts one rank's half of them.
         self._teacher_config.perform_initialization = False
-        self.config.perform_initialization = False
         last_stage = parallel_state.is_pipeline_last_stage()
         losses = {OUTPUT: LogitsKL(self._temperature, tensor_group())} if last_stage else {}
         teacher = (

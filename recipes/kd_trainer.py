@@ -225,6 +225,7 @@ class _Progress(Callback):  # type: ignore[misc]
         """Logs the step's losses, gradient norm, learning rate and speed."""
         now, step = time.monotonic(), trainer.global_step
         tokens = self._cfg.global_batch_size * self._cfg.seq_length
+        pl_module.share_losses()
         values = {
             **pl_module.last_losses,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],

@@ -24,6 +24,7 @@ EVEN = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
+    "vocab_size": 294,
     "tie_word_embeddings": False,
 }
 
