@@ -76,9 +76,10 @@ def core_logits(core: Any, tokens: torch.Tensor) -> torch.Tensor:
 
     core.float().eval()
     core.config.params_dtype = torch.float32
+    tokens = tokens.to(next(core.parameters()).device)
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
     with torch.no_grad():
-        logits: torch.Tensor = core(tokens, positions, None)
+        logits: torch.Tensor = core(tokens, positions, None).cpu()
     return logits
 
 

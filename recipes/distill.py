@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from recipes.errors import RecipeError
 from recipes.manifest import Outcome
+from recipes.metrics import steps_of
 from recipes.parallelism import layout_problems
 from recipes.preflight import Chain, Problem, window_problems
-from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
+from recipes.stage import Inputs, StageConfig, metrics_file, metrics_log, rank, stage_main
 
 if TYPE_CHECKING:
     import torch
@@ -92,16 +94,31 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     teacher = nemo.find_checkpoint(inputs["teacher"].artifact)
     _require_same_tokenizer(inputs)
     checkpoint = out / student.name
-    metrics = distill_checkpoint(
-        cfg, student, teacher, inputs["data"], checkpoint, metrics_log(out)
-    )
+    distill_checkpoint(cfg, student, teacher, inputs["data"], checkpoint, metrics_log(out))
     arch = nemo.architecture_of(student)
     return Outcome(
-        metrics=metrics,
+        metrics=summary(cfg, metrics_file(out)) if rank() == 0 else {},
         architecture=arch.as_dict(),
         parameters=arch.parameters(),
         tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(student)),
     )
+
+
+def summary(cfg: Config, file: Path) -> dict[str, Any]:
+    """The manifest's figures, from the records of all attempts.
+
+    Not from memory: a run killed after its last step resumes with nothing left to train.
+    """
+    steps, validations = steps_of(file, "distill"), steps_of(file, "validate")
+    last = steps[-1]
+    return {
+        **{f"final_{name}": last[name] for name in ("loss", "kd", "lm")},
+        "teacher_loss": steps[0]["teacher_loss"],
+        "val_loss": validations[-1]["val_loss"] if validations else None,
+        "steps": last["done"],
+        "tokens": last["done"] * cfg.global_batch_size * cfg.seq_length,
+        "tokens_per_second": median(step["tokens_per_second"] for step in steps),
+    }
 
 
 def _require_same_tokenizer(inputs: Inputs) -> None:

@@ -139,7 +139,7 @@ class KDModel(DistillationGPTModel):  # type: ignore[misc]
     def share_losses(self) -> None:
         """Brings the last step's losses from the last pipeline stage, which has them, to all."""
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            found = [self.last_losses, self.teacher_loss]
+            found: list[Any] = [self.last_losses, self.teacher_loss]
             torch.distributed.broadcast_object_list(
                 found,
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),

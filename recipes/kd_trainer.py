@@ -36,7 +36,7 @@ UNFINISHED = "-unfinished"
 
 def distill_checkpoint(
     cfg: Config, student: Path, teacher: Path, data: Input, out: Path, log: MetricsLog
-) -> dict[str, Any]:
+) -> None:
     """Trains the student and writes it to ``out``; resumes from the last whole checkpoint.
 
     Args:
@@ -46,9 +46,6 @@ def distill_checkpoint(
         data: Output of ``prepare_data``.
         out: Checkpoint directory to write.
         log: Metrics file; silent on ranks other than 0.
-
-    Returns:
-        The final losses and the throughput.
     """
     cpu_backend.enable()
     scratch = out.parent.parent
@@ -63,9 +60,9 @@ def distill_checkpoint(
         kd_weight=cfg.kd_weight,
         lm_weight=cfg.lm_weight,
     )
-    progress = _Progress(cfg, log)
     trainer = _trainer(cfg)
-    trainer.callbacks.append(progress)  # after construction: NeMo copies what it is given
+    # After construction: NeMo copies what it is given.
+    trainer.callbacks.append(_Progress(cfg, log))
     llm.train(
         model=model,
         data=_data(cfg, data, student_model.tokenizer, scratch / "index"),
@@ -81,7 +78,6 @@ def distill_checkpoint(
         tokenizer=None,
     )
     _save_student(cfg, model, student_model, nemo.side_files(student), out)
-    return {**progress.summary, "teacher_loss": model.teacher_loss}
 
 
 def _save_student(cfg: Config, model: KDModel, student_model: Any, side: Path, out: Path) -> None:
@@ -207,19 +203,16 @@ def _resume(checkpoints: Path, student: Path) -> Any:
     return nl.AutoResume(restore_config=restore, resume_from_path=str(latest))
 
 
-class _Progress(Callback):  # type: ignore[misc]
+class _Progress(Callback):
     """Logs every step and stops on a loss that is not finite."""
 
     def __init__(self, cfg: Config, log: MetricsLog) -> None:
         self._cfg, self._log = cfg, log
-        self._began = self._last = time.monotonic()
-        self._first_step = 0
-        self.summary: dict[str, Any] = {}
+        self._last = time.monotonic()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the clock."""
-        self._began = self._last = time.monotonic()
-        self._first_step = trainer.global_step
+        self._last = time.monotonic()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Logs the step's losses, gradient norm, learning rate and speed."""
@@ -228,28 +221,23 @@ class _Progress(Callback):  # type: ignore[misc]
         pl_module.share_losses()
         values = {
             **pl_module.last_losses,
+            "teacher_loss": pl_module.teacher_loss,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "tokens_per_second": round(tokens / (now - self._last), 1),
         }
         norm = trainer.callback_metrics.get("grad_norm")
         if norm is not None:
             values["grad_norm"] = float(norm)
-        bad = [k for k, v in values.items() if not math.isfinite(v)]
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise RecipeError(
                 f"step {step}: {', '.join(bad)} is not finite.", "lower stages.distill.lr"
             )
         self._last = now
         self._log.progress("distill", step, self._cfg.max_steps, **values)
-        done = step - self._first_step
-        self.summary = {"final_" + name: value for name, value in pl_module.last_losses.items()} | {
-            "steps": step,
-            "tokens": step * tokens,
-            "tokens_per_second": round(done * tokens / (now - self._began), 1),
-        }
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Logs the student's next-token loss on the validation part."""
         loss = float(trainer.callback_metrics["val_loss"])
         self._log.progress("validate", trainer.global_step, self._cfg.max_steps, val_loss=loss)
-        self.summary["val_loss"] = loss
+        self._last = time.monotonic()

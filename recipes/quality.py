@@ -38,8 +38,9 @@ def measure(
     Returns:
         The summary that goes into the manifest.
     """
-    text = windows(data, "heldout", cfg.seq_length, cfg.num_windows)
-    models = {role: load_transformers(path) for role, path in checkpoints.items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    text = windows(data, "heldout", cfg.seq_length, cfg.num_windows).to(device)
+    models = {role: load_transformers(path).to(device) for role, path in checkpoints.items()}
     losses: dict[str, list[float]] = {role: [] for role in models}
     divergences: dict[str, list[float]] = {role: [] for role in models}
     agreements: dict[str, list[float]] = {role: [] for role in models}

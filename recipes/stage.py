@@ -102,16 +102,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def scratch(out: Path, name: str) -> Path:
-    """A directory beside ``out`` that survives a kill and is gone once the stage is complete."""
-    path = out.parent / name
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def metrics_file(out: Path) -> Path:
+    """Where the stage that writes its artifact to ``out`` keeps its metrics."""
+    return out.parent.parent / METRICS
 
 
 def metrics_log(out: Path) -> MetricsLog:
     """The stage's metrics file; silent on ranks other than 0."""
-    return MetricsLog(out.parent.parent / METRICS if rank() == 0 else None)
+    return MetricsLog(metrics_file(out) if rank() == 0 else None)
 
 
 def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
@@ -127,8 +125,9 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
         message = str(error) if isinstance(error, RecipeError) else traceback.format_exc()
         print(message, file=sys.stderr, flush=True)
         summary = message if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}"
-        (stage_dir / WORK).mkdir(exist_ok=True)
-        write_text_atomically(stage_dir / WORK / "error.txt", summary)
+        with contextlib.suppress(OSError):  # on a full disk the launcher finds it in the log
+            (stage_dir / WORK).mkdir(exist_ok=True)
+            write_text_atomically(stage_dir / WORK / "error.txt", summary)
         # A failing rank must not wait in a collective for ranks that will never come.
         os._exit(1)
 

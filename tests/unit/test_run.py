@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,3 +196,18 @@ def test_nothing_of_a_dry_run_counts_as_a_result(launch: Launch, tmp_path: Path)
     again = launch(RECIPE, f"run_dir={run}", "dry_run=true")
     assert not list(run.rglob(MANIFEST))
     assert again.stdout.count("not run yet") == len(ORDER)
+
+
+def test_disk_that_is_too_small_is_refused(launch: Launch, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        message = refused(launch, RECIPE, f"run_dir={small}/run")
+        assert "needs about" in message
+        assert "0.0 GB are free" in message
+        assert not (small / "run").exists()
+    finally:
+        subprocess.run(["umount", str(small)], check=True)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from recipes.errors import RecipeError
 from recipes.manifest import ARTIFACT, MANIFEST, WORK, check_artifact, read_manifest
 from recipes.metrics import METRICS, MetricsLog, read_records
-from recipes.stage import git_sha, installed_versions, metrics_log, prepare_work, scratch
+from recipes.stage import git_sha, installed_versions, metrics_log, prepare_work
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ import os
 from dataclasses import dataclass
 from recipes.errors import RecipeError
 from recipes.manifest import Outcome
-from recipes.stage import StageConfig, metrics_log, scratch, stage_main
+from recipes.stage import StageConfig, metrics_log, stage_main
 
 @dataclass
 class Config(StageConfig):
@@ -33,7 +33,8 @@ class Config(StageConfig):
 
 def run(cfg, inputs, out):
     metrics_log(out).progress("write", 1, 1)
-    scratch(out, "kept").joinpath("state").write_text("step 1")
+    (out.parent / "kept").mkdir(exist_ok=True)
+    (out.parent / "kept" / "state").write_text("step 1")
     (out / "sub").mkdir()
     (out / "sub" / "a.txt").write_text(cfg.text)
     if cfg.fail == "user":
@@ -193,7 +194,8 @@ def unfinished(stage: Path, fingerprint: str) -> Path:
     (out / "half").touch()
     (stage / WORK / "error.txt").write_text("old")
     MetricsLog(stage / METRICS).progress("train", 1, 2)
-    checkpoint = scratch(out, "checkpoints") / "step_1"
+    checkpoint = out.parent / "checkpoints" / "step_1"
+    checkpoint.parent.mkdir()
     checkpoint.touch()
     return checkpoint
 
