@@ -60,7 +60,6 @@ class Resources:
     nodes: int = 1
     devices: int = 1
     """Processes per node: one per GPU, or gloo ranks on a CPU."""
-    time: str = "04:00:00"
     env: dict[str, str] = field(default_factory=dict)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,21 +84,3 @@ def test_weights_that_do_not_match_the_config_are_refused(teacher: Path) -> None
         check_shapes(core, replace(shape, ffn_hidden_size=96))
     with pytest.raises(RecipeError, match="None instead of"):
         check_shapes(core, replace(shape, num_layers=5))
-
-
-def test_a_teacher_of_chance_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zero logits are a teacher whose weights never arrived."""
-    from recipes.kd_model import KDModel
-
-    logits = torch.zeros(6, 2, 300)
-    output = SimpleNamespace(_intermediate_output=(logits, None))
-    model = SimpleNamespace(
-        core_module=SimpleNamespace(teacher_model=SimpleNamespace(output_layer=output)),
-        _teacher_config=SimpleNamespace(vocab_size=300),
-    )
-    labels = torch.zeros(2, 6, dtype=torch.long)
-    with pytest.raises(RecipeError, match=r"first batch is 5\.70"):
-        KDModel.check_teacher(model, labels)  # type: ignore[arg-type]
-    logits[..., 0] = 10.0
-    KDModel.check_teacher(model, labels)  # type: ignore[arg-type]
-    assert model.teacher_loss < 0.1  # type: ignore[attr-defined]

@@ -80,7 +80,6 @@ def test_a_field_reruns_its_stage_and_what_follows(
 @pytest.mark.parametrize(
     "override",
     [
-        "stages.distill.resources.time=1",
         "stages.distill.resources.devices=4 stages.distill.micro_batch_size=4",
         "+stages.prune.resources.env.X=y",
         "+cluster.env.X=y",
