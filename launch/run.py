@@ -128,6 +128,8 @@ def _lock(run_dir: Path) -> Iterator[None]:
 def cli() -> int:
     """Runs ``main`` and turns every expected failure into one message and an exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the message is ours
+    # Hydra's parser stops at overrides on both sides of a flag: `recipe=R -m x=1,2`.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     schema.register()
     try:
         main()

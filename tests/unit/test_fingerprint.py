@@ -98,9 +98,7 @@ def test_digest_depends_on_the_order_of_lists() -> None:
 
 def test_resources_are_no_result_settings() -> None:
     plain = distill.Config(stage="distill")
-    large = distill.Config(
-        stage="distill", resources=Resources(nodes=4, devices=8, env={"A": "b"})
-    )
+    large = distill.Config(stage="distill", resources=Resources(nodes=4, devices=8, env={"A": "b"}))
     assert "resources" not in result_settings(plain)
     assert result_settings(plain) == result_settings(large)
 
