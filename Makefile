@@ -13,6 +13,7 @@ demo: install
 	$(VENV)/bin/python launch/run.py recipe=$(RECIPE) $(ARGS)
 
 test: install
+	@tests/install_browser.sh
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 lint: install
