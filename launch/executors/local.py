@@ -14,7 +14,7 @@ from launch.console import Follower
 from launch.plan import PlannedStage
 from recipes.errors import RecipeError
 from recipes.fingerprint import REPO_ROOT
-from recipes.manifest import WORK, read_manifest
+from recipes.manifest import MANIFEST, WORK, read_manifest
 from recipes.stage import die_with_parent
 
 POLL_SECONDS = 0.2
@@ -69,8 +69,9 @@ def run(stage: PlannedStage, env: Mapping[str, str], follower: Follower) -> None
     """Runs one stage to its end.
 
     Raises:
-        RecipeError: The stage ended without a manifest of its fingerprint.
+        RecipeError: The stage ended without a new manifest of its fingerprint.
     """
+    before = _manifest_time(stage)
     logs = stage.directory / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     (stage.directory / WORK / "error.txt").unlink(missing_ok=True)
@@ -94,11 +95,18 @@ def run(stage: PlannedStage, env: Mapping[str, str], follower: Follower) -> None
             raise
     follower.update()
     # torchrun turns every failure into exit status 1, so only the manifest counts.
+    # A forced stage still has the old one, with the same fingerprint, until it has succeeded.
     manifest = read_manifest(stage.directory)
-    if manifest is None or manifest.fingerprint != stage.fingerprint:
+    new = _manifest_time(stage) != before
+    if manifest is None or manifest.fingerprint != stage.fingerprint or not new:
         raise RecipeError(
             f"stage {stage.name} failed: {_reason(stage.directory, log)}\n  log: {log}"
         )
+
+
+def _manifest_time(stage: PlannedStage) -> int | None:
+    path = stage.directory / MANIFEST
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def _reason(directory: Path, log: Path) -> str:

@@ -143,13 +143,16 @@ def test_stage_without_a_manifest_has_failed(
     assert shown[6] == f"log: {log}"
 
 
-def test_stage_with_a_manifest_of_other_settings_has_failed(
+@pytest.mark.parametrize("forced", [False, True])
+def test_stage_that_leaves_an_old_manifest_has_failed(
     stage: PlannedStage,
     complete: Callable[..., None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    forced: bool,
 ) -> None:
-    old = replace(stage, fingerprint="old")
+    """Of other settings, or, when it was forced to run again, of the same."""
+    old = stage if forced else replace(stage, fingerprint="old")
     complete(Plan(stage.directory.parent, None, (old,)))  # type: ignore[arg-type]
     assert "distill failed" in failure(stage, fake_python(tmp_path, "exit 0"), monkeypatch)
 
