@@ -120,6 +120,7 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
     die_with_parent()
     try:
         _run_stage(run, config_class, kind, request_file)
+        _leave_together()
     except Exception as error:
         message = str(error) if isinstance(error, RecipeError) else traceback.format_exc()
         print(message, file=sys.stderr, flush=True)
@@ -211,6 +212,19 @@ def _finish_ranks() -> int:
     every: list[int] = [0] * world_size()
     torch.distributed.all_gather_object(every, own)
     return sum(every)
+
+
+def _leave_together() -> None:
+    """Ends all ranks at once, after rank 0 has written the manifest.
+
+    A rank that leaves early with gloo's threads still running may abort, and torchrun would then
+    kill rank 0 in the middle of its last work.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        if world_size() > 1:
+            torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def installed_versions() -> dict[str, str]:

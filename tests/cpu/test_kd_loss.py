@@ -96,6 +96,8 @@ torch.testing.assert_close(
     cross_entropy(whole_s[..., columns], labels, dist.group.WORLD),
     cross_entropy(whole_s, labels, None),
 )
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
