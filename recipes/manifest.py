@@ -20,7 +20,15 @@ from recipes.errors import RecipeError
 MANIFEST = "manifest.json"
 ARTIFACT = "artifact"
 WORK = "work"
-KINDS = ("checkpoint_hf", "checkpoint_nemo", "engine", "eval_results", "dataset", "report")
+KINDS = (
+    "checkpoint_hf",
+    "checkpoint_nemo",
+    "engine",
+    "eval_results",
+    "dataset",
+    "teacher_logits",
+    "report",
+)
 
 
 @dataclass(frozen=True)

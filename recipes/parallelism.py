@@ -1,4 +1,4 @@
-"""Arithmetic of Megatron's parallel sizes and batches."""
+"""Arithmetic of Megatron's parallel sizes, pipeline stages and batches."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ class ParallelConfig(Protocol):
     resources: Resources
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
+    sequence_parallel: bool
+    seq_length: int
     micro_batch_size: int
     global_batch_size: int
 
@@ -28,14 +30,54 @@ def data_parallel_size(cfg: ParallelConfig) -> int:
     return ranks // model if ranks % model == 0 else 0
 
 
+def pipeline_split(num_layers: int, stages: int) -> list[int]:
+    """Layers on each pipeline stage; as even as Megatron can build them.
+
+    Megatron-Core lets the first and the last stage differ and wants the others equal
+    (``num_layers_in_first_pipeline_stage`` and ``num_layers_in_last_pipeline_stage``, read in
+    ``megatron/core/transformer/transformer_block.py``). The last stage also has the head and the
+    loss, so none has fewer layers than it: where a long pipeline of few layers leaves a remainder,
+    the first stage takes it.
+
+    Args:
+        num_layers: Layers of the model.
+        stages: Size of the pipeline.
+
+    Raises:
+        ValueError: There are fewer layers than stages.
+    """
+    if not 1 <= stages <= num_layers:
+        raise ValueError(f"{num_layers} layers cannot fill {stages} pipeline stages")
+    each, rest = divmod(num_layers, stages)
+    if rest == 0:
+        return [each] * stages
+    # One layer more in the middle, unless that leaves nothing for one of the ends.
+    middle = each + 1 if num_layers - (stages - 2) * (each + 1) >= 2 else each
+    ends = num_layers - (stages - 2) * middle
+    last = min(ends // 2, middle)
+    return [ends - last, *[middle] * (stages - 2), last]
+
+
+def last_stage_layers(num_layers: int, stages: int) -> range:
+    """Layers on the last pipeline stage, counted from 1."""
+    return range(num_layers - pipeline_split(num_layers, stages)[-1] + 1, num_layers + 1)
+
+
 def layout_problems(cfg: ParallelConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks ranks against TP and PP, and the batch against what is left for DP."""
+    """Checks ranks, models and windows against TP and PP, and the batch against what is left."""
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
     zero = [n for n in (*sizes, "micro_batch_size", "global_batch_size") if getattr(cfg, n) < 1]
     if zero:
         yield Problem("positive", f"{', '.join(zero)} is not positive", "use 1 or more")
         return
     yield from _rank_problems(cfg)
+    tensor = cfg.tensor_model_parallel_size
+    if cfg.sequence_parallel and cfg.seq_length % tensor:
+        yield Problem(
+            "sequence-parallel",
+            f"seq_length={cfg.seq_length} is not divisible by TP={tensor}",
+            "set sequence_parallel=false, or another seq_length",
+        )
     yield from _shape_problems(cfg, "teacher", chain.teacher)
     student = chain.shape_of(cfg.inputs.get("student"))
     if student != chain.teacher:
@@ -71,9 +113,9 @@ def _shape_problems(cfg: ParallelConfig, role: str, shape: Architecture) -> Iter
                 f"the {role}'s {axis}={size} is not divisible by TP={tensor}",
                 "lower tensor_model_parallel_size",
             )
-    if shape.num_layers % pipeline:
+    if shape.num_layers < pipeline:
         yield Problem(
             "pipeline-parallel",
-            f"the {role}'s {shape.num_layers} layers are not divisible by PP={pipeline}",
-            "choose another pipeline_model_parallel_size",
+            f"the {role} has {shape.num_layers} layers, fewer than PP={pipeline}",
+            f"set pipeline_model_parallel_size to at most {shape.num_layers}",
         )

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from recipes import prune
 from recipes.distill import Config
-from recipes.parallelism import data_parallel_size, layout_problems
+from recipes.parallelism import (
+    data_parallel_size,
+    last_stage_layers,
+    layout_problems,
+    pipeline_split,
+)
 from recipes.preflight import Chain
 from recipes.stage import Resources
 
@@ -47,6 +54,10 @@ def test_data_parallel_size(cfg: Config, size: int) -> None:
         config(devices=2, pp=2),
         config(devices=4, nodes=2, global_batch_size=32),
         config(global_batch_size=12),
+        config(devices=3, pp=3),
+        config(devices=2, tp=2, sequence_parallel=True),
+        config(sequence_parallel=True, seq_length=255),
+        config(devices=2, tp=2, seq_length=255),
     ],
 )
 def test_layouts_that_fit(cfg: Config, chain: Chain) -> None:
@@ -60,7 +71,13 @@ def test_layouts_that_fit(cfg: Config, chain: Chain) -> None:
         (config(tp=2, pp=2), "ranks", "1 rank(s)", "a multiple of 4"),
         (config(global_batch_size=6), "batch", "global_batch_size=6 is not", "multiple of 4"),
         (config(devices=4), "batch", "DP=4 x micro_batch_size=4", "multiple of 16"),
-        (config(devices=3, pp=3), "pipeline-parallel", "4 layers are not divisible by PP=3", "pip"),
+        (config(devices=5, pp=5), "pipeline-parallel", "teacher has 4 layers, fewer", "most 4"),
+        (
+            config(devices=2, tp=2, sequence_parallel=True, seq_length=255),
+            "sequence-parallel",
+            "seq_length=255 is not divisible by TP=2",
+            "sequence_parallel=false",
+        ),
     ],
 )
 def test_each_rule(cfg: Config, rule: str, what: str, fix: str, chain: Chain) -> None:
@@ -91,3 +108,61 @@ def test_tensor_parallel_axes(teacher: Architecture, axis: str, size: int) -> No
 )
 def test_sizes_of_zero_are_refused(fields: dict[str, int], chain: Chain) -> None:
     assert list(layout_problems(config(**fields), chain))
+
+
+def test_stage_without_a_student_is_checked_once(chain: Chain) -> None:
+    """A stage that reads the teacher alone has no student input."""
+    cfg = config(devices=5, pp=5)
+    cfg.inputs = {"checkpoint": "import_hf", "data": "prepare_data"}
+    [problem] = layout_problems(cfg, chain)
+    assert problem.what == "the teacher has 4 layers, fewer than PP=5"
+
+
+def test_student_and_teacher_are_both_checked(chain: Chain) -> None:
+    student = prune.Config(stage="prune", target_num_layers=2)
+    whole = dataclasses.replace(chain, stages={"prune": student})
+    cfg = config(devices=5, pp=5)
+    cfg.inputs = {"teacher": "import_hf", "student": "prune"}
+    whats = [problem.what for problem in layout_problems(cfg, whole)]
+    assert whats == [
+        "the teacher has 4 layers, fewer than PP=5",
+        "the student has 2 layers, fewer than PP=5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "split"),
+    [
+        (30, 1, [30]),
+        (30, 3, [10, 10, 10]),
+        (3, 2, [2, 1]),
+        (30, 4, [7, 8, 8, 7]),
+        (24, 7, [2, 4, 4, 4, 4, 4, 2]),
+        (9, 8, [2, 1, 1, 1, 1, 1, 1, 1]),
+        (5, 5, [1, 1, 1, 1, 1]),
+    ],
+)
+def test_pipeline_splits(layers: int, stages: int, split: list[int]) -> None:
+    assert pipeline_split(layers, stages) == split
+
+
+def test_every_pipeline_split_can_be_built_and_is_lightest_at_the_end() -> None:
+    for layers, stages in product(range(1, 130), range(1, 130)):
+        if stages > layers:
+            with pytest.raises(ValueError, match="cannot fill"):
+                pipeline_split(layers, stages)
+            continue
+        split = pipeline_split(layers, stages)
+        assert (len(split), sum(split)) == (stages, layers)
+        assert 1 <= split[-1] == min(split)
+        assert len(set(split[1:-1])) <= 1
+        assert len(set(split)) == 1 or layers % stages
+        most = -(-layers // stages)
+        if layers - most * (stages - 2) >= 2:  # else the ends cannot make up for the middle
+            assert max(split) == most
+
+
+def test_layers_of_the_last_stage_end_with_the_last_layer() -> None:
+    assert list(last_stage_layers(30, 4)) == [24, 25, 26, 27, 28, 29, 30]
+    assert list(last_stage_layers(4, 1)) == [1, 2, 3, 4]
+    assert list(last_stage_layers(4, 4)) == [4]
