@@ -6,7 +6,7 @@ import graphlib
 import importlib
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.status import SKIP, require_nothing_lost, status
 from recipes.errors import RecipeError, did_you_mean
 from recipes.fingerprint import (
     REPO_ROOT,
@@ -22,11 +23,9 @@ from recipes.fingerprint import (
     result_settings,
     stage_fingerprint,
 )
-from recipes.manifest import WORK, Manifest, check_artifact, read_manifest
+from recipes.manifest import check_artifact
 from recipes.preflight import Chain, read_chain, require_none
 from recipes.stage import StageConfig
-
-RUN, RESUME, SKIP = "run", "resume", "skip"
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     Raises:
         RecipeError: A problem that would fail the run later, with its fix.
     """
-    if not cfg.model.hf_path:
+    if not cfg.model.hf_path:  # first: stages that have it as a field would say less
         raise RecipeError("no model is set.", "model=NAME or model.hf_path=DIR_OR_HUB_ID")
     configs = typed_stages(cfg)
     only = _known(cfg.stages.get("only"), configs, "stages.only")
@@ -120,6 +119,8 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
         stage = _plan_stage(name, configs[name], run_dir, planned, force)
         if name in wanted or _is_input(name, wanted, configs):
             _require_unchanged(stage)
+        if name in wanted and name not in force:
+            require_nothing_lost(stage, _module(stage.config))
         if name not in wanted and _is_input(name, wanted, configs):
             _require_complete(stage)
         planned[name] = stage
@@ -210,21 +211,7 @@ def _plan_stage(
         {key: ref.fingerprint for key, ref in inputs.items()},
         {key: external_stamp(path) for key, path in external.items()},
     )
-    upstream = [planned[s] for s in config.inputs.values() if s in planned]
-    rerun = [stage.name for stage in upstream if stage.action != SKIP]
-    action, reason = SKIP, "complete"
-    manifest = read_manifest(directory)
-    if name in force:
-        action, reason = RUN, "forced"
-    elif manifest is None:
-        action, reason = _unfinished(directory, fingerprint)
-    elif manifest.fingerprint != fingerprint:
-        action, reason = RUN, _difference(manifest, config, code, inputs)
-    elif rerun:
-        action, reason = RUN, f"after {', '.join(rerun)}"
-    elif made_anew := _made_anew(manifest, inputs):
-        action, reason = RUN, f"{', '.join(made_anew)} was made anew"
-    return PlannedStage(
+    stage = PlannedStage(
         name,
         directory,
         f"recipes.{config.stage}",
@@ -232,78 +219,49 @@ def _plan_stage(
         inputs,
         code,
         fingerprint,
-        action,
-        reason,
+        SKIP,
+        "complete",
     )
+    upstream = [planned[s] for s in config.inputs.values() if s in planned]
+    rerun = [other.name for other in upstream if other.action != SKIP]
+    action, reason = status(stage, rerun, forced=name in force)
+    return replace(stage, action=action, reason=reason)
 
 
 def _resolve_inputs(
     name: str, config: StageConfig, module: ModuleType, planned: Mapping[str, PlannedStage]
 ) -> dict[str, InputRef]:
-    kinds: Mapping[str, str] = module.INPUTS
-    if config.inputs.keys() != kinds.keys():
+    needed: Mapping[str, str | tuple[str, ...]] = module.INPUTS
+    if config.inputs.keys() != needed.keys():
         raise RecipeError(
             f"stages.{name}.inputs has {', '.join(config.inputs) or 'nothing'}; "
-            f"{config.stage} needs {', '.join(kinds) or 'nothing'}.",
+            f"{config.stage} needs {', '.join(needed) or 'nothing'}.",
             "name each input once",
         )
     inputs = {}
     for key, source in config.inputs.items():
+        allowed = needed[key]
+        kinds = (allowed,) if isinstance(allowed, str) else allowed
         if source in planned:
             found = planned[source]
             kind, fingerprint = _module(found.config).KIND, found.fingerprint
             directory = found.directory
         else:
             directory = Path(source).resolve()
-            manifest = check_artifact(directory, kinds[key], rehash=False)
+            manifest = check_artifact(directory, rehash=False)
             kind, fingerprint = manifest.kind, manifest.fingerprint
-        if kind != kinds[key]:
+        if kind not in kinds:
             raise RecipeError(
-                f"stages.{name}.inputs.{key}={source} is a {kind}; a {kinds[key]} is needed.",
+                f"stages.{name}.inputs.{key}={source} is a {kind}; "
+                f"a {' or '.join(kinds)} is needed.",
                 "point it at a stage of that kind",
             )
         inputs[key] = InputRef(directory, kind, fingerprint)
     return inputs
 
 
-def _unfinished(directory: Path, fingerprint: str) -> tuple[str, str]:
-    mark = directory / WORK / "fingerprint"
-    if mark.exists() and mark.read_text() == fingerprint:
-        return RESUME, "was interrupted"
-    return RUN, "not run yet"
-
-
-def _difference(
-    manifest: Manifest, config: StageConfig, code: str, inputs: Mapping[str, InputRef]
-) -> str:
-    """Says in a few words why an existing result is out of date."""
-    now: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
-    resources = {"resources"}
-    fields = [
-        f"{key} {manifest.config.get(key)} → {now[key]}"
-        for key in now
-        if key not in resources and now[key] != manifest.config.get(key)
-    ]
-    if fields:
-        return fields[0] if len(fields) == 1 else f"{fields[0]} and {len(fields) - 1} more"
-    changed = [key for key, ref in inputs.items() if manifest.inputs.get(key) != ref.fingerprint]
-    if changed:
-        return f"input {changed[0]} changed"
-    return "code changed" if manifest.code != code else "source files changed"
-
-
 def _is_input(name: str, wanted: Iterable[str], configs: Mapping[str, StageConfig]) -> bool:
     return any(name in configs[other].inputs.values() for other in wanted)
-
-
-def _made_anew(manifest: Manifest, inputs: Mapping[str, InputRef]) -> list[str]:
-    """Inputs whose files are not those that were read, though their fingerprint is the same."""
-    anew = []
-    for name, ref in inputs.items():
-        found, read = read_manifest(ref.directory), manifest.input_content.get(name)
-        if found is not None and read is not None and found.content() != read:
-            anew.append(name)
-    return anew
 
 
 def _require_unchanged(stage: PlannedStage) -> None:

@@ -59,14 +59,12 @@ def one_rank_problems(config: StageConfig, reason: str) -> Iterator[Problem]:
         )
 
 
-def read_chain(hf_path: str | None, stages: Mapping[str, StageConfig]) -> Chain:
+def read_chain(hf_path: str, stages: Mapping[str, StageConfig]) -> Chain:
     """Reads the teacher's shape from its ``config.json``.
 
     Raises:
         RecipeError: There is no usable teacher.
     """
-    if not hf_path:
-        raise RecipeError("no model is set.", "model=NAME or model.hf_path=DIR_OR_HUB_ID")
     teacher = read_architecture(read_hf_config(hf_path), hf_path)
     return Chain(hf_path, teacher, stages)
 

@@ -1,9 +1,11 @@
 """The stage contract: how a stage is configured, started, and marked complete.
 
 A stage is a module with a ``Config`` dataclass, the ``KIND`` it produces, the kinds of its
-``INPUTS``, and ``run(cfg, inputs, out) -> Outcome``. It may have ``check(cfg, chain)``, which finds
-in a second what would fail after an hour. The launcher starts it as
-``torchrun -m recipes.<stage> --config <stage directory>/config.yaml``; ranks never compose.
+``INPUTS`` (one or a tuple of several), and ``run(cfg, inputs, out) -> Outcome``. It may have
+``check(cfg, chain)``, which finds in a second what would fail after an hour, and
+``progress(work)``, which says how far unfinished work has come ("step 50"), or ``None`` when there
+is nothing to lose. The launcher starts it as ``torchrun -m recipes.<stage> --config <stage
+directory>/config.yaml``; ranks never compose.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import json
 import os
 import resource
 import shutil
@@ -50,6 +53,8 @@ RECORDED_VERSIONS = (
     "torch",
     "numpy",
 )
+REQUEST = "request.json"
+"""In ``work/``: the request that the work belongs to. ``config.yaml`` may be a later one's."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -138,7 +143,7 @@ def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: P
     request: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(request_file))  # type: ignore[assignment]
     merged = OmegaConf.merge(OmegaConf.structured(config_class), request["config"])
     cfg: ConfigT = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    out = prepare_work(stage_dir, request["fingerprint"])
+    out = prepare_work(stage_dir, request)
     inputs = {}
     for name, spec in request["inputs"].items():
         directory = Path(spec["directory"])
@@ -171,27 +176,47 @@ def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: P
     )
     publish(stage_dir, out)
     write_manifest(stage_dir, manifest)
-    shutil.rmtree(stage_dir / WORK)
+    _discard(stage_dir / WORK)
 
 
-def prepare_work(stage_dir: Path, fingerprint: str) -> Path:
+def unfinished(stage_dir: Path) -> dict[str, Any] | None:
+    """The request of the run that left unfinished work in ``stage_dir``; ``None`` without one."""
+    try:
+        text = (stage_dir / WORK / REQUEST).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    request: dict[str, Any] = json.loads(text)
+    return request
+
+
+def _discard(work: Path) -> None:
+    """Deletes ``work``, first what makes it resumable: killed here, half of it must not be."""
+    (work / REQUEST).unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def prepare_work(stage_dir: Path, request: Mapping[str, Any]) -> Path:
     """Makes ``work/`` ready and returns the directory to write the artifact to.
 
     Work left by a killed run of the same fingerprint is kept, so that training can resume; any
     other is deleted. Ranks other than 0 wait until rank 0 has done that.
     """
     work = stage_dir / WORK
-    mark = work / "fingerprint"
+
+    def is_ours() -> bool:
+        found = unfinished(stage_dir)
+        return found is not None and found["fingerprint"] == request["fingerprint"]
+
     if rank() == 0:
-        if not mark.exists() or mark.read_text() != fingerprint:
-            shutil.rmtree(work, ignore_errors=True)
+        if not is_ours():
+            _discard(work)
             (stage_dir / METRICS).unlink(missing_ok=True)
         shutil.rmtree(work / ARTIFACT, ignore_errors=True)
         (work / ARTIFACT).mkdir(parents=True)
-        write_text_atomically(mark, fingerprint)
+        write_text_atomically(work / REQUEST, json.dumps(request))
         (work / "error.txt").unlink(missing_ok=True)
     else:
-        _wait_for(lambda: mark.exists() and mark.read_text() == fingerprint, seconds=120)
+        _wait_for(is_ours, seconds=120)
     return work / ARTIFACT
 
 

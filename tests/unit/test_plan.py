@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.plan import Plan, make_plan
+from recipes import prune
 from recipes.errors import RecipeError
 from recipes.manifest import ARTIFACT, MANIFEST
 
@@ -129,8 +130,9 @@ def test_model_of_another_architecture_is_refused(plan: MakePlan, hf_folder: Pat
     assert "LlamaForCausalLM" in message
 
 
-def test_model_that_is_not_set_is_said_so(plan: MakePlan) -> None:
-    assert "no model is set" in refusal(plan, "model.hf_path=null")
+@pytest.mark.parametrize("nothing", ["null", "''"])
+def test_model_that_is_not_set_is_said_so(plan: MakePlan, nothing: str) -> None:
+    assert "no model is set" in refusal(plan, f"model.hf_path={nothing}")
 
 
 @pytest.mark.parametrize("override", ["stages.only=prune", "force=distill"])
@@ -197,10 +199,27 @@ def test_input_from_another_run(plan: MakePlan, complete: Complete, tmp_path: Pa
     assert reference.fingerprint == manifest["fingerprint"]
 
 
+def test_input_may_be_of_several_kinds(
+    plan: MakePlan, complete: Complete, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(prune.INPUTS, "calibration", ("dataset", "checkpoint_nemo"))  # type: ignore[arg-type]
+
+    def kind(*overrides: str) -> str:
+        return plan(*overrides).stages[ORDER.index("prune")].inputs["calibration"].kind
+
+    assert kind() == "dataset"
+    assert kind("stages.prune.inputs.calibration=import_hf") == "checkpoint_nemo"
+    complete(plan())
+    (tmp_path / "run").rename(tmp_path / "other")
+    assert kind(f"stages.prune.inputs.calibration={tmp_path}/other/import_hf") == "checkpoint_nemo"
+    message = refusal(plan, f"stages.prune.inputs.calibration={tmp_path}/other/report")
+    assert "other/report is a report; a dataset or checkpoint_nemo is needed" in message
+
+
 @pytest.mark.parametrize(
     ("stage", "damage", "words"),
     [
-        ("prepare_data", None, "holds a dataset, but a checkpoint_nemo is needed"),
+        ("prepare_data", None, "is a dataset; a checkpoint_nemo is needed"),
         ("import_hf", "manifest", "has no manifest.json: it is not complete"),
         ("import_hf", "file", "data.bin (changed)"),
         ("nothing", None, "neither a stage of this recipe nor a stage directory"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ import pytest
 
 from launch.plan import Plan
 from recipes.errors import RecipeError
-from recipes.manifest import ARTIFACT, MANIFEST, WORK, read_manifest, write_manifest
+from recipes.manifest import ARTIFACT, MANIFEST, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -197,26 +196,6 @@ def test_broken_manifest_is_refused_by_name(plan: MakePlan, run: Path) -> None:
     with pytest.raises(RecipeError, match="is not a readable manifest") as caught:
         plan()
     assert str(run / "distill" / MANIFEST) in str(caught.value)
-
-
-def interrupt(run: Path, stage: str, fingerprint: str) -> None:
-    (run / stage / MANIFEST).unlink()
-    (run / stage / WORK).mkdir()
-    (run / stage / WORK / "fingerprint").write_text(fingerprint)
-
-
-def test_interrupted_stage_is_resumed(plan: MakePlan, run: Path) -> None:
-    fingerprint = json.loads((run / "distill" / MANIFEST).read_text())["fingerprint"]
-    interrupt(run, "distill", fingerprint)
-    actions = {stage.name: (stage.action, stage.reason) for stage in plan().todo()}
-    assert actions["distill"] == ("resume", "was interrupted")
-    assert actions["evaluate"] == ("run", "after distill")
-
-
-def test_interrupted_stage_of_other_settings_starts_anew(plan: MakePlan, run: Path) -> None:
-    interrupt(run, "distill", "other")
-    actions = {stage.name: (stage.action, stage.reason) for stage in plan().todo()}
-    assert actions["distill"] == ("run", "not run yet")
 
 
 @pytest.mark.usefixtures("run")

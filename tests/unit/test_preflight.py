@@ -30,12 +30,6 @@ def test_all_problems_are_in_one_error() -> None:
     ]
 
 
-@pytest.mark.parametrize("hf_path", [None, ""])
-def test_chain_needs_a_model(hf_path: str | None) -> None:
-    with pytest.raises(RecipeError, match="no model is set"):
-        read_chain(hf_path, {})
-
-
 def test_chain_knows_the_teacher(hf_folder: Path, teacher: Architecture) -> None:
     chain = read_chain(str(hf_folder), {})
     assert chain.hf_path == str(hf_folder)

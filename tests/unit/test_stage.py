@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from recipes.errors import RecipeError
 from recipes.manifest import ARTIFACT, MANIFEST, WORK, check_artifact, read_manifest
 from recipes.metrics import METRICS, MetricsLog, read_records
-from recipes.stage import git_sha, installed_versions, metrics_log, prepare_work
+from recipes.stage import git_sha, installed_versions, metrics_log, prepare_work, unfinished
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -131,7 +131,10 @@ def test_killed_stage_is_incomplete_and_keeps_its_work(worker: Worker, tmp_path:
     assert not (stage / MANIFEST).exists()
     assert not (stage / ARTIFACT).exists()
     assert (stage / WORK / "kept" / "state").read_text() == "step 1"
-    assert (stage / WORK / "fingerprint").read_text() == "fingerprint of hello"
+    request = unfinished(stage)
+    assert request is not None
+    assert request["fingerprint"] == "fingerprint of hello"
+    assert request["config"] == {"stage": "small", "fail": "kill"}
 
 
 def test_failure_before_the_work_begins_is_explained(worker: Worker, tmp_path: Path) -> None:
@@ -188,9 +191,9 @@ def test_input_is_hashed_whatever_its_times_say(
     assert "sub/a.txt (changed)" in done.stderr
 
 
-def unfinished(stage: Path, fingerprint: str) -> Path:
+def begin(stage: Path, fingerprint: str) -> Path:
     """Leaves a run's unfinished work, and returns its checkpoint."""
-    out = prepare_work(stage, fingerprint)
+    out = prepare_work(stage, {"fingerprint": fingerprint})
     (out / "half").touch()
     (stage / WORK / "error.txt").write_text("old")
     MetricsLog(stage / METRICS).progress("train", 1, 2)
@@ -201,8 +204,8 @@ def unfinished(stage: Path, fingerprint: str) -> Path:
 
 
 def test_work_of_the_same_fingerprint_is_kept_without_its_half_artifact(tmp_path: Path) -> None:
-    checkpoint = unfinished(tmp_path, "f")
-    out = prepare_work(tmp_path, "f")
+    checkpoint = begin(tmp_path, "f")
+    out = prepare_work(tmp_path, {"fingerprint": "f"})
     assert out == tmp_path / WORK / ARTIFACT
     assert list(out.iterdir()) == []
     assert checkpoint.exists()
@@ -211,17 +214,48 @@ def test_work_of_the_same_fingerprint_is_kept_without_its_half_artifact(tmp_path
 
 
 def test_work_of_another_fingerprint_is_deleted(tmp_path: Path) -> None:
-    checkpoint = unfinished(tmp_path, "f")
-    prepare_work(tmp_path, "g")
+    checkpoint = begin(tmp_path, "f")
+    prepare_work(tmp_path, {"fingerprint": "g"})
     assert not checkpoint.exists()
     assert not (tmp_path / METRICS).exists()
-    assert (tmp_path / WORK / "fingerprint").read_text() == "g"
+    assert unfinished(tmp_path) == {"fingerprint": "g"}
+
+
+def test_work_that_is_half_deleted_cannot_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = begin(tmp_path, "f")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.stage.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_work(tmp_path, {"fingerprint": "g"})
+    assert checkpoint.exists()
+    assert unfinished(tmp_path) is None
+    prepare_work(tmp_path, {"fingerprint": "f"})
+    assert not checkpoint.exists()
+
+
+def test_restart_that_is_killed_goes_on_with_its_own_work(worker: Worker, tmp_path: Path) -> None:
+    stage = tmp_path / "stage"
+    checkpoint = stage / WORK / "checkpoint"
+    worker.start(stage, fail="kill")
+    checkpoint.touch()
+    worker.start(stage, text="other", fail="kill")
+    assert not checkpoint.exists()
+    checkpoint.touch()
+    worker.start(stage, text="other", fail="kill")
+    assert checkpoint.exists()
+    assert worker.start(stage, text="other").returncode == 0
 
 
 def test_other_ranks_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = prepare_work(tmp_path, "f")
+    out = prepare_work(tmp_path, {"fingerprint": "f"})
     monkeypatch.setenv("RANK", "1")
-    assert prepare_work(tmp_path, "f") == out
+    assert prepare_work(tmp_path, {"fingerprint": "f"}) == out
     metrics_log(out).log(loss=1.0)
     assert not (tmp_path / METRICS).exists()
 

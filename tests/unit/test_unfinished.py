@@ -1,0 +1,183 @@
+"""What becomes of unfinished work: resumed, started over, or refused."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+from omegaconf import OmegaConf
+
+from launch.plan import Plan
+from recipes import distill
+from recipes.errors import RecipeError
+from recipes.manifest import MANIFEST
+from recipes.stage import prepare_work
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MakePlan = Callable[..., Plan]
+Complete = Callable[..., None]
+WHY = "(it resumes only with the settings, inputs and code it began with)."
+
+
+def interrupt(plan: Plan, name: str, *, checkpoint: bool = True) -> None:
+    """Leaves what a stage of ``plan`` leaves when it is killed after a checkpoint, or before."""
+    stage = next(stage for stage in plan.stages if stage.name == name)
+    out = prepare_work(stage.directory, stage.request())
+    if checkpoint:
+        (out.parent / "checkpoints" / "step=50-last").mkdir(parents=True)
+
+
+@pytest.fixture
+def progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stage that has checkpoints says of them."""
+
+    def last(work: Path) -> str | None:
+        return "step 50" if list(work.glob("checkpoints/*")) else None
+
+    monkeypatch.setattr(distill, "progress", last, raising=False)
+
+
+def statuses(plan: Plan) -> dict[str, tuple[str, str]]:
+    return {stage.name: (stage.action, stage.reason) for stage in plan.todo()}
+
+
+def refusal(plan: MakePlan, *overrides: str) -> list[str]:
+    """The message, and the fix, of a plan that is refused."""
+    with pytest.raises(RecipeError) as caught:
+        plan(*overrides)
+    return str(caught.value).split("\n  fix: ")
+
+
+def test_interrupted_stage_is_resumed(plan: MakePlan, complete: Complete, tmp_path: Path) -> None:
+    complete(plan())
+    (tmp_path / "run" / "distill" / MANIFEST).unlink()
+    interrupt(plan(), "distill")
+    actions = statuses(plan())
+    assert actions["distill"] == ("resume", "was interrupted")
+    assert actions["evaluate"] == ("run", "after distill")
+
+
+@pytest.mark.usefixtures("progress")
+def test_interrupted_stage_without_progress_starts_anew(plan: MakePlan) -> None:
+    interrupt(plan(), "distill", checkpoint=False)
+    assert statuses(plan("stages.distill.seed=1"))["distill"] == ("run", "not run yet")
+
+
+def test_stages_that_do_not_say_how_far_they_are_start_anew(plan: MakePlan) -> None:
+    interrupt(plan(), "evaluate")
+    assert statuses(plan("stages.evaluate.num_windows=2"))["evaluate"] == ("run", "not run yet")
+
+
+@pytest.mark.parametrize("dry_run", ["true", "false"])
+@pytest.mark.usefixtures("progress")
+def test_progress_is_not_lost_to_a_changed_field(plan: MakePlan, dry_run: str) -> None:
+    interrupt(plan(), "distill")
+    what, fix = refusal(plan, "stages.distill.global_batch_size=8", f"dry_run={dry_run}")
+    assert what == (
+        f"distill was interrupted at step 50, and since then global_batch_size changed 4 → 8 {WHY}"
+    )
+    assert fix == (
+        "set stages.distill.global_batch_size=4 to go on, or force=[distill] to start over"
+    )
+    back = fix.split()[1]
+    assert statuses(plan("stages.distill.global_batch_size=8", back))["distill"][0] == "resume"
+    assert statuses(plan("stages.distill.global_batch_size=8", "force=[distill]"))["distill"] == (
+        "run",
+        "forced",
+    )
+
+
+@pytest.mark.usefixtures("progress")
+def test_every_changed_field_is_named_and_set_back(plan: MakePlan) -> None:
+    begun = ("stages.distill.precision=32", "stages.distill.lr=3e-4")
+    interrupt(plan(*begun), "distill")
+    what, fix = refusal(plan, "stages.distill.lr=1e-5", "stages.distill.min_lr=1e-6")
+    assert "min_lr changed 0.0001 → 1e-06" in what
+    assert "lr changed 0.0003 → 1e-05" in what
+    assert "precision changed 32 → bf16-mixed" in what
+    words = shlex.split(fix.removeprefix("set ").partition(" to go on")[0])
+    assert sorted(words) == [
+        "stages.distill.lr=0.0003",
+        "stages.distill.min_lr=0.0001",
+        "stages.distill.precision=32",
+    ]
+    assert statuses(plan(*words))["distill"][0] == "resume"
+
+
+@pytest.mark.usefixtures("progress")
+def test_progress_is_not_lost_to_a_changed_input(plan: MakePlan) -> None:
+    interrupt(plan(), "distill")
+    what, fix = refusal(plan, "stages.prune.target_hidden_size=448")
+    assert f"since then its input student changed {WHY}" in what
+    assert fix == "undo that to go on, or force=[distill] to start over"
+    what, _ = refusal(plan, "stages.prune.target_hidden_size=448", "stages.distill.seed=1")
+    assert "since then seed changed 1234 → 1, its input student changed (" in what
+
+
+@pytest.mark.usefixtures("progress")
+def test_progress_is_not_lost_to_changed_code(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(plan(), "distill")
+    monkeypatch.setattr("launch.plan.code_fingerprint", lambda _: "new")
+    what, _ = refusal(plan)
+    assert "since then its input teacher changed, its input student changed" in what
+    assert "its code changed" in what
+
+
+@pytest.mark.usefixtures("progress")
+def test_layout_may_change_between_interruption_and_resumption(plan: MakePlan) -> None:
+    interrupt(plan(), "distill")
+    layout = "stages.distill.resources.devices=2", "stages.distill.micro_batch_size=2"
+    assert statuses(plan(*layout))["distill"] == ("resume", "was interrupted")
+    what, fix = refusal(plan, *layout, "stages.distill.seed=1")
+    assert what.count("changed") == 1
+    assert fix.startswith("set stages.distill.seed=1234 to go on")
+
+
+@pytest.mark.usefixtures("progress")
+def test_requests_written_later_do_not_hide_what_the_work_began_with(plan: MakePlan) -> None:
+    """As a dry run with ``force`` writes them, or a forced run that failed in an earlier stage."""
+    interrupt(plan(), "distill")
+    later = plan("stages.distill.seed=1", "force=[distill]")
+    stage = next(stage for stage in later.stages if stage.name == "distill")
+    (stage.directory / "config.yaml").write_text(OmegaConf.to_yaml(stage.request()))
+    assert "seed changed 1234 → 1" in refusal(plan, "stages.distill.seed=1")[0]
+    assert statuses(plan())["distill"][0] == "resume"
+
+
+@pytest.mark.usefixtures("progress")
+def test_stages_that_are_not_wanted_or_not_run_are_not_refused(
+    plan: MakePlan, complete: Complete
+) -> None:
+    """The unfinished work is that of a rerun with other settings, whose old result is there."""
+    complete(plan())
+    interrupt(plan("stages.distill.seed=1"), "distill")
+    assert statuses(plan()) == {}
+    assert statuses(plan("stages.distill.seed=1"))["distill"] == ("resume", "was interrupted")
+    assert statuses(plan("stages.only=[prune]", "stages.distill.seed=2")) == {}
+    assert "seed changed 1 → 2" in refusal(plan, "stages.distill.seed=2")[0]
+
+
+@pytest.mark.usefixtures("progress")
+def test_forced_restart_that_is_killed_is_resumed(plan: MakePlan) -> None:
+    interrupt(plan(), "distill")
+    interrupt(plan("stages.distill.seed=1", "force=[distill]"), "distill")
+    assert statuses(plan("stages.distill.seed=1"))["distill"][0] == "resume"
+    assert statuses(plan("stages.distill.seed=1", "force=[distill]"))["distill"][0] == "resume"
+    assert "seed changed 1 → 1234" in refusal(plan)[0]
+
+
+@pytest.mark.usefixtures("progress")
+def test_forced_rerun_of_a_complete_stage_is_resumed_by_the_same_command(
+    plan: MakePlan, complete: Complete
+) -> None:
+    """Without ``force`` the complete result stands, and with it all that was made of it."""
+    complete(plan())
+    interrupt(plan("force=[distill]"), "distill")
+    assert statuses(plan("force=[distill]"))["distill"] == ("resume", "was interrupted")
+    assert statuses(plan()) == {}
