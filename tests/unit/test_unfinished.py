@@ -10,16 +10,17 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.plan import Plan
-from recipes import distill
 from recipes.errors import RecipeError
 from recipes.manifest import MANIFEST
 from recipes.stage import prepare_work
 
 if TYPE_CHECKING:
+    import subprocess
     from pathlib import Path
 
 MakePlan = Callable[..., Plan]
 Complete = Callable[..., None]
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 WHY = "(it resumes only with the settings, inputs and code it began with)."
 
 
@@ -29,16 +30,6 @@ def interrupt(plan: Plan, name: str, *, checkpoint: bool = True) -> None:
     out = prepare_work(stage.directory, stage.request())
     if checkpoint:
         (out.parent / "checkpoints" / "step=50-last").mkdir(parents=True)
-
-
-@pytest.fixture
-def progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a stage that has checkpoints says of them."""
-
-    def last(work: Path) -> str | None:
-        return "step 50" if list(work.glob("checkpoints/*")) else None
-
-    monkeypatch.setattr(distill, "progress", last, raising=False)
 
 
 def statuses(plan: Plan) -> dict[str, tuple[str, str]]:
@@ -61,7 +52,6 @@ def test_interrupted_stage_is_resumed(plan: MakePlan, complete: Complete, tmp_pa
     assert actions["evaluate"] == ("run", "after distill")
 
 
-@pytest.mark.usefixtures("progress")
 def test_interrupted_stage_without_progress_starts_anew(plan: MakePlan) -> None:
     interrupt(plan(), "distill", checkpoint=False)
     assert statuses(plan("stages.distill.seed=1"))["distill"] == ("run", "not run yet")
@@ -72,11 +62,9 @@ def test_stages_that_do_not_say_how_far_they_are_start_anew(plan: MakePlan) -> N
     assert statuses(plan("stages.evaluate.num_windows=2"))["evaluate"] == ("run", "not run yet")
 
 
-@pytest.mark.parametrize("dry_run", ["true", "false"])
-@pytest.mark.usefixtures("progress")
-def test_progress_is_not_lost_to_a_changed_field(plan: MakePlan, dry_run: str) -> None:
+def test_progress_is_not_lost_to_a_changed_field(plan: MakePlan) -> None:
     interrupt(plan(), "distill")
-    what, fix = refusal(plan, "stages.distill.global_batch_size=8", f"dry_run={dry_run}")
+    what, fix = refusal(plan, "stages.distill.global_batch_size=8")
     assert what == (
         f"distill was interrupted at step 50, and since then global_batch_size changed 4 → 8 {WHY}"
     )
@@ -91,7 +79,20 @@ def test_progress_is_not_lost_to_a_changed_field(plan: MakePlan, dry_run: str) -
     )
 
 
-@pytest.mark.usefixtures("progress")
+def test_dry_run_is_refused_as_the_run_would_be(
+    plan: MakePlan, launch: Launch, tmp_path: Path
+) -> None:
+    interrupt(plan(), "distill")
+    run = tmp_path / "run"
+    command = "recipe=llama_width_prune", f"run_dir={run}", "dry_run=true", "stages.distill.seed=1"
+    done = launch(*command)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: distill was interrupted at step 50, and since then seed")
+    assert [path.name for path in run.iterdir()] == ["distill"]
+    assert launch(*command, "force=[distill]").returncode == 0
+    assert list(run.glob("distill/work/checkpoints/*"))
+
+
 def test_every_changed_field_is_named_and_set_back(plan: MakePlan) -> None:
     begun = ("stages.distill.precision=32", "stages.distill.lr=3e-4")
     interrupt(plan(*begun), "distill")
@@ -108,7 +109,6 @@ def test_every_changed_field_is_named_and_set_back(plan: MakePlan) -> None:
     assert statuses(plan(*words))["distill"][0] == "resume"
 
 
-@pytest.mark.usefixtures("progress")
 def test_progress_is_not_lost_to_a_changed_input(plan: MakePlan) -> None:
     interrupt(plan(), "distill")
     what, fix = refusal(plan, "stages.prune.target_hidden_size=448")
@@ -118,7 +118,6 @@ def test_progress_is_not_lost_to_a_changed_input(plan: MakePlan) -> None:
     assert "since then seed changed 1234 → 1, its input student changed (" in what
 
 
-@pytest.mark.usefixtures("progress")
 def test_progress_is_not_lost_to_changed_code(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +128,6 @@ def test_progress_is_not_lost_to_changed_code(
     assert "its code changed" in what
 
 
-@pytest.mark.usefixtures("progress")
 def test_layout_may_change_between_interruption_and_resumption(plan: MakePlan) -> None:
     interrupt(plan(), "distill")
     layout = "stages.distill.resources.devices=2", "stages.distill.micro_batch_size=2"
@@ -139,7 +137,6 @@ def test_layout_may_change_between_interruption_and_resumption(plan: MakePlan) -
     assert fix.startswith("set stages.distill.seed=1234 to go on")
 
 
-@pytest.mark.usefixtures("progress")
 def test_requests_written_later_do_not_hide_what_the_work_began_with(plan: MakePlan) -> None:
     """As a dry run with ``force`` writes them, or a forced run that failed in an earlier stage."""
     interrupt(plan(), "distill")
@@ -150,7 +147,6 @@ def test_requests_written_later_do_not_hide_what_the_work_began_with(plan: MakeP
     assert statuses(plan())["distill"][0] == "resume"
 
 
-@pytest.mark.usefixtures("progress")
 def test_stages_that_are_not_wanted_or_not_run_are_not_refused(
     plan: MakePlan, complete: Complete
 ) -> None:
@@ -163,7 +159,6 @@ def test_stages_that_are_not_wanted_or_not_run_are_not_refused(
     assert "seed changed 1 → 2" in refusal(plan, "stages.distill.seed=2")[0]
 
 
-@pytest.mark.usefixtures("progress")
 def test_forced_restart_that_is_killed_is_resumed(plan: MakePlan) -> None:
     interrupt(plan(), "distill")
     interrupt(plan("stages.distill.seed=1", "force=[distill]"), "distill")
@@ -172,7 +167,6 @@ def test_forced_restart_that_is_killed_is_resumed(plan: MakePlan) -> None:
     assert "seed changed 1 → 1234" in refusal(plan)[0]
 
 
-@pytest.mark.usefixtures("progress")
 def test_forced_rerun_of_a_complete_stage_is_resumed_by_the_same_command(
     plan: MakePlan, complete: Complete
 ) -> None:
