@@ -1,0 +1,213 @@
+"""The contenders that are not ours: PyTorch loops and ModelOpt's Hugging Face trainer.
+
+Started as ``python -m benchmarks.loops NAME``, one contender to a process. All use transformers
+models with scaled dot-product attention, fused AdamW with float32 weights, and clipped gradients.
+Under bfloat16 the student runs in autocast and the teacher has bfloat16 weights: what a careful
+user would write, and at least as fast as every other form that was tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from benchmarks.contenders import Record
+from nemo_convert.nemo import find_checkpoint
+from recipes.errors import RecipeError
+from recipes.indexed_dataset import windows
+from recipes.manifest import ARTIFACT
+from recipes.quality import load_transformers
+from recipes.stage import die_with_parent
+
+CHUNK_TOKENS = 128
+LR, BETA1, BETA2, WEIGHT_DECAY, CLIP = 1e-4, 0.9, 0.95, 0.1, 1.0
+"""Those of our stage, at a constant learning rate."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every contender gets; batches are int64 [steps, micro batch, sequence]."""
+
+    teacher: Any
+    student: Any
+    batches: Tensor
+    bfloat16: bool
+
+    def autocast(self) -> torch.autocast:
+        """The precision of every forward pass."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of logits [tokens, vocabulary] in float32, summed over the tokens."""
+    scores, target = log_softmax(student.float(), -1), log_softmax(teacher.float(), -1)
+    return kl_div(scores, target, log_target=True, reduction="sum")
+
+
+def whole_loss(task: Task, tokens: Tensor) -> float:
+    """Back-propagates the mean loss of a batch, and returns it."""
+    with task.autocast():
+        with torch.inference_mode():
+            target = task.teacher(tokens).logits
+        logits = task.student(tokens).logits
+    loss = divergence(logits.flatten(0, 1), target.flatten(0, 1)) / tokens.numel()
+    loss.backward()
+    return float(loss)
+
+
+def chunked_loss(task: Task, tokens: Tensor) -> float:
+    """As ``whole_loss``, but the logits of only a few tokens exist at a time.
+
+    Each chunk is back-propagated to the last hidden state at once, so nothing is computed twice.
+    """
+    with task.autocast():
+        with torch.inference_mode():
+            target = task.teacher.model(tokens).last_hidden_state.flatten(0, 1)
+        hidden = task.student.model(tokens).last_hidden_state.flatten(0, 1)
+        leaf, total = hidden.detach().requires_grad_(), 0.0
+        for rows, target_rows in zip(
+            leaf.split(CHUNK_TOKENS), target.split(CHUNK_TOKENS), strict=True
+        ):
+            with torch.inference_mode():
+                target_logits = task.teacher.lm_head(target_rows)
+            loss = divergence(task.student.lm_head(rows), target_logits) / tokens.numel()
+            loss.backward()
+            total += float(loss)
+    hidden.backward(leaf.grad)
+    return total
+
+
+def loop(task: Task, record: Record, step: Callable[[Task, Tensor], float]) -> None:
+    """The loop that a user would write."""
+    optimizer = torch.optim.AdamW(
+        task.student.parameters(),
+        lr=LR,
+        betas=(BETA1, BETA2),
+        weight_decay=WEIGHT_DECAY,
+        fused=True,
+    )
+    for tokens in task.batches:
+        loss = step(task, tokens)
+        torch.nn.utils.clip_grad_norm_(task.student.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        record.ends.append(time.time())
+        record.losses.append(loss)
+
+
+def modelopt(task: Task, record: Record) -> None:
+    """ModelOpt's ``KDTrainer`` on transformers' ``Trainer``, with its own loss.
+
+    Raises:
+        RecipeError: accelerate, which ``Trainer`` needs, is not installed.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise RecipeError("needs accelerate")
+    from modelopt.torch.distill.plugins.huggingface import KDTrainer, LMLogitsLoss
+    from transformers import TrainerCallback, TrainingArguments
+
+    class Note(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if "loss" in more["logs"]:  # the last record is a summary
+                record.ends.append(time.time())
+                record.losses.append(more["logs"]["loss"])
+
+    class InOrder(KDTrainer):
+        def _get_train_sampler(self, *_: Any) -> None:
+            """The windows as they lie, as the others take them."""
+
+    _, micro_batch, _ = task.batches.shape
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=task.bfloat16,
+            max_steps=len(task.batches),
+            per_device_train_batch_size=micro_batch,
+            optim="adamw_torch_fused",
+            learning_rate=LR,
+            adam_beta1=BETA1,
+            adam_beta2=BETA2,
+            weight_decay=WEIGHT_DECAY,
+            max_grad_norm=CLIP,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = InOrder(
+            task.student,
+            settings,
+            distill_config={"teacher_model": task.teacher, "criterion": {("", ""): LMLogitsLoss()}},
+            train_dataset=[{"input_ids": w, "labels": w} for w in task.batches.flatten(0, 1)],
+            callbacks=[Note()],
+        )
+        trainer.train()
+
+
+LOOPS: dict[str, tuple[Callable[[Task, Record], None], bool]] = {
+    "loop-fp32": (partial(loop, step=whole_loss), False),
+    "loop-bf16": (partial(loop, step=whole_loss), True),
+    "chunked-bf16": (partial(loop, step=chunked_loss), True),
+    "modelopt-bf16": (modelopt, True),
+}
+"""What runs a contender, and whether in bfloat16."""
+
+
+def load(run_dir: Path, shape: tuple[int, int, int], *, bfloat16: bool) -> Task:
+    """Teacher, student and training text of a run, as batches of a shape.
+
+    Raises:
+        RecipeError: The run has too little text.
+    """
+    steps, micro_batch, seq_length = shape
+    text = windows(run_dir / "prepare_data" / ARTIFACT, "train", seq_length, steps * micro_batch)
+    if len(text) < steps * micro_batch:
+        raise RecipeError(f"{run_dir} has text for {len(text)} windows only.", "lower --steps")
+    teacher = load_transformers(find_checkpoint(run_dir / "import_hf" / ARTIFACT))
+    student = load_transformers(find_checkpoint(run_dir / "prune" / ARTIFACT))
+    teacher.config.use_cache = student.config.use_cache = False
+    return Task(
+        teacher.to(torch.bfloat16 if bfloat16 else torch.float32),
+        student.train(),
+        text.view(shape),
+        bfloat16,
+    )
+
+
+def main() -> None:
+    """Runs one contender and writes its record."""
+    die_with_parent()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=LOOPS)
+    parser.add_argument("--shape", type=int, nargs=3, required=True)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    run, bfloat16 = LOOPS[args.name]
+    record = Record()
+    try:
+        run(load(args.run_dir, tuple(args.shape), bfloat16=bfloat16), record)
+    except RecipeError as error:
+        sys.exit(f"error: {error}")
+    record.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    args.out.write_text(json.dumps(asdict(record)))
+
+
+if __name__ == "__main__":
+    main()

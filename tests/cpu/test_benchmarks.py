@@ -1,0 +1,148 @@
+"""The speed benchmark, from its command line, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.contenders import CONTENDERS, INPUTS, Record, Shape
+from benchmarks.distill import disagreements, speeds, step_flops, summarise
+from recipes.architecture import Architecture
+from tests.conftest import REPO, run_recipe
+
+STEPS, MICRO_BATCH, SEQ_LENGTH = 3, 4, 64
+CACHED = (REPO / "conf" / "teacher" / "cached.yaml").exists()
+
+
+def benchmark(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.distill", *options],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Teacher, student and text, as the launcher makes them."""
+    run_dir = tmp_path_factory.mktemp("benchmarks") / "run"
+    result = run_recipe(
+        "recipe=llama_depth_prune",
+        f"model.hf_path={even_llama}",
+        f"data.sources=[{text_file}]",
+        "data.text_field=text",
+        f"data.seq_length={SEQ_LENGTH}",
+        f"run_dir={run_dir}",
+        f"stages.only=[{','.join(INPUTS)}]",
+        "stages.prune.target_num_layers=2",
+        cwd=run_dir.parent,
+    )
+    assert result.code == 0, result.output
+    return run_dir
+
+
+def test_every_contender_is_measured(tiny_run: Path, tmp_path: Path) -> None:
+    names = [name for name in CONTENDERS if CACHED or name != "nemo-cached"]
+    out = tmp_path / "speed.json"
+    done = benchmark(
+        *("--run-dir", str(tiny_run), "--out", str(out), "--only", *names, "--rounds=1"),
+        *(f"--steps={STEPS}", f"--micro-batch={MICRO_BATCH}", f"--seq-length={SEQ_LENGTH}"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(out.read_text())
+    assert not found["failed"]
+    assert list(found["results"]) == names
+    for name, result in found["results"].items():
+        (record,) = found["records"][name]
+        assert len(record["ends"]) == len(record["losses"]) == STEPS
+        assert result["slowest"] <= result["tokens_per_second"] <= result["fastest"]
+        assert result["slowest"] > 0
+        assert all(math.isfinite(loss) and loss > 0 for loss in record["losses"])
+        assert result["peak_rss_bytes"] > 1e8
+        for baseline in ("loop-fp32", "loop-bf16"):
+            speed = found["results"][baseline]["tokens_per_second"]
+            assert result["ratios"][baseline] == pytest.approx(result["tokens_per_second"] / speed)
+        assert result["utilisation"] == pytest.approx(
+            result["tokens_per_second"] / result["most_tokens_per_second"]
+        )
+        assert name in done.stdout
+    losses = {name: result["first_loss"] for name, result in found["results"].items()}
+    for name in ("loop-bf16", "chunked-bf16", "modelopt-bf16"):
+        assert losses[name] == pytest.approx(losses["loop-fp32"], rel=0.02)
+    assert losses["nemo"] == pytest.approx(losses["nemo-fp32"], rel=0.02)
+
+
+def test_bad_options_get_one_message(tmp_path: Path) -> None:
+    for options, message in (
+        (["--only", "loop-fp23"], "Did you mean 'loop-fp32'?"),
+        (["--steps=1"], "at least 2 steps"),
+        (["--run-dir", str(tmp_path)], "import_hf is not complete"),
+    ):
+        done = benchmark(*options)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+ARCH = Architecture(
+    hf_architecture="LlamaForCausalLM",
+    num_layers=2,
+    hidden_size=8,
+    ffn_hidden_size=16,
+    num_attention_heads=2,
+    num_query_groups=1,
+    kv_channels=4,
+    vocab_size=32,
+    max_position_embeddings=64,
+    tied_embeddings=True,
+)
+
+
+def test_flops_are_those_of_the_products() -> None:
+    """By hand: 2 FLOPs per weight, and 2 × 2 per key and head dimension, half of them masked."""
+    weights = 2 * (2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 32 * 8)
+    scores = 2 * (2 * 2 * 2 * 4 * 16 // 2)
+    cached = step_flops(ARCH, None, seq_length=16)
+    assert (cached.weights, cached.attention) == (3 * weights, 3 * scores)
+    live = step_flops(ARCH, ARCH, seq_length=16)
+    assert (live.weights, live.attention) == (4 * weights, 4 * scores)
+
+
+def test_warm_up_does_not_count() -> None:
+    shape = Shape(steps=4, micro_batch=1, seq_length=100)
+    record = Record(ends=[50.0, 60.0, 61.0, 63.0], losses=[4.0, 3.0, 2.0, 1.0], peak_rss_bytes=7)
+    assert speeds(record, shape) == [100.0, 50.0]
+    assert speeds(Record([50.0, 60.0]), Shape(2, 1, 100)) == [10.0]
+
+    slower = Record(ends=[0.0, 9.0, 11.0, 15.0], losses=[4.0, 3.0, 2.0, 1.2], peak_rss_bytes=5)
+    models = {"teacher": ARCH, "student": ARCH}
+    results = summarise(
+        {"loop-fp32": [record, slower], "loop-bf16": [slower]},
+        shape,
+        models,
+        {"float32": 1e9, "bfloat16": 2e9},
+    )
+    fp32 = results["loop-fp32"]
+    assert fp32.tokens_per_second == 56.25
+    assert (fp32.slowest, fp32.fastest, fp32.peak_rss_bytes) == (25.0, 100.0, 7)
+    assert fp32.utilisation == pytest.approx(
+        56.25 * (fp32.flops.weights + fp32.flops.attention) / 1e9
+    )
+    assert results["loop-bf16"].ratios == {"loop-fp32": 37.5 / 56.25, "loop-bf16": 1.0}
+    assert list(disagreements(results)) == []
+    results = summarise(
+        {"loop-fp32": [record], "loop-bf16": [Record(slower.ends, [4.2, 3.0, 2.0, 1.0])]},
+        shape,
+        models,
+        {"float32": 1e9, "bfloat16": 2e9},
+    )
+    assert list(disagreements(results)) == ["loop-bf16: first loss 4.2000, but loop-fp32 4.0000"]
