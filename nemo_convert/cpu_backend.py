@@ -163,11 +163,11 @@ def _clip_by_norm(original: Any) -> Any:
 
 
 def _fused(original: Any) -> Any:
-    """Asks PyTorch's AdamW, which stands in for Apex's, for its fused kernel: 5 times as fast."""
+    """Makes the fused kernel the default of AdamW: 5 times as fast."""
 
     class FusedAdamW(original):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "fused": True})
+            super().__init__(*args, **{"fused": True, **kwargs})
 
     return FusedAdamW
 
@@ -238,7 +238,7 @@ PATCHES: dict[str, list[Patch]] = {
             "refuses apply_rope_fusion without TransformerEngine",
             _without_rope_fusion_check,
         ),
-        Patch("megatron.core.optimizer:Adam", "the unfused step is slow on a CPU", _fused),
+        Patch("torch.optim:AdamW", "Megatron asks for the unfused step", _fused),
         Patch(
             "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",
             "asserts torch.cuda.FloatTensor",
@@ -280,15 +280,20 @@ def _register_rms_norm() -> None:
     DMRegistry.register({nn.RMSNorm: "nn.RMSNorm"})(_DynamicRMSNorm)
 
 
-def adapt_config(config: Any) -> Any:
+def adapt_config(config: Any, training: bool = False) -> Any:
     """Makes a NeMo model config buildable on a CPU; returns it. No effect with CUDA.
 
     TransformerEngine's layer spec and the fused kernels need CUDA. The local spec has the same
     checkpoint keys, so a checkpoint moves freely between the two.
+
+    Args:
+        config: NeMo's config, changed in place.
+        training: Uses the layers of ``cpu_layers``, which ModelOpt cannot prune.
     """
     if torch.cuda.is_available():
         return config
-    config.transformer_layer_spec = sdpa_layer_spec
+    config.transformer_layer_spec = training_block_spec if training else sdpa_layer_spec
+    config.use_te_activation_func = training  # means: the activation is a module of the spec
     config.use_cpu_initialization = True
     for fusion in (
         "apply_rope_fusion",
@@ -301,6 +306,24 @@ def adapt_config(config: Any) -> Any:
     ):
         setattr(config, fusion, False)
     return config
+
+
+def training_block_spec(config: Any) -> Any:
+    """Megatron's local layer spec with the layers of ``cpu_layers``, for a Llama-like model."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
+
+    from nemo_convert.cpu_layers import CausalAttention, RMSNorm, SwiGLU
+
+    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    spec.submodules.mlp.submodules.activation_func = SwiGLU
+    layers = [spec] * get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def sdpa_layer_spec(config: Any) -> Any:

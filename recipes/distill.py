@@ -1,101 +1,181 @@
-"""Knowledge distillation of the pruned student, teacher in the loop, with NeMo's trainer."""
+"""Knowledge distillation of the pruned student with NeMo's trainer, from a teacher or its cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes.errors import RecipeError
 from recipes.manifest import Outcome
 from recipes.metrics import steps_of
-from recipes.parallelism import layout_problems
-from recipes.preflight import Chain, Problem, window_problems
+from recipes.parallelism import last_stage_layers
+from recipes.preflight import Chain, Problem
 from recipes.stage import Inputs, StageConfig, metrics_file, metrics_log, rank, stage_main
-
-if TYPE_CHECKING:
-    import torch
+from recipes.training import (
+    TrainingConfig,
+    training_bytes,
+    training_problems,
+    training_progress,
+    training_summary,
+)
 
 KIND = "checkpoint_nemo"
-INPUTS = {"teacher": "checkpoint_nemo", "student": "checkpoint_nemo", "data": "dataset"}
-PRECISIONS = ("bf16-mixed", "32")
+CACHED = "teacher_logits"
+INPUTS = {
+    "teacher": ("checkpoint_nemo", CACHED),
+    "student": "checkpoint_nemo",
+    "data": "dataset",
+}
+LOGITS_LOSSES = ("forward_kl", "reverse_kl", "jsd")
+HIDDEN_LOSSES = ("cosine", "mse")
+BALANCES = ("fixed", "dynamic")
+
+Pairs = Sequence[tuple[int, int]]
+"""Layers of student and teacher whose outputs are compared, counted from 1."""
 
 
 @dataclass
-class Config(StageConfig):
-    """Settings of ``distill``. Lengths in tokens, batches in sequences."""
+class Config(TrainingConfig):
+    """Settings of ``distill``: the loss, and what every training stage has."""
 
-    temperature: float = 1.0
     kd_weight: float = 1.0
+    """Weight of the loss on logits; 0 leaves it out."""
+    logits_loss: str = "forward_kl"
+    """``forward_kl``, ``reverse_kl``, or ``jsd`` (arXiv:2306.13649)."""
+    temperature: float = 1.0
+    jsd_beta: float = 0.5
+    """The teacher's share of the mixture in ``jsd``, between 0 and 1."""
+    top_k: int | None = None
+    """Compares the teacher's most likely tokens one by one and all others as one; a cached teacher
+    has its own ``top_k``."""
+    hidden_weight: float = 0.0
+    """Weight of the loss on hidden states; 0 leaves it out."""
+    hidden_loss: str = "cosine"
+    """``cosine`` or ``mse``."""
+    hidden_pairs: list[list[int]] = field(default_factory=list)
+    """``[student layer, teacher layer]`` pairs, counted from 1; by default each layer that pruning
+    kept with the one it was, as far as both are on the last pipeline stage."""
     lm_weight: float = 0.0
-    """Weight of the next-token loss beside the distillation loss; 0 leaves it out."""
-    seq_length: int = 256
-    micro_batch_size: int = 4
-    global_batch_size: int = 4
-    max_steps: int = 100
-    warmup_steps: int = 10
-    lr: float = 1e-4
-    min_lr: float = 1e-5
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    clip_grad: float = 1.0
-    precision: str = "bf16-mixed"
-    """``bf16-mixed`` (float32 main weights in the optimizer) or ``32``."""
-    seed: int = 1234
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    val_check_interval: int = 100
-    limit_val_batches: int = 4
-    checkpoint_interval: int = 100
-    """Steps between checkpoints, which a killed run resumes from."""
-    keep_checkpoints: int = 2
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of weights and activations."""
-        import torch
-
-        return torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
+    """Weight of the next-token loss; 0 leaves it out."""
+    balance: str = "fixed"
+    """``fixed`` weights, or ``dynamic``: the terms are first scaled to equal size."""
+    loss_chunk_mb: int | None = None
+    """Size of one float32 buffer of the loss, which goes through the vocabulary a few tokens at a
+    time; by default about a CPU's cache, or 512 on a GPU."""
 
 
 def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
     """Finds settings that would fail once training has started."""
-    if cfg.precision not in PRECISIONS:
-        yield Problem("precision", f"precision={cfg.precision}", f"use {' or '.join(PRECISIONS)}")
-    for name in ("max_steps", "temperature", "lr", "checkpoint_interval", "val_check_interval"):
-        if getattr(cfg, name) <= 0:
-            yield Problem("positive", f"{name}={getattr(cfg, name)} is not positive", "raise it")
-    if cfg.warmup_steps >= cfg.max_steps:
+    yield from training_problems(cfg, chain)
+    yield from _loss_problems(cfg)
+    yield from _pair_problems(cfg, chain)
+    source = chain.stages.get(cfg.inputs.get("teacher", ""))
+    if source is not None and source.stage == "cache_teacher":
+        yield from _cache_problems(cfg, source)
+
+
+def _loss_problems(cfg: Config) -> Iterator[Problem]:
+    for name, known in (
+        ("logits_loss", LOGITS_LOSSES),
+        ("hidden_loss", HIDDEN_LOSSES),
+        ("balance", BALANCES),
+    ):
+        if getattr(cfg, name) not in known:
+            yield Problem("loss", f"{name}={getattr(cfg, name)}", f"use {' or '.join(known)}")
+    weights = (cfg.kd_weight, cfg.hidden_weight, cfg.lm_weight)
+    if min(weights) < 0 or max(weights) == 0:
         yield Problem(
-            "warmup",
-            f"warmup_steps={cfg.warmup_steps} leaves no step of max_steps={cfg.max_steps}",
-            "set warmup_steps lower",
+            "loss",
+            f"kd_weight, hidden_weight, lm_weight = {', '.join(map(str, weights))}",
+            "use no negative weight, and at least one that is positive",
         )
-    yield from window_problems(cfg.seq_length, chain)
-    yield from layout_problems(cfg, chain)
+    if cfg.temperature <= 0 or not 0 < cfg.jsd_beta < 1:
+        yield Problem(
+            "loss",
+            f"temperature={cfg.temperature}, jsd_beta={cfg.jsd_beta}",
+            "use a positive temperature, and a jsd_beta between 0 and 1",
+        )
+    for name in ("top_k", "loss_chunk_mb"):
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            yield Problem("positive", f"{name}={value} is not positive", "raise it, or use null")
+
+
+def _pair_problems(cfg: Config, chain: Chain) -> Iterator[Problem]:
+    if not cfg.hidden_pairs:
+        return
+    if any(len(pair) != 2 for pair in cfg.hidden_pairs):
+        yield Problem(
+            "hidden-pairs",
+            f"hidden_pairs={cfg.hidden_pairs} is not a list of [student, teacher] layers",
+            "for example [[12,15],[24,30]]",
+        )
+        return
+    student = chain.shape_of(cfg.inputs.get("student"))
+    for role, shape, place in (("student", student, 0), ("teacher", chain.teacher, 1)):
+        if shape.num_layers < cfg.pipeline_model_parallel_size:
+            continue  # said by the rules on layouts
+        allowed = last_stage_layers(shape.num_layers, cfg.pipeline_model_parallel_size)
+        wrong = [pair[place] for pair in cfg.hidden_pairs if pair[place] not in allowed]
+        if wrong:
+            yield Problem(
+                "hidden-pairs",
+                f"hidden_pairs names the {role}'s layers {wrong}; its last pipeline stage, where "
+                f"the loss is, has {allowed.start} to {allowed.stop - 1}",
+                "choose layers of that range, or a smaller pipeline_model_parallel_size",
+            )
+
+
+def _cache_problems(cfg: Config, cache: StageConfig) -> Iterator[Problem]:
+    """A cache holds a few log-probabilities of one temperature for windows of one length."""
+    for name in ("seq_length", "temperature"):
+        ours, cached = getattr(cfg, name), getattr(cache, name)
+        if ours != cached:
+            yield Problem(
+                "cached-teacher",
+                f"{name}={ours}, but the cached teacher's is {cached}",
+                "use the same in both stages",
+            )
+    if cfg.hidden_weight:
+        yield Problem(
+            "cached-teacher",
+            "hidden_weight is set, but a cached teacher has no hidden states",
+            "use teacher=live, or hidden_weight=0",
+        )
+    if cfg.top_k not in (None, getattr(cache, "top_k")):
+        yield Problem(
+            "cached-teacher",
+            f"top_k={cfg.top_k}, but the cached teacher's is {getattr(cache, 'top_k')}",
+            "set it in the stage that caches, and leave it out here",
+        )
 
 
 def disk_bytes(cfg: Config, chain: Chain) -> int:
-    """The student, and checkpoints with optimizer state (14 bytes a parameter), one in flight."""
-    return chain.shape_of(cfg.inputs["student"]).parameters() * (
-        4 + 14 * (cfg.keep_checkpoints + 1)
-    )
+    """The student and its checkpoints."""
+    return training_bytes(cfg, chain.shape_of(cfg.inputs["student"]).parameters())
+
+
+progress = training_progress
 
 
 def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     """Trains, and saves the student as a checkpoint like the one it came from."""
     from nemo_convert import hf, nemo
-    from recipes.kd_trainer import distill_checkpoint
+    from recipes.kd_model import Objective
+    from recipes.nemo_trainer import train
 
     student = nemo.find_checkpoint(inputs["student"].artifact)
-    teacher = nemo.find_checkpoint(inputs["teacher"].artifact)
     _require_same_tokenizer(inputs)
-    checkpoint = out / student.name
-    distill_checkpoint(cfg, student, teacher, inputs["data"], checkpoint, metrics_log(out))
     arch = nemo.architecture_of(student)
+    train(
+        cfg,
+        student,
+        Objective.of(cfg, inputs, arch),
+        inputs["data"],
+        out / student.name,
+        metrics_log(out),
+    )
     return Outcome(
         metrics=summary(cfg, metrics_file(out)) if rank() == 0 else {},
         architecture=arch.as_dict(),
@@ -105,20 +185,38 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
 
 
 def summary(cfg: Config, file: Path) -> dict[str, Any]:
-    """The manifest's figures, from the records of all attempts.
+    """The manifest's figures."""
+    first = steps_of(file, cfg.stage)[0]
+    return {**training_summary(cfg, file), "teacher_loss": first.get("teacher_loss")}
 
-    Not from memory: a run killed after its last step resumes with nothing left to train.
+
+def layer_pairs(cfg: Config, kept: Sequence[int] | None, student: int, teacher: int) -> Pairs:
+    """Layers to compare, counted from 1.
+
+    Args:
+        cfg: The stage's config.
+        kept: The teacher's layer that each of the student's was, if it is known.
+        student: Number of the student's layers.
+        teacher: Number of the teacher's.
+
+    Raises:
+        RecipeError: No pair is given, and none can be derived.
     """
-    steps, validations = steps_of(file, "distill"), steps_of(file, "validate")
-    last = steps[-1]
-    return {
-        **{f"final_{name}": last[name] for name in ("loss", "kd", "lm")},
-        "teacher_loss": steps[0]["teacher_loss"],
-        "val_loss": validations[-1]["val_loss"] if validations else None,
-        "steps": last["done"],
-        "tokens": last["done"] * cfg.global_batch_size * cfg.seq_length,
-        "tokens_per_second": median(step["tokens_per_second"] for step in steps),
-    }
+    if cfg.hidden_pairs:
+        return [(pair[0], pair[1]) for pair in cfg.hidden_pairs]
+    stages = cfg.pipeline_model_parallel_size
+    ours, theirs = last_stage_layers(student, stages), last_stage_layers(teacher, stages)
+    if kept is None and student == teacher:
+        kept = range(1, teacher + 1)
+    pairs = [p for p in zip(ours, (kept or [])[ours.start - 1 :], strict=False) if p[1] in theirs]
+    if not pairs:
+        raise RecipeError(
+            "no pair of layers can be derived for the loss on hidden states: "
+            + ("the student does not say which layers were kept." if kept is None else
+               "none of those kept is on the last pipeline stage of both models."),
+            "set hidden_pairs, for example [[24,30]]",
+        )  # fmt: skip
+    return pairs
 
 
 def _require_same_tokenizer(inputs: Inputs) -> None:

@@ -58,7 +58,8 @@ TARGETS = {
 }
 TERMS = {
     "loss": ("total", "total"),
-    "kd": ("distillation (KL)", "distilled"),
+    "kd": ("logits", "distilled"),
+    "hidden": ("hidden states", "pruned"),
     "lm": ("next token", "teacher"),
 }
 PARTS = {
@@ -208,7 +209,7 @@ def _small(
 def _terms(steps: list[dict[str, Any]]) -> Iterator[Series]:
     """The loss terms that are not zero; the total only where it is more than one of them."""
     drawn: list[list[tuple[float, float]]] = []
-    for key in ("kd", "lm", "loss"):
+    for key in ("kd", "hidden", "lm", "loss"):
         points = _one(steps, key, "", "").points
         if any(y for _, y in points) and points not in drawn:
             drawn.append(list(points))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,39 @@ def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> Result:
         check=False,
     )
     return Result(done.returncode, done.stdout + done.stderr)
+
+
+def run_and_kill(*overrides: str, cwd: Path, metrics: Path, records: int) -> None:
+    """Starts the launcher and kills it, once a stage has written so many records."""
+    command = [sys.executable, str(REPO / "launch" / "run.py"), *overrides]
+    launcher = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or metrics.read_text().count("\n") < records:
+        assert launcher.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    wait_until_no_process_has(str(metrics.parent.parent))
+
+
+def wait_until_no_process_has(text: str) -> None:
+    """A stage's processes must die with the launcher."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        processes = filter(str.isdigit, os.listdir("/proc"))
+        found = [pid for pid in processes if text.encode() in _command_line(pid)]
+        if not found:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"still running: {found}")
+
+
+def _command_line(pid: str) -> bytes:
+    try:
+        return Path("/proc", pid, "cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 @pytest.fixture(scope="session")

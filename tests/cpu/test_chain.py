@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +14,7 @@ from nemo_convert.hf import Weights, tokenizer_sha256
 from nemo_convert.nemo import find_checkpoint
 from recipes.manifest import ARTIFACT, MANIFEST, Manifest, read_manifest
 from recipes.metrics import METRICS, steps_of
-from tests.conftest import REPO, run_recipe
+from tests.conftest import run_and_kill, run_recipe
 
 STAGES = ("import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report")
 STEPS, CHECKPOINT_INTERVAL = 24, 4
@@ -206,21 +201,9 @@ def test_kill_9_then_the_same_command_gives_the_same_weights(
 ) -> None:
     run_dir = without(tiny_run, tmp_path / "run", stage)
     command = [*overrides(odd_llama, text_file, run_dir), f"stages.only=[{stage}]"]
-    launcher = subprocess.Popen(
-        [sys.executable, str(REPO / "launch" / "run.py"), *command],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-    )
     metrics = run_dir / stage / METRICS
-    deadline = time.monotonic() + 300
-    while not metrics.exists() or metrics.read_text().count("\n") < records:
-        assert launcher.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    launcher.send_signal(signal.SIGKILL)
-    launcher.wait()
+    run_and_kill(*command, cwd=tmp_path, metrics=metrics, records=records)
     assert not (run_dir / stage / MANIFEST).exists()
-    wait_until_no_process_has(str(run_dir))
 
     result = run_recipe(*command, cwd=tmp_path)
     assert result.code == 0, result.output
@@ -232,28 +215,6 @@ def test_kill_9_then_the_same_command_gives_the_same_weights(
     expected, found = weights_of(tiny_run, stage), weights_of(run_dir, stage)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-def wait_until_no_process_has(text: str) -> None:
-    """The stage's processes must die with the launcher."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        found = [
-            pid
-            for pid in filter(str.isdigit, os.listdir("/proc"))
-            if text.encode() in _command_line(pid)
-        ]
-        if not found:
-            return
-        time.sleep(0.1)
-    pytest.fail(f"still running: {found}")
-
-
-def _command_line(pid: str) -> bytes:
-    try:
-        return Path("/proc", pid, "cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def test_changed_artifact_stops_the_chain(

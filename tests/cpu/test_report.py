@@ -365,7 +365,7 @@ def test_layers_are_marked_kept_or_dropped(page: Path) -> None:
 
 @pytest.mark.parametrize(
     ("lm_weight", "terms"),
-    [(0.0, ["distillation (KL)"]), (0.5, ["distillation (KL)", "next token", "total"])],
+    [(0.0, ["logits"]), (0.5, ["logits", "next token", "total"])],
 )
 def test_only_loss_terms_in_use_are_drawn(
     tmp_path: Path, lm_weight: float, terms: list[str]

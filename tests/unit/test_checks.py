@@ -14,7 +14,6 @@ from launch.schema import CONF
 from recipes import distill, evaluate, export_hf, import_hf, prepare_data, prune
 from recipes.errors import RecipeError
 from recipes.manifest import KINDS
-from recipes.metrics import MetricsLog
 from recipes.preflight import Chain, Problem
 from recipes.stage import Resources, StageConfig
 
@@ -173,7 +172,7 @@ def test_stages_without_parallelism_run_on_one_rank(stage: Any, chain: Chain, te
     [
         ({"precision": "fp8"}, "precision"),
         ({"lr": 0.0}, "positive"),
-        ({"temperature": -1.0}, "positive"),
+        ({"clip_grad": 0.0}, "positive"),
         ({"checkpoint_interval": 0}, "positive"),
         ({"val_check_interval": 0}, "positive"),
         ({"warmup_steps": 100}, "warmup"),
@@ -229,24 +228,3 @@ def test_import_depends_on_a_local_folder_only(hf_folder: Path) -> None:
 
 def test_export_needs_the_size_of_the_teacher_at_most(chain: Chain) -> None:
     assert export_hf.disk_bytes(export_hf.Config(), chain) == 4 * chain.teacher.parameters()
-
-
-def test_distill_summary_is_that_of_all_attempts(tmp_path: Path) -> None:
-    """Killed after its last step, a run resumes with nothing left to do, and still has figures."""
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    for step, kd in ((1, 4.0), (2, 3.0), (2, 2.5), (3, 2.0)):
-        log.progress(
-            "distill", step, 3, loss=kd, kd=kd, lm=0.0, teacher_loss=1.5, tokens_per_second=kd * 10
-        )
-    log.progress("validate", 3, 3, val_loss=2.25)
-    cfg = distill.Config(global_batch_size=2, seq_length=8)
-    assert distill.summary(cfg, tmp_path / "metrics.jsonl") == {
-        "final_loss": 2.0,
-        "final_kd": 2.0,
-        "final_lm": 0.0,
-        "teacher_loss": 1.5,
-        "val_loss": 2.25,
-        "steps": 3,
-        "tokens": 48,
-        "tokens_per_second": 25.0,
-    }

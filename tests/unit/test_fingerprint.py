@@ -190,7 +190,7 @@ def test_training_code_does_not_reach_the_report() -> None:
     ("stage", "needed"),
     [
         ("prune", {"recipes/minitron.py", "nemo_convert/nemo.py", "recipes/architecture.py"}),
-        ("distill", {"recipes/kd_trainer.py", "recipes/kd_loss.py", "recipes/kd_model.py"}),
+        ("distill", {"recipes/nemo_trainer.py", "recipes/kd_loss.py", "recipes/kd_model.py"}),
         ("evaluate", {"recipes/quality.py", "nemo_convert/nemo.py"}),
         ("import_hf", {"nemo_convert/convert.py", "nemo_convert/families.py"}),
         ("export_hf", {"recipes/model_card.py", "nemo_convert/convert.py"}),

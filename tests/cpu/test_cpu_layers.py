@@ -1,0 +1,70 @@
+"""The CPU's own layers against those that they replace, values and gradients, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nemo_convert.cpu_layers import SwiGLU, _CausalAttention, _RMSNorm
+
+LENGTH, BATCH, HEADS, GROUPS, SIZE = 33, 3, 6, 2, 10
+
+
+def inputs(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """The function's value, and its gradients under a fixed upstream gradient."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    value = function(*leaves)
+    [upstream] = inputs(tuple(value.shape))
+    value.backward(upstream.to(value.dtype))
+    return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def gated(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    context = nn.functional.scaled_dot_product_attention(
+        *(t.permute(1, 2, 0, 3) for t in (query, key, value)),
+        is_causal=True,
+        scale=0.3,
+        enable_gqa=True,
+    )
+    return context.permute(2, 0, 1, 3).flatten(2)
+
+
+CASES = {
+    "norm": (
+        lambda x, w: _RMSNorm.apply(x, w, 1e-5),
+        lambda x, w: nn.functional.rms_norm(x, (24,), w, 1e-5),
+        [(LENGTH, BATCH, 24), (24,)],
+    ),
+    "swiglu": (lambda x: SwiGLU(None)(x), gated, [(LENGTH, BATCH, 24)]),
+    "attention": (
+        lambda q, k, v: _CausalAttention.apply(q, k, v, 0.3),
+        attention,
+        [(LENGTH, BATCH, HEADS, SIZE), *[(LENGTH, BATCH, GROUPS, SIZE)] * 2],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_values_and_gradients(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    ours, theirs, shapes = CASES[name]
+    tensors = [t.to(dtype) for t in inputs(*shapes)]
+    found = with_gradients(ours, tensors)
+    expected = with_gradients(theirs, [t.double() for t in tensors])
+    assert len(found) == len(expected) == len(shapes) + 1
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - other).norm() < tolerance * other.norm()

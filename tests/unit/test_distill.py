@@ -1,0 +1,143 @@
+"""The rules of ``distill``: its loss, its pairs of layers, its cached teacher, and its figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import cache_teacher, distill, prune
+from recipes.errors import RecipeError
+from recipes.metrics import MetricsLog
+from recipes.preflight import Chain
+from recipes.stage import Resources
+
+
+def rules(cfg: distill.Config, chain: Chain) -> list[str]:
+    return [problem.rule for problem in distill.check(cfg, chain)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logits_loss": "kl"},
+        {"hidden_loss": "l1"},
+        {"balance": "auto"},
+        {"kd_weight": 0.0},
+        {"lm_weight": -1.0},
+        {"temperature": 0.0},
+        {"jsd_beta": 1.0},
+    ],
+)
+def test_a_loss_that_cannot_be(chain: Chain, fields: dict[str, Any]) -> None:
+    assert rules(distill.Config(**fields), chain) == ["loss"]
+
+
+@pytest.mark.parametrize("fields", [{"top_k": 0}, {"loss_chunk_mb": 0}])
+def test_sizes_are_positive(chain: Chain, fields: dict[str, int]) -> None:
+    assert rules(distill.Config(**fields), chain) == ["positive"]
+
+
+@pytest.mark.parametrize("fields", [{"kd_weight": 0.0, "lm_weight": 1.0}, {"hidden_weight": 2.0}])
+def test_any_term_may_be_alone_or_with_others(chain: Chain, fields: dict[str, float]) -> None:
+    assert rules(distill.Config(**fields), chain) == []
+
+
+def on_two_stages(chain: Chain, pairs: list[list[int]]) -> tuple[distill.Config, Chain]:
+    """A student of 3 of the teacher's 4 layers; the last stages have 1 and 2 of them."""
+    student = prune.Config(stage="prune", target_num_layers=3)
+    cfg = distill.Config(
+        stage="distill",
+        inputs={"student": "prune"},
+        resources=Resources(devices=2),
+        pipeline_model_parallel_size=2,
+        hidden_pairs=pairs,
+    )
+    return cfg, Chain(chain.hf_path, chain.teacher, {"prune": student, "distill": cfg})
+
+
+@pytest.mark.parametrize(
+    ("pairs", "named"),
+    [
+        ([[3, 4]], ""),
+        ([[3, 3]], ""),
+        ([[2, 3]], "student's layers [2]; its last pipeline stage, where the loss is, has 3 to 3"),
+        ([[3, 2], [3, 4]], "teacher's layers [2]; its last pipeline stage, where the loss is, has"),
+        ([[4, 4]], "student's layers [4]"),
+        ([[0, 4]], "student's layers [0]"),
+        ([[3]], "not a list of [student, teacher] layers"),
+    ],
+)
+def test_pairs_are_on_the_last_pipeline_stage(
+    chain: Chain, pairs: list[list[int]], named: str
+) -> None:
+    found = "\n".join(problem.what for problem in distill.check(*on_two_stages(chain, pairs)))
+    assert named in found
+    assert bool(found) == bool(named)
+
+
+def test_pairs_follow_the_layers_that_were_kept() -> None:
+    assert distill.layer_pairs(distill.Config(), [1, 3, 6], 3, 6) == [(1, 1), (2, 3), (3, 6)]
+    two = distill.Config(pipeline_model_parallel_size=2)
+    assert distill.layer_pairs(two, [1, 3, 4, 6], 4, 6) == [(3, 4), (4, 6)]
+    assert distill.layer_pairs(two, [1, 2, 3, 6], 4, 6) == [(4, 6)]
+    given = distill.Config(hidden_pairs=[[2, 5]])
+    assert distill.layer_pairs(given, [1, 3, 6], 3, 6) == [(2, 5)]
+
+
+def test_pairs_of_a_model_that_was_only_narrowed() -> None:
+    assert distill.layer_pairs(distill.Config(), None, 2, 2) == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("kept", [None, [1, 2, 3]])
+def test_pairs_that_cannot_be_derived(kept: list[int] | None) -> None:
+    cfg = distill.Config(pipeline_model_parallel_size=2)
+    with pytest.raises(RecipeError, match="set hidden_pairs"):
+        distill.layer_pairs(cfg, kept, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("ours", "cached", "named"),
+    [
+        ({}, {}, None),
+        ({"top_k": 64}, {}, None),
+        ({"temperature": 2.0}, {}, "temperature=2.0, but the cached teacher's is 1.0"),
+        ({"seq_length": 128}, {}, "seq_length=128"),
+        ({"top_k": 32}, {}, "top_k=32, but the cached teacher's is 64"),
+        ({"hidden_weight": 1.0}, {}, "no hidden states"),
+        ({}, {"seq_length": 64}, "seq_length=256, but the cached teacher's is 64"),
+    ],
+)
+def test_a_cached_teacher_fits_the_training(
+    chain: Chain, ours: dict[str, Any], cached: dict[str, Any], named: str | None
+) -> None:
+    cache = cache_teacher.Config(stage="cache_teacher", **cached)
+    cfg = distill.Config(stage="distill", inputs={"teacher": "cache_teacher"}, **ours)
+    whole = Chain(chain.hf_path, chain.teacher, {"cache_teacher": cache, "distill": cfg})
+    found = [problem.what for problem in distill.check(cfg, whole)]
+    assert len(found) == (named is not None)
+    assert (named or "") in "".join(found)
+
+
+def test_summary_is_that_of_all_attempts(tmp_path: Path) -> None:
+    """Killed after its last step, a run resumes with nothing left to do, and still has figures."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step, kd in ((1, 4.0), (2, 3.0), (2, 2.5), (3, 2.0)):
+        log.progress(
+            "distill", step, 4, loss=kd, kd=kd, lm=0.0, teacher_loss=1.5, tokens_per_second=kd * 10
+        )
+    log.progress("distill", 4, 4, loss=1.0, kd=1.0, lm=0.0, skipped=True, tokens_per_second=30.0)
+    log.progress("validate", 4, 4, val_loss=2.25)
+    cfg = distill.Config(stage="distill", global_batch_size=2, seq_length=8)
+    assert distill.summary(cfg, tmp_path / "metrics.jsonl") == {
+        "final_loss": 1.0,
+        "final_kd": 1.0,
+        "final_lm": 0.0,
+        "teacher_loss": 1.5,
+        "val_loss": 2.25,
+        "steps": 4,
+        "skipped_steps": 1,
+        "tokens": 64,
+        "tokens_per_second": 27.5,
+    }
