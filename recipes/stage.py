@@ -249,6 +249,9 @@ def _leave_together() -> None:
     if torch is not None and torch.distributed.is_initialized():
         if world_size() > 1:
             torch.distributed.barrier()
+        # Groups that outlive their process group abort the interpreter at its exit with gloo.
+        if megatron := sys.modules.get("megatron.core.parallel_state"):
+            megatron.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 
