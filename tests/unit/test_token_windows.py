@@ -1,0 +1,46 @@
+"""The order of training windows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from recipes.token_windows import count_windows, window, window_order
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_an_epoch_has_every_window_once(epoch: int) -> None:
+    order = window_order(np.arange(100), 100, seed=3, epoch=epoch)
+    assert sorted(order) == list(range(100))
+    assert list(order) != sorted(order)
+
+
+def test_epochs_and_seeds_differ() -> None:
+    orders = {
+        tuple(window_order(np.arange(50), 50, seed, epoch)) for seed in (1, 2) for epoch in (0, 1)
+    }
+    assert len(orders) == 4
+    again = window_order(np.arange(50), 50, 1, 0)
+    assert tuple(again) in orders
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_subset_keeps_the_order_of_the_whole(epoch: int) -> None:
+    whole = window_order(np.arange(200), 200, seed=5, epoch=epoch)
+    ids = np.random.default_rng(0).choice(200, size=37, replace=False)
+    expected = [number for number in whole if number in set(ids)]
+    assert list(window_order(ids, 200, seed=5, epoch=epoch)) == expected
+
+
+def test_the_first_windows_of_an_epoch_come_first_again() -> None:
+    """So a cache of them gives the batches of a run that has all."""
+    whole = window_order(np.arange(200), 200, seed=5, epoch=0)
+    assert list(window_order(np.sort(whole[:40]), 200, seed=5, epoch=0)) == list(whole[:40])
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(9, 2), (8, 1), (5, 1), (4, 0)])
+def test_a_window_needs_the_label_of_its_last_token(tokens: int, windows: int) -> None:
+    text = np.arange(tokens, dtype=np.int32)
+    assert count_windows(text, 4) == windows
+    for number in range(windows):
+        assert list(window(text, 4, number)) == list(range(number * 4, number * 4 + 5))
