@@ -1,0 +1,174 @@
+"""Samples of a training: windows, masks, epochs, ranks, and where a resumed run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from nemo_convert import nemo
+from recipes.errors import RecipeError
+from recipes.indexed_dataset import PartWriter
+from recipes.token_windows import read_tokens
+from recipes.training_data import TokenWindows, TrainingData
+
+LENGTH, END, SEED, BATCH = 8, 0, 7, 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of 1 to 30 tokens that end with ``END``; every token is used once."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    with PartWriter(folder, ("train", "validation")) as writer:
+        for part, documents in (("train", 20), ("validation", 5)):
+            start = 1
+            for size in generator.integers(1, 30, documents):
+                writer.add(part, [*range(start, start + size), END])
+                start += size
+    return folder
+
+
+@pytest.fixture(scope="module")
+def naive(data: Path) -> list[int]:
+    """The training part document by document, as Megatron reads it."""
+    part = IndexedDataset(str(data / "train"))
+    return [int(token) for i in range(len(part)) for token in part[i]]
+
+
+class Cache:
+    """Some windows, each with rows that tell it from the others."""
+
+    def __init__(self, windows: list[int]) -> None:
+        self.windows = np.array(windows)
+
+    def rows(self, window: int) -> tuple[Any, Any]:
+        return torch.full((LENGTH, 2), window), torch.full((LENGTH, 3), float(-window))
+
+
+def windows_of(data: Path, samples: int, **settings: Any) -> TokenWindows:
+    return TokenWindows(read_tokens(data, "train"), LENGTH, samples, **settings)
+
+
+def test_windows_are_those_of_the_documents_put_together(data: Path, naive: list[int]) -> None:
+    total = (len(naive) - 1) // LENGTH
+    dataset = windows_of(data, total)
+    assert len(dataset) == len(dataset.ids) == total > 2 * BATCH
+    for number in range(total):
+        item, start = dataset[number], number * LENGTH
+        assert item["tokens"].tolist() == naive[start : start + LENGTH]
+        assert item["labels"].tolist() == naive[start + 1 : start + LENGTH + 1]
+        assert item["position_ids"].tolist() == list(range(LENGTH))
+        assert item["loss_mask"].tolist() == [1.0] * LENGTH
+        assert {item[name].dtype for name in ("tokens", "labels", "position_ids")} == {torch.int64}
+        assert item["loss_mask"].dtype == torch.float32
+
+
+def test_what_follows_a_document_counts_for_nothing(data: Path) -> None:
+    dataset = windows_of(data, 20, end=END)
+    masked = 0
+    for number in range(20):
+        item = dataset[number]
+        assert torch.equal(item["loss_mask"] == 0, item["tokens"] == END)
+        masked += int((item["loss_mask"] == 0).sum())
+        # The end of a document itself is predicted.
+        assert item["loss_mask"][:-1][item["labels"][:-1] == END].all()
+    assert masked > 5
+
+
+def test_every_epoch_has_every_window_once_in_another_order(data: Path) -> None:
+    count = len(windows_of(data, 0).ids)
+    dataset = windows_of(data, 3 * count, seed=SEED)
+    order = [dataset.window_of(i) for i in range(3 * count)]
+    epochs = [order[e * count : (e + 1) * count] for e in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(count))] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+    # Asked in any order, a sample is the same.
+    assert [windows_of(data, 1, seed=SEED).window_of(i) for i in (2 * count, 0)] == [
+        order[2 * count],
+        order[0],
+    ]
+
+
+def test_a_cache_of_the_first_windows_gives_the_batches_of_a_live_run(data: Path) -> None:
+    live = windows_of(data, 12, seed=SEED)
+    first = [live.window_of(i) for i in range(12)]
+    cached = windows_of(data, 24, seed=SEED, cache=Cache(sorted(first)))
+    assert [cached.window_of(i) for i in range(12)] == first
+    assert sorted(cached.window_of(i) for i in range(12, 24)) == sorted(first)
+    for sample in range(24):
+        item, window = cached[sample], cached.window_of(sample)
+        assert torch.equal(item["teacher_indices"], torch.full((LENGTH, 2), window))
+        assert torch.equal(item["teacher_log_probs"], torch.full((LENGTH, 3), float(-window)))
+        assert torch.equal(item["tokens"], windows_of(data, 99)[window]["tokens"])
+
+
+def training(data: Path, steps: int, cache: Any = None, **settings: Any) -> TrainingData:
+    """The data module as the trainer holds it after ``setup``."""
+    nemo.initialize(nemo.Parallelism())
+    arguments = {
+        "tokenizer": SimpleNamespace(eos_id=END),
+        "seq_length": LENGTH,
+        "micro_batch_size": 2,
+        "global_batch_size": BATCH,
+        "seed": SEED,
+        "output_log": False,
+    }
+    module = TrainingData(data, end=END, cache=cache, **{**arguments, **settings})
+    module.trainer = SimpleNamespace(max_steps=steps, limit_val_batches=3, global_step=0)  # type: ignore[assignment]
+    module.setup()
+    return module
+
+
+def micro_batches(module: TrainingData, mode: str, consumed: int = 0) -> list[Any]:
+    """First token of every row of every micro batch, through NeMo's sampler."""
+    module.data_sampler.init_consumed_samples = consumed
+    loader = module.train_dataloader() if mode == "train" else module.val_dataloader()
+    transformed = module.data_sampler.transform_dataloader(loader)
+    return [batch["tokens"][:, 0].tolist() for batch in transformed]
+
+
+def test_a_resumed_run_goes_on_where_it_was(data: Path) -> None:
+    steps = 40  # more than an epoch
+    module = training(data, steps)
+    assert steps * BATCH > len(module._train_ds.ids)
+    whole = micro_batches(module, "train")
+    assert len(whole) >= steps * 2
+    for step in (1, 7, 33):
+        assert micro_batches(training(data, steps), "train", step * BATCH) == whole[step * 2 :]
+    # Killed after its last step, a run resumes with nothing left to do.
+    micro_batches(training(data, steps), "train", steps * BATCH)
+
+
+def test_a_longer_run_begins_alike(data: Path) -> None:
+    short, long = (micro_batches(training(data, steps), "train") for steps in (5, 30))
+    assert long[: len(short)] == short
+
+
+def test_validation_is_always_the_same_whole_batches(data: Path) -> None:
+    module = training(data, 5)
+    text = read_tokens(data, "validation")
+    count = (len(text) - 1) // LENGTH
+    expected = [int(text[number * LENGTH]) for number in range(min(3, count // BATCH) * BATCH)]
+    for _ in range(2):
+        found = [token for batch in micro_batches(module, "validation") for token in batch]
+        assert found == expected
+
+
+def test_nemo_gets_a_mask_where_it_demands_one(data: Path) -> None:
+    module = training(data, 1)
+    assert module.create_attention_mask  # no TransformerEngine here
+    batch = next(iter(module.data_sampler.transform_dataloader(module.train_dataloader())))
+    assert batch["attention_mask"].shape == (2, 1, 1, 1)
+
+
+def test_too_little_for_a_batch_is_refused(data: Path) -> None:
+    with pytest.raises(RecipeError, match=r"the training part has .* less than one batch"):
+        training(data, 1, global_batch_size=1000)
+    with pytest.raises(RecipeError, match="raise num_windows of cache_teacher"):
+        training(data, 1, cache=Cache([1, 2, 3]))
