@@ -148,13 +148,13 @@ def read_outcome(arm: Arm, out: Path) -> Outcome:
 def training_seconds(stage: Path) -> float:
     """Time spent in steps, without start, validation and saving."""
     manifest = manifest_of(stage)
-    per_step = manifest.metrics["tokens"] / manifest.metrics["steps"]
+    per_step: float = manifest.metrics["tokens"] / manifest.metrics["steps"]
     steps = steps_of(stage / METRICS, manifest.stage)
-    return sum(per_step / step["tokens_per_second"] for step in steps)
+    return sum(per_step / float(step["tokens_per_second"]) for step in steps)
 
 
 def steps_in_time(outcome: Outcome, arm: Arm, seconds: float) -> int:
-    """Steps of an arm that fit into the time; correcting a teacher takes as many steps as it did."""
+    """Steps of an arm that fit into the time; a teacher is corrected for as many steps."""
     cost = outcome.prepare_seconds if "correct_teacher" in arm.prepare else 0.0
     per_step = outcome.training_seconds / outcome.steps
     if cost:  # it is trained for as many steps as the student

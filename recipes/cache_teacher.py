@@ -1,7 +1,3 @@
-# NOTE to the engineer of the cached teacher: this file is finished and locked; please do not rewrite
-# it, teacher_cache.py, teacher_logits.py, teacher_check.py, training_data.py or conf/teacher. Yours
-# now: tests/cpu/test_teacher_cache.py and tests/unit/test_token_windows.py against these modules
-# (point 5 of the task), and a report of any bug found. This note goes away.
 """Stores what the teacher says about the training text, so that distillation runs without it."""
 
 from __future__ import annotations
@@ -64,10 +60,7 @@ class _Layout:
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
     micro_batch_size: int = 1
-
-    @property
-    def global_batch_size(self) -> int:
-        return self.resources.nodes * self.resources.devices
+    global_batch_size: int = 1
 
 
 def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
@@ -85,6 +78,7 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
         yield Problem("precision", f"precision={cfg.precision}", f"use {' or '.join(PRECISIONS)}")
     yield from window_problems(cfg.seq_length, chain)
     layout = _Layout(cfg.resources, cfg.tensor_model_parallel_size, cfg.seq_length)
+    layout.global_batch_size = cfg.resources.nodes * cfg.resources.devices
     yield from layout_problems(layout, chain)
 
 
@@ -113,9 +107,7 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     teacher = nemo.find_checkpoint(inputs["teacher"].artifact)
     shards = out.parent / SHARDS
     metrics = cache_logits(cfg, teacher, inputs["data"].artifact, shards, out, metrics_log(out))
-    return Outcome(
-        metrics=metrics, tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher))
-    )
+    return Outcome(metrics=metrics, tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher)))
 
 
 if __name__ == "__main__":

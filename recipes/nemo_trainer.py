@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
@@ -99,12 +100,39 @@ def _save_trained(
 
 
 class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
-    """NeMo's strategy, starting from a checkpoint without the learned parts of our loss."""
+    """NeMo's strategy; starts from a checkpoint without what our loss learns, and unrounded."""
 
     def selective_restore(self) -> None:
         """Loads the weights to start from."""
         with self.lightning_module.without_loss_modules():
             super().selective_restore()
+            _load_main_weights(
+                self.lightning_module.core_module,
+                self.optimizers[0].mcore_optimizer,
+                Path(self.restore_config.path) / nemo.WEIGHTS,
+            )
+
+
+@torch.no_grad()
+def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
+    """Gives the optimizer's float32 weights what the checkpoint has.
+
+    NeMo copies them from the model's, which are rounded to bfloat16: all start in the middle of a
+    rounding interval, and a model of small updates does not move for the first steps.
+    """
+    state = core.sharded_state_dict(prefix="module.")
+    for item in state.values():
+        if torch.is_tensor(getattr(item, "data", None)) and item.data.is_floating_point():
+            item.data = item.data.float()
+            if hasattr(item, "dtype"):
+                item.dtype = torch.float32
+    exact = dist_checkpointing.load(state, str(weights))
+    if optimizer.config.use_distributed_optimizer:
+        optimizer.reload_model_params(exact)
+        return
+    for name, parameter in core.named_parameters():
+        if (main := getattr(parameter, "main_param", None)) is not None:
+            main.copy_(exact[f"module.{name}"])
 
 
 def _trainer(cfg: TrainingConfig) -> Any:

@@ -281,3 +281,9 @@ def die_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+# Megatron's checkpoint writer starts processes that import the stage's module again; ``kill -9`` of
+# a rank would leave them behind for good.
+if "--multiprocessing-fork" in sys.orig_argv:
+    die_with_parent()

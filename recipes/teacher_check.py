@@ -1,7 +1,3 @@
-# NOTE to the engineer of the cached teacher: this file is finished and locked; please do not rewrite
-# it, teacher_cache.py, teacher_logits.py, teacher_check.py, training_data.py or conf/teacher. Yours
-# now: tests/cpu/test_teacher_cache.py and tests/unit/test_token_windows.py against these modules
-# (point 5 of the task), and a report of any bug found. This note goes away.
 """A teacher can be silently random: its weights were never loaded, or are of another model."""
 
 from __future__ import annotations

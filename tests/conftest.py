@@ -49,26 +49,26 @@ def run_and_kill(*overrides: str, cwd: Path, metrics: Path, records: int) -> Non
         time.sleep(0.02)
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
-    wait_until_no_process_has(str(metrics.parent.parent))
+    wait_until_none_works_in(cwd)
 
 
-def wait_until_no_process_has(text: str) -> None:
-    """A stage's processes must die with the launcher."""
+def wait_until_none_works_in(directory: Path) -> None:
+    """A stage's processes, also those that its libraries start, must die with the launcher."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         processes = filter(str.isdigit, os.listdir("/proc"))
-        found = [pid for pid in processes if text.encode() in _command_line(pid)]
+        found = [pid for pid in processes if _works_in(pid, directory)]
         if not found:
             return
         time.sleep(0.1)
     pytest.fail(f"still running: {found}")
 
 
-def _command_line(pid: str) -> bytes:
+def _works_in(pid: str, directory: Path) -> bool:
     try:
-        return Path("/proc", pid, "cmdline").read_bytes()
+        return Path("/proc", pid, "cwd").readlink() == directory
     except OSError:
-        return b""
+        return False
 
 
 @pytest.fixture(scope="session")
