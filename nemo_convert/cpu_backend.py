@@ -340,6 +340,8 @@ def sdpa_layer_spec(config: Any) -> Any:
 def _sdpa_attention() -> type[nn.Module]:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
+    from nemo_convert.cpu_layers import sdpa
+
     class SdpaAttention(DotProductAttention):  # type: ignore[misc]
         """Causal attention by ``scaled_dot_product_attention``; subclasses what ModelOpt knows."""
 
@@ -356,13 +358,6 @@ def _sdpa_attention() -> type[nn.Module]:
 
             ``attention_mask`` is not read: every batch here is causal and unpadded.
             """
-            length, batch = query.shape[:2]
-            context = nn.functional.scaled_dot_product_attention(
-                *(t.permute(1, 2, 0, 3) for t in (query, key, value)),
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=query.shape[2] != key.shape[2],
-            )
-            return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+            return sdpa(query, key, value, self.softmax_scale)
 
     return SdpaAttention

@@ -17,6 +17,10 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+LONG = 1024
+"""Tokens of a window above which a layer's scores, which grow with their square, are too many to
+hold even once; PyTorch's attention never holds them."""
+
 
 class _RMSNorm(torch.autograd.Function):
     """x / rms(x) · weight in float32; keeps the input and one number per token."""
@@ -97,18 +101,16 @@ class _CausalAttention(torch.autograd.Function):
         ctx.scale = scale
         q = _rows_of_groups(query, ctx.shape)
         k, v = (t.permute(1, 2, 0, 3).reshape(batch * groups, length, size) for t in (key, value))
-        future = torch.full((length, length), float("-inf")).triu_(1).repeat(heads // groups, 1)
-        with _products_of(query.dtype):
-            scores = torch.baddbmm(future, q.float(), k.float().transpose(1, 2), alpha=scale)
-        shares = torch.softmax(scores, dim=-1).to(query.dtype)
-        context = torch.bmm(shares, v)
-        ctx.save_for_backward(q, k, v, shares, context)
+        context = torch.bmm(_shares(q, k, ctx.shape, scale), v)
+        ctx.save_for_backward(q, k, v, context)
         return _tokens_first(context, ctx.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        q, k, v, shares, context = ctx.saved_tensors
+        q, k, v, context = ctx.saved_tensors
         length, batch, groups, _, size = ctx.shape
+        # Made again: kept for every layer, they would be the largest of all activations.
+        shares = _shares(q, k, ctx.shape, ctx.scale)
         grad = _rows_of_groups(grads[0].view(length, batch, -1, size), ctx.shape)
         value_grad = torch.bmm(shares.transpose(1, 2), grad)
         mean = (grad.float() * context).sum(dim=-1, keepdim=True).to(grad.dtype)
@@ -120,6 +122,15 @@ class _CausalAttention(torch.autograd.Function):
             t.view(batch, groups, length, size).permute(2, 0, 1, 3) for t in (key_grad, value_grad)
         )
         return query_grad.view(length, batch, -1, size), key_grad, value_grad, None
+
+
+def _shares(q: Tensor, k: Tensor, shape: tuple[int, ...], scale: float) -> Tensor:
+    """Attention of every query row to every key, [b·groups, heads/groups·s, s]."""
+    length, _, _, repeat, _ = shape
+    future = torch.full((length, length), float("-inf")).triu_(1).repeat(repeat, 1)
+    with _products_of(q.dtype):
+        scores = torch.baddbmm(future, q.float(), k.float().transpose(1, 2), alpha=scale)
+    return torch.softmax(scores, dim=-1).to(q.dtype)
 
 
 @contextmanager
@@ -161,5 +172,18 @@ class CausalAttention(DotProductAttention):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Tensor:
         """Returns [s, b, heads·d] for query [s, b, heads, d], key and value [s, b, groups, d]."""
+        if len(query) > LONG:
+            return sdpa(query, key, value, self.softmax_scale)
         context: Tensor = _CausalAttention.apply(query, key, value, self.softmax_scale)
         return context
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """PyTorch's fused causal attention, in Megatron's order of dimensions."""
+    context = nn.functional.scaled_dot_product_attention(
+        *(t.permute(1, 2, 0, 3) for t in (query, key, value)),
+        is_causal=True,
+        scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return context.permute(2, 0, 1, 3).flatten(2)

@@ -58,6 +58,15 @@ def initialize(parallel: Parallelism, seed: int = 1234) -> None:
         model_parallel_cuda_manual_seed(seed)
 
 
+def tensor_group() -> Any:
+    """The tensor-parallel group, or ``None`` at size 1."""
+    from megatron.core import parallel_state
+
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return None
+    return parallel_state.get_tensor_model_parallel_group()
+
+
 def open_checkpoint(path: Path, scratch: Path) -> Path:
     """Returns the directory form of a checkpoint, unpacking a ``.nemo`` file into ``scratch``.
 
@@ -129,9 +138,14 @@ def restore_model(checkpoint: Path) -> Any:
     return load_context(checkpoint / CONTEXT, subpath="model")
 
 
-def build_core(model: Any, parallel: Parallelism, params_dtype: torch.dtype | None = None) -> Any:
+def build_core(
+    model: Any,
+    parallel: Parallelism,
+    params_dtype: torch.dtype | None = None,
+    training: bool = False,
+) -> Any:
     """Builds this rank's Megatron ``GPTModel`` for a NeMo model, with uninitialised weights."""
-    config = cpu_backend.adapt_config(model.config)
+    config = cpu_backend.adapt_config(model.config, training)
     config.tensor_model_parallel_size = parallel.tensor
     config.pipeline_model_parallel_size = parallel.pipeline
     config.perform_initialization = False

@@ -25,7 +25,7 @@ from torch.nn.functional import softplus
 from recipes.errors import RecipeError, did_you_mean
 
 LOGITS_LOSSES = ("forward_kl", "reverse_kl", "jsd")
-CHUNK_BYTES = {"cpu": 12 << 20, "cuda": 512 << 20}
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
 """A float32 buffer of a chunk: about what a CPU's cache holds; on a GPU, enough to fill it."""
 LOG_ZERO = -1e30
 """Stands for log 0 where it is multiplied by 0, which -inf would turn into NaN."""
@@ -229,10 +229,16 @@ class _Distillation(torch.autograd.Function):
         teacher: Tensor | TopK,
         loss: LogitsLoss,
         group: ProcessGroup | None,
+        reuse: bool,
     ) -> Tensor:
         temperature = loss.temperature
         losses = torch.empty(len(student), 1, dtype=torch.float32, device=student.device)
-        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        gradient: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            if reuse and isinstance(teacher, Tensor) and teacher.dtype == student.dtype:
+                gradient = teacher
+            else:
+                gradient = torch.empty_like(student)
         for rows in _chunks(student, loss.chunk_bytes):
             log_q = _log_softmax(student[rows], temperature, group)
             if isinstance(teacher, TopK):
@@ -251,15 +257,20 @@ class _Distillation(torch.autograd.Function):
         return losses.mul_(temperature**2).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # In place, to hold the logits' gradient once. A second backward is an error of autograd,
         # which sees that what was saved has changed.
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grads[0].unsqueeze(-1).to(gradient.dtype)), None, None, None
+        gradient.mul_(grads[0].unsqueeze(-1).to(gradient.dtype))
+        return gradient, None, None, None, None
 
 
 def distillation_loss(
-    student: Tensor, teacher: Tensor | TopK, loss: LogitsLoss, group: ProcessGroup | None = None
+    student: Tensor,
+    teacher: Tensor | TopK,
+    loss: LogitsLoss,
+    group: ProcessGroup | None = None,
+    reuse_teacher: bool = False,
 ) -> Tensor:
     """Loss per token [n], float32, alike on all ranks of the group; differentiable once.
 
@@ -268,6 +279,7 @@ def distillation_loss(
         teacher: Its logits of the same shape, or its top-k, made at the loss's temperature.
         loss: Which loss.
         group: Tensor-parallel group.
+        reuse_teacher: Lets the gradient overwrite the teacher's logits, to hold one tensor less.
 
     Raises:
         RecipeError: The teacher's shape is not the student's.
@@ -282,7 +294,7 @@ def distillation_loss(
             f"the teacher's logits {list(found)} do not fit the student's {list(wanted)}.",
             "teacher and student need the same tokens, vocabulary and padding of it",
         )
-    return _Distillation.apply(student, teacher, loss, group)
+    return _Distillation.apply(student, teacher, loss, group, reuse_teacher)
 
 
 def token_cross_entropy(

@@ -33,10 +33,11 @@ from nemo_convert import nemo
 from nemo_convert.cpu_backend import adapt_config
 from recipes.architecture import Architecture
 from recipes.distill import CACHED, Config, Pairs, layer_pairs
+from recipes.errors import RecipeError
 from recipes.kd_hidden import HiddenLoss
 from recipes.kd_loss import LogitsLoss, TopK, distillation_loss, token_cross_entropy
 from recipes.parallelism import pipeline_split
-from recipes.stage import Inputs
+from recipes.stage import Input, Inputs
 from recipes.teacher_cache import TeacherCache
 from recipes.teacher_check import require_better_than_chance
 from recipes.training import TERMS
@@ -60,13 +61,6 @@ SHARED_SETTINGS = (
 )
 """What the teacher's config must share with the student's. NeMo copies fewer and so would run a
 float32 teacher beside a bfloat16 student."""
-
-
-def tensor_group() -> Any:
-    """The tensor-parallel group, or ``None`` at size 1."""
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
-        return None
-    return parallel_state.get_tensor_model_parallel_group()
 
 
 def split_pipeline(config: Any) -> None:
@@ -93,7 +87,9 @@ class Teacher:
             return cls()
         source = inputs["teacher"]
         if source.manifest.kind == CACHED:
-            return cls(cache=TeacherCache(source, inputs["data"], cfg))
+            cache = TeacherCache(source.artifact)
+            _require_fit(cfg, cache, source, inputs["data"])
+            return cls(cache=cache)
         checkpoint = nemo.find_checkpoint(source.artifact)
         pairs: Pairs = ()
         if cfg.hidden_weight:
@@ -101,6 +97,26 @@ class Teacher:
             layers = nemo.architecture_of(checkpoint).num_layers
             pairs = layer_pairs(cfg, kept, student.num_layers, layers)
         return cls(checkpoint, pairs)
+
+
+def _require_fit(cfg: Config, cache: TeacherCache, source: Input, data: Input) -> None:
+    """Refuses a cache of other text or settings; a cache of this run is checked before it runs.
+
+    Raises:
+        RecipeError: They differ.
+    """
+    if source.manifest.input_content.get("data") != data.manifest.content():
+        raise RecipeError(
+            f"the teacher in {source.directory} was cached for other text.",
+            "give both stages the same data, and run the one that caches again",
+        )
+    for name in ("seq_length", "temperature", "top_k"):
+        ours, cached = getattr(cfg, name), getattr(cache.index, name)
+        if ours not in (None, cached):
+            raise RecipeError(
+                f"{name}={ours}, but the teacher in {source.directory} was cached at {cached}.",
+                f"set stages.{cfg.stage}.{name}={cached}",
+            )
 
 
 @dataclass(frozen=True)
@@ -322,18 +338,18 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     def _token_losses(self, core: Any, labels: Tensor, logits: Tensor) -> Tensor:
         """Losses [terms, batch, sequence] of logits [sequence, batch, vocabulary/tp]."""
+        if self.teacher_loss is None and self._teacher.checkpoint:
+            self._check_teacher(core.teacher_logits, labels)
         rows = []
         if "kd" in self._objective.weights:
             teacher = self._cached or core.teacher_logits.flatten(0, 1)
-            loss, group = self._objective.logits, tensor_group()
-            flat = distillation_loss(logits.flatten(0, 1), teacher, loss, group)
+            loss, group = self._objective.logits, nemo.tensor_group()
+            flat = distillation_loss(logits.flatten(0, 1), teacher, loss, group, True)
             rows.append(flat.view(logits.shape[:2]).t())
         if "hidden" in self._objective.weights:
             rows.append(self._hidden_loss(core, labels))
         if "lm" in self._objective.weights:
             rows.append(_next_token_loss(logits, labels))
-        if self.teacher_loss is None and self._teacher.checkpoint:
-            self._check_teacher(core.teacher_logits, labels)
         core.teacher_logits = None
         return torch.stack(rows)
 
@@ -365,7 +381,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Loss [batch, sequence] of logits [sequence, batch, vocabulary/tp]."""
-    flat = token_cross_entropy(logits.flatten(0, 1), labels.t().flatten(), tensor_group())
+    flat = token_cross_entropy(logits.flatten(0, 1), labels.t().flatten(), nemo.tensor_group())
     return flat.view(logits.shape[:2]).t().contiguous()
 
 

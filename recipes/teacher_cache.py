@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from recipes.cache_teacher import SMALL_VOCABULARY
-from recipes.errors import RecipeError
 from recipes.kd_loss import TopK
 from recipes.manifest import write_text_atomically
 from recipes.sources import read_json
-
-if TYPE_CHECKING:
-    from recipes.distill import Config
-    from recipes.stage import Input
 
 INDEX, SHARD = "index.json", "{:05d}.safetensors"
 
@@ -96,32 +91,15 @@ def cache_figures(folder: Path, index: CacheIndex) -> dict[str, float]:
 
 
 class TeacherCache:
-    """A cache opened for a training stage.
+    """A cache opened for training.
 
     Args:
-        source: The stage that cached.
-        data: The text of the training stage.
-        cfg: Its config.
-
-    Raises:
-        RecipeError: The cache is of other text, window length or temperature.
+        folder: Artifact of ``cache_teacher``.
     """
 
-    def __init__(self, source: Input, data: Input, cfg: Config) -> None:
-        self._folder = source.artifact
-        self.index = CacheIndex(**read_json(self._folder / INDEX))
-        if source.manifest.input_content.get("data") != data.manifest.content():
-            raise RecipeError(
-                f"the teacher in {source.directory} was cached for other text.",
-                "give both stages the same data, and run the one that caches again",
-            )
-        for name in ("seq_length", "temperature"):
-            ours, cached = getattr(cfg, name), getattr(self.index, name)
-            if ours != cached:
-                raise RecipeError(
-                    f"{name}={ours}, but the teacher in {source.directory} was cached at {cached}.",
-                    f"set {name} in both stages alike",
-                )
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.index = CacheIndex(**read_json(folder / INDEX))
         self._files: dict[int, Any] = {}
         places: list[tuple[int, int]] = []
         numbers: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -15,7 +16,6 @@ from torch import Tensor
 from nemo_convert import nemo
 from recipes.cache_teacher import bytes_per_token
 from recipes.kd_loss import TopK, token_cross_entropy, top_k
-from recipes.kd_model import tensor_group
 from recipes.metrics import MetricsLog
 from recipes.stage import rank
 from recipes.teacher_cache import SHARD, CacheIndex, cache_figures, write_index, write_shard
@@ -45,7 +45,7 @@ def cache_logits(
     parallel = nemo.Parallelism(tensor=cfg.tensor_model_parallel_size)
     nemo.initialize(parallel)
     model = nemo.restore_model(teacher)
-    core = nemo.build_core(model, parallel, cfg.dtype).eval()
+    core = nemo.build_core(model, parallel, cfg.dtype, training=True).eval()
     nemo.load_weights(core, teacher)
     vocabulary = nemo.architecture_of(teacher).vocab_size
     tokens = read_tokens(data, "train")
@@ -64,7 +64,8 @@ def cache_logits(
             continue
         texts = np.stack([window(tokens, cfg.seq_length, number) for number in parts[shard]])
         taught, loss = _teach(cfg, core, torch.from_numpy(texts))
-        require_better_than_chance(loss, vocabulary)
+        if made == 0:
+            require_better_than_chance(loss, vocabulary)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             write_shard(path, index, parts[shard], taught, loss)
         made += len(parts[shard])
@@ -73,7 +74,7 @@ def cache_logits(
     torch.distributed.barrier()
     if rank() == 0:
         for shard in range(len(parts)):
-            shutil.copy2(shards / SHARD.format(shard), out)
+            _link(shards / SHARD.format(shard), out / SHARD.format(shard))
         write_index(out, index)
     return {
         "windows": len(numbers),
@@ -82,6 +83,14 @@ def cache_logits(
         "bytes_per_token": bytes_per_token(vocabulary, cfg.top_k),
         **(cache_figures(out, index) if rank() == 0 else {}),
     }
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under two names, so that a kill after this loses no shard and no space."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
 
 
 def _mine(shards: int) -> range:
@@ -99,8 +108,8 @@ def _teach(cfg: Config, core: Any, texts: Tensor) -> tuple[TopK, float]:
     for batch in texts.split(cfg.micro_batch_size):
         inputs, labels = batch[:, :-1].to(device), batch[:, 1:].to(device)
         logits = core(inputs, positions.expand_as(inputs), None).flatten(0, 1)
-        parts.append(top_k(logits, cfg.top_k, cfg.temperature, tensor_group()))
-        losses.append(token_cross_entropy(logits, labels.flatten(), tensor_group()))
+        parts.append(top_k(logits, cfg.top_k, cfg.temperature, nemo.tensor_group()))
+        losses.append(token_cross_entropy(logits, labels.flatten(), nemo.tensor_group()))
     shape = (*texts[:, 1:].shape, -1)
     taught = TopK(*(torch.cat(each).view(shape) for each in zip(*parts, strict=True)))
     return taught, torch.cat(losses).mean().item()

@@ -332,3 +332,16 @@ def test_vocabulary_split_over_two_ranks(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_gradient_may_take_the_teachers_place() -> None:
+    found = []
+    for reuse in (False, True):
+        student, teacher = make_logits(2).bfloat16().requires_grad_(), make_logits(1).bfloat16()
+        before = teacher.clone()
+        losses = distillation_loss(student, teacher, LogitsLoss(), reuse_teacher=reuse)
+        losses.sum().backward()
+        assert torch.equal(teacher, before) != reuse
+        assert student.grad is not None
+        found.append((losses, student.grad.clone()))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

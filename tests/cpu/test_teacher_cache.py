@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,11 @@ from safetensors.numpy import load_file
 from nemo_convert import convert
 from nemo_convert.hf import load_causal_lm
 from nemo_convert.nemo import find_checkpoint
+from recipes import distill
 from recipes.cache_teacher import Config
 from recipes.errors import RecipeError
 from recipes.kd_loss import top_k
+from recipes.kd_model import _require_fit
 from recipes.manifest import ARTIFACT, WORK, Manifest, read_manifest
 from recipes.metrics import METRICS, MetricsLog, steps_of
 from recipes.stage import Input
@@ -30,6 +31,7 @@ from tests.conftest import run_and_kill, run_recipe
 from tests.cpu.conftest import EVEN, write_tiny_llama
 
 LENGTH, KEPT, TEMPERATURE, WINDOWS, PER_SHARD = 48, 16, 1.5, 130, 12
+MADE_WITH = {"seq_length": LENGTH, "temperature": TEMPERATURE}
 HALF = 2.0**-11
 """float16 keeps 11 significant bits."""
 
@@ -60,15 +62,12 @@ def stage_of(run_dir: Path, stage: str) -> Input:
     return Input(run_dir / stage, manifest)
 
 
-def settings(**other: Any) -> Any:
-    defaults = {"seq_length": LENGTH, "temperature": TEMPERATURE, "top_k": None}
-    return SimpleNamespace(**{**defaults, **other})
+def settings(**other: Any) -> distill.Config:
+    return distill.Config(stage="distill", **{**MADE_WITH, **other})
 
 
 def opened(run_dir: Path) -> TeacherCache:
-    return TeacherCache(
-        stage_of(run_dir, "cache_teacher"), stage_of(run_dir, "prepare_data"), settings()
-    )
+    return TeacherCache(run_dir / "cache_teacher" / ARTIFACT)
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +200,13 @@ def test_two_ranks_say_the_same(
 
 def test_a_cache_of_other_settings_or_text_is_refused(run: Path) -> None:
     source, data = stage_of(run, "cache_teacher"), stage_of(run, "prepare_data")
-    for name, value in (("seq_length", 64), ("temperature", 1.0)):
+    cache = opened(run)
+    for name, value in (("seq_length", 64), ("temperature", 1.0), ("top_k", 8)):
         with pytest.raises(RecipeError, match=f"{name}={value}, but"):
-            TeacherCache(source, data, settings(**{name: value}))
+            _require_fit(settings(**{name: value}), cache, source, data)
     with pytest.raises(RecipeError, match="was cached for other text"):
-        TeacherCache(source, stage_of(run, "import_hf"), settings())
+        _require_fit(settings(), cache, source, stage_of(run, "import_hf"))
+    _require_fit(settings(top_k=KEPT), cache, source, data)
 
 
 def test_a_window_that_is_not_cached_is_an_error(run: Path) -> None:
@@ -229,11 +230,6 @@ def test_a_teacher_that_knows_nothing_is_refused(
     assert not list((tmp_path / "s").iterdir())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RecipeError,
-    reason="every shard is held against chance, not only the first",
-)
 def test_an_odd_text_does_not_stop_a_teacher_that_knows_something(
     run: Path, tmp_path: Path
 ) -> None:

@@ -29,7 +29,7 @@ def interrupt(plan: Plan, name: str, *, checkpoint: bool = True) -> None:
     stage = next(stage for stage in plan.stages if stage.name == name)
     out = prepare_work(stage.directory, stage.request())
     if checkpoint:
-        (out.parent / "checkpoints" / "step=50-last").mkdir(parents=True)
+        (out.parent / "checkpoints" / "step=49-last").mkdir(parents=True)
 
 
 def statuses(plan: Plan) -> dict[str, tuple[str, str]]:
