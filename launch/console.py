@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from launch.plan import Plan, PlannedStage
+from launch.tracking import Track
 from recipes.manifest import Manifest, read_manifest
 from recipes.metrics import METRICS
 
@@ -89,12 +90,14 @@ def headline(manifest: Manifest) -> str:
 class Follower:
     """Draws the progress that a stage writes to its ``metrics.jsonl``.
 
-    A bar on a terminal, a line every few seconds elsewhere.
+    A bar on a terminal, a line every few seconds elsewhere; a tracker gets every record.
     """
 
-    def __init__(self, stage: PlannedStage, console: Console) -> None:
+    def __init__(
+        self, stage: PlannedStage, console: Console, track: Track = lambda record: None
+    ) -> None:
         self._path: Path = stage.directory / METRICS
-        self._name, self._console = stage.name, console
+        self._name, self._console, self._track = stage.name, console, track
         # An interrupted stage goes on in the same file, whose old records are not news.
         self._position = self._path.stat().st_size if self._path.exists() else 0
         self._last_line, self._started = 0.0, time.monotonic()
@@ -140,11 +143,12 @@ class Follower:
                 self._position += len(line)
                 record = json.loads(line)
                 if "task" in record:
+                    self._track(record)
                     self._draw(record)
 
     def _draw(self, record: Mapping[str, Any]) -> None:
         task, done, total = record["task"], record["done"], record["total"]
-        values = "  ".join(f"{k} {record[k]:.4g}" for k in SHOWN if k in record)
+        values = "  ".join(f"{k} {record[k]:.4g}" for k in SHOWN if record.get(k) is not None)
         if self._console.is_terminal:
             if task not in self._tasks:
                 self._tasks[task] = self._progress.add_task(

@@ -26,6 +26,7 @@ from launch import schema
 from launch.executors import local
 from launch.explain import explain
 from launch.plan import Plan, make_plan
+from launch.tracking import TRACKERS, require_known
 from recipes.errors import RecipeError
 from recipes.manifest import write_text_atomically
 
@@ -57,6 +58,7 @@ def run(cfg: DictConfig, recipe: str) -> None:
     _require_same_recipe(run_dir, recipe)
     if cfg.cluster.executor != "local":
         raise RecipeError(f"cluster.executor={cfg.cluster.executor} is not known.", "cluster=local")
+    require_known(cfg.tracker.name)
     plan = make_plan(cfg, run_dir)
     local.check(plan.todo())
     view.print_plan(plan, console)
@@ -75,8 +77,12 @@ def _start(plan: Plan, cfg: DictConfig, recipe: str) -> None:
     if cfg.dry_run:
         console.print(f"dry run: configs and scripts are in {plan.run_dir}; nothing was started")
         return
+    tracker = TRACKERS[cfg.tracker.name]
     for stage in plan.todo():
-        with view.Follower(stage, console) as follower:
+        with (
+            tracker(plan.run_dir, stage.name) as track,
+            view.Follower(stage, console, track) as follower,
+        ):
             local.run(stage, env, follower)
 
 

@@ -162,7 +162,7 @@ progress = training_progress
 def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     """Trains, and saves the student as a checkpoint like the one it came from."""
     from nemo_convert import hf, nemo
-    from recipes.kd_model import Objective
+    from recipes.kd_objective import Objective
     from recipes.nemo_trainer import train
 
     student = nemo.find_checkpoint(inputs["student"].artifact)

@@ -22,7 +22,8 @@ from nemo.collections import llm
 from nemo_convert import cpu_backend, nemo
 from nemo_convert.hf import copy_side_files
 from recipes.errors import RecipeError
-from recipes.kd_model import KDModel, Objective
+from recipes.kd_model import KDModel
+from recipes.kd_objective import Objective
 from recipes.manifest import write_text_atomically
 from recipes.metrics import MetricsLog
 from recipes.sources import read_json

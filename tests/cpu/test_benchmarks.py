@@ -17,12 +17,11 @@ from recipes.architecture import Architecture
 from tests.conftest import REPO, run_recipe
 
 STEPS, MICRO_BATCH, SEQ_LENGTH = 3, 4, 64
-CACHED = (REPO / "conf" / "teacher" / "cached.yaml").exists()
 
 
-def benchmark(*options: str) -> subprocess.CompletedProcess[str]:
+def benchmark(*options: str, name: str = "distill") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.distill", *options],
+        [sys.executable, "-m", f"benchmarks.{name}", *options],
         cwd=REPO,
         capture_output=True,
         text=True,
@@ -51,7 +50,7 @@ def tiny_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPat
 
 
 def test_every_contender_is_measured(tiny_run: Path, tmp_path: Path) -> None:
-    names = [name for name in CONTENDERS if CACHED or name != "nemo-cached"]
+    names = list(CONTENDERS)
     out = tmp_path / "speed.json"
     done = benchmark(
         *("--run-dir", str(tiny_run), "--out", str(out), "--only", *names, "--rounds=1"),
@@ -79,6 +78,30 @@ def test_every_contender_is_measured(tiny_run: Path, tmp_path: Path) -> None:
     for name in ("loop-bf16", "chunked-bf16", "modelopt-bf16"):
         assert losses[name] == pytest.approx(losses["loop-fp32"], rel=0.02)
     assert losses["nemo"] == pytest.approx(losses["nemo-fp32"], rel=0.02)
+
+
+def test_ways_to_recover_are_compared(tiny_run: Path, tmp_path: Path) -> None:
+    """A teacher that is corrected costs time, so it gets fewer steps at equal time."""
+    arms = ("forward_kl", "corrected")
+    out = tmp_path / "recovery"
+    options = ("--run-dir", str(tiny_run), "--out", str(out), "--steps=4")
+    for _ in range(2):  # the second time nothing is left to do
+        done = benchmark(*options, "--only", *arms, name="recovery")
+        assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((out / "recovery.json").read_text())
+    for outcomes in found.values():
+        assert list(outcomes) == list(arms)
+        for outcome in outcomes.values():
+            assert outcome["loss"] == pytest.approx(math.log(outcome["perplexity"]))
+            assert outcome["training_seconds"] > 0
+    tokens, time = found["equal tokens"], found["equal time"]
+    assert {outcome["steps"] for outcome in tokens.values()} == {4}
+    assert time["forward_kl"] == tokens["forward_kl"]
+    assert time["corrected"]["steps"] < 4
+    assert tokens["corrected"]["prepare_seconds"] > 0
+    page = (out / "recovery.html").read_text()
+    assert page.count("<svg") == 4
+    assert f"{tokens['corrected']['kl_to_teacher']:.3f}" in page
 
 
 def test_bad_options_get_one_message(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recipes.kd_model import Objective
+from recipes.kd_objective import Objective
 
 TERMS = {"kd": 2.0, "hidden": 8.0, "lm": 6.0}
 
@@ -15,7 +15,7 @@ def total(weights: dict[str, float], dynamic: bool) -> tuple[float, dict[str, fl
     terms = {name: torch.tensor(TERMS[name], requires_grad=True) for name in weights}
     value = Objective(weights, dynamic=dynamic).total(terms)
     value.backward()
-    shares = {name: float(term.grad * term) for name, term in terms.items()}
+    shares = {name: float(term.grad * term.detach()) for name, term in terms.items()}
     return float(value), shares
 
 

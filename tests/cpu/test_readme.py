@@ -103,6 +103,7 @@ def test_every_command_is_tested() -> None:
         "make lint",
         "python launch/run.py",
         "python -m nemo_convert",
+        "python -m benchmarks.",  # test_benchmarks.py
     )
     other = [c for c in COMMANDS if not c.startswith(known)]
     assert other == ["git clone https://example.com/nemo-recipes && cd nemo-recipes"] or not other

@@ -21,7 +21,7 @@ from recipes import distill
 from recipes.cache_teacher import Config
 from recipes.errors import RecipeError
 from recipes.kd_loss import top_k
-from recipes.kd_model import _require_fit
+from recipes.kd_objective import _require_fit
 from recipes.manifest import ARTIFACT, WORK, Manifest, read_manifest
 from recipes.metrics import METRICS, MetricsLog, steps_of
 from recipes.stage import Input
@@ -206,6 +206,8 @@ def test_a_cache_of_other_settings_or_text_is_refused(run: Path) -> None:
             _require_fit(settings(**{name: value}), cache, source, data)
     with pytest.raises(RecipeError, match="was cached for other text"):
         _require_fit(settings(), cache, source, stage_of(run, "import_hf"))
+    with pytest.raises(RecipeError, match="has no hidden states"):
+        _require_fit(settings(hidden_weight=1.0), cache, source, data)
     _require_fit(settings(top_k=KEPT), cache, source, data)
 
 

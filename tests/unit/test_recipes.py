@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -51,6 +52,27 @@ def test_recipes_plan_every_stage(recipe: str, plan: Callable[..., Plan]) -> Non
     for stage in planned.stages:
         assert stage.module == f"recipes.{stage.config.stage}"
         assert stage.inputs.keys() == stage_module(stage.config.stage).INPUTS.keys()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("teacher", "order"),
+    [
+        ("live", ["import_hf", "distill"]),
+        ("cached", ["import_hf", "cache_teacher", "distill"]),
+        ("corrected", ["import_hf", "correct_teacher", "distill"]),
+        ("corrected_cached", ["import_hf", "correct_teacher", "cache_teacher", "distill"]),
+    ],
+)
+def test_the_teacher_is_chosen(
+    recipe: str, teacher: str, order: list[str], plan: Callable[..., Plan]
+) -> None:
+    """Each stage of the order takes its teacher from the one before; quality is the original's."""
+    planned = {s.name: s for s in plan(f"teacher={teacher}", recipe=f"recipe={recipe}").stages}
+    for before, after in pairwise(order):
+        assert planned[after].config.inputs["teacher"] == before
+    assert planned["evaluate"].config.inputs["teacher"] == "import_hf"
+    assert len(planned) == 5 + len(order)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
