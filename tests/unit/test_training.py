@@ -1,0 +1,38 @@
+"""What can be said of a training without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recipes.correct_teacher import Config, check
+from recipes.preflight import Chain
+from recipes.training import CHECKPOINTS, steps_in, training_progress, whole_checkpoints
+
+
+def test_progress_is_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    assert training_progress(tmp_path) is None
+    for name in ("step=9", "step=19-last", "step=29"):
+        (tmp_path / CHECKPOINTS / name).mkdir(parents=True)
+    (tmp_path / CHECKPOINTS / "step=29-unfinished").touch()  # NeMo's mark while it writes
+    assert training_progress(tmp_path) == "step 20"
+    assert {steps_in(path) for path in whole_checkpoints(tmp_path / CHECKPOINTS)} == {10, 20}
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule"),
+    [
+        ({"max_steps": 5}, "warmup"),
+        ({"lr": 0.0}, "positive"),
+        ({"clip_grad": 0.0}, "positive"),
+        ({"seq_length": 4096}, "seq-length"),
+        ({"sequence_parallel": True, "tensor_model_parallel_size": 2}, "ranks"),
+    ],
+)
+def test_rules_of_every_training(chain: Chain, fields: dict[str, float], rule: str) -> None:
+    assert [p.rule for p in check(Config(**fields), chain)] == [rule]  # type: ignore[arg-type]
+
+
+def test_a_teacher_is_corrected_by_default(chain: Chain) -> None:
+    assert list(check(Config(), chain)) == []
