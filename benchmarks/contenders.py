@@ -144,6 +144,7 @@ def _run_stages(contender: Contender, shape: Shape, run_dir: Path, scratch: Path
         "distill.inputs.data": run_dir / "prepare_data",
         f"{first}.inputs.data": run_dir / "prepare_data",
         f"{first}.inputs.teacher": run_dir / "import_hf",
+        "distill.lm_weight": 0,
         "distill.max_steps": shape.steps,
         "distill.micro_batch_size": shape.micro_batch,
         "distill.global_batch_size": shape.micro_batch,

@@ -83,6 +83,7 @@ def run_arm(name: str, steps: int, base: Path, out: Path) -> Outcome:
     first = stages[0]
     settings: dict[str, Any] = {
         "distill.inputs.student": base / "prune",
+        "distill.lm_weight": 0,
         "distill.max_steps": steps,
         "distill.warmup_steps": max(1, steps // 10),
         "distill.checkpoint_interval": steps,
@@ -92,6 +93,7 @@ def run_arm(name: str, steps: int, base: Path, out: Path) -> Outcome:
         "evaluate.num_generations": 1,
         f"{first}.inputs.teacher": base / "import_hf",
     }
+    settings |= dict(override.split("=") for override in arm.overrides)
     settings |= {f"{stage}.inputs.data": base / "prepare_data" for stage in stages}
     if "cache_teacher" in stages:
         settings["cache_teacher.num_windows"] = 4 * steps
@@ -107,7 +109,6 @@ def run_arm(name: str, steps: int, base: Path, out: Path) -> Outcome:
             f"teacher={arm.teacher}",
             f"stages.only=[{','.join(stages)}]",
             *(f"stages.{key}={value}" for key, value in settings.items()),
-            *(f"stages.{override}" for override in arm.overrides),
         ]
     )
     return read_outcome(arm, out)
