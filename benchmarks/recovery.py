@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contenders import LAUNCHER, RECIPE, execute, make_inputs, manifest_of
+from recipes.errors import RecipeError
 from recipes.manifest import write_text_atomically
 from recipes.metrics import METRICS, steps_of
 from recipes.report_plots import interval_plot
@@ -85,7 +86,7 @@ def run_arm(name: str, steps: int, base: Path, out: Path) -> Outcome:
         "distill.inputs.student": base / "prune",
         "distill.lm_weight": 0,
         "distill.max_steps": steps,
-        "distill.warmup_steps": max(1, steps // 10),
+        "distill.warmup_steps": steps // 10,
         "distill.checkpoint_interval": steps,
         "distill.val_check_interval": steps,
         "evaluate.inputs.teacher": base / "import_hf",
@@ -99,6 +100,7 @@ def run_arm(name: str, steps: int, base: Path, out: Path) -> Outcome:
         settings["cache_teacher.num_windows"] = 4 * steps
     if "correct_teacher" in stages:
         settings["correct_teacher.max_steps"] = steps
+        settings["correct_teacher.warmup_steps"] = steps // 10
     hf_path = manifest_of(base / "import_hf").config["hf_path"]
     execute(
         [
@@ -236,4 +238,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RecipeError as error:
+        raise SystemExit(f"error: {error}") from error
