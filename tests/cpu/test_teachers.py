@@ -68,8 +68,8 @@ def test_a_cached_teacher_gives_the_live_ones_losses(
     assert len(found) == STEPS
     assert "teacher_loss" not in found[0]
     for one, two in zip(expected[: STEPS - 4], found, strict=False):
-        assert two["kd"] == pytest.approx(one["kd"], rel=2e-3), one["done"]
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-3), one["done"]
+        assert two["kd"] == pytest.approx(one["kd"], rel=1e-2), one["done"]
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2), one["done"]
 
 
 def test_a_corrected_teacher_predicts_the_text_better(
