@@ -105,13 +105,12 @@ class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
 
     def selective_restore(self) -> None:
         """Loads the weights to start from."""
-        with self.lightning_module.without_loss_modules():
+        model, optimizer = self.lightning_module, self.optimizers[0].mcore_optimizer
+        with model.without_loss_modules():
             super().selective_restore()
-            _load_main_weights(
-                self.lightning_module.core_module,
-                self.optimizers[0].mcore_optimizer,
-                Path(self.restore_config.path) / nemo.WEIGHTS,
-            )
+            if optimizer.config.bf16:  # else there are no other weights than the model's
+                weights = Path(self.restore_config.path) / nemo.WEIGHTS
+                _load_main_weights(model.core_module, optimizer, weights)
 
 
 @torch.no_grad()
