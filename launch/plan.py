@@ -232,15 +232,18 @@ def _resolve_inputs(
     name: str, config: StageConfig, module: ModuleType, planned: Mapping[str, PlannedStage]
 ) -> dict[str, InputRef]:
     needed: Mapping[str, str | tuple[str, ...]] = module.INPUTS
-    if config.inputs.keys() != needed.keys():
+    optional: Mapping[str, str | tuple[str, ...]] = getattr(module, "OPTIONAL_INPUTS", {})
+    given = config.inputs.keys()
+    if not needed.keys() <= given <= needed.keys() | optional.keys():
+        also = f" and may have {', '.join(optional)}" if optional else ""
         raise RecipeError(
-            f"stages.{name}.inputs has {', '.join(config.inputs) or 'nothing'}; "
-            f"{config.stage} needs {', '.join(needed) or 'nothing'}.",
+            f"stages.{name}.inputs has {', '.join(given) or 'nothing'}; "
+            f"{config.stage} needs {', '.join(needed) or 'nothing'}{also}.",
             "name each input once",
         )
     inputs = {}
     for key, source in config.inputs.items():
-        allowed = needed[key]
+        allowed = needed[key] if key in needed else optional[key]
         kinds = (allowed,) if isinstance(allowed, str) else allowed
         if source in planned:
             found = planned[source]

@@ -27,6 +27,11 @@ KINDS = (
     "eval_results",
     "dataset",
     "teacher_logits",
+    "importance",
+    "plan",
+    "task_results",
+    "benchmark_results",
+    "search_results",
     "report",
 )
 

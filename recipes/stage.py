@@ -2,10 +2,10 @@
 
 A stage is a module with a ``Config`` dataclass, the ``KIND`` it produces, the kinds of its
 ``INPUTS`` (one or a tuple of several), and ``run(cfg, inputs, out) -> Outcome``. It may have
-``check(cfg, chain)``, which finds in a second what would fail after an hour, and
-``progress(work)``, which says how far unfinished work has come ("step 50"), or ``None`` when there
-is nothing to lose. The launcher starts it as ``torchrun -m recipes.<stage> --config <stage
-directory>/config.yaml``; ranks never compose.
+``OPTIONAL_INPUTS``, which a recipe may leave out, ``check(cfg, chain)``, which finds in a second
+what would fail after an hour, and ``progress(work)``, which says how far unfinished work has come
+("step 50"), or ``None`` when there is nothing to lose. The launcher starts it as ``torchrun -m
+recipes.<stage> --config <stage directory>/config.yaml``; ranks never compose.
 """
 
 from __future__ import annotations

@@ -45,7 +45,9 @@ def test_stage_modules_keep_the_contract(stage: str, chain: Chain) -> None:
     assert issubclass(module.Config, StageConfig)
     assert dataclasses.is_dataclass(module.Config)
     assert module.KIND in KINDS
-    for kinds in module.INPUTS.values():
+    optional = getattr(module, "OPTIONAL_INPUTS", {})
+    assert not optional.keys() & module.INPUTS.keys()
+    for kinds in [*module.INPUTS.values(), *optional.values()]:
         assert set(kinds if isinstance(kinds, tuple) else (kinds,)) <= set(KINDS)
     assert callable(module.run)
     assert isinstance(list(module.check(module.Config(stage=stage), chain)), list)
