@@ -11,7 +11,7 @@ another end-of-text token, a BOS in front, and digits that are no longer split.
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,18 +81,23 @@ def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
 
     if (folder / "config.json").is_file():
         return folder
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    reader = GGUFReader(gguf_file)
-    _write_weights(reader, partial / "model.safetensors")
-    _write_tokenizer(reader, partial)
-    write_text_atomically(partial / "config.json", json.dumps(HF_CONFIG, indent=2))
-    write_text_atomically(
-        partial / "generation_config.json", json.dumps(GENERATION_CONFIG, indent=2)
-    )
-    write_text_atomically(partial / "README.md", CARD)
-    partial.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        partial = Path(temporary) / folder.name
+        partial.mkdir()
+        reader = GGUFReader(gguf_file)
+        _write_weights(reader, partial / "model.safetensors")
+        _write_tokenizer(reader, partial)
+        write_text_atomically(partial / "config.json", json.dumps(HF_CONFIG, indent=2))
+        write_text_atomically(
+            partial / "generation_config.json", json.dumps(GENERATION_CONFIG, indent=2)
+        )
+        write_text_atomically(partial / "README.md", CARD)
+        try:
+            partial.rename(folder)
+        except OSError:  # another run, of a sweep perhaps, was faster
+            if not (folder / "config.json").is_file():
+                raise
     return folder
 
 
