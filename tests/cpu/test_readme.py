@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand there; only budgets and places are made small."""
+"""The READMEs' commands, run as they stand there; only budgets and places are made small."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from recipes.manifest import read_manifest
 from tests.conftest import REPO, run_recipe
 
-README = (REPO / "README.md").read_text()
+README = "".join((REPO / name).read_text() for name in ("README.md", "benchmarks/README.md"))
 COMMANDS = [
     line.split("#")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
