@@ -29,8 +29,8 @@ class _MergedWeights:
         self._rows = family.rows(arch)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        weight, index = self._rows[name]
-        parts = [self._weights.read(hf.replace("{i}", index)) for hf in weight.hf]
+        weight, numbers = self._rows[name]
+        parts = [self._weights.read(hf) for hf in weight.hf_names(numbers)]
         return weight.merge(self._arch, parts)
 
 
@@ -82,9 +82,8 @@ def hf_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
     arch = nemo.architecture_of(checkpoint)
     rows = FAMILIES[arch.hf_architecture].rows(arch)
     for name, tensor in nemo.read_weights(checkpoint):
-        weight, index = rows[name]
-        parts = weight.split(arch, tensor)
-        yield from zip((hf.replace("{i}", index) for hf in weight.hf), parts, strict=True)
+        weight, numbers = rows[name]
+        yield from zip(weight.hf_names(numbers), weight.split(arch, tensor), strict=True)
 
 
 def to_hf(checkpoint: Path, hf_folder: Path) -> None:

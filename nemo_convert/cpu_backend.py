@@ -303,6 +303,8 @@ def adapt_config(config: Any, training: bool = False) -> Any:
         "gradient_accumulation_fusion",
         "persist_layer_norm",
         "cross_entropy_loss_fusion",
+        "moe_grouped_gemm",
+        "moe_permute_fusion",
     ):
         setattr(config, fusion, False)
     return config
@@ -310,7 +312,6 @@ def adapt_config(config: Any, training: bool = False) -> Any:
 
 def training_block_spec(config: Any) -> Any:
     """Megatron's local layer spec with the layers of ``cpu_layers``, for a Llama-like model."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
         get_num_layers_to_build,
@@ -318,23 +319,42 @@ def training_block_spec(config: Any) -> Any:
 
     from nemo_convert.cpu_layers import CausalAttention, RMSNorm, SwiGLU
 
-    spec = get_gpt_layer_local_spec(normalization=config.normalization)
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = CausalAttention
-    spec.submodules.mlp.submodules.activation_func = SwiGLU
+    spec = _local_layer_spec(config)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = CausalAttention
+    _feed_forward(spec, config).activation_func = SwiGLU
     layers = [spec] * get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def sdpa_layer_spec(config: Any) -> Any:
     """Megatron's local layer spec with PyTorch's fused attention instead of the unfused one."""
+    spec = _local_layer_spec(config)
+    spec.submodules.self_attention.submodules.core_attention = _sdpa_attention()
+    return spec
+
+
+def _local_layer_spec(config: Any) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     spec = get_gpt_layer_local_spec(
-        normalization=config.normalization, qk_layernorm=config.qk_layernorm
+        num_experts=config.num_moe_experts,
+        normalization=config.normalization,
+        qk_layernorm=config.qk_layernorm,
     )
-    spec.submodules.self_attention.submodules.core_attention = _sdpa_attention()
+    if config.num_moe_experts:
+        # TransformerEngine's spec has this norm by itself before experts, so a checkpoint must.
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return spec
+
+
+def _feed_forward(spec: Any, config: Any) -> Any:
+    """Submodules of a layer's feed-forward part, or of each of its experts."""
+    mlp = spec.submodules.mlp.submodules
+    return mlp.experts.submodules if config.num_moe_experts else mlp
 
 
 def _sdpa_attention() -> type[nn.Module]:

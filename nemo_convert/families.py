@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 class Weight:
     """One Megatron weight and the Hugging Face weights it is made of.
 
-    ``{i}`` in a name is the layer. ``shape`` is the whole weight's, without parallelism.
-    ``merge`` builds it from the Hugging Face ones, ``split`` undoes that; both move values
-    without changing them.
+    ``{i}`` in a name is the layer, ``{e}`` the expert. ``shape`` is the whole weight's, without
+    parallelism. ``merge`` builds it from the Hugging Face ones, ``split`` undoes that; both move
+    values without changing them.
     """
 
     megatron: str
@@ -28,9 +29,19 @@ class Weight:
     split: Callable[[Architecture, torch.Tensor], list[torch.Tensor]]
 
     @property
-    def per_layer(self) -> bool:
-        """Whether every layer has one."""
-        return "{i}" in self.megatron
+    def stored(self) -> str:
+        """Its key in a checkpoint, where all layers and experts are one tensor [i, e, …]."""
+        key = self.megatron.replace(".{i}.", ".")
+        return key.replace("experts.", "experts.experts.").replace("{e}", "")
+
+    def counts(self, architecture: Architecture) -> dict[str, int]:
+        """How many layers and experts have one, by their letter in names."""
+        letters = {"i": architecture.num_layers, "e": architecture.num_moe_experts}
+        return {x: count for x, count in letters.items() if f"{{{x}}}" in self.megatron}
+
+    def hf_names(self, numbers: Mapping[str, int]) -> list[str]:
+        """The Hugging Face names for one layer and expert."""
+        return [name.format(**numbers) for name in self.hf]
 
 
 @dataclass(frozen=True)
@@ -44,21 +55,42 @@ class Family:
     model: str
     """NeMo's model class (module:name)."""
     weights: tuple[Weight, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers takes for a field that config.json does not have, where it is not what
+    Llama's is."""
+    rope_scaling: Mapping[str, Any] = field(default_factory=dict)
+    """The scaled RoPE that NeMo's config builds, with any factor."""
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    """What the NeMo config must say and the importer does not, for a config.json."""
 
-    def weights_of(self, architecture: Architecture) -> Iterator[tuple[Weight, int | None]]:
-        """Every weight of a model of that shape, with its layer."""
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have a bias."""
+        return set(_QKV_BIAS) <= set(self.weights)
+
+    @property
+    def qk_layernorm(self) -> bool:
+        """Whether queries and keys are normalised."""
+        return set(_QK_NORM) <= set(self.weights)
+
+    @property
+    def experts(self) -> bool:
+        """Whether the feed-forward layers are mixtures of experts."""
+        return set(_EXPERTS) <= set(self.weights)
+
+    def weights_of(self, architecture: Architecture) -> Iterator[tuple[Weight, dict[str, int]]]:
+        """Every weight of a model of that shape, with its layer and expert."""
         for weight in self.weights:
             if weight.megatron == OUTPUT_LAYER and architecture.tied_embeddings:
                 continue
-            if weight.per_layer:
-                yield from ((weight, layer) for layer in range(architecture.num_layers))
-            else:
-                yield weight, None
+            counts = weight.counts(architecture)
+            for numbers in product(*map(range, counts.values())):
+                yield weight, dict(zip(counts, numbers, strict=True))
 
-    def rows(self, architecture: Architecture) -> dict[str, tuple[Weight, str]]:
-        """The same by Megatron name, with the layer as it stands in names."""
-        numbered = ((w, "" if i is None else str(i)) for w, i in self.weights_of(architecture))
-        return {w.megatron.replace("{i}", index): (w, index) for w, index in numbered}
+    def rows(self, architecture: Architecture) -> dict[str, tuple[Weight, dict[str, int]]]:
+        """The same by Megatron name."""
+        found = self.weights_of(architecture)
+        return {w.megatron.format(**numbers): (w, numbers) for w, numbers in found}
 
 
 OUTPUT_LAYER = "output_layer.weight"
@@ -74,6 +106,10 @@ def _norm(arch: Architecture) -> tuple[int, ...]:
 
 def _vocabulary(arch: Architecture) -> tuple[int, ...]:
     return (arch.vocab_size, arch.hidden_size)
+
+
+def _qkv_rows(arch: Architecture) -> int:
+    return (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.kv_channels
 
 
 def _merge_qkv(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -104,7 +140,7 @@ def _halves(_: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 _LAYER, _HF = "decoder.layers.{i}.", "model.layers.{i}."
-_DENSE = (
+_ATTENTION = (
     _same("embedding.word_embeddings.weight", "model.embed_tokens.weight", _vocabulary),
     _same(
         f"{_LAYER}self_attention.linear_qkv.layer_norm_weight",
@@ -114,7 +150,7 @@ _DENSE = (
     Weight(
         f"{_LAYER}self_attention.linear_qkv.weight",
         tuple(f"{_HF}self_attn.{p}_proj.weight" for p in "qkv"),
-        lambda a: ((a.num_attention_heads + 2 * a.num_query_groups) * a.kv_channels, a.hidden_size),
+        lambda a: (_qkv_rows(a), a.hidden_size),
         _merge_qkv,
         _split_qkv,
     ),
@@ -123,6 +159,27 @@ _DENSE = (
         f"{_HF}self_attn.o_proj.weight",
         lambda a: (a.hidden_size, a.num_attention_heads * a.kv_channels),
     ),
+    _same("decoder.final_layernorm.weight", "model.norm.weight", _norm),
+    _same(OUTPUT_LAYER, "lm_head.weight", _vocabulary),
+)
+_QKV_BIAS = (
+    Weight(
+        f"{_LAYER}self_attention.linear_qkv.bias",
+        tuple(f"{_HF}self_attn.{p}_proj.bias" for p in "qkv"),
+        lambda a: (_qkv_rows(a),),
+        _merge_qkv,
+        _split_qkv,
+    ),
+)
+_QK_NORM = tuple(
+    _same(
+        f"{_LAYER}self_attention.{p}_layernorm.weight",
+        f"{_HF}self_attn.{p}_norm.weight",
+        lambda a: (a.kv_channels,),
+    )
+    for p in "qk"
+)
+_FEED_FORWARD = (
     _same(
         f"{_LAYER}mlp.linear_fc1.layer_norm_weight",
         f"{_HF}post_attention_layernorm.weight",
@@ -140,10 +197,48 @@ _DENSE = (
         f"{_HF}mlp.down_proj.weight",
         lambda a: (a.hidden_size, a.ffn_hidden_size),
     ),
-    _same("decoder.final_layernorm.weight", "model.norm.weight", _norm),
-    _same(OUTPUT_LAYER, "lm_head.weight", _vocabulary),
 )
+_EXPERTS = (
+    _same(
+        f"{_LAYER}pre_mlp_layernorm.weight",
+        f"{_HF}post_attention_layernorm.weight",
+        _norm,
+    ),
+    _same(
+        f"{_LAYER}mlp.router.weight",
+        f"{_HF}mlp.gate.weight",
+        lambda a: (a.num_moe_experts, a.hidden_size),
+    ),
+    Weight(
+        f"{_LAYER}mlp.experts.linear_fc1.weight{{e}}",
+        tuple(f"{_HF}mlp.experts.{{e}}.{p}_proj.weight" for p in ("gate", "up")),
+        lambda a: (2 * a.moe_ffn_hidden_size, a.hidden_size),
+        _concat,
+        _halves,
+    ),
+    _same(
+        f"{_LAYER}mlp.experts.linear_fc2.weight{{e}}",
+        f"{_HF}mlp.experts.{{e}}.down_proj.weight",
+        lambda a: (a.hidden_size, a.moe_ffn_hidden_size),
+    ),
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""What NeMo's Llama 3.1 config assumes; it reads only the factor from the model."""
 _NEMO = "nemo.collections.llm.gpt.model"
+
+
+def _no_window(_: Mapping[str, Any]) -> dict[str, Any]:
+    return {"window_size": None, "cp_comm_type": None}
+
+
+def _router(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"moe_router_pre_softmax": not config.get("norm_topk_prob", False)}
+
 
 FAMILIES = {
     family.hf_architecture: family
@@ -152,7 +247,30 @@ FAMILIES = {
             "LlamaForCausalLM",
             f"{_NEMO}.llama:HFLlamaImporter",
             f"{_NEMO}.llama:LlamaModel",
-            _DENSE,
+            _ATTENTION + _FEED_FORWARD,
+            rope_scaling=LLAMA3_ROPE,
+        ),
+        Family(
+            "MistralForCausalLM",
+            f"{_NEMO}.mistral:HFMistralImporter",
+            f"{_NEMO}.mistral:MistralModel",
+            _ATTENTION + _FEED_FORWARD,
+            defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+            settings=_no_window,
+        ),
+        Family(
+            "Qwen2ForCausalLM",
+            f"{_NEMO}.qwen2:HFQwen2Importer",
+            f"{_NEMO}.qwen2:Qwen2Model",
+            _ATTENTION + _QKV_BIAS + _FEED_FORWARD,
+            defaults={"num_key_value_heads": 32, "use_sliding_window": False},
+        ),
+        Family(
+            "Qwen3ForCausalLM",
+            f"{_NEMO}.qwen3:HFQwen3Importer",
+            f"{_NEMO}.qwen3:Qwen3Model",
+            _ATTENTION + _QK_NORM + _FEED_FORWARD,
+            defaults={"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
         ),
     )
 }

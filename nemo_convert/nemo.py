@@ -11,7 +11,9 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,11 +126,46 @@ def new_model(hf_folder: Path) -> Any:
     directory into the context as the tokenizer's files.
     """
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+    from nemo.lightning import io
 
-    arch = read_architecture(read_json(hf_folder / "config.json"), str(hf_folder))
+    hf_config = read_json(hf_folder / "config.json")
+    arch = read_architecture(hf_config, str(hf_folder))
     family = FAMILIES[arch.hf_architecture]
-    config = load(family.importer)(str(hf_folder)).config
-    return load(family.model)(config, tokenizer=AutoTokenizer(str(hf_folder)))
+    importer = load(family.importer)(str(hf_folder))
+    importer.trust_remote_code = False  # the Qwen importers read it, and set it only on conversion
+    with _generation_config(hf_folder):
+        config = importer.config
+    for name, value in {**_explicit(arch), **family.settings(hf_config)}.items():
+        setattr(config.__io__, name, value)
+    return load(family.model)(io.reinit(config), tokenizer=AutoTokenizer(str(hf_folder)))
+
+
+@contextmanager
+def _generation_config(hf_folder: Path) -> Iterator[None]:
+    """Puts an empty one where a base model has none, which most of NeMo's importers insist on."""
+    file = hf_folder / "generation_config.json"
+    missing = not file.exists()
+    if missing:
+        file.write_text("{}")
+    try:
+        yield
+    finally:
+        if missing:
+            file.unlink()
+
+
+def _explicit(arch: Architecture) -> dict[str, Any]:
+    """A shape as NeMo's config says it; every importer leaves some of these at a default."""
+    settings = {
+        "kv_channels": arch.kv_channels,
+        "vocab_size": arch.vocab_size,
+        "seq_length": arch.max_position_embeddings,
+        "share_embeddings_and_output_weights": arch.tied_embeddings,
+    }
+    if arch.num_moe_experts:
+        experts = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size")
+        settings |= {name: getattr(arch, name) for name in experts}
+    return settings
 
 
 def restore_model(checkpoint: Path) -> Any:
@@ -230,12 +267,12 @@ def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
     reader = FileSystemReader(checkpoint / WEIGHTS)
     stored = reader.read_metadata().state_dict_metadata
     for weight in FAMILIES[arch.hf_architecture].weights:
-        key = "module." + weight.megatron.replace(".{i}.", ".")
+        key = f"module.{weight.stored}"
         if key not in stored:
             continue
         tensor = torch.empty(stored[key].size, dtype=stored[key].properties.dtype)
         dcp_load({key: tensor}, storage_reader=FileSystemReader(checkpoint / WEIGHTS), no_dist=True)
-        if weight.per_layer:
-            yield from ((weight.megatron.replace("{i}", str(i)), t) for i, t in enumerate(tensor))
-        else:
-            yield weight.megatron, tensor
+        counts = weight.counts(arch)
+        for numbers in product(*map(range, counts.values())):
+            named = dict(zip(counts, numbers, strict=True))
+            yield weight.megatron.format(**named), tensor[numbers]

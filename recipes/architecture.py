@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from nemo_convert.families import FAMILIES, Family
 from recipes.errors import RecipeError
 
-SUPPORTED = ("LlamaForCausalLM",)
-"""Hugging Face architectures that can be converted; ``nemo_convert.families`` says how."""
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-"""What NeMo's Llama 3.1 config assumes; it reads only the factor from the model."""
-
+SUPPORTED = tuple(FAMILIES)
+"""Hugging Face architectures that can be converted."""
+DEFAULT_ROPE = {"rope_type": "default"}
 
 @dataclass(frozen=True)
 class Architecture:
@@ -33,6 +27,16 @@ class Architecture:
     vocab_size: int
     max_position_embeddings: int
     tied_embeddings: bool
+    num_moe_experts: int = 0
+    """0 where the feed-forward layers are dense."""
+    moe_router_topk: int = 0
+    """Experts that a token goes through."""
+    moe_ffn_hidden_size: int = 0
+    """Width of one expert; ``ffn_hidden_size`` is then of no weight."""
+    moe_shared_expert_intermediate_size: int = 0
+    """Width of the expert that every token goes through, 0 where there is none."""
+    qkv_bias: bool = False
+    qk_layernorm: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for manifests."""
@@ -40,18 +44,37 @@ class Architecture:
 
     def parameters(self) -> int:
         """Number of parameters, equal to what the built model has (tied weights counted once)."""
-        heads, groups = self.num_attention_heads, self.num_query_groups
-        attention = self.hidden_size * self.kv_channels * (2 * heads + 2 * groups)
-        mlp = 3 * self.hidden_size * self.ffn_hidden_size
-        norms = 2 * self.hidden_size
         vocabulary = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return self.num_layers * (attention + mlp + norms) + vocabulary + self.hidden_size
+        layer = self._layer_matrices(self.num_moe_experts) + self._layer_vectors()
+        return self.num_layers * layer + vocabulary + self.hidden_size
 
     def forward_flops_per_token(self) -> int:
-        """Matrix-multiplication FLOPs of one token's forward pass, attention scores left out."""
-        norms = self.num_layers * 2 * self.hidden_size + self.hidden_size
-        embedding = 0 if self.tied_embeddings else self.vocab_size * self.hidden_size
-        return 2 * (self.parameters() - norms - embedding)
+        """Matrix-multiplication FLOPs of one token's forward pass, attention scores left out.
+
+        Of the experts, those that a token goes through count.
+        """
+        layer = self._layer_matrices(self.moe_router_topk)
+        return 2 * (self.num_layers * layer + self.vocab_size * self.hidden_size)
+
+    def _layer_matrices(self, experts: int) -> int:
+        """Parameters in a layer's matrices, with so many of its experts."""
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        rows = self.kv_channels * (2 * heads + 2 * groups)
+        if self.num_moe_experts:
+            shared = self.moe_shared_expert_intermediate_size
+            rows += 3 * (experts * self.moe_ffn_hidden_size + shared) + self.num_moe_experts
+        else:
+            rows += 3 * self.ffn_hidden_size
+        return self.hidden_size * rows
+
+    def _layer_vectors(self) -> int:
+        """Parameters in a layer's norms and biases."""
+        bias = self.kv_channels * (self.num_attention_heads + 2 * self.num_query_groups)
+        return (
+            2 * self.hidden_size
+            + self.qkv_bias * bias
+            + self.qk_layernorm * 2 * self.kv_channels
+        )
 
 
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
@@ -62,23 +85,18 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
         where: Where it came from, for messages.
 
     Raises:
-        RecipeError: The architecture is not supported, or a size is missing.
+        RecipeError: The architecture or a feature is not supported, or a size is missing.
     """
     name = (config.get("architectures") or ["none"])[0]
-    if name not in SUPPORTED:
+    if name not in FAMILIES:
         raise RecipeError(
             f"{where}: architecture {name} is not supported.",
             f"use a model of one of: {', '.join(SUPPORTED)}",
         )
-    for bias in ("attention_bias", "mlp_bias"):
-        if config.get(bias):
-            raise RecipeError(f"{where}: {bias} is set; biases of {name} are not supported.")
-    scaling = config.get("rope_scaling")
-    if scaling and {**LLAMA3_ROPE, **scaling, "factor": None} != {**LLAMA3_ROPE, "factor": None}:
-        raise RecipeError(
-            f"{where}: rope_scaling={scaling} is not supported.",
-            f"NeMo builds Llama 3's, with any factor: {LLAMA3_ROPE}",
-        )
+    family = FAMILIES[name]
+    config = {**family.defaults, **config}
+    for what, fix in _unsupported(family, config):
+        raise RecipeError(f"{where}: {what} is not supported for {name}.", fix)
     try:
         heads = config["num_attention_heads"]
         return Architecture(
@@ -92,9 +110,44 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
             vocab_size=config["vocab_size"],
             max_position_embeddings=config.get("max_position_embeddings", 2048),
             tied_embeddings=config.get("tie_word_embeddings", False),
+            qkv_bias=family.qkv_bias,
+            qk_layernorm=family.qk_layernorm,
+            **_experts(family, config),
         )
     except KeyError as error:
         raise RecipeError(f"{where}: config.json has no {error}.") from error
+
+
+def _experts(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    if not family.experts:
+        return {}
+    return {
+        "num_moe_experts": config["num_experts"],
+        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+    }
+
+
+def _unsupported(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields (what, how to fix it) for features that a family's NeMo model does not have."""
+    for name in ("attention_bias", "mlp_bias", "mlp_only_layers", "quantization_config"):
+        if config.get(name):
+            yield f"{name}={config[name]}", "use a model without it"
+    for name, only in (("hidden_act", "silu"), ("decoder_sparse_step", 1)):
+        if config.get(name, only) != only:
+            yield f"{name}={config[name]}", f"use a model with {only}"
+    scaling, known = config.get("rope_scaling") or DEFAULT_ROPE, family.rope_scaling
+    same = known and {**known, **scaling, "factor": None} == {**known, "factor": None}
+    if scaling != DEFAULT_ROPE and not same:
+        builds = f"{known}, with any factor" if known else "none"
+        yield f"rope_scaling={scaling}", f"NeMo builds {builds}"
+    positions, window = config.get("max_position_embeddings", 2048), config.get("sliding_window")
+    if config.get("use_sliding_window", True) and window is not None and window < positions:
+        yield (
+            f"sliding_window={window}",
+            f"its {positions} positions see only {window} tokens: set max_position_embeddings to "
+            f"{window} in its config.json, if no text will be longer",
+        )
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,19 @@ EVEN = {
 }
 
 
-def write_tiny_llama(folder: Path, text_file: Path, **shape: Any) -> Path:
-    """Saves a random Llama with a tokenizer trained on the text, chat template included."""
+FAMILIES = {
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+}
+"""What a tiny model of each other family sets beside its shape, by model_type."""
+
+
+def write_tiny_model(folder: Path, text_file: Path, model_type: str = "llama", **shape: Any) -> Path:
+    """Saves a random model with a tokenizer trained on the text, chat template included."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -49,14 +57,16 @@ def write_tiny_llama(folder: Path, text_file: Path, **shape: Any) -> Path:
     torch.manual_seed(0)
     dtype, train = shape.pop("dtype", torch.float32), shape.pop("train", True)
     shard = shape.pop("max_shard_size", "5GB")
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        model_type,
         vocab_size=shape.pop("vocab_size", 293),
         max_position_embeddings=256,
         rope_theta=5000.0,
         initializer_range=0.05,
+        **FAMILIES.get(model_type, {}),
         **shape,
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     if train:
         _train(model, fast, lines)
     model = model.to(dtype)
@@ -84,10 +94,10 @@ def _train(model: Any, tokenizer: Any, lines: list[str]) -> None:
 @pytest.fixture(scope="session")
 def odd_llama(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """7 heads over 1 query group, nothing a multiple of 64, tied embeddings."""
-    return write_tiny_llama(tmp_path_factory.mktemp("odd") / "odd", text_file, **ODD)
+    return write_tiny_model(tmp_path_factory.mktemp("odd") / "odd", text_file, **ODD)
 
 
 @pytest.fixture(scope="session")
 def even_llama(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """Divisible by 2 everywhere, for tensor and pipeline parallelism; untied embeddings."""
-    return write_tiny_llama(tmp_path_factory.mktemp("even") / "even", text_file, **EVEN)
+    return write_tiny_model(tmp_path_factory.mktemp("even") / "even", text_file, **EVEN)

@@ -16,9 +16,9 @@ import torch
 
 from nemo_convert import __main__ as command_line
 from nemo_convert import convert, hf, nemo, parity
-from recipes.architecture import LLAMA3_ROPE
+from nemo_convert.families import LLAMA3_ROPE
 from recipes.errors import RecipeError
-from tests.cpu.conftest import EVEN, ODD, write_tiny_llama
+from tests.cpu.conftest import EVEN, ODD, write_tiny_model
 
 
 def convert_by_command(*arguments: str | Path) -> int:
@@ -69,7 +69,7 @@ def test_round_trip_of_odd_shapes(odd_llama: Path, odd_nemo: Path, tmp_path: Pat
 def test_round_trip_of_other_models(
     text_file: Path, tmp_path: Path, variant: dict[str, Any]
 ) -> None:
-    source = write_tiny_llama(tmp_path / "hf", text_file, **EVEN, **variant, train=False)
+    source = write_tiny_model(tmp_path / "hf", text_file, **EVEN, **variant, train=False)
     assert ("max_shard_size" in variant) == (len(list(source.glob("*.safetensors"))) > 1)
     assert convert_by_command("to-nemo", source, tmp_path / "m.nemo") == 0
     assert convert_by_command("to-hf", tmp_path / "m.nemo", tmp_path / "back") == 0

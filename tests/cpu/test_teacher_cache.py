@@ -28,7 +28,7 @@ from recipes.stage import Input
 from recipes.teacher_cache import CacheIndex, TeacherCache
 from recipes.teacher_logits import cache_logits
 from tests.conftest import run_and_kill, run_recipe
-from tests.cpu.conftest import EVEN, write_tiny_llama
+from tests.cpu.conftest import EVEN, write_tiny_model
 
 LENGTH, KEPT, TEMPERATURE, WINDOWS, PER_SHARD = 48, 16, 1.5, 130, 12
 MADE_WITH = {"seq_length": LENGTH, "temperature": TEMPERATURE}
@@ -222,7 +222,7 @@ def test_a_teacher_that_knows_nothing_is_refused(
     run: Path, text_file: Path, tmp_path: Path
 ) -> None:
     convert.to_nemo(
-        write_tiny_llama(tmp_path / "hf", text_file, train=False, **EVEN), tmp_path / "random.nemo"
+        write_tiny_model(tmp_path / "hf", text_file, train=False, **EVEN), tmp_path / "random.nemo"
     )
     cfg, data = Config(seq_length=LENGTH, num_windows=8), run / "prepare_data" / ARTIFACT
     with pytest.raises(RecipeError, match="a working model is well below"):
