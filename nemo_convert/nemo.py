@@ -131,6 +131,7 @@ def new_model(hf_folder: Path) -> Any:
     hf_config = read_json(hf_folder / "config.json")
     arch = read_architecture(hf_config, str(hf_folder))
     family = FAMILIES[arch.hf_architecture]
+    _record_arguments()
     importer = load(family.importer)(str(hf_folder))
     importer.trust_remote_code = False  # the Qwen importers read it, and set it only on conversion
     with _generation_config(hf_folder):
@@ -138,6 +139,20 @@ def new_model(hf_folder: Path) -> Any:
     for name, value in {**_explicit(arch), **family.settings(hf_config)}.items():
         setattr(config.__io__, name, value)
     return load(family.model)(io.reinit(config), tokenizer=AutoTokenizer(str(hf_folder)))
+
+
+def _record_arguments(base: Any = None) -> None:
+    """Lets NeMo record what a config is made with, which is what it writes to a context.
+
+    It marks a class whose arguments it records, and takes every class below for one: a Qwen3Config
+    made after a Qwen2Config, or a Llama31Config after a LlamaConfig, would be without a record.
+    """
+    if base is None:
+        from nemo.collections.llm import GPTConfig as base
+    for derived in base.__subclasses__():
+        if "__init__" in vars(derived) and "__wrapped_init__" not in vars(derived):
+            derived.__wrapped_init__ = False
+        _record_arguments(derived)
 
 
 @contextmanager
@@ -172,6 +187,7 @@ def restore_model(checkpoint: Path) -> Any:
     """The NeMo model of a checkpoint, without weights."""
     from nemo.lightning.io import load_context
 
+    _record_arguments()
     return load_context(checkpoint / CONTEXT, subpath="model")
 
 

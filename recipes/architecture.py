@@ -133,6 +133,8 @@ def _unsupported(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[st
     for name in ("attention_bias", "mlp_bias", "mlp_only_layers", "quantization_config"):
         if config.get(name):
             yield f"{name}={config[name]}", "use a model without it"
+    if set(config.get("layer_types") or ()) - {"full_attention"}:
+        yield f"layer_types={config['layer_types']}", "use a model with full_attention alone"
     for name, only in (("hidden_act", "silu"), ("decoder_sparse_step", 1)):
         if config.get(name, only) != only:
             yield f"{name}={config[name]}", f"use a model with {only}"

@@ -36,6 +36,10 @@ HF_NAMES = {
     "kv_channels": "head_dim",
 }
 """Megatron's and Hugging Face's names of what pruning can change or must make explicit."""
+HF_EXPERT_NAMES = {
+    "num_moe_experts": "num_experts",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+}
 
 
 def prune_checkpoint(
@@ -164,10 +168,13 @@ def _save_importance(
 def _save_student(model: Any, core: Any, teacher: Path, student: Architecture, out: Path) -> None:
     """Writes the student, its NeMo context and its ``config.json``, with explicit head sizes."""
     config = nemo.read_config(teacher)
-    for megatron, hf in HF_NAMES.items():
+    names = HF_NAMES | (HF_EXPERT_NAMES if student.num_moe_experts else {})
+    for megatron, hf in names.items():
         value = getattr(student, megatron)
         config[hf] = value
         setattr(model.__io__.config, megatron, value)
+    if "layer_types" in config:  # one a layer, all the same: a sliding window is refused
+        config["layer_types"] = config["layer_types"][: student.num_layers]
     with tempfile.TemporaryDirectory() as temporary:
         side = Path(temporary) / nemo.SIDE
         copy_side_files(nemo.side_files(teacher), side)

@@ -29,12 +29,13 @@ EVEN = {
 }
 
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {},
 }
-"""What a tiny model of each other family sets beside its shape, by model_type."""
+"""What a tiny model of each family sets beside its shape, by transformers' model_type."""
 
 
 def write_tiny_model(folder: Path, text_file: Path, model_type: str = "llama", **shape: Any) -> Path:
@@ -63,10 +64,13 @@ def write_tiny_model(folder: Path, text_file: Path, model_type: str = "llama", *
         max_position_embeddings=256,
         rope_theta=5000.0,
         initializer_range=0.05,
-        **FAMILIES.get(model_type, {}),
+        **FAMILIES[model_type],
         **shape,
     )
     model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:  # else biases are 0 and norms 1, whatever a conversion mixes up
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
     if train:
         _train(model, fast, lines)
     model = model.to(dtype)

@@ -1,0 +1,90 @@
+"""What every rank of ``test_families`` does: all families, one after the other, in one layout."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+TP, PP = "TP=2", "PP=2"
+LENGTH = 32
+LOGITS = "logits.safetensors"
+
+
+def main(layout: str, root: Path) -> None:
+    """Writes ``root/<family>/<layout>/``: logits, and at TP=2 a student after one step."""
+    from nemo_convert import nemo
+
+    parallel = nemo.Parallelism(*((2, 1) if layout == TP else (1, 2)))
+    nemo.initialize(parallel)
+    folders = sorted(path.parent for path in root.glob("*/teacher.nemo"))
+    for folder in folders:
+        (folder / layout).mkdir(exist_ok=True)
+        write_logits(folder, layout, parallel)
+    if layout == TP:
+        for folder in folders:
+            distil(folder, root / "data", folder / layout)
+
+
+def write_logits(folder: Path, layout: str, parallel: Any) -> None:
+    """Logits [batch, sequence, vocabulary] of the layers for training, in float32."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+    from safetensors.torch import load_file, save_file
+
+    from nemo_convert import nemo
+
+    model = nemo.restore_model(folder / "teacher.nemo")
+    core = nemo.build_core(model, parallel, torch.float32, training=True).eval()
+    nemo.load_weights(core, folder / "teacher.nemo")
+    tokens = load_file(folder.parent / "tokens.safetensors")["tokens"]
+    positions = torch.arange(tokens.shape[1])[None].expand_as(tokens)
+    rank = torch.distributed.get_rank()
+    with torch.no_grad():
+        if not parallel_state.is_pipeline_first_stage():
+            hidden = torch.empty(tokens.shape[1], len(tokens), core.config.hidden_size)
+            torch.distributed.recv(hidden, rank - 1)
+            core.set_input_tensor(hidden)
+        output = core(tokens, positions, None)
+        if not parallel_state.is_pipeline_last_stage():
+            torch.distributed.send(output.contiguous(), rank + 1)
+            return
+        logits = gather_from_tensor_model_parallel_region(output)
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        save_file({"logits": logits.contiguous()}, folder / layout / LOGITS)
+
+
+def distil(folder: Path, data: Path, out: Path) -> None:
+    """One step, with a loss on logits and one on hidden states."""
+    from recipes.distill import Config
+    from recipes.kd_objective import Objective, Teacher
+    from recipes.metrics import METRICS, MetricsLog
+    from recipes.nemo_trainer import train
+    from recipes.stage import rank
+
+    cfg = Config(
+        stage="distill",
+        precision="32",
+        seq_length=LENGTH,
+        micro_batch_size=2,
+        global_batch_size=4,
+        max_steps=1,
+        warmup_steps=0,
+        lr=1e-2,
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+    )
+    cfg.resources.devices = 2
+    objective = Objective(
+        {"kd": 1.0, "hidden": 0.5, "lm": 0.5}, Teacher(folder / "teacher.nemo", [(3, 4)])
+    )
+    log = MetricsLog(out / METRICS if rank() == 0 else None)
+    text: Any = SimpleNamespace(artifact=data)
+    (out / "work" / "artifact").mkdir(parents=True, exist_ok=True)
+    train(cfg, folder / "pruned.nemo", objective, text, out / "work" / "artifact" / "s.nemo", log)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
