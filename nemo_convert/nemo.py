@@ -141,18 +141,19 @@ def new_model(hf_folder: Path) -> Any:
     return load(family.model)(io.reinit(config), tokenizer=AutoTokenizer(str(hf_folder)))
 
 
-def _record_arguments(base: Any = None) -> None:
+def _record_arguments() -> None:
     """Lets NeMo record what a config is made with, which is what it writes to a context.
 
     It marks a class whose arguments it records, and takes every class below for one: a Qwen3Config
     made after a Qwen2Config, or a Llama31Config after a LlamaConfig, would be without a record.
     """
-    if base is None:
-        from nemo.collections.llm import GPTConfig as base
-    for derived in base.__subclasses__():
+    from nemo.collections.llm import GPTConfig
+
+    classes = GPTConfig.__subclasses__()
+    for derived in classes:
+        classes += derived.__subclasses__()  # which this loop then comes to
         if "__init__" in vars(derived) and "__wrapped_init__" not in vars(derived):
             derived.__wrapped_init__ = False
-        _record_arguments(derived)
 
 
 @contextmanager

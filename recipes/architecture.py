@@ -13,6 +13,7 @@ SUPPORTED = tuple(FAMILIES)
 """Hugging Face architectures that can be converted."""
 DEFAULT_ROPE = {"rope_type": "default"}
 
+
 @dataclass(frozen=True)
 class Architecture:
     """Shape of a decoder-only transformer, in Megatron's terms."""
@@ -71,9 +72,7 @@ class Architecture:
         """Parameters in a layer's norms and biases."""
         bias = self.kv_channels * (self.num_attention_heads + 2 * self.num_query_groups)
         return (
-            2 * self.hidden_size
-            + self.qkv_bias * bias
-            + self.qk_layernorm * 2 * self.kv_channels
+            2 * self.hidden_size + self.qkv_bias * bias + self.qk_layernorm * 2 * self.kv_channels
         )
 
 

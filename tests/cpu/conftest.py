@@ -38,7 +38,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """What a tiny model of each family sets beside its shape, by transformers' model_type."""
 
 
-def write_tiny_model(folder: Path, text_file: Path, model_type: str = "llama", **shape: Any) -> Path:
+def write_tiny_model(
+    folder: Path, text_file: Path, model_type: str = "llama", **shape: Any
+) -> Path:
     """Saves a random model with a tokenizer trained on the text, chat template included."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers

@@ -30,7 +30,9 @@ from tests.cpu.test_convert import assert_same_weights, convert_by_command
 
 SIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 WIDTH = {"target_hidden_size": 48, "target_num_attention_heads": 2}
-PRUNED: dict[str, dict[str, Any]] = {name: {**WIDTH, "target_ffn_hidden_size": 96} for name in FAMILIES}
+PRUNED: dict[str, dict[str, Any]] = {
+    name: {**WIDTH, "target_ffn_hidden_size": 96} for name in FAMILIES
+}
 
 
 def test_every_family_has_a_tiny_model() -> None:
@@ -65,7 +67,11 @@ def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 
 def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
     cfg = Config(
-        stage="prune", hidden_size_divisor=8, ffn_hidden_size_divisor=8, drop_layers=[2], **PRUNED[family]
+        stage="prune",
+        hidden_size_divisor=8,
+        ffn_hidden_size_divisor=8,
+        drop_layers=[2],
+        **PRUNED[family],
     )
     teacher = folder / "teacher.nemo"
     student = pruned(nemo.architecture_of(teacher), cfg.targets())
@@ -110,6 +116,10 @@ def logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def tokens_of(root: Path) -> torch.Tensor:
+    return load_file(root / "tokens.safetensors")["tokens"]
+
+
 def require_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=parity.LOGITS_TOLERANCE)
 
@@ -117,7 +127,10 @@ def require_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pruned_model_is_one_for_transformers(family: str, root: Path, tmp_path: Path) -> None:
     """Same logits as Megatron's and as the model that evaluation measures."""
-    checkpoint, tokens = root / family / "pruned.nemo", load_file(root / "tokens.safetensors")["tokens"]
+    checkpoint, tokens = (
+        root / family / "pruned.nemo",
+        tokens_of(root),
+    )
     convert.to_hf(checkpoint, tmp_path / "hf")
     logits = logits_of(tmp_path / "hf", tokens)
     require_close(parity.core_logits(parity.load_core(checkpoint), tokens), logits)
@@ -135,11 +148,16 @@ def test_a_pruned_model_is_one_for_transformers(family: str, root: Path, tmp_pat
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layers_for_training_are_the_same_model(family: str, root: Path) -> None:
     """Logits and every weight's gradient, with and without the CPU's own layers."""
-    checkpoint, tokens = root / family / "teacher.nemo", load_file(root / "tokens.safetensors")["tokens"]
+    checkpoint, tokens = (
+        root / family / "teacher.nemo",
+        tokens_of(root),
+    )
     positions = torch.arange(LENGTH).expand_as(tokens)
     found = []
     for training in (False, True):
-        core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), training=training)
+        core = nemo.build_core(
+            nemo.restore_model(checkpoint), nemo.Parallelism(), training=training
+        )
         nemo.load_weights(core, checkpoint)
         logits = core(tokens, positions, None)
         logits.logsumexp(dim=-1).mean().backward()
@@ -172,7 +190,7 @@ def layout(request: pytest.FixtureRequest, root: Path) -> str:
 
 
 def test_two_ranks_give_transformers_logits(layout: str, root: Path) -> None:
-    tokens = load_file(root / "tokens.safetensors")["tokens"]
+    tokens = tokens_of(root)
     for family in FAMILIES:
         found = load_file(root / family / layout / LOGITS)["logits"]
         require_close(found, logits_of(root / family / "hf", tokens))
