@@ -45,7 +45,7 @@ def prepare(plan: Plan, cluster: Config) -> Plan:
         if not option.startswith("-"):
             raise RecipeError(
                 f"cluster.options: {option} is not an option of docker run.",
-                "for example 'cluster.options=[--network=host]'",
+                "for example 'cluster.options=[\"--network=host\"]'",
             )
     return plan
 

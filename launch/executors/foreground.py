@@ -67,7 +67,9 @@ def write_script(
     stage: PlannedStage, exports: Mapping[str, str], setup: Sequence[str], command: str
 ) -> Path:
     """Writes ``run.sh``, which starts the stage for the launcher, or by hand."""
-    lines = ["#!/usr/bin/env bash", "set -euo pipefail"]
+    lines = ["#!/usr/bin/env bash"]
+    lines += ["# shellcheck disable=SC2016 # what stands in single quotes is meant literally"]
+    lines += ["set -euo pipefail"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
     lines += [f"cd {shlex.quote(os.getcwd())}", *setup, f"exec {command}"]
     path = stage.directory / SCRIPT

@@ -123,7 +123,7 @@ def _stage_problems(stage: PlannedStage, cluster: Config) -> Iterator[str]:
         if not option.startswith("--") or "\n" in option:
             yield (
                 f"'{option}' is not an option of sbatch (cluster.sbatch, {where}.sbatch)\n"
-                "  fix: for example --mem=0"
+                "  fix: for example 'cluster.sbatch=[\"--mem=0\"]'"
             )
     if not PLAIN.fullmatch(str(stage.directory)):
         yield (
