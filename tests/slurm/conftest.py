@@ -59,13 +59,13 @@ class Run:
     def submit(self, *more: str) -> Result:
         """Runs the launcher as a user does."""
         words = (*self.overrides, f"run_dir={self.directory}", *more)
-        return run_recipe(*words, cwd=self.directory.parent)
+        return run_recipe(*words, cwd=self.directory.parent, timeout=800)
 
     def command(self, name: str, *more: str) -> Result:
         """Runs ``status`` and the like."""
         return run_recipe(name, f"run_dir={self.directory}", *more, cwd=self.directory.parent)
 
-    def wait(self, seconds: float = 240) -> None:
+    def wait(self, seconds: float = 600) -> None:
         """Waits until no job of it runs or waits."""
         wait_for(lambda: not active_jobs(self.directory), seconds)
 
@@ -93,7 +93,7 @@ def tiny_chain(
         "cluster=slurm",
         f"cluster.images.default={image if slurm.has_containers else 'null'}",
         f"cluster.python={sys.executable}",
-        "cluster.time=00:05:00",
+        "cluster.time=00:20:00",
         "cluster.margin_seconds=30",
         "+cluster.env.OMP_NUM_THREADS='1'",
         "+cluster.env.GREETING='it is \"quoted\" $HOME'",

@@ -75,10 +75,10 @@ def test_status_and_logs_of_a_complete_run(tiny_chain: tuple[Run, Result]) -> No
 def test_stopped_by_the_clock_twice_gives_the_same_weights(
     tiny_chain: tuple[Run, Result], tmp_path: Path
 ) -> None:
-    """A step an attempt: requeued once, stopped for good, and finished by a second submission."""
+    """Time is up at once, so a step an attempt: requeued, stopped for good, submitted again."""
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, "distill", "evaluate", "export_hf", "report")
-    clock = ("cluster.time=00:01:00", "cluster.margin_seconds=59", "stages.only=[distill]")
+    clock = ("cluster.time=00:10:00", "cluster.margin_seconds=599", "stages.only=[distill]")
     assert chain.submit(*clock, "cluster.max_requeues=1").code == 0
     chain.wait()
     log = job_log(chain, "distill")
@@ -227,7 +227,7 @@ def test_sweep_of_three_shares_an_import(tiny_chain: tuple[Run, Result], tmp_pat
     [sweep] = (tmp_path / "runs" / "sweeps").iterdir()
     runs = sorted(path for path in sweep.iterdir() if path.is_dir())
     assert len(runs) == 3
-    wait_for(lambda: not any(active_jobs(directory) for directory in runs), 120)
+    wait_for(lambda: not any(active_jobs(directory) for directory in runs), 300)
     shown = run_recipe("status", f"run_dir={sweep}", cwd=tmp_path)
     assert shown.output.count("complete") == 3, shown.output
     lengths = [read_manifest(directory / "prepare_data").config for directory in runs]  # type: ignore[union-attr]
