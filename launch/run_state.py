@@ -125,8 +125,9 @@ def _ended(stage_dir: Path, job: Job | None, ended: str | None) -> StageState:
     if (job and log and log.stem == job.id) or (stage_dir / WORK / ERROR).exists():
         return StageState(name, FAILED, how + reason(stage_dir, log), job)
     if job:
-        # With --kill-on-invalid-dep Slurm removes what waits for a job that failed.
-        return StageState(name, CANCELLED, "a stage before it did not succeed", job)
+        # With --kill-on-invalid-dep Slurm removes what waits for a job that failed, and forgets it.
+        note = "its job never started: cancelled, or a stage before it did not succeed"
+        return StageState(name, CANCELLED, note, job)
     if unfinished(stage_dir) is not None:
         return StageState(name, STOPPED_STATE, _with_progress("was interrupted", stage_dir))
     return StageState(name, NOT_RUN)

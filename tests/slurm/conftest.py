@@ -14,7 +14,7 @@ import pytest
 
 from launch.executors.slurm_queue import active_jobs
 from tests.conftest import Result, run_recipe
-from tests.cpu.conftest import EVEN, write_tiny_llama
+from tests.cpu.conftest import EVEN, write_tiny_model
 from tests.slurm.cluster import Cluster, wait_for
 
 SECRET = "a_token_that_no_file_may_hold"
@@ -85,7 +85,7 @@ def tiny_chain(
 ) -> tuple[Run, Result]:
     """The whole chain, distillation on two nodes with two ranks each, in containers if possible."""
     folder = tmp_path_factory.mktemp("slurm")
-    model = write_tiny_llama(folder / "teacher", text_file, **EVEN)
+    model = write_tiny_model(folder / "teacher", text_file, **EVEN)
     image = folder / "image.sqsh"
     image.touch()
     overrides = (

@@ -132,11 +132,10 @@ def test_node_that_goes_down_and_cancel(tiny_chain: tuple[Run, Result], tmp_path
     assert chain.submit("stages.only=[prepare_data]").code == 0
     node = running_on(chain)
     run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-    try:
-        chain.wait()
-    finally:
-        run("scontrol", "update", f"nodename={node}", "state=resume")
+    wait_for(lambda: read_run(chain.directory)[1].state == "pending", 20)
+    chain.wait()
     assert states(chain)["prepare_data"] == "complete"
+    wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * 2, 60)
 
     again = ("stages.only=[prepare_data]", "force=[prepare_data]")
     before = read_manifest(chain.directory / "prepare_data")
