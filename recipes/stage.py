@@ -137,7 +137,9 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
         summary = message if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError):  # on a full disk the launcher finds it in the log
             (stage_dir / WORK).mkdir(exist_ok=True)
-            write_text_atomically(stage_dir / WORK / "error.txt", summary)
+            # When one rank fails, the others lose their connection, which is not the reason.
+            if isinstance(error, RecipeError) or not (stage_dir / WORK / "error.txt").exists():
+                write_text_atomically(stage_dir / WORK / "error.txt", summary)
             if isinstance(error, StoppedByClockError):
                 write_text_atomically(stage_dir / WORK / STOPPED, summary)
                 _leave_together()  # all ranks are here; the first to go would end the others

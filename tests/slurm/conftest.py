@@ -26,7 +26,8 @@ DISTILL = {
     "checkpoint_interval": STEPS,
     "limit_val_batches": 1,
     "global_batch_size": 8,
-    "micro_batch_size": 2,
+    "micro_batch_size": 4,
+    "tensor_model_parallel_size": 2,
     "resources.nodes": 2,
     "resources.devices": 2,
 }
