@@ -14,6 +14,7 @@ demo: install
 
 test: install
 	@tests/install_browser.sh
+	@tests/install_slurm.sh
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 lint: install

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.status import SKIP, require_nothing_lost, status
+from launch.status import ADOPT, SKIP, require_nothing_lost, status
 from recipes.errors import RecipeError, did_you_mean
 from recipes.fingerprint import (
     REPO_ROOT,
@@ -79,7 +79,7 @@ class Plan:
 
     def todo(self) -> list[PlannedStage]:
         """Stages that will be started, in order."""
-        return [stage for stage in self.stages if stage.action != SKIP]
+        return [stage for stage in self.stages if stage.action not in (SKIP, ADOPT)]
 
 
 def stage_module(stage: str) -> ModuleType:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 # `python launch/run.py` puts only launch/ on the path; the repository is what holds the packages.
@@ -21,12 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from launch import commands, lock, schema
 from launch import console as view
-from launch import schema
-from launch.executors import local
+from launch.cluster import executor_of
 from launch.explain import explain
-from launch.plan import Plan, make_plan
-from launch.tracking import TRACKERS, require_known
+from launch.plan import Plan, PlannedStage, make_plan
+from launch.status import SKIP
+from launch.tracking import TRACKERS, Tracker, require_known
 from recipes.errors import RecipeError
 from recipes.manifest import write_text_atomically
 
@@ -56,34 +58,42 @@ def run(cfg: DictConfig, recipe: str) -> None:
     began = time.monotonic()
     run_dir = _run_dir(cfg, recipe)
     _require_same_recipe(run_dir, recipe)
-    if cfg.cluster.executor != "local":
-        raise RecipeError(f"cluster.executor={cfg.cluster.executor} is not known.", "cluster=local")
     require_known(cfg.tracker.name)
-    plan = make_plan(cfg, run_dir)
-    local.check(plan.todo())
+    executor, cluster = executor_of(cfg.cluster)
+    if cfg.tracker.name != "none" and not getattr(cluster, "follow", True):
+        raise RecipeError(
+            f"tracker={cfg.tracker.name} is fed by the launcher, which returns once the jobs are "
+            "submitted.",
+            "add cluster.follow=true",
+        )
+    plan = executor.prepare(make_plan(cfg, run_dir), cluster)
     view.print_plan(plan, console)
-    if plan.todo():
+    ended = not cfg.dry_run
+    if any(stage.action != SKIP for stage in plan.stages):
         run_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(run_dir):
-            _start(plan, cfg, recipe)
-    if not cfg.dry_run:
+        with lock.held(run_dir) as holding:
+            _write_requests(plan, recipe)
+            executor.write_scripts(plan, cluster)
+            if not cfg.dry_run:
+                follow = partial(_follow, plan, TRACKERS[cfg.tracker.name], holding)
+                ended = executor.start(plan, cluster, follow, console)
+    if cfg.dry_run:
+        console.print(f"dry run: configs and scripts are in {run_dir}; nothing was started")
+    elif ended:
         view.print_summary(plan, time.monotonic() - began, console)
 
 
-def _start(plan: Plan, cfg: DictConfig, recipe: str) -> None:
-    """Writes the requests of all stages, then runs them unless this is a dry run."""
-    env = {str(k): str(v) for k, v in cfg.cluster.env.items()}
-    _write_requests(plan, env, recipe)
-    if cfg.dry_run:
-        console.print(f"dry run: configs and scripts are in {plan.run_dir}; nothing was started")
-        return
-    tracker = TRACKERS[cfg.tracker.name]
-    for stage in plan.todo():
-        with (
-            tracker(plan.run_dir, stage.name) as track,
-            view.Follower(stage, console, track) as follower,
-        ):
-            local.run(stage, env, follower)
+@contextmanager
+def _follow(
+    plan: Plan, tracker: Tracker, holding: lock.Holding, stage: PlannedStage
+) -> Iterator[view.Follower]:
+    """Shows a stage's progress, gives it to the tracker, and says that it is the one that runs."""
+    holding.works_on(stage.name)
+    with (
+        tracker(plan.run_dir, stage.name) as track,
+        view.Follower(stage, console, track) as follower,
+    ):
+        yield follower
 
 
 def _run_dir(cfg: DictConfig, recipe: str) -> Path:
@@ -107,28 +117,14 @@ def _require_same_recipe(run_dir: Path, recipe: str) -> None:
         )
 
 
-def _write_requests(plan: Plan, env: dict[str, str], recipe: str) -> None:
-    """Writes what the stages will be started with; this is all that a dry run does."""
+def _write_requests(plan: Plan, recipe: str) -> None:
+    """Writes what the stages will be started with."""
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     write_text_atomically(plan.run_dir / RUN_FILE, OmegaConf.to_yaml({"recipe": recipe}))
     for stage in plan.todo():
         stage.directory.mkdir(exist_ok=True)
         text = OmegaConf.to_yaml(stage.request())
         write_text_atomically(stage.directory / "config.yaml", text)
-        local.write_script(stage, env)
-
-
-@contextmanager
-def _lock(run_dir: Path) -> Iterator[None]:
-    """Keeps two launchers from writing one run; the kernel frees it however the holder dies."""
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RecipeError(
-                f"another process is running {run_dir}.", "wait for it, or choose another run_dir"
-            ) from error
-        yield
 
 
 def cli() -> int:
@@ -136,13 +132,17 @@ def cli() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the message is ours
     # Hydra's parser stops at overrides on both sides of a flag: `recipe=R -m x=1,2`.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops what it started, as Ctrl-C
     schema.register()
     try:
-        main()
+        if commands.is_command(sys.argv[1:]):
+            commands.run(sys.argv[1:], console)
+        else:
+            main()
     except KeyboardInterrupt:
         console.print("interrupted; the same command resumes")
         return 130
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, RecipeError) as error:
         return _fail(error)
     return 0
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from launch.plan import InputRef, PlannedStage
 
 RUN, RESUME, SKIP = "run", "resume", "skip"
+ADOPT = "adopt"
+"""A job that was submitted before works on the stage, or will."""
 
 
 def status(stage: PlannedStage, rerun: list[str], *, forced: bool) -> tuple[str, str]:

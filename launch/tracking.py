@@ -7,13 +7,14 @@ whole whatever happens to a tracker.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from recipes.errors import RecipeError, did_you_mean
 
 Track = Callable[[Mapping[str, Any]], None]
+Tracker = Callable[[Path, str], AbstractContextManager[Track]]
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def _tensorboard(run_dir: Path, stage: str) -> Iterator[Track]:
         writer.close()
 
 
-TRACKERS = {"none": _none, "tensorboard": _tensorboard}
+TRACKERS: Mapping[str, Tracker] = {"none": _none, "tensorboard": _tensorboard}
 
 
 def require_known(name: str) -> None:

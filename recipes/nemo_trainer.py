@@ -21,6 +21,7 @@ from nemo.collections import llm
 
 from nemo_convert import cpu_backend, nemo
 from nemo_convert.hf import copy_side_files
+from recipes.deadline import StoppedByClockError, deadline, time_is_up
 from recipes.errors import RecipeError
 from recipes.kd_model import KDModel
 from recipes.kd_objective import Objective
@@ -64,6 +65,8 @@ def train(
     trainer = _trainer(cfg)
     # After construction: NeMo copies what it is given.
     trainer.callbacks.append(_Progress(cfg, log))
+    if deadline() is not None:
+        trainer.callbacks.append(_Clock(cfg))
     llm.train(
         model=model,
         data=TrainingData.of(cfg, data, restored.tokenizer, objective.teacher.cache),
@@ -292,3 +295,28 @@ class _Progress(Callback):
         loss = float(trainer.callback_metrics["val_loss"])
         self._log.progress("validate", trainer.global_step, self._cfg.max_steps, val_loss=loss)
         self._last = time.monotonic()
+
+
+class _Clock(Callback):
+    """Saves and stops when the deadline has come.
+
+    Not NeMo's own way, a timer that ends the fit as if it were complete: what follows would use a
+    half-trained model. And not a signal: it would have to reach every rank through a container.
+    """
+
+    def __init__(self, cfg: TrainingConfig) -> None:
+        self._cfg = cfg
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Asks all ranks, whose clocks differ, after every step but the last."""
+        step = trainer.global_step
+        if step >= self._cfg.max_steps:
+            return
+        if not trainer.strategy.reduce_boolean_decision(time_is_up(), all=False):
+            return
+        saving = trainer.checkpoint_callback
+        saving._save_topk_checkpoint(trainer, saving._monitor_candidates(trainer))
+        raise StoppedByClockError(
+            f"stopped by the clock at step {step} of {self._cfg.max_steps}; a checkpoint is saved.",
+            "run the same command to go on",
+        )

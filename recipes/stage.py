@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 
 from omegaconf import MISSING, OmegaConf
 
+from recipes.deadline import STOPPED, StoppedByClockError
 from recipes.errors import RecipeError
 from recipes.manifest import (
     ARTIFACT,
@@ -66,6 +67,10 @@ class Resources:
     devices: int = 1
     """Processes per node: one per GPU, or gloo ranks on a CPU."""
     env: dict[str, str] = field(default_factory=dict)
+    time: str | None = None
+    """Limit of one Slurm job, ``HH:MM:SS`` or ``D-HH:MM:SS``; by default the cluster's."""
+    sbatch: list[str] = field(default_factory=list)
+    """Options of its Slurm job after the cluster's, such as ``--partition=cpu``."""
 
 
 @dataclass
@@ -132,7 +137,12 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
         summary = message if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError):  # on a full disk the launcher finds it in the log
             (stage_dir / WORK).mkdir(exist_ok=True)
-            write_text_atomically(stage_dir / WORK / "error.txt", summary)
+            # When one rank fails, the others lose their connection, which is not the reason.
+            if isinstance(error, RecipeError) or not (stage_dir / WORK / "error.txt").exists():
+                write_text_atomically(stage_dir / WORK / "error.txt", summary)
+            if isinstance(error, StoppedByClockError):
+                write_text_atomically(stage_dir / WORK / STOPPED, summary)
+                _leave_together()  # all ranks are here; the first to go would end the others
         # A failing rank must not wait in a collective for ranks that will never come.
         os._exit(1)
 
@@ -215,6 +225,7 @@ def prepare_work(stage_dir: Path, request: Mapping[str, Any]) -> Path:
         (work / ARTIFACT).mkdir(parents=True)
         write_text_atomically(work / REQUEST, json.dumps(request))
         (work / "error.txt").unlink(missing_ok=True)
+        (work / STOPPED).unlink(missing_ok=True)
     else:
         _wait_for(is_ours, seconds=120)
     return work / ARTIFACT

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from launch.console import Follower
-from launch.executors import local
+from launch.executors import foreground, local
 from launch.plan import Plan, PlannedStage
 from recipes.errors import RecipeError
 from recipes.manifest import MANIFEST, WORK
@@ -43,11 +43,15 @@ def test_command_starts_one_process_a_device(stage: PlannedStage, tmp_path: Path
     assert command[-4:] == ["-m", "recipes.distill", "--config", config]
 
 
+def environment(stage: PlannedStage, env: dict[str, str]) -> dict[str, str]:
+    return local.environment(stage, local.Config(env=env))
+
+
 def test_environment_shares_the_cores(
     stage: PlannedStage, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", "/mine")
-    found = local.environment(stage, {"FROM_CLUSTER": "c", "BOTH": "cluster"})
+    found = environment(stage, {"FROM_CLUSTER": "c", "BOTH": "cluster"})
     assert found["OMP_NUM_THREADS"] == str(max(1, (os.cpu_count() or 1) // 2))
     assert found["PYTHONPATH"] == f"{root}{os.pathsep}/mine"
     assert found["FROM_CLUSTER"] == "c"
@@ -60,12 +64,12 @@ def test_environment_leaves_a_thread_to_each_of_many_devices(
 ) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
     many = replace(stage, config=replace(stage.config, resources=Resources(devices=4096)))
-    found = local.environment(many, {})
+    found = environment(many, {})
     assert found == {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
 
 def test_cluster_may_set_the_threads(stage: PlannedStage) -> None:
-    assert local.environment(stage, {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+    assert environment(stage, {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
 
 
 def test_script_does_what_the_launcher_does(
@@ -74,7 +78,7 @@ def test_script_does_what_the_launcher_does(
     """The real script, with an interpreter that only says how it was started."""
     python = fake_python(tmp_path, 'printf "%s\\n" "$@"; printf "%s" "$AWKWARD"')
     monkeypatch.setattr(sys, "executable", str(python))
-    script = local.write_script(stage, {"AWKWARD": AWKWARD})
+    script = local.write_script(stage, local.Config(env={"AWKWARD": AWKWARD}))
     assert os.access(script, os.X_OK)
     done = subprocess.run([script], capture_output=True, text=True, check=True, timeout=20)
     assert done.stdout == "\n".join([*local.command(stage)[1:], AWKWARD])
@@ -87,7 +91,7 @@ def test_script_runs_where_the_launcher_ran(
     here = tmp_path / "here it is"
     here.mkdir()
     monkeypatch.chdir(here)
-    script = local.write_script(stage, {})
+    script = local.write_script(stage, local.Config())
     done = subprocess.run([script], cwd="/", capture_output=True, text=True, check=True, timeout=20)
     assert done.stdout.strip() == str(here.resolve())
 
@@ -102,8 +106,9 @@ def fake_python(folder: Path, commands: str) -> Path:
 
 def start(stage: PlannedStage, program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(program))
+    local.write_script(stage, local.Config(env={"GREETING": "hello"}))
     with Follower(stage, Console(file=StringIO())) as follower:
-        local.run(stage, {"GREETING": "hello"}, follower)
+        foreground.run(stage, follower)
 
 
 def failure(stage: PlannedStage, program: Path, monkeypatch: pytest.MonkeyPatch) -> str:

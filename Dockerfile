@@ -1,0 +1,32 @@
+# Images for cluster=docker and cluster=slurm. They hold dependencies: the checkout is mounted, so
+# the code that was fingerprinted is the code that runs.
+#   docker build --target recipes --tag nemo-recipes:0.1.0 .
+#   docker build --target engine --tag nemo-recipes-engine:0.1.0 .
+# For Pyxis: enroot import dockerd://nemo-recipes:0.1.0
+
+FROM ghcr.io/astral-sh/uv:0.9.5 AS uv
+
+# TensorRT-LLM keeps its own torch; a stage needs OmegaConf besides.
+FROM nvcr.io/nvidia/tensorrt-llm/release:1.2.0 AS engine
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+RUN --mount=from=uv,source=/uv,target=/usr/local/bin/uv \
+    uv pip install --no-cache --no-deps --break-system-packages --python "$(command -v python3)" \
+      omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 \
+ && useradd --create-home --uid 10001 recipes
+USER 10001
+RUN python3 -c 'import omegaconf'
+
+# Python 3.12, torch 2.9 and TransformerEngine are NGC's; the build fails if they were replaced.
+FROM nvcr.io/nvidia/nemo:25.11 AS recipes
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+COPY launch/executors/image.txt /opt/nemo-recipes/image.txt
+RUN --mount=from=uv,source=/uv,target=/usr/local/bin/uv \
+    kept() { python -c 'from importlib.metadata import version as v; print(*map(v, ["torch", "transformer-engine"]))'; } \
+ && before=$(kept) \
+ && uv pip install --no-cache --no-deps --break-system-packages --python "$(command -v python)" \
+      --requirement /opt/nemo-recipes/image.txt \
+ && [ "$(kept)" = "$before" ] \
+ && useradd --create-home --uid 10001 recipes
+# docker run --user replaces it by the caller's own, so that files belong to whoever starts a run.
+USER 10001
+RUN python -c 'import hydra, omegaconf, sys; assert sys.version_info[:2] == (3, 12)'

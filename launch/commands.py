@@ -1,0 +1,144 @@
+"""Commands beside running a recipe: ``python launch/run.py status run_dir=DIR``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from launch import lock
+from launch.console import headline
+from launch.executors import slurm_queue
+from launch.logs import newest_log, tail
+from launch.run_state import COMPLETE, FAILED, RUNNING, StageState, read_run, requests_of, runs_in
+from recipes.errors import RecipeError, did_you_mean
+
+STYLES = {COMPLETE: "green", RUNNING: "bold", FAILED: "red"}
+WAIT_SECONDS = 40.0
+Options = Mapping[str, str]
+
+
+def status(options: Options, console: Console) -> None:
+    """Shows what has become of each stage."""
+    for run_dir in runs_in(_directory(options)):
+        table = Table(title=str(run_dir), title_justify="left", box=None)
+        for column in ("stage", "state", "job", ""):
+            table.add_column(column)
+        for stage in read_run(run_dir):
+            style = STYLES.get(stage.state, "dim")
+            job = stage.job.id if stage.job else ""
+            table.add_row(stage.name, f"[{style}]{stage.state}", job, escape(_detail(stage)))
+        console.print(table)
+
+
+def _detail(stage: StageState) -> str:
+    result = headline(stage.manifest) if stage.manifest else ""
+    return f"{stage.detail}  {result}".strip()
+
+
+def cancel(options: Options, console: Console) -> None:
+    """Stops what runs: Slurm jobs, or the launcher that runs stages on this machine."""
+    stopped = False
+    for run_dir in runs_in(_directory(options)):
+        active = slurm_queue.active_jobs(run_dir)
+        if active:
+            slurm_queue.cancel(job for job, _ in active.values())
+            for stage, (job, _) in active.items():
+                console.print(f"{stage}: job {job.id} cancelled")
+        held = lock.holder(run_dir)
+        if held is not None:
+            _stop(held, run_dir)
+            console.print(f"{run_dir}: stopped at {held.stage}")
+        stopped = stopped or bool(active) or held is not None
+    console.print("the same command resumes" if stopped else "nothing runs")
+
+
+def _stop(held: lock.Holder, run_dir: Path) -> None:
+    if not held.is_here():
+        raise RecipeError(
+            f"{run_dir} is run by process {held.pid} on {held.host}.", "cancel it there"
+        )
+    os.kill(held.pid, signal.SIGTERM)
+    deadline = time.monotonic() + WAIT_SECONDS
+    while lock.holder(run_dir) == held:
+        if time.monotonic() > deadline:
+            raise RecipeError(f"process {held.pid} does not stop.", f"kill -9 {held.pid}")
+        time.sleep(0.1)
+
+
+def logs(options: Options, console: Console) -> None:
+    """Prints the end of a stage's newest log; by default of the one that failed or runs."""
+    [run_dir, *others] = runs_in(_directory(options))
+    if others:
+        raise RecipeError(f"{run_dir.parent} is a sweep.", f"give one of it: run_dir={run_dir}")
+    name = options.get("stage") or _interesting(run_dir)
+    if name not in (stages := requests_of(run_dir)):
+        raise RecipeError(
+            f"{run_dir} has no stage '{name}'.{did_you_mean(name, stages)}",
+            f"use one of: {', '.join(stages)}",
+        )
+    if (log := newest_log(run_dir / name)) is None:
+        raise RecipeError(f"{name} has not been started: it has no log.")
+    lines = options.get("lines", "50")
+    if not lines.isdigit():
+        raise RecipeError(f"lines={lines} is not a number.", "lines=50")
+    console.print(f"{log}:")
+    for line in tail(log, int(lines)):
+        console.print(line, markup=False)
+
+
+def _interesting(run_dir: Path) -> str:
+    states = read_run(run_dir)
+    for wanted in (FAILED, RUNNING):
+        for stage in states:
+            if stage.state == wanted:
+                return stage.name
+    started = [s.name for s in states if newest_log(run_dir / s.name)]
+    if not started:
+        raise RecipeError(f"no stage of {run_dir} has been started.")
+    return started[-1]
+
+
+COMMANDS: Mapping[str, tuple[Callable[[Options, Console], None], tuple[str, ...]]] = {
+    "status": (status, ("run_dir", "recipe")),
+    "cancel": (cancel, ("run_dir", "recipe")),
+    "logs": (logs, ("run_dir", "recipe", "stage", "lines")),
+}
+
+
+def is_command(words: Sequence[str]) -> bool:
+    """Whether a command line is one of these, and not a recipe for Hydra."""
+    return bool(words) and words[0] in COMMANDS
+
+
+def run(words: Sequence[str], console: Console) -> None:
+    """Runs a command line such as ``status run_dir=DIR``.
+
+    Raises:
+        RecipeError: It cannot be understood, or cannot be done.
+    """
+    command, known = COMMANDS[words[0]]
+    options = {}
+    for word in words[1:]:
+        key, equals, value = word.partition("=")
+        if not equals or key not in known:
+            raise RecipeError(
+                f"{words[0]} does not know '{word}'.{did_you_mean(key, known)}",
+                f"it takes {', '.join(f'{name}=…' for name in known)}",
+            )
+        options[key] = value
+    command(options, console)
+
+
+def _directory(options: Options) -> Path:
+    if given := options.get("run_dir"):
+        return Path(given).resolve()
+    if recipe := options.get("recipe"):
+        return Path("runs", recipe).resolve()
+    raise RecipeError("which run?", "add run_dir=DIR, or recipe=NAME for runs/NAME")

@@ -1,0 +1,107 @@
+"""What a container needs to see: images, mounts and variables, for docker and for Pyxis.
+
+Everything is mounted where it is outside, so that no path has to be translated.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launch.cluster import Cluster
+from launch.plan import Plan, PlannedStage, stage_module
+from recipes.errors import RecipeError, did_you_mean
+from recipes.fingerprint import REPO_ROOT
+from recipes.sources import cache_dir
+
+DEFAULT = "default"
+MOUNTABLE = re.compile(r"/[\w./@+=-]+")
+
+
+@dataclass
+class Containers(Cluster):
+    """Settings of an executor that runs stages in containers."""
+
+    images: dict[str, str | None] = field(default_factory=dict)
+    """Image by stage module, such as ``build_engine``; ``default`` for all others."""
+    mounts: list[str] = field(default_factory=list)
+    """Folders to mount besides those that a stage is known to need; ``:ro`` at the end protects."""
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A path that is the same inside and outside."""
+
+    path: Path
+    read_only: bool
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.path}" + (":ro" if self.read_only else "")
+
+
+def image_of(stage: PlannedStage, cluster: Containers) -> str | None:
+    """Image that the stage runs in; ``None`` for none."""
+    return cluster.images.get(stage.config.stage, cluster.images.get(DEFAULT))
+
+
+def require_usable(plan: Plan, cluster: Containers) -> None:
+    """Checks images and paths.
+
+    Raises:
+        RecipeError: An image is for no stage, or a path cannot be mounted.
+    """
+    known = [DEFAULT, *(folder.name for folder in (REPO_ROOT / "conf" / "stage").iterdir())]
+    for name in cluster.images:
+        if name not in known and (near := did_you_mean(name, known)):
+            raise RecipeError(f"cluster.images.{name} is for no stage.{near}")
+    for text in cluster.mounts:
+        path = Path(text.removesuffix(":ro"))
+        if not path.is_absolute() or not path.exists():
+            raise RecipeError(
+                f"cluster.mounts: {path} is not there, or not an absolute path.",
+                "give existing folders, such as /data or /data:ro",
+            )
+    for stage in plan.todo():
+        for mount in mounts_of(stage, cluster):
+            if not MOUNTABLE.fullmatch(str(mount.path)):
+                raise RecipeError(
+                    f"{mount.path} cannot be mounted: it is the root, or has a space or another "
+                    "character that mount options cannot hold.",
+                    "work in a folder with a plain name",
+                )
+
+
+def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
+    """Everything that the stage reads or writes, parents first.
+
+    The checkout, the directory that the launcher was called in (relative paths start there), the
+    run, the cache; inputs from other runs and files of the user's read-only.
+    """
+    writable = {REPO_ROOT, Path.cwd(), stage.directory.parent, cache_dir().absolute()}
+    module = stage_module(stage.config.stage)
+    external: dict[str, Path] = getattr(module, "external", lambda _: {})(stage.config)
+    readable = {ref.directory for ref in stage.inputs.values()} | {
+        path.absolute() for path in external.values()
+    }
+    for text in cluster.mounts:
+        (readable if text.endswith(":ro") else writable).add(Path(text.removesuffix(":ro")))
+    found: list[Mount] = []
+    for path in sorted(writable | readable):
+        # A read-only mount may hide nothing writable: what is below a mount of its kind is there.
+        above = [m for m in found if path.is_relative_to(m.path)]
+        if not above or (path in writable and all(m.read_only for m in above)):
+            found.append(Mount(path, path not in writable))
+    return found
+
+
+def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
+    """Variables in the container: a home that is writable and kept between runs, and the user's."""
+    cache = str(cache_dir().absolute())
+    return {
+        "PYTHONPATH": str(REPO_ROOT),
+        "HOME": cache,
+        "NEMO_RECIPES_CACHE": cache,
+        **cluster.env,
+        **stage.config.resources.env,
+    }

@@ -1,0 +1,95 @@
+"""Runs stages on this machine in containers, as on a DGX."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.cluster import Follow
+from launch.executors import container, foreground
+from launch.executors.container import Containers
+from launch.plan import Plan, PlannedStage
+from recipes.errors import RecipeError
+from recipes.sources import cache_dir
+
+
+@dataclass
+class Config(Containers):
+    """Settings of ``cluster=docker``."""
+
+    executor: str = "docker"
+    gpus: str | None = "all"
+    """For ``docker run --gpus``; ``null`` for none."""
+    python: str = "python"
+    """Interpreter in the image."""
+    options: list[str] = field(default_factory=list)
+    """Further options of ``docker run``."""
+
+
+def prepare(plan: Plan, cluster: Config) -> Plan:
+    """Refuses what needs several machines, an image that is not given, a path without a mount."""
+    foreground.require_one_machine(plan, cluster)
+    container.require_usable(plan, cluster)
+    for stage in plan.todo():
+        if not container.image_of(stage, cluster):
+            raise RecipeError(
+                f"no image is set for stage {stage.name}.", "cluster.images.default=IMAGE"
+            )
+    for option in cluster.options:
+        if not option.startswith("-"):
+            raise RecipeError(
+                f"cluster.options: {option} is not an option of docker run.",
+                "for example 'cluster.options=[\"--network=host\"]'",
+            )
+    return plan
+
+
+def container_name(stage: PlannedStage) -> str:
+    """One name for a stage of a run, so that no two containers can write it."""
+    run = hashlib.sha256(str(stage.directory.parent).encode()).hexdigest()[:8]
+    return f"nemo-recipes-{run}-{stage.name}"
+
+
+def command(stage: PlannedStage, cluster: Config) -> list[list[str]]:
+    """The stage's command line, in groups of words that belong together."""
+    env = {**foreground.environment(stage, cluster), **container.environment(cluster, stage)}
+    return [
+        ["docker", "run", "--rm", f"--name={container_name(stage)}"],
+        [f"--gpus={cluster.gpus}"] if cluster.gpus else [],
+        # Data loaders and NCCL share memory; NCCL pins some, and CUDA needs the stack.
+        ["--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"],
+        [f"--user={os.getuid()}:{os.getgid()}", f"--workdir={os.getcwd()}"],
+        *([f"--volume={mount}"] for mount in container.mounts_of(stage, cluster)),
+        *([f"--env={name}={value}"] for name, value in env.items()),
+        [f"--env={name}" for name in cluster.pass_env],  # docker takes the value by itself
+        list(cluster.options),
+        [str(container.image_of(stage, cluster))],
+        foreground.torchrun(stage, cluster.python),
+    ]
+
+
+def write_script(stage: PlannedStage, cluster: Config) -> Path:
+    """Writes ``run.sh``; a container that a killed launcher left behind is removed first."""
+    groups = [shlex.join(group) for group in command(stage, cluster) if group]
+    remove = f"docker rm --force {container_name(stage)} >/dev/null 2>&1 || true"
+    return foreground.write_script(stage, {}, [remove], " \\\n  ".join(groups))
+
+
+def write_scripts(plan: Plan, cluster: Config) -> None:
+    """Writes a ``run.sh`` for every stage that is to run."""
+    for stage in plan.todo():
+        write_script(stage, cluster)
+
+
+def start(plan: Plan, cluster: Config, follow: Follow, console: Console) -> bool:
+    """Runs the stages to their end."""
+    if shutil.which("docker") is None:
+        raise RecipeError("there is no docker on this machine.", "install it, or use cluster=local")
+    cache_dir().mkdir(parents=True, exist_ok=True)  # docker would make it, as root
+    return foreground.run_all(plan, follow)

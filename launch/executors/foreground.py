@@ -1,0 +1,129 @@
+"""Runs stages on this machine, one after the other, each by its ``run.sh``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launch.cluster import Cluster, Follow
+from launch.console import Follower
+from launch.executors.slurm_queue import active_jobs
+from launch.logs import ERROR, LOGS, reason
+from launch.plan import Plan, PlannedStage
+from recipes.errors import RecipeError
+from recipes.fingerprint import REPO_ROOT
+from recipes.manifest import MANIFEST, WORK, read_manifest, write_text_atomically
+from recipes.stage import die_with_parent
+
+POLL_SECONDS = 0.2
+SCRIPT = "run.sh"
+
+
+def require_one_machine(plan: Plan, cluster: Cluster) -> None:
+    """Refuses what this machine cannot run, or must not.
+
+    Raises:
+        RecipeError: A stage needs several nodes, or jobs of this run are still in Slurm's queue.
+    """
+    for name, (job, state) in active_jobs(plan.run_dir).items():
+        raise RecipeError(
+            f"job {job.id} is {state.state.lower()} for {name} of this run.",
+            f"wait for it, or: python launch/run.py cancel run_dir={plan.run_dir}",
+        )
+    for stage in plan.todo():
+        if stage.config.resources.nodes != 1:
+            raise RecipeError(
+                f"stages.{stage.name}.resources.nodes={stage.config.resources.nodes}, but "
+                f"cluster={cluster.executor} is one machine.",
+                "set it to 1, or use cluster=slurm",
+            )
+
+
+def torchrun(stage: PlannedStage, python: str) -> list[str]:
+    """A stage's command line on one machine."""
+    return [
+        *(python, "-m", "torch.distributed.run", "--standalone"),
+        f"--nproc-per-node={stage.config.resources.devices}",
+        *("-m", stage.module, "--config", str(stage.directory / "config.yaml")),
+    ]
+
+
+def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
+    """Variables that the stage gets besides those of the machine."""
+    cores = max(1, (os.cpu_count() or 1) // stage.config.resources.devices)
+    return {
+        "PYTHONPATH": str(REPO_ROOT),
+        "OMP_NUM_THREADS": str(cores),
+        **cluster.env,
+        **stage.config.resources.env,
+    }
+
+
+def write_script(
+    stage: PlannedStage, exports: Mapping[str, str], setup: Sequence[str], command: str
+) -> Path:
+    """Writes ``run.sh``, which starts the stage for the launcher, or by hand."""
+    lines = ["#!/usr/bin/env bash"]
+    lines += ["# shellcheck disable=SC2016 # what stands in single quotes is meant literally"]
+    lines += ["set -euo pipefail"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
+    lines += [f"cd {shlex.quote(os.getcwd())}", *setup, f"exec {command}"]
+    path = stage.directory / SCRIPT
+    write_text_atomically(path, "\n".join(lines) + "\n")
+    path.chmod(0o755)
+    return path
+
+
+def run_all(plan: Plan, follow: Follow) -> bool:
+    """Runs what is to do, in order; the first failure ends it."""
+    for stage in plan.todo():
+        with follow(stage) as follower:
+            run(stage, follower)
+    return True
+
+
+def run(stage: PlannedStage, follower: Follower) -> None:
+    """Runs one stage's script to its end.
+
+    Raises:
+        RecipeError: The stage ended without a new manifest of its fingerprint.
+    """
+    before = _manifest_time(stage)
+    logs = stage.directory / LOGS
+    logs.mkdir(parents=True, exist_ok=True)
+    (stage.directory / WORK / ERROR).unlink(missing_ok=True)
+    log = logs / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [stage.directory / SCRIPT],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=die_with_parent,
+        )
+        try:
+            while process.poll() is None:
+                follower.update()
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            process.terminate()
+            process.wait(timeout=30)
+            raise
+    follower.update()
+    # torchrun turns every failure into exit status 1, so only the manifest counts.
+    # A forced stage still has the old one, with the same fingerprint, until it has succeeded.
+    manifest = read_manifest(stage.directory)
+    new = _manifest_time(stage) != before
+    if manifest is None or manifest.fingerprint != stage.fingerprint or not new:
+        raise RecipeError(
+            f"stage {stage.name} failed: {reason(stage.directory, log)}\n  log: {log}"
+        )
+
+
+def _manifest_time(stage: PlannedStage) -> int | None:
+    path = stage.directory / MANIFEST
+    return path.stat().st_mtime_ns if path.exists() else None

@@ -1,0 +1,112 @@
+"""The jobs of a run, and what Slurm says of them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes.errors import RecipeError
+
+RECORD = "jobs.txt"
+"""In the run directory: a line ``STAGE JOB FINGERPRINT`` for every job submitted."""
+ENDED = frozenset(
+    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
+) | {"PREEMPTED", "REVOKED", "TIMEOUT"}
+TIMEOUT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that was submitted for a stage."""
+
+    stage: str
+    id: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What the queue says of a job: its state, why it waits, the time that is left, its nodes."""
+
+    state: str
+    reason: str = ""
+    time_left: str = ""
+    nodes: str = ""
+
+    @property
+    def active(self) -> bool:
+        """Whether it runs or will run."""
+        return self.state not in ENDED
+
+
+def read_jobs(run_dir: Path) -> dict[str, Job]:
+    """The newest job of every stage that was ever submitted."""
+    try:
+        text = (run_dir / RECORD).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    rows = [line.split() for line in text.splitlines()]
+    return {row[0]: Job(*row) for row in rows if len(row) == 3}
+
+
+def job_states(jobs: Iterable[Job]) -> dict[str, JobState]:
+    """States by job id; a job that Slurm no longer knows is left out.
+
+    Raises:
+        RecipeError: Slurm cannot be asked.
+    """
+    ids = [job.id for job in jobs]
+    if not ids or shutil.which("squeue") is None:  # a run copied to a machine without Slurm
+        return {}
+    # Slurm forgets a job minutes after its end, and then refuses a list of one unknown id.
+    columns = "--format=%i|%T|%r|%L|%N"
+    done = _ask("squeue", "--noheader", "--states=all", columns, f"--jobs={','.join(ids)}")
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise RecipeError(
+            f"squeue does not answer: {done.stderr.strip()}", "try again once Slurm is up"
+        )
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    return {row[0]: JobState(*row[1:]) for row in rows if len(row) == 5}
+
+
+def final_state(job: Job) -> str | None:
+    """How a job that the queue has forgotten ended, where accounting keeps that."""
+    done = _ask("sacct", "--noheader", "--parsable2", "-X", "--format=State", f"--jobs={job.id}")
+    states = done.stdout.split()
+    return states[0] if done.returncode == 0 and states else None
+
+
+def active_jobs(run_dir: Path) -> Mapping[str, tuple[Job, JobState]]:
+    """Jobs of the run that run or will run, by stage."""
+    jobs = read_jobs(run_dir)
+    states = job_states(jobs.values())
+    return {
+        stage: (job, states[job.id])
+        for stage, job in jobs.items()
+        if job.id in states and states[job.id].active
+    }
+
+
+def cancel(jobs: Iterable[Job]) -> None:
+    """Cancels jobs.
+
+    Raises:
+        RecipeError: Slurm refuses.
+    """
+    done = _ask("scancel", *(job.id for job in jobs))
+    if done.returncode:
+        raise RecipeError(f"scancel failed: {done.stderr.strip()}")
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+        )
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(command, 127, "", f"there is no {command[0]} here")
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"{command[0]} gave no answer")

@@ -1,0 +1,114 @@
+"""The scripts of a chain on Slurm: a job for each stage, and what submits them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, StrictUndefined
+
+from launch.executors import container
+from launch.executors.slurm_queue import RECORD, read_jobs
+from launch.plan import Plan, PlannedStage
+from launch.status import ADOPT, SKIP
+from recipes.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from launch.executors.slurm import Config
+
+
+def time_limit(stage: PlannedStage, cluster: Config) -> str:
+    """Limit of the stage's job."""
+    return cluster.time if stage.config.resources.time is None else stage.config.resources.time
+
+
+def job_script(stage: PlannedStage, cluster: Config) -> str:
+    """The text of a stage's job."""
+    image = container.image_of(stage, cluster)
+    env = container.environment(cluster, stage)
+    if not image:
+        del env["HOME"]
+    manifest = read_manifest(stage.directory)
+    old = manifest is not None and manifest.fingerprint == stage.fingerprint
+    return _render(
+        "job.sbatch.j2",
+        stage=stage.name,
+        module=stage.module,
+        directory=stage.directory,
+        run_dir=stage.directory.parent,
+        job_name=job_name(stage),
+        fingerprint=stage.fingerprint,
+        replaces=manifest.started_at if manifest and old else None,
+        cwd=os.getcwd(),
+        nodes=stage.config.resources.nodes,
+        devices=stage.config.resources.devices,
+        time=time_limit(stage, cluster),
+        sbatch=list(_sbatch_options(stage, cluster)),
+        env=env,
+        image=image,
+        mounts=container.mounts_of(stage, cluster) if image else [],
+        # An image's own value of a variable wins unless it is named here.
+        container_env=[*env, "OMP_NUM_THREADS"],
+        pass_env=cluster.pass_env,
+        python=shlex.quote(cluster.python or ("python" if image else sys.executable)),
+        cpus_per_task=cluster.cpus_per_task,
+        margin_seconds=cluster.margin_seconds,
+        max_requeues=cluster.max_requeues,
+    )
+
+
+def job_name(stage: PlannedStage) -> str:
+    """A name that no stage of another run has: Slurm runs one job of a name at a time."""
+    run_dir = stage.directory.parent
+    return f"{run_dir.name}.{stage.name}.{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}"
+
+
+def _sbatch_options(stage: PlannedStage, cluster: Config) -> Iterator[str]:
+    for name in ("partition", "account", "qos"):
+        if value := getattr(cluster, name):
+            yield f"--{name}={value}"
+    if cluster.gpus != "none":
+        option = "gpus-per-node=" if cluster.gpus == "gpus-per-node" else "gres=gpu:"
+        yield f"--{option}{stage.config.resources.devices}"
+    if cluster.cpus_per_task:
+        yield f"--cpus-per-task={cluster.cpus_per_task}"
+    if cluster.exclusive:
+        yield "--exclusive"
+    yield from cluster.sbatch
+    yield from stage.config.resources.sbatch
+
+
+def submit_script(plan: Plan) -> str:
+    """The text of ``submit.sh``: the graph of the stages' inputs as dependencies of jobs."""
+    jobs = read_jobs(plan.run_dir)
+    pending = [stage for stage in plan.stages if stage.action != SKIP]
+    variables = {stage.directory: "job_" + re.sub(r"\W", "_", stage.name) for stage in pending}
+    rows = []
+    for stage in pending:
+        needed = sorted(
+            {variables[r.directory] for r in stage.inputs.values() if r.directory in variables}
+        )
+        after = "afterok" + "".join(f":${name}" for name in needed) + "," if needed else ""
+        rows.append(
+            {
+                "name": stage.name,
+                "variable": variables[stage.directory],
+                "fingerprint": stage.fingerprint,
+                "adopted": jobs[stage.name].id if stage.action == ADOPT else None,
+                "dependency": f"{after}singleton",
+            }
+        )
+    return _render("submit.sh.j2", run_dir=plan.run_dir, record=RECORD, stages=rows)
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    text = (Path(__file__).parent / template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(values)

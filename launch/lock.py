@@ -1,0 +1,78 @@
+"""The lock of a run directory, and who holds it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from recipes.errors import RecipeError
+
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A launcher that works on a run, and the stage it is at."""
+
+    host: str
+    pid: int
+    stage: str | None
+
+    def is_here(self) -> bool:
+        """Whether it runs on this machine."""
+        return self.host == socket.gethostname()
+
+
+class Holding:
+    """A lock that this process holds."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def works_on(self, stage: str | None) -> None:
+        """Says which stage runs, for ``status``."""
+        self._file.seek(0)
+        self._file.truncate()
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "stage": stage}, self._file)
+        self._file.flush()
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[Holding]:
+    """Keeps two launchers from writing one run; the kernel frees it however the holder dies.
+
+    Raises:
+        RecipeError: Another process holds it.
+    """
+    with (run_dir / LOCK).open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RecipeError(
+                f"another process is running {run_dir}.", "wait for it, or choose another run_dir"
+            ) from error
+        holding = Holding(file)
+        holding.works_on(None)
+        yield holding
+
+
+def holder(run_dir: Path) -> Holder | None:
+    """The process that holds the lock; ``None`` when nobody does."""
+    try:
+        with (run_dir / LOCK).open(encoding="utf-8") as file:
+            try:
+                # Shared: two that look at the same time do not see each other.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = file.read()
+                return Holder(**json.loads(text)) if text else Holder("?", 0, None)
+    except FileNotFoundError:
+        pass
+    return None

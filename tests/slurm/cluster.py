@@ -1,0 +1,139 @@
+"""A real Slurm for the tests: a controller and two nodes on loopback, without systemd."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+NODES = 2
+FIRST_PORT = 10000
+CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={dir}/munge.sock,cred_expire=5
+CredType=cred/munge
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+SrunPortRange={srun_first}-{srun_last}
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000,batch_sched_delay=0
+SlurmdParameters=config_overrides
+ReturnToService=2
+MpiDefault=none
+SwitchType=switch/none
+PlugStackConfig={dir}/plugstack.conf
+KillWait=2
+StateSaveLocation={dir}/state
+SlurmctldPidFile={dir}/slurmctld.pid
+SlurmdPidFile={dir}/slurmd.%n.pid
+SlurmdSpoolDir={dir}/slurmd.%n
+SlurmctldLogFile={dir}/slurmctld.log
+SlurmdLogFile={dir}/slurmd.%n.log
+GresTypes=gpu
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_first}-{node_last}] CPUs=16 \
+RealMemory=1000000 Gres=gpu:8 State=UNKNOWN
+PartitionName=batch Nodes=ALL Default=YES MaxTime=1-00:00:00 DefaultTime=10 State=UP
+"""
+
+
+class Cluster:
+    """A running Slurm, its files in a directory with a short path."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.pyxis_log = directory / "pyxis.log"
+        self.has_containers = False
+
+    def start(self) -> None:
+        """Starts all daemons and waits until the nodes are idle."""
+        d = self.directory
+        (d / "state").mkdir()
+        for number in range(NODES):
+            (d / f"slurmd.n{number + 1}").mkdir()
+        self.has_containers = self._make_pyxis()
+        self._write_config()
+        key = d / "munge.key"
+        key.touch(0o600)
+        key.write_bytes(os.urandom(1024))
+        munge = ("socket=munge.sock", "key-file=munge.key", "pid-file=munged.pid")
+        munge += ("seed-file=munged.seed", "log-file=munged.log")
+        options = (f"--{name}={d / value}" for name, _, value in (m.partition("=") for m in munge))
+        run("munged", "--force", *options)
+        os.environ["SLURM_CONF"] = str(d / "slurm.conf")
+        run("slurmctld")
+        for number in range(NODES):
+            run("slurmd", "-N", f"n{number + 1}")
+        wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * NODES, 30)
+
+    def stop(self) -> None:
+        """Ends every job and daemon of this cluster, by their process ids."""
+        with contextlib.suppress(Exception):
+            run("scancel", "--me")
+            wait_for(lambda: not run("squeue", "-h"), 20)
+        pids = [*self.directory.glob("slurmd.*.pid"), self.directory / "slurmctld.pid"]
+        for file in [*pids, self.directory / "munged.pid"]:
+            with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+                os.kill(int(file.read_text()), signal.SIGTERM)
+        time.sleep(0.5)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        os.environ.pop("SLURM_CONF", None)
+
+    def _write_config(self) -> None:
+        d, port = self.directory, FIRST_PORT + os.getpid() % 18 * 500
+        values = {"node_first": port + 1, "node_last": port + NODES}
+        values |= {"srun_first": port + 100, "srun_last": port + 400}
+        text = CONF.format(dir=d, host=socket.gethostname().split(".")[0], port=port, **values)
+        (d / "slurm.conf").write_text(text)
+        (d / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        devices = [d / f"gpu{number}" for number in range(8)]
+        for device in devices:
+            os.mknod(device, 0o20666, os.makedev(1, 3))  # a character device, as a GPU is
+        (d / "gres.conf").write_text(f"NodeName=n[1-{NODES}] Name=gpu File={d}/gpu[0-7]\n")
+
+    def _make_pyxis(self) -> bool:
+        """Builds the stand-in for Pyxis, where a compiler and the right to mount are there."""
+        source, plugin = Path(__file__).with_name("fakepyxis.c"), self.directory / "fakepyxis.so"
+        build = ["gcc", "-Wall", "-shared", "-fPIC", "-o", str(plugin), str(source)]
+        (self.directory / "plugstack.conf").touch()
+        try:
+            subprocess.run(build, check=True, capture_output=True)
+            subprocess.run(["unshare", "--mount", "true"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return False
+        root = self.directory / "container"
+        interpreter = {Path(p).resolve() for p in (sys.prefix, sys.base_prefix)} - {Path("/usr")}
+        expose = ",".join(map(str, sorted(interpreter)))
+        (self.directory / "plugstack.conf").write_text(
+            f"required {plugin} root={root} log={self.pyxis_log} expose={expose}\n"
+        )
+        return True
+
+
+def run(*command: str) -> str:
+    """Output of a command that must succeed."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout
+
+
+def wait_for(condition: object, seconds: float) -> None:
+    """Waits for something to become true."""
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.1)

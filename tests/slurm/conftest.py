@@ -1,0 +1,115 @@
+"""A Slurm cluster for the session, and a tiny chain that ran on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from launch.executors.slurm_queue import active_jobs
+from tests.conftest import Result, run_recipe
+from tests.cpu.conftest import EVEN, write_tiny_model
+from tests.slurm.cluster import Cluster, wait_for
+
+SECRET = "a_token_that_no_file_may_hold"
+STEPS = 3
+DISTILL = {
+    "max_steps": STEPS,
+    "warmup_steps": 1,
+    "val_check_interval": STEPS,
+    "checkpoint_interval": STEPS,
+    "limit_val_batches": 1,
+    "global_batch_size": 8,
+    "micro_batch_size": 4,
+    "tensor_model_parallel_size": 2,
+    "resources.nodes": 2,
+    "resources.devices": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    """A controller and two nodes."""
+    missing = [c for c in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(c)]
+    if missing:
+        pytest.skip(f"no Slurm here: {', '.join(missing)} missing (tests/install_slurm.sh)")
+    if os.geteuid() != 0:
+        pytest.skip("starting a Slurm needs root")
+    cluster = Cluster(Path(tempfile.mkdtemp(prefix="slurm")))
+    cluster.directory.chmod(0o755)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, and what every command line of it has in common."""
+
+    directory: Path
+    overrides: tuple[str, ...]
+
+    def submit(self, *more: str) -> Result:
+        """Runs the launcher as a user does."""
+        words = (*self.overrides, f"run_dir={self.directory}", *more)
+        return run_recipe(*words, cwd=self.directory.parent, timeout=800)
+
+    def command(self, name: str, *more: str) -> Result:
+        """Runs ``status`` and the like."""
+        return run_recipe(name, f"run_dir={self.directory}", *more, cwd=self.directory.parent)
+
+    def wait(self, seconds: float = 600) -> None:
+        """Waits until no job of it runs or waits."""
+        wait_for(lambda: not active_jobs(self.directory), seconds)
+
+    def copy_without(self, directory: Path, *stages: str) -> Run:
+        """A copy in which some stages have not run; times are kept, so hashes are trusted."""
+        copy = directory / "copy"
+        shutil.copytree(self.directory, copy)
+        (copy / "jobs.txt").unlink()
+        for stage in stages:
+            shutil.rmtree(copy / stage)
+        return Run(copy, self.overrides)
+
+
+@pytest.fixture(scope="session")
+def tiny_chain(
+    slurm: Cluster, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Run, Result]:
+    """The whole chain, distillation on two nodes with two ranks each, in containers if possible."""
+    folder = tmp_path_factory.mktemp("slurm")
+    model = write_tiny_model(folder / "teacher", text_file, **EVEN)
+    image = folder / "image.sqsh"
+    image.touch()
+    overrides = (
+        "recipe=llama_depth_prune",
+        "cluster=slurm",
+        f"cluster.images.default={image if slurm.has_containers else 'null'}",
+        f"cluster.python={sys.executable}",
+        "cluster.time=00:20:00",
+        "cluster.margin_seconds=30",
+        "+cluster.env.OMP_NUM_THREADS='1'",
+        "+cluster.env.GREETING='it is \"quoted\" $HOME'",
+        f"model.hf_path={model}",
+        f"data.sources=[{text_file}]",
+        "data.text_field=text",
+        "data.seq_length=64",
+        "stages.prune.target_num_layers=3",
+        *(f"stages.distill.{name}={value}" for name, value in DISTILL.items()),
+        "stages.evaluate.num_windows=4",
+        "stages.evaluate.new_tokens=4",
+    )
+    run = Run(folder / "run", overrides)
+    os.environ["HF_TOKEN"] = SECRET
+    try:
+        return run, run.submit("cluster.follow=true")
+    finally:
+        del os.environ["HF_TOKEN"]

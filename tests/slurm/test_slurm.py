@@ -1,0 +1,241 @@
+"""Chains on a real Slurm: two nodes, its own scheduler, its own dependencies and requeues."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.executors.slurm_queue import RECORD, active_jobs, read_jobs
+from launch.run_state import read_run
+from nemo_convert.convert import hf_weights
+from nemo_convert.nemo import find_checkpoint
+from recipes.manifest import ARTIFACT, MANIFEST, read_manifest
+from recipes.metrics import METRICS, steps_of
+from tests.conftest import Result, run_recipe
+from tests.slurm.cluster import Cluster, run, wait_for
+from tests.slurm.conftest import SECRET, STEPS, Run
+
+STAGES = ["import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
+
+
+def states(chain: Run) -> dict[str, str]:
+    return {stage.name: stage.state for stage in read_run(chain.directory)}
+
+
+def job_log(chain: Run, stage: str) -> str:
+    job = read_jobs(chain.directory)[stage]
+    return (chain.directory / stage / "logs" / f"{job.id}.log").read_text()
+
+
+def test_chain_runs_on_two_nodes(tiny_chain: tuple[Run, Result], slurm: Cluster) -> None:
+    chain, result = tiny_chain
+    assert result.code == 0, result.output
+    assert list(states(chain).values()) == ["complete"] * len(STAGES)
+    assert "7 stages ran" in result.output
+    for stage in STAGES:
+        assert f"{stage}: complete" in result.output
+    assert len(steps_of(chain.directory / "distill" / METRICS, "distill")) == STEPS
+    if not slurm.has_containers:
+        pytest.skip("containers need gcc, libslurm-dev and the right to mount")
+    started = re.findall(r"job=(\d+) .*node=(\w+) image=(\S+)", slurm.pyxis_log.read_text())
+    jobs = read_jobs(chain.directory)
+    nodes = {stage: sorted(n for j, n, _ in started if j == jobs[stage].id) for stage in STAGES}
+    assert nodes.pop("distill") == ["n1", "n2"]
+    assert all(len(used) == 1 for used in nodes.values())
+
+
+def test_secrets_reach_no_file(tiny_chain: tuple[Run, Result]) -> None:
+    chain, result = tiny_chain
+    assert result.code == 0
+    assert "HF_TOKEN" in (chain.directory / "distill" / "job.sbatch").read_text()
+    found = subprocess.run(["grep", "-rl", SECRET, chain.directory], check=False)
+    assert found.returncode == 1
+
+
+def test_status_and_logs_of_a_complete_run(tiny_chain: tuple[Run, Result]) -> None:
+    chain, _ = tiny_chain
+    shown = chain.command("status")
+    assert shown.code == 0, shown.output
+    rows = [line.split()[:3] for line in shown.output.splitlines()[2:]]
+    jobs = read_jobs(chain.directory)
+    assert rows == [[stage, "complete", jobs[stage].id] for stage in STAGES]
+    log = chain.command("logs", "stage=distill", "lines=3")
+    assert log.output.splitlines()[1:] == job_log(chain, "distill").strip().splitlines()[-3:]
+    again = chain.submit()
+    assert "everything was complete, nothing ran" in again.output
+    assert read_jobs(chain.directory) == jobs
+
+
+def test_stopped_by_the_clock_twice_gives_the_same_weights(
+    tiny_chain: tuple[Run, Result], tmp_path: Path
+) -> None:
+    """Time is up at once, so a step an attempt: requeued, stopped for good, submitted again."""
+    original, _ = tiny_chain
+    chain = original.copy_without(tmp_path, "distill", "evaluate", "export_hf", "report")
+    clock = ("cluster.time=00:10:00", "cluster.margin_seconds=599", "stages.only=[distill]")
+    assert chain.submit(*clock, "cluster.max_requeues=1").code == 0
+    chain.wait()
+    log = job_log(chain, "distill")
+    assert log.count("requeue 1 of 1") == 1
+    assert f"stopped by the clock at step 1 of {STEPS}; a checkpoint is saved." in log
+    [distill] = [stage for stage in read_run(chain.directory) if stage.name == "distill"]
+    assert distill.state == "stopped"
+    assert distill.detail.startswith(f"stopped by the clock at step 2 of {STEPS}")
+    assert not (chain.directory / "distill" / MANIFEST).exists()
+
+    assert chain.submit(*clock).code == 0
+    chain.wait()
+    assert states(chain)["distill"] == "complete", job_log(chain, "distill")
+    done = [line for line in (chain.directory / "distill" / METRICS).read_text().splitlines()]
+    assert len([line for line in done if '"task": "distill"' in line]) == STEPS
+    expected, found = weights(original), weights(chain)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def weights(chain: Run) -> dict[str, torch.Tensor]:
+    return dict(hf_weights(find_checkpoint(chain.directory / "distill" / ARTIFACT)))
+
+
+def test_failing_stage_cancels_what_follows(tiny_chain: tuple[Run, Result], tmp_path: Path) -> None:
+    original, _ = tiny_chain
+    chain = original.copy_without(tmp_path, *STAGES[1:])
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "one"}\n{"text": "two"}\n')
+    submitted = chain.submit(f"data.sources=[{short}]")
+    assert submitted.code == 0, submitted.output  # it was submitted; what becomes of it, later
+    chain.wait()
+    found = states(chain)
+    assert found == {"import_hf": "complete", "prepare_data": "failed"} | dict.fromkeys(
+        STAGES[2:], "cancelled"
+    )
+    shown = chain.command("status")
+    assert shown.code == 0
+    assert "too little text for seq_length=64" in shown.output
+    assert "too little text" in chain.command("logs").output
+    followed = chain.submit(f"data.sources=[{short}]", "cluster.follow=true")
+    assert followed.code == 1
+    assert "stage prepare_data, job" in followed.output
+    assert "too little text for seq_length=64" in followed.output
+    chain.wait()
+
+
+def test_node_that_goes_down_and_cancel(tiny_chain: tuple[Run, Result], tmp_path: Path) -> None:
+    original, _ = tiny_chain
+    chain = original.copy_without(tmp_path, *STAGES[1:])
+    assert chain.submit("stages.only=[prepare_data]").code == 0
+    node = running_on(chain)
+    run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    wait_for(lambda: read_run(chain.directory)[1].state == "pending", 20)
+    chain.wait()
+    assert states(chain)["prepare_data"] == "complete"
+    wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * 2, 60)
+
+    again = ("stages.only=[prepare_data]", "force=[prepare_data]")
+    before = read_manifest(chain.directory / "prepare_data")
+    assert chain.submit(*again).code == 0
+    running_on(chain)
+    assert states(chain)["prepare_data"] == "running"
+    cancelled = chain.command("cancel")
+    assert cancelled.code == 0
+    assert "prepare_data: job" in cancelled.output
+    chain.wait()
+    assert read_manifest(chain.directory / "prepare_data") == before
+
+
+def running_on(chain: Run) -> str:
+    """Waits until the run's one job has started; returns its node."""
+
+    def node() -> str:
+        states = [state for _, state in active_jobs(chain.directory).values()]
+        return states[0].nodes if states and states[0].state == "RUNNING" else ""
+
+    wait_for(node, 60)
+    return node()
+
+
+def test_second_submission_adopts_and_cancel_ends_all(
+    tiny_chain: tuple[Run, Result], tmp_path: Path
+) -> None:
+    original, _ = tiny_chain
+    chain = original.copy_without(tmp_path, *STAGES[3:])
+    held = ("cluster.sbatch=[--hold]",)
+    assert chain.submit(*held).code == 0
+    jobs = read_jobs(chain.directory)
+    assert list(jobs) == STAGES[3:]
+    record = (chain.directory / RECORD).read_text()
+    configs = {s: (chain.directory / s / "config.yaml").stat().st_mtime_ns for s in jobs}
+
+    again = chain.submit(*held)
+    assert again.code == 0, again.output
+    assert again.output.count("is pending") == len(jobs)
+    assert (chain.directory / RECORD).read_text() == record
+    run("scancel", jobs["report"].id)
+    assert chain.submit(*held).code == 0
+    newer = read_jobs(chain.directory)
+    assert [stage for stage in jobs if newer[stage] != jobs[stage]] == ["report"]
+    waits = run("scontrol", "show", "job", newer["report"].id)
+    assert f"afterok:{jobs['export_hf'].id}" in waits
+    found = {s: (chain.directory / s / "config.yaml").stat().st_mtime_ns for s in jobs}
+    assert [s for s in jobs if found[s] != configs[s]] == ["report"]
+
+    other = chain.submit(*held, "stages.distill.lr=5e-4")
+    assert other.code == 1
+    assert f"job {jobs['distill'].id} is pending for distill with other settings" in other.output
+    here = [word for word in chain.overrides if not word.startswith("cluster")]
+    local = run_recipe(
+        *here, f"run_dir={chain.directory}", "stages.distill.resources.nodes=1", cwd=tmp_path
+    )
+    assert local.code == 1
+    assert f"job {jobs['distill'].id} is pending for distill of this run" in local.output
+
+    assert chain.command("cancel").code == 0
+    wait_for(lambda: not active_jobs(chain.directory), 20)
+    assert [states(chain)[stage] for stage in STAGES[3:]] == ["cancelled"] * 4
+    assert "nothing runs" in chain.command("cancel").output
+
+
+def test_what_slurm_refuses_is_said(tiny_chain: tuple[Run, Result], tmp_path: Path) -> None:
+    original, _ = tiny_chain
+    chain = original.copy_without(tmp_path, "report")
+    refused = chain.submit("cluster.partition=elsewhere")
+    assert refused.code == 1
+    assert "invalid partition specified: elsewhere" in refused.output
+    assert not read_jobs(chain.directory)
+
+
+def test_sweep_of_three_shares_an_import(tiny_chain: tuple[Run, Result], tmp_path: Path) -> None:
+    original, _ = tiny_chain
+    shared = original.directory / "import_hf"
+    words = [word for word in original.overrides if not word.startswith("data.seq_length")]
+    done = run_recipe(
+        "-m",
+        *words,
+        "stages.only=[prepare_data]",
+        f"stages.prepare_data.inputs.tokenizer={shared}",
+        "data.seq_length=48,56,64",
+        cwd=tmp_path,
+    )
+    assert done.code == 0, done.output
+    [sweep] = (tmp_path / "runs" / "sweeps").iterdir()
+    runs = sorted(path for path in sweep.iterdir() if path.is_dir())
+    assert len(runs) == 3
+    wait_for(lambda: not any(active_jobs(directory) for directory in runs), 300)
+    shown = run_recipe("status", f"run_dir={sweep}", cwd=tmp_path)
+    assert shown.output.count("complete") == 3, shown.output
+    lengths = [read_manifest(directory / "prepare_data").config for directory in runs]  # type: ignore[union-attr]
+    assert [config["seq_length"] for config in lengths] == [48, 56, 64]
+
+
+def test_every_script_passes_shellcheck(tiny_chain: tuple[Run, Result]) -> None:
+    chain, _ = tiny_chain
+    scripts = [*chain.directory.glob("*/job.sbatch"), chain.directory / "submit.sh"]
+    assert len(scripts) == len(STAGES) + 1
+    subprocess.run([Path(sys.executable).with_name("shellcheck"), *scripts], check=True)
+    assert os.access(scripts[-1], os.X_OK)

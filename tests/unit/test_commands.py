@@ -1,0 +1,175 @@
+"""``status``, ``cancel`` and ``logs`` of runs on this machine; those on Slurm have tests there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+from omegaconf import OmegaConf
+
+from launch import lock
+from launch.run_state import progress, read_run
+from recipes.errors import RecipeError
+from recipes.manifest import MANIFEST, WORK
+from recipes.stage import prepare_work
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from launch.plan import Plan
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+MakePlan = Callable[..., "Plan"]
+Complete = Callable[..., None]
+ORDER = ["import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
+
+
+@pytest.fixture
+def run_dir(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
+    """A run that was interrupted in its distillation."""
+    made = plan()
+    complete(made, "import_hf", "prepare_data", "prune")
+    for stage in made.stages:
+        stage.directory.mkdir(exist_ok=True)
+        (stage.directory / "config.yaml").write_text(OmegaConf.to_yaml(stage.request()))
+    (tmp_path / "run" / "run.yaml").write_text("recipe: llama_width_prune\n")
+    distill = next(stage for stage in made.stages if stage.name == "distill")
+    prepare_work(distill.directory, distill.request())
+    log = distill.directory / "logs" / "1.log"
+    log.parent.mkdir()
+    log.write_text("".join(f"line {n}\n" for n in range(200)))
+    steps = [{"time": 100 + 2 * n, "task": "distill", "done": n, "total": 60} for n in (1, 2, 3)]
+    (distill.directory / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    return tmp_path / "run"
+
+
+def states(run_dir: Path) -> dict[str, str]:
+    return {stage.name: stage.state for stage in read_run(run_dir)}
+
+
+def test_interrupted_run(run_dir: Path, launch: Launch) -> None:
+    found = states(run_dir)
+    assert list(found) == ORDER
+    assert list(found.values()) == ["complete"] * 3 + ["stopped"] + ["not run"] * 3
+    shown = launch("status", f"run_dir={run_dir}")
+    assert shown.returncode == 0, shown.stderr
+    assert "distill 3/60, 0:01:54 left; was interrupted" in shown.stdout
+    assert "1.5 M parameters" in shown.stdout
+
+
+def test_failed_stage_says_why(run_dir: Path, launch: Launch) -> None:
+    (run_dir / "distill" / WORK / "error.txt").write_text("no memory\n  fix: buy some")
+    assert states(run_dir)["distill"] == "failed"
+    assert "no memory" in launch("status", f"run_dir={run_dir}").stdout
+    (run_dir / "distill" / WORK / "stopped").write_text("")
+    assert states(run_dir)["distill"] == "stopped"
+
+
+def test_outdated_result_is_not_complete(run_dir: Path) -> None:
+    manifest = run_dir / "prune" / MANIFEST
+    data = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**data, "fingerprint": "other"}))
+    assert states(run_dir)["prune"] == "not run"
+
+
+def test_running_stage_is_the_one_its_launcher_names(run_dir: Path) -> None:
+    with lock.held(run_dir) as holding:
+        holding.works_on("distill")
+        assert list(states(run_dir).values()) == ["complete"] * 3 + ["running"] + ["pending"] * 3
+        with pytest.raises(RecipeError, match="another process is running"), lock.held(run_dir):
+            pass
+    assert lock.holder(run_dir) is None
+
+
+def test_logs_are_those_of_the_stage_that_failed(run_dir: Path, launch: Launch) -> None:
+    (run_dir / "distill" / WORK / "error.txt").write_text("no memory")
+    shown = launch("logs", f"run_dir={run_dir}", "lines=2")
+    assert shown.stdout.splitlines()[1:] == ["line 198", "line 199"]
+    assert len(launch("logs", f"run_dir={run_dir}", "stage=distill").stdout.splitlines()) == 51
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["status"], "which run?"),
+        (["status", "run_dri=x"], "Did you mean 'run_dir'?"),
+        (["status", "run_dir=nowhere"], "is not a run"),
+        (["logs", "recipe=none"], "is not a run"),
+        (["cancel", "stage=distill", "run_dir=x"], "cancel does not know 'stage=distill'"),
+    ],
+)
+def test_commands_that_cannot_be_done(launch: Launch, words: list[str], message: str) -> None:
+    refused = launch(*words)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: ")
+    assert message in refused.stderr
+
+
+def test_logs_of_no_such_stage(run_dir: Path, launch: Launch) -> None:
+    assert "Did you mean 'distill'?" in launch("logs", f"run_dir={run_dir}", "stage=distil").stderr
+    assert "it has no log" in launch("logs", f"run_dir={run_dir}", "stage=report").stderr
+    assert "not a number" in launch("logs", f"run_dir={run_dir}", "lines=x").stderr
+
+
+def test_cancel_stops_the_launcher_and_what_it_started(
+    run_dir: Path, launch: Launch, root: Path, hf_folder: Path
+) -> None:
+    """A real launcher, whose stage is a script that would not end."""
+    assert "nothing runs" in launch("cancel", f"run_dir={run_dir}").stdout
+    program = (
+        "import sys, time, subprocess\n"
+        "from pathlib import Path\n"
+        "from launch import run, lock\n"
+        "run.signal.signal(run.signal.SIGTERM, run.signal.default_int_handler)\n"
+        f"with lock.held(Path({str(run_dir)!r})) as holding:\n"
+        "    holding.works_on('distill')\n"
+        "    print('ready', flush=True)\n"
+        "    try:\n"
+        "        time.sleep(60)\n"
+        "    except KeyboardInterrupt:\n"
+        "        sys.exit(130)\n"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE)
+    assert launcher.stdout
+    assert launcher.stdout.readline() == b"ready\n"
+    done = launch("cancel", f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    assert f"{run_dir}: stopped at distill" in done.stdout
+    assert launcher.wait(timeout=20) == 130
+
+
+def test_term_signal_ends_a_launcher_as_ctrl_c_does(
+    root: Path, tmp_path: Path, hf_folder: Path
+) -> None:
+    command = [sys.executable, str(root / "launch" / "run.py"), "recipe=llama_width_prune"]
+    command += [f"run_dir={tmp_path}/run", f"model.hf_path={hf_folder}"]
+    command += ["stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128"]
+    launcher = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while (held := lock.holder(tmp_path / "run")) is None or held.stage is None:
+        assert time.monotonic() < deadline
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    os.kill(held.pid, signal.SIGTERM)
+    output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    assert "interrupted; the same command resumes" in output
+    assert lock.holder(tmp_path / "run") is None
+
+
+def test_remaining_time_counts_from_the_last_restart(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    times = [(0, 1), (1, 2), (2, 3), (1000, 3), (1010, 4), (1020, 5)]
+    records = [{"time": t, "task": "distill", "done": d, "total": 10} for t, d in times]
+    assert progress(metrics) is None
+    metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert progress(metrics) == "distill 5/10, 0:00:50 left"
+    metrics.write_text(json.dumps(records[0]) + "\n")
+    assert progress(metrics) == "distill 1/10"
