@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import graphlib
 import importlib
+import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.machine import SLURM, cluster_problems
 from launch.status import SKIP, require_nothing_lost, status
+from recipes.budget import budget_problems
 from recipes.errors import RecipeError, did_you_mean
 from recipes.fingerprint import (
     REPO_ROOT,
@@ -23,8 +26,10 @@ from recipes.fingerprint import (
     result_settings,
     stage_fingerprint,
 )
+from recipes.hardware import Hardware
 from recipes.manifest import check_artifact
-from recipes.preflight import Chain, read_chain, require_none
+from recipes.preflight import Chain, Problem, read_chain, require_none
+from recipes.rules import ERROR, require_known
 from recipes.stage import StageConfig
 
 
@@ -51,6 +56,11 @@ class PlannedStage:
     action: str
     reason: str
 
+    @property
+    def light(self) -> bool:
+        """Whether the stage needs no torch, and so no torchrun."""
+        return bool(getattr(_module(self.config), "LIGHT", False))
+
     def request(self) -> dict[str, Any]:
         """Content of the stage's ``config.yaml``."""
         return {
@@ -76,6 +86,8 @@ class Plan:
     run_dir: Path
     chain: Chain
     stages: tuple[PlannedStage, ...]
+    notes: tuple[Problem, ...] = ()
+    """Warnings, and errors that were waived."""
 
     def todo(self) -> list[PlannedStage]:
         """Stages that will be started, in order."""
@@ -109,11 +121,13 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     only = _known(cfg.stages.get("only"), configs, "stages.only")
     force = _known(cfg.force, configs, "force") or set()
     order = _order(configs)
-    chain = read_chain(cfg.model.hf_path, configs)
+    waived = require_known(cfg.waive)
+    chain = chain_of(cfg, configs, run_dir)
     wanted = [name for name in order if only is None or name in only]
-    require_none(
-        problem for name in wanted for problem in _module(configs[name]).check(configs[name], chain)
-    )
+    notes = require_none(preflight(cfg, chain, wanted), waived)
+    for name in wanted:
+        if (of_chain := getattr(_module(configs[name]), "of_chain", None)) is not None:
+            configs[name] = of_chain(configs[name], chain)
     planned: dict[str, PlannedStage] = {}
     for name in order:
         stage = _plan_stage(name, configs[name], run_dir, planned, force)
@@ -124,9 +138,39 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
         if name not in wanted and _is_input(name, wanted, configs):
             _require_complete(stage)
         planned[name] = stage
-    plan = Plan(run_dir, chain, tuple(planned[name] for name in wanted))
-    _require_disk(plan)
-    return plan
+    plan = Plan(run_dir, chain, tuple(planned[name] for name in wanted), notes)
+    return replace(plan, notes=notes + require_none(_disk_problems(plan), waived))
+
+
+def chain_of(cfg: DictConfig, configs: dict[str, StageConfig], run_dir: Path) -> Chain:
+    """The chain, and what it is to run on.
+
+    Raises:
+        RecipeError: There is no usable teacher, or the hardware profile has a wrong field.
+    """
+    chain = read_chain(cfg.model.hf_path, configs)
+    try:
+        profile = OmegaConf.merge(OmegaConf.structured(Hardware), cfg.hardware)
+        hardware: Hardware = OmegaConf.to_object(profile)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
+        near = did_you_mean(key, Hardware.__dataclass_fields__)
+        raise RecipeError(f"hardware.{key}: {str(error).splitlines()[0]}.{near}") from error
+    if hardware.memory_bytes is None and cfg.cluster.executor == SLURM:
+        hardware.memory_bytes = math.inf  # a login node's says nothing of where the jobs run
+    return replace(chain, hardware=hardware, run_dir=run_dir, time_limit=cfg.cluster.get("time"))
+
+
+def preflight(cfg: DictConfig, chain: Chain, wanted: list[str]) -> Iterator[Problem]:
+    """Everything that is wrong with the stages that are wanted, and with the chain as a whole."""
+    yield from cluster_problems(cfg.cluster)
+    failed = False
+    for name in wanted:
+        for problem in _module(chain.stages[name]).check(chain.stages[name], chain):
+            failed = failed or problem.severity == ERROR
+            yield problem
+    if not failed:  # else the arithmetic has nothing to stand on
+        yield from budget_problems(chain, wanted)
 
 
 def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
@@ -283,8 +327,8 @@ def _require_complete(stage: PlannedStage) -> None:
         )
 
 
-def _require_disk(plan: Plan) -> None:
-    """Refuses to start what would fill the disk."""
+def _disk_problems(plan: Plan) -> Iterator[Problem]:
+    """What would fill the disk: artifacts, and the checkpoints that a training keeps."""
     need = sum(
         getattr(_module(stage.config), "disk_bytes", lambda *_: 0)(stage.config, plan.chain)
         for stage in plan.todo()
@@ -292,7 +336,8 @@ def _require_disk(plan: Plan) -> None:
     existing = next(p for p in (plan.run_dir, *plan.run_dir.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if need > free:
-        raise RecipeError(
+        yield Problem(
+            "disk",
             f"{plan.run_dir} needs about {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free.",
-            "free some space, or set run_dir to another disk",
+            "free some space, set run_dir to another disk, or lower keep_checkpoints",
         )

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from launch import console as view
-from launch import schema
+from launch import doctor, schema
 from launch.executors import local
 from launch.explain import explain
 from launch.plan import Plan, make_plan
@@ -62,11 +62,13 @@ def run(cfg: DictConfig, recipe: str) -> None:
     plan = make_plan(cfg, run_dir)
     local.check(plan.todo())
     view.print_plan(plan, console)
+    view.print_notes(plan, set(cfg.waive), console)
     if plan.todo():
         run_dir.mkdir(parents=True, exist_ok=True)
         with _lock(run_dir):
             _start(plan, cfg, recipe)
     if not cfg.dry_run:
+        view.print_tables(plan, console)
         view.print_summary(plan, time.monotonic() - began, console)
 
 
@@ -136,6 +138,8 @@ def cli() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the message is ours
     # Hydra's parser stops at overrides on both sides of a flag: `recipe=R -m x=1,2`.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    if sys.argv[1:2] == ["doctor"]:
+        return _doctor(sys.argv[2:])
     schema.register()
     try:
         main()
@@ -145,6 +149,13 @@ def cli() -> int:
     except (HydraException, OmegaConfBaseException) as error:
         return _fail(error)
     return 0
+
+
+def _doctor(words: list[str]) -> int:
+    try:
+        return doctor.run(words, console)
+    except RecipeError as error:
+        return _fail(error)
 
 
 def _fail(error: Exception) -> int:
