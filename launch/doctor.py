@@ -102,15 +102,17 @@ def _accelerators() -> Iterator[Check]:
     gpus, cuda = _gpus(), _cuda_of_torch()
     built = f"CUDA {cuda}" if cuda else "for CPU"
     if gpus and not cuda:
-        yield Check("torch", built, FAIL, "install a CUDA build of torch: this machine has a GPU")
+        yield Check(
+            "build of torch", built, FAIL, "install a CUDA build of torch: this machine has a GPU"
+        )
     else:
-        yield Check("torch", built, OK)
+        yield Check("build of torch", built, OK)
     for gpu in gpus:
         yield Check("GPU", gpu, OK)
     if not gpus:
         bf16 = "avx512_bf16" in _text("/proc/cpuinfo") or "amx_bf16" in _text("/proc/cpuinfo")
-        fix = "" if bf16 else "bfloat16 is slow on this CPU: stages.distill.precision=32"
-        found = "no GPU; CPU " + ("with" if bf16 else "without") + " bfloat16"
+        fix = "" if bf16 else "bfloat16 may be slow: stages.distill.precision=32"
+        found = "no GPU; CPU " + ("with" if bf16 else "without") + " bfloat16 instructions"
         yield Check("GPU", found, OK if bf16 else WARN, fix)
 
 

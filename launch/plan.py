@@ -121,6 +121,8 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     only = _known(cfg.stages.get("only"), configs, "stages.only")
     force = _known(cfg.force, configs, "force") or set()
     order = _order(configs)
+    for config in configs.values():  # of no unknown kind, before one asks another's module
+        _module(config)
     waived = require_known(cfg.waive)
     chain = chain_of(cfg, configs, run_dir)
     wanted = [name for name in order if only is None or name in only]

@@ -115,8 +115,8 @@ class Memory:
     @property
     def total(self) -> float:
         """All of it, as an allocator holds it."""
-        parts = sum(getattr(self, part.name) for part in fields(self)) - self.reserved
-        return parts * FRAGMENTATION + self.reserved
+        every = sum(_values(self))
+        return (every - self.reserved) * FRAGMENTATION + self.reserved
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,11 @@ class Step:
     @property
     def total(self) -> float:
         """All of them, one after the other: nothing is taken to overlap."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        return sum(_values(self))
+
+
+def _values(record: Memory | Step) -> list[float]:
+    return [getattr(record, part.name) for part in fields(record)]
 
 
 def expert_parameters(arch: Architecture) -> int:
