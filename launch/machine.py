@@ -1,18 +1,43 @@
-"""What the machine that launches must have: the tested libraries, images and mounts."""
+"""What stages run on: the hardware profile, and libraries, images and mounts that must be there."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from recipes.preflight import Problem
+from recipes.errors import RecipeError, did_you_mean
+from recipes.hardware import Hardware
+from recipes.preflight import Chain, Problem, read_chain
 from recipes.stack import pins
+from recipes.stage import StageConfig
 
 LOCAL, DOCKER, SLURM = "local", "docker", "slurm"
+
+
+def chain_of(cfg: DictConfig, configs: Mapping[str, StageConfig], run_dir: Path) -> Chain:
+    """The chain, and what it is to run on.
+
+    Raises:
+        RecipeError: There is no usable teacher, or the hardware profile has a wrong field.
+    """
+    chain = read_chain(cfg.model.hf_path, configs)
+    try:
+        profile = OmegaConf.merge(OmegaConf.structured(Hardware), cfg.hardware)
+        hardware: Hardware = OmegaConf.to_object(profile)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
+        near = did_you_mean(key, Hardware.__dataclass_fields__)
+        raise RecipeError(f"hardware.{key}: {str(error).splitlines()[0]}.{near}") from error
+    if hardware.memory_bytes is None and cfg.cluster.executor == SLURM:
+        hardware.memory_bytes = math.inf  # a login node's says nothing of where the jobs run
+    return replace(chain, hardware=hardware, run_dir=run_dir, time_limit=cfg.cluster.get("time"))
 
 
 def cluster_problems(cluster: DictConfig) -> Iterator[Problem]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import graphlib
 import importlib
-import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.machine import SLURM, cluster_problems
+from launch.machine import chain_of, cluster_problems
 from launch.status import SKIP, require_nothing_lost, status
 from recipes.budget import budget_problems
 from recipes.errors import RecipeError, did_you_mean
@@ -26,9 +25,8 @@ from recipes.fingerprint import (
     result_settings,
     stage_fingerprint,
 )
-from recipes.hardware import Hardware
 from recipes.manifest import check_artifact
-from recipes.preflight import Chain, Problem, read_chain, require_none
+from recipes.preflight import Chain, Problem, require_none
 from recipes.rules import ERROR, require_known
 from recipes.stage import StageConfig
 
@@ -121,15 +119,11 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     only = _known(cfg.stages.get("only"), configs, "stages.only")
     force = _known(cfg.force, configs, "force") or set()
     order = _order(configs)
-    for config in configs.values():  # of no unknown kind, before one asks another's module
-        _module(config)
     waived = require_known(cfg.waive)
     chain = chain_of(cfg, configs, run_dir)
     wanted = [name for name in order if only is None or name in only]
     notes = require_none(preflight(cfg, chain, wanted), waived)
-    for name in wanted:
-        if (of_chain := getattr(_module(configs[name]), "of_chain", None)) is not None:
-            configs[name] = of_chain(configs[name], chain)
+    _inform(configs, chain)
     planned: dict[str, PlannedStage] = {}
     for name in order:
         stage = _plan_stage(name, configs[name], run_dir, planned, force)
@@ -144,23 +138,11 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     return replace(plan, notes=notes + require_none(_disk_problems(plan), waived))
 
 
-def chain_of(cfg: DictConfig, configs: dict[str, StageConfig], run_dir: Path) -> Chain:
-    """The chain, and what it is to run on.
-
-    Raises:
-        RecipeError: There is no usable teacher, or the hardware profile has a wrong field.
-    """
-    chain = read_chain(cfg.model.hf_path, configs)
-    try:
-        profile = OmegaConf.merge(OmegaConf.structured(Hardware), cfg.hardware)
-        hardware: Hardware = OmegaConf.to_object(profile)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
-        near = did_you_mean(key, Hardware.__dataclass_fields__)
-        raise RecipeError(f"hardware.{key}: {str(error).splitlines()[0]}.{near}") from error
-    if hardware.memory_bytes is None and cfg.cluster.executor == SLURM:
-        hardware.memory_bytes = math.inf  # a login node's says nothing of where the jobs run
-    return replace(chain, hardware=hardware, run_dir=run_dir, time_limit=cfg.cluster.get("time"))
+def _inform(configs: dict[str, StageConfig], chain: Chain) -> None:
+    """Puts into a stage's config what it needs to know of the others, so that it depends on it."""
+    for name, config in configs.items():
+        if (of_chain := getattr(_module(config), "of_chain", None)) is not None:
+            configs[name] = of_chain(config, chain)
 
 
 def preflight(cfg: DictConfig, chain: Chain, wanted: list[str]) -> Iterator[Problem]:
@@ -179,7 +161,8 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
     """Turns the stage nodes of a composed config into their dataclasses.
 
     Raises:
-        RecipeError: A value is missing, cannot be resolved or is of the wrong type.
+        RecipeError: A value is missing, cannot be resolved or is of the wrong type, or a stage is
+            of no known kind.
     """
     typed: dict[str, StageConfig] = {}
     for name, node in cfg.stages.items():
@@ -189,6 +172,7 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
             typed[str(name)] = OmegaConf.to_object(node)  # type: ignore[assignment]
         except OmegaConfBaseException as error:
             raise RecipeError(f"stages.{name}: {str(error).splitlines()[0]}") from error
+        stage_module(typed[str(name)].stage)
     if not typed:
         raise RecipeError("the recipe has no stages.")
     return typed

@@ -89,8 +89,8 @@ def job(cfg: Config, chain: Chain) -> Job:
     """A pass of the teacher over its windows, as a planner sees it; one, if all of the text."""
     tensor = cfg.tensor_model_parallel_size
     resources = cfg.resources
-    replicas = resources.nodes * resources.devices // tensor
-    batch = cfg.micro_batch_size * replicas
+    replicas = max(1, resources.nodes * resources.devices // max(1, tensor))
+    batch = max(1, cfg.micro_batch_size) * replicas
     layout = Layout(resources.nodes, resources.devices, tensor)
     return Job(
         name=cfg.stage,

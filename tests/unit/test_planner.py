@@ -39,13 +39,12 @@ def profile(name: str) -> Hardware:
 
 
 def dense(model: str, **changes: Any) -> Architecture:
-    """A bundled model's shape, without what only its family's reader knows."""
-    plain = CONFIGS[model] | {"architectures": ["LlamaForCausalLM"], "rope_scaling": None}
-    return replace(read_architecture(plain, model), **changes)
+    """A bundled model's shape, changed."""
+    return replace(read_architecture(CONFIGS[model], model), **changes)
 
 
 H100, CPU = profile("h100"), profile("cpu")
-LLAMA, QWEN = dense("meta-llama/Llama-3.1-8B"), dense("Qwen/Qwen3-8B", qk_layernorm=True)
+LLAMA, QWEN = dense("meta-llama/Llama-3.1-8B"), dense("Qwen/Qwen3-8B")
 NODES_96 = Layout(nodes=96, devices=8, tensor=8, micro_batch_size=2, sequence_parallel=True)
 SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
 
@@ -96,7 +95,7 @@ def hybrid_as_dense(layers: int, hidden: int, parameters: float) -> Architecture
             0.20,
         ),
         # The tutorial of Nemotron-Nano-9B-v2 there: "~9k". Mamba's scans are not in the formulas
-        # and do not reach a dense model's utilisation: the estimate is a third too low, and says so.
+        # and do not reach a dense model's utilisation: the estimate is a third too low.
         (
             distillation(
                 hybrid_as_dense(24, 4352, 7.00e9),
