@@ -37,8 +37,8 @@ class Problem:
         return RULES.get(self.rule, Rule(self.rule, ""))
 
     def __str__(self) -> str:
-        see = f"; see {self.reference}" if self.reference else ""
-        return f"{self.what}\n  fix: {self.fix}   [{self.rule}{see}]"
+        see = f"\n  see: {self.reference}" if self.reference else ""
+        return f"{self.what}\n  fix: {self.fix}   [{self.rule}]{see}"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""Every large recipe as it is, on a tiny model of its family: only targets, budget, layout and paths
-are others."""
+"""Every large recipe as it is, on a tiny model of its family; targets, budget and paths differ."""
 
 from __future__ import annotations
 

@@ -14,7 +14,10 @@ from recipes.metrics import METRICS, steps_of
 from tests.conftest import run_recipe
 from tests.cpu.conftest import EVEN, write_tiny_model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 STEPS = 8
 LAYOUTS = {
     "recompute selective": (1, ["recompute=selective"]),

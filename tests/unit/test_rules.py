@@ -190,7 +190,7 @@ def test_each_rule_is_tripped(
         return  # the command line says it: test_fields_that_cannot_be_are_explained
     with pytest.raises(RecipeError) as caught:
         plan(*overrides)
-    assert f"[{rule}" in str(caught.value)
+    assert f"[{rule}]" in str(caught.value)
     assert "  fix: " in str(caught.value)
     assert RULES[rule].reference in str(caught.value)
 
