@@ -26,9 +26,9 @@ def figures(jobs: Mapping[str, Job], hardware: Hardware, recalled: bool) -> dict
         "shape of the teacher": "bundled copy: config.json out of reach" if recalled else "its own",
         "tokens": sum(job.tokens for job in jobs.values()),
         "FLOPs": float(f"{sum(e.flops for e in found):.3g}"),
-        "hours": round(sum(e.hours for e in found), 2),
-        "device-hours": round(sum(e.device_hours for e in found), 2),
-        "dollars": round(sum(e.dollars for e in found), 2),
+        "hours": _rounded(sum(e.hours for e in found)),
+        "device-hours": _rounded(sum(e.device_hours for e in found)),
+        "dollars": _rounded(sum(e.dollars for e in found)),
         "memory of a rank, GB": round(max((e.memory.total for e in found), default=0) / 1e9, 1),
         "memory there is, GB": round((hardware.memory_bytes or 0) / 1e9, 1),
     }
@@ -141,7 +141,7 @@ def _layout(job: Job) -> str:
     layout = job.layout
     sizes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "EP": layout.expert}
     parts = [f"{name}={size}" for name, size in sizes.items() if size > 1]
-    parts += [f"DP={layout.data}", f"micro batch {layout.micro_batch_size}"]
+    parts += [f"DP={layout.data}", f"micro {layout.micro_batch_size}"]
     if layout.sequence_parallel:
         parts.append("SP")
     if layout.recompute != "none":
@@ -151,6 +151,11 @@ def _layout(job: Job) -> str:
 
 def _table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
     return {"title": title, "columns": columns, "rows": rows}
+
+
+def _rounded(number: float) -> float:
+    """Two digits after the point where they say something."""
+    return round(number) if number >= 100 else round(number, 2)
 
 
 def _short(number: float) -> str:
