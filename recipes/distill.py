@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import RecipeError
-from recipes.manifest import Outcome
+from recipes.manifest import Outcome, read_manifest
 from recipes.metrics import steps_of
 from recipes.parallelism import last_stage_layers
 from recipes.planner import Job
@@ -89,13 +89,21 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
 
 def job(cfg: Config, chain: Chain) -> Job:
     """The training as a planner sees it; a teacher that is cached, or not asked, takes nothing."""
-    source = chain.stages.get(cfg.inputs.get("teacher", ""))
-    cached = source is not None and source.stage == "cache_teacher"
     asked = cfg.kd_weight > 0 or cfg.hidden_weight > 0
-    teacher = chain.teacher if asked and not cached else None
+    teacher = chain.teacher if asked and not _is_cached(cfg.inputs.get("teacher"), chain) else None
     student = chain.shape_of(cfg.inputs.get("student"))
     terms = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
     return training_job(cfg, student, teacher, terms)
+
+
+def _is_cached(teacher: str | None, chain: Chain) -> bool:
+    """Whether a teacher is a cache: a stage of this run, or another run's."""
+    if not teacher:
+        return False
+    if (source := chain.stages.get(teacher)) is not None:
+        return source.stage == "cache_teacher"
+    manifest = read_manifest(Path(teacher)) if Path(teacher).is_dir() else None
+    return manifest is not None and manifest.kind == CACHED
 
 
 def _loss_problems(cfg: Config) -> Iterator[Problem]:

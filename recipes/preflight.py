@@ -9,6 +9,7 @@ from pathlib import Path
 from recipes.architecture import Architecture, pruned, read_architecture
 from recipes.errors import RecipeError
 from recipes.hardware import Hardware
+from recipes.manifest import read_manifest
 from recipes.rules import ERROR, RULES, Rule
 from recipes.sources import read_or_recall_config
 from recipes.stage import StageConfig
@@ -58,8 +59,15 @@ class Chain:
     """The teacher's shape is the one bundled here, since its config.json is out of reach."""
 
     def shape_of(self, stage: str | None) -> Architecture:
-        """Shape of the model that a stage makes: the teacher's, unless it prunes."""
+        """Shape of the model that a stage makes: the teacher's, unless it prunes.
+
+        Of another run's stage it is in the manifest.
+        """
         config = self.stages.get(stage or "")
+        if config is None and stage and Path(stage).is_dir():
+            manifest = read_manifest(Path(stage))
+            if manifest is not None and manifest.architecture is not None:
+                return Architecture(**manifest.architecture)
         targets = getattr(config, "targets", None)
         return pruned(self.teacher, targets()) if targets else self.teacher
 

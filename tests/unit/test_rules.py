@@ -263,3 +263,28 @@ def test_a_text_that_was_prepared_is_counted_exactly(
     assert "epochs" in {n.rule for n in first.notes}
     complete(first)  # which says that it has 1,000,000 tokens
     assert "epochs" not in {n.rule for n in plan(*overrides).notes}
+
+
+def test_models_of_another_run_are_planned_as_they_are(
+    plan: MakePlan, complete: Complete, tmp_path: Path
+) -> None:
+    complete(plan())
+    (tmp_path / "run").rename(tmp_path / "other")
+    student = tmp_path / "other" / "prune"
+    manifest = read_manifest(student)
+    assert manifest is not None
+    shape = budget.jobs_of(plan().chain)["distill"].trained
+    assert shape is not None
+    manifest.architecture = {**shape.as_dict(), "num_layers": 7}
+    write_manifest(student, manifest)
+    inputs = f"{D}inputs.student={student}"
+    job = budget.jobs_of(plan(inputs).chain)["distill"]
+    assert job.trained is not None
+    assert (job.trained.num_layers, job.teacher is None) == (7, False)
+    cache = tmp_path / "other" / "import_hf"
+    teacher = read_manifest(cache)
+    assert teacher is not None
+    teacher.kind = "teacher_logits"
+    write_manifest(cache, teacher)
+    cached = budget.jobs_of(plan(inputs, f"{D}inputs.teacher={cache}").chain)["distill"]
+    assert cached.teacher is None
