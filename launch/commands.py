@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch import lock
+from launch import doctor, lock
 from launch.console import headline
 from launch.executors import slurm_queue
 from launch.logs import newest_log, tail
@@ -105,25 +105,28 @@ def _interesting(run_dir: Path) -> str:
     return started[-1]
 
 
-COMMANDS: Mapping[str, tuple[Callable[[Options, Console], None], tuple[str, ...]]] = {
+RUN_COMMANDS: Mapping[str, tuple[Callable[[Options, Console], None], tuple[str, ...]]] = {
     "status": (status, ("run_dir", "recipe")),
     "cancel": (cancel, ("run_dir", "recipe")),
     "logs": (logs, ("run_dir", "recipe", "stage", "lines")),
 }
+"""About one run, with the options that they take."""
 
 
 def is_command(words: Sequence[str]) -> bool:
     """Whether a command line is one of these, and not a recipe for Hydra."""
-    return bool(words) and words[0] in COMMANDS
+    return bool(words) and (words[0] in RUN_COMMANDS or words[0] in ("doctor",))
 
 
-def run(words: Sequence[str], console: Console) -> None:
-    """Runs a command line such as ``status run_dir=DIR``.
+def run(words: Sequence[str], console: Console) -> int:
+    """Runs a command line such as ``status run_dir=DIR``; returns the exit status.
 
     Raises:
         RecipeError: It cannot be understood, or cannot be done.
     """
-    command, known = COMMANDS[words[0]]
+    if words[0] == "doctor":
+        return doctor.run(words[1:], console)
+    command, known = RUN_COMMANDS[words[0]]
     options = {}
     for word in words[1:]:
         key, equals, value = word.partition("=")
@@ -134,6 +137,7 @@ def run(words: Sequence[str], console: Console) -> None:
             )
         options[key] = value
     command(options, console)
+    return 0
 
 
 def _directory(options: Options) -> Path:

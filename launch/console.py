@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,6 +41,30 @@ def print_plan(plan: Plan, console: Console) -> None:
         style = "dim" if stage.action == "skip" else "bold"
         table.add_row(f"[{style}]{stage.name}", stage.action, escape(stage.reason))
     console.print(table)
+
+
+def print_notes(plan: Plan, waived: Collection[str], console: Console) -> None:
+    """Shows warnings, and what was waived."""
+    for note in plan.notes:
+        how = "waived" if note.rule in waived else note.severity
+        console.print(f"{how}: {note}", markup=False, style="dim" if how == "waived" else "yellow")
+
+
+def print_tables(plan: Plan, console: Console) -> None:
+    """Shows the tables that planning stages made, if they ran or are all that was asked for."""
+    for stage in plan.stages:
+        manifest = read_manifest(stage.directory)
+        if manifest is None or manifest.kind != "plan":
+            continue
+        if stage not in plan.todo() and len(plan.stages) > 1:
+            continue
+        for made in manifest.metrics["tables"]:
+            table = Table(title=made["title"], title_justify="left", box=None)
+            for column in made["columns"]:
+                table.add_column(column)
+            for row in made["rows"]:
+                table.add_row(*(escape(str(cell)) for cell in row))
+            console.print(table)
 
 
 def print_summary(plan: Plan, seconds: float, console: Console) -> None:
@@ -82,6 +106,9 @@ def headline(manifest: Manifest) -> str:
         )
     if manifest.kind == "report":
         return str(m["file"])
+    if manifest.kind == "plan":
+        f = m["figures"]
+        return f"{f['device-hours']:,} device-hours on {f['hardware']}, ${f['dollars']:,}"
     if manifest.parameters:
         return f"{manifest.parameters / 1e6:.1f} M parameters"
     return ""

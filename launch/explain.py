@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from recipes.errors import RecipeError, did_you_mean
+from recipes.rules import REFUSED_FIELDS, RULES
 
 
 def explain(error: Exception) -> str:
@@ -21,6 +22,10 @@ def explain(error: Exception) -> str:
         name = key.group(1) or key.group(2)
         full = re.search(r"full_key: (\S+)", text)
         where = full.group(1) if full else name
+        if rule := REFUSED_FIELDS.get(name):
+            return (
+                f"there is no field {where}: {RULES[rule].reason}.\n  fix: leave it out   [{rule}]"
+            )
         return f"there is no field {where}.{did_you_mean(name, _fields(error))}"
     return "\n  ".join(_chain_of(error)[:2])
 

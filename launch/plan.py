@@ -5,7 +5,7 @@ from __future__ import annotations
 import graphlib
 import importlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +14,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.machine import chain_of, cluster_problems
 from launch.status import ADOPT, SKIP, require_nothing_lost, status
+from recipes.budget import budget_problems
 from recipes.errors import RecipeError, did_you_mean
 from recipes.fingerprint import (
     REPO_ROOT,
@@ -24,7 +26,8 @@ from recipes.fingerprint import (
     stage_fingerprint,
 )
 from recipes.manifest import check_artifact
-from recipes.preflight import Chain, read_chain, require_none
+from recipes.preflight import Chain, Problem, require_none
+from recipes.rules import ERROR, require_known
 from recipes.stage import StageConfig
 
 
@@ -51,6 +54,11 @@ class PlannedStage:
     action: str
     reason: str
 
+    @property
+    def light(self) -> bool:
+        """Whether the stage needs no torch, and so no torchrun."""
+        return bool(getattr(_module(self.config), "LIGHT", False))
+
     def request(self) -> dict[str, Any]:
         """Content of the stage's ``config.yaml``."""
         return {
@@ -76,6 +84,8 @@ class Plan:
     run_dir: Path
     chain: Chain
     stages: tuple[PlannedStage, ...]
+    notes: tuple[Problem, ...] = ()
+    """Warnings, and errors that were waived."""
 
     def todo(self) -> list[PlannedStage]:
         """Stages that will be started, in order."""
@@ -109,11 +119,11 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     only = _known(cfg.stages.get("only"), configs, "stages.only")
     force = _known(cfg.force, configs, "force") or set()
     order = _order(configs)
-    chain = read_chain(cfg.model.hf_path, configs)
+    waived = require_known(cfg.waive)
+    chain = chain_of(cfg, configs, run_dir)
     wanted = [name for name in order if only is None or name in only]
-    require_none(
-        problem for name in wanted for problem in _module(configs[name]).check(configs[name], chain)
-    )
+    notes = require_none(preflight(cfg, chain, wanted), waived)
+    _inform(configs, chain)
     planned: dict[str, PlannedStage] = {}
     for name in order:
         stage = _plan_stage(name, configs[name], run_dir, planned, force)
@@ -124,16 +134,35 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
         if name not in wanted and _is_input(name, wanted, configs):
             _require_complete(stage)
         planned[name] = stage
-    plan = Plan(run_dir, chain, tuple(planned[name] for name in wanted))
-    _require_disk(plan)
-    return plan
+    plan = Plan(run_dir, chain, tuple(planned[name] for name in wanted), notes)
+    return replace(plan, notes=notes + require_none(_disk_problems(plan), waived))
+
+
+def _inform(configs: dict[str, StageConfig], chain: Chain) -> None:
+    """Puts into a stage's config what it needs to know of the others, so that it depends on it."""
+    for name, config in configs.items():
+        if (of_chain := getattr(_module(config), "of_chain", None)) is not None:
+            configs[name] = of_chain(config, chain)
+
+
+def preflight(cfg: DictConfig, chain: Chain, wanted: list[str]) -> Iterator[Problem]:
+    """Everything that is wrong with the stages that are wanted, and with the chain as a whole."""
+    yield from cluster_problems(cfg.cluster)
+    failed = False
+    for name in wanted:
+        for problem in _module(chain.stages[name]).check(chain.stages[name], chain):
+            failed = failed or problem.severity == ERROR
+            yield problem
+    if not failed:  # else the arithmetic has nothing to stand on
+        yield from budget_problems(chain, wanted)
 
 
 def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
     """Turns the stage nodes of a composed config into their dataclasses.
 
     Raises:
-        RecipeError: A value is missing, cannot be resolved or is of the wrong type.
+        RecipeError: A value is missing, cannot be resolved or is of the wrong type, or a stage is
+            of no known kind.
     """
     typed: dict[str, StageConfig] = {}
     for name, node in cfg.stages.items():
@@ -143,6 +172,7 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
             typed[str(name)] = OmegaConf.to_object(node)  # type: ignore[assignment]
         except OmegaConfBaseException as error:
             raise RecipeError(f"stages.{name}: {str(error).splitlines()[0]}") from error
+        stage_module(typed[str(name)].stage)
     if not typed:
         raise RecipeError("the recipe has no stages.")
     return typed
@@ -283,8 +313,8 @@ def _require_complete(stage: PlannedStage) -> None:
         )
 
 
-def _require_disk(plan: Plan) -> None:
-    """Refuses to start what would fill the disk."""
+def _disk_problems(plan: Plan) -> Iterator[Problem]:
+    """What would fill the disk: artifacts, and the checkpoints that a training keeps."""
     need = sum(
         getattr(_module(stage.config), "disk_bytes", lambda *_: 0)(stage.config, plan.chain)
         for stage in plan.todo()
@@ -292,7 +322,8 @@ def _require_disk(plan: Plan) -> None:
     existing = next(p for p in (plan.run_dir, *plan.run_dir.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if need > free:
-        raise RecipeError(
+        yield Problem(
+            "disk",
             f"{plan.run_dir} needs about {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free.",
-            "free some space, or set run_dir to another disk",
+            "free some space, set run_dir to another disk, or lower keep_checkpoints",
         )

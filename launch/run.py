@@ -68,6 +68,7 @@ def run(cfg: DictConfig, recipe: str) -> None:
         )
     plan = executor.prepare(make_plan(cfg, run_dir), cluster)
     view.print_plan(plan, console)
+    view.print_notes(plan, set(cfg.waive), console)
     ended = not cfg.dry_run
     if any(stage.action != SKIP for stage in plan.stages):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -80,6 +81,7 @@ def run(cfg: DictConfig, recipe: str) -> None:
     if cfg.dry_run:
         console.print(f"dry run: configs and scripts are in {run_dir}; nothing was started")
     elif ended:
+        view.print_tables(plan, console)
         view.print_summary(plan, time.monotonic() - began, console)
 
 
@@ -136,9 +138,8 @@ def cli() -> int:
     schema.register()
     try:
         if commands.is_command(sys.argv[1:]):
-            commands.run(sys.argv[1:], console)
-        else:
-            main()
+            return commands.run(sys.argv[1:], console)
+        main()
     except KeyboardInterrupt:
         console.print("interrupted; the same command resumes")
         return 130

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes.manifest import Outcome
 from recipes.parallelism import layout_problems
+from recipes.planner import Job, Layout
 from recipes.preflight import Chain, Problem, window_problems
 from recipes.stage import Inputs, Resources, StageConfig, metrics_log, stage_main
 from recipes.training import PRECISIONS, dtype_of
@@ -58,6 +59,8 @@ class _Layout:
     seq_length: int
     inputs: dict[str, str] = field(default_factory=dict)
     pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
     micro_batch_size: int = 1
     global_batch_size: int = 1
@@ -80,6 +83,25 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
     layout = _Layout(cfg.resources, cfg.tensor_model_parallel_size, cfg.seq_length)
     layout.global_batch_size = cfg.resources.nodes * cfg.resources.devices
     yield from layout_problems(layout, chain)
+
+
+def job(cfg: Config, chain: Chain) -> Job:
+    """A pass of the teacher over its windows, as a planner sees it; one, if all of the text."""
+    tensor = cfg.tensor_model_parallel_size
+    resources = cfg.resources
+    replicas = max(1, resources.nodes * resources.devices // max(1, tensor))
+    batch = max(1, cfg.micro_batch_size) * replicas
+    layout = Layout(resources.nodes, resources.devices, tensor)
+    return Job(
+        name=cfg.stage,
+        trained=None,
+        teacher=chain.teacher,
+        layout=replace(layout, micro_batch_size=cfg.micro_batch_size),
+        seq_length=cfg.seq_length,
+        global_batch_size=batch,
+        steps=max(1, (cfg.num_windows or 1) // batch),
+        bf16=cfg.precision == "bf16-mixed",
+    )
 
 
 def disk_bytes(cfg: Config, chain: Chain) -> int:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.manifest import Outcome
+from recipes.planner import Job
 from recipes.preflight import Chain, Problem
 from recipes.stage import Inputs, metrics_file, metrics_log, rank, stage_main
 from recipes.training import (
     TrainingConfig,
     training_bytes,
+    training_job,
     training_problems,
     training_progress,
     training_summary,
@@ -34,6 +36,11 @@ class Config(TrainingConfig):
 def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
     """Finds settings that would fail once training has started."""
     yield from training_problems(cfg, chain)
+
+
+def job(cfg: Config, chain: Chain) -> Job:
+    """The training as a planner sees it."""
+    return training_job(cfg, chain.teacher)
 
 
 def disk_bytes(cfg: Config, chain: Chain) -> int:

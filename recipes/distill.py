@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import RecipeError
-from recipes.manifest import Outcome
+from recipes.manifest import Outcome, read_manifest
 from recipes.metrics import steps_of
 from recipes.parallelism import last_stage_layers
+from recipes.planner import Job
 from recipes.preflight import Chain, Problem
 from recipes.stage import Inputs, StageConfig, metrics_file, metrics_log, rank, stage_main
+from recipes.tokenizer_identity import tokenizer_problems
 from recipes.training import (
     TrainingConfig,
     training_bytes,
+    training_job,
     training_problems,
     training_progress,
     training_summary,
@@ -74,6 +77,33 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
     source = chain.stages.get(cfg.inputs.get("teacher", ""))
     if source is not None and source.stage == "cache_teacher":
         yield from _cache_problems(cfg, source)
+    if cfg.hidden_weight and cfg.recompute == "full":
+        yield Problem(
+            "recompute",
+            "hidden_weight is set, but recompute=full runs the layers that it compares without "
+            "gradients",
+            "use recompute=none or selective, or hidden_weight=0",
+        )
+    yield from tokenizer_problems(cfg, chain)
+
+
+def job(cfg: Config, chain: Chain) -> Job:
+    """The training as a planner sees it; a teacher that is cached, or not asked, takes nothing."""
+    asked = cfg.kd_weight > 0 or cfg.hidden_weight > 0
+    teacher = chain.teacher if asked and not _is_cached(cfg.inputs.get("teacher"), chain) else None
+    student = chain.shape_of(cfg.inputs.get("student"))
+    terms = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
+    return training_job(cfg, student, teacher, terms)
+
+
+def _is_cached(teacher: str | None, chain: Chain) -> bool:
+    """Whether a teacher is a cache: a stage of this run, or another run's."""
+    if not teacher:
+        return False
+    if (source := chain.stages.get(teacher)) is not None:
+        return source.stage == "cache_teacher"
+    manifest = read_manifest(Path(teacher)) if Path(teacher).is_dir() else None
+    return manifest is not None and manifest.kind == CACHED
 
 
 def _loss_problems(cfg: Config) -> Iterator[Problem]:
@@ -137,6 +167,13 @@ def _cache_problems(cfg: Config, cache: StageConfig) -> Iterator[Problem]:
                 f"{name}={ours}, but the cached teacher's is {cached}",
                 "use the same in both stages",
             )
+    if cfg.context_parallel_size > 1:
+        yield Problem(
+            "cached-teacher",
+            f"context_parallel_size={cfg.context_parallel_size}, but a cached teacher's windows "
+            "are not split",
+            "use teacher=live, or context_parallel_size=1",
+        )
     if cfg.hidden_weight:
         yield Problem(
             "cached-teacher",

@@ -10,7 +10,7 @@ from omegaconf import MISSING
 
 from recipes.manifest import Outcome
 from recipes.preflight import Chain, Problem, one_rank_problems
-from recipes.sources import model_name
+from recipes.sources import model_name, weight_names
 from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 
 KIND = "checkpoint_nemo"
@@ -33,8 +33,16 @@ def external(cfg: Config) -> dict[str, Path]:
 
 
 def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
-    """The teacher itself was checked when the chain was read."""
+    """The teacher's shape was checked when the chain was read; here it is its weights' names."""
     yield from one_rank_problems(cfg, "a conversion is one process's work")
+    names = weight_names(Path(cfg.hf_path)) if external(cfg) else frozenset()
+    if names and not chain.teacher.tied_embeddings and "lm_head.weight" not in names:
+        yield Problem(
+            "tied-embeddings",
+            f"{cfg.hf_path}: config.json says that the embeddings are not tied, but the weights "
+            "have no lm_head.weight",
+            "set tie_word_embeddings to true in config.json, or save the model with its head",
+        )
 
 
 def disk_bytes(cfg: Config, chain: Chain) -> int:

@@ -42,6 +42,7 @@ SHARED_SETTINGS = (
     "pipeline_model_parallel_size",
     "sequence_parallel",
     "context_parallel_size",
+    "expert_model_parallel_size",
     "params_dtype",
     "pipeline_dtype",
     "autocast_dtype",

@@ -61,6 +61,7 @@ def train(
     scratch = out.parent.parent
     restored = nemo.restore_model(start)
     restored.config.seq_length = cfg.seq_length
+    _set_recompute(restored.config, cfg.recompute)
     model = KDModel(restored, objective)
     trainer = _trainer(cfg)
     # After construction: NeMo copies what it is given.
@@ -92,7 +93,9 @@ def _save_trained(
     written.params_dtype, written.bf16 = cfg.dtype, cfg.dtype == torch.bfloat16
     # The layout of this training is not the model's.
     written.tensor_model_parallel_size = written.pipeline_model_parallel_size = 1
+    written.context_parallel_size = written.expert_model_parallel_size = 1
     written.sequence_parallel = False
+    _set_recompute(written, "none")
     with tempfile.TemporaryDirectory() as temporary, model.without_loss_modules():
         staged = Path(temporary) / nemo.SIDE
         copy_side_files(side, staged)
@@ -101,6 +104,14 @@ def _save_trained(
         config["torch_dtype"] = str(cfg.dtype).removeprefix("torch.")
         write_text_atomically(staged / "config.json", json.dumps(config, indent=2) + "\n")
         nemo.save_checkpoint(out, restored, model.core_module, staged, rank())
+
+
+def _set_recompute(config: Any, recompute: str) -> None:
+    """What the backward pass computes again: nothing, attention's scores, or all of a layer."""
+    config.recompute_granularity = None if recompute == "none" else recompute
+    full = recompute == "full"
+    config.recompute_method = "uniform" if full else None
+    config.recompute_num_layers = 1 if full else None
 
 
 class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
@@ -143,6 +154,8 @@ def _trainer(cfg: TrainingConfig) -> Any:
     strategy = _Strategy(
         tensor_model_parallel_size=cfg.tensor_model_parallel_size,
         pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,
+        context_parallel_size=cfg.context_parallel_size,
+        expert_model_parallel_size=cfg.expert_model_parallel_size,
         sequence_parallel=cfg.sequence_parallel and cfg.tensor_model_parallel_size > 1,
         pipeline_dtype=cfg.dtype,
         ddp=DistributedDataParallelConfig(

@@ -9,6 +9,17 @@ from recipes.architecture import Architecture
 from recipes.preflight import Chain, Problem
 from recipes.stage import Resources
 
+POSITIVE = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "micro_batch_size",
+    "global_batch_size",
+)
+ALIGNMENT = 16
+"""What FP8 matrix products of cuBLASLt want every dimension to be a multiple of; bf16 wants 8."""
+
 
 class ParallelConfig(Protocol):
     """What a config of a parallel training stage has."""
@@ -17,6 +28,8 @@ class ParallelConfig(Protocol):
     resources: Resources
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
+    context_parallel_size: int
+    expert_model_parallel_size: int
     sequence_parallel: bool
     seq_length: int
     micro_batch_size: int
@@ -26,8 +39,13 @@ class ParallelConfig(Protocol):
 def data_parallel_size(cfg: ParallelConfig) -> int:
     """Ranks left for data parallelism; 0 if the sizes do not divide the ranks."""
     ranks = cfg.resources.nodes * cfg.resources.devices
-    model = cfg.tensor_model_parallel_size * cfg.pipeline_model_parallel_size
+    model = _model_parallel_size(cfg)
     return ranks // model if ranks % model == 0 else 0
+
+
+def _model_parallel_size(cfg: ParallelConfig) -> int:
+    tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+    return tensor * pipeline * cfg.context_parallel_size
 
 
 def pipeline_split(num_layers: int, stages: int) -> list[int]:
@@ -65,12 +83,12 @@ def last_stage_layers(num_layers: int, stages: int) -> range:
 
 def layout_problems(cfg: ParallelConfig, chain: Chain) -> Iterator[Problem]:
     """Checks ranks, models and windows against TP and PP, and the batch against what is left."""
-    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    zero = [n for n in (*sizes, "micro_batch_size", "global_batch_size") if getattr(cfg, n) < 1]
+    zero = [name for name in POSITIVE if getattr(cfg, name) < 1]
     if zero:
         yield Problem("positive", f"{', '.join(zero)} is not positive", "use 1 or more")
         return
     yield from _rank_problems(cfg)
+    yield from _context_problems(cfg, chain)
     tensor = cfg.tensor_model_parallel_size
     if cfg.sequence_parallel and cfg.seq_length % tensor:
         yield Problem(
@@ -82,6 +100,7 @@ def layout_problems(cfg: ParallelConfig, chain: Chain) -> Iterator[Problem]:
     student = chain.shape_of(cfg.inputs.get("student"))
     if student != chain.teacher:
         yield from _shape_problems(cfg, "student", student)
+        yield from _alignment_problems(cfg, student)
 
 
 def _rank_problems(cfg: ParallelConfig) -> Iterator[Problem]:
@@ -90,8 +109,8 @@ def _rank_problems(cfg: ParallelConfig) -> Iterator[Problem]:
     if data == 0:
         yield Problem(
             "ranks",
-            f"{ranks} rank(s) cannot be split into TP={tensor} x PP={pipeline}",
-            f"set resources.devices to a multiple of {tensor * pipeline}",
+            f"{ranks} rank(s) cannot be split into TP={tensor} x PP={pipeline}{_context(cfg)}",
+            f"set resources.devices to a multiple of {_model_parallel_size(cfg)}",
         )
     elif cfg.global_batch_size % (data * cfg.micro_batch_size):
         step = data * cfg.micro_batch_size
@@ -103,9 +122,52 @@ def _rank_problems(cfg: ParallelConfig) -> Iterator[Problem]:
         )
 
 
+def _context(cfg: ParallelConfig) -> str:
+    return f" x CP={cfg.context_parallel_size}" if cfg.context_parallel_size > 1 else ""
+
+
+def _context_problems(cfg: ParallelConfig, chain: Chain) -> Iterator[Problem]:
+    context = cfg.context_parallel_size
+    if context == 1:
+        return
+    if not chain.hardware.on_gpu:
+        yield Problem(
+            "context-parallel",
+            f"context_parallel_size={context} with hardware={chain.hardware.name}: attention over "
+            "several ranks is TransformerEngine's, which needs a GPU",
+            "set context_parallel_size=1, or hardware to the GPU that this runs on",
+        )
+    if cfg.seq_length % (2 * context):
+        yield Problem(
+            "context-parallel",
+            f"seq_length={cfg.seq_length} cannot be split into two chunks for each of "
+            f"CP={context} ranks",
+            f"use a multiple of {2 * context}",
+        )
+
+
+def _expert_problems(cfg: ParallelConfig, role: str, shape: Architecture) -> Iterator[Problem]:
+    expert, experts = cfg.expert_model_parallel_size, shape.num_moe_experts
+    replicas = data_parallel_size(cfg) * cfg.context_parallel_size
+    if expert == 1:
+        return
+    if not experts or experts % expert:
+        yield Problem(
+            "expert-parallel",
+            f"the {role}'s {experts} experts cannot be split over EP={expert} ranks",
+            "set expert_model_parallel_size to a divisor" if experts else "set it to 1",
+        )
+    elif replicas % expert:
+        yield Problem(
+            "expert-parallel",
+            f"EP={expert} does not divide the {replicas} replicas, over which experts are split",
+            "lower expert_model_parallel_size",
+        )
+
+
 def _shape_problems(cfg: ParallelConfig, role: str, shape: Architecture) -> Iterator[Problem]:
     tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
-    for axis in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
+    for axis in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         size = getattr(shape, axis)
         if size % tensor:
             yield Problem(
@@ -113,9 +175,31 @@ def _shape_problems(cfg: ParallelConfig, role: str, shape: Architecture) -> Iter
                 f"the {role}'s {axis}={size} is not divisible by TP={tensor}",
                 "lower tensor_model_parallel_size",
             )
+    if shape.vocab_size % tensor:
+        yield Problem(
+            "vocabulary",
+            f"the {role}'s vocab_size={shape.vocab_size} is not divisible by TP={tensor}, and "
+            "a padded vocabulary is not supported",
+            "lower tensor_model_parallel_size, or resize the embeddings before the import",
+        )
     if shape.num_layers < pipeline:
         yield Problem(
             "pipeline-parallel",
             f"the {role} has {shape.num_layers} layers, fewer than PP={pipeline}",
             f"set pipeline_model_parallel_size to at most {shape.num_layers}",
         )
+    yield from _expert_problems(cfg, role, shape)
+
+
+def _alignment_problems(cfg: ParallelConfig, student: Architecture) -> Iterator[Problem]:
+    """Sizes that a kernel sees: of a rank, for what tensor parallelism splits."""
+    tensor = cfg.tensor_model_parallel_size
+    for axis, share in (("hidden_size", 1), ("ffn_hidden_size", tensor)):
+        size = getattr(student, axis)
+        if size % share == 0 and size // share % ALIGNMENT:
+            where = f", {size // share} on each of TP={share} ranks," if share > 1 else ""
+            yield Problem(
+                "alignment",
+                f"the student's {axis}={size}{where} is not a multiple of {ALIGNMENT}",
+                f"prune to a multiple of {ALIGNMENT * share}",
+            )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from recipes.architecture import Architecture, pruned, read_architecture
 from recipes.errors import RecipeError
-from recipes.sources import read_hf_config
+from recipes.hardware import Hardware
+from recipes.manifest import read_manifest
+from recipes.rules import ERROR, RULES, Rule
+from recipes.sources import read_or_recall_config
 from recipes.stage import StageConfig
 
 
@@ -19,8 +23,23 @@ class Problem:
     what: str
     fix: str
 
+    @property
+    def severity(self) -> str:
+        """``error`` or ``warning``, as the table of rules has it."""
+        return self._known.severity
+
+    @property
+    def reference(self) -> str:
+        """Where others met it: issues or a paper; empty if nowhere known."""
+        return self._known.reference
+
+    @property
+    def _known(self) -> Rule:
+        return RULES.get(self.rule, Rule(self.rule, ""))
+
     def __str__(self) -> str:
-        return f"{self.what}\n  fix: {self.fix}   [{self.rule}]"
+        see = f"\n  see: {self.reference}" if self.reference else ""
+        return f"{self.what}\n  fix: {self.fix}   [{self.rule}]{see}"
 
 
 @dataclass(frozen=True)
@@ -30,10 +49,25 @@ class Chain:
     hf_path: str
     teacher: Architecture
     stages: Mapping[str, StageConfig]
+    hardware: Hardware = field(default_factory=Hardware)
+    """What the stages run on."""
+    run_dir: Path | None = None
+    """Where results of this chain are, if it has run before."""
+    time_limit: str | None = None
+    """What a job may take, as Slurm writes it; none by default."""
+    recalled: bool = False
+    """The teacher's shape is the one bundled here, since its config.json is out of reach."""
 
     def shape_of(self, stage: str | None) -> Architecture:
-        """Shape of the model that a stage makes: the teacher's, unless it prunes."""
+        """Shape of the model that a stage makes: the teacher's, unless it prunes.
+
+        Of another run's stage it is in the manifest.
+        """
         config = self.stages.get(stage or "")
+        if config is None and stage and Path(stage).is_dir():
+            manifest = read_manifest(Path(stage))
+            if manifest is not None and manifest.architecture is not None:
+                return Architecture(**manifest.architecture)
         targets = getattr(config, "targets", None)
         return pruned(self.teacher, targets()) if targets else self.teacher
 
@@ -65,12 +99,22 @@ def read_chain(hf_path: str, stages: Mapping[str, StageConfig]) -> Chain:
     Raises:
         RecipeError: There is no usable teacher.
     """
-    teacher = read_architecture(read_hf_config(hf_path), hf_path)
-    return Chain(hf_path, teacher, stages)
+    config, recalled = read_or_recall_config(hf_path)
+    return Chain(hf_path, read_architecture(config, hf_path), stages, recalled=recalled)
 
 
-def require_none(problems: Iterable[Problem]) -> None:
-    """Raises one ``RecipeError`` that lists all problems, if there are any."""
-    found = [str(problem) for problem in problems]
-    if found:
-        raise RecipeError("\n".join(found))
+def require_none(problems: Iterable[Problem], waived: Collection[str] = ()) -> tuple[Problem, ...]:
+    """Raises one ``RecipeError`` that lists all errors, if there are any.
+
+    Args:
+        problems: What was found.
+        waived: Rules whose errors do not stop the run.
+
+    Returns:
+        What was found and does not stop the run.
+    """
+    found = tuple(dict.fromkeys(problems))
+    stopping = [str(p) for p in found if p.severity == ERROR and p.rule not in waived]
+    if stopping:
+        raise RecipeError("\n".join(stopping))
+    return found

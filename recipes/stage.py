@@ -4,8 +4,11 @@ A stage is a module with a ``Config`` dataclass, the ``KIND`` it produces, the k
 ``INPUTS`` (one or a tuple of several), and ``run(cfg, inputs, out) -> Outcome``. It may have
 ``OPTIONAL_INPUTS``, which a recipe may leave out, ``check(cfg, chain)``, which finds in a second
 what would fail after an hour, and ``progress(work)``, which says how far unfinished work has come
-("step 50"), or ``None`` when there is nothing to lose. The launcher starts it as ``torchrun -m
-recipes.<stage> --config <stage directory>/config.yaml``; ranks never compose.
+("step 50"), or ``None`` when there is nothing to lose. A training also has ``job(cfg, chain)``,
+which is what a planner sees of it; and a stage whose result depends on others' settings has
+``of_chain(cfg, chain)``, which puts them into its own. The launcher starts it as ``torchrun -m
+recipes.<stage> --config <stage directory>/config.yaml``, without torchrun if the module says
+``LIGHT = True``; ranks never compose.
 """
 
 from __future__ import annotations

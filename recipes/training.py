@@ -8,8 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from recipes.architecture import Architecture
 from recipes.metrics import steps_of
 from recipes.parallelism import layout_problems
+from recipes.planner import Job, Layout
 from recipes.preflight import Chain, Problem, window_problems
 from recipes.stage import StageConfig
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("bf16-mixed", "32")
+RECOMPUTE = ("none", "selective", "full")
 CHECKPOINTS = "checkpoints"
 """Directory in a stage's work that holds the checkpoints it can resume from."""
 UNFINISHED = "-unfinished"
@@ -56,6 +59,13 @@ class TrainingConfig(StageConfig):
     pipeline_model_parallel_size: int = field(default=1, metadata=RESOURCE)
     sequence_parallel: bool = field(default=False, metadata=RESOURCE)
     """Splits activations between tensor-parallel regions along the sequence; no effect at TP=1."""
+    context_parallel_size: int = field(default=1, metadata=RESOURCE)
+    """Splits each window over ranks, attention included; needs TransformerEngine, so GPUs."""
+    expert_model_parallel_size: int = field(default=1, metadata=RESOURCE)
+    """Splits the experts of a mixture over the replicas."""
+    recompute: str = field(default="none", metadata=RESOURCE)
+    """Computes activations again in the backward pass: ``none``, ``selective`` (attention's
+    scores, which flash attention does not hold anyway) or ``full`` (keeps a layer's input only)."""
     val_check_interval: int = 100
     limit_val_batches: int = 4
     checkpoint_interval: int = 100
@@ -88,8 +98,43 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             f"warmup_steps={cfg.warmup_steps} leaves no step of max_steps={cfg.max_steps}",
             "set warmup_steps lower",
         )
+    if cfg.recompute not in RECOMPUTE:
+        yield Problem("recompute", f"recompute={cfg.recompute}", f"use {' or '.join(RECOMPUTE)}")
     yield from window_problems(cfg.seq_length, chain)
     yield from layout_problems(cfg, chain)
+
+
+def layout_of(cfg: TrainingConfig) -> Layout:
+    """The layout in a planner's terms."""
+    return Layout(
+        nodes=cfg.resources.nodes,
+        devices=cfg.resources.devices,
+        tensor=cfg.tensor_model_parallel_size,
+        pipeline=cfg.pipeline_model_parallel_size,
+        context=cfg.context_parallel_size,
+        expert=cfg.expert_model_parallel_size,
+        micro_batch_size=cfg.micro_batch_size,
+        sequence_parallel=cfg.sequence_parallel and cfg.tensor_model_parallel_size > 1,
+        recompute=cfg.recompute,
+    )
+
+
+def training_job(
+    cfg: TrainingConfig, trained: Architecture, teacher: Architecture | None = None, terms: int = 1
+) -> Job:
+    """The training as a planner sees it."""
+    return Job(
+        name=cfg.stage,
+        trained=trained,
+        teacher=teacher,
+        layout=layout_of(cfg),
+        seq_length=cfg.seq_length,
+        global_batch_size=cfg.global_batch_size,
+        steps=cfg.max_steps,
+        bf16=cfg.precision == "bf16-mixed",
+        gradient_bytes=4 if cfg.grad_reduce_in_fp32 else 2,
+        terms=terms,
+    )
 
 
 def training_bytes(cfg: TrainingConfig, parameters: int) -> int:

@@ -44,11 +44,15 @@ def require_one_machine(plan: Plan, cluster: Cluster) -> None:
 
 
 def torchrun(stage: PlannedStage, python: str) -> list[str]:
-    """A stage's command line on one machine."""
+    """A stage's command line on one machine; a light one needs no torch, slow to import."""
+    work = ["-m", stage.module, "--config", str(stage.directory / "config.yaml")]
+    if stage.light:
+        return [python, *work]
+    devices = stage.config.resources.devices
     return [
         *(python, "-m", "torch.distributed.run", "--standalone"),
-        f"--nproc-per-node={stage.config.resources.devices}",
-        *("-m", stage.module, "--config", str(stage.directory / "config.yaml")),
+        f"--nproc-per-node={devices}",
+        *work,
     ]
 
 

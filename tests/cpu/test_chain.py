@@ -16,7 +16,16 @@ from recipes.manifest import ARTIFACT, MANIFEST, Manifest, read_manifest
 from recipes.metrics import METRICS, steps_of
 from tests.conftest import run_and_kill, run_recipe
 
-STAGES = ("import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report")
+STAGES = (
+    "plan",
+    "import_hf",
+    "prepare_data",
+    "prune",
+    "distill",
+    "evaluate",
+    "export_hf",
+    "report",
+)
 STEPS, CHECKPOINT_INTERVAL = 24, 4
 
 
@@ -51,7 +60,7 @@ def tiny_run(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPath
     assert result.code == 0, result.output
     for stage in STAGES:
         assert f"{stage}: complete" in result.output
-    assert "7 stages ran" in result.output
+    assert f"{len(STAGES)} stages ran" in result.output
     return run_dir
 
 
@@ -73,7 +82,7 @@ def test_every_manifest_is_filled(tiny_run: Path) -> None:
     for stage in STAGES:
         manifest = manifest_of(tiny_run, stage)
         assert manifest.seconds > 0
-        assert manifest.peak_rss_bytes > 100e6
+        assert manifest.peak_rss_bytes > (10e6 if stage == "plan" else 100e6)
         assert manifest.files
         assert {"torch", "megatron-core", "nvidia-modelopt"} <= manifest.versions.keys()
         assert not (tiny_run / stage / "work").exists()
@@ -234,8 +243,8 @@ def test_too_little_text_stops_before_training(
 ) -> None:
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "one"}\n{"text": "two"}\n')
-    run_dir = without(tiny_run, tmp_path / "run", *STAGES[1:])
-    result = run_recipe(*overrides(odd_llama, short, run_dir), cwd=tmp_path)
+    run_dir = without(tiny_run, tmp_path / "run", *STAGES[2:])
+    result = run_recipe(*overrides(odd_llama, short, run_dir), "waive=[tokens]", cwd=tmp_path)
     assert result.code == 1
     assert "too little text for seq_length=64" in result.output
     assert "data.seq_length lower" in result.output

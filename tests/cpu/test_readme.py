@@ -47,7 +47,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "7 stages ran" in done.stdout
+    assert "8 stages ran" in done.stdout
     return run_dir
 
 

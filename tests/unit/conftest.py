@@ -37,11 +37,12 @@ LLAMA_CONFIG: dict[str, Any] = {
 }
 PERPLEXITIES = {"teacher": 10.0, "pruned": 30.0, "distilled": 15.0}
 METRICS: dict[str, dict[str, Any]] = {
-    "dataset": {"tokens": {"train": 1000, "heldout": 200}},
+    "dataset": {"tokens": {"train": 1_000_000, "heldout": 200}},
     "eval_results": {
         "recovered": 0.75,
         **{role: {"perplexity": value} for role, value in PERPLEXITIES.items()},
     },
+    "plan": {"figures": {"device-hours": 2, "hardware": "cpu", "dollars": 1}, "tables": []},
     "report": {"file": "report.html"},
 }
 

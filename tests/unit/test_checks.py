@@ -22,8 +22,11 @@ STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
 LAYOUT = {
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
     "sequence_parallel",
     "micro_batch_size",
+    "recompute",
 }
 
 

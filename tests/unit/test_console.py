@@ -73,15 +73,15 @@ def test_summary_shows_what_each_stage_produced(
     complete(plan())
     print_summary(plan(), 1.25, screen)
     shown = text_of(screen)
-    for words in ("1,200 tokens", "1.5 M parameters", "1.0 GB", "report.html", "75% recovered"):
+    for words in ("1,000,200 tokens", "1.5 M parameters", "1.0 GB", "report.html", "75% recovered"):
         assert words in shown
     assert "everything was complete, nothing ran; 1.2 s" in shown
-    assert shown.count("skipped") == 7
+    assert shown.count("skipped") == len(plan().stages)
 
 
 def test_summary_marks_incomplete_stages(screen: Console, plan: Callable[..., Plan]) -> None:
     print_summary(plan(), 1.0, screen)
-    assert text_of(screen).count("incomplete") == 7
+    assert text_of(screen).count("incomplete") == len(plan().stages)
 
 
 @pytest.mark.parametrize(

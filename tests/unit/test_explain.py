@@ -7,6 +7,7 @@ import pytest
 from hydra.errors import HydraException
 
 from launch.explain import explain
+from launch.schema import recipes
 from recipes.errors import RecipeError
 
 RECIPE = "recipe=llama_width_prune"
@@ -26,14 +27,14 @@ def test_recipe_errors_are_shown_as_they_are() -> None:
 def test_unknown_recipe_lists_the_recipes_only(compose: Compose) -> None:
     assert explained(compose, "recipe=llama_width_prun").splitlines() == [
         "there is no recipe 'llama_width_prun'. Did you mean 'llama_width_prune'?",
-        "  fix: use one of: llama_depth_prune, llama_width_prune",
+        f"  fix: use one of: {', '.join(recipes())}",
     ]
 
 
 def test_no_near_name_gives_no_hint(compose: Compose) -> None:
     first, fix = explained(compose, "recipe=zzz").splitlines()
     assert first == "there is no recipe 'zzz'."
-    assert fix.endswith("llama_depth_prune, llama_width_prune")
+    assert fix.endswith(", ".join(recipes()))
 
 
 @pytest.mark.parametrize(

@@ -88,18 +88,18 @@ def test_each_rule(cfg: Config, rule: str, what: str, fix: str, chain: Chain) ->
 
 
 @pytest.mark.parametrize(
-    ("axis", "size"),
+    ("axis", "size", "rule"),
     [
-        ("num_attention_heads", 9),
-        ("num_query_groups", 1),
-        ("ffn_hidden_size", 255),
-        ("vocab_size", 513),
+        ("num_attention_heads", 9, "tensor-parallel"),
+        ("num_query_groups", 1, "tensor-parallel"),
+        ("ffn_hidden_size", 255, "tensor-parallel"),
+        ("vocab_size", 513, "vocabulary"),
     ],
 )
-def test_tensor_parallel_axes(teacher: Architecture, axis: str, size: int) -> None:
+def test_tensor_parallel_axes(teacher: Architecture, axis: str, size: int, rule: str) -> None:
     chain = Chain("x", dataclasses.replace(teacher, **{axis: size}), {})
     [problem] = layout_problems(config(devices=2, tp=2), chain)
-    assert problem.rule == "tensor-parallel"
+    assert problem.rule == rule
     assert f"{axis}={size} is not divisible by TP=2" in problem.what
 
 

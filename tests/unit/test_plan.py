@@ -18,7 +18,7 @@ from recipes.manifest import ARTIFACT, MANIFEST
 if TYPE_CHECKING:
     from pathlib import Path
 
-ORDER = ["import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
+ORDER = ["plan", "import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
 MakePlan = Callable[..., Plan]
 Complete = Callable[..., None]
 
@@ -49,7 +49,7 @@ def test_plan_is_the_same_each_time(plan: MakePlan) -> None:
 
 
 def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) -> None:
-    stage = plan().stages[3]
+    stage = plan().stages[ORDER.index("distill")]
     request = stage.request()
     assert OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(request))) == request
     assert request["config"]["stage"] == "distill"
@@ -57,7 +57,7 @@ def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) ->
     student = request["inputs"]["student"]
     assert student["directory"] == str(tmp_path / "run" / "prune")
     assert student["kind"] == "checkpoint_nemo"
-    assert student["fingerprint"] == plan().stages[2].fingerprint
+    assert student["fingerprint"] == plan().stages[ORDER.index("prune")].fingerprint
 
 
 @pytest.mark.parametrize(

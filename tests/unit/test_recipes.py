@@ -12,12 +12,21 @@ from omegaconf import OmegaConf
 from launch import schema
 from launch.plan import Plan, stage_module, typed_stages
 from launch.schema import CONF
+from recipes.architecture import SUPPORTED
+from recipes.budget import jobs_of
+from recipes.known_models import CONFIGS
+from recipes.layouts import HEADROOM
+from recipes.planner import estimate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+ALL_RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+RECIPES = [name for name in ALL_RECIPES if name.endswith("_prune")]
+"""On the embedded model and one CPU."""
+LARGE = [name for name in ALL_RECIPES if name not in RECIPES]
+"""Published ones, on GPUs."""
 STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
 
@@ -32,7 +41,7 @@ def test_configs_are_beside_the_packages(root: Path) -> None:
     assert (root / "launch" / "run.py").is_file()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ALL_RECIPES)
 def test_recipes_are_short_and_described(recipe: str) -> None:
     text = (CONF / "recipe" / f"{recipe}.yaml").read_text()
     assert len(text.splitlines()) <= 40
@@ -42,7 +51,7 @@ def test_recipes_are_short_and_described(recipe: str) -> None:
 
 
 def test_every_recipe_is_listed() -> None:
-    assert list(schema.recipes()) == RECIPES
+    assert list(schema.recipes()) == ALL_RECIPES
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -72,7 +81,7 @@ def test_the_teacher_is_chosen(
     for before, after in pairwise(order):
         assert planned[after].config.inputs["teacher"] == before
     assert planned["evaluate"].config.inputs["teacher"] == "import_hf"
-    assert len(planned) == 5 + len(order)
+    assert len(planned) == 6 + len(order)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -92,6 +101,63 @@ def test_recipes_use_one_sequence_length(recipe: str, compose: Callable[..., Any
     typed = typed_stages(compose(f"recipe={recipe}", "data.seq_length=77"))
     lengths = {config.seq_length for config in typed.values() if hasattr(config, "seq_length")}
     assert lengths == {77}
+
+
+def large(recipe: str, plan: Callable[..., Plan], *overrides: str) -> Plan:
+    """A plan of a large recipe; the disk of this machine is not the one it would run on."""
+    model = recipe.removesuffix("_small").rpartition("_")[0]
+    hf_path = str(OmegaConf.load(CONF / "model" / f"{model}.yaml").hf_path)
+    [family] = CONFIGS[hf_path]["architectures"]
+    if family not in SUPPORTED:
+        pytest.skip(f"{family} cannot be converted yet")
+    planned = plan("waive=[disk]", *overrides, recipe=f"recipe={recipe}")
+    assert planned.chain.hf_path == hf_path
+    return planned
+
+
+@pytest.mark.parametrize("recipe", LARGE)
+def test_large_recipes_pass_preflight_on_their_hardware(
+    recipe: str, plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even a warning, but that the hub was not asked."""
+    monkeypatch.setattr("recipes.sources._in_reach", lambda _: False)
+    planned = large(recipe, plan)
+    assert {note.rule for note in planned.notes} <= {"bundled-config", "disk"}
+    assert planned.chain.hardware.name == "h100"
+    job = jobs_of(planned.chain)["distill"]
+    assert job.teacher is not None
+    assert estimate(job, planned.chain.hardware).memory.total < 80e9 * HEADROOM
+    assert (job.layout.nodes == 1) == recipe.endswith("_small")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters", "tokens"),
+    [
+        ("llama3_1_8b_width", 4.51e9, 94e9),
+        ("llama3_1_8b_depth", 4.54e9, 94e9),
+        ("qwen3_8b_depth", 5.88e9, 90e9),
+        ("mistral_nemo_12b_width", 8.41e9, 380e9),
+    ],
+)
+def test_large_recipes_are_the_published_ones(
+    recipe: str,
+    parameters: float,
+    tokens: float,
+    plan: Callable[..., Plan],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("recipes.sources._in_reach", lambda _: False)
+    for name, budget in ((recipe, tokens), (f"{recipe}_small", 2.5e9)):
+        job = jobs_of(large(name, plan).chain)["distill"]
+        assert job.trained is not None
+        assert job.trained.parameters() == pytest.approx(parameters, rel=0.002)
+        assert job.tokens == pytest.approx(budget, rel=0.01)
+
+
+def test_every_large_recipe_has_a_small_budget() -> None:
+    whole = {name for name in LARGE if not name.endswith("_small")}
+    assert {f"{name}_small" for name in whole} == set(LARGE) - whole
+    assert len(whole) == 4
 
 
 @pytest.mark.parametrize("stage", STAGES)

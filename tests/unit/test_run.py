@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from launch.plan import Plan
 
 RECIPE = "recipe=llama_width_prune"
-RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
-ORDER = ["import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
+RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*_prune.yaml"))
+ORDER = ["plan", "import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
 SECRET = "hf_secret_that_nobody_may_see"
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -63,7 +63,7 @@ def test_config_can_be_shown(launch: Launch, tmp_path: Path) -> None:
     assert done.returncode == 0
     shown = OmegaConf.create(done.stdout)
     assert shown.stages.prune.target_hidden_size == 448
-    assert list(shown.stages)[-7:] == ORDER
+    assert list(shown.stages)[-len(ORDER) :] == ORDER
     assert files_below(tmp_path) == set()
 
 

@@ -1,0 +1,62 @@
+"""Hardware profiles: what one device can do, as data from ``conf/hardware``. Torch-free."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+DRIVER = Path("/proc/driver/nvidia/gpus")
+"""Has an entry for each GPU; reading it takes no time, as ``nvidia-smi`` does."""
+
+
+@dataclass
+class Hardware:
+    """One device of a machine. The defaults are those of ``conf/hardware/cpu.yaml``."""
+
+    name: str = "cpu"
+    kind: str = "cpu"
+    """``cpu``: the ranks of a node share its memory and its peak; ``gpu``: each has its own."""
+    flops_per_second: float = 9.9e11
+    """Dense bfloat16 peak: of a GPU, or of the whole node for ``cpu``."""
+    memory_bytes: float | None = None
+    """Of a device; by default what this machine has."""
+    bytes_per_second: float = 2.0e10
+    """Memory bandwidth."""
+    link_bytes_per_second: float = 1.0e10
+    """Between devices of a node, each way."""
+    network_bytes_per_second: float = 1.0e9
+    """Between nodes, for each device, each way."""
+    utilisation: float = 0.47
+    """Share of the peak that a training reaches while it computes, communication apart."""
+    price_per_hour: float = 0.05
+    """Of a device (of the node for ``cpu``), in dollars: an assumption, override it with yours."""
+    reserved_bytes: float = 0.75e9
+    """What a process takes before it holds a model: libraries, CUDA context, buffers of NCCL."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a rank has a device of its own."""
+        return self.kind == "gpu"
+
+    def memory_of_rank(self, ranks_on_node: int) -> float:
+        """Bytes that one of so many ranks on a node may use."""
+        memory = physical_memory() if self.memory_bytes is None else self.memory_bytes
+        return memory if self.on_gpu else memory / ranks_on_node
+
+    def flops_of_rank(self, ranks_on_node: int) -> float:
+        """FLOP/s that one of so many ranks on a node can reach at best."""
+        return self.flops_per_second if self.on_gpu else self.flops_per_second / ranks_on_node
+
+
+def physical_memory() -> int:
+    """Bytes of memory of this machine, or of the container that this process is in."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
+    return total if text == "max" else min(total, int(text))
+
+
+def gpus_here() -> int:
+    """GPUs of this machine that NVIDIA's driver knows of."""
+    return len(list(DRIVER.iterdir())) if DRIVER.is_dir() else 0

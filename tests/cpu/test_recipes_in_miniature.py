@@ -1,0 +1,81 @@
+"""Every large recipe as it is, on a tiny model of its family; targets, budget and paths differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from launch.schema import CONF
+from recipes.known_models import CONFIGS
+from recipes.manifest import read_manifest
+from tests.conftest import run_recipe
+from tests.cpu.conftest import EVEN, write_tiny_model
+
+RECIPES = sorted(p.stem for p in (CONF / "recipe").glob("*.yaml") if not p.stem.endswith("_prune"))
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen3ForCausalLM": "qwen3",
+}
+TARGETS = {
+    "width": {
+        "target_hidden_size": 48,
+        "hidden_size_divisor": 8,
+        "target_ffn_hidden_size": 96,
+        "ffn_hidden_size_divisor": 8,
+    },
+    "depth": {"target_num_layers": 3},
+}
+DISTILL = {
+    "max_steps": 4,
+    "warmup_steps": 1,
+    "global_batch_size": 4,
+    "tensor_model_parallel_size": 1,
+    "resources.nodes": 1,
+    "resources.devices": 1,
+    "val_check_interval": 4,
+    "checkpoint_interval": 4,
+}
+
+
+def family_of(recipe: str) -> str:
+    model = recipe.removesuffix("_small").rpartition("_")[0]
+    hf_path = str(OmegaConf.load(CONF / "model" / f"{model}.yaml").hf_path)
+    return FAMILIES[CONFIGS[hf_path]["architectures"][0]]
+
+
+def settings(stage: str, values: dict[str, Any]) -> list[str]:
+    return [f"stages.{stage}.{name}={value}" for name, value in values.items()]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Path) -> None:
+    kind = recipe.removesuffix("_small").rpartition("_")[2]
+    model = write_tiny_model(tmp_path / "model", text_file, family_of(recipe), **EVEN)
+    done = run_recipe(
+        f"recipe={recipe}",
+        f"model.hf_path={model}",
+        "hardware=cpu",
+        f"data.sources=[{text_file}]",
+        "data.seq_length=64",
+        f"run_dir={tmp_path}/run",
+        *settings("prune", TARGETS[kind]),
+        *settings("distill", DISTILL),
+        *settings("evaluate", {"num_windows": 8, "new_tokens": 8}),
+        cwd=tmp_path,
+    )
+    assert done.code == 0, done.output
+    plan, exported = (read_manifest(tmp_path / "run" / s) for s in ("plan", "export_hf"))
+    assert plan is not None
+    assert exported is not None
+    shape = exported.architecture
+    assert shape is not None
+    for name, value in TARGETS[kind].items():
+        if name.startswith("target_"):
+            assert shape[name.removeprefix("target_")] == value
+    [planned] = [job["trained"] for job in plan.config["jobs"].values()]
+    assert planned == shape
+    assert plan.metrics["figures"]["tokens"] == 4 * 4 * 64

@@ -1,0 +1,124 @@
+"""``doctor``: what it finds here, and on machines that lack something."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from rich.console import Console
+
+from launch import doctor
+from recipes import stack
+from recipes.errors import RecipeError
+from recipes.rules import RULES
+from recipes.stack import Pin
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import Launch
+
+
+def shown(*words: str) -> tuple[int, str]:
+    screen = StringIO()
+    status = doctor.run(words, Console(file=screen, width=200))
+    return status, screen.getvalue()
+
+
+def results() -> dict[str, str]:
+    return {check.name.split()[0]: check.result for check in doctor.examine()}
+
+
+def test_doctor_says_that_recipes_can_run_here(launch: Launch) -> None:
+    done = launch("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "recipes can run here" in done.stdout
+    for word in ("megatron-core", "shared memory", "cache", "docker", "tensorrt_llm"):
+        assert word in done.stdout
+
+
+def test_every_rule_is_listed() -> None:
+    status, text = shown("rules")
+    assert status == 0
+    for rule in RULES.values():
+        assert rule.name in text
+    assert "NVIDIA/Model-Optimizer#2489" in text
+
+
+def test_unknown_words_are_refused(launch: Launch) -> None:
+    with pytest.raises(RecipeError, match="Did you mean 'rules'"):
+        shown("rule")
+    assert launch("doctor", "rule").returncode == 1
+
+
+def test_doctor_imports_no_torch(root: Path) -> None:
+    program = (
+        "import sys\nfrom launch import doctor\nlist(doctor.examine())\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_a_wrong_or_missing_library_makes_recipes_impossible(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    versions = {"megatron-core": "0.16.0", "omegaconf": None}
+    real = stack.installed
+    monkeypatch.setattr(stack, "installed", lambda name: versions.get(name, real(name)))
+    status, text = shown()
+    assert status == 1
+    assert "impossible here: megatron-core ==0.15.3, omegaconf ==2.3.0" in text
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "holds"),
+    [
+        (">=2.9,<2.14", "2.13.0+cpu", True),
+        (">=2.9,<2.14", "2.9.0a0+50eac811a6.nv25.9", True),
+        (">=2.9,<2.14", "2.14.0", False),
+        ("==0.15.3", "0.15.3", True),
+        ("==0.15.3", None, False),
+        ("<2", "1.26.4", True),
+    ],
+)
+def test_pins(wanted: str, found: str | None, holds: bool) -> None:
+    assert Pin("x", wanted, found).holds is holds
+
+
+def test_a_gpu_needs_a_torch_that_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program in place of nvidia-smi."""
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB, 570.86'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(doctor, "_cuda_of_torch", lambda: None)
+    assert (results()["build"], results()["GPU"]) == ("fail", "ok")
+    monkeypatch.setattr(doctor, "_cuda_of_torch", lambda: "12.8")
+    assert results()["build"] == "ok"
+
+
+def test_the_cuda_version_is_read_without_importing_torch() -> None:
+    from importlib.metadata import version
+
+    assert (doctor._cuda_of_torch() is None) == version("torch").endswith("+cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "patch"),
+    [("memory", "physical_memory"), ("disk", "_free")],
+)
+def test_too_little_room(name: str, patch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, patch, lambda *_: 10**9)
+    assert results()[name] == "fail"
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache" / "deeper"))
+    assert results()["cache"] == "ok"
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert results()["cache"] == "fail"

@@ -1,0 +1,294 @@
+"""The planner against what was published, and against what was measured here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from launch.schema import CONF
+from nemo_convert.smollm2 import HF_CONFIG
+from recipes.architecture import Architecture, read_architecture
+from recipes.hardware import Hardware
+from recipes.known_models import CONFIGS
+from recipes.layouts import best, fits, proposals
+from recipes.plan_tables import figures, tables
+from recipes.planner import (
+    Job,
+    Layout,
+    activation_bytes,
+    estimate,
+    expert_parameters,
+    flops_per_token,
+    memory,
+    rank_parameters,
+    step_seconds,
+)
+
+PROFILES = sorted(path.stem for path in (CONF / "hardware").glob("*.yaml"))
+
+
+def profile(name: str) -> Hardware:
+    cfg = OmegaConf.merge(
+        OmegaConf.structured(Hardware), OmegaConf.load(CONF / "hardware" / f"{name}.yaml")
+    )
+    hardware: Hardware = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    return hardware
+
+
+def dense(model: str, **changes: Any) -> Architecture:
+    """A bundled model's shape, changed."""
+    return replace(read_architecture(CONFIGS[model], model), **changes)
+
+
+H100, CPU = profile("h100"), profile("cpu")
+LLAMA, QWEN = dense("meta-llama/Llama-3.1-8B"), dense("Qwen/Qwen3-8B")
+NODES_96 = Layout(nodes=96, devices=8, tensor=8, micro_batch_size=2, sequence_parallel=True)
+SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
+
+
+def distillation(student: Architecture, teacher: Architecture | None, **settings: Any) -> Job:
+    defaults = {"layout": NODES_96, "seq_length": 4096, "global_batch_size": 768, "steps": 28_610}
+    return Job("distill", student, teacher, **(defaults | settings))
+
+
+def hybrid_as_dense(layers: int, hidden: int, parameters: float) -> Architecture:
+    """A stand-in for a hybrid of Mamba, attention and feed-forward blocks (Nemotron Nano v2).
+
+    Two blocks count as one transformer layer, the feed-forward width makes up for what is missing
+    of the published number of parameters, so products of activations with weights are right. Scans
+    of Mamba are not counted; attention is in every layer instead of in 4.
+    """
+    bare = Architecture("", layers, hidden, 0, 40, 8, 128, 131072, 131072, tied_embeddings=False)
+    width = (parameters - bare.parameters()) / (3 * hidden * layers)
+    return replace(bare, ffn_hidden_size=int(width))
+
+
+@pytest.mark.parametrize(
+    ("job", "published", "error", "tolerance"),
+    [
+        # NVIDIA's blog of 7 October 2025, "about 6,000"; this one the utilisation was chosen for.
+        (distillation(replace(QWEN, num_layers=24), QWEN), 6000, -0.03, 0.05),
+        # NVIDIA/Model-Optimizer#861: 28,500 steps, "~5.2k", and 16,000 steps, "~3k".
+        (
+            distillation(
+                replace(QWEN, num_layers=30, hidden_size=3584, ffn_hidden_size=11776),
+                QWEN,
+                layout=replace(NODES_96, micro_batch_size=8),
+                steps=28_500,
+            ),
+            5200,
+            0.16,
+            0.20,
+        ),
+        (
+            distillation(
+                replace(QWEN, num_layers=30, hidden_size=3584, ffn_hidden_size=11776),
+                QWEN,
+                layout=replace(NODES_96, micro_batch_size=8),
+                steps=16_000,
+            ),
+            3000,
+            0.13,
+            0.20,
+        ),
+        # The tutorial of Nemotron-Nano-9B-v2 there: "~9k". Mamba's scans are not in the formulas
+        # and do not reach a dense model's utilisation: the estimate is a third too low.
+        (
+            distillation(
+                hybrid_as_dense(24, 4352, 7.00e9),
+                hybrid_as_dense(28, 4480, 8.89e9),
+                layout=replace(NODES_96, micro_batch_size=4),
+                seq_length=8192,
+                steps=12_800,
+            ),
+            9000,
+            -0.36,
+            0.40,
+        ),
+    ],
+    ids=["qwen3-depth", "qwen3-nas-90B", "qwen3-nas-50B", "nemotron-nano-hybrid"],
+)
+def test_published_gpu_hours(job: Job, published: float, error: float, tolerance: float) -> None:
+    found = estimate(job, H100).device_hours / published - 1
+    assert found == pytest.approx(error, abs=0.015)
+    assert abs(found) <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("teacher", "tokens_per_second", "peak_bytes"),
+    [(SMOLLM2, 477, 4.0e9), (None, 638, 3.7e9)],
+    ids=["live", "cached"],
+)
+def test_measured_on_this_cpu(
+    teacher: Architecture | None, tokens_per_second: float, peak_bytes: float
+) -> None:
+    """``python -m benchmarks.distill``, see the README: 10% in time, 10% in memory."""
+    student = replace(SMOLLM2, num_layers=24)
+    layout = Layout(micro_batch_size=4)
+    job = distillation(
+        student, teacher, layout=layout, seq_length=256, global_batch_size=4, steps=10
+    )
+    if teacher is not None:
+        assert flops_per_token(job) == pytest.approx(979e6, rel=0.01)
+    found = estimate(job, CPU)
+    assert found.tokens_per_second == pytest.approx(tokens_per_second, rel=0.10)
+    assert found.memory.total == pytest.approx(peak_bytes, rel=0.10)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "published"),
+    [
+        ("meta-llama/Llama-3.1-8B", {}, 8.03e9),
+        ("meta-llama/Llama-3.1-8B", {"hidden_size": 3072, "ffn_hidden_size": 9216}, 4.51e9),
+        ("meta-llama/Llama-3.1-8B", {"num_layers": 16}, 4.54e9),
+        ("Qwen/Qwen3-8B", {}, 8.19e9),
+        (
+            "Qwen/Qwen3-8B",
+            {"num_layers": 30, "hidden_size": 3584, "ffn_hidden_size": 11776},
+            5.99e9,
+        ),
+        ("mistralai/Mistral-Nemo-Base-2407", {}, 12.25e9),
+        (
+            "mistralai/Mistral-Nemo-Base-2407",
+            {"hidden_size": 4096, "ffn_hidden_size": 11520},
+            8.41e9,
+        ),
+    ],
+)
+def test_bundled_shapes_have_the_published_parameters(
+    model: str, changes: dict[str, int], published: float
+) -> None:
+    assert dense(model, **changes).parameters() == pytest.approx(published, rel=0.002)
+
+
+@pytest.mark.parametrize("pipeline", [1, 2, 5])
+@pytest.mark.parametrize("tied", [True, False])
+def test_ranks_hold_the_whole_model(pipeline: int, tied: bool) -> None:
+    """Over all stages and tensor ranks; a tied table is on the first stage and on the last."""
+    arch = replace(LLAMA, num_layers=20, tied_embeddings=tied)
+    layout = Layout(devices=2 * pipeline, tensor=2, pipeline=pipeline)
+    held = 2 * sum(sum(rank_parameters(arch, layout, stage)) for stage in range(pipeline))
+    twice = arch.vocab_size * arch.hidden_size if tied and pipeline > 1 else 0
+    assert held == pytest.approx(arch.parameters() + twice)
+
+
+def test_bytes_of_a_parameter_are_those_of_megatron() -> None:
+    """18 bytes on one rank: bf16 weight, float32 gradient, main weight and two moments."""
+    job = distillation(LLAMA, None, layout=Layout())
+    found = memory(job, H100)
+    assert found.weights + found.gradients + found.optimizer == 18 * LLAMA.parameters()
+    many = memory(replace(job, layout=Layout(nodes=2, devices=8)), H100)
+    assert many.optimizer == 12 * LLAMA.parameters() / 16
+    on_cpu = memory(replace(job, layout=Layout(devices=4)), CPU)
+    assert on_cpu.optimizer == 12 * LLAMA.parameters()
+    full = memory(replace(job, bf16=False), CPU)
+    assert full.weights + full.gradients + full.optimizer == 16 * LLAMA.parameters()
+
+
+def test_the_teacher_is_split_as_the_student_is() -> None:
+    job = distillation(replace(LLAMA, num_layers=16), LLAMA, layout=Layout(devices=4, tensor=4))
+    assert memory(job, H100).teacher == pytest.approx(2 * LLAMA.parameters() / 4)
+
+
+def test_activations_of_a_layer_by_hand() -> None:
+    """One token of Llama 3.1 8B: 4 x 4096, 2 x (32 + 8) x 128 and 3 x 14336 numbers of 2 bytes."""
+    numbers = 4 * 4096 + 2 * 40 * 128 + 3 * 14336
+    assert activation_bytes(LLAMA, Layout(), 1) == 2 * numbers
+    split = 2 * (4 * 4096 + (2 * 40 * 128 + 3 * 14336) / 2)
+    assert activation_bytes(LLAMA, Layout(devices=2, tensor=2), 1) == split
+    whole = Layout(devices=2, tensor=2, sequence_parallel=True)
+    assert activation_bytes(LLAMA, whole, 1) == numbers
+
+
+def test_recomputing_and_sequence_parallelism_save_activations() -> None:
+    layout = Layout(devices=8, tensor=2, micro_batch_size=2)
+    job = distillation(LLAMA, LLAMA, layout=layout)
+
+    def held(**changes: Any) -> float:
+        return memory(replace(job, layout=replace(layout, **changes)), H100).activations
+
+    assert held(sequence_parallel=True) < held()
+    assert held(recompute="full") < held() / 7
+    again = replace(job, layout=replace(layout, recompute="full"))
+    assert step_seconds(again, H100).compute > 1.2 * step_seconds(job, H100).compute
+
+
+def test_a_pipeline_holds_several_micro_batches_and_waits() -> None:
+    layout = Layout(devices=4, pipeline=4, micro_batch_size=1)
+    job = distillation(replace(LLAMA, num_layers=32), None, layout=layout, global_batch_size=8)
+    step = step_seconds(job, H100)
+    assert step.bubble == pytest.approx(step.compute * 3 / 8)
+    layer = activation_bytes(LLAMA, layout, 4096)
+    first = replace(job, global_batch_size=64)
+    assert memory(first, replace(H100, reserved_bytes=0)).total > 4 * 8 * layer
+
+
+def test_logits_of_teacher_and_student_are_counted() -> None:
+    job = distillation(SMOLLM2, SMOLLM2, layout=Layout(micro_batch_size=4), seq_length=256)
+    one = 4 * 256 * 49152 * 2
+    assert memory(job, CPU).logits == 3 * one  # student, its gradient, teacher
+    assert memory(replace(job, terms=2), CPU).logits == 4 * one
+    assert memory(replace(job, teacher=None), CPU).logits == 2 * one
+
+
+def test_experts_are_split_over_replicas_and_few_of_them_work() -> None:
+    shape = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 128}
+    arch = replace(SMOLLM2, **shape)
+    assert expert_parameters(arch) == 30 * 8 * 3 * 576 * 128
+    layout = Layout(devices=8, expert=4)
+    _, experts = rank_parameters(arch, layout, 0)
+    assert experts == expert_parameters(arch) / 4
+    job = distillation(arch, None, layout=layout, seq_length=256, global_batch_size=8)
+    assert step_seconds(job, H100).expert_communication > 0
+
+
+def test_a_pass_of_a_teacher_has_no_optimizer() -> None:
+    job = replace(distillation(LLAMA, LLAMA, layout=Layout()), trained=None)
+    found = estimate(job, H100)
+    assert found.memory.optimizer == found.memory.weights == found.step.optimizer == 0
+    assert found.memory.teacher == 2 * LLAMA.parameters()
+
+
+def test_a_job_survives_being_written() -> None:
+    job = distillation(replace(QWEN, num_layers=24), QWEN)
+    assert Job.of(job.as_dict()) == job
+    assert Job.of(replace(job, teacher=None).as_dict()).teacher is None
+
+
+def test_proposals_fit_and_the_first_is_the_cheapest() -> None:
+    job = distillation(replace(LLAMA, num_layers=16), LLAMA, layout=Layout(devices=8), steps=100)
+    found = proposals(job, H100)
+    assert found
+    assert all(fits(p.job, H100) for p in found)
+    dollars = [p.estimate.dollars for p in found]
+    assert dollars == sorted(dollars)
+    assert best(job, replace(H100, memory_bytes=8e9), 8, 8) is None
+    small = best(job, replace(H100, memory_bytes=24e9), 8, 8)
+    assert small is not None
+    assert small.estimate.memory.total < 24e9
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profiles_are_whole_and_plausible(name: str) -> None:
+    hardware = profile(name)
+    assert hardware.name == name
+    assert hardware.on_gpu == (name != "cpu")
+    assert 0 < hardware.utilisation < 1
+    assert hardware.memory_of_rank(1) > 1e9
+    assert (CONF / "hardware" / f"{name}.yaml").read_text().startswith("# ")
+
+
+def test_tables_have_a_cell_for_each_column() -> None:
+    jobs = {"distill": distillation(replace(QWEN, num_layers=24), QWEN)}
+    made = tables(jobs, H100)
+    assert [t["title"].split(",")[0] for t in made][-1] == "Layouts of distill that fit"
+    for table in made:
+        assert table["rows"]
+        assert {len(row) for row in table["rows"]} == {len(table["columns"])}
+    found = figures(jobs, H100, recalled=True)
+    assert found["device-hours"] == pytest.approx(5826, abs=2)
+    assert found["dollars"] == pytest.approx(3 * found["device-hours"], rel=0.001)
+    assert "out of reach" in found["shape of the teacher"]
