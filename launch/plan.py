@@ -23,6 +23,7 @@ from recipes.fingerprint import (
     result_settings,
     stage_fingerprint,
 )
+from recipes.gates import Gate, known_names, parse_all, problems
 from recipes.manifest import check_artifact
 from recipes.preflight import Chain, read_chain, require_none
 from recipes.stage import StageConfig
@@ -76,6 +77,7 @@ class Plan:
     run_dir: Path
     chain: Chain
     stages: tuple[PlannedStage, ...]
+    gates: tuple[Gate, ...] = ()
 
     def todo(self) -> list[PlannedStage]:
         """Stages that will be started, in order."""
@@ -110,6 +112,7 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     force = _known(cfg.force, configs, "force") or set()
     order = _order(configs)
     chain = read_chain(cfg.model.hf_path, configs)
+    gates = _gates(cfg, configs)
     wanted = [name for name in order if only is None or name in only]
     require_none(
         problem for name in wanted for problem in _module(configs[name]).check(configs[name], chain)
@@ -124,7 +127,7 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
         if name not in wanted and _is_input(name, wanted, configs):
             _require_complete(stage)
         planned[name] = stage
-    plan = Plan(run_dir, chain, tuple(planned[name] for name in wanted))
+    plan = Plan(run_dir, chain, tuple(planned[name] for name in wanted), gates)
     _require_disk(plan)
     return plan
 
@@ -146,6 +149,14 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
     if not typed:
         raise RecipeError("the recipe has no stages.")
     return typed
+
+
+def _gates(cfg: DictConfig, configs: Mapping[str, StageConfig]) -> tuple[Gate, ...]:
+    """The recipe's gates, each on a figure that one of its stages measures."""
+    gates = parse_all(cfg.get("gates"))
+    kinds = {name: str(_module(config).KIND) for name, config in configs.items()}
+    require_none(problems(gates, known_names(configs, kinds)))
+    return gates
 
 
 def _module(config: StageConfig) -> ModuleType:

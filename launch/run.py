@@ -25,6 +25,7 @@ from launch import console as view
 from launch import schema
 from launch.executors import local
 from launch.explain import explain
+from launch.judge import require_gates
 from launch.plan import Plan, make_plan
 from launch.tracking import TRACKERS, require_known
 from recipes.errors import RecipeError
@@ -68,6 +69,7 @@ def run(cfg: DictConfig, recipe: str) -> None:
             _start(plan, cfg, recipe)
     if not cfg.dry_run:
         view.print_summary(plan, time.monotonic() - began, console)
+        require_gates(plan, console)
 
 
 def _start(plan: Plan, cfg: DictConfig, recipe: str) -> None:
