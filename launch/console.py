@@ -104,6 +104,12 @@ def headline(manifest: Manifest) -> str:
         return f"perplexity {perplexities}" + (
             f", {share:.0%} recovered" if share is not None else ""
         )
+    if manifest.kind == "task_results":
+        scores = [
+            sum(task[role]["value"] for task in m["tasks"].values()) / len(m["tasks"])
+            for role in ("teacher", "pruned", "distilled")
+        ]
+        return f"mean score {' → '.join(f'{score:.3f}' for score in scores)}"
     if manifest.kind == "report":
         return str(m["file"])
     if manifest.kind == "plan":

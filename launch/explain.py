@@ -27,6 +27,11 @@ def explain(error: Exception) -> str:
                 f"there is no field {where}: {RULES[rule].reason}.\n  fix: leave it out   [{rule}]"
             )
         return f"there is no field {where}.{did_you_mean(name, _fields(error))}"
+    if unread := re.search(r"LexerNoViableAltException: ([\w.]+)=(.*)", text):
+        return (
+            f"the value of {unread.group(1)} cannot be read: {unread.group(2)}\n"
+            f"  fix: quote each text that has signs in it, such as '{unread.group(1)}=[\"a >= 1\"]'"
+        )
     return "\n  ".join(_chain_of(error)[:2])
 
 

@@ -25,6 +25,7 @@ from recipes.fingerprint import (
     result_settings,
     stage_fingerprint,
 )
+from recipes.gates import Gate, known_names, parse_all, problems
 from recipes.manifest import check_artifact
 from recipes.preflight import Chain, Problem, require_none
 from recipes.rules import ERROR, require_known
@@ -86,6 +87,7 @@ class Plan:
     stages: tuple[PlannedStage, ...]
     notes: tuple[Problem, ...] = ()
     """Warnings, and errors that were waived."""
+    gates: tuple[Gate, ...] = ()
 
     def todo(self) -> list[PlannedStage]:
         """Stages that will be started, in order."""
@@ -121,6 +123,7 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     order = _order(configs)
     waived = require_known(cfg.waive)
     chain = chain_of(cfg, configs, run_dir)
+    gates = _gates(cfg, configs)
     wanted = [name for name in order if only is None or name in only]
     notes = require_none(preflight(cfg, chain, wanted), waived)
     _inform(configs, chain)
@@ -134,7 +137,7 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
         if name not in wanted and _is_input(name, wanted, configs):
             _require_complete(stage)
         planned[name] = stage
-    plan = Plan(run_dir, chain, tuple(planned[name] for name in wanted), notes)
+    plan = Plan(run_dir, chain, tuple(planned[name] for name in wanted), notes, gates)
     return replace(plan, notes=notes + require_none(_disk_problems(plan), waived))
 
 
@@ -176,6 +179,14 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
     if not typed:
         raise RecipeError("the recipe has no stages.")
     return typed
+
+
+def _gates(cfg: DictConfig, configs: Mapping[str, StageConfig]) -> tuple[Gate, ...]:
+    """The recipe's gates, each on a figure that one of its stages measures."""
+    gates = parse_all(cfg.get("gates"))
+    kinds = {name: str(_module(config).KIND) for name, config in configs.items()}
+    require_none(problems(gates, known_names(configs, kinds)))
+    return gates
 
 
 def _module(config: StageConfig) -> ModuleType:

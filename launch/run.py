@@ -26,6 +26,7 @@ from launch import commands, lock, schema
 from launch import console as view
 from launch.cluster import executor_of
 from launch.explain import explain
+from launch.judge import require_gates
 from launch.plan import Plan, PlannedStage, make_plan
 from launch.status import SKIP
 from launch.tracking import TRACKERS, Tracker, require_known
@@ -83,6 +84,7 @@ def run(cfg: DictConfig, recipe: str) -> None:
     elif ended:
         view.print_tables(plan, console)
         view.print_summary(plan, time.monotonic() - began, console)
+        require_gates(plan, console)
 
 
 @contextmanager

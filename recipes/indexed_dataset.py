@@ -68,7 +68,13 @@ class PartWriter:
                 builder.finalize(f"{self._paths[part]}.idx")
 
 
-def windows(artifact: Path, part: str, seq_length: int, count: int | None = None) -> torch.Tensor:
+def windows(
+    artifact: Path,
+    part: str,
+    seq_length: int,
+    count: int | None = None,
+    span: slice = slice(None),
+) -> torch.Tensor:
     """Consecutive windows of a part as int64 [windows, seq_length], documents running on.
 
     Args:
@@ -76,9 +82,10 @@ def windows(artifact: Path, part: str, seq_length: int, count: int | None = None
         part: One of ``corpus.PARTS``.
         seq_length: Tokens a window.
         count: Windows wanted; all that fit by default. Fewer are returned if the part is shorter.
+        span: Tokens of the part to take them from; all by default.
     """
     dataset = IndexedDataset(str(prefix(artifact, part)))
-    ids = np.concatenate([dataset[i] for i in range(len(dataset))])
+    ids = np.concatenate([dataset[i] for i in range(len(dataset))])[span]
     fit = len(ids) // seq_length
     fit = fit if count is None else min(fit, count)
     return torch.from_numpy(ids[: fit * seq_length].astype(np.int64)).view(fit, seq_length)

@@ -71,9 +71,10 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     log = metrics_log(out)
     documents: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
+    heldout: Counter[str] = Counter()
     seen: set[str] = set()
     with PartWriter(out, corpus.PARTS) as writer:
-        for source in cfg.sources:
+        for name, source in corpus.source_names(cfg.sources).items():
             taken = list(_unique(cfg, source, seen))
             for start in range(0, len(taken), BATCH):
                 batch = taken[start : start + BATCH]
@@ -82,10 +83,17 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
                     writer.add(part, [*ids, eos])
                     documents[part] += 1
                     tokens[part] += len(ids) + 1
+                    heldout[name] += (len(ids) + 1) * (part == "heldout")
                 log.progress("tokenize", start + len(batch), len(taken), source=source)
     _require_windows(tokens, cfg.seq_length)
     return Outcome(
-        metrics={"documents": dict(documents), "tokens": dict(tokens), "sources": cfg.sources},
+        metrics={
+            "documents": dict(documents),
+            "tokens": dict(tokens),
+            "sources": cfg.sources,
+            # A list, since sources lie in the part in this order and a manifest sorts its keys.
+            "heldout_sources": [{"source": name, "tokens": n} for name, n in heldout.items()],
+        },
         tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256,
     )
 

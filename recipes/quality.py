@@ -16,22 +16,28 @@ from nemo_convert import convert, nemo
 from recipes.indexed_dataset import windows
 from recipes.manifest import write_text_atomically
 from recipes.metrics import MetricsLog
+from recipes.paired import mean, standard_error
 
 if TYPE_CHECKING:
     from recipes.evaluate import Config
+    from recipes.stage import Input
 
 TEACHER = "teacher"
 
 
+Figures = dict[str, dict[str, list[float]]]
+"""Role, then ``loss``, ``kl_to_teacher`` or ``top1_agreement``, then a value a window."""
+
+
 def measure(
-    cfg: Config, checkpoints: dict[str, Path], data: Path, out: Path, log: MetricsLog
+    cfg: Config, checkpoints: dict[str, Path], data: Input, out: Path, log: MetricsLog
 ) -> dict[str, Any]:
     """Measures every checkpoint and writes ``results.json`` with per-window figures.
 
     Args:
         cfg: The stage's config.
         checkpoints: NeMo checkpoints by role; one is the teacher.
-        data: Artifact of ``prepare_data``.
+        data: Output of ``prepare_data``.
         out: Where to write.
         log: Metrics file.
 
@@ -39,34 +45,15 @@ def measure(
         The summary that goes into the manifest.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    text = windows(data, "heldout", cfg.seq_length, cfg.num_windows).to(device)
+    sources = heldout_windows(cfg, data)
+    text = torch.cat(list(sources.values())).to(device)
     models = {role: load_transformers(path).to(device) for role, path in checkpoints.items()}
-    losses: dict[str, list[float]] = {role: [] for role in models}
-    divergences: dict[str, list[float]] = {role: [] for role in models}
-    agreements: dict[str, list[float]] = {role: [] for role in models}
-    for start in range(0, len(text), cfg.micro_batch_size):
-        batch = text[start : start + cfg.micro_batch_size]
-        reference = _log_probabilities(models[TEACHER], batch)
-        for role, model in models.items():
-            scores = reference if role == TEACHER else _log_probabilities(model, batch)
-            losses[role] += _losses(scores, batch).mean(dim=1).tolist()
-            divergences[role] += _kl(reference, scores).mean(dim=1).tolist()
-            agreements[role] += (
-                (scores.argmax(-1) == reference.argmax(-1)).float().mean(dim=1).tolist()
-            )
-        log.progress("evaluate", start + len(batch), len(text))
-    results = {
-        role: {
-            "loss": _mean(losses[role]),
-            "loss_standard_error": _standard_error(losses[role]),
-            "perplexity": math.exp(_mean(losses[role])),
-            "kl_to_teacher": _mean(divergences[role]),
-            "top1_agreement": _mean(agreements[role]),
-            "parameters": sum(p.numel() for p in model.parameters()),
-        }
-        for role, model in models.items()
-    }
+    figures = _figures(cfg, models, text, log)
+    results = _summary(figures, slice(None))
+    for role, model in models.items():
+        results[role]["parameters"] = sum(p.numel() for p in model.parameters())
     generations = _generate(cfg, models, checkpoints[TEACHER], text, log)
+    losses = {role: values["loss"] for role, values in figures.items()}
     detail = {"results": results, "window_losses": losses, "generations": generations}
     write_text_atomically(out / "results.json", json.dumps(detail, indent=1, ensure_ascii=False))
     return {
@@ -74,7 +61,76 @@ def measure(
         "windows": len(text),
         "tokens": text.numel(),
         "recovered": recovered(results),
+        "sources": _by_source(figures, sources) if len(sources) > 1 else {},
     }
+
+
+def heldout_windows(cfg: Config, data: Input) -> dict[str, Tensor]:
+    """Held-out windows by the source of their text, as many from each, int64 [n, seq_length].
+
+    A part holds its sources one after the other; no window here runs over from one to the next. A
+    source whose held-out text is shorter than a window has none.
+    """
+    metrics = data.manifest.metrics
+    whole = [{"source": "all", "tokens": metrics["tokens"]["heldout"]}]
+    lengths = metrics.get("heldout_sources") or whole
+    usable = sum(entry["tokens"] >= cfg.seq_length for entry in lengths)
+    count = math.ceil(cfg.num_windows / max(1, usable))
+    found, start = {}, 0
+    for entry in lengths:
+        span = slice(start, start + entry["tokens"])
+        text = windows(data.artifact, "heldout", cfg.seq_length, count, span)
+        if len(text):
+            found[entry["source"]] = text
+        start = span.stop
+    return found
+
+
+def _figures(cfg: Config, models: dict[str, Any], text: Tensor, log: MetricsLog) -> Figures:
+    """Every model's figures on every window, in batches that all models see at once."""
+    figures: Figures = {
+        role: {"loss": [], "kl_to_teacher": [], "top1_agreement": []} for role in models
+    }
+    for start in range(0, len(text), cfg.micro_batch_size):
+        batch = text[start : start + cfg.micro_batch_size]
+        reference = _log_probabilities(models[TEACHER], batch)
+        for role, model in models.items():
+            scores = reference if role == TEACHER else _log_probabilities(model, batch)
+            agrees = (scores.argmax(-1) == reference.argmax(-1)).float()
+            figures[role]["loss"] += _losses(scores, batch).mean(dim=1).tolist()
+            figures[role]["kl_to_teacher"] += _kl(reference, scores).mean(dim=1).tolist()
+            figures[role]["top1_agreement"] += agrees.mean(dim=1).tolist()
+        log.progress("evaluate", start + len(batch), len(text))
+    return figures
+
+
+def _summary(figures: Figures, chosen: slice) -> dict[str, dict[str, float]]:
+    """Means over the chosen windows, by role."""
+    return {
+        role: {
+            "loss": mean(values["loss"][chosen]),
+            "loss_standard_error": standard_error(values["loss"][chosen]),
+            "perplexity": math.exp(mean(values["loss"][chosen])),
+            "kl_to_teacher": mean(values["kl_to_teacher"][chosen]),
+            "top1_agreement": mean(values["top1_agreement"][chosen]),
+        }
+        for role, values in figures.items()
+    }
+
+
+def _by_source(figures: Figures, sources: dict[str, Tensor]) -> dict[str, Any]:
+    """What ``measure`` returns, of each source's windows alone."""
+    found, start = {}, 0
+    for source, text in sources.items():
+        results = _summary(figures, slice(start, start + len(text)))
+        found[source] = {
+            **results,
+            "windows": len(text),
+            "tokens": text.numel(),
+            "recovered": recovered(results),
+        }
+        start += len(text)
+    return found
 
 
 def recovered(results: dict[str, dict[str, float]]) -> float | None:
@@ -114,18 +170,6 @@ def _kl(reference: Tensor, scores: Tensor) -> Tensor:
     return torch.stack(
         [(r.exp() * (r - s)).sum(-1) for r, s in zip(reference, scores, strict=True)]
     )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _standard_error(values: list[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    mean = _mean(values)
-    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return math.sqrt(variance / len(values))
 
 
 def _generate(

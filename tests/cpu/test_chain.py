@@ -33,6 +33,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
     """Width and depth together, every size odd."""
     return [
         "recipe=llama_width_prune",
+        "tasks=none",
         f"model.hf_path={model}",
         f"data.sources=[{text_file}]",
         "data.text_field=text",

@@ -43,6 +43,17 @@ METRICS: dict[str, dict[str, Any]] = {
         **{role: {"perplexity": value} for role, value in PERPLEXITIES.items()},
     },
     "plan": {"figures": {"device-hours": 2, "hardware": "cpu", "dollars": 1}, "tables": []},
+    "task_results": {
+        "tasks": {
+            "sciq": {
+                "teacher": {"value": 0.8},
+                "pruned": {"value": 0.5},
+                "distilled": {"value": 0.7},
+                "differences": {"distilled": {"value": -0.1, "low": -0.15, "high": -0.05}},
+                "recovered": 0.6667,
+            }
+        }
+    },
     "report": {"file": "report.html"},
 }
 
@@ -102,10 +113,10 @@ def compose() -> Iterator[Compose]:
 
 @pytest.fixture
 def plan(compose: Compose, tmp_path: Path) -> MakePlan:
-    """Plans a run of the width recipe in ``tmp_path / "run"``."""
+    """Plans a run of the width recipe in ``tmp_path / "run"``, without benchmarks by default."""
 
-    def planned(*overrides: str, recipe: str = RECIPE) -> Plan:
-        return make_plan(compose(recipe, *overrides), tmp_path / "run")
+    def planned(*overrides: str, recipe: str = RECIPE, tasks: str = "none") -> Plan:
+        return make_plan(compose(recipe, f"tasks={tasks}", *overrides), tmp_path / "run")
 
     return planned
 

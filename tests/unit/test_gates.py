@@ -1,0 +1,186 @@
+"""Gates: their grammar, the names they may use, their verdicts, and the launcher's exit status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from recipes.errors import RecipeError
+from recipes.gates import EVALUATION, TASK, Gate, judge, parse, parse_all
+from recipes.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    import subprocess
+    from pathlib import Path
+
+    from launch.plan import Plan
+
+EVALUATED = {
+    "recovered": 0.75,
+    "teacher": {"perplexity": 10.0},
+    "distilled": {"perplexity": 15.0, "kl_to_teacher": 0.4, "top1_agreement": 0.7},
+}
+SCIQ = {
+    "recovered": None,
+    "distilled": {"value": 0.7},
+    "differences": {"distilled": {"value": -0.1, "low": -0.15, "high": -0.05}},
+}
+SPEEDUPS = [{"prefill": 1.4, "decode": 1.3}, {"prefill": 1.2, "decode": 1.25}, {"decode": None}]
+RESULTS: dict[str, dict[str, Any]] = {
+    "eval_results": EVALUATED,
+    "task_results": {"tasks": {"sciq": SCIQ}},
+    "benchmark_results": {"speedups": [{"prefill": 9, **row} for row in SPEEDUPS]},
+}
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.mark.parametrize(
+    ("text", "gate"),
+    [
+        ("recovered.sciq >= 0.95", Gate("recovered.sciq", ">=", 0.95)),
+        ("perplexity_ratio<1.1", Gate("perplexity_ratio", "<", 1.1)),
+        ("  difference_low.arc_easy  >  -.05 ", Gate("difference_low.arc_easy", ">", -0.05)),
+        ("kl_to_teacher <= 4e-1", Gate("kl_to_teacher", "<=", 0.4)),
+    ],
+)
+def test_gates_are_read(text: str, gate: Gate) -> None:
+    assert parse(text) == gate
+    assert parse(str(gate)) == gate
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "recovered",
+        "recovered >=",
+        "recovered => 1",
+        "recovered == 1",
+        "0.95 <= recovered",
+        "recovered >= high",
+        "recovered >= nan",
+        "recovered >= 1 2",
+        "recovered >= 1; rm",
+        "__import__('os') >= 1",
+        "a.b.c >= 1",
+        "recovered. >= 1",
+    ],
+)
+def test_anything_else_is_refused_with_the_form(text: str) -> None:
+    with pytest.raises(RecipeError, match="NAME OP NUMBER") as caught:
+        parse(text)
+    assert "recovered.sciq >= 0.95" in str(caught.value)
+
+
+def test_gates_are_a_list() -> None:
+    assert parse_all(None) == ()
+    assert parse_all(["recovered > 0", "perplexity < 9"])[1].threshold == 9
+    with pytest.raises(RecipeError, match="not a list"):
+        parse_all("recovered > 0")
+
+
+@pytest.mark.parametrize(
+    ("text", "measured", "passed"),
+    [
+        ("recovered >= 0.75", 0.75, True),
+        ("recovered > 0.75", 0.75, False),
+        ("perplexity < 15", 15.0, False),
+        ("perplexity_ratio <= 1.5", 1.5, True),
+        ("kl_to_teacher <= 0.39", 0.4, False),
+        ("top1_agreement >= 0.7", 0.7, True),
+        ("score.sciq >= 0.7", 0.7, True),
+        ("difference.sciq >= -0.05", -0.1, False),
+        ("difference_low.sciq > -0.2", -0.15, True),
+        ("speedup.decode >= 1.26", 1.25, False),
+        ("speedup.prefill >= 1.2", 1.2, True),
+        ("recovered.sciq >= 0", None, False),
+    ],
+)
+def test_verdicts(text: str, measured: float | None, passed: bool) -> None:
+    [verdict] = judge([parse(text)], RESULTS)
+    assert (verdict.measured, verdict.passed) == (measured, passed)
+
+
+def test_every_named_figure_can_be_measured() -> None:
+    for name in [*EVALUATION, *(f"{figure}.sciq" for figure in TASK)]:
+        assert len(judge([Gate(name, ">", 0)], RESULTS)) == 1
+
+
+def test_not_a_number_passes_nothing() -> None:
+    nan = {"eval_results": {**EVALUATED, "recovered": float("nan")}}
+    assert not any(v.passed for v in judge([parse("recovered > 0"), parse("recovered < 1")], nan))
+
+
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        ("recoverd >= 1", "does not measure recoverd. Did you mean 'recovered'?"),
+        ("recovered.piqua >= 1", "Did you mean 'recovered.piqa'?"),
+        ("recovered.mmlu >= 1", "does not measure recovered.mmlu"),
+        ("speedup.decode >= 1", "does not measure speedup.decode"),
+        ("recovered", "NAME OP NUMBER"),
+    ],
+)
+def test_preflight_knows_what_a_recipe_measures(
+    plan: Callable[..., Plan], gate: str, words: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan(f"gates=['{gate}']", tasks="quick")
+    assert words in str(caught.value)
+
+
+def test_tasks_are_measured_only_where_there_are_tasks(plan: Callable[..., Plan]) -> None:
+    gates = "gates=['recovered.sciq >= 0.9']"
+    assert [str(gate) for gate in plan(gates, tasks="quick").gates] == ["recovered.sciq >= 0.9"]
+    with pytest.raises(RecipeError, match="does not measure"):
+        plan(gates, tasks="none")
+
+
+def test_gates_change_no_fingerprint(plan: Callable[..., Plan]) -> None:
+    gated = plan("gates=['recovered >= 0.9']").stages
+    assert [s.fingerprint for s in gated] == [s.fingerprint for s in plan().stages]
+
+
+def test_failing_gate_ends_a_complete_run_with_1_and_says_what_was_measured(
+    launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
+) -> None:
+    complete(plan("stages.evaluate_tasks.tasks=[sciq]", tasks="quick"))
+    run_dir = tmp_path / "run"
+    base = ["recipe=llama_width_prune", "stages.evaluate_tasks.tasks=[sciq]", f"run_dir={run_dir}"]
+    before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
+
+    passing = launch(*base, "gates=['recovered >= 0.75', 'score.sciq > 0.69']")
+    assert passing.returncode == 0, passing.stderr
+    assert passing.stdout.count("passed") == 2
+
+    for _ in range(2):  # again with nothing changed: the same answer, nothing computed
+        failing = launch(*base, "gates=['recovered >= 0.5', 'recovered.sciq >= 0.95']")
+        assert failing.returncode == 1
+        assert "1 of 2 gates failed: recovered.sciq >= 0.95: measured 0.6667." in failing.stderr
+        assert "Traceback" not in failing.stderr
+        assert "everything was complete, nothing ran" in failing.stdout
+        assert "FAILED" in failing.stdout
+    assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()} == before
+
+
+def test_an_unquoted_gate_is_told_to_be_quoted(launch: Launch) -> None:
+    done = launch("recipe=llama_width_prune", "gates=[recovered >= 0.75]")
+    assert done.returncode == 1
+    assert (
+        """fix: quote each text that has signs in it, such as 'gates=["a >= 1"]'""" in done.stderr
+    )
+
+
+def test_a_gate_is_not_judged_on_what_is_not_measured_yet(
+    launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
+) -> None:
+    complete(plan(tasks="quick"))
+    base = ["recipe=llama_width_prune", f"run_dir={tmp_path / 'run'}", "gates=['recovered >= 2']"]
+    part = launch(*base, "stages.only=[prune]")
+    assert part.returncode == 0, part.stderr
+    assert "not judged" in part.stdout
+    (tmp_path / "run" / "report" / MANIFEST).unlink()
+    dry = launch(*base, "dry_run=true")
+    assert dry.returncode == 0, dry.stderr

@@ -1,0 +1,59 @@
+"""Answers are found again, and only those that are whole and to the same question."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes.task_cache import Answer, Question, look_up, path_of, store
+
+QUESTION = Question("m", "sciq", "1.0", "wheel", 100, None, 1234, "0.4.13", "c", "cpu")
+ANSWER = Answer([{"id": "sciq/0", "metrics": {"acc": 1.0}, "doc": {"text": "é"}}], 1.5)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_an_answer_is_found_again(cache: Path) -> None:
+    assert look_up(QUESTION) is None
+    store(QUESTION, ANSWER)
+    assert look_up(QUESTION) == ANSWER
+    assert [p.parent.name for p in cache.rglob("*.json")] == ["evaluations"]
+    assert len(list(cache.rglob("*"))) == 2  # the folder, and nothing half-written
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Question)])
+def test_every_part_of_the_question_counts(field: str) -> None:
+    store(QUESTION, ANSWER)
+    other = 7 if field in ("limit", "num_fewshot", "seed") else "other"
+    assert look_up(dataclasses.replace(QUESTION, **{field: other})) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: text.replace('"acc": 1.0', '"acc": 0.0'),
+        lambda text: text.replace('"model": "m"', '"model": "n"'),
+        lambda text: json.dumps({**json.loads(text), "items": []}),
+    ],
+    ids=["half", "empty", "other", "changed", "foreign", "nothing"],
+)
+def test_a_damaged_file_is_no_answer(damage: object) -> None:
+    store(QUESTION, ANSWER)
+    path = path_of(QUESTION)
+    text = path.read_text(encoding="utf-8")
+    changed = damage(text)  # type: ignore[operator]
+    assert changed != text
+    path.write_text(changed, encoding="utf-8")
+    assert look_up(QUESTION) is None
+    store(QUESTION, ANSWER)
+    assert look_up(QUESTION) == ANSWER
