@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from recipes.evaluate import Config
 
 TEACHER = "teacher"
+Model = Callable[[Tensor], Any]
 
 
 def measure(
@@ -41,32 +44,16 @@ def measure(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = windows(data, "heldout", cfg.seq_length, cfg.num_windows).to(device)
     models = {role: load_transformers(path).to(device) for role, path in checkpoints.items()}
-    losses: dict[str, list[float]] = {role: [] for role in models}
-    divergences: dict[str, list[float]] = {role: [] for role in models}
-    agreements: dict[str, list[float]] = {role: [] for role in models}
-    for start in range(0, len(text), cfg.micro_batch_size):
-        batch = text[start : start + cfg.micro_batch_size]
-        reference = _log_probabilities(models[TEACHER], batch)
-        for role, model in models.items():
-            scores = reference if role == TEACHER else _log_probabilities(model, batch)
-            losses[role] += _losses(scores, batch).mean(dim=1).tolist()
-            divergences[role] += _kl(reference, scores).mean(dim=1).tolist()
-            agreements[role] += (
-                (scores.argmax(-1) == reference.argmax(-1)).float().mean(dim=1).tolist()
-            )
-        log.progress("evaluate", start + len(batch), len(text))
+    scores = score(models, text, cfg.micro_batch_size, log)
     results = {
         role: {
-            "loss": _mean(losses[role]),
-            "loss_standard_error": _standard_error(losses[role]),
-            "perplexity": math.exp(_mean(losses[role])),
-            "kl_to_teacher": _mean(divergences[role]),
-            "top1_agreement": _mean(agreements[role]),
+            **scores[role].summary(),
             "parameters": sum(p.numel() for p in model.parameters()),
         }
         for role, model in models.items()
     }
     generations = _generate(cfg, models, checkpoints[TEACHER], text, log)
+    losses = {role: scores[role].losses for role in models}
     detail = {"results": results, "window_losses": losses, "generations": generations}
     write_text_atomically(out / "results.json", json.dumps(detail, indent=1, ensure_ascii=False))
     return {
@@ -75,6 +62,51 @@ def measure(
         "tokens": text.numel(),
         "recovered": recovered(results),
     }
+
+
+@dataclass
+class Scores:
+    """Figures of one model, a mean for each window."""
+
+    losses: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    agreements: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float]:
+        """Means over the windows."""
+        return {
+            "loss": _mean(self.losses),
+            "loss_standard_error": _standard_error(self.losses),
+            "perplexity": math.exp(_mean(self.losses)),
+            "kl_to_teacher": _mean(self.divergences),
+            "top1_agreement": _mean(self.agreements),
+        }
+
+
+def score(
+    models: Mapping[str, Model], text: Tensor, micro_batch_size: int, log: MetricsLog
+) -> dict[str, Scores]:
+    """Compares models with the one that is named as the teacher.
+
+    Args:
+        models: What maps tokens [batch, sequence] to an output with ``logits``, by role.
+        text: Windows [windows, sequence].
+        micro_batch_size: Windows in a forward pass.
+        log: Metrics file.
+    """
+    found = {role: Scores() for role in models}
+    for start in range(0, len(text), micro_batch_size):
+        batch = text[start : start + micro_batch_size]
+        reference = _log_probabilities(models[TEACHER], batch)
+        for role, model in models.items():
+            scores = reference if role == TEACHER else _log_probabilities(model, batch)
+            found[role].losses += _losses(scores, batch).mean(dim=1).tolist()
+            found[role].divergences += _kl(reference, scores).mean(dim=1).tolist()
+            found[role].agreements += (
+                (scores.argmax(-1) == reference.argmax(-1)).float().mean(dim=1).tolist()
+            )
+        log.progress("evaluate", start + len(batch), len(text))
+    return found
 
 
 def recovered(results: dict[str, dict[str, float]]) -> float | None:

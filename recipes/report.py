@@ -19,6 +19,13 @@ INPUTS = {
     "evaluation": "eval_results",
     "exported": "checkpoint_hf",
 }
+OPTIONAL_INPUTS = {
+    "tasks": "task_results",
+    "benchmark": "benchmark_results",
+    "engine": "engine",
+    "plan": "plan",
+    "search": "search_results",
+}
 FILE = "report.html"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from launch.console import Follower
-from launch.plan import PlannedStage
+from launch.plan import PlannedStage, stage_module
 from recipes.errors import RecipeError
 from recipes.fingerprint import REPO_ROOT
 from recipes.manifest import MANIFEST, WORK, read_manifest
@@ -29,6 +29,8 @@ def check(stages: Iterable[PlannedStage]) -> None:
                 "cluster=local is one machine.",
                 "set it to 1",
             )
+        # What only this kind of machine lacks must not come out after hours of training.
+        getattr(stage_module(stage.config.stage), "require_here", lambda _: None)(stage.config)
 
 
 def command(stage: PlannedStage) -> list[str]:
