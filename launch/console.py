@@ -82,9 +82,21 @@ def headline(manifest: Manifest) -> str:
         )
     if manifest.kind == "report":
         return str(m["file"])
+    if manifest.kind == "engine":
+        return f"{m['backend']} {m['precision']}"
+    if manifest.kind == "benchmark_results":
+        return speedup(m["speedups"][0]) if m["speedups"] else ""
     if manifest.parameters:
         return f"{manifest.parameters / 1e6:.1f} M parameters"
     return ""
+
+
+def speedup(figures: Mapping[str, Any]) -> str:
+    """How much faster the student is in one cell of the benchmark."""
+    return (
+        f"{figures['prefill']:.2f} × prefill, {figures['decode']:.2f} × decode "
+        f"({figures['backend']}, batch {figures['batch_size']})"
+    )
 
 
 class Follower:

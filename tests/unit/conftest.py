@@ -42,6 +42,12 @@ METRICS: dict[str, dict[str, Any]] = {
         "recovered": 0.75,
         **{role: {"perplexity": value} for role, value in PERPLEXITIES.items()},
     },
+    "engine": {"backend": "openvino", "precision": "fp32"},
+    "benchmark_results": {
+        "speedups": [
+            {"prefill": 1.25, "decode": 1.2, "backend": "openvino", "batch_size": 1},
+        ],
+    },
     "report": {"file": "report.html"},
 }
 
