@@ -107,10 +107,12 @@ def compose() -> Iterator[Compose]:
 
 @pytest.fixture
 def plan(compose: Compose, tmp_path: Path) -> MakePlan:
-    """Plans a run of the width recipe in ``tmp_path / "run"``."""
+    """Plans a run of the width recipe in ``tmp_path / "run"``, without engines by default."""
 
     def planned(*overrides: str, recipe: str = RECIPE) -> Plan:
-        return make_plan(compose(recipe, *overrides), tmp_path / "run")
+        chosen = any(override.startswith("engine=") for override in overrides)
+        engine = () if chosen else ("engine=none",)
+        return make_plan(compose(recipe, *engine, *overrides), tmp_path / "run")
 
     return planned
 

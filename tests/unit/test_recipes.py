@@ -47,7 +47,7 @@ def test_every_recipe_is_listed() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_plan_every_stage(recipe: str, plan: Callable[..., Plan]) -> None:
-    planned = plan(recipe=f"recipe={recipe}")
+    planned = plan("engine=openvino", recipe=f"recipe={recipe}")
     assert {stage.action for stage in planned.stages} == {"run"}
     for stage in planned.stages:
         assert stage.module == f"recipes.{stage.config.stage}"
@@ -107,10 +107,7 @@ def test_the_teacher_is_chosen(
     recipe: str, teacher: str, order: list[str], plan: Callable[..., Plan]
 ) -> None:
     """Each stage of the order takes its teacher from the one before; quality is the original's."""
-    planned = {
-        s.name: s
-        for s in plan(f"teacher={teacher}", "engine=none", recipe=f"recipe={recipe}").stages
-    }
+    planned = {s.name: s for s in plan(f"teacher={teacher}", recipe=f"recipe={recipe}").stages}
     for before, after in pairwise(order):
         assert planned[after].config.inputs["teacher"] == before
     assert planned["evaluate"].config.inputs["teacher"] == "import_hf"
