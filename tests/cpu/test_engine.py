@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from nemo_convert.hf import TOKENIZER_FILES, Weights, copy_side_files, load_causal_lm
 from recipes import build_engine, quantize
@@ -21,7 +21,7 @@ from recipes.indexed_dataset import PartWriter, load_tokenizer
 from recipes.manifest import ARTIFACT, Manifest, Outcome
 from recipes.metrics import METRICS, MetricsLog, read_records
 from recipes.stage import Input
-from tests.cpu.conftest import EVEN, write_tiny_llama
+from tests.cpu.conftest import EVEN, write_tiny_model
 
 Build = Callable[..., tuple[Path, Outcome]]
 
@@ -86,25 +86,19 @@ def build(data: Path, tmp_path: Path) -> Build:
 
 
 @pytest.fixture(scope="module")
-def odd_qwen3(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def odd_qwen3(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Norms of queries and keys, 14 heads over 7 groups, an explicit head size, tied."""
-    folder = tmp_path_factory.mktemp("qwen3")
-    copy_side_files(odd_llama, folder)
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=293,
-        hidden_size=56,
-        intermediate_size=100,
-        num_hidden_layers=2,
-        num_attention_heads=14,
-        num_key_value_heads=7,
-        head_dim=12,
-        tie_word_embeddings=True,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    shape = {
+        "hidden_size": 56,
+        "intermediate_size": 100,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 7,
+        "head_dim": 12,
+        "tie_word_embeddings": True,
+    }
+    folder = tmp_path_factory.mktemp("qwen3") / "qwen3"
+    return write_tiny_model(folder, text_file, "qwen3", **shape, train=False, dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +115,7 @@ def seven_groups(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         "vocab_size": 301,
     }
     folder = tmp_path_factory.mktemp("seven") / "seven"
-    return write_tiny_llama(folder, text_file, **shape, train=False)
+    return write_tiny_model(folder, text_file, **shape, train=False)
 
 
 @pytest.mark.parametrize("name", ["odd_llama", "seven_groups", "odd_qwen3"])
@@ -195,7 +189,7 @@ def aligned(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wide enough for groups of 128 weights."""
     shape = {**EVEN, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
     folder = tmp_path_factory.mktemp("aligned") / "aligned"
-    return write_tiny_llama(folder, text_file, **shape, train=False, dtype=torch.bfloat16)
+    return write_tiny_model(folder, text_file, **shape, train=False, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
