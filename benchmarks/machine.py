@@ -7,41 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
-REPEATS = 5
-COPY_BYTES = 1 << 28
-"""Well beyond any cache."""
-
-
-def best_seconds(work: Callable[[], Any]) -> float:
-    """Shortest of several runs, after one that warms up; other programs only make it longer."""
-    work()
-    seconds = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
-
-
-def linear_rate(tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> float:
-    """FLOP/s of a linear layer [tokens, inputs] → [tokens, outputs]."""
-    x, weight = torch.randn(tokens, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
-    return 2 * tokens * inputs * outputs / best_seconds(lambda: linear(x, weight))
-
-
-def copy_rate() -> float:
-    """Bytes per second of a copy, each byte counted as read and as written."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / best_seconds(lambda: target.copy_(source))
+from recipes.machine_rates import copy_rate, linear_rate
 
 
 def main() -> None:

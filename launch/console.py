@@ -20,6 +20,7 @@ from recipes.manifest import Manifest, read_manifest
 from recipes.metrics import METRICS
 
 PLAIN_INTERVAL = 15.0
+ROLES = ("teacher", "pruned", "distilled")
 SHOWN = ("loss", "val_loss", "tokens_per_second")
 
 
@@ -93,31 +94,48 @@ def print_summary(plan: Plan, seconds: float, console: Console) -> None:
 
 def headline(manifest: Manifest) -> str:
     """The one result of a stage that a person wants to see."""
-    m = manifest.metrics
-    if manifest.kind == "dataset":
-        return f"{sum(m['tokens'].values()):,} tokens"
-    if manifest.kind == "eval_results":
-        perplexities = " → ".join(
-            f"{m[role]['perplexity']:.1f}" for role in ("teacher", "pruned", "distilled")
-        )
-        share = m["recovered"]
-        return f"perplexity {perplexities}" + (
-            f", {share:.0%} recovered" if share is not None else ""
-        )
-    if manifest.kind == "task_results":
-        scores = [
-            sum(task[role]["value"] for task in m["tasks"].values()) / len(m["tasks"])
-            for role in ("teacher", "pruned", "distilled")
-        ]
-        return f"mean score {' → '.join(f'{score:.3f}' for score in scores)}"
-    if manifest.kind == "report":
-        return str(m["file"])
-    if manifest.kind == "plan":
-        f = m["figures"]
-        return f"{f['device-hours']:,} device-hours on {f['hardware']}, ${f['dollars']:,}"
+    if manifest.kind in HEADLINES:
+        return HEADLINES[manifest.kind](manifest.metrics)
     if manifest.parameters:
         return f"{manifest.parameters / 1e6:.1f} M parameters"
     return ""
+
+
+def _perplexities(m: Mapping[str, Any]) -> str:
+    text = " → ".join(f"{m[role]['perplexity']:.1f}" for role in ROLES)
+    share = "" if m["recovered"] is None else f", {m['recovered']:.0%} recovered"
+    return f"perplexity {text}{share}"
+
+
+def _mean_score(m: Mapping[str, Any]) -> str:
+    tasks = m["tasks"].values()
+    means = (sum(task[role]["value"] for task in tasks) / len(tasks) for role in ROLES)
+    return f"mean score {' → '.join(f'{value:.3f}' for value in means)}"
+
+
+def _cost(m: Mapping[str, Any]) -> str:
+    f = m["figures"]
+    return f"{f['device-hours']:,} device-hours on {f['hardware']}, ${f['dollars']:,}"
+
+
+def speedup(figures: Mapping[str, Any]) -> str:
+    """How much faster the student is in one cell of the benchmark."""
+    return (
+        f"{figures['prefill']:.2f} × prefill, {figures['decode']:.2f} × decode "
+        f"({figures['backend']}, batch {figures['batch_size']})"
+    )
+
+
+HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "dataset": lambda m: f"{sum(m['tokens'].values()):,} tokens",
+    "eval_results": _perplexities,
+    "task_results": _mean_score,
+    "plan": _cost,
+    "engine": lambda m: f"{m['backend']} {m['precision']}",
+    "benchmark_results": lambda m: speedup(m["speedups"][0]) if m["speedups"] else "",
+    "report": lambda m: str(m["file"]),
+}
+"""By kind of artifact."""
 
 
 class Follower:

@@ -11,7 +11,8 @@ from recipes.preflight import Chain, Problem, one_rank_problems
 from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 
 KIND = "checkpoint_hf"
-INPUTS = {"checkpoint": "checkpoint_nemo", "evaluation": "eval_results"}
+INPUTS = {"checkpoint": "checkpoint_nemo"}
+OPTIONAL_INPUTS = {"evaluation": "eval_results"}
 
 
 @dataclass
@@ -35,7 +36,7 @@ def disk_bytes(cfg: Config, chain: Chain) -> int:
 
 
 def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
-    """Converts, compares with the checkpoint, and writes the card."""
+    """Converts, compares with the checkpoint, and writes a card with what was measured."""
     from nemo_convert import convert, hf, nemo, parity
     from recipes.model_card import write_card
 
@@ -47,7 +48,8 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     core = parity.load_core(checkpoint)
     gate = parity.compare(out, checkpoint, core).require(f"{checkpoint.name} → {out}")
     manifest = inputs["checkpoint"].manifest
-    write_card(out, cfg, manifest, inputs["evaluation"].manifest)
+    if "evaluation" in inputs:  # a model that nothing was done to keeps the card that came along
+        write_card(out, cfg, manifest, inputs["evaluation"].manifest)
     log.progress("export", 2, 2)
     return Outcome(
         metrics={

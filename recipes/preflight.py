@@ -71,6 +71,16 @@ class Chain:
         targets = getattr(config, "targets", None)
         return pruned(self.teacher, targets()) if targets else self.teacher
 
+    def pruned_by(self, config: StageConfig) -> str | None:
+        """The stage that pruned the model which a later stage gets; ``None`` for the teacher."""
+        before: StageConfig | None = config
+        while before is not None:
+            name = before.inputs.get("checkpoint") or before.inputs.get("student")
+            before = self.stages.get(name or "")
+            if hasattr(before, "targets"):
+                return name
+        return None
+
 
 def window_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
     """Checks a window's length against the teacher's positions."""

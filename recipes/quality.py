@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +25,7 @@ if TYPE_CHECKING:
     from recipes.stage import Input
 
 TEACHER = "teacher"
-
-
-Figures = dict[str, dict[str, list[float]]]
-"""Role, then ``loss``, ``kl_to_teacher`` or ``top1_agreement``, then a value a window."""
+Model = Callable[[Tensor], Any]
 
 
 def measure(
@@ -48,12 +47,16 @@ def measure(
     sources = heldout_windows(cfg, data)
     text = torch.cat(list(sources.values())).to(device)
     models = {role: load_transformers(path).to(device) for role, path in checkpoints.items()}
-    figures = _figures(cfg, models, text, log)
-    results = _summary(figures, slice(None))
-    for role, model in models.items():
-        results[role]["parameters"] = sum(p.numel() for p in model.parameters())
+    scores = score(models, text, cfg.micro_batch_size, log)
+    results = {
+        role: {
+            **scores[role].summary(),
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
+        for role, model in models.items()
+    }
     generations = _generate(cfg, models, checkpoints[TEACHER], text, log)
-    losses = {role: values["loss"] for role, values in figures.items()}
+    losses = {role: scores[role].losses for role in models}
     detail = {"results": results, "window_losses": losses, "generations": generations}
     write_text_atomically(out / "results.json", json.dumps(detail, indent=1, ensure_ascii=False))
     return {
@@ -61,7 +64,7 @@ def measure(
         "windows": len(text),
         "tokens": text.numel(),
         "recovered": recovered(results),
-        "sources": _by_source(figures, sources) if len(sources) > 1 else {},
+        "sources": _by_source(scores, sources) if len(sources) > 1 else {},
     }
 
 
@@ -86,50 +89,64 @@ def heldout_windows(cfg: Config, data: Input) -> dict[str, Tensor]:
     return found
 
 
-def _figures(cfg: Config, models: dict[str, Any], text: Tensor, log: MetricsLog) -> Figures:
-    """Every model's figures on every window, in batches that all models see at once."""
-    figures: Figures = {
-        role: {"loss": [], "kl_to_teacher": [], "top1_agreement": []} for role in models
-    }
-    for start in range(0, len(text), cfg.micro_batch_size):
-        batch = text[start : start + cfg.micro_batch_size]
+@dataclass
+class Scores:
+    """Figures of one model, a mean for each window."""
+
+    losses: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    agreements: list[float] = field(default_factory=list)
+
+    def summary(self, chosen: slice = slice(None)) -> dict[str, float]:
+        """Means over the windows, or some of them."""
+        losses = self.losses[chosen]
+        return {
+            "loss": mean(losses),
+            "loss_standard_error": standard_error(losses),
+            "perplexity": math.exp(mean(losses)),
+            "kl_to_teacher": mean(self.divergences[chosen]),
+            "top1_agreement": mean(self.agreements[chosen]),
+        }
+
+
+def score(
+    models: Mapping[str, Model], text: Tensor, micro_batch_size: int, log: MetricsLog
+) -> dict[str, Scores]:
+    """Compares models with the one that is named as the teacher.
+
+    Args:
+        models: What maps tokens [batch, sequence] to an output with ``logits``, by role.
+        text: Windows [windows, sequence].
+        micro_batch_size: Windows in a forward pass.
+        log: Metrics file.
+    """
+    found = {role: Scores() for role in models}
+    for start in range(0, len(text), micro_batch_size):
+        batch = text[start : start + micro_batch_size]
         reference = _log_probabilities(models[TEACHER], batch)
         for role, model in models.items():
             scores = reference if role == TEACHER else _log_probabilities(model, batch)
             agrees = (scores.argmax(-1) == reference.argmax(-1)).float()
-            figures[role]["loss"] += _losses(scores, batch).mean(dim=1).tolist()
-            figures[role]["kl_to_teacher"] += _kl(reference, scores).mean(dim=1).tolist()
-            figures[role]["top1_agreement"] += agrees.mean(dim=1).tolist()
+            found[role].losses += _losses(scores, batch).mean(dim=1).tolist()
+            found[role].divergences += _kl(reference, scores).mean(dim=1).tolist()
+            found[role].agreements += agrees.mean(dim=1).tolist()
         log.progress("evaluate", start + len(batch), len(text))
-    return figures
+    return found
 
 
-def _summary(figures: Figures, chosen: slice) -> dict[str, dict[str, float]]:
-    """Means over the chosen windows, by role."""
-    return {
-        role: {
-            "loss": mean(values["loss"][chosen]),
-            "loss_standard_error": standard_error(values["loss"][chosen]),
-            "perplexity": math.exp(mean(values["loss"][chosen])),
-            "kl_to_teacher": mean(values["kl_to_teacher"][chosen]),
-            "top1_agreement": mean(values["top1_agreement"][chosen]),
-        }
-        for role, values in figures.items()
-    }
-
-
-def _by_source(figures: Figures, sources: dict[str, Tensor]) -> dict[str, Any]:
+def _by_source(scores: Mapping[str, Scores], sources: dict[str, Tensor]) -> dict[str, Any]:
     """What ``measure`` returns, of each source's windows alone."""
     found, start = {}, 0
     for source, text in sources.items():
-        results = _summary(figures, slice(start, start + len(text)))
+        span = slice(start, start + len(text))
+        results = {role: each.summary(span) for role, each in scores.items()}
         found[source] = {
             **results,
             "windows": len(text),
             "tokens": text.numel(),
             "recovered": recovered(results),
         }
-        start += len(text)
+        start = span.stop
     return found
 
 

@@ -56,6 +56,7 @@ RECORDED_VERSIONS = (
     "transformers",
     "torch",
     "numpy",
+    "openvino",
 )
 REQUEST = "request.json"
 """In ``work/``: the request that the work belongs to. ``config.yaml`` may be a later one's."""

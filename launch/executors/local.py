@@ -12,7 +12,7 @@ from rich.console import Console
 
 from launch.cluster import Cluster, Follow
 from launch.executors import foreground
-from launch.plan import Plan, PlannedStage
+from launch.plan import Plan, PlannedStage, stage_module
 
 
 @dataclass
@@ -23,8 +23,11 @@ class Config(Cluster):
 
 
 def prepare(plan: Plan, cluster: Config) -> Plan:
-    """Refuses what needs several machines."""
+    """Refuses what needs several machines, or what this one lacks."""
     foreground.require_one_machine(plan, cluster)
+    for stage in plan.todo():
+        # What only this kind of machine lacks must not come out after hours of training.
+        getattr(stage_module(stage.config.stage), "require_here", lambda _: None)(stage.config)
     return plan
 
 

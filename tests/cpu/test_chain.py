@@ -29,11 +29,12 @@ STAGES = (
 STEPS, CHECKPOINT_INTERVAL = 24, 4
 
 
-def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
+def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "none") -> list[str]:
     """Width and depth together, every size odd."""
     return [
         "recipe=llama_width_prune",
         "tasks=none",
+        f"engine={engine}",
         f"model.hf_path={model}",
         f"data.sources=[{text_file}]",
         "data.text_field=text",
@@ -179,6 +180,62 @@ def test_second_run_does_nothing(tiny_run: Path, odd_llama: Path, text_file: Pat
     assert result.code == 0, result.output
     assert "everything was complete, nothing ran" in result.output
     assert {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()} == before
+
+
+def test_engines_of_teacher_and_student_are_built_and_timed(
+    tiny_run: Path,
+    odd_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a finished run only what the engines add is done; nothing is written to the home."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    run_dir = without(tiny_run, tmp_path / "run")
+    command = [
+        *overrides(odd_llama, text_file, run_dir, engine="openvino"),
+        "stages.build_engine.num_windows=2",
+        "stages.build_teacher_engine.num_windows=2",
+        "stages.benchmark.batch_sizes=[1,3]",
+        "stages.benchmark.prompt_tokens=[40]",
+        "stages.benchmark.new_tokens=6",
+        "stages.benchmark.repetitions=2",
+    ]
+    result = run_recipe(*command, cwd=tmp_path)
+    assert result.code == 0, result.output
+    assert "4 stages ran" in result.output
+    assert not (home / "intel").exists()
+    student = manifest_of(run_dir, "build_engine")
+    assert (student.kind, student.metrics["backend"]) == ("engine", "openvino")
+    assert student.metrics["greedy_margin"] < 1e-3
+    assert student.parameters == manifest_of(run_dir, "export_hf").parameters
+    assert student.metrics["bytes"] == student.total_bytes()
+    results = manifest_of(run_dir, "benchmark").metrics
+    rows = results["rows"]
+    assert [(r["backend"], r["role"], r["batch_size"]) for r in rows] == [
+        (backend, role, batch)
+        for batch in (1, 3)
+        for backend in ("openvino", "transformers")
+        for role in ("teacher", "student")
+    ]
+    for figures in rows:
+        for name in ("time_to_first_token_ms", "decode_tokens_per_second"):
+            assert 0 < figures[name]["low"] <= figures[name]["median"] <= figures[name]["high"]
+        assert figures["peak_memory_bytes"] > 100e6
+        assert figures["load_seconds"] > 0
+    assert rows[0]["disk_bytes"] == manifest_of(run_dir, "build_teacher_engine").total_bytes()
+    assert [(s["backend"], s["batch_size"]) for s in results["speedups"]] == [
+        (backend, batch) for backend in ("openvino", "transformers") for batch in (1, 3)
+    ]
+    for speedup in results["speedups"]:
+        assert speedup["prefill"] > 0
+        assert speedup["decode_roofline"] > 1
+        assert speedup["prefill_roofline"] > 1
+    machine = results["machine"]
+    assert machine["flops_per_second"]["float32"] > 1e8
+    assert machine["bytes_per_second"] > 1e8
 
 
 def test_changed_field_and_force_rerun_what_follows(

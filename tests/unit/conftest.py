@@ -54,6 +54,12 @@ METRICS: dict[str, dict[str, Any]] = {
             }
         }
     },
+    "engine": {"backend": "openvino", "precision": "fp32"},
+    "benchmark_results": {
+        "speedups": [
+            {"prefill": 1.25, "decode": 1.2, "backend": "openvino", "batch_size": 1},
+        ],
+    },
     "report": {"file": "report.html"},
 }
 
@@ -113,10 +119,12 @@ def compose() -> Iterator[Compose]:
 
 @pytest.fixture
 def plan(compose: Compose, tmp_path: Path) -> MakePlan:
-    """Plans a run of the width recipe in ``tmp_path / "run"``, without benchmarks by default."""
+    """Plans a run of the width recipe, by default without benchmarks and engines."""
 
-    def planned(*overrides: str, recipe: str = RECIPE, tasks: str = "none") -> Plan:
-        return make_plan(compose(recipe, f"tasks={tasks}", *overrides), tmp_path / "run")
+    def planned(*overrides: str, recipe: str = RECIPE) -> Plan:
+        given = {override.partition("=")[0] for override in overrides}
+        absent = [f"{group}=none" for group in ("tasks", "engine") if group not in given]
+        return make_plan(compose(recipe, *absent, *overrides), tmp_path / "run")
 
     return planned
 

@@ -70,13 +70,16 @@ def test_plan_shows_brackets_as_they_are(
 def test_summary_shows_what_each_stage_produced(
     screen: Console, plan: Callable[..., Plan], complete: Callable[..., None]
 ) -> None:
-    complete(plan())
-    print_summary(plan(), 1.25, screen)
+    engine = "engine=openvino"
+    complete(plan(engine))
+    print_summary(plan(engine), 1.25, screen)
     shown = text_of(screen)
     for words in ("1,000,200 tokens", "1.5 M parameters", "1.0 GB", "report.html", "75% recovered"):
         assert words in shown
     assert "everything was complete, nothing ran; 1.2 s" in shown
-    assert shown.count("skipped") == len(plan().stages)
+    for words in ("openvino fp32", "1.25 × prefill, 1.20 × decode (openvino, batch 1)"):
+        assert words in shown
+    assert shown.count("skipped") == len(plan(engine).stages)
 
 
 def test_summary_marks_incomplete_stages(screen: Console, plan: Callable[..., Plan]) -> None:

@@ -82,7 +82,7 @@ def test_the_harness_is_pinned_to_the_version_that_is_checked_for(root: Path) ->
 @pytest.mark.parametrize("recipe", ["llama_depth_prune", "llama_width_prune"])
 @pytest.mark.parametrize("tasks", ["none", "quick", "full"])
 def test_tasks_are_chosen(plan: Callable[..., Plan], recipe: str, tasks: str) -> None:
-    stages = {s.name: s for s in plan(recipe=f"recipe={recipe}", tasks=tasks).stages}
+    stages = {s.name: s for s in plan(f"tasks={tasks}", recipe=f"recipe={recipe}").stages}
     assert ("evaluate_tasks" in stages) == (tasks != "none")
     assert ("tasks" in stages["report"].inputs) == (tasks != "none")
     if tasks != "none":
@@ -100,7 +100,7 @@ def test_benchmarks_are_on_by_default(compose: Callable[..., Any]) -> None:
 def test_headline_is_the_mean_score(
     plan: Callable[..., Plan], complete: Callable[..., None]
 ) -> None:
-    complete(plan(tasks="quick"))
-    manifest = read_manifest(plan(tasks="quick").run_dir / "evaluate_tasks")
+    complete(plan("tasks=quick"))
+    manifest = read_manifest(plan("tasks=quick").run_dir / "evaluate_tasks")
     assert manifest is not None
     assert headline(manifest) == "mean score 0.800 → 0.500 → 0.700"

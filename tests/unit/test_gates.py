@@ -127,15 +127,15 @@ def test_preflight_knows_what_a_recipe_measures(
     plan: Callable[..., Plan], gate: str, words: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
-        plan(f"gates=['{gate}']", tasks="quick")
+        plan(f"gates=['{gate}']", "tasks=quick")
     assert words in str(caught.value)
 
 
 def test_tasks_are_measured_only_where_there_are_tasks(plan: Callable[..., Plan]) -> None:
     gates = "gates=['recovered.sciq >= 0.9']"
-    assert [str(gate) for gate in plan(gates, tasks="quick").gates] == ["recovered.sciq >= 0.9"]
+    assert [str(gate) for gate in plan(gates, "tasks=quick").gates] == ["recovered.sciq >= 0.9"]
     with pytest.raises(RecipeError, match="does not measure"):
-        plan(gates, tasks="none")
+        plan(gates, "tasks=none")
 
 
 def test_gates_change_no_fingerprint(plan: Callable[..., Plan]) -> None:
@@ -146,7 +146,7 @@ def test_gates_change_no_fingerprint(plan: Callable[..., Plan]) -> None:
 def test_failing_gate_ends_a_complete_run_with_1_and_says_what_was_measured(
     launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
 ) -> None:
-    complete(plan("stages.evaluate_tasks.tasks=[sciq]", tasks="quick"))
+    complete(plan("stages.evaluate_tasks.tasks=[sciq]", "tasks=quick"))
     run_dir = tmp_path / "run"
     base = ["recipe=llama_width_prune", "stages.evaluate_tasks.tasks=[sciq]", f"run_dir={run_dir}"]
     before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
@@ -176,7 +176,7 @@ def test_an_unquoted_gate_is_told_to_be_quoted(launch: Launch) -> None:
 def test_a_gate_is_not_judged_on_what_is_not_measured_yet(
     launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
 ) -> None:
-    complete(plan(tasks="quick"))
+    complete(plan("tasks=quick"))
     base = ["recipe=llama_width_prune", f"run_dir={tmp_path / 'run'}", "gates=['recovered >= 2']"]
     part = launch(*base, "stages.only=[prune]")
     assert part.returncode == 0, part.stderr

@@ -56,11 +56,50 @@ def test_every_recipe_is_listed() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_plan_every_stage(recipe: str, plan: Callable[..., Plan]) -> None:
-    planned = plan(recipe=f"recipe={recipe}")
+    planned = plan("engine=openvino", recipe=f"recipe={recipe}")
     assert {stage.action for stage in planned.stages} == {"run"}
     for stage in planned.stages:
         assert stage.module == f"recipes.{stage.config.stage}"
-        assert stage.inputs.keys() == stage_module(stage.config.stage).INPUTS.keys()
+        module = stage_module(stage.config.stage)
+        optional = getattr(module, "OPTIONAL_INPUTS", {})
+        assert module.INPUTS.keys() <= stage.inputs.keys() <= {*module.INPUTS, *optional}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("engine", "student"),
+    [
+        ("none", None),
+        ("openvino", "export_hf"),
+        ("tensorrt_llm", "export_hf"),
+        ("tensorrt_llm_quantized", "quantize"),
+    ],
+)
+def test_the_engine_is_chosen(
+    recipe: str, engine: str, student: str | None, plan: Callable[..., Plan]
+) -> None:
+    """The report shows what was built; the student's engine comes from the end of the chain."""
+    sizes = ["stages.prune.target_hidden_size=128", "stages.prune.target_ffn_hidden_size=128"]
+    heads = "stages.build_engine.backend=tensorrt_llm_pytorch"  # no kernel for this head size
+    options = [heads] if engine.startswith("tensorrt_llm") else []
+    planned = {
+        s.name: s
+        for s in plan(f"engine={engine}", *sizes, *options, recipe=f"recipe={recipe}").stages
+    }
+    report = planned["report"].config.inputs
+    if student is None:
+        assert not {"engine", "benchmark"} & report.keys()
+        assert "benchmark" not in planned
+        return
+    assert (report["engine"], report["benchmark"]) == ("build_engine", "benchmark")
+    assert planned["build_engine"].config.inputs["checkpoint"] == student
+    assert planned["benchmark"].config.inputs["student"] == student
+    backends = {
+        getattr(planned[n].config, "backend") for n in ("build_engine", "build_teacher_engine")
+    }
+    assert len(backends) == 1
+    if engine != "openvino":  # NVIDIA's image has no NeMo to convert with
+        assert planned["build_teacher_engine"].inputs["checkpoint"].kind == "checkpoint_hf"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -173,7 +212,9 @@ def test_stage_configs_name_their_stage_and_inputs(file: Path) -> None:
     cfg: Any = OmegaConf.to_container(OmegaConf.load(file))
     assert cfg["defaults"] == ["schema", "_self_"]
     assert cfg["stage"] == file.parent.name
-    assert cfg.get("inputs", {}).keys() == stage_module(cfg["stage"]).INPUTS.keys()
+    module = stage_module(cfg["stage"])
+    allowed = {*module.INPUTS, *getattr(module, "OPTIONAL_INPUTS", {})}
+    assert module.INPUTS.keys() <= cfg.get("inputs", {}).keys() <= allowed
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -62,7 +62,7 @@ def test_help(launch: Launch) -> None:
 
 
 def test_config_can_be_shown(launch: Launch, tmp_path: Path) -> None:
-    done = launch("--cfg", "job", RECIPE, "stages.prune.target_hidden_size=448")
+    done = launch("--cfg", "job", RECIPE, "engine=none", "stages.prune.target_hidden_size=448")
     assert done.returncode == 0
     shown = OmegaConf.create(done.stdout)
     assert shown.stages.prune.target_hidden_size == 448
@@ -102,7 +102,8 @@ def test_mistakes_get_one_message_and_leave_no_trace(
 def test_dry_run_writes_configs_and_scripts_and_starts_nothing(
     launch: Launch, tmp_path: Path, recipe: str
 ) -> None:
-    done = launch(f"recipe={recipe}", "dry_run=true", "+cluster.env.WORD='a b'", HF_TOKEN=SECRET)
+    words = f"recipe={recipe}", "engine=none", "dry_run=true", "+cluster.env.WORD='a b'"
+    done = launch(*words, HF_TOKEN=SECRET)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "nothing was started" in done.stdout
@@ -131,7 +132,7 @@ def test_complete_run_starts_nothing_and_keeps_to_its_recipe(
     complete(plan())
     run = tmp_path / "run"
     before = files_below(run)
-    done = launch(RECIPE, f"run_dir={run}")
+    done = launch(RECIPE, "engine=none", f"run_dir={run}")
     assert done.returncode == 0, done.stderr
     assert "everything was complete, nothing ran" in done.stdout
     assert files_below(run) == before
@@ -195,8 +196,8 @@ def test_launcher_imports_nothing_heavy(root: Path, tmp_path: Path) -> None:
 
 def test_nothing_of_a_dry_run_counts_as_a_result(launch: Launch, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launch(RECIPE, f"run_dir={run}", "dry_run=true")
-    again = launch(RECIPE, f"run_dir={run}", "dry_run=true")
+    launch(RECIPE, "engine=none", f"run_dir={run}", "dry_run=true")
+    again = launch(RECIPE, "engine=none", f"run_dir={run}", "dry_run=true")
     assert not list(run.rglob(MANIFEST))
     assert again.stdout.count("not run yet") == len(ORDER)
 

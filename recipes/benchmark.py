@@ -1,0 +1,175 @@
+"""Speed of teacher and student as engines, on this machine, in turn, and what it would allow.
+
+Results: ``machine`` (processor, threads, measured rates), ``rows`` (one for each model, backend and
+shape: time to the first token, decoding rate, throughput, each as median, lowest and highest of the
+repetitions; peak memory, loading time, size on disk) and ``speedups`` (student over teacher, beside
+the ratio of their rooflines).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes.architecture import Architecture
+from recipes.benchmark_runs import (
+    BASELINE,
+    ROLES,
+    Contender,
+    CpuWorker,
+    TensorRtLlm,
+    Worker,
+    measure,
+    speedups,
+)
+from recipes.build_engine import model_folder, require_backend
+from recipes.manifest import Outcome, write_text_atomically
+from recipes.preflight import Chain, Problem, one_rank_problems
+from recipes.roofline import Machine, Shape
+from recipes.stage import Input, Inputs, StageConfig, metrics_log, stage_main
+
+KIND = "benchmark_results"
+INPUTS = {
+    "teacher": ("checkpoint_hf", "checkpoint_nemo"),
+    "student": ("checkpoint_hf", "checkpoint_nemo"),
+    "teacher_engine": "engine",
+    "student_engine": "engine",
+}
+
+
+@dataclass
+class Config(StageConfig):
+    """Settings of ``benchmark``."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 4])
+    prompt_tokens: list[int] = field(default_factory=lambda: [128])
+    new_tokens: int = 32
+    repetitions: int = 3
+    """Measured runs of every batch size and prompt length, after one that warms up."""
+    baseline: bool = True
+    """Whether transformers (eager, float32, on the CPU) is measured beside the engines."""
+    threads: int | None = None
+    """CPU threads of each model; by default those that the launcher gives to a process."""
+
+
+def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
+    """Finds a grid that the models or their engines cannot take."""
+    numbers = [*cfg.batch_sizes, *cfg.prompt_tokens, cfg.repetitions, cfg.threads or 1]
+    if not cfg.batch_sizes or not cfg.prompt_tokens or min(numbers) < 1 or cfg.new_tokens < 2:
+        yield Problem(
+            "grid",
+            f"batch_sizes={cfg.batch_sizes}, prompt_tokens={cfg.prompt_tokens}, "
+            f"new_tokens={cfg.new_tokens}, repetitions={cfg.repetitions} leave nothing to measure",
+            "use positive numbers, and at least two new tokens, since the first is not decoding",
+        )
+        return
+    yield from one_rank_problems(cfg, "each model runs in a process that it starts")
+    yield from _length_problems(cfg, "the model's positions", chain.teacher.max_position_embeddings)
+    for name in ("teacher_engine", "student_engine"):
+        engine: Any = chain.stages.get(cfg.inputs.get(name, ""))
+        if engine is not None and engine.backend != "openvino":
+            yield from _engine_problems(cfg, cfg.inputs[name], engine)
+
+
+def _length_problems(cfg: Config, limiting: str, limit: int) -> Iterator[Problem]:
+    longest = max(cfg.prompt_tokens) + cfg.new_tokens
+    if longest > limit:
+        yield Problem(
+            "length",
+            f"prompt and new tokens make {longest}, more than {limiting}, {limit}",
+            "lower prompt_tokens or new_tokens",
+        )
+
+
+def _engine_problems(cfg: Config, name: str, engine: Any) -> Iterator[Problem]:
+    """Compares the grid with what an engine is built for."""
+    if engine.max_seq_len:
+        yield from _length_problems(cfg, f"max_seq_len of {name}", engine.max_seq_len)
+    largest = {
+        "max_batch_size": ("batch_sizes", max(cfg.batch_sizes)),
+        "max_input_len": ("prompt_tokens", max(cfg.prompt_tokens)),
+    }
+    for limit, (field_name, value) in largest.items():
+        allowed = getattr(engine, limit)
+        if allowed is not None and value > allowed:
+            yield Problem(
+                "engine-limits",
+                f"{field_name} has {value}, more than {limit}={allowed} of {name}",
+                f"lower {field_name}, or raise {limit}",
+            )
+
+
+def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
+    """Starts the models, measures them in turn, and compares."""
+    from recipes import machine_rates, measure_model  # so that the fingerprint knows their code
+
+    log = metrics_log(out)
+    contenders = _contenders(cfg, inputs, out.parent)
+    for backend in {c.backend for c in contenders} - {BASELINE}:
+        require_backend(backend)
+    device = "cuda" if any(c.backend.startswith("tensorrt_llm") for c in contenders) else "cpu"
+    threads = cfg.threads or int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    machine = {
+        "cpu": machine_rates.processor_name(device),
+        "threads": threads,
+        **machine_rates.measure(contenders[0].architecture, threads, device),
+    }
+
+    def start(contender: Contender) -> Worker:
+        if contender.backend.startswith("tensorrt_llm"):
+            return TensorRtLlm(contender, out.parent / "trtllm_bench")
+        return CpuWorker(contender, threads, measure_model.__name__)
+
+    rows = measure(contenders, _shapes(cfg), cfg.repetitions, start, log)
+    results = {
+        "machine": machine,
+        "rows": rows,
+        "speedups": speedups(rows, contenders, lambda c: _roof(machine, c)),
+    }
+    write_text_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    return Outcome(metrics=results)
+
+
+def _shapes(cfg: Config) -> list[Shape]:
+    return [Shape(b, p, cfg.new_tokens) for p in cfg.prompt_tokens for b in cfg.batch_sizes]
+
+
+def _contenders(cfg: Config, inputs: Inputs, scratch: Path) -> list[Contender]:
+    """Teacher and student as engines, then as transformers models."""
+    folders = {role: model_folder(inputs[role], scratch / f"{role}_hf") for role in ROLES}
+    found = [_engine(role, inputs[f"{role}_engine"], folders[role]) for role in ROLES]
+    if cfg.baseline:
+        found += [
+            Contender(role, BASELINE, "fp32", folders[role], folders[role], engine.architecture)
+            for role, engine in zip(ROLES, list(found), strict=True)
+        ]
+    return found
+
+
+def _engine(role: str, engine: Input, folder: Path) -> Contender:
+    metrics, config = engine.manifest.metrics, engine.manifest.config
+    return Contender(
+        role,
+        metrics["backend"],
+        metrics["precision"],
+        engine.artifact,
+        folder,
+        Architecture(**(engine.manifest.architecture or {})),
+        metrics["group_size"],
+        config["tensor_parallel_size"],
+    )
+
+
+def _roof(machine: dict[str, Any], contender: Contender) -> Machine:
+    """The rates that bound a contender; a compressed one may compute in bfloat16."""
+    rates = machine["flops_per_second"]
+    fastest = rates["float32"] if contender.precision == "fp32" else max(rates.values())
+    return Machine(fastest, machine["bytes_per_second"])
+
+
+if __name__ == "__main__":
+    stage_main(run, Config, KIND)

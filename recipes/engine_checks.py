@@ -1,0 +1,101 @@
+"""What became of a model in its engine: the same tokens in float32, and its quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemo_convert.hf import load_causal_lm
+from nemo_convert.parity import LOGITS_TOLERANCE, TEXT
+from recipes.engine_openvino import Logits, Pipeline
+from recipes.errors import RecipeError
+from recipes.indexed_dataset import windows
+from recipes.metrics import MetricsLog
+from recipes.quality import TEACHER, score
+
+if TYPE_CHECKING:
+    from recipes.build_engine import Config
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 32
+
+
+def compare_engine(
+    cfg: Config, folder: Path, engine: Path, data: Path | None, log: MetricsLog
+) -> dict[str, Any]:
+    """Measures an engine against the model that it was built from, in float32.
+
+    Args:
+        cfg: The stage's config.
+        folder: Hugging Face folder of the model.
+        engine: The engine.
+        data: Artifact of ``prepare_data``; without it no quality on text is measured.
+        log: Metrics file.
+
+    Returns:
+        ``max_logit_difference`` and ``greedy_margin`` on a fixed text, and ``quality``: the
+        engine's loss, perplexity, KL and top-1 agreement on held-out windows, beside the source's.
+
+    Raises:
+        RecipeError: The engine is a float32 one and does not give the source's logits and tokens.
+    """
+    source = load_causal_lm(folder)
+    logits = Logits(engine)
+    prompt = _fixed_prompt(folder)
+    with torch.no_grad():
+        difference = (logits(prompt).logits - source(prompt).logits).abs().max().item()
+    written, _ = Pipeline(engine).generate(prompt, NEW_TOKENS)
+    margin = greedy_margin(source, prompt, torch.tensor(written))
+    if cfg.precision == "fp32":
+        require_same(engine, difference, margin)
+    found: dict[str, Any] = {"max_logit_difference": difference, "greedy_margin": margin}
+    if data is not None:
+        text = windows(data, "heldout", cfg.seq_length, cfg.num_windows)
+        scores = score({TEACHER: source, "engine": logits}, text, 1, log)
+        found["quality"] = {
+            "engine": scores["engine"].summary(),
+            "source": scores[TEACHER].summary(),
+            "windows": len(text),
+            "tokens": text.numel(),
+        }
+    return found
+
+
+def _fixed_prompt(folder: Path) -> torch.Tensor:
+    from transformers import AutoTokenizer
+
+    ids: torch.Tensor = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")[
+        "input_ids"
+    ]
+    return ids[:, :PROMPT_TOKENS]
+
+
+@torch.no_grad()
+def greedy_margin(source: Any, prompt: torch.Tensor, written: torch.Tensor) -> float:
+    """How much less likely than its best the source finds a token that was written, at worst.
+
+    0 where every token [batch, new] is the one that the source itself would have chosen; that two
+    tokens with equal logits may change places is no difference.
+
+    Returns:
+        The largest difference of logits.
+    """
+    scores = source(torch.cat([prompt, written], dim=1)).logits[:, prompt.shape[1] - 1 : -1]
+    chosen = scores.gather(-1, written[..., None]).squeeze(-1)
+    worst: float = (scores.max(-1).values - chosen).max().item()
+    return worst
+
+
+def require_same(engine: Path, difference: float, margin: float) -> None:
+    """Raises ``RecipeError`` unless both are within what float32 arithmetic leaves open."""
+    if not difference <= LOGITS_TOLERANCE:  # also catches NaN
+        raise RecipeError(
+            f"engine gate failed: {engine}: logits differ from transformers' by {difference:.2e}, "
+            f"more than {LOGITS_TOLERANCE:.0e}."
+        )
+    if not margin <= 2 * LOGITS_TOLERANCE:
+        raise RecipeError(
+            f"engine gate failed: {engine}: it writes a token whose logit is {margin:.2e} below "
+            "the one that transformers would choose."
+        )

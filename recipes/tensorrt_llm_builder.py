@@ -1,0 +1,36 @@
+"""Builds one engine with TensorRT-LLM's own Python API; run inside NVIDIA's image.
+
+``python -m recipes.tensorrt_llm_builder REQUEST.json``, where the request is what
+``engine_tensorrt_llm.build_request`` makes. The calls follow ``tensorrt_llm/bench/build/build.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(request: dict[str, Any]) -> None:
+    """Converts the checkpoint, builds, and saves."""
+    from tensorrt_llm._tensorrt_engine import LLM
+    from tensorrt_llm.builder import BuildConfig
+    from tensorrt_llm.llmapi.llm_utils import QuantConfig
+    from tensorrt_llm.quantization.mode import QuantAlgo
+
+    build_config = BuildConfig(**request["build_config"])
+    for name, value in request["plugin_config"].items():
+        setattr(build_config.plugin_config, name, value)
+    algorithms = {name: QuantAlgo(value) for name, value in request["quant_config"].items()}
+    llm = LLM(
+        **request["llm"],
+        build_config=build_config,
+        quant_config=QuantConfig(**algorithms),
+    )
+    llm.save(request["engine_dir"])
+    llm.shutdown()
+
+
+if __name__ == "__main__":  # with tensor parallelism, MPI's workers import this module again
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

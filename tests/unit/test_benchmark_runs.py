@@ -1,0 +1,224 @@
+"""The roofline, the summary of timings, turn-taking, and checks of the benchmark; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from recipes import benchmark, quantize
+from recipes.architecture import Architecture, read_architecture
+from recipes.benchmark_runs import Contender, Measured, measure, speedups
+from recipes.build_engine import Config as EngineConfig
+from recipes.metrics import MetricsLog
+from recipes.preflight import Chain
+from recipes.roofline import (
+    Machine,
+    Shape,
+    Storage,
+    decode_bytes,
+    decode_flops,
+    decode_seconds,
+    kv_cache_bytes,
+    prefill_flops,
+    prefill_seconds,
+    weight_bytes,
+)
+from recipes.timing import Timing, spread, summary
+
+SHAPE = Shape(batch_size=2, prompt_tokens=100, new_tokens=11)
+FP32 = Storage("fp32")
+
+
+@pytest.fixture
+def untied(teacher: Architecture) -> Architecture:
+    """4 layers, hidden 128, ffn 256, 8 heads of 16 in 4 groups, vocabulary 512."""
+    return replace(teacher, tied_embeddings=False)
+
+
+def test_weights_are_counted_to_the_byte(teacher: Architecture, untied: Architecture) -> None:
+    assert weight_bytes(teacher, FP32) == 4 * teacher.parameters()
+    # Of an untied embedding only the rows of the prompt are read.
+    assert weight_bytes(untied, FP32) == 4 * (untied.parameters() - 512 * 128)
+    layers = teacher.parameters() - 512 * 128
+    assert weight_bytes(teacher, Storage("int4", 64)) == layers * 4.25 / 8 + 512 * 128
+
+
+def test_kv_cache_is_counted_to_the_byte(teacher: Architecture) -> None:
+    assert kv_cache_bytes(teacher, 10, Storage("fp32", kv_bytes=2)) == 10 * 4 * 2 * 4 * 16 * 2
+    plain = weight_bytes(teacher, FP32)
+    assert decode_bytes(teacher, 3, 10, FP32) == plain + 3 * kv_cache_bytes(teacher, 10, FP32)
+
+
+def test_flops_of_prompt_and_step(teacher: Architecture) -> None:
+    per_layer = 128 * 16 * (2 * 8 + 2 * 4) + 3 * 128 * 256
+    head = 2 * 512 * 128
+    attention = 4 * 2 * (8 * 16)  # layers, causal half of two products, width
+    assert prefill_flops(teacher, 1, 10) == 10 * (2 * 4 * per_layer + attention * 10) + head
+    assert decode_flops(teacher, 2, 10) == 2 * (2 * 4 * per_layer + head + 2 * attention * 10)
+
+
+def test_the_longer_of_two_bounds_counts(teacher: Architecture) -> None:
+    slow_memory, slow_units = Machine(1e15, 1e9), Machine(1e9, 1e15)
+    assert decode_seconds(teacher, SHAPE, FP32, slow_memory) == pytest.approx(
+        decode_bytes(teacher, 2, SHAPE.context, FP32) / 1e9
+    )
+    assert prefill_seconds(teacher, SHAPE, FP32, slow_units) == pytest.approx(
+        prefill_flops(teacher, 2, 100) / 1e9
+    )
+    assert SHAPE.context == 105.5
+
+
+def test_rates_follow_from_seconds() -> None:
+    timing = Timing(first_seconds=0.5, total_seconds=1.5)
+    assert timing.decode_rate(SHAPE) == 2 * 10
+    assert timing.throughput(SHAPE) == 2 * 111 / 1.5
+    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0}
+    figures = summary([timing, Timing(0.7, 1.2)], SHAPE)
+    assert figures["time_to_first_token_ms"] == {"median": 600.0, "low": 500.0, "high": 700.0}
+
+
+class Scripted:
+    """A worker that says what it is told, and remembers in which order it was asked."""
+
+    asked: ClassVar[list[tuple[str, int, int]]] = []
+
+    def __init__(self, contender: Contender, seconds: float) -> None:
+        self.name, self.seconds, self.measured = contender.role, seconds, Measured(1.0, 10)
+
+    def run(self, shape: Shape, seed: int) -> Timing:
+        self.asked.append((self.name, shape.batch_size, seed))
+        return Timing(self.seconds, 3 * self.seconds)
+
+    def __enter__(self) -> Scripted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.asked.append((self.name, 0, 0))
+
+
+@pytest.fixture
+def pair(teacher: Architecture, tmp_path: Path) -> list[Contender]:
+    student = replace(teacher, num_layers=2)
+    (tmp_path / "engine.bin").write_bytes(b"12345")
+    return [
+        Contender(role, "openvino", "fp32", tmp_path, tmp_path, arch)
+        for role, arch in (("teacher", teacher), ("student", student))
+    ]
+
+
+def test_contenders_take_turns_and_the_first_round_is_dropped(pair: list[Contender]) -> None:
+    Scripted.asked.clear()
+    shapes = [Shape(1, 8, 3), Shape(2, 8, 3)]
+    seconds = {"teacher": 0.4, "student": 0.1}
+    rows = measure(pair, shapes, 2, lambda c: Scripted(c, seconds[c.role]), MetricsLog(None))
+    order = [name for name, batch, _ in Scripted.asked if batch]
+    assert order == ["teacher", "student"] * 6
+    assert Scripted.asked[-2:] == [("student", 0, 0), ("teacher", 0, 0)]
+    seeds = [seed for name, _, seed in Scripted.asked if name == "teacher"][:-1]
+    assert len(set(seeds)) == 6  # a prompt that was seen before would be answered from a cache
+    assert [(r["role"], r["batch_size"]) for r in rows] == [
+        ("teacher", 1),
+        ("student", 1),
+        ("teacher", 2),
+        ("student", 2),
+    ]
+    assert rows[0].keys() == {
+        *("role", "backend", "precision", "batch_size", "prompt_tokens", "new_tokens"),
+        *("time_to_first_token_ms", "decode_tokens_per_second", "throughput_tokens_per_second"),
+        *("peak_memory_bytes", "load_seconds", "disk_bytes"),
+    }
+    assert rows[0]["disk_bytes"] == 5
+    assert rows[0]["time_to_first_token_ms"]["median"] == 400
+
+    found = speedups(rows, pair, lambda _: Machine(1e15, 1e9))
+    assert [f["batch_size"] for f in found] == [1, 2]
+    assert found[0]["prefill"] == pytest.approx(4)
+    assert found[0]["decode"] == pytest.approx(4)
+    ratio = decode_bytes(pair[0].architecture, 1, 9.5, FP32) / decode_bytes(
+        pair[1].architecture, 1, 9.5, FP32
+    )
+    assert found[0]["decode_roofline"] == pytest.approx(ratio)
+    assert 1 < ratio < 2  # half of the layers, but all of the vocabulary
+
+
+def config(**settings: Any) -> benchmark.Config:
+    inputs = {name: name for name in benchmark.INPUTS}
+    return benchmark.Config(stage="benchmark", inputs=inputs, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rules"),
+    [
+        ({}, []),
+        ({"batch_sizes": []}, ["grid"]),
+        ({"new_tokens": 1}, ["grid"]),
+        ({"prompt_tokens": [1000]}, ["length"]),
+        ({"batch_sizes": [1, 64]}, ["engine-limits"]),
+        ({"prompt_tokens": [256]}, ["length", "engine-limits"]),
+    ],
+)
+def test_the_grid_is_checked(
+    settings: dict[str, Any], rules: list[str], teacher: Architecture
+) -> None:
+    """Against 1024 positions, and an engine for 32 requests of at most 200 + 80 tokens."""
+    engine = EngineConfig(
+        stage="build_engine",
+        backend="tensorrt_llm",
+        max_batch_size=32,
+        max_input_len=200,
+        max_seq_len=280,
+    )
+    other = EngineConfig(stage="build_engine")
+    chain = Chain("teacher", teacher, {"student_engine": engine, "teacher_engine": other})
+    found = [p.rule for p in benchmark.check(config(**settings), chain)]
+    if settings.get("prompt_tokens") == [1000]:
+        found = found[:1]
+    assert found == rules
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"format": "fp4"}, "format"),
+        ({"kv_cache_dtype": "int8"}, "kv-cache"),
+        ({"num_windows": 0}, "positive"),
+    ],
+)
+def test_quantisation_is_checked(settings: dict[str, Any], rule: str, chain: Chain) -> None:
+    cfg = quantize.Config(stage="quantize", **settings)
+    assert [p.rule for p in quantize.check(cfg, chain)] == [rule]
+
+
+def test_quantisation_looks_at_the_pruned_shape() -> None:
+    """The pruned width is what its kernels get, however far up the chain it was pruned."""
+    from recipes import distill, export_hf, prune
+
+    teacher = read_architecture(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+            "vocab_size": 512,
+        },
+        "teacher",
+    )
+    stages = {
+        "prune": prune.Config(
+            stage="prune", inputs={"checkpoint": "import_hf"}, target_hidden_size=200
+        ),
+        "distill": distill.Config(stage="distill", inputs={"student": "prune"}),
+        "export_hf": export_hf.Config(stage="export_hf", inputs={"checkpoint": "distill"}),
+    }
+    chain = Chain("teacher", teacher, stages)
+    cfg = quantize.Config(stage="quantize", format="int4_awq", inputs={"checkpoint": "export_hf"})
+    assert chain.pruned_by(cfg) == "prune"
+    assert [p.rule for p in quantize.check(cfg, chain)] == ["alignment"]
+    unpruned = quantize.Config(
+        stage="quantize", format="int4_awq", inputs={"checkpoint": "import_hf"}
+    )
+    assert list(quantize.check(unpruned, chain)) == []

@@ -1,0 +1,300 @@
+"""TensorRT-LLM without it: our calls against the names in its source, checks, and its reports."""
+
+from __future__ import annotations
+
+import ast
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import build_engine, engine_tensorrt_llm, tensorrt_llm_builder, trtllm_bench
+from recipes.architecture import Architecture
+from recipes.build_engine import Config
+from recipes.errors import RecipeError
+from recipes.preflight import Chain
+from recipes.roofline import Shape
+from recipes.timing import Timing
+
+API: dict[str, Any] = json.loads(Path(__file__).with_name("tensorrt_llm_api.json").read_text())
+SHAPE = Shape(batch_size=4, prompt_tokens=128, new_tokens=32)
+REPORT: dict[str, Any] = {
+    "engine": {
+        "model": "artifact",
+        "model_path": "/run/export_hf/artifact",
+        "engine_dir": "/run/build_engine/artifact",
+        "version": "1.2.0",
+        "backend": "TRT",
+        "dtype": "bfloat16",
+        "kv_cache_dtype": None,
+        "quantization": None,
+        "max_input_length": 1024,
+        "max_sequence_length": 2048,
+    },
+    "world_info": {
+        "tp_size": 1,
+        "pp_size": 1,
+        "ep_size": -1,
+        "world_size": 1,
+        "max_batch_size": 32,
+        "max_num_tokens": 8192,
+        "scheduling_policy": "GUARANTEED_NO_EVICT",
+        "kv_cache_percentage": 0.9,
+        "issue_rate": 51234.5,
+    },
+    "request_info": {
+        "num_requests": 4,
+        "avg_num_concurrent_requests": 3.97,
+        "avg_input_length": 128.0,
+        "avg_output_length": 32.0,
+    },
+    "performance": {
+        "total_latency_ms": 250.0,
+        "avg_request_latency_ms": 248.1,
+        "request_throughput_req_s": 16.0,
+        "system_output_throughput_tok_s": 512.0,
+        "system_total_throughput_tok_s": 2560.0,
+        "output_throughput_per_user_tok_s": 129.0,
+        "output_throughput_per_gpu_tok_s": 512.0,
+        "request_latency_percentiles_ms": {"p50": 248.0, "minimum": 247.0, "maximum": 250.0},
+    },
+    "streaming_metrics": {
+        "token_output_speed_tok_s": 140.0,
+        "avg_ttft_ms": 26.0,
+        "avg_tpot_ms": 7.1,
+        "tpot_percentiles": {"p50": 7.1},
+        "ttft_percentiles": {"p50": 26.0},
+        "gen_tps_percentiles": {"p50": 140.0},
+    },
+    "dataset": {"isl_stats": {}, "osl_stats": {}},
+}
+"""Figures are made up; keys are those that its source writes, which a test below compares."""
+
+
+def config(**settings: Any) -> Config:
+    base = {"backend": "tensorrt_llm", "precision": "bf16"}
+    return Config(stage="build_engine", **{**base, **settings})
+
+
+def target(backend: str) -> trtllm_bench.Target:
+    return trtllm_bench.Target(backend, Path("/engine"), Path("/hf/model"), 2, 512)
+
+
+def rules(cfg: Config, chain: Chain) -> list[str]:
+    return [problem.rule for problem in build_engine.check(cfg, chain)]
+
+
+@pytest.mark.parametrize("backend", ["tensorrt_llm", "tensorrt_llm_pytorch"])
+def test_every_option_of_the_benchmark_exists(backend: str) -> None:
+    argv = trtllm_bench.command(target(backend), SHAPE, Path("/scratch"))
+    assert argv[0] == "trtllm-bench"
+    split = argv.index("throughput")
+    for words, command in (
+        (argv[1:split], "trtllm-bench"),
+        (argv[split + 1 :], "trtllm-bench throughput"),
+    ):
+        known, flags = API[command]["options"], API[command].get("flags", [])
+        while words:
+            assert words[0] in known
+            words = words[1:] if words[0] in flags else words[2:]
+    assert "throughput" in API["trtllm-bench"]["commands"]
+    chosen = argv[argv.index("--backend") + 1]
+    assert chosen in API["trtllm-bench throughput"]["backends"]
+    assert (chosen == "tensorrt") == ("--engine_dir" in argv)
+    if chosen == "tensorrt":
+        assert not set(argv) & set(API["trtllm-bench throughput"]["refused_with_engine"])
+
+
+@pytest.mark.parametrize("precision", engine_tensorrt_llm.ENGINE_PRECISIONS)
+def test_every_keyword_of_the_builder_exists(precision: str) -> None:
+    cfg = config(precision=precision, kv_cache_dtype="fp8")
+    request = engine_tensorrt_llm.build_request(cfg, Path("/hf"), Path("/out"), 2048)
+    builder = API["engine builder"]
+    assert request["llm"].keys() <= set(builder["llm_keywords"])
+    assert {"build_config", "quant_config"} <= set(builder["llm_keywords"])
+    assert request["build_config"].keys() <= set(API["BuildConfig"]["fields"])
+    assert request["plugin_config"].keys() <= set(builder["plugin_config"])
+    assert request["quant_config"].keys() <= set(builder["quant_config"])
+    algorithms = {request["quant_config"].get("quant_algo")} - {None}
+    assert algorithms <= set(API["QuantAlgo"]["members"])
+    assert bool(algorithms) == (precision not in ("bf16", "fp16"))
+    assert request["llm"]["dtype"] in ("bfloat16", "float16")  # never "auto": see DTYPES
+
+
+def test_the_builder_imports_and_calls_what_exists() -> None:
+    tree = ast.parse(Path(tensorrt_llm_builder.__file__).read_text())
+    imports = {
+        node.module: [alias.name for alias in node.names]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("tensorrt_llm")
+    }
+    assert imports == API["engine builder"]["imports"]
+    calls = {
+        node.func.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "llm"
+    }
+    assert calls == set(API["engine builder"]["llm_methods"])
+
+
+def test_options_of_the_pytorch_backend_exist() -> None:
+    cfg = config(backend="tensorrt_llm_pytorch", kv_cache_dtype="fp8")
+    options = json.loads(engine_tensorrt_llm.llm_options(cfg, 1024))
+    assert options.keys() <= set(API["llm options"]["options"])
+    assert options["kv_cache_config"].keys() <= set(API["llm options"]["kv_cache_config"])
+    assert options["max_seq_len"] == 1024
+
+
+def test_lengths_default_to_all_positions() -> None:
+    built = engine_tensorrt_llm.build_request(config(), Path("/hf"), Path("/out"), 2048)
+    assert built["build_config"]["max_seq_len"] == 2048
+    assert built["build_config"]["max_input_len"] == 2047
+
+
+def test_the_sample_report_has_the_documented_keys() -> None:
+    for part in ("engine", "world_info", "request_info", "performance", "streaming_metrics"):
+        assert set(REPORT[part]) == set(API["report"][part])
+
+
+def test_report_is_read() -> None:
+    timing = trtllm_bench.parse_report(json.dumps(REPORT), SHAPE)
+    assert timing == Timing(0.026, 0.25)
+    assert timing.decode_rate(SHAPE) == pytest.approx(4 * 31 / 0.224)
+    # The report's own figure is of the same definition.
+    assert timing.throughput(SHAPE) == REPORT["performance"]["system_total_throughput_tok_s"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"streaming_metrics": None}, "report of another form"),
+        ({"request_info": {**REPORT["request_info"], "num_requests": 3}}, "instead of"),
+        ({"request_info": {**REPORT["request_info"], "avg_output_length": 9.5}}, "instead of"),
+    ],
+)
+def test_other_reports_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        trtllm_bench.parse_report(json.dumps({**REPORT, **change}), SHAPE)
+    with pytest.raises(RecipeError, match="report of another form"):
+        trtllm_bench.parse_report("Traceback", SHAPE)
+
+
+def test_requests_are_of_the_asked_size_and_differ() -> None:
+    lines = trtllm_bench.dataset(SHAPE, 512, seed=1).splitlines()
+    requests = [json.loads(line) for line in lines]
+    assert [r["task_id"] for r in requests] == [0, 1, 2, 3]
+    assert {len(r["input_ids"]) for r in requests} == {128}
+    assert {r["output_tokens"] for r in requests} == {32}
+    assert max(max(r["input_ids"]) for r in requests) < 512
+    assert trtllm_bench.dataset(SHAPE, 512, seed=2).splitlines() != lines
+
+
+def test_gpu_memory_is_summed() -> None:
+    assert trtllm_bench.used_memory("1024\n512\n") == 1536 << 20
+    assert trtllm_bench.used_memory("[N/A]\n") == 0
+
+
+def test_what_a_machine_lacks_is_named() -> None:
+    problem = engine_tensorrt_llm.machine_problem
+    assert problem("tensorrt_llm", "1.2.0", gpu=True) is None
+    assert problem("tensorrt_llm_pytorch", "1.3.0rc20", gpu=True) is None
+    nothing = str(problem("tensorrt_llm", None, gpu=False))
+    assert "an NVIDIA GPU and TensorRT-LLM" in nothing
+    assert engine_tensorrt_llm.IMAGE in nothing
+    assert "GPU" not in str(problem("tensorrt_llm", None, gpu=True)).splitlines()[0]
+    assert "no longer builds engines" in str(problem("tensorrt_llm", "1.3.0rc20", gpu=True))
+
+
+def test_shapes_that_kernels_refuse(teacher: Architecture) -> None:
+    fits = replace(teacher, kv_channels=64, num_attention_heads=8, num_query_groups=4)
+    chain = Chain("teacher", fits, {})
+    assert rules(config(), chain) == []
+    assert rules(config(precision="int4_awq"), chain) == []
+    odd_head = Chain("teacher", replace(fits, kv_channels=10), {})
+    assert rules(config(), odd_head) == ["head-size"]
+    assert rules(config(backend="tensorrt_llm_pytorch"), odd_head) == []
+    narrow = Chain("teacher", replace(fits, hidden_size=120), {})
+    assert rules(config(), narrow) == []
+    assert rules(config(precision="int8"), narrow) == ["alignment"]
+    seven = replace(fits, num_attention_heads=7, num_query_groups=7)
+    assert rules(config(tensor_parallel_size=2), Chain("teacher", seven, {})) == [
+        "tensor-parallel",
+        "tensor-parallel",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"backend": "onnx"}, "backend"),
+        ({"precision": "fp32"}, "precision"),
+        ({"backend": "openvino", "precision": "fp8"}, "precision"),
+        ({"kv_cache_dtype": "u8"}, "kv_cache_dtype"),
+        ({"max_seq_len": 2048}, "max-seq-len"),
+        ({"max_seq_len": 512, "max_input_len": 512}, "max-input-len"),
+        ({"max_batch_size": 0}, "positive"),
+        (
+            {"backend": "openvino", "precision": "fp32", "tensor_parallel_size": 2},
+            "tensor-parallel",
+        ),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], rule: str, teacher: Architecture) -> None:
+    chain = Chain("teacher", replace(teacher, kv_channels=64), {})  # 1024 positions
+    assert rules(config(**settings), chain) == [rule]
+
+
+def quantised(folder: Path, algorithm: str | None) -> Path:
+    folder.mkdir(exist_ok=True)
+    if algorithm:
+        text = json.dumps({"quantization": {"quant_algo": algorithm}})
+        (folder / "hf_quant_config.json").write_text(text)
+    return folder
+
+
+def test_a_checkpoint_must_be_quantised_as_asked(tmp_path: Path) -> None:
+    require = engine_tensorrt_llm.require_quantization
+    plain, awq = quantised(tmp_path / "plain", None), quantised(tmp_path / "awq", "W4A16_AWQ")
+    require(plain, "bf16")
+    require(plain, "int8")
+    require(awq, "int4_awq")
+    for folder, precision in ((plain, "fp8"), (awq, "fp8"), (awq, "bf16")):
+        with pytest.raises(RecipeError, match="needs a checkpoint quantised as"):
+            require(folder, precision)
+
+
+def test_an_engine_must_be_what_was_asked_for(tmp_path: Path) -> None:
+    request = engine_tensorrt_llm.build_request(
+        config(precision="int8", max_batch_size=4), Path("/hf"), tmp_path, 1024
+    )
+    engine = {
+        "pretrained_config": {"quantization": {"quant_algo": "W8A16"}, "mapping": {"tp_size": 1}},
+        "build_config": {"max_batch_size": 4, "max_seq_len": 1024},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(engine))
+    with pytest.raises(RecipeError, match=r"0 rank\*.engine files"):
+        engine_tensorrt_llm.require_engine(tmp_path, request)
+    (tmp_path / "rank0.engine").write_bytes(b"engine")
+    engine_tensorrt_llm.require_engine(tmp_path, request)
+    engine["pretrained_config"]["quantization"]["quant_algo"] = None  # silently not quantised
+    (tmp_path / "config.json").write_text(json.dumps(engine))
+    with pytest.raises(RecipeError, match="quant_algo=None instead of W8A16"):
+        engine_tensorrt_llm.require_engine(tmp_path, request)
+
+
+def test_the_pytorch_backend_gets_the_checkpoint_and_its_options(tmp_path: Path) -> None:
+    folder = quantised(tmp_path / "hf", None)
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    out = tmp_path / "out"
+    out.mkdir()
+    cfg = config(backend="tensorrt_llm_pytorch", tensor_parallel_size=2)
+    engine_tensorrt_llm.prepare_pytorch(cfg, folder, out)
+    assert (out / "model.safetensors").read_bytes() == b"weights"
+    assert json.loads((out / "llm_options.yaml").read_text())["max_seq_len"] == 512
+    assert json.loads((out / "engine.json").read_text())["tensor_parallel_size"] == 2
