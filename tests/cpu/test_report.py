@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
@@ -326,7 +326,8 @@ def test_page_is_self_contained(page: Path) -> None:
     found = Page(text)
     assert text.startswith("<!doctype html>")
     assert not {"script", "link", "img", "iframe", "object", "embed"} & {t for t, _ in found.tags}
-    assert found.values("src") == found.values("href") == found.values("xlink:href") == []
+    assert found.values("src") == found.values("xlink:href") == []
+    assert {link.removeprefix("#") for link in found.values("href")} <= set(found.values("id"))
     assert not re.search(r"https?:|url\(|@import", text)
     ids = found.values("id")
     assert len(ids) == len(set(ids))
@@ -393,7 +394,7 @@ def test_recovered_may_lie_outside_0_to_1(
 
 
 def test_targets_by_number_of_layers(inputs: dict[str, Input], tmp_path: Path) -> None:
-    config = vars(prune.Config("prune", target_num_layers=24))
+    config = asdict(prune.Config("prune", target_num_layers=24))
     pruned = replace(inputs["pruned"], manifest=replace(inputs["pruned"].manifest, config=config))
     text = Page(rendered({**inputs, "pruned": pruned}, tmp_path)).text
     assert re.search(r"Pruning targets\s+Layers24\s*Calibration windows", text)
