@@ -23,6 +23,7 @@ from rich.console import Console
 
 from launch import console as view
 from launch import schema
+from launch.compare import compare
 from launch.executors import local
 from launch.explain import explain
 from launch.plan import Plan, make_plan
@@ -133,6 +134,8 @@ def _lock(run_dir: Path) -> Iterator[None]:
 
 def cli() -> int:
     """Runs ``main`` and turns every expected failure into one message and an exit status."""
+    if sys.argv[1:2] == ["compare"]:
+        return _compare(sys.argv[2:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the message is ours
     # Hydra's parser stops at overrides on both sides of a flag: `recipe=R -m x=1,2`.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
@@ -143,6 +146,14 @@ def cli() -> int:
         console.print("interrupted; the same command resumes")
         return 130
     except (HydraException, OmegaConfBaseException) as error:
+        return _fail(error)
+    return 0
+
+
+def _compare(words: list[str]) -> int:
+    try:
+        console.print(compare(words))
+    except RecipeError as error:
         return _fail(error)
     return 0
 

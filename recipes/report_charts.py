@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Z95 = 1.96
 """Standard errors on each side of a value in a 95% interval of a normal distribution."""
+NEAR = 4
+"""Labels of marks that are closer than this share of a plot, in percent, would overlap."""
 ROW = 46
 """Height of a row of intervals in pixels, enough for three of them."""
 
@@ -75,6 +77,9 @@ class Dimension:
     higher_is_better: bool = False
 
 
+Axes = tuple[Dimension, Dimension]
+
+
 @dataclass(frozen=True)
 class _Scale:
     """An axis, linear or logarithmic."""
@@ -121,7 +126,7 @@ def trade_off_plot(
 ) -> Markup:
     """Quality against cost, with intervals; a stepped line joins the marks on the Pareto front."""
     front = front_of(marks, up)
-    x, y = _scale([m.x for m in marks], 4), _scale(_heights(marks), 5)
+    x, y = _scale([m.x for m in marks], 3), _scale(_heights(marks), 5)
     body = Markup("").join(
         [
             *(TICK_Y.format(at=100 - y.at(v), label=up.write(v)) for v in y.ticks()),
@@ -131,7 +136,10 @@ def trade_off_plot(
                 for v in x.ticks()
             ),
             _front([(x.at(marks[i].x), 100 - y.at(marks[i].y)) for i in front]),
-            *(_mark(m, i in front, x, y, (across, up)) for i, m in enumerate(marks)),
+            *(
+                _mark(mark, label, i in front, (x, y), (across, up))
+                for i, (mark, label) in enumerate(zip(marks, _labels(marks, x, y), strict=True))
+            ),
         ]
     )
     title = f"{up.title} against {across.title}"
@@ -160,11 +168,13 @@ def _front(points: list[tuple[float, float]]) -> Markup:
 
 
 def _mark(
-    mark: Mark, on_front: bool, x: _Scale, y: _Scale, axes: tuple[Dimension, Dimension]
+    mark: Mark, label: str, on_front: bool, scales: tuple[_Scale, _Scale], axes: Axes
 ) -> Markup:
-    across, up = axes
+    (x, y), (across, up) = scales, axes
     at = x.at(mark.x)
     fate = "reference" if mark.reference else "best" if on_front else "beaten"
+    hint = f"{mark.label or mark.style}: {up.title} {up.write(mark.y)}, "
+    hint += f"{across.title} {across.write(mark.x)}"
     return _MARK.format(
         style=f"{mark.style} {fate}",
         x=at,
@@ -172,12 +182,24 @@ def _mark(
         low=round(100 - y.at(mark.y if mark.low is None else mark.low), 3),
         high=round(100 - y.at(mark.y if mark.high is None else mark.high), 3),
         radius=6 if on_front else 4.5,
-        label=mark.label,
+        label=label,
         dx=4 if at < 75 else -4,
         anchor="start" if at < 75 else "end",
-        hint=f"{mark.label}: {up.title} {up.write(mark.y)}, {across.title} {across.write(mark.x)}"
-        + (", on the Pareto front" if on_front else ""),
+        hint=hint + (", on the Pareto front" if on_front else ""),
     )
+
+
+def _labels(marks: Sequence[Mark], x: _Scale, y: _Scale) -> list[str]:
+    """What to write beside each mark; the first of several at one place speaks for all."""
+    places = [(x.at(mark.x), y.at(mark.y)) for mark in marks]
+    labels: list[str] = []
+    for i, (across, up) in enumerate(places):
+        near = [
+            j for j, (a, b) in enumerate(places) if abs(a - across) < NEAR and abs(b - up) < NEAR
+        ]
+        words = [marks[j].label for j in near if marks[j].label]
+        labels.append(", ".join(words) if near[0] == i else "")
+    return labels
 
 
 def interval_rows(

@@ -64,7 +64,7 @@ def _complete_stages(run_dirs: Iterable[Path]) -> dict[str, tuple[str, Manifest]
 
 def machine_hours(manifest: Manifest) -> float:
     """Hours times machines."""
-    return manifest.seconds / 3600 * _resources(manifest).get("nodes", 1)
+    return manifest.seconds / 3600 * int(_resources(manifest).get("nodes", 1))
 
 
 def processes(manifest: Manifest) -> int:

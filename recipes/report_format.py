@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,11 @@ def render_template(template: str, content: Mapping[str, Any], path: Path) -> No
         content: What it shows.
         path: File to write.
     """
+    write_text_atomically(path, _environment().get_template(template).render(content))
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -37,7 +43,7 @@ def render_template(template: str, content: Mapping[str, Any], path: Path) -> No
     )
     environment.filters.update(FORMATS)
     environment.globals["bar"] = share_bar
-    write_text_atomically(path, environment.get_template(template).render(content))
+    return environment
 
 
 def scaled(value: float, units: str, base: str = "") -> str:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from recipes.manifest import Manifest
 
 ROLES = ("teacher", "pruned", "distilled")
-PARAMETERS = Dimension("parameters", lambda v: scaled(v, "KMBT"))
-DISK = Dimension("size on disk", lambda v: scaled(v, "kMGTP", "B"))
+PARAMETERS = Dimension("parameters", lambda v: scaled(v, "KMBT").replace(".0 ", " "))
+DISK = Dimension("size on disk", lambda v: scaled(v, "kMGTP", "B").replace(".0 ", " "))
 LATENCY = Dimension("decode latency", lambda v: f"{v:,.4g} ms")
 PERPLEXITY = Dimension("perplexity", lambda v: f"{v:,.4g}")
 DIVERGENCE = Dimension("KL to the teacher", lambda v: f"{v:,.3g}")
@@ -49,6 +49,7 @@ def sections(found: Mapping[str, Manifest], evaluation: Mapping[str, Any]) -> di
         "search": search_section(of("search")),
         "sources": sources_section(evaluation),
         "trade_offs": list(trade_offs(evaluation, of("benchmark").get("rows", []))),
+        "engine_numbers": engine_numbers(of("benchmark").get("rows", [])),
     }
 
 
@@ -212,18 +213,30 @@ def trade_offs(evaluation: Mapping[str, Any], rows: list[Row]) -> Iterator[tuple
         yield "Parameters", "", trade_off_plot("plot-by-parameters", sized, PARAMETERS, PERPLEXITY)
     setting = smallest_setting(rows)
     same = [row for row in rows if (row["batch_size"], row["prompt_tokens"]) == setting]
+    numbers = engine_numbers(same)
     for name, title, across, cost in (
         ("plot-by-size", "Size on disk", DISK, lambda row: row.get("disk_bytes")),
         ("plot-by-latency", "Decode latency per token", LATENCY, decode_latency),
     ):
         marks = [
-            quality_mark(role, f"{row['backend']} {row['precision']}", quality[role], cost(row))
+            quality_mark(role, numbers[engine_of(row)], quality[role], price)
             for row in same
-            if (role := REPORTED_ROLES.get(row["role"], "")) in quality and cost(row)
+            if (role := REPORTED_ROLES.get(row["role"], "")) in quality and (price := cost(row))
         ]
         if marks and setting:
             note = f"batch {setting[0]}, prompt of {setting[1]} tokens"
             yield title, note, trade_off_plot(name, marks, across, PERPLEXITY)
+
+
+def engine_of(row: Row) -> str:
+    """Backend and precision, which a benchmark's rows differ in besides their setting."""
+    return f"{row['backend']} {row['precision']}"
+
+
+def engine_numbers(rows: Iterable[Row]) -> dict[str, str]:
+    """A number for every engine; their names would cover each other in a plot."""
+    names = dict.fromkeys(engine_of(row) for row in rows)
+    return {name: str(number) for number, name in enumerate(names, 1)}
 
 
 def smallest_setting(rows: Iterable[Row]) -> tuple[int, int] | None:
