@@ -27,7 +27,7 @@ from launch.compare import compare
 from launch.executors import local
 from launch.explain import explain
 from launch.plan import Plan, make_plan
-from launch.tracking import TRACKERS, require_known
+from launch.tracking import open_tracker, require_tracker, tracked_run
 from recipes.errors import RecipeError
 from recipes.manifest import write_text_atomically
 
@@ -59,7 +59,7 @@ def run(cfg: DictConfig, recipe: str) -> None:
     _require_same_recipe(run_dir, recipe)
     if cfg.cluster.executor != "local":
         raise RecipeError(f"cluster.executor={cfg.cluster.executor} is not known.", "cluster=local")
-    require_known(cfg.tracker.name)
+    require_tracker(cfg.tracker.name)
     plan = make_plan(cfg, run_dir)
     local.check(plan.todo())
     view.print_plan(plan, console)
@@ -78,13 +78,11 @@ def _start(plan: Plan, cfg: DictConfig, recipe: str) -> None:
     if cfg.dry_run:
         console.print(f"dry run: configs and scripts are in {plan.run_dir}; nothing was started")
         return
-    tracker = TRACKERS[cfg.tracker.name]
-    for stage in plan.todo():
-        with (
-            tracker(plan.run_dir, stage.name) as track,
-            view.Follower(stage, console, track) as follower,
-        ):
-            local.run(stage, env, follower)
+    with open_tracker(tracked_run(cfg, plan.run_dir, recipe)) as tracker:
+        for stage in plan.todo():
+            with view.Follower(stage, console, tracker.stage(stage.name)) as follower:
+                local.run(stage, env, follower)
+            tracker.finish(stage.name, stage.directory)
 
 
 def _run_dir(cfg: DictConfig, recipe: str) -> Path:
