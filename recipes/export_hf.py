@@ -12,6 +12,13 @@ from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 
 KIND = "checkpoint_hf"
 INPUTS = {"checkpoint": "checkpoint_nemo", "evaluation": "eval_results"}
+OPTIONAL_INPUTS = {
+    "teacher": "checkpoint_nemo",
+    "pruned": "checkpoint_nemo",
+    "data": "dataset",
+    "tasks": "task_results",
+}
+"""For the card alone. A benchmark cannot be one: it measures what this stage makes."""
 
 
 @dataclass
@@ -47,7 +54,7 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     core = parity.load_core(checkpoint)
     gate = parity.compare(out, checkpoint, core).require(f"{checkpoint.name} → {out}")
     manifest = inputs["checkpoint"].manifest
-    write_card(out, cfg, manifest, inputs["evaluation"].manifest)
+    write_card(out, cfg, {name: item.manifest for name, item in inputs.items()})
     log.progress("export", 2, 2)
     return Outcome(
         metrics={
