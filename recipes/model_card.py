@@ -98,7 +98,7 @@ def write_card(folder: Path, cfg: Config, inputs: Mapping[str, Manifest]) -> Non
         licence_note=" and was not found in its folder" if terms == "unknown" else "",
         teacher=cfg.teacher,
         recipe=cfg.recipe,
-        name=f"{cfg.teacher.rstrip('/').split('/')[-1]}-{cfg.recipe}",
+        name=f"{_model_name(cfg.teacher)}-{cfg.recipe}",
         code=CODE,
         parameters=(model.parameters or 0) / 1e6,
         shapes="\n".join(_shapes(inputs)),
@@ -115,6 +115,11 @@ def write_card(folder: Path, cfg: Config, inputs: Mapping[str, Manifest]) -> Non
         versions=", ".join(f"{k} {v}" for k, v in model.versions.items()),
     )
     write_text_atomically(folder / "README.md", text)
+
+
+def _model_name(teacher: str) -> str:
+    """The last part of a folder, hub id or address, without its checksum and file ending."""
+    return teacher.partition("#")[0].rstrip("/").split("/")[-1].removesuffix(".gguf")
 
 
 def _shapes(inputs: Mapping[str, Manifest]) -> Iterator[str]:

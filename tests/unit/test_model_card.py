@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,16 @@ def test_places_of_local_files_stay_private(inputs: dict[str, Manifest], tmp_pat
     text = card(tmp_path, inputs)
     assert "`my.jsonl`" in text
     assert "/home" not in text
+
+
+@pytest.mark.parametrize(
+    ("teacher", "name"),
+    [
+        ("meta-llama/Llama-3.2-1B", "Llama-3.2-1B"),
+        ("/models/my_llama/", "my_llama"),
+        ("pypi://a/0.1/b/Small.Q4_1.gguf#sha256=bcc8", "Small.Q4_1"),
+    ],
+)
+def test_name(inputs: dict[str, Manifest], tmp_path: Path, teacher: str, name: str) -> None:
+    write_card(tmp_path, replace(CONFIG, teacher=teacher), inputs)
+    assert f"# {name}-llama_width_prune\n" in (tmp_path / "README.md").read_text()
