@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launch import doctor, lock
+from launch.compare import compare
 from launch.console import headline
 from launch.executors import slurm_queue
 from launch.logs import newest_log, tail
@@ -113,9 +114,21 @@ RUN_COMMANDS: Mapping[str, tuple[Callable[[Options, Console], None], tuple[str, 
 """About one run, with the options that they take."""
 
 
+def _compare(words: Sequence[str], console: Console) -> int:
+    console.print(compare(words))
+    return 0
+
+
+OTHERS: Mapping[str, Callable[[Sequence[str], Console], int]] = {
+    "compare": _compare,
+    "doctor": doctor.run,
+}
+"""With words of their own; they return the exit status."""
+
+
 def is_command(words: Sequence[str]) -> bool:
     """Whether a command line is one of these, and not a recipe for Hydra."""
-    return bool(words) and (words[0] in RUN_COMMANDS or words[0] in ("doctor",))
+    return bool(words) and (words[0] in RUN_COMMANDS or words[0] in OTHERS)
 
 
 def run(words: Sequence[str], console: Console) -> int:
@@ -124,8 +137,8 @@ def run(words: Sequence[str], console: Console) -> int:
     Raises:
         RecipeError: It cannot be understood, or cannot be done.
     """
-    if words[0] == "doctor":
-        return doctor.run(words[1:], console)
+    if words[0] in OTHERS:
+        return OTHERS[words[0]](words[1:], console)
     command, known = RUN_COMMANDS[words[0]]
     options = {}
     for word in words[1:]:

@@ -29,7 +29,7 @@ from launch.explain import explain
 from launch.judge import require_gates
 from launch.plan import Plan, PlannedStage, make_plan
 from launch.status import SKIP
-from launch.tracking import TRACKERS, Tracker, require_known
+from launch.tracking import SafeTracker, open_tracker, require_tracker, tracked_run
 from recipes.errors import RecipeError
 from recipes.manifest import write_text_atomically
 
@@ -59,7 +59,7 @@ def run(cfg: DictConfig, recipe: str) -> None:
     began = time.monotonic()
     run_dir = _run_dir(cfg, recipe)
     _require_same_recipe(run_dir, recipe)
-    require_known(cfg.tracker.name)
+    require_tracker(cfg.tracker.name)
     executor, cluster = executor_of(cfg.cluster)
     if cfg.tracker.name != "none" and not getattr(cluster, "follow", True):
         raise RecipeError(
@@ -77,8 +77,9 @@ def run(cfg: DictConfig, recipe: str) -> None:
             _write_requests(plan, recipe)
             executor.write_scripts(plan, cluster)
             if not cfg.dry_run:
-                follow = partial(_follow, plan, TRACKERS[cfg.tracker.name], holding)
-                ended = executor.start(plan, cluster, follow, console)
+                with open_tracker(tracked_run(cfg, run_dir, recipe)) as tracker:
+                    follow = partial(_follow, tracker, holding)
+                    ended = executor.start(plan, cluster, follow, console)
     if cfg.dry_run:
         console.print(f"dry run: configs and scripts are in {run_dir}; nothing was started")
     elif ended:
@@ -89,15 +90,13 @@ def run(cfg: DictConfig, recipe: str) -> None:
 
 @contextmanager
 def _follow(
-    plan: Plan, tracker: Tracker, holding: lock.Holding, stage: PlannedStage
+    tracker: SafeTracker, holding: lock.Holding, stage: PlannedStage
 ) -> Iterator[view.Follower]:
     """Shows a stage's progress, gives it to the tracker, and says that it is the one that runs."""
     holding.works_on(stage.name)
-    with (
-        tracker(plan.run_dir, stage.name) as track,
-        view.Follower(stage, console, track) as follower,
-    ):
+    with view.Follower(stage, console, tracker.stage(stage.name)) as follower:
         yield follower
+    tracker.finish(stage.name, stage.directory)
 
 
 def _run_dir(cfg: DictConfig, recipe: str) -> Path:

@@ -1,60 +1,194 @@
-"""Experiment trackers: they get every record that a stage writes to its ``metrics.jsonl``.
+"""Experiment trackers: parameters, every record a stage writes, and its final figures.
 
-The launcher feeds them from that file, so a stage knows of none of them, and its own record stays
-whole whatever happens to a tracker.
+The launcher feeds them from each stage's ``metrics.jsonl``, so a stage knows of none of them, and
+its own record stays whole whatever happens to a tracker: one that fails is reported once and left.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from omegaconf import DictConfig, OmegaConf
 
 from recipes.errors import RecipeError, did_you_mean
+from recipes.manifest import Manifest, read_manifest, write_text_atomically
 
 Track = Callable[[Mapping[str, Any]], None]
-Tracker = Callable[[Path, str], AbstractContextManager[Track]]
+IDS = "tracker.json"
+"""In the run directory: the run's id with each tracker, so that a resumed run continues it."""
+SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|key)$", re.IGNORECASE)
+USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
+BOOKKEEPING = ("time", "task", "done", "total")
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker has to know of a run before it begins."""
+
+    run_dir: Path
+    recipe: str
+    settings: Mapping[str, Any]
+    """The tracker's own settings, ``tracker.*``."""
+    parameters: Mapping[str, Any]
+    """The resolved config by dotted names, without secrets."""
+
+    def known_id(self, tracker: str) -> str | None:
+        """The id that an earlier start of this run was given."""
+        return self._ids().get(tracker)
+
+    def remember_id(self, tracker: str, run_id: str) -> None:
+        """Keeps the id for the next start."""
+        ids = {**self._ids(), tracker: run_id}
+        write_text_atomically(self.run_dir / IDS, json.dumps(ids) + "\n")
+
+    def _ids(self) -> dict[str, str]:
+        file = self.run_dir / IDS
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+class Tracker(Protocol):
+    """What a tracker does with a run."""
+
+    def track(self, stage: str, record: Mapping[str, Any]) -> None:
+        """Takes one record of a stage's progress."""
+
+    def finish(self, stage: str, figures: Mapping[str, Any]) -> None:
+        """Takes the figures of a complete stage's manifest, by dotted names."""
+
+
+def tracked_run(cfg: DictConfig, run_dir: Path, recipe: str) -> TrackedRun:
+    """What the chosen tracker will know of a run."""
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    settings = plain.pop("tracker")
+    return TrackedRun(run_dir, recipe, settings, dict(public_parameters(plain)))
+
+
+def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by dotted names; of environments only the names, and nothing that may be secret."""
+    for name, value in values.items():
+        if name == "env":
+            yield f"{prefix}env", ", ".join(sorted(value or ()))
+        elif isinstance(value, dict):
+            yield from public_parameters(value, f"{prefix}{name}.")
+        elif SECRET.search(str(name)) and value is not None:
+            yield f"{prefix}{name}", "(not shown)"
+        else:
+            yield f"{prefix}{name}", _without_user(value)
+
+
+def _without_user(value: Any) -> Any:
+    """An address may carry a password: ``https://user:password@host``."""
+    if isinstance(value, list):
+        return [_without_user(one) for one in value]
+    return USER_INFO.sub("", value) if isinstance(value, str) else value
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record, without those that place it."""
+    return {
+        name: float(value)
+        for name, value in record.items()
+        if name not in BOOKKEEPING and isinstance(value, float | int)
+    }
+
+
+def figures_of(manifest: Manifest) -> dict[str, float]:
+    """Every number of a manifest, by dotted name."""
+    cost = {
+        "seconds": manifest.seconds,
+        "peak_rss_bytes": manifest.peak_rss_bytes,
+        "bytes": manifest.total_bytes(),
+        "parameters": manifest.parameters,
+    }
+    return {n: float(v) for n, v in _numbers({**manifest.metrics, **cost})}
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{name}", value
+
+
+class SafeTracker:
+    """A tracker that cannot stop a run: its first error is reported, and it gets nothing more."""
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self._name, self._tracker, self._failed = name, tracker, False
+
+    def stage(self, stage: str) -> Track:
+        """Where a stage's records go."""
+        return lambda record: self._do(lambda: self._tracker.track(stage, record))
+
+    def finish(self, stage: str, directory: Path) -> None:
+        """Hands over the final figures of a stage that is complete."""
+        manifest = read_manifest(directory)
+        if manifest is not None:
+            self._do(lambda: self._tracker.finish(stage, figures_of(manifest)))
+
+    def _do(self, action: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._failed = True
+            warnings.warn(
+                f"tracker {self._name} failed ({type(error).__name__}: {error}); the run goes on "
+                "without it",
+                stacklevel=2,
+            )
 
 
 @contextmanager
-def _none(run_dir: Path, stage: str) -> Iterator[Track]:
-    yield lambda record: None
+def open_tracker(run: TrackedRun) -> Iterator[SafeTracker]:
+    """Opens the tracker that the settings name, for the whole run.
+
+    Raises:
+        RecipeError: It does not begin, as without a network or with a wrong address.
+    """
+    from launch import trackers
+
+    name = run.settings["name"]
+    with ExitStack() as stack:
+        try:
+            tracker = stack.enter_context(getattr(trackers, name)(run))
+        except Exception as error:
+            raise RecipeError(
+                f"tracker={name} did not begin ({type(error).__name__}: {error}).",
+                "check its settings, or tracker=none",
+            ) from error
+        yield SafeTracker(name, tracker)
 
 
-@contextmanager
-def _tensorboard(run_dir: Path, stage: str) -> Iterator[Track]:
-    """Scalars of a stage in ``<run>/tensorboard/<stage>``."""
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-    writer = EventFileWriter(str(run_dir / "tensorboard" / stage))
-
-    def track(record: Mapping[str, Any]) -> None:
-        values = [
-            Summary.Value(tag=f"{record['task']}/{name}", simple_value=value)
-            for name, value in record.items()
-            if name not in ("time", "done", "total") and isinstance(value, float | int)
-        ]
-        if values:
-            event = Event(wall_time=record["time"], step=record["done"])
-            event.summary.CopyFrom(Summary(value=values))
-            writer.add_event(event)
-
-    try:
-        yield track
-    finally:
-        writer.close()
+REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "none": (),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
+}
+"""Trackers and the modules that each needs."""
 
 
-TRACKERS: Mapping[str, Tracker] = {"none": _none, "tensorboard": _tensorboard}
-
-
-def require_known(name: str) -> None:
-    """Raises ``RecipeError`` for a tracker that there is not."""
-    if name not in TRACKERS:
+def require_tracker(name: str) -> None:
+    """Raises ``RecipeError`` for a tracker that there is not, or whose package is not installed."""
+    if name not in REQUIRED:
         raise RecipeError(
-            f"tracker.name={name} is not known.{did_you_mean(name, TRACKERS)}",
-            f"use one of: {', '.join(TRACKERS)}",
+            f"tracker.name={name} is not known.{did_you_mean(name, REQUIRED)}",
+            f"use one of: {', '.join(REQUIRED)}",
+        )
+    missing = [module for module in REQUIRED[name] if importlib.util.find_spec(module) is None]
+    if missing:
+        raise RecipeError(
+            f"tracker={name} needs {', '.join(missing)}, which is not installed here.",
+            f"pip install '.[{name}]' in this environment, or tracker=none",
         )

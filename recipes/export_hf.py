@@ -12,7 +12,14 @@ from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 
 KIND = "checkpoint_hf"
 INPUTS = {"checkpoint": "checkpoint_nemo"}
-OPTIONAL_INPUTS = {"evaluation": "eval_results"}
+OPTIONAL_INPUTS = {
+    "evaluation": "eval_results",
+    "teacher": "checkpoint_nemo",
+    "pruned": "checkpoint_nemo",
+    "data": "dataset",
+    "tasks": "task_results",
+}
+"""For the card alone. A benchmark cannot be one: it measures what this stage makes."""
 
 
 @dataclass
@@ -49,7 +56,7 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     gate = parity.compare(out, checkpoint, core).require(f"{checkpoint.name} → {out}")
     manifest = inputs["checkpoint"].manifest
     if "evaluation" in inputs:  # a model that nothing was done to keeps the card that came along
-        write_card(out, cfg, manifest, inputs["evaluation"].manifest)
+        write_card(out, cfg, {name: item.manifest for name, item in inputs.items()})
     log.progress("export", 2, 2)
     return Outcome(
         metrics={

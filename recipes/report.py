@@ -26,6 +26,7 @@ OPTIONAL_INPUTS = {
     "plan": "plan",
     "search": "search_results",
 }
+"""Each adds its section to the page."""
 FILE = "report.html"
 
 
@@ -40,8 +41,8 @@ class Config(StageConfig):
 
 
 def external(cfg: Config) -> dict[str, Path]:
-    """The page's template, which the code's fingerprint does not see."""
-    return {"template": Path(__file__).with_name("report.html.j2")}
+    """The pages' templates, which the code's fingerprint does not see."""
+    return {"templates": Path(__file__).with_name("report_templates")}
 
 
 def check(cfg: Config, chain: Chain) -> Iterator[Problem]:

@@ -7,17 +7,13 @@ its unrounded value.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-from recipes.manifest import write_text_atomically
 from recipes.metrics import METRICS, steps_of
+from recipes.report_cost import machine_hours, processes, upstream, work
+from recipes.report_format import render_template
 from recipes.report_plots import (
     SMOOTHING,
     Series,
@@ -25,21 +21,43 @@ from recipes.report_plots import (
     is_skewed,
     layer_plot,
     line_plot,
-    number,
-    share_bar,
 )
+from recipes.report_sections import ROLES, sections
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from markupsafe import Markup
 
     from recipes.manifest import Manifest
     from recipes.report import Config
     from recipes.stage import Input, Inputs
 
 TEMPLATE = "report.html.j2"
-ROLES = ("teacher", "pruned", "distilled")
-ORDER = ("teacher", "data", "pruned", "distilled", "evaluation", "exported")
-"""Inputs in the order in which their stages run."""
+CHAIN = ("teacher", "data", "pruned", "distilled", "evaluation", "exported")
+"""Inputs that every report has, in the order in which their stages run."""
+OPTIONAL = ("plan", "search", "tasks", "engine", "benchmark")
+CONTENTS = {
+    "asked": "What was asked",
+    "plan": "Plan",
+    "search": "Search",
+    "architecture": "Architecture",
+    "quality": "Quality",
+    "tasks": "Tasks",
+    "trade_offs": "Quality against cost",
+    "benchmark": "Speed",
+    "engine": "Engine",
+    "distillation": "Distillation",
+    "layers": "Layers",
+    "cost": "Cost",
+    "generations": "Generations",
+    "parity": "Parity",
+    "provenance": "Provenance",
+}
+"""Sections in their order, each a template."""
+WHERE_PRESENT = ("plan", "search", "tasks", "trade_offs", "benchmark", "engine")
+"""Sections that are left out where there is nothing to show."""
 SHAPE = {
     "num_layers": "Layers",
     "hidden_size": "Hidden size",
@@ -68,7 +86,6 @@ PARTS = {
     "calibration": "Calibration",
     "heldout": "Held out",
 }
-DASH = Markup('<span class="none">–</span>')
 MAX_FILES = 200
 """Files listed per stage; a large checkpoint has thousands, and its manifest names them all."""
 
@@ -81,23 +98,14 @@ def render(cfg: Config, inputs: Inputs, path: Path) -> None:
         inputs: Inputs as ``recipes.report.INPUTS`` names them.
         path: File to write.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(FORMATS)
-    html = environment.get_template(TEMPLATE).render(page(cfg, inputs))
-    write_text_atomically(path, html)
+    render_template(TEMPLATE, page(cfg, inputs), path)
 
 
 def page(cfg: Config, inputs: Inputs) -> dict[str, Any]:
     """Everything that the template shows."""
-    manifests = {name: inputs[name].manifest for name in ORDER if name in inputs}
+    manifests = {name: inputs[name].manifest for name in (*CHAIN, *OPTIONAL) if name in inputs}
     evaluation = manifests["evaluation"].metrics
-    return {
+    content = {
         "title": cfg.title or "Distillation report",
         "description": cfg.description,
         "made": datetime.now(UTC).isoformat(timespec="minutes"),
@@ -113,15 +121,44 @@ def page(cfg: Config, inputs: Inputs) -> dict[str, Any]:
         "training": _training(inputs["distilled"]),
         "layers": _layers(manifests["pruned"].metrics),
         "quality_plot": _quality_plot(evaluation),
-        "largest": {
-            "bytes": max(m.total_bytes() for m in manifests.values()) or 1,
-            "seconds": max(m.seconds for m in manifests.values()) or 1,
-            "peak": max(m.peak_rss_bytes for m in manifests.values()) or 1,
-        },
-        "seconds": sum(m.seconds for m in manifests.values()),
         "versions": _versions(manifests),
         "max_files": MAX_FILES,
-        "bar": share_bar,
+        "train": manifests["distilled"].config,
+        "trained": manifests["distilled"].metrics,
+        "calibration": manifests["pruned"].config,
+        **_cost(inputs, manifests),
+        **sections(manifests, evaluation),
+    }
+    shown = [
+        (name, label)
+        for name, label in CONTENTS.items()
+        if name not in WHERE_PRESENT or content[name]
+    ]
+    return {**content, "contents": shown}
+
+
+def _cost(inputs: Inputs, manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Every stage that went into the run, and the passes through its models."""
+    before = upstream(inputs)
+    stages = [
+        *before.items(),
+        *((inputs[name].directory.name, manifests[name]) for name in manifests),
+    ]
+    stages.sort(key=lambda item: item[1].started_at)
+    every = [manifest for _, manifest in stages]
+    passes = work(manifests, before)
+    return {
+        "stages": [(name, manifest, machine_hours(manifest)) for name, manifest in stages],
+        "seconds": sum(m.seconds for m in every),
+        "hours": sum(map(machine_hours, every)),
+        "processes": max(map(processes, every)),
+        "work": passes,
+        "largest": {
+            "bytes": max(m.total_bytes() for m in every) or 1,
+            "seconds": max(m.seconds for m in every) or 1,
+            "peak": max(m.peak_rss_bytes for m in every) or 1,
+            "flops": max((one.flops for one in passes), default=0) or 1,
+        },
     }
 
 
@@ -251,42 +288,3 @@ def _versions(manifests: Mapping[str, Manifest]) -> dict[str, list[str]]:
             if version not in known:
                 known.append(version)
     return found
-
-
-def _exact(value: float, text: str) -> Markup:
-    """A shown number that carries its unrounded value, for machines and for a pointer's hint."""
-    exact = json.dumps(value)
-    return Markup('<data value="{0}" title="{0}">{1}</data>').format(exact, text)
-
-
-def _optional(write: Callable[..., str]) -> Callable[..., Markup]:
-    def formatted(value: float | None, *args: Any) -> Markup:
-        return DASH if value is None else _exact(value, write(value, *args).replace("-", "−"))
-
-    return formatted
-
-
-def _scaled(value: float, units: str, base: str = "") -> str:
-    """Three significant digits or more, in thousands of the unit that fits."""
-    power = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) // 3), len(units))
-    text = f"{value / 1000**power:,.1f}" if power else f"{value:,}"
-    return f"{text} {units[power - 1] if power else ''}{base}".rstrip()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, left = divmod(minutes, 60)
-    return f"{hours} h {left:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-FORMATS: dict[str, Callable[..., Markup]] = {
-    "count": _optional(lambda v: f"{v:,}"),
-    "parameters": _optional(lambda v: _scaled(v, "KMBT")),
-    "bytes": _optional(lambda v: _scaled(v, "kMGTP", "B")),
-    "duration": _optional(_duration),
-    "percent": _optional(lambda v, digits=1: f"{v:.{digits}%}"),
-    "decimals": _optional(lambda v, digits=3: f"{v:,.{digits}f}"),
-    "short": _optional(lambda v: number(v, 3)),
-}

@@ -26,15 +26,15 @@ MAX_MARKERS = 40
 SKEW = 8
 """Scores whose largest is more than this many times the median are drawn on a log scale."""
 
-_FRAME = Markup(
+FRAME = Markup(
     '<svg id="{name}" class="plot" role="img" aria-label="{title}" style="height:{height}px">'
     "{body}</svg>"
 )
-_TICK_Y = Markup(
+TICK_Y = Markup(
     '<line class="grid" x1="0" x2="100%" y1="{at}%" y2="{at}%"/>'
     '<text class="tick" x="0" y="{at}%" dx="-8" dy=".35em" text-anchor="end">{label}</text>'
 )
-_TICK_X = Markup(
+TICK_X = Markup(
     '<text class="tick" x="{at}%" y="100%" dy="18" text-anchor="{anchor}">{label}</text>'
 )
 _LINE = Markup(
@@ -48,7 +48,7 @@ _BAR = Markup(
     '<rect class="bar {style}" x="{x}%" y="{y}%" width="{width}%" height="{height}%">'
     "<title>{hint}</title></rect>"
 )
-_COLUMN = Markup('<line class="grid" x1="{at}%" x2="{at}%" y1="0" y2="100%"/>')
+COLUMN = Markup('<line class="grid" x1="{at}%" x2="{at}%" y1="0" y2="100%"/>')
 _BAND = Markup('<line class="won" x1="{low}%" x2="{high}%" y1="{y}%" y2="{y}%"/>')
 _INTERVAL = Markup(
     '<line class="drop {style}" x1="{at}%" x2="{at}%" y1="{y}%" y2="100%"/>'
@@ -137,19 +137,19 @@ def line_plot(
             body += _line(one.points, one.style, across, up)
         if len(one.points) <= MAX_MARKERS:
             body += _markers(one, across, up)
-    return _FRAME.format(name=name, title=title, height=height, body=body)
+    return FRAME.format(name=name, title=title, height=height, body=body)
 
 
 def _axes(across: Axis, up: Axis) -> Markup:
-    rows = [_TICK_Y.format(at=100 - up.at(v), label=number(v)) for v in up.ticks(4)]
+    rows = [TICK_Y.format(at=100 - up.at(v), label=number(v)) for v in up.ticks(4)]
     columns = [
-        _TICK_X.format(at=across.at(v), anchor=_anchor(across.at(v)), label=f"{v:,.6g}")
+        TICK_X.format(at=across.at(v), anchor=anchor_at(across.at(v)), label=f"{v:,.6g}")
         for v in across.ticks(4)
     ]
     return Markup("").join(rows + columns)
 
 
-def _anchor(at: float) -> str:
+def anchor_at(at: float) -> str:
     """Labels at the ends grow inwards, or they would stick out of a narrow page."""
     return "start" if at < 2 else "end" if at > 96 else "middle"
 
@@ -188,10 +188,10 @@ def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int
     lowest = math.log10(min(scores.values()) / 2) if skewed else 0.0
     up = axis_over([lowest, *map(scale, scores.values())], pad=0.06)
     up = Axis(lowest, up.high)
-    ticks = [(scale(v), v) for v in (_log_ticks(up) if skewed else up.ticks(4))]
+    ticks = [(scale(v), v) for v in (log_ticks(up) if skewed else up.ticks(4))]
     slot, last = 100 / max(scores), max(scores)
     every = next(n for n in (1, 2, 5, 10, 20, last) if last / n <= 12)
-    body = Markup("").join(_TICK_Y.format(at=100 - up.at(y), label=number(v)) for y, v in ticks)
+    body = Markup("").join(TICK_Y.format(at=100 - up.at(y), label=number(v)) for y, v in ticks)
     for layer, score in sorted(scores.items()):
         fate, height = "kept" if layer in kept else "dropped", max(0.0, up.at(scale(score)))
         body += _BAR.format(
@@ -203,11 +203,11 @@ def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int
             hint=f"layer {layer}, {fate}: {score:.6g}",
         )
         if layer % every == 0 or layer == 1:
-            body += _TICK_X.format(at=round((layer - 0.5) * slot, 3), anchor="middle", label=layer)
-    return _FRAME.format(name=name, title=title, height=200, body=body)
+            body += TICK_X.format(at=round((layer - 0.5) * slot, 3), anchor="middle", label=layer)
+    return FRAME.format(name=name, title=title, height=200, body=body)
 
 
-def _log_ticks(axis: Axis) -> list[float]:
+def log_ticks(axis: Axis) -> list[float]:
     """1, 2 and 5 in every decade of an axis of logarithms; powers of ten alone if it is long."""
     steps = (1, 2, 5) if axis.high - axis.low < 2.5 else (1,)
     decades = range(math.floor(axis.low), math.ceil(axis.high) + 1)
@@ -223,8 +223,8 @@ def interval_plot(name: str, title: str, rows: Sequence[tuple[str, str, float, f
     """
     across = axis_over((v + s * e for _, _, v, e in rows for s in (-1, 1)), pad=0.1)
     body = Markup("").join(
-        _COLUMN.format(at=across.at(v))
-        + _TICK_X.format(at=across.at(v), anchor=_anchor(across.at(v)), label=number(v))
+        COLUMN.format(at=across.at(v))
+        + TICK_X.format(at=across.at(v), anchor=anchor_at(across.at(v)), label=number(v))
         for v in across.ticks(5)
     )
     heights = [round(100 * (index + 0.56) / len(rows), 2) for index in range(len(rows))]
@@ -244,7 +244,7 @@ def interval_plot(name: str, title: str, rows: Sequence[tuple[str, str, float, f
             text=f"{value:.3f}",
             hint=f"{label}: {value:.4f} ± {error:.4f}",
         )
-    return _FRAME.format(name=name, title=title, height=58 * len(rows), body=body)
+    return FRAME.format(name=name, title=title, height=58 * len(rows), body=body)
 
 
 def share_bar(share: float, style: str = "") -> Markup:

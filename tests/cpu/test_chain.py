@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,11 +127,40 @@ def test_exported_folder_works_with_plain_transformers(tiny_run: Path, odd_llama
     assert model.generation_config.temperature == 0.7
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(odd_llama).chat_template
     assert tokenizer_sha256(folder) == tokenizer_sha256(odd_llama)
-    card = (folder / "README.md").read_text()
+
+
+def test_model_card_has_the_figures_of_the_manifests(tiny_run: Path, odd_llama: Path) -> None:
+    card = (tiny_run / "export_hf" / ARTIFACT / "README.md").read_text()
     evaluation = manifest_of(tiny_run, "evaluate").metrics
-    assert f"{evaluation['distilled']['perplexity']:.1f}" in card
+    for role in ("teacher", "pruned", "distilled"):
+        figures = evaluation[role]
+        assert f"| {figures['perplexity']:.1f} | {figures['kl_to_teacher']:.3f} |" in card
+        assert f"{figures['loss']:.3f} ± {figures['loss_standard_error']:.3f}" in card
+    shape = "| 40 | 72 | 5 | 1 | 10 | 293 |"
+    assert f"| this model | 4 {shape} {manifest_of(tiny_run, 'distill').parameters:,} |" in card
+    (dropped,) = set(range(1, 6)) - set(manifest_of(tiny_run, "prune").metrics["kept_layers"])
+    assert f"Layers dropped, counted from 1: {dropped}." in card
+    assert f"{manifest_of(tiny_run, 'distill').metrics['tokens']:,} tokens in {STEPS} steps" in card
+    assert "`topics.jsonl`" in card
     assert "llama_width_prune" in card
     assert str(odd_llama) in card
+
+
+def test_code_of_the_model_card_runs_as_it_stands(tiny_run: Path) -> None:
+    folder = tiny_run / "export_hf" / ARTIFACT
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("The capital of France is")
+    assert len(done.stdout) > len("The capital of France is\n")
 
 
 def test_gates_were_passed(tiny_run: Path) -> None:

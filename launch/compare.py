@@ -1,0 +1,34 @@
+"""``python launch/run.py compare RUN1 RUN2 [out=FILE]``: one page about several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from recipes.errors import RecipeError
+
+DEFAULT_OUT = "compare.html"
+USAGE = "python launch/run.py compare RUN1 RUN2 [out=FILE], or one directory of a sweep"
+
+
+def compare(words: Sequence[str]) -> str:
+    """Writes the page and returns what to tell the user.
+
+    Args:
+        words: The command line after ``compare``.
+
+    Raises:
+        RecipeError: Nothing can be compared, or the file cannot be written.
+    """
+    from recipes.report_compare import render_comparison
+
+    options = [word for word in words if word.startswith("out=")]
+    paths = [Path(word) for word in words if word not in options]
+    unknown = [word for word in words if word.startswith("-")]
+    if not paths or len(options) > 1 or unknown:
+        raise RecipeError("compare needs the directories of runs.", USAGE)
+    out = Path(options[0].removeprefix("out=") if options else DEFAULT_OUT)
+    if out.is_dir() or not out.parent.is_dir():
+        raise RecipeError(f"out={out} cannot be written.", "name a file in a directory that exists")
+    count = render_comparison(paths, out)
+    return f"{count} runs compared in {out}"

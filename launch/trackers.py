@@ -1,0 +1,228 @@
+"""The trackers themselves, one context manager each, by its name in ``tracker.name``."""
+
+from __future__ import annotations
+
+import contextlib
+import netrc
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from launch.tracking import TrackedRun, Tracker, scalars
+from recipes.stage import git_sha
+
+WANDB_HOST = "https://api.wandb.ai"
+MLFLOW_PARAMETERS = 100
+"""The most that one request may hold."""
+MLFLOW_LENGTH = 6000
+"""Characters of a parameter."""
+
+
+class _None:
+    def track(self, stage: str, record: Mapping[str, Any]) -> None:
+        pass
+
+    def finish(self, stage: str, figures: Mapping[str, Any]) -> None:
+        pass
+
+
+@contextmanager
+def none(run: TrackedRun) -> Iterator[Tracker]:
+    """Nothing but each stage's own ``metrics.jsonl``."""
+    yield _None()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._writers = folder, dict[str, Any]()
+
+    def track(self, stage: str, record: Mapping[str, Any]) -> None:
+        values = {f"{record['task']}/{name}": value for name, value in scalars(record).items()}
+        self._write(stage, values, record["done"], record["time"])
+
+    def finish(self, stage: str, figures: Mapping[str, Any]) -> None:
+        self._write(stage, {f"final/{name}": v for name, v in figures.items()}, 0, time.time())
+
+    def _write(self, stage: str, values: Mapping[str, float], step: int, at: float) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        if not values:
+            return
+        if stage not in self._writers:
+            self._writers[stage] = EventFileWriter(str(self._folder / stage))
+        event = Event(wall_time=at, step=step)
+        tagged = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        event.summary.CopyFrom(Summary(value=tagged))
+        self._writers[stage].add_event(event)
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+@contextmanager
+def tensorboard(run: TrackedRun) -> Iterator[Tracker]:
+    """Scalars of each stage in ``<run>/tensorboard/<stage>``."""
+    with contextlib.closing(_TensorBoard(run.run_dir / "tensorboard")) as tracker:
+        yield tracker
+
+
+class _Wandb:
+    def __init__(self, run: Any) -> None:
+        self._run, self._stages = run, set[str]()
+
+    def track(self, stage: str, record: Mapping[str, Any]) -> None:
+        task = f"{stage}/{record['task']}"
+        if task not in self._stages:
+            # Each task counts its own steps; the tracker's own would only go up.
+            self._stages.add(task)
+            self._run.define_metric(f"{task}/step", hidden=True)
+            self._run.define_metric(f"{task}/*", step_metric=f"{task}/step")
+        values = {f"{task}/{name}": value for name, value in scalars(record).items()}
+        if values:
+            self._run.log({**values, f"{task}/step": record["done"]})
+
+    def finish(self, stage: str, figures: Mapping[str, Any]) -> None:
+        self._run.summary.update({f"{stage}.{name}": value for name, value in figures.items()})
+
+
+@contextmanager
+def wandb(run: TrackedRun) -> Iterator[Tracker]:
+    """Weights & Biases: offline in ``<run>/wandb`` unless ``WANDB_MODE`` or a login says other.
+
+    Machine facts are not sent: they hold the command line, and that may hold a secret.
+    """
+    import wandb as library
+
+    run_id = run.known_id("wandb") or uuid.uuid4().hex[:8]
+    started = library.init(
+        project=run.settings["project"],
+        entity=run.settings["entity"],
+        name=run.run_dir.name,
+        id=run_id,
+        resume="allow",
+        dir=str(run.run_dir),
+        mode=wandb_mode(),
+        tags=[run.recipe],
+        config={**run.parameters, **_links(run)},
+        settings=library.Settings(
+            silent=True, console="off", x_disable_meta=True, disable_git=True, save_code=False
+        ),
+    )
+    run.remember_id("wandb", run_id)
+    try:
+        yield _Wandb(started)
+    finally:
+        started.finish()
+
+
+def wandb_mode() -> Any:
+    """The user's ``WANDB_MODE``; else online where there is a login, and offline elsewhere."""
+    if chosen := os.environ.get("WANDB_MODE"):
+        return chosen
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_HOST)).hostname or ""
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        if netrc.netrc(os.environ.get("NETRC") or None).authenticators(host):
+            return "online"
+    return "offline"
+
+
+class _Mlflow:
+    def __init__(self, client: Any, run_id: str) -> None:
+        self._client, self._id = client, run_id
+
+    def track(self, stage: str, record: Mapping[str, Any]) -> None:
+        prefix = f"{stage}/{record['task']}"
+        values = {f"{prefix}/{name}": value for name, value in scalars(record).items()}
+        self._log(values, record["done"], record["time"])
+
+    def finish(self, stage: str, figures: Mapping[str, Any]) -> None:
+        self._log({f"{stage}/final/{n}": v for n, v in figures.items()}, 0, time.time())
+
+    def _log(self, values: Mapping[str, float], step: int, at: float) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(_mlflow_name(name), value, int(at * 1000), step)
+            for name, value in values.items()
+        ]
+        if metrics:
+            self._client.log_batch(self._id, metrics=metrics)
+
+
+@contextmanager
+def mlflow(run: TrackedRun) -> Iterator[Tracker]:
+    """MLflow: ``MLFLOW_TRACKING_URI`` or ``tracker.uri``, else ``<run>/mlflow.db``."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    local = f"sqlite:///{run.run_dir.resolve() / 'mlflow.db'}"
+    uri = run.settings["uri"] or os.environ.get("MLFLOW_TRACKING_URI") or local
+    client = MlflowClient(tracking_uri=uri)
+    run_id = _mlflow_run(client, run)
+    run.remember_id("mlflow", run_id)
+    _mlflow_parameters(client, run_id, run)
+    ended = "FAILED"
+    try:
+        yield _Mlflow(client, run_id)
+        ended = "FINISHED"
+    except KeyboardInterrupt:
+        ended = "KILLED"
+        raise
+    finally:
+        with contextlib.suppress(MlflowException):  # the run's result does not hang on a server
+            client.set_terminated(run_id, status=ended)
+
+
+def _mlflow_run(client: Any, run: TrackedRun) -> str:
+    """The run begun before, if this store has it, or a new one."""
+    from mlflow.exceptions import MlflowException
+
+    if known := run.known_id("mlflow"):
+        with contextlib.suppress(MlflowException):  # another store than the last time
+            client.update_run(known, status="RUNNING")
+            return known
+    name = run.settings["experiment"]
+    found = client.get_experiment_by_name(name)
+    artifacts = (run.run_dir / "mlflow").resolve().as_uri()
+    experiment = found.experiment_id if found else client.create_experiment(name, artifacts)
+    made = client.create_run(experiment, run_name=run.run_dir.name)
+    return str(made.info.run_id)
+
+
+def _mlflow_parameters(client: Any, run_id: str, run: TrackedRun) -> None:
+    """Logs parameters; of a resumed run, one that changed becomes a tag, as it cannot be reset."""
+    from mlflow.entities import Param, RunTag
+
+    before = client.get_run(run_id).data.params
+    wanted = {_mlflow_name(n): str(v)[:MLFLOW_LENGTH] for n, v in run.parameters.items()}
+    new = [Param(name, value) for name, value in wanted.items() if name not in before]
+    tags = {**_links(run), "recipe": run.recipe}
+    tags |= {f"now.{n}": v for n, v in wanted.items() if before.get(n, v) != v}
+    for start in range(0, len(new), MLFLOW_PARAMETERS):
+        client.log_batch(run_id, params=new[start : start + MLFLOW_PARAMETERS])
+    client.log_batch(run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
+
+
+def _mlflow_name(name: str) -> str:
+    """Names may hold letters, digits and a few signs."""
+    return "".join(c if c.isalnum() or c in "_-. /:" else "_" for c in name)
+
+
+def _links(run: TrackedRun) -> dict[str, str]:
+    """Where the run and its report are, and which code it ran."""
+    report = run.run_dir / "report" / "artifact" / "report.html"
+    return {
+        "run_dir": str(run.run_dir.resolve()),
+        "report": report.resolve().as_uri(),
+        "commit": git_sha() or "unknown",
+    }

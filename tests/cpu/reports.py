@@ -1,0 +1,466 @@
+"""Runs as their stages would leave them, for what reads manifests: a report, a comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING, Any
+
+from recipes import distill, evaluate, export_hf, import_hf, prepare_data, prune, report
+from recipes.architecture import Architecture
+from recipes.manifest import ARTIFACT, FileStamp, Manifest, read_manifest, write_manifest
+from recipes.metrics import METRICS, MetricsLog
+from recipes.report_page import render
+from recipes.stage import Input, StageConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LAYERS, DROPPED = 30, (9, 12, 13, 17, 20, 21)
+TEACHER = Architecture("LlamaForCausalLM", LAYERS, 576, 1536, 9, 3, 64, 49152, 8192, True)
+STUDENT = replace(TEACHER, num_layers=LAYERS - len(DROPPED), hidden_size=512, ffn_hidden_size=1152)
+STEPS = 400
+PLOTS = (
+    "plot-quality",
+    "plot-loss",
+    "plot-val-loss",
+    "plot-lr",
+    "plot-grad-norm",
+    "plot-layers",
+    "plot-sizes",
+    "plot-cost",
+    "plot-work",
+    "plot-by-parameters",
+)
+OPTIONAL_PLOTS = (
+    "plot-tasks",
+    "plot-speedups",
+    "plot-by-size",
+    "plot-by-latency",
+    "plot-search",
+)
+SECONDS = (41.302, 12.877, 208.55, 4123.019, 377.4, 25.2, 3.1, 96.4, 61.7, 18.9, 240.2)
+NASTY = "<script>document.title = 'owned'</script> & <b>bold</b>"
+PHONE = 390
+
+
+def wobble(step: int) -> float:
+    return math.sin(step * 12.9898) * 0.5 + math.sin(step * 4.1414) * 0.5
+
+
+def quality() -> dict[str, Any]:
+    figures = {
+        "teacher": (3.0214, 0.0412, 0.0, 1.0, TEACHER),
+        "pruned": (6.8437, 0.0655, 3.9106, 0.1817, STUDENT),
+        "distilled": (3.8125, 0.0467, 0.7231, 0.6042, STUDENT),
+    }
+    results = {
+        role: {
+            "loss": loss,
+            "loss_standard_error": error,
+            "perplexity": math.exp(loss),
+            "kl_to_teacher": kl,
+            "top1_agreement": agreement,
+            "parameters": shape.parameters(),
+        }
+        for role, (loss, error, kl, agreement, shape) in figures.items()
+    }
+    return {**results, "windows": 40, "tokens": 10240, "recovered": 0.7930616922}
+
+
+def task(metric: str, values: tuple[float, float, float], items: int) -> dict[str, Any]:
+    teacher, pruned, distilled = values
+
+    def score(value: float) -> dict[str, float]:
+        return {"value": value, "standard_error": math.sqrt(value * (1 - value) / items)}
+
+    def against(value: float) -> dict[str, float]:
+        gap, half = value - teacher, 1.2 / math.sqrt(items)
+        return {"value": gap, "low": gap - half, "high": gap + half}
+
+    return {
+        "metric": metric,
+        "items": items,
+        "version": 1.0,
+        "teacher": score(teacher),
+        "pruned": score(pruned),
+        "distilled": score(distilled),
+        "differences": {"distilled": against(distilled), "pruned": against(pruned)},
+        "recovered": (distilled - pruned) / (teacher - pruned),
+    }
+
+
+def task_results() -> dict[str, Any]:
+    lambada = task("perplexity", (0.5, 0.5 / 3, 0.4), 200)
+    for role, value in (("teacher", 31.25), ("pruned", 412.5), ("distilled", 52.75)):
+        lambada[role] = {"value": value, "standard_error": value / 12}
+    return {
+        "tasks": {
+            "sciq": task("acc", (0.845, 0.415, 0.79), 200),
+            "arc_easy": task("acc_norm", (0.585, 0.33, 0.515), 200),
+            "piqa": task("acc", (0.68, 0.55, 0.645), 200),
+            "lambada": lambada,
+        },
+        "gates": [
+            {"gate": "recovered.sciq >= 0.85", "measured": 0.872093023, "passed": True},
+            {"gate": "recovered.piqa >= 0.95", "measured": 0.730769231, "passed": False},
+        ],
+    }
+
+
+def benchmark_results(speed: float = 1.0) -> dict[str, Any]:
+    def about(value: float) -> dict[str, float]:
+        return {"median": value, "low": 0.93 * value, "high": 1.05 * value}
+
+    rows = [
+        {
+            "role": role,
+            "backend": backend,
+            "precision": precision,
+            "batch_size": batch,
+            "prompt_tokens": 512,
+            "new_tokens": 128,
+            "time_to_first_token_ms": about(812.5 * batch / fast / gain),
+            "decode_tokens_per_second": about(21.75 * fast * gain * speed),
+            "throughput_tokens_per_second": about(17.25 * fast * gain * batch),
+            "peak_memory_bytes": 901_234_567 + int(1e8 * fast),
+            "load_seconds": 1.75 * fast,
+            "disk_bytes": int(size * shape.parameters()),
+        }
+        for backend, precision, gain, size in (
+            ("transformers", "fp32", 1.0, 4),
+            ("openvino", "fp32", 2.6, 4),
+            ("openvino", "int8", 4.1, 1),
+        )
+        for batch in (1, 4)
+        for role, fast, shape in (("teacher", 1.0, TEACHER), ("student", 1.375, STUDENT))
+    ]  # fmt: skip
+    return {
+        "machine": {
+            "cpu": "AMD EPYC 9B14",
+            "threads": 2,
+            "flops_per_second": {"float32": 2.2e11, "bfloat16": 9.9e11},
+            "bytes_per_second": 3.1e10,
+        },
+        "rows": rows,
+        "speedups": [
+            {
+                "backend": row["backend"],
+                "precision": row["precision"],
+                "batch_size": row["batch_size"],
+                "prompt_tokens": 512,
+                "prefill": 1.375,
+                "prefill_roofline": 1.6125,
+                "decode": 1.375 - 0.0625 * row["batch_size"],
+                "decode_roofline": 1.5375,
+            }
+            for row in rows
+            if row["role"] == "student"
+        ],
+    }
+
+
+def search_results() -> dict[str, Any]:
+    shapes = [(24, 576, 1536), (30, 512, 1152), (28, 512, 1280), (22, 576, 1408)]
+    measured = [(41.25, 0.8125), (52.5, 0.9375), (44.75, 0.875), (None, None)]
+    return {
+        "candidates": [
+            {
+                "name": f"candidate {number}",
+                "parameters": 113_000_000 - 4_500_000 * number,
+                "proxy": 2.125 + 0.25 * number,
+                "perplexity": perplexity,
+                "kl_to_teacher": kl,
+                "tokens": 20480 if perplexity else 0,
+                "chosen": number == 0,
+                "pareto": number in (0, 1, 2),
+                "shape": {"num_layers": n, "hidden_size": h, "ffn_hidden_size": f},
+            }
+            for number, ((n, h, f), (perplexity, kl)) in enumerate(
+                zip(shapes, measured, strict=True)
+            )
+        ],
+        "budget": {"parameters": 113_500_000, "decode_ms": None},
+    }
+
+
+def plan_figures() -> dict[str, Any]:
+    return {
+        "figures": {"hours": 1.375, "peak_bytes": 4_400_000_000, "fits": True},
+        "tables": [
+            {
+                "title": "Memory by stage",
+                "columns": ["stage", "peak bytes", "fits"],
+                "rows": [["prune", 3_100_000_000, True], ["distill", 4_400_000_000, None]],
+            }
+        ],
+    }
+
+
+def engine_figures() -> dict[str, Any]:
+    return {
+        "backend": "openvino",
+        "precision": "int8",
+        "build_seconds": 47.25,
+        "bytes": 101_222_333,
+    }
+
+
+def optional_inputs(root: Path) -> dict[str, Input]:
+    """What the optional stages leave, in the same run as ``make_inputs``."""
+    results = {
+        "plan": ("plan", plan_figures()),
+        "tasks": ("task_results", task_results()),
+        "engine": ("engine", engine_figures()),
+        "benchmark": ("benchmark_results", benchmark_results()),
+        "search": ("search_results", search_results()),
+    }
+    return {
+        name: stage(root, StageConfig(name), kind, {f"{name}.json": 1234}, metrics)
+        for name, (kind, metrics) in results.items()
+    }
+
+
+def generations() -> list[dict[str, str]]:
+    return [
+        {
+            "prompt": "The Danube is Europe's second-longest river, which",
+            "text": " flows south-east for 2,850 km, through ten countries, into the Black Sea.",
+            "teacher": " flows through Germany, Austria, Hungary and Romania to the Black Sea.\n\n",
+            "pruned": " the the of of the and the the, the of the, of the and and the of the the",
+            "distilled": " flows through Austria, Slovakia and Hungary before it reaches the sea.",
+        },
+        {
+            "prompt": "A prime number is a natural number greater than 1 that",
+            "text": " is not a product of two smaller natural numbers.",
+            "teacher": NASTY,
+            "pruned": "AAAA" * 60,
+            "distilled": " is a product of two or more natural numbers, such as 東京 or Привет.",
+        },
+    ]
+
+
+def stage(
+    root: Path,
+    config: StageConfig,
+    kind: str,
+    files: dict[str, int],
+    metrics: dict[str, Any] | None = None,
+    shape: Architecture | None = None,
+) -> Input:
+    """Writes a stage's manifest as a run would, and reads it back; files are only stamps."""
+    number = len(list(root.iterdir()))
+    directory = root / config.stage
+    (directory / ARTIFACT).mkdir(parents=True)
+    data = json.loads(json.dumps(config, default=lambda value: vars(value)))
+    manifest = Manifest(
+        stage=config.stage,
+        kind=kind,
+        fingerprint=f"{number:x}f3c" * 16,
+        config=data,
+        code=f"c0de{number:x}" + "ab" * 29 + "c",
+        inputs={},
+        files={name: FileStamp(size, (f"{size:x}" * 64)[:64], 0) for name, size in files.items()},
+        metrics=metrics or {},
+        architecture=shape.as_dict() if shape else None,
+        parameters=shape.parameters() if shape else None,
+        tokenizer_sha256="70ce" * 16 if kind != "eval_results" else None,
+        versions={"python": "3.11.9", "torch": "2.9.1", "nemo_toolkit": "2.7.3"},
+        git_sha="0123456789abcdef0123456789abcdef01234567-dirty",
+        started_at=f"2025-03-04T{10 + number}:20:30+00:00",
+        seconds=SECONDS[number],
+        peak_rss_bytes=1_234_567_890 + 700_000_000 * number,
+    )
+    write_manifest(directory, manifest)
+    found = read_manifest(directory)
+    assert found
+    return Input(directory, found)
+
+
+def checkpoint(shape: Architecture) -> dict[str, int]:
+    return {
+        "model.nemo/context/model.yaml": 4321,
+        "model.nemo/context/tokenizer.json": 2_104_556,
+        "model.nemo/weights/__0_0.distcp": 4 * shape.parameters(),
+        "model.nemo/weights/metadata.json": 118,
+    }
+
+
+def log_training(directory: Path, lm_weight: float) -> None:
+    log = MetricsLog(directory / METRICS)
+    for step in range(1, STEPS + 1):
+        kd = 0.7 + 3 * math.exp(-step / 70) + 0.12 * wobble(step)
+        lm = kd + 2.9 + 0.1 * wobble(step + 7)
+        log.progress(
+            "distill",
+            step,
+            STEPS,
+            loss=kd + lm_weight * lm,
+            kd=kd,
+            lm=lm if lm_weight else 0.0,
+            lr=1e-4 * min(step / 20, 0.55 + 0.45 * math.cos(math.pi * step / STEPS)),
+            tokens_per_second=1210.4,
+            grad_norm=1.1 + 4 * math.exp(-step / 40) + 0.3 * wobble(step + 3),
+        )
+        if step % 50 == 0:
+            log.progress("validate", step, STEPS, val_loss=3.75 + 2.6 * math.exp(-step / 80))
+
+
+def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
+    root.mkdir()
+    importance = {str(n): 0.07 + 0.3 / n + 0.02 * wobble(n) for n in range(1, LAYERS + 1)}
+    kept = [n for n in range(1, LAYERS + 1) if n not in DROPPED]
+    parts = {"train": 812_345, "validation": 17_001, "calibration": 34_567, "heldout": 33_210}
+    documents = {part: tokens // 90 for part, tokens in parts.items()}
+    source = "hf://some/corpus@en:train"
+    parity = {"parity_max_logit_difference": 0.00011444091796875, "parity_tokens": 128}
+    made = {
+        "teacher": stage(
+            root,
+            import_hf.Config("import_hf", hf_path="some/SmallLM-135M-Instruct"),
+            "checkpoint_nemo",
+            checkpoint(TEACHER),
+            {**parity, "licence": "apache-2.0"},
+            TEACHER,
+        ),
+        "data": stage(
+            root,
+            prepare_data.Config("prepare_data", sources=[source]),
+            "dataset",
+            {f"{part}.{end}": 2 * count for part, count in parts.items() for end in ("bin", "idx")},
+            {"documents": documents, "tokens": parts, "sources": [source]},
+        ),
+        "pruned": stage(
+            root,
+            prune.Config(
+                "prune", drop_layers=list(DROPPED), target_hidden_size=512,
+                target_ffn_hidden_size=1152,
+            ),
+            "checkpoint_nemo",
+            {**checkpoint(STUDENT), "importance.json": 900},
+            {
+                "kept_layers": kept,
+                "layer_importance": importance,
+                "calibration_tokens": 16384,
+                "teacher_parameters": TEACHER.parameters(),
+            },
+            STUDENT,
+        ),
+        "distilled": stage(
+            root,
+            distill.Config("distill", max_steps=STEPS, lm_weight=lm_weight),
+            "checkpoint_nemo",
+            checkpoint(STUDENT),
+            {"steps": STEPS, "tokens": STEPS * 1024, "tokens_per_second": 1210.4, "val_loss": 3.77},
+            STUDENT,
+        ),
+        "evaluation": stage(
+            root,
+            evaluate.Config("evaluate"),
+            "eval_results",
+            {"results.json": 7890},
+            quality(),
+        ),
+        "exported": stage(
+            root,
+            export_hf.Config("export_hf"),
+            "checkpoint_hf",
+            {"model.safetensors": 4 * STUDENT.parameters(), "config.json": 715},
+            {**parity, "parity_max_logit_difference": 9.1552734375e-05},
+            STUDENT,
+        ),
+    }  # fmt: skip
+    log_training(made["distilled"].directory, lm_weight)
+    windows = {
+        role: [quality()[role]["loss"] + 0.2 * wobble(n) for n in range(40)]
+        for role in ("teacher", "pruned", "distilled")
+    }
+    detail = {"window_losses": windows, "generations": generations()}
+    (made["evaluation"].artifact / "results.json").write_text(json.dumps(detail))
+    return made
+
+
+def make_run(
+    root: Path,
+    *,
+    loss: float = 3.8125,
+    speed: float = 1.0,
+    heldout: str | None = None,
+    **settings: Any,
+) -> Path:
+    """A complete run as the launcher leaves it; ``settings`` are of its distillation."""
+    inputs = {**make_inputs(root), **optional_inputs(root)}
+    data = inputs["data"].manifest
+    if heldout:
+        data.files["heldout.bin"] = replace(data.files["heldout.bin"], sha256=heldout)
+    evaluation, distilled = inputs["evaluation"].manifest, inputs["distilled"].manifest
+    shift = loss - evaluation.metrics["distilled"]["loss"]
+    evaluation.metrics["distilled"] |= {"loss": loss, "perplexity": math.exp(loss)}
+    evaluation.input_content["data"] = data.content()
+    inputs["benchmark"].manifest.metrics |= benchmark_results(speed)
+    distilled.config.update(settings)
+    results = inputs["evaluation"].artifact / "results.json"
+    detail = json.loads(results.read_text())
+    losses = detail["window_losses"]["distilled"]
+    detail["window_losses"]["distilled"] = [
+        value + shift + 0.05 * wobble(n + round(1000 * loss)) for n, value in enumerate(losses)
+    ]
+    results.write_text(json.dumps(detail))
+    for item in inputs.values():
+        write_manifest(item.directory, item.manifest)
+        request = f"name: {item.directory.name}\nfingerprint: {item.manifest.fingerprint}\n"
+        (item.directory / "config.yaml").write_text(request)
+    (root / "run.yaml").write_text("recipe: llama_width_prune\n")
+    return root
+
+
+CONFIG = report.Config(
+    "report",
+    title="llama_width_prune",
+    description="Narrow a Llama-style model and drop layers by importance, then distil",
+)
+
+
+class Page(HTMLParser):
+    """Tags, ``<data>`` values and text of a page; fails on tags that do not nest."""
+
+    VOID = frozenset({"meta", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def values(self, name: str) -> list[str]:
+        return [attrs[name] for _, attrs in self.tags if name in attrs]
+
+    def figures(self) -> set[float]:
+        return {float(attrs["value"]) for tag, attrs in self.tags if tag == "data"}
+
+
+def rendered(inputs: dict[str, Input], folder: Path, cfg: report.Config = CONFIG) -> str:
+    render(cfg, inputs, folder / report.FILE)
+    return (folder / report.FILE).read_text(encoding="utf-8")
+
+
+def changed(item: Input, **metrics: Any) -> Input:
+    return replace(item, manifest=replace(item.manifest, metrics=metrics))

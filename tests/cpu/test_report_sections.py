@@ -1,0 +1,128 @@
+"""Sections of the report that come with an optional stage, and what a run cost."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from recipes import cache_teacher
+from recipes.report import OPTIONAL_INPUTS
+from recipes.stage import Input, StageConfig
+from tests.cpu.reports import (
+    OPTIONAL_PLOTS,
+    STEPS,
+    STUDENT,
+    TEACHER,
+    Page,
+    changed,
+    make_inputs,
+    optional_inputs,
+    quality,
+    rendered,
+    stage,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Input]:
+    """A run with every optional stage."""
+    run = tmp_path_factory.mktemp("full") / "run"
+    return {**make_inputs(run, lm_weight=0.2), **optional_inputs(run)}
+
+
+@pytest.fixture(scope="module")
+def page(inputs: dict[str, Input], tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return Page(rendered(inputs, tmp_path_factory.mktemp("page")))
+
+
+def every_figure(value: Any) -> set[float]:
+    """Numbers anywhere in nested data; truth values are none."""
+    if isinstance(value, list):
+        return {n for v in value for n in every_figure(v)}
+    if isinstance(value, dict):
+        return {n for v in value.values() for n in every_figure(v)}
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {float(value)} if is_number else set()
+
+
+def test_optional_stages_show_all_their_figures(inputs: dict[str, Input], page: Page) -> None:
+    metrics = {name: deepcopy(inputs[name].manifest.metrics) for name in OPTIONAL_INPUTS}
+    for task in metrics["tasks"]["tasks"].values():
+        del task["version"], task["differences"]["pruned"]
+        for role in ("teacher", "pruned", "distilled"):
+            task[role]["standard_error"] *= 1.96  # shown as an interval
+    assert every_figure(metrics) <= page.figures()
+    assert set(OPTIONAL_PLOTS) <= set(page.values("id"))
+    ends = page.values("href")
+    assert {f"#{name}" for name in (*OPTIONAL_INPUTS, "trade_offs")} <= set(ends)
+
+
+@pytest.mark.parametrize("name", OPTIONAL_INPUTS)
+def test_a_section_appears_with_its_input(
+    inputs: dict[str, Input], tmp_path: Path, name: str
+) -> None:
+    chain = {key: item for key, item in inputs.items() if key not in OPTIONAL_INPUTS}
+    bare = Page(rendered(chain, tmp_path))
+    assert not {*OPTIONAL_INPUTS, *OPTIONAL_PLOTS} & set(bare.values("id"))
+    found = Page(rendered({**chain, name: inputs[name]}, tmp_path))
+    assert {*OPTIONAL_INPUTS} & set(found.values("id")) == {name}
+
+
+def test_difference_beyond_its_interval_is_marked(inputs: dict[str, Input], tmp_path: Path) -> None:
+    tasks = deepcopy(inputs["tasks"].manifest.metrics)
+    gap = {"value": -0.2, "low": -0.3, "high": -0.1}
+    for name in ("sciq", "lambada"):
+        tasks["tasks"][name]["differences"]["distilled"] = gap
+    text = rendered({**inputs, "tasks": changed(inputs["tasks"], **tasks)}, tmp_path)
+    assert '<span class="worse"><data value="-0.2" title="-0.2">−20.0</data></span>' in text
+    # Nobody says which way a perplexity is better.
+    assert '<span class="even"><data value="-0.2" title="-0.2">−0.20</data></span>' in text
+
+
+def test_quality_by_source_of_the_text(inputs: dict[str, Input], tmp_path: Path) -> None:
+    figures = {"perplexity": 20.625, "kl_to_teacher": 0.375}
+    sources = {"a web crawl": {"teacher": figures, "distilled": figures}}
+    evaluation = changed(inputs["evaluation"], **quality(), sources=sources)
+    found = Page(rendered({**inputs, "evaluation": evaluation}, tmp_path))
+    assert set(figures.values()) <= found.figures()
+    assert "a web crawl" in found.text
+
+
+def test_cost_counts_tokens_times_the_shapes(page: Page) -> None:
+    tokens = STEPS * 1024
+    teacher, student = (shape.forward_flops_per_token() for shape in (TEACHER, STUDENT))
+    together = tokens * (teacher + 3 * student)
+    assert {tokens * teacher, 3 * tokens * student, together} <= page.figures()
+    assert together / (tokens / 1210.4) in page.figures()
+    assert 16384 * teacher in page.figures()
+    assert 10240 * (teacher + 2 * student) in page.figures()
+
+
+def test_a_cached_teacher_costs_its_own_stage(tmp_path: Path) -> None:
+    """Its stage is no input of the report; it is found beside the distillation."""
+    run = tmp_path / "run"
+    found = make_inputs(run)
+    config = cache_teacher.Config("cache_teacher")
+    cache = stage(run, config, "teacher_logits", {"a": 5}, {"tokens": 777_216})
+    stage(run, StageConfig("stranger"), "plan", {"b": 6})
+    found["distilled"].manifest.inputs["teacher"] = cache.manifest.fingerprint
+    page = Page(rendered(found, tmp_path))
+    assert 777_216 * TEACHER.forward_flops_per_token() in page.figures()
+    assert STEPS * 1024 * TEACHER.forward_flops_per_token() not in page.figures()
+    assert cache.manifest.seconds in page.figures()
+    assert "cache_teacher" in page.text
+    assert "stranger" not in page.text
+
+
+def test_machine_hours_count_nodes(inputs: dict[str, Input], tmp_path: Path) -> None:
+    manifest = inputs["distilled"].manifest
+    config = {**manifest.config, "resources": {"nodes": 4, "devices": 8, "env": {}}}
+    wide = replace(inputs["distilled"], manifest=replace(manifest, config=config))
+    page = Page(rendered({**inputs, "distilled": wide}, tmp_path))
+    assert {4 * manifest.seconds / 3600, 32} <= page.figures()
