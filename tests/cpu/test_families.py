@@ -180,7 +180,7 @@ def run_ranks(root: Path, layout: str) -> None:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.returncode == 0, done.stderr[-20000:]
 
 
 @pytest.fixture(scope="module", params=[TP, PP])
