@@ -71,8 +71,8 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> Any:
         copy_side_files(hf_folder, side)
         model = nemo.new_model(side)
         core = nemo.build_core(model, nemo.Parallelism())
-        source = _MergedWeights(Weights(hf_folder), arch, FAMILIES[arch.hf_architecture])
-        nemo.fill(core, source)
+        family = FAMILIES[arch.hf_architecture]
+        nemo.fill(core, _MergedWeights(Weights(hf_folder), arch, family), family)
         nemo.save_checkpoint(checkpoint, model, core, side, rank=0)
     return core
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_convert import cpu_backend
-from nemo_convert.families import FAMILIES, canonical_name, load
+from nemo_convert.families import FAMILIES, Family, load
 from nemo_convert.hf import copy_side_files
 from recipes.architecture import Architecture, read_architecture
 from recipes.errors import RecipeError
@@ -257,14 +257,14 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
         context.io_dump(checkpoint / CONTEXT, yaml_attrs=["model"])
 
 
-def fill(core: Any, tensors: Mapping[str, torch.Tensor] | Any) -> None:
+def fill(core: Any, tensors: Mapping[str, torch.Tensor] | Any, family: Family) -> None:
     """Copies weights, named as in the family's table, into a model at TP=PP=1.
 
     Raises:
         RecipeError: A weight's shape is not the model's.
     """
     for name, parameter in core.named_parameters():
-        tensor = tensors[canonical_name(name)]
+        tensor = tensors[family.canonical_name(name)]
         if tensor.shape != parameter.shape:
             raise RecipeError(
                 f"weight {name} is {tuple(tensor.shape)} in the file but the config says "
