@@ -44,8 +44,7 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     log.progress("export", 0, 2)
     convert.to_hf(checkpoint, out)
     log.progress("export", 1, 2)
-    core = parity.load_core(checkpoint)
-    gate = parity.compare(out, checkpoint, core).require(f"{checkpoint.name} → {out}")
+    gate = parity.compare(out, checkpoint).require(f"{checkpoint.name} → {out}")
     manifest = inputs["checkpoint"].manifest
     write_card(out, cfg, manifest, inputs["evaluation"].manifest)
     log.progress("export", 2, 2)
