@@ -7,12 +7,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+from recipes.architecture import SUPPORTED
 from recipes.errors import RecipeError
 
 
 def main() -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m nemo_convert", description=__doc__)
+    epilog = f"Architectures: {', '.join(SUPPORTED)}."
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_convert", description=__doc__, epilog=epilog
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     to_nemo = commands.add_parser("to-nemo", help="Hugging Face folder or hub id to NeMo 2")
     to_nemo.add_argument("source")
@@ -44,8 +48,8 @@ def _to_nemo(arguments: argparse.Namespace) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         checkpoint = Path(temporary) / target.name
-        core = convert.to_nemo(source, checkpoint)
-        _report(parity.compare(source, checkpoint, core).require(f"{source} → {target}"))
+        convert.to_nemo(source, checkpoint)
+        _report(parity.compare(source, checkpoint).require(f"{source} → {target}"))
         if arguments.pack:
             nemo.pack(checkpoint, target)
         else:
@@ -59,8 +63,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = nemo.open_checkpoint(arguments.source, Path(scratch))
         convert.to_hf(checkpoint, arguments.target)
-        core = parity.load_core(checkpoint)
-        parity.compare(arguments.target, checkpoint, core).require(
+        parity.compare(arguments.target, checkpoint).require(
             f"{arguments.source} → {arguments.target}"
         )
     return 0

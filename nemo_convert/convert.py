@@ -7,7 +7,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import torch
 
 from nemo_convert import nemo
 from nemo_convert.families import FAMILIES, Family
@@ -17,21 +18,22 @@ from recipes.errors import RecipeError
 from recipes.manifest import write_text_atomically
 from recipes.sources import read_json
 
-if TYPE_CHECKING:
-    import torch
-
 
 class _MergedWeights:
-    """Megatron weights made on demand from a Hugging Face folder."""
+    """Megatron weights made on demand from a Hugging Face folder, by key and place."""
 
     def __init__(self, weights: Weights, arch: Architecture, family: Family) -> None:
         self._weights, self._arch = weights, arch
-        self._rows = family.rows(arch)
+        self._rows = {f"module.{weight.stored}": weight for weight in family.weights}
+        for weight, numbers in family.weights_of(arch):
+            whole = torch.empty(weight.shape(arch), device="meta")
+            for name, part in zip(weight.hf_names(numbers), weight.split(arch, whole), strict=True):
+                weights.require(name, tuple(part.shape))
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        weight, numbers = self._rows[name]
-        parts = [self._weights.read(hf) for hf in weight.hf_names(numbers)]
-        return weight.merge(self._arch, parts)
+    def __call__(self, key: str, place: tuple[int, ...]) -> torch.Tensor:
+        weight = self._rows[key]
+        numbers = dict(zip(weight.counts(self._arch), place, strict=True))
+        return weight.merge(self._arch, [self._weights.read(n) for n in weight.hf_names(numbers)])
 
 
 def check_vocabulary(folder: Path, arch: Architecture) -> int:
@@ -57,24 +59,25 @@ def check_vocabulary(folder: Path, arch: Architecture) -> int:
     return size
 
 
-def to_nemo(hf_folder: Path, checkpoint: Path) -> Any:
+def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     """Converts a Hugging Face folder to a NeMo 2 checkpoint directory.
 
-    Returns:
-        The filled Megatron model, for a parity check.
+    One weight at a time is in memory. Megatron's model is built for its plan of the checkpoint;
+    what it allocates is never written to.
     """
+    from nemo_convert.streaming import StreamedSave
+
     arch = read_architecture(read_json(hf_folder / "config.json"), str(hf_folder))
     check_vocabulary(hf_folder, arch)
+    source = _MergedWeights(Weights(hf_folder), arch, FAMILIES[arch.hf_architecture])
     nemo.initialize(nemo.Parallelism())
     with tempfile.TemporaryDirectory() as temporary:
         side = Path(temporary) / nemo.SIDE
         copy_side_files(hf_folder, side)
         model = nemo.new_model(side)
         core = nemo.build_core(model, nemo.Parallelism())
-        source = _MergedWeights(Weights(hf_folder), arch, FAMILIES[arch.hf_architecture])
-        nemo.fill(core, source)
-        nemo.save_checkpoint(checkpoint, model, core, side, rank=0)
-    return core
+        strategy = StreamedSave(source, nemo.leading_axes(arch))
+        nemo.save_checkpoint(checkpoint, model, core, side, rank=0, strategy=strategy)
 
 
 def hf_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -87,6 +87,9 @@ class _Stream:
 
     def record(self, *args: Any) -> None: ...
 
+    def record_event(self, *args: Any) -> _Stream:
+        return self
+
     def wait(self, *args: Any) -> None: ...
 
 
@@ -128,15 +131,25 @@ def _with_cuda_type_names(original: Any) -> Any:
     return __init__
 
 
-def _without_rope_fusion_check(original: Any) -> Any:
-    """Lets a config say what a GPU wants; ``adapt_config`` turns the fusion off before building."""
+def _without_fusion_checks(original: Any) -> Any:
+    """Lets a config say what a GPU wants; ``adapt_config`` turns it off before building."""
 
     def __post_init__(self: Any) -> None:  # noqa: N807
-        wanted, self.apply_rope_fusion = self.apply_rope_fusion, False
+        fusions = ("apply_rope_fusion", "moe_permute_fusion")
+        wanted = {name: getattr(self, name) for name in fusions}
+        vars(self).update(dict.fromkeys(fusions, False))
         original(self)
-        self.apply_rope_fusion = wanted
+        vars(self).update(wanted)
 
     return __post_init__
+
+
+def _router_logits(original: Any) -> Any:
+    def gate(x: Any, weight: Any, bias: Any, dtype: torch.dtype) -> torch.Tensor:
+        bias = None if bias is None else bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+
+    return gate
 
 
 def _gather_scalar(original: Any) -> Any:
@@ -235,8 +248,13 @@ PATCHES: dict[str, list[Patch]] = {
         ),
         Patch(
             "megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",
-            "refuses apply_rope_fusion without TransformerEngine",
-            _without_rope_fusion_check,
+            "refuses fusions without TransformerEngine",
+            _without_fusion_checks,
+        ),
+        Patch(
+            "megatron.core.transformer.moe.router:router_gating_linear",
+            "asks for a name that only TransformerEngine defines",
+            _router_logits,
         ),
         Patch("torch.optim:AdamW", "Megatron asks for the unfused step", _fused),
         Patch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -92,8 +93,23 @@ class Family:
         found = self.weights_of(architecture)
         return {w.megatron.format(**numbers): (w, numbers) for w, numbers in found}
 
+    def canonical_name(self, name: str) -> str:
+        """A parameter's name in the table, whichever layer spec the model was built with."""
+        if self.experts and name.endswith("pre_mlp_layernorm.weight"):
+            return name  # TransformerEngine fuses it with the matrix after it, but not with experts
+        for local, canonical in LOCAL_SPEC_NAMES.items():
+            name = re.sub(local, canonical, name)
+        return name
+
 
 OUTPUT_LAYER = "output_layer.weight"
+LOCAL_SPEC_NAMES = {
+    r"input_layernorm\.weight$": "self_attention.linear_qkv.layer_norm_weight",
+    r"pre_mlp_layernorm\.weight$": "mlp.linear_fc1.layer_norm_weight",
+    r"local_experts\.(\d+)\.(linear_fc[12]\.weight)$": r"\2\1",
+}
+"""Patterns of names in Megatron's local layer spec, and the table's, which are
+TransformerEngine's."""
 
 
 def _same(name: str, hf: str, shape: Callable[[Architecture], tuple[int, ...]]) -> Weight:
@@ -272,22 +288,16 @@ FAMILIES = {
             _ATTENTION + _QK_NORM + _FEED_FORWARD,
             defaults={"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
         ),
+        Family(
+            "Qwen3MoeForCausalLM",
+            f"{_NEMO}.qwen3:HFQwen3Importer",
+            f"{_NEMO}.qwen3:Qwen3Model",
+            _ATTENTION + _QK_NORM + _EXPERTS,
+            defaults={"num_key_value_heads": 4, "use_sliding_window": False},
+            settings=_router,
+        ),
     )
 }
-
-LOCAL_SPEC_NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
-"""Names in Megatron's local layer spec, and the table's, which are TransformerEngine's."""
-
-
-def canonical_name(name: str) -> str:
-    """A parameter's name in the table, whichever layer spec the model was built with."""
-    for local, canonical in LOCAL_SPEC_NAMES.items():
-        if name.endswith(local):
-            return name.removesuffix(local) + canonical
-    return name
 
 
 def load(path: str) -> Any:

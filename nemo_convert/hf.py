@@ -97,17 +97,26 @@ class Weights:
         """Names of all tensors."""
         return set(self._files)
 
-    def read(self, name: str) -> torch.Tensor:
-        """Reads one tensor.
+    def require(self, name: str, shape: tuple[int, ...]) -> None:
+        """Looks at a tensor's shape without reading it.
 
         Raises:
-            RecipeError: The folder has none of that name.
+            RecipeError: The folder has none of that name and shape.
         """
         if name not in self._files:
             raise RecipeError(
                 f"{self.folder} has no weight {name}.",
                 "the checkpoint is incomplete or of another family",
             )
+        found = tuple(self._files[name].get_slice(name).get_shape())
+        if found != shape:
+            raise RecipeError(
+                f"weight {name} is {found} in the file but the config says {shape}.",
+                "config.json and weights are of different models, or vocabularies differ",
+            )
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads one tensor."""
         tensor: torch.Tensor = self._files[name].get_tensor(name)
         return tensor
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_convert import cpu_backend
-from nemo_convert.families import FAMILIES, canonical_name, load
+from nemo_convert.families import FAMILIES, load
 from nemo_convert.hf import copy_side_files
 from recipes.architecture import Architecture, read_architecture
 from recipes.errors import RecipeError
@@ -220,7 +219,9 @@ def load_weights(core: Any, checkpoint: Path) -> None:
     core.load_state_dict({name.removeprefix("module."): v for name, v in state.items()})
 
 
-def save_checkpoint(checkpoint: Path, model: Any, core: Any, side: Path, rank: int) -> None:
+def save_checkpoint(
+    checkpoint: Path, model: Any, core: Any, side: Path, rank: int, strategy: Any = None
+) -> None:
     """Writes weights from all ranks and, on rank 0, the context.
 
     Args:
@@ -229,12 +230,13 @@ def save_checkpoint(checkpoint: Path, model: Any, core: Any, side: Path, rank: i
         core: This rank's Megatron model.
         side: Folder of side files (tokenizer, config.json, …) to carry.
         rank: Global rank.
+        strategy: Megatron's strategy of saving; the default writes the model's own weights.
     """
     from megatron.core import dist_checkpointing
 
     weights = checkpoint / WEIGHTS
     weights.mkdir(parents=True, exist_ok=True)
-    dist_checkpointing.save(core.sharded_state_dict(prefix="module."), str(weights))
+    dist_checkpointing.save(core.sharded_state_dict(prefix="module."), str(weights), strategy)
     if rank == 0:
         write_context(checkpoint, model, side)
 
@@ -257,39 +259,18 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
         context.io_dump(checkpoint / CONTEXT, yaml_attrs=["model"])
 
 
-def fill(core: Any, tensors: Mapping[str, torch.Tensor] | Any) -> None:
-    """Copies weights, named as in the family's table, into a model at TP=PP=1.
-
-    Raises:
-        RecipeError: A weight's shape is not the model's.
-    """
-    for name, parameter in core.named_parameters():
-        tensor = tensors[canonical_name(name)]
-        if tensor.shape != parameter.shape:
-            raise RecipeError(
-                f"weight {name} is {tuple(tensor.shape)} in the file but the config says "
-                f"{tuple(parameter.shape)}.",
-                "config.json and weights are of different models, or vocabularies differ",
-            )
-        parameter.data.copy_(tensor)
+def leading_axes(arch: Architecture) -> dict[str, int]:
+    """Number of leading axes (layer, expert) of each key in a checkpoint."""
+    weights = FAMILIES[arch.hf_architecture].weights
+    return {f"module.{weight.stored}": len(weight.counts(arch)) for weight in weights}
 
 
 def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields weights in the family's names, reading one Megatron tensor (all layers) at a time."""
-    import torch
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint import load as dcp_load
+    """Yields weights in the family's names, one at a time."""
+    from nemo_convert import streaming
 
     arch = architecture_of(checkpoint)
-    reader = FileSystemReader(checkpoint / WEIGHTS)
-    stored = reader.read_metadata().state_dict_metadata
-    for weight in FAMILIES[arch.hf_architecture].weights:
-        key = f"module.{weight.stored}"
-        if key not in stored:
-            continue
-        tensor = torch.empty(stored[key].size, dtype=stored[key].properties.dtype)
-        dcp_load({key: tensor}, storage_reader=FileSystemReader(checkpoint / WEIGHTS), no_dist=True)
-        counts = weight.counts(arch)
-        for numbers in product(*map(range, counts.values())):
-            named = dict(zip(counts, numbers, strict=True))
-            yield weight.megatron.format(**named), tensor[numbers]
+    rows = {f"module.{w.stored}": w for w in FAMILIES[arch.hf_architecture].weights}
+    for key, place, tensor in streaming.read_weights(checkpoint / WEIGHTS, leading_axes(arch)):
+        numbers = zip(rows[key].counts(arch), place, strict=True)
+        yield rows[key].megatron.format(**dict(numbers)), tensor

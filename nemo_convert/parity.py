@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_convert import nemo
 from nemo_convert.convert import hf_weights
+from nemo_convert.families import FAMILIES
 from nemo_convert.hf import Weights, load_causal_lm
 from recipes.errors import RecipeError
 
@@ -52,8 +53,13 @@ class Parity:
         return self
 
 
-def compare(hf_folder: Path, checkpoint: Path, core: Any) -> Parity:
-    """Compares a Hugging Face folder with a NeMo checkpoint and the Megatron model built from it.
+def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
+    """Compares a Hugging Face folder with a NeMo checkpoint, one model in memory after the other.
+
+    Args:
+        hf_folder: Hugging Face folder.
+        checkpoint: NeMo checkpoint directory.
+        core: Megatron model to compare instead of the one that the checkpoint makes.
 
     Logits are compared on ``TEXT`` in float32; weights are compared for equality, read back from
     the checkpoint's files rather than from memory.
@@ -63,10 +69,10 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any) -> Parity:
 
     tokens = AutoTokenizer.from_pretrained(hf_folder)(TEXT, return_tensors="pt")["input_ids"]
     tokens = tokens[:, :WINDOW]
-    reference = load_causal_lm(hf_folder)
     with torch.no_grad():
-        expected = reference(tokens).logits
-    difference = (expected - core_logits(core, tokens)).abs().max().item()
+        expected = load_causal_lm(hf_folder)(tokens).logits
+    found = core_logits(load_core(checkpoint) if core is None else core, tokens)
+    difference = (expected - found).abs().max().item()
     return Parity(difference, tokens.numel(), same_weights(hf_folder, checkpoint))
 
 
@@ -112,7 +118,7 @@ def verify(first: Path, second: Path) -> Parity:
     folder, packed = (second, first) if is_nemo[0] else (first, second)
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = nemo.open_checkpoint(packed, Path(scratch))
-        return compare(folder, checkpoint, load_core(checkpoint))
+        return compare(folder, checkpoint)
 
 
 def load_core(checkpoint: Path) -> Any:
@@ -121,5 +127,10 @@ def load_core(checkpoint: Path) -> Any:
 
     nemo.initialize(nemo.Parallelism())
     core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), torch.float32)
-    nemo.load_weights(core, checkpoint)
+    family = FAMILIES[nemo.architecture_of(checkpoint).hf_architecture]
+    parameters = {family.canonical_name(name): p for name, p in core.named_parameters()}
+    for name, tensor in nemo.read_weights(checkpoint):
+        parameters.pop(name).data.copy_(tensor)
+    if parameters:
+        raise RecipeError(f"{checkpoint} has no {', '.join(parameters)}.", "it is incomplete")
     return core

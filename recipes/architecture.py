@@ -11,6 +11,9 @@ from recipes.errors import RecipeError
 
 SUPPORTED = tuple(FAMILIES)
 """Hugging Face architectures that can be converted."""
+DENSE_AXES = ("ffn_hidden_size",)
+EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")
+"""What can be pruned of the feed-forward layers."""
 DEFAULT_ROPE = {"rope_type": "default"}
 
 
@@ -137,6 +140,12 @@ def _unsupported(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[st
     for name, only in (("hidden_act", "silu"), ("decoder_sparse_step", 1)):
         if config.get(name, only) != only:
             yield f"{name}={config[name]}", f"use a model with {only}"
+    if family.experts and config.get("norm_topk_prob") and config.get("num_experts_per_tok") == 1:
+        yield "norm_topk_prob with one expert a token", "use a model of two or more"
+    yield from _unsupported_positions(family, config)
+
+
+def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     scaling, known = config.get("rope_scaling") or DEFAULT_ROPE, family.rope_scaling
     same = known and {**known, **scaling, "factor": None} == {**known, "factor": None}
     if scaling != DEFAULT_ROPE and not same:
@@ -159,11 +168,13 @@ class Targets:
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
     num_attention_heads: int | None = None
+    num_moe_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
     drop_layers: tuple[int, ...] = ()
 
     def width(self) -> dict[str, int]:
         """The width axes that are set, by Megatron's names."""
-        axes = ("hidden_size", "ffn_hidden_size", "num_attention_heads")
+        axes = ("hidden_size", "num_attention_heads", *DENSE_AXES, *EXPERT_AXES)
         return {axis: value for axis in axes if (value := getattr(self, axis)) is not None}
 
 
@@ -182,8 +193,15 @@ def target_problems(
     """Yields (what is wrong, how to fix it) for targets that the axes cannot take."""
     if not targets.width() and targets.num_layers is None and not targets.drop_layers:
         yield "no target is set", "set at least one target_* field or drop_layers"
+    wrong = DENSE_AXES if teacher.num_moe_experts else EXPERT_AXES
     for axis, target in {**targets.width(), "num_layers": targets.num_layers}.items():
-        if target is not None:
+        if axis in wrong:
+            kind, axes = ("experts", EXPERT_AXES) if axis in DENSE_AXES else ("dense", DENSE_AXES)
+            yield (
+                f"target_{axis}={target} is set, but the teacher's feed-forward layers are {kind}",
+                f"set {' or '.join(f'target_{a}' for a in axes)}",
+            )
+        elif target is not None:
             yield from _axis_problems(axis, target, getattr(teacher, axis), divisors.get(axis, 1))
     heads, groups = targets.num_attention_heads, teacher.num_query_groups
     if heads and 0 < heads <= teacher.num_attention_heads and heads % groups:
@@ -191,6 +209,12 @@ def target_problems(
             f"target_num_attention_heads={heads} is not a multiple of the teacher's {groups} "
             "query groups, which the pinned ModelOpt cannot prune",
             f"use a multiple of {groups}",
+        )
+    if 0 < (targets.num_moe_experts or 0) < teacher.moe_router_topk:
+        yield (
+            f"target_num_moe_experts={targets.num_moe_experts} is less than the "
+            f"{teacher.moe_router_topk} that each token goes through",
+            f"use at least {teacher.moe_router_topk}",
         )
     yield from _drop_layer_problems(teacher, targets)
 

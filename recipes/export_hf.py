@@ -52,8 +52,7 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     log.progress("export", 0, 2)
     convert.to_hf(checkpoint, out)
     log.progress("export", 1, 2)
-    core = parity.load_core(checkpoint)
-    gate = parity.compare(out, checkpoint, core).require(f"{checkpoint.name} → {out}")
+    gate = parity.compare(out, checkpoint).require(f"{checkpoint.name} → {out}")
     manifest = inputs["checkpoint"].manifest
     if "evaluation" in inputs:  # a model that nothing was done to keeps the card that came along
         write_card(out, cfg, {name: item.manifest for name, item in inputs.items()})

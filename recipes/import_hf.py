@@ -58,9 +58,9 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     log.progress("import", 0, 3)
     folder = hf.resolve(cfg.hf_path)
     checkpoint = out / f"{model_name(cfg.hf_path)}.nemo"
-    core = convert.to_nemo(folder, checkpoint)
+    convert.to_nemo(folder, checkpoint)
     log.progress("import", 1, 3)
-    gate = parity.compare(folder, checkpoint, core).require(f"{cfg.hf_path} → {checkpoint.name}")
+    gate = parity.compare(folder, checkpoint).require(f"{cfg.hf_path} → {checkpoint.name}")
     log.progress("import", 2, 3)
     if cfg.pack:
         nemo.pack(checkpoint, out / f"{checkpoint.stem}.packed.nemo")
@@ -73,7 +73,7 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
             "licence": hf.licence(folder),
         },
         architecture=arch.as_dict(),
-        parameters=sum(p.numel() for p in core.parameters()),
+        parameters=arch.parameters(),
         tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(checkpoint)),
     )
 

@@ -17,7 +17,7 @@ from modelopt.torch.prune.plugins.mcore_minitron import (
 from safetensors.torch import save_file
 
 from nemo_convert import cpu_backend, nemo
-from nemo_convert.families import FAMILIES, canonical_name
+from nemo_convert.families import FAMILIES
 from nemo_convert.hf import copy_side_files
 from recipes.architecture import Architecture
 from recipes.errors import RecipeError
@@ -103,6 +103,7 @@ def _divisors(cfg: Config) -> dict[str, Any]:
     config: dict[str, Any] = get_mcore_minitron_config(
         hidden_size_divisor=cfg.hidden_size_divisor,
         ffn_hidden_size_divisor=cfg.ffn_hidden_size_divisor,
+        num_moe_experts_divisor=1,
         num_layers_divisor=1,
     )
     return config
@@ -133,8 +134,9 @@ def check_shapes(core: Any, arch: Architecture) -> None:
     Raises:
         RecipeError: One differs, or a weight is missing or left over.
     """
-    rows = FAMILIES[arch.hf_architecture].rows(arch)
-    found = {canonical_name(n): tuple(p.shape) for n, p in core.named_parameters()}
+    family = FAMILIES[arch.hf_architecture]
+    rows = family.rows(arch)
+    found = {family.canonical_name(n): tuple(p.shape) for n, p in core.named_parameters()}
     expected = {name: weight.shape(arch) for name, (weight, _) in rows.items()}
     wrong = [
         f"{name}: {found.get(name)} instead of {expected.get(name)}"

@@ -96,6 +96,12 @@ def layout_problems(cfg: ParallelConfig, chain: Chain) -> Iterator[Problem]:
             f"seq_length={cfg.seq_length} is not divisible by TP={tensor}",
             "set sequence_parallel=false, or another seq_length",
         )
+    if chain.teacher.num_moe_experts and tensor > 1 and not cfg.sequence_parallel:
+        yield Problem(
+            "sequence-parallel",
+            f"Megatron does not train experts at TP={tensor} without sequence parallelism",
+            "set sequence_parallel=true",
+        )
     yield from _shape_problems(cfg, "teacher", chain.teacher)
     student = chain.shape_of(cfg.inputs.get("student"))
     if student != chain.teacher:
@@ -167,7 +173,8 @@ def _expert_problems(cfg: ParallelConfig, role: str, shape: Architecture) -> Ite
 
 def _shape_problems(cfg: ParallelConfig, role: str, shape: Architecture) -> Iterator[Problem]:
     tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
-    for axis in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+    feed_forward = "moe_ffn_hidden_size" if shape.num_moe_experts else "ffn_hidden_size"
+    for axis in ("num_attention_heads", "num_query_groups", feed_forward):
         size = getattr(shape, axis)
         if size % tensor:
             yield Problem(

@@ -26,8 +26,11 @@ class Config(StageConfig):
     target_hidden_size: int | None = None
     target_ffn_hidden_size: int | None = None
     target_num_attention_heads: int | None = None
+    target_num_moe_experts: int | None = None
+    target_moe_ffn_hidden_size: int | None = None
     hidden_size_divisor: int = 64
     ffn_hidden_size_divisor: int = 64
+    """Of an expert's width, too."""
     num_calibration_samples: int = 64
     """Windows of ``seq_length`` tokens from the calibration part."""
     seq_length: int = 256
@@ -40,6 +43,8 @@ class Config(StageConfig):
             hidden_size=self.target_hidden_size,
             ffn_hidden_size=self.target_ffn_hidden_size,
             num_attention_heads=self.target_num_attention_heads,
+            num_moe_experts=self.target_num_moe_experts,
+            moe_ffn_hidden_size=self.target_moe_ffn_hidden_size,
             drop_layers=tuple(sorted(self.drop_layers)),
         )
 
@@ -48,6 +53,7 @@ class Config(StageConfig):
         return {
             "hidden_size": self.hidden_size_divisor,
             "ffn_hidden_size": self.ffn_hidden_size_divisor,
+            "moe_ffn_hidden_size": self.ffn_hidden_size_divisor,
         }
 
 

@@ -16,15 +16,16 @@ def main(layout: str, root: Path) -> None:
     """Writes ``root/<family>/<layout>/``: logits, and at TP=2 a student after one step."""
     from nemo_convert import nemo
 
-    parallel = nemo.Parallelism(*((2, 1) if layout == TP else (1, 2)))
-    nemo.initialize(parallel)
     folders = sorted(path.parent for path in root.glob("*/teacher.nemo"))
     for folder in folders:
         (folder / layout).mkdir(exist_ok=True)
-        write_logits(folder, layout, parallel)
-    if layout == TP:
+    if layout == TP:  # before anything else: NeMo's trainer has to set up the ranks itself
         for folder in folders:
             distil(folder, root / "data", folder / layout)
+    parallel = nemo.Parallelism(*((2, 1) if layout == TP else (1, 2)))
+    nemo.initialize(parallel)
+    for folder in folders:
+        write_logits(folder, layout, parallel)
 
 
 def write_logits(folder: Path, layout: str, parallel: Any) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from benchmarks import convert
 from benchmarks.contenders import CONTENDERS, INPUTS, Record, Shape
 from benchmarks.distill import disagreements, speeds, step_flops, summarise
 from recipes.architecture import Architecture
@@ -169,3 +173,26 @@ def test_warm_up_does_not_count() -> None:
         {"float32": 1e9, "bfloat16": 2e9},
     )
     assert list(disagreements(results)) == ["loop-bf16: first loss 4.2000, but loop-fp32 4.0000"]
+
+
+def test_conversion_is_measured_beside_transformers(odd_llama: Path, tmp_path: Path) -> None:
+    """All sides in this process, where a real measurement has one for each."""
+    found = {s: convert.measured(convert.work_of(s, odd_llama, tmp_path)) for s in convert.SIDES}
+    assert load_file(tmp_path / "copy" / "model.safetensors").keys() == (
+        load_file(tmp_path / "back" / "model.safetensors").keys()
+    )
+    text = convert.table(found, size=1_000_000)
+    assert "checkpoint: 1 MB" in text
+    assert [line.split()[0] for line in text.splitlines()[2:]] == list(convert.SIDES)
+    assert f"{1:.2f}" in text.splitlines()[2]
+
+
+def test_the_peak_of_memory_is_seen() -> None:
+    """64 MB that are gone again when the work is done."""
+
+    def work() -> None:
+        held = bytearray(os.urandom(64 << 20))
+        time.sleep(0.05)
+        del held
+
+    assert 60 << 20 < convert.measured(work)["anonymous"] < 200 << 20

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -28,6 +29,66 @@ LLAMA_8B: dict[str, Any] = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": False,
 }
+MISTRAL_7B = {
+    **LLAMA_8B,
+    "architectures": ["MistralForCausalLM"],
+    "vocab_size": 32768,
+    "max_position_embeddings": 32768,
+    "sliding_window": None,
+}
+QWEN2_5_0_5B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "max_window_layers": 21,
+    "tie_word_embeddings": True,
+}
+QWEN3_0_6B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+}
+QWEN3_30B_A3B = {
+    **QWEN3_0_6B,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+PUBLISHED = {
+    "Llama-3.1-8B": (LLAMA_8B, 8_030_261_248),
+    "Mistral-7B-v0.3": (MISTRAL_7B, 7_248_023_552),
+    "Qwen2.5-0.5B": (QWEN2_5_0_5B, 494_032_768),
+    "Qwen3-0.6B": (QWEN3_0_6B, 596_049_920),
+    "Qwen3-30B-A3B": (QWEN3_30B_A3B, 30_532_122_624),
+}
+"""Parameters as the hub counts those in each model's safetensors."""
 DIVISORS = {"hidden_size": 64, "ffn_hidden_size": 64}
 SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
 
@@ -47,16 +108,77 @@ def test_parameters_of_llama_3_1_8b() -> None:
     assert read_architecture(LLAMA_8B, "8B").parameters() == by_hand == 8_030_261_248
 
 
-@pytest.mark.parametrize("config", [HF_CONFIG, LLAMA_8B], ids=["tied", "untied"])
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_parameters_are_those_published(model: str) -> None:
+    config, published = PUBLISHED[model]
+    assert read_architecture(config, model).parameters() == published
+
+
+@pytest.mark.parametrize(
+    "config", [HF_CONFIG, *(config for config, _ in PUBLISHED.values())], ids=["tied", *PUBLISHED]
+)
 def test_parameters_equal_the_conversion_table(config: dict[str, Any]) -> None:
     architecture = read_architecture(config, "x")
-    total = 0
-    for weight, _ in FAMILIES["LlamaForCausalLM"].weights_of(architecture):
-        count = 1
-        for size in weight.shape(architecture):
-            count *= size
-        total += count
-    assert total == architecture.parameters()
+    family = FAMILIES[architecture.hf_architecture]
+    weights = [weight.shape(architecture) for weight, _ in family.weights_of(architecture)]
+    assert sum(math.prod(shape) for shape in weights) == architecture.parameters()
+
+
+def test_flops_count_the_experts_that_a_token_goes_through() -> None:
+    moe = read_architecture(QWEN3_30B_A3B, "x")
+    active = dataclasses.replace(moe, num_moe_experts=8)
+    router = 48 * 2048 * (128 - 8)
+    assert moe.forward_flops_per_token() == active.forward_flops_per_token() + 2 * router
+    vectors = 48 * (2 * 2048 + 2 * 128) + 2048
+    embedding = 151936 * 2048
+    assert active.forward_flops_per_token() == 2 * (active.parameters() - vectors - embedding)
+
+
+@pytest.mark.parametrize(
+    ("config", "changed"),
+    [
+        (MISTRAL_7B, {"sliding_window": 4096}),
+        (QWEN3_0_6B, {"use_sliding_window": True, "sliding_window": 4096}),
+        (QWEN2_5_0_5B, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+        (QWEN3_0_6B, {"attention_bias": True}),
+        (QWEN2_5_0_5B, {"layer_types": ["full_attention", "sliding_attention"]}),
+        (QWEN3_30B_A3B, {"mlp_only_layers": [0]}),
+        (QWEN3_30B_A3B, {"decoder_sparse_step": 2}),
+        (LLAMA_8B, {"hidden_act": "gelu"}),
+        (LLAMA_8B, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        (LLAMA_8B, {"quantization_config": {"quant_method": "fp8"}}),
+    ],
+)
+def test_what_a_family_does_not_support_is_named(
+    config: dict[str, Any], changed: dict[str, Any]
+) -> None:
+    field = next(iter(changed)) if len(changed) == 1 else "sliding_window"
+    with pytest.raises(RecipeError, match=rf"x: {field}=.* is not supported for \w+\."):
+        read_architecture({**config, **changed}, "x")
+
+
+def test_a_window_that_no_text_reaches_is_none() -> None:
+    short = {**MISTRAL_7B, "sliding_window": 4096, "max_position_embeddings": 4096}
+    assert read_architecture(short, "x").max_position_embeddings == 4096
+    absent = {key: value for key, value in MISTRAL_7B.items() if key != "sliding_window"}
+    with pytest.raises(RecipeError, match="sliding_window=4096"):
+        read_architecture(absent, "transformers' default")
+
+
+def test_experts_are_pruned_by_their_own_targets() -> None:
+    moe = read_architecture(QWEN3_30B_A3B, "x")
+    good = Targets(num_moe_experts=96, moe_ffn_hidden_size=512)
+    assert not list(target_problems(moe, good, DIVISORS))
+    assert pruned(moe, good).num_moe_experts == 96
+    [(dense, _)] = target_problems(moe, Targets(ffn_hidden_size=512), DIVISORS)
+    assert (
+        "target_ffn_hidden_size=512 is set, but the teacher's feed-forward layers are experts"
+        in dense
+    )
+    [(expert, _)] = target_problems(SMOLLM2, Targets(num_moe_experts=4), DIVISORS)
+    assert "are dense" in expert
+    [(few, _)] = target_problems(moe, Targets(num_moe_experts=4), DIVISORS)
+    assert "less than the 8 that each token goes through" in few
 
 
 def test_flops_count_each_matrix_once() -> None:
@@ -87,7 +209,7 @@ def test_head_dim_is_kept_when_given() -> None:
 @pytest.mark.parametrize(
     ("architectures", "name"),
     [
-        (["Qwen2ForCausalLM"], "Qwen2ForCausalLM"),
+        (["MixtralForCausalLM"], "MixtralForCausalLM"),
         (["GPT2LMHeadModel"], "GPT2LMHeadModel"),
         ([], "none"),
         (None, "none"),
