@@ -136,6 +136,13 @@ RULES = {
         Rule("cached-teacher", "a cache holds few tokens, of one temperature and window length"),
         Rule("top-k", "a cache of the whole vocabulary is no cache"),
         Rule("evaluate", "nothing is measured"),
+        # Benchmarks
+        Rule("tasks-harness", "benchmarks are lm-eval's, of the version whose items were checked"),
+        Rule("tasks-source", "items come from PyPI or from the hub"),
+        Rule("tasks-names", "a benchmark that is not known is found out after hours of training"),
+        Rule("tasks-limit", "differences need at least two items"),
+        Rule("tasks-fewshot", "examples for a task that is not done do nothing"),
+        Rule("gates", "a gate that names nothing measured would stop the chain at its end"),
     )
 }
 

@@ -26,9 +26,10 @@ from tests.unit.conftest import LLAMA_CONFIG
 if TYPE_CHECKING:
     from tests.unit.conftest import Complete, Compose, Launch, MakePlan
 
-GROUPS = ("model=", "teacher=")
+GROUPS = ("model=", "teacher=", "tasks=")
 
 D = "stages.distill."
+T = "stages.evaluate_tasks."
 TP2 = (f"{D}tensor_model_parallel_size=2", f"{D}resources.devices=2", f"{D}global_batch_size=8")
 SMALL = ("stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128")
 Patch = pytest.MonkeyPatch
@@ -41,6 +42,10 @@ def gpu_is_here(patch: Patch, _: Path) -> None:
 def torch_is_old(patch: Patch, _: Path) -> None:
     installed = stack.installed
     patch.setattr(stack, "installed", lambda n: "2.1.0" if n == "torch" else installed(n))
+
+
+def harness_is_missing(patch: Patch, _: Path) -> None:
+    patch.setattr("recipes.evaluate_tasks.HARNESS", "0.0.0")
 
 
 def disk_is_full(patch: Patch, _: Path) -> None:
@@ -109,6 +114,12 @@ TRIPS = {
     "cached-teacher": trip("teacher=cached", f"{D}hidden_weight=1"),
     "top-k": trip("teacher=cached", "stages.cache_teacher.top_k=49152"),
     "evaluate": trip("stages.evaluate.num_windows=0"),
+    "tasks-harness": trip("tasks=quick", prepare=harness_is_missing),
+    "tasks-source": trip("tasks=quick", f"{T}source=disk"),
+    "tasks-names": trip("tasks=quick", f"{T}tasks=[sciqq]"),
+    "tasks-limit": trip("tasks=quick", f"{T}limit=1"),
+    "tasks-fewshot": trip("tasks=quick", f"+{T}num_fewshot.nothing=5"),
+    "gates": trip("gates=['recovered.nothing >= 0.5']"),
 }  # fmt: skip
 ELSEWHERE = {
     "tokenizer": "test_different_tokenizers_are_refused",
