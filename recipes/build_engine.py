@@ -73,7 +73,7 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
     for name, choices in (("precision", PRECISIONS), ("kv_cache_dtype", KV_CACHE_DTYPES)):
         if (value := getattr(cfg, name)) not in choices[cfg.backend]:
             yield Problem(
-                name,
+                "precision",
                 f"{name}={value} is none of {cfg.backend}'s",
                 f"use one of: {', '.join(choices[cfg.backend])}",
             )

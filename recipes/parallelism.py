@@ -206,7 +206,7 @@ def _alignment_problems(cfg: ParallelConfig, student: Architecture) -> Iterator[
         if size % share == 0 and size // share % ALIGNMENT:
             where = f", {size // share} on each of TP={share} ranks," if share > 1 else ""
             yield Problem(
-                "alignment",
+                "slow-sizes",
                 f"the student's {axis}={size}{where} is not a multiple of {ALIGNMENT}",
                 f"prune to a multiple of {ALIGNMENT * share}",
             )

