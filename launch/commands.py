@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -21,7 +22,7 @@ from launch.run_state import COMPLETE, FAILED, RUNNING, StageState, read_run, re
 from recipes.errors import RecipeError, did_you_mean
 
 STYLES = {COMPLETE: "green", RUNNING: "bold", FAILED: "red"}
-WAIT_SECONDS = 40.0
+WAIT_SECONDS, ASK_AGAIN_SECONDS = 60.0, 10.0
 Options = Mapping[str, str]
 
 
@@ -65,11 +66,15 @@ def _stop(held: lock.Holder, run_dir: Path) -> None:
         raise RecipeError(
             f"{run_dir} is run by process {held.pid} on {held.host}.", "cancel it there"
         )
-    os.kill(held.pid, signal.SIGTERM)
-    deadline = time.monotonic() + WAIT_SECONDS
-    while lock.holder(run_dir) == held:
+    deadline, asked = time.monotonic() + WAIT_SECONDS, 0.0
+    while (now := lock.holder(run_dir)) is not None and now.pid == held.pid:
         if time.monotonic() > deadline:
             raise RecipeError(f"process {held.pid} does not stop.", f"kill -9 {held.pid}")
+        # Again after a while: Python loses an interrupt that comes while it forks a process.
+        if time.monotonic() - asked > ASK_AGAIN_SECONDS:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(held.pid, signal.SIGTERM)
+            asked = time.monotonic()
         time.sleep(0.1)
 
 

@@ -14,6 +14,7 @@ def test_pins_of_the_image_resolve_for_its_python() -> None:
     """As a resolver finds it for Python 3.12 and glibc 2.39; nothing is installed."""
     never = "".join(f'{name}; python_version < "3"\n' for name in sorted(OF_THE_CONTAINER))
     command = [Path(sys.executable).with_name("uv"), "pip", "compile", "pyproject.toml"]
+    command += ["--extra", "tasks"]
     command += ["--override", "-", "--constraint", PINS, "--no-annotate", "--no-header", "--quiet"]
     command += ["--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_39"]
     done = subprocess.run(

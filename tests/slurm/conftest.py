@@ -91,6 +91,9 @@ def tiny_chain(
     image.touch()
     overrides = (
         "recipe=llama_depth_prune",
+        "~stages.plan",
+        "tasks=none",
+        "engine=none",
         "cluster=slurm",
         f"cluster.images.default={image if slurm.has_containers else 'null'}",
         f"cluster.python={sys.executable}",

@@ -26,7 +26,9 @@ def pins() -> dict[str, Version]:
 
 def dependencies() -> list[Requirement]:
     with (REPO_ROOT / "pyproject.toml").open("rb") as file:
-        return [Requirement(text) for text in tomllib.load(file)["project"]["dependencies"]]
+        project = tomllib.load(file)["project"]
+    texts = [*project["dependencies"], *project["optional-dependencies"]["tasks"]]
+    return [Requirement(text) for text in texts]
 
 
 def test_dockerfile_is_clean() -> None:
