@@ -3,10 +3,10 @@
     python -m benchmarks.convert [--model FOLDER_OR_SOURCE] [--repeats N]
 
 Every side runs in a process of its own, in turn, and the best time and lowest peak of the repeats
-count. Time is without imports. ``anonymous`` is the peak of memory that only this process holds,
-above what it held after the imports; ``resident`` also counts pages of files that it has mapped,
-which the system can drop at any time. The last column is what a conversion does once more: reading
-both models, one after the other in float32, and comparing logits and every weight.
+count. Time is without imports, memory above what it was after them. ``resident`` is the peak of all
+memory, with pages of mapped files, which the system can drop at any time; ``anonymous`` is without
+them. ``verify`` is the gate after a conversion: both models, one after the other in float32, their
+logits, and every weight.
 """
 
 from __future__ import annotations
@@ -112,13 +112,13 @@ def compare_sides(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
 def table(results: dict[str, dict[str, float]], size: int) -> str:
     """The figures as text, beside the checkpoint's size and the baseline's time."""
     rows = [
-        f"{'':14}{'seconds':>9}{'x baseline':>12}{'anonymous':>12}{'x size':>8}{'resident':>12}"
+        f"{'':14}{'seconds':>9}{'x baseline':>12}{'resident':>12}{'x size':>8}{'anonymous':>13}"
     ]
     for side, found in results.items():
         slower = found["seconds"] / results[BASELINE]["seconds"]
         rows.append(
-            f"{side:14}{found['seconds']:9.2f}{slower:12.2f}{found['anonymous'] / 1e6:9.0f} MB"
-            f"{found['anonymous'] / size:8.2f}{found['resident'] / 1e6:9.0f} MB"
+            f"{side:14}{found['seconds']:9.2f}{slower:12.2f}{found['resident'] / 1e6:9.0f} MB"
+            f"{found['resident'] / size:8.2f}{found['anonymous'] / 1e6:10.0f} MB"
         )
     return "\n".join([f"checkpoint: {size / 1e6:.0f} MB", *rows])
 

@@ -122,7 +122,7 @@ def tokens_of(root: Path) -> torch.Tensor:
 
 
 def require_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=parity.LOGITS_TOLERANCE)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,7 +181,7 @@ def run_ranks(root: Path, layout: str) -> None:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-20000:]
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 @pytest.fixture(scope="module", params=[TP, PP])
