@@ -9,7 +9,7 @@ import torch
 
 from nemo_convert.hf import load_causal_lm
 from nemo_convert.parity import LOGITS_TOLERANCE, TEXT
-from recipes.engine_openvino import Logits, Pipeline
+from recipes.engine_openvino import STORED, Logits, Pipeline, weight_types
 from recipes.errors import RecipeError
 from recipes.indexed_dataset import windows
 from recipes.metrics import MetricsLog
@@ -34,11 +34,13 @@ def compare_engine(
         log: Metrics file.
 
     Returns:
-        ``max_logit_difference`` and ``greedy_margin`` on a fixed text, and ``quality``: the
-        engine's loss, perplexity, KL and top-1 agreement on held-out windows, beside the source's.
+        ``max_logit_difference`` and ``greedy_margin`` on a fixed text, ``weight_types`` (stored
+        values by type), and ``quality``: the engine's loss, perplexity, KL and top-1 agreement on
+        held-out windows, beside the source's.
 
     Raises:
-        RecipeError: The engine is a float32 one and does not give the source's logits and tokens.
+        RecipeError: The engine is a float32 one and does not give the source's logits and tokens,
+            or a compressed one and is not compressed.
     """
     source = load_causal_lm(folder)
     logits = Logits(engine)
@@ -49,7 +51,11 @@ def compare_engine(
     margin = greedy_margin(source, prompt, torch.tensor(written))
     if cfg.precision == "fp32":
         require_same(engine, difference, margin)
-    found: dict[str, Any] = {"max_logit_difference": difference, "greedy_margin": margin}
+    found: dict[str, Any] = {
+        "max_logit_difference": difference,
+        "greedy_margin": margin,
+        "weight_types": require_compressed(cfg, weight_types(engine)),
+    }
     if data is not None:
         text = windows(data, "heldout", cfg.seq_length, cfg.num_windows)
         scores = score({TEACHER: source, "engine": logits}, text, 1, log)
@@ -85,6 +91,22 @@ def greedy_margin(source: Any, prompt: torch.Tensor, written: torch.Tensor) -> f
     chosen = scores.gather(-1, written[..., None]).squeeze(-1)
     worst: float = (scores.max(-1).values - chosen).max().item()
     return worst
+
+
+def require_compressed(cfg: Config, types: dict[str, int]) -> dict[str, int]:
+    """Returns the number of weights by type; layers whose width no group fits stay in 8 bits.
+
+    Raises:
+        RecipeError: Nothing was compressed as asked for, which NNCF does not say.
+    """
+    wanted = STORED.get(cfg.precision, ())
+    if wanted and not any(types.get(name) for name in wanted):
+        raise RecipeError(
+            f"precision={cfg.precision} was asked for, but the engine stores "
+            f"{', '.join(f'{n:,} {name}' for name, n in types.items())}.",
+            f"no layer's width is a multiple of group_size={cfg.group_size}; set one that fits",
+        )
+    return types
 
 
 def require_same(engine: Path, difference: float, margin: float) -> None:

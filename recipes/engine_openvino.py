@@ -7,8 +7,10 @@ for every shape that pruning makes, installs as wheels, and was the fastest of t
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "int8", "int4")
 KV_CACHE_DTYPES = ("auto", "f32", "f16", "bf16", "u8")
 DEVICE = "CPU"
+STORED = {"int8": ("u8", "i8"), "int4": ("u4", "i4")}
+"""OpenVINO's types of compressed weights."""
 SETTINGS = "engine.json"
 """Beside the engine: the properties that it was checked with, and is to be run with."""
 
@@ -118,6 +122,17 @@ def read_properties(engine: Path) -> dict[str, str]:
     settings: dict[str, Any] = json.loads((engine / SETTINGS).read_text(encoding="utf-8"))
     found: dict[str, str] = settings["properties"]
     return found
+
+
+def weight_types(engine: Path) -> dict[str, int]:
+    """Number of stored values by type, biggest first; those of norms and constants are a few."""
+    import openvino
+
+    found: Counter[str] = Counter()
+    for node in openvino.Core().read_model(engine / "openvino_model.xml").get_ops():
+        if node.get_type_name() == "Constant":
+            found[node.get_element_type().get_type_name()] += math.prod(node.get_output_shape(0))
+    return dict(found.most_common())
 
 
 class Logits:

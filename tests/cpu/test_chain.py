@@ -258,6 +258,9 @@ def test_engines_of_teacher_and_student_are_built_and_timed(
             assert 0 < figures[name]["low"] <= figures[name]["median"] <= figures[name]["high"]
         assert figures["peak_memory_bytes"] > 100e6
         assert figures["load_seconds"] > 0
+    # Each is its own process's, not that of the one that started them all.
+    assert len({figures["peak_memory_bytes"] for figures in rows}) > 1
+    assert rows[0]["peak_memory_bytes"] < rows[2]["peak_memory_bytes"]
     assert rows[0]["disk_bytes"] == manifest_of(run_dir, "build_teacher_engine").total_bytes()
     assert [(s["backend"], s["batch_size"]) for s in results["speedups"]] == [
         (backend, batch) for backend in ("openvino", "transformers") for batch in (1, 3)
@@ -269,6 +272,43 @@ def test_engines_of_teacher_and_student_are_built_and_timed(
     machine = results["machine"]
     assert machine["flops_per_second"]["float32"] > 1e8
     assert machine["bytes_per_second"] > 1e8
+
+
+def test_the_teacher_is_exported_for_images_without_nemo(
+    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """With no evaluation to show, the card is the one that came along, or none."""
+    run_dir = without(tiny_run, tmp_path / "run")
+    command = overrides(odd_llama, text_file, run_dir, engine="tensorrt_llm")
+    result = run_recipe(*command, "stages.only=[export_teacher]", cwd=tmp_path)
+    assert result.code == 0, result.output
+    folder = run_dir / "export_teacher" / ARTIFACT
+    assert not (folder / "README.md").exists()
+    before, after = Weights(odd_llama), Weights(folder)
+    assert all(torch.equal(before.read(n), after.read(n)) for n in after.names())
+    refused = run_recipe(*command, "stages.only=[build_teacher_engine]", cwd=tmp_path)
+    assert refused.code == 1
+    assert "head size of 10" in refused.output
+
+
+def test_a_machine_without_a_gpu_is_told_before_anything_runs(
+    odd_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("there may be a GPU")
+    run_dir = tmp_path / "run"
+    command = overrides(odd_llama, text_file, run_dir, engine="tensorrt_llm")
+    second = [
+        f"stages.{s}.{setting}"
+        for s in ("build_engine", "build_teacher_engine")
+        for setting in ("backend=tensorrt_llm_pytorch", "max_seq_len=256", "max_input_len=200")
+    ]
+    grid = ["stages.benchmark.prompt_tokens=[64]", "stages.benchmark.new_tokens=16"]
+    result = run_recipe(*command, *second, *grid, cwd=tmp_path)
+    assert result.code == 1
+    assert "needs an NVIDIA GPU and TensorRT-LLM" in result.output
+    assert "nvcr.io/nvidia/tensorrt-llm/release:" in result.output
+    assert not run_dir.exists() or not list(run_dir.rglob(MANIFEST))
 
 
 def test_changed_field_and_force_rerun_what_follows(

@@ -147,8 +147,8 @@ def test_float32_engines_write_the_tokens_of_transformers(
 
 
 def test_compressed_engines_report_what_they_lost(build: Build, odd_llama: Path) -> None:
-    """Widths of 56 and 120 are no multiples of a group of 64."""
-    found = {p: build(odd_llama, precision=p)[1].metrics for p in ("int8", "int4")}
+    """Attention's width of 70 is no multiple of a group of 8; the other widths are."""
+    found = {p: build(odd_llama, precision=p, group_size=8)[1].metrics for p in ("int8", "int4")}
     for precision, metrics in found.items():
         quality = metrics["quality"]
         for figures in (quality["engine"], quality["source"]):
@@ -160,6 +160,15 @@ def test_compressed_engines_report_what_they_lost(build: Build, odd_llama: Path)
     kl = {p: m["quality"]["engine"]["kl_to_teacher"] for p, m in found.items()}
     assert kl["int8"] < kl["int4"]
     assert kl["int8"] < 0.02
+    layers, width, ffn = 5, 56, 120
+    assert found["int8"]["weight_types"]["u8"] >= layers * 3 * width * ffn
+    assert found["int4"]["weight_types"]["u4"] >= layers * 3 * width * ffn
+
+
+def test_compression_that_did_nothing_is_refused(build: Build, odd_llama: Path) -> None:
+    """No width is a multiple of 64: NNCF would keep 8 bits everywhere without a word."""
+    with pytest.raises(RecipeError, match="set one that fits"):
+        build(odd_llama, precision="int4", group_size=64)
 
 
 def test_an_engine_of_another_model_is_refused(
