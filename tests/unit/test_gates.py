@@ -148,7 +148,8 @@ def test_failing_gate_ends_a_complete_run_with_1_and_says_what_was_measured(
 ) -> None:
     complete(plan("stages.evaluate_tasks.tasks=[sciq]", "tasks=quick"))
     run_dir = tmp_path / "run"
-    base = ["recipe=llama_width_prune", "stages.evaluate_tasks.tasks=[sciq]", f"run_dir={run_dir}"]
+    task = "stages.evaluate_tasks.tasks=[sciq]"
+    base = ["recipe=llama_width_prune", "engine=none", task, f"run_dir={run_dir}"]
     before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
 
     passing = launch(*base, "gates=['recovered >= 0.75', 'score.sciq > 0.69']")
@@ -177,7 +178,8 @@ def test_a_gate_is_not_judged_on_what_is_not_measured_yet(
     launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
 ) -> None:
     complete(plan("tasks=quick"))
-    base = ["recipe=llama_width_prune", f"run_dir={tmp_path / 'run'}", "gates=['recovered >= 2']"]
+    run = ["engine=none", f"run_dir={tmp_path / 'run'}"]
+    base = ["recipe=llama_width_prune", *run, "gates=['recovered >= 2']"]
     part = launch(*base, "stages.only=[prune]")
     assert part.returncode == 0, part.stderr
     assert "not judged" in part.stdout
