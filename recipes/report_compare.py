@@ -110,7 +110,7 @@ def _row(run: RunRecord, names: dict[Path, str], best: RunRecord | None, engine:
     figures = run.evaluation or {}
     distilled = figures["distilled"]
     tasks = run.find("task_results")
-    exported = run.find("checkpoint_hf")
+    exported = run.exported
     training = next((m for m in run.stages.values() if m.stage == "distill"), None)
     return {
         "name": names[run.path],

@@ -43,6 +43,12 @@ class RunRecord:
         return next((m for m in self.stages.values() if m.kind == kind), None)
 
     @property
+    def exported(self) -> Manifest | None:
+        """The student's folder; a run may hold an export of the teacher and quantized ones too."""
+        every = [m for m in self.stages.values() if m.stage == "export_hf"]
+        return next((m for m in every if "evaluation" in m.inputs), None)
+
+    @property
     def evaluation(self) -> Mapping[str, Any] | None:
         """Figures of the evaluation; ``None`` where it did not come so far."""
         found = self.find("eval_results")

@@ -399,6 +399,7 @@ def make_run(
     shift = loss - evaluation.metrics["distilled"]["loss"]
     evaluation.metrics["distilled"] |= {"loss": loss, "perplexity": math.exp(loss)}
     evaluation.input_content["data"] = data.content()
+    inputs["exported"].manifest.inputs["evaluation"] = evaluation.fingerprint
     inputs["benchmark"].manifest.metrics |= benchmark_results(speed)
     distilled.config.update(settings)
     results = inputs["evaluation"].artifact / "results.json"

@@ -201,9 +201,10 @@ def test_stages_reach_the_code_that_makes_their_result(stage: str, needed: set[s
     assert needed <= reached(f"recipes.{stage}")
 
 
-def test_the_reports_template_counts(root: Path) -> None:
-    [template] = (root / "recipes").glob("*.j2")
-    assert template in report.external(report.Config()).values()
+def test_the_reports_templates_count(root: Path) -> None:
+    [folder] = report.external(report.Config()).values()
+    assert folder == root / "recipes" / "report_templates"
+    assert {"report.html.j2", "style.css"} <= external_stamp(folder).keys()
 
 
 @pytest.mark.usefixtures("real_repo")

@@ -43,7 +43,7 @@ def test_every_input_adds_what_it_knows(inputs: dict[str, Manifest], tmp_path: P
 
 
 def test_optional_inputs_may_be_missing(inputs: dict[str, Manifest], tmp_path: Path) -> None:
-    bare = {name: inputs[name] for name in export_hf.INPUTS}
+    bare = {name: inputs[name] for name in (*export_hf.INPUTS, "evaluation")}
     bare["evaluation"].metrics["recovered"] = None
     text = card(tmp_path, bare)
     assert "| this model | 24 |" in text
