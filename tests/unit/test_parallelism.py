@@ -166,3 +166,18 @@ def test_layers_of_the_last_stage_end_with_the_last_layer() -> None:
     assert list(last_stage_layers(30, 4)) == [24, 25, 26, 27, 28, 29, 30]
     assert list(last_stage_layers(4, 1)) == [1, 2, 3, 4]
     assert list(last_stage_layers(4, 4)) == [4]
+
+
+def test_experts_are_trained_with_sequence_parallelism(chain: Chain) -> None:
+    """Their own width must divide, not the one that dense layers would have."""
+    experts = dataclasses.replace(
+        chain.teacher, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=66
+    )
+    moe = dataclasses.replace(chain, teacher=experts)
+    [problem] = layout_problems(config(devices=2, tp=2), moe)
+    assert "sequence_parallel=true" in problem.fix
+    whole = config(devices=2, tp=2, sequence_parallel=True)
+    assert list(layout_problems(whole, moe)) == []
+    odd = dataclasses.replace(experts, moe_ffn_hidden_size=65)
+    [problem] = layout_problems(whole, dataclasses.replace(moe, teacher=odd))
+    assert "moe_ffn_hidden_size=65" in problem.what
