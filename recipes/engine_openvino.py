@@ -57,7 +57,7 @@ def properties(cfg: Config) -> dict[str, str]:
 
 
 def without_telemetry() -> None:
-    """OpenVINO's converters would write an identity into the home folder, except where CI is set.
+    """OpenVINO would write an identity into the home folder when imported, except where CI is set.
 
     Only this process and its children see the variable.
     """
@@ -160,6 +160,7 @@ class Pipeline:
     """An engine as it is deployed: OpenVINO GenAI's pipeline, on token ids."""
 
     def __init__(self, engine: Path, threads: int | None = None) -> None:
+        without_telemetry()
         import openvino_genai
 
         options: Mapping[str, Any] = read_properties(engine)

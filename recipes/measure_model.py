@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import torch
 
-from recipes.engine_openvino import Pipeline
+from recipes.engine_openvino import Pipeline, without_telemetry
 from recipes.stage import die_with_parent
 from recipes.timing import Timing
 
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
     die_with_parent()
+    without_telemetry()
     # Libraries print to standard output; what is printed there from now on goes to the log.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
