@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -107,7 +108,9 @@ def test_failing_stage_cancels_what_follows(tiny_chain: tuple[Run, Result], tmp_
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, *STAGES[1:])
     short = tmp_path / "short.jsonl"
-    short.write_text('{"text": "one"}\n{"text": "two"}\n')
+    # Large enough for what is checked before, with little in the field that counts.
+    documents = [{"text": text, "other": "x" * 200_000} for text in ("one", "two")]
+    short.write_text("".join(json.dumps(document) + "\n" for document in documents))
     submitted = chain.submit(f"data.sources=[{short}]")
     assert submitted.code == 0, submitted.output  # it was submitted; what becomes of it, later
     chain.wait()
