@@ -28,14 +28,23 @@ if TYPE_CHECKING:
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 MakePlan = Callable[..., "Plan"]
 Complete = Callable[..., None]
-ORDER = ["import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
+ORDER = [
+    "import_hf",
+    "prepare_data",
+    "score",
+    "prune",
+    "distill",
+    "evaluate",
+    "export_hf",
+    "report",
+]
 
 
 @pytest.fixture
 def run_dir(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
     """A run that was interrupted in its distillation."""
     made = plan()
-    complete(made, "import_hf", "prepare_data", "prune")
+    complete(made, "import_hf", "prepare_data", "score", "prune")
     for stage in made.stages:
         stage.directory.mkdir(exist_ok=True)
         (stage.directory / "config.yaml").write_text(OmegaConf.to_yaml(stage.request()))
@@ -57,7 +66,7 @@ def states(run_dir: Path) -> dict[str, str]:
 def test_interrupted_run(run_dir: Path, launch: Launch) -> None:
     found = states(run_dir)
     assert list(found) == ORDER
-    assert list(found.values()) == ["complete"] * 3 + ["stopped"] + ["not run"] * 3
+    assert list(found.values()) == ["complete"] * 4 + ["stopped"] + ["not run"] * 3
     shown = launch("status", f"run_dir={run_dir}")
     assert shown.returncode == 0, shown.stderr
     assert "distill 3/60, 0:01:54 left; was interrupted" in shown.stdout
@@ -82,7 +91,7 @@ def test_outdated_result_is_not_complete(run_dir: Path) -> None:
 def test_running_stage_is_the_one_its_launcher_names(run_dir: Path) -> None:
     with lock.held(run_dir) as holding:
         holding.works_on("distill")
-        assert list(states(run_dir).values()) == ["complete"] * 3 + ["running"] + ["pending"] * 3
+        assert list(states(run_dir).values()) == ["complete"] * 4 + ["running"] + ["pending"] * 3
         with pytest.raises(RecipeError, match="another process is running"), lock.held(run_dir):
             pass
     assert lock.holder(run_dir) is None
