@@ -18,7 +18,7 @@ from recipes.metrics import METRICS, steps_of
 from recipes.stage import die_with_parent
 
 LAUNCHER = (sys.executable, str(REPO_ROOT / "launch" / "run.py"))
-INPUTS = ("import_hf", "prepare_data", "prune")
+INPUTS = ("import_hf", "prepare_data", "score", "prune")
 RECIPE = "llama_depth_prune"
 
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -19,10 +20,20 @@ from recipes.manifest import write_text_atomically
 from recipes.sources import read_json
 
 
-class _MergedWeights:
-    """Megatron weights made on demand from a Hugging Face folder, by key and place."""
+class Readable(Protocol):
+    """Weights by their Hugging Face names."""
 
-    def __init__(self, weights: Weights, arch: Architecture, family: Family) -> None:
+    def read(self, name: str) -> torch.Tensor:
+        """Reads one tensor."""
+
+    def require(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuses a tensor that is missing or of another shape."""
+
+
+class MergedWeights:
+    """Megatron weights made on demand from Hugging Face ones, by key and place."""
+
+    def __init__(self, weights: Readable, arch: Architecture, family: Family) -> None:
         self._weights, self._arch = weights, arch
         self._rows = {f"module.{weight.stored}": weight for weight in family.weights}
         for weight, numbers in family.weights_of(arch):
@@ -31,6 +42,7 @@ class _MergedWeights:
                 weights.require(name, tuple(part.shape))
 
     def __call__(self, key: str, place: tuple[int, ...]) -> torch.Tensor:
+        """The weight of a key at its layer and expert."""
         weight = self._rows[key]
         numbers = dict(zip(weight.counts(self._arch), place, strict=True))
         return weight.merge(self._arch, [self._weights.read(n) for n in weight.hf_names(numbers)])
@@ -69,7 +81,7 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
 
     arch = read_architecture(read_json(hf_folder / "config.json"), str(hf_folder))
     check_vocabulary(hf_folder, arch)
-    source = _MergedWeights(Weights(hf_folder), arch, FAMILIES[arch.hf_architecture])
+    source = MergedWeights(Weights(hf_folder), arch, FAMILIES[arch.hf_architecture])
     nemo.initialize(nemo.Parallelism())
     with tempfile.TemporaryDirectory() as temporary:
         side = Path(temporary) / nemo.SIDE

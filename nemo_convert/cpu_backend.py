@@ -21,6 +21,17 @@ from recipes.errors import RecipeError
 
 CPU = torch.device("cpu")
 GROUPS = ("torch", "megatron", "nemo", "modelopt")
+FUSIONS = (
+    "apply_rope_fusion",
+    "masked_softmax_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "gradient_accumulation_fusion",
+    "persist_layer_norm",
+    "cross_entropy_loss_fusion",
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+)
 _applied: set[str] = set()
 
 
@@ -51,7 +62,7 @@ def enable(*groups: str) -> bool:
                 _apply(patch)
             _applied.add(group)
             if group == "modelopt":
-                _register_rms_norm()
+                register_rms_norm()
     return True
 
 
@@ -284,10 +295,13 @@ PATCHES: dict[str, list[Patch]] = {
 }
 
 
-def _register_rms_norm() -> None:
-    """Lets ModelOpt prune ``nn.RMSNorm``, which Megatron's local layer spec uses."""
+def register_rms_norm() -> None:
+    """Lets ModelOpt see ``nn.RMSNorm``, which Megatron's local layer spec uses, on any device."""
     from modelopt.torch.nas.modules.norm import _DynamicLayerNorm
     from modelopt.torch.nas.registry import DMRegistry
+
+    if nn.RMSNorm in DMRegistry:
+        return
 
     class _DynamicRMSNorm(_DynamicLayerNorm):
         def _setup(self, *, num_features: Any) -> None:
@@ -310,22 +324,19 @@ def adapt_config(config: Any, training: bool = False) -> Any:
     """
     if torch.cuda.is_available():
         return config
-    config.transformer_layer_spec = training_block_spec if training else sdpa_layer_spec
+    use_local_layers(config)
+    if training:
+        config.transformer_layer_spec = training_block_spec
     config.use_te_activation_func = training  # means: the activation is a module of the spec
     config.use_cpu_initialization = True
-    for fusion in (
-        "apply_rope_fusion",
-        "masked_softmax_fusion",
-        "bias_activation_fusion",
-        "bias_dropout_fusion",
-        "gradient_accumulation_fusion",
-        "persist_layer_norm",
-        "cross_entropy_loss_fusion",
-        "moe_grouped_gemm",
-        "moe_permute_fusion",
-    ):
-        setattr(config, fusion, False)
     return config
+
+
+def use_local_layers(config: Any) -> None:
+    """Makes a model of Megatron's own layers, on any device, for what must see inside of them."""
+    config.transformer_layer_spec = sdpa_layer_spec
+    for fusion in FUSIONS:
+        setattr(config, fusion, False)
 
 
 def training_block_spec(config: Any) -> Any:

@@ -21,6 +21,7 @@ from nemo_convert.families import FAMILIES, load
 from nemo_convert.hf import copy_side_files
 from recipes.architecture import Architecture, read_architecture
 from recipes.errors import RecipeError
+from recipes.parallelism import pipeline_split
 from recipes.sources import read_json
 
 if TYPE_CHECKING:
@@ -201,12 +202,21 @@ def build_core(
     config = cpu_backend.adapt_config(model.config, training)
     config.tensor_model_parallel_size = parallel.tensor
     config.pipeline_model_parallel_size = parallel.pipeline
+    split_pipeline(config)
     config.perform_initialization = False
     if params_dtype is not None:
         config.params_dtype = params_dtype
     config.pipeline_dtype = config.params_dtype
     # Megatron's local spec makes norms in float32 whatever params_dtype says.
     return config.configure_model(model.tokenizer).to(config.params_dtype)
+
+
+def split_pipeline(config: Any) -> None:
+    """Gives Megatron the layers of the first and last pipeline stage where they are not equal."""
+    split = pipeline_split(config.num_layers, config.pipeline_model_parallel_size)
+    if len(set(split)) > 1:
+        config.num_layers_in_first_pipeline_stage = split[0]
+        config.num_layers_in_last_pipeline_stage = split[-1]
 
 
 def load_weights(core: Any, checkpoint: Path) -> None:

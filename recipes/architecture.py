@@ -170,20 +170,28 @@ class Targets:
     num_attention_heads: int | None = None
     num_moe_experts: int | None = None
     moe_ffn_hidden_size: int | None = None
+    num_query_groups: int | None = None
     drop_layers: tuple[int, ...] = ()
 
     def width(self) -> dict[str, int]:
         """The width axes that are set, by Megatron's names."""
-        axes = ("hidden_size", "num_attention_heads", *DENSE_AXES, *EXPERT_AXES)
+        heads = ("num_attention_heads", "num_query_groups")
+        axes = ("hidden_size", *heads, *DENSE_AXES, *EXPERT_AXES)
         return {axis: value for axis in axes if (value := getattr(self, axis)) is not None}
 
 
 def pruned(teacher: Architecture, targets: Targets) -> Architecture:
-    """The student's shape. ``kv_channels`` stays the teacher's: heads go, their size does not."""
+    """The student's shape. ``kv_channels`` stays the teacher's: heads go, their size does not.
+
+    Query groups go with their heads, unless the number of heads is a target, too.
+    """
     layers = targets.num_layers
     if targets.drop_layers:
         layers = teacher.num_layers - len(targets.drop_layers)
     width: dict[str, Any] = targets.width()
+    if targets.num_query_groups and not targets.num_attention_heads:
+        per_group = teacher.num_attention_heads // teacher.num_query_groups
+        width["num_attention_heads"] = per_group * targets.num_query_groups
     return replace(teacher, num_layers=layers or teacher.num_layers, **width)
 
 
@@ -203,13 +211,7 @@ def target_problems(
             )
         elif target is not None:
             yield from _axis_problems(axis, target, getattr(teacher, axis), divisors.get(axis, 1))
-    heads, groups = targets.num_attention_heads, teacher.num_query_groups
-    if heads and 0 < heads <= teacher.num_attention_heads and heads % groups:
-        yield (
-            f"target_num_attention_heads={heads} is not a multiple of the teacher's {groups} "
-            "query groups, which the pinned ModelOpt cannot prune",
-            f"use a multiple of {groups}",
-        )
+    yield from _head_problems(teacher, targets)
     if 0 < (targets.num_moe_experts or 0) < teacher.moe_router_topk:
         yield (
             f"target_num_moe_experts={targets.num_moe_experts} is less than the "
@@ -233,6 +235,26 @@ def _axis_problems(axis: str, target: int, have: int, divisor: int) -> Iterable[
         yield (
             f"{name} is not a multiple of {axis}_divisor={divisor}",
             f"use {choices}, or a divisor of {target}" if choices else f"set a divisor of {target}",
+        )
+
+
+def _head_problems(teacher: Architecture, targets: Targets) -> Iterable[tuple[str, str]]:
+    """Every group that stays has as many heads as any other, and no more than it had."""
+    groups = targets.num_query_groups or teacher.num_query_groups
+    heads = targets.num_attention_heads
+    most = teacher.num_attention_heads // teacher.num_query_groups * groups
+    if heads is None or not 0 < heads <= teacher.num_attention_heads or groups < 1:
+        return
+    if heads % groups:
+        yield (
+            f"target_num_attention_heads={heads} is not a multiple of the {groups} query groups",
+            f"use a multiple of {groups}",
+        )
+    elif heads > most:
+        yield (
+            f"target_num_attention_heads={heads} is more than the {most} heads that the teacher "
+            f"has in {groups} query groups",
+            f"use at most {most}",
         )
 
 

@@ -56,14 +56,6 @@ SHARED_SETTINGS = (
 float32 teacher beside a bfloat16 student."""
 
 
-def split_pipeline(config: Any) -> None:
-    """Gives Megatron the layers of the first and last pipeline stage where they are not equal."""
-    split = pipeline_split(config.num_layers, config.pipeline_model_parallel_size)
-    if len(set(split)) > 1:
-        config.num_layers_in_first_pipeline_stage = split[0]
-        config.num_layers_in_last_pipeline_stage = split[-1]
-
-
 class KDModel(llm.GPTModel):  # type: ignore[misc]
     """A NeMo model trained on an ``Objective``; saves and loads as the plain student.
 
@@ -117,7 +109,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         """Builds the student, and a teacher that is not cached beside it."""
         if hasattr(self, "module"):
             return
-        split_pipeline(self.config)
+        nemo.split_pipeline(self.config)
         core = self.config.configure_model(self.tokenizer)
         if self._teacher.checkpoint:
             core = self._with_teacher(core, self._teacher.checkpoint)
@@ -135,7 +127,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         config = adapt_config(nemo.restore_model(checkpoint).config, training=True)
         for name in SHARED_SETTINGS:
             setattr(config, name, getattr(self.config, name))
-        split_pipeline(config)
+        nemo.split_pipeline(config)
         # Not the student's: initialisation is also what marks a weight as tensor-parallel, and a
         # gradient norm without those marks counts one rank's half of them.
         config.perform_initialization = False

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nemo_convert.convert import hf_weights
 from nemo_convert.hf import Weights, tokenizer_sha256
@@ -24,6 +25,7 @@ STAGES = (
     "plan",
     "import_hf",
     "prepare_data",
+    "score",
     "prune",
     "distill",
     "evaluate",
@@ -182,13 +184,11 @@ def test_figures_hang_together(tiny_run: Path) -> None:
 
 
 def test_importance_is_kept_as_data(tiny_run: Path) -> None:
-    from safetensors.torch import load_file
-
     metrics = manifest_of(tiny_run, "prune").metrics
     scores = {int(layer): score for layer, score in metrics["layer_importance"].items()}
     assert sorted(scores) == [1, 2, 3, 4, 5]
     assert metrics["kept_layers"] == sorted(sorted(scores, key=lambda n: -scores[n])[:4])
-    tensors = load_file(tiny_run / "prune" / ARTIFACT / "importance.safetensors")
+    tensors = load_file(tiny_run / "score" / ARTIFACT / "importance.safetensors")
     assert tensors["hidden_size"].shape == (56,)
     assert sum(t.shape == (120,) for t in tensors.values()) == 5
 
@@ -330,11 +330,13 @@ def test_changed_field_and_force_rerun_what_follows(
 
 
 def weights_of(run_dir: Path, stage: str) -> dict[str, torch.Tensor]:
+    if stage == "score":
+        return load_file(run_dir / stage / ARTIFACT / "importance.safetensors")
     return dict(hf_weights(find_checkpoint(run_dir / stage / ARTIFACT)))
 
 
 @pytest.mark.parametrize(
-    ("stage", "records"), [("prune", 3), ("distill", CHECKPOINT_INTERVAL * 3 - 1)]
+    ("stage", "records"), [("score", 3), ("distill", CHECKPOINT_INTERVAL * 3 - 1)]
 )
 def test_kill_9_then_the_same_command_gives_the_same_weights(
     tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path, stage: str, records: int

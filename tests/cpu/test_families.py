@@ -20,8 +20,10 @@ from recipes.corpus import PARTS
 from recipes.indexed_dataset import PartWriter
 from recipes.metrics import METRICS, MetricsLog, steps_of
 from recipes.minitron import prune_checkpoint
-from recipes.prune import Config
 from recipes.quality import load_transformers
+from recipes.score import Config
+from recipes.scoring import score_checkpoint
+from recipes.slicing import choose
 from tests.conftest import REPO
 from tests.cpu.conftest import EVEN, FAMILIES, ODD, write_tiny_model
 from tests.cpu.family_ranks import LENGTH, LOGITS, PP, TP
@@ -67,16 +69,13 @@ def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 
 
 def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
-    cfg = Config(
-        stage="prune",
-        hidden_size_divisor=8,
-        ffn_hidden_size_divisor=8,
-        drop_layers=[2],
-        **{f"target_{axis}": value for axis, value in TARGETS[family].items()},  # type: ignore[arg-type]
-    )
     teacher = folder / "teacher.nemo"
-    student = pruned(nemo.architecture_of(teacher), cfg.targets())
-    prune_checkpoint(cfg, teacher, student, calibration, folder / "pruned.nemo", MetricsLog(None))
+    cfg = Config(calibration="random", num_loss_samples=0)
+    scores = score_checkpoint(cfg, teacher, calibration, MetricsLog(None)).widths
+    whole = nemo.architecture_of(teacher)
+    student = pruned(whole, Targets(drop_layers=(2,), **TARGETS[family]))
+    kept = choose(scores, whole, student, [n for n in range(1, whole.num_layers + 1) if n != 2])
+    prune_checkpoint(teacher, student, kept, folder / "pruned.nemo")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -77,7 +77,7 @@ def test_a_run_that_diverges_stops_before_its_weights_do(
         "data.text_field=text",
         "data.seq_length=64",
         "run_dir=run",
-        "stages.only=[import_hf,prepare_data,prune,distill]",
+        "stages.only=[import_hf,prepare_data,score,prune,distill]",
         "stages.prune.target_num_layers=2",
         "stages.distill.precision=32",
         "stages.distill.lr=1e38",

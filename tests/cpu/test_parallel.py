@@ -50,7 +50,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
         "data.text_field=text",
         "data.seq_length=64",
         f"run_dir={run_dir}",
-        "stages.only=[import_hf,prepare_data,prune,distill]",
+        "stages.only=[import_hf,prepare_data,score,prune,distill]",
         "stages.prune.target_num_layers=3",
         "stages.prune.target_hidden_size=48",
         "stages.prune.hidden_size_divisor=8",

@@ -23,7 +23,8 @@ COMMANDS = [
 ]
 SMALL = (
     "stages.distill.max_steps=4 stages.distill.warmup_steps=1 stages.distill.val_check_interval=4 "
-    "stages.distill.limit_val_batches=1 stages.prune.num_calibration_samples=8 "
+    "stages.distill.limit_val_batches=1 stages.score.num_calibration_samples=8 "
+    "stages.score.num_loss_samples=1 "
     "stages.evaluate.num_windows=8 stages.evaluate.new_tokens=8 stages.evaluate_tasks.limit=2"
 )
 

@@ -40,7 +40,7 @@ def run_teacher(model: Path, text_file: Path, run_dir: Path, *more: str) -> Resu
 @pytest.fixture(scope="module")
 def live(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("live") / "run"
-    only = "stages.only=[import_hf,prepare_data,prune,distill]"
+    only = "stages.only=[import_hf,prepare_data,score,prune,distill]"
     result = run_teacher(even_llama, text_file, run_dir, only)
     assert result.code == 0, result.output
     return run_dir

@@ -22,7 +22,16 @@ from tests.conftest import Result, run_recipe
 from tests.slurm.cluster import Cluster, run, wait_for
 from tests.slurm.conftest import SECRET, STEPS, Run
 
-STAGES = ["import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
+STAGES = [
+    "import_hf",
+    "prepare_data",
+    "score",
+    "prune",
+    "distill",
+    "evaluate",
+    "export_hf",
+    "report",
+]
 
 
 def states(chain: Run) -> dict[str, str]:
@@ -38,7 +47,7 @@ def test_chain_runs_on_two_nodes(tiny_chain: tuple[Run, Result], slurm: Cluster)
     chain, result = tiny_chain
     assert result.code == 0, result.output
     assert list(states(chain).values()) == ["complete"] * len(STAGES)
-    assert "7 stages ran" in result.output
+    assert "8 stages ran" in result.output
     for stage in STAGES:
         assert f"{stage}: complete" in result.output
     assert len(steps_of(chain.directory / "distill" / METRICS, "distill")) == STEPS

@@ -11,7 +11,7 @@ import pytest
 
 from launch.plan import stage_module
 from launch.schema import CONF
-from recipes import distill, evaluate, export_hf, import_hf, prepare_data, prune
+from recipes import distill, evaluate, export_hf, import_hf, prepare_data, prune, score
 from recipes.errors import RecipeError
 from recipes.manifest import KINDS
 from recipes.preflight import Chain, Problem
@@ -106,12 +106,9 @@ def test_prepare_data_knows_the_teachers_positions(text: str, chain: Chain) -> N
     assert problem.what == "seq_length=1025 is not between 1 and the teacher's 1024 positions"
 
 
-@pytest.mark.parametrize("stage", [prune, distill, evaluate])
+@pytest.mark.parametrize("stage", [score, distill, evaluate])
 def test_other_stages_know_the_teachers_positions(stage: Any, chain: Chain) -> None:
-    cfg = stage.Config(seq_length=1025)
-    if stage is prune:
-        cfg.target_num_layers = 2
-    assert list(stage.check(cfg, chain))
+    assert list(stage.check(stage.Config(seq_length=1025), chain))
 
 
 def test_seq_length_is_positive(text: str, chain: Chain) -> None:
@@ -156,6 +153,55 @@ def test_prune_passes_targets_on(chain: Chain) -> None:
 
 def test_prune_sorts_the_layers_to_drop() -> None:
     assert prune.Config(drop_layers=[3, 1]).targets().drop_layers == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "fix"),
+    [
+        ("loss", {"num_loss_samples": 0}, "stages.score.num_loss_samples=8"),
+        ("block", {"block_sizes": [1]}, "stages.score.block_sizes=[2]"),
+        ("greedy", {"num_greedy_layers": 1}, "stages.score.num_greedy_layers=2"),
+    ],
+)
+def test_layers_cannot_be_chosen_by_what_is_not_measured(
+    chain: Chain, method: str, setting: dict[str, Any], fix: str
+) -> None:
+    inputs = {"importance": "score"}
+    cfg = prune.Config(target_num_layers=2, layer_importance=method, inputs=inputs)
+
+    def problems(**settings: Any) -> list[Problem]:
+        scores = score.Config(**settings)
+        return list(prune.check(cfg, dataclasses.replace(chain, stages={"score": scores})))
+
+    assert fix in one(iter(problems(**setting))).fix
+    assert problems(num_loss_samples=4, block_sizes=[2], num_greedy_layers=2) == []
+
+
+def test_layers_are_chosen_by_a_known_method(chain: Chain) -> None:
+    cfg = prune.Config(target_num_layers=2, layer_importance="taylor")
+    assert "block_influence, loss" in one(prune.check(cfg, chain)).fix
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"calibration": "mock"},
+        {"num_calibration_samples": 0},
+        {"block_sizes": [4]},
+        {"num_greedy_layers": 4},
+        {"block_sizes": [1], "num_loss_samples": 0},
+        {"pipeline_model_parallel_size": 2},
+        {"resources": Resources(devices=2)},
+        {"resources": Resources(devices=5), "pipeline_model_parallel_size": 5},
+    ],
+)
+def test_score_refuses_what_it_cannot_measure(chain: Chain, settings: dict[str, Any]) -> None:
+    assert one(score.check(score.Config(**settings), chain)).fix
+
+
+def test_score_runs_on_pipeline_ranks(chain: Chain) -> None:
+    cfg = score.Config(resources=Resources(devices=4), pipeline_model_parallel_size=4)
+    assert list(score.check(cfg, chain)) == []
 
 
 @pytest.mark.parametrize("resources", [Resources(devices=2), Resources(nodes=2)])

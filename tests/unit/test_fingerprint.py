@@ -189,7 +189,16 @@ def test_training_code_does_not_reach_the_report() -> None:
 @pytest.mark.parametrize(
     ("stage", "needed"),
     [
-        ("prune", {"recipes/minitron.py", "nemo_convert/nemo.py", "recipes/architecture.py"}),
+        ("score", {"recipes/scoring.py", "recipes/importance.py"}),
+        (
+            "prune",
+            {
+                "recipes/slicing.py",
+                "recipes/minitron.py",
+                "nemo_convert/nemo.py",
+                "recipes/architecture.py",
+            },
+        ),
         ("distill", {"recipes/nemo_trainer.py", "recipes/kd_loss.py", "recipes/kd_model.py"}),
         ("evaluate", {"recipes/quality.py", "nemo_convert/nemo.py"}),
         ("import_hf", {"nemo_convert/convert.py", "nemo_convert/families.py"}),

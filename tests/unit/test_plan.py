@@ -11,14 +11,24 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.plan import Plan, make_plan
-from recipes import prune
+from recipes import score
 from recipes.errors import RecipeError
 from recipes.manifest import ARTIFACT, MANIFEST
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ORDER = ["plan", "import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
+ORDER = [
+    "plan",
+    "import_hf",
+    "prepare_data",
+    "score",
+    "prune",
+    "distill",
+    "evaluate",
+    "export_hf",
+    "report",
+]
 MakePlan = Callable[..., Plan]
 Complete = Callable[..., None]
 
@@ -82,8 +92,8 @@ def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) ->
             "is a dataset; a checkpoint_nemo is needed",
         ),
         ("stages.prune.inputs.checkpoint=improt_hf", "Did you mean 'import_hf'?"),
-        ("+stages.prune.inputs.extra=import_hf", "prune needs checkpoint, calibration"),
-        ("~stages.prune.inputs.calibration", "prune needs checkpoint, calibration"),
+        ("+stages.prune.inputs.extra=import_hf", "prune needs checkpoint, importance"),
+        ("~stages.prune.inputs.importance", "prune needs checkpoint, importance"),
         ("model.hf_path=/nowhere/at/all", "neither a folder nor a Hugging Face hub id"),
     ],
 )
@@ -165,7 +175,7 @@ def test_left_out_stages_are_not_checked_and_not_planned(plan: MakePlan) -> None
 
 
 def test_only_runs_on_complete_inputs(plan: MakePlan, complete: Complete) -> None:
-    complete(plan(), "import_hf", "prepare_data")
+    complete(plan(), "import_hf", "prepare_data", "score")
     planned = plan("stages.only=[prune]", "stages.prune.target_hidden_size=448")
     assert [(stage.name, stage.action) for stage in planned.stages] == [("prune", "run")]
 
@@ -202,17 +212,17 @@ def test_input_from_another_run(plan: MakePlan, complete: Complete, tmp_path: Pa
 def test_input_may_be_of_several_kinds(
     plan: MakePlan, complete: Complete, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(prune.INPUTS, "calibration", ("dataset", "checkpoint_nemo"))  # type: ignore[arg-type]
+    monkeypatch.setitem(score.INPUTS, "calibration", ("dataset", "checkpoint_nemo"))  # type: ignore[arg-type]
 
     def kind(*overrides: str) -> str:
-        return plan(*overrides).stages[ORDER.index("prune")].inputs["calibration"].kind
+        return plan(*overrides).stages[ORDER.index("score")].inputs["calibration"].kind
 
     assert kind() == "dataset"
-    assert kind("stages.prune.inputs.calibration=import_hf") == "checkpoint_nemo"
+    assert kind("stages.score.inputs.calibration=import_hf") == "checkpoint_nemo"
     complete(plan())
     (tmp_path / "run").rename(tmp_path / "other")
-    assert kind(f"stages.prune.inputs.calibration={tmp_path}/other/import_hf") == "checkpoint_nemo"
-    message = refusal(plan, f"stages.prune.inputs.calibration={tmp_path}/other/report")
+    assert kind(f"stages.score.inputs.calibration={tmp_path}/other/import_hf") == "checkpoint_nemo"
+    message = refusal(plan, f"stages.score.inputs.calibration={tmp_path}/other/report")
     assert "other/report is a report; a dataset or checkpoint_nemo is needed" in message
 
 

@@ -16,7 +16,17 @@ from recipes.manifest import ARTIFACT, MANIFEST, read_manifest, write_manifest
 if TYPE_CHECKING:
     from pathlib import Path
 
-ORDER = ["plan", "import_hf", "prepare_data", "prune", "distill", "evaluate", "export_hf", "report"]
+ORDER = [
+    "plan",
+    "import_hf",
+    "prepare_data",
+    "score",
+    "prune",
+    "distill",
+    "evaluate",
+    "export_hf",
+    "report",
+]
 MakePlan = Callable[..., Plan]
 Complete = Callable[..., None]
 
@@ -58,7 +68,7 @@ def test_distill_field_reruns_distill_and_what_follows(plan: MakePlan) -> None:
     [
         ("model.hf_path=HF", ORDER),
         ("stages.prepare_data.max_documents=5", ORDER[2:]),
-        ("stages.prune.target_hidden_size=448", ["plan", *ORDER[3:]]),
+        ("stages.prune.target_hidden_size=448", ["plan", *ORDER[4:]]),
         ("stages.evaluate.num_windows=2", ["evaluate", "export_hf", "report"]),
         ("stages.export_hf.recipe=x", ["export_hf", "report"]),
         ("stages.report.title=x", ["report"]),
@@ -126,7 +136,7 @@ def test_changed_data_file_is_the_reason(
     file.write_text("two " * 1000)
     found = todo(plan(f"data.sources=[{file}]"))
     assert found["prepare_data"] == "source files changed"
-    assert found["prune"] == "input calibration changed"
+    assert found["score"] == "input calibration changed"
     assert "import_hf" not in found
 
 

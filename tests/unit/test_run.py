@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 RECIPE = "recipe=llama_width_prune"
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*_prune.yaml"))
 ORDER = [
-    *("plan", "import_hf", "prepare_data", "prune", "distill", "evaluate", "evaluate_tasks"),
+    *(
+        "plan",
+        "import_hf",
+        "prepare_data",
+        "score",
+        "prune",
+        "distill",
+        "evaluate",
+        "evaluate_tasks",
+    ),
     *("export_hf", "report"),
 ]
 SECRET = "hf_secret_that_nobody_may_see"

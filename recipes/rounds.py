@@ -1,0 +1,168 @@
+"""Rounds of a tournament: prunes, trains and measures candidates, each as a stage of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from recipes import distill, prune
+from recipes.errors import RecipeError
+from recipes.fingerprint import REPO_ROOT, code_fingerprint, stage_fingerprint
+from recipes.manifest import read_manifest, write_text_atomically
+from recipes.stage import Inputs, StageConfig, die_with_parent, rank, world_size
+
+if TYPE_CHECKING:
+    from recipes.tournament import Config
+
+POLL = 0.5
+"""Seconds between looks at what other ranks have finished."""
+
+
+class Arena:
+    """Where candidates compete: ``NAME/prune``, ``NAME/round-0``, … below a directory.
+
+    Args:
+        cfg: The tournament's config.
+        inputs: Its inputs.
+        directory: Kept while the tournament is unfinished.
+        method: How ``prune`` chooses layers.
+    """
+
+    def __init__(self, cfg: Config, inputs: Inputs, directory: Path, method: str) -> None:
+        self._cfg, self._inputs, self._directory, self._method = cfg, inputs, directory, method
+
+    def play(self, players: list[dict[str, Any]], number: int, training: distill.Config) -> None:
+        """Trains every candidate for one round; each rank takes its share.
+
+        Raises:
+            RecipeError: A stage failed; the message says where its log is.
+        """
+        for candidate in players[rank() :: world_size()]:
+            place = self._directory / candidate["name"]
+            pruned = place / "prune"
+            if number == 0:
+                self._prune(candidate, pruned)
+            student = place / f"round-{number - 1}" if number else pruned
+            inputs = {
+                "teacher": self._inputs["checkpoint"].directory,
+                "student": student,
+                "data": self._inputs["data"].directory,
+            }
+            run_stage(training, place / f"round-{number}", inputs)
+        for candidate in players:  # others have theirs
+            _wait_for(self._directory / candidate["name"] / f"round-{number}")
+
+    def _prune(self, candidate: dict[str, Any], directory: Path) -> None:
+        shape = candidate["shape"]
+        config = prune.Config(
+            stage="prune",
+            layer_importance=self._method,
+            target_num_layers=shape["num_layers"],
+            target_hidden_size=shape["hidden_size"],
+            target_ffn_hidden_size=shape["ffn_hidden_size"],
+            target_num_attention_heads=shape["num_attention_heads"],
+            hidden_size_divisor=math.gcd(shape["hidden_size"], 64),
+            ffn_hidden_size_divisor=math.gcd(shape["ffn_hidden_size"], 64),
+        )
+        inputs = {name: self._inputs[name].directory for name in ("checkpoint", "importance")}
+        run_stage(config, directory, inputs)
+
+    def measure(self, players: list[dict[str, Any]], number: int) -> list[dict[str, float]]:
+        """Perplexity and KL to the teacher of every candidate on validation text."""
+        from nemo_convert import nemo
+        from recipes.candidates import measure_checkpoints
+        from recipes.indexed_dataset import windows
+
+        places = [self._directory / c["name"] / f"round-{number}" for c in players]
+        found = self._directory / f"round-{number}.json"
+        if rank() == 0 and not found.exists():
+            length, size = self._cfg.distill.seq_length, self._cfg.distill.micro_batch_size
+            text = windows(
+                self._inputs["data"].artifact, "validation", length, self._cfg.num_samples
+            )
+            teacher = nemo.find_checkpoint(self._inputs["checkpoint"].artifact)
+            students = [nemo.find_checkpoint(place / "artifact") for place in places]
+            figures = measure_checkpoints(teacher, students, text, size)
+            write_text_atomically(found, json.dumps(figures))
+        while not found.exists():
+            time.sleep(POLL)
+        results: list[dict[str, float]] = json.loads(found.read_text())
+        return results
+
+
+def run_stage(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> None:
+    """Runs a stage as the launcher does, on one device, unless it is complete.
+
+    Raises:
+        RecipeError: It failed.
+    """
+    request = request_of(config, inputs)
+    done = read_manifest(directory)
+    if done is not None and done.fingerprint == request["fingerprint"]:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / "config.yaml"
+    write_text_atomically(file, OmegaConf.to_yaml(request))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=1", "-m", f"recipes.{config.stage}", "--config", str(file)]
+    with (directory / "log.txt").open("w", encoding="utf-8") as log:
+        subprocess.run(
+            command, cwd=REPO_ROOT, env=_environment(), stdout=log, stderr=log,
+            check=False, preexec_fn=die_with_parent,
+        )  # fmt: skip
+    if read_manifest(directory) is None:
+        error = directory / "work" / "error.txt"
+        reason = error.read_text(encoding="utf-8") if error.exists() else "it left no message"
+        raise RecipeError(f"{directory.name} of {directory.parent.name} failed: {reason}")
+
+
+def request_of(config: StageConfig, inputs: dict[str, Path]) -> dict[str, Any]:
+    """Content of a stage's ``config.yaml``, as the launcher would write it.
+
+    Raises:
+        RecipeError: An input is not complete.
+    """
+    refs = {}
+    for name, source in inputs.items():
+        manifest = read_manifest(source)
+        if manifest is None:
+            raise RecipeError(f"{source} is not complete.")
+        refs[name] = {
+            "directory": str(source),
+            "kind": manifest.kind,
+            "fingerprint": manifest.fingerprint,
+        }
+    settings = asdict(config)
+    code = code_fingerprint(f"recipes.{config.stage}")
+    prints = {name: ref["fingerprint"] for name, ref in refs.items()}
+    fingerprint = stage_fingerprint(settings, code, prints, {})
+    return {"config": settings, "inputs": refs, "fingerprint": fingerprint, "code": code}
+
+
+def _environment() -> dict[str, str]:
+    """This rank's, without what makes it one of several, and with its own device."""
+    keep = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_"))
+        and name not in ("RANK", "WORLD_SIZE")
+    }
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    mine = devices.split(",")[local] if devices else str(local)
+    return {**keep, "CUDA_VISIBLE_DEVICES": mine, "PYTHONPATH": str(REPO_ROOT)}
+
+
+def _wait_for(directory: Path) -> None:
+    """Another rank that fails ends this one, too: torchrun sees to that."""
+    while read_manifest(directory) is None:
+        time.sleep(POLL)

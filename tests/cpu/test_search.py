@@ -1,0 +1,177 @@
+"""The search: views are what pruning gives, and the whole search as a user runs it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from nemo_convert import nemo
+from recipes import (
+    distill,
+    enumerate_shapes,
+    import_hf,
+    prepare_data,
+    rank_candidates,
+    score,
+    stage,
+    tournament,
+)
+from recipes.architecture import Architecture, Targets, pruned
+from recipes.candidates import SortedModel
+from recipes.importance import Importance
+from recipes.manifest import ARTIFACT, Manifest, read_manifest
+from recipes.minitron import cut_weights
+from recipes.quality import load_transformers
+from recipes.rounds import request_of
+from recipes.search_space import Space
+from recipes.slicing import choose
+from recipes.stage import Input
+
+SHAPES: list[dict[str, Any]] = [
+    {"num_layers": 3},
+    {"hidden_size": 48, "ffn_hidden_size": 72},
+    {"num_attention_heads": 2, "num_layers": 2},
+    {"num_query_groups": 1, "hidden_size": 40},
+]
+
+
+def complete(module: Any, run_dir: Path, inputs: dict[str, str], **settings: Any) -> None:
+    """Runs a stage in this process: a process of its own takes ten seconds to import the stack."""
+    name = module.__name__.rpartition(".")[2]
+    sources = {key: run_dir / source for key, source in inputs.items()}
+    (run_dir / name).mkdir(parents=True)
+    request = request_of(module.Config(stage=name, inputs=inputs, **settings), sources)
+    (run_dir / name / "config.yaml").write_text(OmegaConf.to_yaml(request))
+    stage._run_stage(module.run, module.Config, module.KIND, run_dir / name / "config.yaml")
+
+
+TEACHER = {"checkpoint": "import_hf", "importance": "score"}
+
+
+@pytest.fixture(scope="module")
+def before(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search up to its tournament."""
+    run, length = tmp_path_factory.mktemp("search"), {"seq_length": 64}
+    model, steps = {"hf_path": str(even_llama)}, Space(1, 8, 8)
+    complete(import_hf, run, {}, **model)
+    source = {"sources": [str(text_file)], "text_field": "text"}
+    complete(prepare_data, run, {"tokenizer": "import_hf"}, **source, **length)
+    complete(enumerate_shapes, run, {}, **model, space=steps)
+    inputs = {"checkpoint": "import_hf", "calibration": "prepare_data"}
+    complete(score, run, inputs, num_calibration_samples=8, num_loss_samples=4, **length)
+    inputs = {**TEACHER, "data": "prepare_data", "shapes": "enumerate_shapes"}
+    complete(rank_candidates, run, inputs, num_samples=4, **length)
+    return run
+
+
+def manifest_of(run_dir: Path, stage: str) -> Manifest:
+    manifest = read_manifest(run_dir / stage)
+    assert manifest is not None
+    return manifest
+
+
+@pytest.mark.parametrize("targets", SHAPES)
+def test_a_view_of_sorted_weights_says_what_the_pruned_model_says(
+    before: Path, targets: dict[str, Any]
+) -> None:
+    teacher = nemo.find_checkpoint(before / "import_hf" / ARTIFACT)
+    scores = Importance.load(before / "score" / ARTIFACT).widths
+    whole = nemo.architecture_of(teacher)
+    shape = pruned(whole, Targets(**targets))
+    tokens = torch.randint(280, (2, 32), generator=torch.Generator().manual_seed(0))
+    layers = [1, 3, 4, 2][: shape.num_layers]
+    kept = choose(scores, whole, shape, sorted(layers))
+    view = SortedModel(load_transformers(teacher), whole, scores)
+    memory = {p.untyped_storage().data_ptr() for p in view._model.parameters()}
+    found = view.log_probabilities(shape, kept.layers, tokens)
+    if "num_attention_heads" not in targets:
+        assert {p.untyped_storage().data_ptr() for p in view._model.parameters()} <= memory
+    expected = as_transformers(teacher, shape, cut_weights(teacher, kept, whole.kv_channels))
+    with torch.no_grad():
+        expected = torch.log_softmax(expected(tokens, use_cache=False).logits, dim=-1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    again = view.log_probabilities(whole, [1, 2, 3, 4], tokens)
+    with torch.no_grad():
+        whole_logits = load_transformers(teacher)(tokens, use_cache=False).logits
+    torch.testing.assert_close(again, whole_logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+def as_transformers(teacher: Path, shape: Architecture, weights: dict[str, torch.Tensor]) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(nemo.side_files(teacher))
+    config.num_hidden_layers, config.hidden_size = shape.num_layers, shape.hidden_size
+    config.intermediate_size, config.head_dim = shape.ffn_hidden_size, shape.kv_channels
+    config.num_attention_heads = shape.num_attention_heads
+    config.num_key_value_heads = shape.num_query_groups
+    model = LlamaForCausalLM(config).float()
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def test_candidates_are_ranked_and_counted(before: Path) -> None:
+    metrics = manifest_of(before, "rank_candidates").metrics
+    candidates = metrics["candidates"]
+    teacher = manifest_of(before, "import_hf").parameters
+    assert teacher is not None
+    assert metrics["budget"] == {"parameters": 0.75}
+    assert len(candidates) == manifest_of(before, "enumerate_shapes").metrics["figures"]["shapes"]
+    proxies = [c["proxy"] for c in candidates]
+    assert proxies == sorted(proxies)
+    assert all(c["proxy"] == c["kl_to_teacher"] > 0 for c in candidates)
+    assert all(0.4 * teacher < c["parameters"] <= 0.75 * teacher for c in candidates)
+    assert any(c["pareto"] for c in candidates)
+
+
+def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranked = manifest_of(before, "rank_candidates").metrics["candidates"]
+    training = distill.Config(seq_length=64, limit_val_batches=1, lr=1e-3)
+    cfg = tournament.Config(
+        num_candidates=2, num_samples=4, max_tokens=4096, distill=training, stage="tournament"
+    )
+    names = {**TEACHER, "data": "prepare_data", "candidates": "rank_candidates"}
+    inputs = {n: Input(before / s, manifest_of(before, s)) for n, s in names.items()}
+    out = tmp_path / "tournament" / "work" / ARTIFACT
+    out.mkdir(parents=True)
+    started: list[str] = []
+    start = subprocess.run
+
+    def counted(command: list[str], **settings: Any) -> Any:
+        if len(started) == 3 and "killed" not in started:
+            started.append("killed")
+            raise KeyboardInterrupt
+        started.append(command[command.index("-m", 3) + 1])
+        return start(command, **settings)
+
+    monkeypatch.setattr("recipes.rounds.subprocess.run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        tournament.run(cfg, inputs, out)
+    metrics = tournament.run(cfg, inputs, out).metrics
+    prune, train = "recipes.prune", "recipes.distill"
+    assert started == [prune, train, prune, "killed", train]
+
+    played = [c for c in metrics["candidates"] if c["tokens"]]
+    assert [c["name"] for c in played] == [c["name"] for c in ranked[:2]]
+    assert {c["tokens"] for c in played} == {2048}
+    for candidate, untrained in zip(played, ranked, strict=False):
+        assert candidate["kl_to_teacher"] < untrained["kl_to_teacher"]
+        assert candidate["proxy"] == untrained["proxy"]
+    [winner] = [c for c in metrics["candidates"] if c["chosen"]]
+    assert winner["kl_to_teacher"] == min(c["kl_to_teacher"] for c in played)
+    recipe = OmegaConf.load(out / "recipe.yaml")
+    targets = Targets(
+        **{
+            name.removeprefix("target_"): size
+            for name, size in recipe.stages.prune.items()
+            if name.startswith("target_")
+        }
+    )
+    teacher = nemo.architecture_of(nemo.find_checkpoint(before / "import_hf" / ARTIFACT))
+    assert pruned(teacher, targets).as_dict() == winner["shape"]

@@ -1,0 +1,196 @@
+"""Shapes within a budget, by closed form: published ones, and by brute force."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import enumerate_shapes, rank_candidates, tournament
+from recipes.architecture import Architecture
+from recipes.preflight import Chain
+from recipes.search_space import (
+    Service,
+    Space,
+    cache_bytes,
+    latency_ms,
+    memory_bytes,
+    name_of,
+    weight_bytes,
+)
+from recipes.search_space import enumerate_shapes as shapes_of
+
+QWEN3_8B = Architecture(
+    "LlamaForCausalLM", 36, 4096, 12288, 32, 8, 128, 151936, 40960, tied_embeddings=False
+)
+"""Without the norms of queries and keys, which are 9,216 parameters of 8 billion."""
+LLAMA_70B = Architecture(
+    "LlamaForCausalLM", 80, 8192, 28672, 64, 8, 128, 128256, 131072, tied_embeddings=False
+)
+SMOLLM2 = Architecture(
+    "LlamaForCausalLM", 30, 576, 1536, 9, 3, 64, 49152, 8192, tied_embeddings=True
+)
+COARSE = Space(hidden_size_divisor=256, ffn_hidden_size_divisor=512)
+
+
+def test_the_published_shape_of_qwen3_is_found() -> None:
+    """NVIDIA/Model-Optimizer's search for 6B: 30 layers, hidden 3584, ffn 11776."""
+    shapes = {name_of(s): s for s in shapes_of(QWEN3_8B, COARSE, {"parameters": 6e9}, Service())}
+    assert round(shapes["l30-h3584-f11776-a32"].parameters() / 1e9, 2) == 5.99
+
+
+def test_a_large_model_is_enumerated_without_torch(root: Path) -> None:
+    code = (
+        "import sys; from recipes.search_space import *; from recipes import enumerate_shapes as e;"
+        f"from recipes.architecture import Architecture; t = {LLAMA_70B!r};"
+        "print(len(e.Config(budget={'parameters': 0.5}, space=Space(hidden_size_divisor=256,"
+        "ffn_hidden_size_divisor=512, prune_heads=True)).shapes(t)));"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) > 100
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"parameters": 0.75},
+        {"parameters": 1e8, "memory_bytes": 2.05e8},
+        {"latency_ms": 0.7},
+        {"weight_bytes": 0.8},
+    ],
+)
+def test_shapes_are_those_that_cannot_grow(budget: dict[str, float]) -> None:
+    """Against every combination of sizes, counted one by one."""
+    space = Space(hidden_size_divisor=96, ffn_hidden_size_divisor=256, prune_heads=True)
+    service = Service(context_length=512)
+    costs: dict[str, Any] = {
+        "parameters": lambda s: s.parameters(),
+        "weight_bytes": lambda s: 2 * s.parameters(),
+        "memory_bytes": lambda s: memory_bytes(s, service),
+        "latency_ms": lambda s: latency_ms(s, service),
+    }
+    limits = {n: x * costs[n](SMOLLM2) if x <= 1 else x for n, x in budget.items()}
+    axes = {
+        "num_layers": range(18, 31),
+        "hidden_size": (384, 480, 576),
+        "ffn_hidden_size": (1024, 1280, 1536),
+        "num_attention_heads": (6, 9),
+    }
+    fitting = {
+        sizes
+        for sizes in itertools.product(*axes.values())
+        if all(
+            costs[n](dataclasses.replace(SMOLLM2, **dict(zip(axes, sizes, strict=True)))) <= limit
+            for n, limit in limits.items()
+        )
+    }
+    largest = {
+        one
+        for one in fitting
+        if not any(
+            other != one and all(a >= b for a, b in zip(other, one, strict=True))
+            for other in fitting
+        )
+    }
+    found = shapes_of(SMOLLM2, space, budget, service)
+    assert {tuple(getattr(s, axis) for axis in axes) for s in found} == largest
+    assert largest
+    sizes = [s.parameters() for s in found]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_shapes_can_be_split_as_planned() -> None:
+    space = dataclasses.replace(COARSE, tensor_model_parallel_size=16, prune_heads=True)
+    teacher = dataclasses.replace(QWEN3_8B, num_query_groups=16, num_attention_heads=48)
+    found = shapes_of(teacher, space, {"parameters": 6e9}, Service())
+    assert {s.num_attention_heads for s in found} == {32, 48}
+    space = dataclasses.replace(space, tensor_model_parallel_size=3)
+    found = shapes_of(teacher, space, {"parameters": 6e9}, Service())
+    assert found
+    for shape in found:
+        sizes = (shape.num_attention_heads, shape.hidden_size, shape.ffn_hidden_size)
+        assert all(size % 3 == 0 for size in sizes)
+
+
+def test_costs_of_serving() -> None:
+    """Llama 3 70B at bfloat16: 141 GB of weights, 1.34 GB of cache at 4096 tokens."""
+    service = Service(batch_size=2)
+    assert weight_bytes(LLAMA_70B, service) == pytest.approx(141.1e9, rel=1e-3)
+    assert cache_bytes(LLAMA_70B, service) == 2 * 2 * 80 * 8 * 128 * 4096 * 2
+    assert memory_bytes(LLAMA_70B, service) == weight_bytes(LLAMA_70B, service) + cache_bytes(
+        LLAMA_70B, service
+    )
+    read = 2 * (LLAMA_70B.parameters() - 128256 * 8192) + cache_bytes(LLAMA_70B, service)
+    assert latency_ms(LLAMA_70B, service) == pytest.approx(1e3 * read / 3.35e12, rel=1e-3)
+    crowd = dataclasses.replace(service, batch_size=4096, context_length=1)
+    flops = 4096 * 2 * (LLAMA_70B.parameters() - 128256 * 8192)
+    assert latency_ms(LLAMA_70B, crowd) == pytest.approx(1e3 * flops / 9.89e14, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"budget": {}}, "nothing"),
+        ({"budget": {"params": 0.5}}, "params"),
+        ({"budget": {"parameters": -1}}, "positive limit"),
+        ({"budget": {"parameters": 10.0}}, "no shape fits"),
+        ({"space": Space(hidden_size_divisor=0)}, "below 1"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused(
+    chain: Chain, settings: dict[str, Any], words: str
+) -> None:
+    [problem] = enumerate_shapes.check(enumerate_shapes.Config(**settings), chain)
+    assert words in str(problem)
+
+
+def test_experts_are_not_searched(chain: Chain) -> None:
+    mixture = dataclasses.replace(chain.teacher, num_moe_experts=8)
+    cfg = enumerate_shapes.Config()
+    [problem] = enumerate_shapes.check(cfg, dataclasses.replace(chain, teacher=mixture))
+    assert "experts" in problem.what
+
+
+def test_rounds_halve_the_candidates_under_the_token_budget(chain: Chain) -> None:
+    cfg = tournament.Config(num_candidates=4, also=["x"], max_tokens=120_000)
+    assert cfg.rounds() == [5, 3, 2]
+    used = sum(n * cfg.steps(n) * 4 * 256 for n in cfg.rounds())
+    assert 0.9 * cfg.max_tokens < used <= cfg.max_tokens
+    assert tournament.Config(num_candidates=1).rounds() == [1]
+    assert list(tournament.check(cfg, chain)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_candidates": 0}, "at least one candidate"),
+        ({"max_tokens": 9000}, "less than two steps"),
+        ({"select_by": "loss"}, "use kl_to_teacher"),
+    ],
+)
+def test_a_tournament_that_cannot_be_played_is_refused(
+    chain: Chain, settings: dict[str, Any], words: str
+) -> None:
+    [problem] = tournament.check(tournament.Config(**settings), chain)
+    assert words in str(problem)
+
+
+def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better() -> None:
+    sizes = {"a": (10, 1.0), "b": (9, 2.0), "c": (9, 3.0), "d": (11, 1.0), "e": (8, 2.5)}
+    every = [{"name": n, "parameters": p, "proxy": x} for n, (p, x) in sizes.items()]
+    rank_candidates.mark_pareto(every)
+    assert [c["name"] for c in every if c["pareto"]] == ["a", "b", "e"]
+
+
+@pytest.mark.parametrize("settings", [{"proxy": "loss"}, {"num_samples": 0}, {"seq_length": 2000}])
+def test_a_ranking_that_cannot_be_made_is_refused(chain: Chain, settings: dict[str, Any]) -> None:
+    cfg = rank_candidates.Config(**settings)
+    assert len(list(rank_candidates.check(cfg, chain))) == 1
