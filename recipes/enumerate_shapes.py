@@ -43,7 +43,7 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
     """Finds a budget that nothing fits, or that says nothing."""
     yield from one_rank_problems(cfg, "it only counts")
     if chain.teacher.num_moe_experts:
-        yield Problem("experts", "the search has no axes for experts", "search a dense model")
+        yield Problem("budget", "the search has no axes for experts", "search a dense model")
         return
     wrong = [n for n, limit in cfg.budget.items() if n not in COSTS or limit <= 0]
     if wrong or not cfg.budget:

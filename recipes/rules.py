@@ -99,6 +99,10 @@ RULES = {
             "ModelOpt silently skips an axis whose target is not among its choices",
             f"{_MODELOPT}#2159",
         ),
+        Rule("layer-importance", "layers can only be chosen by a score that was measured"),
+        Rule("calibration", "importance on padding or noise prunes at random"),
+        Rule("budget", "a search needs a budget that some shape fits"),
+        Rule("search", "a ranking or a tournament needs candidates, windows and steps"),
         Rule(
             "slow-sizes",
             "a dimension that is no multiple of 16 on a rank runs on slow kernels, or not in FP8",
@@ -106,7 +110,7 @@ RULES = {
         ),
         Rule(
             "one-rank",
-            "the stage has work for one process; ModelOpt prunes at TP=1 only",
+            "the stage has work for one process",
             f"{_NEMO}#11531",
         ),
         # Layout

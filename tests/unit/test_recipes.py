@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ALL_RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 RECIPES = [name for name in ALL_RECIPES if name.endswith("_prune")]
 """On the embedded model and one CPU."""
-LARGE = [name for name in ALL_RECIPES if name not in RECIPES]
+LARGE = [name for name in ALL_RECIPES if name not in (*RECIPES, "llama_search")]
 """Published ones, on GPUs."""
 STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
@@ -102,7 +102,7 @@ def test_the_engine_is_chosen(
         assert planned["build_teacher_engine"].inputs["checkpoint"].kind == "checkpoint_hf"
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.endswith("_prune")])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(
     ("teacher", "order"),
     [
@@ -120,7 +120,7 @@ def test_the_teacher_is_chosen(
     for before, after in pairwise(order):
         assert planned[after].config.inputs["teacher"] == before
     assert planned["evaluate"].config.inputs["teacher"] == "import_hf"
-    assert len(planned) == 6 + len(order)
+    assert len(planned) == 7 + len(order)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

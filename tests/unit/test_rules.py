@@ -95,6 +95,9 @@ TRIPS = {
     "prune-target": trip("stages.prune.target_hidden_size=100"),
     "slow-sizes": trip("stages.prune.target_ffn_hidden_size=1160",
                       "stages.prune.ffn_hidden_size_divisor=8"),
+    "layer-importance": trip("stages.prune.target_num_layers=20",
+                            "stages.prune.layer_importance=block"),
+    "calibration": trip("stages.score.calibration=mock"),
     "one-rank": trip("stages.prune.resources.devices=2"),
     "ranks": trip(f"{D}tensor_model_parallel_size=3"),
     "batch": trip(f"{D}global_batch_size=6"),
@@ -122,6 +125,7 @@ TRIPS = {
     "gates": trip("gates=['recovered.nothing >= 0.5']"),
 }  # fmt: skip
 ELSEWHERE = {
+    **dict.fromkeys(("budget", "search"), "test_search_space.py"),
     "tokenizer": "test_rules.py",
     "backend": "test_tensorrt_llm.py",
     "max-seq-len": "test_tensorrt_llm.py",

@@ -149,6 +149,7 @@ def test_a_budget_that_makes_no_sense_is_refused(
     chain: Chain, settings: dict[str, Any], words: str
 ) -> None:
     [problem] = enumerate_shapes.check(enumerate_shapes.Config(**settings), chain)
+    assert problem.rule == "budget"
     assert words in str(problem)
 
 
@@ -180,6 +181,7 @@ def test_a_tournament_that_cannot_be_played_is_refused(
     chain: Chain, settings: dict[str, Any], words: str
 ) -> None:
     [problem] = tournament.check(tournament.Config(**settings), chain)
+    assert problem.rule == "search"
     assert words in str(problem)
 
 
