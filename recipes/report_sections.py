@@ -16,7 +16,7 @@ from recipes.report_charts import (
 from recipes.report_format import any_value, label_of, scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from markupsafe import Markup
 
@@ -31,6 +31,8 @@ DIVERGENCE = Dimension("KL to the teacher", lambda v: f"{v:,.3g}")
 ACCURACY = Dimension("mean of the tasks", lambda v: f"{v:.1%}", higher_is_better=True)
 REPORTED_ROLES = {"teacher": "teacher", "student": "distilled"}
 """A benchmark's roles, and which evaluated model each is."""
+FEW = 8
+"""As many candidates of a search can all be named in a plot."""
 
 Row = dict[str, Any]
 
@@ -161,7 +163,8 @@ def search_section(metrics: Mapping[str, Any]) -> Row | None:
         return None
     measured = [c for c in candidates if c.get("perplexity") is not None]
     marks = [
-        Mark(c["name"], _fate(c), float(c["parameters"]), float(c["perplexity"])) for c in measured
+        Mark(_label(c, measured), _fate(c), float(c["parameters"]), float(c["perplexity"]))
+        for c in measured
     ]
     axes = sorted({axis for c in candidates for axis in c.get("shape", {})})
     varied = [a for a in axes if len({str(c.get("shape", {}).get(a)) for c in candidates}) > 1]
@@ -169,9 +172,16 @@ def search_section(metrics: Mapping[str, Any]) -> Row | None:
         "candidates": candidates,
         "axes": [(axis, label_of(axis)) for axis in varied],
         "measured": len(measured),
+        "distilled": sum(bool(c["tokens"]) for c in measured),
         "budget": [(label_of(n), any_value(n, v)) for n, v in flat(metrics.get("budget", {}))],
         "plot": trade_off_plot("plot-search", marks, PARAMETERS, PERPLEXITY) if marks else None,
     }
+
+
+def _label(candidate: Mapping[str, Any], every: Sequence[Mapping[str, Any]]) -> str:
+    """Its name, unless there are so many that only the best ones' can be read."""
+    shown = len(every) <= FEW or candidate.get("chosen") or candidate.get("pareto")
+    return str(candidate["name"]) if shown else ""
 
 
 def _fate(candidate: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,34 @@ def test_quality_by_source_of_the_text(inputs: dict[str, Input], tmp_path: Path)
     found = Page(rendered({**inputs, "evaluation": evaluation}, tmp_path))
     assert set(figures.values()) <= found.figures()
     assert "a web crawl" in found.text
+
+
+def test_search_says_whether_candidates_were_distilled(
+    inputs: dict[str, Input], tmp_path: Path
+) -> None:
+    search = deepcopy(inputs["search"].manifest.metrics)
+    text = Page(rendered(inputs, tmp_path)).text
+    assert "the perplexity of 3 was measured, of 3 after a short distillation." in text
+    for candidate in search["candidates"]:
+        candidate["tokens"] = 0
+    text = Page(rendered({**inputs, "search": changed(inputs["search"], **search)}, tmp_path)).text
+    assert "the perplexity of 3 was measured, before any distillation." in text
+
+
+def test_many_candidates_are_not_all_named_in_the_plot(
+    inputs: dict[str, Input], tmp_path: Path
+) -> None:
+    search = deepcopy(inputs["search"].manifest.metrics)
+    beaten = {**search["candidates"][1], "pareto": False}
+    search["candidates"] += [
+        {**beaten, "name": f"beaten {n}", "parameters": 110_000_000 + 100_000 * n} for n in range(9)
+    ]
+    text = rendered({**inputs, "search": changed(inputs["search"], **search)}, tmp_path)
+    plot = text[text.index('id="plot-search"') :].partition('id="table-search"')[0]
+    labels = " ".join(re.findall(r'class="mark"[^>]*>([^<]*)</text>', plot))
+    assert "candidate 0" in labels
+    assert "beaten" not in labels
+    assert plot.count("<circle") == 12
 
 
 def test_cost_counts_tokens_times_the_shapes(page: Page) -> None:
