@@ -134,9 +134,9 @@ def test_model_without_weights_is_refused(plan: MakePlan, hf_folder: Path) -> No
 
 
 def test_model_of_another_architecture_is_refused(plan: MakePlan, hf_folder: Path) -> None:
-    (hf_folder / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"]}))
+    (hf_folder / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
     message = refusal(plan, f"model.hf_path={hf_folder}")
-    assert "Qwen2ForCausalLM is not supported" in message
+    assert "GPT2LMHeadModel is not supported" in message
     assert "LlamaForCausalLM" in message
 
 

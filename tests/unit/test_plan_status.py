@@ -120,7 +120,7 @@ def test_changed_code_is_the_reason(plan: MakePlan, run: Path) -> None:
         "prune": "code changed",
         "distill": "after prune",
         "evaluate": "after prune, distill",
-        "export_hf": "after distill, evaluate",
+        "export_hf": "after distill, evaluate, prune",
         "report": "after prune, distill, evaluate, export_hf",
     }
 
@@ -161,7 +161,7 @@ def test_forced_stage_runs_with_what_follows(plan: MakePlan) -> None:
     assert todo(plan("force=[distill]")) == {
         "distill": "forced",
         "evaluate": "after distill",
-        "export_hf": "after distill, evaluate",
+        "export_hf": "after distill, evaluate, prune",
         "report": "after distill, evaluate, export_hf",
     }
 
