@@ -46,7 +46,7 @@ def image_of(stage: PlannedStage, cluster: Containers) -> str | None:
 
 
 def require_usable(plan: Plan, cluster: Containers) -> None:
-    """Checks images and paths.
+    """Checks what preflight does not: which stages images are for, and the paths' names.
 
     Raises:
         RecipeError: An image is for no stage, or a path cannot be mounted.
@@ -55,13 +55,6 @@ def require_usable(plan: Plan, cluster: Containers) -> None:
     for name in cluster.images:
         if name not in known and (near := did_you_mean(name, known)):
             raise RecipeError(f"cluster.images.{name} is for no stage.{near}")
-    for text in cluster.mounts:
-        path = Path(text.removesuffix(":ro"))
-        if not path.is_absolute() or not path.exists():
-            raise RecipeError(
-                f"cluster.mounts: {path} is not there, or not an absolute path.",
-                "give existing folders, such as /data or /data:ro",
-            )
     for stage in plan.todo():
         for mount in mounts_of(stage, cluster):
             if not MOUNTABLE.fullmatch(str(mount.path)):

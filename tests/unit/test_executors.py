@@ -30,7 +30,7 @@ GOLDEN = Path(__file__).with_name("golden")
 RECIPE = "recipe=llama_width_prune"
 TWO_NODES = (
     "cluster=slurm",
-    "cluster.images.default=/images/nemo.sqsh",
+    'cluster.images.default="registry#nemo:1"',
     "cluster.partition=batch",
     "cluster.account=research",
     "cluster.qos=long",
@@ -45,6 +45,7 @@ TWO_NODES = (
     'stages.distill.resources.sbatch=["--comment=night"]',
     "stages.distill.global_batch_size=64",
 )
+SHORT = ("~stages.plan", "tasks=none", "engine=none")
 Compose = Callable[..., "DictConfig"]
 MakePlan = Callable[..., "Plan"]
 
@@ -56,6 +57,17 @@ def _at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "home")
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
+    # Where there is a docker, it is asked for the images; here it has them all.
+    put_docker(tmp_path, "exit 0", monkeypatch)
+
+
+def put_docker(tmp_path: Path, commands: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A docker that does only this, in front of any other."""
+    program = tmp_path / "bin" / "docker"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f"#!/bin/sh\n{commands}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
 
 
 @pytest.fixture
@@ -111,7 +123,7 @@ def test_job_script_without_a_container_is_the_recorded_one(
 
 def test_submit_script_is_the_recorded_one(prepared: Prepared, tmp_path: Path) -> None:
     """The cached teacher and the pruned student do not wait for each other."""
-    plan, _ = prepared("cluster=slurm", "teacher=cached")
+    plan, _ = prepared("cluster=slurm", "teacher=cached", *SHORT)
     text = slurm_scripts.submit_script(plan)
     require_recorded(text, "submit.sh", tmp_path)
     [cache] = [line for line in text.splitlines() if "submit cache_teacher" in line]
@@ -258,11 +270,7 @@ def test_docker_script_starts_exactly_that(
     """The real script, with a docker that only says how it was started."""
     made, cluster = prepared("cluster=docker", "+cluster.env.AWKWARD='it is \"$HOME\"'")
     stage = stage_of(made, "prune")
-    fake = tmp_path / "bin" / "docker"
-    fake.parent.mkdir()
-    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>{tmp_path}/said\n')
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+    put_docker(tmp_path, f'printf "%s\\n" "$@" >>{tmp_path}/said', monkeypatch)
     subprocess.run([docker.write_script(stage, cluster)], check=True, cwd="/")  # type: ignore[arg-type]
     words = [word for group in docker.command(stage, cluster) for word in group]  # type: ignore[arg-type]
     removal = ["rm", "--force", docker.container_name(stage)]
@@ -272,7 +280,7 @@ def test_docker_script_starts_exactly_that(
 def test_docker_refuses_what_it_cannot_run(prepared: Prepared) -> None:
     for overrides, words in (
         (["stages.prune.resources.nodes=2"], "resources.nodes|one rank"),
-        (["cluster.images.default=null"], "no image is set for stage import_hf"),
+        (["cluster.images.default=null"], "no image is set for stage"),
         (["cluster.options=[host]"], "host is not an option of docker run"),
     ):
         with pytest.raises(RecipeError, match=words):
@@ -292,13 +300,17 @@ def test_what_a_stage_reads_is_mounted_once_and_protected(
     tmp_path: Path,
     hf_folder: Path,
 ) -> None:
-    complete(plan())
-    shared = (tmp_path / "run" / "import_hf").rename(tmp_path / "shared")
-    made, cluster = prepared(
-        "cluster=docker",
+    model = (
         f"model.hf_path={hf_folder}",
         "stages.prune.target_hidden_size=64",
         "stages.prune.target_ffn_hidden_size=128",
+    )
+    complete(plan(*model))
+    shared = (tmp_path / "run" / "import_hf").rename(tmp_path / "shared")
+    made, cluster = prepared(
+        "cluster=docker",
+        *model,
+        "stages.only=[import_hf,prepare_data,prune]",
         f"stages.prune.inputs.checkpoint={shared}",
         f"cluster.mounts=[{tmp_path}/run]",
     )
@@ -319,14 +331,15 @@ def test_scripts_of_a_dry_run_are_clean_and_without_secrets(
         *(RECIPE, f"cluster={cluster}", "dry_run=true", f"run_dir={tmp_path}/run"),
         "cluster.pass_env=[HF_TOKEN,WANDB_API_KEY,MY_TOKEN]",
         "+cluster.env.WORDS='it is \"$HOME\" `id`'",
-        *(["cluster.images.default=/image.sqsh"] if cluster == "slurm" else []),
+        *(['cluster.images.default="registry#image:1"'] if cluster == "slurm" else []),
         **secrets,
     )
     assert done.returncode == 0, done.stderr
     assert "nothing was started" in done.stdout
     run = tmp_path / "run"
     scripts = [*run.glob("*/run.sh"), *run.glob("*/job.sbatch"), *run.glob("submit.sh")]
-    assert len(scripts) == (8 if cluster == "slurm" else 7)
+    stages = len([*run.glob("*/config.yaml")])
+    assert len(scripts) == (stages + 1 if cluster == "slurm" else stages) > 7
     subprocess.run([Path(sys.executable).with_name("shellcheck"), *scripts], check=True)
     texts = [file.read_text() for file in run.rglob("*") if file.is_file()]
     assert not [text for text in texts for secret in secrets.values() if secret in text]
