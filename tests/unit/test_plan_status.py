@@ -161,7 +161,7 @@ def test_forced_stage_runs_with_what_follows(plan: MakePlan) -> None:
     assert todo(plan("force=[distill]")) == {
         "distill": "forced",
         "evaluate": "after distill",
-        "export_hf": "after distill, evaluate, prune",
+        "export_hf": "after distill, evaluate",
         "report": "after distill, evaluate, export_hf",
     }
 
