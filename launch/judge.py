@@ -50,8 +50,8 @@ def require_gates(plan: Plan, console: Console) -> None:
     if failed:
         raise RecipeError(
             f"{len(failed)} of {len(plan.gates)} gates failed: {'; '.join(map(str, failed))}.",
-            f"every stage is complete and its result is in {plan.run_dir}; distil longer or prune "
-            "less, or set gates to what is acceptable",
+            f"the results are in {plan.run_dir}; distil longer, prune less, or set other "
+            "gates (with few items difference_low.TASK says more than recovered.TASK)",
         )
 
 

@@ -72,7 +72,11 @@ class Verdict:
     passed: bool
 
     def __str__(self) -> str:
-        found = "not measurable" if self.measured is None else f"measured {self.measured:.4g}"
+        found = "not measurable, pruning cost no more than noise"
+        if self.measured is not None:
+            found = f"measured {self.measured:.4g}"
+        elif not self.gate.name.startswith("recovered"):
+            found = "not measured"
         return f"{self.gate}: {found}"
 
 

@@ -103,6 +103,15 @@ def test_verdicts(text: str, measured: float | None, passed: bool) -> None:
     assert (verdict.measured, verdict.passed) == (measured, passed)
 
 
+def test_what_cannot_be_measured_says_why() -> None:
+    [verdict] = judge([parse("recovered.sciq >= 0.95")], RESULTS)
+    assert str(verdict) == (
+        "recovered.sciq >= 0.95: not measurable, pruning cost no more than noise"
+    )
+    nothing = {"benchmark_results": {"speedups": []}}
+    assert str(judge([parse("speedup.decode > 1")], nothing)[0]).endswith("> 1: not measured")
+
+
 def test_every_named_figure_can_be_measured() -> None:
     for name in [*EVALUATION, *(f"{figure}.sciq" for figure in TASK)]:
         assert len(judge([Gate(name, ">", 0)], RESULTS)) == 1
