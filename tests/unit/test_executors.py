@@ -310,7 +310,7 @@ def test_what_a_stage_reads_is_mounted_once_and_protected(
     made, cluster = prepared(
         "cluster=docker",
         *model,
-        "stages.only=[import_hf,prepare_data,prune]",
+        "stages.only=[import_hf,prepare_data,score,prune]",
         f"stages.prune.inputs.checkpoint={shared}",
         f"cluster.mounts=[{tmp_path}/run]",
     )
