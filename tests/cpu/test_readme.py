@@ -21,11 +21,14 @@ COMMANDS = [
     for line in block.splitlines()
     if line.split("#")[0].strip()
 ]
+pytestmark = pytest.mark.timeout(1800)  # the demo builds engines of the real model
+
 SMALL = (
     "stages.distill.max_steps=4 stages.distill.warmup_steps=1 stages.distill.val_check_interval=4 "
     "stages.distill.limit_val_batches=1 stages.score.num_calibration_samples=8 "
     "stages.score.num_loss_samples=1 "
-    "stages.evaluate.num_windows=8 stages.evaluate.new_tokens=8 stages.evaluate_tasks.limit=2"
+    "stages.evaluate.num_windows=8 stages.evaluate.new_tokens=8 stages.evaluate_tasks.limit=2 "
+    "stages.benchmark.repetitions=1 stages.benchmark.new_tokens=8"
 )
 
 
@@ -44,11 +47,11 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env={**os.environ, "COLUMNS": "160"},
         capture_output=True,
         text=True,
-        timeout=850,
+        timeout=1700,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "8 stages ran" in done.stdout
+    assert "13 stages ran" in done.stdout
     return run_dir
 
 

@@ -92,6 +92,7 @@ def tiny_chain(
     overrides = (
         "recipe=llama_depth_prune",
         "~stages.plan",
+        "~stages.report.inputs.plan",
         "tasks=none",
         "engine=none",
         "cluster=slurm",

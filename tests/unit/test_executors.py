@@ -45,7 +45,7 @@ TWO_NODES = (
     'stages.distill.resources.sbatch=["--comment=night"]',
     "stages.distill.global_batch_size=64",
 )
-SHORT = ("~stages.plan", "tasks=none", "engine=none")
+SHORT = ("~stages.plan", "~stages.report.inputs.plan", "tasks=none", "engine=none")
 Compose = Callable[..., "DictConfig"]
 MakePlan = Callable[..., "Plan"]
 

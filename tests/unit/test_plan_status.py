@@ -102,7 +102,7 @@ def test_resources_rerun_nothing(plan: MakePlan, complete: Complete, override: s
         complete(plan("stages.distill.global_batch_size=16"))
         overrides.append("stages.distill.global_batch_size=16")
     found = todo(plan(*overrides))
-    assert found.keys() <= {"plan"}  # which is of the layout as well
+    assert found.keys() <= {"plan", "report"}  # which is of the layout as well
     assert bool(found) == ("devices" in override)
 
 
