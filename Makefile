@@ -15,7 +15,7 @@ demo: install
 test: install
 	@tests/install_browser.sh
 	@tests/install_slurm.sh
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: install
 	PATH="$(abspath $(VENV))/bin:$$PATH" pre-commit run --all-files
