@@ -8,6 +8,9 @@ from pathlib import Path
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 """Has an entry for each GPU; reading it takes no time, as ``nvidia-smi`` does."""
+CPUINFO = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""What Linux calls bfloat16 products of x86 and Arm processors."""
 
 
 @dataclass
@@ -31,6 +34,8 @@ class Hardware:
     """Share of the peak that a training reaches while it computes, communication apart."""
     price_per_hour: float = 0.05
     """Of a device (of the node for ``cpu``), in dollars: an assumption, override it with yours."""
+    precision: str = "bf16-mixed"
+    """What training is fastest in there; the default of every training stage."""
     reserved_bytes: float = 0.75e9
     """What a process takes before it holds a model: libraries, CUDA context, buffers of NCCL."""
 
@@ -55,6 +60,15 @@ def physical_memory() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
     return total if text == "max" else min(total, int(text))
+
+
+def cpu_precision() -> str:
+    """Precision to train in on this machine's processor.
+
+    One without bfloat16 products emulates them: a step then takes a hundred times as long.
+    """
+    text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
+    return "bf16-mixed" if BFLOAT16_FLAGS & set(text.split()) else "32"
 
 
 def gpus_here() -> int:

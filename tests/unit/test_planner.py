@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from launch import schema
 from launch.schema import CONF
 from nemo_convert.smollm2 import HF_CONFIG
 from recipes.architecture import Architecture, read_architecture
@@ -31,6 +32,7 @@ PROFILES = sorted(path.stem for path in (CONF / "hardware").glob("*.yaml"))
 
 
 def profile(name: str) -> Hardware:
+    schema.register()
     cfg = OmegaConf.merge(
         OmegaConf.structured(Hardware), OmegaConf.load(CONF / "hardware" / f"{name}.yaml")
     )

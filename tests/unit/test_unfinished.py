@@ -96,7 +96,12 @@ def test_dry_run_is_refused_as_the_run_would_be(
 def test_every_changed_field_is_named_and_set_back(plan: MakePlan) -> None:
     begun = ("stages.distill.precision=32", "stages.distill.lr=3e-4")
     interrupt(plan(*begun), "distill")
-    what, fix = refusal(plan, "stages.distill.lr=1e-5", "stages.distill.min_lr=1e-6")
+    what, fix = refusal(
+        plan,
+        "stages.distill.lr=1e-5",
+        "stages.distill.min_lr=1e-6",
+        "stages.distill.precision=bf16-mixed",
+    )
     assert "min_lr changed 0.0001 → 1e-06" in what
     assert "lr changed 0.0003 → 1e-05" in what
     assert "precision changed 32 → bf16-mixed" in what
