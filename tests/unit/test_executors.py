@@ -142,7 +142,7 @@ def test_forced_stage_is_complete_only_with_a_new_result(
     prepared: Prepared, plan: MakePlan, complete: Callable[..., None], tmp_path: Path
 ) -> None:
     """The script's own test, run by a real shell."""
-    complete(plan())
+    complete(plan("cluster=slurm"))
     made, cluster = prepared("cluster=slurm", "force=[report]")
     stage = stage_of(made, "report")
     script = slurm_scripts.job_script(stage, cluster)
