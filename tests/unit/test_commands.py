@@ -158,7 +158,7 @@ def test_cancelled_launcher_ends_as_with_ctrl_c(
         assert launcher.poll() is None
         time.sleep(0.05)
     cancelled = launch("cancel", f"run_dir={tmp_path}/run")
-    assert "stopped at import_hf" in cancelled.stdout, cancelled.stderr
+    assert "run: stopped at " in cancelled.stdout, cancelled.stderr
     output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 130
     assert "interrupted; the same command resumes" in output
