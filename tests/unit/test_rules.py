@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 GROUPS = ("model=", "teacher=", "tasks=")
 
 D = "stages.distill."
+BFLOAT16 = "hardware.precision=bf16-mixed"
+"""Whatever this machine's processor is best at."""
 T = "stages.evaluate_tasks."
 TP2 = (f"{D}tensor_model_parallel_size=2", f"{D}resources.devices=2", f"{D}global_batch_size=8")
 SMALL = ("stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128")
@@ -229,12 +231,12 @@ def test_fields_that_cannot_be_are_explained(name: str, launch: Launch) -> None:
 
 
 def test_a_rule_can_be_waived_and_is_still_shown(plan: MakePlan) -> None:
-    trips = "hardware.memory_bytes=1e9"
+    trips = ("hardware.memory_bytes=1e9", BFLOAT16)
     with pytest.raises(RecipeError, match="needs about 4 GB on a rank, but cpu has 1 GB"):
-        plan(trips)
-    assert [n.rule for n in plan(trips, "waive=[memory]").notes] == ["memory"]
+        plan(*trips)
+    assert [n.rule for n in plan(*trips, "waive=[memory]").notes] == ["memory"]
     with pytest.raises(RecipeError, match="memory"):
-        plan(trips, "waive=[disk]")
+        plan(*trips, "waive=[disk]")
 
 
 def test_an_unknown_rule_cannot_be_waived(plan: MakePlan) -> None:
@@ -275,8 +277,9 @@ def test_a_login_node_says_nothing_of_the_memory_of_jobs(plan: MakePlan) -> None
 def test_memory_is_shared_by_the_ranks_of_a_cpu(plan: MakePlan) -> None:
     """What fits one rank need not fit four; the fix is a layout that was tried."""
     depth = {"recipe": "recipe=llama_depth_prune"}
-    four = (f"{D}resources.devices=4", f"{D}global_batch_size=16", "hardware.memory_bytes=9e9")
-    plan("hardware.memory_bytes=9e9", **depth)
+    memory = ("hardware.memory_bytes=9e9", BFLOAT16)
+    four = (f"{D}resources.devices=4", f"{D}global_batch_size=16", *memory)
+    plan(*memory, **depth)
     with pytest.raises(RecipeError, match="needs about 4 GB on a rank, but cpu has 2 GB"):
         plan(*four, **depth)
 
