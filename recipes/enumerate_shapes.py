@@ -19,6 +19,7 @@ from recipes.stage import Inputs, StageConfig, stage_main
 
 KIND = "plan"
 INPUTS: dict[str, str] = {}
+LIGHT = True
 FILE = "shapes.json"
 
 

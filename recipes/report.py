@@ -11,6 +11,7 @@ from recipes.preflight import Chain, Problem, one_rank_problems
 from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 
 KIND = "report"
+LIGHT = True
 INPUTS = {
     "teacher": "checkpoint_nemo",
     "data": "dataset",

@@ -40,6 +40,7 @@ def job_script(stage: PlannedStage, cluster: Config) -> str:
         "job.sbatch.j2",
         stage=stage.name,
         module=stage.module,
+        light=stage.light,
         directory=stage.directory,
         run_dir=stage.directory.parent,
         job_name=job_name(stage),

@@ -75,7 +75,7 @@ def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
     arguments = shlex.split(command)[2:]
     planned = any(argument.startswith("recipe=") for argument in arguments)
     extra = ["dry_run=true"] if planned and "--help" not in arguments else []
-    (tmp_path / "my.jsonl").write_text('{"text": "one document"}\n')
+    (tmp_path / "my.jsonl").write_text('{"text": "one document of a few words"}\n' * 200_000)
     result = run_recipe(*arguments, *extra, cwd=tmp_path)
     if "stages.only=[distill]" in arguments:
         assert "whose result is needed but not there" in result.output  # a fresh directory

@@ -132,6 +132,17 @@ def test_submit_script_is_the_recorded_one(prepared: Prepared, tmp_path: Path) -
     assert "job_cache_teacher" not in prune
 
 
+def test_a_stage_without_torch_is_started_without_it(prepared: Prepared) -> None:
+    plan, cluster = prepared("cluster=slurm", "cluster.images.default=null")
+    scripts = {
+        name: slurm_scripts.job_script(stage_of(plan, name), cluster)
+        for name in ("plan", "prune", "report")
+    }
+    started = {n: "torch.distributed.run" in script for n, script in scripts.items()}
+    assert started == {"plan": False, "prune": True, "report": False}
+    assert "-m recipes.plan --config" in scripts["plan"]
+
+
 def test_gpus_are_asked_for_as_the_site_wants(prepared: Prepared) -> None:
     for gpus, line in (("gres", "--gres=gpu:1"), ("gpus-per-node", "--gpus-per-node=1")):
         plan, cluster = prepared("cluster=slurm", f"cluster.gpus={gpus}")

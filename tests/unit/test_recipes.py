@@ -17,6 +17,7 @@ from recipes.budget import jobs_of
 from recipes.known_models import CONFIGS
 from recipes.layouts import HEADROOM
 from recipes.planner import estimate
+from tests.cpu.test_recipes_in_miniature import DISTILL, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -197,6 +198,21 @@ def test_every_large_recipe_has_a_small_budget() -> None:
     whole = {name for name in LARGE if not name.endswith("_small")}
     assert {f"{name}_small" for name in whole} == set(LARGE) - whole
     assert len(whole) == 4
+
+
+@pytest.mark.parametrize("recipe", [name for name in LARGE if not name.endswith("_small")])
+def test_small_budget_differs_only_where_the_miniature_does(
+    recipe: str, compose: Callable[..., Any]
+) -> None:
+    replaced = [*settings("distill", DISTILL), "stages.prepare_data.max_documents=1"]
+    whole, small = (
+        OmegaConf.to_container(compose(f"recipe={name}", *replaced).stages, resolve=True)
+        for name in (recipe, f"{recipe}_small")
+    )
+    for stages in (whole, small):
+        del stages["report"]["title"], stages["report"]["description"]
+        del stages["export_hf"]["recipe"]
+    assert small == whole
 
 
 @pytest.mark.parametrize("stage", STAGES)
