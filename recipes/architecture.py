@@ -15,6 +15,19 @@ DENSE_AXES = ("ffn_hidden_size",)
 EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")
 """What can be pruned of the feed-forward layers."""
 DEFAULT_ROPE = {"rope_type": "default"}
+HF_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+}
+"""Megatron's and Hugging Face's names of what pruning can change or must make explicit."""
+HF_EXPERT_NAMES = {
+    "num_moe_experts": "num_experts",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,10 @@ class Architecture:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for manifests."""
         return asdict(self)
+
+    def hf_names(self) -> dict[str, str]:
+        """Those of ``HF_NAMES`` that such a model has."""
+        return HF_NAMES | (HF_EXPERT_NAMES if self.num_moe_experts else {})
 
     def parameters(self) -> int:
         """Number of parameters, equal to what the built model has (tied weights counted once)."""
@@ -118,6 +135,15 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
         )
     except KeyError as error:
         raise RecipeError(f"{where}: config.json has no {error}.") from error
+
+
+def with_shape(config: Mapping[str, Any], shape: Architecture) -> dict[str, Any]:
+    """A model's ``config.json`` for another shape of the same family."""
+    sizes = {hf: getattr(shape, megatron) for megatron, hf in shape.hf_names().items()}
+    changed = {**config, **sizes}
+    if "layer_types" in changed:  # one a layer, all the same: a sliding window is refused
+        changed["layer_types"] = changed["layer_types"][: shape.num_layers]
+    return changed
 
 
 def _experts(family: Family, config: Mapping[str, Any]) -> dict[str, int]:

@@ -9,9 +9,9 @@ the ratio of their rooflines).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,10 @@ from recipes.benchmark_runs import (
     BASELINE,
     ROLES,
     Contender,
-    CpuWorker,
-    TensorRtLlm,
-    Worker,
+    cpu_threads,
     measure,
     speedups,
+    start_worker,
 )
 from recipes.build_engine import model_folder, require_backend
 from recipes.manifest import Outcome, write_text_atomically
@@ -112,18 +111,14 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     for backend in {c.backend for c in contenders} - {BASELINE}:
         require_backend(backend)
     device = "cuda" if any(c.backend.startswith("tensorrt_llm") for c in contenders) else "cpu"
-    threads = cfg.threads or int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    threads = cfg.threads or cpu_threads()
     machine = {
         "cpu": machine_rates.processor_name(device),
         "threads": threads,
         **machine_rates.measure(contenders[0].architecture, threads, device),
     }
 
-    def start(contender: Contender) -> Worker:
-        if contender.backend.startswith("tensorrt_llm"):
-            return TensorRtLlm(contender, out.parent / "trtllm_bench")
-        return CpuWorker(contender, threads, measure_model.__name__)
-
+    start = partial(start_worker, out.parent / "trtllm_bench", threads, measure_model.__name__)
     rows = measure(contenders, _shapes(cfg), cfg.repetitions, start, log)
     results = {
         "machine": machine,

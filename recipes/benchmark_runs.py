@@ -7,6 +7,7 @@ request (A B A B …), so that a change of the machine's speed hits all alike.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -169,6 +170,25 @@ class TensorRtLlm:
 
     def __exit__(self, *_: object) -> None:
         """Nothing is left running."""
+
+
+def cpu_threads() -> int:
+    """Threads that the launcher gives to a process."""
+    return int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+
+
+def start_worker(scratch: Path, threads: int, module: str, contender: Contender) -> Worker:
+    """What measures a contender.
+
+    Args:
+        scratch: Where ``trtllm-bench`` may write.
+        threads: CPU threads.
+        module: ``measure_model``, named by the stage so that its fingerprint knows that code.
+        contender: Model to measure.
+    """
+    if contender.backend.startswith("tensorrt_llm"):
+        return TensorRtLlm(contender, scratch)
+    return CpuWorker(contender, threads, module)
 
 
 def measure(

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
 from recipes.architecture import Architecture, read_architecture
+from recipes.errors import RecipeError
 from recipes.manifest import Outcome, write_text_atomically
 from recipes.preflight import Chain, Problem, one_rank_problems
-from recipes.search_space import COSTS, Service, Space, enumerate_shapes, limits, name_of
+from recipes.search_space import (
+    COSTS,
+    Measured,
+    Service,
+    Space,
+    enumerate_shapes,
+    limits,
+    name_of,
+)
 from recipes.sources import read_hf_config
 from recipes.stage import Inputs, StageConfig, stage_main
 
 KIND = "plan"
 INPUTS: dict[str, str] = {}
+OPTIONAL_INPUTS = {"latency": "latency_model"}
 LIGHT = True
 FILE = "shapes.json"
 
@@ -31,13 +41,21 @@ class Config(StageConfig):
     """Folder, hub id, or ``pypi://`` source of the teacher."""
     budget: dict[str, float] = field(default_factory=lambda: {"parameters": 0.75})
     """Limits of ``parameters``, ``weight_bytes``, ``memory_bytes`` (with the KV cache) or
-    ``latency_ms`` (of a decoding step, by roofline); up to 1 a share of the teacher's."""
+    ``latency_ms`` (of a decoding step, by roofline or as ``measure_latency`` found); up to 1 a
+    share of the teacher's."""
     space: Space = field(default_factory=Space)
     service: Service = field(default_factory=Service)
 
     def shapes(self, teacher: Architecture) -> list[Architecture]:
         """Shapes within the budget, the largest first."""
         return enumerate_shapes(teacher, self.space, self.budget, self.service)
+
+    def as_measured(self, inputs: Inputs) -> Config:
+        """This, with latency as it was measured, where it was."""
+        if "latency" not in inputs:
+            return self
+        line = Measured(**inputs["latency"].manifest.metrics["measured"])
+        return replace(self, service=replace(self.service, measured=line))
 
 
 def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
@@ -68,7 +86,13 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
 def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     """Writes ``shapes.json`` and a table."""
     teacher = read_architecture(read_hf_config(cfg.hf_path), cfg.hf_path)
+    cfg = cfg.as_measured(inputs)
     shapes = cfg.shapes(teacher)
+    if not shapes:
+        raise RecipeError(
+            f"no shape fits {limits(teacher, cfg.budget, cfg.service)}, with latency as measured.",
+            "raise the budget, or max_depth_pruning and max_width_pruning in space",
+        )
     text = json.dumps([shape.as_dict() for shape in shapes], indent=1)
     write_text_atomically(out / FILE, text + "\n")
     budget = limits(teacher, cfg.budget, cfg.service)
@@ -84,12 +108,16 @@ def table(teacher: Architecture, shapes: list[Architecture], service: Service) -
     """The teacher and the shapes with what each costs."""
     rows = [("teacher", teacher), *((name_of(shape), shape) for shape in shapes)]
     return {
-        "title": f"Shapes within the budget; latency by roofline of {service.device}",
+        "title": f"Shapes within the budget; latency {_source(service)}",
         "columns": ["shape", *COSTS],
         "rows": [
             [name, *(cost(shape, service) for cost in COSTS.values())] for name, shape in rows
         ],
     }
+
+
+def _source(service: Service) -> str:
+    return "as measured" if service.measured else f"by roofline of {service.device}"
 
 
 if __name__ == "__main__":

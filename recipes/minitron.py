@@ -14,25 +14,11 @@ from nemo_convert.convert import MergedWeights, hf_weights
 from nemo_convert.families import FAMILIES
 from nemo_convert.hf import copy_side_files
 from nemo_convert.streaming import StreamedSave
-from recipes.architecture import Architecture
+from recipes.architecture import Architecture, with_shape
 from recipes.errors import RecipeError
 from recipes.importance import Importance
 from recipes.manifest import write_text_atomically
 from recipes.slicing import Kept, cut, student_name
-
-HF_NAMES = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_key_value_heads",
-    "kv_channels": "head_dim",
-}
-"""Megatron's and Hugging Face's names of what pruning can change or must make explicit."""
-HF_EXPERT_NAMES = {
-    "num_moe_experts": "num_experts",
-    "moe_ffn_hidden_size": "moe_intermediate_size",
-}
 
 
 def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]:
@@ -85,14 +71,10 @@ def prune_checkpoint(teacher: Path, student: Architecture, kept: Kept, out: Path
     cpu_backend.enable()
     nemo.initialize(nemo.Parallelism())
     model = nemo.restore_model(teacher)
-    config = nemo.read_config(teacher)
-    names = HF_NAMES | (HF_EXPERT_NAMES if student.num_moe_experts else {})
-    for megatron, hf in names.items():
-        config[hf] = value = getattr(student, megatron)
-        setattr(model.config, megatron, value)
-        setattr(model.__io__.config, megatron, value)
-    if "layer_types" in config:  # one a layer, all the same: a sliding window is refused
-        config["layer_types"] = config["layer_types"][: student.num_layers]
+    config = with_shape(nemo.read_config(teacher), student)
+    for megatron in student.hf_names():
+        setattr(model.config, megatron, getattr(student, megatron))
+        setattr(model.__io__.config, megatron, getattr(student, megatron))
     core = nemo.build_core(model, nemo.Parallelism())
     weights = CutWeights(cut_weights(teacher, kept, student.kv_channels))
     source = MergedWeights(weights, student, FAMILIES[student.hf_architecture])
@@ -140,5 +122,6 @@ def cut_weights(teacher: Path, kept: Kept, head_size: int) -> dict[str, torch.Te
 
 def summary(importance: Importance, method: str, kept: Kept) -> dict[str, Any]:
     """What the manifest says about layers."""
-    scores = importance.layers.get(method, importance.layers["block_influence"])
-    return {"kept_layers": kept.layers, "layer_importance": scores}
+    measure = method if method in importance.layers else "block_influence"
+    scores = importance.layers[measure]
+    return {"kept_layers": kept.layers, "layer_importance": scores, "layer_measure": measure}

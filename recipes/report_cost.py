@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from recipes.stage import Inputs
 
+MAX_FILES = 200
+"""Files listed per stage; a large checkpoint has thousands, and its manifest names them all."""
 TRAINING = 3
 """A training step's FLOPs over its forward pass's: the backward pass costs twice as much."""
 
@@ -34,6 +36,44 @@ class Work:
     def flops(self) -> int:
         """FLOPs of both models."""
         return self.student + self.teacher
+
+
+def costs(inputs: Inputs, before: Mapping[str, Manifest], passes: list[Work]) -> dict[str, Any]:
+    """What the templates of cost and provenance show.
+
+    Args:
+        inputs: Inputs of the page's stage.
+        before: Stages that they were made from, by name.
+        passes: Passes through models, as far as they are known.
+    """
+    stages = [*before.items(), *((item.directory.name, item.manifest) for item in inputs.values())]
+    stages.sort(key=lambda item: item[1].started_at)
+    every = [manifest for _, manifest in stages]
+    return {
+        "stages": [(name, manifest, machine_hours(manifest)) for name, manifest in stages],
+        "seconds": sum(m.seconds for m in every),
+        "hours": sum(map(machine_hours, every)),
+        "processes": max(map(processes, every)),
+        "work": passes,
+        "largest": {
+            "bytes": max(m.total_bytes() for m in every) or 1,
+            "seconds": max(m.seconds for m in every) or 1,
+            "peak": max(m.peak_rss_bytes for m in every) or 1,
+            "flops": max((one.flops for one in passes), default=0) or 1,
+        },
+        "max_files": MAX_FILES,
+    }
+
+
+def versions(manifests: Iterable[Manifest]) -> dict[str, list[str]]:
+    """Each library's versions; more than one where stages ran in different environments."""
+    found: dict[str, list[str]] = {}
+    for manifest in manifests:
+        for library, version in manifest.versions.items():
+            known = found.setdefault(library, [])
+            if version not in known:
+                known.append(version)
+    return found
 
 
 def upstream(inputs: Inputs) -> dict[str, Manifest]:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from recipes.metrics import METRICS, steps_of
-from recipes.report_cost import machine_hours, processes, upstream, work
+from recipes.report_cost import costs, upstream, versions, work
 from recipes.report_format import render_template
 from recipes.report_plots import (
     SMOOTHING,
@@ -86,8 +86,6 @@ PARTS = {
     "calibration": "Calibration",
     "heldout": "Held out",
 }
-MAX_FILES = 200
-"""Files listed per stage; a large checkpoint has thousands, and its manifest names them all."""
 
 
 def render(cfg: Config, inputs: Inputs, path: Path) -> None:
@@ -105,6 +103,7 @@ def page(cfg: Config, inputs: Inputs) -> dict[str, Any]:
     """Everything that the template shows."""
     manifests = {name: inputs[name].manifest for name in (*CHAIN, *OPTIONAL) if name in inputs}
     evaluation = manifests["evaluation"].metrics
+    before = upstream(inputs)
     content = {
         "title": cfg.title or "Distillation report",
         "description": cfg.description,
@@ -121,12 +120,11 @@ def page(cfg: Config, inputs: Inputs) -> dict[str, Any]:
         "training": _training(inputs["distilled"]),
         "layers": _layers(manifests["pruned"].metrics),
         "quality_plot": _quality_plot(evaluation),
-        "versions": _versions(manifests),
-        "max_files": MAX_FILES,
+        "versions": versions(manifests.values()),
         "train": manifests["distilled"].config,
         "trained": manifests["distilled"].metrics,
         "calibration": manifests["pruned"].config,
-        **_cost(inputs, manifests),
+        **costs(inputs, before, work(manifests, before)),
         **sections(manifests, evaluation),
     }
     shown = [
@@ -135,31 +133,6 @@ def page(cfg: Config, inputs: Inputs) -> dict[str, Any]:
         if name not in WHERE_PRESENT or content[name]
     ]
     return {**content, "contents": shown}
-
-
-def _cost(inputs: Inputs, manifests: Mapping[str, Manifest]) -> dict[str, Any]:
-    """Every stage that went into the run, and the passes through its models."""
-    before = upstream(inputs)
-    stages = [
-        *before.items(),
-        *((inputs[name].directory.name, manifests[name]) for name in manifests),
-    ]
-    stages.sort(key=lambda item: item[1].started_at)
-    every = [manifest for _, manifest in stages]
-    passes = work(manifests, before)
-    return {
-        "stages": [(name, manifest, machine_hours(manifest)) for name, manifest in stages],
-        "seconds": sum(m.seconds for m in every),
-        "hours": sum(map(machine_hours, every)),
-        "processes": max(map(processes, every)),
-        "work": passes,
-        "largest": {
-            "bytes": max(m.total_bytes() for m in every) or 1,
-            "seconds": max(m.seconds for m in every) or 1,
-            "peak": max(m.peak_rss_bytes for m in every) or 1,
-            "flops": max((one.flops for one in passes), default=0) or 1,
-        },
-    }
 
 
 def _targets(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -266,8 +239,13 @@ def _layers(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     dropped = sorted(scores.keys() - kept)
     title = f"Importance of {len(scores)} layers; dropped: {dropped or 'none'}"
     plot = layer_plot("plot-layers", title, scores, kept)
-    skewed = is_skewed(scores.values())
-    return {"plot": plot, "dropped": dropped, "kept": len(kept), "skewed": skewed}
+    return {
+        "plot": plot,
+        "dropped": dropped,
+        "kept": len(kept),
+        "skewed": is_skewed(scores.values()),
+        "measure": metrics.get("layer_measure", "block_influence"),
+    }
 
 
 def _quality_plot(evaluation: Mapping[str, Any]) -> Markup:
@@ -277,14 +255,3 @@ def _quality_plot(evaluation: Mapping[str, Any]) -> Markup:
         if (f := evaluation.get(role))
     ]
     return interval_plot("plot-quality", "Loss on held-out text with standard errors", rows)
-
-
-def _versions(manifests: Mapping[str, Manifest]) -> dict[str, list[str]]:
-    """Each library's versions; more than one where stages ran in different environments."""
-    found: dict[str, list[str]] = {}
-    for manifest in manifests.values():
-        for library, version in manifest.versions.items():
-            known = found.setdefault(library, [])
-            if version not in known:
-                known.append(version)
-    return found

@@ -100,7 +100,7 @@ class Arena:
 
 
 def run_stage(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> None:
-    """Runs a stage as the launcher does, on one device, unless it is complete.
+    """Runs a stage as the launcher does, on one machine, unless it is complete.
 
     Raises:
         RecipeError: It failed.
@@ -113,10 +113,12 @@ def run_stage(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> 
     file = directory / "config.yaml"
     write_text_atomically(file, OmegaConf.to_yaml(request))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=1", "-m", f"recipes.{config.stage}", "--config", str(file)]
+    devices = config.resources.devices
+    command += [f"--nproc-per-node={devices}", "-m", f"recipes.{config.stage}"]
+    command += ["--config", str(file)]
     with (directory / "log.txt").open("w", encoding="utf-8") as log:
         subprocess.run(
-            command, cwd=REPO_ROOT, env=_environment(), stdout=log, stderr=log,
+            command, cwd=REPO_ROOT, env=_environment(devices), stdout=log, stderr=log,
             check=False, preexec_fn=die_with_parent,
         )  # fmt: skip
     if read_manifest(directory) is None:
@@ -148,18 +150,20 @@ def request_of(config: StageConfig, inputs: dict[str, Path]) -> dict[str, Any]:
     return {"config": settings, "inputs": refs, "fingerprint": fingerprint, "code": code}
 
 
-def _environment() -> dict[str, str]:
-    """This rank's, without what makes it one of several, and with its own device."""
+def _environment(devices: int) -> dict[str, str]:
+    """This rank's, without what makes it one of several; for one device, it is the rank's own."""
     keep = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_"))
         and name not in ("RANK", "WORLD_SIZE")
     }
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    keep["PYTHONPATH"] = str(REPO_ROOT)
+    if devices > 1:
+        return keep
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    mine = devices.split(",")[local] if devices else str(local)
-    return {**keep, "CUDA_VISIBLE_DEVICES": mine, "PYTHONPATH": str(REPO_ROOT)}
+    return {**keep, "CUDA_VISIBLE_DEVICES": visible.split(",")[local] if visible else str(local)}
 
 
 def _wait_for(directory: Path) -> None:

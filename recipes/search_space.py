@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from recipes import roofline
 from recipes.architecture import Architecture
+from recipes.roofline import WEIGHT_BITS, Machine, Storage
 
 AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
@@ -34,28 +36,49 @@ class Space:
 
 
 @dataclass
+class Measured:
+    """What a decoding step takes on an engine: a fitted line instead of the roofline.
+
+    ``measure_latency`` makes it from timed engines.
+    """
+
+    step_ms: float = 0.0
+    """Whatever the shape."""
+    layer_ms: float = 0.0
+    """More for each layer."""
+    gigabyte_ms: float = 0.0
+    """More for each 10⁹ bytes read."""
+
+
+@dataclass
 class Service:
     """How the student is to be served, and on what: bfloat16 on one H100 by default."""
 
     device: str = "h100"
     flops_per_second: float = 9.89e14
     bytes_per_second: float = 3.35e12
-    bytes_per_weight: float = 2
-    bytes_per_cached_value: float = 2
+    precision: str = "bf16"
+    """Of weights, as in ``build_engine``."""
+    bytes_per_cached_value: int = 2
     batch_size: int = 1
     context_length: int = 4096
+    measured: Measured | None = None
+
+    @property
+    def storage(self) -> Storage:
+        """How weights and cache are kept."""
+        return Storage(self.precision, kv_bytes=self.bytes_per_cached_value)
 
 
 def weight_bytes(shape: Architecture, service: Service) -> float:
     """All weights."""
-    return shape.parameters() * service.bytes_per_weight
+    return shape.parameters() * WEIGHT_BITS[service.precision] / 8
 
 
 def cache_bytes(shape: Architecture, service: Service) -> float:
     """Keys and values of full contexts."""
-    values = 2 * shape.num_layers * shape.num_query_groups * shape.kv_channels
     tokens = service.batch_size * service.context_length
-    return values * tokens * service.bytes_per_cached_value
+    return roofline.kv_cache_bytes(shape, tokens, service.storage)
 
 
 def memory_bytes(shape: Architecture, service: Service) -> float:
@@ -64,12 +87,23 @@ def memory_bytes(shape: Architecture, service: Service) -> float:
 
 
 def latency_ms(shape: Architecture, service: Service) -> float:
-    """Roofline of one decoding step at full context: what takes longer, to compute or to read."""
-    flops = shape.forward_flops_per_token()
-    scores = 4 * shape.num_layers * shape.num_attention_heads * shape.kv_channels
-    compute = service.batch_size * (flops + scores * service.context_length)
-    read = flops / 2 * service.bytes_per_weight + cache_bytes(shape, service)
-    return 1e3 * max(compute / service.flops_per_second, read / service.bytes_per_second)
+    """One decoding step at full context: as engines were measured, else by roofline."""
+    serving = roofline.Shape(service.batch_size, service.context_length, 0)
+    if service.measured is None:
+        machine = Machine(service.flops_per_second, service.bytes_per_second)
+        return 1e3 * roofline.decode_seconds(shape, serving, service.storage, machine)
+    line = service.measured
+    return (
+        line.step_ms
+        + line.layer_ms * shape.num_layers
+        + line.gigabyte_ms * read_gigabytes(shape, service)
+    )
+
+
+def read_gigabytes(shape: Architecture, service: Service) -> float:
+    """10⁹ bytes that a decoding step reads at full context: weights and cache."""
+    batch, context = service.batch_size, service.context_length
+    return roofline.decode_bytes(shape, batch, context, service.storage) / 1e9
 
 
 COSTS: dict[str, Callable[[Architecture, Service], float]] = {
@@ -124,6 +158,22 @@ def enumerate_shapes(
         if shape and not any(fits(other) for other in larger(shape)):
             found.append(shape)
     return sorted(found, key=lambda shape: -shape.parameters())
+
+
+def corners(teacher: Architecture, space: Space) -> list[Architecture]:
+    """The teacher, it with each axis as small as may be, and with all of them so."""
+    least: dict[str, Any] = {axis: min(_choices(teacher, space, axis)) for axis in AXES}
+    each = (replace(teacher, **{axis: size}) for axis, size in least.items())
+    return list(dict.fromkeys([teacher, *each, replace(teacher, **least)]))
+
+
+def middle(teacher: Architecture, space: Space) -> Architecture:
+    """A shape between the corners."""
+    sizes: dict[str, Any] = {}
+    for axis in AXES:
+        choices = _choices(teacher, space, axis)
+        sizes[axis] = choices[len(choices) // 2]
+    return replace(teacher, **sizes)
 
 
 def _choices(teacher: Architecture, space: Space, axis: str) -> list[int]:

@@ -2,7 +2,8 @@
 
 Successive halving (Jamieson and Talwalkar, arXiv:1502.07943): each round has the same share of the
 tokens, so fewer candidates get more each. Every pruning and training is a stage of its own below
-``work/``, so a killed tournament goes on where it was. Candidates are shared out to the ranks.
+``work/``, so a killed tournament goes on where it was. Candidates are shared out to the ranks; or
+there is one rank, and each training takes all of the machine's devices.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Config(StageConfig):
     """Settings of ``tournament``."""
 
     num_candidates: int = 4
-    """Best-ranked candidates that take part; the number left is halved each round."""
+    """Best-ranked candidates that take part; the number left is halved each round. One alone wins
+    by its rank, untrained."""
     also: list[str] = field(default_factory=list)
     """Names of candidates that take part whatever their rank."""
     max_tokens: int = 200_000
@@ -55,7 +57,7 @@ class Config(StageConfig):
         while count > 1:
             numbers.append(count)
             count = math.ceil(count / 2)
-        return numbers or [1]
+        return numbers
 
     def steps(self, candidates: int) -> int:
         """Steps that each of so many candidates may take in a round."""
@@ -74,7 +76,16 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
         return
     if cfg.select_by not in ("kl_to_teacher", "perplexity"):
         yield Problem("search", f"select_by={cfg.select_by}", "use kl_to_teacher or perplexity")
+    if cfg.distill.resources.devices > 1 and cfg.resources.devices * cfg.resources.nodes > 1:
+        yield Problem(
+            "search",
+            f"the tournament has {cfg.resources.devices} devices and each of its trainings "
+            f"{cfg.distill.resources.devices}: both have several ranks",
+            "set resources.devices of one of them to 1",
+        )
     rounds = cfg.rounds()
+    if not rounds:
+        return
     if cfg.steps(rounds[0]) < 2:
         need = 2 * len(rounds) * rounds[0] * cfg.distill.global_batch_size * cfg.distill.seq_length
         yield Problem(

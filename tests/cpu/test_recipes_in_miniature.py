@@ -38,6 +38,7 @@ TARGETS = {
     },
     "depth": {"target_num_layers": 3},
 }
+TARGETS["nas"] = TARGETS["width"] | TARGETS["depth"]
 DISTILL = {
     "max_steps": 4,
     "warmup_steps": 1,

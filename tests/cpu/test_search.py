@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from recipes import (
     distill,
     enumerate_shapes,
     import_hf,
+    measure_latency,
     prepare_data,
     rank_candidates,
+    report_search,
     score,
     stage,
     tournament,
@@ -28,9 +32,9 @@ from recipes.manifest import ARTIFACT, Manifest, read_manifest
 from recipes.minitron import cut_weights
 from recipes.quality import load_transformers
 from recipes.rounds import request_of
-from recipes.search_space import Space
+from recipes.search_space import Service, Space
 from recipes.slicing import choose
-from recipes.stage import Input
+from recipes.stage import Input, Resources
 
 SHAPES: list[dict[str, Any]] = [
     {"num_layers": 3},
@@ -128,11 +132,34 @@ def test_candidates_are_ranked_and_counted(before: Path) -> None:
     assert any(c["pareto"] for c in candidates)
 
 
+def test_engines_are_timed_and_keep_a_budget_of_latency(before: Path) -> None:
+    space = Space(1, 8, 8, max_depth_pruning=0.75)
+    service = Service(precision="fp32", bytes_per_cached_value=4, context_length=64)
+    complete(
+        measure_latency, before, {"checkpoint": "import_hf"}, space=space, service=service,
+        repetitions=5,
+    )  # fmt: skip
+    found = manifest_of(before, "measure_latency").metrics
+    assert [shape["seen"] for shape in found["shapes"]] == [True] * 5 + [False]
+    teacher, smallest = found["shapes"][0], found["shapes"][4]
+    assert smallest["step_ms"] < teacher["step_ms"]
+    assert teacher["fitted_ms"] == pytest.approx(teacher["step_ms"], rel=0.5)
+    cfg = enumerate_shapes.Config(budget={"latency_ms": 0.8}, space=space, service=service)
+    inputs = {"latency": Input(before, manifest_of(before, "measure_latency"))}
+    shape = nemo.architecture_of(nemo.find_checkpoint(before / "import_hf" / ARTIFACT))
+    measured = cfg.as_measured(inputs)
+    assert measured.service.measured is not None
+    assert measured.shapes(shape) != cfg.shapes(shape) != []
+
+
 def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranked = manifest_of(before, "rank_candidates").metrics["candidates"]
-    training = distill.Config(seq_length=64, limit_val_batches=1, lr=1e-3)
+    training = distill.Config(
+        seq_length=64, limit_val_batches=1, lr=1e-3, tensor_model_parallel_size=2,
+        resources=Resources(devices=2),
+    )  # fmt: skip
     cfg = tournament.Config(
         num_candidates=2, num_samples=4, max_tokens=4096, distill=training, stage="tournament"
     )
@@ -175,3 +202,26 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     )
     teacher = nemo.architecture_of(nemo.find_checkpoint(before / "import_hf" / ARTIFACT))
     assert pruned(teacher, targets).as_dict() == winner["shape"]
+
+
+def test_the_report_shows_every_candidate_and_the_winner(before: Path, tmp_path: Path) -> None:
+    """Of a ranking alone, whose first is taken; numbers are the manifest's."""
+    metrics = manifest_of(before, "rank_candidates").metrics
+    winner = {**metrics["candidates"][0], "chosen": True}
+    chosen = {**metrics, "candidates": [winner, *metrics["candidates"][1:]]}
+    search = replace(manifest_of(before, "rank_candidates"), metrics=chosen)
+    inputs = {
+        "teacher": Input(before / "import_hf", manifest_of(before, "import_hf")),
+        "search": Input(before / "rank_candidates", search),
+    }
+    (tmp_path / "work").mkdir()
+    out = tmp_path / "work" / ARTIFACT
+    out.mkdir()
+    report_search.run(report_search.Config(title="search"), inputs, out)
+    text = (out / report_search.FILE).read_text()
+    for candidate in metrics["candidates"]:
+        assert candidate["name"] in text
+        assert f'value="{json.dumps(candidate["kl_to_teacher"])}"' in text
+    assert f"<b>{winner['name']}</b> was chosen" in text
+    assert 'id="plot-search"' in text
+    assert "enumerate_shapes" in text

@@ -17,6 +17,7 @@ from recipes.budget import jobs_of
 from recipes.known_models import CONFIGS
 from recipes.layouts import HEADROOM
 from recipes.planner import estimate
+from recipes.search_space import name_of
 from tests.cpu.test_recipes_in_miniature import DISTILL, settings
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 ALL_RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 RECIPES = [name for name in ALL_RECIPES if name.endswith("_prune")]
 """On the embedded model and one CPU."""
-LARGE = [name for name in ALL_RECIPES if name not in (*RECIPES, "llama_search")]
+SEARCHES = [name for name in ALL_RECIPES if name.endswith("_search")]
+LARGE = [name for name in ALL_RECIPES if name not in (*RECIPES, *SEARCHES)]
 """Published ones, on GPUs."""
 STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
@@ -176,6 +178,7 @@ def test_large_recipes_pass_preflight_on_their_hardware(
         ("llama3_1_8b_width", 4.51e9, 94e9),
         ("llama3_1_8b_depth", 4.54e9, 94e9),
         ("qwen3_8b_depth", 5.88e9, 90e9),
+        ("qwen3_8b_nas", 5.99e9, 90e9),
         ("mistral_nemo_12b_width", 8.41e9, 380e9),
     ],
 )
@@ -194,10 +197,24 @@ def test_large_recipes_are_the_published_ones(
         assert job.tokens == pytest.approx(budget, rel=0.01)
 
 
+def test_the_search_of_a_large_model_lists_the_published_shape(
+    plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.sources._in_reach", lambda _: False)
+    planned = plan("waive=[disk]", recipe="recipe=qwen3_8b_search")
+    assert {note.rule for note in planned.notes} <= {"bundled-config", "disk"}
+    stages: dict[str, Any] = dict(planned.chain.stages)
+    search = stages["enumerate_shapes"]
+    assert search.service.device == "h100"
+    names = {name_of(shape) for shape in search.shapes(planned.chain.teacher)}
+    assert "l30-h3584-f11776-a32" in names
+    assert 10 < len(names) < 200
+
+
 def test_every_large_recipe_has_a_small_budget() -> None:
     whole = {name for name in LARGE if not name.endswith("_small")}
     assert {f"{name}_small" for name in whole} == set(LARGE) - whole
-    assert len(whole) == 4
+    assert len(whole) == 5
 
 
 @pytest.mark.parametrize("recipe", [name for name in LARGE if not name.endswith("_small")])

@@ -11,19 +11,32 @@ from typing import Any
 
 import pytest
 
-from recipes import enumerate_shapes, rank_candidates, tournament
+from recipes import (
+    build_engine,
+    distill,
+    enumerate_shapes,
+    measure_latency,
+    rank_candidates,
+    tournament,
+)
 from recipes.architecture import Architecture
+from recipes.errors import RecipeError
 from recipes.preflight import Chain
 from recipes.search_space import (
+    Measured,
     Service,
     Space,
     cache_bytes,
+    corners,
     latency_ms,
     memory_bytes,
+    middle,
     name_of,
+    read_gigabytes,
     weight_bytes,
 )
 from recipes.search_space import enumerate_shapes as shapes_of
+from recipes.stage import Resources
 
 QWEN3_8B = Architecture(
     "LlamaForCausalLM", 36, 4096, 12288, 32, 8, 128, 151936, 40960, tied_embeddings=False
@@ -165,8 +178,10 @@ def test_rounds_halve_the_candidates_under_the_token_budget(chain: Chain) -> Non
     assert cfg.rounds() == [5, 3, 2]
     used = sum(n * cfg.steps(n) * 4 * 256 for n in cfg.rounds())
     assert 0.9 * cfg.max_tokens < used <= cfg.max_tokens
-    assert tournament.Config(num_candidates=1).rounds() == [1]
     assert list(tournament.check(cfg, chain)) == []
+    alone = tournament.Config(num_candidates=1, max_tokens=0)
+    assert alone.rounds() == []
+    assert list(tournament.check(alone, chain)) == []
 
 
 @pytest.mark.parametrize(
@@ -175,6 +190,14 @@ def test_rounds_halve_the_candidates_under_the_token_budget(chain: Chain) -> Non
         ({"num_candidates": 0}, "at least one candidate"),
         ({"max_tokens": 9000}, "less than two steps"),
         ({"select_by": "loss"}, "use kl_to_teacher"),
+        (
+            {
+                "num_candidates": 1,
+                "resources": Resources(devices=2),
+                "distill": distill.Config(resources=Resources(devices=2)),
+            },
+            "several ranks",
+        ),
     ],
 )
 def test_a_tournament_that_cannot_be_played_is_refused(
@@ -196,3 +219,59 @@ def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better() -> N
 def test_a_ranking_that_cannot_be_made_is_refused(chain: Chain, settings: dict[str, Any]) -> None:
     cfg = rank_candidates.Config(**settings)
     assert len(list(rank_candidates.check(cfg, chain))) == 1
+
+
+def test_a_measured_line_is_found_again_and_keeps_a_budget() -> None:
+    """Steps of 2 ms, 0.1 ms a layer and 20 ms for 10⁹ bytes."""
+    truth, service = Measured(2.0, 0.1, 20.0), Service(precision="fp32", context_length=256)
+    shapes = corners(SMOLLM2, Space(prune_heads=True))
+    assert len(shapes) == 6
+    steps = [latency_ms(s, dataclasses.replace(service, measured=truth)) for s in shapes]
+    assert steps[0] == pytest.approx(2 + 3 + 20 * read_gigabytes(SMOLLM2, service))
+    line = measure_latency.fit(shapes, steps, service)
+    assert dataclasses.astuple(line) == pytest.approx(dataclasses.astuple(truth), rel=1e-3)
+    measured = dataclasses.replace(service, measured=line)
+    found = shapes_of(SMOLLM2, Space(), {"latency_ms": 0.8}, measured)
+    # Reading fewer bytes does not help with what every step and layer takes.
+    assert max(s.parameters() for s in found) < 0.8 * SMOLLM2.parameters()
+    assert all(latency_ms(s, measured) <= 0.8 * steps[0] for s in found)
+    assert found != shapes_of(SMOLLM2, Space(), {"latency_ms": 0.8}, service)
+
+
+def test_an_axis_never_takes_less_than_no_time() -> None:
+    """Noise can make a fewer layers look slower than smaller ones."""
+    shapes, service = corners(SMOLLM2, Space()), Service()
+    steps = [10 * read_gigabytes(s, service) - 0.01 * s.num_layers for s in shapes]
+    line = measure_latency.fit(shapes, steps, service)
+    assert min(dataclasses.astuple(line)) >= 0
+    assert line.gigabyte_ms > 0
+
+
+def test_engines_that_size_does_not_make_faster_are_refused() -> None:
+    shapes = corners(SMOLLM2, Space())
+    with pytest.raises(RecipeError, match="smaller engines were not faster"):
+        measure_latency.fit(shapes, [3.0 + 0.1 * n for n in range(len(shapes))], Service())
+
+
+def test_the_middle_is_no_corner() -> None:
+    shape = middle(SMOLLM2, Space())
+    assert shape not in corners(SMOLLM2, Space())
+    assert 18 < shape.num_layers < 30
+    assert 384 <= shape.hidden_size < 576
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"new_tokens": 1}, "grid"),
+        ({"service": Service(context_length=8)}, "grid"),
+        ({"service": Service(context_length=2000)}, "length"),
+        ({"engine": build_engine.Config(precision="int3")}, "precision"),
+    ],
+)
+def test_latency_that_cannot_be_measured_is_refused(
+    chain: Chain, settings: dict[str, Any], rule: str
+) -> None:
+    cfg = measure_latency.Config(**{"service": Service(context_length=256), **settings})
+    [problem] = measure_latency.check(cfg, chain)
+    assert problem.rule == rule
