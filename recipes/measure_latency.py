@@ -42,7 +42,9 @@ FILE = "latency.json"
 class Config(StageConfig):
     """Settings of ``measure_latency``."""
 
-    engine: build_engine.Config = field(default_factory=build_engine.Config)
+    engine: build_engine.Config = field(
+        default_factory=lambda: build_engine.Config(stage="build_engine")
+    )
     """How engines are built."""
     space: Space = field(default_factory=Space)
     service: Service = field(default_factory=Service)
