@@ -15,7 +15,8 @@ demo: install
 test: install
 	@tests/install_browser.sh
 	@tests/install_slurm.sh
-	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+	  --no-loadscope-reorder $(ARGS)
 
 lint: install
 	PATH="$(abspath $(VENV))/bin:$$PATH" pre-commit run --all-files

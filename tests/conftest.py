@@ -14,6 +14,14 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
+LONGEST = ("test_slurm", "test_recipes_in_miniature", "test_readme", "test_chain", "test_parallel")
+"""Files that take minutes: started first, none of them is left over for one worker at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders files; tests of a file keep their order."""
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
 
 
 @dataclass(frozen=True)

@@ -89,3 +89,32 @@ def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Pat
     [planned] = [job["trained"] for job in plan.config["jobs"].values()]
     assert planned == shape
     assert plan.metrics["figures"]["tokens"] == 4 * 4 * 64
+
+
+def test_search_runs_on_a_tiny_model(tmp_path: Path, text_file: Path) -> None:
+    """From the shapes within a budget to the report and the winner's recipe."""
+    model = write_tiny_model(tmp_path / "model", text_file, family_of("qwen3_8b_search"), **EVEN)
+    smaller = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 32}
+    training = {"global_batch_size": 4, "tensor_model_parallel_size": 1, "resources.devices": 1}
+    done = run_recipe(
+        "recipe=qwen3_8b_search",
+        f"model.hf_path={model}",
+        "hardware=cpu",
+        f"data.sources=[{text_file}]",
+        "data.seq_length=64",
+        f"run_dir={tmp_path}/run",
+        "stages.enumerate_shapes.budget={parameters: 0.75}",
+        *settings("enumerate_shapes.space", {**smaller, "tensor_model_parallel_size": 1}),
+        *settings("rank_candidates", {"num_samples": 4}),
+        *settings("tournament", {"num_candidates": 2, "max_tokens": 4096, "num_samples": 4}),
+        *settings("tournament.distill", training),
+        cwd=tmp_path,
+    )
+    assert done.code == 0, done.output
+    found = read_manifest(tmp_path / "run" / "tournament")
+    assert found is not None
+    assert sum(bool(one["tokens"]) for one in found.metrics["candidates"]) == 2
+    recipe = OmegaConf.load(tmp_path / "run" / "tournament" / "artifact" / "recipe.yaml")
+    assert found.metrics["winner"] in recipe.description
+    page = (tmp_path / "run" / "report_search" / "artifact" / "report.html").read_text()
+    assert f"<b>{found.metrics['winner']}</b> was chosen" in page
