@@ -55,7 +55,7 @@ def print_tables(plan: Plan, console: Console) -> None:
     """Shows the tables that planning stages made, if they ran or are all that was asked for."""
     for stage in plan.stages:
         manifest = read_manifest(stage.directory)
-        if manifest is None or manifest.kind != "plan":
+        if manifest is None or manifest.kind not in ("plan", "shapes"):
             continue
         if stage not in plan.todo() and len(plan.stages) > 1:
             continue
@@ -64,8 +64,15 @@ def print_tables(plan: Plan, console: Console) -> None:
             for column in made["columns"]:
                 table.add_column(column)
             for row in made["rows"]:
-                table.add_row(*(escape(str(cell)) for cell in row))
+                table.add_row(*(escape(cell_text(cell)) for cell in row))
             console.print(table)
+
+
+def cell_text(cell: Any) -> str:
+    """A table's value: whole numbers in full, others in four digits."""
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    return f"{cell:,.4g}" if isinstance(cell, float) else str(cell)
 
 
 def print_summary(plan: Plan, seconds: float, console: Console) -> None:
@@ -118,6 +125,19 @@ def _cost(m: Mapping[str, Any]) -> str:
     return f"{f['device-hours']:,} device-hours on {f['hardware']}, ${f['dollars']:,}"
 
 
+def _leader(m: Mapping[str, Any]) -> str:
+    """Of candidates, the one that a tournament chose, else the first of the ranking."""
+    best = next((c for c in m["candidates"] if c["chosen"]), m["candidates"][0])
+    return f"{best['name']}, KL {best['kl_to_teacher']:.3f}, {len(m['candidates'])} shapes"
+
+
+def _line(m: Mapping[str, Any]) -> str:
+    """A fitted line's error on the shapes that it was not fitted to, or else on all."""
+    shapes = [s for s in m["shapes"] if not s["seen"]] or m["shapes"]
+    error = max(abs(s["fitted_ms"] / s["step_ms"] - 1) for s in shapes)
+    return f"teacher {m['shapes'][0]['step_ms']:.3g} ms a step, fitted within {error:.0%}"
+
+
 def speedup(figures: Mapping[str, Any]) -> str:
     """How much faster the student is in one cell of the benchmark."""
     return (
@@ -131,6 +151,9 @@ HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "eval_results": _perplexities,
     "task_results": _mean_score,
     "plan": _cost,
+    "shapes": lambda m: f"{m['figures']['shapes']} shapes",
+    "latency_model": _line,
+    "search_results": _leader,
     "engine": lambda m: f"{m['backend']} {m['precision']}",
     "benchmark_results": lambda m: speedup(m["speedups"][0]) if m["speedups"] else "",
     "report": lambda m: str(m["file"]),

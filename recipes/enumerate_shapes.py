@@ -26,7 +26,7 @@ from recipes.search_space import (
 from recipes.sources import read_hf_config
 from recipes.stage import Inputs, StageConfig, stage_main
 
-KIND = "plan"
+KIND = "shapes"
 INPUTS: dict[str, str] = {}
 OPTIONAL_INPUTS = {"latency": "latency_model"}
 LIGHT = True

@@ -31,6 +31,8 @@ KINDS = (
     "plan",
     "task_results",
     "benchmark_results",
+    "shapes",
+    "latency_model",
     "search_results",
     "report",
 )

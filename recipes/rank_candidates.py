@@ -20,7 +20,7 @@ INPUTS = {
     "checkpoint": "checkpoint_nemo",
     "importance": "importance",
     "data": "dataset",
-    "shapes": "plan",
+    "shapes": "shapes",
 }
 PROXIES = ("kl_to_teacher", "perplexity")
 FILE = "candidates.json"

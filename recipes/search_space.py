@@ -70,18 +70,18 @@ class Service:
         return Storage(self.precision, kv_bytes=self.bytes_per_cached_value)
 
 
-def weight_bytes(shape: Architecture, service: Service) -> float:
+def weight_bytes(shape: Architecture, service: Service) -> int:
     """All weights."""
-    return shape.parameters() * WEIGHT_BITS[service.precision] / 8
+    return round(shape.parameters() * WEIGHT_BITS[service.precision] / 8)
 
 
-def cache_bytes(shape: Architecture, service: Service) -> float:
+def cache_bytes(shape: Architecture, service: Service) -> int:
     """Keys and values of full contexts."""
     tokens = service.batch_size * service.context_length
     return roofline.kv_cache_bytes(shape, tokens, service.storage)
 
 
-def memory_bytes(shape: Architecture, service: Service) -> float:
+def memory_bytes(shape: Architecture, service: Service) -> int:
     """Weights and the cache of keys and values."""
     return weight_bytes(shape, service) + cache_bytes(shape, service)
 

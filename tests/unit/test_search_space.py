@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -37,6 +38,9 @@ from recipes.search_space import (
 )
 from recipes.search_space import enumerate_shapes as shapes_of
 from recipes.stage import Resources
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import Launch
 
 QWEN3_8B = Architecture(
     "LlamaForCausalLM", 36, 4096, 12288, 32, 8, 128, 151936, 40960, tied_embeddings=False
@@ -164,6 +168,21 @@ def test_a_budget_that_makes_no_sense_is_refused(
     [problem] = enumerate_shapes.check(enumerate_shapes.Config(**settings), chain)
     assert problem.rule == "budget"
     assert words in str(problem)
+
+
+def test_the_launcher_lists_shapes_at_once(launch: Launch, hf_folder: Path) -> None:
+    done = launch(
+        "recipe=llama_search",
+        "stages.only=[enumerate_shapes]",
+        f"model.hf_path={hf_folder}",
+        "stages.enumerate_shapes.space={hidden_size_divisor: 32, ffn_hidden_size_divisor: 64}",
+        "data.seq_length=64",
+        "run_dir=run",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"l\d-h\d+-f\d+-a8", done.stdout)) == 2
+    assert "latency by roofline of cpu" in done.stdout
+    assert re.search(r"enumerate_shapes +ran .* \d+ shapes", done.stdout)
 
 
 def test_experts_are_not_searched(chain: Chain) -> None:
