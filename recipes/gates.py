@@ -140,6 +140,14 @@ def problems(gates: Iterable[Gate], names: Mapping[str, str]) -> Iterator[Proble
             )
 
 
+def kind_of(gate: Gate) -> str:
+    """Kind of the result that has a gate's figure."""
+    figure, _, part = gate.name.partition(".")
+    if figure == "speedup":
+        return "benchmark_results"
+    return "task_results" if part else "eval_results"
+
+
 def judge(gates: Iterable[Gate], results: Mapping[str, Metrics]) -> list[Verdict]:
     """Compares what was measured with what must be.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes.manifest import Outcome
@@ -39,6 +39,9 @@ class Config(StageConfig):
     """Name of the recipe."""
     description: str = ""
     """What the recipe does, in a line."""
+    gates: list[str] = field(default_factory=list, metadata={"resource": True})
+    """Shown with what was measured. The launcher judges them, so that another threshold runs
+    nothing again, not even this."""
 
 
 def external(cfg: Config) -> dict[str, Path]:

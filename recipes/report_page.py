@@ -22,7 +22,7 @@ from recipes.report_plots import (
     layer_plot,
     line_plot,
 )
-from recipes.report_sections import ROLES, sections
+from recipes.report_sections import ROLES, gates_section, sections
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -39,6 +39,7 @@ CHAIN = ("teacher", "data", "pruned", "distilled", "evaluation", "exported")
 """Inputs that every report has, in the order in which their stages run."""
 OPTIONAL = ("plan", "search", "tasks", "engine", "benchmark")
 CONTENTS = {
+    "gates": "Gates",
     "asked": "What was asked",
     "plan": "Plan",
     "search": "Search",
@@ -56,7 +57,7 @@ CONTENTS = {
     "provenance": "Provenance",
 }
 """Sections in their order, each a template."""
-WHERE_PRESENT = ("plan", "search", "tasks", "trade_offs", "benchmark", "engine")
+WHERE_PRESENT = ("gates", "plan", "search", "tasks", "trade_offs", "benchmark", "engine")
 """Sections that are left out where there is nothing to show."""
 SHAPE = {
     "num_layers": "Layers",
@@ -118,6 +119,7 @@ def page(cfg: Config, inputs: Inputs) -> dict[str, Any]:
         "evaluation": evaluation,
         "detail": _detail(inputs["evaluation"]),
         "training": _training(inputs["distilled"]),
+        "gates": gates_section(cfg.gates, manifests),
         "layers": _layers(manifests["pruned"].metrics),
         "quality_plot": _quality_plot(evaluation),
         "versions": versions(manifests.values()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from recipes.gates import judge, kind_of, parse_all
 from recipes.report_charts import (
     Z95,
     Dimension,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from markupsafe import Markup
 
+    from recipes.gates import Verdict
     from recipes.manifest import Manifest
 
 ROLES = ("teacher", "pruned", "distilled")
@@ -71,7 +73,7 @@ def task_means(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def tasks_section(metrics: Mapping[str, Any]) -> Row | None:
-    """Tasks with the intervals of their scores, and the gates that were set on them."""
+    """Tasks with the intervals of their scores."""
     tasks = metrics.get("tasks")
     if not tasks:
         return None
@@ -90,9 +92,14 @@ def tasks_section(metrics: Mapping[str, Any]) -> Row | None:
         "roles": [role for role in ROLES if any(role in task for task in tasks.values())],
         "shares": set(rows),
         "means": task_means(tasks),
-        "gates": metrics.get("gates", []),
         "plot": interval_rows("plot-tasks", title, rows) if rows else None,
     }
+
+
+def gates_section(texts: Sequence[str], found: Mapping[str, Manifest]) -> list[Verdict]:
+    """Gates, as far as the page's inputs have their figures."""
+    results = {manifest.kind: manifest.metrics for manifest in found.values()}
+    return judge([gate for gate in parse_all(texts) if kind_of(gate) in results], results)
 
 
 def benchmark_section(metrics: Mapping[str, Any]) -> Row | None:

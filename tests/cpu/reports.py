@@ -103,10 +103,6 @@ def task_results() -> dict[str, Any]:
             "piqa": task("acc", (0.68, 0.55, 0.645), 200),
             "lambada": lambada,
         },
-        "gates": [
-            {"gate": "recovered.sciq >= 0.85", "measured": 0.872093023, "passed": True},
-            {"gate": "recovered.piqa >= 0.95", "measured": 0.730769231, "passed": False},
-        ],
     }
 
 

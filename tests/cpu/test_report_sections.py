@@ -13,6 +13,7 @@ from recipes import cache_teacher
 from recipes.report import OPTIONAL_INPUTS
 from recipes.stage import Input, StageConfig
 from tests.cpu.reports import (
+    CONFIG,
     OPTIONAL_PLOTS,
     STEPS,
     STUDENT,
@@ -84,6 +85,23 @@ def test_difference_beyond_its_interval_is_marked(inputs: dict[str, Input], tmp_
     assert '<span class="worse"><data value="-0.2" title="-0.2">−20.0</data></span>' in text
     # Nobody says which way a perplexity is better.
     assert '<span class="even"><data value="-0.2" title="-0.2">−0.20</data></span>' in text
+
+
+def test_gates_are_shown_with_what_was_measured(inputs: dict[str, Input], tmp_path: Path) -> None:
+    """But for one whose figure no stage of the run measures."""
+    demanded = ["recovered.sciq >= 0.85", "recovered.piqa >= 0.95", "speedup.decode > 1"]
+    gated = replace(CONFIG, gates=demanded)
+    chain = {name: item for name, item in inputs.items() if name != "benchmark"}
+    text = rendered(chain, tmp_path, gated)
+    table = text[text.index('id="table-gates"') :].partition("</table>")[0]
+    rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table.split("<tr>")[2:]]
+    assert [(row[0], row[-1]) for row in rows] == [
+        ("recovered.sciq", "passed"),
+        ("recovered.piqa", "failed"),
+    ]
+    measured = inputs["tasks"].manifest.metrics["tasks"]["piqa"]["recovered"]
+    assert measured in Page(table).figures()
+    assert 'id="gates"' not in rendered(inputs, tmp_path)
 
 
 def test_quality_by_source_of_the_text(inputs: dict[str, Input], tmp_path: Path) -> None:
