@@ -216,7 +216,7 @@ def main() -> None:
     args = parser.parse_args()
     base = (args.run_dir or make_inputs()).resolve()
     out = args.out.resolve()
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=120)
     results: dict[str, dict[str, Outcome]] = {"equal tokens": {}, "equal time": {}}
     names = [REFERENCE, *(name for name in args.only if name != REFERENCE)]
     for name in names:
