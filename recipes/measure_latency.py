@@ -81,6 +81,12 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
         )
 
 
+def disk_bytes(cfg: Config, chain: Chain) -> int:
+    """Engines and models of every shape, none larger than the teacher."""
+    shapes = len(corners(chain.teacher, cfg.space)) + 1
+    return shapes * (2 + 4) * chain.teacher.parameters()
+
+
 def require_here(cfg: Config) -> None:
     """Raises ``RecipeError`` unless this machine can build the engines."""
     build_engine.require_here(cfg.engine)
@@ -145,7 +151,6 @@ def _build(
     model.save_pretrained(folder)
     engine.mkdir()
     build_engine.BUILDERS[cfg.engine.backend](cfg.engine, folder, engine)
-    (folder / "model.safetensors").unlink(missing_ok=True)  # the engine has them
     return Contender(
         role=name_of(shape),
         backend=cfg.engine.backend,
