@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes import build_engine
+from recipes import build_engine, enumerate_shapes
 from recipes.architecture import Architecture, read_architecture, with_shape
 from recipes.benchmark_runs import Contender, cpu_threads, measure, start_worker
 from recipes.errors import RecipeError
@@ -48,7 +48,7 @@ class Config(StageConfig):
     """How engines are built."""
     space: Space = field(default_factory=Space)
     service: Service = field(default_factory=Service)
-    """Batch and context that a step is timed at."""
+    """Batch and context that a step is timed at; this and the space are put in from the search."""
     new_tokens: int = 32
     repetitions: int = 3
     """Measured runs of every shape, after one that warms up."""
@@ -59,6 +59,14 @@ class Config(StageConfig):
         """What is timed: its steps see the service's context on average."""
         prompt = self.service.context_length - self.new_tokens // 2
         return Shape(self.service.batch_size, prompt, self.new_tokens)
+
+
+def of_chain(cfg: Config, chain: Chain) -> Config:
+    """What is timed is what the search will ask for."""
+    for search in chain.stages.values():
+        if isinstance(search, enumerate_shapes.Config):
+            return replace(cfg, space=search.space, service=search.service)
+    return cfg
 
 
 def check(cfg: Config, chain: Chain) -> Iterator[Problem]:

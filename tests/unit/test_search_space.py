@@ -40,6 +40,9 @@ from recipes.search_space import enumerate_shapes as shapes_of
 from recipes.stage import Resources
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launch.plan import Plan
     from tests.unit.conftest import Launch
 
 QWEN3_8B = Architecture(
@@ -183,6 +186,22 @@ def test_the_launcher_lists_shapes_at_once(launch: Launch, hf_folder: Path) -> N
     assert len(re.findall(r"l\d-h\d+-f\d+-a8", done.stdout)) == 2
     assert "latency by roofline of cpu" in done.stdout
     assert re.search(r"enumerate_shapes +ran .* \d+ shapes", done.stdout)
+
+
+def test_latency_is_measured_for_what_is_searched(plan: Callable[..., Plan]) -> None:
+    space = "stages.enumerate_shapes.space.hidden_size_divisor=32"
+    service = "stages.enumerate_shapes.service.batch_size=4"
+    planned = {
+        stage.name: stage
+        for stage in plan("latency=measured", space, service, recipe="recipe=llama_search").stages
+    }
+    measured: Any = planned["measure_latency"].config
+    search: Any = planned["enumerate_shapes"].config
+    assert (measured.space, measured.service) == (search.space, search.service)
+    assert (search.space.hidden_size_divisor, search.service.batch_size) == (32, 4)
+    assert search.service.precision == measured.engine.precision == "fp32"
+    assert planned["enumerate_shapes"].inputs["latency"].kind == "latency_model"
+    assert "latency" in planned["report_search"].inputs
 
 
 def test_experts_are_not_searched(chain: Chain) -> None:
