@@ -16,6 +16,7 @@ from recipes.manifest import Outcome, write_text_atomically
 from recipes.preflight import Chain, Problem, one_rank_problems
 from recipes.search_space import (
     COSTS,
+    Budget,
     Measured,
     Service,
     Space,
@@ -39,16 +40,13 @@ class Config(StageConfig):
 
     hf_path: str = MISSING
     """Folder, hub id, or ``pypi://`` source of the teacher."""
-    budget: dict[str, float] = field(default_factory=lambda: {"parameters": 0.75})
-    """Limits of ``parameters``, ``weight_bytes``, ``memory_bytes`` (with the KV cache) or
-    ``latency_ms`` (of a decoding step, by roofline or as ``measure_latency`` found); up to 1 a
-    share of the teacher's."""
+    budget: Budget = field(default_factory=Budget)
     space: Space = field(default_factory=Space)
     service: Service = field(default_factory=Service)
 
     def shapes(self, teacher: Architecture) -> list[Architecture]:
         """Shapes within the budget, the largest first."""
-        return enumerate_shapes(teacher, self.space, self.budget, self.service)
+        return enumerate_shapes(teacher, self.space, self.budget.limits(), self.service)
 
     def as_measured(self, inputs: Inputs) -> Config:
         """This, with latency as it was measured, where it was."""
@@ -64,11 +62,11 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
     if chain.teacher.num_moe_experts:
         yield Problem("budget", "the search has no axes for experts", "search a dense model")
         return
-    wrong = [n for n, limit in cfg.budget.items() if n not in COSTS or limit <= 0]
-    if wrong or not cfg.budget:
+    budget = cfg.budget.limits()
+    if not budget or min(budget.values()) <= 0:
         yield Problem(
             "budget",
-            f"budget={cfg.budget} names {wrong or 'nothing'}",
+            f"budget={budget} limits nothing" if not budget else f"budget={budget} leaves nothing",
             f"set a positive limit of {', '.join(COSTS)}",
         )
         return
@@ -78,7 +76,7 @@ def check(cfg: Config, chain: Chain) -> Iterator[Problem]:
     elif not cfg.shapes(chain.teacher):
         yield Problem(
             "budget",
-            f"no shape fits {limits(chain.teacher, cfg.budget, cfg.service)}",
+            f"no shape fits {limits(chain.teacher, budget, cfg.service)}",
             "raise the budget, or max_depth_pruning and max_width_pruning in space",
         )
 
@@ -87,15 +85,15 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     """Writes ``shapes.json`` and a table."""
     teacher = read_architecture(read_hf_config(cfg.hf_path), cfg.hf_path)
     cfg = cfg.as_measured(inputs)
+    budget = limits(teacher, cfg.budget.limits(), cfg.service)
     shapes = cfg.shapes(teacher)
     if not shapes:
         raise RecipeError(
-            f"no shape fits {limits(teacher, cfg.budget, cfg.service)}, with latency as measured.",
+            f"no shape fits {budget}, with latency as measured.",
             "raise the budget, or max_depth_pruning and max_width_pruning in space",
         )
     text = json.dumps([shape.as_dict() for shape in shapes], indent=1)
     write_text_atomically(out / FILE, text + "\n")
-    budget = limits(teacher, cfg.budget, cfg.service)
     return Outcome(
         metrics={
             "figures": {"shapes": len(shapes), **budget},

@@ -13,6 +13,7 @@ from recipes.enumerate_shapes import FILE as SHAPES
 from recipes.manifest import Outcome, write_text_atomically
 from recipes.preflight import Chain, Problem, one_rank_problems, window_problems
 from recipes.prune import METHODS
+from recipes.search_space import Budget
 from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 
 KIND = "search_results"
@@ -72,7 +73,7 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
     candidates.sort(key=lambda candidate: candidate["proxy"])
     mark_pareto(candidates)
     write_text_atomically(out / FILE, json.dumps(candidates, indent=1) + "\n")
-    budget = inputs["shapes"].manifest.config["budget"]
+    budget = Budget(**inputs["shapes"].manifest.config["budget"]).limits()
     return Outcome(metrics={"candidates": candidates, "budget": budget})
 
 

@@ -36,6 +36,22 @@ class Space:
 
 
 @dataclass
+class Budget:
+    """Limits of what a shape costs, each of which it keeps; up to 1 a share of the teacher's."""
+
+    parameters: float | None = None
+    weight_bytes: float | None = None
+    memory_bytes: float | None = None
+    """Weights and the cache of keys and values."""
+    latency_ms: float | None = None
+    """Of one decoding step, by roofline or as ``measure_latency`` found."""
+
+    def limits(self) -> dict[str, float]:
+        """Those that are set."""
+        return {name: limit for name, limit in vars(self).items() if limit is not None}
+
+
+@dataclass
 class Measured:
     """What a decoding step takes on an engine: a fitted line instead of the roofline.
 

@@ -32,7 +32,7 @@ from recipes.manifest import ARTIFACT, Manifest, read_manifest
 from recipes.minitron import cut_weights
 from recipes.quality import load_transformers
 from recipes.rounds import request_of
-from recipes.search_space import Service, Space
+from recipes.search_space import Budget, Service, Space
 from recipes.slicing import choose
 from recipes.stage import Input, Resources
 
@@ -65,7 +65,8 @@ def before(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     complete(import_hf, run, {}, **model)
     source = {"sources": [str(text_file)], "text_field": "text"}
     complete(prepare_data, run, {"tokenizer": "import_hf"}, **source, **length)
-    complete(enumerate_shapes, run, {}, **model, space=steps)
+    budget = Budget(parameters=0.75)
+    complete(enumerate_shapes, run, {}, **model, space=steps, budget=budget)
     inputs = {"checkpoint": "import_hf", "calibration": "prepare_data"}
     complete(score, run, inputs, num_calibration_samples=8, num_loss_samples=4, **length)
     inputs = {**TEACHER, "data": "prepare_data", "shapes": "enumerate_shapes"}
@@ -144,7 +145,7 @@ def test_engines_are_timed_and_keep_a_budget_of_latency(before: Path) -> None:
     teacher, smallest = found["shapes"][0], found["shapes"][4]
     assert smallest["step_ms"] < teacher["step_ms"]
     assert teacher["fitted_ms"] == pytest.approx(teacher["step_ms"], rel=0.5)
-    cfg = enumerate_shapes.Config(budget={"latency_ms": 0.8}, space=space, service=service)
+    cfg = enumerate_shapes.Config(budget=Budget(latency_ms=0.8), space=space, service=service)
     inputs = {"latency": Input(before, manifest_of(before, "measure_latency"))}
     shape = nemo.architecture_of(nemo.find_checkpoint(before / "import_hf" / ARTIFACT))
     measured = cfg.as_measured(inputs)

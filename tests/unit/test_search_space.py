@@ -24,6 +24,7 @@ from recipes.architecture import Architecture
 from recipes.errors import RecipeError
 from recipes.preflight import Chain
 from recipes.search_space import (
+    Budget,
     Measured,
     Service,
     Space,
@@ -68,7 +69,7 @@ def test_a_large_model_is_enumerated_without_torch(root: Path) -> None:
     code = (
         "import sys; from recipes.search_space import *; from recipes import enumerate_shapes as e;"
         f"from recipes.architecture import Architecture; t = {LLAMA_70B!r};"
-        "print(len(e.Config(budget={'parameters': 0.5}, space=Space(hidden_size_divisor=256,"
+        "print(len(e.Config(budget=Budget(parameters=0.5), space=Space(hidden_size_divisor=256,"
         "ffn_hidden_size_divisor=512, prune_heads=True)).shapes(t)));"
         "assert 'torch' not in sys.modules"
     )
@@ -158,11 +159,10 @@ def test_costs_of_serving() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"budget": {}}, "nothing"),
-        ({"budget": {"params": 0.5}}, "params"),
-        ({"budget": {"parameters": -1}}, "positive limit"),
-        ({"budget": {"parameters": 10.0}}, "no shape fits"),
-        ({"space": Space(hidden_size_divisor=0)}, "below 1"),
+        ({}, "limits nothing"),
+        ({"budget": Budget(parameters=-1)}, "positive limit"),
+        ({"budget": Budget(parameters=10.0)}, "no shape fits"),
+        ({"budget": Budget(latency_ms=1), "space": Space(hidden_size_divisor=0)}, "below 1"),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(
@@ -206,7 +206,7 @@ def test_latency_is_measured_for_what_is_searched(plan: Callable[..., Plan]) -> 
 
 def test_experts_are_not_searched(chain: Chain) -> None:
     mixture = dataclasses.replace(chain.teacher, num_moe_experts=8)
-    cfg = enumerate_shapes.Config()
+    cfg = enumerate_shapes.Config(budget=Budget(parameters=0.5))
     [problem] = enumerate_shapes.check(cfg, dataclasses.replace(chain, teacher=mixture))
     assert "experts" in problem.what
 
