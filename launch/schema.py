@@ -8,14 +8,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from launch.plan import stage_module
-from recipes.hardware import cpu_precision
+from recipes.hardware import cpu_profile
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 def register() -> None:
-    """Registers every stage's ``Config`` as ``stage/<stage>/schema``, and ``${cpu_precision:}``."""
-    OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
+    """Registers every stage's ``Config`` as ``stage/<stage>/schema``, and ``${cpu:NAME}``."""
+    OmegaConf.register_new_resolver("cpu", cpu_profile, replace=True)
     store = ConfigStore.instance()
     for folder in sorted((CONF / "stage").iterdir()):
         store.store(

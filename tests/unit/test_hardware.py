@@ -29,4 +29,8 @@ def test_bfloat16_is_for_processors_that_have_it(
     if flags is not None:
         file.write_text(f"processor : 0\n{flags}\n")
     monkeypatch.setattr(hardware, "CPUINFO", file)
-    assert hardware.cpu_precision() == precision
+    assert hardware.cpu_profile("precision") == precision
+    bfloat16 = hardware.Hardware()
+    rates = [hardware.cpu_profile(n) for n in ("flops_per_second", "utilisation")]
+    default = [bfloat16.flops_per_second, bfloat16.utilisation]
+    assert (rates == default) == (precision == bfloat16.precision)

@@ -12,7 +12,7 @@ from launch import schema
 from launch.schema import CONF
 from nemo_convert.smollm2 import HF_CONFIG
 from recipes.architecture import Architecture, read_architecture
-from recipes.hardware import Hardware
+from recipes.hardware import CPU_PROFILES, Hardware
 from recipes.known_models import CONFIGS
 from recipes.layouts import best, fits, proposals
 from recipes.plan_tables import figures, tables
@@ -120,22 +120,28 @@ def test_published_gpu_hours(job: Job, published: float, error: float, tolerance
 
 
 @pytest.mark.parametrize(
-    ("teacher", "tokens_per_second", "peak_bytes"),
-    [(SMOLLM2, 477, 4.0e9), (None, 638, 3.7e9)],
-    ids=["live", "cached"],
+    ("bf16", "teacher", "tokens_per_second", "peak_bytes"),
+    [
+        (True, SMOLLM2, 477, 4.0e9),
+        (True, None, 638, 3.7e9),
+        (False, SMOLLM2, 114, 4.9e9),
+        (False, None, 163, 4.3e9),
+    ],
+    ids=["live", "cached", "live-float32", "cached-float32"],
 )
-def test_measured_on_this_cpu(
-    teacher: Architecture | None, tokens_per_second: float, peak_bytes: float
+def test_measured_on_a_cpu(
+    bf16: bool, teacher: Architecture | None, tokens_per_second: float, peak_bytes: float
 ) -> None:
-    """``python -m benchmarks.distill``, see the README: 10% in time, 10% in memory."""
+    """``benchmarks.distill`` and ``benchmarks.recovery``: 10% in time, 10% in memory."""
     student = replace(SMOLLM2, num_layers=24)
     layout = Layout(micro_batch_size=4)
     job = distillation(
-        student, teacher, layout=layout, seq_length=256, global_batch_size=4, steps=10
+        student, teacher, layout=layout, seq_length=256, global_batch_size=4, steps=10, bf16=bf16
     )
+    cpu = replace(CPU, **CPU_PROFILES[bf16])
     if teacher is not None:
         assert flops_per_token(job) == pytest.approx(979e6, rel=0.01)
-    found = estimate(job, CPU)
+    found = estimate(job, cpu)
     assert found.tokens_per_second == pytest.approx(tokens_per_second, rel=0.10)
     assert found.memory.total == pytest.approx(peak_bytes, rel=0.10)
 
