@@ -91,7 +91,8 @@ def test_every_manifest_is_filled(tiny_run: Path) -> None:
     for stage in STAGES:
         manifest = manifest_of(tiny_run, stage)
         assert manifest.seconds > 0
-        assert manifest.peak_rss_bytes > (10e6 if stage == "plan" else 100e6)
+        light = stage in ("plan", "report")
+        assert manifest.peak_rss_bytes > (10e6 if light else 100e6)
         assert manifest.files
         assert {"torch", "megatron-core", "nvidia-modelopt"} <= manifest.versions.keys()
         assert not (tiny_run / stage / "work").exists()
