@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,6 +101,32 @@ def execute(command: list[str]) -> None:
         raise RecipeError("\n".join(lines[first:]).removeprefix("error: "))
 
 
+def launch(
+    base: Path, out: Path, stages: Sequence[str], settings: Mapping[str, object], *overrides: str
+) -> None:
+    """Runs stages in a run directory of their own, on the model of another run.
+
+    Args:
+        base: Run whose model it is, with ``import_hf`` complete.
+        out: Run directory.
+        stages: What to run.
+        settings: Fields below ``stages``, among them inputs that are in ``base``.
+        overrides: Any others.
+    """
+    hf_path = manifest_of(base / "import_hf").config["hf_path"]
+    execute(
+        [
+            *LAUNCHER,
+            f"recipe={RECIPE}",
+            f"run_dir={out}",
+            f"model.hf_path='{hf_path}'",
+            f"stages.only=[{','.join(stages)}]",
+            *overrides,
+            *(f"stages.{name}={value}" for name, value in settings.items()),
+        ]
+    )
+
+
 def make_inputs() -> Path:
     """Runs the stages before distillation, unless they are complete, and returns their run."""
     execute([*LAUNCHER, f"recipe={RECIPE}", f"stages.only=[{','.join(INPUTS)}]"])
@@ -157,18 +184,8 @@ def _run_stages(contender: Contender, shape: Shape, run_dir: Path, scratch: Path
     }
     if not contender.teacher_in_loop():
         settings["cache_teacher.num_windows"] = shape.steps * shape.micro_batch
-    execute(
-        [
-            *LAUNCHER,
-            f"recipe={OmegaConf.load(run_dir / 'run.yaml').recipe}",
-            f"run_dir={scratch}",
-            f"model.hf_path='{manifest_of(run_dir / 'import_hf').config['hf_path']}'",
-            f"data.seq_length={shape.seq_length}",
-            f"stages.only=[{','.join(contender.stages)}]",
-            *contender.overrides,
-            *(f"stages.{name}={value}" for name, value in settings.items()),
-        ]
-    )
+    length = f"data.seq_length={shape.seq_length}"
+    launch(run_dir, scratch, contender.stages, settings, length, *contender.overrides)
     steps = steps_of(scratch / "distill" / METRICS, "distill")
     return Record(
         [step["time"] for step in steps],

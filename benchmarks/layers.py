@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import LAUNCHER, RECIPE, execute, make_inputs, manifest_of
+from benchmarks.contenders import launch, make_inputs, manifest_of
 from recipes.errors import RecipeError
 from recipes.manifest import write_text_atomically
 from recipes.prune import METHODS
@@ -32,21 +32,6 @@ class Outcome:
     distilled: float
     kl_to_teacher: float
     tokens: int
-
-
-def launch(base: Path, out: Path, stages: tuple[str, ...], settings: dict[str, object]) -> None:
-    """Runs stages on what ``base`` has."""
-    hf_path = manifest_of(base / "import_hf").config["hf_path"]
-    execute(
-        [
-            *LAUNCHER,
-            f"recipe={RECIPE}",
-            f"run_dir={out}",
-            f"model.hf_path='{hf_path}'",
-            f"stages.only=[{','.join(stages)}]",
-            *(f"stages.{key}={value}" for key, value in settings.items()),
-        ]
-    )
 
 
 def score(base: Path, out: Path, drops: list[int], windows: int, greedy: int) -> Path:

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import LAUNCHER, RECIPE, execute, make_inputs, manifest_of
+from benchmarks.contenders import launch, make_inputs, manifest_of
 from recipes.errors import RecipeError
 from recipes.manifest import write_text_atomically
 from recipes.metrics import METRICS, steps_of
@@ -101,18 +101,7 @@ def run_arm(name: str, steps: int, base: Path, out: Path) -> Outcome:
     if "correct_teacher" in stages:
         settings["correct_teacher.max_steps"] = steps
         settings["correct_teacher.warmup_steps"] = steps // 10
-    hf_path = manifest_of(base / "import_hf").config["hf_path"]
-    execute(
-        [
-            *LAUNCHER,
-            f"recipe={RECIPE}",
-            f"run_dir={out}",
-            f"model.hf_path='{hf_path}'",
-            f"teacher={arm.teacher}",
-            f"stages.only=[{','.join(stages)}]",
-            *(f"stages.{key}={value}" for key, value in settings.items()),
-        ]
-    )
+    launch(base, out, stages, settings, f"teacher={arm.teacher}")
     return read_outcome(arm, out)
 
 

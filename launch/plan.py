@@ -57,7 +57,7 @@ class PlannedStage:
 
     @property
     def light(self) -> bool:
-        """Whether the stage needs no torch, and so no torchrun."""
+        """Whether the stage needs no torch, and so no torchrun in a job."""
         return bool(getattr(_module(self.config), "LIGHT", False))
 
     def request(self) -> dict[str, Any]:

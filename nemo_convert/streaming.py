@@ -7,8 +7,9 @@ is kept here; only where a shard's bytes come from or go to is ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, WriteItem
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from recipes.errors import RecipeError
@@ -71,44 +73,77 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
         axes, chunk = self._leading[key], found.chunk
         if (place := (key, tuple(chunk.offsets[:axes]))) != self._place:
             self._weight, self._place = self._source(*place), place
-        inner = zip(chunk.offsets[axes:], chunk.sizes[axes:], strict=True)
-        part = self._weight[tuple(slice(start, start + size) for start, size in inner)]
+        part = _box(self._weight, chunk.offsets[axes:], chunk.sizes[axes:])
         return part.reshape(chunk.sizes).to(found.properties.dtype)
 
 
 def read_weights(folder: Path, leading: dict[str, int]) -> Iterator[tuple[str, Place, Tensor]]:
-    """Yields (key, place, weight) of those keys that a checkpoint has."""
+    """Yields (key, place, weight) of those keys that a checkpoint has.
+
+    A weight that is stored in one piece is a view of its mapped file, as safetensors' are: nothing
+    is copied until it is used. Writing to it changes only this process' memory.
+    """
     reader = FileSystemReader(folder)
     metadata = reader.read_metadata()
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    shards = _MappedShards(reader, metadata)
     for key, axes in leading.items():
         if (stored := metadata.state_dict_metadata.get(key)) is None:
             continue
         for place in product(*map(range, stored.size[:axes])):
-            yield key, place, _read(reader, key, stored, place)
+            yield key, place, _read(shards, key, stored, place)
 
 
-class _Part(DefaultLoadPlanner):  # type: ignore[misc]
-    """Reads into one tensor whatever the plan says."""
+class _MappedShards:
+    """The tensors of a checkpoint's files, without reading them."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__()
-        self._tensor = tensor
+    def __init__(self, reader: FileSystemReader, metadata: Metadata) -> None:
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self.folder, self._reader = Path(reader.path), reader
+        self._maps: dict[str, tuple[Any, mmap]] = {}
 
-    def lookup_tensor(self, index: Any) -> Tensor:
-        """The tensor to read into."""
-        return self._tensor
+    def tensor(self, index: Any) -> Tensor:
+        """A whole shard. Each is an uncompressed archive of its own, somewhere in its file."""
+        where = self._reader.storage_data[index]
+        file, mapped = self._map(where.relative_path)
+        with FakeTensorMode():  # gives shape, strides and the offset of the data, and reads no data
+            shard = torch.load(self._reader._slice_file(file, where), weights_only=True)
+        storage = shard.untyped_storage()
+        data = torch.frombuffer(
+            mapped,
+            dtype=shard.dtype,
+            count=storage.nbytes() // shard.itemsize,
+            offset=where.offset + storage._checkpoint_offset,
+        )
+        return data.as_strided(shard.shape, shard.stride(), shard.storage_offset())
+
+    def _map(self, name: str) -> tuple[Any, mmap]:
+        if name not in self._maps:
+            file = (self.folder / name).open("rb")
+            self._maps[name] = file, mmap(file.fileno(), 0, access=ACCESS_COPY)
+        return self._maps[name]
 
 
-def _read(reader: FileSystemReader, key: str, stored: Any, place: Place) -> Tensor:
+def _read(shards: _MappedShards, key: str, stored: Any, place: Place) -> Tensor:
     inner = stored.size[len(place) :]
     sizes = torch.Size([1] * len(place) + list(inner))
     wanted = ChunkStorageMetadata(torch.Size([*place, *[0] * len(inner)]), sizes)
     items = create_read_items_for_chunk_list(key, stored, [wanted])
     if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
         raise RecipeError(
-            f"{reader.path} has only a part of {key}.", "the checkpoint is incomplete"
+            f"{shards.folder} has only a part of {key}.", "the checkpoint is incomplete"
         )
+    parts = [
+        _box(shards.tensor(item.storage_index), item.storage_offsets, item.lengths)
+        for item in items
+    ]
+    if len(parts) == 1:
+        return parts[0].reshape(inner)
     tensor = torch.empty(sizes, dtype=stored.properties.dtype)
-    reader.read_data(LoadPlan(items), _Part(tensor)).wait()
+    for item, part in zip(items, parts, strict=True):
+        _box(tensor, item.dest_offsets, item.lengths).copy_(part)
     return tensor.view(inner)
+
+
+def _box(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    places = zip(offsets, sizes, strict=True)
+    return tensor[tuple(slice(start, start + size) for start, size in places)]

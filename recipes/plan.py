@@ -20,7 +20,7 @@ from recipes.stage import Inputs, StageConfig, metrics_log, stage_main
 KIND = "plan"
 INPUTS: dict[str, str] = {}
 LIGHT = True
-"""Needs no torch, and is started without torchrun."""
+"""Needs no torch; where torchrun starts every other stage, it does not start this one."""
 FILE = "plan.json"
 
 

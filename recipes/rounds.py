@@ -18,7 +18,14 @@ from recipes import distill, prune
 from recipes.errors import RecipeError
 from recipes.fingerprint import REPO_ROOT, code_fingerprint, stage_fingerprint
 from recipes.manifest import read_manifest, write_text_atomically
-from recipes.stage import Inputs, StageConfig, die_with_parent, rank, world_size
+from recipes.stage import (
+    Inputs,
+    StageConfig,
+    die_with_parent,
+    rank,
+    start_command,
+    world_size,
+)
 
 if TYPE_CHECKING:
     from recipes.tournament import Config
@@ -112,10 +119,8 @@ def run_stage(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> 
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "config.yaml"
     write_text_atomically(file, OmegaConf.to_yaml(request))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     devices = config.resources.devices
-    command += [f"--nproc-per-node={devices}", "-m", f"recipes.{config.stage}"]
-    command += ["--config", str(file)]
+    command = start_command(f"recipes.{config.stage}", file, devices, sys.executable)
     with (directory / "log.txt").open("w", encoding="utf-8") as log:
         subprocess.run(
             command, cwd=REPO_ROOT, env=_environment(devices), stdout=log, stderr=log,

@@ -6,9 +6,9 @@ A stage is a module with a ``Config`` dataclass, the ``KIND`` it produces, the k
 what would fail after an hour, and ``progress(work)``, which says how far unfinished work has come
 ("step 50"), or ``None`` when there is nothing to lose. A training also has ``job(cfg, chain)``,
 which is what a planner sees of it; and a stage whose result depends on others' settings has
-``of_chain(cfg, chain)``, which puts them into its own. The launcher starts it as ``torchrun -m
-recipes.<stage> --config <stage directory>/config.yaml``, without torchrun if the module says
-``LIGHT = True``; ranks never compose.
+``of_chain(cfg, chain)``, which puts them into its own. It is started as ``[torchrun] -m
+recipes.<stage> --config <stage directory>/config.yaml``; ranks never compose. One that says
+``LIGHT = True`` needs no torch.
 """
 
 from __future__ import annotations
@@ -123,6 +123,19 @@ def metrics_file(out: Path) -> Path:
 def metrics_log(out: Path) -> MetricsLog:
     """The stage's metrics file; silent on ranks other than 0."""
     return MetricsLog(metrics_file(out) if rank() == 0 else None)
+
+
+def start_command(module: str, config: Path, devices: int, python: str) -> list[str]:
+    """Starts a stage on one machine; several ranks with torchrun, which takes seconds to import.
+
+    Args:
+        module: The stage's module.
+        config: Its ``config.yaml``.
+        devices: Number of ranks.
+        python: The interpreter.
+    """
+    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", "-m"]
+    return [python, "-m", *(several if devices > 1 else []), module, "--config", str(config)]
 
 
 def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:

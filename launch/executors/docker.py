@@ -70,7 +70,7 @@ def command(stage: PlannedStage, cluster: Config) -> list[list[str]]:
         [f"--env={name}" for name in cluster.pass_env],  # docker takes the value by itself
         list(cluster.options),
         [str(container.image_of(stage, cluster))],
-        foreground.torchrun(stage, cluster.python),
+        foreground.command(stage, cluster.python),
     ]
 
 

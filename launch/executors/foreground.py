@@ -17,7 +17,7 @@ from launch.plan import Plan, PlannedStage
 from recipes.errors import RecipeError
 from recipes.fingerprint import REPO_ROOT
 from recipes.manifest import MANIFEST, WORK, read_manifest, write_text_atomically
-from recipes.stage import die_with_parent
+from recipes.stage import die_with_parent, start_command
 
 POLL_SECONDS = 0.2
 SCRIPT = "run.sh"
@@ -43,25 +43,22 @@ def require_one_machine(plan: Plan, cluster: Cluster) -> None:
             )
 
 
-def torchrun(stage: PlannedStage, python: str) -> list[str]:
-    """A stage's command line on one machine; a light one needs no torch, slow to import."""
-    work = ["-m", stage.module, "--config", str(stage.directory / "config.yaml")]
-    if stage.light:
-        return [python, *work]
+def command(stage: PlannedStage, python: str) -> list[str]:
+    """A stage's command line on one machine."""
     devices = stage.config.resources.devices
-    return [
-        *(python, "-m", "torch.distributed.run", "--standalone"),
-        f"--nproc-per-node={devices}",
-        *work,
-    ]
+    return start_command(stage.module, stage.directory / "config.yaml", devices, python)
 
 
 def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Variables that the stage gets besides those of the machine."""
-    cores = max(1, (os.cpu_count() or 1) // stage.config.resources.devices)
+    devices = stage.config.resources.devices
+    cores = max(1, (os.cpu_count() or 1) // devices)
+    # Where a job of several ranks starts the launcher, a stage must not take itself for one.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if devices == 1 else {}
     return {
         "PYTHONPATH": str(REPO_ROOT),
         "OMP_NUM_THREADS": str(cores),
+        **alone,
         **cluster.env,
         **stage.config.resources.env,
     }

@@ -33,7 +33,7 @@ def prepare(plan: Plan, cluster: Config) -> Plan:
 
 def command(stage: PlannedStage) -> list[str]:
     """The stage's command line."""
-    return foreground.torchrun(stage, sys.executable)
+    return foreground.command(stage, sys.executable)
 
 
 def environment(stage: PlannedStage, cluster: Config) -> dict[str, str]:

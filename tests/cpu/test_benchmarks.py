@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks import convert
-from benchmarks.contenders import CONTENDERS, INPUTS, Record, Shape
+from benchmarks.contenders import CONTENDERS, INPUTS, Record, Shape, manifest_of
 from benchmarks.distill import disagreements, speeds, step_flops, summarise
 from recipes.architecture import Architecture
 from tests.conftest import REPO, run_recipe
@@ -106,6 +106,48 @@ def test_ways_to_recover_are_compared(tiny_run: Path, tmp_path: Path) -> None:
     page = (out / "recovery.html").read_text()
     assert page.count("<svg") == 4
     assert f"{tokens['corrected']['kl_to_teacher']:.3f}" in page
+
+
+def test_ways_to_choose_layers_are_compared(tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "layers"
+    options = ("--layers=3", "--methods=loss", "--steps=2", "--loss-windows=2", "--windows=4")
+    done = benchmark(
+        *("--run-dir", str(tiny_run), "--out", str(out), "--greedy-layers=1", *options),
+        name="layers",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads((out / "layers.json").read_text())
+    assert (found["method"], found["layers"], len(found["dropped"])) == ("loss", 3, 1)
+    assert found["tokens"] == 2 * 4 * 256
+    assert found["distilled"] != found["pruned"] > 1
+    assert f"{found['kl_to_teacher']:.4f}" in done.stdout
+
+
+def test_shapes_are_compared(even_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """The search's own run is in it; one candidate wins without training."""
+    out = tmp_path / "shapes"
+    space = "stages.enumerate_shapes.space"
+    done = benchmark(
+        *("--out", str(out), "--steps=2", "--lr", "1e-3", "--"),
+        *(f"model.hf_path={even_llama}", f"data.sources=[{text_file}]", "data.text_field=text"),
+        *(f"data.seq_length={SEQ_LENGTH}", "stages.tournament.num_candidates=1"),
+        *(f"{space}.hidden_size_divisor=8", f"{space}.ffn_hidden_size_divisor=8"),
+        *("stages.score.num_calibration_samples=8", "stages.score.num_loss_samples=2"),
+        name="shapes",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = json.loads((out / "shapes.json").read_text())
+    assert [outcome["way"] for outcome in outcomes] == ["found", "depth alone", "width alone"]
+    whole = manifest_of(out / "search" / "import_hf").architecture or {}
+    for outcome in outcomes:
+        run = out / f"{outcome['shape']}-lr0.001"
+        student = manifest_of(run / "distill").architecture or {}
+        same_width = student["hidden_size"] == whole["hidden_size"]
+        assert (outcome["way"] == "depth alone") <= same_width
+        assert (outcome["way"] == "width alone") <= (student["num_layers"] == whole["num_layers"])
+        assert outcome["parameters"] == manifest_of(run / "distill").parameters
+        assert outcome["distilled"] != outcome["pruned"] > 1
+        assert f"{outcome['kl_to_teacher']:.4f}" in done.stdout
 
 
 def test_bad_options_get_one_message(tmp_path: Path) -> None:

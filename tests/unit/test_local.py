@@ -43,6 +43,19 @@ def test_command_starts_one_process_a_device(stage: PlannedStage, tmp_path: Path
     assert command[-4:] == ["-m", "recipes.distill", "--config", config]
 
 
+def test_one_process_is_started_without_torchrun(
+    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")  # of the job that the launcher is in
+    alone = replace(stage, config=replace(stage.config, resources=Resources()))
+    config = str(tmp_path / "run" / "distill" / "config.yaml")
+    expected = [sys.executable, "-m", "recipes.distill", "--config", config]
+    assert local.command(alone) == expected
+    found = local.environment(alone, local.Config())
+    assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("0", "0", "1")
+    assert "WORLD_SIZE" not in local.environment(stage, local.Config())  # torchrun sets it
+
+
 def environment(stage: PlannedStage, env: dict[str, str]) -> dict[str, str]:
     return local.environment(stage, local.Config(env=env))
 
