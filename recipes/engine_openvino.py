@@ -74,7 +74,7 @@ def build(cfg: Config, folder: Path, out: Path) -> None:
         folder,
         export=True,
         compile=False,
-        dtype=torch.float32,
+        torch_dtype=torch.float32,  # "dtype" is not passed on; bfloat16 weights would stay so
         **_compression(cfg),
     )
     model.save_pretrained(out)

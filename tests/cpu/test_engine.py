@@ -126,6 +126,8 @@ def test_float32_engines_write_the_tokens_of_transformers(
     engine, outcome = build(folder)
     assert outcome.metrics["max_logit_difference"] < 1e-4
     assert outcome.metrics["greedy_margin"] < 1e-4
+    # Whatever the checkpoint's type: a teacher and its student must not differ in what is read.
+    assert not {"bf16", "f16"} & outcome.metrics["weight_types"].keys()
     assert outcome.metrics["quality"]["engine"]["kl_to_teacher"] < 1e-6
     assert read_properties(engine)["INFERENCE_PRECISION_HINT"] == "f32"
     source = load_causal_lm(folder)
