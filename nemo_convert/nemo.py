@@ -7,6 +7,7 @@ generation config in ``context/hf``). Stock NeMo loads it with no code of ours.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tarfile
 import tempfile
@@ -263,10 +264,22 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
         tokenizer = AutoTokenizer(str(staged))
         model.tokenizer = tokenizer
         model.__io__.tokenizer = tokenizer.__io__
-        trainer = nl.Trainer(devices=1, accelerator="cpu", strategy=nl.MegatronStrategy())
+        with _outside_slurm():
+            trainer = nl.Trainer(devices=1, accelerator="cpu", strategy=nl.MegatronStrategy())
         context = TrainerContext(model=model, trainer=trainer, extra={})
         shutil.rmtree(checkpoint / CONTEXT, ignore_errors=True)
         context.io_dump(checkpoint / CONTEXT, yaml_attrs=["model"])
+
+
+@contextmanager
+def _outside_slurm() -> Iterator[None]:
+    """Hides a Slurm job, whose tasks Lightning would take for ranks, or refuse."""
+    tasks = os.environ.pop("SLURM_NTASKS", None)
+    try:
+        yield
+    finally:
+        if tasks is not None:
+            os.environ["SLURM_NTASKS"] = tasks
 
 
 def leading_axes(arch: Architecture) -> dict[str, int]:

@@ -314,8 +314,15 @@ def test_a_machine_without_a_gpu_is_told_before_anything_runs(
 
 
 def test_changed_field_and_force_rerun_what_follows(
-    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
+    tiny_run: Path,
+    odd_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # The launcher in a Slurm job of two tasks: the training is not one of them.
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "batch")
     run_dir = without(tiny_run, tmp_path / "run")
     base = [*overrides(odd_llama, text_file, run_dir), "stages.only=[distill,evaluate]"]
     kept = manifest_of(run_dir, "prune").started_at
