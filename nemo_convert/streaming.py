@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from mmap import ACCESS_COPY, mmap
+from mmap import ACCESS_COPY, MADV_DONTNEED, PAGESIZE, mmap
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ class _MappedShards:
 
     def tensor(self, index: Any) -> Tensor:
         """A whole shard. Each is an uncompressed archive of its own, somewhere in its file."""
-        where = self._reader.storage_data[index]
+        where = self._stored(index)
         file, mapped = self._map(where.relative_path)
         with FakeTensorMode():  # gives shape, strides and the offset of the data, and reads no data
             shard = torch.load(self._reader._slice_file(file, where), weights_only=True)
@@ -115,6 +115,17 @@ class _MappedShards:
             offset=where.offset + storage._checkpoint_offset,
         )
         return data.as_strided(shard.shape, shard.stride(), shard.storage_offset())
+
+    def let_go(self, index: Any) -> None:
+        """Gives back the memory of a shard that was copied; it can be read again."""
+        where = self._stored(index)
+        first = -(-where.offset // PAGESIZE) * PAGESIZE
+        last = (where.offset + where.length) // PAGESIZE * PAGESIZE
+        if last > first:
+            self._map(where.relative_path)[1].madvise(MADV_DONTNEED, first, last - first)
+
+    def _stored(self, index: Any) -> Any:
+        return self._reader.storage_data[index]
 
     def _map(self, name: str) -> tuple[Any, mmap]:
         if name not in self._maps:
@@ -141,6 +152,7 @@ def _read(shards: _MappedShards, key: str, stored: Any, place: Place) -> Tensor:
     tensor = torch.empty(sizes, dtype=stored.properties.dtype)
     for item, part in zip(items, parts, strict=True):
         _box(tensor, item.dest_offsets, item.lengths).copy_(part)
+        shards.let_go(item.storage_index)
     return tensor.view(inner)
 
 
