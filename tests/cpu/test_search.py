@@ -175,7 +175,7 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
         if len(started) == 3 and "killed" not in started:
             started.append("killed")
             raise KeyboardInterrupt
-        started.append(command[command.index("-m", 3) + 1])
+        started.append(command[command.index("--config") - 1])
         return start(command, **settings)
 
     monkeypatch.setattr("recipes.rounds.subprocess.run", counted)

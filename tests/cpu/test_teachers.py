@@ -68,7 +68,8 @@ def test_a_cached_teacher_gives_the_live_ones_losses(
     assert len(found) == STEPS
     assert "teacher_loss" not in found[0]
     for one, two in zip(expected[: STEPS - 4], found, strict=False):
-        assert two["kd"] == pytest.approx(one["kd"], rel=1e-2), one["done"]
+        # Stored in float16; on a student this close to its teacher that is a percent or so.
+        assert two["kd"] == pytest.approx(one["kd"], rel=1e-2, abs=3e-5), one["done"]
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2), one["done"]
 
 
