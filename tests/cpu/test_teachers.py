@@ -30,7 +30,7 @@ def run_teacher(model: Path, text_file: Path, run_dir: Path, *more: str) -> Resu
         "data.text_field=text",
         "data.seq_length=64",
         f"run_dir={run_dir}",
-        "stages.prune.target_num_layers=3",
+        "stages.prune.target_num_layers=2",  # further from its teacher than float16 rounds
         *(f"stages.distill.{name}={value}" for name, value in distill.items()),
         *more,
         cwd=run_dir.parent,
@@ -68,8 +68,7 @@ def test_a_cached_teacher_gives_the_live_ones_losses(
     assert len(found) == STEPS
     assert "teacher_loss" not in found[0]
     for one, two in zip(expected[: STEPS - 4], found, strict=False):
-        # Stored in float16; on a student this close to its teacher that is a percent or so.
-        assert two["kd"] == pytest.approx(one["kd"], rel=1e-2, abs=3e-5), one["done"]
+        assert two["kd"] == pytest.approx(one["kd"], rel=1e-2), one["done"]
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2), one["done"]
 
 
