@@ -264,7 +264,7 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
         tokenizer = AutoTokenizer(str(staged))
         model.tokenizer = tokenizer
         model.__io__.tokenizer = tokenizer.__io__
-        with _outside_slurm():
+        with outside_slurm():
             trainer = nl.Trainer(devices=1, accelerator="cpu", strategy=nl.MegatronStrategy())
         context = TrainerContext(model=model, trainer=trainer, extra={})
         shutil.rmtree(checkpoint / CONTEXT, ignore_errors=True)
@@ -272,8 +272,8 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
 
 
 @contextmanager
-def _outside_slurm() -> Iterator[None]:
-    """Hides a Slurm job, whose tasks Lightning would take for ranks, or refuse."""
+def outside_slurm() -> Iterator[None]:
+    """Hides a Slurm job from a new trainer: without torchrun it takes the job's tasks for ranks."""
     tasks = os.environ.pop("SLURM_NTASKS", None)
     try:
         yield

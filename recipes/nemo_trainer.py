@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -64,7 +63,8 @@ def train(
     restored.config.seq_length = cfg.seq_length
     _set_recompute(restored.config, cfg.recompute)
     model = KDModel(restored, objective)
-    trainer = _trainer(cfg)
+    with nemo.outside_slurm():
+        trainer = _trainer(cfg)
     # After construction: NeMo copies what it is given.
     trainer.callbacks.append(_Progress(cfg, log))
     if deadline() is not None:
@@ -174,16 +174,12 @@ def _trainer(cfg: TrainingConfig) -> Any:
         num_nodes=cfg.resources.nodes,
         accelerator="cpu" if on_cpu else "gpu",
         strategy=strategy,
-        plugins=[
-            nl.MegatronMixedPrecision(
-                precision=cfg.precision,
-                params_dtype=cfg.dtype,
-                pipeline_dtype=cfg.dtype,
-                grad_reduce_in_fp32=cfg.grad_reduce_in_fp32,
-            ),
-            # Lightning would take a Slurm job that a lone process is in for the training's own.
-            TorchElasticEnvironment() if world_size() > 1 else LightningEnvironment(),
-        ],
+        plugins=nl.MegatronMixedPrecision(
+            precision=cfg.precision,
+            params_dtype=cfg.dtype,
+            pipeline_dtype=cfg.dtype,
+            grad_reduce_in_fp32=cfg.grad_reduce_in_fp32,
+        ),
         max_steps=cfg.max_steps,
         val_check_interval=min(cfg.val_check_interval, cfg.max_steps),
         check_val_every_n_epoch=None,  # counts steps from the start, also after a restart
