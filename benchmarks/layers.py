@@ -8,30 +8,26 @@ held-out text. Each is a run of the launcher, so a killed benchmark goes on wher
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contenders import launch, make_inputs, manifest_of
+from benchmarks.students import Student, collect, figures, make_student
 from recipes.errors import RecipeError
-from recipes.manifest import write_text_atomically
 from recipes.prune import METHODS
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a method came to; perplexities on held-out text."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Student):
+    """What a method came to."""
 
     method: str
     layers: int
     dropped: list[int]
-    pruned: float
-    distilled: float
-    kl_to_teacher: float
-    tokens: int
 
 
 def score(base: Path, out: Path, drops: list[int], windows: int, greedy: int) -> Path:
@@ -49,40 +45,21 @@ def score(base: Path, out: Path, drops: list[int], windows: int, greedy: int) ->
 
 def run_method(method: str, layers: int, scores: Path, out: Path, args: argparse.Namespace) -> None:
     """Prunes, distils and evaluates one student."""
-    base = args.base
     settings = {
-        "prune.inputs.checkpoint": base / "import_hf",
-        "prune.inputs.importance": scores,
         "prune.layer_importance": method,
         "prune.target_num_layers": layers,
-        "distill.inputs.teacher": base / "import_hf",
-        "distill.inputs.data": base / "prepare_data",
-        "distill.max_steps": args.steps,
-        "distill.warmup_steps": args.steps // 10,
-        "distill.checkpoint_interval": args.steps,
-        "distill.val_check_interval": args.steps,
-        "evaluate.inputs.teacher": base / "import_hf",
-        "evaluate.inputs.data": base / "prepare_data",
         "evaluate.num_windows": args.windows,
-        "evaluate.num_generations": 1,
-        "evaluate.new_tokens": 1,
     }
-    launch(base, out, ("prune", "distill", "evaluate"), settings)
+    make_student(args.base, scores, out, args.steps, settings)
 
 
 def read_outcome(method: str, out: Path) -> Outcome:
     """Reads a run's manifests."""
-    pruned, evaluation = manifest_of(out / "prune"), manifest_of(out / "evaluate").metrics
-    kept = pruned.metrics["kept_layers"]
-    every = {int(layer) for layer in pruned.metrics["layer_importance"]}
+    pruned = manifest_of(out / "prune").metrics
+    kept = pruned["kept_layers"]
+    every = {int(layer) for layer in pruned["layer_importance"]}
     return Outcome(
-        method=method,
-        layers=len(kept),
-        dropped=sorted(every - set(kept)),
-        pruned=evaluation["pruned"]["perplexity"],
-        distilled=evaluation["distilled"]["perplexity"],
-        kl_to_teacher=evaluation["distilled"]["kl_to_teacher"],
-        tokens=manifest_of(out / "distill").metrics["tokens"],
+        method=method, layers=len(kept), dropped=sorted(every - set(kept)), **figures(out)
     )
 
 
@@ -102,6 +79,20 @@ def draw(outcomes: list[Outcome]) -> Table:
     return table
 
 
+def compare(args: argparse.Namespace, out: Path) -> Iterator[Outcome]:
+    """Makes every student, at each depth by each method that can drop so many layers."""
+    architecture = manifest_of(args.base / "import_hf").architecture or {}
+    drops = [architecture["num_layers"] - layers for layers in args.layers]
+    scores = score(args.base, out, drops, args.loss_windows, args.greedy_layers)
+    for layers, drop in zip(args.layers, drops, strict=True):
+        for method in args.methods:
+            if method == "greedy" and drop > args.greedy_layers:
+                continue
+            run = out / f"{layers}-{method}"
+            run_method(method, layers, scores, run, args)
+            yield read_outcome(method, run)
+
+
 def main() -> None:
     """Runs the methods and writes ``layers.json``."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -116,20 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     args.base = (args.run_dir or make_inputs()).resolve()
     out, console = args.out.resolve(), Console(highlight=False, width=120)
-    architecture = manifest_of(args.base / "import_hf").architecture or {}
-    drops = [architecture["num_layers"] - layers for layers in args.layers]
-    scores = score(args.base, out, drops, args.loss_windows, args.greedy_layers)
-    outcomes = []
-    for layers in args.layers:
-        for method in args.methods:
-            if method == "greedy" and drops[args.layers.index(layers)] > args.greedy_layers:
-                continue
-            run = out / f"{layers}-{method}"
-            run_method(method, layers, scores, run, args)
-            outcomes.append(read_outcome(method, run))
-            console.print(outcomes[-1])
-            plain = [asdict(outcome) for outcome in outcomes]
-            write_text_atomically(out / "layers.json", json.dumps(plain, indent=1) + "\n")
+    outcomes = collect(compare(args, out), out / "layers.json", console)
     console.print(draw(outcomes))
 
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contenders import launch, make_inputs, manifest_of
+from benchmarks.students import schedule
 from recipes.errors import RecipeError
 from recipes.manifest import write_text_atomically
 from recipes.metrics import METRICS, steps_of
@@ -85,10 +86,7 @@ def run_arm(name: str, steps: int, base: Path, out: Path) -> Outcome:
     settings: dict[str, Any] = {
         "distill.inputs.student": base / "prune",
         "distill.lm_weight": 0,
-        "distill.max_steps": steps,
-        "distill.warmup_steps": steps // 10,
-        "distill.checkpoint_interval": steps,
-        "distill.val_check_interval": steps,
+        **schedule(steps),
         "evaluate.inputs.teacher": base / "import_hf",
         "evaluate.inputs.pruned": base / "prune",
         "evaluate.num_generations": 1,

@@ -9,38 +9,32 @@ run of the launcher, so a killed benchmark goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import LAUNCHER, execute, launch, manifest_of
+from benchmarks.contenders import LAUNCHER, execute, manifest_of
+from benchmarks.students import Student, collect, figures, make_student
 from recipes.architecture import Architecture
 from recipes.errors import RecipeError
-from recipes.manifest import write_text_atomically
+from recipes.search_space import AXES, prune_settings
 
 SEARCH = "llama_search"
-WIDTHS = ("hidden_size", "ffn_hidden_size", "num_attention_heads")
+DEPTH = "num_layers"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a shape came to with a learning rate; on held-out text."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Student):
+    """What a shape came to with a learning rate."""
 
     way: str
     shape: str
     parameters: int
     lr: float
-    pruned: float
-    distilled: float
-    kl_to_teacher: float
-    top1_agreement: float
-    tokens: int
 
 
 def ways(candidates: Sequence[dict[str, Any]], teacher: Architecture) -> dict[str, dict[str, Any]]:
@@ -54,7 +48,8 @@ def ways(candidates: Sequence[dict[str, Any]], teacher: Architecture) -> dict[st
         RecipeError: The budget cannot be met in depth alone, or in width alone.
     """
     found = {"found": next(c for c in candidates if c.get("chosen"))}
-    kinds: dict[str, tuple[str, ...]] = {"depth alone": WIDTHS, "width alone": ("num_layers",)}
+    widths = [axis for axis in AXES if axis != DEPTH]
+    kinds = {"depth alone": widths, "width alone": [DEPTH]}
     for way, kept in kinds.items():
         same = [
             c
@@ -72,45 +67,14 @@ def ways(candidates: Sequence[dict[str, Any]], teacher: Architecture) -> dict[st
 
 def run_shape(shape: dict[str, Any], lr: float, search: Path, out: Path, steps: int) -> None:
     """Prunes, distils and evaluates a student."""
-    scores, data, teacher = search / "score", search / "prepare_data", search / "import_hf"
-    ranking = manifest_of(search / "rank_candidates").config
-    settings: dict[str, object] = {
-        "prune.inputs.checkpoint": teacher,
-        "prune.inputs.importance": scores,
-        "prune.layer_importance": ranking["layer_importance"],
-        "prune.target_num_layers": shape["num_layers"],
-        **{f"prune.target_{axis}": shape[axis] for axis in WIDTHS},
-        **{f"prune.{axis}_divisor": math.gcd(shape[axis], 64) for axis in WIDTHS[:2]},
-        "distill.inputs.teacher": teacher,
-        "distill.inputs.data": data,
-        "distill.max_steps": steps,
-        "distill.warmup_steps": steps // 10,
+    method = manifest_of(search / "rank_candidates").config["layer_importance"]
+    pruning = prune_settings({axis: shape[axis] for axis in AXES}, method)
+    settings = {
+        **{f"prune.{name}": value for name, value in pruning.items()},
         "distill.lr": lr,
         "distill.min_lr": lr / 10,
-        "distill.checkpoint_interval": steps,
-        "distill.val_check_interval": steps,
-        "evaluate.inputs.teacher": teacher,
-        "evaluate.inputs.data": data,
-        "evaluate.num_generations": 1,
-        "evaluate.new_tokens": 1,
     }
-    launch(search, out, ("prune", "distill", "evaluate"), settings)
-
-
-def read_outcome(way: str, candidate: dict[str, Any], lr: float, out: Path) -> Outcome:
-    """Reads a run's manifests."""
-    evaluation = manifest_of(out / "evaluate").metrics
-    return Outcome(
-        way=way,
-        shape=candidate["name"],
-        parameters=candidate["parameters"],
-        lr=lr,
-        pruned=evaluation["pruned"]["perplexity"],
-        distilled=evaluation["distilled"]["perplexity"],
-        kl_to_teacher=evaluation["distilled"]["kl_to_teacher"],
-        top1_agreement=evaluation["distilled"]["top1_agreement"],
-        tokens=manifest_of(out / "distill").metrics["tokens"],
-    )
+    make_student(search, search / "score", out, steps, settings)
 
 
 def draw(outcomes: Sequence[Outcome]) -> Table:
@@ -132,6 +96,18 @@ def draw(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
+def compare(search: Path, args: argparse.Namespace, out: Path) -> Iterator[Outcome]:
+    """Makes every student: each shape with each learning rate."""
+    candidates = manifest_of(search / "tournament").metrics["candidates"]
+    teacher = Architecture(**(manifest_of(search / "import_hf").architecture or {}))
+    for way, candidate in ways(candidates, teacher).items():
+        name, parameters = candidate["name"], candidate["parameters"]
+        for lr in args.lr:
+            run = out / f"{name}-lr{lr:g}"
+            run_shape(candidate["shape"], lr, search, run, args.steps)
+            yield Outcome(way=way, shape=name, parameters=parameters, lr=lr, **figures(run))
+
+
 def main() -> None:
     """Searches, trains and writes ``shapes.json``."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -143,17 +119,7 @@ def main() -> None:
     out, console = args.out.resolve(), Console(highlight=False, width=140)
     search = out / "search"
     execute([*LAUNCHER, f"recipe={SEARCH}", f"run_dir={search}", *args.overrides])
-    tournament = manifest_of(search / "tournament")
-    teacher = Architecture(**(manifest_of(search / "import_hf").architecture or {}))
-    outcomes = []
-    for way, candidate in ways(tournament.metrics["candidates"], teacher).items():
-        for lr in args.lr:
-            run = out / f"{candidate['name']}-lr{lr:g}"
-            run_shape(candidate["shape"], lr, search, run, args.steps)
-            outcomes.append(read_outcome(way, candidate, lr, run))
-            console.print(outcomes[-1])
-            plain = [asdict(outcome) for outcome in outcomes]
-            write_text_atomically(out / "shapes.json", json.dumps(plain, indent=1) + "\n")
+    outcomes = collect(compare(search, args, out), out / "shapes.json", console)
     console.print(draw(outcomes))
 
 

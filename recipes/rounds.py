@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from recipes import distill, prune
 from recipes.errors import RecipeError
 from recipes.fingerprint import REPO_ROOT, code_fingerprint, stage_fingerprint
 from recipes.manifest import read_manifest, write_text_atomically
+from recipes.search_space import AXES, prune_settings
 from recipes.stage import (
     Inputs,
     StageConfig,
@@ -69,17 +69,8 @@ class Arena:
             _wait_for(self._directory / candidate["name"] / f"round-{number}")
 
     def _prune(self, candidate: dict[str, Any], directory: Path) -> None:
-        shape = candidate["shape"]
-        config = prune.Config(
-            stage="prune",
-            layer_importance=self._method,
-            target_num_layers=shape["num_layers"],
-            target_hidden_size=shape["hidden_size"],
-            target_ffn_hidden_size=shape["ffn_hidden_size"],
-            target_num_attention_heads=shape["num_attention_heads"],
-            hidden_size_divisor=math.gcd(shape["hidden_size"], 64),
-            ffn_hidden_size_divisor=math.gcd(shape["ffn_hidden_size"], 64),
-        )
+        sizes = {axis: candidate["shape"][axis] for axis in AXES}
+        config = prune.Config(stage="prune", **prune_settings(sizes, self._method))
         inputs = {name: self._inputs[name].directory for name in ("checkpoint", "importance")}
         run_stage(config, directory, inputs)
 

@@ -6,6 +6,7 @@ part of one that is listed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -84,6 +85,16 @@ class Service:
     def storage(self) -> Storage:
         """How weights and cache are kept."""
         return Storage(self.precision, kv_bytes=self.bytes_per_cached_value)
+
+
+def prune_settings(sizes: Mapping[str, int], layer_importance: str) -> dict[str, Any]:
+    """Settings of ``prune`` for sizes of ``AXES``; widths are multiples of what they divide by."""
+    divisors = {axis: math.gcd(size, 64) for axis, size in sizes.items() if "hidden" in axis}
+    return {
+        "layer_importance": layer_importance,
+        **{f"target_{axis}": size for axis, size in sizes.items()},
+        **{f"{axis}_divisor": divisor for axis, divisor in divisors.items()},
+    }
 
 
 def weight_bytes(shape: Architecture, service: Service) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 from recipes import distill
 from recipes.manifest import Outcome, write_text_atomically
 from recipes.preflight import Chain, Problem
+from recipes.search_space import AXES, prune_settings
 from recipes.stage import Inputs, StageConfig, metrics_log, rank, stage_main
 from recipes.training import training_problems
 
@@ -141,10 +142,8 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> Outcome:
 def recipe(cfg: Config, inputs: Inputs, winner: dict[str, Any], method: str) -> str:
     """The winner as a recipe: copied to ``conf/recipe/NAME.yaml`` it runs as ``recipe=NAME``."""
     teacher = inputs["checkpoint"].manifest.architecture or {}
-    axes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-    changed = {axis: winner["shape"][axis] for axis in axes}
-    targets = {axis: size for axis, size in changed.items() if size != teacher[axis]}
-    divisors = {axis: math.gcd(size, 64) for axis, size in targets.items() if "hidden" in axis}
+    sizes = {axis: winner["shape"][axis] for axis in AXES}
+    changed = {axis: size for axis, size in sizes.items() if size != teacher[axis]}
     scored = inputs["importance"].manifest.config
     return "\n".join(
         [
@@ -161,9 +160,7 @@ def recipe(cfg: Config, inputs: Inputs, winner: dict[str, Any], method: str) -> 
             *(f"    {n}: {scored[n]}" for n in ("num_loss_samples", "block_sizes")),
             f"    num_greedy_layers: {scored['num_greedy_layers']}",
             "  prune:",
-            f"    layer_importance: {method}",
-            *(f"    target_{axis}: {size}" for axis, size in targets.items()),
-            *(f"    {axis}_divisor: {size}" for axis, size in divisors.items()),
+            *(f"    {name}: {value}" for name, value in prune_settings(changed, method).items()),
             "  distill:",
             f"    lr: {cfg.distill.lr}",
             f"    min_lr: {cfg.distill.min_lr}",
