@@ -12,11 +12,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from recipes.errors import RecipeError
-from recipes.fingerprint import REPO_ROOT
-from recipes.manifest import Manifest, read_manifest
-from recipes.metrics import METRICS, steps_of
-from recipes.stage import die_with_parent
+from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT
+from recipes.core.manifest import Manifest, read_manifest
+from recipes.core.metrics import METRICS, steps_of
+from recipes.core.processes import die_with_parent
 
 LAUNCHER = (sys.executable, str(REPO_ROOT / "launch" / "run.py"))
 INPUTS = ("import_hf", "prepare_data", "score", "prune")

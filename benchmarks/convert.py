@@ -138,7 +138,7 @@ def main() -> None:
     from omegaconf import OmegaConf
 
     from nemo_convert.hf import resolve
-    from recipes.fingerprint import REPO_ROOT
+    from recipes.core.files import REPO_ROOT
 
     embedded = OmegaConf.load(REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").hf_path
     folder = resolve(args.model or embedded)

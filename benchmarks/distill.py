@@ -41,10 +41,10 @@ from benchmarks.contenders import (
     manifest_of,
     run_contender,
 )
-from recipes.architecture import Architecture
-from recipes.errors import RecipeError, did_you_mean
-from recipes.manifest import write_text_atomically
-from recipes.stage import installed_versions
+from nemo_convert.architecture import Architecture
+from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.files import write_text_atomically
+from recipes.core.versions import installed_versions
 
 WARM_UP_STEPS = 2
 BASELINES = ("loop-fp32", "loop-bf16")

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from benchmarks.contenders import launch, make_inputs, manifest_of
 from benchmarks.students import Student, collect, figures, make_student
-from recipes.errors import RecipeError
-from recipes.prune import METHODS
+from recipes.core.errors import RecipeError
+from recipes.pruning.settings import LAYER_METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run-dir", type=Path, help="with import_hf and prepare_data")
     parser.add_argument("--layers", type=int, nargs="+", default=[24, 20])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=LAYER_METHODS, default=list(LAYER_METHODS))
     parser.add_argument("--steps", type=int, default=40, help="of 4 windows of 256 tokens")
     parser.add_argument("--loss-windows", type=int, default=8, help="for the change of the loss")
     parser.add_argument("--greedy-layers", type=int, default=6, help="that greedy can drop")

@@ -27,11 +27,11 @@ from torch.nn.functional import kl_div, log_softmax
 
 from benchmarks.contenders import Record
 from nemo_convert.nemo import find_checkpoint
-from recipes.errors import RecipeError
-from recipes.indexed_dataset import windows
-from recipes.manifest import ARTIFACT
-from recipes.quality import load_transformers
-from recipes.stage import die_with_parent
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT
+from recipes.core.processes import die_with_parent
+from recipes.data.token_windows import windows
+from recipes.evaluation.text_quality import load_transformers
 
 CHUNK_TOKENS = 128
 LR, BETA1, BETA2, WEIGHT_DECAY, CLIP = 1e-4, 0.9, 0.95, 0.1, 1.0

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from recipes.machine_rates import copy_rate, linear_rate
+from recipes.engines.machine_rates import copy_rate, linear_rate
 
 
 def main() -> None:

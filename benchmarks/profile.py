@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from recipes import distill, nemo_trainer
-from recipes.manifest import check_artifact
-from recipes.stage import Input
+from recipes.core.manifest import check_artifact
+from recipes.core.stage import Input
+from recipes.distillation import trainer
+from recipes.distillation.settings import DistillConfig
+from recipes.stages import distill
 
 STEPS, WARM_UP = 3, 4
 PARTS = {
@@ -36,7 +38,7 @@ PARTS = {
 def run(stage_dir: Path, profiler: profile) -> None:
     """Runs the stage, telling the profiler of every step."""
     request: Any = OmegaConf.to_container(OmegaConf.load(stage_dir / "config.yaml"))
-    merged = OmegaConf.merge(OmegaConf.structured(distill.Config), request["config"])
+    merged = OmegaConf.merge(OmegaConf.structured(DistillConfig), request["config"])
     cfg: Any = OmegaConf.to_object(merged)
     cfg.max_steps, cfg.warmup_steps = WARM_UP + STEPS + 1, 1
     inputs = {}
@@ -44,12 +46,12 @@ def run(stage_dir: Path, profiler: profile) -> None:
         directory = Path(spec["directory"])
         inputs[name] = Input(directory, check_artifact(directory, spec["kind"], rehash=False))
 
-    class Profiled(nemo_trainer._Progress):
+    class Profiled(trainer._Progress):
         def on_train_batch_end(self, *args: Any) -> None:
             super().on_train_batch_end(*args)
             profiler.step()
 
-    nemo_trainer._Progress = Profiled  # type: ignore[misc]
+    trainer._Progress = Profiled  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as scratch, profiler:
         out = Path(scratch) / "work" / "artifact"
         out.mkdir(parents=True)

@@ -23,10 +23,10 @@ from rich.table import Table
 
 from benchmarks.contenders import launch, make_inputs, manifest_of
 from benchmarks.students import schedule
-from recipes.errors import RecipeError
-from recipes.manifest import write_text_atomically
-from recipes.metrics import METRICS, steps_of
-from recipes.report_plots import interval_plot
+from recipes.core.errors import RecipeError
+from recipes.core.files import write_text_atomically
+from recipes.core.metrics import METRICS, steps_of
+from recipes.report.plots import interval_plot
 
 REFERENCE = "forward_kl"
 SAME_TIME = 0.05

@@ -19,9 +19,9 @@ from rich.table import Table
 
 from benchmarks.contenders import LAUNCHER, execute, manifest_of
 from benchmarks.students import Student, collect, figures, make_student
-from recipes.architecture import Architecture
-from recipes.errors import RecipeError
-from recipes.search_space import AXES, prune_settings
+from nemo_convert.architecture import Architecture
+from recipes.core.errors import RecipeError
+from recipes.search.space import AXES, prune_settings
 
 SEARCH = "llama_search"
 DEPTH = "num_layers"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from benchmarks.contenders import launch, manifest_of
-from recipes.manifest import write_text_atomically
+from recipes.core.files import write_text_atomically
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,22 +1,18 @@
-"""Where stages run: what ``conf/cluster`` sets, and the functions that every executor has."""
+"""Where stages run: what ``conf/cluster`` sets, and what an executor is."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Generic, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from launch.console import Follower
-from launch.plan import Plan, PlannedStage
-from recipes.errors import RecipeError, did_you_mean
+from launch.plan import Plan
+from launch.planned import PlannedStage
 
-EXECUTORS = ("local", "docker", "slurm")
 Follow = Callable[[PlannedStage], AbstractContextManager[Follower]]
 
 
@@ -31,38 +27,17 @@ class Cluster:
     """Names of variables to pass on, for secrets: their values are never written anywhere."""
 
 
-class Executor(Protocol):
-    """The functions of a module in ``launch/executors``."""
-
-    Config: type[Cluster]
-
-    def prepare(self, plan: Plan, cluster: Any) -> Plan:
-        """Refuses what cannot run there, before anything is written, and sees what still runs."""
-
-    def write_scripts(self, plan: Plan, cluster: Any) -> None:
-        """Leaves in the run directory what starts each stage, to be read, edited, run by hand."""
-
-    def start(self, plan: Plan, cluster: Any, follow: Follow, console: Console) -> bool:
-        """Starts the stages; true if they have all ended, and well."""
+ClusterT = TypeVar("ClusterT", bound=Cluster)
 
 
-def executor_of(cfg: DictConfig) -> tuple[Executor, Cluster]:
-    """Returns the module that starts stages, and its typed settings.
+@dataclass(frozen=True, kw_only=True)
+class Executor(Generic[ClusterT]):
+    """What starts stages: ``EXECUTOR`` of each module in ``launch/executors``."""
 
-    Raises:
-        RecipeError: There is no such executor, or a setting is wrong.
-    """
-    name = str(cfg.executor)
-    if name not in EXECUTORS:
-        raise RecipeError(
-            f"cluster.executor={name} is not known.{did_you_mean(name, EXECUTORS)}",
-            f"use one of: {', '.join(EXECUTORS)}",
-        )
-    executor = cast(Executor, importlib.import_module(f"launch.executors.{name}"))
-    try:
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(executor.Config), cfg))
-    except OmegaConfBaseException as error:
-        key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
-        near = did_you_mean(key, executor.Config.__dataclass_fields__)
-        raise RecipeError(f"cluster.{key}: {str(error).splitlines()[0]}.{near}") from error
-    return executor, cast(Cluster, typed)
+    config: type[ClusterT]
+    prepare: Callable[[Plan, ClusterT], Plan]
+    """Refuses what cannot run there, before anything is written, and sees what still runs."""
+    write_scripts: Callable[[Plan, ClusterT], None]
+    """Leaves in the run directory what starts each stage, to be read, edited, run by hand."""
+    start: Callable[[Plan, ClusterT, Follow, Console], bool]
+    """Starts the stages; true if they have all ended, and well."""

@@ -18,8 +18,8 @@ from launch.compare import compare
 from launch.console import headline
 from launch.executors import slurm_queue
 from launch.logs import newest_log, tail
-from launch.run_state import COMPLETE, FAILED, RUNNING, StageState, read_run, requests_of, runs_in
-from recipes.errors import RecipeError, did_you_mean
+from launch.run_status import COMPLETE, FAILED, RUNNING, StageState, read_run, requests_of, runs_in
+from recipes.core.errors import RecipeError, did_you_mean
 
 STYLES = {COMPLETE: "green", RUNNING: "bold", FAILED: "red"}
 WAIT_SECONDS, ASK_AGAIN_SECONDS = 60.0, 10.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.errors import RecipeError
+from recipes.core.errors import RecipeError
 
 DEFAULT_OUT = "compare.html"
 USAGE = "python launch/run.py compare RUN1 RUN2 [out=FILE], or one directory of a sweep"
@@ -20,7 +20,7 @@ def compare(words: Sequence[str]) -> str:
     Raises:
         RecipeError: Nothing can be compared, or the file cannot be written.
     """
-    from recipes.report_compare import render_comparison
+    from recipes.report.compare import render_comparison
 
     options = [word for word in words if word.startswith("out=")]
     paths = [Path(word) for word in words if word not in options]

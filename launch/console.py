@@ -14,10 +14,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launch.plan import Plan, PlannedStage
+from launch.plan import Plan
+from launch.planned import PlannedStage
 from launch.tracking import Track
-from recipes.manifest import Manifest, read_manifest
-from recipes.metrics import METRICS
+from recipes.core.manifest import Manifest, read_manifest
+from recipes.core.metrics import METRICS
 
 PLAIN_INTERVAL = 15.0
 ROLES = ("teacher", "pruned", "distilled")
@@ -47,7 +48,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 def print_notes(plan: Plan, waived: Collection[str], console: Console) -> None:
     """Shows warnings, and what was waived."""
     for note in plan.notes:
-        how = "waived" if note.rule in waived else note.severity
+        how = "waived" if note.rule.name in waived else note.rule.severity
         console.print(f"{how}: {note}", markup=False, style="dim" if how == "waived" else "yellow")
 
 

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from recipes.errors import RecipeError, did_you_mean
-from recipes.hardware import physical_memory
-from recipes.rules import RULES
-from recipes.sources import cache_dir
-from recipes.stack import installed, pins
+from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.versions import installed, pins
+from recipes.core.wheels import cache_dir
+from recipes.planning.hardware import physical_memory
+from recipes.planning.rules import RULES
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 STYLES = {OK: "green", WARN: "yellow", FAIL: "red"}

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from recipes.errors import RecipeError
-from recipes.gates import Gate, Verdict, judge, known_names
-from recipes.manifest import read_manifest
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import read_manifest
+from recipes.report.gates import Gate, Verdict, judge, known_names
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from recipes.errors import RecipeError
+from recipes.core.errors import RecipeError
 
 LOCK = ".lock"
 

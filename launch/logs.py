@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipes.manifest import WORK
+from recipes.core.manifest import WORK
 
 LOGS = "logs"
 ERROR = "error.txt"

@@ -9,14 +9,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from recipes.errors import RecipeError, did_you_mean
-from recipes.hardware import Hardware
-from recipes.preflight import Chain, Problem, read_chain
-from recipes.stack import pins
-from recipes.stage import StageConfig
+from launch.hydra_errors import as_typed
+from recipes.core.stage import StageConfig
+from recipes.core.versions import pins
+from recipes.planning import rules
+from recipes.planning.chain import Chain, read_chain
+from recipes.planning.hardware import Hardware
+from recipes.planning.problems import Problem
 
 LOCAL, DOCKER, SLURM = "local", "docker", "slurm"
 
@@ -28,13 +29,7 @@ def chain_of(cfg: DictConfig, configs: Mapping[str, StageConfig], run_dir: Path)
         RecipeError: There is no usable teacher, or the hardware profile has a wrong field.
     """
     chain = read_chain(cfg.model.hf_path, configs)
-    try:
-        profile = OmegaConf.merge(OmegaConf.structured(Hardware), cfg.hardware)
-        hardware: Hardware = OmegaConf.to_object(profile)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
-        near = did_you_mean(key, Hardware.__dataclass_fields__)
-        raise RecipeError(f"hardware.{key}: {str(error).splitlines()[0]}.{near}") from error
+    hardware = as_typed(Hardware, cfg.hardware, "hardware")
     if hardware.memory_bytes is None and cfg.cluster.executor == SLURM:
         hardware.memory_bytes = math.inf  # a login node's says nothing of where the jobs run
     return replace(chain, hardware=hardware, run_dir=run_dir, time_limit=cfg.cluster.get("time"))
@@ -47,7 +42,7 @@ def cluster_problems(cluster: DictConfig) -> Iterator[Problem]:
     for name, image in (cluster.get("images") or {}).items():
         if image is not None and not _is_there(str(image), str(cluster.executor)):
             yield Problem(
-                "image",
+                rules.IMAGE,
                 f"cluster.images.{name}={image} is not there",
                 "build or import it first; see Dockerfile",
             )
@@ -55,7 +50,7 @@ def cluster_problems(cluster: DictConfig) -> Iterator[Problem]:
         path = Path(str(mount).removesuffix(":ro"))
         if not path.is_absolute() or not path.exists():
             yield Problem(
-                "mounts",
+                rules.MOUNTS,
                 f"cluster.mounts: {path} is not there, or not an absolute path",
                 "give existing folders, such as /data or /data:ro",
             )
@@ -66,7 +61,7 @@ def _stack_problems() -> Iterator[Problem]:
     if wrong:
         listed = ", ".join(f"{p.name} {p.found or 'missing'} ({p.wanted})" for p in wrong)
         yield Problem(
-            "stack-versions",
+            rules.STACK_VERSIONS,
             f"not the tested versions: {listed}",
             "./install.sh, and start with .venv/bin/python; or use cluster=docker",
         )

@@ -3,79 +3,34 @@
 from __future__ import annotations
 
 import graphlib
-import importlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.machine import chain_of, cluster_problems
-from launch.status import ADOPT, SKIP, require_nothing_lost, status
-from recipes.budget import budget_problems
-from recipes.errors import RecipeError, did_you_mean
-from recipes.fingerprint import (
-    REPO_ROOT,
-    code_fingerprint,
+from launch.planned import InputRef, PlannedStage, load_stage, stage_of
+from launch.staleness import ADOPT, SKIP, require_nothing_lost, status
+from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.fingerprint import (
     external_stamp,
     result_settings,
+    stage_code,
     stage_fingerprint,
 )
-from recipes.gates import Gate, known_names, parse_all, problems
-from recipes.manifest import check_artifact
-from recipes.preflight import Chain, Problem, require_none
-from recipes.rules import ERROR, require_known
-from recipes.stage import StageConfig
-
-
-@dataclass(frozen=True)
-class InputRef:
-    """Where an input is, and what it must be."""
-
-    directory: Path
-    kind: str
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class PlannedStage:
-    """One stage, resolved: what to start, and whether to."""
-
-    name: str
-    directory: Path
-    module: str
-    config: StageConfig
-    inputs: Mapping[str, InputRef]
-    code: str
-    fingerprint: str
-    action: str
-    reason: str
-
-    @property
-    def light(self) -> bool:
-        """Whether the stage needs no torch, and so no torchrun in a job."""
-        return bool(getattr(_module(self.config), "LIGHT", False))
-
-    def request(self) -> dict[str, Any]:
-        """Content of the stage's ``config.yaml``."""
-        return {
-            "name": self.name,
-            "fingerprint": self.fingerprint,
-            "code": self.code,
-            "inputs": {
-                name: {
-                    "directory": str(ref.directory),
-                    "kind": ref.kind,
-                    "fingerprint": ref.fingerprint,
-                }
-                for name, ref in self.inputs.items()
-            },
-            "config": OmegaConf.to_container(OmegaConf.structured(self.config)),
-        }
+from recipes.core.manifest import check_artifact
+from recipes.core.stage import StageConfig
+from recipes.planning import rules
+from recipes.planning.budget import budget_problems
+from recipes.planning.chain import Chain
+from recipes.planning.problems import Problem, require_none
+from recipes.planning.rules import ERROR, require_known
+from recipes.planning.workload import Workload
+from recipes.report.gates import Gate, known_names, parse_all, problems
 
 
 @dataclass(frozen=True)
@@ -94,21 +49,6 @@ class Plan:
         return [stage for stage in self.stages if stage.action not in (SKIP, ADOPT)]
 
 
-def stage_module(stage: str) -> ModuleType:
-    """Imports a stage's module. None of them imports torch at its top.
-
-    Raises:
-        RecipeError: There is no such stage.
-    """
-    known = sorted(folder.name for folder in (REPO_ROOT / "conf" / "stage").iterdir())
-    if stage not in known:
-        raise RecipeError(
-            f"there is no kind of stage '{stage}'.{did_you_mean(stage, known)}",
-            f"use one of: {', '.join(known)}",
-        )
-    return importlib.import_module(f"recipes.{stage}")
-
-
 def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     """Checks everything that can be checked without running, and decides what must run.
 
@@ -125,15 +65,20 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     chain = chain_of(cfg, configs, run_dir)
     gates = _gates(cfg, configs)
     wanted = [name for name in order if only is None or name in only]
-    notes = require_none(preflight(cfg, chain, wanted), waived)
-    _inform(configs, chain)
+    notes = require_none(checks(cfg, chain, wanted), waived)
+    chain = replace(chain, workloads=workloads_of(chain))
+    if not any(note.rule.severity == ERROR for note in notes):
+        # Else the arithmetic has nothing to stand on.
+        notes += require_none(budget_problems(chain, wanted), waived)
+    for name, config in configs.items():
+        configs[name] = stage_of(config).resolve_from_chain(config, chain)
     planned: dict[str, PlannedStage] = {}
     for name in order:
         stage = _plan_stage(name, configs[name], run_dir, planned, force)
         if name in wanted or _is_input(name, wanted, configs):
             _require_unchanged(stage)
         if name in wanted and name not in force:
-            require_nothing_lost(stage, _module(stage.config))
+            require_nothing_lost(stage)
         if name not in wanted and _is_input(name, wanted, configs):
             _require_complete(stage)
         planned[name] = stage
@@ -141,23 +86,23 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     return replace(plan, notes=notes + require_none(_disk_problems(plan), waived))
 
 
-def _inform(configs: dict[str, StageConfig], chain: Chain) -> None:
-    """Puts into a stage's config what it needs to know of the others, so that it depends on it."""
-    for name, config in configs.items():
-        if (of_chain := getattr(_module(config), "of_chain", None)) is not None:
-            configs[name] = of_chain(config, chain)
-
-
-def preflight(cfg: DictConfig, chain: Chain, wanted: list[str]) -> Iterator[Problem]:
-    """Everything that is wrong with the stages that are wanted, and with the chain as a whole."""
+def checks(cfg: DictConfig, chain: Chain, wanted: list[str]) -> Iterator[Problem]:
+    """Everything that is wrong with the stages that are wanted, and with where they run."""
     yield from cluster_problems(cfg.cluster)
-    failed = False
-    for name in wanted:
-        for problem in _module(chain.stages[name]).check(chain.stages[name], chain):
-            failed = failed or problem.severity == ERROR
-            yield problem
-    if not failed:  # else the arithmetic has nothing to stand on
-        yield from budget_problems(chain, wanted)
+    planning = any(stage_of(chain.stages[name]).plans_workloads for name in wanted)
+    for name, config in chain.stages.items():
+        stage = stage_of(config)
+        if name in wanted or (planning and stage.workload):
+            yield from stage.check(config, chain)
+
+
+def workloads_of(chain: Chain) -> dict[str, Workload]:
+    """Every training of a chain, and every pass of a teacher over its text, by stage."""
+    return {
+        name: workload(config, chain)
+        for name, config in chain.stages.items()
+        if (workload := stage_of(config).workload) is not None
+    }
 
 
 def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
@@ -175,7 +120,7 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
             typed[str(name)] = OmegaConf.to_object(node)  # type: ignore[assignment]
         except OmegaConfBaseException as error:
             raise RecipeError(f"stages.{name}: {str(error).splitlines()[0]}") from error
-        stage_module(typed[str(name)].stage)
+        load_stage(typed[str(name)].stage)
     if not typed:
         raise RecipeError("the recipe has no stages.")
     return typed
@@ -184,13 +129,9 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
 def _gates(cfg: DictConfig, configs: Mapping[str, StageConfig]) -> tuple[Gate, ...]:
     """The recipe's gates, each on a figure that one of its stages measures."""
     gates = parse_all(cfg.get("gates"))
-    kinds = {name: str(_module(config).KIND) for name, config in configs.items()}
+    kinds = {name: stage_of(config).kind for name, config in configs.items()}
     require_none(problems(gates, known_names(configs, kinds)))
     return gates
-
-
-def _module(config: StageConfig) -> ModuleType:
-    return stage_module(config.stage)
 
 
 def _known(names: Iterable[str] | None, configs: Mapping[str, Any], where: str) -> set[str] | None:
@@ -241,28 +182,17 @@ def _plan_stage(
     planned: Mapping[str, PlannedStage],
     force: set[str],
 ) -> PlannedStage:
-    module = _module(config)
+    spec = stage_of(config)
     directory = run_dir / name
-    inputs = _resolve_inputs(name, config, module, planned)
-    code = code_fingerprint(f"recipes.{config.stage}")
-    external: dict[str, Path] = getattr(module, "external", lambda _: {})(config)
+    inputs = _resolve_inputs(name, config, planned)
+    code = stage_code([config.stage, *spec.starts])
     fingerprint = stage_fingerprint(
         result_settings(config),
         code,
         {key: ref.fingerprint for key, ref in inputs.items()},
-        {key: external_stamp(path) for key, path in external.items()},
+        {key: external_stamp(path) for key, path in spec.external(config).items()},
     )
-    stage = PlannedStage(
-        name,
-        directory,
-        f"recipes.{config.stage}",
-        config,
-        inputs,
-        code,
-        fingerprint,
-        SKIP,
-        "complete",
-    )
+    stage = PlannedStage(name, directory, config, inputs, code, fingerprint, SKIP, "complete")
     upstream = [planned[s] for s in config.inputs.values() if s in planned]
     rerun = [other.name for other in upstream if other.action != SKIP]
     action, reason = status(stage, rerun, forced=name in force)
@@ -270,10 +200,9 @@ def _plan_stage(
 
 
 def _resolve_inputs(
-    name: str, config: StageConfig, module: ModuleType, planned: Mapping[str, PlannedStage]
+    name: str, config: StageConfig, planned: Mapping[str, PlannedStage]
 ) -> dict[str, InputRef]:
-    needed: Mapping[str, str | tuple[str, ...]] = module.INPUTS
-    optional: Mapping[str, str | tuple[str, ...]] = getattr(module, "OPTIONAL_INPUTS", {})
+    needed, optional = stage_of(config).inputs, stage_of(config).optional_inputs
     given = config.inputs.keys()
     if not needed.keys() <= given <= needed.keys() | optional.keys():
         also = f" and may have {', '.join(optional)}" if optional else ""
@@ -284,11 +213,10 @@ def _resolve_inputs(
         )
     inputs = {}
     for key, source in config.inputs.items():
-        allowed = needed[key] if key in needed else optional[key]
-        kinds = (allowed,) if isinstance(allowed, str) else allowed
+        kinds = needed[key] if key in needed else optional[key]
         if source in planned:
             found = planned[source]
-            kind, fingerprint = _module(found.config).KIND, found.fingerprint
+            kind, fingerprint = found.stage.kind, found.fingerprint
             directory = found.directory
         else:
             directory = Path(source).resolve()
@@ -326,15 +254,12 @@ def _require_complete(stage: PlannedStage) -> None:
 
 def _disk_problems(plan: Plan) -> Iterator[Problem]:
     """What would fill the disk: artifacts, and the checkpoints that a training keeps."""
-    need = sum(
-        getattr(_module(stage.config), "disk_bytes", lambda *_: 0)(stage.config, plan.chain)
-        for stage in plan.todo()
-    )
+    need = sum(s.stage.disk_bytes(s.config, plan.chain) for s in plan.todo())
     existing = next(p for p in (plan.run_dir, *plan.run_dir.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if need > free:
         yield Problem(
-            "disk",
+            rules.DISK,
             f"{plan.run_dir} needs about {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free.",
             "free some space, set run_dir to another disk, or lower keep_checkpoints",
         )

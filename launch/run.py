@@ -24,14 +24,16 @@ from rich.console import Console
 
 from launch import commands, lock, schema
 from launch import console as view
-from launch.cluster import executor_of
-from launch.explain import explain
+from launch.executor import executor_of
+from launch.hydra_errors import explain
 from launch.judge import require_gates
-from launch.plan import Plan, PlannedStage, make_plan
-from launch.status import SKIP
-from launch.tracking import SafeTracker, open_tracker, require_tracker, tracked_run
-from recipes.errors import RecipeError
-from recipes.manifest import write_text_atomically
+from launch.plan import Plan, make_plan
+from launch.planned import PlannedStage
+from launch.staleness import SKIP
+from launch.trackers import open_tracker, require_tracker
+from launch.tracking import SafeTracker, tracked_run
+from recipes.core.errors import RecipeError
+from recipes.core.files import write_text_atomically
 
 RUN_FILE = "run.yaml"
 console = Console(highlight=False, soft_wrap=True)

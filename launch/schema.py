@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from launch.plan import stage_module
-from recipes.hardware import cpu_profile
+from launch.planned import load_stage, stage_names
+from recipes.core.files import REPO_ROOT
+from recipes.planning.hardware import cpu_profile
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+CONF = REPO_ROOT / "conf"
 
 
 def register() -> None:
-    """Registers every stage's ``Config`` as ``stage/<stage>/schema``, and ``${cpu:NAME}``."""
+    """Registers every stage's config as ``stage/<stage>/schema``, and ``${cpu:NAME}``."""
     OmegaConf.register_new_resolver("cpu", cpu_profile, replace=True)
-    store = ConfigStore.instance()
-    for folder in sorted((CONF / "stage").iterdir()):
-        store.store(
-            group=f"stage/{folder.name}", name="schema", node=stage_module(folder.name).Config
+    for name in stage_names():
+        ConfigStore.instance().store(
+            group=f"stage/{name}", name="schema", node=load_stage(name).config
         )
 
 

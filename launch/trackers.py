@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import netrc
 import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from launch.tracking import TrackedRun, Tracker, scalars
-from recipes.stage import git_sha
+from launch.tracking import SafeTracker, TrackedRun, Tracker, scalars
+from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.versions import git_sha
 
 WANDB_HOST = "https://api.wandb.ai"
 MLFLOW_PARAMETERS = 100
@@ -226,3 +228,48 @@ def _links(run: TrackedRun) -> dict[str, str]:
         "report": report.resolve().as_uri(),
         "commit": git_sha() or "unknown",
     }
+
+
+@contextmanager
+def open_tracker(run: TrackedRun) -> Iterator[SafeTracker]:
+    """Opens the tracker that the settings name, for the whole run.
+
+    Raises:
+        RecipeError: It does not begin, as without a network or with a wrong address.
+    """
+    from launch import trackers
+
+    name = run.settings["name"]
+    with ExitStack() as stack:
+        try:
+            tracker = stack.enter_context(getattr(trackers, name)(run))
+        except Exception as error:
+            raise RecipeError(
+                f"tracker={name} did not begin ({type(error).__name__}: {error}).",
+                "check its settings, or tracker=none",
+            ) from error
+        yield SafeTracker(name, tracker)
+
+
+REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "none": (),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
+}
+"""Trackers and the modules that each needs."""
+
+
+def require_tracker(name: str) -> None:
+    """Raises ``RecipeError`` for a tracker that there is not, or whose package is not installed."""
+    if name not in REQUIRED:
+        raise RecipeError(
+            f"tracker.name={name} is not known.{did_you_mean(name, REQUIRED)}",
+            f"use one of: {', '.join(REQUIRED)}",
+        )
+    missing = [module for module in REQUIRED[name] if importlib.util.find_spec(module) is None]
+    if missing:
+        raise RecipeError(
+            f"tracker={name} needs {', '.join(missing)}, which is not installed here.",
+            f"pip install '.[{name}]' in this environment, or tracker=none",
+        )

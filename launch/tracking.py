@@ -6,20 +6,18 @@ its own record stays whole whatever happens to a tracker: one that fails is repo
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from recipes.errors import RecipeError, did_you_mean
-from recipes.manifest import Manifest, read_manifest, write_text_atomically
+from recipes.core.files import write_text_atomically
+from recipes.core.manifest import Manifest, read_manifest
 
 Track = Callable[[Mapping[str, Any]], None]
 IDS = "tracker.json"
@@ -147,48 +145,3 @@ class SafeTracker:
                 "without it",
                 stacklevel=2,
             )
-
-
-@contextmanager
-def open_tracker(run: TrackedRun) -> Iterator[SafeTracker]:
-    """Opens the tracker that the settings name, for the whole run.
-
-    Raises:
-        RecipeError: It does not begin, as without a network or with a wrong address.
-    """
-    from launch import trackers
-
-    name = run.settings["name"]
-    with ExitStack() as stack:
-        try:
-            tracker = stack.enter_context(getattr(trackers, name)(run))
-        except Exception as error:
-            raise RecipeError(
-                f"tracker={name} did not begin ({type(error).__name__}: {error}).",
-                "check its settings, or tracker=none",
-            ) from error
-        yield SafeTracker(name, tracker)
-
-
-REQUIRED: Mapping[str, tuple[str, ...]] = {
-    "none": (),
-    "tensorboard": ("tensorboard",),
-    "wandb": ("wandb",),
-    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
-}
-"""Trackers and the modules that each needs."""
-
-
-def require_tracker(name: str) -> None:
-    """Raises ``RecipeError`` for a tracker that there is not, or whose package is not installed."""
-    if name not in REQUIRED:
-        raise RecipeError(
-            f"tracker.name={name} is not known.{did_you_mean(name, REQUIRED)}",
-            f"use one of: {', '.join(REQUIRED)}",
-        )
-    missing = [module for module in REQUIRED[name] if importlib.util.find_spec(module) is None]
-    if missing:
-        raise RecipeError(
-            f"tracker={name} needs {', '.join(missing)}, which is not installed here.",
-            f"pip install '.[{name}]' in this environment, or tracker=none",
-        )

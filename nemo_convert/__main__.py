@@ -7,8 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from recipes.architecture import SUPPORTED
-from recipes.errors import RecipeError
+from nemo_convert.hf_config import SUPPORTED
+from recipes.core.errors import RecipeError
 
 
 def main() -> int:

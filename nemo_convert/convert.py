@@ -12,12 +12,12 @@ from typing import Protocol
 import torch
 
 from nemo_convert import nemo
+from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES, Family
 from nemo_convert.hf import Weights, copy_side_files, write_weights
-from recipes.architecture import Architecture, read_architecture
-from recipes.errors import RecipeError
-from recipes.manifest import write_text_atomically
-from recipes.sources import read_json
+from nemo_convert.hf_config import read_architecture
+from recipes.core.errors import RecipeError
+from recipes.core.files import read_json, write_text_atomically
 
 
 class Readable(Protocol):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from recipes.errors import RecipeError
+from recipes.core.errors import RecipeError
 
 CPU = torch.device("cpu")
 GROUPS = ("torch", "megatron", "nemo", "modelopt")

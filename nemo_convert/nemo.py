@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_convert import cpu_backend
+from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES, load
 from nemo_convert.hf import copy_side_files
-from recipes.architecture import Architecture, read_architecture
-from recipes.errors import RecipeError
-from recipes.parallelism import pipeline_split
-from recipes.sources import read_json
+from nemo_convert.hf_config import read_architecture
+from nemo_convert.pipeline import pipeline_split
+from recipes.core.errors import RecipeError
+from recipes.core.files import read_json
 
 if TYPE_CHECKING:
     import torch

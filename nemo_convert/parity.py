@@ -11,7 +11,7 @@ from nemo_convert import nemo
 from nemo_convert.convert import hf_weights
 from nemo_convert.families import FAMILIES
 from nemo_convert.hf import Weights, load_causal_lm
-from recipes.errors import RecipeError
+from recipes.core.errors import RecipeError
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.manifest import write_text_atomically
+from recipes.core.files import write_text_atomically
 
 if TYPE_CHECKING:
     import numpy as np

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from recipes.errors import RecipeError
+from recipes.core.errors import RecipeError
 
 Place = tuple[int, ...]
 """Where on a key's leading axes (layer, expert) a weight is."""

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.cluster import Cluster
-from launch.plan import Plan, PlannedStage, stage_module
-from recipes.errors import RecipeError, did_you_mean
-from recipes.fingerprint import REPO_ROOT
-from recipes.sources import cache_dir
+from launch.plan import Plan
+from launch.planned import PlannedStage, stage_names
+from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.files import REPO_ROOT
+from recipes.core.wheels import cache_dir
 
 DEFAULT = "default"
 MOUNTABLE = re.compile(r"/[\w./@+=-]+")
@@ -51,7 +52,7 @@ def require_usable(plan: Plan, cluster: Containers) -> None:
     Raises:
         RecipeError: An image is for no stage, or a path cannot be mounted.
     """
-    known = [DEFAULT, *(folder.name for folder in (REPO_ROOT / "conf" / "stage").iterdir())]
+    known = [DEFAULT, *stage_names()]
     for name in cluster.images:
         if name not in known and (near := did_you_mean(name, known)):
             raise RecipeError(f"cluster.images.{name} is for no stage.{near}")
@@ -72,8 +73,7 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     run, the cache; inputs from other runs and files of the user's read-only.
     """
     writable = {REPO_ROOT, Path.cwd(), stage.directory.parent, cache_dir().absolute()}
-    module = stage_module(stage.config.stage)
-    external: dict[str, Path] = getattr(module, "external", lambda _: {})(stage.config)
+    external = stage.stage.external(stage.config)
     readable = {ref.directory for ref in stage.inputs.values()} | {
         path.absolute() for path in external.values()
     }

@@ -11,16 +11,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.cluster import Follow
+from launch.cluster import Executor, Follow
 from launch.executors import container, foreground
 from launch.executors.container import Containers
-from launch.plan import Plan, PlannedStage
-from recipes.errors import RecipeError
-from recipes.sources import cache_dir
+from launch.plan import Plan
+from launch.planned import PlannedStage
+from recipes.core.errors import RecipeError
+from recipes.core.wheels import cache_dir
 
 
 @dataclass
-class Config(Containers):
+class DockerConfig(Containers):
     """Settings of ``cluster=docker``."""
 
     executor: str = "docker"
@@ -32,7 +33,7 @@ class Config(Containers):
     """Further options of ``docker run``."""
 
 
-def prepare(plan: Plan, cluster: Config) -> Plan:
+def prepare(plan: Plan, cluster: DockerConfig) -> Plan:
     """Refuses what needs several machines, an image that is not given, a path without a mount."""
     foreground.require_one_machine(plan, cluster)
     container.require_usable(plan, cluster)
@@ -56,7 +57,7 @@ def container_name(stage: PlannedStage) -> str:
     return f"nemo-recipes-{run}-{stage.name}"
 
 
-def command(stage: PlannedStage, cluster: Config) -> list[list[str]]:
+def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
     """The stage's command line, in groups of words that belong together."""
     env = {**foreground.environment(stage, cluster), **container.environment(cluster, stage)}
     return [
@@ -74,22 +75,25 @@ def command(stage: PlannedStage, cluster: Config) -> list[list[str]]:
     ]
 
 
-def write_script(stage: PlannedStage, cluster: Config) -> Path:
+def write_script(stage: PlannedStage, cluster: DockerConfig) -> Path:
     """Writes ``run.sh``; a container that a killed launcher left behind is removed first."""
     groups = [shlex.join(group) for group in command(stage, cluster) if group]
     remove = f"docker rm --force {container_name(stage)} >/dev/null 2>&1 || true"
     return foreground.write_script(stage, {}, [remove], " \\\n  ".join(groups))
 
 
-def write_scripts(plan: Plan, cluster: Config) -> None:
+def write_scripts(plan: Plan, cluster: DockerConfig) -> None:
     """Writes a ``run.sh`` for every stage that is to run."""
     for stage in plan.todo():
         write_script(stage, cluster)
 
 
-def start(plan: Plan, cluster: Config, follow: Follow, console: Console) -> bool:
+def start(plan: Plan, cluster: DockerConfig, follow: Follow, console: Console) -> bool:
     """Runs the stages to their end."""
     if shutil.which("docker") is None:
         raise RecipeError("there is no docker on this machine.", "install it, or use cluster=local")
     cache_dir().mkdir(parents=True, exist_ok=True)  # docker would make it, as root
     return foreground.run_all(plan, follow)
+
+
+EXECUTOR = Executor(config=DockerConfig, prepare=prepare, write_scripts=write_scripts, start=start)

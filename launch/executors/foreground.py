@@ -13,11 +13,12 @@ from launch.cluster import Cluster, Follow
 from launch.console import Follower
 from launch.executors.slurm_queue import active_jobs
 from launch.logs import ERROR, LOGS, reason
-from launch.plan import Plan, PlannedStage
-from recipes.errors import RecipeError
-from recipes.fingerprint import REPO_ROOT
-from recipes.manifest import MANIFEST, WORK, read_manifest, write_text_atomically
-from recipes.stage import die_with_parent, start_command
+from launch.plan import Plan
+from launch.planned import PlannedStage
+from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT, write_text_atomically
+from recipes.core.manifest import MANIFEST, WORK, read_manifest
+from recipes.core.processes import die_with_parent, start_command
 
 POLL_SECONDS = 0.2
 SCRIPT = "run.sh"

@@ -2,63 +2,36 @@
 
 from __future__ import annotations
 
-import os
-import re
 import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from rich.console import Console
 
-from launch.cluster import Follow
+from launch.cluster import Executor, Follow
 from launch.executors import container
-from launch.executors.container import Containers
 from launch.executors.slurm_queue import Job, active_jobs, job_states, read_jobs
-from launch.executors.slurm_scripts import job_script, submit_script, time_limit
+from launch.executors.slurm_scripts import job_script, submit_script
+from launch.executors.slurm_settings import (
+    SlurmConfig,
+    _cluster_problems,
+    _stage_problems,
+)
 from launch.logs import LOGS, newest_log, reason
-from launch.plan import Plan, PlannedStage
-from launch.status import ADOPT, SKIP
-from recipes.errors import RecipeError
-from recipes.manifest import read_manifest, write_text_atomically
-from recipes.sources import cache_dir
+from launch.plan import Plan
+from launch.planned import PlannedStage
+from launch.staleness import ADOPT, SKIP
+from recipes.core.errors import RecipeError
+from recipes.core.files import write_text_atomically
+from recipes.core.manifest import read_manifest
+from recipes.core.wheels import cache_dir
 
 SCRIPT = "job.sbatch"
 SUBMIT = "submit.sh"
-TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)")
-PLAIN = re.compile(r"[\w./@+=-]+")
-GPU_OPTIONS = ("gpus-per-node", "gres", "none")
 POLL_SECONDS = 2.0
 
 
-@dataclass
-class Config(Containers):
-    """Settings of ``cluster=slurm``."""
-
-    executor: str = "slurm"
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time: str = "04:00:00"
-    """Limit of one job, ``HH:MM:SS`` or ``D-HH:MM:SS``; ``resources.time`` for one stage."""
-    margin_seconds: int = 300
-    """Training stops and saves this long before the limit: more than a step and a checkpoint."""
-    max_requeues: int = 20
-    """How often a stage that was stopped by the clock is started again."""
-    gpus: str = "gpus-per-node"
-    """How GPUs are asked for: ``gpus-per-node``, ``gres``, or ``none`` where nodes come whole."""
-    cpus_per_task: int | None = None
-    """CPUs of a node's processes, all together."""
-    exclusive: bool = False
-    sbatch: list[str] = field(default_factory=list)
-    """Further options of sbatch; ``resources.sbatch`` for one stage."""
-    python: str | None = None
-    """Interpreter on the nodes: the launcher's own, or an image's ``python``, by default."""
-    follow: bool = False
-    """Waits for the submitted jobs and shows their progress."""
-
-
-def prepare(plan: Plan, cluster: Config) -> Plan:
+def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
     """Refuses bad settings, and takes over the jobs of this run that still run or wait."""
     container.require_usable(plan, cluster)
     problems = [*_cluster_problems(cluster)]
@@ -67,64 +40,6 @@ def prepare(plan: Plan, cluster: Config) -> Plan:
     if problems:
         raise RecipeError("\n".join(problems))
     return _adopt(plan)
-
-
-def seconds(text: str) -> int | None:
-    """Seconds of ``[D-]HH:MM:SS``; ``None`` for another text."""
-    found = TIME.fullmatch(text)
-    if not found:
-        return None
-    days, hours, minutes, rest = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
-
-
-def _cluster_problems(cluster: Config) -> Iterator[str]:
-    if cluster.gpus not in GPU_OPTIONS:
-        yield f"cluster.gpus={cluster.gpus}\n  fix: use one of: {', '.join(GPU_OPTIONS)}"
-    for name in ("partition", "account", "qos"):
-        value = getattr(cluster, name)
-        if value is not None and not re.fullmatch(r"[\w.,@+=-]+", value):
-            yield f"cluster.{name}='{value}' is not a name\n  fix: give a name without spaces"
-    for name, least in (("margin_seconds", 1), ("max_requeues", 0), ("cpus_per_task", 1)):
-        value = getattr(cluster, name)
-        if value is not None and value < least:
-            yield f"cluster.{name}={value}\n  fix: use {least} or more"
-    if cluster.python is not None and not PLAIN.fullmatch(cluster.python):
-        yield f"cluster.python={cluster.python}\n  fix: give one program, without spaces"
-    if not PLAIN.fullmatch(os.getcwd()):
-        yield f"{os.getcwd()} has a character that job options cannot hold\n  fix: work elsewhere"
-
-
-def _stage_problems(stage: PlannedStage, cluster: Config) -> Iterator[str]:
-    resources, where = stage.config.resources, f"stages.{stage.name}.resources"
-    if resources.nodes < 1 or resources.devices < 1:
-        yield (
-            f"{where}.nodes={resources.nodes}, devices={resources.devices}\n  fix: use 1 or more"
-        )
-    limit = seconds(time_limit(stage, cluster))
-    key = f"{where}.time" if resources.time is not None else "cluster.time"
-    if not limit:
-        yield (
-            f"{key}={time_limit(stage, cluster)} is not a time\n"
-            "  fix: write HH:MM:SS or D-HH:MM:SS, in quotes in a YAML file"
-        )
-    elif limit <= cluster.margin_seconds:
-        yield (
-            f"{key}={time_limit(stage, cluster)} is not longer than "
-            f"cluster.margin_seconds={cluster.margin_seconds}\n"
-            "  fix: raise the one or lower the other"
-        )
-    for option in (*cluster.sbatch, *resources.sbatch):
-        if not option.startswith("--") or "\n" in option:
-            yield (
-                f"'{option}' is not an option of sbatch (cluster.sbatch, {where}.sbatch)\n"
-                "  fix: for example 'cluster.sbatch=[\"--mem=0\"]'"
-            )
-    if not PLAIN.fullmatch(str(stage.directory)):
-        yield (
-            f"{stage.directory} has a character that job options cannot hold\n"
-            "  fix: set run_dir to a path of letters, digits and ./@+=_-"
-        )
 
 
 def _adopt(plan: Plan) -> Plan:
@@ -151,7 +66,7 @@ def _adopt(plan: Plan) -> Plan:
     return replace(plan, stages=tuple(stages))
 
 
-def write_scripts(plan: Plan, cluster: Config) -> None:
+def write_scripts(plan: Plan, cluster: SlurmConfig) -> None:
     """Writes a job script for every stage that is to run, and one that submits them all."""
     for stage in plan.todo():
         (stage.directory / LOGS).mkdir(exist_ok=True)  # Slurm makes none
@@ -161,7 +76,7 @@ def write_scripts(plan: Plan, cluster: Config) -> None:
     path.chmod(0o755)
 
 
-def start(plan: Plan, cluster: Config, follow: Follow, console: Console) -> bool:
+def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) -> bool:
     """Submits the jobs; follows them only if asked.
 
     Raises:
@@ -207,3 +122,6 @@ def _follow(stage: PlannedStage, job: Job, follow: Follow) -> None:
                 f"stage {stage.name}, job {job.id}, failed{ended}: {reason(stage.directory, log)}"
                 f"\n  log: {log}"
             )
+
+
+EXECUTOR = Executor(config=SlurmConfig, prepare=prepare, write_scripts=write_scripts, start=start)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.errors import RecipeError
+from recipes.core.errors import RecipeError
 
 RECORD = "jobs.txt"
 """In the run directory: a line ``STAGE JOB FINGERPRINT`` for every job submitted."""

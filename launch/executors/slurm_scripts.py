@@ -15,20 +15,17 @@ from jinja2 import Environment, StrictUndefined
 
 from launch.executors import container
 from launch.executors.slurm_queue import RECORD, read_jobs
-from launch.plan import Plan, PlannedStage
-from launch.status import ADOPT, SKIP
-from recipes.manifest import read_manifest
+from launch.executors.slurm_settings import time_limit
+from launch.plan import Plan
+from launch.planned import PlannedStage
+from launch.staleness import ADOPT, SKIP
+from recipes.core.manifest import read_manifest
 
 if TYPE_CHECKING:
-    from launch.executors.slurm import Config
+    from launch.executors.slurm_settings import SlurmConfig
 
 
-def time_limit(stage: PlannedStage, cluster: Config) -> str:
-    """Limit of the stage's job."""
-    return cluster.time if stage.config.resources.time is None else stage.config.resources.time
-
-
-def job_script(stage: PlannedStage, cluster: Config) -> str:
+def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
     """The text of a stage's job."""
     image = container.image_of(stage, cluster)
     env = container.environment(cluster, stage)
@@ -40,7 +37,7 @@ def job_script(stage: PlannedStage, cluster: Config) -> str:
         "job.sbatch.j2",
         stage=stage.name,
         module=stage.module,
-        light=stage.light,
+        needs_torch=stage.stage.needs_torch,
         directory=stage.directory,
         run_dir=stage.directory.parent,
         job_name=job_name(stage),
@@ -70,7 +67,7 @@ def job_name(stage: PlannedStage) -> str:
     return f"{run_dir.name}.{stage.name}.{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}"
 
 
-def _sbatch_options(stage: PlannedStage, cluster: Config) -> Iterator[str]:
+def _sbatch_options(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
     for name in ("partition", "account", "qos"):
         if value := getattr(cluster, name):
             yield f"--{name}={value}"

@@ -59,13 +59,13 @@ def write_logits(folder: Path, layout: str, parallel: Any) -> None:
 
 def distil(folder: Path, data: Path, out: Path) -> None:
     """One step, with a loss on logits and one on hidden states."""
-    from recipes.distill import Config
-    from recipes.kd_objective import Objective, Teacher
-    from recipes.metrics import METRICS, MetricsLog
-    from recipes.nemo_trainer import train
-    from recipes.stage import rank
+    from recipes.core.metrics import METRICS, MetricsLog
+    from recipes.core.stage import rank
+    from recipes.distillation.objective import Objective, Teacher
+    from recipes.distillation.settings import DistillConfig
+    from recipes.distillation.trainer import train
 
-    cfg = Config(
+    cfg = DistillConfig(
         stage="distill",
         precision="32",
         seq_length=LENGTH,

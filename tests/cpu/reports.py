@@ -8,12 +8,17 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
-from recipes import distill, evaluate, export_hf, import_hf, prepare_data, prune, report
-from recipes.architecture import Architecture
-from recipes.manifest import ARTIFACT, FileStamp, Manifest, read_manifest, write_manifest
-from recipes.metrics import METRICS, MetricsLog
-from recipes.report_page import render
-from recipes.stage import Input, StageConfig
+from nemo_convert.architecture import Architecture
+from recipes.core.manifest import ARTIFACT, FileStamp, Manifest, read_manifest, write_manifest
+from recipes.core.metrics import METRICS, MetricsLog
+from recipes.core.stage import Input, StageConfig
+from recipes.data.settings import PrepareDataConfig
+from recipes.distillation.settings import DistillConfig
+from recipes.evaluation.settings import EvaluateConfig
+from recipes.pruning.settings import PruneConfig
+from recipes.report.page import render
+from recipes.report.settings import REPORT_FILE, ReportConfig
+from recipes.stages import export_hf, import_hf
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -315,7 +320,7 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
     made = {
         "teacher": stage(
             root,
-            import_hf.Config("import_hf", hf_path="some/SmallLM-135M-Instruct"),
+            import_hf.ImportConfig("import_hf", hf_path="some/SmallLM-135M-Instruct"),
             "checkpoint_nemo",
             checkpoint(TEACHER),
             {**parity, "licence": "apache-2.0"},
@@ -323,14 +328,14 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
         ),
         "data": stage(
             root,
-            prepare_data.Config("prepare_data", sources=[source]),
+            PrepareDataConfig("prepare_data", sources=[source]),
             "dataset",
             {f"{part}.{end}": 2 * count for part, count in parts.items() for end in ("bin", "idx")},
             {"documents": documents, "tokens": parts, "sources": [source]},
         ),
         "pruned": stage(
             root,
-            prune.Config(
+            PruneConfig(
                 "prune", drop_layers=list(DROPPED), target_hidden_size=512,
                 target_ffn_hidden_size=1152,
             ),
@@ -346,7 +351,7 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
         ),
         "distilled": stage(
             root,
-            distill.Config("distill", max_steps=STEPS, lm_weight=lm_weight),
+            DistillConfig("distill", max_steps=STEPS, lm_weight=lm_weight),
             "checkpoint_nemo",
             checkpoint(STUDENT),
             {"steps": STEPS, "tokens": STEPS * 1024, "tokens_per_second": 1210.4, "val_loss": 3.77},
@@ -354,14 +359,14 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
         ),
         "evaluation": stage(
             root,
-            evaluate.Config("evaluate"),
+            EvaluateConfig("evaluate"),
             "eval_results",
             {"results.json": 7890},
             quality(),
         ),
         "exported": stage(
             root,
-            export_hf.Config("export_hf"),
+            export_hf.ExportConfig("export_hf"),
             "checkpoint_hf",
             {"model.safetensors": 4 * STUDENT.parameters(), "config.json": 715},
             {**parity, "parity_max_logit_difference": 9.1552734375e-05},
@@ -413,7 +418,7 @@ def make_run(
     return root
 
 
-CONFIG = report.Config(
+CONFIG = ReportConfig(
     "report",
     title="llama_width_prune",
     description="Narrow a Llama-style model and drop layers by importance, then distil",
@@ -454,9 +459,9 @@ class Page(HTMLParser):
         return {float(attrs["value"]) for tag, attrs in self.tags if tag == "data"}
 
 
-def rendered(inputs: dict[str, Input], folder: Path, cfg: report.Config = CONFIG) -> str:
-    render(cfg, inputs, folder / report.FILE)
-    return (folder / report.FILE).read_text(encoding="utf-8")
+def rendered(inputs: dict[str, Input], folder: Path, cfg: ReportConfig = CONFIG) -> str:
+    render(cfg, inputs, folder / REPORT_FILE)
+    return (folder / REPORT_FILE).read_text(encoding="utf-8")
 
 
 def changed(item: Input, **metrics: Any) -> Input:

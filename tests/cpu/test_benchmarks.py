@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from benchmarks import convert
 from benchmarks.contenders import CONTENDERS, INPUTS, Record, Shape, manifest_of
 from benchmarks.distill import disagreements, speeds, step_flops, summarise
-from recipes.architecture import Architecture
+from nemo_convert.architecture import Architecture
 from tests.conftest import REPO, run_recipe
 
 STEPS, MICRO_BATCH, SEQ_LENGTH = 3, 4, 64

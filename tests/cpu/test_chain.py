@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from nemo_convert.convert import hf_weights
 from nemo_convert.hf import Weights, tokenizer_sha256
 from nemo_convert.nemo import find_checkpoint
-from recipes.manifest import ARTIFACT, MANIFEST, Manifest, read_manifest
-from recipes.metrics import METRICS, steps_of
+from recipes.core.manifest import ARTIFACT, MANIFEST, Manifest, read_manifest
+from recipes.core.metrics import METRICS, steps_of
 from tests.conftest import run_and_kill, run_recipe
 
 STAGES = (
@@ -196,7 +196,7 @@ def test_importance_is_kept_as_data(tiny_run: Path) -> None:
 
 
 def test_parts_share_no_document(tiny_run: Path) -> None:
-    from recipes.indexed_dataset import IndexedDataset, prefix
+    from recipes.data.token_windows import IndexedDataset, prefix
 
     parts = {}
     for part in ("train", "validation", "calibration", "heldout"):

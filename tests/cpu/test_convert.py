@@ -17,7 +17,7 @@ import torch
 from nemo_convert import __main__ as command_line
 from nemo_convert import convert, hf, nemo, parity
 from nemo_convert.families import LLAMA3_ROPE
-from recipes.errors import RecipeError
+from recipes.core.errors import RecipeError
 from tests.cpu.conftest import EVEN, ODD, write_tiny_model
 
 

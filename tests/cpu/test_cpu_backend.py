@@ -12,7 +12,7 @@ import torch
 
 from nemo_convert import cpu_backend
 from nemo_convert.cpu_backend import PATCHES, Patch
-from recipes.errors import RecipeError
+from recipes.core.errors import RecipeError
 
 REPO = Path(__file__).resolve().parents[2]
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="active only without CUDA")

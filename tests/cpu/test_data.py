@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.corpus import read_documents
-from recipes.errors import RecipeError
+from recipes.core.errors import RecipeError
+from recipes.data.corpus import read_documents
 
 
 def test_hugging_face_dataset(tmp_path: Path) -> None:

@@ -13,14 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_convert.hf import TOKENIZER_FILES, Weights, copy_side_files, load_causal_lm
-from recipes import build_engine, quantize
-from recipes.engine_checks import compare_engine, greedy_margin
-from recipes.engine_openvino import Pipeline, read_properties
-from recipes.errors import RecipeError
-from recipes.indexed_dataset import PartWriter, load_tokenizer
-from recipes.manifest import ARTIFACT, Manifest, Outcome
-from recipes.metrics import METRICS, MetricsLog, read_records
-from recipes.stage import Input
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT, Manifest, Outcome
+from recipes.core.metrics import METRICS, MetricsLog, read_records
+from recipes.core.stage import Input
+from recipes.data.token_windows import PartWriter, load_tokenizer
+from recipes.engines.checks import compare_engine, greedy_margin
+from recipes.engines.openvino import Pipeline, read_properties
+from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
+from recipes.stages import build_engine, quantize
 from tests.cpu.conftest import EVEN, write_tiny_model
 
 Build = Callable[..., tuple[Path, Outcome]]
@@ -72,7 +73,7 @@ def build(data: Path, tmp_path: Path) -> Build:
             "checkpoint": as_input(folder, "checkpoint_hf", stage / "checkpoint"),
             "data": as_input(data, "dataset", stage / "data"),
         }
-        cfg = build_engine.Config(stage="build_engine", seq_length=64, num_windows=4, **settings)
+        cfg = BuildEngineConfig(stage="build_engine", seq_length=64, num_windows=4, **settings)
         outcome = build_engine.run(cfg, inputs, out)
         assert [r["done"] for r in read_records(stage / METRICS) if r["task"] == "engine"] == [
             0,
@@ -182,7 +183,7 @@ def test_an_engine_of_another_model_is_refused(
     other = tmp_path / "other"
     model.save_pretrained(other)
     copy_side_files(seven_groups, other)
-    cfg = build_engine.Config(stage="build_engine")
+    cfg = BuildEngineConfig(stage="build_engine")
     with pytest.raises(RecipeError, match="engine gate failed"):
         compare_engine(cfg, other, engine, None, MetricsLog(None))
 
@@ -217,7 +218,7 @@ def test_quantised_checkpoints(
         "checkpoint": as_input(aligned, "checkpoint_hf", tmp_path / "checkpoint"),
         "calibration": as_input(data, "dataset", tmp_path / "data"),
     }
-    cfg = quantize.Config(
+    cfg = QuantizeConfig(
         stage="quantize",
         format=name,
         kv_cache_dtype="fp8" if name == "fp8" else "auto",

@@ -15,15 +15,16 @@ from transformers import AutoTokenizer
 
 from nemo_convert import convert, hf, nemo, parity
 from nemo_convert.families import FAMILIES as ROWS
-from recipes.architecture import Targets, pruned, read_architecture
-from recipes.corpus import PARTS
-from recipes.indexed_dataset import PartWriter
-from recipes.metrics import METRICS, MetricsLog, steps_of
-from recipes.minitron import prune_checkpoint
-from recipes.quality import load_transformers
-from recipes.score import Config
-from recipes.scoring import score_checkpoint
-from recipes.slicing import choose
+from nemo_convert.hf_config import read_architecture
+from recipes.core.metrics import METRICS, MetricsLog, steps_of
+from recipes.data.corpus import PARTS
+from recipes.data.token_windows import PartWriter
+from recipes.evaluation.text_quality import load_transformers
+from recipes.planning.targets import Targets, pruned
+from recipes.pruning.cut_checkpoint import prune_checkpoint
+from recipes.pruning.kept import choose
+from recipes.pruning.scoring import score_checkpoint
+from recipes.pruning.settings import ScoreConfig
 from tests.conftest import REPO
 from tests.cpu.conftest import EVEN, FAMILIES, ODD, write_tiny_model
 from tests.cpu.family_ranks import LENGTH, LOGITS, PP, TP
@@ -70,7 +71,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 
 def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
     teacher = folder / "teacher.nemo"
-    cfg = Config(calibration="random", num_loss_samples=0)
+    cfg = ScoreConfig(calibration="random", num_loss_samples=0)
     scores = score_checkpoint(cfg, teacher, calibration, MetricsLog(None)).widths
     whole = nemo.architecture_of(teacher)
     student = pruned(whole, Targets(drop_layers=(2,), **TARGETS[family]))

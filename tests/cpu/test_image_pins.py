@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from recipes.fingerprint import REPO_ROOT
+from recipes.core.files import REPO_ROOT
 from tests.unit.test_image import OF_THE_CONTAINER, PINS
 
 

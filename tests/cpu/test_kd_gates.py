@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from recipes.distill import Config
-from recipes.errors import RecipeError
-from recipes.manifest import WORK
-from recipes.metrics import METRICS, MetricsLog, steps_of
-from recipes.nemo_trainer import _Progress
-from recipes.teacher_check import require_better_than_chance
-from recipes.training import CHECKPOINTS
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import WORK
+from recipes.core.metrics import METRICS, MetricsLog, steps_of
+from recipes.distillation.settings import DistillConfig
+from recipes.distillation.trainer import _Progress
+from recipes.distillation.training import CHECKPOINTS
+from recipes.evaluation.sanity import require_better_than_chance
 from tests.conftest import run_recipe
 
 
@@ -55,7 +55,7 @@ def test_a_bounded_number_of_bad_steps_is_skipped(tmp_path: Path) -> None:
     nan = float("nan")
     training = Training([1.0, nan, 1.0, float("inf"), nan])
     log = MetricsLog(tmp_path / METRICS)
-    progress = _Progress(Config(stage="distill", max_nonfinite_steps=2), log)
+    progress = _Progress(DistillConfig(stage="distill", max_nonfinite_steps=2), log)
     progress.on_train_start(training, training)
     training.steps(progress, 4)
     assert training.updates == 2

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipes.errors import RecipeError
-from recipes.kd_hidden import HIDDEN_LOSSES, HiddenLoss
+from recipes.core.errors import RecipeError
+from recipes.distillation.hidden_loss import HIDDEN_LOSSES, HiddenLoss
 
 LENGTH, BATCH, SIZE = 13, 3, 32
 EACH_LOSS = pytest.mark.parametrize("kind", HIDDEN_LOSSES)

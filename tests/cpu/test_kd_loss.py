@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recipes.errors import RecipeError
-from recipes.kd_loss import (
+from recipes.core.errors import RecipeError
+from recipes.distillation.losses import (
     LOGITS_LOSSES,
     LogitsLoss,
     TopK,
@@ -272,7 +272,7 @@ def test_bad_shapes_are_refused() -> None:
 
 SPLIT_SCRIPT = """
 import torch, torch.distributed as dist
-from recipes.kd_loss import *
+from recipes.distillation.losses import *
 
 dist.init_process_group("gloo")
 group, rank, width = dist.group.WORLD, dist.get_rank(), 61

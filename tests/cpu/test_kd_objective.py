@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recipes.kd_objective import Objective
+from recipes.distillation.objective import Objective
 
 TERMS = {"kd": 2.0, "hidden": 8.0, "lm": 6.0}
 

@@ -16,20 +16,21 @@ from modelopt.torch.prune.plugins.mcore_minitron import get_mcore_minitron_confi
 from scipy.stats import spearmanr
 
 from nemo_convert import convert, cpu_backend, nemo, parity
+from nemo_convert.architecture import Architecture
 from nemo_convert.hf import load_causal_lm
-from recipes.architecture import Architecture, Targets, pruned
-from recipes.errors import RecipeError
-from recipes.importance import Importance
-from recipes.metrics import MetricsLog
-from recipes.minitron import layers_to_keep, prune_checkpoint
-from recipes.score import Config
-from recipes.scoring import calibration_windows, score_checkpoint
-from recipes.slicing import Kept, choose, cut, student_name
+from recipes.core.errors import RecipeError
+from recipes.core.metrics import MetricsLog
+from recipes.planning.targets import Targets, pruned
+from recipes.pruning.cut_checkpoint import layers_to_keep, prune_checkpoint
+from recipes.pruning.importance import Importance
+from recipes.pruning.kept import KeptIndices, choose, cut, student_name
+from recipes.pruning.scoring import calibration_windows, score_checkpoint
+from recipes.pruning.settings import ScoreConfig
 from tests.conftest import REPO
 
 LAYERS = 4
 Plant = Callable[[Any], None]
-SCORE = Config(num_loss_samples=8, block_sizes=[2], num_greedy_layers=2)
+SCORE = ScoreConfig(num_loss_samples=8, block_sizes=[2], num_greedy_layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def teacher(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return planted(tmp_path_factory.mktemp("teacher"), even_llama)
 
 
-def score(checkpoint: Path, tokens: torch.Tensor, cfg: Config = SCORE) -> Importance:
+def score(checkpoint: Path, tokens: torch.Tensor, cfg: ScoreConfig = SCORE) -> Importance:
     return score_checkpoint(cfg, checkpoint, tokens, MetricsLog(None))
 
 
@@ -71,7 +72,7 @@ def importance(teacher: Path, calibration: torch.Tensor) -> Importance:
 
 def prune(
     teacher: Path, importance: Importance, out: Path, method: str = "loss", **targets: Any
-) -> tuple[Path, Architecture, Kept]:
+) -> tuple[Path, Architecture, KeptIndices]:
     whole = nemo.architecture_of(teacher)
     student = pruned(whole, Targets(**targets))
     layers = layers_to_keep(importance, method, student.num_layers)
@@ -99,8 +100,8 @@ def test_pruned_weights_are_the_parents_at_the_recorded_indices(
     """Indexed here by hand, from the file that the stage leaves, not by the code that cut."""
     student, shape, kept = prune(teacher, importance, tmp_path, **ALL_AXES)
     kept.save(tmp_path)
-    assert vars(Kept.load(tmp_path))["layers"] == kept.layers
-    rows = Kept.load(tmp_path).rows
+    assert vars(KeptIndices.load(tmp_path))["layers"] == kept.layers
+    rows = KeptIndices.load(tmp_path).rows
     weights, parent = dict(convert.hf_weights(student)), dict(convert.hf_weights(teacher))
     assert sum(w.numel() for w in weights.values()) == shape.parameters()
     hidden = rows["hidden_size"]
@@ -164,7 +165,7 @@ def test_the_same_shape_as_modelopts_own_pruning_gives_the_same_model(
 def test_depth_pruned_model_is_the_parent_without_those_layers(
     teacher: Path, even_llama: Path, calibration: torch.Tensor, tmp_path: Path
 ) -> None:
-    kept = Kept([1, 2, 4], {})
+    kept = KeptIndices([1, 2, 4], {})
     whole = nemo.architecture_of(teacher)
     prune_checkpoint(teacher, replace(whole, num_layers=3), kept, tmp_path / "even.nemo")
     expected = without(even_llama, [3], calibration)
@@ -325,7 +326,7 @@ def test_noise_and_padding_are_refused_unless_asked_for(
         score(teacher, tokens, replace(noise, calibration="text"))
     assert score(teacher, tokens, replace(noise, block_sizes=[], num_greedy_layers=0)).widths
     padded = torch.cat([tokens[:1], torch.zeros(3, 32, dtype=torch.int64)])
-    monkeypatch.setattr("recipes.scoring.windows", lambda *_: padded)
+    monkeypatch.setattr("recipes.pruning.scoring.windows", lambda *_: padded)
     with pytest.raises(RecipeError, match="is one token"):
         calibration_windows(replace(noise, calibration="text"), tmp_path, teacher)
 
@@ -333,24 +334,24 @@ def test_noise_and_padding_are_refused_unless_asked_for(
 def test_weights_that_do_not_match_the_config_are_refused(teacher: Path, tmp_path: Path) -> None:
     shape = replace(nemo.architecture_of(teacher), ffn_hidden_size=96)
     with pytest.raises(RecipeError, match="but the config says"):
-        prune_checkpoint(teacher, shape, Kept([1, 2, 3, 4], {}), tmp_path / "even.nemo")
+        prune_checkpoint(teacher, shape, KeptIndices([1, 2, 3, 4], {}), tmp_path / "even.nemo")
     assert not (tmp_path / "even.nemo").exists()
 
 
 def test_unknown_weights_are_refused() -> None:
     with pytest.raises(RecipeError, match="no row for it"):
-        cut("model.layers.0.mlp.router.weight", torch.ones(2, 2), Kept([1], {}), 16)
-    assert student_name("model.layers.3.mlp.up_proj.weight", Kept([1, 2], {})) is None
+        cut("model.layers.0.mlp.router.weight", torch.ones(2, 2), KeptIndices([1], {}), 16)
+    assert student_name("model.layers.3.mlp.up_proj.weight", KeptIndices([1, 2], {})) is None
 
 
 RANK = """
 import sys, torch
 from pathlib import Path
-from recipes.importance import Importance
-from recipes.metrics import MetricsLog
-from recipes.score import Config
-from recipes.scoring import score_checkpoint
-from recipes.stage import rank
+from recipes.pruning.importance import Importance
+from recipes.core.metrics import MetricsLog
+from recipes.pruning.settings import ScoreConfig as Config
+from recipes.pruning.scoring import score_checkpoint
+from recipes.core.stage import rank
 scores = {"num_loss_samples": 8, "block_sizes": [2], "num_greedy_layers": 2}
 cfg = Config(**scores, pipeline_model_parallel_size=2)
 tokens = torch.load(sys.argv[2], weights_only=True)

@@ -15,8 +15,8 @@ import torch
 
 from nemo_convert.convert import hf_weights
 from nemo_convert.nemo import find_checkpoint
-from recipes.manifest import ARTIFACT
-from recipes.metrics import METRICS, steps_of
+from recipes.core.manifest import ARTIFACT
+from recipes.core.metrics import METRICS, steps_of
 from tests.conftest import run_and_kill, run_recipe
 
 STEPS, CHECKPOINT_INTERVAL = 20, 4

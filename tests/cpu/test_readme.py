@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.manifest import read_manifest
+from recipes.core.manifest import read_manifest
 from tests.conftest import REPO, run_recipe
 
 README = "".join((REPO / name).read_text() for name in ("README.md", "benchmarks/README.md"))

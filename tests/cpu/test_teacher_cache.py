@@ -17,16 +17,15 @@ from safetensors.numpy import load_file
 from nemo_convert import convert
 from nemo_convert.hf import load_causal_lm
 from nemo_convert.nemo import find_checkpoint
-from recipes import distill
-from recipes.cache_teacher import Config
-from recipes.errors import RecipeError
-from recipes.kd_loss import top_k
-from recipes.kd_objective import _require_fit
-from recipes.manifest import ARTIFACT, WORK, Manifest, read_manifest
-from recipes.metrics import METRICS, MetricsLog, steps_of
-from recipes.stage import Input
-from recipes.teacher_cache import CacheIndex, TeacherCache
-from recipes.teacher_logits import cache_logits
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT, WORK, Manifest, read_manifest
+from recipes.core.metrics import METRICS, MetricsLog, steps_of
+from recipes.core.stage import Input
+from recipes.distillation.logit_cache import CacheIndex, TeacherCache
+from recipes.distillation.logit_cache_writer import cache_logits
+from recipes.distillation.losses import top_k
+from recipes.distillation.objective import _require_fit
+from recipes.distillation.settings import CacheTeacherConfig, DistillConfig
 from tests.conftest import run_and_kill, run_recipe
 from tests.cpu.conftest import EVEN, write_tiny_model
 
@@ -62,8 +61,8 @@ def stage_of(run_dir: Path, stage: str) -> Input:
     return Input(run_dir / stage, manifest)
 
 
-def settings(**other: Any) -> distill.Config:
-    return distill.Config(stage="distill", **{**MADE_WITH, **other})
+def settings(**other: Any) -> DistillConfig:
+    return DistillConfig(stage="distill", **{**MADE_WITH, **other})
 
 
 def opened(run_dir: Path) -> TeacherCache:
@@ -224,7 +223,10 @@ def test_a_teacher_that_knows_nothing_is_refused(
     convert.to_nemo(
         write_tiny_model(tmp_path / "hf", text_file, train=False, **EVEN), tmp_path / "random.nemo"
     )
-    cfg, data = Config(seq_length=LENGTH, num_windows=8), run / "prepare_data" / ARTIFACT
+    cfg, data = (
+        CacheTeacherConfig(seq_length=LENGTH, num_windows=8),
+        run / "prepare_data" / ARTIFACT,
+    )
     with pytest.raises(RecipeError, match="a working model is well below"):
         cache_logits(
             cfg, tmp_path / "random.nemo", data, tmp_path / "s", tmp_path, MetricsLog(None)
@@ -236,7 +238,7 @@ def test_an_odd_text_does_not_stop_a_teacher_that_knows_something(
     run: Path, tmp_path: Path
 ) -> None:
     """With one window a shard, some are above the limit that the mean is well below."""
-    cfg = Config(
+    cfg = CacheTeacherConfig(
         top_k=KEPT,
         seq_length=LENGTH,
         num_windows=WINDOWS,

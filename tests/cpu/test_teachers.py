@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.manifest import read_manifest
-from recipes.metrics import METRICS, steps_of
+from recipes.core.manifest import read_manifest
+from recipes.core.metrics import METRICS, steps_of
 from tests.conftest import Result, run_recipe
 
 STEPS, BATCH = 12, 4

@@ -12,10 +12,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_convert import nemo
-from recipes.errors import RecipeError
-from recipes.indexed_dataset import PartWriter
-from recipes.token_windows import read_tokens
-from recipes.training_data import TokenWindows, TrainingData
+from recipes.core.errors import RecipeError
+from recipes.data.token_windows import PartWriter, read_tokens
+from recipes.distillation.data import TokenWindows, TrainingData
 
 LENGTH, END, SEED, BATCH = 8, 0, 7, 4
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.metrics import METRICS, steps_of
+from recipes.core.metrics import METRICS, steps_of
 from tests.conftest import run_recipe
 from tests.cpu.conftest import EVEN, write_tiny_model
 

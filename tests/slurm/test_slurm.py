@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from launch.executors.slurm_queue import RECORD, active_jobs, read_jobs
-from launch.run_state import read_run
+from launch.run_status import read_run
 from nemo_convert.convert import hf_weights
 from nemo_convert.nemo import find_checkpoint
-from recipes.manifest import ARTIFACT, MANIFEST, read_manifest
-from recipes.metrics import METRICS, steps_of
+from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
+from recipes.core.metrics import METRICS, steps_of
 from tests.conftest import Result, run_recipe
 from tests.slurm.cluster import Cluster, run, wait_for
 from tests.slurm.conftest import SECRET, STEPS, Run

@@ -17,10 +17,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from launch import schema
-from launch.plan import Plan, PlannedStage, make_plan, stage_module
-from recipes.architecture import Architecture, read_architecture
-from recipes.manifest import ARTIFACT, Manifest, read_manifest, stamp_files, write_manifest
-from recipes.preflight import Chain
+from launch.plan import Plan, make_plan
+from launch.planned import PlannedStage
+from nemo_convert.architecture import Architecture
+from nemo_convert.hf_config import read_architecture
+from recipes.core.manifest import ARTIFACT, Manifest, read_manifest, stamp_files, write_manifest
+from recipes.planning.chain import Chain
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "recipe=llama_width_prune"
@@ -137,7 +139,7 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
     artifact.mkdir(parents=True, exist_ok=True)
     (artifact / "data.bin").write_text(f"{content} of {stage.name}")
     request = stage.request()
-    kind = stage_module(stage.config.stage).KIND
+    kind = stage.stage.kind
     manifest = Manifest(
         stage=stage.config.stage,
         kind=kind,

@@ -6,17 +6,12 @@ from typing import Any
 
 import pytest
 
+from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES
+from nemo_convert.hf_config import SUPPORTED, read_architecture
 from nemo_convert.smollm2 import HF_CONFIG
-from recipes.architecture import (
-    SUPPORTED,
-    Architecture,
-    Targets,
-    pruned,
-    read_architecture,
-    target_problems,
-)
-from recipes.errors import RecipeError
+from recipes.core.errors import RecipeError
+from recipes.planning.targets import Targets, pruned, target_problems
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -8,15 +8,18 @@ from typing import Any, ClassVar
 
 import pytest
 
-from recipes import benchmark, quantize
-from recipes.architecture import Architecture, read_architecture
-from recipes.benchmark_runs import Contender, Measured, measure, speedups
-from recipes.build_engine import Config as EngineConfig
-from recipes.metrics import MetricsLog
-from recipes.preflight import Chain
-from recipes.roofline import (
+from nemo_convert.architecture import Architecture
+from nemo_convert.hf_config import read_architecture
+from recipes.core.metrics import MetricsLog
+from recipes.distillation.settings import DistillConfig
+from recipes.engines.bench import Contender, ContenderMeasurements, measure, speedups
+from recipes.engines.settings import BenchmarkConfig, QuantizeConfig
+from recipes.engines.settings import BuildEngineConfig as EngineConfig
+from recipes.engines.timing import Timing, spread, summary
+from recipes.planning.chain import Chain
+from recipes.planning.roofline import (
     Machine,
-    Shape,
+    RequestShape,
     Storage,
     decode_bytes,
     decode_flops,
@@ -26,9 +29,10 @@ from recipes.roofline import (
     prefill_seconds,
     weight_bytes,
 )
-from recipes.timing import Timing, spread, summary
+from recipes.pruning.settings import PruneConfig
+from recipes.stages import benchmark, quantize
 
-SHAPE = Shape(batch_size=2, prompt_tokens=100, new_tokens=11)
+SHAPE = RequestShape(batch_size=2, prompt_tokens=100, new_tokens=11)
 FP32 = Storage("fp32")
 
 
@@ -86,9 +90,13 @@ class Scripted:
     asked: ClassVar[list[tuple[str, int, int]]] = []
 
     def __init__(self, contender: Contender, seconds: float) -> None:
-        self.name, self.seconds, self.measured = contender.role, seconds, Measured(1.0, 10)
+        self.name, self.seconds, self.measured = (
+            contender.role,
+            seconds,
+            ContenderMeasurements(1.0, 10),
+        )
 
-    def run(self, shape: Shape, seed: int) -> Timing:
+    def run(self, shape: RequestShape, seed: int) -> Timing:
         cold = not any(asked[:2] == (self.name, shape.batch_size) for asked in self.asked)
         self.asked.append((self.name, shape.batch_size, seed))
         seconds = self.seconds * (10 if cold else 1)
@@ -113,7 +121,7 @@ def pair(teacher: Architecture, tmp_path: Path) -> list[Contender]:
 
 def test_contenders_take_turns_and_the_first_round_is_dropped(pair: list[Contender]) -> None:
     Scripted.asked.clear()
-    shapes = [Shape(1, 8, 3), Shape(2, 8, 3)]
+    shapes = [RequestShape(1, 8, 3), RequestShape(2, 8, 3)]
     seconds = {"teacher": 0.4, "student": 0.1}
     rows = measure(pair, shapes, 2, lambda c: Scripted(c, seconds[c.role]), MetricsLog(None))
     order = [name for name, batch, _ in Scripted.asked if batch]
@@ -146,9 +154,9 @@ def test_contenders_take_turns_and_the_first_round_is_dropped(pair: list[Contend
     assert 1 < ratio < 2  # half of the layers, but all of the vocabulary
 
 
-def config(**settings: Any) -> benchmark.Config:
-    inputs = {name: name for name in benchmark.INPUTS}
-    return benchmark.Config(stage="benchmark", inputs=inputs, **settings)
+def config(**settings: Any) -> BenchmarkConfig:
+    inputs = {name: name for name in benchmark.STAGE.inputs}
+    return BenchmarkConfig(stage="benchmark", inputs=inputs, **settings)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +183,7 @@ def test_the_grid_is_checked(
     )
     other = EngineConfig(stage="build_engine")
     chain = Chain("teacher", teacher, {"student_engine": engine, "teacher_engine": other})
-    found = [p.rule for p in benchmark.check(config(**settings), chain)]
+    found = [p.rule.name for p in benchmark.check(config(**settings), chain)]
     if settings.get("prompt_tokens") == [1000]:
         found = found[:1]
     assert found == rules
@@ -190,13 +198,13 @@ def test_the_grid_is_checked(
     ],
 )
 def test_quantisation_is_checked(settings: dict[str, Any], rule: str, chain: Chain) -> None:
-    cfg = quantize.Config(stage="quantize", **settings)
-    assert [p.rule for p in quantize.check(cfg, chain)] == [rule]
+    cfg = QuantizeConfig(stage="quantize", **settings)
+    assert [p.rule.name for p in quantize.check(cfg, chain)] == [rule]
 
 
 def test_quantisation_looks_at_the_pruned_shape() -> None:
     """The pruned width is what its kernels get, however far up the chain it was pruned."""
-    from recipes import distill, export_hf, prune
+    from recipes.stages import export_hf
 
     teacher = read_architecture(
         {
@@ -210,17 +218,17 @@ def test_quantisation_looks_at_the_pruned_shape() -> None:
         "teacher",
     )
     stages = {
-        "prune": prune.Config(
+        "prune": PruneConfig(
             stage="prune", inputs={"checkpoint": "import_hf"}, target_hidden_size=200
         ),
-        "distill": distill.Config(stage="distill", inputs={"student": "prune"}),
-        "export_hf": export_hf.Config(stage="export_hf", inputs={"checkpoint": "distill"}),
+        "distill": DistillConfig(stage="distill", inputs={"student": "prune"}),
+        "export_hf": export_hf.ExportConfig(stage="export_hf", inputs={"checkpoint": "distill"}),
     }
     chain = Chain("teacher", teacher, stages)
-    cfg = quantize.Config(stage="quantize", format="int4_awq", inputs={"checkpoint": "export_hf"})
+    cfg = QuantizeConfig(stage="quantize", format="int4_awq", inputs={"checkpoint": "export_hf"})
     assert chain.pruned_by(cfg) == "prune"
-    assert [p.rule for p in quantize.check(cfg, chain)] == ["alignment"]
-    unpruned = quantize.Config(
+    assert [p.rule.name for p in quantize.check(cfg, chain)] == ["alignment"]
+    unpruned = QuantizeConfig(
         stage="quantize", format="int4_awq", inputs={"checkpoint": "import_hf"}
     )
     assert list(quantize.check(unpruned, chain)) == []

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from recipes.cache_teacher import Config, check, disk_bytes, progress
-from recipes.stage import Resources
+from recipes.core.stage import Resources
+from recipes.distillation.settings import CacheTeacherConfig
+from recipes.stages.cache_teacher import check, disk_bytes, progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from launch.plan import Plan
-    from recipes.preflight import Chain
+    from recipes.planning.chain import Chain
 
 TEACHERS = {
     "live": [],
@@ -25,7 +26,7 @@ TEACHERS = {
 
 
 def test_the_defaults_are_accepted(chain: Chain) -> None:
-    assert list(check(Config(), chain)) == []
+    assert list(check(CacheTeacherConfig(), chain)) == []
 
 
 @pytest.mark.parametrize(
@@ -47,19 +48,24 @@ def test_the_defaults_are_accepted(chain: Chain) -> None:
     ],
 )
 def test_each_problem_is_named(settings: dict[str, Any], says: str, chain: Chain) -> None:
-    assert any(says in str(problem) for problem in check(Config(**settings), chain))
+    assert any(says in str(problem) for problem in check(CacheTeacherConfig(**settings), chain))
 
 
 def test_ranks_left_over_share_the_windows(chain: Chain) -> None:
-    cfg = Config(tensor_model_parallel_size=2, resources=Resources(devices=8), micro_batch_size=3)
+    cfg = CacheTeacherConfig(
+        tensor_model_parallel_size=2, resources=Resources(devices=8), micro_batch_size=3
+    )
     assert list(check(cfg, chain)) == []
 
 
 def test_size_on_disk(chain: Chain) -> None:
     """32 ids of two bytes, and 33 log-probabilities of two bytes, for every token."""
-    assert disk_bytes(Config(top_k=32, num_windows=10, seq_length=100), chain) == 130 * 1000
-    assert disk_bytes(Config(top_k=128, num_windows=1, seq_length=1), chain) == 514
-    assert disk_bytes(Config(), chain) == 0
+    assert (
+        disk_bytes(CacheTeacherConfig(top_k=32, num_windows=10, seq_length=100), chain)
+        == 130 * 1000
+    )
+    assert disk_bytes(CacheTeacherConfig(top_k=128, num_windows=1, seq_length=1), chain) == 514
+    assert disk_bytes(CacheTeacherConfig(), chain) == 0
 
 
 def test_progress_counts_whole_shards(tmp_path: Path) -> None:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from launch.plan import stage_module
+from launch.planned import load_stage
 from launch.schema import CONF
-from recipes import distill, evaluate, export_hf, import_hf, prepare_data, prune, score
-from recipes.errors import RecipeError
-from recipes.manifest import KINDS
-from recipes.preflight import Chain, Problem
-from recipes.stage import Resources, StageConfig
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import Kind
+from recipes.core.stage import Resources, StageConfig
+from recipes.data.settings import PrepareDataConfig
+from recipes.distillation.settings import DistillConfig
+from recipes.evaluation.settings import EvaluateConfig
+from recipes.planning.chain import Chain
+from recipes.planning.problems import Problem
+from recipes.pruning.settings import PruneConfig, ScoreConfig
+from recipes.stages import distill, evaluate, export_hf, import_hf, prepare_data, prune, score
+from recipes.stages.contract import Stage
 
 STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
 
@@ -42,23 +48,35 @@ def one(problems: Any) -> Problem:
     return problem
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_stage_modules_keep_the_contract(stage: str, chain: Chain) -> None:
-    module = stage_module(stage)
-    assert issubclass(module.Config, StageConfig)
-    assert dataclasses.is_dataclass(module.Config)
-    assert module.KIND in KINDS
-    optional = getattr(module, "OPTIONAL_INPUTS", {})
-    assert not optional.keys() & module.INPUTS.keys()
-    for kinds in [*module.INPUTS.values(), *optional.values()]:
-        assert set(kinds if isinstance(kinds, tuple) else (kinds,)) <= set(KINDS)
-    assert callable(module.run)
-    assert isinstance(list(module.check(module.Config(stage=stage), chain)), list)
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_keep_the_contract(name: str, chain: Chain) -> None:
+    stage = load_stage(name)
+    assert issubclass(stage.config, StageConfig)
+    assert dataclasses.is_dataclass(stage.config)
+    assert not stage.optional_inputs.keys() & stage.inputs.keys()
+    for kinds in [*stage.inputs.values(), *stage.optional_inputs.values()]:
+        assert {stage.kind, *kinds} <= set(get_args(Kind))
+    assert isinstance(list(stage.check(stage.config(stage=name), chain)), list)
+
+
+@pytest.mark.parametrize("wrong", ["kinds", "outputs", "progres"])
+def test_a_misspelt_part_of_a_stage_fails_at_import(wrong: str) -> None:
+    parts: dict[str, Any] = {**vars(prune.STAGE), wrong: None}
+    with pytest.raises(TypeError, match=wrong):
+        Stage(**parts)
+
+
+@pytest.mark.parametrize("part", ["config", "kind", "run", "check"])
+def test_a_missing_part_of_a_stage_fails_at_import(part: str) -> None:
+    parts: dict[str, Any] = {**vars(prune.STAGE)}
+    del parts[part]
+    with pytest.raises(TypeError, match=part):
+        Stage(**parts)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_mark_only_what_leaves_the_result_alone(stage: str) -> None:
-    fields = dataclasses.fields(stage_module(stage).Config)
+    fields = dataclasses.fields(load_stage(stage).config)
     marked = {f.name for f in fields if f.metadata.get("resource")}
     assert "resources" in marked
     # Gates are judged by the launcher: another threshold runs nothing again.
@@ -66,22 +84,22 @@ def test_stages_mark_only_what_leaves_the_result_alone(stage: str) -> None:
 
 
 def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
-    cfg = prepare_data.Config(sources=[text])
+    cfg = PrepareDataConfig(sources=[text])
     assert list(prepare_data.check(cfg, chain)) == []
     assert prepare_data.external(cfg) == {text: Path(text)}
 
 
 def test_prepare_data_lists_every_bad_source(text: str, chain: Chain) -> None:
-    cfg = prepare_data.Config(sources=["a.csv", text, "missing.txt"])
+    cfg = PrepareDataConfig(sources=["a.csv", text, "missing.txt"])
     found = list(prepare_data.check(cfg, chain))
-    assert [p.rule for p in found] == ["data-sources", "data-sources"]
+    assert [p.rule.name for p in found] == ["data-sources", "data-sources"]
     assert "a.csv" in found[0].what
     assert "missing.txt" in found[1].what
     assert list(prepare_data.external(cfg)) == [text]
 
 
 def test_prepare_data_needs_a_source(chain: Chain) -> None:
-    assert one(prepare_data.check(prepare_data.Config(), chain)).what == "no text is given"
+    assert one(prepare_data.check(PrepareDataConfig(), chain)).what == "no text is given"
 
 
 @pytest.mark.parametrize(
@@ -96,12 +114,12 @@ def test_prepare_data_needs_a_source(chain: Chain) -> None:
 def test_prepare_data_needs_positive_fractions_and_a_rest(
     text: str, chain: Chain, fractions: dict[str, float]
 ) -> None:
-    cfg = prepare_data.Config(sources=[text], **fractions)
-    assert one(prepare_data.check(cfg, chain)).rule == "data-parts"
+    cfg = PrepareDataConfig(sources=[text], **fractions)
+    assert one(prepare_data.check(cfg, chain)).rule.name == "data-parts"
 
 
 def test_prepare_data_knows_the_teachers_positions(text: str, chain: Chain) -> None:
-    fits = prepare_data.Config(sources=[text], seq_length=1024)
+    fits = PrepareDataConfig(sources=[text], seq_length=1024)
     assert list(prepare_data.check(fits, chain)) == []
     problem = one(prepare_data.check(dataclasses.replace(fits, seq_length=1025), chain))
     assert problem.what == "seq_length=1025 is not between 1 and the teacher's 1024 positions"
@@ -109,29 +127,29 @@ def test_prepare_data_knows_the_teachers_positions(text: str, chain: Chain) -> N
 
 @pytest.mark.parametrize("stage", [score, distill, evaluate])
 def test_other_stages_know_the_teachers_positions(stage: Any, chain: Chain) -> None:
-    assert list(stage.check(stage.Config(seq_length=1025), chain))
+    assert list(stage.check(stage.STAGE.config(seq_length=1025), chain))
 
 
 def test_seq_length_is_positive(text: str, chain: Chain) -> None:
-    assert list(prepare_data.check(prepare_data.Config(sources=[text], seq_length=0), chain))
+    assert list(prepare_data.check(PrepareDataConfig(sources=[text], seq_length=0), chain))
 
 
 def test_prepare_data_fractions_leave_train_out() -> None:
-    cfg = prepare_data.Config(validation_fraction=0.1)
+    cfg = PrepareDataConfig(validation_fraction=0.1)
     assert cfg.fractions() == {"validation": 0.1, "calibration": 0.04, "heldout": 0.04}
 
 
 def test_prepare_data_takes_each_document_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\none\n\nthree")
     (tmp_path / "b.txt").write_text("three\n\nfour")
-    cfg, seen = prepare_data.Config(), set[str]()
+    cfg, seen = PrepareDataConfig(), set[str]()
     assert list(prepare_data._unique(cfg, str(tmp_path / "a.txt"), seen)) == ["one", "two", "three"]
     assert list(prepare_data._unique(cfg, str(tmp_path / "b.txt"), seen)) == ["four"]
 
 
 def test_prepare_data_takes_at_most_max_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
-    cfg = prepare_data.Config(max_documents=2)
+    cfg = PrepareDataConfig(max_documents=2)
     assert list(prepare_data._unique(cfg, str(tmp_path / "a.txt"), set())) == ["one", "two"]
 
 
@@ -143,7 +161,7 @@ def test_prepare_data_names_parts_without_a_window() -> None:
 
 
 def test_prune_passes_targets_on(chain: Chain) -> None:
-    good = prune.Config(target_hidden_size=64, target_ffn_hidden_size=192, target_num_layers=2)
+    good = PruneConfig(target_hidden_size=64, target_ffn_hidden_size=192, target_num_layers=2)
     assert list(prune.check(good, chain)) == []
     bad = dataclasses.replace(good, target_hidden_size=100, target_ffn_hidden_size=512)
     whats = [p.what for p in prune.check(bad, chain)]
@@ -153,7 +171,7 @@ def test_prune_passes_targets_on(chain: Chain) -> None:
 
 
 def test_prune_sorts_the_layers_to_drop() -> None:
-    assert prune.Config(drop_layers=[3, 1]).targets().drop_layers == (1, 3)
+    assert PruneConfig(drop_layers=[3, 1]).targets().drop_layers == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +186,10 @@ def test_layers_cannot_be_chosen_by_what_is_not_measured(
     chain: Chain, method: str, setting: dict[str, Any], fix: str
 ) -> None:
     inputs = {"importance": "score"}
-    cfg = prune.Config(target_num_layers=2, layer_importance=method, inputs=inputs)
+    cfg = PruneConfig(target_num_layers=2, layer_importance=method, inputs=inputs)
 
     def problems(**settings: Any) -> list[Problem]:
-        scores = score.Config(**settings)
+        scores = ScoreConfig(**settings)
         return list(prune.check(cfg, dataclasses.replace(chain, stages={"score": scores})))
 
     assert fix in one(iter(problems(**setting))).fix
@@ -179,7 +197,7 @@ def test_layers_cannot_be_chosen_by_what_is_not_measured(
 
 
 def test_layers_are_chosen_by_a_known_method(chain: Chain) -> None:
-    cfg = prune.Config(target_num_layers=2, layer_importance="taylor")
+    cfg = PruneConfig(target_num_layers=2, layer_importance="taylor")
     assert "block_influence, loss" in one(prune.check(cfg, chain)).fix
 
 
@@ -197,23 +215,23 @@ def test_layers_are_chosen_by_a_known_method(chain: Chain) -> None:
     ],
 )
 def test_score_refuses_what_it_cannot_measure(chain: Chain, settings: dict[str, Any]) -> None:
-    assert one(score.check(score.Config(**settings), chain)).fix
+    assert one(score.check(ScoreConfig(**settings), chain)).fix
 
 
 def test_score_runs_on_pipeline_ranks(chain: Chain) -> None:
-    cfg = score.Config(resources=Resources(devices=4), pipeline_model_parallel_size=4)
+    cfg = ScoreConfig(resources=Resources(devices=4), pipeline_model_parallel_size=4)
     assert list(score.check(cfg, chain)) == []
 
 
 @pytest.mark.parametrize("resources", [Resources(devices=2), Resources(nodes=2)])
 def test_prune_runs_on_one_rank(chain: Chain, resources: Resources) -> None:
-    cfg = prune.Config(target_num_layers=2, resources=resources)
-    assert one(prune.check(cfg, chain)).rule == "one-rank"
+    cfg = PruneConfig(target_num_layers=2, resources=resources)
+    assert one(prune.check(cfg, chain)).rule.name == "one-rank"
 
 
 @pytest.mark.parametrize("stage", [import_hf, prepare_data, evaluate, export_hf])
 def test_stages_without_parallelism_run_on_one_rank(stage: Any, chain: Chain, text: str) -> None:
-    cfg = stage.Config(resources=Resources(devices=2))
+    cfg = stage.STAGE.config(resources=Resources(devices=2))
     if stage is prepare_data:
         cfg.sources = [text]
     assert list(stage.check(cfg, chain))
@@ -233,17 +251,17 @@ def test_stages_without_parallelism_run_on_one_rank(stage: Any, chain: Chain, te
     ],
 )
 def test_distill_rules(chain: Chain, fields: dict[str, Any], rule: str) -> None:
-    assert one(distill.check(distill.Config(**fields), chain)).rule == rule
+    assert one(distill.check(DistillConfig(**fields), chain)).rule.name == rule
 
 
 def test_distill_lists_all_problems(chain: Chain) -> None:
-    cfg = distill.Config(max_steps=0, precision="8", global_batch_size=3)
-    rules = [p.rule for p in distill.check(cfg, chain)]
+    cfg = DistillConfig(max_steps=0, precision="8", global_batch_size=3)
+    rules = [p.rule.name for p in distill.check(cfg, chain)]
     assert rules == ["precision", "positive", "warmup", "batch"]
 
 
 def test_distill_defaults_have_no_problem(chain: Chain) -> None:
-    assert list(distill.check(distill.Config(), chain)) == []
+    assert list(distill.check(DistillConfig(), chain)) == []
 
 
 @pytest.mark.parametrize(
@@ -256,8 +274,8 @@ def test_distill_defaults_have_no_problem(chain: Chain) -> None:
 def test_distill_knows_the_students_shape(
     chain: Chain, target: dict[str, int], parallel: str
 ) -> None:
-    student = prune.Config(stage="prune", ffn_hidden_size_divisor=1, **target)
-    cfg = distill.Config(
+    student = PruneConfig(stage="prune", ffn_hidden_size_divisor=1, **target)
+    cfg = DistillConfig(
         stage="distill",
         inputs={"student": "prune"},
         resources=Resources(devices=2),
@@ -269,14 +287,16 @@ def test_distill_knows_the_students_shape(
 
 @pytest.mark.parametrize("fields", [{"num_windows": 0}, {"prompt_tokens": 256}])
 def test_evaluate_needs_something_to_do(chain: Chain, fields: dict[str, int]) -> None:
-    assert list(evaluate.check(evaluate.Config(), chain)) == []
-    assert one(evaluate.check(evaluate.Config(**fields), chain)).rule == "evaluate"
+    assert list(evaluate.check(EvaluateConfig(), chain)) == []
+    assert one(evaluate.check(EvaluateConfig(**fields), chain)).rule.name == "evaluate"
 
 
 def test_import_depends_on_a_local_folder_only(hf_folder: Path) -> None:
-    assert import_hf.external(import_hf.Config(hf_path=str(hf_folder))) == {"hf_path": hf_folder}
-    assert import_hf.external(import_hf.Config(hf_path="org/name")) == {}
+    assert import_hf.external(import_hf.ImportConfig(hf_path=str(hf_folder))) == {
+        "hf_path": hf_folder
+    }
+    assert import_hf.external(import_hf.ImportConfig(hf_path="org/name")) == {}
 
 
 def test_export_needs_the_size_of_the_teacher_at_most(chain: Chain) -> None:
-    assert export_hf.disk_bytes(export_hf.Config(), chain) == 4 * chain.teacher.parameters()
+    assert export_hf.disk_bytes(export_hf.ExportConfig(), chain) == 4 * chain.teacher.parameters()

@@ -13,10 +13,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch import lock
-from launch.run_state import progress, read_run
-from recipes.errors import RecipeError
-from recipes.manifest import MANIFEST, WORK
-from recipes.stage import prepare_work
+from launch.run_status import progress, read_run
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import MANIFEST, WORK
+from recipes.core.worker import prepare_work
 
 if TYPE_CHECKING:
     from pathlib import Path

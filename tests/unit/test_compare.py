@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from launch.compare import compare
-from recipes.errors import RecipeError
-from recipes.manifest import read_manifest
-from recipes.report_charts import pareto_front
-from recipes.report_compare import comparison
-from recipes.run_records import find_runs, paired_difference, read_run
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import read_manifest
+from recipes.report.compare import comparison
+from recipes.report.runs import find_runs, paired_difference, read_run
+from recipes.report.trade_offs import pareto_front
 from tests.cpu.reports import Page, make_run
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -152,5 +152,5 @@ def test_command_line(launch: Launch, sweep: Path, tmp_path: Path) -> None:
 
 
 def test_comparing_needs_no_torch(root: Path) -> None:
-    code = "import sys, recipes.report_compare; sys.exit('torch' in sys.modules)"
+    code = "import sys, recipes.report.compare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -8,14 +8,15 @@ import pytest
 from rich.console import Console
 
 from launch.console import Follower, headline, print_plan, print_recipes, print_summary
-from recipes.manifest import Manifest, read_manifest
-from recipes.metrics import METRICS, MetricsLog
+from recipes.core.manifest import Manifest, read_manifest
+from recipes.core.metrics import METRICS, MetricsLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from launch.plan import Plan, PlannedStage
+    from launch.plan import Plan
+    from launch.planned import PlannedStage
 
 
 @pytest.fixture

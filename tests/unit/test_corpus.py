@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from recipes.corpus import PARTS, part_of, read_documents, source_problem
-from recipes.errors import RecipeError
+from recipes.core.errors import RecipeError
+from recipes.data.corpus import PARTS, part_of, read_documents, source_problem
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from recipes.deadline import DEADLINE, STOPPED, deadline, time_is_up
-from recipes.errors import RecipeError
-from recipes.fingerprint import result_settings
-from recipes.manifest import WORK
-from recipes.stage import Resources, StageConfig, prepare_work
+from recipes.core.deadline import DEADLINE, STOPPED, deadline, time_is_up
+from recipes.core.errors import RecipeError
+from recipes.core.fingerprint import result_settings
+from recipes.core.manifest import WORK
+from recipes.core.stage import Resources, StageConfig
+from recipes.core.worker import prepare_work
 
 if TYPE_CHECKING:
     from pathlib import Path

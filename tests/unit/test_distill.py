@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 
-from recipes import cache_teacher, distill, prune
-from recipes.errors import RecipeError
-from recipes.metrics import MetricsLog
-from recipes.preflight import Chain
-from recipes.stage import Resources
+from recipes.core.errors import RecipeError
+from recipes.core.metrics import MetricsLog
+from recipes.core.stage import Resources
+from recipes.distillation.objective import layer_pairs
+from recipes.distillation.settings import CacheTeacherConfig, DistillConfig
+from recipes.planning.chain import Chain
+from recipes.pruning.settings import PruneConfig
+from recipes.stages import distill
 
 
-def rules(cfg: distill.Config, chain: Chain) -> list[str]:
-    return [problem.rule for problem in distill.check(cfg, chain)]
+def rules(cfg: DistillConfig, chain: Chain) -> list[str]:
+    return [problem.rule.name for problem in distill.check(cfg, chain)]
 
 
 @pytest.mark.parametrize(
@@ -31,23 +34,23 @@ def rules(cfg: distill.Config, chain: Chain) -> list[str]:
     ],
 )
 def test_a_loss_that_cannot_be(chain: Chain, fields: dict[str, Any]) -> None:
-    assert rules(distill.Config(**fields), chain) == ["loss"]
+    assert rules(DistillConfig(**fields), chain) == ["loss"]
 
 
 @pytest.mark.parametrize("fields", [{"top_k": 0}, {"loss_chunk_mb": 0}])
 def test_sizes_are_positive(chain: Chain, fields: dict[str, int]) -> None:
-    assert rules(distill.Config(**fields), chain) == ["positive"]
+    assert rules(DistillConfig(**fields), chain) == ["positive"]
 
 
 @pytest.mark.parametrize("fields", [{"kd_weight": 0.0, "lm_weight": 1.0}, {"hidden_weight": 2.0}])
 def test_any_term_may_be_alone_or_with_others(chain: Chain, fields: dict[str, float]) -> None:
-    assert rules(distill.Config(**fields), chain) == []
+    assert rules(DistillConfig(**fields), chain) == []
 
 
-def on_two_stages(chain: Chain, pairs: list[list[int]]) -> tuple[distill.Config, Chain]:
+def on_two_stages(chain: Chain, pairs: list[list[int]]) -> tuple[DistillConfig, Chain]:
     """A student of 3 of the teacher's 4 layers; the last stages have 1 and 2 of them."""
-    student = prune.Config(stage="prune", target_num_layers=3)
-    cfg = distill.Config(
+    student = PruneConfig(stage="prune", target_num_layers=3)
+    cfg = DistillConfig(
         stage="distill",
         inputs={"student": "prune"},
         resources=Resources(devices=2),
@@ -78,23 +81,23 @@ def test_pairs_are_on_the_last_pipeline_stage(
 
 
 def test_pairs_follow_the_layers_that_were_kept() -> None:
-    assert distill.layer_pairs(distill.Config(), [1, 3, 6], 3, 6) == [(1, 1), (2, 3), (3, 6)]
-    two = distill.Config(pipeline_model_parallel_size=2)
-    assert distill.layer_pairs(two, [1, 3, 4, 6], 4, 6) == [(3, 4), (4, 6)]
-    assert distill.layer_pairs(two, [1, 2, 3, 6], 4, 6) == [(4, 6)]
-    given = distill.Config(hidden_pairs=[[2, 5]])
-    assert distill.layer_pairs(given, [1, 3, 6], 3, 6) == [(2, 5)]
+    assert layer_pairs(DistillConfig(), [1, 3, 6], 3, 6) == [(1, 1), (2, 3), (3, 6)]
+    two = DistillConfig(pipeline_model_parallel_size=2)
+    assert layer_pairs(two, [1, 3, 4, 6], 4, 6) == [(3, 4), (4, 6)]
+    assert layer_pairs(two, [1, 2, 3, 6], 4, 6) == [(4, 6)]
+    given = DistillConfig(hidden_pairs=[[2, 5]])
+    assert layer_pairs(given, [1, 3, 6], 3, 6) == [(2, 5)]
 
 
 def test_pairs_of_a_model_that_was_only_narrowed() -> None:
-    assert distill.layer_pairs(distill.Config(), None, 2, 2) == [(1, 1), (2, 2)]
+    assert layer_pairs(DistillConfig(), None, 2, 2) == [(1, 1), (2, 2)]
 
 
 @pytest.mark.parametrize("kept", [None, [1, 2, 3]])
 def test_pairs_that_cannot_be_derived(kept: list[int] | None) -> None:
-    cfg = distill.Config(pipeline_model_parallel_size=2)
+    cfg = DistillConfig(pipeline_model_parallel_size=2)
     with pytest.raises(RecipeError, match="set hidden_pairs"):
-        distill.layer_pairs(cfg, kept, 3, 6)
+        layer_pairs(cfg, kept, 3, 6)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +115,8 @@ def test_pairs_that_cannot_be_derived(kept: list[int] | None) -> None:
 def test_a_cached_teacher_fits_the_training(
     chain: Chain, ours: dict[str, Any], cached: dict[str, Any], named: str | None
 ) -> None:
-    cache = cache_teacher.Config(stage="cache_teacher", **cached)
-    cfg = distill.Config(stage="distill", inputs={"teacher": "cache_teacher"}, **ours)
+    cache = CacheTeacherConfig(stage="cache_teacher", **cached)
+    cfg = DistillConfig(stage="distill", inputs={"teacher": "cache_teacher"}, **ours)
     whole = Chain(chain.hf_path, chain.teacher, {"cache_teacher": cache, "distill": cfg})
     found = [problem.what for problem in distill.check(cfg, whole)]
     assert len(found) == (named is not None)
@@ -129,7 +132,7 @@ def test_summary_is_that_of_all_attempts(tmp_path: Path) -> None:
         )
     log.progress("distill", 4, 4, loss=1.0, kd=1.0, lm=0.0, skipped=True, tokens_per_second=30.0)
     log.progress("validate", 4, 4, val_loss=2.25)
-    cfg = distill.Config(stage="distill", global_batch_size=2, seq_length=8)
+    cfg = DistillConfig(stage="distill", global_batch_size=2, seq_length=8)
     assert distill.summary(cfg, tmp_path / "metrics.jsonl") == {
         "final_loss": 1.0,
         "final_kd": 1.0,

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from launch import doctor
-from recipes import stack
-from recipes.errors import RecipeError
-from recipes.rules import RULES
-from recipes.stack import Pin
+from recipes.core import versions
+from recipes.core.errors import RecipeError
+from recipes.core.versions import Pin
+from recipes.planning.rules import RULES
 
 if TYPE_CHECKING:
     from tests.unit.conftest import Launch
@@ -67,9 +67,9 @@ def test_doctor_imports_no_torch(root: Path) -> None:
 def test_a_wrong_or_missing_library_makes_recipes_impossible(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    versions = {"megatron-core": "0.16.0", "omegaconf": None}
-    real = stack.installed
-    monkeypatch.setattr(stack, "installed", lambda name: versions.get(name, real(name)))
+    there = {"megatron-core": "0.16.0", "omegaconf": None}
+    real = versions.installed
+    monkeypatch.setattr(versions, "installed", lambda name: there.get(name, real(name)))
     status, text = shown()
     assert status == 1
     assert "impossible here: megatron-core ==0.15.3, omegaconf ==2.3.0" in text

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes.errors import RecipeError, did_you_mean
+from recipes.core.errors import RecipeError, did_you_mean
 
 
 def test_error_shows_the_fix_on_its_own_line() -> None:

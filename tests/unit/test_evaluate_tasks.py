@@ -12,19 +12,21 @@ import pytest
 
 from launch.console import headline
 from launch.plan import Plan
-from recipes import evaluate_tasks
-from recipes.evaluate_tasks import HARNESS, Config
-from recipes.manifest import read_manifest
-from recipes.task_data import NAMES, spec
+from recipes.core.manifest import read_manifest
+from recipes.evaluation.offline_tasks import NAMES, spec
+from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
+from recipes.stages import evaluate_tasks
 
 if TYPE_CHECKING:
-    from recipes.preflight import Chain
+    from recipes.planning.chain import Chain
 
 GOOD = {"tasks": ["sciq", "mmlu"]}
 
 
 def rules(chain: Chain, **fields: Any) -> list[str]:
-    return [p.rule for p in evaluate_tasks.check(Config(**{**GOOD, **fields}), chain)]
+    return [
+        p.rule.name for p in evaluate_tasks.check(EvaluateTasksConfig(**{**GOOD, **fields}), chain)
+    ]
 
 
 def test_good_settings_have_no_problem(chain: Chain) -> None:
@@ -51,7 +53,7 @@ def test_bad_settings_are_found(chain: Chain, fields: dict[str, Any], rule: str)
 
 
 def test_a_mistyped_task_gets_the_nearest_name(chain: Chain) -> None:
-    [problem] = evaluate_tasks.check(Config(tasks=["hellaswg"]), chain)
+    [problem] = evaluate_tasks.check(EvaluateTasksConfig(tasks=["hellaswg"]), chain)
     assert "Did you mean 'hellaswag'?" in problem.what
 
 
@@ -59,7 +61,7 @@ def test_a_missing_harness_is_one_message_with_the_fix(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    [problem] = evaluate_tasks.check(Config(**GOOD), chain)
+    [problem] = evaluate_tasks.check(EvaluateTasksConfig(**GOOD), chain)
     assert "lm-eval, which is not installed" in problem.what
     assert 'pip install -e ".[tasks]"' in problem.fix
     assert "tasks=none" in problem.fix
@@ -67,7 +69,7 @@ def test_a_missing_harness_is_one_message_with_the_fix(
 
 def test_another_harness_is_refused(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate_tasks.metadata, "version", lambda name: "0.3.0")
-    [problem] = evaluate_tasks.check(Config(**GOOD), chain)
+    [problem] = evaluate_tasks.check(EvaluateTasksConfig(**GOOD), chain)
     assert f"lm-eval is 0.3.0; {HARNESS} is needed" in problem.what
 
 
@@ -88,7 +90,7 @@ def test_tasks_are_chosen(plan: Callable[..., Plan], recipe: str, tasks: str) ->
         assert ("tasks" in stages[reader].inputs) == (tasks != "none")
     if tasks != "none":
         config = stages["evaluate_tasks"].config
-        assert isinstance(config, Config)
+        assert isinstance(config, EvaluateTasksConfig)
         assert set(config.tasks) <= set(NAMES)
         assert all(spec(name) for name in config.tasks)
 

@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launch.cluster import executor_of
-from launch.executors import docker, slurm, slurm_scripts
+from launch.executor import executor_of
+from launch.executors import docker, slurm_scripts
 from launch.executors.container import mounts_of
 from launch.executors.slurm_queue import Job, job_states, read_jobs
-from recipes.errors import RecipeError
-from recipes.fingerprint import REPO_ROOT
-from recipes.sources import cache_dir
+from launch.executors.slurm_settings import SlurmConfig, seconds
+from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT
+from recipes.core.wheels import cache_dir
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from launch.plan import Plan, PlannedStage
+    from launch.plan import Plan
+    from launch.planned import PlannedStage
 
 GOLDEN = Path(__file__).with_name("golden")
 RECIPE = "recipe=llama_width_prune"
@@ -71,10 +73,10 @@ def put_docker(tmp_path: Path, commands: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def prepared(compose: Compose, plan: MakePlan) -> Callable[..., tuple[Plan, slurm.Config]]:
+def prepared(compose: Compose, plan: MakePlan) -> Callable[..., tuple[Plan, SlurmConfig]]:
     """Plans a run, its settings checked by the executor."""
 
-    def prepare(*overrides: str) -> tuple[Plan, slurm.Config]:
+    def prepare(*overrides: str) -> tuple[Plan, SlurmConfig]:
         executor, cluster = executor_of(compose(RECIPE, *overrides).cluster)
         made = executor.prepare(plan(*overrides), cluster)
         for stage in made.stages:
@@ -84,7 +86,7 @@ def prepared(compose: Compose, plan: MakePlan) -> Callable[..., tuple[Plan, slur
     return prepare
 
 
-Prepared = Callable[..., tuple["Plan", slurm.Config]]
+Prepared = Callable[..., tuple["Plan", SlurmConfig]]
 
 
 def stage_of(plan: Plan, name: str) -> PlannedStage:
@@ -140,7 +142,7 @@ def test_a_stage_without_torch_is_started_without_it(prepared: Prepared) -> None
     }
     started = {n: "torch.distributed.run" in script for n, script in scripts.items()}
     assert started == {"plan": False, "prune": True, "report": False}
-    assert "-m recipes.plan --config" in scripts["plan"]
+    assert "-m recipes.stages.plan --config" in scripts["plan"]
 
 
 def test_gpus_are_asked_for_as_the_site_wants(prepared: Prepared) -> None:
@@ -217,10 +219,10 @@ def test_paths_that_options_cannot_hold_are_refused(
 
 
 def test_times_are_read_as_slurm_reads_them() -> None:
-    assert slurm.seconds("04:00:00") == 4 * 3600
-    assert slurm.seconds("2-01:02:03") == 2 * 86400 + 3600 + 123
+    assert seconds("04:00:00") == 4 * 3600
+    assert seconds("2-01:02:03") == 2 * 86400 + 3600 + 123
     for text in ("", "4", "1:2", "00:60:00", "1-00", "-01:00:00", "04:00:00 "):
-        assert slurm.seconds(text) is None
+        assert seconds(text) is None
 
 
 def test_newest_job_of_a_stage_counts(tmp_path: Path) -> None:
@@ -271,7 +273,7 @@ def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
         *("--env=HF_TOKEN", "--env=WANDB_API_KEY", "--env=MLFLOW_TRACKING_TOKEN"),
         *("--network=host", "nemo-recipes:0.1.0"),
         *("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"),
-        *("-m", "recipes.distill", "--config", f"{tmp_path}/run/distill/config.yaml"),
+        *("-m", "recipes.stages.distill", "--config", f"{tmp_path}/run/distill/config.yaml"),
     ]
 
 

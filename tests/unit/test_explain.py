@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from hydra.errors import HydraException
 
-from launch.explain import explain
+from launch.hydra_errors import explain
 from launch.schema import recipes
-from recipes.errors import RecipeError
+from recipes.core.errors import RecipeError
 
 RECIPE = "recipe=llama_width_prune"
 Compose = Callable[..., Any]

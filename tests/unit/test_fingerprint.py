@@ -5,24 +5,33 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from recipes import distill, fingerprint, prune, report
-from recipes.fingerprint import (
+from launch.planned import stage_names
+from recipes.core import fingerprint, reachable_code
+from recipes.core.files import REPO_ROOT
+from recipes.core.fingerprint import (
     SMALL_FILE,
     code_fingerprint,
     digest,
     external_stamp,
     result_settings,
+    stage_code,
     stage_fingerprint,
 )
-from recipes.stage import Resources
+from recipes.core.stage import Resources
+from recipes.distillation.settings import DistillConfig
+from recipes.pruning.settings import PruneConfig
+from recipes.report.settings import ReportConfig
+from recipes.stages import report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 MODULES = {
-    "stage_a": "from recipes import shared\n\ndef run():\n    return shared.VALUE\n",
-    "shared": "import os\nfrom nemo_convert.core import f\n\nVALUE = f(1)  # a comment\n",
+    "stage_a": "from recipes import shared\n\ndef check():\n    return 0\n\n"
+    'def run():\n    """Runs."""\n    return shared.VALUE\n',
+    "shared": "import os\nfrom nemo_convert.core import f\n\nVALUE = f(1)  # a comment\n"
+    "RULE = 'words'\nseen = []\nseen.append(1)\n",
     "lazy": "def run():\n    from recipes.shared import VALUE\n    return VALUE\n",
     "unrelated": "VALUE = 1\n",
 }
@@ -31,7 +40,7 @@ MODULES = {
 def forget() -> None:
     """Clears what was read from the source tree before."""
     fingerprint.code_fingerprint.cache_clear()
-    fingerprint._parsed.cache_clear()
+    reachable_code._read.cache_clear()
 
 
 @pytest.fixture
@@ -60,7 +69,7 @@ def real_repo() -> Iterator[None]:
 
 def of(module: str) -> str:
     forget()
-    return code_fingerprint(f"recipes.{module}")
+    return code_fingerprint(f"recipes.{module}:run")
 
 
 def replace_in(file: Path, old: str, new: str) -> None:
@@ -69,18 +78,10 @@ def replace_in(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
-def reached(module: str) -> set[str]:
-    """First-party files that a real module can reach, by the launcher's own rule."""
-    seen: set[str] = set()
-    queue = [module]
-    while queue:
-        path = fingerprint._source(queue.pop())
-        if path is None or (name := path.relative_to(fingerprint.REPO_ROOT).as_posix()) in seen:
-            continue
-        seen.add(name)
-        _, imported = fingerprint._parsed(path)
-        queue += [i for i in imported if i.split(".")[0] in fingerprint.FIRST_PARTY]
-    return seen
+def reached(stage: str) -> dict[str, set[str]]:
+    """Names of a real stage's code, by module."""
+    found = reachable_code.reachable_code(REPO_ROOT, [f"recipes.stages.{stage}:run"])
+    return {module: {one.split(" ")[0] for one in hashes} for module, hashes in found.items()}
 
 
 def test_digest_does_not_depend_on_key_order() -> None:
@@ -97,22 +98,22 @@ def test_digest_depends_on_the_order_of_lists() -> None:
 
 
 def test_resources_are_no_result_settings() -> None:
-    plain = distill.Config(stage="distill")
-    large = distill.Config(stage="distill", resources=Resources(nodes=4, devices=8, env={"A": "b"}))
+    plain = DistillConfig(stage="distill")
+    large = DistillConfig(stage="distill", resources=Resources(nodes=4, devices=8, env={"A": "b"}))
     assert "resources" not in result_settings(plain)
     assert result_settings(plain) == result_settings(large)
 
 
 @pytest.mark.parametrize("field", ["lr", "max_steps", "seed", "precision", "temperature", "inputs"])
 def test_result_fields_are_result_settings(field: str) -> None:
-    plain = result_settings(distill.Config(stage="distill"))
+    plain = result_settings(DistillConfig(stage="distill"))
     value = {"a": "b"} if field == "inputs" else "3"
-    other = result_settings(distill.Config(stage="distill", **{field: value}))
+    other = result_settings(DistillConfig(stage="distill", **{field: value}))
     assert {key for key in plain if plain[key] != other[key]} == {field}
 
 
 def test_stage_fingerprint_depends_on_each_part() -> None:
-    settings = result_settings(prune.Config(stage="prune"))
+    settings = result_settings(PruneConfig(stage="prune"))
     base = stage_fingerprint(settings, "code", {"x": "1"}, {"y": "2"})
     others = {
         stage_fingerprint({**settings, "seq_length": 1}, "code", {"x": "1"}, {"y": "2"}),
@@ -131,7 +132,8 @@ def test_stage_fingerprint_depends_on_each_part() -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("recipes/{module}.py", "def run", "LIMIT = 1\ndef run"),
+        ("recipes/{module}.py", "    return", "    print()\n    return"),
+        ("recipes/shared.py", "append(1)", "append(2)"),
         ("recipes/shared.py", "f(1)", "f(2)"),
         ("nemo_convert/core.py", "return x", "return -x"),
         ("pyproject.toml", "torch==2", "torch==3"),
@@ -152,6 +154,10 @@ def test_code_that_is_reached_counts(
         ("recipes/lazy.py", "return VALUE", "return 0"),
         ("recipes/shared.py", "# a comment", "# another one\n\n"),
         ("recipes/shared.py", "f(1)", "f(\n    1\n)"),
+        ("recipes/shared.py", "words", "other words"),
+        ("recipes/stage_a.py", "return 0", "return 1"),
+        ("recipes/stage_a.py", "Runs.", "Runs it."),
+        ("recipes/stage_a.py", "def run", "LIMIT = 1\ndef run"),
         ("pyproject.toml", "y = 1", "y = 2"),
     ],
 )
@@ -164,62 +170,97 @@ def test_comments_format_and_unrelated_code_do_not_count(
 
 
 def test_modules_may_import_each_other(repo: Path) -> None:
-    (repo / "nemo_convert" / "core.py").write_text("import recipes.stage_a\nf = abs\n")
+    (repo / "nemo_convert" / "core.py").write_text(
+        "from recipes import stage_a\ndef f(x):\n    return stage_a.check()\n"
+    )
     before = of("stage_a")
-    replace_in(repo / "recipes" / "stage_a.py", "VALUE", "VALUE + 1")
+    replace_in(repo / "recipes" / "stage_a.py", "return 0", "return 1")
     assert of("stage_a") != before
 
 
 @pytest.mark.parametrize("statement", ["from . import shared", "from .shared import VALUE"])
 def test_relative_imports_are_refused(repo: Path, statement: str) -> None:
     """They would hide what a result depends on."""
-    (repo / "recipes" / "relative.py").write_text(statement + "\n")
+    (repo / "recipes" / "relative.py").write_text(f"{statement}\ndef run(): pass\n")
     with pytest.raises(ValueError, match="relative imports"):
         of("relative")
 
 
+def test_plain_imports_of_modules_are_refused(repo: Path) -> None:
+    (repo / "recipes" / "plain.py").write_text("import recipes.shared\ndef run(): pass\n")
+    with pytest.raises(ValueError, match="from … import"):
+        of("plain")
+
+
+@pytest.mark.parametrize("start", ["recipes.stage_a:walk", "recipes.nothing:run", "os:walk"])
+def test_code_that_is_not_there_is_refused(repo: Path, start: str) -> None:
+    forget()
+    with pytest.raises(ValueError, match=f"there is no code {start}"):
+        code_fingerprint(start)
+
+
+def test_a_module_that_is_handed_on_counts_whole(repo: Path) -> None:
+    """Its name may start it as a process."""
+    source = "from recipes import shared\ndef run():\n    return shared.__name__\n"
+    (repo / "recipes" / "starts.py").write_text(source)
+    before = of("starts")
+    replace_in(repo / "recipes" / "shared.py", "words", "other words")
+    assert of("starts") != before
+
+
 @pytest.mark.usefixtures("real_repo")
-def test_training_code_does_not_reach_the_report() -> None:
-    for stage in ("prune", "distill", "evaluate", "import_hf", "prepare_data"):
-        names = reached(f"recipes.{stage}")
-        assert not [n for n in names if "report" in n or "model_card" in n or "launch" in n], stage
+@pytest.mark.parametrize("stage", stage_names())
+def test_no_check_and_no_rule_is_part_of_a_stages_code(stage: str) -> None:
+    found = reached(stage)
+    assert not {"recipes.planning.rules", "recipes.planning.problems"} & found.keys()
+    assert not {"recipes.core.worker", "recipes.stages.contract"} & found.keys()
+    assert "check" not in found[f"recipes.stages.{stage}"]
+    if stage != "plan":
+        assert not {"recipes.planning.estimate", "recipes.planning.budget"} & found.keys()
+    if not stage.startswith("report"):
+        rooms = {module.rpartition(".")[0] for module in found}
+        assert "recipes.report" not in rooms or stage == "export_hf"
 
 
 @pytest.mark.usefixtures("real_repo")
 @pytest.mark.parametrize(
     ("stage", "needed"),
     [
-        ("score", {"recipes/scoring.py", "recipes/importance.py"}),
-        (
-            "prune",
-            {
-                "recipes/slicing.py",
-                "recipes/minitron.py",
-                "nemo_convert/nemo.py",
-                "recipes/architecture.py",
-            },
-        ),
-        ("distill", {"recipes/nemo_trainer.py", "recipes/kd_loss.py", "recipes/kd_model.py"}),
-        ("evaluate", {"recipes/quality.py", "nemo_convert/nemo.py"}),
-        ("import_hf", {"nemo_convert/convert.py", "nemo_convert/families.py"}),
-        ("export_hf", {"recipes/model_card.py", "nemo_convert/convert.py"}),
-        ("prepare_data", {"recipes/corpus.py", "recipes/indexed_dataset.py"}),
+        ("score", {"pruning.scoring": "LayerAblation", "pruning.importance": "Importance"}),
+        ("prune", {"pruning.kept": "cut", "pruning.cut_checkpoint": "prune_checkpoint"}),
+        ("prune", {"planning.targets": "pruned", "pruning.settings": "PruneConfig"}),
+        ("distill", {"distillation.trainer": "train", "distillation.losses": "_divergence"}),
+        ("distill", {"distillation.model": "KDModel", "distillation.data": "TrainingData"}),
+        ("evaluate", {"evaluation.text_quality": "score"}),
+        ("export_hf", {"report.model_card": "write_card"}),
+        ("prepare_data", {"data.corpus": "part_of", "data.token_windows": "PartWriter"}),
+        ("benchmark", {"engines.bench_worker": "serve", "engines.openvino": "Pipeline"}),
+        ("build_engine", {"engines.trtllm_build_worker": "main", "engines.openvino": "build"}),
     ],
 )
-def test_stages_reach_the_code_that_makes_their_result(stage: str, needed: set[str]) -> None:
-    assert needed <= reached(f"recipes.{stage}")
+def test_stages_reach_the_code_that_makes_their_result(stage: str, needed: dict[str, str]) -> None:
+    found = reached(stage)
+    for module, name in needed.items():
+        assert name in found[f"recipes.{module}"]
+
+
+@pytest.mark.usefixtures("real_repo")
+def test_stages_reach_the_conversion() -> None:
+    assert "to_nemo" in reached("import_hf")["nemo_convert.convert"]
+    assert "PATCHES" in reached("distill")["nemo_convert.cpu_backend"]
+    assert "_CausalAttention" in reached("distill")["nemo_convert.cpu_layers"]
 
 
 def test_the_reports_templates_count(root: Path) -> None:
-    [folder] = report.external(report.Config()).values()
-    assert folder == root / "recipes" / "report_templates"
+    [folder] = report.external(ReportConfig()).values()
+    assert folder == root / "recipes" / "report" / "templates"
     assert {"report.html.j2", "style.css"} <= external_stamp(folder).keys()
 
 
 @pytest.mark.usefixtures("real_repo")
 def test_stages_have_different_code() -> None:
     stages = ("prune", "distill", "evaluate", "import_hf", "export_hf", "report", "prepare_data")
-    assert len({of(stage) for stage in stages}) == len(stages)
+    assert len({stage_code([stage]) for stage in stages}) == len(stages)
 
 
 def test_external_stamp_of_a_small_file_is_its_content(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from recipes.errors import RecipeError
-from recipes.gates import EVALUATION, TASK, Gate, judge, parse, parse_all
-from recipes.manifest import MANIFEST
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import MANIFEST
+from recipes.report.gates import EVALUATION, TASK, Gate, judge, parse, parse_all
 
 if TYPE_CHECKING:
     import subprocess

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from recipes import hardware
+from recipes.planning import hardware
 
 if TYPE_CHECKING:
     from pathlib import Path

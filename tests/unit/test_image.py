@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from recipes.fingerprint import REPO_ROOT
+from recipes.core.files import REPO_ROOT
 
 DOCKERFILE = REPO_ROOT / "Dockerfile"
 PINS = REPO_ROOT / "launch" / "executors" / "image.txt"

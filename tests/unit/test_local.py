@@ -12,10 +12,11 @@ from rich.console import Console
 
 from launch.console import Follower
 from launch.executors import foreground, local
-from launch.plan import Plan, PlannedStage
-from recipes.errors import RecipeError
-from recipes.manifest import MANIFEST, WORK
-from recipes.stage import Resources
+from launch.plan import Plan
+from launch.planned import PlannedStage
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import MANIFEST, WORK
+from recipes.core.stage import Resources
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +41,7 @@ def test_command_starts_one_process_a_device(stage: PlannedStage, tmp_path: Path
     assert "--nproc-per-node=2" in command
     assert "--standalone" in command
     config = str(tmp_path / "run" / "distill" / "config.yaml")
-    assert command[-4:] == ["-m", "recipes.distill", "--config", config]
+    assert command[-4:] == ["-m", "recipes.stages.distill", "--config", config]
 
 
 def test_one_process_is_started_without_torchrun(
@@ -49,15 +50,15 @@ def test_one_process_is_started_without_torchrun(
     monkeypatch.setenv("WORLD_SIZE", "8")  # of the job that the launcher is in
     alone = replace(stage, config=replace(stage.config, resources=Resources()))
     config = str(tmp_path / "run" / "distill" / "config.yaml")
-    expected = [sys.executable, "-m", "recipes.distill", "--config", config]
+    expected = [sys.executable, "-m", "recipes.stages.distill", "--config", config]
     assert local.command(alone) == expected
-    found = local.environment(alone, local.Config())
+    found = local.environment(alone, local.LocalConfig())
     assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("0", "0", "1")
-    assert "WORLD_SIZE" not in local.environment(stage, local.Config())  # torchrun sets it
+    assert "WORLD_SIZE" not in local.environment(stage, local.LocalConfig())  # torchrun sets it
 
 
 def environment(stage: PlannedStage, env: dict[str, str]) -> dict[str, str]:
-    return local.environment(stage, local.Config(env=env))
+    return local.environment(stage, local.LocalConfig(env=env))
 
 
 def test_environment_shares_the_cores(
@@ -91,7 +92,7 @@ def test_script_does_what_the_launcher_does(
     """The real script, with an interpreter that only says how it was started."""
     python = fake_python(tmp_path, 'printf "%s\\n" "$@"; printf "%s" "$AWKWARD"')
     monkeypatch.setattr(sys, "executable", str(python))
-    script = local.write_script(stage, local.Config(env={"AWKWARD": AWKWARD}))
+    script = local.write_script(stage, local.LocalConfig(env={"AWKWARD": AWKWARD}))
     assert os.access(script, os.X_OK)
     done = subprocess.run([script], capture_output=True, text=True, check=True, timeout=20)
     assert done.stdout == "\n".join([*local.command(stage)[1:], AWKWARD])
@@ -104,7 +105,7 @@ def test_script_runs_where_the_launcher_ran(
     here = tmp_path / "here it is"
     here.mkdir()
     monkeypatch.chdir(here)
-    script = local.write_script(stage, local.Config())
+    script = local.write_script(stage, local.LocalConfig())
     done = subprocess.run([script], cwd="/", capture_output=True, text=True, check=True, timeout=20)
     assert done.stdout.strip() == str(here.resolve())
 
@@ -119,7 +120,7 @@ def fake_python(folder: Path, commands: str) -> Path:
 
 def start(stage: PlannedStage, program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(program))
-    local.write_script(stage, local.Config(env={"GREETING": "hello"}))
+    local.write_script(stage, local.LocalConfig(env={"GREETING": "hello"}))
     with Follower(stage, Console(file=StringIO())) as follower:
         foreground.run(stage, follower)
 

@@ -7,20 +7,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from recipes.errors import RecipeError
-from recipes.manifest import (
+from recipes.core.errors import RecipeError
+from recipes.core.files import digest_files, sha256_of, write_text_atomically
+from recipes.core.manifest import (
     ARTIFACT,
     MANIFEST,
     Manifest,
     changed_files,
     check_artifact,
-    digest_files,
     publish,
     read_manifest,
-    sha256_of,
     stamp_files,
     write_manifest,
-    write_text_atomically,
 )
 
 if TYPE_CHECKING:

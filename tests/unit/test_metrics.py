@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from recipes.metrics import MetricsLog, read_records, steps_of
+from recipes.core.metrics import MetricsLog, read_records, steps_of
 
 if TYPE_CHECKING:
     from pathlib import Path

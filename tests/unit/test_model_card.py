@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from recipes import export_hf
-from recipes.manifest import Manifest
-from recipes.model_card import write_card
+from recipes.core.manifest import Manifest
+from recipes.report.model_card import write_card
+from recipes.stages import export_hf
 from tests.cpu.reports import make_inputs, optional_inputs
 
-CONFIG = export_hf.Config("export_hf", teacher="some/SmallLM-135M", recipe="llama_width_prune")
+TEACHER, RECIPE = "some/SmallLM-135M", "llama_width_prune"
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def inputs(tmp_path: Path) -> dict[str, Manifest]:
 
 def card(folder: Path, inputs: dict[str, Manifest], teacher_card: str = "") -> str:
     (folder / "README.md").write_text(teacher_card)
-    write_card(folder, CONFIG, inputs)
+    write_card(folder, TEACHER, RECIPE, inputs)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -43,7 +42,7 @@ def test_every_input_adds_what_it_knows(inputs: dict[str, Manifest], tmp_path: P
 
 
 def test_optional_inputs_may_be_missing(inputs: dict[str, Manifest], tmp_path: Path) -> None:
-    bare = {name: inputs[name] for name in (*export_hf.INPUTS, "evaluation")}
+    bare = {name: inputs[name] for name in (*export_hf.STAGE.inputs, "evaluation")}
     bare["evaluation"].metrics["recovered"] = None
     text = card(tmp_path, bare)
     assert "| this model | 24 |" in text
@@ -68,5 +67,5 @@ def test_places_of_local_files_stay_private(inputs: dict[str, Manifest], tmp_pat
     ],
 )
 def test_name(inputs: dict[str, Manifest], tmp_path: Path, teacher: str, name: str) -> None:
-    write_card(tmp_path, replace(CONFIG, teacher=teacher), inputs)
+    write_card(tmp_path, teacher, RECIPE, inputs)
     assert f"# {name}-llama_width_prune\n" in (tmp_path / "README.md").read_text()

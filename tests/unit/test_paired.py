@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from recipes.paired import compare, difference, mean, recovered, standard_error
+from recipes.core.statistics import difference, mean, standard_error
+from recipes.evaluation.paired import compare, recovered
 
 RIGHT, WRONG = [1.0], [0.0]
 

@@ -6,23 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from recipes import prune
-from recipes.distill import Config
-from recipes.parallelism import (
-    data_parallel_size,
-    last_stage_layers,
-    layout_problems,
-    pipeline_split,
-)
-from recipes.preflight import Chain
-from recipes.stage import Resources
+from nemo_convert.pipeline import last_stage_layers, pipeline_split
+from recipes.core.stage import Resources
+from recipes.distillation.settings import DistillConfig
+from recipes.planning.chain import Chain
+from recipes.planning.parallelism import data_parallel_size, layout_problems
+from recipes.pruning.settings import PruneConfig
 
 if TYPE_CHECKING:
-    from recipes.architecture import Architecture
+    from nemo_convert.architecture import Architecture
 
 
-def config(devices: int = 1, nodes: int = 1, tp: int = 1, pp: int = 1, **fields: Any) -> Config:
-    return Config(
+def config(
+    devices: int = 1, nodes: int = 1, tp: int = 1, pp: int = 1, **fields: Any
+) -> DistillConfig:
+    return DistillConfig(
         stage="distill",
         resources=Resources(nodes=nodes, devices=devices),
         tensor_model_parallel_size=tp,
@@ -42,7 +40,7 @@ def config(devices: int = 1, nodes: int = 1, tp: int = 1, pp: int = 1, **fields:
         (config(devices=1, tp=2), 0),
     ],
 )
-def test_data_parallel_size(cfg: Config, size: int) -> None:
+def test_data_parallel_size(cfg: DistillConfig, size: int) -> None:
     assert data_parallel_size(cfg) == size
 
 
@@ -60,7 +58,7 @@ def test_data_parallel_size(cfg: Config, size: int) -> None:
         config(devices=2, tp=2, seq_length=255),
     ],
 )
-def test_layouts_that_fit(cfg: Config, chain: Chain) -> None:
+def test_layouts_that_fit(cfg: DistillConfig, chain: Chain) -> None:
     assert list(layout_problems(cfg, chain)) == []
 
 
@@ -80,9 +78,9 @@ def test_layouts_that_fit(cfg: Config, chain: Chain) -> None:
         ),
     ],
 )
-def test_each_rule(cfg: Config, rule: str, what: str, fix: str, chain: Chain) -> None:
+def test_each_rule(cfg: DistillConfig, rule: str, what: str, fix: str, chain: Chain) -> None:
     [problem] = layout_problems(cfg, chain)
-    assert problem.rule == rule
+    assert problem.rule.name == rule
     assert what in problem.what
     assert fix in problem.fix
 
@@ -99,7 +97,7 @@ def test_each_rule(cfg: Config, rule: str, what: str, fix: str, chain: Chain) ->
 def test_tensor_parallel_axes(teacher: Architecture, axis: str, size: int, rule: str) -> None:
     chain = Chain("x", dataclasses.replace(teacher, **{axis: size}), {})
     [problem] = layout_problems(config(devices=2, tp=2), chain)
-    assert problem.rule == rule
+    assert problem.rule.name == rule
     assert f"{axis}={size} is not divisible by TP=2" in problem.what
 
 
@@ -119,7 +117,7 @@ def test_stage_without_a_student_is_checked_once(chain: Chain) -> None:
 
 
 def test_student_and_teacher_are_both_checked(chain: Chain) -> None:
-    student = prune.Config(stage="prune", target_num_layers=2)
+    student = PruneConfig(stage="prune", target_num_layers=2)
     whole = dataclasses.replace(chain, stages={"prune": student})
     cfg = config(devices=5, pp=5)
     cfg.inputs = {"teacher": "import_hf", "student": "prune"}

@@ -11,9 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.plan import Plan, make_plan
-from recipes import score
-from recipes.errors import RecipeError
-from recipes.manifest import ARTIFACT, MANIFEST
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT, MANIFEST
+from recipes.stages import score
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -212,7 +212,7 @@ def test_input_from_another_run(plan: MakePlan, complete: Complete, tmp_path: Pa
 def test_input_may_be_of_several_kinds(
     plan: MakePlan, complete: Complete, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(score.INPUTS, "calibration", ("dataset", "checkpoint_nemo"))  # type: ignore[arg-type]
+    monkeypatch.setitem(score.STAGE.inputs, "calibration", ("dataset", "checkpoint_nemo"))  # type: ignore[arg-type]
 
     def kind(*overrides: str) -> str:
         return plan(*overrides).stages[ORDER.index("score")].inputs["calibration"].kind

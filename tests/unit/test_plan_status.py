@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from launch.plan import Plan
-from recipes.errors import RecipeError
-from recipes.manifest import ARTIFACT, MANIFEST, read_manifest, write_manifest
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path

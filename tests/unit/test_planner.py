@@ -10,15 +10,10 @@ from omegaconf import OmegaConf
 
 from launch import schema
 from launch.schema import CONF
+from nemo_convert.architecture import Architecture
+from nemo_convert.hf_config import read_architecture
 from nemo_convert.smollm2 import HF_CONFIG
-from recipes.architecture import Architecture, read_architecture
-from recipes.hardware import CPU_PROFILES, Hardware
-from recipes.known_models import CONFIGS
-from recipes.layouts import best, fits, proposals
-from recipes.plan_tables import figures, tables
-from recipes.planner import (
-    Job,
-    Layout,
+from recipes.planning.estimate import (
     activation_bytes,
     estimate,
     expert_parameters,
@@ -27,6 +22,11 @@ from recipes.planner import (
     rank_parameters,
     step_seconds,
 )
+from recipes.planning.hardware import CPU_PROFILES, Hardware
+from recipes.planning.layouts import best, fits, proposals
+from recipes.planning.published_configs import CONFIGS
+from recipes.planning.tables import figures, tables
+from recipes.planning.workload import Layout, Workload
 
 PROFILES = sorted(path.stem for path in (CONF / "hardware").glob("*.yaml"))
 
@@ -51,9 +51,9 @@ NODES_96 = Layout(nodes=96, devices=8, tensor=8, micro_batch_size=2, sequence_pa
 SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
 
 
-def distillation(student: Architecture, teacher: Architecture | None, **settings: Any) -> Job:
+def distillation(student: Architecture, teacher: Architecture | None, **settings: Any) -> Workload:
     defaults = {"layout": NODES_96, "seq_length": 4096, "global_batch_size": 768, "steps": 28_610}
-    return Job("distill", student, teacher, **(defaults | settings))
+    return Workload("distill", student, teacher, **(defaults | settings))
 
 
 def hybrid_as_dense(layers: int, hidden: int, parameters: float) -> Architecture:
@@ -113,7 +113,9 @@ def hybrid_as_dense(layers: int, hidden: int, parameters: float) -> Architecture
     ],
     ids=["qwen3-depth", "qwen3-nas-90B", "qwen3-nas-50B", "nemotron-nano-hybrid"],
 )
-def test_published_gpu_hours(job: Job, published: float, error: float, tolerance: float) -> None:
+def test_published_gpu_hours(
+    job: Workload, published: float, error: float, tolerance: float
+) -> None:
     found = estimate(job, H100).device_hours / published - 1
     assert found == pytest.approx(error, abs=0.015)
     assert abs(found) <= tolerance
@@ -262,8 +264,8 @@ def test_a_pass_of_a_teacher_has_no_optimizer() -> None:
 
 def test_a_job_survives_being_written() -> None:
     job = distillation(replace(QWEN, num_layers=24), QWEN)
-    assert Job.of(job.as_dict()) == job
-    assert Job.of(replace(job, teacher=None).as_dict()).teacher is None
+    assert Workload.of(job.as_dict()) == job
+    assert Workload.of(replace(job, teacher=None).as_dict()).teacher is None
 
 
 def test_proposals_fit_and_the_first_is_the_cheapest() -> None:
@@ -296,7 +298,7 @@ def test_tables_have_a_cell_for_each_column() -> None:
     for table in made:
         assert table["rows"]
         assert {len(row) for row in table["rows"]} == {len(table["columns"])}
-    found = figures(jobs, H100, recalled=True)
+    found = figures(jobs, H100, from_published_config=True)
     assert found["device-hours"] == pytest.approx(5826, abs=2)
     assert found["dollars"] == pytest.approx(3 * found["device-hours"], rel=0.001)
     assert "out of reach" in found["shape of the teacher"]

@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from recipes.errors import RecipeError
-from recipes.preflight import Problem, read_chain, require_none
+from recipes.core.errors import RecipeError
+from recipes.planning import rules
+from recipes.planning.chain import read_chain
+from recipes.planning.problems import Problem, require_none
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from recipes.architecture import Architecture
+    from nemo_convert.architecture import Architecture
 
 
 def test_no_problem_raises_nothing() -> None:
@@ -19,7 +21,10 @@ def test_no_problem_raises_nothing() -> None:
 
 
 def test_all_problems_are_in_one_error() -> None:
-    problems = [Problem("r1", "first is wrong", "mend it"), Problem("r2", "second", "drop it")]
+    problems = [
+        Problem(rules.Rule("r1", ""), "first is wrong", "mend it"),
+        Problem(rules.Rule("r2", ""), "second", "drop it"),
+    ]
     with pytest.raises(RecipeError) as caught:
         require_none(iter(problems))
     assert str(caught.value).splitlines() == [

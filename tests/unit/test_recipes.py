@@ -10,14 +10,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from launch import schema
-from launch.plan import Plan, stage_module, typed_stages
+from launch.plan import Plan, typed_stages
+from launch.planned import load_stage
 from launch.schema import CONF
-from recipes.architecture import SUPPORTED
-from recipes.budget import jobs_of
-from recipes.known_models import CONFIGS
-from recipes.layouts import HEADROOM
-from recipes.planner import estimate
-from recipes.search_space import name_of
+from nemo_convert.hf_config import SUPPORTED
+from recipes.planning.estimate import estimate
+from recipes.planning.layouts import HEADROOM
+from recipes.planning.published_configs import CONFIGS
+from recipes.search.space import name_of
+from recipes.stages.contract import Stage
 from tests.cpu.test_recipes_in_miniature import DISTILL, settings
 
 if TYPE_CHECKING:
@@ -62,10 +63,9 @@ def test_recipes_plan_every_stage(recipe: str, plan: Callable[..., Plan]) -> Non
     planned = plan("engine=openvino", recipe=f"recipe={recipe}")
     assert {stage.action for stage in planned.stages} == {"run"}
     for stage in planned.stages:
-        assert stage.module == f"recipes.{stage.config.stage}"
-        module = stage_module(stage.config.stage)
-        optional = getattr(module, "OPTIONAL_INPUTS", {})
-        assert module.INPUTS.keys() <= stage.inputs.keys() <= {*module.INPUTS, *optional}
+        assert stage.module == f"recipes.stages.{stage.config.stage}"
+        needed = stage.stage.inputs
+        assert needed.keys() <= stage.inputs.keys() <= {*needed, *stage.stage.optional_inputs}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -134,7 +134,7 @@ def test_recipes_compose_to_the_dataclasses_of_their_stages(
     assert cfg.recipe_name == recipe
     typed = typed_stages(cfg)
     for name, config in typed.items():
-        assert type(config) is stage_module(config.stage).Config, name
+        assert type(config) is load_stage(config.stage).config, name
     assert {config.resources.devices for config in typed.values()} == {1}
 
 
@@ -162,11 +162,11 @@ def test_large_recipes_pass_preflight_on_their_hardware(
     recipe: str, plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even a warning, but that the hub was not asked."""
-    monkeypatch.setattr("recipes.sources._in_reach", lambda _: False)
+    monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
     planned = large(recipe, plan)
-    assert {note.rule for note in planned.notes} <= {"bundled-config", "disk"}
+    assert {note.rule.name for note in planned.notes} <= {"bundled-config", "disk"}
     assert planned.chain.hardware.name == "h100"
-    job = jobs_of(planned.chain)["distill"]
+    job = planned.chain.workloads["distill"]
     assert job.teacher is not None
     assert estimate(job, planned.chain.hardware).memory.total < 80e9 * HEADROOM
     assert (job.layout.nodes == 1) == recipe.endswith("_small")
@@ -189,9 +189,9 @@ def test_large_recipes_are_the_published_ones(
     plan: Callable[..., Plan],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("recipes.sources._in_reach", lambda _: False)
+    monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
     for name, budget in ((recipe, tokens), (f"{recipe}_small", 2.5e9)):
-        job = jobs_of(large(name, plan).chain)["distill"]
+        job = large(name, plan).chain.workloads["distill"]
         assert job.trained is not None
         assert job.trained.parameters() == pytest.approx(parameters, rel=0.002)
         assert job.tokens == pytest.approx(budget, rel=0.01)
@@ -200,9 +200,9 @@ def test_large_recipes_are_the_published_ones(
 def test_the_search_of_a_large_model_lists_the_published_shape(
     plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.sources._in_reach", lambda _: False)
+    monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
     planned = plan("waive=[disk]", recipe="recipe=qwen3_8b_search")
-    assert {note.rule for note in planned.notes} <= {"bundled-config", "disk"}
+    assert {note.rule.name for note in planned.notes} <= {"bundled-config", "disk"}
     stages: dict[str, Any] = dict(planned.chain.stages)
     search = stages["enumerate_shapes"]
     assert search.service.device == "h100"
@@ -234,10 +234,8 @@ def test_small_budget_differs_only_where_the_miniature_does(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_folders_have_their_module(stage: str, root: Path) -> None:
-    assert (root / "recipes" / f"{stage}.py").is_file()
-    module = stage_module(stage)
-    for name in ("Config", "KIND", "INPUTS", "check", "run"):
-        assert hasattr(module, name), name
+    assert (root / "recipes" / "stages" / f"{stage}.py").is_file()
+    assert isinstance(load_stage(stage), Stage)
 
 
 @pytest.mark.parametrize("file", STAGE_FILES, ids=lambda f: f"{f.parent.name}/{f.stem}")
@@ -245,13 +243,13 @@ def test_stage_configs_name_their_stage_and_inputs(file: Path) -> None:
     cfg: Any = OmegaConf.to_container(OmegaConf.load(file))
     assert cfg["defaults"] == ["schema", "_self_"]
     assert cfg["stage"] == file.parent.name
-    module = stage_module(cfg["stage"])
-    allowed = {*module.INPUTS, *getattr(module, "OPTIONAL_INPUTS", {})}
-    assert module.INPUTS.keys() <= cfg.get("inputs", {}).keys() <= allowed
+    found = load_stage(cfg["stage"])
+    allowed = {*found.inputs, *found.optional_inputs}
+    assert found.inputs.keys() <= cfg.get("inputs", {}).keys() <= allowed
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_schemas_are_registered(stage: str) -> None:
     schema.register()
     node = ConfigStore.instance().load(f"stage/{stage}/schema.yaml").node
-    assert OmegaConf.get_type(node) is stage_module(stage).Config
+    assert OmegaConf.get_type(node) is load_stage(stage).config

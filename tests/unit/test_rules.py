@@ -17,10 +17,11 @@ from omegaconf import OmegaConf
 
 from launch import machine
 from launch.plan import Plan, make_plan
-from recipes import budget, stack
-from recipes.errors import RecipeError
-from recipes.manifest import read_manifest, write_manifest
-from recipes.rules import ERROR, REFUSED_FIELDS, RULES, WARNING
+from recipes.core import versions
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import read_manifest, write_manifest
+from recipes.planning import budget, rules
+from recipes.planning.rules import ERROR, REFUSED_FIELDS, RULES, WARNING
 from tests.unit.conftest import LLAMA_CONFIG
 
 if TYPE_CHECKING:
@@ -42,12 +43,12 @@ def gpu_is_here(patch: Patch, _: Path) -> None:
 
 
 def torch_is_old(patch: Patch, _: Path) -> None:
-    installed = stack.installed
-    patch.setattr(stack, "installed", lambda n: "2.1.0" if n == "torch" else installed(n))
+    installed = versions.installed
+    patch.setattr(versions, "installed", lambda n: "2.1.0" if n == "torch" else installed(n))
 
 
 def harness_is_missing(patch: Patch, _: Path) -> None:
-    patch.setattr("recipes.evaluate_tasks.HARNESS", "0.0.0")
+    patch.setattr("recipes.stages.evaluate_tasks.HARNESS", "0.0.0")
 
 
 def disk_is_full(patch: Patch, _: Path) -> None:
@@ -56,7 +57,7 @@ def disk_is_full(patch: Patch, _: Path) -> None:
 
 
 def hub_is_away(patch: Patch, _: Path) -> None:
-    patch.setattr("recipes.sources._in_reach", lambda _: False)
+    patch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
 
 
 def head_is_missing(_: Patch, folder: Path) -> None:
@@ -168,20 +169,22 @@ def text(tmp_path: Path) -> Path:
 
 
 def all_names_in_source(root: Path) -> set[str]:
-    """The first argument of every ``Problem(…)`` in the code, each of which is a literal."""
+    """The rule of every ``Problem(…)`` in the code, each of which is a constant of ``rules``."""
     names = set()
     for package in ("recipes", "launch"):
         for file in (root / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Problem":
-                    [name, *_] = node.args
-                    assert isinstance(name, ast.Constant), f"{file}:{node.lineno}"
-                    names.add(name.value)
+                    [rule, *_] = node.args
+                    assert isinstance(rule, ast.Attribute), f"{file}:{node.lineno}"
+                    names.add(getattr(rules, rule.attr).name)
     return names
 
 
 def test_every_rule_of_the_code_is_in_the_table_and_tripped(root: Path) -> None:
-    assert all_names_in_source(root) | set(REFUSED_FIELDS.values()) == RULES.keys()
+    assert (
+        all_names_in_source(root) | {rule.name for rule in REFUSED_FIELDS.values()} == RULES.keys()
+    )
     assert TRIPS.keys() | ELSEWHERE.keys() == RULES.keys()
     for rule, file in ELSEWHERE.items():
         assert f'"{rule}"' in (root / "tests" / "unit" / file).read_text(), rule
@@ -211,10 +214,10 @@ def test_each_rule_is_tripped(
     if case.prepare is not None:
         case.prepare(monkeypatch, hf_folder)
     if RULES[rule].severity == WARNING:
-        notes = {note.rule: note for note in plan(*overrides).notes}
+        notes = {note.rule.name: note for note in plan(*overrides).notes}
         assert notes[rule].fix
         return
-    if rule in REFUSED_FIELDS.values():
+    if RULES[rule] in REFUSED_FIELDS.values():
         return  # the command line says it: test_fields_that_cannot_be_are_explained
     with pytest.raises(RecipeError) as caught:
         plan(*overrides)
@@ -227,14 +230,14 @@ def test_each_rule_is_tripped(
 def test_fields_that_cannot_be_are_explained(name: str, launch: Launch) -> None:
     done = launch("recipe=llama_width_prune", f"{D}{name}=2", "dry_run=true")
     assert done.returncode == 1
-    assert RULES[REFUSED_FIELDS[name]].reason in done.stderr
+    assert REFUSED_FIELDS[name].reason in done.stderr
 
 
 def test_a_rule_can_be_waived_and_is_still_shown(plan: MakePlan) -> None:
     trips = ("hardware.memory_bytes=1e9", BFLOAT16)
     with pytest.raises(RecipeError, match="needs about 4 GB on a rank, but cpu has 1 GB"):
         plan(*trips)
-    assert [n.rule for n in plan(*trips, "waive=[memory]").notes] == ["memory"]
+    assert [n.rule.name for n in plan(*trips, "waive=[memory]").notes] == ["memory"]
     with pytest.raises(RecipeError, match="memory"):
         plan(*trips, "waive=[disk]")
 
@@ -289,9 +292,9 @@ def test_a_text_that_was_prepared_is_counted_exactly(
 ) -> None:
     overrides = (f"data.sources=[{text}]", f"{D}max_steps=200")
     first: Plan = plan(*overrides)
-    assert "epochs" in {n.rule for n in first.notes}
+    assert "epochs" in {n.rule.name for n in first.notes}
     complete(first)  # which says that it has 1,000,000 tokens
-    assert "epochs" not in {n.rule for n in plan(*overrides).notes}
+    assert "epochs" not in {n.rule.name for n in plan(*overrides).notes}
 
 
 def test_models_of_another_run_are_planned_as_they_are(
@@ -302,12 +305,12 @@ def test_models_of_another_run_are_planned_as_they_are(
     student = tmp_path / "other" / "prune"
     manifest = read_manifest(student)
     assert manifest is not None
-    shape = budget.jobs_of(plan().chain)["distill"].trained
+    shape = plan().chain.workloads["distill"].trained
     assert shape is not None
     manifest.architecture = {**shape.as_dict(), "num_layers": 7}
     write_manifest(student, manifest)
     inputs = f"{D}inputs.student={student}"
-    job = budget.jobs_of(plan(inputs).chain)["distill"]
+    job = plan(inputs).chain.workloads["distill"]
     assert job.trained is not None
     assert (job.trained.num_layers, job.teacher is None) == (7, False)
     cache = tmp_path / "other" / "import_hf"
@@ -315,5 +318,5 @@ def test_models_of_another_run_are_planned_as_they_are(
     assert teacher is not None
     teacher.kind = "teacher_logits"
     write_manifest(cache, teacher)
-    cached = budget.jobs_of(plan(inputs, f"{D}inputs.teacher={cache}").chain)["distill"]
+    cached = plan(inputs, f"{D}inputs.teacher={cache}").chain.workloads["distill"]
     assert cached.teacher is None

@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.schema import CONF
-from recipes.manifest import MANIFEST
+from recipes.core.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from recipes import (
-    build_engine,
-    distill,
-    enumerate_shapes,
-    measure_latency,
-    rank_candidates,
-    tournament,
+from nemo_convert.architecture import Architecture
+from recipes.core.errors import RecipeError
+from recipes.core.stage import Resources
+from recipes.distillation.settings import DistillConfig
+from recipes.engines.settings import BuildEngineConfig
+from recipes.planning.chain import Chain
+from recipes.search.latency import fit
+from recipes.search.settings import (
+    EnumerateShapesConfig,
+    MeasureLatencyConfig,
+    RankCandidatesConfig,
+    TournamentConfig,
 )
-from recipes.architecture import Architecture
-from recipes.errors import RecipeError
-from recipes.preflight import Chain
-from recipes.search_space import (
+from recipes.search.space import (
     Budget,
-    Measured,
+    LatencyFit,
     Service,
     Space,
     cache_bytes,
@@ -37,8 +39,8 @@ from recipes.search_space import (
     read_gigabytes,
     weight_bytes,
 )
-from recipes.search_space import enumerate_shapes as shapes_of
-from recipes.stage import Resources
+from recipes.search.space import enumerate_shapes as shapes_of
+from recipes.stages import enumerate_shapes, measure_latency, rank_candidates, tournament
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,10 +69,11 @@ def test_the_published_shape_of_qwen3_is_found() -> None:
 
 def test_a_large_model_is_enumerated_without_torch(root: Path) -> None:
     code = (
-        "import sys; from recipes.search_space import *; from recipes import enumerate_shapes as e;"
-        f"from recipes.architecture import Architecture; t = {LLAMA_70B!r};"
-        "print(len(e.Config(budget=Budget(parameters=0.5), space=Space(hidden_size_divisor=256,"
-        "ffn_hidden_size_divisor=512, prune_heads=True)).shapes(t)));"
+        "import sys; from recipes.search.space import *; from recipes.search import settings as e;"
+        f"from nemo_convert.architecture import Architecture; t = {LLAMA_70B!r};"
+        "space = Space(hidden_size_divisor=256, ffn_hidden_size_divisor=512, prune_heads=True);"
+        "budget = Budget(parameters=0.5);"
+        "print(len(e.EnumerateShapesConfig(budget=budget, space=space).shapes(t)));"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run(
@@ -168,8 +171,8 @@ def test_costs_of_serving() -> None:
 def test_a_budget_that_makes_no_sense_is_refused(
     chain: Chain, settings: dict[str, Any], words: str
 ) -> None:
-    [problem] = enumerate_shapes.check(enumerate_shapes.Config(**settings), chain)
-    assert problem.rule == "budget"
+    [problem] = enumerate_shapes.check(EnumerateShapesConfig(**settings), chain)
+    assert problem.rule.name == "budget"
     assert words in str(problem)
 
 
@@ -206,18 +209,18 @@ def test_latency_is_measured_for_what_is_searched(plan: Callable[..., Plan]) -> 
 
 def test_experts_are_not_searched(chain: Chain) -> None:
     mixture = dataclasses.replace(chain.teacher, num_moe_experts=8)
-    cfg = enumerate_shapes.Config(budget=Budget(parameters=0.5))
+    cfg = EnumerateShapesConfig(budget=Budget(parameters=0.5))
     [problem] = enumerate_shapes.check(cfg, dataclasses.replace(chain, teacher=mixture))
     assert "experts" in problem.what
 
 
 def test_rounds_halve_the_candidates_under_the_token_budget(chain: Chain) -> None:
-    cfg = tournament.Config(num_candidates=4, also=["x"], max_tokens=120_000)
+    cfg = TournamentConfig(num_candidates=4, also=["x"], max_tokens=120_000)
     assert cfg.rounds() == [5, 3, 2]
     used = sum(n * cfg.steps(n) * 4 * 256 for n in cfg.rounds())
     assert 0.9 * cfg.max_tokens < used <= cfg.max_tokens
     assert list(tournament.check(cfg, chain)) == []
-    alone = tournament.Config(num_candidates=1, max_tokens=0)
+    alone = TournamentConfig(num_candidates=1, max_tokens=0)
     assert alone.rounds() == []
     assert list(tournament.check(alone, chain)) == []
 
@@ -232,7 +235,7 @@ def test_rounds_halve_the_candidates_under_the_token_budget(chain: Chain) -> Non
             {
                 "num_candidates": 1,
                 "resources": Resources(devices=2),
-                "distill": distill.Config(resources=Resources(devices=2)),
+                "distill": DistillConfig(resources=Resources(devices=2)),
             },
             "several ranks",
         ),
@@ -241,8 +244,8 @@ def test_rounds_halve_the_candidates_under_the_token_budget(chain: Chain) -> Non
 def test_a_tournament_that_cannot_be_played_is_refused(
     chain: Chain, settings: dict[str, Any], words: str
 ) -> None:
-    [problem] = tournament.check(tournament.Config(**settings), chain)
-    assert problem.rule == "search"
+    [problem] = tournament.check(TournamentConfig(**settings), chain)
+    assert problem.rule.name == "search"
     assert words in str(problem)
 
 
@@ -255,18 +258,18 @@ def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better() -> N
 
 @pytest.mark.parametrize("settings", [{"proxy": "loss"}, {"num_samples": 0}, {"seq_length": 2000}])
 def test_a_ranking_that_cannot_be_made_is_refused(chain: Chain, settings: dict[str, Any]) -> None:
-    cfg = rank_candidates.Config(**settings)
+    cfg = RankCandidatesConfig(**settings)
     assert len(list(rank_candidates.check(cfg, chain))) == 1
 
 
 def test_a_measured_line_is_found_again_and_keeps_a_budget() -> None:
     """Steps of 2 ms, 0.1 ms a layer and 20 ms for 10⁹ bytes."""
-    truth, service = Measured(2.0, 0.1, 20.0), Service(precision="fp32", context_length=256)
+    truth, service = LatencyFit(2.0, 0.1, 20.0), Service(precision="fp32", context_length=256)
     shapes = corners(SMOLLM2, Space(prune_heads=True))
     assert len(shapes) == 6
     steps = [latency_ms(s, dataclasses.replace(service, measured=truth)) for s in shapes]
     assert steps[0] == pytest.approx(2 + 3 + 20 * read_gigabytes(SMOLLM2, service))
-    line = measure_latency.fit(shapes, steps, service)
+    line = fit(shapes, steps, service)
     assert dataclasses.astuple(line) == pytest.approx(dataclasses.astuple(truth), rel=1e-3)
     measured = dataclasses.replace(service, measured=line)
     found = shapes_of(SMOLLM2, Space(), {"latency_ms": 0.8}, measured)
@@ -280,7 +283,7 @@ def test_an_axis_never_takes_less_than_no_time() -> None:
     """Noise can make a fewer layers look slower than smaller ones."""
     shapes, service = corners(SMOLLM2, Space()), Service()
     steps = [10 * read_gigabytes(s, service) - 0.01 * s.num_layers for s in shapes]
-    line = measure_latency.fit(shapes, steps, service)
+    line = fit(shapes, steps, service)
     assert min(dataclasses.astuple(line)) >= 0
     assert line.gigabyte_ms > 0
 
@@ -288,7 +291,7 @@ def test_an_axis_never_takes_less_than_no_time() -> None:
 def test_engines_that_size_does_not_make_faster_are_refused() -> None:
     shapes = corners(SMOLLM2, Space())
     with pytest.raises(RecipeError, match="smaller engines were not faster"):
-        measure_latency.fit(shapes, [3.0 + 0.1 * n for n in range(len(shapes))], Service())
+        fit(shapes, [3.0 + 0.1 * n for n in range(len(shapes))], Service())
 
 
 def test_the_middle_is_no_corner() -> None:
@@ -304,12 +307,12 @@ def test_the_middle_is_no_corner() -> None:
         ({"new_tokens": 1}, "grid"),
         ({"service": Service(context_length=8)}, "grid"),
         ({"service": Service(context_length=2000)}, "length"),
-        ({"engine": build_engine.Config(precision="int3")}, "precision"),
+        ({"engine": BuildEngineConfig(precision="int3")}, "precision"),
     ],
 )
 def test_latency_that_cannot_be_measured_is_refused(
     chain: Chain, settings: dict[str, Any], rule: str
 ) -> None:
-    cfg = measure_latency.Config(**{"service": Service(context_length=256), **settings})
+    cfg = MeasureLatencyConfig(**{"service": Service(context_length=256), **settings})
     [problem] = measure_latency.check(cfg, chain)
-    assert problem.rule == rule
+    assert problem.rule.name == rule

@@ -6,18 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from nemo_convert.hub import is_hub_id, read_hf_config
 from nemo_convert.smollm2 import HF_CONFIG, MEMBER
-from recipes.errors import RecipeError
-from recipes.manifest import sha256_of
-from recipes.sources import (
-    WheelFile,
-    cache_dir,
-    fetch_wheel_file,
-    is_hub_id,
-    model_name,
-    parse_wheel_file,
-    read_hf_config,
-)
+from recipes.core.errors import RecipeError
+from recipes.core.files import sha256_of
+from recipes.core.wheels import WheelFile, cache_dir, fetch_wheel_file, parse_wheel_file, short_name
 
 SHA = "0123456789abcdef" * 4
 WHEEL = f"pypi://some-package/1.2.3/some_package/sub/data.v1.json#sha256={SHA}"
@@ -61,7 +54,7 @@ def test_malformed_wheel_source_is_quoted(source: str) -> None:
     ],
 )
 def test_model_name_fits_a_file_name(hf_path: str, name: str) -> None:
-    assert model_name(hf_path) == name
+    assert short_name(hf_path) == name
 
 
 @pytest.mark.parametrize("source", ["gpt2", "org/name", "org/name-1.5_b"])

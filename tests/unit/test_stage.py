@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from omegaconf import OmegaConf
 
-from recipes.errors import RecipeError
-from recipes.manifest import ARTIFACT, MANIFEST, WORK, check_artifact, read_manifest
-from recipes.metrics import METRICS, MetricsLog, read_records
-from recipes.stage import git_sha, installed_versions, metrics_log, prepare_work, unfinished
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, check_artifact, read_manifest
+from recipes.core.metrics import METRICS, MetricsLog, read_records
+from recipes.core.stage import metrics_log, unfinished
+from recipes.core.versions import git_sha, installed_versions
+from recipes.core.worker import _wait_for, prepare_work
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,9 +24,10 @@ if TYPE_CHECKING:
 STAGE = """
 import os
 from dataclasses import dataclass
-from recipes.errors import RecipeError
-from recipes.manifest import Outcome
-from recipes.stage import StageConfig, metrics_log, stage_main
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import Outcome
+from recipes.core.stage import StageConfig, metrics_log
+from recipes.core.worker import stage_main
 
 @dataclass
 class Config(StageConfig):
@@ -230,7 +233,7 @@ def test_work_that_is_half_deleted_cannot_be_resumed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("recipes.stage.shutil.rmtree", killed)
+        patch.setattr("recipes.core.worker.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare_work(tmp_path, {"fingerprint": "g"})
     assert checkpoint.exists()
@@ -261,11 +264,9 @@ def test_other_ranks_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_ranks_that_wait_in_vain_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes import stage
-
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(RecipeError, match="rank 3 waited 0 s for rank 0 in vain"):
-        stage._wait_for(lambda: (tmp_path / "never").exists(), seconds=0)
+        _wait_for(lambda: (tmp_path / "never").exists(), seconds=0)
 
 
 def test_recorded_facts_are_plain_data() -> None:

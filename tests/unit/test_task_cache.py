@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.task_cache import Answer, Question, look_up, path_of, store
+from recipes.evaluation.task_cache import Answer, Question, look_up, path_of, store
 
 QUESTION = Question("m", "sciq", "1.0", "wheel", 100, None, 1234, "0.4.13", "c", "cpu")
 ANSWER = Answer([{"id": "sciq/0", "metrics": {"acc": 1.0}, "doc": {"text": "é"}}], 1.5)

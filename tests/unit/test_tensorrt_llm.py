@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 
-from recipes import build_engine, engine_tensorrt_llm, tensorrt_llm_builder, trtllm_bench
-from recipes.architecture import Architecture
-from recipes.build_engine import Config
-from recipes.errors import RecipeError
-from recipes.preflight import Chain
-from recipes.roofline import Shape
-from recipes.timing import Timing
+from nemo_convert.architecture import Architecture
+from recipes.core.errors import RecipeError
+from recipes.engines import tensorrt_llm, trtllm_bench, trtllm_build_worker
+from recipes.engines.backends import engine_problems
+from recipes.engines.settings import BuildEngineConfig
+from recipes.engines.timing import Timing
+from recipes.planning.chain import Chain
+from recipes.planning.roofline import RequestShape
 
 API: dict[str, Any] = json.loads(Path(__file__).with_name("tensorrt_llm_api.json").read_text())
-SHAPE = Shape(batch_size=4, prompt_tokens=128, new_tokens=32)
+SHAPE = RequestShape(batch_size=4, prompt_tokens=128, new_tokens=32)
 REPORT: dict[str, Any] = {
     "engine": {
         "model": "artifact",
@@ -73,17 +74,17 @@ REPORT: dict[str, Any] = {
 """Figures are made up; keys are those that its source writes, which a test below compares."""
 
 
-def config(**settings: Any) -> Config:
+def config(**settings: Any) -> BuildEngineConfig:
     base = {"backend": "tensorrt_llm", "precision": "bf16"}
-    return Config(stage="build_engine", **{**base, **settings})
+    return BuildEngineConfig(stage="build_engine", **{**base, **settings})
 
 
 def target(backend: str) -> trtllm_bench.Target:
     return trtllm_bench.Target(backend, Path("/engine"), Path("/hf/model"), 2, 512)
 
 
-def rules(cfg: Config, chain: Chain) -> list[str]:
-    return [problem.rule for problem in build_engine.check(cfg, chain)]
+def rules(cfg: BuildEngineConfig, chain: Chain) -> list[str]:
+    return [problem.rule.name for problem in engine_problems(cfg, chain)]
 
 
 @pytest.mark.parametrize("backend", ["tensorrt_llm", "tensorrt_llm_pytorch"])
@@ -107,10 +108,10 @@ def test_every_option_of_the_benchmark_exists(backend: str) -> None:
         assert not set(argv) & set(API["trtllm-bench throughput"]["refused_with_engine"])
 
 
-@pytest.mark.parametrize("precision", engine_tensorrt_llm.ENGINE_PRECISIONS)
+@pytest.mark.parametrize("precision", tensorrt_llm.ENGINE_PRECISIONS)
 def test_every_keyword_of_the_builder_exists(precision: str) -> None:
     cfg = config(precision=precision, kv_cache_dtype="fp8")
-    request = engine_tensorrt_llm.build_request(cfg, Path("/hf"), Path("/out"), 2048)
+    request = tensorrt_llm.build_request(cfg, Path("/hf"), Path("/out"), 2048)
     builder = API["engine builder"]
     assert request["llm"].keys() <= set(builder["llm_keywords"])
     assert {"build_config", "quant_config"} <= set(builder["llm_keywords"])
@@ -124,7 +125,7 @@ def test_every_keyword_of_the_builder_exists(precision: str) -> None:
 
 
 def test_the_builder_imports_and_calls_what_exists() -> None:
-    tree = ast.parse(Path(tensorrt_llm_builder.__file__).read_text())
+    tree = ast.parse(Path(trtllm_build_worker.__file__).read_text())
     imports = {
         node.module: [alias.name for alias in node.names]
         for node in ast.walk(tree)
@@ -144,14 +145,14 @@ def test_the_builder_imports_and_calls_what_exists() -> None:
 
 def test_options_of_the_pytorch_backend_exist() -> None:
     cfg = config(backend="tensorrt_llm_pytorch", kv_cache_dtype="fp8")
-    options = json.loads(engine_tensorrt_llm.llm_options(cfg, 1024))
+    options = json.loads(tensorrt_llm.llm_options(cfg, 1024))
     assert options.keys() <= set(API["llm options"]["options"])
     assert options["kv_cache_config"].keys() <= set(API["llm options"]["kv_cache_config"])
     assert options["max_seq_len"] == 1024
 
 
 def test_lengths_default_to_all_positions() -> None:
-    built = engine_tensorrt_llm.build_request(config(), Path("/hf"), Path("/out"), 2048)
+    built = tensorrt_llm.build_request(config(), Path("/hf"), Path("/out"), 2048)
     assert built["build_config"]["max_seq_len"] == 2048
     assert built["build_config"]["max_input_len"] == 2047
 
@@ -200,12 +201,12 @@ def test_gpu_memory_is_summed() -> None:
 
 
 def test_what_a_machine_lacks_is_named() -> None:
-    problem = engine_tensorrt_llm.machine_problem
+    problem = tensorrt_llm.machine_problem
     assert problem("tensorrt_llm", "1.2.0", gpu=True) is None
     assert problem("tensorrt_llm_pytorch", "1.3.0rc20", gpu=True) is None
     nothing = str(problem("tensorrt_llm", None, gpu=False))
     assert "an NVIDIA GPU and TensorRT-LLM" in nothing
-    assert engine_tensorrt_llm.IMAGE in nothing
+    assert tensorrt_llm.IMAGE in nothing
     assert "GPU" not in str(problem("tensorrt_llm", None, gpu=True)).splitlines()[0]
     assert "no longer builds engines" in str(problem("tensorrt_llm", "1.3.0rc20", gpu=True))
 
@@ -258,7 +259,7 @@ def quantised(folder: Path, algorithm: str | None) -> Path:
 
 
 def test_a_checkpoint_must_be_quantised_as_asked(tmp_path: Path) -> None:
-    require = engine_tensorrt_llm.require_quantization
+    require = tensorrt_llm.require_quantization
     plain, awq = quantised(tmp_path / "plain", None), quantised(tmp_path / "awq", "W4A16_AWQ")
     require(plain, "bf16")
     require(plain, "int8")
@@ -269,7 +270,7 @@ def test_a_checkpoint_must_be_quantised_as_asked(tmp_path: Path) -> None:
 
 
 def test_an_engine_must_be_what_was_asked_for(tmp_path: Path) -> None:
-    request = engine_tensorrt_llm.build_request(
+    request = tensorrt_llm.build_request(
         config(precision="int8", max_batch_size=4), Path("/hf"), tmp_path, 1024
     )
     engine = {
@@ -278,13 +279,13 @@ def test_an_engine_must_be_what_was_asked_for(tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(engine))
     with pytest.raises(RecipeError, match=r"0 rank\*.engine files"):
-        engine_tensorrt_llm.require_engine(tmp_path, request)
+        tensorrt_llm.require_engine(tmp_path, request)
     (tmp_path / "rank0.engine").write_bytes(b"engine")
-    engine_tensorrt_llm.require_engine(tmp_path, request)
+    tensorrt_llm.require_engine(tmp_path, request)
     engine["pretrained_config"]["quantization"]["quant_algo"] = None  # silently not quantised
     (tmp_path / "config.json").write_text(json.dumps(engine))
     with pytest.raises(RecipeError, match="quant_algo=None instead of W8A16"):
-        engine_tensorrt_llm.require_engine(tmp_path, request)
+        tensorrt_llm.require_engine(tmp_path, request)
 
 
 def test_the_pytorch_backend_gets_the_checkpoint_and_its_options(tmp_path: Path) -> None:
@@ -294,7 +295,7 @@ def test_the_pytorch_backend_gets_the_checkpoint_and_its_options(tmp_path: Path)
     out = tmp_path / "out"
     out.mkdir()
     cfg = config(backend="tensorrt_llm_pytorch", tensor_parallel_size=2)
-    engine_tensorrt_llm.prepare_pytorch(cfg, folder, out)
+    tensorrt_llm.prepare_pytorch(cfg, folder, out)
     assert (out / "model.safetensors").read_bytes() == b"weights"
     assert json.loads((out / "llm_options.yaml").read_text())["max_seq_len"] == 512
     assert json.loads((out / "engine.json").read_text())["tensor_parallel_size"] == 2

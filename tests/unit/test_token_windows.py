@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recipes.token_windows import count_windows, window, window_order
+from recipes.data.token_windows import count_windows, window, window_order
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])

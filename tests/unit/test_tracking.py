@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import struct
@@ -19,12 +18,13 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch import tracking
+from launch import trackers, tracking
 from launch.console import Follower
 from launch.plan import Plan
-from launch.tracking import IDS, TrackedRun, open_tracker, require_tracker, tracked_run
-from recipes.errors import RecipeError
-from recipes.metrics import METRICS, MetricsLog
+from launch.trackers import open_tracker, require_tracker
+from launch.tracking import IDS, TrackedRun, tracked_run
+from recipes.core.errors import RecipeError
+from recipes.core.metrics import METRICS, MetricsLog
 
 SECRET = "hf_VerySecretToken"
 STAGE = "distill"
@@ -247,8 +247,6 @@ def test_names_that_hold_no_secret(name: str) -> None:
 def test_a_tracker_that_fails_does_not_stop_the_run(
     tracked: Tracked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trackers = importlib.import_module("launch.trackers")
-
     def fails(*_: Any) -> None:
         raise OSError("no space left")
 
@@ -299,7 +297,7 @@ def test_an_unknown_tracker_names_the_nearest() -> None:
 
 
 def test_a_missing_package_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda module: None)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(RecipeError, match=r"needs wandb.*\n  fix: pip install '.\[wandb\]'"):
         require_tracker("wandb")
     require_tracker("none")
@@ -307,7 +305,9 @@ def test_a_missing_package_is_one_message(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_trackers_need_no_torch(tmp_path: Path, root: Path) -> None:
     code = (
-        "import sys, pathlib; from launch.tracking import TrackedRun, open_tracker\n"
+        "import sys, pathlib\n"
+        "from launch.trackers import open_tracker\n"
+        "from launch.tracking import TrackedRun\n"
         "run = TrackedRun(pathlib.Path(sys.argv[1]), 'r', {'name': 'tensorboard'}, {})\n"
         "with open_tracker(run) as tracker:\n"
         "    tracker.stage('s')({'task': 't', 'done': 1, 'total': 1, 'time': 0.0, 'x': 1.0})\n"

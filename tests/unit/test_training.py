@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from recipes.correct_teacher import Config, check
-from recipes.preflight import Chain
-from recipes.training import CHECKPOINTS, steps_in, training_progress, whole_checkpoints
+from recipes.distillation.settings import CorrectTeacherConfig
+from recipes.distillation.training import (
+    CHECKPOINTS,
+    steps_in,
+    training_progress,
+    whole_checkpoints,
+)
+from recipes.planning.chain import Chain
+from recipes.stages.correct_teacher import check
 
 
 def test_progress_is_the_last_whole_checkpoint(tmp_path: Path) -> None:
@@ -31,8 +37,8 @@ def test_progress_is_the_last_whole_checkpoint(tmp_path: Path) -> None:
     ],
 )
 def test_rules_of_every_training(chain: Chain, fields: dict[str, float], rule: str) -> None:
-    assert [p.rule for p in check(Config(**fields), chain)] == [rule]  # type: ignore[arg-type]
+    assert [p.rule.name for p in check(CorrectTeacherConfig(**fields), chain)] == [rule]  # type: ignore[arg-type]
 
 
 def test_a_teacher_is_corrected_by_default(chain: Chain) -> None:
-    assert list(check(Config(), chain)) == []
+    assert list(check(CorrectTeacherConfig(), chain)) == []

@@ -10,9 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.plan import Plan
-from recipes.errors import RecipeError
-from recipes.manifest import MANIFEST
-from recipes.stage import prepare_work
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import MANIFEST
+from recipes.core.worker import prepare_work
 
 if TYPE_CHECKING:
     import subprocess
@@ -127,7 +127,7 @@ def test_progress_is_not_lost_to_changed_code(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(plan(), "distill")
-    monkeypatch.setattr("launch.plan.code_fingerprint", lambda _: "new")
+    monkeypatch.setattr("launch.plan.stage_code", lambda _: "new")
     what, _ = refusal(plan)
     assert "since then its input teacher changed, its input student changed" in what
     assert "its code changed" in what

@@ -1,0 +1,98 @@
+"""A stage as it is planned: resolved, with its fingerprint and what is to be done with it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.files import REPO_ROOT
+from recipes.core.manifest import Kind
+from recipes.core.stage import StageConfig
+from recipes.stages.contract import Stage
+
+
+@dataclass(frozen=True)
+class InputRef:
+    """Where an input is, and what it must be."""
+
+    directory: Path
+    kind: Kind
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage, resolved: what to start, and whether to."""
+
+    name: str
+    directory: Path
+    config: StageConfig
+    inputs: Mapping[str, InputRef]
+    code: str
+    fingerprint: str
+    action: str
+    reason: str
+
+    @property
+    def stage(self) -> Stage[Any]:
+        """What it is."""
+        return stage_of(self.config)
+
+    @property
+    def module(self) -> str:
+        """What is started."""
+        return module_of(self.config.stage)
+
+    def request(self) -> dict[str, Any]:
+        """Content of the stage's ``config.yaml``."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "code": self.code,
+            "inputs": {
+                name: {
+                    "directory": str(ref.directory),
+                    "kind": ref.kind,
+                    "fingerprint": ref.fingerprint,
+                }
+                for name, ref in self.inputs.items()
+            },
+            "config": OmegaConf.to_container(OmegaConf.structured(self.config)),
+        }
+
+
+def stage_names() -> list[str]:
+    """Every kind of stage: the folders of ``conf/stage``, each a module of ``recipes.stages``."""
+    return sorted(folder.name for folder in (REPO_ROOT / "conf" / "stage").iterdir())
+
+
+def stage_of(config: StageConfig) -> Stage[Any]:
+    """The stage that a config is for."""
+    return load_stage(config.stage)
+
+
+def load_stage(name: str) -> Stage[Any]:
+    """Imports a stage; none of them imports torch at its top.
+
+    Raises:
+        RecipeError: There is no such stage.
+    """
+    known = stage_names()
+    if name not in known:
+        raise RecipeError(
+            f"there is no kind of stage '{name}'.{did_you_mean(name, known)}",
+            f"use one of: {', '.join(known)}",
+        )
+    stage: Stage[Any] = importlib.import_module(module_of(name)).STAGE
+    return stage
+
+
+def module_of(name: str) -> str:
+    """The module of a stage."""
+    return f"recipes.stages.{name}"

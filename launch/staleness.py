@@ -1,0 +1,122 @@
+"""Whether a stage must run, why, and what unfinished work would be lost if it did."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from launch.planned import InputRef, PlannedStage
+from recipes.core.errors import RecipeError
+from recipes.core.fingerprint import result_settings
+from recipes.core.manifest import WORK, Manifest, read_manifest
+from recipes.core.stage import unfinished
+
+RUN, RESUME, SKIP = "run", "resume", "skip"
+ADOPT = "adopt"
+"""A job that was submitted before works on the stage, or will."""
+
+
+def status(stage: PlannedStage, rerun: list[str], *, forced: bool) -> tuple[str, str]:
+    """What to do with a stage, and why.
+
+    A forced run that was killed is resumed by the same command, so unfinished work of the stage's
+    own fingerprint is kept even then. Without ``force`` an older complete result stands.
+
+    Args:
+        stage: The stage, with the fingerprint it would have now.
+        rerun: Its inputs that run before it.
+        forced: It is to run although it is complete.
+    """
+    reason = "forced" if forced else _reason_to_run(stage, rerun)
+    if reason is None:
+        return SKIP, "complete"
+    begun = unfinished(stage.directory)
+    if begun is not None and begun["fingerprint"] == stage.fingerprint:
+        return RESUME, "was interrupted"
+    return RUN, reason
+
+
+def require_nothing_lost(stage: PlannedStage) -> None:
+    """Refuses to start a stage over when that deletes what an interrupted run of it has done.
+
+    Raises:
+        RecipeError: There is such work, of other settings, inputs or code.
+    """
+    begun = unfinished(stage.directory)
+    done = stage.stage.progress(stage.directory / WORK)
+    if stage.action != RUN or begun is None or done is None:
+        return
+    inputs = {name: spec["fingerprint"] for name, spec in begun["inputs"].items()}
+    fields, others = _changes(stage, begun["config"], inputs, begun["code"])
+    changed = [f"{key} changed {old} → {new}" for key, (old, new) in fields.items()]
+    changed += [f"its {what} changed" for what in others]
+    back = [_override(stage.name, key, old) for key, (old, _) in fields.items()]
+    raise RecipeError(
+        f"{stage.name} was interrupted at {done}, and since then {', '.join(changed)} "
+        "(it resumes only with the settings, inputs and code it began with).",
+        f"{'undo that' if others else f'set {shlex.join(back)}'} to go on, "
+        f"or force=[{stage.name}] to start over",
+    )
+
+
+def _override(stage: str, key: str, value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"stages.{stage}.{key}={text}"
+
+
+def _reason_to_run(stage: PlannedStage, rerun: list[str]) -> str | None:
+    """Why a stage has no result to use; ``None`` when it has one."""
+    manifest = read_manifest(stage.directory)
+    if manifest is None:
+        return "not run yet"
+    if manifest.fingerprint != stage.fingerprint:
+        return _difference(stage, manifest)
+    if rerun:
+        return f"after {', '.join(rerun)}"
+    if made_anew := _made_anew(manifest, stage.inputs):
+        return f"{', '.join(made_anew)} was made anew"
+    return None
+
+
+def _difference(stage: PlannedStage, manifest: Manifest) -> str:
+    """Says in a few words why an existing result is out of date."""
+    fields, others = _changes(stage, manifest.config, manifest.inputs, manifest.code)
+    found = [f"{key} {old} → {new}" for key, (old, new) in fields.items()]
+    if not found:
+        return f"{others[0]} changed"
+    return found[0] if len(found) == 1 else f"{found[0]} and {len(found) - 1} more"
+
+
+def _changes(
+    stage: PlannedStage, config: Mapping[str, Any], inputs: Mapping[str, str], code: str
+) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
+    """What of a stage differs from what was recorded; resources never do.
+
+    Returns:
+        Fields with their old and new values, and the names of whatever else changed.
+    """
+    # A field that was not recorded is a new one, and comes with changed code.
+    fields = {
+        key: (config[key], now)
+        for key, now in result_settings(stage.config).items()
+        if key in config and now != config[key]
+    }
+    others = [
+        f"input {name}" for name, ref in stage.inputs.items() if inputs.get(name) != ref.fingerprint
+    ]
+    if stage.code != code:
+        others.append("code")
+    # The rest of what a fingerprint covers is files from outside the run.
+    return fields, others if fields or others else ["source files"]
+
+
+def _made_anew(manifest: Manifest, inputs: Mapping[str, InputRef]) -> list[str]:
+    """Inputs whose files are not those that were read, though their fingerprint is the same."""
+    anew = []
+    for name, ref in inputs.items():
+        found, read = read_manifest(ref.directory), manifest.input_content.get(name)
+        if found is not None and read is not None and found.content() != read:
+            anew.append(name)
+    return anew

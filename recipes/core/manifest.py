@@ -1,0 +1,187 @@
+"""Manifests: the record that a stage is complete, and what it is made of.
+
+A manifest is written last, by atomic rename. Present means complete; absent means there is nothing
+to use. Torch-free, so that a login node can read and check a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from recipes.core.errors import RecipeError
+from recipes.core.files import sha256_of, write_text_atomically
+
+MANIFEST = "manifest.json"
+ARTIFACT = "artifact"
+WORK = "work"
+Kind = Literal[
+    "checkpoint_hf",
+    "checkpoint_nemo",
+    "engine",
+    "eval_results",
+    "dataset",
+    "teacher_logits",
+    "importance",
+    "plan",
+    "task_results",
+    "benchmark_results",
+    "shapes",
+    "latency_model",
+    "search_results",
+    "report",
+]
+"""What a stage makes."""
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """Identity of one artifact file. ``mtime_ns`` only lets an unchanged file skip rehashing."""
+
+    size: int
+    sha256: str
+    mtime_ns: int
+
+
+@dataclass
+class Outcome:
+    """What a stage function returns about the artifact it wrote."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    architecture: dict[str, Any] | None = None
+    parameters: int | None = None
+    tokenizer_sha256: str | None = None
+
+
+@dataclass
+class Manifest:
+    """Content of ``manifest.json``. Sizes in bytes, times in seconds."""
+
+    stage: str
+    kind: Kind
+    fingerprint: str
+    config: dict[str, Any]
+    code: str
+    inputs: dict[str, str]
+    files: dict[str, FileStamp]
+    metrics: dict[str, Any]
+    architecture: dict[str, Any] | None
+    parameters: int | None
+    tokenizer_sha256: str | None
+    versions: dict[str, str]
+    git_sha: str | None
+    started_at: str
+    seconds: float
+    peak_rss_bytes: int
+    input_content: dict[str, str] = field(default_factory=dict)
+    """What each input's files were; a forced rerun can change them under the same fingerprint."""
+
+    def content(self) -> str:
+        """One hash of the artifact's files."""
+        names = "".join(f"{name} {stamp.sha256}\n" for name, stamp in sorted(self.files.items()))
+        return hashlib.sha256(names.encode()).hexdigest()
+
+    def total_bytes(self) -> int:
+        """Size of the artifact on disk."""
+        return sum(stamp.size for stamp in self.files.values())
+
+
+def write_manifest(stage_dir: Path, manifest: Manifest) -> None:
+    """Marks the stage in ``stage_dir`` as complete."""
+    text = json.dumps(asdict(manifest), indent=1, sort_keys=True)
+    write_text_atomically(stage_dir / MANIFEST, text + "\n")
+
+
+def read_manifest(stage_dir: Path) -> Manifest | None:
+    """Returns the manifest of ``stage_dir``, or ``None`` when the stage is not complete.
+
+    Raises:
+        RecipeError: The file exists but is not a manifest.
+    """
+    path = stage_dir / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        data["files"] = {name: FileStamp(**stamp) for name, stamp in data["files"].items()}
+        return Manifest(**data)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RecipeError(
+            f"{path} is not a readable manifest ({error}).",
+            "delete the file; the stage then runs again",
+        ) from error
+
+
+def stamp_files(root: Path) -> dict[str, FileStamp]:
+    """Hashes every file below ``root``, keyed by its relative POSIX path."""
+    stamps = {}
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        stat = path.stat()
+        name = path.relative_to(root).as_posix()
+        stamps[name] = FileStamp(stat.st_size, sha256_of(path), stat.st_mtime_ns)
+    return stamps
+
+
+def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) -> list[str]:
+    """Lists files that are missing, added, or differ from their stamps.
+
+    Args:
+        root: Artifact directory.
+        stamps: Stamps taken when the artifact was written.
+        rehash: Hash every file. Otherwise a file whose size and mtime are unchanged is trusted,
+            which keeps a rerun of a finished chain at a fraction of a second.
+    """
+    changed = []
+    present = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
+    for name, stamp in stamps.items():
+        if name not in present:
+            changed.append(f"{name} (missing)")
+            continue
+        stat = (root / name).stat()
+        same = stat.st_size == stamp.size
+        if same and (rehash or stat.st_mtime_ns != stamp.mtime_ns):
+            same = sha256_of(root / name) == stamp.sha256
+        if not same:
+            changed.append(f"{name} (changed)")
+    changed += [f"{name} (added)" for name in sorted(present - stamps.keys())]
+    return changed
+
+
+def check_artifact(stage_dir: Path, kind: Kind | None = None, *, rehash: bool = True) -> Manifest:
+    """Returns the manifest of a stage that may be used as an input.
+
+    Raises:
+        RecipeError: The stage is incomplete, of another kind, or its files were changed.
+    """
+    manifest = read_manifest(stage_dir)
+    if manifest is None:
+        raise RecipeError(f"{stage_dir} has no {MANIFEST}: it is not complete.", "run it first")
+    if kind is not None and manifest.kind != kind:
+        raise RecipeError(
+            f"{stage_dir} holds a {manifest.kind}, but a {kind} is needed here.",
+            "point the input at a stage of that kind",
+        )
+    changed = changed_files(stage_dir / ARTIFACT, manifest.files, rehash=rehash)
+    if changed:
+        raise RecipeError(
+            f"{stage_dir / ARTIFACT} does not match its manifest: {', '.join(changed[:5])}.",
+            f"restore the files, or delete {stage_dir / MANIFEST} to make the stage run again",
+        )
+    return manifest
+
+
+def publish(stage_dir: Path, new_artifact: Path) -> None:
+    """Makes ``new_artifact`` the stage's artifact; killed at any point, none looks whole.
+
+    The old manifest goes first: from then until the new one is written the stage is incomplete.
+    """
+    (stage_dir / MANIFEST).unlink(missing_ok=True)
+    target = stage_dir / ARTIFACT
+    if target.exists():
+        shutil.rmtree(target)
+    new_artifact.rename(target)

@@ -1,0 +1,38 @@
+"""Processes of a stage: how one is started, and that none outlives who started it."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+
+def start_command(module: str, config: Path, devices: int, python: str) -> list[str]:
+    """Starts a stage on one machine; several ranks with torchrun, which takes seconds to import.
+
+    Args:
+        module: The stage's module.
+        config: Its ``config.yaml``.
+        devices: Number of ranks.
+        python: The interpreter.
+    """
+    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", "-m"]
+    return [python, "-m", *(several if devices > 1 else []), module, "--config", str(config)]
+
+
+def die_with_parent() -> None:
+    """Asks Linux to kill this process when its parent dies, so that ``kill -9`` leaves no orphan.
+
+    An orphaned rank would go on writing into the directory that the next run uses.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+# Megatron's checkpoint writer starts processes that import the stage's module again; ``kill -9`` of
+# a rank would leave them behind for good.
+if "--multiprocessing-fork" in sys.orig_argv:
+    die_with_parent()

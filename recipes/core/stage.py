@@ -1,0 +1,92 @@
+"""What a stage is given: its settings, its inputs, its rank, and where its records go."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from recipes.core.manifest import (
+    ARTIFACT,
+    WORK,
+    Manifest,
+)
+from recipes.core.metrics import METRICS, MetricsLog
+
+REQUEST = "request.json"
+"""In ``work/``: the request that the work belongs to. ``config.yaml`` may be a later one's."""
+
+
+@dataclass
+class Resources:
+    """Where and how large a stage runs; never changes its result."""
+
+    nodes: int = 1
+    devices: int = 1
+    """Processes per node: one per GPU, or gloo ranks on a CPU."""
+    env: dict[str, str] = field(default_factory=dict)
+    time: str | None = None
+    """Limit of one Slurm job, ``HH:MM:SS`` or ``D-HH:MM:SS``; by default the cluster's."""
+    sbatch: list[str] = field(default_factory=list)
+    """Options of its Slurm job after the cluster's, such as ``--partition=cpu``."""
+
+
+@dataclass
+class StageConfig:
+    """Fields that every stage has."""
+
+    stage: str = MISSING
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Input name to a stage of this run, or to the directory of another run's stage."""
+    resources: Resources = field(default_factory=Resources, metadata={"resource": True})
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input as a stage sees it."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def artifact(self) -> Path:
+        """Directory of the input's files."""
+        return self.directory / ARTIFACT
+
+
+Inputs = Mapping[str, Input]
+
+
+def rank() -> int:
+    """Global rank of this process under torchrun; 0 outside it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks of this job; 1 outside torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def metrics_file(out: Path) -> Path:
+    """Where the stage that writes its artifact to ``out`` keeps its metrics."""
+    return out.parent.parent / METRICS
+
+
+def metrics_log(out: Path) -> MetricsLog:
+    """The stage's metrics file; silent on ranks other than 0."""
+    return MetricsLog(metrics_file(out) if rank() == 0 else None)
+
+
+def unfinished(stage_dir: Path) -> dict[str, Any] | None:
+    """The request of the run that left unfinished work in ``stage_dir``; ``None`` without one."""
+    try:
+        text = (stage_dir / WORK / REQUEST).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    request: dict[str, Any] = json.loads(text)
+    return request

@@ -1,0 +1,176 @@
+"""A stage's own process: reads its request, runs it, and publishes what it made."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+
+from recipes.core.deadline import STOPPED, StoppedByClockError
+from recipes.core.errors import RecipeError
+from recipes.core.files import write_text_atomically
+from recipes.core.manifest import (
+    ARTIFACT,
+    WORK,
+    Kind,
+    Manifest,
+    Outcome,
+    check_artifact,
+    publish,
+    stamp_files,
+    write_manifest,
+)
+from recipes.core.metrics import METRICS
+from recipes.core.processes import die_with_parent
+from recipes.core.stage import REQUEST, Input, Inputs, StageConfig, rank, unfinished, world_size
+from recipes.core.versions import git_sha, installed_versions
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+Run = Callable[[Any, Inputs, Path], Outcome]
+
+
+def stage_main(run: Run, config_class: type[ConfigT], kind: Kind) -> None:
+    """Entry point of a stage's worker process."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path, required=True)
+    request_file: Path = parser.parse_args().config
+    stage_dir = request_file.parent
+    die_with_parent()
+    try:
+        _run_stage(run, config_class, kind, request_file)
+        _leave_together()
+    except Exception as error:
+        message = str(error) if isinstance(error, RecipeError) else traceback.format_exc()
+        print(message, file=sys.stderr, flush=True)
+        summary = message if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):  # on a full disk the launcher finds it in the log
+            (stage_dir / WORK).mkdir(exist_ok=True)
+            # When one rank fails, the others lose their connection, which is not the reason.
+            if isinstance(error, RecipeError) or not (stage_dir / WORK / "error.txt").exists():
+                write_text_atomically(stage_dir / WORK / "error.txt", summary)
+            if isinstance(error, StoppedByClockError):
+                write_text_atomically(stage_dir / WORK / STOPPED, summary)
+                _leave_together()  # all ranks are here; the first to go would end the others
+        # A failing rank must not wait in a collective for ranks that will never come.
+        os._exit(1)
+
+
+def _run_stage(run: Run, config_class: type[ConfigT], kind: Kind, request_file: Path) -> None:
+    started, began = datetime.now(UTC), time.monotonic()
+    stage_dir = request_file.parent
+    request: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(request_file))  # type: ignore[assignment]
+    merged = OmegaConf.merge(OmegaConf.structured(config_class), request["config"])
+    cfg: ConfigT = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    out = prepare_work(stage_dir, request)
+    inputs = {}
+    for name, spec in request["inputs"].items():
+        directory = Path(spec["directory"])
+        # One rank reads every byte; on 64 nodes the others must not.
+        inputs[name] = Input(directory, check_artifact(directory, spec["kind"], rehash=rank() == 0))
+        if inputs[name].manifest.fingerprint != spec["fingerprint"]:
+            raise RecipeError(f"{directory} changed after this stage was planned.", "run again")
+    outcome = run(cfg, inputs, out)
+    peak_rss = _finish_ranks()
+    if rank() != 0:
+        return
+    manifest = Manifest(
+        stage=cfg.stage,
+        kind=kind,
+        fingerprint=request["fingerprint"],
+        config=request["config"],
+        code=request["code"],
+        inputs={name: spec["fingerprint"] for name, spec in request["inputs"].items()},
+        files=stamp_files(out),
+        metrics=outcome.metrics,
+        architecture=outcome.architecture,
+        parameters=outcome.parameters,
+        tokenizer_sha256=outcome.tokenizer_sha256,
+        versions=installed_versions(),
+        git_sha=git_sha(),
+        started_at=started.isoformat(timespec="seconds"),
+        seconds=round(time.monotonic() - began, 3),
+        peak_rss_bytes=peak_rss,
+        input_content={name: item.manifest.content() for name, item in inputs.items()},
+    )
+    publish(stage_dir, out)
+    write_manifest(stage_dir, manifest)
+    _discard(stage_dir / WORK)
+
+
+def _discard(work: Path) -> None:
+    """Deletes ``work``, first what makes it resumable: killed here, half of it must not be."""
+    (work / REQUEST).unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def prepare_work(stage_dir: Path, request: Mapping[str, Any]) -> Path:
+    """Makes ``work/`` ready and returns the directory to write the artifact to.
+
+    Work left by a killed run of the same fingerprint is kept, so that training can resume; any
+    other is deleted. Ranks other than 0 wait until rank 0 has done that.
+    """
+    work = stage_dir / WORK
+
+    def is_ours() -> bool:
+        found = unfinished(stage_dir)
+        return found is not None and found["fingerprint"] == request["fingerprint"]
+
+    if rank() == 0:
+        if not is_ours():
+            _discard(work)
+            (stage_dir / METRICS).unlink(missing_ok=True)
+        shutil.rmtree(work / ARTIFACT, ignore_errors=True)
+        (work / ARTIFACT).mkdir(parents=True)
+        write_text_atomically(work / REQUEST, json.dumps(request))
+        (work / "error.txt").unlink(missing_ok=True)
+        (work / STOPPED).unlink(missing_ok=True)
+    else:
+        _wait_for(is_ours, seconds=120)
+    return work / ARTIFACT
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RecipeError(f"rank {rank()} waited {seconds:.0f} s for rank 0 in vain.")
+        time.sleep(0.05)
+
+
+def _finish_ranks() -> int:
+    """Waits for all ranks and returns their peak resident memory in bytes, summed."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    torch = sys.modules.get("torch")
+    if world_size() == 1 or torch is None or not torch.distributed.is_initialized():
+        return own
+    every: list[int] = [0] * world_size()
+    torch.distributed.all_gather_object(every, own)
+    return sum(every)
+
+
+def _leave_together() -> None:
+    """Ends all ranks at once, after rank 0 has written the manifest.
+
+    A rank that leaves early with gloo's threads still running may abort, and torchrun would then
+    kill rank 0 in the middle of its last work.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        if world_size() > 1:
+            torch.distributed.barrier()
+        # Groups that outlive their process group abort the interpreter at its exit with gloo.
+        if megatron := sys.modules.get("megatron.core.parallel_state"):
+            megatron.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Text: documents from any source, and fixed windows of tokens."""

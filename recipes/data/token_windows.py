@@ -1,0 +1,129 @@
+"""Megatron's indexed datasets: writing parts, and reading windows back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+from recipes.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Encode = Callable[[list[str]], list[list[int]]]
+
+
+def load_tokenizer(folder: Path) -> tuple[Encode, int]:
+    """Returns a batch encoder without special tokens, and the end-of-text token.
+
+    Raises:
+        RecipeError: The tokenizer names no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        raise RecipeError(f"the tokenizer in {folder} has no eos_token.")
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+    return encode, tokenizer.eos_token_id
+
+
+def prefix(artifact: Path, part: str) -> Path:
+    """Path of a part without ``.bin`` or ``.idx``, as Megatron wants it."""
+    return artifact / part
+
+
+class PartWriter:
+    """Writes several parts side by side."""
+
+    def __init__(self, artifact: Path, parts: Iterable[str]) -> None:
+        self._paths = {part: prefix(artifact, part) for part in parts}
+        self._builders = {
+            part: IndexedDatasetBuilder(f"{path}.bin", dtype=np.int32)
+            for part, path in self._paths.items()
+        }
+
+    def add(self, part: str, ids: list[int]) -> None:
+        """Appends one document."""
+        self._builders[part].add_document(torch.tensor(ids, dtype=torch.int32), [len(ids)])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if kind is None:
+            for part, builder in self._builders.items():
+                builder.finalize(f"{self._paths[part]}.idx")
+
+
+def windows(
+    artifact: Path,
+    part: str,
+    seq_length: int,
+    count: int | None = None,
+    span: slice = slice(None),
+) -> torch.Tensor:
+    """Consecutive windows of a part as int64 [windows, seq_length], documents running on.
+
+    Args:
+        artifact: Artifact directory of ``prepare_data``.
+        part: One of ``corpus.PARTS``.
+        seq_length: Tokens a window.
+        count: Windows wanted; all that fit by default. Fewer are returned if the part is shorter.
+        span: Tokens of the part to take them from; all by default.
+    """
+    dataset = IndexedDataset(str(prefix(artifact, part)))
+    ids = np.concatenate([dataset[i] for i in range(len(dataset))])[span]
+    fit = len(ids) // seq_length
+    fit = fit if count is None else min(fit, count)
+    return torch.from_numpy(ids[: fit * seq_length].astype(np.int64)).view(fit, seq_length)
+
+
+def read_tokens(artifact: Path, part: str) -> Any:
+    """All tokens of a part as one memory-mapped array [tokens].
+
+    Megatron's ``IndexedDataset`` hands out a document at a time, by pointers that run through the
+    ``.bin`` without gaps (``_IndexWriter._sequence_pointers``), so the file is one flat array.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    path = prefix(artifact, part)
+    return np.memmap(f"{path}.bin", dtype=IndexedDataset(str(path)).index.dtype, mode="r")
+
+
+def count_windows(tokens: Any, seq_length: int) -> int:
+    """Whole windows in a part, each with the label of its last token."""
+    return (len(tokens) - 1) // seq_length
+
+
+def window(tokens: Any, seq_length: int, number: int) -> Any:
+    """Tokens of a window and the one after it, int64 [seq_length + 1]."""
+    start = number * seq_length
+    return tokens[start : start + seq_length + 1].astype(np.int64)
+
+
+def window_order(ids: Any, total: int, seed: int, epoch: int) -> Any:
+    """Permutes windows for an epoch; a subset keeps the order that it has in the whole.
+
+    So a cache of the first windows of an epoch gives the batches of a run without one.
+
+    Args:
+        ids: Numbers of the windows to order, int64 [n].
+        total: Windows in the part.
+        seed: Seed of all epochs.
+        epoch: Number of the epoch, from 0.
+    """
+    ranks = np.random.default_rng([seed, epoch]).random(total)
+    return ids[np.argsort(ranks[ids], kind="stable")]

@@ -1,0 +1,176 @@
+"""The data of a training stage: fixed windows in NeMo's data module, with what a teacher said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from nemo.collections import llm
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from recipes.core.errors import RecipeError
+from recipes.data.token_windows import count_windows, prefix, read_tokens, window, window_order
+from recipes.distillation.logit_cache import TeacherCache
+
+if TYPE_CHECKING:
+    from recipes.core.stage import Input
+    from recipes.distillation.settings import TrainingConfig
+
+
+@dataclass(eq=False)
+class TokenWindows(Dataset):
+    """Samples of a training, any number of epochs of a part's windows.
+
+    Sample i is the window at place i mod n of epoch i // n.
+    """
+
+    tokens: Any
+    """All tokens of the part, see ``read_tokens``."""
+    seq_length: int
+    num_samples: int
+    seed: int | None = None
+    """Of the order of every epoch; ``None`` leaves the windows as they lie."""
+    end: int | None = None
+    """End-of-document token, whose prediction counts for nothing: what follows is the beginning of
+    another document (``eod_mask_loss`` in ``megatron/core/datasets/gpt_dataset.py``)."""
+    attention_mask: Tensor | None = None
+    cache: TeacherCache | None = None
+    """Restricts the windows to those it has."""
+    ids: Any = field(init=False)
+    _epoch: int = field(init=False, default=-1)
+
+    def __post_init__(self) -> None:
+        self._total = count_windows(self.tokens, self.seq_length)
+        self.ids = np.arange(self._total) if self.cache is None else self.cache.windows
+        self._positions = torch.arange(self.seq_length)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, sample: int) -> dict[str, Tensor]:
+        """Tensors of one sample, S tokens long.
+
+        Returns:
+            ``tokens``, ``labels`` and ``position_ids`` int64 [S], ``loss_mask`` float32 [S],
+            ``attention_mask`` if there is one, and from a cache ``teacher_indices`` int64 [S, k]
+            and ``teacher_log_probs`` float32 [S, k + 1].
+        """
+        number = self.window_of(sample)
+        tokens = torch.from_numpy(window(self.tokens, self.seq_length, number))
+        inputs = tokens[:-1]
+        counts = torch.ones(len(inputs)) if self.end is None else (inputs != self.end).float()
+        item = {
+            "tokens": inputs,
+            "labels": tokens[1:],
+            "position_ids": self._positions,
+            "loss_mask": counts,
+        }
+        if self.attention_mask is not None:
+            item["attention_mask"] = self.attention_mask
+        if self.cache is not None:
+            item["teacher_indices"], item["teacher_log_probs"] = self.cache.rows(number)
+        return item
+
+    def window_of(self, sample: int) -> int:
+        """Number of a sample's window."""
+        epoch, place = divmod(sample, len(self.ids))
+        if self.seed is None:
+            return int(self.ids[place])
+        if epoch != self._epoch:  # samples come in order, so the last one is kept
+            self._order = window_order(self.ids, self._total, self.seed, epoch)
+            self._epoch = epoch
+        return int(self._order[place])
+
+
+class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
+    """NeMo's data module over fixed windows instead of ``GPTDataset``'s.
+
+    Those depend on seed and number of steps. Sampling, splitting over data-parallel ranks and
+    resuming at the consumed samples stay NeMo's.
+
+    Args:
+        artifact: Output of ``prepare_data``.
+        end: Token after which nothing is predicted, if any.
+        cache: What the teacher said, if it is not asked.
+        settings: Of ``PreTrainingDataModule``.
+    """
+
+    def __init__(
+        self, artifact: Path, *, end: int | None, cache: TeacherCache | None, **settings: Any
+    ) -> None:
+        # The base class wants paths that exist; ``setup`` reads the parts itself.
+        super().__init__(paths=[str(prefix(artifact, "train"))], num_workers=0, **settings)
+        self._artifact, self._end, self._cache = artifact, end, cache
+
+    @classmethod
+    def of(
+        cls, cfg: TrainingConfig, data: Input, tokenizer: Any, cache: TeacherCache | None
+    ) -> TrainingData:
+        """The data that a training stage's config asks for."""
+        return cls(
+            data.artifact,
+            end=tokenizer.eos_id if cfg.mask_document_ends else None,
+            cache=cache,
+            tokenizer=tokenizer,
+            seq_length=cfg.seq_length,
+            micro_batch_size=cfg.micro_batch_size,
+            global_batch_size=cfg.global_batch_size,
+            pin_memory=torch.cuda.is_available(),
+            seed=cfg.seed,
+        )
+
+    def setup(self, stage: str = "") -> None:
+        """Opens the parts; called by the trainer.
+
+        Raises:
+            RecipeError: There is less than a batch to train on.
+        """
+        batch = self.data_sampler.global_batch_size
+        # One batch more than is used: a run killed after its last step resumes at the very end,
+        # and NeMo's sampler refuses to stand there.
+        samples = (self.trainer.max_steps + 1) * batch
+        self._train_ds = self._windows("train", samples, seed=self.seed, cache=self._cache)
+        self._require_batch(len(self._train_ds.ids), batch)
+        self._validation_ds = self._windows("validation", 0)
+        whole = max(1, len(self._validation_ds.ids) // batch)
+        steps = max(1, min(self.trainer.limit_val_batches, whole))
+        self._validation_ds.num_samples = steps * batch
+        self._test_ds = self._validation_ds
+
+    def _windows(self, part: str, samples: int, **settings: Any) -> TokenWindows:
+        mask = _attention_mask(self.seq_length) if self.create_attention_mask else None
+        return TokenWindows(
+            read_tokens(self._artifact, part),
+            self.seq_length,
+            samples,
+            end=self._end,
+            attention_mask=mask,
+            **settings,
+        )
+
+    def _require_batch(self, windows: int, batch: int) -> None:
+        if windows >= batch:
+            return
+        where, fix = ("the training part has", "give more text, or set data.seq_length")
+        if self._cache is not None:
+            where, fix = ("the cached teacher has", "raise num_windows of cache_teacher, or set")
+        raise RecipeError(
+            f"{where} {windows} windows of {self.seq_length} tokens, less than one batch of "
+            f"global_batch_size={batch}.",
+            f"{fix} or global_batch_size lower".replace("set or", "set"),
+        )
+
+
+def _attention_mask(seq_length: int) -> Tensor:
+    """What NeMo's ``gpt_forward_step`` demands where TransformerEngine is missing.
+
+    Our attention on a CPU is causal by itself and reads no mask. Megatron's own, on a GPU, takes a
+    given mask for the whole truth.
+    """
+    if not torch.cuda.is_available():
+        return torch.zeros(1, 1, 1, dtype=torch.bool)
+    return torch.ones(1, seq_length, seq_length, dtype=torch.bool).triu(1)

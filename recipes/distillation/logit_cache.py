@@ -1,0 +1,127 @@
+"""A teacher's most likely next tokens, stored for every position of fixed windows.
+
+A directory with ``index.json`` and shards ``00000.safetensors`` …, each with
+
+- ``windows`` int32 [w]: numbers of the windows, see ``training_data``;
+- ``indices`` uint16 or int32 [w, seq_length, k]: the k most likely tokens, the likeliest first;
+- ``log_probs`` float16 [w, seq_length, k + 1]: their log-probabilities, and that of all others.
+
+With k = 32 and a vocabulary below 65,536 that is 130 bytes a token, with k = 128 it is 514. float16
+keeps a probability to about 0.05% where it is large and 0.4% where it is one in 10,000.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from recipes.core.files import read_json, write_text_atomically
+from recipes.distillation.losses import TopK
+from recipes.distillation.settings import SMALL_VOCABULARY
+
+INDEX, SHARD = "index.json", "{:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class CacheIndex:
+    """What all shards have in common. Lengths in tokens."""
+
+    vocabulary: int
+    seq_length: int
+    top_k: int
+    temperature: float
+    shards: int
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """Type of token numbers."""
+        return torch.uint16 if self.vocabulary <= SMALL_VOCABULARY else torch.int32
+
+
+def write_index(folder: Path, index: CacheIndex) -> None:
+    """Writes ``index.json``."""
+    write_text_atomically(folder / INDEX, json.dumps(asdict(index), indent=1) + "\n")
+
+
+def write_shard(
+    path: Path, index: CacheIndex, windows: list[int], taught: TopK, teacher_loss: float
+) -> None:
+    """Writes one shard, whole or not at all.
+
+    Args:
+        path: File to write.
+        index: Of the cache.
+        windows: Numbers of the windows.
+        taught: Their likeliest tokens [windows, seq_length, k] and log-probabilities of these and
+            of all others [windows, seq_length, k + 1].
+        teacher_loss: The teacher's next-token loss on them.
+    """
+    partial = path.with_suffix(".partial")
+    tensors = {
+        "windows": torch.tensor(windows, dtype=torch.int32),
+        "indices": taught.indices.to(index.index_dtype).contiguous(),
+        "log_probs": taught.log_probs.to(torch.float16).contiguous(),
+    }
+    tail = taught.log_probs[..., -1].exp().mean().item()
+    figures = {"teacher_loss": str(teacher_loss), "tail_mass": str(tail)}
+    save_file(tensors, partial, metadata=figures)
+    partial.replace(path)
+
+
+def cache_figures(folder: Path, index: CacheIndex) -> dict[str, float]:
+    """Means over all windows of what each shard says about itself."""
+    sums: dict[str, float] = {"teacher_loss": 0.0, "tail_mass": 0.0}
+    windows = 0
+    for shard in range(index.shards):
+        with safe_open(folder / SHARD.format(shard), framework="pt") as file:
+            count = len(file.get_tensor("windows"))
+            windows += count
+            for name in sums:
+                sums[name] += count * float(file.metadata()[name])
+    return {name: total / windows for name, total in sums.items()}
+
+
+class TeacherCache:
+    """A cache opened for training.
+
+    Args:
+        folder: Artifact of ``cache_teacher``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.index = CacheIndex(**read_json(folder / INDEX))
+        self._files: dict[int, Any] = {}
+        places: list[tuple[int, int]] = []
+        numbers: list[int] = []
+        for shard in range(self.index.shards):
+            found = self._open(shard).get_tensor("windows").tolist()
+            numbers += found
+            places += [(shard, row) for row in range(len(found))]
+        self.windows = np.array(numbers, dtype=np.int64)
+        """Numbers of the windows that the cache has."""
+        self._places = dict(zip(numbers, places, strict=True))
+
+    def rows(self, window: int) -> tuple[Tensor, Tensor]:
+        """What the teacher says about a window.
+
+        Returns:
+            Token numbers int64 [seq_length, k] and log-probabilities float32 [seq_length, k + 1].
+        """
+        shard, row = self._places[window]
+        file = self._open(shard)
+        indices, log_probs = (file.get_slice(name)[row] for name in ("indices", "log_probs"))
+        return indices.long(), log_probs.float()
+
+    def _open(self, shard: int) -> Any:
+        if shard not in self._files:  # mapped, so an open one costs nothing
+            self._files[shard] = safe_open(self._folder / SHARD.format(shard), framework="pt")
+        return self._files[shard]

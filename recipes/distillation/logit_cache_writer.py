@@ -1,0 +1,112 @@
+"""Runs a teacher over windows of text and keeps its likeliest tokens, shard by shard."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nemo_convert import nemo
+from recipes.core.files import link_or_copy
+from recipes.core.metrics import MetricsLog
+from recipes.core.stage import rank
+from recipes.data.token_windows import count_windows, read_tokens, window, window_order
+from recipes.distillation.logit_cache import (
+    SHARD,
+    CacheIndex,
+    cache_figures,
+    write_index,
+    write_shard,
+)
+from recipes.distillation.losses import TopK, token_cross_entropy, top_k
+from recipes.distillation.settings import bytes_per_token
+from recipes.evaluation.sanity import require_better_than_chance
+
+if TYPE_CHECKING:
+    from recipes.distillation.settings import CacheTeacherConfig
+
+
+def cache_logits(
+    cfg: CacheTeacherConfig, teacher: Path, data: Path, shards: Path, out: Path, log: MetricsLog
+) -> dict[str, Any]:
+    """Caches the windows with which training begins; those in ``shards`` are not made again.
+
+    Args:
+        cfg: The stage's config.
+        teacher: NeMo checkpoint.
+        data: Artifact of ``prepare_data``.
+        shards: Where finished shards wait until all are there.
+        out: Artifact to write.
+        log: Metrics file.
+
+    Returns:
+        Figures for the manifest, of all shards.
+    """
+    parallel = nemo.Parallelism(tensor=cfg.tensor_model_parallel_size)
+    nemo.initialize(parallel)
+    model = nemo.restore_model(teacher)
+    core = nemo.build_core(model, parallel, cfg.dtype, training=True).eval()
+    nemo.load_weights(core, teacher)
+    vocabulary = nemo.architecture_of(teacher).vocab_size
+    tokens = read_tokens(data, "train")
+    total = count_windows(tokens, cfg.seq_length)
+    numbers = window_order(np.arange(total), total, cfg.seed, 0)[: cfg.num_windows]
+    parts = [
+        numbers[start : start + cfg.windows_per_shard].tolist()
+        for start in range(0, len(numbers), cfg.windows_per_shard)
+    ]
+    index = CacheIndex(vocabulary, cfg.seq_length, cfg.top_k, cfg.temperature, len(parts))
+    shards.mkdir(exist_ok=True)
+    began = time.monotonic()
+    made = 0
+    for shard in _mine(len(parts)):
+        if (path := shards / SHARD.format(shard)).exists():
+            continue
+        texts = np.stack([window(tokens, cfg.seq_length, number) for number in parts[shard]])
+        taught, loss = _teach(cfg, core, torch.from_numpy(texts))
+        if made == 0:
+            require_better_than_chance(loss, vocabulary)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            write_shard(path, index, parts[shard], taught, loss)
+        made += len(parts[shard])
+        speed = round(made * cfg.seq_length / (time.monotonic() - began), 1)
+        log.progress("cache", shard + 1, len(parts), teacher_loss=loss, tokens_per_second=speed)
+    torch.distributed.barrier()
+    if rank() == 0:
+        for shard in range(len(parts)):
+            link_or_copy(shards / SHARD.format(shard), out / SHARD.format(shard))
+        write_index(out, index)
+    return {
+        "windows": len(numbers),
+        "windows_of_text": total,
+        "tokens": len(numbers) * cfg.seq_length,
+        "bytes_per_token": bytes_per_token(vocabulary, cfg.top_k),
+        **(cache_figures(out, index) if rank() == 0 else {}),
+    }
+
+
+def _mine(shards: int) -> range:
+    """Shards of this data-parallel rank."""
+    first = parallel_state.get_data_parallel_rank()
+    return range(first, shards, parallel_state.get_data_parallel_world_size())
+
+
+@torch.no_grad()
+def _teach(cfg: CacheTeacherConfig, core: Any, texts: Tensor) -> tuple[TopK, float]:
+    """What the teacher says about windows [w, seq_length + 1], and its own mean loss on them."""
+    device = next(core.parameters()).device
+    positions = torch.arange(cfg.seq_length, device=device)[None]
+    parts, losses = [], []
+    for batch in texts.split(cfg.micro_batch_size):
+        inputs, labels = batch[:, :-1].to(device), batch[:, 1:].to(device)
+        logits = core(inputs, positions.expand_as(inputs), None).flatten(0, 1)
+        parts.append(top_k(logits, cfg.top_k, cfg.temperature, nemo.tensor_group()))
+        losses.append(token_cross_entropy(logits, labels.flatten(), nemo.tensor_group()))
+    shape = (*texts[:, 1:].shape, -1)
+    taught = TopK(*(torch.cat(each).view(shape) for each in zip(*parts, strict=True)))
+    return taught, torch.cat(losses).mean().item()

@@ -1,0 +1,312 @@
+"""Distillation losses on vocabulary-parallel logits: forward and reverse KL, JSD, whole or top-k.
+
+ModelOpt's losses (``modelopt/torch/distill/plugins/megatron.py``) lack the T² factor, hold several
+float32 copies of the whole batch's logits, and renormalise the top-k, so that the mass beyond it
+teaches nothing. Here value and gradient are computed together, a few tokens at a time, so that no
+full-vocabulary float32 tensor of a batch ever exists; and beyond the top-k all tokens are one
+outcome with their whole mass.
+
+Under tensor parallelism every rank of ``group`` holds equally many columns, in the order of ranks,
+as Megatron's output layer gives them; ``None`` stands for whole vocabularies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, all_gather, all_reduce
+from torch.nn.functional import softplus
+
+from recipes.core.errors import RecipeError, did_you_mean
+
+LOGITS_LOSSES = ("forward_kl", "reverse_kl", "jsd")
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
+"""A float32 buffer of a chunk: about what a CPU's cache holds; on a GPU, enough to fill it."""
+LOG_ZERO = -1e30
+"""Stands for log 0 where it is multiplied by 0, which -inf would turn into NaN."""
+
+
+@dataclass(frozen=True)
+class LogitsLoss:
+    """Which divergence of student q from teacher p, per token and scaled by T².
+
+    The scale keeps gradients as large at any temperature (Hinton et al., arXiv:1503.02531).
+
+    Raises:
+        RecipeError: An unknown kind, or a number out of range.
+    """
+
+    kind: str = "forward_kl"
+    temperature: float = 1.0
+    """Divides the logits of both."""
+    beta: float = 0.5
+    """For ``jsd``: the teacher's weight in the mixture m = beta·p + (1 - beta)·q. The loss is
+    beta·KL(p ‖ m) + (1 - beta)·KL(q ‖ m), the generalised JSD of GKD (Agarwal et al.,
+    arXiv:2306.13649)."""
+    top_k: int | None = None
+    """Tokens of the teacher that count one by one; all others are one outcome."""
+    chunk_bytes: int | None = None
+    """Size of one float32 buffer; ``None`` suits the device."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in LOGITS_LOSSES:
+            hint = did_you_mean(self.kind, LOGITS_LOSSES)
+            raise RecipeError(
+                f"{self.kind!r} is not a loss on logits.{hint}",
+                f"one of {', '.join(LOGITS_LOSSES)}",
+            )
+        if not 0 < self.temperature < math.inf:
+            raise RecipeError(f"the temperature is {self.temperature}.", "a positive number")
+        if not 0 < self.beta < 1:
+            raise RecipeError(
+                f"beta is {self.beta}.", "between 0 and 1; at the ends use forward_kl or reverse_kl"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise RecipeError(f"top_k is {self.top_k}.", "1 or more, or null for the vocabulary")
+
+
+class TopK(NamedTuple):
+    """The teacher's likeliest tokens: all that a cache of its logits needs to hold."""
+
+    indices: Tensor
+    """Ids in the whole vocabulary [n, k], int64, likeliest first."""
+    log_probs: Tensor
+    """Log-probabilities [n, k + 1], float32; last, the log of all other tokens' mass together."""
+
+
+def _chunks(logits: Tensor, chunk_bytes: int | None) -> Iterator[slice]:
+    """Rows of logits [n, vocabulary/tp] at a time; the same on all ranks, which meet in each."""
+    size = CHUNK_BYTES[logits.device.type] if chunk_bytes is None else chunk_bytes
+    step = max(1, size // (4 * logits.shape[-1]))
+    return (slice(start, start + step) for start in range(0, len(logits), step))
+
+
+def _gather(part: Tensor, group: ProcessGroup) -> Tensor:
+    """Columns of all ranks side by side, on every rank."""
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    all_gather(parts, part, group)
+    return torch.cat(parts, dim=-1)
+
+
+def _total(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum [n, 1] over the outcomes of all ranks."""
+    total = values.sum(dim=-1, keepdim=True)
+    if group is not None:
+        all_reduce(total, group=group)
+    return total
+
+
+def _log_sum_exp(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Log [n, 1] of the mass of all ranks' columns; -inf where there is none."""
+    local = values.logsumexp(dim=-1, keepdim=True)
+    return local if group is None else _gather(local, group).logsumexp(dim=-1, keepdim=True)
+
+
+def _log_softmax(logits: Tensor, temperature: float, group: ProcessGroup | None) -> Tensor:
+    """A new float32 tensor of log-probabilities [n, vocabulary/tp]."""
+    scaled = logits.to(torch.float32, copy=True)
+    if temperature != 1:
+        scaled /= temperature
+    if group is None:
+        return scaled.log_softmax(dim=-1)
+    return scaled.sub_(_log_sum_exp(scaled, group))
+
+
+class _Buckets(NamedTuple):
+    """A distribution seen through chosen tokens; their k + 1 outcomes are alike on all ranks."""
+
+    log_probs: Tensor  # [n, k + 1], the tail last
+    rest: Tensor  # [n, vocabulary/tp] log-probabilities of this rank, -inf for the chosen
+    columns: Tensor  # [n, k] where the chosen are on this rank; anywhere for another rank's
+    here: Tensor  # [n, k] whether this rank has them
+
+
+def _bucket(log_probs: Tensor, indices: Tensor, group: ProcessGroup | None) -> _Buckets:
+    """Splits log-probabilities [n, vocabulary/tp], which it overwrites, at the chosen tokens."""
+    width = log_probs.shape[-1]
+    columns = indices if group is None else indices - group.rank() * width
+    here = (columns >= 0) & (columns < width)
+    columns = columns.clamp(0, width - 1)
+    chosen = log_probs.gather(1, columns).masked_fill_(~here, 0)
+    if group is not None:
+        all_reduce(chosen, group=group)
+    erase = torch.zeros_like(chosen).masked_fill_(here, -math.inf)
+    rest = log_probs.scatter_add_(1, columns, erase)
+    # Summed over what is left: 1 - sum(chosen) would drown a small tail in rounding.
+    return _Buckets(torch.cat([chosen, _log_sum_exp(rest, group)], 1), rest, columns, here)
+
+
+@torch.no_grad()
+def top_k(
+    logits: Tensor,
+    k: int,
+    temperature: float,
+    group: ProcessGroup | None = None,
+    chunk_bytes: int | None = None,
+) -> TopK:
+    """The likeliest tokens of logits [n, vocabulary/tp] of any float type; alike on all ranks.
+
+    Raises:
+        RecipeError: ``k`` is more than the vocabulary.
+    """
+    width = logits.shape[-1]
+    vocabulary = width if group is None else width * group.size()
+    if not 1 <= k <= vocabulary:
+        raise RecipeError(f"top_k is {k}.", f"from 1 to the vocabulary, {vocabulary}")
+    indices = torch.empty(len(logits), k, dtype=torch.int64, device=logits.device)
+    log_probs = torch.empty(len(logits), k + 1, dtype=torch.float32, device=logits.device)
+    for rows in _chunks(logits, chunk_bytes):
+        every = _log_softmax(logits[rows], temperature, group)
+        values, ids = every.topk(min(k, width), dim=-1)
+        if group is not None:
+            values, ids = _gather(values, group), _gather(ids + group.rank() * width, group)
+            ids = ids.gather(1, values.topk(k, dim=-1).indices)
+        indices[rows] = ids
+        log_probs[rows] = _bucket(every, ids, group).log_probs
+    return TopK(indices, log_probs)
+
+
+def _divergence(
+    log_p: Tensor, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Divergence [n, 1] of log-probabilities [n, outcomes], which it overwrites, without T².
+
+    Also returns what computes its slope [n, outcomes] along each outcome's logit: for a slope g
+    along q, that is q·(g - Σ q·g).
+    """
+    if loss.kind == "forward_kl":
+        p = log_p.exp()
+        value = _total(log_p.sub_(log_q).mul_(p), group)
+        return value, lambda: log_q.exp_().sub_(p)
+    q = log_q.exp()
+    if loss.kind == "reverse_kl":
+        ratio = log_q.sub_(log_p)
+        value = _total(q * ratio, group)
+        return value, lambda: ratio.sub_(value).mul_(q)
+    p = log_p.exp()
+    ratio = log_p.sub_(log_q)
+    # log(m / q) = log(beta·p/q + 1 - beta), in a form that neither overflows nor cancels.
+    logit, offset = math.log(loss.beta) - math.log1p(-loss.beta), math.log1p(-loss.beta)
+    mixed = softplus(ratio + logit).add_(offset)
+    to_student = -_total(q * mixed, group)
+    to_teacher = _total(ratio.sub_(mixed).mul_(p), group)
+    value = loss.beta * to_teacher + (1 - loss.beta) * to_student
+    # g is (1 - beta)·log(q / m).
+    return value, lambda: mixed.add_(to_student).mul_(q).mul_(loss.beta - 1)
+
+
+def _bucketed(
+    known: TopK, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """As ``_divergence``, from the teacher's top-k; slopes of all [n, vocabulary/tp] logits."""
+    student = _bucket(log_q, known.indices, group)
+    log_probs = student.log_probs.clamp(min=LOG_ZERO)
+    tail = log_probs[:, -1:].clone()
+    # The outcomes' own sums need no group: every rank has all outcomes.
+    value, outcomes = _divergence(known.log_probs.clamp(min=LOG_ZERO), log_probs, loss, None)
+
+    def slope() -> Tensor:
+        slopes = outcomes()
+        # A token of the tail has the tail's slope times its share of the tail.
+        every = student.rest.sub_(tail).exp_().mul_(slopes[:, -1:])
+        return every.scatter_add_(1, student.columns, slopes[:, :-1] * student.here)
+
+    return value, slope
+
+
+class _Distillation(torch.autograd.Function):
+    """Loss per token, with the gradient computed in the forward pass."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor | TopK,
+        loss: LogitsLoss,
+        group: ProcessGroup | None,
+        reuse: bool,
+    ) -> Tensor:
+        temperature = loss.temperature
+        losses = torch.empty(len(student), 1, dtype=torch.float32, device=student.device)
+        gradient: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            if reuse and isinstance(teacher, Tensor) and teacher.dtype == student.dtype:
+                gradient = teacher
+            else:
+                gradient = torch.empty_like(student)
+        for rows in _chunks(student, loss.chunk_bytes):
+            log_q = _log_softmax(student[rows], temperature, group)
+            if isinstance(teacher, TopK):
+                known = TopK(teacher.indices[rows], teacher.log_probs[rows])
+                losses[rows], slope = _bucketed(known, log_q, loss, group)
+            elif loss.top_k is not None:
+                known = top_k(teacher[rows], loss.top_k, temperature, group, loss.chunk_bytes)
+                losses[rows], slope = _bucketed(known, log_q, loss, group)
+            else:
+                log_p = _log_softmax(teacher[rows], temperature, group)
+                losses[rows], slope = _divergence(log_p, log_q, loss, group)
+            if gradient is not None:
+                # Of T² the inner derivative, 1/T, leaves T.
+                gradient[rows] = slope() if temperature == 1 else slope().mul_(temperature)
+        ctx.save_for_backward(gradient)
+        return losses.mul_(temperature**2).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # In place, to hold the logits' gradient once. A second backward is an error of autograd,
+        # which sees that what was saved has changed.
+        (gradient,) = ctx.saved_tensors
+        gradient.mul_(grads[0].unsqueeze(-1).to(gradient.dtype))
+        return gradient, None, None, None, None
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor | TopK,
+    loss: LogitsLoss,
+    group: ProcessGroup | None = None,
+    reuse_teacher: bool = False,
+) -> Tensor:
+    """Loss per token [n], float32, alike on all ranks of the group; differentiable once.
+
+    Args:
+        student: Finite logits [n, vocabulary/tp] of any float type.
+        teacher: Its logits of the same shape, or its top-k, made at the loss's temperature.
+        loss: Which loss.
+        group: Tensor-parallel group.
+        reuse_teacher: Lets the gradient overwrite the teacher's logits, to hold one tensor less.
+
+    Raises:
+        RecipeError: The teacher's shape is not the student's.
+    """
+    if isinstance(teacher, TopK):
+        found, wanted = teacher.indices.shape[:1], student.shape[:1]
+    else:
+        teacher = teacher.detach()
+        found, wanted = teacher.shape, student.shape
+    if found != wanted:
+        raise RecipeError(
+            f"the teacher's logits {list(found)} do not fit the student's {list(wanted)}.",
+            "teacher and student need the same tokens, vocabulary and padding of it",
+        )
+    return _Distillation.apply(student, teacher, loss, group, reuse_teacher)
+
+
+def token_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    group: ProcessGroup | None = None,
+    chunk_bytes: int | None = None,
+) -> Tensor:
+    """Next-token loss [n], float32, of logits [n, vocabulary/tp] for ids [n] in the vocabulary.
+
+    It is the forward KL of a teacher that is sure of the label.
+    """
+    log_probs = torch.tensor([0.0, -math.inf], dtype=torch.float32, device=logits.device)
+    sure = TopK(labels.unsqueeze(1), log_probs.expand(len(labels), 2))
+    return distillation_loss(logits, sure, LogitsLoss(chunk_bytes=chunk_bytes), group)

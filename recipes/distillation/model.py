@@ -1,0 +1,253 @@
+"""The NeMo model that is trained: a student, and where it has one a teacher beside it.
+
+The losses on logits are computed where Megatron computes its own, in the student's
+``compute_language_model_loss``; losses on hidden states by ModelOpt's ``DistillationModel``. The
+model's output is then one row of per-token losses for each term, and nothing as wide as the
+vocabulary outlives the forward pass.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import modelopt.torch.distill as mtd
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from nemo.collections import llm
+from nemo.collections.llm.modelopt.distill.utils import (
+    DistillationConfig,
+    adjust_distillation_model_for_mcore,
+    teacher_provider,
+)
+from nemo.utils.model_utils import unwrap_model
+from torch import Tensor
+
+from nemo_convert import nemo
+from nemo_convert.cpu_backend import adapt_config
+from nemo_convert.pipeline import pipeline_split
+from recipes.distillation.hidden_loss import HiddenLoss
+from recipes.distillation.losses import TopK, distillation_loss, token_cross_entropy
+from recipes.distillation.objective import LossReduction, Objective
+from recipes.evaluation.sanity import require_better_than_chance
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SHARED_SETTINGS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "sequence_parallel",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "params_dtype",
+    "pipeline_dtype",
+    "autocast_dtype",
+    "bf16",
+    "fp16",
+    "fp32_residual_connection",
+    "deallocate_pipeline_outputs",
+    "calculate_per_token_loss",
+)
+"""What the teacher's config must share with the student's. NeMo copies fewer and so would run a
+float32 teacher beside a bfloat16 student."""
+
+
+class KDModel(llm.GPTModel):  # type: ignore[misc]
+    """A NeMo model trained on an ``Objective``; saves and loads as the plain student.
+
+    Args:
+        student: NeMo model of the student, from its checkpoint's context.
+        objective: What is minimised.
+    """
+
+    def __init__(self, student: Any, objective: Objective) -> None:
+        super().__init__(adapt_config(student.config, training=True), tokenizer=student.tokenizer)
+        self.__io__ = student.__io__
+        self.config.calculate_per_token_loss = True
+        self._objective, self._teacher = objective, objective.teacher
+        self._reduction = LossReduction(objective)
+        self._cached: TopK | None = None
+        self.teacher_loss: float | None = None
+        """The teacher's own next-token loss on the first micro batch, measured before learning."""
+
+    @property
+    def core_module(self) -> Any:
+        """This rank's Megatron model without its wrappers."""
+        return unwrap_model(self.module)
+
+    @property
+    def training_loss_reduction(self) -> LossReduction:
+        """Reduction of training losses."""
+        return self._reduction
+
+    def share_losses(self) -> dict[str, Any]:
+        """The last step's losses on every rank; only the last pipeline stage has them itself."""
+        found: list[Any] = [self._reduction.last, self.teacher_loss]
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            torch.distributed.broadcast_object_list(
+                found,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        losses, self.teacher_loss = found
+        known = {} if self.teacher_loss is None else {"teacher_loss": self.teacher_loss}
+        return {**losses, **known}
+
+    def without_loss_modules(self) -> AbstractContextManager[None]:
+        """Leaves the learned parts of the loss out of what is loaded or saved."""
+        core = self.core_module
+        hide: AbstractContextManager[None] = (
+            core.hide_loss_modules() if isinstance(core, mtd.DistillationModel) else nullcontext()
+        )
+        return hide
+
+    def configure_model(self) -> None:
+        """Builds the student, and a teacher that is not cached beside it."""
+        if hasattr(self, "module"):
+            return
+        nemo.split_pipeline(self.config)
+        core = self.config.configure_model(self.tokenizer)
+        if self._teacher.checkpoint:
+            core = self._with_teacher(core, self._teacher.checkpoint)
+
+        def losses(core: Any, labels: Tensor, logits: Tensor) -> Tensor:
+            if core.training:
+                return self._token_losses(core, labels, logits)
+            return _next_token_loss(logits, labels)
+
+        core.compute_language_model_loss = MethodType(losses, core)
+        self.module = core
+
+    def _with_teacher(self, student: Any, checkpoint: Path) -> Any:
+        """Student and teacher as one ModelOpt ``DistillationModel`` that runs both."""
+        config = adapt_config(nemo.restore_model(checkpoint).config, training=True)
+        for name in SHARED_SETTINGS:
+            setattr(config, name, getattr(self.config, name))
+        nemo.split_pipeline(config)
+        # Not the student's: initialisation is also what marks a weight as tensor-parallel, and a
+        # gradient norm without those marks counts one rank's half of them.
+        config.perform_initialization = False
+        weights = str(checkpoint / nemo.WEIGHTS)
+        links = {"tokenizer": self.tokenizer, "trainer": self.trainer}
+        settings = {
+            "teacher_model": (teacher_provider, [config, weights], links),
+            "criterion": self._hidden_losses(student, config),
+            "loss_balancer": mtd.StaticLossBalancer(1.0),  # demanded; ``Objective`` adds up
+        }
+        core = mtd.convert(student, mode=[("kd_loss", settings)])
+        adjust_distillation_model_for_mcore(core, distill_cfg=DistillationConfig())
+        teacher = core.teacher_model
+        teacher.compute_language_model_loss = MethodType(lambda _, labels, logits: logits, teacher)
+        core.forward = MethodType(_forward_both, core)
+        return core
+
+    def _hidden_losses(self, student: Any, teacher: Any) -> dict[tuple[str, str], HiddenLoss]:
+        """One loss for all pairs of layers, by the modules' names on this pipeline stage."""
+        if not self._teacher.pairs or not parallel_state.is_pipeline_last_stage():
+            return {}
+        loss = HiddenLoss(
+            self._objective.hidden_loss,
+            self.config.hidden_size,
+            teacher.hidden_size,
+            sequence_parallel=self.config.sequence_parallel,
+            dtype=self.config.params_dtype,
+        )
+        first = self.config.num_layers - len(student.decoder.layers) + 1
+        split = pipeline_split(teacher.num_layers, teacher.pipeline_model_parallel_size)
+        teacher_first = teacher.num_layers - split[-1] + 1
+        return {
+            (f"decoder.layers.{ours - first}", f"decoder.layers.{theirs - teacher_first}"): loss
+            for ours, theirs in self._teacher.pairs
+        }
+
+    def data_step(self, dataloader_iter: Any) -> dict[str, Any]:
+        """A micro batch on this rank's device; what a cached teacher says where the loss is."""
+        found = next(dataloader_iter)
+        batch: dict[str, Any] = super().data_step(iter([found]))
+        if parallel_state.is_pipeline_last_stage():
+            samples = found[0] if isinstance(found, tuple) else found
+            for name in ("teacher_indices", "teacher_log_probs"):
+                if name in samples:
+                    batch[name] = samples[name].cuda(non_blocking=True)
+        return batch
+
+    def forward_step(self, batch: dict[str, Any]) -> Tensor:
+        """Runs the model on a batch; a cached teacher comes with the batch."""
+        if (indices := batch.get("teacher_indices")) is not None:
+            log_probs = batch["teacher_log_probs"]
+            # From [batch, sequence, k] to Megatron's order of tokens.
+            self._cached = TopK(*(t.transpose(0, 1).flatten(0, 1) for t in (indices, log_probs)))
+        output: Tensor = super().forward_step(batch)
+        return output
+
+    def _token_losses(self, core: Any, labels: Tensor, logits: Tensor) -> Tensor:
+        """Losses [terms, batch, sequence] of logits [sequence, batch, vocabulary/tp]."""
+        if self.teacher_loss is None and self._teacher.checkpoint:
+            self._check_teacher(core.teacher_logits, labels)
+        rows = []
+        if "kd" in self._objective.weights:
+            teacher = self._cached or core.teacher_logits.flatten(0, 1)
+            loss, group = self._objective.logits, nemo.tensor_group()
+            flat = distillation_loss(logits.flatten(0, 1), teacher, loss, group, True)
+            rows.append(flat.view(logits.shape[:2]).t())
+        if "hidden" in self._objective.weights:
+            rows.append(self._hidden_loss(core, labels))
+        if "lm" in self._objective.weights:
+            rows.append(_next_token_loss(logits, labels))
+        core.teacher_logits = None
+        return torch.stack(rows)
+
+    def _hidden_loss(self, core: Any, labels: Tensor) -> Tensor:
+        """Mean over the pairs of layers, [batch, sequence]."""
+        losses = core.compute_kd_loss(skip_balancer=True)
+        mean = torch.stack(list(losses.values())).mean(dim=0)
+        if not self.config.sequence_parallel:
+            return mean
+        # Each rank has a part of the sequence; the sum over ranks of parts in place is the whole,
+        # and Megatron's gives each rank back the gradient of its own part.
+        rank, length = parallel_state.get_tensor_model_parallel_rank(), mean.shape[1]
+        before, after = rank * length, labels.shape[1] - (rank + 1) * length
+        padded = torch.nn.functional.pad(mean, (before, after))
+        whole: Tensor = reduce_from_tensor_model_parallel_region(padded)
+        return whole
+
+    def _check_teacher(self, logits: Tensor, labels: Tensor) -> None:
+        """Measures the teacher's own loss before anything is learnt from it."""
+        loss = _next_token_loss(logits, labels).mean().item()
+        require_better_than_chance(loss, self.config.vocab_size)
+        self.teacher_loss = loss
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loads the student; past ``nn.Module``, whose walk would demand the teacher's weights."""
+        names = {name.replace("module.", ""): value for name, value in state_dict.items()}
+        return self.core_module.load_state_dict(names, *args, **kwargs)
+
+
+def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Loss [batch, sequence] of logits [sequence, batch, vocabulary/tp]."""
+    flat = token_cross_entropy(logits.flatten(0, 1), labels.t().flatten(), nemo.tensor_group())
+    return flat.view(logits.shape[:2]).t().contiguous()
+
+
+def _forward_both(core: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Forward pass of teacher and student; replaces NeMo's, which drops the teacher's logits.
+
+    Between pipeline stages both hidden states travel as one tensor.
+    """
+    if core.training:
+        for pair in core._layers_to_loss:
+            for layer in pair:
+                layer._intermediate_output = None  # left behind by a validation
+        with torch.no_grad():
+            core.teacher_model.eval()
+            taught = core.teacher_model(*args, **kwargs)
+        core.teacher_logits = taught
+    with core.only_student_forward():
+        learnt: Tensor = type(core).forward(core, *args, **kwargs)
+    if core.training and not parallel_state.is_pipeline_last_stage():
+        return torch.cat([learnt, taught], dim=-1)
+    return learnt

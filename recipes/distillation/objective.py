@@ -1,0 +1,202 @@
+"""What a training minimises: the terms of the loss, and where the teacher's knowledge is from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core import parallel_state
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from torch import Tensor
+
+from nemo_convert import nemo
+from nemo_convert.architecture import Architecture
+from nemo_convert.pipeline import last_stage_layers
+from recipes.core.errors import RecipeError
+from recipes.core.stage import Input, Inputs
+from recipes.distillation.logit_cache import TeacherCache
+from recipes.distillation.losses import LogitsLoss
+from recipes.distillation.settings import CACHED, TERMS, DistillConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+Pairs = Sequence[tuple[int, int]]
+"""Layers of student and teacher whose outputs are compared, counted from 1."""
+
+
+def layer_pairs(
+    cfg: DistillConfig, kept: Sequence[int] | None, student: int, teacher: int
+) -> Pairs:
+    """Layers to compare, counted from 1.
+
+    Args:
+        cfg: The stage's config.
+        kept: The teacher's layer that each of the student's was, if it is known.
+        student: Number of the student's layers.
+        teacher: Number of the teacher's.
+
+    Raises:
+        RecipeError: No pair is given, and none can be derived.
+    """
+    if cfg.hidden_pairs:
+        return [(pair[0], pair[1]) for pair in cfg.hidden_pairs]
+    stages = cfg.pipeline_model_parallel_size
+    ours, theirs = last_stage_layers(student, stages), last_stage_layers(teacher, stages)
+    if kept is None and student == teacher:
+        kept = range(1, teacher + 1)
+    pairs = [p for p in zip(ours, (kept or [])[ours.start - 1 :], strict=False) if p[1] in theirs]
+    if not pairs:
+        raise RecipeError(
+            "no pair of layers can be derived for the loss on hidden states: "
+            + ("the student does not say which layers were kept." if kept is None else
+               "none of those kept is on the last pipeline stage of both models."),
+            "set hidden_pairs, for example [[24,30]]",
+        )  # fmt: skip
+    return pairs
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Where the teacher's knowledge comes from: a checkpoint, or a cache of what it says."""
+
+    checkpoint: Path | None = None
+    pairs: Pairs = ()
+    """Layers whose hidden states are compared."""
+    cache: TeacherCache | None = None
+
+    @classmethod
+    def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> Teacher:
+        """What the config needs of the teacher; nothing where it learns from text alone."""
+        if cfg.kd_weight == cfg.hidden_weight == 0:
+            return cls()
+        source = inputs["teacher"]
+        if source.manifest.kind == CACHED:
+            cache = TeacherCache(source.artifact)
+            _require_fit(cfg, cache, source, inputs["data"])
+            return cls(cache=cache)
+        checkpoint = nemo.find_checkpoint(source.artifact)
+        pairs: Pairs = ()
+        if cfg.hidden_weight:
+            kept = inputs["student"].manifest.metrics.get("kept_layers")
+            layers = nemo.architecture_of(checkpoint).num_layers
+            pairs = layer_pairs(cfg, kept, student.num_layers, layers)
+        return cls(checkpoint, pairs)
+
+
+def _require_fit(cfg: DistillConfig, cache: TeacherCache, source: Input, data: Input) -> None:
+    """Refuses a cache of other text or settings; a cache of this run is checked before it runs.
+
+    Raises:
+        RecipeError: They differ.
+    """
+    if cfg.hidden_weight:
+        raise RecipeError(
+            f"the teacher in {source.directory} is cached, and a cache has no hidden states.",
+            f"use teacher=live, or set stages.{cfg.stage}.hidden_weight=0",
+        )
+    if source.manifest.input_content.get("data") != data.manifest.content():
+        raise RecipeError(
+            f"the teacher in {source.directory} was cached for other text.",
+            "give both stages the same data, and run the one that caches again",
+        )
+    for name in ("seq_length", "temperature", "top_k"):
+        ours, cached = getattr(cfg, name), getattr(cache.index, name)
+        if ours not in (None, cached):
+            raise RecipeError(
+                f"{name}={ours}, but the teacher in {source.directory} was cached at {cached}.",
+                f"set stages.{cfg.stage}.{name}={cached}",
+            )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: terms in the order of ``TERMS``, how they add up, whom they are from."""
+
+    weights: Mapping[str, float]
+    teacher: Teacher = Teacher()
+    logits: LogitsLoss = field(default_factory=LogitsLoss)
+    hidden_loss: str = "cosine"
+    dynamic: bool = False
+
+    @classmethod
+    def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> Objective:
+        """The objective of a distillation."""
+        weights = {name: getattr(cfg, f"{name}_weight") for name in TERMS}
+        chunk = None if cfg.loss_chunk_mb is None else cfg.loss_chunk_mb << 20
+        return cls(
+            {name: weight for name, weight in weights.items() if weight},
+            Teacher.of(cfg, inputs, student),
+            LogitsLoss(cfg.logits_loss, cfg.temperature, cfg.jsd_beta, cfg.top_k, chunk),
+            cfg.hidden_loss,
+            cfg.balance == "dynamic",
+        )
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a micro batch from its terms.
+
+        Dynamic, as NeMo does it: hidden states count as much as logits, and both together as much
+        as the next-token loss, whatever their sizes; the weights apply after that.
+        """
+        weights = self.weights
+        if not self.dynamic:
+            return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        first, *rest = terms
+        taught = terms[first]
+        if first == "kd" and "hidden" in rest:
+            taught = taught + weights["hidden"] * _scaled(terms["hidden"], taught)
+        if first == "lm" or "lm" not in rest:
+            return weights[first] * taught
+        return weights["lm"] * terms["lm"] + weights[first] * _scaled(taught, terms["lm"])
+
+
+def _scaled(term: Tensor, size: Tensor) -> Tensor:
+    """``term`` brought to ``size``; no gradient flows through the scale."""
+    return term * (size.detach() / term.detach().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+class LossReduction(MegatronLossReduction):  # type: ignore[misc]
+    """Masks and sums the terms of a micro batch, and keeps the step's means for logging.
+
+    Megatron divides the gradients by the number of tokens of the global batch
+    (``calculate_per_token_loss``), so that a mean is never one of means.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self._objective = objective
+        self.last: dict[str, float] = {}
+        """Means of the last step over all tokens of the global batch, on the last stage."""
+
+    def forward(
+        self, batch: dict[str, Tensor], forward_out: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sums [terms, batch, sequence] over a micro batch.
+
+        Returns:
+            The loss, the number of tokens it is of, and both with the terms for ``reduce``.
+        """
+        mask = batch["loss_mask"].float()
+        sums = (forward_out * mask).flatten(1).sum(dim=1)
+        terms = dict(zip(self._objective.weights, sums.unbind(), strict=True))
+        loss = self._objective.total(terms)
+        # Not a number in the loss must reach the gradients, where all ranks look for it.
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+        tokens = mask.sum()
+        report = torch.cat([tokens.view(1), loss.detach().view(1), sums.detach()])
+        return loss, tokens.to(torch.int), {"report": report}
+
+    def reduce(self, micro_batches: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Means over the tokens of all micro batches and data-parallel ranks."""
+        if not micro_batches:
+            return torch.tensor(0.0, device=torch.cuda.current_device())
+        total = torch.stack([each["report"] for each in micro_batches]).sum(dim=0)
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(total, group=group)
+        means = total[1:] / total[0].clamp_min(1)
+        self.last = dict(zip(("loss", *self._objective.weights), means.tolist(), strict=True))
+        return means[0]

@@ -1,0 +1,148 @@
+"""Settings of the stages that train, or that store what a teacher says. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from recipes.core.stage import StageConfig
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = ("bf16-mixed", "32")
+RECOMPUTE = ("none", "selective", "full")
+TERMS = ("kd", "hidden", "lm")
+"""Parts of the loss, each logged on its own."""
+RESOURCE = {"resource": True}
+
+
+@dataclass
+class TrainingConfig(StageConfig):
+    """Settings of a training stage. Lengths in tokens, batches in sequences."""
+
+    seq_length: int = 256
+    micro_batch_size: int = field(default=4, metadata=RESOURCE)
+    """Sequences that a rank holds at once. The loss is a mean over the tokens of the global batch,
+    so this changes memory and speed, not the result."""
+    global_batch_size: int = 4
+    max_steps: int = 100
+    warmup_steps: int = 10
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    clip_grad: float = 1.0
+    mask_document_ends: bool = True
+    """Leaves out predictions of a document's first token from the document before it."""
+    precision: str = "bf16-mixed"
+    """``bf16-mixed`` (float32 main weights in the optimizer) or ``32``."""
+    grad_reduce_in_fp32: bool = True
+    """Accumulates gradients in float32; off saves two bytes a parameter."""
+    max_nonfinite_steps: int = 0
+    """Steps with a loss or gradient that is not finite to skip before the run stops."""
+    seed: int = 1234
+    tensor_model_parallel_size: int = field(default=1, metadata=RESOURCE)
+    pipeline_model_parallel_size: int = field(default=1, metadata=RESOURCE)
+    sequence_parallel: bool = field(default=False, metadata=RESOURCE)
+    """Splits activations between tensor-parallel regions along the sequence; no effect at TP=1."""
+    context_parallel_size: int = field(default=1, metadata=RESOURCE)
+    """Splits each window over ranks, attention included; needs TransformerEngine, so GPUs."""
+    expert_model_parallel_size: int = field(default=1, metadata=RESOURCE)
+    """Splits the experts of a mixture over the replicas."""
+    recompute: str = field(default="none", metadata=RESOURCE)
+    """Computes activations again in the backward pass: ``none``, ``selective`` (attention's
+    scores, which flash attention does not hold anyway) or ``full`` (keeps a layer's input only)."""
+    val_check_interval: int = 100
+    limit_val_batches: int = 4
+    checkpoint_interval: int = 100
+    """Steps between checkpoints, which a killed run resumes from."""
+    keep_checkpoints: int = 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and activations."""
+        return dtype_of(self.precision)
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Type of weights and activations."""
+    import torch
+
+    return torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+
+
+SMALL_VOCABULARY = 1 << 16
+"""Tokens of a vocabulary up to this are stored in two bytes."""
+
+
+@dataclass
+class CacheTeacherConfig(StageConfig):
+    """Settings of ``cache_teacher``."""
+
+    top_k: int = 64
+    """Likeliest tokens to keep one by one; of all others only their mass is kept."""
+    temperature: float = 1.0
+    seq_length: int = 256
+    num_windows: int | None = None
+    """Windows of ``seq_length`` tokens, the first that a training of this ``seed`` sees; all by
+    default, and fewer if the text is shorter."""
+    seed: int = 1234
+    windows_per_shard: int = 64
+    """Windows in a file, which is also what a killed run loses at most on each rank."""
+    precision: str = "bf16-mixed"
+    """As in training: ``bf16-mixed`` or ``32``."""
+    micro_batch_size: int = field(default=8, metadata={"resource": True})
+    tensor_model_parallel_size: int = field(default=1, metadata={"resource": True})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and activations."""
+        return dtype_of(self.precision)
+
+
+def bytes_per_token(vocabulary: int, top_k: int) -> int:
+    """Size of what is stored for one position; see ``teacher_cache``."""
+    return top_k * (2 if vocabulary <= SMALL_VOCABULARY else 4) + (top_k + 1) * 2
+
+
+@dataclass
+class CorrectTeacherConfig(TrainingConfig):
+    """Settings of ``correct_teacher``."""
+
+
+CACHED = "teacher_logits"
+LOGITS_LOSSES = ("forward_kl", "reverse_kl", "jsd")
+HIDDEN_LOSSES = ("cosine", "mse")
+BALANCES = ("fixed", "dynamic")
+
+
+@dataclass
+class DistillConfig(TrainingConfig):
+    """Settings of ``distill``: the loss, and what every training stage has."""
+
+    kd_weight: float = 1.0
+    """Weight of the loss on logits; 0 leaves it out."""
+    logits_loss: str = "forward_kl"
+    """``forward_kl``, ``reverse_kl``, or ``jsd`` (arXiv:2306.13649)."""
+    temperature: float = 1.0
+    jsd_beta: float = 0.5
+    """The teacher's share of the mixture in ``jsd``, between 0 and 1."""
+    top_k: int | None = None
+    """Compares the teacher's most likely tokens one by one and all others as one; a cached teacher
+    has its own ``top_k``."""
+    hidden_weight: float = 0.0
+    """Weight of the loss on hidden states; 0 leaves it out."""
+    hidden_loss: str = "cosine"
+    """``cosine`` or ``mse``."""
+    hidden_pairs: list[list[int]] = field(default_factory=list)
+    """``[student layer, teacher layer]`` pairs, counted from 1; by default each layer that pruning
+    kept with the one it was, as far as both are on the last pipeline stage."""
+    lm_weight: float = 0.0
+    """Weight of the next-token loss; 0 leaves it out."""
+    balance: str = "fixed"
+    """``fixed`` weights, or ``dynamic``: the terms are first scaled to equal size."""
+    loss_chunk_mb: int | None = None
+    """Size of one float32 buffer of the loss, which goes through the vocabulary a few tokens at a
+    time; by default about a CPU's cache, or 512 on a GPU."""

@@ -1,0 +1,1 @@
+"""Engines: building, checking, quantising and timing them."""

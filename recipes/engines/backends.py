@@ -1,0 +1,99 @@
+"""The engine backends: what each accepts, needs and is built by. Torch-free."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from recipes.core.errors import RecipeError
+from recipes.core.stage import Input
+from recipes.engines import openvino, tensorrt_llm
+from recipes.engines.settings import BuildEngineConfig
+from recipes.planning import rules
+from recipes.planning.chain import Chain, one_rank_problems, window_problems
+from recipes.planning.problems import Problem
+
+PRECISIONS = {
+    "openvino": openvino.PRECISIONS,
+    "tensorrt_llm": tensorrt_llm.ENGINE_PRECISIONS,
+    "tensorrt_llm_pytorch": tensorrt_llm.PYTORCH_PRECISIONS,
+}
+KV_CACHE_DTYPES = {
+    "openvino": openvino.KV_CACHE_DTYPES,
+    "tensorrt_llm": tensorrt_llm.KV_CACHE_DTYPES,
+    "tensorrt_llm_pytorch": tensorrt_llm.KV_CACHE_DTYPES,
+}
+
+
+def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds what would fail after the model was trained."""
+    if cfg.backend not in PRECISIONS:
+        yield Problem(
+            rules.BACKEND, f"backend={cfg.backend} is none", f"use one of: {', '.join(PRECISIONS)}"
+        )
+        return
+    for name, choices in (("precision", PRECISIONS), ("kv_cache_dtype", KV_CACHE_DTYPES)):
+        if (value := getattr(cfg, name)) not in choices[cfg.backend]:
+            yield Problem(
+                rules.PRECISION,
+                f"{name}={value} is none of {cfg.backend}'s",
+                f"use one of: {', '.join(choices[cfg.backend])}",
+            )
+    yield from _length_problems(cfg, chain)
+    yield from one_rank_problems(cfg, "the builder starts what it needs by itself")
+    if cfg.backend == "openvino":
+        yield from window_problems(cfg.seq_length, chain)
+        yield from openvino.problems(cfg)
+    else:
+        arch = chain.shape_of(chain.pruned_by(cfg))
+        yield from tensorrt_llm.problems(cfg, arch)
+
+
+def _length_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
+    sizes = ("group_size", "tensor_parallel_size", "max_batch_size", "max_num_tokens")
+    small = [name for name in (*sizes, "num_windows") if getattr(cfg, name) < 1]
+    if small:
+        yield Problem(rules.POSITIVE, f"{', '.join(small)} is not positive", "use 1 or more")
+    limit = chain.teacher.max_position_embeddings
+    longest = cfg.max_seq_len or limit
+    if not 2 <= longest <= limit:
+        yield Problem(
+            rules.MAX_SEQ_LEN,
+            f"max_seq_len={cfg.max_seq_len} is not between 2 and the model's {limit} positions",
+            f"set it to at most {limit}",
+        )
+    if cfg.max_input_len is not None and not 1 <= cfg.max_input_len < longest:
+        yield Problem(
+            rules.MAX_INPUT_LEN,
+            f"max_input_len={cfg.max_input_len} leaves no room in max_seq_len={longest}",
+            f"use 1 to {longest - 1}",
+        )
+
+
+def require_backend(backend: str) -> None:
+    """Raises ``RecipeError`` unless this machine has what a backend needs."""
+    if backend != "openvino":
+        tensorrt_llm.require(backend)
+    elif importlib.util.find_spec("openvino_genai") is None:
+        raise RecipeError(
+            "backend=openvino needs openvino-genai, which is not installed.",
+            "install this repository's dependencies again (make install), or set engine=none",
+        )
+
+
+BUILDERS: dict[str, Callable[[BuildEngineConfig, Path, Path], None]] = {
+    "openvino": openvino.build,
+    "tensorrt_llm": tensorrt_llm.build,
+    "tensorrt_llm_pytorch": tensorrt_llm.prepare_pytorch,
+}
+
+
+def model_folder(source: Input, scratch: Path) -> Path:
+    """A checkpoint as a Hugging Face folder, converted into ``scratch`` if it is a NeMo one."""
+    if source.manifest.kind == "checkpoint_hf":
+        return source.artifact
+    from nemo_convert import convert, nemo
+
+    convert.to_hf(nemo.find_checkpoint(source.artifact), scratch)
+    return scratch

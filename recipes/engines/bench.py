@@ -1,0 +1,304 @@
+"""Measuring contenders in turn, and what their figures say beside the roofline. Torch-free.
+
+Every contender is a process of its own, so that memory is its own. They take turns request by
+request (A B A B …), so that a change of the machine's speed hits all alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nemo_convert.architecture import Architecture
+from recipes.core.errors import RecipeError
+from recipes.core.metrics import MetricsLog
+from recipes.engines import trtllm_bench
+from recipes.engines.timing import Timing, summary
+from recipes.planning.roofline import (
+    Machine,
+    RequestShape,
+    Storage,
+    decode_seconds,
+    prefill_seconds,
+)
+
+if TYPE_CHECKING:
+    from typing import Self
+
+ROLES = ("teacher", "student")
+BASELINE = "transformers"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model in one form."""
+
+    role: str
+    backend: str
+    precision: str
+    model: Path
+    """What is loaded: an engine, or a Hugging Face folder."""
+    folder: Path
+    """Hugging Face folder of the same model."""
+    architecture: Architecture
+    group_size: int | None = None
+    tensor_parallel_size: int = 1
+
+    @property
+    def storage(self) -> Storage:
+        """How weights and KV cache are kept while it runs."""
+        return Storage(self.precision, self.group_size, kv_bytes(self.backend, self.precision))
+
+    def disk_bytes(self) -> int:
+        """Size of what is loaded."""
+        return sum(file.stat().st_size for file in self.model.rglob("*") if file.is_file())
+
+
+def kv_bytes(backend: str, precision: str) -> int:
+    """Bytes of a value in the KV cache, where nothing else was asked for."""
+    if precision == "fp32":
+        return 4
+    return 1 if backend == "openvino" else 2  # OpenVINO's own default is an 8-bit cache
+
+
+@dataclass
+class ContenderMeasurements:
+    """What a contender has shown so far."""
+
+    load_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    timings: dict[RequestShape, list[Timing]] = field(default_factory=lambda: defaultdict(list))
+
+
+class Worker(Protocol):
+    """What measures one contender."""
+
+    measured: ContenderMeasurements
+
+    def run(self, shape: RequestShape, seed: int) -> Timing:
+        """Measures one batch."""
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+
+    def __exit__(self, *_: object) -> None:
+        """Ends what it started."""
+
+
+class CpuWorker:
+    """A process that holds one model; see ``measure_model``."""
+
+    def __init__(self, contender: Contender, threads: int, module: str) -> None:
+        self._name = f"{contender.role} in {contender.backend}"
+        command = [sys.executable, "-m", module]
+        options = {
+            "backend": contender.backend,
+            "model": contender.model,
+            "vocabulary": contender.architecture.vocab_size,
+            "threads": threads,
+        }
+        self._process = subprocess.Popen(
+            [*command, *(f"--{name}={value}" for name, value in options.items())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.measured = ContenderMeasurements(load_seconds=self._answer()["load_seconds"])
+
+    def run(self, shape: RequestShape, seed: int) -> Timing:
+        """Measures one batch."""
+        request = {
+            "batch_size": shape.batch_size,
+            "prompt_tokens": shape.prompt_tokens,
+            "new_tokens": shape.new_tokens,
+            "seed": seed,
+        }
+        assert self._process.stdin is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        answer = self._answer()
+        self.measured.peak_memory_bytes = int(answer["peak_memory_bytes"])
+        return Timing(answer["first_seconds"], answer["total_seconds"])
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            status = self._process.wait()
+            raise RecipeError(
+                f"the process that measures the {self._name} ended with status {status}; its "
+                "messages are in the stage's log.",
+                "if it was killed for memory, use smaller batch_sizes or baseline=false",
+            )
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class TensorRtLlm:
+    """``trtllm-bench``, which loads the engine anew for every batch."""
+
+    def __init__(self, contender: Contender, scratch: Path) -> None:
+        self._scratch = scratch / contender.role
+        self._target = trtllm_bench.Target(
+            contender.backend,
+            contender.model,
+            contender.folder,
+            contender.tensor_parallel_size,
+            contender.architecture.vocab_size,
+        )
+        self.measured = ContenderMeasurements()
+
+    def run(self, shape: RequestShape, seed: int) -> Timing:
+        """Measures one batch."""
+        found = trtllm_bench.run(self._target, shape, seed, self._scratch)
+        self.measured.load_seconds = found.load_seconds
+        self.measured.peak_memory_bytes = max(
+            self.measured.peak_memory_bytes, found.peak_memory_bytes
+        )
+        return found.timing
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is left running."""
+
+
+def cpu_threads() -> int:
+    """Threads that the launcher gives to a process."""
+    return int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+
+
+def start_worker(scratch: Path, threads: int, module: str, contender: Contender) -> Worker:
+    """What measures a contender.
+
+    Args:
+        scratch: Where ``trtllm-bench`` may write.
+        threads: CPU threads.
+        module: ``measure_model``, named by the stage so that its fingerprint knows that code.
+        contender: Model to measure.
+    """
+    if contender.backend.startswith("tensorrt_llm"):
+        return TensorRtLlm(contender, scratch)
+    return CpuWorker(contender, threads, module)
+
+
+def measure(
+    contenders: Sequence[Contender],
+    shapes: Sequence[RequestShape],
+    repetitions: int,
+    start: Callable[[Contender], Worker],
+    log: MetricsLog,
+) -> list[dict[str, Any]]:
+    """Measures all contenders on all shapes; a first round of each shape warms up and is dropped.
+
+    Returns:
+        A row for each contender and shape; see ``benchmark``.
+    """
+    total, done = len(shapes) * (repetitions + 1), 0
+    with ExitStack() as stack:
+        workers = [(c, stack.enter_context(start(c))) for c in contenders]
+        for number, shape in enumerate(shapes):
+            for repetition in range(repetitions + 1):
+                seed = number * (repetitions + 1) + repetition
+                for _, worker in workers:
+                    timing = worker.run(shape, seed)
+                    if repetition:
+                        worker.measured.timings[shape].append(timing)
+                done += 1
+                log.progress("benchmark", done, total)
+        return [
+            row(contender, worker.measured, shape)
+            for shape in shapes
+            for contender, worker in workers
+        ]
+
+
+def row(
+    contender: Contender, measured: ContenderMeasurements, shape: RequestShape
+) -> dict[str, Any]:
+    """One contender on one shape."""
+    return {
+        "role": contender.role,
+        "backend": contender.backend,
+        "precision": contender.precision,
+        **summary(measured.timings[shape], shape),
+        "peak_memory_bytes": measured.peak_memory_bytes,
+        "load_seconds": round(measured.load_seconds, 3),
+        "disk_bytes": contender.disk_bytes(),
+    }
+
+
+def speedups(
+    rows: Sequence[Mapping[str, Any]],
+    contenders: Sequence[Contender],
+    machine: Callable[[Contender], Machine],
+) -> list[dict[str, Any]]:
+    """How much faster the student is than the teacher, and how much the machine would allow.
+
+    ``prefill`` compares the medians of the time to the first token, ``decode`` those of tokens a
+    second after it; each beside the ratio of the two models' rooflines. Where the measured figure
+    is the smaller one, something other than FLOPs and bytes takes the time.
+    """
+    found = []
+    pairs: dict[str, dict[str, Contender]] = defaultdict(dict)
+    for contender in contenders:
+        pairs[contender.backend][contender.role] = contender
+    for backend, pair in pairs.items():
+        teacher, student = pair["teacher"], pair["student"]
+        for slow, fast in _matching(rows, backend):
+            shape = RequestShape(fast["batch_size"], fast["prompt_tokens"], fast["new_tokens"])
+            found.append(
+                {
+                    "backend": backend,
+                    "precision": fast["precision"],
+                    "batch_size": shape.batch_size,
+                    "prompt_tokens": shape.prompt_tokens,
+                    "prefill": _median(slow, "time_to_first_token_ms")
+                    / _median(fast, "time_to_first_token_ms"),
+                    "prefill_roofline": _bound(prefill_seconds, teacher, shape, machine)
+                    / _bound(prefill_seconds, student, shape, machine),
+                    "decode": _median(fast, "decode_tokens_per_second")
+                    / _median(slow, "decode_tokens_per_second"),
+                    "decode_roofline": _bound(decode_seconds, teacher, shape, machine)
+                    / _bound(decode_seconds, student, shape, machine),
+                }
+            )
+    return found
+
+
+def _matching(
+    rows: Sequence[Mapping[str, Any]], backend: str
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """The rows of teacher and student on the same shape."""
+    teacher, student = (
+        [r for r in rows if r["backend"] == backend and r["role"] == role] for role in ROLES
+    )
+    return list(zip(teacher, student, strict=True))
+
+
+def _median(figures: Mapping[str, Any], name: str) -> float:
+    return float(figures[name]["median"])
+
+
+def _bound(
+    seconds: Callable[[Architecture, RequestShape, Storage, Machine], float],
+    contender: Contender,
+    shape: RequestShape,
+    machine: Callable[[Contender], Machine],
+) -> float:
+    return seconds(contender.architecture, shape, contender.storage, machine(contender))

@@ -1,0 +1,123 @@
+"""What became of a model in its engine: the same tokens in float32, and its quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemo_convert.hf import load_causal_lm
+from nemo_convert.parity import LOGITS_TOLERANCE, TEXT
+from recipes.core.errors import RecipeError
+from recipes.core.metrics import MetricsLog
+from recipes.data.token_windows import windows
+from recipes.engines.openvino import STORED, Logits, Pipeline, weight_types
+from recipes.evaluation.text_quality import TEACHER, score
+
+if TYPE_CHECKING:
+    from recipes.engines.settings import BuildEngineConfig
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 32
+
+
+def compare_engine(
+    cfg: BuildEngineConfig, folder: Path, engine: Path, data: Path | None, log: MetricsLog
+) -> dict[str, Any]:
+    """Measures an engine against the model that it was built from, in float32.
+
+    Args:
+        cfg: The stage's config.
+        folder: Hugging Face folder of the model.
+        engine: The engine.
+        data: Artifact of ``prepare_data``; without it no quality on text is measured.
+        log: Metrics file.
+
+    Returns:
+        ``max_logit_difference`` and ``greedy_margin`` on a fixed text, ``weight_types`` (stored
+        values by type), and ``quality``: the engine's loss, perplexity, KL and top-1 agreement on
+        held-out windows, beside the source's.
+
+    Raises:
+        RecipeError: The engine is a float32 one and does not give the source's logits and tokens,
+            or a compressed one and is not compressed.
+    """
+    source = load_causal_lm(folder)
+    logits = Logits(engine)
+    prompt = _fixed_prompt(folder)
+    with torch.no_grad():
+        difference = (logits(prompt).logits - source(prompt).logits).abs().max().item()
+    written, _ = Pipeline(engine).generate(prompt, NEW_TOKENS)
+    margin = greedy_margin(source, prompt, torch.tensor(written))
+    if cfg.precision == "fp32":
+        require_same(engine, difference, margin)
+    found: dict[str, Any] = {
+        "max_logit_difference": difference,
+        "greedy_margin": margin,
+        "weight_types": require_compressed(cfg, weight_types(engine)),
+    }
+    if data is not None:
+        text = windows(data, "heldout", cfg.seq_length, cfg.num_windows)
+        scores = score({TEACHER: source, "engine": logits}, text, 1, log)
+        found["quality"] = {
+            "engine": scores["engine"].summary(),
+            "source": scores[TEACHER].summary(),
+            "windows": len(text),
+            "tokens": text.numel(),
+        }
+    return found
+
+
+def _fixed_prompt(folder: Path) -> torch.Tensor:
+    from transformers import AutoTokenizer
+
+    ids: torch.Tensor = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")[
+        "input_ids"
+    ]
+    return ids[:, :PROMPT_TOKENS]
+
+
+@torch.no_grad()
+def greedy_margin(source: Any, prompt: torch.Tensor, written: torch.Tensor) -> float:
+    """How much less likely than its best the source finds a token that was written, at worst.
+
+    0 where every token [batch, new] is the one that the source itself would have chosen; that two
+    tokens with equal logits may change places is no difference.
+
+    Returns:
+        The largest difference of logits.
+    """
+    scores = source(torch.cat([prompt, written], dim=1)).logits[:, prompt.shape[1] - 1 : -1]
+    chosen = scores.gather(-1, written[..., None]).squeeze(-1)
+    worst: float = (scores.max(-1).values - chosen).max().item()
+    return worst
+
+
+def require_compressed(cfg: BuildEngineConfig, types: dict[str, int]) -> dict[str, int]:
+    """Returns the number of weights by type; layers whose width no group fits stay in 8 bits.
+
+    Raises:
+        RecipeError: Nothing was compressed as asked for, which NNCF does not say.
+    """
+    wanted = STORED.get(cfg.precision, ())
+    if wanted and not any(types.get(name) for name in wanted):
+        raise RecipeError(
+            f"precision={cfg.precision} was asked for, but the engine stores "
+            f"{', '.join(f'{n:,} {name}' for name, n in types.items())}.",
+            f"no layer's width is a multiple of group_size={cfg.group_size}; set one that fits",
+        )
+    return types
+
+
+def require_same(engine: Path, difference: float, margin: float) -> None:
+    """Raises ``RecipeError`` unless both are within what float32 arithmetic leaves open."""
+    if not difference <= LOGITS_TOLERANCE:  # also catches NaN
+        raise RecipeError(
+            f"engine gate failed: {engine}: logits differ from transformers' by {difference:.2e}, "
+            f"more than {LOGITS_TOLERANCE:.0e}."
+        )
+    if not margin <= 2 * LOGITS_TOLERANCE:
+        raise RecipeError(
+            f"engine gate failed: {engine}: it writes a token whose logit is {margin:.2e} below "
+            "the one that transformers would choose."
+        )

@@ -1,0 +1,192 @@
+"""OpenVINO engines: building them from a Hugging Face folder, and running them on a CPU.
+
+Chosen over ONNX Runtime GenAI, llama.cpp and AOTInductor: it gives transformers' tokens in float32
+for every shape that pruning makes, installs as wheels, and was the fastest of those that do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes.core.files import write_text_atomically
+from recipes.engines.timing import Timing
+from recipes.planning import rules
+from recipes.planning.problems import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+    from recipes.engines.settings import BuildEngineConfig
+
+PRECISIONS = ("fp32", "int8", "int4")
+KV_CACHE_DTYPES = ("auto", "f32", "f16", "bf16", "u8")
+DEVICE = "CPU"
+STORED = {"int8": ("u8", "i8"), "int4": ("u4", "i4")}
+"""OpenVINO's types of compressed weights."""
+SETTINGS = "engine.json"
+"""Beside the engine: the properties that it was checked with, and is to be run with."""
+
+
+def problems(cfg: BuildEngineConfig) -> Iterator[Problem]:
+    """Settings that OpenVINO has no meaning for."""
+    if cfg.tensor_parallel_size != 1:
+        yield Problem(
+            rules.TENSOR_PARALLEL,
+            f"tensor_parallel_size={cfg.tensor_parallel_size}, but OpenVINO runs on one CPU",
+            "set it to 1, or use engine=tensorrt_llm",
+        )
+
+
+def properties(cfg: BuildEngineConfig) -> dict[str, str]:
+    """How the engine is to be run.
+
+    A float32 engine computes in float32 throughout: on CPUs with bfloat16 units OpenVINO would
+    otherwise round activations, and keep an 8-bit KV cache. Compressed ones leave that to it.
+    """
+    found = {"INFERENCE_PRECISION_HINT": "f32"} if cfg.precision == "fp32" else {}
+    kv_cache = "f32" if (cfg.kv_cache_dtype, cfg.precision) == ("auto", "fp32") else None
+    if cfg.kv_cache_dtype != "auto":
+        kv_cache = cfg.kv_cache_dtype
+    return {**found, **({"KV_CACHE_PRECISION": kv_cache} if kv_cache else {})}
+
+
+def without_telemetry() -> None:
+    """OpenVINO would write an identity into the home folder when imported, except where CI is set.
+
+    Only this process and its children see the variable.
+    """
+    os.environ["CI"] = "true"
+
+
+def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
+    """Converts a Hugging Face folder; the engine and its tokenizer are written to ``out``."""
+    without_telemetry()
+    import torch
+    from optimum.intel import OVModelForCausalLM
+
+    model = OVModelForCausalLM.from_pretrained(
+        folder,
+        export=True,
+        compile=False,
+        torch_dtype=torch.float32,  # "dtype" is not passed on; bfloat16 weights would stay so
+        **_compression(cfg),
+    )
+    model.save_pretrained(out)
+    _write_tokenizer(folder, out)
+    settings = {
+        "backend": cfg.backend,
+        "precision": cfg.precision,
+        "properties": properties(cfg),
+    }
+    write_text_atomically(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+
+def _compression(cfg: BuildEngineConfig) -> dict[str, Any]:
+    from optimum.intel import OVWeightQuantizationConfig
+
+    if cfg.precision == "fp32":
+        return {"load_in_8bit": False}  # which optimum would do to models beyond a size
+    if cfg.precision == "int8":
+        return {"quantization_config": OVWeightQuantizationConfig(bits=8)}
+    config = OVWeightQuantizationConfig(
+        bits=4,
+        group_size=cfg.group_size,
+        ratio=1.0,
+        # A pruned width need not be a multiple of the group.
+        group_size_fallback="adjust",
+    )
+    return {"quantization_config": config}
+
+
+def _write_tokenizer(folder: Path, out: Path) -> None:
+    """Saves the tokenizer as it was, and compiled, so that the engine takes text by itself."""
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(out)
+    models = convert_tokenizer(tokenizer, with_detokenizer=True)
+    for model, name in zip(models, ("tokenizer", "detokenizer"), strict=True):
+        openvino.save_model(model, out / f"openvino_{name}.xml")
+
+
+def read_properties(engine: Path) -> dict[str, str]:
+    """The properties that an engine was checked with."""
+    settings: dict[str, Any] = json.loads((engine / SETTINGS).read_text(encoding="utf-8"))
+    found: dict[str, str] = settings["properties"]
+    return found
+
+
+def weight_types(engine: Path) -> dict[str, int]:
+    """Number of stored values by type, biggest first; those of norms and constants are a few."""
+    import openvino
+
+    found: Counter[str] = Counter()
+    for node in openvino.Core().read_model(engine / "openvino_model.xml").get_ops():
+        if node.get_type_name() == "Constant":
+            found[node.get_element_type().get_type_name()] += math.prod(node.get_output_shape(0))
+    return dict(found.most_common())
+
+
+class Logits:
+    """An engine's graph as something that maps tokens to logits, for measuring its quality.
+
+    The generation pipeline gives no logits of a prompt, so the same graph is run by itself.
+    """
+
+    def __init__(self, engine: Path) -> None:
+        without_telemetry()
+        from optimum.intel import OVModelForCausalLM
+
+        self._model = OVModelForCausalLM.from_pretrained(
+            engine, device=DEVICE, ov_config=read_properties(engine)
+        )
+
+    def __call__(self, tokens: torch.Tensor) -> Any:
+        """Output with ``logits`` [batch, sequence, vocabulary]."""
+        import torch
+
+        return self._model(tokens, attention_mask=torch.ones_like(tokens))
+
+
+class Pipeline:
+    """An engine as it is deployed: OpenVINO GenAI's pipeline, on token ids."""
+
+    def __init__(self, engine: Path, threads: int | None = None) -> None:
+        without_telemetry()
+        import openvino_genai
+
+        options: Mapping[str, Any] = read_properties(engine)
+        if threads is not None:
+            options = {**options, "INFERENCE_NUM_THREADS": threads}
+        self._pipeline = openvino_genai.LLMPipeline(engine, DEVICE, **options)
+
+    def generate(self, tokens: torch.Tensor, new_tokens: int) -> tuple[list[list[int]], Timing]:
+        """Continues prompts [batch, sequence] greedily by exactly ``new_tokens`` tokens."""
+        import openvino
+        import openvino_genai
+
+        config = openvino_genai.GenerationConfig(
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            ignore_eos=True,
+            do_sample=False,
+            apply_chat_template=False,
+        )
+        ids = tokens.numpy()
+        inputs = openvino_genai.TokenizedInputs(
+            openvino.Tensor(ids), openvino.Tensor((ids >= 0).astype(ids.dtype))
+        )
+        began = time.perf_counter()
+        result = self._pipeline.generate(inputs, config)
+        total = time.perf_counter() - began
+        first = result.perf_metrics.get_ttft().mean / 1000
+        return [list(ids) for ids in result.tokens], Timing(first, total)

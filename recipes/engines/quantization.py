@@ -1,0 +1,115 @@
+"""ModelOpt's post-training quantisation of a Hugging Face folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import modelopt.torch.quantization as mtq
+import torch
+from modelopt.torch.export import export_hf_checkpoint
+from transformers import AutoModelForCausalLM
+
+from nemo_convert import cpu_backend
+from nemo_convert.hf import copy_side_files, load_causal_lm
+from recipes.core.errors import RecipeError
+from recipes.core.files import write_text_atomically
+from recipes.core.metrics import MetricsLog
+from recipes.data.token_windows import windows
+from recipes.engines.tensorrt_llm import QUANT_ALGOS, QUANTIZATION
+from recipes.evaluation.text_quality import TEACHER, score
+
+if TYPE_CHECKING:
+    from recipes.engines.settings import QuantizeConfig
+
+FORMATS = {
+    "fp8": mtq.FP8_DEFAULT_CFG,
+    "int8_sq": mtq.INT8_SMOOTHQUANT_CFG,
+    "int4_awq": mtq.INT4_AWQ_CFG,
+}
+
+
+def quantize_folder(
+    cfg: QuantizeConfig, folder: Path, data: Path, out: Path, log: MetricsLog
+) -> dict[str, Any]:
+    """Quantises a model and writes it to ``out`` with everything that belongs to it.
+
+    Args:
+        cfg: The stage's config.
+        folder: Hugging Face folder.
+        data: Artifact of ``prepare_data``.
+        out: Where to write.
+        log: Metrics file.
+
+    Returns:
+        ``quant_algo``, and ``quality`` before (``source``) and after on held-out windows.
+
+    Raises:
+        RecipeError: What was written is not quantised as asked for, or is not finite.
+    """
+    on_cpu = cpu_backend.enable("torch", "modelopt")
+    device = "cpu" if on_cpu else "cuda"
+    text = windows(data, "calibration", cfg.seq_length, cfg.num_windows).to(device)
+    # bfloat16, since that is what is served beside the quantised weights.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+
+    def calibrate(model: Any) -> None:
+        for start in range(0, len(text), cfg.micro_batch_size):
+            batch = text[start : start + cfg.micro_batch_size]
+            model(batch)
+            log.progress("calibrate", start + len(batch), len(text))
+
+    with torch.no_grad():
+        model = mtq.quantize(model, _settings(cfg), calibrate)
+    quality = _quality(cfg, folder, model, data, log)
+    with torch.no_grad():
+        export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out)
+    _complete_folder(folder, out)
+    return {"quant_algo": _require_algorithm(cfg, out), "quality": quality}
+
+
+def _settings(cfg: QuantizeConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = copy.deepcopy(FORMATS[cfg.format])
+    if cfg.kv_cache_dtype == "fp8":
+        settings["quant_cfg"].update(copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"]))
+    return settings
+
+
+def _quality(
+    cfg: QuantizeConfig, folder: Path, model: Any, data: Path, log: MetricsLog
+) -> dict[str, dict[str, float]]:
+    """Compares with the model itself, while quantisation is still simulated in its own types."""
+    device = next(model.parameters()).device
+    text = windows(data, "heldout", cfg.seq_length, cfg.num_eval_windows).to(device)
+    source = load_causal_lm(folder).to(device)
+    scores = score({TEACHER: source, "quantized": model}, text, 1, log)
+    found = {
+        "source": scores[TEACHER].summary(),
+        "quantized": scores["quantized"].summary(),
+    }
+    if not found["quantized"]["loss"] < float("inf"):  # also catches NaN
+        raise RecipeError(
+            f"the model quantised as {cfg.format} gives a loss of {found['quantized']['loss']}.",
+            "use another format",
+        )
+    return found
+
+
+def _complete_folder(folder: Path, out: Path) -> None:
+    """Adds what ModelOpt leaves out: tokenizer, templates, card. Its config is kept."""
+    config = (out / "config.json").read_text(encoding="utf-8")
+    copy_side_files(folder, out)
+    write_text_atomically(out / "config.json", config)
+
+
+def _require_algorithm(cfg: QuantizeConfig, out: Path) -> str:
+    """The algorithm that the folder declares, which must be the one that was asked for."""
+    declared = json.loads((out / QUANTIZATION).read_text(encoding="utf-8"))["quantization"]
+    found: str = declared["quant_algo"]
+    if found != QUANT_ALGOS[cfg.format]:
+        raise RecipeError(
+            f"ModelOpt wrote {found} instead of {QUANT_ALGOS[cfg.format]} for format={cfg.format}."
+        )
+    return found

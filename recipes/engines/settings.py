@@ -1,0 +1,64 @@
+"""Settings of ``build_engine``, ``quantize`` and ``benchmark``. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from recipes.core.stage import StageConfig
+
+
+@dataclass
+class BenchmarkConfig(StageConfig):
+    """Settings of ``benchmark``."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 4])
+    prompt_tokens: list[int] = field(default_factory=lambda: [128])
+    new_tokens: int = 32
+    repetitions: int = 3
+    """Measured runs of every batch size and prompt length, after one that warms up."""
+    baseline: bool = True
+    """Whether transformers (eager, float32, on the CPU) is measured beside the engines."""
+    threads: int | None = None
+    """CPU threads of each model; by default those that the launcher gives to a process."""
+
+
+@dataclass
+class BuildEngineConfig(StageConfig):
+    """Settings of ``build_engine``."""
+
+    backend: str = "openvino"
+    """``openvino``, ``tensorrt_llm`` or ``tensorrt_llm_pytorch``."""
+    precision: str = "fp32"
+    """Of weights. ``int8`` and ``int4`` are compressed here; ``fp8``, ``int8_sq`` and ``int4_awq``
+    come from a checkpoint that ``quantize`` made."""
+    group_size: int = 64
+    """Weights that share a scale, for OpenVINO's ``int4``."""
+    kv_cache_dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    max_batch_size: int = 8
+    """This and the lengths below are TensorRT-LLM's; an engine of OpenVINO takes any."""
+    max_input_len: int | None = None
+    """Longest prompt; by default what ``max_seq_len`` leaves for one new token."""
+    max_seq_len: int | None = None
+    """Longest prompt with what is generated; by default all of the model's positions."""
+    max_num_tokens: int = 8192
+    """Tokens of all requests that one step works on."""
+    seq_length: int = 256
+    num_windows: int = 8
+    """Held-out windows of ``seq_length`` tokens on which quality is measured."""
+
+
+@dataclass
+class QuantizeConfig(StageConfig):
+    """Settings of ``quantize``."""
+
+    format: str = "fp8"
+    """``fp8`` (weights and activations), ``int8_sq`` (SmoothQuant), ``int4_awq`` (weights)."""
+    kv_cache_dtype: str = "auto"
+    """``fp8`` also calibrates scales of the KV cache."""
+    seq_length: int = 256
+    num_windows: int = 128
+    """Calibration windows of ``seq_length`` tokens; fewer if the part is shorter."""
+    num_eval_windows: int = 8
+    """Held-out windows on which quality is compared."""
+    micro_batch_size: int = field(default=4, metadata={"resource": True})

@@ -1,0 +1,287 @@
+"""TensorRT-LLM, called by subprocess in NVIDIA's image: what it accepts, and how it is called.
+
+It cannot share an environment with the pinned stack (it wants other versions of torch, transformers
+and ModelOpt), and the package of this name on PyPI is a placeholder. Nothing here imports it.
+Release 1.2 is the last line that builds engines; 1.3 removed ``trtllm-build`` and the backend.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_convert.architecture import Architecture
+from recipes.core.errors import RecipeError
+from recipes.core.files import link_or_copy, write_text_atomically
+from recipes.engines import trtllm_build_worker
+from recipes.planning import rules
+from recipes.planning.problems import Problem
+
+if TYPE_CHECKING:
+    from recipes.engines.settings import BuildEngineConfig
+
+VERSION = "1.2.0"
+IMAGE = f"nvcr.io/nvidia/tensorrt-llm/release:{VERSION}"
+ENGINE_BACKEND_GONE = (1, 3)
+
+DTYPES = {"fp16": "float16"}
+"""Of activations, and of weights that are not quantised; bfloat16 for any other precision. Left to
+itself, TensorRT-LLM would turn float32 into float16."""
+QUANT_ALGOS = {
+    "int8": "W8A16",
+    "int4": "W4A16",
+    "fp8": "FP8",
+    "int8_sq": "W8A8_SQ_PER_CHANNEL",
+    "int4_awq": "W4A16_AWQ",
+}
+"""TensorRT-LLM's names; ``hf_quant_config.json`` of a quantised checkpoint uses the same."""
+CALIBRATED = ("fp8", "int8_sq", "int4_awq")
+"""Made by ``quantize``; the others are rounded when the engine is built."""
+ENGINE_PRECISIONS = ("bf16", "fp16", *QUANT_ALGOS)
+PYTORCH_PRECISIONS = ("bf16", "fp8", "int4_awq")
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
+KV_CACHE_ALGOS = {"fp8": "FP8", "int8": "INT8"}
+
+HEAD_SIZES = (32, 48, 64, 80, 96, 104, 112, 128, 144, 160, 192, 224, 256)
+"""What the masked multi-head attention kernels are compiled for."""
+ALIGNMENT = {"int8": 64, "int4": 64, "int8_sq": 64, "int4_awq": 128, "fp8": 16}
+"""Rows and columns that a rank's quantised matrices must be a multiple of."""
+SETTINGS = "engine.json"
+LLM_OPTIONS = "llm_options.yaml"
+QUANTIZATION = "hf_quant_config.json"
+
+
+def problems(cfg: BuildEngineConfig, arch: Architecture) -> Iterator[Problem]:
+    """Shapes and settings that the builder or its kernels would refuse."""
+    if cfg.kv_cache_dtype == "int8" and cfg.backend == "tensorrt_llm_pytorch":
+        yield Problem(rules.KV_CACHE, "the PyTorch backend has no int8 KV cache", "use auto or fp8")
+    if cfg.backend == "tensorrt_llm" and arch.kv_channels not in HEAD_SIZES:
+        yield Problem(
+            rules.HEAD_SIZE,
+            f"TensorRT-LLM has no attention kernel for a head size of {arch.kv_channels}",
+            f"use backend=tensorrt_llm_pytorch; engines take {', '.join(map(str, HEAD_SIZES))}",
+        )
+    tensor = cfg.tensor_parallel_size
+    if tensor < 1:
+        return  # said already
+    yield from _parallel_problems(tensor, arch)
+    align = ALIGNMENT.get(cfg.precision, 1)
+    sizes = {
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size // tensor,
+        "attention width": arch.num_attention_heads * arch.kv_channels // tensor,
+    }
+    for name, size in sizes.items():
+        if size % align:
+            yield Problem(
+                rules.ALIGNMENT,
+                f"{name} of {size} on a rank is not a multiple of {align}, which the kernels of "
+                f"precision={cfg.precision} need",
+                f"prune to a multiple of {align * tensor}, or use precision=bf16",
+            )
+
+
+def _parallel_problems(tensor: int, arch: Architecture) -> Iterator[Problem]:
+    for name in ("num_attention_heads", "ffn_hidden_size"):
+        if getattr(arch, name) % tensor:
+            yield Problem(
+                rules.TENSOR_PARALLEL,
+                f"{name}={getattr(arch, name)} is not divisible by tensor_parallel_size={tensor}",
+                "lower tensor_parallel_size",
+            )
+    groups = arch.num_query_groups
+    if groups % tensor and tensor % groups:
+        yield Problem(
+            rules.TENSOR_PARALLEL,
+            f"{groups} query groups can be neither split nor repeated over {tensor} ranks",
+            f"use a tensor_parallel_size that divides {groups} or is a multiple of it",
+        )
+
+
+def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError | None:
+    """What this machine lacks, or ``None``.
+
+    Args:
+        backend: ``tensorrt_llm`` or ``tensorrt_llm_pytorch``.
+        version: Of the installed TensorRT-LLM, if any.
+        gpu: Whether there is a GPU.
+    """
+    missing = [] if gpu else ["an NVIDIA GPU"]
+    if version is None:
+        missing.append("TensorRT-LLM (PyPI's package of that name is only a placeholder)")
+    if missing:
+        return RecipeError(
+            f"backend={backend} needs {' and '.join(missing)}, which this machine has not.",
+            f"run this stage on a GPU in {IMAGE}, or set engine=openvino for a CPU",
+        )
+    release = tuple(int(part) for part in str(version).split(".")[:2])
+    if backend == "tensorrt_llm" and release >= ENGINE_BACKEND_GONE:
+        return RecipeError(
+            f"TensorRT-LLM {version} no longer builds engines; 1.2 is the last line that does.",
+            f"run this stage in {IMAGE}, or set backend=tensorrt_llm_pytorch",
+        )
+    return None
+
+
+def require(backend: str) -> None:
+    """Raises ``RecipeError`` unless this machine can run the backend."""
+    problem = machine_problem(backend, installed_version(), has_gpu())
+    if problem:
+        raise problem
+
+
+def installed_version() -> str | None:
+    """Version of TensorRT-LLM in this environment, without importing it, which takes a minute."""
+    try:
+        return importlib.metadata.version("tensorrt_llm")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def has_gpu() -> bool:
+    """Whether the driver lists a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return listed.returncode == 0 and "GPU" in listed.stdout
+
+
+def require_quantization(folder: Path, precision: str) -> None:
+    """Raises ``RecipeError`` unless a checkpoint is quantised as ``precision`` wants it, or not."""
+    file = folder / QUANTIZATION
+    found = None
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))["quantization"]["quant_algo"]
+    wanted = QUANT_ALGOS[precision] if precision in CALIBRATED else None
+    if found != wanted:
+        raise RecipeError(
+            f"precision={precision} needs a checkpoint quantised as {wanted or 'nothing'}; "
+            f"{folder} is quantised as {found or 'nothing'}.",
+            "point inputs.checkpoint at a quantize stage of that format"
+            if wanted
+            else "point inputs.checkpoint at the stage before quantize, or set its precision",
+        )
+
+
+def build_request(
+    cfg: BuildEngineConfig, folder: Path, out: Path, positions: int
+) -> dict[str, Any]:
+    """Keywords for the LLM API, which converts, builds and saves in one go.
+
+    The conversion scripts of TensorRT-LLM's examples are in no package; its LLM class is, and it
+    knows ModelOpt's checkpoints.
+    """
+    longest = cfg.max_seq_len or positions
+    quantization: dict[str, Any] = {}
+    if cfg.precision in QUANT_ALGOS:
+        quantization["quant_algo"] = QUANT_ALGOS[cfg.precision]
+    if cfg.kv_cache_dtype != "auto":
+        quantization["kv_cache_quant_algo"] = KV_CACHE_ALGOS[cfg.kv_cache_dtype]
+    return {
+        "engine_dir": str(out),
+        "llm": {
+            "model": str(folder),
+            "dtype": DTYPES.get(cfg.precision, "bfloat16"),
+            "tensor_parallel_size": cfg.tensor_parallel_size,
+        },
+        "build_config": {
+            "max_batch_size": cfg.max_batch_size,
+            "max_input_len": cfg.max_input_len or longest - 1,
+            "max_seq_len": longest,
+            "max_num_tokens": cfg.max_num_tokens,
+        },
+        "plugin_config": {
+            "multiple_profiles": True,
+            "use_paged_context_fmha": True,
+            **({"use_fp8_context_fmha": True} if cfg.precision == "fp8" else {}),
+        },
+        "quant_config": quantization,
+    }
+
+
+def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
+    """Builds a TensorRT engine, one file a rank, in a process of its own.
+
+    Raises:
+        RecipeError: The checkpoint, the build, or the engine is not as asked for.
+    """
+    require_quantization(folder, cfg.precision)
+    request = build_request(cfg, folder, out, _positions(folder))
+    file = out.parent / "tensorrt_llm_request.json"
+    write_text_atomically(file, json.dumps(request, indent=1))
+    command = [sys.executable, "-m", trtllm_build_worker.__name__, str(file)]
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        raise RecipeError(
+            f"TensorRT-LLM ended with status {done.returncode}; what it said is in the stage's log."
+        )
+    require_engine(out, request)
+    _write_settings(cfg, out)
+
+
+def require_engine(engine: Path, request: dict[str, Any]) -> None:
+    """Raises ``RecipeError`` unless the engine is what was asked for, quantisation above all."""
+    config = json.loads((engine / "config.json").read_text(encoding="utf-8"))
+    pretrained, built = config["pretrained_config"], config["build_config"]
+    wanted = {
+        "quant_algo": request["quant_config"].get("quant_algo"),
+        "max_batch_size": request["build_config"]["max_batch_size"],
+        "max_seq_len": request["build_config"]["max_seq_len"],
+        "tp_size": request["llm"]["tensor_parallel_size"],
+    }
+    found = {
+        "quant_algo": pretrained["quantization"]["quant_algo"],
+        "max_batch_size": built["max_batch_size"],
+        "max_seq_len": built["max_seq_len"],
+        "tp_size": pretrained["mapping"]["tp_size"],
+    }
+    wrong = [f"{k}={found[k]} instead of {wanted[k]}" for k in wanted if found[k] != wanted[k]]
+    ranks = len(list(engine.glob("rank*.engine")))
+    if ranks != wanted["tp_size"]:
+        wrong.append(f"{ranks} rank*.engine files instead of {wanted['tp_size']}")
+    if wrong:
+        raise RecipeError(f"the engine is not as asked for: {', '.join(wrong)}.")
+
+
+def prepare_pytorch(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
+    """The PyTorch backend runs the checkpoint itself: the artifact is the folder and its options.
+
+    Files are linked where the file system allows it, since nothing edits an artifact.
+    """
+    require_quantization(folder, cfg.precision)
+    shutil.copytree(folder, out, dirs_exist_ok=True, copy_function=link_or_copy)
+    write_text_atomically(out / LLM_OPTIONS, llm_options(cfg, _positions(folder)))
+    _write_settings(cfg, out)
+
+
+def llm_options(cfg: BuildEngineConfig, positions: int) -> str:
+    """The file for ``--extra_llm_api_options``; JSON, which is YAML too."""
+    options: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "max_batch_size": cfg.max_batch_size,
+        "max_seq_len": cfg.max_seq_len or positions,
+        "max_num_tokens": cfg.max_num_tokens,
+        "kv_cache_config": {"dtype": cfg.kv_cache_dtype},
+    }
+    return json.dumps(options, indent=1) + "\n"
+
+
+def _positions(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(config["max_position_embeddings"])
+
+
+def _write_settings(cfg: BuildEngineConfig, out: Path) -> None:
+    settings = {
+        "backend": cfg.backend,
+        "precision": cfg.precision,
+        "tensor_parallel_size": cfg.tensor_parallel_size,
+        "version": installed_version(),
+    }
+    write_text_atomically(out / SETTINGS, json.dumps(settings, indent=1) + "\n")

@@ -1,0 +1,48 @@
+"""What one generation took, and what several of them say together. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from recipes.planning.roofline import RequestShape
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a batch of requests that start together and end together."""
+
+    first_seconds: float
+    """To the first new token."""
+    total_seconds: float
+    """To the last one."""
+
+    def decode_rate(self, shape: RequestShape) -> float:
+        """New tokens a second after the first, of the whole batch."""
+        tokens = shape.batch_size * (shape.new_tokens - 1)
+        return tokens / (self.total_seconds - self.first_seconds)
+
+    def throughput(self, shape: RequestShape) -> float:
+        """Tokens a second from beginning to end, read and written, of the whole batch."""
+        tokens = shape.batch_size * (shape.prompt_tokens + shape.new_tokens)
+        return tokens / self.total_seconds
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    found = sorted(values)
+    return {"median": median(found), "low": found[0], "high": found[-1]}
+
+
+def summary(timings: list[Timing], shape: RequestShape) -> dict[str, Any]:
+    """The figures of one cell of the grid, over its repetitions."""
+    return {
+        "batch_size": shape.batch_size,
+        "prompt_tokens": shape.prompt_tokens,
+        "new_tokens": shape.new_tokens,
+        "time_to_first_token_ms": spread(1000 * t.first_seconds for t in timings),
+        "decode_tokens_per_second": spread(t.decode_rate(shape) for t in timings),
+        "throughput_tokens_per_second": spread(t.throughput(shape) for t in timings),
+    }

@@ -1,0 +1,1 @@
+"""Quality of models: on text against a teacher, and on benchmarks."""

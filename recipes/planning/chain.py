@@ -1,0 +1,103 @@
+"""What a stage's ``check`` sees: the whole chain before anything runs. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from nemo_convert.architecture import Architecture
+from nemo_convert.hf_config import read_architecture
+from recipes.core.manifest import read_manifest
+from recipes.core.stage import StageConfig
+from recipes.planning import rules
+from recipes.planning.hardware import Hardware
+from recipes.planning.problems import Problem
+from recipes.planning.published_configs import read_config_or_published
+from recipes.planning.targets import Targets, pruned
+from recipes.planning.workload import Workload
+
+
+@runtime_checkable
+class Prunes(Protocol):
+    """The config of a stage that makes a model smaller."""
+
+    def targets(self) -> Targets:
+        """What the model is pruned to."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The whole chain, as far as it is known before anything runs."""
+
+    hf_path: str
+    teacher: Architecture
+    stages: Mapping[str, StageConfig]
+    hardware: Hardware = field(default_factory=Hardware)
+    """What the stages run on."""
+    run_dir: Path | None = None
+    """Where results of this chain are, if it has run before."""
+    time_limit: str | None = None
+    """What a job may take, as Slurm writes it; none by default."""
+    from_published_config: bool = False
+    """The teacher's shape is the one bundled here, since its config.json is out of reach."""
+    workloads: Mapping[str, Workload] = field(default_factory=dict)
+    """Every training, and every pass of a teacher over its text, by stage; known once all checks
+    have passed."""
+
+    def shape_of(self, stage: str | None) -> Architecture:
+        """Shape of the model that a stage makes: the teacher's, unless it prunes.
+
+        Of another run's stage it is in the manifest.
+        """
+        config = self.stages.get(stage or "")
+        if config is None and stage and Path(stage).is_dir():
+            manifest = read_manifest(Path(stage))
+            if manifest is not None and manifest.architecture is not None:
+                return Architecture(**manifest.architecture)
+        return (
+            pruned(self.teacher, config.targets()) if isinstance(config, Prunes) else self.teacher
+        )
+
+    def pruned_by(self, config: StageConfig) -> str | None:
+        """The stage that pruned the model which a later stage gets; ``None`` for the teacher."""
+        before: StageConfig | None = config
+        while before is not None:
+            name = before.inputs.get("checkpoint") or before.inputs.get("student")
+            before = self.stages.get(name or "")
+            if isinstance(before, Prunes):
+                return name
+        return None
+
+
+def window_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
+    """Checks a window's length against the teacher's positions."""
+    limit = chain.teacher.max_position_embeddings
+    if not 1 <= seq_length <= limit:
+        yield Problem(
+            rules.SEQ_LENGTH,
+            f"seq_length={seq_length} is not between 1 and the teacher's {limit} positions",
+            f"set data.seq_length to at most {limit}",
+        )
+
+
+def one_rank_problems(config: StageConfig, reason: str) -> Iterator[Problem]:
+    """Refuses more than one process for a stage that has work for one."""
+    if config.resources.nodes * config.resources.devices != 1:
+        yield Problem(
+            rules.ONE_RANK,
+            f"{config.stage} runs on one rank: {reason}",
+            "set its resources.devices and resources.nodes to 1",
+        )
+
+
+def read_chain(hf_path: str, stages: Mapping[str, StageConfig]) -> Chain:
+    """Reads the teacher's shape from its ``config.json``.
+
+    Raises:
+        RecipeError: There is no usable teacher.
+    """
+    config, published = read_config_or_published(hf_path)
+    shape = read_architecture(config, hf_path)
+    return Chain(hf_path, shape, stages, from_published_config=published)

@@ -1,0 +1,276 @@
+"""What a training needs and costs, in closed form: memory of a rank, time of a step, money.
+
+Pure arithmetic on shapes, a layout and a hardware profile. Sources of the formulas:
+
+- FLOPs: 2 per weight and token forward, 4 backward (Kaplan et al., arXiv:2001.08361), and the
+  attention scores, which are causal: half of 4·s·heads·channels a layer and token.
+- Activations: what Megatron keeps of a layer (Korthikanti et al., arXiv:2205.05198), written out
+  for gated feed-forward layers, RMSNorm and attention that never holds its scores.
+- Optimizer: Adam with float32 main weights; 12 bytes a parameter, split over the replicas by
+  Megatron's distributed optimizer (``megatron/core/optimizer/distrib_optimizer.py``).
+- Communication of tensor parallelism: two all-reduces a layer forward, two backward, or the same
+  as all-gather and reduce-scatter under sequence parallelism (arXiv:2205.05198, section 4.2.2).
+- Pipeline: (p - 1) / m of a step is idle at m micro batches (arXiv:2104.04473, section 2.2.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from nemo_convert.architecture import Architecture
+from nemo_convert.pipeline import pipeline_split
+from recipes.planning.hardware import Hardware
+from recipes.planning.workload import Layout, Workload
+
+CHUNK_BYTES = 512 << 20
+"""A float32 buffer of the loss on a GPU; see ``kd_loss``."""
+CHUNK_BUFFERS = 4
+FRAGMENTATION = 1.05
+"""Memory that an allocator holds for what is used; an assumption."""
+OPTIMIZER_TRAFFIC = 30
+"""Bytes that an Adam step reads and writes for a parameter."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest rank."""
+
+    weights: float = 0
+    gradients: float = 0
+    optimizer: float = 0
+    teacher: float = 0
+    activations: float = 0
+    logits: float = 0
+    reserved: float = 0
+
+    @property
+    def total(self) -> float:
+        """All of it, as an allocator holds it."""
+        every = sum(_values(self))
+        return (every - self.reserved) * FRAGMENTATION + self.reserved
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one optimizer step, by what they are spent on."""
+
+    compute: float
+    bubble: float
+    tensor_communication: float
+    expert_communication: float
+    gradient_communication: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """All of them, one after the other: nothing is taken to overlap."""
+        return sum(_values(self))
+
+
+def _values(record: Memory | Step) -> list[float]:
+    return [getattr(record, part.name) for part in fields(record)]
+
+
+def expert_parameters(arch: Architecture) -> int:
+    """Parameters of all experts, which expert parallelism splits."""
+    expert = 3 * arch.hidden_size * arch.moe_ffn_hidden_size
+    return arch.num_layers * arch.num_moe_experts * expert
+
+
+def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> tuple[float, float]:
+    """Parameters of a rank of a pipeline stage: those on every replica, and its experts.
+
+    Tied embeddings are on the first and on the last stage, as Megatron has them.
+    """
+    table = arch.vocab_size * arch.hidden_size
+    experts = expert_parameters(arch)
+    layers = arch.parameters() - experts - table * (1 if arch.tied_embeddings else 2)
+    first, last = stage == 0, stage == layout.pipeline - 1
+    tables = first + last - (first and last and arch.tied_embeddings)
+    share = _stage_layers(arch, layout, stage) / arch.num_layers
+    dense = (layers * share + table * tables) / layout.tensor
+    return dense, experts * share / (layout.tensor * layout.expert)
+
+
+def _stage_layers(arch: Architecture, layout: Layout, stage: int) -> int:
+    return pipeline_split(arch.num_layers, layout.pipeline)[stage]
+
+
+def activation_bytes(arch: Architecture, layout: Layout, tokens: float) -> float:
+    """Bytes that a layer's forward pass keeps of so many tokens for the backward pass, in bf16.
+
+    Kept are inputs and outputs of both norms, queries, keys, values and the attention's output,
+    both halves of the first feed-forward product and their gated product. The first four are whole
+    on every tensor-parallel rank unless the sequence is split too.
+    """
+    whole = 4 * arch.hidden_size
+    heads = 2 * (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
+    width = arch.ffn_hidden_size
+    if arch.num_moe_experts:
+        width = arch.moe_router_topk * arch.moe_ffn_hidden_size
+        width += arch.moe_shared_expert_intermediate_size
+        whole += arch.moe_router_topk * arch.hidden_size  # tokens as the experts get them
+    split = layout.tensor if layout.sequence_parallel else 1
+    return 2 * tokens * (whole / split + (heads + 3 * width) / layout.tensor)
+
+
+def memory(job: Workload, hardware: Hardware) -> Memory:
+    """Memory of the fullest rank of any pipeline stage."""
+    stages = range(job.layout.pipeline)
+    return max((_stage_memory(job, hardware, s) for s in stages), key=lambda m: m.total)
+
+
+def _stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
+    layout = job.layout
+    size = 2 if job.bf16 else 4
+    parts = {"reserved": hardware.reserved_bytes}
+    tokens = layout.micro_batch_size * job.seq_length / layout.context
+    if job.trained is not None:
+        dense, experts = rank_parameters(job.trained, layout, stage)
+        shards = layout.data * layout.context if hardware.on_gpu else 1
+        expert_shards = max(1, shards // layout.expert)
+        states = 12 if job.bf16 else 8  # main weights in float32 and two moments, or the moments
+        parts |= {
+            "weights": size * (dense + experts),
+            "gradients": (job.gradient_bytes if job.bf16 else 4) * (dense + experts),
+            "optimizer": states * (dense / shards + experts / expert_shards),
+            "activations": _held_activations(job.trained, job, stage, tokens) * size / 2,
+        }
+    if job.teacher is not None:
+        parts["teacher"] = size * sum(rank_parameters(job.teacher, layout, stage))
+        if job.trained is None:
+            parts["activations"] = size / 2 * activation_bytes(job.teacher, layout, tokens)
+    if stage == layout.pipeline - 1:
+        parts["logits"] = _logits_bytes(job, hardware, tokens)
+    return Memory(**parts)
+
+
+def _held_activations(arch: Architecture, job: Workload, stage: int, tokens: float) -> float:
+    """Of all micro batches that a stage has begun and not finished (1F1B)."""
+    layout = job.layout
+    layer = activation_bytes(arch, layout, tokens)
+    layers = _stage_layers(arch, layout, stage)
+    begun = min(layout.pipeline - stage, job.micro_batches)
+    if layout.recompute == "full":
+        split = layout.tensor if layout.sequence_parallel else 1
+        inputs = 2 * tokens * arch.hidden_size / split
+        return begun * layers * inputs + layer
+    return begun * layers * layer
+
+
+def _logits_bytes(job: Workload, hardware: Hardware, tokens: float) -> float:
+    """Logits of both models and a gradient for each term of the loss, and the loss's buffers."""
+    shape = job.trained or job.teacher
+    assert shape is not None
+    tensors = (job.trained is not None) * (1 + job.terms) + (job.teacher is not None)
+    one = tokens * shape.vocab_size / job.layout.tensor
+    buffers = CHUNK_BUFFERS * min(CHUNK_BYTES, 4 * one) if hardware.on_gpu else 0
+    return tensors * one * (2 if job.bf16 else 4) + buffers
+
+
+def forward_flops(arch: Architecture, seq_length: int) -> float:
+    """FLOPs of a token's forward pass in a window of so many tokens."""
+    channels = arch.num_attention_heads * arch.kv_channels
+    scores = 2 * seq_length * channels * arch.num_layers
+    return arch.forward_flops_per_token() + scores
+
+
+def flops_per_token(job: Workload) -> float:
+    """FLOPs of a token: student forward and backward, what is recomputed, teacher forward."""
+    total = 0.0
+    if job.trained is not None:
+        passes = 4 if job.layout.recompute == "full" else 3
+        total += passes * forward_flops(job.trained, job.seq_length)
+    if job.teacher is not None:
+        total += forward_flops(job.teacher, job.seq_length)
+    return total
+
+
+def step_seconds(job: Workload, hardware: Hardware) -> Step:
+    """Time of an optimizer step."""
+    layout = job.layout
+    tokens = job.global_batch_size * job.seq_length
+    rate = hardware.flops_of_rank(layout.devices) * hardware.utilisation
+    compute = flops_per_token(job) * tokens / (layout.ranks * rate)
+    passed = tokens / (layout.data * layout.context)  # tokens that go through each stage's ranks
+    gradients, optimizer = _update_seconds(job, hardware)
+    link = hardware.link_bytes_per_second
+    spread = (layout.expert - 1) / layout.expert
+    return Step(
+        compute=compute,
+        bubble=compute * (layout.pipeline - 1) / max(1, job.micro_batches),
+        tensor_communication=passed * _all_reduced(job) / link,
+        expert_communication=passed * _dispatched(job) * spread / link,
+        gradient_communication=gradients,
+        optimizer=optimizer,
+    )
+
+
+def _passes(job: Workload) -> list[tuple[Architecture, int]]:
+    """Models and how often a token goes through them: forward, backward and again forward."""
+    trained = 3 if job.layout.recompute == "full" else 2
+    found = [(job.trained, trained), (job.teacher, 1)]
+    return [(arch, passes) for arch, passes in found if arch is not None]
+
+
+def _all_reduced(job: Workload) -> float:
+    """Bytes that a rank sends for a token because of tensor parallelism."""
+    tensor, size = job.layout.tensor, 2 if job.bf16 else 4
+    ring = 2 * (tensor - 1) / tensor
+    layers = sum(2 * p * a.num_layers * a.hidden_size for a, p in _passes(job))
+    return layers / job.layout.pipeline * size * ring
+
+
+def _dispatched(job: Workload) -> float:
+    """Bytes that a rank sends for a token because of expert parallelism: there and back."""
+    size = 2 if job.bf16 else 4
+    return sum(
+        2 * p * a.num_layers * a.moe_router_topk * a.hidden_size * size for a, p in _passes(job)
+    ) / (job.layout.pipeline * job.layout.tensor)
+
+
+def _update_seconds(job: Workload, hardware: Hardware) -> tuple[float, float]:
+    """Seconds of a step for the replicas' gradients and weights, and for the optimizer."""
+    if job.trained is None:
+        return 0.0, 0.0
+    layout = job.layout
+    parameters = max(
+        sum(rank_parameters(job.trained, layout, stage)) for stage in range(layout.pipeline)
+    )
+    replicas = layout.data * layout.context
+    wire = (
+        hardware.link_bytes_per_second if layout.nodes == 1 else hardware.network_bytes_per_second
+    )
+    sent = parameters * (job.gradient_bytes + 2) * (replicas - 1) / replicas
+    shards = replicas if hardware.on_gpu else 1
+    return sent / wire, parameters * OPTIMIZER_TRAFFIC / shards / hardware.bytes_per_second
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A job on a hardware profile."""
+
+    memory: Memory
+    step: Step
+    tokens_per_second: float
+    hours: float
+    device_hours: float
+    dollars: float
+    flops: float
+    """Of the whole job."""
+
+
+def estimate(job: Workload, hardware: Hardware) -> Estimate:
+    """Memory, time and money of a job."""
+    step = step_seconds(job, hardware)
+    hours = job.steps * step.total / 3600
+    devices = job.layout.ranks if hardware.on_gpu else job.layout.nodes
+    return Estimate(
+        memory=memory(job, hardware),
+        step=step,
+        tokens_per_second=job.global_batch_size * job.seq_length / step.total,
+        hours=hours,
+        device_hours=hours * devices,
+        dollars=hours * devices * hardware.price_per_hour,
+        flops=flops_per_token(job) * job.tokens,
+    )

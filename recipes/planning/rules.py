@@ -1,0 +1,201 @@
+"""The rules of preflight: what each is called, how serious it is, why it exists, who was hit by it.
+
+The checks themselves are where the settings are, in each stage's ``check``; this table is what can
+be said of a rule without a recipe. ``python launch/run.py doctor rules`` prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from recipes.core.errors import RecipeError, did_you_mean
+
+ERROR, WARNING = "error", "warning"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule. Errors stop a run before anything starts, warnings are shown with the plan."""
+
+    name: str
+    reason: str
+    reference: str = ""
+    """Upstream issues, by repository, or a paper."""
+    severity: str = ERROR
+
+
+_MODELOPT, _BRIDGE, _NEMO = (
+    "NVIDIA/Model-Optimizer",
+    "NVIDIA-NeMo/Megatron-Bridge",
+    "NVIDIA-NeMo/Speech",
+)
+
+# Machine and stack
+STACK_VERSIONS = Rule(
+    "stack-versions",
+    "a version outside the tested set fails in the middle of a run, or changes a result",
+    f"{_BRIDGE}#1646, #5192; {_MODELOPT}#2257, #1637",
+)
+DISK = Rule("disk", "a full disk ends a training at its first checkpoint")
+MEMORY = Rule(
+    "memory",
+    "student, optimizer, teacher and both vocabularies' logits must fit one rank at once",
+    "pytorch/torchtune#2213",
+)
+TIME_LIMIT = Rule(
+    "time-limit",
+    "a job killed at its limit queues again for every part of the work",
+    severity=WARNING,
+)
+IMAGE = Rule("image", "a container that is not there fails every job of the chain")
+MOUNTS = Rule("mounts", "a path that is not mounted is not there for the stage")
+HARDWARE_PROFILE = Rule(
+    "hardware-profile",
+    "memory and time are estimated for the machine that was named, not for the one found",
+    severity=WARNING,
+)
+BUNDLED_CONFIG = Rule(
+    "bundled-config",
+    "shapes that came with this repository stand in for a config.json out of reach",
+    severity=WARNING,
+)
+
+# Model
+TIED_EMBEDDINGS = Rule(
+    "tied-embeddings",
+    "a config that disagrees with the weights on tying gives a model without a head",
+    f"{_NEMO}#12497, #12545; {_BRIDGE}#1420",
+)
+VOCABULARY = Rule(
+    "vocabulary",
+    "tensor parallelism splits the vocabulary, and padding it leaks into export and loss",
+    f"{_BRIDGE}#625, #1853; {_NEMO}#14870",
+)
+TOKENIZER = Rule(
+    "tokenizer",
+    "a loss on logits compares tokens by number: two vocabularies make it noise",
+    f"{_MODELOPT}#2489; pytorch/torchtune#2119",
+)
+
+# Data
+DATA_SOURCES = Rule("data-sources", "text that cannot be read is found out after the import")
+DATA_PARTS = Rule("data-parts", "every part of the text is needed, training included")
+SEQ_LENGTH = Rule(
+    "seq-length",
+    "positions beyond the teacher's were never trained, and windows must fit the text",
+)
+TOKENS = Rule("tokens", "less text than a batch cannot be trained on")
+EPOCHS = Rule(
+    "epochs",
+    "more tokens planned than there are repeats the text; past 4 epochs it teaches little",
+    "arXiv:2305.16264",
+    WARNING,
+)
+
+# Pruning
+PRUNE_TARGET = Rule(
+    "prune-target",
+    "ModelOpt silently skips an axis whose target is not among its choices",
+    f"{_MODELOPT}#2159",
+)
+LAYER_IMPORTANCE = Rule(
+    "layer-importance", "layers can only be chosen by a score that was measured"
+)
+CALIBRATION = Rule("calibration", "importance on padding or noise prunes at random")
+BUDGET = Rule("budget", "a search needs a budget that some shape fits")
+SEARCH = Rule("search", "a ranking or a tournament needs candidates, windows and steps")
+SLOW_SIZES = Rule(
+    "slow-sizes",
+    "a dimension that is no multiple of 16 on a rank runs on slow kernels, or not in FP8",
+    severity=WARNING,
+)
+ONE_RANK = Rule(
+    "one-rank",
+    "the stage has work for one process",
+    f"{_NEMO}#11531",
+)
+
+# Layout
+RANKS = Rule("ranks", "TP x PP x CP must divide the ranks")
+BATCH = Rule("batch", "a global batch is a whole number of micro batches on every replica")
+TENSOR_PARALLEL = Rule(
+    "tensor-parallel", "every rank holds the same share of heads, groups and columns"
+)
+PIPELINE_PARALLEL = Rule(
+    "pipeline-parallel", "every stage holds at least one layer", f"{_BRIDGE}#1727"
+)
+SEQUENCE_PARALLEL = Rule("sequence-parallel", "every rank holds the same share of a window")
+CONTEXT_PARALLEL = Rule(
+    "context-parallel", "each rank holds two chunks of a window, and TransformerEngine"
+)
+EXPERT_PARALLEL = Rule("expert-parallel", "experts are split over the replicas", f"{_BRIDGE}#1727")
+INTERLEAVED = Rule(
+    "interleaved",
+    "ModelOpt distils and prunes without an interleaved pipeline schedule",
+    f"{_NEMO}#11531",
+)
+RECOMPUTE = Rule("recompute", "layers that are recomputed show the loss no hidden states")
+
+# Training
+PRECISION = Rule("precision", "the optimizer's main weights depend on it")
+POSITIVE = Rule("positive", "a size, rate or interval of zero or less")
+WARMUP = Rule("warmup", "warming up for longer than training never reaches the learning rate")
+LOSS = Rule("loss", "terms and weights that do not make a loss")
+HIDDEN_PAIRS = Rule(
+    "hidden-pairs",
+    "the loss is on the last pipeline stage, so the layers it compares must be there",
+    f"{_NEMO}#13557",
+)
+CACHED_TEACHER = Rule(
+    "cached-teacher", "a cache holds few tokens, of one temperature and window length"
+)
+TOP_K = Rule("top-k", "a cache of the whole vocabulary is no cache")
+EVALUATE = Rule("evaluate", "nothing is measured")
+
+# Engines and benchmarks
+BACKEND = Rule("backend", "an engine is built by one of the known backends")
+FORMAT = Rule("format", "weights are stored in one of the formats that a backend reads")
+KV_CACHE = Rule("kv-cache", "each backend stores keys and values in few types")
+MAX_SEQ_LEN = Rule("max-seq-len", "an engine cannot serve positions that the model has not")
+MAX_INPUT_LEN = Rule(
+    "max-input-len", "a prompt as long as the engine's limit leaves no room for a token"
+)
+HEAD_SIZE = Rule("head-size", "attention kernels exist for few head sizes")
+ALIGNMENT = Rule("alignment", "a kernel of that precision does not exist for other sizes")
+GRID = Rule("grid", "a benchmark without batches, prompts or new tokens measures nothing")
+LENGTH = Rule("length", "prompt and new tokens must fit the model's positions")
+ENGINE_LIMITS = Rule("engine-limits", "an engine refuses more than it was built for")
+TASKS_HARNESS = Rule(
+    "tasks-harness", "benchmarks are lm-eval's, of the version whose items were checked"
+)
+TASKS_SOURCE = Rule("tasks-source", "items come from PyPI or from the hub")
+TASKS_NAMES = Rule(
+    "tasks-names", "a benchmark that is not known is found out after hours of training"
+)
+TASKS_LIMIT = Rule("tasks-limit", "differences need at least two items")
+TASKS_FEWSHOT = Rule("tasks-fewshot", "examples for a task that is not done do nothing")
+GATES = Rule("gates", "a gate that names nothing measured would stop the chain at its end")
+
+RULES = {rule.name: rule for rule in list(vars().values()) if isinstance(rule, Rule)}
+"""All of them, in the order above."""
+
+REFUSED_FIELDS = {
+    "virtual_pipeline_model_parallel_size": INTERLEAVED,
+}
+"""Fields that users of NeMo know and look for, and the rule that says why there are none."""
+
+
+def require_known(names: Iterable[str]) -> frozenset[str]:
+    """Checks names of rules, as in ``waive``.
+
+    Raises:
+        RecipeError: There is no such rule.
+    """
+    for name in names:
+        if name not in RULES:
+            raise RecipeError(
+                f"waive: there is no rule '{name}'.{did_you_mean(name, RULES)}",
+                "python launch/run.py doctor rules lists them",
+            )
+    return frozenset(names)

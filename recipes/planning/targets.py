@@ -1,0 +1,124 @@
+"""What a model is to be pruned to, and whether its axes can take that. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nemo_convert.architecture import Architecture
+
+DENSE_AXES = ("ffn_hidden_size",)
+EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")
+"""What can be pruned of the feed-forward layers."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What to prune to; ``None`` leaves an axis as it is. ``drop_layers`` counts from 1."""
+
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_moe_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    num_query_groups: int | None = None
+    drop_layers: tuple[int, ...] = ()
+
+    def width(self) -> dict[str, int]:
+        """The width axes that are set, by Megatron's names."""
+        heads = ("num_attention_heads", "num_query_groups")
+        axes = ("hidden_size", *heads, *DENSE_AXES, *EXPERT_AXES)
+        return {axis: value for axis in axes if (value := getattr(self, axis)) is not None}
+
+
+def pruned(teacher: Architecture, targets: Targets) -> Architecture:
+    """The student's shape. ``kv_channels`` stays the teacher's: heads go, their size does not.
+
+    Query groups go with their heads, unless the number of heads is a target, too.
+    """
+    layers = targets.num_layers
+    if targets.drop_layers:
+        layers = teacher.num_layers - len(targets.drop_layers)
+    width: dict[str, Any] = targets.width()
+    if targets.num_query_groups and not targets.num_attention_heads:
+        per_group = teacher.num_attention_heads // teacher.num_query_groups
+        width["num_attention_heads"] = per_group * targets.num_query_groups
+    return replace(teacher, num_layers=layers or teacher.num_layers, **width)
+
+
+def target_problems(
+    teacher: Architecture, targets: Targets, divisors: Mapping[str, int]
+) -> Iterable[tuple[str, str]]:
+    """Yields (what is wrong, how to fix it) for targets that the axes cannot take."""
+    if not targets.width() and targets.num_layers is None and not targets.drop_layers:
+        yield "no target is set", "set at least one target_* field or drop_layers"
+    wrong = DENSE_AXES if teacher.num_moe_experts else EXPERT_AXES
+    for axis, target in {**targets.width(), "num_layers": targets.num_layers}.items():
+        if axis in wrong:
+            kind, axes = ("experts", EXPERT_AXES) if axis in DENSE_AXES else ("dense", DENSE_AXES)
+            yield (
+                f"target_{axis}={target} is set, but the teacher's feed-forward layers are {kind}",
+                f"set {' or '.join(f'target_{a}' for a in axes)}",
+            )
+        elif target is not None:
+            yield from _axis_problems(axis, target, getattr(teacher, axis), divisors.get(axis, 1))
+    yield from _head_problems(teacher, targets)
+    if 0 < (targets.num_moe_experts or 0) < teacher.moe_router_topk:
+        yield (
+            f"target_num_moe_experts={targets.num_moe_experts} is less than the "
+            f"{teacher.moe_router_topk} that each token goes through",
+            f"use at least {teacher.moe_router_topk}",
+        )
+    yield from _drop_layer_problems(teacher, targets)
+
+
+def _axis_problems(axis: str, target: int, have: int, divisor: int) -> Iterable[tuple[str, str]]:
+    name = f"target_{axis}={target}"
+    if divisor < 1:
+        yield f"{axis}_divisor={divisor} is not positive", "use 1 or more"
+    elif target > have:
+        yield f"{name} is larger than the teacher's {have}", f"use at most {have}"
+    elif target < 1:
+        yield f"{name} is not positive", f"use 1 to {have}"
+    elif target != have and target % divisor:
+        low = target // divisor * divisor
+        choices = " or ".join(str(c) for c in (low, low + divisor) if 0 < c <= have)
+        yield (
+            f"{name} is not a multiple of {axis}_divisor={divisor}",
+            f"use {choices}, or a divisor of {target}" if choices else f"set a divisor of {target}",
+        )
+
+
+def _head_problems(teacher: Architecture, targets: Targets) -> Iterable[tuple[str, str]]:
+    """Every group that stays has as many heads as any other, and no more than it had."""
+    groups = targets.num_query_groups or teacher.num_query_groups
+    heads = targets.num_attention_heads
+    most = teacher.num_attention_heads // teacher.num_query_groups * groups
+    if heads is None or not 0 < heads <= teacher.num_attention_heads or groups < 1:
+        return
+    if heads % groups:
+        yield (
+            f"target_num_attention_heads={heads} is not a multiple of the {groups} query groups",
+            f"use a multiple of {groups}",
+        )
+    elif heads > most:
+        yield (
+            f"target_num_attention_heads={heads} is more than the {most} heads that the teacher "
+            f"has in {groups} query groups",
+            f"use at most {most}",
+        )
+
+
+def _drop_layer_problems(teacher: Architecture, targets: Targets) -> Iterable[tuple[str, str]]:
+    drop = targets.drop_layers
+    if drop and targets.num_layers is not None:
+        yield "drop_layers and target_num_layers are both set", "set one of them"
+    wrong = [layer for layer in drop if not 1 <= layer <= teacher.num_layers]
+    if wrong:
+        yield f"drop_layers has {wrong}", f"layers are numbered 1 to {teacher.num_layers}"
+    if len(set(drop)) != len(drop):
+        yield f"drop_layers={list(drop)} names a layer twice", "name each layer once"
+    if len(set(drop)) >= teacher.num_layers:
+        yield "drop_layers leaves no layer", "keep at least one layer"

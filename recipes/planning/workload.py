@@ -1,0 +1,77 @@
+"""One training or pass over text, and the layout that it runs on, as a planner sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nemo_convert.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a training's ranks are and what each of them holds."""
+
+    nodes: int = 1
+    devices: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    micro_batch_size: int = 1
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    """Of activations in the backward pass: ``none``, ``selective`` or ``full``."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes in all."""
+        return self.nodes * self.devices
+
+    @property
+    def data(self) -> int:
+        """Replicas of the model."""
+        return self.ranks // (self.tensor * self.pipeline * self.context)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training, or one pass of a teacher over text."""
+
+    name: str
+    trained: Architecture | None
+    """The model that learns; ``None`` where a teacher only reads."""
+    teacher: Architecture | None
+    """The model that runs beside it; ``None`` for a cached teacher, or none."""
+    layout: Layout
+    seq_length: int
+    global_batch_size: int
+    steps: int
+    bf16: bool = True
+    gradient_bytes: int = 4
+    terms: int = 1
+    """Terms of the loss on logits, each of which keeps a gradient as wide as the vocabulary."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are trained on or read."""
+        return self.steps * self.global_batch_size * self.seq_length
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro batches of a step on each replica."""
+        return self.global_batch_size // (self.layout.data * self.layout.micro_batch_size)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for a stage's config."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Workload:
+        """The job that ``as_dict`` made."""
+        shapes = {role: plain[role] and Architecture(**plain[role]) for role in ROLES}
+        return cls(**{**plain, **shapes, "layout": Layout(**plain["layout"])})
+
+
+ROLES = ("trained", "teacher")

@@ -1,0 +1,1 @@
+"""What of a model matters least, and cutting it away."""

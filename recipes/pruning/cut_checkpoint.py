@@ -1,0 +1,128 @@
+"""Cutting a NeMo checkpoint to a smaller shape, by scores made before (arXiv:2407.14679)."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_convert import cpu_backend, nemo
+from nemo_convert.architecture import Architecture
+from nemo_convert.convert import MergedWeights, hf_weights
+from nemo_convert.families import FAMILIES
+from nemo_convert.hf import copy_side_files
+from nemo_convert.hf_config import with_shape
+from nemo_convert.streaming import StreamedSave
+from recipes.core.errors import RecipeError
+from recipes.core.files import write_text_atomically
+from recipes.pruning.importance import Importance
+from recipes.pruning.kept import KeptIndices, cut, student_name
+
+
+def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]:
+    """Layers to keep, counted from 1.
+
+    Args:
+        importance: What was measured.
+        method: ``block_influence`` or ``loss``: the layers that score highest; ``block``: all but
+            the block of layers that is missed least; ``greedy``: all but those that are missed
+            least when left out one after the other.
+        count: Layers to keep.
+
+    Raises:
+        RecipeError: The scores lack what the method needs.
+    """
+    every = sorted(importance.layers["block_influence"])
+    drop = len(every) - count
+    if drop == 0:
+        return every
+    if method in ("block", "greedy"):
+        measured = (
+            drop in importance.blocks if method == "block" else drop <= len(importance.greedy)
+        )
+        setting = f"block_sizes=[{drop}]" if method == "block" else f"num_greedy_layers={drop}"
+    else:
+        measured, setting = method in importance.layers, "num_loss_samples=8"
+    if not measured:
+        raise RecipeError(
+            f"layer_importance={method}: the scores do not say which {drop} layers to drop.",
+            f"set stages.score.{setting}",
+        )
+    if method == "block":
+        starts = importance.blocks[drop]
+        first = min(starts, key=lambda start: starts[start])
+        dropped = set(range(first, first + drop))
+    elif method == "greedy":
+        dropped = set(importance.greedy[:drop])
+    else:
+        scores = importance.layers[method]
+        dropped = set(sorted(every, key=lambda layer: scores[layer])[:drop])
+    return [layer for layer in every if layer not in dropped]
+
+
+def prune_checkpoint(teacher: Path, student: Architecture, kept: KeptIndices, out: Path) -> None:
+    """Cuts ``teacher`` to what is kept, and writes the student to ``out``.
+
+    Raises:
+        RecipeError: A weight has not the shape that the student's config says, or is not known.
+    """
+    cpu_backend.enable()
+    nemo.initialize(nemo.Parallelism())
+    model = nemo.restore_model(teacher)
+    config = with_shape(nemo.read_config(teacher), student)
+    for megatron in student.hf_names():
+        setattr(model.config, megatron, getattr(student, megatron))
+        setattr(model.__io__.config, megatron, getattr(student, megatron))
+    core = nemo.build_core(model, nemo.Parallelism())
+    weights = CutWeights(cut_weights(teacher, kept, student.kv_channels))
+    source = MergedWeights(weights, student, FAMILIES[student.hf_architecture])
+    strategy = StreamedSave(source, nemo.leading_axes(student))
+    with tempfile.TemporaryDirectory() as temporary:
+        side = Path(temporary) / nemo.SIDE
+        copy_side_files(nemo.side_files(teacher), side)
+        write_text_atomically(side / "config.json", json.dumps(config, indent=2) + "\n")
+        nemo.save_checkpoint(out, model, core, side, rank=0, strategy=strategy)
+
+
+class CutWeights:
+    """The student's weights, looked at as those of a folder are.
+
+    Args:
+        weights: Tensors by their Hugging Face names.
+    """
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self._weights = weights
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor."""
+        return self._weights[name]
+
+    def require(self, name: str, shape: tuple[int, ...]) -> None:
+        """Compares a tensor with what the config says.
+
+        Raises:
+            RecipeError: It is not there, or has another shape.
+        """
+        found = tuple(self._weights[name].shape) if name in self._weights else None
+        if found != shape:
+            raise RecipeError(f"pruned weight {name} is {found} but the config says {shape}.")
+
+
+def cut_weights(teacher: Path, kept: KeptIndices, head_size: int) -> dict[str, torch.Tensor]:
+    """The student's weights under their Hugging Face names."""
+    return {
+        name: cut(source, weight, kept, head_size)
+        for source, weight in hf_weights(teacher)
+        if (name := student_name(source, kept)) is not None
+    }
+
+
+def summary(importance: Importance, method: str, kept: KeptIndices) -> dict[str, Any]:
+    """What the manifest says about layers."""
+    measure = method if method in importance.layers else "block_influence"
+    scores = importance.layers[measure]
+    return {"kept_layers": kept.layers, "layer_importance": scores, "layer_measure": measure}

@@ -1,0 +1,54 @@
+"""What was measured of a model's channels, heads and layers, as files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from recipes.core.files import read_json, write_text_atomically
+
+FILE, WIDTHS = "importance.json", "importance.safetensors"
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What was measured. Layers are counted from 1."""
+
+    teacher_loss: float
+    """Next-token loss of the whole model, in nats."""
+    layers: dict[str, dict[int, float]]
+    """``block_influence`` and, if measured, ``loss``: its change without the layer, in nats."""
+    blocks: dict[int, dict[int, float]] = field(default_factory=dict)
+    """Change of the loss without a block, by its size and first layer."""
+    greedy: list[int] = field(default_factory=list)
+    """Layers in the order in which they are missed least, those before being gone."""
+    widths: dict[str, Tensor] = field(default_factory=dict)
+    """Scores of ``hidden_size`` [hidden] and, as ``layers.{i}.AXIS``, of ``ffn_hidden_size`` [ffn]
+    and ``num_attention_heads`` [heads]."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the scores as data: layers as JSON, widths as tensors."""
+        save_file(self.widths, folder / WIDTHS)
+        plain = {name: value for name, value in vars(self).items() if name != "widths"}
+        write_text_atomically(folder / FILE, json.dumps(plain, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Importance:
+        """Reads what ``save`` wrote."""
+        found = read_json(folder / FILE)
+
+        def numbered(values: dict[str, Any]) -> dict[int, Any]:
+            return {int(number): value for number, value in values.items()}
+
+        return cls(
+            teacher_loss=found["teacher_loss"],
+            layers={method: numbered(scores) for method, scores in found["layers"].items()},
+            blocks={n: numbered(scores) for n, scores in numbered(found["blocks"]).items()},
+            greedy=found["greedy"],
+            widths=load_file(folder / WIDTHS),
+        )

@@ -1,0 +1,216 @@
+"""Which rows and columns pruning keeps, and cutting weights to them. Exact: values never change.
+
+ModelOpt prunes what it has just scored, in memory; its stored scores are a pickle for one pipeline
+size. Here what is kept is data: it can be looked at, checked against the parent's weights, and made
+again for another shape without a forward pass. It keeps whole query groups, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_convert.architecture import Architecture
+from recipes.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE = "kept.safetensors"
+HIDDEN, FFN = "hidden_size", "ffn_hidden_size"
+HEADS, GROUPS = "num_attention_heads", "num_query_groups"
+EXPERTS, EXPERT_FFN = "num_moe_experts", "moe_ffn_hidden_size"
+AXES: dict[str, tuple[str | None, ...]] = {
+    "embed_tokens.weight": (None, HIDDEN),
+    "lm_head.weight": (None, HIDDEN),
+    "norm.weight": (HIDDEN,),
+    "input_layernorm.weight": (HIDDEN,),
+    "post_attention_layernorm.weight": (HIDDEN,),
+    "q_proj.weight": (HEADS, HIDDEN),
+    "k_proj.weight": (GROUPS, HIDDEN),
+    "v_proj.weight": (GROUPS, HIDDEN),
+    "q_proj.bias": (HEADS,),
+    "k_proj.bias": (GROUPS,),
+    "v_proj.bias": (GROUPS,),
+    "q_norm.weight": (None,),
+    "k_norm.weight": (None,),
+    "o_proj.weight": (HIDDEN, HEADS),
+    "gate.weight": (EXPERTS, HIDDEN),
+    "gate_proj.weight": (FFN, HIDDEN),
+    "up_proj.weight": (FFN, HIDDEN),
+    "down_proj.weight": (HIDDEN, FFN),
+}
+"""What each dimension of a Hugging Face weight counts, by the end of its name; in an expert
+``ffn_hidden_size`` stands for ``moe_ffn_hidden_size``."""
+_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
+_LAYER_KEY = re.compile(r"layers\.(\d+)\.")
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class KeptIndices:
+    """What a student keeps of its teacher.
+
+    Attributes:
+        layers: Layers, counted from 1, in order.
+        rows: Indices, counted from 0, int64: ``hidden_size``, as ``layers.{i}.AXIS`` those of the
+            teacher's layer i, and as ``layers.{i}.experts.{e}.moe_ffn_hidden_size`` those of its
+            expert e. An axis that stays whole is not there.
+    """
+
+    layers: list[int]
+    rows: dict[str, Tensor]
+
+    def save(self, folder: Path) -> None:
+        """Writes everything as tensors."""
+        import torch
+        from safetensors.torch import save_file
+
+        layers = torch.tensor(self.layers, dtype=torch.int32)
+        rows = {name: rows.int() for name, rows in self.rows.items()}
+        save_file({"layers": layers, **rows}, folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> KeptIndices:
+        """Reads what ``save`` wrote."""
+        from safetensors.torch import load_file
+
+        found = load_file(folder / FILE)
+        layers: list[int] = found.pop("layers").tolist()
+        return cls(layers, {name: rows.long() for name, rows in found.items()})
+
+
+def choose(
+    scores: Mapping[str, Tensor], teacher: Architecture, student: Architecture, layers: list[int]
+) -> KeptIndices:
+    """Keeps the most important rows of every axis that the student has fewer of.
+
+    Rows stay in the teacher's order; of equal ones the first is kept.
+
+    Args:
+        scores: Importance of the teacher's widths, as ``Importance.widths`` has them.
+        teacher: Shape that was scored.
+        student: Shape to reach.
+        layers: Layers to keep, counted from 1.
+    """
+    ranked = order(scores, teacher).rows
+    rows = {}
+    for name, ranking in ranked.items():
+        layer, axis = _LAYER_KEY.match(name), name.rpartition(".")[2]
+        count = getattr(student, axis)
+        if (layer and int(layer[1]) not in layers) or count == getattr(teacher, axis):
+            continue
+        if axis == HEADS:
+            per_group = count // student.num_query_groups
+            grouped = ranking.view(teacher.num_query_groups, -1)
+            rows[name] = grouped[: student.num_query_groups, :per_group].flatten()
+        else:
+            rows[name] = ranking[:count]
+    return KeptIndices(sorted(layers), {name: row.sort().values for name, row in rows.items()})
+
+
+def order(scores: Mapping[str, Tensor], teacher: Architecture) -> KeptIndices:
+    """Everything, the most important rows first: pruned weights are then the first of them.
+
+    Heads stay in their groups, which are sorted, too.
+    """
+    layers = list(range(1, teacher.num_layers + 1))
+    rows = {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
+    for layer in layers:
+        name = f"layers.{layer}"
+        grouped = scores[f"{name}.{HEADS}"].view(teacher.num_query_groups, -1)
+        groups = grouped.square().sum(dim=1).argsort(descending=True, stable=True)
+        heads = grouped.argsort(dim=1, descending=True, stable=True)[groups]
+        rows[f"{name}.{GROUPS}"] = groups
+        rows[f"{name}.{HEADS}"] = (heads + groups[:, None] * grouped.shape[1]).flatten()
+    return KeptIndices(layers, rows)
+
+
+def axes_of(name: str) -> tuple[str | None, ...]:
+    """What the dimensions of a Hugging Face weight count.
+
+    Raises:
+        RecipeError: The name is not in the table.
+    """
+    end = ".".join(name.split(".")[-2:])
+    if end not in AXES:
+        raise RecipeError(f"weight {name} cannot be pruned: recipes/slicing.py has no row for it.")
+    return AXES[end]
+
+
+def student_name(name: str, kept: KeptIndices) -> str | None:
+    """A weight's name in the student; ``None`` if its layer or its expert is gone."""
+    match = _LAYER.search(name)
+    if not match:
+        return name
+    layer = int(match.group()) + 1
+    if layer not in kept.layers:
+        return None
+    expert, experts = _EXPERT.search(name), kept.rows.get(f"layers.{layer}.{EXPERTS}")
+    if expert and experts is not None:
+        left = experts.tolist()
+        if int(expert.group()) not in left:
+            return None
+        name = _EXPERT.sub(str(left.index(int(expert.group()))), name)
+    return _LAYER.sub(str(kept.layers.index(layer)), name)
+
+
+def cut(name: str, weight: Tensor, kept: KeptIndices, head_size: int) -> Tensor:
+    """A weight's kept rows and columns.
+
+    Args:
+        name: Its Hugging Face name in the teacher.
+        weight: The teacher's.
+        kept: What to keep.
+        head_size: Rows of one head.
+    """
+    match, expert = _LAYER.search(name), _EXPERT.search(name)
+    layer = f"layers.{int(match.group()) + 1}." if match else ""
+    for dim, axis in enumerate(axes_of(name)):
+        place = axis if axis == HIDDEN else f"{layer}{axis}"
+        if expert and axis == FFN:
+            place = f"{layer}experts.{expert.group()}.{EXPERT_FFN}"
+        rows = kept.rows.get(place)
+        if rows is not None:
+            rows = _spread(rows, head_size) if axis in (HEADS, GROUPS) else rows
+            weight = weight.index_select(dim, rows)
+    return weight
+
+
+def _spread(heads: Tensor, size: int) -> Tensor:
+    """Rows of whole heads."""
+    import torch
+
+    return (heads[:, None] * size + torch.arange(size)).flatten()
+
+
+def prefix(name: str, weight: Tensor, shape: Architecture, whole: Architecture) -> Tensor:
+    """The first rows and columns of a sorted weight: a view, but for heads that leave a group.
+
+    Args:
+        name: Hugging Face name.
+        weight: Sorted as ``order`` says.
+        shape: Shape to cut to.
+        whole: Shape of what was sorted.
+    """
+    size = whole.kv_channels
+    for dim, axis in enumerate(axes_of(name)):
+        if axis in (HIDDEN, FFN):
+            weight = weight.narrow(dim, 0, getattr(shape, axis))
+        elif axis == GROUPS:
+            weight = weight.narrow(dim, 0, shape.num_query_groups * size)
+        elif axis == HEADS:
+            weight = _first_heads(weight, dim, shape, whole)
+    return weight
+
+
+def _first_heads(weight: Tensor, dim: int, shape: Architecture, whole: Architecture) -> Tensor:
+    before, now = (a.num_attention_heads // a.num_query_groups for a in (whole, shape))
+    if now == before:
+        return weight.narrow(dim, 0, shape.num_attention_heads * whole.kv_channels)
+    grouped = weight.unflatten(dim, (whole.num_query_groups, before * whole.kv_channels))
+    grouped = grouped.narrow(dim, 0, shape.num_query_groups)
+    return grouped.narrow(dim + 1, 0, now * whole.kv_channels).flatten(dim, dim + 1)

@@ -1,0 +1,311 @@
+"""Importance of channels, heads and layers, from forward passes of a Megatron model.
+
+Widths are ModelOpt's activations (arXiv:2407.14679). Layers have two scores: block influence, by
+how much one turns what passes through it (arXiv:2403.03853), and the change of the loss when it is
+left out. The second is exact and costs no training: what comes before a layer is computed once for
+all of them. Layers may be split over pipeline ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+from modelopt.torch import nas
+from modelopt.torch.prune.plugins.mcore_minitron import (
+    ImportanceEstimatorRegistry,
+    get_mcore_minitron_config,
+)
+from torch import Tensor
+from torch.nn import functional
+
+from nemo_convert import cpu_backend, nemo
+from recipes.core.errors import RecipeError
+from recipes.core.metrics import MetricsLog
+from recipes.data.token_windows import windows
+from recipes.evaluation.sanity import RANDOM_SHARE
+from recipes.pruning.importance import Importance
+
+if TYPE_CHECKING:
+    from recipes.pruning.settings import ScoreConfig
+
+PADDING_SHARE = 0.5
+"""Calibration in which one token makes up more than this is padding."""
+
+
+def calibration_windows(cfg: ScoreConfig, data: Path, teacher: Path) -> Tensor:
+    """Token windows [windows, sequence] to score on: text, or random tokens if asked for by name.
+
+    Raises:
+        RecipeError: The text is mostly one token.
+    """
+    if cfg.calibration == "random":
+        vocabulary = nemo.architecture_of(teacher).vocab_size
+        shape = (cfg.num_calibration_samples, cfg.seq_length)
+        return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(cfg.seed))
+    found = windows(data, "calibration", cfg.seq_length, cfg.num_calibration_samples)
+    share = found.flatten().bincount().max().item() / found.numel()
+    if share > PADDING_SHARE:
+        raise RecipeError(
+            f"{share:.0%} of the calibration text is one token: it is padding or made up.",
+            "calibrate on real text (data.sources)",
+        )
+    return found
+
+
+def score_checkpoint(
+    cfg: ScoreConfig, teacher: Path, tokens: Tensor, log: MetricsLog
+) -> Importance:
+    """Scores a NeMo checkpoint on calibration windows [windows, sequence].
+
+    Raises:
+        RecipeError: The text is noise to the model, or the model knows nothing.
+    """
+    parallel = nemo.Parallelism(pipeline=cfg.pipeline_model_parallel_size)
+    cpu_backend.enable()
+    nemo.initialize(parallel)
+    model = nemo.restore_model(teacher)
+    # ModelOpt hooks the norms, which TransformerEngine fuses into the layers behind them.
+    cpu_backend.use_local_layers(model.config)
+    core = nemo.build_core(model, parallel)
+    nemo.load_weights(core, teacher)
+    core.eval()
+    for_loss = tokens[: cfg.num_loss_samples or cfg.micro_batch_size]
+    skipper = LayerAblation(
+        core, for_loss.to(next(core.parameters()).device), cfg.micro_batch_size, log
+    )
+    base = skipper.losses([()])[0]
+    if cfg.calibration == "text":
+        _require_sense(base, core.vocab_size)
+    layers, blocks, greedy = (
+        _loss_scores(cfg, skipper, base) if cfg.num_loss_samples else ({}, {}, [])
+    )
+    influence, widths = _activations(core, tokens, cfg.micro_batch_size, log)
+    return Importance(base, {"block_influence": influence, **layers}, blocks, greedy, widths)
+
+
+def _require_sense(loss: float, vocabulary: int) -> None:
+    limit = RANDOM_SHARE * math.log(vocabulary)
+    if not loss < limit:
+        raise RecipeError(
+            f"the teacher's loss on the calibration text is {loss:.2f}, hardly below chance "
+            f"({math.log(vocabulary):.2f}): the text is mock data, or the teacher knows nothing.",
+            "calibrate on text of the teacher's language, or ask for noise by name: "
+            "stages.score.calibration=random",
+        )
+
+
+def _loss_scores(
+    cfg: ScoreConfig, skipper: LayerAblation, base: float
+) -> tuple[dict[str, dict[int, float]], dict[int, dict[int, float]], list[int]]:
+    """Change of the loss by layer and by block, and the greedy order."""
+
+    def changes(size: int) -> dict[int, float]:
+        starts = range(1, skipper.num_layers - size + 2)
+        losses = skipper.losses([tuple(range(start, start + size)) for start in starts])
+        return {start: loss - base for start, loss in zip(starts, losses, strict=True)}
+
+    alone = changes(1)
+    blocks = {size: changes(size) for size in cfg.block_sizes}
+    # Twice as many as shall go are tried: one that is missed much alone is not missed less later.
+    tried = sorted(alone, key=lambda layer: alone[layer])[: 2 * cfg.num_greedy_layers]
+    gone = tried[:1]
+    while len(gone) < cfg.num_greedy_layers:
+        left = [layer for layer in tried if layer not in gone]
+        losses = skipper.losses([(layer,) for layer in left], gone)
+        gone.append(left[losses.index(min(losses))])
+    return {"loss": alone}, blocks, gone
+
+
+class LayerAblation:
+    """Losses of a model with some of its layers left out.
+
+    Args:
+        core: This pipeline rank's Megatron model.
+        tokens: Windows to measure on [windows, sequence].
+        batch: Windows at a time.
+        log: Metrics file.
+    """
+
+    def __init__(self, core: Any, tokens: Tensor, batch: int, log: MetricsLog) -> None:
+        self._core, self._tokens, self._batch, self._log = core, tokens, batch, log
+        numbers = [layer.layer_number for layer in core.decoder.layers]
+        self._first, self._last = numbers[0], numbers[-1]
+        self.num_layers = core.config.num_layers
+
+    @torch.no_grad()
+    def losses(self, blocks: Sequence[Collection[int]], gone: Collection[int] = ()) -> list[float]:
+        """Mean next-token loss in nats without each block of layers, those ``gone`` left out too.
+
+        Layers before the first of a block see what they always see, so their outputs are computed
+        once. Every rank returns the same.
+        """
+        layers = [layer for layer in self._core.decoder.layers if layer.layer_number not in gone]
+        sums = torch.zeros(len(blocks), dtype=torch.float64)
+        for done, tokens in _batches(self._tokens, self._batch):
+            states = _states(self._core, layers, tokens)
+            for number, block in enumerate(blocks):
+                sums[number] += self._loss_without(block, layers, states, tokens)
+            self._log.progress(
+                "leave out", done, len(self._tokens), blocks=len(blocks), gone=len(gone)
+            )
+        sums = sums.to(tokens.device)
+        torch.distributed.broadcast(
+            sums,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            parallel_state.get_pipeline_model_parallel_group(),
+        )
+        means: list[float] = (sums / self._tokens[:, 1:].numel()).tolist()
+        return means
+
+    def _loss_without(
+        self, block: Collection[int], layers: list[Any], states: list[Tensor], tokens: Tensor
+    ) -> float:
+        """Summed loss on the last rank, 0 on others, which pass on what differs from ``states``."""
+        start = next((i for i, x in enumerate(layers) if x.layer_number in block), len(layers))
+        hidden = states[start]
+        if any(number < self._first for number in block):
+            start, hidden = 0, _receive(states[0])
+        rotary = _rotary(self._core, tokens)
+        for layer in layers[start:]:
+            if layer.layer_number not in block:
+                hidden = _through(layer, hidden, rotary)
+        if self._core.post_process:
+            return _next_token_loss(self._core, hidden, tokens)
+        if any(number <= self._last for number in block):
+            _send(hidden)
+        return 0.0
+
+
+def _states(core: Any, layers: list[Any], tokens: Tensor) -> list[Tensor]:
+    """What goes into each of this rank's layers, and what comes out of the last, each [s, b, h]."""
+    if core.pre_process:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
+        states = [core.embedding(input_ids=tokens, position_ids=positions)]
+    else:
+        shape = (tokens.shape[1], tokens.shape[0], core.config.hidden_size)
+        states = [
+            _receive(torch.empty(shape, dtype=core.config.params_dtype, device=tokens.device))
+        ]
+    rotary = _rotary(core, tokens)
+    for layer in layers:
+        states.append(_through(layer, states[-1], rotary))
+    if not core.post_process:
+        _send(states[-1])
+    return states
+
+
+def _rotary(core: Any, tokens: Tensor) -> Tensor:
+    found: Tensor = core.rotary_pos_emb(tokens.shape[1])
+    return found
+
+
+def _through(layer: Any, hidden: Tensor, rotary: Tensor) -> Tensor:
+    output: Tensor = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)[0]
+    return output
+
+
+def _next_token_loss(core: Any, hidden: Tensor, tokens: Tensor) -> float:
+    """Summed over all positions but the last."""
+    head = (
+        core.shared_embedding_or_output_weight()
+        if core.share_embeddings_and_output_weights
+        else None
+    )
+    logits, _ = core.output_layer(core.decoder.final_layernorm(hidden[:-1]), weight=head)
+    targets = tokens.T[1:].flatten()
+    loss = functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
+    return float(loss)
+
+
+def _receive(like: Tensor) -> Tensor:
+    found = torch.empty_like(like)
+    torch.distributed.recv(found, parallel_state.get_pipeline_model_parallel_prev_rank())
+    return found
+
+
+def _send(hidden: Tensor) -> None:
+    torch.distributed.send(hidden, parallel_state.get_pipeline_model_parallel_next_rank())
+
+
+@torch.no_grad()
+def _activations(
+    core: Any, tokens: Tensor, batch: int, log: MetricsLog
+) -> tuple[dict[int, float], dict[str, Tensor]]:
+    """Block influence by layer, and scores of all widths, from one pass."""
+    cpu_backend.register_rms_norm()
+    divisors = get_mcore_minitron_config(
+        hidden_size_divisor=1,
+        ffn_hidden_size_divisor=1,
+        num_moe_experts_divisor=1,
+        num_layers_divisor=1,
+    )
+    nas.convert(core, mode=[("mcore_minitron", divisors)])
+    registry = ImportanceEstimatorRegistry(core)
+    layers = list(core.decoder.layers)
+    turned = torch.zeros(len(layers), dtype=torch.float64)
+    device = next(core.parameters()).device
+    for done, part in _batches(tokens, batch):
+        states = _states(core, layers, part.to(device))
+        for number, (before, after) in enumerate(pairwise(states)):
+            alike = functional.cosine_similarity(before.float(), after.float(), dim=2)
+            turned[number] += (1 - alike).mean(dim=0).sum().item()
+        log.progress("calibrate", done, len(tokens))
+    influence = {
+        layer.layer_number: float(score) / len(tokens)
+        for layer, score in zip(layers, turned, strict=True)
+    }
+    found = _gathered([(influence, _widths(core, layers))])
+    registry.cleanup()
+    widths: dict[str, Tensor] = {}
+    for _, part_widths in found:
+        hidden = part_widths.pop("hidden_size") + widths.pop("hidden_size", 0)
+        widths |= {"hidden_size": hidden, **part_widths}
+    return {n: score for part, _ in found for n, score in part.items()}, widths
+
+
+def _widths(core: Any, layers: list[Any]) -> dict[str, Tensor]:
+    """This rank's scores from what ModelOpt's hooks summed: squares of each window's mean."""
+    norms = [squares.sqrt() for squares in core._activations.values()]
+    scores = {"hidden_size": torch.stack(norms).sum(dim=0)}
+    for layer in layers:
+        name = f"layers.{layer.layer_number}"
+        if core.config.num_moe_experts:
+            scores |= _experts(name, layer.mlp.experts)
+        else:
+            scores[f"{name}.ffn_hidden_size"] = layer.mlp._activations.sqrt()
+        heads = layer.self_attention._activations.view(-1, core.config.kv_channels)
+        scores[f"{name}.num_attention_heads"] = heads.sum(dim=1).sqrt()
+    return {name: score.float().cpu().contiguous() for name, score in scores.items()}
+
+
+def _experts(layer: str, experts: Any) -> dict[str, Tensor]:
+    """Mean norm of what each expert adds to a token, and scores of its width."""
+    sums = experts._activations
+    means = sums["expert_l2_scores"] / sums["expert_sample_counts"].clamp(min=1)
+    scores = {f"{layer}.num_moe_experts": means}
+    for number, expert in enumerate(experts.local_experts):
+        found = expert._activations
+        if found is None:  # no token came by
+            found = torch.zeros(expert.config.moe_ffn_hidden_size)
+        scores[f"{layer}.experts.{number}.moe_ffn_hidden_size"] = found.sqrt()
+    return scores
+
+
+def _gathered(mine: list[Any]) -> list[Any]:
+    """What every pipeline rank has, in order."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    every: list[list[Any]] = [[]] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(every, mine, group)
+    return [item for items in every for item in items]
+
+
+def _batches(tokens: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, len(tokens), size):
+        part = tokens[start : start + size]
+        yield start + len(part), part

@@ -1,0 +1,1 @@
+"""What people read: pages, plots, model cards, gates, comparisons of runs."""

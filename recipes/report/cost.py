@@ -1,0 +1,164 @@
+"""What a run cost: machine hours, memory, and the arithmetic of its training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from nemo_convert.architecture import Architecture
+from recipes.core.manifest import Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from recipes.core.stage import Inputs
+
+MAX_FILES = 200
+"""Files listed per stage; a large checkpoint has thousands, and its manifest names them all."""
+TRAINING = 3
+"""A training step's FLOPs over its forward pass's: the backward pass costs twice as much."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens that passed through models, and their matrix-multiplication FLOPs."""
+
+    label: str
+    tokens: int
+    student: int
+    """FLOPs of the model that is made or measured."""
+    teacher: int
+    seconds: float | None = None
+    """Of the passes alone, where it is known."""
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of both models."""
+        return self.student + self.teacher
+
+
+def costs(inputs: Inputs, before: Mapping[str, Manifest], passes: list[Work]) -> dict[str, Any]:
+    """What the templates of cost and provenance show.
+
+    Args:
+        inputs: Inputs of the page's stage.
+        before: Stages that they were made from, by name.
+        passes: Passes through models, as far as they are known.
+    """
+    stages = [*before.items(), *((item.directory.name, item.manifest) for item in inputs.values())]
+    stages.sort(key=lambda item: item[1].started_at)
+    every = [manifest for _, manifest in stages]
+    return {
+        "stages": [(name, manifest, machine_hours(manifest)) for name, manifest in stages],
+        "seconds": sum(m.seconds for m in every),
+        "hours": sum(map(machine_hours, every)),
+        "processes": max(map(processes, every)),
+        "work": passes,
+        "largest": {
+            "bytes": max(m.total_bytes() for m in every) or 1,
+            "seconds": max(m.seconds for m in every) or 1,
+            "peak": max(m.peak_rss_bytes for m in every) or 1,
+            "flops": max((one.flops for one in passes), default=0) or 1,
+        },
+        "max_files": MAX_FILES,
+    }
+
+
+def versions(manifests: Iterable[Manifest]) -> dict[str, list[str]]:
+    """Each library's versions; more than one where stages ran in different environments."""
+    found: dict[str, list[str]] = {}
+    for manifest in manifests:
+        for library, version in manifest.versions.items():
+            known = found.setdefault(library, [])
+            if version not in known:
+                known.append(version)
+    return found
+
+
+def upstream(inputs: Inputs) -> dict[str, Manifest]:
+    """Stages that the inputs were made from and that are no inputs of the report themselves.
+
+    They are looked for beside the inputs and known by their fingerprints, so a stage of an older
+    run of the same directory is not taken for one.
+    """
+    found: dict[str, Manifest] = {}
+    known = {item.manifest.fingerprint for item in inputs.values()}
+    wanted = {f for item in inputs.values() for f in item.manifest.inputs.values()} - known
+    beside = _complete_stages({item.directory.parent for item in inputs.values()})
+    while wanted:
+        fingerprint = wanted.pop()
+        known.add(fingerprint)
+        if fingerprint in beside:
+            name, manifest = beside[fingerprint]
+            found[name] = manifest
+            wanted |= set(manifest.inputs.values()) - known
+    return found
+
+
+def _complete_stages(run_dirs: Iterable[Path]) -> dict[str, tuple[str, Manifest]]:
+    folders = [path for run_dir in run_dirs for path in sorted(run_dir.iterdir()) if path.is_dir()]
+    manifests = ((path.name, read_manifest(path)) for path in folders)
+    return {m.fingerprint: (name, m) for name, m in manifests if m is not None}
+
+
+def machine_hours(manifest: Manifest) -> float:
+    """Hours times machines."""
+    return manifest.seconds / 3600 * int(_resources(manifest).get("nodes", 1))
+
+
+def processes(manifest: Manifest) -> int:
+    """Ranks that ran: one per GPU, or per gloo process."""
+    resources = _resources(manifest)
+    return int(resources.get("nodes", 1) * resources.get("devices", 1))
+
+
+def _resources(manifest: Manifest) -> dict[str, Any]:
+    return manifest.config.get("resources") or {}
+
+
+def flops_per_token(manifest: Manifest) -> int | None:
+    """Forward FLOPs of a token; ``None`` for a stage that made no model."""
+    if manifest.architecture is None:
+        return None
+    known = {spec.name for spec in fields(Architecture)}
+    shape = {name: value for name, value in manifest.architecture.items() if name in known}
+    return Architecture(**shape).forward_flops_per_token()
+
+
+def work(manifests: Mapping[str, Manifest], before: Mapping[str, Manifest]) -> list[Work]:
+    """The passes of a run through its models, as far as their tokens were recorded."""
+    teacher = flops_per_token(manifests["teacher"])
+    student = flops_per_token(manifests["distilled"])
+    if teacher is None or student is None:
+        return []
+    found = []
+    if tokens := manifests["pruned"].metrics.get("calibration_tokens"):
+        found.append(Work("Importance for pruning", tokens, 0, tokens * teacher))
+    for name, manifest in before.items():
+        tokens = manifest.metrics.get("tokens")
+        if tokens and manifest.stage in ("correct_teacher", "cache_teacher"):
+            factor = TRAINING if manifest.stage == "correct_teacher" else 1
+            found.append(Work(name, tokens, 0, factor * tokens * teacher))
+    found += _distillation(manifests["distilled"], before, teacher, student)
+    if tokens := manifests["evaluation"].metrics.get("tokens"):
+        # The pruned model has the student's shape.
+        found.append(Work("Evaluation", tokens, 2 * tokens * student, tokens * teacher))
+    return found
+
+
+def _distillation(
+    distilled: Manifest, before: Mapping[str, Manifest], teacher: int, student: int
+) -> list[Work]:
+    tokens = distilled.metrics.get("tokens")
+    if not tokens:
+        return []
+    cached = any(
+        manifest.kind == "teacher_logits"
+        and manifest.fingerprint == distilled.inputs.get("teacher")
+        for manifest in before.values()
+    )
+    live = 0 if cached else tokens * teacher
+    rate = distilled.metrics.get("tokens_per_second")
+    seconds = tokens / rate if rate else None
+    return [Work("Distillation", tokens, TRAINING * tokens * student, live, seconds)]

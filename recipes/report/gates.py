@@ -1,0 +1,170 @@
+"""Gates: what a run must measure to count as a success, such as ``recovered.sciq >= 0.95``.
+
+A gate compares one figure of an evaluation with a number. Nothing of a gate is ever executed; the
+text is parsed by the grammar NAME OP NUMBER.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.manifest import Kind
+from recipes.core.stage import StageConfig
+from recipes.planning import rules
+from recipes.planning.problems import Problem
+
+Metrics = Mapping[str, Any]
+
+OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_GATE = re.compile(
+    r"\s*(?P<name>[A-Za-z_]\w*(?:\.[\w-]+)?)\s*(?P<operator>>=|<=|>|<)\s*"
+    r"(?P<threshold>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*"
+)
+EVALUATION: dict[str, Callable[[Metrics], float | None]] = {
+    "recovered": lambda m: m["recovered"],
+    "perplexity": lambda m: m["distilled"]["perplexity"],
+    "perplexity_ratio": lambda m: m["distilled"]["perplexity"] / m["teacher"]["perplexity"],
+    "kl_to_teacher": lambda m: m["distilled"]["kl_to_teacher"],
+    "top1_agreement": lambda m: m["distilled"]["top1_agreement"],
+}
+"""Figures of the distilled model on held-out text (kind ``eval_results``)."""
+TASK: dict[str, Callable[[Metrics], float | None]] = {
+    "recovered": lambda t: t["recovered"],
+    "score": lambda t: t["distilled"]["value"],
+    "difference": lambda t: t["differences"]["distilled"]["value"],
+    "difference_low": lambda t: t["differences"]["distilled"]["low"],
+}
+"""Figures of one benchmark (kind ``task_results``); the differences are to the teacher."""
+SPEEDUPS = ("prefill", "decode")
+"""Of the student against the teacher (kind ``benchmark_results``): of all settings, the least."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A figure's name and what it must be."""
+
+    name: str
+    operator: str
+    threshold: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.operator} {self.threshold:g}"
+
+    def holds(self, measured: float | None) -> bool:
+        """Whether a measured value is as it must be; what could not be measured is not."""
+        return measured is not None and OPERATORS[self.operator](measured, self.threshold)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured, and whether that passes; ``None`` where there is no such figure."""
+
+    gate: Gate
+    measured: float | None
+    passed: bool
+
+    def __str__(self) -> str:
+        found = "not measurable, pruning cost no more than noise"
+        if self.measured is not None:
+            found = f"measured {self.measured:.4g}"
+        elif not self.gate.name.startswith("recovered"):
+            found = "not measured"
+        return f"{self.gate}: {found}"
+
+
+def parse(text: str) -> Gate:
+    """Reads ``NAME OP NUMBER``.
+
+    Raises:
+        RecipeError: It is not of that form.
+    """
+    match = _GATE.fullmatch(text)
+    if not match:
+        raise RecipeError(
+            f"gate '{text}' is not of the form NAME OP NUMBER.",
+            f"write it like 'recovered.sciq >= 0.95', with one of {' '.join(OPERATORS)}",
+        )
+    return Gate(match["name"], match["operator"], float(match["threshold"]))
+
+
+def parse_all(texts: Any) -> tuple[Gate, ...]:
+    """Reads a config's list of gates.
+
+    Raises:
+        RecipeError: It is no list, or one of them is not a gate.
+    """
+    if texts is None:
+        return ()
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise RecipeError(f"gates={texts} is not a list.", "'gates=[\"recovered >= 0.9\"]'")
+    return tuple(parse(str(text)) for text in texts)
+
+
+def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, Kind]) -> dict[str, Kind]:
+    """Figures that a recipe measures, with the kind of result that has each.
+
+    Args:
+        stages: The recipe's stages.
+        kinds: Kind of each stage's result.
+    """
+    names: dict[str, Kind] = {}
+    for stage, config in stages.items():
+        kind = kinds[stage]
+        if kind == "eval_results":
+            names |= dict.fromkeys(EVALUATION, kind)
+        if kind == "task_results":
+            tasks: list[str] = getattr(config, "tasks", [])
+            names |= {f"{figure}.{task}": kind for task in tasks for figure in TASK}
+        if kind == "benchmark_results":
+            names |= {f"speedup.{figure}": kind for figure in SPEEDUPS}
+    return names
+
+
+def problems(gates: Iterable[Gate], names: Mapping[str, Kind]) -> Iterator[Problem]:
+    """Finds gates on figures that the recipe does not measure."""
+    for gate in gates:
+        if gate.name not in names:
+            yield Problem(
+                rules.GATES,
+                f"gate '{gate}': this recipe does not measure {gate.name}."
+                f"{did_you_mean(gate.name, names)}",
+                f"use one of: {', '.join(names) or 'none, it has no evaluation'}",
+            )
+
+
+def kind_of(gate: Gate) -> Kind:
+    """Kind of the result that has a gate's figure."""
+    figure, _, part = gate.name.partition(".")
+    if figure == "speedup":
+        return "benchmark_results"
+    return "task_results" if part else "eval_results"
+
+
+def judge(gates: Iterable[Gate], results: Mapping[Kind, Metrics]) -> list[Verdict]:
+    """Compares what was measured with what must be.
+
+    Args:
+        gates: Gates on figures of ``results``.
+        results: A manifest's metrics by kind.
+    """
+    return [Verdict(g, value := _measured(g.name, results), g.holds(value)) for g in gates]
+
+
+def _measured(name: str, results: Mapping[Kind, Metrics]) -> float | None:
+    figure, _, part = name.partition(".")
+    if figure == "speedup":
+        found = [row[part] for row in results["benchmark_results"]["speedups"]]
+        return min((value for value in found if value is not None), default=None)
+    if part:
+        return TASK[figure](results["task_results"]["tasks"][part])
+    return EVALUATION[figure](results["eval_results"])

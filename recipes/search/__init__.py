@@ -1,0 +1,1 @@
+"""Shapes within a budget: listed, ranked, timed, and trained against each other."""

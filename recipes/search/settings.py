@@ -1,0 +1,116 @@
+"""Settings of the stages of a search. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from omegaconf import MISSING
+
+from nemo_convert.architecture import Architecture
+from recipes.core.stage import Inputs, StageConfig
+from recipes.distillation.settings import DistillConfig
+from recipes.engines.settings import BuildEngineConfig
+from recipes.planning.roofline import RequestShape
+from recipes.search.space import (
+    Budget,
+    LatencyFit,
+    Service,
+    Space,
+    enumerate_shapes,
+)
+
+PROXIES = ("kl_to_teacher", "perplexity")
+SHAPES_FILE, CANDIDATES_FILE = "shapes.json", "candidates.json"
+
+
+@dataclass
+class EnumerateShapesConfig(StageConfig):
+    """Settings of ``enumerate_shapes``."""
+
+    hf_path: str = MISSING
+    """Folder, hub id, or ``pypi://`` source of the teacher."""
+    budget: Budget = field(default_factory=Budget)
+    space: Space = field(default_factory=Space)
+    service: Service = field(default_factory=Service)
+
+    def shapes(self, teacher: Architecture) -> list[Architecture]:
+        """Shapes within the budget, the largest first."""
+        return enumerate_shapes(teacher, self.space, self.budget.limits(), self.service)
+
+    def as_measured(self, inputs: Inputs) -> EnumerateShapesConfig:
+        """This, with latency as it was measured, where it was."""
+        if "latency" not in inputs:
+            return self
+        line = LatencyFit(**inputs["latency"].manifest.metrics["measured"])
+        return replace(self, service=replace(self.service, measured=line))
+
+
+@dataclass
+class MeasureLatencyConfig(StageConfig):
+    """Settings of ``measure_latency``."""
+
+    engine: BuildEngineConfig = field(
+        default_factory=lambda: BuildEngineConfig(stage="build_engine")
+    )
+    """How engines are built."""
+    space: Space = field(default_factory=Space)
+    service: Service = field(default_factory=Service)
+    """Batch and context that a step is timed at; this and the space are put in from the search."""
+    new_tokens: int = 32
+    repetitions: int = 3
+    """Measured runs of every shape, after one that warms up."""
+    threads: int | None = None
+    """CPU threads; by default those that the launcher gives to a process."""
+
+    def request(self) -> RequestShape:
+        """What is timed: its steps see the service's context on average."""
+        prompt = self.service.context_length - self.new_tokens // 2
+        return RequestShape(self.service.batch_size, prompt, self.new_tokens)
+
+
+@dataclass
+class RankCandidatesConfig(StageConfig):
+    """Settings of ``rank_candidates``."""
+
+    proxy: str = "kl_to_teacher"
+    """``kl_to_teacher`` or ``perplexity`` right after pruning; the lower, the better."""
+    layer_importance: str = "loss"
+    """As in ``prune``."""
+    num_samples: int = 8
+    """Windows of ``seq_length`` tokens from the validation part."""
+    seq_length: int = 256
+    micro_batch_size: int = 4
+
+
+@dataclass
+class TournamentConfig(StageConfig):
+    """Settings of ``tournament``."""
+
+    num_candidates: int = 4
+    """Best-ranked candidates that take part; the number left is halved each round. One alone wins
+    by its rank, untrained."""
+    also: list[str] = field(default_factory=list)
+    """Names of candidates that take part whatever their rank."""
+    max_tokens: int = 200_000
+    """Tokens that all trainings together may use."""
+    select_by: str = "kl_to_teacher"
+    """``kl_to_teacher`` or ``perplexity`` on validation text; the lower, the better."""
+    num_samples: int = 16
+    """Windows of validation text that each is measured on after a round."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """How candidates are trained; steps follow from the tokens."""
+
+    def rounds(self) -> list[int]:
+        """Candidates in each round."""
+        count = self.num_candidates + len(self.also)
+        numbers = []
+        while count > 1:
+            numbers.append(count)
+            count = math.ceil(count / 2)
+        return numbers
+
+    def steps(self, candidates: int) -> int:
+        """Steps that each of so many candidates may take in a round."""
+        tokens = self.max_tokens / len(self.rounds()) / candidates
+        return int(tokens / (self.distill.global_batch_size * self.distill.seq_length))

@@ -1,0 +1,225 @@
+"""Shapes that a teacher can be pruned to within a budget. Closed form, without torch.
+
+A shape is listed if no axis can grow by a step without leaving the budget: any other within it is a
+part of one that is listed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from nemo_convert.architecture import Architecture
+from recipes.planning import roofline
+from recipes.planning.roofline import WEIGHT_BITS, Machine, Storage
+
+AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+
+
+@dataclass
+class Space:
+    """What may become smaller, in which steps, and how far."""
+
+    num_layers_divisor: int = 1
+    hidden_size_divisor: int = 64
+    ffn_hidden_size_divisor: int = 64
+    max_depth_pruning: float = 0.4
+    """Largest share of the layers that may go."""
+    max_width_pruning: float = 0.4
+    """Largest share of each width that may go."""
+    prune_heads: bool = False
+    """Whether attention heads may go, as many from each query group."""
+    tensor_model_parallel_size: int = 1
+    """Sizes are multiples of it, so that the student can be split as planned."""
+
+
+@dataclass
+class Budget:
+    """Limits of what a shape costs, each of which it keeps; up to 1 a share of the teacher's."""
+
+    parameters: float | None = None
+    weight_bytes: float | None = None
+    memory_bytes: float | None = None
+    """Weights and the cache of keys and values."""
+    latency_ms: float | None = None
+    """Of one decoding step, by roofline or as ``measure_latency`` found."""
+
+    def limits(self) -> dict[str, float]:
+        """Those that are set."""
+        return {name: limit for name, limit in vars(self).items() if limit is not None}
+
+
+@dataclass
+class LatencyFit:
+    """What a decoding step takes on an engine: a fitted line instead of the roofline.
+
+    ``measure_latency`` makes it from timed engines.
+    """
+
+    step_ms: float = 0.0
+    """Whatever the shape."""
+    layer_ms: float = 0.0
+    """More for each layer."""
+    gigabyte_ms: float = 0.0
+    """More for each 10⁹ bytes read."""
+
+
+@dataclass
+class Service:
+    """How the student is to be served, and on what: bfloat16 on one H100 by default."""
+
+    device: str = "h100"
+    flops_per_second: float = 9.89e14
+    bytes_per_second: float = 3.35e12
+    precision: str = "bf16"
+    """Of weights, as in ``build_engine``."""
+    bytes_per_cached_value: int = 2
+    batch_size: int = 1
+    context_length: int = 4096
+    measured: LatencyFit | None = None
+
+    @property
+    def storage(self) -> Storage:
+        """How weights and cache are kept."""
+        return Storage(self.precision, kv_bytes=self.bytes_per_cached_value)
+
+
+def prune_settings(sizes: Mapping[str, int], layer_importance: str) -> dict[str, Any]:
+    """Settings of ``prune`` for sizes of ``AXES``; widths are multiples of what they divide by."""
+    divisors = {axis: math.gcd(size, 64) for axis, size in sizes.items() if "hidden" in axis}
+    return {
+        "layer_importance": layer_importance,
+        **{f"target_{axis}": size for axis, size in sizes.items()},
+        **{f"{axis}_divisor": divisor for axis, divisor in divisors.items()},
+    }
+
+
+def weight_bytes(shape: Architecture, service: Service) -> int:
+    """All weights."""
+    return round(shape.parameters() * WEIGHT_BITS[service.precision] / 8)
+
+
+def cache_bytes(shape: Architecture, service: Service) -> int:
+    """Keys and values of full contexts."""
+    tokens = service.batch_size * service.context_length
+    return roofline.kv_cache_bytes(shape, tokens, service.storage)
+
+
+def memory_bytes(shape: Architecture, service: Service) -> int:
+    """Weights and the cache of keys and values."""
+    return weight_bytes(shape, service) + cache_bytes(shape, service)
+
+
+def latency_ms(shape: Architecture, service: Service) -> float:
+    """One decoding step at full context: as engines were measured, else by roofline."""
+    serving = roofline.RequestShape(service.batch_size, service.context_length, 0)
+    if service.measured is None:
+        machine = Machine(service.flops_per_second, service.bytes_per_second)
+        return 1e3 * roofline.decode_seconds(shape, serving, service.storage, machine)
+    line = service.measured
+    return (
+        line.step_ms
+        + line.layer_ms * shape.num_layers
+        + line.gigabyte_ms * read_gigabytes(shape, service)
+    )
+
+
+def read_gigabytes(shape: Architecture, service: Service) -> float:
+    """10⁹ bytes that a decoding step reads at full context: weights and cache."""
+    batch, context = service.batch_size, service.context_length
+    return roofline.decode_bytes(shape, batch, context, service.storage) / 1e9
+
+
+COSTS: dict[str, Callable[[Architecture, Service], float]] = {
+    "parameters": lambda shape, _: shape.parameters(),
+    "weight_bytes": weight_bytes,
+    "memory_bytes": memory_bytes,
+    "latency_ms": latency_ms,
+}
+"""What a budget can limit."""
+
+
+def limits(
+    teacher: Architecture, budget: Mapping[str, float], service: Service
+) -> dict[str, float]:
+    """A budget in absolute terms: up to 1 it is a share of what the teacher costs."""
+    return {
+        name: limit * COSTS[name](teacher, service) if limit <= 1 else limit
+        for name, limit in budget.items()
+    }
+
+
+def enumerate_shapes(
+    teacher: Architecture, space: Space, budget: Mapping[str, float], service: Service
+) -> list[Architecture]:
+    """All largest shapes within a budget, by parameters, the largest first.
+
+    Args:
+        teacher: Shape to prune.
+        space: Axes, steps, and how far they go.
+        budget: Limits by names of ``COSTS``; a shape keeps all of them.
+        service: What costs of serving are counted for.
+    """
+    allowed = limits(teacher, budget, service)
+    choices = {axis: _choices(teacher, space, axis) for axis in AXES}
+
+    def fits(shape: Architecture) -> bool:
+        return all(COSTS[name](shape, service) <= limit for name, limit in allowed.items())
+
+    def larger(shape: Architecture) -> Iterator[Architecture]:
+        for axis, values in choices.items():
+            above = [value for value in values if value > getattr(shape, axis)]
+            if above:
+                step: dict[str, Any] = {axis: min(above)}
+                yield replace(shape, **step)
+
+    found = []
+    widest = sorted(choices["ffn_hidden_size"], reverse=True)
+    for layers, hidden, heads in product(*(choices[axis] for axis in AXES if "ffn" not in axis)):
+        base = replace(teacher, num_layers=layers, hidden_size=hidden, num_attention_heads=heads)
+        shapes = (replace(base, ffn_hidden_size=ffn) for ffn in widest)
+        shape = next((shape for shape in shapes if fits(shape)), None)
+        if shape and not any(fits(other) for other in larger(shape)):
+            found.append(shape)
+    return sorted(found, key=lambda shape: -shape.parameters())
+
+
+def corners(teacher: Architecture, space: Space) -> list[Architecture]:
+    """The teacher, it with each axis as small as may be, and with all of them so."""
+    least: dict[str, Any] = {axis: min(_choices(teacher, space, axis)) for axis in AXES}
+    each = (replace(teacher, **{axis: size}) for axis, size in least.items())
+    return list(dict.fromkeys([teacher, *each, replace(teacher, **least)]))
+
+
+def middle(teacher: Architecture, space: Space) -> Architecture:
+    """A shape between the corners."""
+    sizes: dict[str, Any] = {}
+    for axis in AXES:
+        choices = _choices(teacher, space, axis)
+        sizes[axis] = choices[len(choices) // 2]
+    return replace(teacher, **sizes)
+
+
+def _choices(teacher: Architecture, space: Space, axis: str) -> list[int]:
+    """Sizes of an axis, the teacher's among them."""
+    whole: int = getattr(teacher, axis)
+    depth = axis == "num_layers"
+    least = whole * (1 - (space.max_depth_pruning if depth else space.max_width_pruning))
+    if axis == "num_attention_heads":
+        step = teacher.num_query_groups if space.prune_heads else whole
+    else:
+        step = getattr(space, f"{axis}_divisor")
+    ranks = 1 if depth else space.tensor_model_parallel_size
+    sizes = {whole, *range(step, whole, step)}
+    return sorted(size for size in sizes if size >= least and size % ranks == 0)
+
+
+def name_of(shape: Architecture) -> str:
+    """A short name that tells the sizes."""
+    return (
+        f"l{shape.num_layers}-h{shape.hidden_size}-f{shape.ffn_hidden_size}"
+        f"-a{shape.num_attention_heads}"
+    )

@@ -1,0 +1,167 @@
+"""Speed of teacher and student as engines, on this machine, in turn, and what it would allow.
+
+Results: ``machine`` (processor, threads, measured rates), ``rows`` (one for each model, backend and
+shape: time to the first token, decoding rate, throughput, each as median, lowest and highest of the
+repetitions; peak memory, loading time, size on disk) and ``speedups`` (student over teacher, beside
+the ratio of their rooflines).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nemo_convert.architecture import Architecture
+from recipes.core.files import write_text_atomically
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Input, Inputs, metrics_log
+from recipes.engines.backends import model_folder, require_backend
+from recipes.engines.bench import (
+    BASELINE,
+    ROLES,
+    Contender,
+    cpu_threads,
+    measure,
+    speedups,
+    start_worker,
+)
+from recipes.engines.settings import BenchmarkConfig
+from recipes.planning import rules
+from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.problems import Problem
+from recipes.planning.roofline import Machine, RequestShape
+from recipes.stages.contract import Stage
+
+
+def check(cfg: BenchmarkConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds a grid that the models or their engines cannot take."""
+    numbers = [*cfg.batch_sizes, *cfg.prompt_tokens, cfg.repetitions, cfg.threads or 1]
+    if not cfg.batch_sizes or not cfg.prompt_tokens or min(numbers) < 1 or cfg.new_tokens < 2:
+        yield Problem(
+            rules.GRID,
+            f"batch_sizes={cfg.batch_sizes}, prompt_tokens={cfg.prompt_tokens}, "
+            f"new_tokens={cfg.new_tokens}, repetitions={cfg.repetitions} leave nothing to measure",
+            "use positive numbers, and at least two new tokens, since the first is not decoding",
+        )
+        return
+    yield from one_rank_problems(cfg, "each model runs in a process that it starts")
+    yield from _length_problems(cfg, "the model's positions", chain.teacher.max_position_embeddings)
+    for name in ("teacher_engine", "student_engine"):
+        engine: Any = chain.stages.get(cfg.inputs.get(name, ""))
+        if engine is not None and engine.backend != "openvino":
+            yield from _engine_problems(cfg, cfg.inputs[name], engine)
+
+
+def _length_problems(cfg: BenchmarkConfig, limiting: str, limit: int) -> Iterator[Problem]:
+    longest = max(cfg.prompt_tokens) + cfg.new_tokens
+    if longest > limit:
+        yield Problem(
+            rules.LENGTH,
+            f"prompt and new tokens make {longest}, more than {limiting}, {limit}",
+            "lower prompt_tokens or new_tokens",
+        )
+
+
+def _engine_problems(cfg: BenchmarkConfig, name: str, engine: Any) -> Iterator[Problem]:
+    """Compares the grid with what an engine is built for."""
+    if engine.max_seq_len:
+        yield from _length_problems(cfg, f"max_seq_len of {name}", engine.max_seq_len)
+    largest = {
+        "max_batch_size": ("batch_sizes", max(cfg.batch_sizes)),
+        "max_input_len": ("prompt_tokens", max(cfg.prompt_tokens)),
+    }
+    for limit, (field_name, value) in largest.items():
+        allowed = getattr(engine, limit)
+        if allowed is not None and value > allowed:
+            yield Problem(
+                rules.ENGINE_LIMITS,
+                f"{field_name} has {value}, more than {limit}={allowed} of {name}",
+                f"lower {field_name}, or raise {limit}",
+            )
+
+
+def run(cfg: BenchmarkConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Starts the models, measures them in turn, and compares."""
+    from recipes.engines import (  # so that the fingerprint knows their code
+        bench_worker,
+        machine_rates,
+    )
+
+    log = metrics_log(out)
+    contenders = _contenders(cfg, inputs, out.parent)
+    for backend in {c.backend for c in contenders} - {BASELINE}:
+        require_backend(backend)
+    device = "cuda" if any(c.backend.startswith("tensorrt_llm") for c in contenders) else "cpu"
+    threads = cfg.threads or cpu_threads()
+    machine = {
+        "cpu": machine_rates.processor_name(device),
+        "threads": threads,
+        **machine_rates.measure(contenders[0].architecture, threads, device),
+    }
+
+    start = partial(start_worker, out.parent / "trtllm_bench", threads, bench_worker.__name__)
+    rows = measure(contenders, _shapes(cfg), cfg.repetitions, start, log)
+    results = {
+        "machine": machine,
+        "rows": rows,
+        "speedups": speedups(rows, contenders, lambda c: _roof(machine, c)),
+    }
+    write_text_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    return Outcome(metrics=results)
+
+
+def _shapes(cfg: BenchmarkConfig) -> list[RequestShape]:
+    return [RequestShape(b, p, cfg.new_tokens) for p in cfg.prompt_tokens for b in cfg.batch_sizes]
+
+
+def _contenders(cfg: BenchmarkConfig, inputs: Inputs, scratch: Path) -> list[Contender]:
+    """Teacher and student as engines, then as transformers models."""
+    folders = {role: model_folder(inputs[role], scratch / f"{role}_hf") for role in ROLES}
+    found = [_engine(role, inputs[f"{role}_engine"], folders[role]) for role in ROLES]
+    if cfg.baseline:
+        found += [
+            Contender(role, BASELINE, "fp32", folders[role], folders[role], engine.architecture)
+            for role, engine in zip(ROLES, list(found), strict=True)
+        ]
+    return found
+
+
+def _engine(role: str, engine: Input, folder: Path) -> Contender:
+    metrics, config = engine.manifest.metrics, engine.manifest.config
+    return Contender(
+        role,
+        metrics["backend"],
+        metrics["precision"],
+        engine.artifact,
+        folder,
+        Architecture(**(engine.manifest.architecture or {})),
+        metrics["group_size"],
+        config["tensor_parallel_size"],
+    )
+
+
+def _roof(machine: dict[str, Any], contender: Contender) -> Machine:
+    """The rates that bound a contender; a compressed one may compute in bfloat16."""
+    rates = machine["flops_per_second"]
+    fastest = rates["float32"] if contender.precision == "fp32" else max(rates.values())
+    return Machine(fastest, machine["bytes_per_second"])
+
+
+STAGE = Stage(
+    config=BenchmarkConfig,
+    kind="benchmark_results",
+    run=run,
+    check=check,
+    inputs={
+        "teacher": ("checkpoint_hf", "checkpoint_nemo"),
+        "student": ("checkpoint_hf", "checkpoint_nemo"),
+        "teacher_engine": ("engine",),
+        "student_engine": ("engine",),
+    },
+)
+
+if __name__ == "__main__":
+    STAGE.main()

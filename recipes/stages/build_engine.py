@@ -1,0 +1,84 @@
+"""A model to an engine that runs fast where it is deployed, with proof of what it still says.
+
+``backend=openvino`` builds on any CPU. ``tensorrt_llm`` builds a TensorRT engine, and
+``tensorrt_llm_pytorch`` prepares the same checkpoint for TensorRT-LLM's PyTorch backend; both need
+a GPU and NVIDIA's image.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from recipes.core.manifest import Outcome
+from recipes.core.metrics import MetricsLog
+from recipes.core.stage import Input, Inputs, metrics_log
+from recipes.engines.backends import BUILDERS, engine_problems, model_folder, require_backend
+from recipes.engines.settings import BuildEngineConfig
+from recipes.planning.chain import Chain
+from recipes.stages.contract import Stage
+
+
+def disk_bytes(cfg: BuildEngineConfig, chain: Chain) -> int:
+    """The engine, and beside it a NeMo checkpoint's weights while they are converted."""
+    return 2 * 4 * chain.teacher.parameters()
+
+
+def require_here(cfg: BuildEngineConfig) -> None:
+    """Raises ``RecipeError`` unless this machine can run the stage."""
+    require_backend(cfg.backend)
+
+
+def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Builds, compares with the model, and records what was built."""
+    require_here(cfg)
+    source, log = inputs["checkpoint"], metrics_log(out)
+    log.progress("engine", 0, 3)
+    folder = model_folder(source, out.parent / "source")
+    log.progress("engine", 1, 3)
+    began = time.monotonic()
+    BUILDERS[cfg.backend](cfg, folder, out)
+    seconds = time.monotonic() - began
+    log.progress("engine", 2, 3)
+    found = _compare(cfg, folder, out, inputs.get("data"), log)
+    log.progress("engine", 3, 3)
+    return Outcome(
+        metrics={
+            "backend": cfg.backend,
+            "precision": cfg.precision,
+            "group_size": cfg.group_size if cfg.precision == "int4" else None,
+            "build_seconds": round(seconds, 3),
+            "bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+            **found,
+        },
+        architecture=source.manifest.architecture,
+        parameters=source.manifest.parameters,
+        tokenizer_sha256=source.manifest.tokenizer_sha256,
+    )
+
+
+def _compare(
+    cfg: BuildEngineConfig, folder: Path, out: Path, data: Input | None, log: MetricsLog
+) -> dict[str, Any]:
+    """Compares where the engine's logits can be read, which is not so with TensorRT-LLM's."""
+    if cfg.backend != "openvino":
+        return {}
+    from recipes.engines.checks import compare_engine
+
+    return compare_engine(cfg, folder, out, data.artifact if data else None, log)
+
+
+STAGE = Stage(
+    config=BuildEngineConfig,
+    kind="engine",
+    run=run,
+    check=engine_problems,
+    inputs={"checkpoint": ("checkpoint_hf", "checkpoint_nemo")},
+    optional_inputs={"data": ("dataset",)},
+    disk_bytes=disk_bytes,
+    require_here=require_here,
+)
+
+if __name__ == "__main__":
+    STAGE.main()

@@ -1,0 +1,118 @@
+"""Stores what the teacher says about the training text, so that distillation runs without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, Resources, metrics_log
+from recipes.distillation.settings import PRECISIONS, CacheTeacherConfig, bytes_per_token
+from recipes.planning import rules
+from recipes.planning.chain import Chain, window_problems
+from recipes.planning.parallelism import layout_problems
+from recipes.planning.problems import Problem
+from recipes.planning.workload import Layout, Workload
+from recipes.stages.contract import Stage
+
+if TYPE_CHECKING:
+    pass
+
+SHARDS = "shards"
+"""Directory in the stage's work where finished shards wait for the last one."""
+
+
+@dataclass
+class _Layout:
+    """This stage's ranks as ``layout_problems`` wants them: forward only, so any batch will do."""
+
+    resources: Resources
+    tensor_model_parallel_size: int
+    seq_length: int
+    inputs: dict[str, str] = field(default_factory=dict)
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    micro_batch_size: int = 1
+    global_batch_size: int = 1
+
+
+def check(cfg: CacheTeacherConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds settings that would fail once the teacher is loaded."""
+    for name in ("top_k", "temperature", "num_windows", "windows_per_shard", "micro_batch_size"):
+        if (value := getattr(cfg, name)) is not None and value <= 0:
+            yield Problem(rules.POSITIVE, f"{name}={value} is not positive", "raise it")
+    if cfg.top_k >= chain.teacher.vocab_size:
+        yield Problem(
+            rules.TOP_K,
+            f"top_k={cfg.top_k} leaves nothing of the vocabulary of {chain.teacher.vocab_size}",
+            "use a small part of it, such as 64",
+        )
+    if cfg.precision not in PRECISIONS:
+        yield Problem(
+            rules.PRECISION, f"precision={cfg.precision}", f"use {' or '.join(PRECISIONS)}"
+        )
+    yield from window_problems(cfg.seq_length, chain)
+    layout = _Layout(cfg.resources, cfg.tensor_model_parallel_size, cfg.seq_length)
+    layout.global_batch_size = cfg.resources.nodes * cfg.resources.devices
+    yield from layout_problems(layout, chain)
+
+
+def workload(cfg: CacheTeacherConfig, chain: Chain) -> Workload:
+    """A pass of the teacher over its windows, as a planner sees it; one, if all of the text."""
+    tensor = cfg.tensor_model_parallel_size
+    resources = cfg.resources
+    replicas = max(1, resources.nodes * resources.devices // max(1, tensor))
+    batch = max(1, cfg.micro_batch_size) * replicas
+    layout = Layout(resources.nodes, resources.devices, tensor)
+    return Workload(
+        name=cfg.stage,
+        trained=None,
+        teacher=chain.teacher,
+        layout=replace(layout, micro_batch_size=cfg.micro_batch_size),
+        seq_length=cfg.seq_length,
+        global_batch_size=batch,
+        steps=max(1, (cfg.num_windows or 1) // batch),
+        bf16=cfg.precision == "bf16-mixed",
+    )
+
+
+def disk_bytes(cfg: CacheTeacherConfig, chain: Chain) -> int:
+    """The cache, where its size does not depend on the text."""
+    tokens = (cfg.num_windows or 0) * cfg.seq_length
+    return tokens * bytes_per_token(chain.teacher.vocab_size, cfg.top_k)
+
+
+def progress(work: Path) -> str | None:
+    """How many shards an unfinished run has; they would be lost by starting over."""
+    shards = len(list((work / SHARDS).glob("*.safetensors")))
+    return f"{shards} shard{'s' * (shards > 1)}" if shards else None
+
+
+def run(cfg: CacheTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Runs the teacher over the windows that are not stored yet, and publishes all."""
+    from nemo_convert import hf, nemo
+    from recipes.distillation.logit_cache_writer import cache_logits
+
+    teacher = nemo.find_checkpoint(inputs["teacher"].artifact)
+    shards = out.parent / SHARDS
+    metrics = cache_logits(cfg, teacher, inputs["data"].artifact, shards, out, metrics_log(out))
+    return Outcome(metrics=metrics, tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher)))
+
+
+STAGE = Stage(
+    config=CacheTeacherConfig,
+    kind="teacher_logits",
+    run=run,
+    check=check,
+    inputs={"teacher": ("checkpoint_nemo",), "data": ("dataset",)},
+    disk_bytes=disk_bytes,
+    workload=workload,
+    progress=progress,
+)
+
+if __name__ == "__main__":
+    STAGE.main()

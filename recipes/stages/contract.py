@@ -1,0 +1,62 @@
+"""What a stage is: one description, which the launcher plans by and the worker runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from recipes.core.manifest import Kind, Outcome
+from recipes.core.stage import Inputs, StageConfig
+from recipes.core.worker import stage_main
+from recipes.planning.chain import Chain
+from recipes.planning.problems import Problem
+from recipes.planning.workload import Workload
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+Kinds = tuple[Kind, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(Generic[ConfigT]):
+    """A stage: ``STAGE`` of each module beside this one, named as its folder in ``conf/stage``.
+
+    Started as ``[torchrun] -m recipes.stages.<stage> --config <stage directory>/config.yaml``;
+    ranks never compose. Its fingerprint covers the code that ``run`` can reach and nothing else
+    here.
+    """
+
+    config: type[ConfigT]
+    kind: Kind
+    """What it makes."""
+    run: Callable[[ConfigT, Inputs, Path], Outcome]
+    """Does the work, on every rank, and writes the artifact below a directory that is empty."""
+    check: Callable[[ConfigT, Chain], Iterable[Problem]]
+    """Finds in a second, and without torch, what would fail after an hour."""
+    inputs: Mapping[str, Kinds] = field(default_factory=dict)
+    """Kinds that each input may be of."""
+    optional_inputs: Mapping[str, Kinds] = field(default_factory=dict)
+    """Inputs that a recipe may leave out."""
+    starts: tuple[str, ...] = ()
+    """Stages that it starts as processes of their own, whose code is then a part of its own."""
+    needs_torch: bool = True
+    """Without it, no torchrun starts the stage where it starts every other one."""
+    external: Callable[[ConfigT], Mapping[str, Path]] = lambda config: {}
+    """Files from outside of the run that the result depends on."""
+    disk_bytes: Callable[[ConfigT, Chain], int] = lambda config, chain: 0
+    """What its artifact, and what it keeps meanwhile, take on the disk."""
+    workload: Callable[[ConfigT, Chain], Workload] | None = None
+    """A training, or a teacher's pass over text, as a planner sees it."""
+    plans_workloads: bool = False
+    """Its result is about the chain's workloads, which are checked with it."""
+    resolve_from_chain: Callable[[ConfigT, Chain], ConfigT] = lambda config, chain: config
+    """Puts into its settings what its result depends on of others'."""
+    progress: Callable[[Path], str | None] = lambda work: None
+    """How far unfinished work has come ("step 50"); ``None`` if there is nothing to lose."""
+    require_here: Callable[[ConfigT], None] = lambda config: None
+    """Raises ``RecipeError`` where this machine lacks what the stage needs."""
+
+    def main(self) -> None:
+        """Entry point of the stage's own process."""
+        stage_main(self.run, self.config, self.kind)

@@ -1,0 +1,80 @@
+"""Teacher correction: fine-tunes the teacher on the distillation data first (arXiv:2408.11796).
+
+A teacher that was trained on other text gives worse targets on this one; a few steps of next-token
+prediction adapt it. The corrected teacher only teaches: quality is still measured against the
+original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
+from recipes.distillation.settings import CorrectTeacherConfig
+from recipes.distillation.training import (
+    training_bytes,
+    training_job,
+    training_problems,
+    training_progress,
+    training_summary,
+)
+from recipes.planning.chain import Chain
+from recipes.planning.problems import Problem
+from recipes.planning.workload import Workload
+from recipes.stages.contract import Stage
+
+
+def check(cfg: CorrectTeacherConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds settings that would fail once training has started."""
+    yield from training_problems(cfg, chain)
+
+
+def workload(cfg: CorrectTeacherConfig, chain: Chain) -> Workload:
+    """The training as a planner sees it."""
+    return training_job(cfg, chain.teacher)
+
+
+def disk_bytes(cfg: CorrectTeacherConfig, chain: Chain) -> int:
+    """The teacher and its checkpoints."""
+    return training_bytes(cfg, chain.teacher.parameters())
+
+
+def run(cfg: CorrectTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Trains, and saves the teacher as a checkpoint like the one it came from."""
+    from nemo_convert import hf, nemo
+    from recipes.distillation.objective import Objective
+    from recipes.distillation.trainer import train
+
+    teacher = nemo.find_checkpoint(inputs["teacher"].artifact)
+    train(
+        cfg,
+        teacher,
+        Objective({"lm": 1.0}),
+        inputs["data"],
+        out / teacher.name,
+        metrics_log(out),
+    )
+    arch = nemo.architecture_of(teacher)
+    return Outcome(
+        metrics=training_summary(cfg, metrics_file(out)) if rank() == 0 else {},
+        architecture=arch.as_dict(),
+        parameters=arch.parameters(),
+        tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher)),
+    )
+
+
+STAGE = Stage(
+    config=CorrectTeacherConfig,
+    kind="checkpoint_nemo",
+    run=run,
+    check=check,
+    inputs={"teacher": ("checkpoint_nemo",), "data": ("dataset",)},
+    disk_bytes=disk_bytes,
+    workload=workload,
+    progress=training_progress,
+)
+
+if __name__ == "__main__":
+    STAGE.main()

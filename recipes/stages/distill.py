@@ -1,0 +1,218 @@
+"""Knowledge distillation of the pruned student with NeMo's trainer, from a teacher or its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_convert.pipeline import last_stage_layers
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import Outcome, read_manifest
+from recipes.core.metrics import steps_of
+from recipes.core.stage import Inputs, StageConfig, metrics_file, metrics_log, rank
+from recipes.distillation.settings import (
+    BALANCES,
+    CACHED,
+    HIDDEN_LOSSES,
+    LOGITS_LOSSES,
+    DistillConfig,
+)
+from recipes.distillation.training import (
+    training_bytes,
+    training_job,
+    training_problems,
+    training_progress,
+    training_summary,
+)
+from recipes.planning import rules
+from recipes.planning.chain import Chain
+from recipes.planning.problems import Problem
+from recipes.planning.tokenizers import tokenizer_problems
+from recipes.planning.workload import Workload
+from recipes.stages.contract import Stage
+
+
+def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds settings that would fail once training has started."""
+    yield from training_problems(cfg, chain)
+    yield from _loss_problems(cfg)
+    yield from _pair_problems(cfg, chain)
+    source = chain.stages.get(cfg.inputs.get("teacher", ""))
+    if source is not None and source.stage == "cache_teacher":
+        yield from _cache_problems(cfg, source)
+    if cfg.hidden_weight and cfg.recompute == "full":
+        yield Problem(
+            rules.RECOMPUTE,
+            "hidden_weight is set, but recompute=full runs the layers that it compares without "
+            "gradients",
+            "use recompute=none or selective, or hidden_weight=0",
+        )
+    yield from tokenizer_problems(cfg, chain)
+
+
+def workload(cfg: DistillConfig, chain: Chain) -> Workload:
+    """The training as a planner sees it; a teacher that is cached, or not asked, takes nothing."""
+    asked = cfg.kd_weight > 0 or cfg.hidden_weight > 0
+    teacher = chain.teacher if asked and not _is_cached(cfg.inputs.get("teacher"), chain) else None
+    student = chain.shape_of(cfg.inputs.get("student"))
+    terms = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
+    return training_job(cfg, student, teacher, terms)
+
+
+def _is_cached(teacher: str | None, chain: Chain) -> bool:
+    """Whether a teacher is a cache: a stage of this run, or another run's."""
+    if not teacher:
+        return False
+    if (source := chain.stages.get(teacher)) is not None:
+        return source.stage == "cache_teacher"
+    manifest = read_manifest(Path(teacher)) if Path(teacher).is_dir() else None
+    return manifest is not None and manifest.kind == CACHED
+
+
+def _loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
+    for name, known in (
+        ("logits_loss", LOGITS_LOSSES),
+        ("hidden_loss", HIDDEN_LOSSES),
+        ("balance", BALANCES),
+    ):
+        if getattr(cfg, name) not in known:
+            yield Problem(rules.LOSS, f"{name}={getattr(cfg, name)}", f"use {' or '.join(known)}")
+    weights = (cfg.kd_weight, cfg.hidden_weight, cfg.lm_weight)
+    if min(weights) < 0 or max(weights) == 0:
+        yield Problem(
+            rules.LOSS,
+            f"kd_weight, hidden_weight, lm_weight = {', '.join(map(str, weights))}",
+            "use no negative weight, and at least one that is positive",
+        )
+    if cfg.temperature <= 0 or not 0 < cfg.jsd_beta < 1:
+        yield Problem(
+            rules.LOSS,
+            f"temperature={cfg.temperature}, jsd_beta={cfg.jsd_beta}",
+            "use a positive temperature, and a jsd_beta between 0 and 1",
+        )
+    for name in ("top_k", "loss_chunk_mb"):
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            yield Problem(
+                rules.POSITIVE, f"{name}={value} is not positive", "raise it, or use null"
+            )
+
+
+def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
+    if not cfg.hidden_pairs:
+        return
+    if any(len(pair) != 2 for pair in cfg.hidden_pairs):
+        yield Problem(
+            rules.HIDDEN_PAIRS,
+            f"hidden_pairs={cfg.hidden_pairs} is not a list of [student, teacher] layers",
+            "for example [[12,15],[24,30]]",
+        )
+        return
+    student = chain.shape_of(cfg.inputs.get("student"))
+    for role, shape, place in (("student", student, 0), ("teacher", chain.teacher, 1)):
+        if shape.num_layers < cfg.pipeline_model_parallel_size:
+            continue  # said by the rules on layouts
+        allowed = last_stage_layers(shape.num_layers, cfg.pipeline_model_parallel_size)
+        wrong = [pair[place] for pair in cfg.hidden_pairs if pair[place] not in allowed]
+        if wrong:
+            yield Problem(
+                rules.HIDDEN_PAIRS,
+                f"hidden_pairs names the {role}'s layers {wrong}; its last pipeline stage, where "
+                f"the loss is, has {allowed.start} to {allowed.stop - 1}",
+                "choose layers of that range, or a smaller pipeline_model_parallel_size",
+            )
+
+
+def _cache_problems(cfg: DistillConfig, cache: StageConfig) -> Iterator[Problem]:
+    """A cache holds a few log-probabilities of one temperature for windows of one length."""
+    for name in ("seq_length", "temperature"):
+        ours, cached = getattr(cfg, name), getattr(cache, name)
+        if ours != cached:
+            yield Problem(
+                rules.CACHED_TEACHER,
+                f"{name}={ours}, but the cached teacher's is {cached}",
+                "use the same in both stages",
+            )
+    if cfg.context_parallel_size > 1:
+        yield Problem(
+            rules.CACHED_TEACHER,
+            f"context_parallel_size={cfg.context_parallel_size}, but a cached teacher's windows "
+            "are not split",
+            "use teacher=live, or context_parallel_size=1",
+        )
+    if cfg.hidden_weight:
+        yield Problem(
+            rules.CACHED_TEACHER,
+            "hidden_weight is set, but a cached teacher has no hidden states",
+            "use teacher=live, or hidden_weight=0",
+        )
+    if cfg.top_k not in (None, getattr(cache, "top_k")):
+        yield Problem(
+            rules.CACHED_TEACHER,
+            f"top_k={cfg.top_k}, but the cached teacher's is {getattr(cache, 'top_k')}",
+            "set it in the stage that caches, and leave it out here",
+        )
+
+
+def disk_bytes(cfg: DistillConfig, chain: Chain) -> int:
+    """The student and its checkpoints."""
+    return training_bytes(cfg, chain.shape_of(cfg.inputs["student"]).parameters())
+
+
+def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Trains, and saves the student as a checkpoint like the one it came from."""
+    from nemo_convert import hf, nemo
+    from recipes.distillation.objective import Objective
+    from recipes.distillation.trainer import train
+
+    student = nemo.find_checkpoint(inputs["student"].artifact)
+    _require_same_tokenizer(inputs)
+    arch = nemo.architecture_of(student)
+    train(
+        cfg,
+        student,
+        Objective.of(cfg, inputs, arch),
+        inputs["data"],
+        out / student.name,
+        metrics_log(out),
+    )
+    return Outcome(
+        metrics=summary(cfg, metrics_file(out)) if rank() == 0 else {},
+        architecture=arch.as_dict(),
+        parameters=arch.parameters(),
+        tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(student)),
+    )
+
+
+def summary(cfg: DistillConfig, file: Path) -> dict[str, Any]:
+    """The manifest's figures."""
+    first = steps_of(file, cfg.stage)[0]
+    return {**training_summary(cfg, file), "teacher_loss": first.get("teacher_loss")}
+
+
+def _require_same_tokenizer(inputs: Inputs) -> None:
+    hashes = {name: item.manifest.tokenizer_sha256 for name, item in inputs.items()}
+    if len(set(hashes.values())) > 1:
+        raise RecipeError(
+            f"teacher, student and data were not made with one tokenizer: {hashes}.",
+            "distil between models of one vocabulary, on data tokenized with it",
+        )
+
+
+STAGE = Stage(
+    config=DistillConfig,
+    kind="checkpoint_nemo",
+    run=run,
+    check=check,
+    inputs={
+        "teacher": ("checkpoint_nemo", "teacher_logits"),
+        "student": ("checkpoint_nemo",),
+        "data": ("dataset",),
+    },
+    disk_bytes=disk_bytes,
+    workload=workload,
+    progress=training_progress,
+)
+
+if __name__ == "__main__":
+    STAGE.main()

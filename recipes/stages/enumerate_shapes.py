@@ -1,0 +1,102 @@
+"""Lists the shapes that fit a budget, from the teacher's ``config.json`` alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_convert.architecture import Architecture
+from nemo_convert.hf_config import read_architecture
+from nemo_convert.hub import read_hf_config
+from recipes.core.errors import RecipeError
+from recipes.core.files import write_text_atomically
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs
+from recipes.planning import rules
+from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.problems import Problem
+from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig
+from recipes.search.space import (
+    COSTS,
+    Service,
+    limits,
+    name_of,
+)
+from recipes.stages.contract import Stage
+
+
+def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds a budget that nothing fits, or that says nothing."""
+    yield from one_rank_problems(cfg, "it only counts")
+    if chain.teacher.num_moe_experts:
+        yield Problem(rules.BUDGET, "the search has no axes for experts", "search a dense model")
+        return
+    budget = cfg.budget.limits()
+    if not budget or min(budget.values()) <= 0:
+        yield Problem(
+            rules.BUDGET,
+            f"budget={budget} limits nothing" if not budget else f"budget={budget} leaves nothing",
+            f"set a positive limit of {', '.join(COSTS)}",
+        )
+        return
+    steps = [n for n in vars(cfg.space) if n.endswith(("divisor", "size"))]
+    if any(getattr(cfg.space, name) < 1 for name in steps):
+        yield Problem(rules.BUDGET, f"space={vars(cfg.space)} has a step below 1", "use 1 or more")
+    elif not cfg.shapes(chain.teacher):
+        yield Problem(
+            rules.BUDGET,
+            f"no shape fits {limits(chain.teacher, budget, cfg.service)}",
+            "raise the budget, or max_depth_pruning and max_width_pruning in space",
+        )
+
+
+def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Writes ``shapes.json`` and a table."""
+    teacher = read_architecture(read_hf_config(cfg.hf_path), cfg.hf_path)
+    cfg = cfg.as_measured(inputs)
+    budget = limits(teacher, cfg.budget.limits(), cfg.service)
+    shapes = cfg.shapes(teacher)
+    if not shapes:
+        raise RecipeError(
+            f"no shape fits {budget}, with latency as measured.",
+            "raise the budget, or max_depth_pruning and max_width_pruning in space",
+        )
+    text = json.dumps([shape.as_dict() for shape in shapes], indent=1)
+    write_text_atomically(out / SHAPES_FILE, text + "\n")
+    return Outcome(
+        metrics={
+            "figures": {"shapes": len(shapes), **budget},
+            "tables": [table(teacher, shapes, cfg.service)],
+        }
+    )
+
+
+def table(teacher: Architecture, shapes: list[Architecture], service: Service) -> dict[str, Any]:
+    """The teacher and the shapes with what each costs."""
+    rows = [("teacher", teacher), *((name_of(shape), shape) for shape in shapes)]
+    return {
+        "title": f"Shapes within the budget; latency {_source(service)}",
+        "columns": ["shape", *COSTS],
+        "rows": [
+            [name, *(cost(shape, service) for cost in COSTS.values())] for name, shape in rows
+        ],
+    }
+
+
+def _source(service: Service) -> str:
+    return "as measured" if service.measured else f"by roofline of {service.device}"
+
+
+STAGE = Stage(
+    config=EnumerateShapesConfig,
+    kind="shapes",
+    run=run,
+    check=check,
+    optional_inputs={"latency": ("latency_model",)},
+    needs_torch=False,
+)
+
+if __name__ == "__main__":
+    STAGE.main()

@@ -1,0 +1,55 @@
+"""Quality of teacher, pruned and distilled model on held-out text, the same windows for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, metrics_log
+from recipes.evaluation.settings import EvaluateConfig
+from recipes.planning import rules
+from recipes.planning.chain import Chain, one_rank_problems, window_problems
+from recipes.planning.problems import Problem
+from recipes.stages.contract import Stage
+
+
+def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds settings that leave nothing to measure."""
+    if cfg.num_windows < 1 or cfg.prompt_tokens >= cfg.seq_length:
+        yield Problem(
+            rules.EVALUATE,
+            f"num_windows={cfg.num_windows}, prompt_tokens={cfg.prompt_tokens} leave nothing to do",
+            "use at least one window, and prompts shorter than seq_length",
+        )
+    yield from window_problems(cfg.seq_length, chain)
+    yield from one_rank_problems(cfg, "its windows are not split over ranks")
+
+
+def run(cfg: EvaluateConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Measures perplexity, KL to the teacher and top-1 agreement, by source too, and generates."""
+    from nemo_convert import nemo
+    from recipes.evaluation.text_quality import measure
+
+    checkpoints = {
+        name: nemo.find_checkpoint(item.artifact) for name, item in inputs.items() if name != "data"
+    }
+    metrics = measure(cfg, checkpoints, inputs["data"], out, metrics_log(out))
+    return Outcome(metrics=metrics)
+
+
+STAGE = Stage(
+    config=EvaluateConfig,
+    kind="eval_results",
+    run=run,
+    check=check,
+    inputs={
+        "teacher": ("checkpoint_nemo",),
+        "pruned": ("checkpoint_nemo",),
+        "distilled": ("checkpoint_nemo",),
+        "data": ("dataset",),
+    },
+)
+
+if __name__ == "__main__":
+    STAGE.main()

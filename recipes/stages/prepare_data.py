@@ -1,0 +1,111 @@
+"""Text to Megatron's ``.bin/.idx``, in four parts that share no document."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, metrics_log
+from recipes.data import corpus
+from recipes.data.settings import PrepareDataConfig
+from recipes.planning import rules
+from recipes.planning.chain import Chain, one_rank_problems, window_problems
+from recipes.planning.problems import Problem
+from recipes.stages.contract import Stage
+
+BATCH = 512
+"""Documents tokenized at a time."""
+
+
+def external(cfg: PrepareDataConfig) -> dict[str, Path]:
+    """Local files that the result depends on."""
+    return {source: Path(source) for source in cfg.sources if Path(source).is_file()}
+
+
+def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds sources that cannot work, without reading them."""
+    if not cfg.sources:
+        yield Problem(rules.DATA_SOURCES, "no text is given", "set data.sources")
+    for source in cfg.sources:
+        if problem := corpus.source_problem(source):
+            yield Problem(rules.DATA_SOURCES, f"data.sources: {problem}", "fix data.sources")
+    if min(cfg.fractions().values()) <= 0 or sum(cfg.fractions().values()) >= 1:
+        yield Problem(
+            rules.DATA_PARTS,
+            "fractions of validation, calibration and heldout must be positive and leave a rest",
+            "keep them well below 1 in total",
+        )
+    yield from window_problems(cfg.seq_length, chain)
+    yield from one_rank_problems(cfg, "its files are written by one process")
+
+
+def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Tokenizes all sources; each document ends with the end-of-text token."""
+    from nemo_convert.nemo import find_checkpoint, side_files
+    from recipes.data.token_windows import PartWriter, load_tokenizer
+
+    side = side_files(find_checkpoint(inputs["tokenizer"].artifact))
+    encode, eos = load_tokenizer(side)
+    log = metrics_log(out)
+    documents: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    heldout: Counter[str] = Counter()
+    seen: set[str] = set()
+    with PartWriter(out, corpus.PARTS) as writer:
+        for name, source in corpus.source_names(cfg.sources).items():
+            taken = list(_unique(cfg, source, seen))
+            for start in range(0, len(taken), BATCH):
+                batch = taken[start : start + BATCH]
+                for text, ids in zip(batch, encode(batch), strict=True):
+                    part = corpus.part_of(text, cfg.fractions())
+                    writer.add(part, [*ids, eos])
+                    documents[part] += 1
+                    tokens[part] += len(ids) + 1
+                    heldout[name] += (len(ids) + 1) * (part == "heldout")
+                log.progress("tokenize", start + len(batch), len(taken), source=source)
+    _require_windows(tokens, cfg.seq_length)
+    return Outcome(
+        metrics={
+            "documents": dict(documents),
+            "tokens": dict(tokens),
+            "sources": cfg.sources,
+            # A list, since sources lie in the part in this order and a manifest sorts its keys.
+            "heldout_sources": [{"source": name, "tokens": n} for name, n in heldout.items()],
+        },
+        tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256,
+    )
+
+
+def _unique(cfg: PrepareDataConfig, source: str, seen: set[str]) -> Iterator[str]:
+    """Documents of a source, without those seen before in any source."""
+    for number, text in enumerate(corpus.read_documents(source, cfg.text_field)):
+        if cfg.max_documents is not None and number >= cfg.max_documents:
+            return
+        if text not in seen:
+            seen.add(text)
+            yield text
+
+
+def _require_windows(tokens: Counter[str], seq_length: int) -> None:
+    short = [f"{part}: {tokens[part]}" for part in corpus.PARTS if tokens[part] <= seq_length]
+    if short:
+        raise RecipeError(
+            f"too little text for seq_length={seq_length}; tokens in {', '.join(short)}.",
+            "give more text, or set data.seq_length lower",
+        )
+
+
+STAGE = Stage(
+    config=PrepareDataConfig,
+    kind="dataset",
+    run=run,
+    check=check,
+    inputs={"tokenizer": ("checkpoint_nemo",)},
+    external=external,
+)
+
+if __name__ == "__main__":
+    STAGE.main()

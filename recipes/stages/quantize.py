@@ -1,0 +1,79 @@
+"""Quantisation with ModelOpt, calibrated on the run's own calibration text, for TensorRT-LLM.
+
+Written in ModelOpt's unified Hugging Face format, which TensorRT-LLM, vLLM and SGLang read.
+OpenVINO compresses weights itself when it builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, metrics_log
+from recipes.engines.settings import QuantizeConfig
+from recipes.engines.tensorrt_llm import ALIGNMENT, CALIBRATED
+from recipes.planning import rules
+from recipes.planning.chain import Chain, one_rank_problems, window_problems
+from recipes.planning.problems import Problem
+from recipes.stages.contract import Stage
+
+
+def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds formats that do not exist, and shapes that they do not fit."""
+    if cfg.format not in CALIBRATED:
+        yield Problem(rules.FORMAT, f"format={cfg.format} is none", f"use {', '.join(CALIBRATED)}")
+        return
+    if cfg.kv_cache_dtype not in ("auto", "fp8"):
+        yield Problem(
+            rules.KV_CACHE, f"kv_cache_dtype={cfg.kv_cache_dtype} is none", "use auto or fp8"
+        )
+    sizes = (cfg.num_windows, cfg.num_eval_windows, cfg.micro_batch_size)
+    if min(sizes) < 1:
+        yield Problem(rules.POSITIVE, "a number of windows is not positive", "use 1 or more")
+    yield from window_problems(cfg.seq_length, chain)
+    yield from one_rank_problems(cfg, "its model is not split over ranks")
+    arch = chain.shape_of(chain.pruned_by(cfg))
+    align = ALIGNMENT[cfg.format]
+    for name in ("hidden_size", "ffn_hidden_size"):
+        if getattr(arch, name) % align:
+            yield Problem(
+                rules.ALIGNMENT,
+                f"{name}={getattr(arch, name)} is not a multiple of {align}, which kernels for "
+                f"{cfg.format} need",
+                f"prune to a multiple of {align}, or use another format",
+            )
+
+
+def disk_bytes(cfg: QuantizeConfig, chain: Chain) -> int:
+    """Size of the folder, the teacher's at most."""
+    return 2 * chain.teacher.parameters()
+
+
+def run(cfg: QuantizeConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Calibrates, compares with the model, and writes the folder."""
+    from recipes.engines.quantization import quantize_folder
+
+    source = inputs["checkpoint"]
+    metrics = quantize_folder(
+        cfg, source.artifact, inputs["calibration"].artifact, out, metrics_log(out)
+    )
+    return Outcome(
+        metrics=metrics,
+        architecture=source.manifest.architecture,
+        parameters=source.manifest.parameters,
+        tokenizer_sha256=source.manifest.tokenizer_sha256,
+    )
+
+
+STAGE = Stage(
+    config=QuantizeConfig,
+    kind="checkpoint_hf",
+    run=run,
+    check=check,
+    inputs={"checkpoint": ("checkpoint_hf",), "calibration": ("dataset",)},
+    disk_bytes=disk_bytes,
+)
+
+if __name__ == "__main__":
+    STAGE.main()

@@ -1,0 +1,84 @@
+"""Ranks shapes by how well the teacher cut to them still predicts text, without training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_convert.architecture import Architecture
+from recipes.core.files import write_text_atomically
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, metrics_log
+from recipes.planning import rules
+from recipes.planning.chain import Chain, one_rank_problems, window_problems
+from recipes.planning.problems import Problem
+from recipes.pruning.settings import LAYER_METHODS
+from recipes.search.settings import CANDIDATES_FILE, PROXIES, SHAPES_FILE, RankCandidatesConfig
+from recipes.search.space import Budget
+from recipes.stages.contract import Stage
+
+
+def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds settings that leave nothing to rank by."""
+    yield from window_problems(cfg.seq_length, chain)
+    yield from one_rank_problems(cfg, "its windows are not split over ranks")
+    for name, known in (("proxy", PROXIES), ("layer_importance", LAYER_METHODS)):
+        if getattr(cfg, name) not in known:
+            yield Problem(rules.SEARCH, f"{name}={getattr(cfg, name)}", f"use {' or '.join(known)}")
+    if cfg.num_samples < 1:
+        yield Problem(rules.SEARCH, f"num_samples={cfg.num_samples}", "use at least one window")
+
+
+def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Measures every shape and writes ``candidates.json``, the best first."""
+    from nemo_convert import nemo
+    from recipes.data.token_windows import windows
+    from recipes.pruning.importance import Importance
+    from recipes.search.measure import measure_shapes
+
+    listed = (inputs["shapes"].artifact / SHAPES_FILE).read_text(encoding="utf-8")
+    shapes = [Architecture(**shape) for shape in json.loads(listed)]
+    tokens = windows(inputs["data"].artifact, "validation", cfg.seq_length, cfg.num_samples)
+    candidates = measure_shapes(
+        cfg,
+        nemo.find_checkpoint(inputs["checkpoint"].artifact),
+        Importance.load(inputs["importance"].artifact),
+        shapes,
+        tokens,
+        metrics_log(out),
+    )
+    candidates.sort(key=lambda candidate: candidate["proxy"])
+    mark_pareto(candidates)
+    write_text_atomically(out / CANDIDATES_FILE, json.dumps(candidates, indent=1) + "\n")
+    budget = Budget(**inputs["shapes"].manifest.config["budget"]).limits()
+    return Outcome(metrics={"candidates": candidates, "budget": budget})
+
+
+def mark_pareto(candidates: Sequence[dict[str, Any]]) -> None:
+    """Marks those that no other beats in both size and proxy."""
+    for one in candidates:
+        one["pareto"] = not any(
+            other["parameters"] <= one["parameters"]
+            and other["proxy"] <= one["proxy"]
+            and (other["parameters"], other["proxy"]) != (one["parameters"], one["proxy"])
+            for other in candidates
+        )
+
+
+STAGE = Stage(
+    config=RankCandidatesConfig,
+    kind="search_results",
+    run=run,
+    check=check,
+    inputs={
+        "checkpoint": ("checkpoint_nemo",),
+        "importance": ("importance",),
+        "data": ("dataset",),
+        "shapes": ("shapes",),
+    },
+)
+
+if __name__ == "__main__":
+    STAGE.main()

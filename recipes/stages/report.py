@@ -1,0 +1,62 @@
+"""One self-contained HTML file that says what was asked, done and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, metrics_log
+from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.problems import Problem
+from recipes.report.settings import REPORT_FILE, TEMPLATES, ReportConfig
+from recipes.stages.contract import Stage
+
+
+def external(cfg: ReportConfig) -> dict[str, Path]:
+    """The pages' templates, which the code's fingerprint does not see."""
+    return {"templates": TEMPLATES}
+
+
+def check(cfg: ReportConfig, chain: Chain) -> Iterator[Problem]:
+    """A report has no settings that could fail."""
+    yield from one_rank_problems(cfg, "there is one page to write")
+
+
+def run(cfg: ReportConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Collects the inputs' manifests and metrics, and renders them."""
+    from recipes.report.page import render
+
+    log = metrics_log(out)
+    render(cfg, inputs, out / REPORT_FILE)
+    log.progress("report", 1, 1)
+    return Outcome(metrics={"file": REPORT_FILE})
+
+
+STAGE = Stage(
+    config=ReportConfig,
+    kind="report",
+    run=run,
+    check=check,
+    inputs={
+        "teacher": ("checkpoint_nemo",),
+        "data": ("dataset",),
+        "pruned": ("checkpoint_nemo",),
+        "distilled": ("checkpoint_nemo",),
+        "evaluation": ("eval_results",),
+        "exported": ("checkpoint_hf",),
+    },
+    # Each adds its section to the page.
+    optional_inputs={
+        "tasks": ("task_results",),
+        "benchmark": ("benchmark_results",),
+        "engine": ("engine",),
+        "plan": ("plan",),
+        "search": ("search_results",),
+    },
+    needs_torch=False,
+    external=external,
+)
+
+if __name__ == "__main__":
+    STAGE.main()

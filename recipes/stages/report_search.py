@@ -1,0 +1,48 @@
+"""One self-contained HTML file that says which shapes a search compared, and which one it chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, metrics_log
+from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.problems import Problem
+from recipes.report.search_page import TEMPLATE, page
+from recipes.report.settings import REPORT_FILE, TEMPLATES, SearchReportConfig
+from recipes.stages.contract import Stage
+
+
+def external(cfg: SearchReportConfig) -> dict[str, Path]:
+    """The pages' templates, which the code's fingerprint does not see."""
+    return {"templates": TEMPLATES}
+
+
+def check(cfg: SearchReportConfig, chain: Chain) -> Iterator[Problem]:
+    """A report has no settings that could fail."""
+    yield from one_rank_problems(cfg, "there is one page to write")
+
+
+def run(cfg: SearchReportConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Collects the inputs' manifests and renders them."""
+    from recipes.report.format import render_template
+
+    render_template(TEMPLATE, page(cfg, inputs), out / REPORT_FILE)
+    metrics_log(out).progress("report", 1, 1)
+    return Outcome(metrics={"file": REPORT_FILE})
+
+
+STAGE = Stage(
+    config=SearchReportConfig,
+    kind="report",
+    run=run,
+    check=check,
+    inputs={"teacher": ("checkpoint_nemo",), "search": ("search_results",)},
+    optional_inputs={"latency": ("latency_model",)},
+    needs_torch=False,
+    external=external,
+)
+
+if __name__ == "__main__":
+    STAGE.main()

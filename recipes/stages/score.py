@@ -1,0 +1,78 @@
+"""Scores what can be pruned: channels, heads and layers, by forward passes on calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, metrics_log, rank
+from recipes.planning import rules
+from recipes.planning.chain import Chain, window_problems
+from recipes.planning.problems import Problem
+from recipes.pruning.settings import CALIBRATIONS, ScoreConfig
+from recipes.stages.contract import Stage
+
+
+def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds settings that leave nothing to score, and ranks that the layers cannot be split on."""
+    yield from window_problems(cfg.seq_length, chain)
+    if cfg.calibration not in CALIBRATIONS:
+        yield Problem(rules.CALIBRATION, f"calibration={cfg.calibration}", f"use {CALIBRATIONS[0]}")
+    if cfg.num_calibration_samples < 1 or cfg.micro_batch_size < 1 or cfg.num_loss_samples < 0:
+        yield Problem(
+            rules.CALIBRATION,
+            f"num_calibration_samples={cfg.num_calibration_samples}, micro_batch_size="
+            f"{cfg.micro_batch_size}, num_loss_samples={cfg.num_loss_samples} leave nothing to do",
+            "use at least one window",
+        )
+    layers = chain.teacher.num_layers
+    wrong = [n for n in (*cfg.block_sizes, cfg.num_greedy_layers + 1) if not 1 <= n < layers]
+    if wrong or (not cfg.num_loss_samples and (cfg.block_sizes or cfg.num_greedy_layers)):
+        yield Problem(
+            rules.CALIBRATION,
+            f"block_sizes={cfg.block_sizes}, num_greedy_layers={cfg.num_greedy_layers} cannot be "
+            f"measured on num_loss_samples={cfg.num_loss_samples} windows with {layers} layers",
+            f"leave out fewer than {layers} layers, on at least one window",
+        )
+    ranks, stages = cfg.resources.nodes * cfg.resources.devices, cfg.pipeline_model_parallel_size
+    if ranks != stages or not 1 <= stages <= layers:
+        yield Problem(
+            rules.RANKS,
+            f"{cfg.stage} has {ranks} rank(s) and pipeline_model_parallel_size={stages} for "
+            f"{layers} layers; ModelOpt scores at TP=1, and windows are not split over ranks",
+            "set both to the same number, at most the layers",
+        )
+
+
+def run(cfg: ScoreConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Runs the forward passes and writes ``importance.json`` and ``importance.safetensors``."""
+    from nemo_convert import nemo
+    from recipes.pruning.scoring import calibration_windows, score_checkpoint
+
+    teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
+    windows = calibration_windows(cfg, inputs["calibration"].artifact, teacher)
+    importance = score_checkpoint(cfg, teacher, windows, metrics_log(out))
+    if rank() == 0:
+        importance.save(out)
+    return Outcome(
+        metrics={
+            "calibration": cfg.calibration,
+            "calibration_windows": len(windows),
+            "calibration_tokens": windows.numel(),
+            "teacher_loss": importance.teacher_loss,
+            "layer_importance": importance.layers,
+        }
+    )
+
+
+STAGE = Stage(
+    config=ScoreConfig,
+    kind="importance",
+    run=run,
+    check=check,
+    inputs={"checkpoint": ("checkpoint_nemo",), "calibration": ("dataset",)},
+)
+
+if __name__ == "__main__":
+    STAGE.main()

@@ -1,0 +1,152 @@
+"""Distils the best candidates a little, drops the worse half, and goes on until one is left.
+
+Successive halving (Jamieson and Talwalkar, arXiv:1502.07943): each round has the same share of the
+tokens, so fewer candidates get more each. Every pruning and training is a stage of its own below
+``work/``, so a killed tournament goes on where it was. Candidates are shared out to the ranks; or
+there is one rank, and each training takes all of the machine's devices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from recipes.core.files import write_text_atomically
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, metrics_log, rank
+from recipes.distillation.settings import DistillConfig
+from recipes.distillation.training import training_problems
+from recipes.planning import rules
+from recipes.planning.chain import Chain
+from recipes.planning.problems import Problem
+from recipes.search.settings import CANDIDATES_FILE, TournamentConfig
+from recipes.search.space import AXES, prune_settings
+from recipes.stages.contract import Stage
+
+RECIPE = "recipe.yaml"
+
+
+def check(cfg: TournamentConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds a tournament without candidates or steps, and settings that would fail in training."""
+    if cfg.num_candidates < 1 or cfg.num_samples < 1:
+        yield Problem(
+            rules.SEARCH,
+            f"num_candidates={cfg.num_candidates}, num_samples={cfg.num_samples}",
+            "use at least one candidate and one window",
+        )
+        return
+    if cfg.select_by not in ("kl_to_teacher", "perplexity"):
+        yield Problem(rules.SEARCH, f"select_by={cfg.select_by}", "use kl_to_teacher or perplexity")
+    if cfg.distill.resources.devices > 1 and cfg.resources.devices * cfg.resources.nodes > 1:
+        yield Problem(
+            rules.SEARCH,
+            f"the tournament has {cfg.resources.devices} devices and each of its trainings "
+            f"{cfg.distill.resources.devices}: both have several ranks",
+            "set resources.devices of one of them to 1",
+        )
+    rounds = cfg.rounds()
+    if not rounds:
+        return
+    if cfg.steps(rounds[0]) < 2:
+        need = 2 * len(rounds) * rounds[0] * cfg.distill.global_batch_size * cfg.distill.seq_length
+        yield Problem(
+            rules.SEARCH,
+            f"max_tokens={cfg.max_tokens} leaves {rounds[0]} candidates less than two steps",
+            f"set it to at least {need}, or fewer candidates",
+        )
+    else:
+        yield from training_problems(_training(cfg, rounds[0]), chain)
+
+
+def _training(cfg: TournamentConfig, candidates: int) -> DistillConfig:
+    steps = cfg.steps(candidates)
+    plain = {
+        "stage": "distill",
+        "max_steps": steps,
+        "warmup_steps": min(cfg.distill.warmup_steps, steps // 5),
+        "val_check_interval": steps,
+        "checkpoint_interval": max(steps, 1),
+    }
+    return DistillConfig(**{**vars(cfg.distill), **plain})
+
+
+def run(cfg: TournamentConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Plays all rounds, and writes ``candidates.json`` and the winner as ``recipe.yaml``."""
+    from recipes.search.halving import HalvingRun
+
+    ranked = json.loads(
+        (inputs["candidates"].artifact / CANDIDATES_FILE).read_text(encoding="utf-8")
+    )
+    players: list[dict[str, Any]] = [
+        c for n, c in enumerate(ranked) if n < cfg.num_candidates or c["name"] in cfg.also
+    ]
+    method = inputs["candidates"].manifest.config["layer_importance"]
+    arena = HalvingRun(cfg, inputs, out.parent / "candidates", method)
+    log = metrics_log(out)
+    for number, count in enumerate(rounds := cfg.rounds()):
+        training = _training(cfg, count)
+        arena.play(players, number, training)
+        tokens = training.max_steps * training.global_batch_size * training.seq_length
+        for candidate, found in zip(players, arena.measure(players, number), strict=True):
+            candidate |= {**found, "tokens": candidate["tokens"] + tokens}
+        players = sorted(players, key=lambda candidate: float(candidate[cfg.select_by]))
+        log.progress("tournament", number + 1, len(rounds), leader=players[0]["name"])
+        players = players[: math.ceil(len(players) / 2)]
+    winner = players[0]
+    winner["chosen"] = True
+    if rank() == 0:
+        write_text_atomically(out / CANDIDATES_FILE, json.dumps(ranked, indent=1) + "\n")
+        write_text_atomically(out / RECIPE, recipe(cfg, inputs, winner, method))
+    budget = inputs["candidates"].manifest.metrics["budget"]
+    return Outcome(metrics={"candidates": ranked, "budget": budget, "winner": winner["name"]})
+
+
+def recipe(cfg: TournamentConfig, inputs: Inputs, winner: dict[str, Any], method: str) -> str:
+    """The winner as a recipe: copied to ``conf/recipe/NAME.yaml`` it runs as ``recipe=NAME``."""
+    teacher = inputs["checkpoint"].manifest.architecture or {}
+    sizes = {axis: winner["shape"][axis] for axis in AXES}
+    changed = {axis: size for axis, size in sizes.items() if size != teacher[axis]}
+    scored = inputs["importance"].manifest.config
+    return "\n".join(
+        [
+            "# @package _global_",
+            f"# Found by a search for the model {inputs['checkpoint'].manifest.config['hf_path']}",
+            "defaults:",
+            "  - /chain@_global_: prune_distill",
+            "  - _self_",
+            "  - /teacher: live",
+            "",
+            f"description: {winner['name']}, {winner['parameters'] / 1e6:,.1f} M parameters",
+            "stages:",
+            "  score:",
+            *(f"    {n}: {scored[n]}" for n in ("num_loss_samples", "block_sizes")),
+            f"    num_greedy_layers: {scored['num_greedy_layers']}",
+            "  prune:",
+            *(f"    {name}: {value}" for name, value in prune_settings(changed, method).items()),
+            "  distill:",
+            f"    lr: {cfg.distill.lr}",
+            f"    min_lr: {cfg.distill.min_lr}",
+            "",
+        ]
+    )
+
+
+STAGE = Stage(
+    config=TournamentConfig,
+    kind="search_results",
+    run=run,
+    check=check,
+    starts=("prune", "distill"),
+    inputs={
+        "checkpoint": ("checkpoint_nemo",),
+        "importance": ("importance",),
+        "data": ("dataset",),
+        "candidates": ("search_results",),
+    },
+)
+
+if __name__ == "__main__":
+    STAGE.main()
