@@ -93,7 +93,7 @@ def checks(cfg: DictConfig, chain: Chain, wanted: list[str]) -> Iterator[Problem
     for name, config in chain.stages.items():
         stage = stage_of(config)
         if name in wanted or (planning and stage.workload):
-            yield from stage.check(config, chain)
+            yield from stage.problems(config, chain)
 
 
 def workloads_of(chain: Chain) -> dict[str, Workload]:

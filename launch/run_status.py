@@ -19,10 +19,8 @@ from recipes.core.deadline import STOPPED
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import WORK, Manifest, read_manifest
 from recipes.core.metrics import METRICS, read_records
-from recipes.core.stage import unfinished
+from recipes.core.stage import REQUEST, RUN_FILE, unfinished
 
-REQUEST = "config.yaml"
-RUN_FILE = "run.yaml"
 COMPLETE, RUNNING, PENDING, FAILED = "complete", "running", "pending", "failed"
 STOPPED_STATE, CANCELLED, NOT_RUN = "stopped", "cancelled", "not run"
 

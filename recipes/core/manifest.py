@@ -117,6 +117,11 @@ def read_manifest(stage_dir: Path) -> Manifest | None:
         ) from error
 
 
+def manifest_of(source: str | None) -> Manifest | None:
+    """The manifest of another run's stage, given as its directory; ``None`` for anything else."""
+    return read_manifest(Path(source)) if source and Path(source).is_dir() else None
+
+
 def stamp_files(root: Path) -> dict[str, FileStamp]:
     """Hashes every file below ``root``, keyed by its relative POSIX path."""
     stamps = {}

@@ -34,7 +34,7 @@ from recipes.core.manifest import (
 )
 from recipes.core.metrics import METRICS
 from recipes.core.processes import die_with_parent
-from recipes.core.stage import REQUEST, Input, Inputs, StageConfig, rank, unfinished, world_size
+from recipes.core.stage import BEGUN, Input, Inputs, StageConfig, rank, unfinished, world_size
 from recipes.core.versions import git_sha, installed_versions
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
@@ -111,7 +111,7 @@ def _run_stage(run: Run, config_class: type[ConfigT], kind: Kind, request_file: 
 
 def _discard(work: Path) -> None:
     """Deletes ``work``, first what makes it resumable: killed here, half of it must not be."""
-    (work / REQUEST).unlink(missing_ok=True)
+    (work / BEGUN).unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -133,7 +133,7 @@ def prepare_work(stage_dir: Path, request: Mapping[str, Any]) -> Path:
             (stage_dir / METRICS).unlink(missing_ok=True)
         shutil.rmtree(work / ARTIFACT, ignore_errors=True)
         (work / ARTIFACT).mkdir(parents=True)
-        write_text_atomically(work / REQUEST, json.dumps(request))
+        write_text_atomically(work / BEGUN, json.dumps(request))
         (work / "error.txt").unlink(missing_ok=True)
         (work / STOPPED).unlink(missing_ok=True)
     else:

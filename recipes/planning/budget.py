@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
-from recipes.core.manifest import Manifest, read_manifest
+from recipes.core.manifest import Manifest, manifest_of
 from recipes.core.stage import StageConfig
 from recipes.core.wheels import source_bytes
+from recipes.data.settings import PrepareDataConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.estimate import estimate
@@ -20,7 +20,7 @@ from recipes.planning.workload import Workload
 
 BYTES_PER_TOKEN = 4.0
 """Of English text in a vocabulary of 50,000 and more; only for saying about how many epochs."""
-_TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
+_TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)")
 
 
 def budget_problems(chain: Chain, wanted: Collection[str]) -> Iterator[Problem]:
@@ -84,7 +84,7 @@ def overrides(stage: str, layout: Any) -> list[str]:
     return [f"stages.{stage}.{key}={value}" for key, value in fields.items()]
 
 
-def seconds_of(time_limit: str) -> int | None:
+def slurm_seconds(time_limit: str) -> int | None:
     """Seconds of Slurm's ``[D-]HH:MM:SS``; ``None`` for anything else."""
     if not (found := _TIME.fullmatch(time_limit)):
         return None
@@ -93,8 +93,7 @@ def seconds_of(time_limit: str) -> int | None:
 
 
 def _time_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
-    own = getattr(chain.stages[name].resources, "time", None)
-    limit = seconds_of(str(own or chain.time_limit))
+    limit = slurm_seconds(chain.stages[name].resources.time or chain.time_limit or "")
     hours = estimate(job, chain.hardware).hours
     if limit is not None and hours * 3600 > limit:
         yield Problem(
@@ -130,32 +129,30 @@ def _text_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
 def _train_tokens(chain: Chain, data: str) -> tuple[float, float] | None:
     """About how many tokens there are to train on, and how many at most."""
     config = chain.stages.get(data)
-    manifest = _result_of(chain, data, config)
-    if manifest is not None:
+    if (manifest := _prepared(chain, data, config)) is not None:
         tokens = float(manifest.metrics["tokens"]["train"])
         return tokens, tokens
-    sources = getattr(config, "sources", None)
-    if not sources or getattr(config, "max_documents", None) is not None:
+    if not isinstance(config, PrepareDataConfig) or config.max_documents is not None:
         return None
-    sizes = [source_bytes(source) for source in sources]
-    share = 1 - sum(getattr(config, "fractions")().values())
-    if None in sizes:
+    sizes = [source_bytes(source) for source in config.sources]
+    if not sizes or None in sizes:
         return None
     total = sum(size for size in sizes if size is not None)
+    share = 1 - sum(config.fractions().values())
     # A token is a byte at least; how documents fall into parts is random, so all may train.
     return total * share / BYTES_PER_TOKEN, float(total)
 
 
-def _result_of(chain: Chain, data: str, config: StageConfig | None) -> Manifest | None:
+def _prepared(chain: Chain, data: str, config: StageConfig | None) -> Manifest | None:
     """The manifest of the text, if it was prepared before and from the same sources."""
-    directory = Path(data) if config is None else (chain.run_dir or Path()) / data
-    if not data or (config is not None and chain.run_dir is None):
+    if not isinstance(config, PrepareDataConfig):
+        return manifest_of(data)
+    manifest = manifest_of(str(chain.run_dir / data)) if chain.run_dir else None
+    now = {
+        "sources": config.sources,
+        "max_documents": config.max_documents,
+        "text_field": config.text_field,
+    }
+    if manifest is None or any(manifest.config.get(key) != value for key, value in now.items()):
         return None
-    manifest = read_manifest(directory) if directory.is_dir() else None
-    if manifest is None or config is None:
-        return manifest
-    same = all(
-        manifest.config.get(field) == getattr(config, field, None)
-        for field in ("sources", "max_documents", "text_field")
-    )
-    return manifest if same else None
+    return manifest

@@ -14,12 +14,11 @@ from omegaconf import OmegaConf
 
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, Manifest, read_manifest
+from recipes.core.stage import REQUEST, RUN_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-RUN_FILE = "run.yaml"
-REQUEST = "config.yaml"
 FINGERPRINT = re.compile(r"^fingerprint: '?(\w+)'?$", re.MULTILINE)
 """Of a request; parsing all its YAML would take longer than all else, over a sweep."""
 IGNORED = ("stage", "inputs", "resources", "title", "description", "recipe")

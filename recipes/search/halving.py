@@ -18,7 +18,7 @@ from recipes.core.files import REPO_ROOT, write_text_atomically
 from recipes.core.fingerprint import stage_code, stage_fingerprint
 from recipes.core.manifest import read_manifest
 from recipes.core.processes import die_with_parent, start_command
-from recipes.core.stage import Inputs, StageConfig, rank, world_size
+from recipes.core.stage import REQUEST, Inputs, StageConfig, rank, world_size
 from recipes.distillation.settings import DistillConfig
 from recipes.pruning.settings import PruneConfig
 from recipes.search.space import AXES, prune_settings
@@ -104,7 +104,7 @@ def run_stage(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> 
     if done is not None and done.fingerprint == request["fingerprint"]:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    file = directory / "config.yaml"
+    file = directory / REQUEST
     write_text_atomically(file, OmegaConf.to_yaml(request))
     devices = config.resources.devices
     command = start_command(f"recipes.stages.{config.stage}", file, devices, sys.executable)

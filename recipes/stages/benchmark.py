@@ -30,7 +30,7 @@ from recipes.engines.bench import (
 )
 from recipes.engines.settings import BenchmarkConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.planning.roofline import Machine, RequestShape
 from recipes.stages.contract import Stage
@@ -47,7 +47,6 @@ def check(cfg: BenchmarkConfig, chain: Chain) -> Iterator[Problem]:
             "use positive numbers, and at least two new tokens, since the first is not decoding",
         )
         return
-    yield from one_rank_problems(cfg, "each model runs in a process that it starts")
     yield from _length_problems(cfg, "the model's positions", chain.teacher.max_position_embeddings)
     for name in ("teacher_engine", "student_engine"):
         engine: Any = chain.stages.get(cfg.inputs.get(name, ""))
@@ -155,6 +154,7 @@ STAGE = Stage(
     kind="benchmark_results",
     run=run,
     check=check,
+    one_rank="each model runs in a process that it starts",
     inputs={
         "teacher": ("checkpoint_hf", "checkpoint_nemo"),
         "student": ("checkpoint_hf", "checkpoint_nemo"),

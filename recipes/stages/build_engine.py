@@ -74,6 +74,7 @@ STAGE = Stage(
     kind="engine",
     run=run,
     check=engine_problems,
+    one_rank="the builder starts what it needs by itself",
     inputs={"checkpoint": ("checkpoint_hf", "checkpoint_nemo")},
     optional_inputs={"data": ("dataset",)},
     disk_bytes=disk_bytes,

@@ -8,14 +8,15 @@ from typing import Any
 
 from nemo_convert.pipeline import last_stage_layers
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import Outcome, read_manifest
+from recipes.core.manifest import Outcome, manifest_of
 from recipes.core.metrics import steps_of
-from recipes.core.stage import Inputs, StageConfig, metrics_file, metrics_log, rank
+from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
 from recipes.distillation.settings import (
     BALANCES,
     CACHED,
     HIDDEN_LOSSES,
     LOGITS_LOSSES,
+    CacheTeacherConfig,
     DistillConfig,
 )
 from recipes.distillation.training import (
@@ -39,7 +40,7 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     yield from _loss_problems(cfg)
     yield from _pair_problems(cfg, chain)
     source = chain.stages.get(cfg.inputs.get("teacher", ""))
-    if source is not None and source.stage == "cache_teacher":
+    if isinstance(source, CacheTeacherConfig):
         yield from _cache_problems(cfg, source)
     if cfg.hidden_weight and cfg.recompute == "full":
         yield Problem(
@@ -65,8 +66,8 @@ def _is_cached(teacher: str | None, chain: Chain) -> bool:
     if not teacher:
         return False
     if (source := chain.stages.get(teacher)) is not None:
-        return source.stage == "cache_teacher"
-    manifest = read_manifest(Path(teacher)) if Path(teacher).is_dir() else None
+        return isinstance(source, CacheTeacherConfig)
+    manifest = manifest_of(teacher)
     return manifest is not None and manifest.kind == CACHED
 
 
@@ -123,7 +124,7 @@ def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
             )
 
 
-def _cache_problems(cfg: DistillConfig, cache: StageConfig) -> Iterator[Problem]:
+def _cache_problems(cfg: DistillConfig, cache: CacheTeacherConfig) -> Iterator[Problem]:
     """A cache holds a few log-probabilities of one temperature for windows of one length."""
     for name in ("seq_length", "temperature"):
         ours, cached = getattr(cfg, name), getattr(cache, name)
@@ -146,10 +147,10 @@ def _cache_problems(cfg: DistillConfig, cache: StageConfig) -> Iterator[Problem]
             "hidden_weight is set, but a cached teacher has no hidden states",
             "use teacher=live, or hidden_weight=0",
         )
-    if cfg.top_k not in (None, getattr(cache, "top_k")):
+    if cfg.top_k not in (None, cache.top_k):
         yield Problem(
             rules.CACHED_TEACHER,
-            f"top_k={cfg.top_k}, but the cached teacher's is {getattr(cache, 'top_k')}",
+            f"top_k={cfg.top_k}, but the cached teacher's is {cache.top_k}",
             "set it in the stage that caches, and leave it out here",
         )
 

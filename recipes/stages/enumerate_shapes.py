@@ -15,7 +15,7 @@ from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig
 from recipes.search.space import (
@@ -29,7 +29,6 @@ from recipes.stages.contract import Stage
 
 def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
     """Finds a budget that nothing fits, or that says nothing."""
-    yield from one_rank_problems(cfg, "it only counts")
     if chain.teacher.num_moe_experts:
         yield Problem(rules.BUDGET, "the search has no axes for experts", "search a dense model")
         return
@@ -94,6 +93,7 @@ STAGE = Stage(
     kind="shapes",
     run=run,
     check=check,
+    one_rank="it only counts",
     optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,
 )

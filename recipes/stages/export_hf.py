@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
-from recipes.planning.chain import Chain, one_rank_problems
-from recipes.planning.problems import Problem
+from recipes.planning.chain import Chain
 from recipes.stages.contract import Stage
 
 
@@ -21,11 +19,6 @@ class ExportConfig(StageConfig):
     """Model that the student came from, for the card."""
     recipe: str = ""
     """What was done, for the card."""
-
-
-def check(cfg: ExportConfig, chain: Chain) -> Iterator[Problem]:
-    """Nothing else can be wrong that other stages do not see first."""
-    yield from one_rank_problems(cfg, "a conversion is one process's work")
 
 
 def disk_bytes(cfg: ExportConfig, chain: Chain) -> int:
@@ -65,7 +58,7 @@ STAGE = Stage(
     config=ExportConfig,
     kind="checkpoint_hf",
     run=run,
-    check=check,
+    one_rank="a conversion is one process's work",
     inputs={"checkpoint": ("checkpoint_nemo",)},
     # For the card alone. A benchmark cannot be one: it measures what this stage makes.
     optional_inputs={

@@ -20,7 +20,7 @@ from recipes.core.stage import Inputs, metrics_log
 from recipes.engines.backends import engine_problems, require_backend
 from recipes.engines.bench import cpu_threads, measure, start_worker
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.search.latency import build_random_engine, fit, step_ms
 from recipes.search.settings import EnumerateShapesConfig, MeasureLatencyConfig
@@ -45,7 +45,6 @@ def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatenc
 
 def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
     """Finds engines that cannot be built, and requests that they cannot answer."""
-    yield from one_rank_problems(cfg, "each engine runs in a process that it starts")
     yield from engine_problems(cfg.engine, chain)
     if cfg.new_tokens < 2 or cfg.repetitions < 1 or cfg.request().prompt_tokens < 1:
         yield Problem(
@@ -120,6 +119,7 @@ STAGE = Stage(
     kind="latency_model",
     run=run,
     check=check,
+    one_rank="each engine runs in a process that it starts",
     inputs={"checkpoint": ("checkpoint_nemo",)},
     disk_bytes=disk_bytes,
     resolve_from_chain=resolve_from_chain,

@@ -12,7 +12,7 @@ from recipes.core.stage import Inputs, metrics_log
 from recipes.data import corpus
 from recipes.data.settings import PrepareDataConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems, window_problems
+from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.stages.contract import Stage
 
@@ -39,7 +39,6 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
             "keep them well below 1 in total",
         )
     yield from window_problems(cfg.seq_length, chain)
-    yield from one_rank_problems(cfg, "its files are written by one process")
 
 
 def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -103,6 +102,7 @@ STAGE = Stage(
     kind="dataset",
     run=run,
     check=check,
+    one_rank="its files are written by one process",
     inputs={"tokenizer": ("checkpoint_nemo",)},
     external=external,
 )

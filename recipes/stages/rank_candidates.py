@@ -12,7 +12,7 @@ from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems, window_problems
+from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.pruning.settings import LAYER_METHODS
 from recipes.search.settings import CANDIDATES_FILE, PROXIES, SHAPES_FILE, RankCandidatesConfig
@@ -23,7 +23,6 @@ from recipes.stages.contract import Stage
 def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
     """Finds settings that leave nothing to rank by."""
     yield from window_problems(cfg.seq_length, chain)
-    yield from one_rank_problems(cfg, "its windows are not split over ranks")
     for name, known in (("proxy", PROXIES), ("layer_importance", LAYER_METHODS)):
         if getattr(cfg, name) not in known:
             yield Problem(rules.SEARCH, f"{name}={getattr(cfg, name)}", f"use {' or '.join(known)}")
@@ -72,6 +71,7 @@ STAGE = Stage(
     kind="search_results",
     run=run,
     check=check,
+    one_rank="its windows are not split over ranks",
     inputs={
         "checkpoint": ("checkpoint_nemo",),
         "importance": ("importance",),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
-from recipes.planning.chain import Chain, one_rank_problems
-from recipes.planning.problems import Problem
 from recipes.report.settings import REPORT_FILE, TEMPLATES, ReportConfig
 from recipes.stages.contract import Stage
 
@@ -16,11 +13,6 @@ from recipes.stages.contract import Stage
 def external(cfg: ReportConfig) -> dict[str, Path]:
     """The pages' templates, which the code's fingerprint does not see."""
     return {"templates": TEMPLATES}
-
-
-def check(cfg: ReportConfig, chain: Chain) -> Iterator[Problem]:
-    """A report has no settings that could fail."""
-    yield from one_rank_problems(cfg, "there is one page to write")
 
 
 def run(cfg: ReportConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -37,7 +29,7 @@ STAGE = Stage(
     config=ReportConfig,
     kind="report",
     run=run,
-    check=check,
+    one_rank="there is one page to write",
     inputs={
         "teacher": ("checkpoint_nemo",),
         "data": ("dataset",),

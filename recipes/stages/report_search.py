@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
-from recipes.planning.chain import Chain, one_rank_problems
-from recipes.planning.problems import Problem
 from recipes.report.search_page import TEMPLATE, page
 from recipes.report.settings import REPORT_FILE, TEMPLATES, SearchReportConfig
 from recipes.stages.contract import Stage
@@ -17,11 +14,6 @@ from recipes.stages.contract import Stage
 def external(cfg: SearchReportConfig) -> dict[str, Path]:
     """The pages' templates, which the code's fingerprint does not see."""
     return {"templates": TEMPLATES}
-
-
-def check(cfg: SearchReportConfig, chain: Chain) -> Iterator[Problem]:
-    """A report has no settings that could fail."""
-    yield from one_rank_problems(cfg, "there is one page to write")
 
 
 def run(cfg: SearchReportConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -37,7 +29,7 @@ STAGE = Stage(
     config=SearchReportConfig,
     kind="report",
     run=run,
-    check=check,
+    one_rank="there is one page to write",
     inputs={"teacher": ("checkpoint_nemo",), "search": ("search_results",)},
     optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,
