@@ -93,7 +93,7 @@ def slurm_seconds(time_limit: str) -> int | None:
 
 
 def _time_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
-    limit = slurm_seconds(chain.stages[name].resources.time or chain.time_limit or "")
+    limit = slurm_seconds(chain.stages[name].resources.time or chain.time_limit)
     hours = estimate(job, chain.hardware).hours
     if limit is not None and hours * 3600 > limit:
         yield Problem(

@@ -45,7 +45,7 @@ class Chain:
     """What the stages run on."""
     run_dir: Path | None = None
     """Where results of this chain are, if it has run before."""
-    time_limit: str | None = None
+    time_limit: str = ""
     """What a job may take, as Slurm writes it; none by default."""
     from_published_config: bool = False
     """The teacher's shape is the one bundled here, since its config.json is out of reach."""
