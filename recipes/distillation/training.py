@@ -12,7 +12,6 @@ from recipes.core.metrics import steps_of
 from recipes.distillation.settings import PRECISIONS, RECOMPUTE, TERMS, TrainingConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
-from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
 from recipes.planning.workload import Layout, Workload
 
@@ -48,7 +47,6 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             rules.RECOMPUTE, f"recompute={cfg.recompute}", f"use {' or '.join(RECOMPUTE)}"
         )
     yield from window_problems(cfg.seq_length, chain)
-    yield from layout_problems(cfg, chain)
 
 
 def layout_of(cfg: TrainingConfig) -> Layout:
@@ -66,7 +64,7 @@ def layout_of(cfg: TrainingConfig) -> Layout:
     )
 
 
-def training_job(
+def training_workload(
     cfg: TrainingConfig, trained: Architecture, teacher: Architecture | None = None, terms: int = 1
 ) -> Workload:
     """The training as a planner sees it."""

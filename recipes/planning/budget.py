@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from typing import Any
 
 from recipes.core.manifest import Manifest, manifest_of
 from recipes.core.stage import StageConfig
@@ -16,7 +15,7 @@ from recipes.planning.estimate import estimate
 from recipes.planning.hardware import gpus_here
 from recipes.planning.layouts import proposals
 from recipes.planning.problems import Problem
-from recipes.planning.workload import Workload
+from recipes.planning.workload import LAYOUT_FIELDS, Layout, Workload
 
 BYTES_PER_TOKEN = 4.0
 """Of English text in a vocabulary of 50,000 and more; only for saying about how many epochs."""
@@ -68,19 +67,11 @@ def _smaller_layout(name: str, job: Workload, chain: Chain) -> str:
     return f"for example {' '.join(overrides(name, layout))}"
 
 
-def overrides(stage: str, layout: Any) -> list[str]:
+def overrides(stage: str, layout: Layout) -> list[str]:
     """A layout as command-line overrides of a training stage."""
-    fields = {
-        "resources.nodes": layout.nodes,
-        "resources.devices": layout.devices,
-        "tensor_model_parallel_size": layout.tensor,
-        "pipeline_model_parallel_size": layout.pipeline,
-        "context_parallel_size": layout.context,
-        "expert_model_parallel_size": layout.expert,
-        "micro_batch_size": layout.micro_batch_size,
-        "sequence_parallel": str(layout.sequence_parallel).lower(),
-        "recompute": layout.recompute,
-    }
+    fields = {name: getattr(layout, part) for part, name in LAYOUT_FIELDS.items()}
+    fields |= {"sequence_parallel": str(layout.sequence_parallel).lower()}
+    fields |= {"recompute": layout.recompute}
     return [f"stages.{stage}.{key}={value}" for key, value in fields.items()]
 
 

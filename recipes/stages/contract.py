@@ -12,6 +12,7 @@ from recipes.core.stage import Inputs, StageConfig
 from recipes.core.worker import stage_main
 from recipes.planning import rules
 from recipes.planning.chain import Chain
+from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
 from recipes.planning.workload import Workload
 
@@ -70,6 +71,8 @@ class Stage(Generic[ConfigT]):
                 "set its resources.devices and resources.nodes to 1",
             )
         yield from self.check(config, chain)
+        if self.workload is not None:
+            yield from layout_problems(self.workload(config, chain), chain)
 
     def main(self) -> None:
         """Entry point of the stage's own process."""

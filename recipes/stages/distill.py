@@ -21,10 +21,10 @@ from recipes.distillation.settings import (
 )
 from recipes.distillation.training import (
     training_bytes,
-    training_job,
     training_problems,
     training_progress,
     training_summary,
+    training_workload,
 )
 from recipes.planning import rules
 from recipes.planning.chain import Chain
@@ -58,7 +58,7 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
     teacher = chain.teacher if asked and not _is_cached(cfg.inputs.get("teacher"), chain) else None
     student = chain.shape_of(cfg.inputs.get("student"))
     terms = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
-    return training_job(cfg, student, teacher, terms)
+    return training_workload(cfg, student, teacher, terms)
 
 
 def _is_cached(teacher: str | None, chain: Chain) -> bool:

@@ -18,9 +18,10 @@ from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log, rank
 from recipes.distillation.settings import DistillConfig
-from recipes.distillation.training import training_problems
+from recipes.distillation.training import training_problems, training_workload
 from recipes.planning import rules
 from recipes.planning.chain import Chain
+from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
 from recipes.search.settings import CANDIDATES_FILE, TournamentConfig
 from recipes.search.space import AXES, prune_settings
@@ -58,7 +59,9 @@ def check(cfg: TournamentConfig, chain: Chain) -> Iterator[Problem]:
             f"set it to at least {need}, or fewer candidates",
         )
     else:
-        yield from training_problems(_training(cfg, rounds[0]), chain)
+        training = _training(cfg, rounds[0])
+        yield from training_problems(training, chain)
+        yield from layout_problems(training_workload(training, chain.teacher), chain)
 
 
 def _training(cfg: TournamentConfig, candidates: int) -> DistillConfig:

@@ -251,17 +251,17 @@ def test_stages_without_parallelism_run_on_one_rank(stage: Any, chain: Chain, te
     ],
 )
 def test_distill_rules(chain: Chain, fields: dict[str, Any], rule: str) -> None:
-    assert one(distill.check(DistillConfig(**fields), chain)).rule.name == rule
+    assert one(distill.STAGE.problems(DistillConfig(**fields), chain)).rule.name == rule
 
 
 def test_distill_lists_all_problems(chain: Chain) -> None:
     cfg = DistillConfig(max_steps=0, precision="8", global_batch_size=3)
-    rules = [p.rule.name for p in distill.check(cfg, chain)]
+    rules = [p.rule.name for p in distill.STAGE.problems(cfg, chain)]
     assert rules == ["precision", "positive", "warmup", "batch"]
 
 
 def test_distill_defaults_have_no_problem(chain: Chain) -> None:
-    assert list(distill.check(DistillConfig(), chain)) == []
+    assert list(distill.STAGE.problems(DistillConfig(), chain)) == []
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_distill_knows_the_students_shape(
         **{parallel: 2},
     )
     whole = Chain(chain.hf_path, chain.teacher, {"prune": student, "distill": cfg})
-    assert list(distill.check(cfg, whole))
+    assert list(distill.STAGE.problems(cfg, whole))
 
 
 @pytest.mark.parametrize("fields", [{"num_windows": 0}, {"prompt_tokens": 256}])
