@@ -1,4 +1,4 @@
-"""TODO."""
+"""Means of several measurements, their standard errors, and paired differences."""
 
 from __future__ import annotations
 

