@@ -11,7 +11,7 @@ import pytest
 
 from recipes.core.stage import Input, StageConfig
 from recipes.distillation.settings import CacheTeacherConfig
-from recipes.stages.report import OPTIONAL_INPUTS
+from recipes.stages import report
 from tests.support.reports import (
     CONFIG,
     OPTIONAL_PLOTS,
@@ -29,6 +29,8 @@ from tests.support.reports import (
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+OPTIONAL_INPUTS = tuple(report.STAGE.optional_inputs)
 
 
 @pytest.fixture(scope="module")
