@@ -19,7 +19,7 @@ from benchmarks.contenders import CONTENDERS, INPUTS, Record, Shape, manifest_of
 from benchmarks.distill import disagreements, speeds, step_flops, summarise
 from nemo_convert.architecture import Architecture
 from recipes.core.files import REPO_ROOT
-from tests.support.launcher import run_recipe
+from tests.support.in_process import run_here
 
 STEPS, MICRO_BATCH, SEQ_LENGTH = 3, 4, 64
 
@@ -39,7 +39,7 @@ def benchmark(*options: str, name: str = "distill") -> subprocess.CompletedProce
 def tiny_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Teacher, student and text, as the launcher makes them."""
     run_dir = tmp_path_factory.mktemp("benchmarks") / "run"
-    result = run_recipe(
+    result = run_here(
         "recipe=llama_depth_prune",
         f"model.hf_path={even_llama}",
         f"data.sources=[{text_file}]",

@@ -19,6 +19,7 @@ from nemo_convert.hf import Weights, tokenizer_sha256
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.manifest import ARTIFACT, MANIFEST, Manifest, read_manifest
 from recipes.core.metrics import METRICS, steps_of
+from tests.support.in_process import run_here
 from tests.support.launcher import run_and_kill, run_recipe
 
 STAGES = (
@@ -282,13 +283,13 @@ def test_the_teacher_is_exported_for_images_without_nemo(
     """With no evaluation to show, the card is the one that came along, or none."""
     run_dir = without(tiny_run, tmp_path / "run")
     command = overrides(odd_llama, text_file, run_dir, engine="tensorrt_llm")
-    result = run_recipe(*command, "stages.only=[export_teacher]", cwd=tmp_path)
+    result = run_here(*command, "stages.only=[export_teacher]", cwd=tmp_path)
     assert result.code == 0, result.output
     folder = run_dir / "export_teacher" / ARTIFACT
     assert not (folder / "README.md").exists()
     before, after = Weights(odd_llama), Weights(folder)
     assert all(torch.equal(before.read(n), after.read(n)) for n in after.names())
-    refused = run_recipe(*command, "stages.only=[build_teacher_engine]", cwd=tmp_path)
+    refused = run_here(*command, "stages.only=[build_teacher_engine]", cwd=tmp_path)
     assert refused.code == 1
     assert "head size of 10" in refused.output
 
@@ -306,7 +307,7 @@ def test_a_machine_without_a_gpu_is_told_before_anything_runs(
         for setting in ("backend=tensorrt_llm_pytorch", "max_seq_len=256", "max_input_len=200")
     ]
     grid = ["stages.benchmark.prompt_tokens=[64]", "stages.benchmark.new_tokens=16"]
-    result = run_recipe(*command, *second, *grid, cwd=tmp_path)
+    result = run_here(*command, *second, *grid, cwd=tmp_path)
     assert result.code == 1
     assert "needs an NVIDIA GPU and TensorRT-LLM" in result.output
     assert "nvcr.io/nvidia/tensorrt-llm/release:" in result.output
@@ -324,16 +325,21 @@ def test_changed_field_and_force_rerun_what_follows(
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_JOB_NAME", "batch")
     run_dir = without(tiny_run, tmp_path / "run")
-    base = [*overrides(odd_llama, text_file, run_dir), "stages.only=[distill,evaluate]"]
+    base = overrides(odd_llama, text_file, run_dir)
     kept = manifest_of(run_dir, "prune").started_at
     first = manifest_of(run_dir, "distill")
-    result = run_recipe(*base, "stages.distill.lr=5e-4", cwd=tmp_path)
+    changed = [*base, "stages.distill.lr=5e-4"]
+    result = run_recipe(*changed, "stages.only=[distill]", cwd=tmp_path)
     assert result.code == 0, result.output
     assert "lr 0.001 → 0.0005" in result.output
+    changed.append("stages.only=[distill,evaluate]")
+    followed = run_here(*changed, cwd=tmp_path)
+    assert followed.code == 0, followed.output
+    assert "1 stages ran" in followed.output
     assert manifest_of(run_dir, "prune").started_at == kept
     assert manifest_of(run_dir, "distill").fingerprint != first.fingerprint
     assert manifest_of(run_dir, "evaluate").metrics != manifest_of(tiny_run, "evaluate").metrics
-    forced = run_recipe(*base, "stages.distill.lr=5e-4", "force=[evaluate]", cwd=tmp_path)
+    forced = run_here(*changed, "force=[evaluate]", cwd=tmp_path)
     assert forced.code == 0, forced.output
     assert "1 stages ran" in forced.output
 
@@ -374,7 +380,7 @@ def test_changed_artifact_stops_the_chain(
     run_dir = without(tiny_run, tmp_path / "run", "report")
     victim = run_dir / "evaluate" / ARTIFACT / "results.json"
     victim.write_text(victim.read_text().replace("0.", "1."))
-    result = run_recipe(*overrides(odd_llama, text_file, run_dir), cwd=tmp_path)
+    result = run_here(*overrides(odd_llama, text_file, run_dir), cwd=tmp_path)
     assert result.code == 1
     assert "does not match its manifest: results.json (changed)" in result.output
     assert not (run_dir / "report").exists()

@@ -13,7 +13,7 @@ import pytest
 
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import read_manifest
-from tests.support.launcher import run_recipe
+from tests.support.in_process import run_here
 
 README = "".join((REPO_ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md"))
 COMMANDS = [
@@ -77,7 +77,7 @@ def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
     planned = any(argument.startswith("recipe=") for argument in arguments)
     extra = ["dry_run=true"] if planned and "--help" not in arguments else []
     (tmp_path / "my.jsonl").write_text('{"text": "one document of a few words"}\n' * 200_000)
-    result = run_recipe(*arguments, *extra, cwd=tmp_path)
+    result = run_here(*arguments, *extra, cwd=tmp_path)
     if "stages.only=[distill]" in arguments:
         assert "whose result is needed but not there" in result.output  # a fresh directory
     else:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from launch.schema import CONF
 from recipes.core.manifest import read_manifest
 from recipes.planning.published_configs import CONFIGS
-from tests.support.launcher import run_recipe
+from tests.support.in_process import run_here
 from tests.support.miniatures import DISTILL, settings
 from tests.support.models import EVEN, write_tiny_model
 
@@ -51,7 +51,7 @@ def family_of(recipe: str) -> str:
 def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Path) -> None:
     kind = recipe.rpartition("_")[2]
     model = write_tiny_model(tmp_path / "model", text_file, family_of(recipe), **EVEN)
-    done = run_recipe(
+    done = run_here(
         f"recipe={recipe}",
         f"model.hf_path={model}",
         "hardware=cpu",
@@ -82,7 +82,7 @@ def test_search_runs_on_a_tiny_model(tmp_path: Path, text_file: Path) -> None:
     model = write_tiny_model(tmp_path / "model", text_file, family_of("qwen3_8b_search"), **EVEN)
     smaller = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 32}
     training = {"global_batch_size": 4, "tensor_model_parallel_size": 1, "resources.devices": 1}
-    done = run_recipe(
+    done = run_here(
         "recipe=qwen3_8b_search",
         f"model.hf_path={model}",
         "hardware=cpu",

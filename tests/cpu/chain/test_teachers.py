@@ -9,7 +9,8 @@ import pytest
 
 from recipes.core.manifest import read_manifest
 from recipes.core.metrics import METRICS, steps_of
-from tests.support.launcher import Result, run_recipe
+from tests.support.in_process import run_here
+from tests.support.launcher import Result
 
 STEPS, BATCH = 12, 4
 
@@ -23,7 +24,7 @@ def run_teacher(model: Path, text_file: Path, run_dir: Path, *more: str) -> Resu
         "warmup_steps": 1,
         "val_check_interval": STEPS,
     }
-    return run_recipe(
+    return run_here(
         "recipe=llama_depth_prune",
         f"model.hf_path={model}",
         f"data.sources=[{text_file}]",

@@ -17,7 +17,8 @@ from nemo_convert.convert import hf_weights
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.manifest import ARTIFACT
 from recipes.core.metrics import METRICS, steps_of
-from tests.support.launcher import run_and_kill, run_recipe
+from tests.support.in_process import run_here
+from tests.support.launcher import run_and_kill
 
 STEPS, CHECKPOINT_INTERVAL = 20, 4
 TWO_RANKS = "stages.distill.resources.devices=2"
@@ -65,7 +66,7 @@ def layout(name: str) -> list[str]:
 @pytest.fixture(scope="module")
 def one_rank(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("one") / "run"
-    result = run_recipe(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
+    result = run_here(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
     assert result.code == 0, result.output
     return run_dir
 
@@ -107,7 +108,7 @@ def test_two_ranks_give_the_losses_of_one(
 ) -> None:
     run_dir = before_distillation(one_rank, tmp_path / "run")
     command = [*overrides(even_llama, text_file, run_dir), *layout(name)]
-    result = run_recipe(*command, cwd=tmp_path)
+    result = run_here(*command, cwd=tmp_path)
     assert result.code == 0, result.output
     require_same_training(one_rank, run_dir)
 
@@ -128,7 +129,7 @@ def test_killed_in_one_layout_goes_on_in_another(
     run_and_kill(
         *command, *layout(began), cwd=tmp_path, metrics=metrics, records=CHECKPOINT_INTERVAL * 2 + 2
     )
-    result = run_recipe(*command, *(layout(ended) if ended else []), cwd=tmp_path)
+    result = run_here(*command, *(layout(ended) if ended else []), cwd=tmp_path)
     assert result.code == 0, result.output
     assert "resume" in result.output
     records = [json.loads(line) for line in metrics.read_text().splitlines()]

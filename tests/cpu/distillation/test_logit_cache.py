@@ -26,7 +26,8 @@ from recipes.distillation.logit_cache_writer import cache_logits
 from recipes.distillation.losses import top_k
 from recipes.distillation.objective import _require_fit
 from recipes.distillation.settings import CacheTeacherConfig, DistillConfig
-from tests.support.launcher import run_and_kill, run_recipe
+from tests.support.in_process import run_here
+from tests.support.launcher import run_and_kill
 from tests.support.models import EVEN, write_tiny_model
 
 LENGTH, KEPT, TEMPERATURE, WINDOWS, PER_SHARD = 48, 16, 1.5, 130, 12
@@ -72,7 +73,7 @@ def opened(run_dir: Path) -> TeacherCache:
 @pytest.fixture(scope="module")
 def run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("cached") / "run"
-    result = run_recipe(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
+    result = run_here(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
     assert result.code == 0, result.output
     return run_dir
 
@@ -153,7 +154,7 @@ def test_killed_and_resumed_it_is_the_same(
     expected = shards_of(run)
     assert 2 <= len(before) < len(expected) == -(-WINDOWS // PER_SHARD)
 
-    result = run_recipe(*arguments, cwd=tmp_path)
+    result = run_here(*arguments, cwd=tmp_path)
     assert result.code == 0, result.output
     for name, time in before.items():
         assert (stage / ARTIFACT / name).stat().st_mtime_ns == time, f"{name} was made again"
@@ -173,7 +174,7 @@ def test_two_ranks_say_the_same(
     run: Path, even_llama: Path, text_file: Path, tmp_path: Path, tensor: int
 ) -> None:
     copy = uncached(run, tmp_path / "run")
-    result = run_recipe(
+    result = run_here(
         *overrides(even_llama, text_file, copy),
         "stages.cache_teacher.resources.devices=2",
         f"stages.cache_teacher.tensor_model_parallel_size={tensor}",
