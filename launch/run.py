@@ -39,7 +39,7 @@ from recipes.core.stage import REQUEST, RUN_FILE
 console = Console(highlight=False, soft_wrap=True)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(schema.CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
     """Composes, plans, runs."""
     recipe = HydraConfig.get().runtime.choices.get("recipe")

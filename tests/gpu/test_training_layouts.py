@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from recipes.core.metrics import METRICS, steps_of
-from tests.conftest import run_recipe
-from tests.cpu.conftest import EVEN, write_tiny_model
+from tests.support.launcher import run_recipe
+from tests.support.models import EVEN, write_tiny_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from launch.executors.slurm_queue import active_jobs
-from tests.conftest import Result, run_recipe
-from tests.cpu.conftest import EVEN, write_tiny_model
 from tests.slurm.cluster import Cluster, wait_for
+from tests.support.launcher import Result, run_recipe
+from tests.support.models import EVEN, write_tiny_model
 
 SECRET = "a_token_that_no_file_may_hold"
 STEPS = 3

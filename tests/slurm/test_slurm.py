@@ -18,9 +18,9 @@ from nemo_convert.convert import hf_weights
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
 from recipes.core.metrics import METRICS, steps_of
-from tests.conftest import Result, run_recipe
 from tests.slurm.cluster import Cluster, run, wait_for
 from tests.slurm.conftest import SECRET, STEPS, Run
+from tests.support.launcher import Result, run_recipe
 
 STAGES = [
     "import_hf",

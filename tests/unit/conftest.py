@@ -21,10 +21,11 @@ from launch.plan import Plan, make_plan
 from launch.planned import PlannedStage
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
+from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, Manifest, read_manifest, stamp_files, write_manifest
 from recipes.planning.chain import Chain
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = REPO_ROOT
 RECIPE = "recipe=llama_width_prune"
 LLAMA_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -19,7 +19,7 @@ from recipes.planning.layouts import HEADROOM
 from recipes.planning.published_configs import CONFIGS
 from recipes.search.space import name_of
 from recipes.stages.contract import Stage
-from tests.cpu.test_recipes_in_miniature import DISTILL, settings
+from tests.support.miniatures import DISTILL, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable

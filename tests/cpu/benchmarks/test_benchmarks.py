@@ -1,0 +1,242 @@
+"""The speed benchmark, from its command line, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from benchmarks import convert
+from benchmarks.contenders import CONTENDERS, INPUTS, Record, Shape, manifest_of
+from benchmarks.distill import disagreements, speeds, step_flops, summarise
+from nemo_convert.architecture import Architecture
+from recipes.core.files import REPO_ROOT
+from tests.support.in_process import run_here
+
+STEPS, MICRO_BATCH, SEQ_LENGTH = 3, 4, 64
+
+
+def benchmark(*options: str, name: str = "distill") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *options],
+        cwd=REPO_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Teacher, student and text, as the launcher makes them."""
+    run_dir = tmp_path_factory.mktemp("benchmarks") / "run"
+    result = run_here(
+        "recipe=llama_depth_prune",
+        f"model.hf_path={even_llama}",
+        f"data.sources=[{text_file}]",
+        "data.text_field=text",
+        f"data.seq_length={SEQ_LENGTH}",
+        f"run_dir={run_dir}",
+        f"stages.only=[{','.join(INPUTS)}]",
+        "stages.prune.target_num_layers=2",
+        cwd=run_dir.parent,
+    )
+    assert result.code == 0, result.output
+    return run_dir
+
+
+def test_every_contender_is_measured(tiny_run: Path, tmp_path: Path) -> None:
+    names = list(CONTENDERS)
+    out = tmp_path / "speed.json"
+    done = benchmark(
+        *("--run-dir", str(tiny_run), "--out", str(out), "--only", *names, "--rounds=1"),
+        *(f"--steps={STEPS}", f"--micro-batch={MICRO_BATCH}", f"--seq-length={SEQ_LENGTH}"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(out.read_text())
+    assert not found["failed"]
+    assert list(found["results"]) == names
+    for name, result in found["results"].items():
+        (record,) = found["records"][name]
+        assert len(record["ends"]) == len(record["losses"]) == STEPS
+        assert result["slowest"] <= result["tokens_per_second"] <= result["fastest"]
+        assert result["slowest"] > 0
+        assert all(math.isfinite(loss) and loss > 0 for loss in record["losses"])
+        assert result["peak_rss_bytes"] > 1e8
+        for baseline in ("loop-fp32", "loop-bf16"):
+            speed = found["results"][baseline]["tokens_per_second"]
+            assert result["ratios"][baseline] == pytest.approx(result["tokens_per_second"] / speed)
+        assert result["utilisation"] == pytest.approx(
+            result["tokens_per_second"] / result["most_tokens_per_second"]
+        )
+        assert name in done.stdout
+    losses = {name: result["first_loss"] for name, result in found["results"].items()}
+    for name in ("loop-bf16", "chunked-bf16", "modelopt-bf16"):
+        assert losses[name] == pytest.approx(losses["loop-fp32"], rel=0.02)
+    assert losses["nemo"] == pytest.approx(losses["nemo-fp32"], rel=0.02)
+
+
+def test_ways_to_recover_are_compared(tiny_run: Path, tmp_path: Path) -> None:
+    """A teacher that is corrected costs time, so it gets fewer steps at equal time."""
+    arms = ("forward_kl", "corrected")
+    out = tmp_path / "recovery"
+    options = ("--run-dir", str(tiny_run), "--out", str(out), "--steps=4")
+    for _ in range(2):  # the second time nothing is left to do
+        done = benchmark(*options, "--only", *arms, name="recovery")
+        assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((out / "recovery.json").read_text())
+    for outcomes in found.values():
+        assert list(outcomes) == list(arms)
+        for outcome in outcomes.values():
+            assert outcome["loss"] == pytest.approx(math.log(outcome["perplexity"]))
+            assert outcome["training_seconds"] > 0
+    tokens, time = found["equal tokens"], found["equal time"]
+    assert {outcome["steps"] for outcome in tokens.values()} == {4}
+    assert time["forward_kl"] == tokens["forward_kl"]
+    assert time["corrected"]["steps"] < 4
+    assert tokens["corrected"]["prepare_seconds"] > 0
+    page = (out / "recovery.html").read_text()
+    assert page.count("<svg") == 4
+    assert f"{tokens['corrected']['kl_to_teacher']:.3f}" in page
+
+
+def test_ways_to_choose_layers_are_compared(tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "layers"
+    options = ("--layers=3", "--methods=loss", "--steps=2", "--loss-windows=2", "--windows=4")
+    done = benchmark(
+        *("--run-dir", str(tiny_run), "--out", str(out), "--greedy-layers=1", *options),
+        name="layers",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads((out / "layers.json").read_text())
+    assert (found["method"], found["layers"], len(found["dropped"])) == ("loss", 3, 1)
+    assert found["tokens"] == 2 * 4 * 256
+    assert found["distilled"] != found["pruned"] > 1
+    assert f"{found['kl_to_teacher']:.4f}" in done.stdout
+
+
+def test_shapes_are_compared(even_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """The search's own run is in it; one candidate wins without training."""
+    out = tmp_path / "shapes"
+    space = "stages.enumerate_shapes.space"
+    done = benchmark(
+        *("--out", str(out), "--steps=2", "--lr", "1e-3", "--"),
+        *(f"model.hf_path={even_llama}", f"data.sources=[{text_file}]", "data.text_field=text"),
+        *(f"data.seq_length={SEQ_LENGTH}", "stages.tournament.num_candidates=1"),
+        "stages.enumerate_shapes.budget.parameters=0.85",  # a layer of four is a fifth
+        *(f"{space}.hidden_size_divisor=8", f"{space}.ffn_hidden_size_divisor=8"),
+        *("stages.score.num_calibration_samples=8", "stages.score.num_loss_samples=2"),
+        name="shapes",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = json.loads((out / "shapes.json").read_text())
+    assert [outcome["way"] for outcome in outcomes] == ["found", "depth alone", "width alone"]
+    whole = manifest_of(out / "search" / "import_hf").architecture or {}
+    for outcome in outcomes:
+        run = out / f"{outcome['shape']}-lr0.001"
+        student = manifest_of(run / "distill").architecture or {}
+        same_width = student["hidden_size"] == whole["hidden_size"]
+        assert (outcome["way"] == "depth alone") <= same_width
+        assert (outcome["way"] == "width alone") <= (student["num_layers"] == whole["num_layers"])
+        assert outcome["parameters"] == manifest_of(run / "distill").parameters
+        assert outcome["distilled"] != outcome["pruned"] > 1
+        assert f"{outcome['kl_to_teacher']:.4f}" in done.stdout
+
+
+def test_bad_options_get_one_message(tmp_path: Path) -> None:
+    for options, message in (
+        (["--only", "loop-fp23"], "Did you mean 'loop-fp32'?"),
+        (["--steps=1"], "at least 2 steps"),
+        (["--run-dir", str(tmp_path)], "import_hf is not complete"),
+    ):
+        done = benchmark(*options)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+ARCH = Architecture(
+    hf_architecture="LlamaForCausalLM",
+    num_layers=2,
+    hidden_size=8,
+    ffn_hidden_size=16,
+    num_attention_heads=2,
+    num_query_groups=1,
+    kv_channels=4,
+    vocab_size=32,
+    max_position_embeddings=64,
+    tied_embeddings=True,
+)
+
+
+def test_flops_are_those_of_the_products() -> None:
+    """By hand: 2 FLOPs per weight, and 2 × 2 per key and head dimension, half of them masked."""
+    weights = 2 * (2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 32 * 8)
+    scores = 2 * (2 * 2 * 2 * 4 * 16 // 2)
+    cached = step_flops(ARCH, None, seq_length=16)
+    assert (cached.weights, cached.attention) == (3 * weights, 3 * scores)
+    live = step_flops(ARCH, ARCH, seq_length=16)
+    assert (live.weights, live.attention) == (4 * weights, 4 * scores)
+
+
+def test_warm_up_does_not_count() -> None:
+    shape = Shape(steps=4, micro_batch=1, seq_length=100)
+    record = Record(ends=[50.0, 60.0, 61.0, 63.0], losses=[4.0, 3.0, 2.0, 1.0], peak_rss_bytes=7)
+    assert speeds(record, shape) == [100.0, 50.0]
+    assert speeds(Record([50.0, 60.0]), Shape(2, 1, 100)) == [10.0]
+
+    slower = Record(ends=[0.0, 9.0, 11.0, 15.0], losses=[4.0, 3.0, 2.0, 1.2], peak_rss_bytes=5)
+    models = {"teacher": ARCH, "student": ARCH}
+    results = summarise(
+        {"loop-fp32": [record, slower], "loop-bf16": [slower]},
+        shape,
+        models,
+        {"float32": 1e9, "bfloat16": 2e9},
+    )
+    fp32 = results["loop-fp32"]
+    assert fp32.tokens_per_second == 56.25
+    assert (fp32.slowest, fp32.fastest, fp32.peak_rss_bytes) == (25.0, 100.0, 7)
+    assert fp32.utilisation == pytest.approx(
+        56.25 * (fp32.flops.weights + fp32.flops.attention) / 1e9
+    )
+    assert results["loop-bf16"].ratios == {"loop-fp32": 37.5 / 56.25, "loop-bf16": 1.0}
+    assert list(disagreements(results)) == []
+    results = summarise(
+        {"loop-fp32": [record], "loop-bf16": [Record(slower.ends, [4.2, 3.0, 2.0, 1.0])]},
+        shape,
+        models,
+        {"float32": 1e9, "bfloat16": 2e9},
+    )
+    assert list(disagreements(results)) == ["loop-bf16: first loss 4.2000, but loop-fp32 4.0000"]
+
+
+def test_conversion_is_measured_beside_transformers(odd_llama: Path, tmp_path: Path) -> None:
+    """All sides in this process, where a real measurement has one for each."""
+    found = {s: convert.measured(convert.work_of(s, odd_llama, tmp_path)) for s in convert.SIDES}
+    assert load_file(tmp_path / "copy" / "model.safetensors").keys() == (
+        load_file(tmp_path / "back" / "model.safetensors").keys()
+    )
+    text = convert.table(found, size=1_000_000)
+    assert "checkpoint: 1 MB" in text
+    assert [line.split()[0] for line in text.splitlines()[2:]] == list(convert.SIDES)
+    assert f"{1:.2f}" in text.splitlines()[2]
+
+
+def test_the_peak_of_memory_is_seen() -> None:
+    """64 MB that are gone again when the work is done."""
+
+    def work() -> None:
+        held = bytearray(os.urandom(64 << 20))
+        time.sleep(0.05)
+        del held
+
+    assert 60 << 20 < convert.measured(work)["anonymous"] < 200 << 20

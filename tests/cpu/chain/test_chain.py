@@ -1,0 +1,401 @@
+"""The whole chain as a user runs it, on a tiny model with odd shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemo_convert.convert import hf_weights
+from nemo_convert.hf import Weights, tokenizer_sha256
+from nemo_convert.nemo import find_checkpoint
+from recipes.core.manifest import ARTIFACT, MANIFEST, Manifest, read_manifest
+from recipes.core.metrics import METRICS, steps_of
+from tests.support.in_process import run_here
+from tests.support.launcher import run_and_kill, run_recipe
+
+STAGES = (
+    "plan",
+    "import_hf",
+    "prepare_data",
+    "score",
+    "prune",
+    "distill",
+    "evaluate",
+    "export_hf",
+    "report",
+)
+STEPS, CHECKPOINT_INTERVAL = 24, 4
+
+
+def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "none") -> list[str]:
+    """Width and depth together, every size odd."""
+    return [
+        "recipe=llama_width_prune",
+        "tasks=none",
+        f"engine={engine}",
+        f"model.hf_path={model}",
+        f"data.sources=[{text_file}]",
+        "data.text_field=text",
+        "data.seq_length=64",
+        f"run_dir={run_dir}",
+        "stages.prune.target_hidden_size=40",
+        "stages.prune.hidden_size_divisor=8",
+        "stages.prune.target_ffn_hidden_size=72",
+        "stages.prune.ffn_hidden_size_divisor=8",
+        "stages.prune.target_num_attention_heads=5",
+        "stages.prune.target_num_layers=4",
+        "stages.distill.precision=bf16-mixed",  # whatever the processor is best at
+        f"stages.distill.max_steps={STEPS}",
+        "stages.distill.warmup_steps=2",
+        f"stages.distill.checkpoint_interval={CHECKPOINT_INTERVAL}",
+        "stages.distill.val_check_interval=12",
+        "stages.evaluate.num_windows=8",
+        "stages.evaluate.new_tokens=8",
+    ]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("chain") / "run"
+    result = run_recipe(*overrides(odd_llama, text_file, run_dir), cwd=run_dir.parent)
+    assert result.code == 0, result.output
+    for stage in STAGES:
+        assert f"{stage}: complete" in result.output
+    assert f"{len(STAGES)} stages ran" in result.output
+    return run_dir
+
+
+def manifest_of(run_dir: Path, stage: str) -> Manifest:
+    manifest = read_manifest(run_dir / stage)
+    assert manifest is not None
+    return manifest
+
+
+def without(run_dir: Path, copy: Path, *stages: str) -> Path:
+    """A copy of a run in which some stages have not run; times are kept, so hashes are trusted."""
+    shutil.copytree(run_dir, copy)
+    for stage in stages:
+        shutil.rmtree(copy / stage)
+    return copy
+
+
+def test_every_manifest_is_filled(tiny_run: Path) -> None:
+    for stage in STAGES:
+        manifest = manifest_of(tiny_run, stage)
+        assert manifest.seconds > 0
+        light = stage in ("plan", "report")
+        assert manifest.peak_rss_bytes > (10e6 if light else 100e6)
+        assert manifest.files
+        assert {"torch", "megatron-core", "nvidia-modelopt"} <= manifest.versions.keys()
+        assert not (tiny_run / stage / "work").exists()
+
+
+def test_shapes_are_those_asked_for(tiny_run: Path) -> None:
+    shape = manifest_of(tiny_run, "export_hf").architecture
+    assert shape is not None
+    assert shape["hidden_size"] == 40
+    assert shape["ffn_hidden_size"] == 72
+    assert (shape["num_attention_heads"], shape["num_query_groups"], shape["kv_channels"]) == (
+        5,
+        1,
+        10,
+    )
+    assert shape["num_layers"] == 4
+    weights = Weights(tiny_run / "export_hf" / ARTIFACT)
+    assert weights.read("model.layers.3.self_attn.q_proj.weight").shape == (50, 40)
+    assert weights.read("model.layers.0.mlp.down_proj.weight").shape == (40, 72)
+    assert "model.layers.4.mlp.down_proj.weight" not in weights.names()
+    counted = sum(weights.read(name).numel() for name in weights.names())
+    assert counted == manifest_of(tiny_run, "export_hf").parameters
+
+
+def test_exported_folder_works_with_plain_transformers(tiny_run: Path, odd_llama: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tiny_run / "export_hf" / ARTIFACT
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.head_dim == 10
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    ids = tokenizer("The import statement", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
+    assert model.generation_config.temperature == 0.7
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(odd_llama).chat_template
+    assert tokenizer_sha256(folder) == tokenizer_sha256(odd_llama)
+
+
+def test_model_card_has_the_figures_of_the_manifests(tiny_run: Path, odd_llama: Path) -> None:
+    card = (tiny_run / "export_hf" / ARTIFACT / "README.md").read_text()
+    evaluation = manifest_of(tiny_run, "evaluate").metrics
+    for role in ("teacher", "pruned", "distilled"):
+        figures = evaluation[role]
+        assert f"| {figures['perplexity']:.1f} | {figures['kl_to_teacher']:.3f} |" in card
+        assert f"{figures['loss']:.3f} ± {figures['loss_standard_error']:.3f}" in card
+    shape = "| 40 | 72 | 5 | 1 | 10 | 293 |"
+    assert f"| this model | 4 {shape} {manifest_of(tiny_run, 'distill').parameters:,} |" in card
+    (dropped,) = set(range(1, 6)) - set(manifest_of(tiny_run, "prune").metrics["kept_layers"])
+    assert f"Layers dropped, counted from 1: {dropped}." in card
+    assert f"{manifest_of(tiny_run, 'distill').metrics['tokens']:,} tokens in {STEPS} steps" in card
+    assert "`topics.jsonl`" in card
+    assert "llama_width_prune" in card
+    assert str(odd_llama) in card
+
+
+def test_code_of_the_model_card_runs_as_it_stands(tiny_run: Path) -> None:
+    folder = tiny_run / "export_hf" / ARTIFACT
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("The capital of France is")
+    assert len(done.stdout) > len("The capital of France is\n")
+
+
+def test_gates_were_passed(tiny_run: Path) -> None:
+    for stage in ("import_hf", "export_hf"):
+        assert manifest_of(tiny_run, stage).metrics["parity_max_logit_difference"] < 1e-4
+
+
+def test_figures_hang_together(tiny_run: Path) -> None:
+    figures = manifest_of(tiny_run, "evaluate").metrics
+    assert figures["teacher"]["kl_to_teacher"] == 0
+    assert figures["teacher"]["top1_agreement"] == 1
+    assert figures["pruned"]["kl_to_teacher"] > figures["distilled"]["kl_to_teacher"] > 0
+    assert figures["pruned"]["parameters"] == manifest_of(tiny_run, "prune").parameters
+    steps = steps_of(tiny_run / "distill" / METRICS, "distill")
+    assert [s["done"] for s in steps] == list(range(1, STEPS + 1))
+    assert steps[-1]["kd"] < steps[0]["kd"]
+    assert steps[-1]["lr"] < max(s["lr"] for s in steps)
+    assert [s["done"] for s in steps_of(tiny_run / "distill" / METRICS, "validate")] == [12, 24]
+
+
+def test_importance_is_kept_as_data(tiny_run: Path) -> None:
+    metrics = manifest_of(tiny_run, "prune").metrics
+    scores = {int(layer): score for layer, score in metrics["layer_importance"].items()}
+    assert sorted(scores) == [1, 2, 3, 4, 5]
+    assert metrics["kept_layers"] == sorted(sorted(scores, key=lambda n: -scores[n])[:4])
+    tensors = load_file(tiny_run / "score" / ARTIFACT / "importance.safetensors")
+    assert tensors["hidden_size"].shape == (56,)
+    assert sum(t.shape == (120,) for t in tensors.values()) == 5
+
+
+def test_parts_share_no_document(tiny_run: Path) -> None:
+    from recipes.data.token_windows import IndexedDataset, prefix
+
+    parts = {}
+    for part in ("train", "validation", "calibration", "heldout"):
+        dataset = IndexedDataset(str(prefix(tiny_run / "prepare_data" / ARTIFACT, part)))
+        parts[part] = {tuple(dataset[i]) for i in range(len(dataset))}
+        assert len(parts[part]) == manifest_of(tiny_run, "prepare_data").metrics["documents"][part]
+    names = list(parts)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            assert not parts[first] & parts[second]
+
+
+def test_second_run_does_nothing(tiny_run: Path, odd_llama: Path, text_file: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()}
+    result = run_recipe(*overrides(odd_llama, text_file, tiny_run), cwd=tiny_run.parent)
+    assert result.code == 0, result.output
+    assert "everything was complete, nothing ran" in result.output
+    assert {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()} == before
+
+
+def test_engines_of_teacher_and_student_are_built_and_timed(
+    tiny_run: Path,
+    odd_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a finished run only what the engines add is done; nothing is written to the home."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    run_dir = without(tiny_run, tmp_path / "run")
+    command = [
+        *overrides(odd_llama, text_file, run_dir, engine="openvino"),
+        "stages.build_engine.num_windows=2",
+        "stages.build_teacher_engine.num_windows=2",
+        "stages.benchmark.batch_sizes=[1,3]",
+        "stages.benchmark.prompt_tokens=[40]",
+        "stages.benchmark.new_tokens=6",
+        "stages.benchmark.repetitions=2",
+    ]
+    result = run_recipe(*command, cwd=tmp_path)
+    assert result.code == 0, result.output
+    assert "4 stages ran" in result.output
+    assert not (home / "intel").exists()
+    student = manifest_of(run_dir, "build_engine")
+    assert (student.kind, student.metrics["backend"]) == ("engine", "openvino")
+    assert student.metrics["greedy_margin"] < 1e-3
+    assert student.parameters == manifest_of(run_dir, "export_hf").parameters
+    assert student.metrics["bytes"] == student.total_bytes()
+    results = manifest_of(run_dir, "benchmark").metrics
+    rows = results["rows"]
+    assert [(r["backend"], r["role"], r["batch_size"]) for r in rows] == [
+        (backend, role, batch)
+        for batch in (1, 3)
+        for backend in ("openvino", "transformers")
+        for role in ("teacher", "student")
+    ]
+    for figures in rows:
+        for name in ("time_to_first_token_ms", "decode_tokens_per_second"):
+            assert 0 < figures[name]["low"] <= figures[name]["median"] <= figures[name]["high"]
+        assert figures["peak_memory_bytes"] > 100e6
+        assert figures["load_seconds"] > 0
+    # Each is its own process's, not that of the one that started them all.
+    assert len({figures["peak_memory_bytes"] for figures in rows}) > 1
+    assert rows[0]["peak_memory_bytes"] < rows[2]["peak_memory_bytes"]
+    assert rows[0]["disk_bytes"] == manifest_of(run_dir, "build_teacher_engine").total_bytes()
+    assert [(s["backend"], s["batch_size"]) for s in results["speedups"]] == [
+        (backend, batch) for backend in ("openvino", "transformers") for batch in (1, 3)
+    ]
+    for speedup in results["speedups"]:
+        assert speedup["prefill"] > 0
+        assert speedup["decode_roofline"] > 1
+        assert speedup["prefill_roofline"] > 1
+    machine = results["machine"]
+    assert machine["flops_per_second"]["float32"] > 1e8
+    assert machine["bytes_per_second"] > 1e8
+
+
+def test_the_teacher_is_exported_for_images_without_nemo(
+    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """With no evaluation to show, the card is the one that came along, or none."""
+    run_dir = without(tiny_run, tmp_path / "run")
+    command = overrides(odd_llama, text_file, run_dir, engine="tensorrt_llm")
+    result = run_here(*command, "stages.only=[export_teacher]", cwd=tmp_path)
+    assert result.code == 0, result.output
+    folder = run_dir / "export_teacher" / ARTIFACT
+    assert not (folder / "README.md").exists()
+    before, after = Weights(odd_llama), Weights(folder)
+    assert all(torch.equal(before.read(n), after.read(n)) for n in after.names())
+    refused = run_here(*command, "stages.only=[build_teacher_engine]", cwd=tmp_path)
+    assert refused.code == 1
+    assert "head size of 10" in refused.output
+
+
+def test_a_machine_without_a_gpu_is_told_before_anything_runs(
+    odd_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("there may be a GPU")
+    run_dir = tmp_path / "run"
+    command = overrides(odd_llama, text_file, run_dir, engine="tensorrt_llm")
+    second = [
+        f"stages.{s}.{setting}"
+        for s in ("build_engine", "build_teacher_engine")
+        for setting in ("backend=tensorrt_llm_pytorch", "max_seq_len=256", "max_input_len=200")
+    ]
+    grid = ["stages.benchmark.prompt_tokens=[64]", "stages.benchmark.new_tokens=16"]
+    result = run_here(*command, *second, *grid, cwd=tmp_path)
+    assert result.code == 1
+    assert "needs an NVIDIA GPU and TensorRT-LLM" in result.output
+    assert "nvcr.io/nvidia/tensorrt-llm/release:" in result.output
+    assert not run_dir.exists() or not list(run_dir.rglob(MANIFEST))
+
+
+def test_changed_field_and_force_rerun_what_follows(
+    tiny_run: Path,
+    odd_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The launcher in a Slurm job of two tasks: the training is not one of them.
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "batch")
+    run_dir = without(tiny_run, tmp_path / "run")
+    base = overrides(odd_llama, text_file, run_dir)
+    kept = manifest_of(run_dir, "prune").started_at
+    first = manifest_of(run_dir, "distill")
+    changed = [*base, "stages.distill.lr=5e-4"]
+    result = run_recipe(*changed, "stages.only=[distill]", cwd=tmp_path)
+    assert result.code == 0, result.output
+    assert "lr 0.001 → 0.0005" in result.output
+    changed.append("stages.only=[distill,evaluate]")
+    followed = run_here(*changed, cwd=tmp_path)
+    assert followed.code == 0, followed.output
+    assert "1 stages ran" in followed.output
+    assert manifest_of(run_dir, "prune").started_at == kept
+    assert manifest_of(run_dir, "distill").fingerprint != first.fingerprint
+    assert manifest_of(run_dir, "evaluate").metrics != manifest_of(tiny_run, "evaluate").metrics
+    forced = run_here(*changed, "force=[evaluate]", cwd=tmp_path)
+    assert forced.code == 0, forced.output
+    assert "1 stages ran" in forced.output
+
+
+def weights_of(run_dir: Path, stage: str) -> dict[str, torch.Tensor]:
+    if stage == "score":
+        return load_file(run_dir / stage / ARTIFACT / "importance.safetensors")
+    return dict(hf_weights(find_checkpoint(run_dir / stage / ARTIFACT)))
+
+
+@pytest.mark.parametrize(
+    ("stage", "records"), [("score", 3), ("distill", CHECKPOINT_INTERVAL * 3 - 1)]
+)
+def test_kill_9_then_the_same_command_gives_the_same_weights(
+    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path, stage: str, records: int
+) -> None:
+    run_dir = without(tiny_run, tmp_path / "run", stage)
+    command = [*overrides(odd_llama, text_file, run_dir), f"stages.only=[{stage}]"]
+    metrics = run_dir / stage / METRICS
+    run_and_kill(*command, cwd=tmp_path, metrics=metrics, records=records)
+    assert not (run_dir / stage / MANIFEST).exists()
+
+    result = run_recipe(*command, cwd=tmp_path)
+    assert result.code == 0, result.output
+    assert "resume" in result.output
+    if stage == "distill":
+        resumed = [json.loads(line) for line in metrics.read_text().splitlines()]
+        steps = [r["done"] for r in resumed if r["task"] == "distill"]
+        assert steps.count(1) == 1, "training must go on from a checkpoint, not from the start"
+    expected, found = weights_of(tiny_run, stage), weights_of(run_dir, stage)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_changed_artifact_stops_the_chain(
+    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run_dir = without(tiny_run, tmp_path / "run", "report")
+    victim = run_dir / "evaluate" / ARTIFACT / "results.json"
+    victim.write_text(victim.read_text().replace("0.", "1."))
+    result = run_here(*overrides(odd_llama, text_file, run_dir), cwd=tmp_path)
+    assert result.code == 1
+    assert "does not match its manifest: results.json (changed)" in result.output
+    assert not (run_dir / "report").exists()
+
+
+def test_too_little_text_stops_before_training(
+    tiny_run: Path, odd_llama: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "one"}\n{"text": "two"}\n')
+    run_dir = without(tiny_run, tmp_path / "run", *STAGES[2:])
+    result = run_recipe(*overrides(odd_llama, short, run_dir), "waive=[tokens]", cwd=tmp_path)
+    assert result.code == 1
+    assert "too little text for seq_length=64" in result.output
+    assert "data.seq_length lower" in result.output
+    assert "Traceback" not in result.output
+    assert not (run_dir / "prepare_data" / ARTIFACT).exists()
+    assert not (run_dir / "prune").exists() or not (run_dir / "prune" / MANIFEST).exists()

@@ -1,0 +1,114 @@
+"""The READMEs' commands, run as they stand there; only budgets and places are made small."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes.core.files import REPO_ROOT
+from recipes.core.manifest import read_manifest
+from tests.support.in_process import run_here
+
+README = "".join((REPO_ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md"))
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.split("#")[0].strip()
+]
+pytestmark = pytest.mark.timeout(1800)  # the demo builds engines of the real model
+
+SMALL = (
+    "stages.distill.max_steps=4 stages.distill.warmup_steps=1 stages.distill.val_check_interval=4 "
+    "stages.distill.limit_val_batches=1 stages.score.num_calibration_samples=8 "
+    "stages.score.num_loss_samples=1 "
+    "stages.evaluate.num_windows=8 stages.evaluate.new_tokens=8 stages.evaluate_tasks.limit=2 "
+    "stages.benchmark.repetitions=1 stages.benchmark.new_tokens=8"
+)
+
+
+def commands(start: str) -> list[str]:
+    return [command for command in COMMANDS if command.startswith(start)]
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``make demo`` on the real embedded model and text, with a short distillation."""
+    run_dir = tmp_path_factory.mktemp("demo") / "run"
+    assert commands("make demo")
+    done = subprocess.run(
+        ["make", "demo", f"VENV={sys.prefix}", f"ARGS=run_dir={run_dir} {SMALL}"],
+        cwd=REPO_ROOT,
+        env={**os.environ, "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        timeout=1700,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "13 stages ran" in done.stdout
+    return run_dir
+
+
+def test_demo_recovers_something_on_the_real_model(demo_run: Path) -> None:
+    evaluation = read_manifest(demo_run / "evaluate")
+    teacher = read_manifest(demo_run / "import_hf")
+    assert evaluation is not None
+    assert teacher is not None
+    assert teacher.parameters == 134_515_008
+    assert teacher.metrics["licence"] == "apache-2.0"
+    assert teacher.metrics["parity_max_logit_difference"] < 1e-3
+    figures = evaluation.metrics
+    assert figures["teacher"]["perplexity"] < 30
+    assert figures["pruned"]["loss"] > figures["teacher"]["loss"] + 0.3
+    assert figures["recovered"] > 0.1
+
+
+@pytest.mark.parametrize("command", commands("python launch/run.py"))
+def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
+    """Planned, not run: the chain itself is run by other tests, a distillation takes minutes."""
+    arguments = shlex.split(command)[2:]
+    planned = any(argument.startswith("recipe=") for argument in arguments)
+    extra = ["dry_run=true"] if planned and "--help" not in arguments else []
+    (tmp_path / "my.jsonl").write_text('{"text": "one document of a few words"}\n' * 200_000)
+    result = run_here(*arguments, *extra, cwd=tmp_path)
+    if "stages.only=[distill]" in arguments:
+        assert "whose result is needed but not there" in result.output  # a fresh directory
+    else:
+        assert result.code == (0 if arguments else 1), result.output
+
+
+def test_conversion_commands_run(demo_run: Path, tmp_path: Path) -> None:
+    found = commands("python -m nemo_convert")
+    assert len(found) == 3
+    for command in found:
+        arguments = shlex.split(command.replace("runs/llama_depth_prune", str(demo_run)))[1:]
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_every_command_is_tested() -> None:
+    known = (
+        "make demo",
+        "make test",
+        "make lint",
+        "python launch/run.py",
+        "python -m nemo_convert",
+        "python -m benchmarks.",  # test_benchmarks.py
+    )
+    other = [c for c in COMMANDS if not c.startswith(known)]
+    assert other == ["git clone https://example.com/nemo-recipes && cd nemo-recipes"] or not other

@@ -1,0 +1,105 @@
+"""Distilling from a live, a cached and a corrected teacher."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from recipes.core.manifest import read_manifest
+from recipes.core.metrics import METRICS, steps_of
+from tests.support.in_process import run_here
+from tests.support.launcher import Result
+
+STEPS, BATCH = 12, 4
+
+
+def run_teacher(model: Path, text_file: Path, run_dir: Path, *more: str) -> Result:
+    distill = {
+        "precision": 32,
+        "top_k": "null",
+        "lr": 1e-3,
+        "max_steps": STEPS,
+        "warmup_steps": 1,
+        "val_check_interval": STEPS,
+    }
+    return run_here(
+        "recipe=llama_depth_prune",
+        f"model.hf_path={model}",
+        f"data.sources=[{text_file}]",
+        "data.text_field=text",
+        "data.seq_length=64",
+        f"run_dir={run_dir}",
+        "stages.prune.target_num_layers=2",  # further from its teacher than float16 rounds
+        *(f"stages.distill.{name}={value}" for name, value in distill.items()),
+        *more,
+        cwd=run_dir.parent,
+    )
+
+
+@pytest.fixture(scope="module")
+def live(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("live") / "run"
+    only = "stages.only=[import_hf,prepare_data,score,prune,distill]"
+    result = run_teacher(even_llama, text_file, run_dir, only)
+    assert result.code == 0, result.output
+    return run_dir
+
+
+def test_a_cached_teacher_gives_the_live_ones_losses(
+    live: Path, even_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """With nearly the whole vocabulary cached, on the same windows, and as further epochs."""
+    shutil.copytree(live, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "distill")
+    result = run_teacher(
+        even_llama,
+        text_file,
+        tmp_path / "run",
+        "teacher=cached",
+        "stages.only=[cache_teacher,distill]",
+        "stages.cache_teacher.top_k=250",
+        "stages.cache_teacher.precision=32",
+        f"stages.cache_teacher.num_windows={BATCH * (STEPS - 4)}",
+    )
+    assert result.code == 0, result.output
+    expected = steps_of(live / "distill" / METRICS, "distill")
+    found = steps_of(tmp_path / "run" / "distill" / METRICS, "distill")
+    assert len(found) == STEPS
+    assert "teacher_loss" not in found[0]
+    for one, two in zip(expected[: STEPS - 4], found, strict=False):
+        assert two["kd"] == pytest.approx(one["kd"], rel=1e-2), one["done"]
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2), one["done"]
+
+
+def test_a_corrected_teacher_predicts_the_text_better(
+    live: Path, even_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(live, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "distill")
+    result = run_teacher(
+        even_llama,
+        text_file,
+        tmp_path / "run",
+        "teacher=corrected",
+        "stages.only=[correct_teacher,distill]",
+        "stages.correct_teacher.max_steps=20",
+        "stages.correct_teacher.val_check_interval=10",
+        "stages.correct_teacher.lr=1e-3",
+    )
+    assert result.code == 0, result.output
+    steps = steps_of(tmp_path / "run" / "correct_teacher" / METRICS, "correct_teacher")
+    losses = steps_of(tmp_path / "run" / "correct_teacher" / METRICS, "validate")
+    assert [loss["done"] for loss in losses] == [10, 20]
+    assert losses[1]["val_loss"] < losses[0]["val_loss"]
+    assert {"loss", "lm"} <= steps[0].keys()
+    assert "kd" not in steps[0]
+    original, corrected = (
+        steps_of(run / "distill" / METRICS, "distill")[0]["teacher_loss"]
+        for run in (live, tmp_path / "run")
+    )
+    assert corrected < original
+    manifest = read_manifest(tmp_path / "run" / "correct_teacher")
+    assert manifest is not None
+    assert manifest.parameters == read_manifest(live / "import_hf").parameters  # type: ignore[union-attr]

@@ -1,0 +1,137 @@
+"""Distillation on two gloo ranks gives what one rank gives, and resumes in another layout.
+
+Every term of the loss is on, widths differ, so that a learned projection is trained, pipeline
+stages are uneven, and micro batches have different numbers of masked tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_convert.convert import hf_weights
+from nemo_convert.nemo import find_checkpoint
+from recipes.core.manifest import ARTIFACT
+from recipes.core.metrics import METRICS, steps_of
+from tests.support.in_process import run_here
+from tests.support.launcher import run_and_kill
+
+STEPS, CHECKPOINT_INTERVAL = 20, 4
+TWO_RANKS = "stages.distill.resources.devices=2"
+LAYOUTS = {
+    "TP=2": ["tensor_model_parallel_size=2"],
+    "TP=2, sequence": ["tensor_model_parallel_size=2", "sequence_parallel=true"],
+    "PP=2": ["pipeline_model_parallel_size=2"],
+    "DP=2": [],
+}
+
+
+def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
+    distill = {
+        "precision": 32,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "hidden_weight": 0.5,
+        "hidden_pairs": "[[3,4]]",
+        "lm_weight": 0.5,
+        "lr": 1e-3,
+        "max_steps": STEPS,
+        "warmup_steps": 2,
+        "val_check_interval": STEPS,
+        "checkpoint_interval": CHECKPOINT_INTERVAL,
+    }
+    return [
+        "recipe=llama_depth_prune",
+        f"model.hf_path={model}",
+        f"data.sources=[{text_file}]",
+        "data.text_field=text",
+        "data.seq_length=64",
+        f"run_dir={run_dir}",
+        "stages.only=[import_hf,prepare_data,score,prune,distill]",
+        "stages.prune.target_num_layers=3",
+        "stages.prune.target_hidden_size=48",
+        "stages.prune.hidden_size_divisor=8",
+        *(f"stages.distill.{name}={value}" for name, value in distill.items()),
+    ]
+
+
+def layout(name: str) -> list[str]:
+    return [TWO_RANKS, *(f"stages.distill.{setting}" for setting in LAYOUTS[name])]
+
+
+@pytest.fixture(scope="module")
+def one_rank(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    result = run_here(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
+    assert result.code == 0, result.output
+    return run_dir
+
+
+def before_distillation(one_rank: Path, copy: Path) -> Path:
+    """A copy of the run in which it has not distilled yet."""
+    shutil.copytree(one_rank, copy)
+    shutil.rmtree(copy / "distill")
+    return copy
+
+
+def require_same_training(expected: Path, found: Path) -> None:
+    """Every step's terms within 1e-4, and the final weights within rounding's growth over steps."""
+    ones = steps_of(expected / "distill" / METRICS, "distill")
+    twos = steps_of(found / "distill" / METRICS, "distill")
+    assert [two["done"] for two in twos] == [one["done"] for one in ones] == [*range(1, STEPS + 1)]
+    for one, two in zip(ones, twos, strict=True):
+        for term in ("loss", "kd", "hidden", "lm", "grad_norm"):
+            assert two[term] == pytest.approx(one[term], rel=1e-4), (one["done"], term)
+    validated = [steps_of(d / "distill" / METRICS, "validate")[-1] for d in (expected, found)]
+    assert validated[1]["val_loss"] == pytest.approx(validated[0]["val_loss"], rel=1e-4)
+    first, second = (
+        dict(hf_weights(find_checkpoint(d / "distill" / ARTIFACT))) for d in (expected, found)
+    )
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_the_teacher_is_learnt_from(one_rank: Path) -> None:
+    steps = steps_of(one_rank / "distill" / METRICS, "distill")
+    for term in ("kd", "hidden"):
+        assert steps[-1][term] < 0.8 * steps[0][term]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_ranks_give_the_losses_of_one(
+    one_rank: Path, even_llama: Path, text_file: Path, tmp_path: Path, name: str
+) -> None:
+    run_dir = before_distillation(one_rank, tmp_path / "run")
+    command = [*overrides(even_llama, text_file, run_dir), *layout(name)]
+    result = run_here(*command, cwd=tmp_path)
+    assert result.code == 0, result.output
+    require_same_training(one_rank, run_dir)
+
+
+@pytest.mark.parametrize(("began", "ended"), [("TP=2", "PP=2"), ("PP=2", None)])
+def test_killed_in_one_layout_goes_on_in_another(
+    one_rank: Path,
+    even_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    began: str,
+    ended: str | None,
+) -> None:
+    """The projection's weights and its optimizer state are moved, too."""
+    run_dir = before_distillation(one_rank, tmp_path / "run")
+    command = overrides(even_llama, text_file, run_dir)
+    metrics = run_dir / "distill" / METRICS
+    run_and_kill(
+        *command, *layout(began), cwd=tmp_path, metrics=metrics, records=CHECKPOINT_INTERVAL * 2 + 2
+    )
+    result = run_here(*command, *(layout(ended) if ended else []), cwd=tmp_path)
+    assert result.code == 0, result.output
+    assert "resume" in result.output
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert sum(r["task"] == "distill" and r["done"] == 1 for r in records) == 1
+    require_same_training(one_rank, run_dir)

@@ -1,0 +1,277 @@
+"""A cached teacher says what the teacher says, however it was made."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from nemo_convert import convert
+from nemo_convert.hf import load_causal_lm
+from nemo_convert.nemo import find_checkpoint
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT, WORK, Manifest, read_manifest
+from recipes.core.metrics import METRICS, MetricsLog, steps_of
+from recipes.core.stage import Input
+from recipes.distillation.logit_cache import CacheIndex, TeacherCache
+from recipes.distillation.logit_cache_writer import cache_logits
+from recipes.distillation.losses import top_k
+from recipes.distillation.objective import _require_fit
+from recipes.distillation.settings import CacheTeacherConfig, DistillConfig
+from tests.support.in_process import run_here
+from tests.support.launcher import run_and_kill
+from tests.support.models import EVEN, write_tiny_model
+
+LENGTH, KEPT, TEMPERATURE, WINDOWS, PER_SHARD = 48, 16, 1.5, 130, 12
+MADE_WITH = {"seq_length": LENGTH, "temperature": TEMPERATURE}
+HALF = 2.0**-11
+"""float16 keeps 11 significant bits."""
+
+
+def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
+    return [
+        "recipe=llama_depth_prune",
+        "teacher=cached",
+        f"model.hf_path={model}",
+        f"data.sources=[{text_file}]",
+        "data.text_field=text",
+        f"data.seq_length={LENGTH}",
+        f"run_dir={run_dir}",
+        "stages.only=[import_hf,prepare_data,cache_teacher]",
+        "stages.prune.target_num_layers=2",
+        f"stages.distill.temperature={TEMPERATURE}",
+        f"stages.cache_teacher.top_k={KEPT}",
+        f"stages.cache_teacher.num_windows={WINDOWS}",
+        f"stages.cache_teacher.windows_per_shard={PER_SHARD}",
+        "stages.cache_teacher.micro_batch_size=3",
+        "stages.cache_teacher.precision=32",
+    ]
+
+
+def stage_of(run_dir: Path, stage: str) -> Input:
+    manifest = read_manifest(run_dir / stage)
+    assert isinstance(manifest, Manifest)
+    return Input(run_dir / stage, manifest)
+
+
+def settings(**other: Any) -> DistillConfig:
+    return DistillConfig(stage="distill", **{**MADE_WITH, **other})
+
+
+def opened(run_dir: Path) -> TeacherCache:
+    return TeacherCache(run_dir / "cache_teacher" / ARTIFACT)
+
+
+@pytest.fixture(scope="module")
+def run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("cached") / "run"
+    result = run_here(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
+    assert result.code == 0, result.output
+    return run_dir
+
+
+def uncached(run: Path, copy: Path) -> Path:
+    """The run before its teacher was cached."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "cache_teacher")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def truth(run: Path, even_llama: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels [windows, S] and log-probabilities [windows, S, vocabulary] by transformers."""
+    part = IndexedDataset(str(run / "prepare_data" / ARTIFACT / "train"))
+    text = np.concatenate([part[i] for i in range(len(part))]).astype(np.int64)
+    rows = [text[w * LENGTH : (w + 1) * LENGTH + 1] for w in opened(run).windows]
+    tokens = torch.from_numpy(np.stack(rows))
+    with torch.no_grad():
+        logits = load_causal_lm(even_llama)(tokens[:, :-1]).logits.double()
+    return tokens[:, 1:], logits
+
+
+def test_it_stores_what_transformers_says(
+    run: Path, truth: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    cache, (_, logits) = opened(run), truth
+    assert len(cache.windows) == len(set(cache.windows.tolist())) == WINDOWS
+    for number, expected in zip(
+        cache.windows, (logits / TEMPERATURE).log_softmax(dim=-1), strict=True
+    ):
+        indices, log_probs = cache.rows(int(number))
+        assert indices.shape == (LENGTH, KEPT)
+        assert log_probs.shape == (LENGTH, KEPT + 1)
+        assert len(set(indices[0].tolist())) == KEPT
+        best = expected.topk(KEPT, dim=-1).values
+        # By value: two tokens of one probability may stand either way.
+        found = expected.gather(-1, indices)
+        torch.testing.assert_close(found, best, rtol=0, atol=1e-4)
+        torch.testing.assert_close(log_probs[:, :KEPT].double(), found, rtol=HALF, atol=1e-4)
+        rest = expected.exp().scatter(-1, indices, 0).sum(dim=-1).log()
+        torch.testing.assert_close(log_probs[:, KEPT].double(), rest, rtol=HALF, atol=1e-4)
+
+
+def test_the_manifest_has_the_teachers_own_figures(
+    run: Path, truth: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    (labels, logits), metrics = truth, stage_of(run, "cache_teacher").manifest.metrics
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert metrics["teacher_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    soft = (logits / TEMPERATURE).softmax(dim=-1)
+    rest = 1 - soft.topk(KEPT, dim=-1).values.sum(dim=-1)
+    assert metrics["tail_mass"] == pytest.approx(rest.mean().item(), rel=1e-4)
+    assert metrics["windows"] == WINDOWS < metrics["windows_of_text"]
+    assert metrics["tokens"] == WINDOWS * LENGTH
+    assert metrics["bytes_per_token"] == 2 * KEPT + 2 * (KEPT + 1)
+    size = stage_of(run, "cache_teacher").manifest.total_bytes() / metrics["tokens"]
+    assert metrics["bytes_per_token"] < size < 1.15 * metrics["bytes_per_token"]
+
+
+def shards_of(run_dir: Path) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
+    """Tensors and figures of every shard, by its file's name."""
+    files = sorted((run_dir / "cache_teacher" / ARTIFACT).glob("*.safetensors"))
+    return {file.name: (load_file(file), safe_open(file, "np").metadata()) for file in files}
+
+
+def test_killed_and_resumed_it_is_the_same(
+    run: Path, even_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    copy = uncached(run, tmp_path / "run")
+    arguments = overrides(even_llama, text_file, copy)
+    stage = copy / "cache_teacher"
+    run_and_kill(*arguments, cwd=tmp_path, metrics=stage / METRICS, records=2)
+    before = {
+        path.name: path.stat().st_mtime_ns
+        for path in (stage / WORK / "shards").glob("*.safetensors")
+    }
+    expected = shards_of(run)
+    assert 2 <= len(before) < len(expected) == -(-WINDOWS // PER_SHARD)
+
+    result = run_here(*arguments, cwd=tmp_path)
+    assert result.code == 0, result.output
+    for name, time in before.items():
+        assert (stage / ARTIFACT / name).stat().st_mtime_ns == time, f"{name} was made again"
+    found = shards_of(copy)
+    assert found.keys() == expected.keys()
+    for name, (tensors, figures) in expected.items():
+        assert found[name][1] == figures, name
+        for key, tensor in tensors.items():
+            assert np.array_equal(found[name][0][key], tensor), (name, key)
+    done = [step["done"] for step in steps_of(stage / METRICS, "cache")]
+    assert done[-1] == len(expected)
+    assert not (stage / WORK).exists()
+
+
+@pytest.mark.parametrize("tensor", [1, 2], ids=["DP=2", "TP=2"])
+def test_two_ranks_say_the_same(
+    run: Path, even_llama: Path, text_file: Path, tmp_path: Path, tensor: int
+) -> None:
+    copy = uncached(run, tmp_path / "run")
+    result = run_here(
+        *overrides(even_llama, text_file, copy),
+        "stages.cache_teacher.resources.devices=2",
+        f"stages.cache_teacher.tensor_model_parallel_size={tensor}",
+        cwd=tmp_path,
+    )
+    assert result.code == 0, result.output
+    one, two = shards_of(run), shards_of(copy)
+    assert one.keys() == two.keys()
+    for name, (expected, figures) in one.items():
+        found, other = two[name]
+        assert np.array_equal(found["windows"], expected["windows"])
+        # The order of equal tokens is free, and sums over ranks round differently.
+        assert (found["indices"] == expected["indices"]).mean() > 0.995
+        np.testing.assert_allclose(
+            found["log_probs"].astype(np.float64),
+            expected["log_probs"].astype(np.float64),
+            rtol=4 * HALF,
+            atol=1e-4,
+        )
+        for key, value in figures.items():
+            assert float(other[key]) == pytest.approx(float(value), rel=1e-4)
+
+
+def test_a_cache_of_other_settings_or_text_is_refused(run: Path) -> None:
+    source, data = stage_of(run, "cache_teacher"), stage_of(run, "prepare_data")
+    cache = opened(run)
+    for name, value in (("seq_length", 64), ("temperature", 1.0), ("top_k", 8)):
+        with pytest.raises(RecipeError, match=f"{name}={value}, but"):
+            _require_fit(settings(**{name: value}), cache, source, data)
+    with pytest.raises(RecipeError, match="was cached for other text"):
+        _require_fit(settings(), cache, source, stage_of(run, "import_hf"))
+    with pytest.raises(RecipeError, match="has no hidden states"):
+        _require_fit(settings(hidden_weight=1.0), cache, source, data)
+    _require_fit(settings(top_k=KEPT), cache, source, data)
+
+
+def test_a_window_that_is_not_cached_is_an_error(run: Path) -> None:
+    cache = opened(run)
+    missing = next(w for w in range(10_000) if w not in set(cache.windows))
+    with pytest.raises(KeyError):
+        cache.rows(missing)
+
+
+def test_a_teacher_that_knows_nothing_is_refused(
+    run: Path, text_file: Path, tmp_path: Path
+) -> None:
+    convert.to_nemo(
+        write_tiny_model(tmp_path / "hf", text_file, train=False, **EVEN), tmp_path / "random.nemo"
+    )
+    cfg, data = (
+        CacheTeacherConfig(seq_length=LENGTH, num_windows=8),
+        run / "prepare_data" / ARTIFACT,
+    )
+    with pytest.raises(RecipeError, match="a working model is well below"):
+        cache_logits(
+            cfg, tmp_path / "random.nemo", data, tmp_path / "s", tmp_path, MetricsLog(None)
+        )
+    assert not list((tmp_path / "s").iterdir())
+
+
+def test_an_odd_text_does_not_stop_a_teacher_that_knows_something(
+    run: Path, tmp_path: Path
+) -> None:
+    """With one window a shard, some are above the limit that the mean is well below."""
+    cfg = CacheTeacherConfig(
+        top_k=KEPT,
+        seq_length=LENGTH,
+        num_windows=WINDOWS,
+        windows_per_shard=1,
+        precision="32",
+    )
+    data = run / "prepare_data" / ARTIFACT
+    teacher = find_checkpoint(run / "import_hf" / ARTIFACT)
+    out = tmp_path / "out"
+    out.mkdir()
+    cache_logits(cfg, teacher, data, tmp_path / "s", out, MetricsLog(None))
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 20.0])
+def test_float16_keeps_probabilities(spread: float) -> None:
+    """Never off by more than 2^-11 / e, which is what the format promises."""
+    generator = torch.Generator().manual_seed(0)
+    logits = spread * torch.randn(64, 49_152, generator=generator)
+    exact = top_k(logits, 64, 1.0).log_probs.double()
+    error = (exact.half().double().exp() - exact.exp()).abs().max().item()
+    assert 0 < error <= HALF / math.e
+
+
+def test_ids_take_two_bytes_as_long_as_they_fit() -> None:
+    assert CacheIndex(1 << 16, 8, 4, 1.0, 1).index_dtype == torch.uint16
+    assert CacheIndex((1 << 16) + 1, 8, 4, 1.0, 1).index_dtype == torch.int32
+
+
+def test_shards_hold_the_types_they_promise(run: Path) -> None:
+    shard = load_file(run / "cache_teacher" / ARTIFACT / "00000.safetensors")
+    assert {name: str(tensor.dtype) for name, tensor in shard.items()} == {
+        "windows": "int32",
+        "indices": "uint16",
+        "log_probs": "float16",
+    }

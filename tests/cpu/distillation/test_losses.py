@@ -1,0 +1,348 @@
+"""The losses on logits against their definitions in float64 with plain autograd."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT
+from recipes.distillation.losses import (
+    LogitsLoss,
+    TopK,
+    distillation_loss,
+    token_cross_entropy,
+    top_k,
+)
+from recipes.distillation.settings import LOGITS_LOSSES
+
+TOKENS, VOCABULARY = 111, 101
+CHUNK = 4 * VOCABULARY * 16  # the last of its chunks is not full
+TOP = (None, 7, VOCABULARY)
+EACH_LOSS = pytest.mark.parametrize("kind", LOGITS_LOSSES)
+EACH_TOP = pytest.mark.parametrize("top", TOP)
+
+
+def make_logits(seed: int, scale: float = 3.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(TOKENS, VOCABULARY, dtype=torch.float64, generator=generator)
+
+
+def make_weights() -> Tensor:
+    """Weights per token, about a third of them 0."""
+    values = torch.rand(2, TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    return values[0] * (values[1] > 0.3)
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum(-1)
+
+
+def reference(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Tensor:
+    """The loss per token by its definition."""
+    p, q = (teacher / loss.temperature).softmax(-1), (student / loss.temperature).softmax(-1)
+    if loss.top_k not in (None, VOCABULARY):  # with the whole vocabulary the tail is empty
+        ids = teacher.topk(loss.top_k).indices
+        left = torch.ones_like(teacher).scatter(1, ids, 0)
+        p, q = (torch.cat([x.gather(1, ids), (x * left).sum(-1, keepdim=True)], 1) for x in (p, q))
+    m = loss.beta * p + (1 - loss.beta) * q
+    value = {
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "jsd": lambda: loss.beta * kl(p, m) + (1 - loss.beta) * kl(q, m),
+    }[loss.kind]()
+    return loss.temperature**2 * value
+
+
+def both(
+    student: Tensor, teacher: Tensor, loss: LogitsLoss, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses and weighted gradients: ours of ``dtype``, the reference's of the same numbers."""
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    ours, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+    losses = distillation_loss(ours, teacher, loss)
+    (losses * make_weights().float()).sum().backward()
+    expected = reference(exact, teacher.double(), loss)
+    (expected * make_weights()).sum().backward()
+    assert losses.dtype == torch.float32
+    assert ours.grad is not None
+    assert exact.grad is not None
+    assert ours.grad.dtype == dtype
+    return losses.detach().double(), expected.detach(), ours.grad.double(), exact.grad
+
+
+@EACH_LOSS
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@EACH_TOP
+def test_values_and_gradients_equal_the_definition(
+    kind: str, temperature: float, top: int | None
+) -> None:
+    for beta in (0.1, 0.5) if kind == "jsd" else (0.5,):
+        loss = LogitsLoss(kind, temperature, beta, top, CHUNK)
+        losses, expected, gradient, slope = both(make_logits(2), make_logits(1), loss)
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-6)
+
+
+@EACH_LOSS
+@EACH_TOP
+def test_bfloat16_logits_lose_only_their_own_rounding(kind: str, top: int | None) -> None:
+    """The value is as exact as in float32; gradient and weights are rounded to bfloat16."""
+    # Rounded random logits would have ties, and with them more than one top-k.
+    steps = torch.arange(VOCABULARY, dtype=torch.float64) / 8 - 6
+    order = torch.rand(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(1)).argsort(1)
+    loss = LogitsLoss(kind, 2.0, top_k=top, chunk_bytes=CHUNK)
+    found = both(make_logits(2), steps[order], loss, torch.bfloat16)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[2], found[3], rtol=1.5e-2, atol=1e-6)
+
+
+@EACH_LOSS
+@EACH_TOP
+def test_extreme_logits_stay_finite_and_exact(kind: str, top: int | None) -> None:
+    student, teacher = (80 * make_logits(seed).sign() for seed in (2, 1))
+    # Distinct, so that there is one top-k.
+    teacher = teacher - torch.arange(VOCABULARY) / 64
+    for temperature in (1.0, 0.5):
+        found = both(student, teacher, LogitsLoss(kind, temperature, top_k=top, chunk_bytes=CHUNK))
+        assert all(part.isfinite().all() for part in found)
+        torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(found[2], found[3], rtol=1e-4, atol=1e-4)
+
+
+@EACH_LOSS
+def test_a_given_top_k_equals_one_asked_for(kind: str) -> None:
+    loss = LogitsLoss(kind, 2.0, top_k=7, chunk_bytes=CHUNK)
+    teacher = make_logits(1).float()
+    cached = top_k(teacher, 7, 2.0, chunk_bytes=CHUNK // 3)
+    assert cached.indices.dtype == torch.int64
+    gradients = []
+    for source in (teacher, cached):
+        student = make_logits(2).float().requires_grad_()
+        losses = distillation_loss(student, source, loss)
+        losses.sum().backward()
+        gradients.append((losses.detach(), student.grad))
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert torch.equal(gradients[0][1], gradients[1][1])
+
+
+def test_a_tiny_tail_is_exact() -> None:
+    """A tail of 1e-30 is below the rounding of 1 - sum(chosen), even in float64."""
+    logits = make_logits(1)
+    logits[:, 3] += 90
+    cached = top_k(logits.float(), 1, 1.0)
+    left = logits.float().double().log_softmax(-1)
+    left[:, 3] = -torch.inf
+    assert (cached.indices == 3).all()
+    torch.testing.assert_close(
+        cached.log_probs[:, 1].double(), left.logsumexp(-1), rtol=1e-6, atol=0
+    )
+
+
+@EACH_LOSS
+@EACH_TOP
+def test_two_micro_batches_equal_one_batch(kind: str, top: int | None) -> None:
+    loss = LogitsLoss(kind, top_k=top, chunk_bytes=CHUNK)
+    mask = (make_weights() > 0).float()
+    mask[:40] = 0  # the two have different numbers of tokens
+    gradients = []
+    for parts in ([slice(None)], [slice(50), slice(50, None)]):
+        student = make_logits(2).float().requires_grad_()
+        for part in parts:
+            losses = distillation_loss(student[part], make_logits(1).float()[part], loss)
+            ((losses * mask[part]).sum() / mask.sum()).backward()
+        gradients.append(student.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-9)
+
+
+@EACH_TOP
+@pytest.mark.parametrize(("beta", "kind"), [(1e-3, "forward_kl"), (1 - 1e-3, "reverse_kl")])
+def test_jsd_tends_to_the_divergences(top: int | None, beta: float, kind: str) -> None:
+    found = []
+    for loss in (LogitsLoss("jsd", beta=beta, top_k=top), LogitsLoss(kind, top_k=top)):
+        student = make_logits(2, 0.5).float().requires_grad_()
+        losses = distillation_loss(student, make_logits(1, 0.5).float(), loss)
+        losses.sum().backward()
+        assert student.grad is not None
+        scale = min(beta, 1 - beta) if loss.kind == "jsd" else 1
+        found.append((losses.detach() / scale, student.grad / scale))
+    torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=2e-3)
+
+
+@EACH_LOSS
+@EACH_TOP
+def test_equal_models_have_zero_loss_and_gradient(kind: str, top: int | None) -> None:
+    student = make_logits(1).float().requires_grad_()
+    losses = distillation_loss(student, student.detach().clone(), LogitsLoss(kind, top_k=top))
+    losses.sum().backward()
+    assert losses.abs().max() < 1e-6
+    assert student.grad is not None
+    assert student.grad.abs().max() < 1e-6
+
+
+def test_cross_entropy_equals_torch() -> None:
+    labels = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(3))
+    exact = make_logits(3, 20.0).requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
+    (expected * make_weights()).sum().backward()
+    logits = make_logits(3, 20.0).float().requires_grad_()
+    losses = token_cross_entropy(logits, labels, chunk_bytes=CHUNK)
+    (losses * make_weights().float()).sum().backward()
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-5)
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_second_backward_is_refused() -> None:
+    student = make_logits(2).float().requires_grad_()
+    losses = distillation_loss(student, make_logits(1).float(), LogitsLoss()).sum()
+    losses.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.backward()
+
+
+class Allocations(TorchDispatchMode):
+    """Numbers in the largest tensor of each type that any operation allocates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = {torch.float32: 0, torch.bfloat16: 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        there = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
+        found = func(*args, **kwargs)
+        for part in tensors(found):
+            if part.untyped_storage().data_ptr() not in there:  # neither a view nor in place
+                self.largest[part.dtype] = max(self.largest.get(part.dtype, 0), part.numel())
+        return found
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@EACH_LOSS
+@pytest.mark.parametrize("top", [None, 7])
+def test_no_full_size_float32_tensor_exists(trained: bool, kind: str, top: int | None) -> None:
+    student = make_logits(2).bfloat16().requires_grad_(trained)
+    teacher, labels = make_logits(1).bfloat16(), torch.zeros(TOKENS, dtype=torch.int64)
+    with Allocations() as seen:
+        losses = distillation_loss(student, teacher, LogitsLoss(kind, 2.0, 0.5, top, CHUNK))
+        losses = losses + token_cross_entropy(student, labels, chunk_bytes=CHUNK)
+        if trained:
+            losses.mean().backward()
+    assert 0 < seen.largest[torch.float32] <= CHUNK // 4
+    assert seen.largest[torch.bfloat16] == (TOKENS * VOCABULARY if trained else 0)  # the gradient
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "forward_kI"}, "Did you mean 'forward_kl'"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"beta": 1.0}, "beta is 1.0"),
+        ({"top_k": 0}, "top_k is 0"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        LogitsLoss(**settings)
+
+
+def test_bad_shapes_are_refused() -> None:
+    student = make_logits(1).float()
+    cached = top_k(student, 7, 1.0)
+    for teacher in (student[:, 1:], student[1:], TopK(cached.indices[1:], cached.log_probs[1:])):
+        with pytest.raises(RecipeError, match="do not fit the student"):
+            distillation_loss(student, teacher, LogitsLoss())
+    with pytest.raises(RecipeError, match="from 1 to the vocabulary, 101"):
+        distillation_loss(student, student, LogitsLoss(top_k=102))
+
+
+SPLIT_SCRIPT = """
+import torch, torch.distributed as dist
+from recipes.distillation.losses import *
+from recipes.distillation.settings import LOGITS_LOSSES
+
+dist.init_process_group("gloo")
+group, rank, width = dist.group.WORLD, dist.get_rank(), 61
+torch.manual_seed(0)
+whole_s, whole_t = 3 * torch.randn(37, 122), 3 * torch.randn(37, 122)
+whole_t[:5, 61:] -= 100  # tokens whose whole top-k is on the first rank
+labels, weights = torch.randint(122, (37,)), torch.rand(37)
+columns = slice(rank * width, (rank + 1) * width)
+chunk = 4 * width * 10  # 10 rows of a rank, 5 of the whole; 37 is a multiple of neither
+
+
+def alike(tensor):
+    parts = [torch.empty_like(tensor) for _ in range(2)]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.equal(*parts)
+
+
+def compare(loss):
+    part, full = whole_s[:, columns].clone().requires_grad_(), whole_s.clone().requires_grad_()
+    split, expected = loss(part, group), loss(full, None)
+    for losses in (split, expected):
+        (losses * weights).sum().backward()
+    assert alike(split)
+    torch.testing.assert_close(split, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(part.grad, full.grad[:, columns], rtol=1e-4, atol=1e-6)
+
+
+for kind in LOGITS_LOSSES:
+    for top in (None, 7, 100, 122):  # 100 is more than a rank has
+        loss = LogitsLoss(kind, 2.0, 0.3, top, chunk)
+        compare(lambda x, g: distillation_loss(x, whole_t[:, columns] if g else whole_t, loss, g))
+        if top:
+            split = top_k(whole_t[:, columns], top, 2.0, group, chunk)
+            expected = top_k(whole_t, top, 2.0)
+            assert alike(split.indices) and alike(split.log_probs)
+            assert torch.equal(split.indices, expected.indices)
+            torch.testing.assert_close(split.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
+            compare(lambda x, g: distillation_loss(x, split if g else expected, loss, g))
+compare(lambda x, g: token_cross_entropy(x, labels, g, chunk))
+dist.barrier()
+del group  # one that outlives this may abort the interpreter as it ends
+dist.destroy_process_group()
+"""
+
+
+def test_vocabulary_split_over_two_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "split.py"
+    script.write_text(SPLIT_SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(script)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_gradient_may_take_the_teachers_place() -> None:
+    found = []
+    for reuse in (False, True):
+        student, teacher = make_logits(2).bfloat16().requires_grad_(), make_logits(1).bfloat16()
+        before = teacher.clone()
+        losses = distillation_loss(student, teacher, LogitsLoss(), reuse_teacher=reuse)
+        losses.sum().backward()
+        assert torch.equal(teacher, before) != reuse
+        assert student.grad is not None
+        found.append((losses, student.grad.clone()))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -1,0 +1,97 @@
+"""What stops a training: a teacher that knows nothing, a gradient that is not a number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import WORK
+from recipes.core.metrics import METRICS, MetricsLog, steps_of
+from recipes.distillation.settings import DistillConfig
+from recipes.distillation.trainer import _Progress
+from recipes.distillation.training import CHECKPOINTS
+from recipes.evaluation.sanity import require_better_than_chance
+from tests.support.in_process import run_here
+from tests.support.launcher import run_recipe
+
+
+def test_a_teacher_of_chance_level_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"5\.70"):
+        require_better_than_chance(5.70, 300)
+    with pytest.raises(RecipeError):
+        require_better_than_chance(float("nan"), 300)
+    require_better_than_chance(4.0, 300)
+
+
+class Training:
+    """A trainer whose gradient norms are given, with the parts of it that the guard touches."""
+
+    def __init__(self, norms: list[float]) -> None:
+        self.global_step, self.updates = 0, 0
+        self.norms = iter(norms)
+        self.optimizers = [SimpleNamespace(mcore_optimizer=self, param_groups=[{"lr": 0.1}])]
+
+    def get_grad_norm(self) -> float:
+        return next(self.norms)
+
+    def step_with_ready_grads(self) -> bool:
+        self.updates += 1
+        return True
+
+    def share_losses(self) -> dict[str, float]:
+        return {"loss": float("nan")}
+
+    def steps(self, progress: _Progress, number: int) -> None:
+        for _ in range(number):
+            self.get_grad_norm()
+            self.step_with_ready_grads()
+            self.global_step += 1
+            progress.on_train_batch_end(self, self)
+
+
+def test_a_bounded_number_of_bad_steps_is_skipped(tmp_path: Path) -> None:
+    nan = float("nan")
+    training = Training([1.0, nan, 1.0, float("inf"), nan])
+    log = MetricsLog(tmp_path / METRICS)
+    progress = _Progress(DistillConfig(stage="distill", max_nonfinite_steps=2), log)
+    progress.on_train_start(training, training)
+    training.steps(progress, 4)
+    assert training.updates == 2
+    skipped = [bool(s.get("skipped")) for s in steps_of(tmp_path / METRICS, "distill")]
+    assert skipped == [False, True, False, True]
+    with pytest.raises(RecipeError, match=r"step 5: .* not finite .* 2 such step"):
+        training.steps(progress, 1)
+    assert training.updates == 2
+
+
+def test_a_run_that_diverges_stops_before_its_weights_do(
+    even_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """A learning rate that overflows float32 at the first update."""
+    command = (
+        "recipe=llama_depth_prune",
+        f"model.hf_path={even_llama}",
+        f"data.sources=[{text_file}]",
+        "data.text_field=text",
+        "data.seq_length=64",
+        "run_dir=run",
+        "stages.prune.target_num_layers=2",
+        "stages.distill.precision=32",
+        "stages.distill.lr=1e38",
+        "stages.distill.warmup_steps=1",
+        "stages.distill.max_steps=6",
+        "stages.distill.checkpoint_interval=1",
+    )
+    before = run_here(*command, "stages.only=[import_hf,prepare_data,score,prune]", cwd=tmp_path)
+    assert before.code == 0, before.output
+    result = run_recipe(*command, "stages.only=[distill]", cwd=tmp_path)
+    assert result.code == 1
+    stage = tmp_path / "run" / "distill"
+    done = [step["done"] for step in steps_of(stage / METRICS, "distill")]
+    assert f"step {done[-1] + 1}: the gradient is not finite" in result.output
+    assert "lower stages.distill.lr" in result.output
+    assert "Traceback" not in result.output
+    assert (stage / WORK / CHECKPOINTS / f"step={done[-1] - 1}").is_dir()

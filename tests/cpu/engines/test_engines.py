@@ -1,0 +1,249 @@
+"""Real engines of tiny models: same tokens in float32, quality when compressed, quantisation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nemo_convert.hf import TOKENIZER_FILES, Weights, copy_side_files, load_causal_lm
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT, Manifest, Outcome
+from recipes.core.metrics import METRICS, MetricsLog, read_records
+from recipes.core.stage import Input
+from recipes.data.token_windows import PartWriter, load_tokenizer
+from recipes.engines.checks import compare_engine, greedy_margin
+from recipes.engines.openvino import Pipeline, read_properties
+from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
+from recipes.stages import build_engine, quantize
+from tests.support.models import EVEN, write_tiny_model
+
+Build = Callable[..., tuple[Path, Outcome]]
+
+
+def as_input(artifact: Path, kind: str, folder: Path) -> Input:
+    """A folder as the artifact of a complete stage."""
+    folder.mkdir()
+    (folder / ARTIFACT).symlink_to(artifact)
+    empty: dict[str, Any] = {"config": {}, "inputs": {}, "files": {}, "metrics": {}, "versions": {}}
+    manifest = Manifest(
+        stage="test",
+        kind=kind,
+        fingerprint="f",
+        code="c",
+        architecture=None,
+        parameters=None,
+        tokenizer_sha256=None,
+        git_sha=None,
+        started_at="",
+        seconds=0.0,
+        peak_rss_bytes=0,
+        **empty,
+    )
+    return Input(folder, manifest)
+
+
+@pytest.fixture(scope="module")
+def data(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Held-out and calibration text, as ``prepare_data`` writes it."""
+    artifact = tmp_path_factory.mktemp("data")
+    encode, end = load_tokenizer(odd_llama)
+    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()[:40]]
+    with PartWriter(artifact, ("heldout", "calibration")) as parts:
+        for number, ids in enumerate(encode(texts)):
+            parts.add(("heldout", "calibration")[number % 2], [*ids, end])
+    return artifact
+
+
+@pytest.fixture
+def build(data: Path, tmp_path: Path) -> Build:
+    """Runs ``build_engine`` on a folder."""
+
+    def built(folder: Path, **settings: Any) -> tuple[Path, Outcome]:
+        stage = tmp_path / f"stage{len(list(tmp_path.iterdir()))}"
+        out = stage / "work" / ARTIFACT
+        out.mkdir(parents=True)
+        inputs = {
+            "checkpoint": as_input(folder, "checkpoint_hf", stage / "checkpoint"),
+            "data": as_input(data, "dataset", stage / "data"),
+        }
+        cfg = BuildEngineConfig(stage="build_engine", seq_length=64, num_windows=4, **settings)
+        outcome = build_engine.run(cfg, inputs, out)
+        assert [r["done"] for r in read_records(stage / METRICS) if r["task"] == "engine"] == [
+            0,
+            1,
+            2,
+            3,
+        ]
+        return out, outcome
+
+    return built
+
+
+@pytest.fixture(scope="module")
+def odd_qwen3(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Norms of queries and keys, 14 heads over 7 groups, an explicit head size, tied."""
+    shape = {
+        "hidden_size": 56,
+        "intermediate_size": 100,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 7,
+        "head_dim": 12,
+        "tie_word_embeddings": True,
+    }
+    folder = tmp_path_factory.mktemp("qwen3") / "qwen3"
+    return write_tiny_model(folder, text_file, "qwen3", **shape, train=False, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def seven_groups(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """7 heads over 7 groups, an untied head, nothing a multiple of 32."""
+    shape = {
+        **EVEN,
+        "hidden_size": 56,
+        "intermediate_size": 108,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 7,
+        "vocab_size": 301,
+    }
+    folder = tmp_path_factory.mktemp("seven") / "seven"
+    return write_tiny_model(folder, text_file, **shape, train=False)
+
+
+@pytest.mark.parametrize("name", ["odd_llama", "seven_groups", "odd_qwen3"])
+def test_float32_engines_write_the_tokens_of_transformers(
+    name: str, build: Build, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(name)
+    engine, outcome = build(folder)
+    assert outcome.metrics["max_logit_difference"] < 1e-4
+    assert outcome.metrics["greedy_margin"] < 1e-4
+    # Whatever the checkpoint's type: a teacher and its student must not differ in what is read.
+    assert not {"bf16", "f16"} & outcome.metrics["weight_types"].keys()
+    assert outcome.metrics["quality"]["engine"]["kl_to_teacher"] < 1e-6
+    assert read_properties(engine)["INFERENCE_PRECISION_HINT"] == "f32"
+    source = load_causal_lm(folder)
+    prompts = torch.randint(3, 290, (3, 20), generator=torch.Generator().manual_seed(0))
+    written, timing = Pipeline(engine).generate(prompts, 24)
+    expected = source.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert written == expected[:, 20:].tolist()
+    assert 0 < timing.first_seconds < timing.total_seconds
+    for pattern in TOKENIZER_FILES:
+        for file in folder.glob(pattern):
+            assert (engine / file.name).exists()
+
+
+def test_compressed_engines_report_what_they_lost(build: Build, odd_llama: Path) -> None:
+    """Attention's width of 70 is no multiple of a group of 8; the other widths are."""
+    found = {p: build(odd_llama, precision=p, group_size=8)[1].metrics for p in ("int8", "int4")}
+    for precision, metrics in found.items():
+        quality = metrics["quality"]
+        for figures in (quality["engine"], quality["source"]):
+            assert all(math.isfinite(value) for value in figures.values())
+        assert quality["source"]["kl_to_teacher"] == 0
+        assert quality["engine"]["kl_to_teacher"] > 0
+        assert quality["windows"] == 4
+        assert metrics["precision"] == precision
+    kl = {p: m["quality"]["engine"]["kl_to_teacher"] for p, m in found.items()}
+    assert kl["int8"] < kl["int4"]
+    assert kl["int8"] < 0.02
+    layers, width, ffn = 5, 56, 120
+    assert found["int8"]["weight_types"]["u8"] >= layers * 3 * width * ffn
+    assert found["int4"]["weight_types"]["u4"] >= layers * 3 * width * ffn
+
+
+def test_compression_that_did_nothing_is_refused(build: Build, odd_llama: Path) -> None:
+    """No width is a multiple of 64: NNCF would keep 8 bits everywhere without a word."""
+    with pytest.raises(RecipeError, match="set one that fits"):
+        build(odd_llama, precision="int4", group_size=64)
+
+
+def test_an_engine_of_another_model_is_refused(
+    build: Build, seven_groups: Path, tmp_path: Path
+) -> None:
+    engine, _ = build(seven_groups)
+    model = AutoModelForCausalLM.from_pretrained(seven_groups)
+    model.model.layers[1].mlp.down_proj.weight.data *= 1.5
+    other = tmp_path / "other"
+    model.save_pretrained(other)
+    copy_side_files(seven_groups, other)
+    cfg = BuildEngineConfig(stage="build_engine")
+    with pytest.raises(RecipeError, match="engine gate failed"):
+        compare_engine(cfg, other, engine, None, MetricsLog(None))
+
+
+def test_greedy_margin_is_zero_only_for_the_likeliest_tokens(odd_llama: Path) -> None:
+    source = load_causal_lm(odd_llama)
+    prompt = torch.tensor([[5, 6, 7]])
+    best = source(prompt).logits[:, -1].argsort(descending=True)
+    assert greedy_margin(source, prompt, best[:, :1]) == 0
+    assert greedy_margin(source, prompt, best[:, 1:2]) > 0
+
+
+@pytest.fixture(scope="module")
+def aligned(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for groups of 128 weights."""
+    shape = {**EVEN, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    folder = tmp_path_factory.mktemp("aligned") / "aligned"
+    return write_tiny_model(folder, text_file, **shape, train=False, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    [("fp8", "FP8"), ("int8_sq", "W8A8_SQ_PER_CHANNEL"), ("int4_awq", "W4A16_AWQ")],
+)
+def test_quantised_checkpoints(
+    name: str, algorithm: str, aligned: Path, data: Path, tmp_path: Path
+) -> None:
+    """In ModelOpt's format, with weights that are the model's own within the format's steps."""
+    out = tmp_path / "work" / ARTIFACT
+    out.mkdir(parents=True)
+    inputs = {
+        "checkpoint": as_input(aligned, "checkpoint_hf", tmp_path / "checkpoint"),
+        "calibration": as_input(data, "dataset", tmp_path / "data"),
+    }
+    cfg = QuantizeConfig(
+        stage="quantize",
+        format=name,
+        kv_cache_dtype="fp8" if name == "fp8" else "auto",
+        seq_length=64,
+        num_windows=4,
+        num_eval_windows=2,
+    )
+    metrics = quantize.run(cfg, inputs, out).metrics
+    assert metrics["quant_algo"] == algorithm
+    assert 0 < metrics["quality"]["quantized"]["kl_to_teacher"] < 0.1
+    assert math.isfinite(metrics["quality"]["quantized"]["perplexity"])
+    declared = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert declared["exclude_modules"] == ["lm_head"]
+    assert declared["kv_cache_quant_algo"] == ("FP8" if name == "fp8" else None)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (out / "tokenizer.json").read_bytes() == (aligned / "tokenizer.json").read_bytes()
+    layer = "model.layers.1.mlp.gate_proj"
+    before, after = Weights(aligned).read(f"{layer}.weight").float(), Weights(out)
+    weight, scale = after.read(f"{layer}.weight"), after.read(f"{layer}.weight_scale").float()
+    if name == "fp8":
+        assert weight.dtype == torch.float8_e4m3fn
+        # Three bits of mantissa: a sixteenth at most.
+        assert ((weight.float() * scale - before).abs() <= before.abs() / 16 + scale / 512).all()
+    if name == "int8_sq":
+        assert weight.dtype == torch.int8
+    if name == "int4_awq":
+        assert weight.numel() * 2 == before.numel()
+        assert scale.numel() * 128 == before.numel()

@@ -1,0 +1,204 @@
+"""Conversion: weights bit for bit, logits as transformers', side files unchanged."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_convert import convert, hf, nemo, parity
+from nemo_convert.families import LLAMA3_ROPE
+from recipes.core.errors import RecipeError
+from tests.support.conversion import assert_same_weights, convert_by_command, tensors
+from tests.support.models import EVEN, ODD, write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def odd_nemo(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkpoint = tmp_path_factory.mktemp("nemo") / "odd.nemo"
+    assert convert_by_command("to-nemo", odd_llama, checkpoint) == 0
+    return checkpoint
+
+
+def test_round_trip_of_odd_shapes(odd_llama: Path, odd_nemo: Path, tmp_path: Path) -> None:
+    back = tmp_path / "back"
+    assert convert_by_command("to-hf", odd_nemo, back) == 0
+    assert_same_weights(odd_llama, back)
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (back / name).read_bytes() == (odd_llama / name).read_bytes(), name
+    before, after = (json.loads((f / "config.json").read_text()) for f in (odd_llama, back))
+    assert after == before
+    assert after["head_dim"] == ODD["head_dim"]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"dtype": torch.bfloat16},
+        {"max_shard_size": "60KB"},
+        {"rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}},
+    ],
+    ids=["bf16", "sharded", "llama3 rope"],
+)
+def test_round_trip_of_other_models(
+    text_file: Path, tmp_path: Path, variant: dict[str, Any]
+) -> None:
+    source = write_tiny_model(tmp_path / "hf", text_file, **EVEN, **variant, train=False)
+    assert ("max_shard_size" in variant) == (len(list(source.glob("*.safetensors"))) > 1)
+    assert convert_by_command("to-nemo", source, tmp_path / "m.nemo") == 0
+    assert convert_by_command("to-hf", tmp_path / "m.nemo", tmp_path / "back") == 0
+    assert_same_weights(source, tmp_path / "back")
+
+
+def test_written_shards_have_an_index_that_transformers_reads(
+    odd_llama: Path, tmp_path: Path
+) -> None:
+    hf.write_weights(iter(tensors(odd_llama).items()), tmp_path, shard_bytes=60_000)
+    hf.copy_side_files(odd_llama, tmp_path)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
+    assert_same_weights(odd_llama, tmp_path)
+    loaded = hf.load_causal_lm(tmp_path).state_dict()
+    assert torch.equal(loaded["model.norm.weight"], tensors(odd_llama)["model.norm.weight"])
+
+
+def test_verify_accepts_the_same_and_refuses_a_changed_model(
+    odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert_by_command("verify", odd_llama, odd_nemo) == 0
+    changed = tmp_path / "changed"
+    shutil.copytree(odd_llama, changed)
+    weights = tensors(changed)
+    weights["model.layers.3.mlp.up_proj.weight"][0, 0] += 1e-3
+    (changed / "model.safetensors").unlink()
+    hf.write_weights(iter(weights.items()), changed)
+    assert convert_by_command("verify", changed, odd_nemo) == 1
+    assert "parity gate failed" in capsys.readouterr().err
+    assert convert_by_command("verify", odd_llama, odd_llama) == 1
+
+
+def test_logits_gate_sees_a_wrong_mapping(odd_llama: Path, odd_nemo: Path) -> None:
+    core = parity.load_core(odd_nemo)
+    assert parity.compare(odd_llama, odd_nemo, core).max_logit_difference < 1e-4
+    qkv = core.decoder.layers[1].self_attention.linear_qkv.weight
+    qkv.data.copy_(qkv.data.roll(ODD["head_dim"], 0))
+    with pytest.raises(RecipeError, match="logits differ"):
+        parity.compare(odd_llama, odd_nemo, core).require("test")
+
+
+def test_not_a_number_fails_the_gate() -> None:
+    with pytest.raises(RecipeError, match="logits differ"):
+        parity.Parity(float("nan"), 1, weights_equal=True).require("test")
+
+
+def test_packed_file_reads_back(odd_llama: Path, odd_nemo: Path, tmp_path: Path) -> None:
+    nemo.pack(odd_nemo, tmp_path / "odd.packed.nemo")
+    assert convert_by_command("verify", tmp_path / "odd.packed.nemo", odd_llama) == 0
+
+
+def test_archive_that_leaves_its_directory_is_refused(tmp_path: Path) -> None:
+    evil = tmp_path / "evil.nemo"
+    with tarfile.open(evil, "w") as archive:
+        entry = tarfile.TarInfo("../outside")
+        entry.size = 1
+        archive.addfile(entry, io.BytesIO(b"x"))
+    with pytest.raises(RecipeError, match="cannot be unpacked safely"):
+        nemo.open_checkpoint(evil, tmp_path / "scratch")
+    assert not (tmp_path / "outside").exists()
+
+
+def test_tokenizer_larger_than_the_vocabulary_is_refused(odd_llama: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(odd_llama, broken)
+    config = json.loads((broken / "config.json").read_text())
+    config["vocab_size"] = 200
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="tokenizer has 288 tokens, the model's vocabulary 200"):
+        convert.to_nemo(broken, tmp_path / "x.nemo")
+    assert not (tmp_path / "x.nemo").exists()
+
+
+def test_missing_weight_is_named(odd_llama: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(odd_llama, broken)
+    weights = tensors(broken)
+    del weights["model.layers.2.self_attn.k_proj.weight"]
+    (broken / "model.safetensors").unlink()
+    hf.write_weights(iter(weights.items()), broken)
+    with pytest.raises(RecipeError, match=r"no weight model\.layers\.2\.self_attn\.k_proj"):
+        convert.to_nemo(broken, tmp_path / "x.nemo")
+
+
+STOCK = """
+import sys
+from pathlib import Path
+
+def main():
+    import fiddle
+    from nemo import lightning as nl
+    from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
+    from nemo.lightning.io import load_context, pl
+
+    pl._fix_tensors_device = lambda checkpoint: checkpoint  # asserts that CUDA is there
+    for path in map(Path, sys.argv[1:]):
+        config = load_context(path / "context", subpath="model", build=False)
+        for fusion in ("apply_rope_fusion", "masked_softmax_fusion", "bias_activation_fusion",
+                       "bias_dropout_fusion", "gradient_accumulation_fusion", "persist_layer_norm"):
+            setattr(config.config, fusion, False)
+        config.config.use_cpu_initialization = True
+        model = fiddle.build(config)
+        strategy = nl.MegatronStrategy(ddp="pytorch", setup_optimizers=False)
+        trainer = nl.Trainer(devices=1, accelerator="cpu", strategy=strategy)
+        _setup_trainer_and_restore_model(path, trainer, model)
+        total = sum(float(p.double().abs().sum()) for p in model.parameters())
+        assert not any(name.startswith(("recipes", "nemo_convert")) for name in sys.modules)
+        print("SUM", total, type(model).__name__, model.tokenizer.vocab_size)
+
+if __name__ == "__main__":
+    main()
+"""
+DENSE = {
+    "llama": "LlamaModel",
+    "mistral": "MistralModel",
+    "qwen2": "Qwen2Model",
+    "qwen3": "Qwen3Model",
+}
+"""Not experts: for those, stock Megatron without TransformerEngine has other keys."""
+
+
+def test_stock_nemo_loads_it_without_our_code(text_file: Path, tmp_path: Path) -> None:
+    """NeMo's own loader; only what needs a GPU (fused kernels, one assertion) is switched off."""
+    script = tmp_path / "stock.py"
+    script.write_text(STOCK)
+    expected = []
+    for family, model in DENSE.items():
+        write_tiny_model(tmp_path / family, text_file, family, train=False, **ODD)
+        convert.to_nemo(tmp_path / family, tmp_path / f"{family}.nemo")
+        total = sum(float(t.double().abs().sum()) for t in tensors(tmp_path / family).values())
+        expected.append([pytest.approx(total, rel=1e-6), model, 288])
+    done = subprocess.run(
+        [sys.executable, str(script), *(str(tmp_path / f"{family}.nemo") for family in DENSE)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("SUM")]
+    assert [[float(total), model, int(size)] for _, total, model, size in lines] == expected
+
+
+def test_context_says_what_a_gpu_wants(odd_nemo: Path) -> None:
+    """A checkpoint written on a CPU must not tie a GPU to the CPU's choices."""
+    text = (odd_nemo / "context" / "model.yaml").read_text()
+    assert "sdpa" not in text
+    assert "use_cpu_initialization: false" in text
+    assert "apply_rope_fusion: true" in text

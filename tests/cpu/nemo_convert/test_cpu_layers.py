@@ -1,0 +1,112 @@
+"""The CPU's own layers against those that they replace, values and gradients, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nemo_convert import nemo
+from nemo_convert.cpu_layers import SwiGLU, _CausalAttention, _RMSNorm
+from tests.support.conversion import convert_by_command
+
+LENGTH, BATCH, HEADS, GROUPS, SIZE = 33, 3, 6, 2, 10
+
+
+def inputs(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """The function's value, and its gradients under a fixed upstream gradient."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    value = function(*leaves)
+    [upstream] = inputs(tuple(value.shape))
+    value.backward(upstream.to(value.dtype))
+    return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def gated(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    context = nn.functional.scaled_dot_product_attention(
+        *(t.permute(1, 2, 0, 3) for t in (query, key, value)),
+        is_causal=True,
+        scale=0.3,
+        enable_gqa=True,
+    )
+    return context.permute(2, 0, 1, 3).flatten(2)
+
+
+CASES = {
+    "norm": (
+        lambda x, w: _RMSNorm.apply(x, w, 1e-5),
+        lambda x, w: nn.functional.rms_norm(x, (24,), w, 1e-5),
+        [(LENGTH, BATCH, 24), (24,)],
+    ),
+    "swiglu": (lambda x: SwiGLU(None)(x), gated, [(LENGTH, BATCH, 24)]),
+    "attention": (
+        lambda q, k, v: _CausalAttention.apply(q, k, v, 0.3),
+        attention,
+        [(LENGTH, BATCH, HEADS, SIZE), *[(LENGTH, BATCH, GROUPS, SIZE)] * 2],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_values_and_gradients(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    ours, theirs, shapes = CASES[name]
+    tensors = [t.to(dtype) for t in inputs(*shapes)]
+    found = with_gradients(ours, tensors)
+    expected = with_gradients(theirs, [t.double() for t in tensors])
+    assert len(found) == len(expected) == len(shapes) + 1
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - other).norm() < tolerance * other.norm()
+
+
+def model_with(training: bool, checkpoint: Path) -> nn.Module:
+    core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), training=training)
+    nemo.load_weights(core, checkpoint)
+    return core
+
+
+def test_a_model_of_these_layers_is_the_same_model(odd_llama: Path, tmp_path: Path) -> None:
+    """Logits and every weight's gradient, with an odd number of everything."""
+    checkpoint = tmp_path / "odd.nemo"
+    assert convert_by_command("to-nemo", odd_llama, checkpoint) == 0
+    nemo.initialize(nemo.Parallelism())
+    tokens = torch.randint(0, 280, (2, 31), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(31).expand_as(tokens)
+    found = []
+    for training in (False, True):
+        core = model_with(training, checkpoint)
+        logits = core(tokens, positions, None)
+        logits.logsumexp(dim=-1).mean().backward()
+        found.append({"logits": logits, **{n: p.grad for n, p in core.named_parameters()}})
+    theirs, ours = found
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_megatron_takes_the_fused_adam(odd_llama: Path, tmp_path: Path) -> None:
+    """Its own fallback asks PyTorch for the unfused one, which takes five times as long."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    checkpoint = tmp_path / "odd.nemo"
+    assert convert_by_command("to-nemo", odd_llama, checkpoint) == 0
+    nemo.initialize(nemo.Parallelism())
+    core = model_with(True, checkpoint)
+    wrapped = DistributedDataParallel(core.config, DistributedDataParallelConfig(), core)
+    chained = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3), [wrapped])
+    assert chained.chained_optimizers[0].optimizer.defaults["fused"] is True

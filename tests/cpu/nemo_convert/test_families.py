@@ -1,0 +1,212 @@
+"""Every family: there and back, in every layout, pruned, and taught for a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from nemo_convert import convert, hf, nemo, parity
+from nemo_convert.families import FAMILIES as ROWS
+from nemo_convert.hf_config import read_architecture
+from recipes.core.files import REPO_ROOT
+from recipes.core.metrics import METRICS, MetricsLog, steps_of
+from recipes.data.corpus import PARTS
+from recipes.data.token_windows import PartWriter
+from recipes.evaluation.text_quality import load_transformers
+from recipes.planning.targets import Targets, pruned
+from recipes.pruning.cut_checkpoint import prune_checkpoint
+from recipes.pruning.kept import choose
+from recipes.pruning.scoring import score_checkpoint
+from recipes.pruning.settings import ScoreConfig
+from tests.cpu.nemo_convert.family_ranks import LENGTH, LOGITS, PP, TP
+from tests.support.conversion import assert_same_weights, convert_by_command
+from tests.support.models import EVEN, FAMILIES, ODD, write_tiny_model
+
+SIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+WIDTH = {"hidden_size": 48, "num_attention_heads": 2}
+EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 32}
+TARGETS = {
+    family: {**WIDTH, **(EXPERTS if "num_experts" in fields else {"ffn_hidden_size": 96})}
+    for family, fields in FAMILIES.items()
+}
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    mapping = AutoModelForCausalLM._model_mapping
+    tiny = {mapping[type(AutoConfig.for_model(name))].__name__ for name in FAMILIES}
+    assert tiny == set(ROWS)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """``<family>/{hf,teacher.nemo,pruned.nemo}`` of trained models, tokens and training data."""
+    root = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        folder = root / family
+        write_tiny_model(folder / "hf", text_file, family, **EVEN)
+        convert.to_nemo(folder / "hf", folder / "teacher.nemo")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
+    ids = [i for text in texts for i in tokenizer(text)["input_ids"]]
+    windows = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+    save_file({"tokens": windows[:2].clone()}, root / "tokens.safetensors")
+    (root / "data").mkdir()
+    with PartWriter(root / "data", PARTS) as writer:
+        for part in PARTS:
+            writer.add(part, ids)
+    for family in FAMILIES:
+        prune(family, root / family, windows[:8])
+    return root
+
+
+def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
+    teacher = folder / "teacher.nemo"
+    cfg = ScoreConfig(calibration="random", num_loss_samples=0)
+    scores = score_checkpoint(cfg, teacher, calibration, MetricsLog(None)).widths
+    whole = nemo.architecture_of(teacher)
+    student = pruned(whole, Targets(drop_layers=(2,), **TARGETS[family]))
+    kept = choose(scores, whole, student, [n for n in range(1, whole.num_layers + 1) if n != 2])
+    prune_checkpoint(teacher, student, kept, folder / "pruned.nemo")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_odd_shapes_go_there_and_back(family: str, text_file: Path, tmp_path: Path) -> None:
+    source, back = tmp_path / "hf", tmp_path / "back"
+    write_tiny_model(source, text_file, family, train=False, **ODD)
+    assert convert_by_command("to-nemo", source, tmp_path / "m.nemo") == 0
+    assert convert_by_command("to-hf", tmp_path / "m.nemo", back) == 0
+    assert_same_weights(source, back)
+    for name in SIDE:
+        assert (back / name).read_bytes() == (source / name).read_bytes(), name
+    before, after = (json.loads((f / "config.json").read_text()) for f in (source, back))
+    assert after == before | {"head_dim": ODD["head_dim"]}
+    arch = read_architecture(after, family)
+    model = hf.load_causal_lm(back)
+    assert arch.parameters() == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_in_shards_goes_there_and_back(
+    family: str, text_file: Path, tmp_path: Path
+) -> None:
+    """Untied, and a base model: it has no generation config, and gets none."""
+    source, back = tmp_path / "hf", tmp_path / "back"
+    shape = {**EVEN, "dtype": torch.bfloat16, "max_shard_size": "60KB"}
+    write_tiny_model(source, text_file, family, train=False, **shape)
+    (source / "generation_config.json").unlink()
+    assert len(list(source.glob("*.safetensors"))) > 1
+    assert convert_by_command("to-nemo", source, tmp_path / "m.nemo") == 0
+    assert convert_by_command("to-hf", tmp_path / "m.nemo", back) == 0
+    assert_same_weights(source, back)
+    assert not (back / "generation_config.json").exists()
+
+
+def logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = hf.load_causal_lm(folder)(tokens).logits
+    return logits
+
+
+def tokens_of(root: Path) -> torch.Tensor:
+    return load_file(root / "tokens.safetensors")["tokens"]
+
+
+def require_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_model_is_one_for_transformers(family: str, root: Path, tmp_path: Path) -> None:
+    """Same logits as Megatron's and as the model that evaluation measures."""
+    checkpoint, tokens = (
+        root / family / "pruned.nemo",
+        tokens_of(root),
+    )
+    convert.to_hf(checkpoint, tmp_path / "hf")
+    logits = logits_of(tmp_path / "hf", tokens)
+    require_close(parity.core_logits(parity.load_core(checkpoint), tokens), logits)
+    with torch.no_grad():
+        require_close(load_transformers(checkpoint)(tokens).logits, logits)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    teacher = nemo.architecture_of(root / family / "teacher.nemo")
+    targets = Targets(num_layers=3, **TARGETS[family])
+    expected = pruned(teacher, targets)
+    assert read_architecture(config, family) == expected
+    assert config["head_dim"] == EVEN["head_dim"]
+    assert expected.parameters() == sum(t.numel() for _, t in convert.hf_weights(checkpoint))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_layers_for_training_are_the_same_model(family: str, root: Path) -> None:
+    """Logits and every weight's gradient, with and without the CPU's own layers."""
+    checkpoint, tokens = (
+        root / family / "teacher.nemo",
+        tokens_of(root),
+    )
+    positions = torch.arange(LENGTH).expand_as(tokens)
+    found = []
+    for training in (False, True):
+        core = nemo.build_core(
+            nemo.restore_model(checkpoint), nemo.Parallelism(), training=training
+        )
+        nemo.load_weights(core, checkpoint)
+        logits = core(tokens, positions, None)
+        logits.logsumexp(dim=-1).mean().backward()
+        found.append({"logits": logits, **{n: p.grad for n, p in core.named_parameters()}})
+    theirs, ours = found
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def run_ranks(root: Path, layout: str) -> None:
+    """One torchrun for all families: starting it takes longer than what it does."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, "-m", "tests.cpu.nemo_convert.family_ranks", layout, str(root)],
+        cwd=REPO_ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+@pytest.fixture(scope="module", params=[TP, PP])
+def layout(request: pytest.FixtureRequest, root: Path) -> str:
+    run_ranks(root, request.param)
+    return str(request.param)
+
+
+def test_two_ranks_give_transformers_logits(layout: str, root: Path) -> None:
+    tokens = tokens_of(root)
+    for family in FAMILIES:
+        found = load_file(root / family / layout / LOGITS)["logits"]
+        require_close(found, logits_of(root / family / "hf", tokens))
+    if layout == TP:
+        require_taught(root)
+
+
+def require_taught(root: Path) -> None:
+    """One step with finite losses changed every weight of the student."""
+    for family in FAMILIES:
+        folder = root / family / TP
+        [step] = steps_of(folder / METRICS, "distill")
+        assert step["teacher_loss"] < 5.0
+        assert min(step[name] for name in ("kd", "hidden", "lm", "grad_norm")) > 0, step
+        before = dict(convert.hf_weights(root / family / "pruned.nemo"))
+        after = dict(convert.hf_weights(folder / "work" / "artifact" / "s.nemo"))
+        assert before.keys() == after.keys()
+        assert [n for n, tensor in before.items() if torch.equal(tensor, after[n])] == []

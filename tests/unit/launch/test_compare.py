@@ -1,0 +1,156 @@
+"""Runs side by side: what is compared, what is refused, and what the page says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.compare import compare
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import read_manifest
+from recipes.report.compare import comparison
+from recipes.report.runs import find_runs, paired_difference, read_run
+from recipes.report.trade_offs import pareto_front
+from tests.support.reports import Page, make_run
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five runs: three alike, one on other text, one whose evaluation is missing."""
+    root = tmp_path_factory.mktemp("sweeps") / "sweep"
+    root.mkdir()
+    make_run(root / "0", loss=3.8125)
+    make_run(root / "1", loss=3.65, speed=0.8, lr=3e-4, max_steps=800)
+    make_run(root / "2", loss=3.9, speed=1.2, lr=1e-3)
+    make_run(root / "10", loss=3.1, heldout="ab" * 32)
+    (make_run(root / "11", loss=3.2) / "evaluate" / "manifest.json").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(sweep: Path) -> Page:
+    out = sweep.parent / "compare.html"
+    assert compare([str(sweep), f"out={out}"]) == f"4 runs compared in {out}"
+    return Page(out.read_text(encoding="utf-8"))
+
+
+def test_runs_of_a_sweep_are_found_in_the_order_of_their_numbers(sweep: Path) -> None:
+    assert [run.name for run in find_runs([sweep])] == ["0", "1", "2", "10", "11"]
+    assert find_runs([sweep / "2", sweep])[0].name == "2"
+    assert len(find_runs([sweep / "2", sweep])) == 5
+
+
+def test_figures_are_the_manifests(page: Page, sweep: Path) -> None:
+    shown = page.figures()
+    for number in ("0", "1", "2", "10"):
+        evaluation = read_manifest(sweep / number / "evaluate")
+        exported = read_manifest(sweep / number / "export_hf")
+        assert evaluation is not None
+        assert exported is not None
+        figures = evaluation.metrics["distilled"]
+        assert {figures[k] for k in ("perplexity", "loss", "kl_to_teacher", "parameters")} <= shown
+        assert exported.total_bytes() in shown
+
+
+def test_the_front_is_what_no_other_run_beats(sweep: Path) -> None:
+    rows = comparison([read_run(run) for run in find_runs([sweep])])["rows"]
+    fronts = {row["name"]: row["fronts"] for row in rows}
+    # Same size: only the best perplexity is on the front. Latency: the worse, the faster.
+    assert [n for n, f in fronts.items() if ("perplexity", "parameters") in f] == ["sweep/1"]
+    assert [n for n, f in fronts.items() if ("perplexity", "latency") in f] == [
+        "sweep/0",
+        "sweep/1",
+        "sweep/2",
+    ]
+    assert fronts["sweep/10"] == []
+
+
+def test_other_text_is_flagged_and_in_no_plot(page: Page, sweep: Path) -> None:
+    text = " ".join(page.text.split())
+    assert "sweep/10: measured on other held-out text" in text
+    content = comparison([read_run(run) for run in find_runs([sweep])])
+    assert content["best"] == "sweep/1"
+    assert all(">4<" not in plot["plot"] for plot in content["plots"])
+
+
+def test_other_windows_of_the_same_text_are_flagged(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / name)) for name in ("a", "b", "c")]
+    runs[2].stages["evaluate"].metrics["windows"] = 20
+    assert [row["comparable"] for row in comparison(runs)["rows"]] == [True, True, False]
+
+
+def test_incomplete_runs_are_listed(page: Page) -> None:
+    text = " ".join(page.text.split())
+    assert "sweep/11: not complete, without evaluate." in text
+    assert "there is nothing to compare: sweep/11." in text
+
+
+def test_a_stage_requested_anew_is_not_complete(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "evaluate" / "config.yaml").write_text("name: evaluate\nfingerprint: 0abc\n")
+    record = read_run(run)
+    assert record.incomplete == ("evaluate",)
+    assert record.evaluation is None
+
+
+def test_only_settings_that_differ_are_shown(page: Page) -> None:
+    text = page.text
+    assert "distill.lr" in text
+    assert "distill.max_steps" in text
+    assert {1e-3, 3e-4} <= page.figures()
+    for same in ("distill.seed", "prune.target_hidden_size", "inputs", "resources"):
+        assert same not in text
+
+
+def test_paired_difference_is_sharper_than_two_errors() -> None:
+    reference = [1.0, 2.0, 3.0, 4.0]
+    mean, error = paired_difference([1.5, 2.5, 3.75, 4.25], reference) or (0.0, 0.0)
+    assert mean == pytest.approx(0.5)
+    assert error == pytest.approx(0.102062, abs=1e-6)
+    assert paired_difference([1.0], reference) is None
+
+
+@pytest.mark.parametrize(
+    ("points", "front"),
+    [
+        ([(1, 3), (2, 2), (3, 1)], {0, 1, 2}),
+        ([(1, 1), (2, 2), (1, 2)], {0}),
+        ([(1, 1), (1, 1), (2, 1)], {0, 1}),
+    ],
+)
+def test_pareto_front(points: list[tuple[float, float]], front: set[int]) -> None:
+    assert pareto_front(points) == front
+
+
+def test_nothing_to_compare_is_refused(sweep: Path, tmp_path: Path) -> None:
+    cases = {
+        "there is nothing to compare": [sweep / "0"],
+        "1 of them on the same held-out text": [sweep / "0", sweep / "10"],
+        "is not a directory": [tmp_path / "missing", sweep],
+        "is no run and holds none": [tmp_path],
+        "needs the directories of runs": [],
+        "cannot be written": [sweep, f"out={tmp_path}/no/compare.html"],
+    }
+    for message, words in cases.items():
+        with pytest.raises(RecipeError, match=message):
+            compare([str(word) for word in words])
+
+
+def test_command_line(launch: Launch, sweep: Path, tmp_path: Path) -> None:
+    done = launch("compare", str(sweep / "0"), str(sweep / "1"), f"out={tmp_path}/c.html")
+    assert (done.returncode, done.stdout) == (0, f"2 runs compared in {tmp_path}/c.html\n")
+    failed = launch("compare", str(tmp_path))
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: ")
+    assert "fix: " in failed.stderr
+
+
+def test_comparing_needs_no_torch(root: Path) -> None:
+    code = "import sys, recipes.report.compare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

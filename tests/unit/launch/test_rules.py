@@ -1,0 +1,322 @@
+"""Every rule of preflight is tripped by a recipe, as a user would trip it."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from launch import machine
+from launch.plan import Plan, make_plan
+from recipes.core import versions
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import read_manifest, write_manifest
+from recipes.planning import budget, rules
+from recipes.planning.rules import ERROR, REFUSED_FIELDS, RULES, WARNING
+from tests.unit.conftest import LLAMA_CONFIG
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import Complete, Compose, Launch, MakePlan
+
+GROUPS = ("model=", "teacher=", "tasks=")
+
+D = "stages.distill."
+BFLOAT16 = "hardware.precision=bf16-mixed"
+"""Whatever this machine's processor is best at."""
+T = "stages.evaluate_tasks."
+TP2 = (f"{D}tensor_model_parallel_size=2", f"{D}resources.devices=2", f"{D}global_batch_size=8")
+SMALL = ("stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128")
+Patch = pytest.MonkeyPatch
+
+
+def gpu_is_here(patch: Patch, _: Path) -> None:
+    patch.setattr(budget, "gpus_here", lambda: 8)
+
+
+def torch_is_old(patch: Patch, _: Path) -> None:
+    installed = versions.installed
+    patch.setattr(versions, "installed", lambda n: "2.1.0" if n == "torch" else installed(n))
+
+
+def harness_is_missing(patch: Patch, _: Path) -> None:
+    patch.setattr("recipes.stages.evaluate_tasks.HARNESS", "0.0.0")
+
+
+def disk_is_full(patch: Patch, _: Path) -> None:
+    usage = namedtuple("usage", "total used free")
+    patch.setattr("launch.plan.shutil.disk_usage", lambda _: usage(10**9, 10**9, 0))
+
+
+def hub_is_away(patch: Patch, _: Path) -> None:
+    patch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
+
+
+def head_is_missing(_: Patch, folder: Path) -> None:
+    header = json.dumps({"model.embed_tokens.weight": {}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+@dataclass(frozen=True)
+class Trip:
+    """Overrides of the width recipe that break a rule; with ``config``, of another teacher."""
+
+    overrides: tuple[str, ...] = ()
+    config: dict[str, Any] | None = None
+    prepare: Callable[[Patch, Path], None] | None = None
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def trip(*overrides: str, **more: Any) -> Trip:
+    return Trip(overrides, **more)
+
+
+TRIPS = {
+    "stack-versions": trip(prepare=torch_is_old),
+    "disk": trip(prepare=disk_is_full),
+    "memory": trip("hardware.memory_bytes=1e9"),
+    "time-limit": trip("+cluster.time=00:01:00"),
+    "image": trip("+cluster.images.default=/nowhere/image.sqsh"),
+    "mounts": trip("+cluster.mounts=[/nowhere/data]"),
+    "hardware-profile": trip(prepare=gpu_is_here),
+    "bundled-config": trip("model=llama3_1_8b", "waive=[memory,disk]", prepare=hub_is_away),
+    "tied-embeddings": trip(config={"tie_word_embeddings": False}, prepare=head_is_missing),
+    "vocabulary": trip(*TP2, config={"vocab_size": 513}),
+    "data-sources": trip("data.sources=[nowhere.txt]"),
+    "data-parts": trip("stages.prepare_data.heldout_fraction=0.99"),
+    "seq-length": trip("data.seq_length=10000"),
+    "tokens": trip("data.sources=[TEXT]", f"{D}global_batch_size=4000"),
+    "epochs": trip("data.sources=[TEXT]"),
+    "prune-target": trip("stages.prune.target_hidden_size=100"),
+    "slow-sizes": trip("stages.prune.target_ffn_hidden_size=1160",
+                      "stages.prune.ffn_hidden_size_divisor=8"),
+    "layer-importance": trip("stages.prune.target_num_layers=20",
+                            "stages.prune.layer_importance=block"),
+    "calibration": trip("stages.score.calibration=mock"),
+    "one-rank": trip("stages.prune.resources.devices=2"),
+    "ranks": trip(f"{D}tensor_model_parallel_size=3"),
+    "batch": trip(f"{D}global_batch_size=6"),
+    "tensor-parallel": trip(*TP2),
+    "pipeline-parallel": trip(f"{D}pipeline_model_parallel_size=31", f"{D}resources.devices=31"),
+    "sequence-parallel": trip(*TP2, f"{D}sequence_parallel=true", "data.seq_length=255"),
+    "context-parallel": trip(f"{D}context_parallel_size=2", f"{D}resources.devices=2"),
+    "expert-parallel": trip(f"{D}expert_model_parallel_size=2"),
+    "interleaved": trip(f"{D}virtual_pipeline_model_parallel_size=2"),
+    "recompute": trip(f"{D}recompute=full", f"{D}hidden_weight=1"),
+    "precision": trip(f"{D}precision=fp8"),
+    "positive": trip(f"{D}lr=0"),
+    "warmup": trip(f"{D}warmup_steps=100"),
+    "loss": trip(f"{D}temperature=0"),
+    "hidden-pairs": trip(f"{D}hidden_weight=1", f"{D}hidden_pairs=[[1,1]]",
+                         f"{D}pipeline_model_parallel_size=2", f"{D}resources.devices=2"),
+    "cached-teacher": trip("teacher=cached", f"{D}hidden_weight=1"),
+    "top-k": trip("teacher=cached", "stages.cache_teacher.top_k=49152"),
+    "evaluate": trip("stages.evaluate.num_windows=0"),
+    "tasks-harness": trip("tasks=quick", prepare=harness_is_missing),
+    "tasks-source": trip("tasks=quick", f"{T}source=disk"),
+    "tasks-names": trip("tasks=quick", f"{T}tasks=[sciqq]"),
+    "tasks-limit": trip("tasks=quick", f"{T}limit=1"),
+    "tasks-fewshot": trip("tasks=quick", f"+{T}num_fewshot.nothing=5"),
+    "gates": trip("gates=['recovered.nothing >= 0.5']"),
+}  # fmt: skip
+ELSEWHERE = {
+    **dict.fromkeys(("budget", "search"), "search/test_space.py"),
+    "tokenizer": "launch/test_rules.py",
+    "backend": "engines/test_tensorrt_llm.py",
+    "max-seq-len": "engines/test_tensorrt_llm.py",
+    "max-input-len": "engines/test_tensorrt_llm.py",
+    "head-size": "engines/test_tensorrt_llm.py",
+    "format": "engines/test_bench.py",
+    "kv-cache": "engines/test_bench.py",
+    "alignment": "engines/test_bench.py",
+    "grid": "engines/test_bench.py",
+    "length": "engines/test_bench.py",
+    "engine-limits": "engines/test_bench.py",
+}
+"""Rules of stages that the recipes leave out, and the file beside this one that trips them."""
+
+
+@pytest.fixture
+def plan(compose: Compose, tmp_path: Path) -> MakePlan:
+    """As the common fixture, but fields are set in one composed config: composing takes longer."""
+
+    def planned(*overrides: str, recipe: str = "recipe=llama_width_prune") -> Plan:
+        groups = [o for o in overrides if o.startswith(GROUPS)]
+        cfg = copy.deepcopy(compose(recipe, *groups))
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if override not in groups:
+                added = key.startswith("+")
+                OmegaConf.update(cfg, key[added:], yaml.safe_load(value), force_add=added)
+        return make_plan(cfg, tmp_path / "run")
+
+    return planned
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """About 80,000 tokens: less than the recipe trains on, and more than a batch."""
+    (tmp_path / "text.txt").write_text("A line of text that says little.\n\n" * 10_000)
+    return tmp_path / "text.txt"
+
+
+def all_names_in_source(root: Path) -> set[str]:
+    """The rule of every ``Problem(…)`` in the code, each of which is a constant of ``rules``."""
+    names = set()
+    for package in ("recipes", "launch"):
+        for file in (root / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Problem":
+                    [rule, *_] = node.args
+                    assert isinstance(rule, ast.Attribute), f"{file}:{node.lineno}"
+                    names.add(getattr(rules, rule.attr).name)
+    return names
+
+
+def test_every_rule_of_the_code_is_in_the_table_and_tripped(root: Path) -> None:
+    assert (
+        all_names_in_source(root) | {rule.name for rule in REFUSED_FIELDS.values()} == RULES.keys()
+    )
+    assert TRIPS.keys() | ELSEWHERE.keys() == RULES.keys()
+    for rule, file in ELSEWHERE.items():
+        assert f'"{rule}"' in (root / "tests" / "unit" / file).read_text(), rule
+
+
+def test_every_rule_has_a_reason() -> None:
+    for name, rule in RULES.items():
+        assert rule.name == name
+        assert len(rule.reason) > 10
+        assert rule.severity in (ERROR, WARNING)
+
+
+@pytest.mark.parametrize("rule", TRIPS)
+def test_each_rule_is_tripped(
+    rule: str,
+    plan: MakePlan,
+    hf_folder: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error stops with the rule's name and a fix; a warning comes with the plan."""
+    case = TRIPS[rule]
+    overrides = [o.replace("TEXT", str(text)) for o in case.overrides]
+    if case.config is not None:
+        (hf_folder / "config.json").write_text(json.dumps(LLAMA_CONFIG | case.config))
+        overrides += [f"model.hf_path={hf_folder}", *SMALL]
+    if case.prepare is not None:
+        case.prepare(monkeypatch, hf_folder)
+    if RULES[rule].severity == WARNING:
+        notes = {note.rule.name: note for note in plan(*overrides).notes}
+        assert notes[rule].fix
+        return
+    if RULES[rule] in REFUSED_FIELDS.values():
+        return  # the command line says it: test_fields_that_cannot_be_are_explained
+    with pytest.raises(RecipeError) as caught:
+        plan(*overrides)
+    assert f"[{rule}]" in str(caught.value)
+    assert "  fix: " in str(caught.value)
+    assert RULES[rule].reference in str(caught.value)
+
+
+@pytest.mark.parametrize("name", REFUSED_FIELDS)
+def test_fields_that_cannot_be_are_explained(name: str, launch: Launch) -> None:
+    done = launch("recipe=llama_width_prune", f"{D}{name}=2", "dry_run=true")
+    assert done.returncode == 1
+    assert REFUSED_FIELDS[name].reason in done.stderr
+
+
+def test_a_rule_can_be_waived_and_is_still_shown(plan: MakePlan) -> None:
+    trips = ("hardware.memory_bytes=1e9", BFLOAT16)
+    with pytest.raises(RecipeError, match="needs about 4 GB on a rank, but cpu has 1 GB"):
+        plan(*trips)
+    assert [n.rule.name for n in plan(*trips, "waive=[memory]").notes] == ["memory"]
+    with pytest.raises(RecipeError, match="memory"):
+        plan(*trips, "waive=[disk]")
+
+
+def test_an_unknown_rule_cannot_be_waived(plan: MakePlan) -> None:
+    with pytest.raises(RecipeError, match="Did you mean 'memory'"):
+        plan("waive=[memroy]")
+
+
+def test_the_shipped_defaults_break_no_rule(plan: MakePlan) -> None:
+    assert plan().notes == ()
+    assert plan(recipe="recipe=llama_depth_prune").notes == ()
+
+
+def test_different_tokenizers_are_refused(
+    plan: MakePlan, complete: Complete, tmp_path: Path
+) -> None:
+    complete(plan())
+    (tmp_path / "run").rename(tmp_path / "other")
+    other = tmp_path / "other" / "prepare_data"
+    manifest = read_manifest(other)
+    assert manifest is not None
+    inputs = [f"{D}inputs.teacher={tmp_path}/other/import_hf", f"{D}inputs.data={other}"]
+    plan(*inputs)
+    manifest.tokenizer_sha256 = "another"
+    write_manifest(other, manifest)
+    with pytest.raises(RecipeError, match=r"different tokenizers: teacher t, data another"):
+        plan(*inputs)
+
+
+def test_a_login_node_says_nothing_of_the_memory_of_jobs(plan: MakePlan) -> None:
+    large = ("model.hf_path=meta-llama/Llama-3.1-8B", "waive=[disk]")
+    with pytest.raises(RecipeError, match=r"\[memory"):
+        plan(*large)
+    assert machine.SLURM == "slurm"
+    found = plan(*large, "cluster.executor=slurm").chain.hardware.memory_of_rank(1)
+    assert found == float("inf")
+
+
+def test_memory_is_shared_by_the_ranks_of_a_cpu(plan: MakePlan) -> None:
+    """What fits one rank need not fit four; the fix is a layout that was tried."""
+    depth = {"recipe": "recipe=llama_depth_prune"}
+    memory = ("hardware.memory_bytes=9e9", BFLOAT16)
+    four = (f"{D}resources.devices=4", f"{D}global_batch_size=16", *memory)
+    plan(*memory, **depth)
+    with pytest.raises(RecipeError, match="needs about 4 GB on a rank, but cpu has 2 GB"):
+        plan(*four, **depth)
+
+
+def test_a_text_that_was_prepared_is_counted_exactly(
+    plan: MakePlan, complete: Complete, text: Path
+) -> None:
+    overrides = (f"data.sources=[{text}]", f"{D}max_steps=200")
+    first: Plan = plan(*overrides)
+    assert "epochs" in {n.rule.name for n in first.notes}
+    complete(first)  # which says that it has 1,000,000 tokens
+    assert "epochs" not in {n.rule.name for n in plan(*overrides).notes}
+
+
+def test_models_of_another_run_are_planned_as_they_are(
+    plan: MakePlan, complete: Complete, tmp_path: Path
+) -> None:
+    complete(plan())
+    (tmp_path / "run").rename(tmp_path / "other")
+    student = tmp_path / "other" / "prune"
+    manifest = read_manifest(student)
+    assert manifest is not None
+    shape = plan().chain.workloads["distill"].trained
+    assert shape is not None
+    manifest.architecture = {**shape.as_dict(), "num_layers": 7}
+    write_manifest(student, manifest)
+    inputs = f"{D}inputs.student={student}"
+    job = plan(inputs).chain.workloads["distill"]
+    assert job.trained is not None
+    assert (job.trained.num_layers, job.teacher is None) == (7, False)
+    cache = tmp_path / "other" / "import_hf"
+    teacher = read_manifest(cache)
+    assert teacher is not None
+    teacher.kind = "teacher_logits"
+    write_manifest(cache, teacher)
+    cached = plan(inputs, f"{D}inputs.teacher={cache}").chain.workloads["distill"]
+    assert cached.teacher is None
