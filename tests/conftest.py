@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from recipes.core.manifest import Kind, Manifest
 
 REPO = Path(__file__).resolve().parent.parent
 LONGEST = ("test_slurm", "test_recipes_in_miniature", "test_readme", "test_chain", "test_parallel")
@@ -88,3 +91,25 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paragraphs = [p for topic in topics.values() for p in topic.split("\n\n") if len(p) > 200]
     path.write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs[:1200]))
     return path
+
+
+def manifest_of(stage: str, kind: Kind, result: Any) -> Manifest:
+    """A manifest that says nothing but what was measured."""
+    return Manifest(
+        stage=stage,
+        kind=kind,
+        fingerprint="f",
+        config={},
+        code="c",
+        inputs={},
+        files={},
+        metrics=asdict(result),
+        architecture=None,
+        parameters=None,
+        tokenizer_sha256="t",
+        versions={},
+        git_sha=None,
+        started_at="2025-01-01T00:00:00+00:00",
+        seconds=1.0,
+        peak_rss_bytes=10**9,
+    )

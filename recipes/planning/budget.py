@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.stage import StageConfig
 from recipes.core.wheels import source_bytes
+from recipes.data.results import DatasetResult
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.estimate import estimate
 from recipes.planning.hardware import gpus_here
 from recipes.planning.layouts import proposals
 from recipes.planning.problems import Problem
-from recipes.planning.workload import Workload
+from recipes.planning.workload import Layout, Workload
 
 BYTES_PER_TOKEN = 4.0
 """Of English text in a vocabulary of 50,000 and more; only for saying about how many epochs."""
@@ -68,7 +68,7 @@ def _smaller_layout(name: str, job: Workload, chain: Chain) -> str:
     return f"for example {' '.join(overrides(name, layout))}"
 
 
-def overrides(stage: str, layout: Any) -> list[str]:
+def overrides(stage: str, layout: Layout) -> list[str]:
     """A layout as command-line overrides of a training stage."""
     fields = {
         "resources.nodes": layout.nodes,
@@ -132,7 +132,7 @@ def _train_tokens(chain: Chain, data: str) -> tuple[float, float] | None:
     config = chain.stages.get(data)
     manifest = _result_of(chain, data, config)
     if manifest is not None:
-        tokens = float(manifest.metrics["tokens"]["train"])
+        tokens = float(manifest.result(DatasetResult).tokens["train"])
         return tokens, tokens
     sources = getattr(config, "sources", None)
     if not sources or getattr(config, "max_documents", None) is not None:

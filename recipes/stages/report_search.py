@@ -9,6 +9,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.planning.chain import Chain, one_rank_problems
 from recipes.planning.problems import Problem
+from recipes.report.results import ReportResult
 from recipes.report.search_page import TEMPLATE, page
 from recipes.report.settings import REPORT_FILE, TEMPLATES, SearchReportConfig
 from recipes.stages.contract import Stage
@@ -30,7 +31,7 @@ def run(cfg: SearchReportConfig, inputs: Inputs, out: Path) -> Outcome:
 
     render_template(TEMPLATE, page(cfg, inputs), out / REPORT_FILE)
     metrics_log(out).progress("report", 1, 1)
-    return Outcome(metrics={"file": REPORT_FILE})
+    return Outcome(ReportResult(REPORT_FILE))
 
 
 STAGE = Stage(
