@@ -7,10 +7,9 @@ leave that shared part out, so their interval is narrower than two bare means wo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from recipes.core.statistics import difference, mean, standard_error
-from recipes.evaluation.results import ROLES, Differences, Score, TaskScores
+from recipes.evaluation.results import ROLES, Differences, Item, Score, TaskScores
 
 
 def recovered(
@@ -29,14 +28,14 @@ def recovered(
     return (mean(distilled) - mean(pruned)) / -cost.value
 
 
-def compare(metric: str, items: Mapping[str, Sequence[Mapping[str, Any]]]) -> TaskScores:
+def compare(metric: str, items: Mapping[str, Sequence[Item]]) -> TaskScores:
     """A benchmark's figures, with differences to the teacher.
 
     Args:
         metric: Metric to compare; higher is better.
-        items: Each role's items, the same in the same order, with their ``metrics``.
+        items: Each role's items, the same in the same order, with their metrics.
     """
-    values = {role: [item["metrics"][metric] for item in items[role]] for role in ROLES}
+    values = {role: [item.metrics[metric] for item in items[role]] for role in ROLES}
     teacher, pruned, distilled = (values[role] for role in ROLES)
     return TaskScores(
         metric,

@@ -60,6 +60,20 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
+class Item:
+    """An item of a task, and what a model made of it."""
+
+    id: str
+    hash: str
+    """Of its content and prompt."""
+    doc: object
+    target: object
+    response: object
+    """Log-likelihoods, or text."""
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Score:
     """A model's mean over a task's items."""
 

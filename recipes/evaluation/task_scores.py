@@ -8,7 +8,7 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoTokenizer
@@ -21,7 +21,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.evaluation import packed_lm
 from recipes.evaluation.offline_tasks import FORMAT, WHEEL
 from recipes.evaluation.paired import compare
-from recipes.evaluation.results import ROLES, TaskResult, TaskResults
+from recipes.evaluation.results import ROLES, Item, TaskResult, TaskResults
 from recipes.evaluation.settings import HARNESS
 from recipes.evaluation.task_cache import Answer, Question, look_up, store
 from recipes.evaluation.text_quality import load_transformers
@@ -98,8 +98,7 @@ def _do(
 ) -> Answer:
     began = time.monotonic()
     items = packed_lm.answer(model, benchmark, cfg.limit, cfg.seed)
-    # As JSON would have them, so that an answer is the same from the cache.
-    return Answer(json.loads(json.dumps(items)), round(time.monotonic() - began, 3))
+    return Answer(items, round(time.monotonic() - began, 3))
 
 
 def _question(
@@ -140,9 +139,9 @@ def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
     )
 
 
-def _require_same_items(task: str, items: dict[str, list[dict[str, Any]]]) -> None:
+def _require_same_items(task: str, items: dict[str, list[Item]]) -> None:
     """Paired figures need the same items in the same order."""
-    asked = {role: [(item["id"], item["hash"]) for item in each] for role, each in items.items()}
+    asked = {role: [(item.id, item.hash) for item in each] for role, each in items.items()}
     if len({tuple(each) for each in asked.values()}) != 1:
         raise RecipeError(
             f"the models were not asked the same items of {task}.",
@@ -150,13 +149,13 @@ def _require_same_items(task: str, items: dict[str, list[dict[str, Any]]]) -> No
         )
 
 
-def _write_samples(path: Path, items: dict[str, list[dict[str, Any]]]) -> None:
+def _write_samples(path: Path, items: dict[str, list[Item]]) -> None:
     lines = []
     for each in zip(*items.values(), strict=True):
         said = {
-            role: {"response": item["response"], **item["metrics"]}
+            role: {"response": item.response, **item.metrics}
             for role, item in zip(items, each, strict=True)
         }
-        first = {key: each[0][key] for key in ("id", "doc", "target")}
+        first = {"id": each[0].id, "doc": each[0].doc, "target": each[0].target}
         lines.append(json.dumps({**first, **said}, ensure_ascii=False) + "\n")
     write_text_atomically(path, "".join(lines))

@@ -92,8 +92,8 @@ def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
         assert len(found) == LIMIT
         for one, other in zip(found, expected, strict=True):
             assert one.keys() == other.keys()
-            assert (one["id"], one["hash"]) == (other["id"], other["hash"])
-            assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-4)
+            assert (one.id, one.hash) == (other.id, other.hash)
+            assert one.metrics == pytest.approx(other.metrics, rel=1e-4)
             one_scores, other_scores = (
                 torch.tensor(item["response"], dtype=torch.float64).flatten()
                 for item in (one, other)
@@ -115,7 +115,7 @@ def test_packing_suits_every_family(models: dict[str, Any], family: str) -> None
     ours = packed_lm.PackedLM(model, tokenizer, 600, nothing)
     stock = packed_lm.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     found, expected = (
-        torch.tensor([i["response"] for i in packed_lm.answer(m, benchmark, LIMIT, 1)])
+        torch.tensor([i.response for i in packed_lm.answer(m, benchmark, LIMIT, 1)])
         for m in (ours, stock)
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
@@ -191,7 +191,7 @@ def test_the_full_set_is_loaded_and_asked(models: dict[str, Any], cached_here: P
     for benchmark in (found["hellaswag"], found["arc_easy"], replace(found["mmlu"], parts=some)):
         items = packed_lm.answer(packed, benchmark, 2, 1)
         assert len(items) == 2 * len(benchmark.parts)
-        assert {item["metrics"][benchmark.metric] for item in items} <= {0.0, 1.0}
+        assert {item.metrics[benchmark.metric] for item in items} <= {0.0, 1.0}
 
 
 def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path) -> None:
@@ -204,7 +204,7 @@ def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path)
         key="generation_kwargs", value={"max_gen_toks": 4}, update=True
     )
     items = packed_lm.answer(packed, benchmark, 2, 1)
-    assert [item["metrics"] for item in items] == [{"exact_match": 0.0}] * 2
+    assert [item.metrics for item in items] == [{"exact_match": 0.0}] * 2
     assert "Janet" in items[0]["doc"]["question"]
     assert "#### 18" in items[0]["doc"]["answer"]
 

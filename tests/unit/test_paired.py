@@ -8,6 +8,7 @@ import pytest
 
 from recipes.core.statistics import difference, mean, standard_error
 from recipes.evaluation.paired import compare, recovered
+from recipes.evaluation.results import Item
 
 RIGHT, WRONG = [1.0], [0.0]
 
@@ -68,8 +69,8 @@ def test_recovered_is_none_where_pruning_cost_no_more_than_noise(won_by_pruning:
 
 
 def test_comparison_is_of_one_metric() -> None:
-    def items(*values: float) -> list[dict[str, dict[str, float]]]:
-        return [{"metrics": {"acc": value, "other": 7.0}} for value in values]
+    def items(*values: float) -> list[Item]:
+        return [Item("", "", "", "", "", {"acc": value, "other": 7.0}) for value in values]
 
     found = compare(
         "acc",
