@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from launch.tracking import SafeTracker, TrackedRun, Tracker, scalars
 from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.metrics import Record
 from recipes.core.versions import git_sha
 
 WANDB_HOST = "https://api.wandb.ai"
@@ -26,10 +27,10 @@ MLFLOW_LENGTH = 6000
 
 
 class _None:
-    def track(self, stage: str, record: Mapping[str, Any]) -> None:
+    def track(self, stage: str, record: Record) -> None:
         pass
 
-    def finish(self, stage: str, figures: Mapping[str, Any]) -> None:
+    def finish(self, stage: str, figures: Mapping[str, float]) -> None:
         pass
 
 
@@ -43,11 +44,11 @@ class _TensorBoard:
     def __init__(self, folder: Path) -> None:
         self._folder, self._writers = folder, dict[str, Any]()
 
-    def track(self, stage: str, record: Mapping[str, Any]) -> None:
+    def track(self, stage: str, record: Record) -> None:
         values = {f"{record['task']}/{name}": value for name, value in scalars(record).items()}
         self._write(stage, values, record["done"], record["time"])
 
-    def finish(self, stage: str, figures: Mapping[str, Any]) -> None:
+    def finish(self, stage: str, figures: Mapping[str, float]) -> None:
         self._write(stage, {f"final/{name}": v for name, v in figures.items()}, 0, time.time())
 
     def _write(self, stage: str, values: Mapping[str, float], step: int, at: float) -> None:
@@ -80,7 +81,7 @@ class _Wandb:
     def __init__(self, run: Any) -> None:
         self._run, self._stages = run, set[str]()
 
-    def track(self, stage: str, record: Mapping[str, Any]) -> None:
+    def track(self, stage: str, record: Record) -> None:
         task = f"{stage}/{record['task']}"
         if task not in self._stages:
             # Each task counts its own steps; the tracker's own would only go up.
@@ -91,7 +92,7 @@ class _Wandb:
         if values:
             self._run.log({**values, f"{task}/step": record["done"]})
 
-    def finish(self, stage: str, figures: Mapping[str, Any]) -> None:
+    def finish(self, stage: str, figures: Mapping[str, float]) -> None:
         self._run.summary.update({f"{stage}.{name}": value for name, value in figures.items()})
 
 
@@ -142,12 +143,12 @@ def wandb_mode() -> Any:
 
 
 class _Mlflow:
-    def track(self, stage: str, record: Mapping[str, Any]) -> None:
+    def track(self, stage: str, record: Record) -> None:
         prefix = f"{stage}/{record['task']}"
         values = {f"{prefix}/{name}": value for name, value in scalars(record).items()}
         self._log(values, record["done"], record["time"])
 
-    def finish(self, stage: str, figures: Mapping[str, Any]) -> None:
+    def finish(self, stage: str, figures: Mapping[str, float]) -> None:
         self._log({f"{stage}/final/{n}": v for n, v in figures.items()}, 0, time.time())
 
     def _log(self, values: Mapping[str, float], step: int, at: float) -> None:

@@ -1,4 +1,4 @@
-"""Means of several measurements, their standard errors, and paired differences."""
+"""Means of samples and of paired differences, with their uncertainty. Torch-free."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,7 +94,7 @@ def _run_stage(run: Run, config_class: type[ConfigT], kind: Kind, request_file: 
         code=request["code"],
         inputs={name: spec["fingerprint"] for name, spec in request["inputs"].items()},
         files=stamp_files(out),
-        metrics=outcome.metrics,
+        metrics=asdict(outcome.result) if outcome.result else {},
         architecture=outcome.architecture,
         parameters=outcome.parameters,
         tokenizer_sha256=outcome.tokenizer_sha256,

@@ -15,10 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup, all_gather, all_reduce
 from torch.nn.functional import softplus
 
@@ -235,7 +236,7 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
+        ctx: FunctionCtx,
         student: Tensor,
         teacher: Tensor | TopK,
         loss: LogitsLoss,
@@ -268,7 +269,7 @@ class _Distillation(torch.autograd.Function):
         return losses.mul_(temperature**2).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # In place, to hold the logits' gradient once. A second backward is an error of autograd,
         # which sees that what was saved has changed.
         (gradient,) = ctx.saved_tensors

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from recipes.core.manifest import Manifest, manifest_of
 from recipes.core.stage import StageConfig
 from recipes.core.wheels import source_bytes
+from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
@@ -121,7 +122,7 @@ def _train_tokens(chain: Chain, data: str) -> tuple[float, float] | None:
     """About how many tokens there are to train on, and how many at most."""
     config = chain.stages.get(data)
     if (manifest := _prepared(chain, data, config)) is not None:
-        tokens = float(manifest.metrics["tokens"]["train"])
+        tokens = float(manifest.result(DatasetResult).tokens["train"])
         return tokens, tokens
     if not isinstance(config, PrepareDataConfig) or config.max_documents is not None:
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
@@ -15,9 +14,6 @@ from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.planning.workload import Layout, Workload
 from recipes.stages.contract import Stage
-
-if TYPE_CHECKING:
-    pass
 
 SHARDS = "shards"
 """Directory in the stage's work where finished shards wait for the last one."""
@@ -79,8 +75,8 @@ def run(cfg: CacheTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
 
     teacher = nemo.find_checkpoint(inputs["teacher"].artifact)
     shards = out.parent / SHARDS
-    metrics = cache_logits(cfg, teacher, inputs["data"].artifact, shards, out, metrics_log(out))
-    return Outcome(metrics=metrics, tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher)))
+    result = cache_logits(cfg, teacher, inputs["data"].artifact, shards, out, metrics_log(out))
+    return Outcome(result, tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher)))
 
 
 STAGE = Stage(

@@ -17,7 +17,7 @@ from recipes.distillation.training import (
     training_bytes,
     training_problems,
     training_progress,
-    training_summary,
+    training_result,
     training_workload,
 )
 from recipes.planning.chain import Chain
@@ -58,7 +58,7 @@ def run(cfg: CorrectTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
     )
     arch = nemo.architecture_of(teacher)
     return Outcome(
-        metrics=training_summary(cfg, metrics_file(out)) if rank() == 0 else {},
+        training_result(cfg, metrics_file(out)) if rank() == 0 else None,
         architecture=arch.as_dict(),
         parameters=arch.parameters(),
         tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher)),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from nemo_convert.pipeline import last_stage_layers
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome, manifest_of
 from recipes.core.metrics import steps_of
 from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
+from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import (
     BALANCES,
     CACHED,
@@ -23,7 +23,7 @@ from recipes.distillation.training import (
     training_bytes,
     training_problems,
     training_progress,
-    training_summary,
+    training_result,
     training_workload,
 )
 from recipes.planning import rules
@@ -178,17 +178,19 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
         metrics_log(out),
     )
     return Outcome(
-        metrics=summary(cfg, metrics_file(out)) if rank() == 0 else {},
+        result(cfg, metrics_file(out)) if rank() == 0 else None,
         architecture=arch.as_dict(),
         parameters=arch.parameters(),
         tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(student)),
     )
 
 
-def summary(cfg: DistillConfig, file: Path) -> dict[str, Any]:
-    """The manifest's figures."""
+def result(cfg: DistillConfig, file: Path) -> DistillationResult:
+    """What the training came to, from its metrics file."""
     first = steps_of(file, cfg.stage)[0]
-    return {**training_summary(cfg, file), "teacher_loss": first.get("teacher_loss")}
+    return DistillationResult(
+        **vars(training_result(cfg, file)), teacher_loss=first.get("teacher_loss")
+    )
 
 
 def _require_same_tokenizer(inputs: Inputs) -> None:

@@ -33,8 +33,7 @@ def run(cfg: EvaluateConfig, inputs: Inputs, out: Path) -> Outcome:
     checkpoints = {
         name: nemo.find_checkpoint(item.artifact) for name, item in inputs.items() if name != "data"
     }
-    metrics = measure(cfg, checkpoints, inputs["data"], out, metrics_log(out))
-    return Outcome(metrics=metrics)
+    return Outcome(measure(cfg, checkpoints, inputs["data"], out, metrics_log(out)))
 
 
 STAGE = Stage(

@@ -64,7 +64,7 @@ def run(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path) -> Outcome:
     """Evaluates one model after the other, compares them item by item, and keeps the items."""
     from recipes.evaluation.task_scores import score
 
-    return Outcome(metrics=score(cfg, inputs, out, metrics_log(out)))
+    return Outcome(score(cfg, inputs, out, metrics_log(out)))
 
 
 STAGE = Stage(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_convert.results import ParityResult
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
 from recipes.planning.chain import Chain
@@ -44,10 +45,7 @@ def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
         )
     log.progress("export", 2, 2)
     return Outcome(
-        metrics={
-            "parity_max_logit_difference": gate.max_logit_difference,
-            "parity_tokens": gate.tokens,
-        },
+        ParityResult(gate.max_logit_difference, gate.tokens),
         architecture=manifest.architecture,
         parameters=manifest.parameters,
         tokenizer_sha256=hf.tokenizer_sha256(out),

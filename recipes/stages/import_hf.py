@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from nemo_convert.hub import weight_names
+from nemo_convert.results import ImportResult
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
 from recipes.core.wheels import short_name
@@ -67,11 +68,7 @@ def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
     log.progress("import", 3, 3)
     arch = nemo.architecture_of(checkpoint)
     return Outcome(
-        metrics={
-            "parity_max_logit_difference": gate.max_logit_difference,
-            "parity_tokens": gate.tokens,
-            "licence": hf.licence(folder),
-        },
+        ImportResult(gate.max_logit_difference, gate.tokens, hf.licence(folder)),
         architecture=arch.as_dict(),
         parameters=arch.parameters(),
         tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(checkpoint)),

@@ -12,6 +12,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
 from recipes.planning.chain import Chain
 from recipes.planning.hardware import Hardware
+from recipes.planning.results import PlanResult
 from recipes.planning.tables import figures, tables
 from recipes.planning.workload import Workload
 from recipes.stages.contract import Stage
@@ -45,13 +46,12 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
     """Estimates every workload and searches for layouts that cost less."""
     workloads = {name: Workload.of(plain) for name, plain in cfg.workloads.items()}
     hardware = Hardware(**cfg.hardware)
-    metrics = {
-        "figures": figures(workloads, hardware, cfg.from_published_config),
-        "tables": tables(workloads, hardware),
-    }
-    write_text_atomically(out / FILE, json.dumps(metrics, indent=1) + "\n")
+    result = PlanResult(
+        figures(workloads, hardware, cfg.from_published_config), tables(workloads, hardware)
+    )
+    write_text_atomically(out / FILE, json.dumps(asdict(result), indent=1) + "\n")
     metrics_log(out).progress("plan", 1, 1)
-    return Outcome(metrics=metrics)
+    return Outcome(result)
 
 
 STAGE = Stage(

@@ -10,6 +10,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.data import corpus
+from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.settings import PrepareDataConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
@@ -67,13 +68,12 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
                 log.progress("tokenize", start + len(batch), len(taken), source=source)
     _require_windows(tokens, cfg.seq_length)
     return Outcome(
-        metrics={
-            "documents": dict(documents),
-            "tokens": dict(tokens),
-            "sources": cfg.sources,
-            # A list, since sources lie in the part in this order and a manifest sorts its keys.
-            "heldout_sources": [{"source": name, "tokens": n} for name, n in heldout.items()],
-        },
+        DatasetResult(
+            dict(documents),
+            dict(tokens),
+            cfg.sources,
+            [SourceTokens(name, n) for name, n in heldout.items()],
+        ),
         tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256,
     )
 

@@ -11,6 +11,7 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.planning.targets import pruned, target_problems
+from recipes.pruning.results import PruneResult, ScoreResult
 from recipes.pruning.settings import LAYER_METHODS, PruneConfig, ScoreConfig
 from recipes.stages.contract import Stage
 
@@ -62,7 +63,7 @@ def disk_bytes(cfg: PruneConfig, chain: Chain) -> int:
 def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     """Chooses what to keep, cuts the weights, and saves the student and the kept indices."""
     from nemo_convert import hf, nemo
-    from recipes.pruning.cut_checkpoint import layers_to_keep, prune_checkpoint, summary
+    from recipes.pruning.cut_checkpoint import layers_to_keep, prune_checkpoint
     from recipes.pruning.importance import Importance
     from recipes.pruning.kept import choose
 
@@ -77,14 +78,17 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     kept = choose(importance.widths, whole, student, layers)
     prune_checkpoint(teacher, student, kept, out / teacher.name)
     kept.save(out)
-    scored = inputs["importance"].manifest.metrics
+    scored = inputs["importance"].manifest.result(ScoreResult)
+    measure, scores = importance.of_layers(cfg.layer_importance)
     return Outcome(
-        metrics={
-            **summary(importance, cfg.layer_importance, kept),
-            "calibration_tokens": scored["calibration_tokens"],
-            "calibration_windows": scored["calibration_windows"],
-            "teacher_parameters": inputs["checkpoint"].manifest.parameters,
-        },
+        PruneResult(
+            kept_layers=kept.layers,
+            layer_importance=scores,
+            layer_measure=measure,
+            calibration_tokens=scored.calibration_tokens,
+            calibration_windows=scored.calibration_windows,
+            teacher_parameters=inputs["checkpoint"].manifest.parameters,
+        ),
         architecture=student.as_dict(),
         parameters=student.parameters(),
         tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher)),

@@ -54,11 +54,10 @@ def run(cfg: QuantizeConfig, inputs: Inputs, out: Path) -> Outcome:
     from recipes.engines.quantization import quantize_folder
 
     source = inputs["checkpoint"]
-    metrics = quantize_folder(
-        cfg, source.artifact, inputs["calibration"].artifact, out, metrics_log(out)
-    )
     return Outcome(
-        metrics=metrics,
+        quantize_folder(
+            cfg, source.artifact, inputs["calibration"].artifact, out, metrics_log(out)
+        ),
         architecture=source.manifest.architecture,
         parameters=source.manifest.parameters,
         tokenizer_sha256=source.manifest.tokenizer_sha256,

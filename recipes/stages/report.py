@@ -6,6 +6,7 @@ from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
+from recipes.report.results import ReportResult
 from recipes.report.settings import REPORT_FILE, TEMPLATES, ReportConfig
 from recipes.stages.contract import Stage
 
@@ -22,7 +23,7 @@ def run(cfg: ReportConfig, inputs: Inputs, out: Path) -> Outcome:
     log = metrics_log(out)
     render(cfg, inputs, out / REPORT_FILE)
     log.progress("report", 1, 1)
-    return Outcome(metrics={"file": REPORT_FILE})
+    return Outcome(ReportResult(REPORT_FILE))
 
 
 STAGE = Stage(

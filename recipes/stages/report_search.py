@@ -6,6 +6,7 @@ from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
+from recipes.report.results import ReportResult
 from recipes.report.search_page import TEMPLATE, page
 from recipes.report.settings import REPORT_FILE, TEMPLATES, SearchReportConfig
 from recipes.stages.contract import Stage
@@ -22,7 +23,7 @@ def run(cfg: SearchReportConfig, inputs: Inputs, out: Path) -> Outcome:
 
     render_template(TEMPLATE, page(cfg, inputs), out / REPORT_FILE)
     metrics_log(out).progress("report", 1, 1)
-    return Outcome(metrics={"file": REPORT_FILE})
+    return Outcome(ReportResult(REPORT_FILE))
 
 
 STAGE = Stage(
