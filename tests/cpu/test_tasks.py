@@ -23,9 +23,10 @@ from recipes.core.metrics import METRICS, steps_of
 from recipes.core.stage import Input
 from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
-from recipes.evaluation import offline_tasks, packed_lm, task_scores
+from recipes.evaluation import offline_tasks, packed_lm, task_scores, text_quality
 from recipes.evaluation.results import ROLES
 from recipes.evaluation.settings import EvaluateConfig, EvaluateTasksConfig
+from recipes.evaluation.text_quality import Scores
 from recipes.stages import evaluate, evaluate_tasks, prepare_data
 from tests.conftest import manifest_of
 
@@ -261,3 +262,10 @@ def test_quality_is_measured_by_source(
     alone = Input(out.parent, manifest_of("prepare_data", "dataset", older))
     one = evaluate.run(cfg, {**models, "data": alone}, stage_dir(tmp_path, "one")).result
     assert (one.windows, one.sources) == (9, {})
+
+
+def test_loss_is_recovered_only_where_pruning_cost_more_than_noise() -> None:
+    losses = {"teacher": [3.0, 3.25, 2.75], "distilled": [3.25, 3.5, 3.0]}
+    for pruned, share in (([4.0, 4.25, 3.75], 0.75), ([3.5, 3.125, 2.875], None)):
+        scores = {role: Scores(each) for role, each in {**losses, "pruned": pruned}.items()}
+        assert text_quality._recovered(scores) == share
