@@ -95,8 +95,7 @@ def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
             assert (one.id, one.hash) == (other.id, other.hash)
             assert one.metrics == pytest.approx(other.metrics, rel=1e-4)
             one_scores, other_scores = (
-                torch.tensor(item.response, dtype=torch.float64).flatten()
-                for item in (one, other)
+                torch.tensor(item.response, dtype=torch.float64).flatten() for item in (one, other)
             )
             torch.testing.assert_close(one_scores, other_scores, rtol=1e-5, atol=1e-3)
 
