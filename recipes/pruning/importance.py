@@ -32,7 +32,7 @@ class Importance:
     and ``num_attention_heads`` [heads]."""
 
     def of_layers(self, method: str) -> tuple[str, dict[int, float]]:
-        """The measure of single layers that comes next to how they are chosen, and the scores."""
+        """Name and scores of ``method``, or of block influence where it scores no single layers."""
         measure = method if method in self.layers else "block_influence"
         return measure, self.layers[measure]
 

@@ -166,8 +166,8 @@ def test_compressed_engines_report_what_they_lost(build: Build, odd_llama: Path)
     assert kl["int8"] < kl["int4"]
     assert kl["int8"] < 0.02
     layers, width, ffn = 5, 56, 120
-    assert found["int8"]["weight_types"]["u8"] >= layers * 3 * width * ffn
-    assert found["int4"]["weight_types"]["u4"] >= layers * 3 * width * ffn
+    assert found["int8"].weight_types["u8"] >= layers * 3 * width * ffn
+    assert found["int4"].weight_types["u4"] >= layers * 3 * width * ffn
 
 
 def test_compression_that_did_nothing_is_refused(build: Build, odd_llama: Path) -> None:

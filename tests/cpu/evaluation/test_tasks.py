@@ -23,9 +23,10 @@ from recipes.core.metrics import METRICS, steps_of
 from recipes.core.stage import Input
 from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
-from recipes.evaluation import offline_tasks, packed_lm, task_scores
+from recipes.evaluation import offline_tasks, packed_lm, task_scores, text_quality
 from recipes.evaluation.results import ROLES
 from recipes.evaluation.settings import EvaluateConfig, EvaluateTasksConfig
+from recipes.evaluation.text_quality import Scores
 from recipes.stages import evaluate, evaluate_tasks, prepare_data
 from tests.support.manifests import manifest_of
 
@@ -91,12 +92,10 @@ def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
         found, expected = (packed_lm.answer(m, benchmark, LIMIT, 1) for m in (ours, stock))
         assert len(found) == LIMIT
         for one, other in zip(found, expected, strict=True):
-            assert one.keys() == other.keys()
             assert (one.id, one.hash) == (other.id, other.hash)
             assert one.metrics == pytest.approx(other.metrics, rel=1e-4)
             one_scores, other_scores = (
-                torch.tensor(item["response"], dtype=torch.float64).flatten()
-                for item in (one, other)
+                torch.tensor(item.response, dtype=torch.float64).flatten() for item in (one, other)
             )
             torch.testing.assert_close(one_scores, other_scores, rtol=1e-5, atol=1e-3)
 
@@ -205,8 +204,8 @@ def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path)
     )
     items = packed_lm.answer(packed, benchmark, 2, 1)
     assert [item.metrics for item in items] == [{"exact_match": 0.0}] * 2
-    assert "Janet" in items[0]["doc"]["question"]
-    assert "#### 18" in items[0]["doc"]["answer"]
+    assert "Janet" in items[0].doc["question"]
+    assert "#### 18" in items[0].doc["answer"]
 
 
 def test_another_model_or_tokenizer_is_another_question(models: dict[str, Any]) -> None:
@@ -261,3 +260,10 @@ def test_quality_is_measured_by_source(
     alone = Input(out.parent, manifest_of("prepare_data", "dataset", older))
     one = evaluate.run(cfg, {**models, "data": alone}, stage_dir(tmp_path, "one")).result
     assert (one.windows, one.sources) == (9, {})
+
+
+def test_loss_is_recovered_only_where_pruning_cost_more_than_noise() -> None:
+    losses = {"teacher": [3.0, 3.25, 2.75], "distilled": [3.25, 3.5, 3.0]}
+    for pruned, share in (([4.0, 4.25, 3.75], 0.75), ([3.5, 3.125, 2.875], None)):
+        scores = {role: Scores(each) for role, each in {**losses, "pruned": pruned}.items()}
+        assert text_quality._recovered(scores) == share
