@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging.config
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,8 @@ def run_here(*overrides: str, cwd: Path) -> Result:
     with (
         mock.patch.dict(EXECUTORS, local=here),
         mock.patch.object(sys, "argv", ["run.py", *overrides]),
+        # Hydra's closes every handler of the process, and absl's then closes pytest's stderr.
+        mock.patch.object(logging.config, "dictConfig"),
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
