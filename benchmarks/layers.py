@@ -18,6 +18,7 @@ from rich.table import Table
 from benchmarks.contenders import launch, make_inputs, manifest_of
 from benchmarks.students import Student, collect, figures, make_student
 from recipes.core.errors import RecipeError
+from recipes.pruning.results import PruneResult
 from recipes.pruning.settings import LAYER_METHODS
 
 
@@ -55,12 +56,9 @@ def run_method(method: str, layers: int, scores: Path, out: Path, args: argparse
 
 def read_outcome(method: str, out: Path) -> Outcome:
     """Reads a run's manifests."""
-    pruned = manifest_of(out / "prune").metrics
-    kept = pruned["kept_layers"]
-    every = {int(layer) for layer in pruned["layer_importance"]}
-    return Outcome(
-        method=method, layers=len(kept), dropped=sorted(every - set(kept)), **figures(out)
-    )
+    pruned = manifest_of(out / "prune").result(PruneResult)
+    layers, dropped = len(pruned.kept_layers), pruned.dropped_layers()
+    return Outcome(method=method, layers=layers, dropped=dropped, **figures(out))
 
 
 def draw(outcomes: list[Outcome]) -> Table:

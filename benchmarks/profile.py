@@ -18,7 +18,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from recipes.core.manifest import check_artifact
-from recipes.core.stage import Input
+from recipes.core.stage import REQUEST, Input
 from recipes.distillation import trainer
 from recipes.distillation.settings import DistillConfig
 from recipes.stages import distill
@@ -37,7 +37,7 @@ PARTS = {
 
 def run(stage_dir: Path, profiler: profile) -> None:
     """Runs the stage, telling the profiler of every step."""
-    request: Any = OmegaConf.to_container(OmegaConf.load(stage_dir / "config.yaml"))
+    request: Any = OmegaConf.to_container(OmegaConf.load(stage_dir / REQUEST))
     merged = OmegaConf.merge(OmegaConf.structured(DistillConfig), request["config"])
     cfg: Any = OmegaConf.to_object(merged)
     cfg.max_steps, cfg.warmup_steps = WARM_UP + STEPS + 1, 1

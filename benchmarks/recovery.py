@@ -26,6 +26,8 @@ from benchmarks.students import schedule
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
 from recipes.core.metrics import METRICS, steps_of
+from recipes.distillation.results import TrainingResult
+from recipes.evaluation.results import EvaluationResult
 from recipes.report.plots import interval_plot
 
 REFERENCE = "forward_kl"
@@ -105,12 +107,12 @@ def run_arm(name: str, steps: int, base: Path, out: Path) -> Outcome:
 
 def read_outcome(arm: Arm, out: Path) -> Outcome:
     """Reads an arm's manifests and metrics."""
-    trained = manifest_of(out / "distill").metrics
-    evaluation = manifest_of(out / "evaluate").metrics
-    found = evaluation["distilled"]
+    trained = manifest_of(out / "distill").result(TrainingResult)
+    evaluation = manifest_of(out / "evaluate").result(EvaluationResult)
+    found = evaluation.distilled
     return Outcome(
-        steps=trained["steps"],
-        tokens=trained["tokens"],
+        steps=trained.steps,
+        tokens=trained.tokens,
         training_seconds=round(training_seconds(out / "distill"), 1),
         prepare_seconds=round(
             sum(
@@ -121,24 +123,20 @@ def read_outcome(arm: Arm, out: Path) -> Outcome:
             ),
             1,
         ),
-        recovered=evaluation["recovered"],
-        **{
-            name: found[name]
-            for name in (
-                "perplexity",
-                "loss",
-                "loss_standard_error",
-                "kl_to_teacher",
-                "top1_agreement",
-            )
-        },
+        recovered=evaluation.recovered,
+        perplexity=found.perplexity,
+        loss=found.loss,
+        loss_standard_error=found.loss_standard_error,
+        kl_to_teacher=found.kl_to_teacher,
+        top1_agreement=found.top1_agreement,
     )
 
 
 def training_seconds(stage: Path) -> float:
     """Time spent in steps, without start, validation and saving."""
     manifest = manifest_of(stage)
-    per_step: float = manifest.metrics["tokens"] / manifest.metrics["steps"]
+    trained = manifest.result(TrainingResult)
+    per_step = trained.tokens / trained.steps
     steps = steps_of(stage / METRICS, manifest.stage)
     return sum(per_step / float(step["tokens_per_second"]) for step in steps)
 

@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +20,8 @@ from benchmarks.contenders import LAUNCHER, execute, manifest_of
 from benchmarks.students import Student, collect, figures, make_student
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
-from recipes.search.space import AXES, prune_settings
+from recipes.search.results import Candidate, SearchResult
+from recipes.search.space import AXES, axes_of, prune_settings
 
 SEARCH = "llama_search"
 DEPTH = "num_layers"
@@ -37,24 +37,24 @@ class Outcome(Student):
     lr: float
 
 
-def ways(candidates: Sequence[dict[str, Any]], teacher: Architecture) -> dict[str, dict[str, Any]]:
+def ways(search: SearchResult, teacher: Architecture) -> dict[str, Candidate]:
     """The shape that was found, and the best-ranked of those that change one kind of axis.
 
     Args:
-        candidates: As ``tournament`` wrote them, the best-ranked first.
+        search: As ``tournament`` left it.
         teacher: What they were cut from.
 
     Raises:
         RecipeError: The budget cannot be met in depth alone, or in width alone.
     """
-    found = {"found": next(c for c in candidates if c.get("chosen"))}
+    found = {"found": next(c for c in search.candidates if c.chosen)}
     widths = [axis for axis in AXES if axis != DEPTH]
     kinds = {"depth alone": widths, "width alone": [DEPTH]}
     for way, kept in kinds.items():
         same = [
             c
-            for c in candidates
-            if all(c["shape"][axis] == getattr(teacher, axis) for axis in kept)
+            for c in search.candidates
+            if all(getattr(c.shape, axis) == getattr(teacher, axis) for axis in kept)
         ]
         if not same:
             raise RecipeError(
@@ -65,10 +65,10 @@ def ways(candidates: Sequence[dict[str, Any]], teacher: Architecture) -> dict[st
     return found
 
 
-def run_shape(shape: dict[str, Any], lr: float, search: Path, out: Path, steps: int) -> None:
+def run_shape(shape: Architecture, lr: float, search: Path, out: Path, steps: int) -> None:
     """Prunes, distils and evaluates a student."""
     method = manifest_of(search / "rank_candidates").config["layer_importance"]
-    pruning = prune_settings({axis: shape[axis] for axis in AXES}, method)
+    pruning = prune_settings(axes_of(shape), method)
     settings = {
         **{f"prune.{name}": value for name, value in pruning.items()},
         "distill.lr": lr,
@@ -98,14 +98,19 @@ def draw(outcomes: Sequence[Outcome]) -> Table:
 
 def compare(search: Path, args: argparse.Namespace, out: Path) -> Iterator[Outcome]:
     """Makes every student: each shape with each learning rate."""
-    candidates = manifest_of(search / "tournament").metrics["candidates"]
+    found = manifest_of(search / "tournament").result(SearchResult)
     teacher = Architecture(**(manifest_of(search / "import_hf").architecture or {}))
-    for way, candidate in ways(candidates, teacher).items():
-        name, parameters = candidate["name"], candidate["parameters"]
+    for way, candidate in ways(found, teacher).items():
         for lr in args.lr:
-            run = out / f"{name}-lr{lr:g}"
-            run_shape(candidate["shape"], lr, search, run, args.steps)
-            yield Outcome(way=way, shape=name, parameters=parameters, lr=lr, **figures(run))
+            run = out / f"{candidate.name}-lr{lr:g}"
+            run_shape(candidate.shape, lr, search, run, args.steps)
+            yield Outcome(
+                way=way,
+                shape=candidate.name,
+                parameters=candidate.parameters,
+                lr=lr,
+                **figures(run),
+            )
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ from rich.console import Console
 
 from benchmarks.contenders import launch, manifest_of
 from recipes.core.files import write_text_atomically
+from recipes.distillation.results import TrainingResult
+from recipes.evaluation.results import EvaluationResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +69,13 @@ def make_student(
 
 def figures(out: Path) -> dict[str, Any]:
     """A student's fields, from the manifests of its run."""
-    evaluation = manifest_of(out / "evaluate").metrics
-    found = evaluation["distilled"]
+    evaluation = manifest_of(out / "evaluate").result(EvaluationResult)
     return {
-        "pruned": evaluation["pruned"]["perplexity"],
-        "distilled": found["perplexity"],
-        "kl_to_teacher": found["kl_to_teacher"],
-        "top1_agreement": found["top1_agreement"],
-        "tokens": manifest_of(out / "distill").metrics["tokens"],
+        "pruned": evaluation.pruned.perplexity,
+        "distilled": evaluation.distilled.perplexity,
+        "kl_to_teacher": evaluation.distilled.kl_to_teacher,
+        "top1_agreement": evaluation.distilled.top1_agreement,
+        "tokens": manifest_of(out / "distill").result(TrainingResult).tokens,
     }
 
 

@@ -41,3 +41,5 @@ class Executor(Generic[ClusterT]):
     """Leaves in the run directory what starts each stage, to be read, edited, run by hand."""
     start: Callable[[Plan, ClusterT, Follow, Console], bool]
     """Starts the stages; true if they have all ended, and well."""
+    follows: Callable[[ClusterT], bool] = lambda cluster: True
+    """Whether the launcher sees what the stages record."""

@@ -18,10 +18,15 @@ from launch.plan import Plan
 from launch.planned import PlannedStage
 from launch.tracking import Track
 from recipes.core.manifest import Manifest, read_manifest
-from recipes.core.metrics import METRICS
+from recipes.core.metrics import METRICS, Record
+from recipes.data.results import DatasetResult
+from recipes.engines.results import BenchmarkResults, EngineResult
+from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
+from recipes.planning.results import Cell, PlanResult
+from recipes.report.results import ReportResult
+from recipes.search.results import LatencyResult, SearchResult
 
 PLAIN_INTERVAL = 15.0
-ROLES = ("teacher", "pruned", "distilled")
 SHOWN = ("loss", "val_loss", "tokens_per_second")
 
 
@@ -60,16 +65,16 @@ def print_tables(plan: Plan, console: Console) -> None:
             continue
         if stage not in plan.todo() and len(plan.stages) > 1:
             continue
-        for made in manifest.metrics["tables"]:
-            table = Table(title=made["title"], title_justify="left", box=None)
-            for column in made["columns"]:
+        for made in manifest.result(PlanResult).tables:
+            table = Table(title=made.title, title_justify="left", box=None)
+            for column in made.columns:
                 table.add_column(column)
-            for row in made["rows"]:
+            for row in made.rows:
                 table.add_row(*(escape(cell_text(cell)) for cell in row))
             console.print(table)
 
 
-def cell_text(cell: Any) -> str:
+def cell_text(cell: Cell) -> str:
     """A table's value: whole numbers in full, others in four digits."""
     if isinstance(cell, int):
         return f"{cell:,}"
@@ -103,61 +108,77 @@ def print_summary(plan: Plan, seconds: float, console: Console) -> None:
 def headline(manifest: Manifest) -> str:
     """The one result of a stage that a person wants to see."""
     if manifest.kind in HEADLINES:
-        return HEADLINES[manifest.kind](manifest.metrics)
+        return HEADLINES[manifest.kind](manifest)
     if manifest.parameters:
         return f"{manifest.parameters / 1e6:.1f} M parameters"
     return ""
 
 
-def _perplexities(m: Mapping[str, Any]) -> str:
-    text = " → ".join(f"{m[role]['perplexity']:.1f}" for role in ROLES)
-    share = "" if m["recovered"] is None else f", {m['recovered']:.0%} recovered"
+def _tokens(manifest: Manifest) -> str:
+    return f"{sum(manifest.result(DatasetResult).tokens.values()):,} tokens"
+
+
+def _perplexities(manifest: Manifest) -> str:
+    found = manifest.result(EvaluationResult)
+    text = " → ".join(f"{quality.perplexity:.1f}" for quality in found.models().values())
+    share = "" if found.recovered is None else f", {found.recovered:.0%} recovered"
     return f"perplexity {text}{share}"
 
 
-def _mean_score(m: Mapping[str, Any]) -> str:
-    tasks = m["tasks"].values()
-    means = (sum(task[role]["value"] for task in tasks) / len(tasks) for role in ROLES)
+def _mean_score(manifest: Manifest) -> str:
+    tasks = [task.models() for task in manifest.result(TaskResults).tasks.values()]
+    means = (sum(task[role].value for task in tasks) / len(tasks) for role in ROLES)
     return f"mean score {' → '.join(f'{value:.3f}' for value in means)}"
 
 
-def _cost(m: Mapping[str, Any]) -> str:
-    f = m["figures"]
+def _cost(manifest: Manifest) -> str:
+    f = manifest.result(PlanResult).figures
     return f"{f['device-hours']:,} device-hours on {f['hardware']}, ${f['dollars']:,}"
 
 
-def _leader(m: Mapping[str, Any]) -> str:
+def _shapes(manifest: Manifest) -> str:
+    return f"{manifest.result(PlanResult).figures['shapes']} shapes"
+
+
+def _leader(manifest: Manifest) -> str:
     """Of candidates, the one that a tournament chose, else the first of the ranking."""
-    best = next((c for c in m["candidates"] if c["chosen"]), m["candidates"][0])
-    return f"{best['name']}, KL {best['kl_to_teacher']:.3f}, {len(m['candidates'])} shapes"
+    found = manifest.result(SearchResult)
+    best = found.chosen() or found.candidates[0]
+    return f"{best.name}, KL {best.kl_to_teacher:.3f}, {len(found.candidates)} shapes"
 
 
-def _line(m: Mapping[str, Any]) -> str:
+def _line(manifest: Manifest) -> str:
     """A fitted line's error on the shapes that it was not fitted to, or else on all."""
-    shapes = [s for s in m["shapes"] if not s["seen"]] or m["shapes"]
-    error = max(abs(s["fitted_ms"] / s["step_ms"] - 1) for s in shapes)
-    return f"teacher {m['shapes'][0]['step_ms']:.3g} ms a step, fitted within {error:.0%}"
+    shapes = manifest.result(LatencyResult).shapes
+    error = max(abs(s.error) for s in [s for s in shapes if not s.seen] or shapes)
+    return f"teacher {shapes[0].step_ms:.3g} ms a step, fitted within {error:.0%}"
 
 
-def speedup(figures: Mapping[str, Any]) -> str:
-    """How much faster the student is in one cell of the benchmark."""
+def _engine(manifest: Manifest) -> str:
+    found = manifest.result(EngineResult)
+    return f"{found.backend} {found.precision}"
+
+
+def _speedup(manifest: Manifest) -> str:
+    """How much faster the student is in the first cell of the benchmark."""
+    first = manifest.result(BenchmarkResults).speedups[0]
     return (
-        f"{figures['prefill']:.2f} × prefill, {figures['decode']:.2f} × decode "
-        f"({figures['backend']}, batch {figures['batch_size']})"
+        f"{first.prefill:.2f} × prefill, {first.decode:.2f} × decode "
+        f"({first.backend}, batch {first.batch_size})"
     )
 
 
-HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "dataset": lambda m: f"{sum(m['tokens'].values()):,} tokens",
+HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
+    "dataset": _tokens,
     "eval_results": _perplexities,
     "task_results": _mean_score,
     "plan": _cost,
-    "shapes": lambda m: f"{m['figures']['shapes']} shapes",
+    "shapes": _shapes,
     "latency_model": _line,
     "search_results": _leader,
-    "engine": lambda m: f"{m['backend']} {m['precision']}",
-    "benchmark_results": lambda m: speedup(m["speedups"][0]) if m["speedups"] else "",
-    "report": lambda m: str(m["file"]),
+    "engine": _engine,
+    "benchmark_results": _speedup,
+    "report": lambda manifest: manifest.result(ReportResult).file,
 }
 """By kind of artifact."""
 
@@ -221,7 +242,7 @@ class Follower:
                     self._track(record)
                     self._draw(record)
 
-    def _draw(self, record: Mapping[str, Any]) -> None:
+    def _draw(self, record: Record) -> None:
         task, done, total = record["task"], record["done"], record["total"]
         values = "  ".join(f"{k} {record[k]:.4g}" for k in SHOWN if record.get(k) is not None)
         if self._console.is_terminal:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.planned import stage_names
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.planning.rules import REFUSED_FIELDS
 
@@ -37,6 +38,8 @@ def explain(error: Exception) -> str:
     if choice := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
         group, name = choice.groups()
         options = _options(text)
+        if not options:  # a whole group is not there, such as a stage of another name
+            return f"there is no {group}.{did_you_mean(group.rpartition('/')[2], stage_names())}"
         hint = did_you_mean(name, options)
         return f"there is no {group} '{name}'.{hint}\n  fix: use one of: {', '.join(options)}"
     if key := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in '(\w+)'", text):

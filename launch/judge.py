@@ -8,7 +8,7 @@ answer in a second, also for a run whose stages were queued elsewhere.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -36,7 +36,7 @@ def require_gates(plan: Plan, console: Console) -> None:
         manifest = read_manifest(stage.directory)
         if manifest is not None and manifest.fingerprint == stage.fingerprint:
             # Of several evaluations the last counts: the final model's.
-            results[manifest.kind] = manifest.metrics
+            results[manifest.kind] = manifest
             configs[stage.name] = (stage.config, manifest.kind)
     names = known_names(
         {name: config for name, (config, _) in configs.items()},
@@ -55,7 +55,7 @@ def require_gates(plan: Plan, console: Console) -> None:
         )
 
 
-def _table(verdicts: Iterable[Verdict], unjudged: Iterable[Gate]) -> Any:
+def _table(verdicts: Iterable[Verdict], unjudged: Iterable[Gate]) -> Table:
     table = Table(title="gates", title_justify="left", box=None)
     for column in ("gate", "measured", ""):
         table.add_column(column)

@@ -32,7 +32,8 @@ def chain_of(cfg: DictConfig, configs: Mapping[str, StageConfig], run_dir: Path)
     hardware = as_typed(Hardware, cfg.hardware, "hardware")
     if hardware.memory_bytes is None and cfg.cluster.executor == SLURM:
         hardware.memory_bytes = math.inf  # a login node's says nothing of where the jobs run
-    return replace(chain, hardware=hardware, run_dir=run_dir, time_limit=cfg.cluster.get("time"))
+    limit = str(cfg.cluster.get("time", ""))  # not checked yet
+    return replace(chain, hardware=hardware, run_dir=run_dir, time_limit=limit)
 
 
 def cluster_problems(cluster: DictConfig) -> Iterator[Problem]:

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -93,7 +92,7 @@ def checks(cfg: DictConfig, chain: Chain, wanted: list[str]) -> Iterator[Problem
     for name, config in chain.stages.items():
         stage = stage_of(config)
         if name in wanted or (planning and stage.workload):
-            yield from stage.check(config, chain)
+            yield from stage.problems(config, chain)
 
 
 def workloads_of(chain: Chain) -> dict[str, Workload]:
@@ -134,7 +133,9 @@ def _gates(cfg: DictConfig, configs: Mapping[str, StageConfig]) -> tuple[Gate, .
     return gates
 
 
-def _known(names: Iterable[str] | None, configs: Mapping[str, Any], where: str) -> set[str] | None:
+def _known(
+    names: Iterable[str] | None, configs: Mapping[str, StageConfig], where: str
+) -> set[str] | None:
     if names is None:
         return None
     names = [names] if isinstance(names, str) else list(names)

@@ -34,8 +34,8 @@ from launch.trackers import open_tracker, require_tracker
 from launch.tracking import SafeTracker, tracked_run
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
+from recipes.core.stage import REQUEST, RUN_FILE
 
-RUN_FILE = "run.yaml"
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -63,7 +63,7 @@ def run(cfg: DictConfig, recipe: str) -> None:
     _require_same_recipe(run_dir, recipe)
     require_tracker(cfg.tracker.name)
     executor, cluster = executor_of(cfg.cluster)
-    if cfg.tracker.name != "none" and not getattr(cluster, "follow", True):
+    if cfg.tracker.name != "none" and not executor.follows(cluster):
         raise RecipeError(
             f"tracker={cfg.tracker.name} is fed by the launcher, which returns once the jobs are "
             "submitted.",
@@ -129,7 +129,7 @@ def _write_requests(plan: Plan, recipe: str) -> None:
     for stage in plan.todo():
         stage.directory.mkdir(exist_ok=True)
         text = OmegaConf.to_yaml(stage.request())
-        write_text_atomically(stage.directory / "config.yaml", text)
+        write_text_atomically(stage.directory / REQUEST, text)
 
 
 def cli() -> int:

@@ -18,11 +18,9 @@ from launch.logs import ERROR, newest_log, reason
 from recipes.core.deadline import STOPPED
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import WORK, Manifest, read_manifest
-from recipes.core.metrics import METRICS, read_records
-from recipes.core.stage import unfinished
+from recipes.core.metrics import METRICS, Record, read_records
+from recipes.core.stage import REQUEST, RUN_FILE, unfinished
 
-REQUEST = "config.yaml"
-RUN_FILE = "run.yaml"
 COMPLETE, RUNNING, PENDING, FAILED = "complete", "running", "pending", "failed"
 STOPPED_STATE, CANCELLED, NOT_RUN = "stopped", "cancelled", "not run"
 
@@ -151,7 +149,7 @@ def progress(metrics: Path) -> str | None:
     return f"{text}, {left} left" if left else text
 
 
-def _seconds_each(records: list[dict[str, Any]]) -> float | None:
+def _seconds_each(records: list[Record]) -> float | None:
     """Seconds of one unit of work, a mean over the last ones that followed each other."""
     recent = list(_since_restart(records))[-50:]
     if len(recent) < 2:
@@ -160,7 +158,7 @@ def _seconds_each(records: list[dict[str, Any]]) -> float | None:
     return float(spent / done)
 
 
-def _since_restart(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _since_restart(records: list[Record]) -> Iterator[Record]:
     """Records since work was last taken up again: the time in between was not spent on it."""
     start = 0
     for place, (before, after) in enumerate(pairwise(records), start=1):

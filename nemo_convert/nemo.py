@@ -221,7 +221,7 @@ def split_pipeline(config: Any) -> None:
         config.num_layers_in_last_pipeline_stage = split[-1]
 
 
-def load_weights(core: Any, checkpoint: Path) -> None:
+def load_weights(core: torch.nn.Module, checkpoint: Path) -> None:
     """Loads a checkpoint into this rank's model, whatever layout it was written at."""
     from megatron.core import dist_checkpointing
 
@@ -232,7 +232,7 @@ def load_weights(core: Any, checkpoint: Path) -> None:
 
 
 def save_checkpoint(
-    checkpoint: Path, model: Any, core: Any, side: Path, rank: int, strategy: Any = None
+    checkpoint: Path, model: Any, core: torch.nn.Module, side: Path, rank: int, strategy: Any = None
 ) -> None:
     """Writes weights from all ranks and, on rank 0, the context.
 

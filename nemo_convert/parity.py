@@ -76,7 +76,7 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     return Parity(difference, tokens.numel(), same_weights(hf_folder, checkpoint))
 
 
-def core_logits(core: Any, tokens: torch.Tensor) -> torch.Tensor:
+def core_logits(core: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [batch, sequence, vocabulary] of a Megatron model at TP=PP=1, computed in float32."""
     import torch
 
@@ -121,7 +121,7 @@ def verify(first: Path, second: Path) -> Parity:
         return compare(folder, checkpoint)
 
 
-def load_core(checkpoint: Path) -> Any:
+def load_core(checkpoint: Path) -> torch.nn.Module:
     """Builds and loads a checkpoint's Megatron model in this process, in float32."""
     import torch
 

@@ -19,6 +19,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT, write_text_atomically
 from recipes.core.manifest import MANIFEST, WORK, read_manifest
 from recipes.core.processes import die_with_parent, start_command
+from recipes.core.stage import REQUEST
 
 POLL_SECONDS = 0.2
 SCRIPT = "run.sh"
@@ -47,7 +48,7 @@ def require_one_machine(plan: Plan, cluster: Cluster) -> None:
 def command(stage: PlannedStage, python: str) -> list[str]:
     """A stage's command line on one machine."""
     devices = stage.config.resources.devices
-    return start_command(stage.module, stage.directory / "config.yaml", devices, python)
+    return start_command(stage.module, stage.directory / REQUEST, devices, python)
 
 
 def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:

@@ -124,4 +124,10 @@ def _follow(stage: PlannedStage, job: Job, follow: Follow) -> None:
             )
 
 
-EXECUTOR = Executor(config=SlurmConfig, prepare=prepare, write_scripts=write_scripts, start=start)
+EXECUTOR = Executor(
+    config=SlurmConfig,
+    prepare=prepare,
+    write_scripts=write_scripts,
+    start=start,
+    follows=lambda cluster: cluster.follow,
+)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from launch.executors.container import Containers
 from launch.planned import PlannedStage
+from recipes.planning.budget import slurm_seconds
 
-TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)")
 PLAIN = re.compile(r"[\w./@+=-]+")
 GPU_OPTIONS = ("gpus-per-node", "gres", "none")
 
@@ -42,15 +42,6 @@ class SlurmConfig(Containers):
     """Waits for the submitted jobs and shows their progress."""
 
 
-def seconds(text: str) -> int | None:
-    """Seconds of ``[D-]HH:MM:SS``; ``None`` for another text."""
-    found = TIME.fullmatch(text)
-    if not found:
-        return None
-    days, hours, minutes, rest = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
-
-
 def _cluster_problems(cluster: SlurmConfig) -> Iterator[str]:
     if cluster.gpus not in GPU_OPTIONS:
         yield f"cluster.gpus={cluster.gpus}\n  fix: use one of: {', '.join(GPU_OPTIONS)}"
@@ -74,7 +65,7 @@ def _stage_problems(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
         yield (
             f"{where}.nodes={resources.nodes}, devices={resources.devices}\n  fix: use 1 or more"
         )
-    limit = seconds(time_limit(stage, cluster))
+    limit = slurm_seconds(time_limit(stage, cluster))
     key = f"{where}.time" if resources.time is not None else "cluster.time"
     if not limit:
         yield (

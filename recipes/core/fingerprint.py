@@ -21,15 +21,15 @@ from recipes.core.reachable_code import reachable_code
 SMALL_FILE = 1 << 20
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """SHA-256 of a JSON-serialisable value, independent of key order."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def result_settings(config: Any) -> dict[str, Any]:
+def result_settings(config: Any) -> dict[str, object]:
     """A config dataclass as plain data, without fields marked ``metadata={"resource": True}``."""
-    plain: dict[str, Any] = {}
+    plain: dict[str, object] = {}
     for spec in fields(config):
         value = getattr(config, spec.name)
         if not spec.metadata.get("resource"):
@@ -37,14 +37,14 @@ def result_settings(config: Any) -> dict[str, Any]:
     return plain
 
 
-def external_stamp(path: Path) -> dict[str, Any]:
+def external_stamp(path: Path) -> dict[str, object]:
     """Identity of a file or folder that is not an artifact of ours.
 
     Small files are hashed; weights and corpora are known by size and modification time, since
     hashing 140 GB of weights on every plan would cost minutes.
     """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    stamp: dict[str, Any] = {}
+    stamp: dict[str, object] = {}
     for file in files:
         stat = file.stat()
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
@@ -73,10 +73,10 @@ def stage_code(stages: Iterable[str]) -> str:
 
 
 def stage_fingerprint(
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     code: str,
     inputs: Mapping[str, str],
-    external: Mapping[str, Any],
+    external: Mapping[str, object],
 ) -> str:
     """Fingerprint of one stage; see the module's docstring."""
     return digest(

@@ -11,11 +11,16 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from recipes.core.errors import RecipeError
 from recipes.core.files import sha256_of, write_text_atomically
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from pydantic import TypeAdapter
 
 MANIFEST = "manifest.json"
 ARTIFACT = "artifact"
@@ -37,6 +42,7 @@ Kind = Literal[
     "report",
 ]
 """What a stage makes."""
+ResultT = TypeVar("ResultT", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class FileStamp:
 class Outcome:
     """What a stage function returns about the artifact it wrote."""
 
-    metrics: dict[str, Any] = field(default_factory=dict)
+    result: DataclassInstance | None = None
+    """What it measured, a dataclass of its room's ``results.py``; on rank 0 at least."""
     architecture: dict[str, Any] | None = None
     parameters: int | None = None
     tokenizer_sha256: str | None = None
@@ -70,6 +77,7 @@ class Manifest:
     inputs: dict[str, str]
     files: dict[str, FileStamp]
     metrics: dict[str, Any]
+    """The stage's result as plain data; ``result`` reads it back."""
     architecture: dict[str, Any] | None
     parameters: int | None
     tokenizer_sha256: str | None
@@ -81,6 +89,30 @@ class Manifest:
     input_content: dict[str, str] = field(default_factory=dict)
     """What each input's files were; a forced rerun can change them under the same fingerprint."""
 
+    def result(self, of: type[ResultT]) -> ResultT:
+        """What the stage measured, as the dataclass that it was written from, or a part of it.
+
+        Raises:
+            RecipeError: It does not fit, as where an older version of the stage wrote it.
+        """
+        from pydantic import ValidationError  # which takes a tenth of a second to import
+
+        try:
+            result: ResultT = _adapter(of).validate_python(self.metrics)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise RecipeError(
+                f"the result of stage {self.stage} of {self.started_at} cannot be read: {name}: "
+                f"{first['msg']}.",
+                f"delete the {MANIFEST} of {self.stage}; the stage then runs again",
+            ) from error
+        return result
+
+    def result_if(self, stage: str, of: type[ResultT]) -> ResultT | None:
+        """The same where ``stage`` made it; ``None`` where another stage made one of its kind."""
+        return self.result(of) if self.stage == stage else None
+
     def content(self) -> str:
         """One hash of the artifact's files."""
         names = "".join(f"{name} {stamp.sha256}\n" for name, stamp in sorted(self.files.items()))
@@ -89,6 +121,13 @@ class Manifest:
     def total_bytes(self) -> int:
         """Size of the artifact on disk."""
         return sum(stamp.size for stamp in self.files.values())
+
+
+@cache
+def _adapter(of: type[ResultT]) -> TypeAdapter[ResultT]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(of)
 
 
 def write_manifest(stage_dir: Path, manifest: Manifest) -> None:
@@ -115,6 +154,11 @@ def read_manifest(stage_dir: Path) -> Manifest | None:
             f"{path} is not a readable manifest ({error}).",
             "delete the file; the stage then runs again",
         ) from error
+
+
+def manifest_of(source: str | None) -> Manifest | None:
+    """The manifest of another run's stage, given as its directory; ``None`` for anything else."""
+    return read_manifest(Path(source)) if source and Path(source).is_dir() else None
 
 
 def stamp_files(root: Path) -> dict[str, FileStamp]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
+Record = dict[str, Any]
+"""One line of it."""
 
 
 class MetricsLog:
@@ -23,12 +25,12 @@ class MetricsLog:
         if self._file and _cut_short(path):
             self._file.write("\n")
 
-    def log(self, **values: Any) -> None:
+    def log(self, **values: object) -> None:
         """Appends one record, stamped with the time."""
         if self._file:
             self._file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
 
-    def progress(self, task: str, done: int, total: int, **values: Any) -> None:
+    def progress(self, task: str, done: int, total: int, **values: object) -> None:
         """Appends a record of work done: ``done`` of ``total`` units of ``task``."""
         self.log(task=task, done=done, total=total, **values)
 
@@ -39,7 +41,7 @@ def _cut_short(path: Path | None) -> bool:
     return bool(content) and not content.endswith(b"\n")
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
+def read_records(path: Path) -> Iterator[Record]:
     """Yields the records of a metrics file; a last line cut short by a kill is passed over."""
     if not path.exists():
         return
@@ -50,7 +52,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def steps_of(path: Path, task: str) -> list[dict[str, Any]]:
+def steps_of(path: Path, task: str) -> list[Record]:
     """Records of ``task``, one per step; of a step done again after a restart, the last counts."""
     latest = {r["done"]: r for r in read_records(path) if r.get("task") == task}
     return [latest[step] for step in sorted(latest)]

@@ -18,8 +18,12 @@ from recipes.core.manifest import (
 )
 from recipes.core.metrics import METRICS, MetricsLog
 
-REQUEST = "request.json"
-"""In ``work/``: the request that the work belongs to. ``config.yaml`` may be a later one's."""
+RUN_FILE = "run.yaml"
+"""In a run directory: which recipe it is of."""
+REQUEST = "config.yaml"
+"""In a stage's directory: what it is to be started with."""
+BEGUN = "request.json"
+"""In ``work/``: the request that the work belongs to; ``REQUEST`` may be a later one."""
 
 
 @dataclass
@@ -85,7 +89,7 @@ def metrics_log(out: Path) -> MetricsLog:
 def unfinished(stage_dir: Path) -> dict[str, Any] | None:
     """The request of the run that left unfinished work in ``stage_dir``; ``None`` without one."""
     try:
-        text = (stage_dir / WORK / REQUEST).read_text(encoding="utf-8")
+        text = (stage_dir / WORK / BEGUN).read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     request: dict[str, Any] = json.loads(text)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Means of samples and of paired differences, with their uncertainty. Torch-free."""
 
 from __future__ import annotations
 

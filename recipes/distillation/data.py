@@ -28,7 +28,7 @@ class TokenWindows(Dataset):
     Sample i is the window at place i mod n of epoch i // n.
     """
 
-    tokens: Any
+    tokens: np.ndarray
     """All tokens of the part, see ``read_tokens``."""
     seq_length: int
     num_samples: int
@@ -40,7 +40,7 @@ class TokenWindows(Dataset):
     attention_mask: Tensor | None = None
     cache: TeacherCache | None = None
     """Restricts the windows to those it has."""
-    ids: Any = field(init=False)
+    ids: np.ndarray = field(init=False)
     _epoch: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.nn.modules.loss import _Loss
 
 from recipes.core.errors import RecipeError, did_you_mean
+from recipes.distillation.settings import HIDDEN_LOSSES
 
-HIDDEN_LOSSES = ("cosine", "mse")
+DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": lambda ours, theirs: 1 - cosine_similarity(ours, theirs, dim=-1),
+    "mse": lambda ours, theirs: (ours - theirs).square().mean(dim=-1),
+}
+"""What each of ``HIDDEN_LOSSES`` computes of states [s, b, h], as [s, b]."""
 PROJECTION_SEED = 0
 """The projection is replicated: every rank must draw the same one."""
 
@@ -78,8 +85,4 @@ class HiddenLoss(_Loss):
             ours = self.projection(ours.to(self.projection.weight.dtype))
         # In bfloat16 the numbers next below 1 are 1/256 apart: a cosine of 0.999 would be 1.
         ours, theirs = ours.float(), theirs.detach().float()
-        if self._kind == "cosine":
-            losses = 1 - cosine_similarity(ours, theirs, dim=-1)
-        else:
-            losses = (ours - theirs).square().mean(dim=-1)
-        return losses.t()
+        return DISTANCES[self._kind](ours, theirs).t()

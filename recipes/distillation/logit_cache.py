@@ -2,7 +2,7 @@
 
 A directory with ``index.json`` and shards ``00000.safetensors`` …, each with
 
-- ``windows`` int32 [w]: numbers of the windows, see ``training_data``;
+- ``windows`` int32 [w]: numbers of the windows, see ``data``;
 - ``indices`` uint16 or int32 [w, seq_length, k]: the k most likely tokens, the likeliest first;
 - ``log_probs`` float16 [w, seq_length, k + 1]: their log-probabilities, and that of all others.
 

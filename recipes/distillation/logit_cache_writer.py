@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from recipes.distillation.logit_cache import (
     write_shard,
 )
 from recipes.distillation.losses import TopK, token_cross_entropy, top_k
+from recipes.distillation.results import CacheResult
 from recipes.distillation.settings import bytes_per_token
 from recipes.evaluation.sanity import require_better_than_chance
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 def cache_logits(
     cfg: CacheTeacherConfig, teacher: Path, data: Path, shards: Path, out: Path, log: MetricsLog
-) -> dict[str, Any]:
+) -> CacheResult | None:
     """Caches the windows with which training begins; those in ``shards`` are not made again.
 
     Args:
@@ -45,7 +46,7 @@ def cache_logits(
         log: Metrics file.
 
     Returns:
-        Figures for the manifest, of all shards.
+        Figures of all shards, on rank 0.
     """
     parallel = nemo.Parallelism(tensor=cfg.tensor_model_parallel_size)
     nemo.initialize(parallel)
@@ -77,17 +78,18 @@ def cache_logits(
         speed = round(made * cfg.seq_length / (time.monotonic() - began), 1)
         log.progress("cache", shard + 1, len(parts), teacher_loss=loss, tokens_per_second=speed)
     torch.distributed.barrier()
-    if rank() == 0:
-        for shard in range(len(parts)):
-            link_or_copy(shards / SHARD.format(shard), out / SHARD.format(shard))
-        write_index(out, index)
-    return {
-        "windows": len(numbers),
-        "windows_of_text": total,
-        "tokens": len(numbers) * cfg.seq_length,
-        "bytes_per_token": bytes_per_token(vocabulary, cfg.top_k),
-        **(cache_figures(out, index) if rank() == 0 else {}),
-    }
+    if rank() != 0:
+        return None
+    for shard in range(len(parts)):
+        link_or_copy(shards / SHARD.format(shard), out / SHARD.format(shard))
+    write_index(out, index)
+    return CacheResult(
+        windows=len(numbers),
+        windows_of_text=total,
+        tokens=len(numbers) * cfg.seq_length,
+        bytes_per_token=bytes_per_token(vocabulary, cfg.top_k),
+        **cache_figures(out, index),
+    )
 
 
 def _mine(shards: int) -> range:
@@ -97,7 +99,7 @@ def _mine(shards: int) -> range:
 
 
 @torch.no_grad()
-def _teach(cfg: CacheTeacherConfig, core: Any, texts: Tensor) -> tuple[TopK, float]:
+def _teach(cfg: CacheTeacherConfig, core: torch.nn.Module, texts: Tensor) -> tuple[TopK, float]:
     """What the teacher says about windows [w, seq_length + 1], and its own mean loss on them."""
     device = next(core.parameters()).device
     positions = torch.arange(cfg.seq_length, device=device)[None]

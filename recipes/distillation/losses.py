@@ -15,16 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup, all_gather, all_reduce
 from torch.nn.functional import softplus
 
 from recipes.core.errors import RecipeError, did_you_mean
+from recipes.distillation.settings import LOGITS_LOSSES
 
-LOGITS_LOSSES = ("forward_kl", "reverse_kl", "jsd")
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
 """A float32 buffer of a chunk: about what a CPU's cache holds; on a GPU, enough to fill it."""
 LOG_ZERO = -1e30
@@ -171,24 +172,30 @@ def top_k(
     return TopK(indices, log_probs)
 
 
-def _divergence(
-    log_p: Tensor, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None
-) -> tuple[Tensor, Callable[[], Tensor]]:
-    """Divergence [n, 1] of log-probabilities [n, outcomes], which it overwrites, without T².
+Divergence = tuple[Tensor, Callable[[], Tensor]]
+"""Divergence [n, 1] of log-probabilities [n, outcomes], without T², and what computes its slope
+[n, outcomes] along each outcome's logit: for a slope g along q, that is q·(g - Σ q·g)."""
 
-    Also returns what computes its slope [n, outcomes] along each outcome's logit: for a slope g
-    along q, that is q·(g - Σ q·g).
-    """
-    if loss.kind == "forward_kl":
-        p = log_p.exp()
-        value = _total(log_p.sub_(log_q).mul_(p), group)
-        return value, lambda: log_q.exp_().sub_(p)
-    q = log_q.exp()
-    if loss.kind == "reverse_kl":
-        ratio = log_q.sub_(log_p)
-        value = _total(q * ratio, group)
-        return value, lambda: ratio.sub_(value).mul_(q)
+
+def _forward_kl(
+    log_p: Tensor, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None
+) -> Divergence:
     p = log_p.exp()
+    value = _total(log_p.sub_(log_q).mul_(p), group)
+    return value, lambda: log_q.exp_().sub_(p)
+
+
+def _reverse_kl(
+    log_p: Tensor, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None
+) -> Divergence:
+    q = log_q.exp()
+    ratio = log_q.sub_(log_p)
+    value = _total(q * ratio, group)
+    return value, lambda: ratio.sub_(value).mul_(q)
+
+
+def _jsd(log_p: Tensor, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None) -> Divergence:
+    q, p = log_q.exp(), log_p.exp()
     ratio = log_p.sub_(log_q)
     # log(m / q) = log(beta·p/q + 1 - beta), in a form that neither overflows nor cancels.
     logit, offset = math.log(loss.beta) - math.log1p(-loss.beta), math.log1p(-loss.beta)
@@ -200,15 +207,20 @@ def _divergence(
     return value, lambda: mixed.add_(to_student).mul_(q).mul_(loss.beta - 1)
 
 
+DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
+"""What each of ``LOGITS_LOSSES`` computes; all may overwrite the log-probabilities."""
+
+
 def _bucketed(
     known: TopK, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None
-) -> tuple[Tensor, Callable[[], Tensor]]:
-    """As ``_divergence``, from the teacher's top-k; slopes of all [n, vocabulary/tp] logits."""
+) -> Divergence:
+    """The divergence from the teacher's top-k; slopes of all [n, vocabulary/tp] logits."""
     student = _bucket(log_q, known.indices, group)
     log_probs = student.log_probs.clamp(min=LOG_ZERO)
     tail = log_probs[:, -1:].clone()
     # The outcomes' own sums need no group: every rank has all outcomes.
-    value, outcomes = _divergence(known.log_probs.clamp(min=LOG_ZERO), log_probs, loss, None)
+    theirs = known.log_probs.clamp(min=LOG_ZERO)
+    value, outcomes = DIVERGENCES[loss.kind](theirs, log_probs, loss, None)
 
     def slope() -> Tensor:
         slopes = outcomes()
@@ -224,7 +236,7 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
+        ctx: FunctionCtx,
         student: Tensor,
         teacher: Tensor | TopK,
         loss: LogitsLoss,
@@ -249,7 +261,7 @@ class _Distillation(torch.autograd.Function):
                 losses[rows], slope = _bucketed(known, log_q, loss, group)
             else:
                 log_p = _log_softmax(teacher[rows], temperature, group)
-                losses[rows], slope = _divergence(log_p, log_q, loss, group)
+                losses[rows], slope = DIVERGENCES[loss.kind](log_p, log_q, loss, group)
             if gradient is not None:
                 # Of T² the inner derivative, 1/T, leaves T.
                 gradient[rows] = slope() if temperature == 1 else slope().mul_(temperature)
@@ -257,7 +269,7 @@ class _Distillation(torch.autograd.Function):
         return losses.mul_(temperature**2).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # In place, to hold the logits' gradient once. A second backward is an error of autograd,
         # which sees that what was saved has changed.
         (gradient,) = ctx.saved_tensors

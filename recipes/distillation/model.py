@@ -24,7 +24,7 @@ from nemo.collections.llm.modelopt.distill.utils import (
     teacher_provider,
 )
 from nemo.utils.model_utils import unwrap_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_convert import nemo
 from nemo_convert.cpu_backend import adapt_config
@@ -64,7 +64,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         objective: What is minimised.
     """
 
-    def __init__(self, student: Any, objective: Objective) -> None:
+    def __init__(self, student: nn.Module, objective: Objective) -> None:
         super().__init__(adapt_config(student.config, training=True), tokenizer=student.tokenizer)
         self.__io__ = student.__io__
         self.config.calculate_per_token_loss = True
@@ -114,7 +114,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         if self._teacher.checkpoint:
             core = self._with_teacher(core, self._teacher.checkpoint)
 
-        def losses(core: Any, labels: Tensor, logits: Tensor) -> Tensor:
+        def losses(core: nn.Module, labels: Tensor, logits: Tensor) -> Tensor:
             if core.training:
                 return self._token_losses(core, labels, logits)
             return _next_token_loss(logits, labels)
@@ -122,7 +122,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         core.compute_language_model_loss = MethodType(losses, core)
         self.module = core
 
-    def _with_teacher(self, student: Any, checkpoint: Path) -> Any:
+    def _with_teacher(self, student: nn.Module, checkpoint: Path) -> Any:
         """Student and teacher as one ModelOpt ``DistillationModel`` that runs both."""
         config = adapt_config(nemo.restore_model(checkpoint).config, training=True)
         for name in SHARED_SETTINGS:
@@ -145,7 +145,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         core.forward = MethodType(_forward_both, core)
         return core
 
-    def _hidden_losses(self, student: Any, teacher: Any) -> dict[tuple[str, str], HiddenLoss]:
+    def _hidden_losses(
+        self, student: nn.Module, teacher: nn.Module
+    ) -> dict[tuple[str, str], HiddenLoss]:
         """One loss for all pairs of layers, by the modules' names on this pipeline stage."""
         if not self._teacher.pairs or not parallel_state.is_pipeline_last_stage():
             return {}
@@ -184,7 +186,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         output: Tensor = super().forward_step(batch)
         return output
 
-    def _token_losses(self, core: Any, labels: Tensor, logits: Tensor) -> Tensor:
+    def _token_losses(self, core: nn.Module, labels: Tensor, logits: Tensor) -> Tensor:
         """Losses [terms, batch, sequence] of logits [sequence, batch, vocabulary/tp]."""
         if self.teacher_loss is None and self._teacher.checkpoint:
             self._check_teacher(core.teacher_logits, labels)
@@ -201,7 +203,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         core.teacher_logits = None
         return torch.stack(rows)
 
-    def _hidden_loss(self, core: Any, labels: Tensor) -> Tensor:
+    def _hidden_loss(self, core: nn.Module, labels: Tensor) -> Tensor:
         """Mean over the pairs of layers, [batch, sequence]."""
         losses = core.compute_kd_loss(skip_balancer=True)
         mean = torch.stack(list(losses.values())).mean(dim=0)
@@ -233,7 +235,7 @@ def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return flat.view(logits.shape[:2]).t().contiguous()
 
 
-def _forward_both(core: Any, *args: Any, **kwargs: Any) -> Tensor:
+def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """Forward pass of teacher and student; replaces NeMo's, which drops the teacher's logits.
 
     Between pipeline stages both hidden states travel as one tensor.

@@ -29,6 +29,14 @@ Pairs = Sequence[tuple[int, int]]
 """Layers of student and teacher whose outputs are compared, counted from 1."""
 
 
+@dataclass(frozen=True)
+class _StudentLayers:
+    """The part that matters here of what made the student."""
+
+    kept_layers: list[int] | None = None
+    """The teacher's layer that each was; only a pruning says so."""
+
+
 def layer_pairs(
     cfg: DistillConfig, kept: Sequence[int] | None, student: int, teacher: int
 ) -> Pairs:
@@ -82,7 +90,7 @@ class Teacher:
         checkpoint = nemo.find_checkpoint(source.artifact)
         pairs: Pairs = ()
         if cfg.hidden_weight:
-            kept = inputs["student"].manifest.metrics.get("kept_layers")
+            kept = inputs["student"].manifest.result(_StudentLayers).kept_layers
             layers = nemo.architecture_of(checkpoint).num_layers
             pairs = layer_pairs(cfg, kept, student.num_layers, layers)
         return cls(checkpoint, pairs)

@@ -103,7 +103,7 @@ class CacheTeacherConfig(StageConfig):
 
 
 def bytes_per_token(vocabulary: int, top_k: int) -> int:
-    """Size of what is stored for one position; see ``teacher_cache``."""
+    """Size of what is stored for one position; see ``logit_cache``."""
     return top_k * (2 if vocabulary <= SMALL_VOCABULARY else 4) + (top_k + 1) * 2
 
 
@@ -114,7 +114,9 @@ class CorrectTeacherConfig(TrainingConfig):
 
 CACHED = "teacher_logits"
 LOGITS_LOSSES = ("forward_kl", "reverse_kl", "jsd")
+"""Each a function of ``losses.DIVERGENCES``."""
 HIDDEN_LOSSES = ("cosine", "mse")
+"""Each a function of ``hidden_loss.DISTANCES``."""
 BALANCES = ("fixed", "dynamic")
 
 

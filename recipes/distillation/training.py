@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.metrics import steps_of
-from recipes.distillation.settings import PRECISIONS, RECOMPUTE, TERMS, TrainingConfig
+from recipes.distillation.results import TrainingResult
+from recipes.distillation.settings import PRECISIONS, RECOMPUTE, TrainingConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
-from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
 from recipes.planning.workload import Layout, Workload
-
-if TYPE_CHECKING:
-    pass
-
 
 CHECKPOINTS = "checkpoints"
 """Directory in a stage's work that holds the checkpoints it can resume from."""
@@ -48,7 +43,6 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             rules.RECOMPUTE, f"recompute={cfg.recompute}", f"use {' or '.join(RECOMPUTE)}"
         )
     yield from window_problems(cfg.seq_length, chain)
-    yield from layout_problems(cfg, chain)
 
 
 def layout_of(cfg: TrainingConfig) -> Layout:
@@ -66,7 +60,7 @@ def layout_of(cfg: TrainingConfig) -> Layout:
     )
 
 
-def training_job(
+def training_workload(
     cfg: TrainingConfig, trained: Architecture, teacher: Architecture | None = None, terms: int = 1
 ) -> Workload:
     """The training as a planner sees it."""
@@ -106,18 +100,21 @@ def steps_in(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("=")[2].split("-")[0]) + 1
 
 
-def training_summary(cfg: TrainingConfig, file: Path) -> dict[str, Any]:
-    """The manifest's figures, from the records of all attempts.
+def training_result(cfg: TrainingConfig, file: Path) -> TrainingResult:
+    """What a training came to, from the records of all attempts.
 
     Not from memory: a run killed after its last step resumes with nothing left to train.
     """
     steps, validations = steps_of(file, cfg.stage), steps_of(file, "validate")
     last = steps[-1]
-    return {
-        **{f"final_{name}": last[name] for name in ("loss", *TERMS) if name in last},
-        "val_loss": validations[-1]["val_loss"] if validations else None,
-        "steps": last["done"],
-        "skipped_steps": sum(bool(step.get("skipped")) for step in steps),
-        "tokens": last["done"] * cfg.global_batch_size * cfg.seq_length,
-        "tokens_per_second": median(step["tokens_per_second"] for step in steps),
-    }
+    return TrainingResult(
+        final_loss=last["loss"],
+        final_kd=last.get("kd"),
+        final_hidden=last.get("hidden"),
+        final_lm=last.get("lm"),
+        val_loss=validations[-1]["val_loss"] if validations else None,
+        steps=last["done"],
+        skipped_steps=sum(bool(step.get("skipped")) for step in steps),
+        tokens=last["done"] * cfg.global_batch_size * cfg.seq_length,
+        tokens_per_second=median(step["tokens_per_second"] for step in steps),
+    )

@@ -11,7 +11,7 @@ from recipes.core.stage import Input
 from recipes.engines import openvino, tensorrt_llm
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems, window_problems
+from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 
 PRECISIONS = {
@@ -41,7 +41,6 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
                 f"use one of: {', '.join(choices[cfg.backend])}",
             )
     yield from _length_problems(cfg, chain)
-    yield from one_rank_problems(cfg, "the builder starts what it needs by itself")
     if cfg.backend == "openvino":
         yield from window_problems(cfg.seq_length, chain)
         yield from openvino.problems(cfg)

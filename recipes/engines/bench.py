@@ -11,17 +11,18 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.engines import trtllm_bench
-from recipes.engines.timing import Timing, summary
+from recipes.engines.results import BenchmarkRow, Speedup
+from recipes.engines.timing import Timing, spread
 from recipes.planning.roofline import (
     Machine,
     RequestShape,
@@ -94,7 +95,7 @@ class Worker(Protocol):
 
 
 class CpuWorker:
-    """A process that holds one model; see ``measure_model``."""
+    """A process that holds one model; see ``bench_worker``."""
 
     def __init__(self, contender: Contender, threads: int, module: str) -> None:
         self._name = f"{contender.role} in {contender.backend}"
@@ -189,7 +190,7 @@ def start_worker(scratch: Path, threads: int, module: str, contender: Contender)
     Args:
         scratch: Where ``trtllm-bench`` may write.
         threads: CPU threads.
-        module: ``measure_model``, named by the stage so that its fingerprint knows that code.
+        module: ``bench_worker``, named by the stage so that its fingerprint knows that code.
         contender: Model to measure.
     """
     if contender.backend.startswith("tensorrt_llm"):
@@ -203,11 +204,11 @@ def measure(
     repetitions: int,
     start: Callable[[Contender], Worker],
     log: MetricsLog,
-) -> list[dict[str, Any]]:
+) -> list[BenchmarkRow]:
     """Measures all contenders on all shapes; a first round of each shape warms up and is dropped.
 
     Returns:
-        A row for each contender and shape; see ``benchmark``.
+        A row for each contender and shape.
     """
     total, done = len(shapes) * (repetitions + 1), 0
     with ExitStack() as stack:
@@ -228,26 +229,30 @@ def measure(
         ]
 
 
-def row(
-    contender: Contender, measured: ContenderMeasurements, shape: RequestShape
-) -> dict[str, Any]:
+def row(contender: Contender, measured: ContenderMeasurements, shape: RequestShape) -> BenchmarkRow:
     """One contender on one shape."""
-    return {
-        "role": contender.role,
-        "backend": contender.backend,
-        "precision": contender.precision,
-        **summary(measured.timings[shape], shape),
-        "peak_memory_bytes": measured.peak_memory_bytes,
-        "load_seconds": round(measured.load_seconds, 3),
-        "disk_bytes": contender.disk_bytes(),
-    }
+    timings = measured.timings[shape]
+    return BenchmarkRow(
+        role=contender.role,
+        backend=contender.backend,
+        precision=contender.precision,
+        batch_size=shape.batch_size,
+        prompt_tokens=shape.prompt_tokens,
+        new_tokens=shape.new_tokens,
+        time_to_first_token_ms=spread(1000 * t.first_seconds for t in timings),
+        decode_tokens_per_second=spread(t.decode_rate(shape) for t in timings),
+        throughput_tokens_per_second=spread(t.throughput(shape) for t in timings),
+        peak_memory_bytes=measured.peak_memory_bytes,
+        load_seconds=round(measured.load_seconds, 3),
+        disk_bytes=contender.disk_bytes(),
+    )
 
 
 def speedups(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[BenchmarkRow],
     contenders: Sequence[Contender],
     machine: Callable[[Contender], Machine],
-) -> list[dict[str, Any]]:
+) -> list[Speedup]:
     """How much faster the student is than the teacher, and how much the machine would allow.
 
     ``prefill`` compares the medians of the time to the first token, ``decode`` those of tokens a
@@ -261,38 +266,33 @@ def speedups(
     for backend, pair in pairs.items():
         teacher, student = pair["teacher"], pair["student"]
         for slow, fast in _matching(rows, backend):
-            shape = RequestShape(fast["batch_size"], fast["prompt_tokens"], fast["new_tokens"])
+            shape = RequestShape(fast.batch_size, fast.prompt_tokens, fast.new_tokens)
             found.append(
-                {
-                    "backend": backend,
-                    "precision": fast["precision"],
-                    "batch_size": shape.batch_size,
-                    "prompt_tokens": shape.prompt_tokens,
-                    "prefill": _median(slow, "time_to_first_token_ms")
-                    / _median(fast, "time_to_first_token_ms"),
-                    "prefill_roofline": _bound(prefill_seconds, teacher, shape, machine)
+                Speedup(
+                    backend=backend,
+                    precision=fast.precision,
+                    batch_size=shape.batch_size,
+                    prompt_tokens=shape.prompt_tokens,
+                    prefill=slow.time_to_first_token_ms.median / fast.time_to_first_token_ms.median,
+                    prefill_roofline=_bound(prefill_seconds, teacher, shape, machine)
                     / _bound(prefill_seconds, student, shape, machine),
-                    "decode": _median(fast, "decode_tokens_per_second")
-                    / _median(slow, "decode_tokens_per_second"),
-                    "decode_roofline": _bound(decode_seconds, teacher, shape, machine)
+                    decode=fast.decode_tokens_per_second.median
+                    / slow.decode_tokens_per_second.median,
+                    decode_roofline=_bound(decode_seconds, teacher, shape, machine)
                     / _bound(decode_seconds, student, shape, machine),
-                }
+                )
             )
     return found
 
 
 def _matching(
-    rows: Sequence[Mapping[str, Any]], backend: str
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    rows: Sequence[BenchmarkRow], backend: str
+) -> list[tuple[BenchmarkRow, BenchmarkRow]]:
     """The rows of teacher and student on the same shape."""
     teacher, student = (
-        [r for r in rows if r["backend"] == backend and r["role"] == role] for role in ROLES
+        [r for r in rows if r.backend == backend and r.role == role] for role in ROLES
     )
     return list(zip(teacher, student, strict=True))
-
-
-def _median(figures: Mapping[str, Any], name: str) -> float:
-    return float(figures[name]["median"])
 
 
 def _bound(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +13,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.data.token_windows import windows
 from recipes.engines.openvino import STORED, Logits, Pipeline, weight_types
+from recipes.engines.results import EngineComparison, EngineQuality
 from recipes.evaluation.text_quality import TEACHER, score
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 32
 
 def compare_engine(
     cfg: BuildEngineConfig, folder: Path, engine: Path, data: Path | None, log: MetricsLog
-) -> dict[str, Any]:
+) -> EngineComparison:
     """Measures an engine against the model that it was built from, in float32.
 
     Args:
@@ -32,11 +33,6 @@ def compare_engine(
         engine: The engine.
         data: Artifact of ``prepare_data``; without it no quality on text is measured.
         log: Metrics file.
-
-    Returns:
-        ``max_logit_difference`` and ``greedy_margin`` on a fixed text, ``weight_types`` (stored
-        values by type), and ``quality``: the engine's loss, perplexity, KL and top-1 agreement on
-        held-out windows, beside the source's.
 
     Raises:
         RecipeError: The engine is a float32 one and does not give the source's logits and tokens,
@@ -51,21 +47,15 @@ def compare_engine(
     margin = greedy_margin(source, prompt, torch.tensor(written))
     if cfg.precision == "fp32":
         require_same(engine, difference, margin)
-    found: dict[str, Any] = {
-        "max_logit_difference": difference,
-        "greedy_margin": margin,
-        "weight_types": require_compressed(cfg, weight_types(engine)),
-    }
+    types = require_compressed(cfg, weight_types(engine))
+    quality = None
     if data is not None:
         text = windows(data, "heldout", cfg.seq_length, cfg.num_windows)
         scores = score({TEACHER: source, "engine": logits}, text, 1, log)
-        found["quality"] = {
-            "engine": scores["engine"].summary(),
-            "source": scores[TEACHER].summary(),
-            "windows": len(text),
-            "tokens": text.numel(),
-        }
-    return found
+        quality = EngineQuality(
+            scores["engine"].quality(), scores[TEACHER].quality(), len(text), text.numel()
+        )
+    return EngineComparison(difference, margin, types, quality)
 
 
 def _fixed_prompt(folder: Path) -> torch.Tensor:
@@ -78,7 +68,7 @@ def _fixed_prompt(folder: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def greedy_margin(source: Any, prompt: torch.Tensor, written: torch.Tensor) -> float:
+def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, written: torch.Tensor) -> float:
     """How much less likely than its best the source finds a token that was written, at worst.
 
     0 where every token [batch, new] is the one that the source itself would have chosen; that two

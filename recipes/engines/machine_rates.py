@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
 from nemo_convert.architecture import Architecture
+from recipes.engines.results import MachineRates
 
 REPEATS = 5
 TOKENS = 1024
@@ -19,7 +19,7 @@ COPY_BYTES = 1 << 28
 """Well beyond any cache."""
 
 
-def best_seconds(work: Callable[[], Any], device: str = "cpu") -> float:
+def best_seconds(work: Callable[[], object], device: str = "cpu") -> float:
     """Shortest of several runs, after one that warms up; other programs only make it longer."""
 
     def run() -> float:
@@ -59,21 +59,19 @@ def processor_name(device: str = "cpu") -> str:
     return "unknown"
 
 
-def measure(arch: Architecture, threads: int, device: str = "cpu") -> dict[str, Any]:
-    """Rates of a model's feed-forward layer and of memory.
-
-    Returns:
-        ``flops_per_second`` by type, and ``bytes_per_second``.
-    """
+def measure(arch: Architecture, threads: int, device: str = "cpu") -> MachineRates:
+    """Rates of a model's feed-forward layer and of memory."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     shape = (TOKENS, arch.hidden_size, arch.ffn_hidden_size)
-    rates = {
-        "flops_per_second": {
+    rates = MachineRates(
+        cpu=processor_name(device),
+        threads=threads,
+        flops_per_second={
             f"{dtype}".removeprefix("torch."): linear_rate(*shape, dtype, device)
             for dtype in (torch.float32, torch.bfloat16)
         },
-        "bytes_per_second": copy_rate(device),
-    }
+        bytes_per_second=copy_rate(device),
+    )
     torch.set_num_threads(before)
     return rates

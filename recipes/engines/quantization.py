@@ -18,6 +18,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
 from recipes.core.metrics import MetricsLog
 from recipes.data.token_windows import windows
+from recipes.engines.results import QuantizationQuality, QuantizationResult
 from recipes.engines.tensorrt_llm import QUANT_ALGOS, QUANTIZATION
 from recipes.evaluation.text_quality import TEACHER, score
 
@@ -33,7 +34,7 @@ FORMATS = {
 
 def quantize_folder(
     cfg: QuantizeConfig, folder: Path, data: Path, out: Path, log: MetricsLog
-) -> dict[str, Any]:
+) -> QuantizationResult:
     """Quantises a model and writes it to ``out`` with everything that belongs to it.
 
     Args:
@@ -42,9 +43,6 @@ def quantize_folder(
         data: Artifact of ``prepare_data``.
         out: Where to write.
         log: Metrics file.
-
-    Returns:
-        ``quant_algo``, and ``quality`` before (``source``) and after on held-out windows.
 
     Raises:
         RecipeError: What was written is not quantised as asked for, or is not finite.
@@ -55,7 +53,7 @@ def quantize_folder(
     # bfloat16, since that is what is served beside the quantised weights.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
 
-    def calibrate(model: Any) -> None:
+    def calibrate(model: torch.nn.Module) -> None:
         for start in range(0, len(text), cfg.micro_batch_size):
             batch = text[start : start + cfg.micro_batch_size]
             model(batch)
@@ -67,7 +65,7 @@ def quantize_folder(
     with torch.no_grad():
         export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out)
     _complete_folder(folder, out)
-    return {"quant_algo": _require_algorithm(cfg, out), "quality": quality}
+    return QuantizationResult(_require_algorithm(cfg, out), quality)
 
 
 def _settings(cfg: QuantizeConfig) -> dict[str, Any]:
@@ -78,20 +76,17 @@ def _settings(cfg: QuantizeConfig) -> dict[str, Any]:
 
 
 def _quality(
-    cfg: QuantizeConfig, folder: Path, model: Any, data: Path, log: MetricsLog
-) -> dict[str, dict[str, float]]:
+    cfg: QuantizeConfig, folder: Path, model: torch.nn.Module, data: Path, log: MetricsLog
+) -> QuantizationQuality:
     """Compares with the model itself, while quantisation is still simulated in its own types."""
     device = next(model.parameters()).device
     text = windows(data, "heldout", cfg.seq_length, cfg.num_eval_windows).to(device)
     source = load_causal_lm(folder).to(device)
     scores = score({TEACHER: source, "quantized": model}, text, 1, log)
-    found = {
-        "source": scores[TEACHER].summary(),
-        "quantized": scores["quantized"].summary(),
-    }
-    if not found["quantized"]["loss"] < float("inf"):  # also catches NaN
+    found = QuantizationQuality(scores[TEACHER].quality(), scores["quantized"].quality())
+    if not found.quantized.loss < float("inf"):  # also catches NaN
         raise RecipeError(
-            f"the model quantised as {cfg.format} gives a loss of {found['quantized']['loss']}.",
+            f"the model quantised as {cfg.format} gives a loss of {found.quantized.loss}.",
             "use another format",
         )
     return found

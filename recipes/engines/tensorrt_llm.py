@@ -7,7 +7,6 @@ Release 1.2 is the last line that builds engines; 1.3 removed ``trtllm-build`` a
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -19,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import link_or_copy, write_text_atomically
+from recipes.core.versions import installed
 from recipes.engines import trtllm_build_worker
 from recipes.planning import rules
+from recipes.planning.hardware import gpus_here
 from recipes.planning.problems import Problem
 
 if TYPE_CHECKING:
@@ -131,25 +132,13 @@ def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError
 
 def require(backend: str) -> None:
     """Raises ``RecipeError`` unless this machine can run the backend."""
-    problem = machine_problem(backend, installed_version(), has_gpu())
-    if problem:
+    if problem := machine_problem(backend, installed_version(), gpus_here() > 0):
         raise problem
 
 
 def installed_version() -> str | None:
     """Version of TensorRT-LLM in this environment, without importing it, which takes a minute."""
-    try:
-        return importlib.metadata.version("tensorrt_llm")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def has_gpu() -> bool:
-    """Whether the driver lists a GPU."""
-    if shutil.which("nvidia-smi") is None:
-        return False
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return listed.returncode == 0 and "GPU" in listed.stdout
+    return installed("tensorrt_llm")
 
 
 def require_quantization(folder: Path, precision: str) -> None:

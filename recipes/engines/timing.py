@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
+from recipes.engines.results import Spread
 from recipes.planning.roofline import RequestShape
 
 
@@ -30,19 +30,7 @@ class Timing:
         return tokens / self.total_seconds
 
 
-def spread(values: Iterable[float]) -> dict[str, float]:
+def spread(values: Iterable[float]) -> Spread:
     """Median, lowest and highest."""
     found = sorted(values)
-    return {"median": median(found), "low": found[0], "high": found[-1]}
-
-
-def summary(timings: list[Timing], shape: RequestShape) -> dict[str, Any]:
-    """The figures of one cell of the grid, over its repetitions."""
-    return {
-        "batch_size": shape.batch_size,
-        "prompt_tokens": shape.prompt_tokens,
-        "new_tokens": shape.new_tokens,
-        "time_to_first_token_ms": spread(1000 * t.first_seconds for t in timings),
-        "decode_tokens_per_second": spread(t.decode_rate(shape) for t in timings),
-        "throughput_tokens_per_second": spread(t.throughput(shape) for t in timings),
-    }
+    return Spread(median(found), found[0], found[-1])

@@ -1,7 +1,7 @@
 """Builds one engine with TensorRT-LLM's own Python API; run inside NVIDIA's image.
 
-``python -m recipes.tensorrt_llm_builder REQUEST.json``, where the request is what
-``engine_tensorrt_llm.build_request`` makes. The calls follow ``tensorrt_llm/bench/build/build.py``.
+``python -m recipes.engines.trtllm_build_worker REQUEST.json``, where the request is what
+``tensorrt_llm.build_request`` makes. The calls follow ``tensorrt_llm/bench/build/build.py``.
 """
 
 from __future__ import annotations

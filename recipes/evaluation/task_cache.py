@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import digest
 from recipes.core.wheels import cache_dir
+from recipes.evaluation.results import Item
 
 FOLDER = "evaluations"
 
@@ -42,7 +42,7 @@ class Question:
 class Answer:
     """What a model said to a benchmark's items, and the time it took."""
 
-    items: list[dict[str, Any]]
+    items: list[Item]
     seconds: float
 
 
@@ -55,8 +55,10 @@ def look_up(question: Question) -> Answer | None:
     """The stored answer; ``None`` when there is none, or when its file is damaged."""
     try:
         stored = json.loads(path_of(question).read_text(encoding="utf-8"))
-        answer = Answer(stored["items"], float(stored["seconds"]))
-        sound = stored["question"] == asdict(question) and stored["sha256"] == digest(answer.items)
+        answer = Answer([Item(**item) for item in stored["items"]], float(stored["seconds"]))
+        sound = stored["question"] == asdict(question) and stored["sha256"] == digest(
+            stored["items"]
+        )
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return answer if sound and answer.items else None
@@ -66,5 +68,6 @@ def store(question: Question, answer: Answer) -> None:
     """Keeps an answer for later runs."""
     path = path_of(question)
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = {"question": asdict(question), "sha256": digest(answer.items), **asdict(answer)}
+    given = asdict(answer)
+    stored = {"question": asdict(question), "sha256": digest(given["items"]), **given}
     write_text_atomically(path, json.dumps(stored, ensure_ascii=False))

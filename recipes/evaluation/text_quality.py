@@ -5,20 +5,29 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
 from nemo_convert import convert, nemo
 from recipes.core.files import write_text_atomically
 from recipes.core.metrics import MetricsLog
 from recipes.core.statistics import mean, standard_error
+from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.token_windows import windows
+from recipes.evaluation.paired import recovered
+from recipes.evaluation.results import (
+    ROLES,
+    EvaluationResult,
+    ModelQuality,
+    SourceQuality,
+    TextQuality,
+)
 
 if TYPE_CHECKING:
     from recipes.core.stage import Input
@@ -30,18 +39,15 @@ Model = Callable[[Tensor], Any]
 
 def measure(
     cfg: EvaluateConfig, checkpoints: dict[str, Path], data: Input, out: Path, log: MetricsLog
-) -> dict[str, Any]:
+) -> EvaluationResult:
     """Measures every checkpoint and writes ``results.json`` with per-window figures.
 
     Args:
         cfg: The stage's config.
-        checkpoints: NeMo checkpoints by role; one is the teacher.
+        checkpoints: NeMo checkpoints by role.
         data: Output of ``prepare_data``.
         out: Where to write.
         log: Metrics file.
-
-    Returns:
-        The summary that goes into the manifest.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sources = heldout_windows(cfg, data)
@@ -49,23 +55,26 @@ def measure(
     models = {role: load_transformers(path).to(device) for role, path in checkpoints.items()}
     scores = score(models, text, cfg.micro_batch_size, log)
     results = {
-        role: {
-            **scores[role].summary(),
-            "parameters": sum(p.numel() for p in model.parameters()),
-        }
+        role: ModelQuality(
+            **vars(scores[role].quality()), parameters=sum(p.numel() for p in model.parameters())
+        )
         for role, model in models.items()
     }
     generations = _generate(cfg, models, checkpoints[TEACHER], text, log)
     losses = {role: scores[role].losses for role in models}
-    detail = {"results": results, "window_losses": losses, "generations": generations}
-    write_text_atomically(out / "results.json", json.dumps(detail, indent=1, ensure_ascii=False))
-    return {
-        **results,
-        "windows": len(text),
-        "tokens": text.numel(),
-        "recovered": recovered(results),
-        "sources": _by_source(scores, sources) if len(sources) > 1 else {},
+    detail = {
+        "results": {role: asdict(quality) for role, quality in results.items()},
+        "window_losses": losses,
+        "generations": generations,
     }
+    write_text_atomically(out / "results.json", json.dumps(detail, indent=1, ensure_ascii=False))
+    return EvaluationResult(
+        **results,
+        windows=len(text),
+        tokens=text.numel(),
+        recovered=_recovered(scores),
+        sources=_by_source(scores, sources) if len(sources) > 1 else {},
+    )
 
 
 def heldout_windows(cfg: EvaluateConfig, data: Input) -> dict[str, Tensor]:
@@ -74,17 +83,17 @@ def heldout_windows(cfg: EvaluateConfig, data: Input) -> dict[str, Tensor]:
     A part holds its sources one after the other; no window here runs over from one to the next. A
     source whose held-out text is shorter than a window has none.
     """
-    metrics = data.manifest.metrics
-    whole = [{"source": "all", "tokens": metrics["tokens"]["heldout"]}]
-    lengths = metrics.get("heldout_sources") or whole
-    usable = sum(entry["tokens"] >= cfg.seq_length for entry in lengths)
+    prepared = data.manifest.result(DatasetResult)
+    whole = [SourceTokens("all", prepared.tokens["heldout"])]
+    lengths = prepared.heldout_sources or whole
+    usable = sum(entry.tokens >= cfg.seq_length for entry in lengths)
     count = math.ceil(cfg.num_windows / max(1, usable))
     found, start = {}, 0
     for entry in lengths:
-        span = slice(start, start + entry["tokens"])
+        span = slice(start, start + entry.tokens)
         text = windows(data.artifact, "heldout", cfg.seq_length, count, span)
         if len(text):
-            found[entry["source"]] = text
+            found[entry.source] = text
         start = span.stop
     return found
 
@@ -97,16 +106,16 @@ class Scores:
     divergences: list[float] = field(default_factory=list)
     agreements: list[float] = field(default_factory=list)
 
-    def summary(self, chosen: slice = slice(None)) -> dict[str, float]:
+    def quality(self, chosen: slice = slice(None)) -> TextQuality:
         """Means over the windows, or some of them."""
         losses = self.losses[chosen]
-        return {
-            "loss": mean(losses),
-            "loss_standard_error": standard_error(losses),
-            "perplexity": math.exp(mean(losses)),
-            "kl_to_teacher": mean(self.divergences[chosen]),
-            "top1_agreement": mean(self.agreements[chosen]),
-        }
+        return TextQuality(
+            loss=mean(losses),
+            loss_standard_error=standard_error(losses),
+            perplexity=math.exp(mean(losses)),
+            kl_to_teacher=mean(self.divergences[chosen]),
+            top1_agreement=mean(self.agreements[chosen]),
+        )
 
 
 def score(
@@ -134,33 +143,29 @@ def score(
     return found
 
 
-def _by_source(scores: Mapping[str, Scores], sources: dict[str, Tensor]) -> dict[str, Any]:
+def _by_source(
+    scores: Mapping[str, Scores], sources: dict[str, Tensor]
+) -> dict[str, SourceQuality]:
     """What ``measure`` returns, of each source's windows alone."""
     found, start = {}, 0
     for source, text in sources.items():
         span = slice(start, start + len(text))
-        results = {role: each.summary(span) for role, each in scores.items()}
-        found[source] = {
-            **results,
-            "windows": len(text),
-            "tokens": text.numel(),
-            "recovered": recovered(results),
-        }
+        found[source] = SourceQuality(
+            **{role: scores[role].quality(span) for role in ROLES},
+            windows=len(text),
+            tokens=text.numel(),
+            recovered=_recovered(scores, span),
+        )
         start = span.stop
     return found
 
 
-def recovered(results: dict[str, dict[str, float]]) -> float | None:
-    """Share of the loss that pruning added and distillation took away again.
-
-    1 is the teacher's quality, 0 the pruned model's. ``None`` where pruning cost nothing.
-    """
-    lost = results["pruned"]["loss"] - results[TEACHER]["loss"]
-    won = results["pruned"]["loss"] - results["distilled"]["loss"]
-    return won / lost if lost > 0 else None
+def _recovered(scores: Mapping[str, Scores], chosen: slice = slice(None)) -> float | None:
+    """Share of the loss that pruning added and distillation took away again."""
+    return recovered(*([-loss for loss in scores[role].losses[chosen]] for role in ROLES))
 
 
-def load_transformers(checkpoint: Path) -> Any:
+def load_transformers(checkpoint: Path) -> PreTrainedModel:
     """A NeMo checkpoint as a transformers model in float32; nothing is written to disk."""
     config = AutoConfig.from_pretrained(nemo.side_files(checkpoint))
     config.head_dim = nemo.architecture_of(checkpoint).kv_channels
@@ -170,11 +175,12 @@ def load_transformers(checkpoint: Path) -> Any:
     model.tie_weights()
     if unexpected or [name for name in missing if name != "lm_head.weight"]:
         raise ValueError(f"{checkpoint}: missing {missing}, unexpected {unexpected}")
-    return model.eval()
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
 
 
 @torch.no_grad()
-def _log_probabilities(model: Any, tokens: Tensor) -> Tensor:
+def _log_probabilities(model: Model, tokens: Tensor) -> Tensor:
     """Log-probabilities [batch, sequence - 1, vocabulary] of every next token."""
     return torch.log_softmax(model(tokens).logits[:, :-1].float(), dim=-1)
 
@@ -190,7 +196,11 @@ def _kl(reference: Tensor, scores: Tensor) -> Tensor:
 
 
 def _generate(
-    cfg: EvaluateConfig, models: dict[str, Any], teacher: Path, text: Tensor, log: MetricsLog
+    cfg: EvaluateConfig,
+    models: dict[str, PreTrainedModel],
+    teacher: Path,
+    text: Tensor,
+    log: MetricsLog,
 ) -> list[dict[str, str]]:
     """Greedy continuations of the first tokens of a few windows, with what the text really says."""
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_files(teacher))

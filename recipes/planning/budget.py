@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from pathlib import Path
-from typing import Any
 
-from recipes.core.manifest import Manifest, read_manifest
+from recipes.core.manifest import Manifest, manifest_of
 from recipes.core.stage import StageConfig
 from recipes.core.wheels import source_bytes
+from recipes.data.results import DatasetResult
+from recipes.data.settings import PrepareDataConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.estimate import estimate
 from recipes.planning.hardware import gpus_here
 from recipes.planning.layouts import proposals
 from recipes.planning.problems import Problem
-from recipes.planning.workload import Workload
+from recipes.planning.workload import LAYOUT_FIELDS, Layout, Workload
 
 BYTES_PER_TOKEN = 4.0
 """Of English text in a vocabulary of 50,000 and more; only for saying about how many epochs."""
-_TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
+_TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)")
 
 
 def budget_problems(chain: Chain, wanted: Collection[str]) -> Iterator[Problem]:
@@ -68,23 +68,15 @@ def _smaller_layout(name: str, job: Workload, chain: Chain) -> str:
     return f"for example {' '.join(overrides(name, layout))}"
 
 
-def overrides(stage: str, layout: Any) -> list[str]:
+def overrides(stage: str, layout: Layout) -> list[str]:
     """A layout as command-line overrides of a training stage."""
-    fields = {
-        "resources.nodes": layout.nodes,
-        "resources.devices": layout.devices,
-        "tensor_model_parallel_size": layout.tensor,
-        "pipeline_model_parallel_size": layout.pipeline,
-        "context_parallel_size": layout.context,
-        "expert_model_parallel_size": layout.expert,
-        "micro_batch_size": layout.micro_batch_size,
-        "sequence_parallel": str(layout.sequence_parallel).lower(),
-        "recompute": layout.recompute,
-    }
+    fields = {name: getattr(layout, part) for part, name in LAYOUT_FIELDS.items()}
+    fields |= {"sequence_parallel": str(layout.sequence_parallel).lower()}
+    fields |= {"recompute": layout.recompute}
     return [f"stages.{stage}.{key}={value}" for key, value in fields.items()]
 
 
-def seconds_of(time_limit: str) -> int | None:
+def slurm_seconds(time_limit: str) -> int | None:
     """Seconds of Slurm's ``[D-]HH:MM:SS``; ``None`` for anything else."""
     if not (found := _TIME.fullmatch(time_limit)):
         return None
@@ -93,8 +85,7 @@ def seconds_of(time_limit: str) -> int | None:
 
 
 def _time_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
-    own = getattr(chain.stages[name].resources, "time", None)
-    limit = seconds_of(str(own or chain.time_limit))
+    limit = slurm_seconds(chain.stages[name].resources.time or chain.time_limit)
     hours = estimate(job, chain.hardware).hours
     if limit is not None and hours * 3600 > limit:
         yield Problem(
@@ -130,32 +121,30 @@ def _text_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
 def _train_tokens(chain: Chain, data: str) -> tuple[float, float] | None:
     """About how many tokens there are to train on, and how many at most."""
     config = chain.stages.get(data)
-    manifest = _result_of(chain, data, config)
-    if manifest is not None:
-        tokens = float(manifest.metrics["tokens"]["train"])
+    if (manifest := _prepared(chain, data, config)) is not None:
+        tokens = float(manifest.result(DatasetResult).tokens["train"])
         return tokens, tokens
-    sources = getattr(config, "sources", None)
-    if not sources or getattr(config, "max_documents", None) is not None:
+    if not isinstance(config, PrepareDataConfig) or config.max_documents is not None:
         return None
-    sizes = [source_bytes(source) for source in sources]
-    share = 1 - sum(getattr(config, "fractions")().values())
-    if None in sizes:
+    sizes = [source_bytes(source) for source in config.sources]
+    if not sizes or None in sizes:
         return None
     total = sum(size for size in sizes if size is not None)
+    share = 1 - sum(config.fractions().values())
     # A token is a byte at least; how documents fall into parts is random, so all may train.
     return total * share / BYTES_PER_TOKEN, float(total)
 
 
-def _result_of(chain: Chain, data: str, config: StageConfig | None) -> Manifest | None:
+def _prepared(chain: Chain, data: str, config: StageConfig | None) -> Manifest | None:
     """The manifest of the text, if it was prepared before and from the same sources."""
-    directory = Path(data) if config is None else (chain.run_dir or Path()) / data
-    if not data or (config is not None and chain.run_dir is None):
+    if not isinstance(config, PrepareDataConfig):
+        return manifest_of(data)
+    manifest = manifest_of(str(chain.run_dir / data)) if chain.run_dir else None
+    now = {
+        "sources": config.sources,
+        "max_documents": config.max_documents,
+        "text_field": config.text_field,
+    }
+    if manifest is None or any(manifest.config.get(key) != value for key, value in now.items()):
         return None
-    manifest = read_manifest(directory) if directory.is_dir() else None
-    if manifest is None or config is None:
-        return manifest
-    same = all(
-        manifest.config.get(field) == getattr(config, field, None)
-        for field in ("sources", "max_documents", "text_field")
-    )
-    return manifest if same else None
+    return manifest

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
-from recipes.core.manifest import read_manifest
+from recipes.core.manifest import manifest_of
 from recipes.core.stage import StageConfig
 from recipes.planning import rules
 from recipes.planning.hardware import Hardware
@@ -27,6 +27,13 @@ class Prunes(Protocol):
         """What the model is pruned to."""
 
 
+@runtime_checkable
+class ReadsModel(Protocol):
+    """The config of a stage that reads a Hugging Face model."""
+
+    hf_path: str
+
+
 @dataclass(frozen=True)
 class Chain:
     """The whole chain, as far as it is known before anything runs."""
@@ -38,7 +45,7 @@ class Chain:
     """What the stages run on."""
     run_dir: Path | None = None
     """Where results of this chain are, if it has run before."""
-    time_limit: str | None = None
+    time_limit: str = ""
     """What a job may take, as Slurm writes it; none by default."""
     from_published_config: bool = False
     """The teacher's shape is the one bundled here, since its config.json is out of reach."""
@@ -52,10 +59,9 @@ class Chain:
         Of another run's stage it is in the manifest.
         """
         config = self.stages.get(stage or "")
-        if config is None and stage and Path(stage).is_dir():
-            manifest = read_manifest(Path(stage))
-            if manifest is not None and manifest.architecture is not None:
-                return Architecture(**manifest.architecture)
+        manifest = manifest_of(stage) if config is None else None
+        if manifest is not None and manifest.architecture is not None:
+            return Architecture(**manifest.architecture)
         return (
             pruned(self.teacher, config.targets()) if isinstance(config, Prunes) else self.teacher
         )
@@ -79,16 +85,6 @@ def window_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
             rules.SEQ_LENGTH,
             f"seq_length={seq_length} is not between 1 and the teacher's {limit} positions",
             f"set data.seq_length to at most {limit}",
-        )
-
-
-def one_rank_problems(config: StageConfig, reason: str) -> Iterator[Problem]:
-    """Refuses more than one process for a stage that has work for one."""
-    if config.resources.nodes * config.resources.devices != 1:
-        yield Problem(
-            rules.ONE_RANK,
-            f"{config.stage} runs on one rank: {reason}",
-            "set its resources.devices and resources.nodes to 1",
         )
 
 

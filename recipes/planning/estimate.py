@@ -23,7 +23,7 @@ from recipes.planning.hardware import Hardware
 from recipes.planning.workload import Layout, Workload
 
 CHUNK_BYTES = 512 << 20
-"""A float32 buffer of the loss on a GPU; see ``kd_loss``."""
+"""A float32 buffer of the loss on a GPU; see ``distillation.losses``."""
 CHUNK_BUFFERS = 4
 FRAGMENTATION = 1.05
 """Memory that an allocator holds for what is used; an assumption."""

@@ -40,8 +40,7 @@ def fits_shape(arch: Architecture, layout: Layout) -> bool:
 def fits(job: Workload, hardware: Hardware) -> bool:
     """Whether a job can be built on its layout and has room there."""
     layout, models = job.layout, [m for m in (job.trained, job.teacher) if m is not None]
-    model = layout.tensor * layout.pipeline * layout.context
-    if layout.ranks % model or (layout.data * layout.context) % layout.expert:
+    if layout.data == 0 or (layout.data * layout.context) % layout.expert:
         return False
     if job.global_batch_size % (layout.data * layout.micro_batch_size):
         return False

@@ -3,106 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 from nemo_convert.architecture import Architecture
-from recipes.core.stage import Resources
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
+from recipes.planning.workload import LAYOUT_FIELDS, Layout, Workload
 
-POSITIVE = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "micro_batch_size",
-    "global_batch_size",
-)
 ALIGNMENT = 16
 """What FP8 matrix products of cuBLASLt want every dimension to be a multiple of; bf16 wants 8."""
 
 
-class ParallelConfig(Protocol):
-    """What a config of a parallel training stage has."""
-
-    inputs: dict[str, str]
-    resources: Resources
-    tensor_model_parallel_size: int
-    pipeline_model_parallel_size: int
-    context_parallel_size: int
-    expert_model_parallel_size: int
-    sequence_parallel: bool
-    seq_length: int
-    micro_batch_size: int
-    global_batch_size: int
-
-
-def data_parallel_size(cfg: ParallelConfig) -> int:
-    """Ranks left for data parallelism; 0 if the sizes do not divide the ranks."""
-    ranks = cfg.resources.nodes * cfg.resources.devices
-    model = _model_parallel_size(cfg)
-    return ranks // model if ranks % model == 0 else 0
-
-
-def _model_parallel_size(cfg: ParallelConfig) -> int:
-    tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
-    return tensor * pipeline * cfg.context_parallel_size
-
-
-def layout_problems(cfg: ParallelConfig, chain: Chain) -> Iterator[Problem]:
+def layout_problems(work: Workload, chain: Chain) -> Iterator[Problem]:
     """Checks ranks, models and windows against TP and PP, and the batch against what is left."""
-    zero = [name for name in POSITIVE if getattr(cfg, name) < 1]
-    if zero:
+    layout = work.layout
+    sizes = {name: getattr(layout, part) for part, name in LAYOUT_FIELDS.items()}
+    sizes |= {"global_batch_size": work.global_batch_size}
+    if zero := [name for name, size in sizes.items() if size < 1]:
         yield Problem(rules.POSITIVE, f"{', '.join(zero)} is not positive", "use 1 or more")
         return
-    yield from _rank_problems(cfg)
-    yield from _context_problems(cfg, chain)
-    tensor = cfg.tensor_model_parallel_size
-    if cfg.sequence_parallel and cfg.seq_length % tensor:
+    yield from _rank_problems(work)
+    yield from _context_problems(work, chain)
+    if layout.sequence_parallel and work.seq_length % layout.tensor:
         yield Problem(
             rules.SEQUENCE_PARALLEL,
-            f"seq_length={cfg.seq_length} is not divisible by TP={tensor}",
+            f"seq_length={work.seq_length} is not divisible by TP={layout.tensor}",
             "set sequence_parallel=false, or another seq_length",
         )
-    if chain.teacher.num_moe_experts and tensor > 1 and not cfg.sequence_parallel:
+    if chain.teacher.num_moe_experts and layout.tensor > 1 and not layout.sequence_parallel:
         yield Problem(
             rules.SEQUENCE_PARALLEL,
-            f"Megatron does not train experts at TP={tensor} without sequence parallelism",
+            f"Megatron does not train experts at TP={layout.tensor} without sequence parallelism",
             "set sequence_parallel=true",
         )
-    yield from _shape_problems(cfg, "teacher", chain.teacher)
-    student = chain.shape_of(cfg.inputs.get("student"))
-    if student != chain.teacher:
-        yield from _shape_problems(cfg, "student", student)
-        yield from _alignment_problems(cfg, student)
+    yield from _shape_problems(layout, "teacher", chain.teacher)
+    if work.trained is not None and work.trained != chain.teacher:
+        yield from _shape_problems(layout, "student", work.trained)
+        yield from _alignment_problems(layout, work.trained)
 
 
-def _rank_problems(cfg: ParallelConfig) -> Iterator[Problem]:
-    tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
-    ranks, data = cfg.resources.nodes * cfg.resources.devices, data_parallel_size(cfg)
-    if data == 0:
+def _rank_problems(work: Workload) -> Iterator[Problem]:
+    layout, batch = work.layout, work.global_batch_size
+    if layout.data == 0:
+        sizes = f"TP={layout.tensor} x PP={layout.pipeline}"
+        sizes += f" x CP={layout.context}" if layout.context > 1 else ""
         yield Problem(
             rules.RANKS,
-            f"{ranks} rank(s) cannot be split into TP={tensor} x PP={pipeline}{_context(cfg)}",
-            f"set resources.devices to a multiple of {_model_parallel_size(cfg)}",
+            f"{layout.ranks} rank(s) cannot be split into {sizes}",
+            f"set resources.devices to a multiple of {layout.model}",
         )
-    elif cfg.global_batch_size % (data * cfg.micro_batch_size):
-        step = data * cfg.micro_batch_size
+    elif batch % (step := layout.data * layout.micro_batch_size):
         yield Problem(
             rules.BATCH,
-            f"global_batch_size={cfg.global_batch_size} is not a multiple of DP={data} x "
-            f"micro_batch_size={cfg.micro_batch_size}",
+            f"global_batch_size={batch} is not a multiple of DP={layout.data} x "
+            f"micro_batch_size={layout.micro_batch_size}",
             f"use a multiple of {step}",
         )
 
 
-def _context(cfg: ParallelConfig) -> str:
-    return f" x CP={cfg.context_parallel_size}" if cfg.context_parallel_size > 1 else ""
-
-
-def _context_problems(cfg: ParallelConfig, chain: Chain) -> Iterator[Problem]:
-    context = cfg.context_parallel_size
+def _context_problems(work: Workload, chain: Chain) -> Iterator[Problem]:
+    context = work.layout.context
     if context == 1:
         return
     if not chain.hardware.on_gpu:
@@ -112,18 +72,18 @@ def _context_problems(cfg: ParallelConfig, chain: Chain) -> Iterator[Problem]:
             "several ranks is TransformerEngine's, which needs a GPU",
             "set context_parallel_size=1, or hardware to the GPU that this runs on",
         )
-    if cfg.seq_length % (2 * context):
+    if work.seq_length % (2 * context):
         yield Problem(
             rules.CONTEXT_PARALLEL,
-            f"seq_length={cfg.seq_length} cannot be split into two chunks for each of "
+            f"seq_length={work.seq_length} cannot be split into two chunks for each of "
             f"CP={context} ranks",
             f"use a multiple of {2 * context}",
         )
 
 
-def _expert_problems(cfg: ParallelConfig, role: str, shape: Architecture) -> Iterator[Problem]:
-    expert, experts = cfg.expert_model_parallel_size, shape.num_moe_experts
-    replicas = data_parallel_size(cfg) * cfg.context_parallel_size
+def _expert_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[Problem]:
+    expert, experts = layout.expert, shape.num_moe_experts
+    replicas = layout.data * layout.context
     if expert == 1:
         return
     if not experts or experts % expert:
@@ -140,8 +100,8 @@ def _expert_problems(cfg: ParallelConfig, role: str, shape: Architecture) -> Ite
         )
 
 
-def _shape_problems(cfg: ParallelConfig, role: str, shape: Architecture) -> Iterator[Problem]:
-    tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+def _shape_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[Problem]:
+    tensor = layout.tensor
     feed_forward = "moe_ffn_hidden_size" if shape.num_moe_experts else "ffn_hidden_size"
     for axis in ("num_attention_heads", "num_query_groups", feed_forward):
         size = getattr(shape, axis)
@@ -158,19 +118,18 @@ def _shape_problems(cfg: ParallelConfig, role: str, shape: Architecture) -> Iter
             "a padded vocabulary is not supported",
             "lower tensor_model_parallel_size, or resize the embeddings before the import",
         )
-    if shape.num_layers < pipeline:
+    if shape.num_layers < layout.pipeline:
         yield Problem(
             rules.PIPELINE_PARALLEL,
-            f"the {role} has {shape.num_layers} layers, fewer than PP={pipeline}",
+            f"the {role} has {shape.num_layers} layers, fewer than PP={layout.pipeline}",
             f"set pipeline_model_parallel_size to at most {shape.num_layers}",
         )
-    yield from _expert_problems(cfg, role, shape)
+    yield from _expert_problems(layout, role, shape)
 
 
-def _alignment_problems(cfg: ParallelConfig, student: Architecture) -> Iterator[Problem]:
+def _alignment_problems(layout: Layout, student: Architecture) -> Iterator[Problem]:
     """Sizes that a kernel sees: of a rank, for what tensor parallelism splits."""
-    tensor = cfg.tensor_model_parallel_size
-    for axis, share in (("hidden_size", 1), ("ffn_hidden_size", tensor)):
+    for axis, share in (("hidden_size", 1), ("ffn_hidden_size", layout.tensor)):
         size = getattr(student, axis)
         if size % share == 0 and size // share % ALIGNMENT:
             where = f", {size // share} on each of TP={share} ranks," if share > 1 else ""

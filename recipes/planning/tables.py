@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
 
 from nemo_convert.architecture import Architecture
 from recipes.planning.estimate import Estimate, Memory, Step, estimate, forward_flops
 from recipes.planning.hardware import Hardware
 from recipes.planning.layouts import proposals
+from recipes.planning.results import Cell, Table
 from recipes.planning.workload import ROLES, Workload
 
-Table = dict[str, Any]
 MEMORY_PARTS = [part.name for part in fields(Memory)]
 STEP_PARTS = [part.name for part in fields(Step)]
 
 
 def figures(
     jobs: Mapping[str, Workload], hardware: Hardware, from_published_config: bool
-) -> dict[str, Any]:
+) -> dict[str, Cell]:
     """The plan in a few numbers; sums over all jobs, and the memory of the largest."""
     found = [estimate(job, hardware) for job in jobs.values()]
     return {
@@ -50,7 +49,7 @@ def tables(jobs: Mapping[str, Workload], hardware: Hardware) -> list[Table]:
 
 
 def _models(jobs: Mapping[str, Workload]) -> Table:
-    rows: list[list[Any]] = []
+    rows: list[list[Cell]] = []
     seen: list[Architecture] = []
     for name, job in jobs.items():
         for role in ROLES:
@@ -72,7 +71,7 @@ def _models(jobs: Mapping[str, Workload]) -> Table:
                 ]
             )
     columns = ["model", "layers", "hidden", "feed-forward", "heads", "vocabulary", "parameters"]
-    return _table("Models", [*columns, "bf16 GB", "FLOPs/token"], rows)
+    return Table("Models", [*columns, "bf16 GB", "FLOPs/token"], rows)
 
 
 def _memory(found: Mapping[str, tuple[Workload, Estimate]], hardware: Hardware) -> Table:
@@ -86,7 +85,7 @@ def _memory(found: Mapping[str, tuple[Workload, Estimate]], hardware: Hardware) 
         ]
         for name, (job, e) in found.items()
     ]
-    return _table(
+    return Table(
         "Memory of the fullest rank, GB", ["stage", "layout", *MEMORY_PARTS, "total", "there is"],
         rows,
     )  # fmt: skip
@@ -103,7 +102,7 @@ def _time(found: Mapping[str, tuple[Workload, Estimate]]) -> Table:
         for name, (_, e) in found.items()
     ]
     parts = [part.replace("_", " ") for part in STEP_PARTS]
-    return _table("Seconds of a step", ["stage", *parts, "total", "tokens/s"], rows)
+    return Table("Seconds of a step", ["stage", *parts, "total", "tokens/s"], rows)
 
 
 def _cost(found: Mapping[str, tuple[Workload, Estimate]], hardware: Hardware) -> Table:
@@ -121,11 +120,11 @@ def _cost(found: Mapping[str, tuple[Workload, Estimate]], hardware: Hardware) ->
         for name, (job, e) in found.items()
     ]
     columns = ["stage", "on", "tokens", "steps", "FLOPs", "hours", "device-hours", "dollars"]
-    return _table("Time and money", columns, rows)
+    return Table("Time and money", columns, rows)
 
 
 def _layouts(name: str, job: Workload, hardware: Hardware) -> Table:
-    rows = [
+    rows: list[list[Cell]] = [
         [
             p.job.layout.ranks,
             _layout(p.job),
@@ -138,7 +137,7 @@ def _layouts(name: str, job: Workload, hardware: Hardware) -> Table:
         for p in proposals(job, hardware)
     ]
     columns = ["devices", "layout", "GB", "tokens/s", "hours", "device-hours", "dollars"]
-    return _table(f"Layouts of {name} that fit, the cheapest first", columns, rows)
+    return Table(f"Layouts of {name} that fit, the cheapest first", columns, rows)
 
 
 def _layout(job: Workload) -> str:
@@ -152,10 +151,6 @@ def _layout(job: Workload) -> str:
     if layout.recompute != "none":
         parts.append(f"recompute {layout.recompute}")
     return " ".join(parts)
-
-
-def _table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
-    return {"title": title, "columns": columns, "rows": rows}
 
 
 def _rounded(number: float) -> float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from recipes.core.manifest import read_manifest
+from nemo_convert.hf import tokenizer_sha256
+from recipes.core.manifest import manifest_of
 from recipes.core.stage import StageConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain
+from recipes.planning.chain import Chain, ReadsModel
 from recipes.planning.problems import Problem
 
 SOURCES = ("tokenizer", "checkpoint", "student", "teacher")
@@ -35,18 +36,13 @@ def tokenizer_of(source: str, chain: Chain) -> str | None:
     """SHA-256 of the tokenizer that a stage or a stage directory has; ``None`` if not known yet."""
     config = chain.stages.get(source)
     if config is None:
-        manifest = read_manifest(Path(source)) if Path(source).is_dir() else None
+        manifest = manifest_of(source)
         return manifest.tokenizer_sha256 if manifest else None
-    if hf_path := getattr(config, "hf_path", None):
-        return _of_folder(Path(hf_path))
+    if isinstance(config, ReadsModel):
+        folder = Path(config.hf_path)
+        return tokenizer_sha256(folder) if folder.is_dir() else None
     for name in SOURCES:
         upstream = config.inputs.get(name)
         if upstream is not None and upstream != source:
             return tokenizer_of(upstream, chain)
     return None
-
-
-def _of_folder(folder: Path) -> str | None:
-    from nemo_convert.hf import tokenizer_sha256
-
-    return tokenizer_sha256(folder) if folder.is_dir() else None

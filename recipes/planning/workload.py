@@ -30,9 +30,26 @@ class Layout:
         return self.nodes * self.devices
 
     @property
+    def model(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
     def data(self) -> int:
-        """Replicas of the model."""
-        return self.ranks // (self.tensor * self.pipeline * self.context)
+        """Replicas of the model; 0 if they do not come out even."""
+        return self.ranks // self.model if self.ranks % self.model == 0 else 0
+
+
+LAYOUT_FIELDS = {
+    "nodes": "resources.nodes",
+    "devices": "resources.devices",
+    "tensor": "tensor_model_parallel_size",
+    "pipeline": "pipeline_model_parallel_size",
+    "context": "context_parallel_size",
+    "expert": "expert_model_parallel_size",
+    "micro_batch_size": "micro_batch_size",
+}
+"""Sizes of a layout, and what a training's config calls them."""
 
 
 @dataclass(frozen=True)

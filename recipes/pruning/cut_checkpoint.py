@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -119,10 +118,3 @@ def cut_weights(teacher: Path, kept: KeptIndices, head_size: int) -> dict[str, t
         for source, weight in hf_weights(teacher)
         if (name := student_name(source, kept)) is not None
     }
-
-
-def summary(importance: Importance, method: str, kept: KeptIndices) -> dict[str, Any]:
-    """What the manifest says about layers."""
-    measure = method if method in importance.layers else "block_influence"
-    scores = importance.layers[measure]
-    return {"kept_layers": kept.layers, "layer_importance": scores, "layer_measure": measure}

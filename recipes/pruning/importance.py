@@ -31,6 +31,11 @@ class Importance:
     """Scores of ``hidden_size`` [hidden] and, as ``layers.{i}.AXIS``, of ``ffn_hidden_size`` [ffn]
     and ``num_attention_heads`` [heads]."""
 
+    def of_layers(self, method: str) -> tuple[str, dict[int, float]]:
+        """The measure of single layers that comes next to how they are chosen, and the scores."""
+        measure = method if method in self.layers else "block_influence"
+        return measure, self.layers[measure]
+
     def save(self, folder: Path) -> None:
         """Writes the scores as data: layers as JSON, widths as tensors."""
         save_file(self.widths, folder / WIDTHS)

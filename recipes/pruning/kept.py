@@ -137,7 +137,9 @@ def axes_of(name: str) -> tuple[str | None, ...]:
     """
     end = ".".join(name.split(".")[-2:])
     if end not in AXES:
-        raise RecipeError(f"weight {name} cannot be pruned: recipes/slicing.py has no row for it.")
+        raise RecipeError(
+            f"weight {name} cannot be pruned.", "add its axes to AXES in recipes/pruning/kept.py"
+        )
     return AXES[end]
 
 

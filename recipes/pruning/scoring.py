@@ -21,7 +21,7 @@ from modelopt.torch.prune.plugins.mcore_minitron import (
     ImportanceEstimatorRegistry,
     get_mcore_minitron_config,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from nemo_convert import cpu_backend, nemo
@@ -132,7 +132,7 @@ class LayerAblation:
         log: Metrics file.
     """
 
-    def __init__(self, core: Any, tokens: Tensor, batch: int, log: MetricsLog) -> None:
+    def __init__(self, core: nn.Module, tokens: Tensor, batch: int, log: MetricsLog) -> None:
         self._core, self._tokens, self._batch, self._log = core, tokens, batch, log
         numbers = [layer.layer_number for layer in core.decoder.layers]
         self._first, self._last = numbers[0], numbers[-1]
@@ -164,7 +164,11 @@ class LayerAblation:
         return means
 
     def _loss_without(
-        self, block: Collection[int], layers: list[Any], states: list[Tensor], tokens: Tensor
+        self,
+        block: Collection[int],
+        layers: Sequence[nn.Module],
+        states: list[Tensor],
+        tokens: Tensor,
     ) -> float:
         """Summed loss on the last rank, 0 on others, which pass on what differs from ``states``."""
         start = next((i for i, x in enumerate(layers) if x.layer_number in block), len(layers))
@@ -182,7 +186,7 @@ class LayerAblation:
         return 0.0
 
 
-def _states(core: Any, layers: list[Any], tokens: Tensor) -> list[Tensor]:
+def _states(core: nn.Module, layers: Sequence[nn.Module], tokens: Tensor) -> list[Tensor]:
     """What goes into each of this rank's layers, and what comes out of the last, each [s, b, h]."""
     if core.pre_process:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
@@ -200,17 +204,17 @@ def _states(core: Any, layers: list[Any], tokens: Tensor) -> list[Tensor]:
     return states
 
 
-def _rotary(core: Any, tokens: Tensor) -> Tensor:
+def _rotary(core: nn.Module, tokens: Tensor) -> Tensor:
     found: Tensor = core.rotary_pos_emb(tokens.shape[1])
     return found
 
 
-def _through(layer: Any, hidden: Tensor, rotary: Tensor) -> Tensor:
+def _through(layer: nn.Module, hidden: Tensor, rotary: Tensor) -> Tensor:
     output: Tensor = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)[0]
     return output
 
 
-def _next_token_loss(core: Any, hidden: Tensor, tokens: Tensor) -> float:
+def _next_token_loss(core: nn.Module, hidden: Tensor, tokens: Tensor) -> float:
     """Summed over all positions but the last."""
     head = (
         core.shared_embedding_or_output_weight()
@@ -235,7 +239,7 @@ def _send(hidden: Tensor) -> None:
 
 @torch.no_grad()
 def _activations(
-    core: Any, tokens: Tensor, batch: int, log: MetricsLog
+    core: nn.Module, tokens: Tensor, batch: int, log: MetricsLog
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
     """Block influence by layer, and scores of all widths, from one pass."""
     cpu_backend.register_rms_norm()
@@ -269,7 +273,7 @@ def _activations(
     return {n: score for part, _ in found for n, score in part.items()}, widths
 
 
-def _widths(core: Any, layers: list[Any]) -> dict[str, Tensor]:
+def _widths(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
     """This rank's scores from what ModelOpt's hooks summed: squares of each window's mean."""
     norms = [squares.sqrt() for squares in core._activations.values()]
     scores = {"hidden_size": torch.stack(norms).sum(dim=0)}
@@ -284,7 +288,7 @@ def _widths(core: Any, layers: list[Any]) -> dict[str, Tensor]:
     return {name: score.float().cpu().contiguous() for name, score in scores.items()}
 
 
-def _experts(layer: str, experts: Any) -> dict[str, Tensor]:
+def _experts(layer: str, experts: nn.Module) -> dict[str, Tensor]:
     """Mean norm of what each expert adds to a token, and scores of its width."""
     sums = experts._activations
     means = sums["expert_l2_scores"] / sums["expert_sample_counts"].clamp(min=1)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from recipes.core.errors import RecipeError
+from recipes.distillation.results import DistillationResult
+from recipes.engines.results import BenchmarkResults
+from recipes.evaluation.results import EvaluationResult, ModelQuality, TaskResults
 from recipes.report.cost import machine_hours
 from recipes.report.format import any_value, render_template
 from recipes.report.runs import (
@@ -23,22 +27,57 @@ from recipes.report.sections import (
     LATENCY,
     PARAMETERS,
     PERPLEXITY,
-    decode_latency,
-    engine_of,
     quality_mark,
     smallest_setting,
-    task_means,
 )
 from recipes.report.trade_offs import Mark, front_of, trade_off_plot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 TEMPLATE = "compare.html.j2"
 QUALITIES = {"perplexity": PERPLEXITY, "kl": DIVERGENCE, "tasks": ACCURACY}
 COSTS = {"parameters": PARAMETERS, "disk": DISK, "latency": LATENCY}
-Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TimedOn:
+    """What a latency is of: an engine, its setting, and the machine."""
+
+    name: str
+    batch_size: int
+    prompt_tokens: int
+    cpu: str
+    threads: int
+
+
+@dataclass
+class RunRow:
+    """One run's distilled model, and what the run cost."""
+
+    number: str
+    name: str
+    recipe: str
+    comparable: bool
+    """Whether it was measured on the text that most were."""
+    is_best: bool
+    gap: tuple[float, float] | None
+    """Mean difference of its losses to the best run's, with its standard error."""
+    figures: ModelQuality
+    perplexity: float
+    kl: float
+    recovered: float | None
+    tasks: float | None
+    teacher: ModelQuality
+    teacher_tasks: float | None
+    parameters: int
+    disk: int | None
+    latency: float | None
+    tokens: int | None
+    hours: float
+    fronts: list[tuple[str, str]] = field(default_factory=list)
+    """Quality and cost of every front that it is on."""
 
 
 def render_comparison(paths: Iterable[Path], out: Path) -> int:
@@ -59,9 +98,9 @@ def render_comparison(paths: Iterable[Path], out: Path) -> int:
 
 def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Everything that the page shows."""
-    measured = [run for run in runs if run.evaluation is not None]
-    text = common_text(measured)
-    same = [run for run in measured if run.text() == text]
+    measured = [(run, found) for run in runs if (found := run.evaluation) is not None]
+    text = common_text(runs)
+    same = [(run, found) for run, found in measured if run.text() == text]
     if len(same) < 2:
         raise RecipeError(
             f"of {len(runs)} run{'s' * (len(runs) != 1)}, {len(measured)} came to an evaluation "
@@ -69,28 +108,29 @@ def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
             "give two or more complete runs of the same data",
         )
     names = _names(runs)
-    best = min(same, key=lambda run: run.evaluation["distilled"]["loss"])  # type: ignore[index]
-    engine = _common_engine(same)
-    rows = [_row(run, names, best if run in same else None, engine) for run in measured]
-    for number, row in enumerate(rows, 1):
-        row["number"] = str(number)
-    comparable = [row for row in rows if row["comparable"]]
+    best, best_found = min(same, key=lambda pair: pair[1].distilled.loss)
+    engine = _common_engine([run for run, _ in same])
+    rows = [
+        _row(str(number), names[run.path], run, found, best if run.text() == text else None, engine)
+        for number, (run, found) in enumerate(measured, 1)
+    ]
+    comparable = [row for row in rows if row.comparable]
     plots = [plot for quality in QUALITIES for plot in _plots(quality, comparable)]
     return {
         "title": f"Comparison of {len(measured)} runs",
         "made": datetime.now(UTC).isoformat(timespec="minutes"),
         "rows": rows,
         "best": names[best.path],
-        "teacher": (best.evaluation or {}).get("teacher", {}),
-        "teacher_tasks": next((r["teacher_tasks"] for r in comparable if r["teacher_tasks"]), None),
+        "teacher": best_found.teacher,
+        "teacher_tasks": next((r.teacher_tasks for r in comparable if r.teacher_tasks), None),
         "plots": plots,
         "engine": engine,
-        "others": [row for row in rows if not row["comparable"]],
+        "others": [row for row in rows if not row.comparable],
         "incomplete": [(names[run.path], run) for run in runs if run.incomplete],
         "unmeasured": [names[run.path] for run in runs if run.evaluation is None],
         "differences": [
             (name, [any_value(name.rpartition(".")[2], value) for value in values])
-            for name, values in differing_settings(measured)
+            for name, values in differing_settings([run for run, _ in measured])
         ],
     }
 
@@ -106,88 +146,73 @@ def _names(runs: Sequence[RunRecord]) -> dict[Path, str]:
     return {run.path: "/".join(run.path.parts[-depth:]) for run in runs}
 
 
-def _row(run: RunRecord, names: dict[Path, str], best: RunRecord | None, engine: Row | None) -> Row:
-    figures = run.evaluation or {}
-    distilled = figures["distilled"]
-    tasks = run.find("task_results")
-    exported = run.exported
-    training = next((m for m in run.stages.values() if m.stage == "distill"), None)
-    return {
-        "name": names[run.path],
-        "recipe": run.recipe,
-        "comparable": best is not None,
-        "figures": distilled,
-        "recovered": figures.get("recovered"),
-        "gap": paired_difference(run.losses, best.losses) if best and best is not run else None,
-        "is_best": best is run,
-        "perplexity": distilled["perplexity"],
-        "kl": distilled.get("kl_to_teacher"),
-        "tasks": task_means(tasks.metrics["tasks"]).get("distilled") if tasks else None,
-        "teacher_tasks": task_means(tasks.metrics["tasks"]).get("teacher") if tasks else None,
-        "teacher": figures.get("teacher", {}),
-        "parameters": distilled.get("parameters") or (training.parameters if training else None),
-        "disk": exported.total_bytes() if exported else None,
-        "latency": _latency(run, engine),
-        "tokens": training.metrics.get("tokens") if training else None,
-        "hours": sum(map(machine_hours, run.stages.values())),
-        "fronts": [],
-    }
+def _row(
+    number: str,
+    name: str,
+    run: RunRecord,
+    found: EvaluationResult,
+    best: RunRecord | None,
+    engine: TimedOn | None,
+) -> RunRow:
+    tasks, exported = run.find("task_results"), run.exported
+    means = tasks.result(TaskResults).means() if tasks else {}
+    trained = (m.result_if("distill", DistillationResult) for m in run.stages.values())
+    return RunRow(
+        number=number,
+        name=name,
+        recipe=run.recipe,
+        comparable=best is not None,
+        is_best=best is run,
+        gap=paired_difference(run.losses, best.losses) if best and best is not run else None,
+        figures=found.distilled,
+        perplexity=found.distilled.perplexity,
+        kl=found.distilled.kl_to_teacher,
+        recovered=found.recovered,
+        tasks=means.get("distilled"),
+        teacher=found.teacher,
+        teacher_tasks=means.get("teacher"),
+        parameters=found.distilled.parameters,
+        disk=exported.total_bytes() if exported else None,
+        latency=dict(_latencies(run)).get(engine) if engine else None,
+        tokens=next((training.tokens for training in trained if training), None),
+        hours=sum(map(machine_hours, run.stages.values())),
+    )
 
 
-def _student_rows(run: RunRecord) -> list[Row]:
-    found = run.find("benchmark_results")
-    rows = found.metrics.get("rows", []) if found else []
-    setting = smallest_setting(rows)
-    return [
-        row
-        for row in rows
-        if row["role"] == "student" and (row["batch_size"], row["prompt_tokens"]) == setting
-    ]
+def _latencies(run: RunRecord) -> Iterator[tuple[TimedOn, float]]:
+    """Milliseconds for one more token of the student in each engine, at the smallest setting."""
+    manifest = run.find("benchmark_results")
+    if manifest is None:
+        return
+    found = manifest.result(BenchmarkResults)
+    setting = smallest_setting(found.rows)
+    for row in found.rows:
+        latency = row.decode_latency_ms
+        if row.role == "student" and row.setting == setting and latency is not None:
+            yield TimedOn(row.engine, *setting, found.machine.cpu, found.machine.threads), latency
 
 
-def _common_engine(runs: Sequence[RunRecord]) -> Row | None:
+def _common_engine(runs: Sequence[RunRecord]) -> TimedOn | None:
     """The engine, setting and machine whose latencies are compared.
 
     The first benchmarked run's fastest engine; a run that was not measured so has no latency here.
     """
     for run in runs:
-        rows = [row for row in _student_rows(run) if decode_latency(row)]
-        if rows:
-            row = min(rows, key=lambda one: decode_latency(one) or 0.0)
-            return {"name": engine_of(row), "machine": _machine(run), **_setting(row)}
+        if latencies := dict(_latencies(run)):
+            return min(latencies, key=lambda timed: latencies[timed])
     return None
 
 
-def _setting(row: Row) -> Row:
-    return {name: row[name] for name in ("batch_size", "prompt_tokens")}
-
-
-def _machine(run: RunRecord) -> tuple[Any, Any]:
-    found = run.find("benchmark_results")
-    machine = found.metrics.get("machine", {}) if found else {}
-    return machine.get("cpu") or machine.get("gpu"), machine.get("threads")
-
-
-def _latency(run: RunRecord, engine: Row | None) -> float | None:
-    if engine is None or _machine(run) != engine["machine"]:
-        return None
-    wanted = {name: engine[name] for name in ("batch_size", "prompt_tokens")}
-    for row in _student_rows(run):
-        if engine_of(row) == engine["name"] and _setting(row) == wanted:
-            return decode_latency(row)
-    return None
-
-
-def _plots(quality: str, rows: list[Row]) -> list[Row]:
+def _plots(quality: str, rows: Sequence[RunRow]) -> list[dict[str, str]]:
     """One quality against each cost that at least two runs have; notes who is on the front."""
     up, plots = QUALITIES[quality], []
     for cost, across in COSTS.items():
-        chosen = [row for row in rows if row[quality] is not None and row[cost] is not None]
+        chosen = [r for r in rows if None not in (getattr(r, quality), getattr(r, cost))]
         if len(chosen) < 2:
             continue
         marks = [_mark(row, quality, cost) for row in chosen]
         for index in front_of(marks, up):
-            chosen[index]["fronts"].append((quality, cost))
+            chosen[index].fronts.append((quality, cost))
         plots.append(
             {
                 "title": f"{up.title.capitalize()} against {across.title}".replace("Kl", "KL"),
@@ -199,19 +224,19 @@ def _plots(quality: str, rows: list[Row]) -> list[Row]:
     return plots
 
 
-def _mark(row: Row, quality: str, cost: str) -> Mark:
+def _mark(row: RunRow, quality: str, cost: str) -> Mark:
+    price = getattr(row, cost)
     if quality == "perplexity":
-        return quality_mark("distilled", row["number"], row["figures"], row[cost])
-    return Mark(row["number"], "distilled", row[cost], row[quality])
+        return quality_mark("distilled", row.number, row.figures, price)
+    return Mark(row.number, "distilled", price, getattr(row, quality))
 
 
-def _teacher(rows: list[Row], quality: str, cost: str) -> list[Mark]:
+def _teacher(rows: Sequence[RunRow], quality: str, cost: str) -> list[Mark]:
     """The teacher as a reference where all runs have the same one and its cost is known."""
-    figures = [row["teacher"] for row in rows]
-    if cost != "parameters" or quality == "kl" or any(one != figures[0] for one in figures):
+    teacher = rows[0].teacher
+    if cost != "parameters" or quality == "kl" or any(row.teacher != teacher for row in rows):
         return []
-    value = rows[0]["teacher_tasks"] if quality == "tasks" else figures[0].get("perplexity")
-    size = figures[0].get("parameters")
-    if value is None or size is None:
+    value = rows[0].teacher_tasks if quality == "tasks" else teacher.perplexity
+    if value is None:
         return []
-    return [Mark("teacher", "teacher", size, value, reference=True)]
+    return [Mark("teacher", "teacher", teacher.parameters, value, reference=True)]

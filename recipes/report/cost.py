@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Manifest, read_manifest
+from recipes.distillation.results import CacheResult, DistillationResult, TrainingResult
+from recipes.evaluation.results import EvaluationResult
+from recipes.pruning.results import PruneResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -38,7 +41,7 @@ class Work:
         return self.student + self.teacher
 
 
-def costs(inputs: Inputs, before: Mapping[str, Manifest], passes: list[Work]) -> dict[str, Any]:
+def costs(inputs: Inputs, before: Mapping[str, Manifest], passes: list[Work]) -> dict[str, object]:
     """What the templates of cost and provenance show.
 
     Args:
@@ -133,32 +136,33 @@ def work(manifests: Mapping[str, Manifest], before: Mapping[str, Manifest]) -> l
     if teacher is None or student is None:
         return []
     found = []
-    if tokens := manifests["pruned"].metrics.get("calibration_tokens"):
+    if pruned := manifests["pruned"].result_if("prune", PruneResult):
+        tokens = pruned.calibration_tokens
         found.append(Work("Importance for pruning", tokens, 0, tokens * teacher))
     for name, manifest in before.items():
-        tokens = manifest.metrics.get("tokens")
-        if tokens and manifest.stage in ("correct_teacher", "cache_teacher"):
-            factor = TRAINING if manifest.stage == "correct_teacher" else 1
-            found.append(Work(name, tokens, 0, factor * tokens * teacher))
+        if corrected := manifest.result_if("correct_teacher", TrainingResult):
+            tokens = corrected.tokens
+            found.append(Work(name, tokens, 0, TRAINING * tokens * teacher))
+        if cached := manifest.result_if("cache_teacher", CacheResult):
+            found.append(Work(name, cached.tokens, 0, cached.tokens * teacher))
     found += _distillation(manifests["distilled"], before, teacher, student)
-    if tokens := manifests["evaluation"].metrics.get("tokens"):
-        # The pruned model has the student's shape.
-        found.append(Work("Evaluation", tokens, 2 * tokens * student, tokens * teacher))
-    return found
+    tokens = manifests["evaluation"].result(EvaluationResult).tokens
+    # The pruned model has the student's shape.
+    return [*found, Work("Evaluation", tokens, 2 * tokens * student, tokens * teacher)]
 
 
 def _distillation(
     distilled: Manifest, before: Mapping[str, Manifest], teacher: int, student: int
 ) -> list[Work]:
-    tokens = distilled.metrics.get("tokens")
-    if not tokens:
+    training = distilled.result_if("distill", DistillationResult)
+    if training is None:
         return []
+    tokens = training.tokens
     cached = any(
         manifest.kind == "teacher_logits"
         and manifest.fingerprint == distilled.inputs.get("teacher")
         for manifest in before.values()
     )
     live = 0 if cached else tokens * teacher
-    rate = distilled.metrics.get("tokens_per_second")
-    seconds = tokens / rate if rate else None
+    seconds = tokens / training.tokens_per_second
     return [Work("Distillation", tokens, TRAINING * tokens * student, live, seconds)]

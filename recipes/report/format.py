@@ -6,12 +6,13 @@ import json
 import math
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from recipes.core.files import write_text_atomically
+from recipes.evaluation.results import ROLES
 from recipes.report.plots import number, share_bar
 from recipes.report.settings import TEMPLATES
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 DASH = Markup('<span class="none">–</span>')
 
 
-def render_template(template: str, content: Mapping[str, Any], path: Path) -> None:
+def render_template(template: str, content: Mapping[str, object], path: Path) -> None:
     """Writes one HTML file that loads nothing else.
 
     Args:
@@ -42,7 +43,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(FORMATS)
-    environment.globals["bar"] = share_bar
+    environment.globals |= {"bar": share_bar, "roles": ROLES}
     return environment
 
 
@@ -69,7 +70,7 @@ def _exact(value: float, text: str) -> Markup:
 
 
 def _optional(write: Callable[..., str]) -> Callable[..., Markup]:
-    def formatted(value: float | None, *args: Any) -> Markup:
+    def formatted(value: float | None, *args: object) -> Markup:
         return DASH if value is None else _exact(value, write(value, *args).replace("-", "−"))
 
     return formatted
@@ -90,7 +91,7 @@ FORMATS: dict[str, Callable[..., Markup]] = {
 }
 
 
-def any_value(name: str, value: Any) -> Markup:
+def any_value(name: str, value: object) -> Markup:
     """A value of whatever type, written by what its name says it is."""
     if value is None:
         return DASH

@@ -10,15 +10,14 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from recipes.core.errors import RecipeError, did_you_mean
-from recipes.core.manifest import Kind
+from recipes.core.manifest import Kind, Manifest
 from recipes.core.stage import StageConfig
+from recipes.engines.results import BenchmarkResults, Speedup
+from recipes.evaluation.results import EvaluationResult, TaskResults, TaskScores
 from recipes.planning import rules
 from recipes.planning.problems import Problem
-
-Metrics = Mapping[str, Any]
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -30,22 +29,25 @@ _GATE = re.compile(
     r"\s*(?P<name>[A-Za-z_]\w*(?:\.[\w-]+)?)\s*(?P<operator>>=|<=|>|<)\s*"
     r"(?P<threshold>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*"
 )
-EVALUATION: dict[str, Callable[[Metrics], float | None]] = {
-    "recovered": lambda m: m["recovered"],
-    "perplexity": lambda m: m["distilled"]["perplexity"],
-    "perplexity_ratio": lambda m: m["distilled"]["perplexity"] / m["teacher"]["perplexity"],
-    "kl_to_teacher": lambda m: m["distilled"]["kl_to_teacher"],
-    "top1_agreement": lambda m: m["distilled"]["top1_agreement"],
+EVALUATION: dict[str, Callable[[EvaluationResult], float | None]] = {
+    "recovered": lambda e: e.recovered,
+    "perplexity": lambda e: e.distilled.perplexity,
+    "perplexity_ratio": lambda e: e.distilled.perplexity / e.teacher.perplexity,
+    "kl_to_teacher": lambda e: e.distilled.kl_to_teacher,
+    "top1_agreement": lambda e: e.distilled.top1_agreement,
 }
 """Figures of the distilled model on held-out text (kind ``eval_results``)."""
-TASK: dict[str, Callable[[Metrics], float | None]] = {
-    "recovered": lambda t: t["recovered"],
-    "score": lambda t: t["distilled"]["value"],
-    "difference": lambda t: t["differences"]["distilled"]["value"],
-    "difference_low": lambda t: t["differences"]["distilled"]["low"],
+TASK: dict[str, Callable[[TaskScores], float | None]] = {
+    "recovered": lambda t: t.recovered,
+    "score": lambda t: t.distilled.value,
+    "difference": lambda t: t.differences.distilled.value,
+    "difference_low": lambda t: t.differences.distilled.low,
 }
 """Figures of one benchmark (kind ``task_results``); the differences are to the teacher."""
-SPEEDUPS = ("prefill", "decode")
+SPEEDUPS: dict[str, Callable[[Speedup], float]] = {
+    "prefill": lambda s: s.prefill,
+    "decode": lambda s: s.decode,
+}
 """Of the student against the teacher (kind ``benchmark_results``): of all settings, the least."""
 
 
@@ -97,7 +99,7 @@ def parse(text: str) -> Gate:
     return Gate(match["name"], match["operator"], float(match["threshold"]))
 
 
-def parse_all(texts: Any) -> tuple[Gate, ...]:
+def parse_all(texts: object) -> tuple[Gate, ...]:
     """Reads a config's list of gates.
 
     Raises:
@@ -150,21 +152,21 @@ def kind_of(gate: Gate) -> Kind:
     return "task_results" if part else "eval_results"
 
 
-def judge(gates: Iterable[Gate], results: Mapping[Kind, Metrics]) -> list[Verdict]:
+def judge(gates: Iterable[Gate], results: Mapping[Kind, Manifest]) -> list[Verdict]:
     """Compares what was measured with what must be.
 
     Args:
         gates: Gates on figures of ``results``.
-        results: A manifest's metrics by kind.
+        results: Manifests by kind.
     """
     return [Verdict(g, value := _measured(g.name, results), g.holds(value)) for g in gates]
 
 
-def _measured(name: str, results: Mapping[Kind, Metrics]) -> float | None:
+def _measured(name: str, results: Mapping[Kind, Manifest]) -> float | None:
     figure, _, part = name.partition(".")
     if figure == "speedup":
-        found = [row[part] for row in results["benchmark_results"]["speedups"]]
-        return min((value for value in found if value is not None), default=None)
+        speedups = results["benchmark_results"].result(BenchmarkResults).speedups
+        return min((SPEEDUPS[part](one) for one in speedups), default=None)
     if part:
-        return TASK[figure](results["task_results"]["tasks"][part])
-    return EVALUATION[figure](results["eval_results"])
+        return TASK[figure](results["task_results"].result(TaskResults).tasks[part])
+    return EVALUATION[figure](results["eval_results"].result(EvaluationResult))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from nemo_convert.hf import licence
 from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Manifest
+from recipes.data.results import DatasetResult
+from recipes.distillation.results import DistillationResult
+from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
+from recipes.pruning.results import PruneResult
 
 CARD = """\
 ---
@@ -75,10 +78,9 @@ SHAPE = (
     "| {num_query_groups} | {kv_channels} | {vocab_size} | {parameters:,} |"
 )
 ROW = (
-    "| {role} | {parameters:.1f} M | {loss:.3f} ± {error:.3f} | {perplexity:.1f} "
-    "| {kl:.3f} | {agreement:.1%} |"
+    "| {role} | {parameters:.1f} M | {q.loss:.3f} ± {q.loss_standard_error:.3f} "
+    "| {q.perplexity:.1f} | {q.kl_to_teacher:.3f} | {q.top1_agreement:.1%} |"
 )
-ROLES = ("teacher", "pruned", "distilled")
 
 
 def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Manifest]) -> None:
@@ -90,8 +92,8 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         recipe: What was done.
         inputs: Manifests of the stage's inputs by name; optional ones add what they know.
     """
-    model, metrics = inputs["checkpoint"], inputs["evaluation"].metrics
-    share, terms = metrics["recovered"], licence(folder)
+    model, evaluation = inputs["checkpoint"], inputs["evaluation"].result(EvaluationResult)
+    share, terms = evaluation.recovered, licence(folder)
     text = CARD.format(
         licence=terms,
         licence_note=" and was not found in its folder" if terms == "unknown" else "",
@@ -102,14 +104,17 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         parameters=(model.parameters or 0) / 1e6,
         shapes="\n".join(_shapes(inputs)),
         made="\n".join(_made(inputs)),
-        rows="\n".join(_row(role, metrics[role]) for role in ROLES if role in metrics),
-        tokens=metrics["tokens"],
-        windows=metrics["windows"],
-        window=metrics["tokens"] // metrics["windows"],
+        rows="\n".join(
+            ROW.format(role=role, q=quality, parameters=quality.parameters / 1e6)
+            for role, quality in evaluation.models().items()
+        ),
+        tokens=evaluation.tokens,
+        windows=evaluation.windows,
+        window=evaluation.tokens // evaluation.windows,
         recovered=""
         if share is None
         else f"\nDistillation took back {share:.0%} of the loss that pruning had added.\n",
-        tasks=_tasks(inputs["tasks"].metrics) if "tasks" in inputs else "",
+        tasks=_tasks(inputs["tasks"].result(TaskResults)) if "tasks" in inputs else "",
         limits=LIMITS,
         versions=", ".join(f"{k} {v}" for k, v in model.versions.items()),
     )
@@ -129,16 +134,13 @@ def _shapes(inputs: Mapping[str, Manifest]) -> Iterator[str]:
 
 def _made(inputs: Mapping[str, Manifest]) -> Iterator[str]:
     """What was pruned, how much it was distilled, and on which text."""
-    if "pruned" in inputs and (kept := inputs["pruned"].metrics.get("kept_layers")):
-        scored = inputs["pruned"].metrics.get("layer_importance", {})
-        dropped = sorted({int(layer) for layer in scored} - set(kept))
-        if dropped:
-            yield f"- Layers dropped, counted from 1: {', '.join(map(str, dropped))}."
-    training = inputs["checkpoint"].metrics
-    if "tokens" in training:
-        yield f"- Distilled on {training['tokens']:,} tokens in {training['steps']:,} steps."
+    pruned = inputs["pruned"].result_if("prune", PruneResult) if "pruned" in inputs else None
+    if pruned and (dropped := pruned.dropped_layers()):
+        yield f"- Layers dropped, counted from 1: {', '.join(map(str, dropped))}."
+    if training := inputs["checkpoint"].result_if("distill", DistillationResult):
+        yield f"- Distilled on {training.tokens:,} tokens in {training.steps:,} steps."
     if "data" in inputs:
-        sources = inputs["data"].metrics.get("sources", [])
+        sources = inputs["data"].result(DatasetResult).sources
         named = ", ".join(f"`{_source_name(source)}`" for source in sources)
         yield f"- Text: {named}. Its licence was not recorded."
 
@@ -148,35 +150,14 @@ def _source_name(source: str) -> str:
     return source if "://" in source else Path(source).name
 
 
-def _row(role: str, figures: Mapping[str, float]) -> str:
-    return ROW.format(
-        role=role,
-        parameters=figures["parameters"] / 1e6,
-        loss=figures["loss"],
-        error=figures["loss_standard_error"],
-        perplexity=figures["perplexity"],
-        kl=figures["kl_to_teacher"],
-        agreement=figures["top1_agreement"],
-    )
-
-
-def _tasks(metrics: Mapping[str, Any]) -> str:
+def _tasks(results: TaskResults) -> str:
     """Scores in tasks, with their standard errors."""
-    tasks = metrics["tasks"]
-    roles = [role for role in ROLES if any(role in task for task in tasks.values())]
     lines = [
         "\n## Tasks\n",
-        f"| task | metric | items | {' | '.join(roles)} |",
-        "|---" * (3 + len(roles)) + "|",
+        f"| task | metric | items | {' | '.join(ROLES)} |",
+        "|---" * (3 + len(ROLES)) + "|",
     ]
-    for name, task in tasks.items():
-        scores = " | ".join(_score(task.get(role)) for role in roles)
-        lines.append(f"| {name} | {task['metric']} | {task['items']} | {scores} |")
+    for name, task in results.tasks.items():
+        scores = (f"{s.value:.3f} ± {s.standard_error:.3f}" for s in task.models().values())
+        lines.append(f"| {name} | {task.metric} | {task.items} | {' | '.join(scores)} |")
     return "\n".join(lines) + "\n\n± is the standard error.\n"
-
-
-def _score(score: Mapping[str, float] | None) -> str:
-    if score is None:
-        return ""
-    error = score.get("standard_error")
-    return f"{score['value']:.3f}" + (f" ± {error:.3f}" if error is not None else "")

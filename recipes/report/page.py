@@ -9,13 +9,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from recipes.core.metrics import METRICS, steps_of
+from nemo_convert.results import ImportResult, ParityResult
+from recipes.core.metrics import METRICS, Record, steps_of
+from recipes.data.results import DatasetResult
+from recipes.distillation.results import DistillationResult
+from recipes.evaluation.results import ROLES, EvaluationResult
+from recipes.pruning.results import PruneResult
 from recipes.report.cost import costs, upstream, versions, work
 from recipes.report.format import render_template
 from recipes.report.plots import SMOOTHING, Series, interval_plot, is_skewed, layer_plot, line_plot
-from recipes.report.sections import ROLES, gates_section, sections
+from recipes.report.sections import gates_section, sections
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -93,31 +98,37 @@ def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
     render_template(TEMPLATE, page(cfg, inputs), path)
 
 
-def page(cfg: ReportConfig, inputs: Inputs) -> dict[str, Any]:
+def page(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
     """Everything that the template shows."""
     manifests = {name: inputs[name].manifest for name in (*CHAIN, *OPTIONAL) if name in inputs}
-    evaluation = manifests["evaluation"].metrics
+    evaluation = manifests["evaluation"].result(EvaluationResult)
+    prepared = manifests["data"].result(DatasetResult)
+    pruned = manifests["pruned"].result_if("prune", PruneResult)
     before = upstream(inputs)
-    content = {
+    content: dict[str, object] = {
         "title": cfg.title or "Distillation report",
         "description": cfg.description,
         "made": datetime.now(UTC).isoformat(timespec="minutes"),
         "m": manifests,
         "targets": _targets(manifests["pruned"].config),
-        "parts": list(_parts(manifests["data"].metrics)),
+        "prepared": prepared,
+        "parts": list(_parts(prepared)),
         "saved": _saved(manifests),
         "shape": list(_shape(manifests)),
-        "quality": {role: evaluation[role] for role in ROLES if role in evaluation},
-        "gap": _gap(evaluation),
+        "quality": evaluation.models(),
+        "gap": _gap(evaluation.recovered),
         "evaluation": evaluation,
         "detail": _detail(inputs["evaluation"]),
         "training": _training(inputs["distilled"]),
         "gates": gates_section(cfg.gates, manifests),
-        "layers": _layers(manifests["pruned"].metrics),
+        "pruned": pruned,
+        "layers": _layers(pruned) if pruned else None,
         "quality_plot": _quality_plot(evaluation),
         "versions": versions(manifests.values()),
         "train": manifests["distilled"].config,
-        "trained": manifests["distilled"].metrics,
+        "trained": manifests["distilled"].result_if("distill", DistillationResult),
+        "imported": manifests["teacher"].result_if("import_hf", ImportResult),
+        "exported": manifests["exported"].result_if("export_hf", ParityResult),
         "calibration": manifests["pruned"].config,
         **costs(inputs, before, work(manifests, before)),
         **sections(manifests, evaluation),
@@ -130,7 +141,7 @@ def page(cfg: ReportConfig, inputs: Inputs) -> dict[str, Any]:
     return {**content, "contents": shown}
 
 
-def _targets(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _targets(config: Mapping[str, object]) -> list[tuple[str, object]]:
     """The pruning targets that were set."""
     chosen = ((label, config.get(key)) for key, label in TARGETS.items())
     return [
@@ -140,11 +151,10 @@ def _targets(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def _parts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, int, int | None]]:
+def _parts(prepared: DatasetResult) -> Iterator[tuple[str, int, int]]:
     """Name, tokens and documents of each part of the text."""
     for part, label in PARTS.items():
-        if (tokens := metrics.get("tokens", {}).get(part)) is not None:
-            yield label, tokens, metrics.get("documents", {}).get(part)
+        yield label, prepared.tokens[part], prepared.documents[part]
 
 
 def _saved(manifests: Mapping[str, Manifest]) -> float | None:
@@ -152,7 +162,7 @@ def _saved(manifests: Mapping[str, Manifest]) -> float | None:
     return 1 - after / before if before and after else None
 
 
-def _shape(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, Any, Any]]:
+def _shape(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, object, object]]:
     before = manifests["teacher"].architecture or {}
     after = manifests["distilled"].architecture or {}
     for key, label in SHAPE.items():
@@ -160,15 +170,14 @@ def _shape(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, Any, Any]]:
     yield "Parameters", manifests["teacher"].parameters, manifests["distilled"].parameters
 
 
-def _gap(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
+def _gap(share: float | None) -> dict[str, float | None]:
     """Share of the lost quality that each model has: all, none, and what was measured."""
-    share = evaluation.get("recovered")
     if share is None:
         return dict.fromkeys(ROLES)
     return {"teacher": 1.0, "pruned": 0.0, "distilled": share}
 
 
-def _detail(evaluation: Input) -> dict[str, Any]:
+def _detail(evaluation: Input) -> dict[str, object]:
     """Generations and, over the same windows, how often the distilled model is the better one."""
     path = evaluation.artifact / "results.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -182,7 +191,7 @@ def _detail(evaluation: Input) -> dict[str, Any]:
     return {"generations": found.get("generations", []), "wins": wins, "compared": len(ours)}
 
 
-def _training(distilled: Input) -> dict[str, Any]:
+def _training(distilled: Input) -> dict[str, object]:
     """The distillation's curves; a plot whose data were not logged is left out."""
     log = distilled.directory / METRICS
     steps = steps_of(log, "distill")
@@ -200,9 +209,7 @@ def _training(distilled: Input) -> dict[str, Any]:
     }
 
 
-def _small(
-    steps: list[dict[str, Any]], key: str, title: str, style: str
-) -> tuple[str, Markup] | None:
+def _small(steps: list[Record], key: str, title: str, style: str) -> tuple[str, Markup] | None:
     """A small plot of one logged value, or nothing where it was not logged."""
     series = replace(_one(steps, key, title, style), noisy=key == "grad_norm")
     if not series.points:
@@ -211,7 +218,7 @@ def _small(
     return title, line_plot(name, title, [series], height=130, zero=key != "val_loss")
 
 
-def _terms(steps: list[dict[str, Any]]) -> Iterator[Series]:
+def _terms(steps: list[Record]) -> Iterator[Series]:
     """The loss terms that are not zero; the total only where it is more than one of them."""
     drawn: list[list[tuple[float, float]]] = []
     for key in ("kd", "hidden", "lm", "loss"):
@@ -221,17 +228,14 @@ def _terms(steps: list[dict[str, Any]]) -> Iterator[Series]:
             yield Series(*TERMS[key], points)
 
 
-def _one(steps: list[dict[str, Any]], key: str, label: str, style: str) -> Series:
+def _one(steps: list[Record], key: str, label: str, style: str) -> Series:
     points = [(float(s["done"]), float(s[key])) for s in steps if s.get(key) is not None]
     return Series(label, style, points)
 
 
-def _layers(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
-    scores = {int(k): float(v) for k, v in metrics.get("layer_importance", {}).items()}
-    if not scores:
-        return None
-    kept = set(metrics.get("kept_layers", scores))
-    dropped = sorted(scores.keys() - kept)
+def _layers(pruned: PruneResult) -> dict[str, object]:
+    scores, dropped = pruned.layer_importance, pruned.dropped_layers()
+    kept = set(pruned.kept_layers)
     title = f"Importance of {len(scores)} layers; dropped: {dropped or 'none'}"
     plot = layer_plot("plot-layers", title, scores, kept)
     return {
@@ -239,14 +243,10 @@ def _layers(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         "dropped": dropped,
         "kept": len(kept),
         "skewed": is_skewed(scores.values()),
-        "measure": metrics.get("layer_measure", "block_influence"),
+        "measure": pruned.layer_measure,
     }
 
 
-def _quality_plot(evaluation: Mapping[str, Any]) -> Markup:
-    rows = [
-        (role, role, float(f["loss"]), float(f.get("loss_standard_error", 0.0)))
-        for role in ROLES
-        if (f := evaluation.get(role))
-    ]
+def _quality_plot(evaluation: EvaluationResult) -> Markup:
+    rows = [(role, role, q.loss, q.loss_standard_error) for role, q in evaluation.models().items()]
     return interval_plot("plot-quality", "Loss on held-out text with standard errors", rows)

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, Manifest, read_manifest
+from recipes.core.stage import REQUEST, RUN_FILE
+from recipes.core.statistics import mean, standard_error
+from recipes.evaluation.results import EvaluationResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-RUN_FILE = "run.yaml"
-REQUEST = "config.yaml"
 FINGERPRINT = re.compile(r"^fingerprint: '?(\w+)'?$", re.MULTILINE)
 """Of a request; parsing all its YAML would take longer than all else, over a sweep."""
 IGNORED = ("stage", "inputs", "resources", "title", "description", "recipe")
 """Settings that name or place a stage, and so are no difference between runs."""
+
+Text = tuple[str, object, int]
+"""Held-out text: hash, length of a window, number of windows."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,16 @@ class RunRecord:
         every = [m for m in self.stages.values() if m.stage == "export_hf"]
         return next((m for m in every if "evaluation" in m.inputs), None)
 
-    @property
-    def evaluation(self) -> Mapping[str, Any] | None:
+    @cached_property
+    def evaluation(self) -> EvaluationResult | None:
         """Figures of the evaluation; ``None`` where it did not come so far."""
         found = self.find("eval_results")
-        return found.metrics if found and "distilled" in found.metrics else None
+        return found.result(EvaluationResult) if found else None
 
-    def text(self) -> tuple[str, Any, Any] | None:
+    def text(self) -> Text | None:
         """What perplexities must share to be comparable: the held-out text and how it is cut."""
         evaluation = self.find("eval_results")
-        if evaluation is None:
+        if evaluation is None or self.evaluation is None:
             return None
         read = evaluation.input_content.get("data", "")
         data = self.find("dataset")
@@ -65,7 +69,7 @@ class RunRecord:
         return (
             heldout.sha256 if heldout else read,
             evaluation.config.get("seq_length"),
-            evaluation.metrics.get("windows"),
+            self.evaluation.windows,
         )
 
 
@@ -128,7 +132,7 @@ def _losses(path: Path, stages: Mapping[str, Manifest]) -> tuple[float, ...]:
     return ()
 
 
-def common_text(runs: Sequence[RunRecord]) -> tuple[str, Any, Any] | None:
+def common_text(runs: Sequence[RunRecord]) -> Text | None:
     """The text that most runs were measured on; of equals, the first run's."""
     texts = Counter(run.text() for run in runs if run.evaluation is not None)
     return texts.most_common(1)[0][0] if texts else None
@@ -141,12 +145,10 @@ def paired_difference(
     if len(ours) != len(reference) or len(ours) < 2:
         return None
     gaps = [a - b for a, b in zip(ours, reference, strict=True)]
-    mean = math.fsum(gaps) / len(gaps)
-    variance = math.fsum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
-    return mean, math.sqrt(variance / len(gaps))
+    return mean(gaps), standard_error(gaps)
 
 
-def differing_settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]:
+def differing_settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[object]]]:
     """Settings that are not the same in all runs, with each run's value; ``None`` without one."""
     values = [dict(_settings(run)) for run in runs]
     names = sorted({name for one in values for name in one})
@@ -154,7 +156,7 @@ def differing_settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]
     return [(name, row) for name, row in rows if any(value != row[0] for value in row)]
 
 
-def _settings(run: RunRecord) -> Iterator[tuple[str, Any]]:
+def _settings(run: RunRecord) -> Iterator[tuple[str, object]]:
     yield "recipe", run.recipe
     for name, manifest in run.stages.items():
         for key, value in manifest.config.items():

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
 
+from nemo_convert.architecture import Architecture
 from recipes.engines.bench import BASELINE
+from recipes.engines.results import (
+    BenchmarkResults,
+    BenchmarkRow,
+    EngineResult,
+    MachineRates,
+    Speedup,
+)
+from recipes.evaluation.results import EvaluationResult, TaskResult, TaskResults, TextQuality
+from recipes.planning.results import PlanResult, Table
 from recipes.report.format import any_value, label_of, scaled
 from recipes.report.gates import judge, kind_of, parse_all
 from recipes.report.trade_offs import Z95, Dimension, Mark, interval_rows, speed_bar, trade_off_plot
+from recipes.search.results import Candidate, SearchResult
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from markupsafe import Markup
 
     from recipes.core.manifest import Manifest
     from recipes.report.gates import Verdict
 
-ROLES = ("teacher", "pruned", "distilled")
 PARAMETERS = Dimension("parameters", lambda v: scaled(v, "KMBT").replace(".0 ", " "))
 DISK = Dimension("size on disk", lambda v: scaled(v, "kMGTP", "B").replace(".0 ", " "))
 LATENCY = Dimension("decode latency", lambda v: f"{v:,.4g} ms")
@@ -27,237 +38,231 @@ DIVERGENCE = Dimension("KL to the teacher", lambda v: f"{v:,.3g}")
 ACCURACY = Dimension("mean of the tasks", lambda v: f"{v:.1%}", higher_is_better=True)
 REPORTED_ROLES = {"teacher": "teacher", "student": "distilled"}
 """A benchmark's roles, and which evaluated model each is."""
+PHASES, ENDS = ("prefill", "decode"), ("", "_roofline")
+"""Of a speed-up's fields."""
 FEW = 8
 """As many candidates of a search can all be named in a plot."""
 
-Row = dict[str, Any]
+Figures = list[tuple[str, "Markup"]]
+"""Labels and values."""
 
 
-def sections(found: Mapping[str, Manifest], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def sections(found: Mapping[str, Manifest], evaluation: EvaluationResult) -> dict[str, object]:
     """What the optional inputs have to show; ``None`` for each that is not there."""
-
-    def of(name: str) -> Mapping[str, Any]:
-        return found[name].metrics if name in found else {}
-
+    rows: list[BenchmarkRow] = []
+    shown: dict[str, object] = dict.fromkeys(("tasks", "benchmark", "engine", "plan", "search"))
+    if "tasks" in found:
+        shown["tasks"] = tasks_section(found["tasks"].result(TaskResults))
+    if "benchmark" in found:
+        measured = found["benchmark"].result(BenchmarkResults)
+        shown["benchmark"], rows = benchmark_section(measured), measured.rows
+    if "engine" in found:
+        shown["engine"] = engine_section(found["engine"].result(EngineResult))
+    if "plan" in found:
+        shown["plan"] = plan_section(found["plan"].result(PlanResult))
+    if "search" in found:
+        shown["search"] = search_section(found["search"].result(SearchResult))
     return {
-        "tasks": tasks_section(of("tasks")),
-        "benchmark": benchmark_section(of("benchmark")),
-        "engine": engine_section(of("engine")),
-        "plan": plan_section(of("plan")),
-        "search": search_section(of("search")),
-        "sources": sources_section(evaluation),
-        "trade_offs": list(trade_offs(evaluation, of("benchmark").get("rows", []))),
-        "engine_numbers": engine_numbers(of("benchmark").get("rows", [])),
+        **shown,
+        "trade_offs": list(trade_offs(evaluation, rows)),
+        "engine_numbers": engine_numbers(rows),
     }
 
 
-def is_share(task: Mapping[str, Any]) -> bool:
-    """Whether a task's figures are shares of its items, as an accuracy is."""
-    return all(0 <= task[role]["value"] <= 1 for role in ROLES if role in task)
-
-
-def task_means(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Each model's mean over the tasks that all have as a share; every task counts the same."""
-    shares = [task for task in tasks.values() if is_share(task)]
-    return {
-        role: sum(task[role]["value"] for task in shares) / len(shares)
-        for role in ROLES
-        if shares and all(role in task for task in shares)
-    }
-
-
-def tasks_section(metrics: Mapping[str, Any]) -> Row | None:
+@dataclass(frozen=True)
+class TasksSection:
     """Tasks with the intervals of their scores."""
-    tasks = metrics.get("tasks")
-    if not tasks:
-        return None
+
+    tasks: Mapping[str, TaskResult]
+    shares: Collection[str]
+    """Tasks whose scores are shares of their items."""
+    means: Mapping[str, float]
+    plot: Markup | None
+
+
+def tasks_section(results: TaskResults) -> TasksSection:
+    """Tasks, and those that are shares also as a plot."""
     rows = {
-        name: [
-            (role, float(task[role]["value"]), float(task[role].get("standard_error") or 0.0))
-            for role in ROLES
-            if role in task
-        ]
-        for name, task in tasks.items()
-        if is_share(task)
+        name: [(role, score.value, score.standard_error) for role, score in task.models().items()]
+        for name, task in results.tasks.items()
+        if task.is_share
     }
     title = "Score of each model in each task, with 95% intervals"
-    return {
-        "tasks": tasks,
-        "roles": [role for role in ROLES if any(role in task for task in tasks.values())],
-        "shares": set(rows),
-        "means": task_means(tasks),
-        "plot": interval_rows("plot-tasks", title, rows) if rows else None,
-    }
+    plot = interval_rows("plot-tasks", title, rows) if rows else None
+    return TasksSection(results.tasks, rows.keys(), results.means(), plot)
 
 
 def gates_section(texts: Sequence[str], found: Mapping[str, Manifest]) -> list[Verdict]:
     """Gates, as far as the page's inputs have their figures."""
-    results = {manifest.kind: manifest.metrics for manifest in found.values()}
+    results = {manifest.kind: manifest for manifest in found.values()}
     return judge([gate for gate in parse_all(texts) if kind_of(gate) in results], results)
 
 
-def benchmark_section(metrics: Mapping[str, Any]) -> Row | None:
+@dataclass(frozen=True)
+class BenchmarkSection:
     """Measured rows, and speed-ups beside what the machine's limits would allow."""
-    rows = metrics.get("rows")
-    if not rows:
-        return None
-    speedups = metrics.get("speedups", [])
-    phases = ("prefill", "decode")
-    seen = [s.get(f"{p}{end}") for s in speedups for p in phases for end in ("", "_roofline")]
-    largest = 1.08 * max([1.0, *(value for value in seen if value)])
-    bars = [(one, {p: _speed(one, p, largest) for p in phases if one.get(p)}) for one in speedups]
-    machine = metrics.get("machine", {})
+
+    rows: Sequence[BenchmarkRow]
+    speedups: Sequence[tuple[Speedup, Mapping[str, Markup]]]
+    """Each with a bar for each phase."""
+    best: Speedup | None
+    machine: MachineRates
+
+
+def benchmark_section(results: BenchmarkResults) -> BenchmarkSection:
+    """What was measured, and the engine whose decoding gained most."""
+    every = results.speedups
+    seen = [getattr(s, f"{phase}{end}") for s in every for phase in PHASES for end in ENDS]
+    largest = 1.08 * max([1.0, *seen])
+    bars = [(one, {phase: _speed(one, phase, largest) for phase in PHASES}) for one in every]
     # What is deployed is an engine, where there is one; transformers is only the measure.
-    engines = [one for one in speedups if one["backend"] != BASELINE] or speedups
-    best = max(engines, key=lambda one: one.get("decode") or 0.0, default=None)
-    return {
-        "rows": rows,
-        "speedups": bars,
-        "best": best if best and best.get("decode") else None,
-        "machine": machine,
-        "rates": machine.get("flops_per_second") or {},
-    }
+    engines = [one for one in every if one.backend != BASELINE] or every
+    best = max(engines, key=lambda one: one.decode, default=None)
+    return BenchmarkSection(results.rows, bars, best, results.machine)
 
 
-def _speed(one: Mapping[str, Any], phase: str, largest: float) -> Markup:
+def _speed(one: Speedup, phase: str, largest: float) -> Markup:
     style = "distilled" if phase == "decode" else "quiet"
-    return speed_bar(one[phase], one.get(f"{phase}_roofline"), largest, style)
+    return speed_bar(getattr(one, phase), getattr(one, f"{phase}_roofline"), largest, style)
 
 
-def engine_section(metrics: Mapping[str, Any]) -> list[tuple[str, Markup]] | None:
+def engine_section(result: EngineResult) -> Figures:
     """Every figure of the engine, named as its manifest names it."""
-    return [(label_of(name), any_value(name, v)) for name, v in flat(metrics)] or None
+    return [(label_of(n), any_value(n, v)) for n, v in flat(asdict(result)) if v is not None]
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values by dotted name; lists of mappings are left to those who know them."""
+def flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Nested values by dotted name."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}.")
-        elif not (isinstance(value, list) and any(isinstance(one, dict) for one in value)):
+        else:
             yield f"{prefix}{name}", value
 
 
-def plan_section(metrics: Mapping[str, Any]) -> Row | None:
+@dataclass(frozen=True)
+class TableSection:
+    """A table with its cells written out."""
+
+    title: str
+    columns: Sequence[str]
+    numeric: Sequence[bool]
+    """Whether each column holds numbers alone."""
+    rows: Sequence[Sequence[Markup]]
+
+
+@dataclass(frozen=True)
+class PlanSection:
     """Figures and tables of the plan, as it wrote them."""
-    tables = [_table(table) for table in metrics.get("tables", [])]
-    figures = [(label_of(n), any_value(n, v)) for n, v in flat(metrics.get("figures", {}))]
-    return {"tables": tables, "figures": figures} if tables or figures else None
+
+    figures: Figures
+    tables: Sequence[TableSection]
 
 
-def _table(table: Mapping[str, Any]) -> Row:
-    columns = [str(column) for column in table["columns"]]
-    return {
-        "title": table["title"],
-        "columns": columns,
-        "numeric": [_is_numeric(column) for column in zip(*table["rows"], strict=True)],
-        "rows": [list(map(any_value, columns, row)) for row in table["rows"]],
-    }
+def plan_section(plan: PlanResult) -> PlanSection:
+    """The plan, written out."""
+    figures = [(label_of(name), any_value(name, value)) for name, value in plan.figures.items()]
+    return PlanSection(figures, [_table(table) for table in plan.tables])
 
 
-def _is_numeric(column: Iterable[Any]) -> bool:
+def _table(table: Table) -> TableSection:
+    return TableSection(
+        table.title,
+        table.columns,
+        [_is_numeric(column) for column in zip(*table.rows, strict=True)],
+        [list(map(any_value, table.columns, row)) for row in table.rows],
+    )
+
+
+def _is_numeric(column: Iterable[object]) -> bool:
     return all(v is None or isinstance(v, int | float) for v in column)
 
 
-def search_section(metrics: Mapping[str, Any]) -> Row | None:
-    """Candidates of an architecture search; measured ones also as a trade-off."""
-    candidates = metrics.get("candidates")
-    if not candidates:
-        return None
-    measured = [c for c in candidates if c.get("perplexity") is not None]
+@dataclass(frozen=True)
+class SearchSection:
+    """Candidates of an architecture search."""
+
+    candidates: Sequence[Candidate]
+    axes: Sequence[tuple[str, str]]
+    """Those in which candidates differ, with their labels."""
+    distilled: int
+    """Candidates that were trained."""
+    budget: Figures
+    plot: Markup
+
+
+def search_section(search: SearchResult) -> SearchSection:
+    """Candidates, also as a trade-off."""
+    every = search.candidates
     marks = [
-        Mark(_label(c, measured), _fate(c), float(c["parameters"]), float(c["perplexity"]))
-        for c in measured
+        Mark(_label(one, every), _fate(one), float(one.parameters), one.perplexity) for one in every
     ]
-    axes = sorted({axis for c in candidates for axis in c.get("shape", {})})
-    varied = [a for a in axes if len({str(c.get("shape", {}).get(a)) for c in candidates}) > 1]
-    return {
-        "candidates": candidates,
-        "axes": [(axis, label_of(axis)) for axis in varied],
-        "measured": len(measured),
-        "distilled": sum(bool(c["tokens"]) for c in measured),
-        "budget": [(label_of(n), any_value(n, v)) for n, v in flat(metrics.get("budget", {}))],
-        "plot": trade_off_plot("plot-search", marks, PARAMETERS, PERPLEXITY) if marks else None,
-    }
+    axes = [spec.name for spec in fields(Architecture)]
+    return SearchSection(
+        candidates=every,
+        axes=[(a, label_of(a)) for a in axes if len({getattr(c.shape, a) for c in every}) > 1],
+        distilled=sum(one.tokens > 0 for one in every),
+        budget=[(label_of(name), any_value(name, value)) for name, value in search.budget.items()],
+        plot=trade_off_plot("plot-search", marks, PARAMETERS, PERPLEXITY),
+    )
 
 
-def _label(candidate: Mapping[str, Any], every: Sequence[Mapping[str, Any]]) -> str:
+def _label(candidate: Candidate, every: Sequence[Candidate]) -> str:
     """Its name, unless there are so many that only the best ones' can be read."""
-    shown = len(every) <= FEW or candidate.get("chosen") or candidate.get("pareto")
-    return str(candidate["name"]) if shown else ""
+    shown = len(every) <= FEW or candidate.chosen or candidate.pareto
+    return candidate.name if shown else ""
 
 
-def _fate(candidate: Mapping[str, Any]) -> str:
-    return "distilled" if candidate.get("chosen") else "quiet"
+def _fate(candidate: Candidate) -> str:
+    return "distilled" if candidate.chosen else "quiet"
 
 
-def sources_section(evaluation: Mapping[str, Any]) -> Row | None:
-    """Quality by source of the held-out text, where it was measured so."""
-    sources = evaluation.get("sources")
-    if not sources:
-        return None
-    roles = [role for role in ROLES if any(role in figures for figures in sources.values())]
-    return {"sources": sources, "roles": roles}
-
-
-def quality_mark(role: str, label: str, figures: Mapping[str, Any], cost: float) -> Mark:
+def quality_mark(role: str, label: str, quality: TextQuality, cost: float) -> Mark:
     """A model's perplexity, with the interval that its loss's standard error gives."""
-    spread = Z95 * (figures.get("loss_standard_error") or 0.0)
+    spread = Z95 * quality.loss_standard_error
     return Mark(
         label,
         role,
         cost,
-        figures["perplexity"],
-        figures["perplexity"] * math.exp(-spread),
-        figures["perplexity"] * math.exp(spread),
+        quality.perplexity,
+        quality.perplexity * math.exp(-spread),
+        quality.perplexity * math.exp(spread),
         reference=role == "teacher",
     )
 
 
-def trade_offs(evaluation: Mapping[str, Any], rows: list[Row]) -> Iterator[tuple[str, str, Markup]]:
+def trade_offs(
+    evaluation: EvaluationResult, rows: Sequence[BenchmarkRow]
+) -> Iterator[tuple[str, str, Markup]]:
     """Title, note and plot of perplexity against each cost that was measured."""
-    quality = {role: evaluation[role] for role in ROLES if role in evaluation}
-    sized = [
-        quality_mark(role, role, figures, figures["parameters"])
-        for role, figures in quality.items()
-        if figures.get("parameters")
-    ]
-    if sized:
-        yield "Parameters", "", trade_off_plot("plot-by-parameters", sized, PARAMETERS, PERPLEXITY)
+    quality = evaluation.models()
+    sized = [quality_mark(role, role, q, q.parameters) for role, q in quality.items()]
+    yield "Parameters", "", trade_off_plot("plot-by-parameters", sized, PARAMETERS, PERPLEXITY)
     setting = smallest_setting(rows)
-    same = [row for row in rows if (row["batch_size"], row["prompt_tokens"]) == setting]
+    same = [row for row in rows if row.setting == setting]
     numbers = engine_numbers(same)
-    for name, title, across, cost in (
-        ("plot-by-size", "Size on disk", DISK, lambda row: row.get("disk_bytes")),
-        ("plot-by-latency", "Decode latency per token", LATENCY, decode_latency),
+    disk = [(row, float(row.disk_bytes)) for row in same]
+    latency = [(row, ms) for row in same if (ms := row.decode_latency_ms)]
+    for name, title, across, costs in (
+        ("plot-by-size", "Size on disk", DISK, disk),
+        ("plot-by-latency", "Decode latency per token", LATENCY, latency),
     ):
         marks = [
-            quality_mark(role, numbers[engine_of(row)], quality[role], price)
-            for row in same
-            if (role := REPORTED_ROLES.get(row["role"], "")) in quality and (price := cost(row))
+            quality_mark(role, numbers[row.engine], quality[role], cost)
+            for row, cost in costs
+            for role in [REPORTED_ROLES[row.role]]
         ]
         if marks and setting:
             note = f"batch {setting[0]}, prompt of {setting[1]} tokens"
             yield title, note, trade_off_plot(name, marks, across, PERPLEXITY)
 
 
-def engine_of(row: Row) -> str:
-    """Backend and precision, which a benchmark's rows differ in besides their setting."""
-    return f"{row['backend']} {row['precision']}"
-
-
-def engine_numbers(rows: Iterable[Row]) -> dict[str, str]:
+def engine_numbers(rows: Iterable[BenchmarkRow]) -> dict[str, str]:
     """A number for every engine; their names would cover each other in a plot."""
-    names = dict.fromkeys(engine_of(row) for row in rows)
+    names = dict.fromkeys(row.engine for row in rows)
     return {name: str(number) for number, name in enumerate(names, 1)}
 
 
-def smallest_setting(rows: Iterable[Row]) -> tuple[int, int] | None:
+def smallest_setting(rows: Iterable[BenchmarkRow]) -> tuple[int, int] | None:
     """Batch and prompt that say most about latency: the smallest that were measured."""
-    return min(((row["batch_size"], row["prompt_tokens"]) for row in rows), default=None)
-
-
-def decode_latency(row: Row) -> float | None:
-    """Milliseconds for one more token of one sequence alone, from the median rate."""
-    rate = (row.get("decode_tokens_per_second") or {}).get("median")
-    return 1000 / rate if rate and row["batch_size"] == 1 else None
+    return min((row.setting for row in rows), default=None)

@@ -1,4 +1,4 @@
-"""Plots of trade-offs and of intervals, in the manner of ``report_plots``."""
+"""Plots of trade-offs and of intervals, in the manner of ``plots``."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from recipes.core.files import REPO_ROOT, write_text_atomically
 from recipes.core.fingerprint import stage_code, stage_fingerprint
 from recipes.core.manifest import read_manifest
 from recipes.core.processes import die_with_parent, start_command
-from recipes.core.stage import Inputs, StageConfig, rank, world_size
+from recipes.core.stage import REQUEST, Inputs, StageConfig, rank, world_size
 from recipes.distillation.settings import DistillConfig
 from recipes.pruning.settings import PruneConfig
-from recipes.search.space import AXES, prune_settings
+from recipes.search.results import Candidate, ProxyQuality
+from recipes.search.space import axes_of, prune_settings
 
 if TYPE_CHECKING:
     from recipes.search.settings import TournamentConfig
@@ -43,14 +45,14 @@ class HalvingRun:
     def __init__(self, cfg: TournamentConfig, inputs: Inputs, directory: Path, method: str) -> None:
         self._cfg, self._inputs, self._directory, self._method = cfg, inputs, directory, method
 
-    def play(self, players: list[dict[str, Any]], number: int, training: DistillConfig) -> None:
+    def play(self, players: Sequence[Candidate], number: int, training: DistillConfig) -> None:
         """Trains every candidate for one round; each rank takes its share.
 
         Raises:
             RecipeError: A stage failed; the message says where its log is.
         """
         for candidate in players[rank() :: world_size()]:
-            place = self._directory / candidate["name"]
+            place = self._directory / candidate.name
             pruned = place / "prune"
             if number == 0:
                 self._prune(candidate, pruned)
@@ -62,21 +64,21 @@ class HalvingRun:
             }
             run_stage(training, place / f"round-{number}", inputs)
         for candidate in players:  # others have theirs
-            _wait_for(self._directory / candidate["name"] / f"round-{number}")
+            _wait_for(self._directory / candidate.name / f"round-{number}")
 
-    def _prune(self, candidate: dict[str, Any], directory: Path) -> None:
-        sizes = {axis: candidate["shape"][axis] for axis in AXES}
-        config = PruneConfig(stage="prune", **prune_settings(sizes, self._method))
+    def _prune(self, candidate: Candidate, directory: Path) -> None:
+        settings = prune_settings(axes_of(candidate.shape), self._method)
+        config = PruneConfig(stage="prune", **settings)
         inputs = {name: self._inputs[name].directory for name in ("checkpoint", "importance")}
         run_stage(config, directory, inputs)
 
-    def measure(self, players: list[dict[str, Any]], number: int) -> list[dict[str, float]]:
+    def measure(self, players: Sequence[Candidate], number: int) -> list[ProxyQuality]:
         """Perplexity and KL to the teacher of every candidate on validation text."""
         from nemo_convert import nemo
         from recipes.data.token_windows import windows
         from recipes.search.measure import measure_checkpoints
 
-        places = [self._directory / c["name"] / f"round-{number}" for c in players]
+        places = [self._directory / c.name / f"round-{number}" for c in players]
         found = self._directory / f"round-{number}.json"
         if rank() == 0 and not found.exists():
             length, size = self._cfg.distill.seq_length, self._cfg.distill.micro_batch_size
@@ -86,11 +88,10 @@ class HalvingRun:
             teacher = nemo.find_checkpoint(self._inputs["checkpoint"].artifact)
             students = [nemo.find_checkpoint(place / "artifact") for place in places]
             figures = measure_checkpoints(teacher, students, text, size)
-            write_text_atomically(found, json.dumps(figures))
+            write_text_atomically(found, json.dumps([asdict(one) for one in figures]))
         while not found.exists():
             time.sleep(POLL)
-        results: list[dict[str, float]] = json.loads(found.read_text())
-        return results
+        return [ProxyQuality(**one) for one in json.loads(found.read_text(encoding="utf-8"))]
 
 
 def run_stage(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> None:
@@ -104,7 +105,7 @@ def run_stage(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> 
     if done is not None and done.fingerprint == request["fingerprint"]:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    file = directory / "config.yaml"
+    file = directory / REQUEST
     write_text_atomically(file, OmegaConf.to_yaml(request))
     devices = config.resources.devices
     command = start_command(f"recipes.stages.{config.stage}", file, devices, sys.executable)

@@ -12,6 +12,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
 from recipes.engines.backends import BUILDERS
 from recipes.engines.bench import Contender
+from recipes.engines.results import BenchmarkRow
 from recipes.search.settings import MeasureLatencyConfig
 from recipes.search.space import (
     LatencyFit,
@@ -55,9 +56,9 @@ def build_random_engine(
     )
 
 
-def step_ms(row: dict[str, Any], batch_size: int) -> float:
+def step_ms(row: BenchmarkRow) -> float:
     """Milliseconds of one decoding step of the whole batch, by the median rate."""
-    return float(1e3 * batch_size / row["decode_tokens_per_second"]["median"])
+    return 1e3 * row.batch_size / row.decode_tokens_per_second.median
 
 
 def fit(shapes: Sequence[Architecture], steps: Sequence[float], service: Service) -> LatencyFit:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
@@ -17,6 +19,7 @@ from recipes.evaluation.text_quality import load_transformers
 from recipes.pruning.cut_checkpoint import layers_to_keep
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import cut, order, prefix
+from recipes.search.results import Candidate, ProxyQuality
 from recipes.search.space import name_of
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ def measure_shapes(
     shapes: list[Architecture],
     tokens: Tensor,
     log: MetricsLog,
-) -> list[dict[str, Any]]:
+) -> list[Candidate]:
     """Perplexity and KL to the teacher of every shape right after pruning.
 
     The model is in memory once: its weights are sorted by importance, and a candidate is their
@@ -58,16 +61,17 @@ def measure_shapes(
             log.progress("rank", number + 1, len(shapes), windows=done + len(batch))
     means = (sums / tokens[:, 1:].numel()).tolist()
     return [
-        {
-            "name": name_of(shape),
-            "parameters": shape.parameters(),
-            "proxy": kl if cfg.proxy == "kl_to_teacher" else math.exp(loss),
-            "perplexity": math.exp(loss),
-            "kl_to_teacher": kl,
-            "tokens": 0,
-            "chosen": False,
-            "shape": shape.as_dict(),
-        }
+        Candidate(
+            name=name_of(shape),
+            parameters=shape.parameters(),
+            proxy=kl if cfg.proxy == "kl_to_teacher" else math.exp(loss),
+            perplexity=math.exp(loss),
+            kl_to_teacher=kl,
+            tokens=0,
+            chosen=False,
+            pareto=False,
+            shape=shape,
+        )
         for shape, (loss, kl) in zip(shapes, means, strict=True)
     ]
 
@@ -95,17 +99,21 @@ class SortedModel:
         scores: Importance of its widths.
     """
 
-    def __init__(self, model: Any, whole: Architecture, scores: dict[str, Tensor]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, whole: Architecture, scores: dict[str, Tensor]
+    ) -> None:
         self._model, self._whole = model, whole
         self._layers = list(model.model.layers)
-        self._weights: list[tuple[str, Any, Tensor]] = []
+        self._weights: list[tuple[str, torch.nn.Parameter, Tensor]] = []
         everything = order(scores, whole)
         for name, parameter in model.named_parameters():
             parameter.data = cut(name, parameter.data, everything, whole.kv_channels)
             self._weights.append((name, parameter, parameter.data))
 
     @torch.no_grad()
-    def log_probabilities(self, shape: Architecture, layers: Any, tokens: Tensor) -> Tensor:
+    def log_probabilities(
+        self, shape: Architecture, layers: Iterable[int], tokens: Tensor
+    ) -> Tensor:
         """Of every next token [windows, sequence, vocabulary], with only these layers, from 1."""
         for name, parameter, weight in self._weights:
             parameter.data = prefix(name, weight, shape, self._whole)
@@ -122,7 +130,7 @@ class SortedModel:
 @torch.no_grad()
 def measure_checkpoints(
     teacher: Path, students: list[Path], tokens: Tensor, batch: int
-) -> list[dict[str, float]]:
+) -> list[ProxyQuality]:
     """Perplexity and KL to the teacher of NeMo checkpoints, one in memory beside the teacher."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reference = load_transformers(teacher).to(device)
@@ -137,5 +145,5 @@ def measure_checkpoints(
             )
             sums += torch.tensor(losses(whole, found, part), dtype=torch.float64)
         loss, kl = (sums / tokens[:, 1:].numel()).tolist()
-        results.append({"perplexity": math.exp(loss), "kl_to_teacher": kl})
+        results.append(ProxyQuality(math.exp(loss), kl))
     return results

@@ -12,16 +12,16 @@ from recipes.core.stage import Inputs, StageConfig
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning.roofline import RequestShape
+from recipes.search.results import LatencyResult
 from recipes.search.space import (
     Budget,
-    LatencyFit,
     Service,
     Space,
     enumerate_shapes,
 )
 
 PROXIES = ("kl_to_teacher", "perplexity")
-SHAPES_FILE, CANDIDATES_FILE = "shapes.json", "candidates.json"
+SHAPES_FILE = "shapes.json"
 
 
 @dataclass
@@ -42,7 +42,7 @@ class EnumerateShapesConfig(StageConfig):
         """This, with latency as it was measured, where it was."""
         if "latency" not in inputs:
             return self
-        line = LatencyFit(**inputs["latency"].manifest.metrics["measured"])
+        line = inputs["latency"].manifest.result(LatencyResult).measured
         return replace(self, service=replace(self.service, measured=line))
 
 

@@ -87,6 +87,11 @@ class Service:
         return Storage(self.precision, kv_bytes=self.bytes_per_cached_value)
 
 
+def axes_of(shape: Architecture) -> dict[str, int]:
+    """Sizes of ``AXES``."""
+    return {axis: getattr(shape, axis) for axis in AXES}
+
+
 def prune_settings(sizes: Mapping[str, int], layer_importance: str) -> dict[str, Any]:
     """Settings of ``prune`` for sizes of ``AXES``; widths are multiples of what they divide by."""
     divisors = {axis: math.gcd(size, 64) for axis, size in sizes.items() if "hidden" in axis}

@@ -1,18 +1,15 @@
 """Speed of teacher and student as engines, on this machine, in turn, and what it would allow.
 
-Results: ``machine`` (processor, threads, measured rates), ``rows`` (one for each model, backend and
-shape: time to the first token, decoding rate, throughput, each as median, lowest and highest of the
-repetitions; peak memory, loading time, size on disk) and ``speedups`` (student over teacher, beside
-the ratio of their rooflines).
+``recipes/engines/results.py`` says what is measured.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.files import write_text_atomically
@@ -28,9 +25,10 @@ from recipes.engines.bench import (
     speedups,
     start_worker,
 )
-from recipes.engines.settings import BenchmarkConfig
+from recipes.engines.results import BenchmarkResults, EngineResult, MachineRates
+from recipes.engines.settings import BenchmarkConfig, BuildEngineConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.planning.roofline import Machine, RequestShape
 from recipes.stages.contract import Stage
@@ -47,11 +45,10 @@ def check(cfg: BenchmarkConfig, chain: Chain) -> Iterator[Problem]:
             "use positive numbers, and at least two new tokens, since the first is not decoding",
         )
         return
-    yield from one_rank_problems(cfg, "each model runs in a process that it starts")
     yield from _length_problems(cfg, "the model's positions", chain.teacher.max_position_embeddings)
     for name in ("teacher_engine", "student_engine"):
-        engine: Any = chain.stages.get(cfg.inputs.get(name, ""))
-        if engine is not None and engine.backend != "openvino":
+        engine = chain.stages.get(cfg.inputs.get(name, ""))
+        if isinstance(engine, BuildEngineConfig) and engine.backend != "openvino":
             yield from _engine_problems(cfg, cfg.inputs[name], engine)
 
 
@@ -65,7 +62,9 @@ def _length_problems(cfg: BenchmarkConfig, limiting: str, limit: int) -> Iterato
         )
 
 
-def _engine_problems(cfg: BenchmarkConfig, name: str, engine: Any) -> Iterator[Problem]:
+def _engine_problems(
+    cfg: BenchmarkConfig, name: str, engine: BuildEngineConfig
+) -> Iterator[Problem]:
     """Compares the grid with what an engine is built for."""
     if engine.max_seq_len:
         yield from _length_problems(cfg, f"max_seq_len of {name}", engine.max_seq_len)
@@ -96,21 +95,13 @@ def run(cfg: BenchmarkConfig, inputs: Inputs, out: Path) -> Outcome:
         require_backend(backend)
     device = "cuda" if any(c.backend.startswith("tensorrt_llm") for c in contenders) else "cpu"
     threads = cfg.threads or cpu_threads()
-    machine = {
-        "cpu": machine_rates.processor_name(device),
-        "threads": threads,
-        **machine_rates.measure(contenders[0].architecture, threads, device),
-    }
-
+    machine = machine_rates.measure(contenders[0].architecture, threads, device)
     start = partial(start_worker, out.parent / "trtllm_bench", threads, bench_worker.__name__)
     rows = measure(contenders, _shapes(cfg), cfg.repetitions, start, log)
-    results = {
-        "machine": machine,
-        "rows": rows,
-        "speedups": speedups(rows, contenders, lambda c: _roof(machine, c)),
-    }
-    write_text_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
-    return Outcome(metrics=results)
+    compared = speedups(rows, contenders, lambda contender: _roof(machine, contender))
+    results = BenchmarkResults(machine, rows, compared)
+    write_text_atomically(out / "results.json", json.dumps(asdict(results), indent=1) + "\n")
+    return Outcome(results)
 
 
 def _shapes(cfg: BenchmarkConfig) -> list[RequestShape]:
@@ -130,24 +121,24 @@ def _contenders(cfg: BenchmarkConfig, inputs: Inputs, scratch: Path) -> list[Con
 
 
 def _engine(role: str, engine: Input, folder: Path) -> Contender:
-    metrics, config = engine.manifest.metrics, engine.manifest.config
+    built = engine.manifest.result(EngineResult)
     return Contender(
         role,
-        metrics["backend"],
-        metrics["precision"],
+        built.backend,
+        built.precision,
         engine.artifact,
         folder,
         Architecture(**(engine.manifest.architecture or {})),
-        metrics["group_size"],
-        config["tensor_parallel_size"],
+        built.group_size,
+        engine.manifest.config["tensor_parallel_size"],
     )
 
 
-def _roof(machine: dict[str, Any], contender: Contender) -> Machine:
+def _roof(machine: MachineRates, contender: Contender) -> Machine:
     """The rates that bound a contender; a compressed one may compute in bfloat16."""
-    rates = machine["flops_per_second"]
+    rates = machine.flops_per_second
     fastest = rates["float32"] if contender.precision == "fp32" else max(rates.values())
-    return Machine(fastest, machine["bytes_per_second"])
+    return Machine(fastest, machine.bytes_per_second)
 
 
 STAGE = Stage(
@@ -155,6 +146,7 @@ STAGE = Stage(
     kind="benchmark_results",
     run=run,
     check=check,
+    one_rank="each model runs in a process that it starts",
     inputs={
         "teacher": ("checkpoint_hf", "checkpoint_nemo"),
         "student": ("checkpoint_hf", "checkpoint_nemo"),

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 from recipes.core.manifest import Outcome
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input, Inputs, metrics_log
 from recipes.engines.backends import BUILDERS, engine_problems, model_folder, require_backend
+from recipes.engines.results import EngineComparison, EngineResult
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning.chain import Chain
 from recipes.stages.contract import Stage
@@ -44,14 +44,14 @@ def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
     found = _compare(cfg, folder, out, inputs.get("data"), log)
     log.progress("engine", 3, 3)
     return Outcome(
-        metrics={
-            "backend": cfg.backend,
-            "precision": cfg.precision,
-            "group_size": cfg.group_size if cfg.precision == "int4" else None,
-            "build_seconds": round(seconds, 3),
-            "bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
-            **found,
-        },
+        EngineResult(
+            backend=cfg.backend,
+            precision=cfg.precision,
+            group_size=cfg.group_size if cfg.precision == "int4" else None,
+            build_seconds=round(seconds, 3),
+            bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+            **(vars(found) if found else {}),
+        ),
         architecture=source.manifest.architecture,
         parameters=source.manifest.parameters,
         tokenizer_sha256=source.manifest.tokenizer_sha256,
@@ -60,10 +60,10 @@ def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
 
 def _compare(
     cfg: BuildEngineConfig, folder: Path, out: Path, data: Input | None, log: MetricsLog
-) -> dict[str, Any]:
+) -> EngineComparison | None:
     """Compares where the engine's logits can be read, which is not so with TensorRT-LLM's."""
     if cfg.backend != "openvino":
-        return {}
+        return None
     from recipes.engines.checks import compare_engine
 
     return compare_engine(cfg, folder, out, data.artifact if data else None, log)
@@ -74,6 +74,7 @@ STAGE = Stage(
     kind="engine",
     run=run,
     check=engine_problems,
+    one_rank="the builder starts what it needs by itself",
     inputs={"checkpoint": ("checkpoint_hf", "checkpoint_nemo")},
     optional_inputs={"data": ("dataset",)},
     disk_bytes=disk_bytes,

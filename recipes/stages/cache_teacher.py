@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from recipes.core.manifest import Outcome
-from recipes.core.stage import Inputs, Resources, metrics_log
+from recipes.core.stage import Inputs, metrics_log
 from recipes.distillation.settings import PRECISIONS, CacheTeacherConfig, bytes_per_token
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
-from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
 from recipes.planning.workload import Layout, Workload
 from recipes.stages.contract import Stage
 
-if TYPE_CHECKING:
-    pass
-
 SHARDS = "shards"
 """Directory in the stage's work where finished shards wait for the last one."""
-
-
-@dataclass
-class _Layout:
-    """This stage's ranks as ``layout_problems`` wants them: forward only, so any batch will do."""
-
-    resources: Resources
-    tensor_model_parallel_size: int
-    seq_length: int
-    inputs: dict[str, str] = field(default_factory=dict)
-    pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    sequence_parallel: bool = False
-    micro_batch_size: int = 1
-    global_batch_size: int = 1
 
 
 def check(cfg: CacheTeacherConfig, chain: Chain) -> Iterator[Problem]:
@@ -56,9 +35,6 @@ def check(cfg: CacheTeacherConfig, chain: Chain) -> Iterator[Problem]:
             rules.PRECISION, f"precision={cfg.precision}", f"use {' or '.join(PRECISIONS)}"
         )
     yield from window_problems(cfg.seq_length, chain)
-    layout = _Layout(cfg.resources, cfg.tensor_model_parallel_size, cfg.seq_length)
-    layout.global_batch_size = cfg.resources.nodes * cfg.resources.devices
-    yield from layout_problems(layout, chain)
 
 
 def workload(cfg: CacheTeacherConfig, chain: Chain) -> Workload:
@@ -99,8 +75,8 @@ def run(cfg: CacheTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
 
     teacher = nemo.find_checkpoint(inputs["teacher"].artifact)
     shards = out.parent / SHARDS
-    metrics = cache_logits(cfg, teacher, inputs["data"].artifact, shards, out, metrics_log(out))
-    return Outcome(metrics=metrics, tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher)))
+    result = cache_logits(cfg, teacher, inputs["data"].artifact, shards, out, metrics_log(out))
+    return Outcome(result, tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher)))
 
 
 STAGE = Stage(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -10,7 +10,9 @@ from typing import Generic, TypeVar
 from recipes.core.manifest import Kind, Outcome
 from recipes.core.stage import Inputs, StageConfig
 from recipes.core.worker import stage_main
+from recipes.planning import rules
 from recipes.planning.chain import Chain
+from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
 from recipes.planning.workload import Workload
 
@@ -32,8 +34,10 @@ class Stage(Generic[ConfigT]):
     """What it makes."""
     run: Callable[[ConfigT, Inputs, Path], Outcome]
     """Does the work, on every rank, and writes the artifact below a directory that is empty."""
-    check: Callable[[ConfigT, Chain], Iterable[Problem]]
+    check: Callable[[ConfigT, Chain], Iterable[Problem]] = lambda config, chain: ()
     """Finds in a second, and without torch, what would fail after an hour."""
+    one_rank: str = ""
+    """Why it has work for one process only; empty if several can share it."""
     inputs: Mapping[str, Kinds] = field(default_factory=dict)
     """Kinds that each input may be of."""
     optional_inputs: Mapping[str, Kinds] = field(default_factory=dict)
@@ -56,6 +60,19 @@ class Stage(Generic[ConfigT]):
     """How far unfinished work has come ("step 50"); ``None`` if there is nothing to lose."""
     require_here: Callable[[ConfigT], None] = lambda config: None
     """Raises ``RecipeError`` where this machine lacks what the stage needs."""
+
+    def problems(self, config: ConfigT, chain: Chain) -> Iterator[Problem]:
+        """Everything that is wrong with its settings."""
+        ranks = config.resources.nodes * config.resources.devices
+        if self.one_rank and ranks != 1:
+            yield Problem(
+                rules.ONE_RANK,
+                f"{config.stage} runs on one rank: {self.one_rank}",
+                "set its resources.devices and resources.nodes to 1",
+            )
+        yield from self.check(config, chain)
+        if self.workload is not None:
+            yield from layout_problems(self.workload(config, chain), chain)
 
     def main(self) -> None:
         """Entry point of the stage's own process."""

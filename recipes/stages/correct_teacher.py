@@ -15,10 +15,10 @@ from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
 from recipes.distillation.settings import CorrectTeacherConfig
 from recipes.distillation.training import (
     training_bytes,
-    training_job,
     training_problems,
     training_progress,
-    training_summary,
+    training_result,
+    training_workload,
 )
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
@@ -33,7 +33,7 @@ def check(cfg: CorrectTeacherConfig, chain: Chain) -> Iterator[Problem]:
 
 def workload(cfg: CorrectTeacherConfig, chain: Chain) -> Workload:
     """The training as a planner sees it."""
-    return training_job(cfg, chain.teacher)
+    return training_workload(cfg, chain.teacher)
 
 
 def disk_bytes(cfg: CorrectTeacherConfig, chain: Chain) -> int:
@@ -58,7 +58,7 @@ def run(cfg: CorrectTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
     )
     arch = nemo.architecture_of(teacher)
     return Outcome(
-        metrics=training_summary(cfg, metrics_file(out)) if rank() == 0 else {},
+        training_result(cfg, metrics_file(out)) if rank() == 0 else None,
         architecture=arch.as_dict(),
         parameters=arch.parameters(),
         tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher)),

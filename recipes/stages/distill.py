@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from nemo_convert.pipeline import last_stage_layers
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import Outcome, read_manifest
+from recipes.core.manifest import Outcome, manifest_of
 from recipes.core.metrics import steps_of
-from recipes.core.stage import Inputs, StageConfig, metrics_file, metrics_log, rank
+from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
+from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import (
     BALANCES,
     CACHED,
     HIDDEN_LOSSES,
     LOGITS_LOSSES,
+    CacheTeacherConfig,
     DistillConfig,
 )
 from recipes.distillation.training import (
     training_bytes,
-    training_job,
     training_problems,
     training_progress,
-    training_summary,
+    training_result,
+    training_workload,
 )
 from recipes.planning import rules
 from recipes.planning.chain import Chain
@@ -39,7 +40,7 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     yield from _loss_problems(cfg)
     yield from _pair_problems(cfg, chain)
     source = chain.stages.get(cfg.inputs.get("teacher", ""))
-    if source is not None and source.stage == "cache_teacher":
+    if isinstance(source, CacheTeacherConfig):
         yield from _cache_problems(cfg, source)
     if cfg.hidden_weight and cfg.recompute == "full":
         yield Problem(
@@ -57,7 +58,7 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
     teacher = chain.teacher if asked and not _is_cached(cfg.inputs.get("teacher"), chain) else None
     student = chain.shape_of(cfg.inputs.get("student"))
     terms = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
-    return training_job(cfg, student, teacher, terms)
+    return training_workload(cfg, student, teacher, terms)
 
 
 def _is_cached(teacher: str | None, chain: Chain) -> bool:
@@ -65,8 +66,8 @@ def _is_cached(teacher: str | None, chain: Chain) -> bool:
     if not teacher:
         return False
     if (source := chain.stages.get(teacher)) is not None:
-        return source.stage == "cache_teacher"
-    manifest = read_manifest(Path(teacher)) if Path(teacher).is_dir() else None
+        return isinstance(source, CacheTeacherConfig)
+    manifest = manifest_of(teacher)
     return manifest is not None and manifest.kind == CACHED
 
 
@@ -123,7 +124,7 @@ def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
             )
 
 
-def _cache_problems(cfg: DistillConfig, cache: StageConfig) -> Iterator[Problem]:
+def _cache_problems(cfg: DistillConfig, cache: CacheTeacherConfig) -> Iterator[Problem]:
     """A cache holds a few log-probabilities of one temperature for windows of one length."""
     for name in ("seq_length", "temperature"):
         ours, cached = getattr(cfg, name), getattr(cache, name)
@@ -146,10 +147,10 @@ def _cache_problems(cfg: DistillConfig, cache: StageConfig) -> Iterator[Problem]
             "hidden_weight is set, but a cached teacher has no hidden states",
             "use teacher=live, or hidden_weight=0",
         )
-    if cfg.top_k not in (None, getattr(cache, "top_k")):
+    if cfg.top_k not in (None, cache.top_k):
         yield Problem(
             rules.CACHED_TEACHER,
-            f"top_k={cfg.top_k}, but the cached teacher's is {getattr(cache, 'top_k')}",
+            f"top_k={cfg.top_k}, but the cached teacher's is {cache.top_k}",
             "set it in the stage that caches, and leave it out here",
         )
 
@@ -177,17 +178,19 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
         metrics_log(out),
     )
     return Outcome(
-        metrics=summary(cfg, metrics_file(out)) if rank() == 0 else {},
+        result(cfg, metrics_file(out)) if rank() == 0 else None,
         architecture=arch.as_dict(),
         parameters=arch.parameters(),
         tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(student)),
     )
 
 
-def summary(cfg: DistillConfig, file: Path) -> dict[str, Any]:
-    """The manifest's figures."""
+def result(cfg: DistillConfig, file: Path) -> DistillationResult:
+    """What the training came to, from its metrics file."""
     first = steps_of(file, cfg.stage)[0]
-    return {**training_summary(cfg, file), "teacher_loss": first.get("teacher_loss")}
+    return DistillationResult(
+        **vars(training_result(cfg, file)), teacher_loss=first.get("teacher_loss")
+    )
 
 
 def _require_same_tokenizer(inputs: Inputs) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
@@ -15,8 +14,9 @@ from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
+from recipes.planning.results import PlanResult, Table
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig
 from recipes.search.space import (
     COSTS,
@@ -29,7 +29,6 @@ from recipes.stages.contract import Stage
 
 def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
     """Finds a budget that nothing fits, or that says nothing."""
-    yield from one_rank_problems(cfg, "it only counts")
     if chain.teacher.num_moe_experts:
         yield Problem(rules.BUDGET, "the search has no axes for experts", "search a dense model")
         return
@@ -66,23 +65,18 @@ def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
     text = json.dumps([shape.as_dict() for shape in shapes], indent=1)
     write_text_atomically(out / SHAPES_FILE, text + "\n")
     return Outcome(
-        metrics={
-            "figures": {"shapes": len(shapes), **budget},
-            "tables": [table(teacher, shapes, cfg.service)],
-        }
+        PlanResult({"shapes": len(shapes), **budget}, [table(teacher, shapes, cfg.service)])
     )
 
 
-def table(teacher: Architecture, shapes: list[Architecture], service: Service) -> dict[str, Any]:
+def table(teacher: Architecture, shapes: list[Architecture], service: Service) -> Table:
     """The teacher and the shapes with what each costs."""
     rows = [("teacher", teacher), *((name_of(shape), shape) for shape in shapes)]
-    return {
-        "title": f"Shapes within the budget; latency {_source(service)}",
-        "columns": ["shape", *COSTS],
-        "rows": [
-            [name, *(cost(shape, service) for cost in COSTS.values())] for name, shape in rows
-        ],
-    }
+    return Table(
+        f"Shapes within the budget; latency {_source(service)}",
+        ["shape", *COSTS],
+        [[name, *(cost(shape, service) for cost in COSTS.values())] for name, shape in rows],
+    )
 
 
 def _source(service: Service) -> str:
@@ -94,6 +88,7 @@ STAGE = Stage(
     kind="shapes",
     run=run,
     check=check,
+    one_rank="it only counts",
     optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,
 )

@@ -9,7 +9,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems, window_problems
+from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.stages.contract import Stage
 
@@ -23,7 +23,6 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
             "use at least one window, and prompts shorter than seq_length",
         )
     yield from window_problems(cfg.seq_length, chain)
-    yield from one_rank_problems(cfg, "its windows are not split over ranks")
 
 
 def run(cfg: EvaluateConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -34,8 +33,7 @@ def run(cfg: EvaluateConfig, inputs: Inputs, out: Path) -> Outcome:
     checkpoints = {
         name: nemo.find_checkpoint(item.artifact) for name, item in inputs.items() if name != "data"
     }
-    metrics = measure(cfg, checkpoints, inputs["data"], out, metrics_log(out))
-    return Outcome(metrics=metrics)
+    return Outcome(measure(cfg, checkpoints, inputs["data"], out, metrics_log(out)))
 
 
 STAGE = Stage(
@@ -43,6 +41,7 @@ STAGE = Stage(
     kind="eval_results",
     run=run,
     check=check,
+    one_rank="its windows are not split over ranks",
     inputs={
         "teacher": ("checkpoint_nemo",),
         "pruned": ("checkpoint_nemo",),

@@ -13,7 +13,7 @@ from recipes.core.stage import Inputs, metrics_log
 from recipes.evaluation.offline_tasks import NAMES
 from recipes.evaluation.settings import HARNESS, TASK_SOURCES, EvaluateTasksConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.stages.contract import Stage
 
@@ -40,7 +40,6 @@ def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
                 f"use some of {', '.join(NAMES)}, or stages.evaluate_tasks.source=hub",
             )
     yield from _number_problems(cfg)
-    yield from one_rank_problems(cfg, "its items are not split over ranks")
 
 
 def _number_problems(cfg: EvaluateTasksConfig) -> Iterator[Problem]:
@@ -65,7 +64,7 @@ def run(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path) -> Outcome:
     """Evaluates one model after the other, compares them item by item, and keeps the items."""
     from recipes.evaluation.task_scores import score
 
-    return Outcome(metrics=score(cfg, inputs, out, metrics_log(out)))
+    return Outcome(score(cfg, inputs, out, metrics_log(out)))
 
 
 STAGE = Stage(
@@ -73,6 +72,7 @@ STAGE = Stage(
     kind="task_results",
     run=run,
     check=check,
+    one_rank="its items are not split over ranks",
     inputs={
         "teacher": ("checkpoint_nemo",),
         "pruned": ("checkpoint_nemo",),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_convert.results import ParityResult
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
-from recipes.planning.chain import Chain, one_rank_problems
-from recipes.planning.problems import Problem
+from recipes.planning.chain import Chain
 from recipes.stages.contract import Stage
 
 
@@ -21,11 +20,6 @@ class ExportConfig(StageConfig):
     """Model that the student came from, for the card."""
     recipe: str = ""
     """What was done, for the card."""
-
-
-def check(cfg: ExportConfig, chain: Chain) -> Iterator[Problem]:
-    """Nothing else can be wrong that other stages do not see first."""
-    yield from one_rank_problems(cfg, "a conversion is one process's work")
 
 
 def disk_bytes(cfg: ExportConfig, chain: Chain) -> int:
@@ -51,10 +45,7 @@ def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
         )
     log.progress("export", 2, 2)
     return Outcome(
-        metrics={
-            "parity_max_logit_difference": gate.max_logit_difference,
-            "parity_tokens": gate.tokens,
-        },
+        ParityResult(gate.max_logit_difference, gate.tokens),
         architecture=manifest.architecture,
         parameters=manifest.parameters,
         tokenizer_sha256=hf.tokenizer_sha256(out),
@@ -65,7 +56,7 @@ STAGE = Stage(
     config=ExportConfig,
     kind="checkpoint_hf",
     run=run,
-    check=check,
+    one_rank="a conversion is one process's work",
     inputs={"checkpoint": ("checkpoint_nemo",)},
     # For the card alone. A benchmark cannot be one: it measures what this stage makes.
     optional_inputs={

@@ -9,11 +9,12 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from nemo_convert.hub import weight_names
+from nemo_convert.results import ImportResult
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
 from recipes.core.wheels import short_name
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.stages.contract import Stage
 
@@ -35,7 +36,6 @@ def external(cfg: ImportConfig) -> dict[str, Path]:
 
 def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
     """The teacher's shape was checked when the chain was read; here it is its weights' names."""
-    yield from one_rank_problems(cfg, "a conversion is one process's work")
     names = weight_names(Path(cfg.hf_path)) if external(cfg) else frozenset()
     if names and not chain.teacher.tied_embeddings and "lm_head.weight" not in names:
         yield Problem(
@@ -68,11 +68,7 @@ def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
     log.progress("import", 3, 3)
     arch = nemo.architecture_of(checkpoint)
     return Outcome(
-        metrics={
-            "parity_max_logit_difference": gate.max_logit_difference,
-            "parity_tokens": gate.tokens,
-            "licence": hf.licence(folder),
-        },
+        ImportResult(gate.max_logit_difference, gate.tokens, hf.licence(folder)),
         architecture=arch.as_dict(),
         parameters=arch.parameters(),
         tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(checkpoint)),
@@ -84,6 +80,7 @@ STAGE = Stage(
     kind="checkpoint_nemo",
     run=run,
     check=check,
+    one_rank="a conversion is one process's work",
     external=external,
     disk_bytes=disk_bytes,
 )

@@ -20,9 +20,10 @@ from recipes.core.stage import Inputs, metrics_log
 from recipes.engines.backends import engine_problems, require_backend
 from recipes.engines.bench import cpu_threads, measure, start_worker
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.search.latency import build_random_engine, fit, step_ms
+from recipes.search.results import LatencyResult, TimedEngine, TimedShape
 from recipes.search.settings import EnumerateShapesConfig, MeasureLatencyConfig
 from recipes.search.space import (
     corners,
@@ -45,7 +46,6 @@ def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatenc
 
 def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
     """Finds engines that cannot be built, and requests that they cannot answer."""
-    yield from one_rank_problems(cfg, "each engine runs in a process that it starts")
     yield from engine_problems(cfg.engine, chain)
     if cfg.new_tokens < 2 or cfg.repetitions < 1 or cfg.request().prompt_tokens < 1:
         yield Problem(
@@ -94,25 +94,20 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
     threads = cfg.threads or cpu_threads()
     start = partial(start_worker, scratch / "trtllm_bench", threads, bench_worker.__name__)
     rows = measure(contenders, [cfg.request()], cfg.repetitions, start, log)
-    steps = [step_ms(row, cfg.service.batch_size) for row in rows]
+    steps = [step_ms(row) for row in rows]
     line = fit(fitted, steps[: len(fitted)], cfg.service)
     service = replace(cfg.service, measured=line)
-    results = {
-        "measured": asdict(line),
-        "threads": threads,
-        "engine": {"backend": cfg.engine.backend, "precision": cfg.engine.precision},
-        "shapes": [
-            {
-                "name": name_of(shape),
-                "step_ms": step,
-                "fitted_ms": latency_ms(shape, service),
-                "seen": shape in fitted,
-            }
+    result = LatencyResult(
+        measured=line,
+        threads=threads,
+        engine=TimedEngine(cfg.engine.backend, cfg.engine.precision),
+        shapes=[
+            TimedShape(name_of(shape), step, latency_ms(shape, service), shape in fitted)
             for shape, step in zip(shapes, steps, strict=True)
         ],
-    }
-    write_text_atomically(out / FILE, json.dumps(results, indent=1) + "\n")
-    return Outcome(metrics=results)
+    )
+    write_text_atomically(out / FILE, json.dumps(asdict(result), indent=1) + "\n")
+    return Outcome(result)
 
 
 STAGE = Stage(
@@ -120,6 +115,7 @@ STAGE = Stage(
     kind="latency_model",
     run=run,
     check=check,
+    one_rank="each engine runs in a process that it starts",
     inputs={"checkpoint": ("checkpoint_nemo",)},
     disk_bytes=disk_bytes,
     resolve_from_chain=resolve_from_chain,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
-from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.chain import Chain
 from recipes.planning.hardware import Hardware
-from recipes.planning.problems import Problem
+from recipes.planning.results import PlanResult
 from recipes.planning.tables import figures, tables
 from recipes.planning.workload import Workload
 from recipes.stages.contract import Stage
@@ -43,29 +42,23 @@ def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
     )
 
 
-def check(cfg: PlanConfig, chain: Chain) -> Iterator[Problem]:
-    """The workloads' own stages are checked with this one."""
-    yield from one_rank_problems(cfg, "it is arithmetic")
-
-
 def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
     """Estimates every workload and searches for layouts that cost less."""
     workloads = {name: Workload.of(plain) for name, plain in cfg.workloads.items()}
     hardware = Hardware(**cfg.hardware)
-    metrics = {
-        "figures": figures(workloads, hardware, cfg.from_published_config),
-        "tables": tables(workloads, hardware),
-    }
-    write_text_atomically(out / FILE, json.dumps(metrics, indent=1) + "\n")
+    result = PlanResult(
+        figures(workloads, hardware, cfg.from_published_config), tables(workloads, hardware)
+    )
+    write_text_atomically(out / FILE, json.dumps(asdict(result), indent=1) + "\n")
     metrics_log(out).progress("plan", 1, 1)
-    return Outcome(metrics=metrics)
+    return Outcome(result)
 
 
 STAGE = Stage(
     config=PlanConfig,
     kind="plan",
     run=run,
-    check=check,
+    one_rank="it is arithmetic",
     needs_torch=False,
     plans_workloads=True,
     resolve_from_chain=resolve_from_chain,

@@ -10,9 +10,10 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.data import corpus
+from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.settings import PrepareDataConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems, window_problems
+from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.stages.contract import Stage
 
@@ -39,7 +40,6 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
             "keep them well below 1 in total",
         )
     yield from window_problems(cfg.seq_length, chain)
-    yield from one_rank_problems(cfg, "its files are written by one process")
 
 
 def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -68,13 +68,12 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
                 log.progress("tokenize", start + len(batch), len(taken), source=source)
     _require_windows(tokens, cfg.seq_length)
     return Outcome(
-        metrics={
-            "documents": dict(documents),
-            "tokens": dict(tokens),
-            "sources": cfg.sources,
-            # A list, since sources lie in the part in this order and a manifest sorts its keys.
-            "heldout_sources": [{"source": name, "tokens": n} for name, n in heldout.items()],
-        },
+        DatasetResult(
+            dict(documents),
+            dict(tokens),
+            cfg.sources,
+            [SourceTokens(name, n) for name, n in heldout.items()],
+        ),
         tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256,
     )
 
@@ -103,6 +102,7 @@ STAGE = Stage(
     kind="dataset",
     run=run,
     check=check,
+    one_rank="its files are written by one process",
     inputs={"tokenizer": ("checkpoint_nemo",)},
     external=external,
 )

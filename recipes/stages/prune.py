@@ -8,10 +8,11 @@ from pathlib import Path
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems
+from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.planning.targets import pruned, target_problems
-from recipes.pruning.settings import LAYER_METHODS, PruneConfig
+from recipes.pruning.results import PruneResult, ScoreResult
+from recipes.pruning.settings import LAYER_METHODS, PruneConfig, ScoreConfig
 from recipes.stages.contract import Stage
 
 
@@ -19,7 +20,6 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     """Finds targets that the teacher cannot be pruned to, and scores that would be missing."""
     for what, fix in target_problems(chain.teacher, cfg.targets(), cfg.divisors()):
         yield Problem(rules.PRUNE_TARGET, what, fix)
-    yield from one_rank_problems(cfg, "it only copies weights")
     if cfg.layer_importance not in LAYER_METHODS:
         yield Problem(
             rules.LAYER_IMPORTANCE,
@@ -34,12 +34,12 @@ def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Probl
     """Whether the stage that scores, if it is of this run, measures what is asked for here."""
     name = cfg.inputs.get("importance", "")
     score = chain.stages.get(name)
-    if score is None or drop <= 0:
+    if not isinstance(score, ScoreConfig) or drop <= 0:
         return
     has = {
-        "loss": getattr(score, "num_loss_samples") > 0,
-        "block": drop in getattr(score, "block_sizes"),
-        "greedy": drop <= getattr(score, "num_greedy_layers"),
+        "loss": score.num_loss_samples > 0,
+        "block": drop in score.block_sizes,
+        "greedy": drop <= score.num_greedy_layers,
     }
     wanted = {
         "loss": "num_loss_samples=8",
@@ -63,7 +63,7 @@ def disk_bytes(cfg: PruneConfig, chain: Chain) -> int:
 def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     """Chooses what to keep, cuts the weights, and saves the student and the kept indices."""
     from nemo_convert import hf, nemo
-    from recipes.pruning.cut_checkpoint import layers_to_keep, prune_checkpoint, summary
+    from recipes.pruning.cut_checkpoint import layers_to_keep, prune_checkpoint
     from recipes.pruning.importance import Importance
     from recipes.pruning.kept import choose
 
@@ -78,14 +78,17 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     kept = choose(importance.widths, whole, student, layers)
     prune_checkpoint(teacher, student, kept, out / teacher.name)
     kept.save(out)
-    scored = inputs["importance"].manifest.metrics
+    scored = inputs["importance"].manifest.result(ScoreResult)
+    measure, scores = importance.of_layers(cfg.layer_importance)
     return Outcome(
-        metrics={
-            **summary(importance, cfg.layer_importance, kept),
-            "calibration_tokens": scored["calibration_tokens"],
-            "calibration_windows": scored["calibration_windows"],
-            "teacher_parameters": inputs["checkpoint"].manifest.parameters,
-        },
+        PruneResult(
+            kept_layers=kept.layers,
+            layer_importance=scores,
+            layer_measure=measure,
+            calibration_tokens=scored.calibration_tokens,
+            calibration_windows=scored.calibration_windows,
+            teacher_parameters=inputs["checkpoint"].manifest.parameters,
+        ),
         architecture=student.as_dict(),
         parameters=student.parameters(),
         tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher)),
@@ -97,6 +100,7 @@ STAGE = Stage(
     kind="checkpoint_nemo",
     run=run,
     check=check,
+    one_rank="it only copies weights",
     inputs={"checkpoint": ("checkpoint_nemo",), "importance": ("importance",)},
     disk_bytes=disk_bytes,
 )

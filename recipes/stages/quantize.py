@@ -14,7 +14,7 @@ from recipes.core.stage import Inputs, metrics_log
 from recipes.engines.settings import QuantizeConfig
 from recipes.engines.tensorrt_llm import ALIGNMENT, CALIBRATED
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems, window_problems
+from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.stages.contract import Stage
 
@@ -32,7 +32,6 @@ def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
     if min(sizes) < 1:
         yield Problem(rules.POSITIVE, "a number of windows is not positive", "use 1 or more")
     yield from window_problems(cfg.seq_length, chain)
-    yield from one_rank_problems(cfg, "its model is not split over ranks")
     arch = chain.shape_of(chain.pruned_by(cfg))
     align = ALIGNMENT[cfg.format]
     for name in ("hidden_size", "ffn_hidden_size"):
@@ -55,11 +54,10 @@ def run(cfg: QuantizeConfig, inputs: Inputs, out: Path) -> Outcome:
     from recipes.engines.quantization import quantize_folder
 
     source = inputs["checkpoint"]
-    metrics = quantize_folder(
-        cfg, source.artifact, inputs["calibration"].artifact, out, metrics_log(out)
-    )
     return Outcome(
-        metrics=metrics,
+        quantize_folder(
+            cfg, source.artifact, inputs["calibration"].artifact, out, metrics_log(out)
+        ),
         architecture=source.manifest.architecture,
         parameters=source.manifest.parameters,
         tokenizer_sha256=source.manifest.tokenizer_sha256,
@@ -71,6 +69,7 @@ STAGE = Stage(
     kind="checkpoint_hf",
     run=run,
     check=check,
+    one_rank="its model is not split over ranks",
     inputs={"checkpoint": ("checkpoint_hf",), "calibration": ("dataset",)},
     disk_bytes=disk_bytes,
 )

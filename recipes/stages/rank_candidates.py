@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from nemo_convert.architecture import Architecture
-from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.planning import rules
-from recipes.planning.chain import Chain, one_rank_problems, window_problems
+from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.pruning.settings import LAYER_METHODS
-from recipes.search.settings import CANDIDATES_FILE, PROXIES, SHAPES_FILE, RankCandidatesConfig
+from recipes.search.results import Candidate, SearchResult, write_candidates
+from recipes.search.settings import PROXIES, SHAPES_FILE, RankCandidatesConfig
 from recipes.search.space import Budget
 from recipes.stages.contract import Stage
 
@@ -23,7 +23,6 @@ from recipes.stages.contract import Stage
 def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
     """Finds settings that leave nothing to rank by."""
     yield from window_problems(cfg.seq_length, chain)
-    yield from one_rank_problems(cfg, "its windows are not split over ranks")
     for name, known in (("proxy", PROXIES), ("layer_importance", LAYER_METHODS)):
         if getattr(cfg, name) not in known:
             yield Problem(rules.SEARCH, f"{name}={getattr(cfg, name)}", f"use {' or '.join(known)}")
@@ -49,22 +48,20 @@ def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
         tokens,
         metrics_log(out),
     )
-    candidates.sort(key=lambda candidate: candidate["proxy"])
-    mark_pareto(candidates)
-    write_text_atomically(out / CANDIDATES_FILE, json.dumps(candidates, indent=1) + "\n")
+    ranked = ranking(candidates)
+    write_candidates(out, ranked)
     budget = Budget(**inputs["shapes"].manifest.config["budget"]).limits()
-    return Outcome(metrics={"candidates": candidates, "budget": budget})
+    return Outcome(SearchResult(ranked, budget))
 
 
-def mark_pareto(candidates: Sequence[dict[str, Any]]) -> None:
-    """Marks those that no other beats in both size and proxy."""
-    for one in candidates:
-        one["pareto"] = not any(
-            other["parameters"] <= one["parameters"]
-            and other["proxy"] <= one["proxy"]
-            and (other["parameters"], other["proxy"]) != (one["parameters"], one["proxy"])
-            for other in candidates
-        )
+def ranking(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The best first, with those marked that no other beats in both size and proxy."""
+    costs = [(one.parameters, one.proxy) for one in candidates]
+    marked = [
+        replace(one, pareto=not any(a <= x and b <= y and (a, b) != (x, y) for a, b in costs))
+        for one, (x, y) in zip(candidates, costs, strict=True)
+    ]
+    return sorted(marked, key=lambda one: one.proxy)
 
 
 STAGE = Stage(
@@ -72,6 +69,7 @@ STAGE = Stage(
     kind="search_results",
     run=run,
     check=check,
+    one_rank="its windows are not split over ranks",
     inputs={
         "checkpoint": ("checkpoint_nemo",),
         "importance": ("importance",),

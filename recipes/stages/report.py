@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
-from recipes.planning.chain import Chain, one_rank_problems
-from recipes.planning.problems import Problem
+from recipes.report.results import ReportResult
 from recipes.report.settings import REPORT_FILE, TEMPLATES, ReportConfig
 from recipes.stages.contract import Stage
 
@@ -18,11 +16,6 @@ def external(cfg: ReportConfig) -> dict[str, Path]:
     return {"templates": TEMPLATES}
 
 
-def check(cfg: ReportConfig, chain: Chain) -> Iterator[Problem]:
-    """A report has no settings that could fail."""
-    yield from one_rank_problems(cfg, "there is one page to write")
-
-
 def run(cfg: ReportConfig, inputs: Inputs, out: Path) -> Outcome:
     """Collects the inputs' manifests and metrics, and renders them."""
     from recipes.report.page import render
@@ -30,14 +23,14 @@ def run(cfg: ReportConfig, inputs: Inputs, out: Path) -> Outcome:
     log = metrics_log(out)
     render(cfg, inputs, out / REPORT_FILE)
     log.progress("report", 1, 1)
-    return Outcome(metrics={"file": REPORT_FILE})
+    return Outcome(ReportResult(REPORT_FILE))
 
 
 STAGE = Stage(
     config=ReportConfig,
     kind="report",
     run=run,
-    check=check,
+    one_rank="there is one page to write",
     inputs={
         "teacher": ("checkpoint_nemo",),
         "data": ("dataset",),

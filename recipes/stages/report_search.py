@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
-from recipes.planning.chain import Chain, one_rank_problems
-from recipes.planning.problems import Problem
+from recipes.report.results import ReportResult
 from recipes.report.search_page import TEMPLATE, page
 from recipes.report.settings import REPORT_FILE, TEMPLATES, SearchReportConfig
 from recipes.stages.contract import Stage
@@ -19,25 +17,20 @@ def external(cfg: SearchReportConfig) -> dict[str, Path]:
     return {"templates": TEMPLATES}
 
 
-def check(cfg: SearchReportConfig, chain: Chain) -> Iterator[Problem]:
-    """A report has no settings that could fail."""
-    yield from one_rank_problems(cfg, "there is one page to write")
-
-
 def run(cfg: SearchReportConfig, inputs: Inputs, out: Path) -> Outcome:
     """Collects the inputs' manifests and renders them."""
     from recipes.report.format import render_template
 
     render_template(TEMPLATE, page(cfg, inputs), out / REPORT_FILE)
     metrics_log(out).progress("report", 1, 1)
-    return Outcome(metrics={"file": REPORT_FILE})
+    return Outcome(ReportResult(REPORT_FILE))
 
 
 STAGE = Stage(
     config=SearchReportConfig,
     kind="report",
     run=run,
-    check=check,
+    one_rank="there is one page to write",
     inputs={"teacher": ("checkpoint_nemo",), "search": ("search_results",)},
     optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,

@@ -10,6 +10,7 @@ from recipes.core.stage import Inputs, metrics_log, rank
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
+from recipes.pruning.results import ScoreResult
 from recipes.pruning.settings import CALIBRATIONS, ScoreConfig
 from recipes.stages.contract import Stage
 
@@ -56,13 +57,13 @@ def run(cfg: ScoreConfig, inputs: Inputs, out: Path) -> Outcome:
     if rank() == 0:
         importance.save(out)
     return Outcome(
-        metrics={
-            "calibration": cfg.calibration,
-            "calibration_windows": len(windows),
-            "calibration_tokens": windows.numel(),
-            "teacher_loss": importance.teacher_loss,
-            "layer_importance": importance.layers,
-        }
+        ScoreResult(
+            calibration=cfg.calibration,
+            calibration_windows=len(windows),
+            calibration_tokens=windows.numel(),
+            teacher_loss=importance.teacher_loss,
+            layer_importance=importance.layers,
+        )
     )
 
 

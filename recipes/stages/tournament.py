@@ -8,22 +8,23 @@ there is one rank, and each training takes all of the machine's devices.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log, rank
 from recipes.distillation.settings import DistillConfig
-from recipes.distillation.training import training_problems
+from recipes.distillation.training import training_problems, training_workload
 from recipes.planning import rules
 from recipes.planning.chain import Chain
+from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
-from recipes.search.settings import CANDIDATES_FILE, TournamentConfig
-from recipes.search.space import AXES, prune_settings
+from recipes.search.results import Candidate, SearchResult, write_candidates
+from recipes.search.settings import TournamentConfig
+from recipes.search.space import axes_of, prune_settings
 from recipes.stages.contract import Stage
 
 RECIPE = "recipe.yaml"
@@ -58,7 +59,9 @@ def check(cfg: TournamentConfig, chain: Chain) -> Iterator[Problem]:
             f"set it to at least {need}, or fewer candidates",
         )
     else:
-        yield from training_problems(_training(cfg, rounds[0]), chain)
+        training = _training(cfg, rounds[0])
+        yield from training_problems(training, chain)
+        yield from layout_problems(training_workload(training, chain.teacher), chain)
 
 
 def _training(cfg: TournamentConfig, candidates: int) -> DistillConfig:
@@ -77,37 +80,35 @@ def run(cfg: TournamentConfig, inputs: Inputs, out: Path) -> Outcome:
     """Plays all rounds, and writes ``candidates.json`` and the winner as ``recipe.yaml``."""
     from recipes.search.halving import HalvingRun
 
-    ranked = json.loads(
-        (inputs["candidates"].artifact / CANDIDATES_FILE).read_text(encoding="utf-8")
-    )
-    players: list[dict[str, Any]] = [
-        c for n, c in enumerate(ranked) if n < cfg.num_candidates or c["name"] in cfg.also
-    ]
+    search = inputs["candidates"].manifest.result(SearchResult)
+    ranked = {candidate.name: candidate for candidate in search.candidates}
+    players = [n for i, n in enumerate(ranked) if i < cfg.num_candidates or n in cfg.also]
     method = inputs["candidates"].manifest.config["layer_importance"]
     arena = HalvingRun(cfg, inputs, out.parent / "candidates", method)
     log = metrics_log(out)
     for number, count in enumerate(rounds := cfg.rounds()):
         training = _training(cfg, count)
-        arena.play(players, number, training)
+        candidates = [ranked[name] for name in players]
+        arena.play(candidates, number, training)
         tokens = training.max_steps * training.global_batch_size * training.seq_length
-        for candidate, found in zip(players, arena.measure(players, number), strict=True):
-            candidate |= {**found, "tokens": candidate["tokens"] + tokens}
-        players = sorted(players, key=lambda candidate: float(candidate[cfg.select_by]))
-        log.progress("tournament", number + 1, len(rounds), leader=players[0]["name"])
+        for candidate, found in zip(candidates, arena.measure(candidates, number), strict=True):
+            ranked[candidate.name] = replace(
+                candidate, **vars(found), tokens=candidate.tokens + tokens
+            )
+        players.sort(key=lambda name: float(getattr(ranked[name], cfg.select_by)))
+        log.progress("tournament", number + 1, len(rounds), leader=players[0])
         players = players[: math.ceil(len(players) / 2)]
-    winner = players[0]
-    winner["chosen"] = True
+    winner = ranked[players[0]] = replace(ranked[players[0]], chosen=True)
     if rank() == 0:
-        write_text_atomically(out / CANDIDATES_FILE, json.dumps(ranked, indent=1) + "\n")
+        write_candidates(out, list(ranked.values()))
         write_text_atomically(out / RECIPE, recipe(cfg, inputs, winner, method))
-    budget = inputs["candidates"].manifest.metrics["budget"]
-    return Outcome(metrics={"candidates": ranked, "budget": budget, "winner": winner["name"]})
+    return Outcome(SearchResult(list(ranked.values()), search.budget, winner.name))
 
 
-def recipe(cfg: TournamentConfig, inputs: Inputs, winner: dict[str, Any], method: str) -> str:
+def recipe(cfg: TournamentConfig, inputs: Inputs, winner: Candidate, method: str) -> str:
     """The winner as a recipe: copied to ``conf/recipe/NAME.yaml`` it runs as ``recipe=NAME``."""
     teacher = inputs["checkpoint"].manifest.architecture or {}
-    sizes = {axis: winner["shape"][axis] for axis in AXES}
+    sizes = axes_of(winner.shape)
     changed = {axis: size for axis, size in sizes.items() if size != teacher[axis]}
     scored = inputs["importance"].manifest.config
     return "\n".join(
@@ -119,7 +120,7 @@ def recipe(cfg: TournamentConfig, inputs: Inputs, winner: dict[str, Any], method
             "  - _self_",
             "  - /teacher: live",
             "",
-            f"description: {winner['name']}, {winner['parameters'] / 1e6:,.1f} M parameters",
+            f"description: {winner.name}, {winner.parameters / 1e6:,.1f} M parameters",
             "stages:",
             "  score:",
             *(f"    {n}: {scored[n]}" for n in ("num_loss_samples", "block_sizes")),

@@ -4,20 +4,45 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
 from nemo_convert.architecture import Architecture
+from nemo_convert.results import ImportResult, ParityResult
 from recipes.core.manifest import ARTIFACT, FileStamp, Manifest, read_manifest, write_manifest
 from recipes.core.metrics import METRICS, MetricsLog
 from recipes.core.stage import Input, StageConfig
+from recipes.core.statistics import Difference
+from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
+from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import DistillConfig
+from recipes.engines.results import (
+    BenchmarkResults,
+    BenchmarkRow,
+    EngineQuality,
+    EngineResult,
+    MachineRates,
+    Speedup,
+    Spread,
+)
+from recipes.evaluation.results import (
+    Differences,
+    EvaluationResult,
+    ModelQuality,
+    Score,
+    TaskResult,
+    TaskResults,
+    TextQuality,
+)
 from recipes.evaluation.settings import EvaluateConfig
+from recipes.planning.results import Cell, PlanResult, Table
+from recipes.pruning.results import PruneResult
 from recipes.pruning.settings import PruneConfig
 from recipes.report.page import render
 from recipes.report.settings import REPORT_FILE, ReportConfig
+from recipes.search.results import Candidate, SearchResult
 from recipes.stages import export_hf, import_hf
 
 if TYPE_CHECKING:
@@ -55,81 +80,79 @@ def wobble(step: int) -> float:
     return math.sin(step * 12.9898) * 0.5 + math.sin(step * 4.1414) * 0.5
 
 
-def quality() -> dict[str, Any]:
-    figures = {
-        "teacher": (3.0214, 0.0412, 0.0, 1.0, TEACHER),
-        "pruned": (6.8437, 0.0655, 3.9106, 0.1817, STUDENT),
-        "distilled": (3.8125, 0.0467, 0.7231, 0.6042, STUDENT),
-    }
-    results = {
-        role: {
-            "loss": loss,
-            "loss_standard_error": error,
-            "perplexity": math.exp(loss),
-            "kl_to_teacher": kl,
-            "top1_agreement": agreement,
-            "parameters": shape.parameters(),
-        }
-        for role, (loss, error, kl, agreement, shape) in figures.items()
-    }
-    return {**results, "windows": 40, "tokens": 10240, "recovered": 0.7930616922}
+def quality() -> EvaluationResult:
+    def model(*figures: float, shape: Architecture) -> ModelQuality:
+        loss, error, kl, agreement = figures
+        return ModelQuality(loss, error, math.exp(loss), kl, agreement, shape.parameters())
+
+    return EvaluationResult(
+        teacher=model(3.0214, 0.0412, 0.0, 1.0, shape=TEACHER),
+        pruned=model(6.8437, 0.0655, 3.9106, 0.1817, shape=STUDENT),
+        distilled=model(3.8125, 0.0467, 0.7231, 0.6042, shape=STUDENT),
+        windows=40,
+        tokens=10240,
+        recovered=0.7930616922,
+    )
 
 
-def task(metric: str, values: tuple[float, float, float], items: int) -> dict[str, Any]:
+def task(metric: str, values: tuple[float, float, float], items: int) -> TaskResult:
     teacher, pruned, distilled = values
 
-    def score(value: float) -> dict[str, float]:
-        return {"value": value, "standard_error": math.sqrt(value * (1 - value) / items)}
+    def score(value: float) -> Score:
+        return Score(value, math.sqrt(value * (1 - value) / items))
 
-    def against(value: float) -> dict[str, float]:
+    def against(value: float) -> Difference:
         gap, half = value - teacher, 1.2 / math.sqrt(items)
-        return {"value": gap, "low": gap - half, "high": gap + half}
+        return Difference(gap, gap - half, gap + half)
 
-    return {
-        "metric": metric,
-        "items": items,
-        "version": 1.0,
-        "teacher": score(teacher),
-        "pruned": score(pruned),
-        "distilled": score(distilled),
-        "differences": {"distilled": against(distilled), "pruned": against(pruned)},
-        "recovered": (distilled - pruned) / (teacher - pruned),
+    return TaskResult(
+        metric=metric,
+        items=items,
+        teacher=score(teacher),
+        pruned=score(pruned),
+        distilled=score(distilled),
+        differences=Differences(against(distilled), against(pruned)),
+        recovered=(distilled - pruned) / (teacher - pruned),
+        version="1.0",
+        seconds={},
+    )
+
+
+def task_results() -> TaskResults:
+    lambada = replace(
+        task("perplexity", (0.5, 0.5 / 3, 0.4), 200),
+        teacher=Score(31.25, 31.25 / 12),
+        pruned=Score(412.5, 412.5 / 12),
+        distilled=Score(52.75, 52.75 / 12),
+    )
+    tasks = {
+        "sciq": task("acc", (0.845, 0.415, 0.79), 200),
+        "arc_easy": task("acc_norm", (0.585, 0.33, 0.515), 200),
+        "piqa": task("acc", (0.68, 0.55, 0.645), 200),
+        "lambada": lambada,
     }
+    return TaskResults(tasks, {}, "lm_eval 0.4.13", "hub")
 
 
-def task_results() -> dict[str, Any]:
-    lambada = task("perplexity", (0.5, 0.5 / 3, 0.4), 200)
-    for role, value in (("teacher", 31.25), ("pruned", 412.5), ("distilled", 52.75)):
-        lambada[role] = {"value": value, "standard_error": value / 12}
-    return {
-        "tasks": {
-            "sciq": task("acc", (0.845, 0.415, 0.79), 200),
-            "arc_easy": task("acc_norm", (0.585, 0.33, 0.515), 200),
-            "piqa": task("acc", (0.68, 0.55, 0.645), 200),
-            "lambada": lambada,
-        },
-    }
-
-
-def benchmark_results(speed: float = 1.0) -> dict[str, Any]:
-    def about(value: float) -> dict[str, float]:
-        return {"median": value, "low": 0.93 * value, "high": 1.05 * value}
+def benchmark_results(speed: float = 1.0) -> BenchmarkResults:
+    def about(value: float) -> Spread:
+        return Spread(value, 0.93 * value, 1.05 * value)
 
     rows = [
-        {
-            "role": role,
-            "backend": backend,
-            "precision": precision,
-            "batch_size": batch,
-            "prompt_tokens": 512,
-            "new_tokens": 128,
-            "time_to_first_token_ms": about(812.5 * batch / fast / gain),
-            "decode_tokens_per_second": about(21.75 * fast * gain * speed),
-            "throughput_tokens_per_second": about(17.25 * fast * gain * batch),
-            "peak_memory_bytes": 901_234_567 + int(1e8 * fast),
-            "load_seconds": 1.75 * fast,
-            "disk_bytes": int(size * shape.parameters()),
-        }
+        BenchmarkRow(
+            role=role,
+            backend=backend,
+            precision=precision,
+            batch_size=batch,
+            prompt_tokens=512,
+            new_tokens=128,
+            time_to_first_token_ms=about(812.5 * batch / fast / gain),
+            decode_tokens_per_second=about(21.75 * fast * gain * speed),
+            throughput_tokens_per_second=about(17.25 * fast * gain * batch),
+            peak_memory_bytes=901_234_567 + int(1e8 * fast),
+            load_seconds=1.75 * fast,
+            disk_bytes=int(size * shape.parameters()),
+        )
         for backend, precision, gain, size in (
             ("transformers", "fp32", 1.0, 4),
             ("openvino", "fp32", 2.6, 4),
@@ -137,76 +160,64 @@ def benchmark_results(speed: float = 1.0) -> dict[str, Any]:
         )
         for batch in (1, 4)
         for role, fast, shape in (("teacher", 1.0, TEACHER), ("student", 1.375, STUDENT))
-    ]  # fmt: skip
-    return {
-        "machine": {
-            "cpu": "AMD EPYC 9B14",
-            "threads": 2,
-            "flops_per_second": {"float32": 2.2e11, "bfloat16": 9.9e11},
-            "bytes_per_second": 3.1e10,
-        },
-        "rows": rows,
-        "speedups": [
-            {
-                "backend": row["backend"],
-                "precision": row["precision"],
-                "batch_size": row["batch_size"],
-                "prompt_tokens": 512,
-                "prefill": 1.375,
-                "prefill_roofline": 1.6125,
-                "decode": 1.375 - 0.0625 * row["batch_size"],
-                "decode_roofline": 1.5375,
-            }
-            for row in rows
-            if row["role"] == "student"
-        ],
-    }
+    ]
+    speedups = [
+        Speedup(
+            backend=row.backend,
+            precision=row.precision,
+            batch_size=row.batch_size,
+            prompt_tokens=512,
+            prefill=1.375,
+            prefill_roofline=1.6125,
+            decode=1.375 - 0.0625 * row.batch_size,
+            decode_roofline=1.5375,
+        )
+        for row in rows
+        if row.role == "student"
+    ]
+    rates = {"float32": 2.2e11, "bfloat16": 9.9e11}
+    return BenchmarkResults(MachineRates("AMD EPYC 9B14", 2, rates, 3.1e10), rows, speedups)
 
 
-def search_results() -> dict[str, Any]:
+def search_results() -> SearchResult:
     shapes = [(24, 576, 1536), (30, 512, 1152), (28, 512, 1280), (22, 576, 1408)]
-    measured = [(41.25, 0.8125), (52.5, 0.9375), (44.75, 0.875), (None, None)]
-    return {
-        "candidates": [
-            {
-                "name": f"candidate {number}",
-                "parameters": 113_000_000 - 4_500_000 * number,
-                "proxy": 2.125 + 0.25 * number,
-                "perplexity": perplexity,
-                "kl_to_teacher": kl,
-                "tokens": 20480 if perplexity else 0,
-                "chosen": number == 0,
-                "pareto": number in (0, 1, 2),
-                "shape": {"num_layers": n, "hidden_size": h, "ffn_hidden_size": f},
-            }
-            for number, ((n, h, f), (perplexity, kl)) in enumerate(
-                zip(shapes, measured, strict=True)
-            )
-        ],
-        "budget": {"parameters": 113_500_000, "decode_ms": None},
-    }
+    measured = [(41.25, 0.8125), (52.5, 0.9375), (44.75, 0.875), (60.5, 1.25)]
+    candidates = [
+        Candidate(
+            name=f"candidate {number}",
+            parameters=113_000_000 - 4_500_000 * number,
+            proxy=2.125 + 0.25 * number,
+            perplexity=perplexity,
+            kl_to_teacher=kl,
+            tokens=20480 if number < 3 else 0,
+            chosen=number == 0,
+            pareto=number in (0, 1, 2),
+            shape=replace(TEACHER, num_layers=n, hidden_size=h, ffn_hidden_size=f),
+        )
+        for number, ((n, h, f), (perplexity, kl)) in enumerate(zip(shapes, measured, strict=True))
+    ]
+    return SearchResult(candidates, {"parameters": 113_500_000}, "candidate 0")
 
 
-def plan_figures() -> dict[str, Any]:
-    return {
-        "figures": {"hours": 1.375, "peak_bytes": 4_400_000_000, "fits": True},
-        "tables": [
-            {
-                "title": "Memory by stage",
-                "columns": ["stage", "peak bytes", "fits"],
-                "rows": [["prune", 3_100_000_000, True], ["distill", 4_400_000_000, None]],
-            }
-        ],
-    }
+def plan_figures() -> PlanResult:
+    rows: list[list[Cell]] = [["prune", 3_100_000_000, True], ["distill", 4_400_000_000, None]]
+    table = Table("Memory by stage", ["stage", "peak bytes", "fits"], rows)
+    return PlanResult({"hours": 1.375, "peak_bytes": 4_400_000_000, "fits": True}, [table])
 
 
-def engine_figures() -> dict[str, Any]:
-    return {
-        "backend": "openvino",
-        "precision": "int8",
-        "build_seconds": 47.25,
-        "bytes": 101_222_333,
-    }
+def engine_figures() -> EngineResult:
+    text = TextQuality(3.8203, 0.0469, 45.625, 0.0078, 0.9531)
+    return EngineResult(
+        backend="openvino",
+        precision="int8",
+        group_size=None,
+        build_seconds=47.25,
+        bytes=101_222_333,
+        max_logit_difference=0.03125,
+        greedy_margin=0.015625,
+        weight_types={"u8": 86_000_000, "f32": 1152},
+        quality=EngineQuality(text, replace(text, kl_to_teacher=0.0), 8, 2048),
+    )
 
 
 def optional_inputs(root: Path) -> dict[str, Input]:
@@ -219,8 +230,8 @@ def optional_inputs(root: Path) -> dict[str, Input]:
         "search": ("search_results", search_results()),
     }
     return {
-        name: stage(root, StageConfig(name), kind, {f"{name}.json": 1234}, metrics)
-        for name, (kind, metrics) in results.items()
+        name: stage(root, StageConfig(name), kind, {f"{name}.json": 1234}, result)
+        for name, (kind, result) in results.items()
     }
 
 
@@ -248,7 +259,7 @@ def stage(
     config: StageConfig,
     kind: str,
     files: dict[str, int],
-    metrics: dict[str, Any] | None = None,
+    result: Any,
     shape: Architecture | None = None,
 ) -> Input:
     """Writes a stage's manifest as a run would, and reads it back; files are only stamps."""
@@ -264,7 +275,7 @@ def stage(
         code=f"c0de{number:x}" + "ab" * 29 + "c",
         inputs={},
         files={name: FileStamp(size, (f"{size:x}" * 64)[:64], 0) for name, size in files.items()},
-        metrics=metrics or {},
+        metrics=asdict(result),
         architecture=shape.as_dict() if shape else None,
         parameters=shape.parameters() if shape else None,
         tokenizer_sha256="70ce" * 16 if kind != "eval_results" else None,
@@ -311,19 +322,18 @@ def log_training(directory: Path, lm_weight: float) -> None:
 
 def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
     root.mkdir()
-    importance = {str(n): 0.07 + 0.3 / n + 0.02 * wobble(n) for n in range(1, LAYERS + 1)}
+    importance = {n: 0.07 + 0.3 / n + 0.02 * wobble(n) for n in range(1, LAYERS + 1)}
     kept = [n for n in range(1, LAYERS + 1) if n not in DROPPED]
     parts = {"train": 812_345, "validation": 17_001, "calibration": 34_567, "heldout": 33_210}
     documents = {part: tokens // 90 for part, tokens in parts.items()}
     source = "hf://some/corpus@en:train"
-    parity = {"parity_max_logit_difference": 0.00011444091796875, "parity_tokens": 128}
     made = {
         "teacher": stage(
             root,
             import_hf.ImportConfig("import_hf", hf_path="some/SmallLM-135M-Instruct"),
             "checkpoint_nemo",
             checkpoint(TEACHER),
-            {**parity, "licence": "apache-2.0"},
+            ImportResult(0.00011444091796875, 128, "apache-2.0"),
             TEACHER,
         ),
         "data": stage(
@@ -331,7 +341,7 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
             PrepareDataConfig("prepare_data", sources=[source]),
             "dataset",
             {f"{part}.{end}": 2 * count for part, count in parts.items() for end in ("bin", "idx")},
-            {"documents": documents, "tokens": parts, "sources": [source]},
+            DatasetResult(documents, parts, [source]),
         ),
         "pruned": stage(
             root,
@@ -341,12 +351,14 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
             ),
             "checkpoint_nemo",
             {**checkpoint(STUDENT), "importance.json": 900},
-            {
-                "kept_layers": kept,
-                "layer_importance": importance,
-                "calibration_tokens": 16384,
-                "teacher_parameters": TEACHER.parameters(),
-            },
+            PruneResult(
+                kept_layers=kept,
+                layer_importance=importance,
+                layer_measure="block_influence",
+                calibration_tokens=16384,
+                calibration_windows=64,
+                teacher_parameters=TEACHER.parameters(),
+            ),
             STUDENT,
         ),
         "distilled": stage(
@@ -354,7 +366,18 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
             DistillConfig("distill", max_steps=STEPS, lm_weight=lm_weight),
             "checkpoint_nemo",
             checkpoint(STUDENT),
-            {"steps": STEPS, "tokens": STEPS * 1024, "tokens_per_second": 1210.4, "val_loss": 3.77},
+            DistillationResult(
+                final_loss=0.72,
+                final_kd=0.72,
+                final_hidden=None,
+                final_lm=None,
+                val_loss=3.77,
+                steps=STEPS,
+                skipped_steps=0,
+                tokens=STEPS * 1024,
+                tokens_per_second=1210.4,
+                teacher_loss=3.02,
+            ),
             STUDENT,
         ),
         "evaluation": stage(
@@ -369,14 +392,14 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
             export_hf.ExportConfig("export_hf"),
             "checkpoint_hf",
             {"model.safetensors": 4 * STUDENT.parameters(), "config.json": 715},
-            {**parity, "parity_max_logit_difference": 9.1552734375e-05},
+            ParityResult(9.1552734375e-05, 128),
             STUDENT,
         ),
     }  # fmt: skip
     log_training(made["distilled"].directory, lm_weight)
     windows = {
-        role: [quality()[role]["loss"] + 0.2 * wobble(n) for n in range(40)]
-        for role in ("teacher", "pruned", "distilled")
+        role: [model.loss + 0.2 * wobble(n) for n in range(40)]
+        for role, model in quality().models().items()
     }
     detail = {"window_losses": windows, "generations": generations()}
     (made["evaluation"].artifact / "results.json").write_text(json.dumps(detail))
@@ -401,7 +424,7 @@ def make_run(
     evaluation.metrics["distilled"] |= {"loss": loss, "perplexity": math.exp(loss)}
     evaluation.input_content["data"] = data.content()
     inputs["exported"].manifest.inputs["evaluation"] = evaluation.fingerprint
-    inputs["benchmark"].manifest.metrics |= benchmark_results(speed)
+    inputs["benchmark"].manifest.metrics |= asdict(benchmark_results(speed))
     distilled.config.update(settings)
     results = inputs["evaluation"].artifact / "results.json"
     detail = json.loads(results.read_text())
@@ -464,5 +487,5 @@ def rendered(inputs: dict[str, Input], folder: Path, cfg: ReportConfig = CONFIG)
     return (folder / REPORT_FILE).read_text(encoding="utf-8")
 
 
-def changed(item: Input, **metrics: Any) -> Input:
-    return replace(item, manifest=replace(item.manifest, metrics=metrics))
+def changed(item: Input, result: Any) -> Input:
+    return replace(item, manifest=replace(item.manifest, metrics=asdict(result)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,27 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, Manifest, read_manifest, stamp_files, write_manifest
+from recipes.core.statistics import Difference
+from recipes.data.results import DatasetResult
+from recipes.engines.results import (
+    BenchmarkResults,
+    BenchmarkRow,
+    EngineResult,
+    MachineRates,
+    Speedup,
+    Spread,
+)
+from recipes.evaluation.results import (
+    Differences,
+    EvaluationResult,
+    ModelQuality,
+    Score,
+    TaskResult,
+    TaskResults,
+)
 from recipes.planning.chain import Chain
+from recipes.planning.results import PlanResult
+from recipes.report.results import ReportResult
 
 ROOT = REPO_ROOT
 RECIPE = "recipe=llama_width_prune"
@@ -38,33 +60,49 @@ LLAMA_CONFIG: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
-PERPLEXITIES = {"teacher": 10.0, "pruned": 30.0, "distilled": 15.0}
-METRICS: dict[str, dict[str, Any]] = {
-    "dataset": {"tokens": {"train": 1_000_000, "heldout": 200}},
-    "eval_results": {
-        "recovered": 0.75,
-        **{role: {"perplexity": value} for role, value in PERPLEXITIES.items()},
-    },
-    "plan": {"figures": {"device-hours": 2, "hardware": "cpu", "dollars": 1}, "tables": []},
-    "task_results": {
-        "tasks": {
-            "sciq": {
-                "teacher": {"value": 0.8},
-                "pruned": {"value": 0.5},
-                "distilled": {"value": 0.7},
-                "differences": {"distilled": {"value": -0.1, "low": -0.15, "high": -0.05}},
-                "recovered": 0.6667,
-            }
-        }
-    },
-    "engine": {"backend": "openvino", "precision": "fp32"},
-    "benchmark_results": {
-        "speedups": [
-            {"prefill": 1.25, "decode": 1.2, "backend": "openvino", "batch_size": 1},
+SIZE = 1_500_000
+
+
+def quality(perplexity: float, kl: float, agreement: float) -> ModelQuality:
+    return ModelQuality(math.log(perplexity), 0.01, perplexity, kl, agreement, SIZE)
+
+
+SCIQ = TaskResult(
+    metric="acc",
+    items=200,
+    teacher=Score(0.8, 0.03),
+    pruned=Score(0.5, 0.04),
+    distilled=Score(0.7, 0.03),
+    differences=Differences(Difference(-0.1, -0.15, -0.05), Difference(-0.3, -0.37, -0.23)),
+    recovered=0.6667,
+    version="1.0",
+    seconds={"teacher": 3.0, "pruned": 2.0, "distilled": 2.0},
+)
+SPEED = Spread(20.0, 18.0, 21.0)
+RESULTS = {
+    "dataset": DatasetResult({"train": 9}, {"train": 1_000_000, "heldout": 200}, ["text.jsonl"]),
+    "eval_results": EvaluationResult(
+        teacher=quality(10.0, 0.0, 1.0),
+        pruned=quality(30.0, 1.25, 0.5),
+        distilled=quality(15.0, 0.4, 0.7),
+        windows=8,
+        tokens=2048,
+        recovered=0.75,
+    ),
+    "plan": PlanResult({"device-hours": 2, "hardware": "cpu", "dollars": 1}, []),
+    "task_results": TaskResults({"sciq": SCIQ}, {}, "lm_eval", "hub"),
+    "engine": EngineResult("openvino", "fp32", None, 3.5, 6_000_000),
+    "benchmark_results": BenchmarkResults(
+        machine=MachineRates("a processor", 2, {"float32": 1e11}, 1e10),
+        rows=[
+            BenchmarkRow(role, "openvino", "fp32", 1, 128, 32, SPEED, SPEED, SPEED, 10**8, 1.0, 6)
+            for role in ("teacher", "student")
         ],
-    },
-    "report": {"file": "report.html"},
+        speedups=[Speedup("openvino", "fp32", 1, 128, 1.25, 1.5, 1.2, 1.4)],
+    ),
+    "report": ReportResult("report.html"),
 }
+"""What stages are said to have measured, by kind."""
 
 COMPOSED: dict[tuple[str, ...], DictConfig] = {}
 """Composed configs, which nothing changes; composing one takes longer than a plan."""
@@ -149,9 +187,9 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
         code=stage.code,
         inputs={name: ref.fingerprint for name, ref in stage.inputs.items()},
         files=stamp_files(artifact),
-        metrics=METRICS.get(kind, {}),
+        metrics=asdict(RESULTS[kind]) if kind in RESULTS else {},
         architecture=None,
-        parameters=1_500_000 if kind.startswith("checkpoint") else None,
+        parameters=SIZE if kind.startswith("checkpoint") else None,
         tokenizer_sha256="t",
         versions={},
         git_sha=None,

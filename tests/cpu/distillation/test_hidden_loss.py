@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from recipes.core.errors import RecipeError
-from recipes.distillation.hidden_loss import HIDDEN_LOSSES, HiddenLoss
+from recipes.distillation.hidden_loss import HiddenLoss
+from recipes.distillation.settings import HIDDEN_LOSSES
 
 LENGTH, BATCH, SIZE = 13, 3, 32
 EACH_LOSS = pytest.mark.parametrize("kind", HIDDEN_LOSSES)

@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_leaves
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.distillation.losses import (
-    LOGITS_LOSSES,
     LogitsLoss,
     TopK,
     distillation_loss,
     token_cross_entropy,
     top_k,
 )
+from recipes.distillation.settings import LOGITS_LOSSES
 
 TOKENS, VOCABULARY = 111, 101
 CHUNK = 4 * VOCABULARY * 16  # the last of its chunks is not full
@@ -273,6 +273,7 @@ def test_bad_shapes_are_refused() -> None:
 SPLIT_SCRIPT = """
 import torch, torch.distributed as dist
 from recipes.distillation.losses import *
+from recipes.distillation.settings import LOGITS_LOSSES
 
 dist.init_process_group("gloo")
 group, rank, width = dist.group.WORLD, dist.get_rank(), 61

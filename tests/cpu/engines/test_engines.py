@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,12 @@ def test_float32_engines_write_the_tokens_of_transformers(
 ) -> None:
     folder: Path = request.getfixturevalue(name)
     engine, outcome = build(folder)
-    assert outcome.metrics["max_logit_difference"] < 1e-4
-    assert outcome.metrics["greedy_margin"] < 1e-4
+    result = outcome.result
+    assert result.max_logit_difference < 1e-4
+    assert result.greedy_margin < 1e-4
     # Whatever the checkpoint's type: a teacher and its student must not differ in what is read.
-    assert not {"bf16", "f16"} & outcome.metrics["weight_types"].keys()
-    assert outcome.metrics["quality"]["engine"]["kl_to_teacher"] < 1e-6
+    assert not {"bf16", "f16"} & result.weight_types.keys()
+    assert result.quality.engine.kl_to_teacher < 1e-6
     assert read_properties(engine)["INFERENCE_PRECISION_HINT"] == "f32"
     source = load_causal_lm(folder)
     prompts = torch.randint(3, 290, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -151,16 +153,16 @@ def test_float32_engines_write_the_tokens_of_transformers(
 
 def test_compressed_engines_report_what_they_lost(build: Build, odd_llama: Path) -> None:
     """Attention's width of 70 is no multiple of a group of 8; the other widths are."""
-    found = {p: build(odd_llama, precision=p, group_size=8)[1].metrics for p in ("int8", "int4")}
-    for precision, metrics in found.items():
-        quality = metrics["quality"]
-        for figures in (quality["engine"], quality["source"]):
-            assert all(math.isfinite(value) for value in figures.values())
-        assert quality["source"]["kl_to_teacher"] == 0
-        assert quality["engine"]["kl_to_teacher"] > 0
-        assert quality["windows"] == 4
-        assert metrics["precision"] == precision
-    kl = {p: m["quality"]["engine"]["kl_to_teacher"] for p, m in found.items()}
+    found = {p: build(odd_llama, precision=p, group_size=8)[1].result for p in ("int8", "int4")}
+    for precision, result in found.items():
+        quality = result.quality
+        for figures in (quality.engine, quality.source):
+            assert all(math.isfinite(value) for value in astuple(figures))
+        assert quality.source.kl_to_teacher == 0
+        assert quality.engine.kl_to_teacher > 0
+        assert quality.windows == 4
+        assert result.precision == precision
+    kl = {p: result.quality.engine.kl_to_teacher for p, result in found.items()}
     assert kl["int8"] < kl["int4"]
     assert kl["int8"] < 0.02
     layers, width, ffn = 5, 56, 120
@@ -226,10 +228,10 @@ def test_quantised_checkpoints(
         num_windows=4,
         num_eval_windows=2,
     )
-    metrics = quantize.run(cfg, inputs, out).metrics
-    assert metrics["quant_algo"] == algorithm
-    assert 0 < metrics["quality"]["quantized"]["kl_to_teacher"] < 0.1
-    assert math.isfinite(metrics["quality"]["quantized"]["perplexity"])
+    result = quantize.run(cfg, inputs, out).result
+    assert result.quant_algo == algorithm
+    assert 0 < result.quality.quantized.kl_to_teacher < 0.1
+    assert math.isfinite(result.quality.quantized.perplexity)
     declared = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
     assert declared["exclude_modules"] == ["lm_head"]
     assert declared["kv_cache_quant_algo"] == ("FP8" if name == "fp8" else None)

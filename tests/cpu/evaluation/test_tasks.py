@@ -20,11 +20,14 @@ from nemo_convert import convert
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT
 from recipes.core.metrics import METRICS, steps_of
+from recipes.core.stage import Input
+from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
 from recipes.evaluation import offline_tasks, packed_lm, task_scores
-from recipes.evaluation.paired import ROLES
+from recipes.evaluation.results import ROLES
 from recipes.evaluation.settings import EvaluateConfig, EvaluateTasksConfig
 from recipes.stages import evaluate, evaluate_tasks, prepare_data
+from tests.support.manifests import manifest_of
 
 TASKS = ["sciq", "piqa", "arc_challenge", "lambada_openai"]
 LIMIT = 4
@@ -89,8 +92,8 @@ def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
         assert len(found) == LIMIT
         for one, other in zip(found, expected, strict=True):
             assert one.keys() == other.keys()
-            assert (one["id"], one["hash"]) == (other["id"], other["hash"])
-            assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-4)
+            assert (one.id, one.hash) == (other.id, other.hash)
+            assert one.metrics == pytest.approx(other.metrics, rel=1e-4)
             one_scores, other_scores = (
                 torch.tensor(item["response"], dtype=torch.float64).flatten()
                 for item in (one, other)
@@ -112,7 +115,7 @@ def test_packing_suits_every_family(models: dict[str, Any], family: str) -> None
     ours = packed_lm.PackedLM(model, tokenizer, 600, nothing)
     stock = packed_lm.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     found, expected = (
-        torch.tensor([i["response"] for i in packed_lm.answer(m, benchmark, LIMIT, 1)])
+        torch.tensor([i.response for i in packed_lm.answer(m, benchmark, LIMIT, 1)])
         for m in (ours, stock)
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
@@ -139,17 +142,17 @@ def test_models_are_compared_on_the_same_items_and_asked_once(
     models: dict[str, Any], cached_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = stage_dir(tmp_path, "first")
-    first = evaluate_tasks.run(config(), models, out).metrics
-    assert list(first["tasks"]) == TASKS
-    assert first["cached"] == {role: [] for role in ROLES}
-    for name, task in first["tasks"].items():
+    first = evaluate_tasks.run(config(), models, out).result
+    assert list(first.tasks) == TASKS
+    assert first.cached == {role: [] for role in ROLES}
+    for name, task in first.tasks.items():
         lines = (out / "samples" / f"{name}.jsonl").read_text().splitlines()
         samples = [json.loads(line) for line in lines]
-        assert len(samples) == task["items"] == LIMIT
+        assert len(samples) == task.items == LIMIT
         assert len({sample["id"] for sample in samples}) == LIMIT
         for role in ROLES:
-            values = [sample[role][task["metric"]] for sample in samples]
-            assert task[role]["value"] == pytest.approx(sum(values) / LIMIT)
+            values = [sample[role][task.metric] for sample in samples]
+            assert task.models()[role].value == pytest.approx(sum(values) / LIMIT)
         assert samples[0]["teacher"]["response"] != samples[0]["pruned"]["response"]
     progress = steps_of(tmp_path / "first" / METRICS, "benchmarks, distilled")
     assert [r["done"] for r in progress] == [1, 2, 3, 4]
@@ -161,17 +164,17 @@ def test_models_are_compared_on_the_same_items_and_asked_once(
 
     with monkeypatch.context() as patch:
         patch.setattr(packed_lm.PackedLM, "_loglikelihood_tokens", refuse)
-        second = evaluate_tasks.run(config(), models, stage_dir(tmp_path, "second")).metrics
+        second = evaluate_tasks.run(config(), models, stage_dir(tmp_path, "second")).result
         with pytest.raises(AssertionError, match="again"):
             evaluate_tasks.run(config(limit=3), models, stage_dir(tmp_path, "other"))
-    assert second["cached"] == {role: TASKS for role in ROLES}
-    assert second["tasks"] == first["tasks"]
+    assert second.cached == {role: TASKS for role in ROLES}
+    assert second.tasks == first.tasks
 
     damaged = sorted((cached_here / "evaluations").glob("sciq-*.json"))[0]
     damaged.write_text(damaged.read_text()[:-20])
-    third = evaluate_tasks.run(config(), models, stage_dir(tmp_path, "third")).metrics
-    assert sum(len(done) for done in third["cached"].values()) == len(TASKS) * len(ROLES) - 1
-    assert third["tasks"]["sciq"]["teacher"] == first["tasks"]["sciq"]["teacher"]
+    third = evaluate_tasks.run(config(), models, stage_dir(tmp_path, "third")).result
+    assert sum(len(done) for done in third.cached.values()) == len(TASKS) * len(ROLES) - 1
+    assert third.tasks["sciq"].teacher == first.tasks["sciq"].teacher
 
 
 def test_the_full_set_is_loaded_and_asked(models: dict[str, Any], cached_here: Path) -> None:
@@ -188,7 +191,7 @@ def test_the_full_set_is_loaded_and_asked(models: dict[str, Any], cached_here: P
     for benchmark in (found["hellaswag"], found["arc_easy"], replace(found["mmlu"], parts=some)):
         items = packed_lm.answer(packed, benchmark, 2, 1)
         assert len(items) == 2 * len(benchmark.parts)
-        assert {item["metrics"][benchmark.metric] for item in items} <= {0.0, 1.0}
+        assert {item.metrics[benchmark.metric] for item in items} <= {0.0, 1.0}
 
 
 def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path) -> None:
@@ -201,7 +204,7 @@ def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path)
         key="generation_kwargs", value={"max_gen_toks": 4}, update=True
     )
     items = packed_lm.answer(packed, benchmark, 2, 1)
-    assert [item["metrics"] for item in items] == [{"exact_match": 0.0}] * 2
+    assert [item.metrics for item in items] == [{"exact_match": 0.0}] * 2
     assert "Janet" in items[0]["doc"]["question"]
     assert "#### 18" in items[0]["doc"]["answer"]
 
@@ -235,25 +238,26 @@ def test_quality_is_measured_by_source(
     teacher.manifest.tokenizer_sha256 = "t"
     prepared = prepare_data.run(
         PrepareDataConfig(sources=sources, seq_length=32), {"tokenizer": teacher}, out
-    )
-    lengths = prepared.metrics["heldout_sources"]
-    assert [entry["source"] for entry in lengths] == ["prose", "numbers"]
-    assert sum(entry["tokens"] for entry in lengths) == prepared.metrics["tokens"]["heldout"]
-    data = SimpleNamespace(artifact=out, manifest=SimpleNamespace(metrics=prepared.metrics))
+    ).result
+    assert isinstance(prepared, DatasetResult)
+    lengths = prepared.heldout_sources
+    assert [entry.source for entry in lengths] == ["prose", "numbers"]
+    assert sum(entry.tokens for entry in lengths) == prepared.tokens["heldout"]
+    data = Input(out.parent, manifest_of("prepare_data", "dataset", prepared))
     cfg = EvaluateConfig(seq_length=32, num_windows=9, prompt_tokens=8, new_tokens=2)
-    metrics = evaluate.run(cfg, {**models, "data": data}, stage_dir(tmp_path, "evaluate")).metrics
-    assert metrics["windows"] == 10
-    assert {name: found["windows"] for name, found in metrics["sources"].items()} == {
+    found = evaluate.run(cfg, {**models, "data": data}, stage_dir(tmp_path, "evaluate")).result
+    assert found.windows == 10
+    assert {name: source.windows for name, source in found.sources.items()} == {
         "prose": 5,
         "numbers": 5,
     }
     for role in ROLES:
-        losses = [metrics["sources"][name][role]["loss"] for name in ("prose", "numbers")]
-        assert metrics[role]["loss"] == pytest.approx(sum(losses) / 2)
+        losses = [getattr(found.sources[name], role).loss for name in ("prose", "numbers")]
+        assert found.models()[role].loss == pytest.approx(sum(losses) / 2)
         assert abs(losses[0] - losses[1]) > 0.1
 
     # Without the second source there is nothing to tell apart.
-    alone = SimpleNamespace(artifact=out, manifest=SimpleNamespace(metrics=dict(prepared.metrics)))
-    del alone.manifest.metrics["heldout_sources"]
-    one = evaluate.run(cfg, {**models, "data": alone}, stage_dir(tmp_path, "one")).metrics
-    assert (one["windows"], one["sources"]) == (9, {})
+    older = replace(prepared, heldout_sources=[])
+    alone = Input(out.parent, manifest_of("prepare_data", "dataset", older))
+    one = evaluate.run(cfg, {**models, "data": alone}, stage_dir(tmp_path, "one")).result
+    assert (one.windows, one.sources) == (9, {})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from recipes.core.stage import Input
+from recipes.pruning.results import PruneResult
 from recipes.pruning.settings import PruneConfig
 from recipes.report.page import render
 from recipes.report.plots import Axis, Series, layer_plot, line_plot
@@ -135,7 +136,7 @@ def test_only_loss_terms_in_use_are_drawn(
 
 
 def test_nothing_lost_nothing_recovered(inputs: dict[str, Input], tmp_path: Path) -> None:
-    evaluation = changed(inputs["evaluation"], **{**quality(), "recovered": None})
+    evaluation = changed(inputs["evaluation"], replace(quality(), recovered=None))
     text = rendered({**inputs, "evaluation": evaluation}, tmp_path)
     assert "there was nothing to recover" in Page(text).text
     assert "None" not in text
@@ -145,7 +146,7 @@ def test_nothing_lost_nothing_recovered(inputs: dict[str, Input], tmp_path: Path
 def test_recovered_may_lie_outside_0_to_1(
     inputs: dict[str, Input], tmp_path: Path, share: float
 ) -> None:
-    evaluation = changed(inputs["evaluation"], **{**quality(), "recovered": share})
+    evaluation = changed(inputs["evaluation"], replace(quality(), recovered=share))
     text = rendered({**inputs, "evaluation": evaluation}, tmp_path)
     assert share in Page(text).figures()
     assert 'width="-' not in text
@@ -160,23 +161,23 @@ def test_targets_by_number_of_layers(inputs: dict[str, Input], tmp_path: Path) -
 
 
 def test_pruning_of_width_keeps_every_layer(inputs: dict[str, Input], tmp_path: Path) -> None:
-    metrics = {**inputs["pruned"].manifest.metrics, "kept_layers": list(range(1, LAYERS + 1))}
-    text = rendered({**inputs, "pruned": changed(inputs["pruned"], **metrics)}, tmp_path)
+    kept = list(range(1, LAYERS + 1))
+    result = replace(inputs["pruned"].manifest.result(PruneResult), kept_layers=kept)
+    text = rendered({**inputs, "pruned": changed(inputs["pruned"], result)}, tmp_path)
     assert "All 30 layers were kept." in Page(text).text
     assert "bar dropped" not in text
 
 
 def test_optional_records_may_be_missing(inputs: dict[str, Input], tmp_path: Path) -> None:
-    figures = {role: {"loss": 3.0, "perplexity": 20.1} for role in ("teacher", "pruned")}
-    bare = {name: Input(tmp_path / name, changed(item).manifest) for name, item in inputs.items()}
-    for name, item in bare.items():
-        config = {} if name != "data" else item.manifest.config
+    """Where the checkpoints were made by other stages than usual, without a log."""
+    bare = {}
+    for name, item in inputs.items():
+        other = "checkpoint" in item.manifest.kind
         manifest = replace(
-            item.manifest, config=config, architecture=None, parameters=None, versions={},
-            git_sha=None, files={},
+            item.manifest, architecture=None, parameters=None, versions={}, git_sha=None, files={},
+            **({"stage": "other", "config": {}, "metrics": {}} if other else {}),
         )  # fmt: skip
-        bare[name] = replace(item, manifest=manifest)
-    bare["evaluation"] = changed(bare["evaluation"], **figures)
+        bare[name] = Input(tmp_path / name, manifest)
     text = rendered(bare, tmp_path, ReportConfig("report"))
     for note in ("No training steps were logged", "No layer importance", "No text was generated"):
         assert note in text

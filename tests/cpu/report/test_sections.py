@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from recipes.core.stage import Input, StageConfig
+from recipes.core.statistics import Difference
+from recipes.distillation.results import CacheResult
 from recipes.distillation.settings import CacheTeacherConfig
+from recipes.evaluation.results import Differences, SourceQuality, TaskResults, TextQuality
+from recipes.planning.results import PlanResult
+from recipes.search.results import SearchResult
+from recipes.search.space import AXES
 from recipes.stages import report
 from tests.support.reports import (
     CONFIG,
@@ -57,6 +63,8 @@ def every_figure(value: Any) -> set[float]:
 
 def test_optional_stages_show_all_their_figures(inputs: dict[str, Input], page: Page) -> None:
     metrics = {name: deepcopy(inputs[name].manifest.metrics) for name in OPTIONAL_INPUTS}
+    for candidate in metrics["search"]["candidates"]:  # of shapes, what differs is shown
+        candidate["shape"] = {axis: candidate["shape"][axis] for axis in AXES[:3]}
     for task in metrics["tasks"]["tasks"].values():
         del task["version"], task["differences"]["pruned"]
         for role in ("teacher", "pruned", "distilled"):
@@ -79,11 +87,11 @@ def test_a_section_appears_with_its_input(
 
 
 def test_difference_beyond_its_interval_is_marked(inputs: dict[str, Input], tmp_path: Path) -> None:
-    tasks = deepcopy(inputs["tasks"].manifest.metrics)
-    gap = {"value": -0.2, "low": -0.3, "high": -0.1}
-    for name in ("sciq", "lambada"):
-        tasks["tasks"][name]["differences"]["distilled"] = gap
-    text = rendered({**inputs, "tasks": changed(inputs["tasks"], **tasks)}, tmp_path)
+    found = inputs["tasks"].manifest.result(TaskResults)
+    worse = Differences(distilled=Difference(-0.2, -0.3, -0.1), pruned=Difference(-0.4, -0.5, -0.3))
+    tasks = {name: replace(task, differences=worse) for name, task in found.tasks.items()}
+    result = replace(found, tasks=tasks)
+    text = rendered({**inputs, "tasks": changed(inputs["tasks"], result)}, tmp_path)
     assert '<span class="worse"><data value="-0.2" title="-0.2">−20.0</data></span>' in text
     # Nobody says which way a perplexity is better.
     assert '<span class="even"><data value="-0.2" title="-0.2">−0.20</data></span>' in text
@@ -107,40 +115,41 @@ def test_gates_are_shown_with_what_was_measured(inputs: dict[str, Input], tmp_pa
 
 
 def test_quality_by_source_of_the_text(inputs: dict[str, Input], tmp_path: Path) -> None:
-    figures = {"perplexity": 20.625, "kl_to_teacher": 0.375}
-    sources = {"a web crawl": {"teacher": figures, "distilled": figures}}
-    evaluation = changed(inputs["evaluation"], **quality(), sources=sources)
+    text = TextQuality(3.0265, 0.05, 20.625, 0.375, 0.6875)
+    crawl = SourceQuality(text, text, text, 20, 5120, None)
+    evaluation = changed(inputs["evaluation"], replace(quality(), sources={"a web crawl": crawl}))
     found = Page(rendered({**inputs, "evaluation": evaluation}, tmp_path))
-    assert set(figures.values()) <= found.figures()
+    assert {20.625, 0.375} <= found.figures()
     assert "a web crawl" in found.text
 
 
 def test_search_says_whether_candidates_were_distilled(
     inputs: dict[str, Input], tmp_path: Path
 ) -> None:
-    search = deepcopy(inputs["search"].manifest.metrics)
     text = Page(rendered(inputs, tmp_path)).text
-    assert "the perplexity of 3 was measured, of 3 after a short distillation." in text
-    for candidate in search["candidates"]:
-        candidate["tokens"] = 0
-    text = Page(rendered({**inputs, "search": changed(inputs["search"], **search)}, tmp_path)).text
-    assert "the perplexity of 3 was measured, before any distillation." in text
+    assert "before any distillation; 3 were measured again after a short one." in text
+    found = inputs["search"].manifest.result(SearchResult)
+    untrained = replace(found, candidates=[replace(one, tokens=0) for one in found.candidates])
+    search = changed(inputs["search"], untrained)
+    text = Page(rendered({**inputs, "search": search}, tmp_path)).text
+    assert "by a cheap proxy before any distillation." in text
 
 
 def test_many_candidates_are_not_all_named_in_the_plot(
     inputs: dict[str, Input], tmp_path: Path
 ) -> None:
-    search = deepcopy(inputs["search"].manifest.metrics)
-    beaten = {**search["candidates"][1], "pareto": False}
-    search["candidates"] += [
-        {**beaten, "name": f"beaten {n}", "parameters": 110_000_000 + 100_000 * n} for n in range(9)
+    found = inputs["search"].manifest.result(SearchResult)
+    beaten = replace(found.candidates[1], pareto=False)
+    more = [
+        replace(beaten, name=f"beaten {n}", parameters=110_000_000 + 100_000 * n) for n in range(9)
     ]
-    text = rendered({**inputs, "search": changed(inputs["search"], **search)}, tmp_path)
+    search = changed(inputs["search"], replace(found, candidates=[*found.candidates, *more]))
+    text = rendered({**inputs, "search": search}, tmp_path)
     plot = text[text.index('id="plot-search"') :].partition('id="table-search"')[0]
     labels = " ".join(re.findall(r'class="mark"[^>]*>([^<]*)</text>', plot))
     assert "candidate 0" in labels
     assert "beaten" not in labels
-    assert plot.count("<circle") == 12
+    assert plot.count("<circle") == 13
 
 
 def test_cost_counts_tokens_times_the_shapes(page: Page) -> None:
@@ -158,8 +167,10 @@ def test_a_cached_teacher_costs_its_own_stage(tmp_path: Path) -> None:
     run = tmp_path / "run"
     found = make_inputs(run)
     config = CacheTeacherConfig("cache_teacher")
-    cache = stage(run, config, "teacher_logits", {"a": 5}, {"tokens": 777_216})
-    stage(run, StageConfig("stranger"), "plan", {"b": 6})
+    cache = stage(
+        run, config, "teacher_logits", {"a": 5}, CacheResult(3036, 4000, 777_216, 258, 3.02, 0.01)
+    )
+    stage(run, StageConfig("stranger"), "plan", {"b": 6}, PlanResult({}, []))
     found["distilled"].manifest.inputs["teacher"] = cache.manifest.fingerprint
     page = Page(rendered(found, tmp_path))
     assert 777_216 * TEACHER.forward_flops_per_token() in page.figures()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from recipes.core.stage import Input, Resources
 from recipes.core.worker import _run_stage
 from recipes.distillation.settings import DistillConfig
 from recipes.evaluation.text_quality import load_transformers
+from recipes.planning.results import PlanResult
 from recipes.planning.targets import Targets, pruned
 from recipes.pruning.cut_checkpoint import cut_weights
 from recipes.pruning.importance import Importance
@@ -26,6 +27,7 @@ from recipes.pruning.kept import choose
 from recipes.report.settings import REPORT_FILE, SearchReportConfig
 from recipes.search.halving import request_of
 from recipes.search.measure import SortedModel
+from recipes.search.results import LatencyResult, SearchResult
 from recipes.search.settings import EnumerateShapesConfig, TournamentConfig
 from recipes.search.space import Budget, Service, Space
 from recipes.stages import (
@@ -120,17 +122,18 @@ def as_transformers(teacher: Path, shape: Architecture, weights: dict[str, torch
 
 
 def test_candidates_are_ranked_and_counted(before: Path) -> None:
-    metrics = manifest_of(before, "rank_candidates").metrics
-    candidates = metrics["candidates"]
+    result = manifest_of(before, "rank_candidates").result(SearchResult)
+    candidates = result.candidates
     teacher = manifest_of(before, "import_hf").parameters
     assert teacher is not None
-    assert metrics["budget"] == {"parameters": 0.75}
-    assert len(candidates) == manifest_of(before, "enumerate_shapes").metrics["figures"]["shapes"]
-    proxies = [c["proxy"] for c in candidates]
+    assert result.budget == {"parameters": 0.75}
+    listed = manifest_of(before, "enumerate_shapes").result(PlanResult)
+    assert len(candidates) == listed.figures["shapes"]
+    proxies = [c.proxy for c in candidates]
     assert proxies == sorted(proxies)
-    assert all(c["proxy"] == c["kl_to_teacher"] > 0 for c in candidates)
-    assert all(0.4 * teacher < c["parameters"] <= 0.75 * teacher for c in candidates)
-    assert any(c["pareto"] for c in candidates)
+    assert all(c.proxy == c.kl_to_teacher > 0 for c in candidates)
+    assert all(0.4 * teacher < c.parameters <= 0.75 * teacher for c in candidates)
+    assert any(c.pareto for c in candidates)
 
 
 def test_engines_are_timed_and_keep_a_budget_of_latency(before: Path) -> None:
@@ -140,11 +143,11 @@ def test_engines_are_timed_and_keep_a_budget_of_latency(before: Path) -> None:
         measure_latency, before, {"checkpoint": "import_hf"}, space=space, service=service,
         repetitions=5,
     )  # fmt: skip
-    found = manifest_of(before, "measure_latency").metrics
-    assert [shape["seen"] for shape in found["shapes"]] == [True] * 5 + [False]
-    teacher, smallest = found["shapes"][0], found["shapes"][4]
-    assert smallest["step_ms"] < teacher["step_ms"]
-    assert teacher["fitted_ms"] == pytest.approx(teacher["step_ms"], rel=0.5)
+    found = manifest_of(before, "measure_latency").result(LatencyResult)
+    assert [shape.seen for shape in found.shapes] == [True] * 5 + [False]
+    teacher, smallest = found.shapes[0], found.shapes[4]
+    assert smallest.step_ms < teacher.step_ms
+    assert teacher.fitted_ms == pytest.approx(teacher.step_ms, rel=0.5)
     cfg = EnumerateShapesConfig(budget=Budget(latency_ms=0.8), space=space, service=service)
     inputs = {"latency": Input(before, manifest_of(before, "measure_latency"))}
     shape = nemo.architecture_of(nemo.find_checkpoint(before / "import_hf" / ARTIFACT))
@@ -156,7 +159,7 @@ def test_engines_are_timed_and_keep_a_budget_of_latency(before: Path) -> None:
 def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranked = manifest_of(before, "rank_candidates").metrics["candidates"]
+    ranked = manifest_of(before, "rank_candidates").result(SearchResult).candidates
     training = DistillConfig(
         seq_length=64, limit_val_batches=1, lr=1e-3, tensor_model_parallel_size=2,
         resources=Resources(devices=2),
@@ -181,18 +184,20 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     monkeypatch.setattr("recipes.search.halving.subprocess.run", counted)
     with pytest.raises(KeyboardInterrupt):
         tournament.run(cfg, inputs, out)
-    metrics = tournament.run(cfg, inputs, out).metrics
+    result = tournament.run(cfg, inputs, out).result
+    assert isinstance(result, SearchResult)
     prune, train = "recipes.stages.prune", "recipes.stages.distill"
     assert started == [prune, train, prune, "killed", train]
 
-    played = [c for c in metrics["candidates"] if c["tokens"]]
-    assert [c["name"] for c in played] == [c["name"] for c in ranked[:2]]
-    assert {c["tokens"] for c in played} == {2048}
+    played = [c for c in result.candidates if c.tokens]
+    assert [c.name for c in played] == [c.name for c in ranked[:2]]
+    assert {c.tokens for c in played} == {2048}
     for candidate, untrained in zip(played, ranked, strict=False):
-        assert candidate["kl_to_teacher"] < untrained["kl_to_teacher"]
-        assert candidate["proxy"] == untrained["proxy"]
-    [winner] = [c for c in metrics["candidates"] if c["chosen"]]
-    assert winner["kl_to_teacher"] == min(c["kl_to_teacher"] for c in played)
+        assert candidate.kl_to_teacher < untrained.kl_to_teacher
+        assert candidate.proxy == untrained.proxy
+    [winner] = [c for c in result.candidates if c.chosen]
+    assert winner.name == result.winner
+    assert winner.kl_to_teacher == min(c.kl_to_teacher for c in played)
     recipe = OmegaConf.load(out / "recipe.yaml")
     targets = Targets(
         **{
@@ -202,15 +207,15 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
         }
     )
     teacher = nemo.architecture_of(nemo.find_checkpoint(before / "import_hf" / ARTIFACT))
-    assert pruned(teacher, targets).as_dict() == winner["shape"]
+    assert pruned(teacher, targets) == winner.shape
 
 
 def test_the_report_shows_every_candidate_and_the_winner(before: Path, tmp_path: Path) -> None:
     """Of a ranking alone, whose first is taken; numbers are the manifest's."""
-    metrics = manifest_of(before, "rank_candidates").metrics
-    winner = {**metrics["candidates"][0], "chosen": True}
-    chosen = {**metrics, "candidates": [winner, *metrics["candidates"][1:]]}
-    search = replace(manifest_of(before, "rank_candidates"), metrics=chosen)
+    result = manifest_of(before, "rank_candidates").result(SearchResult)
+    winner = replace(result.candidates[0], chosen=True)
+    chosen = replace(result, candidates=[winner, *result.candidates[1:]])
+    search = replace(manifest_of(before, "rank_candidates"), metrics=asdict(chosen))
     inputs = {
         "teacher": Input(before / "import_hf", manifest_of(before, "import_hf")),
         "search": Input(before / "rank_candidates", search),
@@ -220,9 +225,9 @@ def test_the_report_shows_every_candidate_and_the_winner(before: Path, tmp_path:
     out.mkdir()
     report_search.run(SearchReportConfig(title="search"), inputs, out)
     text = (out / REPORT_FILE).read_text()
-    for candidate in metrics["candidates"]:
-        assert candidate["name"] in text
-        assert f'value="{json.dumps(candidate["kl_to_teacher"])}"' in text
-    assert f"<b>{winner['name']}</b> was chosen" in text
+    for candidate in result.candidates:
+        assert candidate.name in text
+        assert f'value="{json.dumps(candidate.kl_to_teacher)}"' in text
+    assert f"<b>{winner.name}</b> was chosen" in text
     assert 'id="plot-search"' in text
     assert "enumerate_shapes" in text

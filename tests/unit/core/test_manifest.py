@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -55,6 +55,43 @@ def stage_dir(tmp_path: Path) -> Path:
     )
     write_manifest(artifact.parent, manifest)
     return artifact.parent
+
+
+@dataclass(frozen=True)
+class Layers:
+    loss: float
+    scores: dict[int, float] = field(default_factory=dict)
+    licence: str | None = None
+
+
+def test_a_result_is_read_back_as_it_was_written(stage_dir: Path) -> None:
+    manifest = read_manifest(stage_dir)
+    assert manifest is not None
+    written = Layers(0.5, {1: 0.25, 12: 2.0}, "mit")
+    write_manifest(stage_dir, replace(manifest, metrics=asdict(written)))
+    found = read_manifest(stage_dir)
+    assert found is not None
+    assert found.result(Layers) == written
+    assert found.result_if("prune", Layers) == written
+    assert found.result_if("distill", Layers) is None
+
+
+@pytest.mark.parametrize(
+    ("metrics", "named"),
+    [
+        ({"perplexity": 0.5}, "loss: Field required"),
+        ({"loss": 0.5, "scores": {"1": "high"}}, "scores.1: Input should be a valid number"),
+    ],
+)
+def test_a_result_of_another_form_is_refused(
+    stage_dir: Path, metrics: dict[str, Any], named: str
+) -> None:
+    manifest = read_manifest(stage_dir)
+    assert manifest is not None
+    with pytest.raises(RecipeError) as caught:
+        replace(manifest, metrics=metrics).result(Layers)
+    for words in ("stage prune", named, "fix: delete the manifest.json of prune"):
+        assert words in str(caught.value)
 
 
 def test_text_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -233,4 +270,4 @@ def test_digest_depends_on_names_and_contents_but_not_on_order_or_folder(tmp_pat
 def test_stamp_fields_are_what_the_manifest_stores(stage_dir: Path) -> None:
     stored = json.loads((stage_dir / MANIFEST).read_text())["files"]["a.txt"]
     stamps = stamp_files(stage_dir / ARTIFACT)
-    assert stored == dataclasses.asdict(stamps["a.txt"])
+    assert stored == asdict(stamps["a.txt"])

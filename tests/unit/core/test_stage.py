@@ -30,6 +30,10 @@ from recipes.core.stage import StageConfig, metrics_log
 from recipes.core.worker import stage_main
 
 @dataclass
+class Read:
+    read: dict[str, list[str]]
+
+@dataclass
 class Config(StageConfig):
     text: str = "hello"
     fail: str = ""
@@ -47,7 +51,7 @@ def run(cfg, inputs, out):
     if cfg.fail == "kill":
         os.kill(os.getpid(), 9)
     read = {name: sorted(os.listdir(item.artifact)) for name, item in inputs.items()}
-    return Outcome(metrics={"read": read}, parameters=5, tokenizer_sha256="t")
+    return Outcome(Read(read), parameters=5, tokenizer_sha256="t")
 
 if __name__ == "__main__":
     stage_main(run, Config, "dataset")

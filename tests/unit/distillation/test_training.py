@@ -14,7 +14,7 @@ from recipes.distillation.training import (
     whole_checkpoints,
 )
 from recipes.planning.chain import Chain
-from recipes.stages.correct_teacher import check
+from recipes.stages.correct_teacher import STAGE
 
 
 def test_progress_is_the_last_whole_checkpoint(tmp_path: Path) -> None:
@@ -37,8 +37,8 @@ def test_progress_is_the_last_whole_checkpoint(tmp_path: Path) -> None:
     ],
 )
 def test_rules_of_every_training(chain: Chain, fields: dict[str, float], rule: str) -> None:
-    assert [p.rule.name for p in check(CorrectTeacherConfig(**fields), chain)] == [rule]  # type: ignore[arg-type]
+    assert [p.rule.name for p in STAGE.problems(CorrectTeacherConfig(**fields), chain)] == [rule]  # type: ignore[arg-type]
 
 
 def test_a_teacher_is_corrected_by_default(chain: Chain) -> None:
-    assert list(check(CorrectTeacherConfig(), chain)) == []
+    assert list(STAGE.problems(CorrectTeacherConfig(), chain)) == []

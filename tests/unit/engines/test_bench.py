@@ -13,9 +13,10 @@ from nemo_convert.hf_config import read_architecture
 from recipes.core.metrics import MetricsLog
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.bench import Contender, ContenderMeasurements, measure, speedups
+from recipes.engines.results import Spread
 from recipes.engines.settings import BenchmarkConfig, QuantizeConfig
 from recipes.engines.settings import BuildEngineConfig as EngineConfig
-from recipes.engines.timing import Timing, spread, summary
+from recipes.engines.timing import Timing, spread
 from recipes.planning.chain import Chain
 from recipes.planning.roofline import (
     Machine,
@@ -79,9 +80,7 @@ def test_rates_follow_from_seconds() -> None:
     timing = Timing(first_seconds=0.5, total_seconds=1.5)
     assert timing.decode_rate(SHAPE) == 2 * 10
     assert timing.throughput(SHAPE) == 2 * 111 / 1.5
-    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0}
-    figures = summary([timing, Timing(0.7, 1.2)], SHAPE)
-    assert figures["time_to_first_token_ms"] == {"median": 600.0, "low": 500.0, "high": 700.0}
+    assert spread([3.0, 1.0, 2.0]) == Spread(median=2.0, low=1.0, high=3.0)
 
 
 class Scripted:
@@ -129,28 +128,23 @@ def test_contenders_take_turns_and_the_first_round_is_dropped(pair: list[Contend
     assert Scripted.asked[-2:] == [("student", 0, 0), ("teacher", 0, 0)]
     seeds = [seed for name, _, seed in Scripted.asked if name == "teacher"][:-1]
     assert len(set(seeds)) == 6  # a prompt that was seen before would be answered from a cache
-    assert [(r["role"], r["batch_size"]) for r in rows] == [
+    assert [(r.role, r.batch_size) for r in rows] == [
         ("teacher", 1),
         ("student", 1),
         ("teacher", 2),
         ("student", 2),
     ]
-    assert rows[0].keys() == {
-        *("role", "backend", "precision", "batch_size", "prompt_tokens", "new_tokens"),
-        *("time_to_first_token_ms", "decode_tokens_per_second", "throughput_tokens_per_second"),
-        *("peak_memory_bytes", "load_seconds", "disk_bytes"),
-    }
-    assert rows[0]["disk_bytes"] == 5
-    assert rows[0]["time_to_first_token_ms"] == {"median": 400, "low": 400, "high": 400}
+    assert rows[0].disk_bytes == 5
+    assert rows[0].time_to_first_token_ms == Spread(400, 400, 400)
 
     found = speedups(rows, pair, lambda _: Machine(1e15, 1e9))
-    assert [f["batch_size"] for f in found] == [1, 2]
-    assert found[0]["prefill"] == pytest.approx(4)
-    assert found[0]["decode"] == pytest.approx(4)
+    assert [f.batch_size for f in found] == [1, 2]
+    assert found[0].prefill == pytest.approx(4)
+    assert found[0].decode == pytest.approx(4)
     ratio = decode_bytes(pair[0].architecture, 1, 9.5, FP32) / decode_bytes(
         pair[1].architecture, 1, 9.5, FP32
     )
-    assert found[0]["decode_roofline"] == pytest.approx(ratio)
+    assert found[0].decode_roofline == pytest.approx(ratio)
     assert 1 < ratio < 2  # half of the layers, but all of the vocabulary
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from recipes.core.statistics import difference, mean, standard_error
 from recipes.evaluation.paired import compare, recovered
+from recipes.evaluation.results import Item
 
 RIGHT, WRONG = [1.0], [0.0]
 
@@ -67,9 +68,9 @@ def test_recovered_is_none_where_pruning_cost_no_more_than_noise(won_by_pruning:
     assert (cost.high >= 0) == (won_by_pruning >= 20)
 
 
-def test_comparison_has_the_agreed_form() -> None:
-    def items(*values: float) -> list[dict[str, dict[str, float]]]:
-        return [{"metrics": {"acc": value, "other": 7.0}} for value in values]
+def test_comparison_is_of_one_metric() -> None:
+    def items(*values: float) -> list[Item]:
+        return [Item("", "", "", "", "", {"acc": value, "other": 7.0}) for value in values]
 
     found = compare(
         "acc",
@@ -79,10 +80,9 @@ def test_comparison_has_the_agreed_form() -> None:
             "distilled": items(1, 1, 0, 1, 0),
         },
     )
-    assert (found["metric"], found["items"]) == ("acc", 5)
-    assert found["teacher"]["value"] == pytest.approx(0.8)
-    assert found["distilled"]["standard_error"] == pytest.approx(math.sqrt(0.3 / 5))
-    assert found["differences"].keys() == {"distilled", "pruned"}
-    assert found["differences"]["pruned"]["value"] == pytest.approx(-0.8)
-    assert found["differences"]["distilled"].keys() == {"value", "low", "high"}
-    assert found["recovered"] == pytest.approx(0.75)
+    assert (found.metric, found.items) == ("acc", 5)
+    assert found.teacher.value == pytest.approx(0.8)
+    assert found.distilled.standard_error == pytest.approx(math.sqrt(0.3 / 5))
+    assert found.differences.pruned.value == pytest.approx(-0.8)
+    assert found.differences.distilled.value == pytest.approx(-0.2)
+    assert found.recovered == pytest.approx(0.75)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from recipes.evaluation.results import Item
 from recipes.evaluation.task_cache import Answer, Question, look_up, path_of, store
 
 QUESTION = Question("m", "sciq", "1.0", "wheel", 100, None, 1234, "0.4.13", "c", "cpu")
-ANSWER = Answer([{"id": "sciq/0", "metrics": {"acc": 1.0}, "doc": {"text": "é"}}], 1.5)
+ANSWER = Answer([Item("sciq/0", "h", {"text": "é"}, 1, [[-2.5, True]], {"acc": 1.0})], 1.5)
 
 
 @pytest.fixture(autouse=True)

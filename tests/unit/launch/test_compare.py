@@ -60,7 +60,7 @@ def test_figures_are_the_manifests(page: Page, sweep: Path) -> None:
 
 def test_the_front_is_what_no_other_run_beats(sweep: Path) -> None:
     rows = comparison([read_run(run) for run in find_runs([sweep])])["rows"]
-    fronts = {row["name"]: row["fronts"] for row in rows}
+    fronts = {row.name: row.fronts for row in rows}
     # Same size: only the best perplexity is on the front. Latency: the worse, the faster.
     assert [n for n, f in fronts.items() if ("perplexity", "parameters") in f] == ["sweep/1"]
     assert [n for n, f in fronts.items() if ("perplexity", "latency") in f] == [
@@ -82,7 +82,7 @@ def test_other_text_is_flagged_and_in_no_plot(page: Page, sweep: Path) -> None:
 def test_other_windows_of_the_same_text_are_flagged(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / name)) for name in ("a", "b", "c")]
     runs[2].stages["evaluate"].metrics["windows"] = 20
-    assert [row["comparable"] for row in comparison(runs)["rows"]] == [True, True, False]
+    assert [row.comparable for row in comparison(runs)["rows"]] == [True, True, False]
 
 
 def test_incomplete_runs_are_listed(page: Page) -> None:

@@ -17,10 +17,11 @@ from launch.executor import executor_of
 from launch.executors import docker, slurm_scripts
 from launch.executors.container import mounts_of
 from launch.executors.slurm_queue import Job, job_states, read_jobs
-from launch.executors.slurm_settings import SlurmConfig, seconds
+from launch.executors.slurm_settings import SlurmConfig
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.core.wheels import cache_dir
+from recipes.planning.budget import slurm_seconds
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -219,10 +220,10 @@ def test_paths_that_options_cannot_hold_are_refused(
 
 
 def test_times_are_read_as_slurm_reads_them() -> None:
-    assert seconds("04:00:00") == 4 * 3600
-    assert seconds("2-01:02:03") == 2 * 86400 + 3600 + 123
+    assert slurm_seconds("04:00:00") == 4 * 3600
+    assert slurm_seconds("2-01:02:03") == 2 * 86400 + 3600 + 123
     for text in ("", "4", "1:2", "00:60:00", "1-00", "-01:00:00", "04:00:00 "):
-        assert seconds(text) is None
+        assert slurm_seconds(text) is None
 
 
 def test_newest_job_of_a_stage_counts(tmp_path: Path) -> None:

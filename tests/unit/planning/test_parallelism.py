@@ -9,9 +9,12 @@ import pytest
 from nemo_convert.pipeline import last_stage_layers, pipeline_split
 from recipes.core.stage import Resources
 from recipes.distillation.settings import DistillConfig
+from recipes.distillation.training import layout_of
 from recipes.planning.chain import Chain
-from recipes.planning.parallelism import data_parallel_size, layout_problems
+from recipes.planning.parallelism import layout_problems
+from recipes.planning.problems import Problem
 from recipes.pruning.settings import PruneConfig
+from recipes.stages import distill
 
 if TYPE_CHECKING:
     from nemo_convert.architecture import Architecture
@@ -29,6 +32,10 @@ def config(
     )
 
 
+def problems(cfg: DistillConfig, chain: Chain) -> list[Problem]:
+    return list(layout_problems(distill.workload(cfg, chain), chain))
+
+
 @pytest.mark.parametrize(
     ("cfg", "size"),
     [
@@ -41,7 +48,7 @@ def config(
     ],
 )
 def test_data_parallel_size(cfg: DistillConfig, size: int) -> None:
-    assert data_parallel_size(cfg) == size
+    assert layout_of(cfg).data == size
 
 
 @pytest.mark.parametrize(
@@ -59,7 +66,7 @@ def test_data_parallel_size(cfg: DistillConfig, size: int) -> None:
     ],
 )
 def test_layouts_that_fit(cfg: DistillConfig, chain: Chain) -> None:
-    assert list(layout_problems(cfg, chain)) == []
+    assert problems(cfg, chain) == []
 
 
 @pytest.mark.parametrize(
@@ -79,7 +86,7 @@ def test_layouts_that_fit(cfg: DistillConfig, chain: Chain) -> None:
     ],
 )
 def test_each_rule(cfg: DistillConfig, rule: str, what: str, fix: str, chain: Chain) -> None:
-    [problem] = layout_problems(cfg, chain)
+    [problem] = problems(cfg, chain)
     assert problem.rule.name == rule
     assert what in problem.what
     assert fix in problem.fix
@@ -96,7 +103,7 @@ def test_each_rule(cfg: DistillConfig, rule: str, what: str, fix: str, chain: Ch
 )
 def test_tensor_parallel_axes(teacher: Architecture, axis: str, size: int, rule: str) -> None:
     chain = Chain("x", dataclasses.replace(teacher, **{axis: size}), {})
-    [problem] = layout_problems(config(devices=2, tp=2), chain)
+    [problem] = problems(config(devices=2, tp=2), chain)
     assert problem.rule.name == rule
     assert f"{axis}={size} is not divisible by TP=2" in problem.what
 
@@ -105,14 +112,14 @@ def test_tensor_parallel_axes(teacher: Architecture, axis: str, size: int, rule:
     "fields", [{"micro_batch_size": 0}, {"tp": 0}, {"pp": 0}, {"global_batch_size": 0}]
 )
 def test_sizes_of_zero_are_refused(fields: dict[str, int], chain: Chain) -> None:
-    assert list(layout_problems(config(**fields), chain))
+    assert list(problems(config(**fields), chain))
 
 
 def test_stage_without_a_student_is_checked_once(chain: Chain) -> None:
     """A stage that reads the teacher alone has no student input."""
     cfg = config(devices=5, pp=5)
     cfg.inputs = {"checkpoint": "import_hf", "data": "prepare_data"}
-    [problem] = layout_problems(cfg, chain)
+    [problem] = problems(cfg, chain)
     assert problem.what == "the teacher has 4 layers, fewer than PP=5"
 
 
@@ -121,7 +128,7 @@ def test_student_and_teacher_are_both_checked(chain: Chain) -> None:
     whole = dataclasses.replace(chain, stages={"prune": student})
     cfg = config(devices=5, pp=5)
     cfg.inputs = {"teacher": "import_hf", "student": "prune"}
-    whats = [problem.what for problem in layout_problems(cfg, whole)]
+    whats = [problem.what for problem in problems(cfg, whole)]
     assert whats == [
         "the teacher has 4 layers, fewer than PP=5",
         "the student has 2 layers, fewer than PP=5",
@@ -172,10 +179,10 @@ def test_experts_are_trained_with_sequence_parallelism(chain: Chain) -> None:
         chain.teacher, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=66
     )
     moe = dataclasses.replace(chain, teacher=experts)
-    [problem] = layout_problems(config(devices=2, tp=2), moe)
+    [problem] = problems(config(devices=2, tp=2), moe)
     assert "sequence_parallel=true" in problem.fix
     whole = config(devices=2, tp=2, sequence_parallel=True)
-    assert list(layout_problems(whole, moe)) == []
+    assert problems(whole, moe) == []
     odd = dataclasses.replace(experts, moe_ffn_hidden_size=65)
-    [problem] = layout_problems(whole, dataclasses.replace(moe, teacher=odd))
+    [problem] = problems(whole, dataclasses.replace(moe, teacher=odd))
     assert "moe_ffn_hidden_size=65" in problem.what

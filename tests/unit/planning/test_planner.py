@@ -294,10 +294,10 @@ def test_profiles_are_whole_and_plausible(name: str) -> None:
 def test_tables_have_a_cell_for_each_column() -> None:
     jobs = {"distill": distillation(replace(QWEN, num_layers=24), QWEN)}
     made = tables(jobs, H100)
-    assert [t["title"].split(",")[0] for t in made][-1] == "Layouts of distill that fit"
+    assert [t.title.split(",")[0] for t in made][-1] == "Layouts of distill that fit"
     for table in made:
-        assert table["rows"]
-        assert {len(row) for row in table["rows"]} == {len(table["columns"])}
+        assert table.rows
+        assert {len(row) for row in table.rows} == {len(table.columns)}
     found = figures(jobs, H100, from_published_config=True)
     assert found["device-hours"] == pytest.approx(5826, abs=2)
     assert found["dollars"] == pytest.approx(3 * found["device-hours"], rel=0.001)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import MANIFEST
+from recipes.core.manifest import MANIFEST, Kind, Manifest
+from recipes.engines.results import BenchmarkResults
+from recipes.evaluation.results import EvaluationResult, TaskResults
 from recipes.report.gates import EVALUATION, TASK, Gate, judge, parse, parse_all
+from tests.support.manifests import manifest_of
+from tests.unit.conftest import RESULTS, SCIQ
 
 if TYPE_CHECKING:
     import subprocess
@@ -17,23 +22,26 @@ if TYPE_CHECKING:
 
     from launch.plan import Plan
 
-EVALUATED = {
-    "recovered": 0.75,
-    "teacher": {"perplexity": 10.0},
-    "distilled": {"perplexity": 15.0, "kl_to_teacher": 0.4, "top1_agreement": 0.7},
-}
-SCIQ = {
-    "recovered": None,
-    "distilled": {"value": 0.7},
-    "differences": {"distilled": {"value": -0.1, "low": -0.15, "high": -0.05}},
-}
-SPEEDUPS = [{"prefill": 1.4, "decode": 1.3}, {"prefill": 1.2, "decode": 1.25}, {"decode": None}]
-RESULTS: dict[str, dict[str, Any]] = {
-    "eval_results": EVALUATED,
-    "task_results": {"tasks": {"sciq": SCIQ}},
-    "benchmark_results": {"speedups": [{"prefill": 9, **row} for row in SPEEDUPS]},
-}
+EVALUATED: EvaluationResult = RESULTS["eval_results"]
+TASKS = replace(RESULTS["task_results"], tasks={"sciq": replace(SCIQ, recovered=None)})
+BENCHMARK: BenchmarkResults = RESULTS["benchmark_results"]
+SPEEDUPS = [
+    replace(BENCHMARK.speedups[0], prefill=prefill, decode=decode)
+    for prefill, decode in ((1.4, 1.3), (1.2, 1.25))
+]
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def manifests(*results: EvaluationResult | TaskResults | BenchmarkResults) -> dict[Kind, Manifest]:
+    kinds: dict[type, Kind] = {
+        EvaluationResult: "eval_results",
+        TaskResults: "task_results",
+        BenchmarkResults: "benchmark_results",
+    }
+    return {kinds[type(one)]: manifest_of("stage", kinds[type(one)], one) for one in results}
+
+
+MEASURED = manifests(EVALUATED, TASKS, replace(BENCHMARK, speedups=SPEEDUPS))
 
 
 @pytest.mark.parametrize(
@@ -99,26 +107,26 @@ def test_gates_are_a_list() -> None:
     ],
 )
 def test_verdicts(text: str, measured: float | None, passed: bool) -> None:
-    [verdict] = judge([parse(text)], RESULTS)
+    [verdict] = judge([parse(text)], MEASURED)
     assert (verdict.measured, verdict.passed) == (measured, passed)
 
 
 def test_what_cannot_be_measured_says_why() -> None:
-    [verdict] = judge([parse("recovered.sciq >= 0.95")], RESULTS)
+    [verdict] = judge([parse("recovered.sciq >= 0.95")], MEASURED)
     assert str(verdict) == (
         "recovered.sciq >= 0.95: not measurable, pruning cost no more than noise"
     )
-    nothing = {"benchmark_results": {"speedups": []}}
+    nothing = manifests(replace(BENCHMARK, speedups=[]))
     assert str(judge([parse("speedup.decode > 1")], nothing)[0]).endswith("> 1: not measured")
 
 
 def test_every_named_figure_can_be_measured() -> None:
     for name in [*EVALUATION, *(f"{figure}.sciq" for figure in TASK)]:
-        assert len(judge([Gate(name, ">", 0)], RESULTS)) == 1
+        assert len(judge([Gate(name, ">", 0)], MEASURED)) == 1
 
 
 def test_not_a_number_passes_nothing() -> None:
-    nan = {"eval_results": {**EVALUATED, "recovered": float("nan")}}
+    nan = manifests(replace(EVALUATED, recovered=float("nan")))
     assert not any(v.passed for v in judge([parse("recovered > 0"), parse("recovered < 1")], nan))
 
 

@@ -19,6 +19,7 @@ from recipes.distillation.settings import DistillConfig
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning.chain import Chain
 from recipes.search.latency import fit
+from recipes.search.results import Candidate
 from recipes.search.settings import (
     EnumerateShapesConfig,
     MeasureLatencyConfig,
@@ -251,9 +252,13 @@ def test_a_tournament_that_cannot_be_played_is_refused(
 
 def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better() -> None:
     sizes = {"a": (10, 1.0), "b": (9, 2.0), "c": (9, 3.0), "d": (11, 1.0), "e": (8, 2.5)}
-    every = [{"name": n, "parameters": p, "proxy": x} for n, (p, x) in sizes.items()]
-    rank_candidates.mark_pareto(every)
-    assert [c["name"] for c in every if c["pareto"]] == ["a", "b", "e"]
+    every = [
+        Candidate(name, parameters, proxy, 9.0, proxy, 0, chosen=False, pareto=False, shape=SMOLLM2)
+        for name, (parameters, proxy) in sizes.items()
+    ]
+    ranked = rank_candidates.ranking(every)
+    assert [c.name for c in ranked] == ["a", "d", "b", "e", "c"]
+    assert [c.name for c in ranked if c.pareto] == ["a", "b", "e"]
 
 
 @pytest.mark.parametrize("settings", [{"proxy": "loss"}, {"num_samples": 0}, {"seq_length": 2000}])

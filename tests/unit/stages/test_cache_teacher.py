@@ -8,7 +8,7 @@ import pytest
 
 from recipes.core.stage import Resources
 from recipes.distillation.settings import CacheTeacherConfig
-from recipes.stages.cache_teacher import check, disk_bytes, progress
+from recipes.stages.cache_teacher import STAGE, disk_bytes, progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ TEACHERS = {
 
 
 def test_the_defaults_are_accepted(chain: Chain) -> None:
-    assert list(check(CacheTeacherConfig(), chain)) == []
+    assert list(STAGE.problems(CacheTeacherConfig(), chain)) == []
 
 
 @pytest.mark.parametrize(
@@ -48,14 +48,16 @@ def test_the_defaults_are_accepted(chain: Chain) -> None:
     ],
 )
 def test_each_problem_is_named(settings: dict[str, Any], says: str, chain: Chain) -> None:
-    assert any(says in str(problem) for problem in check(CacheTeacherConfig(**settings), chain))
+    assert any(
+        says in str(problem) for problem in STAGE.problems(CacheTeacherConfig(**settings), chain)
+    )
 
 
 def test_ranks_left_over_share_the_windows(chain: Chain) -> None:
     cfg = CacheTeacherConfig(
         tensor_model_parallel_size=2, resources=Resources(devices=8), micro_batch_size=3
     )
-    assert list(check(cfg, chain)) == []
+    assert list(STAGE.problems(cfg, chain)) == []
 
 
 def test_size_on_disk(chain: Chain) -> None:

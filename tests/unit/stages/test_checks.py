@@ -56,7 +56,7 @@ def test_stages_keep_the_contract(name: str, chain: Chain) -> None:
     assert not stage.optional_inputs.keys() & stage.inputs.keys()
     for kinds in [*stage.inputs.values(), *stage.optional_inputs.values()]:
         assert {stage.kind, *kinds} <= set(get_args(Kind))
-    assert isinstance(list(stage.check(stage.config(stage=name), chain)), list)
+    assert isinstance(list(stage.problems(stage.config(stage=name), chain)), list)
 
 
 @pytest.mark.parametrize("wrong", ["kinds", "outputs", "progres"])
@@ -66,7 +66,7 @@ def test_a_misspelt_part_of_a_stage_fails_at_import(wrong: str) -> None:
         Stage(**parts)
 
 
-@pytest.mark.parametrize("part", ["config", "kind", "run", "check"])
+@pytest.mark.parametrize("part", ["config", "kind", "run"])
 def test_a_missing_part_of_a_stage_fails_at_import(part: str) -> None:
     parts: dict[str, Any] = {**vars(prune.STAGE)}
     del parts[part]
@@ -226,7 +226,7 @@ def test_score_runs_on_pipeline_ranks(chain: Chain) -> None:
 @pytest.mark.parametrize("resources", [Resources(devices=2), Resources(nodes=2)])
 def test_prune_runs_on_one_rank(chain: Chain, resources: Resources) -> None:
     cfg = PruneConfig(target_num_layers=2, resources=resources)
-    assert one(prune.check(cfg, chain)).rule.name == "one-rank"
+    assert one(prune.STAGE.problems(cfg, chain)).rule.name == "one-rank"
 
 
 @pytest.mark.parametrize("stage", [import_hf, prepare_data, evaluate, export_hf])
@@ -234,7 +234,7 @@ def test_stages_without_parallelism_run_on_one_rank(stage: Any, chain: Chain, te
     cfg = stage.STAGE.config(resources=Resources(devices=2))
     if stage is prepare_data:
         cfg.sources = [text]
-    assert list(stage.check(cfg, chain))
+    assert one(stage.STAGE.problems(cfg, chain)).rule.name == "one-rank"
 
 
 @pytest.mark.parametrize(
@@ -251,17 +251,17 @@ def test_stages_without_parallelism_run_on_one_rank(stage: Any, chain: Chain, te
     ],
 )
 def test_distill_rules(chain: Chain, fields: dict[str, Any], rule: str) -> None:
-    assert one(distill.check(DistillConfig(**fields), chain)).rule.name == rule
+    assert one(distill.STAGE.problems(DistillConfig(**fields), chain)).rule.name == rule
 
 
 def test_distill_lists_all_problems(chain: Chain) -> None:
     cfg = DistillConfig(max_steps=0, precision="8", global_batch_size=3)
-    rules = [p.rule.name for p in distill.check(cfg, chain)]
+    rules = [p.rule.name for p in distill.STAGE.problems(cfg, chain)]
     assert rules == ["precision", "positive", "warmup", "batch"]
 
 
 def test_distill_defaults_have_no_problem(chain: Chain) -> None:
-    assert list(distill.check(DistillConfig(), chain)) == []
+    assert list(distill.STAGE.problems(DistillConfig(), chain)) == []
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_distill_knows_the_students_shape(
         **{parallel: 2},
     )
     whole = Chain(chain.hf_path, chain.teacher, {"prune": student, "distill": cfg})
-    assert list(distill.check(cfg, whole))
+    assert list(distill.STAGE.problems(cfg, whole))
 
 
 @pytest.mark.parametrize("fields", [{"num_windows": 0}, {"prompt_tokens": 256}])

@@ -11,6 +11,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Resources
 from recipes.distillation.objective import layer_pairs
+from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import CacheTeacherConfig, DistillConfig
 from recipes.planning.chain import Chain
 from recipes.pruning.settings import PruneConfig
@@ -133,14 +134,15 @@ def test_summary_is_that_of_all_attempts(tmp_path: Path) -> None:
     log.progress("distill", 4, 4, loss=1.0, kd=1.0, lm=0.0, skipped=True, tokens_per_second=30.0)
     log.progress("validate", 4, 4, val_loss=2.25)
     cfg = DistillConfig(stage="distill", global_batch_size=2, seq_length=8)
-    assert distill.summary(cfg, tmp_path / "metrics.jsonl") == {
-        "final_loss": 1.0,
-        "final_kd": 1.0,
-        "final_lm": 0.0,
-        "teacher_loss": 1.5,
-        "val_loss": 2.25,
-        "steps": 4,
-        "skipped_steps": 1,
-        "tokens": 64,
-        "tokens_per_second": 27.5,
-    }
+    assert distill.result(cfg, tmp_path / "metrics.jsonl") == DistillationResult(
+        final_loss=1.0,
+        final_kd=1.0,
+        final_hidden=None,
+        final_lm=0.0,
+        teacher_loss=1.5,
+        val_loss=2.25,
+        steps=4,
+        skipped_steps=1,
+        tokens=64,
+        tokens_per_second=27.5,
+    )

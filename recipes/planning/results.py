@@ -1,0 +1,25 @@
+"""What a plan says: figures, and tables for a terminal and for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Cell = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of as many cells as there are columns."""
+
+    title: str
+    columns: list[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """Figures by name, and tables."""
+
+    figures: dict[str, Cell]
+    tables: list[Table]

@@ -1,0 +1,33 @@
+"""What scoring and pruning find of layers, which are counted from 1. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """What a teacher's layers are worth."""
+
+    calibration: str
+    calibration_windows: int
+    calibration_tokens: int
+    teacher_loss: float
+    layer_importance: dict[str, dict[int, float]]
+    """By measure and layer."""
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What was kept of a teacher."""
+
+    kept_layers: list[int]
+    layer_importance: dict[int, float]
+    layer_measure: str
+    calibration_tokens: int
+    calibration_windows: int
+    teacher_parameters: int | None
+
+    def dropped_layers(self) -> list[int]:
+        """The teacher's layers that are gone."""
+        return sorted(self.layer_importance.keys() - set(self.kept_layers))

@@ -1,0 +1,81 @@
+"""What CONTRIBUTING.md says to write, written into a copy of the repository."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+TEXT = (REPO / "CONTRIBUTING.md").read_text()
+PARTS = ("conf", "launch", "nemo_convert", "recipes")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: what it is to become, by its language, and the heading above it."""
+
+    heading: str
+    language: str
+    text: str
+
+    @property
+    def file(self) -> str:
+        """The file that its first line names."""
+        return self.text.split("\n", 1)[0].removeprefix("# ")
+
+    def apply(self, root: Path) -> None:
+        """Writes a new file, or changes one where the lines of the diff stand."""
+        content, path = self.text.split("\n", 1)[1], root / self.file
+        if self.language != "diff":
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(content)
+            return
+        for hunk in content.split("@@\n"):
+            lines = hunk.splitlines(keepends=True)
+            before = "".join(line[1:] or "\n" for line in lines if line[0] != "+")
+            after = "".join(line[1:] or "\n" for line in lines if line[0] != "-")
+            text = path.read_text()
+            assert text.count(before) == 1, f"{self.file} does not have once:\n{before}"
+            path.write_text(text.replace(before, after))
+
+
+def blocks(heading: str) -> list[Block]:
+    """The blocks below a heading, in order."""
+    [section] = re.findall(rf"^#+ {heading}\n(.*?)(?=^#+ |\Z)", fenced_aside(TEXT), re.M | re.S)
+    found = re.findall(r"```(\w+)\n(.*?)```", section, re.S)
+    return [Block(heading, language, text.replace("\0", "#")) for language, text in found]
+
+
+def fenced_aside(text: str) -> str:
+    """The text with the comments of its blocks hidden, which look like headings."""
+    return re.sub(r"```.*?```", lambda block: block[0].replace("#", "\0"), text, flags=re.S)
+
+
+def copy_with(root: Path, *headings: str) -> Path:
+    """Copies the repository's packages and adds what stands below the headings."""
+    for part in PARTS:
+        shutil.copytree(REPO / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPO / "pyproject.toml", root)
+    for heading in headings:
+        for block in blocks(heading):
+            if block.language != "bash":
+                block.apply(root)
+    return root
+
+
+def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in the copy, on its code alone."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )

@@ -1,0 +1,58 @@
+"""The workflow of the continuous integration, as far as it can be read without running it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from packaging.specifiers import SpecifierSet
+
+from recipes.core.files import REPO_ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WORKFLOW: dict[Any, Any] = yaml.safe_load((REPO_ROOT / ".github/workflows/ci.yml").read_text())
+
+
+def steps() -> Iterator[dict[str, Any]]:
+    for job in WORKFLOW["jobs"].values():
+        yield from job["steps"]
+
+
+def test_it_can_only_read_and_one_push_ends_the_run_of_the_one_before() -> None:
+    assert WORKFLOW["permissions"] == {"contents": "read"}
+    assert not any("permissions" in job for job in WORKFLOW["jobs"].values())
+    assert WORKFLOW["concurrency"]["cancel-in-progress"] is True
+
+
+def test_it_makes_targets_that_there_are() -> None:
+    makefile = (REPO_ROOT / "Makefile").read_text()
+    made = {step["run"].split()[1] for step in steps() if step.get("run", "").startswith("make ")}
+    assert made == {"lint", "test"}
+    assert all(re.search(rf"^{target}: ", makefile, re.M) for target in made)
+
+
+def test_its_actions_are_of_a_major_version() -> None:
+    used = [step["uses"] for step in steps() if "uses" in step]
+    assert used
+    assert [name for name in used if not re.fullmatch(r"actions/[\w-]+@v\d+", name)] == []
+
+
+def test_its_cache_is_keyed_by_what_the_installation_is_stamped_with() -> None:
+    stamped = re.findall(r"sha256sum (.+)\)", (REPO_ROOT / "install.sh").read_text())[0].split()
+    [key] = {step["with"]["key"] for step in steps() if "cache" in step.get("uses", "")}
+    assert re.findall(r"'([^']+)'", key) == stamped
+
+
+@pytest.mark.parametrize("job", WORKFLOW["jobs"])
+def test_its_pythons_are_supported(job: str) -> None:
+    spec = WORKFLOW["jobs"][job]
+    with (REPO_ROOT / "pyproject.toml").open("rb") as file:
+        supported = SpecifierSet(tomllib.load(file)["project"]["requires-python"])
+    [given] = [s["with"]["python-version"] for s in spec["steps"] if "setup-python" in str(s)]
+    found = spec["strategy"]["matrix"]["python"] if "matrix" in given else [given]
+    assert all(version in supported for version in found)

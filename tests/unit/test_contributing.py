@@ -1,0 +1,118 @@
+"""CONTRIBUTING.md: what it says to add is added and used; what it names exists."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from recipes.core.manifest import ARTIFACT, read_manifest
+from tests.contributing import REPO, TEXT, blocks, copy_with, run
+
+DOCUMENTS = ("CONTRIBUTING.md", "README.md", "benchmarks/README.md")
+ADDED = ("A recipe", "A stage", "A rule of preflight", "A loss", "A family")
+CLI = "launch/run.py"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with everything added at once."""
+    return copy_with(tmp_path_factory.mktemp("copy"), *ADDED)
+
+
+def test_the_blocks_are_in_the_style_of_the_house(copy: Path) -> None:
+    for command in (["check"], ["format", "--check"]):
+        done = run(copy, "-m", "ruff", *command, "--no-cache", "recipes", "nemo_convert")
+        assert done.returncode == 0, done.stdout
+
+
+def test_a_recipe_is_listed_and_planned(copy: Path, tmp_path: Path) -> None:
+    [block] = blocks("A recipe")
+    name = Path(block.file).stem
+    assert name in run(copy, CLI).stdout
+    done = run(copy, CLI, f"recipe={name}", f"run_dir={tmp_path}/run", "dry_run=true")
+    assert done.returncode == 0, done.stderr
+    assert f"recipe: {name}" in (tmp_path / "run" / "run.yaml").read_text()
+
+
+@pytest.fixture(scope="module")
+def run_dir(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the command by which the added stage is run."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    [command] = [block.text for block in blocks("A stage") if block.language == "bash"]
+    python, *arguments = shlex.split(command)
+    assert python == "python"
+    done = run(copy, *arguments, f"run_dir={directory}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return directory
+
+
+def test_a_stage_runs_and_is_recorded(run_dir: Path) -> None:
+    made, plan = read_manifest(run_dir / "plan_csv"), read_manifest(run_dir / "plan")
+    assert made is not None
+    assert plan is not None
+    assert made.kind == "plan_table"
+    assert made.inputs == {"plan": plan.fingerprint}
+    with (run_dir / "plan_csv" / ARTIFACT / "plan.csv").open() as file:
+        rows = dict(csv.reader(file))
+    assert rows == {name: str(value) for name, value in plan.metrics["figures"].items()}
+
+
+def test_every_file_of_a_run_is_in_the_table(run_dir: Path) -> None:
+    found = {path.name for path in run_dir.iterdir() if path.is_file()}
+    found |= {f"<stage>/{path.name}" for path in (run_dir / "plan").iterdir()}
+    assert len(found) > 6
+    assert [name for name in found if not re.search(rf"`{re.escape(name)}/?`", TEXT)] == []
+
+
+def test_a_stage_says_what_it_does_not_take(copy: Path, tmp_path: Path) -> None:
+    """Its check is asked, and its config is the schema."""
+    [command] = [block.text for block in blocks("A stage") if block.language == "bash"]
+    arguments = [*shlex.split(command)[1:], f"run_dir={tmp_path}"]
+    done = run(copy, *arguments, "stages.plan_csv.resources.devices=2")
+    assert "[one-rank]" in done.stderr
+    assert "delimiter" in run(copy, *arguments, "stages.plan_csv.delimeter=x").stderr
+
+
+def test_a_rule_is_listed_and_tripped(copy: Path, tmp_path: Path) -> None:
+    arguments = (CLI, "recipe=llama_depth_prune", "dry_run=true", f"run_dir={tmp_path}")
+    done = run(copy, *arguments, "stages.distill.adam_beta2=1")
+    assert done.returncode == 1
+    assert "adam_beta1=0.9, adam_beta2=1.0" in done.stderr
+    assert "[adam-betas]" in done.stderr
+    assert "adam-betas" in run(copy, CLI, "doctor", "rules").stdout
+
+
+def test_the_picture_is_the_rule_that_is_enforced() -> None:
+    with (REPO / "pyproject.toml").open("rb") as file:
+        contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    layers = [line.replace("recipes.", "").replace(" | ", ", ") for line in contracts[0]["layers"]]
+    [picture] = [block.text for block in blocks("Rooms") if block.language == "text"]
+    assert [line.split("  ")[0] for line in picture.splitlines()] == layers
+    package = (REPO / "recipes" / "__init__.py").read_text()
+    assert [line.strip() for line in re.findall(r"^    (.+)$", package, re.M)] == layers
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_a_document_names_exists(document: str) -> None:
+    text = (REPO / document).read_text()
+    paths = re.findall(r"\b(?:recipes|nemo_convert|launch|conf|benchmarks|tests)/[\w/.]*\w", text)
+    modules = re.findall(r"-m ((?:recipes|nemo_convert|benchmarks)[.\w]*\w)", text)
+    names = {*paths, *(module.replace(".", "/") for module in modules)}
+    added = {block.file for heading in ADDED for block in blocks(heading)}
+    missing = [
+        name
+        for name in names - added
+        if not any((REPO / f"{name}{end}").exists() for end in ("", ".py"))
+    ]
+    assert names
+    assert missing == []
+
+
+@pytest.mark.parametrize("target", re.findall(r"^(make \w+)", TEXT, re.M))
+def test_make_targets_exist(target: str) -> None:
+    assert f"\n{target.split()[1]}: " in (REPO / "Makefile").read_text()
