@@ -58,4 +58,8 @@ def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bo
 def run_stage(stage: PlannedStage) -> None:
     """Runs a planned stage on the request that the launcher has written."""
     parts = stage.stage
+    if parts.needs_torch:
+        from megatron.core import num_microbatches_calculator as batches
+
+        batches.unset_num_microbatches_calculator()  # or it keeps the first training's sizes
     _run_stage(parts.run, parts.config, parts.kind, stage.directory / "config.yaml")
