@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.contributing import copy_with, run
-from tests.cpu.conftest import EVEN, FAMILIES, write_tiny_model
+from tests.support.contributing import copy_with, run
+from tests.support.models import EVEN, FAMILIES, write_tiny_model
 
 LOSS = """
 import torch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging.config
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,8 @@ def run_here(*overrides: str, cwd: Path) -> Result:
     with (
         mock.patch.dict(EXECUTORS, local=here),
         mock.patch.object(sys, "argv", ["run.py", *overrides]),
+        # Hydra's closes every handler of the process, and absl's then closes pytest's stderr.
+        mock.patch.object(logging.config, "dictConfig"),
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
@@ -55,4 +58,8 @@ def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bo
 def run_stage(stage: PlannedStage) -> None:
     """Runs a planned stage on the request that the launcher has written."""
     parts = stage.stage
+    if parts.needs_torch:
+        from megatron.core import num_microbatches_calculator as batches
+
+        batches.unset_num_microbatches_calculator()  # or it keeps the first training's sizes
     _run_stage(parts.run, parts.config, parts.kind, stage.directory / "config.yaml")

@@ -8,7 +8,7 @@ from typing import Any
 from recipes.core.manifest import Kind, Manifest
 
 
-def manifest_of(stage: str, kind: Kind, result: Any) -> Manifest:
+def bare_manifest(stage: str, kind: Kind, result: Any) -> Manifest:
     """A manifest that says nothing but what was measured."""
     return Manifest(
         stage=stage,

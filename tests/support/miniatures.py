@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 DISTILL = {
     "max_steps": 4,
     "warmup_steps": 1,
@@ -14,7 +12,3 @@ DISTILL = {
     "val_check_interval": 4,
     "checkpoint_interval": 4,
 }
-
-
-def settings(stage: str, values: dict[str, Any]) -> list[str]:
-    return [f"stages.{stage}.{name}={value}" for name, value in values.items()]

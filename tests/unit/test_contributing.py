@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, read_manifest
-from tests.contributing import REPO, TEXT, blocks, copy_with, run
+from tests.support.contributing import TEXT, blocks, copy_with, run
 
 DOCUMENTS = ("CONTRIBUTING.md", "README.md", "benchmarks/README.md")
 ADDED = ("A recipe", "A stage", "A rule of preflight", "A loss", "A family")
@@ -88,18 +89,18 @@ def test_a_rule_is_listed_and_tripped(copy: Path, tmp_path: Path) -> None:
 
 
 def test_the_picture_is_the_rule_that_is_enforced() -> None:
-    with (REPO / "pyproject.toml").open("rb") as file:
+    with (REPO_ROOT / "pyproject.toml").open("rb") as file:
         contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
     layers = [line.replace("recipes.", "").replace(" | ", ", ") for line in contracts[0]["layers"]]
     [picture] = [block.text for block in blocks("Rooms") if block.language == "text"]
     assert [line.split("  ")[0] for line in picture.splitlines()] == layers
-    package = (REPO / "recipes" / "__init__.py").read_text()
+    package = (REPO_ROOT / "recipes" / "__init__.py").read_text()
     assert [line.strip() for line in re.findall(r"^    (.+)$", package, re.M)] == layers
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_what_a_document_names_exists(document: str) -> None:
-    text = (REPO / document).read_text()
+    text = (REPO_ROOT / document).read_text()
     paths = re.findall(r"\b(?:recipes|nemo_convert|launch|conf|benchmarks|tests)/[\w/.]*\w", text)
     modules = re.findall(r"-m ((?:recipes|nemo_convert|benchmarks)[.\w]*\w)", text)
     names = {*paths, *(module.replace(".", "/") for module in modules)}
@@ -107,7 +108,7 @@ def test_what_a_document_names_exists(document: str) -> None:
     missing = [
         name
         for name in names - added
-        if not any((REPO / f"{name}{end}").exists() for end in ("", ".py"))
+        if not any((REPO_ROOT / f"{name}{end}").exists() for end in ("", ".py"))
     ]
     assert names
     assert missing == []
@@ -115,4 +116,4 @@ def test_what_a_document_names_exists(document: str) -> None:
 
 @pytest.mark.parametrize("target", re.findall(r"^(make \w+)", TEXT, re.M))
 def test_make_targets_exist(target: str) -> None:
-    assert f"\n{target.split()[1]}: " in (REPO / "Makefile").read_text()
+    assert f"\n{target.split()[1]}: " in (REPO_ROOT / "Makefile").read_text()

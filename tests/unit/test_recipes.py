@@ -19,7 +19,8 @@ from recipes.planning.layouts import HEADROOM
 from recipes.planning.published_configs import CONFIGS
 from recipes.search.space import name_of
 from recipes.stages.contract import Stage
-from tests.support.miniatures import DISTILL, settings
+from tests.support.miniatures import DISTILL
+from tests.support.runs import settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -221,7 +222,7 @@ def test_every_large_recipe_has_a_small_budget() -> None:
 def test_small_budget_differs_only_where_the_miniature_does(
     recipe: str, compose: Callable[..., Any]
 ) -> None:
-    replaced = [*settings("distill", DISTILL), "stages.prepare_data.max_documents=1"]
+    replaced = [*settings("distill", **DISTILL), "stages.prepare_data.max_documents=1"]
     whole, small = (
         OmegaConf.to_container(compose(f"recipe={name}", *replaced).stages, resolve=True)
         for name in (recipe, f"{recipe}_small")

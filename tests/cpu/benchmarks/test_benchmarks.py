@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
+import re
+import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks import convert
+from benchmarks import contenders, convert, layers, recovery, shapes
 from benchmarks.contenders import CONTENDERS, INPUTS, Record, Shape, manifest_of
 from benchmarks.distill import disagreements, speeds, step_flops, summarise
 from nemo_convert.architecture import Architecture
 from recipes.core.files import REPO_ROOT
 from tests.support.in_process import run_here
+from tests.support.runs import tiny
 
 STEPS, MICRO_BATCH, SEQ_LENGTH = 3, 4, 64
 
 
-def benchmark(*options: str, name: str = "distill") -> subprocess.CompletedProcess[str]:
+def benchmark(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *options],
+        [sys.executable, "-m", "benchmarks.distill", *options],
         cwd=REPO_ROOT,
         capture_output=True,
         text=True,
@@ -35,17 +42,31 @@ def benchmark(*options: str, name: str = "distill") -> subprocess.CompletedProce
     )
 
 
+def benchmark_here(module: ModuleType, *options: str) -> str:
+    """Output of a benchmark's command line; the launcher that it starts runs in this process."""
+
+    def execute(command: list[str]) -> None:
+        done = run_here(*command[len(contenders.LAUNCHER) :], cwd=REPO_ROOT)
+        assert done.code == 0, done.output
+
+    output = io.StringIO()
+    with (
+        mock.patch.object(contenders, "execute", execute),
+        mock.patch.object(shapes, "execute", execute),
+        mock.patch.object(sys, "argv", [module.__name__, *options]),
+        contextlib.redirect_stdout(output),
+    ):
+        module.main()
+    return output.getvalue()
+
+
 @pytest.fixture(scope="module")
 def tiny_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Teacher, student and text, as the launcher makes them."""
     run_dir = tmp_path_factory.mktemp("benchmarks") / "run"
     result = run_here(
         "recipe=llama_depth_prune",
-        f"model.hf_path={even_llama}",
-        f"data.sources=[{text_file}]",
-        "data.text_field=text",
-        f"data.seq_length={SEQ_LENGTH}",
-        f"run_dir={run_dir}",
+        *tiny(even_llama, text_file, run_dir, SEQ_LENGTH),
         f"stages.only=[{','.join(INPUTS)}]",
         "stages.prune.target_num_layers=2",
         cwd=run_dir.parent,
@@ -91,8 +112,7 @@ def test_ways_to_recover_are_compared(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "recovery"
     options = ("--run-dir", str(tiny_run), "--out", str(out), "--steps=4")
     for _ in range(2):  # the second time nothing is left to do
-        done = benchmark(*options, "--only", *arms, name="recovery")
-        assert done.returncode == 0, done.stdout + done.stderr
+        benchmark_here(recovery, *options, "--only", *arms)
     found = json.loads((out / "recovery.json").read_text())
     for outcomes in found.values():
         assert list(outcomes) == list(arms)
@@ -112,32 +132,29 @@ def test_ways_to_recover_are_compared(tiny_run: Path, tmp_path: Path) -> None:
 def test_ways_to_choose_layers_are_compared(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "layers"
     options = ("--layers=3", "--methods=loss", "--steps=2", "--loss-windows=2", "--windows=4")
-    done = benchmark(
-        *("--run-dir", str(tiny_run), "--out", str(out), "--greedy-layers=1", *options),
-        name="layers",
+    output = benchmark_here(
+        layers, "--run-dir", str(tiny_run), "--out", str(out), "--greedy-layers=1", *options
     )
-    assert done.returncode == 0, done.stdout + done.stderr
     (found,) = json.loads((out / "layers.json").read_text())
     assert (found["method"], found["layers"], len(found["dropped"])) == ("loss", 3, 1)
     assert found["tokens"] == 2 * 4 * 256
     assert found["distilled"] != found["pruned"] > 1
-    assert f"{found['kl_to_teacher']:.4f}" in done.stdout
+    assert f"{found['kl_to_teacher']:.4f}" in output
 
 
 def test_shapes_are_compared(even_llama: Path, text_file: Path, tmp_path: Path) -> None:
     """The search's own run is in it; one candidate wins without training."""
     out = tmp_path / "shapes"
     space = "stages.enumerate_shapes.space"
-    done = benchmark(
+    output = benchmark_here(
+        shapes,
         *("--out", str(out), "--steps=2", "--lr", "1e-3", "--"),
         *(f"model.hf_path={even_llama}", f"data.sources=[{text_file}]", "data.text_field=text"),
         *(f"data.seq_length={SEQ_LENGTH}", "stages.tournament.num_candidates=1"),
         "stages.enumerate_shapes.budget.parameters=0.85",  # a layer of four is a fifth
         *(f"{space}.hidden_size_divisor=8", f"{space}.ffn_hidden_size_divisor=8"),
         *("stages.score.num_calibration_samples=8", "stages.score.num_loss_samples=2"),
-        name="shapes",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
     outcomes = json.loads((out / "shapes.json").read_text())
     assert [outcome["way"] for outcome in outcomes] == ["found", "depth alone", "width alone"]
     whole = manifest_of(out / "search" / "import_hf").architecture or {}
@@ -149,19 +166,18 @@ def test_shapes_are_compared(even_llama: Path, text_file: Path, tmp_path: Path) 
         assert (outcome["way"] == "width alone") <= (student["num_layers"] == whole["num_layers"])
         assert outcome["parameters"] == manifest_of(run / "distill").parameters
         assert outcome["distilled"] != outcome["pruned"] > 1
-        assert f"{outcome['kl_to_teacher']:.4f}" in done.stdout
+        assert f"{outcome['kl_to_teacher']:.4f}" in output
 
 
-def test_bad_options_get_one_message(tmp_path: Path) -> None:
+def test_bad_options_get_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, message in (
         (["--only", "loop-fp23"], "Did you mean 'loop-fp32'?"),
         (["--steps=1"], "at least 2 steps"),
         (["--run-dir", str(tmp_path)], "import_hf is not complete"),
     ):
-        done = benchmark(*options)
-        assert done.returncode == 1
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        monkeypatch.setattr(sys, "argv", ["benchmarks.distill", *options])
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            runpy.run_module("benchmarks.distill", run_name="__main__")
 
 
 ARCH = Architecture(

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from nemo_convert.convert import hf_weights
 from nemo_convert.hf import Weights, tokenizer_sha256
 from nemo_convert.nemo import find_checkpoint
-from recipes.core.manifest import ARTIFACT, MANIFEST, Manifest, read_manifest
+from recipes.core.manifest import ARTIFACT, MANIFEST
 from recipes.core.metrics import METRICS, steps_of
 from tests.support.in_process import run_here
 from tests.support.launcher import run_and_kill, run_recipe
+from tests.support.runs import manifest_of, tiny, without
 
 STAGES = (
     "plan",
@@ -42,11 +43,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "none")
         "recipe=llama_width_prune",
         "tasks=none",
         f"engine={engine}",
-        f"model.hf_path={model}",
-        f"data.sources=[{text_file}]",
-        "data.text_field=text",
-        "data.seq_length=64",
-        f"run_dir={run_dir}",
+        *tiny(model, text_file, run_dir),
         "stages.prune.target_hidden_size=40",
         "stages.prune.hidden_size_divisor=8",
         "stages.prune.target_ffn_hidden_size=72",
@@ -72,20 +69,6 @@ def tiny_run(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPath
         assert f"{stage}: complete" in result.output
     assert f"{len(STAGES)} stages ran" in result.output
     return run_dir
-
-
-def manifest_of(run_dir: Path, stage: str) -> Manifest:
-    manifest = read_manifest(run_dir / stage)
-    assert manifest is not None
-    return manifest
-
-
-def without(run_dir: Path, copy: Path, *stages: str) -> Path:
-    """A copy of a run in which some stages have not run; times are kept, so hashes are trusted."""
-    shutil.copytree(run_dir, copy)
-    for stage in stages:
-        shutil.rmtree(copy / stage)
-    return copy
 
 
 def test_every_manifest_is_filled(tiny_run: Path) -> None:

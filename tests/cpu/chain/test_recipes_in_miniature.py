@@ -12,11 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.schema import CONF
-from recipes.core.manifest import read_manifest
 from recipes.planning.published_configs import CONFIGS
 from tests.support.in_process import run_here
-from tests.support.miniatures import DISTILL, settings
+from tests.support.miniatures import DISTILL
 from tests.support.models import EVEN, write_tiny_model
+from tests.support.runs import manifest_of, settings, tiny
 
 RECIPES = sorted(
     p.stem
@@ -53,26 +53,21 @@ def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Pat
     model = write_tiny_model(tmp_path / "model", text_file, family_of(recipe), **EVEN)
     done = run_here(
         f"recipe={recipe}",
-        f"model.hf_path={model}",
+        *tiny(model, text_file, tmp_path / "run"),
         "hardware=cpu",
-        f"data.sources=[{text_file}]",
-        "data.seq_length=64",
-        f"run_dir={tmp_path}/run",
-        *settings("prune", TARGETS[kind]),
-        *settings("distill", DISTILL),
-        *settings("evaluate", {"num_windows": 8, "new_tokens": 8}),
+        *settings("prune", **TARGETS[kind]),
+        *settings("distill", **DISTILL),
+        *settings("evaluate", num_windows=8, new_tokens=8),
         cwd=tmp_path,
     )
     assert done.code == 0, done.output
-    plan, exported = (read_manifest(tmp_path / "run" / s) for s in ("plan", "export_hf"))
-    assert plan is not None
-    assert exported is not None
+    plan, exported = (manifest_of(tmp_path / "run", stage) for stage in ("plan", "export_hf"))
     shape = exported.architecture
     assert shape is not None
     for name, value in TARGETS[kind].items():
         if name.startswith("target_"):
             assert shape[name.removeprefix("target_")] == value
-    [planned] = [job["trained"] for job in plan.config["jobs"].values()]
+    [planned] = [workload["trained"] for workload in plan.config["workloads"].values()]
     assert planned == shape
     assert plan.metrics["figures"]["tokens"] == 4 * 4 * 64
 
@@ -84,21 +79,17 @@ def test_search_runs_on_a_tiny_model(tmp_path: Path, text_file: Path) -> None:
     training = {"global_batch_size": 4, "tensor_model_parallel_size": 1, "resources.devices": 1}
     done = run_here(
         "recipe=qwen3_8b_search",
-        f"model.hf_path={model}",
+        *tiny(model, text_file, tmp_path / "run"),
         "hardware=cpu",
-        f"data.sources=[{text_file}]",
-        "data.seq_length=64",
-        f"run_dir={tmp_path}/run",
         "stages.enumerate_shapes.budget={parameters: 0.75}",
-        *settings("enumerate_shapes.space", {**smaller, "tensor_model_parallel_size": 1}),
-        *settings("rank_candidates", {"num_samples": 4}),
-        *settings("tournament", {"num_candidates": 2, "max_tokens": 4096, "num_samples": 4}),
-        *settings("tournament.distill", training),
+        *settings("enumerate_shapes.space", **smaller, tensor_model_parallel_size=1),
+        *settings("rank_candidates", num_samples=4),
+        *settings("tournament", num_candidates=2, max_tokens=4096, num_samples=4),
+        *settings("tournament.distill", **training),
         cwd=tmp_path,
     )
     assert done.code == 0, done.output
-    found = read_manifest(tmp_path / "run" / "tournament")
-    assert found is not None
+    found = manifest_of(tmp_path / "run", "tournament")
     assert sum(bool(one["tokens"]) for one in found.metrics["candidates"]) == 2
     recipe = OmegaConf.load(tmp_path / "run" / "tournament" / "artifact" / "recipe.yaml")
     assert found.metrics["winner"] in recipe.description

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-from recipes.core.manifest import read_manifest
 from recipes.core.metrics import METRICS, steps_of
 from tests.support.in_process import run_here
 from tests.support.launcher import Result
+from tests.support.runs import manifest_of, settings, tiny, without
 
 STEPS, BATCH = 12, 4
 
@@ -26,13 +25,9 @@ def run_teacher(model: Path, text_file: Path, run_dir: Path, *more: str) -> Resu
     }
     return run_here(
         "recipe=llama_depth_prune",
-        f"model.hf_path={model}",
-        f"data.sources=[{text_file}]",
-        "data.text_field=text",
-        "data.seq_length=64",
-        f"run_dir={run_dir}",
+        *tiny(model, text_file, run_dir),
         "stages.prune.target_num_layers=2",  # further from its teacher than float16 rounds
-        *(f"stages.distill.{name}={value}" for name, value in distill.items()),
+        *settings("distill", **distill),
         *more,
         cwd=run_dir.parent,
     )
@@ -51,12 +46,10 @@ def test_a_cached_teacher_gives_the_live_ones_losses(
     live: Path, even_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """With nearly the whole vocabulary cached, on the same windows, and as further epochs."""
-    shutil.copytree(live, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "distill")
     result = run_teacher(
         even_llama,
         text_file,
-        tmp_path / "run",
+        without(live, tmp_path / "run", "distill"),
         "teacher=cached",
         "stages.only=[cache_teacher,distill]",
         "stages.cache_teacher.top_k=250",
@@ -76,12 +69,10 @@ def test_a_cached_teacher_gives_the_live_ones_losses(
 def test_a_corrected_teacher_predicts_the_text_better(
     live: Path, even_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(live, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "distill")
     result = run_teacher(
         even_llama,
         text_file,
-        tmp_path / "run",
+        without(live, tmp_path / "run", "distill"),
         "teacher=corrected",
         "stages.only=[correct_teacher,distill]",
         "stages.correct_teacher.max_steps=20",
@@ -100,6 +91,5 @@ def test_a_corrected_teacher_predicts_the_text_better(
         for run in (live, tmp_path / "run")
     )
     assert corrected < original
-    manifest = read_manifest(tmp_path / "run" / "correct_teacher")
-    assert manifest is not None
-    assert manifest.parameters == read_manifest(live / "import_hf").parameters  # type: ignore[union-attr]
+    manifest = manifest_of(tmp_path / "run", "correct_teacher")
+    assert manifest.parameters == manifest_of(live, "import_hf").parameters

@@ -7,7 +7,6 @@ stages are uneven, and micro batches have different numbers of masked tokens.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from recipes.core.manifest import ARTIFACT
 from recipes.core.metrics import METRICS, steps_of
 from tests.support.in_process import run_here
 from tests.support.launcher import run_and_kill
+from tests.support.runs import settings, tiny, without
 
 STEPS, CHECKPOINT_INTERVAL = 20, 4
 TWO_RANKS = "stages.distill.resources.devices=2"
@@ -46,16 +46,12 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
     }
     return [
         "recipe=llama_depth_prune",
-        f"model.hf_path={model}",
-        f"data.sources=[{text_file}]",
-        "data.text_field=text",
-        "data.seq_length=64",
-        f"run_dir={run_dir}",
+        *tiny(model, text_file, run_dir),
         "stages.only=[import_hf,prepare_data,score,prune,distill]",
         "stages.prune.target_num_layers=3",
         "stages.prune.target_hidden_size=48",
         "stages.prune.hidden_size_divisor=8",
-        *(f"stages.distill.{name}={value}" for name, value in distill.items()),
+        *settings("distill", **distill),
     ]
 
 
@@ -69,13 +65,6 @@ def one_rank(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPat
     result = run_here(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
     assert result.code == 0, result.output
     return run_dir
-
-
-def before_distillation(one_rank: Path, copy: Path) -> Path:
-    """A copy of the run in which it has not distilled yet."""
-    shutil.copytree(one_rank, copy)
-    shutil.rmtree(copy / "distill")
-    return copy
 
 
 def require_same_training(expected: Path, found: Path) -> None:
@@ -106,7 +95,7 @@ def test_the_teacher_is_learnt_from(one_rank: Path) -> None:
 def test_two_ranks_give_the_losses_of_one(
     one_rank: Path, even_llama: Path, text_file: Path, tmp_path: Path, name: str
 ) -> None:
-    run_dir = before_distillation(one_rank, tmp_path / "run")
+    run_dir = without(one_rank, tmp_path / "run", "distill")
     command = [*overrides(even_llama, text_file, run_dir), *layout(name)]
     result = run_here(*command, cwd=tmp_path)
     assert result.code == 0, result.output
@@ -123,7 +112,7 @@ def test_killed_in_one_layout_goes_on_in_another(
     ended: str | None,
 ) -> None:
     """The projection's weights and its optimizer state are moved, too."""
-    run_dir = before_distillation(one_rank, tmp_path / "run")
+    run_dir = without(one_rank, tmp_path / "run", "distill")
     command = overrides(even_llama, text_file, run_dir)
     metrics = run_dir / "distill" / METRICS
     run_and_kill(

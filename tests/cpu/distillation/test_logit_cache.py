@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from recipes.distillation.settings import CacheTeacherConfig, DistillConfig
 from tests.support.in_process import run_here
 from tests.support.launcher import run_and_kill
 from tests.support.models import EVEN, write_tiny_model
+from tests.support.runs import tiny, without
 
 LENGTH, KEPT, TEMPERATURE, WINDOWS, PER_SHARD = 48, 16, 1.5, 130, 12
 MADE_WITH = {"seq_length": LENGTH, "temperature": TEMPERATURE}
@@ -40,11 +40,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
     return [
         "recipe=llama_depth_prune",
         "teacher=cached",
-        f"model.hf_path={model}",
-        f"data.sources=[{text_file}]",
-        "data.text_field=text",
-        f"data.seq_length={LENGTH}",
-        f"run_dir={run_dir}",
+        *tiny(model, text_file, run_dir, LENGTH),
         "stages.only=[import_hf,prepare_data,cache_teacher]",
         "stages.prune.target_num_layers=2",
         f"stages.distill.temperature={TEMPERATURE}",
@@ -76,13 +72,6 @@ def run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFact
     result = run_here(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
     assert result.code == 0, result.output
     return run_dir
-
-
-def uncached(run: Path, copy: Path) -> Path:
-    """The run before its teacher was cached."""
-    shutil.copytree(run, copy)
-    shutil.rmtree(copy / "cache_teacher")
-    return copy
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +132,7 @@ def shards_of(run_dir: Path) -> dict[str, tuple[dict[str, Any], dict[str, str]]]
 def test_killed_and_resumed_it_is_the_same(
     run: Path, even_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    copy = uncached(run, tmp_path / "run")
+    copy = without(run, tmp_path / "run", "cache_teacher")
     arguments = overrides(even_llama, text_file, copy)
     stage = copy / "cache_teacher"
     run_and_kill(*arguments, cwd=tmp_path, metrics=stage / METRICS, records=2)
@@ -173,7 +162,7 @@ def test_killed_and_resumed_it_is_the_same(
 def test_two_ranks_say_the_same(
     run: Path, even_llama: Path, text_file: Path, tmp_path: Path, tensor: int
 ) -> None:
-    copy = uncached(run, tmp_path / "run")
+    copy = without(run, tmp_path / "run", "cache_teacher")
     result = run_here(
         *overrides(even_llama, text_file, copy),
         "stages.cache_teacher.resources.devices=2",

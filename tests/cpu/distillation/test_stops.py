@@ -16,6 +16,7 @@ from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.sanity import require_better_than_chance
 from tests.support.in_process import run_here
 from tests.support.launcher import run_recipe
+from tests.support.runs import tiny
 
 
 def test_a_teacher_of_chance_level_is_refused() -> None:
@@ -73,11 +74,7 @@ def test_a_run_that_diverges_stops_before_its_weights_do(
     """A learning rate that overflows float32 at the first update."""
     command = (
         "recipe=llama_depth_prune",
-        f"model.hf_path={even_llama}",
-        f"data.sources=[{text_file}]",
-        "data.text_field=text",
-        "data.seq_length=64",
-        "run_dir=run",
+        *tiny(even_llama, text_file, tmp_path / "run"),
         "stages.prune.target_num_layers=2",
         "stages.distill.precision=32",
         "stages.distill.lr=1e38",

@@ -28,7 +28,7 @@ from recipes.evaluation.results import ROLES
 from recipes.evaluation.settings import EvaluateConfig, EvaluateTasksConfig
 from recipes.evaluation.text_quality import Scores
 from recipes.stages import evaluate, evaluate_tasks, prepare_data
-from tests.support.manifests import manifest_of
+from tests.support.manifests import bare_manifest
 
 TASKS = ["sciq", "piqa", "arc_challenge", "lambada_openai"]
 LIMIT = 4
@@ -242,7 +242,7 @@ def test_quality_is_measured_by_source(
     lengths = prepared.heldout_sources
     assert [entry.source for entry in lengths] == ["prose", "numbers"]
     assert sum(entry.tokens for entry in lengths) == prepared.tokens["heldout"]
-    data = Input(out.parent, manifest_of("prepare_data", "dataset", prepared))
+    data = Input(out.parent, bare_manifest("prepare_data", "dataset", prepared))
     cfg = EvaluateConfig(seq_length=32, num_windows=9, prompt_tokens=8, new_tokens=2)
     found = evaluate.run(cfg, {**models, "data": data}, stage_dir(tmp_path, "evaluate")).result
     assert found.windows == 10
@@ -257,7 +257,7 @@ def test_quality_is_measured_by_source(
 
     # Without the second source there is nothing to tell apart.
     older = replace(prepared, heldout_sources=[])
-    alone = Input(out.parent, manifest_of("prepare_data", "dataset", older))
+    alone = Input(out.parent, bare_manifest("prepare_data", "dataset", older))
     one = evaluate.run(cfg, {**models, "data": alone}, stage_dir(tmp_path, "one")).result
     assert (one.windows, one.sources) == (9, {})
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
-from recipes.core.manifest import ARTIFACT, Manifest, read_manifest
+from recipes.core.manifest import ARTIFACT
 from recipes.core.stage import Input, Resources
 from recipes.core.worker import _run_stage
 from recipes.distillation.settings import DistillConfig
@@ -40,6 +40,7 @@ from recipes.stages import (
     score,
     tournament,
 )
+from tests.support.runs import manifest_of
 
 SHAPES: list[dict[str, Any]] = [
     {"num_layers": 3},
@@ -79,12 +80,6 @@ def before(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     inputs = {**TEACHER, "data": "prepare_data", "shapes": "enumerate_shapes"}
     complete(rank_candidates, run, inputs, num_samples=4, **length)
     return run
-
-
-def manifest_of(run_dir: Path, stage: str) -> Manifest:
-    manifest = read_manifest(run_dir / stage)
-    assert manifest is not None
-    return manifest
 
 
 @pytest.mark.parametrize("targets", SHAPES)

@@ -13,7 +13,7 @@ from recipes.core.manifest import MANIFEST, Kind, Manifest
 from recipes.engines.results import BenchmarkResults
 from recipes.evaluation.results import EvaluationResult, TaskResults
 from recipes.report.gates import EVALUATION, TASK, Gate, judge, parse, parse_all
-from tests.support.manifests import manifest_of
+from tests.support.manifests import bare_manifest
 from tests.unit.conftest import RESULTS, SCIQ
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def manifests(*results: EvaluationResult | TaskResults | BenchmarkResults) -> di
         TaskResults: "task_results",
         BenchmarkResults: "benchmark_results",
     }
-    return {kinds[type(one)]: manifest_of("stage", kinds[type(one)], one) for one in results}
+    return {kinds[type(one)]: bare_manifest("stage", kinds[type(one)], one) for one in results}
 
 
 MEASURED = manifests(EVALUATED, TASKS, replace(BENCHMARK, speedups=SPEEDUPS))

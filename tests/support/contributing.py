@@ -10,8 +10,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-TEXT = (REPO / "CONTRIBUTING.md").read_text()
+from recipes.core.files import REPO_ROOT
+
+TEXT = (REPO_ROOT / "CONTRIBUTING.md").read_text()
 PARTS = ("conf", "launch", "nemo_convert", "recipes")
 
 
@@ -59,8 +60,8 @@ def fenced_aside(text: str) -> str:
 def copy_with(root: Path, *headings: str) -> Path:
     """Copies the repository's packages and adds what stands below the headings."""
     for part in PARTS:
-        shutil.copytree(REPO / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(REPO / "pyproject.toml", root)
+        shutil.copytree(REPO_ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPO_ROOT / "pyproject.toml", root)
     for heading in headings:
         for block in blocks(heading):
             if block.language != "bash":

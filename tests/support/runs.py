@@ -1,0 +1,39 @@
+"""Runs of tiny models: what their command lines have in common, and copies of finished ones."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from recipes.core.manifest import Manifest, read_manifest
+
+
+def tiny(model: Path, text_file: Path, run_dir: Path, seq_length: int = 64) -> list[str]:
+    """Overrides of a recipe: this model, this text, there."""
+    return [
+        f"model.hf_path={model}",
+        f"data.sources=[{text_file}]",
+        "data.text_field=text",
+        f"data.seq_length={seq_length}",
+        f"run_dir={run_dir}",
+    ]
+
+
+def settings(stage: str, **values: object) -> list[str]:
+    """Overrides of a stage's fields."""
+    return [f"stages.{stage}.{name}={value}" for name, value in values.items()]
+
+
+def without(run_dir: Path, copy: Path, *stages: str) -> Path:
+    """A copy of a run in which some stages have not run; times are kept, so hashes are trusted."""
+    shutil.copytree(run_dir, copy)
+    for stage in stages:
+        shutil.rmtree(copy / stage)
+    return copy
+
+
+def manifest_of(run_dir: Path, stage: str) -> Manifest:
+    """Manifest of a stage that must be complete."""
+    manifest = read_manifest(run_dir / stage)
+    assert manifest is not None
+    return manifest
