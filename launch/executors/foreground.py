@@ -1,4 +1,4 @@
-"""Runs stages on this machine, one after the other, each by its ``run.sh``."""
+"""Runs stages on this machine, one after the other, each by its ``run.sh`` if not faster."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import IO
 
 from launch.cluster import Cluster, Follow
 from launch.console import Follower
@@ -23,6 +25,9 @@ from recipes.core.stage import REQUEST
 
 POLL_SECONDS = 0.2
 SCRIPT = "run.sh"
+
+Begin = Callable[[PlannedStage, IO[bytes]], AbstractContextManager[Callable[[], bool]]]
+"""Starts a stage that writes to a log, tells whether it has ended, and stops it on a failure."""
 
 
 def require_one_machine(plan: Plan, cluster: Cluster) -> None:
@@ -81,16 +86,34 @@ def write_script(
     return path
 
 
-def run_all(plan: Plan, follow: Follow) -> bool:
+@contextmanager
+def by_script(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
+    """Starts a stage by its script."""
+    process = subprocess.Popen(
+        [stage.directory / SCRIPT],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=die_with_parent,
+    )
+    try:
+        yield lambda: process.poll() is not None
+    except BaseException:
+        process.terminate()
+        process.wait(timeout=30)
+        raise
+
+
+def run_all(plan: Plan, follow: Follow, begin: Begin = by_script) -> bool:
     """Runs what is to do, in order; the first failure ends it."""
     for stage in plan.todo():
         with follow(stage) as follower:
-            run(stage, follower)
+            run(stage, follower, begin)
     return True
 
 
-def run(stage: PlannedStage, follower: Follower) -> None:
-    """Runs one stage's script to its end.
+def run(stage: PlannedStage, follower: Follower, begin: Begin = by_script) -> None:
+    """Runs one stage to its end.
 
     Raises:
         RecipeError: The stage ended without a new manifest of its fingerprint.
@@ -100,22 +123,10 @@ def run(stage: PlannedStage, follower: Follower) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     (stage.directory / WORK / ERROR).unlink(missing_ok=True)
     log = logs / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [stage.directory / SCRIPT],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=die_with_parent,
-        )
-        try:
-            while process.poll() is None:
-                follower.update()
-                time.sleep(POLL_SECONDS)
-        except BaseException:
-            process.terminate()
-            process.wait(timeout=30)
-            raise
+    with log.open("wb") as output, begin(stage, output) as ended:
+        while not ended():
+            follower.update()
+            time.sleep(POLL_SECONDS)
     follower.update()
     # torchrun turns every failure into exit status 1, so only the manifest counts.
     # A forced stage still has the old one, with the same fingerprint, until it has succeeded.

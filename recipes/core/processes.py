@@ -1,4 +1,4 @@
-"""Processes of a stage: how one is started, and that none outlives who started it."""
+"""Processes of a stage: how one is started, what it takes, and that none outlives its parent."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ def die_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this program alone.
+
+    Not ``ru_maxrss``: Linux starts that at the size of the process that started this one.
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    [kibibytes] = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(kibibytes) * 1024
 
 
 # Megatron's checkpoint writer starts processes that import the stage's module again; ``kill -9`` of

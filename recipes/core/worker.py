@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import shutil
 import sys
 import time
@@ -34,7 +33,7 @@ from recipes.core.manifest import (
     write_manifest,
 )
 from recipes.core.metrics import METRICS
-from recipes.core.processes import die_with_parent
+from recipes.core.processes import die_with_parent, peak_memory_bytes
 from recipes.core.stage import BEGUN, Input, Inputs, StageConfig, rank, unfinished, world_size
 from recipes.core.versions import git_sha, installed_versions
 
@@ -152,7 +151,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 def _finish_ranks() -> int:
     """Waits for all ranks and returns their peak resident memory in bytes, summed."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    own = peak_memory_bytes()
     torch = sys.modules.get("torch")
     if world_size() == 1 or torch is None or not torch.distributed.is_initialized():
         return own

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import torch
 
-from recipes.core.processes import die_with_parent
+from recipes.core.processes import die_with_parent, peak_memory_bytes
 from recipes.engines.openvino import Pipeline, without_telemetry
 from recipes.engines.timing import Timing
 
@@ -69,16 +69,6 @@ def prompts(request: dict[str, int], vocabulary: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(request["seed"])
     shape = (request["batch_size"], request["prompt_tokens"])
     return torch.randint(FIRST_ORDINARY_TOKEN, vocabulary, shape, generator=generator)
-
-
-def peak_memory_bytes() -> int:
-    """Peak resident memory of this program alone.
-
-    Not ``ru_maxrss``: Linux starts that at the size of the process that started this one.
-    """
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    [kibibytes] = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(kibibytes) * 1024
 
 
 def serve(model: Any, vocabulary: int, answers: TextIO) -> None:
