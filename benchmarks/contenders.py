@@ -59,12 +59,12 @@ class Contender:
 
     def teacher_in_loop(self) -> bool:
         """Whether a training step runs the teacher."""
-        return "cache_teacher" not in self.stages
+        return "cache_logits" not in self.stages
 
 
 CONTENDERS = {
     "nemo": Contender("bfloat16", "nemo-fp32", ("distill",)),
-    "nemo-cached": Contender("bfloat16", None, ("cache_teacher", "distill"), ("teacher=cached",)),
+    "nemo-cached": Contender("bfloat16", None, ("cache_logits", "distill"), ("teacher=cached",)),
     "nemo-fp32": Contender("float32", None, ("distill",), ("stages.distill.precision='32'",)),
     "loop-fp32": Contender("float32"),
     "loop-bf16": Contender("bfloat16", "loop-fp32"),
@@ -183,7 +183,7 @@ def _run_stages(contender: Contender, shape: Shape, run_dir: Path, scratch: Path
         "distill.limit_val_batches": 1,
     }
     if not contender.teacher_in_loop():
-        settings["cache_teacher.num_windows"] = shape.steps * shape.micro_batch
+        settings["cache_logits.num_windows"] = shape.steps * shape.micro_batch
     length = f"data.seq_length={shape.seq_length}"
     launch(run_dir, scratch, contender.stages, settings, length, *contender.overrides)
     steps = steps_of(scratch / "distill" / METRICS, "distill")

@@ -57,9 +57,11 @@ ARMS = {
     "jsd": Arm(("distill.logits_loss=jsd",)),
     "forward_kl_and_next_token": Arm(("distill.lm_weight=0.2",)),
     "forward_kl_and_hidden": Arm(("distill.hidden_weight=1",)),
-    "forward_kl_and_hidden_dynamic": Arm(("distill.hidden_weight=1", "distill.balance=dynamic")),
-    "cached_32": Arm(("cache_teacher.top_k=32",), "cached", ("cache_teacher",)),
-    "cached_128": Arm(("cache_teacher.top_k=128",), "cached", ("cache_teacher",)),
+    "forward_kl_and_hidden_dynamic": Arm(
+        ("distill.hidden_weight=1", "distill.loss_balancer=dynamic")
+    ),
+    "cached_32": Arm(("cache_logits.top_k=32",), "cached", ("cache_logits",)),
+    "cached_128": Arm(("cache_logits.top_k=128",), "cached", ("cache_logits",)),
     "corrected": Arm((), "corrected", ("correct_teacher",)),
 }
 
@@ -96,8 +98,8 @@ def run_arm(name: str, steps: int, base: Path, out: Path) -> Outcome:
     }
     settings |= dict(override.split("=") for override in arm.overrides)
     settings |= {f"{stage}.inputs.data": base / "prepare_data" for stage in stages}
-    if "cache_teacher" in stages:
-        settings["cache_teacher.num_windows"] = 4 * steps
+    if "cache_logits" in stages:
+        settings["cache_logits.num_windows"] = 4 * steps
     if "correct_teacher" in stages:
         settings["correct_teacher.max_steps"] = steps
         settings["correct_teacher.warmup_steps"] = steps // 10

@@ -41,7 +41,7 @@ def ways(search: SearchResult, teacher: Architecture) -> dict[str, Candidate]:
     """The shape that was found, and the best-ranked of those that change one kind of axis.
 
     Args:
-        search: As ``tournament`` left it.
+        search: As ``successive_halving`` left it.
         teacher: What they were cut from.
 
     Raises:
@@ -98,7 +98,7 @@ def draw(outcomes: Sequence[Outcome]) -> Table:
 
 def compare(search: Path, args: argparse.Namespace, out: Path) -> Iterator[Outcome]:
     """Makes every student: each shape with each learning rate."""
-    found = manifest_of(search / "tournament").result(SearchResult)
+    found = manifest_of(search / "successive_halving").result(SearchResult)
     teacher = Architecture(**(manifest_of(search / "import_hf").architecture or {}))
     for way, candidate in ways(found, teacher).items():
         for lr in args.lr:

@@ -141,7 +141,7 @@ def _shapes(manifest: Manifest) -> str:
 
 
 def _leader(manifest: Manifest) -> str:
-    """Of candidates, the one that a tournament chose, else the first of the ranking."""
+    """Of candidates, the one that successive halving chose, else the first of the ranking."""
     found = manifest.result(SearchResult)
     best = found.chosen() or found.candidates[0]
     return f"{best.name}, KL {best.kl_to_teacher:.3f}, {len(found.candidates)} shapes"
@@ -160,7 +160,7 @@ def _engine(manifest: Manifest) -> str:
 
 
 def _speedup(manifest: Manifest) -> str:
-    """How much faster the student is in the first cell of the benchmark."""
+    """How much faster the student is in the first cell of the grid."""
     first = manifest.result(BenchmarkResults).speedups[0]
     return (
         f"{first.prefill:.2f} × prefill, {first.decode:.2f} × decode "
@@ -177,7 +177,7 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
     "latency_model": _line,
     "search_results": _leader,
     "engine": _engine,
-    "benchmark_results": _speedup,
+    "speed_results": _speedup,
     "report": lambda manifest: manifest.result(ReportResult).file,
 }
 """By kind of artifact."""

@@ -60,7 +60,7 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     only = _known(cfg.stages.get("only"), configs, "stages.only")
     force = _known(cfg.force, configs, "force") or set()
     order = _order(configs)
-    waived = require_known(cfg.waive)
+    waived = require_known(cfg.skip_rules)
     chain = chain_of(cfg, configs, run_dir)
     gates = _gates(cfg, configs)
     wanted = [name for name in order if only is None or name in only]
@@ -215,21 +215,19 @@ def _resolve_inputs(
     inputs = {}
     for key, source in config.inputs.items():
         kinds = needed[key] if key in needed else optional[key]
-        if source in planned:
-            found = planned[source]
-            kind, fingerprint = found.stage.kind, found.fingerprint
-            directory = found.directory
+        if (found := planned.get(source)) is not None:
+            ref = InputRef(found.directory, found.stage.kind, found.fingerprint)
         else:
             directory = Path(source).resolve()
             manifest = check_artifact(directory, rehash=False)
-            kind, fingerprint = manifest.kind, manifest.fingerprint
-        if kind not in kinds:
+            ref = InputRef(directory, manifest.kind, manifest.fingerprint)
+        if ref.kind not in kinds:
             raise RecipeError(
-                f"stages.{name}.inputs.{key}={source} is a {kind}; "
+                f"stages.{name}.inputs.{key}={source} is a {ref.kind}; "
                 f"a {' or '.join(kinds)} is needed.",
                 "point it at a stage of that kind",
             )
-        inputs[key] = InputRef(directory, kind, fingerprint)
+        inputs[key] = ref
     return inputs
 
 

@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.files import REPO_ROOT
-from recipes.core.manifest import Kind
 from recipes.core.stage import StageConfig
 from recipes.stages.contract import Stage
 
@@ -22,7 +21,7 @@ class InputRef:
     """Where an input is, and what it must be."""
 
     directory: Path
-    kind: Kind
+    kind: str
     fingerprint: str
 
 

@@ -71,7 +71,7 @@ def run(cfg: DictConfig, recipe: str) -> None:
         )
     plan = executor.prepare(make_plan(cfg, run_dir), cluster)
     view.print_plan(plan, console)
-    view.print_notes(plan, set(cfg.waive), console)
+    view.print_notes(plan, set(cfg.skip_rules), console)
     ended = not cfg.dry_run
     if any(stage.action != SKIP for stage in plan.stages):
         run_dir.mkdir(parents=True, exist_ok=True)

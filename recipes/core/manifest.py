@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from recipes.core.errors import RecipeError
 from recipes.core.files import sha256_of, write_text_atomically
@@ -25,23 +25,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 ARTIFACT = "artifact"
 WORK = "work"
-Kind = Literal[
-    "checkpoint_hf",
-    "checkpoint_nemo",
-    "engine",
-    "eval_results",
-    "dataset",
-    "teacher_logits",
-    "importance",
-    "plan",
-    "task_results",
-    "benchmark_results",
-    "shapes",
-    "latency_model",
-    "search_results",
-    "report",
-]
-"""What a stage makes."""
+OLD_KINDS = {"benchmark_results": "speed_results", "teacher_logits": "logit_cache"}
+"""Kinds as manifests of release 0.1 have them."""
 ResultT = TypeVar("ResultT", bound="DataclassInstance")
 
 
@@ -70,7 +55,7 @@ class Manifest:
     """Content of ``manifest.json``. Sizes in bytes, times in seconds."""
 
     stage: str
-    kind: Kind
+    kind: str
     fingerprint: str
     config: dict[str, Any]
     code: str
@@ -146,6 +131,7 @@ def read_manifest(stage_dir: Path) -> Manifest | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         data["files"] = {name: FileStamp(**stamp) for name, stamp in data["files"].items()}
+        data["kind"] = OLD_KINDS.get(data["kind"], data["kind"])
         return Manifest(**data)
     except FileNotFoundError:
         return None
@@ -196,7 +182,7 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
     return changed
 
 
-def check_artifact(stage_dir: Path, kind: Kind | None = None, *, rehash: bool = True) -> Manifest:
+def check_artifact(stage_dir: Path, kind: str | None = None, *, rehash: bool = True) -> Manifest:
     """Returns the manifest of a stage that may be used as an input.
 
     Raises:

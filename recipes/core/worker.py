@@ -24,7 +24,6 @@ from recipes.core.files import write_text_atomically
 from recipes.core.manifest import (
     ARTIFACT,
     WORK,
-    Kind,
     Manifest,
     Outcome,
     check_artifact,
@@ -41,7 +40,7 @@ ConfigT = TypeVar("ConfigT", bound=StageConfig)
 Run = Callable[[Any, Inputs, Path], Outcome]
 
 
-def stage_main(run: Run, config_class: type[ConfigT], kind: Kind) -> None:
+def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
     """Entry point of a stage's worker process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path, required=True)
@@ -67,7 +66,7 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: Kind) -> None:
         os._exit(1)
 
 
-def _run_stage(run: Run, config_class: type[ConfigT], kind: Kind, request_file: Path) -> None:
+def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: Path) -> None:
     started, began = datetime.now(UTC), time.monotonic()
     stage_dir = request_file.parent
     request: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(request_file))  # type: ignore[assignment]

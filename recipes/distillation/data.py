@@ -157,7 +157,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
             return
         where, fix = ("the training part has", "give more text, or set data.seq_length")
         if self._cache is not None:
-            where, fix = ("the cached teacher has", "raise num_windows of cache_teacher, or set")
+            where, fix = ("the cached teacher has", "raise num_windows of cache_logits, or set")
         raise RecipeError(
             f"{where} {windows} windows of {self.seq_length} tokens, less than one batch of "
             f"global_batch_size={batch}.",

@@ -93,7 +93,7 @@ class TeacherCache:
     """A cache opened for training.
 
     Args:
-        folder: Artifact of ``cache_teacher``.
+        folder: Artifact of ``cache_logits``.
     """
 
     def __init__(self, folder: Path) -> None:

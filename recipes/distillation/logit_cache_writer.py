@@ -29,11 +29,11 @@ from recipes.distillation.settings import bytes_per_token
 from recipes.evaluation.sanity import require_better_than_chance
 
 if TYPE_CHECKING:
-    from recipes.distillation.settings import CacheTeacherConfig
+    from recipes.distillation.settings import CacheLogitsConfig
 
 
 def cache_logits(
-    cfg: CacheTeacherConfig, teacher: Path, data: Path, shards: Path, out: Path, log: MetricsLog
+    cfg: CacheLogitsConfig, teacher: Path, data: Path, shards: Path, out: Path, log: MetricsLog
 ) -> CacheResult | None:
     """Caches the windows with which training begins; those in ``shards`` are not made again.
 
@@ -99,7 +99,7 @@ def _mine(shards: int) -> range:
 
 
 @torch.no_grad()
-def _teach(cfg: CacheTeacherConfig, core: torch.nn.Module, texts: Tensor) -> tuple[TopK, float]:
+def _teach(cfg: CacheLogitsConfig, core: torch.nn.Module, texts: Tensor) -> tuple[TopK, float]:
     """What the teacher says about windows [w, seq_length + 1], and its own mean loss on them."""
     device = next(core.parameters()).device
     positions = torch.arange(cfg.seq_length, device=device)[None]

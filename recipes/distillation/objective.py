@@ -51,8 +51,8 @@ def layer_pairs(
     Raises:
         RecipeError: No pair is given, and none can be derived.
     """
-    if cfg.hidden_pairs:
-        return [(pair[0], pair[1]) for pair in cfg.hidden_pairs]
+    if cfg.intermediate_layer_pairs:
+        return [(pair[0], pair[1]) for pair in cfg.intermediate_layer_pairs]
     stages = cfg.pipeline_model_parallel_size
     ours, theirs = last_stage_layers(student, stages), last_stage_layers(teacher, stages)
     if kept is None and student == teacher:
@@ -63,7 +63,7 @@ def layer_pairs(
             "no pair of layers can be derived for the loss on hidden states: "
             + ("the student does not say which layers were kept." if kept is None else
                "none of those kept is on the last pipeline stage of both models."),
-            "set hidden_pairs, for example [[24,30]]",
+            "set intermediate_layer_pairs, for example [[24,30]]",
         )  # fmt: skip
     return pairs
 
@@ -141,7 +141,7 @@ class Objective:
             Teacher.of(cfg, inputs, student),
             LogitsLoss(cfg.logits_loss, cfg.temperature, cfg.jsd_beta, cfg.top_k, chunk),
             cfg.hidden_loss,
-            cfg.balance == "dynamic",
+            cfg.loss_balancer == "dynamic",
         )
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:

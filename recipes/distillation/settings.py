@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("bf16-mixed", "32")
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE_GRANULARITIES = ("none", "selective", "full")
 TERMS = ("kd", "hidden", "lm")
 """Parts of the loss, each logged on its own."""
 RESOURCE = {"resource": True}
@@ -51,7 +51,7 @@ class TrainingConfig(StageConfig):
     """Splits each window over ranks, attention included; needs TransformerEngine, so GPUs."""
     expert_model_parallel_size: int = field(default=1, metadata=RESOURCE)
     """Splits the experts of a mixture over the replicas."""
-    recompute: str = field(default="none", metadata=RESOURCE)
+    recompute_granularity: str = field(default="none", metadata=RESOURCE)
     """Computes activations again in the backward pass: ``none``, ``selective`` (attention's
     scores, which flash attention does not hold anyway) or ``full`` (keeps a layer's input only)."""
     val_check_interval: int = 100
@@ -78,8 +78,8 @@ SMALL_VOCABULARY = 1 << 16
 
 
 @dataclass
-class CacheTeacherConfig(StageConfig):
-    """Settings of ``cache_teacher``."""
+class CacheLogitsConfig(StageConfig):
+    """Settings of ``cache_logits``."""
 
     top_k: int = 64
     """Likeliest tokens to keep one by one; of all others only their mass is kept."""
@@ -112,12 +112,12 @@ class CorrectTeacherConfig(TrainingConfig):
     """Settings of ``correct_teacher``."""
 
 
-CACHED = "teacher_logits"
+CACHED = "logit_cache"
 LOGITS_LOSSES = ("forward_kl", "reverse_kl", "jsd")
 """Each a function of ``losses.DIVERGENCES``."""
 HIDDEN_LOSSES = ("cosine", "mse")
 """Each a function of ``hidden_loss.DISTANCES``."""
-BALANCES = ("fixed", "dynamic")
+LOSS_BALANCERS = ("fixed", "dynamic")
 
 
 @dataclass
@@ -138,12 +138,12 @@ class DistillConfig(TrainingConfig):
     """Weight of the loss on hidden states; 0 leaves it out."""
     hidden_loss: str = "cosine"
     """``cosine`` or ``mse``."""
-    hidden_pairs: list[list[int]] = field(default_factory=list)
+    intermediate_layer_pairs: list[list[int]] = field(default_factory=list)
     """``[student layer, teacher layer]`` pairs, counted from 1; by default each layer that pruning
     kept with the one it was, as far as both are on the last pipeline stage."""
     lm_weight: float = 0.0
     """Weight of the next-token loss; 0 leaves it out."""
-    balance: str = "fixed"
+    loss_balancer: str = "fixed"
     """``fixed`` weights, or ``dynamic``: the terms are first scaled to equal size."""
     loss_chunk_mb: int | None = None
     """Size of one float32 buffer of the loss, which goes through the vocabulary a few tokens at a

@@ -55,7 +55,7 @@ def train(
     scratch = out.parent.parent
     restored = nemo.restore_model(start)
     restored.config.seq_length = cfg.seq_length
-    _set_recompute(restored.config, cfg.recompute)
+    _set_recompute(restored.config, cfg.recompute_granularity)
     model = KDModel(restored, objective)
     with nemo.outside_slurm():
         trainer = _trainer(cfg)
@@ -101,10 +101,10 @@ def _save_trained(
         nemo.save_checkpoint(out, restored, model.core_module, staged, rank())
 
 
-def _set_recompute(config: Any, recompute: str) -> None:
+def _set_recompute(config: Any, granularity: str) -> None:
     """What the backward pass computes again: nothing, attention's scores, or all of a layer."""
-    config.recompute_granularity = None if recompute == "none" else recompute
-    full = recompute == "full"
+    config.recompute_granularity = None if granularity == "none" else granularity
+    full = granularity == "full"
     config.recompute_method = "uniform" if full else None
     config.recompute_num_layers = 1 if full else None
 

@@ -9,7 +9,7 @@ from statistics import median
 from nemo_convert.architecture import Architecture
 from recipes.core.metrics import steps_of
 from recipes.distillation.results import TrainingResult
-from recipes.distillation.settings import PRECISIONS, RECOMPUTE, TrainingConfig
+from recipes.distillation.settings import PRECISIONS, RECOMPUTE_GRANULARITIES, TrainingConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
@@ -38,9 +38,11 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             f"warmup_steps={cfg.warmup_steps} leaves no step of max_steps={cfg.max_steps}",
             "set warmup_steps lower",
         )
-    if cfg.recompute not in RECOMPUTE:
+    if cfg.recompute_granularity not in RECOMPUTE_GRANULARITIES:
         yield Problem(
-            rules.RECOMPUTE, f"recompute={cfg.recompute}", f"use {' or '.join(RECOMPUTE)}"
+            rules.RECOMPUTE,
+            f"recompute_granularity={cfg.recompute_granularity}",
+            f"use {' or '.join(RECOMPUTE_GRANULARITIES)}",
         )
     yield from window_problems(cfg.seq_length, chain)
 
@@ -56,7 +58,7 @@ def layout_of(cfg: TrainingConfig) -> Layout:
         expert=cfg.expert_model_parallel_size,
         micro_batch_size=cfg.micro_batch_size,
         sequence_parallel=cfg.sequence_parallel and cfg.tensor_model_parallel_size > 1,
-        recompute=cfg.recompute,
+        recompute_granularity=cfg.recompute_granularity,
     )
 
 

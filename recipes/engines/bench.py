@@ -221,7 +221,7 @@ def measure(
                     if repetition:
                         worker.measured.timings[shape].append(timing)
                 done += 1
-                log.progress("benchmark", done, total)
+                log.progress("measure", done, total)
         return [
             row(contender, worker.measured, shape)
             for shape in shapes

@@ -1,7 +1,7 @@
 """Loads one model in a process of its own and times what it is asked to, so that memory is its own.
 
-Started by ``benchmark`` as ``python -m recipes.engines.bench_worker --backend B --model DIR``. It
-says on standard output how long loading took, then reads one request a line, ``{"batch_size": …,
+Started by ``measure_speed`` as ``python -m recipes.engines.bench_worker --backend B --model DIR``.
+It says on standard output how long loading took, then reads one request a line, ``{"batch_size": …,
 "prompt_tokens": …, "new_tokens": …, "seed": …}``, and answers each with its seconds. Between
 requests it only waits, so several of them can be measured in turn.
 """

@@ -1,4 +1,4 @@
-"""Settings of ``build_engine``, ``quantize`` and ``benchmark``. Torch-free."""
+"""Settings of ``build_engine``, ``quantize`` and ``measure_speed``. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from recipes.core.stage import StageConfig
 
 
 @dataclass
-class BenchmarkConfig(StageConfig):
-    """Settings of ``benchmark``."""
+class MeasureSpeedConfig(StageConfig):
+    """Settings of ``measure_speed``."""
 
     batch_sizes: list[int] = field(default_factory=lambda: [1, 4])
     prompt_tokens: list[int] = field(default_factory=lambda: [128])

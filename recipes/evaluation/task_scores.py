@@ -1,4 +1,4 @@
-"""Every model's answers to every benchmark, from the cache where they were given before."""
+"""Every model's answers to every task, from the cache where they were given before."""
 
 from __future__ import annotations
 
@@ -43,34 +43,34 @@ def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) 
         out: Where to write ``samples/<task>.jsonl``, an item a line with what each model said.
         log: Metrics file.
     """
-    benchmarks = packed_lm.load_benchmarks(cfg.tasks, cfg.source, cfg.num_fewshot)
-    answers: Answers = {benchmark.name: {} for benchmark in benchmarks}
+    tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot)
+    answers: Answers = {task.name: {} for task in tasks}
     cached: dict[str, list[str]] = {}
     for role in ROLES:
         cached[role] = []
-        for name, (answer, from_cache) in _ask(cfg, role, inputs[role], benchmarks, log).items():
+        for name, (answer, from_cache) in _ask(cfg, role, inputs[role], tasks, log).items():
             answers[name][role] = answer
             cached[role] += [name] * from_cache
         gc.collect()
     (out / "samples").mkdir()
-    tasks = {}
-    for benchmark in benchmarks:
-        items = {role: answer.items for role, answer in answers[benchmark.name].items()}
-        _require_same_items(benchmark.name, items)
-        _write_samples(out / "samples" / f"{benchmark.name}.jsonl", items)
-        tasks[benchmark.name] = TaskResult(
-            **vars(compare(benchmark.metric, items)),
-            version=benchmark.version,
-            seconds={role: a.seconds for role, a in answers[benchmark.name].items()},
+    results = {}
+    for task in tasks:
+        items = {role: answer.items for role, answer in answers[task.name].items()}
+        _require_same_items(task.name, items)
+        _write_samples(out / "samples" / f"{task.name}.jsonl", items)
+        results[task.name] = TaskResult(
+            **vars(compare(task.metric, items)),
+            version=task.version,
+            seconds={role: a.seconds for role, a in answers[task.name].items()},
         )
-    return TaskResults(tasks, cached, f"lm_eval {HARNESS}", _data(cfg))
+    return TaskResults(results, cached, f"lm_eval {HARNESS}", _data(cfg))
 
 
 def _ask(
     cfg: EvaluateTasksConfig,
     role: str,
     checkpoint: Input,
-    benchmarks: list[packed_lm.Benchmark],
+    tasks: list[packed_lm.Task],
     log: MetricsLog,
 ) -> dict[str, tuple[Answer, bool]]:
     """One model's answers, and whether each is from the cache."""
@@ -83,34 +83,30 @@ def _ask(
         model, tokenizer, cfg.pack_tokens, partial(log.progress, f"requests, {role}")
     )
     found: dict[str, tuple[Answer, bool]] = {}
-    for number, benchmark in enumerate(benchmarks, 1):
-        question = _question(cfg, identity, benchmark, device)
+    for number, task in enumerate(tasks, 1):
+        question = _question(cfg, identity, task, device)
         answer = look_up(question)
-        found[benchmark.name] = (answer or _do(cfg, packed, benchmark), answer is not None)
+        found[task.name] = (answer or _do(cfg, packed, task), answer is not None)
         if answer is None:
-            store(question, found[benchmark.name][0])
-        log.progress(f"benchmarks, {role}", number, len(benchmarks))
+            store(question, found[task.name][0])
+        log.progress(f"tasks, {role}", number, len(tasks))
     return found
 
 
-def _do(
-    cfg: EvaluateTasksConfig, model: packed_lm.PackedLM, benchmark: packed_lm.Benchmark
-) -> Answer:
+def _do(cfg: EvaluateTasksConfig, model: packed_lm.PackedLM, task: packed_lm.Task) -> Answer:
     began = time.monotonic()
-    items = packed_lm.answer(model, benchmark, cfg.limit, cfg.seed)
+    items = packed_lm.answer(model, task, cfg.limit, cfg.seed)
     return Answer(items, round(time.monotonic() - began, 3))
 
 
-def _question(
-    cfg: EvaluateTasksConfig, model: str, benchmark: packed_lm.Benchmark, device: str
-) -> Question:
+def _question(cfg: EvaluateTasksConfig, model: str, task: packed_lm.Task, device: str) -> Question:
     return Question(
         model=model,
-        task=benchmark.name,
-        version=benchmark.version,
+        task=task.name,
+        version=task.version,
         data=_data(cfg),
         limit=cfg.limit,
-        num_fewshot=cfg.num_fewshot.get(benchmark.name),
+        num_fewshot=cfg.num_fewshot.get(task.name),
         seed=cfg.seed,
         harness=HARNESS,
         code=code_fingerprint(packed_lm.__name__),

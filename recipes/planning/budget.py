@@ -72,7 +72,7 @@ def overrides(stage: str, layout: Layout) -> list[str]:
     """A layout as command-line overrides of a training stage."""
     fields = {name: getattr(layout, part) for part, name in LAYOUT_FIELDS.items()}
     fields |= {"sequence_parallel": str(layout.sequence_parallel).lower()}
-    fields |= {"recompute": layout.recompute}
+    fields |= {"recompute_granularity": layout.recompute_granularity}
     return [f"stages.{stage}.{key}={value}" for key, value in fields.items()]
 
 

@@ -151,7 +151,7 @@ def _held_activations(arch: Architecture, job: Workload, stage: int, tokens: flo
     layer = activation_bytes(arch, layout, tokens)
     layers = _stage_layers(arch, layout, stage)
     begun = min(layout.pipeline - stage, job.micro_batches)
-    if layout.recompute == "full":
+    if layout.recompute_granularity == "full":
         split = layout.tensor if layout.sequence_parallel else 1
         inputs = 2 * tokens * arch.hidden_size / split
         return begun * layers * inputs + layer
@@ -179,7 +179,7 @@ def flops_per_token(job: Workload) -> float:
     """FLOPs of a token: student forward and backward, what is recomputed, teacher forward."""
     total = 0.0
     if job.trained is not None:
-        passes = 4 if job.layout.recompute == "full" else 3
+        passes = 4 if job.layout.recompute_granularity == "full" else 3
         total += passes * forward_flops(job.trained, job.seq_length)
     if job.teacher is not None:
         total += forward_flops(job.teacher, job.seq_length)
@@ -208,7 +208,7 @@ def step_seconds(job: Workload, hardware: Hardware) -> Step:
 
 def _passes(job: Workload) -> list[tuple[Architecture, int]]:
     """Models and how often a token goes through them: forward, backward and again forward."""
-    trained = 3 if job.layout.recompute == "full" else 2
+    trained = 3 if job.layout.recompute_granularity == "full" else 2
     found = [(job.trained, trained), (job.teacher, 1)]
     return [(arch, passes) for arch, passes in found if arch is not None]
 

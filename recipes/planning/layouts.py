@@ -58,7 +58,7 @@ def candidates(job: Workload, devices: int, node: int) -> Iterator[Workload]:
     contexts = SIZES if job.seq_length >= LONG else (1,)
     moe = job.trained is not None and job.trained.num_moe_experts
     tensors = [size for size in SIZES if size <= per_node]
-    for tensor, pipeline, context, expert, micro, recompute in product(
+    for tensor, pipeline, context, expert, micro, recompute_granularity in product(
         tensors, SIZES, contexts, SIZES if moe else (1,), SIZES, ("none", "full")
     ):
         layout = Layout(
@@ -70,7 +70,7 @@ def candidates(job: Workload, devices: int, node: int) -> Iterator[Workload]:
             expert=expert,
             micro_batch_size=micro,
             sequence_parallel=tensor > 1,
-            recompute=recompute,
+            recompute_granularity=recompute_granularity,
         )
         yield replace(job, layout=layout)
 

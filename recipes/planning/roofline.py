@@ -97,7 +97,7 @@ def decode_bytes(arch: Architecture, batch_size: int, context: float, storage: S
 
 @dataclass(frozen=True)
 class RequestShape:
-    """A cell of the benchmark's grid."""
+    """A batch of requests that are alike."""
 
     batch_size: int
     prompt_tokens: int

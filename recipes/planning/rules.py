@@ -104,7 +104,7 @@ LAYER_IMPORTANCE = Rule(
 )
 CALIBRATION = Rule("calibration", "importance on padding or noise prunes at random")
 BUDGET = Rule("budget", "a search needs a budget that some shape fits")
-SEARCH = Rule("search", "a ranking or a tournament needs candidates, windows and steps")
+SEARCH = Rule("search", "a ranking or a halving needs candidates, windows and steps")
 SLOW_SIZES = Rule(
     "slow-sizes",
     "a dimension that is no multiple of 16 on a rank runs on slow kernels, or not in FP8",
@@ -163,7 +163,7 @@ MAX_INPUT_LEN = Rule(
 )
 HEAD_SIZE = Rule("head-size", "attention kernels exist for few head sizes")
 ALIGNMENT = Rule("alignment", "a kernel of that precision does not exist for other sizes")
-GRID = Rule("grid", "a benchmark without batches, prompts or new tokens measures nothing")
+GRID = Rule("grid", "without batches, prompts or new tokens no speed is measured")
 LENGTH = Rule("length", "prompt and new tokens must fit the model's positions")
 ENGINE_LIMITS = Rule("engine-limits", "an engine refuses more than it was built for")
 TASKS_HARNESS = Rule(
@@ -187,7 +187,7 @@ REFUSED_FIELDS = {
 
 
 def require_known(names: Iterable[str]) -> frozenset[str]:
-    """Checks names of rules, as in ``waive``.
+    """Checks names of rules, as in ``skip_rules``.
 
     Raises:
         RecipeError: There is no such rule.
@@ -195,7 +195,7 @@ def require_known(names: Iterable[str]) -> frozenset[str]:
     for name in names:
         if name not in RULES:
             raise RecipeError(
-                f"waive: there is no rule '{name}'.{did_you_mean(name, RULES)}",
+                f"skip_rules: there is no rule '{name}'.{did_you_mean(name, RULES)}",
                 "python launch/run.py doctor rules lists them",
             )
     return frozenset(names)

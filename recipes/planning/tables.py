@@ -148,8 +148,8 @@ def _layout(job: Workload) -> str:
     parts += [f"DP={layout.data}", f"micro {layout.micro_batch_size}"]
     if layout.sequence_parallel:
         parts.append("SP")
-    if layout.recompute != "none":
-        parts.append(f"recompute {layout.recompute}")
+    if layout.recompute_granularity != "none":
+        parts.append(f"recompute {layout.recompute_granularity}")
     return " ".join(parts)
 
 

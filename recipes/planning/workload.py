@@ -21,7 +21,7 @@ class Layout:
     expert: int = 1
     micro_batch_size: int = 1
     sequence_parallel: bool = False
-    recompute: str = "none"
+    recompute_granularity: str = "none"
     """Of activations in the backward pass: ``none``, ``selective`` or ``full``."""
 
     @property

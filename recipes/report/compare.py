@@ -181,7 +181,7 @@ def _row(
 
 def _latencies(run: RunRecord) -> Iterator[tuple[TimedOn, float]]:
     """Milliseconds for one more token of the student in each engine, at the smallest setting."""
-    manifest = run.find("benchmark_results")
+    manifest = run.find("speed_results")
     if manifest is None:
         return
     found = manifest.result(BenchmarkResults)

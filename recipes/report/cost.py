@@ -143,7 +143,7 @@ def work(manifests: Mapping[str, Manifest], before: Mapping[str, Manifest]) -> l
         if corrected := manifest.result_if("correct_teacher", TrainingResult):
             tokens = corrected.tokens
             found.append(Work(name, tokens, 0, TRAINING * tokens * teacher))
-        if cached := manifest.result_if("cache_teacher", CacheResult):
+        if cached := manifest.result_if("cache_logits", CacheResult):
             found.append(Work(name, cached.tokens, 0, cached.tokens * teacher))
     found += _distillation(manifests["distilled"], before, teacher, student)
     tokens = manifests["evaluation"].result(EvaluationResult).tokens
@@ -159,8 +159,7 @@ def _distillation(
         return []
     tokens = training.tokens
     cached = any(
-        manifest.kind == "teacher_logits"
-        and manifest.fingerprint == distilled.inputs.get("teacher")
+        manifest.kind == "logit_cache" and manifest.fingerprint == distilled.inputs.get("teacher")
         for manifest in before.values()
     )
     live = 0 if cached else tokens * teacher

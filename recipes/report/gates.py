@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from recipes.core.errors import RecipeError, did_you_mean
-from recipes.core.manifest import Kind, Manifest
+from recipes.core.manifest import Manifest
 from recipes.core.stage import StageConfig
 from recipes.engines.results import BenchmarkResults, Speedup
 from recipes.evaluation.results import EvaluationResult, TaskResults, TaskScores
@@ -48,7 +48,7 @@ SPEEDUPS: dict[str, Callable[[Speedup], float]] = {
     "prefill": lambda s: s.prefill,
     "decode": lambda s: s.decode,
 }
-"""Of the student against the teacher (kind ``benchmark_results``): of all settings, the least."""
+"""Of the student against the teacher (kind ``speed_results``): of all settings, the least."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,14 @@ def parse_all(texts: object) -> tuple[Gate, ...]:
     return tuple(parse(str(text)) for text in texts)
 
 
-def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, Kind]) -> dict[str, Kind]:
+def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> dict[str, str]:
     """Figures that a recipe measures, with the kind of result that has each.
 
     Args:
         stages: The recipe's stages.
-        kinds: Kind of each stage's result.
+        kinds: str of each stage's result.
     """
-    names: dict[str, Kind] = {}
+    names: dict[str, str] = {}
     for stage, config in stages.items():
         kind = kinds[stage]
         if kind == "eval_results":
@@ -127,12 +127,12 @@ def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, Kind]) ->
         if kind == "task_results":
             tasks: list[str] = getattr(config, "tasks", [])
             names |= {f"{figure}.{task}": kind for task in tasks for figure in TASK}
-        if kind == "benchmark_results":
+        if kind == "speed_results":
             names |= {f"speedup.{figure}": kind for figure in SPEEDUPS}
     return names
 
 
-def problems(gates: Iterable[Gate], names: Mapping[str, Kind]) -> Iterator[Problem]:
+def problems(gates: Iterable[Gate], names: Mapping[str, str]) -> Iterator[Problem]:
     """Finds gates on figures that the recipe does not measure."""
     for gate in gates:
         if gate.name not in names:
@@ -144,15 +144,15 @@ def problems(gates: Iterable[Gate], names: Mapping[str, Kind]) -> Iterator[Probl
             )
 
 
-def kind_of(gate: Gate) -> Kind:
+def kind_of(gate: Gate) -> str:
     """Kind of the result that has a gate's figure."""
     figure, _, part = gate.name.partition(".")
     if figure == "speedup":
-        return "benchmark_results"
+        return "speed_results"
     return "task_results" if part else "eval_results"
 
 
-def judge(gates: Iterable[Gate], results: Mapping[Kind, Manifest]) -> list[Verdict]:
+def judge(gates: Iterable[Gate], results: Mapping[str, Manifest]) -> list[Verdict]:
     """Compares what was measured with what must be.
 
     Args:
@@ -162,10 +162,10 @@ def judge(gates: Iterable[Gate], results: Mapping[Kind, Manifest]) -> list[Verdi
     return [Verdict(g, value := _measured(g.name, results), g.holds(value)) for g in gates]
 
 
-def _measured(name: str, results: Mapping[Kind, Manifest]) -> float | None:
+def _measured(name: str, results: Mapping[str, Manifest]) -> float | None:
     figure, _, part = name.partition(".")
     if figure == "speedup":
-        speedups = results["benchmark_results"].result(BenchmarkResults).speedups
+        speedups = results["speed_results"].result(BenchmarkResults).speedups
         return min((SPEEDUPS[part](one) for one in speedups), default=None)
     if part:
         return TASK[figure](results["task_results"].result(TaskResults).tasks[part])

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TEMPLATE = "report.html.j2"
 CHAIN = ("teacher", "data", "pruned", "distilled", "evaluation", "exported")
 """Inputs that every report has, in the order in which their stages run."""
-OPTIONAL = ("plan", "search", "tasks", "engine", "benchmark")
+OPTIONAL = ("plan", "search", "tasks", "engine", "speed")
 CONTENTS = {
     "gates": "Gates",
     "asked": "What was asked",
@@ -45,7 +45,7 @@ CONTENTS = {
     "quality": "Quality",
     "tasks": "Tasks",
     "trade_offs": "Quality against cost",
-    "benchmark": "Speed",
+    "speed": "Speed",
     "engine": "Engine",
     "distillation": "Distillation",
     "layers": "Layers",
@@ -55,7 +55,7 @@ CONTENTS = {
     "provenance": "Provenance",
 }
 """Sections in their order, each a template."""
-WHERE_PRESENT = ("gates", "plan", "search", "tasks", "trade_offs", "benchmark", "engine")
+WHERE_PRESENT = ("gates", "plan", "search", "tasks", "trade_offs", "speed", "engine")
 """Sections that are left out where there is nothing to show."""
 SHAPE = {
     "num_layers": "Layers",

@@ -37,7 +37,7 @@ PERPLEXITY = Dimension("perplexity", lambda v: f"{v:,.4g}")
 DIVERGENCE = Dimension("KL to the teacher", lambda v: f"{v:,.3g}")
 ACCURACY = Dimension("mean of the tasks", lambda v: f"{v:.1%}", higher_is_better=True)
 REPORTED_ROLES = {"teacher": "teacher", "student": "distilled"}
-"""A benchmark's roles, and which evaluated model each is."""
+"""Roles of timed models, and which evaluated model each is."""
 PHASES, ENDS = ("prefill", "decode"), ("", "_roofline")
 """Of a speed-up's fields."""
 FEW = 8
@@ -50,12 +50,12 @@ Figures = list[tuple[str, "Markup"]]
 def sections(found: Mapping[str, Manifest], evaluation: EvaluationResult) -> dict[str, object]:
     """What the optional inputs have to show; ``None`` for each that is not there."""
     rows: list[BenchmarkRow] = []
-    shown: dict[str, object] = dict.fromkeys(("tasks", "benchmark", "engine", "plan", "search"))
+    shown: dict[str, object] = dict.fromkeys(("tasks", "speed", "engine", "plan", "search"))
     if "tasks" in found:
         shown["tasks"] = tasks_section(found["tasks"].result(TaskResults))
-    if "benchmark" in found:
-        measured = found["benchmark"].result(BenchmarkResults)
-        shown["benchmark"], rows = benchmark_section(measured), measured.rows
+    if "speed" in found:
+        measured = found["speed"].result(BenchmarkResults)
+        shown["speed"], rows = speed_section(measured), measured.rows
     if "engine" in found:
         shown["engine"] = engine_section(found["engine"].result(EngineResult))
     if "plan" in found:
@@ -109,7 +109,7 @@ class BenchmarkSection:
     machine: MachineRates
 
 
-def benchmark_section(results: BenchmarkResults) -> BenchmarkSection:
+def speed_section(results: BenchmarkResults) -> BenchmarkSection:
     """What was measured, and the engine whose decoding gained most."""
     every = results.speedups
     seen = [getattr(s, f"{phase}{end}") for s in every for phase in PHASES for end in ENDS]

@@ -1,4 +1,4 @@
-"""Rounds of a tournament: prunes, trains and measures candidates, each as a stage of its own."""
+"""Successive halving: prunes, trains and measures candidates, each as a stage of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from recipes.search.results import Candidate, ProxyQuality
 from recipes.search.space import axes_of, prune_settings
 
 if TYPE_CHECKING:
-    from recipes.search.settings import TournamentConfig
+    from recipes.search.settings import SuccessiveHalvingConfig
 
 POLL = 0.5
 """Seconds between looks at what other ranks have finished."""
@@ -36,13 +36,15 @@ class HalvingRun:
     """Where candidates compete: ``NAME/prune``, ``NAME/round-0``, … below a directory.
 
     Args:
-        cfg: The tournament's config.
+        cfg: The stage's config.
         inputs: Its inputs.
-        directory: Kept while the tournament is unfinished.
+        directory: Kept while the stage is unfinished.
         method: How ``prune`` chooses layers.
     """
 
-    def __init__(self, cfg: TournamentConfig, inputs: Inputs, directory: Path, method: str) -> None:
+    def __init__(
+        self, cfg: SuccessiveHalvingConfig, inputs: Inputs, directory: Path, method: str
+    ) -> None:
         self._cfg, self._inputs, self._directory, self._method = cfg, inputs, directory, method
 
     def play(self, players: Sequence[Candidate], number: int, training: DistillConfig) -> None:

@@ -47,10 +47,10 @@ class SearchResult:
     candidates: list[Candidate]
     budget: dict[str, float]
     winner: str | None = None
-    """Name of the one that a tournament chose."""
+    """Name of the one that was chosen by training."""
 
     def chosen(self) -> Candidate | None:
-        """The one that a tournament chose."""
+        """The one that was chosen by training."""
         return next((one for one in self.candidates if one.chosen), None)
 
 

@@ -84,8 +84,8 @@ class RankCandidatesConfig(StageConfig):
 
 
 @dataclass
-class TournamentConfig(StageConfig):
-    """Settings of ``tournament``."""
+class SuccessiveHalvingConfig(StageConfig):
+    """Settings of ``successive_halving``."""
 
     num_candidates: int = 4
     """Best-ranked candidates that take part; the number left is halved each round. One alone wins

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
-from recipes.core.manifest import Kind, Outcome
+from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig
 from recipes.core.worker import stage_main
 from recipes.planning import rules
@@ -17,6 +17,23 @@ from recipes.planning.problems import Problem
 from recipes.planning.workload import Workload
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
+Kind = Literal[
+    "checkpoint_hf",
+    "checkpoint_nemo",
+    "engine",
+    "eval_results",
+    "dataset",
+    "logit_cache",
+    "importance",
+    "plan",
+    "task_results",
+    "speed_results",
+    "shapes",
+    "latency_model",
+    "search_results",
+    "report",
+]
+"""What a stage makes."""
 Kinds = tuple[Kind, ...]
 
 

@@ -12,11 +12,11 @@ from recipes.core.metrics import steps_of
 from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
 from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import (
-    BALANCES,
     CACHED,
     HIDDEN_LOSSES,
     LOGITS_LOSSES,
-    CacheTeacherConfig,
+    LOSS_BALANCERS,
+    CacheLogitsConfig,
     DistillConfig,
 )
 from recipes.distillation.training import (
@@ -40,14 +40,14 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     yield from _loss_problems(cfg)
     yield from _pair_problems(cfg, chain)
     source = chain.stages.get(cfg.inputs.get("teacher", ""))
-    if isinstance(source, CacheTeacherConfig):
+    if isinstance(source, CacheLogitsConfig):
         yield from _cache_problems(cfg, source)
-    if cfg.hidden_weight and cfg.recompute == "full":
+    if cfg.hidden_weight and cfg.recompute_granularity == "full":
         yield Problem(
             rules.RECOMPUTE,
-            "hidden_weight is set, but recompute=full runs the layers that it compares without "
-            "gradients",
-            "use recompute=none or selective, or hidden_weight=0",
+            "hidden_weight is set, but recompute_granularity=full runs the layers that it compares "
+            "without gradients",
+            "use recompute_granularity=none or selective, or hidden_weight=0",
         )
     yield from tokenizer_problems(cfg, chain)
 
@@ -66,7 +66,7 @@ def _is_cached(teacher: str | None, chain: Chain) -> bool:
     if not teacher:
         return False
     if (source := chain.stages.get(teacher)) is not None:
-        return isinstance(source, CacheTeacherConfig)
+        return isinstance(source, CacheLogitsConfig)
     manifest = manifest_of(teacher)
     return manifest is not None and manifest.kind == CACHED
 
@@ -75,7 +75,7 @@ def _loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
     for name, known in (
         ("logits_loss", LOGITS_LOSSES),
         ("hidden_loss", HIDDEN_LOSSES),
-        ("balance", BALANCES),
+        ("loss_balancer", LOSS_BALANCERS),
     ):
         if getattr(cfg, name) not in known:
             yield Problem(rules.LOSS, f"{name}={getattr(cfg, name)}", f"use {' or '.join(known)}")
@@ -100,12 +100,13 @@ def _loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
 
 
 def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
-    if not cfg.hidden_pairs:
+    if not cfg.intermediate_layer_pairs:
         return
-    if any(len(pair) != 2 for pair in cfg.hidden_pairs):
+    if any(len(pair) != 2 for pair in cfg.intermediate_layer_pairs):
         yield Problem(
             rules.HIDDEN_PAIRS,
-            f"hidden_pairs={cfg.hidden_pairs} is not a list of [student, teacher] layers",
+            f"intermediate_layer_pairs={cfg.intermediate_layer_pairs} is not a list of "
+            "[student, teacher] layers",
             "for example [[12,15],[24,30]]",
         )
         return
@@ -114,17 +115,17 @@ def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
         if shape.num_layers < cfg.pipeline_model_parallel_size:
             continue  # said by the rules on layouts
         allowed = last_stage_layers(shape.num_layers, cfg.pipeline_model_parallel_size)
-        wrong = [pair[place] for pair in cfg.hidden_pairs if pair[place] not in allowed]
+        wrong = [pair[place] for pair in cfg.intermediate_layer_pairs if pair[place] not in allowed]
         if wrong:
             yield Problem(
                 rules.HIDDEN_PAIRS,
-                f"hidden_pairs names the {role}'s layers {wrong}; its last pipeline stage, where "
-                f"the loss is, has {allowed.start} to {allowed.stop - 1}",
+                f"intermediate_layer_pairs names the {role}'s layers {wrong}; its last pipeline "
+                f"stage, where the loss is, has {allowed.start} to {allowed.stop - 1}",
                 "choose layers of that range, or a smaller pipeline_model_parallel_size",
             )
 
 
-def _cache_problems(cfg: DistillConfig, cache: CacheTeacherConfig) -> Iterator[Problem]:
+def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Problem]:
     """A cache holds a few log-probabilities of one temperature for windows of one length."""
     for name in ("seq_length", "temperature"):
         ours, cached = getattr(cfg, name), getattr(cache, name)
@@ -208,7 +209,7 @@ STAGE = Stage(
     run=run,
     check=check,
     inputs={
-        "teacher": ("checkpoint_nemo", "teacher_logits"),
+        "teacher": ("checkpoint_nemo", "logit_cache"),
         "student": ("checkpoint_nemo",),
         "data": ("dataset",),
     },

@@ -42,7 +42,7 @@ STAGE = Stage(
     # Each adds its section to the page.
     optional_inputs={
         "tasks": ("task_results",),
-        "benchmark": ("benchmark_results",),
+        "speed": ("speed_results",),
         "engine": ("engine",),
         "plan": ("plan",),
         "search": ("search_results",),

@@ -20,10 +20,10 @@ pytestmark = [
 ]
 STEPS = 8
 LAYOUTS = {
-    "recompute selective": (1, ["recompute=selective"]),
-    "recompute full": (1, ["recompute=full"]),
+    "recompute selective": (1, ["recompute_granularity=selective"]),
+    "recompute full": (1, ["recompute_granularity=full"]),
     "CP=2": (2, ["context_parallel_size=2"]),
-    "CP=2, recompute full": (2, ["context_parallel_size=2", "recompute=full"]),
+    "CP=2, recompute full": (2, ["context_parallel_size=2", "recompute_granularity=full"]),
 }
 
 

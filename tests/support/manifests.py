@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from recipes.core.manifest import Kind, Manifest
+from recipes.core.manifest import Manifest
 
 
-def bare_manifest(stage: str, kind: Kind, result: Any) -> Manifest:
+def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
     """A manifest that says nothing but what was measured."""
     return Manifest(
         stage=stage,

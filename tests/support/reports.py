@@ -134,7 +134,7 @@ def task_results() -> TaskResults:
     return TaskResults(tasks, {}, "lm_eval 0.4.13", "hub")
 
 
-def benchmark_results(speed: float = 1.0) -> BenchmarkResults:
+def speed_results(speed: float = 1.0) -> BenchmarkResults:
     def about(value: float) -> Spread:
         return Spread(value, 0.93 * value, 1.05 * value)
 
@@ -226,7 +226,7 @@ def optional_inputs(root: Path) -> dict[str, Input]:
         "plan": ("plan", plan_figures()),
         "tasks": ("task_results", task_results()),
         "engine": ("engine", engine_figures()),
-        "benchmark": ("benchmark_results", benchmark_results()),
+        "speed": ("speed_results", speed_results()),
         "search": ("search_results", search_results()),
     }
     return {
@@ -424,7 +424,7 @@ def make_run(
     evaluation.metrics["distilled"] |= {"loss": loss, "perplexity": math.exp(loss)}
     evaluation.input_content["data"] = data.content()
     inputs["exported"].manifest.inputs["evaluation"] = evaluation.fingerprint
-    inputs["benchmark"].manifest.metrics |= asdict(benchmark_results(speed))
+    inputs["speed"].manifest.metrics |= asdict(speed_results(speed))
     distilled.config.update(settings)
     results = inputs["evaluation"].artifact / "results.json"
     detail = json.loads(results.read_text())

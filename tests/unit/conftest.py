@@ -92,7 +92,7 @@ RESULTS = {
     "plan": PlanResult({"device-hours": 2, "hardware": "cpu", "dollars": 1}, []),
     "task_results": TaskResults({"sciq": SCIQ}, {}, "lm_eval", "hub"),
     "engine": EngineResult("openvino", "fp32", None, 3.5, 6_000_000),
-    "benchmark_results": BenchmarkResults(
+    "speed_results": BenchmarkResults(
         machine=MachineRates("a processor", 2, {"float32": 1e11}, 1e10),
         rows=[
             BenchmarkRow(role, "openvino", "fp32", 1, 128, 32, SPEED, SPEED, SPEED, 10**8, 1.0, 6)

@@ -92,12 +92,12 @@ def test_the_engine_is_chosen(
     }
     report = planned["report"].config.inputs
     if student is None:
-        assert not {"engine", "benchmark"} & report.keys()
-        assert "benchmark" not in planned
+        assert not {"engine", "speed"} & report.keys()
+        assert "measure_speed" not in planned
         return
-    assert (report["engine"], report["benchmark"]) == ("build_engine", "benchmark")
+    assert (report["engine"], report["speed"]) == ("build_engine", "measure_speed")
     assert planned["build_engine"].config.inputs["checkpoint"] == student
-    assert planned["benchmark"].config.inputs["student"] == student
+    assert planned["measure_speed"].config.inputs["student"] == student
     backends = {
         getattr(planned[n].config, "backend") for n in ("build_engine", "build_teacher_engine")
     }
@@ -111,9 +111,9 @@ def test_the_engine_is_chosen(
     ("teacher", "order"),
     [
         ("live", ["import_hf", "distill"]),
-        ("cached", ["import_hf", "cache_teacher", "distill"]),
+        ("cached", ["import_hf", "cache_logits", "distill"]),
         ("corrected", ["import_hf", "correct_teacher", "distill"]),
-        ("corrected_cached", ["import_hf", "correct_teacher", "cache_teacher", "distill"]),
+        ("corrected_cached", ["import_hf", "correct_teacher", "cache_logits", "distill"]),
     ],
 )
 def test_the_teacher_is_chosen(
@@ -153,7 +153,7 @@ def large(recipe: str, plan: Callable[..., Plan], *overrides: str) -> Plan:
     [family] = CONFIGS[hf_path]["architectures"]
     if family not in SUPPORTED:
         pytest.skip(f"{family} cannot be converted yet")
-    planned = plan("waive=[disk]", *overrides, recipe=f"recipe={recipe}")
+    planned = plan("skip_rules=[disk]", *overrides, recipe=f"recipe={recipe}")
     assert planned.chain.hf_path == hf_path
     return planned
 
@@ -202,7 +202,7 @@ def test_the_search_of_a_large_model_lists_the_published_shape(
     plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
-    planned = plan("waive=[disk]", recipe="recipe=qwen3_8b_search")
+    planned = plan("skip_rules=[disk]", recipe="recipe=qwen3_8b_search")
     assert {note.rule.name for note in planned.notes} <= {"bundled-config", "disk"}
     stages: dict[str, Any] = dict(planned.chain.stages)
     search = stages["enumerate_shapes"]

@@ -217,10 +217,10 @@ def test_engines_of_teacher_and_student_are_built_and_timed(
         *overrides(odd_llama, text_file, run_dir, engine="openvino"),
         "stages.build_engine.num_windows=2",
         "stages.build_teacher_engine.num_windows=2",
-        "stages.benchmark.batch_sizes=[1,3]",
-        "stages.benchmark.prompt_tokens=[40]",
-        "stages.benchmark.new_tokens=6",
-        "stages.benchmark.repetitions=2",
+        "stages.measure_speed.batch_sizes=[1,3]",
+        "stages.measure_speed.prompt_tokens=[40]",
+        "stages.measure_speed.new_tokens=6",
+        "stages.measure_speed.repetitions=2",
     ]
     result = run_recipe(*command, cwd=tmp_path)
     assert result.code == 0, result.output
@@ -231,7 +231,7 @@ def test_engines_of_teacher_and_student_are_built_and_timed(
     assert student.metrics["greedy_margin"] < 1e-3
     assert student.parameters == manifest_of(run_dir, "export_hf").parameters
     assert student.metrics["bytes"] == student.total_bytes()
-    results = manifest_of(run_dir, "benchmark").metrics
+    results = manifest_of(run_dir, "measure_speed").metrics
     rows = results["rows"]
     assert [(r["backend"], r["role"], r["batch_size"]) for r in rows] == [
         (backend, role, batch)
@@ -289,7 +289,7 @@ def test_a_machine_without_a_gpu_is_told_before_anything_runs(
         for s in ("build_engine", "build_teacher_engine")
         for setting in ("backend=tensorrt_llm_pytorch", "max_seq_len=256", "max_input_len=200")
     ]
-    grid = ["stages.benchmark.prompt_tokens=[64]", "stages.benchmark.new_tokens=16"]
+    grid = ["stages.measure_speed.prompt_tokens=[64]", "stages.measure_speed.new_tokens=16"]
     result = run_here(*command, *second, *grid, cwd=tmp_path)
     assert result.code == 1
     assert "needs an NVIDIA GPU and TensorRT-LLM" in result.output
@@ -375,7 +375,7 @@ def test_too_little_text_stops_before_training(
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "one"}\n{"text": "two"}\n')
     run_dir = without(tiny_run, tmp_path / "run", *STAGES[2:])
-    result = run_recipe(*overrides(odd_llama, short, run_dir), "waive=[tokens]", cwd=tmp_path)
+    result = run_recipe(*overrides(odd_llama, short, run_dir), "skip_rules=[tokens]", cwd=tmp_path)
     assert result.code == 1
     assert "too little text for seq_length=64" in result.output
     assert "data.seq_length lower" in result.output

@@ -29,7 +29,7 @@ SMALL = (
     "stages.distill.limit_val_batches=1 stages.score.num_calibration_samples=8 "
     "stages.score.num_loss_samples=1 "
     "stages.evaluate.num_windows=8 stages.evaluate.new_tokens=8 stages.evaluate_tasks.limit=2 "
-    "stages.benchmark.repetitions=1 stages.benchmark.new_tokens=8"
+    "stages.measure_speed.repetitions=1 stages.measure_speed.new_tokens=8"
 )
 
 

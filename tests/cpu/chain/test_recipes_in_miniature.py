@@ -84,14 +84,14 @@ def test_search_runs_on_a_tiny_model(tmp_path: Path, text_file: Path) -> None:
         "stages.enumerate_shapes.budget={parameters: 0.75}",
         *settings("enumerate_shapes.space", **smaller, tensor_model_parallel_size=1),
         *settings("rank_candidates", num_samples=4),
-        *settings("tournament", num_candidates=2, max_tokens=4096, num_samples=4),
-        *settings("tournament.distill", **training),
+        *settings("successive_halving", num_candidates=2, max_tokens=4096, num_samples=4),
+        *settings("successive_halving.distill", **training),
         cwd=tmp_path,
     )
     assert done.code == 0, done.output
-    found = manifest_of(tmp_path / "run", "tournament")
+    found = manifest_of(tmp_path / "run", "successive_halving")
     assert sum(bool(one["tokens"]) for one in found.metrics["candidates"]) == 2
-    recipe = OmegaConf.load(tmp_path / "run" / "tournament" / "artifact" / "recipe.yaml")
+    recipe = OmegaConf.load(tmp_path / "run" / "successive_halving" / "artifact" / "recipe.yaml")
     assert found.metrics["winner"] in recipe.description
     page = (tmp_path / "run" / "report_search" / "artifact" / "report.html").read_text()
     assert f"<b>{found.metrics['winner']}</b> was chosen" in page

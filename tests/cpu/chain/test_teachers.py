@@ -51,10 +51,10 @@ def test_a_cached_teacher_gives_the_live_ones_losses(
         text_file,
         without(live, tmp_path / "run", "distill"),
         "teacher=cached",
-        "stages.only=[cache_teacher,distill]",
-        "stages.cache_teacher.top_k=250",
-        "stages.cache_teacher.precision=32",
-        f"stages.cache_teacher.num_windows={BATCH * (STEPS - 4)}",
+        "stages.only=[cache_logits,distill]",
+        "stages.cache_logits.top_k=250",
+        "stages.cache_logits.precision=32",
+        f"stages.cache_logits.num_windows={BATCH * (STEPS - 4)}",
     )
     assert result.code == 0, result.output
     expected = steps_of(live / "distill" / METRICS, "distill")

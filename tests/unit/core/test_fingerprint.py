@@ -234,7 +234,7 @@ def test_no_check_and_no_rule_is_part_of_a_stages_code(stage: str) -> None:
         ("evaluate", {"evaluation.text_quality": "score"}),
         ("export_hf", {"report.model_card": "write_card"}),
         ("prepare_data", {"data.corpus": "part_of", "data.token_windows": "PartWriter"}),
-        ("benchmark", {"engines.bench_worker": "serve", "engines.openvino": "Pipeline"}),
+        ("measure_speed", {"engines.bench_worker": "serve", "engines.openvino": "Pipeline"}),
         ("build_engine", {"engines.trtllm_build_worker": "main", "engines.openvino": "build"}),
     ],
 )

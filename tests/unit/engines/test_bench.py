@@ -1,4 +1,4 @@
-"""The roofline, the summary of timings, turn-taking, and checks of the benchmark; no torch."""
+"""The roofline, the summary of timings, turn-taking, and checks of ``measure_speed``; no torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from recipes.core.metrics import MetricsLog
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.bench import Contender, ContenderMeasurements, measure, speedups
 from recipes.engines.results import Spread
-from recipes.engines.settings import BenchmarkConfig, QuantizeConfig
 from recipes.engines.settings import BuildEngineConfig as EngineConfig
+from recipes.engines.settings import MeasureSpeedConfig, QuantizeConfig
 from recipes.engines.timing import Timing, spread
 from recipes.planning.chain import Chain
 from recipes.planning.roofline import (
@@ -31,7 +31,7 @@ from recipes.planning.roofline import (
     weight_bytes,
 )
 from recipes.pruning.settings import PruneConfig
-from recipes.stages import benchmark, quantize
+from recipes.stages import measure_speed, quantize
 
 SHAPE = RequestShape(batch_size=2, prompt_tokens=100, new_tokens=11)
 FP32 = Storage("fp32")
@@ -148,9 +148,9 @@ def test_contenders_take_turns_and_the_first_round_is_dropped(pair: list[Contend
     assert 1 < ratio < 2  # half of the layers, but all of the vocabulary
 
 
-def config(**settings: Any) -> BenchmarkConfig:
-    inputs = {name: name for name in benchmark.STAGE.inputs}
-    return BenchmarkConfig(stage="benchmark", inputs=inputs, **settings)
+def config(**settings: Any) -> MeasureSpeedConfig:
+    inputs = {name: name for name in measure_speed.STAGE.inputs}
+    return MeasureSpeedConfig(stage="measure_speed", inputs=inputs, **settings)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_the_grid_is_checked(
     )
     other = EngineConfig(stage="build_engine")
     chain = Chain("teacher", teacher, {"student_engine": engine, "teacher_engine": other})
-    found = [p.rule.name for p in benchmark.check(config(**settings), chain)]
+    found = [p.rule.name for p in measure_speed.check(config(**settings), chain)]
     if settings.get("prompt_tokens") == [1000]:
         found = found[:1]
     assert found == rules

@@ -129,7 +129,7 @@ def test_submit_script_is_the_recorded_one(prepared: Prepared, tmp_path: Path) -
     plan, _ = prepared("cluster=slurm", "teacher=cached", *SHORT)
     text = slurm_scripts.submit_script(plan)
     require_recorded(text, "submit.sh", tmp_path)
-    [cache] = [line for line in text.splitlines() if "submit cache_teacher" in line]
+    [cache] = [line for line in text.splitlines() if "submit cache_logits" in line]
     [prune] = [line for line in text.splitlines() if "submit prune" in line]
     assert "job_prune" not in cache
     assert "job_cache_teacher" not in prune

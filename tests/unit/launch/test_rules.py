@@ -87,7 +87,7 @@ TRIPS = {
     "image": trip("+cluster.images.default=/nowhere/image.sqsh"),
     "mounts": trip("+cluster.mounts=[/nowhere/data]"),
     "hardware-profile": trip(prepare=gpu_is_here),
-    "bundled-config": trip("model=llama3_1_8b", "waive=[memory,disk]", prepare=hub_is_away),
+    "bundled-config": trip("model=llama3_1_8b", "skip_rules=[memory,disk]", prepare=hub_is_away),
     "tied-embeddings": trip(config={"tie_word_embeddings": False}, prepare=head_is_missing),
     "vocabulary": trip(*TP2, config={"vocab_size": 513}),
     "data-sources": trip("data.sources=[nowhere.txt]"),
@@ -110,15 +110,15 @@ TRIPS = {
     "context-parallel": trip(f"{D}context_parallel_size=2", f"{D}resources.devices=2"),
     "expert-parallel": trip(f"{D}expert_model_parallel_size=2"),
     "interleaved": trip(f"{D}virtual_pipeline_model_parallel_size=2"),
-    "recompute": trip(f"{D}recompute=full", f"{D}hidden_weight=1"),
+    "recompute": trip(f"{D}recompute_granularity=full", f"{D}hidden_weight=1"),
     "precision": trip(f"{D}precision=fp8"),
     "positive": trip(f"{D}lr=0"),
     "warmup": trip(f"{D}warmup_steps=100"),
     "loss": trip(f"{D}temperature=0"),
-    "hidden-pairs": trip(f"{D}hidden_weight=1", f"{D}hidden_pairs=[[1,1]]",
+    "hidden-pairs": trip(f"{D}hidden_weight=1", f"{D}intermediate_layer_pairs=[[1,1]]",
                          f"{D}pipeline_model_parallel_size=2", f"{D}resources.devices=2"),
     "cached-teacher": trip("teacher=cached", f"{D}hidden_weight=1"),
-    "top-k": trip("teacher=cached", "stages.cache_teacher.top_k=49152"),
+    "top-k": trip("teacher=cached", "stages.cache_logits.top_k=49152"),
     "evaluate": trip("stages.evaluate.num_windows=0"),
     "tasks-harness": trip("tasks=quick", prepare=harness_is_missing),
     "tasks-source": trip("tasks=quick", f"{T}source=disk"),
@@ -237,14 +237,14 @@ def test_a_rule_can_be_waived_and_is_still_shown(plan: MakePlan) -> None:
     trips = ("hardware.memory_bytes=1e9", BFLOAT16)
     with pytest.raises(RecipeError, match="needs about 4 GB on a rank, but cpu has 1 GB"):
         plan(*trips)
-    assert [n.rule.name for n in plan(*trips, "waive=[memory]").notes] == ["memory"]
+    assert [n.rule.name for n in plan(*trips, "skip_rules=[memory]").notes] == ["memory"]
     with pytest.raises(RecipeError, match="memory"):
-        plan(*trips, "waive=[disk]")
+        plan(*trips, "skip_rules=[disk]")
 
 
 def test_an_unknown_rule_cannot_be_waived(plan: MakePlan) -> None:
     with pytest.raises(RecipeError, match="Did you mean 'memory'"):
-        plan("waive=[memroy]")
+        plan("skip_rules=[memroy]")
 
 
 def test_the_shipped_defaults_break_no_rule(plan: MakePlan) -> None:
@@ -269,7 +269,7 @@ def test_different_tokenizers_are_refused(
 
 
 def test_a_login_node_says_nothing_of_the_memory_of_jobs(plan: MakePlan) -> None:
-    large = ("model.hf_path=meta-llama/Llama-3.1-8B", "waive=[disk]")
+    large = ("model.hf_path=meta-llama/Llama-3.1-8B", "skip_rules=[disk]")
     with pytest.raises(RecipeError, match=r"\[memory"):
         plan(*large)
     assert machine.SLURM == "slurm"
@@ -316,7 +316,7 @@ def test_models_of_another_run_are_planned_as_they_are(
     cache = tmp_path / "other" / "import_hf"
     teacher = read_manifest(cache)
     assert teacher is not None
-    teacher.kind = "teacher_logits"
+    teacher.kind = "logit_cache"
     write_manifest(cache, teacher)
     cached = plan(inputs, f"{D}inputs.teacher={cache}").chain.workloads["distill"]
     assert cached.teacher is None

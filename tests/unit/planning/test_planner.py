@@ -221,8 +221,8 @@ def test_recomputing_and_sequence_parallelism_save_activations() -> None:
         return memory(replace(job, layout=replace(layout, **changes)), H100).activations
 
     assert held(sequence_parallel=True) < held()
-    assert held(recompute="full") < held() / 7
-    again = replace(job, layout=replace(layout, recompute="full"))
+    assert held(recompute_granularity="full") < held() / 7
+    again = replace(job, layout=replace(layout, recompute_granularity="full"))
     assert step_seconds(again, H100).compute > 1.2 * step_seconds(job, H100).compute
 
 

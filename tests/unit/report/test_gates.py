@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import MANIFEST, Kind, Manifest
+from recipes.core.manifest import MANIFEST, Manifest
 from recipes.engines.results import BenchmarkResults
 from recipes.evaluation.results import EvaluationResult, TaskResults
 from recipes.report.gates import EVALUATION, TASK, Gate, judge, parse, parse_all
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 EVALUATED: EvaluationResult = RESULTS["eval_results"]
 TASKS = replace(RESULTS["task_results"], tasks={"sciq": replace(SCIQ, recovered=None)})
-BENCHMARK: BenchmarkResults = RESULTS["benchmark_results"]
+BENCHMARK: BenchmarkResults = RESULTS["speed_results"]
 SPEEDUPS = [
     replace(BENCHMARK.speedups[0], prefill=prefill, decode=decode)
     for prefill, decode in ((1.4, 1.3), (1.2, 1.25))
@@ -32,11 +32,11 @@ SPEEDUPS = [
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def manifests(*results: EvaluationResult | TaskResults | BenchmarkResults) -> dict[Kind, Manifest]:
-    kinds: dict[type, Kind] = {
+def manifests(*results: EvaluationResult | TaskResults | BenchmarkResults) -> dict[str, Manifest]:
+    kinds: dict[type, str] = {
         EvaluationResult: "eval_results",
         TaskResults: "task_results",
-        BenchmarkResults: "benchmark_results",
+        BenchmarkResults: "speed_results",
     }
     return {kinds[type(one)]: bare_manifest("stage", kinds[type(one)], one) for one in results}
 

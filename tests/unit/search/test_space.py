@@ -24,7 +24,7 @@ from recipes.search.settings import (
     EnumerateShapesConfig,
     MeasureLatencyConfig,
     RankCandidatesConfig,
-    TournamentConfig,
+    SuccessiveHalvingConfig,
 )
 from recipes.search.space import (
     Budget,
@@ -41,7 +41,7 @@ from recipes.search.space import (
     weight_bytes,
 )
 from recipes.search.space import enumerate_shapes as shapes_of
-from recipes.stages import enumerate_shapes, measure_latency, rank_candidates, tournament
+from recipes.stages import enumerate_shapes, measure_latency, rank_candidates, successive_halving
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -216,14 +216,14 @@ def test_experts_are_not_searched(chain: Chain) -> None:
 
 
 def test_rounds_halve_the_candidates_under_the_token_budget(chain: Chain) -> None:
-    cfg = TournamentConfig(num_candidates=4, also=["x"], max_tokens=120_000)
+    cfg = SuccessiveHalvingConfig(num_candidates=4, also=["x"], max_tokens=120_000)
     assert cfg.rounds() == [5, 3, 2]
     used = sum(n * cfg.steps(n) * 4 * 256 for n in cfg.rounds())
     assert 0.9 * cfg.max_tokens < used <= cfg.max_tokens
-    assert list(tournament.check(cfg, chain)) == []
-    alone = TournamentConfig(num_candidates=1, max_tokens=0)
+    assert list(successive_halving.check(cfg, chain)) == []
+    alone = SuccessiveHalvingConfig(num_candidates=1, max_tokens=0)
     assert alone.rounds() == []
-    assert list(tournament.check(alone, chain)) == []
+    assert list(successive_halving.check(alone, chain)) == []
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_rounds_halve_the_candidates_under_the_token_budget(chain: Chain) -> Non
 def test_a_tournament_that_cannot_be_played_is_refused(
     chain: Chain, settings: dict[str, Any], words: str
 ) -> None:
-    [problem] = tournament.check(TournamentConfig(**settings), chain)
+    [problem] = successive_halving.check(SuccessiveHalvingConfig(**settings), chain)
     assert problem.rule.name == "search"
     assert words in str(problem)
 

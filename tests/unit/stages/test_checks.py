@@ -12,7 +12,6 @@ import pytest
 from launch.planned import load_stage
 from launch.schema import CONF
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import Kind
 from recipes.core.stage import Resources, StageConfig
 from recipes.data.settings import PrepareDataConfig
 from recipes.distillation.settings import DistillConfig
@@ -21,7 +20,7 @@ from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.pruning.settings import PruneConfig, ScoreConfig
 from recipes.stages import distill, evaluate, export_hf, import_hf, prepare_data, prune, score
-from recipes.stages.contract import Stage
+from recipes.stages.contract import Kind, Stage
 
 STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
 
@@ -32,7 +31,7 @@ LAYOUT = {
     "expert_model_parallel_size",
     "sequence_parallel",
     "micro_batch_size",
-    "recompute",
+    "recompute_granularity",
 }
 
 

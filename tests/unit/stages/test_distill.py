@@ -12,7 +12,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Resources
 from recipes.distillation.objective import layer_pairs
 from recipes.distillation.results import DistillationResult
-from recipes.distillation.settings import CacheTeacherConfig, DistillConfig
+from recipes.distillation.settings import CacheLogitsConfig, DistillConfig
 from recipes.planning.chain import Chain
 from recipes.pruning.settings import PruneConfig
 from recipes.stages import distill
@@ -27,7 +27,7 @@ def rules(cfg: DistillConfig, chain: Chain) -> list[str]:
     [
         {"logits_loss": "kl"},
         {"hidden_loss": "l1"},
-        {"balance": "auto"},
+        {"loss_balancer": "auto"},
         {"kd_weight": 0.0},
         {"lm_weight": -1.0},
         {"temperature": 0.0},
@@ -56,7 +56,7 @@ def on_two_stages(chain: Chain, pairs: list[list[int]]) -> tuple[DistillConfig, 
         inputs={"student": "prune"},
         resources=Resources(devices=2),
         pipeline_model_parallel_size=2,
-        hidden_pairs=pairs,
+        intermediate_layer_pairs=pairs,
     )
     return cfg, Chain(chain.hf_path, chain.teacher, {"prune": student, "distill": cfg})
 
@@ -86,7 +86,7 @@ def test_pairs_follow_the_layers_that_were_kept() -> None:
     two = DistillConfig(pipeline_model_parallel_size=2)
     assert layer_pairs(two, [1, 3, 4, 6], 4, 6) == [(3, 4), (4, 6)]
     assert layer_pairs(two, [1, 2, 3, 6], 4, 6) == [(4, 6)]
-    given = DistillConfig(hidden_pairs=[[2, 5]])
+    given = DistillConfig(intermediate_layer_pairs=[[2, 5]])
     assert layer_pairs(given, [1, 3, 6], 3, 6) == [(2, 5)]
 
 
@@ -97,7 +97,7 @@ def test_pairs_of_a_model_that_was_only_narrowed() -> None:
 @pytest.mark.parametrize("kept", [None, [1, 2, 3]])
 def test_pairs_that_cannot_be_derived(kept: list[int] | None) -> None:
     cfg = DistillConfig(pipeline_model_parallel_size=2)
-    with pytest.raises(RecipeError, match="set hidden_pairs"):
+    with pytest.raises(RecipeError, match="set intermediate_layer_pairs"):
         layer_pairs(cfg, kept, 3, 6)
 
 
@@ -116,9 +116,9 @@ def test_pairs_that_cannot_be_derived(kept: list[int] | None) -> None:
 def test_a_cached_teacher_fits_the_training(
     chain: Chain, ours: dict[str, Any], cached: dict[str, Any], named: str | None
 ) -> None:
-    cache = CacheTeacherConfig(stage="cache_teacher", **cached)
-    cfg = DistillConfig(stage="distill", inputs={"teacher": "cache_teacher"}, **ours)
-    whole = Chain(chain.hf_path, chain.teacher, {"cache_teacher": cache, "distill": cfg})
+    cache = CacheLogitsConfig(stage="cache_logits", **cached)
+    cfg = DistillConfig(stage="distill", inputs={"teacher": "cache_logits"}, **ours)
+    whole = Chain(chain.hf_path, chain.teacher, {"cache_logits": cache, "distill": cfg})
     found = [problem.what for problem in distill.check(cfg, whole)]
     assert len(found) == (named is not None)
     assert (named or "") in "".join(found)

@@ -26,7 +26,7 @@ from recipes.engines.bench import (
     start_worker,
 )
 from recipes.engines.results import BenchmarkResults, EngineResult, MachineRates
-from recipes.engines.settings import BenchmarkConfig, BuildEngineConfig
+from recipes.engines.settings import BuildEngineConfig, MeasureSpeedConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
@@ -34,7 +34,7 @@ from recipes.planning.roofline import Machine, RequestShape
 from recipes.stages.contract import Stage
 
 
-def check(cfg: BenchmarkConfig, chain: Chain) -> Iterator[Problem]:
+def check(cfg: MeasureSpeedConfig, chain: Chain) -> Iterator[Problem]:
     """Finds a grid that the models or their engines cannot take."""
     numbers = [*cfg.batch_sizes, *cfg.prompt_tokens, cfg.repetitions, cfg.threads or 1]
     if not cfg.batch_sizes or not cfg.prompt_tokens or min(numbers) < 1 or cfg.new_tokens < 2:
@@ -52,7 +52,7 @@ def check(cfg: BenchmarkConfig, chain: Chain) -> Iterator[Problem]:
             yield from _engine_problems(cfg, cfg.inputs[name], engine)
 
 
-def _length_problems(cfg: BenchmarkConfig, limiting: str, limit: int) -> Iterator[Problem]:
+def _length_problems(cfg: MeasureSpeedConfig, limiting: str, limit: int) -> Iterator[Problem]:
     longest = max(cfg.prompt_tokens) + cfg.new_tokens
     if longest > limit:
         yield Problem(
@@ -63,7 +63,7 @@ def _length_problems(cfg: BenchmarkConfig, limiting: str, limit: int) -> Iterato
 
 
 def _engine_problems(
-    cfg: BenchmarkConfig, name: str, engine: BuildEngineConfig
+    cfg: MeasureSpeedConfig, name: str, engine: BuildEngineConfig
 ) -> Iterator[Problem]:
     """Compares the grid with what an engine is built for."""
     if engine.max_seq_len:
@@ -82,7 +82,7 @@ def _engine_problems(
             )
 
 
-def run(cfg: BenchmarkConfig, inputs: Inputs, out: Path) -> Outcome:
+def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
     """Starts the models, measures them in turn, and compares."""
     from recipes.engines import (  # so that the fingerprint knows their code
         bench_worker,
@@ -104,11 +104,11 @@ def run(cfg: BenchmarkConfig, inputs: Inputs, out: Path) -> Outcome:
     return Outcome(results)
 
 
-def _shapes(cfg: BenchmarkConfig) -> list[RequestShape]:
+def _shapes(cfg: MeasureSpeedConfig) -> list[RequestShape]:
     return [RequestShape(b, p, cfg.new_tokens) for p in cfg.prompt_tokens for b in cfg.batch_sizes]
 
 
-def _contenders(cfg: BenchmarkConfig, inputs: Inputs, scratch: Path) -> list[Contender]:
+def _contenders(cfg: MeasureSpeedConfig, inputs: Inputs, scratch: Path) -> list[Contender]:
     """Teacher and student as engines, then as transformers models."""
     folders = {role: model_folder(inputs[role], scratch / f"{role}_hf") for role in ROLES}
     found = [_engine(role, inputs[f"{role}_engine"], folders[role]) for role in ROLES]
@@ -142,8 +142,8 @@ def _roof(machine: MachineRates, contender: Contender) -> Machine:
 
 
 STAGE = Stage(
-    config=BenchmarkConfig,
-    kind="benchmark_results",
+    config=MeasureSpeedConfig,
+    kind="speed_results",
     run=run,
     check=check,
     one_rank="each model runs in a process that it starts",

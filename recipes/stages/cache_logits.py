@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
-from recipes.distillation.settings import PRECISIONS, CacheTeacherConfig, bytes_per_token
+from recipes.distillation.settings import PRECISIONS, CacheLogitsConfig, bytes_per_token
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
@@ -19,7 +19,7 @@ SHARDS = "shards"
 """Directory in the stage's work where finished shards wait for the last one."""
 
 
-def check(cfg: CacheTeacherConfig, chain: Chain) -> Iterator[Problem]:
+def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
     """Finds settings that would fail once the teacher is loaded."""
     for name in ("top_k", "temperature", "num_windows", "windows_per_shard", "micro_batch_size"):
         if (value := getattr(cfg, name)) is not None and value <= 0:
@@ -37,7 +37,7 @@ def check(cfg: CacheTeacherConfig, chain: Chain) -> Iterator[Problem]:
     yield from window_problems(cfg.seq_length, chain)
 
 
-def workload(cfg: CacheTeacherConfig, chain: Chain) -> Workload:
+def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
     """A pass of the teacher over its windows, as a planner sees it; one, if all of the text."""
     tensor = cfg.tensor_model_parallel_size
     resources = cfg.resources
@@ -56,7 +56,7 @@ def workload(cfg: CacheTeacherConfig, chain: Chain) -> Workload:
     )
 
 
-def disk_bytes(cfg: CacheTeacherConfig, chain: Chain) -> int:
+def disk_bytes(cfg: CacheLogitsConfig, chain: Chain) -> int:
     """The cache, where its size does not depend on the text."""
     tokens = (cfg.num_windows or 0) * cfg.seq_length
     return tokens * bytes_per_token(chain.teacher.vocab_size, cfg.top_k)
@@ -68,7 +68,7 @@ def progress(work: Path) -> str | None:
     return f"{shards} shard{'s' * (shards > 1)}" if shards else None
 
 
-def run(cfg: CacheTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
+def run(cfg: CacheLogitsConfig, inputs: Inputs, out: Path) -> Outcome:
     """Runs the teacher over the windows that are not stored yet, and publishes all."""
     from nemo_convert import hf, nemo
     from recipes.distillation.logit_cache_writer import cache_logits
@@ -80,8 +80,8 @@ def run(cfg: CacheTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 STAGE = Stage(
-    config=CacheTeacherConfig,
-    kind="teacher_logits",
+    config=CacheLogitsConfig,
+    kind="logit_cache",
     run=run,
     check=check,
     inputs={"teacher": ("checkpoint_nemo",), "data": ("dataset",)},

@@ -2,7 +2,7 @@
 
 Successive halving (Jamieson and Talwalkar, arXiv:1502.07943): each round has the same share of the
 tokens, so fewer candidates get more each. Every pruning and training is a stage of its own below
-``work/``, so a killed tournament goes on where it was. Candidates are shared out to the ranks; or
+``work/``, so a killed halving goes on where it was. Candidates are shared out to the ranks; or
 there is one rank, and each training takes all of the machine's devices.
 """
 
@@ -23,15 +23,15 @@ from recipes.planning.chain import Chain
 from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
 from recipes.search.results import Candidate, SearchResult, write_candidates
-from recipes.search.settings import TournamentConfig
+from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import axes_of, prune_settings
 from recipes.stages.contract import Stage
 
 RECIPE = "recipe.yaml"
 
 
-def check(cfg: TournamentConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds a tournament without candidates or steps, and settings that would fail in training."""
+def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds a halving without candidates or steps, and settings that would fail in training."""
     if cfg.num_candidates < 1 or cfg.num_samples < 1:
         yield Problem(
             rules.SEARCH,
@@ -44,7 +44,7 @@ def check(cfg: TournamentConfig, chain: Chain) -> Iterator[Problem]:
     if cfg.distill.resources.devices > 1 and cfg.resources.devices * cfg.resources.nodes > 1:
         yield Problem(
             rules.SEARCH,
-            f"the tournament has {cfg.resources.devices} devices and each of its trainings "
+            f"the stage has {cfg.resources.devices} devices and each of its trainings "
             f"{cfg.distill.resources.devices}: both have several ranks",
             "set resources.devices of one of them to 1",
         )
@@ -64,7 +64,7 @@ def check(cfg: TournamentConfig, chain: Chain) -> Iterator[Problem]:
         yield from layout_problems(training_workload(training, chain.teacher), chain)
 
 
-def _training(cfg: TournamentConfig, candidates: int) -> DistillConfig:
+def _training(cfg: SuccessiveHalvingConfig, candidates: int) -> DistillConfig:
     steps = cfg.steps(candidates)
     plain = {
         "stage": "distill",
@@ -76,7 +76,7 @@ def _training(cfg: TournamentConfig, candidates: int) -> DistillConfig:
     return DistillConfig(**{**vars(cfg.distill), **plain})
 
 
-def run(cfg: TournamentConfig, inputs: Inputs, out: Path) -> Outcome:
+def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
     """Plays all rounds, and writes ``candidates.json`` and the winner as ``recipe.yaml``."""
     from recipes.search.halving import HalvingRun
 
@@ -96,7 +96,7 @@ def run(cfg: TournamentConfig, inputs: Inputs, out: Path) -> Outcome:
                 candidate, **vars(found), tokens=candidate.tokens + tokens
             )
         players.sort(key=lambda name: float(getattr(ranked[name], cfg.select_by)))
-        log.progress("tournament", number + 1, len(rounds), leader=players[0])
+        log.progress("successive_halving", number + 1, len(rounds), leader=players[0])
         players = players[: math.ceil(len(players) / 2)]
     winner = ranked[players[0]] = replace(ranked[players[0]], chosen=True)
     if rank() == 0:
@@ -105,7 +105,7 @@ def run(cfg: TournamentConfig, inputs: Inputs, out: Path) -> Outcome:
     return Outcome(SearchResult(list(ranked.values()), search.budget, winner.name))
 
 
-def recipe(cfg: TournamentConfig, inputs: Inputs, winner: Candidate, method: str) -> str:
+def recipe(cfg: SuccessiveHalvingConfig, inputs: Inputs, winner: Candidate, method: str) -> str:
     """The winner as a recipe: copied to ``conf/recipe/NAME.yaml`` it runs as ``recipe=NAME``."""
     teacher = inputs["checkpoint"].manifest.architecture or {}
     sizes = axes_of(winner.shape)
@@ -136,7 +136,7 @@ def recipe(cfg: TournamentConfig, inputs: Inputs, winner: Candidate, method: str
 
 
 STAGE = Stage(
-    config=TournamentConfig,
+    config=SuccessiveHalvingConfig,
     kind="search_results",
     run=run,
     check=check,
