@@ -8,18 +8,14 @@ answer in a second, also for a run whose stages were queued elsewhere.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 
+from launch.plan import Plan
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest
 from recipes.report.gates import Gate, Verdict, judge, known_names
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from launch.plan import Plan
 
 
 def require_gates(plan: Plan, console: Console) -> None:

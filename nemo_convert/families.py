@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from nemo_convert.architecture import Architecture
+
 if TYPE_CHECKING:
     import torch
-
-    from nemo_convert.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,17 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from launch.executors import container
 from launch.executors.slurm_queue import RECORD, read_jobs
-from launch.executors.slurm_settings import time_limit
+from launch.executors.slurm_settings import SlurmConfig, time_limit
 from launch.plan import Plan
 from launch.planned import PlannedStage
 from launch.staleness import ADOPT, SKIP
 from recipes.core.manifest import read_manifest
-
-if TYPE_CHECKING:
-    from launch.executors.slurm_settings import SlurmConfig
 
 
 def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:

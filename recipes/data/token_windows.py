@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Self
 
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from recipes.core.errors import RecipeError
-
-if TYPE_CHECKING:
-    from typing import Self
 
 Encode = Callable[[list[str]], list[list[int]]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.core.errors import RecipeError
+from recipes.core.stage import Input
 from recipes.data.token_windows import count_windows, prefix, read_tokens, window, window_order
 from recipes.distillation.logit_cache import TeacherCache
-
-if TYPE_CHECKING:
-    from recipes.core.stage import Input
-    from recipes.distillation.settings import TrainingConfig
+from recipes.distillation.settings import TrainingConfig
 
 
 @dataclass(eq=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,11 +24,8 @@ from recipes.distillation.logit_cache import (
 )
 from recipes.distillation.losses import TopK, token_cross_entropy, top_k
 from recipes.distillation.results import CacheResult
-from recipes.distillation.settings import bytes_per_token
+from recipes.distillation.settings import CacheLogitsConfig, bytes_per_token
 from recipes.evaluation.sanity import require_better_than_chance
-
-if TYPE_CHECKING:
-    from recipes.distillation.settings import CacheLogitsConfig
 
 
 def cache_logits(

@@ -8,10 +8,11 @@ vocabulary outlives the forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import modelopt.torch.distill as mtd
 import torch
@@ -33,9 +34,6 @@ from recipes.distillation.hidden_loss import HiddenLoss
 from recipes.distillation.losses import TopK, distillation_loss, token_cross_entropy
 from recipes.distillation.objective import LossReduction, Objective
 from recipes.evaluation.sanity import require_better_than_chance
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 SHARED_SETTINGS = (
     "tensor_model_parallel_size",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -21,9 +20,6 @@ from recipes.core.stage import Input, Inputs
 from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.losses import LogitsLoss
 from recipes.distillation.settings import CACHED, TERMS, DistillConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 Pairs = Sequence[tuple[int, int]]
 """Layers of student and teacher whose outputs are compared, counted from 1."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, Self
 
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
@@ -30,9 +30,6 @@ from recipes.planning.roofline import (
     decode_seconds,
     prefill_seconds,
 )
-
-if TYPE_CHECKING:
-    from typing import Self
 
 ROLES = ("teacher", "student")
 BASELINE = "transformers"

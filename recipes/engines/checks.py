@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,10 +13,8 @@ from recipes.core.metrics import MetricsLog
 from recipes.data.token_windows import windows
 from recipes.engines.openvino import STORED, Logits, Pipeline, weight_types
 from recipes.engines.results import EngineComparison, EngineQuality
+from recipes.engines.settings import BuildEngineConfig
 from recipes.evaluation.text_quality import TEACHER, score
-
-if TYPE_CHECKING:
-    from recipes.engines.settings import BuildEngineConfig
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
 

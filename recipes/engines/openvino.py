@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.core.files import write_text_atomically
+from recipes.engines.settings import BuildEngineConfig
 from recipes.engines.timing import Timing
 from recipes.planning import rules
 from recipes.planning.problems import Problem
 
 if TYPE_CHECKING:
     import torch
-
-    from recipes.engines.settings import BuildEngineConfig
 
 PRECISIONS = ("fp32", "int8", "int4")
 KV_CACHE_DTYPES = ("auto", "f32", "f16", "bf16", "u8")

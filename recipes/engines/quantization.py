@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
@@ -19,11 +19,9 @@ from recipes.core.files import write_text_atomically
 from recipes.core.metrics import MetricsLog
 from recipes.data.token_windows import windows
 from recipes.engines.results import QuantizationQuality, QuantizationResult
+from recipes.engines.settings import QuantizeConfig
 from recipes.engines.tensorrt_llm import QUANT_ALGOS, QUANTIZATION
 from recipes.evaluation.text_quality import TEACHER, score
-
-if TYPE_CHECKING:
-    from recipes.engines.settings import QuantizeConfig
 
 FORMATS = {
     "fp8": mtq.FP8_DEFAULT_CFG,

@@ -13,19 +13,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import link_or_copy, write_text_atomically
 from recipes.core.versions import installed
 from recipes.engines import trtllm_build_worker
+from recipes.engines.settings import BuildEngineConfig
 from recipes.planning import rules
 from recipes.planning.hardware import gpus_here
 from recipes.planning.problems import Problem
-
-if TYPE_CHECKING:
-    from recipes.engines.settings import BuildEngineConfig
 
 VERSION = "1.2.0"
 IMAGE = f"nvcr.io/nvidia/tensorrt-llm/release:{VERSION}"

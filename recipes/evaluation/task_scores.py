@@ -8,7 +8,6 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoTokenizer
@@ -18,17 +17,14 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import code_fingerprint, digest
 from recipes.core.metrics import MetricsLog
+from recipes.core.stage import Input, Inputs
 from recipes.evaluation import packed_lm
 from recipes.evaluation.offline_tasks import FORMAT, WHEEL
 from recipes.evaluation.paired import compare
 from recipes.evaluation.results import ROLES, Item, TaskResult, TaskResults
-from recipes.evaluation.settings import HARNESS
+from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
 from recipes.evaluation.task_cache import Answer, Question, look_up, store
 from recipes.evaluation.text_quality import load_transformers
-
-if TYPE_CHECKING:
-    from recipes.core.stage import Input, Inputs
-    from recipes.evaluation.settings import EvaluateTasksConfig
 
 Answers = dict[str, dict[str, Answer]]
 """By task, then role."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers.modeling_utils import no_init_weights
 from nemo_convert import convert, nemo
 from recipes.core.files import write_text_atomically
 from recipes.core.metrics import MetricsLog
+from recipes.core.stage import Input
 from recipes.core.statistics import mean, standard_error
 from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.token_windows import windows
@@ -28,10 +29,7 @@ from recipes.evaluation.results import (
     SourceQuality,
     TextQuality,
 )
-
-if TYPE_CHECKING:
-    from recipes.core.stage import Input
-    from recipes.evaluation.settings import EvaluateConfig
+from recipes.evaluation.settings import EvaluateConfig
 
 TEACHER = "teacher"
 Model = Callable[[Tensor], Any]

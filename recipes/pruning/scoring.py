@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -30,9 +30,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.data.token_windows import windows
 from recipes.evaluation.sanity import RANDOM_SHARE
 from recipes.pruning.importance import Importance
-
-if TYPE_CHECKING:
-    from recipes.pruning.settings import ScoreConfig
+from recipes.pruning.settings import ScoreConfig
 
 PADDING_SHARE = 0.5
 """Calibration in which one token makes up more than this is padding."""

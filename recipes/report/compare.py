@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from recipes.core.errors import RecipeError
 from recipes.distillation.results import DistillationResult
@@ -31,10 +33,6 @@ from recipes.report.sections import (
     smallest_setting,
 )
 from recipes.report.trade_offs import Mark, front_of, trade_off_plot
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from pathlib import Path
 
 TEMPLATE = "compare.html.j2"
 QUALITIES = {"perplexity": PERPLEXITY, "kl": DIVERGENCE, "tasks": ACCURACY}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -15,9 +15,6 @@ from recipes.core.files import write_text_atomically
 from recipes.evaluation.results import ROLES
 from recipes.report.plots import number, share_bar
 from recipes.report.settings import TEMPLATES
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 DASH = Markup('<span class="none">–</span>')
 

@@ -7,12 +7,17 @@ its unrounded value.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from pathlib import Path
+
+from markupsafe import Markup
 
 from nemo_convert.results import ImportResult, ParityResult
+from recipes.core.manifest import Manifest
 from recipes.core.metrics import METRICS, Record, steps_of
+from recipes.core.stage import Input, Inputs
 from recipes.data.results import DatasetResult
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import ROLES, EvaluationResult
@@ -21,16 +26,7 @@ from recipes.report.cost import costs, upstream, versions, work
 from recipes.report.format import render_template
 from recipes.report.plots import SMOOTHING, Series, interval_plot, is_skewed, layer_plot, line_plot
 from recipes.report.sections import gates_section, sections
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
-
-    from markupsafe import Markup
-
-    from recipes.core.manifest import Manifest
-    from recipes.core.stage import Input, Inputs
-    from recipes.report.settings import ReportConfig
+from recipes.report.settings import ReportConfig
 
 TEMPLATE = "report.html.j2"
 CHAIN = ("teacher", "data", "pruned", "distilled", "evaluation", "exported")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
@@ -17,9 +17,6 @@ from recipes.core.manifest import ARTIFACT, Manifest, read_manifest
 from recipes.core.stage import REQUEST, RUN_FILE
 from recipes.core.statistics import mean, standard_error
 from recipes.evaluation.results import EvaluationResult
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 FINGERPRINT = re.compile(r"^fingerprint: '?(\w+)'?$", re.MULTILINE)
 """Of a request; parsing all its YAML would take longer than all else, over a sweep."""

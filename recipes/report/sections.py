@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING
+
+from markupsafe import Markup
 
 from nemo_convert.architecture import Architecture
+from recipes.core.manifest import Manifest
 from recipes.engines.bench import BASELINE
 from recipes.engines.results import (
     BenchmarkResults,
@@ -18,17 +21,9 @@ from recipes.engines.results import (
 from recipes.evaluation.results import EvaluationResult, TaskResult, TaskResults, TextQuality
 from recipes.planning.results import PlanResult, Table
 from recipes.report.format import any_value, label_of, scaled
-from recipes.report.gates import judge, kind_of, parse_all
+from recipes.report.gates import Verdict, judge, kind_of, parse_all
 from recipes.report.trade_offs import Z95, Dimension, Mark, interval_rows, speed_bar, trade_off_plot
 from recipes.search.results import Candidate, SearchResult
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-
-    from markupsafe import Markup
-
-    from recipes.core.manifest import Manifest
-    from recipes.report.gates import Verdict
 
 PARAMETERS = Dimension("parameters", lambda v: scaled(v, "KMBT").replace(".0 ", " "))
 DISK = Dimension("size on disk", lambda v: scaled(v, "kMGTP", "B").replace(".0 ", " "))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -23,10 +23,8 @@ from recipes.core.stage import REQUEST, Inputs, StageConfig, rank, world_size
 from recipes.distillation.settings import DistillConfig
 from recipes.pruning.settings import PruneConfig
 from recipes.search.results import Candidate, ProxyQuality
+from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import axes_of, prune_settings
-
-if TYPE_CHECKING:
-    from recipes.search.settings import SuccessiveHalvingConfig
 
 POLL = 0.5
 """Seconds between looks at what other ranks have finished."""

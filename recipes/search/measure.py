@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,10 +19,8 @@ from recipes.pruning.cut_checkpoint import layers_to_keep
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import cut, order, prefix
 from recipes.search.results import Candidate, ProxyQuality
+from recipes.search.settings import RankCandidatesConfig
 from recipes.search.space import name_of
-
-if TYPE_CHECKING:
-    from recipes.search.settings import RankCandidatesConfig
 
 
 def measure_shapes(
