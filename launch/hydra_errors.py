@@ -35,11 +35,13 @@ def explain(error: Exception) -> str:
     if isinstance(error, RecipeError):
         return str(error)
     text = "\n".join(_chain_of(error))
+    if missing := re.search(r"config group '([\w/]+)' does not exist", text):
+        return _no_group(missing.group(1))
     if choice := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
         group, name = choice.groups()
         options = _options(text)
-        if not options:  # a whole group is not there, such as a stage of another name
-            return f"there is no {group}.{did_you_mean(group.rpartition('/')[2], stage_names())}"
+        if not options:
+            return _no_group(group)
         hint = did_you_mean(name, options)
         return f"there is no {group} '{name}'.{hint}\n  fix: use one of: {', '.join(options)}"
     if key := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in '(\w+)'", text):
@@ -55,6 +57,11 @@ def explain(error: Exception) -> str:
             f"  fix: quote each text that has signs in it, such as '{unread.group(1)}=[\"a >= 1\"]'"
         )
     return "\n  ".join(_chain_of(error)[:2])
+
+
+def _no_group(group: str) -> str:
+    """A whole group is not there, such as a stage of another name."""
+    return f"there is no {group}.{did_you_mean(group.rpartition('/')[2], stage_names())}"
 
 
 def _chain_of(error: BaseException | None) -> list[str]:
