@@ -64,6 +64,13 @@ class Layers:
     licence: str | None = None
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is not asked for is passed over."""
+
+    licence: str | None = None
+
+
 def test_a_result_is_read_back_as_it_was_written(stage_dir: Path) -> None:
     manifest = read_manifest(stage_dir)
     assert manifest is not None
@@ -72,6 +79,7 @@ def test_a_result_is_read_back_as_it_was_written(stage_dir: Path) -> None:
     found = read_manifest(stage_dir)
     assert found is not None
     assert found.result(Layers) == written
+    assert found.result(Part) == Part("mit")
     assert found.result_if("prune", Layers) == written
     assert found.result_if("distill", Layers) is None
 
