@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from launch.executors.local import LocalConfig, shared_environment
+from recipes.core.preloaded import followed, fork_stage, preloaded
+from recipes.core.stage import Resources
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from launch.plan import Plan
+
+HEAVY = """
+import atexit, sys
+memory = bytearray(300_000_000)
+del memory
+atexit.register(lambda: print("exit of the import", flush=True))
+"""
+STAGE = """
+import ctypes, json, os, sys
+from recipes.core.processes import peak_memory_bytes
+print(json.dumps({
+    "preloaded": "heavy" in sys.modules, "argv": sys.argv[1:], "orig_argv": sys.orig_argv[1:],
+    "main": sys.modules["__main__"].__spec__.name, "environment": dict(os.environ),
+    "stdin": sys.stdin.read(), "directory": os.getcwd(), "peak": peak_memory_bytes(),
+}))
+ctypes.CDLL(None).puts(b"from C")
+print("to stderr", file=sys.stderr)
+"""
+SLOW = "import os, time\nprint(os.getpid(), os.getppid(), flush=True)\ntime.sleep(60)\n"
+THREADED = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n"
+
+
+@pytest.fixture
+def environment(tmp_path: Path, root: Path) -> dict[str, str]:
+    for name, text in {
+        "heavy": HEAVY,
+        "a_stage": STAGE,
+        "slow": SLOW,
+        "threaded": THREADED,
+    }.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}
+
+
+def run(server: socket.socket, module: str, log: Path) -> None:
+    with log.open("wb") as output:
+        process = fork_stage(server, module, log.parent / "config.yaml", output)
+    assert process is not None
+    with followed(process) as ended:
+        while not ended():
+            time.sleep(0.01)
+
+
+def test_stage_starts_as_by_itself(environment: dict[str, str], tmp_path: Path) -> None:
+    logs = [tmp_path / "first.txt", tmp_path / "second.txt"]
+    with preloaded(["heavy"], environment, tmp_path / "preload.log") as server:
+        for log in logs:
+            run(server, "a_stage", log)
+    for log in logs:
+        said, *rest = sorted(log.read_text().splitlines(), key=lambda line: line[0] != "{")
+        assert sorted(rest) == ["from C", "to stderr"]  # and not what the import does at its exit
+        found: dict[str, Any] = json.loads(said)
+        assert found.pop("preloaded")
+        assert found.pop("peak") < 200e6  # its own
+        arguments = ["--config", str(tmp_path / "config.yaml")]
+        assert found == {
+            "argv": arguments,
+            "orig_argv": ["-m", "a_stage", *arguments],
+            "main": "a_stage",
+            "environment": environment,
+            "stdin": "",
+            "directory": os.getcwd(),
+        }
+    assert (tmp_path / "preload.log").read_text() == "exit of the import\n"
+
+
+@pytest.mark.parametrize("victim", ["server", "stage", "follower"])
+def test_all_end_with_whom_they_depend_on(
+    environment: dict[str, str], tmp_path: Path, victim: str
+) -> None:
+    log = tmp_path / "log.txt"
+    with preloaded(["heavy"], environment, tmp_path / "preload.log") as server:
+        with log.open("wb") as output:
+            process = fork_stage(server, "slow", tmp_path / "config.yaml", output)
+        assert process is not None
+        while not log.read_text().endswith("\n"):
+            time.sleep(0.01)
+        stage, parent = map(int, log.read_text().split())
+        if victim == "follower":
+            with pytest.raises(KeyboardInterrupt), followed(process):
+                raise KeyboardInterrupt
+        else:
+            os.kill(parent if victim == "server" else stage, signal.SIGKILL)
+            with followed(process) as ended:
+                deadline = time.monotonic() + 20
+                while not ended():
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+    for pid in (stage, parent):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"), [("threaded", "1 threads"), ("no_such_module", "ModuleNotFoundError")]
+)
+def test_process_that_cannot_be_forked_says_so(
+    environment: dict[str, str], tmp_path: Path, module: str, reason: str
+) -> None:
+    said = tmp_path / "preload.log"
+    with pytest.raises(KeyboardInterrupt), preloaded([module], environment, said) as server:
+        with (tmp_path / "log.txt").open("wb") as output:
+            assert fork_stage(server, "a_stage", tmp_path / "config.yaml", output) is None
+        raise KeyboardInterrupt  # its thread would go on for a minute
+    assert reason in said.read_text()
+
+
+def test_only_stages_of_one_environment_share(plan: Callable[..., Plan]) -> None:
+    made = plan()
+    shared = shared_environment(made, LocalConfig(env={"THREADS": "1"}))
+    assert shared is not None
+    assert shared["THREADS"] == "1"
+    two = [stage for stage in made.stages if stage.name in ("prune", "distill")]
+
+    def share(**resources: Any) -> bool:
+        changed = replace(two[1].config, resources=Resources(**resources))
+        stages = (two[0], replace(two[1], config=changed))
+        return shared_environment(replace(made, stages=stages), LocalConfig()) is not None
+
+    assert share()
+    assert not share(env={"LD_PRELOAD": "a.so"})
+    assert not share(devices=2)
