@@ -14,8 +14,10 @@ import pytest
 
 from launch.executors.slurm_queue import active_jobs
 from tests.slurm.cluster import Cluster, wait_for
+from tests.support.in_process import run_here
 from tests.support.launcher import Result, run_recipe
 from tests.support.models import EVEN, write_tiny_model
+from tests.support.runs import settings
 
 SECRET = "a_token_that_no_file_may_hold"
 STEPS = 3
@@ -59,13 +61,16 @@ class Run:
     overrides: tuple[str, ...]
 
     def submit(self, *more: str) -> Result:
-        """Runs the launcher as a user does."""
-        words = (*self.overrides, f"run_dir={self.directory}", *more)
-        return run_recipe(*words, cwd=self.directory.parent, timeout=800)
+        """Runs the launcher."""
+        return run_here(*self.words(*more), cwd=self.directory.parent)
+
+    def words(self, *more: str) -> tuple[str, ...]:
+        """What stands on its command line."""
+        return (*self.overrides, f"run_dir={self.directory}", *more)
 
     def command(self, name: str, *more: str) -> Result:
         """Runs ``status`` and the like."""
-        return run_recipe(name, f"run_dir={self.directory}", *more, cwd=self.directory.parent)
+        return run_here(name, f"run_dir={self.directory}", *more, cwd=self.directory.parent)
 
     def wait(self, seconds: float = 600) -> None:
         """Waits until no job of it runs or waits."""
@@ -108,13 +113,13 @@ def tiny_chain(
         "data.text_field=text",
         "data.seq_length=64",
         "stages.prune.target_num_layers=3",
-        *(f"stages.distill.{name}={value}" for name, value in DISTILL.items()),
+        *settings("distill", **DISTILL),
         "stages.evaluate.num_windows=4",
         "stages.evaluate.new_tokens=4",
     )
     run = Run(folder / "run", overrides)
     os.environ["HF_TOKEN"] = SECRET
     try:
-        return run, run.submit("cluster.follow=true")
+        return run, run_recipe(*run.words("cluster.follow=true"), cwd=folder, timeout=800)
     finally:
         del os.environ["HF_TOKEN"]

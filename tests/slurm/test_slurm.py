@@ -20,7 +20,8 @@ from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
 from recipes.core.metrics import METRICS, steps_of
 from tests.slurm.cluster import Cluster, run, wait_for
 from tests.slurm.conftest import SECRET, STEPS, Run
-from tests.support.launcher import Result, run_recipe
+from tests.support.in_process import run_here
+from tests.support.launcher import Result
 
 STAGES = [
     "import_hf",
@@ -204,7 +205,7 @@ def test_second_submission_adopts_and_cancel_ends_all(
     assert other.code == 1
     assert f"job {jobs['distill'].id} is pending for distill with other settings" in other.output
     here = [word for word in chain.overrides if not word.startswith("cluster")]
-    local = run_recipe(
+    local = run_here(
         *here, f"run_dir={chain.directory}", "stages.distill.resources.nodes=1", cwd=tmp_path
     )
     assert local.code == 1
@@ -229,7 +230,7 @@ def test_sweep_of_three_shares_an_import(tiny_chain: tuple[Run, Result], tmp_pat
     original, _ = tiny_chain
     shared = original.directory / "import_hf"
     words = [word for word in original.overrides if not word.startswith("data.seq_length")]
-    done = run_recipe(
+    done = run_here(
         "-m",
         *words,
         "stages.only=[prepare_data]",
@@ -242,7 +243,7 @@ def test_sweep_of_three_shares_an_import(tiny_chain: tuple[Run, Result], tmp_pat
     runs = sorted(path for path in sweep.iterdir() if path.is_dir())
     assert len(runs) == 3
     wait_for(lambda: not any(active_jobs(directory) for directory in runs), 300)
-    shown = run_recipe("status", f"run_dir={sweep}", cwd=tmp_path)
+    shown = run_here("status", f"run_dir={sweep}", cwd=tmp_path)
     assert shown.output.count("complete") == 3, shown.output
     lengths = [read_manifest(directory / "prepare_data").config for directory in runs]  # type: ignore[union-attr]
     assert [config["seq_length"] for config in lengths] == [48, 56, 64]

@@ -12,8 +12,10 @@ import logging.config
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from launch import run
@@ -21,8 +23,11 @@ from launch.cluster import Cluster, Follow
 from launch.executor import EXECUTORS
 from launch.executors import foreground, local
 from launch.plan import Plan
-from launch.planned import PlannedStage
+from launch.planned import load_stage
+from recipes.core.stage import REQUEST, StageConfig
 from recipes.core.worker import _run_stage
+from recipes.search import halving
+from recipes.stages.contract import Stage
 from tests.support.launcher import Result
 
 
@@ -34,6 +39,7 @@ def run_here(*overrides: str, cwd: Path) -> Result:
         mock.patch.object(sys, "argv", ["run.py", *overrides]),
         # Hydra's closes every handler of the process, and absl's then closes pytest's stderr.
         mock.patch.object(logging.config, "dictConfig"),
+        mock.patch.object(halving, "run_stage", complete),
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
@@ -51,15 +57,21 @@ def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bo
             if stage.config.resources.devices > 1:
                 foreground.run(stage, follower)
             else:
-                run_stage(stage)
+                _run(stage.stage, stage.directory / REQUEST)
     return True
 
 
-def run_stage(stage: PlannedStage) -> None:
-    """Runs a planned stage on the request that the launcher has written."""
-    parts = stage.stage
-    if parts.needs_torch:
+def complete(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> None:
+    """Runs a stage by itself, as a search runs those of its candidates."""
+    directory.mkdir(parents=True)
+    request = directory / REQUEST
+    request.write_text(OmegaConf.to_yaml(halving.request_of(config, inputs)))
+    _run(load_stage(config.stage), request)
+
+
+def _run(stage: Stage[Any], request: Path) -> None:
+    if stage.needs_torch:
         from megatron.core import num_microbatches_calculator as batches
 
         batches.unset_num_microbatches_calculator()  # or it keeps the first training's sizes
-    _run_stage(parts.run, parts.config, parts.kind, stage.directory / "config.yaml")
+    _run_stage(stage.run, stage.config, stage.kind, request)

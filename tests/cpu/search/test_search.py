@@ -16,7 +16,6 @@ from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from recipes.core.manifest import ARTIFACT
 from recipes.core.stage import Input, Resources
-from recipes.core.worker import _run_stage
 from recipes.distillation.settings import DistillConfig
 from recipes.evaluation.text_quality import load_transformers
 from recipes.planning.results import PlanResult
@@ -25,7 +24,6 @@ from recipes.pruning.cut_checkpoint import cut_weights
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import choose
 from recipes.report.settings import REPORT_FILE, SearchReportConfig
-from recipes.search.halving import request_of
 from recipes.search.measure import SortedModel
 from recipes.search.results import LatencyResult, SearchResult
 from recipes.search.settings import EnumerateShapesConfig, SuccessiveHalvingConfig
@@ -40,6 +38,7 @@ from recipes.stages import (
     score,
     successive_halving,
 )
+from tests.support.in_process import complete
 from tests.support.runs import manifest_of
 
 SHAPES: list[dict[str, Any]] = [
@@ -50,16 +49,11 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-def complete(module: Any, run_dir: Path, inputs: dict[str, str], **settings: Any) -> None:
-    """Runs a stage in this process: a process of its own takes ten seconds to import the stack."""
+def run_stage(module: Any, run_dir: Path, inputs: dict[str, str], **settings: Any) -> None:
+    """Runs a stage of a run in this process, with what other stages of it left."""
     name = module.__name__.rpartition(".")[2]
-    sources = {key: run_dir / source for key, source in inputs.items()}
-    (run_dir / name).mkdir(parents=True)
-    request = request_of(module.STAGE.config(stage=name, inputs=inputs, **settings), sources)
-    (run_dir / name / "config.yaml").write_text(OmegaConf.to_yaml(request))
-    _run_stage(
-        module.STAGE.run, module.STAGE.config, module.STAGE.kind, run_dir / name / "config.yaml"
-    )
+    config = module.STAGE.config(stage=name, inputs=inputs, **settings)
+    complete(config, run_dir / name, {key: run_dir / source for key, source in inputs.items()})
 
 
 TEACHER = {"checkpoint": "import_hf", "importance": "score"}
@@ -70,15 +64,15 @@ def before(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     """A search up to its halving."""
     run, length = tmp_path_factory.mktemp("search"), {"seq_length": 64}
     model, steps = {"hf_path": str(even_llama)}, Space(1, 8, 8)
-    complete(import_hf, run, {}, **model)
+    run_stage(import_hf, run, {}, **model)
     source = {"sources": [str(text_file)], "text_field": "text"}
-    complete(prepare_data, run, {"tokenizer": "import_hf"}, **source, **length)
+    run_stage(prepare_data, run, {"tokenizer": "import_hf"}, **source, **length)
     budget = Budget(parameters=0.75)
-    complete(enumerate_shapes, run, {}, **model, space=steps, budget=budget)
+    run_stage(enumerate_shapes, run, {}, **model, space=steps, budget=budget)
     inputs = {"checkpoint": "import_hf", "calibration": "prepare_data"}
-    complete(score, run, inputs, num_calibration_samples=8, num_loss_samples=4, **length)
+    run_stage(score, run, inputs, num_calibration_samples=8, num_loss_samples=4, **length)
     inputs = {**TEACHER, "data": "prepare_data", "shapes": "enumerate_shapes"}
-    complete(rank_candidates, run, inputs, num_samples=4, **length)
+    run_stage(rank_candidates, run, inputs, num_samples=4, **length)
     return run
 
 
@@ -139,7 +133,7 @@ def test_candidates_are_ranked_and_counted(before: Path) -> None:
 def test_engines_are_timed_and_keep_a_budget_of_latency(before: Path) -> None:
     space = Space(1, 8, 8, max_depth_pruning=0.75)
     service = Service(precision="fp32", bytes_per_cached_value=4, context_length=64)
-    complete(
+    run_stage(
         measure_latency, before, {"checkpoint": "import_hf"}, space=space, service=service,
         repetitions=5,
     )  # fmt: skip
