@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 ARTIFACT = "artifact"
 WORK = "work"
-OLD_KINDS = {"speed_results": "speed_results", "logit_cache": "logit_cache"}
+OLD_KINDS = {"benchmark_results": "speed_results", "teacher_logits": "logit_cache"}
 """Kinds as manifests of release 0.1 have them."""
 ResultT = TypeVar("ResultT", bound="DataclassInstance")
 

@@ -112,13 +112,13 @@ def test_implicit_causes_count() -> None:
 @pytest.mark.parametrize(
     ("override", "new"),
     [
-        ("skip_rules=[memory]", "skip_rules"),
-        ("stages.distill.loss_balancer=dynamic", "loss_balancer"),
+        ("waive=[memory]", "skip_rules"),
+        ("stages.distill.balance=dynamic", "loss_balancer"),
         ("stages.distill.recompute=full", "recompute_granularity"),
-        ("stages.distill.intermediate_layer_pairs=[[1,1]]", "intermediate_layer_pairs"),
-        ("stages.measure_speed.repetitions=1", "measure_speed"),
-        ("+stage/successive_halving@stages.successive_halving=default", "successive_halving"),
-        ("+stage/cache_logits@stages.cache_logits=default", "cache_logits"),
+        ("stages.distill.hidden_pairs=[[1,1]]", "intermediate_layer_pairs"),
+        ("stages.benchmark.repetitions=1", "measure_speed"),
+        ("+stage/tournament@stages.tournament=default", "successive_halving"),
+        ("+stage/cache_teacher@stages.cache_teacher=default", "cache_logits"),
     ],
 )
 def test_an_old_name_says_the_new_one(compose: Compose, override: str, new: str) -> None:
