@@ -49,7 +49,8 @@ def environment(tmp_path: Path, root: Path) -> dict[str, str]:
     modules = {"heavy": HEAVY, "a_stage": STAGE, "slow": SLOW, "threaded": THREADED}
     for name, text in modules.items():
         (tmp_path / f"{name}.py").write_text(text)
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}
+    given = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**given, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}
 
 
 def run(server: socket.socket, module: str, log: Path) -> None:
@@ -106,6 +107,7 @@ def test_all_end_with_whom_they_depend_on(
         if victim == "follower":
             with pytest.raises(KeyboardInterrupt), followed(process):
                 raise KeyboardInterrupt
+            assert not is_running(stage)
         else:
             os.kill(parent if victim == "server" else stage, signal.SIGKILL)
             with followed(process) as ended:
