@@ -168,12 +168,21 @@ def _become(module: str, config: str, log: int) -> None:
     arguments = ["--config", config]
     sys.argv = [module, *arguments]
     sys.orig_argv = [sys.executable, "-m", module, *arguments]
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed()  # Python's own generator does it by itself
+    _seed_anew()
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         _flush_c()
+
+
+def _seed_anew() -> None:
+    """Gives each stage random numbers of its own; Python's generator sees to that by itself."""
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+    torch: Any = sys.modules.get("torch")
+    if torch is not None:
+        torch.default_generator.seed()
 
 
 def _flush_c() -> None:

@@ -1,0 +1,53 @@
+"""The real stack in the process that stages are forked from."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from launch.executors.local import PRELOADED
+from recipes.core.preloaded import followed, fork_stage, preloaded
+from tests.conftest import REPO
+
+STAGE = """
+import json, os, sys
+there = {"torch", "transformers", "lightning", "megatron.core", "nemo.collections.llm"}
+missing = sorted(there - sys.modules.keys())
+threads = len(os.listdir(f"/proc/{os.getppid()}/task"))
+import numpy, torch
+torch.ones(512, 512) @ torch.ones(512, 512)
+print(json.dumps({
+    "missing": missing, "threads_at_fork": threads, "threads": torch.get_num_threads(),
+    "own": len(os.listdir("/proc/self/task")), "numpy": numpy.random.random(),
+    "torch": torch.rand(1).item(), "distributed": torch.distributed.is_initialized(),
+}))
+"""
+
+
+def test_stack_can_be_forked(tmp_path: Path) -> None:
+    (tmp_path / "a_stage.py").write_text(STAGE)
+    path = f"{REPO}{os.pathsep}{tmp_path}"
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2"}
+    found = []
+    with preloaded(PRELOADED, environment, tmp_path / "preload.log") as server:
+        for number in range(2):
+            log = tmp_path / f"{number}.txt"
+            with log.open("wb") as output:
+                process = fork_stage(server, "a_stage", tmp_path / "config.yaml", output)
+            assert process is not None, (tmp_path / "preload.log").read_text()
+            with followed(process) as ended:
+                while not ended():
+                    time.sleep(0.01)
+            found.append(json.loads(log.read_text()))
+    for generator in ("numpy", "torch"):
+        assert len({one.pop(generator) for one in found}) == 2
+    for one in found:
+        assert one.pop("own") >= 2  # its own pool
+        assert one == {
+            "missing": [],
+            "threads_at_fork": 1,
+            "threads": 2,
+            "distributed": False,
+        }
