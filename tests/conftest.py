@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-LONGEST = ("test_slurm", "test_recipes_in_miniature", "test_readme", "test_chain", "test_layouts")
+LONGEST = (
+    "test_slurm",
+    "test_readme",
+    "test_chain",
+    "test_layouts",
+    "test_benchmarks",
+    "test_logit_cache",
+)
 """Files that take minutes: started first, none of them is left over for one worker at the end."""
 
 
