@@ -45,13 +45,13 @@ class HalvingRun:
     ) -> None:
         self._cfg, self._inputs, self._directory, self._method = cfg, inputs, directory, method
 
-    def play(self, players: Sequence[Candidate], number: int, training: DistillConfig) -> None:
+    def train(self, candidates: Sequence[Candidate], number: int, training: DistillConfig) -> None:
         """Trains every candidate for one round; each rank takes its share.
 
         Raises:
             RecipeError: A stage failed; the message says where its log is.
         """
-        for candidate in players[rank() :: world_size()]:
+        for candidate in candidates[rank() :: world_size()]:
             place = self._directory / candidate.name
             pruned = place / "prune"
             if number == 0:
@@ -63,7 +63,7 @@ class HalvingRun:
                 "data": self._inputs["data"].directory,
             }
             run_stage(training, place / f"round-{number}", inputs)
-        for candidate in players:  # others have theirs
+        for candidate in candidates:  # others have theirs
             _wait_for(self._directory / candidate.name / f"round-{number}")
 
     def _prune(self, candidate: Candidate, directory: Path) -> None:
@@ -72,13 +72,13 @@ class HalvingRun:
         inputs = {name: self._inputs[name].directory for name in ("checkpoint", "importance")}
         run_stage(config, directory, inputs)
 
-    def measure(self, players: Sequence[Candidate], number: int) -> list[ProxyQuality]:
+    def measure(self, candidates: Sequence[Candidate], number: int) -> list[ProxyQuality]:
         """Perplexity and KL to the teacher of every candidate on validation text."""
         from nemo_convert import nemo
         from recipes.data.token_windows import windows
         from recipes.search.measure import measure_checkpoints
 
-        places = [self._directory / c.name / f"round-{number}" for c in players]
+        places = [self._directory / c.name / f"round-{number}" for c in candidates]
         found = self._directory / f"round-{number}.json"
         if rank() == 0 and not found.exists():
             length, size = self._cfg.distill.seq_length, self._cfg.distill.micro_batch_size

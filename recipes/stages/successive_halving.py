@@ -77,28 +77,28 @@ def _training(cfg: SuccessiveHalvingConfig, candidates: int) -> DistillConfig:
 
 
 def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Plays all rounds, and writes ``candidates.json`` and the winner as ``recipe.yaml``."""
+    """Goes through all rounds, and writes ``candidates.json`` and the winner as ``recipe.yaml``."""
     from recipes.search.halving import HalvingRun
 
     search = inputs["candidates"].manifest.result(SearchResult)
     ranked = {candidate.name: candidate for candidate in search.candidates}
-    players = [n for i, n in enumerate(ranked) if i < cfg.num_candidates or n in cfg.also]
+    remaining = [n for i, n in enumerate(ranked) if i < cfg.num_candidates or n in cfg.also]
     method = inputs["candidates"].manifest.config["layer_importance"]
-    arena = HalvingRun(cfg, inputs, out.parent / "candidates", method)
+    halving = HalvingRun(cfg, inputs, out.parent / "candidates", method)
     log = metrics_log(out)
     for number, count in enumerate(rounds := cfg.rounds()):
         training = _training(cfg, count)
-        candidates = [ranked[name] for name in players]
-        arena.play(candidates, number, training)
+        candidates = [ranked[name] for name in remaining]
+        halving.train(candidates, number, training)
         tokens = training.max_steps * training.global_batch_size * training.seq_length
-        for candidate, found in zip(candidates, arena.measure(candidates, number), strict=True):
+        for candidate, found in zip(candidates, halving.measure(candidates, number), strict=True):
             ranked[candidate.name] = replace(
                 candidate, **vars(found), tokens=candidate.tokens + tokens
             )
-        players.sort(key=lambda name: float(getattr(ranked[name], cfg.select_by)))
-        log.progress("successive_halving", number + 1, len(rounds), leader=players[0])
-        players = players[: math.ceil(len(players) / 2)]
-    winner = ranked[players[0]] = replace(ranked[players[0]], chosen=True)
+        remaining.sort(key=lambda name: float(getattr(ranked[name], cfg.select_by)))
+        log.progress("successive_halving", number + 1, len(rounds), leader=remaining[0])
+        remaining = remaining[: math.ceil(len(remaining) / 2)]
+    winner = ranked[remaining[0]] = replace(ranked[remaining[0]], chosen=True)
     if rank() == 0:
         write_candidates(out, list(ranked.values()))
         write_text_atomically(out / RECIPE, recipe(cfg, inputs, winner, method))
