@@ -66,6 +66,11 @@ def enable(*groups: str) -> bool:
     return True
 
 
+def device() -> str:
+    """Where models run: on this process's GPU, or on the CPU where there is none."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _apply(patch: Patch) -> None:
     module, _, path = patch.target.partition(":")
     *parents, name = path.split(".")

@@ -45,8 +45,8 @@ def quantize_folder(
     Raises:
         RecipeError: What was written is not quantised as asked for, or is not finite.
     """
-    on_cpu = cpu_backend.enable("torch", "modelopt")
-    device = "cpu" if on_cpu else "cuda"
+    cpu_backend.enable("torch", "modelopt")
+    device = cpu_backend.device()
     text = windows(data, "calibration", cfg.seq_length, cfg.num_windows).to(device)
     # bfloat16, since that is what is served beside the quantised weights.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()

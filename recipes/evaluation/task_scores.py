@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from nemo_convert import nemo
+from nemo_convert.cpu_backend import device
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import code_fingerprint, digest
@@ -71,8 +72,7 @@ def _ask(
 ) -> dict[str, tuple[Answer, bool]]:
     """One model's answers, and whether each is from the cache."""
     path = nemo.find_checkpoint(checkpoint.artifact)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_transformers(path).to(device)
+    model = load_transformers(path)
     identity = model_sha256(model, path)
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_files(path))
     packed = packed_lm.PackedLM(
@@ -80,7 +80,7 @@ def _ask(
     )
     found: dict[str, tuple[Answer, bool]] = {}
     for number, task in enumerate(tasks, 1):
-        question = _question(cfg, identity, task, device)
+        question = _question(cfg, identity, task)
         answer = look_up(question)
         found[task.name] = (answer or _do(cfg, packed, task), answer is not None)
         if answer is None:
@@ -95,7 +95,7 @@ def _do(cfg: EvaluateTasksConfig, model: packed_lm.PackedLM, task: packed_lm.Tas
     return Answer(items, round(time.monotonic() - began, 3))
 
 
-def _question(cfg: EvaluateTasksConfig, model: str, task: packed_lm.Task, device: str) -> Question:
+def _question(cfg: EvaluateTasksConfig, model: str, task: packed_lm.Task) -> Question:
     return Question(
         model=model,
         task=task.name,
@@ -106,7 +106,7 @@ def _question(cfg: EvaluateTasksConfig, model: str, task: packed_lm.Task, device
         seed=cfg.seed,
         harness=HARNESS,
         code=code_fingerprint(packed_lm.__name__),
-        device=device,
+        device=device(),
     )
 
 

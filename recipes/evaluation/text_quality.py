@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_utils import no_init_weights
 
 from nemo_convert import convert, nemo
+from nemo_convert.cpu_backend import device
 from recipes.core.files import write_text_atomically
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
@@ -47,10 +48,9 @@ def measure(
         out: Where to write.
         log: Metrics file.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     sources = heldout_windows(cfg, data)
-    text = torch.cat(list(sources.values())).to(device)
-    models = {role: load_transformers(path).to(device) for role, path in checkpoints.items()}
+    text = torch.cat(list(sources.values())).to(device())
+    models = {role: load_transformers(path) for role, path in checkpoints.items()}
     scores = score(models, text, cfg.micro_batch_size, log)
     results = {
         role: ModelQuality(
@@ -164,7 +164,7 @@ def _recovered(scores: Mapping[str, Scores], chosen: slice = slice(None)) -> flo
 
 
 def load_transformers(checkpoint: Path) -> PreTrainedModel:
-    """A NeMo checkpoint as a transformers model in float32; nothing is written to disk."""
+    """A NeMo checkpoint as a transformers model in float32, on the GPU if there is one."""
     config = AutoConfig.from_pretrained(nemo.side_files(checkpoint))
     config.head_dim = nemo.architecture_of(checkpoint).kv_channels
     with no_init_weights():
@@ -173,7 +173,7 @@ def load_transformers(checkpoint: Path) -> PreTrainedModel:
     model.tie_weights()
     if unexpected or [name for name in missing if name != "lm_head.weight"]:
         raise ValueError(f"{checkpoint}: missing {missing}, unexpected {unexpected}")
-    evaluated: PreTrainedModel = model.eval()
+    evaluated: PreTrainedModel = model.to(device()).eval()
     return evaluated
 
 

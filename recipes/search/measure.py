@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
+from nemo_convert.cpu_backend import device
 from recipes.core.metrics import MetricsLog
 from recipes.evaluation.text_quality import load_transformers
 from recipes.pruning.cut_checkpoint import layers_to_keep
@@ -44,12 +45,11 @@ def measure_shapes(
         tokens: Windows [windows, sequence].
         log: Metrics file.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     whole = nemo.architecture_of(teacher)
-    view = SortedModel(load_transformers(teacher).to(device), whole, importance.widths)
+    view = SortedModel(load_transformers(teacher), whole, importance.widths)
     sums = torch.zeros(len(shapes), 2, dtype=torch.float64)
     for done in range(0, len(tokens), cfg.micro_batch_size):
-        batch = tokens[done : done + cfg.micro_batch_size].to(device)
+        batch = tokens[done : done + cfg.micro_batch_size].to(device())
         reference = view.log_probabilities(whole, range(1, whole.num_layers + 1), batch)
         for number, shape in enumerate(shapes):
             layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
@@ -129,13 +129,12 @@ def measure_checkpoints(
     teacher: Path, students: list[Path], tokens: Tensor, batch: int
 ) -> list[ProxyQuality]:
     """Perplexity and KL to the teacher of NeMo checkpoints, one in memory beside the teacher."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    reference = load_transformers(teacher).to(device)
+    reference = load_transformers(teacher)
     results = []
     for student in students:
-        model = load_transformers(student).to(device)
+        model = load_transformers(student)
         sums = torch.zeros(2, dtype=torch.float64)
-        for part in tokens.to(device).split(batch):
+        for part in tokens.to(device()).split(batch):
             whole, found = (
                 torch.log_softmax(m(part, use_cache=False).logits.float(), dim=-1)
                 for m in (reference, model)
