@@ -6,74 +6,13 @@ come from the hub. Checked against the published numbers of parameters in the te
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from nemo_convert.hub import in_reach, is_hub_id, read_hf_config
+from recipes.core.files import read_json
 
-_LLAMA_3_1_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-}
-_QWEN3_8B: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "rope_scaling": None,
-    "hidden_act": "silu",
-    "sliding_window": None,
-    "use_sliding_window": False,
-}
-_MISTRAL_NEMO_12B: dict[str, Any] = {
-    "architectures": ["MistralForCausalLM"],
-    "hidden_size": 5120,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 131072,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1000000.0,
-    "hidden_act": "silu",
-    "sliding_window": None,
-}
-
-CONFIGS = {
-    "meta-llama/Llama-3.1-8B": _LLAMA_3_1_8B,
-    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_3_1_8B,
-    "Qwen/Qwen3-8B": _QWEN3_8B,
-    "Qwen/Qwen3-8B-Base": _QWEN3_8B | {"max_position_embeddings": 32768},
-    "mistralai/Mistral-Nemo-Base-2407": _MISTRAL_NEMO_12B,
-}
+CONFIGS: dict[str, dict[str, Any]] = read_json(Path(__file__).with_suffix(".json"))
 """By hub id."""
 
 
