@@ -2,10 +2,13 @@
 # make test   installs what is missing, then runs every test
 # make lint   ruff, mypy and the quick tests, as pre-commit runs them
 #
-# Variables: RECIPE, ARGS (overrides for demo, options for test), PYTHON (3.11 or 3.12), VENV.
+# Variables: RECIPE, ARGS (overrides for demo, options for test), WORKERS (of the tests), PYTHON (3.11
+# or 3.12), VENV.
 
 RECIPE ?= llama_depth_prune
 VENV ?= .venv
+# One more than the cores, since tests also wait: for Slurm, for ranks, for what they kill.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
 export VENV PYTHON
 
 .PHONY: demo test lint install
@@ -15,7 +18,7 @@ demo: install
 test: install
 	@tests/install_browser.sh
 	@tests/install_slurm.sh
-	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
 	  --no-loadscope-reorder $(ARGS)
 
 lint: install

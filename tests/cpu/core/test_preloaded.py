@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from launch.executors.local import PRELOADED
+from recipes.core.files import REPO_ROOT
 from recipes.core.preloaded import followed, fork_stage, preloaded
-from tests.conftest import REPO
 
 STAGE = """
 import json, os, sys
@@ -28,7 +28,7 @@ print(json.dumps({
 
 def test_stack_can_be_forked(tmp_path: Path) -> None:
     (tmp_path / "a_stage.py").write_text(STAGE)
-    path = f"{REPO}{os.pathsep}{tmp_path}"
+    path = f"{REPO_ROOT}{os.pathsep}{tmp_path}"
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2"}
     found = []
     with preloaded(PRELOADED, environment, tmp_path / "preload.log") as server:
