@@ -22,17 +22,9 @@ from tests.slurm.cluster import Cluster, run, wait_for
 from tests.slurm.conftest import SECRET, STEPS, Run
 from tests.support.in_process import run_here
 from tests.support.launcher import Result
+from tests.support.runs import STAGES as ALL
 
-STAGES = [
-    "import_hf",
-    "prepare_data",
-    "score",
-    "prune",
-    "distill",
-    "evaluate",
-    "export_hf",
-    "report",
-]
+STAGES = ALL[ALL.index("import_hf") :]
 UNTRAINED = STAGES[STAGES.index("distill") :]
 
 

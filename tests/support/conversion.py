@@ -8,12 +8,34 @@ from pathlib import Path
 import torch
 
 from nemo_convert import __main__ as command_line
-from nemo_convert import hf
+from nemo_convert import hf, nemo
 
 
 def convert_by_command(*arguments: str | Path) -> int:
     sys.argv = ["nemo_convert", *map(str, arguments)]
     return command_line.main()
+
+
+def core_of(checkpoint: Path, *, training: bool) -> torch.nn.Module:
+    """The checkpoint's model, of the layers for training or of the usual ones."""
+    core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), training=training)
+    nemo.load_weights(core, checkpoint)
+    return core
+
+
+def assert_trains_alike(checkpoint: Path, tokens: torch.Tensor) -> None:
+    """Compares logits and every weight's gradient with and without the layers for training."""
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    found = []
+    for training in (False, True):
+        core = core_of(checkpoint, training=training)
+        logits = core(tokens, positions, None)
+        logits.logsumexp(dim=-1).mean().backward()
+        found.append({"logits": logits, **{n: p.grad for n, p in core.named_parameters()}})
+    theirs, ours = found
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from recipes.core.manifest import Manifest
 
 
 def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
-    """A manifest that says nothing but what was measured."""
+    """A manifest that says nothing but what was measured, if anything was."""
     return Manifest(
         stage=stage,
         kind=kind,
@@ -18,7 +18,7 @@ def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
         code="c",
         inputs={},
         files={},
-        metrics=asdict(result),
+        metrics=asdict(result) if result is not None else {},
         architecture=None,
         parameters=None,
         tokenizer_sha256="t",

@@ -7,6 +7,19 @@ from pathlib import Path
 
 from recipes.core.manifest import Manifest, read_manifest
 
+STAGES = [
+    "plan",
+    "import_hf",
+    "prepare_data",
+    "score",
+    "prune",
+    "distill",
+    "evaluate",
+    "export_hf",
+    "report",
+]
+"""Of a recipe that prunes, with ``tasks=none engine=none``, in their order."""
+
 
 def tiny(model: Path, text_file: Path, run_dir: Path, seq_length: int = 64) -> list[str]:
     """Overrides of a recipe: this model, this text, there."""

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from launch.planned import PlannedStage
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from recipes.core.files import REPO_ROOT
-from recipes.core.manifest import ARTIFACT, Manifest, read_manifest, stamp_files, write_manifest
+from recipes.core.manifest import ARTIFACT, read_manifest, stamp_files, write_manifest
 from recipes.core.statistics import Difference
 from recipes.data.results import DatasetResult
 from recipes.engines.results import (
@@ -46,6 +46,7 @@ from recipes.evaluation.results import (
 from recipes.planning.chain import Chain
 from recipes.planning.results import PlanResult
 from recipes.report.results import ReportResult
+from tests.support.manifests import bare_manifest
 
 ROOT = REPO_ROOT
 RECIPE = "recipe=llama_width_prune"
@@ -179,23 +180,14 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
     (artifact / "data.bin").write_text(f"{content} of {stage.name}")
     request = stage.request()
     kind = stage.stage.kind
-    manifest = Manifest(
-        stage=stage.config.stage,
-        kind=kind,
+    manifest = replace(
+        bare_manifest(stage.config.stage, kind, RESULTS.get(kind)),
         fingerprint=stage.fingerprint,
         config=request["config"],
         code=stage.code,
         inputs={name: ref.fingerprint for name, ref in stage.inputs.items()},
         files=stamp_files(artifact),
-        metrics=asdict(RESULTS[kind]) if kind in RESULTS else {},
-        architecture=None,
         parameters=SIZE if kind.startswith("checkpoint") else None,
-        tokenizer_sha256="t",
-        versions={},
-        git_sha=None,
-        started_at="2025-01-01T00:00:00+00:00",
-        seconds=1.0,
-        peak_rss_bytes=10**9,
         input_content={
             name: found.content()
             for name, ref in stage.inputs.items()

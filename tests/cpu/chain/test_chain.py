@@ -21,19 +21,8 @@ from recipes.core.manifest import ARTIFACT, MANIFEST
 from recipes.core.metrics import METRICS, steps_of
 from tests.support.in_process import run_here
 from tests.support.launcher import run_and_kill, run_recipe
-from tests.support.runs import manifest_of, tiny, without
+from tests.support.runs import STAGES, manifest_of, tiny, without
 
-STAGES = (
-    "plan",
-    "import_hf",
-    "prepare_data",
-    "score",
-    "prune",
-    "distill",
-    "evaluate",
-    "export_hf",
-    "report",
-)
 STEPS, CHECKPOINT_INTERVAL = 24, 4
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nemo_convert import nemo
 from nemo_convert.cpu_layers import SwiGLU, _CausalAttention, _RMSNorm
-from tests.support.conversion import convert_by_command
+from tests.support.conversion import assert_trains_alike, convert_by_command, core_of
 
 LENGTH, BATCH, HEADS, GROUPS, SIZE = 33, 3, 6, 2, 10
 
@@ -73,29 +73,13 @@ def test_values_and_gradients(name: str, dtype: torch.dtype, tolerance: float) -
         assert (one.double() - other).norm() < tolerance * other.norm()
 
 
-def model_with(training: bool, checkpoint: Path) -> nn.Module:
-    core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), training=training)
-    nemo.load_weights(core, checkpoint)
-    return core
-
-
 def test_a_model_of_these_layers_is_the_same_model(odd_llama: Path, tmp_path: Path) -> None:
     """Logits and every weight's gradient, with an odd number of everything."""
     checkpoint = tmp_path / "odd.nemo"
     assert convert_by_command("to-nemo", odd_llama, checkpoint) == 0
     nemo.initialize(nemo.Parallelism())
     tokens = torch.randint(0, 280, (2, 31), generator=torch.Generator().manual_seed(1))
-    positions = torch.arange(31).expand_as(tokens)
-    found = []
-    for training in (False, True):
-        core = model_with(training, checkpoint)
-        logits = core(tokens, positions, None)
-        logits.logsumexp(dim=-1).mean().backward()
-        found.append({"logits": logits, **{n: p.grad for n, p in core.named_parameters()}})
-    theirs, ours = found
-    assert theirs.keys() == ours.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    assert_trains_alike(checkpoint, tokens)
 
 
 def test_megatron_takes_the_fused_adam(odd_llama: Path, tmp_path: Path) -> None:
@@ -106,7 +90,7 @@ def test_megatron_takes_the_fused_adam(odd_llama: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "odd.nemo"
     assert convert_by_command("to-nemo", odd_llama, checkpoint) == 0
     nemo.initialize(nemo.Parallelism())
-    core = model_with(True, checkpoint)
+    core = core_of(checkpoint, training=True)
     wrapped = DistributedDataParallel(core.config, DistributedDataParallelConfig(), core)
     chained = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3), [wrapped])
     assert chained.chained_optimizers[0].optimizer.defaults["fused"] is True

@@ -27,7 +27,11 @@ from recipes.pruning.kept import choose
 from recipes.pruning.scoring import score_checkpoint
 from recipes.pruning.settings import ScoreConfig
 from tests.cpu.nemo_convert.family_ranks import LENGTH, LOGITS, PP, TP
-from tests.support.conversion import assert_same_weights, convert_by_command
+from tests.support.conversion import (
+    assert_same_weights,
+    assert_trains_alike,
+    convert_by_command,
+)
 from tests.support.models import EVEN, FAMILIES, ODD, write_tiny_model
 
 SIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -149,24 +153,7 @@ def test_a_pruned_model_is_one_for_transformers(family: str, root: Path, tmp_pat
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layers_for_training_are_the_same_model(family: str, root: Path) -> None:
     """Logits and every weight's gradient, with and without the CPU's own layers."""
-    checkpoint, tokens = (
-        root / family / "teacher.nemo",
-        tokens_of(root),
-    )
-    positions = torch.arange(LENGTH).expand_as(tokens)
-    found = []
-    for training in (False, True):
-        core = nemo.build_core(
-            nemo.restore_model(checkpoint), nemo.Parallelism(), training=training
-        )
-        nemo.load_weights(core, checkpoint)
-        logits = core(tokens, positions, None)
-        logits.logsumexp(dim=-1).mean().backward()
-        found.append({"logits": logits, **{n: p.grad for n, p in core.named_parameters()}})
-    theirs, ours = found
-    assert theirs.keys() == ours.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    assert_trains_alike(root / family / "teacher.nemo", tokens_of(root))
 
 
 def run_ranks(root: Path, layout: str) -> None:

@@ -14,21 +14,11 @@ from launch.plan import Plan, make_plan
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST
 from recipes.stages import score
+from tests.support.runs import STAGES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ORDER = [
-    "plan",
-    "import_hf",
-    "prepare_data",
-    "score",
-    "prune",
-    "distill",
-    "evaluate",
-    "export_hf",
-    "report",
-]
 MakePlan = Callable[..., Plan]
 Complete = Callable[..., None]
 
@@ -41,7 +31,7 @@ def refusal(plan: MakePlan, *overrides: str) -> str:
 
 def test_stages_are_in_the_order_of_their_inputs(plan: MakePlan) -> None:
     stages = plan().stages
-    assert [stage.name for stage in stages] == ORDER
+    assert [stage.name for stage in stages] == STAGES
     place = {stage.name: i for i, stage in enumerate(stages)}
     for stage in stages:
         assert all(place[source] < place[stage.name] for source in stage.config.inputs.values())
@@ -55,11 +45,11 @@ def test_planning_writes_nothing(plan: MakePlan, tmp_path: Path) -> None:
 def test_plan_is_the_same_each_time(plan: MakePlan) -> None:
     first, second = plan(), plan()
     assert first == second
-    assert len({stage.fingerprint for stage in first.stages}) == len(ORDER)
+    assert len({stage.fingerprint for stage in first.stages}) == len(STAGES)
 
 
 def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) -> None:
-    stage = plan().stages[ORDER.index("distill")]
+    stage = plan().stages[STAGES.index("distill")]
     request = stage.request()
     assert OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(request))) == request
     assert request["config"]["stage"] == "distill"
@@ -67,7 +57,7 @@ def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) ->
     student = request["inputs"]["student"]
     assert student["directory"] == str(tmp_path / "run" / "prune")
     assert student["kind"] == "checkpoint_nemo"
-    assert student["fingerprint"] == plan().stages[ORDER.index("prune")].fingerprint
+    assert student["fingerprint"] == plan().stages[STAGES.index("prune")].fingerprint
 
 
 @pytest.mark.parametrize(
@@ -203,7 +193,7 @@ def test_input_from_another_run(plan: MakePlan, complete: Complete, tmp_path: Pa
     complete(plan())
     other = (tmp_path / "run").rename(tmp_path / "other")
     planned = external(plan, other / "import_hf")
-    reference = planned.stages[ORDER.index("prune")].inputs["checkpoint"]
+    reference = planned.stages[STAGES.index("prune")].inputs["checkpoint"]
     manifest = json.loads((other / "import_hf" / MANIFEST).read_text())
     assert reference.directory == other / "import_hf"
     assert reference.fingerprint == manifest["fingerprint"]
@@ -215,7 +205,7 @@ def test_input_may_be_of_several_kinds(
     monkeypatch.setitem(score.STAGE.inputs, "calibration", ("dataset", "checkpoint_nemo"))  # type: ignore[arg-type]
 
     def kind(*overrides: str) -> str:
-        return plan(*overrides).stages[ORDER.index("score")].inputs["calibration"].kind
+        return plan(*overrides).stages[STAGES.index("score")].inputs["calibration"].kind
 
     assert kind() == "dataset"
     assert kind("stages.score.inputs.calibration=import_hf") == "checkpoint_nemo"

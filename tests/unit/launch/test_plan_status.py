@@ -12,21 +12,11 @@ import pytest
 from launch.plan import Plan
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, write_manifest
+from tests.support.runs import STAGES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ORDER = [
-    "plan",
-    "import_hf",
-    "prepare_data",
-    "score",
-    "prune",
-    "distill",
-    "evaluate",
-    "export_hf",
-    "report",
-]
 MakePlan = Callable[..., Plan]
 Complete = Callable[..., None]
 
@@ -44,7 +34,7 @@ def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
 
 
 def test_new_run_starts_everything(plan: MakePlan) -> None:
-    assert todo(plan()) == dict.fromkeys(ORDER, "not run yet")
+    assert todo(plan()) == dict.fromkeys(STAGES, "not run yet")
 
 
 @pytest.mark.usefixtures("run")
@@ -66,9 +56,9 @@ def test_distill_field_reruns_distill_and_what_follows(plan: MakePlan) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.hf_path=HF", ORDER),
-        ("stages.prepare_data.max_documents=5", ORDER[2:]),
-        ("stages.prune.target_hidden_size=448", ["plan", *ORDER[4:]]),
+        ("model.hf_path=HF", STAGES),
+        ("stages.prepare_data.max_documents=5", STAGES[2:]),
+        ("stages.prune.target_hidden_size=448", ["plan", *STAGES[4:]]),
         ("stages.evaluate.num_windows=2", ["evaluate", "export_hf", "report"]),
         ("stages.export_hf.recipe=x", ["export_hf", "report"]),
         ("stages.report.title=x", ["report"]),
@@ -152,7 +142,7 @@ def test_changed_model_folder_is_the_reason(
     assert todo(plan(*overrides)) == {}
     (hf_folder / "model.safetensors").write_bytes(b"WEIGHTS")
     found = todo(plan(*overrides))
-    assert list(found) == ORDER[1:]
+    assert list(found) == STAGES[1:]
     assert found["import_hf"] == "source files changed"
 
 
@@ -222,7 +212,7 @@ def test_rerun_that_made_another_result_reruns_what_follows(
 def test_runs_do_not_depend_on_where_they_are(plan: MakePlan, run: Path, tmp_path: Path) -> None:
     before = {stage.name: stage.fingerprint for stage in plan().stages}
     run.rename(tmp_path / "moved")
-    assert todo(plan()) == dict.fromkeys(ORDER, "not run yet")
+    assert todo(plan()) == dict.fromkeys(STAGES, "not run yet")
     (tmp_path / "moved").rename(run)
     assert todo(plan()) == {}
     assert {stage.name: stage.fingerprint for stage in plan().stages} == before

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from launch.schema import CONF
 from recipes.core.manifest import MANIFEST
+from tests.support.runs import STAGES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,19 +23,8 @@ if TYPE_CHECKING:
 
 RECIPE = "recipe=llama_width_prune"
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*_prune.yaml"))
-ORDER = [
-    *(
-        "plan",
-        "import_hf",
-        "prepare_data",
-        "score",
-        "prune",
-        "distill",
-        "evaluate",
-        "evaluate_tasks",
-    ),
-    *("export_hf", "report"),
-]
+EXPORT = STAGES.index("export_hf")
+ORDER = [*STAGES[:EXPORT], "evaluate_tasks", *STAGES[EXPORT:]]
 SECRET = "hf_secret_that_nobody_may_see"
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
