@@ -11,7 +11,6 @@ benchmark goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from rich.table import Table
 from benchmarks.contenders import launch, make_inputs, manifest_of
 from benchmarks.students import schedule
 from recipes.core.errors import RecipeError
-from recipes.core.files import write_text_atomically
+from recipes.core.files import write_json, write_text_atomically
 from recipes.core.metrics import METRICS, steps_of
 from recipes.distillation.results import TrainingResult
 from recipes.evaluation.results import EvaluationResult
@@ -219,7 +218,7 @@ def main() -> None:
     for title, outcomes in results.items():
         console.print(draw(title, outcomes))
     plain = {t: {n: asdict(o) for n, o in outcomes.items()} for t, outcomes in results.items()}
-    write_text_atomically(out / "recovery.json", json.dumps(plain, indent=1) + "\n")
+    write_json(out / "recovery.json", plain)
     page = Markup(PAGE).format(Markup("").join(plots(t, o) for t, o in results.items()))
     write_text_atomically(out / "recovery.html", page)
 

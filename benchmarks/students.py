@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from benchmarks.contenders import launch, manifest_of
-from recipes.core.files import write_text_atomically
+from recipes.core.files import write_json
 from recipes.distillation.results import TrainingResult
 from recipes.evaluation.results import EvaluationResult
 
@@ -86,5 +85,5 @@ def collect(students: Iterable[StudentT], file: Path, console: Console) -> list[
         found.append(student)
         console.print(student)
         plain = [asdict(one) for one in found]
-        write_text_atomically(file, json.dumps(plain, indent=1) + "\n")
+        write_json(file, plain)
     return found

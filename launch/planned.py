@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def stage_of(config: StageConfig) -> Stage[Any]:
     return load_stage(config.stage)
 
 
+@cache
 def load_stage(name: str) -> Stage[Any]:
     """Imports a stage; none of them imports torch at its top.
 

@@ -8,8 +8,8 @@ import netrc
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -221,6 +221,14 @@ def _links(run: TrackedRun) -> dict[str, str]:
     }
 
 
+TRACKERS: Mapping[str, Callable[[TrackedRun], AbstractContextManager[Tracker]]] = {
+    "none": none,
+    "tensorboard": tensorboard,
+    "wandb": wandb,
+    "mlflow": mlflow,
+}
+
+
 @contextmanager
 def open_tracker(run: TrackedRun) -> Iterator[SafeTracker]:
     """Opens the tracker that the settings name, for the whole run.
@@ -228,12 +236,10 @@ def open_tracker(run: TrackedRun) -> Iterator[SafeTracker]:
     Raises:
         RecipeError: It does not begin, as without a network or with a wrong address.
     """
-    from launch import trackers
-
     name = run.settings["name"]
     with ExitStack() as stack:
         try:
-            tracker = stack.enter_context(getattr(trackers, name)(run))
+            tracker = stack.enter_context(TRACKERS[name](run))
         except Exception as error:
             raise RecipeError(
                 f"tracker={name} did not begin ({type(error).__name__}: {error}).",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from nemo_convert.families import FAMILIES, Family
 from nemo_convert.hf import Weights, copy_side_files, write_weights
 from nemo_convert.hf_config import read_architecture
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json, write_text_atomically
+from recipes.core.files import read_json, write_json
 
 
 class Readable(Protocol):
@@ -117,7 +116,7 @@ def to_hf(checkpoint: Path, hf_folder: Path) -> None:
     config = nemo.read_config(checkpoint)
     # Explicit, since transformers would otherwise derive a wrong one for a pruned hidden size.
     config["head_dim"] = nemo.architecture_of(checkpoint).kv_channels
-    write_text_atomically(partial / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(partial / "config.json", config, indent=2)
     write_weights(hf_weights(checkpoint), partial)
     if hf_folder.exists():
         hf_folder.rmdir()

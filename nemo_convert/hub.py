@@ -12,7 +12,6 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 from recipes.core.wheels import parse_wheel_file
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.gguf")
 HUB_SECONDS = 2.0
 """How long preflight waits for a hub before it plans without."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

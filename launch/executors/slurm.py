@@ -12,11 +12,7 @@ from launch.cluster import Executor, Follow
 from launch.executors import container
 from launch.executors.slurm_queue import Job, active_jobs, job_states, read_jobs
 from launch.executors.slurm_scripts import job_script, submit_script
-from launch.executors.slurm_settings import (
-    SlurmConfig,
-    _cluster_problems,
-    _stage_problems,
-)
+from launch.executors.slurm_settings import SlurmConfig, settings_problems
 from launch.logs import LOGS, newest_log, reason
 from launch.plan import Plan
 from launch.planned import PlannedStage
@@ -34,10 +30,7 @@ POLL_SECONDS = 2.0
 def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
     """Refuses bad settings, and takes over the jobs of this run that still run or wait."""
     container.require_usable(plan, cluster)
-    problems = [*_cluster_problems(cluster)]
-    for stage in plan.todo():
-        problems += _stage_problems(stage, cluster)
-    if problems:
+    if problems := list(settings_problems(plan.todo(), cluster)):
         raise RecipeError("\n".join(problems))
     return _adopt(plan)
 

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from launch.executors import container
 from launch.executors.slurm_queue import RECORD, read_jobs
 from launch.executors.slurm_settings import SlurmConfig, time_limit
@@ -103,6 +101,8 @@ def submit_script(plan: Plan) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
+    from jinja2 import Environment, StrictUndefined  # only Slurm needs it
+
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     text = (Path(__file__).parent / template).read_text(encoding="utf-8")

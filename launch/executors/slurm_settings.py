@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from launch.executors.container import Containers
@@ -40,6 +40,13 @@ class SlurmConfig(Containers):
     """Interpreter on the nodes: the launcher's own, or an image's ``python``, by default."""
     follow: bool = False
     """Waits for the submitted jobs and shows their progress."""
+
+
+def settings_problems(stages: Iterable[PlannedStage], cluster: SlurmConfig) -> Iterator[str]:
+    """Everything that sbatch would refuse, or that would fail in the jobs of the stages."""
+    yield from _cluster_problems(cluster)
+    for stage in stages:
+        yield from _stage_problems(stage, cluster)
 
 
 def _cluster_problems(cluster: SlurmConfig) -> Iterator[str]:

@@ -28,6 +28,11 @@ def write_text_atomically(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: object, indent: int = 1) -> None:
+    """Writes a value as JSON for people to read, whole or not at all."""
+    write_text_atomically(path, json.dumps(value, indent=indent) + "\n")
+
+
 def link_or_copy(source: str | Path, target: str | Path) -> None:
     """Gives a file a second name: no second copy, on a file system with hard links."""
     try:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from recipes.core.files import REPO_ROOT
+from recipes.core.files import REPO_ROOT, sha256_of
 from recipes.core.reachable_code import reachable_code
 
 SMALL_FILE = 1 << 20
@@ -49,7 +49,7 @@ def external_stamp(path: Path) -> dict[str, object]:
         stat = file.stat()
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
         if stat.st_size <= SMALL_FILE:
-            stamp[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            stamp[name] = sha256_of(file)
         else:
             stamp[name] = [stat.st_size, stat.st_mtime_ns]
     return stamp

@@ -186,17 +186,16 @@ def _defines(statement: ast.stmt) -> list[str]:
 
 
 def _definition(root: Path, path: Path, statement: ast.stmt) -> _Definition:
+    nodes = list(ast.walk(statement))
     uses: set[str] = set()
     attributed: set[int] = set()
-    for node in ast.walk(statement):
+    for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             uses.add(f"{node.value.id}.{node.attr}")
             attributed.add(id(node.value))
-    for node in ast.walk(statement):
-        if isinstance(node, ast.Name) and id(node) not in attributed:
-            uses.add(node.id)
+    uses |= {n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in attributed}
     digest = hashlib.sha256(ast.dump(statement).encode()).hexdigest()
-    return _Definition(digest, frozenset(uses), _imports(root, path, list(ast.walk(statement))))
+    return _Definition(digest, frozenset(uses), _imports(root, path, nodes))
 
 
 def _imports(root: Path, path: Path, nodes: Iterable[ast.AST]) -> dict[str, Place]:

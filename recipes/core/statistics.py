@@ -39,3 +39,15 @@ def difference(values: Sequence[float], reference: Sequence[float]) -> Differenc
     each = [value - other for value, other in zip(values, reference, strict=True)]
     value, margin = mean(each), Z95 * standard_error(each)
     return Difference(value, value - margin, value + margin)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
+    """Indices of the points that no other beats; less is better on both axes.
+
+    A point is beaten by one that is as good on both axes and better on one. Equal ones both stay.
+    """
+    return {
+        i
+        for i, (x, y) in enumerate(points)
+        if not any(a <= x and b <= y and (a < x or b < y) for a, b in points)
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 import tomllib
@@ -79,11 +78,8 @@ RECORDED_VERSIONS = (
 
 def installed_versions() -> dict[str, str]:
     """Versions of the libraries that can change a result."""
-    versions = {"python": sys.version.split()[0]}
-    for name in RECORDED_VERSIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
+    found = {name: version for name in RECORDED_VERSIONS if (version := installed(name))}
+    return {"python": sys.version.split()[0], **found}
 
 
 def git_sha() -> str | None:

@@ -81,8 +81,7 @@ def windows(
         count: Windows wanted; all that fit by default. Fewer are returned if the part is shorter.
         span: Tokens of the part to take them from; all by default.
     """
-    dataset = IndexedDataset(str(prefix(artifact, part)))
-    ids = np.concatenate([dataset[i] for i in range(len(dataset))])[span]
+    ids = read_tokens(artifact, part)[span]
     fit = len(ids) // seq_length
     fit = fit if count is None else min(fit, count)
     return torch.from_numpy(ids[: fit * seq_length].astype(np.int64)).view(fit, seq_length)
@@ -94,8 +93,6 @@ def read_tokens(artifact: Path, part: str) -> np.ndarray:
     Megatron's ``IndexedDataset`` hands out a document at a time, by pointers that run through the
     ``.bin`` without gaps (``_IndexWriter._sequence_pointers``), so the file is one flat array.
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
     path = prefix(artifact, part)
     return np.memmap(f"{path}.bin", dtype=IndexedDataset(str(path)).index.dtype, mode="r")
 

@@ -12,7 +12,6 @@ keeps a probability to about 0.05% where it is large and 0.4% where it is one in
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recipes.core.files import read_json, write_text_atomically
+from recipes.core.files import read_json, write_json
 from recipes.distillation.losses import TopK
 from recipes.distillation.settings import SMALL_VOCABULARY
 
@@ -48,7 +47,7 @@ class CacheIndex:
 
 def write_index(folder: Path, index: CacheIndex) -> None:
     """Writes ``index.json``."""
-    write_text_atomically(folder / INDEX, json.dumps(asdict(index), indent=1) + "\n")
+    write_json(folder / INDEX, asdict(index))
 
 
 def write_shard(

@@ -65,6 +65,11 @@ class TrainingConfig(StageConfig):
         """Type of weights and activations."""
         return dtype_of(self.precision)
 
+    @property
+    def splits_sequence(self) -> bool:
+        """Whether ``sequence_parallel`` has an effect."""
+        return self.sequence_parallel and self.tensor_model_parallel_size > 1
+
 
 def dtype_of(precision: str) -> torch.dtype:
     """Type of weights and activations."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from nemo_convert import cpu_backend, nemo
 from nemo_convert.hf import copy_side_files
 from recipes.core.deadline import StoppedByClockError, deadline, time_is_up
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json, write_text_atomically
+from recipes.core.files import read_json, write_json
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input, rank, world_size
 from recipes.distillation.data import TrainingData
@@ -97,7 +96,7 @@ def _save_trained(
         config = read_json(staged / "config.json")
         config.pop("dtype", None)  # the newer name of the same
         config["torch_dtype"] = str(cfg.dtype).removeprefix("torch.")
-        write_text_atomically(staged / "config.json", json.dumps(config, indent=2) + "\n")
+        write_json(staged / "config.json", config, indent=2)
         nemo.save_checkpoint(out, restored, model.core_module, staged, rank())
 
 
@@ -151,7 +150,7 @@ def _trainer(cfg: TrainingConfig) -> Any:
         pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,
         context_parallel_size=cfg.context_parallel_size,
         expert_model_parallel_size=cfg.expert_model_parallel_size,
-        sequence_parallel=cfg.sequence_parallel and cfg.tensor_model_parallel_size > 1,
+        sequence_parallel=cfg.splits_sequence,
         pipeline_dtype=cfg.dtype,
         ddp=DistributedDataParallelConfig(
             grad_reduce_in_fp32=cfg.grad_reduce_in_fp32, use_distributed_optimizer=not on_cpu

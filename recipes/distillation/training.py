@@ -57,7 +57,7 @@ def layout_of(cfg: TrainingConfig) -> Layout:
         context=cfg.context_parallel_size,
         expert=cfg.expert_model_parallel_size,
         micro_batch_size=cfg.micro_batch_size,
-        sequence_parallel=cfg.sequence_parallel and cfg.tensor_model_parallel_size > 1,
+        sequence_parallel=cfg.splits_sequence,
         recompute_granularity=cfg.recompute_granularity,
     )
 

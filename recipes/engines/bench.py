@@ -181,18 +181,19 @@ def cpu_threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
 
 
-def start_worker(scratch: Path, threads: int, module: str, contender: Contender) -> Worker:
+def start_worker(scratch: Path, threads: int, contender: Contender) -> Worker:
     """What measures a contender.
 
     Args:
         scratch: Where ``trtllm-bench`` may write.
         threads: CPU threads.
-        module: ``bench_worker``, named by the stage so that its fingerprint knows that code.
         contender: Model to measure.
     """
     if contender.backend.startswith("tensorrt_llm"):
         return TensorRtLlm(contender, scratch)
-    return CpuWorker(contender, threads, module)
+    from recipes.engines import bench_worker  # so that fingerprints know its code
+
+    return CpuWorker(contender, threads, bench_worker.__name__)
 
 
 def measure(

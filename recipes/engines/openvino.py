@@ -6,7 +6,6 @@ for every shape that pruning makes, installs as wheels, and was the fastest of t
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -15,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.core.files import write_text_atomically
+from recipes.core.files import read_json, write_json
 from recipes.engines.settings import BuildEngineConfig
 from recipes.engines.timing import Timing
 from recipes.planning import rules
@@ -84,7 +83,7 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
         "precision": cfg.precision,
         "properties": properties(cfg),
     }
-    write_text_atomically(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    write_json(out / SETTINGS, settings)
 
 
 def _compression(cfg: BuildEngineConfig) -> dict[str, Any]:
@@ -119,7 +118,7 @@ def _write_tokenizer(folder: Path, out: Path) -> None:
 
 def read_properties(engine: Path) -> dict[str, str]:
     """The properties that an engine was checked with."""
-    settings: dict[str, Any] = json.loads((engine / SETTINGS).read_text(encoding="utf-8"))
+    settings = read_json(engine / SETTINGS)
     found: dict[str, str] = settings["properties"]
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.data.token_windows import windows
 from recipes.engines.results import QuantizationQuality, QuantizationResult
 from recipes.engines.settings import QuantizeConfig
-from recipes.engines.tensorrt_llm import QUANT_ALGOS, QUANTIZATION
+from recipes.engines.tensorrt_llm import QUANT_ALGOS, quantised_as
 from recipes.evaluation.text_quality import TEACHER, score
 
 FORMATS = {
@@ -99,10 +98,7 @@ def _complete_folder(folder: Path, out: Path) -> None:
 
 def _require_algorithm(cfg: QuantizeConfig, out: Path) -> str:
     """The algorithm that the folder declares, which must be the one that was asked for."""
-    declared = json.loads((out / QUANTIZATION).read_text(encoding="utf-8"))["quantization"]
-    found: str = declared["quant_algo"]
-    if found != QUANT_ALGOS[cfg.format]:
-        raise RecipeError(
-            f"ModelOpt wrote {found} instead of {QUANT_ALGOS[cfg.format]} for format={cfg.format}."
-        )
-    return found
+    found, wanted = quantised_as(out), QUANT_ALGOS[cfg.format]
+    if found != wanted:
+        raise RecipeError(f"ModelOpt wrote {found} instead of {wanted} for format={cfg.format}.")
+    return wanted

@@ -47,6 +47,11 @@ class BuildEngineConfig(StageConfig):
     num_windows: int = 8
     """Held-out windows of ``seq_length`` tokens on which quality is measured."""
 
+    @property
+    def scale_group(self) -> int | None:
+        """Weights that share a scale; ``None`` if they are not in groups."""
+        return self.group_size if self.precision == "int4" else None
+
 
 @dataclass
 class QuantizeConfig(StageConfig):

@@ -17,7 +17,7 @@ from typing import Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
-from recipes.core.files import link_or_copy, write_text_atomically
+from recipes.core.files import link_or_copy, read_json, write_json, write_text_atomically
 from recipes.core.versions import installed
 from recipes.engines import trtllm_build_worker
 from recipes.engines.settings import BuildEngineConfig
@@ -139,12 +139,15 @@ def installed_version() -> str | None:
     return installed("tensorrt_llm")
 
 
+def quantised_as(folder: Path) -> str | None:
+    """The algorithm that a checkpoint declares; ``None`` if it is not quantised."""
+    file = folder / QUANTIZATION
+    return read_json(file)["quantization"]["quant_algo"] if file.is_file() else None
+
+
 def require_quantization(folder: Path, precision: str) -> None:
     """Raises ``RecipeError`` unless a checkpoint is quantised as ``precision`` wants it, or not."""
-    file = folder / QUANTIZATION
-    found = None
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))["quantization"]["quant_algo"]
+    found = quantised_as(folder)
     wanted = QUANT_ALGOS[precision] if precision in CALIBRATED else None
     if found != wanted:
         raise RecipeError(
@@ -214,7 +217,7 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
 
 def require_engine(engine: Path, request: dict[str, Any]) -> None:
     """Raises ``RecipeError`` unless the engine is what was asked for, quantisation above all."""
-    config = json.loads((engine / "config.json").read_text(encoding="utf-8"))
+    config = read_json(engine / "config.json")
     pretrained, built = config["pretrained_config"], config["build_config"]
     wanted = {
         "quant_algo": request["quant_config"].get("quant_algo"),
@@ -260,7 +263,7 @@ def llm_options(cfg: BuildEngineConfig, positions: int) -> str:
 
 
 def _positions(folder: Path) -> int:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     return int(config["max_position_embeddings"])
 
 
@@ -271,4 +274,4 @@ def _write_settings(cfg: BuildEngineConfig, out: Path) -> None:
         "tensor_parallel_size": cfg.tensor_parallel_size,
         "version": installed_version(),
     }
-    write_text_atomically(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    write_json(out / SETTINGS, settings)

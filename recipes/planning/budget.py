@@ -16,7 +16,7 @@ from recipes.planning.estimate import estimate
 from recipes.planning.hardware import gpus_here
 from recipes.planning.layouts import proposals
 from recipes.planning.problems import Problem
-from recipes.planning.workload import LAYOUT_FIELDS, Layout, Workload
+from recipes.planning.workload import Layout, Workload
 
 BYTES_PER_TOKEN = 4.0
 """Of English text in a vocabulary of 50,000 and more; only for saying about how many epochs."""
@@ -70,9 +70,11 @@ def _smaller_layout(name: str, job: Workload, chain: Chain) -> str:
 
 def overrides(stage: str, layout: Layout) -> list[str]:
     """A layout as command-line overrides of a training stage."""
-    fields = {name: getattr(layout, part) for part, name in LAYOUT_FIELDS.items()}
-    fields |= {"sequence_parallel": str(layout.sequence_parallel).lower()}
-    fields |= {"recompute_granularity": layout.recompute_granularity}
+    fields = {
+        **layout.sizes(),
+        "sequence_parallel": str(layout.sequence_parallel).lower(),
+        "recompute_granularity": layout.recompute_granularity,
+    }
     return [f"stages.{stage}.{key}={value}" for key, value in fields.items()]
 
 

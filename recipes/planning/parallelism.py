@@ -8,7 +8,7 @@ from nemo_convert.architecture import Architecture
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
-from recipes.planning.workload import LAYOUT_FIELDS, Layout, Workload
+from recipes.planning.workload import Layout, Workload
 
 ALIGNMENT = 16
 """What FP8 matrix products of cuBLASLt want every dimension to be a multiple of; bf16 wants 8."""
@@ -17,8 +17,7 @@ ALIGNMENT = 16
 def layout_problems(work: Workload, chain: Chain) -> Iterator[Problem]:
     """Checks ranks, models and windows against TP and PP, and the batch against what is left."""
     layout = work.layout
-    sizes = {name: getattr(layout, part) for part, name in LAYOUT_FIELDS.items()}
-    sizes |= {"global_batch_size": work.global_batch_size}
+    sizes = {**layout.sizes(), "global_batch_size": work.global_batch_size}
     if zero := [name for name, size in sizes.items() if size < 1]:
         yield Problem(rules.POSITIVE, f"{', '.join(zero)} is not positive", "use 1 or more")
         return

@@ -39,6 +39,10 @@ class Layout:
         """Replicas of the model; 0 if they do not come out even."""
         return self.ranks // self.model if self.ranks % self.model == 0 else 0
 
+    def sizes(self) -> dict[str, int]:
+        """Its sizes, by what a training's config calls them."""
+        return {name: getattr(self, part) for part, name in LAYOUT_FIELDS.items()}
+
 
 LAYOUT_FIELDS = {
     "nodes": "resources.nodes",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from nemo_convert.hf import copy_side_files
 from nemo_convert.hf_config import with_shape
 from nemo_convert.streaming import StreamedSave
 from recipes.core.errors import RecipeError
-from recipes.core.files import write_text_atomically
+from recipes.core.files import write_json
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import KeptIndices, cut, student_name
 
@@ -82,7 +81,7 @@ def prune_checkpoint(teacher: Path, student: Architecture, kept: KeptIndices, ou
     with tempfile.TemporaryDirectory() as temporary:
         side = Path(temporary) / nemo.SIDE
         copy_side_files(nemo.side_files(teacher), side)
-        write_text_atomically(side / "config.json", json.dumps(config, indent=2) + "\n")
+        write_json(side / "config.json", config, indent=2)
         nemo.save_checkpoint(out, model, core, side, rank=0, strategy=strategy)
 
 

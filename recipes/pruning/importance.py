@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recipes.core.files import read_json, write_text_atomically
+from recipes.core.files import read_json, write_json
 
 FILE, WIDTHS = "importance.json", "importance.safetensors"
 
@@ -40,7 +39,7 @@ class Importance:
         """Writes the scores as data: layers as JSON, widths as tensors."""
         save_file(self.widths, folder / WIDTHS)
         plain = {name: value for name, value in vars(self).items() if name != "widths"}
-        write_text_atomically(folder / FILE, json.dumps(plain, indent=1) + "\n")
+        write_json(folder / FILE, plain)
 
     @classmethod
     def load(cls, folder: Path) -> Importance:

@@ -117,7 +117,7 @@ def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> 
 
     Args:
         stages: The recipe's stages.
-        kinds: str of each stage's result.
+        kinds: Kind of each stage's result.
     """
     names: dict[str, str] = {}
     for stage, config in stages.items():

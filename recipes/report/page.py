@@ -88,7 +88,7 @@ def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
 
     Args:
         cfg: Title and description.
-        inputs: Inputs as ``recipes.report.INPUTS`` names them.
+        inputs: Inputs of the stage, by its names for them.
         path: File to write.
     """
     render_template(TEMPLATE, page(cfg, inputs), path)

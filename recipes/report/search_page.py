@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 from recipes.core.stage import Inputs
+from recipes.report.cost import costs, upstream, versions
+from recipes.report.format import render_template
+from recipes.report.sections import search_section
 from recipes.report.settings import SearchReportConfig
 from recipes.search.results import LatencyResult, SearchResult
 
 TEMPLATE = "search_report.html.j2"
 
 
+def render(cfg: SearchReportConfig, inputs: Inputs, path: Path) -> None:
+    """Writes the page as one HTML file that loads nothing else."""
+    render_template(TEMPLATE, page(cfg, inputs), path)
+
+
 def page(cfg: SearchReportConfig, inputs: Inputs) -> dict[str, object]:
     """Everything that the template shows."""
-    from recipes.report.cost import costs, upstream, versions
-    from recipes.report.sections import search_section
-
     latency = inputs.get("latency")
     found = inputs["search"].manifest.result(SearchResult)
     before = upstream(inputs)

@@ -32,3 +32,8 @@ class SearchReportConfig(StageConfig):
     """Name of the recipe."""
     description: str = ""
     """What the recipe does, in a line."""
+
+
+def templates(cfg: ReportConfig | SearchReportConfig) -> dict[str, Path]:
+    """The pages' templates, which the code's fingerprint does not see."""
+    return {"templates": TEMPLATES}

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
+from recipes.core.statistics import pareto_front
 from recipes.report.plots import (
     COLUMN,
     FRAME,
@@ -96,18 +97,6 @@ class _Scale:
         if not self.logarithmic:
             return self.axis.ticks(self.wanted)
         return Axis(10**self.axis.low, 10**self.axis.high).ticks(self.wanted)
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
-    """Indices of the points that no other beats; less is better on both axes.
-
-    A point is beaten by one that is as good on both axes and better on one. Equal ones both stay.
-    """
-    return {
-        i
-        for i, (x, y) in enumerate(points)
-        if not any(a <= x and b <= y and (a < x or b < y) for a, b in points)
-    }
 
 
 def front_of(marks: Sequence[Mark], up: Dimension) -> set[int]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
-from recipes.core.files import write_text_atomically
+from recipes.core.files import write_json
 from recipes.engines.backends import BUILDERS
 from recipes.engines.bench import Contender
 from recipes.engines.results import BenchmarkRow
@@ -37,7 +36,7 @@ def build_random_engine(
 
     folder, engine = (scratch / name_of(shape) / part for part in ("hf", "engine"))
     copy_side_files(side, folder)
-    write_text_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config, indent=2)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
     )
@@ -51,7 +50,7 @@ def build_random_engine(
         model=engine,
         folder=folder,
         architecture=shape,
-        group_size=cfg.engine.group_size if cfg.engine.precision == "int4" else None,
+        group_size=cfg.engine.scale_group,
         tensor_parallel_size=cfg.engine.tensor_parallel_size,
     )
 

@@ -48,11 +48,11 @@ def measure_shapes(
     whole = nemo.architecture_of(teacher)
     view = SortedModel(load_transformers(teacher), whole, importance.widths)
     sums = torch.zeros(len(shapes), 2, dtype=torch.float64)
+    kept = [layers_to_keep(importance, cfg.layer_importance, s.num_layers) for s in shapes]
     for done in range(0, len(tokens), cfg.micro_batch_size):
         batch = tokens[done : done + cfg.micro_batch_size].to(device())
         reference = view.log_probabilities(whole, range(1, whole.num_layers + 1), batch)
-        for number, shape in enumerate(shapes):
-            layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
+        for number, (shape, layers) in enumerate(zip(shapes, kept, strict=True)):
             found = view.log_probabilities(shape, layers, batch)
             sums[number] += torch.tensor(losses(reference, found, batch), dtype=torch.float64)
             log.progress("rank", number + 1, len(shapes), windows=done + len(batch))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemo_convert.architecture import Architecture
-from recipes.core.files import write_text_atomically
+from recipes.core.files import write_json
 from recipes.search.space import LatencyFit
 
 CANDIDATES_FILE = "candidates.json"
@@ -56,8 +55,7 @@ class SearchResult:
 
 def write_candidates(out: Path, candidates: Sequence[Candidate]) -> None:
     """Writes them for a person to read, as in the manifest."""
-    text = json.dumps([asdict(one) for one in candidates], indent=1)
-    write_text_atomically(out / CANDIDATES_FILE, text + "\n")
+    write_json(out / CANDIDATES_FILE, [asdict(one) for one in candidates])
 
 
 @dataclass(frozen=True)

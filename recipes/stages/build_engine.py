@@ -47,7 +47,7 @@ def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
         EngineResult(
             backend=cfg.backend,
             precision=cfg.precision,
-            group_size=cfg.group_size if cfg.precision == "int4" else None,
+            group_size=cfg.scale_group,
             build_seconds=round(seconds, 3),
             bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
             **(vars(found) if found else {}),

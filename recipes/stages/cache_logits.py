@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from recipes.core.manifest import Outcome
@@ -41,14 +40,14 @@ def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
     """A pass of the teacher over its windows, as a planner sees it; one, if all of the text."""
     tensor = cfg.tensor_model_parallel_size
     resources = cfg.resources
-    replicas = max(1, resources.nodes * resources.devices // max(1, tensor))
-    batch = max(1, cfg.micro_batch_size) * replicas
-    layout = Layout(resources.nodes, resources.devices, tensor)
+    micro = cfg.micro_batch_size
+    layout = Layout(resources.nodes, resources.devices, tensor, micro_batch_size=micro)
+    batch = max(1, micro) * max(1, layout.ranks // max(1, tensor))
     return Workload(
         name=cfg.stage,
         trained=None,
         teacher=chain.teacher,
-        layout=replace(layout, micro_batch_size=cfg.micro_batch_size),
+        layout=layout,
         seq_length=cfg.seq_length,
         global_batch_size=batch,
         steps=max(1, (cfg.num_windows or 1) // batch),

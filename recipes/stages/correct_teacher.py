@@ -7,7 +7,6 @@ original.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from recipes.core.manifest import Outcome
@@ -21,14 +20,8 @@ from recipes.distillation.training import (
     training_workload,
 )
 from recipes.planning.chain import Chain
-from recipes.planning.problems import Problem
 from recipes.planning.workload import Workload
 from recipes.stages.contract import Stage
-
-
-def check(cfg: CorrectTeacherConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds settings that would fail once training has started."""
-    yield from training_problems(cfg, chain)
 
 
 def workload(cfg: CorrectTeacherConfig, chain: Chain) -> Workload:
@@ -69,7 +62,7 @@ STAGE = Stage(
     config=CorrectTeacherConfig,
     kind="checkpoint_nemo",
     run=run,
-    check=check,
+    check=training_problems,
     inputs={"teacher": ("checkpoint_nemo",), "data": ("dataset",)},
     disk_bytes=disk_bytes,
     workload=workload,

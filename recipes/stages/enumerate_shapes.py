@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from nemo_convert.hub import read_hf_config
 from recipes.core.errors import RecipeError
-from recipes.core.files import write_text_atomically
+from recipes.core.files import write_json
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs
 from recipes.planning import rules
@@ -62,8 +61,7 @@ def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
             f"no shape fits {budget}, with latency as measured.",
             "raise the budget, or max_depth_pruning and max_width_pruning in space",
         )
-    text = json.dumps([shape.as_dict() for shape in shapes], indent=1)
-    write_text_atomically(out / SHAPES_FILE, text + "\n")
+    write_json(out / SHAPES_FILE, [shape.as_dict() for shape in shapes])
     return Outcome(
         PlanResult({"shapes": len(shapes), **budget}, [table(teacher, shapes, cfg.service)])
     )

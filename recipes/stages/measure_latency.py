@@ -6,7 +6,6 @@ is checked on a shape between them, which it has not seen.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from nemo_convert.hf_config import read_architecture, with_shape
-from recipes.core.files import write_text_atomically
+from recipes.core.files import write_json
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.engines.backends import engine_problems, require_backend
@@ -77,11 +76,10 @@ def require_here(cfg: MeasureLatencyConfig) -> None:
 def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
     """Builds, times and fits."""
     from nemo_convert import nemo
-    from recipes.engines import bench_worker  # so that the fingerprint knows its code
 
     log = metrics_log(out)
-    side = nemo.side_files(nemo.find_checkpoint(inputs["checkpoint"].artifact))
-    config = json.loads((side / "config.json").read_text(encoding="utf-8"))
+    checkpoint = nemo.find_checkpoint(inputs["checkpoint"].artifact)
+    side, config = nemo.side_files(checkpoint), nemo.read_config(checkpoint)
     teacher = read_architecture(config, str(side))
     fitted, between = corners(teacher, cfg.space), middle(teacher, cfg.space)
     shapes = [*fitted, *([] if between in fitted else [between])]
@@ -92,7 +90,7 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
         log.progress("engine", done, len(shapes))
         contenders.append(build_random_engine(cfg, side, with_shape(config, shape), shape, scratch))
     threads = cfg.threads or cpu_threads()
-    start = partial(start_worker, scratch / "trtllm_bench", threads, bench_worker.__name__)
+    start = partial(start_worker, scratch / "trtllm_bench", threads)
     rows = measure(contenders, [cfg.request()], cfg.repetitions, start, log)
     steps = [step_ms(row) for row in rows]
     line = fit(fitted, steps[: len(fitted)], cfg.service)
@@ -106,7 +104,7 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
             for shape, step in zip(shapes, steps, strict=True)
         ],
     )
-    write_text_atomically(out / FILE, json.dumps(asdict(result), indent=1) + "\n")
+    write_json(out / FILE, asdict(result))
     return Outcome(result)
 
 

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from nemo_convert.architecture import Architecture
-from recipes.core.files import write_text_atomically
+from recipes.core.files import write_json
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Input, Inputs, metrics_log
 from recipes.engines.backends import model_folder, require_backend
@@ -84,10 +83,7 @@ def _engine_problems(
 
 def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
     """Starts the models, measures them in turn, and compares."""
-    from recipes.engines import (  # so that the fingerprint knows their code
-        bench_worker,
-        machine_rates,
-    )
+    from recipes.engines import machine_rates
 
     log = metrics_log(out)
     contenders = _contenders(cfg, inputs, out.parent)
@@ -96,11 +92,11 @@ def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
     device = "cuda" if any(c.backend.startswith("tensorrt_llm") for c in contenders) else "cpu"
     threads = cfg.threads or cpu_threads()
     machine = machine_rates.measure(contenders[0].architecture, threads, device)
-    start = partial(start_worker, out.parent / "trtllm_bench", threads, bench_worker.__name__)
+    start = partial(start_worker, out.parent / "trtllm_bench", threads)
     rows = measure(contenders, _shapes(cfg), cfg.repetitions, start, log)
     compared = speedups(rows, contenders, lambda contender: _roof(machine, contender))
     results = BenchmarkResults(machine, rows, compared)
-    write_text_atomically(out / "results.json", json.dumps(asdict(results), indent=1) + "\n")
+    write_json(out / "results.json", asdict(results))
     return Outcome(results)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from recipes.core.files import write_text_atomically
+from recipes.core.files import write_json
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
 from recipes.planning.chain import Chain
@@ -49,7 +48,7 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
     result = PlanResult(
         figures(workloads, hardware, cfg.from_published_config), tables(workloads, hardware)
     )
-    write_text_atomically(out / FILE, json.dumps(asdict(result), indent=1) + "\n")
+    write_json(out / FILE, asdict(result))
     metrics_log(out).progress("plan", 1, 1)
     return Outcome(result)
 

@@ -54,13 +54,14 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     tokens: Counter[str] = Counter()
     heldout: Counter[str] = Counter()
     seen: set[str] = set()
+    fractions = cfg.fractions()
     with PartWriter(out, corpus.PARTS) as writer:
         for name, source in corpus.source_names(cfg.sources).items():
             taken = list(_unique(cfg, source, seen))
             for start in range(0, len(taken), BATCH):
                 batch = taken[start : start + BATCH]
                 for text, ids in zip(batch, encode(batch), strict=True):
-                    part = corpus.part_of(text, cfg.fractions())
+                    part = corpus.part_of(text, fractions)
                     writer.add(part, [*ids, eos])
                     documents[part] += 1
                     tokens[part] += len(ids) + 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
+from recipes.core.statistics import pareto_front
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
@@ -56,11 +57,8 @@ def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
 
 def ranking(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The best first, with those marked that no other beats in both size and proxy."""
-    costs = [(one.parameters, one.proxy) for one in candidates]
-    marked = [
-        replace(one, pareto=not any(a <= x and b <= y and (a, b) != (x, y) for a, b in costs))
-        for one, (x, y) in zip(candidates, costs, strict=True)
-    ]
+    front = pareto_front([(one.parameters, one.proxy) for one in candidates])
+    marked = [replace(one, pareto=i in front) for i, one in enumerate(candidates)]
     return sorted(marked, key=lambda one: one.proxy)
 
 

@@ -7,13 +7,8 @@ from pathlib import Path
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.report.results import ReportResult
-from recipes.report.settings import REPORT_FILE, TEMPLATES, ReportConfig
+from recipes.report.settings import REPORT_FILE, ReportConfig, templates
 from recipes.stages.contract import Stage
-
-
-def external(cfg: ReportConfig) -> dict[str, Path]:
-    """The pages' templates, which the code's fingerprint does not see."""
-    return {"templates": TEMPLATES}
 
 
 def run(cfg: ReportConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -48,7 +43,7 @@ STAGE = Stage(
         "search": ("search_results",),
     },
     needs_torch=False,
-    external=external,
+    external=templates,
 )
 
 if __name__ == "__main__":

@@ -7,21 +7,15 @@ from pathlib import Path
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.report.results import ReportResult
-from recipes.report.search_page import TEMPLATE, page
-from recipes.report.settings import REPORT_FILE, TEMPLATES, SearchReportConfig
+from recipes.report.settings import REPORT_FILE, SearchReportConfig, templates
 from recipes.stages.contract import Stage
-
-
-def external(cfg: SearchReportConfig) -> dict[str, Path]:
-    """The pages' templates, which the code's fingerprint does not see."""
-    return {"templates": TEMPLATES}
 
 
 def run(cfg: SearchReportConfig, inputs: Inputs, out: Path) -> Outcome:
     """Collects the inputs' manifests and renders them."""
-    from recipes.report.format import render_template
+    from recipes.report.search_page import render
 
-    render_template(TEMPLATE, page(cfg, inputs), out / REPORT_FILE)
+    render(cfg, inputs, out / REPORT_FILE)
     metrics_log(out).progress("report", 1, 1)
     return Outcome(ReportResult(REPORT_FILE))
 
@@ -34,7 +28,7 @@ STAGE = Stage(
     inputs={"teacher": ("checkpoint_nemo",), "search": ("search_results",)},
     optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,
-    external=external,
+    external=templates,
 )
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from recipes.planning.chain import Chain
 from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
 from recipes.search.results import Candidate, SearchResult, write_candidates
-from recipes.search.settings import SuccessiveHalvingConfig
+from recipes.search.settings import PROXIES, SuccessiveHalvingConfig
 from recipes.search.space import axes_of, prune_settings
 from recipes.stages.contract import Stage
 
@@ -39,8 +39,8 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
             "use at least one candidate and one window",
         )
         return
-    if cfg.select_by not in ("kl_to_teacher", "perplexity"):
-        yield Problem(rules.SEARCH, f"select_by={cfg.select_by}", "use kl_to_teacher or perplexity")
+    if cfg.select_by not in PROXIES:
+        yield Problem(rules.SEARCH, f"select_by={cfg.select_by}", f"use {' or '.join(PROXIES)}")
     if cfg.distill.resources.devices > 1 and cfg.resources.devices * cfg.resources.nodes > 1:
         yield Problem(
             rules.SEARCH,

@@ -252,7 +252,7 @@ def test_stages_reach_the_conversion() -> None:
 
 
 def test_the_reports_templates_count(root: Path) -> None:
-    [folder] = report.external(ReportConfig()).values()
+    [folder] = report.STAGE.external(ReportConfig()).values()
     assert folder == root / "recipes" / "report" / "templates"
     assert {"report.html.j2", "style.css"} <= external_stamp(folder).keys()
 

@@ -12,9 +12,9 @@ import pytest
 from launch.compare import compare
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest
+from recipes.core.statistics import pareto_front
 from recipes.report.compare import comparison
 from recipes.report.runs import find_runs, paired_difference, read_run
-from recipes.report.trade_offs import pareto_front
 from tests.support.reports import Page, make_run
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
