@@ -28,7 +28,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contenders import (
@@ -44,6 +43,7 @@ from benchmarks.contenders import (
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.files import write_text_atomically
+from recipes.core.screen import screen
 from recipes.core.versions import installed_versions
 
 WARM_UP_STEPS = 2
@@ -52,7 +52,7 @@ LOSS_TOLERANCE = 0.02
 """Largest relative difference of the first step's loss from the reference's on the same batch: the
 rounding of bfloat16. Later losses are shown only, since weights that are themselves bfloat16 learn
 little at first from updates smaller than their spacing."""
-console = Console(highlight=False)
+console = screen()
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contenders import launch, make_inputs, manifest_of
 from benchmarks.students import Student, collect, figures, make_student
 from recipes.core.errors import RecipeError
+from recipes.core.screen import screen
 from recipes.pruning.results import PruneResult
 from recipes.pruning.settings import LAYER_METHODS
 
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/layers"))
     args = parser.parse_args()
     args.base = (args.run_dir or make_inputs()).resolve()
-    out, console = args.out.resolve(), Console(highlight=False, width=120)
+    out, console = args.out.resolve(), screen()
     outcomes = collect(compare(args, out), out / "layers.json", console)
     console.print(draw(outcomes))
 

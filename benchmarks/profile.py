@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from recipes.core.manifest import check_artifact
+from recipes.core.screen import screen
 from recipes.core.stage import REQUEST, Input
 from recipes.distillation import trainer
 from recipes.distillation.settings import DistillConfig
@@ -84,7 +84,7 @@ def main() -> None:
     for part, time in [*times.items(), ("everything else", whole - sum(times.values()))]:
         table.add_row(part, f"{time:.0f}", f"{time / whole:.0%}")
     table.add_row("a step, while profiled", f"{whole:.0f}", "")
-    Console().print(table)
+    screen().print(table)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contenders import launch, make_inputs, manifest_of
@@ -25,6 +24,7 @@ from benchmarks.students import schedule
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_json, write_text_atomically
 from recipes.core.metrics import METRICS, steps_of
+from recipes.core.screen import screen
 from recipes.distillation.results import TrainingResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.report.plots import interval_plot
@@ -202,7 +202,7 @@ def main() -> None:
     args = parser.parse_args()
     base = (args.run_dir or make_inputs()).resolve()
     out = args.out.resolve()
-    console = Console(highlight=False, width=120)
+    console = screen()
     results: dict[str, dict[str, Outcome]] = {"equal tokens": {}, "equal time": {}}
     names = [REFERENCE, *(name for name in args.only if name != REFERENCE)]
     for name in names:

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contenders import LAUNCHER, execute, manifest_of
 from benchmarks.students import Student, collect, figures, make_student
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
+from recipes.core.screen import screen
 from recipes.search.results import Candidate, SearchResult
 from recipes.search.space import AXES, axes_of, prune_settings
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
     parser.add_argument("overrides", nargs="*", help="of the search")
     args = parser.parse_args()
-    out, console = args.out.resolve(), Console(highlight=False, width=140)
+    out, console = args.out.resolve(), screen()
     search = out / "search"
     execute([*LAUNCHER, f"recipe={SEARCH}", f"run_dir={search}", *args.overrides])
     outcomes = collect(compare(search, args, out), out / "shapes.json", console)

@@ -20,7 +20,6 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 
 from launch import commands, lock, schema
 from launch import console as view
@@ -34,9 +33,10 @@ from launch.trackers import open_tracker, require_tracker
 from launch.tracking import SafeTracker, tracked_run
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
+from recipes.core.screen import screen
 from recipes.core.stage import REQUEST, RUN_FILE
 
-console = Console(highlight=False, soft_wrap=True)
+console = screen()
 
 
 @hydra.main(version_base="1.3", config_path=str(schema.CONF), config_name="config")
@@ -152,8 +152,7 @@ def cli() -> int:
 
 
 def _fail(error: Exception) -> int:
-    console_of_errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    console_of_errors.print(f"error: {explain(error)}", markup=False)
+    screen(stderr=True).print(f"error: {explain(error)}", markup=False)
     return 1
 
 
