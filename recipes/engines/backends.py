@@ -35,10 +35,12 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
         return
     for name, choices in (("precision", PRECISIONS), ("kv_cache_dtype", KV_CACHE_DTYPES)):
         if (value := getattr(cfg, name)) not in choices[cfg.backend]:
+            elsewhere = [backend for backend in choices if value in choices[backend]]
             yield Problem(
                 rules.PRECISION,
                 f"{name}={value} is none of {cfg.backend}'s",
-                f"use one of: {', '.join(choices[cfg.backend])}",
+                f"use one of: {', '.join(choices[cfg.backend])}"
+                + "".join(f", or backend={backend}" for backend in elsewhere),
             )
     yield from _length_problems(cfg, chain)
     if cfg.backend == "openvino":

@@ -22,11 +22,7 @@ from recipes.engines.settings import QuantizeConfig
 from recipes.engines.tensorrt_llm import QUANT_ALGOS, quantised_as
 from recipes.evaluation.text_quality import TEACHER, score
 
-FORMATS = {
-    "fp8": mtq.FP8_DEFAULT_CFG,
-    "int8_sq": mtq.INT8_SMOOTHQUANT_CFG,
-    "int4_awq": mtq.INT4_AWQ_CFG,
-}
+FORMATS = {"fp8": mtq.FP8_DEFAULT_CFG, "int4_awq": mtq.INT4_AWQ_CFG}
 
 
 def quantize_folder(

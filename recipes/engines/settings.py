@@ -29,8 +29,8 @@ class BuildEngineConfig(StageConfig):
     backend: str = "openvino"
     """``openvino``, ``tensorrt_llm`` or ``tensorrt_llm_pytorch``."""
     precision: str = "fp32"
-    """Of weights. ``int8`` and ``int4`` are compressed here; ``fp8``, ``int8_sq`` and ``int4_awq``
-    come from a checkpoint that ``quantize`` made."""
+    """Of weights. ``int8`` and ``int4`` are compressed here; ``fp8`` and ``int4_awq`` come from a
+    checkpoint that ``quantize`` made."""
     group_size: int = 64
     """Weights that share a scale, for OpenVINO's ``int4``."""
     kv_cache_dtype: str = "auto"
@@ -58,7 +58,7 @@ class QuantizeConfig(StageConfig):
     """Settings of ``quantize``."""
 
     format: str = "fp8"
-    """``fp8`` (weights and activations), ``int8_sq`` (SmoothQuant), ``int4_awq`` (weights)."""
+    """``fp8`` (weights and activations) or ``int4_awq`` (weights)."""
     kv_cache_dtype: str = "auto"
     """``fp8`` also calibrates scales of the KV cache."""
     seq_length: int = 256

@@ -36,20 +36,22 @@ QUANT_ALGOS = {
     "int8": "W8A16",
     "int4": "W4A16",
     "fp8": "FP8",
-    "int8_sq": "W8A8_SQ_PER_CHANNEL",
     "int4_awq": "W4A16_AWQ",
 }
 """TensorRT-LLM's names; ``hf_quant_config.json`` of a quantised checkpoint uses the same."""
-CALIBRATED = ("fp8", "int8_sq", "int4_awq")
-"""Made by ``quantize``; the others are rounded when the engine is built."""
-ENGINE_PRECISIONS = ("bf16", "fp16", *QUANT_ALGOS)
+CALIBRATED = ("fp8", "int4_awq")
+"""Made by ``quantize``; the others are rounded when the engine is built. SmoothQuant is not among
+them: no layer of TensorRT-LLM reads what ModelOpt writes of it."""
+ENGINE_PRECISIONS = ("bf16", "fp16", "int8", "int4", "fp8")
+"""The engine builder looks for AWQ's scales as ``input_quantizer._pre_quant_scale``, ModelOpt
+writes ``pre_quant_scale``: only the PyTorch backend finds them."""
 PYTORCH_PRECISIONS = ("bf16", "fp8", "int4_awq")
-KV_CACHE_DTYPES = ("auto", "fp8", "int8")
-KV_CACHE_ALGOS = {"fp8": "FP8", "int8": "INT8"}
+KV_CACHE_DTYPES = ("auto", "fp8")
+"""int8 would need scales, which a checkpoint of ModelOpt's may not have for it."""
 
 HEAD_SIZES = (32, 48, 64, 80, 96, 104, 112, 128, 144, 160, 192, 224, 256)
 """What the masked multi-head attention kernels are compiled for."""
-ALIGNMENT = {"int8": 64, "int4": 64, "int8_sq": 64, "int4_awq": 128, "fp8": 16}
+ALIGNMENT = {"int8": 64, "int4": 64, "int4_awq": 128, "fp8": 16}
 """Rows and columns that a rank's quantised matrices must be a multiple of."""
 SETTINGS = "engine.json"
 LLM_OPTIONS = "llm_options.yaml"
@@ -58,8 +60,14 @@ QUANTIZATION = "hf_quant_config.json"
 
 def problems(cfg: BuildEngineConfig, arch: Architecture) -> Iterator[Problem]:
     """Shapes and settings that the builder or its kernels would refuse."""
-    if cfg.kv_cache_dtype == "int8" and cfg.backend == "tensorrt_llm_pytorch":
-        yield Problem(rules.KV_CACHE, "the PyTorch backend has no int8 KV cache", "use auto or fp8")
+    if cfg.backend == "tensorrt_llm" and cfg.kv_cache_dtype == "fp8" and cfg.precision != "fp8":
+        yield Problem(
+            rules.KV_CACHE,
+            f"precision={cfg.precision} with kv_cache_dtype=fp8 leaves the scales of the KV cache "
+            "to the builder, which downloads a data set for them",
+            "use precision=fp8 from a quantize stage, kv_cache_dtype=auto, or "
+            "backend=tensorrt_llm_pytorch",
+        )
     if cfg.backend == "tensorrt_llm" and arch.kv_channels not in HEAD_SIZES:
         yield Problem(
             rules.HEAD_SIZE,
@@ -172,7 +180,7 @@ def build_request(
     if cfg.precision in QUANT_ALGOS:
         quantization["quant_algo"] = QUANT_ALGOS[cfg.precision]
     if cfg.kv_cache_dtype != "auto":
-        quantization["kv_cache_quant_algo"] = KV_CACHE_ALGOS[cfg.kv_cache_dtype]
+        quantization["kv_cache_quant_algo"] = cfg.kv_cache_dtype.upper()
     return {
         "engine_dir": str(out),
         "llm": {
@@ -251,13 +259,21 @@ def prepare_pytorch(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
 
 
 def llm_options(cfg: BuildEngineConfig, positions: int) -> str:
-    """The file for ``--extra_llm_api_options``; JSON, which is YAML too."""
+    """The file for ``--extra_llm_api_options``; JSON, which is YAML too.
+
+    What it says of the KV cache replaces all that ``trtllm-bench`` would say: without the last two,
+    prompts that its warm-up has left in the cache would cost no time.
+    """
     options: dict[str, Any] = {
         "dtype": "bfloat16",
         "max_batch_size": cfg.max_batch_size,
         "max_seq_len": cfg.max_seq_len or positions,
         "max_num_tokens": cfg.max_num_tokens,
-        "kv_cache_config": {"dtype": cfg.kv_cache_dtype},
+        "kv_cache_config": {
+            "dtype": cfg.kv_cache_dtype,
+            "enable_block_reuse": False,
+            "free_gpu_memory_fraction": 0.9,
+        },
     }
     return json.dumps(options, indent=1) + "\n"
 

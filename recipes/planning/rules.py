@@ -156,7 +156,9 @@ EVALUATE = Rule("evaluate", "nothing is measured")
 # Engines and benchmarks
 BACKEND = Rule("backend", "an engine is built by one of the known backends")
 FORMAT = Rule("format", "weights are stored in one of the formats that a backend reads")
-KV_CACHE = Rule("kv-cache", "each backend stores keys and values in few types")
+KV_CACHE = Rule(
+    "kv-cache", "keys and values are stored in few types, and in engines by scales from calibration"
+)
 MAX_SEQ_LEN = Rule("max-seq-len", "an engine cannot serve positions that the model has not")
 MAX_INPUT_LEN = Rule(
     "max-input-len", "a prompt as long as the engine's limit leaves no room for a token"

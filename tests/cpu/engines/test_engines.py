@@ -206,10 +206,7 @@ def aligned(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(folder, text_file, **shape, train=False, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize(
-    ("name", "algorithm"),
-    [("fp8", "FP8"), ("int8_sq", "W8A8_SQ_PER_CHANNEL"), ("int4_awq", "W4A16_AWQ")],
-)
+@pytest.mark.parametrize(("name", "algorithm"), [("fp8", "FP8"), ("int4_awq", "W4A16_AWQ")])
 def test_quantised_checkpoints(
     name: str, algorithm: str, aligned: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -244,8 +241,8 @@ def test_quantised_checkpoints(
         assert weight.dtype == torch.float8_e4m3fn
         # Three bits of mantissa: a sixteenth at most.
         assert ((weight.float() * scale - before).abs() <= before.abs() / 16 + scale / 512).all()
-    if name == "int8_sq":
-        assert weight.dtype == torch.int8
     if name == "int4_awq":
+        # The names that the engine builder does not know: rules are made by them.
+        assert {n.split(".")[-1] for n in after.names() if "quant" in n} == {"pre_quant_scale"}
         assert weight.numel() * 2 == before.numel()
         assert scale.numel() * 128 == before.numel()

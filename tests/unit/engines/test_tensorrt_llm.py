@@ -110,7 +110,7 @@ def test_every_option_of_the_benchmark_exists(backend: str) -> None:
 
 @pytest.mark.parametrize("precision", tensorrt_llm.ENGINE_PRECISIONS)
 def test_every_keyword_of_the_builder_exists(precision: str) -> None:
-    cfg = config(precision=precision, kv_cache_dtype="fp8")
+    cfg = config(precision=precision, kv_cache_dtype="fp8" if precision == "fp8" else "auto")
     request = tensorrt_llm.build_request(cfg, Path("/hf"), Path("/out"), 2048)
     builder = API["engine builder"]
     assert request["llm"].keys() <= set(builder["llm_keywords"])
@@ -147,7 +147,10 @@ def test_options_of_the_pytorch_backend_exist() -> None:
     cfg = config(backend="tensorrt_llm_pytorch", kv_cache_dtype="fp8")
     options = json.loads(tensorrt_llm.llm_options(cfg, 1024))
     assert options.keys() <= set(API["llm options"]["options"])
-    assert options["kv_cache_config"].keys() <= set(API["llm options"]["kv_cache_config"])
+    lost = set(API["options of the benchmark itself"]["kv_cache_config"])
+    known = lost | set(API["llm options"]["kv_cache_config"])
+    assert lost <= options["kv_cache_config"].keys() <= known
+    assert options["kv_cache_config"]["enable_block_reuse"] is False  # or prompts cost nothing
     assert options["max_seq_len"] == 1024
 
 
@@ -215,7 +218,8 @@ def test_shapes_that_kernels_refuse(teacher: Architecture) -> None:
     fits = replace(teacher, kv_channels=64, num_attention_heads=8, num_query_groups=4)
     chain = Chain("teacher", fits, {})
     assert rules(config(), chain) == []
-    assert rules(config(precision="int4_awq"), chain) == []
+    pytorch = config(backend="tensorrt_llm_pytorch", precision="int4_awq")
+    assert rules(pytorch, chain) == []
     odd_head = Chain("teacher", replace(fits, kv_channels=10), {})
     assert rules(config(), odd_head) == ["head-size"]
     assert rules(config(backend="tensorrt_llm_pytorch"), odd_head) == []
@@ -235,7 +239,12 @@ def test_shapes_that_kernels_refuse(teacher: Architecture) -> None:
         ({"backend": "onnx"}, "backend"),
         ({"precision": "fp32"}, "precision"),
         ({"backend": "openvino", "precision": "fp8"}, "precision"),
+        ({"precision": "int8_sq"}, "precision"),
+        ({"precision": "int4_awq"}, "precision"),
         ({"kv_cache_dtype": "u8"}, "precision"),
+        ({"kv_cache_dtype": "int8"}, "precision"),
+        ({"kv_cache_dtype": "fp8"}, "kv-cache"),
+        ({"kv_cache_dtype": "fp8", "precision": "int4"}, "kv-cache"),
         ({"max_seq_len": 2048}, "max-seq-len"),
         ({"max_seq_len": 512, "max_input_len": 512}, "max-input-len"),
         ({"max_batch_size": 0}, "positive"),
@@ -248,6 +257,17 @@ def test_shapes_that_kernels_refuse(teacher: Architecture) -> None:
 def test_settings_are_checked(settings: dict[str, Any], rule: str, teacher: Architecture) -> None:
     chain = Chain("teacher", replace(teacher, kv_channels=64), {})  # 1024 positions
     assert rules(config(**settings), chain) == [rule]
+
+
+def test_what_the_engine_builder_cannot_take_the_other_backend_can(teacher: Architecture) -> None:
+    chain = Chain("teacher", replace(teacher, kv_channels=64, hidden_size=128), {})
+    [awq] = engine_problems(config(precision="int4_awq"), chain)
+    assert "or backend=tensorrt_llm_pytorch" in awq.fix
+    for settings in (
+        {"backend": "tensorrt_llm_pytorch", "kv_cache_dtype": "fp8"},
+        {"precision": "fp8", "kv_cache_dtype": "fp8"},  # its checkpoint has the scales
+    ):
+        assert rules(config(**settings), chain) == []
 
 
 def quantised(folder: Path, algorithm: str | None) -> Path:

@@ -46,6 +46,16 @@ def fields(tree: ast.AST, cls: str) -> set[str]:
     }
 
 
+def maps_tensors(tree: ast.AST, cls: str) -> bool:
+    """Whether a layer says under which names a checkpoint has its tensors."""
+    return any(
+        isinstance(node, ast.ClassDef)
+        and node.name == cls
+        and "tllm_to_externel_key_dict" in set(words(node))
+        for node in ast.walk(tree)
+    )
+
+
 def leaves(entry: Any) -> Iterator[str]:
     """Recorded names."""
     if isinstance(entry, str):
@@ -77,6 +87,9 @@ def differences(root: Path) -> list[str]:
             path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
             defined = set(words(parse(path))) if path.exists() else set()
             found += [f"{module}: {name}" for name in names if name not in defined]
+    tensors = API["ModelOpt's tensors in engines"]
+    layers = parse(root / tensors["file"])
+    found += [f"{cls}: is mapped" for cls in tensors["unmapped"] if maps_tensors(layers, cls)]
     declared = fields(parse(root / API["BuildConfig"]["file"]), "BuildConfig")
     return found + [f"BuildConfig.{f}" for f in API["BuildConfig"]["fields"] if f not in declared]
 
@@ -118,6 +131,11 @@ def test_a_name_that_is_gone_is_found(package: Path) -> None:
         path.write_text(text.replace(name, "renamed"))
         assert f"{title}: {name}" in differences(package)
         path.write_text(text)
+    path = package / API["ModelOpt's tensors in engines"]["file"]
+    text = path.read_text()
+    path.write_text(f"{text}class SmoothQuantLinear:\n    tllm_to_externel_key_dict = {{}}\n")
+    assert differences(package) == ["SmoothQuantLinear: is mapped"]
+    path.write_text(text)
     path = package / "tensorrt_llm/quantization/mode.py"
     path.write_text(path.read_text().replace("QuantAlgo", "QuantAlgorithm"))
     assert "tensorrt_llm.quantization.mode: QuantAlgo" in differences(package)
