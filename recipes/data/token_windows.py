@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -10,29 +10,6 @@ from typing import Self
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-
-from recipes.core.errors import RecipeError
-
-Encode = Callable[[list[str]], list[list[int]]]
-
-
-def load_tokenizer(folder: Path) -> tuple[Encode, int]:
-    """Returns a batch encoder without special tokens, and the end-of-text token.
-
-    Raises:
-        RecipeError: The tokenizer names no end-of-text token.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.eos_token_id is None:
-        raise RecipeError(f"the tokenizer in {folder} has no eos_token.")
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return ids
-
-    return encode, tokenizer.eos_token_id
 
 
 def prefix(artifact: Path, part: str) -> Path:

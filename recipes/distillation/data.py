@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
+from recipes.data.results import DatasetResult
 from recipes.data.token_windows import count_windows, prefix, read_tokens, window, window_order
 from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.settings import TrainingConfig
@@ -109,9 +110,10 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         cls, cfg: TrainingConfig, data: Input, tokenizer: Any, cache: TeacherCache | None
     ) -> TrainingData:
         """The data that a training stage's config asks for."""
+        end = data.manifest.result(DatasetResult).document_end
         return cls(
             data.artifact,
-            end=tokenizer.eos_id if cfg.mask_document_ends else None,
+            end=(tokenizer.eos_id if end is None else end) if cfg.mask_document_ends else None,
             cache=cache,
             tokenizer=tokenizer,
             seq_length=cfg.seq_length,

@@ -43,12 +43,13 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Tokenizes all sources; each document ends with the end-of-text token."""
+    """Tokenizes all sources, each document with the marks of its beginning and end."""
     from nemo_convert.nemo import find_checkpoint, side_files
-    from recipes.data.token_windows import PartWriter, load_tokenizer
+    from recipes.data.token_windows import PartWriter
+    from recipes.data.tokenizer import load_tokenizer
 
     side = side_files(find_checkpoint(inputs["tokenizer"].artifact))
-    encode, eos = load_tokenizer(side)
+    tokenizer = load_tokenizer(side, cfg.document_end)
     log = metrics_log(out)
     documents: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
@@ -60,12 +61,12 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
             taken = list(_unique(cfg, source, seen))
             for start in range(0, len(taken), BATCH):
                 batch = taken[start : start + BATCH]
-                for text, ids in zip(batch, encode(batch), strict=True):
+                for text, ids in zip(batch, tokenizer.encode(batch), strict=True):
                     part = corpus.part_of(text, fractions)
-                    writer.add(part, [*ids, eos])
+                    writer.add(part, ids)
                     documents[part] += 1
-                    tokens[part] += len(ids) + 1
-                    heldout[name] += (len(ids) + 1) * (part == "heldout")
+                    tokens[part] += len(ids)
+                    heldout[name] += len(ids) * (part == "heldout")
                 log.progress("tokenize", start + len(batch), len(taken), source=source)
     _require_windows(tokens, cfg.seq_length)
     return Outcome(
@@ -74,6 +75,8 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
             dict(tokens),
             cfg.sources,
             [SourceTokens(name, n) for name, n in heldout.items()],
+            tokenizer.begin,
+            tokenizer.end,
         ),
         tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256,
     )

