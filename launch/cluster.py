@@ -27,6 +27,15 @@ class Cluster:
     """Names of variables to pass on, for secrets: their values are never written anywhere."""
 
 
+def layout_variables(stage: PlannedStage) -> dict[str, str]:
+    """What the layout of a stage's model wants, unless the user says otherwise."""
+    connections = stage.chain.hardware.cuda_device_max_connections
+    if connections is None or stage.workload is None:
+        return {}
+    split = max(stage.workload.layout.tensor, stage.workload.layout.context) > 1
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)} if split else {}
+
+
 ClusterT = TypeVar("ClusterT", bound=Cluster)
 
 

@@ -40,6 +40,13 @@ def cluster_problems(cluster: DictConfig) -> Iterator[Problem]:
     """Checks where the stages will run, as far as it can be seen from here."""
     if cluster.executor == LOCAL:
         yield from _stack_problems()
+    shared = cluster.executor == SLURM and not cluster.get("exclusive")
+    if shared and cluster.get("cpus_per_task") is None:
+        yield Problem(
+            rules.CPUS_PER_TASK,
+            "cluster.cpus_per_task is not set",
+            "set it to the cores of a node that its processes may use",
+        )
     for name, image in (cluster.get("images") or {}).items():
         if image is not None and not _is_there(str(image), str(cluster.executor)):
             yield Problem(

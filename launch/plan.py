@@ -73,7 +73,7 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
         configs[name] = stage_of(config).resolve_from_chain(config, chain)
     planned: dict[str, PlannedStage] = {}
     for name in order:
-        stage = _plan_stage(name, configs[name], run_dir, planned, force)
+        stage = _plan_stage(name, configs[name], run_dir / name, planned, force, chain)
         if name in wanted or _is_input(name, wanted, configs):
             _require_unchanged(stage)
         if name in wanted and name not in force:
@@ -179,12 +179,12 @@ def _order(configs: Mapping[str, StageConfig]) -> list[str]:
 def _plan_stage(
     name: str,
     config: StageConfig,
-    run_dir: Path,
+    directory: Path,
     planned: Mapping[str, PlannedStage],
     force: set[str],
+    chain: Chain,
 ) -> PlannedStage:
     spec = stage_of(config)
-    directory = run_dir / name
     inputs = _resolve_inputs(name, config, planned)
     code = stage_code([config.stage, *spec.starts])
     fingerprint = stage_fingerprint(
@@ -193,7 +193,9 @@ def _plan_stage(
         {key: ref.fingerprint for key, ref in inputs.items()},
         {key: external_stamp(path) for key, path in spec.external(config).items()},
     )
-    stage = PlannedStage(name, directory, config, inputs, code, fingerprint, SKIP, "complete")
+    stage = PlannedStage(
+        name, directory, config, inputs, code, fingerprint, SKIP, "complete", chain
+    )
     upstream = [planned[s] for s in config.inputs.values() if s in planned]
     rerun = [other.name for other in upstream if other.action != SKIP]
     action, reason = status(stage, rerun, forced=name in force)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.files import REPO_ROOT
 from recipes.core.stage import StageConfig
+from recipes.planning.chain import Chain
+from recipes.planning.workload import Workload
 from recipes.stages.contract import Stage
 
 
@@ -38,6 +40,7 @@ class PlannedStage:
     fingerprint: str
     action: str
     reason: str
+    chain: Chain = field(repr=False, compare=False)
 
     @property
     def stage(self) -> Stage[Any]:
@@ -48,6 +51,16 @@ class PlannedStage:
     def module(self) -> str:
         """What is started."""
         return module_of(self.config.stage)
+
+    @property
+    def workload(self) -> Workload | None:
+        """Its training or pass over text; ``None`` for any other stage."""
+        return self.chain.workloads.get(self.name)
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether it uses GPUs where there are some."""
+        return self.stage.needs_gpu(self.config, self.chain)
 
     def request(self) -> dict[str, Any]:
         """Content of the stage's ``config.yaml``."""

@@ -6,10 +6,11 @@ Everything is mounted where it is outside, so that no path has to be translated.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.cluster import Cluster
+from launch.cluster import Cluster, layout_variables
 from launch.plan import Plan
 from launch.planned import PlannedStage, stage_names
 from recipes.core.errors import RecipeError, did_you_mean
@@ -17,12 +18,16 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.wheels import cache_dir
 
 DEFAULT = "default"
+NUMA_BINDINGS = ("node", "socket", "exclusive", "core-complex")
 MOUNTABLE = re.compile(r"/[\w./@+=-]+")
 
 
 @dataclass
 class Containers(Cluster):
     """Settings of an executor that runs stages in containers."""
+
+    numa_binding: str | None = None
+    """For torchrun's ``--numa-binding``, such as ``node``: each rank on the cores near its GPU."""
 
     images: dict[str, str | None] = field(default_factory=dict)
     """Image by stage module, such as ``build_engine``; ``default`` for all others."""
@@ -50,12 +55,15 @@ def require_usable(plan: Plan, cluster: Containers) -> None:
     """Checks what preflight does not: which stages images are for, and the paths' names.
 
     Raises:
-        RecipeError: An image is for no stage, or a path cannot be mounted.
+        RecipeError: An image is for no stage, ranks cannot be bound that way, or a path cannot be
+            mounted.
     """
-    known = [DEFAULT, *stage_names()]
-    for name in cluster.images:
-        if name not in known and (near := did_you_mean(name, known)):
-            raise RecipeError(f"cluster.images.{name} is for no stage.{near}")
+    require_stages("images", cluster.images, DEFAULT)
+    if cluster.numa_binding not in (None, *NUMA_BINDINGS):
+        raise RecipeError(
+            f"cluster.numa_binding={cluster.numa_binding} is none of torchrun's.",
+            f"use one of: {', '.join(NUMA_BINDINGS)}, or null",
+        )
     for stage in plan.todo():
         for mount in mounts_of(stage, cluster):
             if not MOUNTABLE.fullmatch(str(mount.path)):
@@ -64,6 +72,15 @@ def require_usable(plan: Plan, cluster: Containers) -> None:
                     "character that mount options cannot hold.",
                     "work in a folder with a plain name",
                 )
+
+
+def require_stages(setting: str, names: Iterable[str], *others: str) -> None:
+    """Raises ``RecipeError`` if a setting by stage is for none."""
+    known = [*others, *stage_names()]
+    for name in names:
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise RecipeError(f"cluster.{setting}.{name} is for no stage.{near}")
 
 
 def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
@@ -91,10 +108,17 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
 def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
     """Variables in the container: a home that is writable and kept between runs, and the user's."""
     cache = str(cache_dir().absolute())
+    at_home = {
+        "HOME": cache,
+        # Inductor asks for the name of its user, whom the image need not know.
+        "USER": "nemo-recipes",
+        "TORCHINDUCTOR_CACHE_DIR": f"{cache}/torchinductor",
+    }
     return {
         "PYTHONPATH": str(REPO_ROOT),
-        "HOME": cache,
+        **(at_home if image_of(stage, cluster) else {}),
         "NEMO_RECIPES_CACHE": cache,
+        **layout_variables(stage),
         **cluster.env,
         **stage.config.resources.env,
     }

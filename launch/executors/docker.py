@@ -62,7 +62,7 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
     env = {**foreground.environment(stage, cluster), **container.environment(cluster, stage)}
     return [
         ["docker", "run", "--rm", f"--name={container_name(stage)}"],
-        [f"--gpus={cluster.gpus}"] if cluster.gpus else [],
+        [f"--gpus={cluster.gpus}"] if cluster.gpus and stage.needs_gpu else [],
         # Data loaders and NCCL share memory; NCCL pins some, and CUDA needs the stack.
         ["--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"],
         [f"--user={os.getuid()}:{os.getgid()}", f"--workdir={os.getcwd()}"],
@@ -71,7 +71,7 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
         [f"--env={name}" for name in cluster.pass_env],  # docker takes the value by itself
         list(cluster.options),
         [str(container.image_of(stage, cluster))],
-        foreground.command(stage, cluster.python),
+        foreground.command(stage, cluster.python, cluster.numa_binding),
     ]
 
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
-from launch.cluster import Cluster, Follow
+from launch.cluster import Cluster, Follow, layout_variables
 from launch.console import Follower
 from launch.executors.slurm_queue import active_jobs
 from launch.logs import ERROR, LOGS, reason
@@ -50,10 +50,11 @@ def require_one_machine(plan: Plan, cluster: Cluster) -> None:
             )
 
 
-def command(stage: PlannedStage, python: str) -> list[str]:
+def command(stage: PlannedStage, python: str, numa_binding: str | None = None) -> list[str]:
     """A stage's command line on one machine."""
     devices = stage.config.resources.devices
-    return start_command(stage.module, stage.directory / REQUEST, devices, python)
+    options = [f"--numa-binding={numa_binding}"] if numa_binding and stage.needs_gpu else []
+    return start_command(stage.module, stage.directory / REQUEST, devices, python, options)
 
 
 def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
@@ -66,6 +67,7 @@ def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
         "PYTHONPATH": str(REPO_ROOT),
         "OMP_NUM_THREADS": str(cores),
         **alone,
+        **layout_variables(stage),
         **cluster.env,
         **stage.config.resources.env,
     }

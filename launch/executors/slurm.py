@@ -30,6 +30,7 @@ POLL_SECONDS = 2.0
 def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
     """Refuses bad settings, and takes over the jobs of this run that still run or wait."""
     container.require_usable(plan, cluster)
+    container.require_stages("mpi", cluster.mpi)
     if problems := list(settings_problems(plan.todo(), cluster)):
         raise RecipeError("\n".join(problems))
     return _adopt(plan)

@@ -13,7 +13,12 @@ from typing import Any
 
 from launch.executors import container
 from launch.executors.slurm_queue import RECORD, read_jobs
-from launch.executors.slurm_settings import SlurmConfig, time_limit
+from launch.executors.slurm_settings import (
+    SlurmConfig,
+    margin_seconds,
+    takes_whole_nodes,
+    time_limit,
+)
 from launch.plan import Plan
 from launch.planned import PlannedStage
 from launch.staleness import ADOPT, SKIP
@@ -24,8 +29,6 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
     """The text of a stage's job."""
     image = container.image_of(stage, cluster)
     env = container.environment(cluster, stage)
-    if not image:
-        del env["HOME"]
     manifest = read_manifest(stage.directory)
     old = manifest is not None and manifest.fingerprint == stage.fingerprint
     return _render(
@@ -51,7 +54,9 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         pass_env=cluster.pass_env,
         python=shlex.quote(cluster.python or ("python" if image else sys.executable)),
         cpus_per_task=cluster.cpus_per_task,
-        margin_seconds=cluster.margin_seconds,
+        mpi=cluster.mpi.get(stage.config.stage) if stage.needs_gpu else None,
+        numa_binding=cluster.numa_binding if stage.needs_gpu else None,
+        margin_seconds=margin_seconds(stage, cluster),
         max_requeues=cluster.max_requeues,
     )
 
@@ -63,16 +68,19 @@ def job_name(stage: PlannedStage) -> str:
 
 
 def _sbatch_options(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
-    for name in ("partition", "account", "qos"):
-        if value := getattr(cluster, name):
-            yield f"--{name}={value}"
-    if cluster.gpus != "none":
+    partition = cluster.partition
+    if cluster.cpu_partition and not stage.needs_gpu:
+        partition = cluster.cpu_partition
+    named = {"partition": partition, "account": cluster.account, "qos": cluster.qos}
+    yield from (f"--{name}={value}" for name, value in named.items() if value)
+    if cluster.gpus != "none" and stage.needs_gpu:
         option = "gpus-per-node=" if cluster.gpus == "gpus-per-node" else "gres=gpu:"
         yield f"--{option}{stage.config.resources.devices}"
     if cluster.cpus_per_task:
         yield f"--cpus-per-task={cluster.cpus_per_task}"
-    if cluster.exclusive:
+    if takes_whole_nodes(stage, cluster):
         yield "--exclusive"
+        yield "--mem=0"
     yield from cluster.sbatch
     yield from stage.config.resources.sbatch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -10,8 +11,11 @@ from dataclasses import dataclass, field
 from launch.executors.container import Containers
 from launch.planned import PlannedStage
 from recipes.planning.budget import slurm_seconds
+from recipes.planning.estimate import stopping_seconds
 
 PLAIN = re.compile(r"[\w./@+=-]+")
+LEAST_MARGIN = 300
+"""Seconds: what an estimate of a small training leaves out does not get small with it."""
 GPU_OPTIONS = ("gpus-per-node", "gres", "none")
 
 
@@ -25,15 +29,22 @@ class SlurmConfig(Containers):
     qos: str | None = None
     time: str = "04:00:00"
     """Limit of one job, ``HH:MM:SS`` or ``D-HH:MM:SS``; ``resources.time`` for one stage."""
-    margin_seconds: int = 300
-    """Training stops and saves this long before the limit: more than a step and a checkpoint."""
+    cpu_partition: str | None = None
+    """For stages that use no GPU; ``partition`` by default."""
+    margin_seconds: int | None = None
+    """Training stops and saves this long before the limit; by default what the planner says that
+    two steps, a validation and a checkpoint take, and ``LEAST_MARGIN`` at least."""
     max_requeues: int = 20
     """How often a stage that was stopped by the clock is started again."""
     gpus: str = "gpus-per-node"
     """How GPUs are asked for: ``gpus-per-node``, ``gres``, or ``none`` where nodes come whole."""
     cpus_per_task: int | None = None
     """CPUs of a node's processes, all together."""
-    exclusive: bool = False
+    exclusive: bool | None = None
+    """Whether jobs take whole nodes, with all of their memory; by default those of several ranks
+    do."""
+    mpi: dict[str, str | None] = field(default_factory=dict)
+    """For ``srun --mpi``, by stage module, where it starts TensorRT-LLM."""
     sbatch: list[str] = field(default_factory=list)
     """Further options of sbatch; ``resources.sbatch`` for one stage."""
     python: str | None = None
@@ -52,7 +63,7 @@ def settings_problems(stages: Iterable[PlannedStage], cluster: SlurmConfig) -> I
 def _cluster_problems(cluster: SlurmConfig) -> Iterator[str]:
     if cluster.gpus not in GPU_OPTIONS:
         yield f"cluster.gpus={cluster.gpus}\n  fix: use one of: {', '.join(GPU_OPTIONS)}"
-    for name in ("partition", "account", "qos"):
+    for name in ("partition", "cpu_partition", "account", "qos"):
         value = getattr(cluster, name)
         if value is not None and not re.fullmatch(r"[\w.,@+=-]+", value):
             yield f"cluster.{name}='{value}' is not a name\n  fix: give a name without spaces"
@@ -79,11 +90,11 @@ def _stage_problems(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
             f"{key}={time_limit(stage, cluster)} is not a time\n"
             "  fix: write HH:MM:SS or D-HH:MM:SS, in quotes in a YAML file"
         )
-    elif limit <= cluster.margin_seconds:
+    elif limit <= (margin := margin_seconds(stage, cluster)):
         yield (
-            f"{key}={time_limit(stage, cluster)} is not longer than "
-            f"cluster.margin_seconds={cluster.margin_seconds}\n"
-            "  fix: raise the one or lower the other"
+            f"{key}={time_limit(stage, cluster)} is not longer than the {margin} s before it in "
+            f"which {stage.name} stops\n"
+            "  fix: raise it, or set cluster.margin_seconds"
         )
     for option in (*cluster.sbatch, *resources.sbatch):
         if not option.startswith("--") or "\n" in option:
@@ -101,3 +112,19 @@ def _stage_problems(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
 def time_limit(stage: PlannedStage, cluster: SlurmConfig) -> str:
     """Limit of the stage's job."""
     return cluster.time if stage.config.resources.time is None else stage.config.resources.time
+
+
+def margin_seconds(stage: PlannedStage, cluster: SlurmConfig) -> int:
+    """How long before its limit a job's work stops."""
+    if cluster.margin_seconds is not None:
+        return cluster.margin_seconds
+    job = stage.workload
+    need = stopping_seconds(job, stage.chain.hardware) if job is not None else 0
+    return max(LEAST_MARGIN, math.ceil(need))
+
+
+def takes_whole_nodes(stage: PlannedStage, cluster: SlurmConfig) -> bool:
+    """Whether no other job may be on the nodes of the stage's job."""
+    resources = stage.config.resources
+    several = resources.nodes * resources.devices > 1
+    return several if cluster.exclusive is None else cluster.exclusive

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 
 
-def start_command(module: str, config: Path, devices: int, python: str) -> list[str]:
+def start_command(
+    module: str, config: Path, devices: int, python: str, options: Sequence[str] = ()
+) -> list[str]:
     """Starts a stage on one machine; several ranks with torchrun, which takes seconds to import.
 
     Args:
@@ -18,8 +21,10 @@ def start_command(module: str, config: Path, devices: int, python: str) -> list[
         config: Its ``config.yaml``.
         devices: Number of ranks.
         python: The interpreter.
+        options: More of torchrun's.
     """
-    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", "-m"]
+    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+    several += [*options, "-m"]
     return [python, "-m", *(several if devices > 1 else []), module, "--config", str(config)]
 
 

@@ -13,7 +13,7 @@ from recipes.distillation.settings import PRECISIONS, RECOMPUTE_GRANULARITIES, T
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
-from recipes.planning.workload import Layout, Workload
+from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
 CHECKPOINTS = "checkpoints"
 """Directory in a stage's work that holds the checkpoints it can resume from."""
@@ -76,13 +76,14 @@ def training_workload(
         steps=cfg.max_steps,
         bf16=cfg.precision == "bf16-mixed",
         gradient_bytes=4 if cfg.grad_reduce_in_fp32 else 2,
+        validation_batches=cfg.limit_val_batches,
         terms=terms,
     )
 
 
 def training_bytes(cfg: TrainingConfig, parameters: int) -> int:
-    """The trained model and its checkpoints (14 bytes a parameter), one of them in flight."""
-    return parameters * (4 + 14 * (cfg.keep_checkpoints + 1))
+    """The trained model and its checkpoints, one of them in flight."""
+    return parameters * (4 + CHECKPOINT_BYTES * (cfg.keep_checkpoints + 1))
 
 
 def training_progress(work: Path) -> str | None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from nemo_convert.architecture import Architecture
 from nemo_convert.pipeline import pipeline_split
 from recipes.planning.hardware import Hardware
-from recipes.planning.workload import Layout, Workload
+from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
 CHUNK_BYTES = 512 << 20
 """A float32 buffer of the loss on a GPU; see ``distillation.losses``."""
@@ -29,6 +29,9 @@ FRAGMENTATION = 1.05
 """Memory that an allocator holds for what is used; an assumption."""
 OPTIMIZER_TRAFFIC = 30
 """Bytes that an Adam step reads and writes for a parameter."""
+
+STORAGE_BYTES_PER_SECOND = 5e8
+"""Of a checkpoint on its way to shared storage, from all ranks together; an assumption."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,21 @@ def _update_seconds(job: Workload, hardware: Hardware) -> tuple[float, float]:
     sent = parameters * (job.gradient_bytes + 2) * (replicas - 1) / replicas
     shards = replicas if hardware.on_gpu else 1
     return sent / wire, parameters * OPTIMIZER_TRAFFIC / shards / hardware.bytes_per_second
+
+
+def stopping_seconds(job: Workload, hardware: Hardware) -> float:
+    """What a training may take to stop once its time is up.
+
+    The step that it is in and one more, a validation between them, and a checkpoint. A pass of a
+    teacher keeps what it has done, so it stops at once.
+    """
+    if job.trained is None:
+        return 0.0
+    step = step_seconds(job, hardware).total
+    models = [arch for arch, _ in _passes(job)]
+    forward = sum(forward_flops(arch, job.seq_length) for arch in models) / flops_per_token(job)
+    save = CHECKPOINT_BYTES * job.trained.parameters() / STORAGE_BYTES_PER_SECOND
+    return step * (2 + job.validation_batches * forward) + save
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,11 @@ TIME_LIMIT = Rule(
 )
 IMAGE = Rule("image", "a container that is not there fails every job of the chain")
 MOUNTS = Rule("mounts", "a path that is not mounted is not there for the stage")
+CPUS_PER_TASK = Rule(
+    "cpus-per-task",
+    "Slurm gives a job that shares its nodes one core for all processes of a node",
+    severity=WARNING,
+)
 HARDWARE_PROFILE = Rule(
     "hardware-profile",
     "memory and time are estimated for the machine that was named, not for the one found",

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from nemo_convert.architecture import Architecture
-from recipes.planning.estimate import Estimate, Memory, Step, estimate, forward_flops
+from recipes.planning.estimate import (
+    Estimate,
+    Memory,
+    Step,
+    estimate,
+    forward_flops,
+    stopping_seconds,
+)
 from recipes.planning.hardware import Hardware
 from recipes.planning.layouts import proposals
 from recipes.planning.results import Cell, Table
@@ -41,7 +48,7 @@ def figures(
 def tables(jobs: Mapping[str, Workload], hardware: Hardware) -> list[Table]:
     """Models, memory, time and cost of every job, and cheaper layouts of the last training."""
     found = {name: (job, estimate(job, hardware)) for name, job in jobs.items()}
-    made = [_models(jobs), _memory(found, hardware), _time(found), _cost(found, hardware)]
+    made = [_models(jobs), _memory(found, hardware), _time(found, hardware), _cost(found, hardware)]
     trainings = [(name, job) for name, job in jobs.items() if job.trained is not None]
     if trainings and hardware.on_gpu:
         made.append(_layouts(*trainings[-1], hardware))
@@ -91,18 +98,19 @@ def _memory(found: Mapping[str, tuple[Workload, Estimate]], hardware: Hardware) 
     )  # fmt: skip
 
 
-def _time(found: Mapping[str, tuple[Workload, Estimate]]) -> Table:
+def _time(found: Mapping[str, tuple[Workload, Estimate]], hardware: Hardware) -> Table:
     rows = [
         [
             name,
             *(f"{getattr(e.step, part):.3g}" for part in STEP_PARTS),
             f"{e.step.total:.3g}",
             f"{e.tokens_per_second:,.0f}",
+            f"{stopping_seconds(job, hardware):.3g}",
         ]
-        for name, (_, e) in found.items()
+        for name, (job, e) in found.items()
     ]
     parts = [part.replace("_", " ") for part in STEP_PARTS]
-    return Table("Seconds of a step", ["stage", *parts, "total", "tokens/s"], rows)
+    return Table("Seconds of a step", ["stage", *parts, "total", "tokens/s", "to stop"], rows)
 
 
 def _cost(found: Mapping[str, tuple[Workload, Estimate]], hardware: Hardware) -> Table:

@@ -56,6 +56,10 @@ LAYOUT_FIELDS = {
 """Sizes of a layout, and what a training's config calls them."""
 
 
+CHECKPOINT_BYTES = 14
+"""Of a parameter in a checkpoint to resume from: bfloat16, main weights and Adam's two moments."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """One training, or one pass of a teacher over text."""
@@ -71,6 +75,8 @@ class Workload:
     steps: int
     bf16: bool = True
     gradient_bytes: int = 4
+    validation_batches: int = 0
+    """Global batches of a validation."""
     terms: int = 1
     """Terms of the loss on logits, each of which keeps a gradient as wide as the vocabulary."""
 

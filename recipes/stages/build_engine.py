@@ -77,6 +77,7 @@ STAGE = Stage(
     one_rank="the builder starts what it needs by itself",
     inputs={"checkpoint": ("checkpoint_hf", "checkpoint_nemo")},
     optional_inputs={"data": ("dataset",)},
+    needs_gpu=lambda config, chain: config.backend != "openvino",
     disk_bytes=disk_bytes,
     require_here=require_here,
 )

@@ -63,6 +63,8 @@ class Stage(Generic[ConfigT]):
     """Stages that it starts as processes of their own, whose code is then a part of its own."""
     needs_torch: bool = True
     """Without it, no torchrun starts the stage where it starts every other one."""
+    needs_gpu: Callable[[ConfigT, Chain], bool] = lambda config, chain: True
+    """Whether it uses GPUs where there are some; without, its job and its container get none."""
     external: Callable[[ConfigT], Mapping[str, Path]] = lambda config: {}
     """Files from outside of the run that the result depends on."""
     disk_bytes: Callable[[ConfigT, Chain], int] = lambda config, chain: 0

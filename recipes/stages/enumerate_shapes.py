@@ -89,6 +89,7 @@ STAGE = Stage(
     one_rank="it only counts",
     optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,
+    needs_gpu=lambda config, chain: False,
 )
 
 if __name__ == "__main__":

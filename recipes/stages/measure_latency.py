@@ -115,6 +115,7 @@ STAGE = Stage(
     check=check,
     one_rank="each engine runs in a process that it starts",
     inputs={"checkpoint": ("checkpoint_nemo",)},
+    needs_gpu=lambda config, chain: config.engine.backend != "openvino",
     disk_bytes=disk_bytes,
     resolve_from_chain=resolve_from_chain,
     require_here=require_here,

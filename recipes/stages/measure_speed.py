@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nemo_convert.architecture import Architecture
 from recipes.core.files import write_json
-from recipes.core.manifest import Outcome
+from recipes.core.manifest import Outcome, manifest_of
 from recipes.core.stage import Input, Inputs, metrics_log
 from recipes.engines.backends import model_folder, require_backend
 from recipes.engines.bench import (
@@ -79,6 +79,16 @@ def _engine_problems(
                 f"{field_name} has {value}, more than {limit}={allowed} of {name}",
                 f"lower {field_name}, or raise {limit}",
             )
+
+
+def needs_gpu(cfg: MeasureSpeedConfig, chain: Chain) -> bool:
+    """Whether an engine is TensorRT-LLM's; one of another run says so in its manifest."""
+    sources = [cfg.inputs[f"{role}_engine"] for role in ROLES]
+    inside = [chain.stages.get(source) for source in sources]
+    backends = [engine.backend for engine in inside if isinstance(engine, BuildEngineConfig)]
+    outside = [manifest for source in sources if (manifest := manifest_of(source))]
+    backends += [manifest.config["backend"] for manifest in outside]
+    return any(backend != "openvino" for backend in backends)
 
 
 def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -149,6 +159,7 @@ STAGE = Stage(
         "teacher_engine": ("engine",),
         "student_engine": ("engine",),
     },
+    needs_gpu=needs_gpu,
 )
 
 if __name__ == "__main__":

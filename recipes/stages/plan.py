@@ -59,6 +59,7 @@ STAGE = Stage(
     run=run,
     one_rank="it is arithmetic",
     needs_torch=False,
+    needs_gpu=lambda config, chain: False,
     plans_workloads=True,
     resolve_from_chain=resolve_from_chain,
 )

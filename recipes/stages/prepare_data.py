@@ -108,6 +108,7 @@ STAGE = Stage(
     check=check,
     one_rank="its files are written by one process",
     inputs={"tokenizer": ("checkpoint_nemo",)},
+    needs_gpu=lambda config, chain: False,
     external=external,
 )
 

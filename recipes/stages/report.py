@@ -43,6 +43,7 @@ STAGE = Stage(
         "search": ("search_results",),
     },
     needs_torch=False,
+    needs_gpu=lambda config, chain: False,
     external=templates,
 )
 

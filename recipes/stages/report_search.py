@@ -28,6 +28,7 @@ STAGE = Stage(
     inputs={"teacher": ("checkpoint_nemo",), "search": ("search_results",)},
     optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,
+    needs_gpu=lambda config, chain: False,
     external=templates,
 )
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from launch.executor import executor_of
-from launch.executors import docker, slurm_scripts
-from launch.executors.container import mounts_of
+from launch.executors import container, docker, foreground, slurm_scripts
+from launch.executors.container import Containers, mounts_of
 from launch.executors.slurm_queue import Job, job_states, read_jobs
-from launch.executors.slurm_settings import SlurmConfig
+from launch.executors.slurm_settings import LEAST_MARGIN, SlurmConfig
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.core.wheels import cache_dir
 from recipes.planning.budget import slurm_seconds
+from recipes.planning.estimate import stopping_seconds
+from recipes.planning.hardware import Hardware
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -37,8 +42,9 @@ TWO_NODES = (
     "cluster.partition=batch",
     "cluster.account=research",
     "cluster.qos=long",
-    "cluster.exclusive=true",
-    'cluster.sbatch=["--mem=0"]',
+    'cluster.sbatch=["--reservation=night"]',
+    "cluster.numa_binding=node",
+    "hardware=h100",
     "cluster.cpus_per_task=32",
     "+cluster.env.NCCL_SOCKET_IFNAME=ib0",
     "+cluster.env.WORDS='it is $HOME'",
@@ -146,6 +152,105 @@ def test_a_stage_without_torch_is_started_without_it(prepared: Prepared) -> None
     assert "-m recipes.stages.plan --config" in scripts["plan"]
 
 
+def test_only_stages_that_use_gpus_get_them(prepared: Prepared) -> None:
+    """Engines of TensorRT-LLM are built and timed on one, with MPI; OpenVINO's are not."""
+    for engine, on_gpu in (("openvino", False), ("tensorrt_llm", True)):
+        site = ("cluster=slurm", "cluster.partition=gpu", "cluster.cpu_partition=cpu")
+        plan, cluster = prepared(*site, f"engine={engine}")
+        scripts = {s.name: slurm_scripts.job_script(s, cluster) for s in plan.stages}
+        without = {"plan", "prepare_data", "report"}
+        engines = {"build_engine", "build_teacher_engine", "measure_speed"}
+        for name, text in scripts.items():
+            wanted = name not in without and (on_gpu or name not in engines)
+            assert ("--gpus-per-node" in text) == wanted, name
+            assert f"--partition={'gpu' if wanted else 'cpu'}\n" in text
+            assert ("--mpi=pmix" in text) == (on_gpu and name in engines), name
+    made, docker_cluster = prepared("cluster=docker")
+    for name, words in (("report", []), ("prune", ["--gpus=all"])):
+        assert docker.command(stage_of(made, name), docker_cluster)[1] == words  # type: ignore[arg-type]
+
+
+def test_engines_of_other_runs_say_what_they_need(
+    prepared: Prepared, plan: MakePlan, complete: Callable[..., None], tmp_path: Path
+) -> None:
+    complete(plan("engine=openvino"))
+    other = (tmp_path / "run" / "build_teacher_engine").rename(tmp_path / "other")
+    inputs = f"stages.measure_speed.inputs.teacher_engine={other}"
+    settings = ("engine=openvino", inputs, "~stages.build_teacher_engine")
+    for backend, on_gpu in (("openvino", False), ("tensorrt_llm", True)):
+        manifest = json.loads((other / "manifest.json").read_text())
+        manifest["config"]["backend"] = backend
+        (other / "manifest.json").write_text(json.dumps(manifest))
+        made, _ = prepared("cluster=slurm", *settings)
+        assert stage_of(made, "measure_speed").needs_gpu == on_gpu
+
+
+def test_whole_nodes_are_taken_by_stages_of_several_ranks(prepared: Prepared) -> None:
+    for exclusive, whole in (("null", False), ("true", True)):
+        plan, cluster = prepared("cluster=slurm", f"cluster.exclusive={exclusive}")
+        text = slurm_scripts.job_script(stage_of(plan, "distill"), cluster)
+        assert ("#SBATCH --exclusive\n#SBATCH --mem=0\n" in text) == whole
+        assert any(note.rule.name == "cpus-per-task" for note in plan.notes) != whole
+
+
+def test_training_stops_early_enough_for_what_it_has_to_do(prepared: Prepared) -> None:
+    """From the planner, unless that is little, or the user says how long."""
+    for margin, flops in (("null", 9.89e14), ("null", 1e10), ("30", 1e10)):
+        plan, cluster = prepared(
+            *("cluster=slurm", f"cluster.margin_seconds={margin}", "cluster.time=9-00:00:00"),
+            *("hardware=h100", f"hardware.flops_per_second={flops}"),
+            "stages.distill.limit_val_batches=3",
+        )
+        job = stage_of(plan, "distill").workload
+        assert job is not None
+        assert job.validation_batches == 3
+        planned = math.ceil(stopping_seconds(job, plan.chain.hardware))
+        assert (planned > LEAST_MARGIN) == (flops < 1e14)
+        expected = {"distill": max(LEAST_MARGIN, planned), "prune": LEAST_MARGIN}
+        for name, seconds in expected.items():
+            text = slurm_scripts.job_script(stage_of(plan, name), cluster)
+            wanted = seconds if margin == "null" else 30
+            assert f"export STAGE_DEADLINE=$((end - {wanted}))" in text, name
+
+
+def test_kernels_keep_their_order_where_a_layout_wants_it(prepared: Prepared) -> None:
+    plan, cluster = prepared("cluster=docker", "hardware=h100")
+    stage = stage_of(plan, "distill")
+    workload = stage.workload
+    assert workload is not None
+    for hardware, tensor, context, value in (
+        (stage.chain.hardware, 1, 1, None),
+        (stage.chain.hardware, 2, 1, "1"),
+        (stage.chain.hardware, 1, 2, "1"),
+        (Hardware("b200", "gpu"), 2, 2, None),
+    ):
+        split = replace(workload, layout=replace(workload.layout, tensor=tensor, context=context))
+        chain = replace(stage.chain, hardware=hardware, workloads={"distill": split})
+        for environment in (foreground.environment, docker_environment):
+            env = environment(replace(stage, chain=chain), cluster)
+            assert env.get("CUDA_DEVICE_MAX_CONNECTIONS") == value
+        mine = replace(cluster, env={"CUDA_DEVICE_MAX_CONNECTIONS": "8"})
+        env = foreground.environment(replace(stage, chain=chain), mine)
+        assert env["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
+def docker_environment(stage: PlannedStage, cluster: Containers) -> dict[str, str]:
+    return container.environment(cluster, stage)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be someone without a name")
+def test_users_without_a_name_have_one_in_a_container(prepared: Prepared) -> None:
+    """What Inductor asks for, as the uid that docker is started with."""
+    plan, cluster = prepared("cluster=docker")
+    env = container.environment(cluster, stage_of(plan, "distill"))
+    asked = ["/usr/bin/env", "python3", "-c", "import getpass; print(getpass.getuser())"]
+    path = {"PATH": os.defpath}
+    nameless = subprocess.run(asked, env=path, user=54321, capture_output=True, check=False)
+    assert nameless.returncode == 1
+    named = {**path, "USER": env["USER"]}
+    assert subprocess.run(asked, env=named, user=54321, check=False).returncode == 0
+
+
 def test_gpus_are_asked_for_as_the_site_wants(prepared: Prepared) -> None:
     for gpus, line in (("gres", "--gres=gpu:1"), ("gpus-per-node", "--gpus-per-node=1")):
         plan, cluster = prepared("cluster=slurm", f"cluster.gpus={gpus}")
@@ -180,7 +285,7 @@ def test_forced_stage_is_complete_only_with_a_new_result(
     [
         (["cluster.time=4h"], ["cluster.time=4h is not a time", "HH:MM:SS"]),
         (["cluster.time=43200"], ["cluster.time=43200 is not a time", "in quotes"]),
-        (["cluster.time=00:04:00"], ["not longer than cluster.margin_seconds=300"]),
+        (["cluster.time=00:04:00"], ["not longer than the 300 s before it", "margin_seconds"]),
         (["stages.prune.resources.time=soon"], ["stages.prune.resources.time=soon is not a time"]),
         (["cluster.gpus=all"], ["cluster.gpus=all", "gpus-per-node, gres, none"]),
         (["cluster.max_requeues=-1"], ["cluster.max_requeues=-1", "use 0 or more"]),
@@ -192,6 +297,8 @@ def test_forced_stage_is_complete_only_with_a_new_result(
         (["stages.prune.resources.sbatch=[x]"], ["stages.prune.resources.sbatch"]),
         (["cluster.python='my python'"], ["cluster.python=my python"]),
         (["+cluster.images.distil=x"], ["cluster.images.distil is for no stage", "'distill'"]),
+        (["+cluster.mpi.build=pmix"], ["cluster.mpi.build is for no stage"]),
+        (["cluster.numa_binding=near"], ["cluster.numa_binding=near", "node, socket"]),
         (["cluster.mounts=[/no/such/folder]"], ["/no/such/folder is not there"]),
         (["cluster.mounts=[here]"], ["not an absolute path"]),
         (["+cluster.partitoin=x"], ["cluster.partitoin", "Did you mean 'partition'?"]),
@@ -269,8 +376,13 @@ def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
         *(f"--user={os.getuid()}:{os.getgid()}", f"--workdir={tmp_path}/home"),
         *(f"--volume={path}:{path}{mounts[path]}" for path in sorted(mounts)),
         *(f"--env=PYTHONPATH={repo}", "--env=OMP_NUM_THREADS=8"),
-        *("--env=TOKENIZERS_PARALLELISM=false", "--env=NCCL_DEBUG=INFO"),
-        *(f"--env=HOME={cache}", f"--env=NEMO_RECIPES_CACHE={cache}"),
+        "--env=TOKENIZERS_PARALLELISM=false",
+        *("--env=PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",),
+        *("--env=TORCH_NCCL_HIGH_PRIORITY=1", "--env=NVTE_FWD_LAYERNORM_SM_MARGIN=16"),
+        *("--env=NVTE_BWD_LAYERNORM_SM_MARGIN=16", "--env=NCCL_DEBUG=INFO"),
+        *(f"--env=HOME={cache}", "--env=USER=nemo-recipes"),
+        *(f"--env=TORCHINDUCTOR_CACHE_DIR={cache}/torchinductor",),
+        f"--env=NEMO_RECIPES_CACHE={cache}",
         *("--env=HF_TOKEN", "--env=WANDB_API_KEY", "--env=MLFLOW_TRACKING_TOKEN"),
         *("--network=host", "nemo-recipes:0.1.0"),
         *("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"),

@@ -86,6 +86,7 @@ TRIPS = {
     "time-limit": trip("+cluster.time=00:01:00"),
     "image": trip("+cluster.images.default=/nowhere/image.sqsh"),
     "mounts": trip("+cluster.mounts=[/nowhere/data]"),
+    "cpus-per-task": trip("cluster.executor=slurm"),
     "hardware-profile": trip(prepare=gpu_is_here),
     "bundled-config": trip("model=llama3_1_8b", "skip_rules=[memory,disk]", prepare=hub_is_away),
     "tied-embeddings": trip(config={"tie_word_embeddings": False}, prepare=head_is_missing),

@@ -18,9 +18,11 @@ from recipes.planning.estimate import (
     estimate,
     expert_parameters,
     flops_per_token,
+    forward_flops,
     memory,
     rank_parameters,
     step_seconds,
+    stopping_seconds,
 )
 from recipes.planning.hardware import CPU_PROFILES, Hardware
 from recipes.planning.layouts import best, fits, proposals
@@ -119,6 +121,20 @@ def test_published_gpu_hours(
     found = estimate(job, H100).device_hours / published - 1
     assert found == pytest.approx(error, abs=0.015)
     assert abs(found) <= tolerance
+
+
+def test_time_to_stop_has_room_for_what_must_still_be_done() -> None:
+    """Two steps, a validation that only goes forward, and 14 bytes of each parameter saved."""
+    student = replace(QWEN, num_layers=24)
+    job = distillation(student, QWEN, validation_batches=32)
+    step = step_seconds(job, H100).total
+    forward = [forward_flops(arch, 4096) for arch in (student, QWEN)]
+    validation = 32 * step * sum(forward) / (3 * forward[0] + forward[1])
+    save = 14 * student.parameters() / 5e8
+    assert stopping_seconds(job, H100) == pytest.approx(2 * step + validation + save)
+    assert stopping_seconds(replace(job, trained=None), H100) == 0
+    [time] = [table for table in tables({"distill": job}, H100) if table.columns[-1] == "to stop"]
+    assert time.rows[0][-1] == f"{2 * step + validation + save:.3g}"
 
 
 @pytest.mark.parametrize(
