@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -10,6 +11,10 @@ from typing import Self
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from torch import Tensor
+
+from recipes.core.stage import Input
+from recipes.data.results import DatasetResult
 
 
 def prefix(artifact: Path, part: str) -> Path:
@@ -40,6 +45,67 @@ class PartWriter:
         if kind is None:
             for part, builder in self._builders.items():
                 builder.finalize(f"{self._paths[part]}.idx")
+
+
+@dataclass(frozen=True)
+class TextWindows:
+    """Windows of text, the same for all models that are compared on them."""
+
+    tokens: Tensor
+    """int64 [windows, sequence]."""
+    counted: Tensor
+    """bool [windows, sequence - 1]: which predictions of a next token count, see ``counts``."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, chosen: slice) -> TextWindows:
+        """Some of the windows."""
+        return TextWindows(self.tokens[chosen], self.counted[chosen])
+
+    @property
+    def predictions(self) -> int:
+        """How many predictions count."""
+        return int(self.counted.sum())
+
+    @property
+    def targets(self) -> Tensor:
+        """What is to be predicted where it counts, int64 [predictions]."""
+        return self.tokens[:, 1:][self.counted]
+
+    @classmethod
+    def of(cls, tokens: Tensor, end: int | None = None) -> TextWindows:
+        """Windows of tokens, with ``end`` after every document."""
+        return cls(tokens, counts(tokens[:, :-1], end))
+
+
+def counts(tokens: Tensor, end: int | None) -> Tensor:
+    """Which of the predictions made from these tokens count: all but those from ``end``.
+
+    What follows the end of a document is the beginning of another, which nothing foretells
+    (``eod_mask_loss`` in ``megatron/core/datasets/gpt_dataset.py``). This is the mask of training,
+    and of everything that compares models: evaluation, importance, ranking and halving.
+    """
+    return torch.ones_like(tokens, dtype=torch.bool) if end is None else tokens != end
+
+
+def document_end(data: Input, part: str) -> int:
+    """Token after every document; older text does not say, but ends with it."""
+    end = data.manifest.result(DatasetResult).document_end
+    return int(read_tokens(data.artifact, part)[-1]) if end is None else end
+
+
+def read_windows(data: Input, part: str, seq_length: int, count: int | None = None) -> TextWindows:
+    """The first windows of a part.
+
+    Args:
+        data: Output of ``prepare_data``.
+        part: One of ``corpus.PARTS``.
+        seq_length: Tokens a window.
+        count: Windows wanted; all that fit by default. Fewer are returned if the part is shorter.
+    """
+    tokens = windows(data.artifact, part, seq_length, count)
+    return TextWindows.of(tokens, document_end(data, part))
 
 
 def windows(

@@ -14,8 +14,15 @@ from torch.utils.data import Dataset
 
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
-from recipes.data.results import DatasetResult
-from recipes.data.token_windows import count_windows, prefix, read_tokens, window, window_order
+from recipes.data.token_windows import (
+    count_windows,
+    counts,
+    document_end,
+    prefix,
+    read_tokens,
+    window,
+    window_order,
+)
 from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.settings import TrainingConfig
 
@@ -34,8 +41,7 @@ class TokenWindows(Dataset):
     seed: int | None = None
     """Of the order of every epoch; ``None`` leaves the windows as they lie."""
     end: int | None = None
-    """End-of-document token, whose prediction counts for nothing: what follows is the beginning of
-    another document (``eod_mask_loss`` in ``megatron/core/datasets/gpt_dataset.py``)."""
+    """Token after every document, from which nothing is predicted; see ``counts``."""
     attention_mask: Tensor | None = None
     cache: TeacherCache | None = None
     """Restricts the windows to those it has."""
@@ -61,12 +67,11 @@ class TokenWindows(Dataset):
         number = self.window_of(sample)
         tokens = torch.from_numpy(window(self.tokens, self.seq_length, number))
         inputs = tokens[:-1]
-        counts = torch.ones(len(inputs)) if self.end is None else (inputs != self.end).float()
         item = {
             "tokens": inputs,
             "labels": tokens[1:],
             "position_ids": self._positions,
-            "loss_mask": counts,
+            "loss_mask": counts(inputs, self.end).float(),
         }
         if self.attention_mask is not None:
             item["attention_mask"] = self.attention_mask
@@ -110,10 +115,9 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         cls, cfg: TrainingConfig, data: Input, tokenizer: Any, cache: TeacherCache | None
     ) -> TrainingData:
         """The data that a training stage's config asks for."""
-        end = data.manifest.result(DatasetResult).document_end
         return cls(
             data.artifact,
-            end=(tokenizer.eos_id if end is None else end) if cfg.mask_document_ends else None,
+            end=document_end(data, "train") if cfg.mask_document_ends else None,
             cache=cache,
             tokenizer=tokenizer,
             seq_length=cfg.seq_length,

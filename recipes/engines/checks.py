@@ -10,17 +10,19 @@ from nemo_convert.hf import load_causal_lm
 from nemo_convert.parity import LOGITS_TOLERANCE, TEXT
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
-from recipes.data.token_windows import windows
+from recipes.core.stage import Input
+from recipes.data.token_windows import read_windows
 from recipes.engines.openvino import STORED, Logits, Pipeline, weight_types
 from recipes.engines.results import EngineComparison, EngineQuality
 from recipes.engines.settings import BuildEngineConfig
-from recipes.evaluation.text_quality import TEACHER, score
+from recipes.evaluation.predictions import TEACHER, Predictor
+from recipes.evaluation.text_quality import score
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
 
 
 def compare_engine(
-    cfg: BuildEngineConfig, folder: Path, engine: Path, data: Path | None, log: MetricsLog
+    cfg: BuildEngineConfig, folder: Path, engine: Path, data: Input | None, log: MetricsLog
 ) -> EngineComparison:
     """Measures an engine against the model that it was built from, in float32.
 
@@ -28,7 +30,7 @@ def compare_engine(
         cfg: The stage's config.
         folder: Hugging Face folder of the model.
         engine: The engine.
-        data: Artifact of ``prepare_data``; without it no quality on text is measured.
+        data: Output of ``prepare_data``; without it no quality on text is measured.
         log: Metrics file.
 
     Raises:
@@ -47,10 +49,17 @@ def compare_engine(
     types = require_compressed(cfg, weight_types(engine))
     quality = None
     if data is not None:
-        text = windows(data, "heldout", cfg.seq_length, cfg.num_windows)
-        scores = score({TEACHER: source, "engine": logits}, text, 1, log)
+        text = read_windows(data, "heldout", cfg.seq_length, cfg.num_windows)
+        teacher = Predictor.of(source)
+        # Its head cannot be told from the rest.
+        whole = Predictor(lambda t: logits(t).logits, lambda found: found, teacher.vocabulary)
+        scores = score({TEACHER: teacher, "engine": whole}, text, 1, log)
         quality = EngineQuality(
-            scores["engine"].quality(), scores[TEACHER].quality(), len(text), text.numel()
+            scores["engine"].quality(),
+            scores[TEACHER].quality(),
+            len(text),
+            text.tokens.numel(),
+            text.predictions,
         )
     return EngineComparison(difference, margin, types, quality)
 

@@ -16,24 +16,26 @@ from nemo_convert.hf import copy_side_files, load_causal_lm
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
 from recipes.core.metrics import MetricsLog
-from recipes.data.token_windows import windows
+from recipes.core.stage import Input
+from recipes.data.token_windows import read_windows
 from recipes.engines.results import QuantizationQuality, QuantizationResult
 from recipes.engines.settings import QuantizeConfig
 from recipes.engines.tensorrt_llm import QUANT_ALGOS, quantised_as
-from recipes.evaluation.text_quality import TEACHER, score
+from recipes.evaluation.predictions import TEACHER, Predictor
+from recipes.evaluation.text_quality import score
 
 FORMATS = {"fp8": mtq.FP8_DEFAULT_CFG, "int4_awq": mtq.INT4_AWQ_CFG}
 
 
 def quantize_folder(
-    cfg: QuantizeConfig, folder: Path, data: Path, out: Path, log: MetricsLog
+    cfg: QuantizeConfig, folder: Path, data: Input, out: Path, log: MetricsLog
 ) -> QuantizationResult:
     """Quantises a model and writes it to ``out`` with everything that belongs to it.
 
     Args:
         cfg: The stage's config.
         folder: Hugging Face folder.
-        data: Artifact of ``prepare_data``.
+        data: Output of ``prepare_data``.
         out: Where to write.
         log: Metrics file.
 
@@ -42,7 +44,7 @@ def quantize_folder(
     """
     cpu_backend.enable("torch", "modelopt")
     device = cpu_backend.device()
-    text = windows(data, "calibration", cfg.seq_length, cfg.num_windows).to(device)
+    text = read_windows(data, "calibration", cfg.seq_length, cfg.num_windows).tokens.to(device)
     # bfloat16, since that is what is served beside the quantised weights.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
 
@@ -69,13 +71,13 @@ def _settings(cfg: QuantizeConfig) -> dict[str, Any]:
 
 
 def _quality(
-    cfg: QuantizeConfig, folder: Path, model: torch.nn.Module, data: Path, log: MetricsLog
+    cfg: QuantizeConfig, folder: Path, model: Any, data: Input, log: MetricsLog
 ) -> QuantizationQuality:
     """Compares with the model itself, while quantisation is still simulated in its own types."""
-    device = next(model.parameters()).device
-    text = windows(data, "heldout", cfg.seq_length, cfg.num_eval_windows).to(device)
-    source = load_causal_lm(folder).to(device)
-    scores = score({TEACHER: source, "quantized": model}, text, 1, log)
+    text = read_windows(data, "heldout", cfg.seq_length, cfg.num_eval_windows)
+    source = load_causal_lm(folder).to(next(model.parameters()).device)
+    models = {TEACHER: Predictor.of(source), "quantized": Predictor.of(model)}
+    scores = score(models, text, 1, log)
     found = QuantizationQuality(scores[TEACHER].quality(), scores["quantized"].quality())
     if not found.quantized.loss < float("inf"):  # also catches NaN
         raise RecipeError(

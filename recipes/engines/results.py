@@ -92,6 +92,9 @@ class EngineQuality:
     source: TextQuality
     windows: int
     tokens: int
+    """That were read."""
+    predictions: int | None = None
+    """Of a next token that figures are means of; older engines do not say."""
 
 
 @dataclass(frozen=True)

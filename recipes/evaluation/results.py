@@ -36,8 +36,11 @@ class SourceQuality:
     distilled: TextQuality
     windows: int
     tokens: int
+    """That were read."""
     recovered: float | None
     """Share of the loss that pruning added and distillation took away; see ``paired``."""
+    predictions: int | None = None
+    """As of the whole."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,14 @@ class EvaluationResult:
     distilled: ModelQuality
     windows: int
     tokens: int
+    """That were read."""
     recovered: float | None
     """Share of the loss that pruning added and distillation took away; see ``paired``."""
     sources: dict[str, SourceQuality] = field(default_factory=dict)
     """By source of the text, where there is more than one."""
+    predictions: int | None = None
+    """Of a next token that figures are means of: all but a window's first, and those that follow a
+    document. Older evaluations do not say; theirs are of the latter, too."""
 
     def models(self) -> dict[str, ModelQuality]:
         """Every model by its role."""

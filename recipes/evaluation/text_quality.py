@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +20,9 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
 from recipes.core.statistics import mean, standard_error
 from recipes.data.results import DatasetResult, SourceTokens
-from recipes.data.token_windows import windows
+from recipes.data.token_windows import TextWindows, document_end, windows
 from recipes.evaluation.paired import recovered
+from recipes.evaluation.predictions import TEACHER, Figures, Predictor, compare, read
 from recipes.evaluation.results import (
     ROLES,
     EvaluationResult,
@@ -31,9 +31,6 @@ from recipes.evaluation.results import (
     TextQuality,
 )
 from recipes.evaluation.settings import EvaluateConfig
-
-TEACHER = "teacher"
-Model = Callable[[Tensor], Any]
 
 
 def measure(
@@ -49,16 +46,20 @@ def measure(
         log: Metrics file.
     """
     sources = heldout_windows(cfg, data)
-    text = torch.cat(list(sources.values())).to(device())
+    text = TextWindows(
+        torch.cat([each.tokens for each in sources.values()]),
+        torch.cat([each.counted for each in sources.values()]),
+    )
     models = {role: load_transformers(path) for role, path in checkpoints.items()}
-    scores = score(models, text, cfg.micro_batch_size, log)
+    predictors = {role: Predictor.of(model) for role, model in models.items()}
+    scores = score(predictors, text, cfg.micro_batch_size, log)
     results = {
         role: ModelQuality(
             **vars(scores[role].quality()), parameters=sum(p.numel() for p in model.parameters())
         )
         for role, model in models.items()
     }
-    generations = _generate(cfg, models, checkpoints[TEACHER], text, log)
+    generations = _generate(cfg, models, checkpoints[TEACHER], text.tokens.to(device()), log)
     losses = {role: scores[role].losses for role in models}
     detail = {
         "results": {role: asdict(quality) for role, quality in results.items()},
@@ -69,14 +70,15 @@ def measure(
     return EvaluationResult(
         **results,
         windows=len(text),
-        tokens=text.numel(),
+        tokens=text.tokens.numel(),
+        predictions=text.predictions,
         recovered=_recovered(scores),
         sources=_by_source(scores, sources) if len(sources) > 1 else {},
     )
 
 
-def heldout_windows(cfg: EvaluateConfig, data: Input) -> dict[str, Tensor]:
-    """Held-out windows by the source of their text, as many from each, int64 [n, seq_length].
+def heldout_windows(cfg: EvaluateConfig, data: Input) -> dict[str, TextWindows]:
+    """Held-out windows by the source of their text, as many from each.
 
     A part holds its sources one after the other; no window here runs over from one to the next. A
     source whose held-out text is shorter than a window has none.
@@ -86,23 +88,29 @@ def heldout_windows(cfg: EvaluateConfig, data: Input) -> dict[str, Tensor]:
     lengths = prepared.heldout_sources or whole
     usable = sum(entry.tokens >= cfg.seq_length for entry in lengths)
     count = math.ceil(cfg.num_windows / max(1, usable))
-    found, start = {}, 0
+    found, start, end = {}, 0, document_end(data, "heldout")
     for entry in lengths:
         span = slice(start, start + entry.tokens)
         text = windows(data.artifact, "heldout", cfg.seq_length, count, span)
         if len(text):
-            found[entry.source] = text
+            found[entry.source] = TextWindows.of(text, end)
         start = span.stop
     return found
 
 
 @dataclass
 class Scores:
-    """Figures of one model, a mean for each window."""
+    """Figures of one model, a mean for each window over its predictions that count."""
 
     losses: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
     agreements: list[float] = field(default_factory=list)
+
+    def add(self, figures: Figures, text: TextWindows) -> None:
+        """Adds the windows of a text."""
+        sizes = text.counted.sum(dim=1).tolist()
+        for name, means in vars(self).items():
+            means += [each.mean().item() for each in getattr(figures, name).split(sizes)]
 
     def quality(self, chosen: slice = slice(None)) -> TextQuality:
         """Means over the windows, or some of them."""
@@ -117,32 +125,21 @@ class Scores:
 
 
 def score(
-    models: Mapping[str, Model], text: Tensor, micro_batch_size: int, log: MetricsLog
+    models: Mapping[str, Predictor], text: TextWindows, micro_batch_size: int, log: MetricsLog
 ) -> dict[str, Scores]:
-    """Compares models with the one that is named as the teacher.
-
-    Args:
-        models: What maps tokens [batch, sequence] to an output with ``logits``, by role.
-        text: Windows [windows, sequence].
-        micro_batch_size: Windows in a forward pass.
-        log: Metrics file.
-    """
+    """Compares models that are in memory together with the one that is named as the teacher."""
     found = {role: Scores() for role in models}
     for start in range(0, len(text), micro_batch_size):
-        batch = text[start : start + micro_batch_size]
-        reference = _log_probabilities(models[TEACHER], batch)
-        for role, model in models.items():
-            scores = reference if role == TEACHER else _log_probabilities(model, batch)
-            agrees = (scores.argmax(-1) == reference.argmax(-1)).float()
-            found[role].losses += _losses(scores, batch).mean(dim=1).tolist()
-            found[role].divergences += _kl(reference, scores).mean(dim=1).tolist()
-            found[role].agreements += agrees.mean(dim=1).tolist()
-        log.progress("evaluate", start + len(batch), len(text))
+        part = text[start : start + micro_batch_size]
+        readings = {role: read(model, part, micro_batch_size) for role, model in models.items()}
+        for role, figures in compare(readings, part).items():
+            found[role].add(figures, part)
+        log.progress("evaluate", start + len(part), len(text))
     return found
 
 
 def _by_source(
-    scores: Mapping[str, Scores], sources: dict[str, Tensor]
+    scores: Mapping[str, Scores], sources: dict[str, TextWindows]
 ) -> dict[str, SourceQuality]:
     """What ``measure`` returns, of each source's windows alone."""
     found, start = {}, 0
@@ -151,7 +148,8 @@ def _by_source(
         found[source] = SourceQuality(
             **{role: scores[role].quality(span) for role in ROLES},
             windows=len(text),
-            tokens=text.numel(),
+            tokens=text.tokens.numel(),
+            predictions=text.predictions,
             recovered=_recovered(scores, span),
         )
         start = span.stop
@@ -175,22 +173,6 @@ def load_transformers(checkpoint: Path) -> PreTrainedModel:
         raise ValueError(f"{checkpoint}: missing {missing}, unexpected {unexpected}")
     evaluated: PreTrainedModel = model.to(device()).eval()
     return evaluated
-
-
-@torch.no_grad()
-def _log_probabilities(model: Model, tokens: Tensor) -> Tensor:
-    """Log-probabilities [batch, sequence - 1, vocabulary] of every next token."""
-    return torch.log_softmax(model(tokens).logits[:, :-1].float(), dim=-1)
-
-
-def _losses(scores: Tensor, tokens: Tensor) -> Tensor:
-    return -scores.gather(-1, tokens[:, 1:, None]).squeeze(-1)
-
-
-def _kl(reference: Tensor, scores: Tensor) -> Tensor:
-    return torch.stack(
-        [(r.exp() * (r - s)).sum(-1) for r, s in zip(reference, scores, strict=True)]
-    )
 
 
 def _generate(

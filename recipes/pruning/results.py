@@ -15,6 +15,8 @@ class ScoreResult:
     teacher_loss: float
     layer_importance: dict[str, dict[int, float]]
     """By measure and layer."""
+    loss_predictions: int | None = None
+    """Of a next token that losses are means of; older scores do not say."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from torch.nn import functional
 from nemo_convert import cpu_backend, nemo
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
-from recipes.data.token_windows import windows
+from recipes.core.stage import Input
+from recipes.data.token_windows import TextWindows, read_windows
 from recipes.evaluation.sanity import RANDOM_SHARE
 from recipes.pruning.importance import Importance
 from recipes.pruning.settings import ScoreConfig
@@ -36,8 +37,8 @@ PADDING_SHARE = 0.5
 """Calibration in which one token makes up more than this is padding."""
 
 
-def calibration_windows(cfg: ScoreConfig, data: Path, teacher: Path) -> Tensor:
-    """Token windows [windows, sequence] to score on: text, or random tokens if asked for by name.
+def calibration_windows(cfg: ScoreConfig, data: Input, teacher: Path) -> TextWindows:
+    """What to score on: text, or random tokens if asked for by name.
 
     Raises:
         RecipeError: The text is mostly one token.
@@ -45,9 +46,10 @@ def calibration_windows(cfg: ScoreConfig, data: Path, teacher: Path) -> Tensor:
     if cfg.calibration == "random":
         vocabulary = nemo.architecture_of(teacher).vocab_size
         shape = (cfg.num_calibration_samples, cfg.seq_length)
-        return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(cfg.seed))
-    found = windows(data, "calibration", cfg.seq_length, cfg.num_calibration_samples)
-    share = found.flatten().bincount().max().item() / found.numel()
+        generator = torch.Generator().manual_seed(cfg.seed)
+        return TextWindows.of(torch.randint(vocabulary, shape, generator=generator))
+    found = read_windows(data, "calibration", cfg.seq_length, cfg.num_calibration_samples)
+    share = found.tokens.flatten().bincount().max().item() / found.tokens.numel()
     if share > PADDING_SHARE:
         raise RecipeError(
             f"{share:.0%} of the calibration text is one token: it is padding or made up.",
@@ -57,9 +59,9 @@ def calibration_windows(cfg: ScoreConfig, data: Path, teacher: Path) -> Tensor:
 
 
 def score_checkpoint(
-    cfg: ScoreConfig, teacher: Path, tokens: Tensor, log: MetricsLog
+    cfg: ScoreConfig, teacher: Path, text: TextWindows, log: MetricsLog
 ) -> Importance:
-    """Scores a NeMo checkpoint on calibration windows [windows, sequence].
+    """Scores a NeMo checkpoint on calibration windows.
 
     Raises:
         RecipeError: The text is noise to the model, or the model knows nothing.
@@ -73,17 +75,15 @@ def score_checkpoint(
     core = nemo.build_core(model, parallel)
     nemo.load_weights(core, teacher)
     core.eval()
-    for_loss = tokens[: cfg.num_loss_samples or cfg.micro_batch_size]
-    skipper = LayerAblation(
-        core, for_loss.to(next(core.parameters()).device), cfg.micro_batch_size, log
-    )
+    for_loss = text[: cfg.loss_windows]
+    skipper = LayerAblation(core, for_loss, cfg.micro_batch_size, log)
     base = skipper.losses([()])[0]
     if cfg.calibration == "text":
         _require_sense(base, core.vocab_size)
     layers, blocks, greedy = (
         _loss_scores(cfg, skipper, base) if cfg.num_loss_samples else ({}, {}, [])
     )
-    influence, widths = _activations(core, tokens, cfg.micro_batch_size, log)
+    influence, widths = _activations(core, text, cfg.micro_batch_size, log)
     return Importance(base, {"block_influence": influence, **layers}, blocks, greedy, widths)
 
 
@@ -125,13 +125,13 @@ class LayerAblation:
 
     Args:
         core: This pipeline rank's Megatron model.
-        tokens: Windows to measure on [windows, sequence].
+        text: Windows to measure on.
         batch: Windows at a time.
         log: Metrics file.
     """
 
-    def __init__(self, core: nn.Module, tokens: Tensor, batch: int, log: MetricsLog) -> None:
-        self._core, self._tokens, self._batch, self._log = core, tokens, batch, log
+    def __init__(self, core: nn.Module, text: TextWindows, batch: int, log: MetricsLog) -> None:
+        self._core, self._text, self._batch, self._log = core, text, batch, log
         numbers = [layer.layer_number for layer in core.decoder.layers]
         self._first, self._last = numbers[0], numbers[-1]
         self.num_layers = core.config.num_layers
@@ -145,20 +145,22 @@ class LayerAblation:
         """
         layers = [layer for layer in self._core.decoder.layers if layer.layer_number not in gone]
         sums = torch.zeros(len(blocks), dtype=torch.float64)
-        for done, tokens in _batches(self._tokens, self._batch):
+        device = next(self._core.parameters()).device
+        for done, part in _batches(self._text, self._batch):
+            tokens, counted = part.tokens.to(device), part.counted.to(device)
             states = _states(self._core, layers, tokens)
             for number, block in enumerate(blocks):
-                sums[number] += self._loss_without(block, layers, states, tokens)
+                sums[number] += self._loss_without(block, layers, states, tokens, counted)
             self._log.progress(
-                "leave out", done, len(self._tokens), blocks=len(blocks), gone=len(gone)
+                "leave out", done, len(self._text), blocks=len(blocks), gone=len(gone)
             )
-        sums = sums.to(tokens.device)
+        sums = sums.to(device)
         torch.distributed.broadcast(
             sums,
             parallel_state.get_pipeline_model_parallel_last_rank(),
             parallel_state.get_pipeline_model_parallel_group(),
         )
-        means: list[float] = (sums / self._tokens[:, 1:].numel()).tolist()
+        means: list[float] = (sums / self._text.predictions).tolist()
         return means
 
     def _loss_without(
@@ -167,6 +169,7 @@ class LayerAblation:
         layers: Sequence[nn.Module],
         states: list[Tensor],
         tokens: Tensor,
+        counted: Tensor,
     ) -> float:
         """Summed loss on the last rank, 0 on others, which pass on what differs from ``states``."""
         start = next((i for i, x in enumerate(layers) if x.layer_number in block), len(layers))
@@ -178,7 +181,7 @@ class LayerAblation:
             if layer.layer_number not in block:
                 hidden = _through(layer, hidden, rotary)
         if self._core.post_process:
-            return _next_token_loss(self._core, hidden, tokens)
+            return _next_token_loss(self._core, hidden, tokens, counted)
         if any(number <= self._last for number in block):
             _send(hidden)
         return 0.0
@@ -212,16 +215,16 @@ def _through(layer: nn.Module, hidden: Tensor, rotary: Tensor) -> Tensor:
     return output
 
 
-def _next_token_loss(core: nn.Module, hidden: Tensor, tokens: Tensor) -> float:
-    """Summed over all positions but the last."""
+def _next_token_loss(core: nn.Module, hidden: Tensor, tokens: Tensor, counted: Tensor) -> float:
+    """Summed over the predictions that count."""
     head = (
         core.shared_embedding_or_output_weight()
         if core.share_embeddings_and_output_weights
         else None
     )
-    logits, _ = core.output_layer(core.decoder.final_layernorm(hidden[:-1]), weight=head)
-    targets = tokens.T[1:].flatten()
-    loss = functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
+    hidden, targets = hidden[:-1][counted.T], tokens.T[1:][counted.T]
+    logits, _ = core.output_layer(core.decoder.final_layernorm(hidden), weight=head)
+    loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
     return float(loss)
 
 
@@ -237,7 +240,7 @@ def _send(hidden: Tensor) -> None:
 
 @torch.no_grad()
 def _activations(
-    core: nn.Module, tokens: Tensor, batch: int, log: MetricsLog
+    core: nn.Module, text: TextWindows, batch: int, log: MetricsLog
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
     """Block influence by layer, and scores of all widths, from one pass."""
     cpu_backend.register_rms_norm()
@@ -252,14 +255,14 @@ def _activations(
     layers = list(core.decoder.layers)
     turned = torch.zeros(len(layers), dtype=torch.float64)
     device = next(core.parameters()).device
-    for done, part in _batches(tokens, batch):
-        states = _states(core, layers, part.to(device))
+    for done, part in _batches(text, batch):
+        states = _states(core, layers, part.tokens.to(device))
         for number, (before, after) in enumerate(pairwise(states)):
             alike = functional.cosine_similarity(before.float(), after.float(), dim=2)
             turned[number] += (1 - alike).mean(dim=0).sum().item()
-        log.progress("calibrate", done, len(tokens))
+        log.progress("calibrate", done, len(text))
     influence = {
-        layer.layer_number: float(score) / len(tokens)
+        layer.layer_number: float(score) / len(text)
         for layer, score in zip(layers, turned, strict=True)
     }
     found = _gathered([(influence, _widths(core, layers))])
@@ -307,7 +310,7 @@ def _gathered(mine: list[Any]) -> list[Any]:
     return [item for items in every for item in items]
 
 
-def _batches(tokens: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(tokens), size):
-        part = tokens[start : start + size]
+def _batches(text: TextWindows, size: int) -> Iterator[tuple[int, TextWindows]]:
+    for start in range(0, len(text), size):
+        part = text[start : start + size]
         yield start + len(part), part

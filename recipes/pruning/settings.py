@@ -81,3 +81,8 @@ class ScoreConfig(StageConfig):
     """Of ``random`` tokens."""
     pipeline_model_parallel_size: int = field(default=1, metadata={"resource": True})
     """Ranks that the layers are split over; the scores are the same."""
+
+    @property
+    def loss_windows(self) -> int:
+        """Windows that losses are measured on; the teacher's own always is."""
+        return self.num_loss_samples or self.micro_batch_size

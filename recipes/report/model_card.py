@@ -43,8 +43,8 @@ ModelOpt's Minitron, then distilled from the unpruned model with NeMo.
 
 ## Quality
 
-Measured in float32 on {tokens:,} held-out tokens in windows of {window} ({windows} windows, no
-document in common with training); ± is the standard error over windows:
+Measured in float32 on {counted} in windows of {window} ({windows} windows, no document in
+common with training); ± is the standard error over windows:
 
 | | parameters | loss | perplexity | KL to teacher | top-1 agreement |
 |---|---|---|---|---|---|
@@ -108,7 +108,9 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
             ROW.format(role=role, q=quality, parameters=quality.parameters / 1e6)
             for role, quality in evaluation.models().items()
         ),
-        tokens=evaluation.tokens,
+        counted=f"{evaluation.tokens:,} held-out tokens"
+        if evaluation.predictions is None
+        else f"{evaluation.predictions:,} predictions of a next token of held-out text",
         windows=evaluation.windows,
         window=evaluation.tokens // evaluation.windows,
         recovered=""

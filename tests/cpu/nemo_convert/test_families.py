@@ -19,7 +19,7 @@ from nemo_convert.hf_config import read_architecture
 from recipes.core.files import REPO_ROOT
 from recipes.core.metrics import METRICS, MetricsLog, steps_of
 from recipes.data.corpus import PARTS
-from recipes.data.token_windows import PartWriter
+from recipes.data.token_windows import PartWriter, TextWindows
 from recipes.evaluation.text_quality import load_transformers
 from recipes.planning.targets import Targets, pruned
 from recipes.pruning.cut_checkpoint import prune_checkpoint
@@ -76,7 +76,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
     teacher = folder / "teacher.nemo"
     cfg = ScoreConfig(calibration="random", num_loss_samples=0)
-    scores = score_checkpoint(cfg, teacher, calibration, MetricsLog(None)).widths
+    text = TextWindows.of(calibration)
+    scores = score_checkpoint(cfg, teacher, text, MetricsLog(None)).widths
     whole = nemo.architecture_of(teacher)
     student = pruned(whole, Targets(drop_layers=(2,), **TARGETS[family]))
     kept = choose(scores, whole, student, [n for n in range(1, whole.num_layers + 1) if n != 2])

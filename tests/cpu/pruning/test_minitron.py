@@ -21,14 +21,19 @@ from nemo_convert.hf import load_causal_lm
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.core.metrics import MetricsLog
+from recipes.core.stage import Input
+from recipes.data.token_windows import TextWindows
 from recipes.planning.targets import Targets, pruned
 from recipes.pruning.cut_checkpoint import layers_to_keep, prune_checkpoint
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import KeptIndices, choose, cut, student_name
 from recipes.pruning.scoring import calibration_windows, score_checkpoint
 from recipes.pruning.settings import ScoreConfig
+from tests.support.manifests import bare_manifest
 
 LAYERS = 4
+END = 83
+"""A frequent token, as if documents ended with it."""
 Plant = Callable[[Any], None]
 SCORE = ScoreConfig(num_loss_samples=8, block_sizes=[2], num_greedy_layers=2)
 
@@ -62,7 +67,7 @@ def teacher(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score(checkpoint: Path, tokens: torch.Tensor, cfg: ScoreConfig = SCORE) -> Importance:
-    return score_checkpoint(cfg, checkpoint, tokens, MetricsLog(None))
+    return score_checkpoint(cfg, checkpoint, TextWindows.of(tokens, END), MetricsLog(None))
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +195,13 @@ def test_change_of_the_loss_is_that_of_a_model_without_the_layers(
     even_llama: Path, calibration: torch.Tensor, importance: Importance
 ) -> None:
     tokens = calibration[:8]
+    counted = tokens[:, :-1] != END
+    assert 0 < (~counted).sum() < counted.sum()
 
     def loss(*dropped: int) -> float:
-        scores = without(even_llama, list(dropped), tokens)[:, :-1].flatten(0, 1)
-        return torch.nn.functional.cross_entropy(scores, tokens[:, 1:].flatten()).item()
+        """Without what is predicted from the end of a document, as training counts."""
+        scores = without(even_llama, list(dropped), tokens)[:, :-1][counted]
+        return torch.nn.functional.cross_entropy(scores, tokens[:, 1:][counted]).item()
 
     assert importance.teacher_loss == pytest.approx(loss(), abs=1e-4)
     for layer, change in importance.layers["loss"].items():
@@ -320,15 +328,16 @@ def test_noise_and_padding_are_refused_unless_asked_for(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise = replace(SCORE, calibration="random", num_calibration_samples=4, seq_length=32)
-    tokens = calibration_windows(noise, tmp_path, teacher)
-    assert torch.equal(tokens, calibration_windows(noise, tmp_path, teacher))
+    data = Input(tmp_path, bare_manifest("prepare_data", "dataset", None))
+    tokens = calibration_windows(noise, data, teacher).tokens
+    assert torch.equal(tokens, calibration_windows(noise, data, teacher).tokens)
     with pytest.raises(RecipeError, match="hardly below chance"):
         score(teacher, tokens, replace(noise, calibration="text"))
     assert score(teacher, tokens, replace(noise, block_sizes=[], num_greedy_layers=0)).widths
     padded = torch.cat([tokens[:1], torch.zeros(3, 32, dtype=torch.int64)])
-    monkeypatch.setattr("recipes.pruning.scoring.windows", lambda *_: padded)
+    monkeypatch.setattr("recipes.pruning.scoring.read_windows", lambda *_: TextWindows.of(padded))
     with pytest.raises(RecipeError, match="is one token"):
-        calibration_windows(replace(noise, calibration="text"), tmp_path, teacher)
+        calibration_windows(replace(noise, calibration="text"), data, teacher)
 
 
 def test_weights_that_do_not_match_the_config_are_refused(teacher: Path, tmp_path: Path) -> None:
@@ -352,10 +361,11 @@ from recipes.core.metrics import MetricsLog
 from recipes.pruning.settings import ScoreConfig as Config
 from recipes.pruning.scoring import score_checkpoint
 from recipes.core.stage import rank
+from recipes.data.token_windows import TextWindows
 scores = {"num_loss_samples": 8, "block_sizes": [2], "num_greedy_layers": 2}
 cfg = Config(**scores, pipeline_model_parallel_size=2)
-tokens = torch.load(sys.argv[2], weights_only=True)
-found = score_checkpoint(cfg, Path(sys.argv[1]), tokens, MetricsLog(None))
+text = TextWindows.of(torch.load(sys.argv[2], weights_only=True), END)
+found = score_checkpoint(cfg, Path(sys.argv[1]), text, MetricsLog(None))
 if rank() == 0:
     found.save(Path(sys.argv[3]))
 """
@@ -364,7 +374,7 @@ if rank() == 0:
 def test_two_pipeline_ranks_give_the_scores_of_one(
     teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path
 ) -> None:
-    (tmp_path / "ranks.py").write_text(RANK)
+    (tmp_path / "ranks.py").write_text(f"END = {END}{RANK}")
     torch.save(calibration, tmp_path / "tokens.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [str(p) for p in (tmp_path / "ranks.py", teacher, tmp_path / "tokens.pt", tmp_path)]

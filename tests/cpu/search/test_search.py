@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,16 +12,20 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.nn.functional import kl_div, nll_loss
 
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from recipes.core.manifest import ARTIFACT
 from recipes.core.stage import Input, Resources
+from recipes.data.results import DatasetResult
+from recipes.data.token_windows import TextWindows, windows
 from recipes.distillation.settings import DistillConfig
+from recipes.evaluation.predictions import Predictor, log_probabilities, read
 from recipes.evaluation.text_quality import load_transformers
 from recipes.planning.results import PlanResult
 from recipes.planning.targets import Targets, pruned
-from recipes.pruning.cut_checkpoint import cut_weights
+from recipes.pruning.cut_checkpoint import cut_weights, layers_to_keep
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import choose
 from recipes.report.settings import REPORT_FILE, SearchReportConfig
@@ -89,17 +94,26 @@ def test_a_view_of_sorted_weights_says_what_the_pruned_model_says(
     kept = choose(scores, whole, shape, sorted(layers))
     view = SortedModel(load_transformers(teacher), whole, scores)
     memory = {p.untyped_storage().data_ptr() for p in view._model.parameters()}
-    found = view.log_probabilities(shape, kept.layers, tokens)
+    found = said_by(view.predictor(shape, kept.layers), tokens)
     if "num_attention_heads" not in targets:
         assert {p.untyped_storage().data_ptr() for p in view._model.parameters()} <= memory
     expected = as_transformers(teacher, shape, cut_weights(teacher, kept, whole.kv_channels))
-    with torch.no_grad():
-        expected = torch.log_softmax(expected(tokens, use_cache=False).logits, dim=-1)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    again = view.log_probabilities(whole, [1, 2, 3, 4], tokens)
-    with torch.no_grad():
-        whole_logits = load_transformers(teacher)(tokens, use_cache=False).logits
-    torch.testing.assert_close(again, whole_logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, said(expected, tokens), rtol=1e-4, atol=1e-4)
+    again = said_by(view.predictor(whole, [1, 2, 3, 4]), tokens)
+    whole_model = load_transformers(teacher)
+    torch.testing.assert_close(again, said(whole_model, tokens), rtol=1e-4, atol=1e-4)
+
+
+def said_by(model: Predictor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of every next token but a window's first."""
+    return log_probabilities(read(model, TextWindows.of(tokens), 1), slice(None))
+
+
+@torch.no_grad()
+def said(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The same, by transformers alone."""
+    logits: torch.Tensor = model(tokens, use_cache=False).logits
+    return logits[:, :-1].flatten(0, 1).log_softmax(-1)
 
 
 def as_transformers(teacher: Path, shape: Architecture, weights: dict[str, torch.Tensor]) -> Any:
@@ -128,6 +142,27 @@ def test_candidates_are_ranked_and_counted(before: Path) -> None:
     assert all(c.proxy == c.kl_to_teacher > 0 for c in candidates)
     assert all(0.4 * teacher < c.parameters <= 0.75 * teacher for c in candidates)
     assert any(c.pareto for c in candidates)
+
+
+def test_candidates_are_ranked_where_training_counts(before: Path) -> None:
+    """What one of them says, cut for real and compared with whole logits."""
+    candidate = manifest_of(before, "rank_candidates").result(SearchResult).candidates[0]
+    teacher = nemo.find_checkpoint(before / "import_hf" / ARTIFACT)
+    importance = Importance.load(before / "score" / ARTIFACT)
+    whole = nemo.architecture_of(teacher)
+    layers = layers_to_keep(importance, "loss", candidate.shape.num_layers)
+    kept = choose(importance.widths, whole, candidate.shape, layers)
+    weights = cut_weights(teacher, kept, whole.kv_channels)
+    tokens = windows(before / "prepare_data" / ARTIFACT, "validation", 64, 4)
+    end = manifest_of(before, "prepare_data").result(DatasetResult).document_end
+    counted = (tokens[:, :-1] != end).flatten()
+    assert (~counted).sum() > 0
+    expected = said(load_transformers(teacher), tokens)[counted]
+    found = said(as_transformers(teacher, candidate.shape, weights), tokens)[counted]
+    kl = kl_div(found, expected, log_target=True, reduction="batchmean").item()
+    loss = nll_loss(found, tokens[:, 1:].flatten()[counted]).item()
+    assert candidate.kl_to_teacher == pytest.approx(kl, rel=1e-4)
+    assert math.log(candidate.perplexity) == pytest.approx(loss, rel=1e-4)
 
 
 def test_engines_are_timed_and_keep_a_budget_of_latency(before: Path) -> None:

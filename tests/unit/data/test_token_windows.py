@@ -1,11 +1,12 @@
-"""The order of training windows."""
+"""The order of training windows, and which predictions count."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from recipes.data.token_windows import count_windows, window, window_order
+from recipes.data.token_windows import TextWindows, count_windows, window, window_order
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
@@ -44,3 +45,12 @@ def test_a_window_needs_the_label_of_its_last_token(tokens: int, windows: int) -
     assert count_windows(text, 4) == windows
     for number in range(windows):
         assert list(window(text, 4, number)) == list(range(number * 4, number * 4 + 5))
+
+
+def test_predictions_from_the_end_of_a_document_do_not_count() -> None:
+    """The end itself is to be predicted, and a window's first token is not."""
+    text = TextWindows.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), end=0)
+    assert text.counted.tolist() == [[True, False, True], [False, True, True]]
+    assert (text.predictions, text.targets.tolist()) == (4, [0, 7, 9, 0])
+    assert text[1:].targets.tolist() == [9, 0]
+    assert TextWindows.of(text.tokens).predictions == 6

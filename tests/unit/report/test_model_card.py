@@ -39,12 +39,14 @@ def test_every_input_adds_what_it_knows(inputs: dict[str, Manifest], tmp_path: P
     assert "`hf://some/corpus@en:train`. Its licence was not recorded." in text
     assert "| sciq | acc | 200 | 0.845 ± 0.026 | 0.415 ± 0.035 | 0.790 ± 0.029 |" in text
     assert "took back 79% of the loss" in text
+    assert "in float32 on 10,098 predictions of a next token of held-out text in windows" in text
 
 
 def test_optional_inputs_may_be_missing(inputs: dict[str, Manifest], tmp_path: Path) -> None:
     bare = {name: inputs[name] for name in (*export_hf.STAGE.inputs, "evaluation")}
-    bare["evaluation"].metrics["recovered"] = None
+    bare["evaluation"].metrics |= {"recovered": None, "predictions": None}
     text = card(tmp_path, bare)
+    assert "in float32 on 10,240 held-out tokens in windows of 256" in text
     assert "| this model | 24 |" in text
     assert "was not found in its folder" in text
     for absent in ("| teacher | 30 |", "## Tasks", "Text:", "took back", "None"):

@@ -1,0 +1,35 @@
+"""Three models, as teacher, pruned and distilled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_convert import convert
+from recipes.core.manifest import ARTIFACT
+from recipes.evaluation.results import ROLES
+
+
+@pytest.fixture(scope="session")
+def models(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """NeMo checkpoints of three different models, as a stage sees its inputs."""
+    root = tmp_path_factory.mktemp("models")
+    found = {}
+    for seed, role in enumerate(ROLES):
+        folder = root / role
+        model = AutoModelForCausalLM.from_pretrained(odd_llama, dtype=torch.float32)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 0.05 * seed * torch.randn_like(weight)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(odd_llama).save_pretrained(folder)
+        (root / f"{role}_stage" / ARTIFACT).mkdir(parents=True)
+        convert.to_nemo(folder, root / f"{role}_stage" / ARTIFACT / "model.nemo")
+        found[role] = SimpleNamespace(artifact=root / f"{role}_stage" / ARTIFACT, hf=folder)
+    return found
