@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from recipes.core.errors import RecipeError
-from recipes.core.files import sha256_of, write_text_atomically
+from recipes.core.files import sha256_of_each, write_text_atomically
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -149,12 +149,12 @@ def manifest_of(source: str | None) -> Manifest | None:
 
 def stamp_files(root: Path) -> dict[str, FileStamp]:
     """Hashes every file below ``root``, keyed by its relative POSIX path."""
-    stamps = {}
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        stat = path.stat()
-        name = path.relative_to(root).as_posix()
-        stamps[name] = FileStamp(stat.st_size, sha256_of(path), stat.st_mtime_ns)
-    return stamps
+    paths = sorted(p for p in root.rglob("*") if p.is_file())
+    stats = [path.stat() for path in paths]
+    return {
+        path.relative_to(root).as_posix(): FileStamp(stat.st_size, digest, stat.st_mtime_ns)
+        for path, stat, digest in zip(paths, stats, sha256_of_each(paths), strict=True)
+    }
 
 
 def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) -> list[str]:
@@ -166,18 +166,23 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
         rehash: Hash every file. Otherwise a file whose size and mtime are unchanged is trusted,
             which keeps a rerun of a finished chain at a fraction of a second.
     """
-    changed = []
+    changed, doubtful = [], []
     present = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
     for name, stamp in stamps.items():
         if name not in present:
             changed.append(f"{name} (missing)")
             continue
         stat = (root / name).stat()
-        same = stat.st_size == stamp.size
-        if same and (rehash or stat.st_mtime_ns != stamp.mtime_ns):
-            same = sha256_of(root / name) == stamp.sha256
-        if not same:
+        if stat.st_size != stamp.size:
             changed.append(f"{name} (changed)")
+        elif rehash or stat.st_mtime_ns != stamp.mtime_ns:
+            doubtful.append(name)
+    digests = sha256_of_each([root / name for name in doubtful])
+    changed += [
+        f"{name} (changed)"
+        for name, digest in zip(doubtful, digests, strict=True)
+        if digest != stamps[name].sha256
+    ]
     changed += [f"{name} (added)" for name in sorted(present - stamps.keys())]
     return changed
 

@@ -10,11 +10,11 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -36,6 +36,10 @@ from recipes.core.processes import die_with_parent, peak_memory_bytes
 from recipes.core.stage import BEGUN, Input, Inputs, StageConfig, rank, unfinished, world_size
 from recipes.core.versions import git_sha, installed_versions
 
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+POLL_SECONDS = 0.05
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 Run = Callable[[Any, Inputs, Path], Outcome]
 
@@ -72,40 +76,70 @@ def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: P
     request: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(request_file))  # type: ignore[assignment]
     merged = OmegaConf.merge(OmegaConf.structured(config_class), request["config"])
     cfg: ConfigT = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    out = prepare_work(stage_dir, request)
-    inputs = {}
-    for name, spec in request["inputs"].items():
-        directory = Path(spec["directory"])
-        # One rank reads every byte; on 64 nodes the others must not.
-        inputs[name] = Input(directory, check_artifact(directory, spec["kind"], rehash=rank() == 0))
-        if inputs[name].manifest.fingerprint != spec["fingerprint"]:
-            raise RecipeError(f"{directory} changed after this stage was planned.", "run again")
+    store = _shared_store()
+    with _rank_0_first(store, "work and inputs"):
+        out = prepare_work(stage_dir, request)
+        inputs = {name: _checked(spec) for name, spec in request["inputs"].items()}
     outcome = run(cfg, inputs, out)
     peak_rss = _finish_ranks()
-    if rank() != 0:
-        return
-    manifest = Manifest(
-        stage=cfg.stage,
-        kind=kind,
-        fingerprint=request["fingerprint"],
-        config=request["config"],
-        code=request["code"],
-        inputs={name: spec["fingerprint"] for name, spec in request["inputs"].items()},
-        files=stamp_files(out),
-        metrics=asdict(outcome.result) if outcome.result else {},
-        architecture=outcome.architecture,
-        parameters=outcome.parameters,
-        tokenizer_sha256=outcome.tokenizer_sha256,
-        versions=installed_versions(),
-        git_sha=git_sha(),
-        started_at=started.isoformat(timespec="seconds"),
-        seconds=round(time.monotonic() - began, 3),
-        peak_rss_bytes=peak_rss,
-        input_content={name: item.manifest.content() for name, item in inputs.items()},
-    )
-    publish(stage_dir, out)
-    write_manifest(stage_dir, manifest)
-    _discard(stage_dir / WORK)
+    with _rank_0_first(store, "manifest"):
+        if rank() == 0:
+            manifest = Manifest(
+                stage=cfg.stage,
+                kind=kind,
+                fingerprint=request["fingerprint"],
+                config=request["config"],
+                code=request["code"],
+                inputs={name: spec["fingerprint"] for name, spec in request["inputs"].items()},
+                files=stamp_files(out),
+                metrics=asdict(outcome.result) if outcome.result else {},
+                architecture=outcome.architecture,
+                parameters=outcome.parameters,
+                tokenizer_sha256=outcome.tokenizer_sha256,
+                versions=installed_versions(),
+                git_sha=git_sha(),
+                started_at=started.isoformat(timespec="seconds"),
+                seconds=round(time.monotonic() - began, 3),
+                peak_rss_bytes=peak_rss,
+                input_content={name: item.manifest.content() for name, item in inputs.items()},
+            )
+            publish(stage_dir, out)
+            write_manifest(stage_dir, manifest)
+            _discard(stage_dir / WORK)
+
+
+def _checked(spec: Mapping[str, str]) -> Input:
+    """An input that is as it was planned with. One rank reads every byte; the others must not."""
+    directory = Path(spec["directory"])
+    found = Input(directory, check_artifact(directory, spec["kind"], rehash=rank() == 0))
+    if found.manifest.fingerprint != spec["fingerprint"]:
+        raise RecipeError(f"{directory} changed after this stage was planned.", "run again")
+    return found
+
+
+def _shared_store() -> Store | None:
+    """What torchrun's ranks share beside their process group; ``None`` for one rank."""
+    if world_size() == 1:
+        return None
+    from torch.distributed.rendezvous import rendezvous
+
+    store: Store = next(rendezvous("env://"))[0]
+    return store
+
+
+@contextlib.contextmanager
+def _rank_0_first(store: Store | None, what: str) -> Iterator[None]:
+    """The other ranks wait until rank 0 is through, however long it takes.
+
+    Not in a collective, whose timeout would count: a terabyte is hashed in many minutes. Should
+    rank 0 fail, torchrun ends them.
+    """
+    key = f"rank 0: {what}"
+    while store is not None and rank() != 0 and not store.check([key]):
+        time.sleep(POLL_SECONDS)
+    yield
+    if store is not None and rank() == 0:
+        store.set(key, "done")
 
 
 def _discard(work: Path) -> None:
@@ -115,19 +149,15 @@ def _discard(work: Path) -> None:
 
 
 def prepare_work(stage_dir: Path, request: Mapping[str, Any]) -> Path:
-    """Makes ``work/`` ready and returns the directory to write the artifact to.
+    """Makes ``work/`` ready, on rank 0, and returns the directory to write the artifact to.
 
     Work left by a killed run of the same fingerprint is kept, so that training can resume; any
-    other is deleted. Ranks other than 0 wait until rank 0 has done that.
+    other is deleted.
     """
     work = stage_dir / WORK
-
-    def is_ours() -> bool:
-        found = unfinished(stage_dir)
-        return found is not None and found["fingerprint"] == request["fingerprint"]
-
     if rank() == 0:
-        if not is_ours():
+        found = unfinished(stage_dir)
+        if found is None or found["fingerprint"] != request["fingerprint"]:
             _discard(work)
             (stage_dir / METRICS).unlink(missing_ok=True)
         shutil.rmtree(work / ARTIFACT, ignore_errors=True)
@@ -135,17 +165,7 @@ def prepare_work(stage_dir: Path, request: Mapping[str, Any]) -> Path:
         write_text_atomically(work / BEGUN, json.dumps(request))
         (work / "error.txt").unlink(missing_ok=True)
         (work / STOPPED).unlink(missing_ok=True)
-    else:
-        _wait_for(is_ours, seconds=120)
     return work / ARTIFACT
-
-
-def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise RecipeError(f"rank {rank()} waited {seconds:.0f} s for rank 0 in vain.")
-        time.sleep(0.05)
 
 
 def _finish_ranks() -> int:

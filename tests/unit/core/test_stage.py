@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from omegaconf import OmegaConf
 
-from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, check_artifact, read_manifest
 from recipes.core.metrics import METRICS, MetricsLog, read_records
 from recipes.core.stage import metrics_log, unfinished
 from recipes.core.versions import git_sha, installed_versions
-from recipes.core.worker import _wait_for, prepare_work
+from recipes.core.worker import prepare_work
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -265,12 +264,6 @@ def test_other_ranks_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert prepare_work(tmp_path, {"fingerprint": "f"}) == out
     metrics_log(out).log(loss=1.0)
     assert not (tmp_path / METRICS).exists()
-
-
-def test_ranks_that_wait_in_vain_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "3")
-    with pytest.raises(RecipeError, match="rank 3 waited 0 s for rank 0 in vain"):
-        _wait_for(lambda: (tmp_path / "never").exists(), seconds=0)
 
 
 def test_recorded_facts_are_plain_data() -> None:

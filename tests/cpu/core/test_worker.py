@@ -1,0 +1,73 @@
+"""The ranks of a stage, as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from recipes.core.files import REPO_ROOT, write_json
+from recipes.core.manifest import ARTIFACT, read_manifest, stamp_files, write_manifest
+from recipes.core.processes import start_command
+from tests.support.manifests import bare_manifest
+
+SECONDS = 4
+"""That rank 0 takes for its hashes; a collective waits for half of it."""
+STAGE = f"""
+import time
+from datetime import timedelta
+
+import torch
+
+from recipes.core import worker
+from recipes.core.manifest import Outcome
+from recipes.core.stage import StageConfig, rank
+
+
+def slow(hash_files):
+    def hashed(*args, **kwargs):
+        time.sleep({SECONDS} if rank() == 0 else 0)
+        return hash_files(*args, **kwargs)
+
+    return hashed
+
+
+def run(cfg, inputs, out):
+    patience = timedelta(seconds={SECONDS / 2})
+    torch.distributed.init_process_group("gloo", timeout=patience)
+    (out / f"rank-{{rank()}}").write_text(str(len(inputs)))
+    return Outcome()
+
+
+worker.check_artifact, worker.stamp_files = slow(worker.check_artifact), slow(worker.stamp_files)
+if __name__ == "__main__":
+    worker.stage_main(run, StageConfig, "dataset")
+"""
+
+
+def test_ranks_wait_for_hashes_longer_than_for_each_other(tmp_path: Path) -> None:
+    """With real ranks; that hashing takes long is all that is not real."""
+    source, stage = tmp_path / "source", tmp_path / "stage"
+    for folder in (source / ARTIFACT, stage):
+        folder.mkdir(parents=True)
+    (source / ARTIFACT / "text").write_text("text")
+    manifest = bare_manifest("source", "dataset", None)
+    manifest.files = stamp_files(source / ARTIFACT)
+    write_manifest(source, manifest)
+    (tmp_path / "a_stage.py").write_text(STAGE)
+    given = {"directory": str(source), "kind": "dataset", "fingerprint": manifest.fingerprint}
+    request = {"fingerprint": "f", "code": "c", "config": {"stage": "a"}, "inputs": {"data": given}}
+    write_json(stage / "config.yaml", request)
+    done = subprocess.run(
+        start_command("a_stage", stage / "config.yaml", 2, sys.executable),
+        env={**os.environ, "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{tmp_path}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    made = read_manifest(stage)
+    assert made is not None
+    assert sorted(made.files) == ["rank-0", "rank-1"]
+    assert made.seconds >= 2 * SECONDS
