@@ -23,7 +23,7 @@ class Question:
     """All that an answer depends on."""
 
     model: str
-    """Hash of weights, shape and tokenizer."""
+    """Hash of weights, config and tokenizer."""
     task: str
     version: str
     data: str
@@ -36,6 +36,8 @@ class Question:
     code: str
     """Fingerprint of our part of the scoring."""
     device: str
+    libraries: str
+    """Versions of what runs the model."""
 
 
 @dataclass(frozen=True)

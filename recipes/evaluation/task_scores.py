@@ -19,6 +19,7 @@ from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import code_fingerprint, digest
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input, Inputs
+from recipes.core.versions import installed
 from recipes.evaluation import packed_lm
 from recipes.evaluation.offline_tasks import FORMAT, WHEEL
 from recipes.evaluation.paired import compare
@@ -27,6 +28,8 @@ from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
 from recipes.evaluation.task_cache import Answer, Question, look_up, store
 from recipes.evaluation.text_quality import load_transformers
 
+LIBRARIES = ("torch", "transformers")
+"""What computes an answer beside lm-eval and our own code."""
 Answers = dict[str, dict[str, Answer]]
 """By task, then role."""
 
@@ -107,6 +110,7 @@ def _question(cfg: EvaluateTasksConfig, model: str, task: packed_lm.Task) -> Que
         harness=HARNESS,
         code=code_fingerprint(packed_lm.__name__),
         device=device(),
+        libraries=", ".join(f"{name} {installed(name)}" for name in LIBRARIES),
     )
 
 
@@ -115,7 +119,7 @@ def _data(cfg: EvaluateTasksConfig) -> str:
 
 
 def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
-    """Hash of what a model is, whatever file it came from: weights, shape and tokenizer."""
+    """Hash of what a model is: weights, the whole config.json (RoPE, epsilons), tokenizer."""
     from nemo_convert.hf import tokenizer_sha256
 
     total = hashlib.sha256()
@@ -125,7 +129,7 @@ def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
     return digest(
         {
             "weights": total.hexdigest(),
-            "architecture": nemo.architecture_of(checkpoint).as_dict(),
+            "config": nemo.read_config(checkpoint),
             "tokenizer": tokenizer_sha256(nemo.side_files(checkpoint)),
         }
     )

@@ -21,8 +21,10 @@ WEIGHT_BITS = {
     "int4_awq": 4.0,
 }
 """Bits of a weight in a linear layer; scales come on top."""
-SCALE_BITS = 16.0
-"""A scale of 16 bits for every group of weights, where weights share one."""
+SCALE_BITS = 20.0
+"""A scale of 16 bits and a zero point of 4 for every group of weights, where they share one."""
+WHOLE_TABLES = ("fp8", "int4_awq")
+"""Formats of ModelOpt, which leave embedding and head in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,20 @@ class Storage:
 
     def vocabulary_bits(self) -> float:
         """Bits of a weight in embedding and head, which are never stored below 8 bits."""
-        return max(8.0, WEIGHT_BITS[self.precision])
+        return 16.0 if self.precision in WHOLE_TABLES else max(8.0, WEIGHT_BITS[self.precision])
+
+
+def stored_bytes(arch: Architecture, storage: Storage) -> float:
+    """Bytes of all weights."""
+    tables = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
+    layers = arch.parameters() - tables
+    return (layers * storage.linear_bits() + tables * storage.vocabulary_bits()) / 8
 
 
 def weight_bytes(arch: Architecture, storage: Storage) -> float:
     """Bytes of the weights that one forward pass reads: of an untied embedding only rows."""
-    vocabulary = arch.vocab_size * arch.hidden_size
-    layers = arch.parameters() - vocabulary * (1 if arch.tied_embeddings else 2)
-    return (layers * storage.linear_bits() + vocabulary * storage.vocabulary_bits()) / 8
+    unread = 0 if arch.tied_embeddings else arch.vocab_size * arch.hidden_size
+    return stored_bytes(arch, storage) - unread * storage.vocabulary_bits() / 8
 
 
 def kv_cache_bytes(arch: Architecture, tokens: int, storage: Storage) -> int:

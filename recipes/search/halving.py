@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT, write_text_atomically
-from recipes.core.fingerprint import stage_code, stage_fingerprint
+from recipes.core.fingerprint import result_settings, stage_code, stage_fingerprint
 from recipes.core.manifest import read_manifest
 from recipes.core.processes import die_with_parent, start_command
 from recipes.core.stage import REQUEST, Inputs, StageConfig, rank, world_size
@@ -134,11 +134,10 @@ def request_of(config: StageConfig, inputs: dict[str, Path]) -> dict[str, Any]:
             "kind": manifest.kind,
             "fingerprint": manifest.fingerprint,
         }
-    settings = asdict(config)
     code = stage_code([config.stage])
     prints = {name: ref["fingerprint"] for name, ref in refs.items()}
-    fingerprint = stage_fingerprint(settings, code, prints, {})
-    return {"config": settings, "inputs": refs, "fingerprint": fingerprint, "code": code}
+    fingerprint = stage_fingerprint(result_settings(config), code, prints, {})
+    return {"config": asdict(config), "inputs": refs, "fingerprint": fingerprint, "code": code}
 
 
 def _environment(devices: int) -> dict[str, str]:

@@ -91,7 +91,7 @@ class SuccessiveHalvingConfig(StageConfig):
     """Best-ranked candidates that take part; the number left is halved each round. One alone wins
     by its rank, untrained."""
     also: list[str] = field(default_factory=list)
-    """Names of candidates that take part whatever their rank."""
+    """Names of candidates that take part, too, whatever their rank."""
     max_tokens: int = 200_000
     """Tokens that all trainings together may use."""
     select_by: str = "kl_to_teacher"
@@ -101,16 +101,19 @@ class SuccessiveHalvingConfig(StageConfig):
     distill: DistillConfig = field(default_factory=DistillConfig)
     """How candidates are trained; steps follow from the tokens."""
 
-    def rounds(self) -> list[int]:
-        """Candidates in each round."""
-        count = self.num_candidates + len(self.also)
+    def rounds(self, count: int) -> list[int]:
+        """Candidates in each round, of so many in the first."""
         numbers = []
         while count > 1:
             numbers.append(count)
             count = math.ceil(count / 2)
         return numbers
 
-    def steps(self, candidates: int) -> int:
-        """Steps that each of so many candidates may take in a round."""
-        tokens = self.max_tokens / len(self.rounds()) / candidates
+    def most(self) -> int:
+        """Candidates in the first round, should no name in ``also`` be among the best anyway."""
+        return self.num_candidates + len(set(self.also))
+
+    def steps(self, candidates: int, rounds: int) -> int:
+        """Steps that each of so many candidates may take in one of so many rounds."""
+        tokens = self.max_tokens / rounds / candidates
         return int(tokens / (self.distill.global_batch_size * self.distill.seq_length))

@@ -14,7 +14,7 @@ from typing import Any
 
 from nemo_convert.architecture import Architecture
 from recipes.planning import roofline
-from recipes.planning.roofline import WEIGHT_BITS, Machine, Storage
+from recipes.planning.roofline import Machine, Storage
 
 AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
@@ -76,6 +76,8 @@ class Service:
     bytes_per_second: float = 3.35e12
     precision: str = "bf16"
     """Of weights, as in ``build_engine``."""
+    group_size: int = 64
+    """Weights that share a scale, for ``int4``."""
     bytes_per_cached_value: int = 2
     batch_size: int = 1
     context_length: int = 4096
@@ -84,7 +86,8 @@ class Service:
     @property
     def storage(self) -> Storage:
         """How weights and cache are kept."""
-        return Storage(self.precision, kv_bytes=self.bytes_per_cached_value)
+        group = self.group_size if self.precision == "int4" else None
+        return Storage(self.precision, group, self.bytes_per_cached_value)
 
 
 def axes_of(shape: Architecture) -> dict[str, int]:
@@ -103,8 +106,8 @@ def prune_settings(sizes: Mapping[str, int], layer_importance: str) -> dict[str,
 
 
 def weight_bytes(shape: Architecture, service: Service) -> int:
-    """All weights."""
-    return round(shape.parameters() * WEIGHT_BITS[service.precision] / 8)
+    """All weights, as an engine stores them."""
+    return round(roofline.stored_bytes(shape, service.storage))
 
 
 def cache_bytes(shape: Architecture, service: Service) -> int:

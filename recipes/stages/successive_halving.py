@@ -9,10 +9,11 @@ there is one rank, and each training takes all of the machine's devices.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from recipes.core.errors import did_you_mean
 from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log, rank
@@ -21,10 +22,10 @@ from recipes.distillation.training import training_problems, training_workload
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.parallelism import layout_problems
-from recipes.planning.problems import Problem
+from recipes.planning.problems import Problem, require_none
 from recipes.search.results import Candidate, SearchResult, write_candidates
-from recipes.search.settings import PROXIES, SuccessiveHalvingConfig
-from recipes.search.space import axes_of, prune_settings
+from recipes.search.settings import PROXIES, EnumerateShapesConfig, SuccessiveHalvingConfig
+from recipes.search.space import axes_of, name_of, prune_settings
 from recipes.stages.contract import Stage
 
 RECIPE = "recipe.yaml"
@@ -48,10 +49,11 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
             f"{cfg.distill.resources.devices}: both have several ranks",
             "set resources.devices of one of them to 1",
         )
-    rounds = cfg.rounds()
+    yield from _name_problems(cfg, chain)
+    rounds = cfg.rounds(cfg.most())
     if not rounds:
         return
-    if cfg.steps(rounds[0]) < 2:
+    if cfg.steps(rounds[0], len(rounds)) < 2:
         need = 2 * len(rounds) * rounds[0] * cfg.distill.global_batch_size * cfg.distill.seq_length
         yield Problem(
             rules.SEARCH,
@@ -59,15 +61,36 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
             f"set it to at least {need}, or fewer candidates",
         )
     else:
-        training = _training(cfg, rounds[0])
+        training = _training(cfg, rounds, 0)
         yield from training_problems(training, chain)
         yield from layout_problems(training_workload(training, chain.teacher), chain)
 
 
-def _training(cfg: SuccessiveHalvingConfig, candidates: int) -> DistillConfig:
-    steps = cfg.steps(candidates)
+def _name_problems(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
+    """Compares ``also`` with the shapes within the budget, unless that waits for latencies."""
+    ranking = chain.stages.get(cfg.inputs.get("candidates", ""))
+    search = chain.stages.get(ranking.inputs.get("shapes", "")) if ranking is not None else None
+    if not cfg.also or not isinstance(search, EnumerateShapesConfig) or "latency" in search.inputs:
+        return
+    yield from _unknown(cfg.also, [name_of(shape) for shape in search.shapes(chain.teacher)])
+
+
+def _unknown(names: Sequence[str], known: Collection[str]) -> Iterator[Problem]:
+    for name in names:
+        if name not in known:
+            yield Problem(
+                rules.SEARCH,
+                f"also={name} is no candidate.{did_you_mean(name, known)}",
+                "stages.only=[enumerate_shapes] lists them",
+            )
+
+
+def _training(cfg: SuccessiveHalvingConfig, rounds: Sequence[int], number: int) -> DistillConfig:
+    """A training of one round, on windows in an order of its own."""
+    steps = cfg.steps(rounds[number], len(rounds))
     plain = {
         "stage": "distill",
+        "seed": cfg.distill.seed + number,
         "max_steps": steps,
         "warmup_steps": min(cfg.distill.warmup_steps, steps // 5),
         "val_check_interval": steps,
@@ -82,12 +105,14 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
 
     search = inputs["candidates"].manifest.result(SearchResult)
     ranked = {candidate.name: candidate for candidate in search.candidates}
+    require_none(_unknown(cfg.also, ranked))
     remaining = [n for i, n in enumerate(ranked) if i < cfg.num_candidates or n in cfg.also]
     method = inputs["candidates"].manifest.config["layer_importance"]
     halving = HalvingRun(cfg, inputs, out.parent / "candidates", method)
     log = metrics_log(out)
-    for number, count in enumerate(rounds := cfg.rounds()):
-        training = _training(cfg, count)
+    rounds = cfg.rounds(len(remaining))
+    for number in range(len(rounds)):
+        training = _training(cfg, rounds, number)
         candidates = [ranked[name] for name in remaining]
         halving.train(candidates, number, training)
         tokens = training.max_steps * training.global_batch_size * training.seq_length

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_convert.hf import TOKENIZER_FILES, Weights, copy_side_files, load_causal_lm
+from nemo_convert.hf_config import read_architecture
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, Outcome
 from recipes.core.metrics import METRICS, MetricsLog, read_records
@@ -24,6 +25,7 @@ from recipes.data.tokenizer import load_tokenizer
 from recipes.engines.checks import compare_engine, greedy_margin
 from recipes.engines.openvino import Pipeline, read_properties
 from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
+from recipes.search.space import Service, weight_bytes
 from recipes.stages import build_engine, quantize
 from tests.support.manifests import bare_manifest
 from tests.support.models import EVEN, write_tiny_model
@@ -142,7 +144,14 @@ def test_float32_engines_write_the_tokens_of_transformers(
 
 def test_compressed_engines_report_what_they_lost(build: Build, odd_llama: Path) -> None:
     """Attention's width of 70 is no multiple of a group of 8; the other widths are."""
-    found = {p: build(odd_llama, precision=p, group_size=8)[1].result for p in ("int8", "int4")}
+    built = {p: build(odd_llama, precision=p, group_size=8) for p in ("int8", "int4")}
+    found = {precision: outcome.result for precision, (_, outcome) in built.items()}
+    shape = read_architecture(json.loads((odd_llama / "config.json").read_text()), "odd")
+    for precision, (engine, _) in built.items():
+        # Norms are not compressed, scales of rows not counted, and a width fits no group.
+        wanted = weight_bytes(shape, Service(precision=precision, group_size=8))
+        size = (engine / "openvino_model.bin").stat().st_size
+        assert size == pytest.approx(wanted, rel=0.1)
     for precision, result in found.items():
         quality = result.quality
         for figures in (quality.engine, quality.source):

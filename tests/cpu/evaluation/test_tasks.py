@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from launch.schema import CONF
+from nemo_convert import nemo
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import METRICS, steps_of
 from recipes.evaluation import offline_tasks, packed_lm, task_scores
@@ -175,11 +177,20 @@ def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path)
     assert "#### 18" in items[0].doc["answer"]
 
 
-def test_another_model_or_tokenizer_is_another_question(models: dict[str, Any]) -> None:
+def test_another_model_or_tokenizer_is_another_question(
+    models: dict[str, Any], tmp_path: Path
+) -> None:
     checkpoint = models["teacher"].artifact / "model.nemo"
     model = task_scores.load_transformers(checkpoint)
     before = task_scores.model_sha256(model, checkpoint)
     assert before == task_scores.model_sha256(task_scores.load_transformers(checkpoint), checkpoint)
+    # The same weights turn and scale otherwise, by settings that change no shape.
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    config = nemo.side_files(copy) / "config.json"
+    plain = json.loads(config.read_text())
+    for name in ("rope_theta", "rms_norm_eps"):
+        config.write_text(json.dumps({**plain, name: 2 * plain[name]}))
+        assert before != task_scores.model_sha256(model, copy), name
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
     assert before != task_scores.model_sha256(model, checkpoint)

@@ -16,6 +16,7 @@ from torch.nn.functional import kl_div, nll_loss
 
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
+from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT
 from recipes.core.stage import Input, Resources
 from recipes.data.results import DatasetResult
@@ -195,6 +196,7 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     )  # fmt: skip
     cfg = SuccessiveHalvingConfig(
         num_candidates=2,
+        also=[ranked[1].name],  # which it would be anyway
         num_samples=4,
         max_tokens=4096,
         distill=training,
@@ -215,6 +217,8 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
         return start(command, **settings)
 
     monkeypatch.setattr("recipes.search.halving.subprocess.run", counted)
+    with pytest.raises(RecipeError, match="also=l9-h9 is no candidate"):
+        successive_halving.run(replace(cfg, also=["l9-h9"]), inputs, out)
     with pytest.raises(KeyboardInterrupt):
         successive_halving.run(cfg, inputs, out)
     result = successive_halving.run(cfg, inputs, out).result

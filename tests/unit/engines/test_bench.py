@@ -48,7 +48,7 @@ def test_weights_are_counted_to_the_byte(teacher: Architecture, untied: Architec
     # Of an untied embedding only the rows of the prompt are read.
     assert weight_bytes(untied, FP32) == 4 * (untied.parameters() - 512 * 128)
     layers = teacher.parameters() - 512 * 128
-    assert weight_bytes(teacher, Storage("int4", 64)) == layers * 4.25 / 8 + 512 * 128
+    assert weight_bytes(teacher, Storage("int4", 64)) == layers * 4.3125 / 8 + 512 * 128
 
 
 def test_kv_cache_is_counted_to_the_byte(teacher: Architecture) -> None:

@@ -11,7 +11,7 @@ import pytest
 from recipes.evaluation.results import Item
 from recipes.evaluation.task_cache import Answer, Question, look_up, path_of, store
 
-QUESTION = Question("m", "sciq", "1.0", "wheel", 100, None, 1234, "0.4.13", "c", "cpu")
+QUESTION = Question("m", "sciq", "1.0", "wheel", 100, None, 1234, "0.4.13", "c", "cpu", "t")
 ANSWER = Answer([Item("sciq/0", "h", {"text": "é"}, 1, [[-2.5, True]], {"acc": 1.0})], 1.5)
 
 

@@ -18,6 +18,7 @@ from recipes.core.stage import Resources
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning.chain import Chain
+from recipes.search.halving import request_of
 from recipes.search.latency import fit
 from recipes.search.results import Candidate
 from recipes.search.settings import (
@@ -155,6 +156,12 @@ def test_costs_of_serving() -> None:
     )
     read = 2 * (LLAMA_70B.parameters() - 128256 * 8192) + cache_bytes(LLAMA_70B, service)
     assert latency_ms(LLAMA_70B, service) == pytest.approx(1e3 * read / 3.35e12, rel=1e-3)
+    # Of int4 the layers, with scale and zero point of 64 weights; embedding and head in 8 bits.
+    tables = 2 * 128256 * 8192
+    bits = 4 * (LLAMA_70B.parameters() - tables) * (1 + 5 / 64) + 8 * tables
+    assert weight_bytes(LLAMA_70B, Service(precision="int4")) == pytest.approx(bits / 8)
+    fp8 = 8 * (LLAMA_70B.parameters() - tables) + 16 * tables
+    assert weight_bytes(LLAMA_70B, Service(precision="fp8")) == pytest.approx(fp8 / 8)
     crowd = dataclasses.replace(service, batch_size=4096, context_length=1)
     flops = 4096 * 2 * (LLAMA_70B.parameters() - 128256 * 8192)
     assert latency_ms(LLAMA_70B, crowd) == pytest.approx(1e3 * flops / 9.89e14, rel=1e-2)
@@ -217,12 +224,16 @@ def test_experts_are_not_searched(chain: Chain) -> None:
 
 def test_rounds_halve_the_candidates_under_the_token_budget(chain: Chain) -> None:
     cfg = SuccessiveHalvingConfig(num_candidates=4, also=["x"], max_tokens=120_000)
-    assert cfg.rounds() == [5, 3, 2]
-    used = sum(n * cfg.steps(n) * 4 * 256 for n in cfg.rounds())
+    rounds = cfg.rounds(cfg.most())
+    assert rounds == [5, 3, 2]
+    trainings = [successive_halving._training(cfg, rounds, number) for number in range(3)]
+    used = sum(n * t.max_steps * 4 * 256 for n, t in zip(rounds, trainings, strict=True))
     assert 0.9 * cfg.max_tokens < used <= cfg.max_tokens
+    # The windows of a round are not those that the candidates have just learnt from.
+    assert len({training.seed for training in trainings}) == 3
     assert list(successive_halving.check(cfg, chain)) == []
     alone = SuccessiveHalvingConfig(num_candidates=1, max_tokens=0)
-    assert alone.rounds() == []
+    assert alone.rounds(alone.most()) == []
     assert list(successive_halving.check(alone, chain)) == []
 
 
@@ -248,6 +259,40 @@ def test_a_tournament_that_cannot_be_played_is_refused(
     [problem] = successive_halving.check(SuccessiveHalvingConfig(**settings), chain)
     assert problem.rule.name == "search"
     assert words in str(problem)
+
+
+def test_names_that_are_no_candidates_are_refused(chain: Chain) -> None:
+    space = Space(hidden_size_divisor=32, ffn_hidden_size_divisor=64)
+    search = EnumerateShapesConfig(
+        stage="enumerate_shapes", budget=Budget(parameters=0.75), space=space
+    )
+    ranking = RankCandidatesConfig(stage="rank_candidates", inputs={"shapes": "shapes"})
+    stages = {"shapes": search, "ranking": ranking}
+    chain = dataclasses.replace(chain, stages=stages)
+    known = name_of(search.shapes(chain.teacher)[0])
+    for also, what in (([known], []), ([known, known[:-1] + "9"], [f"Did you mean '{known}'?"])):
+        cfg = SuccessiveHalvingConfig(also=also, inputs={"candidates": "ranking"})
+        problems = list(successive_halving.check(cfg, chain))
+        assert [p.rule.name for p in problems] == ["search"] * len(what)
+        assert all(words in p.what for words, p in zip(what, problems, strict=True))
+    # What fits a budget of measured latency is not known before it was measured.
+    timed = dataclasses.replace(search, inputs={"latency": "measure_latency"})
+    chain = dataclasses.replace(chain, stages={**stages, "shapes": timed})
+    assert list(successive_halving.check(cfg, chain)) == []
+
+
+def test_where_a_candidate_is_trained_is_not_what_it_is() -> None:
+    """A halving that goes on with other resources keeps what was trained."""
+    small, large = (
+        request_of(
+            DistillConfig(stage="distill", micro_batch_size=n, resources=Resources(devices=n)), {}
+        )
+        for n in (1, 2)
+    )
+    assert small["config"] != large["config"]
+    assert small["fingerprint"] == large["fingerprint"]
+    other = request_of(DistillConfig(stage="distill", lr=1.0), {})
+    assert small["fingerprint"] != other["fingerprint"]
 
 
 def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better() -> None:
