@@ -178,15 +178,31 @@ def forward_flops(arch: Architecture, seq_length: int) -> float:
     return arch.forward_flops_per_token() + scores
 
 
+def _work(job: Workload) -> list[tuple[Architecture, int]]:
+    """Models, and how many forward passes each costs: a backward pass is two, or three."""
+    trained = 4 if job.layout.recompute_granularity == "full" else 3
+    found = [(job.trained, trained), (job.teacher, 1)]
+    return [(arch, passes) for arch, passes in found if arch is not None]
+
+
 def flops_per_token(job: Workload) -> float:
     """FLOPs of a token: student forward and backward, what is recomputed, teacher forward."""
-    total = 0.0
-    if job.trained is not None:
-        passes = 4 if job.layout.recompute_granularity == "full" else 3
-        total += passes * forward_flops(job.trained, job.seq_length)
-    if job.teacher is not None:
-        total += forward_flops(job.teacher, job.seq_length)
-    return total
+    return sum(passes * forward_flops(arch, job.seq_length) for arch, passes in _work(job))
+
+
+def unevenness(job: Workload) -> float:
+    """FLOPs of the fullest pipeline stage, which all wait for, over those of the mean.
+
+    The last stage has the heads; of a wide vocabulary they weigh as much as several layers.
+    """
+    stages = [0.0] * job.layout.pipeline
+    for arch, passes in _work(job):
+        head = 2 * arch.vocab_size * arch.hidden_size
+        layer = (forward_flops(arch, job.seq_length) - head) / arch.num_layers
+        for stage, layers in enumerate(pipeline_split(arch.num_layers, job.layout.pipeline)):
+            stages[stage] += passes * layer * layers
+        stages[-1] += passes * head
+    return max(stages) * len(stages) / sum(stages)
 
 
 def step_seconds(job: Workload, hardware: Hardware) -> Step:
@@ -194,7 +210,7 @@ def step_seconds(job: Workload, hardware: Hardware) -> Step:
     layout = job.layout
     tokens = job.global_batch_size * job.seq_length
     rate = hardware.flops_of_rank(layout.devices) * hardware.utilisation
-    compute = flops_per_token(job) * tokens / (layout.ranks * rate)
+    compute = flops_per_token(job) * tokens / (layout.ranks * rate) * unevenness(job)
     passed = tokens / (layout.data * layout.context)  # tokens that go through each stage's ranks
     gradients, optimizer = _update_seconds(job, hardware)
     link = hardware.link_bytes_per_second

@@ -15,7 +15,7 @@ from launch.planned import load_stage
 from launch.schema import CONF
 from nemo_convert.hf_config import SUPPORTED
 from recipes.planning.estimate import estimate
-from recipes.planning.layouts import HEADROOM
+from recipes.planning.layouts import HEADROOM, best
 from recipes.planning.published_configs import CONFIGS
 from recipes.search.space import name_of
 from recipes.stages.contract import Stage
@@ -196,6 +196,22 @@ def test_large_recipes_are_the_published_ones(
         assert job.trained is not None
         assert job.trained.parameters() == pytest.approx(parameters, rel=0.002)
         assert job.tokens == pytest.approx(budget, rel=0.01)
+
+
+@pytest.mark.parametrize("recipe", [name for name in LARGE if name.startswith("qwen3")])
+def test_qwen3_has_the_cheapest_layout_and_the_published_one_fits_too(
+    recipe: str, plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
+    costs = []
+    for overrides in ((), ("stages.distill.tensor_model_parallel_size=8",)):
+        planned = large(recipe, plan, *overrides)
+        job, hardware = planned.chain.workloads["distill"], planned.chain.hardware
+        costs.append(estimate(job, hardware).device_hours)
+    cheapest = best(job, hardware, job.layout.ranks, job.layout.devices)
+    assert cheapest is not None
+    assert cheapest.estimate.device_hours == pytest.approx(costs[0], rel=1e-3)
+    assert costs[0] < 0.97 * costs[1]
 
 
 def test_the_search_of_a_large_model_lists_the_published_shape(

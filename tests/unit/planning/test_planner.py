@@ -23,6 +23,7 @@ from recipes.planning.estimate import (
     rank_parameters,
     step_seconds,
     stopping_seconds,
+    unevenness,
 )
 from recipes.planning.hardware import CPU_PROFILES, Hardware
 from recipes.planning.layouts import best, fits, proposals
@@ -250,6 +251,20 @@ def test_a_pipeline_holds_several_micro_batches_and_waits() -> None:
     layer = activation_bytes(LLAMA, layout, 4096)
     first = replace(job, global_batch_size=64)
     assert memory(first, replace(H100, reserved_bytes=0)).total > 4 * 8 * layer
+
+
+def test_a_pipeline_is_as_fast_as_its_fullest_stage() -> None:
+    """36 layers over 8 stages are 3, 5, 5, …; a head of 152k words is nearly 3 layers."""
+    job = distillation(QWEN, None, layout=Layout(devices=8, pipeline=8, micro_batch_size=1))
+    head = 2 * QWEN.vocab_size * QWEN.hidden_size
+    layer = (forward_flops(QWEN, 4096) - head) / 36
+    assert 2.9 < head / layer < 3
+    stages = [3 * layer, *[5 * layer] * 6, 3 * layer + head]
+    assert unevenness(job) == pytest.approx(max(stages) * 8 / sum(stages))
+    one = replace(job, layout=Layout(devices=8))
+    assert unevenness(one) == pytest.approx(1)
+    slower = step_seconds(job, H100).compute / step_seconds(one, H100).compute
+    assert slower == pytest.approx(unevenness(job))
 
 
 def test_logits_of_teacher_and_student_are_counted() -> None:
