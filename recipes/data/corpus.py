@@ -1,119 +1,222 @@
-"""Documents from text, JSON, JSONL, wheels or Hugging Face datasets, and their split into parts."""
+"""Documents of a source one after the other, however large it is, and the part each belongs to."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import IO, Any, Protocol
+
+import ijson
 
 from recipes.core.errors import RecipeError
-from recipes.core.wheels import fetch_wheel_file, parse_wheel_file, short_name
+from recipes.data.sources import HubDataset, Source, TextFile, files_of, parse_source
 
-FILE_TYPES = (".txt", ".json", ".jsonl")
 PARTS = ("train", "validation", "calibration", "heldout")
-_HUB = re.compile(r"hf://(?P<name>[^:@]+)(?:@(?P<config>[^:]+))?:(?P<split>.+)")
+LONGEST_PARAGRAPH = 1 << 20
+"""Bytes after which a text without blank lines is cut all the same, at the end of a line."""
+STRETCH = 4 << 20
+"""Bytes of running text, about, that are divided among the parts; shorter texts as a whole."""
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ijson.JSONError)
 
 
-def source_problem(source: str) -> str | None:
-    """What is wrong with a source, as far as can be told without reading or downloading it."""
-    file = parse_wheel_file(source)
-    if _HUB.fullmatch(source):
-        return None
-    suffix = Path(file.member if file else source).suffix
-    if suffix not in FILE_TYPES:
-        return (
-            f"'{source}' is not one of {', '.join(FILE_TYPES)}, hf://NAME[@CONFIG]:SPLIT, pypi://"
-        )
-    if file is None and not Path(source).is_file():
-        return f"there is no file '{source}'"
-    if file is None and not Path(source).stat().st_size:
-        return f"'{source}' is empty"
-    return None
+@dataclass(frozen=True)
+class Document:
+    """A text, and where it lies."""
+
+    text: str
+    place: float | None = None
+    """Of a paragraph: how far into its stretch of the source it begins, from 0 to below 1. Records
+    have none, since they are not known to belong together."""
 
 
-def source_names(sources: Sequence[str]) -> dict[str, str]:
-    """Sources by a short name each, in the same order: ``my_text`` for ``data/my_text.jsonl``."""
-    names: dict[str, str] = {}
-    seen: Counter[str] = Counter()
-    for source in sources:
-        hub = _HUB.fullmatch(source)
-        name = short_name(hub["name"]) if hub else Path(short_name(source)).stem
-        seen[name] += 1
-        names[name if seen[name] == 1 else f"{name}-{seen[name]}"] = source
-    return names
+class Reader(Protocol):
+    """Documents of a source, which can stop and be taken up again."""
+
+    def __iter__(self) -> Iterator[Document]:
+        """Those that an earlier reader of this source had not come to."""
+
+    def state(self) -> Any:
+        """What a later reader needs to go on after the last document, as JSON can hold it."""
+
+    def share(self) -> float:
+        """Share of the source that has been read; 0 where its size is not known."""
 
 
-def read_documents(source: str, text_field: str) -> Iterator[str]:
-    """Yields the non-empty documents of a source.
+def read_source(source: str, text_field: str, state: Any = None) -> Reader:
+    """Opens a source.
 
     Text files hold documents separated by blank lines; JSON files a list of records or a mapping to
-    records; JSONL a record a line. A record is a string or has the text in ``text_field``.
+    records; JSONL a record a line. A record is a string or has the text in ``text_field``, or in
+    ``a.b`` of nested ones.
+
+    Args:
+        source: As in ``data.sources``.
+        text_field: Of records, unless the source has one of its own.
+        state: Of a reader that is to be continued.
 
     Raises:
-        RecipeError: The source cannot be read as what its name says.
+        RecipeError: There is no such source; while reading, it is not what its name says.
     """
-    hub = _HUB.fullmatch(source)
-    if hub:
-        yield from _from_hub(hub.groupdict(), text_field)
-        return
-    file = parse_wheel_file(source)
-    path = fetch_wheel_file(file) if file else Path(source)
-    for number, record in enumerate(_records(path), 1):
-        text = record.get(text_field) if isinstance(record, dict) else record
-        if not isinstance(text, str):
-            raise RecipeError(
-                f"{path}, record {number}: no text in field '{text_field}'.",
-                "set data.text_field to the field that holds the text",
-            )
-        if text.strip():
-            yield text.strip()
+    parsed = parse_source(source)
+    field = parsed.text or text_field
+    if parsed.hub:
+        return _HubReader(parsed.hub, parsed.revision, field, state)
+    return _FileReader(parsed, field, state)
 
 
-def _records(path: Path) -> Iterator[object]:
-    try:
-        if path.suffix == ".txt":
-            yield from re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
-        elif path.suffix == ".json":
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(data, (dict, list)):
-                raise ValueError("it is a single value, not a list or mapping of records")
-            yield from data.values() if isinstance(data, dict) else data
-        else:
-            yield from _lines(path)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} cannot be read as {path.suffix}: {error}") from error
+class _FileReader:
+    def __init__(self, source: Source, field: str, state: int | None) -> None:
+        self._source, self._field, self._before = source, field, state or 0
+        self._files = files_of(source)
+        self._total = max(1, sum(file.size for file in self._files))
+        self._passed, self._records = 0, 0
+        self._open: IO[bytes] | None = None
+
+    def __iter__(self) -> Iterator[Document]:
+        for file in self._files:
+            with file.open() as self._open:
+                for number, (offset, record) in enumerate(self._read(file, self._open), 1):
+                    self._records += 1
+                    if self._records > self._before:
+                        text = _text(record, self._field, f"{file.name}, record {number}").strip()
+                        if text:
+                            yield Document(text, self._place(offset))
+            self._passed, self._open = self._passed + file.size, None
+
+    def _read(self, file: TextFile, opened: IO[bytes]) -> Iterator[tuple[int | None, object]]:
+        kind = self._source.file_type
+        try:
+            if kind == ".txt":
+                yield from _paragraphs(opened)
+            else:
+                read = _json_records if kind == ".json" else _json_lines
+                raw = gzip.GzipFile(fileobj=opened) if kind == ".jsonl.gz" else opened
+                yield from ((None, record) for record in read(raw))
+        except _UNREADABLE as error:
+            raise RecipeError(f"{file.name} cannot be read as {kind}: {error}") from error
+
+    def _place(self, offset: int | None) -> float | None:
+        if offset is None:
+            return None
+        stretches = max(1, round(self._total / STRETCH))
+        return (self._passed + offset) * stretches / self._total % 1
+
+    def state(self) -> int:
+        return self._records
+
+    def share(self) -> float:
+        here = self._open.tell() if self._open and not self._open.closed else 0
+        return (self._passed + here) / self._total
 
 
-def _lines(path: Path) -> Iterator[object]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"line {number}: {error}") from error
+def _text(record: object, field: str, where: str) -> str:
+    text = record
+    if isinstance(record, dict):
+        text = record[field] if field in record else _nested(record, field.split("."))
+    if not isinstance(text, str):
+        raise RecipeError(
+            f"{where}: no text in field '{field}'.",
+            "set data.text_field to the field that holds the text, or #text=FIELD of this source",
+        )
+    return text
 
 
-def _from_hub(hub: Mapping[str, str], text_field: str) -> Iterator[str]:
-    from datasets import load_dataset
-
-    rows = load_dataset(hub["name"], hub["config"], split=hub["split"], streaming=True)
-    for row in rows:
-        if text_field not in row:
-            raise RecipeError(
-                f"dataset {hub['name']} has no field '{text_field}'; it has {', '.join(row)}.",
-                "set data.text_field",
-            )
-        if text := (row[text_field] or "").strip():
-            yield text
+def _nested(record: object, keys: list[str]) -> object:
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
 
 
-def part_of(text: str, fractions: Mapping[str, float]) -> str:
-    """Assigns a document to a part by its own hash, so that no order or seed can move it."""
-    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+def _paragraphs(file: IO[bytes]) -> Iterator[tuple[int, str]]:
+    """Texts between blank lines, and the bytes before each."""
+    offset, start, lines = 0, 0, list[bytes]()
+    for line in file:
+        blank = not line.strip()
+        if lines and (blank or offset - start > LONGEST_PARAGRAPH):
+            yield start, _decoded(lines)
+            lines = []
+        if not blank:
+            start = start if lines else offset
+            lines.append(line)
+        offset += len(line)
+    if lines:
+        yield start, _decoded(lines)
+
+
+def _decoded(lines: list[bytes]) -> str:
+    return b"".join(lines).decode("utf-8").replace("\r\n", "\n")
+
+
+def _json_records(file: Any) -> Iterator[object]:
+    first = file.peek(1024).lstrip()[:1]
+    if first == b"[":
+        yield from ijson.items(file, "item", use_float=True)
+    elif first == b"{":
+        yield from (value for _, value in ijson.kvitems(file, "", use_float=True))
+    else:
+        raise ValueError("it is neither a list nor a mapping of records")
+
+
+def _json_lines(file: Any) -> Iterator[object]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+
+
+class _HubReader:
+    def __init__(self, hub: HubDataset, revision: str | None, field: str, state: Any) -> None:
+        from datasets import load_dataset
+
+        self._name, self._field = hub.name, field
+        self._rows = load_dataset(
+            hub.name, hub.config, split=hub.split, revision=revision, streaming=True
+        )
+        if state is not None:
+            self._rows.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[Document]:
+        for row in self._rows:
+            if self._field not in row:
+                raise RecipeError(
+                    f"dataset {self._name} has no field '{self._field}'; it has {', '.join(row)}.",
+                    "set data.text_field",
+                )
+            if text := (row[self._field] or "").strip():
+                yield Document(text)
+
+    def state(self) -> Any:
+        return self._rows.state_dict()
+
+    def share(self) -> float:
+        return 0.0
+
+
+def digest(text: str) -> bytes:
+    """16 bytes that a document is known by."""
+    return hashlib.sha256(text.encode()).digest()[:16]
+
+
+def draw_of(document: Document, known_as: bytes) -> float:
+    """What decides a document's part, from 0 to below 1.
+
+    A paragraph's is its place, so that a part is a few long pieces of a text and what is measured
+    on does not stand between what was trained on. Of records it is their hash, so that no order or
+    seed can move them.
+    """
+    if document.place is not None:
+        return document.place
+    return int.from_bytes(known_as[:8], "big") / 2**64
+
+
+def part_of(draw: float, fractions: Mapping[str, float]) -> str:
+    """Assigns a draw to a part; what the fractions leave is for training."""
     for part, fraction in fractions.items():
         if draw < fraction:
             return part

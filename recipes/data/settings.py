@@ -13,7 +13,10 @@ class PrepareDataConfig(StageConfig):
     """Settings of ``prepare_data``."""
 
     sources: list[str] = field(default_factory=list)
-    """Files (.txt, .json, .jsonl), ``hf://NAME[@CONFIG]:SPLIT`` or ``pypi://`` sources."""
+    """Files (.txt, .json, .jsonl, .jsonl.gz) or patterns, ``hf://NAME[@CONFIG]:SPLIT`` or
+    ``pypi://`` sources; see ``recipes/data/sources.py`` for their options."""
+    heldout_sources: list[str] = field(default_factory=list)
+    """Text that is only evaluated on: no training, calibration or choice sees any of it."""
     text_field: str = "text"
     document_end: str | None = None
     """Token between documents; by default the end of text that base and instruct models share."""
@@ -21,9 +24,17 @@ class PrepareDataConfig(StageConfig):
     calibration_fraction: float = 0.04
     heldout_fraction: float = 0.04
     max_documents: int | None = None
-    """Documents to take from each source; all by default."""
+    """Documents to read of each source; all by default. Held-out sources are taken whole."""
+    max_tokens: int | None = None
+    """Tokens to take of each source, all parts together; its last document may exceed them."""
     seq_length: int = 256
     """Every part must hold at least one window of this many tokens."""
+    processes: int = field(default=1, metadata={"resource": True})
+    """That tokenize; their number changes nothing of the result."""
+
+    def all_sources(self) -> list[str]:
+        """Held-out sources, then the others."""
+        return [*self.heldout_sources, *self.sources]
 
     def fractions(self) -> dict[str, float]:
         """Share of documents in each part except ``train``, which takes the rest."""

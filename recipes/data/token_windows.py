@@ -1,16 +1,13 @@
-"""Megatron's indexed datasets: writing parts, and reading windows back."""
+"""Windows of tokens, read from Megatron's indexed datasets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from recipes.core.stage import Input
@@ -20,31 +17,6 @@ from recipes.data.results import DatasetResult
 def prefix(artifact: Path, part: str) -> Path:
     """Path of a part without ``.bin`` or ``.idx``, as Megatron wants it."""
     return artifact / part
-
-
-class PartWriter:
-    """Writes several parts side by side."""
-
-    def __init__(self, artifact: Path, parts: Iterable[str]) -> None:
-        self._paths = {part: prefix(artifact, part) for part in parts}
-        self._builders = {
-            part: IndexedDatasetBuilder(f"{path}.bin", dtype=np.int32)
-            for part, path in self._paths.items()
-        }
-
-    def add(self, part: str, ids: list[int]) -> None:
-        """Appends one document."""
-        self._builders[part].add_document(torch.tensor(ids, dtype=torch.int32), [len(ids)])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        if kind is None:
-            for part, builder in self._builders.items():
-                builder.finalize(f"{self._paths[part]}.idx")
 
 
 @dataclass(frozen=True)

@@ -2,38 +2,97 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from recipes.core.errors import RecipeError
+from recipes.core.processes import die_with_parent
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 """What models were trained to see between documents, where ``eos_token`` ends a turn of a chat."""
+AHEAD = 4
+"""Batches that wait for each process, so that none waits for text."""
+ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True)
 class DocumentTokenizer:
     """A tokenizer, and the tokens around a document."""
 
-    tokenizer: Any
-    """Of ``transformers``."""
+    definition: str
+    """What ``tokenizer.json`` holds."""
     begin: int | None
     """Stands before every document where the tokenizer puts it before a text by itself."""
     end: int
     """Stands after every document; what is predicted from it is another document's beginning."""
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of each document, marks included; a mark's name in a text is only text."""
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(self.definition)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # a mark's name in a text is only text
+        return tokenizer
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Tokens of each document, marks included, int32."""
         begin = [] if self.begin is None else [self.begin]
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,  # of documents longer than the model's positions, which windows cut
-        )
-        return [[*begin, *ids, self.end] for ids in encoded["input_ids"]]
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array([*begin, *text.ids, self.end], dtype=np.int32) for text in encoded]
+
+    def encode_all(
+        self, batches: Iterable[tuple[list[str], ItemT]], processes: int
+    ) -> Iterator[tuple[list[np.ndarray], ItemT]]:
+        """Encodes batches in their order, a few ahead of the one that is returned.
+
+        Args:
+            batches: Texts, and anything that is to be returned with them.
+            processes: How many to use; with one, this one.
+        """
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would want the same cores
+        if processes == 1:
+            yield from ((self.encode(texts), item) for texts, item in batches)
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, context, _start, (self,)) as pool:
+            waiting: deque[tuple[Future[list[np.ndarray]], ItemT]] = deque()
+            source = iter(batches)
+            try:
+                while True:
+                    for texts, item in islice(source, AHEAD * processes - len(waiting)):
+                        waiting.append((pool.submit(_encode, texts), item))
+                    if not waiting:
+                        return
+                    encoded, item = waiting.popleft()
+                    yield encoded.result(), item
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+_here: list[DocumentTokenizer] = []
+"""The tokenizer of a process that encodes for another."""
+
+
+def _start(tokenizer: DocumentTokenizer) -> None:
+    die_with_parent()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _here.append(tokenizer)
+
+
+def _encode(texts: list[str]) -> list[np.ndarray]:
+    return _here[0].encode(texts)
 
 
 def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTokenizer:
@@ -46,11 +105,16 @@ def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTok
             model's ``eos_token`` is often the end of a turn, after which it expects a chat's role.
 
     Raises:
-        RecipeError: There is no such token.
+        RecipeError: There is no such token, or the tokenizer is not one of ``tokenizers``.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.is_fast:
+        raise RecipeError(
+            f"the tokenizer in {folder} has no tokenizer.json.",
+            "save it with transformers' fast tokenizer first",
+        )
     vocabulary = tokenizer.get_vocab()
     wanted = [document_end] if document_end else [*ENDS_OF_TEXT, tokenizer.eos_token]
     ends = [vocabulary[token] for token in wanted if token in vocabulary]
@@ -61,4 +125,4 @@ def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTok
         )
     first = tokenizer("a")["input_ids"][0]
     begin = first if first == tokenizer.bos_token_id else None
-    return DocumentTokenizer(tokenizer, begin, ends[0])
+    return DocumentTokenizer(tokenizer.backend_tokenizer.to_str(), begin, ends[0])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator
 
 from recipes.core.manifest import Manifest, manifest_of
 from recipes.core.stage import StageConfig
-from recipes.core.wheels import source_bytes
 from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
+from recipes.data.sources import source_bytes
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.estimate import estimate
@@ -131,10 +132,11 @@ def _train_tokens(chain: Chain, data: str) -> tuple[float, float] | None:
     sizes = [source_bytes(source) for source in config.sources]
     if not sizes or None in sizes:
         return None
-    total = sum(size for size in sizes if size is not None)
-    share = 1 - sum(config.fractions().values())
+    budget = config.max_tokens or math.inf
+    about = sum(min(size / BYTES_PER_TOKEN, budget) for size in sizes if size is not None)
     # A token is a byte at least; how documents fall into parts is random, so all may train.
-    return total * share / BYTES_PER_TOKEN, float(total)
+    most = sum(size for size in sizes if size is not None)
+    return about * (1 - sum(config.fractions().values())), float(most)
 
 
 def _prepared(chain: Chain, data: str, config: StageConfig | None) -> Manifest | None:
@@ -145,6 +147,7 @@ def _prepared(chain: Chain, data: str, config: StageConfig | None) -> Manifest |
     now = {
         "sources": config.sources,
         "max_documents": config.max_documents,
+        "max_tokens": config.max_tokens,
         "text_field": config.text_field,
     }
     if manifest is None or any(manifest.config.get(key) != value for key, value in now.items()):

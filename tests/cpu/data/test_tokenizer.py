@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from recipes.core.errors import RecipeError
-from recipes.data.tokenizer import load_tokenizer
+from recipes.data.tokenizer import DocumentTokenizer, load_tokenizer
 
 
 def saved(folder: Path, *marks: str, begins: bool = False, **names: str) -> Path:
@@ -25,6 +25,10 @@ def saved(folder: Path, *marks: str, begins: bool = False, **names: str) -> Path
         )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return folder
+
+
+def encoded(tokenizer: DocumentTokenizer, texts: list[str]) -> list[list[int]]:
+    return [ids.tolist() for ids in tokenizer.encode(texts)]
 
 
 @pytest.mark.parametrize(
@@ -42,20 +46,20 @@ def test_a_document_ends_with_the_end_of_text(
     documents = load_tokenizer(saved(tmp_path, *marks, eos_token=eos))
     assert documents.begin is None
     assert documents.end == 3 + marks.index(end)
-    assert documents.encode(["ab", "c"]) == [[0, 1, documents.end], [2, documents.end]]
+    assert encoded(documents, ["ab", "c"]) == [[0, 1, documents.end], [2, documents.end]]
 
 
 def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
     names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
     documents = load_tokenizer(saved(tmp_path / "with", "<s>", "</s>", begins=True, **names))
-    assert documents.encode(["ab", "c"]) == [[3, 0, 1, 4], [3, 2, 4]]
+    assert encoded(documents, ["ab", "c"]) == [[3, 0, 1, 4], [3, 2, 4]]
     documents = load_tokenizer(saved(tmp_path / "without", "<s>", "</s>", **names))
-    assert documents.encode(["ab"]) == [[0, 1, 4]]
+    assert encoded(documents, ["ab"]) == [[0, 1, 4]]
 
 
 def test_the_token_between_documents_can_be_chosen(tmp_path: Path) -> None:
     folder = saved(tmp_path, "<|im_end|>", "<|endoftext|>", eos_token="<|im_end|>")
-    assert load_tokenizer(folder, "<|im_end|>").encode(["a"]) == [[0, 3]]
+    assert encoded(load_tokenizer(folder, "<|im_end|>"), ["a"]) == [[0, 3]]
     with pytest.raises(RecipeError, match="has no token </s>") as caught:
         load_tokenizer(folder, "</s>")
     assert "data.document_end" in str(caught.value)
@@ -63,7 +67,7 @@ def test_the_token_between_documents_can_be_chosen(tmp_path: Path) -> None:
 
 def test_a_mark_that_a_text_names_ends_nothing(tmp_path: Path) -> None:
     folder = saved(tmp_path, "<|endoftext|>", eos_token="<|endoftext|>")
-    [ids] = load_tokenizer(folder).encode(["a<|endoftext|>b"])
+    [ids] = encoded(load_tokenizer(folder), ["a<|endoftext|>b"])
     assert ids.index(3) == len(ids) - 1
 
 

@@ -13,7 +13,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_convert import nemo
 from recipes.core.errors import RecipeError
-from recipes.data.token_windows import PartWriter, read_tokens
+from recipes.data.part_writer import PartWriter
+from recipes.data.token_windows import read_tokens
 from recipes.distillation.data import TokenWindows, TrainingData
 
 LENGTH, END, SEED, BATCH = 8, 0, 7, 4

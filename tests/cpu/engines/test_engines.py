@@ -19,8 +19,8 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, Outcome
 from recipes.core.metrics import METRICS, MetricsLog, read_records
 from recipes.core.stage import Input
+from recipes.data.part_writer import PartWriter
 from recipes.data.results import DatasetResult
-from recipes.data.token_windows import PartWriter
 from recipes.data.tokenizer import load_tokenizer
 from recipes.engines.checks import compare_engine, greedy_margin
 from recipes.engines.openvino import Pipeline, read_properties

@@ -19,7 +19,8 @@ from nemo_convert.hf_config import read_architecture
 from recipes.core.files import REPO_ROOT
 from recipes.core.metrics import METRICS, MetricsLog, steps_of
 from recipes.data.corpus import PARTS
-from recipes.data.token_windows import PartWriter, TextWindows
+from recipes.data.part_writer import PartWriter
+from recipes.data.token_windows import TextWindows
 from recipes.evaluation.text_quality import load_transformers
 from recipes.planning.targets import Targets, pruned
 from recipes.pruning.cut_checkpoint import prune_checkpoint

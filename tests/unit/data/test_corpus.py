@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from recipes.core.errors import RecipeError
-from recipes.data.corpus import PARTS, part_of, read_documents, source_problem
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from recipes.data import corpus
+from recipes.data.corpus import PARTS, Document, digest, draw_of, part_of, read_source
+from recipes.data.sources import source_bytes, source_names, source_problem
 
 FRACTIONS = {"validation": 0.02, "calibration": 0.04, "heldout": 0.04}
 SHA = "0" * 64
@@ -24,7 +26,12 @@ def write(folder: Path, name: str, content: str) -> str:
 
 
 def documents(source: str, field: str = "text") -> list[str]:
-    return list(read_documents(source, field))
+    return [document.text for document in read_source(source, field)]
+
+
+def part(text: str, fractions: dict[str, float] = FRACTIONS) -> str:
+    """The part of a record."""
+    return part_of(draw_of(Document(text), digest(text)), fractions)
 
 
 def test_text_is_split_at_blank_lines(tmp_path: Path) -> None:
@@ -135,32 +142,111 @@ def test_empty_missing_and_folder(tmp_path: Path) -> None:
 
 def test_parts_do_not_depend_on_order() -> None:
     texts = [f"document {i}" for i in range(5000)]
-    first = {text: part_of(text, FRACTIONS) for text in texts}
+    first = {text: part(text) for text in texts}
     random.Random(0).shuffle(texts)
-    assert {text: part_of(text, FRACTIONS) for text in texts} == first
+    assert {text: part(text) for text in texts} == first
 
 
 def test_fractions_hold_and_parts_are_disjoint() -> None:
-    parts: dict[str, set[str]] = {part: set() for part in PARTS}
+    parts: dict[str, set[str]] = {name: set() for name in PARTS}
     for i in range(5000):
-        parts[part_of(f"document {i}", FRACTIONS)].add(f"document {i}")
+        parts[part(f"document {i}")].add(f"document {i}")
     expected = {**FRACTIONS, "train": 0.9}
-    for part, fraction in expected.items():
+    for name, fraction in expected.items():
         # Four standard deviations of a binomial draw.
         slack = 4 * (fraction * (1 - fraction) / 5000) ** 0.5
-        assert abs(len(parts[part]) / 5000 - fraction) < slack, part
+        assert abs(len(parts[name]) / 5000 - fraction) < slack, name
     assert sum(len(texts) for texts in parts.values()) == 5000
     assert len(set.union(*parts.values())) == 5000
 
 
 def test_a_larger_part_keeps_what_it_had() -> None:
     texts = [f"document {i}" for i in range(2000)]
-    small = {t for t in texts if part_of(t, {"validation": 0.02}) == "validation"}
-    large = {t for t in texts if part_of(t, {"validation": 0.1}) == "validation"}
+    small = {t for t in texts if part(t, {"validation": 0.02}) == "validation"}
+    large = {t for t in texts if part(t, {"validation": 0.1}) == "validation"}
     assert small < large
 
 
-@pytest.mark.parametrize(("fraction", "part"), [(0.0, "train"), (1.0, "heldout")])
-def test_part_of_extreme_fractions(fraction: float, part: str) -> None:
-    counts = Counter(part_of(str(i), {"heldout": fraction}) for i in range(100))
-    assert counts == {part: 100}
+@pytest.mark.parametrize(("fraction", "name"), [(0.0, "train"), (1.0, "heldout")])
+def test_part_of_extreme_fractions(fraction: float, name: str) -> None:
+    counts = Counter(part(str(i), {"heldout": fraction}) for i in range(100))
+    assert counts == {name: 100}
+
+
+@pytest.mark.parametrize("stretches", [1, 3])
+def test_paragraphs_of_one_text_fall_into_long_pieces(
+    tmp_path: Path, stretches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A paragraph that is measured on does not stand between two that were trained on."""
+    paragraphs = [f"paragraph {i:4}" for i in range(3000)]
+    source = write(tmp_path, "a.txt", "\n\n".join(paragraphs))
+    monkeypatch.setattr(corpus, "STRETCH", Path(source).stat().st_size / stretches)
+    read = list(read_source(source, "text"))
+    parts = [part_of(draw_of(d, digest(d.text)), FRACTIONS) for d in read]
+    assert [name for name, _ in groupby(parts)] == [*FRACTIONS, "train"] * stretches
+    for name, fraction in FRACTIONS.items():
+        assert parts.count(name) == pytest.approx(3000 * fraction, abs=2 * stretches)
+
+
+def test_files_of_a_pattern_are_one_source(tmp_path: Path) -> None:
+    for name, text in (("b.txt", "three\n\nfour"), ("a.txt", "one\n\ntwo"), ("c.md", "no")):
+        write(tmp_path, name, text)
+    source = f"{tmp_path}/*.txt"
+    assert source_problem(source) is None
+    assert documents(source) == ["one", "two", "three", "four"]
+    places = [document.place for document in read_source(source, "text")]
+    assert places == [0, 5 / 19, 8 / 19, 15 / 19]
+    assert source_bytes(source) == 19
+    assert source_problem(f"{tmp_path}/*.jsonl") == f"there is no file '{tmp_path}/*.jsonl'"
+
+
+def test_a_text_without_blank_lines_is_cut_at_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "LONGEST_PARAGRAPH", 10)
+    assert documents(write(tmp_path, "a.txt", "one two\nthree\nfour")) == ["one two\nthree", "four"]
+
+
+def test_compressed_lines(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"text": "one"}\n"two"\n'))
+    assert documents(str(file)) == ["one", "two"]
+    assert source_bytes(str(file)) is None
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(RecipeError, match=r"cannot be read as \.jsonl\.gz"):
+        documents(str(file))
+
+
+def test_a_source_has_options_of_its_own(tmp_path: Path) -> None:
+    nested = write(tmp_path, "a.jsonl", '{"doc": {"body": "one"}, "doc.body": "two"}\n')
+    assert documents(f"{nested}#text=doc.body") == ["two"]
+    nested = write(tmp_path, "b.jsonl", '{"doc": {"body": "one"}}\n')
+    assert documents(f"{nested}#name=some&text=doc.body", "text") == ["one"]
+    with pytest.raises(RecipeError, match=r"no text in field 'doc\.none'"):
+        documents(f"{nested}#text=doc.none")
+    wheel = f"pypi://p/1/p/x/*.txt#sha256={SHA}"
+    named = {
+        f"{nested}#name=some": "some",
+        nested: "b",
+        f"{wheel}&name=speeches": "speeches",
+        wheel: "x",
+        f"pypi://p/1/p/lines.jsonl.gz#sha256={SHA}&text=doc.body": "lines",
+        "hf://org/data@en:train#revision=abc": "data",
+    }
+    assert list(source_names(list(named))) == list(named.values())
+    assert all(source_problem(source) is None for source in named)
+    assert "not on a hub" in str(source_problem(f"{nested}#revision=abc"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
+def test_a_reader_is_taken_up_again(tmp_path: Path, name: str) -> None:
+    texts = [f"document {i}" if i % 3 else "" for i in range(1, 20)]
+    content = {"a.txt": "\n\n".join(texts), "a.json": json.dumps(texts)}
+    lines = "\n".join(map(json.dumps, texts))
+    source = write(tmp_path, name, content.get(name, lines))
+    whole = list(read_source(source, "text"))
+    for taken in (0, 1, 5, len(whole)):
+        first = read_source(source, "text")
+        begun = list(islice(first, taken))
+        state = json.loads(json.dumps(first.state()))
+        assert begun + list(read_source(source, "text", state)) == whole

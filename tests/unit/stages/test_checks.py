@@ -24,6 +24,8 @@ from recipes.stages.contract import Kind, Stage
 
 STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
 
+# Gates are judged by the launcher: another threshold runs nothing again.
+OTHER_RESOURCES = {"report": ["gates"], "prepare_data": ["processes"]}
 LAYOUT = {
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -78,8 +80,7 @@ def test_stages_mark_only_what_leaves_the_result_alone(stage: str) -> None:
     fields = dataclasses.fields(load_stage(stage).config)
     marked = {f.name for f in fields if f.metadata.get("resource")}
     assert "resources" in marked
-    # Gates are judged by the launcher: another threshold runs nothing again.
-    assert marked <= {"resources", *LAYOUT, *(["gates"] if stage == "report" else [])}
+    assert marked <= {"resources", *LAYOUT, *OTHER_RESOURCES.get(stage, [])}
 
 
 def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
@@ -138,18 +139,17 @@ def test_prepare_data_fractions_leave_train_out() -> None:
     assert cfg.fractions() == {"validation": 0.1, "calibration": 0.04, "heldout": 0.04}
 
 
-def test_prepare_data_takes_each_document_once(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n\none\n\nthree")
-    (tmp_path / "b.txt").write_text("three\n\nfour")
-    cfg, seen = PrepareDataConfig(), set[str]()
-    assert list(prepare_data._unique(cfg, str(tmp_path / "a.txt"), seen)) == ["one", "two", "three"]
-    assert list(prepare_data._unique(cfg, str(tmp_path / "b.txt"), seen)) == ["four"]
+@pytest.mark.parametrize("field", ["processes", "max_tokens", "max_documents"])
+def test_prepare_data_takes_at_least_something(text: str, chain: Chain, field: str) -> None:
+    cfg = PrepareDataConfig(sources=[text], **{field: 0})
+    assert one(prepare_data.check(cfg, chain)).rule.name == "positive"
 
 
-def test_prepare_data_takes_at_most_max_documents(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
-    cfg = PrepareDataConfig(max_documents=2)
-    assert list(prepare_data._unique(cfg, str(tmp_path / "a.txt"), set())) == ["one", "two"]
+def test_prepare_data_trains_on_nothing_that_it_holds_out(text: str, chain: Chain) -> None:
+    cfg = PrepareDataConfig(sources=[text], heldout_sources=[text])
+    assert "to be trained on and held out" in one(prepare_data.check(cfg, chain)).what
+    other = PrepareDataConfig(sources=[text], heldout_sources=["missing.txt"])
+    assert "missing.txt" in one(prepare_data.check(other, chain)).what
 
 
 def test_prepare_data_names_parts_without_a_window() -> None:

@@ -1,0 +1,126 @@
+"""Preparing text: tokens a second by processes, and memory by the size of the text.
+
+    python -m benchmarks.prepare [--model FOLDER_OR_SOURCE] [--megabytes N] [--processes 1 2]
+
+The text is the recipes' Wikipedia summaries in JSONL, each with a number before it, so that no two
+are alike, again and again until there are as many megabytes, and ten times as many. Every
+measurement runs in a process of its own, one after the other. Time is without imports; memory is
+the peak above what it was after them, of the process that reads, decides and writes, and the peak
+of the largest of those that tokenize for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+
+from benchmarks.convert import measured
+from recipes.core.files import REPO_ROOT
+
+TIMES = (1, 10)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One preparation."""
+
+    tokens: int
+    seconds: float
+    anonymous: float
+    """Peak above the imports' memory, in bytes, of the process that writes."""
+    child: float
+    """Peak of the largest process that tokenizes for it."""
+
+
+def write_text(path: Path, size: int) -> None:
+    """Writes at least ``size`` bytes of documents, no two of them alike."""
+    from omegaconf import OmegaConf
+
+    from recipes.data.corpus import read_source
+
+    data = OmegaConf.load(REPO_ROOT / "conf" / "data" / "wikipedia.yaml")
+    texts = [document.text for document in read_source(data.sources[0], data.text_field)]
+    with path.open("w", encoding="utf-8") as file:
+        for number in count():
+            if file.tell() >= size:
+                return
+            text = f"{number}. {texts[number % len(texts)]}"
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Measurement:
+    """Measures a preparation in this process."""
+    from recipes.core.metrics import MetricsLog
+    from recipes.data import preparation
+    from recipes.data.settings import PrepareDataConfig
+    from recipes.data.tokenizer import load_tokenizer
+
+    cfg = PrepareDataConfig(sources=[str(text)], processes=processes)
+    tokenizer = load_tokenizer(model)
+    tokenizer.encode(["a"])
+    done: list[preparation.Progress] = []
+    found = measured(
+        lambda: done.append(preparation.prepare(cfg, tokenizer, folder, MetricsLog(None)))
+    )
+    tokens = sum(size for size, _ in done[0].sizes.values()) // 4
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 if processes > 1 else 0
+    return Measurement(tokens, found["seconds"], found["anonymous"], child)
+
+
+def measure(text: Path, model: Path, processes: int) -> Measurement:
+    """Runs a preparation in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=text.parent) as folder:
+        command = [sys.executable, "-m", "benchmarks.prepare", "--text", str(text)]
+        done = subprocess.run(
+            [*command, "--model", str(model), "--processes", str(processes), "--folder", folder],
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
+        )
+    return Measurement(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Measures all, or one as a child."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prepare")
+    parser.add_argument("--model", help="Hugging Face folder or source; the embedded one if none")
+    parser.add_argument("--megabytes", type=float, default=8)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--text", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.text:
+        [processes] = args.processes
+        one = prepare_once(args.text, Path(args.model), processes, args.folder)
+        print(json.dumps(asdict(one)))
+        return
+    from omegaconf import OmegaConf
+
+    from nemo_convert.hf import resolve
+
+    embedded = OmegaConf.load(REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").hf_path
+    model = resolve(args.model or embedded)
+    print("| text | processes | tokens/s | memory | largest child |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        for times in TIMES:
+            text = Path(scratch) / f"{times}.jsonl"
+            write_text(text, int(times * args.megabytes * 1e6))
+            for processes in args.processes:
+                one = measure(text, model, processes)
+                print(
+                    f"| {text.stat().st_size / 1e6:.0f} MB, {one.tokens / 1e6:.1f} M tokens "
+                    f"| {processes} | {one.tokens / one.seconds:,.0f} "
+                    f"| {one.anonymous / 1e6:.0f} MB | {one.child / 1e6:.0f} MB |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Parts of tokens as Megatron's indexed datasets, written in memory that does not grow."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import _IndexWriter
+
+from recipes.core.errors import RecipeError
+
+PartSize = tuple[int, int]
+"""Bytes and documents."""
+LENGTHS = "lengths"
+"""Ending of a file of every document's number of tokens, int32, which the index is made from."""
+BLOCK = 1 << 16
+"""Documents of an index that are written at a time."""
+
+
+class PartWriter:
+    """Writes several parts side by side, a document at a time, in memory that does not grow.
+
+    Megatron's ``IndexedDatasetBuilder`` makes the same files, but keeps every document's length in
+    lists until the end, and cannot go on with files that are there.
+
+    Args:
+        folder: Where to write.
+        parts: Names of the parts.
+        sizes: Bytes and documents of each part to go on from; none by default.
+    """
+
+    def __init__(
+        self, folder: Path, parts: Iterable[str], sizes: Mapping[str, PartSize] | None = None
+    ) -> None:
+        before = sizes or {}
+        self.sizes: dict[str, PartSize] = {p: (*before.get(p, (0, 0)),) for p in parts}
+        """Bytes and documents of each part."""
+        self._folder = folder
+        self._files = {
+            part: (
+                _opened(_path(folder, part, "bin"), size),
+                _opened(_path(folder, part, LENGTHS), 4 * documents),
+            )
+            for part, (size, documents) in self.sizes.items()
+        }
+
+    def add(self, part: str, ids: Sequence[int] | np.ndarray) -> None:
+        """Appends one document."""
+        tokens, lengths = self._files[part]
+        size, documents = self.sizes[part]
+        written = tokens.write(np.asarray(ids, dtype=np.int32).tobytes())
+        lengths.write(struct.pack("<i", len(ids)))
+        self.sizes[part] = (size + written, documents + 1)
+
+    def flush(self) -> None:
+        """Makes what was added outlive this process, and this machine."""
+        for files in self._files.values():
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        for part, files in self._files.items():
+            for file in files:
+                file.close()
+            if kind is None:
+                _write_index(self._folder, part, self.sizes[part][1])
+
+
+def _path(folder: Path, part: str, ending: str) -> Path:
+    return folder / f"{part}.{ending}"
+
+
+def _opened(path: Path, size: int) -> BinaryIO:
+    """The file to append to, without what stands after ``size`` bytes.
+
+    Raises:
+        RecipeError: It has less.
+    """
+    path.touch()
+    if path.stat().st_size < size:
+        raise RecipeError(f"{path} has lost what was written.", "delete its folder")
+    os.truncate(path, size)
+    return path.open("ab")
+
+
+def _write_index(folder: Path, part: str, documents: int) -> None:
+    """Writes ``.idx`` as Megatron's ``_IndexWriter`` does, from the lengths, a block at a time."""
+    lengths = _path(folder, part, LENGTHS)
+    with _IndexWriter(str(_path(folder, part, "idx")), np.int32) as writer:
+        file = writer.idx_writer
+        file.write(struct.pack("<QQ", documents, documents + 1))
+        with lengths.open("rb") as source:
+            shutil.copyfileobj(source, file)
+        end = 0
+        for start in range(0, documents, BLOCK):
+            sizes = 4 * np.fromfile(lengths, np.int32, BLOCK, offset=4 * start).astype(np.int64)
+            ends = end + np.cumsum(sizes)
+            file.write((ends - sizes).tobytes())
+            end = int(ends[-1])
+        for start in range(0, documents + 1, BLOCK):
+            stop = min(start + BLOCK, documents + 1)
+            file.write(np.arange(start, stop, dtype=np.int64).tobytes())
