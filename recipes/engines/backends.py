@@ -48,7 +48,9 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
         yield from openvino.problems(cfg)
     else:
         arch = chain.shape_of(chain.pruned_by(cfg))
-        yield from tensorrt_llm.problems(cfg, arch)
+        yield from tensorrt_llm.problems(
+            cfg, arch, chain.stages.get(cfg.inputs.get("checkpoint", ""))
+        )
 
 
 def _length_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:

@@ -18,9 +18,10 @@ from typing import Any
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import link_or_copy, read_json, write_json, write_text_atomically
+from recipes.core.stage import StageConfig
 from recipes.core.versions import installed
 from recipes.engines import trtllm_build_worker
-from recipes.engines.settings import BuildEngineConfig
+from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
 from recipes.planning import rules
 from recipes.planning.hardware import gpus_here
 from recipes.planning.problems import Problem
@@ -58,16 +59,18 @@ LLM_OPTIONS = "llm_options.yaml"
 QUANTIZATION = "hf_quant_config.json"
 
 
-def problems(cfg: BuildEngineConfig, arch: Architecture) -> Iterator[Problem]:
-    """Shapes and settings that the builder or its kernels would refuse."""
-    if cfg.backend == "tensorrt_llm" and cfg.kv_cache_dtype == "fp8" and cfg.precision != "fp8":
-        yield Problem(
-            rules.KV_CACHE,
-            f"precision={cfg.precision} with kv_cache_dtype=fp8 leaves the scales of the KV cache "
-            "to the builder, which downloads a data set for them",
-            "use precision=fp8 from a quantize stage, kv_cache_dtype=auto, or "
-            "backend=tensorrt_llm_pytorch",
-        )
+def problems(
+    cfg: BuildEngineConfig, arch: Architecture, source: StageConfig | None
+) -> Iterator[Problem]:
+    """Shapes and settings that the builder or its kernels would refuse.
+
+    Args:
+        cfg: The stage's settings.
+        arch: Shape of the model.
+        source: The stage that its checkpoint is from, if that is of the same chain.
+    """
+    if cfg.backend == "tensorrt_llm" and cfg.kv_cache_dtype == "fp8":
+        yield from _scale_problems(cfg.precision, source)
     if cfg.backend == "tensorrt_llm" and arch.kv_channels not in HEAD_SIZES:
         yield Problem(
             rules.HEAD_SIZE,
@@ -92,6 +95,24 @@ def problems(cfg: BuildEngineConfig, arch: Architecture) -> Iterator[Problem]:
                 f"precision={cfg.precision} need",
                 f"prune to a multiple of {align * tensor}, or use precision=bf16",
             )
+
+
+def _scale_problems(precision: str, source: StageConfig | None) -> Iterator[Problem]:
+    """An fp8 KV cache has scales, which an engine gets from its checkpoint."""
+    if precision != "fp8":
+        yield Problem(
+            rules.KV_CACHE,
+            f"precision={precision} with kv_cache_dtype=fp8 leaves the scales of the KV cache to "
+            "the builder, which downloads a data set for them",
+            "use precision=fp8 from a quantize stage, kv_cache_dtype=auto, or "
+            "backend=tensorrt_llm_pytorch",
+        )
+    elif isinstance(source, QuantizeConfig) and source.kv_cache_dtype != "fp8":
+        yield Problem(
+            rules.KV_CACHE,
+            "kv_cache_dtype=fp8, but the checkpoint is calibrated without scales of the KV cache",
+            "set kv_cache_dtype=fp8 of the quantize stage, too",
+        )
 
 
 def _parallel_problems(tensor: int, arch: Architecture) -> Iterator[Problem]:

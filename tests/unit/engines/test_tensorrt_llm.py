@@ -14,7 +14,7 @@ from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.engines import tensorrt_llm, trtllm_bench, trtllm_build_worker
 from recipes.engines.backends import engine_problems
-from recipes.engines.settings import BuildEngineConfig
+from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
 from recipes.engines.timing import Timing
 from recipes.planning.chain import Chain
 from recipes.planning.roofline import RequestShape
@@ -268,6 +268,12 @@ def test_what_the_engine_builder_cannot_take_the_other_backend_can(teacher: Arch
         {"precision": "fp8", "kv_cache_dtype": "fp8"},  # its checkpoint has the scales
     ):
         assert rules(config(**settings), chain) == []
+    cfg = config(precision="fp8", kv_cache_dtype="fp8", inputs={"checkpoint": "quantize"})
+    for dtype, found in (("fp8", []), ("auto", ["kv-cache"])):
+        source = QuantizeConfig(
+            stage="quantize", kv_cache_dtype=dtype, inputs={"checkpoint": "import_hf"}
+        )
+        assert rules(cfg, replace(chain, stages={"quantize": source})) == found
 
 
 def quantised(folder: Path, algorithm: str | None) -> Path:
