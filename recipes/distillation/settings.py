@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from recipes.core.precision import dtype_of
 from recipes.core.stage import StageConfig
 
 if TYPE_CHECKING:
     import torch
 
-PRECISIONS = ("bf16-mixed", "32")
 RECOMPUTE_GRANULARITIES = ("none", "selective", "full")
 TERMS = ("kd", "hidden", "lm")
 """Parts of the loss, each logged on its own."""
@@ -69,13 +69,6 @@ class TrainingConfig(StageConfig):
     def splits_sequence(self) -> bool:
         """Whether ``sequence_parallel`` has an effect."""
         return self.sequence_parallel and self.tensor_model_parallel_size > 1
-
-
-def dtype_of(precision: str) -> torch.dtype:
-    """Type of weights and activations."""
-    import torch
-
-    return torch.bfloat16 if precision == "bf16-mixed" else torch.float32
 
 
 SMALL_VOCABULARY = 1 << 16

@@ -9,9 +9,9 @@ from statistics import median
 from nemo_convert.architecture import Architecture
 from recipes.core.metrics import steps_of
 from recipes.distillation.results import TrainingResult
-from recipes.distillation.settings import PRECISIONS, RECOMPUTE_GRANULARITIES, TrainingConfig
+from recipes.distillation.settings import RECOMPUTE_GRANULARITIES, TrainingConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain, window_problems
+from recipes.planning.chain import Chain, precision_problems, window_problems
 from recipes.planning.problems import Problem
 from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
@@ -23,10 +23,7 @@ UNFINISHED = "-unfinished"
 
 def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     """Finds settings that would fail once training has started."""
-    if cfg.precision not in PRECISIONS:
-        yield Problem(
-            rules.PRECISION, f"precision={cfg.precision}", f"use {' or '.join(PRECISIONS)}"
-        )
+    yield from precision_problems(cfg.precision)
     for name in ("max_steps", "lr", "clip_grad", "checkpoint_interval", "val_check_interval"):
         if getattr(cfg, name) <= 0:
             yield Problem(

@@ -60,6 +60,13 @@ class EvaluationResult:
     predictions: int | None = None
     """Of a next token that figures are means of: all but a window's first, and those that follow a
     document. Older evaluations do not say; theirs are of the latter, too."""
+    precision: str = "32"
+    """What the models were held and computed in."""
+
+    @property
+    def number_type(self) -> str:
+        """The precision's name for people."""
+        return "float32" if self.precision == "32" else "bfloat16"
 
     def models(self) -> dict[str, ModelQuality]:
         """Every model by its role."""

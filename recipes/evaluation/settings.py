@@ -15,6 +15,9 @@ class EvaluateConfig(StageConfig):
     num_windows: int = 40
     """Windows of ``seq_length`` tokens from the held-out part, as many from each of its sources (so
     a few more may be taken); fewer if the text is shorter."""
+    precision: str = "32"
+    """What models are held and computed in, their heads apart: ``32``, or ``bf16-mixed``, which
+    takes half the memory."""
     micro_batch_size: int = 4
     num_generations: int = 3
     """Held-out windows whose first tokens are continued by every model."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from nemo_convert import convert, nemo
 from nemo_convert.cpu_backend import device
 from recipes.core.files import write_text_atomically
 from recipes.core.metrics import MetricsLog
+from recipes.core.precision import dtype_of
 from recipes.core.stage import Input
 from recipes.core.statistics import mean, standard_error
 from recipes.data.results import DatasetResult, SourceTokens
@@ -38,6 +41,8 @@ def measure(
 ) -> EvaluationResult:
     """Measures every checkpoint and writes ``results.json`` with per-window figures.
 
+    One model is in memory at a time: each says all that it has to say about the text, and is gone.
+
     Args:
         cfg: The stage's config.
         checkpoints: NeMo checkpoints by role.
@@ -50,21 +55,30 @@ def measure(
         torch.cat([each.tokens for each in sources.values()]),
         torch.cat([each.counted for each in sources.values()]),
     )
-    models = {role: load_transformers(path) for role, path in checkpoints.items()}
-    predictors = {role: Predictor.of(model) for role, model in models.items()}
-    scores = score(predictors, text, cfg.micro_batch_size, log)
+    tokenizer = AutoTokenizer.from_pretrained(nemo.side_files(checkpoints[TEACHER]))
+    picked = _picked(cfg, text.tokens)
+    end = cfg.prompt_tokens + cfg.new_tokens
+    said = {"prompt": picked[:, : cfg.prompt_tokens], "text": picked[:, cfg.prompt_tokens : end]}
+    readings, parameters = {}, {}
+    for number, (role, path) in enumerate(checkpoints.items()):
+        model = load_transformers(path, dtype_of(cfg.precision))
+        done = partial(_progress, log, number * len(text), len(checkpoints) * len(text))
+        readings[role] = read(Predictor.of(model), text, cfg.micro_batch_size, done)
+        parameters[role] = sum(p.numel() for p in model.parameters())
+        said[role] = _continue(cfg, model, said["prompt"], tokenizer.eos_token_id)
+        del model
+    scores = {role: Scores.of(each, text) for role, each in compare(readings, text).items()}
     results = {
-        role: ModelQuality(
-            **vars(scores[role].quality()), parameters=sum(p.numel() for p in model.parameters())
-        )
-        for role, model in models.items()
+        role: ModelQuality(**vars(each.quality()), parameters=parameters[role])
+        for role, each in scores.items()
     }
-    generations = _generate(cfg, models, checkpoints[TEACHER], text.tokens.to(device()), log)
-    losses = {role: scores[role].losses for role in models}
+    written = {name: [tokenizer.decode(ids) for ids in each] for name, each in said.items()}
     detail = {
         "results": {role: asdict(quality) for role, quality in results.items()},
-        "window_losses": losses,
-        "generations": generations,
+        "window_losses": {role: each.losses for role, each in scores.items()},
+        "generations": [
+            dict(zip(written, each, strict=True)) for each in zip(*written.values(), strict=True)
+        ],
     }
     write_text_atomically(out / "results.json", json.dumps(detail, indent=1, ensure_ascii=False))
     return EvaluationResult(
@@ -72,6 +86,7 @@ def measure(
         windows=len(text),
         tokens=text.tokens.numel(),
         predictions=text.predictions,
+        precision=cfg.precision,
         recovered=_recovered(scores),
         sources=_by_source(scores, sources) if len(sources) > 1 else {},
     )
@@ -106,11 +121,16 @@ class Scores:
     divergences: list[float] = field(default_factory=list)
     agreements: list[float] = field(default_factory=list)
 
-    def add(self, figures: Figures, text: TextWindows) -> None:
-        """Adds the windows of a text."""
+    @classmethod
+    def of(cls, figures: Figures, text: TextWindows) -> Scores:
+        """Takes the means of a text's windows."""
         sizes = text.counted.sum(dim=1).tolist()
-        for name, means in vars(self).items():
-            means += [each.mean().item() for each in getattr(figures, name).split(sizes)]
+        every = (figures.losses, figures.divergences, figures.agreements)
+        return cls(*([part.mean().item() for part in each.split(sizes)] for each in every))
+
+    def __add__(self, more: Scores) -> Scores:
+        """Those of further windows behind these."""
+        return Scores(*(mine + vars(more)[name] for name, mine in vars(self).items()))
 
     def quality(self, chosen: slice = slice(None)) -> TextQuality:
         """Means over the windows, or some of them."""
@@ -133,7 +153,7 @@ def score(
         part = text[start : start + micro_batch_size]
         readings = {role: read(model, part, micro_batch_size) for role, model in models.items()}
         for role, figures in compare(readings, part).items():
-            found[role].add(figures, part)
+            found[role] += Scores.of(figures, part)
         log.progress("evaluate", start + len(part), len(text))
     return found
 
@@ -161,12 +181,13 @@ def _recovered(scores: Mapping[str, Scores], chosen: slice = slice(None)) -> flo
     return recovered(*([-loss for loss in scores[role].losses[chosen]] for role in ROLES))
 
 
-def load_transformers(checkpoint: Path) -> PreTrainedModel:
-    """A NeMo checkpoint as a transformers model in float32, on the GPU if there is one."""
+def load_transformers(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A NeMo checkpoint as a transformers model, on the GPU if there is one."""
+    gc.collect()  # the one before is a part of circles, and may still be there
     config = AutoConfig.from_pretrained(nemo.side_files(checkpoint))
     config.head_dim = nemo.architecture_of(checkpoint).kv_channels
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(dict(convert.hf_weights(checkpoint)), strict=False)
     model.tie_weights()
     if unexpected or [name for name in missing if name != "lm_head.weight"]:
@@ -175,34 +196,22 @@ def load_transformers(checkpoint: Path) -> PreTrainedModel:
     return evaluated
 
 
-def _generate(
-    cfg: EvaluateConfig,
-    models: dict[str, PreTrainedModel],
-    teacher: Path,
-    text: Tensor,
-    log: MetricsLog,
-) -> list[dict[str, str]]:
-    """Greedy continuations of the first tokens of a few windows, with what the text really says."""
-    tokenizer = AutoTokenizer.from_pretrained(nemo.side_files(teacher))
-    end = cfg.prompt_tokens + cfg.new_tokens
-    picked = text[:: max(1, len(text) // max(1, cfg.num_generations))][: cfg.num_generations]
-    prompts = picked[:, : cfg.prompt_tokens]
-    samples = [
-        {
-            "prompt": tokenizer.decode(window[: cfg.prompt_tokens]),
-            "text": tokenizer.decode(window[cfg.prompt_tokens : end]),
-        }
-        for window in picked
-    ]
-    for number, (role, model) in enumerate(models.items(), 1):
-        continued = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=cfg.new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        for sample, ids in zip(samples, continued, strict=True):
-            sample[role] = tokenizer.decode(ids[cfg.prompt_tokens :])
-        log.progress("generate", number, len(models))
-    return samples
+def _picked(cfg: EvaluateConfig, tokens: Tensor) -> Tensor:
+    """The windows whose first tokens are to be continued."""
+    return tokens[:: max(1, len(tokens) // max(1, cfg.num_generations))][: cfg.num_generations]
+
+
+def _continue(cfg: EvaluateConfig, model: PreTrainedModel, prompts: Tensor, pad: int) -> Tensor:
+    """What a model writes after prompts [n, prompt_tokens], greedily: [n, new_tokens] at most."""
+    continued: Tensor = model.generate(
+        prompts.to(model.device),
+        attention_mask=torch.ones_like(prompts, device=model.device),
+        max_new_tokens=cfg.new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+    )
+    return continued[:, cfg.prompt_tokens :]
+
+
+def _progress(log: MetricsLog, before: int, total: int, done: int) -> None:
+    log.progress("evaluate", before + done, total)

@@ -143,7 +143,7 @@ INTERLEAVED = Rule(
 RECOMPUTE = Rule("recompute", "layers that are recomputed show the loss no hidden states")
 
 # Training
-PRECISION = Rule("precision", "the optimizer's main weights depend on it")
+PRECISION = Rule("precision", "weights, and in training the optimizer's main ones, depend on it")
 POSITIVE = Rule("positive", "a size, rate or interval of zero or less")
 WARMUP = Rule("warmup", "warming up for longer than training never reaches the learning rate")
 LOSS = Rule("loss", "terms and weights that do not make a loss")

@@ -178,7 +178,7 @@ def cut(name: str, weight: Tensor, kept: KeptIndices, head_size: int) -> Tensor:
         rows = kept.rows.get(place)
         if rows is not None:
             rows = _spread(rows, head_size) if axis in (HEADS, GROUPS) else rows
-            weight = weight.index_select(dim, rows)
+            weight = weight.index_select(dim, rows.to(weight.device))
     return weight
 
 

@@ -29,6 +29,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
 from recipes.data.token_windows import TextWindows, read_windows
+from recipes.evaluation.predictions import chunks
 from recipes.evaluation.sanity import RANDOM_SHARE
 from recipes.pruning.importance import Importance
 from recipes.pruning.settings import ScoreConfig
@@ -223,9 +224,11 @@ def _next_token_loss(core: nn.Module, hidden: Tensor, tokens: Tensor, counted: T
         else None
     )
     hidden, targets = hidden[:-1][counted.T], tokens.T[1:][counted.T]
-    logits, _ = core.output_layer(core.decoder.final_layernorm(hidden), weight=head)
-    loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return float(loss)
+    total = 0.0
+    for rows in chunks(len(targets), core.vocab_size):
+        logits, _ = core.output_layer(core.decoder.final_layernorm(hidden[rows]), weight=head)
+        total += float(functional.cross_entropy(logits.float(), targets[rows], reduction="sum"))
+    return total
 
 
 def _receive(like: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ ModelOpt's Minitron, then distilled from the unpruned model with NeMo.
 
 ## Quality
 
-Measured in float32 on {counted} in windows of {window} ({windows} windows, no document in
+Measured in {number_type} on {counted} in windows of {window} ({windows} windows, no document in
 common with training); ± is the standard error over windows:
 
 | | parameters | loss | perplexity | KL to teacher | top-1 agreement |
@@ -71,8 +71,8 @@ LIMITS = """\
   what its text did not hold. Test it on what you need before you rely on it.
 - The figures are of one run and one seed. A small loss in perplexity can hide a larger one in a
   task.
-- Quality was measured in float32; a quantized engine's own may be lower. Speed depends on the
-  engine and machine and is in the run's report, not here."""
+- Quality was measured before any quantization; a quantized engine's own may be lower. Speed depends
+  on the engine and machine and is in the run's report, not here."""
 SHAPE = (
     "| {role} | {num_layers} | {hidden_size} | {ffn_hidden_size} | {num_attention_heads} "
     "| {num_query_groups} | {kv_channels} | {vocab_size} | {parameters:,} |"
@@ -108,6 +108,7 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
             ROW.format(role=role, q=quality, parameters=quality.parameters / 1e6)
             for role, quality in evaluation.models().items()
         ),
+        number_type=evaluation.number_type,
         counted=f"{evaluation.tokens:,} held-out tokens"
         if evaluation.predictions is None
         else f"{evaluation.predictions:,} predictions of a next token of held-out text",

@@ -23,8 +23,8 @@ FINGERPRINT = re.compile(r"^fingerprint: '?(\w+)'?$", re.MULTILINE)
 IGNORED = ("stage", "inputs", "resources", "title", "description", "recipe")
 """Settings that name or place a stage, and so are no difference between runs."""
 
-Text = tuple[str, object, int, int | None]
-"""Held-out text: hash, length of a window, number of windows, predictions that count."""
+Text = tuple[str, object, int, int | None, str]
+"""Held-out text: hash, length of a window, number of windows, predictions that count; precision."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class RunRecord:
             evaluation.config.get("seq_length"),
             self.evaluation.windows,
             self.evaluation.predictions,
+            self.evaluation.precision,
         )
 
 

@@ -85,7 +85,7 @@ class HalvingRun:
             text = read_windows(self._inputs["data"], "validation", length, self._cfg.num_samples)
             teacher = nemo.find_checkpoint(self._inputs["checkpoint"].artifact)
             students = [nemo.find_checkpoint(place / "artifact") for place in places]
-            figures = measure_checkpoints(teacher, students, text, size)
+            figures = measure_checkpoints(teacher, students, text, self._cfg.precision, size)
             write_text_atomically(found, json.dumps([asdict(one) for one in figures]))
         while not found.exists():
             time.sleep(POLL)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from recipes.core.metrics import MetricsLog
+from recipes.core.precision import dtype_of
 from recipes.data.token_windows import TextWindows
 from recipes.evaluation.predictions import TEACHER, Predictor, Reading, compare, read
 from recipes.evaluation.text_quality import load_transformers
@@ -46,15 +47,16 @@ def measure_shapes(
         log: Metrics file.
     """
     whole = nemo.architecture_of(teacher)
-    view = SortedModel(load_transformers(teacher), whole, importance.widths)
+    model = load_transformers(teacher, dtype_of(cfg.precision))
+    view = SortedModel(model, whole, importance.widths)
     reference = read(
         view.predictor(whole, range(1, whole.num_layers + 1)), text, cfg.micro_batch_size
     )
     found = []
     for number, shape in enumerate(shapes, 1):
         layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
-        model = view.predictor(shape, layers)
-        found.append(_quality(reference, model, text, cfg.micro_batch_size))
+        candidate = view.predictor(shape, layers)
+        found.append(_quality(reference, candidate, text, cfg.micro_batch_size))
         log.progress("rank", number, len(shapes))
     return [
         Candidate(
@@ -115,11 +117,12 @@ class SortedModel:
 
 
 def measure_checkpoints(
-    teacher: Path, students: list[Path], text: TextWindows, micro_batch_size: int
+    teacher: Path, students: list[Path], text: TextWindows, precision: str, micro_batch_size: int
 ) -> list[ProxyQuality]:
     """Perplexity and KL to the teacher of NeMo checkpoints, one in memory at a time."""
-    reference = read(Predictor.of(load_transformers(teacher)), text, micro_batch_size)
-    return [
-        _quality(reference, Predictor.of(load_transformers(student)), text, micro_batch_size)
-        for student in students
-    ]
+
+    def load(checkpoint: Path) -> Predictor:
+        return Predictor.of(load_transformers(checkpoint, dtype_of(precision)))
+
+    reference = read(load(teacher), text, micro_batch_size)
+    return [_quality(reference, load(student), text, micro_batch_size) for student in students]

@@ -80,6 +80,8 @@ class RankCandidatesConfig(StageConfig):
     num_samples: int = 8
     """Windows of ``seq_length`` tokens from the validation part."""
     seq_length: int = 256
+    precision: str = "32"
+    """As in ``evaluate``."""
     micro_batch_size: int = 4
 
 
@@ -98,6 +100,8 @@ class SuccessiveHalvingConfig(StageConfig):
     """``kl_to_teacher`` or ``perplexity`` on validation text; the lower, the better."""
     num_samples: int = 16
     """Windows of validation text that each is measured on after a round."""
+    precision: str = "32"
+    """What they are measured in, as in ``evaluate``."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """How candidates are trained; steps follow from the tokens."""
 

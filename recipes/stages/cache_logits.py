@@ -7,9 +7,9 @@ from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
-from recipes.distillation.settings import PRECISIONS, CacheLogitsConfig, bytes_per_token
+from recipes.distillation.settings import CacheLogitsConfig, bytes_per_token
 from recipes.planning import rules
-from recipes.planning.chain import Chain, window_problems
+from recipes.planning.chain import Chain, precision_problems, window_problems
 from recipes.planning.problems import Problem
 from recipes.planning.workload import Layout, Workload
 from recipes.stages.contract import Stage
@@ -29,10 +29,7 @@ def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
             f"top_k={cfg.top_k} leaves nothing of the vocabulary of {chain.teacher.vocab_size}",
             "use a small part of it, such as 64",
         )
-    if cfg.precision not in PRECISIONS:
-        yield Problem(
-            rules.PRECISION, f"precision={cfg.precision}", f"use {' or '.join(PRECISIONS)}"
-        )
+    yield from precision_problems(cfg.precision)
     yield from window_problems(cfg.seq_length, chain)
 
 

@@ -9,7 +9,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain, window_problems
+from recipes.planning.chain import Chain, precision_problems, window_problems
 from recipes.planning.problems import Problem
 from recipes.stages.contract import Stage
 
@@ -23,6 +23,7 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
             "use at least one window, and prompts shorter than seq_length",
         )
     yield from window_problems(cfg.seq_length, chain)
+    yield from precision_problems(cfg.precision)
 
 
 def run(cfg: EvaluateConfig, inputs: Inputs, out: Path) -> Outcome:

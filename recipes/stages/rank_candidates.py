@@ -12,7 +12,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.core.statistics import pareto_front
 from recipes.planning import rules
-from recipes.planning.chain import Chain, window_problems
+from recipes.planning.chain import Chain, precision_problems, window_problems
 from recipes.planning.problems import Problem
 from recipes.pruning.settings import LAYER_METHODS
 from recipes.search.results import Candidate, SearchResult, write_candidates
@@ -24,6 +24,7 @@ from recipes.stages.contract import Stage
 def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
     """Finds settings that leave nothing to rank by."""
     yield from window_problems(cfg.seq_length, chain)
+    yield from precision_problems(cfg.precision)
     for name, known in (("proxy", PROXIES), ("layer_importance", LAYER_METHODS)):
         if getattr(cfg, name) not in known:
             yield Problem(rules.SEARCH, f"{name}={getattr(cfg, name)}", f"use {' or '.join(known)}")

@@ -20,7 +20,7 @@ from recipes.core.stage import Inputs, metrics_log, rank
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import training_problems, training_workload
 from recipes.planning import rules
-from recipes.planning.chain import Chain
+from recipes.planning.chain import Chain, precision_problems
 from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem, require_none
 from recipes.search.results import Candidate, SearchResult, write_candidates
@@ -40,6 +40,7 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
             "use at least one candidate and one window",
         )
         return
+    yield from precision_problems(cfg.precision)
     if cfg.select_by not in PROXIES:
         yield Problem(rules.SEARCH, f"select_by={cfg.select_by}", f"use {' or '.join(PROXIES)}")
     if cfg.distill.resources.devices > 1 and cfg.resources.devices * cfg.resources.nodes > 1:

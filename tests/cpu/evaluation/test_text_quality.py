@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import weakref
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +18,16 @@ from recipes.core.stage import Input
 from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_windows import read_tokens
-from recipes.evaluation import text_quality
+from recipes.evaluation import predictions, text_quality
 from recipes.evaluation.results import ROLES, EvaluationResult
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.evaluation.text_quality import Scores
 from recipes.stages import evaluate, prepare_data
+from tests.support.logits import LogitsWatch
 from tests.support.manifests import bare_manifest
 from tests.support.runs import stage_dir
 
-LENGTH = 32
+LENGTH, VOCABULARY = 32, 293
 CONFIG = EvaluateConfig(seq_length=LENGTH, num_windows=9, prompt_tokens=8, new_tokens=2)
 
 
@@ -49,8 +51,10 @@ def data(
     return Input(out.parent, bare_manifest("prepare_data", "dataset", prepared))
 
 
-def evaluated(models: dict[str, Any], data: Input, out: Path) -> EvaluationResult:
-    result = evaluate.run(CONFIG, {**models, "data": data}, stage_dir(out, "evaluate")).result
+def evaluated(
+    models: dict[str, Any], data: Input, out: Path, cfg: EvaluateConfig = CONFIG
+) -> EvaluationResult:
+    result = evaluate.run(cfg, {**models, "data": data}, stage_dir(out, "evaluate")).result
     assert isinstance(result, EvaluationResult)
     return result
 
@@ -114,6 +118,45 @@ def test_what_follows_a_document_is_not_measured(
         expected = [torch.stack(each).mean() for each in (losses, divergences, agreements)]
         figures = [quality.loss, quality.kl_to_teacher, quality.top1_agreement]
         assert figures == pytest.approx([x.item() for x in expected], abs=1e-5)
+
+
+def test_one_model_is_in_memory_at_a_time_and_logits_of_few_positions(
+    found: EvaluationResult,
+    models: dict[str, Any],
+    data: Input,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    load = text_quality.load_transformers
+
+    def load_alone(*arguments: Any) -> Any:
+        assert [each() for each in loaded] == [None] * len(loaded)
+        model = load(*arguments)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(text_quality, "load_transformers", load_alone)
+    monkeypatch.setattr(predictions, "CHUNK_BYTES", 4 * VOCABULARY * 50)
+    with LogitsWatch(VOCABULARY) as watch:
+        again = evaluated(models, data, tmp_path)
+    assert (len(loaded), watch.positions) == (3, 50)
+    for role in ROLES:
+        whole, parts = (asdict(each.models()[role]) for each in (found, again))
+        assert parts == pytest.approx(whole, abs=1e-6, rel=1e-6)
+
+
+def test_bfloat16_changes_figures_little(
+    found: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
+) -> None:
+    halved = evaluated(models, data, tmp_path, replace(CONFIG, precision="bf16-mixed"))
+    assert (halved.number_type, halved.predictions) == ("bfloat16", found.predictions)
+    assert halved.teacher.kl_to_teacher == 0
+    for role in ROLES:
+        exact, near = found.models()[role], halved.models()[role]
+        assert 0 < abs(near.loss - exact.loss) < 0.01
+        assert near.kl_to_teacher == pytest.approx(exact.kl_to_teacher, abs=0.01)
+        assert near.top1_agreement == pytest.approx(exact.top1_agreement, abs=0.03)
 
 
 def test_loss_is_recovered_only_where_pruning_cost_more_than_noise() -> None:

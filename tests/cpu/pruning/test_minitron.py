@@ -14,6 +14,7 @@ import pytest
 import torch
 from modelopt.torch.prune.plugins.mcore_minitron import get_mcore_minitron_config
 from scipy.stats import spearmanr
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_convert import convert, cpu_backend, nemo, parity
 from nemo_convert.architecture import Architecture
@@ -29,6 +30,7 @@ from recipes.pruning.importance import Importance
 from recipes.pruning.kept import KeptIndices, choose, cut, student_name
 from recipes.pruning.scoring import calibration_windows, score_checkpoint
 from recipes.pruning.settings import ScoreConfig
+from tests.support.logits import LogitsWatch
 from tests.support.manifests import bare_manifest
 
 LAYERS = 4
@@ -213,6 +215,34 @@ def test_change_of_the_loss_is_that_of_a_model_without_the_layers(
     assert alone[first] == min(alone.values())
     others = {n: loss(first, n) for n in range(1, LAYERS + 1) if n != first}
     assert others[second] == min(others.values())
+
+
+def test_logits_of_few_positions_exist_at_once(
+    teacher: Path,
+    calibration: torch.Tensor,
+    importance: Importance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("recipes.evaluation.predictions.CHUNK_BYTES", 4 * 294 * 50)
+    with LogitsWatch(294) as watch:
+        found = score(teacher, calibration, replace(SCORE, block_sizes=[], num_greedy_layers=0))
+    assert watch.positions == 50
+    assert found.layers["loss"] == pytest.approx(importance.layers["loss"], rel=1e-5, abs=1e-6)
+
+
+def test_weights_on_a_gpu_are_cut_by_scores_on_the_cpu() -> None:
+    """Devices are told apart without one; every axis, heads in their groups too."""
+    whole = Architecture("", 1, 64, 128, 4, 2, 16, 294, 256, tied_embeddings=True)
+    sizes = {"hidden_size": 64}
+    sizes |= {"layers.1.ffn_hidden_size": 128, "layers.1.num_attention_heads": 4}
+    scores = {name: torch.rand(size) for name, size in sizes.items()}
+    kept = choose(scores, whole, replace(whole, hidden_size=40, num_query_groups=1), [1])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, shape in (("mlp.up_proj", (128, 64)), ("self_attn.q_proj", (64, 64))):
+            weight = torch.empty(shape, device="xpu:0")  # the CPU backend redirects "cuda"
+            found = cut(f"model.layers.0.{name}.weight", weight, kept, whole.kv_channels)
+            assert found.device.type == "xpu"
+            assert found.shape[1] == 40
 
 
 def test_layers_are_chosen_by_the_method(importance: Importance) -> None:

@@ -45,7 +45,8 @@ from recipes.stages import (
     successive_halving,
 )
 from tests.support.in_process import complete
-from tests.support.runs import manifest_of
+from tests.support.logits import LogitsWatch
+from tests.support.runs import manifest_of, stage_dir
 
 SHAPES: list[dict[str, Any]] = [
     {"num_layers": 3},
@@ -164,6 +165,21 @@ def test_candidates_are_ranked_where_training_counts(before: Path) -> None:
     loss = nll_loss(found, tokens[:, 1:].flatten()[counted]).item()
     assert candidate.kl_to_teacher == pytest.approx(kl, rel=1e-4)
     assert math.log(candidate.perplexity) == pytest.approx(loss, rel=1e-4)
+
+
+def test_candidates_are_ranked_with_logits_of_few_positions(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranked = manifest_of(before, "rank_candidates")
+    monkeypatch.setattr("recipes.evaluation.predictions.CHUNK_BYTES", 4 * 294 * 50)
+    names = {**TEACHER, "data": "prepare_data", "shapes": "enumerate_shapes"}
+    inputs = {n: Input(before / s, manifest_of(before, s)) for n, s in names.items()}
+    cfg = rank_candidates.STAGE.config(num_samples=4, seq_length=64)
+    with LogitsWatch(294) as watch:
+        again = rank_candidates.run(cfg, inputs, stage_dir(tmp_path, "rank_candidates")).result
+    assert watch.positions == 50
+    proxies = [one.proxy for one in ranked.result(SearchResult).candidates]
+    assert [one.proxy for one in again.candidates] == pytest.approx(proxies)
 
 
 def test_engines_are_timed_and_keep_a_budget_of_latency(before: Path) -> None:

@@ -231,7 +231,7 @@ def test_no_check_and_no_rule_is_part_of_a_stages_code(stage: str) -> None:
         ("prune", {"planning.targets": "pruned", "pruning.settings": "PruneConfig"}),
         ("distill", {"distillation.trainer": "train", "distillation.losses": "_reverse_kl"}),
         ("distill", {"distillation.model": "KDModel", "distillation.data": "TrainingData"}),
-        ("evaluate", {"evaluation.text_quality": "score"}),
+        ("evaluate", {"evaluation.predictions": "compare"}),
         ("export_hf", {"report.model_card": "write_card"}),
         ("prepare_data", {"data.corpus": "part_of", "data.part_writer": "PartWriter"}),
         ("prepare_data", {"data.tokenizer": "_encode", "data.ledger": "Ledger"}),

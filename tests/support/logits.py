@@ -1,0 +1,27 @@
+"""How many positions' logits exist at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class LogitsWatch(TorchDispatchMode):
+    """While it is on, notes the largest tensor over the vocabulary that is made.
+
+    Args:
+        vocabulary: A size that no other axis has.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.positions = vocabulary, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation, and looks at what it made."""
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and not func.is_view and made.shape[-1:] == (self.vocabulary,):
+            self.positions = max(self.positions, made.numel() // self.vocabulary)
+        return made
