@@ -29,8 +29,8 @@ class Progress:
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Bytes and documents of each part."""
-    heldout: dict[str, int] = field(default_factory=dict)
-    """Tokens of each source in the held-out part, in order."""
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Tokens of each source in each part, in order."""
     done: int = 0
     """Sources that were read to their end."""
     state: Any = None
@@ -82,8 +82,8 @@ class _Store:
     def take(self, name: str, part: str, ids: Any) -> None:
         self.writer.add(part, ids)
         self.progress.tokens += len(ids)
-        if part == "heldout":
-            self.progress.heldout[name] = self.progress.heldout.get(name, 0) + len(ids)
+        of_part = self.progress.sources.setdefault(part, {})
+        of_part[name] = of_part.get(name, 0) + len(ids)
 
     def keep_sometimes(self) -> None:
         if time.monotonic() - self.kept > KEEP_SECONDS:

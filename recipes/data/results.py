@@ -21,8 +21,8 @@ class DatasetResult:
     """By part."""
     tokens: dict[str, int]
     sources: list[str]
-    heldout_sources: list[SourceTokens] = field(default_factory=list)
-    """In the order in which they lie in the held-out part; older text does not say."""
+    source_tokens: dict[str, list[SourceTokens]] = field(default_factory=dict)
+    """By part, in the order in which they lie in it; older text does not say."""
     document_begin: int | None = None
     """Token before every document, if there is one."""
     document_end: int | None = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from recipes.core.stage import Input
-from recipes.data.results import DatasetResult
+from recipes.data.results import DatasetResult, SourceTokens
 
 
 def prefix(artifact: Path, part: str) -> Path:
@@ -27,13 +29,21 @@ class TextWindows:
     """int64 [windows, sequence]."""
     counted: Tensor
     """bool [windows, sequence - 1]: which predictions of a next token count, see ``counts``."""
+    sources: dict[str, slice] = field(default_factory=dict)
+    """Which of the windows are of which source."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, chosen: slice) -> TextWindows:
+    def __getitem__(self, chosen: slice | list[int]) -> TextWindows:
         """Some of the windows."""
         return TextWindows(self.tokens[chosen], self.counted[chosen])
+
+    def first(self, count: int) -> TextWindows:
+        """About so many windows, the first of each source."""
+        whole = list(self.sources.values()) or [slice(0, len(self))]
+        each = math.ceil(count / len(whole))
+        return self[[n for span in whole for n in range(span.start, span.stop)[:each]]]
 
     @property
     def predictions(self) -> int:
@@ -67,26 +77,57 @@ def document_end(data: Input, part: str) -> int:
     return int(read_tokens(data.artifact, part)[-1]) if end is None else end
 
 
+def spread(
+    sources: Sequence[SourceTokens], seq_length: int, count: int | None = None
+) -> dict[str, range]:
+    """Numbers of the first windows of every source of a part, as many of each.
+
+    A part holds its sources one after the other; no window here runs over from one to the next. A
+    source that has no whole window is left out.
+
+    Args:
+        sources: Of the part, in their order.
+        seq_length: Tokens a window; window n begins at token n · seq_length.
+        count: Windows wanted, rounded up to as many of each; all by default.
+    """
+    whole, start = {}, 0
+    for entry in sources:
+        stop = start + entry.tokens
+        whole[entry.source] = range(-(-start // seq_length), stop // seq_length)
+        start = stop
+    usable = {name: numbers for name, numbers in whole.items() if numbers}
+    if count is None or not usable:
+        return usable
+    each = math.ceil(count / len(usable))
+    return {name: numbers[:each] for name, numbers in usable.items()}
+
+
+def sources_of(data: Input, part: str) -> list[SourceTokens]:
+    """A part's sources in their order; older text does not say, and is taken for one."""
+    found = data.manifest.result(DatasetResult).source_tokens.get(part)
+    return found or [SourceTokens("all", len(read_tokens(data.artifact, part)))]
+
+
 def read_windows(data: Input, part: str, seq_length: int, count: int | None = None) -> TextWindows:
-    """The first windows of a part.
+    """Windows of a part, the first of every source, as many of each.
 
     Args:
         data: Output of ``prepare_data``.
         part: One of ``corpus.PARTS``.
         seq_length: Tokens a window.
-        count: Windows wanted; all that fit by default. Fewer are returned if the part is shorter.
+        count: Windows wanted, rounded up to as many of each source; all by default. Fewer are
+            returned where a source is shorter.
     """
-    tokens = windows(data.artifact, part, seq_length, count)
-    return TextWindows.of(tokens, document_end(data, part))
+    tokens = read_tokens(data.artifact, part)
+    every = tokens[: len(tokens) // seq_length * seq_length].reshape(-1, seq_length)
+    found, spans, start = [], {}, 0
+    for name, numbers in spread(sources_of(data, part), seq_length, count).items():
+        found.append(torch.from_numpy(every[numbers.start : numbers.stop].astype(np.int64)))
+        spans[name] = slice(start, start := start + len(numbers))
+    return replace(TextWindows.of(torch.cat(found), document_end(data, part)), sources=spans)
 
 
-def windows(
-    artifact: Path,
-    part: str,
-    seq_length: int,
-    count: int | None = None,
-    span: slice = slice(None),
-) -> torch.Tensor:
+def windows(artifact: Path, part: str, seq_length: int, count: int | None = None) -> torch.Tensor:
     """Consecutive windows of a part as int64 [windows, seq_length], documents running on.
 
     Args:
@@ -94,9 +135,8 @@ def windows(
         part: One of ``corpus.PARTS``.
         seq_length: Tokens a window.
         count: Windows wanted; all that fit by default. Fewer are returned if the part is shorter.
-        span: Tokens of the part to take them from; all by default.
     """
-    ids = read_tokens(artifact, part)[span]
+    ids = read_tokens(artifact, part)
     fit = len(ids) // seq_length
     fit = fit if count is None else min(fit, count)
     return torch.from_numpy(ids[: fit * seq_length].astype(np.int64)).view(fit, seq_length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from torch.utils.data import Dataset
 
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
+from recipes.data.results import SourceTokens
 from recipes.data.token_windows import (
     count_windows,
     counts,
     document_end,
     prefix,
     read_tokens,
+    sources_of,
+    spread,
     window,
     window_order,
 )
@@ -45,12 +49,16 @@ class TokenWindows(Dataset):
     attention_mask: Tensor | None = None
     cache: TeacherCache | None = None
     """Restricts the windows to those it has."""
+    numbers: list[int] | None = None
+    """Restricts the windows to these, in this order."""
     ids: np.ndarray = field(init=False)
     _epoch: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:
         self._total = count_windows(self.tokens, self.seq_length)
         self.ids = np.arange(self._total) if self.cache is None else self.cache.windows
+        if self.numbers is not None:
+            self.ids = np.array([n for n in self.numbers if n < self._total])
         self._positions = torch.arange(self.seq_length)
 
     def __len__(self) -> int:
@@ -100,15 +108,23 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         artifact: Output of ``prepare_data``.
         end: Token after which nothing is predicted, if any.
         cache: What the teacher said, if it is not asked.
+        validation: Sources of the validation part.
         settings: Of ``PreTrainingDataModule``.
     """
 
     def __init__(
-        self, artifact: Path, *, end: int | None, cache: TeacherCache | None, **settings: Any
+        self,
+        artifact: Path,
+        *,
+        end: int | None,
+        cache: TeacherCache | None,
+        validation: list[SourceTokens],
+        **settings: Any,
     ) -> None:
         # The base class wants paths that exist; ``setup`` reads the parts itself.
         super().__init__(paths=[str(prefix(artifact, "train"))], num_workers=0, **settings)
         self._artifact, self._end, self._cache = artifact, end, cache
+        self._validation = validation
 
     @classmethod
     def of(
@@ -119,6 +135,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
             data.artifact,
             end=document_end(data, "train") if cfg.mask_document_ends else None,
             cache=cache,
+            validation=sources_of(data, "validation"),
             tokenizer=tokenizer,
             seq_length=cfg.seq_length,
             micro_batch_size=cfg.micro_batch_size,
@@ -139,7 +156,11 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         samples = (self.trainer.max_steps + 1) * batch
         self._train_ds = self._windows("train", samples, seed=self.seed, cache=self._cache)
         self._require_batch(len(self._train_ds.ids), batch)
-        self._validation_ds = self._windows("validation", 0)
+        wanted = self.trainer.limit_val_batches * batch
+        spans = spread(self._validation, self.seq_length, wanted).values()
+        # In turn, so that whole batches leave out no source.
+        in_turn = [n for each in zip_longest(*spans) for n in each if n is not None]
+        self._validation_ds = self._windows("validation", 0, numbers=in_turn)
         whole = max(1, len(self._validation_ds.ids) // batch)
         steps = max(1, min(self.trainer.limit_val_batches, whole))
         self._validation_ds.num_samples = steps * batch

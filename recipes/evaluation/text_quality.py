@@ -22,8 +22,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Input
 from recipes.core.statistics import mean, standard_error
-from recipes.data.results import DatasetResult, SourceTokens
-from recipes.data.token_windows import TextWindows, document_end, windows
+from recipes.data.token_windows import TextWindows, read_windows
 from recipes.evaluation.paired import recovered
 from recipes.evaluation.predictions import TEACHER, Figures, Predictor, compare, read
 from recipes.evaluation.results import (
@@ -50,11 +49,7 @@ def measure(
         out: Where to write.
         log: Metrics file.
     """
-    sources = heldout_windows(cfg, data)
-    text = TextWindows(
-        torch.cat([each.tokens for each in sources.values()]),
-        torch.cat([each.counted for each in sources.values()]),
-    )
+    text = read_windows(data, "heldout", cfg.seq_length, cfg.num_windows)
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_files(checkpoints[TEACHER]))
     picked = _picked(cfg, text.tokens)
     end = cfg.prompt_tokens + cfg.new_tokens
@@ -88,29 +83,8 @@ def measure(
         predictions=text.predictions,
         precision=cfg.precision,
         recovered=_recovered(scores),
-        sources=_by_source(scores, sources) if len(sources) > 1 else {},
+        sources=_by_source(scores, text) if len(text.sources) > 1 else {},
     )
-
-
-def heldout_windows(cfg: EvaluateConfig, data: Input) -> dict[str, TextWindows]:
-    """Held-out windows by the source of their text, as many from each.
-
-    A part holds its sources one after the other; no window here runs over from one to the next. A
-    source whose held-out text is shorter than a window has none.
-    """
-    prepared = data.manifest.result(DatasetResult)
-    whole = [SourceTokens("all", prepared.tokens["heldout"])]
-    lengths = prepared.heldout_sources or whole
-    usable = sum(entry.tokens >= cfg.seq_length for entry in lengths)
-    count = math.ceil(cfg.num_windows / max(1, usable))
-    found, start, end = {}, 0, document_end(data, "heldout")
-    for entry in lengths:
-        span = slice(start, start + entry.tokens)
-        text = windows(data.artifact, "heldout", cfg.seq_length, count, span)
-        if len(text):
-            found[entry.source] = TextWindows.of(text, end)
-        start = span.stop
-    return found
 
 
 @dataclass
@@ -158,22 +132,18 @@ def score(
     return found
 
 
-def _by_source(
-    scores: Mapping[str, Scores], sources: dict[str, TextWindows]
-) -> dict[str, SourceQuality]:
+def _by_source(scores: Mapping[str, Scores], text: TextWindows) -> dict[str, SourceQuality]:
     """What ``measure`` returns, of each source's windows alone."""
-    found, start = {}, 0
-    for source, text in sources.items():
-        span = slice(start, start + len(text))
-        found[source] = SourceQuality(
+    return {
+        source: SourceQuality(
             **{role: scores[role].quality(span) for role in ROLES},
-            windows=len(text),
-            tokens=text.tokens.numel(),
-            predictions=text.predictions,
+            windows=len(text[span]),
+            tokens=text[span].tokens.numel(),
+            predictions=text[span].predictions,
             recovered=_recovered(scores, span),
         )
-        start = span.stop
-    return found
+        for source, span in text.sources.items()
+    }
 
 
 def _recovered(scores: Mapping[str, Scores], chosen: slice = slice(None)) -> float | None:

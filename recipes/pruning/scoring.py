@@ -76,7 +76,7 @@ def score_checkpoint(
     core = nemo.build_core(model, parallel)
     nemo.load_weights(core, teacher)
     core.eval()
-    for_loss = text[: cfg.loss_windows]
+    for_loss = text.first(cfg.loss_windows)
     skipper = LayerAblation(core, for_loss, cfg.micro_batch_size, log)
     base = skipper.losses([()])[0]
     if cfg.calibration == "text":

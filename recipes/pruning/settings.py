@@ -68,8 +68,8 @@ class ScoreConfig(StageConfig):
     num_calibration_samples: int = 64
     """Windows of ``seq_length`` tokens from the calibration part."""
     num_loss_samples: int = 8
-    """The first so many of them also tell how the loss changes when layers are left out, at about
-    0.6 of a forward pass a layer; 0 leaves that out."""
+    """About so many of them, the first of each source, also tell how the loss changes when layers
+    are left out, at about 0.6 of a forward pass a layer; 0 leaves that out."""
     block_sizes: list[int] = field(default_factory=list)
     """Blocks of so many layers are left out together as well, for ``layer_importance=block``."""
     num_greedy_layers: int = 0

@@ -74,7 +74,10 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
             {part: documents for part, (_, documents) in done.sizes.items()},
             tokens,
             cfg.sources,
-            [SourceTokens(name, n) for name, n in done.heldout.items()],
+            {
+                part: [SourceTokens(name, n) for name, n in of_part.items()]
+                for part, of_part in done.sources.items()
+            },
             tokenizer.begin,
             tokenizer.end,
         ),

@@ -63,7 +63,7 @@ def run(cfg: ScoreConfig, inputs: Inputs, out: Path) -> Outcome:
             calibration_tokens=text.tokens.numel(),
             teacher_loss=importance.teacher_loss,
             layer_importance=importance.layers,
-            loss_predictions=text[: cfg.loss_windows].predictions,
+            loss_predictions=text.first(cfg.loss_windows).predictions,
         )
     )
 

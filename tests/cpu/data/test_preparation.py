@@ -83,8 +83,11 @@ def test_every_document_is_taken_once(
     for part, (size, count) in done.sizes.items():
         assert count == len(documents(folder, part)) > 0
         assert size == 4 * sum(map(len, documents(folder, part)))
-    assert 4 * sum(done.heldout.values()) == done.sizes["heldout"][0]
-    assert list(done.heldout) == ["apart", "records", "prose"]
+    for part, of_part in done.sources.items():
+        assert 4 * sum(of_part.values()) == done.sizes[part][0]
+        assert list(of_part) == [n for n in ("apart", "records", "prose") if n in of_part]
+        assert ("apart" in of_part) == (part == "heldout")
+    assert list(done.sources["train"]) == ["records", "prose"]
 
 
 def test_a_held_out_source_is_held_out_whole(
@@ -93,7 +96,7 @@ def test_a_held_out_source_is_held_out_whole(
     lines = Path(cfg.heldout_sources[0]).read_text().splitlines()
     apart = [tuple(i.tolist()) for i in tokenizer.encode([json.loads(t).strip() for t in lines])]
     assert documents(whole[0], "heldout")[: len(set(apart))] == list(dict.fromkeys(apart))
-    assert whole[1].heldout["apart"] == sum(map(len, set(apart)))
+    assert whole[1].sources["heldout"]["apart"] == sum(map(len, set(apart)))
 
 
 def test_more_processes_write_the_same_bytes(

@@ -14,6 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from nemo_convert import nemo
 from recipes.core.errors import RecipeError
 from recipes.data.part_writer import PartWriter
+from recipes.data.results import SourceTokens
 from recipes.data.token_windows import read_tokens
 from recipes.distillation.data import TokenWindows, TrainingData
 
@@ -119,7 +120,9 @@ def training(data: Path, steps: int, cache: Any = None, **settings: Any) -> Trai
         "seed": SEED,
         "output_log": False,
     }
-    module = TrainingData(data, end=END, cache=cache, **{**arguments, **settings})
+    whole = [SourceTokens("all", len(read_tokens(data, "validation")))]
+    arguments |= {"validation": whole, **settings}
+    module = TrainingData(data, end=END, cache=cache, **arguments)
     module.trainer = SimpleNamespace(max_steps=steps, limit_val_batches=3, global_step=0)  # type: ignore[assignment]
     module.setup()
     return module
@@ -158,6 +161,16 @@ def test_validation_is_always_the_same_whole_batches(data: Path) -> None:
     for _ in range(2):
         found = [token for batch in micro_batches(module, "validation") for token in batch]
         assert found == expected
+
+
+def test_validation_sees_every_source(data: Path) -> None:
+    """As many windows of each, in turn; none runs over from one source to the next."""
+    text = read_tokens(data, "validation")
+    first = 3 * LENGTH + 3
+    sources = [SourceTokens("one", first), SourceTokens("two", len(text) - first)]
+    module = training(data, 5, validation=sources, micro_batch_size=1, global_batch_size=2)
+    found = [token for batch in micro_batches(module, "validation") for token in batch]
+    assert found == [int(text[number * LENGTH]) for number in (0, 4, 1, 5, 2, 6)]
 
 
 def test_nemo_gets_a_mask_where_it_demands_one(data: Path) -> None:

@@ -70,9 +70,9 @@ def test_quality_is_measured_by_source(
     found: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
 ) -> None:
     prepared = data.manifest.result(DatasetResult)
-    lengths = prepared.heldout_sources
-    assert [entry.source for entry in lengths] == ["prose", "numbers"]
-    assert sum(entry.tokens for entry in lengths) == prepared.tokens["heldout"]
+    for part, lengths in prepared.source_tokens.items():
+        assert [entry.source for entry in lengths] == ["prose", "numbers"]
+        assert sum(entry.tokens for entry in lengths) == prepared.tokens[part]
     assert found.windows == 10
     assert {name: source.windows for name, source in found.sources.items()} == {
         "prose": 5,
@@ -85,7 +85,7 @@ def test_quality_is_measured_by_source(
         assert abs(losses[0] - losses[1]) > 0.1
 
     # Without the second source there is nothing to tell apart.
-    older = replace(prepared, heldout_sources=[])
+    older = replace(prepared, source_tokens={})
     alone = Input(data.directory, bare_manifest("prepare_data", "dataset", older))
     one = evaluated(models, alone, tmp_path)
     assert (one.windows, one.sources) == (9, {})
@@ -98,8 +98,8 @@ def test_what_follows_a_document_is_not_measured(
     prepared = data.manifest.result(DatasetResult)
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
     end = tokens[-1]
-    second = prepared.heldout_sources[0].tokens
-    starts = [start + LENGTH * n for start in (0, second) for n in range(5)]
+    second = -(-prepared.source_tokens["heldout"][0].tokens // LENGTH)
+    starts = [LENGTH * (first + n) for first in (0, second) for n in range(5)]
     windows = torch.stack([tokens[start : start + LENGTH] for start in starts])
     counted = windows[:, :-1] != end
     assert found.predictions == counted.sum() < counted.numel() == found.tokens - found.windows

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from recipes.data.token_windows import TextWindows, count_windows, window, window_order
+from recipes.data.results import SourceTokens
+from recipes.data.token_windows import (
+    TextWindows,
+    count_windows,
+    spread,
+    window,
+    window_order,
+)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
@@ -54,3 +63,20 @@ def test_predictions_from_the_end_of_a_document_do_not_count() -> None:
     assert (text.predictions, text.targets.tolist()) == (4, [0, 7, 9, 0])
     assert text[1:].targets.tolist() == [9, 0]
     assert TextWindows.of(text.tokens).predictions == 6
+
+
+def test_windows_are_spread_over_the_sources() -> None:
+    """Tokens 0 to 9, 10 and 11, and 12 to 25, in windows of 4."""
+    sources = [SourceTokens("a", 10), SourceTokens("short", 2), SourceTokens("b", 14)]
+    assert spread(sources, 4) == {"a": range(2), "b": range(3, 6)}
+    assert spread(sources, 4, 3) == {"a": range(2), "b": range(3, 5)}
+    assert spread(sources, 4, 2) == {"a": range(1), "b": range(3, 4)}
+    assert spread(sources[:1], 4, 2) == {"a": range(2)}
+    assert spread(sources[1:2], 4, 2) == {}
+
+
+def test_the_first_windows_are_those_of_each_source() -> None:
+    tokens = torch.arange(10)[:, None].expand(10, 4)
+    text = replace(TextWindows.of(tokens), sources={"a": slice(0, 6), "b": slice(6, 10)})
+    assert text.first(3).tokens[:, 0].tolist() == [0, 1, 6, 7]
+    assert TextWindows.of(tokens).first(3).tokens[:, 0].tolist() == [0, 1, 2]
