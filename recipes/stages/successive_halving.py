@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from recipes.core.errors import did_you_mean
+from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log, rank
@@ -22,13 +22,14 @@ from recipes.distillation.training import training_problems, training_workload
 from recipes.planning import rules
 from recipes.planning.chain import Chain, precision_problems
 from recipes.planning.parallelism import layout_problems
-from recipes.planning.problems import Problem, require_none
+from recipes.planning.problems import Problem
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import PROXIES, EnumerateShapesConfig, SuccessiveHalvingConfig
 from recipes.search.space import axes_of, name_of, prune_settings
 from recipes.stages.contract import Stage
 
 RECIPE = "recipe.yaml"
+LISTED = "stages.only=[enumerate_shapes] lists them"
 
 
 def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
@@ -73,17 +74,18 @@ def _name_problems(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Probl
     search = chain.stages.get(ranking.inputs.get("shapes", "")) if ranking is not None else None
     if not cfg.also or not isinstance(search, EnumerateShapesConfig) or "latency" in search.inputs:
         return
-    yield from _unknown(cfg.also, [name_of(shape) for shape in search.shapes(chain.teacher)])
+    shapes = [name_of(shape) for shape in search.shapes(chain.teacher)]
+    for what in _unknown(cfg.also, shapes):
+        yield Problem(rules.SEARCH, what, LISTED)
 
 
-def _unknown(names: Sequence[str], known: Collection[str]) -> Iterator[Problem]:
-    for name in names:
-        if name not in known:
-            yield Problem(
-                rules.SEARCH,
-                f"also={name} is no candidate.{did_you_mean(name, known)}",
-                "stages.only=[enumerate_shapes] lists them",
-            )
+def _unknown(names: Sequence[str], known: Collection[str]) -> list[str]:
+    """What is wrong with names of candidates."""
+    return [
+        f"also={name} is no candidate.{did_you_mean(name, known)}"
+        for name in names
+        if name not in known
+    ]
 
 
 def _training(cfg: SuccessiveHalvingConfig, rounds: Sequence[int], number: int) -> DistillConfig:
@@ -106,7 +108,8 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
 
     search = inputs["candidates"].manifest.result(SearchResult)
     ranked = {candidate.name: candidate for candidate in search.candidates}
-    require_none(_unknown(cfg.also, ranked))
+    for what in _unknown(cfg.also, ranked):
+        raise RecipeError(what, LISTED)
     remaining = [n for i, n in enumerate(ranked) if i < cfg.num_candidates or n in cfg.also]
     method = inputs["candidates"].manifest.config["layer_importance"]
     halving = HalvingRun(cfg, inputs, out.parent / "candidates", method)

@@ -56,7 +56,7 @@ def test_words_run_nothing_again(
     edit("recipes/distillation/losses.py", "# Of T² the inner", "# From T² the inner")
     edit("recipes/stages/prune.py", "does not measure", "did not measure")
     edit("recipes/planning/budget.py", "BYTES_PER_TOKEN = 4.0", "BYTES_PER_TOKEN = 3.5")
-    edit("recipes/core/worker.py", "waited {seconds:.0f} s for rank 0", "saw nothing of rank 0")
+    edit("recipes/core/worker.py", "rank 0: {what}", "rank 0 said: {what}")
     assert set(actions(plan(recipe="recipe=llama_depth_prune")).values()) == {"skip"}
 
 
