@@ -27,6 +27,7 @@ from recipes.planning import rules
 from recipes.planning.budget import budget_problems
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem, require_none
+from recipes.planning.reading import Estimates
 from recipes.planning.rules import ERROR, require_known
 from recipes.planning.workload import Workload
 from recipes.report.gates import Gate, known_names, parse_all, problems
@@ -65,7 +66,7 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     gates = _gates(cfg, configs)
     wanted = [name for name in order if only is None or name in only]
     notes = require_none(checks(cfg, chain, wanted), waived)
-    chain = replace(chain, workloads=workloads_of(chain))
+    chain = replace(chain, workloads=workloads_of(chain), readings=readings_of(chain))
     if not any(note.rule.severity == ERROR for note in notes):
         # Else the arithmetic has nothing to stand on.
         notes += require_none(budget_problems(chain, wanted), waived)
@@ -102,6 +103,15 @@ def workloads_of(chain: Chain) -> dict[str, Workload]:
         for name, config in chain.stages.items()
         if (workload := stage_of(config).workload) is not None
     }
+
+
+def readings_of(chain: Chain) -> dict[str, Estimates]:
+    """What each stage of a chain takes that only runs models forward, with any settings."""
+    found: dict[str, Estimates] = {}
+    for name, config in chain.stages.items():
+        if (reading := stage_of(config).reading) is not None:
+            found[name] = lambda other, estimate=reading: estimate(other, chain)
+    return found
 
 
 def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:

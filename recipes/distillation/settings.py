@@ -91,7 +91,7 @@ class CacheLogitsConfig(StageConfig):
     """Windows in a file, which is also what a killed run loses at most on each rank."""
     precision: str = "bf16-mixed"
     """As in training: ``bf16-mixed`` or ``32``."""
-    micro_batch_size: int = field(default=8, metadata={"resource": True})
+    micro_batch_size: int = field(default=4, metadata={"resource": True})
     tensor_model_parallel_size: int = field(default=1, metadata={"resource": True})
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 from recipes.core.manifest import Manifest, manifest_of
 from recipes.core.stage import StageConfig
@@ -17,6 +18,7 @@ from recipes.planning.estimate import estimate
 from recipes.planning.hardware import gpus_here
 from recipes.planning.layouts import proposals
 from recipes.planning.problems import Problem
+from recipes.planning.reading import Estimates, smaller
 from recipes.planning.workload import Layout, Workload
 
 BYTES_PER_TOKEN = 4.0
@@ -39,6 +41,9 @@ def budget_problems(chain: Chain, wanted: Collection[str]) -> Iterator[Problem]:
             f"this machine has {gpus} GPU(s), but hardware={chain.hardware.name}",
             "set hardware to the GPU's profile, such as hardware=h100",
         )
+    for name in chain.readings:
+        if name in wanted:
+            yield from _reading_problems(name, chain)
     for name, job in chain.workloads.items():
         if name in wanted:
             yield from _memory_problems(name, job, chain)
@@ -57,6 +62,29 @@ def _memory_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem
         f"{have / 1e9:.0f} GB",
         _smaller_layout(name, job, chain),
     )
+
+
+def _reading_problems(name: str, chain: Chain) -> Iterator[Problem]:
+    config, estimates = chain.stages[name], chain.readings[name]
+    need = estimates(config).memory.total
+    have = chain.hardware.memory_of_rank(config.resources.devices)
+    if need <= have:
+        return
+    changes = [c for c in smaller(config) if _fits(replace(config, **c), estimates, chain)]
+    settings = [f"stages.{name}.{key}={value}" for c in changes[:1] for key, value in c.items()]
+    if ranks := (changes or [{}])[0].get("pipeline_model_parallel_size"):
+        settings.append(f"stages.{name}.resources.devices={ranks}")
+    yield Problem(
+        rules.MEMORY,
+        f"{name} needs about {need / 1e9:.0f} GB on a rank, but {chain.hardware.name} has "
+        f"{have / 1e9:.0f} GB",
+        f"set {' '.join(settings)}" if settings else "use a device with more memory",
+    )
+
+
+def _fits(config: StageConfig, estimates: Estimates, chain: Chain) -> bool:
+    have = chain.hardware.memory_of_rank(config.resources.devices)
+    return estimates(config).memory.total <= have
 
 
 def _smaller_layout(name: str, job: Workload, chain: Chain) -> str:

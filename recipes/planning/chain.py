@@ -16,6 +16,7 @@ from recipes.planning import rules
 from recipes.planning.hardware import Hardware
 from recipes.planning.problems import Problem
 from recipes.planning.published_configs import read_config_or_published
+from recipes.planning.reading import Estimates
 from recipes.planning.targets import Targets, pruned
 from recipes.planning.workload import Workload
 
@@ -53,6 +54,10 @@ class Chain:
     workloads: Mapping[str, Workload] = field(default_factory=dict)
     """Every training, and every pass of a teacher over its text, by stage; known once all checks
     have passed."""
+    readings: Mapping[str, Estimates] = field(default_factory=dict, compare=False)
+    """What stages take that only run models forward; known once all checks have passed."""
+    bf16: bool = True
+    """Whether the teacher's weights are stored in two bytes."""
 
     def shape_of(self, stage: str | None) -> Architecture:
         """Shape of the model that a stage makes: the teacher's, unless it prunes.
@@ -103,4 +108,6 @@ def read_chain(hf_path: str, stages: Mapping[str, StageConfig]) -> Chain:
     """
     config, published = read_config_or_published(hf_path)
     shape = read_architecture(config, hf_path)
-    return Chain(hf_path, shape, stages, from_published_config=published)
+    stored = config.get("torch_dtype") or config.get("dtype") or ("bfloat16" if published else "")
+    bf16 = stored in ("bfloat16", "float16")
+    return Chain(hf_path, shape, stages, from_published_config=published, bf16=bf16)

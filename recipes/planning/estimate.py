@@ -162,10 +162,13 @@ def _held_activations(arch: Architecture, job: Workload, stage: int, tokens: flo
 
 
 def _logits_bytes(job: Workload, hardware: Hardware, tokens: float) -> float:
-    """Logits of both models and a gradient for each term of the loss, and the loss's buffers."""
+    """Logits of both models and a gradient for each term of the loss, and the loss's buffers.
+
+    A teacher alone has its logits twice for a moment: Megatron puts the batch's axis first.
+    """
     shape = job.trained or job.teacher
     assert shape is not None
-    tensors = (job.trained is not None) * (1 + job.terms) + (job.teacher is not None)
+    tensors = 2 if job.trained is None else 1 + job.terms + (job.teacher is not None)
     one = tokens * shape.vocab_size / job.layout.tensor
     buffers = CHUNK_BUFFERS * min(CHUNK_BYTES, 4 * one) if hardware.on_gpu else 0
     return tensors * one * (2 if job.bf16 else 4) + buffers

@@ -40,7 +40,7 @@ STACK_VERSIONS = Rule(
 DISK = Rule("disk", "a full disk ends a training at its first checkpoint")
 MEMORY = Rule(
     "memory",
-    "student, optimizer, teacher and both vocabularies' logits must fit one rank at once",
+    "what a stage holds at once must fit one rank: models, optimizer, activations and logits",
     "pytorch/torchtune#2213",
 )
 TIME_LIMIT = Rule(

@@ -55,6 +55,20 @@ def tables(jobs: Mapping[str, Workload], hardware: Hardware) -> list[Table]:
     return made
 
 
+def readings_table(readings: Mapping[str, Mapping[str, float]], hardware: Hardware) -> Table:
+    """Stages that only run models forward: GB of the fullest rank, and hours."""
+    rows: list[list[Cell]] = [
+        [
+            name,
+            f"{found['bytes'] / 1e9:.1f}",
+            f"{hardware.memory_of_rank(1) / 1e9:.1f}",
+            f"{found['hours']:.2f}",
+        ]
+        for name, found in readings.items()
+    ]
+    return Table("Stages that train nothing", ["stage", "GB", "there is", "hours"], rows)
+
+
 def _models(jobs: Mapping[str, Workload]) -> Table:
     rows: list[list[Cell]] = []
     seen: list[Architecture] = []

@@ -14,6 +14,7 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
+from recipes.planning.reading import Reading
 from recipes.planning.workload import Workload
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
@@ -71,6 +72,8 @@ class Stage(Generic[ConfigT]):
     """What its artifact, and what it keeps meanwhile, take on the disk."""
     workload: Callable[[ConfigT, Chain], Workload] | None = None
     """A training, or a teacher's pass over text, as a planner sees it."""
+    reading: Callable[[ConfigT, Chain], Reading] | None = None
+    """What it takes, as a planner sees it, where it only runs models forward."""
     plans_workloads: bool = False
     """Its result is about the chain's workloads, which are checked with it."""
     resolve_from_chain: Callable[[ConfigT, Chain], ConfigT] = lambda config, chain: config

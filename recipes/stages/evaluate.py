@@ -11,6 +11,7 @@ from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain, precision_problems, window_problems
 from recipes.planning.problems import Problem
+from recipes.planning.reading import Reading, Text, compared
 from recipes.stages.contract import Stage
 
 
@@ -24,6 +25,14 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
         )
     yield from window_problems(cfg.seq_length, chain)
     yield from precision_problems(cfg.precision)
+
+
+def reading(cfg: EvaluateConfig, chain: Chain) -> Reading:
+    """All models in turn; distillation changes no shape."""
+    pruned = chain.shape_of(cfg.inputs.get("pruned"))
+    text = Text(cfg.num_windows, cfg.seq_length, cfg.micro_batch_size)
+    models = (chain.teacher, pruned, pruned)
+    return compared(models, cfg.precision == "bf16-mixed", text, chain.hardware)
 
 
 def run(cfg: EvaluateConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -42,6 +51,7 @@ STAGE = Stage(
     kind="eval_results",
     run=run,
     check=check,
+    reading=reading,
     one_rank="its windows are not split over ranks",
     inputs={
         "teacher": ("checkpoint_nemo",),

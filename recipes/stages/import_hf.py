@@ -16,6 +16,7 @@ from recipes.core.wheels import short_name
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
+from recipes.planning.reading import Reading, converted
 from recipes.stages.contract import Stage
 
 
@@ -51,6 +52,11 @@ def disk_bytes(cfg: ImportConfig, chain: Chain) -> int:
     return 4 * chain.teacher.parameters() * (2 if cfg.pack else 1)
 
 
+def reading(cfg: ImportConfig, chain: Chain) -> Reading:
+    """The teacher as its conversion is proven."""
+    return converted(chain.teacher, chain.hardware)
+
+
 def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
     """Converts, compares, and records what was imported."""
     from nemo_convert import convert, hf, nemo, parity
@@ -80,6 +86,7 @@ STAGE = Stage(
     kind="checkpoint_nemo",
     run=run,
     check=check,
+    reading=reading,
     one_rank="a conversion is one process's work",
     external=external,
     disk_bytes=disk_bytes,

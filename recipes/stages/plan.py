@@ -12,7 +12,7 @@ from recipes.core.stage import Inputs, StageConfig, metrics_log
 from recipes.planning.chain import Chain
 from recipes.planning.hardware import Hardware
 from recipes.planning.results import PlanResult
-from recipes.planning.tables import figures, tables
+from recipes.planning.tables import figures, readings_table, tables
 from recipes.planning.workload import Workload
 from recipes.stages.contract import Stage
 
@@ -25,6 +25,8 @@ class PlanConfig(StageConfig):
 
     workloads: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Every training, and every pass of a teacher over its text, by stage."""
+    readings: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Memory and hours of every stage that only runs models forward."""
     hardware: dict[str, Any] = field(default_factory=dict)
     from_published_config: bool = False
     """Shapes are the bundled ones, since the model's config.json is out of reach."""
@@ -36,6 +38,11 @@ def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
     return replace(
         cfg,
         workloads={name: workload.as_dict() for name, workload in chain.workloads.items()},
+        readings={
+            name: {"bytes": found.memory.total, "hours": found.hours(chain.hardware)}
+            for name, estimates in chain.readings.items()
+            for found in (estimates(chain.stages[name]),)
+        },
         hardware=asdict(hardware),
         from_published_config=chain.from_published_config,
     )
@@ -46,7 +53,11 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
     workloads = {name: Workload.of(plain) for name, plain in cfg.workloads.items()}
     hardware = Hardware(**cfg.hardware)
     result = PlanResult(
-        figures(workloads, hardware, cfg.from_published_config), tables(workloads, hardware)
+        figures(workloads, hardware, cfg.from_published_config),
+        [
+            *tables(workloads, hardware),
+            *([readings_table(cfg.readings, hardware)] if cfg.readings else []),
+        ],
     )
     write_json(out / FILE, asdict(result))
     metrics_log(out).progress("plan", 1, 1)

@@ -14,9 +14,15 @@ from recipes.core.statistics import pareto_front
 from recipes.planning import rules
 from recipes.planning.chain import Chain, precision_problems, window_problems
 from recipes.planning.problems import Problem
+from recipes.planning.reading import Reading, Text, ranked
 from recipes.pruning.settings import LAYER_METHODS
 from recipes.search.results import Candidate, SearchResult, write_candidates
-from recipes.search.settings import PROXIES, SHAPES_FILE, RankCandidatesConfig
+from recipes.search.settings import (
+    PROXIES,
+    SHAPES_FILE,
+    EnumerateShapesConfig,
+    RankCandidatesConfig,
+)
 from recipes.search.space import Budget
 from recipes.stages.contract import Stage
 
@@ -30,6 +36,15 @@ def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
             yield Problem(rules.SEARCH, f"{name}={getattr(cfg, name)}", f"use {' or '.join(known)}")
     if cfg.num_samples < 1:
         yield Problem(rules.SEARCH, f"num_samples={cfg.num_samples}", "use at least one window")
+
+
+def reading(cfg: RankCandidatesConfig, chain: Chain) -> Reading:
+    """The teacher, and in its weights every shape that is within the budget."""
+    text = Text(cfg.num_samples, cfg.seq_length, cfg.micro_batch_size)
+    found = ranked(chain.teacher, cfg.precision == "bf16-mixed", text, chain.hardware)
+    source = chain.stages.get(cfg.inputs.get("shapes", ""))
+    shapes = source.shapes(chain.teacher) if isinstance(source, EnumerateShapesConfig) else []
+    return replace(found, flops=found.flops + sum(text.flops(shape) for shape in shapes))
 
 
 def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -50,10 +65,10 @@ def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
         text,
         metrics_log(out),
     )
-    ranked = ranking(candidates)
-    write_candidates(out, ranked)
+    best_first = ranking(candidates)
+    write_candidates(out, best_first)
     budget = Budget(**inputs["shapes"].manifest.config["budget"]).limits()
-    return Outcome(SearchResult(ranked, budget))
+    return Outcome(SearchResult(best_first, budget))
 
 
 def ranking(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -68,6 +83,7 @@ STAGE = Stage(
     kind="search_results",
     run=run,
     check=check,
+    reading=reading,
     one_rank="its windows are not split over ranks",
     inputs={
         "checkpoint": ("checkpoint_nemo",),

@@ -10,6 +10,7 @@ from recipes.core.stage import Inputs, metrics_log, rank
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
+from recipes.planning.reading import Reading, Text, scored
 from recipes.pruning.results import ScoreResult
 from recipes.pruning.settings import CALIBRATIONS, ScoreConfig
 from recipes.stages.contract import Stage
@@ -46,6 +47,21 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
         )
 
 
+def reading(cfg: ScoreConfig, chain: Chain) -> Reading:
+    """The teacher on calibration text, and again without each layer and block."""
+    layers, gone = chain.teacher.num_layers, cfg.num_greedy_layers
+    losses = layers + sum(layers - size + 1 for size in cfg.block_sizes)
+    losses += sum(2 * gone - number for number in range(1, gone))
+    return scored(
+        chain.teacher,
+        chain.bf16,
+        Text(cfg.num_calibration_samples, cfg.seq_length, cfg.micro_batch_size),
+        chain.hardware,
+        cfg.pipeline_model_parallel_size,
+        cfg.num_loss_samples * losses,
+    )
+
+
 def run(cfg: ScoreConfig, inputs: Inputs, out: Path) -> Outcome:
     """Runs the forward passes and writes ``importance.json`` and ``importance.safetensors``."""
     from nemo_convert import nemo
@@ -73,6 +89,7 @@ STAGE = Stage(
     kind="importance",
     run=run,
     check=check,
+    reading=reading,
     inputs={"checkpoint": ("checkpoint_nemo",), "calibration": ("dataset",)},
 )
 

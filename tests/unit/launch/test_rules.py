@@ -238,9 +238,22 @@ def test_a_rule_can_be_waived_and_is_still_shown(plan: MakePlan) -> None:
     trips = ("hardware.memory_bytes=1e9", BFLOAT16)
     with pytest.raises(RecipeError, match="needs about 4 GB on a rank, but cpu has 1 GB"):
         plan(*trips)
-    assert [n.rule.name for n in plan(*trips, "skip_rules=[memory]").notes] == ["memory"]
+    assert {n.rule.name for n in plan(*trips, "skip_rules=[memory]").notes} == {"memory"}
     with pytest.raises(RecipeError, match="memory"):
         plan(*trips, "skip_rules=[disk]")
+
+
+def test_stages_that_train_nothing_are_told_how_they_fit(plan: MakePlan) -> None:
+    score = "stages.score."
+    many = (f"{score}num_calibration_samples=2048", f"{score}micro_batch_size=2048")
+    with pytest.raises(RecipeError) as caught:
+        plan(*many, "hardware.memory_bytes=6e9")
+    assert "score needs about" in str(caught.value)
+    assert f"fix: set {score}micro_batch_size=1   [memory]" in str(caught.value)
+    with pytest.raises(RecipeError) as caught:
+        plan("hardware.kind=gpu", "hardware.memory_bytes=1.4e9", BFLOAT16)
+    split = f"{score}pipeline_model_parallel_size=4 {score}resources.devices=4"
+    assert f"fix: set {split}   [memory]" in str(caught.value)
 
 
 def test_an_unknown_rule_cannot_be_waived(plan: MakePlan) -> None:

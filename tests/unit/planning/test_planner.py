@@ -273,6 +273,7 @@ def test_logits_of_teacher_and_student_are_counted() -> None:
     assert memory(job, CPU).logits == 3 * one  # student, its gradient, teacher
     assert memory(replace(job, terms=2), CPU).logits == 4 * one
     assert memory(replace(job, teacher=None), CPU).logits == 2 * one
+    assert memory(replace(job, trained=None), CPU).logits == 2 * one  # and with the batch first
 
 
 def test_experts_are_split_over_replicas_and_few_of_them_work() -> None:

@@ -1,0 +1,177 @@
+"""What a stage takes that runs models forward and trains none: memory of a rank, and time.
+
+- Activations are one layer's, since nothing is kept for a backward pass. Its feed-forward part is
+  the widest: both halves of the first product and their gated product, beside the residual stream.
+- Logits exist for a few positions at a time (``evaluation.predictions``). Heads are in float32, and
+  those of models that are compared stay until all have read the text.
+- Importance keeps what goes into every layer, and ModelOpt's hooks take the feed-forward part's
+  activations in float32, and their absolute values
+  (``modelopt/torch/prune/plugins/mcore_minitron.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from nemo_convert.architecture import Architecture
+from recipes.core.stage import StageConfig
+from recipes.planning.estimate import Memory, forward_flops, rank_parameters
+from recipes.planning.hardware import Hardware
+from recipes.planning.workload import Layout
+
+LOGITS_BYTES = 128 << 20
+"""Float32 logits of a model that exist at once: ``evaluation.predictions.CHUNK_BYTES``, which needs
+torch."""
+COMPARING, MEASURING = 4.0, 2.5
+"""Such tensors that are there at once, where models are compared and where one's loss is taken."""
+RANKS = (2, 4, 8)
+"""That layers may be split over."""
+WITHOUT_A_LAYER = 0.6
+"""Of a forward pass, to run what comes after a layer that is left out, and the head."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one stage takes."""
+
+    memory: Memory
+    """Of its fullest rank."""
+    flops: float
+
+    def hours(self, hardware: Hardware) -> float:
+        """On one device: several ranks hold parts of a model, and work in turn."""
+        return self.flops / (hardware.flops_of_rank(1) * hardware.utilisation) / 3600
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is read."""
+
+    windows: float
+    seq_length: int
+    micro_batch_size: int
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of a forward pass."""
+        return int(min(self.micro_batch_size, self.windows)) * self.seq_length
+
+    def flops(self, arch: Architecture) -> float:
+        """Of one model's forward passes over all of it."""
+        return self.windows * self.seq_length * forward_flops(arch, self.seq_length)
+
+
+class Estimates(Protocol):
+    """Estimates a stage with other settings than its own."""
+
+    def __call__(self, config: Any) -> Reading:
+        """What it takes with them."""
+
+
+def _forward_bytes(arch: Architecture, size: int, tokens: int) -> float:
+    """Peak of one layer's forward pass, in numbers of ``size`` bytes."""
+    width = arch.ffn_hidden_size
+    if arch.num_moe_experts:
+        width = arch.moe_router_topk * arch.moe_ffn_hidden_size
+        width += arch.moe_shared_expert_intermediate_size
+    return size * tokens * (3 * width + 3 * arch.hidden_size)
+
+
+def _logits_bytes(arch: Architecture, tokens: int, buffers: float) -> float:
+    return buffers * min(LOGITS_BYTES, 4 * tokens * arch.vocab_size)
+
+
+def compared(models: Sequence[Architecture], bf16: bool, text: Text, hardware: Hardware) -> Reading:
+    """Models that read a text one after the other, the first of which all are compared with."""
+    size = 2 if bf16 else 4
+    peaks = []
+    held = 0.0  # heads of the models before, and what all said, which a GPU does not hold
+    for arch in models:
+        table = arch.vocab_size * arch.hidden_size
+        weights = size * arch.parameters()
+        said = 0 if hardware.on_gpu else size * text.windows * text.seq_length * arch.hidden_size
+        own = 4 * table if bf16 else 0
+        peaks.append(
+            Memory(
+                weights=weights,
+                activations=_forward_bytes(arch, size, text.tokens_at_once),
+                logits=held + own + said,
+                reserved=hardware.reserved_bytes,
+            )
+        )
+        held += 4 * table + said
+    logits = _logits_bytes(models[0], int(text.windows * text.seq_length), COMPARING)
+    peaks.append(Memory(logits=held + logits, reserved=hardware.reserved_bytes))
+    fullest = max(peaks, key=lambda memory: memory.total)
+    return Reading(fullest, sum(text.flops(arch) for arch in models))
+
+
+def ranked(teacher: Architecture, bf16: bool, text: Text, hardware: Hardware) -> Reading:
+    """Shapes that are views of one model's weights, compared with all of it."""
+    size = 2 if bf16 else 4
+    heads = (2 if bf16 else 0) * 4 * teacher.vocab_size * teacher.hidden_size
+    tokens = int(text.windows * text.seq_length)
+    said = 0 if hardware.on_gpu else 2 * size * tokens * teacher.hidden_size
+    memory = Memory(
+        weights=size * teacher.parameters(),
+        activations=max(
+            _forward_bytes(teacher, size, text.tokens_at_once),
+            _logits_bytes(teacher, tokens, COMPARING),
+        ),
+        logits=heads + said,
+        reserved=hardware.reserved_bytes,
+    )
+    return Reading(memory, text.flops(teacher))
+
+
+def scored(
+    arch: Architecture,
+    bf16: bool,
+    text: Text,
+    hardware: Hardware,
+    pipeline: int = 1,
+    left_out: float = 0,
+) -> Reading:
+    """A model whose channels, heads and layers are scored.
+
+    Args:
+        arch: Its shape.
+        bf16: Whether its weights are stored in two bytes.
+        text: What it is scored on.
+        hardware: Profile of the device.
+        pipeline: Ranks that its layers are split over.
+        left_out: Windows that are read again without a layer or a block, over all of them.
+    """
+    size, tokens = 2 if bf16 else 4, text.tokens_at_once
+    layout = Layout(devices=pipeline, pipeline=pipeline)
+    dense, experts = max(
+        (rank_parameters(arch, layout, stage) for stage in range(pipeline)), key=sum
+    )
+    states = (-(-arch.num_layers // pipeline) + 1) * size * tokens * arch.hidden_size
+    hooks = 8 * tokens * arch.ffn_hidden_size
+    memory = Memory(
+        weights=size * (dense + experts),
+        activations=states
+        + max(_forward_bytes(arch, size, tokens) + hooks, _logits_bytes(arch, tokens, MEASURING)),
+        reserved=hardware.reserved_bytes,
+    )
+    again = replace(text, windows=WITHOUT_A_LAYER * left_out)
+    return Reading(memory, text.flops(arch) + again.flops(arch))
+
+
+def converted(arch: Architecture, hardware: Hardware) -> Reading:
+    """A model whose conversion is proven: in float32, on a text of a hundred tokens."""
+    memory = Memory(weights=4 * arch.parameters(), reserved=hardware.reserved_bytes)
+    return Reading(memory, 0)
+
+
+def smaller(config: StageConfig) -> Iterator[dict[str, Any]]:
+    """Settings of a stage that take less memory, those that change least first."""
+    one: dict[str, Any] = {"micro_batch_size": 1}
+    half = {"precision": "bf16-mixed"}
+    split = [{"pipeline_model_parallel_size": ranks} for ranks in RANKS]
+    for change in (one, half, {**half, **one}, *split, *({**s, **one} for s in split)):
+        if all(hasattr(config, name) for name in change):
+            yield change

@@ -1,0 +1,107 @@
+"""What stages take that train nothing, by hand and as it was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from nemo_convert.architecture import Architecture
+from recipes.distillation.settings import CacheLogitsConfig
+from recipes.evaluation.settings import EvaluateConfig
+from recipes.planning.estimate import memory
+from recipes.planning.hardware import Hardware
+from recipes.planning.layouts import HEADROOM
+from recipes.planning.reading import Text, compared, converted, ranked, scored, smaller
+from recipes.planning.workload import Layout, Workload
+from recipes.pruning.settings import ScoreConfig
+from tests.unit.planning.test_planner import CPU, H100, LLAMA, dense
+
+MISTRAL_TEXT = Text(windows=40, seq_length=8192, micro_batch_size=4)
+TOKENS = 4 * 8192
+
+
+def test_one_model_and_the_heads_of_all_by_hand() -> None:
+    pruned = replace(LLAMA, num_layers=16)
+    found = compared([LLAMA, pruned, pruned], True, MISTRAL_TEXT, H100)
+    assert found.memory.weights == 2 * LLAMA.parameters()
+    assert found.memory.activations == 2 * TOKENS * 3 * (14336 + 4096)
+    assert found.memory.logits == 4 * 128256 * 4096
+    # Where the students are as large, the last has two other heads beside it.
+    last = compared([LLAMA, LLAMA, LLAMA], True, MISTRAL_TEXT, H100)
+    assert last.memory.logits == 3 * 4 * 128256 * 4096
+    assert compared([LLAMA], False, MISTRAL_TEXT, H100).memory.weights == 4 * LLAMA.parameters()
+    tokens = 40 * 8192
+    attention = 2 * 8192 * 32 * 128 * 32
+    assert compared([LLAMA], True, MISTRAL_TEXT, H100).flops == pytest.approx(
+        tokens * (LLAMA.forward_flops_per_token() + attention)
+    )
+
+
+def test_importance_keeps_the_input_of_every_layer() -> None:
+    whole = scored(LLAMA, True, MISTRAL_TEXT, H100)
+    states = 2 * TOKENS * 4096
+    layer = TOKENS * (2 * 3 * (14336 + 4096) + 8 * 14336)
+    assert whole.memory.activations == 33 * states + layer
+    half = scored(LLAMA, True, MISTRAL_TEXT, H100, pipeline=2)
+    assert half.memory.activations == 17 * states + layer
+    assert half.memory.weights == pytest.approx(LLAMA.parameters(), rel=0.01)
+    again = scored(LLAMA, True, MISTRAL_TEXT, H100, left_out=40)
+    assert again.flops == pytest.approx(1.6 * whole.flops)
+    assert again.hours(H100) == pytest.approx(again.flops / (9.89e14 * 0.35) / 3600)
+
+
+def test_a_conversion_is_proven_in_float32() -> None:
+    assert converted(LLAMA, H100).memory.weights == 4 * LLAMA.parameters()
+
+
+def test_shapes_are_ranked_in_the_weights_of_one_model() -> None:
+    found = ranked(LLAMA, True, MISTRAL_TEXT, H100).memory
+    assert found.weights == 2 * LLAMA.parameters()
+    assert found.logits == 2 * 4 * 128256 * 4096  # the teacher's head and the candidate's
+
+
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", "mistralai/Mistral-Nemo-Base-2407"])
+def test_large_teachers_fit_a_gpu_by_default(model: str) -> None:
+    """In windows of 8,192 tokens, at the stages' own micro batches."""
+    teacher, room = dense(model), 80e9 * HEADROOM
+    text = replace(MISTRAL_TEXT, micro_batch_size=EvaluateConfig().micro_batch_size)
+    assert compared([teacher] * 3, True, text, H100).memory.total < room
+    assert ranked(teacher, True, text, H100).memory.total < room
+    assert scored(teacher, True, text, H100).memory.total < room
+    assert converted(teacher, H100).memory.total < room
+    layout = Layout(micro_batch_size=CacheLogitsConfig().micro_batch_size)
+    cache = Workload("cache_logits", None, teacher, layout, 8192, layout.micro_batch_size, 1)
+    assert memory(cache, H100).total < room
+
+
+LARGE_VOCABULARY = Architecture(
+    "LlamaForCausalLM", 4, 256, 1024, 4, 2, 64, 131072, 1024, tied_embeddings=False
+)
+"""Four layers in float32, of which whole logits of a micro batch would take 1.1 GB."""
+
+
+def test_measured_on_a_cpu() -> None:
+    """Peak memory of the stages' processes, on 8 windows of 512 tokens, 4 at a time."""
+    text, student = Text(8, 512, 4), replace(LARGE_VOCABULARY, num_layers=3)
+    evaluated = compared([LARGE_VOCABULARY, student, student], False, text, CPU)
+    assert evaluated.memory.total == pytest.approx(1.60e9, rel=0.10)
+    assert scored(LARGE_VOCABULARY, False, text, CPU).memory.total == pytest.approx(
+        1.40e9, rel=0.10
+    )
+
+
+def test_what_takes_less_is_tried_in_the_order_of_what_it_changes() -> None:
+    assert list(smaller(EvaluateConfig()))[:2] == [
+        {"micro_batch_size": 1},
+        {"precision": "bf16-mixed"},
+    ]
+    assert list(smaller(ScoreConfig()))[1] == {"pipeline_model_parallel_size": 2}
+
+
+def test_a_cpu_holds_what_models_said_too() -> None:
+    text = Text(40, 256, 4)
+    gpu = replace(CPU, kind="gpu")
+    assert isinstance(gpu, Hardware)
+    more = compared([LLAMA], False, text, CPU).memory.logits
+    assert more == compared([LLAMA], False, text, gpu).memory.logits + 4 * 40 * 256 * 4096
