@@ -41,6 +41,7 @@ def main() -> int:
 def _to_nemo(arguments: argparse.Namespace) -> int:
     from nemo_convert import convert, hf, nemo, parity
 
+    parity.multiply_in_float32()
     target: Path = arguments.target
     if target.exists():
         raise RecipeError(f"{target} exists.", "choose another target")
@@ -60,6 +61,7 @@ def _to_nemo(arguments: argparse.Namespace) -> int:
 def _to_hf(arguments: argparse.Namespace) -> int:
     from nemo_convert import convert, nemo, parity
 
+    parity.multiply_in_float32()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = nemo.open_checkpoint(arguments.source, Path(scratch))
         convert.to_hf(checkpoint, arguments.target)
@@ -72,6 +74,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from nemo_convert import parity
 
+    parity.multiply_in_float32()
     result = parity.verify(arguments.first, arguments.second)
     _report(result)
     result.require(f"{arguments.first} and {arguments.second}")

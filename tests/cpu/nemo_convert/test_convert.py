@@ -93,9 +93,14 @@ def test_logits_gate_sees_a_wrong_mapping(odd_llama: Path, odd_nemo: Path) -> No
         parity.compare(odd_llama, odd_nemo, core).require("test")
 
 
-def test_not_a_number_fails_the_gate() -> None:
+@pytest.mark.parametrize(("difference", "spread"), [(float("nan"), 1), (2e-3, 1), (2e-3, 0.1)])
+def test_what_the_gate_stops(difference: float, spread: float) -> None:
     with pytest.raises(RecipeError, match="logits differ"):
-        parity.Parity(float("nan"), 1, weights_equal=True).require("test")
+        parity.Parity(difference, spread, 1, weights_equal=True).require("test")
+
+
+def test_the_gate_is_as_wide_as_the_logits() -> None:
+    parity.Parity(2e-3, 10, 1, weights_equal=True).require("test")
 
 
 def test_packed_file_reads_back(odd_llama: Path, odd_nemo: Path, tmp_path: Path) -> None:
