@@ -51,6 +51,7 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
     request_file: Path = parser.parse_args().config
     stage_dir = request_file.parent
     die_with_parent()
+    os.register_at_fork(after_in_child=die_with_parent)  # what writes a checkpoint beside training
     try:
         _run_stage(run, config_class, kind, request_file)
         _leave_together()

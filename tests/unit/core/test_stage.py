@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 STAGE = """
+import multiprocessing
 import os
+import time
 from dataclasses import dataclass
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome
@@ -48,6 +50,10 @@ def run(cfg, inputs, out):
     if cfg.fail == "bug":
         raise ValueError("a bug")
     if cfg.fail == "kill":
+        ready, done = multiprocessing.Pipe()
+        write = lambda: (done.send("begun"), time.sleep(90))
+        multiprocessing.get_context("fork").Process(target=write).start()
+        ready.recv()
         os.kill(os.getpid(), 9)
     read = {name: sorted(os.listdir(item.artifact)) for name, item in inputs.items()}
     return Outcome(Read(read), parameters=5, tokenizer_sha256="t")
@@ -133,6 +139,7 @@ def test_failed_stage_explains_itself_and_keeps_the_old_result(
 
 def test_killed_stage_is_incomplete_and_keeps_its_work(worker: Worker, tmp_path: Path) -> None:
     stage = tmp_path / "stage"
+    # Also of a process that was still writing for it, as of a checkpoint: it holds the output open.
     assert worker.start(stage, fail="kill").returncode == -9
     assert not (stage / MANIFEST).exists()
     assert not (stage / ARTIFACT).exists()
