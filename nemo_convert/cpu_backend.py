@@ -1,9 +1,9 @@
-"""Megatron-Core, NeMo and ModelOpt without CUDA: every change to a library, and why.
+"""Megatron-Core, NeMo and ModelOpt without CUDA or TransformerEngine: every change, and why.
 
-``enable()`` does nothing where CUDA is available. Elsewhere it applies the patches listed here and
-fails loudly if one of the replaced names is gone, so an upgrade cannot leave a patch that silently
-no longer works. ``adapt_config`` sets what a model's config must be on a CPU, in memory only: what
-is written to a checkpoint stays what a GPU wants.
+``enable()`` applies the patches listed here where what they stand for is missing, and fails loudly
+if one of the replaced names is gone, so an upgrade cannot leave a patch that silently no longer
+works. ``adapt_config`` sets what a model's config must be without TransformerEngine, in memory
+only: what is written to a checkpoint stays what a GPU wants.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemo_convert.device import device, own_layers
 from recipes.core.errors import RecipeError
 
 CPU = torch.device("cpu")
-GROUPS = ("torch", "megatron", "nemo", "modelopt")
+GROUPS = ("torch", "megatron", "nemo", "layers", "modelopt")
 FUSIONS = (
     "apply_rope_fusion",
     "masked_softmax_fusion",
@@ -45,30 +46,20 @@ class Patch:
     make: Callable[[Any], Any]
 
 
-def enable(*groups: str) -> bool:
-    """Applies the patches of ``groups`` (all of ``GROUPS`` by default), once.
-
-    Returns:
-        Whether this process runs without CUDA.
+def enable(*groups: str) -> None:
+    """Applies those patches of ``groups`` (of all by default) that this machine needs, once.
 
     Raises:
         RecipeError: A patched name no longer exists.
     """
-    if torch.cuda.is_available():
-        return False
     for group in groups or GROUPS:
-        if group not in _applied:
-            for patch in PATCHES[group]:
-                _apply(patch)
-            _applied.add(group)
-            if group == "modelopt":
-                register_rms_norm()
-    return True
-
-
-def device() -> str:
-    """Where models run: on this process's GPU, or on the CPU where there is none."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+        if group in _applied or not (own_layers() if group == "layers" else device() == "cpu"):
+            continue
+        for patch in PATCHES[group]:
+            _apply(patch)
+        _applied.add(group)
+        if group == "modelopt":
+            register_rms_norm()
 
 
 def _apply(patch: Patch) -> None:
@@ -192,11 +183,34 @@ def _clip_by_norm(original: Any) -> Any:
 
 
 def _fused(original: Any) -> Any:
-    """Makes the fused kernel the default of AdamW: 5 times as fast."""
+    """Makes AdamW what TransformerEngine's is: fused, and with a group's number of steps in it.
+
+    The fused kernel is 5 times as fast. PyTorch has a number of steps for each weight instead,
+    with which Megatron's distributed optimizer cannot load its reshardable state.
+    """
 
     class FusedAdamW(original):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{"fused": True, **kwargs})
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            torch.optim.Optimizer.__setstate__(self, state)  # AdamW's looks for steps of weights
+
+        def step(self, closure: Any = None) -> Any:
+            known = [
+                (self.state[weight], float(group.get("step", 0)))
+                for group in self.param_groups
+                for weight in group["params"]
+                if weight in self.state
+            ]
+            for state, steps in known:
+                state["step"] = torch.tensor(steps)
+            loss = super().step(closure)
+            for state in self.state.values():
+                state.pop("step", None)
+            for group in self.param_groups:
+                group["step"] = group.get("step", 0) + 1
+            return loss
 
     return FusedAdamW
 
@@ -263,23 +277,12 @@ PATCHES: dict[str, list[Patch]] = {
             lambda _: lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state),
         ),
         Patch(
-            "megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",
-            "refuses fusions without TransformerEngine",
-            _without_fusion_checks,
-        ),
-        Patch(
-            "megatron.core.transformer.moe.router:router_gating_linear",
-            "asks for a name that only TransformerEngine defines",
-            _router_logits,
-        ),
-        Patch("torch.optim:AdamW", "Megatron asks for the unfused step", _fused),
-        Patch(
             "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",
             "asserts torch.cuda.FloatTensor",
             _clip_by_norm,
         ),
         Patch(
-            "megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__",
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.__init__",
             "accepts only parameters whose type is named torch.cuda.*",
             _with_cuda_type_names,
         ),
@@ -294,6 +297,27 @@ PATCHES: dict[str, list[Patch]] = {
             "nemo.lightning.megatron_init:_set_random_seed",
             "seeds Megatron's generators only where a GPU is counted",
             _seed_all,
+        ),
+    ],
+    "layers": [
+        Patch(
+            "megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",
+            "refuses fusions without TransformerEngine",
+            _without_fusion_checks,
+        ),
+        Patch(
+            "megatron.core.transformer.moe.router:router_gating_linear",
+            "asks for a name that only TransformerEngine defines",
+            _router_logits,
+        ),
+        Patch("torch.optim:AdamW", "Megatron asks for the unfused step", _fused),
+        *(
+            Patch(
+                f"megatron.core.optimizer.distrib_optimizer:{name}",
+                "the optimizer's state is as TransformerEngine's",
+                lambda _: True,
+            )
+            for name in ("HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER")
         ),
     ],
     "modelopt": [],
@@ -318,22 +342,21 @@ def register_rms_norm() -> None:
 
 
 def adapt_config(config: Any, training: bool = False) -> Any:
-    """Makes a NeMo model config buildable on a CPU; returns it. No effect with CUDA.
+    """Makes a NeMo model config buildable without TransformerEngine; returns it.
 
-    TransformerEngine's layer spec and the fused kernels need CUDA. The local spec has the same
-    checkpoint keys, so a checkpoint moves freely between the two.
+    TransformerEngine's layer spec and the fused kernels need CUDA and it. The local spec has the
+    same checkpoint keys, so a checkpoint moves freely between the two.
 
     Args:
-        config: NeMo's config, changed in place.
+        config: NeMo's config, changed in place, where there is no TransformerEngine.
         training: Uses the layers of ``cpu_layers``, which ModelOpt cannot prune.
     """
-    if torch.cuda.is_available():
-        return config
-    use_local_layers(config)
-    if training:
-        config.transformer_layer_spec = training_block_spec
-    config.use_te_activation_func = training  # means: the activation is a module of the spec
-    config.use_cpu_initialization = True
+    if own_layers():
+        use_local_layers(config)
+        if training:
+            config.transformer_layer_spec = training_block_spec
+        config.use_te_activation_func = training  # means: the activation is a module of the spec
+        config.use_cpu_initialization = device() == "cpu"
     return config
 
 

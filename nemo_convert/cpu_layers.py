@@ -1,9 +1,9 @@
-"""Layers for training on a CPU, where Megatron's local ones are slow, or refuse to run in parallel.
+"""Layers for training without TransformerEngine, where Megatron's own are slow or refuse to split.
 
-PyTorch composes RMSNorm and SwiGLU from many small operations there, each of which keeps a copy of
-its input for the backward pass, and its fused attention multiplies in float32. The functions here
-keep the least, and multiply in the type of the activations. Values and gradients are those of the
-layers they replace, to the rounding of that type.
+PyTorch composes RMSNorm and SwiGLU from many small operations on a CPU, each of which keeps a copy
+of its input for the backward pass, and its fused attention multiplies in float32. The functions
+here keep the least, and multiply in the type of the activations. Values and gradients are those of
+the layers they replace, to the rounding of that type.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class CausalAttention(DotProductAttention):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Tensor:
         """Returns [s, b, heads·d] for query [s, b, heads, d], key and value [s, b, groups, d]."""
-        if len(query) > LONG:
+        if len(query) > LONG or query.device.type != "cpu":
             return sdpa(query, key, value, self.softmax_scale)
         context: Tensor = _CausalAttention.apply(query, key, value, self.softmax_scale)
         return context

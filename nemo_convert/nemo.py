@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_convert import cpu_backend
 from nemo_convert.architecture import Architecture
+from nemo_convert.device import COLLECTIVE_TIMEOUT, collectives, device, use_own_gpu
 from nemo_convert.families import FAMILIES, load
 from nemo_convert.hf import copy_side_files
 from nemo_convert.hf_config import read_architecture
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS, CONTEXT, SIDE = "weights", "context", "hf"
+EXTRA_STATE = "_extra_state"
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,15 @@ def initialize(parallel: Parallelism, seed: int = 1234) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    on_cpu = cpu_backend.enable()
+    cpu_backend.enable()
     if not torch.distributed.is_initialized():
-        if torch.distributed.is_torchelastic_launched():
-            torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
-        else:
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        alone = not torch.distributed.is_torchelastic_launched()
+        world: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT}
+        if alone:
+            world |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        if (mine := use_own_gpu()) is not None:
+            world["device_id"] = mine
+        torch.distributed.init_process_group(collectives(), **world)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -209,8 +213,8 @@ def build_core(
     if params_dtype is not None:
         config.params_dtype = params_dtype
     config.pipeline_dtype = config.params_dtype
-    # Megatron's local spec makes norms in float32 whatever params_dtype says.
-    return config.configure_model(model.tokenizer).to(config.params_dtype)
+    # Megatron's local spec makes norms in float32 on the CPU, whatever the rest is and is on.
+    return config.configure_model(model.tokenizer).to(device(), config.params_dtype)
 
 
 def split_pipeline(config: Any) -> None:
@@ -222,13 +226,36 @@ def split_pipeline(config: Any) -> None:
 
 
 def load_weights(core: torch.nn.Module, checkpoint: Path) -> None:
-    """Loads a checkpoint into this rank's model, whatever layout it was written at."""
-    from megatron.core import dist_checkpointing
+    """Loads a checkpoint into this rank's model, whatever layout it was written at.
 
-    state = dist_checkpointing.load(
-        core.sharded_state_dict(prefix="module."), str(checkpoint / WEIGHTS)
+    TransformerEngine's modules have a state beside their weights, of training in FP8. A checkpoint
+    of weights is asked for no such thing: written without TransformerEngine, it may have none.
+    """
+    every = core.sharded_state_dict(prefix="module.")
+    wanted = {name: item for name, item in every.items() if not name.endswith(EXTRA_STATE)}
+    state = read_sharded(wanted, checkpoint / WEIGHTS)
+    # Not strict, for that state alone: what is missing among the weights, reading has refused.
+    core.load_state_dict({n.removeprefix("module."): v for n, v in state.items()}, strict=False)
+
+
+def read_sharded(state: dict[str, Any], weights: Path) -> dict[str, Any]:
+    """Reads what a sharded state dict asks for.
+
+    Ranks that hold the same weights read a part each and exchange them, as NeMo's trainer does: on
+    many nodes a file system must not deliver every replica's copy.
+    """
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelLoadStrategyWrapper,
     )
-    core.load_state_dict({name.removeprefix("module."): v for name, v in state.items()})
+
+    strategy = FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(weights)),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    found: dict[str, Any] = dist_checkpointing.load(state, str(weights), strategy)
+    return found
 
 
 def save_checkpoint(
@@ -248,9 +275,28 @@ def save_checkpoint(
 
     weights = checkpoint / WEIGHTS
     weights.mkdir(parents=True, exist_ok=True)
-    dist_checkpointing.save(core.sharded_state_dict(prefix="module."), str(weights), strategy)
+    state = _with_norm_states(core.sharded_state_dict(prefix="module."))
+    dist_checkpointing.save(state, str(weights), strategy)
     if rank == 0:
         write_context(checkpoint, model, side)
+
+
+def _with_norm_states(state: dict[str, Any]) -> dict[str, Any]:
+    """Adds the empty states that TransformerEngine's norms have, and stock NeMo asks for."""
+    from megatron.core.dist_checkpointing import ShardedObject
+
+    norms = {}
+    for name, item in state.items():
+        if item.key.endswith("norm.weight"):  # those fused into a linear layer are …_norm_weight
+            axes = item.prepend_axis_num  # of the layer
+            norms[name.replace("weight", EXTRA_STATE)] = ShardedObject(
+                item.key.replace("weight", EXTRA_STATE),
+                None,
+                item.global_shape[:axes] or (1,),
+                item.global_offset[:axes] or (0,),
+                item.replica_id,
+            )
+    return {**norms, **state}
 
 
 def write_context(checkpoint: Path, model: Any, side: Path) -> None:

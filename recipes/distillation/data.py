@@ -13,6 +13,7 @@ from nemo.collections import llm
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nemo_convert.device import device
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
 from recipes.data.results import SourceTokens
@@ -140,7 +141,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
             seq_length=cfg.seq_length,
             micro_batch_size=cfg.micro_batch_size,
             global_batch_size=cfg.global_batch_size,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=device() == "cuda",
             seed=cfg.seed,
         )
 
@@ -167,7 +168,8 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         self._test_ds = self._validation_ds
 
     def _windows(self, part: str, samples: int, **settings: Any) -> TokenWindows:
-        mask = _attention_mask(self.seq_length) if self.create_attention_mask else None
+        # NeMo's step demands one where TransformerEngine is missing; our attention reads none.
+        mask = torch.zeros(1, 1, 1, dtype=torch.bool) if self.create_attention_mask else None
         return TokenWindows(
             read_tokens(self._artifact, part),
             self.seq_length,
@@ -188,14 +190,3 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
             f"global_batch_size={batch}.",
             f"{fix} or global_batch_size lower".replace("set or", "set"),
         )
-
-
-def _attention_mask(seq_length: int) -> Tensor:
-    """What NeMo's ``gpt_forward_step`` demands where TransformerEngine is missing.
-
-    Our attention on a CPU is causal by itself and reads no mask. Megatron's own, on a GPU, takes a
-    given mask for the whole truth.
-    """
-    if not torch.cuda.is_available():
-        return torch.zeros(1, 1, 1, dtype=torch.bool)
-    return torch.ones(1, seq_length, seq_length, dtype=torch.bool).triu(1)

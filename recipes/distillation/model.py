@@ -22,13 +22,13 @@ from nemo.collections import llm
 from nemo.collections.llm.modelopt.distill.utils import (
     DistillationConfig,
     adjust_distillation_model_for_mcore,
-    teacher_provider,
 )
 from nemo.utils.model_utils import unwrap_model
 from torch import Tensor, nn
 
 from nemo_convert import nemo
 from nemo_convert.cpu_backend import adapt_config
+from nemo_convert.device import device
 from nemo_convert.pipeline import pipeline_split
 from recipes.distillation.hidden_loss import HiddenLoss
 from recipes.distillation.losses import TopK, distillation_loss, token_cross_entropy
@@ -49,6 +49,7 @@ SHARED_SETTINGS = (
     "fp32_residual_connection",
     "deallocate_pipeline_outputs",
     "calculate_per_token_loss",
+    "attention_backend",
 )
 """What the teacher's config must share with the student's. NeMo copies fewer and so would run a
 float32 teacher beside a bfloat16 student."""
@@ -84,14 +85,14 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     def share_losses(self) -> dict[str, Any]:
         """The last step's losses on every rank; only the last pipeline stage has them itself."""
-        found: list[Any] = [self._reduction.last, self.teacher_loss]
+        found: list[Any] = [self._reduction.last, self._reduction.sizes, self.teacher_loss]
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             torch.distributed.broadcast_object_list(
                 found,
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-        losses, self.teacher_loss = found
+        losses, self._reduction.sizes, self.teacher_loss = found
         known = {} if self.teacher_loss is None else {"teacher_loss": self.teacher_loss}
         return {**losses, **known}
 
@@ -129,10 +130,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         # Not the student's: initialisation is also what marks a weight as tensor-parallel, and a
         # gradient norm without those marks counts one rank's half of them.
         config.perform_initialization = False
-        weights = str(checkpoint / nemo.WEIGHTS)
-        links = {"tokenizer": self.tokenizer, "trainer": self.trainer}
         settings = {
-            "teacher_model": (teacher_provider, [config, weights], links),
+            "teacher_model": (_load_teacher, [config, self.tokenizer, checkpoint], {}),
             "criterion": self._hidden_losses(student, config),
             "loss_balancer": mtd.StaticLossBalancer(1.0),  # demanded; ``Objective`` adds up
         }
@@ -172,7 +171,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             samples = found[0] if isinstance(found, tuple) else found
             for name in ("teacher_indices", "teacher_log_probs"):
                 if name in samples:
-                    batch[name] = samples[name].cuda(non_blocking=True)
+                    batch[name] = samples[name].to(device(), non_blocking=True)
         return batch
 
     def forward_step(self, batch: dict[str, Any]) -> Tensor:
@@ -221,10 +220,25 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         require_better_than_chance(loss, self.config.vocab_size)
         self.teacher_loss = loss
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what the next step balances the terms by."""
+        checkpoint["loss_sizes"] = self._reduction.sizes
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with it."""
+        self._reduction.sizes = checkpoint.get("loss_sizes", {})
+
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads the student; past ``nn.Module``, whose walk would demand the teacher's weights."""
         names = {name.replace("module.", ""): value for name, value in state_dict.items()}
         return self.core_module.load_state_dict(names, *args, **kwargs)
+
+
+def _load_teacher(config: Any, tokenizer: Any, checkpoint: Path) -> nn.Module:
+    """This rank's part of the teacher."""
+    core: nn.Module = config.configure_model(tokenizer)
+    nemo.load_weights(core, checkpoint)
+    return core
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
+from nemo_convert.device import device
 from nemo_convert.pipeline import last_stage_layers
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Input, Inputs
@@ -140,27 +141,31 @@ class Objective:
             cfg.loss_balancer == "dynamic",
         )
 
-    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The loss of a micro batch from its terms.
+    def weights_after(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """What each term is multiplied by, after a step whose terms had these means.
 
-        Dynamic, as NeMo does it: hidden states count as much as logits, and both together as much
-        as the next-token loss, whatever their sizes; the weights apply after that.
+        Dynamic: hidden states count as much as logits, and both together as much as the next-token
+        loss, whatever their sizes; the weights apply after that. NeMo takes the sizes from each
+        micro batch, which makes the result depend on how many there are; here they are of the
+        global batch before. The first step has none, and takes the weights as they are.
         """
-        weights = self.weights
-        if not self.dynamic:
-            return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        first, *rest = terms
-        taught = terms[first]
+        weights = dict(self.weights)
+        if not (self.dynamic and means):
+            return weights
+        first, *rest = weights
+        taught = means[first]
         if first == "kd" and "hidden" in rest:
-            taught = taught + weights["hidden"] * _scaled(terms["hidden"], taught)
-        if first == "lm" or "lm" not in rest:
-            return weights[first] * taught
-        return weights["lm"] * terms["lm"] + weights[first] * _scaled(taught, terms["lm"])
+            weights["hidden"] *= weights["kd"] * _ratio(means["kd"], means["hidden"])
+            taught += self.weights["hidden"] * means["kd"]
+        if first != "lm" and "lm" in rest:
+            for name in weights.keys() - {"lm"}:
+                weights[name] *= _ratio(means["lm"], taught)
+        return weights
 
 
-def _scaled(term: Tensor, size: Tensor) -> Tensor:
-    """``term`` brought to ``size``; no gradient flows through the scale."""
-    return term * (size.detach() / term.detach().clamp_min(torch.finfo(torch.float32).tiny))
+def _ratio(size: float, mean: float) -> float:
+    """What brings a term of this mean to a size; a term of nothing stays as it is."""
+    return size / mean if mean > 0 else 1.0
 
 
 class LossReduction(MegatronLossReduction):  # type: ignore[misc]
@@ -175,6 +180,8 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         self._objective = objective
         self.last: dict[str, float] = {}
         """Means of the last step over all tokens of the global batch, on the last stage."""
+        self.sizes: dict[str, float] = {}
+        """Those of the last step that had finite ones, which the terms are balanced by."""
 
     def forward(
         self, batch: dict[str, Tensor], forward_out: Tensor
@@ -187,7 +194,8 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         mask = batch["loss_mask"].float()
         sums = (forward_out * mask).flatten(1).sum(dim=1)
         terms = dict(zip(self._objective.weights, sums.unbind(), strict=True))
-        loss = self._objective.total(terms)
+        weights = self._objective.weights_after(self.sizes)
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         # Not a number in the loss must reach the gradients, where all ranks look for it.
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
         tokens = mask.sum()
@@ -197,10 +205,12 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
     def reduce(self, micro_batches: Sequence[dict[str, Tensor]]) -> Tensor:
         """Means over the tokens of all micro batches and data-parallel ranks."""
         if not micro_batches:
-            return torch.tensor(0.0, device=torch.cuda.current_device())
+            return torch.tensor(0.0, device=device())
         total = torch.stack([each["report"] for each in micro_batches]).sum(dim=0)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(total, group=group)
         means = total[1:] / total[0].clamp_min(1)
         self.last = dict(zip(("loss", *self._objective.weights), means.tolist(), strict=True))
+        if all(math.isfinite(mean) for mean in self.last.values()):
+            self.sizes = self.last
         return means[0]

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
 
 RECOMPUTE_GRANULARITIES = ("none", "selective", "full")
+ATTENTION_BACKENDS = ("auto", "flash", "fused", "unfused")
+FP8_RECIPES = {"tensorwise": 16, "blockwise": 16, "delayed": 16, "mxfp8": 32}
+"""Ways to scale, and what sizes must be multiples of (``megatron/core/fp8_utils.py``)."""
 TERMS = ("kd", "hidden", "lm")
 """Parts of the loss, each logged on its own."""
 RESOURCE = {"resource": True}
@@ -40,6 +43,13 @@ class TrainingConfig(StageConfig):
     """``bf16-mixed`` (float32 main weights in the optimizer) or ``32``."""
     grad_reduce_in_fp32: bool = True
     """Accumulates gradients in float32; off saves two bytes a parameter."""
+    fp8: str | None = None
+    """``hybrid`` multiplies in FP8 (E4M3 forward, E5M2 backward), with TransformerEngine on GPUs
+    from Hopper on; weights and a teacher stay in bfloat16."""
+    fp8_recipe: str = "tensorwise"
+    """How it is scaled: ``tensorwise``, ``blockwise``, ``delayed`` or ``mxfp8`` (Blackwell)."""
+    first_last_layers_bf16: bool = True
+    """Leaves the first and the last layer out of ``fp8``; ``delayed`` cannot."""
     max_nonfinite_steps: int = 0
     """Steps with a loss or gradient that is not finite to skip before the run stops."""
     seed: int = 1234
@@ -54,11 +64,16 @@ class TrainingConfig(StageConfig):
     recompute_granularity: str = field(default="none", metadata=RESOURCE)
     """Computes activations again in the backward pass: ``none``, ``selective`` (attention's
     scores, which flash attention does not hold anyway) or ``full`` (keeps a layer's input only)."""
+    attention_backend: str = field(default="auto", metadata=RESOURCE)
+    """TransformerEngine's: ``auto`` (the fastest that it has), ``flash``, ``fused`` (cuDNN) or
+    ``unfused``."""
     val_check_interval: int = 100
     limit_val_batches: int = 4
     checkpoint_interval: int = 100
     """Steps between checkpoints, which a killed run resumes from."""
     keep_checkpoints: int = 2
+    profile_steps: list[int] = field(default_factory=list, metadata=RESOURCE)
+    """``[first, last]`` steps to write a trace of, counted from 1, to ``<stage>/profile/``."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,7 +157,8 @@ class DistillConfig(TrainingConfig):
     lm_weight: float = 0.0
     """Weight of the next-token loss; 0 leaves it out."""
     loss_balancer: str = "fixed"
-    """``fixed`` weights, or ``dynamic``: the terms are first scaled to equal size."""
+    """``fixed`` weights, or ``dynamic``: the terms are first scaled to equal size, as they were in
+    the step before."""
     loss_chunk_mb: int | None = None
     """Size of one float32 buffer of the loss, which goes through the vocabulary a few tokens at a
     time; by default about a CPU's cache, or 512 on a GPU."""

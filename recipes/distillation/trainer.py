@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import math
+import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor, load_tensors_metadata
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.enums import AttnBackend
 from nemo import lightning as nl
 from nemo.collections import llm
 
 from nemo_convert import cpu_backend, nemo
+from nemo_convert.device import COLLECTIVE_TIMEOUT, collectives, device
 from nemo_convert.hf import copy_side_files
-from recipes.core.deadline import StoppedByClockError, deadline, time_is_up
-from recipes.core.errors import RecipeError
+from recipes.core.deadline import deadline
 from recipes.core.files import read_json, write_json
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input, rank, world_size
+from recipes.distillation.callbacks import Clock, Collect, Profile, Progress
 from recipes.distillation.data import TrainingData
 from recipes.distillation.model import KDModel
 from recipes.distillation.objective import Objective
@@ -50,18 +50,23 @@ def train(
         out: Checkpoint directory to write.
         log: Metrics file; silent on ranks other than 0.
     """
+    _set_environment(cfg)
     cpu_backend.enable()
     scratch = out.parent.parent
     restored = nemo.restore_model(start)
     restored.config.seq_length = cfg.seq_length
     _set_recompute(restored.config, cfg.recompute_granularity)
+    restored.config.attention_backend = AttnBackend[cfg.attention_backend]
     model = KDModel(restored, objective)
     with nemo.outside_slurm():
         trainer = _trainer(cfg)
     # After construction: NeMo copies what it is given.
-    trainer.callbacks.append(_Progress(cfg, log))
+    trainer.callbacks += [Progress(cfg, log), Collect()]
     if deadline() is not None:
-        trainer.callbacks.append(_Clock(cfg))
+        trainer.callbacks.append(Clock(cfg))
+    if cfg.profile_steps:
+        first, last = cfg.profile_steps
+        trainer.callbacks.append(Profile((first, last), scratch.parent / "profile"))
     llm.train(
         model=model,
         data=TrainingData.of(cfg, data, restored.tokenizer, objective.teacher.cache),
@@ -79,17 +84,36 @@ def train(
     _save_trained(cfg, model, restored, nemo.side_files(start), out)
 
 
+def _set_environment(cfg: TrainingConfig) -> None:
+    """What CUDA, NCCL and TransformerEngine read before they start; what is set already stays."""
+    defaults = {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # less lost between blocks
+        "TORCH_NCCL_HIGH_PRIORITY": "1",  # else collectives queue behind the kernels they overlap
+        "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",  # and find no processor free of a norm's kernel
+        "NVTE_BWD_LAYERNORM_SM_MARGIN": "16",
+        # NeMo reads the ranks' patience from it.
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(int(COLLECTIVE_TIMEOUT.total_seconds())),
+    }
+    if cfg.tensor_model_parallel_size > 1 or cfg.context_parallel_size > 1:
+        # Kernels start in the order in which they are issued: communication before computation.
+        defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
 def _save_trained(
     cfg: TrainingConfig, model: KDModel, restored: Any, side: Path, out: Path
 ) -> None:
     """Writes the model alone, in the type it was trained in, and says so in both configs."""
     written = restored.__io__.config
     written.params_dtype, written.bf16 = cfg.dtype, cfg.dtype == torch.bfloat16
+    written.fp8, written.first_last_layers_bf16 = None, False
     # The layout of this training is not the model's.
     written.tensor_model_parallel_size = written.pipeline_model_parallel_size = 1
     written.context_parallel_size = written.expert_model_parallel_size = 1
     written.sequence_parallel = False
     _set_recompute(written, "none")
+    model.module.start_param_sync(force_sync=True)  # the last update is gathered with a next step
     with tempfile.TemporaryDirectory() as temporary, model.without_loss_modules():
         staged = Path(temporary) / nemo.SIDE
         copy_side_files(side, staged)
@@ -114,37 +138,44 @@ class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
     def selective_restore(self) -> None:
         """Loads the weights to start from."""
         model, optimizer = self.lightning_module, self.optimizers[0].mcore_optimizer
+        start = Path(self.restore_config.path)
         with model.without_loss_modules():
-            super().selective_restore()
-            if optimizer.config.bf16:  # else there are no other weights than the model's
-                weights = Path(self.restore_config.path) / nemo.WEIGHTS
-                _load_main_weights(model.core_module, optimizer, weights)
+            nemo.load_weights(model.core_module, start)
+            optimizer.reload_model_params()
+            _load_main_weights(model.core_module, optimizer, start / nemo.WEIGHTS)
 
 
 @torch.no_grad()
 def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
-    """Gives the optimizer's float32 weights what the checkpoint has.
+    """Gives the optimizer's float32 weights what the checkpoint has, where that is more exact.
 
-    NeMo copies them from the model's, which are rounded to bfloat16: all start in the middle of a
-    rounding interval, and a model of small updates does not move for the first steps.
+    Copied from the model's, which are rounded to bfloat16, all would start in the middle of a
+    rounding interval, and a model of small updates would not move for the first steps. Megatron's
+    ``reload_model_params(state)`` looks for names that contain a name, and finds the teacher's too.
     """
-    state = core.sharded_state_dict(prefix="module.")
-    for item in state.values():
-        if torch.is_tensor(getattr(item, "data", None)) and item.data.is_floating_point():
-            item.data = item.data.float()
-            if hasattr(item, "dtype"):
+    stored = load_tensors_metadata(str(weights))
+    rounded = {}
+    for name, item in core.sharded_state_dict(prefix="module.").items():
+        if item.key in stored and stored[item.key].dtype.itemsize > item.data.itemsize:
+            item.data = torch.empty_like(item.data, dtype=torch.float32, device="cpu")
+            if isinstance(item, ShardedTensor):  # a factory makes its own
                 item.dtype = torch.float32
-    exact = dist_checkpointing.load(state, str(weights))
-    if optimizer.config.use_distributed_optimizer:
-        optimizer.reload_model_params(exact)
-        return
-    for name, parameter in core.named_parameters():
-        if (main := getattr(parameter, "main_param", None)) is not None:
-            main.copy_(exact[f"module.{name}"])
+            rounded[name] = item
+    exact = nemo.read_sharded(rounded, weights) if rounded else {}
+    found = {
+        parameter: whole
+        for name, parameter in core.named_parameters()
+        if (whole := exact.get(f"module.{name}")) is not None
+    }
+    for part in optimizer.chained_optimizers:  # of dense weights, and of experts
+        groups = zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True)
+        for parameter, main in chain.from_iterable(zip(*group, strict=True) for group in groups):
+            if parameter in found:
+                mine = part._get_model_param_range_map(parameter)["param"]
+                main.copy_(found[parameter].flatten()[mine.start : mine.end])
 
 
 def _trainer(cfg: TrainingConfig) -> Any:
-    on_cpu = not torch.cuda.is_available()
     strategy = _Strategy(
         tensor_model_parallel_size=cfg.tensor_model_parallel_size,
         pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,
@@ -153,25 +184,35 @@ def _trainer(cfg: TrainingConfig) -> Any:
         sequence_parallel=cfg.splits_sequence,
         pipeline_dtype=cfg.dtype,
         ddp=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=cfg.grad_reduce_in_fp32, use_distributed_optimizer=not on_cpu
+            grad_reduce_in_fp32=cfg.grad_reduce_in_fp32,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
         ),
-        process_group_backend="gloo" if on_cpu else None,
+        process_group_backend=collectives(),
         # NeMo's progress bar gathers on rank 0 only and hangs with several gloo ranks.
         replace_progress_bar=False,
-        ckpt_async_save=False,
+        ckpt_async_save=True,
+        ckpt_assume_constant_structure=True,
+        ckpt_optim_fully_reshardable=True,  # else a run resumes only with the same TP and PP
         gradient_as_bucket_view=True,
     )
     devices = int(world_size() // cfg.resources.nodes)
     return nl.Trainer(
         devices=devices,
         num_nodes=cfg.resources.nodes,
-        accelerator="cpu" if on_cpu else "gpu",
+        accelerator=device(),
         strategy=strategy,
         plugins=nl.MegatronMixedPrecision(
             precision=cfg.precision,
             params_dtype=cfg.dtype,
             pipeline_dtype=cfg.dtype,
             grad_reduce_in_fp32=cfg.grad_reduce_in_fp32,
+            fp8=cfg.fp8,
+            fp8_recipe=cfg.fp8_recipe,
+            first_last_layers_bf16=cfg.fp8 is not None and cfg.first_last_layers_bf16,
+            num_layers_at_start_in_bf16=1,
+            num_layers_at_end_in_bf16=1,
         ),
         max_steps=cfg.max_steps,
         val_check_interval=min(cfg.val_check_interval, cfg.max_steps),
@@ -187,7 +228,6 @@ def _trainer(cfg: TrainingConfig) -> Any:
 
 
 def _optimizer(cfg: TrainingConfig) -> Any:
-    on_cpu = not torch.cuda.is_available()
     return nl.MegatronOptimizerModule(
         config=OptimizerConfig(
             optimizer="adam",
@@ -199,7 +239,8 @@ def _optimizer(cfg: TrainingConfig) -> Any:
             clip_grad=cfg.clip_grad,
             bf16=cfg.precision == "bf16-mixed",
             params_dtype=cfg.dtype,
-            use_distributed_optimizer=not on_cpu,
+            use_distributed_optimizer=True,
+            overlap_param_gather=True,
         ),
         lr_scheduler=nl.lr_scheduler.CosineAnnealingScheduler(
             max_steps=cfg.max_steps,
@@ -241,89 +282,3 @@ def _resume(checkpoints: Path, start: Path) -> Any:
         return nl.AutoResume(restore_config=restore)
     latest = max(whole, key=steps_in)
     return nl.AutoResume(restore_config=restore, resume_from_path=str(latest))
-
-
-class _Progress(Callback):
-    """Logs every step, and keeps an update that is not finite from the weights."""
-
-    def __init__(self, cfg: TrainingConfig, log: MetricsLog) -> None:
-        self._cfg, self._log = cfg, log
-        self._last = time.monotonic()
-        self._norm = 0.0
-        self._skipped = 0
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Starts the clock, and stands guard before the optimizer's update."""
-        self._last = time.monotonic()
-        optimizer = trainer.optimizers[0].mcore_optimizer
-        norm, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
-
-        def get_grad_norm() -> float:
-            self._norm = float(norm())
-            return self._norm
-
-        optimizer.get_grad_norm = get_grad_norm
-        optimizer.step_with_ready_grads = lambda: self._guarded(update, trainer, pl_module)
-
-    def _guarded(self, update: Callable[[], bool], trainer: Any, model: KDModel) -> bool:
-        """Updates unless the gradient's norm is not finite, which every rank sees alike."""
-        if math.isfinite(self._norm):
-            return update()
-        self._skipped += 1
-        if self._skipped > self._cfg.max_nonfinite_steps:
-            losses = ", ".join(f"{n} {value:.4g}" for n, value in model.share_losses().items())
-            skipped = self._cfg.max_nonfinite_steps
-            raise RecipeError(
-                f"step {trainer.global_step + 1}: the gradient is not finite ({losses})"
-                + (f", and {skipped} such step(s) were skipped before." if skipped else ".")
-                + " The weights were not touched; the last checkpoint is good.",
-                f"lower stages.{self._cfg.stage}.lr, or look at the text of this step",
-            )
-        return False
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Logs the step's losses, gradient norm, learning rate and speed."""
-        now = time.monotonic()
-        tokens = self._cfg.global_batch_size * self._cfg.seq_length
-        values = {
-            **pl_module.share_losses(),
-            "grad_norm": self._norm,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-        }
-        if not math.isfinite(self._norm):
-            values = {name: v if math.isfinite(v) else None for name, v in values.items()}
-            values["skipped"] = True
-        values["tokens_per_second"] = round(tokens / (now - self._last), 1)
-        self._last = now
-        self._log.progress(self._cfg.stage, trainer.global_step, self._cfg.max_steps, **values)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Logs the next-token loss on the validation part."""
-        loss = float(trainer.callback_metrics["val_loss"])
-        self._log.progress("validate", trainer.global_step, self._cfg.max_steps, val_loss=loss)
-        self._last = time.monotonic()
-
-
-class _Clock(Callback):
-    """Saves and stops when the deadline has come.
-
-    Not NeMo's own way, a timer that ends the fit as if it were complete: what follows would use a
-    half-trained model. And not a signal: it would have to reach every rank through a container.
-    """
-
-    def __init__(self, cfg: TrainingConfig) -> None:
-        self._cfg = cfg
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Asks all ranks, whose clocks differ, after every step but the last."""
-        step = trainer.global_step
-        if step >= self._cfg.max_steps:
-            return
-        if not trainer.strategy.reduce_boolean_decision(time_is_up(), all=False):
-            return
-        saving = trainer.checkpoint_callback
-        saving._save_topk_checkpoint(trainer, saving._monitor_candidates(trainer))
-        raise StoppedByClockError(
-            f"stopped by the clock at step {step} of {self._cfg.max_steps}; a checkpoint is saved.",
-            "run the same command to go on",
-        )

@@ -9,7 +9,12 @@ from statistics import median
 from nemo_convert.architecture import Architecture
 from recipes.core.metrics import steps_of
 from recipes.distillation.results import TrainingResult
-from recipes.distillation.settings import RECOMPUTE_GRANULARITIES, TrainingConfig
+from recipes.distillation.settings import (
+    ATTENTION_BACKENDS,
+    FP8_RECIPES,
+    RECOMPUTE_GRANULARITIES,
+    TrainingConfig,
+)
 from recipes.planning import rules
 from recipes.planning.chain import Chain, precision_problems, window_problems
 from recipes.planning.problems import Problem
@@ -24,6 +29,7 @@ UNFINISHED = "-unfinished"
 def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     """Finds settings that would fail once training has started."""
     yield from precision_problems(cfg.precision)
+    yield from _unknown_names(cfg)
     for name in ("max_steps", "lr", "clip_grad", "checkpoint_interval", "val_check_interval"):
         if getattr(cfg, name) <= 0:
             yield Problem(
@@ -35,13 +41,77 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             f"warmup_steps={cfg.warmup_steps} leaves no step of max_steps={cfg.max_steps}",
             "set warmup_steps lower",
         )
+    if cfg.fp8 is not None:
+        yield from _fp8_problems(cfg, chain)
+    steps = cfg.profile_steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= cfg.max_steps):
+        yield Problem(
+            rules.PROFILE,
+            f"profile_steps={steps} is not the first and last of steps 1 to {cfg.max_steps}",
+            "for example [10,12]",
+        )
+    yield from window_problems(cfg.seq_length, chain)
+
+
+def _unknown_names(cfg: TrainingConfig) -> Iterator[Problem]:
     if cfg.recompute_granularity not in RECOMPUTE_GRANULARITIES:
         yield Problem(
             rules.RECOMPUTE,
             f"recompute_granularity={cfg.recompute_granularity}",
             f"use {' or '.join(RECOMPUTE_GRANULARITIES)}",
         )
-    yield from window_problems(cfg.seq_length, chain)
+    if cfg.attention_backend not in ATTENTION_BACKENDS:
+        yield Problem(
+            rules.ATTENTION_BACKEND,
+            f"attention_backend={cfg.attention_backend}",
+            f"use {' or '.join(ATTENTION_BACKENDS)}",
+        )
+
+
+def _fp8_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
+    if cfg.fp8 != "hybrid" or cfg.fp8_recipe not in FP8_RECIPES:
+        yield Problem(
+            rules.FP8,
+            f"fp8={cfg.fp8}, fp8_recipe={cfg.fp8_recipe}",
+            f"use fp8=hybrid, and fp8_recipe={' or '.join(FP8_RECIPES)}",
+        )
+        return
+    if not chain.hardware.on_gpu or cfg.precision != "bf16-mixed":
+        yield Problem(
+            rules.FP8,
+            f"fp8={cfg.fp8} with hardware={chain.hardware.name} and precision={cfg.precision}",
+            "leave fp8 out, or set hardware to a GPU's and precision=bf16-mixed",
+        )
+    if cfg.first_last_layers_bf16 and cfg.fp8_recipe == "delayed":
+        yield Problem(
+            rules.FP8,
+            "first_last_layers_bf16 with fp8_recipe=delayed, which scales all layers together",
+            "use fp8_recipe=tensorwise, or first_last_layers_bf16=false",
+        )
+    unit = FP8_RECIPES[cfg.fp8_recipe]
+    for name, size in _fp8_sizes(cfg, chain).items():
+        if size % unit:
+            yield Problem(
+                rules.FP8,
+                f"{name} is {size} on a rank, not a multiple of {unit}",
+                "prune to another size, lower tensor_model_parallel_size, or leave fp8 out",
+            )
+
+
+def _fp8_sizes(cfg: TrainingConfig, chain: Chain) -> dict[str, int]:
+    """Sizes of a rank's products."""
+    student = cfg.inputs.get("student")
+    shape = chain.shape_of(student) if student else chain.teacher
+    tensor = cfg.tensor_model_parallel_size
+    ffn = shape.moe_ffn_hidden_size if shape.num_moe_experts else shape.ffn_hidden_size
+    heads = shape.num_attention_heads + 2 * shape.num_query_groups
+    split = cfg.context_parallel_size * (tensor if cfg.splits_sequence else 1)
+    return {
+        "hidden_size": shape.hidden_size,
+        "the feed-forward size": ffn // tensor,
+        "attention's size": heads * shape.kv_channels // tensor,
+        "a micro batch": cfg.micro_batch_size * cfg.seq_length // split,
+    }
 
 
 def layout_of(cfg: TrainingConfig) -> Layout:

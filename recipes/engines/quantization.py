@@ -12,6 +12,7 @@ from modelopt.torch.export import export_hf_checkpoint
 from transformers import AutoModelForCausalLM
 
 from nemo_convert import cpu_backend
+from nemo_convert.device import device
 from nemo_convert.hf import copy_side_files, load_causal_lm
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
@@ -43,10 +44,9 @@ def quantize_folder(
         RecipeError: What was written is not quantised as asked for, or is not finite.
     """
     cpu_backend.enable("torch", "modelopt")
-    device = cpu_backend.device()
-    text = read_windows(data, "calibration", cfg.seq_length, cfg.num_windows).tokens.to(device)
+    text = read_windows(data, "calibration", cfg.seq_length, cfg.num_windows).tokens.to(device())
     # bfloat16, since that is what is served beside the quantised weights.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device()).eval()
 
     def calibrate(model: torch.nn.Module) -> None:
         for start in range(0, len(text), cfg.micro_batch_size):

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from nemo_convert import nemo
-from nemo_convert.cpu_backend import device
+from nemo_convert.device import device
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import code_fingerprint, digest

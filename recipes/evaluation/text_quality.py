@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_utils import no_init_weights
 
 from nemo_convert import convert, nemo
-from nemo_convert.cpu_backend import device
+from nemo_convert.device import device
 from recipes.core.files import write_text_atomically
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of

@@ -130,7 +130,7 @@ def _stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
     tokens = layout.micro_batch_size * job.seq_length / layout.context
     if job.trained is not None:
         dense, experts = rank_parameters(job.trained, layout, stage)
-        shards = layout.data * layout.context if hardware.on_gpu else 1
+        shards = layout.data * layout.context
         expert_shards = max(1, shards // layout.expert)
         states = 12 if job.bf16 else 8  # main weights in float32 and two moments, or the moments
         parts |= {
@@ -264,7 +264,7 @@ def _update_seconds(job: Workload, hardware: Hardware) -> tuple[float, float]:
         hardware.link_bytes_per_second if layout.nodes == 1 else hardware.network_bytes_per_second
     )
     sent = parameters * (job.gradient_bytes + 2) * (replicas - 1) / replicas
-    shards = replicas if hardware.on_gpu else 1
+    shards = replicas if hardware.on_gpu else 1  # replicas on a CPU share its bandwidth
     return sent / wire, parameters * OPTIMIZER_TRAFFIC / shards / hardware.bytes_per_second
 
 

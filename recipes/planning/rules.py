@@ -145,6 +145,11 @@ RECOMPUTE = Rule("recompute", "layers that are recomputed show the loss no hidde
 # Training
 PRECISION = Rule("precision", "weights, and in training the optimizer's main ones, depend on it")
 POSITIVE = Rule("positive", "a size, rate or interval of zero or less")
+ATTENTION_BACKEND = Rule("attention-backend", "TransformerEngine has no other attention")
+FP8 = Rule(
+    "fp8", "FP8 products need TransformerEngine, GPUs that have them, and sizes that they can take"
+)
+PROFILE = Rule("profile", "steps that a training does not have leave no trace")
 WARMUP = Rule("warmup", "warming up for longer than training never reaches the learning rate")
 LOSS = Rule("loss", "terms and weights that do not make a loss")
 HIDDEN_PAIRS = Rule(

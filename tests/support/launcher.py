@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,12 +38,18 @@ def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> Result:
     return Result(done.returncode, done.stdout + done.stderr)
 
 
-def run_and_kill(*overrides: str, cwd: Path, metrics: Path, records: int) -> None:
-    """Starts the launcher and kills it, once a stage has written so many records."""
+def run_and_kill(
+    *overrides: str,
+    cwd: Path,
+    metrics: Path,
+    records: int,
+    ready: Callable[[], object] = lambda: True,
+) -> None:
+    """Starts the launcher and kills it, once a stage has written so many records and is ready."""
     command = [sys.executable, str(REPO_ROOT / "launch" / "run.py"), *overrides]
     launcher = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not metrics.exists() or metrics.read_text().count("\n") < records:
+    while not metrics.exists() or metrics.read_text().count("\n") < records or not ready():
         assert launcher.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from nemo_convert.convert import hf_weights
 from nemo_convert.hf import Weights, tokenizer_sha256
 from nemo_convert.nemo import find_checkpoint
-from recipes.core.manifest import ARTIFACT, MANIFEST
+from recipes.core.manifest import ARTIFACT, MANIFEST, WORK
 from recipes.core.metrics import METRICS, steps_of
+from recipes.distillation.training import CHECKPOINTS, whole_checkpoints
 from tests.support.in_process import run_here
 from tests.support.launcher import run_and_kill, run_recipe
 from tests.support.runs import STAGES, manifest_of, tiny, without
@@ -334,7 +335,14 @@ def test_kill_9_then_the_same_command_gives_the_same_weights(
     run_dir = without(tiny_run, tmp_path / "run", stage)
     command = [*overrides(odd_llama, text_file, run_dir), f"stages.only=[{stage}]"]
     metrics = run_dir / stage / METRICS
-    run_and_kill(*command, cwd=tmp_path, metrics=metrics, records=records)
+    saved = run_dir / stage / WORK / CHECKPOINTS
+    run_and_kill(
+        *command,
+        cwd=tmp_path,
+        metrics=metrics,
+        records=records,
+        ready=lambda: stage != "distill" or whole_checkpoints(saved),
+    )
     assert not (run_dir / stage / MANIFEST).exists()
 
     result = run_recipe(*command, cwd=tmp_path)

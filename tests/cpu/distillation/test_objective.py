@@ -5,23 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recipes.distillation.objective import Objective
+from recipes.distillation.objective import LossReduction, Objective
 
 TERMS = {"kd": 2.0, "hidden": 8.0, "lm": 6.0}
 
 
-def total(weights: dict[str, float], dynamic: bool) -> tuple[float, dict[str, float]]:
-    """The total, and how much of it is each term's gradient times the term."""
-    terms = {name: torch.tensor(TERMS[name], requires_grad=True) for name in weights}
-    value = Objective(weights, dynamic=dynamic).total(terms)
-    value.backward()
-    shares = {name: float(term.grad * term.detach()) for name, term in terms.items()}
-    return float(value), shares
+def shares_of(weights: dict[str, float], dynamic: bool) -> dict[str, float]:
+    """How much of the loss each term is, if a step's terms are as large as those before."""
+    after = Objective(weights, dynamic=dynamic).weights_after(TERMS)
+    return {name: weight * TERMS[name] for name, weight in after.items()}
 
 
 def test_fixed_weights() -> None:
-    value, shares = total({"kd": 0.5, "hidden": 0.25, "lm": 2.0}, dynamic=False)
-    assert value == pytest.approx(1 + 2 + 12)
+    shares = shares_of({"kd": 0.5, "hidden": 0.25, "lm": 2.0}, dynamic=False)
     assert shares == pytest.approx({"kd": 1, "hidden": 2, "lm": 12})
 
 
@@ -38,16 +34,31 @@ def test_fixed_weights() -> None:
         ({"kd": 0.5, "lm": 1.0}, {"kd": 3, "lm": 6}),
         # both together are as large as lm
         ({"kd": 1.0, "hidden": 1.0, "lm": 1.0}, {"kd": 3, "hidden": 3, "lm": 6}),
+        ({"kd": 2.0, "hidden": 0.5, "lm": 1.0}, {"kd": 8, "hidden": 4, "lm": 6}),
         ({"hidden": 1.0, "lm": 2.0}, {"hidden": 6, "lm": 12}),
     ],
 )
 def test_dynamic_scales(weights: dict[str, float], shares: dict[str, float]) -> None:
-    value, found = total(weights, dynamic=True)
-    assert found == pytest.approx(shares)
-    assert value == pytest.approx(sum(shares.values()))
+    assert shares_of(weights, dynamic=True) == pytest.approx(shares)
 
 
-def test_a_term_of_nothing_stays_finite() -> None:
-    terms = {"kd": torch.tensor(1.0), "hidden": torch.tensor(0.0)}
-    weights = {"kd": 1.0, "hidden": 1.0}
-    assert Objective(weights, dynamic=True).total(terms) == pytest.approx(1.0)
+def test_a_term_of_nothing_is_left_as_it_is() -> None:
+    objective = Objective({"kd": 1.0, "hidden": 0.5}, dynamic=True)
+    assert objective.weights_after({"kd": 1.0, "hidden": 0.0}) == {"kd": 1.0, "hidden": 0.5}
+
+
+@pytest.mark.parametrize("sizes", [{}, TERMS], ids=["first step", "later"])
+def test_gradients_do_not_depend_on_the_micro_batch(sizes: dict[str, float]) -> None:
+    """One micro batch of four windows, and four of one."""
+    outputs = torch.rand(3, 4, 7, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(4, 7)
+    mask[1:3, 2:] = 0
+    gradients = []
+    for size in (4, 1):
+        reduction = LossReduction(Objective(dict.fromkeys(TERMS, 0.5), dynamic=True))
+        reduction.sizes = sizes
+        leaf = outputs.clone().requires_grad_()
+        for part, masked in zip(leaf.split(size, dim=1), mask.split(size), strict=True):
+            reduction.forward({"loss_mask": masked}, part)[0].backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)

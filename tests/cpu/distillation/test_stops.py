@@ -10,8 +10,8 @@ import pytest
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import WORK
 from recipes.core.metrics import METRICS, MetricsLog, steps_of
+from recipes.distillation.callbacks import Progress
 from recipes.distillation.settings import DistillConfig
-from recipes.distillation.trainer import _Progress
 from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.sanity import require_better_than_chance
 from tests.support.in_process import run_here
@@ -31,8 +31,10 @@ class Training:
     """A trainer whose gradient norms are given, with the parts of it that the guard touches."""
 
     def __init__(self, norms: list[float]) -> None:
+        self.waited = False
         self.global_step, self.updates = 0, 0
         self.norms = iter(norms)
+        self.strategy = SimpleNamespace(checkpoint_io=self)
         self.optimizers = [SimpleNamespace(mcore_optimizer=self, param_groups=[{"lr": 0.1}])]
 
     def get_grad_norm(self) -> float:
@@ -42,13 +44,17 @@ class Training:
         self.updates += 1
         return True
 
+    def maybe_finalize_save_checkpoint(self, blocking: bool) -> None:
+        self.waited = blocking
+
     def share_losses(self) -> dict[str, float]:
         return {"loss": float("nan")}
 
-    def steps(self, progress: _Progress, number: int) -> None:
+    def steps(self, progress: Progress, number: int) -> None:
         for _ in range(number):
             self.get_grad_norm()
             self.step_with_ready_grads()
+            self.optimizers[0].param_groups[0]["lr"] /= 2  # as a schedule does
             self.global_step += 1
             progress.on_train_batch_end(self, self)
 
@@ -57,15 +63,18 @@ def test_a_bounded_number_of_bad_steps_is_skipped(tmp_path: Path) -> None:
     nan = float("nan")
     training = Training([1.0, nan, 1.0, float("inf"), nan])
     log = MetricsLog(tmp_path / METRICS)
-    progress = _Progress(DistillConfig(stage="distill", max_nonfinite_steps=2), log)
+    progress = Progress(DistillConfig(stage="distill", max_nonfinite_steps=2), log)
     progress.on_train_start(training, training)
     training.steps(progress, 4)
     assert training.updates == 2
     skipped = [bool(s.get("skipped")) for s in steps_of(tmp_path / METRICS, "distill")]
     assert skipped == [False, True, False, True]
+    used = [step["lr"] for step in steps_of(tmp_path / METRICS, "distill")]
+    assert used == [0.1, 0.05, 0.025, 0.0125]
     with pytest.raises(RecipeError, match=r"step 5: .* not finite .* 2 such step"):
         training.steps(progress, 1)
     assert training.updates == 2
+    assert training.waited  # for a checkpoint that is being written
 
 
 def test_a_run_that_diverges_stops_before_its_weights_do(

@@ -7,8 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from recipes.data.results import DatasetResult
+from tests.support.manifests import bare_manifest
+
 TP, PP = "TP=2", "PP=2"
 LENGTH = 32
+DATA = DatasetResult({}, {}, [])
+LEARNING_RATE = 1e-2
 LOGITS = "logits.safetensors"
 
 
@@ -58,7 +63,7 @@ def write_logits(folder: Path, layout: str, parallel: Any) -> None:
 
 
 def distil(folder: Path, data: Path, out: Path) -> None:
-    """One step, with a loss on logits and one on hidden states."""
+    """One step in bfloat16, with a loss on logits and one on hidden states."""
     from recipes.core.metrics import METRICS, MetricsLog
     from recipes.core.stage import rank
     from recipes.distillation.objective import Objective, Teacher
@@ -67,13 +72,15 @@ def distil(folder: Path, data: Path, out: Path) -> None:
 
     cfg = DistillConfig(
         stage="distill",
-        precision="32",
+        precision="bf16-mixed",
         seq_length=LENGTH,
         micro_batch_size=2,
         global_batch_size=4,
         max_steps=1,
         warmup_steps=0,
-        lr=1e-2,
+        checkpoint_interval=1,
+        lr=LEARNING_RATE,
+        weight_decay=0.0,
         tensor_model_parallel_size=2,
         sequence_parallel=True,
     )
@@ -82,7 +89,7 @@ def distil(folder: Path, data: Path, out: Path) -> None:
         {"kd": 1.0, "hidden": 0.5, "lm": 0.5}, Teacher(folder / "teacher.nemo", [(3, 4)])
     )
     log = MetricsLog(out / METRICS if rank() == 0 else None)
-    text: Any = SimpleNamespace(artifact=data)
+    text: Any = SimpleNamespace(artifact=data, manifest=bare_manifest("data", "dataset", DATA))
     (out / "work" / "artifact").mkdir(parents=True, exist_ok=True)
     train(cfg, folder / "pruned.nemo", objective, text, out / "work" / "artifact" / "s.nemo", log)
 

@@ -41,17 +41,41 @@ def test_importing_changes_nothing() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=REPO_ROOT, check=True)
 
 
-def test_no_effect_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_effect_with_cuda_and_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.models.gpt import gpt_layer_specs
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpt_layer_specs, "HAVE_TE", True)
+    monkeypatch.setattr(cpu_backend, "_applied", set())
     monkeypatch.setattr(cpu_backend, "_apply", lambda patch: pytest.fail(patch.target))
-    assert cpu_backend.enable() is False
+    cpu_backend.enable()
     config = object()
     assert cpu_backend.adapt_config(config) is config
 
 
+def test_cuda_without_transformer_engine_has_the_layers_of_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not its patches of CUDA, and weights are made where they stay."""
+    cpu_backend.enable("torch", "layers")
+    from nemo.collections.llm import LlamaConfig
+
+    shape = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "ffn_hidden_size": 8}
+    config, applied = LlamaConfig(**shape), list[Patch]()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cpu_backend, "_applied", set())
+    monkeypatch.setattr(cpu_backend, "_apply", applied.append)
+    cpu_backend.enable()
+    assert applied == PATCHES["layers"]
+    adapted = cpu_backend.adapt_config(config, training=True)
+    assert adapted.transformer_layer_spec is cpu_backend.training_block_spec
+    assert adapted.apply_rope_fusion is False
+    assert adapted.use_cpu_initialization is False
+
+
 @needs_no_cuda
 def test_tensors_meant_for_cuda_are_made_on_the_cpu() -> None:
-    assert cpu_backend.enable("torch") is True
+    cpu_backend.enable("torch")
     assert torch.tensor([1.0], device="cuda").device.type == "cpu"
     assert torch.zeros(2, device="cuda", pin_memory=True).device.type == "cpu"
     assert torch.ones(2).to("cuda", non_blocking=True).device.type == "cpu"
@@ -91,6 +115,25 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     assert parameter.grad.norm().item() == pytest.approx(1.5, rel=1e-4)
     optimizer.clip_grad_by_total_norm_fp32([parameter], max_norm=9.0, total_norm=1.5)
     assert parameter.grad.norm().item() == pytest.approx(1.5, rel=1e-4)
+
+
+@needs_no_cuda
+def test_adam_keeps_its_steps_with_the_group_and_goes_on() -> None:
+    cpu_backend.enable("layers")
+    from torch.optim import AdamW, adamw
+
+    weights = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+    ours, plain = AdamW(weights[:1]), adamw.AdamW(weights[1:])
+    for number in range(4):
+        for weight in weights:
+            weight.grad = torch.tensor([1.0, -2.0, 0.5, 0.1, 3.0]) / (1 + number)
+        ours.step()
+        plain.step()
+        assert "step" not in ours.state[weights[0]]
+        assert ours.param_groups[0]["step"] == number + 1
+        saved, ours = ours.state_dict(), AdamW(weights[:1])
+        ours.load_state_dict(saved)
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-7)
 
 
 @needs_no_cuda

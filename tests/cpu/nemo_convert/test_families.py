@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from nemo_convert import convert, hf, nemo, parity
+from nemo_convert import convert, hf, nemo, parity, streaming
+from nemo_convert.cpu_layers import RMSNorm
 from nemo_convert.families import FAMILIES as ROWS
 from nemo_convert.hf_config import read_architecture
 from recipes.core.files import REPO_ROOT
@@ -21,13 +24,15 @@ from recipes.core.metrics import METRICS, MetricsLog, steps_of
 from recipes.data.corpus import PARTS
 from recipes.data.part_writer import PartWriter
 from recipes.data.token_windows import TextWindows
+from recipes.distillation.settings import DistillConfig
+from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.text_quality import load_transformers
 from recipes.planning.targets import Targets, pruned
 from recipes.pruning.cut_checkpoint import prune_checkpoint
 from recipes.pruning.kept import choose
 from recipes.pruning.scoring import score_checkpoint
 from recipes.pruning.settings import ScoreConfig
-from tests.cpu.nemo_convert.family_ranks import LENGTH, LOGITS, PP, TP
+from tests.cpu.nemo_convert.family_ranks import LEARNING_RATE, LENGTH, LOGITS, PP, TP
 from tests.support.conversion import (
     assert_same_weights,
     assert_trains_alike,
@@ -85,11 +90,41 @@ def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
     prune_checkpoint(teacher, student, kept, folder / "pruned.nemo")
 
 
+class StatefulNorm(RMSNorm):
+    """Has a state beside its weight, as TransformerEngine's (``pytorch/ops/op.py``)."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor | None) -> None:
+        assert state is None or state.numel() == 0
+
+
+def require_states_of_norms(checkpoint: Path, before: Path) -> None:
+    """TransformerEngine's norms find what they ask for, also in a checkpoint from before."""
+    nemo.initialize(nemo.Parallelism())
+    core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), training=True)
+    (before / nemo.WEIGHTS).mkdir(parents=True)
+    dist_checkpointing.save(core.sharded_state_dict(prefix="module."), str(before / nemo.WEIGHTS))
+    alone = {"final_layernorm", "q_layernorm", "k_layernorm"}
+    if core.config.num_moe_experts:  # else it is a part of the layer behind it
+        alone.add("pre_mlp_layernorm")
+    norms = [m for name, m in core.named_modules() if name.rpartition(".")[2] in alone]
+    for norm in norms:
+        if isinstance(norm, RMSNorm):
+            norm.__class__ = StatefulNorm
+    asked = core.sharded_state_dict(prefix="module.")
+    assert any(name.endswith(f"norm.{nemo.EXTRA_STATE}") for name in asked)
+    dist_checkpointing.load(asked, str(checkpoint / nemo.WEIGHTS))
+    nemo.load_weights(core, before)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_odd_shapes_go_there_and_back(family: str, text_file: Path, tmp_path: Path) -> None:
     source, back = tmp_path / "hf", tmp_path / "back"
     write_tiny_model(source, text_file, family, train=False, **ODD)
     assert convert_by_command("to-nemo", source, tmp_path / "m.nemo") == 0
+    require_states_of_norms(tmp_path / "m.nemo", tmp_path / "before.nemo")
     assert convert_by_command("to-hf", tmp_path / "m.nemo", back) == 0
     assert_same_weights(source, back)
     for name in SIDE:
@@ -199,3 +234,25 @@ def require_taught(root: Path) -> None:
         after = dict(convert.hf_weights(folder / "work" / "artifact" / "s.nemo"))
         assert before.keys() == after.keys()
         assert [n for n, tensor in before.items() if torch.equal(tensor, after[n])] == []
+        require_exact_start(folder / "work" / CHECKPOINTS / "step=0", root / family / "pruned.nemo")
+
+
+def require_exact_start(trained: Path, start: Path) -> None:
+    """Adam's first step began at the weights that were stored, not at them rounded to bfloat16."""
+    leading = nemo.leading_axes(nemo.architecture_of(start))
+
+    def read(folder: Path, prefix: str = "") -> dict[tuple[str, Any], torch.Tensor]:
+        wanted = {prefix + key: axes for key, axes in leading.items()}
+        every = streaming.read_weights(folder / nemo.WEIGHTS, wanted)
+        return {(key.removeprefix(prefix), place): tensor for key, place, tensor in every}
+
+    before = read(start)
+    after, mean, square = (
+        read(trained, f"optimizer.state.{name}.") for name in ("param", "exp_avg", "exp_avg_sq")
+    )
+    assert after.keys() == before.keys()
+    beta1, beta2 = DistillConfig().adam_beta1, DistillConfig().adam_beta2
+    for key, weight in before.items():
+        gradient = mean[key] / (1 - beta1) / ((square[key] / (1 - beta2)).sqrt() + 1e-8)
+        expected = weight - LEARNING_RATE * gradient
+        torch.testing.assert_close(after[key], expected, rtol=1e-6, atol=1e-6, msg=key[0])

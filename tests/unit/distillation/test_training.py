@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from recipes.distillation.training import (
     whole_checkpoints,
 )
 from recipes.planning.chain import Chain
+from recipes.planning.hardware import Hardware
 from recipes.stages.correct_teacher import STAGE
 
 
@@ -38,6 +40,25 @@ def test_progress_is_the_last_whole_checkpoint(tmp_path: Path) -> None:
 )
 def test_rules_of_every_training(chain: Chain, fields: dict[str, float], rule: str) -> None:
     assert [p.rule.name for p in STAGE.problems(CorrectTeacherConfig(**fields), chain)] == [rule]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, []),
+        ({"fp8_recipe": "int8"}, ["fp8_recipe=int8"]),
+        ({"fp8_recipe": "delayed"}, ["scales all layers together"]),
+        ({"fp8_recipe": "delayed", "first_last_layers_bf16": False}, []),
+        ({"precision": "32"}, ["precision=32"]),
+        ({"micro_batch_size": 1, "seq_length": 40}, ["a micro batch is 40"]),
+    ],
+)
+def test_what_multiplies_in_fp8(chain: Chain, fields: dict[str, object], said: list[str]) -> None:
+    on_gpu = replace(chain, hardware=Hardware("h100", "gpu", memory_bytes=80e9))
+    found = list(STAGE.problems(CorrectTeacherConfig(fp8="hybrid", **fields), on_gpu))  # type: ignore[arg-type]
+    assert {p.rule.name for p in found} == ({"fp8"} if said else set())
+    assert len(found) == len(said)
+    assert all(words in problem.what for words, problem in zip(said, found, strict=True))
 
 
 def test_a_teacher_is_corrected_by_default(chain: Chain) -> None:

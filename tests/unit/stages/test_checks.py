@@ -34,6 +34,8 @@ LAYOUT = {
     "sequence_parallel",
     "micro_batch_size",
     "recompute_granularity",
+    "attention_backend",
+    "profile_steps",
 }
 
 

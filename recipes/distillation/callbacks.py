@@ -1,0 +1,165 @@
+"""What is done around every step of a training: logged, guarded, saved at the deadline, traced."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from recipes.core.deadline import StoppedByClockError, time_is_up
+from recipes.core.errors import RecipeError
+from recipes.core.metrics import MetricsLog
+from recipes.core.stage import rank
+from recipes.distillation.model import KDModel
+from recipes.distillation.settings import TrainingConfig
+
+COLLECT_EVERY = 100
+"""Steps between collections of garbage."""
+
+
+class Progress(Callback):
+    """Logs every step, and keeps an update that is not finite from the weights."""
+
+    def __init__(self, cfg: TrainingConfig, log: MetricsLog) -> None:
+        self._cfg, self._log = cfg, log
+        self._last = time.monotonic()
+        self._norm = self._lr = 0.0
+        self._skipped = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Starts the clock, and stands guard before the optimizer's update."""
+        self._last = time.monotonic()
+        optimizer = trainer.optimizers[0].mcore_optimizer
+        norm, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+
+        def get_grad_norm() -> float:
+            self._norm = float(norm())
+            self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # afterwards it is the next's
+            return self._norm
+
+        optimizer.get_grad_norm = get_grad_norm
+        optimizer.step_with_ready_grads = lambda: self._guarded(update, trainer, pl_module)
+
+    def _guarded(self, update: Callable[[], bool], trainer: Any, model: KDModel) -> bool:
+        """Updates unless the gradient's norm is not finite, which every rank sees alike."""
+        if math.isfinite(self._norm):
+            return update()
+        self._skipped += 1
+        if self._skipped > self._cfg.max_nonfinite_steps:
+            finish_saving(trainer)
+            losses = ", ".join(f"{n} {value:.4g}" for n, value in model.share_losses().items())
+            skipped = self._cfg.max_nonfinite_steps
+            raise RecipeError(
+                f"step {trainer.global_step + 1}: the gradient is not finite ({losses})"
+                + (f", and {skipped} such step(s) were skipped before." if skipped else ".")
+                + " The weights were not touched; the last checkpoint is good.",
+                f"lower stages.{self._cfg.stage}.lr, or look at the text of this step",
+            )
+        return False
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Logs the step's losses, gradient norm, learning rate and speed."""
+        now = time.monotonic()
+        tokens = self._cfg.global_batch_size * self._cfg.seq_length
+        values = {
+            **pl_module.share_losses(),
+            "grad_norm": self._norm,
+            "lr": self._lr,
+        }
+        if not math.isfinite(self._norm):
+            values = {name: v if math.isfinite(v) else None for name, v in values.items()}
+            values["skipped"] = True
+        values["tokens_per_second"] = round(tokens / (now - self._last), 1)
+        self._last = now
+        self._log.progress(self._cfg.stage, trainer.global_step, self._cfg.max_steps, **values)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Logs the next-token loss on the validation part."""
+        loss = float(trainer.callback_metrics["val_loss"])
+        self._log.progress("validate", trainer.global_step, self._cfg.max_steps, val_loss=loss)
+        self._last = time.monotonic()
+
+
+def finish_saving(trainer: Any) -> None:
+    """Waits until checkpoints that are being written are whole, on all ranks."""
+    trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
+
+
+class Clock(Callback):
+    """Saves and stops when the deadline has come.
+
+    Not NeMo's own way, a timer that ends the fit as if it were complete: what follows would use a
+    half-trained model. And not a signal: it would have to reach every rank through a container.
+    """
+
+    def __init__(self, cfg: TrainingConfig) -> None:
+        self._cfg = cfg
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Asks all ranks, whose clocks differ, after every step but the last."""
+        step = trainer.global_step
+        if step >= self._cfg.max_steps:
+            return
+        if not trainer.strategy.reduce_boolean_decision(time_is_up(), all=False):
+            return
+        saving = trainer.checkpoint_callback
+        saving._save_topk_checkpoint(trainer, saving._monitor_candidates(trainer))
+        finish_saving(trainer)
+        raise StoppedByClockError(
+            f"stopped by the clock at step {step} of {self._cfg.max_steps}; a checkpoint is saved.",
+            "run the same command to go on",
+        )
+
+
+class Collect(Callback):
+    """Collects garbage on all ranks in the same step: one that does it alone is waited for."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Leaves it to the steps."""
+        gc.collect()
+        gc.disable()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Collects now and then."""
+        if trainer.global_step % COLLECT_EVERY == 0:
+            gc.collect()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leaves it to Python again."""
+        gc.enable()
+
+    def on_exception(self, *args: Any) -> None:
+        """Leaves it to Python again."""
+        gc.enable()
+
+
+class Profile(Callback):
+    """Writes a trace of some steps, for https://ui.perfetto.dev.
+
+    Args:
+        steps: First and last step, counted from 1.
+        folder: Where each rank writes its trace.
+    """
+
+    def __init__(self, steps: tuple[int, int], folder: Path) -> None:
+        (self._first, self._last), self._folder = steps, folder
+        self._profiler = torch.profiler.profile(record_shapes=True)
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        """Begins before the first step."""
+        if trainer.global_step + 1 == self._first:
+            self._profiler.start()
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        """Writes after the last."""
+        if trainer.global_step == self._last:
+            self._profiler.stop()
+            self._folder.mkdir(exist_ok=True)
+            trace = self._folder / f"steps-{self._first}-{self._last}-rank-{rank()}.json.gz"
+            self._profiler.export_chrome_trace(str(trace))

@@ -1,0 +1,49 @@
+"""What a training sets for its process, and takes back."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from types import SimpleNamespace
+
+import pytest
+
+from recipes.distillation.callbacks import COLLECT_EVERY, Collect
+from recipes.distillation.settings import DistillConfig
+from recipes.distillation.trainer import _set_environment
+
+
+class Cycle:
+    """Garbage that only a collection finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_garbage_is_collected_in_its_step() -> None:
+    collect, trainer = Collect(), SimpleNamespace(global_step=COLLECT_EVERY - 1)
+    try:
+        collect.on_train_start(trainer, None)
+        assert not gc.isenabled()
+        garbage = weakref.ref(Cycle())
+        collect.on_train_batch_end(trainer, None)
+        assert garbage() is not None
+        trainer.global_step += 1
+        collect.on_train_batch_end(trainer, None)
+        assert garbage() is None
+    finally:
+        collect.teardown(trainer, None, "fit")
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("tensor", "connections"), [(1, None), (2, "1")])
+def test_the_users_environment_stays(
+    monkeypatch: pytest.MonkeyPatch, tensor: int, connections: str | None
+) -> None:
+    environment = {"TORCH_NCCL_HIGH_PRIORITY": "0"}
+    monkeypatch.setattr(os, "environ", environment)
+    _set_environment(DistillConfig(stage="distill", tensor_model_parallel_size=tensor))
+    assert environment["TORCH_NCCL_HIGH_PRIORITY"] == "0"
+    assert environment["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == connections

@@ -1,0 +1,50 @@
+"""The list of what depends on the device is whole, and every stand-in is a test."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_convert.device import DEPENDS
+from recipes.core.files import REPO_ROOT
+
+ASKS = {"device", "collectives", "use_own_gpu", "own_layers"}
+
+
+def asks(node: ast.AST) -> bool:
+    """Whether this asks where a model runs: ``device()``, ``torch.cuda``, ``x.device.type``."""
+    match node:
+        case ast.Call(func=ast.Name(id=name)):
+            return name in ASKS
+        case ast.Attribute(value=ast.Name(id="torch"), attr="cuda"):
+            return True
+        case ast.Attribute(value=ast.Attribute(attr="device"), attr="type"):
+            return True
+    return isinstance(node, ast.Attribute) and node.attr == "is_cuda"
+
+
+def places(node: ast.AST, names: tuple[str, ...] = ()) -> Iterator[str]:
+    """Outermost functions, and methods, of a module that ask."""
+    if asks(node):
+        yield ".".join(names)
+    inside_function = names and isinstance(node, ast.FunctionDef)
+    for child in ast.iter_child_nodes(node):
+        named = isinstance(child, (ast.FunctionDef, ast.ClassDef)) and not inside_function
+        yield from places(child, (*names, child.name) if named else names)
+
+
+def test_every_place_that_asks_is_listed() -> None:
+    found = set()
+    for root in ("nemo_convert", "recipes", "launch"):
+        for file in (REPO_ROOT / root).rglob("*.py"):
+            module = ".".join(file.relative_to(REPO_ROOT).with_suffix("").parts)
+            if module != "nemo_convert.device":
+                found |= {f"{module}:{place}" for place in places(ast.parse(file.read_text()))}
+    assert found == {dependence.place for dependence in DEPENDS}
+
+
+def test_every_stand_in_is_a_test() -> None:
+    for dependence in DEPENDS:
+        file, _, name = dependence.stands_in.partition("::")
+        assert f"def {name}(" in Path(REPO_ROOT, file).read_text(), dependence
