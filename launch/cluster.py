@@ -12,6 +12,7 @@ from rich.console import Console
 from launch.console import Follower
 from launch.plan import Plan
 from launch.planned import PlannedStage
+from recipes.core.constraints import Environment, Variable
 
 Follow = Callable[[PlannedStage], AbstractContextManager[Follower]]
 
@@ -21,9 +22,9 @@ class Cluster:
     """Settings that every executor has."""
 
     executor: str
-    env: dict[str, str] = field(default_factory=dict)
+    env: Environment = field(default_factory=dict)
     """Variables of every stage; ``resources.env`` adds to them."""
-    pass_env: list[str] = field(default_factory=list)
+    pass_env: list[Variable] = field(default_factory=list)
     """Names of variables to pass on, for secrets: their values are never written anywhere."""
 
 

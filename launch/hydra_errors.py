@@ -3,31 +3,60 @@
 from __future__ import annotations
 
 import re
-from typing import TypeVar
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import TYPE_CHECKING, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.planned import stage_names
+from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.files import REPO_ROOT
 from recipes.planning.rules import REFUSED_FIELDS
 
-ConfigT = TypeVar("ConfigT")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+SHOW_FIELDS = "--cfg job shows every field and what it is set to"
+ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
-def as_typed(schema: type[ConfigT], node: DictConfig, where: str) -> ConfigT:
+def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> ConfigT:
     """A config's node as the dataclass that it must be.
 
+    Args:
+        schema: The dataclass.
+        node: What was composed.
+        where: The node's name; empty for the root.
+
     Raises:
-        RecipeError: A field is not known, or its value is of another type.
+        RecipeError: A field is not known, or its value is not one that it may have.
     """
     try:
         typed: ConfigT = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
-        near = did_you_mean(key, OmegaConf.structured(schema))
-        raise RecipeError(f"{where}.{key}: {str(error).splitlines()[0]}.{near}") from error
+        name, said = f"{where}.{key}".strip("."), str(error).splitlines()[0]
+        near = did_you_mean(key, {part.name for part in fields(schema)} - {key})
+        raise RecipeError(f"{name}: {said.rstrip('.')}.{near}", fix_of(said)) from error
+    if wrong := list(violations(typed, where)):
+        raise RecipeError("\n".join(wrong))
     return typed
+
+
+def require_choices(words: Iterable[str]) -> None:
+    """Refuses what is no name where a group's is meant, which Hydra ends with a traceback on.
+
+    Raises:
+        RecipeError: Such as for ``cluster=null``.
+    """
+    groups = {folder.name for folder in (REPO_ROOT / "conf").iterdir() if folder.is_dir()}
+    for word in words:
+        group, _, choice = word.partition("=")
+        if group in groups and (choice == "null" or not re.fullmatch(r"[\w./,-]+", choice)):
+            raise RecipeError(f"{word} names no {group}.", "--help lists them all")
 
 
 def explain(error: Exception) -> str:
@@ -50,13 +79,32 @@ def explain(error: Exception) -> str:
         where = full.group(1) if full else name
         if rule := REFUSED_FIELDS.get(name):
             return f"there is no field {where}: {rule.reason}.\n  fix: leave it out   [{rule.name}]"
-        return f"there is no field {where}.{did_you_mean(name, _fields(error))}"
+        near = did_you_mean(name, _fields(error)) or f"\n  fix: {SHOW_FIELDS}"
+        return f"there is no field {where}.{near}"
     if unread := re.search(r"LexerNoViableAltException: ([\w.]+)=(.*)", text):
         return (
             f"the value of {unread.group(1)} cannot be read: {unread.group(2)}\n"
             f"  fix: quote each text that has signs in it, such as '{unread.group(1)}=[\"a >= 1\"]'"
         )
-    return "\n  ".join(_chain_of(error)[:2])
+    said = "\n  ".join(_chain_of(error)[:2])
+    return f"{said}\n  fix: {fix_of(said)}"
+
+
+TYPES = {
+    "to Integer": "use a whole number",
+    "to Float": "use a number",
+    "valid bool": "use true or false",
+    "not Optional": "give a value; null is none",
+    "to string": "give one text",
+    "ListConfig": "give a list, such as [a,b]",
+    "Dict": "give names with values, such as {a: 1}",
+}
+"""What OmegaConf says of a value of another type, and what to do about it."""
+
+
+def fix_of(said: str) -> str:
+    """How to mend what OmegaConf complains of."""
+    return next((fix for sign, fix in TYPES.items() if sign in said), SHOW_FIELDS)
 
 
 def _no_group(group: str) -> str:

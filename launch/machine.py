@@ -22,13 +22,15 @@ from recipes.planning.problems import Problem
 LOCAL, DOCKER, SLURM = "local", "docker", "slurm"
 
 
-def chain_of(cfg: DictConfig, configs: Mapping[str, StageConfig], run_dir: Path) -> Chain:
+def chain_of(
+    cfg: DictConfig, hf_path: str, configs: Mapping[str, StageConfig], run_dir: Path
+) -> Chain:
     """The chain, and what it is to run on.
 
     Raises:
         RecipeError: There is no usable teacher, or the hardware profile has a wrong field.
     """
-    chain = read_chain(cfg.model.hf_path, configs)
+    chain = read_chain(hf_path, configs)
     hardware = as_typed(Hardware, cfg.hardware, "hardware")
     if hardware.memory_bytes is None and cfg.cluster.executor == SLURM:
         hardware.memory_bytes = math.inf  # a login node's says nothing of where the jobs run

@@ -11,9 +11,12 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.hydra_errors import fix_of
 from launch.machine import chain_of, cluster_problems
 from launch.planned import InputRef, PlannedStage, load_stage, stage_of
+from launch.settings import RunSettings, settings_of
 from launch.staleness import ADOPT, SKIP, require_nothing_lost, status
+from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.fingerprint import (
     external_stamp,
@@ -28,9 +31,9 @@ from recipes.planning.budget import budget_problems
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem, require_none
 from recipes.planning.reading import Estimates
-from recipes.planning.rules import ERROR, require_known
+from recipes.planning.rules import ERROR
 from recipes.planning.workload import Workload
-from recipes.report.gates import Gate, known_names, parse_all, problems
+from recipes.report.gates import Gate, known_names, parse, problems
 
 
 @dataclass(frozen=True)
@@ -55,21 +58,20 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     Raises:
         RecipeError: A problem that would fail the run later, with its fix.
     """
-    if not cfg.model.hf_path:  # first: stages that have it as a field would say less
-        raise RecipeError("no model is set.", "model=NAME or model.hf_path=DIR_OR_HUB_ID")
+    settings = settings_of(cfg)
+    hf_path = settings.hf_path  # first: stages that have it as a field would say less
     configs = typed_stages(cfg)
-    only = _known(cfg.stages.get("only"), configs, "stages.only")
-    force = _known(cfg.force, configs, "force") or set()
+    only = None if settings.only is None else _known(settings.only, configs, "stages.only")
+    force = _known(settings.force, configs, "force")
     order = _order(configs)
-    waived = require_known(cfg.skip_rules)
-    chain = chain_of(cfg, configs, run_dir)
-    gates = _gates(cfg, configs)
+    chain = chain_of(cfg, hf_path, configs, run_dir)
+    gates = _gates(settings, configs)
     wanted = [name for name in order if only is None or name in only]
-    notes = require_none(checks(cfg, chain, wanted), waived)
+    notes = require_none(checks(cfg, chain, wanted), settings.skip_rules)
     chain = replace(chain, workloads=workloads_of(chain), readings=readings_of(chain))
     if not any(note.rule.severity == ERROR for note in notes):
         # Else the arithmetic has nothing to stand on.
-        notes += require_none(budget_problems(chain, wanted), waived)
+        notes += require_none(budget_problems(chain, wanted), settings.skip_rules)
     for name, config in configs.items():
         configs[name] = stage_of(config).resolve_from_chain(config, chain)
     planned: dict[str, PlannedStage] = {}
@@ -83,7 +85,7 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
             _require_complete(stage)
         planned[name] = stage
     plan = Plan(run_dir, chain, tuple(planned[name] for name in wanted), notes, gates)
-    return replace(plan, notes=notes + require_none(_disk_problems(plan), waived))
+    return replace(plan, notes=notes + require_none(_disk_problems(plan), settings.skip_rules))
 
 
 def checks(cfg: DictConfig, chain: Chain, wanted: list[str]) -> Iterator[Problem]:
@@ -118,37 +120,41 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
     """Turns the stage nodes of a composed config into their dataclasses.
 
     Raises:
-        RecipeError: A value is missing, cannot be resolved or is of the wrong type, or a stage is
-            of no known kind.
+        RecipeError: A value is missing, cannot be resolved or is not one that its field may have,
+            or a stage is of no known kind.
     """
     typed: dict[str, StageConfig] = {}
+    wrong: list[str] = []
     for name, node in cfg.stages.items():
         if name == "only":
             continue
+        where = f"stages.{name}"
+        if not issubclass(OmegaConf.get_type(node) or dict, StageConfig):
+            raise RecipeError(f"{where}={node} is not a stage.", f"leave it out: '~{where}'")
         try:
-            typed[str(name)] = OmegaConf.to_object(node)  # type: ignore[assignment]
+            config: StageConfig = OmegaConf.to_object(node)  # type: ignore[assignment]
         except OmegaConfBaseException as error:
-            raise RecipeError(f"stages.{name}: {str(error).splitlines()[0]}") from error
-        load_stage(typed[str(name)].stage)
+            said = str(error).splitlines()[0]
+            raise RecipeError(f"{where}: {said}", fix_of(said)) from error
+        load_stage(config.stage)
+        wrong += violations(config, where)
+        typed[str(name)] = config
+    if wrong:
+        raise RecipeError("\n".join(wrong))
     if not typed:
         raise RecipeError("the recipe has no stages.")
     return typed
 
 
-def _gates(cfg: DictConfig, configs: Mapping[str, StageConfig]) -> tuple[Gate, ...]:
+def _gates(settings: RunSettings, configs: Mapping[str, StageConfig]) -> tuple[Gate, ...]:
     """The recipe's gates, each on a figure that one of its stages measures."""
-    gates = parse_all(cfg.get("gates"))
+    gates = tuple(map(parse, settings.gates))
     kinds = {name: stage_of(config).kind for name, config in configs.items()}
     require_none(problems(gates, known_names(configs, kinds)))
     return gates
 
 
-def _known(
-    names: Iterable[str] | None, configs: Mapping[str, StageConfig], where: str
-) -> set[str] | None:
-    if names is None:
-        return None
-    names = [names] if isinstance(names, str) else list(names)
+def _known(names: Iterable[str], configs: Mapping[str, StageConfig], where: str) -> set[str]:
     for name in names:
         if name not in configs:
             raise RecipeError(

@@ -24,10 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 from launch import commands, lock, schema
 from launch import console as view
 from launch.executor import executor_of
-from launch.hydra_errors import explain
+from launch.hydra_errors import explain, require_choices
 from launch.judge import require_gates
 from launch.plan import Plan, make_plan
 from launch.planned import PlannedStage
+from launch.settings import RunSettings, settings_of
 from launch.staleness import SKIP
 from launch.trackers import open_tracker, require_tracker
 from launch.tracking import SafeTracker, tracked_run
@@ -59,30 +60,31 @@ def run(cfg: DictConfig, recipe: str) -> None:
         RecipeError: Anything that the user can fix.
     """
     began = time.monotonic()
-    run_dir = _run_dir(cfg, recipe)
+    settings = settings_of(cfg)
+    run_dir = _run_dir(settings, recipe)
     _require_same_recipe(run_dir, recipe)
-    require_tracker(cfg.tracker.name)
+    require_tracker(settings.tracker_name)
     executor, cluster = executor_of(cfg.cluster)
-    if cfg.tracker.name != "none" and not executor.follows(cluster):
+    if settings.tracker_name != "none" and not executor.follows(cluster):
         raise RecipeError(
-            f"tracker={cfg.tracker.name} is fed by the launcher, which returns once the jobs are "
-            "submitted.",
+            f"tracker={settings.tracker_name} is fed by the launcher, which returns once the jobs "
+            "are submitted.",
             "add cluster.follow=true",
         )
     plan = executor.prepare(make_plan(cfg, run_dir), cluster)
     view.print_plan(plan, console)
-    view.print_notes(plan, set(cfg.skip_rules), console)
-    ended = not cfg.dry_run
+    view.print_notes(plan, set(settings.skip_rules), console)
+    ended = not settings.dry_run
     if any(stage.action != SKIP for stage in plan.stages):
         run_dir.mkdir(parents=True, exist_ok=True)
         with lock.held(run_dir) as holding:
             _write_requests(plan, recipe)
             executor.write_scripts(plan, cluster)
-            if not cfg.dry_run:
+            if not settings.dry_run:
                 with open_tracker(tracked_run(cfg, run_dir, recipe)) as tracker:
                     follow = partial(_follow, tracker, holding)
                     ended = executor.start(plan, cluster, follow, console)
-    if cfg.dry_run:
+    if settings.dry_run:
         console.print(f"dry run: configs and scripts are in {run_dir}; nothing was started")
     elif ended:
         view.print_tables(plan, console)
@@ -101,9 +103,9 @@ def _follow(
     tracker.finish(stage.name, stage.directory)
 
 
-def _run_dir(cfg: DictConfig, recipe: str) -> Path:
-    if cfg.run_dir is not None:
-        path = Path(str(cfg.run_dir)).resolve()
+def _run_dir(settings: RunSettings, recipe: str) -> Path:
+    if settings.run_dir is not None:
+        path = Path(settings.run_dir).resolve()
         if path.exists() and not path.is_dir():
             raise RecipeError(f"run_dir={path} is a file.", "give a directory")
         return path
@@ -142,6 +144,7 @@ def cli() -> int:
     try:
         if commands.is_command(sys.argv[1:]):
             return commands.run(sys.argv[1:], console)
+        require_choices(sys.argv[1:])
         main()
     except KeyboardInterrupt:
         console.print("interrupted; the same command resumes")

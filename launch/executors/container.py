@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from launch.cluster import Cluster, layout_variables
 from launch.plan import Plan
 from launch.planned import PlannedStage, stage_names
+from recipes.core.constraints import one_of
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.files import REPO_ROOT
 from recipes.core.wheels import cache_dir
@@ -26,9 +28,8 @@ MOUNTABLE = re.compile(r"/[\w./@+=-]+")
 class Containers(Cluster):
     """Settings of an executor that runs stages in containers."""
 
-    numa_binding: str | None = None
+    numa_binding: Annotated[str, one_of(*NUMA_BINDINGS)] | None = None
     """For torchrun's ``--numa-binding``, such as ``node``: each rank on the cores near its GPU."""
-
     images: dict[str, str | None] = field(default_factory=dict)
     """Image by stage module, such as ``build_engine``; ``default`` for all others."""
     mounts: list[str] = field(default_factory=list)
@@ -55,15 +56,9 @@ def require_usable(plan: Plan, cluster: Containers) -> None:
     """Checks what preflight does not: which stages images are for, and the paths' names.
 
     Raises:
-        RecipeError: An image is for no stage, ranks cannot be bound that way, or a path cannot be
-            mounted.
+        RecipeError: An image is for no stage, or a path cannot be mounted.
     """
     require_stages("images", cluster.images, DEFAULT)
-    if cluster.numa_binding not in (None, *NUMA_BINDINGS):
-        raise RecipeError(
-            f"cluster.numa_binding={cluster.numa_binding} is none of torchrun's.",
-            f"use one of: {', '.join(NUMA_BINDINGS)}, or null",
-        )
     for stage in plan.todo():
         for mount in mounts_of(stage, cluster):
             if not MOUNTABLE.fullmatch(str(mount.path)):

@@ -7,9 +7,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from launch.executors.container import Containers
 from launch.planned import PlannedStage
+from recipes.core.constraints import Count, CountOrZero, Duration, matching, one_of
+from recipes.core.stage import SbatchOption
 from recipes.planning.budget import slurm_seconds
 from recipes.planning.estimate import stopping_seconds
 
@@ -17,6 +20,8 @@ PLAIN = re.compile(r"[\w./@+=-]+")
 LEAST_MARGIN = 300
 """Seconds: what an estimate of a small training leaves out does not get small with it."""
 GPU_OPTIONS = ("gpus-per-node", "gres", "none")
+Name = Annotated[str, matching(r"[\w.,@+=-]+", "a name without spaces")]
+Program = Annotated[str, matching(PLAIN.pattern, "one program, without spaces")]
 
 
 @dataclass
@@ -24,30 +29,30 @@ class SlurmConfig(Containers):
     """Settings of ``cluster=slurm``."""
 
     executor: str = "slurm"
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time: str = "04:00:00"
+    partition: Name | None = None
+    account: Name | None = None
+    qos: Name | None = None
+    time: Duration = "04:00:00"
     """Limit of one job, ``HH:MM:SS`` or ``D-HH:MM:SS``; ``resources.time`` for one stage."""
-    cpu_partition: str | None = None
+    cpu_partition: Name | None = None
     """For stages that use no GPU; ``partition`` by default."""
-    margin_seconds: int | None = None
+    margin_seconds: Count | None = None
     """Training stops and saves this long before the limit; by default what the planner says that
     two steps, a validation and a checkpoint take, and ``LEAST_MARGIN`` at least."""
-    max_requeues: int = 20
+    max_requeues: CountOrZero = 20
     """How often a stage that was stopped by the clock is started again."""
-    gpus: str = "gpus-per-node"
+    gpus: Annotated[str, one_of(*GPU_OPTIONS)] = "gpus-per-node"
     """How GPUs are asked for: ``gpus-per-node``, ``gres``, or ``none`` where nodes come whole."""
-    cpus_per_task: int | None = None
+    cpus_per_task: Count | None = None
     """CPUs of a node's processes, all together."""
     exclusive: bool | None = None
     """Whether jobs take whole nodes, with all of their memory; by default those of several ranks
     do."""
     mpi: dict[str, str | None] = field(default_factory=dict)
     """For ``srun --mpi``, by stage module, where it starts TensorRT-LLM."""
-    sbatch: list[str] = field(default_factory=list)
+    sbatch: list[SbatchOption] = field(default_factory=list)
     """Further options of sbatch; ``resources.sbatch`` for one stage."""
-    python: str | None = None
+    python: Program | None = None
     """Interpreter on the nodes: the launcher's own, or an image's ``python``, by default."""
     follow: bool = False
     """Waits for the submitted jobs and shows their progress."""
@@ -55,53 +60,22 @@ class SlurmConfig(Containers):
 
 def settings_problems(stages: Iterable[PlannedStage], cluster: SlurmConfig) -> Iterator[str]:
     """Everything that sbatch would refuse, or that would fail in the jobs of the stages."""
-    yield from _cluster_problems(cluster)
+    if not PLAIN.fullmatch(os.getcwd()):
+        yield f"{os.getcwd()} has a character that job options cannot hold\n  fix: work elsewhere"
     for stage in stages:
         yield from _stage_problems(stage, cluster)
 
 
-def _cluster_problems(cluster: SlurmConfig) -> Iterator[str]:
-    if cluster.gpus not in GPU_OPTIONS:
-        yield f"cluster.gpus={cluster.gpus}\n  fix: use one of: {', '.join(GPU_OPTIONS)}"
-    for name in ("partition", "cpu_partition", "account", "qos"):
-        value = getattr(cluster, name)
-        if value is not None and not re.fullmatch(r"[\w.,@+=-]+", value):
-            yield f"cluster.{name}='{value}' is not a name\n  fix: give a name without spaces"
-    for name, least in (("margin_seconds", 1), ("max_requeues", 0), ("cpus_per_task", 1)):
-        value = getattr(cluster, name)
-        if value is not None and value < least:
-            yield f"cluster.{name}={value}\n  fix: use {least} or more"
-    if cluster.python is not None and not PLAIN.fullmatch(cluster.python):
-        yield f"cluster.python={cluster.python}\n  fix: give one program, without spaces"
-    if not PLAIN.fullmatch(os.getcwd()):
-        yield f"{os.getcwd()} has a character that job options cannot hold\n  fix: work elsewhere"
-
-
 def _stage_problems(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
     resources, where = stage.config.resources, f"stages.{stage.name}.resources"
-    if resources.nodes < 1 or resources.devices < 1:
-        yield (
-            f"{where}.nodes={resources.nodes}, devices={resources.devices}\n  fix: use 1 or more"
-        )
     limit = slurm_seconds(time_limit(stage, cluster))
     key = f"{where}.time" if resources.time is not None else "cluster.time"
-    if not limit:
-        yield (
-            f"{key}={time_limit(stage, cluster)} is not a time\n"
-            "  fix: write HH:MM:SS or D-HH:MM:SS, in quotes in a YAML file"
-        )
-    elif limit <= (margin := margin_seconds(stage, cluster)):
+    if limit <= (margin := margin_seconds(stage, cluster)):
         yield (
             f"{key}={time_limit(stage, cluster)} is not longer than the {margin} s before it in "
             f"which {stage.name} stops\n"
             "  fix: raise it, or set cluster.margin_seconds"
         )
-    for option in (*cluster.sbatch, *resources.sbatch):
-        if not option.startswith("--") or "\n" in option:
-            yield (
-                f"'{option}' is not an option of sbatch (cluster.sbatch, {where}.sbatch)\n"
-                "  fix: for example 'cluster.sbatch=[\"--mem=0\"]'"
-            )
     if not PLAIN.fullmatch(str(stage.directory)):
         yield (
             f"{stage.directory} has a character that job options cannot hold\n"

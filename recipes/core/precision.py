@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from recipes.core.constraints import one_of
 
 if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("bf16-mixed", "32")
+Precision = Annotated[str, one_of(*PRECISIONS)]
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -7,10 +7,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
 
+from recipes.core.constraints import Count, Duration, Environment, matching
 from recipes.core.manifest import (
     ARTIFACT,
     WORK,
@@ -26,17 +27,20 @@ BEGUN = "request.json"
 """In ``work/``: the request that the work belongs to; ``REQUEST`` may be a later one."""
 
 
+SbatchOption = Annotated[str, matching(r"--\S[^\n]*", "an option of sbatch, such as --mem=0")]
+
+
 @dataclass
 class Resources:
     """Where and how large a stage runs; never changes its result."""
 
-    nodes: int = 1
-    devices: int = 1
+    nodes: Count = 1
+    devices: Count = 1
     """Processes per node: one per GPU, or gloo ranks on a CPU."""
-    env: dict[str, str] = field(default_factory=dict)
-    time: str | None = None
+    env: Environment = field(default_factory=dict)
+    time: Duration | None = None
     """Limit of one Slurm job, ``HH:MM:SS`` or ``D-HH:MM:SS``; by default the cluster's."""
-    sbatch: list[str] = field(default_factory=list)
+    sbatch: list[SbatchOption] = field(default_factory=list)
     """Options of its Slurm job after the cluster's, such as ``--partition=cpu``."""
 
 

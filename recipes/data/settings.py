@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from recipes.core.constraints import Count, Share, Tokens
 from recipes.core.stage import StageConfig
 from recipes.data import corpus
 
@@ -20,16 +21,16 @@ class PrepareDataConfig(StageConfig):
     text_field: str = "text"
     document_end: str | None = None
     """Token between documents; by default the end of text that base and instruct models share."""
-    validation_fraction: float = 0.02
-    calibration_fraction: float = 0.04
-    heldout_fraction: float = 0.04
-    max_documents: int | None = None
+    validation_fraction: Share = 0.02
+    calibration_fraction: Share = 0.04
+    heldout_fraction: Share = 0.04
+    max_documents: Count | None = None
     """Documents to read of each source; all by default. Held-out sources are taken whole."""
-    max_tokens: int | None = None
+    max_tokens: Tokens | None = None
     """Tokens to take of each source, all parts together; its last document may exceed them."""
-    seq_length: int = 256
+    seq_length: Count = 256
     """Every part must hold at least one window of this many tokens."""
-    processes: int = field(default=1, metadata={"resource": True})
+    processes: Count = field(default=1, metadata={"resource": True})
     """That tokenize; their number changes nothing of the result."""
 
     def all_sources(self) -> list[str]:

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from recipes.core.precision import dtype_of
+from pydantic import Field
+
+from recipes.core.constraints import (
+    Count,
+    CountOrZero,
+    Positive,
+    PositiveOrZero,
+    Seed,
+    Share,
+    between,
+    one_of,
+)
+from recipes.core.precision import Precision, dtype_of
 from recipes.core.stage import StageConfig
 
 if TYPE_CHECKING:
@@ -18,61 +30,68 @@ FP8_RECIPES = {"tensorwise": 16, "blockwise": 16, "delayed": 16, "mxfp8": 32}
 TERMS = ("kd", "hidden", "lm")
 """Parts of the loss, each logged on its own."""
 RESOURCE = {"resource": True}
+RecomputeGranularity = Annotated[str, one_of(*RECOMPUTE_GRANULARITIES)]
+AttentionBackend = Annotated[str, one_of(*ATTENTION_BACKENDS)]
+Temperature = Annotated[float, between(0.01, 1000)]
+"""Beyond these the teacher names one token, or none."""
+Weight = Annotated[float, between(0, 1e6)]
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+"""Share of a moment that a step keeps."""
 
 
 @dataclass
 class TrainingConfig(StageConfig):
     """Settings of a training stage. Lengths in tokens, batches in sequences."""
 
-    seq_length: int = 256
-    micro_batch_size: int = field(default=4, metadata=RESOURCE)
+    seq_length: Count = 256
+    micro_batch_size: Count = field(default=4, metadata=RESOURCE)
     """Sequences that a rank holds at once. The loss is a mean over the tokens of the global batch,
     so this changes memory and speed, not the result."""
-    global_batch_size: int = 4
-    max_steps: int = 100
-    warmup_steps: int = 10
-    lr: float = 1e-4
-    min_lr: float = 1e-5
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    clip_grad: float = 1.0
+    global_batch_size: Count = 4
+    max_steps: Count = 100
+    warmup_steps: CountOrZero = 10
+    lr: Positive = 1e-4
+    min_lr: PositiveOrZero = 1e-5
+    weight_decay: PositiveOrZero = 0.1
+    adam_beta1: Beta = 0.9
+    adam_beta2: Beta = 0.95
+    clip_grad: Positive = 1.0
     mask_document_ends: bool = True
     """Leaves out predictions of a document's first token from the document before it."""
-    precision: str = "bf16-mixed"
+    precision: Precision = "bf16-mixed"
     """``bf16-mixed`` (float32 main weights in the optimizer) or ``32``."""
     grad_reduce_in_fp32: bool = True
     """Accumulates gradients in float32; off saves two bytes a parameter."""
-    fp8: str | None = None
+    fp8: Annotated[str, one_of("hybrid")] | None = None
     """``hybrid`` multiplies in FP8 (E4M3 forward, E5M2 backward), with TransformerEngine on GPUs
     from Hopper on; weights and a teacher stay in bfloat16."""
-    fp8_recipe: str = "tensorwise"
+    fp8_recipe: Annotated[str, one_of(*FP8_RECIPES)] = "tensorwise"
     """How it is scaled: ``tensorwise``, ``blockwise``, ``delayed`` or ``mxfp8`` (Blackwell)."""
     first_last_layers_bf16: bool = True
     """Leaves the first and the last layer out of ``fp8``; ``delayed`` cannot."""
-    max_nonfinite_steps: int = 0
+    max_nonfinite_steps: CountOrZero = 0
     """Steps with a loss or gradient that is not finite to skip before the run stops."""
-    seed: int = 1234
-    tensor_model_parallel_size: int = field(default=1, metadata=RESOURCE)
-    pipeline_model_parallel_size: int = field(default=1, metadata=RESOURCE)
+    seed: Seed = 1234
+    tensor_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
+    pipeline_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
     sequence_parallel: bool = field(default=False, metadata=RESOURCE)
     """Splits activations between tensor-parallel regions along the sequence; no effect at TP=1."""
-    context_parallel_size: int = field(default=1, metadata=RESOURCE)
+    context_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Splits each window over ranks, attention included; needs TransformerEngine, so GPUs."""
-    expert_model_parallel_size: int = field(default=1, metadata=RESOURCE)
+    expert_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Splits the experts of a mixture over the replicas."""
-    recompute_granularity: str = field(default="none", metadata=RESOURCE)
+    recompute_granularity: RecomputeGranularity = field(default="none", metadata=RESOURCE)
     """Computes activations again in the backward pass: ``none``, ``selective`` (attention's
     scores, which flash attention does not hold anyway) or ``full`` (keeps a layer's input only)."""
-    attention_backend: str = field(default="auto", metadata=RESOURCE)
+    attention_backend: AttentionBackend = field(default="auto", metadata=RESOURCE)
     """TransformerEngine's: ``auto`` (the fastest that it has), ``flash``, ``fused`` (cuDNN) or
     ``unfused``."""
-    val_check_interval: int = 100
-    limit_val_batches: int = 4
-    checkpoint_interval: int = 100
+    val_check_interval: Count = 100
+    limit_val_batches: Count = 4
+    checkpoint_interval: Count = 100
     """Steps between checkpoints, which a killed run resumes from."""
-    keep_checkpoints: int = 2
-    profile_steps: list[int] = field(default_factory=list, metadata=RESOURCE)
+    keep_checkpoints: Count = 2
+    profile_steps: list[Count] = field(default_factory=list, metadata=RESOURCE)
     """``[first, last]`` steps to write a trace of, counted from 1, to ``<stage>/profile/``."""
 
     @property
@@ -94,20 +113,20 @@ SMALL_VOCABULARY = 1 << 16
 class CacheLogitsConfig(StageConfig):
     """Settings of ``cache_logits``."""
 
-    top_k: int = 64
+    top_k: Count = 64
     """Likeliest tokens to keep one by one; of all others only their mass is kept."""
-    temperature: float = 1.0
-    seq_length: int = 256
-    num_windows: int | None = None
+    temperature: Temperature = 1.0
+    seq_length: Count = 256
+    num_windows: Count | None = None
     """Windows of ``seq_length`` tokens, the first that a training of this ``seed`` sees; all by
     default, and fewer if the text is shorter."""
-    seed: int = 1234
-    windows_per_shard: int = 64
+    seed: Seed = 1234
+    windows_per_shard: Count = 64
     """Windows in a file, which is also what a killed run loses at most on each rank."""
-    precision: str = "bf16-mixed"
+    precision: Precision = "bf16-mixed"
     """As in training: ``bf16-mixed`` or ``32``."""
-    micro_batch_size: int = field(default=4, metadata={"resource": True})
-    tensor_model_parallel_size: int = field(default=1, metadata={"resource": True})
+    micro_batch_size: Count = field(default=4, metadata={"resource": True})
+    tensor_model_parallel_size: Count = field(default=1, metadata={"resource": True})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,28 +156,28 @@ LOSS_BALANCERS = ("fixed", "dynamic")
 class DistillConfig(TrainingConfig):
     """Settings of ``distill``: the loss, and what every training stage has."""
 
-    kd_weight: float = 1.0
+    kd_weight: Weight = 1.0
     """Weight of the loss on logits; 0 leaves it out."""
-    logits_loss: str = "forward_kl"
+    logits_loss: Annotated[str, one_of(*LOGITS_LOSSES)] = "forward_kl"
     """``forward_kl``, ``reverse_kl``, or ``jsd`` (arXiv:2306.13649)."""
-    temperature: float = 1.0
-    jsd_beta: float = 0.5
+    temperature: Temperature = 1.0
+    jsd_beta: Share = 0.5
     """The teacher's share of the mixture in ``jsd``, between 0 and 1."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Compares the teacher's most likely tokens one by one and all others as one; a cached teacher
     has its own ``top_k``."""
-    hidden_weight: float = 0.0
+    hidden_weight: Weight = 0.0
     """Weight of the loss on hidden states; 0 leaves it out."""
-    hidden_loss: str = "cosine"
+    hidden_loss: Annotated[str, one_of(*HIDDEN_LOSSES)] = "cosine"
     """``cosine`` or ``mse``."""
-    intermediate_layer_pairs: list[list[int]] = field(default_factory=list)
+    intermediate_layer_pairs: list[list[Count]] = field(default_factory=list)
     """``[student layer, teacher layer]`` pairs, counted from 1; by default each layer that pruning
     kept with the one it was, as far as both are on the last pipeline stage."""
-    lm_weight: float = 0.0
+    lm_weight: Weight = 0.0
     """Weight of the next-token loss; 0 leaves it out."""
-    loss_balancer: str = "fixed"
+    loss_balancer: Annotated[str, one_of(*LOSS_BALANCERS)] = "fixed"
     """``fixed`` weights, or ``dynamic``: the terms are first scaled to equal size, as they were in
     the step before."""
-    loss_chunk_mb: int | None = None
+    loss_chunk_mb: Count | None = None
     """Size of one float32 buffer of the loss, which goes through the vocabulary a few tokens at a
     time; by default about a CPU's cache, or 512 on a GPU."""

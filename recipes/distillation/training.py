@@ -10,13 +10,11 @@ from nemo_convert.architecture import Architecture
 from recipes.core.metrics import steps_of
 from recipes.distillation.results import TrainingResult
 from recipes.distillation.settings import (
-    ATTENTION_BACKENDS,
     FP8_RECIPES,
-    RECOMPUTE_GRANULARITIES,
     TrainingConfig,
 )
 from recipes.planning import rules
-from recipes.planning.chain import Chain, precision_problems, window_problems
+from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
@@ -28,23 +26,22 @@ UNFINISHED = "-unfinished"
 
 def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     """Finds settings that would fail once training has started."""
-    yield from precision_problems(cfg.precision)
-    yield from _unknown_names(cfg)
-    for name in ("max_steps", "lr", "clip_grad", "checkpoint_interval", "val_check_interval"):
-        if getattr(cfg, name) <= 0:
-            yield Problem(
-                rules.POSITIVE, f"{name}={getattr(cfg, name)} is not positive", "raise it"
-            )
     if cfg.warmup_steps >= cfg.max_steps:
         yield Problem(
-            rules.WARMUP,
+            rules.SCHEDULE,
             f"warmup_steps={cfg.warmup_steps} leaves no step of max_steps={cfg.max_steps}",
             "set warmup_steps lower",
+        )
+    if cfg.min_lr > cfg.lr:
+        yield Problem(
+            rules.SCHEDULE,
+            f"min_lr={cfg.min_lr} is above lr={cfg.lr}, from which the learning rate falls",
+            "set min_lr lower",
         )
     if cfg.fp8 is not None:
         yield from _fp8_problems(cfg, chain)
     steps = cfg.profile_steps
-    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= cfg.max_steps):
+    if steps and not (len(steps) == 2 and steps[0] <= steps[1] <= cfg.max_steps):
         yield Problem(
             rules.PROFILE,
             f"profile_steps={steps} is not the first and last of steps 1 to {cfg.max_steps}",
@@ -53,29 +50,7 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     yield from window_problems(cfg.seq_length, chain)
 
 
-def _unknown_names(cfg: TrainingConfig) -> Iterator[Problem]:
-    if cfg.recompute_granularity not in RECOMPUTE_GRANULARITIES:
-        yield Problem(
-            rules.RECOMPUTE,
-            f"recompute_granularity={cfg.recompute_granularity}",
-            f"use {' or '.join(RECOMPUTE_GRANULARITIES)}",
-        )
-    if cfg.attention_backend not in ATTENTION_BACKENDS:
-        yield Problem(
-            rules.ATTENTION_BACKEND,
-            f"attention_backend={cfg.attention_backend}",
-            f"use {' or '.join(ATTENTION_BACKENDS)}",
-        )
-
-
 def _fp8_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
-    if cfg.fp8 != "hybrid" or cfg.fp8_recipe not in FP8_RECIPES:
-        yield Problem(
-            rules.FP8,
-            f"fp8={cfg.fp8}, fp8_recipe={cfg.fp8_recipe}",
-            f"use fp8=hybrid, and fp8_recipe={' or '.join(FP8_RECIPES)}",
-        )
-        return
     if not chain.hardware.on_gpu or cfg.precision != "bf16-mixed":
         yield Problem(
             rules.FP8,

@@ -28,16 +28,11 @@ KV_CACHE_DTYPES = {
 
 def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
     """Finds what would fail after the model was trained."""
-    if cfg.backend not in PRECISIONS:
-        yield Problem(
-            rules.BACKEND, f"backend={cfg.backend} is none", f"use one of: {', '.join(PRECISIONS)}"
-        )
-        return
     for name, choices in (("precision", PRECISIONS), ("kv_cache_dtype", KV_CACHE_DTYPES)):
         if (value := getattr(cfg, name)) not in choices[cfg.backend]:
             elsewhere = [backend for backend in choices if value in choices[backend]]
             yield Problem(
-                rules.PRECISION,
+                rules.FORMAT,
                 f"{name}={value} is none of {cfg.backend}'s",
                 f"use one of: {', '.join(choices[cfg.backend])}"
                 + "".join(f", or backend={backend}" for backend in elsewhere),
@@ -54,19 +49,15 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _length_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
-    sizes = ("group_size", "tensor_parallel_size", "max_batch_size", "max_num_tokens")
-    small = [name for name in (*sizes, "num_windows") if getattr(cfg, name) < 1]
-    if small:
-        yield Problem(rules.POSITIVE, f"{', '.join(small)} is not positive", "use 1 or more")
     limit = chain.teacher.max_position_embeddings
     longest = cfg.max_seq_len or limit
-    if not 2 <= longest <= limit:
+    if longest > limit:
         yield Problem(
             rules.MAX_SEQ_LEN,
-            f"max_seq_len={cfg.max_seq_len} is not between 2 and the model's {limit} positions",
+            f"max_seq_len={cfg.max_seq_len} is more than the model's {limit} positions",
             f"set it to at most {limit}",
         )
-    if cfg.max_input_len is not None and not 1 <= cfg.max_input_len < longest:
+    if cfg.max_input_len is not None and cfg.max_input_len >= longest:
         yield Problem(
             rules.MAX_INPUT_LEN,
             f"max_input_len={cfg.max_input_len} leaves no room in max_seq_len={longest}",

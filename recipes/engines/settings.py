@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from pydantic import Field
+
+from recipes.core.constraints import Count, Threads, one_of, whole
 from recipes.core.stage import StageConfig
+
+BACKENDS = ("openvino", "tensorrt_llm", "tensorrt_llm_pytorch")
+CALIBRATED = ("fp8", "int4_awq")
+"""Made by ``quantize``; the others are rounded when the engine is built. SmoothQuant is not among
+them: no layer of TensorRT-LLM reads what ModelOpt writes of it."""
+Grid = Annotated[list[Count], Field(min_length=1)]
 
 
 @dataclass
 class MeasureSpeedConfig(StageConfig):
     """Settings of ``measure_speed``."""
 
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 4])
-    prompt_tokens: list[int] = field(default_factory=lambda: [128])
-    new_tokens: int = 32
-    repetitions: int = 3
+    batch_sizes: Grid = field(default_factory=lambda: [1, 4])
+    prompt_tokens: Grid = field(default_factory=lambda: [128])
+    new_tokens: Annotated[int, whole(2)] = 32
+    repetitions: Count = 3
     """Measured runs of every batch size and prompt length, after one that warms up."""
     baseline: bool = True
     """Whether transformers (eager, float32, on the CPU) is measured beside the engines."""
-    threads: int | None = None
+    threads: Threads | None = None
     """CPU threads of each model; by default those that the launcher gives to a process."""
 
 
@@ -26,25 +36,25 @@ class MeasureSpeedConfig(StageConfig):
 class BuildEngineConfig(StageConfig):
     """Settings of ``build_engine``."""
 
-    backend: str = "openvino"
+    backend: Annotated[str, one_of(*BACKENDS)] = "openvino"
     """``openvino``, ``tensorrt_llm`` or ``tensorrt_llm_pytorch``."""
     precision: str = "fp32"
     """Of weights. ``int8`` and ``int4`` are compressed here; ``fp8`` and ``int4_awq`` come from a
     checkpoint that ``quantize`` made."""
-    group_size: int = 64
+    group_size: Count = 64
     """Weights that share a scale, for OpenVINO's ``int4``."""
     kv_cache_dtype: str = "auto"
-    tensor_parallel_size: int = 1
-    max_batch_size: int = 8
+    tensor_parallel_size: Count = 1
+    max_batch_size: Count = 8
     """This and the lengths below are TensorRT-LLM's; an engine of OpenVINO takes any."""
-    max_input_len: int | None = None
+    max_input_len: Count | None = None
     """Longest prompt; by default what ``max_seq_len`` leaves for one new token."""
-    max_seq_len: int | None = None
+    max_seq_len: Annotated[int, whole(2)] | None = None
     """Longest prompt with what is generated; by default all of the model's positions."""
-    max_num_tokens: int = 8192
+    max_num_tokens: Count = 8192
     """Tokens of all requests that one step works on."""
-    seq_length: int = 256
-    num_windows: int = 8
+    seq_length: Count = 256
+    num_windows: Count = 8
     """Held-out windows of ``seq_length`` tokens on which quality is measured."""
 
     @property
@@ -57,13 +67,13 @@ class BuildEngineConfig(StageConfig):
 class QuantizeConfig(StageConfig):
     """Settings of ``quantize``."""
 
-    format: str = "fp8"
+    format: Annotated[str, one_of(*CALIBRATED)] = "fp8"
     """``fp8`` (weights and activations) or ``int4_awq`` (weights)."""
-    kv_cache_dtype: str = "auto"
+    kv_cache_dtype: Annotated[str, one_of("auto", "fp8")] = "auto"
     """``fp8`` also calibrates scales of the KV cache."""
-    seq_length: int = 256
-    num_windows: int = 128
+    seq_length: Count = 256
+    num_windows: Count = 128
     """Calibration windows of ``seq_length`` tokens; fewer if the part is shorter."""
-    num_eval_windows: int = 8
+    num_eval_windows: Count = 8
     """Held-out windows on which quality is compared."""
-    micro_batch_size: int = field(default=4, metadata={"resource": True})
+    micro_batch_size: Count = field(default=4, metadata={"resource": True})

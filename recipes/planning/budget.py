@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
@@ -23,7 +22,8 @@ from recipes.planning.workload import Layout, Workload
 
 BYTES_PER_TOKEN = 4.0
 """Of English text in a vocabulary of 50,000 and more; only for saying about how many epochs."""
-_TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)")
+FOREVER = "999999-00:00:00"
+"""No limit, in Slurm's words."""
 
 
 def budget_problems(chain: Chain, wanted: Collection[str]) -> Iterator[Problem]:
@@ -107,18 +107,17 @@ def overrides(stage: str, layout: Layout) -> list[str]:
     return [f"stages.{stage}.{key}={value}" for key, value in fields.items()]
 
 
-def slurm_seconds(time_limit: str) -> int | None:
-    """Seconds of Slurm's ``[D-]HH:MM:SS``; ``None`` for anything else."""
-    if not (found := _TIME.fullmatch(time_limit)):
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+def slurm_seconds(limit: str) -> int:
+    """Seconds of a ``Duration``, ``[D-]HH:MM:SS``."""
+    days, _, clock = limit.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _time_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
-    limit = slurm_seconds(chain.stages[name].resources.time or chain.time_limit)
+    limit = slurm_seconds(chain.stages[name].resources.time or chain.time_limit or FOREVER)
     hours = estimate(job, chain.hardware).hours
-    if limit is not None and hours * 3600 > limit:
+    if hours * 3600 > limit:
         yield Problem(
             rules.TIME_LIMIT,
             f"{name} takes about {hours:.1f} hours, but a job may take {limit / 3600:.1f}: it will "
@@ -129,23 +128,23 @@ def _time_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
 
 def _text_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
     """An error only where no tokenizer could make enough tokens of the text."""
-    found = _train_tokens(chain, chain.stages[name].inputs.get("data", ""))
-    if found is None:
-        return
-    about, most = found
+    unknown = (math.inf, math.inf)
+    found = _train_tokens(chain, chain.stages[name].inputs.get("data", "")) or unknown
+    cached = math.inf if job.windows is None else job.windows * job.seq_length
+    about, most = (min(tokens, cached) for tokens in found)
     batch = job.global_batch_size * job.seq_length
     if job.trained is not None and most < batch:
         yield Problem(
             rules.TOKENS,
-            f"{name} trains on batches of {batch:,} tokens, but the text has {most:,.0f} at most",
-            "give more text, or lower global_batch_size or data.seq_length",
+            f"{name} trains on batches of {batch:,} tokens, but there are {most:,.0f} at most",
+            "give more text or cached windows, or lower global_batch_size or data.seq_length",
         )
     elif job.trained is not None and job.tokens > about:
         yield Problem(
             rules.EPOCHS,
-            f"{name} trains on {job.tokens:,} tokens; the text has about {about:,.0f}, so it is "
-            f"repeated {job.tokens / about:.1f} times",
-            "give more text, or lower max_steps",
+            f"{name} trains on {job.tokens:,} tokens; there are about {about:,.0f}, each of "
+            f"which it sees {job.tokens / about:.1f} times",
+            "give more text or cached windows, or lower max_steps",
         )
 
 

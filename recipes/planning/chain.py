@@ -10,7 +10,6 @@ from typing import Protocol, runtime_checkable
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from recipes.core.manifest import manifest_of
-from recipes.core.precision import PRECISIONS
 from recipes.core.stage import StageConfig
 from recipes.planning import rules
 from recipes.planning.hardware import Hardware
@@ -92,12 +91,6 @@ def window_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
             f"seq_length={seq_length} is not between 1 and the teacher's {limit} positions",
             f"set data.seq_length to at most {limit}",
         )
-
-
-def precision_problems(precision: str) -> Iterator[Problem]:
-    """Checks what a model is to be held and computed in."""
-    if precision not in PRECISIONS:
-        yield Problem(rules.PRECISION, f"precision={precision}", f"use {' or '.join(PRECISIONS)}")
 
 
 def read_chain(hf_path: str, stages: Mapping[str, StageConfig]) -> Chain:

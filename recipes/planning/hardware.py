@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from recipes.core.constraints import Bytes, Count, PositiveOrZero, Rate, between, one_of
+from recipes.core.precision import Precision
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 """Has an entry for each GPU; reading it takes no time, as ``nvidia-smi`` does."""
@@ -26,30 +29,30 @@ class Hardware:
     """One device of a machine. The defaults are those of ``conf/hardware/cpu.yaml``."""
 
     name: str = "cpu"
-    kind: str = "cpu"
+    kind: Annotated[str, one_of("cpu", "gpu")] = "cpu"
     """``cpu``: the ranks of a node share its memory and its peak; ``gpu``: each has its own."""
-    flops_per_second: float = 9.9e11
+    flops_per_second: Rate = 9.9e11
     """Dense bfloat16 peak: of a GPU, or of the whole node for ``cpu``."""
-    memory_bytes: float | None = None
+    memory_bytes: Bytes | None = None
     """Of a device; by default what this machine has."""
-    bytes_per_second: float = 2.0e10
+    bytes_per_second: Rate = 2.0e10
     """Memory bandwidth."""
-    link_bytes_per_second: float = 1.0e10
+    link_bytes_per_second: Rate = 1.0e10
     """Between devices of a node, each way."""
-    network_bytes_per_second: float = 1.0e9
+    network_bytes_per_second: Rate = 1.0e9
     """Between nodes, for each device, each way."""
-    utilisation: float = 0.47
+    utilisation: Annotated[float, between(0.01, 1)] = 0.47
     """Share of the peak that a training reaches while it computes, communication apart."""
-    price_per_hour: float = 0.05
+    price_per_hour: PositiveOrZero = 0.05
     """Of a device (of the node for ``cpu``), in dollars: an assumption, override it with yours."""
-    precision: str = "bf16-mixed"
+    precision: Precision = "bf16-mixed"
     """What training is fastest in there; the default of every training stage."""
-    reading_precision: str = "32"
+    reading_precision: Precision = "32"
     """What models are measured in there; the default of every stage that compares them."""
-    cuda_device_max_connections: int | None = None
+    cuda_device_max_connections: Count | None = None
     """The variable of that name under tensor or context parallelism. With 1, kernels start in the
     order they were given, which hides communication before Blackwell."""
-    reserved_bytes: float = 0.75e9
+    reserved_bytes: PositiveOrZero = 0.75e9
     """What a process takes before it holds a model: libraries, CUDA context, buffers of NCCL."""
 
     @property

@@ -17,10 +17,6 @@ ALIGNMENT = 16
 def layout_problems(work: Workload, chain: Chain) -> Iterator[Problem]:
     """Checks ranks, models and windows against TP and PP, and the batch against what is left."""
     layout = work.layout
-    sizes = {**layout.sizes(), "global_batch_size": work.global_batch_size}
-    if zero := [name for name, size in sizes.items() if size < 1]:
-        yield Problem(rules.POSITIVE, f"{', '.join(zero)} is not positive", "use 1 or more")
-        return
     yield from _rank_problems(work)
     yield from _context_problems(work, chain)
     if layout.sequence_parallel and work.seq_length % layout.tensor:

@@ -6,10 +6,7 @@ be said of a rule without a recipe. ``python launch/run.py doctor rules`` prints
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-from recipes.core.errors import RecipeError, did_you_mean
 
 ERROR, WARNING = "error", "warning"
 
@@ -143,14 +140,11 @@ INTERLEAVED = Rule(
 RECOMPUTE = Rule("recompute", "layers that are recomputed show the loss no hidden states")
 
 # Training
-PRECISION = Rule("precision", "weights, and in training the optimizer's main ones, depend on it")
-POSITIVE = Rule("positive", "a size, rate or interval of zero or less")
-ATTENTION_BACKEND = Rule("attention-backend", "TransformerEngine has no other attention")
 FP8 = Rule(
     "fp8", "FP8 products need TransformerEngine, GPUs that have them, and sizes that they can take"
 )
 PROFILE = Rule("profile", "steps that a training does not have leave no trace")
-WARMUP = Rule("warmup", "warming up for longer than training never reaches the learning rate")
+SCHEDULE = Rule("schedule", "a learning rate that is never reached, or below its end, stops NeMo")
 LOSS = Rule("loss", "terms and weights that do not make a loss")
 HIDDEN_PAIRS = Rule(
     "hidden-pairs",
@@ -161,10 +155,9 @@ CACHED_TEACHER = Rule(
     "cached-teacher", "a cache holds few tokens, of one temperature and window length"
 )
 TOP_K = Rule("top-k", "a cache of the whole vocabulary is no cache")
-EVALUATE = Rule("evaluate", "nothing is measured")
+EVALUATE = Rule("evaluate", "a prompt as long as its window leaves nothing to continue")
 
 # Engines and benchmarks
-BACKEND = Rule("backend", "an engine is built by one of the known backends")
 FORMAT = Rule("format", "weights are stored in one of the formats that a backend reads")
 KV_CACHE = Rule(
     "kv-cache", "keys and values are stored in few types, and in engines by scales from calibration"
@@ -175,17 +168,14 @@ MAX_INPUT_LEN = Rule(
 )
 HEAD_SIZE = Rule("head-size", "attention kernels exist for few head sizes")
 ALIGNMENT = Rule("alignment", "a kernel of that precision does not exist for other sizes")
-GRID = Rule("grid", "without batches, prompts or new tokens no speed is measured")
 LENGTH = Rule("length", "prompt and new tokens must fit the model's positions")
 ENGINE_LIMITS = Rule("engine-limits", "an engine refuses more than it was built for")
 TASKS_HARNESS = Rule(
     "tasks-harness", "benchmarks are lm-eval's, of the version whose items were checked"
 )
-TASKS_SOURCE = Rule("tasks-source", "items come from PyPI or from the hub")
 TASKS_NAMES = Rule(
     "tasks-names", "a benchmark that is not known is found out after hours of training"
 )
-TASKS_LIMIT = Rule("tasks-limit", "differences need at least two items")
 TASKS_FEWSHOT = Rule("tasks-fewshot", "examples for a task that is not done do nothing")
 GATES = Rule("gates", "a gate that names nothing measured would stop the chain at its end")
 
@@ -196,18 +186,3 @@ REFUSED_FIELDS = {
     "virtual_pipeline_model_parallel_size": INTERLEAVED,
 }
 """Fields that users of NeMo know and look for, and the rule that says why there are none."""
-
-
-def require_known(names: Iterable[str]) -> frozenset[str]:
-    """Checks names of rules, as in ``skip_rules``.
-
-    Raises:
-        RecipeError: There is no such rule.
-    """
-    for name in names:
-        if name not in RULES:
-            raise RecipeError(
-                f"skip_rules: there is no rule '{name}'.{did_you_mean(name, RULES)}",
-                "python launch/run.py doctor rules lists them",
-            )
-    return frozenset(names)

@@ -79,6 +79,8 @@ class Workload:
     """Global batches of a validation."""
     terms: int = 1
     """Terms of the loss on logits, each of which keeps a gradient as wide as the vocabulary."""
+    windows: int | None = None
+    """Windows that there are at most, where a cached teacher knows only some of the text."""
 
     @property
     def tokens(self) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from recipes.core.constraints import Count, CountOrZero, Seed, one_of
 from recipes.core.stage import StageConfig
 from recipes.planning.targets import Targets
 
@@ -14,24 +16,24 @@ LAYER_METHODS = ("block_influence", "loss", "block", "greedy")
 class PruneConfig(StageConfig):
     """Settings of ``prune``. An axis without a target stays as it is."""
 
-    target_num_layers: int | None = None
+    target_num_layers: Count | None = None
     """Keep this many layers, by ``layer_importance``."""
-    layer_importance: str = "loss"
+    layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
     """``loss``: its change without the layer; ``block_influence`` (arXiv:2403.03853): free;
     ``block``: the neighbouring layers that are missed least together; ``greedy``: one after the
     other. Before distillation ``loss`` beats ``block_influence`` on SmolLM2 at 24 and at 20 of 30
     layers, and ``block`` is best at 24 (benchmarks/layers.py)."""
-    drop_layers: list[int] = field(default_factory=list)
+    drop_layers: list[Count] = field(default_factory=list)
     """Drop exactly these layers, counted from 1, instead."""
-    target_hidden_size: int | None = None
-    target_ffn_hidden_size: int | None = None
-    target_num_attention_heads: int | None = None
-    target_num_query_groups: int | None = None
+    target_hidden_size: Count | None = None
+    target_ffn_hidden_size: Count | None = None
+    target_num_attention_heads: Count | None = None
+    target_num_query_groups: Count | None = None
     """Whole groups go, with their heads; by default each that stays keeps all of its heads."""
-    target_num_moe_experts: int | None = None
-    target_moe_ffn_hidden_size: int | None = None
-    hidden_size_divisor: int = 64
-    ffn_hidden_size_divisor: int = 64
+    target_num_moe_experts: Count | None = None
+    target_moe_ffn_hidden_size: Count | None = None
+    hidden_size_divisor: Count = 64
+    ffn_hidden_size_divisor: Count = 64
     """Of an expert's width, too."""
 
     def targets(self) -> Targets:
@@ -63,23 +65,23 @@ CALIBRATIONS = ("text", "random")
 class ScoreConfig(StageConfig):
     """Settings of ``score``. One pass gives widths and block influence; the rest costs more."""
 
-    calibration: str = "text"
+    calibration: Annotated[str, one_of(*CALIBRATIONS)] = "text"
     """``text`` of the input, or ``random`` tokens: only to try out the machinery."""
-    num_calibration_samples: int = 64
+    num_calibration_samples: Count = 64
     """Windows of ``seq_length`` tokens from the calibration part."""
-    num_loss_samples: int = 8
+    num_loss_samples: CountOrZero = 8
     """About so many of them, the first of each source, also tell how the loss changes when layers
     are left out, at about 0.6 of a forward pass a layer; 0 leaves that out."""
-    block_sizes: list[int] = field(default_factory=list)
+    block_sizes: list[Count] = field(default_factory=list)
     """Blocks of so many layers are left out together as well, for ``layer_importance=block``."""
-    num_greedy_layers: int = 0
+    num_greedy_layers: CountOrZero = 0
     """Leaves out so many layers one after the other, each time the one that is missed least, for
     ``layer_importance=greedy``. Twice as many are tried each time."""
-    seq_length: int = 256
-    micro_batch_size: int = 4
-    seed: int = 1234
+    seq_length: Count = 256
+    micro_batch_size: Count = 4
+    seed: Seed = 1234
     """Of ``random`` tokens."""
-    pipeline_model_parallel_size: int = field(default=1, metadata={"resource": True})
+    pipeline_model_parallel_size: Count = field(default=1, metadata={"resource": True})
     """Ranks that the layers are split over; the scores are the same."""
 
     @property

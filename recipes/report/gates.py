@@ -99,19 +99,6 @@ def parse(text: str) -> Gate:
     return Gate(match["name"], match["operator"], float(match["threshold"]))
 
 
-def parse_all(texts: object) -> tuple[Gate, ...]:
-    """Reads a config's list of gates.
-
-    Raises:
-        RecipeError: It is no list, or one of them is not a gate.
-    """
-    if texts is None:
-        return ()
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise RecipeError(f"gates={texts} is not a list.", "'gates=[\"recovered >= 0.9\"]'")
-    return tuple(parse(str(text)) for text in texts)
-
-
 def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> dict[str, str]:
     """Figures that a recipe measures, with the kind of result that has each.
 

@@ -21,7 +21,7 @@ from recipes.engines.results import (
 from recipes.evaluation.results import EvaluationResult, TaskResult, TaskResults, TextQuality
 from recipes.planning.results import PlanResult, Table
 from recipes.report.format import any_value, label_of, scaled
-from recipes.report.gates import Verdict, judge, kind_of, parse_all
+from recipes.report.gates import Verdict, judge, kind_of, parse
 from recipes.report.trade_offs import Z95, Dimension, Mark, interval_rows, speed_bar, trade_off_plot
 from recipes.search.results import Candidate, SearchResult
 
@@ -90,7 +90,7 @@ def tasks_section(results: TaskResults) -> TasksSection:
 def gates_section(texts: Sequence[str], found: Mapping[str, Manifest]) -> list[Verdict]:
     """Gates, as far as the page's inputs have their figures."""
     results = {manifest.kind: manifest for manifest in found.values()}
-    return judge([gate for gate in parse_all(texts) if kind_of(gate) in results], results)
+    return judge([gate for gate in map(parse, texts) if kind_of(gate) in results], results)
 
 
 @dataclass(frozen=True)

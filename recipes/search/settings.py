@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 from omegaconf import MISSING
 
 from nemo_convert.architecture import Architecture
+from recipes.core.constraints import Count, Threads, Tokens, one_of, whole
+from recipes.core.precision import Precision
 from recipes.core.stage import Inputs, StageConfig
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning.roofline import RequestShape
+from recipes.pruning.settings import LAYER_METHODS
 from recipes.search.results import LatencyResult
 from recipes.search.space import (
     Budget,
@@ -57,10 +61,10 @@ class MeasureLatencyConfig(StageConfig):
     space: Space = field(default_factory=Space)
     service: Service = field(default_factory=Service)
     """Batch and context that a step is timed at; this and the space are put in from the search."""
-    new_tokens: int = 32
-    repetitions: int = 3
+    new_tokens: Annotated[int, whole(2)] = 32
+    repetitions: Count = 3
     """Measured runs of every shape, after one that warms up."""
-    threads: int | None = None
+    threads: Threads | None = None
     """CPU threads; by default those that the launcher gives to a process."""
 
     def request(self) -> RequestShape:
@@ -73,34 +77,34 @@ class MeasureLatencyConfig(StageConfig):
 class RankCandidatesConfig(StageConfig):
     """Settings of ``rank_candidates``."""
 
-    proxy: str = "kl_to_teacher"
+    proxy: Annotated[str, one_of(*PROXIES)] = "kl_to_teacher"
     """``kl_to_teacher`` or ``perplexity`` right after pruning; the lower, the better."""
-    layer_importance: str = "loss"
+    layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
     """As in ``prune``."""
-    num_samples: int = 8
+    num_samples: Count = 8
     """Windows of ``seq_length`` tokens from the validation part."""
-    seq_length: int = 256
-    precision: str = "32"
+    seq_length: Count = 256
+    precision: Precision = "32"
     """As in ``evaluate``."""
-    micro_batch_size: int = 4
+    micro_batch_size: Count = 4
 
 
 @dataclass
 class SuccessiveHalvingConfig(StageConfig):
     """Settings of ``successive_halving``."""
 
-    num_candidates: int = 4
+    num_candidates: Count = 4
     """Best-ranked candidates that take part; the number left is halved each round. One alone wins
     by its rank, untrained."""
     also: list[str] = field(default_factory=list)
     """Names of candidates that take part, too, whatever their rank."""
-    max_tokens: int = 200_000
+    max_tokens: Tokens = 200_000
     """Tokens that all trainings together may use."""
-    select_by: str = "kl_to_teacher"
+    select_by: Annotated[str, one_of(*PROXIES)] = "kl_to_teacher"
     """``kl_to_teacher`` or ``perplexity`` on validation text; the lower, the better."""
-    num_samples: int = 16
+    num_samples: Count = 16
     """Windows of validation text that each is measured on after a round."""
-    precision: str = "32"
+    precision: Precision = "32"
     """What they are measured in, as in ``evaluate``."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """How candidates are trained; steps follow from the tokens."""

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
 from nemo_convert.architecture import Architecture
+from recipes.core.constraints import Count, Positive, PositiveOrZero, Rate, between, one_of
 from recipes.planning import roofline
-from recipes.planning.roofline import Machine, Storage
+from recipes.planning.roofline import WEIGHT_BITS, Machine, Storage
 
 AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
@@ -23,16 +24,16 @@ AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 class Space:
     """What may become smaller, in which steps, and how far."""
 
-    num_layers_divisor: int = 1
-    hidden_size_divisor: int = 64
-    ffn_hidden_size_divisor: int = 64
-    max_depth_pruning: float = 0.4
+    num_layers_divisor: Count = 1
+    hidden_size_divisor: Count = 64
+    ffn_hidden_size_divisor: Count = 64
+    max_depth_pruning: Annotated[float, between(0, 0.99)] = 0.4
     """Largest share of the layers that may go."""
-    max_width_pruning: float = 0.4
+    max_width_pruning: Annotated[float, between(0, 0.99)] = 0.4
     """Largest share of each width that may go."""
     prune_heads: bool = False
     """Whether attention heads may go, as many from each query group."""
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Count = 1
     """Sizes are multiples of it, so that the student can be split as planned."""
 
 
@@ -40,11 +41,11 @@ class Space:
 class Budget:
     """Limits of what a shape costs, each of which it keeps; up to 1 a share of the teacher's."""
 
-    parameters: float | None = None
-    weight_bytes: float | None = None
-    memory_bytes: float | None = None
+    parameters: Positive | None = None
+    weight_bytes: Positive | None = None
+    memory_bytes: Positive | None = None
     """Weights and the cache of keys and values."""
-    latency_ms: float | None = None
+    latency_ms: Positive | None = None
     """Of one decoding step, by roofline or as ``measure_latency`` found."""
 
     def limits(self) -> dict[str, float]:
@@ -59,11 +60,11 @@ class LatencyFit:
     ``measure_latency`` makes it from timed engines.
     """
 
-    step_ms: float = 0.0
+    step_ms: PositiveOrZero = 0.0
     """Whatever the shape."""
-    layer_ms: float = 0.0
+    layer_ms: PositiveOrZero = 0.0
     """More for each layer."""
-    gigabyte_ms: float = 0.0
+    gigabyte_ms: PositiveOrZero = 0.0
     """More for each 10⁹ bytes read."""
 
 
@@ -72,15 +73,15 @@ class Service:
     """How the student is to be served, and on what: bfloat16 on one H100 by default."""
 
     device: str = "h100"
-    flops_per_second: float = 9.89e14
-    bytes_per_second: float = 3.35e12
-    precision: str = "bf16"
+    flops_per_second: Rate = 9.89e14
+    bytes_per_second: Rate = 3.35e12
+    precision: Annotated[str, one_of(*WEIGHT_BITS)] = "bf16"
     """Of weights, as in ``build_engine``."""
-    group_size: int = 64
+    group_size: Count = 64
     """Weights that share a scale, for ``int4``."""
-    bytes_per_cached_value: int = 2
-    batch_size: int = 1
-    context_length: int = 4096
+    bytes_per_cached_value: Count = 2
+    batch_size: Count = 1
+    context_length: Count = 4096
     measured: LatencyFit | None = None
 
     @property

@@ -9,7 +9,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.distillation.settings import CacheLogitsConfig, bytes_per_token
 from recipes.planning import rules
-from recipes.planning.chain import Chain, precision_problems, window_problems
+from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.planning.workload import Layout, Workload
 from recipes.stages.contract import Stage
@@ -20,16 +20,12 @@ SHARDS = "shards"
 
 def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
     """Finds settings that would fail once the teacher is loaded."""
-    for name in ("top_k", "temperature", "num_windows", "windows_per_shard", "micro_batch_size"):
-        if (value := getattr(cfg, name)) is not None and value <= 0:
-            yield Problem(rules.POSITIVE, f"{name}={value} is not positive", "raise it")
     if cfg.top_k >= chain.teacher.vocab_size:
         yield Problem(
             rules.TOP_K,
             f"top_k={cfg.top_k} leaves nothing of the vocabulary of {chain.teacher.vocab_size}",
             "use a small part of it, such as 64",
         )
-    yield from precision_problems(cfg.precision)
     yield from window_problems(cfg.seq_length, chain)
 
 
@@ -39,7 +35,7 @@ def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
     resources = cfg.resources
     micro = cfg.micro_batch_size
     layout = Layout(resources.nodes, resources.devices, tensor, micro_batch_size=micro)
-    batch = max(1, micro) * max(1, layout.ranks // max(1, tensor))
+    batch = micro * max(1, layout.ranks // tensor)
     return Workload(
         name=cfg.stage,
         trained=None,

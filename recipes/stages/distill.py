@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from nemo_convert.pipeline import last_stage_layers
@@ -13,9 +14,6 @@ from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
 from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import (
     CACHED,
-    HIDDEN_LOSSES,
-    LOGITS_LOSSES,
-    LOSS_BALANCERS,
     CacheLogitsConfig,
     DistillConfig,
 )
@@ -58,7 +56,11 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
     teacher = chain.teacher if asked and not _is_cached(cfg.inputs.get("teacher"), chain) else None
     student = chain.shape_of(cfg.inputs.get("student"))
     terms = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
-    return training_workload(cfg, student, teacher, terms)
+    work = training_workload(cfg, student, teacher, terms)
+    cache = chain.stages.get(cfg.inputs.get("teacher", ""))
+    return (
+        replace(work, windows=cache.num_windows) if isinstance(cache, CacheLogitsConfig) else work
+    )
 
 
 def _is_cached(teacher: str | None, chain: Chain) -> bool:
@@ -72,31 +74,12 @@ def _is_cached(teacher: str | None, chain: Chain) -> bool:
 
 
 def _loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
-    for name, known in (
-        ("logits_loss", LOGITS_LOSSES),
-        ("hidden_loss", HIDDEN_LOSSES),
-        ("loss_balancer", LOSS_BALANCERS),
-    ):
-        if getattr(cfg, name) not in known:
-            yield Problem(rules.LOSS, f"{name}={getattr(cfg, name)}", f"use {' or '.join(known)}")
-    weights = (cfg.kd_weight, cfg.hidden_weight, cfg.lm_weight)
-    if min(weights) < 0 or max(weights) == 0:
+    if not any((cfg.kd_weight, cfg.hidden_weight, cfg.lm_weight)):
         yield Problem(
             rules.LOSS,
-            f"kd_weight, hidden_weight, lm_weight = {', '.join(map(str, weights))}",
-            "use no negative weight, and at least one that is positive",
+            "kd_weight, hidden_weight and lm_weight are all 0",
+            "use at least one that is positive",
         )
-    if cfg.temperature <= 0 or not 0 < cfg.jsd_beta < 1:
-        yield Problem(
-            rules.LOSS,
-            f"temperature={cfg.temperature}, jsd_beta={cfg.jsd_beta}",
-            "use a positive temperature, and a jsd_beta between 0 and 1",
-        )
-    for name in ("top_k", "loss_chunk_mb"):
-        if (value := getattr(cfg, name)) is not None and value < 1:
-            yield Problem(
-                rules.POSITIVE, f"{name}={value} is not positive", "raise it, or use null"
-            )
 
 
 def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:

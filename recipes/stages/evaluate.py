@@ -9,22 +9,21 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain, precision_problems, window_problems
+from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.planning.reading import Reading, Text, compared
 from recipes.stages.contract import Stage
 
 
 def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds settings that leave nothing to measure."""
-    if cfg.num_windows < 1 or cfg.prompt_tokens >= cfg.seq_length:
+    """Finds prompts that leave nothing to continue."""
+    if cfg.prompt_tokens >= cfg.seq_length:
         yield Problem(
             rules.EVALUATE,
-            f"num_windows={cfg.num_windows}, prompt_tokens={cfg.prompt_tokens} leave nothing to do",
-            "use at least one window, and prompts shorter than seq_length",
+            f"prompt_tokens={cfg.prompt_tokens} leaves nothing of seq_length={cfg.seq_length}",
+            "use prompts that are shorter",
         )
     yield from window_problems(cfg.seq_length, chain)
-    yield from precision_problems(cfg.precision)
 
 
 def reading(cfg: EvaluateConfig, chain: Chain) -> Reading:

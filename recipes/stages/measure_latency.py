@@ -46,12 +46,12 @@ def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatenc
 def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
     """Finds engines that cannot be built, and requests that they cannot answer."""
     yield from engine_problems(cfg.engine, chain)
-    if cfg.new_tokens < 2 or cfg.repetitions < 1 or cfg.request().prompt_tokens < 1:
+    if cfg.request().prompt_tokens < 1:
         yield Problem(
-            rules.GRID,
-            f"new_tokens={cfg.new_tokens}, repetitions={cfg.repetitions} leave nothing to measure "
-            f"in a context of {cfg.service.context_length}",
-            "use at least two new tokens, one repetition, and a longer context",
+            rules.LENGTH,
+            f"new_tokens={cfg.new_tokens} leave no prompt in a context of "
+            f"{cfg.service.context_length}",
+            "lower new_tokens, or raise service.context_length",
         )
     limit = chain.teacher.max_position_embeddings
     if (longest := cfg.service.context_length + cfg.new_tokens // 2) > limit:

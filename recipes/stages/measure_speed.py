@@ -35,15 +35,6 @@ from recipes.stages.contract import Stage
 
 def check(cfg: MeasureSpeedConfig, chain: Chain) -> Iterator[Problem]:
     """Finds a grid that the models or their engines cannot take."""
-    numbers = [*cfg.batch_sizes, *cfg.prompt_tokens, cfg.repetitions, cfg.threads or 1]
-    if not cfg.batch_sizes or not cfg.prompt_tokens or min(numbers) < 1 or cfg.new_tokens < 2:
-        yield Problem(
-            rules.GRID,
-            f"batch_sizes={cfg.batch_sizes}, prompt_tokens={cfg.prompt_tokens}, "
-            f"new_tokens={cfg.new_tokens}, repetitions={cfg.repetitions} leave nothing to measure",
-            "use positive numbers, and at least two new tokens, since the first is not decoding",
-        )
-        return
     yield from _length_problems(cfg, "the model's positions", chain.teacher.max_position_embeddings)
     for name in ("teacher_engine", "student_engine"):
         engine = chain.stages.get(cfg.inputs.get(name, ""))

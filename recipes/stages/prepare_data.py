@@ -41,16 +41,12 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
             f"'{source}' is to be trained on and held out",
             "take it from data.sources or from data.heldout_sources",
         )
-    if min(cfg.fractions().values()) <= 0 or sum(cfg.fractions().values()) >= 1:
+    if sum(cfg.fractions().values()) >= 1:
         yield Problem(
             rules.DATA_PARTS,
-            "fractions of validation, calibration and heldout must be positive and leave a rest",
+            "fractions of validation, calibration and heldout leave nothing to train on",
             "keep them well below 1 in total",
         )
-    for name in ("processes", "max_tokens", "max_documents"):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            yield Problem(rules.POSITIVE, f"{name}={value} of prepare_data", "use at least 1")
     yield from window_problems(cfg.seq_length, chain)
 
 

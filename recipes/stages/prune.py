@@ -12,7 +12,7 @@ from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.planning.targets import pruned, target_problems
 from recipes.pruning.results import PruneResult, ScoreResult
-from recipes.pruning.settings import LAYER_METHODS, PruneConfig, ScoreConfig
+from recipes.pruning.settings import PruneConfig, ScoreConfig
 from recipes.stages.contract import Stage
 
 
@@ -20,13 +20,7 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     """Finds targets that the teacher cannot be pruned to, and scores that would be missing."""
     for what, fix in target_problems(chain.teacher, cfg.targets(), cfg.divisors()):
         yield Problem(rules.PRUNE_TARGET, what, fix)
-    if cfg.layer_importance not in LAYER_METHODS:
-        yield Problem(
-            rules.LAYER_IMPORTANCE,
-            f"layer_importance={cfg.layer_importance}",
-            f"use one of {', '.join(LAYER_METHODS)}",
-        )
-    elif cfg.target_num_layers is not None:
+    if cfg.target_num_layers is not None:
         yield from _score_problems(cfg, chain, chain.teacher.num_layers - cfg.target_num_layers)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.engines.settings import QuantizeConfig
-from recipes.engines.tensorrt_llm import ALIGNMENT, CALIBRATED
+from recipes.engines.tensorrt_llm import ALIGNMENT
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
@@ -20,17 +20,7 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds formats that do not exist, and shapes that they do not fit."""
-    if cfg.format not in CALIBRATED:
-        yield Problem(rules.FORMAT, f"format={cfg.format} is none", f"use {', '.join(CALIBRATED)}")
-        return
-    if cfg.kv_cache_dtype not in ("auto", "fp8"):
-        yield Problem(
-            rules.KV_CACHE, f"kv_cache_dtype={cfg.kv_cache_dtype} is none", "use auto or fp8"
-        )
-    sizes = (cfg.num_windows, cfg.num_eval_windows, cfg.micro_batch_size)
-    if min(sizes) < 1:
-        yield Problem(rules.POSITIVE, "a number of windows is not positive", "use 1 or more")
+    """Finds shapes that a format does not fit."""
     yield from window_problems(cfg.seq_length, chain)
     arch = chain.shape_of(chain.pruned_by(cfg))
     align = ALIGNMENT[cfg.format]

@@ -11,14 +11,11 @@ from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.core.statistics import pareto_front
-from recipes.planning import rules
-from recipes.planning.chain import Chain, precision_problems, window_problems
+from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.planning.reading import Reading, Text, ranked
-from recipes.pruning.settings import LAYER_METHODS
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import (
-    PROXIES,
     SHAPES_FILE,
     EnumerateShapesConfig,
     RankCandidatesConfig,
@@ -28,14 +25,8 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds settings that leave nothing to rank by."""
+    """Finds windows that are longer than the model's positions."""
     yield from window_problems(cfg.seq_length, chain)
-    yield from precision_problems(cfg.precision)
-    for name, known in (("proxy", PROXIES), ("layer_importance", LAYER_METHODS)):
-        if getattr(cfg, name) not in known:
-            yield Problem(rules.SEARCH, f"{name}={getattr(cfg, name)}", f"use {' or '.join(known)}")
-    if cfg.num_samples < 1:
-        yield Problem(rules.SEARCH, f"num_samples={cfg.num_samples}", "use at least one window")
 
 
 def reading(cfg: RankCandidatesConfig, chain: Chain) -> Reading:

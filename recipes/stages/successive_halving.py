@@ -20,11 +20,11 @@ from recipes.core.stage import Inputs, metrics_log, rank
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import training_problems, training_workload
 from recipes.planning import rules
-from recipes.planning.chain import Chain, precision_problems
+from recipes.planning.chain import Chain
 from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
 from recipes.search.results import Candidate, SearchResult, write_candidates
-from recipes.search.settings import PROXIES, EnumerateShapesConfig, SuccessiveHalvingConfig
+from recipes.search.settings import EnumerateShapesConfig, SuccessiveHalvingConfig
 from recipes.search.space import axes_of, name_of, prune_settings
 from recipes.stages.contract import Stage
 
@@ -34,16 +34,6 @@ LISTED = "stages.only=[enumerate_shapes] lists them"
 
 def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
     """Finds a halving without candidates or steps, and settings that would fail in training."""
-    if cfg.num_candidates < 1 or cfg.num_samples < 1:
-        yield Problem(
-            rules.SEARCH,
-            f"num_candidates={cfg.num_candidates}, num_samples={cfg.num_samples}",
-            "use at least one candidate and one window",
-        )
-        return
-    yield from precision_problems(cfg.precision)
-    if cfg.select_by not in PROXIES:
-        yield Problem(rules.SEARCH, f"select_by={cfg.select_by}", f"use {' or '.join(PROXIES)}")
     if cfg.distill.resources.devices > 1 and cfg.resources.devices * cfg.resources.nodes > 1:
         yield Problem(
             rules.SEARCH,

@@ -157,8 +157,6 @@ def config(**settings: Any) -> MeasureSpeedConfig:
     ("settings", "rules"),
     [
         ({}, []),
-        ({"batch_sizes": []}, ["grid"]),
-        ({"new_tokens": 1}, ["grid"]),
         ({"prompt_tokens": [1000]}, ["length"]),
         ({"batch_sizes": [1, 64]}, ["engine-limits"]),
         ({"prompt_tokens": [256]}, ["length", "engine-limits"]),
@@ -181,19 +179,6 @@ def test_the_grid_is_checked(
     if settings.get("prompt_tokens") == [1000]:
         found = found[:1]
     assert found == rules
-
-
-@pytest.mark.parametrize(
-    ("settings", "rule"),
-    [
-        ({"format": "fp4"}, "format"),
-        ({"kv_cache_dtype": "int8"}, "kv-cache"),
-        ({"num_windows": 0}, "positive"),
-    ],
-)
-def test_quantisation_is_checked(settings: dict[str, Any], rule: str, chain: Chain) -> None:
-    cfg = QuantizeConfig(stage="quantize", **settings)
-    assert [p.rule.name for p in quantize.check(cfg, chain)] == [rule]
 
 
 def test_quantisation_looks_at_the_pruned_shape() -> None:

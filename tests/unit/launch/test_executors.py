@@ -21,8 +21,10 @@ from launch.executors import container, docker, foreground, slurm_scripts
 from launch.executors.container import Containers, mounts_of
 from launch.executors.slurm_queue import Job, job_states, read_jobs
 from launch.executors.slurm_settings import LEAST_MARGIN, SlurmConfig
+from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
+from recipes.core.stage import Resources
 from recipes.core.wheels import cache_dir
 from recipes.planning.budget import slurm_seconds
 from recipes.planning.estimate import stopping_seconds
@@ -283,18 +285,18 @@ def test_forced_stage_is_complete_only_with_a_new_result(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["cluster.time=4h"], ["cluster.time=4h is not a time", "HH:MM:SS"]),
-        (["cluster.time=43200"], ["cluster.time=43200 is not a time", "in quotes"]),
+        (["cluster.time=4h"], ["cluster.time=4h cannot be", "HH:MM:SS"]),
+        (["cluster.time=43200"], ["cluster.time=43200 cannot be", "in quotes"]),
         (["cluster.time=00:04:00"], ["not longer than the 300 s before it", "margin_seconds"]),
-        (["stages.prune.resources.time=soon"], ["stages.prune.resources.time=soon is not a time"]),
+        (["stages.prune.resources.time=soon"], ["stages.prune.resources.time=soon cannot be"]),
         (["cluster.gpus=all"], ["cluster.gpus=all", "gpus-per-node, gres, none"]),
         (["cluster.max_requeues=-1"], ["cluster.max_requeues=-1", "use 0 or more"]),
         (["cluster.margin_seconds=0"], ["cluster.margin_seconds=0", "use 1 or more"]),
         (["cluster.cpus_per_task=0"], ["cluster.cpus_per_task=0"]),
         (["cluster.margin_seconds=x"], ["cluster.margin_seconds", "'x'"]),
-        (["cluster.partition='a b'"], ["cluster.partition='a b' is not a name"]),
-        (['cluster.sbatch=["mem=0"]'], ["'mem=0' is not an option of sbatch"]),
-        (["stages.prune.resources.sbatch=[x]"], ["stages.prune.resources.sbatch"]),
+        (["cluster.partition='a b'"], ["cluster.partition=a b cannot be", "a name without spaces"]),
+        (['cluster.sbatch=["mem=0"]'], ["cluster.sbatch[0]=mem=0 cannot be", "--mem=0"]),
+        (["stages.prune.resources.sbatch=[x]"], ["stages.prune.resources.sbatch[0]=x"]),
         (["cluster.python='my python'"], ["cluster.python=my python"]),
         (["+cluster.images.distil=x"], ["cluster.images.distil is for no stage", "'distill'"]),
         (["+cluster.mpi.build=pmix"], ["cluster.mpi.build is for no stage"]),
@@ -302,7 +304,10 @@ def test_forced_stage_is_complete_only_with_a_new_result(
         (["cluster.mounts=[/no/such/folder]"], ["/no/such/folder is not there"]),
         (["cluster.mounts=[here]"], ["not an absolute path"]),
         (["+cluster.partitoin=x"], ["cluster.partitoin", "Did you mean 'partition'?"]),
-        (["stages.report.resources.nodes=0"], ["report runs on one rank"]),
+        (
+            ["stages.report.resources.nodes=0"],
+            ["stages.report.resources.nodes=0 cannot be", "use 1 or more"],
+        ),
         (["cluster.executor=slum"], ["cluster.executor=slum is not known. Did you mean 'slurm'?"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -330,7 +335,7 @@ def test_times_are_read_as_slurm_reads_them() -> None:
     assert slurm_seconds("04:00:00") == 4 * 3600
     assert slurm_seconds("2-01:02:03") == 2 * 86400 + 3600 + 123
     for text in ("", "4", "1:2", "00:60:00", "1-00", "-01:00:00", "04:00:00 "):
-        assert slurm_seconds(text) is None
+        assert list(violations(Resources(time=text)))
 
 
 def test_newest_job_of_a_stage_counts(tmp_path: Path) -> None:
@@ -407,7 +412,7 @@ def test_docker_refuses_what_it_cannot_run(prepared: Prepared) -> None:
     for overrides, words in (
         (["stages.prune.resources.nodes=2"], "resources.nodes|one rank"),
         (["cluster.images.default=null"], "no image is set for stage"),
-        (["cluster.options=[host]"], "host is not an option of docker run"),
+        (["cluster.options=[host]"], "an option of docker run"),
     ):
         with pytest.raises(RecipeError, match=words):
             prepared("cluster=docker", *overrides)

