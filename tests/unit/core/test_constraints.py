@@ -48,6 +48,8 @@ NAN, INFINITE, LARGE = float("nan"), float("inf"), 10**20
         (DistillConfig(logits_loss="forward_k"), "Did you mean 'forward_kl'?"),
         (DistillConfig(hidden_loss="l1"), "use one of: cosine, mse"),
         (DistillConfig(loss_balancer="auto"), "use one of: fixed, dynamic"),
+        (DistillConfig(fp8="e4m3"), "use one of: hybrid"),
+        (DistillConfig(fp8_recipe="int8"), "use one of: tensorwise"),
         (DistillConfig(recompute_granularity="some"), "use one of: none, selective, full"),
         (DistillConfig(intermediate_layer_pairs=[[0, 1]]), "intermediate_layer_pairs[0][0]=0"),
         (DistillConfig(resources=Resources(nodes=0)), "resources.nodes=0"),

@@ -44,7 +44,6 @@ def test_rules_of_every_training(chain: Chain, fields: dict[str, float], rule: s
     ("fields", "said"),
     [
         ({}, []),
-        ({"fp8_recipe": "int8"}, ["fp8_recipe=int8"]),
         ({"fp8_recipe": "delayed"}, ["scales all layers together"]),
         ({"fp8_recipe": "delayed", "first_last_layers_bf16": False}, []),
         ({"precision": "32"}, ["precision=32"]),
