@@ -19,6 +19,8 @@ from recipes.planning.rules import REFUSED_FIELDS
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+CHOICE = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z]\w*(,[a-z]\w*)*", re.IGNORECASE)
+"""A name of a group, or several for a sweep; Hydra reads some words as values."""
 SHOW_FIELDS = "--cfg job shows every field and what it is set to"
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
@@ -55,7 +57,7 @@ def require_choices(words: Iterable[str]) -> None:
     groups = {folder.name for folder in (REPO_ROOT / "conf").iterdir() if folder.is_dir()}
     for word in words:
         group, _, choice = word.partition("=")
-        if group in groups and (choice == "null" or not re.fullmatch(r"[\w./,-]+", choice)):
+        if group in groups and not CHOICE.fullmatch(choice):
             raise RecipeError(f"{word} names no {group}.", "--help lists them all")
 
 
