@@ -182,6 +182,40 @@ def _clip_by_norm(original: Any) -> Any:
     return clip
 
 
+class _Whole:
+    """One kind of an optimizer's state as if it were in one tensor; a slice is a weight's own."""
+
+    def __init__(self, states: dict[int, dict[str, torch.Tensor]], kind: str) -> None:
+        self._states, self._kind = states, kind
+
+    def __getitem__(self, place: slice) -> torch.Tensor:
+        return self._states[place.start][self._kind].detach().flatten()
+
+
+def _state_in_place(original: Any) -> Any:
+    """Gives a checkpoint the optimizer's state itself where one rank has all of it.
+
+    Megatron gathers it into the host's memory, which takes three copies. On a CPU that is where the
+    model is; what writes a checkpoint is forked, so it sees the state as it was.
+    """
+
+    def get_parameter_state_dp_zero(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.data_parallel_group.size() > 1:
+            return original(self, *args, **kwargs)
+        found: dict[Any, Any] = {"buckets_coalesced": True}
+        for number, (buffer, ranges) in enumerate(zip(self.buffers, self.gbuf_ranges, strict=True)):
+            states = {
+                place[0]: self._get_main_param_and_optimizer_states(weight)
+                for weight, place in buffer.param_index_map.items()
+            }
+            kinds = {kind: _Whole(states, kind) for kind in ("param", "exp_avg", "exp_avg_sq")}
+            [dtype] = ranges
+            found[number] = {dtype: {**kinds, "numel_unpadded": buffer.numel_unpadded}}
+        return found
+
+    return get_parameter_state_dp_zero
+
+
 def _fused(original: Any) -> Any:
     """Makes AdamW what TransformerEngine's is: fused, and with a group's number of steps in it.
 
@@ -275,6 +309,11 @@ PATCHES: dict[str, list[Patch]] = {
             "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
             "the tracker writes a device generator",
             lambda _: lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state),
+        ),
+        Patch(
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.get_parameter_state_dp_zero",
+            "copies the state three times for a checkpoint",
+            _state_in_place,
         ),
         Patch(
             "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",
