@@ -150,16 +150,19 @@ class Profile(Callback):
     def __init__(self, steps: tuple[int, int], folder: Path) -> None:
         (self._first, self._last), self._folder = steps, folder
         self._profiler = torch.profiler.profile(record_shapes=True)
+        self._running = False
 
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        """Begins before the first step."""
-        if trainer.global_step + 1 == self._first:
+        """Begins before the first step, or before a later one where a run is taken up again."""
+        if not self._running and self._first <= trainer.global_step + 1 <= self._last:
             self._profiler.start()
+            self._running = True
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         """Writes after the last."""
-        if trainer.global_step == self._last:
+        if self._running and trainer.global_step == self._last:
             self._profiler.stop()
+            self._running = False
             self._folder.mkdir(exist_ok=True)
             trace = self._folder / f"steps-{self._first}-{self._last}-rank-{rank()}.json.gz"
             self._profiler.export_chrome_trace(str(trace))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from recipes.distillation.callbacks import COLLECT_EVERY, Collect
+from recipes.distillation.callbacks import COLLECT_EVERY, Collect, Profile
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.trainer import _set_environment
 
@@ -35,6 +36,16 @@ def test_garbage_is_collected_in_its_step() -> None:
     finally:
         collect.teardown(trainer, None, "fit")
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("begun", "traces"), [(0, 1), (2, 1), (3, 0)])
+def test_a_window_is_traced_from_where_a_run_is(tmp_path: Path, begun: int, traces: int) -> None:
+    profile, trainer = Profile((2, 3), tmp_path), SimpleNamespace(global_step=begun)
+    for _ in range(begun, 5):
+        profile.on_train_batch_start(trainer)
+        trainer.global_step += 1
+        profile.on_train_batch_end(trainer)
+    assert len(list(tmp_path.iterdir())) == traces
 
 
 @pytest.mark.parametrize(("tensor", "connections"), [(1, None), (2, "1")])
