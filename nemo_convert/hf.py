@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_convert.hub import is_hub_id, read_hf_config
+from nemo_convert.hub import hub_model, is_hub_id, read_hf_config
 from recipes.core.errors import RecipeError
 from recipes.core.files import digest_files, write_text_atomically
 from recipes.core.wheels import cache_dir, fetch_wheel_file, parse_wheel_file
@@ -55,8 +55,14 @@ def resolve(hf_path: str) -> Path:
     if is_hub_id(hf_path):
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(hf_path, allow_patterns=["*.safetensors*", *SIDE_FILES]))
+        wanted = ["*.safetensors*", *SIDE_FILES]
+        return Path(snapshot_download(allow_patterns=wanted, **hub_model(hf_path)))
     return Path(hf_path)
+
+
+def hub_commit(folder: Path) -> str | None:
+    """The commit of a hub's snapshot; ``None`` for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def copy_side_files(source: Path, target: Path) -> None:

@@ -14,12 +14,19 @@ from recipes.core.wheels import parse_wheel_file
 
 HUB_SECONDS = 2.0
 """How long preflight waits for a hub before it plans without."""
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
 
 
 def is_hub_id(hf_path: str) -> bool:
-    """Whether ``hf_path`` is to be looked up on the Hugging Face hub."""
+    """Whether ``hf_path``, as ``NAME`` or ``NAME@COMMIT``, is of the Hugging Face hub."""
     return not Path(hf_path).exists() and bool(_HUB_ID.fullmatch(hf_path))
+
+
+def hub_model(hf_path: str) -> dict[str, str | None]:
+    """A hub id as arguments of ``huggingface_hub``; without a commit it is the newest."""
+    match = _HUB_ID.fullmatch(hf_path)
+    assert match is not None
+    return {"repo_id": match["name"], "revision": match["revision"]}
 
 
 def read_hf_config(hf_path: str) -> dict[str, Any]:
@@ -61,11 +68,12 @@ def in_reach(hf_path: str) -> bool:
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers
 
-    if isinstance(try_to_load_from_cache(hf_path, "config.json"), str):
+    model = hub_model(hf_path)
+    if isinstance(try_to_load_from_cache(filename="config.json", **model), str):
         return True
     if constants.HF_HUB_OFFLINE:
         return False
-    url = hf_hub_url(hf_path, "config.json")
+    url = hf_hub_url(filename="config.json", **model)
     request = urllib.request.Request(url, headers=build_hf_headers(), method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=HUB_SECONDS):
@@ -97,7 +105,7 @@ def _hub_file(hf_path: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(hf_path, name))
+        return Path(hf_hub_download(filename=name, **hub_model(hf_path)))
     except Exception as error:
         raise RecipeError(
             f"could not read {name} of '{hf_path}' from the Hugging Face hub: {error}",

@@ -19,3 +19,5 @@ class ImportResult(ParityResult):
 
     licence: str
     """As the folder gives it, or ``unknown``."""
+    hub_commit: str | None = None
+    """Of a model on a hub: what was newest, unless its id named one."""

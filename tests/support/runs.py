@@ -26,6 +26,7 @@ def tiny(model: Path, text_file: Path, run_dir: Path, seq_length: int = 64) -> l
     return [
         f"model.hf_path={model}",
         f"data.sources=[{text_file}]",
+        "data.heldout_sources=[]",
         "data.text_field=text",
         f"data.seq_length={seq_length}",
         f"run_dir={run_dir}",

@@ -244,7 +244,7 @@ def test_every_large_recipe_has_a_small_budget() -> None:
 def test_small_budget_differs_only_where_the_miniature_does(
     recipe: str, compose: Callable[..., Any]
 ) -> None:
-    replaced = [*settings("distill", **DISTILL), "stages.prepare_data.max_documents=1"]
+    replaced = [*settings("distill", **DISTILL), "stages.prepare_data.max_tokens=1"]
     whole, small = (
         OmegaConf.to_container(compose(f"recipe={name}", *replaced).stages, resolve=True)
         for name in (recipe, f"{recipe}_small")

@@ -156,6 +156,7 @@ def test_shapes_are_compared(even_llama: Path, text_file: Path, tmp_path: Path) 
         shapes,
         *("--out", str(out), "--steps=2", "--lr", "1e-3", "--"),
         *(f"model.hf_path={even_llama}", f"data.sources=[{text_file}]", "data.text_field=text"),
+        "data.heldout_sources=[]",
         *(f"data.seq_length={SEQ_LENGTH}", "stages.successive_halving.num_candidates=1"),
         "stages.enumerate_shapes.budget.parameters=0.85",  # a layer of four is a fifth
         *(f"{space}.hidden_size_divisor=8", f"{space}.ffn_hidden_size_divisor=8"),

@@ -5,8 +5,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
-from nemo_convert.hub import is_hub_id, read_hf_config
+from nemo_convert import hf
+from nemo_convert.hf import hub_commit
+from nemo_convert.hub import in_reach, is_hub_id, read_hf_config
 from nemo_convert.smollm2 import HF_CONFIG, MEMBER
 from recipes.core.errors import RecipeError
 from recipes.core.files import sha256_of
@@ -72,12 +75,16 @@ def test_model_name_fits_a_file_name(hf_path: str, name: str) -> None:
     assert short_name(hf_path) == name
 
 
-@pytest.mark.parametrize("source", ["gpt2", "org/name", "org/name-1.5_b"])
+@pytest.mark.parametrize(
+    "source", ["gpt2", "org/name", "org/name-1.5_b", "org/name@0a1b", "gpt2@v1.0"]
+)
 def test_hub_ids(source: str) -> None:
     assert is_hub_id(source)
 
 
-@pytest.mark.parametrize("source", ["/a/b", "a/b/c", "a b", "~/model", "org/", ""])
+@pytest.mark.parametrize(
+    "source", ["/a/b", "a/b/c", "a b", "~/model", "org/", "", "org/name@", "@main"]
+)
 def test_not_hub_ids(source: str) -> None:
     assert not is_hub_id(source)
 
@@ -89,6 +96,28 @@ def test_relative_paths_that_do_not_exist_are_not_hub_ids(
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     assert not is_hub_id(source)
+
+
+def test_a_commit_of_a_hub_model_is_the_one_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a cache as ``huggingface_hub`` lays it out, with two commits of one model."""
+    newest, older = "a" * 40, "b" * 40
+    model = tmp_path / "models--org--name"
+    for commit in (newest, older):
+        (model / "snapshots" / commit).mkdir(parents=True)
+        (model / "snapshots" / commit / "config.json").write_text(json.dumps({"is": commit}))
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(newest)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert read_hf_config("org/name") == {"is": newest}
+    assert read_hf_config(f"org/name@{older}") == {"is": older}
+    assert in_reach(f"org/name@{older}")
+    assert not in_reach(f"org/name@{'c' * 40}")
+    assert hub_commit(hf.resolve(f"org/name@{older}")) == older
+    assert hub_commit(hf.resolve("org/name")) == newest
+    assert hub_commit(tmp_path) is None
 
 
 def test_existing_folder_is_no_hub_id(hf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
