@@ -66,7 +66,7 @@ class DocumentTokenizer:
             yield from ((self.encode(texts), item) for texts, item in batches)
             return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, _start, (self,)) as pool:
+        with ProcessPoolExecutor(processes, context, _start, (self, os.getpid())) as pool:
             waiting: deque[tuple[Future[list[np.ndarray]], ItemT]] = deque()
             source = iter(batches)
             try:
@@ -85,8 +85,10 @@ _here: list[DocumentTokenizer] = []
 """The tokenizer of a process that encodes for another."""
 
 
-def _start(tokenizer: DocumentTokenizer) -> None:
+def _start(tokenizer: DocumentTokenizer, parent: int) -> None:
     die_with_parent()
+    if os.getppid() != parent:  # it died before it could take this process with it
+        os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _here.append(tokenizer)
 

@@ -8,6 +8,7 @@ import multiprocessing
 import re
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,8 +134,10 @@ def test_killed_work_goes_on_to_the_same_bytes(
         process.start()
         while process.is_alive() and _lines(metrics) < lines:
             time.sleep(0.001)
+        children = _children(process.pid)
         process.kill()
         process.join()
+        _wait_until(lambda: not any(map(_runs, children)))
         assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed"
     with preparation.Ledger(tmp_path / "ledger.sqlite") as ledger:
         kept = ledger.progress()
@@ -143,6 +146,22 @@ def test_killed_work_goes_on_to_the_same_bytes(
     done = prepare(cfg, tokenizer, tmp_path, LOG)
     assert done == whole[1]
     assert content(tmp_path) == content(whole[0])
+
+
+def _children(pid: int | None) -> list[Path]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [Path(f"/proc/{child}/stat") for child in found]
+
+
+def _runs(stat: Path) -> bool:
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _lines(file: Path) -> int:
