@@ -61,8 +61,8 @@ def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
     settings = settings_of(cfg)
     hf_path = settings.hf_path  # first: stages that have it as a field would say less
     configs = typed_stages(cfg)
-    only = None if settings.only is None else _known(settings.only, configs, "stages.only")
-    force = _known(settings.force, configs, "force")
+    only = None if settings.only is None else known_stages(settings.only, configs, "stages.only")
+    force = known_stages(settings.force, configs, "force")
     order = _order(configs)
     chain = chain_of(cfg, hf_path, configs, run_dir)
     gates = _gates(settings, configs)
@@ -154,7 +154,14 @@ def _gates(settings: RunSettings, configs: Mapping[str, StageConfig]) -> tuple[G
     return gates
 
 
-def _known(names: Iterable[str], configs: Mapping[str, StageConfig], where: str) -> set[str]:
+def known_stages(
+    names: Iterable[str], configs: Mapping[str, StageConfig], where: str
+) -> set[str]:
+    """The stages that a setting names.
+
+    Raises:
+        RecipeError: One of them is not in the recipe.
+    """
     for name in names:
         if name not in configs:
             raise RecipeError(

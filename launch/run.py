@@ -28,6 +28,7 @@ from launch.hydra_errors import explain, require_choices
 from launch.judge import require_gates
 from launch.plan import Plan, make_plan
 from launch.planned import PlannedStage
+from launch.rehearse import rehearse
 from launch.settings import RunSettings, settings_of
 from launch.staleness import SKIP
 from launch.trackers import open_tracker, require_tracker
@@ -62,6 +63,9 @@ def run(cfg: DictConfig, recipe: str) -> None:
     began = time.monotonic()
     settings = settings_of(cfg)
     run_dir = _run_dir(settings, recipe)
+    if settings.rehearse is not False:
+        rehearse(cfg, settings, run_dir, console)
+        return
     _require_same_recipe(run_dir, recipe)
     require_tracker(settings.tracker_name)
     executor, cluster = executor_of(cfg.cluster)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Annotated
+from typing import Annotated, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -29,6 +29,8 @@ class RunSettings:
     """Each tracker has its own, and a ``name``."""
     run_dir: Annotated[str, matching(".+", "a directory")] | None = None
     dry_run: bool = False
+    rehearse: Any = False
+    """``true``, or ranks; see ``launch.rehearse``."""
     skip_rules: list[Annotated[str, one_of(*RULES)]] = field(default_factory=list)
     force: list[str] = field(default_factory=list)
     gates: list[str] = field(default_factory=list)

@@ -4,6 +4,7 @@ The rule of layers: a room imports only from rooms below it, rooms on one line d
 other, no stage imports another, and no files import each other in a circle.
 
     launch, benchmarks
+    rehearsal
     stages
     report
     search

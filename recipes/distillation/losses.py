@@ -231,6 +231,32 @@ def _bucketed(
     return value, slope
 
 
+def _write(
+    losses: Tensor,
+    gradient: Tensor | None,
+    student: Tensor,
+    teacher: Tensor | TopK,
+    loss: LogitsLoss,
+    group: ProcessGroup | None,
+) -> None:
+    """Fills in the losses [n, 1] of a chunk, and the gradient, perhaps over the teacher's logits.
+
+    On return its buffers are free: in the caller's loop they would live on beside the next ones.
+    """
+    temperature = loss.temperature
+    log_q = _log_softmax(student, temperature, group)
+    if not isinstance(teacher, TopK) and loss.top_k is not None:
+        teacher = top_k(teacher, loss.top_k, temperature, group, loss.chunk_bytes)
+    if isinstance(teacher, TopK):
+        losses[:], slope = _bucketed(teacher, log_q, loss, group)
+    else:
+        log_p = _log_softmax(teacher, temperature, group)
+        losses[:], slope = DIVERGENCES[loss.kind](log_p, log_q, loss, group)
+    if gradient is not None:
+        # Of T² the inner derivative, 1/T, leaves T.
+        gradient[:] = slope() if temperature == 1 else slope().mul_(temperature)
+
+
 class _Distillation(torch.autograd.Function):
     """Loss per token, with the gradient computed in the forward pass."""
 
@@ -252,19 +278,10 @@ class _Distillation(torch.autograd.Function):
             else:
                 gradient = torch.empty_like(student)
         for rows in _chunks(student, loss.chunk_bytes):
-            log_q = _log_softmax(student[rows], temperature, group)
-            if isinstance(teacher, TopK):
-                known = TopK(teacher.indices[rows], teacher.log_probs[rows])
-                losses[rows], slope = _bucketed(known, log_q, loss, group)
-            elif loss.top_k is not None:
-                known = top_k(teacher[rows], loss.top_k, temperature, group, loss.chunk_bytes)
-                losses[rows], slope = _bucketed(known, log_q, loss, group)
-            else:
-                log_p = _log_softmax(teacher[rows], temperature, group)
-                losses[rows], slope = DIVERGENCES[loss.kind](log_p, log_q, loss, group)
-            if gradient is not None:
-                # Of T² the inner derivative, 1/T, leaves T.
-                gradient[rows] = slope() if temperature == 1 else slope().mul_(temperature)
+            known = isinstance(teacher, TopK)
+            part = TopK(*(t[rows] for t in teacher)) if known else teacher[rows]
+            slopes = None if gradient is None else gradient[rows]
+            _write(losses[rows], slopes, student[rows], part, loss, group)
         ctx.save_for_backward(gradient)
         return losses.mul_(temperature**2).squeeze(1)
 

@@ -24,7 +24,8 @@ from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
 CHUNK_BYTES = 512 << 20
 """A float32 buffer of the loss on a GPU; see ``distillation.losses``."""
-CHUNK_BUFFERS = 4
+CHUNK_BUFFERS, CHUNK_BUFFERS_READING = 3, 2
+"""Of which so many are alive at once: in training, and where a teacher's top-k is taken."""
 FRAGMENTATION = 1.05
 """Memory that an allocator holds for what is used; an assumption."""
 OPTIMIZER_TRAFFIC = 30
@@ -103,11 +104,14 @@ def activation_bytes(arch: Architecture, layout: Layout, tokens: float) -> float
     """Bytes that a layer's forward pass keeps of so many tokens for the backward pass, in bf16.
 
     Kept are inputs and outputs of both norms, queries, keys, values and the attention's output,
-    both halves of the first feed-forward product and their gated product. The first four are whole
-    on every tensor-parallel rank unless the sequence is split too.
+    both halves of the first feed-forward product and their gated product; where queries and keys
+    are normalised, what goes into that, too. The first four are whole on every tensor-parallel rank
+    unless the sequence is split too.
     """
     whole = 4 * arch.hidden_size
     heads = 2 * (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
+    if arch.qk_layernorm:
+        heads += (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
     width = arch.ffn_hidden_size
     if arch.num_moe_experts:
         width = arch.moe_router_topk * arch.moe_ffn_hidden_size
@@ -120,10 +124,11 @@ def activation_bytes(arch: Architecture, layout: Layout, tokens: float) -> float
 def memory(job: Workload, hardware: Hardware) -> Memory:
     """Memory of the fullest rank of any pipeline stage."""
     stages = range(job.layout.pipeline)
-    return max((_stage_memory(job, hardware, s) for s in stages), key=lambda m: m.total)
+    return max((stage_memory(job, hardware, s) for s in stages), key=lambda m: m.total)
 
 
-def _stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
+def stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
+    """Memory of a rank of one pipeline stage, counted from 0."""
     layout = job.layout
     size = 2 if job.bf16 else 4
     parts = {"reserved": hardware.reserved_bytes}
@@ -149,28 +154,35 @@ def _stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
 
 
 def _held_activations(arch: Architecture, job: Workload, stage: int, tokens: float) -> float:
-    """Of all micro batches that a stage has begun and not finished (1F1B)."""
+    """Of all micro batches that a stage has begun and not finished (1F1B), at its peak.
+
+    That is in the loss, between the norms of the last layer and the head; in a stage that has no
+    loss, in the midst of a layer, of the teacher's or in the backward pass.
+    """
     layout = job.layout
     layer = activation_bytes(arch, layout, tokens)
     layers = _stage_layers(arch, layout, stage)
     begun = min(layout.pipeline - stage, job.micro_batches)
+    whole = 2 * tokens * arch.hidden_size
+    split = layout.tensor if layout.sequence_parallel else 1
+    gathered = whole if split > 1 else 0  # the buffer of the sequence's all-gather stays
+    last = 2 * whole / split if stage == layout.pipeline - 1 else layer
     if layout.recompute_granularity == "full":
-        split = layout.tensor if layout.sequence_parallel else 1
-        inputs = 2 * tokens * arch.hidden_size / split
-        return begun * layers * inputs + layer
-    return begun * layers * layer
+        return begun * layers * whole / split + layer + gathered
+    return begun * layers * layer + last + gathered
 
 
 def _logits_bytes(job: Workload, hardware: Hardware, tokens: float) -> float:
-    """Logits of both models and a gradient for each term of the loss, and the loss's buffers.
+    """Logits, a gradient for each term of the loss, and the loss's buffers.
 
-    A teacher alone has its logits twice for a moment: Megatron puts the batch's axis first.
+    The teacher's logits are overwritten with the gradient of the term that compares them.
     """
     shape = job.trained or job.teacher
     assert shape is not None
-    tensors = 2 if job.trained is None else 1 + job.terms + (job.teacher is not None)
+    tensors = 1 if job.trained is None else 1 + job.terms
     one = tokens * shape.vocab_size / job.layout.tensor
-    buffers = CHUNK_BUFFERS * min(CHUNK_BYTES, 4 * one) if hardware.on_gpu else 0
+    alive = CHUNK_BUFFERS_READING if job.trained is None else CHUNK_BUFFERS
+    buffers = alive * min(CHUNK_BYTES, 4 * one) if hardware.on_gpu else 0
     return tensors * one * (2 if job.bf16 else 4) + buffers
 
 

@@ -1,0 +1,166 @@
+"""Rehearses a recipe's stages at full size on this machine: ``rehearse=true``, or ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from launch.machine import chain_of
+from launch.plan import known_stages, typed_stages
+from launch.planned import load_stage, stage_of
+from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT
+from recipes.planning.chain import Chain
+from recipes.planning.estimate import FRAGMENTATION, Memory, stage_memory
+from recipes.planning.problems import require_none
+from recipes.planning.published_configs import read_config_or_published
+from recipes.planning.rules import require_known
+from recipes.rehearsal.job import Job, Rehearsed, jobs_of
+from recipes.rehearsal.peers import unmatched
+
+KINDS = tuple(part.name for part in fields(Memory) if part.name != "reserved")
+Found = list[tuple[Job, Rehearsed]]
+
+
+def rehearse(cfg: DictConfig, run_dir: Path, console: Console) -> None:
+    """Rehearses the stages that compute on a device, and shows their memory beside the plan's.
+
+    Raises:
+        RecipeError: The settings are wrong, or a rehearsal failed.
+    """
+    ranks = _ranks(cfg.rehearse)
+    configs = typed_stages(cfg)
+    only = known_stages(cfg.stages.get("only"), configs, "stages.only")
+    wanted = [name for name in configs if only is None or name in only]
+    chain = chain_of(cfg, configs, run_dir)
+    stages = {name: stage_of(config) for name, config in configs.items()}
+    problems = (p for name in wanted for p in stages[name].problems(configs[name], chain))
+    require_none(problems, require_known(cfg.skip_rules))
+    hf_config, _ = read_config_or_published(chain.hf_path)
+    jobs = jobs_of(chain, stages, wanted, hf_config, ranks)
+    if not jobs:
+        raise RecipeError(
+            f"there is nothing to rehearse: no stage computes on a device and has {_said(ranks)}.",
+            "rehearse=true, and leave stages.only out",
+        )
+    found: Found = []
+    for job, one in zip(jobs, _run(jobs), strict=True):
+        state = "failed" if one.error else "done"
+        console.print(f"{job.name}, rank {job.rank} of {job.world}: {state} in {one.seconds:.0f} s")
+        if one.error:
+            console.print(one.error, markup=False, style="red")
+        found.append((job, one))
+    console.print(_table(found, chain))
+    mistakes = [*unmatched(found), *_too_large(found, chain)]
+    for mistake in mistakes:
+        console.print(mistake, markup=False, style="red")
+    failed = sum(one.error is not None for _, one in found) + len(mistakes)
+    if failed:
+        raise RecipeError(f"the rehearsal found {failed} mistake(s); see above.")
+
+
+def _ranks(given: Any) -> list[int] | None:
+    """Ranks that were asked for; ``None`` for the usual ones."""
+    if given is True:
+        return None
+    listed = list(given) if isinstance(given, ListConfig) else [given]
+    if not all(type(rank) is int and rank >= 0 for rank in listed):
+        raise RecipeError(
+            f"rehearse={given} is not true, and no list of ranks.",
+            "rehearse=true, or 'rehearse=[0,767]'",
+        )
+    return listed
+
+
+def _said(ranks: Sequence[int] | None) -> str:
+    return "any rank" if ranks is None else f"rank {' or '.join(map(str, ranks))}"
+
+
+def _run(jobs: Sequence[Job]) -> Iterator[Rehearsed]:
+    """Rehearses in another process, which is good for nothing else afterwards."""
+    with tempfile.TemporaryDirectory() as temporary:
+        file, log = Path(temporary) / "jobs.json", Path(temporary) / "log"
+        file.write_text(json.dumps([asdict(job) for job in jobs]), encoding="utf-8")
+        command = [sys.executable, "-m", "recipes.rehearsal.worker", str(file)]
+        with (
+            log.open("w") as errors,
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
+            ) as worker,
+        ):
+            assert worker.stdout is not None
+            done = 0
+            for line in worker.stdout:
+                done += 1
+                yield Rehearsed.of(json.loads(line))
+        if done < len(jobs):
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-10:])
+            raise RecipeError(f"the rehearsal ended early:\n{tail}")
+
+
+def _too_large(found: Found, chain: Chain) -> Iterator[str]:
+    """Peaks that the devices, if they are known, have no room for."""
+    hardware = chain.hardware
+    for job, one in found:
+        held = sum(one.peak.values()) * FRAGMENTATION + hardware.reserved_bytes
+        room = hardware.memory_of_rank(job.devices)
+        if hardware.on_gpu and held > room:
+            yield (
+                f"{job.name}: rank {job.rank} takes {held / 1e9:.1f} GB at its peak, but a "
+                f"{hardware.name} has {room / 1e9:.1f} GB"
+            )
+
+
+def _table(found: Found, chain: Chain) -> Table:
+    """Peak memory by kind: as rehearsed / as planned."""
+    title = "Memory at the peak, GB: rehearsed / planned"
+    table = Table(title=title, title_justify="left", box=None)
+    for column in ("stage", "rank", *KINDS, "total", "difference"):
+        table.add_column(column)
+    for job, one in found:
+        if one.error:
+            continue
+        peak, plan = dict(one.peak), planned(job, chain)
+        if plan is not None and not plan.weights:  # a model that only reads is the teacher
+            peak["teacher"] = peak.pop("weights", 0)
+        if plan is None:
+            cells = [f"{peak.get(kind, 0) / 1e9:.2f}" for kind in KINDS]
+            rest = [f"{sum(peak.values()) / 1e9:.2f}", ""]
+        else:
+            cells = [_both(peak.get(kind, 0), getattr(plan, kind)) for kind in KINDS]
+            total, thought = sum(peak.values()), sum(getattr(plan, kind) for kind in KINDS)
+            rest = [_both(total, thought), f"{total / thought - 1:+.0%}"]
+        row = [job.name, f"{job.rank}", *cells, *rest]
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _both(rehearsed: float, plan: float) -> str:
+    return f"{rehearsed / 1e9:.2f} / {plan / 1e9:.2f}"
+
+
+def planned(job: Job, chain: Chain) -> Memory | None:
+    """What the planner says of a job's pipeline stage; ``None`` where it has no model of it."""
+    spec = load_stage(job.stage)
+    if spec.workload is None:
+        return None
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(spec.config), job.config))
+    workload = spec.workload(config, chain)
+    stage = job.rank // (job.world // workload.layout.pipeline)
+    return stage_memory(workload, replace(chain.hardware, kind="gpu"), stage)

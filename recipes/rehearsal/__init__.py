@@ -1,0 +1,1 @@
+"""Stages run at full size on a machine without a GPU: their own code, weightless tensors."""

@@ -1,0 +1,119 @@
+"""Checkpoints that are not there: what is asked of one is held to its model's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_inplace,
+    extract_matching_values,
+    nested_values,
+)
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+    apply_factory_merges,
+)
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+from nemo_convert import nemo, streaming
+from nemo_convert.families import FAMILIES
+
+HEAD = "output_layer.weight"
+"""Is not stored where it is the embedding."""
+
+
+class CheckpointError(Exception):
+    """A weight that the checkpoint has not, or not in this shape."""
+
+
+def stand_in() -> None:
+    """Replaces reading and writing of checkpoints, for good."""
+    dist_checkpointing.load = _load
+    dist_checkpointing.save = _save
+    dist_checkpointing.load_content_metadata = lambda *args, **kwargs: None
+    setattr(streaming, "read_weights", _read_weights)
+    dist_checkpointing.load_tensors_metadata = _metadata
+    dist_checkpointing.load_common_state_dict = lambda *args, **kwargs: {}
+
+
+def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
+    """The tensors that were asked for, as they are; all of them are in the checkpoint."""
+    state = sharded_state_dict
+    factories, _ = extract_matching_values(
+        state, lambda item: isinstance(item, ShardedTensorFactory), return_lists_as_dicts=True
+    )
+    apply_factories(state)
+    stored = _stored(Path(checkpoint_dir).parent)
+    for item in nested_values(state):
+        if isinstance(item, ShardedTensor):
+            _require_stored(item, stored)
+
+    def read(item: Any) -> Any:
+        if isinstance(item, ShardedTensor):
+            if item.data is None:
+                item.init_data("cpu")
+            return item.data
+        return None if isinstance(item, ShardedObject) else item
+
+    dict_list_map_inplace(read, state)
+    return apply_factory_merges(state, factories)
+
+
+def _stored(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Global shapes in a checkpoint of weights, by key."""
+    arch = nemo.architecture_of(checkpoint)
+    rows = FAMILIES[arch.hf_architecture].weights
+    return {
+        f"module.{row.stored}": (*row.counts(arch).values(), *row.shape(arch))
+        for row in rows
+        if not (arch.tied_embeddings and row.megatron == HEAD)
+    }
+
+
+def _metadata(checkpoint_dir: str, *args: Any) -> dict[str, ShardedTensor]:
+    """What a checkpoint says of its tensors."""
+    checkpoint = Path(checkpoint_dir).parent
+    dtype = getattr(torch, nemo.read_config(checkpoint)["torch_dtype"])
+    return {
+        key: ShardedTensor.from_rank_offsets(key, torch.empty(shape, dtype=dtype, device="meta"))
+        for key, shape in _stored(checkpoint).items()
+    }
+
+
+def _read_weights(
+    weights: Path, leading: Mapping[str, int]
+) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
+    """One weight after the other, as ``streaming.read_weights`` gives them."""
+    for key, item in _metadata(str(weights)).items():
+        axes = leading[key]
+        for place in product(*(range(size) for size in item.global_shape[:axes])):
+            yield key, place, torch.empty(item.global_shape[axes:], dtype=item.dtype)
+
+
+def _require_stored(item: ShardedTensor, stored: dict[str, tuple[int, ...]]) -> None:
+    if item.key not in stored:
+        raise CheckpointError(f"{item.key} is not in a checkpoint of this model")
+    wanted, found = tuple(item.global_shape), stored[item.key]
+    if item.allow_shape_mismatch:  # a vocabulary, which each layout pads to another length
+        wanted, found = wanted[1:], found[1:]
+    if wanted != found:
+        raise CheckpointError(f"{item.key} is {stored[item.key]} in the checkpoint, not {wanted}")
+
+
+def _save(
+    sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any
+) -> AsyncRequest | None:
+    """Checks what would be written, and writes nothing."""
+    apply_factories(sharded_state_dict)
+    for item in nested_values(sharded_state_dict):
+        if isinstance(item, ShardedTensor):
+            item.validate_metadata_integrity()
+    return AsyncRequest(None, (), []) if kwargs.get("async_sharded_save") else None

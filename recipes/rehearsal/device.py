@@ -1,0 +1,294 @@
+"""A device that is not there: CUDA as the stages' code sees it, without weight and without a GPU.
+
+Tensors are on a Python-backed device that autograd knows, and ``FakeTensorMode`` gives them shape,
+type and device but no memory, and refuses to mix devices. Everything that is redirected for it is
+here, each with its reason. A process that has called ``stand_in`` is good for rehearsals only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _setup_privateuseone_for_python_backend,
+)
+from torch.utils.weak import WeakIdKeyDictionary
+
+NAME = "fakecuda"
+DEVICE = torch.device("privateuseone:0")
+"""Called ``NAME`` once ``stand_in`` has been called."""
+aten = torch.ops.aten
+CAPABILITY = (9, 0)
+MEMORY_BYTES = 80 << 30
+TYPES = {torch.bfloat16: "torch.cuda.BFloat16Tensor", torch.float32: "torch.cuda.FloatTensor"}
+
+
+class _Nothing:
+    """Stands in for streams and events: what has no weight takes no time."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self
+
+    def __enter__(self) -> _Nothing:
+        return self
+
+    def __exit__(self, *error: Any) -> None: ...
+
+
+def _returns(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+class _Module(_DummyBackendModule):  # type: ignore[misc]
+    """What PyTorch asks of a device's module."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """Types of automatic mixed precision."""
+        return [torch.bfloat16, torch.float16]
+
+
+def stand_in() -> None:
+    """Gives this process GPUs, for good; before anything else of the stack is imported."""
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    properties = SimpleNamespace(
+        name="rehearsal", major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=MEMORY_BYTES
+    )
+    answers = {
+        "is_available": True,
+        "is_initialized": True,
+        "current_device": 0,
+        "get_device_capability": CAPABILITY,
+        "get_device_name": "rehearsal",
+        "get_device_properties": properties,
+        "is_bf16_supported": True,
+        "memory_allocated": 0,
+        "memory_reserved": 0,
+        "max_memory_allocated": 0,
+        "max_memory_reserved": 0,
+        "mem_get_info": (MEMORY_BYTES, MEMORY_BYTES),
+        "current_stream": _Nothing(),
+        "default_stream": _Nothing(),
+        "stream": _Nothing(),
+    }
+    nothing = (
+        "init _lazy_init _lazy_call set_device synchronize empty_cache ipc_collect manual_seed "
+        "reset_peak_memory_stats manual_seed_all set_rng_state memory_stats"
+    )
+    for name, value in {**answers, **dict.fromkeys(nothing.split())}.items():
+        setattr(torch.cuda, name, _returns(value))
+    torch.cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    state = torch.zeros(8, dtype=torch.uint8)
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = _returns(state)
+    torch.cuda.Stream = torch.cuda.Event = _Nothing  # type: ignore[assignment,misc]
+    kind_of = torch.Tensor.type
+
+    def kind(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Megatron compares the type of a parameter with names of CUDA's."""
+        if args or kwargs or tensor.device != DEVICE or tensor.dtype not in TYPES:
+            return kind_of(tensor, *args, **kwargs)
+        return TYPES[tensor.dtype]
+
+    torch.Tensor.type = kind  # type: ignore[method-assign,assignment]
+    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
+
+
+def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Moves or casts in place, as on a GPU; PyTorch gives up where a weightless weight is held."""
+    if recurse:
+        for child in module.children():
+            child._apply(fn)
+    for values in (module._parameters, module._buffers):
+        for name, old in values.items():
+            if old is None:
+                continue
+            with torch.no_grad():
+                new = fn(old)
+            if new is old or name in module._buffers:
+                values[name] = new
+                continue
+            torch._C._swap_tensor_impl(old, nn.Parameter(new, old.requires_grad))
+            old.fake_device = new.device  # type: ignore[attr-defined]
+    return module
+
+
+@contextmanager
+def weightless() -> Iterator[None]:
+    """Makes tensors without weight, and sends what is meant for CUDA to the device."""
+    with ExitStack() as stack:
+        for mode in (FakeTensorMode(allow_non_fake_inputs=True), _Answers(), _Redirect()):
+            stack.enter_context(mode)
+        yield
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
+
+
+class _Redirect(TorchFunctionMode):
+    """CUDA by its name, in factories and moves; and what has no weightless form."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)  # which needs a driver
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = DEVICE
+        if (other := REDIRECTED.get(func)) is not None:
+            return other(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _to(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if args and _is_cuda(args[0]):
+        args = (DEVICE, *args[1:])
+    return func(tensor, *args, **kwargs)
+
+
+def _to_device(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return tensor.to(DEVICE)
+
+
+def _tensor(func: Any, data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+    """Of numbers: made on the CPU, and moved."""
+    if isinstance(data, (list, tuple)):
+        data = tree_map_only(Tensor, Tensor.item, data)
+    made: Tensor = func(data, *args, **kwargs)
+    return made if device is None or torch.device(device).type == "cpu" else made.to(DEVICE)
+
+
+def _copy(func: Any, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """Not of its attributes, one of which is what it is made of."""
+    made = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    memo[id(tensor)] = made
+    return made
+
+
+def _split(func: Any, tensor: Tensor, sizes: Any, dim: int = 0) -> Any:
+    """In equal parts where the sizes were read from the device, which knows none."""
+    if isinstance(sizes, (list, tuple)) and sum(sizes) != tensor.shape[dim]:
+        return tensor.tensor_split(len(sizes), dim)
+    return func(tensor, sizes, dim)
+
+
+def _set_item(func: Any, tensor: Tensor, index: Any, value: Any) -> None:
+    """A number assigned by a mask would become a scalar on real CUDA."""
+    if isinstance(value, (int, float)) and isinstance(index, Tensor) and index.dtype == torch.bool:
+        while index.dim() < tensor.dim():
+            index = index.unsqueeze(-1)
+        tensor.masked_fill_(index, value)
+    else:
+        func(tensor, index, value)
+
+
+def _attention(func: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Any:
+    """Fused attention, which PyTorch would compose of others on a device that it does not know."""
+    return _FusedAttention.apply(query, key, value)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what flash attention keeps: its inputs, its output, and one number per query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        shape = (*query.shape[:-1], value.shape[-1])
+        if key.shape[-2] != value.shape[-2] or query.shape[-1] != key.shape[-1]:
+            raise ValueError(f"attention of {query.shape} to {key.shape}, {value.shape}")
+        # In memory as the kernel has it: tokens before heads.
+        context = query.new_empty(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, context, query.new_empty(shape[:-1]).float())
+        return context
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _is_on_gpu(func: Any, tensor: Tensor) -> bool:
+    return bool(tensor.device == DEVICE)
+
+
+REDIRECTED: dict[Any, Callable[..., Any]] = {
+    torch.tensor: _tensor,
+    torch.as_tensor: _tensor,
+    Tensor.to: _to,
+    Tensor.split: _split,
+    Tensor.__deepcopy__: _copy,
+    Tensor.__format__: lambda func, tensor, spec: format(tensor.item(), spec),
+    Tensor.cuda: _to_device,
+    Tensor.pin_memory: lambda func, tensor, *args: tensor,
+    Tensor.bincount: lambda func, tensor: tensor.new_ones(1),
+    Tensor.is_cuda.__get__: _is_on_gpu,
+    Tensor.__setitem__: _set_item,
+    torch.nn.functional.scaled_dot_product_attention: _attention,
+}
+
+
+def _number(known: Tensor) -> Any:
+    with unset_fake_temporarily():
+        return known.item()
+
+
+def _every(index: Tensor | None) -> list[Tensor | None]:
+    """A mask as the indices of all that it could choose, which is how many may be needed."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [index.new_empty(index.numel(), dtype=torch.int64)] * index.dim()
+
+
+class _Answers(TorchDispatchMode):
+    """Answers where code reads a number: what has no weight has no value either.
+
+    A number that was put on the device is what the other ranks say of it, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return self._value(args[0])
+        if func is aten.equal.default:
+            return True
+        if func is aten._to_copy.default and kwargs.get("device") == DEVICE:
+            return self._move(func, args[0], kwargs)
+        if func is aten.index.Tensor:
+            args = (args[0], [i for index in args[1] for i in _every(index)])
+        if func._schema.is_mutable and func.namespace == "aten" and isinstance(args[0], Tensor):
+            self._known.pop(args[0], None)
+        return func(*args, **kwargs)
+
+    def _value(self, tensor: FakeTensor) -> Any:
+        if tensor.constant is not None:
+            return _number(tensor.constant)
+        if tensor in self._known:
+            return self._known[tensor]
+        return True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
+
+    def _move(self, func: Any, tensor: FakeTensor, kwargs: Any) -> Tensor:
+        """Without what it is known to be made of, which would be moved for real."""
+        known, tensor.constant = tensor.constant, None
+        moved: Tensor = func(tensor, **kwargs)
+        if known is not None and known.numel() == 1:
+            self._known[moved] = _number(known)
+        return moved

@@ -1,0 +1,126 @@
+"""One rank of one stage: the stage's own ``run``, on a device that is not there."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from recipes.core.manifest import ARTIFACT, WORK
+from recipes.distillation import losses, objective
+from recipes.rehearsal import checkpoints, device, materials
+from recipes.rehearsal.job import Job, Rehearsed
+from recipes.rehearsal.memory import Memory
+from recipes.rehearsal.messages import Checked
+from recipes.stages.contract import Stage
+
+FRAMES = 5
+TEACHER = "_teacher_model."
+"""In the names of the weights of ModelOpt's teacher."""
+
+
+def stand_in() -> None:
+    """Replaces what needs weights or other ranks, for good."""
+    checkpoints.stand_in()
+    losses.CHUNK_BYTES[device.NAME] = losses.CHUNK_BYTES["cuda"]
+    begin = objective.LossReduction.__init__
+
+    def __init__(self: Any, what: objective.Objective) -> None:  # noqa: N807
+        """The first pipeline stage has its losses from the last, which is not there to tell."""
+        begin(self, what)
+        self.last = dict.fromkeys(("loss", *what.weights), 1.0)
+
+    setattr(objective.LossReduction, "__init__", __init__)
+
+
+def rehearse(job: Job) -> Rehearsed:
+    """Runs the stage once; an error is a finding."""
+    os.environ.update(_environment(job))
+    stage: Stage[Any] = importlib.import_module(f"recipes.stages.{job.stage}").STAGE
+    merged = OmegaConf.merge(OmegaConf.structured(stage.config), job.config)
+    checked, memory = Checked(), Memory(job.vocabulary)
+    began = time.monotonic()
+    error = None
+    with tempfile.TemporaryDirectory() as temporary:
+        run_dir = Path(temporary)
+        out = run_dir / job.name / WORK / ARTIFACT
+        out.mkdir(parents=True)
+        try:
+            inputs = materials.inputs(job, run_dir)
+            _name_what_stays(memory)
+            with device.weightless(), memory, checked:
+                stage.run(OmegaConf.to_object(merged), inputs, out)
+        except Exception:
+            error = _told()
+    return Rehearsed(
+        seconds=round(time.monotonic() - began, 1),
+        error=error,
+        peak={kind: size for kind, size in memory.peak.items() if size},
+        sent=checked.sent,
+        expected=checked.expected,
+    )
+
+
+def _told() -> str:
+    """The error at hand, and where it was, without the frames of what replaces the device."""
+    _, error, where = sys.exc_info()
+    frames = [
+        frame
+        for frame in traceback.extract_tb(where)
+        if "/torch/" not in frame.filename and "/recipes/rehearsal/" not in frame.filename
+    ]
+    return "".join(traceback.format_list(frames[-FRAMES:])) + f"{type(error).__name__}: {error}"
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """What torchrun would tell the rank."""
+    return {
+        "RANK": str(job.rank),
+        "LOCAL_RANK": str(job.rank % job.devices),
+        "WORLD_SIZE": str(job.world),
+        "LOCAL_WORLD_SIZE": str(job.devices),
+        "GROUP_RANK": str(job.rank // job.devices),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29500",
+        "TORCHELASTIC_RUN_ID": "rehearsal",
+    }
+
+
+def _name_what_stays(memory: Memory) -> None:
+    """Tells weights, gradients and optimizer states from activations, as they come to be used."""
+    seen: set[int] = set()
+    steps: list[Optimizer] = []
+
+    def before_forward(module: nn.Module, args: Any) -> None:
+        if id(module) not in seen:
+            seen.add(id(module))
+            _name_weights(memory, module)
+
+    def after_step(optimizer: Optimizer, *args: Any) -> None:
+        for main in (weight for group in optimizer.param_groups for weight in group["params"]):
+            states = optimizer.state[main].values()
+            memory.name("optimizer", [main, *(s for s in states if isinstance(s, Tensor))])
+        if not steps:
+            memory.begin()  # the next step is like all that follow
+        steps.append(optimizer)
+
+    nn.modules.module.register_module_forward_pre_hook(before_forward)
+    register_optimizer_step_post_hook(after_step)
+
+
+def _name_weights(memory: Memory, module: nn.Module) -> None:
+    for name, weight in module.named_parameters():
+        memory.name("teacher" if TEACHER in name else "weights", [weight])
+    if isinstance(module, DistributedDataParallel):
+        for buffer in (*module.buffers, *module.expert_parallel_buffers):
+            memory.name("gradients", [buffer.grad_data])

@@ -1,0 +1,132 @@
+"""Rehearses jobs, some with a defect planted: ``planted.py JOBS`` (JSON: [job, defect or null])."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from recipes.rehearsal.job import Job, Rehearsed
+from recipes.rehearsal.worker import in_fork, prepare
+
+
+def mix_devices() -> None:
+    """A tensor is made on the CPU, where the logits are on the GPU."""
+    import torch
+
+    from recipes.distillation import model
+
+    loss = model.distillation_loss
+
+    def mixed(student: Any, *args: Any) -> Any:
+        return loss(student * torch.ones(student.shape[-1]), *args)
+
+    model.distillation_loss = mixed
+
+
+def gather_too_much() -> None:
+    """Ranks gather one row more than each of them has."""
+    import torch
+    from torch.distributed import all_gather
+
+    from recipes.distillation import losses
+
+    def gather(part: Any, group: Any) -> Any:
+        parts = [part.new_empty(len(part) + 1, part.shape[1]) for _ in range(group.size())]
+        all_gather(parts, part, group)
+        return torch.cat(parts, dim=-1)
+
+    losses._gather = gather
+
+
+def match_names() -> None:
+    """Main weights are restored in Megatron's own way, which matches the teacher's names, too."""
+    from megatron.core import dist_checkpointing
+
+    from recipes.distillation import trainer
+
+    def load(core: Any, optimizer: Any, weights: Path) -> None:
+        wanted = core.sharded_state_dict(prefix="module.")
+        optimizer.reload_model_params(dist_checkpointing.load(wanted, str(weights)))
+
+    trainer._load_main_weights = load
+
+
+def leave_on_cpu() -> None:
+    """A model is cast but not moved, and Megatron makes its local norms on the CPU."""
+    from nemo_convert import nemo
+
+    build = nemo.build_core
+
+    def built(*args: Any, **kwargs: Any) -> Any:
+        core = build(*args, **kwargs)
+        for layer in core.decoder.layers:
+            layer.input_layernorm.cpu()
+        return core
+
+    nemo.build_core = built
+
+
+def index_on_cpu() -> None:
+    """Rows of a weight on the GPU are chosen by an index on the CPU."""
+    import torch
+
+    from recipes.search import measure
+
+    cut = measure.cut
+
+    def cut_all(name: str, tensor: Any, *args: Any) -> Any:
+        return cut(name, tensor.index_select(0, torch.arange(len(tensor))), *args)
+
+    measure.cut = cut_all
+
+
+def send_half() -> None:
+    """A pipeline stage passes on the student's hidden states without the teacher's."""
+    from recipes.distillation import model
+
+    forward = model._forward_both
+
+    def student_alone(core: Any, *args: Any, **kwargs: Any) -> Any:
+        learnt = forward(core, *args, **kwargs)
+        if core.training and os.environ["RANK"] == "0":
+            learnt = learnt[..., : core.config.hidden_size].contiguous()
+        return learnt
+
+    model._forward_both = student_alone
+
+
+DEFECTS: dict[str, Callable[[], None]] = {
+    plant.__name__: plant
+    for plant in (
+        mix_devices,
+        gather_too_much,
+        match_names,
+        leave_on_cpu,
+        index_on_cpu,
+        send_half,
+    )
+}
+
+
+def main() -> None:
+    planned = json.loads(Path(sys.argv[1]).read_text())
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    rehearse = prepare()
+    for job, defect in planned:
+
+        def with_defect(job: Job, defect: str | None = defect) -> Rehearsed:
+            if defect is not None:
+                DEFECTS[defect]()
+            return rehearse(job)
+
+        print(json.dumps(asdict(in_fork(with_defect, Job.of(job)))), file=results, flush=True)
+
+
+if __name__ == "__main__":
+    main()
