@@ -55,6 +55,10 @@ def rehearse(cfg: DictConfig, run_dir: Path, console: Console) -> None:
             f"there is nothing to rehearse: no stage computes on a device and has {_said(ranks)}.",
             "rehearse=true, and leave stages.only out",
         )
+    if cfg.dry_run:
+        for job in jobs:
+            console.print(f"would rehearse {job.name}, rank {job.rank} of {job.world}")
+        return
     found: Found = []
     for job, one in zip(jobs, _run(jobs), strict=True):
         state = "failed" if one.error else "done"
@@ -63,7 +67,7 @@ def rehearse(cfg: DictConfig, run_dir: Path, console: Console) -> None:
             console.print(one.error, markup=False, style="red")
         found.append((job, one))
     console.print(_table(found, chain))
-    mistakes = [*unmatched(found), *_too_large(found, chain)]
+    mistakes = [*unmatched(found), *too_large(found, chain)]
     for mistake in mistakes:
         console.print(mistake, markup=False, style="red")
     failed = sum(one.error is not None for _, one in found) + len(mistakes)
@@ -114,7 +118,7 @@ def _run(jobs: Sequence[Job]) -> Iterator[Rehearsed]:
             raise RecipeError(f"the rehearsal ended early:\n{tail}")
 
 
-def _too_large(found: Found, chain: Chain) -> Iterator[str]:
+def too_large(found: Found, chain: Chain) -> Iterator[str]:
     """Peaks that the devices, if they are known, have no room for."""
     hardware = chain.hardware
     for job, one in found:
@@ -137,7 +141,9 @@ def _table(found: Found, chain: Chain) -> Table:
         if one.error:
             continue
         peak, plan = dict(one.peak), planned(job, chain)
-        if plan is not None and not plan.weights:  # a model that only reads is the teacher
+        if (
+            plan is not None and plan.teacher and not plan.weights
+        ):  # a model that only reads is the teacher
             peak["teacher"] = peak.pop("weights", 0)
         if plan is None:
             cells = [f"{peak.get(kind, 0) / 1e9:.2f}" for kind in KINDS]
@@ -158,9 +164,12 @@ def _both(rehearsed: float, plan: float) -> str:
 def planned(job: Job, chain: Chain) -> Memory | None:
     """What the planner says of a job's pipeline stage; ``None`` where it has no model of it."""
     spec = load_stage(job.stage)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(spec.config), job.config))
+    chain = replace(chain, hardware=replace(chain.hardware, kind="gpu"))
+    if spec.reading is not None:
+        return spec.reading(config, chain).memory
     if spec.workload is None:
         return None
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(spec.config), job.config))
     workload = spec.workload(config, chain)
     stage = job.rank // (job.world // workload.layout.pipeline)
-    return stage_memory(workload, replace(chain.hardware, kind="gpu"), stage)
+    return stage_memory(workload, chain.hardware, stage)

@@ -1,0 +1,80 @@
+"""Asking for a rehearsal; what it finds is in ``tests/cpu/rehearsal``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from launch.machine import chain_of
+from launch.plan import typed_stages
+from launch.planned import stage_of
+from launch.rehearse import too_large
+from recipes.planning.chain import Chain
+from recipes.planning.published_configs import read_config_or_published
+from recipes.rehearsal.job import Job, Rehearsed, first_ranks, jobs_of
+from tests.unit.conftest import Compose
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+Prepared = tuple[Chain, list[Job]]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("rehearse=soon", "rehearse=soon is not true, and no list of ranks"),
+        ("rehearse=[0,-1]", "rehearse=[0, -1] is not true, and no list of ranks"),
+        ("rehearse=[4]", "no stage computes on a device and has rank 4"),
+    ],
+)
+def test_what_cannot_be_rehearsed_is_refused(launch: Launch, given: str, words: str) -> None:
+    done = launch("recipe=llama_depth_prune", given)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert done.stderr.count("\n") <= 2
+
+
+def prepared(cfg: DictConfig, run_dir: Path, ranks: list[int] | None = None) -> Prepared:
+    """A recipe's chain, and what is rehearsed of it."""
+    configs = typed_stages(cfg)
+    chain = chain_of(cfg, configs, run_dir)
+    stages = {name: stage_of(config) for name, config in configs.items()}
+    hf_config, _ = read_config_or_published(chain.hf_path)
+    return chain, jobs_of(chain, stages, list(stages), hf_config, ranks)
+
+
+def test_first_middle_and_last_pipeline_stage() -> None:
+    assert first_ranks(768, 1) == [0]
+    assert first_ranks(768, 2) == [0, 384]
+    assert first_ranks(768, 4) == [0, 384, 576]
+
+
+def test_settings_are_short_and_shapes_are_not(compose: Compose, tmp_path: Path) -> None:
+    chain, jobs = prepared(compose("recipe=qwen3_8b_depth"), tmp_path, [0, 767])
+    assert [(job.name, job.rank) for job in jobs] == [
+        ("score", 0),
+        ("distill", 0),
+        ("distill", 767),
+        ("evaluate", 0),
+    ]
+    config = jobs[1].config
+    # 192 replicas of 2 windows, two micro batches, two steps.
+    assert (config["global_batch_size"], config["max_steps"]) == (768, 2)
+    assert (config["seq_length"], config["tensor_model_parallel_size"]) == (4096, 4)
+    assert jobs[1].vocabulary == 151936 // 4
+    assert jobs[1].inputs["student"].shape == chain.shape_of("prune").as_dict()
+    assert Job.of(json.loads(json.dumps(asdict(jobs[1])))) == jobs[1]
+
+
+def test_a_peak_without_room_is_a_mistake(compose: Compose, tmp_path: Path) -> None:
+    chain, [*_, job] = prepared(compose("recipe=qwen3_8b_depth"), tmp_path)
+    three_in_float32 = Rehearsed(peak={"weights": 81_000_000_000})
+    assert list(too_large([(job, Rehearsed(peak={"weights": 16_000_000_000}))], chain)) == []
+    assert list(too_large([(job, three_in_float32)], chain)) == [
+        "evaluate: rank 0 takes 89.0 GB at its peak, but a h100 has 80.0 GB"
+    ]
