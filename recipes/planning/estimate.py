@@ -179,11 +179,12 @@ def _logits_bytes(job: Workload, hardware: Hardware, tokens: float) -> float:
     """
     shape = job.trained or job.teacher
     assert shape is not None
-    tensors = 1 if job.trained is None else 1 + job.terms
     one = tokens * shape.vocab_size / job.layout.tensor
-    alive = CHUNK_BUFFERS_READING if job.trained is None else CHUNK_BUFFERS
-    buffers = alive * min(CHUNK_BYTES, 4 * one) if hardware.on_gpu else 0
-    return tensors * one * (2 if job.bf16 else 4) + buffers
+    chunk = min(CHUNK_BYTES, 4 * one) if hardware.on_gpu else 0
+    one *= 2 if job.bf16 else 4
+    if job.trained is None:  # twice for a moment: Megatron puts the batch's axis first
+        return max(2 * one, one + CHUNK_BUFFERS_READING * chunk)
+    return (1 + job.terms) * one + CHUNK_BUFFERS * chunk
 
 
 def forward_flops(arch: Architecture, seq_length: int) -> float:
