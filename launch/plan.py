@@ -154,9 +154,7 @@ def _gates(settings: RunSettings, configs: Mapping[str, StageConfig]) -> tuple[G
     return gates
 
 
-def known_stages(
-    names: Iterable[str], configs: Mapping[str, StageConfig], where: str
-) -> set[str]:
+def known_stages(names: Iterable[str], configs: Mapping[str, StageConfig], where: str) -> set[str]:
     """The stages that a setting names.
 
     Raises:

@@ -20,13 +20,13 @@ from rich.table import Table
 from launch.machine import chain_of
 from launch.plan import known_stages, typed_stages
 from launch.planned import load_stage, stage_of
+from launch.settings import RunSettings
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.planning.chain import Chain
 from recipes.planning.estimate import FRAGMENTATION, Memory, stage_memory
 from recipes.planning.problems import require_none
 from recipes.planning.published_configs import read_config_or_published
-from recipes.planning.rules import require_known
 from recipes.rehearsal.job import Job, Rehearsed, jobs_of
 from recipes.rehearsal.peers import unmatched
 
@@ -34,20 +34,20 @@ KINDS = tuple(part.name for part in fields(Memory) if part.name != "reserved")
 Found = list[tuple[Job, Rehearsed]]
 
 
-def rehearse(cfg: DictConfig, run_dir: Path, console: Console) -> None:
+def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Console) -> None:
     """Rehearses the stages that compute on a device, and shows their memory beside the plan's.
 
     Raises:
         RecipeError: The settings are wrong, or a rehearsal failed.
     """
-    ranks = _ranks(cfg.rehearse)
+    ranks = _ranks(settings.rehearse)
     configs = typed_stages(cfg)
-    only = known_stages(cfg.stages.get("only"), configs, "stages.only")
-    wanted = [name for name in configs if only is None or name in only]
-    chain = chain_of(cfg, configs, run_dir)
+    only = set(configs) if settings.only is None else settings.only
+    wanted = [name for name in configs if name in known_stages(only, configs, "stages.only")]
+    chain = chain_of(cfg, settings.hf_path, configs, run_dir)
     stages = {name: stage_of(config) for name, config in configs.items()}
     problems = (p for name in wanted for p in stages[name].problems(configs[name], chain))
-    require_none(problems, require_known(cfg.skip_rules))
+    require_none(problems, settings.skip_rules)
     hf_config, _ = read_config_or_published(chain.hf_path)
     jobs = jobs_of(chain, stages, wanted, hf_config, ranks)
     if not jobs:
@@ -55,7 +55,7 @@ def rehearse(cfg: DictConfig, run_dir: Path, console: Console) -> None:
             f"there is nothing to rehearse: no stage computes on a device and has {_said(ranks)}.",
             "rehearse=true, and leave stages.only out",
         )
-    if cfg.dry_run:
+    if settings.dry_run:
         for job in jobs:
             console.print(f"would rehearse {job.name}, rank {job.rank} of {job.world}")
         return
@@ -79,7 +79,7 @@ def _ranks(given: Any) -> list[int] | None:
     """Ranks that were asked for; ``None`` for the usual ones."""
     if given is True:
         return None
-    listed = list(given) if isinstance(given, ListConfig) else [given]
+    listed = list(given) if isinstance(given, (list, ListConfig)) else [given]
     if not all(type(rank) is int and rank >= 0 for rank in listed):
         raise RecipeError(
             f"rehearse={given} is not true, and no list of ranks.",

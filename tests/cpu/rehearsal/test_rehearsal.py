@@ -77,7 +77,7 @@ def cut_down(case: Case) -> tuple[Chain, Job]:
         cfg = compose("config", overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     configs = typed_stages(cfg)
-    chain = chain_of(cfg, configs, Path("runs"))
+    chain = chain_of(cfg, cfg.model.hf_path, configs, Path("runs"))
     chain = replace(chain, teacher=replace(chain.teacher, num_layers=LAYERS))
     stages = {name: stage_of(config) for name, config in configs.items()}
     hf_config, _ = read_config_or_published(chain.hf_path)

@@ -42,7 +42,7 @@ def test_what_cannot_be_rehearsed_is_refused(launch: Launch, given: str, words: 
 def prepared(cfg: DictConfig, run_dir: Path, ranks: list[int] | None = None) -> Prepared:
     """A recipe's chain, and what is rehearsed of it."""
     configs = typed_stages(cfg)
-    chain = chain_of(cfg, configs, run_dir)
+    chain = chain_of(cfg, cfg.model.hf_path, configs, run_dir)
     stages = {name: stage_of(config) for name, config in configs.items()}
     hf_config, _ = read_config_or_published(chain.hf_path)
     return chain, jobs_of(chain, stages, list(stages), hf_config, ranks)
