@@ -39,7 +39,8 @@ def test_every_place_that_asks_is_listed() -> None:
     for root in ("nemo_convert", "recipes", "launch"):
         for file in (REPO_ROOT / root).rglob("*.py"):
             module = ".".join(file.relative_to(REPO_ROOT).with_suffix("").parts)
-            if module != "nemo_convert.device":
+            # A rehearsal replaces the device; it does not ask for one.
+            if module != "nemo_convert.device" and not module.startswith("recipes.rehearsal."):
                 found |= {f"{module}:{place}" for place in places(ast.parse(file.read_text()))}
     assert found == {dependence.place for dependence in DEPENDS}
 
