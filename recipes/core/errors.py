@@ -21,8 +21,9 @@ RENAMED = {
     "recompute": "recompute_granularity",
     "tournament": "successive_halving",
     "waive": "skip_rules",
+    "warmup": "schedule",
 }
-"""Settings and stages by the names that they had in release 0.1."""
+"""Settings, stages and rules by the names that they had in release 0.1."""
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

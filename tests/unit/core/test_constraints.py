@@ -11,6 +11,7 @@ import pytest
 from launch.executors.docker import DockerConfig
 from launch.executors.slurm_settings import SlurmConfig
 from launch.planned import load_stage, stage_names
+from launch.settings import RunSettings
 from recipes.core.constraints import violations
 from recipes.core.stage import Resources
 from recipes.data.settings import PrepareDataConfig
@@ -89,6 +90,7 @@ NAN, INFINITE, LARGE = float("nan"), float("inf"), 10**20
         (Hardware(memory_bytes=NAN), "memory_bytes=nan"),
         (SlurmConfig(gpus="all"), "use one of: gpus-per-node, gres, none"),
         (SlurmConfig(time="1e-300"), "HH:MM:SS"),
+        (RunSettings(skip_rules=["warmup"]), "It is now called 'schedule'."),
         (DockerConfig(options=["host"]), "an option of docker run"),
     ],
     ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
