@@ -307,6 +307,19 @@ def test_a_text_that_was_prepared_is_counted_exactly(
     assert "epochs" not in {n.rule.name for n in plan(*overrides).notes}
 
 
+def test_a_cached_teacher_knows_no_more_than_its_windows(plan: MakePlan) -> None:
+    """The recipe trains on 400 windows, in batches of 4; its text has thousands."""
+
+    def cached(windows: int) -> Plan:
+        return plan("teacher=cached", f"stages.cache_logits.num_windows={windows}")
+
+    with pytest.raises(RecipeError, match="batches of 1,024 tokens, but there are 512 at most"):
+        cached(2)
+    [note] = [n for n in cached(100).notes if n.rule.name == "epochs"]
+    assert "25,600, each of which it sees 4.0 times" in note.what
+    assert "epochs" not in {n.rule.name for n in cached(400).notes}
+
+
 def test_models_of_another_run_are_planned_as_they_are(
     plan: MakePlan, complete: Complete, tmp_path: Path
 ) -> None:
