@@ -99,6 +99,5 @@ def margin_seconds(stage: PlannedStage, cluster: SlurmConfig) -> int:
 
 def takes_whole_nodes(stage: PlannedStage, cluster: SlurmConfig) -> bool:
     """Whether no other job may be on the nodes of the stage's job."""
-    resources = stage.config.resources
-    several = resources.nodes * resources.devices > 1
+    several = stage.config.resources.ranks > 1
     return several if cluster.exclusive is None else cluster.exclusive

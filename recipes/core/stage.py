@@ -43,6 +43,11 @@ class Resources:
     sbatch: list[SbatchOption] = field(default_factory=list)
     """Options of its Slurm job after the cluster's, such as ``--partition=cpu``."""
 
+    @property
+    def ranks(self) -> int:
+        """Processes in all."""
+        return self.nodes * self.devices
+
 
 @dataclass
 class StageConfig:

@@ -25,9 +25,10 @@ from torch.nn.functional import softplus
 
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.distillation.settings import LOGITS_LOSSES
+from recipes.planning.buffers import LOSS_CHUNK_BYTES
 
-CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
-"""A float32 buffer of a chunk: about what a CPU's cache holds; on a GPU, enough to fill it."""
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": LOSS_CHUNK_BYTES}
+"""A float32 buffer of a chunk: about what a CPU's cache holds; on a GPU, what is planned with."""
 LOG_ZERO = -1e30
 """Stands for log 0 where it is multiplied by 0, which -inf would turn into NaN."""
 

@@ -17,9 +17,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from recipes.data.token_windows import TextWindows
+from recipes.planning.buffers import LOGITS_BYTES
 
 TEACHER = "teacher"
-CHUNK_BYTES = 128 << 20
+CHUNK_BYTES = LOGITS_BYTES
 """Of one model's float32 logits; a comparison holds about four such tensors."""
 
 

@@ -19,13 +19,12 @@ from dataclasses import dataclass, fields
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.pipeline import pipeline_split
+from recipes.planning.buffers import LOSS_CHUNK_BYTES
 from recipes.planning.hardware import Hardware
 from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
-CHUNK_BYTES = 512 << 20
-"""A float32 buffer of the loss on a GPU; see ``distillation.losses``."""
 CHUNK_BUFFERS, CHUNK_BUFFERS_READING = 3, 2
-"""Of which so many are alive at once: in training, and where a teacher's top-k is taken."""
+"""Buffers of the loss that are alive at once: in training, and where a teacher's top-k is taken."""
 FRAGMENTATION = 1.05
 """Memory that an allocator holds for what is used; an assumption."""
 OPTIMIZER_TRAFFIC = 30
@@ -112,13 +111,18 @@ def activation_bytes(arch: Architecture, layout: Layout, tokens: float) -> float
     heads = 2 * (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
     if arch.qk_layernorm:
         heads += (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
-    width = arch.ffn_hidden_size
     if arch.num_moe_experts:
-        width = arch.moe_router_topk * arch.moe_ffn_hidden_size
-        width += arch.moe_shared_expert_intermediate_size
         whole += arch.moe_router_topk * arch.hidden_size  # tokens as the experts get them
     split = layout.tensor if layout.sequence_parallel else 1
-    return 2 * tokens * (whole / split + (heads + 3 * width) / layout.tensor)
+    return 2 * tokens * (whole / split + (heads + 3 * feed_forward_width(arch)) / layout.tensor)
+
+
+def feed_forward_width(arch: Architecture) -> int:
+    """Channels that a token goes through in a layer's feed-forward part: those of its experts."""
+    if not arch.num_moe_experts:
+        return arch.ffn_hidden_size
+    experts = arch.moe_router_topk * arch.moe_ffn_hidden_size
+    return experts + arch.moe_shared_expert_intermediate_size
 
 
 def memory(job: Workload, hardware: Hardware) -> Memory:
@@ -180,7 +184,7 @@ def _logits_bytes(job: Workload, hardware: Hardware, tokens: float) -> float:
     shape = job.trained or job.teacher
     assert shape is not None
     one = tokens * shape.vocab_size / job.layout.tensor
-    chunk = min(CHUNK_BYTES, 4 * one) if hardware.on_gpu else 0
+    chunk = min(LOSS_CHUNK_BYTES, 4 * one) if hardware.on_gpu else 0
     one *= 2 if job.bf16 else 4
     if job.trained is None:  # twice for a moment: Megatron puts the batch's axis first
         return max(2 * one, one + CHUNK_BUFFERS_READING * chunk)

@@ -17,15 +17,13 @@ from typing import Any, Protocol
 
 from nemo_convert.architecture import Architecture
 from recipes.core.stage import StageConfig
-from recipes.planning.estimate import Memory, forward_flops, rank_parameters
+from recipes.planning.buffers import LOGITS_BYTES
+from recipes.planning.estimate import Memory, feed_forward_width, forward_flops, rank_parameters
 from recipes.planning.hardware import Hardware
 from recipes.planning.workload import Layout
 
-LOGITS_BYTES = 128 << 20
-"""Float32 logits of a model that exist at once: ``evaluation.predictions.CHUNK_BYTES``, which needs
-torch."""
 COMPARING, MEASURING = 4.0, 2.5
-"""Such tensors that are there at once, where models are compared and where one's loss is taken."""
+"""Tensors of so many bytes that are there at once, where models are compared and where one's loss is taken."""
 RANKS = (2, 4, 8)
 """That layers may be split over."""
 WITHOUT_A_LAYER = 0.6
@@ -72,11 +70,7 @@ class Estimates(Protocol):
 
 def _forward_bytes(arch: Architecture, size: int, tokens: int) -> float:
     """Peak of one layer's forward pass, in numbers of ``size`` bytes."""
-    width = arch.ffn_hidden_size
-    if arch.num_moe_experts:
-        width = arch.moe_router_topk * arch.moe_ffn_hidden_size
-        width += arch.moe_shared_expert_intermediate_size
-    return size * tokens * (3 * width + 3 * arch.hidden_size)
+    return size * tokens * 3 * (feed_forward_width(arch) + arch.hidden_size)
 
 
 def _logits_bytes(arch: Architecture, tokens: int, buffers: float) -> float:

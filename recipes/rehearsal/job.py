@@ -110,7 +110,7 @@ def jobs_of(
     jobs = []
     for name in wanted:
         config = chain.stages[name]
-        world = config.resources.nodes * config.resources.devices
+        world = config.resources.ranks
         short = shortened(config)
         if short is None:
             continue
@@ -147,7 +147,7 @@ def shortened(config: StageConfig) -> dict[str, Any] | None:
     if isinstance(config, TrainingConfig):
         changed = _short_training(config)
     elif isinstance(config, CacheLogitsConfig):
-        replicas = _world(config) // config.tensor_model_parallel_size
+        replicas = config.resources.ranks // config.tensor_model_parallel_size
         changed = {
             "num_windows": replicas * config.micro_batch_size,
             "windows_per_shard": config.micro_batch_size,
@@ -169,15 +169,11 @@ def shortened(config: StageConfig) -> dict[str, Any] | None:
     return {**plain, **changed}
 
 
-def _world(config: StageConfig) -> int:
-    return config.resources.nodes * config.resources.devices
-
-
 def _short_training(config: TrainingConfig) -> dict[str, Any]:
     """Two steps, of as many micro batches as any stage of the pipeline holds at once, and one."""
     pipeline = config.pipeline_model_parallel_size
     model = config.tensor_model_parallel_size * pipeline * config.context_parallel_size
-    batch = _world(config) // model * config.micro_batch_size
+    batch = config.resources.ranks // model * config.micro_batch_size
     micro_batches = min(config.global_batch_size // batch, pipeline + 1)
     return {
         "global_batch_size": batch * micro_batches,

@@ -85,7 +85,7 @@ class Stage(Generic[ConfigT]):
 
     def problems(self, config: ConfigT, chain: Chain) -> Iterator[Problem]:
         """Everything that is wrong with its settings."""
-        ranks = config.resources.nodes * config.resources.devices
+        ranks = config.resources.ranks
         if self.one_rank and ranks != 1:
             yield Problem(
                 rules.ONE_RANK,

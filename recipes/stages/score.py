@@ -28,7 +28,7 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
             f"measured on num_loss_samples={cfg.num_loss_samples} windows with {layers} layers",
             f"leave out fewer than {layers} layers, on at least one window",
         )
-    ranks, stages = cfg.resources.nodes * cfg.resources.devices, cfg.pipeline_model_parallel_size
+    ranks, stages = cfg.resources.ranks, cfg.pipeline_model_parallel_size
     if ranks != stages or stages > layers:
         yield Problem(
             rules.RANKS,

@@ -34,7 +34,7 @@ LISTED = "stages.only=[enumerate_shapes] lists them"
 
 def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
     """Finds a halving without candidates or steps, and settings that would fail in training."""
-    if cfg.distill.resources.devices > 1 and cfg.resources.devices * cfg.resources.nodes > 1:
+    if cfg.distill.resources.devices > 1 and cfg.resources.ranks > 1:
         yield Problem(
             rules.SEARCH,
             f"the stage has {cfg.resources.devices} devices and each of its trainings "
