@@ -23,7 +23,7 @@ from recipes.planning.hardware import Hardware
 from recipes.planning.workload import Layout
 
 COMPARING, MEASURING = 4.0, 2.5
-"""Tensors of so many bytes that are there at once, where models are compared and where one's loss is taken."""
+"""Tensors of that size at once, where models are compared and where one's loss is taken."""
 RANKS = (2, 4, 8)
 """That layers may be split over."""
 WITHOUT_A_LAYER = 0.6
