@@ -1,23 +1,24 @@
 """Which layers to drop: ways to choose them, right after pruning and after the same distillation.
 
 ``python -m benchmarks.layers`` scores the model once, prunes it to each of ``--layers`` by each
-method, distils every student on the same windows for ``--steps``, and evaluates all on the same
-held-out text. Each is a run of the launcher, so a killed benchmark goes on where it was.
+method, distils every student on the same windows for ``--steps`` with every seed, and judges all on
+the same text. Each is a run of the launcher, so a killed benchmark goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
 from benchmarks.contenders import launch, make_inputs, manifest_of
-from benchmarks.students import Student, collect, figures, make_student
+from benchmarks.students import Student, collect, distill, grouped, judge, prune, schedule, varied
 from recipes.core.errors import RecipeError
 from recipes.core.screen import screen
+from recipes.distillation.results import TrainingResult
 from recipes.pruning.results import PruneResult
 from recipes.pruning.settings import LAYER_METHODS
 
@@ -44,51 +45,63 @@ def score(base: Path, out: Path, drops: list[int], windows: int, greedy: int) ->
     return out / "score"
 
 
-def run_method(method: str, layers: int, scores: Path, out: Path, args: argparse.Namespace) -> None:
-    """Prunes, distils and evaluates one student."""
-    settings = {
-        "prune.layer_importance": method,
-        "prune.target_num_layers": layers,
-        "evaluate.num_windows": args.windows,
-    }
-    make_student(args.base, scores, out, args.steps, settings)
+@dataclass(frozen=True)
+class Run:
+    """A training of one method's student."""
+
+    method: str
+    layers: int
+    seed: int
+    out: Path
+
+    @property
+    def pruned(self) -> Path:
+        """Where the student was cut, the same for every seed."""
+        return self.out.with_name(f"{self.layers}-{self.method}") / "prune"
 
 
-def read_outcome(method: str, out: Path) -> Outcome:
-    """Reads a run's manifests."""
-    pruned = manifest_of(out / "prune").result(PruneResult)
-    layers, dropped = len(pruned.kept_layers), pruned.dropped_layers()
-    return Outcome(method=method, layers=layers, dropped=dropped, **figures(out))
+def runs_of(args: argparse.Namespace, out: Path, whole: int) -> Iterator[Run]:
+    """Every student, at each depth by each method that can drop so many layers."""
+    for seed in args.seeds:
+        for layers in args.layers:
+            for method in args.methods:
+                if method == "greedy" and whole - layers > args.greedy_layers:
+                    continue
+                yield Run(method, layers, seed, out / f"{layers}-{method}-{seed}")
 
 
-def draw(outcomes: list[Outcome]) -> Table:
-    """A table, the best of each depth first."""
-    table = Table("layers", "method", "dropped", "pruned", "distilled", "KL", "tokens")
-    for o in sorted(outcomes, key=lambda o: (-o.layers, o.distilled)):
+def outcomes(runs: Sequence[Run], base: Path, windows: int) -> Iterator[Outcome]:
+    """Judges all at once, for the teacher reads the text but once."""
+    stages = [stage for run in runs for stage in (run.pruned, run.out / "distill")]
+    found = judge(base, dict.fromkeys(stages), windows)
+    for run in runs:
+        kept = manifest_of(run.pruned).result(PruneResult)
+        yield Outcome(
+            method=run.method,
+            layers=len(kept.kept_layers),
+            dropped=kept.dropped_layers(),
+            seed=run.seed,
+            tokens=manifest_of(run.out / "distill").result(TrainingResult).tokens,
+            pruned=found[run.pruned],
+            distilled=found[run.out / "distill"],
+        )
+
+
+def draw(found: Sequence[Outcome]) -> Table:
+    """A table, the best of each depth on validation text first."""
+    table = Table("layers", "method", "dropped", "pruned", "validation KL", "held-out", "KL")
+    groups = grouped(found, lambda one: (one.layers, one.method))
+    for seeds in sorted(groups, key=lambda seeds: -seeds[0].layers):
         table.add_row(
-            f"{o.layers}",
-            o.method,
-            " ".join(map(str, o.dropped)),
-            f"{o.pruned:.2f}",
-            f"{o.distilled:.2f}",
-            f"{o.kl_to_teacher:.4f}",
-            f"{o.tokens:,}",
+            f"{seeds[0].layers}",
+            seeds[0].method,
+            " ".join(map(str, seeds[0].dropped)),
+            f"{seeds[0].pruned.heldout.perplexity:.2f}",
+            varied([s.distilled.validation.kl for s in seeds], ".3f"),
+            varied([s.distilled.heldout.perplexity for s in seeds]),
+            varied([s.distilled.heldout.kl for s in seeds], ".3f"),
         )
     return table
-
-
-def compare(args: argparse.Namespace, out: Path) -> Iterator[Outcome]:
-    """Makes every student, at each depth by each method that can drop so many layers."""
-    architecture = manifest_of(args.base / "import_hf").architecture or {}
-    drops = [architecture["num_layers"] - layers for layers in args.layers]
-    scores = score(args.base, out, drops, args.loss_windows, args.greedy_layers)
-    for layers, drop in zip(args.layers, drops, strict=True):
-        for method in args.methods:
-            if method == "greedy" and drop > args.greedy_layers:
-                continue
-            run = out / f"{layers}-{method}"
-            run_method(method, layers, scores, run, args)
-            yield read_outcome(method, run)
 
 
 def main() -> None:
@@ -100,13 +113,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of 4 windows of 256 tokens")
     parser.add_argument("--loss-windows", type=int, default=8, help="for the change of the loss")
     parser.add_argument("--greedy-layers", type=int, default=6, help="that greedy can drop")
-    parser.add_argument("--windows", type=int, default=40, help="of held-out text")
+    parser.add_argument("--windows", type=int, default=64, help="of held-out text")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1234, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/layers"))
     args = parser.parse_args()
-    args.base = (args.run_dir or make_inputs()).resolve()
+    base = (args.run_dir or make_inputs()).resolve()
     out, console = args.out.resolve(), screen()
-    outcomes = collect(compare(args, out), out / "layers.json", console)
-    console.print(draw(outcomes))
+    whole = (manifest_of(base / "import_hf").architecture or {})["num_layers"]
+    drops = [whole - layers for layers in args.layers]
+    scores = score(base, out, drops, args.loss_windows, args.greedy_layers)
+    runs = list(runs_of(args, out, whole))
+    for run in runs:
+        kept = {"layer_importance": run.method, "target_num_layers": run.layers}
+        prune(base, scores, run.pruned.parent, kept)
+        distill(base, run.pruned, run.out, schedule(args.steps, run.seed))
+    found = collect(outcomes(runs, base, args.windows), out / "layers.json", console)
+    console.print(draw(found))
 
 
 if __name__ == "__main__":

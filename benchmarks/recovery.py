@@ -1,37 +1,59 @@
-"""What brings quality back: ways to distil one pruned student, at equal tokens and equal time.
+"""What brings quality back: ways to distil pruned students, at equal tokens and equal time.
 
 ``python -m benchmarks.recovery`` trains every arm on the same windows from the same student with
-the same schedule. First each takes ``--steps`` steps. Then the arms whose steps are faster or
-slower, or whose teacher was prepared at a cost, are trained again for as many steps as fit into
-the time of the reference arm; correcting a teacher counts, storing what it says does not, since
-other runs use it again (its time is shown). Each arm is a run of the launcher, so a killed
-benchmark goes on where it was.
+the same schedule, once for each seed, which orders the windows. With ``--equal-time`` the arms
+whose steps are faster or slower, or whose teacher was prepared at a cost, are then trained again
+for as many steps as fit into the time of the reference arm; correcting a teacher counts, storing
+what it says does not, since other runs use it again (its time is shown). All are judged on
+validation text, which chooses, and on held-out text, which reports. Each arm is a run of the
+launcher, so a killed benchmark goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 from rich.table import Table
 
-from benchmarks.contenders import launch, make_inputs, manifest_of
-from benchmarks.students import schedule
+from benchmarks.contenders import RECIPE, launch, make_inputs, manifest_of
+from benchmarks.students import (
+    Quality,
+    Student,
+    collect,
+    grouped,
+    judge,
+    prune,
+    recovered,
+    schedule,
+    spread,
+    varied,
+)
 from recipes.core.errors import RecipeError
-from recipes.core.files import write_json, write_text_atomically
+from recipes.core.files import write_text_atomically
 from recipes.core.metrics import METRICS, steps_of
 from recipes.core.screen import screen
+from recipes.core.statistics import mean
 from recipes.distillation.results import TrainingResult
-from recipes.evaluation.results import EvaluationResult
 from recipes.report.plots import interval_plot
 
 REFERENCE = "forward_kl"
+BATCH = 4
+"""Windows a step, but for arms that say so."""
 SAME_TIME = 0.05
 """An arm whose number of steps would change by less than this share is not trained again."""
+STUDENTS = {
+    "given": {},  # as the run directory has it
+    "depth": {"target_num_layers": 24},
+    "width": {"target_hidden_size": 512, "target_ffn_hidden_size": 1152},
+    "both": {"target_num_layers": 23, "target_ffn_hidden_size": 1280},
+}
+"""What to prune the embedded teacher to: as the recipes do, and as a search for 75% of the
+parameters found."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +64,17 @@ class Arm:
         overrides: What the launcher is told, without ``stages.``.
         teacher: Where the teacher's knowledge comes from, a choice of ``conf/teacher``.
         prepare: Stages that make it.
+        batch: Windows a step; fewer make for more steps.
     """
 
     overrides: tuple[str, ...] = ()
     teacher: str = "live"
     prepare: tuple[str, ...] = ()
+    batch: int = BATCH
+
+
+def _rate(lr: str) -> tuple[str, ...]:
+    return (f"distill.lr={lr}", f"distill.min_lr={float(lr) / 10:g}")
 
 
 ARMS = {
@@ -54,83 +82,76 @@ ARMS = {
     REFERENCE: Arm(),
     "reverse_kl": Arm(("distill.logits_loss=reverse_kl",)),
     "jsd": Arm(("distill.logits_loss=jsd",)),
-    "forward_kl_and_next_token": Arm(("distill.lm_weight=0.2",)),
-    "forward_kl_and_hidden": Arm(("distill.hidden_weight=1",)),
-    "forward_kl_and_hidden_dynamic": Arm(
-        ("distill.hidden_weight=1", "distill.loss_balancer=dynamic")
-    ),
+    "kl_and_next_token": Arm(("distill.lm_weight=0.2",)),
+    "kl_and_hidden": Arm(("distill.hidden_weight=1",)),
+    "kl_and_hidden_dynamic": Arm(("distill.hidden_weight=1", "distill.loss_balancer=dynamic")),
+    "small_batch": Arm(batch=2),
+    "lr_6e-4": Arm(_rate("6e-4")),
+    "lr_1e-3": Arm(_rate("1e-3")),
     "cached_32": Arm(("cache_logits.top_k=32",), "cached", ("cache_logits",)),
     "cached_128": Arm(("cache_logits.top_k=128",), "cached", ("cache_logits",)),
     "corrected": Arm((), "corrected", ("correct_teacher",)),
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What an arm came to. Times in seconds, losses in nats on held-out text."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Student):
+    """What an arm came to. Times in seconds."""
 
+    student: str
+    arm: str
+    budget: str
     steps: int
-    tokens: int
     training_seconds: float
     prepare_seconds: float
-    perplexity: float
-    loss: float
-    loss_standard_error: float
-    kl_to_teacher: float
-    top1_agreement: float
-    recovered: float | None
+    recovered: float
+    """Of what pruning lost on held-out text, every kind the same."""
 
 
-def run_arm(name: str, steps: int, base: Path, out: Path) -> Outcome:
-    """Trains and evaluates one arm, or reads what an earlier call found."""
-    arm = ARMS[name]
-    stages = (*arm.prepare, "distill", "evaluate")
-    first = stages[0]
+@dataclass(frozen=True)
+class Run:
+    """A training to make, or made."""
+
+    student: str
+    arm: str
+    seed: int
+    budget: str
+    steps: int
+    out: Path
+
+
+def train(run: Run, base: Path, pruned: Path) -> None:
+    """Makes an arm's run, unless it is complete."""
+    arm = ARMS[run.arm]
     settings: dict[str, Any] = {
-        "distill.inputs.student": base / "prune",
+        "distill.inputs.student": pruned,
         "distill.lm_weight": 0,
-        **schedule(steps),
-        "evaluate.inputs.teacher": base / "import_hf",
-        "evaluate.inputs.pruned": base / "prune",
-        "evaluate.num_generations": 1,
-        f"{first}.inputs.teacher": base / "import_hf",
+        "distill.global_batch_size": arm.batch,
+        "distill.micro_batch_size": arm.batch,
+        **schedule(run.steps, run.seed),
+        f"{(*arm.prepare, 'distill')[0]}.inputs.teacher": base / "import_hf",
     }
-    settings |= dict(override.split("=") for override in arm.overrides)
+    settings |= dict(override.split("=") for override in (*_rate("3e-4"), *arm.overrides))
+    stages = (*arm.prepare, "distill")
     settings |= {f"{stage}.inputs.data": base / "prepare_data" for stage in stages}
     if "cache_logits" in stages:
-        settings["cache_logits.num_windows"] = 4 * steps
+        settings["cache_logits.num_windows"] = arm.batch * run.steps
+        settings["cache_logits.seed"] = run.seed
     if "correct_teacher" in stages:
-        settings["correct_teacher.max_steps"] = steps
-        settings["correct_teacher.warmup_steps"] = steps // 10
-    launch(base, out, stages, settings, f"teacher={arm.teacher}")
-    return read_outcome(arm, out)
+        settings["correct_teacher.max_steps"] = run.steps
+        settings["correct_teacher.warmup_steps"] = run.steps // 10
+    launch(base, run.out, stages, settings, f"teacher={arm.teacher}")
 
 
-def read_outcome(arm: Arm, out: Path) -> Outcome:
-    """Reads an arm's manifests and metrics."""
-    trained = manifest_of(out / "distill").result(TrainingResult)
-    evaluation = manifest_of(out / "evaluate").result(EvaluationResult)
-    found = evaluation.distilled
-    return Outcome(
-        steps=trained.steps,
-        tokens=trained.tokens,
-        training_seconds=round(training_seconds(out / "distill"), 1),
-        prepare_seconds=round(
-            sum(
-                training_seconds(out / stage)
-                if stage == "correct_teacher"
-                else manifest_of(out / stage).seconds
-                for stage in arm.prepare
-            ),
-            1,
-        ),
-        recovered=evaluation.recovered,
-        perplexity=found.perplexity,
-        loss=found.loss,
-        loss_standard_error=found.loss_standard_error,
-        kl_to_teacher=found.kl_to_teacher,
-        top1_agreement=found.top1_agreement,
+def seconds_of(run: Run) -> tuple[float, float]:
+    """Time that a run trained for, and that its teacher took."""
+    prepared = (
+        training_seconds(run.out / stage)
+        if stage == "correct_teacher"
+        else manifest_of(run.out / stage).seconds
+        for stage in ARMS[run.arm].prepare
     )
+    return training_seconds(run.out / "distill"), sum(prepared)
 
 
 def training_seconds(stage: Path) -> float:
@@ -142,46 +163,106 @@ def training_seconds(stage: Path) -> float:
     return sum(per_step / float(step["tokens_per_second"]) for step in steps)
 
 
-def steps_in_time(outcome: Outcome, arm: Arm, seconds: float) -> int:
+def steps_in_time(run: Run, seconds: float) -> int:
     """Steps of an arm that fit into the time; a teacher is corrected for as many steps."""
-    cost = outcome.prepare_seconds if "correct_teacher" in arm.prepare else 0.0
-    per_step = outcome.training_seconds / outcome.steps
-    if cost:  # it is trained for as many steps as the student
-        per_step += cost / outcome.steps
-    return max(1, int(seconds / per_step))
+    training, prepared = seconds_of(run)
+    cost = training + (prepared if "correct_teacher" in ARMS[run.arm].prepare else 0.0)
+    return max(1, int(seconds * run.steps / cost))
 
 
-def draw(title: str, outcomes: Mapping[str, Outcome]) -> Table:
-    """A table, best perplexity first."""
+def runs_of(args: argparse.Namespace, out: Path) -> list[Run]:
+    """All trainings of the same tokens, the reference first, a seed of every arm before another."""
+    arms = [REFERENCE, *(name for name in args.only if name != REFERENCE)]
+    return [
+        Run(
+            *(student, arm, seed, "equal tokens"),
+            args.steps * BATCH // ARMS[arm].batch,
+            out / student / f"{arm}-{seed}",
+        )
+        for seed in args.seeds
+        for student in args.students
+        for arm in arms
+    ]
+
+
+def run_in_time(run: Run, reference: Run) -> Run:
+    """The training that an arm has time for; its own where that is about as long."""
+    steps = steps_in_time(run, training_seconds(reference.out / "distill"))
+    if abs(steps / run.steps - 1) <= SAME_TIME:
+        return Run(run.student, run.arm, run.seed, "equal time", run.steps, run.out)
+    out = run.out.with_name(f"{run.out.name}-in-time")
+    return Run(run.student, run.arm, run.seed, "equal time", steps, out)
+
+
+def outcomes(
+    runs: Sequence[Run], base: Path, pruned: Mapping[str, Path], windows: int
+) -> Iterable[Outcome]:
+    """Judges all at once, for the teacher reads the text but once."""
+    stages = [run.out / "distill" for run in runs]
+    found = judge(base, [*pruned.values(), *stages], windows)
+    teacher = found[base / "import_hf"]
+    for run, stage in zip(runs, stages, strict=True):
+        before, after = found[pruned[run.student]], found[stage]
+        training, prepared = seconds_of(run)
+        yield Outcome(
+            student=run.student,
+            arm=run.arm,
+            seed=run.seed,
+            budget=run.budget,
+            steps=run.steps,
+            tokens=manifest_of(stage).result(TrainingResult).tokens,
+            training_seconds=round(training, 1),
+            prepare_seconds=round(prepared, 1),
+            pruned=before,
+            distilled=after,
+            recovered=recovered(teacher.heldout, before.heldout, after.heldout),
+        )
+
+
+def draw(title: str, found: Sequence[Outcome]) -> Table:
+    """A table; beside the held-out figures, by how much each arm differs, seed by seed."""
+    kinds = list(found[0].distilled.heldout.sources)
     table = Table(
-        "arm", "steps", "tokens", "training", "prepare", "perplexity", "recovered", "KL", "top-1",
-        title=title,
+        "arm", "steps", "seconds", "prepare", "validation", "KL", "held-out", *kinds,
+        "recovered", "KL", "top 1", "KL more", title=title,
     )  # fmt: skip
-    for name, o in sorted(outcomes.items(), key=lambda item: item[1].loss):
+    reference = {s.seed: s.distilled.heldout.kl for s in found if s.arm == REFERENCE}
+    for seeds in grouped(found, lambda one: one.arm):
+        validation = [one.distilled.validation for one in seeds]
+        heldout = [one.distilled.heldout for one in seeds]
+        pairs = [s.distilled.heldout.kl - reference[s.seed] for s in seeds]
         table.add_row(
-            name,
-            f"{o.steps}",
-            f"{o.tokens:,}",
-            f"{o.training_seconds:.0f} s",
-            f"{o.prepare_seconds:.0f} s" if o.prepare_seconds else "",
-            f"{o.perplexity:.2f}",
-            "" if o.recovered is None else f"{o.recovered:.1%}",
-            f"{o.kl_to_teacher:.4f}",
-            f"{o.top1_agreement:.1%}",
+            seeds[0].arm,
+            f"{seeds[0].steps}",
+            f"{mean([s.training_seconds for s in seeds]):.0f}",
+            f"{mean([s.prepare_seconds for s in seeds]):.0f}" if seeds[0].prepare_seconds else "",
+            varied([q.perplexity for q in validation]),
+            varied([q.kl for q in validation], ".3f"),
+            varied([q.perplexity for q in heldout]),
+            *(varied([q.sources[kind].perplexity for q in heldout]) for kind in kinds),
+            varied([s.recovered for s in seeds], ".1%"),
+            varied([q.kl for q in heldout], ".3f"),
+            varied([q.agreement for q in heldout], ".1%"),
+            "" if seeds[0].arm == REFERENCE else varied(pairs, "+.3f"),
         )
     return table
 
 
-def plots(title: str, outcomes: Mapping[str, Outcome]) -> Markup:
-    """Held-out loss with standard errors, and KL to the teacher."""
-    ordered = sorted(outcomes.items(), key=lambda item: item[1].loss)
-    losses = [(name, "distilled", o.loss, o.loss_standard_error) for name, o in ordered]
-    divergences = [(name, "teacher", o.kl_to_teacher, 0.0) for name, o in ordered]
-    name = title.replace(" ", "-")
+def plots(title: str, found: Sequence[Outcome]) -> Markup:
+    """Held-out loss and KL to the teacher, each with its spread over seeds."""
+
+    def rows(style: str, name: str) -> list[tuple[str, str, float, float]]:
+        return [
+            (seeds[0].arm, style, mean(values), spread(values))
+            for seeds in grouped(found, lambda one: one.arm)
+            for values in [[float(getattr(s.distilled.heldout, name)) for s in seeds]]
+        ]
+
+    name = title.replace(" ", "-").replace(",", "")
     return Markup("<h2>{}</h2><h3>Held-out loss</h3>{}<h3>KL to the teacher</h3>{}").format(
         title,
-        interval_plot(f"loss-{name}", f"Held-out loss, {title}", losses),
-        interval_plot(f"kl-{name}", f"KL to the teacher, {title}", divergences),
+        interval_plot(f"loss-{name}", f"Held-out loss, {title}", rows("distilled", "loss")),
+        interval_plot(f"kl-{name}", f"KL to the teacher, {title}", rows("teacher", "kl")),
     )
 
 
@@ -192,35 +273,54 @@ svg line,svg path{{stroke:#999}} circle{{fill:#3b7d4f}} rect{{fill:#ddd}}
 </style><h1>Recovery by way of distilling</h1>{}"""
 
 
+def levels(quality: Quality) -> str:
+    """A model's figures by kind of text."""
+    each = ", ".join(f"{kind} {one.perplexity:.2f}" for kind, one in quality.sources.items())
+    return f"perplexity {quality.perplexity:.2f} ({each}), KL {quality.kl:.3f}"
+
+
 def main() -> None:
     """Runs the arms and writes ``recovery.json`` and ``recovery.html``."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run-dir", type=Path, help="with import_hf, prepare_data and prune")
-    parser.add_argument("--steps", type=int, default=60, help="of 4 windows of 256 tokens")
+    parser.add_argument("--run-dir", type=Path, help=f"of {RECIPE}, up to prune")
+    parser.add_argument("--steps", type=int, default=40, help="of 4 windows of 256 tokens")
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=["depth", "width"])
     parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1234, 1, 2])
+    parser.add_argument("--windows", type=int, default=64, help="of held-out text")
+    parser.add_argument("--equal-time", action="store_true", help="also compare at equal time")
     parser.add_argument("--out", type=Path, default=Path("runs/recovery"))
     args = parser.parse_args()
     base = (args.run_dir or make_inputs()).resolve()
-    out = args.out.resolve()
-    console = screen()
-    results: dict[str, dict[str, Outcome]] = {"equal tokens": {}, "equal time": {}}
-    names = [REFERENCE, *(name for name in args.only if name != REFERENCE)]
-    for name in names:
-        results["equal tokens"][name] = run_arm(name, args.steps, base, out / name)
-        console.print(name, results["equal tokens"][name])
-    seconds = results["equal tokens"][REFERENCE].training_seconds
-    for name in names:
-        before = results["equal tokens"][name]
-        steps = steps_in_time(before, ARMS[name], seconds)
-        if abs(steps / args.steps - 1) > SAME_TIME:
-            before = run_arm(name, steps, base, out / f"{name}-in-time")
-        results["equal time"][name] = before
-    for title, outcomes in results.items():
-        console.print(draw(title, outcomes))
-    plain = {t: {n: asdict(o) for n, o in outcomes.items()} for t, outcomes in results.items()}
-    write_json(out / "recovery.json", plain)
-    page = Markup(PAGE).format(Markup("").join(plots(t, o) for t, o in results.items()))
-    write_text_atomically(out / "recovery.html", page)
+    out, console = args.out.resolve(), screen()
+    pruned = {
+        name: prune(base, base / "score", out / name, STUDENTS[name])
+        if STUDENTS[name]
+        else base / "prune"
+        for name in args.students
+    }
+    runs = runs_of(args, out)
+    for run in runs:
+        train(run, base, pruned[run.student])
+        console.print(f"{run.student} {run.arm} {run.seed}: {seconds_of(run)[0]:.0f} s")
+    if args.equal_time:
+        references = {(r.student, r.seed): r for r in runs if r.arm == REFERENCE}
+        timed = [run_in_time(run, references[run.student, run.seed]) for run in runs]
+        for run in timed:
+            train(run, base, pruned[run.student])
+        runs += timed
+    found = collect(outcomes(runs, base, pruned, args.windows), out / "recovery.json", console)
+    teacher = judge(base, [], args.windows)[base / "import_hf"]
+    console.print(f"teacher: {levels(teacher.heldout)}")
+    pages = []
+    for student in args.students:
+        mine = [one for one in found if one.student == student]
+        console.print(f"{student}, pruned: {levels(mine[0].pruned.heldout)}")
+        for budget in dict.fromkeys(one.budget for one in mine):
+            chosen = [one for one in mine if one.budget == budget]
+            console.print(draw(f"{student}, {budget}", chosen))
+            pages.append(plots(f"{student}, {budget}", chosen))
+    write_text_atomically(out / "recovery.html", Markup(PAGE).format(Markup("").join(pages)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Whether a searched shape beats pruning depth alone and width alone, at equal size and training.
 
 ``python -m benchmarks.shapes`` runs ``recipe=llama_search``, takes the shape that it found and the
-best-ranked ones of its list that change only depth and only width, distils each with every
-learning rate of ``--lr`` for ``--steps``, and evaluates all on the same held-out text. Each is a
-run of the launcher, so a killed benchmark goes on where it was.
+best-ranked ones of its list that change only depth and only width, distils each for ``--steps``
+with every learning rate of ``--lr`` and every seed, and judges all on the same text. Each is a run
+of the launcher, so a killed benchmark goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.contenders import LAUNCHER, execute, manifest_of
-from benchmarks.students import Student, collect, figures, make_student
+from benchmarks.students import Student, collect, distill, grouped, judge, prune, schedule, varied
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.screen import screen
+from recipes.distillation.results import TrainingResult
 from recipes.search.results import Candidate, SearchResult
 from recipes.search.space import AXES, axes_of, prune_settings
 
@@ -65,52 +66,67 @@ def ways(search: SearchResult, teacher: Architecture) -> dict[str, Candidate]:
     return found
 
 
-def run_shape(shape: Architecture, lr: float, search: Path, out: Path, steps: int) -> None:
-    """Prunes, distils and evaluates a student."""
-    method = manifest_of(search / "rank_candidates").config["layer_importance"]
-    pruning = prune_settings(axes_of(shape), method)
-    settings = {
-        **{f"prune.{name}": value for name, value in pruning.items()},
-        "distill.lr": lr,
-        "distill.min_lr": lr / 10,
-    }
-    make_student(search, search / "score", out, steps, settings)
+@dataclass(frozen=True)
+class Run:
+    """A training of one shape."""
+
+    way: str
+    candidate: Candidate
+    lr: float
+    seed: int
+    pruned: Path
+    out: Path
 
 
-def draw(outcomes: Sequence[Outcome]) -> Table:
-    """A table, the best first."""
-    heads = ("way", "shape", "parameters", "lr", "pruned", "distilled", "KL", "top 1", "tokens")
-    table = Table(*heads)
-    for o in sorted(outcomes, key=lambda o: o.kl_to_teacher):
-        table.add_row(
-            o.way,
-            o.shape,
-            f"{o.parameters / 1e6:.1f} M",
-            f"{o.lr:g}",
-            f"{o.pruned:.2f}",
-            f"{o.distilled:.2f}",
-            f"{o.kl_to_teacher:.4f}",
-            f"{o.top1_agreement:.1%}",
-            f"{o.tokens:,}",
-        )
-    return table
-
-
-def compare(search: Path, args: argparse.Namespace, out: Path) -> Iterator[Outcome]:
-    """Makes every student: each shape with each learning rate."""
+def make(args: argparse.Namespace, search: Path, out: Path) -> Iterator[Run]:
+    """Makes every student: each shape with each learning rate and seed."""
     found = manifest_of(search / "successive_halving").result(SearchResult)
     teacher = Architecture(**(manifest_of(search / "import_hf").architecture or {}))
+    method = manifest_of(search / "rank_candidates").config["layer_importance"]
     for way, candidate in ways(found, teacher).items():
+        settings = prune_settings(axes_of(candidate.shape), method)
+        pruned = prune(search, search / "score", out / candidate.name, settings)
         for lr in args.lr:
-            run = out / f"{candidate.name}-lr{lr:g}"
-            run_shape(candidate.shape, lr, search, run, args.steps)
-            yield Outcome(
-                way=way,
-                shape=candidate.name,
-                parameters=candidate.parameters,
-                lr=lr,
-                **figures(run),
-            )
+            for seed in args.seeds:
+                run = out / f"{candidate.name}-lr{lr:g}-{seed}"
+                rates = {"distill.lr": lr, "distill.min_lr": lr / 10}
+                distill(search, pruned, run, schedule(args.steps, seed) | rates)
+                yield Run(way, candidate, lr, seed, pruned, run)
+
+
+def outcomes(runs: Sequence[Run], search: Path, windows: int) -> Iterator[Outcome]:
+    """Judges all at once, for the teacher reads the text but once."""
+    stages = [stage for run in runs for stage in (run.pruned, run.out / "distill")]
+    found = judge(search, dict.fromkeys(stages), windows)
+    for run in runs:
+        yield Outcome(
+            way=run.way,
+            shape=run.candidate.name,
+            parameters=run.candidate.parameters,
+            lr=run.lr,
+            seed=run.seed,
+            tokens=manifest_of(run.out / "distill").result(TrainingResult).tokens,
+            pruned=found[run.pruned],
+            distilled=found[run.out / "distill"],
+        )
+
+
+def draw(found: Sequence[Outcome]) -> Table:
+    """A table, the best on validation text first."""
+    heads = ("way", "shape", "parameters", "lr", "pruned", "validation KL", "held-out", "KL")
+    table = Table(*heads)
+    for seeds in grouped(found, lambda one: (one.way, one.lr)):
+        table.add_row(
+            seeds[0].way,
+            seeds[0].shape,
+            f"{seeds[0].parameters / 1e6:.1f} M",
+            f"{seeds[0].lr:g}",
+            f"{seeds[0].pruned.heldout.perplexity:.2f}",
+            varied([s.distilled.validation.kl for s in seeds], ".3f"),
+            varied([s.distilled.heldout.perplexity for s in seeds]),
+            varied([s.distilled.heldout.kl for s in seeds], ".3f"),
+        )
+    return table
 
 
 def main() -> None:
@@ -118,14 +134,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=60, help="of 4 windows of 256 tokens")
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1234])
+    parser.add_argument("--windows", type=int, default=64, help="of held-out text")
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
     parser.add_argument("overrides", nargs="*", help="of the search")
     args = parser.parse_args()
     out, console = args.out.resolve(), screen()
     search = out / "search"
     execute([*LAUNCHER, f"recipe={SEARCH}", f"run_dir={search}", *args.overrides])
-    outcomes = collect(compare(search, args, out), out / "shapes.json", console)
-    console.print(draw(outcomes))
+    runs = list(make(args, search, out))
+    found = collect(outcomes(runs, search, args.windows), out / "shapes.json", console)
+    console.print(draw(found))
 
 
 if __name__ == "__main__":

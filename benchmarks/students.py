@@ -1,89 +1,194 @@
-"""Students that differ in how they were pruned: trained alike, and measured on the same text."""
+"""Students that are trained alike and judged on the same text, which they have in common here.
+
+Validation text is what a setting is chosen on; held-out text reports, and chooses nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from statistics import stdev
+from typing import TypeVar
 
+from pydantic import TypeAdapter
 from rich.console import Console
 
-from benchmarks.contenders import launch, manifest_of
-from recipes.core.files import write_json
-from recipes.distillation.results import TrainingResult
-from recipes.evaluation.results import EvaluationResult
+from benchmarks.contenders import execute, launch, manifest_of
+from recipes.core.files import read_json, write_json
+from recipes.core.statistics import mean
+from recipes.evaluation.results import TextQuality
+
+CHOOSING, REPORTING = "validation", "heldout"
+JUDGED = "judged.json"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A model on text of several kinds; every kind counts the same."""
+
+    sources: dict[str, TextQuality]
+
+    @property
+    def loss(self) -> float:
+        """Mean over the kinds, in nats."""
+        return mean([one.loss for one in self.sources.values()])
+
+    @property
+    def perplexity(self) -> float:
+        """Geometric mean over the kinds."""
+        return math.exp(self.loss)
+
+    @property
+    def kl(self) -> float:
+        """Mean divergence from the teacher over the kinds, in nats."""
+        return mean([one.kl_to_teacher for one in self.sources.values()])
+
+    @property
+    def agreement(self) -> float:
+        """Mean share of positions where the likeliest token is the teacher's."""
+        return mean([one.top1_agreement for one in self.sources.values()])
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A model on validation and on held-out text."""
+
+    validation: Quality
+    heldout: Quality
 
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """What a student came to on held-out text; perplexities, and the distilled one's likeness."""
+    """What a student came to."""
 
-    pruned: float
-    distilled: float
-    kl_to_teacher: float
-    top1_agreement: float
+    seed: int
     tokens: int
     """That it was trained on."""
+    pruned: Judgement
+    distilled: Judgement
 
 
 StudentT = TypeVar("StudentT", bound=Student)
 
 
-def schedule(steps: int) -> dict[str, object]:
+def schedule(steps: int, seed: int = 1234) -> dict[str, object]:
     """Settings of a training that is validated and saved only at its end."""
     return {
         "distill.max_steps": steps,
         "distill.warmup_steps": steps // 10,
         "distill.checkpoint_interval": steps,
         "distill.val_check_interval": steps,
+        "distill.seed": seed,
     }
 
 
-def make_student(
-    base: Path, scores: Path, out: Path, steps: int, settings: Mapping[str, object]
-) -> None:
-    """Prunes, distils and evaluates, unless that is complete.
+def prune(base: Path, scores: Path, out: Path, settings: Mapping[str, object]) -> Path:
+    """Prunes the model of ``base`` in a run directory, unless that is complete."""
+    launch(
+        base,
+        out,
+        ("prune",),
+        {
+            "prune.inputs.checkpoint": base / "import_hf",
+            "prune.inputs.importance": scores,
+            **{f"prune.{name}": value for name, value in settings.items()},
+        },
+    )
+    return out / "prune"
+
+
+def distill(
+    base: Path, pruned: Path, out: Path, settings: Mapping[str, object], *overrides: str
+) -> Path:
+    """Distils the model of ``base`` into a pruned one, unless that is complete."""
+    launch(
+        base,
+        out,
+        ("distill",),
+        {
+            "distill.inputs.teacher": base / "import_hf",
+            "distill.inputs.student": pruned,
+            "distill.inputs.data": base / "prepare_data",
+            **settings,
+        },
+        *overrides,
+    )
+    return out / "distill"
+
+
+def judge(base: Path, stages: Iterable[Path], windows: int) -> dict[Path, Judgement]:
+    """Measures the checkpoints of stages, those that were measured before excepted.
 
     Args:
-        base: Run with ``import_hf`` and ``prepare_data``.
-        scores: Stage that scored the teacher.
-        out: Run directory.
-        steps: Of distillation.
-        settings: Further fields below ``stages``, among them what to prune to.
+        base: Run with the teacher and the text.
+        stages: Complete ones, each with a checkpoint.
+        windows: Of held-out text, as many of each kind; a half of that of validation text.
     """
-    common: dict[str, object] = {
-        "prune.inputs.checkpoint": base / "import_hf",
-        "prune.inputs.importance": scores,
-        "distill.inputs.teacher": base / "import_hf",
-        "distill.inputs.data": base / "prepare_data",
-        **schedule(steps),
-        "evaluate.inputs.teacher": base / "import_hf",
-        "evaluate.inputs.data": base / "prepare_data",
-        "evaluate.num_generations": 1,
-        "evaluate.new_tokens": 1,
-    }
-    launch(base, out, ("prune", "distill", "evaluate"), {**common, **settings})
+    every = [base / "import_hf", *stages]
+    new = [stage for stage in every if read_judgement(stage, base, windows) is None]
+    if new:
+        options = ["--base", str(base), "--windows", str(windows)]
+        execute([sys.executable, "-m", "benchmarks.judge", *options, *map(str, new)])
+    found = {stage: read_judgement(stage, base, windows) for stage in every}
+    return {stage: one for stage, one in found.items() if one is not None}
 
 
-def figures(out: Path) -> dict[str, Any]:
-    """A student's fields, from the manifests of its run."""
-    evaluation = manifest_of(out / "evaluate").result(EvaluationResult)
+def conditions(stage: Path, base: Path, windows: int) -> dict[str, object]:
+    """What a judgement is of: it is void when one of these changes."""
     return {
-        "pruned": evaluation.pruned.perplexity,
-        "distilled": evaluation.distilled.perplexity,
-        "kl_to_teacher": evaluation.distilled.kl_to_teacher,
-        "top1_agreement": evaluation.distilled.top1_agreement,
-        "tokens": manifest_of(out / "distill").result(TrainingResult).tokens,
+        "model": manifest_of(stage).content(),
+        "teacher": manifest_of(base / "import_hf").content(),
+        "text": manifest_of(base / "prepare_data").content(),
+        "windows": windows,
     }
+
+
+def judgement_file(stage: Path) -> Path:
+    """Where a stage's judgement is: beside it, since only the stage itself writes into it."""
+    return stage.parent / f"{stage.name}-{JUDGED}"
+
+
+def read_judgement(stage: Path, base: Path, windows: int) -> Judgement | None:
+    """What an earlier call found, unless it was of something else."""
+    file = judgement_file(stage)
+    if not file.is_file():
+        return None
+    written = read_json(file)
+    if written["of"] != conditions(stage, base, windows):
+        return None
+    return TypeAdapter(Judgement).validate_python(written["found"])
+
+
+def recovered(teacher: Quality, pruned: Quality, distilled: Quality) -> float:
+    """Share of the loss that pruning added and distillation took away."""
+    return (pruned.loss - distilled.loss) / (pruned.loss - teacher.loss)
 
 
 def collect(students: Iterable[StudentT], file: Path, console: Console) -> list[StudentT]:
-    """Prints each when it is there, and writes all so far: a killed benchmark leaves them."""
-    found: list[StudentT] = []
-    for student in students:
-        found.append(student)
-        console.print(student)
-        plain = [asdict(one) for one in found]
-        write_json(file, plain)
+    """Writes all, and says where."""
+    found = list(students)
+    write_json(file, [asdict(student) for student in found])
+    console.print(f"figures: {file}")
     return found
+
+
+def grouped(found: Iterable[StudentT], way: Callable[[StudentT], Hashable]) -> list[list[StudentT]]:
+    """The seeds of every way, the way that validation text chooses first."""
+    groups: dict[Hashable, list[StudentT]] = {}
+    for one in found:
+        groups.setdefault(way(one), []).append(one)
+    return sorted(groups.values(), key=lambda g: mean([one.distilled.validation.kl for one in g]))
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over seeds; 0 of one."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def varied(values: Sequence[float], style: str = ".2f") -> str:
+    """A mean and its spread over seeds."""
+    text = format(mean(values), style)
+    return f"{text} ± {format(spread(values), style.lstrip('+'))}" if len(values) > 1 else text

@@ -9,9 +9,9 @@ import math
 import os
 import re
 import runpy
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,48 +20,49 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks import contenders, convert, distill, layers, recovery, shapes
+from benchmarks import contenders, convert, distill, judge, layers, recovery, shapes, students
 from benchmarks.contenders import CONTENDERS, INPUTS, Record, Shape, manifest_of
 from benchmarks.distill import disagreements, speeds, step_flops, summarise
 from nemo_convert.architecture import Architecture
 from recipes.core.files import REPO_ROOT
+from recipes.evaluation.results import EvaluationResult
 from tests.support.in_process import run_here
 from tests.support.runs import tiny
 
 STEPS, MICRO_BATCH, SEQ_LENGTH = 3, 4, 64
 
 
-def benchmark(name: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *options],
-        cwd=REPO_ROOT,
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
-
-
 def benchmark_here(module: ModuleType, *options: str) -> str:
-    """Output of a benchmark's command line; the launcher that it starts runs in this process."""
-    start = contenders.execute
-
-    def execute(command: list[str]) -> None:
-        if tuple(command[: len(contenders.LAUNCHER)]) != contenders.LAUNCHER:
-            start(command)
-            return
-        done = run_here(*command[len(contenders.LAUNCHER) :], cwd=REPO_ROOT)
-        assert done.code == 0, done.output
-
+    """Output of a benchmark's command line; launcher and judge run in this process."""
     output = io.StringIO()
     with (
-        mock.patch.object(contenders, "execute", execute),
-        mock.patch.object(shapes, "execute", execute),
+        starts_here(),
         mock.patch.object(sys, "argv", [module.__name__, *options]),
         contextlib.redirect_stdout(output),
     ):
         module.main()
     return output.getvalue()
+
+
+@contextlib.contextmanager
+def starts_here() -> Iterator[None]:
+    """What benchmarks start that is not measured runs in this process."""
+    start = contenders.execute
+
+    def execute(command: list[str]) -> None:
+        if tuple(command[: len(contenders.LAUNCHER)]) == contenders.LAUNCHER:
+            done = run_here(*command[len(contenders.LAUNCHER) :], cwd=REPO_ROOT)
+            assert done.code == 0, done.output
+        elif command[1:3] == ["-m", "benchmarks.judge"]:
+            with mock.patch.object(sys, "argv", command[2:]):
+                judge.main()
+        else:
+            start(command)
+
+    with contextlib.ExitStack() as patches:
+        for module in (contenders, shapes, students):
+            patches.enter_context(mock.patch.object(module, "execute", execute))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -110,42 +111,73 @@ def test_every_contender_is_measured(tiny_run: Path, tmp_path: Path) -> None:
     assert losses["nemo"] == pytest.approx(losses["nemo-fp32"], rel=0.02)
 
 
+def heldout(student: dict[str, Any]) -> dict[str, float]:
+    """Figures on the one kind of text that there is."""
+    (only,) = student["distilled"]["heldout"]["sources"].values()
+    return dict(only)
+
+
 def test_ways_to_recover_are_compared(tiny_run: Path, tmp_path: Path) -> None:
     """A teacher that is corrected costs time, so it gets fewer steps at equal time."""
     arms = ("forward_kl", "corrected")
     out = tmp_path / "recovery"
-    options = ("--run-dir", str(tiny_run), "--out", str(out), "--steps=4")
-    # Each training in a process of its own: how long one takes is what is compared.
-    done = benchmark("recovery", *options, "--only", *arms)
-    assert done.returncode == 0, done.stdout + done.stderr
-    benchmark_here(recovery, *options, "--only", *arms)  # nothing is left to do
+    options = ("--run-dir", str(tiny_run), "--out", str(out), "--students=given", "--steps=4")
+    options = (*options, "--seeds", "3", "7", "--windows=4", "--equal-time", "--only", *arms)
+    output = benchmark_here(recovery, *options)
+    judged = next((out / "given").glob("forward_kl-7/distill-judged.json"))
+    before = judged.stat().st_mtime_ns
+    benchmark_here(recovery, *options)  # nothing is left to do
+    assert judged.stat().st_mtime_ns == before
     found = json.loads((out / "recovery.json").read_text())
-    for outcomes in found.values():
-        assert list(outcomes) == list(arms)
-        for outcome in outcomes.values():
-            assert outcome["loss"] == pytest.approx(math.log(outcome["perplexity"]))
-            assert outcome["training_seconds"] > 0
-    tokens, time = found["equal tokens"], found["equal time"]
-    assert {outcome["steps"] for outcome in tokens.values()} == {4}
-    assert time["forward_kl"] == tokens["forward_kl"]
-    assert time["corrected"]["steps"] < 4
-    assert tokens["corrected"]["prepare_seconds"] > 0
+    by = {(one["budget"], one["arm"]): one for one in found}  # of the second seed, all being warm
+    assert list(by) == [(b, arm) for b in ("equal tokens", "equal time") for arm in arms]
+    for one in found:
+        assert heldout(one)["loss"] == pytest.approx(math.log(heldout(one)["perplexity"]))
+        assert one["distilled"] != one["pruned"]
+        assert one["training_seconds"] > 0
+    assert by["equal tokens", "corrected"]["steps"] == 4 > by["equal time", "corrected"]["steps"]
+    assert by["equal tokens", "corrected"]["prepare_seconds"] > 0
     page = (out / "recovery.html").read_text()
     assert page.count("<svg") == 4
-    assert f"{tokens['corrected']['kl_to_teacher']:.3f}" in page
+    kls = [heldout(one)["kl_to_teacher"] for one in found if one["arm"] == "corrected"][:2]
+    assert f"{sum(kls) / 2:.3f}" in page
+    assert f"{sum(kls) / 2:.3f} ± {abs(kls[0] - kls[1]) / math.sqrt(2):.3f}" in output
+
+
+def test_a_judgement_is_what_evaluate_finds(tiny_run: Path, tmp_path: Path) -> None:
+    """The same windows and masks: a stage's figures and a judgement's are one."""
+    run_dir = tmp_path / "run"
+    given = {
+        "teacher": "import_hf",
+        "pruned": "prune",
+        "distilled": "prune",
+        "data": "prepare_data",
+    }
+    inputs = {f"evaluate.inputs.{role}": tiny_run / stage for role, stage in given.items()}
+    with starts_here():
+        contenders.launch(
+            *(tiny_run, run_dir, ("evaluate",), inputs | {"evaluate.num_windows": 4}),
+            f"data.seq_length={SEQ_LENGTH}",
+        )
+        found = students.judge(tiny_run, [tiny_run / "prune"], 4)[tiny_run / "prune"].heldout
+    expected = manifest_of(run_dir / "evaluate").result(EvaluationResult).pruned
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.kl == pytest.approx(expected.kl_to_teacher, rel=1e-5)
 
 
 def test_ways_to_choose_layers_are_compared(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "layers"
     options = ("--layers=3", "--methods=loss", "--steps=2", "--loss-windows=2", "--windows=4")
     output = benchmark_here(
-        layers, "--run-dir", str(tiny_run), "--out", str(out), "--greedy-layers=1", *options
+        layers,
+        *("--run-dir", str(tiny_run), "--out", str(out), "--greedy-layers=1", "--seeds=7"),
+        *options,
     )
     (found,) = json.loads((out / "layers.json").read_text())
     assert (found["method"], found["layers"], len(found["dropped"])) == ("loss", 3, 1)
     assert found["tokens"] == 2 * 4 * 256
-    assert found["distilled"] != found["pruned"] > 1
-    assert f"{found['kl_to_teacher']:.4f}" in output
+    assert found["distilled"] != found["pruned"]
+    assert f"{heldout(found)['kl_to_teacher']:.3f}" in output
 
 
 def test_shapes_are_compared(even_llama: Path, text_file: Path, tmp_path: Path) -> None:
@@ -154,7 +186,7 @@ def test_shapes_are_compared(even_llama: Path, text_file: Path, tmp_path: Path) 
     space = "stages.enumerate_shapes.space"
     output = benchmark_here(
         shapes,
-        *("--out", str(out), "--steps=2", "--lr", "1e-3", "--"),
+        *("--out", str(out), "--steps=2", "--lr", "1e-3", "--windows=4", "--"),
         *(f"model.hf_path={even_llama}", f"data.sources=[{text_file}]", "data.text_field=text"),
         "data.heldout_sources=[]",
         *(f"data.seq_length={SEQ_LENGTH}", "stages.successive_halving.num_candidates=1"),
@@ -166,14 +198,14 @@ def test_shapes_are_compared(even_llama: Path, text_file: Path, tmp_path: Path) 
     assert [outcome["way"] for outcome in outcomes] == ["found", "depth alone", "width alone"]
     whole = manifest_of(out / "search" / "import_hf").architecture or {}
     for outcome in outcomes:
-        run = out / f"{outcome['shape']}-lr0.001"
+        run = out / f"{outcome['shape']}-lr0.001-1234"
         student = manifest_of(run / "distill").architecture or {}
         same_width = student["hidden_size"] == whole["hidden_size"]
         assert (outcome["way"] == "depth alone") <= same_width
         assert (outcome["way"] == "width alone") <= (student["num_layers"] == whole["num_layers"])
         assert outcome["parameters"] == manifest_of(run / "distill").parameters
-        assert outcome["distilled"] != outcome["pruned"] > 1
-        assert f"{outcome['kl_to_teacher']:.4f}" in output
+        assert outcome["distilled"] != outcome["pruned"]
+        assert f"{heldout(outcome)['kl_to_teacher']:.3f}" in output
 
 
 def test_bad_options_get_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
