@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from launch.plan import Plan, make_plan
 from launch.planned import PlannedStage
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
+from recipes.core import versions
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, read_manifest, stamp_files, write_manifest
 from recipes.core.statistics import Difference
@@ -46,6 +46,7 @@ from recipes.evaluation.results import (
 from recipes.planning.chain import Chain
 from recipes.planning.results import PlanResult
 from recipes.report.results import ReportResult
+from tests.support.launcher import fork_launcher
 from tests.support.manifests import bare_manifest
 
 ROOT = REPO_ROOT
@@ -114,6 +115,14 @@ Complete = Callable[..., None]
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _versions_read_once() -> Iterator[None]:
+    """Half of a plan is spent on reading which packages are installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(versions, "installed", cache(versions.installed))
+        yield
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""
@@ -142,10 +151,15 @@ def hf_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def compose() -> Iterator[Compose]:
-    """Composes a config as the command line does."""
+@pytest.fixture(scope="session")
+def _registered() -> None:
+    """Takes as long as composing a config."""
     schema.register()
+
+
+@pytest.fixture
+def compose(_registered: None) -> Iterator[Compose]:
+    """Composes a config as the command line does."""
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf"), job_name="test"):
 
         def composed(*overrides: str) -> DictConfig:
@@ -216,14 +230,6 @@ def launch(tmp_path: Path) -> Launch:
     cwd.mkdir()
 
     def launched(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(ROOT / "launch" / "run.py"), *args],
-            cwd=cwd,
-            env={**os.environ, "COLUMNS": "200", **env},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        return fork_launcher(*args, cwd=cwd, **env)
 
     return launched

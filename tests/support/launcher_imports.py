@@ -1,0 +1,18 @@
+"""What each start of the launcher works out anew, worked out before it is forked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+
+from launch import run as run  # what it imports
+from launch import schema
+from launch.plan import make_plan
+
+schema.register()
+with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+    cfg = compose("config", ["recipe=llama_width_prune"], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    make_plan(cfg, Path("nowhere"))
