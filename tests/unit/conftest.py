@@ -178,13 +178,18 @@ def plan(compose: Compose, tmp_path: Path) -> MakePlan:
     """Plans a run of the width recipe, by default without benchmarks and engines."""
 
     def planned(*overrides: str, recipe: str = RECIPE) -> Plan:
-        given = {override.partition("=")[0] for override in overrides}
-        if recipe.endswith("_search"):
-            given |= {"tasks", "engine"}  # which a search never has
-        absent = [f"{group}=none" for group in ("tasks", "engine") if group not in given]
-        return make_plan(compose(recipe, *absent, *overrides), tmp_path / "run")
+        return make_plan(compose(*planned_words(recipe, overrides)), tmp_path / "run")
 
     return planned
+
+
+def planned_words(recipe: str, overrides: tuple[str, ...]) -> list[str]:
+    """All that ``plan`` composes: without benchmarks and engines, unless they are asked for."""
+    given = {override.partition("=")[0] for override in overrides}
+    if recipe.endswith("_search"):
+        given |= {"tasks", "engine"}  # which a search never has
+    absent = [f"{group}=none" for group in ("tasks", "engine") if group not in given]
+    return [recipe, *absent, *overrides]
 
 
 def write_complete(stage: PlannedStage, content: str = "result") -> None:

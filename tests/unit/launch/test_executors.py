@@ -29,6 +29,7 @@ from recipes.core.wheels import cache_dir
 from recipes.planning.budget import slurm_seconds
 from recipes.planning.estimate import stopping_seconds
 from recipes.planning.hardware import Hardware
+from tests.unit.conftest import planned_words
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -86,7 +87,7 @@ def prepared(compose: Compose, plan: MakePlan) -> Callable[..., tuple[Plan, Slur
     """Plans a run, its settings checked by the executor."""
 
     def prepare(*overrides: str) -> tuple[Plan, SlurmConfig]:
-        executor, cluster = executor_of(compose(RECIPE, *overrides).cluster)
+        executor, cluster = executor_of(compose(*planned_words(RECIPE, overrides)).cluster)
         made = executor.prepare(plan(*overrides), cluster)
         for stage in made.stages:
             stage.directory.mkdir(parents=True, exist_ok=True)
