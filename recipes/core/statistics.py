@@ -9,6 +9,7 @@ from statistics import NormalDist
 
 Z95 = NormalDist().inv_cdf(0.975)
 """Intervals are of the normal approximation: mean ± 1.96 standard errors."""
+Z80 = NormalDist().inv_cdf(0.8)
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,11 @@ class Difference:
     value: float
     low: float
     high: float
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true difference whose interval would leave 0 out four times in five."""
+        return (self.high - self.low) / 2 * (Z95 + Z80) / Z95
 
 
 def mean(values: Sequence[float]) -> float:

@@ -35,7 +35,34 @@ def compare(metric: str, items: Mapping[str, Sequence[Item]]) -> TaskScores:
         metric: Metric to compare; higher is better.
         items: Each role's items, the same in the same order, with their metrics.
     """
-    values = {role: [item.metrics[metric] for item in items[role]] for role in ROLES}
+    return _compare(metric, {role: [i.metrics[metric] for i in items[role]] for role in ROLES})
+
+
+def answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
+    """Models by the log-likelihoods of the right answers, in nats.
+
+    It says more of every item than whether the right answer was the likeliest, so it shows smaller
+    differences on as many items. It is of the answer as it is written, whatever the other choices
+    are: a softmax over the choices is as noisy as the score.
+
+    Returns:
+        ``None`` where an item has no log-likelihoods, as where a model writes its answer.
+    """
+    values = {role: [right_answer(item) for item in items[role]] for role in ROLES}
+    known = {role: [v for v in each if v is not None] for role, each in values.items()}
+    if known != values:
+        return None
+    return _compare("log-likelihood of the right answer", known)
+
+
+def right_answer(item: Item) -> float | None:
+    """Log-likelihood of what is right, in nats; see ``answers``."""
+    choice = item.target if isinstance(item.target, int) else 0
+    said = item.response[choice] if isinstance(item.response, list) else None
+    return float(said[0]) if isinstance(said, list) else None
+
+
+def _compare(metric: str, values: Mapping[str, Sequence[float]]) -> TaskScores:
     teacher, pruned, distilled = (values[role] for role in ROLES)
     return TaskScores(
         metric,

@@ -133,6 +133,9 @@ class TaskResult(TaskScores):
     version: str
     seconds: dict[str, float]
     """That each model's answers took."""
+    answers: TaskScores | None = None
+    """Log-likelihoods of the right answers, see ``paired.answers``; ``None`` where answers are
+    written freely, and of older evaluations."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from recipes.core.stage import Input, Inputs
 from recipes.core.versions import installed
 from recipes.evaluation import packed_lm
 from recipes.evaluation.offline_tasks import FORMAT, WHEEL
+from recipes.evaluation.paired import answers as answers_of
 from recipes.evaluation.paired import compare
 from recipes.evaluation.results import ROLES, Item, TaskResult, TaskResults
 from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
@@ -62,6 +63,7 @@ def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) 
             **vars(compare(task.metric, items)),
             version=task.version,
             seconds={role: a.seconds for role, a in answers[task.name].items()},
+            answers=answers_of(items),
         )
     return TaskResults(results, cached, f"lm_eval {HARNESS}", _data(cfg))
 

@@ -18,7 +18,13 @@ from recipes.engines.results import (
     MachineRates,
     Speedup,
 )
-from recipes.evaluation.results import EvaluationResult, TaskResult, TaskResults, TextQuality
+from recipes.evaluation.results import (
+    EvaluationResult,
+    TaskResult,
+    TaskResults,
+    TaskScores,
+    TextQuality,
+)
 from recipes.planning.results import PlanResult, Table
 from recipes.report.format import any_value, label_of, scaled
 from recipes.report.gates import Verdict, judge, kind_of, parse
@@ -73,6 +79,8 @@ class TasksSection:
     """Tasks whose scores are shares of their items."""
     means: Mapping[str, float]
     plot: Markup | None
+    answers: Mapping[str, TaskScores]
+    """The same items by the log-likelihoods of the right answers, where tasks have them."""
 
 
 def tasks_section(results: TaskResults) -> TasksSection:
@@ -84,7 +92,8 @@ def tasks_section(results: TaskResults) -> TasksSection:
     }
     title = "Score of each model in each task, with 95% intervals"
     plot = interval_rows("plot-tasks", title, rows) if rows else None
-    return TasksSection(results.tasks, rows.keys(), results.means(), plot)
+    answers = {name: task.answers for name, task in results.tasks.items() if task.answers}
+    return TasksSection(results.tasks, rows.keys(), results.means(), plot, answers)
 
 
 def gates_section(texts: Sequence[str], found: Mapping[str, Manifest]) -> list[Verdict]:

@@ -121,6 +121,9 @@ def test_models_are_compared_on_the_same_items_and_asked_once(
         for role in ROLES:
             values = [sample[role][task.metric] for sample in samples]
             assert task.models()[role].value == pytest.approx(sum(values) / LIMIT)
+            target = [s["target"] if isinstance(s["target"], int) else 0 for s in samples]
+            said = [s[role]["response"][n][0] for s, n in zip(samples, target, strict=True)]
+            assert task.answers.models()[role].value == pytest.approx(sum(said) / LIMIT)
         assert samples[0]["teacher"]["response"] != samples[0]["pruned"]["response"]
     progress = steps_of(tmp_path / "first" / METRICS, "tasks, distilled")
     assert [r["done"] for r in progress] == [1, 2, 3, 4]
