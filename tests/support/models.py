@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +48,9 @@ def write_tiny_model(
 ) -> Path:
     """Saves a random model with a tokenizer trained on the text, chat template included."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=288,
-        special_tokens=["<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    lines = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
-    tokenizer.train_from_iterator(lines, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+    fast = _tokenizer(text_file)
     torch.manual_seed(0)
     dtype, train = shape.pop("dtype", torch.float32), shape.pop("train", True)
     shard = shape.pop("max_shard_size", "5GB")
@@ -79,7 +68,7 @@ def write_tiny_model(
         if parameter.dim() == 1:  # else biases are 0 and norms 1, whatever a conversion mixes up
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     if train:
-        _train(model, fast, lines)
+        _train(model, text_file)
     model = model.to(dtype)
     model.generation_config.temperature = 0.7
     model.generation_config.do_sample = True
@@ -88,12 +77,44 @@ def write_tiny_model(
     return folder
 
 
-def _train(model: Any, tokenizer: Any, lines: list[str]) -> None:
+@cache
+def _tokenizer(text_file: Path) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=288,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(_lines(text_file), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+    return fast
+
+
+def _lines(text_file: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
+
+
+@cache
+def _windows(text_file: Path) -> Any:
+    """Ids [windows, 64] of the text."""
+    import torch
+
+    tokenizer = _tokenizer(text_file)
+    ids = [i for line in _lines(text_file) for i in tokenizer(line)["input_ids"]]
+    return torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+
+
+def _train(model: Any, text_file: Path) -> None:
     """A few steps on the text: distillation refuses a teacher that knows nothing."""
     import torch
 
-    ids = [i for line in lines for i in tokenizer(line)["input_ids"]]
-    windows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    windows = _windows(text_file)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(30):
         batch = windows[torch.randint(len(windows), (8,))]
