@@ -1,7 +1,7 @@
 """The launcher and its stages in the test's own process, which has imported the stack already.
 
-All is as in ``run_recipe`` but for the processes: composing, planning, messages, exit status. A
-stage of several ranks still gets its own.
+All is as in ``run_recipe`` but for the processes: composing, planning, messages, exit status. The
+ranks of a stage of several are forked.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from recipes.core.worker import _run_stage
 from recipes.search import halving
 from recipes.stages.contract import Stage
 from tests.support.launcher import Result
+from tests.support.ranks import stage_ranks
 
 
 def run_here(*overrides: str, cwd: Path) -> Result:
@@ -55,7 +56,7 @@ def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bo
     for stage in plan.todo():
         with follow(stage) as follower:
             if stage.config.resources.devices > 1:
-                foreground.run(stage, follower)
+                foreground.run(stage, follower, stage_ranks)
             else:
                 _run(stage.stage, stage.directory / REQUEST)
     return True

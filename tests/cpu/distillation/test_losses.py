@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recipes.core.errors import RecipeError
-from recipes.core.files import REPO_ROOT
 from recipes.distillation.losses import (
     LogitsLoss,
     TopK,
@@ -24,6 +20,7 @@ from recipes.distillation.losses import (
     top_k,
 )
 from recipes.distillation.settings import LOGITS_LOSSES
+from tests.support.ranks import run_ranks
 
 TOKENS, VOCABULARY = 111, 101
 CHUNK = 4 * VOCABULARY * 16  # the last of its chunks is not full
@@ -274,6 +271,7 @@ SPLIT_SCRIPT = """
 import torch, torch.distributed as dist
 from recipes.distillation.losses import *
 from recipes.distillation.settings import LOGITS_LOSSES
+from tests.support.ranks import run_ranks
 
 dist.init_process_group("gloo")
 group, rank, width = dist.group.WORLD, dist.get_rank(), 61
@@ -322,17 +320,7 @@ dist.destroy_process_group()
 def test_vocabulary_split_over_two_ranks(tmp_path: Path) -> None:
     script = tmp_path / "split.py"
     script.write_text(SPLIT_SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(script)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(str(script))
 
 
 def test_the_gradient_may_take_the_teachers_place() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,6 @@ from nemo_convert import convert, cpu_backend, nemo, parity
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf import load_causal_lm
 from recipes.core.errors import RecipeError
-from recipes.core.files import REPO_ROOT
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
 from recipes.data.token_windows import TextWindows
@@ -32,6 +29,7 @@ from recipes.pruning.scoring import calibration_windows, score_checkpoint
 from recipes.pruning.settings import ScoreConfig
 from tests.support.logits import LogitsWatch
 from tests.support.manifests import bare_manifest
+from tests.support.ranks import run_ranks
 
 LAYERS = 4
 END = 83
@@ -406,11 +404,7 @@ def test_two_pipeline_ranks_give_the_scores_of_one(
 ) -> None:
     (tmp_path / "ranks.py").write_text(f"END = {END}{RANK}")
     torch.save(calibration, tmp_path / "tokens.pt")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [str(p) for p in (tmp_path / "ranks.py", teacher, tmp_path / "tokens.pt", tmp_path)]
-    subprocess.run(
-        [*command, *arguments], check=True, env={"PYTHONPATH": str(REPO_ROOT)}, timeout=300
-    )
+    run_ranks(*map(str, (tmp_path / "ranks.py", teacher, tmp_path / "tokens.pt", tmp_path)))
     found = Importance.load(tmp_path)
     assert found.greedy == importance.greedy
     assert found.teacher_loss == pytest.approx(importance.teacher_loss, rel=1e-6)

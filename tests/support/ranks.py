@@ -1,0 +1,71 @@
+"""Several ranks as torchrun starts them, forked instead of importing the stack each.
+
+torchrun itself starts those of the tests that kill them, of ``tests/cpu/core`` and of Slurm.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from launch.executors import local
+from launch.executors.local import PRELOADED, LocalConfig
+from launch.planned import PlannedStage
+from recipes.core.files import REPO_ROOT
+from tests.support.forked import forked
+
+
+@contextmanager
+def stage_ranks(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
+    """Starts a stage of several ranks, for ``foreground.run``."""
+    command = local.command(stage)
+    module = len(command) - command[::-1].index("-m") - 1
+    environment = {**os.environ, **local.environment(stage, LocalConfig())}
+    with _ranks(stage.config.resources.devices, command[module:], environment, log) as ended:
+        yield ended
+
+
+def run_ranks(*command: str, number: int = 2) -> None:
+    """Runs ``python COMMAND`` on each rank; all must succeed."""
+    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        log, status = Path(folder) / "log", Path(folder) / "status"
+        with (
+            log.open("wb") as output,
+            _ranks(number, list(command), environment, output, status) as ended,
+        ):
+            while not ended():
+                time.sleep(0.02)
+        assert status.read_text() == "0", log.read_text()[-5000:]
+
+
+@contextmanager
+def _ranks(
+    number: int,
+    command: list[str],
+    environment: Mapping[str, str],
+    log: IO[bytes],
+    status: Path | None = None,
+) -> Iterator[Callable[[], bool]]:
+    """With the variables of torchrun, and its store, through which ranks meet."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    torchrun = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    every = {**environment, **torchrun}
+    with forked(PRELOADED, command, every, log, status=status, ranks=number) as ended:
+        yield ended
