@@ -46,10 +46,15 @@ BATCH = 4
 """Windows a step, but for arms that say so."""
 SAME_TIME = 0.05
 """An arm whose number of steps would change by less than this share is not trained again."""
-STUDENTS = {
+STUDENTS: dict[str, dict[str, object]] = {
     "given": {},  # as the run directory has it
     "depth": {"target_num_layers": 24},
     "width": {"target_hidden_size": 512, "target_ffn_hidden_size": 1152},
+    "width_healed": {
+        "target_hidden_size": 512,
+        "target_ffn_hidden_size": 1152,
+        "heal": "least_squares",
+    },
     "both": {"target_num_layers": 23, "target_ffn_hidden_size": 1280},
 }
 """What to prune the embedded teacher to: as the recipes do, and as a search for 75% of the

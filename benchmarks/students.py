@@ -94,6 +94,7 @@ def prune(base: Path, scores: Path, out: Path, settings: Mapping[str, object]) -
         {
             "prune.inputs.checkpoint": base / "import_hf",
             "prune.inputs.importance": scores,
+            "prune.inputs.calibration": base / "prepare_data",
             **{f"prune.{name}": value for name, value in settings.items()},
         },
     )

@@ -112,6 +112,11 @@ DEPENDS = (
         "tests/cpu/distillation/test_losses.py::test_no_full_size_float32_tensor_exists",
     ),
     Dependence(
+        "recipes.pruning.healing:Decoder.__init__",
+        "a layer's weights and residual streams move to it",
+        "tests/cpu/pruning/test_healing.py::test_what_is_a_combination_of_what_is_kept_costs_nothing",
+    ),
+    Dependence(
         "recipes.evaluation.text_quality:load_transformers", "the model moves to it", _QUALITY
     ),
     Dependence(

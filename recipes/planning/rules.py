@@ -104,6 +104,7 @@ PRUNE_TARGET = Rule(
 LAYER_IMPORTANCE = Rule(
     "layer-importance", "layers can only be chosen by a score that was measured"
 )
+HEALING = Rule("healing", "weights are refitted on text, and experts see too little of it each")
 CALIBRATION = Rule("calibration", "importance on padding or noise prunes at random")
 BUDGET = Rule("budget", "a search needs a budget that some shape fits")
 SEARCH = Rule("search", "a ranking or a halving needs candidates, windows and steps")

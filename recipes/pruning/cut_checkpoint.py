@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,8 +62,21 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
     return [layer for layer in every if layer not in dropped]
 
 
-def prune_checkpoint(teacher: Path, student: Architecture, kept: KeptIndices, out: Path) -> None:
+def prune_checkpoint(
+    teacher: Path,
+    student: Architecture,
+    kept: KeptIndices,
+    out: Path,
+    change: Callable[[dict[str, torch.Tensor]], None] = lambda weights: None,
+) -> None:
     """Cuts ``teacher`` to what is kept, and writes the student to ``out``.
+
+    Args:
+        teacher: NeMo checkpoint.
+        student: Shape of what is kept.
+        kept: What that is.
+        out: Directory to write.
+        change: What is done to the student's weights, by their Hugging Face names, before.
 
     Raises:
         RecipeError: A weight has not the shape that the student's config says, or is not known.
@@ -75,8 +89,9 @@ def prune_checkpoint(teacher: Path, student: Architecture, kept: KeptIndices, ou
         setattr(model.config, megatron, getattr(student, megatron))
         setattr(model.__io__.config, megatron, getattr(student, megatron))
     core = nemo.build_core(model, nemo.Parallelism())
-    weights = CutWeights(cut_weights(teacher, kept, student.kv_channels))
-    source = MergedWeights(weights, student, FAMILIES[student.hf_architecture])
+    weights = cut_weights(teacher, kept, student.kv_channels)
+    source = MergedWeights(CutWeights(weights), student, FAMILIES[student.hf_architecture])
+    change(weights)
     strategy = StreamedSave(source, nemo.leading_axes(student))
     with tempfile.TemporaryDirectory() as temporary:
         side = Path(temporary) / nemo.SIDE

@@ -10,6 +10,7 @@ from recipes.core.stage import StageConfig
 from recipes.planning.targets import Targets
 
 LAYER_METHODS = ("block_influence", "loss", "block", "greedy")
+HEALINGS = ("none", "least_squares")
 
 
 @dataclass
@@ -32,6 +33,13 @@ class PruneConfig(StageConfig):
     """Whole groups go, with their heads; by default each that stays keeps all of its heads."""
     target_num_moe_experts: Count | None = None
     target_moe_ffn_hidden_size: Count | None = None
+    heal: Annotated[str, one_of(*HEALINGS)] = "none"
+    """``least_squares``: refits what is left to stand in for what is gone, by forward passes on the
+    calibration text."""
+    num_calibration_samples: Count = 64
+    """Windows of ``seq_length`` tokens to heal on."""
+    seq_length: Count = 256
+    micro_batch_size: Count = 4
     hidden_size_divisor: Count = 64
     ffn_hidden_size_divisor: Count = 64
     """Of an expert's width, too."""

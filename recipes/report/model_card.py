@@ -140,6 +140,8 @@ def _made(inputs: Mapping[str, Manifest]) -> Iterator[str]:
     pruned = inputs["pruned"].result_if("prune", PruneResult) if "pruned" in inputs else None
     if pruned and (dropped := pruned.dropped_layers()):
         yield f"- Layers dropped, counted from 1: {', '.join(map(str, dropped))}."
+    if pruned and inputs["pruned"].config.get("heal", "none") != "none":
+        yield "- Healed by least squares when it was pruned."
     if training := inputs["checkpoint"].result_if("distill", DistillationResult):
         yield f"- Distilled on {training.tokens:,} tokens in {training.steps:,} steps."
     if "data" in inputs:

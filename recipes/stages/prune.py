@@ -1,19 +1,23 @@
-"""Minitron pruning of width and depth: cuts the weights to what scored highest, without a pass."""
+"""Minitron pruning of width and depth: cuts the weights to what scored highest, and heals them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recipes.core.manifest import Outcome
-from recipes.core.stage import Inputs
+from recipes.core.stage import Inputs, metrics_log
 from recipes.planning import rules
-from recipes.planning.chain import Chain
+from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.planning.targets import pruned, target_problems
 from recipes.pruning.results import PruneResult, ScoreResult
 from recipes.pruning.settings import PruneConfig, ScoreConfig
 from recipes.stages.contract import Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
@@ -22,6 +26,9 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
         yield Problem(rules.PRUNE_TARGET, what, fix)
     if cfg.target_num_layers is not None:
         yield from _score_problems(cfg, chain, chain.teacher.num_layers - cfg.target_num_layers)
+    if cfg.heal != "none":
+        yield from window_problems(cfg.seq_length, chain)
+        yield from _healing_problems(cfg, chain)
 
 
 def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Problem]:
@@ -49,15 +56,33 @@ def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Probl
         )
 
 
+def _healing_problems(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
+    """Whether there is text to heal on, and whether such a model can be healed."""
+    if "calibration" not in cfg.inputs:
+        yield Problem(
+            rules.HEALING,
+            f"heal={cfg.heal} has no text to calibrate on",
+            f"set stages.{cfg.stage}.inputs.calibration to a stage that prepares data",
+        )
+    if chain.teacher.num_moe_experts:
+        yield Problem(
+            rules.HEALING,
+            f"heal={cfg.heal} cannot refit experts",
+            f"set stages.{cfg.stage}.heal=none, and distil it as it is cut",
+        )
+
+
 def disk_bytes(cfg: PruneConfig, chain: Chain) -> int:
     """The student's checkpoint."""
     return 4 * pruned(chain.teacher, cfg.targets()).parameters()
 
 
 def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Chooses what to keep, cuts the weights, and saves the student and the kept indices."""
+    """Chooses what to keep, cuts and heals, and saves the student and the kept indices."""
     from nemo_convert import hf, nemo
+    from recipes.data.token_windows import read_windows
     from recipes.pruning.cut_checkpoint import layers_to_keep, prune_checkpoint
+    from recipes.pruning.healing import heal_weights
     from recipes.pruning.importance import Importance
     from recipes.pruning.kept import choose
 
@@ -70,7 +95,16 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     else:
         layers = layers_to_keep(importance, cfg.layer_importance, student.num_layers)
     kept = choose(importance.widths, whole, student, layers)
-    prune_checkpoint(teacher, student, kept, out / teacher.name)
+
+    def healed(weights: dict[str, Tensor]) -> None:
+        if cfg.heal != "none":
+            text = read_windows(
+                inputs["calibration"], "calibration", cfg.seq_length, cfg.num_calibration_samples
+            )
+            batches = text.tokens.split(cfg.micro_batch_size)
+            heal_weights(teacher, student, kept, weights, batches, metrics_log(out))
+
+    prune_checkpoint(teacher, student, kept, out / teacher.name, healed)
     kept.save(out)
     scored = inputs["importance"].manifest.result(ScoreResult)
     measure, scores = importance.of_layers(cfg.layer_importance)
@@ -94,8 +128,9 @@ STAGE = Stage(
     kind="checkpoint_nemo",
     run=run,
     check=check,
-    one_rank="it only copies weights",
+    one_rank="it copies weights, and heals them one layer at a time",
     inputs={"checkpoint": ("checkpoint_nemo",), "importance": ("importance",)},
+    optional_inputs={"calibration": ("dataset",)},
     disk_bytes=disk_bytes,
 )
 

@@ -20,6 +20,7 @@ from nemo_convert.nemo import find_checkpoint
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK
 from recipes.core.metrics import METRICS, steps_of
 from recipes.distillation.training import CHECKPOINTS, whole_checkpoints
+from recipes.pruning.kept import KeptIndices, cut, student_name
 from tests.support.in_process import run_here
 from tests.support.launcher import run_and_kill, run_recipe
 from tests.support.runs import STAGES, manifest_of, tiny, without
@@ -40,6 +41,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "none")
         "stages.prune.ffn_hidden_size_divisor=8",
         "stages.prune.target_num_attention_heads=5",
         "stages.prune.target_num_layers=4",
+        "stages.prune.heal=least_squares",
         "stages.distill.precision=bf16-mixed",  # whatever the processor is best at
         f"stages.distill.max_steps={STEPS}",
         "stages.distill.warmup_steps=2",
@@ -118,6 +120,7 @@ def test_model_card_has_the_figures_of_the_manifests(tiny_run: Path, odd_llama: 
     assert f"| this model | 4 {shape} {manifest_of(tiny_run, 'distill').parameters:,} |" in card
     (dropped,) = set(range(1, 6)) - set(manifest_of(tiny_run, "prune").metrics["kept_layers"])
     assert f"Layers dropped, counted from 1: {dropped}." in card
+    assert "Healed by least squares" in card
     assert f"{manifest_of(tiny_run, 'distill').metrics['tokens']:,} tokens in {STEPS} steps" in card
     assert "`topics.jsonl`" in card
     assert "llama_width_prune" in card
@@ -167,6 +170,24 @@ def test_importance_is_kept_as_data(tiny_run: Path) -> None:
     tensors = load_file(tiny_run / "score" / ARTIFACT / "importance.safetensors")
     assert tensors["hidden_size"].shape == (56,)
     assert sum(t.shape == (120,) for t in tensors.values()) == 5
+
+
+def test_what_was_cut_is_healed(tiny_run: Path) -> None:
+    teacher, student = (
+        dict(hf_weights(find_checkpoint(tiny_run / stage / ARTIFACT)))
+        for stage in ("import_hf", "prune")
+    )
+    kept = KeptIndices.load(tiny_run / "prune" / ARTIFACT)
+    healed = set()
+    for name, weight in teacher.items():
+        if (ours := student_name(name, kept)) and not student[ours].equal(
+            cut(name, weight, kept, 10)
+        ):
+            healed.add(name.split(".")[-2])
+    assert healed == {
+        *(f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")),
+        "norm",
+    }
 
 
 def test_parts_share_no_document(tiny_run: Path) -> None:

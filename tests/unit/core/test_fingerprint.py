@@ -229,6 +229,7 @@ def test_no_check_and_no_rule_is_part_of_a_stages_code(stage: str) -> None:
         ("score", {"pruning.scoring": "LayerAblation", "pruning.importance": "Importance"}),
         ("prune", {"pruning.kept": "cut", "pruning.cut_checkpoint": "prune_checkpoint"}),
         ("prune", {"planning.targets": "pruned", "pruning.settings": "PruneConfig"}),
+        ("prune", {"pruning.healing": "LeastSquares"}),
         ("distill", {"distillation.trainer": "train", "distillation.losses": "_reverse_kl"}),
         ("distill", {"distillation.model": "KDModel", "distillation.data": "TrainingData"}),
         ("evaluate", {"evaluation.predictions": "compare"}),

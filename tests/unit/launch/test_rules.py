@@ -33,6 +33,12 @@ D = "stages.distill."
 BFLOAT16 = "hardware.precision=bf16-mixed"
 """Whatever this machine's processor is best at."""
 T = "stages.evaluate_tasks."
+MIXTURE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+}
 TP2 = (f"{D}tensor_model_parallel_size=2", f"{D}resources.devices=2", f"{D}global_batch_size=8")
 SMALL = ("stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128")
 Patch = pytest.MonkeyPatch
@@ -102,6 +108,7 @@ TRIPS = {
     "layer-importance": trip("stages.prune.target_num_layers=20",
                             "stages.prune.layer_importance=block"),
     "calibration": trip("stages.score.block_sizes=[30]"),
+    "healing": trip("stages.prune.heal=least_squares", config=MIXTURE),
     "one-rank": trip("stages.prune.resources.devices=2"),
     "ranks": trip(f"{D}tensor_model_parallel_size=3"),
     "batch": trip(f"{D}global_batch_size=6"),

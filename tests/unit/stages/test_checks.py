@@ -213,6 +213,20 @@ def test_prune_runs_on_one_rank(chain: Chain, resources: Resources) -> None:
     assert one(prune.STAGE.problems(cfg, chain)).rule.name == "one-rank"
 
 
+def test_prune_heals_dense_models_on_text(chain: Chain) -> None:
+    healed = PruneConfig(stage="prune", target_num_layers=2, heal="least_squares")
+    assert "stages.prune.inputs.calibration" in one(prune.check(healed, chain)).fix
+    healed.inputs = {"calibration": "prepare_data"}
+    assert list(prune.check(healed, chain)) == []
+    healed.seq_length = chain.teacher.max_position_embeddings + 1
+    assert one(prune.check(healed, chain)).rule.name == "seq-length"
+    experts = dataclasses.replace(chain.teacher, num_moe_experts=4, moe_ffn_hidden_size=64)
+    healed = dataclasses.replace(healed, seq_length=64)
+    mixture = dataclasses.replace(chain, teacher=experts)
+    assert "stages.prune.heal=none" in one(prune.check(healed, mixture)).fix
+    assert list(prune.check(dataclasses.replace(healed, heal="none"), mixture)) == []
+
+
 @pytest.mark.parametrize("stage", [import_hf, prepare_data, evaluate, export_hf])
 def test_stages_without_parallelism_run_on_one_rank(stage: Any, chain: Chain, text: str) -> None:
     cfg = stage.STAGE.config(resources=Resources(devices=2))

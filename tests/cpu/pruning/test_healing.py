@@ -1,0 +1,185 @@
+"""Healing in closed form: what it must not cost, what it must not change, what it must gain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from nemo_convert.hf import load_causal_lm
+from recipes.core.metrics import MetricsLog
+from recipes.pruning.healing import Decoder, LeastSquares, heal
+from recipes.pruning.kept import KeptIndices, cut, student_name
+from tests.support.models import EVEN, FAMILIES
+
+DENSE = [family for family, fields in FAMILIES.items() if "num_experts" not in fields]
+HEAD, LEFT = 16, 32
+Weights = dict[str, torch.Tensor]
+
+
+def random_model(family: str, **fields: Any) -> Any:
+    """Two layers of random weights; all that a family normalises or shifts by, too."""
+    torch.manual_seed(0)
+    shape = {**EVEN, **FAMILIES[family], "num_hidden_layers": 2, "initializer_range": 0.1, **fields}
+    config = AutoConfig.for_model(family, max_position_embeddings=64, **shape)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tokens(windows: int = 16, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(EVEN["vocab_size"], (windows, 32), generator=generator)
+
+
+@torch.no_grad()
+def logits(model: Any, text: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = model(text, use_cache=False).logits
+    return found
+
+
+def pruned(
+    model: Any,
+    kept: KeptIndices,
+    shape: dict[str, int],
+    ridge: float | None,
+    text: torch.Tensor | None = None,
+) -> Any:
+    """A model cut to what is kept; healed, unless there is no ridge."""
+    config = {**model.config.to_dict(), **shape, "num_hidden_layers": len(kept.layers)}
+    config.pop("layer_types", None)
+    whole = {n: w for n, w in model.state_dict().items() if n in dict(model.named_parameters())}
+    weights = {
+        name: cut(source, weight, kept, HEAD)
+        for source, weight in whole.items()
+        if (name := student_name(source, kept)) is not None
+    }
+    if ridge is not None:
+        teacher = Decoder(model.config.to_dict(), whole)
+        batches = (tokens() if text is None else text).split(4)
+        heal(teacher, Decoder(config, weights), kept, batches, MetricsLog(None), ridge)
+    student = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
+    student.load_state_dict(weights, strict=False)
+    student.tie_weights()
+    return student
+
+
+@torch.no_grad()
+def plant_combinations(model: Any) -> tuple[KeptIndices, dict[str, int]]:
+    """Makes half of everything a combination of the other half, which is what to keep.
+
+    Channels that are gone are a rotation of the others, so that a norm over those is one over all.
+    """
+    turn = torch.linalg.qr(torch.randn(LEFT, LEFT)).Q
+    norm, embedding = model.model.norm.weight, model.model.embed_tokens.weight
+    embedding[:, LEFT:] = embedding[:, :LEFT] @ turn.T
+    if model.config.tie_word_embeddings:  # then it is exact only if logits double
+        norm.fill_(1.5)
+    rows: Weights = {"hidden_size": torch.arange(LEFT)}
+    for number, layer in enumerate(model.model.layers, 1):
+        attention, mlp = layer.self_attn, layer.mlp
+        mix = torch.randn(HEAD, HEAD)
+        for part, size in ((attention.q_proj, 2), (attention.k_proj, 1), (attention.v_proj, 1)):
+            value = part is attention.v_proj
+            for tensor in (part.weight, part.bias) if part.bias is not None else (part.weight,):
+                first = tensor[: size * HEAD]
+                tensor[size * HEAD :] = mix @ first if value else first
+        mlp.gate_proj.weight[64:] = mlp.gate_proj.weight[:64]
+        mlp.up_proj.weight[64:] = torch.randn(64, 1) * mlp.up_proj.weight[:64]
+        for part in (attention.o_proj, mlp.down_proj):
+            part.weight[LEFT:] = turn @ part.weight[:LEFT]
+        rows |= {f"layers.{number}.ffn_hidden_size": torch.arange(64)}
+        rows |= {f"layers.{number}.num_query_groups": torch.arange(1)}
+        rows |= {f"layers.{number}.num_attention_heads": torch.arange(2)}
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    return KeptIndices([1, 2], rows), dict(zip(names, (LEFT, 64, 2, 1), strict=True))
+
+
+@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_a_combination_of_what_is_kept_costs_nothing(family: str, tied: bool) -> None:
+    """On text that it was not healed on."""
+    model = random_model(family, tie_word_embeddings=tied)
+    kept, shape = plant_combinations(model)
+    unseen = tokens(4, seed=2)
+    expected = logits(model, unseen)
+    spread = expected.std()
+    assert (logits(pruned(model, kept, shape, None), unseen) - expected).std() > 0.5 * spread
+    healed = logits(pruned(model, kept, shape, 1e-10), unseen)
+    torch.testing.assert_close(healed, expected, rtol=0, atol=2e-3 * spread.item())
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_a_whole_model_is_not_changed(family: str) -> None:
+    model = random_model(family)
+    healed = pruned(model, KeptIndices([1, 2], {}), {}, 1e-3)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(healed.state_dict()[name], weight), name
+
+
+def test_a_change_never_misses_more() -> None:
+    """With fewer tokens than inputs, and inputs that repeat each other."""
+    torch.manual_seed(0)
+    inputs, missing = torch.randn(1, 24, 32), torch.randn(1, 24, 8)
+    inputs[..., 16:] = inputs[..., :16]
+    fit = LeastSquares(torch.zeros(8, 32))
+    for part in range(0, 24, 8):
+        fit.add(inputs[:, part : part + 8], missing[:, part : part + 8])
+    lost = []
+    for ridge in (1e-9, 1e-3, 1e-1, 10.0, 1e6):
+        left = missing - inputs @ fit.change(ridge).T
+        lost.append(left.square().sum().item())
+    before = missing.square().sum().item()
+    assert lost == sorted(lost)
+    assert lost[0] < lost[1] < 0.5 * before
+    assert lost[-1] == pytest.approx(before, rel=1e-4)
+    assert max(lost) <= before
+    exact = torch.linalg.lstsq(inputs[0].double(), missing[0].double(), driver="gelsd").solution
+    torch.testing.assert_close(fit.change(1e-9), exact.T.float(), rtol=1e-3, atol=1e-4)
+
+
+PARTS = {
+    "hidden": ({"hidden_size": 48}, {"hidden_size": 48}),
+    "feed-forward": ({"intermediate_size": 96}, {"ffn_hidden_size": 96}),
+    "groups": (
+        {"num_attention_heads": 2, "num_key_value_heads": 1},
+        {"num_attention_heads": 2, "num_query_groups": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("names", [*([name] for name in PARTS), list(PARTS)], ids="+".join)
+def test_a_healed_student_is_nearer_to_its_teacher(
+    names: list[str], even_llama: Path, text_file: Path
+) -> None:
+    """A model that has learnt something; on the text that it is healed on, and on more of it."""
+    ids = AutoTokenizer.from_pretrained(even_llama)(text_file.read_text()[: 1 << 16])["input_ids"]
+    windows = torch.tensor(ids[: 40 * 64]).view(40, 64)
+    model = load_causal_lm(even_llama)
+    shape: dict[str, int] = {}
+    rows: Weights = {}
+    for name in names:
+        fields, axes = PARTS[name]
+        shape |= fields
+        for axis, count in axes.items():
+            layers = [""] if axis == "hidden_size" else [f"layers.{n}." for n in range(1, 5)]
+            rows |= {f"{layer}{axis}": torch.arange(count) for layer in layers}
+    kept = KeptIndices([1, 2, 3, 4], rows)
+    for part in (windows[:32], windows[32:]):
+        expected = logits(model, part).log_softmax(-1)
+        cut_off, healed = (
+            functional.kl_div(
+                logits(pruned(model, kept, shape, ridge, windows[:32]), part).log_softmax(-1),
+                expected,
+                log_target=True,
+                reduction="batchmean",
+            ).item()
+            for ridge in (None, 1e-3)
+        )
+        assert healed < 0.8 * cut_off
