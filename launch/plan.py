@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.hydra_errors import fix_of
 from launch.machine import chain_of, cluster_problems
 from launch.planned import InputRef, PlannedStage, load_stage, stage_of
-from launch.settings import RunSettings, settings_of
+from launch.settings import RunSettings
 from launch.staleness import ADOPT, SKIP, require_nothing_lost, status
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError, did_you_mean
@@ -52,13 +52,17 @@ class Plan:
         return [stage for stage in self.stages if stage.action not in (SKIP, ADOPT)]
 
 
-def make_plan(cfg: DictConfig, run_dir: Path) -> Plan:
+def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     """Checks everything that can be checked without running, and decides what must run.
+
+    Args:
+        cfg: The composed config.
+        settings: Its root.
+        run_dir: Where the run lives.
 
     Raises:
         RecipeError: A problem that would fail the run later, with its fix.
     """
-    settings = settings_of(cfg)
     hf_path = settings.hf_path  # first: stages that have it as a field would say less
     configs = typed_stages(cfg)
     only = None if settings.only is None else known_stages(settings.only, configs, "stages.only")

@@ -75,7 +75,7 @@ def run(cfg: DictConfig, recipe: str) -> None:
             "are submitted.",
             "add cluster.follow=true",
         )
-    plan = executor.prepare(make_plan(cfg, run_dir), cluster)
+    plan = executor.prepare(make_plan(cfg, settings, run_dir), cluster)
     view.print_plan(plan, console)
     view.print_notes(plan, set(settings.skip_rules), console)
     ended = not settings.dry_run

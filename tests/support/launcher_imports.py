@@ -10,9 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 from launch import run as run  # what it imports
 from launch import schema
 from launch.plan import make_plan
+from launch.settings import settings_of
 
 schema.register()
 with initialize_config_dir(str(schema.CONF), version_base="1.3"):
     cfg = compose("config", ["recipe=llama_width_prune"], return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
-    make_plan(cfg, Path("nowhere"))
+    make_plan(cfg, settings_of(cfg), Path("nowhere"))

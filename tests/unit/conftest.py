@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from launch import schema
 from launch.plan import Plan, make_plan
 from launch.planned import PlannedStage
+from launch.settings import settings_of
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from recipes.core import versions
@@ -178,7 +179,8 @@ def plan(compose: Compose, tmp_path: Path) -> MakePlan:
     """Plans a run of the width recipe, by default without benchmarks and engines."""
 
     def planned(*overrides: str, recipe: str = RECIPE) -> Plan:
-        return make_plan(compose(*planned_words(recipe, overrides)), tmp_path / "run")
+        cfg = compose(*planned_words(recipe, overrides))
+        return make_plan(cfg, settings_of(cfg), tmp_path / "run")
 
     return planned
 

@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.plan import Plan, make_plan
+from launch.settings import settings_of
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST
 from recipes.stages import score
@@ -107,8 +108,9 @@ def test_stage_feeding_itself_is_a_circle(plan: MakePlan) -> None:
 
 
 def test_recipe_without_stages_is_refused(compose: Callable[..., Any], tmp_path: Path) -> None:
+    cfg = compose()
     with pytest.raises(RecipeError, match="the recipe has no stages"):
-        make_plan(compose(), tmp_path)
+        make_plan(cfg, settings_of(cfg), tmp_path)
 
 
 def test_empty_data_file_is_refused(plan: MakePlan, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from launch import machine
 from launch.plan import Plan, make_plan
+from launch.settings import settings_of
 from recipes.core import versions
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest, write_manifest
@@ -160,7 +161,7 @@ def plan(compose: Compose, tmp_path: Path) -> MakePlan:
             if override not in groups:
                 added = key.startswith("+")
                 OmegaConf.update(cfg, key[added:], yaml.safe_load(value), force_add=added)
-        return make_plan(cfg, tmp_path / "run")
+        return make_plan(cfg, settings_of(cfg), tmp_path / "run")
 
     return planned
 

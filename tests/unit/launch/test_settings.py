@@ -103,9 +103,10 @@ def test_a_setting_is_refused_with_a_fix_or_legal(
     said = ""
     try:
         OmegaConf.update(cfg, name, value, merge=False)
-        require_tracker(settings_of(cfg).tracker_name)
+        settings = settings_of(cfg)
+        require_tracker(settings.tracker_name)
         executor, cluster = executor_of(cfg.cluster)
-        executor.prepare(make_plan(cfg, tmp_path / "run"), cluster)
+        executor.prepare(make_plan(cfg, settings, tmp_path / "run"), cluster)
     except (RecipeError, OmegaConfBaseException, HydraException) as refused:
         said = explain(refused)
     assert not said or FIX.search(said)
