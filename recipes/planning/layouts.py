@@ -9,7 +9,7 @@ from itertools import product
 from nemo_convert.architecture import Architecture
 from recipes.planning.estimate import Estimate, estimate, memory
 from recipes.planning.hardware import Hardware
-from recipes.planning.workload import Layout, Workload
+from recipes.planning.workload import Layout, Workload, split_axes
 
 HEADROOM = 0.92
 """Share of a device's memory that a proposal may take: the estimate is good to a few percent."""
@@ -27,22 +27,20 @@ class Proposal:
 
 
 def fits_shape(arch: Architecture, layout: Layout) -> bool:
-    """Whether a model can be split that way."""
-    axes = (arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size, arch.vocab_size)
+    """Whether a model can be split that way: what ``parallelism`` has rules for."""
     return (
-        all(size % layout.tensor == 0 for size in axes)
+        all(getattr(arch, axis) % layout.tensor == 0 for axis in (*split_axes(arch), "vocab_size"))
         and arch.num_layers >= layout.pipeline
         and (layout.expert == 1 or bool(arch.num_moe_experts))
         and arch.num_moe_experts % layout.expert == 0
+        and layout.data * layout.context % layout.expert == 0
     )
 
 
 def fits(job: Workload, hardware: Hardware) -> bool:
     """Whether a job can be built on its layout and has room there."""
     layout, models = job.layout, [m for m in (job.trained, job.teacher) if m is not None]
-    if layout.data == 0 or (layout.data * layout.context) % layout.expert:
-        return False
-    if job.global_batch_size % (layout.data * layout.micro_batch_size):
+    if layout.data == 0 or job.global_batch_size % (layout.data * layout.micro_batch_size):
         return False
     if job.seq_length % (layout.tensor * 2 * layout.context):
         return False
@@ -58,8 +56,12 @@ def candidates(job: Workload, devices: int, node: int) -> Iterator[Workload]:
     contexts = SIZES if job.seq_length >= LONG else (1,)
     moe = job.trained is not None and job.trained.num_moe_experts
     tensors = [size for size in SIZES if size <= per_node]
+    # Which layers are on the last stage, and whether they hold what is compared, was checked for
+    # the job's own layout alone.
+    pipelines = (job.layout.pipeline,) if job.compares_hidden_states else SIZES
+    recomputed = ("none",) if job.compares_hidden_states else ("none", "full")
     for tensor, pipeline, context, expert, micro, recompute_granularity in product(
-        tensors, SIZES, contexts, SIZES if moe else (1,), SIZES, ("none", "full")
+        tensors, pipelines, contexts, SIZES if moe else (1,), SIZES, recomputed
     ):
         layout = Layout(
             nodes=devices // per_node,

@@ -8,7 +8,7 @@ from nemo_convert.architecture import Architecture
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
-from recipes.planning.workload import Layout, Workload
+from recipes.planning.workload import Layout, Workload, split_axes
 
 ALIGNMENT = 16
 """What FP8 matrix products of cuBLASLt want every dimension to be a multiple of; bf16 wants 8."""
@@ -97,8 +97,7 @@ def _expert_problems(layout: Layout, role: str, shape: Architecture) -> Iterator
 
 def _shape_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[Problem]:
     tensor = layout.tensor
-    feed_forward = "moe_ffn_hidden_size" if shape.num_moe_experts else "ffn_hidden_size"
-    for axis in ("num_attention_heads", "num_query_groups", feed_forward):
+    for axis in split_axes(shape):
         size = getattr(shape, axis)
         if size % tensor:
             yield Problem(
@@ -124,7 +123,7 @@ def _shape_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[
 
 def _alignment_problems(layout: Layout, student: Architecture) -> Iterator[Problem]:
     """Sizes that a kernel sees: of a rank, for what tensor parallelism splits."""
-    for axis, share in (("hidden_size", 1), ("ffn_hidden_size", layout.tensor)):
+    for axis, share in (("hidden_size", 1), (split_axes(student)[-1], layout.tensor)):
         size = getattr(student, axis)
         if size % share == 0 and size // share % ALIGNMENT:
             where = f", {size // share} on each of TP={share} ranks," if share > 1 else ""

@@ -56,6 +56,12 @@ LAYOUT_FIELDS = {
 """Sizes of a layout, and what a training's config calls them."""
 
 
+def split_axes(arch: Architecture) -> tuple[str, str, str]:
+    """Sizes of layers that tensor parallelism splits, the feed-forward part's last."""
+    feed_forward = "moe_ffn_hidden_size" if arch.num_moe_experts else "ffn_hidden_size"
+    return "num_attention_heads", "num_query_groups", feed_forward
+
+
 CHECKPOINT_BYTES = 14
 """Of a parameter in a checkpoint to resume from: bfloat16, main weights and Adam's two moments."""
 
@@ -79,6 +85,8 @@ class Workload:
     """Global batches of a validation."""
     terms: int = 1
     """Terms of the loss on logits, each of which keeps a gradient as wide as the vocabulary."""
+    compares_hidden_states: bool = False
+    """Whether the loss is on layers' outputs too."""
     windows: int | None = None
     """Windows that there are at most, where a cached teacher knows only some of the text."""
 

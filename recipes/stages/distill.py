@@ -56,10 +56,11 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
     teacher = chain.teacher if asked and not _is_cached(cfg.inputs.get("teacher"), chain) else None
     student = chain.shape_of(cfg.inputs.get("student"))
     terms = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
-    work = training_workload(cfg, student, teacher, terms)
     cache = chain.stages.get(cfg.inputs.get("teacher", ""))
-    return (
-        replace(work, windows=cache.num_windows) if isinstance(cache, CacheLogitsConfig) else work
+    return replace(
+        training_workload(cfg, student, teacher, terms),
+        compares_hidden_states=cfg.hidden_weight > 0,
+        windows=cache.num_windows if isinstance(cache, CacheLogitsConfig) else None,
     )
 
 

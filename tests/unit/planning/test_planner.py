@@ -313,6 +313,34 @@ def test_proposals_fit_and_the_first_is_the_cheapest() -> None:
     assert small.estimate.memory.total < 24e9
 
 
+def test_a_mixture_is_split_by_the_width_of_its_experts() -> None:
+    """The width of a dense layer is in its config too, and of no weight."""
+    shape = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 96}
+    arch = replace(LLAMA, ffn_hidden_size=30, **shape)
+    layout = Layout(devices=8, tensor=8, sequence_parallel=True)
+    job = distillation(arch, None, layout=layout, global_batch_size=8)
+    assert fits(job, H100)
+    assert not fits(replace(job, trained=replace(arch, moe_ffn_hidden_size=100)), H100)
+    assert not fits(replace(job, layout=replace(layout, tensor=1, expert=3, devices=3)), H100)
+
+
+def test_what_a_loss_on_hidden_states_refuses_is_not_proposed() -> None:
+    """Where memory is so small that recomputing is all that fits, nothing is left to propose."""
+    layout, shape = Layout(devices=8), replace(LLAMA, num_layers=16)
+    job = distillation(shape, LLAMA, layout=layout, seq_length=8192, steps=100)
+    small = replace(H100, memory_bytes=22e9)
+    found = best(job, small, 8, 8)
+    assert found is not None
+    assert found.job.layout.recompute_granularity == "full"
+    hidden = replace(job, compares_hidden_states=True)
+    assert best(hidden, small, 8, 8) is None
+    every = proposals(hidden, H100)
+    assert every
+    assert {(p.job.layout.recompute_granularity, p.job.layout.pipeline) for p in every} == {
+        ("none", 1)
+    }
+
+
 @pytest.mark.parametrize("name", PROFILES)
 def test_profiles_are_whole_and_plausible(name: str) -> None:
     hardware = profile(name)
