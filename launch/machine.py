@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from launch.hydra_errors import as_typed
 from recipes.core.stage import StageConfig
@@ -31,15 +31,24 @@ def chain_of(
         RecipeError: There is no usable teacher, or the hardware profile has a wrong field.
     """
     chain = read_chain(hf_path, configs)
-    hardware = as_typed(Hardware, cfg.hardware, "hardware")
+    # Resolved first: what is looked up of a processor depends on where the stages run.
+    profile = OmegaConf.create(OmegaConf.to_container(cfg.hardware, resolve=True))
+    hardware = as_typed(Hardware, profile, "hardware")  # type: ignore[arg-type]
     if hardware.memory_bytes is None and cfg.cluster.executor == SLURM:
         hardware.memory_bytes = math.inf  # a login node's says nothing of where the jobs run
     limit = str(cfg.cluster.get("time", ""))  # not checked yet
     return replace(chain, hardware=hardware, run_dir=run_dir, time_limit=limit)
 
 
-def cluster_problems(cluster: DictConfig) -> Iterator[Problem]:
+def cluster_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
     """Checks where the stages will run, as far as it can be seen from here."""
+    if cluster.executor == SLURM and not hardware.on_gpu and hardware.precision == "32":
+        yield Problem(
+            rules.CPU_PRECISION,
+            f"hardware={hardware.name}, and the nodes' processors are not known here: training is "
+            "in float32",
+            "set hardware.precision=bf16-mixed if all have bfloat16 products, or name a GPU",
+        )
     if cluster.executor == LOCAL:
         yield from _stack_problems()
     shared = cluster.executor == SLURM and not cluster.get("exclusive")

@@ -94,7 +94,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
 
 def checks(cfg: DictConfig, chain: Chain, wanted: list[str]) -> Iterator[Problem]:
     """Everything that is wrong with the stages that are wanted, and with where they run."""
-    yield from cluster_problems(cfg.cluster)
+    yield from cluster_problems(cfg.cluster, chain.hardware)
     planning = any(stage_of(chain.stages[name]).plans_workloads for name in wanted)
     for name, config in chain.stages.items():
         stage = stage_of(config)

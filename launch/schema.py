@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from typing import Any
 
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from launch.machine import SLURM
 from launch.planned import load_stage, stage_names
 from recipes.core.files import REPO_ROOT
 from recipes.planning.hardware import cpu_profile
@@ -14,11 +17,16 @@ CONF = REPO_ROOT / "conf"
 
 def register() -> None:
     """Registers every stage's config as ``stage/<stage>/schema``, and ``${cpu:NAME}``."""
-    OmegaConf.register_new_resolver("cpu", cpu_profile, replace=True)
+    OmegaConf.register_new_resolver("cpu", _cpu, replace=True)
     for name in stage_names():
         ConfigStore.instance().store(
             group=f"stage/{name}", name="schema", node=load_stage(name).config
         )
+
+
+def _cpu(name: str, *, _root_: DictConfig) -> Any:
+    """What is looked up of a processor; a login node's is not that of the jobs."""
+    return cpu_profile(name, here=OmegaConf.select(_root_, "cluster.executor") != SLURM)
 
 
 def recipes() -> dict[str, str]:

@@ -78,11 +78,14 @@ def physical_memory() -> int:
     return total if text == "max" else min(total, int(text))
 
 
-def cpu_profile(name: str) -> Any:
+def cpu_profile(name: str, here: bool = True) -> Any:
     """``precision``, ``flops_per_second`` or ``utilisation`` of this machine's kind of processor.
 
-    One without bfloat16 products emulates them, a hundred times as slowly: it trains in float32.
+    One without bfloat16 products emulates them, a hundred times as slowly: it trains in float32,
+    and so does one that is not known, since stages run elsewhere than ``here``.
     """
+    if not here:
+        return CPU_PROFILES[False][name]
     text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
     return CPU_PROFILES[bool(BFLOAT16_FLAGS & set(text.split()))][name]
 

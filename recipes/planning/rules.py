@@ -52,6 +52,11 @@ CPUS_PER_TASK = Rule(
     "Slurm gives a job that shares its nodes one core for all processes of a node",
     severity=WARNING,
 )
+CPU_PRECISION = Rule(
+    "cpu-precision",
+    "bfloat16 products are twice as fast as float32 on CPUs that have them, and emulated on others",
+    severity=WARNING,
+)
 HARDWARE_PROFILE = Rule(
     "hardware-profile",
     "memory and time are estimated for the machine that was named, not for the one found",

@@ -21,7 +21,7 @@ from launch.settings import settings_of
 from recipes.core import versions
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest, write_manifest
-from recipes.planning import budget, rules
+from recipes.planning import budget, hardware, rules
 from recipes.planning.rules import ERROR, REFUSED_FIELDS, RULES, WARNING
 from tests.unit.conftest import LLAMA_CONFIG
 
@@ -94,6 +94,7 @@ TRIPS = {
     "image": trip("+cluster.images.default=/nowhere/image.sqsh"),
     "mounts": trip("+cluster.mounts=[/nowhere/data]"),
     "cpus-per-task": trip("cluster.executor=slurm"),
+    "cpu-precision": trip("cluster.executor=slurm"),
     "hardware-profile": trip(prepare=gpu_is_here),
     "bundled-config": trip("model=llama3_1_8b", "skip_rules=[memory,disk]", prepare=hub_is_away),
     "tied-embeddings": trip(config={"tie_word_embeddings": False}, prepare=head_is_missing),
@@ -293,6 +294,25 @@ def test_a_login_node_says_nothing_of_the_memory_of_jobs(plan: MakePlan) -> None
     assert machine.SLURM == "slurm"
     found = plan(*large, "cluster.executor=slurm").chain.hardware.memory_of_rank(1)
     assert found == float("inf")
+
+
+@pytest.mark.parametrize("flags", ["avx2", "avx512_bf16"])
+def test_a_login_node_says_nothing_of_the_processors_of_jobs(
+    plan: MakePlan, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same settings, and so the same fingerprints, wherever the jobs are submitted from."""
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    here, there = plan().chain, plan("cluster.executor=slurm").chain
+    precision = {"avx2": "32", "avx512_bf16": "bf16-mixed"}[flags]
+    assert here.workloads["distill"].bf16 == (here.hardware.precision == "bf16-mixed")
+    assert here.hardware.precision == precision
+    assert there.hardware.precision == "32"
+    assert not there.workloads["distill"].bf16
+    assert there.hardware.flops_per_second == hardware.cpu_profile("flops_per_second", here=False)
+    asked = plan("cluster.executor=slurm", BFLOAT16)
+    assert asked.chain.workloads["distill"].bf16
+    assert "cpu-precision" not in {note.rule.name for note in asked.notes}
 
 
 def test_memory_is_shared_by_the_ranks_of_a_cpu(plan: MakePlan) -> None:
