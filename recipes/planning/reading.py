@@ -24,6 +24,8 @@ from recipes.planning.workload import Layout
 
 COMPARING, MEASURING = 4.0, 2.5
 """Tensors of that size at once, where models are compared and where one's loss is taken."""
+SCORES = 3
+"""Logits, their log-probabilities, and what is made of these."""
 RANKS = (2, 4, 8)
 """That layers may be split over."""
 WITHOUT_A_LAYER = 0.6
@@ -153,6 +155,26 @@ def scored(
     )
     again = replace(text, windows=WITHOUT_A_LAYER * left_out)
     return Reading(memory, text.flops(arch) + again.flops(arch))
+
+
+def asked(models: Sequence[Architecture], tokens: int, at_once: int, hardware: Hardware) -> Reading:
+    """Models that answer questions one after the other, in float32.
+
+    Args:
+        models: Their shapes.
+        tokens: Of all questions.
+        at_once: Tokens of a forward pass, any of which may be scored.
+        hardware: Profile of the device.
+    """
+    largest = max(models, key=lambda arch: arch.parameters())
+    memory = Memory(
+        weights=4 * largest.parameters(),
+        activations=_forward_bytes(largest, 4, at_once),
+        logits=SCORES * 4 * at_once * largest.vocab_size,
+        reserved=hardware.reserved_bytes,
+    )
+    text = Text(tokens / at_once, at_once, 1)
+    return Reading(memory, sum(text.flops(arch) for arch in models))
 
 
 def converted(arch: Architecture, hardware: Hardware) -> Reading:

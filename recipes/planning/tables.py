@@ -66,7 +66,7 @@ def readings_table(readings: Mapping[str, Mapping[str, float]], hardware: Hardwa
         ]
         for name, found in readings.items()
     ]
-    return Table("Stages that train nothing", ["stage", "GB", "there is", "hours"], rows)
+    return Table("Other stages", ["stage", "GB", "there is", "hours"], rows)
 
 
 def _models(jobs: Mapping[str, Workload]) -> Table:

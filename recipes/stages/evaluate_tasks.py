@@ -15,9 +15,26 @@ from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
+from recipes.planning.reading import Reading, asked
 from recipes.stages.contract import Stage
 
 INSTALL = 'pip install -e ".[tasks]", or leave the benchmarks out: tasks=none'
+
+SIZES = {
+    "sciq": (1000, 112),
+    "piqa": (1838, 60),
+    "arc_easy": (2376, 45),
+    "arc_challenge": (1172, 55),
+    "hellaswag": (10042, 86),
+    "lambada_openai": (5153, 78),
+    "mmlu": (14042, 95),
+    "gsm8k_cot": (1319, 1200),
+}
+"""Items, and tokens of one with all of its choices, on average, in SmolLM2's vocabulary."""
+USUAL = (1000, 80)
+"""Of a task that is not among them."""
+SUBJECTS = {"mmlu": 57}
+"""Parts of a task, each of which is limited."""
 
 
 def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
@@ -46,6 +63,18 @@ def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
             )
 
 
+def reading(cfg: EvaluateTasksConfig, chain: Chain) -> Reading:
+    """All models in turn on all items, each read once; what they write themselves is left out."""
+    pruned = chain.shape_of(cfg.inputs.get("pruned"))
+    tokens = 0
+    for name in cfg.tasks:
+        items, size = SIZES.get(name, USUAL)
+        if cfg.limit is not None:
+            items = min(items, cfg.limit * SUBJECTS.get(name, 1))
+        tokens += items * size * (1 + cfg.num_fewshot.get(name, 0))
+    return asked((chain.teacher, pruned, pruned), tokens, cfg.pack_tokens, chain.hardware)
+
+
 def run(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path) -> Outcome:
     """Evaluates one model after the other, compares them item by item, and keeps the items."""
     from recipes.evaluation.task_scores import score
@@ -58,6 +87,7 @@ STAGE = Stage(
     kind="task_results",
     run=run,
     check=check,
+    reading=reading,
     one_rank="its items are not split over ranks",
     inputs={
         "teacher": ("checkpoint_nemo",),

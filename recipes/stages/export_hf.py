@@ -9,6 +9,7 @@ from nemo_convert.results import ParityResult
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
 from recipes.planning.chain import Chain
+from recipes.planning.reading import Reading, converted
 from recipes.stages.contract import Stage
 
 
@@ -25,6 +26,11 @@ class ExportConfig(StageConfig):
 def disk_bytes(cfg: ExportConfig, chain: Chain) -> int:
     """Size of the folder, the teacher's at most."""
     return 4 * chain.teacher.parameters()
+
+
+def reading(cfg: ExportConfig, chain: Chain) -> Reading:
+    """The student as its conversion is proven."""
+    return converted(chain.shape_of(chain.pruned_by(cfg)), chain.hardware)
 
 
 def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -68,6 +74,7 @@ STAGE = Stage(
         "tasks": ("task_results",),
     },
     disk_bytes=disk_bytes,
+    reading=reading,
 )
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import training_problems, training_workload
 from recipes.planning import rules
 from recipes.planning.chain import Chain
+from recipes.planning.estimate import flops_per_token, memory
 from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
+from recipes.planning.reading import Reading, Text, compared
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import EnumerateShapesConfig, SuccessiveHalvingConfig
 from recipes.search.space import axes_of, name_of, prune_settings
@@ -59,14 +61,46 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _name_problems(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
-    """Compares ``also`` with the shapes within the budget, unless that waits for latencies."""
-    ranking = chain.stages.get(cfg.inputs.get("candidates", ""))
-    search = chain.stages.get(ranking.inputs.get("shapes", "")) if ranking is not None else None
-    if not cfg.also or not isinstance(search, EnumerateShapesConfig) or "latency" in search.inputs:
+    """Compares ``also`` with the shapes within the budget."""
+    search = _search(cfg, chain)
+    if not cfg.also or search is None:
         return
     shapes = [name_of(shape) for shape in search.shapes(chain.teacher)]
     for what in _unknown(cfg.also, shapes):
         yield Problem(rules.SEARCH, what, LISTED)
+
+
+def reading(cfg: SuccessiveHalvingConfig, chain: Chain) -> Reading:
+    """Trainings of all rounds, and after each the teacher and its candidates on validation text.
+
+    Candidates count as the largest shape within the budget; the teacher's where it is not known.
+    """
+    search = _search(cfg, chain)
+    largest = search.shapes(chain.teacher)[0] if search is not None else chain.teacher
+    rounds = cfg.rounds(cfg.most())
+    text = Text(cfg.num_samples, cfg.distill.seq_length, cfg.distill.micro_batch_size)
+    bf16 = cfg.precision == "bf16-mixed"
+    measured = compared((chain.teacher, largest), bf16, text, chain.hardware)
+    if not rounds:
+        return replace(measured, flops=0)
+    terms = (cfg.distill.kd_weight > 0) + (cfg.distill.lm_weight > 0)
+    job = training_workload(_training(cfg, rounds, 0), largest, chain.teacher, terms)
+    tokens = sum(_training(cfg, rounds, n).max_steps * c for n, c in enumerate(rounds))
+    tokens *= job.global_batch_size * job.seq_length
+    flops = tokens * flops_per_token(job) + sum(
+        text.flops(chain.teacher) + count * text.flops(largest) for count in rounds
+    )
+    needs = (measured.memory, memory(job, chain.hardware))
+    return Reading(max(needs, key=lambda need: need.total), flops)
+
+
+def _search(cfg: SuccessiveHalvingConfig, chain: Chain) -> EnumerateShapesConfig | None:
+    """What lists the shapes, unless that waits for latencies."""
+    ranking = chain.stages.get(cfg.inputs.get("candidates", ""))
+    search = chain.stages.get(ranking.inputs.get("shapes", "")) if ranking is not None else None
+    if isinstance(search, EnumerateShapesConfig) and "latency" not in search.inputs:
+        return search
+    return None
 
 
 def _unknown(names: Sequence[str], known: Collection[str]) -> list[str]:
@@ -159,6 +193,7 @@ STAGE = Stage(
     kind="search_results",
     run=run,
     check=check,
+    reading=reading,
     starts=("prune", "distill"),
     inputs={
         "checkpoint": ("checkpoint_nemo",),

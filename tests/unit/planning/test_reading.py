@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from nemo_convert.architecture import Architecture
 from recipes.distillation.settings import CacheLogitsConfig
 from recipes.evaluation.settings import EvaluateConfig
-from recipes.planning.estimate import memory
+from recipes.planning.estimate import flops_per_token, forward_flops, memory
 from recipes.planning.hardware import Hardware
 from recipes.planning.layouts import HEADROOM
-from recipes.planning.reading import Text, compared, converted, ranked, scored, smaller
+from recipes.planning.reading import (
+    Reading,
+    Text,
+    compared,
+    converted,
+    ranked,
+    scored,
+    smaller,
+)
 from recipes.planning.workload import Layout, Workload
 from recipes.pruning.settings import ScoreConfig
 from tests.unit.planning.test_planner import CPU, H100, LLAMA, dense
+
+if TYPE_CHECKING:
+    from recipes.planning.chain import Chain
+    from tests.unit.conftest import MakePlan
 
 MISTRAL_TEXT = Text(windows=40, seq_length=8192, micro_batch_size=4)
 TOKENS = 4 * 8192
@@ -105,3 +118,40 @@ def test_a_cpu_holds_what_models_said_too() -> None:
     assert isinstance(gpu, Hardware)
     more = compared([LLAMA], False, text, CPU).memory.logits
     assert more == compared([LLAMA], False, text, gpu).memory.logits + 4 * 40 * 256 * 4096
+
+
+def readings(chain: Chain, **changes: dict[str, object]) -> dict[str, Reading]:
+    """Of each stage of a chain that has one, perhaps with other settings."""
+    return {
+        name: estimates(replace(chain.stages[name], **changes.get(name, {})))
+        for name, estimates in chain.readings.items()
+    }
+
+
+def test_benchmarks_and_the_export_are_planned(plan: MakePlan) -> None:
+    """The first 100 items of four benchmarks, each read once by all three models."""
+    chain = plan("tasks=quick").chain
+    found, student = readings(chain), chain.workloads["distill"].trained
+    assert student is not None
+    assert found["export_hf"].memory.weights == 4 * student.parameters()
+    asked = found["evaluate_tasks"]
+    each = forward_flops(chain.teacher, 512) + 2 * forward_flops(student, 512)
+    assert asked.flops == pytest.approx(100 * (112 + 60 + 45 + 78) * each)
+    assert asked.memory.weights == 4 * chain.teacher.parameters()
+    every = readings(chain, evaluate_tasks={"limit": None, "tasks": ["sciq"]})["evaluate_tasks"]
+    assert every.flops == pytest.approx(1000 * 112 * each)
+
+
+def test_a_halving_trains_and_measures_its_candidates(plan: MakePlan) -> None:
+    """Four candidates, then two, each round with half of the tokens, then measured."""
+    chain = plan(recipe="recipe=llama_search").chain
+    halving = readings(chain)["successive_halving"]
+    more = readings(chain, successive_halving={"num_samples": 32})["successive_halving"]
+    shapes = chain.stages["enumerate_shapes"].shapes(chain.teacher)  # type: ignore[attr-defined]
+    read = 256 * (2 * forward_flops(chain.teacher, 256) + 6 * forward_flops(shapes[0], 256))
+    assert more.flops - halving.flops == pytest.approx(16 * read)
+    job = Workload("distill", shapes[0], chain.teacher, Layout(micro_batch_size=4), 256, 4, 1)
+    trained = halving.flops - 16 * read
+    assert trained == pytest.approx(200_000 * flops_per_token(job), rel=0.02)
+    bf16 = chain.hardware.precision == "bf16-mixed"
+    assert halving.memory == memory(replace(job, terms=2, bf16=bf16), chain.hardware)
