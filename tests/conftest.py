@@ -14,6 +14,9 @@ LONGEST = (
     "test_layouts",
     "test_benchmarks",
     "test_logit_cache",
+    "test_rehearsal",
+    "test_recipes_in_miniature",
+    "test_settings",
 )
 """Files that take minutes: started first, none of them is left over for one worker at the end."""
 

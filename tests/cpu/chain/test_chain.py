@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,20 @@ from recipes.distillation.training import CHECKPOINTS, whole_checkpoints
 from recipes.pruning.kept import KeptIndices, cut, student_name
 from tests.support.in_process import run_here
 from tests.support.launcher import run_and_kill, run_recipe
-from tests.support.runs import STAGES, manifest_of, tiny, without
+from tests.support.runs import STAGES, manifest_of, settings, tiny, without
 
 STEPS, CHECKPOINT_INTERVAL = 24, 4
+ENGINES = ("build_engine", "build_teacher_engine", "measure_speed")
 
 
-def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "none") -> list[str]:
+def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "openvino") -> list[str]:
     """Width and depth together, every size odd."""
+    engines = [
+        *settings("build_engine", num_windows=2),
+        *settings("build_teacher_engine", num_windows=2),
+        *settings("measure_speed", batch_sizes="[1,3]", prompt_tokens="[40]", new_tokens=6),
+        *settings("measure_speed", repetitions=2),
+    ]
     return [
         "recipe=llama_width_prune",
         "tasks=none",
@@ -49,17 +57,24 @@ def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "none")
         "stages.distill.val_check_interval=12",
         "stages.evaluate.num_windows=8",
         "stages.evaluate.new_tokens=8",
+        *(engines if engine == "openvino" else []),
     ]
 
 
 @pytest.fixture(scope="module")
 def tiny_run(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By a launcher in a Slurm job of two tasks, of which its stages are none."""
     run_dir = tmp_path_factory.mktemp("chain") / "run"
-    result = run_recipe(*overrides(odd_llama, text_file, run_dir), cwd=run_dir.parent)
+    home = run_dir.with_name("home")
+    home.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("HOME", home), ("SLURM_NTASKS", 2), ("SLURM_JOB_NAME", "batch")):
+            patch.setenv(name, str(value))
+        result = run_recipe(*overrides(odd_llama, text_file, run_dir), cwd=run_dir.parent)
     assert result.code == 0, result.output
-    for stage in STAGES:
+    for stage in (*STAGES, *ENGINES):
         assert f"{stage}: complete" in result.output
-    assert f"{len(STAGES)} stages ran" in result.output
+    assert f"{len(STAGES) + len(ENGINES)} stages ran" in result.output
     return run_dir
 
 
@@ -215,31 +230,10 @@ def test_second_run_does_nothing(tiny_run: Path, odd_llama: Path, text_file: Pat
     assert {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()} == before
 
 
-def test_engines_of_teacher_and_student_are_built_and_timed(
-    tiny_run: Path,
-    odd_llama: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """On a finished run only what the engines add is done; nothing is written to the home."""
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    run_dir = without(tiny_run, tmp_path / "run")
-    command = [
-        *overrides(odd_llama, text_file, run_dir, engine="openvino"),
-        "stages.build_engine.num_windows=2",
-        "stages.build_teacher_engine.num_windows=2",
-        "stages.measure_speed.batch_sizes=[1,3]",
-        "stages.measure_speed.prompt_tokens=[40]",
-        "stages.measure_speed.new_tokens=6",
-        "stages.measure_speed.repetitions=2",
-    ]
-    result = run_recipe(*command, cwd=tmp_path)
-    assert result.code == 0, result.output
-    assert "4 stages ran" in result.output
-    assert not (home / "intel").exists()
+def test_engines_of_teacher_and_student_are_built_and_timed(tiny_run: Path) -> None:
+    """And nothing of OpenVINO is written to the home."""
+    run_dir = tiny_run
+    assert not (run_dir.with_name("home") / "intel").exists()
     student = manifest_of(run_dir, "build_engine")
     assert (student.kind, student.metrics["backend"]) == ("engine", "openvino")
     assert student.metrics["greedy_margin"] < 1e-3
@@ -312,21 +306,14 @@ def test_a_machine_without_a_gpu_is_told_before_anything_runs(
 
 
 def test_changed_field_and_force_rerun_what_follows(
-    tiny_run: Path,
-    odd_llama: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    # The launcher in a Slurm job of two tasks: the training is not one of them.
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    monkeypatch.setenv("SLURM_JOB_NAME", "batch")
     run_dir = without(tiny_run, tmp_path / "run")
     base = overrides(odd_llama, text_file, run_dir)
     kept = manifest_of(run_dir, "prune").started_at
     first = manifest_of(run_dir, "distill")
     changed = [*base, "stages.distill.lr=5e-4"]
-    result = run_recipe(*changed, "stages.only=[distill]", cwd=tmp_path)
+    result = run_here(*changed, "stages.only=[distill]", cwd=tmp_path)
     assert result.code == 0, result.output
     assert "lr 0.001 → 0.0005" in result.output
     changed.append("stages.only=[distill,evaluate]")
@@ -347,35 +334,34 @@ def weights_of(run_dir: Path, stage: str) -> dict[str, torch.Tensor]:
     return dict(hf_weights(find_checkpoint(run_dir / stage / ARTIFACT)))
 
 
-@pytest.mark.parametrize(
-    ("stage", "records"), [("score", 3), ("distill", CHECKPOINT_INTERVAL * 3 - 1)]
-)
 def test_kill_9_then_the_same_command_gives_the_same_weights(
-    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path, stage: str, records: int
+    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    run_dir = without(tiny_run, tmp_path / "run", stage)
-    command = [*overrides(odd_llama, text_file, run_dir), f"stages.only=[{stage}]"]
-    metrics = run_dir / stage / METRICS
-    saved = run_dir / stage / WORK / CHECKPOINTS
-    run_and_kill(
-        *command,
-        cwd=tmp_path,
-        metrics=metrics,
-        records=records,
-        ready=lambda: stage != "distill" or whole_checkpoints(saved),
-    )
-    assert not (run_dir / stage / MANIFEST).exists()
+    """Killed while it scores, and again while it trains."""
+    run_dir = without(tiny_run, tmp_path / "run", "score", "distill")
+    command = [*overrides(odd_llama, text_file, run_dir), "stages.only=[score,prune,distill]"]
+    scored = run_dir / "score" / METRICS
+    run_and_kill(*command, cwd=tmp_path, metrics=scored, records=3)
+    assert not (run_dir / "score" / MANIFEST).exists()
+
+    metrics = run_dir / "distill" / METRICS
+    saved = run_dir / "distill" / WORK / CHECKPOINTS
+    records = CHECKPOINT_INTERVAL * 3 - 1
+    ready = partial(whole_checkpoints, saved)
+    said = run_and_kill(*command, cwd=tmp_path, metrics=metrics, records=records, ready=ready)
+    assert re.search(r"score +resume", said), said
+    assert not (run_dir / "distill" / MANIFEST).exists()
 
     result = run_recipe(*command, cwd=tmp_path)
     assert result.code == 0, result.output
-    assert "resume" in result.output
-    if stage == "distill":
-        resumed = [json.loads(line) for line in metrics.read_text().splitlines()]
-        steps = [r["done"] for r in resumed if r["task"] == "distill"]
-        assert steps.count(1) == 1, "training must go on from a checkpoint, not from the start"
-    expected, found = weights_of(tiny_run, stage), weights_of(run_dir, stage)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert re.search(r"distill +resume", result.output), result.output
+    resumed = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [r["done"] for r in resumed if r["task"] == "distill"]
+    assert steps.count(1) == 1, "training must go on from a checkpoint, not from the start"
+    for stage in ("score", "distill"):
+        expected, found = weights_of(tiny_run, stage), weights_of(run_dir, stage)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_changed_artifact_stops_the_chain(
@@ -396,7 +382,7 @@ def test_too_little_text_stops_before_training(
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "one"}\n{"text": "two"}\n')
     run_dir = without(tiny_run, tmp_path / "run", *STAGES[2:])
-    result = run_recipe(*overrides(odd_llama, short, run_dir), "skip_rules=[tokens]", cwd=tmp_path)
+    result = run_here(*overrides(odd_llama, short, run_dir), "skip_rules=[tokens]", cwd=tmp_path)
     assert result.code == 1
     assert "too little text for seq_length=64" in result.output
     assert "data.seq_length lower" in result.output
