@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from launch import doctor, lock
 from launch.compare import compare
@@ -19,7 +19,8 @@ from launch.console import headline
 from launch.executors import slurm_queue
 from launch.logs import newest_log, tail
 from launch.run_status import COMPLETE, FAILED, RUNNING, StageState, read_run, requests_of, runs_in
-from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.errors import RecipeError, did_you_mean, require_known
+from recipes.core.screen import plain_table
 
 STYLES = {COMPLETE: "green", RUNNING: "bold", FAILED: "red"}
 WAIT_SECONDS, ASK_AGAIN_SECONDS = 60.0, 10.0
@@ -29,9 +30,7 @@ Options = Mapping[str, str]
 def status(options: Options, console: Console) -> None:
     """Shows what has become of each stage."""
     for run_dir in runs_in(_directory(options)):
-        table = Table(title=str(run_dir), title_justify="left", box=None)
-        for column in ("stage", "state", "job", ""):
-            table.add_column(column)
+        table = plain_table(str(run_dir), "stage", "state", "job", "")
         for stage in read_run(run_dir):
             style = STYLES.get(stage.state, "dim")
             job = stage.job.id if stage.job else ""
@@ -62,7 +61,7 @@ def cancel(options: Options, console: Console) -> None:
 
 
 def _stop(held: lock.Holder, run_dir: Path) -> None:
-    if not held.is_here():
+    if held.host != socket.gethostname():
         raise RecipeError(
             f"{run_dir} is run by process {held.pid} on {held.host}.", "cancel it there"
         )
@@ -84,11 +83,7 @@ def logs(options: Options, console: Console) -> None:
     if others:
         raise RecipeError(f"{run_dir.parent} is a sweep.", f"give one of it: run_dir={run_dir}")
     name = options.get("stage") or _interesting(run_dir)
-    if name not in (stages := requests_of(run_dir)):
-        raise RecipeError(
-            f"{run_dir} has no stage '{name}'.{did_you_mean(name, stages)}",
-            f"use one of: {', '.join(stages)}",
-        )
+    require_known(name, requests_of(run_dir), f"{run_dir} has no stage '{name}'")
     if (log := newest_log(run_dir / name)) is None:
         raise RecipeError(f"{name} has not been started: it has no log.")
     lines = options.get("lines", "50")
@@ -137,11 +132,7 @@ def is_command(words: Sequence[str]) -> bool:
 
 
 def run(words: Sequence[str], console: Console) -> int:
-    """Runs a command line such as ``status run_dir=DIR``; returns the exit status.
-
-    Raises:
-        RecipeError: It cannot be understood, or cannot be done.
-    """
+    """Runs a command line such as ``status run_dir=DIR``, or refuses it; returns the status."""
     if words[0] in OTHERS:
         return OTHERS[words[0]](words[1:], console)
     command, known = RUN_COMMANDS[words[0]]

@@ -12,14 +12,7 @@ USAGE = "python launch/run.py compare RUN1 RUN2 [out=FILE], or one directory of 
 
 
 def compare(words: Sequence[str]) -> str:
-    """Writes the page and returns what to tell the user.
-
-    Args:
-        words: The command line after ``compare``.
-
-    Raises:
-        RecipeError: Nothing can be compared, or the file cannot be written.
-    """
+    """Writes the page that the words after ``compare`` ask for; returns what to tell the user."""
     from recipes.report.compare import render_comparison
 
     options = [word for word in words if word.startswith("out=")]

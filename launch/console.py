@@ -19,6 +19,7 @@ from launch.planned import PlannedStage
 from launch.tracking import Track
 from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.metrics import METRICS, Record
+from recipes.core.screen import plain_table
 from recipes.data.results import DatasetResult
 from recipes.engines.results import BenchmarkResults, EngineResult
 from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
@@ -41,9 +42,7 @@ def print_recipes(recipes: Mapping[str, str], console: Console) -> None:
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Shows what will run and why, before anything does."""
-    table = Table(title=f"plan for {plan.run_dir}", title_justify="left", box=None)
-    for column in ("stage", "action", "why"):
-        table.add_column(column)
+    table = plain_table(f"plan for {plan.run_dir}", "stage", "action", "why")
     for stage in plan.stages:
         style = "dim" if stage.action == "skip" else "bold"
         table.add_row(f"[{style}]{stage.name}", stage.action, escape(stage.reason))
@@ -66,9 +65,7 @@ def print_tables(plan: Plan, console: Console) -> None:
         if stage not in plan.todo() and len(plan.stages) > 1:
             continue
         for made in manifest.result(PlanResult).tables:
-            table = Table(title=made.title, title_justify="left", box=None)
-            for column in made.columns:
-                table.add_column(column)
+            table = plain_table(made.title, *made.columns)
             for row in made.rows:
                 table.add_row(*(escape(cell_text(cell)) for cell in row))
             console.print(table)
@@ -84,9 +81,7 @@ def cell_text(cell: Cell) -> str:
 def print_summary(plan: Plan, seconds: float, console: Console) -> None:
     """Shows what every stage cost and produced."""
     ran = {stage.name for stage in plan.todo()}
-    table = Table(title="summary", title_justify="left", box=None)
-    for column in ("stage", "", "time", "peak memory", "size", "result"):
-        table.add_column(column)
+    table = plain_table("summary", "stage", "", "time", "peak memory", "size", "result")
     for stage in plan.stages:
         manifest = read_manifest(stage.directory)
         if manifest is None:
@@ -114,10 +109,6 @@ def headline(manifest: Manifest) -> str:
     return ""
 
 
-def _tokens(manifest: Manifest) -> str:
-    return f"{sum(manifest.result(DatasetResult).tokens.values()):,} tokens"
-
-
 def _perplexities(manifest: Manifest) -> str:
     found = manifest.result(EvaluationResult)
     text = " → ".join(f"{quality.perplexity:.1f}" for quality in found.models().values())
@@ -134,10 +125,6 @@ def _mean_score(manifest: Manifest) -> str:
 def _cost(manifest: Manifest) -> str:
     f = manifest.result(PlanResult).figures
     return f"{f['device-hours']:,} device-hours on {f['hardware']}, ${f['dollars']:,}"
-
-
-def _shapes(manifest: Manifest) -> str:
-    return f"{manifest.result(PlanResult).figures['shapes']} shapes"
 
 
 def _leader(manifest: Manifest) -> str:
@@ -169,16 +156,16 @@ def _speedup(manifest: Manifest) -> str:
 
 
 HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
-    "dataset": _tokens,
+    "dataset": lambda m: f"{sum(m.result(DatasetResult).tokens.values()):,} tokens",
     "eval_results": _perplexities,
     "task_results": _mean_score,
     "plan": _cost,
-    "shapes": _shapes,
+    "shapes": lambda m: f"{m.result(PlanResult).figures['shapes']} shapes",
     "latency_model": _line,
     "search_results": _leader,
     "engine": _engine,
     "speed_results": _speedup,
-    "report": lambda manifest: manifest.result(ReportResult).file,
+    "report": lambda m: m.result(ReportResult).file,
 }
 """By kind of artifact."""
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.screen import plain_table
 from recipes.core.versions import installed, pins
 from recipes.core.wheels import cache_dir
-from recipes.planning.hardware import physical_memory
+from recipes.planning.hardware import cpu_profile, physical_memory
 from recipes.planning.rules import RULES
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -39,14 +39,7 @@ class Check:
 
 
 def run(words: Sequence[str], console: Console) -> int:
-    """Prints the table of checks, or that of rules.
-
-    Returns:
-        Exit status: 1 if something here makes every recipe impossible.
-
-    Raises:
-        RecipeError: Other words than ``rules``.
-    """
+    """Prints the table of checks, or that of ``rules``; 1 if every recipe is impossible here."""
     if list(words) == ["rules"]:
         print_rules(console)
         return 0
@@ -56,9 +49,7 @@ def run(words: Sequence[str], console: Console) -> int:
             "doctor, or doctor rules",
         )
     checks = list(examine())
-    table = Table(title="doctor", title_justify="left", box=None)
-    for column in ("check", "found", "", "fix"):
-        table.add_column(column)
+    table = plain_table("doctor", "check", "found", "", "fix")
     for check in checks:
         style = STYLES[check.result]
         table.add_row(
@@ -72,9 +63,7 @@ def run(words: Sequence[str], console: Console) -> int:
 
 def print_rules(console: Console) -> None:
     """Prints every rule of preflight."""
-    table = Table(title="rules", title_justify="left", box=None)
-    for column in ("rule", "severity", "reason", "reference"):
-        table.add_column(column)
+    table = plain_table("rules", "rule", "severity", "reason", "reference")
     for rule in RULES.values():
         table.add_row(rule.name, rule.severity, escape(rule.reason), escape(rule.reference))
     console.print(table)
@@ -88,32 +77,28 @@ def examine() -> Iterator[Check]:
     yield from _programs()
 
 
+def _check(name: str, found: str, good: object, fix: str, bad: str = FAIL) -> Check:
+    return Check(name, found, OK, "") if good else Check(name, found, bad, fix)
+
+
 def _libraries() -> Iterator[Check]:
+    fix = "./install.sh, then .venv/bin/python launch/run.py doctor"
     for pin in pins():
-        yield Check(
-            f"{pin.name} {pin.wanted}",
-            pin.found or "missing",
-            OK if pin.holds else FAIL,
-            "" if pin.holds else "./install.sh, then .venv/bin/python launch/run.py doctor",
-        )
+        yield _check(f"{pin.name} {pin.wanted}", pin.found or "missing", pin.holds, fix)
 
 
 def _accelerators() -> Iterator[Check]:
     gpus, cuda = _gpus(), _cuda_of_torch()
     built = f"CUDA {cuda}" if cuda else "for CPU"
-    if gpus and not cuda:
-        yield Check(
-            "build of torch", built, FAIL, "install a CUDA build of torch: this machine has a GPU"
-        )
-    else:
-        yield Check("build of torch", built, OK)
+    fix = "install a CUDA build of torch: this machine has a GPU"
+    yield _check("build of torch", built, cuda or not gpus, fix)
     for gpu in gpus:
         yield Check("GPU", gpu, OK)
     if not gpus:
-        bf16 = "avx512_bf16" in _text("/proc/cpuinfo") or "amx_bf16" in _text("/proc/cpuinfo")
-        fix = "" if bf16 else "bfloat16 may be slow: stages.distill.precision=32"
-        found = "no GPU; CPU " + ("with" if bf16 else "without") + " bfloat16 instructions"
-        yield Check("GPU", found, OK if bf16 else WARN, fix)
+        bf16 = cpu_profile("precision") == "bf16-mixed"
+        found = f"no GPU; CPU {'with' if bf16 else 'without'} bfloat16 instructions"
+        fix = "bfloat16 may be slow: stages.distill.precision=32"
+        yield _check("GPU", found, bf16, fix, bad=WARN)
 
 
 def _gpus() -> list[str]:
@@ -145,20 +130,15 @@ def _room() -> Iterator[Check]:
         ("disk here", _free(Path.cwd()), DISK_BYTES, "set run_dir to another disk"),
         ("memory", physical_memory(), MEMORY_BYTES, "use a smaller model or micro batch"),
     ):
-        enough = have >= least
-        yield Check(name, f"{have / 1e9:.1f} GB", OK if enough else FAIL, "" if enough else fix)
+        yield _check(name, f"{have / 1e9:.1f} GB", have >= least, fix)
     shm = Path("/dev/shm")
     size = shutil.disk_usage(shm).total if shm.is_dir() else 0
-    enough = size >= SHM_BYTES
-    fix = "" if enough else "NCCL and gloo use it between ranks: docker run --ipc=host"
-    yield Check("shared memory", f"{size / 1e9:.1f} GB", OK if enough else WARN, fix)
+    fix = "NCCL and gloo use it between ranks: docker run --ipc=host"
+    yield _check("shared memory", f"{size / 1e9:.1f} GB", size >= SHM_BYTES, fix, bad=WARN)
     cache = cache_dir()
     existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-    writable = os.access(existing, os.W_OK)
-    yield Check(
-        "cache", str(cache), OK if writable else FAIL,
-        "" if writable else "set NEMO_RECIPES_CACHE to a folder that is writable",
-    )  # fmt: skip
+    fix = "set NEMO_RECIPES_CACHE to a folder that is writable"
+    yield _check("cache", str(cache), os.access(existing, os.W_OK), fix)
 
 
 def _free(folder: Path) -> int:
@@ -173,14 +153,6 @@ def _programs() -> Iterator[Check]:
         ("trtllm-build", "TensorRT-LLM engines"),
     ):
         path = shutil.which(program)
-        yield Check(program, path or "not here", OK if path else WARN, "" if path else f"for {use}")
-    found = installed("tensorrt_llm")
-    yield Check("tensorrt_llm", found or "not here", OK if found else WARN,
-                "" if found else "for TensorRT-LLM engines, in an image of its own")  # fmt: skip
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+        yield _check(program, path or "not here", path, f"for {use}", bad=WARN)
+    found, fix = installed("tensorrt_llm"), "for TensorRT-LLM engines, in an image of its own"
+    yield _check("tensorrt_llm", found or "not here", found, fix, bad=WARN)

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from launch.cluster import Cluster, Executor
 from launch.executors import docker, local, slurm
 from launch.hydra_errors import as_typed
-from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.errors import require_known
 
 EXECUTORS: dict[str, Executor[Any]] = {
     "local": local.EXECUTOR,
@@ -19,16 +19,8 @@ EXECUTORS: dict[str, Executor[Any]] = {
 
 
 def executor_of(cfg: DictConfig) -> tuple[Executor[Any], Cluster]:
-    """Returns what starts stages, and its typed settings.
-
-    Raises:
-        RecipeError: There is no such executor, or a setting is wrong.
-    """
+    """What starts stages, and its typed settings; refuses an executor that is not known."""
     name = str(cfg.executor)
-    if name not in EXECUTORS:
-        raise RecipeError(
-            f"cluster.executor={name} is not known.{did_you_mean(name, EXECUTORS)}",
-            f"use one of: {', '.join(EXECUTORS)}",
-        )
+    require_known(name, EXECUTORS, f"cluster.executor={name} is not known")
     executor = EXECUTORS[name]
     return executor, as_typed(executor.config, cfg, "cluster")

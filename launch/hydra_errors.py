@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,16 +26,7 @@ ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
 def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> ConfigT:
-    """A config's node as the dataclass that it must be.
-
-    Args:
-        schema: The dataclass.
-        node: What was composed.
-        where: The node's name; empty for the root.
-
-    Raises:
-        RecipeError: A field is not known, or its value is not one that it may have.
-    """
+    """A config's node, at ``where`` in the whole, as a dataclass; refuses what does not fit it."""
     try:
         typed: ConfigT = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))  # type: ignore[assignment]
     except OmegaConfBaseException as error:
@@ -49,11 +40,7 @@ def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> Config
 
 
 def require_choices(words: Iterable[str]) -> None:
-    """Refuses what is no name where a group's is meant, which Hydra ends with a traceback on.
-
-    Raises:
-        RecipeError: Such as for ``cluster=null``.
-    """
+    """Refuses ``cluster=null`` and the like, which Hydra ends with a traceback on."""
     groups = {folder.name for folder in (REPO_ROOT / "conf").iterdir() if folder.is_dir()}
     for word in words:
         group, _, choice = word.partition("=")
@@ -65,7 +52,8 @@ def explain(error: Exception) -> str:
     """Returns what to tell the user about an error."""
     if isinstance(error, RecipeError):
         return str(error)
-    text = "\n".join(_chain_of(error))
+    messages = [str(cause) for cause in _causes(error)]
+    text = "\n".join(messages)
     if missing := re.search(r"config group '([\w/]+)' does not exist", text):
         return _no_group(missing.group(1))
     if choice := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
@@ -88,7 +76,7 @@ def explain(error: Exception) -> str:
             f"the value of {unread.group(1)} cannot be read: {unread.group(2)}\n"
             f"  fix: quote each text that has signs in it, such as '{unread.group(1)}=[\"a >= 1\"]'"
         )
-    said = "\n  ".join(_chain_of(error)[:2])
+    said = "\n  ".join(messages[:2])
     return f"{said}\n  fix: {fix_of(said)}"
 
 
@@ -114,13 +102,11 @@ def _no_group(group: str) -> str:
     return f"there is no {group}.{did_you_mean(group.rpartition('/')[2], stage_names())}"
 
 
-def _chain_of(error: BaseException | None) -> list[str]:
-    """The messages of an error and its causes, the outermost first."""
-    texts: list[str] = []
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and its causes, the outermost first."""
     while error is not None:
-        texts.append(str(error))
+        yield error
         error = error.__cause__ or error.__context__
-    return texts
 
 
 def _options(text: str) -> list[str]:
@@ -129,12 +115,7 @@ def _options(text: str) -> list[str]:
     return [name for name in names if name != "schema"]
 
 
-def _fields(error: BaseException | None) -> list[str]:
+def _fields(error: BaseException) -> list[str]:
     """Valid names beside a wrong key, from the node that refused it."""
-    names: list[str] = []
-    while error is not None:
-        parent = getattr(error, "parent_node", None)
-        if parent is not None and hasattr(parent, "keys"):
-            names += [str(key) for key in parent]
-        error = error.__cause__ or error.__context__
-    return names
+    parents = (getattr(cause, "parent_node", None) for cause in _causes(error))
+    return [str(key) for parent in parents if isinstance(parent, DictConfig) for key in parent]

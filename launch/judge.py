@@ -15,33 +15,28 @@ from rich.table import Table
 from launch.plan import Plan
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest
-from recipes.report.gates import Gate, Verdict, judge, known_names
+from recipes.core.screen import plain_table
+from recipes.report.gates import Gate, Verdict, judge
 
 
 def require_gates(plan: Plan, console: Console) -> None:
-    """Shows what was measured for each gate of a run that has been carried out.
+    """Shows what was measured for each gate of a run that was carried out; refuses one that failed.
 
     A gate is passed over, and said to be, while the stage that measures its figure is not part of
     the run (``stages.only``) or not complete.
-
-    Raises:
-        RecipeError: A gate failed.
     """
-    results, configs = {}, {}
+    if not plan.gates:
+        return
+    results = {}
     for stage in plan.stages:
         manifest = read_manifest(stage.directory)
         if manifest is not None and manifest.fingerprint == stage.fingerprint:
             # Of several evaluations the last counts: the final model's.
             results[manifest.kind] = manifest
-            configs[stage.name] = (stage.config, manifest.kind)
-    names = known_names(
-        {name: config for name, (config, _) in configs.items()},
-        {name: kind for name, (_, kind) in configs.items()},
-    )
-    unjudged = [gate for gate in plan.gates if gate.name not in names]
-    verdicts = judge([gate for gate in plan.gates if gate.name in names], results)
-    if plan.gates:
-        console.print(_table(verdicts, unjudged))
+    verdicts = judge(plan.gates, results)
+    judged = [verdict.gate for verdict in verdicts]
+    unjudged = [gate for gate in plan.gates if gate not in judged]
+    console.print(_table(verdicts, unjudged))
     failed = [verdict for verdict in verdicts if not verdict.passed]
     if failed:
         raise RecipeError(
@@ -52,9 +47,7 @@ def require_gates(plan: Plan, console: Console) -> None:
 
 
 def _table(verdicts: Iterable[Verdict], unjudged: Iterable[Gate]) -> Table:
-    table = Table(title="gates", title_justify="left", box=None)
-    for column in ("gate", "measured", ""):
-        table.add_column(column)
+    table = plain_table("gates", "gate", "measured", "")
     for verdict in verdicts:
         value = "not measurable" if verdict.measured is None else f"{verdict.measured:.4g}"
         table.add_row(str(verdict.gate), value, "passed" if verdict.passed else "[bold]FAILED")

@@ -25,10 +25,6 @@ class Holder:
     pid: int
     stage: str | None
 
-    def is_here(self) -> bool:
-        """Whether it runs on this machine."""
-        return self.host == socket.gethostname()
-
 
 class Holding:
     """A lock that this process holds."""
@@ -46,11 +42,7 @@ class Holding:
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[Holding]:
-    """Keeps two launchers from writing one run; the kernel frees it however the holder dies.
-
-    Raises:
-        RecipeError: Another process holds it.
-    """
+    """Refuses a run that another launcher writes; the kernel frees it however that one dies."""
     with (run_dir / LOCK).open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -25,11 +25,7 @@ LOCAL, DOCKER, SLURM = "local", "docker", "slurm"
 def chain_of(
     cfg: DictConfig, hf_path: str, configs: Mapping[str, StageConfig], run_dir: Path
 ) -> Chain:
-    """The chain, and what it is to run on.
-
-    Raises:
-        RecipeError: There is no usable teacher, or the hardware profile has a wrong field.
-    """
+    """The chain, and what it is to run on; refuses an unusable teacher or hardware profile."""
     chain = read_chain(hf_path, configs)
     # Resolved first: what is looked up of a processor depends on where the stages run.
     profile = OmegaConf.create(OmegaConf.to_container(cfg.hardware, resolve=True))

@@ -17,13 +17,8 @@ from launch.planned import InputRef, PlannedStage, load_stage, stage_of
 from launch.settings import RunSettings
 from launch.staleness import ADOPT, SKIP, require_nothing_lost, status
 from recipes.core.constraints import violations
-from recipes.core.errors import RecipeError, did_you_mean
-from recipes.core.fingerprint import (
-    external_stamp,
-    result_settings,
-    stage_code,
-    stage_fingerprint,
-)
+from recipes.core.errors import RecipeError, did_you_mean, require_known
+from recipes.core.fingerprint import external_stamp, result_settings, stage_code, stage_fingerprint
 from recipes.core.manifest import check_artifact
 from recipes.core.stage import StageConfig
 from recipes.planning import rules
@@ -53,16 +48,7 @@ class Plan:
 
 
 def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
-    """Checks everything that can be checked without running, and decides what must run.
-
-    Args:
-        cfg: The composed config.
-        settings: Its root.
-        run_dir: Where the run lives.
-
-    Raises:
-        RecipeError: A problem that would fail the run later, with its fix.
-    """
+    """Refuses whatever can be seen to fail without running, and decides what must run."""
     hf_path = settings.hf_path  # first: stages that have it as a field would say less
     configs = typed_stages(cfg)
     only = None if settings.only is None else known_stages(settings.only, configs, "stages.only")
@@ -78,14 +64,15 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
         notes += require_none(budget_problems(chain, wanted), settings.skip_rules)
     for name, config in configs.items():
         configs[name] = stage_of(config).resolve_from_chain(config, chain)
+    needed = {*wanted, *(s for name in wanted for s in configs[name].inputs.values())}
     planned: dict[str, PlannedStage] = {}
     for name in order:
         stage = _plan_stage(name, configs[name], run_dir / name, planned, force, chain)
-        if name in wanted or _is_input(name, wanted, configs):
-            _require_unchanged(stage)
+        if name in needed and stage.action == SKIP:
+            check_artifact(stage.directory, rehash=False)  # its files were not edited since
         if name in wanted and name not in force:
             require_nothing_lost(stage)
-        if name not in wanted and _is_input(name, wanted, configs):
+        if name in needed and name not in wanted:
             _require_complete(stage)
         planned[name] = stage
     plan = Plan(run_dir, chain, tuple(planned[name] for name in wanted), notes, gates)
@@ -121,12 +108,7 @@ def readings_of(chain: Chain) -> dict[str, Estimates]:
 
 
 def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
-    """Turns the stage nodes of a composed config into their dataclasses.
-
-    Raises:
-        RecipeError: A value is missing, cannot be resolved or is not one that its field may have,
-            or a stage is of no known kind.
-    """
+    """The stage nodes of a composed config as their dataclasses; refuses what does not fit them."""
     typed: dict[str, StageConfig] = {}
     wrong: list[str] = []
     for name, node in cfg.stages.items():
@@ -159,17 +141,9 @@ def _gates(settings: RunSettings, configs: Mapping[str, StageConfig]) -> tuple[G
 
 
 def known_stages(names: Iterable[str], configs: Mapping[str, StageConfig], where: str) -> set[str]:
-    """The stages that a setting names.
-
-    Raises:
-        RecipeError: One of them is not in the recipe.
-    """
+    """The stages that a setting names; refuses those that are not in the recipe."""
     for name in names:
-        if name not in configs:
-            raise RecipeError(
-                f"{where}: there is no stage '{name}'.{did_you_mean(name, configs)}",
-                f"use one of: {', '.join(configs)}",
-            )
+        require_known(name, configs, f"{where}: there is no stage '{name}'")
     return set(names)
 
 
@@ -256,16 +230,6 @@ def _resolve_inputs(
             )
         inputs[key] = ref
     return inputs
-
-
-def _is_input(name: str, wanted: Iterable[str], configs: Mapping[str, StageConfig]) -> bool:
-    return any(name in configs[other].inputs.values() for other in wanted)
-
-
-def _require_unchanged(stage: PlannedStage) -> None:
-    """Refuses a complete stage whose files were edited since."""
-    if stage.action == SKIP:
-        check_artifact(stage.directory, rehash=False)
 
 
 def _require_complete(stage: PlannedStage) -> None:

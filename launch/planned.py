@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.errors import require_known
 from recipes.core.files import REPO_ROOT
 from recipes.core.stage import StageConfig
 from recipes.planning.chain import Chain
@@ -69,11 +69,7 @@ class PlannedStage:
             "fingerprint": self.fingerprint,
             "code": self.code,
             "inputs": {
-                name: {
-                    "directory": str(ref.directory),
-                    "kind": ref.kind,
-                    "fingerprint": ref.fingerprint,
-                }
+                name: {**vars(ref), "directory": str(ref.directory)}
                 for name, ref in self.inputs.items()
             },
             "config": OmegaConf.to_container(OmegaConf.structured(self.config)),
@@ -92,17 +88,8 @@ def stage_of(config: StageConfig) -> Stage[Any]:
 
 @cache
 def load_stage(name: str) -> Stage[Any]:
-    """Imports a stage; none of them imports torch at its top.
-
-    Raises:
-        RecipeError: There is no such stage.
-    """
-    known = stage_names()
-    if name not in known:
-        raise RecipeError(
-            f"there is no kind of stage '{name}'.{did_you_mean(name, known)}",
-            f"use one of: {', '.join(known)}",
-        )
+    """Imports a stage, or refuses its name; none of them imports torch at its top."""
+    require_known(name, stage_names(), f"there is no kind of stage '{name}'")
     stage: Stage[Any] = importlib.import_module(module_of(name)).STAGE
     return stage
 

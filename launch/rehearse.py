@@ -23,6 +23,7 @@ from launch.planned import load_stage, stage_of
 from launch.settings import RunSettings
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
+from recipes.core.screen import plain_table
 from recipes.planning.chain import Chain
 from recipes.planning.estimate import FRAGMENTATION, Memory, stage_memory
 from recipes.planning.problems import require_none
@@ -35,11 +36,7 @@ Found = list[tuple[Job, Rehearsed]]
 
 
 def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Console) -> None:
-    """Rehearses the stages that compute on a device, and shows their memory beside the plan's.
-
-    Raises:
-        RecipeError: The settings are wrong, or a rehearsal failed.
-    """
+    """Rehearses stages that compute on a device, and shows their memory beside the plan's."""
     ranks = _ranks(settings.rehearse)
     configs = typed_stages(cfg)
     only = set(configs) if settings.only is None else settings.only
@@ -51,8 +48,9 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
     hf_config, _ = read_config_or_published(chain.hf_path)
     jobs = jobs_of(chain, stages, wanted, hf_config, ranks)
     if not jobs:
+        said = "any rank" if ranks is None else f"rank {' or '.join(map(str, ranks))}"
         raise RecipeError(
-            f"there is nothing to rehearse: no stage computes on a device and has {_said(ranks)}.",
+            f"there is nothing to rehearse: no stage computes on a device and has {said}.",
             "rehearse=true, and leave stages.only out",
         )
     if settings.dry_run:
@@ -86,10 +84,6 @@ def _ranks(given: Any) -> list[int] | None:
             "rehearse=true, or 'rehearse=[0,767]'",
         )
     return listed
-
-
-def _said(ranks: Sequence[int] | None) -> str:
-    return "any rank" if ranks is None else f"rank {' or '.join(map(str, ranks))}"
 
 
 def _run(jobs: Sequence[Job]) -> Iterator[Rehearsed]:
@@ -134,16 +128,12 @@ def too_large(found: Found, chain: Chain) -> Iterator[str]:
 def _table(found: Found, chain: Chain) -> Table:
     """Peak memory by kind: as rehearsed / as planned."""
     title = "Memory at the peak, GB: rehearsed / planned"
-    table = Table(title=title, title_justify="left", box=None)
-    for column in ("stage", "rank", *KINDS, "total", "difference"):
-        table.add_column(column)
+    table = plain_table(title, "stage", "rank", *KINDS, "total", "difference")
     for job, one in found:
         if one.error:
             continue
         peak, plan = dict(one.peak), planned(job, chain)
-        if (
-            plan is not None and plan.teacher and not plan.weights
-        ):  # a model that only reads is the teacher
+        if plan and plan.teacher and not plan.weights:  # a model that only reads is the teacher
             peak["teacher"] = peak.pop("weights", 0)
         if plan is None:
             cells = [f"{peak.get(kind, 0) / 1e9:.2f}" for kind in KINDS]

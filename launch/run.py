@@ -55,11 +55,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def run(cfg: DictConfig, recipe: str) -> None:
-    """Plans and runs a composed config.
-
-    Raises:
-        RecipeError: Anything that the user can fix.
-    """
+    """Plans and runs a composed config; a ``RecipeError`` is what the user can fix."""
     began = time.monotonic()
     settings = settings_of(cfg)
     run_dir = _run_dir(settings, recipe)

@@ -37,11 +37,7 @@ class StageState:
 
 
 def runs_in(directory: Path) -> list[Path]:
-    """The run in a directory, or those of a sweep.
-
-    Raises:
-        RecipeError: There is none.
-    """
+    """The run in a directory, or those of a sweep; refuses a directory without one."""
     if (directory / RUN_FILE).is_file():
         return [directory]
     found = sorted(file.parent for file in directory.glob(f"*/{RUN_FILE}"))
@@ -70,11 +66,7 @@ def requests_of(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_run(run_dir: Path) -> list[StageState]:
-    """The state of every stage of a run.
-
-    Raises:
-        RecipeError: Slurm has jobs of this run, and does not answer.
-    """
+    """The state of every stage of a run; refuses where Slurm has its jobs and does not answer."""
     jobs = read_jobs(run_dir)
     queue = job_states(jobs.values())
     held = lock.holder(run_dir)

@@ -44,22 +44,14 @@ class RunSettings:
 
     @property
     def hf_path(self) -> str:
-        """The teacher.
-
-        Raises:
-            RecipeError: None is set.
-        """
+        """The teacher; refuses to go without one."""
         if not self.model.hf_path:
             raise RecipeError("no model is set.", "model=NAME or model.hf_path=DIR_OR_HUB_ID")
         return self.model.hf_path
 
 
 def settings_of(cfg: DictConfig) -> RunSettings:
-    """The root of a composed config; a single name may stand where a list is meant.
-
-    Raises:
-        RecipeError: A value is not one that its setting may have, or a group was emptied.
-    """
+    """The root of a composed config; one name may stand for a list. Refuses what does not fit."""
     for group in ("model", "stages", "hardware", "cluster", "tracker"):
         if not isinstance(cfg.get(group), DictConfig):
             raise RecipeError(f"{group}={cfg.get(group)} is not a group.", f"leave out {group}")

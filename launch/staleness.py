@@ -18,15 +18,10 @@ ADOPT = "adopt"
 
 
 def status(stage: PlannedStage, rerun: list[str], *, forced: bool) -> tuple[str, str]:
-    """What to do with a stage, and why.
+    """What to do with a stage, some of whose inputs ``rerun`` before it, and why.
 
     A forced run that was killed is resumed by the same command, so unfinished work of the stage's
     own fingerprint is kept even then. Without ``force`` an older complete result stands.
-
-    Args:
-        stage: The stage, with the fingerprint it would have now.
-        rerun: Its inputs that run before it.
-        forced: It is to run although it is complete.
     """
     reason = "forced" if forced else _reason_to_run(stage, rerun)
     if reason is None:
@@ -38,11 +33,7 @@ def status(stage: PlannedStage, rerun: list[str], *, forced: bool) -> tuple[str,
 
 
 def require_nothing_lost(stage: PlannedStage) -> None:
-    """Refuses to start a stage over when that deletes what an interrupted run of it has done.
-
-    Raises:
-        RecipeError: There is such work, of other settings, inputs or code.
-    """
+    """Refuses to start a stage over when that deletes what an interrupted run of it has done."""
     begun = unfinished(stage.directory)
     done = stage.stage.progress(stage.directory / WORK)
     if stage.action != RUN or begun is None or done is None:
@@ -51,18 +42,16 @@ def require_nothing_lost(stage: PlannedStage) -> None:
     fields, others = _changes(stage, begun["config"], inputs, begun["code"])
     changed = [f"{key} changed {old} → {new}" for key, (old, new) in fields.items()]
     changed += [f"its {what} changed" for what in others]
-    back = [_override(stage.name, key, old) for key, (old, _) in fields.items()]
+    back = [
+        f"stages.{stage.name}.{key}={old if isinstance(old, str) else json.dumps(old)}"
+        for key, (old, _) in fields.items()
+    ]
     raise RecipeError(
         f"{stage.name} was interrupted at {done}, and since then {', '.join(changed)} "
         "(it resumes only with the settings, inputs and code it began with).",
         f"{'undo that' if others else f'set {shlex.join(back)}'} to go on, "
         f"or force=[{stage.name}] to start over",
     )
-
-
-def _override(stage: str, key: str, value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return f"stages.{stage}.{key}={text}"
 
 
 def _reason_to_run(stage: PlannedStage, rerun: list[str]) -> str | None:
@@ -91,11 +80,7 @@ def _difference(stage: PlannedStage, manifest: Manifest) -> str:
 def _changes(
     stage: PlannedStage, config: Mapping[str, object], inputs: Mapping[str, str], code: str
 ) -> tuple[dict[str, tuple[object, object]], list[str]]:
-    """What of a stage differs from what was recorded; resources never do.
-
-    Returns:
-        Fields with their old and new values, and the names of whatever else changed.
-    """
+    """Fields that differ from what was recorded, with their old and new values; and what else."""
     # A field that was not recorded is a new one, and comes with changed code.
     fields = {
         key: (config[key], now)

@@ -6,17 +6,14 @@ import contextlib
 import importlib.util
 import netrc
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from launch.tracking import SafeTracker, TrackedRun, Tracker, scalars
-from recipes.core.errors import RecipeError, did_you_mean
-from recipes.core.metrics import Record
+from launch.tracking import FINAL, SafeTracker, TrackedRun, Tracker
+from recipes.core.errors import RecipeError, require_known
 from recipes.core.versions import git_sha
 
 WANDB_HOST = "https://api.wandb.ai"
@@ -26,74 +23,30 @@ MLFLOW_LENGTH = 6000
 """Characters of a parameter."""
 
 
-class _None:
-    def track(self, stage: str, record: Record) -> None:
-        pass
-
-    def finish(self, stage: str, figures: Mapping[str, float]) -> None:
-        pass
-
-
 @contextmanager
 def none(run: TrackedRun) -> Iterator[Tracker]:
     """Nothing but each stage's own ``metrics.jsonl``."""
-    yield _None()
-
-
-class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._writers = folder, dict[str, Any]()
-
-    def track(self, stage: str, record: Record) -> None:
-        values = {f"{record['task']}/{name}": value for name, value in scalars(record).items()}
-        self._write(stage, values, record["done"], record["time"])
-
-    def finish(self, stage: str, figures: Mapping[str, float]) -> None:
-        self._write(stage, {f"final/{name}": v for name, v in figures.items()}, 0, time.time())
-
-    def _write(self, stage: str, values: Mapping[str, float], step: int, at: float) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        if not values:
-            return
-        if stage not in self._writers:
-            self._writers[stage] = EventFileWriter(str(self._folder / stage))
-        event = Event(wall_time=at, step=step)
-        tagged = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        event.summary.CopyFrom(Summary(value=tagged))
-        self._writers[stage].add_event(event)
-
-    def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
+    yield lambda *_: None
 
 
 @contextmanager
 def tensorboard(run: TrackedRun) -> Iterator[Tracker]:
     """Scalars of each stage in ``<run>/tensorboard/<stage>``."""
-    with contextlib.closing(_TensorBoard(run.run_dir / "tensorboard")) as tracker:
-        yield tracker
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-
-class _Wandb:
-    def __init__(self, run: Any) -> None:
-        self._run, self._stages = run, set[str]()
-
-    def track(self, stage: str, record: Record) -> None:
-        task = f"{stage}/{record['task']}"
-        if task not in self._stages:
-            # Each task counts its own steps; the tracker's own would only go up.
-            self._stages.add(task)
-            self._run.define_metric(f"{task}/step", hidden=True)
-            self._run.define_metric(f"{task}/*", step_metric=f"{task}/step")
-        values = {f"{task}/{name}": value for name, value in scalars(record).items()}
+    def log(stage: str, task: str, values: Mapping[str, float], step: int, at: float) -> None:
         if values:
-            self._run.log({**values, f"{task}/step": record["done"]})
+            if stage not in writers:
+                folder = run.run_dir / "tensorboard" / stage
+                writers[stage] = stack.enter_context(closing(EventFileWriter(str(folder))))
+            tagged = [Summary.Value(tag=f"{task}/{n}", simple_value=v) for n, v in values.items()]
+            writers[stage].add_event(Event(wall_time=at, step=step, summary=Summary(value=tagged)))
 
-    def finish(self, stage: str, figures: Mapping[str, float]) -> None:
-        self._run.summary.update({f"{stage}.{name}": value for name, value in figures.items()})
+    writers: dict[str, Any] = {}
+    with ExitStack() as stack:
+        yield log
 
 
 @contextmanager
@@ -120,8 +73,24 @@ def wandb(run: TrackedRun) -> Iterator[Tracker]:
         ),
     )
     run.remember_id("wandb", run_id)
+    seen: set[str] = set()
+
+    def log(stage: str, task: str, values: Mapping[str, float], step: int, at: float) -> None:
+        if task == FINAL:
+            started.summary.update({f"{stage}.{name}": value for name, value in values.items()})
+            return
+        place = f"{stage}/{task}"
+        if place not in seen:
+            # Each task counts its own steps; the tracker's own would only go up.
+            seen.add(place)
+            started.define_metric(f"{place}/step", hidden=True)
+            started.define_metric(f"{place}/*", step_metric=f"{place}/step")
+        if values:
+            named = {f"{place}/{name}": value for name, value in values.items()}
+            started.log({**named, f"{place}/step": step})
+
     try:
-        yield _Wandb(started)
+        yield log
     finally:
         started.finish()
 
@@ -142,22 +111,6 @@ def wandb_mode() -> Any:
     return "offline"
 
 
-class _Mlflow:
-    def track(self, stage: str, record: Record) -> None:
-        prefix = f"{stage}/{record['task']}"
-        values = {f"{prefix}/{name}": value for name, value in scalars(record).items()}
-        self._log(values, record["done"], record["time"])
-
-    def finish(self, stage: str, figures: Mapping[str, float]) -> None:
-        self._log({f"{stage}/final/{n}": v for n, v in figures.items()}, 0, time.time())
-
-    def _log(self, values: Mapping[str, float], step: int, at: float) -> None:
-        import mlflow as library
-
-        named = {_mlflow_name(name): value for name, value in values.items()}
-        library.log_metrics(named, step, timestamp=int(at * 1000))
-
-
 @contextmanager
 def mlflow(run: TrackedRun) -> Iterator[Tracker]:
     """MLflow: ``MLFLOW_TRACKING_URI`` or ``tracker.uri``, else ``<run>/mlflow.db``."""
@@ -169,8 +122,13 @@ def mlflow(run: TrackedRun) -> Iterator[Tracker]:
     run.remember_id("mlflow", started.info.run_id)
     _mlflow_parameters(started.data.params, run)
     ended = "FAILED"
+
+    def log(stage: str, task: str, values: Mapping[str, float], step: int, at: float) -> None:
+        named = {_mlflow_name(f"{stage}/{task}/{name}"): value for name, value in values.items()}
+        library.log_metrics(named, step, timestamp=int(at * 1000))
+
     try:
-        yield _Mlflow()
+        yield log
         ended = "FINISHED"
     except KeyboardInterrupt:
         ended = "KILLED"
@@ -221,25 +179,24 @@ def _links(run: TrackedRun) -> dict[str, str]:
     }
 
 
-TRACKERS: Mapping[str, Callable[[TrackedRun], AbstractContextManager[Tracker]]] = {
-    "none": none,
-    "tensorboard": tensorboard,
-    "wandb": wandb,
-    "mlflow": mlflow,
+TRACKERS: Mapping[
+    str, tuple[Callable[[TrackedRun], AbstractContextManager[Tracker]], tuple[str, ...]]
+] = {
+    "none": (none, ()),
+    "tensorboard": (tensorboard, ("tensorboard",)),
+    "wandb": (wandb, ("wandb",)),
+    "mlflow": (mlflow, ("mlflow", "sqlalchemy", "alembic")),
 }
+"""Each with the modules that it needs."""
 
 
 @contextmanager
 def open_tracker(run: TrackedRun) -> Iterator[SafeTracker]:
-    """Opens the tracker that the settings name, for the whole run.
-
-    Raises:
-        RecipeError: It does not begin, as without a network or with a wrong address.
-    """
+    """Opens the tracker that the settings name, for the whole run; refuses if it does not begin."""
     name = run.settings["name"]
     with ExitStack() as stack:
         try:
-            tracker = stack.enter_context(TRACKERS[name](run))
+            tracker = stack.enter_context(TRACKERS[name][0](run))
         except Exception as error:
             raise RecipeError(
                 f"tracker={name} did not begin ({type(error).__name__}: {error}).",
@@ -248,23 +205,11 @@ def open_tracker(run: TrackedRun) -> Iterator[SafeTracker]:
         yield SafeTracker(name, tracker)
 
 
-REQUIRED: Mapping[str, tuple[str, ...]] = {
-    "none": (),
-    "tensorboard": ("tensorboard",),
-    "wandb": ("wandb",),
-    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
-}
-"""Trackers and the modules that each needs."""
-
-
 def require_tracker(name: str) -> None:
     """Raises ``RecipeError`` for a tracker that there is not, or whose package is not installed."""
-    if name not in REQUIRED:
-        raise RecipeError(
-            f"tracker.name={name} is not known.{did_you_mean(name, REQUIRED)}",
-            f"use one of: {', '.join(REQUIRED)}",
-        )
-    missing = [module for module in REQUIRED[name] if importlib.util.find_spec(module) is None]
+    require_known(name, TRACKERS, f"tracker.name={name} is not known")
+    _, needed = TRACKERS[name]
+    missing = [module for module in needed if importlib.util.find_spec(module) is None]
     if missing:
         raise RecipeError(
             f"tracker={name} needs {', '.join(missing)}, which is not installed here.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Manifest, read_manifest
-from recipes.core.metrics import Record
+from recipes.core.metrics import Record, flat
 
 Track = Callable[[Record], None]
 IDS = "tracker.json"
@@ -26,6 +27,8 @@ IDS = "tracker.json"
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|key)$", re.IGNORECASE)
 USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 BOOKKEEPING = ("time", "task", "done", "total")
+FINAL = "final"
+"""The task that a complete stage's figures are of, by their dotted names in its manifest."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,10 @@ class TrackedRun:
 class Tracker(Protocol):
     """What a tracker does with a run."""
 
-    def track(self, stage: str, record: Record) -> None:
-        """Takes one record of a stage's progress."""
-
-    def finish(self, stage: str, figures: Mapping[str, float]) -> None:
-        """Takes the figures of a complete stage's manifest, by dotted names."""
+    def __call__(
+        self, stage: str, task: str, values: Mapping[str, float], step: int, at: float
+    ) -> None:
+        """Takes the numbers of a step of a stage's task, at a time in seconds since 1970."""
 
 
 def tracked_run(cfg: DictConfig, run_dir: Path, recipe: str) -> TrackedRun:
@@ -107,15 +109,8 @@ def figures_of(manifest: Manifest) -> dict[str, float]:
         "bytes": manifest.total_bytes(),
         "parameters": manifest.parameters,
     }
-    return {n: float(v) for n, v in _numbers({**manifest.metrics, **cost})}
-
-
-def _numbers(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float):
-            yield f"{prefix}{name}", value
+    every = flat({**manifest.metrics, **cost})
+    return {name: float(value) for name, value in every if isinstance(value, int | float)}
 
 
 class SafeTracker:
@@ -126,19 +121,21 @@ class SafeTracker:
 
     def stage(self, stage: str) -> Track:
         """Where a stage's records go."""
-        return lambda record: self._do(lambda: self._tracker.track(stage, record))
+        return lambda record: self._log(
+            stage, record["task"], scalars(record), record["done"], record["time"]
+        )
 
     def finish(self, stage: str, directory: Path) -> None:
         """Hands over the final figures of a stage that is complete."""
         manifest = read_manifest(directory)
         if manifest is not None:
-            self._do(lambda: self._tracker.finish(stage, figures_of(manifest)))
+            self._log(stage, FINAL, figures_of(manifest), 0, time.time())
 
-    def _do(self, action: Callable[[], None]) -> None:
+    def _log(self, *step: Any) -> None:
         if self._failed:
             return
         try:
-            action()
+            self._tracker(*step)
         except Exception as error:
             self._failed = True
             warnings.warn(

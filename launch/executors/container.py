@@ -53,11 +53,7 @@ def image_of(stage: PlannedStage, cluster: Containers) -> str | None:
 
 
 def require_usable(plan: Plan, cluster: Containers) -> None:
-    """Checks what preflight does not: which stages images are for, and the paths' names.
-
-    Raises:
-        RecipeError: An image is for no stage, or a path cannot be mounted.
-    """
+    """Refuses images that are for no stage, and paths that cannot be mounted."""
     require_stages("images", cluster.images, DEFAULT)
     for stage in plan.todo():
         for mount in mounts_of(stage, cluster):

@@ -31,11 +31,7 @@ Begin = Callable[[PlannedStage, IO[bytes]], AbstractContextManager[Callable[[], 
 
 
 def require_one_machine(plan: Plan, cluster: Cluster) -> None:
-    """Refuses what this machine cannot run, or must not.
-
-    Raises:
-        RecipeError: A stage needs several nodes, or jobs of this run are still in Slurm's queue.
-    """
+    """Refuses stages of several nodes, and a run that has jobs in Slurm's queue."""
     for name, (job, state) in active_jobs(plan.run_dir).items():
         raise RecipeError(
             f"job {job.id} is {state.state.lower()} for {name} of this run.",
@@ -115,11 +111,7 @@ def run_all(plan: Plan, follow: Follow, begin: Begin = by_script) -> bool:
 
 
 def run(stage: PlannedStage, follower: Follower, begin: Begin = by_script) -> None:
-    """Runs one stage to its end.
-
-    Raises:
-        RecipeError: The stage ended without a new manifest of its fingerprint.
-    """
+    """Runs one stage to its end; it has failed if there is no new manifest of its fingerprint."""
     before = _manifest_time(stage)
     logs = stage.directory / LOGS
     logs.mkdir(parents=True, exist_ok=True)

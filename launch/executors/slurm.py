@@ -37,11 +37,7 @@ def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
 
 
 def _adopt(plan: Plan) -> Plan:
-    """Leaves stages to the jobs that were submitted for them before.
-
-    Raises:
-        RecipeError: Such a job works on another result than the one that is asked for.
-    """
+    """Leaves stages to the jobs that were submitted for them; refuses jobs of another result."""
     active = active_jobs(plan.run_dir)
     stages = []
     for stage in plan.stages:
@@ -71,11 +67,7 @@ def write_scripts(plan: Plan, cluster: SlurmConfig) -> None:
 
 
 def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) -> bool:
-    """Submits the jobs; follows them only if asked.
-
-    Raises:
-        RecipeError: Slurm refuses a job, or a followed stage fails.
-    """
+    """Submits the jobs; follows them, and refuses one that fails, only if asked."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     script = plan.run_dir / SUBMIT
     if plan.todo():

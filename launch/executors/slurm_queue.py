@@ -53,11 +53,7 @@ def read_jobs(run_dir: Path) -> dict[str, Job]:
 
 
 def job_states(jobs: Iterable[Job]) -> dict[str, JobState]:
-    """States by job id; a job that Slurm no longer knows is left out.
-
-    Raises:
-        RecipeError: Slurm cannot be asked.
-    """
+    """States by job id, without jobs that Slurm has forgotten; refuses if it does not answer."""
     ids = [job.id for job in jobs]
     if not ids or shutil.which("squeue") is None:  # a run copied to a machine without Slurm
         return {}
@@ -91,11 +87,7 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[Job, JobState]]:
 
 
 def cancel(jobs: Iterable[Job]) -> None:
-    """Cancels jobs.
-
-    Raises:
-        RecipeError: Slurm refuses.
-    """
+    """Cancels jobs, or refuses as Slurm does."""
     done = _ask("scancel", *(job.id for job in jobs))
     if done.returncode:
         raise RecipeError(f"scancel failed: {done.stderr.strip()}")

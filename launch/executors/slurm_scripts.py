@@ -33,17 +33,12 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
     old = manifest is not None and manifest.fingerprint == stage.fingerprint
     return _render(
         "job.sbatch.j2",
-        stage=stage.name,
-        module=stage.module,
-        needs_torch=stage.stage.needs_torch,
-        directory=stage.directory,
-        run_dir=stage.directory.parent,
+        stage=stage,
+        cluster=cluster,
+        resources=stage.config.resources,
         job_name=job_name(stage),
-        fingerprint=stage.fingerprint,
         replaces=manifest.started_at if manifest and old else None,
         cwd=os.getcwd(),
-        nodes=stage.config.resources.nodes,
-        devices=stage.config.resources.devices,
         time=time_limit(stage, cluster),
         sbatch=list(_sbatch_options(stage, cluster)),
         env=env,
@@ -51,13 +46,10 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         mounts=container.mounts_of(stage, cluster) if image else [],
         # An image's own value of a variable wins unless it is named here.
         container_env=[*env, "OMP_NUM_THREADS"],
-        pass_env=cluster.pass_env,
         python=shlex.quote(cluster.python or ("python" if image else sys.executable)),
-        cpus_per_task=cluster.cpus_per_task,
         mpi=cluster.mpi.get(stage.config.stage) if stage.needs_gpu else None,
         numa_binding=cluster.numa_binding if stage.needs_gpu else None,
         margin_seconds=margin_seconds(stage, cluster),
-        max_requeues=cluster.max_requeues,
     )
 
 

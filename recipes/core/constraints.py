@@ -103,12 +103,7 @@ def _adapter(declared: type[DataclassInstance]) -> TypeAdapter[Any]:
 
 
 def violations(settings: DataclassInstance, where: str = "") -> Iterator[str]:
-    """Yields what is wrong with settings, and how to mend it.
-
-    Args:
-        settings: A config whose values have the types of their fields already.
-        where: Its name in the composed config, such as ``stages.distill``; empty for the root.
-    """
+    """Yields what is wrong with settings at ``where`` in the config, and how to mend it."""
     try:
         _adapter(type(settings)).validate_python(asdict(settings))
     except ValidationError as error:

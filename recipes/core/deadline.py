@@ -21,11 +21,7 @@ class StoppedByClockError(RecipeError):
 
 
 def deadline() -> float | None:
-    """When this stage must stop, in seconds since 1970; ``None`` for never.
-
-    Raises:
-        RecipeError: The variable is not a number.
-    """
+    """When this stage must stop, in seconds since 1970, or ``None``; refuses anything else."""
     text = os.environ.get(DEADLINE)
     if not text:
         return None

@@ -33,3 +33,11 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
         return f" It is now called '{new}'."
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def require_known(name: str, known: Iterable[str], what: str) -> None:
+    """Raises ``RecipeError`` with the nearest name unless a name is one of those that are known."""
+    if name not in (choices := list(known)):
+        raise RecipeError(
+            f"{what}.{did_you_mean(name, choices)}", f"use one of: {', '.join(choices)}"
+        )

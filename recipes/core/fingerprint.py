@@ -57,11 +57,7 @@ def external_stamp(path: Path) -> dict[str, object]:
 
 @cache
 def code_fingerprint(*names: str) -> str:
-    """Fingerprint of code and of the pinned stack.
-
-    Args:
-        names: Functions as ``module:name``, or whole modules.
-    """
+    """Fingerprint of functions, as ``module:name``, or whole modules, and of the pinned stack."""
     with (REPO_ROOT / "pyproject.toml").open("rb") as file:
         pins = tomllib.load(file)["project"]["dependencies"]
     return digest({"code": reachable_code(REPO_ROOT, names), "dependencies": pins})

@@ -75,11 +75,7 @@ class Manifest:
     """What each input's files were; a forced rerun can change them under the same fingerprint."""
 
     def result(self, of: type[ResultT]) -> ResultT:
-        """What the stage measured, as the dataclass that it was written from, or a part of it.
-
-        Raises:
-            RecipeError: It does not fit, as where an older version of the stage wrote it.
-        """
+        """What the stage measured, as what it was written from, or a part; refuses what differs."""
         from pydantic import ValidationError  # which takes a tenth of a second to import
 
         try:
@@ -122,11 +118,7 @@ def write_manifest(stage_dir: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(stage_dir: Path) -> Manifest | None:
-    """Returns the manifest of ``stage_dir``, or ``None`` when the stage is not complete.
-
-    Raises:
-        RecipeError: The file exists but is not a manifest.
-    """
+    """The manifest of a stage, ``None`` if it is not complete; refuses what is no manifest."""
     path = stage_dir / MANIFEST
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -160,11 +152,8 @@ def stamp_files(root: Path) -> dict[str, FileStamp]:
 def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) -> list[str]:
     """Lists files that are missing, added, or differ from their stamps.
 
-    Args:
-        root: Artifact directory.
-        stamps: Stamps taken when the artifact was written.
-        rehash: Hash every file. Otherwise a file whose size and mtime are unchanged is trusted,
-            which keeps a rerun of a finished chain at a fraction of a second.
+    Without ``rehash`` a file whose size and mtime are unchanged is trusted, which keeps a rerun of
+    a finished chain at a fraction of a second.
     """
     changed, doubtful = [], []
     present = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
@@ -178,21 +167,14 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
         elif rehash or stat.st_mtime_ns != stamp.mtime_ns:
             doubtful.append(name)
     digests = sha256_of_each([root / name for name in doubtful])
-    changed += [
-        f"{name} (changed)"
-        for name, digest in zip(doubtful, digests, strict=True)
-        if digest != stamps[name].sha256
-    ]
+    pairs = zip(doubtful, digests, strict=True)
+    changed += [f"{name} (changed)" for name, digest in pairs if digest != stamps[name].sha256]
     changed += [f"{name} (added)" for name in sorted(present - stamps.keys())]
     return changed
 
 
 def check_artifact(stage_dir: Path, kind: str | None = None, *, rehash: bool = True) -> Manifest:
-    """Returns the manifest of a stage that may be used as an input.
-
-    Raises:
-        RecipeError: The stage is incomplete, of another kind, or its files were changed.
-    """
+    """The manifest of a stage; refuses one that is incomplete, of another kind, or was changed."""
     manifest = read_manifest(stage_dir)
     if manifest is None:
         raise RecipeError(f"{stage_dir} has no {MANIFEST}: it is not complete.", "run it first")

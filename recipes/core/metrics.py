@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +56,12 @@ def steps_of(path: Path, task: str) -> list[Record]:
     """Records of ``task``, one per step; of a step done again after a restart, the last counts."""
     latest = {r["done"]: r for r in read_records(path) if r.get("task") == task}
     return [latest[step] for step in sorted(latest)]
+
+
+def flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Nested values by dotted name."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

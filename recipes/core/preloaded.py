@@ -40,12 +40,8 @@ def preloaded(
 ) -> Iterator[socket.socket]:
     """Starts the process, and does not wait for its imports; yields what ``fork_stage`` needs.
 
-    However the caller ends, the process ends, and the stage that it has become.
-
-    Args:
-        modules: What to import.
-        environment: All variables, of the process as of stages.
-        log: For what imports say, and why the process cannot be forked if so.
+    However the caller ends, the process ends, and the stage that it has become. ``environment`` is
+    all that both see; ``log`` gets what imports say, and why the process cannot be forked if so.
     """
     ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
     with ours, log.open("wb") as output:
@@ -70,16 +66,9 @@ def preloaded(
 
 
 def fork_stage(server: socket.socket, module: str, config: Path, log: IO[bytes]) -> int | None:
-    """Starts a stage, once the imports are done; one at a time.
+    """Starts a stage, which writes to ``log``, once the imports are done; one at a time.
 
-    Args:
-        server: From ``preloaded``.
-        module: The stage's module.
-        config: Its ``config.yaml``.
-        log: Gets all that it writes.
-
-    Returns:
-        A file descriptor of the process; ``None`` if the process cannot be forked.
+    Returns a file descriptor of the process; ``None`` if the process cannot be forked.
     """
     request = json.dumps([module, str(config)]).encode()
     try:
@@ -92,10 +81,9 @@ def fork_stage(server: socket.socket, module: str, config: Path, log: IO[bytes])
 
 @contextmanager
 def followed(process: int) -> Iterator[Callable[[], bool]]:
-    """Yields what tells whether a process has ended; stops it if the caller fails.
+    """Yields what tells whether the process of a file descriptor, which is closed, has ended.
 
-    Args:
-        process: Its file descriptor, which is closed in the end.
+    The process is stopped if the caller fails.
     """
 
     def ended(seconds: float = 0) -> bool:

@@ -14,15 +14,7 @@ PR_SET_PDEATHSIG = 1
 def start_command(
     module: str, config: Path, devices: int, python: str, options: Sequence[str] = ()
 ) -> list[str]:
-    """Starts a stage on one machine; several ranks with torchrun, which takes seconds to import.
-
-    Args:
-        module: The stage's module.
-        config: Its ``config.yaml``.
-        devices: Number of ranks.
-        python: The interpreter.
-        options: More of torchrun's.
-    """
+    """Starts a stage on one machine; several ranks with torchrun, which takes seconds to import."""
     several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
     several += [*options, "-m"]
     return [python, "-m", *(several if devices > 1 else []), module, "--config", str(config)]

@@ -21,6 +21,7 @@ from pathlib import Path
 FIRST_PARTY = ("recipes", "nemo_convert")
 WHOLE = "*"
 """Stands for all of a module."""
+FOR_TYPES = "TYPE_CHECKING"
 
 Place = tuple[str, str]
 """A module and a name in it, or ``WHOLE``."""
@@ -46,11 +47,7 @@ class _Module:
 
 
 def reachable_code(root: Path, names: Iterable[str]) -> dict[str, list[str]]:
-    """Hashes of all code that can be reached.
-
-    Args:
-        root: The checkout.
-        names: Where to start: ``module:name``, or whole modules.
+    """Hashes of all code that can be reached from names, as ``module:name``, or whole modules.
 
     Returns:
         By module, the hashes of its definitions, each with its name.
@@ -129,17 +126,17 @@ def _read(root: Path, name: str) -> _Module:
     definitions: dict[str, tuple[_Definition, ...]] = {}
     others: list[_Definition] = []
     for statement in _without_docstrings(tree).body:
-        if isinstance(statement, ast.Import | ast.ImportFrom) or _is_for_types(statement):
+        if isinstance(statement, ast.Import | ast.ImportFrom) or _is_if(statement, FOR_TYPES):
             continue
         definition = _definition(root, path, statement)
         if names := _defines(statement):
             for defined in names:
                 definitions[defined] = (*definitions.get(defined, ()), definition)
-        elif not _is_entry_point(statement):
+        elif not _is_if(statement, "__name__ == '__main__'"):
             others.append(definition)
     imports = _imports(root, path, tree.body)
     for nested in tree.body:
-        if _is_for_types(nested):
+        if _is_if(nested, FOR_TYPES):
             imports |= _imports(root, path, list(ast.walk(nested)))
     return _Module(definitions, tuple(others), imports)
 
@@ -162,12 +159,8 @@ def _is_text(statement: ast.AST) -> bool:
     )
 
 
-def _is_for_types(statement: ast.AST) -> bool:
-    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
-
-
-def _is_entry_point(statement: ast.AST) -> bool:
-    return isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test)
+def _is_if(statement: ast.AST, condition: str) -> bool:
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) == condition
 
 
 def _defines(statement: ast.stmt) -> list[str]:
@@ -202,7 +195,8 @@ def _imports(root: Path, path: Path, nodes: Iterable[ast.AST]) -> dict[str, Plac
     """First-party names that statements import, and where each is from."""
     found: dict[str, Place] = {}
     for node in nodes:
-        if isinstance(node, ast.Import) and any(map(_is_first_party, node.names)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if any(name.split(".")[0] in FIRST_PARTY for name in names):
             raise ValueError(f"{path}: write 'from … import' of first-party modules")
         if isinstance(node, ast.ImportFrom):
             if node.level:
@@ -214,7 +208,3 @@ def _imports(root: Path, path: Path, nodes: Iterable[ast.AST]) -> dict[str, Plac
                 elif _is_module(root, str(node.module)):
                     found[alias.asname or alias.name] = (str(node.module), alias.name)
     return found
-
-
-def _is_first_party(alias: ast.alias) -> bool:
-    return alias.name.split(".")[0] in FIRST_PARTY

@@ -6,6 +6,7 @@ import os
 import sys
 
 from rich.console import Console
+from rich.table import Table
 
 FILE_COLUMNS = 10_000
 """Without a terminal nothing is too wide: a table takes what it needs, and no cell is cut."""
@@ -16,3 +17,8 @@ def screen(stderr: bool = False) -> Console:
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     width = None if is_terminal or "COLUMNS" in os.environ else FILE_COLUMNS
     return Console(stderr=stderr, width=width, highlight=False, soft_wrap=True)
+
+
+def plain_table(title: str, *columns: str) -> Table:
+    """A table without lines, below its title."""
+    return Table(*columns, title=title, title_justify="left", box=None)

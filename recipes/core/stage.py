@@ -12,11 +12,7 @@ from typing import Annotated, Any
 from omegaconf import MISSING
 
 from recipes.core.constraints import Count, Duration, Environment, matching
-from recipes.core.manifest import (
-    ARTIFACT,
-    WORK,
-    Manifest,
-)
+from recipes.core.manifest import ARTIFACT, WORK, Manifest
 from recipes.core.metrics import METRICS, MetricsLog
 
 RUN_FILE = "run.yaml"

