@@ -11,7 +11,7 @@ from typing import Any
 from recipes.core.errors import RecipeError
 from recipes.distillation.results import DistillationResult
 from recipes.engines.results import BenchmarkResults
-from recipes.evaluation.results import EvaluationResult, ModelQuality, TaskResults
+from recipes.evaluation.results import EvaluationResult, TaskResults
 from recipes.report.cost import machine_hours
 from recipes.report.format import any_value, render_template
 from recipes.report.runs import (
@@ -62,12 +62,10 @@ class RunRow:
     is_best: bool
     gap: tuple[float, float] | None
     """Mean difference of its losses to the best run's, with its standard error."""
-    figures: ModelQuality
+    found: EvaluationResult
     perplexity: float
     kl: float
-    recovered: float | None
     tasks: float | None
-    teacher: ModelQuality
     teacher_tasks: float | None
     parameters: int
     disk: int | None
@@ -79,15 +77,7 @@ class RunRow:
 
 
 def render_comparison(paths: Iterable[Path], out: Path) -> int:
-    """Writes the comparison page and returns how many runs it compares.
-
-    Args:
-        paths: Run directories, or directories with runs below them.
-        out: File to write.
-
-    Raises:
-        RecipeError: There are not two runs to compare.
-    """
+    """Writes the page about two or more runs, in or below directories; returns their number."""
     runs = [read_run(path) for path in find_runs(paths)]
     content = comparison(runs)
     render_template(TEMPLATE, content, out)
@@ -127,7 +117,7 @@ def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "incomplete": [(names[run.path], run) for run in runs if run.incomplete],
         "unmeasured": [names[run.path] for run in runs if run.evaluation is None],
         "differences": [
-            (name, [any_value(name.rpartition(".")[2], value) for value in values])
+            (name, [any_value(value, name.rpartition(".")[2]) for value in values])
             for name, values in differing_settings([run for run, _ in measured])
         ],
     }
@@ -162,12 +152,10 @@ def _row(
         comparable=best is not None,
         is_best=best is run,
         gap=paired_difference(run.losses, best.losses) if best and best is not run else None,
-        figures=found.distilled,
+        found=found,
         perplexity=found.distilled.perplexity,
         kl=found.distilled.kl_to_teacher,
-        recovered=found.recovered,
         tasks=means.get("distilled"),
-        teacher=found.teacher,
         teacher_tasks=means.get("teacher"),
         parameters=found.distilled.parameters,
         disk=exported.total_bytes() if exported else None,
@@ -225,14 +213,14 @@ def _plots(quality: str, rows: Sequence[RunRow]) -> list[dict[str, str]]:
 def _mark(row: RunRow, quality: str, cost: str) -> Mark:
     price = getattr(row, cost)
     if quality == "perplexity":
-        return quality_mark("distilled", row.number, row.figures, price)
+        return quality_mark("distilled", row.number, row.found.distilled, price)
     return Mark(row.number, "distilled", price, getattr(row, quality))
 
 
 def _teacher(rows: Sequence[RunRow], quality: str, cost: str) -> list[Mark]:
     """The teacher as a reference where all runs have the same one and its cost is known."""
-    teacher = rows[0].teacher
-    if cost != "parameters" or quality == "kl" or any(row.teacher != teacher for row in rows):
+    teacher = rows[0].found.teacher
+    if cost != "parameters" or quality == "kl" or any(r.found.teacher != teacher for r in rows):
         return []
     value = rows[0].teacher_tasks if quality == "tasks" else teacher.perplexity
     if value is None:

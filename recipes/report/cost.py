@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from nemo_convert.architecture import Architecture
@@ -39,13 +38,7 @@ class Work:
 
 
 def costs(inputs: Inputs, before: Mapping[str, Manifest], passes: list[Work]) -> dict[str, object]:
-    """What the templates of cost and provenance show.
-
-    Args:
-        inputs: Inputs of the page's stage.
-        before: Stages that they were made from, by name.
-        passes: Passes through models, as far as they are known.
-    """
+    """What the templates of cost and provenance show of inputs and the stages ``before`` them."""
     stages = [*before.items(), *((item.directory.name, item.manifest) for item in inputs.values())]
     stages.sort(key=lambda item: item[1].started_at)
     every = [manifest for _, manifest in stages]
@@ -85,7 +78,10 @@ def upstream(inputs: Inputs) -> dict[str, Manifest]:
     found: dict[str, Manifest] = {}
     known = {item.manifest.fingerprint for item in inputs.values()}
     wanted = {f for item in inputs.values() for f in item.manifest.inputs.values()} - known
-    beside = _complete_stages({item.directory.parent for item in inputs.values()})
+    run_dirs = {item.directory.parent for item in inputs.values()}
+    folders = [path for run in run_dirs for path in sorted(run.iterdir()) if path.is_dir()]
+    complete = ((path.name, read_manifest(path)) for path in folders)
+    beside = {m.fingerprint: (name, m) for name, m in complete if m is not None}
     while wanted:
         fingerprint = wanted.pop()
         known.add(fingerprint)
@@ -94,12 +90,6 @@ def upstream(inputs: Inputs) -> dict[str, Manifest]:
             found[name] = manifest
             wanted |= set(manifest.inputs.values()) - known
     return found
-
-
-def _complete_stages(run_dirs: Iterable[Path]) -> dict[str, tuple[str, Manifest]]:
-    folders = [path for run_dir in run_dirs for path in sorted(run_dir.iterdir()) if path.is_dir()]
-    manifests = ((path.name, read_manifest(path)) for path in folders)
-    return {m.fingerprint: (name, m) for name, m in manifests if m is not None}
 
 
 def machine_hours(manifest: Manifest) -> float:

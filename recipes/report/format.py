@@ -13,20 +13,16 @@ from markupsafe import Markup
 
 from recipes.core.files import write_text_atomically
 from recipes.evaluation.results import ROLES
+from recipes.planning.results import Table
 from recipes.report.plots import number, share_bar
 from recipes.report.settings import TEMPLATES
+from recipes.report.trade_offs import speed_bar
 
 DASH = Markup('<span class="none">–</span>')
 
 
 def render_template(template: str, content: Mapping[str, object], path: Path) -> None:
-    """Writes one HTML file that loads nothing else.
-
-    Args:
-        template: Name of a file in ``templates``.
-        content: What it shows.
-        path: File to write.
-    """
+    """Writes one HTML file that loads nothing else."""
     write_text_atomically(path, _environment().get_template(template).render(content))
 
 
@@ -39,8 +35,10 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(FORMATS)
-    environment.globals |= {"bar": share_bar, "roles": ROLES}
+    environment.filters.update(
+        FORMATS, figure=any_value, label=label_of, numeric_columns=numeric_columns
+    )
+    environment.globals |= {"bar": share_bar, "speed_bar": speed_bar, "roles": ROLES}
     return environment
 
 
@@ -88,14 +86,14 @@ FORMATS: dict[str, Callable[..., Markup]] = {
 }
 
 
-def any_value(name: str, value: object) -> Markup:
+def any_value(value: object, name: str) -> Markup:
     """A value of whatever type, written by what its name says it is."""
     if value is None:
         return DASH
     if isinstance(value, bool):
         return Markup("yes" if value else "no")
     if isinstance(value, list | tuple):
-        return Markup(", ").join(any_value(name, one) for one in value)
+        return Markup(", ").join(any_value(one, name) for one in value)
     if not isinstance(value, int | float):
         return Markup.escape(value)
     return FORMATS[_format_of(name.lower().replace(" ", "_"), value)](value)
@@ -112,3 +110,12 @@ def label_of(name: str) -> str:
     """A field's name as a person would write it."""
     text = name.replace("_", " ").replace(".", ": ")
     return text[:1].upper() + text[1:]
+
+
+def numeric_columns(table: Table) -> list[str]:
+    """Names of the columns that hold numbers alone."""
+    return [
+        name
+        for name, *cells in zip(table.columns, *table.rows, strict=True)
+        if cells and all(cell is None or isinstance(cell, int | float) for cell in cells)
+    ]

@@ -85,11 +85,7 @@ class Verdict:
 
 
 def parse(text: str) -> Gate:
-    """Reads ``NAME OP NUMBER``.
-
-    Raises:
-        RecipeError: It is not of that form.
-    """
+    """Reads ``NAME OP NUMBER``, or refuses."""
     match = _GATE.fullmatch(text)
     if not match:
         raise RecipeError(
@@ -100,12 +96,7 @@ def parse(text: str) -> Gate:
 
 
 def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> dict[str, str]:
-    """Figures that a recipe measures, with the kind of result that has each.
-
-    Args:
-        stages: The recipe's stages.
-        kinds: Kind of each stage's result.
-    """
+    """Figures that a recipe measures, with the kind of result, of those by stage, that has each."""
     names: dict[str, str] = {}
     for stage, config in stages.items():
         kind = kinds[stage]
@@ -131,29 +122,22 @@ def problems(gates: Iterable[Gate], names: Mapping[str, str]) -> Iterator[Proble
             )
 
 
-def kind_of(gate: Gate) -> str:
-    """Kind of the result that has a gate's figure."""
-    figure, _, part = gate.name.partition(".")
-    if figure == "speedup":
-        return "speed_results"
-    return "task_results" if part else "eval_results"
-
-
 def judge(gates: Iterable[Gate], results: Mapping[str, Manifest]) -> list[Verdict]:
-    """Compares what was measured with what must be.
-
-    Args:
-        gates: Gates on figures of ``results``.
-        results: Manifests by kind.
-    """
-    return [Verdict(g, value := _measured(g.name, results), g.holds(value)) for g in gates]
+    """Compares what was measured, in manifests by kind, with the gates that are on it."""
+    measured = {name: value for m in results.values() for name, value in _figures(m)}
+    known = [gate for gate in gates if gate.name in measured]
+    return [Verdict(g, measured[g.name], g.holds(measured[g.name])) for g in known]
 
 
-def _measured(name: str, results: Mapping[str, Manifest]) -> float | None:
-    figure, _, part = name.partition(".")
-    if figure == "speedup":
-        speedups = results["speed_results"].result(BenchmarkResults).speedups
-        return min((SPEEDUPS[part](one) for one in speedups), default=None)
-    if part:
-        return TASK[figure](results["task_results"].result(TaskResults).tasks[part])
-    return EVALUATION[figure](results["eval_results"].result(EvaluationResult))
+def _figures(manifest: Manifest) -> Iterator[tuple[str, float | None]]:
+    """What gates can be on of a stage's result."""
+    if manifest.kind == "eval_results":
+        evaluation = manifest.result(EvaluationResult)
+        yield from ((name, figure(evaluation)) for name, figure in EVALUATION.items())
+    if manifest.kind == "task_results":
+        for task, scores in manifest.result(TaskResults).tasks.items():
+            yield from ((f"{name}.{task}", figure(scores)) for name, figure in TASK.items())
+    if manifest.kind == "speed_results":
+        every = manifest.result(BenchmarkResults).speedups
+        for name, figure in SPEEDUPS.items():
+            yield f"speedup.{name}", min(map(figure, every), default=None)

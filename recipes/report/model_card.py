@@ -86,11 +86,7 @@ ROW = (
 def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Manifest]) -> None:
     """Replaces the teacher's card, which came along, by the student's own.
 
-    Args:
-        folder: The exported folder, with the teacher's card.
-        teacher: Model that the student came from.
-        recipe: What was done.
-        inputs: Manifests of the stage's inputs by name; optional ones add what they know.
+    Of the stage's inputs, whose manifests are given by name, optional ones add what they know.
     """
     model, evaluation = inputs["checkpoint"], inputs["evaluation"].result(EvaluationResult)
     share, terms = evaluation.recovered, licence(folder)

@@ -7,7 +7,7 @@ its unrounded value.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,20 +15,19 @@ from pathlib import Path
 from markupsafe import Markup
 
 from nemo_convert.results import ImportResult, ParityResult
-from recipes.core.manifest import Manifest
 from recipes.core.metrics import METRICS, Record, steps_of
 from recipes.core.stage import Input, Inputs
 from recipes.data.results import DatasetResult
 from recipes.distillation.results import DistillationResult
-from recipes.evaluation.results import ROLES, EvaluationResult
+from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import PruneResult
 from recipes.report.cost import costs, upstream, versions, work
 from recipes.report.format import render_template
 from recipes.report.plots import SMOOTHING, Series, interval_plot, is_skewed, layer_plot, line_plot
-from recipes.report.sections import gates_section, sections
-from recipes.report.settings import ReportConfig
+from recipes.report.sections import gates_section, search_section, sections
+from recipes.report.settings import ReportConfig, SearchReportConfig
+from recipes.search.results import LatencyResult, SearchResult
 
-TEMPLATE = "report.html.j2"
 CHAIN = ("teacher", "data", "pruned", "distilled", "evaluation", "exported")
 """Inputs that every report has, in the order in which their stages run."""
 OPTIONAL = ("plan", "search", "tasks", "engine", "speed")
@@ -53,80 +52,73 @@ CONTENTS = {
 """Sections in their order, each a template."""
 WHERE_PRESENT = ("gates", "plan", "search", "tasks", "trade_offs", "speed", "engine")
 """Sections that are left out where there is nothing to show."""
-SHAPE = {
-    "num_layers": "Layers",
-    "hidden_size": "Hidden size",
-    "ffn_hidden_size": "Feed-forward size",
-    "num_attention_heads": "Attention heads",
-    "num_query_groups": "Query groups",
-    "kv_channels": "Head size",
-    "vocab_size": "Vocabulary",
-}
-TARGETS = {
-    "target_num_layers": "Layers",
-    "drop_layers": "Layers to drop",
-    "target_hidden_size": "Hidden size",
-    "target_ffn_hidden_size": "Feed-forward size",
-    "target_num_attention_heads": "Attention heads",
-}
 TERMS = {
     "loss": ("total", "total"),
     "kd": ("logits", "distilled"),
     "hidden": ("hidden states", "pruned"),
     "lm": ("next token", "teacher"),
 }
-PARTS = {
-    "train": "Training",
-    "validation": "Validation",
-    "calibration": "Calibration",
-    "heldout": "Held out",
-}
 
 
 def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
-    """Writes the report as one HTML file that loads nothing else.
-
-    Args:
-        cfg: Title and description.
-        inputs: Inputs of the stage, by its names for them.
-        path: File to write.
-    """
-    render_template(TEMPLATE, page(cfg, inputs), path)
+    """Writes the report as one HTML file that loads nothing else."""
+    render_template("report.html.j2", _content(cfg, inputs), path)
 
 
-def page(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
+def render_search(cfg: SearchReportConfig, inputs: Inputs, path: Path) -> None:
+    """Writes the page of a search: which shapes were compared, and which one was chosen."""
+    latency = inputs.get("latency")
+    found = inputs["search"].manifest.result(SearchResult)
+    earlier = upstream(inputs)
+    manifests = [*(item.manifest for item in inputs.values()), *earlier.values()]
+    content = {
+        "title": cfg.title or "Search",
+        "description": cfg.description,
+        "made": datetime.now(UTC).isoformat(timespec="minutes"),
+        "teacher": inputs["teacher"].manifest,
+        "chosen": found.chosen(),
+        "latency": latency.manifest.result(LatencyResult) if latency else None,
+        "versions": versions(manifests),
+        **search_section(found),
+        **costs(inputs, earlier, []),
+    }
+    render_template("search_report.html.j2", content, path)
+
+
+def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
     """Everything that the template shows."""
     manifests = {name: inputs[name].manifest for name in (*CHAIN, *OPTIONAL) if name in inputs}
     evaluation = manifests["evaluation"].result(EvaluationResult)
-    prepared = manifests["data"].result(DatasetResult)
     pruned = manifests["pruned"].result_if("prune", PruneResult)
-    before = upstream(inputs)
+    before, after = manifests["teacher"].parameters, manifests["distilled"].parameters
+    earlier = upstream(inputs)
+    losses = [
+        (role, role, q.loss, q.loss_standard_error) for role, q in evaluation.models().items()
+    ]
     content: dict[str, object] = {
         "title": cfg.title or "Distillation report",
         "description": cfg.description,
         "made": datetime.now(UTC).isoformat(timespec="minutes"),
         "m": manifests,
-        "targets": _targets(manifests["pruned"].config),
-        "prepared": prepared,
-        "parts": list(_parts(prepared)),
-        "saved": _saved(manifests),
-        "shape": list(_shape(manifests)),
+        "prepared": manifests["data"].result(DatasetResult),
+        "saved": 1 - after / before if before and after else None,
         "quality": evaluation.models(),
-        "gap": _gap(evaluation.recovered),
         "evaluation": evaluation,
         "detail": _detail(inputs["evaluation"]),
         "training": _training(inputs["distilled"]),
         "gates": gates_section(cfg.gates, manifests),
         "pruned": pruned,
-        "layers": _layers(pruned) if pruned else None,
-        "quality_plot": _quality_plot(evaluation),
+        "layers_plot": _layers_plot(pruned) if pruned else None,
+        "skewed": pruned is not None and is_skewed(pruned.layer_importance.values()),
+        "quality_plot": interval_plot(
+            "plot-quality", "Loss on held-out text with standard errors", losses
+        ),
         "versions": versions(manifests.values()),
         "train": manifests["distilled"].config,
         "trained": manifests["distilled"].result_if("distill", DistillationResult),
         "imported": manifests["teacher"].result_if("import_hf", ImportResult),
         "exported": manifests["exported"].result_if("export_hf", ParityResult),
-        "calibration": manifests["pruned"].config,
-        **costs(inputs, before, work(manifests, before)),
+        **costs(inputs, earlier, work(manifests, earlier)),
         **sections(manifests, evaluation),
     }
     shown = [
@@ -135,42 +127,6 @@ def page(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
         if name not in WHERE_PRESENT or content[name]
     ]
     return {**content, "contents": shown}
-
-
-def _targets(config: Mapping[str, object]) -> list[tuple[str, object]]:
-    """The pruning targets that were set."""
-    chosen = ((label, config.get(key)) for key, label in TARGETS.items())
-    return [
-        (label, ", ".join(map(str, value)) if isinstance(value, list) else value)
-        for label, value in chosen
-        if value
-    ]
-
-
-def _parts(prepared: DatasetResult) -> Iterator[tuple[str, int, int]]:
-    """Name, tokens and documents of each part of the text."""
-    for part, label in PARTS.items():
-        yield label, prepared.tokens[part], prepared.documents[part]
-
-
-def _saved(manifests: Mapping[str, Manifest]) -> float | None:
-    before, after = manifests["teacher"].parameters, manifests["distilled"].parameters
-    return 1 - after / before if before and after else None
-
-
-def _shape(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, object, object]]:
-    before = manifests["teacher"].architecture or {}
-    after = manifests["distilled"].architecture or {}
-    for key, label in SHAPE.items():
-        yield label, before.get(key), after.get(key)
-    yield "Parameters", manifests["teacher"].parameters, manifests["distilled"].parameters
-
-
-def _gap(share: float | None) -> dict[str, float | None]:
-    """Share of the lost quality that each model has: all, none, and what was measured."""
-    if share is None:
-        return dict.fromkeys(ROLES)
-    return {"teacher": 1.0, "pruned": 0.0, "distilled": share}
 
 
 def _detail(evaluation: Input) -> dict[str, object]:
@@ -229,20 +185,7 @@ def _one(steps: list[Record], key: str, label: str, style: str) -> Series:
     return Series(label, style, points)
 
 
-def _layers(pruned: PruneResult) -> dict[str, object]:
-    scores, dropped = pruned.layer_importance, pruned.dropped_layers()
-    kept = set(pruned.kept_layers)
-    title = f"Importance of {len(scores)} layers; dropped: {dropped or 'none'}"
-    plot = layer_plot("plot-layers", title, scores, kept)
-    return {
-        "plot": plot,
-        "dropped": dropped,
-        "kept": len(kept),
-        "skewed": is_skewed(scores.values()),
-        "measure": pruned.layer_measure,
-    }
-
-
-def _quality_plot(evaluation: EvaluationResult) -> Markup:
-    rows = [(role, role, q.loss, q.loss_standard_error) for role, q in evaluation.models().items()]
-    return interval_plot("plot-quality", "Loss on held-out text with standard errors", rows)
+def _layers_plot(pruned: PruneResult) -> Markup:
+    scores = pruned.layer_importance
+    title = f"Importance of {len(scores)} layers; dropped: {pruned.dropped_layers() or 'none'}"
+    return layer_plot("plot-layers", title, scores, set(pruned.kept_layers))

@@ -8,8 +8,8 @@ can do neither.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from markupsafe import Markup
@@ -45,7 +45,7 @@ _BAR = Markup(
     '<rect class="bar {style}" x="{x}%" y="{y}%" width="{width}%" height="{height}%">'
     "<title>{hint}</title></rect>"
 )
-COLUMN = Markup('<line class="grid" x1="{at}%" x2="{at}%" y1="0" y2="100%"/>')
+_COLUMN = Markup('<line class="grid" x1="{at}%" x2="{at}%" y1="0" y2="100%"/>')
 _BAND = Markup('<line class="won" x1="{low}%" x2="{high}%" y1="{y}%" y2="{y}%"/>')
 _INTERVAL = Markup(
     '<line class="drop {style}" x1="{at}%" x2="{at}%" y1="{y}%" y2="100%"/>'
@@ -69,17 +69,22 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear scale from ``low`` to ``high``."""
+    """A scale from ``low`` to ``high``, which are the ends' logarithms if it is logarithmic."""
 
     low: float
     high: float
+    logarithmic: bool = False
 
     def at(self, value: float) -> float:
         """Position of a value, in percent from the low end."""
-        return round(100 * (value - self.low) / (self.high - self.low), 3)
+        place = math.log10(value) if self.logarithmic else value
+        return round(100 * (place - self.low) / (self.high - self.low), 3)
 
     def ticks(self, wanted: int = 5) -> list[float]:
         """About ``wanted`` round values inside the axis."""
+        if self.logarithmic:
+            found = self._of_decades()
+            return found if len(found) > 1 else Axis(10**self.low, 10**self.high).ticks(wanted)
         rough = (self.high - self.low) / wanted
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * f for f in (1, 2, 2.5, 5, 10) if power * f >= rough * 0.999)
@@ -87,13 +92,36 @@ class Axis:
         last = math.floor(self.high / step + 1e-9)
         return [n * step for n in range(first, last + 1)]
 
+    def _of_decades(self) -> list[float]:
+        """1, 2 and 5 in every decade; powers of ten alone if there are many."""
+        steps = (1, 2, 5) if self.high - self.low < 2.5 else (1,)
+        decades = range(math.floor(self.low), math.ceil(self.high) + 1)
+        values = [step * 10.0**decade for decade in decades for step in steps]
+        return [v for v in values if self.low <= math.log10(v) <= self.high]
 
-def axis_over(values: Iterable[float], *, zero: bool = False, pad: float = 0.06) -> Axis:
+
+def axis_over(
+    values: Iterable[float], *, zero: bool = False, pad: float = 0.06, logarithmic: bool = False
+) -> Axis:
     """An axis that holds all values with some room; from zero where lengths are compared."""
     finite = [v for v in values if math.isfinite(v)] or [0.0]
-    low, high = min(finite), max(finite)
+    low, high = (math.log10(v) if logarithmic else v for v in (min(finite), max(finite)))
     room = (high - low) * pad or abs(high) * pad or 1.0
-    return Axis(min(0.0, low) if zero else low - room, high + room)
+    return Axis(min(0.0, low) if zero else low - room, high + room, logarithmic)
+
+
+def columns(across: Axis, wanted: int, write: Callable[[float], str]) -> Markup:
+    """Labelled lines up from round values of an axis."""
+    return Markup("").join(
+        _COLUMN.format(at=across.at(v))
+        + TICK_X.format(at=across.at(v), anchor=_anchor(across.at(v)), label=write(v))
+        for v in across.ticks(wanted)
+    )
+
+
+def _anchor(at: float) -> str:
+    """Labels at the ends grow inwards, or they would stick out of a narrow page."""
+    return "start" if at < 2 else "end" if at > 96 else "middle"
 
 
 def number(value: float, digits: int = 6) -> str:
@@ -113,19 +141,18 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
     return [(points[i][0], (sums[b] - sums[a]) / (b - a)) for i, (a, b) in enumerate(spans)]
 
 
-def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most about ``MAX_POINTS`` of the points, the last one always among them."""
-    stride = max(1, math.ceil(len(points) / MAX_POINTS))
-    return [*points[:-1:stride], *points[-1:]]
-
-
 def line_plot(
     name: str, title: str, series: Sequence[Series], *, height: int = 220, zero: bool = False
 ) -> Markup:
     """Lines over training steps; noisy ones pale, with their moving mean on top."""
     across = Axis(0.0, max((x for s in series for x, _ in s.points), default=0.0) or 1.0)
     up = axis_over((y for s in series for _, y in s.points), zero=zero)
-    body = _axes(across, up)
+    rows = [TICK_Y.format(at=100 - up.at(v), label=number(v)) for v in up.ticks(4)]
+    ticks = [
+        TICK_X.format(at=across.at(v), anchor=_anchor(across.at(v)), label=f"{v:,.6g}")
+        for v in across.ticks(4)
+    ]
+    body = Markup("").join(rows + ticks)
     for one in series:
         if one.noisy and len(one.points) >= 2 * SMOOTHING:
             body += _line(one.points, f"{one.style} raw", across, up)
@@ -137,24 +164,12 @@ def line_plot(
     return FRAME.format(name=name, title=title, height=height, body=body)
 
 
-def _axes(across: Axis, up: Axis) -> Markup:
-    rows = [TICK_Y.format(at=100 - up.at(v), label=number(v)) for v in up.ticks(4)]
-    columns = [
-        TICK_X.format(at=across.at(v), anchor=anchor_at(across.at(v)), label=f"{v:,.6g}")
-        for v in across.ticks(4)
-    ]
-    return Markup("").join(rows + columns)
-
-
-def anchor_at(at: float) -> str:
-    """Labels at the ends grow inwards, or they would stick out of a narrow page."""
-    return "start" if at < 2 else "end" if at > 96 else "middle"
-
-
 def _line(points: Sequence[Point], style: str, across: Axis, up: Axis) -> Markup:
+    """At most about ``MAX_POINTS`` of the points, the last one always among them."""
+    stride = max(1, math.ceil(len(points) / MAX_POINTS))
     pairs = (
         f"{10 * across.at(x):.1f},{1000 - 10 * up.at(y):.1f}"
-        for x, y in thinned(points)
+        for x, y in [*points[:-1:stride], *points[-1:]]
         if math.isfinite(y)
     )
     return _LINE.format(style=style, points=" ".join(pairs))
@@ -181,16 +196,14 @@ def is_skewed(scores: Iterable[float]) -> bool:
 def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int]) -> Markup:
     """One bar per layer, numbered from 1; dropped layers are hollow; logarithmic when skewed."""
     skewed = is_skewed(scores.values())
-    scale = math.log10 if skewed else float
-    lowest = math.log10(min(scores.values()) / 2) if skewed else 0.0
-    up = axis_over([lowest, *map(scale, scores.values())], pad=0.06)
-    up = Axis(lowest, up.high)
-    ticks = [(scale(v), v) for v in (log_ticks(up) if skewed else up.ticks(4))]
+    lowest = min(scores.values()) / 2 if skewed else 0.0
+    up = axis_over([lowest, *scores.values()], logarithmic=skewed)
+    up = replace(up, low=math.log10(lowest) if skewed else 0.0)  # bars stand on it
     slot, last = 100 / max(scores), max(scores)
     every = next(n for n in (1, 2, 5, 10, 20, last) if last / n <= 12)
-    body = Markup("").join(TICK_Y.format(at=100 - up.at(y), label=number(v)) for y, v in ticks)
+    body = Markup("").join(TICK_Y.format(at=100 - up.at(v), label=number(v)) for v in up.ticks(4))
     for layer, score in sorted(scores.items()):
-        fate, height = "kept" if layer in kept else "dropped", max(0.0, up.at(scale(score)))
+        fate, height = "kept" if layer in kept else "dropped", max(0.0, up.at(score))
         body += _BAR.format(
             style=fate,
             x=round((layer - 0.85) * slot, 3),
@@ -204,14 +217,6 @@ def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int
     return FRAME.format(name=name, title=title, height=200, body=body)
 
 
-def log_ticks(axis: Axis) -> list[float]:
-    """1, 2 and 5 in every decade of an axis of logarithms; powers of ten alone if it is long."""
-    steps = (1, 2, 5) if axis.high - axis.low < 2.5 else (1,)
-    decades = range(math.floor(axis.low), math.ceil(axis.high) + 1)
-    values = [step * 10.0**decade for decade in decades for step in steps]
-    return [v for v in values if axis.low <= math.log10(v) <= axis.high]
-
-
 def interval_plot(name: str, title: str, rows: Sequence[tuple[str, str, float, float]]) -> Markup:
     """Values with their standard errors on one scale; rows are (label, style, value, error).
 
@@ -219,11 +224,7 @@ def interval_plot(name: str, title: str, rows: Sequence[tuple[str, str, float, f
     let the eye compare that with the others.
     """
     across = axis_over((v + s * e for _, _, v, e in rows for s in (-1, 1)), pad=0.1)
-    body = Markup("").join(
-        COLUMN.format(at=across.at(v))
-        + TICK_X.format(at=across.at(v), anchor=anchor_at(across.at(v)), label=number(v))
-        for v in across.ticks(5)
-    )
+    body = columns(across, 5, number)
     heights = [round(100 * (index + 0.56) / len(rows), 2) for index in range(len(rows))]
     if len(rows) > 2:
         start, end = (across.at(value) for _, _, value, _ in rows[-2:])
@@ -244,10 +245,14 @@ def interval_plot(name: str, title: str, rows: Sequence[tuple[str, str, float, f
     return FRAME.format(name=name, title=title, height=58 * len(rows), body=body)
 
 
+def percent(share: float) -> float:
+    """A share as a length that stays within its place."""
+    return round(100 * min(max(share, 0.0), 1.0), 2)
+
+
 def share_bar(share: float, style: str = "") -> Markup:
     """A small horizontal bar for a table cell."""
-    width = round(100 * min(max(share, 0.0), 1.0), 2)
     return Markup(
         '<svg class="share" aria-hidden="true"><rect class="track" width="100%" height="100%"/>'
         '<rect class="fill {style}" width="{width}%" height="100%"/></svg>'
-    ).format(style=style, width=width)
+    ).format(style=style, width=percent(share))

@@ -73,11 +73,7 @@ class RunRecord:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """Run directories among the paths and below them, each once and in order.
-
-    Raises:
-        RecipeError: A path is not there, or holds no run.
-    """
+    """Run directories among the paths and below them, in order; refuses a path that holds none."""
     found: dict[Path, None] = {}
     for path in paths:
         if not path.is_dir():

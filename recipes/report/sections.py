@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 
 from markupsafe import Markup
 
 from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Manifest
+from recipes.core.metrics import flat
 from recipes.engines.bench import BASELINE
-from recipes.engines.results import (
-    BenchmarkResults,
-    BenchmarkRow,
-    EngineResult,
-    MachineRates,
-    Speedup,
-)
-from recipes.evaluation.results import (
-    EvaluationResult,
-    TaskResult,
-    TaskResults,
-    TaskScores,
-    TextQuality,
-)
-from recipes.planning.results import PlanResult, Table
-from recipes.report.format import any_value, label_of, scaled
-from recipes.report.gates import Verdict, judge, kind_of, parse
-from recipes.report.trade_offs import Z95, Dimension, Mark, interval_rows, speed_bar, trade_off_plot
-from recipes.search.results import Candidate, SearchResult
+from recipes.engines.results import BenchmarkResults, BenchmarkRow, EngineResult
+from recipes.evaluation.results import EvaluationResult, TaskResults, TextQuality
+from recipes.planning.results import PlanResult
+from recipes.report.format import scaled
+from recipes.report.gates import Verdict, judge, parse
+from recipes.report.trade_offs import Z95, Dimension, Mark, interval_rows, trade_off_plot
+from recipes.search.results import SearchResult
 
 PARAMETERS = Dimension("parameters", lambda v: scaled(v, "KMBT").replace(".0 ", " "))
 DISK = Dimension("size on disk", lambda v: scaled(v, "kMGTP", "B").replace(".0 ", " "))
@@ -39,13 +28,8 @@ DIVERGENCE = Dimension("KL to the teacher", lambda v: f"{v:,.3g}")
 ACCURACY = Dimension("mean of the tasks", lambda v: f"{v:.1%}", higher_is_better=True)
 REPORTED_ROLES = {"teacher": "teacher", "student": "distilled"}
 """Roles of timed models, and which evaluated model each is."""
-PHASES, ENDS = ("prefill", "decode"), ("", "_roofline")
-"""Of a speed-up's fields."""
 FEW = 8
 """As many candidates of a search can all be named in a plot."""
-
-Figures = list[tuple[str, "Markup"]]
-"""Labels and values."""
 
 
 def sections(found: Mapping[str, Manifest], evaluation: EvaluationResult) -> dict[str, object]:
@@ -53,16 +37,17 @@ def sections(found: Mapping[str, Manifest], evaluation: EvaluationResult) -> dic
     rows: list[BenchmarkRow] = []
     shown: dict[str, object] = dict.fromkeys(("tasks", "speed", "engine", "plan", "search"))
     if "tasks" in found:
-        shown["tasks"] = tasks_section(found["tasks"].result(TaskResults))
+        shown |= tasks_section(found["tasks"].result(TaskResults))
     if "speed" in found:
         measured = found["speed"].result(BenchmarkResults)
-        shown["speed"], rows = speed_section(measured), measured.rows
+        shown |= speed_section(measured)
+        rows = measured.rows
     if "engine" in found:
-        shown["engine"] = engine_section(found["engine"].result(EngineResult))
+        shown["engine"] = dict(flat(asdict(found["engine"].result(EngineResult))))
     if "plan" in found:
-        shown["plan"] = plan_section(found["plan"].result(PlanResult))
+        shown["plan"] = found["plan"].result(PlanResult)
     if "search" in found:
-        shown["search"] = search_section(found["search"].result(SearchResult))
+        shown |= search_section(found["search"].result(SearchResult))
     return {
         **shown,
         "trade_offs": list(trade_offs(evaluation, rows)),
@@ -70,21 +55,8 @@ def sections(found: Mapping[str, Manifest], evaluation: EvaluationResult) -> dic
     }
 
 
-@dataclass(frozen=True)
-class TasksSection:
-    """Tasks with the intervals of their scores."""
-
-    tasks: Mapping[str, TaskResult]
-    shares: Collection[str]
-    """Tasks whose scores are shares of their items."""
-    means: Mapping[str, float]
-    plot: Markup | None
-    answers: Mapping[str, TaskScores]
-    """The same items by the log-likelihoods of the right answers, where tasks have them."""
-
-
-def tasks_section(results: TaskResults) -> TasksSection:
-    """Tasks, and those that are shares also as a plot."""
+def tasks_section(results: TaskResults) -> dict[str, object]:
+    """Tasks, and those that are shares of their items also as a plot."""
     rows = {
         name: [(role, score.value, score.standard_error) for role, score in task.models().items()]
         for name, task in results.tasks.items()
@@ -92,133 +64,46 @@ def tasks_section(results: TaskResults) -> TasksSection:
     }
     title = "Score of each model in each task, with 95% intervals"
     plot = interval_rows("plot-tasks", title, rows) if rows else None
-    answers = {name: task.answers for name, task in results.tasks.items() if task.answers}
-    return TasksSection(results.tasks, rows.keys(), results.means(), plot, answers)
+    return {"tasks": results, "tasks_plot": plot}
 
 
 def gates_section(texts: Sequence[str], found: Mapping[str, Manifest]) -> list[Verdict]:
     """Gates, as far as the page's inputs have their figures."""
-    results = {manifest.kind: manifest for manifest in found.values()}
-    return judge([gate for gate in map(parse, texts) if kind_of(gate) in results], results)
+    return judge(map(parse, texts), {manifest.kind: manifest for manifest in found.values()})
 
 
-@dataclass(frozen=True)
-class BenchmarkSection:
-    """Measured rows, and speed-ups beside what the machine's limits would allow."""
-
-    rows: Sequence[BenchmarkRow]
-    speedups: Sequence[tuple[Speedup, Mapping[str, Markup]]]
-    """Each with a bar for each phase."""
-    best: Speedup | None
-    machine: MachineRates
-
-
-def speed_section(results: BenchmarkResults) -> BenchmarkSection:
-    """What was measured, and the engine whose decoding gained most."""
+def speed_section(results: BenchmarkResults) -> dict[str, object]:
+    """What was measured, the longest bar, and the engine whose decoding gained most."""
     every = results.speedups
-    seen = [getattr(s, f"{phase}{end}") for s in every for phase in PHASES for end in ENDS]
-    largest = 1.08 * max([1.0, *seen])
-    bars = [(one, {phase: _speed(one, phase, largest) for phase in PHASES}) for one in every]
+    seen = [v for s in every for v in (s.prefill, s.prefill_roofline, s.decode, s.decode_roofline)]
     # What is deployed is an engine, where there is one; transformers is only the measure.
     engines = [one for one in every if one.backend != BASELINE] or every
-    best = max(engines, key=lambda one: one.decode, default=None)
-    return BenchmarkSection(results.rows, bars, best, results.machine)
+    return {
+        "speed": results,
+        "largest_speedup": 1.08 * max([1.0, *seen]),
+        "fastest": max(engines, key=lambda one: one.decode, default=None),
+    }
 
 
-def _speed(one: Speedup, phase: str, largest: float) -> Markup:
-    style = "distilled" if phase == "decode" else "quiet"
-    return speed_bar(getattr(one, phase), getattr(one, f"{phase}_roofline"), largest, style)
-
-
-def engine_section(result: EngineResult) -> Figures:
-    """Every figure of the engine, named as its manifest names it."""
-    return [(label_of(n), any_value(n, v)) for n, v in flat(asdict(result)) if v is not None]
-
-
-def flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Nested values by dotted name."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-@dataclass(frozen=True)
-class TableSection:
-    """A table with its cells written out."""
-
-    title: str
-    columns: Sequence[str]
-    numeric: Sequence[bool]
-    """Whether each column holds numbers alone."""
-    rows: Sequence[Sequence[Markup]]
-
-
-@dataclass(frozen=True)
-class PlanSection:
-    """Figures and tables of the plan, as it wrote them."""
-
-    figures: Figures
-    tables: Sequence[TableSection]
-
-
-def plan_section(plan: PlanResult) -> PlanSection:
-    """The plan, written out."""
-    figures = [(label_of(name), any_value(name, value)) for name, value in plan.figures.items()]
-    return PlanSection(figures, [_table(table) for table in plan.tables])
-
-
-def _table(table: Table) -> TableSection:
-    return TableSection(
-        table.title,
-        table.columns,
-        [_is_numeric(column) for column in zip(*table.rows, strict=True)],
-        [list(map(any_value, table.columns, row)) for row in table.rows],
-    )
-
-
-def _is_numeric(column: Iterable[object]) -> bool:
-    return all(v is None or isinstance(v, int | float) for v in column)
-
-
-@dataclass(frozen=True)
-class SearchSection:
-    """Candidates of an architecture search."""
-
-    candidates: Sequence[Candidate]
-    axes: Sequence[tuple[str, str]]
-    """Those in which candidates differ, with their labels."""
-    distilled: int
-    """Candidates that were trained."""
-    budget: Figures
-    plot: Markup
-
-
-def search_section(search: SearchResult) -> SearchSection:
-    """Candidates, also as a trade-off."""
+def search_section(search: SearchResult) -> dict[str, object]:
+    """Candidates of a search, also as a trade-off; and the axes in which they differ."""
     every = search.candidates
     marks = [
-        Mark(_label(one, every), _fate(one), float(one.parameters), one.perplexity) for one in every
+        Mark(
+            # Of very many only the best ones' names can be read.
+            one.name if len(every) <= FEW or one.chosen or one.pareto else "",
+            "distilled" if one.chosen else "quiet",
+            float(one.parameters),
+            one.perplexity,
+        )
+        for one in every
     ]
     axes = [spec.name for spec in fields(Architecture)]
-    return SearchSection(
-        candidates=every,
-        axes=[(a, label_of(a)) for a in axes if len({getattr(c.shape, a) for c in every}) > 1],
-        distilled=sum(one.tokens > 0 for one in every),
-        budget=[(label_of(name), any_value(name, value)) for name, value in search.budget.items()],
-        plot=trade_off_plot("plot-search", marks, PARAMETERS, PERPLEXITY),
-    )
-
-
-def _label(candidate: Candidate, every: Sequence[Candidate]) -> str:
-    """Its name, unless there are so many that only the best ones' can be read."""
-    shown = len(every) <= FEW or candidate.chosen or candidate.pareto
-    return candidate.name if shown else ""
-
-
-def _fate(candidate: Candidate) -> str:
-    return "distilled" if candidate.chosen else "quiet"
+    return {
+        "search": search,
+        "search_axes": [a for a in axes if len({getattr(one.shape, a) for one in every}) > 1],
+        "search_plot": trade_off_plot("plot-search", marks, PARAMETERS, PERPLEXITY),
+    }
 
 
 def quality_mark(role: str, label: str, quality: TextQuality, cost: float) -> Mark:

@@ -9,19 +9,7 @@ from recipes.core.stage import StageConfig
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).with_name("templates")
-
-
-@dataclass
-class ReportConfig(StageConfig):
-    """Settings of ``report``."""
-
-    title: str = ""
-    """Name of the recipe."""
-    description: str = ""
-    """What the recipe does, in a line."""
-    gates: list[str] = field(default_factory=list, metadata={"resource": True})
-    """Shown with what was measured. The launcher judges them, so that another threshold runs
-    nothing again, not even this."""
+"""The pages' own, which the fingerprint of code does not see."""
 
 
 @dataclass
@@ -34,6 +22,10 @@ class SearchReportConfig(StageConfig):
     """What the recipe does, in a line."""
 
 
-def templates(cfg: ReportConfig | SearchReportConfig) -> dict[str, Path]:
-    """The pages' templates, which the code's fingerprint does not see."""
-    return {"templates": TEMPLATES}
+@dataclass
+class ReportConfig(SearchReportConfig):
+    """Settings of ``report``."""
+
+    gates: list[str] = field(default_factory=list, metadata={"resource": True})
+    """Shown with what was measured. The launcher judges them, so that another threshold runs
+    nothing again, not even this."""

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from markupsafe import Markup
 
 from recipes.core.statistics import pareto_front
-from recipes.report.plots import (
-    COLUMN,
-    FRAME,
-    TICK_X,
-    TICK_Y,
-    Axis,
-    anchor_at,
-    axis_over,
-    is_skewed,
-    log_ticks,
-    number,
-)
+from recipes.report.plots import FRAME, TICK_Y, Axis, axis_over, columns, is_skewed, number, percent
 
 Z95 = 1.96
 """Standard errors on each side of a value in a 95% interval of a normal distribution."""
@@ -75,30 +63,6 @@ class Dimension:
     higher_is_better: bool = False
 
 
-Axes = tuple[Dimension, Dimension]
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """An axis, linear or logarithmic."""
-
-    axis: Axis
-    logarithmic: bool
-    wanted: int
-
-    def at(self, value: float) -> float:
-        return self.axis.at(math.log10(value) if self.logarithmic else value)
-
-    def ticks(self) -> list[float]:
-        found = log_ticks(self.axis) if self.logarithmic else []
-        return found if len(found) > 1 else self._plain()
-
-    def _plain(self) -> list[float]:
-        if not self.logarithmic:
-            return self.axis.ticks(self.wanted)
-        return Axis(10**self.axis.low, 10**self.axis.high).ticks(self.wanted)
-
-
 def front_of(marks: Sequence[Mark], up: Dimension) -> set[int]:
     """Indices of the marks on the front; less cost is better, quality as the axis says."""
     sign = -1 if up.higher_is_better else 1
@@ -107,20 +71,18 @@ def front_of(marks: Sequence[Mark], up: Dimension) -> set[int]:
     return {chosen[i] for i in found}
 
 
-def trade_off_plot(
-    name: str, marks: Sequence[Mark], across: Dimension, up: Dimension, *, height: int = 230
-) -> Markup:
+def trade_off_plot(name: str, marks: Sequence[Mark], across: Dimension, up: Dimension) -> Markup:
     """Quality against cost, with intervals; a stepped line joins the marks on the Pareto front."""
     front = front_of(marks, up)
-    x, y = _scale([m.x for m in marks], 3), _scale(_heights(marks), 5)
+    heights = [v for m in marks for v in (m.low, m.y, m.high) if v is not None]
+    x, y = (
+        axis_over(values, pad=0.12, logarithmic=is_skewed(values))
+        for values in ([m.x for m in marks], heights)
+    )
     body = Markup("").join(
         [
             *(TICK_Y.format(at=100 - y.at(v), label=up.write(v)) for v in y.ticks()),
-            *(
-                COLUMN.format(at=x.at(v))
-                + TICK_X.format(at=x.at(v), anchor=anchor_at(x.at(v)), label=across.write(v))
-                for v in x.ticks()
-            ),
+            columns(x, 3, across.write),
             _front([(x.at(marks[i].x), 100 - y.at(marks[i].y)) for i in front]),
             *(
                 _mark(mark, label, i in front, (x, y), (across, up))
@@ -129,18 +91,7 @@ def trade_off_plot(
         ]
     )
     title = f"{up.title} against {across.title}"
-    return FRAME.format(name=name, title=title, height=height, body=body)
-
-
-def _heights(marks: Iterable[Mark]) -> list[float]:
-    return [v for m in marks for v in (m.low, m.y, m.high) if v is not None]
-
-
-def _scale(values: Sequence[float], wanted: int) -> _Scale:
-    if is_skewed(values):
-        logs = [math.log10(v) for v in values]
-        return _Scale(axis_over(logs, pad=0.12), True, wanted)
-    return _Scale(axis_over(values, pad=0.12), False, wanted)
+    return FRAME.format(name=name, title=title, height=230, body=body)
 
 
 def _front(points: list[tuple[float, float]]) -> Markup:
@@ -154,9 +105,13 @@ def _front(points: list[tuple[float, float]]) -> Markup:
 
 
 def _mark(
-    mark: Mark, label: str, on_front: bool, scales: tuple[_Scale, _Scale], axes: Axes
+    mark: Mark,
+    label: str,
+    on_front: bool,
+    axes: tuple[Axis, Axis],
+    dimensions: tuple[Dimension, Dimension],
 ) -> Markup:
-    (x, y), (across, up) = scales, axes
+    (x, y), (across, up) = axes, dimensions
     at = x.at(mark.x)
     fate = "reference" if mark.reference else "best" if on_front else "beaten"
     hint = f"{mark.label or mark.style}: {up.title} {up.write(mark.y)}, "
@@ -175,7 +130,7 @@ def _mark(
     )
 
 
-def _labels(marks: Sequence[Mark], x: _Scale, y: _Scale) -> list[str]:
+def _labels(marks: Sequence[Mark], x: Axis, y: Axis) -> list[str]:
     """What to write beside each mark; the first of several at one place speaks for all."""
     places = [(x.at(mark.x), y.at(mark.y)) for mark in marks]
     labels: list[str] = []
@@ -194,11 +149,7 @@ def interval_rows(
     """One row per measure, one dot and 95% interval per model: (style, value, standard error)."""
     ends = (v + s * Z95 * e for row in rows.values() for _, v, e in row for s in (-1, 1))
     across = axis_over(ends, pad=0.04)
-    body = Markup("").join(
-        COLUMN.format(at=across.at(v))
-        + TICK_X.format(at=across.at(v), anchor=anchor_at(across.at(v)), label=f"{v:.0%}")
-        for v in across.ticks(5)
-    )
+    body = columns(across, 5, "{:.0%}".format)
     step = 100 / len(rows)
     for index, (label, row) in enumerate(rows.items()):
         middle = (index + 0.5) * step
@@ -222,11 +173,7 @@ def speed_bar(value: float, bound: float | None, largest: float, style: str) -> 
     return _SPEED.format(
         style=style,
         hint=hint,
-        width=_percent(value, largest),
-        one=_percent(1, largest),
-        bound=_BOUND.format(at=_percent(bound, largest)) if bound else "",
+        width=percent(value / largest),
+        one=percent(1 / largest),
+        bound=_BOUND.format(at=percent(bound / largest)) if bound else "",
     )
-
-
-def _percent(value: float, largest: float) -> float:
-    return round(100 * min(max(value / largest, 0.0), 1.0), 2)

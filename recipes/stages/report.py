@@ -7,7 +7,7 @@ from pathlib import Path
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.report.results import ReportResult
-from recipes.report.settings import REPORT_FILE, ReportConfig, templates
+from recipes.report.settings import REPORT_FILE, TEMPLATES, ReportConfig
 from recipes.stages.contract import Stage
 
 
@@ -15,9 +15,8 @@ def run(cfg: ReportConfig, inputs: Inputs, out: Path) -> Outcome:
     """Collects the inputs' manifests and metrics, and renders them."""
     from recipes.report.page import render
 
-    log = metrics_log(out)
     render(cfg, inputs, out / REPORT_FILE)
-    log.progress("report", 1, 1)
+    metrics_log(out).progress("report", 1, 1)
     return Outcome(ReportResult(REPORT_FILE))
 
 
@@ -44,7 +43,7 @@ STAGE = Stage(
     },
     needs_torch=False,
     needs_gpu=lambda config, chain: False,
-    external=templates,
+    external=lambda config: {"templates": TEMPLATES},
 )
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ from pathlib import Path
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.report.results import ReportResult
-from recipes.report.settings import REPORT_FILE, SearchReportConfig, templates
+from recipes.report.settings import REPORT_FILE, TEMPLATES, SearchReportConfig
 from recipes.stages.contract import Stage
 
 
 def run(cfg: SearchReportConfig, inputs: Inputs, out: Path) -> Outcome:
     """Collects the inputs' manifests and renders them."""
-    from recipes.report.search_page import render
+    from recipes.report.page import render_search
 
-    render(cfg, inputs, out / REPORT_FILE)
+    render_search(cfg, inputs, out / REPORT_FILE)
     metrics_log(out).progress("report", 1, 1)
     return Outcome(ReportResult(REPORT_FILE))
 
@@ -29,7 +29,7 @@ STAGE = Stage(
     optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,
     needs_gpu=lambda config, chain: False,
-    external=templates,
+    external=lambda config: {"templates": TEMPLATES},
 )
 
 if __name__ == "__main__":
