@@ -11,28 +11,16 @@ import time
 from pathlib import Path
 
 from recipes.core.manifest import Outcome
-from recipes.core.metrics import MetricsLog
-from recipes.core.stage import Input, Inputs, metrics_log
+from recipes.core.stage import Inputs, metrics_log
 from recipes.engines.backends import BUILDERS, engine_problems, model_folder, require_backend
-from recipes.engines.results import EngineComparison, EngineResult
+from recipes.engines.results import EngineResult
 from recipes.engines.settings import BuildEngineConfig
-from recipes.planning.chain import Chain
 from recipes.stages.contract import Stage
-
-
-def disk_bytes(cfg: BuildEngineConfig, chain: Chain) -> int:
-    """The engine, and beside it a NeMo checkpoint's weights while they are converted."""
-    return 2 * 4 * chain.teacher.parameters()
-
-
-def require_here(cfg: BuildEngineConfig) -> None:
-    """Raises ``RecipeError`` unless this machine can run the stage."""
-    require_backend(cfg.backend)
 
 
 def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
     """Builds, compares with the model, and records what was built."""
-    require_here(cfg)
+    require_backend(cfg.backend)
     source, log = inputs["checkpoint"], metrics_log(out)
     log.progress("engine", 0, 3)
     folder = model_folder(source, out.parent / "source")
@@ -41,7 +29,11 @@ def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
     BUILDERS[cfg.backend](cfg, folder, out)
     seconds = time.monotonic() - began
     log.progress("engine", 2, 3)
-    found = _compare(cfg, folder, out, inputs.get("data"), log)
+    found = None
+    if cfg.backend == "openvino":  # TensorRT-LLM's logits cannot be read
+        from recipes.engines.checks import compare_engine
+
+        found = compare_engine(cfg, folder, out, inputs.get("data"), log)
     log.progress("engine", 3, 3)
     return Outcome(
         EngineResult(
@@ -58,17 +50,6 @@ def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
     )
 
 
-def _compare(
-    cfg: BuildEngineConfig, folder: Path, out: Path, data: Input | None, log: MetricsLog
-) -> EngineComparison | None:
-    """Compares where the engine's logits can be read, which is not so with TensorRT-LLM's."""
-    if cfg.backend != "openvino":
-        return None
-    from recipes.engines.checks import compare_engine
-
-    return compare_engine(cfg, folder, out, data, log)
-
-
 STAGE = Stage(
     config=BuildEngineConfig,
     kind="engine",
@@ -78,8 +59,9 @@ STAGE = Stage(
     inputs={"checkpoint": ("checkpoint_hf", "checkpoint_nemo")},
     optional_inputs={"data": ("dataset",)},
     needs_gpu=lambda config, chain: config.backend != "openvino",
-    disk_bytes=disk_bytes,
-    require_here=require_here,
+    # The engine, and beside it a NeMo checkpoint's weights while they are converted.
+    disk_bytes=lambda config, chain: 2 * 4 * chain.teacher.parameters(),
+    require_here=lambda config: require_backend(config.backend),
 )
 
 if __name__ == "__main__":

@@ -19,19 +19,7 @@ from recipes.distillation.training import (
     training_result,
     training_workload,
 )
-from recipes.planning.chain import Chain
-from recipes.planning.workload import Workload
 from recipes.stages.contract import Stage
-
-
-def workload(cfg: CorrectTeacherConfig, chain: Chain) -> Workload:
-    """The training as a planner sees it."""
-    return training_workload(cfg, chain.teacher)
-
-
-def disk_bytes(cfg: CorrectTeacherConfig, chain: Chain) -> int:
-    """The teacher and its checkpoints."""
-    return training_bytes(cfg, chain.teacher.parameters())
 
 
 def run(cfg: CorrectTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -41,14 +29,8 @@ def run(cfg: CorrectTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
     from recipes.distillation.trainer import train
 
     teacher = nemo.find_checkpoint(inputs["teacher"].artifact)
-    train(
-        cfg,
-        teacher,
-        Objective({"lm": 1.0}),
-        inputs["data"],
-        out / teacher.name,
-        metrics_log(out),
-    )
+    objective, log = Objective({"lm": 1.0}), metrics_log(out)
+    train(cfg, teacher, objective, inputs["data"], out / teacher.name, log)
     arch = nemo.architecture_of(teacher)
     return Outcome(
         training_result(cfg, metrics_file(out)) if rank() == 0 else None,
@@ -64,8 +46,8 @@ STAGE = Stage(
     run=run,
     check=training_problems,
     inputs={"teacher": ("checkpoint_nemo",), "data": ("dataset",)},
-    disk_bytes=disk_bytes,
-    workload=workload,
+    disk_bytes=lambda config, chain: training_bytes(config, chain.teacher.parameters()),
+    workload=lambda config, chain: training_workload(config, chain.teacher),
     progress=training_progress,
 )
 

@@ -12,11 +12,7 @@ from recipes.core.manifest import Outcome, manifest_of
 from recipes.core.metrics import steps_of
 from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
 from recipes.distillation.results import DistillationResult
-from recipes.distillation.settings import (
-    CACHED,
-    CacheLogitsConfig,
-    DistillConfig,
-)
+from recipes.distillation.settings import CACHED, CacheLogitsConfig, DistillConfig
 from recipes.distillation.training import (
     training_bytes,
     training_problems,
@@ -35,7 +31,12 @@ from recipes.stages.contract import Stage
 def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     """Finds settings that would fail once training has started."""
     yield from training_problems(cfg, chain)
-    yield from _loss_problems(cfg)
+    if not any((cfg.kd_weight, cfg.hidden_weight, cfg.lm_weight)):
+        yield Problem(
+            rules.LOSS,
+            "kd_weight, hidden_weight and lm_weight are all 0",
+            "use at least one that is positive",
+        )
     yield from _pair_problems(cfg, chain)
     source = chain.stages.get(cfg.inputs.get("teacher", ""))
     if isinstance(source, CacheLogitsConfig):
@@ -72,15 +73,6 @@ def _is_cached(teacher: str | None, chain: Chain) -> bool:
         return isinstance(source, CacheLogitsConfig)
     manifest = manifest_of(teacher)
     return manifest is not None and manifest.kind == CACHED
-
-
-def _loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
-    if not any((cfg.kd_weight, cfg.hidden_weight, cfg.lm_weight)):
-        yield Problem(
-            rules.LOSS,
-            "kd_weight, hidden_weight and lm_weight are all 0",
-            "use at least one that is positive",
-        )
 
 
 def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
@@ -140,11 +132,6 @@ def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Pr
         )
 
 
-def disk_bytes(cfg: DistillConfig, chain: Chain) -> int:
-    """The student and its checkpoints."""
-    return training_bytes(cfg, chain.shape_of(cfg.inputs["student"]).parameters())
-
-
 def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
     """Trains, and saves the student as a checkpoint like the one it came from."""
     from nemo_convert import hf, nemo
@@ -154,14 +141,8 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
     student = nemo.find_checkpoint(inputs["student"].artifact)
     _require_same_tokenizer(inputs)
     arch = nemo.architecture_of(student)
-    train(
-        cfg,
-        student,
-        Objective.of(cfg, inputs, arch),
-        inputs["data"],
-        out / student.name,
-        metrics_log(out),
-    )
+    objective, log = Objective.of(cfg, inputs, arch), metrics_log(out)
+    train(cfg, student, objective, inputs["data"], out / student.name, log)
     return Outcome(
         result(cfg, metrics_file(out)) if rank() == 0 else None,
         architecture=arch.as_dict(),
@@ -197,7 +178,9 @@ STAGE = Stage(
         "student": ("checkpoint_nemo",),
         "data": ("dataset",),
     },
-    disk_bytes=disk_bytes,
+    disk_bytes=lambda config, chain: training_bytes(
+        config, chain.shape_of(config.inputs["student"]).parameters()
+    ),
     workload=workload,
     progress=training_progress,
 )

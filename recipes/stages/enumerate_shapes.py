@@ -17,12 +17,7 @@ from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.planning.results import PlanResult, Table
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig
-from recipes.search.space import (
-    COSTS,
-    Service,
-    limits,
-    name_of,
-)
+from recipes.search.space import COSTS, Service, limits, name_of
 from recipes.stages.contract import Stage
 
 
@@ -62,15 +57,12 @@ def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
 def table(teacher: Architecture, shapes: list[Architecture], service: Service) -> Table:
     """The teacher and the shapes with what each costs."""
     rows = [("teacher", teacher), *((name_of(shape), shape) for shape in shapes)]
+    source = "as measured" if service.measured else f"by roofline of {service.device}"
     return Table(
-        f"Shapes within the budget; latency {_source(service)}",
+        f"Shapes within the budget; latency {source}",
         ["shape", *COSTS],
         [[name, *(cost(shape, service) for cost in COSTS.values())] for name, shape in rows],
     )
-
-
-def _source(service: Service) -> str:
-    return "as measured" if service.measured else f"by roofline of {service.device}"
 
 
 STAGE = Stage(

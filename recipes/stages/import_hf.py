@@ -16,7 +16,7 @@ from recipes.core.wheels import short_name
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
-from recipes.planning.reading import Reading, converted
+from recipes.planning.reading import converted
 from recipes.stages.contract import Stage
 
 
@@ -45,16 +45,6 @@ def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
             "have no lm_head.weight",
             "set tie_word_embeddings to true in config.json, or save the model with its head",
         )
-
-
-def disk_bytes(cfg: ImportConfig, chain: Chain) -> int:
-    """The checkpoint, twice when it is packed as well."""
-    return 4 * chain.teacher.parameters() * (2 if cfg.pack else 1)
-
-
-def reading(cfg: ImportConfig, chain: Chain) -> Reading:
-    """The teacher as its conversion is proven."""
-    return converted(chain.teacher, chain.hardware)
 
 
 def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -89,10 +79,10 @@ STAGE = Stage(
     kind="checkpoint_nemo",
     run=run,
     check=check,
-    reading=reading,
+    reading=lambda config, chain: converted(chain.teacher, chain.hardware),
     one_rank="a conversion is one process's work",
     external=external,
-    disk_bytes=disk_bytes,
+    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters() * (2 if config.pack else 1),
 )
 
 if __name__ == "__main__":

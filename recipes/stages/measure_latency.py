@@ -24,12 +24,7 @@ from recipes.planning.problems import Problem
 from recipes.search.latency import build_random_engine, fit, step_ms
 from recipes.search.results import LatencyResult, TimedEngine, TimedShape
 from recipes.search.settings import EnumerateShapesConfig, MeasureLatencyConfig
-from recipes.search.space import (
-    corners,
-    latency_ms,
-    middle,
-    name_of,
-)
+from recipes.search.space import corners, latency_ms, middle, name_of
 from recipes.stages.contract import Stage
 
 FILE = "latency.json"
@@ -66,11 +61,6 @@ def disk_bytes(cfg: MeasureLatencyConfig, chain: Chain) -> int:
     """Engines and models of every shape, none larger than the teacher."""
     shapes = len(corners(chain.teacher, cfg.space)) + 1
     return shapes * (2 + 4) * chain.teacher.parameters()
-
-
-def require_here(cfg: MeasureLatencyConfig) -> None:
-    """Raises ``RecipeError`` unless this machine can build the engines."""
-    require_backend(cfg.engine.backend)
 
 
 def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -118,7 +108,7 @@ STAGE = Stage(
     needs_gpu=lambda config, chain: config.engine.backend != "openvino",
     disk_bytes=disk_bytes,
     resolve_from_chain=resolve_from_chain,
-    require_here=require_here,
+    require_here=lambda config: require_backend(config.engine.backend),
 )
 
 if __name__ == "__main__":

@@ -94,15 +94,16 @@ def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
     threads = cfg.threads or cpu_threads()
     machine = machine_rates.measure(contenders[0].architecture, threads, device)
     start = partial(start_worker, out.parent / "trtllm_bench", threads)
-    rows = measure(contenders, _shapes(cfg), cfg.repetitions, start, log)
+    shapes = [
+        RequestShape(batch, prompt, cfg.new_tokens)
+        for prompt in cfg.prompt_tokens
+        for batch in cfg.batch_sizes
+    ]
+    rows = measure(contenders, shapes, cfg.repetitions, start, log)
     compared = speedups(rows, contenders, lambda contender: _roof(machine, contender))
     results = BenchmarkResults(machine, rows, compared)
     write_json(out / "results.json", asdict(results))
     return Outcome(results)
-
-
-def _shapes(cfg: MeasureSpeedConfig) -> list[RequestShape]:
-    return [RequestShape(b, p, cfg.new_tokens) for p in cfg.prompt_tokens for b in cfg.batch_sizes]
 
 
 def _contenders(cfg: MeasureSpeedConfig, inputs: Inputs, scratch: Path) -> list[Contender]:

@@ -37,22 +37,18 @@ def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Probl
     score = chain.stages.get(name)
     if not isinstance(score, ScoreConfig) or drop <= 0:
         return
-    has = {
-        "loss": score.num_loss_samples > 0,
-        "block": drop in score.block_sizes,
-        "greedy": drop <= score.num_greedy_layers,
+    needs = {
+        "loss": (score.num_loss_samples > 0, "num_loss_samples=8"),
+        "block": (drop in score.block_sizes, f"block_sizes=[{drop}]"),
+        "greedy": (drop <= score.num_greedy_layers, f"num_greedy_layers={drop}"),
     }
-    wanted = {
-        "loss": "num_loss_samples=8",
-        "block": f"block_sizes=[{drop}]",
-        "greedy": f"num_greedy_layers={drop}",
-    }
-    if not has.get(cfg.layer_importance, True):
+    has, wanted = needs.get(cfg.layer_importance, (True, ""))
+    if not has:
         yield Problem(
             rules.LAYER_IMPORTANCE,
             f"layer_importance={cfg.layer_importance} drops {drop} layers by what "
             f"{name} does not measure",
-            f"set stages.{name}.{wanted[cfg.layer_importance]}",
+            f"set stages.{name}.{wanted}",
         )
 
 
@@ -70,11 +66,6 @@ def _healing_problems(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
             f"heal={cfg.heal} cannot refit experts",
             f"set stages.{cfg.stage}.heal=none, and distil it as it is cut",
         )
-
-
-def disk_bytes(cfg: PruneConfig, chain: Chain) -> int:
-    """The student's checkpoint."""
-    return 4 * pruned(chain.teacher, cfg.targets()).parameters()
 
 
 def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -131,7 +122,7 @@ STAGE = Stage(
     one_rank="it copies weights, and heals them one layer at a time",
     inputs={"checkpoint": ("checkpoint_nemo",), "importance": ("importance",)},
     optional_inputs={"calibration": ("dataset",)},
-    disk_bytes=disk_bytes,
+    disk_bytes=lambda config, chain: 4 * pruned(chain.teacher, config.targets()).parameters(),
 )
 
 if __name__ == "__main__":

@@ -34,11 +34,6 @@ def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
             )
 
 
-def disk_bytes(cfg: QuantizeConfig, chain: Chain) -> int:
-    """Size of the folder, the teacher's at most."""
-    return 2 * chain.teacher.parameters()
-
-
 def run(cfg: QuantizeConfig, inputs: Inputs, out: Path) -> Outcome:
     """Calibrates, compares with the model, and writes the folder."""
     from recipes.engines.quantization import quantize_folder
@@ -59,7 +54,7 @@ STAGE = Stage(
     check=check,
     one_rank="its model is not split over ranks",
     inputs={"checkpoint": ("checkpoint_hf",), "calibration": ("dataset",)},
-    disk_bytes=disk_bytes,
+    disk_bytes=lambda config, chain: 2 * chain.teacher.parameters(),  # at most
 )
 
 if __name__ == "__main__":

@@ -15,11 +15,7 @@ from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.planning.reading import Reading, Text, ranked
 from recipes.search.results import Candidate, SearchResult, write_candidates
-from recipes.search.settings import (
-    SHAPES_FILE,
-    EnumerateShapesConfig,
-    RankCandidatesConfig,
-)
+from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig, RankCandidatesConfig
 from recipes.search.space import Budget
 from recipes.stages.contract import Stage
 
