@@ -14,10 +14,7 @@ HF_NAMES = {
     "kv_channels": "head_dim",
 }
 """Megatron's and Hugging Face's names of what pruning can change or must make explicit."""
-HF_EXPERT_NAMES = {
-    "num_moe_experts": "num_experts",
-    "moe_ffn_hidden_size": "moe_intermediate_size",
-}
+HF_EXPERT_NAMES = {"num_moe_experts": "num_experts", "moe_ffn_hidden_size": "moe_intermediate_size"}
 
 
 @dataclass(frozen=True)

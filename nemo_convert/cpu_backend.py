@@ -47,11 +47,7 @@ class Patch:
 
 
 def enable(*groups: str) -> None:
-    """Applies those patches of ``groups`` (of all by default) that this machine needs, once.
-
-    Raises:
-        RecipeError: A patched name no longer exists.
-    """
+    """Applies those patches of ``groups`` (of all by default) that this machine needs, once."""
     for group in groups or GROUPS:
         if group in _applied or not (own_layers() if group == "layers" else device() == "cpu"):
             continue
@@ -381,14 +377,11 @@ def register_rms_norm() -> None:
 
 
 def adapt_config(config: Any, training: bool = False) -> Any:
-    """Makes a NeMo model config buildable without TransformerEngine; returns it.
+    """Makes a NeMo model config buildable without TransformerEngine, in place; returns it.
 
     TransformerEngine's layer spec and the fused kernels need CUDA and it. The local spec has the
-    same checkpoint keys, so a checkpoint moves freely between the two.
-
-    Args:
-        config: NeMo's config, changed in place, where there is no TransformerEngine.
-        training: Uses the layers of ``cpu_layers``, which ModelOpt cannot prune.
+    same checkpoint keys, so a checkpoint moves freely between the two. ``training`` uses the layers
+    of ``cpu_layers``, which ModelOpt cannot prune.
     """
     if own_layers():
         use_local_layers(config)

@@ -30,11 +30,7 @@ def hub_model(hf_path: str) -> dict[str, str | None]:
 
 
 def read_hf_config(hf_path: str) -> dict[str, Any]:
-    """Returns ``config.json`` of a model without touching its weights.
-
-    Raises:
-        RecipeError: There is no such model, or the folder has no config or no weights.
-    """
+    """``config.json`` of a model, without touching its weights; refuses what is no model."""
     file = parse_wheel_file(hf_path)
     if file:
         from nemo_convert.smollm2 import HF_CONFIG, MEMBER

@@ -70,13 +70,9 @@ def multiply_in_float32() -> None:
 def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     """Compares a Hugging Face folder with a NeMo checkpoint, one model in memory after the other.
 
-    Args:
-        hf_folder: Hugging Face folder.
-        checkpoint: NeMo checkpoint directory.
-        core: Megatron model to compare instead of the one that the checkpoint makes.
-
-    Logits are compared on ``TEXT`` in float32; weights are compared for equality, read back from
-    the checkpoint's files rather than from memory.
+    Logits are compared on ``TEXT`` in float32, those of ``core`` instead of the checkpoint's own
+    model if it is given; weights are compared for equality, read back from the checkpoint's files
+    rather than from memory.
     """
     import torch
     from transformers import AutoTokenizer
@@ -119,11 +115,7 @@ def same_weights(hf_folder: Path, checkpoint: Path) -> bool:
 
 
 def verify(first: Path, second: Path) -> Parity:
-    """Compares two models, each a Hugging Face folder or a NeMo checkpoint (directory or file).
-
-    Raises:
-        RecipeError: Neither or both are NeMo checkpoints.
-    """
+    """Compares a Hugging Face folder and a NeMo checkpoint (directory or file), in either order."""
     is_nemo = [path.is_file() or (path / nemo.CONTEXT).is_dir() for path in (first, second)]
     if is_nemo[0] == is_nemo[1]:
         raise RecipeError(

@@ -12,10 +12,6 @@ def pipeline_split(num_layers: int, stages: int) -> list[int]:
     loss, so none has fewer layers than it: where a long pipeline of few layers leaves a remainder,
     the first stage takes it.
 
-    Args:
-        num_layers: Layers of the model.
-        stages: Size of the pipeline.
-
     Raises:
         ValueError: There are fewer layers than stages.
     """

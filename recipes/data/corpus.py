@@ -47,19 +47,12 @@ class Reader(Protocol):
 
 
 def read_source(source: str, text_field: str, state: Any = None) -> Reader:
-    """Opens a source.
+    """Opens a source as in ``data.sources``, at the ``state`` of an earlier reader if given.
 
     Text files hold documents separated by blank lines; JSON files a list of records or a mapping to
     records; JSONL a record a line. A record is a string or has the text in ``text_field``, or in
-    ``a.b`` of nested ones.
-
-    Args:
-        source: As in ``data.sources``.
-        text_field: Of records, unless the source has one of its own.
-        state: Of a reader that is to be continued.
-
-    Raises:
-        RecipeError: There is no such source; while reading, it is not what its name says.
+    ``a.b`` of nested ones, unless the source names a field of its own. Refuses what is not there,
+    and while reading what is not as its name says.
     """
     parsed = parse_source(source)
     field = parsed.text or text_field

@@ -27,12 +27,7 @@ class PartWriter:
     """Writes several parts side by side, a document at a time, in memory that does not grow.
 
     Megatron's ``IndexedDatasetBuilder`` makes the same files, but keeps every document's length in
-    lists until the end, and cannot go on with files that are there.
-
-    Args:
-        folder: Where to write.
-        parts: Names of the parts.
-        sizes: Bytes and documents of each part to go on from; none by default.
+    lists until the end, and cannot go on with files that are there, of so many bytes and documents.
     """
 
     def __init__(
@@ -83,11 +78,7 @@ def _path(folder: Path, part: str, ending: str) -> Path:
 
 
 def _opened(path: Path, size: int) -> BinaryIO:
-    """The file to append to, without what stands after ``size`` bytes.
-
-    Raises:
-        RecipeError: It has less.
-    """
+    """The file to append to, cut to ``size`` bytes; refuses one that has less."""
     path.touch()
     if path.stat().st_size < size:
         raise RecipeError(f"{path} has lost what was written.", "delete its folder")

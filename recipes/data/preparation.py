@@ -49,12 +49,6 @@ def prepare(
     Held-out sources come first: of a document that is also in a source for training, theirs is the
     copy that stays. What is taken is decided here, in the order of the text, so that the number of
     processes changes nothing.
-
-    Args:
-        cfg: The stage's config.
-        tokenizer: What makes tokens of a document.
-        folder: Where to write, and where an earlier process may have written.
-        log: Metrics file.
     """
     names = list(source_names(cfg.all_sources()).items())
     with Ledger(folder / "ledger.sqlite") as ledger:

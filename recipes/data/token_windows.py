@@ -82,13 +82,9 @@ def spread(
 ) -> dict[str, range]:
     """Numbers of the first windows of every source of a part, as many of each.
 
-    A part holds its sources one after the other; no window here runs over from one to the next. A
-    source that has no whole window is left out.
-
-    Args:
-        sources: Of the part, in their order.
-        seq_length: Tokens a window; window n begins at token n · seq_length.
-        count: Windows wanted, rounded up to as many of each; all by default.
+    A part holds its sources one after the other; no window, which begins at token n · seq_length,
+    runs over from one to the next. A source that has no whole window is left out. ``count`` windows
+    are rounded up to as many of each; all by default.
     """
     whole, start = {}, 0
     for entry in sources:
@@ -109,14 +105,9 @@ def sources_of(data: Input, part: str) -> list[SourceTokens]:
 
 
 def read_windows(data: Input, part: str, seq_length: int, count: int | None = None) -> TextWindows:
-    """Windows of a part, the first of every source, as many of each.
+    """Windows of a part of ``prepare_data``'s output, the first of every source, as many of each.
 
-    Args:
-        data: Output of ``prepare_data``.
-        part: One of ``corpus.PARTS``.
-        seq_length: Tokens a window.
-        count: Windows wanted, rounded up to as many of each source; all by default. Fewer are
-            returned where a source is shorter.
+    ``count`` is rounded up to as many of each source; all by default, fewer where one is shorter.
     """
     tokens = read_tokens(data.artifact, part)
     every = tokens[: len(tokens) // seq_length * seq_length].reshape(-1, seq_length)
@@ -130,11 +121,7 @@ def read_windows(data: Input, part: str, seq_length: int, count: int | None = No
 def windows(artifact: Path, part: str, seq_length: int, count: int | None = None) -> torch.Tensor:
     """Consecutive windows of a part as int64 [windows, seq_length], documents running on.
 
-    Args:
-        artifact: Artifact directory of ``prepare_data``.
-        part: One of ``corpus.PARTS``.
-        seq_length: Tokens a window.
-        count: Windows wanted; all that fit by default. Fewer are returned if the part is shorter.
+    All that fit by default; fewer than ``count`` if the part is shorter.
     """
     ids = read_tokens(artifact, part)
     fit = len(ids) // seq_length
@@ -165,15 +152,10 @@ def window(tokens: np.ndarray, seq_length: int, number: int) -> np.ndarray:
 
 
 def window_order(ids: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutes windows for an epoch; a subset keeps the order that it has in the whole.
+    """Permutes windows, int64 [n] of ``total``, for an epoch, counted from 0.
 
-    So a cache of the first windows of an epoch gives the batches of a run without one.
-
-    Args:
-        ids: Numbers of the windows to order, int64 [n].
-        total: Windows in the part.
-        seed: Seed of all epochs.
-        epoch: Number of the epoch, from 0.
+    A subset keeps the order that it has in the whole, so a cache of the first windows of an epoch
+    gives the batches of a run without one.
     """
     ranks = np.random.default_rng([seed, epoch]).random(total)
     ordered: np.ndarray = ids[np.argsort(ranks[ids], kind="stable")]

@@ -57,9 +57,7 @@ class DocumentTokenizer:
     ) -> Iterator[tuple[list[np.ndarray], ItemT]]:
         """Encodes batches in their order, a few ahead of the one that is returned.
 
-        Args:
-            batches: Texts, and anything that is to be returned with them.
-            processes: How many to use; with one, this one.
+        With one process it is this one.
         """
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would want the same cores
         if processes == 1:
@@ -98,16 +96,12 @@ def _encode(texts: list[str]) -> list[np.ndarray]:
 
 
 def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTokenizer:
-    """Reads the tokenizer in a folder.
+    """Reads the tokenizer in a folder of a Hugging Face model or a NeMo checkpoint.
 
-    Args:
-        folder: A Hugging Face model's, or a NeMo checkpoint's.
-        document_end: Token after a document; by default the end of text that base and instruct
-            models share (``ENDS_OF_TEXT``), and ``eos_token`` where there is none. An instruct
-            model's ``eos_token`` is often the end of a turn, after which it expects a chat's role.
-
-    Raises:
-        RecipeError: There is no such token, or the tokenizer is not one of ``tokenizers``.
+    After a document stands ``document_end``; by default the end of text that base and instruct
+    models share (``ENDS_OF_TEXT``), and ``eos_token`` where there is none. An instruct model's
+    ``eos_token`` is often the end of a turn, after which it expects a chat's role. Refuses a
+    tokenizer without such a token, and one that is not of ``tokenizers``.
     """
     from transformers import AutoTokenizer
 

@@ -140,12 +140,7 @@ class Collect(Callback):
 
 
 class Profile(Callback):
-    """Writes a trace of some steps, for https://ui.perfetto.dev.
-
-    Args:
-        steps: First and last step, counted from 1.
-        folder: Where each rank writes its trace.
-    """
+    """Writes a trace of the first to the last of some steps, for https://ui.perfetto.dev."""
 
     def __init__(self, steps: tuple[int, int], folder: Path) -> None:
         (self._first, self._last), self._folder = steps, folder

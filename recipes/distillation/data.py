@@ -103,14 +103,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
     """NeMo's data module over fixed windows instead of ``GPTDataset``'s.
 
     Those depend on seed and number of steps. Sampling, splitting over data-parallel ranks and
-    resuming at the consumed samples stay NeMo's.
-
-    Args:
-        artifact: Output of ``prepare_data``.
-        end: Token after which nothing is predicted, if any.
-        cache: What the teacher said, if it is not asked.
-        validation: Sources of the validation part.
-        settings: Of ``PreTrainingDataModule``.
+    resuming at the consumed samples stay NeMo's. Nothing is predicted after the token ``end``.
     """
 
     def __init__(
@@ -146,11 +139,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         )
 
     def setup(self, stage: str = "") -> None:
-        """Opens the parts; called by the trainer.
-
-        Raises:
-            RecipeError: There is less than a batch to train on.
-        """
+        """Opens the parts; called by the trainer. Refuses less than a batch to train on."""
         batch = self.data_sampler.global_batch_size
         # One batch more than is used: a run killed after its last step resumes at the very end,
         # and NeMo's sampler refuses to stand there.

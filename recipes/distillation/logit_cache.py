@@ -55,13 +55,8 @@ def write_shard(
 ) -> None:
     """Writes one shard, whole or not at all.
 
-    Args:
-        path: File to write.
-        index: Of the cache.
-        windows: Numbers of the windows.
-        taught: Their likeliest tokens [windows, seq_length, k] and log-probabilities of these and
-            of all others [windows, seq_length, k + 1].
-        teacher_loss: The teacher's next-token loss on them.
+    ``taught`` has the likeliest tokens [windows, seq_length, k] and log-probabilities of these and
+    of all others [windows, seq_length, k + 1]; ``teacher_loss`` is of the next token.
     """
     partial = path.with_suffix(".partial")
     tensors = {
@@ -89,11 +84,7 @@ def cache_figures(folder: Path, index: CacheIndex) -> dict[str, float]:
 
 
 class TeacherCache:
-    """A cache opened for training.
-
-    Args:
-        folder: Artifact of ``cache_logits``.
-    """
+    """An artifact of ``cache_logits`` opened for training."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -112,8 +103,7 @@ class TeacherCache:
     def rows(self, window: int) -> tuple[Tensor, Tensor]:
         """What the teacher says about a window.
 
-        Returns:
-            Token numbers int64 [seq_length, k] and log-probabilities float32 [seq_length, k + 1].
+        Token numbers int64 [seq_length, k] and log-probabilities float32 [seq_length, k + 1].
         """
         shard, row = self._places[window]
         file = self._open(shard)

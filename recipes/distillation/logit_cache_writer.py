@@ -33,16 +33,7 @@ def cache_logits(
 ) -> CacheResult | None:
     """Caches the windows with which training begins; those in ``shards`` are not made again.
 
-    Args:
-        cfg: The stage's config.
-        teacher: NeMo checkpoint.
-        data: Artifact of ``prepare_data``.
-        shards: Where finished shards wait until all are there.
-        out: Artifact to write.
-        log: Metrics file.
-
-    Returns:
-        Figures of all shards, on rank 0.
+    Returns figures of all shards, on rank 0.
     """
     parallel = nemo.Parallelism(tensor=cfg.tensor_model_parallel_size)
     nemo.initialize(parallel)

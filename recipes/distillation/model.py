@@ -56,12 +56,7 @@ float32 teacher beside a bfloat16 student."""
 
 
 class KDModel(llm.GPTModel):  # type: ignore[misc]
-    """A NeMo model trained on an ``Objective``; saves and loads as the plain student.
-
-    Args:
-        student: NeMo model of the student, from its checkpoint's context.
-        objective: What is minimised.
-    """
+    """A NeMo model trained on an ``Objective``; saves and loads as the plain student."""
 
     def __init__(self, student: nn.Module, objective: Objective) -> None:
         super().__init__(adapt_config(student.config, training=True), tokenizer=student.tokenizer)

@@ -37,16 +37,9 @@ class _StudentLayers:
 def layer_pairs(
     cfg: DistillConfig, kept: Sequence[int] | None, student: int, teacher: int
 ) -> Pairs:
-    """Layers to compare, counted from 1.
+    """Layers to compare, counted from 1; refuses if none are given and none can be derived.
 
-    Args:
-        cfg: The stage's config.
-        kept: The teacher's layer that each of the student's was, if it is known.
-        student: Number of the student's layers.
-        teacher: Number of the teacher's.
-
-    Raises:
-        RecipeError: No pair is given, and none can be derived.
+    ``kept`` are the teacher's layers that the student's were, if it is known.
     """
     if cfg.intermediate_layer_pairs:
         return [(pair[0], pair[1]) for pair in cfg.intermediate_layer_pairs]
@@ -94,11 +87,7 @@ class Teacher:
 
 
 def _require_fit(cfg: DistillConfig, cache: TeacherCache, source: Input, data: Input) -> None:
-    """Refuses a cache of other text or settings; a cache of this run is checked before it runs.
-
-    Raises:
-        RecipeError: They differ.
-    """
+    """Refuses a cache of other text or settings; a cache of this run is checked before it runs."""
     if cfg.hidden_weight:
         raise RecipeError(
             f"the teacher in {source.directory} is cached, and a cache has no hidden states.",
@@ -188,8 +177,7 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sums [terms, batch, sequence] over a micro batch.
 
-        Returns:
-            The loss, the number of tokens it is of, and both with the terms for ``reduce``.
+        Returns the loss, the number of tokens it is of, and both with the terms for ``reduce``.
         """
         mask = batch["loss_mask"].float()
         sums = (forward_out * mask).flatten(1).sum(dim=1)

@@ -40,16 +40,7 @@ def train(
     out: Path,
     log: MetricsLog,
 ) -> None:
-    """Trains a model and writes it to ``out``; resumes from the last whole checkpoint.
-
-    Args:
-        cfg: The stage's config.
-        start: NeMo checkpoint to start from.
-        objective: What is minimised.
-        data: Output of ``prepare_data``.
-        out: Checkpoint directory to write.
-        log: Metrics file; silent on ranks other than 0.
-    """
+    """Trains a model and writes it to ``out``; resumes from the last whole checkpoint."""
     _set_environment(cfg)
     cpu_backend.enable()
     scratch = out.parent.parent

@@ -78,11 +78,7 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     )
     model.save_pretrained(out)
     _write_tokenizer(folder, out)
-    settings = {
-        "backend": cfg.backend,
-        "precision": cfg.precision,
-        "properties": properties(cfg),
-    }
+    settings = {"backend": cfg.backend, "precision": cfg.precision, "properties": properties(cfg)}
     write_json(out / SETTINGS, settings)
 
 

@@ -23,11 +23,7 @@ def main(request: dict[str, Any]) -> None:
     for name, value in request["plugin_config"].items():
         setattr(build_config.plugin_config, name, value)
     algorithms = {name: QuantAlgo(value) for name, value in request["quant_config"].items()}
-    llm = LLM(
-        **request["llm"],
-        build_config=build_config,
-        quant_config=QuantConfig(**algorithms),
-    )
+    llm = LLM(**request["llm"], build_config=build_config, quant_config=QuantConfig(**algorithms))
     llm.save(request["engine_dir"])
     llm.shutdown()
 

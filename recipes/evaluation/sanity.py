@@ -11,15 +11,7 @@ RANDOM_SHARE = 0.8
 
 
 def require_better_than_chance(loss: float, vocabulary: int) -> None:
-    """Refuses a teacher that knows nothing.
-
-    Args:
-        loss: Its next-token loss on some text, in nats.
-        vocabulary: Tokens it chooses from.
-
-    Raises:
-        RecipeError: It is little better than chance.
-    """
+    """Refuses a teacher that knows nothing, by its next-token loss on some text, in nats."""
     limit = RANDOM_SHARE * math.log(vocabulary)
     if not loss < limit:
         raise RecipeError(

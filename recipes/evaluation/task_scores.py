@@ -38,11 +38,7 @@ Answers = dict[str, dict[str, Answer]]
 def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) -> TaskResults:
     """Evaluates all models, one in memory at a time.
 
-    Args:
-        cfg: The stage's config.
-        inputs: Checkpoints by role.
-        out: Where to write ``samples/<task>.jsonl``, an item a line with what each model said.
-        log: Metrics file.
+    Writes ``samples/<task>.jsonl``, an item a line with what each model said.
     """
     tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot)
     answers: Answers = {task.name: {} for task in tasks}

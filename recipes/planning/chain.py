@@ -59,10 +59,7 @@ class Chain:
     """Whether the teacher's weights are stored in two bytes."""
 
     def shape_of(self, stage: str | None) -> Architecture:
-        """Shape of the model that a stage makes: the teacher's, unless it prunes.
-
-        Of another run's stage it is in the manifest.
-        """
+        """Shape of the model that a stage makes, of another run's by its manifest."""
         config = self.stages.get(stage or "")
         manifest = manifest_of(stage) if config is None else None
         if manifest is not None and manifest.architecture is not None:
@@ -94,11 +91,7 @@ def window_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
 
 
 def read_chain(hf_path: str, stages: Mapping[str, StageConfig]) -> Chain:
-    """Reads the teacher's shape from its ``config.json``.
-
-    Raises:
-        RecipeError: There is no usable teacher.
-    """
+    """Reads the teacher's shape from its ``config.json``; refuses an unusable one."""
     config, published = read_config_or_published(hf_path)
     shape = read_architecture(config, hf_path)
     stored = config.get("torch_dtype") or config.get("dtype") or ("bfloat16" if published else "")

@@ -23,15 +23,7 @@ class Problem:
 
 
 def require_none(problems: Iterable[Problem], skipped: Collection[str] = ()) -> tuple[Problem, ...]:
-    """Raises one ``RecipeError`` that lists all errors, if there are any.
-
-    Args:
-        problems: What was found.
-        skipped: Names of rules whose errors do not stop the run.
-
-    Returns:
-        What was found and does not stop the run.
-    """
+    """What was found; refuses an error among it, unless its rule is ``skipped``."""
     found = tuple(dict.fromkeys(problems))
     stopping = [str(p) for p in found if p.rule.severity == ERROR and p.rule.name not in skipped]
     if stopping:

@@ -19,11 +19,7 @@ CONFIGS: dict[str, dict[str, Any]] = read_json(Path(__file__).with_suffix(".json
 def read_config_or_published(hf_path: str) -> tuple[dict[str, Any], bool]:
     """``read_hf_config``, or for a model of a shipped recipe its bundled copy without a hub.
 
-    Returns:
-        The config, and whether it is the bundled copy.
-
-    Raises:
-        RecipeError: As ``read_hf_config``.
+    Returns the config, and whether it is the bundled copy.
     """
     published = CONFIGS.get(str(hub_model(hf_path)["repo_id"])) if is_hub_id(hf_path) else None
     if published is not None and not in_reach(hf_path):

@@ -130,15 +130,9 @@ def scored(
     pipeline: int = 1,
     left_out: float = 0,
 ) -> Reading:
-    """A model whose channels, heads and layers are scored.
+    """A model, split over ``pipeline`` ranks, whose channels, heads and layers are scored.
 
-    Args:
-        arch: Its shape.
-        bf16: Whether its weights are stored in two bytes.
-        text: What it is scored on.
-        hardware: Profile of the device.
-        pipeline: Ranks that its layers are split over.
-        left_out: Windows that are read again without a layer or a block, over all of them.
+    ``left_out`` are windows that are read again without a layer or a block, over all of them.
     """
     size, tokens = 2 if bf16 else 4, text.tokens_at_once
     layout = Layout(devices=pipeline, pipeline=pipeline)
@@ -158,13 +152,9 @@ def scored(
 
 
 def asked(models: Sequence[Architecture], tokens: int, at_once: int, hardware: Hardware) -> Reading:
-    """Models that answer questions one after the other, in float32.
+    """Models that answer questions of so many tokens one after the other, in float32.
 
-    Args:
-        models: Their shapes.
-        tokens: Of all questions.
-        at_once: Tokens of a forward pass, any of which may be scored.
-        hardware: Profile of the device.
+    Any of the tokens of a forward pass, ``at_once``, may be scored.
     """
     largest = max(models, key=lambda arch: arch.parameters())
     memory = Memory(

@@ -22,17 +22,11 @@ from recipes.pruning.kept import KeptIndices, cut, student_name
 
 
 def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]:
-    """Layers to keep, counted from 1.
+    """So many layers to keep, counted from 1; refuses scores that lack what the method needs.
 
-    Args:
-        importance: What was measured.
-        method: ``block_influence`` or ``loss``: the layers that score highest; ``block``: all but
-            the block of layers that is missed least; ``greedy``: all but those that are missed
-            least when left out one after the other.
-        count: Layers to keep.
-
-    Raises:
-        RecipeError: The scores lack what the method needs.
+    ``block_influence`` and ``loss`` keep the layers that score highest; ``block`` all but the block
+    of layers that is missed least; ``greedy`` all but those that are missed least when left out one
+    after the other.
     """
     every = sorted(importance.layers["block_influence"])
     drop = len(every) - count
@@ -69,17 +63,9 @@ def prune_checkpoint(
     out: Path,
     change: Callable[[dict[str, torch.Tensor]], None] = lambda weights: None,
 ) -> None:
-    """Cuts ``teacher`` to what is kept, and writes the student to ``out``.
+    """Cuts ``teacher`` to what is kept, and writes it; refuses weights that do not fit ``student``.
 
-    Args:
-        teacher: NeMo checkpoint.
-        student: Shape of what is kept.
-        kept: What that is.
-        out: Directory to write.
-        change: What is done to the student's weights, by their Hugging Face names, before.
-
-    Raises:
-        RecipeError: A weight has not the shape that the student's config says, or is not known.
+    ``change`` is done to the student's weights, by their Hugging Face names, before.
     """
     cpu_backend.enable()
     nemo.initialize(nemo.Parallelism())
@@ -101,11 +87,7 @@ def prune_checkpoint(
 
 
 class CutWeights:
-    """The student's weights, looked at as those of a folder are.
-
-    Args:
-        weights: Tensors by their Hugging Face names.
-    """
+    """The student's weights by their Hugging Face names, looked at as those of a folder are."""
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         self._weights = weights
@@ -115,11 +97,7 @@ class CutWeights:
         return self._weights[name]
 
     def require(self, name: str, shape: tuple[int, ...]) -> None:
-        """Compares a tensor with what the config says.
-
-        Raises:
-            RecipeError: It is not there, or has another shape.
-        """
+        """Refuses a tensor that is not there, or has another shape than the config says."""
         found = tuple(self._weights[name].shape) if name in self._weights else None
         if found != shape:
             raise RecipeError(f"pruned weight {name} is {found} but the config says {shape}.")

@@ -31,11 +31,7 @@ RIDGE = 1e-3
 
 
 class LeastSquares:
-    """Normal equations of a change to a weight, summed over tokens in float64.
-
-    Args:
-        weight: To be changed [outputs, inputs].
-    """
+    """Normal equations of a change to a weight [outputs, inputs], summed over tokens in float64."""
 
     def __init__(self, weight: Tensor) -> None:
         self.cross = torch.zeros_like(weight, dtype=torch.float64)
@@ -61,9 +57,7 @@ def solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
 class Decoder:
     """A model as weights, run one layer at a time on the device.
 
-    Args:
-        config: Content of its ``config.json``.
-        weights: By their Hugging Face names; those that are set are replaced.
+    Weights have their Hugging Face names; those that are set are replaced.
     """
 
     def __init__(self, config: Mapping[str, object], weights: dict[str, Tensor]) -> None:
@@ -149,12 +143,7 @@ HALVES = (
 class Healing:
     """Both models and their residual streams on the text, one tensor [b, s, hidden] a batch.
 
-    Args:
-        teacher: The whole model.
-        student: What is left of it, changed in place.
-        kept: What that is.
-        batches: Tokens to calibrate on, each [b, s].
-        ridge: See ``RIDGE``.
+    The student is changed in place; ``batches`` of tokens are [b, s].
     """
 
     def __init__(
@@ -287,15 +276,9 @@ def heal_weights(
     batches: Sequence[Tensor],
     log: MetricsLog,
 ) -> None:
-    """Heals what was cut of a NeMo checkpoint.
+    """Heals what was cut of a NeMo checkpoint, in place.
 
-    Args:
-        teacher: The checkpoint.
-        student: Shape of what is left of it.
-        kept: What that is.
-        weights: The student's, by their Hugging Face names; replaced.
-        batches: Tokens to calibrate on, each [b, s].
-        log: Metrics file.
+    ``weights`` are the student's, by their Hugging Face names; ``batches`` of tokens are [b, s].
     """
     config, whole = nemo.read_config(teacher), nemo.architecture_of(teacher)
     heal(

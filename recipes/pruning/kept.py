@@ -86,15 +86,9 @@ class KeptIndices:
 def choose(
     scores: Mapping[str, Tensor], teacher: Architecture, student: Architecture, layers: list[int]
 ) -> KeptIndices:
-    """Keeps the most important rows of every axis that the student has fewer of.
+    """Keeps the most important rows, by ``Importance.widths``, where the student has fewer.
 
-    Rows stay in the teacher's order; of equal ones the first is kept.
-
-    Args:
-        scores: Importance of the teacher's widths, as ``Importance.widths`` has them.
-        teacher: Shape that was scored.
-        student: Shape to reach.
-        layers: Layers to keep, counted from 1.
+    Rows stay in the teacher's order; of equal ones the first is kept. Layers are counted from 1.
     """
     ranked = order(scores, teacher).rows
     rows = {}
@@ -130,11 +124,7 @@ def order(scores: Mapping[str, Tensor], teacher: Architecture) -> KeptIndices:
 
 
 def axes_of(name: str) -> tuple[str | None, ...]:
-    """What the dimensions of a Hugging Face weight count.
-
-    Raises:
-        RecipeError: The name is not in the table.
-    """
+    """What the dimensions of a Hugging Face weight count; refuses a name that is not known."""
     end = ".".join(name.split(".")[-2:])
     if end not in AXES:
         raise RecipeError(
@@ -161,14 +151,7 @@ def student_name(name: str, kept: KeptIndices) -> str | None:
 
 
 def cut(name: str, weight: Tensor, kept: KeptIndices, head_size: int) -> Tensor:
-    """A weight's kept rows and columns.
-
-    Args:
-        name: Its Hugging Face name in the teacher.
-        weight: The teacher's.
-        kept: What to keep.
-        head_size: Rows of one head.
-    """
+    """The kept rows and columns of a teacher's weight, by its Hugging Face name there."""
     match, expert = _LAYER.search(name), _EXPERT.search(name)
     layer = f"layers.{int(match.group()) + 1}." if match else ""
     for dim, axis in enumerate(axes_of(name)):
@@ -190,13 +173,9 @@ def _spread(heads: Tensor, size: int) -> Tensor:
 
 
 def prefix(name: str, weight: Tensor, shape: Architecture, whole: Architecture) -> Tensor:
-    """The first rows and columns of a sorted weight: a view, but for heads that leave a group.
+    """The first rows and columns of a weight that is sorted as ``order`` says, ``whole`` in shape.
 
-    Args:
-        name: Hugging Face name.
-        weight: Sorted as ``order`` says.
-        shape: Shape to cut to.
-        whole: Shape of what was sorted.
+    It is a view, but for heads that leave a group.
     """
     size = whole.kv_channels
     for dim, axis in enumerate(axes_of(name)):

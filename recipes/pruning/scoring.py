@@ -39,11 +39,7 @@ PADDING_SHARE = 0.5
 
 
 def calibration_windows(cfg: ScoreConfig, data: Input, teacher: Path) -> TextWindows:
-    """What to score on: text, or random tokens if asked for by name.
-
-    Raises:
-        RecipeError: The text is mostly one token.
-    """
+    """What to score on: text that is not mostly one token, or random tokens if so named."""
     if cfg.calibration == "random":
         vocabulary = nemo.architecture_of(teacher).vocab_size
         shape = (cfg.num_calibration_samples, cfg.seq_length)
@@ -62,11 +58,7 @@ def calibration_windows(cfg: ScoreConfig, data: Input, teacher: Path) -> TextWin
 def score_checkpoint(
     cfg: ScoreConfig, teacher: Path, text: TextWindows, log: MetricsLog
 ) -> Importance:
-    """Scores a NeMo checkpoint on calibration windows.
-
-    Raises:
-        RecipeError: The text is noise to the model, or the model knows nothing.
-    """
+    """Scores a NeMo checkpoint on calibration windows; refuses a model that knows nothing."""
     parallel = nemo.Parallelism(pipeline=cfg.pipeline_model_parallel_size)
     cpu_backend.enable()
     nemo.initialize(parallel)
@@ -122,14 +114,7 @@ def _loss_scores(
 
 
 class LayerAblation:
-    """Losses of a model with some of its layers left out.
-
-    Args:
-        core: This pipeline rank's Megatron model.
-        text: Windows to measure on.
-        batch: Windows at a time.
-        log: Metrics file.
-    """
+    """Losses of this pipeline rank's Megatron model with some of its layers left out."""
 
     def __init__(self, core: nn.Module, text: TextWindows, batch: int, log: MetricsLog) -> None:
         self._core, self._text, self._batch, self._log = core, text, batch, log

@@ -13,12 +13,7 @@ from recipes.engines.backends import BUILDERS
 from recipes.engines.bench import Contender
 from recipes.engines.results import BenchmarkRow
 from recipes.search.settings import MeasureLatencyConfig
-from recipes.search.space import (
-    LatencyFit,
-    Service,
-    name_of,
-    read_gigabytes,
-)
+from recipes.search.space import LatencyFit, Service, name_of, read_gigabytes
 
 
 def build_random_engine(
@@ -63,13 +58,8 @@ def step_ms(row: BenchmarkRow) -> float:
 def fit(shapes: Sequence[Architecture], steps: Sequence[float], service: Service) -> LatencyFit:
     """The line of least squares of relative errors; nothing takes less than no time.
 
-    Args:
-        shapes: At least two of different sizes.
-        steps: Milliseconds that each took.
-        service: What a step reads is counted for.
-
-    Raises:
-        RecipeError: Size makes no difference, so no budget could be kept by it.
+    ``steps`` are the milliseconds that each shape took, at least two of which differ in size; that
+    size makes no difference is refused, since no budget could be kept by it.
     """
     import numpy as np
     from scipy.optimize import nnls

@@ -17,12 +17,7 @@ from recipes.engines.settings import BuildEngineConfig
 from recipes.planning.roofline import RequestShape
 from recipes.pruning.settings import LAYER_METHODS
 from recipes.search.results import LatencyResult
-from recipes.search.space import (
-    Budget,
-    Service,
-    Space,
-    enumerate_shapes,
-)
+from recipes.search.space import Budget, Service, Space, enumerate_shapes
 
 PROXIES = ("kl_to_teacher", "perplexity")
 SHAPES_FILE = "shapes.json"
