@@ -47,12 +47,8 @@ class MergedWeights:
         return weight.merge(self._arch, [self._weights.read(n) for n in weight.hf_names(numbers)])
 
 
-def check_vocabulary(folder: Path, arch: Architecture) -> int:
-    """Returns the tokenizer's size, which must fit the embedding.
-
-    Raises:
-        RecipeError: The tokenizer has tokens that the model has no embedding for.
-    """
+def check_vocabulary(folder: Path, arch: Architecture) -> None:
+    """Refuses a tokenizer that has tokens which the model has no embedding for."""
     from transformers import AutoTokenizer
 
     try:
@@ -67,7 +63,6 @@ def check_vocabulary(folder: Path, arch: Architecture) -> int:
             f"{folder}: the tokenizer has {size} tokens, the model's vocabulary {arch.vocab_size}.",
             "use the tokenizer that the model was trained with",
         )
-    return size
 
 
 def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
@@ -101,13 +96,7 @@ def hf_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def to_hf(checkpoint: Path, hf_folder: Path) -> None:
-    """Converts a NeMo 2 checkpoint directory to a Hugging Face folder.
-
-    The folder appears whole or not at all.
-
-    Raises:
-        RecipeError: The folder exists already.
-    """
+    """Converts a NeMo 2 checkpoint directory to a new Hugging Face folder, whole or not at all."""
     if hf_folder.exists() and any(hf_folder.iterdir()):
         raise RecipeError(f"{hf_folder} exists and is not empty.", "choose another directory")
     partial = hf_folder.with_name(hf_folder.name + ".partial")

@@ -64,20 +64,9 @@ class Family:
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     """What the NeMo config must say and the importer does not, for a config.json."""
 
-    @property
-    def qkv_bias(self) -> bool:
-        """Whether queries, keys and values have a bias."""
-        return set(_QKV_BIAS) <= set(self.weights)
-
-    @property
-    def qk_layernorm(self) -> bool:
-        """Whether queries and keys are normalised."""
-        return set(_QK_NORM) <= set(self.weights)
-
-    @property
-    def experts(self) -> bool:
-        """Whether the feed-forward layers are mixtures of experts."""
-        return set(_EXPERTS) <= set(self.weights)
+    def has(self, weights: tuple[Weight, ...]) -> bool:
+        """Whether its models have such weights: ``QKV_BIAS``, ``QK_NORM`` or ``EXPERTS``."""
+        return set(weights) <= set(self.weights)
 
     def weights_of(self, architecture: Architecture) -> Iterator[tuple[Weight, dict[str, int]]]:
         """Every weight of a model of that shape, with its layer and expert."""
@@ -95,7 +84,7 @@ class Family:
 
     def canonical_name(self, name: str) -> str:
         """A parameter's name in the table, whichever layer spec the model was built with."""
-        if self.experts and name.endswith("pre_mlp_layernorm.weight"):
+        if self.has(EXPERTS) and name.endswith("pre_mlp_layernorm.weight"):
             return name  # TransformerEngine fuses it with the matrix after it, but not with experts
         for local, canonical in LOCAL_SPEC_NAMES.items():
             name = re.sub(local, canonical, name)
@@ -178,7 +167,7 @@ _ATTENTION = (
     _same("decoder.final_layernorm.weight", "model.norm.weight", _norm),
     _same(OUTPUT_LAYER, "lm_head.weight", _vocabulary),
 )
-_QKV_BIAS = (
+QKV_BIAS = (
     Weight(
         f"{_LAYER}self_attention.linear_qkv.bias",
         tuple(f"{_HF}self_attn.{p}_proj.bias" for p in "qkv"),
@@ -187,7 +176,7 @@ _QKV_BIAS = (
         _split_qkv,
     ),
 )
-_QK_NORM = tuple(
+QK_NORM = tuple(
     _same(
         f"{_LAYER}self_attention.{p}_layernorm.weight",
         f"{_HF}self_attn.{p}_norm.weight",
@@ -197,9 +186,7 @@ _QK_NORM = tuple(
 )
 _FEED_FORWARD = (
     _same(
-        f"{_LAYER}mlp.linear_fc1.layer_norm_weight",
-        f"{_HF}post_attention_layernorm.weight",
-        _norm,
+        f"{_LAYER}mlp.linear_fc1.layer_norm_weight", f"{_HF}post_attention_layernorm.weight", _norm
     ),
     Weight(
         f"{_LAYER}mlp.linear_fc1.weight",
@@ -214,12 +201,8 @@ _FEED_FORWARD = (
         lambda a: (a.hidden_size, a.ffn_hidden_size),
     ),
 )
-_EXPERTS = (
-    _same(
-        f"{_LAYER}pre_mlp_layernorm.weight",
-        f"{_HF}post_attention_layernorm.weight",
-        _norm,
-    ),
+EXPERTS = (
+    _same(f"{_LAYER}pre_mlp_layernorm.weight", f"{_HF}post_attention_layernorm.weight", _norm),
     _same(
         f"{_LAYER}mlp.router.weight",
         f"{_HF}mlp.gate.weight",
@@ -278,21 +261,21 @@ FAMILIES = {
             "Qwen2ForCausalLM",
             f"{_NEMO}.qwen2:HFQwen2Importer",
             f"{_NEMO}.qwen2:Qwen2Model",
-            _ATTENTION + _QKV_BIAS + _FEED_FORWARD,
+            _ATTENTION + QKV_BIAS + _FEED_FORWARD,
             defaults={"num_key_value_heads": 32, "use_sliding_window": False},
         ),
         Family(
             "Qwen3ForCausalLM",
             f"{_NEMO}.qwen3:HFQwen3Importer",
             f"{_NEMO}.qwen3:Qwen3Model",
-            _ATTENTION + _QK_NORM + _FEED_FORWARD,
+            _ATTENTION + QK_NORM + _FEED_FORWARD,
             defaults={"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
         ),
         Family(
             "Qwen3MoeForCausalLM",
             f"{_NEMO}.qwen3:HFQwen3Importer",
             f"{_NEMO}.qwen3:Qwen3Model",
-            _ATTENTION + _QK_NORM + _EXPERTS,
+            _ATTENTION + QK_NORM + EXPERTS,
             defaults={"num_key_value_heads": 4, "use_sliding_window": False},
             settings=_router,
         ),

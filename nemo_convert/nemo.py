@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONTEXT, SIDE = "weights", "context", "hf"
 EXTRA_STATE = "_extra_state"
+SEED = 1234
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Parallelism:
     pipeline: int = 1
 
 
-def initialize(parallel: Parallelism, seed: int = 1234) -> None:
+def initialize(parallel: Parallelism) -> None:
     """Sets up torch.distributed and Megatron's groups, under torchrun or in a single process."""
     import torch
     from megatron.core import parallel_state
@@ -62,8 +63,8 @@ def initialize(parallel: Parallelism, seed: int = 1234) -> None:
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
         )
-        torch.manual_seed(seed)
-        model_parallel_cuda_manual_seed(seed)
+        torch.manual_seed(SEED)
+        model_parallel_cuda_manual_seed(SEED)
 
 
 def tensor_group() -> Any:
@@ -76,11 +77,7 @@ def tensor_group() -> Any:
 
 
 def open_checkpoint(path: Path, scratch: Path) -> Path:
-    """Returns the directory form of a checkpoint, unpacking a ``.nemo`` file into ``scratch``.
-
-    Raises:
-        RecipeError: Not a NeMo 2 checkpoint, or an archive with entries that leave its directory.
-    """
+    """The directory form of a checkpoint, a ``.nemo`` file's in ``scratch``; refuses the rest."""
     if path.is_file():
         try:
             with tarfile.open(path) as archive:
@@ -263,13 +260,9 @@ def save_checkpoint(
 ) -> None:
     """Writes weights from all ranks and, on rank 0, the context.
 
-    Args:
-        checkpoint: Directory to write; must not hold a checkpoint yet.
-        model: NeMo model whose ``__io__`` config is what the context will say.
-        core: This rank's Megatron model.
-        side: Folder of side files (tokenizer, config.json, …) to carry.
-        rank: Global rank.
-        strategy: Megatron's strategy of saving; the default writes the model's own weights.
+    The context says what the ``__io__`` config of ``model`` says, and carries the ``side`` files.
+    The weights are those of ``core``, this rank's Megatron model, unless Megatron's ``strategy`` of
+    saving takes them from elsewhere.
     """
     from megatron.core import dist_checkpointing
 

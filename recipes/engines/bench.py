@@ -113,14 +113,8 @@ class CpuWorker:
 
     def run(self, shape: RequestShape, seed: int) -> Timing:
         """Measures one batch."""
-        request = {
-            "batch_size": shape.batch_size,
-            "prompt_tokens": shape.prompt_tokens,
-            "new_tokens": shape.new_tokens,
-            "seed": seed,
-        }
         assert self._process.stdin is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
+        print(json.dumps({**vars(shape), "seed": seed}), file=self._process.stdin, flush=True)
         answer = self._answer()
         self.measured.peak_memory_bytes = int(answer["peak_memory_bytes"])
         return Timing(answer["first_seconds"], answer["total_seconds"])
@@ -182,13 +176,7 @@ def cpu_threads() -> int:
 
 
 def start_worker(scratch: Path, threads: int, contender: Contender) -> Worker:
-    """What measures a contender.
-
-    Args:
-        scratch: Where ``trtllm-bench`` may write.
-        threads: CPU threads.
-        contender: Model to measure.
-    """
+    """What measures a contender; ``trtllm-bench`` may write to ``scratch``."""
     if contender.backend.startswith("tensorrt_llm"):
         return TensorRtLlm(contender, scratch)
     from recipes.engines import bench_worker  # so that fingerprints know its code
@@ -203,11 +191,7 @@ def measure(
     start: Callable[[Contender], Worker],
     log: MetricsLog,
 ) -> list[BenchmarkRow]:
-    """Measures all contenders on all shapes; a first round of each shape warms up and is dropped.
-
-    Returns:
-        A row for each contender and shape.
-    """
+    """Measures contenders on shapes; a first round of each shape warms up and is dropped."""
     total, done = len(shapes) * (repetitions + 1), 0
     with ExitStack() as stack:
         workers = [(c, stack.enter_context(start(c))) for c in contenders]
@@ -257,46 +241,36 @@ def speedups(
     second after it; each beside the ratio of the two models' rooflines. Where the measured figure
     is the smaller one, something other than FLOPs and bytes takes the time.
     """
+    models = {(one.backend, one.role): one for one in contenders}
+    teachers = {(row.backend, row.setting): row for row in rows if row.role == "teacher"}
+    backends = list(dict.fromkeys(one.backend for one in contenders))
+    students = [row for row in rows if row.role == "student"]
     found = []
-    pairs: dict[str, dict[str, Contender]] = defaultdict(dict)
-    for contender in contenders:
-        pairs[contender.backend][contender.role] = contender
-    for backend, pair in pairs.items():
-        teacher, student = pair["teacher"], pair["student"]
-        for slow, fast in _matching(rows, backend):
-            shape = RequestShape(fast.batch_size, fast.prompt_tokens, fast.new_tokens)
-            found.append(
-                Speedup(
-                    backend=backend,
-                    precision=fast.precision,
-                    batch_size=shape.batch_size,
-                    prompt_tokens=shape.prompt_tokens,
-                    prefill=slow.time_to_first_token_ms.median / fast.time_to_first_token_ms.median,
-                    prefill_roofline=_bound(prefill_seconds, teacher, shape, machine)
-                    / _bound(prefill_seconds, student, shape, machine),
-                    decode=fast.decode_tokens_per_second.median
-                    / slow.decode_tokens_per_second.median,
-                    decode_roofline=_bound(decode_seconds, teacher, shape, machine)
-                    / _bound(decode_seconds, student, shape, machine),
-                )
+    for fast in sorted(students, key=lambda row: backends.index(row.backend)):
+        slow = teachers[fast.backend, fast.setting]
+        shape = RequestShape(fast.batch_size, fast.prompt_tokens, fast.new_tokens)
+        pair = [models[fast.backend, role] for role in ROLES]
+        found.append(
+            Speedup(
+                backend=fast.backend,
+                precision=fast.precision,
+                batch_size=shape.batch_size,
+                prompt_tokens=shape.prompt_tokens,
+                prefill=slow.time_to_first_token_ms.median / fast.time_to_first_token_ms.median,
+                prefill_roofline=_bound(prefill_seconds, pair, shape, machine),
+                decode=fast.decode_tokens_per_second.median / slow.decode_tokens_per_second.median,
+                decode_roofline=_bound(decode_seconds, pair, shape, machine),
             )
+        )
     return found
-
-
-def _matching(
-    rows: Sequence[BenchmarkRow], backend: str
-) -> list[tuple[BenchmarkRow, BenchmarkRow]]:
-    """The rows of teacher and student on the same shape."""
-    teacher, student = (
-        [r for r in rows if r.backend == backend and r.role == role] for role in ROLES
-    )
-    return list(zip(teacher, student, strict=True))
 
 
 def _bound(
     seconds: Callable[[Architecture, RequestShape, Storage, Machine], float],
-    contender: Contender,
+    pair: Sequence[Contender],
     shape: RequestShape,
     machine: Callable[[Contender], Machine],
 ) -> float:
-    return seconds(contender.architecture, shape, contender.storage, machine(contender))
+    """The ratio of two models' times by roofline."""
+    slow, fast = (seconds(one.architecture, shape, one.storage, machine(one)) for one in pair)
+    return slow / fast

@@ -33,12 +33,7 @@ ENGINE_BACKEND_GONE = (1, 3)
 DTYPES = {"fp16": "float16"}
 """Of activations, and of weights that are not quantised; bfloat16 for any other precision. Left to
 itself, TensorRT-LLM would turn float32 into float16."""
-QUANT_ALGOS = {
-    "int8": "W8A16",
-    "int4": "W4A16",
-    "fp8": "FP8",
-    "int4_awq": "W4A16_AWQ",
-}
+QUANT_ALGOS = {"int8": "W8A16", "int4": "W4A16", "fp8": "FP8", "int4_awq": "W4A16_AWQ"}
 """TensorRT-LLM's names; ``hf_quant_config.json`` of a quantised checkpoint uses the same."""
 ENGINE_PRECISIONS = ("bf16", "fp16", "int8", "int4", "fp8")
 """The engine builder looks for AWQ's scales as ``input_quantizer._pre_quant_scale``, ModelOpt
@@ -61,10 +56,7 @@ def problems(
 ) -> Iterator[Problem]:
     """Shapes and settings that the builder or its kernels would refuse.
 
-    Args:
-        cfg: The stage's settings.
-        arch: Shape of the model.
-        source: The stage that its checkpoint is from, if that is of the same chain.
+    ``source`` is the stage that the checkpoint is from, if that is of the same chain.
     """
     if cfg.backend == "tensorrt_llm" and cfg.kv_cache_dtype == "fp8":
         yield from _scale_problems(cfg.precision, source)
@@ -128,13 +120,7 @@ def _parallel_problems(tensor: int, arch: Architecture) -> Iterator[Problem]:
 
 
 def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError | None:
-    """What this machine lacks, or ``None``.
-
-    Args:
-        backend: ``tensorrt_llm`` or ``tensorrt_llm_pytorch``.
-        version: Of the installed TensorRT-LLM, if any.
-        gpu: Whether there is a GPU.
-    """
+    """What this machine, with that version of TensorRT-LLM, lacks, or ``None``."""
     missing = [] if gpu else ["an NVIDIA GPU"]
     if version is None:
         missing.append("TensorRT-LLM (PyPI's package of that name is only a placeholder)")
@@ -154,13 +140,8 @@ def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError
 
 def require(backend: str) -> None:
     """Raises ``RecipeError`` unless this machine can run the backend."""
-    if problem := machine_problem(backend, installed_version(), gpus_here() > 0):
+    if problem := machine_problem(backend, installed("tensorrt_llm"), gpus_here() > 0):
         raise problem
-
-
-def installed_version() -> str | None:
-    """Version of TensorRT-LLM in this environment, without importing it, which takes a minute."""
-    return installed("tensorrt_llm")
 
 
 def quantised_as(folder: Path) -> str | None:
@@ -220,11 +201,7 @@ def build_request(
 
 
 def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
-    """Builds a TensorRT engine, one file a rank, in a process of its own.
-
-    Raises:
-        RecipeError: The checkpoint, the build, or the engine is not as asked for.
-    """
+    """Builds a TensorRT engine, one file a rank, in its own process; refuses another result."""
     require_quantization(folder, cfg.precision)
     request = build_request(cfg, folder, out, _positions(folder))
     file = out.parent / "tensorrt_llm_request.json"
@@ -304,6 +281,6 @@ def _write_settings(cfg: BuildEngineConfig, out: Path) -> None:
         "backend": cfg.backend,
         "precision": cfg.precision,
         "tensor_parallel_size": cfg.tensor_parallel_size,
-        "version": installed_version(),
+        "version": installed("tensorrt_llm"),
     }
     write_json(out / SETTINGS, settings)

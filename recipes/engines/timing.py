@@ -9,6 +9,9 @@ from statistics import median
 from recipes.engines.results import Spread
 from recipes.planning.roofline import RequestShape
 
+FIRST_ORDINARY_TOKEN = 3
+"""Prompts are random tokens; the lowest ids are special ones in most vocabularies."""
+
 
 @dataclass(frozen=True)
 class Timing:

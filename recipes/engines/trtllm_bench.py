@@ -13,10 +13,9 @@ from typing import Any
 
 from recipes.core.errors import RecipeError
 from recipes.engines.tensorrt_llm import LLM_OPTIONS
-from recipes.engines.timing import Timing
+from recipes.engines.timing import FIRST_ORDINARY_TOKEN, Timing
 from recipes.planning.roofline import RequestShape
 
-FIRST_ORDINARY_TOKEN = 3
 SAMPLE_SECONDS = 0.2
 MEBIBYTE = 1 << 20
 
@@ -36,15 +35,11 @@ class Target:
 
 def dataset(shape: RequestShape, vocabulary: int, seed: int) -> str:
     """Requests of random tokens, one JSON object a line."""
-    draw = random.Random(seed)
-    lines = []
+    draw, ordinary, lines = random.Random(seed), range(FIRST_ORDINARY_TOKEN, vocabulary), []
     for number in range(shape.batch_size):
-        tokens = [
-            draw.randrange(FIRST_ORDINARY_TOKEN, vocabulary) for _ in range(shape.prompt_tokens)
-        ]
-        lines.append(
-            json.dumps({"task_id": number, "input_ids": tokens, "output_tokens": shape.new_tokens})
-        )
+        tokens = [draw.choice(ordinary) for _ in range(shape.prompt_tokens)]
+        request = {"task_id": number, "input_ids": tokens, "output_tokens": shape.new_tokens}
+        lines.append(json.dumps(request))
     return "\n".join(lines) + "\n"
 
 
@@ -53,12 +48,8 @@ def command(target: Target, shape: RequestShape, scratch: Path) -> list[str]:
     common = [
         *("trtllm-bench", "--model", target.folder.name, "--model_path", str(target.folder)),
         *("--workspace", str(scratch), "throughput"),
-        *(
-            "--dataset",
-            str(scratch / "dataset.jsonl"),
-            "--report_json",
-            str(scratch / "report.json"),
-        ),
+        *("--dataset", str(scratch / "dataset.jsonl")),
+        *("--report_json", str(scratch / "report.json")),
         *("--num_requests", str(shape.batch_size), "--concurrency", str(shape.batch_size)),
         *("--warmup", str(shape.batch_size), "--streaming"),
     ]
@@ -74,11 +65,7 @@ def command(target: Target, shape: RequestShape, scratch: Path) -> list[str]:
 
 
 def parse_report(text: str, shape: RequestShape) -> Timing:
-    """Reads what ``--report_json`` wrote.
-
-    Raises:
-        RecipeError: It is not such a report, or not of the requests that were made.
-    """
+    """What ``--report_json`` wrote; refuses another form, or other requests than were made."""
     try:
         report: dict[str, Any] = json.loads(text)
         requests, performance = report["request_info"], report["performance"]
@@ -119,11 +106,7 @@ class Run:
 
 
 def run(target: Target, shape: RequestShape, seed: int, scratch: Path) -> Run:
-    """Measures one batch of requests.
-
-    Raises:
-        RecipeError: ``trtllm-bench`` failed or wrote no usable report.
-    """
+    """Measures one batch of requests; refuses a run without a usable report."""
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "dataset.jsonl").write_text(
         dataset(shape, target.vocabulary, seed), encoding="utf-8"

@@ -29,11 +29,9 @@ def recovered(
 
 
 def compare(metric: str, items: Mapping[str, Sequence[Item]]) -> TaskScores:
-    """A benchmark's figures, with differences to the teacher.
+    """A benchmark's figures in a metric of which more is better, with differences to the teacher.
 
-    Args:
-        metric: Metric to compare; higher is better.
-        items: Each role's items, the same in the same order, with their metrics.
+    ``items`` are each role's, the same in the same order.
     """
     return _compare(metric, {role: [i.metrics[metric] for i in items[role]] for role in ROLES})
 
@@ -67,13 +65,7 @@ def _compare(metric: str, values: Mapping[str, Sequence[float]]) -> TaskScores:
     return TaskScores(
         metric,
         len(teacher),
-        teacher=_score(teacher),
-        pruned=_score(pruned),
-        distilled=_score(distilled),
+        **{role: Score(mean(each), standard_error(each)) for role, each in values.items()},
         differences=Differences(difference(distilled, teacher), difference(pruned, teacher)),
         recovered=recovered(teacher, pruned, distilled),
     )
-
-
-def _score(values: Sequence[float]) -> Score:
-    return Score(mean(values), standard_error(values))

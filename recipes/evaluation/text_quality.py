@@ -41,17 +41,12 @@ def measure(
     """Measures every checkpoint and writes ``results.json`` with per-window figures.
 
     One model is in memory at a time: each says all that it has to say about the text, and is gone.
-
-    Args:
-        cfg: The stage's config.
-        checkpoints: NeMo checkpoints by role.
-        data: Output of ``prepare_data``.
-        out: Where to write.
-        log: Metrics file.
+    ``checkpoints`` are NeMo's, by role.
     """
     text = read_windows(data, "heldout", cfg.seq_length, cfg.num_windows)
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_files(checkpoints[TEACHER]))
-    picked = _picked(cfg, text.tokens)
+    every = max(1, len(text) // max(1, cfg.num_generations))
+    picked = text.tokens[::every][: cfg.num_generations]
     end = cfg.prompt_tokens + cfg.new_tokens
     said = {"prompt": picked[:, : cfg.prompt_tokens], "text": picked[:, cfg.prompt_tokens : end]}
     readings, parameters = {}, {}
@@ -164,11 +159,6 @@ def load_transformers(checkpoint: Path, dtype: torch.dtype = torch.float32) -> P
         raise ValueError(f"{checkpoint}: missing {missing}, unexpected {unexpected}")
     evaluated: PreTrainedModel = model.to(device()).eval()
     return evaluated
-
-
-def _picked(cfg: EvaluateConfig, tokens: Tensor) -> Tensor:
-    """The windows whose first tokens are to be continued."""
-    return tokens[:: max(1, len(tokens) // max(1, cfg.num_generations))][: cfg.num_generations]
 
 
 def _continue(cfg: EvaluateConfig, model: PreTrainedModel, prompts: Tensor, pad: int) -> Tensor:

@@ -198,16 +198,16 @@ def forward_flops(arch: Architecture, seq_length: int) -> float:
     return arch.forward_flops_per_token() + scores
 
 
-def _work(job: Workload) -> list[tuple[Architecture, int]]:
-    """Models, and how many forward passes each costs: a backward pass is two, or three."""
-    trained = 4 if job.layout.recompute_granularity == "full" else 3
-    found = [(job.trained, trained), (job.teacher, 1)]
+def _passes(job: Workload, backward: int = 1) -> list[tuple[Architecture, int]]:
+    """Models, and how often a token goes through them, a backward pass counted so many times."""
+    again = job.layout.recompute_granularity == "full"  # forward once more
+    found = [(job.trained, 1 + backward + again), (job.teacher, 1)]
     return [(arch, passes) for arch, passes in found if arch is not None]
 
 
 def flops_per_token(job: Workload) -> float:
     """FLOPs of a token: student forward and backward, what is recomputed, teacher forward."""
-    return sum(passes * forward_flops(arch, job.seq_length) for arch, passes in _work(job))
+    return sum(passes * forward_flops(arch, job.seq_length) for arch, passes in _passes(job, 2))
 
 
 def unevenness(job: Workload) -> float:
@@ -216,7 +216,7 @@ def unevenness(job: Workload) -> float:
     The last stage has the heads; of a wide vocabulary they weigh as much as several layers.
     """
     stages = [0.0] * job.layout.pipeline
-    for arch, passes in _work(job):
+    for arch, passes in _passes(job, 2):
         head = 2 * arch.vocab_size * arch.hidden_size
         layer = (forward_flops(arch, job.seq_length) - head) / arch.num_layers
         for stage, layers in enumerate(pipeline_split(arch.num_layers, job.layout.pipeline)):
@@ -243,13 +243,6 @@ def step_seconds(job: Workload, hardware: Hardware) -> Step:
         gradient_communication=gradients,
         optimizer=optimizer,
     )
-
-
-def _passes(job: Workload) -> list[tuple[Architecture, int]]:
-    """Models and how often a token goes through them: forward, backward and again forward."""
-    trained = 3 if job.layout.recompute_granularity == "full" else 2
-    found = [(job.trained, trained), (job.teacher, 1)]
-    return [(arch, passes) for arch, passes in found if arch is not None]
 
 
 def _all_reduced(job: Workload) -> float:

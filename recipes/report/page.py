@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,7 +22,15 @@ from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import PruneResult
 from recipes.report.cost import costs, upstream, versions, work
 from recipes.report.format import render_template
-from recipes.report.plots import SMOOTHING, Series, interval_plot, is_skewed, layer_plot, line_plot
+from recipes.report.plots import (
+    SMOOTHING,
+    Point,
+    Series,
+    interval_plot,
+    is_skewed,
+    layer_plot,
+    line_plot,
+)
 from recipes.report.sections import gates_section, search_section, sections
 from recipes.report.settings import ReportConfig, SearchReportConfig
 from recipes.search.results import LatencyResult, SearchResult
@@ -53,10 +60,15 @@ CONTENTS = {
 WHERE_PRESENT = ("gates", "plan", "search", "tasks", "trade_offs", "speed", "engine")
 """Sections that are left out where there is nothing to show."""
 TERMS = {
-    "loss": ("total", "total"),
     "kd": ("logits", "distilled"),
     "hidden": ("hidden states", "pruned"),
     "lm": ("next token", "teacher"),
+    "loss": ("total", "total"),
+}
+CURVES = {
+    "val_loss": ("Validation loss, next token", "teacher"),
+    "lr": ("Learning rate", "quiet"),
+    "grad_norm": ("Gradient norm", "quiet"),
 }
 
 
@@ -147,42 +159,34 @@ def _training(distilled: Input) -> dict[str, object]:
     """The distillation's curves; a plot whose data were not logged is left out."""
     log = distilled.directory / METRICS
     steps = steps_of(log, "distill")
-    terms = list(_terms(steps))
-    curves = [
-        _small(steps_of(log, "validate"), "val_loss", "Validation loss, next token", "teacher"),
-        _small(steps, "lr", "Learning rate", "quiet"),
-        _small(steps, "grad_norm", "Gradient norm", "quiet"),
-    ]
+    terms, small = list(_terms(steps)), []
+    for key, (title, style) in CURVES.items():
+        points = _points(steps_of(log, "validate") if key == "val_loss" else steps, key)
+        if points:
+            name = f"plot-{key.replace('_', '-')}"
+            series = Series(title, style, points, noisy=key == "grad_norm")
+            plot = line_plot(name, title, [series], height=130, zero=key != "val_loss")
+            small.append((title, plot))
     return {
         "terms": terms,
         "smoothed": len(steps) >= 2 * SMOOTHING,
         "loss": line_plot("plot-loss", "Distillation loss over steps", terms) if terms else None,
-        "small": [curve for curve in curves if curve],
+        "small": small,
     }
-
-
-def _small(steps: list[Record], key: str, title: str, style: str) -> tuple[str, Markup] | None:
-    """A small plot of one logged value, or nothing where it was not logged."""
-    series = replace(_one(steps, key, title, style), noisy=key == "grad_norm")
-    if not series.points:
-        return None
-    name = f"plot-{key.replace('_', '-')}"
-    return title, line_plot(name, title, [series], height=130, zero=key != "val_loss")
 
 
 def _terms(steps: list[Record]) -> Iterator[Series]:
     """The loss terms that are not zero; the total only where it is more than one of them."""
-    drawn: list[list[tuple[float, float]]] = []
-    for key in ("kd", "hidden", "lm", "loss"):
-        points = _one(steps, key, "", "").points
+    drawn: list[list[Point]] = []
+    for key, (label, style) in TERMS.items():
+        points = _points(steps, key)
         if any(y for _, y in points) and points not in drawn:
-            drawn.append(list(points))
-            yield Series(*TERMS[key], points)
+            drawn.append(points)
+            yield Series(label, style, points)
 
 
-def _one(steps: list[Record], key: str, label: str, style: str) -> Series:
-    points = [(float(s["done"]), float(s[key])) for s in steps if s.get(key) is not None]
-    return Series(label, style, points)
+def _points(steps: list[Record], key: str) -> list[Point]:
+    return [(float(s["done"]), float(s[key])) for s in steps if s.get(key) is not None]
 
 
 def _layers_plot(pruned: PruneResult) -> Markup:

@@ -55,10 +55,7 @@ class Budget:
 
 @dataclass
 class LatencyFit:
-    """What a decoding step takes on an engine: a fitted line instead of the roofline.
-
-    ``measure_latency`` makes it from timed engines.
-    """
+    """What a decoding step takes, as ``measure_latency`` fits it to timed engines."""
 
     step_ms: PositiveOrZero = 0.0
     """Whatever the shape."""
@@ -128,12 +125,8 @@ def latency_ms(shape: Architecture, service: Service) -> float:
     if service.measured is None:
         machine = Machine(service.flops_per_second, service.bytes_per_second)
         return 1e3 * roofline.decode_seconds(shape, serving, service.storage, machine)
-    line = service.measured
-    return (
-        line.step_ms
-        + line.layer_ms * shape.num_layers
-        + line.gigabyte_ms * read_gigabytes(shape, service)
-    )
+    line, read = service.measured, read_gigabytes(shape, service)
+    return line.step_ms + line.layer_ms * shape.num_layers + line.gigabyte_ms * read
 
 
 def read_gigabytes(shape: Architecture, service: Service) -> float:
@@ -164,14 +157,7 @@ def limits(
 def enumerate_shapes(
     teacher: Architecture, space: Space, budget: Mapping[str, float], service: Service
 ) -> list[Architecture]:
-    """All largest shapes within a budget, by parameters, the largest first.
-
-    Args:
-        teacher: Shape to prune.
-        space: Axes, steps, and how far they go.
-        budget: Limits by names of ``COSTS``; a shape keeps all of them.
-        service: What costs of serving are counted for.
-    """
+    """All largest shapes within a budget by names of ``COSTS``, the largest first."""
     allowed = limits(teacher, budget, service)
     choices = {axis: _choices(teacher, space, axis) for axis in AXES}
 
@@ -205,10 +191,8 @@ def corners(teacher: Architecture, space: Space) -> list[Architecture]:
 
 def middle(teacher: Architecture, space: Space) -> Architecture:
     """A shape between the corners."""
-    sizes: dict[str, Any] = {}
-    for axis in AXES:
-        choices = _choices(teacher, space, axis)
-        sizes[axis] = choices[len(choices) // 2]
+    choices = {axis: _choices(teacher, space, axis) for axis in AXES}
+    sizes: dict[str, Any] = {axis: found[len(found) // 2] for axis, found in choices.items()}
     return replace(teacher, **sizes)
 
 
