@@ -1,5 +1,6 @@
 # make demo   installs what is missing, then runs a recipe on the embedded model
 # make test   installs what is missing, then runs every test
+# make test-gpu   half an hour on one GPU, step by step (tests/gpu/plan.py); installs nothing
 # make lint   ruff, mypy and the quick tests, as pre-commit runs them
 #
 # Variables: RECIPE, ARGS (overrides for demo, options for test), WORKERS (of the tests), PYTHON (3.11
@@ -11,7 +12,7 @@ VENV ?= .venv
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
 export VENV PYTHON
 
-.PHONY: demo test lint install
+.PHONY: demo test test-gpu lint install
 demo: install
 	$(VENV)/bin/python launch/run.py recipe=$(RECIPE) $(ARGS)
 
@@ -20,6 +21,9 @@ test: install
 	@tests/install_slurm.sh
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
 	  --no-loadscope-reorder $(ARGS)
+
+test-gpu:
+	$(VENV)/bin/python -m tests.gpu.plan $(ARGS)
 
 lint: install
 	PATH="$(abspath $(VENV))/bin:$$PATH" pre-commit run --all-files

@@ -45,7 +45,7 @@ def stand_in() -> None:
 
 def rehearse(job: Job) -> Rehearsed:
     """Runs the stage once; an error is a finding."""
-    os.environ.update(_environment(job))
+    os.environ.update(environment(job))
     stage: Stage[Any] = importlib.import_module(f"recipes.stages.{job.stage}").STAGE
     merged = OmegaConf.merge(OmegaConf.structured(stage.config), job.config)
     checked, memory = Checked(), Memory(job.vocabulary)
@@ -82,7 +82,7 @@ def _told() -> str:
     return "".join(traceback.format_list(frames[-FRAMES:])) + f"{type(error).__name__}: {error}"
 
 
-def _environment(job: Job) -> dict[str, str]:
+def environment(job: Job) -> dict[str, str]:
     """What torchrun would tell the rank."""
     return {
         "RANK": str(job.rank),

@@ -7,27 +7,17 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 
-from launch.machine import chain_of
-from launch.plan import typed_stages
-from launch.planned import stage_of
 from launch.rehearse import KINDS, planned
-from launch.schema import CONF, register
 from recipes.core.files import REPO_ROOT
-from recipes.planning.chain import Chain
-from recipes.planning.published_configs import read_config_or_published
-from recipes.rehearsal.job import Job, Rehearsed, jobs_of
+from recipes.rehearsal.job import Job, Rehearsed
 from recipes.rehearsal.peers import unmatched
 from tests.cpu.rehearsal import planted
+from tests.support.rehearsals import cut_down
 
-LAYERS = 4
-"""Of the teacher; a rehearsal takes as long as a model is deep."""
 PIPELINE = (
     "stages.distill.pipeline_model_parallel_size=2",
     "stages.distill.tensor_model_parallel_size=4",
@@ -68,23 +58,6 @@ BROKEN = (
 )
 
 
-def cut_down(case: Case) -> tuple[Chain, Job]:
-    """A recipe's chain with few layers, and the one job of a case."""
-    register()
-    depth = ("stages.prune.target_num_layers=2",) if "depth" in case.recipe else ()
-    overrides = [f"recipe={case.recipe}", *depth, *case.overrides]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides, return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    configs = typed_stages(cfg)
-    chain = chain_of(cfg, cfg.model.hf_path, configs, Path("runs"))
-    chain = replace(chain, teacher=replace(chain.teacher, num_layers=LAYERS))
-    stages = {name: stage_of(config) for name, config in configs.items()}
-    hf_config, _ = read_config_or_published(chain.hf_path)
-    [job] = jobs_of(chain, stages, [case.stage], hf_config, [case.rank])
-    return chain, job
-
-
 Results = dict[Case, tuple[Job, Rehearsed]]
 
 
@@ -92,7 +65,7 @@ Results = dict[Case, tuple[Job, Rehearsed]]
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """All cases in one process, which imports the stack once."""
     cases = [*SOUND, *(case for case, _ in BROKEN)]
-    jobs = [cut_down(case)[1] for case in cases]
+    jobs = [cut_down(*case[:4])[1] for case in cases]
     file = tmp_path_factory.mktemp("rehearsal") / "jobs.json"
     pairs = [[asdict(job), case.defect] for job, case in zip(jobs, cases, strict=True)]
     file.write_text(json.dumps(pairs))
@@ -124,7 +97,7 @@ def test_a_defect_is_found(case: Case, words: str, rehearsed: Results) -> None:
     ids=lambda case: f"{case.recipe}-{case.rank}",
 )
 def test_memory_is_as_planned(case: Case, rehearsed: Results) -> None:
-    chain, job = cut_down(case)
+    chain, job = cut_down(*case[:4])
     plan = planned(job, chain)
     assert plan is not None
     peak = rehearsed[case][1].peak

@@ -1,0 +1,47 @@
+"""The first CUDA call, and what the device is."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gpu.small import record
+
+SIZE, REPEATS = 8192, 10
+
+
+def test_a_device_computes(results: Path) -> None:
+    if not torch.cuda.is_available():
+        built = "was built without CUDA" if torch.version.cuda is None else "finds none"
+        pytest.fail(f"no CUDA device: PyTorch {torch.__version__} {built}", pytrace=False)
+    properties = torch.cuda.get_device_properties(0)
+    a, b = (torch.randn(SIZE, SIZE, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    product = a @ b
+    exact = a[:64].float().cpu() @ b.float().cpu()
+    torch.testing.assert_close(product[:64].float().cpu(), exact, rtol=2e-2, atol=2)
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    for _ in range(REPEATS):
+        a @ b
+    torch.cuda.synchronize()
+    rate = 2 * SIZE**3 * REPEATS / (time.monotonic() - began)
+    record(
+        results,
+        "device",
+        name=properties.name,
+        memory_bytes=properties.total_memory,
+        capability=f"{properties.major}.{properties.minor}",
+        devices=torch.cuda.device_count(),
+        cuda=torch.version.cuda,
+        bf16_flops_per_second=rate,
+    )
+
+
+def test_triton_compiles() -> None:
+    """Megatron compiles its fused functions with it."""
+    x = torch.randn(1000, device="cuda")
+    compiled = torch.compile(lambda x: torch.nn.functional.silu(x) * x + 1)
+    torch.testing.assert_close(compiled(x), torch.nn.functional.silu(x) * x + 1)

@@ -1,0 +1,124 @@
+"""The loss on logits of a whole window and vocabulary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_convert.device import device
+from recipes.distillation.losses import LogitsLoss, distillation_loss
+from tests.gpu.small import on_gpu, record
+
+TOKENS, VOCABULARIES = (8192, (64_128, 128_256)) if on_gpu() else (64, (1000, 2000))
+ROWS = 512
+"""Of the reference at a time, which holds several float64 tensors of its logits."""
+LOSSES = {
+    "T=1": LogitsLoss(),
+    "T=2": LogitsLoss(temperature=2.0),
+    "reverse": LogitsLoss("reverse_kl"),
+    "jsd": LogitsLoss("jsd"),
+    "top-k": LogitsLoss(top_k=64),
+}
+
+
+def logits(vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Student's and teacher's, bfloat16; of the teacher's 64 largest no two are alike."""
+    generator = torch.Generator(device()).manual_seed(vocabulary)
+    shape = (TOKENS, vocabulary)
+    student = 3 * torch.randn(shape, device=device(), generator=generator)
+    apart = vocabulary // 64
+    rows, columns = (torch.arange(n, device=device()) for n in (TOKENS, 64))
+    likely = (1 + columns / 8).to(torch.bfloat16).expand(TOKENS, 64)
+    teacher = torch.zeros(shape, device=device(), dtype=torch.bfloat16)
+    teacher.scatter_(1, columns * apart + rows[:, None] % apart, likely)
+    return student.to(torch.bfloat16), teacher
+
+
+def reference(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> tuple[Tensor, Tensor]:
+    """Losses and gradients by their definition in float64, some rows at a time."""
+    values, gradients = [], []
+    for start in range(0, TOKENS, ROWS):
+        q_logits = student[start : start + ROWS].double().requires_grad_()
+        t_logits = teacher[start : start + ROWS].double()
+        value = defined(q_logits, t_logits, loss)
+        value.sum().backward()
+        assert q_logits.grad is not None
+        values.append(value.detach())
+        gradients.append(q_logits.grad.float())
+    return torch.cat(values), torch.cat(gradients)
+
+
+def defined(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Tensor:
+    """A loss per token."""
+    p, q = ((x / loss.temperature).softmax(-1) for x in (teacher, student))
+    if loss.top_k is not None:
+        ids = teacher.topk(loss.top_k).indices
+        left = torch.ones_like(teacher).scatter(1, ids, 0)
+        p, q = (torch.cat([x.gather(1, ids), (x * left).sum(-1, keepdim=True)], 1) for x in (p, q))
+    m = (p + q) / 2
+    value = {
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "jsd": lambda: (kl(p, m) + kl(q, m)) / 2,
+    }[loss.kind]()
+    return loss.temperature**2 * value
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum(-1)
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_it_is_its_definition(name: str, vocabulary: int) -> None:
+    student, teacher = logits(vocabulary)
+    ours = student.clone().requires_grad_()
+    found = distillation_loss(ours, teacher.clone(), LOSSES[name])
+    found.sum().backward()
+    value, gradient = reference(student, teacher, LOSSES[name])
+    torch.testing.assert_close(found.double(), value, rtol=1e-4, atol=1e-5)
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad.float(), gradient, rtol=1.5e-2, atol=1e-6)
+
+
+@pytest.mark.skipif(not on_gpu(), reason="times and memory are a GPU's")
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_it_takes_no_more_than_nemos(vocabulary: int, results: Path) -> None:
+    from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
+
+    student, teacher = logits(vocabulary)
+    theirs = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=1))
+
+    def nemo(student: Tensor) -> Tensor:
+        loss: Tensor = theirs(student[:, None], teacher[:, None])[0]
+        return loss
+
+    figures = {
+        "ours": measured(lambda s: distillation_loss(s, teacher.clone(), LogitsLoss()), student),
+        "nemo": measured(nemo, student),
+    }
+    record(results, f"loss-{vocabulary}", tokens=TOKENS, vocabulary=vocabulary, **figures)
+    assert figures["ours"]["bytes"] < figures["nemo"]["bytes"]
+
+
+def measured(loss: Callable[[Tensor], Tensor], student: Tensor) -> dict[str, float]:
+    """Seconds of forward and backward, and bytes beyond the logits at the peak."""
+    seconds = []
+    for _ in range(4):
+        given = student.detach().requires_grad_()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, began = torch.cuda.memory_allocated(), time.monotonic()
+        loss(given).sum().backward()
+        torch.cuda.synchronize()
+        seconds.append(time.monotonic() - began)
+    return {
+        "seconds": min(seconds[1:]),
+        "bytes": torch.cuda.max_memory_allocated() - before,
+    }

@@ -1,0 +1,96 @@
+"""Llama 3.1 8B's layers at its published length: memory and time as rehearsed, planned, found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.rehearse import KINDS, planned
+from recipes.core.files import REPO_ROOT
+from recipes.planning.estimate import step_seconds
+from recipes.rehearsal.job import Job, Rehearsed
+from recipes.stages import distill
+from tests.gpu.small import on_gpu, record
+from tests.support.rehearsals import cut_down
+
+LAYERS = (4, 8)
+ONE_GPU = (
+    "stages.distill.tensor_model_parallel_size=1",
+    "stages.distill.sequence_parallel=false",
+    "stages.distill.resources={nodes: 1, devices: 1}",
+)
+STEPS = 6
+
+
+def job_of(layers: int) -> tuple[Any, Job]:
+    """The chain, and its distillation: a teacher of so many layers, a student of half of them."""
+    recipe = "llama3_1_8b_depth" if on_gpu() else "llama_depth_prune"
+    return cut_down(recipe, "distill", 0, ONE_GPU if on_gpu() else (), layers)
+
+
+def start(module: str, job: Any, *arguments: str, folder: Path) -> str:
+    """Gives a job to a module; returns what it prints."""
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(job))
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(file), *arguments],
+        capture_output=True, text=True, check=False, cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def rehearsed(results: Path, tmp_path: Path) -> dict[int, float]:
+    """Bytes at the peak, by layers; rehearsed once."""
+    file = results / "rehearsal.json"
+    if not file.exists():
+        jobs = [asdict(job_of(layers)[1]) for layers in LAYERS]
+        lines = start("recipes.rehearsal.worker", jobs, folder=tmp_path).splitlines()
+        found = [Rehearsed.of(json.loads(line)) for line in lines]
+        for layers, one in zip(LAYERS, found, strict=True):
+            assert one.error is None, one.error
+        record(
+            results, "rehearsal", **{f"{n}": one.peak for n, one in zip(LAYERS, found, strict=True)}
+        )
+    peaks = json.loads(file.read_text())
+    return {layers: sum(peaks[f"{layers}"].values()) for layers in LAYERS}
+
+
+def test_rehearsed_as_planned(results: Path, tmp_path: Path) -> None:
+    for layers, peak in rehearsed(results, tmp_path).items():
+        chain, job = job_of(layers)
+        plan = planned(job, chain)
+        assert peak == pytest.approx(sum(getattr(plan, kind) for kind in KINDS), rel=0.1)
+
+
+def test_measured_as_rehearsed(results: Path, tmp_path: Path) -> None:
+    peaks, figures = rehearsed(results, tmp_path), {}
+    for layers in LAYERS:
+        chain, job = job_of(layers)
+        # The text is all zeros, each of which would be a document's end.
+        longer = {"max_steps": STEPS, "val_check_interval": STEPS, "checkpoint_interval": STEPS,
+                  "mask_document_ends": False}  # fmt: skip
+        job = replace(job, config={**job.config, **longer})
+        start("tests.gpu.measured", asdict(job), str(tmp_path / "found.json"), folder=tmp_path)
+        found = json.loads((tmp_path / "found.json").read_text())
+        config = replace(chain.stages["distill"], global_batch_size=job.config["global_batch_size"])
+        step = step_seconds(distill.workload(config, chain), chain.hardware)
+        tokens = config.global_batch_size * config.seq_length
+        figures[f"{layers}"] = {
+            "rehearsed_bytes": peaks[layers],
+            "planned_seconds": step.total,
+            "seconds": [tokens / speed for speed in found["tokens_per_second"]],
+            **found,
+        }
+    record(results, "memory", **figures)
+    if on_gpu():
+        for layers in LAYERS:
+            assert figures[f"{layers}"]["peak_bytes"] == pytest.approx(peaks[layers], rel=0.1)

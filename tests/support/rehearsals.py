@@ -1,0 +1,38 @@
+"""Jobs of shipped recipes, of models with few layers: a rehearsal takes as long as one is deep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+
+from launch.machine import chain_of
+from launch.plan import typed_stages
+from launch.planned import stage_of
+from launch.schema import CONF, register
+from recipes.planning.chain import Chain
+from recipes.planning.published_configs import read_config_or_published
+from recipes.rehearsal.job import Job, jobs_of
+
+
+@cache
+def cut_down(
+    recipe: str, stage: str, rank: int = 0, overrides: tuple[str, ...] = (), layers: int = 4
+) -> tuple[Chain, Job]:
+    """A recipe's chain with so many layers of the teacher, and the job of one rank of a stage."""
+    register()
+    depth = (f"stages.prune.target_num_layers={layers // 2}",) if "depth" in recipe else ()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", [f"recipe={recipe}", *depth, *overrides], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    configs = typed_stages(cfg)
+    chain = chain_of(cfg, cfg.model.hf_path, configs, Path("runs"))
+    chain = replace(chain, teacher=replace(chain.teacher, num_layers=layers))
+    stages = {name: stage_of(config) for name, config in configs.items()}
+    hf_config, _ = read_config_or_published(chain.hf_path)
+    hf_config = {**hf_config, "num_hidden_layers": layers}
+    [job] = jobs_of(chain, stages, [stage], hf_config, [rank])
+    return chain, job
