@@ -11,10 +11,13 @@ from torch.nn.functional import linear
 
 from nemo_convert.architecture import Architecture
 from recipes.engines.results import MachineRates
+from recipes.planning.machine import Rates
 
 REPEATS = 5
 TOKENS = 1024
 """Rows of the matrix product that FLOP/s are measured with."""
+ALONE = 0.9
+"""Share of its threads' time that a measurement must have had to be kept."""
 COPY_BYTES = 1 << 28
 """Well beyond any cache."""
 
@@ -57,6 +60,43 @@ def processor_name(device: str = "cpu") -> str:
         if line.lower().startswith("model name"):
             return line.partition(":")[2].strip()
     return "unknown"
+
+
+LAYER = (576, 1536)
+"""Of the embedded teacher: what it is fed with, and a part's width."""
+
+
+def training_rates(threads: int) -> tuple[Rates, bool]:
+    """Rates that trainings are planned with, and whether nothing else ran on the threads' cores.
+
+    By the time that the threads had themselves: of what other programs took, little counts.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    began, used = time.perf_counter(), time.process_time()
+    products = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x, weight = torch.randn(TOKENS, LAYER[0]).to(dtype), torch.randn(LAYER[::-1]).to(dtype)
+        seconds = _own_seconds(lambda x=x, weight=weight: linear(x, weight))  # type: ignore[misc]
+        products.append(2 * TOKENS * LAYER[0] * LAYER[1] * threads / seconds)
+    alone = time.process_time() - used > ALONE * threads * (time.perf_counter() - began)
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copied = 2 * COPY_BYTES * threads / _own_seconds(lambda: target.copy_(source))
+    torch.set_num_threads(before)
+    return Rates(products[0], products[1], copied), alone
+
+
+def _own_seconds(work: Callable[[], object]) -> float:
+    """Shortest CPU time of several runs, after one that warms up, of all threads together."""
+
+    def run() -> float:
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+
+    run()
+    return min(run() for _ in range(3 * REPEATS))
 
 
 def measure(arch: Architecture, threads: int, device: str = "cpu") -> MachineRates:

@@ -21,6 +21,15 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.pipeline import pipeline_split
 from recipes.planning.buffers import LOSS_CHUNK_BYTES
 from recipes.planning.hardware import Hardware
+from recipes.planning.work import (
+    BACKWARD,
+    Work,
+    feed_forward_width,
+    loss_bytes,
+    passes_of,
+    reading_bytes,
+    update_bytes,
+)
 from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
 CHUNK_BUFFERS, CHUNK_BUFFERS_READING = 3, 2
@@ -117,14 +126,6 @@ def activation_bytes(arch: Architecture, layout: Layout, tokens: float) -> float
     return 2 * tokens * (whole / split + (heads + 3 * feed_forward_width(arch)) / layout.tensor)
 
 
-def feed_forward_width(arch: Architecture) -> int:
-    """Channels that a token goes through in a layer's feed-forward part: those of its experts."""
-    if not arch.num_moe_experts:
-        return arch.ffn_hidden_size
-    experts = arch.moe_router_topk * arch.moe_ffn_hidden_size
-    return experts + arch.moe_shared_expert_intermediate_size
-
-
 def memory(job: Workload, hardware: Hardware) -> Memory:
     """Memory of the fullest rank of any pipeline stage."""
     stages = range(job.layout.pipeline)
@@ -193,9 +194,7 @@ def _logits_bytes(job: Workload, hardware: Hardware, tokens: float) -> float:
 
 def forward_flops(arch: Architecture, seq_length: int) -> float:
     """FLOPs of a token's forward pass in a window of so many tokens."""
-    channels = arch.num_attention_heads * arch.kv_channels
-    scores = 2 * seq_length * channels * arch.num_layers
-    return arch.forward_flops_per_token() + scores
+    return passes_of(arch, seq_length, 2, 1).flops
 
 
 def _passes(job: Workload, backward: int = 1) -> list[tuple[Architecture, int]]:
@@ -205,9 +204,23 @@ def _passes(job: Workload, backward: int = 1) -> list[tuple[Architecture, int]]:
     return [(arch, passes) for arch, passes in found if arch is not None]
 
 
+def token_work(job: Workload) -> Work:
+    """Of a token: student forward and backward, what is recomputed, teacher forward, loss."""
+    size = 2 if job.bf16 else 4
+    models = _passes(job, BACKWARD)
+    parts = [passes_of(arch, job.seq_length, size, passes) for arch, passes in models]
+    if job.trained is None:
+        [(teacher, _)] = models
+        logits = reading_bytes(teacher.vocab_size)
+    else:
+        live = job.teacher is not None
+        logits = loss_bytes(job.trained.vocab_size, size, job.terms, live)
+    return sum(parts, Work(bytes=logits))
+
+
 def flops_per_token(job: Workload) -> float:
-    """FLOPs of a token: student forward and backward, what is recomputed, teacher forward."""
-    return sum(passes * forward_flops(arch, job.seq_length) for arch, passes in _passes(job, 2))
+    """FLOPs of a token, as they are usually counted."""
+    return token_work(job).flops
 
 
 def unevenness(job: Workload) -> float:
@@ -229,8 +242,8 @@ def step_seconds(job: Workload, hardware: Hardware) -> Step:
     """Time of an optimizer step."""
     layout = job.layout
     tokens = job.global_batch_size * job.seq_length
-    rate = hardware.flops_of_rank(layout.devices) * hardware.utilisation
-    compute = flops_per_token(job) * tokens / (layout.ranks * rate) * unevenness(job)
+    one = hardware.compute_seconds(token_work(job), job.bf16, layout.devices)
+    compute = one * tokens / layout.ranks * unevenness(job)
     passed = tokens / (layout.data * layout.context)  # tokens that go through each stage's ranks
     gradients, optimizer = _update_seconds(job, hardware)
     link = hardware.link_bytes_per_second
@@ -274,8 +287,11 @@ def _update_seconds(job: Workload, hardware: Hardware) -> tuple[float, float]:
         hardware.link_bytes_per_second if layout.nodes == 1 else hardware.network_bytes_per_second
     )
     sent = parameters * (job.gradient_bytes + 2) * (replicas - 1) / replicas
-    shards = replicas if hardware.on_gpu else 1  # replicas on a CPU share its bandwidth
-    return sent / wire, parameters * OPTIMIZER_TRAFFIC / shards / hardware.bytes_per_second
+    if hardware.traffic_share is None:
+        return sent / wire, parameters * OPTIMIZER_TRAFFIC / replicas / hardware.bytes_per_second
+    # Replicas on a CPU share its bandwidth.
+    traffic = Work(bytes=parameters * update_bytes(job.micro_batches, 2 if job.bf16 else 4))
+    return sent / wire, hardware.compute_seconds(traffic, job.bf16)
 
 
 def stopping_seconds(job: Workload, hardware: Hardware) -> float:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from recipes.core.constraints import Bytes, Count, PositiveOrZero, Rate, between, one_of
 from recipes.core.precision import Precision
+from recipes.planning.work import ATTENTION_RATE, Work
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 """Has an entry for each GPU; reading it takes no time, as ``nvidia-smi`` does."""
@@ -18,10 +19,20 @@ BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 CPU_PROFILES: dict[bool, dict[str, Any]] = {
-    True: {"precision": "bf16-mixed", "flops_per_second": 9.9e11, "utilisation": 0.47},
-    False: {"precision": "32", "flops_per_second": 1.75e11, "utilisation": 0.63},
+    True: {
+        "precision": "bf16-mixed",
+        "flops_per_second": 4.0e11,
+        "float32_flops_per_second": 1.9e11,
+        "bytes_per_second": 3.3e10,
+    },
+    False: {
+        "precision": "32",
+        "flops_per_second": 2.0e9,
+        "float32_flops_per_second": 1.75e11,
+        "bytes_per_second": 2.5e10,
+    },
 }
-"""Measured on two cores of an AMD EPYC with bfloat16 products, and of one without."""
+"""Of two cores of an AMD EPYC with bfloat16 products, and of one without."""
 
 
 @dataclass
@@ -31,17 +42,25 @@ class Hardware:
     name: str = "cpu"
     kind: Annotated[str, one_of("cpu", "gpu")] = "cpu"
     """``cpu``: the ranks of a node share its memory and its peak; ``gpu``: each has its own."""
-    flops_per_second: Rate = 9.9e11
-    """Dense bfloat16 peak: of a GPU, or of the whole node for ``cpu``."""
+    flops_per_second: Rate = 4.0e11
+    """Dense bfloat16 products: the peak of a GPU; what all cores of a node reach for ``cpu``."""
+    float32_flops_per_second: Rate = 1.9e11
+    """The same of float32, on a GPU without tensor cores. (TransformerEngine multiplies in
+    TensorFloat-32, which is several times as fast.)"""
+    measure: bool = False
+    """Whether the plan takes rates that it measures on the machine it runs on, once, instead."""
     memory_bytes: Bytes | None = None
     """Of a device; by default what this machine has."""
-    bytes_per_second: Rate = 2.0e10
-    """Memory bandwidth."""
+    bytes_per_second: Rate = 3.3e10
+    """Memory bandwidth: of a copy, each byte read and written, for ``cpu``."""
+    traffic_share: Annotated[float, between(0.01, 1)] | None = 0.5
+    """Share of it that operations between products of matrices reach, one after the other; none
+    where they are a part of ``utilisation``."""
     link_bytes_per_second: Rate = 1.0e10
     """Between devices of a node, each way."""
     network_bytes_per_second: Rate = 1.0e9
     """Between nodes, for each device, each way."""
-    utilisation: Annotated[float, between(0.01, 1)] = 0.47
+    utilisation: Annotated[float, between(0.01, 1)] = 1.0
     """Share of the peak that a training reaches while it computes, communication apart."""
     price_per_hour: PositiveOrZero = 0.05
     """Of a device (of the node for ``cpu``), in dollars: an assumption, override it with yours."""
@@ -65,9 +84,15 @@ class Hardware:
         memory = physical_memory() if self.memory_bytes is None else self.memory_bytes
         return memory if self.on_gpu else memory / ranks_on_node
 
-    def flops_of_rank(self, ranks_on_node: int) -> float:
-        """FLOP/s that one of so many ranks on a node can reach at best."""
-        return self.flops_per_second if self.on_gpu else self.flops_per_second / ranks_on_node
+    def compute_seconds(self, work: Work, bf16: bool, ranks_on_node: int = 1) -> float:
+        """Time of one of so many ranks on a node for its work, in bfloat16 or in float32."""
+        rate = self.utilisation * (self.flops_per_second if bf16 else self.float32_flops_per_second)
+        if self.traffic_share is None:
+            seconds = work.flops / rate
+        else:
+            products = work.products + work.square / ATTENTION_RATE
+            seconds = products / rate + work.bytes / (self.bytes_per_second * self.traffic_share)
+        return seconds if self.on_gpu else seconds * ranks_on_node
 
 
 def physical_memory() -> int:
@@ -79,7 +104,7 @@ def physical_memory() -> int:
 
 
 def cpu_profile(name: str, here: bool = True) -> Any:
-    """``precision``, ``flops_per_second`` or ``utilisation`` of this machine's kind of processor.
+    """Its ``precision`` or a rate, as of this machine's kind of processor.
 
     One without bfloat16 products emulates them, a hundred times as slowly: it trains in float32,
     and so does one that is not known, since stages run elsewhere than ``here``.

@@ -18,8 +18,9 @@ from typing import Any, Protocol
 from nemo_convert.architecture import Architecture
 from recipes.core.stage import StageConfig
 from recipes.planning.buffers import LOGITS_BYTES
-from recipes.planning.estimate import Memory, feed_forward_width, forward_flops, rank_parameters
+from recipes.planning.estimate import Memory, rank_parameters
 from recipes.planning.hardware import Hardware
+from recipes.planning.work import Work, feed_forward_width, passes_of, reading_bytes
 from recipes.planning.workload import Layout
 
 COMPARING, MEASURING = 4.0, 2.5
@@ -38,11 +39,10 @@ class Reading:
 
     memory: Memory
     """Of its fullest rank."""
-    flops: float
-
-    def hours(self, hardware: Hardware) -> float:
-        """On one device: several ranks hold parts of a model, and work in turn."""
-        return self.flops / (hardware.flops_of_rank(1) * hardware.utilisation) / 3600
+    work: Work
+    """On one device: several ranks hold parts of a model, and work in turn."""
+    bf16: bool
+    """What it is in; else in float32."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,11 @@ class Text:
         """Tokens of a forward pass."""
         return int(min(self.micro_batch_size, self.windows)) * self.seq_length
 
-    def flops(self, arch: Architecture) -> float:
+    def work(self, arch: Architecture, bf16: bool) -> Work:
         """Of one model's forward passes over all of it."""
-        return self.windows * self.seq_length * forward_flops(arch, self.seq_length)
+        token = passes_of(arch, self.seq_length, 2 if bf16 else 4, 1)
+        token += Work(bytes=reading_bytes(arch.vocab_size))
+        return token * (self.windows * self.seq_length)
 
 
 class Estimates(Protocol):
@@ -101,7 +103,7 @@ def compared(models: Sequence[Architecture], bf16: bool, text: Text, hardware: H
     logits = _logits_bytes(models[0], int(text.windows * text.seq_length), COMPARING)
     peaks.append(Memory(logits=held + logits, reserved=hardware.reserved_bytes))
     fullest = max(peaks, key=lambda memory: memory.total)
-    return Reading(fullest, sum(text.flops(arch) for arch in models))
+    return Reading(fullest, sum((text.work(arch, bf16) for arch in models), Work()), bf16)
 
 
 def ranked(teacher: Architecture, bf16: bool, text: Text, hardware: Hardware) -> Reading:
@@ -119,7 +121,7 @@ def ranked(teacher: Architecture, bf16: bool, text: Text, hardware: Hardware) ->
         logits=heads + said,
         reserved=hardware.reserved_bytes,
     )
-    return Reading(memory, text.flops(teacher))
+    return Reading(memory, text.work(teacher, bf16), bf16)
 
 
 def scored(
@@ -148,7 +150,7 @@ def scored(
         reserved=hardware.reserved_bytes,
     )
     again = replace(text, windows=WITHOUT_A_LAYER * left_out)
-    return Reading(memory, text.flops(arch) + again.flops(arch))
+    return Reading(memory, text.work(arch, bf16) + again.work(arch, bf16), bf16)
 
 
 def asked(models: Sequence[Architecture], tokens: int, at_once: int, hardware: Hardware) -> Reading:
@@ -164,13 +166,13 @@ def asked(models: Sequence[Architecture], tokens: int, at_once: int, hardware: H
         reserved=hardware.reserved_bytes,
     )
     text = Text(tokens / at_once, at_once, 1)
-    return Reading(memory, sum(text.flops(arch) for arch in models))
+    return Reading(memory, sum((text.work(arch, False) for arch in models), Work()), False)
 
 
 def converted(arch: Architecture, hardware: Hardware) -> Reading:
     """A model whose conversion is proven: in float32, on a text of a hundred tokens."""
     memory = Memory(weights=4 * arch.parameters(), reserved=hardware.reserved_bytes)
-    return Reading(memory, 0)
+    return Reading(memory, Work(), False)
 
 
 def smaller(config: StageConfig) -> Iterator[dict[str, Any]]:

@@ -30,6 +30,9 @@ def figures(
     found = [estimate(job, hardware) for job in jobs.values()]
     return {
         "hardware": hardware.name,
+        "GFLOP/s in bfloat16": round(hardware.flops_per_second / 1e9),
+        "GFLOP/s in float32": round(hardware.float32_flops_per_second / 1e9),
+        "GB/s of memory": round(hardware.bytes_per_second / 1e9, 1),
         "utilisation (assumed)": hardware.utilisation,
         "dollars per device-hour (assumed)": hardware.price_per_hour,
         "shape of the teacher": "bundled copy: config.json out of reach"
@@ -55,16 +58,16 @@ def tables(jobs: Mapping[str, Workload], hardware: Hardware) -> list[Table]:
     return made
 
 
-def readings_table(readings: Mapping[str, Mapping[str, float]], hardware: Hardware) -> Table:
-    """Stages that only run models forward: GB of the fullest rank, and hours."""
+def readings_table(readings: Mapping[str, tuple[float, float]], hardware: Hardware) -> Table:
+    """Other stages that run models: bytes of the fullest rank, and hours."""
     rows: list[list[Cell]] = [
         [
             name,
-            f"{found['bytes'] / 1e9:.1f}",
+            f"{memory / 1e9:.1f}",
             f"{hardware.memory_of_rank(1) / 1e9:.1f}",
-            f"{found['hours']:.2f}",
+            f"{hours:.2f}",
         ]
-        for name, found in readings.items()
+        for name, (memory, hours) in readings.items()
     ]
     return Table("Other stages", ["stage", "GB", "there is", "hours"], rows)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,13 @@ from typing import Any
 from recipes.core.files import write_json
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
+from recipes.planning import machine
 from recipes.planning.chain import Chain
 from recipes.planning.hardware import Hardware
+from recipes.planning.machine import Rates
 from recipes.planning.results import PlanResult
 from recipes.planning.tables import figures, readings_table, tables
+from recipes.planning.work import Work
 from recipes.planning.workload import Workload
 from recipes.stages.contract import Stage
 
@@ -25,8 +30,8 @@ class PlanConfig(StageConfig):
 
     workloads: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Every training, and every pass of a teacher over its text, by stage."""
-    readings: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Memory and hours of every stage that only runs models forward."""
+    readings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Memory and work of every other stage that runs models."""
     hardware: dict[str, Any] = field(default_factory=dict)
     from_published_config: bool = False
     """Shapes are the bundled ones, since the model's config.json is out of reach."""
@@ -39,7 +44,7 @@ def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
         cfg,
         workloads={name: workload.as_dict() for name, workload in chain.workloads.items()},
         readings={
-            name: {"bytes": found.memory.total, "hours": found.hours(chain.hardware)}
+            name: {"memory": found.memory.total, "work": asdict(found.work), "bf16": found.bf16}
             for name, estimates in chain.readings.items()
             for found in (estimates(chain.stages[name]),)
         },
@@ -52,16 +57,47 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
     """Estimates every workload and searches for layouts that cost less."""
     workloads = {name: Workload.of(plain) for name, plain in cfg.workloads.items()}
     hardware = Hardware(**cfg.hardware)
+    if hardware.measure and (rates := _rates()) is not None:
+        hardware = replace(hardware, **asdict(rates))
     result = PlanResult(
         figures(workloads, hardware, cfg.from_published_config),
         [
             *tables(workloads, hardware),
-            *([readings_table(cfg.readings, hardware)] if cfg.readings else []),
+            *([readings_table(_readings(cfg, hardware), hardware)] if cfg.readings else []),
         ],
     )
     write_json(out / FILE, asdict(result))
     metrics_log(out).progress("plan", 1, 1)
     return Outcome(result)
+
+
+def _rates() -> Rates | None:
+    """This machine's, from the cache or measured in seconds; none where there is no torch.
+
+    What was measured beside other programs is used, but not kept.
+    """
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    if (rates := machine.kept(threads)) is not None:
+        return rates
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from recipes.engines.machine_rates import training_rates
+
+    rates, alone = training_rates(threads)
+    if alone:
+        machine.keep(threads, rates)
+    return rates
+
+
+def _readings(cfg: PlanConfig, hardware: Hardware) -> dict[str, tuple[float, float]]:
+    """Bytes of memory and hours of each stage."""
+    return {
+        name: (
+            found["memory"],
+            hardware.compute_seconds(Work(**found["work"]), found["bf16"]) / 3600,
+        )
+        for name, found in cfg.readings.items()
+    }
 
 
 STAGE = Stage(

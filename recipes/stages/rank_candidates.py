@@ -28,10 +28,11 @@ def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
 def reading(cfg: RankCandidatesConfig, chain: Chain) -> Reading:
     """The teacher, and in its weights every shape that is within the budget."""
     text = Text(cfg.num_samples, cfg.seq_length, cfg.micro_batch_size)
-    found = ranked(chain.teacher, cfg.precision == "bf16-mixed", text, chain.hardware)
+    bf16 = cfg.precision == "bf16-mixed"
+    found = ranked(chain.teacher, bf16, text, chain.hardware)
     source = chain.stages.get(cfg.inputs.get("shapes", ""))
     shapes = source.shapes(chain.teacher) if isinstance(source, EnumerateShapesConfig) else []
-    return replace(found, flops=found.flops + sum(text.flops(shape) for shape in shapes))
+    return replace(found, work=sum((text.work(shape, bf16) for shape in shapes), found.work))
 
 
 def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:

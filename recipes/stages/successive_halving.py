@@ -21,10 +21,11 @@ from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import training_problems, training_workload
 from recipes.planning import rules
 from recipes.planning.chain import Chain
-from recipes.planning.estimate import flops_per_token, memory
+from recipes.planning.estimate import memory, token_work
 from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
 from recipes.planning.reading import Reading, Text, compared
+from recipes.planning.work import Work
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import EnumerateShapesConfig, SuccessiveHalvingConfig
 from recipes.search.space import axes_of, name_of, prune_settings
@@ -82,16 +83,15 @@ def reading(cfg: SuccessiveHalvingConfig, chain: Chain) -> Reading:
     bf16 = cfg.precision == "bf16-mixed"
     measured = compared((chain.teacher, largest), bf16, text, chain.hardware)
     if not rounds:
-        return replace(measured, flops=0)
+        return replace(measured, work=Work())
     terms = (cfg.distill.kd_weight > 0) + (cfg.distill.lm_weight > 0)
     job = training_workload(_training(cfg, rounds, 0), largest, chain.teacher, terms)
     tokens = sum(_training(cfg, rounds, n).max_steps * c for n, c in enumerate(rounds))
     tokens *= job.global_batch_size * job.seq_length
-    flops = tokens * flops_per_token(job) + sum(
-        text.flops(chain.teacher) + count * text.flops(largest) for count in rounds
-    )
+    read = text.work(chain.teacher, bf16) * len(rounds) + text.work(largest, bf16) * sum(rounds)
     needs = (measured.memory, memory(job, chain.hardware))
-    return Reading(max(needs, key=lambda need: need.total), flops)
+    work = token_work(job) * tokens + read
+    return Reading(max(needs, key=lambda need: need.total), work, job.bf16)
 
 
 def _search(cfg: SuccessiveHalvingConfig, chain: Chain) -> EnumerateShapesConfig | None:

@@ -31,6 +31,6 @@ def test_bfloat16_is_for_processors_that_have_it(
     monkeypatch.setattr(hardware, "CPUINFO", file)
     assert hardware.cpu_profile("precision") == precision
     bfloat16 = hardware.Hardware()
-    rates = [hardware.cpu_profile(n) for n in ("flops_per_second", "utilisation")]
-    default = [bfloat16.flops_per_second, bfloat16.utilisation]
+    rates = [hardware.cpu_profile(n) for n in ("flops_per_second", "bytes_per_second")]
+    default = [bfloat16.flops_per_second, bfloat16.bytes_per_second]
     assert (rates == default) == (precision == bfloat16.precision)

@@ -46,7 +46,7 @@ def test_one_model_and_the_heads_of_all_by_hand() -> None:
     assert compared([LLAMA], False, MISTRAL_TEXT, H100).memory.weights == 4 * LLAMA.parameters()
     tokens = 40 * 8192
     attention = 2 * 8192 * 32 * 128 * 32
-    assert compared([LLAMA], True, MISTRAL_TEXT, H100).flops == pytest.approx(
+    assert compared([LLAMA], True, MISTRAL_TEXT, H100).work.flops == pytest.approx(
         tokens * (LLAMA.forward_flops_per_token() + attention)
     )
 
@@ -60,8 +60,9 @@ def test_importance_keeps_the_input_of_every_layer() -> None:
     assert half.memory.activations == 17 * states + layer
     assert half.memory.weights == pytest.approx(LLAMA.parameters(), rel=0.01)
     again = scored(LLAMA, True, MISTRAL_TEXT, H100, left_out=40)
-    assert again.flops == pytest.approx(1.6 * whole.flops)
-    assert again.hours(H100) == pytest.approx(again.flops / (9.89e14 * 0.35) / 3600)
+    assert again.work.flops == pytest.approx(1.6 * whole.work.flops)
+    seconds = H100.compute_seconds(again.work, bf16=True)
+    assert seconds == pytest.approx(again.work.flops / (9.89e14 * 0.35))
 
 
 def test_a_conversion_is_proven_in_float32() -> None:
@@ -136,10 +137,10 @@ def test_benchmarks_and_the_export_are_planned(plan: MakePlan) -> None:
     assert found["export_hf"].memory.weights == 4 * student.parameters()
     asked = found["evaluate_tasks"]
     each = forward_flops(chain.teacher, 512) + 2 * forward_flops(student, 512)
-    assert asked.flops == pytest.approx(100 * (112 + 60 + 45 + 78) * each)
+    assert asked.work.flops == pytest.approx(100 * (112 + 60 + 45 + 78) * each)
     assert asked.memory.weights == 4 * chain.teacher.parameters()
     every = readings(chain, evaluate_tasks={"limit": None, "tasks": ["sciq"]})["evaluate_tasks"]
-    assert every.flops == pytest.approx(1000 * 112 * each)
+    assert every.work.flops == pytest.approx(1000 * 112 * each)
 
 
 def test_a_halving_trains_and_measures_its_candidates(plan: MakePlan) -> None:
@@ -149,9 +150,9 @@ def test_a_halving_trains_and_measures_its_candidates(plan: MakePlan) -> None:
     more = readings(chain, successive_halving={"num_samples": 32})["successive_halving"]
     shapes = chain.stages["enumerate_shapes"].shapes(chain.teacher)  # type: ignore[attr-defined]
     read = 256 * (2 * forward_flops(chain.teacher, 256) + 6 * forward_flops(shapes[0], 256))
-    assert more.flops - halving.flops == pytest.approx(16 * read)
+    assert more.work.flops - halving.work.flops == pytest.approx(16 * read)
     job = Workload("distill", shapes[0], chain.teacher, Layout(micro_batch_size=4), 256, 4, 1)
-    trained = halving.flops - 16 * read
+    trained = halving.work.flops - 16 * read
     assert trained == pytest.approx(200_000 * flops_per_token(job), rel=0.02)
     bf16 = chain.hardware.precision == "bf16-mixed"
     assert halving.memory == memory(replace(job, terms=2, bf16=bf16), chain.hardware)
