@@ -171,7 +171,7 @@ def test_large_recipes_pass_preflight_on_their_hardware(
     assert job.teacher is not None
     assert estimate(job, planned.chain.hardware).memory.total < 80e9 * HEADROOM
     assert (job.layout.nodes == 1) == recipe.endswith("_small")
-    read = {"import_hf", "score", "evaluate"}
+    read = {"import_hf", "score", "evaluate", "export_hf"}
     assert planned.chain.readings.keys() == read
     for name, estimates in planned.chain.readings.items():
         config = planned.chain.stages[name]
