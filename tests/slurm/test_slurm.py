@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from launch.executors.slurm_queue import RECORD, active_jobs, read_jobs
 from launch.run_status import read_run
@@ -82,7 +83,9 @@ def test_stopped_by_the_clock_twice_gives_the_same_weights(
     """Time is up at once, so a step an attempt: requeued, stopped for good, submitted again."""
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, "distill", "evaluate", "export_hf", "report")
+    undisturbed = trained_here(original, tmp_path)
     clock = ("cluster.time=00:10:00", "cluster.margin_seconds=599", "stages.only=[distill]")
+    clock += ("stages.distill.resources.devices=1",)
     assert chain.submit(*clock, "cluster.max_requeues=1").code == 0
     chain.wait()
     log = job_log(chain, "distill")
@@ -98,13 +101,23 @@ def test_stopped_by_the_clock_twice_gives_the_same_weights(
     assert states(chain)["distill"] == "complete", job_log(chain, "distill")
     done = [line for line in (chain.directory / "distill" / METRICS).read_text().splitlines()]
     assert len([line for line in done if '"task": "distill"' in line]) == STEPS
-    expected, found = weights(original), weights(chain)
+    expected, found = weights(undisturbed), weights(chain.directory)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def weights(chain: Run) -> dict[str, torch.Tensor]:
-    return dict(hf_weights(find_checkpoint(chain.directory / "distill" / ARTIFACT)))
+def trained_here(original: Run, folder: Path) -> Path:
+    """A copy whose distillation ran on as many ranks, two, on this machine."""
+    copy = original.copy_without(folder / "here", *UNTRAINED).directory
+    words = [word for word in original.overrides if not word.startswith("cluster")]
+    layout = ("stages.distill.resources.nodes=1", "stages.only=[distill]")
+    done = run_here(*words, *layout, f"run_dir={copy}", cwd=folder)
+    assert done.code == 0, done.output
+    return copy
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return dict(hf_weights(find_checkpoint(run_dir / "distill" / ARTIFACT)))
 
 
 def test_failing_stage_cancels_what_follows(tiny_chain: tuple[Run, Result], tmp_path: Path) -> None:
@@ -116,6 +129,12 @@ def test_failing_stage_cancels_what_follows(tiny_chain: tuple[Run, Result], tmp_
     short.write_text("".join(json.dumps(document) + "\n" for document in documents))
     submitted = chain.submit(f"data.sources=[{short}]")
     assert submitted.code == 0, submitted.output  # it was submitted; what becomes of it, later
+    jobs = read_jobs(chain.directory)
+    followed = chain.submit(f"data.sources=[{short}]", "cluster.follow=true")
+    assert read_jobs(chain.directory) == jobs
+    assert followed.code == 1
+    assert "stage prepare_data, job" in followed.output
+    assert "too little text for seq_length=64" in followed.output
     chain.wait()
     found = states(chain)
     assert found == {"import_hf": "complete", "prepare_data": "failed"} | dict.fromkeys(
@@ -125,11 +144,6 @@ def test_failing_stage_cancels_what_follows(tiny_chain: tuple[Run, Result], tmp_
     assert shown.code == 0
     assert "too little text for seq_length=64" in shown.output
     assert "too little text" in chain.command("logs").output
-    followed = chain.submit(f"data.sources=[{short}]", "cluster.follow=true")
-    assert followed.code == 1
-    assert "stage prepare_data, job" in followed.output
-    assert "too little text for seq_length=64" in followed.output
-    chain.wait()
 
 
 def test_node_that_goes_down_and_cancel(tiny_chain: tuple[Run, Result], tmp_path: Path) -> None:
@@ -218,18 +232,14 @@ def test_what_slurm_refuses_is_said(tiny_chain: tuple[Run, Result], tmp_path: Pa
     assert not read_jobs(chain.directory)
 
 
-def test_sweep_of_three_shares_an_import(tiny_chain: tuple[Run, Result], tmp_path: Path) -> None:
+def test_sweep_of_three_shares_what_it_reads(
+    tiny_chain: tuple[Run, Result], tmp_path: Path
+) -> None:
     original, _ = tiny_chain
-    shared = original.directory / "import_hf"
-    words = [word for word in original.overrides if not word.startswith("data.seq_length")]
-    done = run_here(
-        "-m",
-        *words,
-        "stages.only=[prepare_data]",
-        f"stages.prepare_data.inputs.tokenizer={shared}",
-        "data.seq_length=48,56,64",
-        cwd=tmp_path,
-    )
+    inputs = OmegaConf.load(original.directory / "report" / "config.yaml").config.inputs
+    shared = [f"stages.report.inputs.{k}={original.directory / v}" for k, v in inputs.items()]
+    words = ("stages.only=[report]", *shared, "stages.report.title=one,two,three")
+    done = run_here("-m", *original.overrides, *words, cwd=tmp_path)
     assert done.code == 0, done.output
     [sweep] = (tmp_path / "runs" / "sweeps").iterdir()
     runs = sorted(path for path in sweep.iterdir() if path.is_dir())
@@ -237,8 +247,8 @@ def test_sweep_of_three_shares_an_import(tiny_chain: tuple[Run, Result], tmp_pat
     wait_for(lambda: not any(active_jobs(directory) for directory in runs), 300)
     shown = run_here("status", f"run_dir={sweep}", cwd=tmp_path)
     assert shown.output.count("complete") == 3, shown.output
-    lengths = [read_manifest(directory / "prepare_data").config for directory in runs]  # type: ignore[union-attr]
-    assert [config["seq_length"] for config in lengths] == [48, 56, 64]
+    titles = [read_manifest(directory / "report").config["title"] for directory in runs]  # type: ignore[union-attr]
+    assert titles == ["one", "two", "three"]
 
 
 def test_every_script_passes_shellcheck(tiny_chain: tuple[Run, Result]) -> None:
