@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Cell = str | int | float | bool | None
 
@@ -23,3 +23,5 @@ class PlanResult:
 
     figures: dict[str, Cell]
     tables: list[Table]
+    tokens_per_second: dict[str, float] = field(default_factory=dict)
+    """Of each training, by stage; older plans do not say."""

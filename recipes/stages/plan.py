@@ -13,6 +13,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
 from recipes.planning import machine
 from recipes.planning.chain import Chain
+from recipes.planning.estimate import estimate
 from recipes.planning.hardware import Hardware
 from recipes.planning.machine import Rates
 from recipes.planning.results import PlanResult
@@ -65,6 +66,7 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
             *tables(workloads, hardware),
             *([readings_table(_readings(cfg, hardware), hardware)] if cfg.readings else []),
         ],
+        {name: estimate(job, hardware).tokens_per_second for name, job in workloads.items()},
     )
     write_json(out / FILE, asdict(result))
     metrics_log(out).progress("plan", 1, 1)

@@ -206,7 +206,8 @@ def search_results() -> SearchResult:
 def plan_figures() -> PlanResult:
     rows: list[list[Cell]] = [["prune", 3_100_000_000, True], ["distill", 4_400_000_000, None]]
     table = Table("Memory by stage", ["stage", "peak bytes", "fits"], rows)
-    return PlanResult({"hours": 1.375, "peak_bytes": 4_400_000_000, "fits": True}, [table])
+    figures: dict[str, Cell] = {"hours": 1.375, "peak_bytes": 4_400_000_000, "fits": True}
+    return PlanResult(figures, [table], {"distill": 1331.44})
 
 
 def engine_figures() -> EngineResult:

@@ -77,6 +77,10 @@ def test_optional_stages_show_all_their_figures(inputs: dict[str, Input], page: 
     assert {f"#{name}" for name in (*OPTIONAL_INPUTS, "trade_offs")} <= set(ends)
 
 
+def test_the_plan_is_compared_with_the_run(page: Page) -> None:
+    assert "planned at 1,331 tokens per second and ran at 1,210: the plan is +10%." in page.text
+
+
 @pytest.mark.parametrize("name", OPTIONAL_INPUTS)
 def test_a_section_appears_with_its_input(
     inputs: dict[str, Input], tmp_path: Path, name: str
