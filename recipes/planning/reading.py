@@ -25,6 +25,8 @@ from recipes.planning.workload import Layout
 
 COMPARING, MEASURING = 4.0, 2.5
 """Tensors of that size at once, where models are compared and where one's loss is taken."""
+CONTINUATIONS = 0.24
+"""Share of a question's tokens that are scored, in those of four benchmarks."""
 SCORES = 3
 """Logits, their log-probabilities, and what is made of these."""
 RANKS = (2, 4, 8)
@@ -52,6 +54,8 @@ class Text:
     windows: float
     seq_length: int
     micro_batch_size: int
+    scored: float = 1.0
+    """Share of the tokens that logits are made of."""
 
     @property
     def tokens_at_once(self) -> int:
@@ -61,7 +65,8 @@ class Text:
     def work(self, arch: Architecture, bf16: bool) -> Work:
         """Of one model's forward passes over all of it."""
         token = passes_of(arch, self.seq_length, 2 if bf16 else 4, 1)
-        token += Work(bytes=reading_bytes(arch.vocab_size))
+        unread = (self.scored - 1) * 2 * arch.vocab_size * arch.hidden_size
+        token += Work(products=unread, bytes=self.scored * reading_bytes(arch.vocab_size))
         return token * (self.windows * self.seq_length)
 
 
@@ -165,7 +170,7 @@ def asked(models: Sequence[Architecture], tokens: int, at_once: int, hardware: H
         logits=SCORES * 4 * at_once * largest.vocab_size,
         reserved=hardware.reserved_bytes,
     )
-    text = Text(tokens / at_once, at_once, 1)
+    text = Text(tokens / at_once, at_once, 1, CONTINUATIONS)
     return Reading(memory, sum((text.work(arch, False) for arch in models), Work()), False)
 
 
