@@ -10,8 +10,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from launch.executors import local
 from launch.executors.local import PRELOADED, LocalConfig
@@ -23,10 +24,20 @@ from tests.support.forked import forked
 @contextmanager
 def stage_ranks(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
     """Starts a stage of several ranks, for ``foreground.run``."""
-    command = local.command(stage)
-    module = len(command) - command[::-1].index("-m") - 1
     environment = {**os.environ, **local.environment(stage, LocalConfig())}
-    with _ranks(stage.config.resources.devices, command[module:], environment, log) as ended:
+    with fork_command(local.command(stage), environment, log) as ended:
+        yield ended
+
+
+@contextmanager
+def fork_command(
+    command: list[str], environment: Mapping[str, str], log: IO[Any]
+) -> Iterator[Callable[[], bool]]:
+    """Does what a command of ``start_command`` does, for one rank or several."""
+    module = len(command) - command[::-1].index("-m") - 1
+    counts = [word.partition("=")[2] for word in command if word.startswith("--nproc-per-node=")]
+    start = partial(_ranks, int(counts[0])) if counts else partial(forked, PRELOADED)
+    with start(command[module:], environment, log) as ended:
         yield ended
 
 

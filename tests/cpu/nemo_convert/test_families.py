@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from nemo_convert import convert, hf, nemo, parity, streaming
 from nemo_convert.cpu_layers import RMSNorm
 from nemo_convert.families import FAMILIES as ROWS
 from nemo_convert.hf_config import read_architecture
-from recipes.core.files import REPO_ROOT
 from recipes.core.metrics import METRICS, MetricsLog, steps_of
 from recipes.data.corpus import PARTS
 from recipes.data.part_writer import PartWriter
@@ -39,6 +35,7 @@ from tests.support.conversion import (
     convert_by_command,
 )
 from tests.support.models import EVEN, FAMILIES, ODD, write_tiny_model
+from tests.support.ranks import run_ranks
 
 SIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 WIDTH = {"hidden_size": 48, "num_attention_heads": 2}
@@ -193,24 +190,10 @@ def test_the_layers_for_training_are_the_same_model(family: str, root: Path) -> 
     assert_trains_alike(root / family / "teacher.nemo", tokens_of(root))
 
 
-def run_ranks(root: Path, layout: str) -> None:
-    """One torchrun for all families: starting it takes longer than what it does."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, "-m", "tests.cpu.nemo_convert.family_ranks", layout, str(root)],
-        cwd=REPO_ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
 @pytest.fixture(scope="module", params=[TP, PP])
 def layout(request: pytest.FixtureRequest, root: Path) -> str:
-    run_ranks(root, request.param)
+    # All families at once: importing the stack takes longer than what is done with it.
+    run_ranks("-m", "tests.cpu.nemo_convert.family_ranks", request.param, str(root))
     return str(request.param)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from recipes.stages import (
 )
 from tests.support.in_process import complete
 from tests.support.logits import LogitsWatch
+from tests.support.ranks import fork_command
 from tests.support.runs import manifest_of, stage_dir
 
 SHAPES: list[dict[str, Any]] = [
@@ -222,7 +224,7 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     inputs = {n: Input(before / s, manifest_of(before, s)) for n, s in names.items()}
     out = tmp_path / "successive_halving" / "work" / ARTIFACT
     out.mkdir(parents=True)
-    started: list[str] = []
+    started: list[str] = []  # the first as it is, the others by a fork
     start = subprocess.run
 
     def counted(command: list[str], **settings: Any) -> Any:
@@ -230,7 +232,12 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
             started.append("killed")
             raise KeyboardInterrupt
         started.append(command[command.index("--config") - 1])
-        return start(command, **settings)
+        if len(started) == 1:
+            return start(command, **settings)
+        with fork_command(command, settings["env"], settings["stdout"]) as ended:
+            while not ended():
+                time.sleep(0.02)
+        return None
 
     monkeypatch.setattr("recipes.search.halving.subprocess.run", counted)
     with pytest.raises(RecipeError, match="also=l9-h9 is no candidate"):
