@@ -86,7 +86,10 @@ def schedule(steps: int, seed: int = 1234) -> dict[str, object]:
 
 
 def prune(base: Path, scores: Path, out: Path, settings: Mapping[str, object]) -> Path:
-    """Prunes the model of ``base`` in a run directory, unless that is complete."""
+    """Prunes the model of ``base`` in a run directory, unless that is complete.
+
+    What the settings do not name stays whole, whatever the recipe says.
+    """
     launch(
         base,
         out,
@@ -95,6 +98,7 @@ def prune(base: Path, scores: Path, out: Path, settings: Mapping[str, object]) -
             "prune.inputs.checkpoint": base / "import_hf",
             "prune.inputs.importance": scores,
             "prune.inputs.calibration": base / "prepare_data",
+            "prune.target_num_layers": "null",
             **{f"prune.{name}": value for name, value in settings.items()},
         },
     )
