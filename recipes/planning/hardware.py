@@ -32,7 +32,9 @@ CPU_PROFILES: dict[bool, dict[str, Any]] = {
         "bytes_per_second": 2.5e10,
     },
 }
-"""Of two cores of an AMD EPYC with bfloat16 products, and of one without."""
+"""Of two cores of an AMD EPYC with bfloat16 products, and of one without, which emulates them."""
+ANY_CPU: dict[str, Any] = CPU_PROFILES[True] | {"precision": "32"}
+"""For one that is not known: what all can train in, and rates for what its owner knows it has."""
 
 
 @dataclass
@@ -110,7 +112,7 @@ def cpu_profile(name: str, here: bool = True) -> Any:
     and so does one that is not known, since stages run elsewhere than ``here``.
     """
     if not here:
-        return CPU_PROFILES[False][name]
+        return ANY_CPU[name]
     text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
     return CPU_PROFILES[bool(BFLOAT16_FLAGS & set(text.split()))][name]
 

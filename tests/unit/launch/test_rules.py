@@ -313,6 +313,7 @@ def test_a_login_node_says_nothing_of_the_processors_of_jobs(
     asked = plan("cluster.executor=slurm", BFLOAT16)
     assert asked.chain.workloads["distill"].bf16
     assert "cpu-precision" not in {note.rule.name for note in asked.notes}
+    assert asked.chain.hardware.flops_per_second > 1e11  # not as if it were emulated
 
 
 def test_memory_is_shared_by_the_ranks_of_a_cpu(plan: MakePlan) -> None:
