@@ -13,7 +13,7 @@ from recipes.core.deadline import DEADLINE
 from recipes.core.manifest import WORK
 from recipes.core.metrics import METRICS
 from recipes.distillation.training import CHECKPOINTS, whole_checkpoints
-from tests.gpu.small import DISTILL, PRECISIONS, Small, farthest, record, steps
+from tests.gpu.small import PRECISIONS, Small, farthest, record, steps
 from tests.support.launcher import run_and_kill, run_recipe
 
 CLOSE = {"32": 1e-3, "bf16-mixed": 2e-2}
@@ -45,17 +45,18 @@ def test_losses_are_the_cpus(precision: str, small: Small, results: Path) -> Non
 
 
 def test_killed_it_goes_on(small: Small) -> None:
-    run_dir = small.again("killed", "32", "distill")
-    command = small.command(run_dir, ONLY, PRECISION + "32")
+    """It saves after every other step, and waits for that: else a GPU is done before the kill."""
+    run_dir, often = small.again("killed", "32", "distill"), "stages.distill.checkpoint_interval=2"
+    command = small.command(run_dir, ONLY, PRECISION + "32", often)
     stage = run_dir / "distill"
     run_and_kill(
         *command,
         cwd=small.folder,
         metrics=stage / METRICS,
-        records=DISTILL["checkpoint_interval"] + 1,
+        records=3,
         ready=lambda: whole_checkpoints(stage / WORK / CHECKPOINTS),
     )
-    assert "resume" in small.start(run_dir, ONLY, PRECISION + "32")
+    assert "resume" in small.start(run_dir, ONLY, PRECISION + "32", often)
     assert farthest(whole(small, "32"), run_dir) < AGAIN
 
 
