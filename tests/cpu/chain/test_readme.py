@@ -13,6 +13,7 @@ import pytest
 
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import read_manifest
+from tests.support.conversion import convert_by_command
 from tests.support.in_process import run_here
 
 README = "".join((REPO_ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md"))
@@ -29,6 +30,8 @@ SMALL = (
     "stages.distill.limit_val_batches=1 stages.score.num_calibration_samples=8 "
     "stages.score.num_loss_samples=1 "
     "stages.evaluate.num_windows=8 stages.evaluate.new_tokens=8 stages.evaluate_tasks.limit=2 "
+    "stages.build_engine.num_windows=2 stages.build_teacher_engine.num_windows=2 "
+    "stages.measure_speed.batch_sizes=[1] stages.measure_speed.prompt_tokens=[32] "
     "stages.measure_speed.repetitions=1 stages.measure_speed.new_tokens=8"
 )
 
@@ -86,21 +89,28 @@ def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
         assert result.code == (0 if arguments else 1), result.output
 
 
-def test_conversion_commands_run(demo_run: Path, tmp_path: Path) -> None:
+def test_conversion_commands_run(
+    demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = commands("python -m nemo_convert")
     assert len(found) == 3
-    for command in found:
-        arguments = shlex.split(command.replace("runs/llama_depth_prune", str(demo_run)))[1:]
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    first, *others = [
+        shlex.split(command.replace("runs/llama_depth_prune", str(demo_run)))[1:]
+        for command in found
+    ]
+    done = subprocess.run(
+        [sys.executable, *first],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.chdir(tmp_path)
+    for _, _, *arguments in others:
+        assert convert_by_command(*arguments) == 0
 
 
 def test_every_command_is_tested() -> None:
