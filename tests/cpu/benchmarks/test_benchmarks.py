@@ -23,9 +23,11 @@ from safetensors.torch import load_file
 from benchmarks import contenders, convert, distill, judge, layers, recovery, shapes, students
 from benchmarks.contenders import CONTENDERS, INPUTS, Record, Shape, manifest_of
 from benchmarks.distill import disagreements, speeds, step_flops, summarise
+from launch.executors.local import PRELOADED
 from nemo_convert.architecture import Architecture
 from recipes.core.files import REPO_ROOT
 from recipes.evaluation.results import EvaluationResult
+from tests.support.forked import run_forked
 from tests.support.in_process import run_here
 from tests.support.runs import tiny
 
@@ -46,7 +48,7 @@ def benchmark_here(module: ModuleType, *options: str) -> str:
 
 @contextlib.contextmanager
 def starts_here() -> Iterator[None]:
-    """What benchmarks start that is not measured runs in this process."""
+    """What benchmarks start that is not measured runs in this process, all else but one forked."""
     start = contenders.execute
 
     def execute(command: list[str]) -> None:
@@ -56,8 +58,11 @@ def starts_here() -> Iterator[None]:
         elif command[1:3] == ["-m", "benchmarks.judge"]:
             with mock.patch.object(sys, "argv", command[2:]):
                 judge.main()
-        else:
+        elif "loop-fp32" in command:
             start(command)
+        else:
+            done = run_forked(PRELOADED, command[1:], os.environ, REPO_ROOT)
+            assert done.returncode == 0, done.stderr
 
     with contextlib.ExitStack() as patches:
         for module in (contenders, shapes, students):
