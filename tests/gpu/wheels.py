@@ -27,7 +27,7 @@ PINS = ROOT / "launch" / "executors" / "image.txt"
 TESTS = ("pytest", "pytest-timeout", "iniconfig", "pluggy")
 """Needed besides, in the versions that are installed here."""
 LEFT_OUT = {
-    "lm-eval", "nncf", "nltk", "openvino", "openvino-genai", "openvino-telemetry",
+    "lm-eval", "nncf", "openvino", "openvino-genai", "openvino-telemetry",
     "openvino-tokenizers", "optimum", "optimum-intel", "ray", "wandb",
 }  # fmt: skip
 """Engines for CPUs, benchmarks and a tracker, which no step uses."""
