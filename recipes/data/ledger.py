@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from recipes.core.errors import RecipeError
+
 
 class Ledger:
     """Every document's digest, and how far the work is; both are kept together or not at all.
@@ -16,11 +18,23 @@ class Ledger:
 
     Args:
         path: SQLite file. It is not locked, for file systems that cannot: a run has its own lock.
+
+    Raises:
+        RecipeError: The file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         uri = f"{path.absolute().as_uri()}?nolock=1"
         self._database = sqlite3.connect(uri, uri=True, isolation_level=None)
+        try:
+            [found] = self._database.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.DatabaseError as error:
+            found = str(error)
+        if found != "ok":
+            raise RecipeError(
+                f"{path} is damaged ({found}): what was taken of the text is not known.",
+                f"delete {path.parent} to prepare the text anew",
+            )
         self._database.execute("CREATE TABLE IF NOT EXISTS progress (state TEXT)")
         self._database.execute(
             "CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID"

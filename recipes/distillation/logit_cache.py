@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -68,6 +68,15 @@ def write_shard(
     figures = {"teacher_loss": str(teacher_loss), "tail_mass": str(tail)}
     save_file(tensors, partial, metadata=figures)
     partial.replace(path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a shard is there with all of its bytes, also after the machine went down."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def cache_figures(folder: Path, index: CacheIndex) -> dict[str, float]:

@@ -19,6 +19,7 @@ from recipes.distillation.logit_cache import (
     SHARD,
     CacheIndex,
     cache_figures,
+    is_whole,
     write_index,
     write_shard,
 )
@@ -53,7 +54,7 @@ def cache_logits(
     began = time.monotonic()
     made = 0
     for shard in _mine(len(parts)):
-        if (path := shards / SHARD.format(shard)).exists():
+        if is_whole(path := shards / SHARD.format(shard)):
             continue
         texts = np.stack([window(tokens, cfg.seq_length, number) for number in parts[shard]])
         taught, loss = _teach(cfg, core, torch.from_numpy(texts))

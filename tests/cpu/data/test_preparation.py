@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import re
 import signal
 import time
@@ -20,7 +21,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.data import part_writer, preparation
-from recipes.data.corpus import PARTS
+from recipes.data.corpus import PARTS, digest
 from recipes.data.part_writer import PartWriter
 from recipes.data.preparation import Progress, prepare
 from recipes.data.settings import PrepareDataConfig
@@ -206,6 +207,22 @@ def test_the_index_is_megatrons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for ending in ("bin", "idx"):
             ours = (tmp_path / f"{part}.{ending}").read_bytes()
             assert ours == (tmp_path / f"theirs-{part}.{ending}").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
+def test_a_damaged_ledger_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with preparation.Ledger(path) as ledger:
+        for number in range(2000):
+            ledger.is_new(digest(str(number)))
+        ledger.keep({})
+    if damage == "cut short":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(RecipeError, match=r"ledger\.sqlite is damaged \(.+\): what was taken") as e:
+        preparation.Ledger(path)
+    assert f"delete {tmp_path} to prepare the text anew" in str(e.value)
 
 
 def test_lost_files_are_not_made_up(tmp_path: Path) -> None:
