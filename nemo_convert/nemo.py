@@ -24,6 +24,7 @@ from nemo_convert.families import FAMILIES, load
 from nemo_convert.hf import copy_side_files
 from nemo_convert.hf_config import read_architecture
 from nemo_convert.pipeline import pipeline_split
+from nemo_convert.trust import read_description, require_known_context
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 
@@ -188,9 +189,14 @@ def _explicit(arch: Architecture) -> dict[str, Any]:
 
 
 def restore_model(checkpoint: Path) -> Any:
-    """The NeMo model of a checkpoint, without weights."""
+    """The NeMo model of a checkpoint, without weights.
+
+    Raises:
+        RecipeError: The checkpoint would run what no model of ours does.
+    """
     from nemo.lightning.io import load_context
 
+    require_known_context(checkpoint / CONTEXT / "io.json")
     _record_arguments()
     return load_context(checkpoint / CONTEXT, subpath="model")
 
@@ -247,6 +253,7 @@ def read_sharded(state: dict[str, Any], weights: Path) -> dict[str, Any]:
         FullyParallelLoadStrategyWrapper,
     )
 
+    read_description(weights)  # which Megatron unpickles whatever it names
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(weights)),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -298,7 +305,7 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from nemo.lightning.io.pl import TrainerContext
 
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as temporary:
         staged = Path(temporary) / SIDE
         copy_side_files(side, staged)
         tokenizer = AutoTokenizer(str(staged))

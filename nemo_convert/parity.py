@@ -128,12 +128,18 @@ def verify(first: Path, second: Path) -> Parity:
         return compare(folder, checkpoint)
 
 
-def load_core(checkpoint: Path) -> torch.nn.Module:
-    """Builds and loads a checkpoint's Megatron model in this process, in float32."""
+def load_core(checkpoint: Path, model: Any = None) -> torch.nn.Module:
+    """Builds and loads a checkpoint's Megatron model in this process, in float32.
+
+    Args:
+        checkpoint: NeMo checkpoint directory.
+        model: NeMo model to build instead of the one that its context makes.
+    """
     import torch
 
     nemo.initialize(nemo.Parallelism())
-    core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), torch.float32)
+    model = nemo.restore_model(checkpoint) if model is None else model
+    core = nemo.build_core(model, nemo.Parallelism(), torch.float32)
     family = FAMILIES[nemo.architecture_of(checkpoint).hf_architecture]
     parameters = {family.canonical_name(name): p for name, p in core.named_parameters()}
     for name, tensor in nemo.read_weights(checkpoint):

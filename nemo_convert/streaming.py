@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from nemo_convert.trust import read_description
 from recipes.core.errors import RecipeError
 
 Place = tuple[int, ...]
@@ -84,7 +85,7 @@ def read_weights(folder: Path, leading: dict[str, int]) -> Iterator[tuple[str, P
     is copied until it is used. Writing to it changes only this process' memory.
     """
     reader = FileSystemReader(folder)
-    metadata = reader.read_metadata()
+    metadata = read_description(folder)
     shards = _MappedShards(reader, metadata)
     for key, axes in leading.items():
         if (stored := metadata.state_dict_metadata.get(key)) is None:

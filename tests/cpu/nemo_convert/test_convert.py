@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
+import pickle
 import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from nemo_convert import convert, hf, nemo, parity
+from nemo_convert import convert, hf, nemo, parity, trust
 from nemo_convert.families import LLAMA3_ROPE
 from recipes.core.errors import RecipeError
 from tests.support.conversion import assert_same_weights, convert_by_command, tensors
@@ -117,6 +121,54 @@ def test_archive_that_leaves_its_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be unpacked safely"):
         nemo.open_checkpoint(evil, tmp_path / "scratch")
     assert not (tmp_path / "outside").exists()
+
+
+def test_a_context_that_would_run_anything_is_refused(
+    odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A planted call, which NeMo makes; conversion by data alone does not, and works."""
+    hostile, ran = tmp_path / "hostile.nemo", tmp_path / "ran"
+    shutil.copytree(odd_nemo, hostile)
+    file = hostile / nemo.CONTEXT / "io.json"
+    text = file.read_text()
+    tokenizer = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer", "AutoTokenizer"
+    named = '"module": "{}", "name": "{}"'
+    assert named.format(*tokenizer) in text
+    text = text.replace(named.format(*tokenizer), named.format("subprocess", "getoutput"))
+    described = json.loads(text.replace('"pretrained_model_name"', '"cmd"'))
+    for item in described["objects"].values():
+        for pair in item["items"]:
+            if pair[0] == "Attr(name='pretrained_model_name')":
+                pair[:] = "Attr(name='cmd')", {"type": "leaf", "value": f"touch {ran}"}
+    file.write_text(json.dumps(described))
+    assert convert_by_command("verify", odd_llama, hostile) == 1
+    said = capsys.readouterr().err
+    assert "io.json names subprocess.getoutput: opening it would call that, as you." in said
+    assert "python -m nemo_convert to-hf SRC DST" in said
+    assert convert_by_command("to-hf", hostile, tmp_path / "by_data") == 0
+    assert_same_weights(odd_llama, tmp_path / "by_data")
+    assert not ran.exists()
+    with contextlib.suppress(Exception), mock.patch.dict(os.environ, {trust.TRUST: "1"}):
+        nemo.restore_model(hostile)
+    assert ran.exists(), "what was planted must be able to run"
+
+
+def test_a_description_that_would_run_anything_is_refused(
+    odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile, ran = tmp_path / "hostile.nemo", tmp_path / "ran"
+    shutil.copytree(odd_nemo, hostile)
+
+    class Planted:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {ran}",)
+
+    (hostile / nemo.WEIGHTS / ".metadata").write_bytes(pickle.dumps(Planted()))
+    assert convert_by_command("to-hf", hostile, tmp_path / "back") == 1
+    assert ".metadata names posix.system: opening it" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match=r"posix\.system"):
+        nemo.read_sharded({}, hostile / nemo.WEIGHTS)
+    assert not ran.exists()
 
 
 def test_tokenizer_larger_than_the_vocabulary_is_refused(odd_llama: Path, tmp_path: Path) -> None:
