@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from recipes.pruning.results import PruneResult
 CARD = """\
 ---
 license: {licence}
-base_model: {teacher}
+base_model: {base}
 library_name: transformers
 pipeline_tag: text-generation
 tags: [pruned, distilled]
@@ -91,11 +93,12 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
     model, evaluation = inputs["checkpoint"], inputs["evaluation"].result(EvaluationResult)
     share, terms = evaluation.recovered, licence(folder)
     text = CARD.format(
-        licence=terms,
+        licence=_scalar(terms),
         licence_note=" and was not found in its folder" if terms == "unknown" else "",
-        teacher=teacher,
-        recipe=recipe,
-        name=f"{_model_name(teacher)}-{recipe}",
+        base=_scalar(teacher),
+        teacher=_plain(teacher),
+        recipe=_plain(recipe),
+        name=_plain(f"{_model_name(teacher)}-{recipe}"),
         code=CODE,
         parameters=(model.parameters or 0) / 1e6,
         shapes="\n".join(_shapes(inputs)),
@@ -148,7 +151,17 @@ def _made(inputs: Mapping[str, Manifest]) -> Iterator[str]:
 
 def _source_name(source: str) -> str:
     """A local file's name alone: where it lay says nothing to others."""
-    return source if "://" in source else Path(source).name
+    return _plain(source if "://" in source else Path(source).name)
+
+
+def _plain(text: str) -> str:
+    """A name as part of a line of Markdown: it ends no code, cell or line, and is no markup."""
+    return re.sub(r"[`<>|\[\]!\s]+", " ", text).strip()
+
+
+def _scalar(text: str) -> str:
+    """A text as YAML can hold it, in quotes where it is more than a word."""
+    return text if re.fullmatch(r"[A-Za-z0-9][\w./@-]*", text) else json.dumps(text)
 
 
 def _tasks(results: TaskResults) -> str:
@@ -160,5 +173,7 @@ def _tasks(results: TaskResults) -> str:
     ]
     for name, task in results.tasks.items():
         scores = (f"{s.value:.3f} ± {s.standard_error:.3f}" for s in task.models().values())
-        lines.append(f"| {name} | {task.metric} | {task.items} | {' | '.join(scores)} |")
+        lines.append(
+            f"| {_plain(name)} | {_plain(task.metric)} | {task.items} | {' | '.join(scores)} |"
+        )
     return "\n".join(lines) + "\n\n± is the standard error.\n"

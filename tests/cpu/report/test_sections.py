@@ -20,6 +20,7 @@ from recipes.search.space import AXES
 from recipes.stages import report
 from tests.support.reports import (
     CONFIG,
+    NASTY,
     OPTIONAL_PLOTS,
     STEPS,
     STUDENT,
@@ -49,6 +50,34 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Input]:
 @pytest.fixture(scope="module")
 def page(inputs: dict[str, Input], tmp_path_factory: pytest.TempPathFactory) -> Page:
     return Page(rendered(inputs, tmp_path_factory.mktemp("page")))
+
+
+def test_names_of_others_are_no_markup(inputs: dict[str, Input], tmp_path: Path) -> None:
+    """Of documents, tasks, models, files, processors and libraries, in tables, plots and hints."""
+    hostile = deepcopy(inputs)
+    figures = {name: item.manifest.metrics for name, item in hostile.items()}
+    figures["data"]["sources"] = [NASTY]
+    figures["data"]["source_tokens"] = {"train": [{"source": NASTY, "tokens": 5}]}
+    kept = ("teacher", "pruned", "distilled", "windows", "tokens", "recovered")
+    source = {name: figures["evaluation"][name] for name in kept}
+    figures["evaluation"]["sources"] = {NASTY: source}
+    figures["tasks"]["tasks"] = {NASTY + str(n): t for n, t in enumerate(tasks(figures))}
+    figures["speed"]["machine"]["processor"] = NASTY
+    for item in hostile.values():
+        manifest = item.manifest
+        manifest.versions[NASTY] = NASTY
+        manifest.files[NASTY] = next(iter(manifest.files.values()))
+        for setting in ("hf_path", "teacher", "recipe"):
+            manifest.config[setting] = NASTY
+    text = rendered(hostile, tmp_path)
+    assert Page(text).text.count(NASTY) > 20
+    assert "<script" not in text
+    assert "<b>bold" not in text
+    assert "onload" not in text
+
+
+def tasks(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**task, "metric": NASTY} for task in figures["tasks"]["tasks"].values()]
 
 
 def every_figure(value: Any) -> set[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from recipes.core.manifest import Manifest
 from recipes.report.model_card import write_card
@@ -58,6 +59,26 @@ def test_places_of_local_files_stay_private(inputs: dict[str, Manifest], tmp_pat
     text = card(tmp_path, inputs)
     assert "`my.jsonl`" in text
     assert "/home" not in text
+
+
+def test_names_of_others_are_no_markup(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+    """Of models, recipes, documents, tasks and licences; the header is still one of YAML."""
+    nasty = "x`|<script>alert(1)</script>\n---\n# Title\n[a](javascript:b)![c](d)"
+    inputs["data"].metrics["sources"] = [f"hf://{nasty}:train", nasty]
+    tasks = inputs["tasks"].metrics["tasks"]
+    inputs["tasks"].metrics["tasks"] = {nasty: {**tasks["sciq"], "metric": nasty}}
+    (tmp_path / "README.md").write_text('---\nlicense: "a":b\n---\n')
+    write_card(tmp_path, nasty, nasty, inputs)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    _, header, body = text.split("---\n", 2)
+    found = yaml.safe_load(header)
+    assert (found["base_model"], found["license"]) == (nasty, '"a":b')
+    assert "<" not in body
+    assert "](" not in body
+    assert body.count("\n# ") == 1
+    assert not [line for line in body.splitlines() if line.replace("```", "").count("`") % 2]
+    rows = [line for line in body.splitlines() if line.startswith("| x script")]
+    assert [row.count("|") for row in rows] == [7]
 
 
 @pytest.mark.parametrize(
