@@ -224,7 +224,10 @@ class Follower:
                 if not line.endswith(b"\n"):
                     break
                 self._position += len(line)
-                record = json.loads(line)
+                try:
+                    record = json.loads(line)
+                except ValueError:  # the end of one that a kill, or a full disk, cut short
+                    continue
                 if "task" in record:
                     self._track(record)
                     self._draw(record)

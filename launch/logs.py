@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from recipes.core.files import storage_problem
 from recipes.core.manifest import WORK
+from recipes.core.silence import hung
 
 LOGS = "logs"
 ERROR = "error.txt"
@@ -30,6 +32,8 @@ def reason(stage_dir: Path, log: Path | None) -> str:
     error = stage_dir / WORK / ERROR
     if error.exists():
         return error.read_text(encoding="utf-8").strip()
+    if (problem := hung(stage_dir / WORK) or storage_problem(None, stage_dir)) is not None:
+        return str(problem)
     if log is None:
         return "it ended without a message or a log"
     shown = "\n    ".join(tail(log, 5))

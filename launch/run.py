@@ -34,9 +34,9 @@ from launch.staleness import SKIP
 from launch.trackers import open_tracker, require_tracker
 from launch.tracking import SafeTracker, tracked_run
 from recipes.core.errors import RecipeError
-from recipes.core.files import write_text_atomically
+from recipes.core.files import remove_partial, storage_explained, write_text_atomically
 from recipes.core.screen import screen
-from recipes.core.stage import REQUEST, RUN_FILE
+from recipes.core.stage import REQUEST, RUN_FILE, discard, left_behind
 
 console = screen()
 
@@ -76,14 +76,19 @@ def run(cfg: DictConfig, recipe: str) -> None:
     view.print_notes(plan, set(settings.skip_rules), console)
     ended = not settings.dry_run
     if any(stage.action != SKIP for stage in plan.stages):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with lock.held(run_dir) as holding:
-            _write_requests(plan, recipe)
-            executor.write_scripts(plan, cluster)
-            if not settings.dry_run:
-                with open_tracker(tracked_run(cfg, run_dir, recipe)) as tracker:
-                    follow = partial(_follow, tracker, holding)
-                    ended = executor.start(plan, cluster, follow, console)
+        with storage_explained(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            with lock.held(run_dir) as holding:
+                _write_requests(plan, recipe)
+                executor.write_scripts(plan, cluster)
+                if not settings.dry_run:
+                    _tidy(plan)
+                    with open_tracker(tracked_run(cfg, run_dir, recipe)) as tracker:
+                        follow = partial(_follow, tracker, holding)
+                        ended = executor.start(plan, cluster, follow, console)
+    elif ended and any(map(left_behind, (stage.directory for stage in plan.stages))):
+        with lock.held(run_dir):
+            _tidy(plan)
     if settings.dry_run:
         console.print(f"dry run: configs and scripts are in {run_dir}; nothing was started")
     elif ended:
@@ -122,6 +127,15 @@ def _require_same_recipe(run_dir: Path, recipe: str) -> None:
             f"{run_dir} is a run of recipe {other}, not of {recipe}.",
             "choose another run_dir, or delete that one",
         )
+
+
+def _tidy(plan: Plan) -> None:
+    """Removes what launchers and stages left that were killed, and what is of no use to any."""
+    for folder in (plan.run_dir, *(stage.directory for stage in plan.todo())):
+        remove_partial(folder)
+    for stage in plan.stages:
+        if stage.action == SKIP and (work := left_behind(stage.directory)):
+            discard(work)
 
 
 def _write_requests(plan: Plan, recipe: str) -> None:

@@ -77,7 +77,8 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     check_vocabulary(hf_folder, arch)
     source = MergedWeights(Weights(hf_folder), arch, FAMILIES[arch.hf_architecture])
     nemo.initialize(nemo.Parallelism())
-    with tempfile.TemporaryDirectory() as temporary:
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as temporary:
         side = Path(temporary) / nemo.SIDE
         copy_side_files(hf_folder, side)
         model = nemo.new_model(side)

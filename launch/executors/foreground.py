@@ -20,7 +20,7 @@ from launch.planned import PlannedStage
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT, write_text_atomically
 from recipes.core.manifest import MANIFEST, WORK, read_manifest
-from recipes.core.processes import die_with_parent, start_command
+from recipes.core.processes import die_with_parent, ended_by, start_command
 from recipes.core.stage import REQUEST
 
 POLL_SECONDS = 0.2
@@ -94,8 +94,15 @@ def by_script(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[], bool
         stdin=subprocess.DEVNULL,
         preexec_fn=die_with_parent,
     )
+
+    def ended() -> bool:
+        if (status := process.poll()) is not None and (said := ended_by(status)):
+            log.write(f"{said}\n".encode())
+            log.flush()
+        return status is not None
+
     try:
-        yield lambda: process.poll() is not None
+        yield ended
     except BaseException:
         process.terminate()
         process.wait(timeout=30)
@@ -116,7 +123,7 @@ def run(stage: PlannedStage, follower: Follower, begin: Begin = by_script) -> No
     logs = stage.directory / LOGS
     logs.mkdir(parents=True, exist_ok=True)
     (stage.directory / WORK / ERROR).unlink(missing_ok=True)
-    log = logs / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}.log"
+    log = _new_log(logs)
     with log.open("wb") as output, begin(stage, output) as ended:
         while not ended():
             follower.update()
@@ -130,6 +137,16 @@ def run(stage: PlannedStage, follower: Follower, begin: Begin = by_script) -> No
         raise RecipeError(
             f"stage {stage.name} failed: {reason(stage.directory, log)}\n  log: {log}"
         )
+
+
+def _new_log(logs: Path) -> Path:
+    """A log that is not there, whatever the clock says."""
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    log, starts = logs / f"{now}.log", 1
+    while log.exists():
+        starts += 1
+        log = logs / f"{now}-{starts}.log"
+    return log
 
 
 def _manifest_time(stage: PlannedStage) -> int | None:

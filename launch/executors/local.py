@@ -104,7 +104,9 @@ def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) ->
             process = None
             if _may_fork(stage) and _all_variables(stage, cluster) == shared:
                 process = fork_stage(server, stage.module, stage.directory / REQUEST, log)
-            return foreground.by_script(stage, log) if process is None else followed(process)
+            if process is None:
+                return foreground.by_script(stage, log)
+            return followed(server, process, log)
 
         return foreground.run_all(plan, follow, begin)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,16 @@ from recipes.core.errors import RecipeError
 REPO_ROOT = Path(__file__).resolve().parents[2]
 HASHING_THREADS = 16
 """At most; beyond, shared storage is the limit."""
+NEARLY_NOTHING = 1 << 20
+"""Bytes below which a disk is full."""
+STORAGE_FIXES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EROFS: "make it writable, or set run_dir to another directory",
+    errno.EACCES: "give yourself the right to it, or set run_dir to another directory",
+    errno.EIO: "look at the disk: the kernel's log (dmesg) says more",
+}
+"""By number of an ``OSError`` that is the disk's."""
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -29,6 +41,48 @@ def write_text_atomically(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what writers that were killed left in a folder; nothing may be writing there."""
+    for partial in folder.glob(".*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | None:
+    """What is wrong with the disk that a folder is on, if that is why something failed.
+
+    Args:
+        error: What was raised; libraries often hide that the disk is full, so that is looked at,
+            too.
+        folder: Where it was written to.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in STORAGE_FIXES:
+            return RecipeError(f"{error.filename or folder}: {error.strerror}.", _fix(error.errno))
+        error = error.__cause__ or error.__context__
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return None
+    if free > NEARLY_NOTHING:
+        return None
+    return RecipeError(f"{folder}: No space left on device.", _fix(errno.ENOSPC))
+
+
+@contextmanager
+def storage_explained(folder: Path) -> Iterator[None]:
+    """Says what is wrong with the disk that a folder is on, where that is why something fails."""
+    try:
+        yield
+    except OSError as error:
+        if (problem := storage_problem(error, folder)) is None:
+            raise
+        raise problem from error
+
+
+def _fix(number: int) -> str:
+    return f"{STORAGE_FIXES[number]}; the same command resumes"
 
 
 def write_json(path: Path, value: object, indent: int = 1) -> None:

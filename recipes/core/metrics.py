@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from recipes.core.silence import progressed
+
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]
 """One line of it."""
@@ -27,6 +29,7 @@ class MetricsLog:
 
     def log(self, **values: object) -> None:
         """Appends one record, stamped with the time."""
+        progressed()
         if self._file:
             self._file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
 

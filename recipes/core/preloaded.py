@@ -23,8 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from recipes.core.processes import die_with_parent
+from recipes.core.processes import die_with_parent, ended_by
 
+BEGUN, ENDED = b"b", b"e"
+"""What the process says of a stage, with a descriptor of it first."""
 WHILE_IMPORTING = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
     "NUMEXPR_NUM_THREADS": "1",
@@ -73,21 +75,33 @@ def fork_stage(server: socket.socket, module: str, config: Path, log: IO[bytes])
     request = json.dumps([module, str(config)]).encode()
     try:
         socket.send_fds(server, [request], [log.fileno()])
-        _, descriptors, _, _ = socket.recv_fds(server, 1, 1)
+        said, descriptors, _, _ = socket.recv_fds(server, 1, 1)
+        while said == ENDED:  # of an earlier stage, for whose end nobody has asked
+            said, descriptors, _, _ = socket.recv_fds(server, 1, 1)
     except ConnectionError:
         return None
     return descriptors[0] if descriptors else None
 
 
 @contextmanager
-def followed(process: int) -> Iterator[Callable[[], bool]]:
+def followed(server: socket.socket, process: int, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
     """Yields what tells whether the process of a file descriptor, which is closed, has ended.
 
-    The process is stopped if the caller fails.
+    The process is stopped if the caller fails. How it was killed, the log says for it.
     """
+    told = False
 
     def ended(seconds: float = 0) -> bool:
-        return bool(select.select([process], [], [], seconds)[0])
+        nonlocal told
+        if told or not select.select([process], [], [], seconds)[0]:
+            return told
+        told = True
+        with contextlib.suppress(ConnectionError):
+            if server.recv(1):  # once its log has how it ended
+                return True
+        log.write(b"killed with the process that it was forked from\n")
+        log.flush()
+        return True
 
     try:
         yield ended
@@ -128,11 +142,13 @@ def main() -> None:
         # Ends as a stage must: with its own exit functions and not with those of the imports.
         stage = multiprocessing.get_context("fork").Process(target=become)
         stage.start()
-        os.close(descriptors[0])
         process = os.pidfd_open(stage.pid)  # type: ignore[arg-type]
-        socket.send_fds(server, [b"."], [process])
+        socket.send_fds(server, [BEGUN], [process])
         os.close(process)
         stage.join()
+        with open(descriptors[0], "w", encoding="utf-8") as end:
+            end.write(f"{said}\n" if (said := ended_by(stage.exitcode)) else "")
+        server.send(ENDED)
 
 
 def _require_forkable() -> None:

@@ -20,6 +20,16 @@ def start_command(
     return [python, "-m", *(several if devices > 1 else []), module, "--config", str(config)]
 
 
+def ended_by(status: int | None) -> str | None:
+    """What is to be said of a process that a signal ended, by its negative exit status."""
+    if status is None or status >= 0:
+        return None
+    name = signal.Signals(-status).name
+    if -status == signal.SIGKILL:
+        return f"killed by {name}: out of memory (the kernel's log, dmesg, says so), or by someone"
+    return f"ended by {name}"
+
+
 def die_with_parent() -> None:
     """Asks Linux to kill this process when its parent dies, so that ``kill -9`` leaves no orphan.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Annotated, Any
 from omegaconf import MISSING
 
 from recipes.core.constraints import Count, Duration, Environment, matching
-from recipes.core.manifest import ARTIFACT, WORK, Manifest
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, Manifest
 from recipes.core.metrics import METRICS, MetricsLog
 
 RUN_FILE = "run.yaml"
@@ -34,6 +36,9 @@ class Resources:
     devices: Count = 1
     """Processes per node: one per GPU, or gloo ranks on a CPU."""
     env: Environment = field(default_factory=dict)
+    max_silence: Count | None = 7200
+    """Seconds without a record of progress after which a stage is taken to hang: it ends, and says
+    what each rank was doing. ``null`` for no limit."""
     time: Duration | None = None
     """Limit of one Slurm job, ``HH:MM:SS`` or ``D-HH:MM:SS``; by default the cluster's."""
     sbatch: list[SbatchOption] = field(default_factory=list)
@@ -92,10 +97,39 @@ def metrics_log(out: Path) -> MetricsLog:
 
 
 def unfinished(stage_dir: Path) -> dict[str, Any] | None:
-    """The request of the run that left unfinished work in ``stage_dir``; ``None`` without one."""
+    """The request of the run that left unfinished work in ``stage_dir``; ``None`` without one.
+
+    Raises:
+        RecipeError: It cannot be read.
+    """
     try:
         text = (stage_dir / WORK / BEGUN).read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
-    request: dict[str, Any] = json.loads(text)
+    try:
+        request: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise RecipeError(
+            f"{stage_dir / WORK / BEGUN} is damaged ({error}); nothing else says what was begun.",
+            f"delete {stage_dir / WORK} to start over",
+        ) from error
     return request
+
+
+def left_behind(stage_dir: Path) -> Path | None:
+    """Work whose result is there: the process was killed before it could delete it.
+
+    That of a later start, which was forced and killed, is not.
+    """
+    work, manifest = stage_dir / WORK, stage_dir / MANIFEST
+    if not work.exists() or not manifest.exists():
+        return None
+    begun = work / BEGUN
+    later = begun.exists() and begun.stat().st_mtime_ns > manifest.stat().st_mtime_ns
+    return None if later else work
+
+
+def discard(work: Path) -> None:
+    """Deletes ``work``, first what makes it resumable: killed here, half of it must not be."""
+    (work / BEGUN).unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)

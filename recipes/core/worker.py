@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from recipes.core.deadline import STOPPED, StoppedByClockError
 from recipes.core.errors import RecipeError
-from recipes.core.files import write_text_atomically
+from recipes.core.files import storage_problem, write_text_atomically
 from recipes.core.manifest import (
     ARTIFACT,
     WORK,
@@ -33,7 +33,17 @@ from recipes.core.manifest import (
 )
 from recipes.core.metrics import METRICS
 from recipes.core.processes import die_with_parent, peak_memory_bytes
-from recipes.core.stage import BEGUN, Input, Inputs, StageConfig, rank, unfinished, world_size
+from recipes.core.silence import STACKS, limited
+from recipes.core.stage import (
+    BEGUN,
+    Input,
+    Inputs,
+    StageConfig,
+    discard,
+    rank,
+    unfinished,
+    world_size,
+)
 from recipes.core.versions import git_sha, installed_versions
 
 if TYPE_CHECKING:
@@ -57,8 +67,9 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
         _leave_together()
     except Exception as error:
         message = str(error) if isinstance(error, RecipeError) else traceback.format_exc()
-        print(message, file=sys.stderr, flush=True)
-        summary = message if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
+        summary = message if isinstance(error, RecipeError) else _summary(error, stage_dir)
         with contextlib.suppress(OSError):  # on a full disk the launcher finds it in the log
             (stage_dir / WORK).mkdir(exist_ok=True)
             # When one rank fails, the others lose their connection, which is not the reason.
@@ -71,6 +82,12 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
         os._exit(1)
 
 
+def _summary(error: Exception, stage_dir: Path) -> str:
+    if (problem := storage_problem(error, stage_dir)) is not None:
+        return f"{problem}\n  {type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}"
+
+
 def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: Path) -> None:
     started, began = datetime.now(UTC), time.monotonic()
     stage_dir = request_file.parent
@@ -81,8 +98,9 @@ def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: P
     with _rank_0_first(store, "work and inputs"):
         out = prepare_work(stage_dir, request)
         inputs = {name: _checked(spec) for name, spec in request["inputs"].items()}
-    outcome = run(cfg, inputs, out)
-    peak_rss = _finish_ranks()
+    with limited(cfg.resources.max_silence, out.parent, rank()):
+        outcome = run(cfg, inputs, out)
+        peak_rss = _finish_ranks()
     with _rank_0_first(store, "manifest"):
         if rank() == 0:
             manifest = Manifest(
@@ -106,7 +124,7 @@ def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: P
             )
             publish(stage_dir, out)
             write_manifest(stage_dir, manifest)
-            _discard(stage_dir / WORK)
+            discard(stage_dir / WORK)
 
 
 def _checked(spec: Mapping[str, str]) -> Input:
@@ -143,12 +161,6 @@ def _rank_0_first(store: Store | None, what: str) -> Iterator[None]:
         store.set(key, "done")
 
 
-def _discard(work: Path) -> None:
-    """Deletes ``work``, first what makes it resumable: killed here, half of it must not be."""
-    (work / BEGUN).unlink(missing_ok=True)
-    shutil.rmtree(work, ignore_errors=True)
-
-
 def prepare_work(stage_dir: Path, request: Mapping[str, Any]) -> Path:
     """Makes ``work/`` ready, on rank 0, and returns the directory to write the artifact to.
 
@@ -159,13 +171,15 @@ def prepare_work(stage_dir: Path, request: Mapping[str, Any]) -> Path:
     if rank() == 0:
         found = unfinished(stage_dir)
         if found is None or found["fingerprint"] != request["fingerprint"]:
-            _discard(work)
+            discard(work)
             (stage_dir / METRICS).unlink(missing_ok=True)
         shutil.rmtree(work / ARTIFACT, ignore_errors=True)
         (work / ARTIFACT).mkdir(parents=True)
         write_text_atomically(work / BEGUN, json.dumps(request))
         (work / "error.txt").unlink(missing_ok=True)
         (work / STOPPED).unlink(missing_ok=True)
+        for stacks in work.glob(STACKS.format("*")):
+            stacks.unlink()
     return work / ARTIFACT
 
 

@@ -105,7 +105,8 @@ def _save_trained(
     written.sequence_parallel = False
     _set_recompute(written, "none")
     model.module.start_param_sync(force_sync=True)  # the last update is gathered with a next step
-    with tempfile.TemporaryDirectory() as temporary, model.without_loss_modules():
+    # In the stage's work, where a kill leaves nothing behind for good.
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary, model.without_loss_modules():
         staged = Path(temporary) / nemo.SIDE
         copy_side_files(side, staged)
         config = read_json(staged / "config.json")

@@ -79,7 +79,8 @@ def prune_checkpoint(
     source = MergedWeights(CutWeights(weights), student, FAMILIES[student.hf_architecture])
     change(weights)
     strategy = StreamedSave(source, nemo.leading_axes(student))
-    with tempfile.TemporaryDirectory() as temporary:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         side = Path(temporary) / nemo.SIDE
         copy_side_files(nemo.side_files(teacher), side)
         write_json(side / "config.json", config, indent=2)

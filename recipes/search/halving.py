@@ -19,6 +19,7 @@ from recipes.core.files import REPO_ROOT, write_text_atomically
 from recipes.core.fingerprint import result_settings, stage_code, stage_fingerprint
 from recipes.core.manifest import read_manifest
 from recipes.core.processes import die_with_parent, start_command
+from recipes.core.silence import others_work
 from recipes.core.stage import REQUEST, Inputs, StageConfig, rank, world_size
 from recipes.distillation.settings import DistillConfig
 from recipes.pruning.settings import PruneConfig
@@ -87,8 +88,9 @@ class HalvingRun:
             students = [nemo.find_checkpoint(place / "artifact") for place in places]
             figures = measure_checkpoints(teacher, students, text, self._cfg.precision, size)
             write_text_atomically(found, json.dumps([asdict(one) for one in figures]))
-        while not found.exists():
-            time.sleep(POLL)
+        with others_work():
+            while not found.exists():
+                time.sleep(POLL)
         return [ProxyQuality(**one) for one in json.loads(found.read_text(encoding="utf-8"))]
 
 
@@ -107,7 +109,7 @@ def run_stage(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> 
     write_text_atomically(file, OmegaConf.to_yaml(request))
     devices = config.resources.devices
     command = start_command(f"recipes.stages.{config.stage}", file, devices, sys.executable)
-    with (directory / "log.txt").open("w", encoding="utf-8") as log:
+    with (directory / "log.txt").open("w", encoding="utf-8") as log, others_work():
         subprocess.run(
             command, cwd=REPO_ROOT, env=_environment(devices), stdout=log, stderr=log,
             check=False, preexec_fn=die_with_parent,
@@ -158,5 +160,6 @@ def _environment(devices: int) -> dict[str, str]:
 
 def _wait_for(directory: Path) -> None:
     """Another rank that fails ends this one, too: torchrun sees to that."""
-    while read_manifest(directory) is None:
-        time.sleep(POLL)
+    with others_work():
+        while read_manifest(directory) is None:
+            time.sleep(POLL)

@@ -78,7 +78,7 @@ def forked(
         request.flush()
         process = fork_stage(server, __name__, Path(request.name), output)
         assert process is not None, log.read_text()
-        with followed(process) as ended:
+        with followed(server, process, output) as ended:
             yield ended
 
 

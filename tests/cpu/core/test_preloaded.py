@@ -36,10 +36,10 @@ def test_stack_can_be_forked(tmp_path: Path) -> None:
             log = tmp_path / f"{number}.txt"
             with log.open("wb") as output:
                 process = fork_stage(server, "a_stage", tmp_path / "config.yaml", output)
-            assert process is not None, (tmp_path / "preload.log").read_text()
-            with followed(process) as ended:
-                while not ended():
-                    time.sleep(0.01)
+                assert process is not None, (tmp_path / "preload.log").read_text()
+                with followed(server, process, output) as ended:
+                    while not ended():
+                        time.sleep(0.01)
             found.append(json.loads(log.read_text()))
     for generator in ("numpy", "torch"):
         assert len({one.pop(generator) for one in found}) == 2

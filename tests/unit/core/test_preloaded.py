@@ -12,6 +12,7 @@ import pytest
 
 from launch.executors.local import LocalConfig, shared_environment
 from recipes.core.preloaded import followed, fork_stage, preloaded
+from recipes.core.processes import ended_by
 from recipes.core.stage import Resources
 
 if TYPE_CHECKING:
@@ -56,10 +57,10 @@ def environment(tmp_path: Path, root: Path) -> dict[str, str]:
 def run(server: socket.socket, module: str, log: Path) -> None:
     with log.open("wb") as output:
         process = fork_stage(server, module, log.parent / "config.yaml", output)
-    assert process is not None
-    with followed(process) as ended:
-        while not ended():
-            time.sleep(0.01)
+        assert process is not None
+        with followed(server, process, output) as ended:
+            while not ended():
+                time.sleep(0.01)
 
 
 def is_running(pid: int) -> bool:
@@ -97,26 +98,34 @@ def test_all_end_with_whom_they_depend_on(
     environment: dict[str, str], tmp_path: Path, victim: str
 ) -> None:
     log = tmp_path / "log.txt"
-    with preloaded(["heavy"], environment, tmp_path / "preload.log") as server:
-        with log.open("wb") as output:
-            process = fork_stage(server, "slow", tmp_path / "config.yaml", output)
+    with (
+        preloaded(["heavy"], environment, tmp_path / "preload.log") as server,
+        log.open("wb") as output,
+    ):
+        process = fork_stage(server, "slow", tmp_path / "config.yaml", output)
         assert process is not None
         while not log.read_text().endswith("\n"):
             time.sleep(0.01)
         stage, parent = map(int, log.read_text().split())
         if victim == "follower":
-            with pytest.raises(KeyboardInterrupt), followed(process):
+            with pytest.raises(KeyboardInterrupt), followed(server, process, output):
                 raise KeyboardInterrupt
             assert not is_running(stage)
         else:
             os.kill(parent if victim == "server" else stage, signal.SIGKILL)
-            with followed(process) as ended:
+            with followed(server, process, output) as ended:
                 deadline = time.monotonic() + 20
                 while not ended():
                     assert time.monotonic() < deadline
                     time.sleep(0.01)
     assert not is_running(stage)
     assert not is_running(parent)
+    said = {
+        "server": "killed with the process that it was forked from",
+        "stage": ended_by(-signal.SIGKILL),
+        "follower": "ended by SIGTERM",
+    }
+    assert log.read_text().splitlines()[1:] == [said[victim]]
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from omegaconf import OmegaConf
 
+from launch.logs import reason
+from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, check_artifact, read_manifest
 from recipes.core.metrics import METRICS, MetricsLog, read_records
-from recipes.core.stage import metrics_log, unfinished
+from recipes.core.stage import left_behind, metrics_log, unfinished
 from recipes.core.versions import git_sha, installed_versions
 from recipes.core.worker import prepare_work
+from tests.support.disks import small_disk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +54,13 @@ def run(cfg, inputs, out):
         raise RecipeError("the text is bad", "write better")
     if cfg.fail == "bug":
         raise ValueError("a bug")
+    if cfg.fail == "large":
+        (out / "large").write_bytes(bytes(300_000))
+    if cfg.fail == "hang":
+        for _ in range(3):
+            time.sleep(0.6)
+            metrics_log(out).log(step=1)
+        wait_for_nothing()
     if cfg.fail == "kill":
         ready, done = multiprocessing.Pipe()
         write = lambda: (done.send("begun"), time.sleep(90))
@@ -57,6 +69,9 @@ def run(cfg, inputs, out):
         os.kill(os.getpid(), 9)
     read = {name: sorted(os.listdir(item.artifact)) for name, item in inputs.items()}
     return Outcome(Read(read), parameters=5, tokenizer_sha256="t")
+
+def wait_for_nothing():
+    time.sleep(90)
 
 if __name__ == "__main__":
     stage_main(run, Config, "dataset")
@@ -148,6 +163,59 @@ def test_killed_stage_is_incomplete_and_keeps_its_work(worker: Worker, tmp_path:
     assert request is not None
     assert request["fingerprint"] == "fingerprint of hello"
     assert request["config"] == {"stage": "small", "fail": "kill"}
+
+
+def test_stage_that_hangs_says_at_what_and_ends(worker: Worker, tmp_path: Path) -> None:
+    """Not while it records progress, though that takes longer than it may be silent."""
+    stage = tmp_path / "stage"
+    began = time.monotonic()
+    done = worker.start(stage, fail="hang", resources={"max_silence": 1})
+    assert done.returncode == 1
+    assert 2.5 < time.monotonic() - began < 30
+    said = reason(stage, None)
+    assert "it made no progress for as long as resources.max_silence allows" in said
+    assert re.search(r"rank 0: .*small_stage\.py, line \d+, in wait_for_nothing\n", said)
+    assert (stage / WORK / "kept" / "state").read_text() == "step 1"
+    assert worker.start(stage).returncode == 0
+    assert not (stage / WORK).exists()
+
+
+def test_full_disk_is_named_and_the_work_resumes(worker: Worker, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small") as disk:
+        stage = disk.folder / "stage"
+        assert worker.start(stage, fail="bug").returncode == 1
+        disk.leave(65536)
+        assert worker.start(stage, fail="large").returncode == 1
+        assert f"{stage}" in reason(stage, None)
+        assert "No space left on device" in reason(stage, None)
+        assert "free some space; the same command resumes" in reason(stage, None)
+        assert not (stage / MANIFEST).exists()
+        disk.remount("size=2m")
+        assert worker.start(stage, fail="large").returncode == 0
+
+
+def test_damaged_request_is_named(tmp_path: Path) -> None:
+    begin(tmp_path, "f")
+    (tmp_path / WORK / "request.json").write_text('{"finger')
+    with pytest.raises(RecipeError, match=r"request\.json is damaged .*") as caught:
+        unfinished(tmp_path)
+    assert f"delete {tmp_path / WORK} to start over" in str(caught.value)
+
+
+def test_work_of_a_result_that_is_there_is_left_behind(worker: Worker, tmp_path: Path) -> None:
+    """As by a kill just after the manifest; that of a later start, by force, is to be resumed."""
+    stage = tmp_path / "stage"
+    begin(stage, "fingerprint of hello")
+    kept = stage / WORK / "request.json"
+    os.utime(kept, ns=(1, 1))
+    assert left_behind(stage) is None
+    assert worker.start(tmp_path / "other").returncode == 0
+    (tmp_path / "other" / MANIFEST).rename(stage / MANIFEST)
+    assert left_behind(stage) == stage / WORK
+    kept.touch()
+    assert left_behind(stage) is None
+    kept.unlink()
+    assert left_behind(stage) == stage / WORK
 
 
 def test_failure_before_the_work_begins_is_explained(worker: Worker, tmp_path: Path) -> None:
@@ -243,7 +311,7 @@ def test_work_that_is_half_deleted_cannot_be_resumed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("recipes.core.worker.shutil.rmtree", killed)
+        patch.setattr("recipes.core.stage.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare_work(tmp_path, {"fingerprint": "g"})
     assert checkpoint.exists()

@@ -167,6 +167,16 @@ def test_follower_passes_over_records_of_an_interrupted_run(
     assert [line for line in lines_of(screen) if "train" in line] == ["distill: train 2/2"]
 
 
+def test_follower_passes_over_the_end_of_a_record_that_was_cut(
+    screen: Console, stage: PlannedStage
+) -> None:
+    file: Path = stage.directory / METRICS
+    file.write_text('{"task": "train", "do')
+    with Follower(stage, screen) as follower:
+        records(follower, stage, 2)  # which ends that line first
+    assert [line for line in lines_of(screen) if "train" in line] == ["distill: train 2/2"]
+
+
 @pytest.mark.parametrize(
     "again",
     [

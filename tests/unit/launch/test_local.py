@@ -162,6 +162,28 @@ def test_stage_without_a_manifest_has_failed(
     assert shown[6] == f"log: {log}"
 
 
+@pytest.mark.parametrize(
+    ("signal", "said"),
+    [("KILL", "killed by SIGKILL: out of memory (the kernel's log"), ("TERM", "ended by SIGTERM")],
+)
+def test_stage_that_a_signal_ended_says_so(
+    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal: str, said: str
+) -> None:
+    message = failure(stage, fake_python(tmp_path, f"kill -{signal} $$"), monkeypatch)
+    assert said in message
+
+
+def test_every_start_has_its_own_log(
+    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also at one time by the clock, which may have been set back."""
+    monkeypatch.setattr(foreground.time, "strftime", lambda form: "now")
+    for number in range(3):
+        failure(stage, fake_python(tmp_path, f"echo {number}; exit 1"), monkeypatch)
+    logs = {log.name: log.read_text() for log in (stage.directory / "logs").iterdir()}
+    assert logs == {"now.log": "0\n", "now-2.log": "1\n", "now-3.log": "2\n"}
+
+
 @pytest.mark.parametrize("forced", [False, True])
 def test_stage_that_leaves_an_old_manifest_has_failed(
     stage: PlannedStage,

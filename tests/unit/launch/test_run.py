@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 
 from launch.schema import CONF
 from recipes.core.manifest import MANIFEST
+from tests.support.disks import small_disk
 from tests.support.runs import STAGES
 
 if TYPE_CHECKING:
@@ -202,15 +202,36 @@ def test_nothing_of_a_dry_run_counts_as_a_result(launch: Launch, tmp_path: Path)
 
 
 def test_disk_that_is_too_small_is_refused(launch: Launch, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small file system")
-    try:
-        message = refused(launch, RECIPE, f"run_dir={small}/run")
+    with small_disk(tmp_path / "small") as disk:
+        message = refused(launch, RECIPE, f"run_dir={disk.folder}/run")
         assert "needs about" in message
         assert "0.0 GB are free" in message
-        assert not (small / "run").exists()
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+        assert not (disk.folder / "run").exists()
+
+
+def stopped(launch: Launch, *args: str) -> str:
+    """Runs what must fail after its plan was shown, and returns its one message."""
+    done = launch(*args)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    return done.stderr
+
+
+def test_disk_that_cannot_be_written_is_named(launch: Launch, tmp_path: Path) -> None:
+    """Read-only, then full: a message with a fix, and nothing but that is needed to go on."""
+    with small_disk(tmp_path / "small") as disk:
+        words = (RECIPE, "engine=none", f"run_dir={disk.folder}/run", "dry_run=true")
+        words = (*words, "skip_rules=[disk]")
+        disk.remount("ro")
+        message = stopped(launch, *words)
+        assert f"{disk.folder}/run: Read-only file system." in message
+        assert "set run_dir to another directory; the same command resumes" in message
+        disk.remount("rw")
+        disk.leave(8192)
+        message = stopped(launch, *words)
+        assert "No space left on device." in message
+        assert "free some space; the same command resumes" in message
+        disk.remount("size=2m")
+        assert launch(*words).returncode == 0
+        assert not list(disk.folder.rglob(".*.partial"))
