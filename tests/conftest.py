@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+
+from tests.support.text import write_text
 
 LONGEST = (
     "test_slurm",
@@ -29,10 +30,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real English prose: the language reference that comes with Python."""
-    from pydoc_data.topics import topics
-
-    path = tmp_path_factory.mktemp("text") / "topics.jsonl"
-    paragraphs = [p for topic in topics.values() for p in topic.split("\n\n") if len(p) > 200]
-    path.write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs[:1200]))
-    return path
+    """Real English prose, some 1,200 paragraphs."""
+    return write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,45 +18,15 @@ from nemo_convert.hf import Weights, tokenizer_sha256
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK
 from recipes.core.metrics import METRICS, steps_of
-from recipes.distillation.training import CHECKPOINTS, whole_checkpoints
 from recipes.pruning.kept import KeptIndices, cut, student_name
+from tests.chaos.chain import STEPS, differences, is_of_a_library, overrides
+from tests.chaos.kills import Disturbed, Kill
 from tests.support.in_process import run_here
-from tests.support.launcher import run_and_kill, run_recipe
-from tests.support.runs import STAGES, manifest_of, settings, tiny, without
+from tests.support.launcher import run_recipe
+from tests.support.runs import STAGES, manifest_of, without
 
-STEPS, CHECKPOINT_INTERVAL = 24, 4
 ENGINES = ("build_engine", "build_teacher_engine", "measure_speed")
-
-
-def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "openvino") -> list[str]:
-    """Width and depth together, every size odd."""
-    engines = [
-        *settings("build_engine", num_windows=2),
-        *settings("build_teacher_engine", num_windows=2),
-        *settings("measure_speed", batch_sizes="[1,3]", prompt_tokens="[40]", new_tokens=6),
-        *settings("measure_speed", repetitions=2),
-    ]
-    return [
-        "recipe=llama_width_prune",
-        "tasks=none",
-        f"engine={engine}",
-        *tiny(model, text_file, run_dir),
-        "stages.prune.target_hidden_size=40",
-        "stages.prune.hidden_size_divisor=8",
-        "stages.prune.target_ffn_hidden_size=72",
-        "stages.prune.ffn_hidden_size_divisor=8",
-        "stages.prune.target_num_attention_heads=5",
-        "stages.prune.target_num_layers=4",
-        "stages.prune.heal=least_squares",
-        "stages.distill.precision=bf16-mixed",  # whatever the processor is best at
-        f"stages.distill.max_steps={STEPS}",
-        "stages.distill.warmup_steps=2",
-        f"stages.distill.checkpoint_interval={CHECKPOINT_INTERVAL}",
-        "stages.distill.val_check_interval=12",
-        "stages.evaluate.num_windows=8",
-        "stages.evaluate.new_tokens=8",
-        *(engines if engine == "openvino" else []),
-    ]
+SECRET = "a_token_that_no_file_may_hold"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +36,12 @@ def tiny_run(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPath
     home = run_dir.with_name("home")
     home.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("HOME", home), ("SLURM_NTASKS", 2), ("SLURM_JOB_NAME", "batch")):
+        for name, value in {
+            "HOME": home,
+            "HF_TOKEN": SECRET,
+            "SLURM_NTASKS": 2,
+            "SLURM_JOB_NAME": "batch",
+        }.items():
             patch.setenv(name, str(value))
         result = run_recipe(*overrides(odd_llama, text_file, run_dir), cwd=run_dir.parent)
     assert result.code == 0, result.output
@@ -87,6 +60,11 @@ def test_every_manifest_is_filled(tiny_run: Path) -> None:
         assert manifest.files
         assert {"torch", "megatron-core", "nvidia-modelopt"} <= manifest.versions.keys()
         assert not (tiny_run / stage / "work").exists()
+
+
+def test_secrets_reach_no_file(tiny_run: Path) -> None:
+    found = subprocess.run(["grep", "-rl", SECRET, tiny_run.parent], check=False)
+    assert found.returncode == 1
 
 
 def test_shapes_are_those_asked_for(tiny_run: Path) -> None:
@@ -328,40 +306,51 @@ def test_changed_field_and_force_rerun_what_follows(
     assert "1 stages ran" in forced.output
 
 
-def weights_of(run_dir: Path, stage: str) -> dict[str, torch.Tensor]:
-    if stage == "score":
-        return load_file(run_dir / stage / ARTIFACT / "importance.safetensors")
-    return dict(hf_weights(find_checkpoint(run_dir / stage / ARTIFACT)))
-
-
-def test_kill_9_then_the_same_command_gives_the_same_weights(
+def test_kill_9_then_the_same_command_changes_nothing(
     tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """Killed while it scores, and again while it trains."""
+    """A small part of ``python -m tests.chaos``: while it scores, and while training saves."""
     run_dir = without(tiny_run, tmp_path / "run", "score", "distill")
-    command = [*overrides(odd_llama, text_file, run_dir), "stages.only=[score,prune,distill]"]
-    scored = run_dir / "score" / METRICS
-    run_and_kill(*command, cwd=tmp_path, metrics=scored, records=3)
-    assert not (run_dir / "score" / MANIFEST).exists()
+    words = [*overrides(odd_llama, text_file, run_dir), "stages.only=[score,prune,distill]"]
+    seconds = {stage: manifest_of(tiny_run, stage).seconds for stage in ("score", "distill")}
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    command = Disturbed(words, run_dir, tmp_path, seconds, {"TMPDIR": str(temporary)})
 
-    metrics = run_dir / "distill" / METRICS
-    saved = run_dir / "distill" / WORK / CHECKPOINTS
-    records = CHECKPOINT_INTERVAL * 3 - 1
-    ready = partial(whole_checkpoints, saved)
-    said = run_and_kill(*command, cwd=tmp_path, metrics=metrics, records=records, ready=ready)
-    assert re.search(r"score +resume", said), said
-    assert not (run_dir / "distill" / MANIFEST).exists()
+    hit = command.kill(Kill("score", "stage"))
+    assert hit is not None
+    assert (hit.stage, hit.victim, hit.code) == ("score", "stage", 1)
+    assert "Traceback" not in hit.output
+    assert "score failed: it ended without a message" in hit.output
+    assert "killed by SIGKILL: out of memory" in hit.output
 
-    result = run_recipe(*command, cwd=tmp_path)
-    assert result.code == 0, result.output
-    assert re.search(r"distill +resume", result.output), result.output
-    resumed = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = [r["done"] for r in resumed if r["task"] == "distill"]
-    assert steps.count(1) == 1, "training must go on from a checkpoint, not from the start"
-    for stage in ("score", "distill"):
-        expected, found = weights_of(tiny_run, stage), weights_of(run_dir, stage)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    hit = command.kill(Kill("distill", "launcher", "save"))
+    assert hit is not None
+    assert hit.stage == "distill"
+    assert re.search(r"score +resume", hit.output), hit.output
+
+    code, output = command.finish()
+    assert code == 0, output
+    assert re.search(r"distill +resume", output), output
+    assert differences(tiny_run, run_dir) == []
+    records = (run_dir / "distill" / METRICS).read_text()
+    assert len(re.findall(r'"task": "distill", "done": 1,', records)) == 1, (
+        "training must go on from a checkpoint, not from the start"
+    )
+    assert [p.name for p in temporary.iterdir() if not is_of_a_library(p)] == []
+
+
+def test_what_a_kill_left_of_complete_work_is_removed(
+    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run_dir = without(tiny_run, tmp_path / "run")
+    left = run_dir / "distill" / WORK
+    left.mkdir()
+    (left / "request.json").write_text("{}")
+    os.utime(left / "request.json", ns=(1, 1))
+    result = run_here(*overrides(odd_llama, text_file, run_dir), cwd=tmp_path)
+    assert "everything was complete, nothing ran" in result.output
+    assert not left.exists()
 
 
 def test_changed_artifact_stops_the_chain(

@@ -1,0 +1,128 @@
+"""A tiny chain that a campaign disturbs, and what an undisturbed run of it left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from recipes.core.manifest import ARTIFACT, MANIFEST
+from recipes.core.metrics import METRICS, read_records
+from tests.support.runs import manifest_of, settings, tiny
+
+STEPS, CHECKPOINT_INTERVAL = 24, 4
+TIMED = re.compile(r"(seconds|_per_second|_ms|^time|_at|rss_bytes)$")
+"""Figures that no two runs share."""
+SPEED = re.compile(r"<data[^>]*>[^<]*</data>(?= tokens per second)")
+SECTION = re.compile(r'<section id="(\w+)">.*?</section>', re.DOTALL)
+
+
+def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "openvino") -> list[str]:
+    """Width and depth together, every size odd."""
+    engines = [
+        *settings("build_engine", num_windows=2),
+        *settings("build_teacher_engine", num_windows=2),
+        *settings("measure_speed", batch_sizes="[1,3]", prompt_tokens="[40]", new_tokens=6),
+        *settings("measure_speed", repetitions=2),
+    ]
+    return [
+        "recipe=llama_width_prune",
+        "tasks=none",
+        f"engine={engine}",
+        *tiny(model, text_file, run_dir),
+        "stages.prune.target_hidden_size=40",
+        "stages.prune.hidden_size_divisor=8",
+        "stages.prune.target_ffn_hidden_size=72",
+        "stages.prune.ffn_hidden_size_divisor=8",
+        "stages.prune.target_num_attention_heads=5",
+        "stages.prune.target_num_layers=4",
+        "stages.prune.heal=least_squares",
+        "stages.distill.precision=bf16-mixed",  # whatever the processor is best at
+        f"stages.distill.max_steps={STEPS}",
+        "stages.distill.warmup_steps=2",
+        f"stages.distill.checkpoint_interval={CHECKPOINT_INTERVAL}",
+        "stages.distill.val_check_interval=12",
+        "stages.evaluate.num_windows=8",
+        "stages.evaluate.new_tokens=8",
+        *(engines if engine == "openvino" else []),
+    ]
+
+
+def differences(expected: Path, found: Path) -> list[str]:
+    """Everything in which two runs differ that should not: results, records, files, the report."""
+    stages = sorted(file.parent.name for file in expected.glob(f"*/{MANIFEST}"))
+    found_stages = sorted(file.parent.name for file in found.glob(f"*/{MANIFEST}"))
+    if stages != found_stages:
+        return [f"complete are {found_stages}, not {stages}"]
+    different = [f"{name}: only in one" for name in sorted(_paths(expected) ^ _paths(found))]
+    for stage in stages:
+        different += [f"{stage}: {what}" for what in _stage_differences(expected, found, stage)]
+    return different
+
+
+def _paths(run_dir: Path) -> set[str]:
+    every = (path.relative_to(run_dir) for path in run_dir.rglob("*"))
+    return {str(path) for path in every if path.parts[1:2] != ("logs",)}
+
+
+def _stage_differences(expected: Path, found: Path, stage: str) -> Iterator[str]:
+    one, two = manifest_of(expected, stage), manifest_of(found, stage)
+    for name in ("fingerprint", "config", "architecture", "parameters", "tokenizer_sha256"):
+        if getattr(one, name) != getattr(two, name):
+            yield name
+    if timeless(one.metrics) != timeless(two.metrics):
+        yield f"figures {timeless(one.metrics)} became {timeless(two.metrics)}"
+    steps = [_steps(run / stage / METRICS) for run in (expected, found)]
+    if steps[0] != steps[1]:
+        yield "records of progress"
+    for name in one.files.keys() & two.files.keys():
+        first, second = (run / stage / ARTIFACT / name for run in (expected, found))
+        if one.files[name].sha256 != two.files[name].sha256 and content(first) != content(second):
+            yield f"content of {name}"
+
+
+def _steps(file: Path) -> dict[tuple[str, int], Any]:
+    """The last record of every unit of work, without times."""
+    return {(r["task"], r["done"]): timeless(r) for r in read_records(file) if "task" in r}
+
+
+def timeless(value: Any) -> Any:
+    """A value without what is measured with a clock, or of memory."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if not TIMED.search(str(k))}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def content(file: Path) -> object:
+    """What a file says, without the times in it."""
+    if file.suffix == ".html":
+        text = SPEED.sub("", file.read_text(encoding="utf-8"))
+        sections = {m[1]: m[0] for m in SECTION.finditer(text)}
+        return {n: s for n, s in sections.items() if n not in ("cost", "provenance")}
+    if file.suffix == ".json":
+        return timeless(json.loads(file.read_text(encoding="utf-8")))
+    if file.suffix == ".distcp" or file.name == ".metadata":
+        return _weights(file.parents[1])
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _weights(checkpoint: Path) -> dict[str, str]:
+    """A hash of each weight of a NeMo checkpoint; Megatron orders them as writers finish."""
+    import torch
+
+    from nemo_convert.convert import hf_weights
+
+    return {
+        name: hashlib.sha256(w.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, w in hf_weights(checkpoint)
+    }
+
+
+def is_of_a_library(folder: Path) -> bool:
+    """Whether it is torch's cache, or an empty folder that wandb's import makes until its exit."""
+    if folder.name.startswith("torchinductor_"):
+        return True
+    return folder.name.endswith(("wandb-artifacts", "wandb-media")) and not any(folder.iterdir())
