@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -16,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from recipes.core.errors import RecipeError
-from recipes.core.processes import die_with_parent
+from recipes.core.processes import die_with_parent, ended_by
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 """What models were trained to see between documents, where ``eos_token`` ends a turn of a chat."""
@@ -58,6 +60,9 @@ class DocumentTokenizer:
         """Encodes batches in their order, a few ahead of the one that is returned.
 
         With one process it is this one.
+
+        Raises:
+            RecipeError: A process was killed.
         """
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would want the same cores
         if processes == 1:
@@ -75,6 +80,11 @@ class DocumentTokenizer:
                         return
                     encoded, item = waiting.popleft()
                     yield encoded.result(), item
+            except BrokenProcessPool as error:
+                raise RecipeError(
+                    f"a process that tokenizes was {ended_by(-signal.SIGKILL)}.",
+                    "the same command resumes; fewer processes take less memory",
+                ) from error
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 

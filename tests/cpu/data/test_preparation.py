@@ -114,6 +114,20 @@ def test_more_processes_write_the_same_bytes(
     assert content(tmp_path) == content(whole[0])
 
 
+def test_a_killed_process_is_named(tokenizer: DocumentTokenizer) -> None:
+    encoded = tokenizer.encode_all((([f"text {n}"], n) for n in range(10_000)), 2)
+    next(encoded)
+    victims = [
+        stat.parent
+        for stat in _children(os.getpid())
+        if b"spawn_main" in (stat.parent / "cmdline").read_bytes()
+    ]
+    os.kill(int(victims[0].name), signal.SIGKILL)
+    with pytest.raises(RecipeError, match="a process that tokenizes was killed by SIGKILL") as e:
+        list(encoded)
+    assert "fewer processes take less memory" in str(e.value)
+
+
 def prepare_in_small_steps(cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, to: Path) -> None:
     preparation.BATCH_DOCUMENTS, preparation.KEEP_SECONDS = 16, 0.01
     prepare(cfg, tokenizer, to, MetricsLog(to / "metrics.jsonl"))
