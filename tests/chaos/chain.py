@@ -122,7 +122,8 @@ def _weights(checkpoint: Path) -> dict[str, str]:
 
 
 def is_of_a_library(folder: Path) -> bool:
-    """Whether it is torch's cache, or an empty folder that wandb's import makes until its exit."""
+    """Whether it is torch's cache, or empty and of wandb's import or of multiprocessing."""
     if folder.name.startswith("torchinductor_"):
         return True
-    return folder.name.endswith(("wandb-artifacts", "wandb-media")) and not any(folder.iterdir())
+    named = folder.name.endswith(("wandb-artifacts", "wandb-media"))
+    return (named or folder.name.startswith("pymp-")) and not any(folder.iterdir())

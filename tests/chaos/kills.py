@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from launch.lock import LOCK
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, WORK
 from recipes.core.stage import BEGUN
-from recipes.distillation.training import CHECKPOINTS, UNFINISHED
+from recipes.distillation.training import CHECKPOINTS, UNFINISHED, steps_in, whole_checkpoints
+from tests.chaos.chain import STEPS
 from tests.support.launcher import wait_until_none_works_in
 from tests.support.runs import STAGES
 
@@ -36,7 +37,7 @@ class Kill:
     victim: str = "launcher"
     moment: str = "work"
     share: float = 0.5
-    """Of the time that the undisturbed stage took; of a launch, seconds."""
+    """Of the time that the undisturbed stage took, or of the steps to be saved before."""
     number: int = signal.SIGKILL
 
     @property
@@ -161,28 +162,28 @@ class Disturbed:
         if kill.moment == "publish":  # as soon as its artifact has left the place where it is made
             self._poll(launcher, (work / ARTIFACT).exists, pause=0)
             self._poll(launcher, lambda: not (work / ARTIFACT).exists(), pause=0)
-        elif kill.moment == "save":
-            waits = time.monotonic() + self._seconds[kill.stage] * (0.5 + kill.share)
-            saving = work / CHECKPOINTS
+        elif kill.moment == "save":  # another one, when a share of the steps is saved
+            saved = work / CHECKPOINTS
             self._poll(
                 launcher,
-                lambda: any(saving.glob(f"*{UNFINISHED}")) and time.monotonic() > waits - 3,
+                lambda: self._stage_of(launcher) != kill.stage
+                or (any(saved.glob(f"*{UNFINISHED}")) and _steps(saved) >= kill.share * STEPS),
                 pause=0.001,
-                until=waits + 5,
             )
         else:
             time.sleep(kill.share * self._seconds[kill.stage])
 
     def _poll(
-        self, launcher: subprocess.Popen[str], condition: object, pause: float = 0.005,
-        until: float | None = None,
-    ) -> None:  # fmt: skip
+        self, launcher: subprocess.Popen[str], condition: Callable[[], bool], pause: float = 0.005
+    ) -> None:
         deadline = time.monotonic() + PATIENCE
-        while launcher.poll() is None and not condition():  # type: ignore[operator]
+        while launcher.poll() is None and not condition():
             assert time.monotonic() < deadline, "the launcher hangs"
-            if until is not None and time.monotonic() > until:
-                return
             time.sleep(pause)
+
+
+def _steps(checkpoints: Path) -> int:
+    return max(map(steps_in, whole_checkpoints(checkpoints)), default=0)
 
 
 def _changed(file: Path) -> int | None:

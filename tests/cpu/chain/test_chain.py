@@ -324,7 +324,7 @@ def test_kill_9_then_the_same_command_changes_nothing(
     assert "score failed: it ended without a message" in hit.output
     assert "killed by SIGKILL: out of memory" in hit.output
 
-    hit = command.kill(Kill("distill", "launcher", "save"))
+    hit = command.kill(Kill("distill", "launcher", "save", 0.3))
     assert hit is not None
     assert hit.stage == "distill"
     assert re.search(r"score +resume", hit.output), hit.output
