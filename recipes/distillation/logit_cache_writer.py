@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 from nemo_convert import nemo
+from recipes.core.deadline import StoppedByClockError, deadline, time_is_up
 from recipes.core.files import link_or_copy
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import rank
@@ -35,6 +37,9 @@ def cache_logits(
     """Caches the windows with which training begins; those in ``shards`` are not made again.
 
     Returns figures of all shards, on rank 0.
+
+    Raises:
+        StoppedByClockError: The deadline came before the last shard; on all ranks.
     """
     parallel = nemo.Parallelism(tensor=cfg.tensor_model_parallel_size)
     nemo.initialize(parallel)
@@ -52,12 +57,15 @@ def cache_logits(
     index = CacheIndex(vocabulary, cfg.seq_length, cfg.top_k, cfg.temperature, len(parts))
     shards.mkdir(exist_ok=True)
     began = time.monotonic()
-    made = 0
+    made, stopped = 0, False
     for shard in _mine(len(parts)):
         if is_whole(path := shards / SHARD.format(shard)):
             continue
         texts = np.stack([window(tokens, cfg.seq_length, number) for number in parts[shard]])
-        taught, loss = _teach(cfg, core, torch.from_numpy(texts))
+        found = _teach(cfg, core, torch.from_numpy(texts))
+        if stopped := found is None:
+            break
+        taught, loss = found
         if made == 0:
             require_better_than_chance(loss, vocabulary)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
@@ -66,6 +74,7 @@ def cache_logits(
         speed = round(made * cfg.seq_length / (time.monotonic() - began), 1)
         log.progress("cache", shard + 1, len(parts), teacher_loss=loss, tokens_per_second=speed)
     torch.distributed.barrier()
+    _require_all(stopped, len(parts), next(core.parameters()).device)
     if rank() != 0:
         return None
     for shard in range(len(parts)):
@@ -86,13 +95,41 @@ def _mine(shards: int) -> range:
     return range(first, shards, parallel_state.get_data_parallel_world_size())
 
 
+def _require_all(stopped: bool, shards: int, device: torch.device) -> None:
+    if _any(stopped, device):
+        raise StoppedByClockError(
+            f"stopped by the clock; of {shards} shards those that are whole are kept.",
+            "run the same command to go on",
+        )
+
+
+def _any(stopping: bool, device: torch.device, group: ProcessGroup | None = None) -> bool:
+    """Whether a rank of a group, of all by default, stops; without a deadline none does.
+
+    All ranks must be told: their clocks differ, and one that goes on would wait for the others.
+    """
+    if deadline() is None:
+        return False
+    told = torch.tensor(float(stopping), device=device)
+    all_reduce(told, ReduceOp.MAX, group)
+    return bool(told)
+
+
 @torch.no_grad()
-def _teach(cfg: CacheLogitsConfig, core: torch.nn.Module, texts: Tensor) -> tuple[TopK, float]:
-    """What the teacher says about windows [w, seq_length + 1], and its own mean loss on them."""
+def _teach(
+    cfg: CacheLogitsConfig, core: torch.nn.Module, texts: Tensor
+) -> tuple[TopK, float] | None:
+    """What the teacher says about windows [w, seq_length + 1], and its own mean loss on them.
+
+    ``None`` if the time is up before it has said all of it.
+    """
     device = next(core.parameters()).device
     positions = torch.arange(cfg.seq_length, device=device)[None]
     parts, losses = [], []
+    split = parallel_state.get_tensor_model_parallel_group()
     for batch in texts.split(cfg.micro_batch_size):
+        if _any(time_is_up(), device, split):
+            return None
         inputs, labels = batch[:, :-1].to(device), batch[:, 1:].to(device)
         logits = core(inputs, positions.expand_as(inputs), None).flatten(0, 1)
         parts.append(top_k(logits, cfg.top_k, cfg.temperature, nemo.tensor_group()))

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from nemo_convert import convert
 from nemo_convert.hf import load_causal_lm
 from nemo_convert.nemo import find_checkpoint
+from recipes.core.deadline import DEADLINE
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, WORK, Manifest, read_manifest
 from recipes.core.metrics import METRICS, MetricsLog, steps_of
@@ -130,8 +131,12 @@ def shards_of(run_dir: Path) -> dict[str, tuple[dict[str, Any], dict[str, str]]]
     return {file.name: (load_file(file), safe_open(file, "np").metadata()) for file in files}
 
 
-def test_killed_and_resumed_it_is_the_same(
-    run: Path, even_llama: Path, text_file: Path, tmp_path: Path
+def test_killed_and_stopped_by_the_clock_it_resumes_to_the_same(
+    run: Path,
+    even_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     copy = without(run, tmp_path / "run", "cache_logits")
     arguments = overrides(even_llama, text_file, copy)
@@ -146,6 +151,13 @@ def test_killed_and_resumed_it_is_the_same(
     cut = stage / WORK / "shards" / min(before)
     os.truncate(cut, cut.stat().st_size - 1)  # as when the machine goes down: it is made again
     del before[cut.name]
+
+    monkeypatch.setenv(DEADLINE, "1")
+    late = run_here(*arguments, cwd=tmp_path)
+    assert late.code == 1
+    assert f"stopped by the clock; of {len(expected)} shards" in late.output
+    assert len(list((stage / WORK / "shards").glob("*.safetensors"))) == len(before)
+    monkeypatch.delenv(DEADLINE)
 
     result = run_here(*arguments, cwd=tmp_path)
     assert result.code == 0, result.output
