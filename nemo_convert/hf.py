@@ -100,12 +100,16 @@ class Weights:
                 f"{self.folder} has no weight {name}.",
                 "the checkpoint is incomplete or of another family",
             )
-        found = tuple(self._files[name].get_slice(name).get_shape())
+        found = self.shape(name)
         if found != shape:
             raise RecipeError(
                 f"weight {name} is {found} in the file but the config says {shape}.",
                 "config.json and weights are of different models, or vocabularies differ",
             )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, which takes no reading of it."""
+        return tuple(self._files[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor."""

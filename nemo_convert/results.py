@@ -21,3 +21,15 @@ class ImportResult(ParityResult):
     """As the folder gives it, or ``unknown``."""
     hub_commit: str | None = None
     """Of a model on a hub: what was newest, unless its id named one."""
+
+
+@dataclass(frozen=True)
+class GgufResult:
+    """A file for llama.cpp."""
+
+    architecture: str
+    """As llama.cpp calls it."""
+    type: str
+    """Of its matrices."""
+    tensors: int
+    bytes: int

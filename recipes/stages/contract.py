@@ -22,6 +22,7 @@ Kind = Literal[
     "checkpoint_hf",
     "checkpoint_nemo",
     "engine",
+    "gguf",
     "eval_results",
     "dataset",
     "logit_cache",

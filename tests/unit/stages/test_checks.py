@@ -19,7 +19,16 @@ from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.pruning.settings import PruneConfig, ScoreConfig
-from recipes.stages import distill, evaluate, export_hf, import_hf, prepare_data, prune, score
+from recipes.stages import (
+    distill,
+    evaluate,
+    export_gguf,
+    export_hf,
+    import_hf,
+    prepare_data,
+    prune,
+    score,
+)
 from recipes.stages.contract import Kind, Stage
 
 STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
@@ -225,6 +234,14 @@ def test_prune_heals_dense_models_on_text(chain: Chain) -> None:
     mixture = dataclasses.replace(chain, teacher=experts)
     assert "stages.prune.heal=none" in one(prune.check(healed, mixture)).fix
     assert list(prune.check(dataclasses.replace(healed, heal="none"), mixture)) == []
+
+
+def test_a_file_for_llama_cpp_is_of_families_that_it_is_told(chain: Chain) -> None:
+    cfg = export_gguf.ExportGgufConfig(stage="export_gguf")
+    assert list(export_gguf.check(cfg, chain)) == []
+    experts = dataclasses.replace(chain.teacher, hf_architecture="Qwen3MoeForCausalLM")
+    problem = one(export_gguf.check(cfg, dataclasses.replace(chain, teacher=experts)))
+    assert "gguf=none" in problem.fix
 
 
 @pytest.mark.parametrize("stage", [import_hf, prepare_data, evaluate, export_hf])

@@ -1,0 +1,259 @@
+"""A Hugging Face folder as one GGUF file, which llama.cpp and what builds on it load.
+
+Names of tensors and of metadata are the ``gguf`` package's. What it does not hold is here, after
+llama.cpp's ``convert_hf_to_gguf.py``: which rows of queries and keys its rotation pairs, what it
+calls each way to split text, and Llama 3's frequencies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_convert import hf
+from nemo_convert.architecture import Architecture
+from nemo_convert.hf_config import read_architecture
+from nemo_convert.results import GgufResult
+from recipes.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGUFWriter
+
+FILE = "model.gguf"
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+"""What llama.cpp calls the families that it is given here, unless ``architecture_name`` does."""
+TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+"""Of matrices, and llama.cpp's name of such a file; vectors are float32."""
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_MARK = r"[^\r\n\p{L}\p{N}]?"
+SPLITS = {
+    rf"{_SHORT}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
+    rf"{_SHORT}|{_WORDS}|\p{{N}}|{_REST}": "qwen2",
+    rf"{_MARK}{_UPPER}*{_LOWER}+|{_MARK}{_UPPER}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
+}
+"""llama.cpp's names of the regular expressions by which tokenizers split text."""
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor to write; ``heads`` where its rows are paired by the rotation."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    type: str
+    heads: int | None
+
+
+def write(
+    folder: Path,
+    file: Path,
+    kind: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> GgufResult:
+    """Writes a model with its tokenizer and chat template, a tensor at a time.
+
+    Args:
+        folder: Hugging Face folder with safetensors.
+        file: To write.
+        kind: One of ``TYPES``; a matrix whose rows do not fill ``q8_0``'s blocks of 32 is ``f16``.
+        progress: Told the tensors written so far, and of how many.
+
+    Raises:
+        RecipeError: llama.cpp has no name for the way in which the tokenizer splits text.
+    """
+    import gguf
+    import numpy as np
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture, weights = read_architecture(config, str(folder)), hf.Weights(folder)
+    name = architecture_name(architecture)
+    writer = gguf.GGUFWriter(file, name)
+    writer.add_file_type(gguf.LlamaFileType[TYPES[kind]])
+    _add_shape(writer, architecture, config)
+    _add_tokenizer(writer, folder, architecture.vocab_size)
+    frequencies = _rope_factors(config, architecture.kv_channels)
+    tensors = list(_tensors(weights, architecture, kind))
+    if frequencies is not None:
+        name_and_shape = ("rope_freqs.weight", frequencies.shape)
+        writer.add_tensor_info(*name_and_shape, frequencies.dtype, frequencies.nbytes)
+    for tensor in tensors:
+        stored = gguf.GGMLQuantizationType[tensor.type]
+        shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, stored)
+        writer.add_tensor_info(tensor.name, shape, np.dtype("uint8"), math.prod(shape), stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if frequencies is not None:
+        writer.write_tensor_data(frequencies)
+    for number, tensor in enumerate(tensors, 1):
+        data = weights.read(tensor.source).float().numpy()
+        if tensor.heads is not None:
+            data = half_rotation_to_interleaved(data, tensor.heads)
+        writer.write_tensor_data(gguf.quants.quantize(data, gguf.GGMLQuantizationType[tensor.type]))
+        progress(number, len(tensors))
+    writer.close()
+    return GgufResult(name, kind, len(tensors), file.stat().st_size)
+
+
+def architecture_name(architecture: Architecture) -> str:
+    """What llama.cpp runs the model as.
+
+    Its Qwen2 takes a head for the hidden size divided by their number, which pruning unties; its
+    Llama does not, and takes the biases, too, so a narrowed Qwen2 is one of those.
+    """
+    name = ARCHITECTURES[architecture.hf_architecture]
+    heads = architecture.num_attention_heads * architecture.kv_channels
+    return "llama" if name == "qwen2" and heads != architecture.hidden_size else name
+
+
+def _tensors(weights: hf.Weights, architecture: Architecture, kind: str) -> Iterator[_Tensor]:
+    """Every weight of a folder by its name in the file."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    name = architecture_name(architecture)
+    arch = next(arch for arch, known in MODEL_ARCH_NAMES.items() if known == name)
+    names = get_tensor_name_map(arch, architecture.num_layers)
+    heads = {"attn_q": architecture.num_attention_heads, "attn_k": architecture.num_query_groups}
+    for source in sorted(weights.names()):
+        if source == "lm_head.weight" and architecture.tied_embeddings:
+            continue
+        target = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise RecipeError(f"llama.cpp has no name for the weight {source} of a {name} model.")
+        shape = weights.shape(source)
+        part = target.split(".")[-2]
+        # Others rotate halves, as transformers does.
+        paired = heads.get(part) if name == "llama" else None
+        yield _Tensor(target, source, shape, _stored(shape, kind), paired)
+
+
+def _stored(shape: tuple[int, ...], kind: str) -> str:
+    """The type that a tensor is stored in."""
+    if len(shape) == 1:
+        return "F32"
+    return "F16" if kind == "q8_0" and shape[-1] % 32 else kind.upper()
+
+
+def half_rotation_to_interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a rotation as llama.cpp pairs them: (i, i + dim/2) become (2i, 2i + 1)."""
+    pairs = weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _add_shape(writer: GGUFWriter, shape: Architecture, config: Mapping[str, Any]) -> None:
+    """Sizes and constants; those of a head are explicit, since pruning unties them from others."""
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_context_length(shape.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_block_count(shape.num_layers)
+    writer.add_feed_forward_length(shape.ffn_hidden_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_query_groups)
+    writer.add_key_length(shape.kv_channels)
+    writer.add_value_length(shape.kv_channels)
+    writer.add_rope_dimension_count(shape.kv_channels)
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+
+
+def _rope_factors(config: Mapping[str, Any], dim: int) -> np.ndarray | None:
+    """What Llama 3 divides its frequencies by, float32 [dim / 2]; ``None`` for a plain rotation.
+
+    As ``_compute_llama3_parameters`` in transformers' ``modeling_rope_utils.py`` has it.
+    """
+    import numpy as np
+
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("rope_type") != "llama3":
+        return None
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / (
+        2 * math.pi * config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
+    )
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    factors: np.ndarray = (1 / ((1 - kept) / scaling["factor"] + kept)).astype(np.float32)
+    return factors
+
+
+def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
+    """Vocabulary, merges, special tokens and chat template."""
+    from gguf import SpecialVocab
+    from tokenizers import Tokenizer
+
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokens, kinds = _vocabulary(tokenizer, vocab_size)
+    if tokenizer["model"].get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([-float(number) for number in range(vocab_size)])  # merged in order
+        normalizer = tokenizer.get("normalizer") or {}
+        steps = normalizer.get("normalizers", [normalizer])
+        writer.add_add_space_prefix(any(step.get("type") == "Prepend" for step in steps))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_split(tokenizer.get("pre_tokenizer") or {}))
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    special = SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
+    # What it gathers from the tokenizer's settings is a guess; what a text becomes is not.
+    found = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").ids
+    for role, end in (("bos", found[0]), ("eos", found[-1])):
+        special.add_special_token[role] = special.special_token_ids.get(role) == end
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _vocabulary(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Every token and its kind; rows of the embedding that no token has are unused."""
+    from gguf import TokenType
+
+    known = {number: token for token, number in tokenizer["model"]["vocab"].items()}
+    fallback = bool(tokenizer["model"].get("byte_fallback"))
+    kinds = {
+        number: TokenType.BYTE if fallback and _is_byte(token) else TokenType.NORMAL
+        for number, token in known.items()
+    }
+    for added in tokenizer.get("added_tokens", ()):
+        known[added["id"]] = added["content"]
+        kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    tokens = [known.get(number, f"[PAD{number}]") for number in range(size)]
+    return tokens, [kinds.get(number, TokenType.UNUSED) for number in range(size)]
+
+
+def _is_byte(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _split(pre_tokenizer: Mapping[str, Any]) -> str:
+    """llama.cpp's name for the way a tokenizer splits text before it merges.
+
+    Raises:
+        RecipeError: It has none, or this table does not know it.
+    """
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    for step in steps:
+        pattern = step.get("pattern", {}).get("Regex")
+        if pattern in SPLITS:
+            return SPLITS[pattern]
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+        return "smollm"
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    raise RecipeError(
+        f"no name of llama.cpp's is known for this tokenizer's way to split text: {pre_tokenizer}.",
+        "leave export_gguf out (gguf=none), or add the name to SPLITS in nemo_convert/gguf_file.py",
+    )

@@ -1,0 +1,144 @@
+"""GGUF files against llama.cpp: it must read prompts, and go on, as transformers does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from nemo_convert.gguf_file import SPLITS, _rope_factors, _split, write
+from recipes.core.errors import RecipeError
+from tests.support.llama_cpp import greedy
+from tests.support.models import EVEN, FAMILIES, write_tiny_model
+
+PROMPTS = ("The history of the", "In 1923, 42 of them couldn't")
+LENGTH = 12
+NARROW = {**EVEN, "hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 96}
+"""As pruning leaves them: heads are not the hidden size divided by their number."""
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in FAMILIES if name != "qwen3_moe"},
+    "qwen2, whole": EVEN,
+    "llama, Llama 3's RoPE": {"rope_scaling": LLAMA3},
+    "llama, tied": {"tie_word_embeddings": True},
+}
+
+
+def attentive(folder: Path) -> None:
+    """Lets it matter where tokens are, which a tiny model hardly looks at."""
+    weights = load_file(folder / "model.safetensors")
+    sharper = {name: (8 if "q_proj" in name else 1) * value for name, value in weights.items()}
+    save_file(sharper, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def require_same_words(folder: Path, file: Path) -> None:
+    """llama.cpp's tokens, their probabilities and where it stops are transformers'."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    options = {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
+    for prompt, said in zip(PROMPTS, greedy(file, PROMPTS, LENGTH), strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        assert said.prompt_tokens == ids.shape[1]
+        made = model.generate(ids, max_new_tokens=LENGTH, **options)
+        assert said.tokens == made.sequences[0, ids.shape[1] :].tolist()
+        scores = torch.stack(made.scores).log_softmax(-1)[:, 0].max(-1).values
+        torch.testing.assert_close(
+            torch.tensor(said.log_probabilities), scores, rtol=0, atol=2e-3, check_dtype=False
+        )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_llama_cpp_says_what_transformers_says(
+    variant: str, text_file: Path, tmp_path: Path
+) -> None:
+    family, shape = variant.partition(",")[0], NARROW | VARIANTS[variant]
+    folder = write_tiny_model(tmp_path / "hf", text_file, family, **shape)
+    attentive(folder)
+    found = write(folder, tmp_path / "model.gguf", "f32")
+    # A narrowed Qwen2 has heads that llama.cpp's own Qwen2 cannot have.
+    expected = {"qwen2": "llama", "qwen3": "qwen3", "qwen2, whole": "qwen2"}
+    assert found.architecture == expected.get(variant, "llama")
+    require_same_words(folder, tmp_path / "model.gguf")
+    template = GGUFReader(tmp_path / "model.gguf").fields["tokenizer.chat_template"].contents()
+    assert template == AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_frequencies_are_divided_as_transformers_divides_them() -> None:
+    config = AutoConfig.for_model("llama", rope_theta=500000.0, rope_scaling=LLAMA3, head_dim=64)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    config.rope_scaling = None
+    plain, _ = ROPE_INIT_FUNCTIONS["default"](config, "cpu")
+    factors = _rope_factors({"rope_theta": 500000.0, "rope_scaling": LLAMA3}, 64)
+    assert 1 == factors.min() < factors.max() == 4
+    torch.testing.assert_close(torch.from_numpy(factors), plain / scaled, rtol=1e-5, atol=0)
+
+
+def test_smaller_types_hold_what_they_can(even_llama: Path, tmp_path: Path) -> None:
+    """Every matrix within its type's rounding; vectors as they are."""
+    weights = load_file(even_llama / "model.safetensors")
+    for kind, bound in (("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 1 / 127)):
+        write(even_llama, tmp_path / kind, kind)
+        found = {t.name: t for t in GGUFReader(tmp_path / kind).tensors}
+        assert len(found) == len(weights)
+        for ours, theirs in (
+            ("blk.1.ffn_up.weight", "model.layers.1.mlp.up_proj.weight"),
+            ("output.weight", "lm_head.weight"),
+            ("output_norm.weight", "model.norm.weight"),
+        ):
+            held = torch.from_numpy(dequantize(found[ours].data, found[ours].tensor_type))
+            exact = weights[theirs]
+            assert held.shape == exact.shape
+            allowed = 0 if exact.dim() == 1 else bound * exact.abs().max()
+            assert (held - exact).abs().max() <= allowed
+
+
+def sentencepiece_like(text_file: Path, folder: Path) -> None:
+    """Replaces a tokenizer by one such as Llama 2's: spaces are letters, bytes a last resort."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    lines = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
+    trained.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=180, show_progress=False))
+    plain = json.loads(trained.to_str())["model"]
+    first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = {token: n for n, token in enumerate([*first, *plain["vocab"]])}
+    merges = [tuple(merge) for merge in plain["merges"]]
+    bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    space = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+def test_tokenizers_that_fall_back_to_bytes(text_file: Path, tmp_path: Path) -> None:
+    shape = {**NARROW, "vocab_size": 440}
+    folder = write_tiny_model(tmp_path / "hf", text_file, "llama", train=False, **shape)
+    sentencepiece_like(text_file, folder)
+    write(folder, tmp_path / "model.gguf", "f32")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for prompt, said in zip(PROMPTS, greedy(tmp_path / "model.gguf", PROMPTS, 1), strict=True):
+        assert said.prompt_tokens == len(tokenizer(prompt).input_ids)
+
+
+def test_a_split_without_a_name_is_refused() -> None:
+    assert set(SPLITS.values()) == {"llama-bpe", "qwen2", "tekken"}
+    with pytest.raises(RecipeError, match="way to split text"):
+        _split({"type": "Whitespace"})
