@@ -20,7 +20,7 @@ from launch.tracking import Track
 from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.metrics import METRICS, Record
 from recipes.core.screen import plain_table
-from recipes.data.results import DatasetResult
+from recipes.data.results import DatasetResult, in_words
 from recipes.engines.results import BenchmarkResults, EngineResult
 from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
 from recipes.planning.results import Cell, PlanResult
@@ -109,6 +109,12 @@ def headline(manifest: Manifest) -> str:
     return ""
 
 
+def _tokens(manifest: Manifest) -> str:
+    found = manifest.result(DatasetResult)
+    chats = [f"; of {name}, {in_words(n)}" for name, n in found.conversations.items()]
+    return f"{sum(found.tokens.values()):,} tokens{''.join(chats)}"
+
+
 def _perplexities(manifest: Manifest) -> str:
     found = manifest.result(EvaluationResult)
     text = " → ".join(f"{quality.perplexity:.1f}" for quality in found.models().values())
@@ -156,7 +162,7 @@ def _speedup(manifest: Manifest) -> str:
 
 
 HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
-    "dataset": lambda m: f"{sum(m.result(DatasetResult).tokens.values()):,} tokens",
+    "dataset": _tokens,
     "eval_results": _perplexities,
     "task_results": _mean_score,
     "plan": _cost,

@@ -78,6 +78,18 @@ def in_reach(hf_path: str) -> bool:
         return False
 
 
+def has_chat_template(hf_path: str) -> bool | None:
+    """Whether a model was told what a conversation is; ``None`` for a hub's, not downloaded yet."""
+    if parse_wheel_file(hf_path):
+        return True  # the embedded model's is in its file
+    folder = Path(hf_path)
+    if not folder.is_dir():
+        return None
+    tokenizer = folder / "tokenizer_config.json"
+    within = tokenizer.is_file() and "chat_template" in read_json(tokenizer)
+    return within or any(folder.glob("chat_template*"))
+
+
 def weight_names(folder: Path) -> frozenset[str]:
     """Names of the weights in a folder, from the files' headers; none where a file has no header.
 

@@ -10,6 +10,7 @@ class RecipeError(Exception):
     """Bad input or a failed check. The message is shown as it is, without a traceback."""
 
     def __init__(self, what: str, fix: str = "") -> None:
+        self.what, self.fix = what, fix
         super().__init__(f"{what}\n  fix: {fix}" if fix else what)
 
 

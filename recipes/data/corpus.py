@@ -6,20 +6,28 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import IO, Any, Protocol
 
 import ijson
 
 from recipes.core.errors import RecipeError
+from recipes.data.chat import messages_of
 from recipes.data.sources import HubDataset, Source, TextFile, files_of, parse_source
 
 PARTS = ("train", "validation", "calibration", "heldout")
 LONGEST_PARAGRAPH = 1 << 20
 """Bytes after which a text without blank lines is cut all the same, at the end of a line."""
+RECORD_TYPES = (".jsonl", ".jsonl.gz", ".json")
+LOOKED_AT = 100
+"""Conversations that a check reads."""
 STRETCH = 4 << 20
 """Bytes of running text, about, that are divided among the parts; shorter texts as a whole."""
+Take = Callable[[Any, str], str]
+"""Makes a document's text of a record, given where that is."""
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ijson.JSONError)
 
 
@@ -28,6 +36,7 @@ class Document:
     """A text, and where it lies."""
 
     text: str
+    """Of a conversation, the JSON of its messages."""
     place: float | None = None
     """Of a paragraph: how far into its stretch of the source it begins, from 0 to below 1. Records
     have none, since they are not known to belong together."""
@@ -46,24 +55,43 @@ class Reader(Protocol):
         """Share of the source that has been read; 0 where its size is not known."""
 
 
-def read_source(source: str, text_field: str, state: Any = None) -> Reader:
+def read_source(source: str, text_field: str, state: Any = None, *, chat: bool = False) -> Reader:
     """Opens a source as in ``data.sources``, at the ``state`` of an earlier reader if given.
 
     Text files hold documents separated by blank lines; JSON files a list of records or a mapping to
     records; JSONL a record a line. A record is a string or has the text in ``text_field``, or in
-    ``a.b`` of nested ones, unless the source names a field of its own. Refuses what is not there,
-    and while reading what is not as its name says.
+    ``a.b`` of nested ones, unless the source names a field of its own; or it is a conversation.
+    Refuses what is not there, and while reading what is not as its name says.
     """
     parsed = parse_source(source)
-    field = parsed.text or text_field
+    of_text = partial(_column if parsed.hub else _text, parsed.text or text_field)
+    take = _conversation if chat else of_text
     if parsed.hub:
-        return _HubReader(parsed.hub, parsed.revision, field, state)
-    return _FileReader(parsed, field, state)
+        return _HubReader(parsed.hub, parsed.revision, take, state)
+    return _FileReader(parsed, take, state)
+
+
+def chat_problem(source: str) -> tuple[str, str] | None:
+    """What is wrong with the beginning of a source of conversations, and how to mend it.
+
+    Only of a file that is here: it is what a check can read in no time.
+    """
+    parsed = parse_source(source)
+    if parsed.hub or parsed.wheel or not parsed.local_files():
+        return None
+    if parsed.file_type not in RECORD_TYPES:
+        return f"'{parsed.path}' is not of conversations", f"give {' or '.join(RECORD_TYPES)}"
+    try:
+        for _ in islice(read_source(source, "", chat=True), LOOKED_AT):
+            pass
+    except RecipeError as error:
+        return error.what, error.fix
+    return None
 
 
 class _FileReader:
-    def __init__(self, source: Source, field: str, state: int | None) -> None:
-        self._source, self._field, self._before = source, field, state or 0
+    def __init__(self, source: Source, take: Take, state: int | None) -> None:
+        self._source, self._take, self._before = source, take, state or 0
         self._files = files_of(source)
         self._total = max(1, sum(file.size for file in self._files))
         self._passed, self._records = 0, 0
@@ -72,25 +100,30 @@ class _FileReader:
     def __iter__(self) -> Iterator[Document]:
         for file in self._files:
             with file.open() as self._open:
-                for number, (offset, record) in enumerate(self._read(file, self._open), 1):
+                for read in self._read(file, self._open):
                     self._records += 1
                     if self._records > self._before:
-                        text = _text(record, self._field, f"{file.name}, record {number}").strip()
+                        text = self._take(read.record, f"{file.name}, {read.where}").strip()
                         if text:
-                            yield Document(text, self._place(offset))
+                            yield Document(text, self._place(read.offset))
             self._passed, self._open = self._passed + file.size, None
 
-    def _read(self, file: TextFile, opened: IO[bytes]) -> Iterator[tuple[int | None, object]]:
+    def _read(self, file: TextFile, opened: IO[bytes]) -> Iterator[_Record]:
         kind = self._source.file_type
         try:
             if kind == ".txt":
                 yield from _paragraphs(opened)
+            elif kind == ".json":
+                for number, record in enumerate(_json_records(opened), 1):
+                    yield _Record(record, f"record {number}")
             else:
-                read = _json_records if kind == ".json" else _json_lines
-                raw = gzip.GzipFile(fileobj=opened) if kind == ".jsonl.gz" else opened
-                yield from ((None, record) for record in read(raw))
+                yield from _json_lines(
+                    gzip.GzipFile(fileobj=opened) if kind == ".jsonl.gz" else opened
+                )
         except _UNREADABLE as error:
-            raise RecipeError(f"{file.name} cannot be read as {kind}: {error}") from error
+            raise RecipeError(
+                f"{file.name} cannot be read as {kind}: {error}", "mend the file, or leave it out"
+            ) from error
 
     def _place(self, offset: int | None) -> float | None:
         if offset is None:
@@ -106,7 +139,27 @@ class _FileReader:
         return (self._passed + here) / self._total
 
 
-def _text(record: object, field: str, where: str) -> str:
+@dataclass(frozen=True)
+class _Record:
+    record: object
+    where: str
+    """In its file."""
+    offset: int | None = None
+    """Bytes before a paragraph."""
+
+
+def _conversation(record: object, where: str) -> str:
+    try:
+        return json.dumps(messages_of(record), ensure_ascii=False)
+    except ValueError as error:
+        raise RecipeError(
+            f"{where}: {error}.",
+            'a conversation is {"messages": [{"role": "user", "content": "…"}, …]}; '
+            "for plain text, set data.format=text",
+        ) from error
+
+
+def _text(field: str, record: object, where: str) -> str:
     text = record
     if isinstance(record, dict):
         text = record[field] if field in record else _nested(record, field.split("."))
@@ -118,26 +171,34 @@ def _text(record: object, field: str, where: str) -> str:
     return text
 
 
+def _column(field: str, row: dict[str, Any], where: str) -> str:
+    if field not in row:
+        raise RecipeError(
+            f"{where} has no field '{field}'; it has {', '.join(row)}.", "set data.text_field"
+        )
+    return row[field] or ""
+
+
 def _nested(record: object, keys: list[str]) -> object:
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
     return record
 
 
-def _paragraphs(file: IO[bytes]) -> Iterator[tuple[int, str]]:
-    """Texts between blank lines, and the bytes before each."""
+def _paragraphs(file: IO[bytes]) -> Iterator[_Record]:
+    """Texts between blank lines."""
     offset, start, lines = 0, 0, list[bytes]()
     for line in file:
         blank = not line.strip()
         if lines and (blank or offset - start > LONGEST_PARAGRAPH):
-            yield start, _decoded(lines)
+            yield _Record(_decoded(lines), "", start)
             lines = []
         if not blank:
             start = start if lines else offset
             lines.append(line)
         offset += len(line)
     if lines:
-        yield start, _decoded(lines)
+        yield _Record(_decoded(lines), "", start)
 
 
 def _decoded(lines: list[bytes]) -> str:
@@ -154,20 +215,21 @@ def _json_records(file: Any) -> Iterator[object]:
         raise ValueError("it is neither a list nor a mapping of records")
 
 
-def _json_lines(file: Any) -> Iterator[object]:
+def _json_lines(file: Any) -> Iterator[_Record]:
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
-                yield json.loads(line)
+                record = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from error
+            yield _Record(record, f"line {number}")
 
 
 class _HubReader:
-    def __init__(self, hub: HubDataset, revision: str | None, field: str, state: Any) -> None:
+    def __init__(self, hub: HubDataset, revision: str | None, take: Take, state: Any) -> None:
         from datasets import load_dataset
 
-        self._name, self._field = hub.name, field
+        self._name, self._take = hub.name, take
         self._rows = load_dataset(
             hub.name, hub.config, split=hub.split, revision=revision, streaming=True
         )
@@ -176,12 +238,7 @@ class _HubReader:
 
     def __iter__(self) -> Iterator[Document]:
         for row in self._rows:
-            if self._field not in row:
-                raise RecipeError(
-                    f"dataset {self._name} has no field '{self._field}'; it has {', '.join(row)}.",
-                    "set data.text_field",
-                )
-            if text := (row[self._field] or "").strip():
+            if text := self._take(row, f"dataset {self._name}").strip():
                 yield Document(text)
 
     def state(self) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -17,6 +17,8 @@ from recipes.core.errors import RecipeError
 
 PartSize = tuple[int, int]
 """Bytes and documents."""
+LEARNT = "learnt"
+"""Ending of a file with a byte for every token: whether it is to be predicted."""
 LENGTHS = "lengths"
 """Ending of a file of every document's number of tokens, int32, which the index is made from."""
 BLOCK = 1 << 16
@@ -28,10 +30,16 @@ class PartWriter:
 
     Megatron's ``IndexedDatasetBuilder`` makes the same files, but keeps every document's length in
     lists until the end, and cannot go on with files that are there, of so many bytes and documents.
+    If ``marked``, which tokens are to be predicted is written, too.
     """
 
     def __init__(
-        self, folder: Path, parts: Iterable[str], sizes: Mapping[str, PartSize] | None = None
+        self,
+        folder: Path,
+        parts: Iterable[str],
+        sizes: Mapping[str, PartSize] | None = None,
+        *,
+        marked: bool = False,
     ) -> None:
         before = sizes or {}
         self.sizes: dict[str, PartSize] = {p: (*before.get(p, (0, 0)),) for p in parts}
@@ -44,10 +52,20 @@ class PartWriter:
             )
             for part, (size, documents) in self.sizes.items()
         }
+        self._learnt = {
+            part: _opened(_path(folder, part, LEARNT), size // 4)
+            for part, (size, _) in self.sizes.items()
+            if marked
+        }
 
-    def add(self, part: str, ids: Sequence[int] | np.ndarray) -> None:
-        """Appends one document."""
+    def add(
+        self, part: str, ids: Sequence[int] | np.ndarray, learnt: np.ndarray | None = None
+    ) -> None:
+        """Appends one document; all of its tokens but the first are to be predicted by default."""
         tokens, lengths = self._files[part]
+        if part in self._learnt:
+            marks = np.arange(len(ids)) > 0 if learnt is None else learnt
+            self._learnt[part].write(marks.tobytes())
         size, documents = self.sizes[part]
         written = tokens.write(np.asarray(ids, dtype=np.int32).tobytes())
         lengths.write(struct.pack("<i", len(ids)))
@@ -55,10 +73,13 @@ class PartWriter:
 
     def flush(self) -> None:
         """Makes what was added outlive this process, and this machine."""
-        for files in self._files.values():
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
+        for file in self._all():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _all(self) -> Iterator[BinaryIO]:
+        yield from (file for files in self._files.values() for file in files)
+        yield from self._learnt.values()
 
     def __enter__(self) -> Self:
         return self
@@ -66,9 +87,9 @@ class PartWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        for part, files in self._files.items():
-            for file in files:
-                file.close()
+        for file in self._all():
+            file.close()
+        for part in self._files:
             if kind is None:
                 _write_index(self._folder, part, self.sizes[part][1])
 

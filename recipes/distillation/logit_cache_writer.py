@@ -15,8 +15,17 @@ from nemo_convert import nemo
 from recipes.core.deadline import StoppedByClockError, deadline, time_is_up
 from recipes.core.files import link_or_copy
 from recipes.core.metrics import MetricsLog
-from recipes.core.stage import rank
-from recipes.data.token_windows import count_windows, read_tokens, window, window_order
+from recipes.core.stage import Input, rank
+from recipes.data.token_windows import (
+    count_windows,
+    counted,
+    document_end,
+    read_learnt,
+    read_tokens,
+    require_windows,
+    window,
+    window_order,
+)
 from recipes.distillation.logit_cache import (
     SHARD,
     CacheIndex,
@@ -32,7 +41,7 @@ from recipes.evaluation.sanity import require_better_than_chance
 
 
 def cache_logits(
-    cfg: CacheLogitsConfig, teacher: Path, data: Path, shards: Path, out: Path, log: MetricsLog
+    cfg: CacheLogitsConfig, teacher: Path, data: Input, shards: Path, out: Path, log: MetricsLog
 ) -> CacheResult | None:
     """Caches the windows with which training begins; those in ``shards`` are not made again.
 
@@ -47,7 +56,9 @@ def cache_logits(
     core = nemo.build_core(model, parallel, cfg.dtype, training=True).eval()
     nemo.load_weights(core, teacher)
     vocabulary = nemo.architecture_of(teacher).vocab_size
-    tokens = read_tokens(data, "train")
+    require_windows(data, cfg.seq_length)
+    tokens, learnt = read_tokens(data.artifact, "train"), read_learnt(data.artifact, "train")
+    end = document_end(data, "train")
     total = count_windows(tokens, cfg.seq_length)
     numbers = window_order(np.arange(total), total, cfg.seed, 0)[: cfg.num_windows]
     parts = [
@@ -62,7 +73,8 @@ def cache_logits(
         if is_whole(path := shards / SHARD.format(shard)):
             continue
         texts = np.stack([window(tokens, cfg.seq_length, number) for number in parts[shard]])
-        found = _teach(cfg, core, torch.from_numpy(texts))
+        counts = [counted(tokens, learnt, cfg.seq_length, number, end) for number in parts[shard]]
+        found = _teach(cfg, core, torch.from_numpy(texts), torch.stack(counts))
         if stopped := found is None:
             break
         taught, loss = found
@@ -117,11 +129,12 @@ def _any(stopping: bool, device: torch.device, group: ProcessGroup | None = None
 
 @torch.no_grad()
 def _teach(
-    cfg: CacheLogitsConfig, core: torch.nn.Module, texts: Tensor
+    cfg: CacheLogitsConfig, core: torch.nn.Module, texts: Tensor, counts: Tensor
 ) -> tuple[TopK, float] | None:
-    """What the teacher says about windows [w, seq_length + 1], and its own mean loss on them.
+    """What the teacher says about windows [w, seq_length + 1], and its own mean loss.
 
-    ``None`` if the time is up before it has said all of it.
+    That is of the predictions that count [w, seq_length], as training has it. ``None`` if the time
+    is up before it has said all of it.
     """
     device = next(core.parameters()).device
     positions = torch.arange(cfg.seq_length, device=device)[None]
@@ -136,4 +149,6 @@ def _teach(
         losses.append(token_cross_entropy(logits, labels.flatten(), nemo.tensor_group()))
     shape = (*texts[:, 1:].shape, -1)
     taught = TopK(*(torch.cat(each).view(shape) for each in zip(*parts, strict=True)))
-    return taught, torch.cat(losses).mean().item()
+    weights = counts.flatten().to(device)
+    mean = (torch.cat(losses) * weights).sum() / weights.sum().clamp_min(1)
+    return taught, mean.item()

@@ -57,7 +57,8 @@ class TrainingConfig(StageConfig):
     adam_beta2: Beta = 0.95
     clip_grad: Positive = 1.0
     mask_document_ends: bool = True
-    """Leaves out predictions of a document's first token from the document before it."""
+    """Leaves out predictions of a document's first token from the document before it; beside
+    conversations they are always left out."""
     precision: Precision = "bf16-mixed"
     """``bf16-mixed`` (float32 main weights in the optimizer) or ``32``."""
     grad_reduce_in_fp32: bool = True

@@ -176,7 +176,11 @@ def _prepared(chain: Chain, data: str, config: StageConfig | None) -> Manifest |
         "max_documents": config.max_documents,
         "max_tokens": config.max_tokens,
         "text_field": config.text_field,
+        "format": config.format,
     }
-    if manifest is None or any(manifest.config.get(key) != value for key, value in now.items()):
+    # A field that was not recorded is a new one, and has its default there.
+    if manifest is None or any(
+        manifest.config.get(key, value) != value for key, value in now.items()
+    ):
         return None
     return manifest

@@ -11,6 +11,7 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from recipes.core.manifest import manifest_of
 from recipes.core.stage import StageConfig
+from recipes.data.settings import PrepareDataConfig
 from recipes.planning import rules
 from recipes.planning.hardware import Hardware
 from recipes.planning.problems import Problem
@@ -80,7 +81,7 @@ class Chain:
 
 
 def window_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
-    """Checks a window's length against the teacher's positions."""
+    """Checks a window's length against the teacher's positions, and against conversations."""
     limit = chain.teacher.max_position_embeddings
     if not 1 <= seq_length <= limit:
         yield Problem(
@@ -88,6 +89,16 @@ def window_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
             f"seq_length={seq_length} is not between 1 and the teacher's {limit} positions",
             f"set data.seq_length to at most {limit}",
         )
+    for name, config in chain.stages.items():
+        if not (isinstance(config, PrepareDataConfig) and config.chats()):
+            continue
+        if config.seq_length != seq_length:
+            yield Problem(
+                rules.CHAT,
+                f"seq_length={seq_length}, but {name} keeps conversations whole in windows of "
+                f"{config.seq_length}",
+                "set data.seq_length, which all stages take",
+            )
 
 
 def read_chain(hf_path: str, stages: Mapping[str, StageConfig]) -> Chain:

@@ -87,6 +87,10 @@ TOKENIZER = Rule(
 
 # Data
 DATA_SOURCES = Rule("data-sources", "text that cannot be read is found out after the import")
+CHAT = Rule(
+    "chat",
+    "an answer is where the model's own template puts it, and whole, or others are learnt",
+)
 DATA_PARTS = Rule("data-parts", "every part of the text is needed, training included")
 SEQ_LENGTH = Rule(
     "seq-length",

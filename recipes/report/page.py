@@ -16,7 +16,7 @@ from markupsafe import Markup
 from nemo_convert.results import ImportResult, ParityResult
 from recipes.core.metrics import METRICS, Record, steps_of
 from recipes.core.stage import Input, Inputs
-from recipes.data.results import DatasetResult
+from recipes.data.results import DatasetResult, in_words
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import PruneResult
@@ -101,6 +101,7 @@ def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
     """Everything that the template shows."""
     manifests = {name: inputs[name].manifest for name in (*CHAIN, *OPTIONAL) if name in inputs}
     evaluation = manifests["evaluation"].result(EvaluationResult)
+    prepared = manifests["data"].result(DatasetResult)
     pruned = manifests["pruned"].result_if("prune", PruneResult)
     before, after = manifests["teacher"].parameters, manifests["distilled"].parameters
     earlier = upstream(inputs)
@@ -112,7 +113,8 @@ def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
         "description": cfg.description,
         "made": datetime.now(UTC).isoformat(timespec="minutes"),
         "m": manifests,
-        "prepared": manifests["data"].result(DatasetResult),
+        "prepared": prepared,
+        "conversations": {name: in_words(n) for name, n in prepared.conversations.items()},
         "saved": 1 - after / before if before and after else None,
         "quality": evaluation.models(),
         "evaluation": evaluation,

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from nemo_convert.hub import has_chat_template
 from recipes.core.errors import RecipeError
 from recipes.core.files import link_or_copy
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
-from recipes.data.corpus import PARTS
-from recipes.data.results import DatasetResult, SourceTokens
+from recipes.data.chat import ChatTokenizer
+from recipes.data.corpus import PARTS, chat_problem
+from recipes.data.part_writer import LEARNT
+from recipes.data.results import DatasetResult, SourceTokens, in_words
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import parse_source, source_problem
 from recipes.planning import rules
@@ -41,6 +44,7 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
             f"'{source}' is to be trained on and held out",
             "take it from data.sources or from data.heldout_sources",
         )
+    yield from _chat_problems(cfg, chain)
     if sum(cfg.fractions().values()) >= 1:
         yield Problem(
             rules.DATA_PARTS,
@@ -48,6 +52,26 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
             "keep them well below 1 in total",
         )
     yield from window_problems(cfg.seq_length, chain)
+
+
+def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds conversations that cannot be rendered, from the beginnings of their files."""
+    chats = cfg.chats()
+    if cfg.format == "chat" and not set(chats) & set(cfg.sources):
+        yield Problem(
+            rules.CHAT,
+            "data.format=chat, but every source to train on is text by its '#text=FIELD'",
+            "give conversations: data.sources=[my.jsonl]",
+        )
+    if chats and has_chat_template(chain.hf_path) is False:
+        yield Problem(
+            rules.CHAT,
+            f"{chain.hf_path} has no chat template, and '{chats[0]}' is of conversations",
+            "use an instruct model, or plain text: data.format=text",
+        )
+    for source in chats:
+        if problem := chat_problem(source):
+            yield Problem(rules.CHAT, *problem)
 
 
 def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -58,12 +82,16 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
 
     side = side_files(find_checkpoint(inputs["tokenizer"].artifact))
     tokenizer = load_tokenizer(side, cfg.document_end)
+    chat = ChatTokenizer(side, tokenizer.end, cfg.seq_length) if cfg.chats() else None
+    if chat:
+        chat.require_template()
     folder = out.parent / UNFINISHED
     folder.mkdir(exist_ok=True)
-    done = prepare(cfg, tokenizer, folder, metrics_log(out))
+    done = prepare(cfg, tokenizer, folder, metrics_log(out), chat)
     tokens = {part: size // 4 for part, (size, _) in done.sizes.items()}
-    _require_windows(tokens, cfg.seq_length)
-    for name in (f"{part}.{ending}" for part in PARTS for ending in ("bin", "idx")):
+    _require_windows(tokens, cfg.seq_length, done.conversations)
+    endings = ("bin", "idx", LEARNT) if chat else ("bin", "idx")
+    for name in (f"{part}.{ending}" for part in PARTS for ending in endings):
         link_or_copy(folder / name, out / name)
     return Outcome(
         DatasetResult(
@@ -76,16 +104,21 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
             },
             tokenizer.begin,
             tokenizer.end,
+            cfg.seq_length if chat else None,
+            done.conversations,
         ),
         tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256,
     )
 
 
-def _require_windows(tokens: Mapping[str, int], seq_length: int) -> None:
+def _require_windows(
+    tokens: Mapping[str, int], seq_length: int, conversations: Mapping[str, Mapping[str, int]]
+) -> None:
     short = [f"{part}: {tokens[part]}" for part in PARTS if tokens[part] <= seq_length]
     if short:
+        became = "".join(f" Of {name}, {in_words(n)}." for name, n in conversations.items())
         raise RecipeError(
-            f"too little text for seq_length={seq_length}; tokens in {', '.join(short)}.",
+            f"too little text for seq_length={seq_length}; tokens in {', '.join(short)}.{became}",
             "give more text, or set data.seq_length lower",
         )
 

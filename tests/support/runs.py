@@ -21,8 +21,8 @@ STAGES = [
 """Of a recipe that prunes, with ``tasks=none engine=none``, in their order."""
 
 
-def tiny(model: Path, text_file: Path, run_dir: Path, seq_length: int = 64) -> list[str]:
-    """Overrides of a recipe: this model, this text, there."""
+def tiny(model: Path, text_file: Path | str, run_dir: Path, seq_length: int = 64) -> list[str]:
+    """Overrides of a recipe: this model, this text (or sources, with commas), there."""
     return [
         f"model.hf_path={model}",
         f"data.sources=[{text_file}]",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -82,6 +83,8 @@ def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
     planned = any(argument.startswith("recipe=") for argument in arguments)
     extra = ["dry_run=true"] if planned and "--help" not in arguments else []
     (tmp_path / "my.jsonl").write_text('{"text": "one document of a few words"}\n' * 200_000)
+    said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
+    (tmp_path / "my_chats.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 20_000)
     result = run_here(*arguments, *extra, cwd=tmp_path)
     if "stages.only=[distill]" in arguments:
         assert "whose result is needed but not there" in result.output  # a fresh directory

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from recipes.core.metrics import METRICS, steps_of
+from tests.support.chats import write_chats
 from tests.support.in_process import run_here
 from tests.support.launcher import Result
 from tests.support.runs import manifest_of, settings, tiny, without
@@ -14,7 +15,7 @@ from tests.support.runs import manifest_of, settings, tiny, without
 STEPS, BATCH = 12, 4
 
 
-def run_teacher(model: Path, text_file: Path, run_dir: Path, *more: str) -> Result:
+def run_teacher(model: Path, texts: str, run_dir: Path, *more: str) -> Result:
     distill = {
         "precision": 32,
         "top_k": "null",
@@ -25,7 +26,7 @@ def run_teacher(model: Path, text_file: Path, run_dir: Path, *more: str) -> Resu
     }
     return run_here(
         "recipe=llama_depth_prune",
-        *tiny(model, text_file, run_dir),
+        *tiny(model, texts, run_dir),
         "stages.prune.target_num_layers=2",  # further from its teacher than float16 rounds
         *settings("distill", **distill),
         *more,
@@ -34,21 +35,27 @@ def run_teacher(model: Path, text_file: Path, run_dir: Path, *more: str) -> Resu
 
 
 @pytest.fixture(scope="module")
-def live(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def texts(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Prose and conversations."""
+    return f"{text_file},{write_chats(tmp_path_factory.mktemp('chats') / 'chats.jsonl', text_file)}"
+
+
+@pytest.fixture(scope="module")
+def live(even_llama: Path, texts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("live") / "run"
     only = "stages.only=[import_hf,prepare_data,score,prune,distill]"
-    result = run_teacher(even_llama, text_file, run_dir, only)
+    result = run_teacher(even_llama, texts, run_dir, only)
     assert result.code == 0, result.output
     return run_dir
 
 
 def test_a_cached_teacher_gives_the_live_ones_losses(
-    live: Path, even_llama: Path, text_file: Path, tmp_path: Path
+    live: Path, even_llama: Path, texts: str, tmp_path: Path
 ) -> None:
     """With nearly the whole vocabulary cached, on the same windows, and as further epochs."""
     result = run_teacher(
         even_llama,
-        text_file,
+        texts,
         without(live, tmp_path / "run", "distill"),
         "teacher=cached",
         "stages.only=[cache_logits,distill]",
@@ -67,11 +74,11 @@ def test_a_cached_teacher_gives_the_live_ones_losses(
 
 
 def test_a_corrected_teacher_predicts_the_text_better(
-    live: Path, even_llama: Path, text_file: Path, tmp_path: Path
+    live: Path, even_llama: Path, texts: str, tmp_path: Path
 ) -> None:
     result = run_teacher(
         even_llama,
-        text_file,
+        texts,
         without(live, tmp_path / "run", "distill"),
         "teacher=corrected",
         "stages.only=[correct_teacher,distill]",

@@ -9,7 +9,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,17 +18,22 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from transformers import AutoTokenizer
 
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.data import part_writer, preparation
+from recipes.data.chat import TOO_LONG, ChatTokenizer
 from recipes.data.corpus import PARTS, digest
 from recipes.data.part_writer import PartWriter
 from recipes.data.preparation import Progress, prepare
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.tokenizer import DocumentTokenizer, load_tokenizer
+from recipes.data.token_windows import read_learnt, read_tokens
+from recipes.data.tokenizer import DocumentTokenizer, encode_all, load_tokenizer
+from tests.support.chats import write_chats
 
 LOG = MetricsLog(None)
+LENGTH = 64
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +71,8 @@ def whole(
 
 
 def content(folder: Path) -> dict[str, str]:
-    names = [f"{part}.{ending}" for part in PARTS for ending in ("bin", "idx")]
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    files = [file for part in PARTS for file in folder.glob(f"{part}.*")]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def documents(folder: Path, part: str) -> list[tuple[int, ...]]:
@@ -81,7 +87,7 @@ def test_every_document_is_taken_once(
     found = [document for part in PARTS for document in documents(folder, part)]
     texts = set(read(text_file)[:600])
     assert len(found) == len(set(found))
-    assert set(found) == {tuple(ids.tolist()) for ids in tokenizer.encode(sorted(texts))}
+    assert set(found) == {tuple(one.ids.tolist()) for one in tokenizer.encode(sorted(texts))}
     for part, (size, count) in done.sizes.items():
         assert count == len(documents(folder, part)) > 0
         assert size == 4 * sum(map(len, documents(folder, part)))
@@ -96,7 +102,9 @@ def test_a_held_out_source_is_held_out_whole(
     cfg: PrepareDataConfig, whole: tuple[Path, Progress], tokenizer: DocumentTokenizer
 ) -> None:
     lines = Path(cfg.heldout_sources[0]).read_text().splitlines()
-    apart = [tuple(i.tolist()) for i in tokenizer.encode([json.loads(t).strip() for t in lines])]
+    apart = [
+        tuple(one.ids.tolist()) for one in tokenizer.encode([json.loads(t).strip() for t in lines])
+    ]
     assert documents(whole[0], "heldout")[: len(set(apart))] == list(dict.fromkeys(apart))
     assert whole[1].sources["heldout"]["apart"] == sum(map(len, set(apart)))
 
@@ -115,7 +123,7 @@ def test_more_processes_write_the_same_bytes(
 
 
 def test_a_killed_process_is_named(tokenizer: DocumentTokenizer) -> None:
-    encoded = tokenizer.encode_all((([f"text {n}"], n) for n in range(10_000)), 2)
+    encoded = encode_all(tokenizer, (([f"text {n}"], n) for n in range(10_000)), 2)
     next(encoded)
     victims = [
         stat.parent
@@ -128,9 +136,134 @@ def test_a_killed_process_is_named(tokenizer: DocumentTokenizer) -> None:
     assert "fewer processes take less memory" in str(e.value)
 
 
-def prepare_in_small_steps(cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, to: Path) -> None:
+@pytest.fixture(scope="module")
+def chat(odd_llama: Path, tokenizer: DocumentTokenizer) -> ChatTokenizer:
+    return ChatTokenizer(odd_llama, tokenizer.end, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def mixed(
+    text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PrepareDataConfig, list[str]]:
+    """Conversations between texts, and all that is said in them."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "texts.jsonl").write_text("".join(text_file.read_text().splitlines(True)[:100]))
+    chats = write_chats(folder / "chats.jsonl", text_file, 700)
+    sources = [str(folder / "texts.jsonl"), chats, f"{folder}/texts.jsonl#text=text&name=again"]
+    lines = (folder / "chats.jsonl").read_text().splitlines()
+    said = ["".join(m["content"] + "<eos>" for m in json.loads(li)["messages"]) for li in lines]
+    return PrepareDataConfig(sources=sources, seq_length=LENGTH), said
+
+
+@pytest.fixture(scope="module")
+def whole_mixed(
+    mixed: tuple[PrepareDataConfig, list[str]],
+    tokenizer: DocumentTokenizer,
+    chat: ChatTokenizer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Progress]:
+    """In batches of 16, as where they are interrupted."""
+    folder = tmp_path_factory.mktemp("whole_mixed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "BATCH_DOCUMENTS", 16)
+        return folder, prepare(mixed[0], tokenizer, folder, LOG, chat)
+
+
+def test_conversations_are_whole_in_their_windows_and_answers_are_marked(
+    mixed: tuple[PrepareDataConfig, list[str]],
+    whole_mixed: tuple[Path, Progress],
+    tokenizer: DocumentTokenizer,
+    odd_llama: Path,
+) -> None:
+    """Every one is found in one window, behind what fills the window before it."""
+    known, (folder, done) = AutoTokenizer.from_pretrained(odd_llama), whole_mixed
+    left = Counter(tuple(known(said)["input_ids"]) for said in dict.fromkeys(mixed[1]))
+    taken = cut = filling = answers = 0
+    for part in PARTS:
+        tokens, learnt = read_tokens(folder, part), read_learnt(folder, part)
+        assert learnt is not None
+        assert len(learnt) == len(tokens)
+        of_part = done.sources[part]
+        start = of_part["texts"]
+        stop = start + of_part["chats"]
+        assert 4 * sum(of_part.values()) == done.sizes[part][0] == 4 * len(tokens)
+        first_of_text = np.concatenate([[False], tokens[: start - 1] != tokenizer.end])
+        assert (learnt[:start] == first_of_text).all()
+        for ids, marks in _documents(tokens, learnt, start, stop, tokenizer.end):
+            if ids in left:
+                left[ids] -= 1
+            else:  # only its end is missing
+                assert any(one[: len(ids)] == ids for one in left if len(one) >= LENGTH)
+                cut += 1
+            turn, expected = 0, []
+            for token in ids:
+                expected.append(turn % 2 == 1)
+                turn += token == tokenizer.end
+            assert marks == expected
+            taken, answers = taken + 1, answers + sum(marks)
+        filling += stop - start
+    found = done.conversations["chats"]
+    assert (found["taken"], found["tokens of answers"]) == (taken, answers)
+    assert found["tokens"] + found["tokens to fill windows"] == filling
+    assert found["tokens to fill windows"] < 0.2 * found["tokens"]
+    missing = [ids for ids, n in left.items() if n]
+    assert len(missing) == found.get(TOO_LONG, 0) + cut
+    assert found["cut"] == cut > 0
+    assert all(len(ids) >= LENGTH for ids in missing)
+    assert min(left.values()) == 0
+
+
+def _documents(
+    tokens: np.ndarray, learnt: np.ndarray, start: int, stop: int, end: int
+) -> Iterator[tuple[tuple[int, ...], list[bool]]]:
+    """Conversations of a stretch, taken apart at the two marks that end each, window by window."""
+    for window in range(start // LENGTH, -(-stop // LENGTH)):
+        place = max(start, window * LENGTH)
+        last = min(stop, (window + 1) * LENGTH)
+        while place < last:
+            if tokens[place] == end:  # fills
+                assert not learnt[place]
+                place += 1
+                continue
+            ends = tokens[place:last] == end
+            size = int(np.flatnonzero(ends[:-1] & ends[1:])[0]) + 1
+            inside = slice(place, place + size)
+            yield tuple(tokens[inside].tolist()), learnt[inside].tolist()
+            place += size + 1
+
+
+def prepare_in_small_steps(
+    cfg: PrepareDataConfig,
+    tokenizer: DocumentTokenizer,
+    to: Path,
+    chat: ChatTokenizer | None = None,
+) -> None:
     preparation.BATCH_DOCUMENTS, preparation.KEEP_SECONDS = 16, 0.01
-    prepare(cfg, tokenizer, to, MetricsLog(to / "metrics.jsonl"))
+    prepare(cfg, tokenizer, to, MetricsLog(to / "metrics.jsonl"), chat)
+
+
+def test_killed_work_on_conversations_goes_on_to_the_same_bytes(
+    mixed: tuple[PrepareDataConfig, list[str]],
+    whole_mixed: tuple[Path, Progress],
+    tokenizer: DocumentTokenizer,
+    chat: ChatTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    process = multiprocessing.get_context("fork").Process(
+        target=prepare_in_small_steps, args=(mixed[0], tokenizer, tmp_path, chat)
+    )
+    process.start()
+    while process.is_alive() and _lines(metrics) < 30:
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed"
+    monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 16)
+    assert prepare(mixed[0], tokenizer, tmp_path, LOG, chat) == whole_mixed[1]
+    assert content(tmp_path).keys() == content(whole_mixed[0]).keys() > {"train.learnt"}
+    assert content(tmp_path) == content(whole_mixed[0])
 
 
 @pytest.mark.parametrize("processes", [1, 2])

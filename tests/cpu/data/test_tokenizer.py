@@ -28,7 +28,7 @@ def saved(folder: Path, *marks: str, begins: bool = False, **names: str) -> Path
 
 
 def encoded(tokenizer: DocumentTokenizer, texts: list[str]) -> list[list[int]]:
-    return [ids.tolist() for ids in tokenizer.encode(texts)]
+    return [one.ids.tolist() for one in tokenizer.encode(texts)]
 
 
 @pytest.mark.parametrize(

@@ -78,14 +78,14 @@ def run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def truth(run: Path, even_llama: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels [windows, S] and log-probabilities [windows, S, vocabulary] by transformers."""
+    """Tokens [windows, S + 1] and log-probabilities [windows, S, vocabulary] by transformers."""
     part = IndexedDataset(str(run / "prepare_data" / ARTIFACT / "train"))
     text = np.concatenate([part[i] for i in range(len(part))]).astype(np.int64)
     rows = [text[w * LENGTH : (w + 1) * LENGTH + 1] for w in opened(run).windows]
     tokens = torch.from_numpy(np.stack(rows))
     with torch.no_grad():
         logits = load_causal_lm(even_llama)(tokens[:, :-1]).logits.double()
-    return tokens[:, 1:], logits
+    return tokens, logits
 
 
 def test_it_stores_what_transformers_says(
@@ -112,8 +112,10 @@ def test_it_stores_what_transformers_says(
 def test_the_manifest_has_the_teachers_own_figures(
     run: Path, truth: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    (labels, logits), metrics = truth, stage_of(run, "cache_logits").manifest.metrics
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    """Its loss is of what training counts: nothing that follows the end of a document."""
+    (tokens, logits), metrics = truth, stage_of(run, "cache_logits").manifest.metrics
+    counted = tokens[:, :-1] != stage_of(run, "prepare_data").manifest.metrics["document_end"]
+    loss = torch.nn.functional.cross_entropy(logits[counted], tokens[:, 1:][counted])
     assert metrics["teacher_loss"] == pytest.approx(loss.item(), rel=1e-4)
     soft = (logits / TEMPERATURE).softmax(dim=-1)
     rest = 1 - soft.topk(KEPT, dim=-1).values.sum(dim=-1)
@@ -231,7 +233,7 @@ def test_a_teacher_that_knows_nothing_is_refused(
     )
     cfg, data = (
         CacheLogitsConfig(seq_length=LENGTH, num_windows=8),
-        run / "prepare_data" / ARTIFACT,
+        stage_of(run, "prepare_data"),
     )
     with pytest.raises(RecipeError, match="a working model is well below"):
         cache_logits(
@@ -251,7 +253,7 @@ def test_an_odd_text_does_not_stop_a_teacher_that_knows_something(
         windows_per_shard=1,
         precision="32",
     )
-    data = run / "prepare_data" / ARTIFACT
+    data = stage_of(run, "prepare_data")
     teacher = find_checkpoint(run / "import_hf" / ARTIFACT)
     out = tmp_path / "out"
     out.mkdir()

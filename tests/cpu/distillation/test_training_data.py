@@ -82,6 +82,30 @@ def test_what_follows_a_document_counts_for_nothing(data: Path) -> None:
     assert masked > 5
 
 
+def test_what_is_told_of_each_token_counts_with_a_cached_teacher_too(
+    data: Path, tmp_path: Path
+) -> None:
+    """As of conversations; through the data module, which finds what is told beside the tokens."""
+    generator = np.random.default_rng(1)
+    learnt = {}
+    for part in ("train", "validation"):
+        for ending in ("bin", "idx"):
+            (tmp_path / f"{part}.{ending}").symlink_to(data / f"{part}.{ending}")
+        learnt[part] = generator.random(len(read_tokens(data, part))) < 0.3
+        (tmp_path / f"{part}.learnt").write_bytes(learnt[part].tobytes())
+    live = training(tmp_path, 2)
+    cached = training(tmp_path, 2, cache=Cache(list(range(len(live._train_ds.ids)))))
+    for part, dataset in (("train", live._train_ds), ("validation", live._validation_ds)):
+        for sample in range(len(dataset)):
+            start = dataset.window_of(sample) * LENGTH + 1
+            expected = learnt[part][start : start + LENGTH]
+            assert (dataset[sample]["loss_mask"].numpy() > 0).tolist() == expected.tolist()
+            if part == "train":
+                same = cached._train_ds[sample]
+                assert torch.equal(same["loss_mask"], dataset[sample]["loss_mask"])
+                assert "teacher_indices" in same
+
+
 def test_every_epoch_has_every_window_once_in_another_order(data: Path) -> None:
     count = len(windows_of(data, 0).ids)
     dataset = windows_of(data, 3 * count, seed=SEED)

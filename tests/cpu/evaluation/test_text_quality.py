@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 from nemo_convert.hf import load_causal_lm
+from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
 from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
@@ -23,6 +24,7 @@ from recipes.evaluation.results import ROLES, EvaluationResult
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.evaluation.text_quality import Scores
 from recipes.stages import evaluate, prepare_data
+from tests.support.chats import write_chats
 from tests.support.logits import LogitsWatch
 from tests.support.manifests import bare_manifest
 from tests.support.runs import stage_dir
@@ -40,15 +42,17 @@ def data(
     paragraphs = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     (folder / "prose.txt").write_text("\n\n".join(text[:80] for text in paragraphs[:400]))
     (folder / "numbers.txt").write_text("\n\n".join(f"{n} " * 12 for n in range(100, 500)))
-    sources = [str(folder / "prose.txt"), str(folder / "numbers.txt")]
+    return prepared(models, folder, [str(folder / "prose.txt"), str(folder / "numbers.txt")])
+
+
+def prepared(models: dict[str, Any], folder: Path, sources: list[str], **settings: Any) -> Input:
     teacher = SimpleNamespace(**vars(models["teacher"]), manifest=SimpleNamespace())
     teacher.manifest.tokenizer_sha256 = "t"
     out = stage_dir(folder, "data")
-    prepared = prepare_data.run(
-        PrepareDataConfig(sources=sources, seq_length=LENGTH), {"tokenizer": teacher}, out
-    ).result
-    assert isinstance(prepared, DatasetResult)
-    return Input(out.parent, bare_manifest("prepare_data", "dataset", prepared))
+    cfg = PrepareDataConfig(sources=sources, seq_length=LENGTH, **settings)
+    result = prepare_data.run(cfg, {"tokenizer": teacher}, out).result
+    assert isinstance(result, DatasetResult)
+    return Input(out.parent, bare_manifest("prepare_data", "dataset", result))
 
 
 def evaluated(
@@ -69,10 +73,10 @@ def found(
 def test_quality_is_measured_by_source(
     found: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
 ) -> None:
-    prepared = data.manifest.result(DatasetResult)
-    for part, lengths in prepared.source_tokens.items():
+    result = data.manifest.result(DatasetResult)
+    for part, lengths in result.source_tokens.items():
         assert [entry.source for entry in lengths] == ["prose", "numbers"]
-        assert sum(entry.tokens for entry in lengths) == prepared.tokens[part]
+        assert sum(entry.tokens for entry in lengths) == result.tokens[part]
     assert found.windows == 10
     assert {name: source.windows for name, source in found.sources.items()} == {
         "prose": 5,
@@ -85,7 +89,7 @@ def test_quality_is_measured_by_source(
         assert abs(losses[0] - losses[1]) > 0.1
 
     # Without the second source there is nothing to tell apart.
-    older = replace(prepared, source_tokens={})
+    older = replace(result, source_tokens={})
     alone = Input(data.directory, bare_manifest("prepare_data", "dataset", older))
     one = evaluated(models, alone, tmp_path)
     assert (one.windows, one.sources) == (9, {})
@@ -95,10 +99,10 @@ def test_what_follows_a_document_is_not_measured(
     found: EvaluationResult, models: dict[str, Any], data: Input
 ) -> None:
     """Window by window and with whole logits, as training counts."""
-    prepared = data.manifest.result(DatasetResult)
+    result = data.manifest.result(DatasetResult)
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
     end = tokens[-1]
-    second = -(-prepared.source_tokens["heldout"][0].tokens // LENGTH)
+    second = -(-result.source_tokens["heldout"][0].tokens // LENGTH)
     starts = [LENGTH * (first + n) for first in (0, second) for n in range(5)]
     windows = torch.stack([tokens[start : start + LENGTH] for start in starts])
     counted = windows[:, :-1] != end
@@ -118,6 +122,54 @@ def test_what_follows_a_document_is_not_measured(
         expected = [torch.stack(each).mean() for each in (losses, divergences, agreements)]
         figures = [quality.loss, quality.kl_to_teacher, quality.top1_agreement]
         assert figures == pytest.approx([x.item() for x in expected], abs=1e-5)
+
+
+def test_of_conversations_only_answers_are_measured(
+    models: dict[str, Any], text_file: Path, tmp_path: Path
+) -> None:
+    """By whole logits; an end that follows another is of a conversation, any other of a turn."""
+    (tmp_path / "prose.txt").write_text("\n\n".join(f"a line, the {n}th" for n in range(99)))
+    chats = write_chats(tmp_path / "chats.jsonl", text_file, letters=4)
+    data = prepared(models, tmp_path, [chats], heldout_sources=[str(tmp_path / "prose.txt")])
+    result = data.manifest.result(DatasetResult)
+    end, (prose, said) = result.document_end, result.source_tokens["heldout"]
+    tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
+    first = -(-prose.tokens // LENGTH)
+    whole = tokens[first * LENGTH : (prose.tokens + said.tokens) // LENGTH * LENGTH]
+    windows = whole.view(-1, LENGTH)[:4]
+    learnt = torch.zeros_like(windows, dtype=torch.bool)
+    for window, marks in zip(windows, learnt, strict=True):
+        turn = 0
+        for place, token in enumerate(window):
+            marks[place] = turn % 2 == 1
+            if token == end:
+                turn = 0 if place == 0 or window[place - 1] == end else turn + 1
+                marks[place] &= turn != 0
+    counted = learnt[:, 1:]
+    found = evaluated(models, data, tmp_path, replace(CONFIG, num_windows=8)).sources["chats"]
+    assert (found.windows, found.predictions) == (4, counted.sum())
+    assert 0.3 < counted.float().mean() < 0.9
+    with torch.no_grad():
+        logits = {role: load_causal_lm(models[role].hf)(windows).logits[:, :-1] for role in ROLES}
+    for role in ROLES:
+        losses = [
+            cross_entropy(logits[role][n][mask], windows[n, 1:][mask])
+            for n, mask in enumerate(counted)
+        ]
+        divergences = [
+            kl_div(
+                logits[role][n][mask].log_softmax(-1),
+                logits["teacher"][n][mask].log_softmax(-1),
+                log_target=True,
+                reduction="batchmean",
+            )
+            for n, mask in enumerate(counted)
+        ]
+        quality = getattr(found, role)
+        expected = [torch.stack(each).mean().item() for each in (losses, divergences)]
+        assert [quality.loss, quality.kl_to_teacher] == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(RecipeError, match=f"whole in windows of {LENGTH}"):
+        evaluated(models, data, tmp_path / "shorter", replace(CONFIG, seq_length=16))
 
 
 def test_one_model_is_in_memory_at_a_time_and_logits_of_few_positions(

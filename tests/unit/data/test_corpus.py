@@ -12,7 +12,15 @@ import pytest
 
 from recipes.core.errors import RecipeError
 from recipes.data import corpus
-from recipes.data.corpus import PARTS, Document, digest, draw_of, part_of, read_source
+from recipes.data.corpus import (
+    PARTS,
+    Document,
+    chat_problem,
+    digest,
+    draw_of,
+    part_of,
+    read_source,
+)
 from recipes.data.sources import source_bytes, source_names, source_problem
 
 FRACTIONS = {"validation": 0.02, "calibration": 0.04, "heldout": 0.04}
@@ -23,6 +31,11 @@ def write(folder: Path, name: str, content: str) -> str:
     file = folder / name
     file.write_text(content, encoding="utf-8")
     return str(file)
+
+
+def conversation(*said: str) -> dict[str, Any]:
+    roles = ("user", "assistant") * len(said)
+    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, said, strict=False)]}
 
 
 def documents(source: str, field: str = "text") -> list[str]:
@@ -62,10 +75,37 @@ def test_text_field_is_the_one_asked_for(tmp_path: Path) -> None:
     assert documents(source, "body") == ["yes"]
 
 
+def test_conversations_are_documents_whole(tmp_path: Path) -> None:
+    said = [conversation("Why?", "So."), conversation("ü")]
+    lines = "\n\n".join(json.dumps({**one, "id": 3}) for one in said)
+    for name, content in (("a.jsonl", lines), ("a.json", json.dumps(said))):
+        found = list(read_source(write(tmp_path, name, content), "text", chat=True))
+        assert [json.loads(document.text) for document in found] == [s["messages"] for s in said]
+        assert {document.place for document in found} == {None}
+
+
+def test_what_is_wrong_with_a_conversation_is_said_before_it_is_read_whole(tmp_path: Path) -> None:
+    good = json.dumps(conversation("Why?", "So."))
+    assert chat_problem(write(tmp_path, "a.jsonl", f"{good}\n" * 200 + "{oops")) is None
+    for line, what in (
+        ('{"text": "a"}', "line 3: there is no list of messages in 'messages'"),
+        ('{"messages": [{"role": "user"}]}', "line 3: message 1 has no text as its 'content'"),
+        ("{oops", "line 3: Expecting property name"),
+    ):
+        found = chat_problem(write(tmp_path, "a.jsonl", f"{good}\n\n{line}\n"))
+        assert found is not None
+        assert what in found[0]
+        assert "a.jsonl" in found[0]
+        assert ("mend" if line == "{oops" else '{"messages": [{"role": "user"') in found[1]
+    found = chat_problem(write(tmp_path, "a.txt", "text"))
+    assert found is not None
+    assert found[0] == f"'{tmp_path}/a.txt' is not of conversations"
+
+
 @pytest.mark.parametrize("record", ['{"body": "x"}', '{"text": 3}', "7", "null", '["x"]'])
 def test_record_without_text_is_numbered(tmp_path: Path, record: str) -> None:
     source = write(tmp_path, "a.jsonl", f'{{"text": "one"}}\n{record}\n')
-    with pytest.raises(RecipeError, match="record 2: no text in field 'text'") as caught:
+    with pytest.raises(RecipeError, match="line 2: no text in field 'text'") as caught:
         documents(source)
     assert source in str(caught.value)
     assert "data.text_field" in str(caught.value)

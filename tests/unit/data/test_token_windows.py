@@ -65,6 +65,14 @@ def test_predictions_from_the_end_of_a_document_do_not_count() -> None:
     assert TextWindows.of(text.tokens).predictions == 6
 
 
+def test_what_is_told_of_each_token_counts() -> None:
+    """Whatever they are predicted from: a turn of a conversation may end as a document does."""
+    learnt = torch.tensor([[True, False, True, True], [True, True, False, False]])
+    text = TextWindows.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), 0, learnt)
+    assert text.counted.tolist() == [[False, True, True], [True, False, False]]
+    assert text.targets.tolist() == [6, 7, 8]
+
+
 def test_windows_are_spread_over_the_sources() -> None:
     """Tokens 0 to 9, 10 and 11, and 12 to 25, in windows of 4."""
     sources = [SourceTokens("a", 10), SourceTokens("short", 2), SourceTokens("b", 14)]

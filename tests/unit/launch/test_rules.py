@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import json
+import re
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -101,6 +102,7 @@ TRIPS = {
     "vocabulary": trip(*TP2, config={"vocab_size": 513}),
     "data-sources": trip("data.sources=[nowhere.txt]"),
     "data-parts": trip("stages.prepare_data.heldout_fraction=0.99"),
+    "chat": trip("data.format=chat", "data.sources=[CHAT]", *SMALL, config={}),
     "seq-length": trip("data.seq_length=10000"),
     "tokens": trip("data.sources=[TEXT]", f"{D}global_batch_size=4000"),
     "epochs": trip("data.sources=[TEXT]"),
@@ -174,6 +176,14 @@ def text(tmp_path: Path) -> Path:
     return tmp_path / "text.txt"
 
 
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """A conversation, many times."""
+    said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 5000)
+    return tmp_path / "chats.jsonl"
+
+
 def all_names_in_source(root: Path) -> set[str]:
     """The rule of every ``Problem(…)`` in the code, each of which is a constant of ``rules``."""
     names = set()
@@ -209,11 +219,12 @@ def test_each_rule_is_tripped(
     plan: MakePlan,
     hf_folder: Path,
     text: Path,
+    chats: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An error stops with the rule's name and a fix; a warning comes with the plan."""
     case = TRIPS[rule]
-    overrides = [o.replace("TEXT", str(text)) for o in case.overrides]
+    overrides = [o.replace("TEXT", str(text)).replace("CHAT", str(chats)) for o in case.overrides]
     if case.config is not None:
         (hf_folder / "config.json").write_text(json.dumps(LLAMA_CONFIG | case.config))
         overrides += [f"model.hf_path={hf_folder}", *SMALL]
@@ -230,6 +241,34 @@ def test_each_rule_is_tripped(
     assert f"[{rule}]" in str(caught.value)
     assert "  fix: " in str(caught.value)
     assert RULES[rule].reference in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.sources=[TEXT]"], "'TEXT' is not of conversations"),
+        (["data.sources=[LINES]"], "line 2: there is no list of messages in 'messages'"),
+        (["data.sources=[CHAT#text=body]"], "every source to train on is text"),
+        (["data.sources=[CHAT]", f"{D}seq_length=128"], "whole in windows of 256"),
+        (["data.sources=[CHAT]"], None),
+        (["data.sources=[CHAT#format=chat,TEXT]", "data.format=text"], None),
+    ],
+)
+def test_conversations_are_looked_at_before_anything_runs(
+    overrides: list[str], message: str | None, plan: MakePlan, text: Path, chats: Path
+) -> None:
+    lines = chats.with_name("lines.jsonl")
+    lines.write_text(f'{chats.read_text().splitlines()[0]}\n{{"text": "a"}}\n' * 3)
+    files = {"TEXT": text, "CHAT": chats, "LINES": lines}
+    for name, file in files.items():
+        overrides = [override.replace(name, str(file)) for override in overrides]
+    ours = ["data.format=chat", *overrides]
+    if message is None:
+        assert "chat" not in {note.rule.name for note in plan(*ours).notes}
+        return
+    with pytest.raises(RecipeError, match=re.escape(message.replace("TEXT", str(text)))) as caught:
+        plan(*ours)
+    assert "[chat]" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", REFUSED_FIELDS)

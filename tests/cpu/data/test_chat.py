@@ -1,0 +1,169 @@
+"""Conversations by a model's own template: which tokens are learnt, and whole windows of them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from recipes.core.errors import RecipeError
+from recipes.data import chat
+from recipes.data.chat import ChatTokenizer, messages_of, pack
+from recipes.data.tokenizer import Encoded
+
+MARKS = ["<end>", "<start>", "<stop>"]
+END, START, STOP = range(3)
+TURN = "<start>{{ m.role }}\n{{ m.content }}<stop>\n"
+ASK = "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+PLAIN = "{% for m in messages %}" + TURN + "{% endfor %}" + ASK
+MARKED = (
+    "{% for m in messages %}<start>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<stop>{% endgeneration %}{% else %}{{ m.content }}<stop>"
+    "{% endif %}{{ '\n' }}{% endfor %}" + ASK
+)
+FORGETS = (  # what was thought is only in the last turn, as Qwen3's template has it
+    "{% for m in messages %}<start>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+    "<think>{% endif %}{{ m.content }}<stop>\n{% endfor %}" + ASK
+)
+ALTERNATES = "{{ raise_exception('roles must alternate') }}"
+ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+SAID = {"role": "assistant", "content": "So."}
+LONG = 200
+
+
+def saved(folder: Path, template: str | None, seq_length: int = LONG) -> ChatTokenizer:
+    """A tokenizer of bytes and three marks."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate([*MARKS, *letters])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(MARKS)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<stop>", additional_special_tokens=MARKS[:2]
+    )
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return ChatTokenizer(folder, END, seq_length)
+
+
+def encoded(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> Encoded:
+    [found] = tokenizer.encode([json.dumps(messages)])
+    return found
+
+
+def spoken(tokenizer: ChatTokenizer, found: Encoded) -> list[str]:
+    """The stretches that are learnt, as text."""
+    assert found.learnt is not None
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], found.learnt, [0]])))
+    parts = zip(edges[::2], edges[1::2], strict=True)
+    return [tokenizer._tokenizer.decode(found.ids[start:stop]) for start, stop in parts]
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_only_what_the_assistant_says_is_learnt(tmp_path: Path, template: str) -> None:
+    tokenizer = saved(tmp_path, template)
+    again = {"role": "assistant", "content": "Thus, since ü."}
+    found = encoded(tokenizer, [*ASKED, SAID, {"role": "user", "content": "And?"}, again])
+    whole = (
+        "<start>system\nBe brief.<stop>\n<start>user\nWhy?<stop>\n<start>assistant\nSo.<stop>\n"
+        "<start>user\nAnd?<stop>\n<start>assistant\nThus, since ü.<stop>\n<end>"
+    )
+    assert tokenizer._tokenizer.decode(found.ids) == whole
+    assert spoken(tokenizer, found) == ["So.<stop>", "Thus, since ü.<stop>"]
+    assert (found.cut, found.left_out) == (False, "")
+    copy = pickle.loads(pickle.dumps(tokenizer))  # as to another process
+    first = encoded(copy, [*ASKED, SAID]).ids.tolist()
+    assert first == [*found.ids.tolist()[: len(first) - 1], END]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "reason"),
+    [
+        (PLAIN, ASKED, chat.NO_ANSWER),
+        (ALTERNATES, [*ASKED, SAID], chat.TEMPLATE),
+        (FORGETS, [*ASKED, SAID, *ASKED, SAID], chat.NO_PREFIX),
+        (PLAIN, [SAID], chat.NO_PREFIX),
+        (PLAIN, [*ASKED, {"role": "assistant", "content": "a <stop> b"}], chat.NAMES_MARK),
+        (PLAIN, [*ASKED, {"role": "assistant", "content": "x" * LONG}], chat.TOO_LONG),
+    ],
+)
+def test_what_cannot_be_learnt_from_is_left_out(
+    tmp_path: Path, template: str, messages: list[dict[str, str]], reason: str
+) -> None:
+    found = encoded(saved(tmp_path, template), messages)
+    assert (found.left_out, len(found.ids)) == (reason, 0)
+    if template == FORGETS:  # one answer alone is found
+        assert spoken(saved(tmp_path, template), encoded(saved(tmp_path, template), messages[:3]))
+
+
+def test_a_long_conversation_ends_with_its_last_whole_answer(tmp_path: Path) -> None:
+    turns = [*ASKED, SAID, {"role": "user", "content": "And?"}, SAID]
+    whole = encoded(saved(tmp_path, PLAIN), turns)
+    for length in range(len(whole.ids) - 1, 63, -1):
+        tokenizer = saved(tmp_path, PLAIN, length)
+        found = encoded(tokenizer, turns)
+        answers = 2 if length >= len(whole.ids) - 1 else 1
+        assert spoken(tokenizer, found) == ["So.<stop>"] * answers, length
+        assert found.cut
+        assert len(found.ids) <= length
+        assert found.ids[-2:].tolist() == [STOP, END]
+    first = len(found.ids)
+    assert encoded(saved(tmp_path, PLAIN, first), turns).cut
+    assert encoded(saved(tmp_path, PLAIN, first - 1), turns).left_out == chat.TOO_LONG
+
+
+def test_no_conversation_runs_over_the_end_of_a_window() -> None:
+    generator, length = np.random.default_rng(0), 32
+    for _ in range(30):
+        sizes = generator.integers(2, length + 1, generator.integers(1, 40))
+        given = [Encoded(np.full(n, 5 + i), np.arange(n) > 0) for i, n in enumerate(sizes)]
+        position = int(generator.integers(0, 100))
+        packed = list(pack(given, position, length, END))
+        ids = np.concatenate([each.ids for each in packed])
+        learnt = np.concatenate([each.learnt for each in packed])  # type: ignore[misc]
+        places = position + np.arange(len(ids))
+        for i, n in enumerate(sizes):
+            [mine] = [places[ids == 5 + i]]
+            assert len(mine) == n
+            assert mine[0] // length == mine[-1] // length
+            assert mine[-1] - mine[0] == n - 1
+        assert not learnt[ids == END].any()
+        windows = -(-(position % length + len(ids)) // length)
+        assert windows <= len(_naive(sizes, position % length, length))
+
+
+def _naive(sizes: np.ndarray, begun: int, length: int) -> list[int]:
+    """Windows where each conversation follows the one before it."""
+    windows = [begun]
+    for size in sizes:
+        if windows[-1] + size > length:
+            windows.append(0)
+        windows[-1] += int(size)
+    return windows
+
+
+def test_a_model_without_a_template_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="has no chat template"):
+        saved(tmp_path, None).require_template()
+    saved(tmp_path, PLAIN).require_template()
+
+
+def wrong() -> Iterator[tuple[object, str]]:
+    yield "text", "no list of messages"
+    yield {"text": "a"}, "no list of messages"
+    yield {"messages": []}, "no list of messages"
+    yield {"messages": ["hello"]}, "message 1 has no text as its 'role'"
+    yield {"messages": [{"role": "user", "content": "a"}, {"role": "x"}]}, "message 2 .* 'content'"
+    yield {"messages": [{"role": "user", "content": ["a"]}]}, "message 1 has no text as its 'cont"
+
+
+@pytest.mark.parametrize(("record", "message"), wrong())
+def test_what_is_no_conversation_is_said(record: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        messages_of(record)
