@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -53,15 +53,18 @@ def prepare(
     folder: Path,
     log: MetricsLog,
     chat: ChatTokenizer | None = None,
+    places: Mapping[str, str] | None = None,
 ) -> Progress:
     """Writes ``.bin`` and ``.idx`` of all parts, going on with what a killed process left.
 
     Held-out sources come first: of a document that is also in a source for training, theirs is the
     copy that stays. What is taken is decided here, in the order of the text, so that the number of
     processes changes nothing.
-    Conversations need a tokenizer of their own, ``chat``.
+    Conversations need a tokenizer of their own, ``chat``; ``places`` says where sources are read that
+    are not read where they say.
     """
     names = list(source_names(cfg.all_sources()).items())
+    places = places or {}
     with Ledger(folder / "ledger.sqlite") as ledger:
         progress = Progress(**(ledger.progress() or {}))
         with PartWriter(folder, PARTS, progress.sizes, marked=chat is not None) as writer:
@@ -69,7 +72,13 @@ def prepare(
             store = _Store(ledger, writer, progress)
             for name, source in names[progress.done :]:
                 encoder = chat if chat and cfg.is_chat(source) else tokenizer
-                for share in _take_source(cfg, name, source, encoder, store):
+                reader = read_source(
+                    places.get(source, source),
+                    cfg.text_field,
+                    progress.state,
+                    chat=encoder is chat,
+                )
+                for share in _take_source(cfg, name, source, reader, encoder, store):
                     percent = round(100 * (progress.done + share) / len(names))
                     log.progress("tokenize", percent, 100, source=source)
                 store.finish_source()
@@ -123,6 +132,7 @@ def _take_source(
     cfg: PrepareDataConfig,
     name: str,
     source: str,
+    reader: Reader,
     encoder: DocumentTokenizer | ChatTokenizer,
     store: _Store,
 ) -> Iterator[float]:
@@ -131,7 +141,6 @@ def _take_source(
     fractions = {"heldout": 1.0} if only_heldout else cfg.fractions()
     most, budget = (None, None) if only_heldout else (cfg.max_documents, cfg.max_tokens)
     chat = encoder if isinstance(encoder, ChatTokenizer) else None
-    reader = read_source(source, cfg.text_field, progress.state, chat=chat is not None)
     left = None if most is None else most - progress.documents
     for encoded, batch in encode_all(encoder, _batches(reader, left), cfg.processes):
         taken: list[tuple[str, Encoded]] = []

@@ -15,6 +15,16 @@ class SourceTokens:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a source's text is from, as far as that is known."""
+
+    licence: str | None = None
+    """As its options or its hub's card name it."""
+    commit: str | None = None
+    """Of a dataset on a hub: what was newest, unless its revision was given."""
+
+
+@dataclass(frozen=True)
 class DatasetResult:
     """Text in parts that share no document."""
 
@@ -33,6 +43,12 @@ class DatasetResult:
     """Of the windows that conversations are whole in; ``None`` if there are none."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
     """By source of conversations: how many were taken, cut and left out, and their tokens."""
+    origins: dict[str, Origin] = field(default_factory=dict)
+    """By source, held-out ones too, as it is written in the settings."""
+
+    def licence(self, source: str) -> str:
+        """A source's licence, in words."""
+        return self.origins.get(source, Origin()).licence or "not recorded"
 
 
 def in_words(conversations: Mapping[str, int]) -> str:

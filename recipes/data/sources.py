@@ -20,7 +20,7 @@ _HUB = re.compile(r"hf://(?P<name>[^:@]+)(?:@(?P<config>[^:]+))?:(?P<split>.+)")
 CHAT = "chat"
 FORMATS = ("text", CHAT)
 """What a source's records are: texts, or conversations (see ``chat``)."""
-_OPTION = re.compile(r"[#&](?P<key>text|format|name|revision)=(?P<value>[^#&]+)$")
+_OPTION = re.compile(r"[#&](?P<key>text|format|name|licence|revision)=(?P<value>[^#&]+)$")
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,15 @@ class Source:
 
     A path, a pattern such as ``texts/*.txt``, ``pypi://…`` or ``hf://NAME[@CONFIG]:SPLIT``, then
     options: ``#text=FIELD`` for its own field, ``#format=chat`` for conversations, ``#name=NAME``
-    for its name in tables, and ``#revision=COMMIT`` of a dataset on the hub; ``&`` joins them.
+    for its name in tables, ``#licence=NAME`` for the report and the model's card, and
+    ``#revision=COMMIT`` of a dataset on the hub; ``&`` joins them.
     """
 
     path: str
     text: str | None = None
     format: str | None = None
     name: str | None = None
+    licence: str | None = None
     revision: str | None = None
 
     @property

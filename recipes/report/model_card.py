@@ -144,9 +144,9 @@ def _made(inputs: Mapping[str, Manifest]) -> Iterator[str]:
     if training := inputs["checkpoint"].result_if("distill", DistillationResult):
         yield f"- Distilled on {training.tokens:,} tokens in {training.steps:,} steps."
     if "data" in inputs:
-        sources = inputs["data"].result(DatasetResult).sources
-        named = ", ".join(f"`{_source_name(source)}`" for source in sources)
-        yield f"- Text: {named}. Its licence was not recorded."
+        text = inputs["data"].result(DatasetResult)
+        for source in text.sources:
+            yield f"- Text: `{_source_name(source)}`. Licence: {text.licence(source)}."
 
 
 def _source_name(source: str) -> str:

@@ -12,6 +12,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.data.chat import ChatTokenizer
 from recipes.data.corpus import PARTS, chat_problem
+from recipes.data.origins import origins_of, pinned
 from recipes.data.part_writer import LEARNT
 from recipes.data.results import DatasetResult, SourceTokens, in_words
 from recipes.data.settings import PrepareDataConfig
@@ -87,7 +88,9 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
         chat.require_template()
     folder = out.parent / UNFINISHED
     folder.mkdir(exist_ok=True)
-    done = prepare(cfg, tokenizer, folder, metrics_log(out), chat)
+    origins = origins_of(cfg.all_sources(), folder / "origins.json")
+    places = {source: pinned(source, origin) for source, origin in origins.items()}
+    done = prepare(cfg, tokenizer, folder, metrics_log(out), chat, places)
     tokens = {part: size // 4 for part, (size, _) in done.sizes.items()}
     _require_windows(tokens, cfg.seq_length, done.conversations)
     endings = ("bin", "idx", LEARNT) if chat else ("bin", "idx")
@@ -106,6 +109,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
             tokenizer.end,
             cfg.seq_length if chat else None,
             done.conversations,
+            origins,
         ),
         tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256,
     )

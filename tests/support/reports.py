@@ -14,7 +14,7 @@ from recipes.core.manifest import ARTIFACT, FileStamp, Manifest, read_manifest, 
 from recipes.core.metrics import METRICS, MetricsLog
 from recipes.core.stage import Input, StageConfig
 from recipes.core.statistics import Difference
-from recipes.data.results import DatasetResult
+from recipes.data.results import DatasetResult, Origin
 from recipes.data.settings import PrepareDataConfig
 from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import DistillConfig
@@ -346,7 +346,7 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
             PrepareDataConfig("prepare_data", sources=[source]),
             "dataset",
             {f"{part}.{end}": 2 * count for part, count in parts.items() for end in ("bin", "idx")},
-            DatasetResult(documents, parts, [source]),
+            DatasetResult(documents, parts, [source], origins={source: Origin("CC-BY-4.0")}),
         ),
         "pruned": stage(
             root,

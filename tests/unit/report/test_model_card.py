@@ -37,7 +37,7 @@ def test_every_input_adds_what_it_knows(inputs: dict[str, Manifest], tmp_path: P
     assert "| this model | 24 | 512 | 1152 | 9 | 3 | 64 | 49152 | 86,532,608 |" in text
     assert "Layers dropped, counted from 1: 9, 12, 13, 17, 20, 21." in text
     assert "Distilled on 409,600 tokens in 400 steps." in text
-    assert "`hf://some/corpus@en:train`. Its licence was not recorded." in text
+    assert "`hf://some/corpus@en:train`. Licence: CC-BY-4.0." in text
     assert "| sciq | acc | 200 | 0.845 ± 0.026 | 0.415 ± 0.035 | 0.790 ± 0.029 |" in text
     assert "took back 79% of the loss" in text
     assert "in float32 on 10,098 predictions of a next token of held-out text in windows" in text
