@@ -15,8 +15,6 @@ import numpy as np
 from recipes.core.errors import RecipeError
 from recipes.data.tokenizer import Encoded
 
-FIELD = "messages"
-"""Of a record: ``{"messages": [{"role": "user", "content": "…"}, …]}``."""
 ANSWERS = "assistant"
 """The role whose words are learnt."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -30,22 +28,6 @@ NO_ANSWER, TEMPLATE, NO_PREFIX, NAMES_MARK, TOO_LONG = (
 )
 """Why a conversation is left out: ``NO_PREFIX`` where what comes before an answer is rendered in
 another way as soon as the answer is there, so that nobody can say which tokens are the answer's."""
-
-
-def messages_of(record: object) -> list[dict[str, Any]]:
-    """The messages of a record.
-
-    Raises:
-        ValueError: It has none, or one of them is not a role's text.
-    """
-    messages = record.get(FIELD) if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"there is no list of messages in '{FIELD}'")
-    for number, message in enumerate(messages, 1):
-        for key in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(key), str):
-                raise ValueError(f"message {number} has no text as its '{key}'")
-    return messages
 
 
 @dataclass(frozen=True)

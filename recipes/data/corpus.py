@@ -15,13 +15,14 @@ from typing import IO, Any, Protocol
 import ijson
 
 from recipes.core.errors import RecipeError
-from recipes.data.chat import messages_of
 from recipes.data.sources import HubDataset, Source, TextFile, files_of, parse_source
 
 PARTS = ("train", "validation", "calibration", "heldout")
 LONGEST_PARAGRAPH = 1 << 20
 """Bytes after which a text without blank lines is cut all the same, at the end of a line."""
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".json")
+MESSAGES = "messages"
+"""Of a record: ``{"messages": [{"role": "user", "content": "…"}, …]}``."""
 LOOKED_AT = 100
 """Conversations that a check reads."""
 STRETCH = 4 << 20
@@ -77,6 +78,8 @@ def chat_problem(source: str) -> tuple[str, str] | None:
     Only of a file that is here: it is what a check can read in no time.
     """
     parsed = parse_source(source)
+    if parsed.prompts:
+        return chat_problem(parsed.prompts)
     if parsed.hub or parsed.wheel or not parsed.local_files():
         return None
     if parsed.file_type not in RECORD_TYPES:
@@ -146,6 +149,22 @@ class _Record:
     """In its file."""
     offset: int | None = None
     """Bytes before a paragraph."""
+
+
+def messages_of(record: object) -> list[dict[str, Any]]:
+    """The messages of a record.
+
+    Raises:
+        ValueError: It has none, or one of them is not a role's text.
+    """
+    messages = record.get(MESSAGES) if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"there is no list of messages in '{MESSAGES}'")
+    for number, message in enumerate(messages, 1):
+        for key in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                raise ValueError(f"message {number} has no text as its '{key}'")
+    return messages
 
 
 def _conversation(record: object, where: str) -> str:

@@ -22,6 +22,8 @@ class Origin:
     """As its options or its hub's card name it."""
     commit: str | None = None
     """Of a dataset on a hub: what was newest, unless its revision was given."""
+    sha256: str | None = None
+    """Of what the teacher wrote."""
 
 
 @dataclass(frozen=True)

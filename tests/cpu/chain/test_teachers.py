@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from recipes.core.files import sha256_of
 from recipes.core.metrics import METRICS, steps_of
+from recipes.data.results import DatasetResult
 from tests.support.chats import write_chats
 from tests.support.in_process import run_here
 from tests.support.launcher import Result
 from tests.support.runs import manifest_of, settings, tiny, without
 
 STEPS, BATCH = 12, 4
+WRITTEN = "teacher://text#tokens=600"
 
 
 def run_teacher(model: Path, texts: str, run_dir: Path, *more: str) -> Result:
@@ -36,17 +39,31 @@ def run_teacher(model: Path, texts: str, run_dir: Path, *more: str) -> Result:
 
 @pytest.fixture(scope="module")
 def texts(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Prose and conversations."""
-    return f"{text_file},{write_chats(tmp_path_factory.mktemp('chats') / 'chats.jsonl', text_file)}"
+    """Prose, conversations, and what the teacher writes."""
+    chats = write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", text_file)
+    return f"{text_file},{chats},{WRITTEN}"
 
 
 @pytest.fixture(scope="module")
 def live(even_llama: Path, texts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("live") / "run"
     only = "stages.only=[import_hf,prepare_data,score,prune,distill]"
-    result = run_teacher(even_llama, texts, run_dir, only)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEMO_RECIPES_CACHE", str(run_dir.parent / "cache"))
+        result = run_teacher(even_llama, texts, run_dir, only)
     assert result.code == 0, result.output
     return run_dir
+
+
+def test_the_teacher_wrote_a_part_of_the_text(live: Path) -> None:
+    text = manifest_of(live, "prepare_data").result(DatasetResult)
+    train = {entry.source: entry.tokens for entry in text.source_tokens["train"]}
+    assert list(train) == ["topics", "chats", "teacher-text"]
+    assert 300 < train["teacher-text"] < 64 * 40
+    origin = text.origins[WRITTEN]
+    [file] = (live.parent / "cache" / "written").glob("*/text.jsonl")
+    assert origin.licence == "written by even; its licence applies: unknown"
+    assert origin.sha256 == sha256_of(file)
 
 
 def test_a_cached_teacher_gives_the_live_ones_losses(

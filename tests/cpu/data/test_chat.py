@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from recipes.core.errors import RecipeError
 from recipes.data import chat
-from recipes.data.chat import ChatTokenizer, messages_of, pack
+from recipes.data.chat import ChatTokenizer, pack
+from recipes.data.corpus import messages_of
 from recipes.data.tokenizer import Encoded
 
 MARKS = ["<end>", "<start>", "<stop>"]

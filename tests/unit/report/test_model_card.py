@@ -55,9 +55,11 @@ def test_optional_inputs_may_be_missing(inputs: dict[str, Manifest], tmp_path: P
 
 
 def test_places_of_local_files_stay_private(inputs: dict[str, Manifest], tmp_path: Path) -> None:
-    inputs["data"].metrics["sources"] = ["/home/someone/private/my.jsonl"]
+    private = "/home/someone/private/my.jsonl"
+    inputs["data"].metrics["sources"] = [f"{private}#name=x", f"teacher://chat#prompts={private}"]
     text = card(tmp_path, inputs)
-    assert "`my.jsonl`" in text
+    assert "`my.jsonl`. Licence: not recorded." in text
+    assert "`teacher://chat`." in text
     assert "/home" not in text
 
 

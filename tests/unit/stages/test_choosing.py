@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,21 +25,26 @@ READERS = ("read_windows", "read_tokens", "read_learnt", "document_end", "source
 """Functions by which text is read, a part of it by name."""
 
 
+@cache
+def mentions_of(root: Path, module: str) -> list[tuple[frozenset[str], str]]:
+    """Where a module names the part or asks for its sources, with what each is defined as."""
+    base = root.joinpath(*module.split("."))
+    file = base.with_suffix(".py") if base.with_suffix(".py").is_file() else base / "__init__.py"
+    found = []
+    for statement in _without_docstrings(ast.parse(file.read_text())).body:
+        for node in ast.walk(statement):
+            said = node.value if isinstance(node, ast.Constant) else getattr(node, "attr", None)
+            if isinstance(said, str) and HELDOUT in said:
+                names = frozenset(_defines(statement) or [""])
+                found.append((names, f"{module}:{node.lineno}"))
+    return found
+
+
 def mentions(root: Path, start: str) -> Iterator[str]:
-    """Where code that can be reached names the part, or asks for its sources."""
+    """All of them in code that can be reached."""
     for module, found in reachable_code(root, [start]).items():
         names = {each.split(" ")[0] for each in found}
-        base = root.joinpath(*module.split("."))
-        file = (
-            base.with_suffix(".py") if base.with_suffix(".py").is_file() else base / "__init__.py"
-        )
-        for statement in _without_docstrings(ast.parse(file.read_text())).body:
-            if names.isdisjoint(_defines(statement) or [""]):
-                continue
-            for node in ast.walk(statement):
-                said = node.value if isinstance(node, ast.Constant) else getattr(node, "attr", None)
-                if isinstance(said, str) and HELDOUT in said:
-                    yield f"{module}:{node.lineno}"
+        yield from (place for of, place in mentions_of(root, module) if of & names)
 
 
 @pytest.mark.parametrize("stage", sorted({*stage_names()} - {*MEASURE, *PREPARE}))
