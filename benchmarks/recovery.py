@@ -44,6 +44,8 @@ from recipes.report.plots import interval_plot
 REFERENCE = "forward_kl"
 BATCH = 4
 """Windows a step, but for arms that say so."""
+WINDOW, WRITTEN_SHARE = 256, 1.5
+"""Tokens a window, and how many times those trained on a teacher writes, for all parts."""
 SAME_TIME = 0.05
 """An arm whose number of steps would change by less than this share is not trained again."""
 STUDENTS: dict[str, dict[str, object]] = {
@@ -70,12 +72,14 @@ class Arm:
         teacher: Where the teacher's knowledge comes from, a choice of ``conf/teacher``.
         prepare: Stages that make it.
         batch: Windows a step; fewer make for more steps.
+        writes: What the teacher writes to train on, ``text`` or ``chat``; ordinary text if empty.
     """
 
     overrides: tuple[str, ...] = ()
     teacher: str = "live"
     prepare: tuple[str, ...] = ()
     batch: int = BATCH
+    writes: str = ""
 
 
 def _rate(lr: str) -> tuple[str, ...]:
@@ -95,6 +99,8 @@ ARMS = {
     "lr_1e-3": Arm(_rate("1e-3")),
     "cached_32": Arm(("cache_logits.top_k=32",), "cached", ("cache_logits",)),
     "cached_128": Arm(("cache_logits.top_k=128",), "cached", ("cache_logits",)),
+    "written_text": Arm(prepare=("prepare_data",), writes="text"),
+    "written_chat": Arm(prepare=("prepare_data",), writes="chat"),
     "corrected": Arm((), "corrected", ("correct_teacher",)),
 }
 
@@ -134,11 +140,19 @@ def train(run: Run, base: Path, pruned: Path) -> None:
         "distill.global_batch_size": arm.batch,
         "distill.micro_batch_size": arm.batch,
         **schedule(run.steps, run.seed),
-        f"{(*arm.prepare, 'distill')[0]}.inputs.teacher": base / "import_hf",
     }
     settings |= dict(override.split("=") for override in (*_rate("3e-4"), *arm.overrides))
     stages = (*arm.prepare, "distill")
-    settings |= {f"{stage}.inputs.data": base / "prepare_data" for stage in stages}
+    if arm.writes:
+        tokens = WRITTEN_SHARE * arm.batch * run.steps * WINDOW
+        source = f"teacher://{arm.writes}#tokens={tokens:.0f}&seed={run.seed}"
+        settings["prepare_data.sources"] = f"['{source}']"
+        settings["prepare_data.heldout_sources"] = "[]"
+        settings["prepare_data.inputs.tokenizer"] = base / "import_hf"
+        settings["distill.inputs.teacher"] = base / "import_hf"
+    else:
+        settings[f"{stages[0]}.inputs.teacher"] = base / "import_hf"
+        settings |= {f"{stage}.inputs.data": base / "prepare_data" for stage in stages}
     if "cache_logits" in stages:
         settings["cache_logits.num_windows"] = arm.batch * run.steps
         settings["cache_logits.seed"] = run.seed

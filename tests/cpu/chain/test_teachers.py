@@ -41,7 +41,7 @@ def run_teacher(model: Path, texts: str, run_dir: Path, *more: str) -> Result:
 def texts(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Prose, conversations, and what the teacher writes."""
     chats = write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", text_file)
-    return f"{text_file},{chats},{WRITTEN}"
+    return f"'{text_file}','{chats}','{WRITTEN}'"
 
 
 @pytest.fixture(scope="module")
