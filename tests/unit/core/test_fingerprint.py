@@ -236,6 +236,7 @@ def test_no_check_and_no_rule_is_part_of_a_stages_code(stage: str) -> None:
         ("export_hf", {"report.model_card": "write_card"}),
         ("prepare_data", {"data.corpus": "part_of", "data.part_writer": "PartWriter"}),
         ("prepare_data", {"data.tokenizer": "_encode", "data.ledger": "Ledger"}),
+        ("prepare_data", {"data.written": "write", "data.chat": "ChatTokenizer"}),
         ("measure_speed", {"engines.bench_worker": "serve", "engines.openvino": "Pipeline"}),
         ("build_engine", {"engines.trtllm_build_worker": "main", "engines.openvino": "build"}),
     ],
