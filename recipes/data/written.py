@@ -212,7 +212,9 @@ def _generate(
     """
     if not prompts:
         return []
-    longest, pad = max(map(len, prompts)), min(stops)
+    longest, lasts = max(map(len, prompts)), {prompt[-1] for prompt in prompts}
+    # Any will do, as it is masked; at a prompt's end transformers would take it for padding.
+    pad = next(token for token in range(len(lasts) + 1) if token not in lasts)
     rows = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
     tokens = torch.tensor(rows)
     real = torch.tensor([[n >= longest - len(p) for n in range(longest)] for p in prompts])

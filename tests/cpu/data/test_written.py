@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import pytest
@@ -18,23 +19,33 @@ from recipes.data.chat import ChatTokenizer
 from recipes.data.written import BATCH, Order, Teacher, Written, write
 from tests.cpu.data.test_chat import END, PLAIN, STOP, saved
 
-TEXT = Order("text", tokens=1500, seed=1, longest=60, end=END)
-CHAT = Order("chat", tokens=700, seed=1, longest=150, end=END)
+TEXT = Order("text", tokens=600, seed=1, longest=60, end=END)
+CHAT = Order("chat", tokens=700, seed=1, longest=100, end=END)
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    """Says every token with about the same probability, so that a turn ends at times."""
+    """Says any letter with about the same probability, and ends a turn after about ten."""
     folder = tmp_path_factory.mktemp("teacher")
     saved(folder, PLAIN)
     torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = random_model()
+    model.lm_head.bias.data.fill_(-100)
+    model.lm_head.bias.data[tokenizer(ascii_letters)["input_ids"]] = 0
+    model.lm_head.bias.data[STOP] = 1.5
+    model.generation_config = GenerationConfig(do_sample=True, top_k=1)  # a model's own taste
+    return Teacher(model, tokenizer, "t")
+
+
+def random_model() -> Any:
     config = LlamaConfig(
         vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, initializer_range=0.1,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    model.generation_config = GenerationConfig(do_sample=True, top_k=1)  # a model's own taste
-    return Teacher(model, AutoTokenizer.from_pretrained(folder), "t")
+    model.lm_head = torch.nn.Linear(16, 259)
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +67,11 @@ def test_text_is_written_once_for_each_order(
 ) -> None:
     texts, about, file = order(teacher, TEXT)
     assert about.tokens >= TEXT.tokens > about.tokens - BATCH * TEXT.longest
-    assert len({text["text"] for text in texts}) == about.records == len(texts) > BATCH / 2
+    assert about.records == len(texts) > BATCH
+    assert len({text["text"] for text in texts}) > 0.9 * len(texts)
     other, _, elsewhere = order(teacher, replace(TEXT, seed=2))
     assert elsewhere != file
-    assert not {text["text"] for text in texts} & {text["text"] for text in other}
+    assert [text["text"] for text in texts[:9]] != [text["text"] for text in other[:9]]
     assert order(replace(teacher, sha256="u"), TEXT)[2] not in (file, elsewhere)
     # A whole one is taken as it is, and one that was damaged is put together again.
     monkeypatch.setattr(written, "_generate", nothing_is_written)
@@ -114,7 +126,7 @@ def test_questions_of_a_file_are_answered_once_each(teacher: Teacher, tmp_path: 
 
 def test_prompts_of_any_length_are_continued_alike(teacher: Teacher) -> None:
     """A teacher who is sure of every token leaves nothing to chance."""
-    sure = LlamaForCausalLM(teacher.model.config).eval()
+    sure = random_model()
     sure.load_state_dict(teacher.model.state_dict())
     sure.lm_head.weight.data *= 10_000
     one = replace(teacher, model=sure)
