@@ -111,7 +111,7 @@ def _name(order: Order, teacher: Teacher) -> str:
     prompts = None if order.prompts is None else _content(order.prompts)
     libraries = [f"{name} {installed(name)}" for name in ("torch", "transformers")]
     made_of = {**asdict(order), "prompts": prompts, "teacher": teacher.sha256}
-    return digest([made_of, code_fingerprint(__name__), libraries, teacher.model.device.type])[:32]
+    return digest([made_of, code_fingerprint(__name__), libraries])[:32]
 
 
 def _content(prompts: str) -> str:
