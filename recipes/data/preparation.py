@@ -60,8 +60,8 @@ def prepare(
     Held-out sources come first: of a document that is also in a source for training, theirs is the
     copy that stays. What is taken is decided here, in the order of the text, so that the number of
     processes changes nothing.
-    Conversations need a tokenizer of their own, ``chat``; ``places`` says where sources are read that
-    are not read where they say.
+    Conversations need a tokenizer of their own, ``chat``; ``places`` are where sources are read
+    that are not read where they say.
     """
     names = list(source_names(cfg.all_sources()).items())
     places = places or {}

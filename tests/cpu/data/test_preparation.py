@@ -184,11 +184,11 @@ def test_conversations_are_whole_in_their_windows_and_answers_are_marked(
         assert learnt is not None
         assert len(learnt) == len(tokens)
         of_part = done.sources[part]
-        start = of_part["texts"]
+        start = of_part.get("texts", 0)
         stop = start + of_part["chats"]
         assert 4 * sum(of_part.values()) == done.sizes[part][0] == 4 * len(tokens)
-        first_of_text = np.concatenate([[False], tokens[: start - 1] != tokenizer.end])
-        assert (learnt[:start] == first_of_text).all()
+        before = np.concatenate([[tokenizer.end], tokens[:-1]])[:start]
+        assert (learnt[:start] == (before != tokenizer.end)).all()
         for ids, marks in _documents(tokens, learnt, start, stop, tokenizer.end):
             if ids in left:
                 left[ids] -= 1
