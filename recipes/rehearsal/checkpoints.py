@@ -40,6 +40,7 @@ def stand_in() -> None:
     dist_checkpointing.save = _save
     dist_checkpointing.load_content_metadata = lambda *args, **kwargs: None
     setattr(streaming, "read_weights", _read_weights)
+    setattr(nemo, "read_description", lambda weights: None)
     dist_checkpointing.load_tensors_metadata = _metadata
     dist_checkpointing.load_common_state_dict = lambda *args, **kwargs: {}
 

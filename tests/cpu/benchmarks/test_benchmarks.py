@@ -39,9 +39,11 @@ def benchmark_here(module: ModuleType, *options: str) -> str:
     output = io.StringIO()
     with (
         starts_here(),
+        mock.patch.dict(os.environ),
         mock.patch.object(sys, "argv", [module.__name__, *options]),
         contextlib.redirect_stdout(output),
     ):
+        os.environ.pop("COLUMNS", None)  # as wide as it needs
         module.main()
     return output.getvalue()
 

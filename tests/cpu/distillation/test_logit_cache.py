@@ -158,7 +158,8 @@ def test_killed_and_stopped_by_the_clock_it_resumes_to_the_same(
     late = run_here(*arguments, cwd=tmp_path)
     assert late.code == 1
     assert f"stopped by the clock; of {len(expected)} shards" in late.output
-    assert len(list((stage / WORK / "shards").glob("*.safetensors"))) == len(before)
+    left = list((stage / WORK / "shards").glob("*.safetensors"))
+    assert len(left) == len(before) + 1  # the cut one, which it had no time for
     monkeypatch.delenv(DEADLINE)
 
     result = run_here(*arguments, cwd=tmp_path)

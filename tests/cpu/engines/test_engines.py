@@ -48,8 +48,8 @@ def data(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFact
     tokenizer = load_tokenizer(odd_llama)
     texts = [json.loads(line)["text"][:120] for line in text_file.read_text().splitlines()[:40]]
     with PartWriter(artifact, ("heldout", "calibration")) as parts:
-        for number, ids in enumerate(tokenizer.encode(texts)):
-            parts.add(("heldout", "calibration")[number % 2], ids)
+        for number, each in enumerate(tokenizer.encode(texts)):
+            parts.add(("heldout", "calibration")[number % 2], each.ids)
     return artifact
 
 
