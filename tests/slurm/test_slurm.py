@@ -110,8 +110,9 @@ def trained_here(original: Run, folder: Path) -> Path:
     """A copy whose distillation ran on as many ranks, two, on this machine."""
     copy = original.copy_without(folder / "here", *UNTRAINED).directory
     words = [word for word in original.overrides if not word.startswith("cluster")]
-    layout = ("stages.distill.resources.nodes=1", "stages.only=[distill]")
-    done = run_here(*words, *layout, f"run_dir={copy}", cwd=folder)
+    # On Slurm a CPU's precision is float32, since nothing is known of the nodes.
+    layout = ("stages.distill.resources.nodes=1", "hardware.precision='32'")
+    done = run_here(*words, *layout, "stages.only=[distill]", f"run_dir={copy}", cwd=folder)
     assert done.code == 0, done.output
     return copy
 

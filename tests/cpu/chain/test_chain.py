@@ -146,12 +146,12 @@ def test_figures_hang_together(tiny_run: Path) -> None:
     figures = manifest_of(tiny_run, "evaluate").metrics
     assert figures["teacher"]["kl_to_teacher"] == 0
     assert figures["teacher"]["top1_agreement"] == 1
-    # Healed by least squares, a student this small may be nearer than after a few steps.
+    # Healed, a student this small is so near its teacher that training teaches it the text alone.
     assert min(figures[role]["kl_to_teacher"] for role in ("pruned", "distilled")) > 0
+    assert figures["distilled"]["loss"] < figures["pruned"]["loss"]
     assert figures["pruned"]["parameters"] == manifest_of(tiny_run, "prune").parameters
     steps = steps_of(tiny_run / "distill" / METRICS, "distill")
     assert [s["done"] for s in steps] == list(range(1, STEPS + 1))
-    assert steps[-1]["kd"] < steps[0]["kd"]
     assert steps[-1]["lr"] < max(s["lr"] for s in steps)
     assert [s["done"] for s in steps_of(tiny_run / "distill" / METRICS, "validate")] == [12, 24]
 
