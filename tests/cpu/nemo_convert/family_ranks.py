@@ -10,7 +10,8 @@ from typing import Any
 from recipes.data.results import DatasetResult
 from tests.support.manifests import bare_manifest
 
-TP, PP = "TP=2", "PP=2"
+TP, PP, DP = "TP=2", "PP=2", "DP=2"
+HALVED = ("llama", "qwen3_moe")
 LENGTH = 32
 DATA = DatasetResult({}, {}, [])
 LEARNING_RATE = 1e-2
@@ -18,15 +19,26 @@ LOGITS = "logits.safetensors"
 
 
 def main(layout: str, root: Path) -> None:
-    """Writes ``root/<family>/<layout>/``: logits, and at TP=2 a student after one step."""
+    """Writes ``root/<family>/<layout>/``: logits, and a student after one step.
+
+    That is trained at TP=2; and where ``PP=2`` has nothing to train, of a dense model and of a
+    mixture of experts at DP=2, each rank of which has one half of the optimizer's weights.
+    """
+    from megatron.core import parallel_state
+
     from nemo_convert import nemo
 
     folders = sorted(path.parent for path in root.glob("*/teacher.nemo"))
     for folder in folders:
         (folder / layout).mkdir(exist_ok=True)
-    if layout == TP:  # before anything else: NeMo's trainer has to set up the ranks itself
-        for folder in folders:
-            distil(folder, root / "data", folder / layout)
+    trained = TP if layout == TP else DP
+    # Before anything else: NeMo's trainer has to set up the ranks itself.
+    for folder in folders:
+        if trained == TP or folder.name in HALVED:
+            (folder / trained).mkdir(exist_ok=True)
+            distil(folder, root / "data", folder / trained, tensor=2 if trained == TP else 1)
+    if trained == DP:
+        parallel_state.destroy_model_parallel()
     parallel = nemo.Parallelism(*((2, 1) if layout == TP else (1, 2)))
     nemo.initialize(parallel)
     for folder in folders:
@@ -62,7 +74,7 @@ def write_logits(folder: Path, layout: str, parallel: Any) -> None:
         save_file({"logits": logits.contiguous()}, folder / layout / LOGITS)
 
 
-def distil(folder: Path, data: Path, out: Path) -> None:
+def distil(folder: Path, data: Path, out: Path, tensor: int) -> None:
     """One step in bfloat16, with a loss on logits and one on hidden states."""
     from recipes.core.metrics import METRICS, MetricsLog
     from recipes.core.stage import rank
@@ -81,8 +93,8 @@ def distil(folder: Path, data: Path, out: Path) -> None:
         checkpoint_interval=1,
         lr=LEARNING_RATE,
         weight_decay=0.0,
-        tensor_model_parallel_size=2,
-        sequence_parallel=True,
+        tensor_model_parallel_size=tensor,
+        sequence_parallel=tensor > 1,
     )
     cfg.resources.devices = 2
     objective = Objective(

@@ -28,7 +28,7 @@ from recipes.pruning.cut_checkpoint import prune_checkpoint
 from recipes.pruning.kept import choose
 from recipes.pruning.scoring import score_checkpoint
 from recipes.pruning.settings import ScoreConfig
-from tests.cpu.nemo_convert.family_ranks import LEARNING_RATE, LENGTH, LOGITS, PP, TP
+from tests.cpu.nemo_convert.family_ranks import DP, HALVED, LEARNING_RATE, LENGTH, LOGITS, PP, TP
 from tests.support.conversion import (
     assert_same_weights,
     assert_trains_alike,
@@ -202,22 +202,22 @@ def test_two_ranks_give_transformers_logits(layout: str, root: Path) -> None:
     for family in FAMILIES:
         found = load_file(root / family / layout / LOGITS)["logits"]
         require_close(found, logits_of(root / family / "hf", tokens))
-    if layout == TP:
-        require_taught(root)
+    trained = {TP: FAMILIES, PP: HALVED}
+    for family in trained[layout]:
+        require_taught(root / family / (TP if layout == TP else DP))
 
 
-def require_taught(root: Path) -> None:
+def require_taught(folder: Path) -> None:
     """One step with finite losses changed every weight of the student."""
-    for family in FAMILIES:
-        folder = root / family / TP
-        [step] = steps_of(folder / METRICS, "distill")
-        assert step["teacher_loss"] < 5.0
-        assert min(step[name] for name in ("kd", "hidden", "lm", "grad_norm")) > 0, step
-        before = dict(convert.hf_weights(root / family / "pruned.nemo"))
-        after = dict(convert.hf_weights(folder / "work" / "artifact" / "s.nemo"))
-        assert before.keys() == after.keys()
-        assert [n for n, tensor in before.items() if torch.equal(tensor, after[n])] == []
-        require_exact_start(folder / "work" / CHECKPOINTS / "step=0", root / family / "pruned.nemo")
+    [step] = steps_of(folder / METRICS, "distill")
+    assert step["teacher_loss"] < 5.0
+    assert min(step[name] for name in ("kd", "hidden", "lm", "grad_norm")) > 0, step
+    start = folder.parent / "pruned.nemo"
+    before = dict(convert.hf_weights(start))
+    after = dict(convert.hf_weights(folder / "work" / "artifact" / "s.nemo"))
+    assert before.keys() == after.keys()
+    assert [n for n, tensor in before.items() if torch.equal(tensor, after[n])] == []
+    require_exact_start(folder / "work" / CHECKPOINTS / "step=0", start)
 
 
 def require_exact_start(trained: Path, start: Path) -> None:
