@@ -47,7 +47,7 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
     def __init__(self, source: Source, leading: dict[str, int]) -> None:
         super().__init__("torch_dist", 1)
-        self._source, self._leading = source, leading
+        self.source, self.leading = source, leading
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         """Writes the shards that the state dict describes."""
@@ -55,7 +55,7 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         dcp.save(
             mcore_to_pyt_state_dict(described, False),
             storage_writer=FileSystemWriter(checkpoint_dir),
-            planner=_SourcePlanner(self._source, self._leading),
+            planner=_SourcePlanner(self.source, self.leading),
         )
 
 

@@ -1,7 +1,11 @@
-"""Files of safetensors, which hold real numbers: zeros where a rehearsal writes them."""
+"""Files of safetensors, which hold real numbers: zeros, in files that take no room."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -10,7 +14,31 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 _safe_open = safetensors.safe_open
-_save_file, _load_file = safetensors.torch.save_file, safetensors.torch.load_file
+_load_file = safetensors.torch.load_file
+TYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int32: "I32",
+    torch.uint16: "U16",
+}
+"""As a file's header says them."""
+Shapes = Mapping[str, tuple[torch.dtype, Sequence[int]]]
+
+
+class _Slice:
+    """Part of a tensor that is read for real."""
+
+    def __init__(self, part: Any) -> None:
+        self._part = part
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._part, name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        with unset_fake_temporarily():
+            read: Tensor = self._part[index]
+        return read
 
 
 class _Opened:
@@ -33,6 +61,10 @@ class _Opened:
             read: Tensor = self._file.get_tensor(name)
         return read
 
+    def get_slice(self, name: str) -> _Slice:
+        """One tensor, of which parts are read."""
+        return _Slice(self._file.get_slice(name))
+
 
 def stand_in() -> None:
     """Replaces reading and writing, for good; before what imports the functions by name."""
@@ -40,10 +72,23 @@ def stand_in() -> None:
     setattr(safetensors, "safe_open", _Opened)
 
 
-def _save(tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
-    with unset_fake_temporarily():
-        zeros = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in tensors.items()}
-        _save_file(zeros, *args, **kwargs)
+def write_zeros(file: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors of zeros, of which the disk keeps the header alone."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    with file.open("wb") as written:
+        written.write(len(text).to_bytes(8, "little") + text)
+        written.truncate(8 + len(text) + end)
+
+
+def _save(tensors: dict[str, Tensor], file: Any, metadata: Mapping[str, str] | None = None) -> None:
+    write_zeros(Path(file), {n: (t.dtype, t.shape) for n, t in tensors.items()}, metadata)
 
 
 def _load(*args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -14,9 +14,14 @@ from recipes.distillation.settings import CacheLogitsConfig, TrainingConfig
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning.chain import Chain
 from recipes.pruning.settings import ScoreConfig
-from recipes.search.settings import RankCandidatesConfig
+from recipes.search.settings import RankCandidatesConfig, SuccessiveHalvingConfig
 from recipes.stages.contract import Stage
+from recipes.stages.export_hf import ExportConfig
+from recipes.stages.import_hf import ImportConfig
+from recipes.stages.successive_halving import training_of
 
+OF_A_CACHE = ("seq_length", "top_k", "temperature")
+"""Settings that say what a cached teacher is like."""
 STEPS = 2
 """Of a training: memory is as it stays once the optimizer has its states."""
 
@@ -28,6 +33,8 @@ class Given:
     kind: str
     shape: dict[str, Any]
     """Of the model that it is, or is of."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Settings of the stage that made it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Job:
     """A rank's part of it."""
     tokens: int
     """Of each part of the text."""
+    resumed: bool = False
+    """Whether it is stopped by the clock after its first step, and taken up again."""
 
     @property
     def world(self) -> int:
@@ -109,7 +118,7 @@ def jobs_of(
     """
     jobs = []
     for name in wanted:
-        config = chain.stages[name]
+        config = computed(chain.stages[name])
         world = config.resources.ranks
         short = shortened(config)
         if short is None:
@@ -126,6 +135,7 @@ def jobs_of(
             devices=config.resources.devices,
             vocabulary=chain.teacher.vocab_size // short.get("tensor_model_parallel_size", 1),
             tokens=_tokens(short),
+            resumed=isinstance(config, TrainingConfig),
         )
         jobs += [
             replace(job, rank=rank)
@@ -133,6 +143,21 @@ def jobs_of(
             if rank < world
         ]
     return jobs
+
+
+def computed(config: StageConfig) -> StageConfig:
+    """What is rehearsed: a halving's training of its candidates, an export without its card.
+
+    Candidates are of the teacher's shape here, which no smaller one needs more memory than.
+    """
+    if isinstance(config, ExportConfig):
+        return replace(config, inputs={"checkpoint": config.inputs["checkpoint"]})
+    if not isinstance(config, SuccessiveHalvingConfig):
+        return config
+    training = training_of(config, config.rounds(config.most()) or [1], 0)
+    model = config.inputs["checkpoint"]
+    inputs = {"teacher": model, "student": model, "data": config.inputs["data"]}
+    return replace(training, inputs=inputs)
 
 
 def first_ranks(world: int, pipeline: int) -> list[int]:
@@ -164,6 +189,8 @@ def shortened(config: StageConfig) -> dict[str, Any] | None:
         changed = {"num_windows": config.micro_batch_size, "num_generations": 1, "new_tokens": 1}
     elif isinstance(config, RankCandidatesConfig):
         changed = {"num_samples": config.micro_batch_size}
+    elif isinstance(config, (ImportConfig, ExportConfig)):
+        changed = {}
     else:
         return None
     return {**plain, **changed}
@@ -189,7 +216,7 @@ def _tokens(config: Mapping[str, Any]) -> int:
     """Text for one batch, or for all windows."""
     names = ("global_batch_size", "num_windows", "num_calibration_samples", "num_samples")
     windows = max(config.get(name) or 1 for name in names)
-    length: int = config["seq_length"]
+    length: int = config.get("seq_length", 1)
     return (windows + 1) * length + 1
 
 
@@ -199,4 +226,6 @@ def _inputs(
     for role, source in config.inputs.items():
         manifest = manifest_of(source) if source not in stages else None
         kind = manifest.kind if manifest is not None else stages[source].kind
-        yield role, Given(kind, chain.shape_of(source).as_dict())
+        settings = manifest.config if manifest is not None else vars(chain.stages[source])
+        kept = {name: settings[name] for name in OF_A_CACHE if name in settings}
+        yield role, Given(kind, chain.shape_of(source).as_dict(), kept)

@@ -15,15 +15,19 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 
 from nemo_convert import cpu_backend, nemo
 from nemo_convert.architecture import Architecture
-from nemo_convert.hf_config import with_shape
+from nemo_convert.families import FAMILIES
+from nemo_convert.hf_config import read_architecture, with_shape
 from recipes.core.files import write_json
 from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.stage import Input
 from recipes.data.corpus import PARTS
 from recipes.data.results import DatasetResult
 from recipes.data.token_windows import prefix
+from recipes.distillation.logit_cache import SHARD, CacheIndex, write_index
+from recipes.distillation.settings import CACHED
 from recipes.pruning.importance import Importance
 from recipes.pruning.settings import LAYER_METHODS
+from recipes.rehearsal.files import write_zeros
 from recipes.rehearsal.job import Given, Job
 from recipes.search.settings import SHAPES_FILE
 
@@ -32,8 +36,37 @@ END = "<end>"
 
 
 def inputs(job: Job, run_dir: Path) -> dict[str, Input]:
-    """All inputs of a job, below a run's directory."""
-    return {name: _input(job, given, run_dir / name) for name, given in job.inputs.items()}
+    """All inputs of a job, below a run's directory; a cache is of its text."""
+    made = {name: _input(job, given, run_dir / name) for name, given in job.inputs.items()}
+    content = {name: one.manifest.content() for name, one in made.items()}
+    for one in made.values():
+        one.manifest.input_content = content
+    return made
+
+
+def settings(job: Job, run_dir: Path) -> dict[str, Any]:
+    """A job's settings, with a model where they name one to read."""
+    if "hf_path" not in job.config:
+        return job.config
+    return {**job.config, "hf_path": str(hf_folder(job.hf_config, run_dir / "model"))}
+
+
+def hf_folder(config: Mapping[str, Any], folder: Path) -> Path:
+    """A Hugging Face folder whose weights are zeros that take no room."""
+    write_side_files(config, folder)
+    arch = read_architecture(config, "a rehearsal")
+    family = FAMILIES[arch.hf_architecture]
+    shapes = {
+        name: (torch.bfloat16, part.shape)
+        for weight, numbers in family.weights_of(arch)
+        for name, part in zip(
+            weight.hf_names(numbers),
+            weight.split(arch, torch.empty(weight.shape(arch), device="meta")),
+            strict=True,
+        )
+    }
+    write_zeros(folder / "model.safetensors", shapes)
+    return folder
 
 
 def _input(job: Job, given: Given, stage: Path) -> Input:
@@ -44,6 +77,8 @@ def _input(job: Job, given: Given, stage: Path) -> Input:
         return importance(shape, stage)
     if given.kind == "shapes":
         return shapes(shape, stage)
+    if given.kind == CACHED:
+        return logit_cache(given, job.config["global_batch_size"], stage)
     return checkpoint(job.hf_config, shape, stage)
 
 
@@ -101,6 +136,22 @@ def dataset(tokens: int, stage: Path) -> Input:
     every = dict.fromkeys(PARTS, tokens)
     result = DatasetResult(dict.fromkeys(PARTS, 1), every, ["rehearsal"], document_end=0)
     return Input(stage, _manifest(stage, "dataset", result=asdict(result)))
+
+
+def logit_cache(given: Given, windows: int, stage: Path) -> Input:
+    """What a teacher said of so many windows, as it is stored; nothing likely."""
+    length, k = given.config["seq_length"], given.config["top_k"]
+    vocabulary = given.shape["vocab_size"]
+    index = CacheIndex(vocabulary, length, k, given.config["temperature"], shards=1)
+    (stage / ARTIFACT).mkdir(parents=True)
+    write_index(stage / ARTIFACT, index)
+    shard = {
+        "windows": (torch.int32, [windows]),
+        "indices": (index.index_dtype, [windows, length, k]),
+        "log_probs": (torch.float16, [windows, length, k + 1]),
+    }
+    write_zeros(stage / ARTIFACT / SHARD.format(0), shard)
+    return Input(stage, _manifest(stage, CACHED))
 
 
 def importance(shape: Architecture, stage: Path) -> Input:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import no_init_weights
 
+from nemo_convert import parity
+from recipes.core.deadline import DEADLINE, StoppedByClockError
 from recipes.core.manifest import ARTIFACT, WORK
 from recipes.distillation import losses, objective
 from recipes.rehearsal import checkpoints, device, materials
@@ -41,13 +51,34 @@ def stand_in() -> None:
         self.last = dict.fromkeys(("loss", *what.weights), 1.0)
 
     setattr(objective.LossReduction, "__init__", __init__)
+    setattr(DotProductAttention, "__init__", _of_its_part(DotProductAttention.__init__))
+    # Transformers runs on the CPU here; and what has no numbers is no proof of a conversion.
+    setattr(parity, "load_causal_lm", _causal_lm)
+    setattr(parity.Parity, "require", lambda found, what: found)
+
+
+def _of_its_part(begin: Callable[..., None]) -> Callable[..., None]:
+    """Attention over several ranks is TransformerEngine's; here each looks at its own part."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        context, config.context_parallel_size = config.context_parallel_size, 1
+        begin(self, config, *args, **kwargs)
+        config.context_parallel_size = context
+
+    return __init__
+
+
+def _causal_lm(folder: Path) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder)
+    with no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
 
 
 def rehearse(job: Job) -> Rehearsed:
     """Runs the stage once; an error is a finding."""
     os.environ.update(environment(job))
     stage: Stage[Any] = importlib.import_module(f"recipes.stages.{job.stage}").STAGE
-    merged = OmegaConf.merge(OmegaConf.structured(stage.config), job.config)
     checked, memory = Checked(), Memory(job.vocabulary)
     began = time.monotonic()
     error = None
@@ -57,9 +88,15 @@ def rehearse(job: Job) -> Rehearsed:
         out.mkdir(parents=True)
         try:
             inputs = materials.inputs(job, run_dir)
+            cfg = OmegaConf.merge(
+                OmegaConf.structured(stage.config), materials.settings(job, run_dir)
+            )
+            run = partial(stage.run, OmegaConf.to_object(cfg), inputs, out)
             _name_what_stays(memory)
             with device.weightless(), memory, checked:
-                stage.run(OmegaConf.to_object(merged), inputs, out)
+                if job.resumed:
+                    _stop_by_the_clock(run)
+                run()
         except Exception:
             error = _told()
     return Rehearsed(
@@ -69,6 +106,15 @@ def rehearse(job: Job) -> Rehearsed:
         sent=checked.sent,
         expected=checked.expected,
     )
+
+
+def _stop_by_the_clock(run: Callable[[], object]) -> None:
+    """Runs a training whose time is up: it saves after its first step."""
+    os.environ[DEADLINE] = "0"
+    with suppress(StoppedByClockError):
+        run()
+    del os.environ[DEADLINE]
+    gc.collect()
 
 
 def _told() -> str:

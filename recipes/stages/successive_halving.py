@@ -56,7 +56,7 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
             f"set it to at least {need}, or fewer candidates",
         )
     else:
-        training = _training(cfg, rounds, 0)
+        training = training_of(cfg, rounds, 0)
         yield from training_problems(training, chain)
         yield from layout_problems(training_workload(training, chain.teacher), chain)
 
@@ -85,8 +85,8 @@ def reading(cfg: SuccessiveHalvingConfig, chain: Chain) -> Reading:
     if not rounds:
         return replace(measured, work=Work())
     terms = (cfg.distill.kd_weight > 0) + (cfg.distill.lm_weight > 0)
-    job = training_workload(_training(cfg, rounds, 0), largest, chain.teacher, terms)
-    tokens = sum(_training(cfg, rounds, n).max_steps * c for n, c in enumerate(rounds))
+    job = training_workload(training_of(cfg, rounds, 0), largest, chain.teacher, terms)
+    tokens = sum(training_of(cfg, rounds, n).max_steps * c for n, c in enumerate(rounds))
     tokens *= job.global_batch_size * job.seq_length
     read = text.work(chain.teacher, bf16) * len(rounds) + text.work(largest, bf16) * sum(rounds)
     needs = (measured.memory, memory(job, chain.hardware))
@@ -112,7 +112,7 @@ def _unknown(names: Sequence[str], known: Collection[str]) -> list[str]:
     ]
 
 
-def _training(cfg: SuccessiveHalvingConfig, rounds: Sequence[int], number: int) -> DistillConfig:
+def training_of(cfg: SuccessiveHalvingConfig, rounds: Sequence[int], number: int) -> DistillConfig:
     """A training of one round, on windows in an order of its own."""
     steps = cfg.steps(rounds[number], len(rounds))
     plain = {
@@ -140,7 +140,7 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
     log = metrics_log(out)
     rounds = cfg.rounds(len(remaining))
     for number in range(len(rounds)):
-        training = _training(cfg, rounds, number)
+        training = training_of(cfg, rounds, number)
         candidates = [ranked[name] for name in remaining]
         halving.train(candidates, number, training)
         tokens = training.max_steps * training.global_batch_size * training.seq_length

@@ -100,6 +100,21 @@ def send_half() -> None:
     model._forward_both = student_alone
 
 
+def hold_all() -> None:
+    """Models stay once they have read the text, in float32."""
+    import torch
+
+    from recipes.evaluation import text_quality
+
+    load, held = text_quality.load_transformers, []
+
+    def loaded(checkpoint: Path, dtype: Any) -> Any:
+        held.append(load(checkpoint, torch.float32))
+        return held[-1]
+
+    text_quality.load_transformers = loaded
+
+
 DEFECTS: dict[str, Callable[[], None]] = {
     plant.__name__: plant
     for plant in (
@@ -109,6 +124,7 @@ DEFECTS: dict[str, Callable[[], None]] = {
         leave_on_cpu,
         index_on_cpu,
         send_half,
+        hold_all,
     )
 }
 

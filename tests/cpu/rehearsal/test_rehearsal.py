@@ -7,55 +7,91 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from launch.rehearse import KINDS, planned
+from launch.rehearse import KINDS, planned, too_large
 from recipes.core.files import REPO_ROOT
+from recipes.planning.chain import Chain
 from recipes.rehearsal.job import Job, Rehearsed
 from recipes.rehearsal.peers import unmatched
 from tests.cpu.rehearsal import planted
 from tests.support.rehearsals import cut_down
 
+D = "stages.distill."
 PIPELINE = (
-    "stages.distill.pipeline_model_parallel_size=2",
-    "stages.distill.tensor_model_parallel_size=4",
-    "stages.distill.sequence_parallel=true",
+    f"{D}pipeline_model_parallel_size=2",
+    f"{D}tensor_model_parallel_size=4",
+    f"{D}sequence_parallel=true",
 )
+MIXTURE = f"model.hf_path={Path(__file__).with_name('mixture')}"
+"""In the shape of Qwen3-30B-A3B."""
+SHARE = ("hardware.memory_bytes=20e9",)
+"""Of 80 GB, for 8 of 32 layers."""
 
 
 class Case(NamedTuple):
     """One stage of a recipe at one rank, perhaps with a defect."""
 
     recipe: str
-    stage: str
-    rank: int
+    stage: str = "distill"
+    rank: int = 0
     overrides: tuple[str, ...] = ()
+    layers: int = 2
+    resumed: bool = False
     defect: str | None = None
 
 
+SMALL = "llama_depth_prune"
 SOUND = (
-    Case("llama_depth_prune", "distill", 0),
-    Case("llama_depth_prune", "score", 0),
-    Case("llama_depth_prune", "evaluate", 0),
-    Case("llama_depth_prune", "cache_logits", 0, ("teacher=cached",)),
-    Case("llama_search", "rank_candidates", 0),
+    Case(SMALL, "import_hf"),
+    Case(SMALL, "score"),
+    Case(SMALL, resumed=True),
+    Case(SMALL, "evaluate"),
+    Case(SMALL, "export_hf"),
+    Case(SMALL, "cache_logits", 0, ("teacher=cached",)),
+    Case(SMALL, "distill", 0, ("teacher=cached",)),
+    Case("llama_width_prune"),
+    Case("llama_search", "rank_candidates"),
+    Case("llama_search", "successive_halving"),
+    Case("qwen3_8b_search", "successive_halving", 7),
     Case("qwen3_8b_depth", "distill", 767),
-    Case("qwen3_8b_depth", "distill", 0, PIPELINE),
-    Case("qwen3_8b_depth", "distill", 384, PIPELINE),
+    Case("qwen3_8b_depth", "distill", 0, PIPELINE, 4),
+    Case("qwen3_8b_depth", "distill", 384, PIPELINE, 4),
+    Case("qwen3_8b_depth", "distill", 2, (f"{D}context_parallel_size=2",)),
+    Case("qwen3_8b_depth", "distill", 9, (MIXTURE, f"{D}expert_model_parallel_size=8")),
+    Case("qwen3_8b_depth_small"),
+    Case("qwen3_8b_nas", "distill", 5),
+    Case("qwen3_8b_nas_small"),
+    Case("llama3_1_8b_depth", "distill", 255),
+    Case("llama3_1_8b_depth_small"),
     Case("llama3_1_8b_width", "distill", 1),
+    Case("llama3_1_8b_width_small"),
     Case("mistral_nemo_12b_width", "distill", 255),
+    Case("mistral_nemo_12b_width_small"),
+    Case("llama3_1_8b_width", "evaluate", 0, SHARE, 8),
 )
 QWEN = ("qwen3_8b_depth", "distill", 0)
 BROKEN = (
     (Case(*QWEN, defect="mix_devices"), "at least two devices, fakecuda:0 and cpu"),
-    (Case(*QWEN, PIPELINE[1:], "gather_too_much"), "MessageError: allgather_: ["),
+    (Case(*QWEN, PIPELINE[1:], defect="gather_too_much"), "MessageError: allgather_: ["),
     (Case(*QWEN, defect="match_names"), "_teacher_model.embedding.word_embeddings.weight has 0"),
-    (Case(*QWEN, PIPELINE, "send_half"), "invalid gradient at index 0 - got [1024, 2, 8192]"),
-    (Case("llama_depth_prune", "score", 0, defect="leave_on_cpu"), "at least two devices"),
-    (Case("llama_search", "rank_candidates", 0, defect="index_on_cpu"), "at least two devices"),
+    (
+        Case(*QWEN, PIPELINE, 4, defect="send_half"),
+        "invalid gradient at index 0 - got [1024, 2, 8192]",
+    ),
+    (Case(SMALL, "score", defect="leave_on_cpu"), "at least two devices"),
+    (Case("llama_search", "rank_candidates", defect="index_on_cpu"), "at least two devices"),
 )
+HELD = Case("llama3_1_8b_width", "evaluate", 0, SHARE, 8, defect="hold_all")
+
+
+def prepared(case: Case) -> tuple[Chain, Job]:
+    """A case's chain and job."""
+    chain, job = cut_down(case.recipe, case.stage, case.rank, case.overrides, case.layers)
+    return chain, replace(job, resumed=case.resumed)
 
 
 Results = dict[Case, tuple[Job, Rehearsed]]
@@ -64,8 +100,8 @@ Results = dict[Case, tuple[Job, Rehearsed]]
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """All cases in one process, which imports the stack once."""
-    cases = [*SOUND, *(case for case, _ in BROKEN)]
-    jobs = [cut_down(*case[:4])[1] for case in cases]
+    cases = [*SOUND, *(case for case, _ in BROKEN), HELD]
+    jobs = [prepared(case)[1] for case in cases]
     file = tmp_path_factory.mktemp("rehearsal") / "jobs.json"
     pairs = [[asdict(job), case.defect] for job, case in zip(jobs, cases, strict=True)]
     file.write_text(json.dumps(pairs))
@@ -97,7 +133,7 @@ def test_a_defect_is_found(case: Case, words: str, rehearsed: Results) -> None:
     ids=lambda case: f"{case.recipe}-{case.rank}",
 )
 def test_memory_is_as_planned(case: Case, rehearsed: Results) -> None:
-    chain, job = cut_down(*case[:4])
+    chain, job = prepared(case)
     plan = planned(job, chain)
     assert plan is not None
     peak = rehearsed[case][1].peak
@@ -105,6 +141,18 @@ def test_memory_is_as_planned(case: Case, rehearsed: Results) -> None:
         assert peak[kind] == pytest.approx(getattr(plan, kind), rel=0.01), kind
     total = sum(getattr(plan, kind) for kind in KINDS)
     assert sum(peak.values()) == pytest.approx(total, rel=0.1)
+
+
+def test_models_that_are_held_together_have_no_room(rehearsed: Results) -> None:
+    for case, few in ((SOUND[-1], 0), (HELD, 1)):
+        job, one = rehearsed[case]
+        assert one.error is None
+        assert len(list(too_large([(job, one)], prepared(case)[0]))) == few
+
+
+def test_every_recipe_is_rehearsed() -> None:
+    recipes = {file.stem for file in (REPO_ROOT / "conf" / "recipe").glob("*.yaml")}
+    assert {case.recipe for case in SOUND} == recipes
 
 
 def test_pipeline_stages_send_what_the_next_expects(rehearsed: Results) -> None:

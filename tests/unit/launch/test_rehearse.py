@@ -57,22 +57,45 @@ def test_first_middle_and_last_pipeline_stage() -> None:
 def test_settings_are_short_and_shapes_are_not(compose: Compose, tmp_path: Path) -> None:
     chain, jobs = prepared(compose("recipe=qwen3_8b_depth"), tmp_path, [0, 767])
     assert [(job.name, job.rank) for job in jobs] == [
+        ("import_hf", 0),
         ("score", 0),
         ("distill", 0),
         ("distill", 767),
         ("evaluate", 0),
+        ("export_hf", 0),
     ]
-    config = jobs[1].config
+    config = jobs[2].config
     # 192 replicas of 2 windows, two micro batches, two steps.
     assert (config["global_batch_size"], config["max_steps"]) == (768, 2)
     assert (config["seq_length"], config["tensor_model_parallel_size"]) == (4096, 4)
-    assert jobs[1].vocabulary == 151936 // 4
-    assert jobs[1].inputs["student"].shape == chain.shape_of("prune").as_dict()
-    assert Job.of(json.loads(json.dumps(asdict(jobs[1])))) == jobs[1]
+    assert jobs[2].vocabulary == 151936 // 4
+    assert jobs[2].inputs["student"].shape == chain.shape_of("prune").as_dict()
+    assert [job.resumed for job in jobs] == [False, False, True, True, False, False]
+    assert Job.of(json.loads(json.dumps(asdict(jobs[2])))) == jobs[2]
+
+
+def test_a_halving_is_rehearsed_as_a_training_of_the_whole_shape(
+    compose: Compose, tmp_path: Path
+) -> None:
+    chain, jobs = prepared(compose("recipe=qwen3_8b_search"), tmp_path)
+    [job] = [job for job in jobs if job.name == "successive_halving"]
+    assert (job.stage, job.world) == ("distill", 8)
+    assert job.inputs["student"].shape == job.inputs["teacher"].shape == chain.teacher.as_dict()
+    assert job.config["global_batch_size"] == 16  # 4 replicas of 2 windows, two micro batches
+
+
+def test_a_cached_teacher_is_of_its_own_settings(compose: Compose, tmp_path: Path) -> None:
+    given = ("recipe=qwen3_8b_depth", "teacher=cached", "stages.cache_logits.top_k=8")
+    _, jobs = prepared(compose(*given), tmp_path)
+    [job] = [job for job in jobs if job.name == "distill"]
+    teacher = job.inputs["teacher"]
+    assert teacher.kind == "logit_cache"
+    assert teacher.config == {"seq_length": 4096, "top_k": 8, "temperature": 1.0}
 
 
 def test_a_peak_without_room_is_a_mistake(compose: Compose, tmp_path: Path) -> None:
-    chain, [*_, job] = prepared(compose("recipe=qwen3_8b_depth"), tmp_path)
+    chain, jobs = prepared(compose("recipe=qwen3_8b_depth"), tmp_path)
+    [job] = [job for job in jobs if job.name == "evaluate"]
     three_in_float32 = Rehearsed(peak={"weights": 81_000_000_000})
     assert list(too_large([(job, Rehearsed(peak={"weights": 16_000_000_000}))], chain)) == []
     assert list(too_large([(job, three_in_float32)], chain)) == [
