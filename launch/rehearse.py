@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
@@ -73,7 +72,7 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
         raise RecipeError(f"the rehearsal found {failed} mistake(s); see above.")
 
 
-def _ranks(given: Any) -> list[int] | None:
+def _ranks(given: object) -> list[int] | None:
     """Ranks that were asked for; ``None`` for the usual ones."""
     if given is True:
         return None

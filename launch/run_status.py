@@ -78,7 +78,7 @@ def read_run(run_dir: Path) -> list[StageState]:
 
 def _state(
     stage_dir: Path,
-    request: Mapping[str, Any],
+    request: Mapping[str, object],
     job: Job | None,
     queue: Mapping[str, JobState],
     held: lock.Holder | None,

@@ -82,18 +82,18 @@ def _always(value: Any) -> Callable[[Any], Any]:
 class _Stream:
     """Stands in for CUDA streams and events: a CPU runs in order, and has nothing to wait for."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
 
-    def wait_stream(self, *args: Any) -> None: ...
+    def wait_stream(self, *args: object) -> None: ...
 
     def synchronize(self) -> None: ...
 
-    def record(self, *args: Any) -> None: ...
+    def record(self, *args: object) -> None: ...
 
-    def record_event(self, *args: Any) -> _Stream:
+    def record_event(self, *args: object) -> _Stream:
         return self
 
-    def wait(self, *args: Any) -> None: ...
+    def wait(self, *args: object) -> None: ...
 
 
 def _on_cpu(factory: Any) -> Any:
@@ -147,7 +147,7 @@ def _without_fusion_checks(original: Any) -> Any:
     return __post_init__
 
 
-def _router_logits(original: Any) -> Any:
+def _router_logits(original: object) -> Any:
     def gate(x: Any, weight: Any, bias: Any, dtype: torch.dtype) -> torch.Tensor:
         bias = None if bias is None else bias.to(dtype)
         return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
@@ -162,7 +162,7 @@ def _gather_scalar(original: Any) -> Any:
     return all_gather_into_tensor
 
 
-def _clip_by_norm(original: Any) -> Any:
+def _clip_by_norm(original: object) -> Any:
     """The same arithmetic as Megatron's, without its CUDA tensor type assertion."""
 
     def clip(
@@ -460,8 +460,8 @@ def _sdpa_attention() -> type[nn.Module]:
             key: torch.Tensor,
             value: torch.Tensor,
             attention_mask: torch.Tensor | None,
-            *args: Any,
-            **kwargs: Any,
+            *args: object,
+            **kwargs: object,
         ) -> torch.Tensor:
             """Returns [s, b, heads·d] for query [s, b, heads, d], key and value [s, b, groups, d].
 

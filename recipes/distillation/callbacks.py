@@ -63,7 +63,7 @@ class Progress(Callback):
             )
         return False
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: object) -> None:
         """Logs the step's losses, gradient norm, learning rate and speed."""
         now = time.monotonic()
         tokens = self._cfg.global_batch_size * self._cfg.seq_length
@@ -79,7 +79,7 @@ class Progress(Callback):
         self._last = now
         self._log.progress(self._cfg.stage, trainer.global_step, self._cfg.max_steps, **values)
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: object) -> None:
         """Logs the next-token loss on the validation part."""
         loss = float(trainer.callback_metrics["val_loss"])
         self._log.progress("validate", trainer.global_step, self._cfg.max_steps, val_loss=loss)
@@ -101,7 +101,7 @@ class Clock(Callback):
     def __init__(self, cfg: TrainingConfig) -> None:
         self._cfg = cfg
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
         """Asks all ranks, whose clocks differ, after every step but the last."""
         step = trainer.global_step
         if step >= self._cfg.max_steps:
@@ -120,21 +120,21 @@ class Clock(Callback):
 class Collect(Callback):
     """Collects garbage on all ranks in the same step: one that does it alone is waited for."""
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: object, pl_module: object) -> None:
         """Leaves it to the steps."""
         gc.collect()
         gc.disable()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
         """Collects now and then."""
         if trainer.global_step % COLLECT_EVERY == 0:
             gc.collect()
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: object, pl_module: object, stage: str) -> None:
         """Leaves it to Python again."""
         gc.enable()
 
-    def on_exception(self, *args: Any) -> None:
+    def on_exception(self, *args: object) -> None:
         """Leaves it to Python again."""
         gc.enable()
 
@@ -147,13 +147,13 @@ class Profile(Callback):
         self._profiler = torch.profiler.profile(record_shapes=True)
         self._running = False
 
-    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, *args: object) -> None:
         """Begins before the first step, or before a later one where a run is taken up again."""
         if not self._running and self._first <= trainer.global_step + 1 <= self._last:
             self._profiler.start()
             self._running = True
 
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, *args: object) -> None:
         """Writes after the last."""
         if self._running and trainer.global_step == self._last:
             self._profiler.stop()

@@ -71,7 +71,7 @@ def stand_in() -> None:
     dist_checkpointing.load_common_state_dict = lambda *args, **kwargs: {}
 
 
-def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
+def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs: object) -> Any:
     """The tensors that were asked for, as they are; all of them are in the checkpoint."""
     state = sharded_state_dict
     factories, _ = extract_matching_values(
@@ -110,7 +110,7 @@ def _stored(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _metadata(checkpoint_dir: str, *args: Any) -> dict[str, ShardedTensor]:
+def _metadata(checkpoint_dir: str, *args: object) -> dict[str, ShardedTensor]:
     """What a checkpoint says of its tensors."""
     checkpoint = Path(checkpoint_dir).parent
     dtype = getattr(torch, nemo.read_config(checkpoint)["torch_dtype"])

@@ -37,7 +37,7 @@ TYPES = {torch.bfloat16: "torch.cuda.BFloat16Tensor", torch.float32: "torch.cuda
 class _Nothing:
     """Stands in for streams and events: what has no weight takes no time."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -47,7 +47,7 @@ class _Nothing:
     def __enter__(self) -> _Nothing:
         return self
 
-    def __exit__(self, *error: Any) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
 def _returns(value: Any) -> Callable[..., Any]:
@@ -135,7 +135,7 @@ def weightless() -> Iterator[None]:
         yield
 
 
-def _is_cuda(device: Any) -> bool:
+def _is_cuda(device: object) -> bool:
     return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
 
 
@@ -143,7 +143,7 @@ class _Redirect(TorchFunctionMode):
     """CUDA by its name, in factories and moves; and what has no weightless form."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         kwargs.pop("pin_memory", None)  # which needs a driver
@@ -160,7 +160,7 @@ def _to(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     return func(tensor, *args, **kwargs)
 
 
-def _to_device(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _to_device(func: object, tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
     return tensor.to(DEVICE)
 
 
@@ -172,7 +172,7 @@ def _tensor(func: Any, data: Any, *args: Any, device: Any = None, **kwargs: Any)
     return made if device is None or torch.device(device).type == "cpu" else made.to(DEVICE)
 
 
-def _copy(func: Any, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+def _copy(func: object, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     """Not of its attributes, one of which is what it is made of."""
     made = tensor.detach().clone().requires_grad_(tensor.requires_grad)
     memo[id(tensor)] = made
@@ -196,7 +196,9 @@ def _set_item(func: Any, tensor: Tensor, index: Any, value: Any) -> None:
         func(tensor, index, value)
 
 
-def _attention(func: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Any:
+def _attention(
+    func: object, query: Tensor, key: Tensor, value: Tensor, *args: object, **kw: object
+) -> Any:
     """Fused attention, which PyTorch would compose of others on a device that it does not know."""
     return _FusedAttention.apply(query, key, value)
 
@@ -220,7 +222,7 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _is_on_gpu(func: Any, tensor: Tensor) -> bool:
+def _is_on_gpu(func: object, tensor: Tensor) -> bool:
     return bool(tensor.device == DEVICE)
 
 
@@ -263,7 +265,7 @@ class _Answers(TorchDispatchMode):
         self._known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):

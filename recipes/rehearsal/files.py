@@ -53,7 +53,7 @@ class _Opened:
     def __enter__(self) -> _Opened:
         return self
 
-    def __exit__(self, *error: Any) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
     def get_tensor(self, name: str) -> Tensor:
         """One tensor."""

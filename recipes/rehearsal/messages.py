@@ -33,7 +33,7 @@ def stand_in() -> None:
     distributed.Backend.backend_capability[FAKE].append(NAME)
     init, new_group = distributed.init_process_group, distributed.new_group
 
-    def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
+    def init_process_group(backend: str | None = None, *args: object, **kwargs: object) -> None:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         init(FAKE, rank=rank, world_size=world, store=FakeStore())
         _note(distributed.group.WORLD, backend)
@@ -44,10 +44,12 @@ def stand_in() -> None:
         return made
 
     # Objects would be pickled into tensors, which have no bytes here.
-    def all_gather_object(found: list[Any], value: Any, group: Any = None) -> None:
+    def all_gather_object(found: list[Any], value: Any, group: object = None) -> None:
         found[:] = [value] * len(found)
 
-    def gather_object(value: Any, found: list[Any] | None = None, *args: Any, **kw: Any) -> None:
+    def gather_object(
+        value: Any, found: list[Any] | None = None, *args: object, **kw: object
+    ) -> None:
         if found is not None:
             found[:] = [value] * len(found)
 
@@ -70,7 +72,7 @@ class Checked(TorchDispatchMode):
         self.expected: list[Message] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func.namespace != "c10d":
             return func(*args, **(kwargs or {}))
@@ -98,7 +100,7 @@ class Checked(TorchDispatchMode):
             self.expected.append(Message(other, own, shape, dtype))
 
 
-def _flat(value: Any) -> list[Tensor]:
+def _flat(value: object) -> list[Tensor]:
     if isinstance(value, (list, tuple)):
         return [t for each in value for t in _flat(each)]
     return [value] if isinstance(value, Tensor) else []

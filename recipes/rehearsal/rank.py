@@ -147,12 +147,12 @@ def _name_what_stays(memory: Memory) -> None:
     seen: set[int] = set()
     steps: list[Optimizer] = []
 
-    def before_forward(module: nn.Module, args: Any) -> None:
+    def before_forward(module: nn.Module, args: object) -> None:
         if id(module) not in seen:
             seen.add(id(module))
             _name_weights(memory, module)
 
-    def after_step(optimizer: Optimizer, *args: Any) -> None:
+    def after_step(optimizer: Optimizer, *args: object) -> None:
         for main in (weight for group in optimizer.param_groups for weight in group["params"]):
             states = optimizer.state[main].values()
             memory.name("optimizer", [main, *(s for s in states if isinstance(s, Tensor))])
