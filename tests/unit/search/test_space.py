@@ -224,7 +224,7 @@ def test_rounds_halve_the_candidates_under_the_token_budget(chain: Chain) -> Non
     cfg = SuccessiveHalvingConfig(num_candidates=4, also=["x"], max_tokens=120_000)
     rounds = cfg.rounds(cfg.most())
     assert rounds == [5, 3, 2]
-    trainings = [successive_halving._training(cfg, rounds, number) for number in range(3)]
+    trainings = [successive_halving.training_of(cfg, rounds, number) for number in range(3)]
     used = sum(n * t.max_steps * 4 * 256 for n, t in zip(rounds, trainings, strict=True))
     assert 0.9 * cfg.max_tokens < used <= cfg.max_tokens
     # The windows of a round are not those that the candidates have just learnt from.
