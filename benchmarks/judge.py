@@ -43,7 +43,8 @@ def main() -> None:
     teacher = readings_of(args.base / "import_hf", texts)
     for stage in args.stages:
         found = {}
-        for part, reading in readings_of(stage, texts).items():
+        is_teacher = stage == args.base / "import_hf"
+        for part, reading in (teacher if is_teacher else readings_of(stage, texts)).items():
             text = texts[part]
             figures = compare({TEACHER: teacher[part], "student": reading}, text)["student"]
             scores, kinds = Scores.of(figures, text), text.sources or {"all": slice(0, len(text))}

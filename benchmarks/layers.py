@@ -15,10 +15,19 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.contenders import launch, make_inputs, manifest_of
-from benchmarks.students import Student, collect, distill, grouped, judge, prune, schedule, varied
+from benchmarks.students import (
+    SUMMARY,
+    Student,
+    collect,
+    distill,
+    grouped,
+    prune,
+    schedule,
+    students_of,
+    summary,
+)
 from recipes.core.errors import RecipeError
 from recipes.core.screen import screen
-from recipes.distillation.results import TrainingResult
 from recipes.pruning.results import PruneResult
 from recipes.pruning.settings import LAYER_METHODS
 
@@ -71,35 +80,23 @@ def runs_of(args: argparse.Namespace, out: Path, whole: int) -> Iterator[Run]:
 
 
 def outcomes(runs: Sequence[Run], base: Path, windows: int) -> Iterator[Outcome]:
-    """Judges all at once, for the teacher reads the text but once."""
-    stages = [stage for run in runs for stage in (run.pruned, run.out / "distill")]
-    found = judge(base, dict.fromkeys(stages), windows)
-    for run in runs:
+    """What every student came to."""
+    for run, student in zip(runs, students_of(base, runs, windows), strict=True):
         kept = manifest_of(run.pruned).result(PruneResult)
-        yield Outcome(
-            method=run.method,
-            layers=len(kept.kept_layers),
-            dropped=kept.dropped_layers(),
-            seed=run.seed,
-            tokens=manifest_of(run.out / "distill").result(TrainingResult).tokens,
-            pruned=found[run.pruned],
-            distilled=found[run.out / "distill"],
-        )
+        layers, dropped = len(kept.kept_layers), kept.dropped_layers()
+        yield Outcome(method=run.method, layers=layers, dropped=dropped, **student)
 
 
 def draw(found: Sequence[Outcome]) -> Table:
     """A table, the best of each depth on validation text first."""
-    table = Table("layers", "method", "dropped", "pruned", "validation KL", "held-out", "KL")
+    table = Table("layers", "method", "dropped", *SUMMARY)
     groups = grouped(found, lambda one: (one.layers, one.method))
     for seeds in sorted(groups, key=lambda seeds: -seeds[0].layers):
         table.add_row(
             f"{seeds[0].layers}",
             seeds[0].method,
             " ".join(map(str, seeds[0].dropped)),
-            f"{seeds[0].pruned.heldout.perplexity:.2f}",
-            varied([s.distilled.validation.kl for s in seeds], ".3f"),
-            varied([s.distilled.heldout.perplexity for s in seeds]),
-            varied([s.distilled.heldout.kl for s in seeds], ".3f"),
+            *summary(seeds),
         )
     return table
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from benchmarks.students import (
     grouped,
     judge,
     prune,
-    recovered,
     schedule,
     spread,
+    students_of,
     varied,
 )
 from recipes.core.errors import RecipeError
@@ -39,6 +39,7 @@ from recipes.core.metrics import METRICS, steps_of
 from recipes.core.screen import screen
 from recipes.core.statistics import mean
 from recipes.distillation.results import TrainingResult
+from recipes.evaluation.paired import recovered
 from recipes.report.plots import interval_plot
 
 REFERENCE = "forward_kl"
@@ -115,8 +116,8 @@ class Outcome(Student):
     steps: int
     training_seconds: float
     prepare_seconds: float
-    recovered: float
-    """Of what pruning lost on held-out text, every kind the same."""
+    recovered: float | None
+    """Of what pruning lost on held-out text, every kind the same; see ``paired``."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,15 @@ class Run:
     seed: int
     budget: str
     steps: int
+    pruned: Path
     out: Path
 
 
-def train(run: Run, base: Path, pruned: Path) -> None:
+def train(run: Run, base: Path) -> None:
     """Makes an arm's run, unless it is complete."""
     arm = ARMS[run.arm]
     settings: dict[str, Any] = {
-        "distill.inputs.student": pruned,
+        "distill.inputs.student": run.pruned,
         "distill.lm_weight": 0,
         "distill.global_batch_size": arm.batch,
         "distill.micro_batch_size": arm.batch,
@@ -189,17 +191,18 @@ def steps_in_time(run: Run, seconds: float) -> int:
     return max(1, int(seconds * run.steps / cost))
 
 
-def runs_of(args: argparse.Namespace, out: Path) -> list[Run]:
+def runs_of(args: argparse.Namespace, pruned: Mapping[str, Path], out: Path) -> list[Run]:
     """All trainings of the same tokens, the reference first, a seed of every arm before another."""
     arms = [REFERENCE, *(name for name in args.only if name != REFERENCE)]
     return [
         Run(
             *(student, arm, seed, "equal tokens"),
             args.steps * BATCH // ARMS[arm].batch,
+            pruned[student],
             out / student / f"{arm}-{seed}",
         )
         for seed in args.seeds
-        for student in args.students
+        for student in pruned
         for arm in arms
     ]
 
@@ -208,33 +211,27 @@ def run_in_time(run: Run, reference: Run) -> Run:
     """The training that an arm has time for; its own where that is about as long."""
     steps = steps_in_time(run, training_seconds(reference.out / "distill"))
     if abs(steps / run.steps - 1) <= SAME_TIME:
-        return Run(run.student, run.arm, run.seed, "equal time", run.steps, run.out)
+        return replace(run, budget="equal time")
     out = run.out.with_name(f"{run.out.name}-in-time")
-    return Run(run.student, run.arm, run.seed, "equal time", steps, out)
+    return replace(run, budget="equal time", steps=steps, out=out)
 
 
-def outcomes(
-    runs: Sequence[Run], base: Path, pruned: Mapping[str, Path], windows: int
-) -> Iterable[Outcome]:
-    """Judges all at once, for the teacher reads the text but once."""
-    stages = [run.out / "distill" for run in runs]
-    found = judge(base, [*pruned.values(), *stages], windows)
-    teacher = found[base / "import_hf"]
-    for run, stage in zip(runs, stages, strict=True):
-        before, after = found[pruned[run.student]], found[stage]
+def outcomes(runs: Sequence[Run], base: Path, windows: int) -> Iterable[Outcome]:
+    """What every arm came to."""
+    students = list(students_of(base, runs, windows))
+    teacher = judge(base, [], windows)[base / "import_hf"].heldout
+    for run, student in zip(runs, students, strict=True):
         training, prepared = seconds_of(run)
+        models = (teacher, student["pruned"].heldout, student["distilled"].heldout)
         yield Outcome(
             student=run.student,
             arm=run.arm,
-            seed=run.seed,
             budget=run.budget,
             steps=run.steps,
-            tokens=manifest_of(stage).result(TrainingResult).tokens,
             training_seconds=round(training, 1),
             prepare_seconds=round(prepared, 1),
-            pruned=before,
-            distilled=after,
-            recovered=recovered(teacher.heldout, before.heldout, after.heldout),
+            recovered=recovered(*([-one.loss for one in m.sources.values()] for m in models)),
+            **student,
         )
 
 
@@ -259,7 +256,7 @@ def draw(title: str, found: Sequence[Outcome]) -> Table:
             varied([q.kl for q in validation], ".3f"),
             varied([q.perplexity for q in heldout]),
             *(varied([q.sources[kind].perplexity for q in heldout]) for kind in kinds),
-            varied([s.recovered for s in seeds], ".1%"),
+            varied([s.recovered for s in seeds if s.recovered is not None], ".1%"),
             varied([q.kl for q in heldout], ".3f"),
             varied([q.agreement for q in heldout], ".1%"),
             "" if seeds[0].arm == REFERENCE else varied(pairs, "+.3f"),
@@ -318,17 +315,17 @@ def main() -> None:
         else base / "prune"
         for name in args.students
     }
-    runs = runs_of(args, out)
+    runs = runs_of(args, pruned, out)
     for run in runs:
-        train(run, base, pruned[run.student])
+        train(run, base)
         console.print(f"{run.student} {run.arm} {run.seed}: {seconds_of(run)[0]:.0f} s")
     if args.equal_time:
         references = {(r.student, r.seed): r for r in runs if r.arm == REFERENCE}
         timed = [run_in_time(run, references[run.student, run.seed]) for run in runs]
         for run in timed:
-            train(run, base, pruned[run.student])
+            train(run, base)
         runs += timed
-    found = collect(outcomes(runs, base, pruned, args.windows), out / "recovery.json", console)
+    found = collect(outcomes(runs, base, args.windows), out / "recovery.json", console)
     teacher = judge(base, [], args.windows)[base / "import_hf"]
     console.print(f"teacher: {levels(teacher.heldout)}")
     pages = []

@@ -16,11 +16,20 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.contenders import LAUNCHER, execute, manifest_of
-from benchmarks.students import Student, collect, distill, grouped, judge, prune, schedule, varied
+from benchmarks.students import (
+    SUMMARY,
+    Student,
+    collect,
+    distill,
+    grouped,
+    prune,
+    schedule,
+    students_of,
+    summary,
+)
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.screen import screen
-from recipes.distillation.results import TrainingResult
 from recipes.search.results import Candidate, SearchResult
 from recipes.search.space import AXES, axes_of, prune_settings
 
@@ -95,36 +104,27 @@ def make(args: argparse.Namespace, search: Path, out: Path) -> Iterator[Run]:
 
 
 def outcomes(runs: Sequence[Run], search: Path, windows: int) -> Iterator[Outcome]:
-    """Judges all at once, for the teacher reads the text but once."""
-    stages = [stage for run in runs for stage in (run.pruned, run.out / "distill")]
-    found = judge(search, dict.fromkeys(stages), windows)
-    for run in runs:
+    """What every student came to."""
+    for run, student in zip(runs, students_of(search, runs, windows), strict=True):
         yield Outcome(
             way=run.way,
             shape=run.candidate.name,
             parameters=run.candidate.parameters,
             lr=run.lr,
-            seed=run.seed,
-            tokens=manifest_of(run.out / "distill").result(TrainingResult).tokens,
-            pruned=found[run.pruned],
-            distilled=found[run.out / "distill"],
+            **student,
         )
 
 
 def draw(found: Sequence[Outcome]) -> Table:
     """A table, the best on validation text first."""
-    heads = ("way", "shape", "parameters", "lr", "pruned", "validation KL", "held-out", "KL")
-    table = Table(*heads)
+    table = Table("way", "shape", "parameters", "lr", *SUMMARY)
     for seeds in grouped(found, lambda one: (one.way, one.lr)):
         table.add_row(
             seeds[0].way,
             seeds[0].shape,
             f"{seeds[0].parameters / 1e6:.1f} M",
             f"{seeds[0].lr:g}",
-            f"{seeds[0].pruned.heldout.perplexity:.2f}",
-            varied([s.distilled.validation.kl for s in seeds], ".3f"),
-            varied([s.distilled.heldout.perplexity for s in seeds]),
-            varied([s.distilled.heldout.kl for s in seeds], ".3f"),
+            *summary(seeds),
         )
     return table
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import stdev
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pydantic import TypeAdapter
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.console import Console
 from benchmarks.contenders import execute, launch, manifest_of
 from recipes.core.files import read_json, write_json
 from recipes.core.statistics import mean
+from recipes.distillation.results import TrainingResult
 from recipes.evaluation.results import TextQuality
 
 CHOOSING, REPORTING = "validation", "heldout"
@@ -167,9 +168,48 @@ def read_judgement(stage: Path, base: Path, windows: int) -> Judgement | None:
     return TypeAdapter(Judgement).validate_python(written["found"])
 
 
-def recovered(teacher: Quality, pruned: Quality, distilled: Quality) -> float:
-    """Share of the loss that pruning added and distillation took away."""
-    return (pruned.loss - distilled.loss) / (pruned.loss - teacher.loss)
+class Trained(Protocol):
+    """A run in which a pruned student was trained."""
+
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+
+    @property
+    def pruned(self) -> Path:
+        """The stage that it was cut in."""
+
+    @property
+    def out(self) -> Path:
+        """Its run directory."""
+
+
+def students_of(base: Path, runs: Sequence[Trained], windows: int) -> Iterator[dict[str, Any]]:
+    """Fields of a ``Student`` for every run; all are judged at once, after one reading teacher."""
+    stages = [stage for run in runs for stage in (run.pruned, run.out / "distill")]
+    found = judge(base, dict.fromkeys(stages), windows)
+    for run in runs:
+        stage = run.out / "distill"
+        yield {
+            "seed": run.seed,
+            "tokens": manifest_of(stage).result(TrainingResult).tokens,
+            "pruned": found[run.pruned],
+            "distilled": found[stage],
+        }
+
+
+def summary(seeds: Sequence[Student]) -> list[str]:
+    """Cells of a table: as cut, then over the seeds what chooses and what is reported."""
+    return [
+        f"{seeds[0].pruned.heldout.perplexity:.2f}",
+        varied([s.distilled.validation.kl for s in seeds], ".3f"),
+        varied([s.distilled.heldout.perplexity for s in seeds]),
+        varied([s.distilled.heldout.kl for s in seeds], ".3f"),
+    ]
+
+
+SUMMARY = ("pruned", "validation KL", "held-out", "KL")
+"""Heads of these cells."""
 
 
 def collect(students: Iterable[StudentT], file: Path, console: Console) -> list[StudentT]:
@@ -194,6 +234,8 @@ def spread(values: Sequence[float]) -> float:
 
 
 def varied(values: Sequence[float], style: str = ".2f") -> str:
-    """A mean and its spread over seeds."""
+    """A mean and its spread over seeds; nothing where nothing could be said."""
+    if not values:
+        return ""
     text = format(mean(values), style)
     return f"{text} ± {format(spread(values), style.lstrip('+'))}" if len(values) > 1 else text
