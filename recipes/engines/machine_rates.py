@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.nn.functional import linear
 
 from nemo_convert.architecture import Architecture
 from recipes.engines.results import MachineRates
+from recipes.planning.hardware import cpuinfo
 from recipes.planning.machine import Rates
 
 REPEATS = 5
@@ -22,44 +23,67 @@ COPY_BYTES = 1 << 28
 """Well beyond any cache."""
 
 
-def best_seconds(work: Callable[[], object], device: str = "cpu") -> float:
+def best_seconds(
+    work: Callable[[], object],
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+    repeats: int = REPEATS,
+) -> float:
     """Shortest of several runs, after one that warms up; other programs only make it longer."""
 
     def run() -> float:
-        began = time.perf_counter()
+        began = clock()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return clock() - began
 
     run()
-    return min(run() for _ in range(REPEATS))
+    return min(run() for _ in range(repeats))
+
+
+def own_seconds(work: Callable[[], object], device: str = "cpu") -> float:
+    """The same in CPU time, of all threads together."""
+    return best_seconds(work, device, time.process_time, 3 * REPEATS)
 
 
 def linear_rate(
-    tokens: int, inputs: int, outputs: int, dtype: torch.dtype, device: str = "cpu"
+    tokens: int,
+    inputs: int,
+    outputs: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seconds: Callable[..., float] = best_seconds,
 ) -> float:
     """FLOP/s of a linear layer [tokens, inputs] → [tokens, outputs]."""
     x = torch.randn(tokens, inputs, dtype=dtype, device=device)
     weight = torch.randn(outputs, inputs, dtype=dtype, device=device)
-    return 2 * tokens * inputs * outputs / best_seconds(lambda: linear(x, weight), device)
+    return 2 * tokens * inputs * outputs / seconds(lambda: linear(x, weight), device)
 
 
-def copy_rate(device: str = "cpu") -> float:
+def copy_rate(device: str = "cpu", seconds: Callable[..., float] = best_seconds) -> float:
     """Bytes per second of a copy, each byte counted as read and as written."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / best_seconds(lambda: target.copy_(source), device)
+    return 2 * COPY_BYTES / seconds(lambda: target.copy_(source), device)
 
 
 def processor_name(device: str = "cpu") -> str:
     """Name of the GPU, or of the CPU as Linux gives it."""
     if device == "cuda":
         return str(torch.cuda.get_device_name())
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+    for line in cpuinfo().splitlines():
         if line.lower().startswith("model name"):
             return line.partition(":")[2].strip()
     return "unknown"
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)
 
 
 LAYER = (576, 1536)
@@ -71,47 +95,27 @@ def training_rates(threads: int) -> tuple[Rates, bool]:
 
     By the time that the threads had themselves: of what other programs took, little counts.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    began, used = time.perf_counter(), time.process_time()
-    products = []
-    for dtype in (torch.bfloat16, torch.float32):
-        x, weight = torch.randn(TOKENS, LAYER[0]).to(dtype), torch.randn(LAYER[::-1]).to(dtype)
-        seconds = _own_seconds(lambda x=x, weight=weight: linear(x, weight))  # type: ignore[misc]
-        products.append(2 * TOKENS * LAYER[0] * LAYER[1] * threads / seconds)
-    alone = time.process_time() - used > ALONE * threads * (time.perf_counter() - began)
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    copied = 2 * COPY_BYTES * threads / _own_seconds(lambda: target.copy_(source))
-    torch.set_num_threads(before)
-    return Rates(products[0], products[1], copied), alone
-
-
-def _own_seconds(work: Callable[[], object]) -> float:
-    """Shortest CPU time of several runs, after one that warms up, of all threads together."""
-
-    def run() -> float:
-        began = time.process_time()
-        work()
-        return time.process_time() - began
-
-    run()
-    return min(run() for _ in range(3 * REPEATS))
+    with _threads(threads):
+        began, used = time.perf_counter(), time.process_time()
+        bfloat16, float32 = (
+            threads * linear_rate(TOKENS, *LAYER, dtype, seconds=own_seconds)
+            for dtype in (torch.bfloat16, torch.float32)
+        )
+        alone = time.process_time() - used > ALONE * threads * (time.perf_counter() - began)
+        copied = threads * copy_rate(seconds=own_seconds)
+    return Rates(bfloat16, float32, copied), alone
 
 
 def measure(arch: Architecture, threads: int, device: str = "cpu") -> MachineRates:
     """Rates of a model's feed-forward layer and of memory."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     shape = (TOKENS, arch.hidden_size, arch.ffn_hidden_size)
-    rates = MachineRates(
-        cpu=processor_name(device),
-        threads=threads,
-        flops_per_second={
-            f"{dtype}".removeprefix("torch."): linear_rate(*shape, dtype, device)
-            for dtype in (torch.float32, torch.bfloat16)
-        },
-        bytes_per_second=copy_rate(device),
-    )
-    torch.set_num_threads(before)
-    return rates
+    with _threads(threads):
+        return MachineRates(
+            cpu=processor_name(device),
+            threads=threads,
+            flops_per_second={
+                f"{dtype}".removeprefix("torch."): linear_rate(*shape, dtype, device)
+                for dtype in (torch.float32, torch.bfloat16)
+            },
+            bytes_per_second=copy_rate(device),
+        )

@@ -113,8 +113,12 @@ def cpu_profile(name: str, here: bool = True) -> Any:
     """
     if not here:
         return ANY_CPU[name]
-    text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
-    return CPU_PROFILES[bool(BFLOAT16_FLAGS & set(text.split()))][name]
+    return CPU_PROFILES[bool(BFLOAT16_FLAGS & set(cpuinfo().split()))][name]
+
+
+def cpuinfo() -> str:
+    """What Linux says of this machine's processors; nothing where it is another system."""
+    return CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
 
 
 def gpus_here() -> int:

@@ -13,11 +13,11 @@ from recipes.core.files import write_json
 from recipes.core.fingerprint import digest
 from recipes.core.versions import installed
 from recipes.core.wheels import cache_dir
+from recipes.planning.hardware import cpuinfo
 
 FOLDER = "machines"
 FORMAT = 1
 """Of what is measured, and how."""
-CPUINFO = Path("/proc/cpuinfo")
 PASSING = ("processor", "cpu MHz", "core id", "apicid", "initial apicid", "bogomips", "BogoMIPS")
 """What differs between the cores of a processor, or from one look to the next."""
 
@@ -37,8 +37,7 @@ class Rates:
 
 def processor() -> str:
     """What tells this machine's processor from others: its name, steps, caches and flags."""
-    text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
-    lines = {line for line in text.splitlines() if not line.startswith(PASSING)}
+    lines = {line for line in cpuinfo().splitlines() if not line.startswith(PASSING)}
     return "\n".join(sorted(lines))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from recipes.core.manifest import ARTIFACT
-from recipes.planning import machine
+from recipes.planning import hardware
 from recipes.planning.machine import FOLDER, Rates, keep, kept
 from recipes.planning.results import PlanResult
 from recipes.stages import plan as stage
@@ -24,7 +24,7 @@ RATES = Rates(4.0e11, 2.0e11, 3.0e10)
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))
-    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("model name : One\ncpu MHz : 2000\nflags : avx2\n")
     return tmp_path
 
