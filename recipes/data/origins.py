@@ -9,7 +9,7 @@ from pathlib import Path
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 from recipes.data.results import Origin
-from recipes.data.sources import parse_source
+from recipes.data.sources import parse_source, with_option
 
 
 def origins_of(sources: Iterable[str], kept: Path) -> dict[str, Origin]:
@@ -30,7 +30,7 @@ def pinned(source: str, origin: Origin) -> str:
     """A source with the commit to read, if it is on a hub."""
     if origin.commit is None or parse_source(source).revision:
         return source
-    return f"{source}{'&' if '#' in source else '#'}revision={origin.commit}"
+    return with_option(source, "revision", origin.commit)
 
 
 def origin_of(text: str) -> Origin:

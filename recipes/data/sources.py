@@ -118,6 +118,11 @@ def parse_source(source: str) -> Source:
     return Source(source, **options)
 
 
+def with_option(source: str, key: str, value: object) -> str:
+    """A source with one more option."""
+    return f"{source}{'&' if '#' in source else '#'}{key}={value}"
+
+
 def source_problem(text: str) -> str | None:
     """What is wrong with a source, as far as can be told without reading or downloading it."""
     source = parse_source(text)

@@ -16,7 +16,7 @@ from recipes.data.corpus import PARTS, chat_problem
 from recipes.data.origins import origins_of, pinned
 from recipes.data.results import DatasetResult, Origin, SourceTokens, in_words
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import CHAT, TEACHER, parse_source, source_problem
+from recipes.data.sources import CHAT, TEACHER, parse_source, source_problem, with_option
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
@@ -46,7 +46,7 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
             yield Problem(
                 rules.DATA_SOURCES,
                 f"'{source}' does not say how much the teacher is to write",
-                f"for example {source}{'&' if '#' in source else '#'}tokens=100000",
+                f"for example {with_option(source, 'tokens', 100000)}",
             )
     for source in set(cfg.sources) & set(cfg.heldout_sources):
         yield Problem(
