@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,13 +51,13 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor to write; ``heads`` where its rows are paired by the rotation."""
+    """A tensor to write."""
 
     name: str
-    source: str
     shape: tuple[int, ...]
     type: str
-    heads: int | None
+    read: Callable[[], np.ndarray]
+    """Its float32 values, with rows in the file's order."""
 
 
 def write(
@@ -80,31 +81,25 @@ def write(
     import numpy as np
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    architecture, weights = read_architecture(config, str(folder)), hf.Weights(folder)
+    architecture = read_architecture(config, str(folder))
     name = architecture_name(architecture)
     writer = gguf.GGUFWriter(file, name)
     writer.add_file_type(gguf.LlamaFileType[TYPES[kind]])
     _add_shape(writer, architecture, config)
     _add_tokenizer(writer, folder, architecture.vocab_size)
-    frequencies = _rope_factors(config, architecture.kv_channels)
-    tensors = list(_tensors(weights, architecture, kind))
-    if frequencies is not None:
-        name_and_shape = ("rope_freqs.weight", frequencies.shape)
-        writer.add_tensor_info(*name_and_shape, frequencies.dtype, frequencies.nbytes)
-    for tensor in tensors:
-        stored = gguf.GGMLQuantizationType[tensor.type]
+    tensors = [
+        *_rope_factors(config, architecture.kv_channels),
+        *_weights(hf.Weights(folder), architecture, name, kind),
+    ]
+    types = [gguf.GGMLQuantizationType[tensor.type] for tensor in tensors]
+    for tensor, stored in zip(tensors, types, strict=True):
         shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, stored)
         writer.add_tensor_info(tensor.name, shape, np.dtype("uint8"), math.prod(shape), stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if frequencies is not None:
-        writer.write_tensor_data(frequencies)
-    for number, tensor in enumerate(tensors, 1):
-        data = weights.read(tensor.source).float().numpy()
-        if tensor.heads is not None:
-            data = half_rotation_to_interleaved(data, tensor.heads)
-        writer.write_tensor_data(gguf.quants.quantize(data, gguf.GGMLQuantizationType[tensor.type]))
+    for number, (tensor, stored) in enumerate(zip(tensors, types, strict=True), 1):
+        writer.write_tensor_data(gguf.quants.quantize(tensor.read(), stored))
         progress(number, len(tensors))
     writer.close()
     return GgufResult(name, kind, len(tensors), file.stat().st_size)
@@ -121,11 +116,12 @@ def architecture_name(architecture: Architecture) -> str:
     return "llama" if name == "qwen2" and heads != architecture.hidden_size else name
 
 
-def _tensors(weights: hf.Weights, architecture: Architecture, kind: str) -> Iterator[_Tensor]:
+def _weights(
+    weights: hf.Weights, architecture: Architecture, name: str, kind: str
+) -> Iterator[_Tensor]:
     """Every weight of a folder by its name in the file."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    name = architecture_name(architecture)
     arch = next(arch for arch, known in MODEL_ARCH_NAMES.items() if known == name)
     names = get_tensor_name_map(arch, architecture.num_layers)
     heads = {"attn_q": architecture.num_attention_heads, "attn_k": architecture.num_query_groups}
@@ -135,11 +131,16 @@ def _tensors(weights: hf.Weights, architecture: Architecture, kind: str) -> Iter
         target = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise RecipeError(f"llama.cpp has no name for the weight {source} of a {name} model.")
+        # Others than its Llama rotate halves, as transformers does.
+        paired = heads.get(target.split(".")[-2]) if name == "llama" else None
         shape = weights.shape(source)
-        part = target.split(".")[-2]
-        # Others rotate halves, as transformers does.
-        paired = heads.get(part) if name == "llama" else None
-        yield _Tensor(target, source, shape, _stored(shape, kind), paired)
+        yield _Tensor(target, shape, _stored(shape, kind), partial(_read, weights, source, paired))
+
+
+def _read(weights: hf.Weights, source: str, heads: int | None) -> np.ndarray:
+    """A weight; of so many ``heads`` where a rotation pairs its rows."""
+    data: np.ndarray = weights.read(source).float().numpy()
+    return data if heads is None else half_rotation_to_interleaved(data, heads)
 
 
 def _stored(shape: tuple[int, ...], kind: str) -> str:
@@ -171,8 +172,8 @@ def _add_shape(writer: GGUFWriter, shape: Architecture, config: Mapping[str, Any
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
 
 
-def _rope_factors(config: Mapping[str, Any], dim: int) -> np.ndarray | None:
-    """What Llama 3 divides its frequencies by, float32 [dim / 2]; ``None`` for a plain rotation.
+def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
+    """What Llama 3 divides its frequencies by, float32 [dim / 2]; nothing for a plain rotation.
 
     As ``_compute_llama3_parameters`` in transformers' ``modeling_rope_utils.py`` has it.
     """
@@ -180,14 +181,14 @@ def _rope_factors(config: Mapping[str, Any], dim: int) -> np.ndarray | None:
 
     scaling = config.get("rope_scaling") or {}
     if scaling.get("rope_type") != "llama3":
-        return None
+        return
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] / (
         2 * math.pi * config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
     )
     kept = np.clip((turns - low) / (high - low), 0, 1)
-    factors: np.ndarray = (1 / ((1 - kept) / scaling["factor"] + kept)).astype(np.float32)
-    return factors
+    factors = (1 / ((1 - kept) / scaling["factor"] + kept)).astype(np.float32)
+    yield _Tensor("rope_freqs.weight", factors.shape, "F32", lambda: factors)
 
 
 def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
