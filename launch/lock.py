@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import IO
 from recipes.core.errors import RecipeError
 
 LOCK = ".lock"
+LOOK_SECONDS = 0.5
+"""In which ``holder`` has long looked: it holds the lock for a moment, and is no launcher."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,25 @@ class Holding:
 def held(run_dir: Path) -> Iterator[Holding]:
     """Refuses a run that another launcher writes; the kernel frees it however that one dies."""
     with (run_dir / LOCK).open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RecipeError(
-                f"another process is running {run_dir}.", "wait for it, or choose another run_dir"
-            ) from error
+        deadline = time.monotonic() + LOOK_SECONDS
+        while not _taken(file):
+            if time.monotonic() > deadline:
+                raise RecipeError(
+                    f"another process is running {run_dir}.",
+                    "wait for it, or choose another run_dir",
+                )
+            time.sleep(0.02)
         holding = Holding(file)
         holding.works_on(None)
         yield holding
+
+
+def _taken(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def holder(run_dir: Path) -> Holder | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -88,6 +90,17 @@ def test_running_stage_is_the_one_its_launcher_names(run_dir: Path) -> None:
     assert lock.holder(run_dir) is None
 
 
+def test_a_look_at_the_lock_keeps_nobody_from_starting(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "LOOK_SECONDS", 60)
+    with (run_dir / lock.LOCK).open("a") as looks:
+        fcntl.flock(looks, fcntl.LOCK_SH)
+        threading.Timer(0.1, lambda: fcntl.flock(looks, fcntl.LOCK_UN)).start()
+        with lock.held(run_dir):
+            assert lock.holder(run_dir) is not None
+
+
 def test_logs_are_those_of_the_stage_that_failed(run_dir: Path, launch: Launch) -> None:
     (run_dir / "distill" / WORK / "error.txt").write_text("no memory")
     shown = launch("logs", f"run_dir={run_dir}", "lines=2")
@@ -130,9 +143,9 @@ def test_cancel_stops_the_launcher_and_what_it_started(
         "run.signal.signal(run.signal.SIGTERM, run.signal.default_int_handler)\n"
         f"with lock.held(Path({str(run_dir)!r})) as holding:\n"
         "    holding.works_on('distill')\n"
-        "    print('ready', flush=True)\n"
         "    try:\n"
-        "        time.sleep(60)\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(600)\n"
         "    except KeyboardInterrupt:\n"
         "        sys.exit(130)\n"
     )
@@ -142,7 +155,7 @@ def test_cancel_stops_the_launcher_and_what_it_started(
     done = launch("cancel", f"run_dir={run_dir}")
     assert done.returncode == 0, done.stderr
     assert f"{run_dir}: stopped at distill" in done.stdout
-    assert launcher.wait(timeout=20) == 130
+    assert launcher.wait(timeout=120) == 130
 
 
 def test_cancelled_launcher_ends_as_with_ctrl_c(
@@ -152,14 +165,14 @@ def test_cancelled_launcher_ends_as_with_ctrl_c(
     command += [f"run_dir={tmp_path}/run", f"model.hf_path={hf_folder}"]
     command += ["stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128"]
     launcher = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while (held := lock.holder(tmp_path / "run")) is None or held.stage is None:
         assert time.monotonic() < deadline
         assert launcher.poll() is None
         time.sleep(0.05)
     cancelled = launch("cancel", f"run_dir={tmp_path}/run")
     assert "run: stopped at " in cancelled.stdout, cancelled.stderr
-    output, _ = launcher.communicate(timeout=60)
+    output, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 130
     assert "interrupted; the same command resumes" in output
     assert lock.holder(tmp_path / "run") is None
