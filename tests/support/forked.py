@@ -29,6 +29,9 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.preloaded import followed, fork_stage, preloaded
 from recipes.core.processes import die_with_parent
 
+PATIENCE = 600
+"""Seconds that a command may take, on a machine that has much else to do."""
+
 
 @cache
 def _server(*modules: str) -> tuple[socket.socket, Path]:
@@ -95,10 +98,10 @@ def run_forked(
                 imports, command, environment, output, cwd=cwd, errors=errors, status=status
             ) as ended,
         ):
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + PATIENCE
             while not ended():
                 if time.monotonic() > deadline:
-                    raise subprocess.TimeoutExpired(list(command), 300)
+                    raise subprocess.TimeoutExpired(list(command), PATIENCE)
                 time.sleep(0.005)
         code, *texts = (int(status.read_text()), out.read_text(), errors.read_text())
     return subprocess.CompletedProcess(list(command), code, *texts)

@@ -63,7 +63,7 @@ def run_and_kill(
     said = cwd / "said.txt"
     with said.open("w") as output:
         launcher = subprocess.Popen([sys.executable, LAUNCHER, *overrides], cwd=cwd, stdout=output)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not metrics.exists() or metrics.read_text().count("\n") < records or not ready():
         assert launcher.poll() is None
         assert time.monotonic() < deadline
@@ -76,7 +76,7 @@ def run_and_kill(
 
 def wait_until_none_works_in(directory: Path) -> None:
     """A stage's processes, also those that its libraries start, must die with the launcher."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         processes = filter(str.isdigit, os.listdir("/proc"))
         found = [pid for pid in processes if _works_in(pid, directory)]

@@ -17,15 +17,15 @@ CODES = {
     "good": "print('fine')",
     "bad": "print('E   assert 1 == 2'); raise SystemExit(1)",
     "dead": "import os; os.abort()",
-    "slow": "import os; os.system('sleep 60')",
+    "slow": "import os; os.system('sleep 600')",
 }
 
 
-def step(name: str, *after: str, seconds: float = 20) -> Step:
+def step(name: str, *after: str, seconds: float = 300) -> Step:
     return Step(name, CODES[name.rstrip("0123456789")], seconds / 60, "something", after)
 
 
-def run(folder: Path, *steps: Step, minutes: float = 1) -> list[Done]:
+def run(folder: Path, *steps: Step, minutes: float = 10) -> list[Done]:
     def command(step: Step) -> list[str]:
         return [sys.executable, "-c", step.test]
 
@@ -42,7 +42,7 @@ def test_one_that_fails_stops_only_those_that_stand_on_it(tmp_path: Path) -> Non
     assert (tmp_path / "good3.log").read_text() == "fine\n"
     screen = Console(width=100, file=io.StringIO())
     screen.print(plan.table(steps, found))
-    assert ["good1", "not", "reached", "20", "stands", "on", "bad"] in [
+    assert ["good1", "not", "reached", "300", "stands", "on", "bad"] in [
         line.split() for line in screen.file.getvalue().splitlines()
     ]
 

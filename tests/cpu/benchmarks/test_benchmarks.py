@@ -124,8 +124,16 @@ def heldout(student: dict[str, Any]) -> dict[str, float]:
     return dict(only)
 
 
-def test_ways_to_recover_are_compared(tiny_run: Path, tmp_path: Path) -> None:
-    """A teacher that is corrected costs time, so it gets fewer steps at equal time."""
+def test_ways_to_recover_are_compared(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher that is corrected costs time, so it gets fewer steps at equal time.
+
+    Here half of them: every training is said to take as long, since a few steps of a tiny model
+    take as long as the machine has others to do.
+    """
+    measured = recovery.training_seconds
+    monkeypatch.setattr(recovery, "training_seconds", lambda stage: 4.0 * (measured(stage) > 0))
     arms = ("forward_kl", "corrected")
     out = tmp_path / "recovery"
     options = ("--run-dir", str(tiny_run), "--out", str(out), "--students=given", "--steps=4")
@@ -136,13 +144,14 @@ def test_ways_to_recover_are_compared(tiny_run: Path, tmp_path: Path) -> None:
     benchmark_here(recovery, *options)  # nothing is left to do
     assert judged.stat().st_mtime_ns == before
     found = json.loads((out / "recovery.json").read_text())
-    by = {(one["budget"], one["arm"]): one for one in found}  # of the second seed, all being warm
+    by = {(one["budget"], one["arm"]): one for one in found}
     assert list(by) == [(b, arm) for b in ("equal tokens", "equal time") for arm in arms]
     for one in found:
         assert heldout(one)["loss"] == pytest.approx(math.log(heldout(one)["perplexity"]))
         assert one["distilled"] != one["pruned"]
         assert one["training_seconds"] > 0
-    assert by["equal tokens", "corrected"]["steps"] == 4 > by["equal time", "corrected"]["steps"]
+    assert by["equal tokens", "corrected"]["steps"] == 4
+    assert by["equal time", "corrected"]["steps"] == 2
     assert by["equal tokens", "corrected"]["prepare_seconds"] > 0
     page = (out / "recovery.html").read_text()
     assert page.count("<svg") == 4

@@ -12,8 +12,9 @@ from recipes.core.manifest import ARTIFACT, read_manifest, stamp_files, write_ma
 from recipes.core.processes import start_command
 from tests.support.manifests import bare_manifest
 
-SECONDS = 4
-"""That rank 0 takes for its hashes; a collective waits for half of it."""
+SECONDS, PATIENCE = 12, 10
+"""That rank 0 takes for its hashes, and that ranks wait for each other: less, but long enough for
+a machine on which one of them does not run for a while."""
 STAGE = f"""
 import time
 from datetime import timedelta
@@ -34,7 +35,7 @@ def slow(hash_files):
 
 
 def run(cfg, inputs, out):
-    patience = timedelta(seconds={SECONDS / 2})
+    patience = timedelta(seconds={PATIENCE})
     torch.distributed.init_process_group("gloo", timeout=patience)
     (out / f"rank-{{rank()}}").write_text(str(len(inputs)))
     return Outcome()

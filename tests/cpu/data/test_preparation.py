@@ -233,14 +233,28 @@ def _documents(
             place += size + 1
 
 
+class PatientLog(MetricsLog):
+    """Waits to be killed a little after the line at which that is to happen."""
+
+    def __init__(self, file: Path, lines: int) -> None:
+        super().__init__(file)
+        self._file_path, self._lines = file, lines
+
+    def log(self, **values: object) -> None:
+        super().log(**values)
+        if _lines(self._file_path) >= self._lines + 4:
+            time.sleep(600)
+
+
 def prepare_in_small_steps(
     cfg: PrepareDataConfig,
     tokenizer: DocumentTokenizer,
     to: Path,
+    lines: int,
     chat: ChatTokenizer | None = None,
 ) -> None:
     preparation.BATCH_DOCUMENTS, preparation.KEEP_SECONDS = 16, 0.01
-    prepare(cfg, tokenizer, to, MetricsLog(to / "metrics.jsonl"), chat)
+    prepare(cfg, tokenizer, to, PatientLog(to / "metrics.jsonl", lines), chat)
 
 
 def test_killed_work_on_conversations_goes_on_to_the_same_bytes(
@@ -253,7 +267,7 @@ def test_killed_work_on_conversations_goes_on_to_the_same_bytes(
 ) -> None:
     metrics = tmp_path / "metrics.jsonl"
     process = multiprocessing.get_context("fork").Process(
-        target=prepare_in_small_steps, args=(mixed[0], tokenizer, tmp_path, chat)
+        target=prepare_in_small_steps, args=(mixed[0], tokenizer, tmp_path, 30, chat)
     )
     process.start()
     while process.is_alive() and _lines(metrics) < 30:
@@ -278,7 +292,7 @@ def test_killed_work_goes_on_to_the_same_bytes(
     metrics, several = tmp_path / "metrics.jsonl", replace(cfg, processes=processes)
     for lines in (20, 50):
         process = multiprocessing.get_context("fork").Process(
-            target=prepare_in_small_steps, args=(several, tokenizer, tmp_path)
+            target=prepare_in_small_steps, args=(several, tokenizer, tmp_path, lines)
         )
         process.start()
         while process.is_alive() and _lines(metrics) < lines:
@@ -307,7 +321,7 @@ def _runs(stat: Path) -> bool:
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

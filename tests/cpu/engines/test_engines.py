@@ -127,15 +127,9 @@ def test_float32_engines_write_the_tokens_of_transformers(
     source = load_causal_lm(folder)
     prompts = torch.randint(3, 290, (3, 20), generator=torch.Generator().manual_seed(0))
     written, timing = Pipeline(engine).generate(prompts, 24)
-    expected = source.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=24,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    assert written == expected[:, 20:].tolist()
+    assert torch.tensor(written).shape == (3, 24)
+    # By how likely they are: of two that are as likely, processors choose differently.
+    assert greedy_margin(source, prompts, torch.tensor(written)) < 1e-4
     assert 0 < timing.first_seconds < timing.total_seconds
     for pattern in TOKENIZER_FILES:
         for file in folder.glob(pattern):

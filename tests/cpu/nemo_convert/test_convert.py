@@ -245,7 +245,7 @@ def test_stock_nemo_loads_it_without_our_code(text_file: Path, tmp_path: Path) -
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -48,7 +48,7 @@ def chromium(profile: Path, page: Path, *options: str) -> str:
         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}", *options,
         page.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     return done.stdout + done.stderr
 
 

@@ -38,10 +38,10 @@ print(json.dumps({
 ctypes.CDLL(None).puts(b"from C")
 print("to stderr", file=sys.stderr)
 """
-SLOW = "import os, time\nprint(os.getpid(), os.getppid(), flush=True)\ntime.sleep(60)\n"
+SLOW = "import os, time\nprint(os.getpid(), os.getppid(), flush=True)\ntime.sleep(600)\n"
 THREADED = """
 import threading, time
-threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 """
 
 
@@ -114,7 +114,7 @@ def test_all_end_with_whom_they_depend_on(
         else:
             os.kill(parent if victim == "server" else stage, signal.SIGKILL)
             with followed(server, process, output) as ended:
-                deadline = time.monotonic() + 20
+                deadline = time.monotonic() + 120
                 while not ended():
                     assert time.monotonic() < deadline
                     time.sleep(0.01)

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -57,13 +56,14 @@ def run(cfg, inputs, out):
     if cfg.fail == "large":
         (out / "large").write_bytes(bytes(300_000))
     if cfg.fail == "hang":
-        for _ in range(3):
-            time.sleep(0.6)
+        began = time.monotonic()
+        while time.monotonic() - began < 1.2 * cfg.resources.max_silence:
+            time.sleep(0.1)
             metrics_log(out).log(step=1)
         wait_for_nothing()
     if cfg.fail == "kill":
         ready, done = multiprocessing.Pipe()
-        write = lambda: (done.send("begun"), time.sleep(90))
+        write = lambda: (done.send("begun"), time.sleep(900))
         multiprocessing.get_context("fork").Process(target=write).start()
         ready.recv()
         os.kill(os.getpid(), 9)
@@ -71,7 +71,7 @@ def run(cfg, inputs, out):
     return Outcome(Read(read), parameters=5, tokenizer_sha256="t")
 
 def wait_for_nothing():
-    time.sleep(90)
+    time.sleep(900)
 
 if __name__ == "__main__":
     stage_main(run, Config, "dataset")
@@ -103,7 +103,7 @@ class Worker:
             env={**os.environ, "PYTHONPATH": str(self.root)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
 
@@ -168,10 +168,8 @@ def test_killed_stage_is_incomplete_and_keeps_its_work(worker: Worker, tmp_path:
 def test_stage_that_hangs_says_at_what_and_ends(worker: Worker, tmp_path: Path) -> None:
     """Not while it records progress, though that takes longer than it may be silent."""
     stage = tmp_path / "stage"
-    began = time.monotonic()
-    done = worker.start(stage, fail="hang", resources={"max_silence": 1})
+    done = worker.start(stage, fail="hang", resources={"max_silence": 4})
     assert done.returncode == 1
-    assert 2.5 < time.monotonic() - began < 30
     said = reason(stage, None)
     assert "it made no progress for as long as resources.max_silence allows" in said
     assert re.search(r"rank 0: .*small_stage\.py, line \d+, in wait_for_nothing\n", said)

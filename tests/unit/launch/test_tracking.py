@@ -108,7 +108,7 @@ def whole(file: Path) -> list[Any]:
     """Messages of a file up to its last one, which wandb's process may write a little later."""
     from wandb.proto import wandb_internal_pb2
 
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         records = [
             wandb_internal_pb2.Record.FromString(payload)
