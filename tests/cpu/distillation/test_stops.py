@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import WORK
-from recipes.core.metrics import METRICS, MetricsLog, steps_of
+from recipes.core.metrics import METRICS, MetricsLog, read_records, steps_of
 from recipes.distillation.callbacks import Progress
+from recipes.distillation.objective import LossReduction
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.sanity import require_better_than_chance
 from tests.support.in_process import run_here
 from tests.support.launcher import run_recipe
-from tests.support.runs import tiny
+from tests.support.runs import settings, tiny, without
 
 
 def test_a_teacher_of_chance_level_is_refused() -> None:
@@ -77,25 +81,64 @@ def test_a_bounded_number_of_bad_steps_is_skipped(tmp_path: Path) -> None:
     assert training.waited  # for a checkpoint that is being written
 
 
+def training(model: Path, text_file: Path, run_dir: Path) -> list[str]:
+    return [
+        "recipe=llama_depth_prune",
+        *tiny(model, text_file, run_dir),
+        "stages.prune.target_num_layers=2",
+        *settings("distill", precision=32, warmup_steps=1, max_steps=6, checkpoint_interval=1),
+    ]
+
+
+@pytest.fixture(scope="module")
+def untrained(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("untrained") / "run"
+    command = training(even_llama, text_file, run_dir)
+    only = "stages.only=[import_hf,prepare_data,score,prune]"
+    result = run_here(*command, only, cwd=run_dir.parent)
+    assert result.code == 0, result.output
+    return run_dir
+
+
+def test_what_is_not_a_number_once_is_not_trained_on_and_the_same_command_goes_on(
+    untrained: Path,
+    even_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of a product that went wrong in the fourth step."""
+    run_dir = without(untrained, tmp_path / "run")
+    command = [*training(even_llama, text_file, run_dir), "stages.only=[distill]"]
+    forward, calls = LossReduction.forward, count(1)
+
+    def planted(*args: Any) -> tuple[Any, ...]:
+        loss, *others = forward(*args)
+        return (loss * math.nan if next(calls) == 4 else loss, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LossReduction, "forward", planted)
+        stopped = run_here(*command, cwd=tmp_path)
+    assert stopped.code == 1
+    assert "step 4: the gradient is not finite" in stopped.output
+    assert "the last checkpoint is good" in stopped.output
+    result = run_here(*command, cwd=tmp_path)
+    assert result.code == 0, result.output
+    records = list(read_records(run_dir / "distill" / METRICS))
+    done = [record["done"] for record in records if record["task"] == "distill"]
+    assert done == [1, 2, 3, 4, 5, 6]
+    assert not any(record.get("skipped") for record in records)
+
+
 def test_a_run_that_diverges_stops_before_its_weights_do(
-    even_llama: Path, text_file: Path, tmp_path: Path
+    untrained: Path, even_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """A learning rate that overflows float32 at the first update."""
-    command = (
-        "recipe=llama_depth_prune",
-        *tiny(even_llama, text_file, tmp_path / "run"),
-        "stages.prune.target_num_layers=2",
-        "stages.distill.precision=32",
-        "stages.distill.lr=1e38",
-        "stages.distill.warmup_steps=1",
-        "stages.distill.max_steps=6",
-        "stages.distill.checkpoint_interval=1",
-    )
-    before = run_here(*command, "stages.only=[import_hf,prepare_data,score,prune]", cwd=tmp_path)
-    assert before.code == 0, before.output
+    run_dir = without(untrained, tmp_path / "run")
+    command = [*training(even_llama, text_file, run_dir), "stages.distill.lr=1e38"]
     result = run_recipe(*command, "stages.only=[distill]", cwd=tmp_path)
     assert result.code == 1
-    stage = tmp_path / "run" / "distill"
+    stage = run_dir / "distill"
     done = [step["done"] for step in steps_of(stage / METRICS, "distill")]
     assert f"step {done[-1] + 1}: the gradient is not finite" in result.output
     assert "lower stages.distill.lr" in result.output
