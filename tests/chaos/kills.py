@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,16 +17,18 @@ from pathlib import Path
 from launch.lock import LOCK
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, WORK
+from recipes.core.metrics import METRICS
 from recipes.core.stage import BEGUN
 from recipes.distillation.training import CHECKPOINTS, UNFINISHED, steps_in, whole_checkpoints
-from tests.chaos.chain import STEPS
+from tests.chaos.chain import CHECKPOINT_INTERVAL, STEPS
 from tests.support.launcher import wait_until_none_works_in
 from tests.support.runs import STAGES
 
 VICTIMS = ("launcher", "stage", "server", "helper")
 """The launcher; a stage's process or rank; what it is forked from, or torchrun; what it starts."""
-MOMENTS = ("work", "launch", "publish", "save")
-"""While a stage works, before any does, while its result takes its place, while it saves."""
+MOMENTS = ("work", "launch", "publish", "save", "step")
+"""While a stage works, before any does, while its result takes its place, while it saves, and when
+it has done some steps since it saved."""
 PATIENCE = 300
 
 
@@ -37,7 +40,7 @@ class Kill:
     victim: str = "launcher"
     moment: str = "work"
     share: float = 0.5
-    """Of the time that the undisturbed stage took, or of the steps to be saved before."""
+    """Of the time that the undisturbed stage took, or of the steps to be saved or done before."""
     number: int = signal.SIGKILL
 
     @property
@@ -60,7 +63,8 @@ class Hit:
 
 def draw(stage: str, number: int, rng: random.Random) -> Kill:
     """A kill of a stage at random."""
-    moments = ("work", "work", "work", "publish", "launch", *["save"] * 3 * (stage == "distill"))
+    moments = ["work", "work", "work", "publish", "launch"]
+    moments += ["save", "step"] * 3 * (stage == "distill")
     return Kill(
         stage,
         rng.choices(VICTIMS, (4, 4, 1, 3))[0] if number == signal.SIGKILL else "launcher",
@@ -108,9 +112,10 @@ class Disturbed:
     def finish(self) -> tuple[int, str]:
         """Runs the command to its end."""
         code = self.start().wait(timeout=600)
-        return code, self._output()
+        return code, self.output()
 
-    def _output(self) -> str:
+    def output(self) -> str:
+        """What the newest start has said."""
         return (self._folder / "output.txt").read_text()
 
     def kill(self, kill: Kill) -> Hit | None:
@@ -134,7 +139,7 @@ class Disturbed:
             launcher.kill()
         code = launcher.wait(timeout=PATIENCE)
         wait_until_none_works_in(self._folder)
-        return Hit(stage, victim, code, self._output())
+        return Hit(stage, victim, code, self.output())
 
     def _stage_of(self, launcher: subprocess.Popen[str]) -> str | None:
         """The stage that this launcher is at, by its lock; an earlier one's may still stand."""
@@ -167,9 +172,20 @@ class Disturbed:
             self._poll(
                 launcher,
                 lambda: self._stage_of(launcher) != kill.stage
-                or (any(saved.glob(f"*{UNFINISHED}")) and _steps(saved) >= kill.share * STEPS),
+                or (any(saved.glob(f"*{UNFINISHED}")) and _steps(saved) >= kill.share * STEPS)
+                or _steps(saved) >= STEPS - CHECKPOINT_INTERVAL,  # all were too quick to be seen
                 pause=0.001,
             )
+        elif kill.moment == "step":
+            metrics = self._run_dir / kill.stage / METRICS
+            old = len(_text(metrics))  # of earlier starts
+
+            def between() -> bool:
+                done = re.findall(rf'"task": "{kill.stage}", "done": (\d+),', _text(metrics)[old:])
+                step = int(done[-1]) if done else 0
+                return step % CHECKPOINT_INTERVAL > 0 and step >= kill.share * STEPS
+
+            self._poll(launcher, lambda: self._stage_of(launcher) != kill.stage or between())
         else:
             time.sleep(kill.share * self._seconds[kill.stage])
 
@@ -184,6 +200,10 @@ class Disturbed:
 
 def _steps(checkpoints: Path) -> int:
     return max(map(steps_in, whole_checkpoints(checkpoints)), default=0)
+
+
+def _text(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
 
 
 def _changed(file: Path) -> int | None:
