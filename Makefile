@@ -2,6 +2,7 @@
 # make test   installs what is missing, then runs every test
 # make test-gpu   half an hour on one GPU, step by step (tests/gpu/plan.py); installs nothing
 # make lint   ruff, mypy and the quick tests, as pre-commit runs them
+# make docs   the documents as a site in docs/_site; a warning fails
 #
 # Variables: RECIPE, ARGS (overrides for demo, options for test), WORKERS (of the tests), PYTHON (3.11
 # or 3.12), VENV.
@@ -12,7 +13,7 @@ VENV ?= .venv
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
 export VENV PYTHON
 
-.PHONY: demo test test-gpu lint install
+.PHONY: demo test test-gpu lint docs install
 demo: install
 	$(VENV)/bin/python launch/run.py recipe=$(RECIPE) $(ARGS)
 
@@ -27,6 +28,10 @@ test-gpu:
 
 lint: install
 	PATH="$(abspath $(VENV))/bin:$$PATH" pre-commit run --all-files
+
+docs: install
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -c docs . docs/_site
+	@echo "open docs/_site/docs/index.html"
 
 install:
 	@./install.sh

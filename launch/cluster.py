@@ -22,6 +22,7 @@ class Cluster:
     """Settings that every executor has."""
 
     executor: str
+    """The module in ``launch/executors`` that starts stages."""
     env: Environment = field(default_factory=dict)
     """Variables of every stage; ``resources.env`` adds to them."""
     pass_env: list[Variable] = field(default_factory=list)

@@ -128,7 +128,9 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
     if wrong:
         raise RecipeError("\n".join(wrong))
     if not typed:
-        raise RecipeError("the recipe has no stages.")
+        raise RecipeError(
+            "the recipe has no stages.", "choose one that has, and leave out stages={}"
+        )
     return typed
 
 

@@ -18,6 +18,7 @@ class Model:
     """Group ``model``."""
 
     hf_path: str | None = None
+    """The teacher: a folder, a hub id (with ``@COMMIT``), or a ``pypi://`` source."""
 
 
 @dataclass
@@ -25,15 +26,21 @@ class RunSettings:
     """Settings of a run, by their names at the root of the config."""
 
     model: Model = field(default_factory=Model)
+    """The teacher."""
     tracker: dict[str, str | None] = field(default_factory=dict)
     """Each tracker has its own, and a ``name``."""
     run_dir: Annotated[str, matching(".+", "a directory")] | None = None
+    """Where the run lives; ``runs/RECIPE`` by default."""
     dry_run: bool = False
+    """Writes every config and script, and starts nothing."""
     rehearse: Any = False
     """``true``, or ranks; see ``launch.rehearse``."""
     skip_rules: list[Annotated[str, one_of(*RULES)]] = field(default_factory=list)
+    """Rules of preflight whose errors do not stop the run."""
     force: list[str] = field(default_factory=list)
+    """Stages to run again, with what follows them."""
     gates: list[str] = field(default_factory=list)
+    """What must be measured, such as ``recovered >= 0.9``; otherwise the exit status is 1."""
     only: list[str] | None = None
     """At ``stages.only``."""
 

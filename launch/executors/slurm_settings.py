@@ -30,8 +30,11 @@ class SlurmConfig(Containers):
 
     executor: str = "slurm"
     partition: Name | None = None
+    """Where jobs go."""
     account: Name | None = None
+    """Who pays."""
     qos: Name | None = None
+    """Slurm's quality of service."""
     time: Duration = "04:00:00"
     """Limit of one job, ``HH:MM:SS`` or ``D-HH:MM:SS``; ``resources.time`` for one stage."""
     cpu_partition: Name | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,27 +35,42 @@ def between(least: float, most: float) -> Any:
     return Field(ge=least, le=most, allow_inf_nan=False)
 
 
-def one_of(*names: str) -> AfterValidator:
+@dataclass(frozen=True)
+class OneOf:
     """One of some names."""
 
-    def check(value: str) -> str:
-        if value not in names:
-            fix = f"use one of: {', '.join(names)}.{did_you_mean(value, names)}"
+    names: tuple[str, ...]
+
+    def __call__(self, value: str) -> str:
+        """Refuses any other."""
+        if value not in self.names:
+            fix = f"use one of: {', '.join(self.names)}.{did_you_mean(value, self.names)}"
             raise PydanticCustomError(FIX, "{fix}", {"fix": fix})
         return value
 
-    return AfterValidator(check)
+
+@dataclass(frozen=True)
+class Matching:
+    """A text of the form of a regular expression, which the error spares its reader."""
+
+    pattern: str
+    what: str
+
+    def __call__(self, value: str) -> str:
+        """Refuses any other."""
+        if not re.fullmatch(self.pattern, value):
+            raise PydanticCustomError(FIX, "{fix}", {"fix": f"give {self.what}"})
+        return value
+
+
+def one_of(*names: str) -> AfterValidator:
+    """One of some names."""
+    return AfterValidator(OneOf(names))
 
 
 def matching(pattern: str, what: str) -> AfterValidator:
-    """A text of the form of a regular expression, which the error spares its reader."""
-
-    def check(value: str) -> str:
-        if not re.fullmatch(pattern, value):
-            raise PydanticCustomError(FIX, "{fix}", {"fix": f"give {what}"})
-        return value
-
-    return AfterValidator(check)
+    """A text of the form of a regular expression, and what it is in words."""
+    return AfterValidator(Matching(pattern, what))
 
 
 FIX = "fix"

@@ -33,9 +33,11 @@ class Resources:
     """Where and how large a stage runs; never changes its result."""
 
     nodes: Count = 1
+    """Machines; more than one needs Slurm."""
     devices: Count = 1
     """Processes per node: one per GPU, or gloo ranks on a CPU."""
     env: Environment = field(default_factory=dict)
+    """Variables of its processes, besides the cluster's."""
     max_silence: Count | None = 7200
     """Seconds without a record of progress after which a stage is taken to hang: it ends, and says
     what each rank was doing. ``null`` for no limit."""
@@ -55,9 +57,11 @@ class StageConfig:
     """Fields that every stage has."""
 
     stage: str = MISSING
+    """The module in ``recipes/stages`` that does it."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Input name to a stage of this run, or to the directory of another run's stage."""
     resources: Resources = field(default_factory=Resources, metadata={"resource": True})
+    """Where and how large it runs."""
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,15 @@ class PrepareDataConfig(StageConfig):
     ``{"messages": [{"role", "content"}, …]}`` of which only the assistant's words are learnt and
     measured. A source with ``#text=FIELD`` is text."""
     text_field: str = "text"
+    """Of records that hold the text, where a source names none."""
     document_end: str | None = None
     """Token between documents; by default the end of text that base and instruct models share."""
     validation_fraction: Share = 0.02
+    """Share of the documents that validates a training and ranks candidates."""
     calibration_fraction: Share = 0.04
+    """Share of the documents that importance is measured on."""
     heldout_fraction: Share = 0.04
+    """Share of the documents that is only evaluated on."""
     max_documents: Count | None = None
     """Documents to read of each source; all by default. Held-out sources are taken whole."""
     max_tokens: Tokens | None = None

@@ -44,18 +44,28 @@ class TrainingConfig(StageConfig):
     """Settings of a training stage. Lengths in tokens, batches in sequences."""
 
     seq_length: Count = 256
+    """Tokens of a window."""
     micro_batch_size: Count = field(default=4, metadata=RESOURCE)
     """Sequences that a rank holds at once. The loss is a mean over the tokens of the global batch,
     so this changes memory and speed, not the result."""
     global_batch_size: Count = 4
+    """Sequences of a step, over all ranks."""
     max_steps: Count = 100
+    """Steps of the optimizer; tokens are this times batch times length."""
     warmup_steps: CountOrZero = 10
+    """Steps in which the learning rate rises to ``lr``."""
     lr: Positive = 1e-4
+    """Peak of the learning rate, from which it falls as a cosine."""
     min_lr: PositiveOrZero = 1e-5
+    """Where it ends."""
     weight_decay: PositiveOrZero = 0.1
+    """AdamW's."""
     adam_beta1: Beta = 0.9
+    """Share of the gradient's mean that a step keeps."""
     adam_beta2: Beta = 0.95
+    """Share of the gradient's mean square that a step keeps."""
     clip_grad: Positive = 1.0
+    """Largest norm of a gradient; a larger one is scaled down to it."""
     mask_document_ends: bool = True
     """Leaves out predictions of a document's first token from the document before it; beside
     conversations they are always left out."""
@@ -73,8 +83,11 @@ class TrainingConfig(StageConfig):
     max_nonfinite_steps: CountOrZero = 0
     """Steps with a loss or gradient that is not finite to skip before the run stops."""
     seed: Seed = 1234
+    """Of the order of windows."""
     tensor_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
+    """Ranks that share each layer (TP)."""
     pipeline_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
+    """Ranks that the layers are split over, one after the other (PP)."""
     sequence_parallel: bool = field(default=False, metadata=RESOURCE)
     """Splits activations between tensor-parallel regions along the sequence; no effect at TP=1."""
     context_parallel_size: Count = field(default=1, metadata=RESOURCE)
@@ -88,10 +101,13 @@ class TrainingConfig(StageConfig):
     """TransformerEngine's: ``auto`` (the fastest that it has), ``flash``, ``fused`` (cuDNN) or
     ``unfused``."""
     val_check_interval: Count = 100
+    """Steps between validations."""
     limit_val_batches: Count = 4
+    """Global batches of a validation."""
     checkpoint_interval: Count = 100
     """Steps between checkpoints, which a killed run resumes from."""
     keep_checkpoints: Count = 2
+    """The newest that are kept."""
     profile_steps: list[Count] = field(default_factory=list, metadata=RESOURCE)
     """``[first, last]`` steps to write a trace of, counted from 1, to ``<stage>/profile/``."""
 
@@ -117,17 +133,22 @@ class CacheLogitsConfig(StageConfig):
     top_k: Count = 64
     """Likeliest tokens to keep one by one; of all others only their mass is kept."""
     temperature: Temperature = 1.0
+    """That the teacher's distribution is stored at: the same as in ``distill``."""
     seq_length: Count = 256
+    """Tokens of a window: the same as in ``distill``."""
     num_windows: Count | None = None
     """Windows of ``seq_length`` tokens, the first that a training of this ``seed`` sees; all by
     default, and fewer if the text is shorter."""
     seed: Seed = 1234
+    """Of the order of windows: the same as in ``distill``."""
     windows_per_shard: Count = 64
     """Windows in a file, which is also what a killed run loses at most on each rank."""
     precision: Precision = "bf16-mixed"
     """As in training: ``bf16-mixed`` or ``32``."""
     micro_batch_size: Count = field(default=4, metadata={"resource": True})
+    """Windows that a rank holds at once."""
     tensor_model_parallel_size: Count = field(default=1, metadata={"resource": True})
+    """Ranks that share each layer of the teacher."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,6 +183,7 @@ class DistillConfig(TrainingConfig):
     logits_loss: Annotated[str, one_of(*LOGITS_LOSSES)] = "forward_kl"
     """``forward_kl``, ``reverse_kl``, or ``jsd`` (arXiv:2306.13649)."""
     temperature: Temperature = 1.0
+    """That both distributions are softened by; the loss is multiplied by its square."""
     jsd_beta: Share = 0.5
     """The teacher's share of the mixture in ``jsd``, between 0 and 1."""
     top_k: Count | None = None

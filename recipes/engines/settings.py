@@ -22,8 +22,11 @@ class MeasureSpeedConfig(StageConfig):
     """Settings of ``measure_speed``."""
 
     batch_sizes: Grid = field(default_factory=lambda: [1, 4])
+    """Requests at once; each is measured with each prompt."""
     prompt_tokens: Grid = field(default_factory=lambda: [128])
+    """Lengths of prompts."""
     new_tokens: Annotated[int, whole(2)] = 32
+    """Tokens that are written after each."""
     repetitions: Count = 3
     """Measured runs of every batch size and prompt length, after one that warms up."""
     baseline: bool = True
@@ -44,7 +47,9 @@ class BuildEngineConfig(StageConfig):
     group_size: Count = 64
     """Weights that share a scale, for OpenVINO's ``int4``."""
     kv_cache_dtype: str = "auto"
+    """Of keys and values: ``auto`` is the engine's own choice, in float32 engines float32."""
     tensor_parallel_size: Count = 1
+    """GPUs that share the engine."""
     max_batch_size: Count = 8
     """This and the lengths below are TensorRT-LLM's; an engine of OpenVINO takes any."""
     max_input_len: Count | None = None
@@ -54,6 +59,7 @@ class BuildEngineConfig(StageConfig):
     max_num_tokens: Count = 8192
     """Tokens of all requests that one step works on."""
     seq_length: Count = 256
+    """Tokens of a window."""
     num_windows: Count = 8
     """Held-out windows of ``seq_length`` tokens on which quality is measured."""
 
@@ -72,8 +78,10 @@ class QuantizeConfig(StageConfig):
     kv_cache_dtype: Annotated[str, one_of("auto", "fp8")] = "auto"
     """``fp8`` also calibrates scales of the KV cache."""
     seq_length: Count = 256
+    """Tokens of a window."""
     num_windows: Count = 128
     """Calibration windows of ``seq_length`` tokens; fewer if the part is shorter."""
     num_eval_windows: Count = 8
     """Held-out windows on which quality is compared."""
     micro_batch_size: Count = field(default=4, metadata={"resource": True})
+    """Windows that are held at once."""

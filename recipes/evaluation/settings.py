@@ -17,6 +17,7 @@ class EvaluateConfig(StageConfig):
     """Settings of ``evaluate``."""
 
     seq_length: Count = 256
+    """Tokens of a window."""
     num_windows: Count = 40
     """Windows of ``seq_length`` tokens from the held-out part, as many from each of its sources (so
     a few more may be taken); fewer if the text is shorter."""
@@ -24,10 +25,13 @@ class EvaluateConfig(StageConfig):
     """What models are held and computed in, their heads apart: ``32``, or ``bf16-mixed``, which
     takes half the memory."""
     micro_batch_size: Count = 4
+    """Windows that are held at once."""
     num_generations: CountOrZero = 3
     """Held-out windows whose first tokens are continued by every model."""
     prompt_tokens: Count = 32
+    """Tokens of a window that are given."""
     new_tokens: Count = 32
+    """Tokens that each model writes."""
 
 
 TASK_SOURCES = ("pypi", "hub")

@@ -42,6 +42,7 @@ class Hardware:
     """One device of a machine. The defaults are those of ``conf/hardware/cpu.yaml``."""
 
     name: str = "cpu"
+    """For tables."""
     kind: Annotated[str, one_of("cpu", "gpu")] = "cpu"
     """``cpu``: the ranks of a node share its memory and its peak; ``gpu``: each has its own."""
     flops_per_second: Rate = 4.0e11

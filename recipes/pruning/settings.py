@@ -27,12 +27,17 @@ class PruneConfig(StageConfig):
     drop_layers: list[Count] = field(default_factory=list)
     """Drop exactly these layers, counted from 1, instead."""
     target_hidden_size: Count | None = None
+    """Channels of the residual stream to keep."""
     target_ffn_hidden_size: Count | None = None
+    """Channels of each feed-forward layer to keep."""
     target_num_attention_heads: Count | None = None
+    """Query heads to keep, as many of each group."""
     target_num_query_groups: Count | None = None
     """Whole groups go, with their heads; by default each that stays keeps all of its heads."""
     target_num_moe_experts: Count | None = None
+    """Experts of a mixture to keep in each layer."""
     target_moe_ffn_hidden_size: Count | None = None
+    """Channels of each expert to keep."""
     heal: Annotated[str, one_of(*HEALINGS)] = "none"
     """``least_squares``: refits what is left of a dense model, in closed form, to do on calibration
     text what the teacher does; takes two forward passes. Without training it brings back a fifth
@@ -40,8 +45,11 @@ class PruneConfig(StageConfig):
     num_calibration_samples: Count = 64
     """Windows of ``seq_length`` tokens to heal on."""
     seq_length: Count = 256
+    """Tokens of a window."""
     micro_batch_size: Count = 4
+    """Windows that are held at once."""
     hidden_size_divisor: Count = 64
+    """What the width must be a multiple of, for fast kernels."""
     ffn_hidden_size_divisor: Count = 64
     """Of an expert's width, too."""
 
@@ -87,7 +95,9 @@ class ScoreConfig(StageConfig):
     """Leaves out so many layers one after the other, each time the one that is missed least, for
     ``layer_importance=greedy``. Twice as many are tried each time."""
     seq_length: Count = 256
+    """Tokens of a window."""
     micro_batch_size: Count = 4
+    """Windows that are held at once."""
     seed: Seed = 1234
     """Of ``random`` tokens."""
     pipeline_model_parallel_size: Count = field(default=1, metadata={"resource": True})

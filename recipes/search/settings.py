@@ -30,8 +30,11 @@ class EnumerateShapesConfig(StageConfig):
     hf_path: str = MISSING
     """Folder, hub id, or ``pypi://`` source of the teacher."""
     budget: Budget = field(default_factory=Budget)
+    """What a shape may cost."""
     space: Space = field(default_factory=Space)
+    """What may become smaller."""
     service: Service = field(default_factory=Service)
+    """How it is to be served."""
 
     def shapes(self, teacher: Architecture) -> list[Architecture]:
         """Shapes within the budget, the largest first."""
@@ -54,9 +57,11 @@ class MeasureLatencyConfig(StageConfig):
     )
     """How engines are built."""
     space: Space = field(default_factory=Space)
+    """What may become smaller, as in the search."""
     service: Service = field(default_factory=Service)
     """Batch and context that a step is timed at; this and the space are put in from the search."""
     new_tokens: Annotated[int, whole(2)] = 32
+    """Tokens that are written, whose mean time is a step's."""
     repetitions: Count = 3
     """Measured runs of every shape, after one that warms up."""
     threads: Threads | None = None
@@ -79,9 +84,11 @@ class RankCandidatesConfig(StageConfig):
     num_samples: Count = 8
     """Windows of ``seq_length`` tokens from the validation part."""
     seq_length: Count = 256
+    """Tokens of a window."""
     precision: Precision = "32"
     """As in ``evaluate``."""
     micro_batch_size: Count = 4
+    """Windows that are held at once."""
 
 
 @dataclass

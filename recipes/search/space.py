@@ -25,8 +25,11 @@ class Space:
     """What may become smaller, in which steps, and how far."""
 
     num_layers_divisor: Count = 1
+    """Steps in which layers go."""
     hidden_size_divisor: Count = 64
+    """Steps in which the width goes."""
     ffn_hidden_size_divisor: Count = 64
+    """Steps in which the feed-forward width goes."""
     max_depth_pruning: Annotated[float, between(0, 0.99)] = 0.4
     """Largest share of the layers that may go."""
     max_width_pruning: Annotated[float, between(0, 0.99)] = 0.4
@@ -42,7 +45,9 @@ class Budget:
     """Limits of what a shape costs, each of which it keeps; up to 1 a share of the teacher's."""
 
     parameters: Positive | None = None
+    """All of them, embeddings included."""
     weight_bytes: Positive | None = None
+    """As an engine stores them; see ``service``."""
     memory_bytes: Positive | None = None
     """Weights and the cache of keys and values."""
     latency_ms: Positive | None = None
@@ -70,16 +75,23 @@ class Service:
     """How the student is to be served, and on what: bfloat16 on one H100 by default."""
 
     device: str = "h100"
+    """Its name, for tables."""
     flops_per_second: Rate = 9.89e14
+    """Of products in bfloat16."""
     bytes_per_second: Rate = 3.35e12
+    """Bandwidth of its memory."""
     precision: Annotated[str, one_of(*WEIGHT_BITS)] = "bf16"
     """Of weights, as in ``build_engine``."""
     group_size: Count = 64
     """Weights that share a scale, for ``int4``."""
     bytes_per_cached_value: Count = 2
+    """Of keys and values."""
     batch_size: Count = 1
+    """Requests at once."""
     context_length: Count = 4096
+    """Tokens that a step sees, on average."""
     measured: LatencyFit | None = None
+    """Put in from ``measure_latency`` where there is one."""
 
     @property
     def storage(self) -> Storage:

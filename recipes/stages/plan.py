@@ -34,6 +34,7 @@ class PlanConfig(StageConfig):
     readings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Memory and work of every other stage that runs models."""
     hardware: dict[str, Any] = field(default_factory=dict)
+    """The profile of the device."""
     from_published_config: bool = False
     """Shapes are the bundled ones, since the model's config.json is out of reach."""
 

@@ -14,7 +14,11 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, read_manifest
 from tests.support.contributing import TEXT, blocks, copy_with, run
 
-DOCUMENTS = ("CONTRIBUTING.md", "README.md", "benchmarks/README.md")
+DOCUMENTS = sorted(
+    file.relative_to(REPO_ROOT).as_posix()
+    for pattern in ("*.md", "benchmarks/*.md", "docs/*.md")
+    for file in REPO_ROOT.glob(pattern)
+)
 ADDED = ("A recipe", "A stage", "A rule of preflight", "A loss", "A family")
 CLI = "launch/run.py"
 

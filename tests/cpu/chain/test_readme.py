@@ -1,4 +1,4 @@
-"""The READMEs' commands, run as they stand there; only budgets and places are made small."""
+"""The documents' commands, run as they stand there; only budgets and places are made small."""
 
 from __future__ import annotations
 
@@ -17,15 +17,36 @@ from recipes.core.manifest import read_manifest
 from tests.support.conversion import convert_by_command
 from tests.support.in_process import run_here
 
-README = "".join((REPO_ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md"))
-COMMANDS = [
-    line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.split("#")[0].strip()
+FENCED = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PLACES = ("README.md", "benchmarks/*.md", "docs/*.md")
+BLOCKS = [
+    block
+    for place in PLACES
+    for file in sorted(REPO_ROOT.glob(place))
+    for block in FENCED.findall(file.read_text())
 ]
+COMMANDS = list(
+    dict.fromkeys(
+        command
+        for language, block in BLOCKS
+        if language == "bash"
+        for line in block.splitlines()
+        if (command := line.split("#")[0].strip())
+    )
+)
 pytestmark = pytest.mark.timeout(1800)  # the demo builds engines of the real model
 
+MY_MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
 SMALL = (
     "stages.distill.max_steps=4 stages.distill.warmup_steps=1 stages.distill.val_check_interval=4 "
     "stages.distill.limit_val_batches=1 stages.score.num_calibration_samples=8 "
@@ -82,10 +103,15 @@ def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
     arguments = shlex.split(command)[2:]
     planned = any(argument.startswith("recipe=") for argument in arguments)
     extra = ["dry_run=true"] if planned and "--help" not in arguments else []
+    if "cluster=slurm" in arguments:  # whose disk is not this one
+        extra.append("skip_rules=[disk]")
+    (tmp_path / "my_model").mkdir()
+    (tmp_path / "my_model" / "config.json").write_text(json.dumps(MY_MODEL))
+    (tmp_path / "my_model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     (tmp_path / "my.jsonl").write_text('{"text": "one document of a few words"}\n' * 200_000)
     said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
     (tmp_path / "my_chats.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 20_000)
-    result = run_here(*arguments, *extra, cwd=tmp_path)
+    result = run_here(*extra, *arguments, cwd=tmp_path)
     if "stages.only=[distill]" in arguments:
         assert "whose result is needed but not there" in result.output  # a fresh directory
     else:
@@ -116,6 +142,20 @@ def test_conversion_commands_run(
         assert convert_by_command(*arguments) == 0
 
 
+def test_code_runs(demo_run: Path, tmp_path: Path) -> None:
+    [code] = [block for language, block in BLOCKS if language == "python"]
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("runs/llama_depth_prune", str(demo_run))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.split()) > 3
+
+
 def test_every_command_is_tested() -> None:
     known = (
         "make demo",
@@ -124,6 +164,6 @@ def test_every_command_is_tested() -> None:
         "python launch/run.py",
         "python -m nemo_convert",
         "python -m benchmarks.",  # test_benchmarks.py
+        "python -m tests.chaos",  # test_chaos
     )
-    other = [c for c in COMMANDS if not c.startswith(known)]
-    assert other == ["git clone https://example.com/nemo-recipes && cd nemo-recipes"] or not other
+    assert [command for command in COMMANDS if not command.startswith(known)] == []

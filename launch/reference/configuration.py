@@ -1,0 +1,177 @@
+"""Every choice and every field, with type, default and meaning, read from ``conf`` and the code."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from importlib import import_module
+from itertools import pairwise
+from typing import Any
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from omegaconf import OmegaConf
+from pydantic import AfterValidator
+from pydantic.fields import FieldInfo
+
+from launch.executors.docker import DockerConfig
+from launch.executors.local import LocalConfig
+from launch.executors.slurm_settings import SlurmConfig
+from launch.planned import load_stage, stage_names
+from launch.schema import CONF
+from launch.settings import RunSettings
+from recipes.core.constraints import INT32, Matching, OneOf
+from recipes.core.stage import StageConfig
+from recipes.distillation.settings import TrainingConfig
+from recipes.planning.hardware import Hardware
+
+PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+SIGNS: dict[type, str] = {Gt: ">", Ge: "≥", Lt: "<", Le: "≤"}
+LISTED = 12
+"""Names that a type shows of those that it allows."""
+NOT_GROUPS = ("recipe", "stage", "chain")
+
+
+def configuration() -> Iterator[str]:
+    """The parts of the page."""
+    yield "## Groups\n"
+    yield _table(("choice", "what it is"), _choices())
+    yield "## The run\n"
+    yield "At the root; `only` is `stages.only`.\n"
+    yield _fields(RunSettings)
+    yield "## Every stage\n"
+    yield "Below `stages.NAME`.\n"
+    yield _fields(StageConfig)
+    yield "## Every training\n"
+    yield "`distill`, `correct_teacher`, and the trainings of `successive_halving`.\n"
+    yield _fields(TrainingConfig, without=StageConfig)
+    for name in stage_names():
+        yield from _stage(name)
+    yield "## hardware\n"
+    yield "A device's profile, such as `hardware=h100`; its file in `conf/hardware` sets most.\n"
+    yield _fields(Hardware)
+    for kind in (LocalConfig, DockerConfig, SlurmConfig):
+        yield f"## cluster={kind.executor}\n"
+        yield _fields(kind, _yaml(f"cluster/{kind.executor}.yaml"))
+
+
+def _choices() -> Iterator[tuple[str, str]]:
+    """Every file of every group, and the first sentence of its comment."""
+    groups = (path for path in CONF.iterdir() if path.is_dir() and path.name not in NOT_GROUPS)
+    for file in sorted(file for group in groups for file in group.glob("*.yaml")):
+        comments = re.findall(r"^# (?!@)(.+)", file.read_text(encoding="utf-8"), re.M)
+        values = ", ".join(f"{k}: {v}" for k, v in _yaml(f"{file.parent.name}/{file.name}").items())
+        about = re.split(r"(?<=[\w)])[.:](?= |$)", " ".join(comments) or f"`{values}`")[0]
+        yield f"`{file.parent.name}={file.stem}`", about
+
+
+def _yaml(name: str) -> dict[str, Any]:
+    found = OmegaConf.to_container(OmegaConf.load(CONF / name))
+    return typing.cast("dict[str, Any]", found)
+
+
+def _stage(name: str) -> Iterator[str]:
+    stage = load_stage(name)
+    about = (import_module(f"recipes.stages.{name}").__doc__ or "").strip().splitlines()[0]
+    inputs = [*stage.inputs, *(f"{one} (optional)" for one in stage.optional_inputs)]
+    yield f"## {name}\n"
+    yield f"{about} Makes `{stage.kind}`; inputs: {', '.join(inputs) or 'none'}.\n"
+    [file, *_] = sorted((CONF / "stage" / name).glob("*.yaml"))
+    given = _yaml(f"stage/{name}/{file.name}")
+    if not issubclass(stage.config, TrainingConfig):
+        yield _fields(stage.config, given, without=StageConfig)
+        return
+    common = {f.name for f in fields(TrainingConfig)} - {f.name for f in fields(StageConfig)}
+    values = ", ".join(f"`{key}: {_value(given[key])}`" for key in given if key in common)
+    yield f"The fields of every training, with {values}, and:\n"
+    yield _fields(stage.config, given, without=TrainingConfig)
+
+
+def _fields(kind: type, given: Mapping[str, Any] | None = None, without: type | None = None) -> str:
+    """A table of a dataclass's fields, where a file gives defaults with those."""
+    rows = list(_rows(kind, given or {}, without=without))
+    return _table(("field", "type", "default", "meaning"), rows) if rows else "No own fields.\n"
+
+
+def _rows(
+    kind: type, given: Mapping[str, Any], prefix: str = "", without: type | None = None
+) -> Iterator[tuple[str, ...]]:
+    """Name, type, default and meaning of each field, and of those of fields that have some."""
+    hints, meant = typing.get_type_hints(kind, include_extras=True), _meanings(kind)
+    skipped = {field.name for field in fields(without)} if without else set()
+    for field in (field for field in fields(kind) if field.name not in skipped):
+        hint, name = hints[field.name], prefix + field.name
+        if isinstance(hint, type) and is_dataclass(hint) and not issubclass(hint, StageConfig):
+            yield from _rows(hint, given.get(field.name, {}), f"{name}.")
+            continue
+        default = field.default
+        if default is MISSING and field.default_factory is not MISSING:
+            default = field.default_factory()
+        mark = " †" if field.metadata.get("resource") else ""
+        value = _value(given.get(field.name, default))
+        yield f"`{name}`{mark}", _type(hint), f"`{value}`", meant[field.name]
+
+
+def _meanings(kind: type) -> dict[str, str]:
+    """The text below each field, of its class and those that it inherits from."""
+    found = {}
+    for base in filter(is_dataclass, reversed(kind.__mro__)):
+        [tree] = ast.parse(inspect.getsource(base)).body
+        assert isinstance(tree, ast.ClassDef)
+        for line in pairwise(tree.body):
+            match line:
+                case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    found[name] = " ".join(text.replace("``", "`").split())
+    return found
+
+
+def _value(value: object) -> str:
+    if is_dataclass(value) or value is MISSING:
+        return "…"
+    return value if isinstance(value, str) and value[:1] in ("$", "?") else json.dumps(value)
+
+
+def _type(hint: Any) -> str:
+    """A declared type in words."""
+    arguments = typing.get_args(hint)
+    match typing.get_origin(hint):
+        case typing.Annotated:
+            base, *marks = arguments
+            words = [word for mark in marks for word in _allowed(mark)]
+            plain = [] if isinstance(marks[0], AfterValidator) else [_type(base)]
+            return " ".join([*plain, *words])
+        case typing.Union | types.UnionType:
+            return " or ".join(map(_type, arguments))
+        case kind if kind is list:
+            return f"list of {_type(arguments[0])}"
+        case kind if kind is dict:
+            return f"names with {_type(arguments[1])}"
+    if hint is type(None):
+        return "null"
+    return PLAIN.get(hint, "fields" if is_dataclass(hint) else "any")
+
+
+def _allowed(mark: object) -> Iterator[str]:
+    """What a declaration of ``constraints`` allows, in words."""
+    match mark:
+        case AfterValidator(OneOf(names)):
+            yield ", ".join(f"`{name}`" for name in names[:LISTED]) + ", …" * (len(names) > LISTED)
+        case AfterValidator(Matching(what=what)):
+            yield what
+        case FieldInfo(metadata=marks):
+            yield from (word for one in marks for word in _allowed(one))
+        case MinLen():
+            yield "not empty"
+        case Gt(limit) | Ge(limit) | Lt(limit) | Le(limit) if limit != INT32:
+            yield f"{SIGNS[type(mark)]} {limit:g}"
+
+
+def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    cells = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
+    return "".join(f"| {line} |\n" for line in cells)

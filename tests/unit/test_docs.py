@@ -1,0 +1,40 @@
+"""The site of documents, and the pages in it that are written from the code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.reference.__main__ import DOCS, PAGES, written
+from recipes.core.files import REPO_ROOT
+from recipes.planning.rules import RULES
+
+pytest.importorskip("sphinx", reason="the documents' generator is not installed: make install")
+
+
+def test_the_site_is_made_without_a_warning(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    command = ["-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", ".", str(site)]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=REPO_ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {page.stem for page in (site / "docs").glob("*.html")}
+    assert pages == {page.stem for page in DOCS.glob("*.md")}
+    start = (site / "docs" / "index.html").read_text(encoding="utf-8")
+    assert [name for name in pages if f'href="{name}.html"' not in start] == ["index"]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_says_what_the_code_says(name: str) -> None:
+    found = (DOCS / name).read_text(encoding="utf-8")
+    assert found == written(name), "python -m launch.reference writes it anew"
+
+
+def test_every_rule_has_its_part() -> None:
+    text = written("trouble.md")
+    for rule in RULES:
+        assert f"\n### {rule}\n" in text
