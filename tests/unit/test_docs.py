@@ -12,10 +12,9 @@ from launch.reference.__main__ import DOCS, PAGES, written
 from recipes.core.files import REPO_ROOT
 from recipes.planning.rules import RULES
 
-pytest.importorskip("sphinx", reason="the documents' generator is not installed: make install")
-
 
 def test_the_site_is_made_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx", reason="it is not installed: make install")
     site = tmp_path / "site"
     command = ["-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", ".", str(site)]
     done = subprocess.run(
