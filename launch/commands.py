@@ -19,6 +19,7 @@ from launch.console import headline
 from launch.executors import slurm_queue
 from launch.logs import newest_log, tail
 from launch.run_status import COMPLETE, FAILED, RUNNING, StageState, read_run, requests_of, runs_in
+from launch.runs import runs
 from recipes.core.errors import RecipeError, did_you_mean, require_known
 from recipes.core.screen import plain_table
 
@@ -122,6 +123,7 @@ def _compare(words: Sequence[str], console: Console) -> int:
 OTHERS: Mapping[str, Callable[[Sequence[str], Console], int]] = {
     "compare": _compare,
     "doctor": doctor.run,
+    "runs": runs,
 }
 """With words of their own; they return the exit status."""
 

@@ -13,7 +13,7 @@ USAGE = "python launch/run.py compare RUN1 RUN2 [out=FILE], or one directory of 
 
 def compare(words: Sequence[str]) -> str:
     """Writes the page that the words after ``compare`` ask for; returns what to tell the user."""
-    from recipes.report.compare import render_comparison
+    from recipes.report.compare import render_comparison, verdict
 
     options = [word for word in words if word.startswith("out=")]
     paths = [Path(word) for word in words if word not in options]
@@ -23,5 +23,5 @@ def compare(words: Sequence[str]) -> str:
     out = Path(options[0].removeprefix("out=") if options else DEFAULT_OUT)
     if out.is_dir() or not out.parent.is_dir():
         raise RecipeError(f"out={out} cannot be written.", "name a file in a directory that exists")
-    count = render_comparison(paths, out)
-    return f"{count} runs compared in {out}"
+    rows = render_comparison(paths, out)
+    return f"{len(rows)} runs compared in {out}\n{verdict(rows)}"

@@ -32,7 +32,7 @@ from recipes.report.sections import (
     quality_mark,
     smallest_setting,
 )
-from recipes.report.trade_offs import Mark, front_of, trade_off_plot
+from recipes.report.trade_offs import Z95, Mark, front_of, trade_off_plot
 
 TEMPLATE = "compare.html.j2"
 QUALITIES = {"perplexity": PERPLEXITY, "kl": DIVERGENCE, "tasks": ACCURACY}
@@ -76,12 +76,21 @@ class RunRow:
     """Quality and cost of every front that it is on."""
 
 
-def render_comparison(paths: Iterable[Path], out: Path) -> int:
-    """Writes the page about two or more runs, in or below directories; returns their number."""
-    runs = [read_run(path) for path in find_runs(paths)]
-    content = comparison(runs)
+def render_comparison(paths: Iterable[Path], out: Path) -> list[RunRow]:
+    """Writes the page about two or more runs, in or below directories; returns what it shows."""
+    content = comparison([read_run(path) for path in find_runs(paths)])
     render_template(TEMPLATE, content, out)
-    return len(content["rows"])
+    rows: list[RunRow] = content["rows"]
+    return rows
+
+
+def verdict(rows: Iterable[RunRow]) -> str:
+    """Which run is best, by which rule, and which ones chance may have put behind it."""
+    [best] = [row for row in rows if row.is_best]
+    close = [r.name for r in rows if r.gap is not None and r.gap[0] < Z95 * r.gap[1]]
+    rule = f"the lowest loss on the same held-out text, perplexity {best.perplexity:.2f}"
+    doubt = f"; not told apart from it at 95%: {', '.join(close)}" if close else ""
+    return f"best: {best.name}, {rule}{doubt}"
 
 
 def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -108,9 +110,63 @@ def test_logs_are_those_of_the_stage_that_failed(run_dir: Path, launch: Launch) 
     assert len(launch("logs", f"run_dir={run_dir}", "stage=distill").stdout.splitlines()) == 51
 
 
+def row(launch: Launch, run_dir: Path) -> str:
+    shown = launch("runs", str(run_dir.parent))
+    assert shown.returncode == 0, shown.stderr
+    _, _, found = shown.stdout.splitlines()
+    return found
+
+
+def test_runs_are_listed_with_where_they_are_and_what_they_measured(
+    run_dir: Path, plan: MakePlan, complete: Complete, launch: Launch
+) -> None:
+    unfinished = row(launch, run_dir)
+    assert "llama_width_prune" in unfinished
+    assert "stopped at distill" in unfinished
+    assert "perplexity" not in unfinished
+    complete(plan())
+    finished = row(launch, run_dir)
+    assert " complete " in finished
+    assert "perplexity 10.0 → 30.0 → 15.0, 75% recovered" in finished
+    assert "1.5 M" in finished
+    assert finished.rstrip().endswith("now")
+    (run_dir / "prune" / MANIFEST).write_text("{")
+    assert "unreadable: see status" in row(launch, run_dir)
+    assert "is not a readable manifest" in launch("status", f"run_dir={run_dir}").stderr
+
+
+def test_clean_deletes_runs_but_what_others_need(run_dir: Path, launch: Launch) -> None:
+    """Nothing before it is confirmed, and nothing that runs."""
+    other = run_dir.with_name("other")
+    shutil.copytree(run_dir, other)
+    for request in other.glob("*/config.yaml"):
+        text = request.read_text().replace(f"{run_dir}/", f"{other}/")
+        request.write_text(text.replace(f"{other}/import_hf", f"{run_dir}/import_hf"))
+    before = sorted(run_dir.rglob("[!.]*"))
+    asked = launch("runs", "clean", str(run_dir))
+    assert "nothing was deleted" in asked.stdout
+    assert re.search(rf"{run_dir}/import_hf .* kept for {other}", asked.stdout)
+    assert sorted(run_dir.rglob("[!.]*")) == before
+    with lock.held(run_dir):
+        assert "is being run" in launch("runs", "clean", str(run_dir), "--yes").stderr
+    assert sorted(run_dir.rglob("[!.]*")) == before
+    rest = sorted(other.rglob("*"))
+    assert launch("runs", "clean", str(run_dir), "--yes").returncode == 0
+    assert [folder.name for folder in run_dir.iterdir() if folder.is_dir()] == ["import_hf"]
+    assert (run_dir / "import_hf" / MANIFEST).exists()
+    assert sorted(other.rglob("*")) == rest
+    assert launch("runs", "clean", str(run_dir), str(other), "--yes").returncode == 0
+    assert not run_dir.exists()
+    assert not other.exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["runs", "nowhere"], "there is no run in"),
+        (["runs", "--all"], "runs does not know '--all'"),
+        (["runs", "clean"], "which runs?"),
+        (["runs", "clean", "nowhere", "--yes"], "is not a directory"),
         (["status"], "which run?"),
         (["status", "run_dri=x"], "Did you mean 'run_dir'?"),
         (["status", "run_dir=nowhere"], "is not a run"),

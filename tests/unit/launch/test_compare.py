@@ -13,7 +13,7 @@ from launch.compare import compare
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest
 from recipes.core.statistics import pareto_front
-from recipes.report.compare import comparison
+from recipes.report.compare import comparison, verdict
 from recipes.report.runs import find_runs, paired_difference, read_run
 from tests.support.reports import Page, make_run
 
@@ -36,7 +36,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(sweep: Path) -> Page:
     out = sweep.parent / "compare.html"
-    assert compare([str(sweep), f"out={out}"]) == f"4 runs compared in {out}"
+    first, second = compare([str(sweep), f"out={out}"]).splitlines()
+    assert first == f"4 runs compared in {out}"
+    assert second == ("best: sweep/1, the lowest loss on the same held-out text, perplexity 38.47")
     return Page(out.read_text(encoding="utf-8"))
 
 
@@ -69,6 +71,12 @@ def test_the_front_is_what_no_other_run_beats(sweep: Path) -> None:
         "sweep/2",
     ]
     assert fronts["sweep/10"] == []
+
+
+def test_runs_that_chance_may_have_put_behind_are_named(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, loss=loss) for name, loss in (("a", 3.65), ("b", 3.652))]
+    rows = comparison([read_run(run) for run in runs])["rows"]
+    assert verdict(rows).endswith("not told apart from it at 95%: b")
 
 
 def test_other_text_is_flagged_and_in_no_plot(page: Page, sweep: Path) -> None:

@@ -1,0 +1,165 @@
+"""``python launch/run.py runs [DIR]`` lists runs, ``runs clean RUN`` deletes what nothing needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from launch import lock
+from launch.console import headline
+from launch.executors.slurm_queue import active_jobs
+from launch.run_status import (
+    COMPLETE,
+    FAILED,
+    PENDING,
+    RUNNING,
+    STOPPED_STATE,
+    StageState,
+    requests_of,
+)
+from launch.run_status import read_run as read_states
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import MANIFEST
+from recipes.core.screen import plain_table
+from recipes.core.stage import RUN_FILE
+from recipes.report.runs import RunRecord, find_runs, read_run
+
+ROOT = Path("runs")
+PLACES = ("*", "sweeps/*/*")
+"""Where runs are below it."""
+YES = "--yes"
+AGES = (("days", 86400), ("h", 3600), ("min", 60))
+
+
+def runs(words: Sequence[str], console: Console) -> int:
+    """Lists the runs of a directory, or deletes those that are named after ``clean``."""
+    if list(words[:1]) == ["clean"]:
+        _clean([word for word in words[1:] if word != YES], YES in words, console)
+        return 0
+    if len(words) > 1 or any(word.startswith("-") for word in words):
+        raise RecipeError(
+            f"runs does not know '{' '.join(words)}'.", "runs [DIR], or runs clean RUN"
+        )
+    root = Path(*words) if words else ROOT
+    table = plain_table(
+        str(root), "run", "recipe", "state", "quality", "speed", "parameters", "disk", "age"
+    )
+    for path in (found := list(_below(root))):
+        table.add_row(*map(escape, _row(path, root)))
+    if not found:
+        raise RecipeError(f"there is no run in {root.resolve()}.", "runs DIR")
+    console.print(table)
+    return 0
+
+
+def _below(root: Path) -> Iterator[Path]:
+    for place in PLACES:
+        yield from (file.parent for file in sorted(root.glob(f"{place}/{RUN_FILE}")))
+
+
+def _row(path: Path, root: Path) -> tuple[str, ...]:
+    name, disk, age = str(path.relative_to(root)), f"{_size(path) / 1e9:.2f} GB", _age(path)
+    try:
+        record, state = read_run(path), _state(read_states(path.resolve()))
+    except RecipeError:  # of one run, which hides no other
+        return name, "", "unreadable: see status", "", "", "", disk, age
+    made = record.exported
+    parameters = f"{made.parameters / 1e6:.1f} M" if made and made.parameters else ""
+    quality = _headline(record, "eval_results", "search_results")
+    speed = _headline(record, "speed_results")
+    return name, record.recipe, state, quality, speed, parameters, disk, age
+
+
+def _headline(record: RunRecord, *kinds: str) -> str:
+    return next((headline(found) for kind in kinds if (found := record.find(kind))), "")
+
+
+def _state(stages: Sequence[StageState]) -> str:
+    """Where it is, or where it ended."""
+    for state in (RUNNING, FAILED, STOPPED_STATE, PENDING):
+        for stage in stages:
+            if stage.state == state:
+                return f"{state} at {stage.name}"
+    done = sum(stage.state == COMPLETE for stage in stages)
+    return COMPLETE if done == len(stages) else f"{done} of {len(stages)} stages"
+
+
+def _age(path: Path) -> str:
+    """Since a stage was last completed, or the run begun."""
+    newest = max(file.stat().st_mtime for file in (path / RUN_FILE, *path.glob(f"*/{MANIFEST}")))
+    seconds = time.time() - newest
+    for unit, length in AGES:
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return "now"
+
+
+def _size(path: Path) -> int:
+    """Bytes of a folder's files; one that has several names counts once."""
+    found = {}
+    for folder, _, names in os.walk(path):
+        for name in names:
+            stat = os.lstat(os.path.join(folder, name))
+            found[stat.st_dev, stat.st_ino] = stat.st_size
+    return sum(found.values())
+
+
+def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
+    """Deletes runs, but for stages that are inputs of others; first it only says what it would."""
+    if not names:
+        raise RecipeError(
+            "which runs?", f"runs clean RUN1 RUN2, by the names that runs lists; {YES}"
+        )
+    chosen = find_runs(ROOT / name if (ROOT / name).is_dir() else Path(name) for name in names)
+    for path in chosen:
+        if lock.holder(path) or active_jobs(path):
+            fix = f"python launch/run.py cancel run_dir={path}"
+            raise RecipeError(f"{path} is being run.", fix)
+    kept = {stage: run for run in _others(chosen) for stage in _inputs(run)}
+    doomed = [folder for path in chosen for folder in _doomed(path, kept)]
+    table = plain_table("clean", "folder", "disk", "")
+    rows = {stage: f"kept for {run}" for stage, run in kept.items() if stage.parent in chosen}
+    rows |= dict.fromkeys(doomed, "deleted" if confirmed else "")
+    for folder, note in rows.items():
+        table.add_row(str(folder), f"{_size(folder) / 1e9:.2f} GB", note)
+    console.print(table)
+    if not confirmed:
+        console.print(f"nothing was deleted; {YES} deletes what has no remark")
+        return
+    with ExitStack() as locks:
+        for path in chosen:
+            locks.enter_context(lock.held(path))
+        for folder in doomed:
+            _delete(folder)
+
+
+def _doomed(run: Path, kept: Collection[Path]) -> list[Path]:
+    """A whole run, or those of its stages that nothing needs."""
+    stages = [folder for folder in sorted(run.iterdir()) if folder.is_dir()]
+    free = [folder for folder in stages if folder not in kept]
+    return free if len(free) < len(stages) else [run]
+
+
+def _others(chosen: Sequence[Path]) -> set[Path]:
+    """Runs that stay, of those in ``runs`` and beside the chosen ones."""
+    places: Iterable[Path] = {ROOT.resolve(), *(path.parent for path in chosen)}
+    return {run.resolve() for place in places for run in _below(place)} - set(chosen)
+
+
+def _inputs(run: Path) -> Iterator[Path]:
+    for request in requests_of(run).values():
+        yield from (Path(spec["directory"]) for spec in request["inputs"].values())
+
+
+def _delete(folder: Path) -> None:
+    """Manifests first: killed here, nothing that is left looks complete."""
+    for manifest in (*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")):
+        manifest.unlink()
+    shutil.rmtree(folder)
