@@ -15,6 +15,7 @@ from recipes.data.sources import parse_source
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
 from recipes.pruning.results import PruneResult
+from recipes.report.serving import servers
 
 CARD = """\
 ---
@@ -34,6 +35,12 @@ ModelOpt's Minitron, then distilled from the unpruned model with NeMo.
 
 ```python
 {code}
+```
+
+Servers that read this folder (not run when it was made):
+
+```text
+{servers}
 ```
 
 ## Shape
@@ -101,6 +108,7 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         recipe=_plain(recipe),
         name=_plain(f"{_model_name(teacher)}-{recipe}"),
         code=CODE,
+        servers="\n".join(one.line for one in servers(".")),
         parameters=(model.parameters or 0) / 1e6,
         shapes="\n".join(_shapes(inputs)),
         made="\n".join(_made(inputs)),

@@ -32,12 +32,13 @@ from recipes.report.plots import (
     line_plot,
 )
 from recipes.report.sections import gates_section, search_section, sections
+from recipes.report.serving import served
 from recipes.report.settings import ReportConfig, SearchReportConfig
 from recipes.search.results import LatencyResult, SearchResult
 
 CHAIN = ("teacher", "data", "pruned", "distilled", "evaluation", "exported")
 """Inputs that every report has, in the order in which their stages run."""
-OPTIONAL = ("plan", "search", "tasks", "engine", "speed")
+OPTIONAL = ("plan", "search", "tasks", "engine", "gguf", "speed")
 CONTENTS = {
     "gates": "Gates",
     "asked": "What was asked",
@@ -49,6 +50,8 @@ CONTENTS = {
     "trade_offs": "Quality against cost",
     "speed": "Speed",
     "engine": "Engine",
+    "gguf": "llama.cpp",
+    "serve": "Serve",
     "distillation": "Distillation",
     "layers": "Layers",
     "cost": "Cost",
@@ -57,7 +60,7 @@ CONTENTS = {
     "provenance": "Provenance",
 }
 """Sections in their order, each a template."""
-WHERE_PRESENT = ("gates", "plan", "search", "tasks", "trade_offs", "speed", "engine")
+WHERE_PRESENT = ("gates", "plan", "search", "tasks", "trade_offs", "speed", "engine", "gguf")
 """Sections that are left out where there is nothing to show."""
 TERMS = {
     "kd": ("logits", "distilled"),
@@ -128,6 +131,7 @@ def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
             "plot-quality", "Loss on held-out text with standard errors", losses
         ),
         "versions": versions(manifests.values()),
+        "served": list(served(inputs)),
         "train": manifests["distilled"].config,
         "trained": manifests["distilled"].result_if("distill", DistillationResult),
         "imported": manifests["teacher"].result_if("import_hf", ImportResult),

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from markupsafe import Markup
 
 from nemo_convert.architecture import Architecture
+from nemo_convert.results import GgufResult
 from recipes.core.manifest import Manifest
 from recipes.core.metrics import flat
 from recipes.engines.bench import BASELINE
@@ -35,7 +36,7 @@ FEW = 8
 def sections(found: Mapping[str, Manifest], evaluation: EvaluationResult) -> dict[str, object]:
     """What the optional inputs have to show; ``None`` for each that is not there."""
     rows: list[BenchmarkRow] = []
-    shown: dict[str, object] = dict.fromkeys(("tasks", "speed", "engine", "plan", "search"))
+    shown: dict[str, object] = dict.fromkeys(("tasks", "speed", "engine", "gguf", "plan", "search"))
     if "tasks" in found:
         shown |= tasks_section(found["tasks"].result(TaskResults))
     if "speed" in found:
@@ -44,6 +45,8 @@ def sections(found: Mapping[str, Manifest], evaluation: EvaluationResult) -> dic
         rows = measured.rows
     if "engine" in found:
         shown["engine"] = dict(flat(asdict(found["engine"].result(EngineResult))))
+    if "gguf" in found:
+        shown["gguf"] = asdict(found["gguf"].result(GgufResult))
     if "plan" in found:
         shown["plan"] = found["plan"].result(PlanResult)
     if "search" in found:

@@ -38,6 +38,7 @@ STAGE = Stage(
         "tasks": ("task_results",),
         "speed": ("speed_results",),
         "engine": ("engine",),
+        "gguf": ("gguf",),
         "plan": ("plan",),
         "search": ("search_results",),
     },

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
 from nemo_convert.architecture import Architecture
-from nemo_convert.results import ImportResult, ParityResult
+from nemo_convert.results import GgufResult, ImportResult, ParityResult
 from recipes.core.manifest import ARTIFACT, FileStamp, Manifest, read_manifest, write_manifest
 from recipes.core.metrics import METRICS, MetricsLog
 from recipes.core.stage import Input, StageConfig
@@ -71,7 +71,7 @@ OPTIONAL_PLOTS = (
     "plot-by-latency",
     "plot-search",
 )
-SECONDS = (41.302, 12.877, 208.55, 4123.019, 377.4, 25.2, 3.1, 96.4, 61.7, 18.9, 240.2)
+SECONDS = (41.302, 12.877, 208.55, 4123.019, 377.4, 25.2, 3.1, 96.4, 61.7, 18.9, 240.2, 7.5)
 NASTY = "<script>document.title = 'owned'</script> & <b>bold</b>"
 PHONE = 390
 
@@ -233,6 +233,7 @@ def optional_inputs(root: Path) -> dict[str, Input]:
         "engine": ("engine", engine_figures()),
         "speed": ("speed_results", speed_results()),
         "search": ("search_results", search_results()),
+        "gguf": ("gguf", GgufResult("llama", "f16", 219, 231_000_111)),
     }
     return {
         name: stage(root, StageConfig(name), kind, {f"{name}.json": 1234}, result)

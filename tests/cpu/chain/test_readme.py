@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -151,6 +152,17 @@ def test_code_runs(demo_run: Path, tmp_path: Path) -> None:
         text=True,
         timeout=300,
         check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.split()) > 3
+
+
+def test_the_report_has_a_line_that_serves_the_engine(demo_run: Path) -> None:
+    report = (demo_run / "report" / "artifact" / "report.html").read_text()
+    [line] = re.findall(r"<code>python (-c .*?)</code>", report)
+    words = [sys.executable, *shlex.split(html.unescape(line))]
+    done = subprocess.run(
+        words, cwd=demo_run, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.split()) > 3
