@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_convert.architecture import Architecture
+from recipes.planning import rules
+from recipes.planning.problems import Problem
 
 DENSE_AXES = ("ffn_hidden_size",)
 EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")
@@ -50,15 +52,18 @@ def pruned(teacher: Architecture, targets: Targets) -> Architecture:
 
 def target_problems(
     teacher: Architecture, targets: Targets, divisors: Mapping[str, int]
-) -> Iterable[tuple[str, str]]:
-    """Yields (what is wrong, how to fix it) for targets that the axes cannot take."""
+) -> Iterator[Problem]:
+    """Finds targets that the axes cannot take."""
     if not targets.width() and targets.num_layers is None and not targets.drop_layers:
-        yield "no target is set", "set at least one target_* field or drop_layers"
+        yield Problem(
+            rules.PRUNE_TARGET, "no target is set", "set at least one target_* field or drop_layers"
+        )
     wrong = DENSE_AXES if teacher.num_moe_experts else EXPERT_AXES
     for axis, target in {**targets.width(), "num_layers": targets.num_layers}.items():
         if axis in wrong:
             kind, axes = ("experts", EXPERT_AXES) if axis in DENSE_AXES else ("dense", DENSE_AXES)
-            yield (
+            yield Problem(
+                rules.PRUNE_TARGET,
                 f"target_{axis}={target} is set, but the teacher's feed-forward layers are {kind}",
                 f"set {' or '.join(f'target_{a}' for a in axes)}",
             )
@@ -66,7 +71,8 @@ def target_problems(
             yield from _axis_problems(axis, target, getattr(teacher, axis), divisors.get(axis, 1))
     yield from _head_problems(teacher, targets)
     if 0 < (targets.num_moe_experts or 0) < teacher.moe_router_topk:
-        yield (
+        yield Problem(
+            rules.PRUNE_TARGET,
             f"target_num_moe_experts={targets.num_moe_experts} is less than the "
             f"{teacher.moe_router_topk} that each token goes through",
             f"use at least {teacher.moe_router_topk}",
@@ -74,24 +80,29 @@ def target_problems(
     yield from _drop_layer_problems(teacher, targets)
 
 
-def _axis_problems(axis: str, target: int, have: int, divisor: int) -> Iterable[tuple[str, str]]:
+def _axis_problems(axis: str, target: int, have: int, divisor: int) -> Iterator[Problem]:
     name = f"target_{axis}={target}"
     if divisor < 1:
-        yield f"{axis}_divisor={divisor} is not positive", "use 1 or more"
+        yield Problem(
+            rules.PRUNE_TARGET, f"{axis}_divisor={divisor} is not positive", "use 1 or more"
+        )
     elif target > have:
-        yield f"{name} is larger than the teacher's {have}", f"use at most {have}"
+        yield Problem(
+            rules.PRUNE_TARGET, f"{name} is larger than the teacher's {have}", f"use at most {have}"
+        )
     elif target < 1:
-        yield f"{name} is not positive", f"use 1 to {have}"
+        yield Problem(rules.PRUNE_TARGET, f"{name} is not positive", f"use 1 to {have}")
     elif target != have and target % divisor:
         low = target // divisor * divisor
         choices = " or ".join(str(c) for c in (low, low + divisor) if 0 < c <= have)
-        yield (
+        yield Problem(
+            rules.PRUNE_TARGET,
             f"{name} is not a multiple of {axis}_divisor={divisor}",
             f"use {choices}, or a divisor of {target}" if choices else f"set a divisor of {target}",
         )
 
 
-def _head_problems(teacher: Architecture, targets: Targets) -> Iterable[tuple[str, str]]:
+def _head_problems(teacher: Architecture, targets: Targets) -> Iterator[Problem]:
     """Every group that stays has as many heads as any other, and no more than it had."""
     groups = targets.num_query_groups or teacher.num_query_groups
     heads = targets.num_attention_heads
@@ -99,26 +110,38 @@ def _head_problems(teacher: Architecture, targets: Targets) -> Iterable[tuple[st
     if heads is None or not 0 < heads <= teacher.num_attention_heads or groups < 1:
         return
     if heads % groups:
-        yield (
+        yield Problem(
+            rules.PRUNE_TARGET,
             f"target_num_attention_heads={heads} is not a multiple of the {groups} query groups",
             f"use a multiple of {groups}",
         )
     elif heads > most:
-        yield (
+        yield Problem(
+            rules.PRUNE_TARGET,
             f"target_num_attention_heads={heads} is more than the {most} heads that the teacher "
             f"has in {groups} query groups",
             f"use at most {most}",
         )
 
 
-def _drop_layer_problems(teacher: Architecture, targets: Targets) -> Iterable[tuple[str, str]]:
+def _drop_layer_problems(teacher: Architecture, targets: Targets) -> Iterator[Problem]:
     drop = targets.drop_layers
     if drop and targets.num_layers is not None:
-        yield "drop_layers and target_num_layers are both set", "set one of them"
+        yield Problem(
+            rules.PRUNE_TARGET, "drop_layers and target_num_layers are both set", "set one of them"
+        )
     wrong = [layer for layer in drop if not 1 <= layer <= teacher.num_layers]
     if wrong:
-        yield f"drop_layers has {wrong}", f"layers are numbered 1 to {teacher.num_layers}"
+        yield Problem(
+            rules.PRUNE_TARGET,
+            f"drop_layers has {wrong}",
+            f"layers are numbered 1 to {teacher.num_layers}",
+        )
     if len(set(drop)) != len(drop):
-        yield f"drop_layers={list(drop)} names a layer twice", "name each layer once"
+        yield Problem(
+            rules.PRUNE_TARGET,
+            f"drop_layers={list(drop)} names a layer twice",
+            "name each layer once",
+        )
     if len(set(drop)) >= teacher.num_layers:
-        yield "drop_layers leaves no layer", "keep at least one layer"
+        yield Problem(rules.PRUNE_TARGET, "drop_layers leaves no layer", "keep at least one layer")

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     """Finds targets that the teacher cannot be pruned to, and scores that would be missing."""
-    for what, fix in target_problems(chain.teacher, cfg.targets(), cfg.divisors()):
-        yield Problem(rules.PRUNE_TARGET, what, fix)
+    yield from target_problems(chain.teacher, cfg.targets(), cfg.divisors())
     if cfg.target_num_layers is not None:
         yield from _score_problems(cfg, chain, chain.teacher.num_layers - cfg.target_num_layers)
     if cfg.heal != "none":

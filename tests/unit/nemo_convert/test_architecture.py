@@ -89,7 +89,7 @@ SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
 
 
 def problems(**targets: Any) -> list[tuple[str, str]]:
-    return list(target_problems(SMOLLM2, Targets(**targets), DIVISORS))
+    return [(p.what, p.fix) for p in target_problems(SMOLLM2, Targets(**targets), DIVISORS)]
 
 
 def test_parameters_of_smollm2() -> None:
@@ -165,15 +165,15 @@ def test_experts_are_pruned_by_their_own_targets() -> None:
     good = Targets(num_moe_experts=96, moe_ffn_hidden_size=512)
     assert not list(target_problems(moe, good, DIVISORS))
     assert pruned(moe, good).num_moe_experts == 96
-    [(dense, _)] = target_problems(moe, Targets(ffn_hidden_size=512), DIVISORS)
+    [dense] = target_problems(moe, Targets(ffn_hidden_size=512), DIVISORS)
     assert (
         "target_ffn_hidden_size=512 is set, but the teacher's feed-forward layers are experts"
-        in dense
+        in dense.what
     )
-    [(expert, _)] = target_problems(SMOLLM2, Targets(num_moe_experts=4), DIVISORS)
-    assert "are dense" in expert
-    [(few, _)] = target_problems(moe, Targets(num_moe_experts=4), DIVISORS)
-    assert "less than the 8 that each token goes through" in few
+    [expert] = target_problems(SMOLLM2, Targets(num_moe_experts=4), DIVISORS)
+    assert "are dense" in expert.what
+    [few] = target_problems(moe, Targets(num_moe_experts=4), DIVISORS)
+    assert "less than the 8 that each token goes through" in few.what
 
 
 def test_flops_count_each_matrix_once() -> None:
@@ -291,14 +291,14 @@ def test_all_problems_are_listed_at_once() -> None:
 
 def test_advice_without_a_multiple_that_fits_is_a_sentence() -> None:
     narrow = dataclasses.replace(SMOLLM2, ffn_hidden_size=60)
-    [(_, fix)] = target_problems(narrow, Targets(ffn_hidden_size=20), DIVISORS)
-    assert "use ," not in fix
+    [found] = target_problems(narrow, Targets(ffn_hidden_size=20), DIVISORS)
+    assert "use ," not in found.fix
 
 
 @pytest.mark.parametrize("divisor", [0, -64])
 def test_divisor_that_is_not_positive_is_refused(divisor: int) -> None:
     found = target_problems(SMOLLM2, Targets(hidden_size=512), {"hidden_size": divisor})
-    assert any("divisor" in what for what, _ in found)
+    assert any("divisor" in p.what for p in found)
 
 
 def test_pruned_keeps_axes_without_a_target(teacher: Architecture) -> None:
