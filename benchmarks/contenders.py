@@ -16,7 +16,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.metrics import METRICS, steps_of
-from recipes.core.processes import die_with_parent
+from recipes.core.processes import cores, die_with_parent
 
 LAUNCHER = (sys.executable, str(REPO_ROOT / "launch" / "run.py"))
 INPUTS = ("import_hf", "prepare_data", "score", "prune")
@@ -86,7 +86,7 @@ def execute(command: list[str]) -> None:
         env={
             **os.environ,
             **{str(key): str(value) for key, value in env.items()},
-            "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+            "OMP_NUM_THREADS": str(cores()),
             "CUDA_VISIBLE_DEVICES": "",
         },
         capture_output=True,

@@ -20,7 +20,7 @@ from launch.planned import PlannedStage
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT, write_text_atomically
 from recipes.core.manifest import MANIFEST, WORK, read_manifest
-from recipes.core.processes import die_with_parent, ended_by, start_command
+from recipes.core.processes import cores, die_with_parent, ended_by, start_command
 from recipes.core.stage import REQUEST
 
 POLL_SECONDS = 0.2
@@ -56,12 +56,12 @@ def command(stage: PlannedStage, python: str, numa_binding: str | None = None) -
 def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Variables that the stage gets besides those of the machine."""
     devices = stage.config.resources.devices
-    cores = max(1, (os.cpu_count() or 1) // devices)
+    threads = max(1, cores() // devices)
     # Where a job of several ranks starts the launcher, a stage must not take itself for one.
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if devices == 1 else {}
     return {
         "PYTHONPATH": str(REPO_ROOT),
-        "OMP_NUM_THREADS": str(cores),
+        "OMP_NUM_THREADS": str(threads),
         **alone,
         **layout_variables(stage),
         **cluster.env,

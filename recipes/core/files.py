@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.core.errors import RecipeError
+from recipes.core.processes import cores
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 HASHING_THREADS = 16
@@ -106,7 +107,7 @@ def sha256_of(path: Path) -> str:
 
 def sha256_of_each(paths: Sequence[Path]) -> list[str]:
     """Returns the SHA-256 of every file, read by a thread a core; hashing holds no lock."""
-    with ThreadPoolExecutor(min(HASHING_THREADS, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(min(HASHING_THREADS, cores())) as pool:
         return list(pool.map(sha256_of, paths))
 
 

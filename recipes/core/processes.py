@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,11 @@ def die_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def cores() -> int:
+    """Those that this process may use: a container, a job or ``taskset`` may leave it some only."""
+    return len(os.sched_getaffinity(0))
 
 
 def peak_memory_bytes() -> int:

@@ -20,6 +20,7 @@ from typing import Protocol, Self
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
+from recipes.core.processes import cores
 from recipes.engines import trtllm_bench
 from recipes.engines.results import BenchmarkRow, Speedup
 from recipes.engines.timing import Timing, spread
@@ -172,7 +173,7 @@ class TensorRtLlm:
 
 def cpu_threads() -> int:
     """Threads that the launcher gives to a process."""
-    return int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    return int(os.environ.get("OMP_NUM_THREADS") or cores())
 
 
 def start_worker(scratch: Path, threads: int, contender: Contender) -> Worker:

@@ -10,6 +10,7 @@ from typing import Any
 
 from recipes.core.files import write_json
 from recipes.core.manifest import Outcome
+from recipes.core.processes import cores
 from recipes.core.stage import Inputs, StageConfig, metrics_log
 from recipes.planning import machine
 from recipes.planning.chain import Chain
@@ -79,7 +80,7 @@ def _rates() -> Rates | None:
 
     What was measured beside other programs is used, but not kept.
     """
-    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or cores())
     if (rates := machine.kept(threads)) is not None:
         return rates
     if importlib.util.find_spec("torch") is None:

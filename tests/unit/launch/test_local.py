@@ -16,6 +16,7 @@ from launch.plan import Plan
 from launch.planned import PlannedStage
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK
+from recipes.core.processes import cores
 from recipes.core.stage import Resources
 
 if TYPE_CHECKING:
@@ -66,11 +67,21 @@ def test_environment_shares_the_cores(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", "/mine")
     found = environment(stage, {"FROM_CLUSTER": "c", "BOTH": "cluster"})
-    assert found["OMP_NUM_THREADS"] == str(max(1, (os.cpu_count() or 1) // 2))
+    assert found["OMP_NUM_THREADS"] == str(max(1, cores() // 2))
     assert found["PYTHONPATH"] == f"{root}{os.pathsep}/mine"
     assert found["FROM_CLUSTER"] == "c"
     assert found["FROM_STAGE"] == "s"
     assert found["BOTH"] == "stage"
+
+
+def test_only_cores_that_the_launcher_may_use_are_shared(stage: PlannedStage) -> None:
+    allowed = os.sched_getaffinity(0)
+    alone = replace(stage, config=replace(stage.config, resources=Resources()))
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert environment(alone, {})["OMP_NUM_THREADS"] == "1"
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_environment_leaves_a_thread_to_each_of_many_devices(
