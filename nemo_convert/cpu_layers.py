@@ -8,8 +8,6 @@ the layers they replace, to the rounding of that type.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +16,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+
+from recipes.core.precision import products_of
 
 LONG = 1024
 """Tokens of a window above which a layer's scores, which grow with their square, are too many to
@@ -132,21 +132,9 @@ def _shares(q: Tensor, k: Tensor, shape: tuple[int, ...], scale: float) -> Tenso
     """Attention of every query row to every key, [b·groups, heads/groups·s, s]."""
     length, _, _, repeat, _ = shape
     future = torch.full((length, length), float("-inf")).triu_(1).repeat(repeat, 1)
-    with _products_of(q.dtype):
+    with products_of(q.dtype):
         scores = torch.baddbmm(future, q.float(), k.float().transpose(1, 2), alpha=scale)
     return torch.softmax(scores, dim=-1).to(q.dtype)
-
-
-@contextmanager
-def _products_of(dtype: torch.dtype) -> Iterator[None]:
-    """Float32 matrix products of numbers that are of ``dtype``: exact, and faster for bfloat16."""
-    settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 def _rows_of_groups(x: Tensor, shape: tuple[int, ...]) -> Tensor:

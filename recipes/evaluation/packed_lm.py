@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.core.errors import RecipeError
 from recipes.evaluation.offline_tasks import local_tasks, spec
+from recipes.evaluation.predictions import float32_head
 from recipes.evaluation.results import Item
 
 Progress = Callable[[int, int], None]
@@ -142,6 +143,7 @@ class PackedLM(HFLM):
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8)
         self._pack_tokens, self._progress = pack_tokens, progress
+        self._head = float32_head(model.lm_head.weight.detach())
 
     def _loglikelihood_tokens(
         self,
@@ -161,14 +163,13 @@ class PackedLM(HFLM):
     def _read(self, pack: list[Prompt]) -> Iterator[tuple[int, tuple[float, bool]]]:
         tokens, positions, segments = lay_out(pack)
         rows, targets = scored(pack)
-        logits = self.model(
+        states = self.model.model(
             torch.tensor([tokens], device=self.device),
             position_ids=torch.tensor([positions], device=self.device),
             attention_mask=attention_bias(segments, self.model.dtype).to(self.device),
-            logits_to_keep=torch.tensor(rows, device=self.device),
             use_cache=False,
-        ).logits[0]
-        scores = torch.log_softmax(logits.float(), dim=-1)
+        ).last_hidden_state[0]
+        scores = torch.log_softmax(self._head(states[rows]), dim=-1)
         wanted = torch.tensor(targets, device=self.device)
         chosen = scores.gather(-1, wanted[:, None])[:, 0]
         greedy = scores.argmax(-1) == wanted

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from recipes.core.precision import products_of
 from recipes.data.token_windows import TextWindows
 from recipes.planning.buffers import LOGITS_BYTES
 
@@ -36,18 +37,29 @@ class Predictor:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Predictor:
-        """A transformers model.
-
-        Its head is in float32 whatever the rest is in: bfloat16 logits of about 20 are 0.125 apart,
-        so that many of the likeliest tokens would share their place with others.
-        """
-        weight = model.lm_head.weight.detach().float()
+        """A transformers model."""
+        weight = model.lm_head.weight.detach()
 
         def states(tokens: Tensor) -> Tensor:
             found: Tensor = model.model(tokens.to(weight.device), use_cache=False).last_hidden_state
             return found
 
-        return cls(states, lambda found: functional.linear(found.to(weight), weight), len(weight))
+        return cls(states, float32_head(weight), len(weight))
+
+
+def float32_head(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Maps states [n, width] to logits [n, vocabulary], by a weight [vocabulary, width].
+
+    They are in float32 whatever the model is in: bfloat16 logits of about 20 are 0.125 apart, so
+    that many of the likeliest tokens would share their place with others.
+    """
+    stored, whole = weight.dtype, weight.float()
+
+    def head(states: Tensor) -> Tensor:
+        with products_of(stored):
+            return functional.linear(states.to(whole), whole)
+
+    return head
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from recipes.core.precision import number_type
 from recipes.core.statistics import Difference
 
 ROLES = ("teacher", "pruned", "distilled")
@@ -66,7 +67,7 @@ class EvaluationResult:
     @property
     def number_type(self) -> str:
         """The precision's name for people."""
-        return "float32" if self.precision == "32" else "bfloat16"
+        return number_type(self.precision)
 
     def models(self) -> dict[str, ModelQuality]:
         """Every model by its role."""

@@ -53,5 +53,7 @@ class EvaluateTasksConfig(StageConfig):
     """Examples before each question, by task; others keep their own number."""
     seed: Seed = 1234
     """Seed of the choice of examples."""
+    precision: Precision = "32"
+    """What models are held and computed in, as in ``evaluate``."""
     pack_tokens: Count = 512
     """Tokens of a forward pass; more suit a GPU."""

@@ -16,6 +16,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import code_fingerprint
 from recipes.core.metrics import MetricsLog
+from recipes.core.precision import dtype_of, number_type
 from recipes.core.stage import Input, Inputs
 from recipes.core.versions import installed
 from recipes.evaluation import packed_lm
@@ -59,7 +60,9 @@ def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) 
             seconds={role: a.seconds for role, a in answers[task.name].items()},
             answers=answers_of(items),
         )
-    return TaskResults(results, cached, f"lm_eval {HARNESS}", _data(cfg))
+    return TaskResults(
+        results, cached, f"lm_eval {HARNESS}, {number_type(cfg.precision)}", _data(cfg)
+    )
 
 
 def _ask(
@@ -71,7 +74,7 @@ def _ask(
 ) -> dict[str, tuple[Answer, bool]]:
     """One model's answers, and whether each is from the cache."""
     path = nemo.find_checkpoint(checkpoint.artifact)
-    model = load_transformers(path)
+    model = load_transformers(path, dtype_of(cfg.precision))
     identity = model_sha256(model, path)
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_files(path))
     packed = packed_lm.PackedLM(

@@ -56,8 +56,6 @@ class Chain:
     have passed."""
     readings: Mapping[str, Estimates] = field(default_factory=dict, compare=False)
     """What stages take that only run models forward; known once all checks have passed."""
-    bf16: bool = True
-    """Whether the teacher's weights are stored in two bytes."""
 
     def shape_of(self, stage: str | None) -> Architecture:
         """Shape of the model that a stage makes, of another run's by its manifest."""
@@ -105,6 +103,4 @@ def read_chain(hf_path: str, stages: Mapping[str, StageConfig]) -> Chain:
     """Reads the teacher's shape from its ``config.json``; refuses an unusable one."""
     config, published = read_config_or_published(hf_path)
     shape = read_architecture(config, hf_path)
-    stored = config.get("torch_dtype") or config.get("dtype") or ("bfloat16" if published else "")
-    bf16 = stored in ("bfloat16", "float16")
-    return Chain(hf_path, shape, stages, from_published_config=published, bf16=bf16)
+    return Chain(hf_path, shape, stages, from_published_config=published)

@@ -152,26 +152,30 @@ def scored(
         weights=size * (dense + experts),
         activations=states
         + max(_forward_bytes(arch, size, tokens) + hooks, _logits_bytes(arch, tokens, MEASURING)),
+        logits=(4 if bf16 else 0) * arch.vocab_size * arch.hidden_size,
         reserved=hardware.reserved_bytes,
     )
     again = replace(text, windows=WITHOUT_A_LAYER * left_out)
     return Reading(memory, text.work(arch, bf16) + again.work(arch, bf16), bf16)
 
 
-def asked(models: Sequence[Architecture], tokens: int, at_once: int, hardware: Hardware) -> Reading:
-    """Models that answer questions of so many tokens one after the other, in float32.
+def asked(
+    models: Sequence[Architecture], bf16: bool, tokens: int, at_once: int, hardware: Hardware
+) -> Reading:
+    """Models that answer questions of so many tokens one after the other.
 
     Any of the tokens of a forward pass, ``at_once``, may be scored.
     """
     largest = max(models, key=lambda arch: arch.parameters())
+    size, head = (2, 4 * largest.vocab_size * largest.hidden_size) if bf16 else (4, 0)
     memory = Memory(
-        weights=4 * largest.parameters(),
-        activations=_forward_bytes(largest, 4, at_once),
-        logits=SCORES * 4 * at_once * largest.vocab_size,
+        weights=size * largest.parameters(),
+        activations=_forward_bytes(largest, size, at_once),
+        logits=head + SCORES * 4 * at_once * largest.vocab_size,
         reserved=hardware.reserved_bytes,
     )
     text = Text(tokens / at_once, at_once, 1, CONTINUATIONS)
-    return Reading(memory, sum((text.work(arch, False) for arch in models), Work()), False)
+    return Reading(memory, sum((text.work(arch, bf16) for arch in models), Work()), bf16)
 
 
 def converted(arch: Architecture, hardware: Hardware) -> Reading:

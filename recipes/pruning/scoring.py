@@ -27,9 +27,10 @@ from torch.nn import functional
 from nemo_convert import cpu_backend, nemo
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
+from recipes.core.precision import dtype_of
 from recipes.core.stage import Input
 from recipes.data.token_windows import TextWindows, read_windows
-from recipes.evaluation.predictions import chunks
+from recipes.evaluation.predictions import chunks, float32_head
 from recipes.evaluation.sanity import RANDOM_SHARE
 from recipes.pruning.importance import Importance
 from recipes.pruning.settings import ScoreConfig
@@ -65,7 +66,7 @@ def score_checkpoint(
     model = nemo.restore_model(teacher)
     # ModelOpt hooks the norms, which TransformerEngine fuses into the layers behind them.
     cpu_backend.use_local_layers(model.config)
-    core = nemo.build_core(model, parallel)
+    core = nemo.build_core(model, parallel, dtype_of(cfg.precision))
     nemo.load_weights(core, teacher)
     core.eval()
     for_loss = text.first(cfg.loss_windows)
@@ -121,6 +122,13 @@ class LayerAblation:
         numbers = [layer.layer_number for layer in core.decoder.layers]
         self._first, self._last = numbers[0], numbers[-1]
         self.num_layers = core.config.num_layers
+        if core.post_process:
+            tied = core.share_embeddings_and_output_weights
+            self._head = float32_head(
+                (
+                    core.shared_embedding_or_output_weight() if tied else core.output_layer.weight
+                ).detach()
+            )
 
     @torch.no_grad()
     def losses(self, blocks: Sequence[Collection[int]], gone: Collection[int] = ()) -> list[float]:
@@ -167,10 +175,19 @@ class LayerAblation:
             if layer.layer_number not in block:
                 hidden = _through(layer, hidden, rotary)
         if self._core.post_process:
-            return _next_token_loss(self._core, hidden, tokens, counted)
+            return self._next_token_loss(hidden, tokens, counted)
         if any(number <= self._last for number in block):
             _send(hidden)
         return 0.0
+
+    def _next_token_loss(self, hidden: Tensor, tokens: Tensor, counted: Tensor) -> float:
+        """Summed over the predictions that count."""
+        hidden, targets = hidden[:-1][counted.T], tokens.T[1:][counted.T]
+        total = 0.0
+        for rows in chunks(len(targets), self._core.vocab_size):
+            logits = self._head(self._core.decoder.final_layernorm(hidden[rows]))
+            total += float(functional.cross_entropy(logits, targets[rows], reduction="sum"))
+        return total
 
 
 def _states(core: nn.Module, layers: Sequence[nn.Module], tokens: Tensor) -> list[Tensor]:
@@ -199,21 +216,6 @@ def _rotary(core: nn.Module, tokens: Tensor) -> Tensor:
 def _through(layer: nn.Module, hidden: Tensor, rotary: Tensor) -> Tensor:
     output: Tensor = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)[0]
     return output
-
-
-def _next_token_loss(core: nn.Module, hidden: Tensor, tokens: Tensor, counted: Tensor) -> float:
-    """Summed over the predictions that count."""
-    head = (
-        core.shared_embedding_or_output_weight()
-        if core.share_embeddings_and_output_weights
-        else None
-    )
-    hidden, targets = hidden[:-1][counted.T], tokens.T[1:][counted.T]
-    total = 0.0
-    for rows in chunks(len(targets), core.vocab_size):
-        logits, _ = core.output_layer(core.decoder.final_layernorm(hidden[rows]), weight=head)
-        total += float(functional.cross_entropy(logits.float(), targets[rows], reduction="sum"))
-    return total
 
 
 def _receive(like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from recipes.core.constraints import Count, CountOrZero, Seed, one_of
+from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
 from recipes.planning.targets import Targets
 
@@ -94,6 +95,8 @@ class ScoreConfig(StageConfig):
     num_greedy_layers: CountOrZero = 0
     """Leaves out so many layers one after the other, each time the one that is missed least, for
     ``layer_importance=greedy``. Twice as many are tried each time."""
+    precision: Precision = "32"
+    """What the model is held and computed in, its head apart."""
     seq_length: Count = 256
     """Tokens of a window."""
     micro_batch_size: Count = 4

@@ -72,7 +72,8 @@ def reading(cfg: EvaluateTasksConfig, chain: Chain) -> Reading:
         if cfg.limit is not None:
             items = min(items, cfg.limit * SUBJECTS.get(name, 1))
         tokens += items * size * (1 + cfg.num_fewshot.get(name, 0))
-    return asked((chain.teacher, pruned, pruned), tokens, cfg.pack_tokens, chain.hardware)
+    models, bf16 = (chain.teacher, pruned, pruned), cfg.precision == "bf16-mixed"
+    return asked(models, bf16, tokens, cfg.pack_tokens, chain.hardware)
 
 
 def run(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path) -> Outcome:

@@ -45,7 +45,7 @@ def reading(cfg: ScoreConfig, chain: Chain) -> Reading:
     losses += sum(2 * gone - number for number in range(1, gone))
     return scored(
         chain.teacher,
-        chain.bf16,
+        cfg.precision == "bf16-mixed",
         Text(cfg.num_calibration_samples, cfg.seq_length, cfg.micro_batch_size),
         chain.hardware,
         cfg.pipeline_model_parallel_size,

@@ -291,11 +291,11 @@ def test_stages_that_train_nothing_are_told_how_they_fit(plan: MakePlan) -> None
     score = "stages.score."
     many = (f"{score}num_calibration_samples=2048", f"{score}micro_batch_size=2048")
     with pytest.raises(RecipeError) as caught:
-        plan(*many, "hardware.memory_bytes=6e9")
+        plan(*many, "hardware.memory_bytes=6e9", f"{score}precision='32'")
     assert "score needs about" in str(caught.value)
     assert f"fix: set {score}micro_batch_size=1   [memory]" in str(caught.value)
     with pytest.raises(RecipeError) as caught:
-        plan("hardware.kind=gpu", "hardware.memory_bytes=1.4e9", BFLOAT16)
+        plan("hardware.kind=gpu", "hardware.memory_bytes=1.4e9", BFLOAT16, "data.seq_length=1024")
     split = f"{score}pipeline_model_parallel_size=4 {score}resources.devices=4"
     assert f"fix: set {split}   [memory]" in str(caught.value)
 

@@ -61,7 +61,8 @@ def test_a_plan_takes_the_rates_of_where_it_runs(
 ) -> None:
     """Not those of the profile, on which its settings depend wherever it is made."""
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    [planned] = [s for s in plan("hardware.precision=bf16-mixed").stages if s.name == "plan"]
+    types = "hardware.precision=bf16-mixed", "hardware.reading_precision='32'"
+    [planned] = [s for s in plan(*types).stages if s.name == "plan"]
 
     def figures(rates: Rates, **hardware: object) -> PlanResult:
         keep(3, rates)
