@@ -100,6 +100,9 @@ ARMS = {
     "lr_1e-3": Arm(_rate("1e-3")),
     "cached_32": Arm(("cache_logits.top_k=32",), "cached", ("cache_logits",)),
     "cached_128": Arm(("cache_logits.top_k=128",), "cached", ("cache_logits",)),
+    "cached_drawn": Arm(
+        ("cache_logits.top_k=8", "cache_logits.tail_draws=6"), "cached", ("cache_logits",)
+    ),
     "written_text": Arm(prepare=("prepare_data",), writes="text"),
     "written_chat": Arm(prepare=("prepare_data",), writes="chat"),
     "corrected": Arm((), "corrected", ("correct_teacher",)),

@@ -33,6 +33,9 @@ from recipes.data.token_windows import (
 from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.settings import TrainingConfig
 
+TEACHER = "teacher_"
+"""Begins the names of what a cached teacher says in a batch."""
+
 
 @dataclass(eq=False)
 class TokenWindows(Dataset):
@@ -74,8 +77,8 @@ class TokenWindows(Dataset):
 
         Returns:
             ``tokens``, ``labels`` and ``position_ids`` int64 [S], ``loss_mask`` float32 [S],
-            ``attention_mask`` if there is one, and from a cache ``teacher_indices`` int64 [S, k]
-            and ``teacher_log_probs`` float32 [S, k + 1].
+            ``attention_mask`` if there is one, and from a cache ``TopK``'s, [S, …], as
+            ``teacher_indices`` and so on.
         """
         number = self.window_of(sample)
         tokens = torch.from_numpy(window(self.tokens, self.seq_length, number))
@@ -91,7 +94,7 @@ class TokenWindows(Dataset):
         if self.attention_mask is not None:
             item["attention_mask"] = self.attention_mask
         if self.cache is not None:
-            item["teacher_indices"], item["teacher_log_probs"] = self.cache.rows(number)
+            item |= {f"{TEACHER}{name}": tensor for name, tensor in self.cache.rows(number).items()}
         return item
 
     def window_of(self, sample: int) -> int:

@@ -4,10 +4,13 @@ A directory with ``index.json`` and shards ``00000.safetensors`` …, each with
 
 - ``windows`` int32 [w]: numbers of the windows, see ``data``;
 - ``indices`` uint16 or int32 [w, seq_length, k]: the k most likely tokens, the likeliest first;
-- ``log_probs`` float16 [w, seq_length, k + 1]: their log-probabilities, and that of all others.
+- ``log_probs`` float16 [w, seq_length, k + 1]: their log-probabilities, and that of all others;
+- where some of the others were drawn, ``draws`` uint16 or int32 [w, seq_length, draws], and
+  ``rest_entropy`` float16 [w, seq_length, 1]: -Σ p·log p over all others.
 
-With k = 32 and a vocabulary below 65,536 that is 130 bytes a token, with k = 128 it is 514. float16
-keeps a probability to about 0.05% where it is large and 0.4% where it is one in 10,000.
+With k = 32 and a vocabulary below 65,536 that is 130 bytes a token, with k = 128 it is 514, with 8
+and 6 draws 48. float16 keeps a probability to about 0.05% where it is large and 0.4% where it is
+one in 10,000.
 """
 
 from __future__ import annotations
@@ -38,11 +41,15 @@ class CacheIndex:
     top_k: int
     temperature: float
     shards: int
+    tail_draws: int = 0
 
     @property
-    def index_dtype(self) -> torch.dtype:
-        """Type of token numbers."""
-        return torch.uint16 if self.vocabulary <= SMALL_VOCABULARY else torch.int32
+    def tensors(self) -> dict[str, tuple[torch.dtype, int]]:
+        """Type, and numbers a token, of what ``TopK`` has."""
+        ids = torch.uint16 if self.vocabulary <= SMALL_VOCABULARY else torch.int32
+        likeliest = {"indices": (ids, self.top_k), "log_probs": (torch.float16, self.top_k + 1)}
+        drawn = {"draws": (ids, self.tail_draws), "rest_entropy": (torch.float16, 1)}
+        return likeliest | (drawn if self.tail_draws else {})
 
 
 def write_index(folder: Path, index: CacheIndex) -> None:
@@ -55,14 +62,12 @@ def write_shard(
 ) -> None:
     """Writes one shard, whole or not at all.
 
-    ``taught`` has the likeliest tokens [windows, seq_length, k] and log-probabilities of these and
-    of all others [windows, seq_length, k + 1]; ``teacher_loss`` is of the next token.
+    ``taught`` is of [windows, seq_length, …]; ``teacher_loss`` is of the next token.
     """
     partial = path.with_suffix(".partial")
-    tensors = {
-        "windows": torch.tensor(windows, dtype=torch.int32),
-        "indices": taught.indices.to(index.index_dtype).contiguous(),
-        "log_probs": taught.log_probs.to(torch.float16).contiguous(),
+    tensors = {"windows": torch.tensor(windows, dtype=torch.int32)} | {
+        name: getattr(taught, name).to(dtype).contiguous()
+        for name, (dtype, _) in index.tensors.items()
     }
     tail = taught.log_probs[..., -1].exp().mean().item()
     figures = {"teacher_loss": str(teacher_loss), "tail_mass": str(tail)}
@@ -109,15 +114,16 @@ class TeacherCache:
         """Numbers of the windows that the cache has."""
         self._places = dict(zip(numbers, places, strict=True))
 
-    def rows(self, window: int) -> tuple[Tensor, Tensor]:
-        """What the teacher says about a window.
-
-        Token numbers int64 [seq_length, k] and log-probabilities float32 [seq_length, k + 1].
-        """
+    def rows(self, window: int) -> dict[str, Tensor]:
+        """What the teacher says about a window: of ``TopK`` what is there, [seq_length, …]."""
         shard, row = self._places[window]
         file = self._open(shard)
-        indices, log_probs = (file.get_slice(name)[row] for name in ("indices", "log_probs"))
-        return indices.long(), log_probs.float()
+        return {
+            name: file.get_slice(name)[row].to(
+                torch.float32 if dtype.is_floating_point else torch.int64
+            )
+            for name, (dtype, _) in self.index.tensors.items()
+        }
 
     def _open(self, shard: int) -> Any:
         if shard not in self._files:  # mapped, so an open one costs nothing

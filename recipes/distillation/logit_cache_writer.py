@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from megatron.core import parallel_state
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
@@ -65,7 +66,9 @@ def cache_logits(
         numbers[start : start + cfg.windows_per_shard].tolist()
         for start in range(0, len(numbers), cfg.windows_per_shard)
     ]
-    index = CacheIndex(vocabulary, cfg.seq_length, cfg.top_k, cfg.temperature, len(parts))
+    index = CacheIndex(
+        vocabulary, cfg.seq_length, cfg.top_k, cfg.temperature, len(parts), cfg.tail_draws
+    )
     shards.mkdir(exist_ok=True)
     began = time.monotonic()
     made, stopped = 0, False
@@ -74,7 +77,10 @@ def cache_logits(
             continue
         texts = np.stack([window(tokens, cfg.seq_length, number) for number in parts[shard]])
         counts = [counted(tokens, learnt, cfg.seq_length, number, end) for number in parts[shard]]
-        found = _teach(cfg, core, torch.from_numpy(texts), torch.stack(counts))
+        places = np.stack([_places(cfg, number) for number in parts[shard]])
+        found = _teach(
+            cfg, core, torch.from_numpy(texts), torch.stack(counts), torch.from_numpy(places)
+        )
         if stopped := found is None:
             break
         taught, loss = found
@@ -96,9 +102,20 @@ def cache_logits(
         windows=len(numbers),
         windows_of_text=total,
         tokens=len(numbers) * cfg.seq_length,
-        bytes_per_token=bytes_per_token(vocabulary, cfg.top_k),
+        bytes_per_token=bytes_per_token(vocabulary, cfg.top_k, cfg.tail_draws),
         **cache_figures(out, index),
     )
+
+
+def _places(cfg: CacheLogitsConfig, number: int) -> NDArray[np.float32]:
+    """Where draws are at each position of a window, whichever rank and run comes to it.
+
+    Systematic: equally spaced, the first at a random place. In the mean each token is drawn as
+    often as by independent draws, and its number varies less. [seq_length, draws]
+    """
+    first = np.random.default_rng([cfg.seed, number]).random((cfg.seq_length, 1), np.float32)
+    draws = np.arange(cfg.tail_draws, dtype=np.float32)
+    return (first + draws) / max(1, cfg.tail_draws)
 
 
 def _mine(shards: int) -> range:
@@ -129,26 +146,33 @@ def _any(stopping: bool, device: torch.device, group: ProcessGroup | None = None
 
 @torch.no_grad()
 def _teach(
-    cfg: CacheLogitsConfig, core: torch.nn.Module, texts: Tensor, counts: Tensor
+    cfg: CacheLogitsConfig, core: torch.nn.Module, texts: Tensor, counts: Tensor, places: Tensor
 ) -> tuple[TopK, float] | None:
     """What the teacher says about windows [w, seq_length + 1], and its own mean loss.
 
-    That is of the predictions that count [w, seq_length], as training has it. ``None`` if the time
-    is up before it has said all of it.
+    That is of the predictions that count [w, seq_length], as training has it. Draws are at
+    ``places`` [w, seq_length, draws]. ``None`` if the time is up before it has said all of it.
     """
     device = next(core.parameters()).device
     positions = torch.arange(cfg.seq_length, device=device)[None]
     parts, losses = [], []
-    split = parallel_state.get_tensor_model_parallel_group()
-    for batch in texts.split(cfg.micro_batch_size):
+    split, group = parallel_state.get_tensor_model_parallel_group(), nemo.tensor_group()
+    size = cfg.micro_batch_size
+    for batch, drawn in zip(texts.split(size), places.split(size), strict=True):
         if _any(time_is_up(), device, split):
             return None
         inputs, labels = batch[:, :-1].to(device), batch[:, 1:].to(device)
         logits = core(inputs, positions.expand_as(inputs), None).flatten(0, 1)
-        parts.append(top_k(logits, cfg.top_k, cfg.temperature, nemo.tensor_group()))
-        losses.append(token_cross_entropy(logits, labels.flatten(), nemo.tensor_group()))
+        at = drawn.flatten(0, 1).to(device) if cfg.tail_draws else None
+        parts.append(top_k(logits, cfg.top_k, cfg.temperature, group, places=at))
+        losses.append(token_cross_entropy(logits, labels.flatten(), group))
     shape = (*texts[:, 1:].shape, -1)
-    taught = TopK(*(torch.cat(each).view(shape) for each in zip(*parts, strict=True)))
+    taught = TopK(
+        *(
+            None if each[0] is None else torch.cat(each).view(shape)
+            for each in zip(*parts, strict=True)
+        )
+    )
     weights = counts.flatten().to(device)
     mean = (torch.cat(losses) * weights).sum() / weights.sum().clamp_min(1)
     return taught, mean.item()

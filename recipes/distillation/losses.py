@@ -4,7 +4,7 @@ ModelOpt's losses (``modelopt/torch/distill/plugins/megatron.py``) lack the T² 
 float32 copies of the whole batch's logits, and renormalise the top-k, so that the mass beyond it
 teaches nothing. Here value and gradient are computed together, a few tokens at a time, so that no
 full-vocabulary float32 tensor of a batch ever exists; and beyond the top-k all tokens are one
-outcome with their whole mass.
+outcome with their whole mass, or a few that were drawn stand for them.
 
 Under tensor parallelism every rank of ``group`` holds equally many columns, in the order of ranks,
 as Megatron's output layer gives them; ``None`` stands for whole vocabularies.
@@ -13,6 +13,7 @@ as Megatron's output layer gives them; ``None`` stands for whole vocabularies.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from torch.distributed import ProcessGroup, all_gather, all_reduce
 from torch.nn.functional import softplus
 
 from recipes.core.errors import RecipeError
+from recipes.distillation.settings import DRAWN_LOSS
 from recipes.planning.buffers import LOSS_CHUNK_BYTES
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": LOSS_CHUNK_BYTES}
@@ -59,6 +61,15 @@ class TopK(NamedTuple):
     """Ids in the whole vocabulary [n, k], int64, likeliest first."""
     log_probs: Tensor
     """Log-probabilities [n, k + 1], float32; last, the log of all other tokens' mass together."""
+    draws: Tensor | None = None
+    """Ids [n, draws] of the other tokens, int64, drawn by their probabilities; each stands for an
+    equal part of that mass. Without any, all others are one outcome."""
+    rest_entropy: Tensor | None = None
+    """What the other tokens add to the entropy, -Σ p·log p, [n, 1], float32; of draws."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TopK:
+        """The same of every tensor that is there."""
+        return TopK(*(None if tensor is None else change(tensor) for tensor in self))
 
 
 def _chunks(logits: Tensor, chunk_bytes: int | None) -> Iterator[slice]:
@@ -108,15 +119,27 @@ class _Buckets(NamedTuple):
     here: Tensor  # [n, k] whether this rank has them
 
 
-def _bucket(log_probs: Tensor, indices: Tensor, group: ProcessGroup | None) -> _Buckets:
-    """Splits log-probabilities [n, vocabulary/tp], which it overwrites, at the chosen tokens."""
-    width = log_probs.shape[-1]
+def _place(indices: Tensor, width: int, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Columns of tokens on this rank, anywhere for another's; and whether each is on this rank."""
     columns = indices if group is None else indices - group.rank() * width
     here = (columns >= 0) & (columns < width)
-    columns = columns.clamp(0, width - 1)
-    chosen = log_probs.gather(1, columns).masked_fill_(~here, 0)
+    return columns.clamp(0, width - 1), here
+
+
+def _gather_columns(
+    values: Tensor, columns: Tensor, here: Tensor, group: ProcessGroup | None
+) -> Tensor:
+    """Values [n, vocabulary/tp] of tokens that each are on one rank, on every rank."""
+    chosen = values.gather(1, columns).masked_fill_(~here, 0)
     if group is not None:
         all_reduce(chosen, group=group)
+    return chosen
+
+
+def _bucket(log_probs: Tensor, indices: Tensor, group: ProcessGroup | None) -> _Buckets:
+    """Splits log-probabilities [n, vocabulary/tp], which it overwrites, at the chosen tokens."""
+    columns, here = _place(indices, log_probs.shape[-1], group)
+    chosen = _gather_columns(log_probs, columns, here, group)
     erase = torch.zeros_like(chosen).masked_fill_(here, -math.inf)
     rest = log_probs.scatter_add_(1, columns, erase)
     # Summed over what is left: 1 - sum(chosen) would drown a small tail in rounding.
@@ -130,14 +153,21 @@ def top_k(
     temperature: float,
     group: ProcessGroup | None = None,
     chunk_bytes: int | None = None,
+    places: Tensor | None = None,
 ) -> TopK:
-    """The likeliest tokens of logits [n, vocabulary/tp] of any float type; alike on all ranks."""
+    """The likeliest tokens of logits [n, vocabulary/tp] of any float type; alike on all ranks.
+
+    With ``places`` [n, draws] in [0, 1), the same on all ranks, also those of the others that are
+    there in the order of the vocabulary, each of them as wide as its probability.
+    """
     width = logits.shape[-1]
     vocabulary = width if group is None else width * group.size()
     if not 1 <= k <= vocabulary:
         raise RecipeError(f"top_k is {k}.", f"from 1 to the vocabulary, {vocabulary}")
     indices = torch.empty(len(logits), k, dtype=torch.int64, device=logits.device)
     log_probs = torch.empty(len(logits), k + 1, dtype=torch.float32, device=logits.device)
+    draws = None if places is None else torch.empty_like(places, dtype=torch.int64)
+    entropy = None if places is None else torch.empty_like(log_probs[:, :1])
     for rows in _chunks(logits, chunk_bytes):
         every = _log_softmax(logits[rows], temperature, group)
         values, ids = every.topk(min(k, width), dim=-1)
@@ -145,8 +175,30 @@ def top_k(
             values, ids = _gather(values, group), _gather(ids + group.rank() * width, group)
             ids = ids.gather(1, values.topk(k, dim=-1).indices)
         indices[rows] = ids
-        log_probs[rows] = _bucket(every, ids, group).log_probs
-    return TopK(indices, log_probs)
+        found = _bucket(every, ids, group)
+        log_probs[rows] = found.log_probs
+        if places is not None and draws is not None and entropy is not None:
+            draws[rows], entropy[rows] = _draw(found.rest, places[rows], group)
+    return TopK(indices, log_probs, draws, entropy)
+
+
+def _draw(rest: Tensor, places: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Ids [n, draws] at places of log-probabilities [n, vocabulary/tp], and -Σ p·log p [n, 1]."""
+    probs = rest.exp()
+    entropy = -_total(probs * rest.clamp(min=LOG_ZERO), group)
+    mass = probs.cumsum(dim=-1)
+    parts = mass[:, -1:] if group is None else _gather(mass[:, -1:].contiguous(), group)
+    ends = parts.cumsum(dim=-1)  # of each rank's columns
+    places = places.to(rest) * ends[:, -1:]
+    owners = torch.searchsorted(ends, places, right=True).clamp_(max=ends.shape[-1] - 1)
+    rank = 0 if group is None else group.rank()
+    # Rounding must not lead past the last token that has a mass.
+    inside = (places - (ends - parts)[:, rank, None]).minimum(parts[:, rank, None] * (1 - 1e-6))
+    ids = torch.searchsorted(mass, inside.clamp_(min=0), right=True).clamp_(max=rest.shape[-1] - 1)
+    ids = (ids + rank * rest.shape[-1]).masked_fill_(owners != rank, 0)
+    if group is not None:
+        all_reduce(ids, group=group)
+    return ids, entropy
 
 
 Divergence = tuple[Tensor, Callable[[], Tensor]]
@@ -208,6 +260,24 @@ def _bucketed(
     return value, slope
 
 
+def _drawn(
+    known: TopK, draws: Tensor, rest_entropy: Tensor, log_q: Tensor, group: ProcessGroup | None
+) -> Divergence:
+    """The forward KL from a teacher of whose tail a few tokens were drawn.
+
+    Linear in the teacher's probabilities, so that in the mean over draws value and slope are those
+    of the whole vocabulary (Sparse Logit Sampling, arXiv:2503.16870, draws all tokens; here the
+    likeliest are exact, and only what they leave varies).
+    """
+    log_p, tail = known.log_probs.clamp(min=LOG_ZERO).split([known.indices.shape[1], 1], dim=1)
+    number = draws.shape[1]
+    p = torch.cat([log_p.exp(), (tail.exp() / number).expand(-1, number)], dim=1)
+    columns, here = _place(torch.cat([known.indices, draws], 1), log_q.shape[-1], group)
+    taught = (p * _gather_columns(log_q, columns, here, group)).sum(dim=-1, keepdim=True)
+    entropy = rest_entropy - (log_p.exp() * log_p).sum(dim=-1, keepdim=True)
+    return -entropy - taught, lambda: log_q.exp_().scatter_add_(1, columns, -p * here)
+
+
 def _write(
     losses: Tensor,
     gradient: Tensor | None,
@@ -225,7 +295,11 @@ def _write(
     if not isinstance(teacher, TopK) and loss.top_k is not None:
         teacher = top_k(teacher, loss.top_k, temperature, group, loss.chunk_bytes)
     if isinstance(teacher, TopK):
-        losses[:], slope = _bucketed(teacher, log_q, loss, group)
+        if teacher.draws is None or teacher.rest_entropy is None:
+            losses[:], slope = _bucketed(teacher, log_q, loss, group)
+        else:
+            rest = teacher.draws, teacher.rest_entropy
+            losses[:], slope = _drawn(teacher, *rest, log_q, group)
     else:
         log_p = _log_softmax(teacher, temperature, group)
         losses[:], slope = DIVERGENCES[loss.kind](log_p, log_q, loss, group)
@@ -255,8 +329,8 @@ class _Distillation(torch.autograd.Function):
             else:
                 gradient = torch.empty_like(student)
         for rows in _chunks(student, loss.chunk_bytes):
-            known = isinstance(teacher, TopK)
-            part = TopK(*(t[rows] for t in teacher)) if known else teacher[rows]
+            take = operator.itemgetter(rows)
+            part = teacher.each(take) if isinstance(teacher, TopK) else take(teacher)
             slopes = None if gradient is None else gradient[rows]
             _write(losses[rows], slopes, student[rows], part, loss, group)
         ctx.save_for_backward(gradient)
@@ -286,6 +360,11 @@ def distillation_loss(
     fit.
     """
     if isinstance(teacher, TopK):
+        if teacher.draws is not None and loss.kind != DRAWN_LOSS:
+            raise RecipeError(
+                f"{loss.kind} from draws of the teacher would not be what it is in the mean.",
+                f"use {DRAWN_LOSS}, or a teacher without draws",
+            )
         found, wanted = teacher.indices.shape[:1], student.shape[:1]
     else:
         teacher = teacher.detach()

@@ -30,6 +30,7 @@ from nemo_convert import nemo
 from nemo_convert.cpu_backend import adapt_config
 from nemo_convert.device import device
 from nemo_convert.pipeline import pipeline_split
+from recipes.distillation.data import TEACHER
 from recipes.distillation.hidden_loss import HiddenLoss
 from recipes.distillation.losses import TopK, distillation_loss, token_cross_entropy
 from recipes.distillation.objective import LossReduction, Objective
@@ -164,17 +165,17 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         batch: dict[str, Any] = super().data_step(iter([found]))
         if parallel_state.is_pipeline_last_stage():
             samples = found[0] if isinstance(found, tuple) else found
-            for name in ("teacher_indices", "teacher_log_probs"):
-                if name in samples:
+            for name in samples:
+                if name.startswith(TEACHER):
                     batch[name] = samples[name].to(device(), non_blocking=True)
         return batch
 
     def forward_step(self, batch: dict[str, Any]) -> Tensor:
         """Runs the model on a batch; a cached teacher comes with the batch."""
-        if (indices := batch.get("teacher_indices")) is not None:
-            log_probs = batch["teacher_log_probs"]
+        said = {n.removeprefix(TEACHER): t for n, t in batch.items() if n.startswith(TEACHER)}
+        if said:
             # From [batch, sequence, k] to Megatron's order of tokens.
-            self._cached = TopK(*(t.transpose(0, 1).flatten(0, 1) for t in (indices, log_probs)))
+            self._cached = TopK(**said).each(lambda tensor: tensor.transpose(0, 1).flatten(0, 1))
         output: Tensor = super().forward_step(batch)
         return output
 

@@ -20,7 +20,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.stage import Input, Inputs
 from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.losses import LogitsLoss
-from recipes.distillation.settings import CACHED, TERMS, DistillConfig
+from recipes.distillation.settings import CACHED, DRAWN_LOSS, TERMS, DistillConfig
 
 Pairs = Sequence[tuple[int, int]]
 """Layers of student and teacher whose outputs are compared, counted from 1."""
@@ -97,6 +97,12 @@ def _require_fit(cfg: DistillConfig, cache: TeacherCache, source: Input, data: I
         raise RecipeError(
             f"the teacher in {source.directory} was cached for other text.",
             "give both stages the same data, and run the one that caches again",
+        )
+    if cache.index.tail_draws and cfg.logits_loss != DRAWN_LOSS:
+        raise RecipeError(
+            f"the teacher in {source.directory} is cached by draws, which only {DRAWN_LOSS} is "
+            "right with.",
+            f"set stages.{cfg.stage}.logits_loss={DRAWN_LOSS}, or cache it with tail_draws=0",
         )
     for name in ("seq_length", "temperature", "top_k"):
         ours, cached = getattr(cfg, name), getattr(cache.index, name)

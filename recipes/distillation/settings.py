@@ -131,7 +131,11 @@ class CacheLogitsConfig(StageConfig):
     """Settings of ``cache_logits``."""
 
     top_k: Count = 64
-    """Likeliest tokens to keep one by one; of all others only their mass is kept."""
+    """Likeliest tokens to keep one by one."""
+    tail_draws: CountOrZero = 0
+    """Of all others so many are drawn by their probabilities, and stand for them: in the mean over
+    draws, losses and gradients are those of the whole vocabulary, of ``forward_kl`` alone. With 0
+    only their mass is kept, and they are one outcome."""
     temperature: Temperature = 1.0
     """That the teacher's distribution is stored at: the same as in ``distill``."""
     seq_length: Count = 256
@@ -156,9 +160,10 @@ class CacheLogitsConfig(StageConfig):
         return dtype_of(self.precision)
 
 
-def bytes_per_token(vocabulary: int, top_k: int) -> int:
+def bytes_per_token(vocabulary: int, top_k: int, draws: int) -> int:
     """Size of what is stored for one position; see ``logit_cache``."""
-    return top_k * (2 if vocabulary <= SMALL_VOCABULARY else 4) + (top_k + 1) * 2
+    number = 2 if vocabulary <= SMALL_VOCABULARY else 4
+    return (top_k + draws) * number + (top_k + 1 + (draws > 0)) * 2
 
 
 @dataclass
@@ -169,6 +174,8 @@ class CorrectTeacherConfig(TrainingConfig):
 CACHED = "logit_cache"
 LOGITS_LOSSES = ("forward_kl", "reverse_kl", "jsd")
 """Each a function of ``losses.DIVERGENCES``."""
+DRAWN_LOSS = "forward_kl"
+"""What a cached teacher of ``tail_draws`` can teach, being linear in its probabilities."""
 HIDDEN_LOSSES = ("cosine", "mse")
 """Each a function of ``hidden_loss.DISTANCES``."""
 LOSS_BALANCERS = ("fixed", "dynamic")

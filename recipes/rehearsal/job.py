@@ -20,7 +20,7 @@ from recipes.stages.export_hf import ExportConfig
 from recipes.stages.import_hf import ImportConfig
 from recipes.stages.successive_halving import training_of
 
-OF_A_CACHE = ("seq_length", "top_k", "temperature")
+OF_A_CACHE = ("seq_length", "top_k", "tail_draws", "temperature")
 """Settings that say what a cached teacher is like."""
 STEPS = 2
 """Of a training: memory is as it stays once the optimizer has its states."""

@@ -140,15 +140,15 @@ def dataset(tokens: int, stage: Path) -> Input:
 
 def logit_cache(given: Given, windows: int, stage: Path) -> Input:
     """What a teacher said of so many windows, as it is stored; nothing likely."""
-    length, k = given.config["seq_length"], given.config["top_k"]
-    vocabulary = given.shape["vocab_size"]
-    index = CacheIndex(vocabulary, length, k, given.config["temperature"], shards=1)
+    index = CacheIndex(given.shape["vocab_size"], **given.config, shards=1)
     (stage / ARTIFACT).mkdir(parents=True)
     write_index(stage / ARTIFACT, index)
     shard = {
         "windows": (torch.int32, [windows]),
-        "indices": (index.index_dtype, [windows, length, k]),
-        "log_probs": (torch.float16, [windows, length, k + 1]),
+        **{
+            name: (dtype, [windows, index.seq_length, size])
+            for name, (dtype, size) in index.tensors.items()
+        },
     }
     write_zeros(stage / ARTIFACT / SHARD.format(0), shard)
     return Input(stage, _manifest(stage, CACHED))

@@ -51,7 +51,7 @@ def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
 def disk_bytes(cfg: CacheLogitsConfig, chain: Chain) -> int:
     """The cache, where its size does not depend on the text."""
     tokens = (cfg.num_windows or 0) * cfg.seq_length
-    return tokens * bytes_per_token(chain.teacher.vocab_size, cfg.top_k)
+    return tokens * bytes_per_token(chain.teacher.vocab_size, cfg.top_k, cfg.tail_draws)
 
 
 def progress(work: Path) -> str | None:

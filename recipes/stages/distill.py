@@ -12,7 +12,7 @@ from recipes.core.manifest import Outcome, manifest_of
 from recipes.core.metrics import steps_of
 from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
 from recipes.distillation.results import DistillationResult
-from recipes.distillation.settings import CACHED, CacheLogitsConfig, DistillConfig
+from recipes.distillation.settings import CACHED, DRAWN_LOSS, CacheLogitsConfig, DistillConfig
 from recipes.distillation.training import (
     training_bytes,
     training_problems,
@@ -123,6 +123,12 @@ def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Pr
             rules.CACHED_TEACHER,
             "hidden_weight is set, but a cached teacher has no hidden states",
             "use teacher=live, or hidden_weight=0",
+        )
+    if cache.tail_draws and cfg.logits_loss != DRAWN_LOSS:
+        yield Problem(
+            rules.CACHED_TEACHER,
+            f"logits_loss={cfg.logits_loss}, but the cached teacher's tail is drawn",
+            f"use {DRAWN_LOSS}, or set stages.{cache.stage}.tail_draws=0",
         )
     if cfg.top_k not in (None, cache.top_k):
         yield Problem(

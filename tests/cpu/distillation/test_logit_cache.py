@@ -32,7 +32,7 @@ from tests.support.launcher import run_and_kill
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import tiny, without
 
-LENGTH, KEPT, TEMPERATURE, WINDOWS, PER_SHARD = 48, 16, 1.5, 130, 12
+LENGTH, KEPT, DRAWS, TEMPERATURE, WINDOWS, PER_SHARD = 48, 16, 5, 1.5, 130, 12
 MADE_WITH = {"seq_length": LENGTH, "temperature": TEMPERATURE}
 HALF = 2.0**-11
 """float16 keeps 11 significant bits."""
@@ -47,6 +47,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
         "stages.prune.target_num_layers=2",
         f"stages.distill.temperature={TEMPERATURE}",
         f"stages.cache_logits.top_k={KEPT}",
+        f"stages.cache_logits.tail_draws={DRAWS}",
         f"stages.cache_logits.num_windows={WINDOWS}",
         f"stages.cache_logits.windows_per_shard={PER_SHARD}",
         "stages.cache_logits.micro_batch_size=3",
@@ -96,7 +97,8 @@ def test_it_stores_what_transformers_says(
     for number, expected in zip(
         cache.windows, (logits / TEMPERATURE).log_softmax(dim=-1), strict=True
     ):
-        indices, log_probs = cache.rows(int(number))
+        said = cache.rows(int(number))
+        indices, log_probs = said["indices"], said["log_probs"]
         assert indices.shape == (LENGTH, KEPT)
         assert log_probs.shape == (LENGTH, KEPT + 1)
         assert len(set(indices[0].tolist())) == KEPT
@@ -107,6 +109,17 @@ def test_it_stores_what_transformers_says(
         torch.testing.assert_close(log_probs[:, :KEPT].double(), found, rtol=HALF, atol=1e-4)
         rest = expected.exp().scatter(-1, indices, 0).sum(dim=-1).log()
         torch.testing.assert_close(log_probs[:, KEPT].double(), rest, rtol=HALF, atol=1e-4)
+        others = expected.scatter(-1, indices, -math.inf)
+        entropy = -(others.exp() * others.clamp(min=-1e9)).sum(dim=-1, keepdim=True)
+        torch.testing.assert_close(said["rest_entropy"].double(), entropy, rtol=2 * HALF, atol=1e-4)
+        # What lies between two draws is what one stands for.
+        mass, part = others.exp().cumsum(dim=-1), rest.exp()[:, None] / DRAWS
+        assert said["draws"].shape == (LENGTH, DRAWS)
+        ends = mass.gather(-1, said["draws"])
+        starts = ends - others.exp().gather(-1, said["draws"])
+        places = torch.arange(DRAWS) * part
+        assert (ends > places - 1e-5).all()
+        assert (starts < places + part + 1e-5).all()
 
 
 def test_the_manifest_has_the_teachers_own_figures(
@@ -122,7 +135,7 @@ def test_the_manifest_has_the_teachers_own_figures(
     assert metrics["tail_mass"] == pytest.approx(rest.mean().item(), rel=1e-4)
     assert metrics["windows"] == WINDOWS < metrics["windows_of_text"]
     assert metrics["tokens"] == WINDOWS * LENGTH
-    assert metrics["bytes_per_token"] == 2 * KEPT + 2 * (KEPT + 1)
+    assert metrics["bytes_per_token"] == 2 * KEPT + 2 * (KEPT + 1) + 2 * (DRAWS + 1)
     size = stage_of(run, "cache_logits").manifest.total_bytes() / metrics["tokens"]
     assert metrics["bytes_per_token"] < size < 1.15 * metrics["bytes_per_token"]
 
@@ -195,7 +208,8 @@ def test_two_ranks_say_the_same(
         found, other = two[name]
         assert np.array_equal(found["windows"], expected["windows"])
         # The order of equal tokens is free, and sums over ranks round differently.
-        assert (found["indices"] == expected["indices"]).mean() > 0.995
+        for ids in ("indices", "draws"):
+            assert (found[ids] == expected[ids]).mean() > 0.99, (name, ids)
         np.testing.assert_allclose(
             found["log_probs"].astype(np.float64),
             expected["log_probs"].astype(np.float64),
@@ -216,6 +230,8 @@ def test_a_cache_of_other_settings_or_text_is_refused(run: Path) -> None:
         _require_fit(settings(), cache, source, stage_of(run, "import_hf"))
     with pytest.raises(RecipeError, match="has no hidden states"):
         _require_fit(settings(hidden_weight=1.0), cache, source, data)
+    with pytest.raises(RecipeError, match="only forward_kl is right with"):
+        _require_fit(settings(logits_loss="jsd"), cache, source, data)
     _require_fit(settings(top_k=KEPT), cache, source, data)
 
 
@@ -272,8 +288,8 @@ def test_float16_keeps_probabilities(spread: float) -> None:
 
 
 def test_ids_take_two_bytes_as_long_as_they_fit() -> None:
-    assert CacheIndex(1 << 16, 8, 4, 1.0, 1).index_dtype == torch.uint16
-    assert CacheIndex((1 << 16) + 1, 8, 4, 1.0, 1).index_dtype == torch.int32
+    assert CacheIndex(1 << 16, 8, 4, 1.0, 1).tensors["indices"] == (torch.uint16, 4)
+    assert CacheIndex((1 << 16) + 1, 8, 4, 1.0, 1, 3).tensors["draws"] == (torch.int32, 3)
 
 
 def test_shards_hold_the_types_they_promise(run: Path) -> None:
@@ -282,4 +298,6 @@ def test_shards_hold_the_types_they_promise(run: Path) -> None:
         "windows": "int32",
         "indices": "uint16",
         "log_probs": "float16",
+        "draws": "uint16",
+        "rest_entropy": "float16",
     }

@@ -132,6 +132,34 @@ def test_a_given_top_k_equals_one_asked_for(kind: str) -> None:
     assert torch.equal(gradients[0][1], gradients[1][1])
 
 
+def test_draws_stand_for_the_whole_vocabulary_in_the_mean() -> None:
+    """Over all places that the first of equally spaced draws may be at."""
+    draws, starts, loss = 3, 20_000, LogitsLoss(temperature=2.0)
+    teacher, student = make_logits(1)[:1], make_logits(2)[:1]
+    first = (torch.arange(starts) + 0.5) / starts
+    places = (first[:, None] + torch.arange(draws)) / draws
+    many = teacher.float().expand(starts, -1)
+    cached = top_k(many, 7, loss.temperature, places=places)
+    assert cached.draws is not None
+    assert not (cached.draws[:, :, None] == cached.indices[:, None]).any()
+    exact = student.clone().requires_grad_()
+    expected = reference(exact, teacher, loss)
+    expected.sum().backward()
+    assert exact.grad is not None
+    found = []
+    for known in (cached, TopK(cached.indices, cached.log_probs)):
+        ours = student.float().expand(starts, -1).clone().requires_grad_()
+        losses = distillation_loss(ours, known, loss)
+        losses.sum().backward()
+        assert ours.grad is not None
+        found.append((losses.double().mean(), ours.grad.double().mean(dim=0)))
+    torch.testing.assert_close(found[0][0], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0][1], exact.grad[0], rtol=0, atol=2e-4)
+    assert (found[1][1] - exact.grad[0]).abs().max() > 2e-2, "one outcome should be biased"
+    with pytest.raises(RecipeError, match="use forward_kl"):
+        distillation_loss(student.float(), cached.each(lambda t: t[:1]), LogitsLoss("jsd"))
+
+
 def test_a_tiny_tail_is_exact() -> None:
     """A tail of 1e-30 is below the rounding of 1 - sum(chosen), even in float64."""
     logits = make_logits(1)
@@ -296,6 +324,13 @@ for kind in LOGITS_LOSSES:
             assert torch.equal(split.indices, expected.indices)
             torch.testing.assert_close(split.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
             compare(lambda x, g: distillation_loss(x, split if g else expected, loss, g))
+places = (torch.rand(37, 1) + torch.arange(4)) / 4
+split = top_k(whole_t[:, columns], 7, 2.0, group, chunk, places)
+expected = top_k(whole_t, 7, 2.0, places=places)
+assert torch.equal(split.draws, expected.draws) and alike(split.draws)
+torch.testing.assert_close(split.rest_entropy, expected.rest_entropy, rtol=1e-5, atol=1e-6)
+loss = LogitsLoss(temperature=2.0, chunk_bytes=chunk)
+compare(lambda x, g: distillation_loss(x, split if g else expected, loss, g))
 compare(lambda x, g: token_cross_entropy(x, labels, g, chunk))
 dist.barrier()
 del group  # one that outlives this may abort the interpreter as it ends

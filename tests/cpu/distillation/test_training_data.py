@@ -48,8 +48,11 @@ class Cache:
     def __init__(self, windows: list[int]) -> None:
         self.windows = np.array(windows)
 
-    def rows(self, window: int) -> tuple[Any, Any]:
-        return torch.full((LENGTH, 2), window), torch.full((LENGTH, 3), float(-window))
+    def rows(self, window: int) -> dict[str, Any]:
+        return {
+            "indices": torch.full((LENGTH, 2), window),
+            "log_probs": torch.full((LENGTH, 3), float(-window)),
+        }
 
 
 def windows_of(data: Path, samples: int, **settings: Any) -> TokenWindows:

@@ -92,6 +92,12 @@ def test_pairs_that_cannot_be_derived(kept: list[int] | None) -> None:
         ({"temperature": 2.0}, {}, "temperature=2.0, but the cached teacher's is 1.0"),
         ({"seq_length": 128}, {}, "seq_length=128"),
         ({"top_k": 32}, {}, "top_k=32, but the cached teacher's is 64"),
+        (
+            {"logits_loss": "jsd"},
+            {"tail_draws": 4},
+            "logits_loss=jsd, but the cached teacher's tail",
+        ),
+        ({}, {"tail_draws": 4}, None),
         ({"hidden_weight": 1.0}, {}, "no hidden states"),
         ({}, {"seq_length": 64}, "seq_length=256, but the cached teacher's is 64"),
     ],
