@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import signal
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from recipes.core.files import storage_problem
 from recipes.core.manifest import WORK
+from recipes.core.processes import ended_by
 from recipes.core.silence import hung
 
 LOGS = "logs"
 ERROR = "error.txt"
 TAIL_BYTES = 1 << 16
+_FAILED_RANK = re.compile(
+    r"time +: (?P<time>[\d_:-]+)(?:.*\n)+?.*rank +: (?P<rank>\d+) "
+    r"(?:.*\n)+?.*exitcode +: (?P<code>-?\d+)"
+)
 
 
 def newest_log(stage_dir: Path) -> Path | None:
@@ -27,9 +35,25 @@ def tail(file: Path, lines: int) -> list[str]:
     return text.strip().splitlines()[-lines:] if lines else []
 
 
+def _killed_rank(log: Path) -> str | None:
+    """Which rank was killed, in the words of torchrun; the others then lost their connection to it.
+
+    Not those that torchrun itself kills, half a minute after another one failed.
+    """
+    found = [
+        (datetime.strptime(each["time"], "%Y-%m-%d_%H:%M:%S"), each["rank"], int(each["code"]))
+        for each in _FAILED_RANK.finditer("\n".join(tail(log, 200)))
+    ]
+    soon = min((when for when, _, _ in found), default=datetime.min) + timedelta(seconds=10)
+    killed = [rank for when, rank, code in found if code == -signal.SIGKILL and when < soon]
+    return f"rank {killed[0]} was {ended_by(-signal.SIGKILL)}" if killed else None
+
+
 def reason(stage_dir: Path, log: Path | None) -> str:
     """Why a stage failed: its own message, or else the last lines of its log."""
     error = stage_dir / WORK / ERROR
+    if log is not None and (killed := _killed_rank(log)) is not None:
+        return killed
     if error.exists():
         return error.read_text(encoding="utf-8").strip()
     if (problem := hung(stage_dir / WORK) or storage_problem(None, stage_dir)) is not None:

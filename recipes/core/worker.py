@@ -83,9 +83,16 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
 
 
 def _summary(error: Exception, stage_dir: Path) -> str:
+    what = f"{type(error).__name__}: {error}"
     if (problem := storage_problem(error, stage_dir)) is not None:
-        return f"{problem}\n  {type(error).__name__}: {error}"
-    return f"{type(error).__name__}: {error}"
+        return f"{problem}\n  {what}"
+    if world_size() > 1 and "by peer" in str(error):
+        lost = RecipeError(
+            f"rank {rank()} lost its connection to another, which was killed or whose node failed.",
+            "its end is in the log, if it had time to say so; the same command resumes",
+        )
+        return f"{lost}\n  {what}"
+    return what
 
 
 def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: Path) -> None:

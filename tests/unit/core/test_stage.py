@@ -18,7 +18,7 @@ from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, check_artifact, read
 from recipes.core.metrics import METRICS, MetricsLog, read_records
 from recipes.core.stage import left_behind, metrics_log, unfinished
 from recipes.core.versions import git_sha, installed_versions
-from recipes.core.worker import prepare_work
+from recipes.core.worker import _summary, prepare_work
 from tests.support.disks import small_disk
 
 if TYPE_CHECKING:
@@ -190,6 +190,17 @@ def test_full_disk_is_named_and_the_work_resumes(worker: Worker, tmp_path: Path)
         assert not (stage / MANIFEST).exists()
         disk.remount("size=2m")
         assert worker.start(stage, fail="large").returncode == 0
+
+
+@pytest.mark.parametrize(("ranks", "said"), [("2", "rank 1 lost its connection"), ("1", "Runtime")])
+def test_a_lost_connection_is_the_end_of_another_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: str, said: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setenv("RANK", "1")
+    error = RuntimeError("gloo/transport/tcp/pair.cc:537 Read error: Connection reset by peer")
+    assert _summary(error, tmp_path).startswith(said)
+    assert str(error) in _summary(error, tmp_path)
 
 
 def test_damaged_request_is_named(tmp_path: Path) -> None:

@@ -26,6 +26,30 @@ if TYPE_CHECKING:
 AWKWARD = """it's "quoted" $HOME `id`
 and two lines"""
 
+TORCHRUN = """\
+============================================================
+recipes.stages.distill FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-01-31_{when}
+  host      : somewhere
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 1235)
+  error_file: <N/A>
+  traceback : Signal 9 (SIGKILL) received by PID 1235
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-01-31_06:00:00
+  host      : somewhere
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 1234)
+  error_file: <N/A>
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+============================================================
+"""
+
 
 @pytest.fixture
 def stage(plan: Callable[..., Plan]) -> PlannedStage:
@@ -182,6 +206,25 @@ def test_stage_that_a_signal_ended_says_so(
 ) -> None:
     message = failure(stage, fake_python(tmp_path, f"kill -{signal} $$"), monkeypatch)
     assert said in message
+
+
+@pytest.mark.parametrize(
+    ("when", "said"),
+    [
+        ("06:00:01", "rank 1 was killed by SIGKILL: out of memory"),
+        ("06:00:31", "lost its connection"),  # by torchrun, since it did not end by itself
+    ],
+)
+def test_a_rank_that_was_killed_is_named(
+    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, said: str
+) -> None:
+    """As torchrun reports it, whatever the others say of it."""
+    report = TORCHRUN.format(when=when)
+    work = stage.directory / WORK
+    program = f'mkdir "{work}"; printf "lost its connection" > "{work}/error.txt"\n'
+    program += f"cat <<'END'\n{report}END\nexit 1"
+    message = failure(stage, fake_python(tmp_path, program), monkeypatch)
+    assert message.startswith(f"stage distill failed: {said}")
 
 
 def test_every_start_has_its_own_log(
