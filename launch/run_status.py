@@ -13,7 +13,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launch import lock
-from launch.executors.slurm_queue import Job, JobState, final_state, job_states, read_jobs
+from launch.executors.slurm_queue import (
+    ENDED_BY_SLURM,
+    Job,
+    JobState,
+    final_state,
+    job_states,
+    read_jobs,
+)
 from launch.logs import ERROR, newest_log, reason
 from recipes.core.deadline import STOPPED
 from recipes.core.errors import RecipeError
@@ -109,8 +116,11 @@ def _ended(stage_dir: Path, job: Job | None, ended: str | None) -> StageState:
     name, log = stage_dir.name, newest_log(stage_dir)
     if (stage_dir / WORK / STOPPED).exists():
         return StageState(name, STOPPED_STATE, reason(stage_dir, log), job)
+    why = ENDED_BY_SLURM.get((ended or "").rstrip("+"))
     if (ended or "").startswith("CANCELLED"):
         return StageState(name, CANCELLED, "the same command submits it again", job)
+    if why:
+        return StageState(name, FAILED, f"{ended}: {why}", job)
     how = f"{ended}: " if ended else ""
     if (job and log and log.stem == job.id) or (stage_dir / WORK / ERROR).exists():
         return StageState(name, FAILED, how + reason(stage_dir, log), job)

@@ -10,7 +10,14 @@ from rich.console import Console
 
 from launch.cluster import Executor, Follow
 from launch.executors import container
-from launch.executors.slurm_queue import Job, active_jobs, job_states, read_jobs
+from launch.executors.slurm_queue import (
+    ENDED_BY_SLURM,
+    Job,
+    JobState,
+    active_jobs,
+    job_states,
+    read_jobs,
+)
 from launch.executors.slurm_scripts import job_script, submit_script
 from launch.executors.slurm_settings import SlurmConfig, settings_problems
 from launch.logs import LOGS, newest_log, reason
@@ -25,6 +32,8 @@ from recipes.core.wheels import cache_dir
 SCRIPT = "job.sbatch"
 SUBMIT = "submit.sh"
 POLL_SECONDS = 2.0
+RESTART_SECONDS = 900.0
+"""In which a controller that is being restarted must answer again."""
 
 
 def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
@@ -70,14 +79,17 @@ def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) ->
     """Submits the jobs; follows them, and refuses one that fails, only if asked."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     script = plan.run_dir / SUBMIT
+    before = read_jobs(plan.run_dir)
     if plan.todo():
         done = subprocess.run([script], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RecipeError(
-                f"a job was refused: {done.stderr.strip()}\n  what was submitted before it stays",
-                f"correct cluster=slurm's settings and run the same command, or run {script}",
-            )
     jobs = read_jobs(plan.run_dir)
+    if plan.todo() and done.returncode:
+        refused, *_ = [s.name for s in plan.todo() if jobs.get(s.name) == before.get(s.name)]
+        raise RecipeError(
+            f"the job of {refused} was refused: {done.stderr.strip()}\n"
+            "  what was submitted before it stays",
+            f"correct cluster=slurm's settings and run the same command, or run {script}",
+        )
     for stage in plan.todo():
         console.print(f"{stage.name}: job {jobs[stage.name].id}")
     what = "submitted" if plan.todo() else "nothing to submit"
@@ -92,11 +104,11 @@ def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) ->
 def _follow(stage: PlannedStage, job: Job, follow: Follow) -> None:
     """Shows a stage's progress until its job has ended."""
     with follow(stage) as follower:
-        state = job_states([job]).get(job.id)
+        state = _state(job)
         while state is not None and state.active:
             time.sleep(POLL_SECONDS)
             follower.update()
-            state = job_states([job]).get(job.id)
+            state = _state(job)
         follower.update()
         manifest = read_manifest(stage.directory)
         complete = manifest is not None and manifest.fingerprint == stage.fingerprint
@@ -104,10 +116,23 @@ def _follow(stage: PlannedStage, job: Job, follow: Follow) -> None:
         if not complete or (state is not None and state.state != "COMPLETED"):
             ended = f" ({state.state})" if state else ""
             log = newest_log(stage.directory)
+            why = ENDED_BY_SLURM.get(state.state) if state else None
             raise RecipeError(
-                f"stage {stage.name}, job {job.id}, failed{ended}: {reason(stage.directory, log)}"
-                f"\n  log: {log}"
+                f"stage {stage.name}, job {job.id}, failed{ended}: "
+                f"{why or reason(stage.directory, log)}\n  log: {log}"
             )
+
+
+def _state(job: Job) -> JobState | None:
+    """What Slurm says of a job, whose node does not need its controller to go on."""
+    deadline = time.monotonic() + RESTART_SECONDS
+    while True:
+        try:
+            return job_states([job]).get(job.id)
+        except RecipeError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_SECONDS)
 
 
 EXECUTOR = Executor(

@@ -15,6 +15,14 @@ RECORD = "jobs.txt"
 ENDED = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
 ) | {"PREEMPTED", "REVOKED", "TIMEOUT"}
+ENDED_BY_SLURM = {
+    "CANCELLED": "it was cancelled; the same command submits it again",
+    "NODE_FAIL": "a node that it ran on failed; the same command submits it again",
+    "OUT_OF_MEMORY": "it took more memory than it asked for: see cluster.sbatch",
+    "PREEMPTED": "another job took its nodes; the same command submits it again",
+    "TIMEOUT": "its time limit was over; the same command submits it again, and it goes on",
+}
+"""Why a job has ended that Slurm ended; its processes then say only that they lost each other."""
 TIMEOUT_SECONDS = 60
 
 

@@ -18,10 +18,11 @@ CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={dir}/munge.sock,cred_expire=5
+AuthInfo=socket={dir}/munge.sock,cred_expire=15
 CredType=cred/munge
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SrunPortRange={srun_first}-{srun_last}
@@ -78,13 +79,21 @@ class Cluster:
         run("slurmctld")
         for number in range(NODES):
             run("slurmd", "-N", f"n{number + 1}")
-        wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * NODES, 30)
+        wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * NODES, 300)
+
+    def restart_controller(self, seconds: float) -> None:
+        """Ends it, and starts it again after a while in which it does not answer."""
+        pid = int((self.directory / "slurmctld.pid").read_text())
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: not Path("/proc", str(pid)).exists(), 60)
+        time.sleep(seconds)
+        run("slurmctld")
 
     def stop(self) -> None:
         """Ends every job and daemon of this cluster, by their process ids."""
         with contextlib.suppress(Exception):
             run("scancel", "--me")
-            wait_for(lambda: not run("squeue", "-h"), 20)
+            wait_for(lambda: not run("squeue", "-h"), 120)
         pids = [*self.directory.glob("slurmd.*.pid"), self.directory / "slurmctld.pid"]
         for file in [*pids, self.directory / "munged.pid"]:
             with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
@@ -94,7 +103,7 @@ class Cluster:
         os.environ.pop("SLURM_CONF", None)
 
     def _write_config(self) -> None:
-        d, port = self.directory, FIRST_PORT + os.getpid() % 18 * 500
+        d, port = self.directory, free_port()
         values = {"node_first": port + 1, "node_last": port + NODES}
         values |= {"srun_first": port + 100, "srun_last": port + 400}
         text = CONF.format(dir=d, host=socket.gethostname().split(".")[0], port=port, **values)
@@ -124,9 +133,23 @@ class Cluster:
         return True
 
 
+def free_port() -> int:
+    """The first of 500 ports that nobody listens to where the daemons are to listen.
+
+    Jobs are numbered from it: ranks meet at a port that their job's number tells.
+    """
+    for number in range(18):
+        port = FIRST_PORT + (os.getpid() + number) % 18 * 500
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for daemon in range(NODES + 1):
+                stack.enter_context(socket.create_server(("127.0.0.1", port + daemon)))
+            return port
+    raise AssertionError(f"no port is free from {FIRST_PORT} on")
+
+
 def run(*command: str) -> str:
     """Output of a command that must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout
 

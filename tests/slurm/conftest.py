@@ -121,6 +121,6 @@ def tiny_chain(
     run = Run(folder / "run", overrides)
     os.environ["HF_TOKEN"] = SECRET
     try:
-        return run, run_recipe(*run.words("cluster.follow=true"), cwd=folder, timeout=800)
+        return run, run_recipe(*run.words("cluster.follow=true"), cwd=folder, timeout=1500)
     finally:
         del os.environ["HF_TOKEN"]

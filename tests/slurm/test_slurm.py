@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from tests.support.in_process import run_here
 from tests.support.launcher import Result
 from tests.support.runs import STAGES as ALL
 
+pytestmark = pytest.mark.timeout(1800)  # of which the first test waits for a whole chain
 STAGES = ALL[ALL.index("import_hf") :]
 UNTRAINED = STAGES[STAGES.index("distill") :]
 
@@ -158,7 +160,7 @@ def test_node_that_goes_down_and_cancel(tiny_chain: tuple[Run, Result], tmp_path
     job = read_jobs(chain.directory)["prepare_data"]
     assert "Restarts=1 " in run("scontrol", "show", "job", job.id)
     chain.wait()
-    wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * 2, 60)
+    wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * 2, 300)
 
     again = ("stages.only=[prepare_data]", "force=[prepare_data]")
     before = read_manifest(chain.directory / "prepare_data")
@@ -179,7 +181,7 @@ def running_on(chain: Run) -> str:
         states = [state for _, state in active_jobs(chain.directory).values()]
         return states[0].nodes if states and states[0].state == "RUNNING" else ""
 
-    wait_for(node, 60)
+    wait_for(node, 300)
     return node()
 
 
@@ -219,18 +221,32 @@ def test_second_submission_adopts_and_cancel_ends_all(
     assert f"job {jobs['distill'].id} is pending for distill of this run" in local.output
 
     assert chain.command("cancel").code == 0
-    wait_for(lambda: not active_jobs(chain.directory), 20)
+    wait_for(lambda: not active_jobs(chain.directory), 120)
     assert {states(chain)[stage] for stage in UNTRAINED} == {"cancelled"}
     assert "nothing runs" in chain.command("cancel").output
 
 
-def test_what_slurm_refuses_is_said(tiny_chain: tuple[Run, Result], tmp_path: Path) -> None:
+def test_what_slurm_refuses_is_said_and_what_it_took_before_stays(
+    tiny_chain: tuple[Run, Result], tmp_path: Path
+) -> None:
     original, _ = tiny_chain
-    chain = original.copy_without(tmp_path, "report")
-    refused = chain.submit("cluster.partition=elsewhere")
+    chain = original.copy_without(tmp_path, *UNTRAINED)
+    held = "cluster.sbatch=[--hold]"
+    refused = chain.submit(held, "stages.export_hf.resources.sbatch=['--partition=elsewhere']")
     assert refused.code == 1
+    assert "the job of export_hf was refused" in refused.output
     assert "invalid partition specified: elsewhere" in refused.output
-    assert not read_jobs(chain.directory)
+    taken = read_jobs(chain.directory)
+    assert list(taken) == ["distill", "evaluate"]
+    again = chain.submit(held)
+    assert again.code == 0, again.output
+    assert list(read_jobs(chain.directory)) == UNTRAINED
+    assert taken.items() <= read_jobs(chain.directory).items()
+    threading.Timer(3, run, ("scancel", taken["distill"].id)).start()
+    followed = chain.submit(held, "cluster.follow=true")
+    assert followed.code == 1
+    assert f"job {taken['distill'].id}, failed (CANCELLED): it was cancelled" in followed.output
+    assert chain.command("cancel").code == 0
 
 
 def test_sweep_of_three_shares_what_it_reads(
