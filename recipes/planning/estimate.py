@@ -32,8 +32,9 @@ from recipes.planning.work import (
 )
 from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
-CHUNK_BUFFERS, CHUNK_BUFFERS_READING = 3, 2
-"""Buffers of the loss that are alive at once: in training, and where a teacher's top-k is taken."""
+COMPARING_BUFFERS, CHUNK_BUFFERS = 3, 2
+"""Buffers of the loss that are alive at once: where all logits of two models are compared, and where
+one model's are, with a few tokens."""
 FRAGMENTATION = 1.05
 """Memory that an allocator holds for what is used; an assumption."""
 OPTIMIZER_TRAFFIC = 30
@@ -114,16 +115,17 @@ def activation_bytes(arch: Architecture, layout: Layout, tokens: float) -> float
     Kept are inputs and outputs of both norms, queries, keys, values and the attention's output,
     both halves of the first feed-forward product and their gated product; where queries and keys
     are normalised, what goes into that, too. The first four are whole on every tensor-parallel rank
-    unless the sequence is split too.
+    unless the sequence is split too. Experts keep their tokens, which are gathered from all parts
+    of a sequence, and the gated product once more, times the router's probability.
     """
     whole = 4 * arch.hidden_size
     heads = 2 * (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
     if arch.qk_layernorm:
         heads += (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
-    if arch.num_moe_experts:
-        whole += arch.moe_router_topk * arch.hidden_size  # tokens as the experts get them
+    routed = arch.moe_router_topk * arch.hidden_size
+    feed_forward = 3 * feed_forward_width(arch) + arch.moe_router_topk * arch.moe_ffn_hidden_size
     split = layout.tensor if layout.sequence_parallel else 1
-    return 2 * tokens * (whole / split + (heads + 3 * feed_forward_width(arch)) / layout.tensor)
+    return 2 * tokens * (whole / split + routed + (heads + feed_forward) / layout.tensor)
 
 
 def memory(job: Workload, hardware: Hardware) -> Memory:
@@ -180,7 +182,8 @@ def _held_activations(arch: Architecture, job: Workload, stage: int, tokens: flo
 def _logits_bytes(job: Workload, hardware: Hardware, tokens: float) -> float:
     """Logits, a gradient for each term of the loss, and the loss's buffers.
 
-    The teacher's logits are overwritten with the gradient of the term that compares them.
+    A live teacher's logits are overwritten with the gradient of the term that compares them, which
+    comes first.
     """
     shape = job.trained or job.teacher
     assert shape is not None
@@ -188,8 +191,9 @@ def _logits_bytes(job: Workload, hardware: Hardware, tokens: float) -> float:
     chunk = min(LOSS_CHUNK_BYTES, 4 * one) if hardware.on_gpu else 0
     one *= 2 if job.bf16 else 4
     if job.trained is None:  # twice for a moment: Megatron puts the batch's axis first
-        return max(2 * one, one + CHUNK_BUFFERS_READING * chunk)
-    return (1 + job.terms) * one + CHUNK_BUFFERS * chunk
+        return max(2 * one, one + CHUNK_BUFFERS * chunk)
+    compared = 0 if job.teacher is None else 2 * one + COMPARING_BUFFERS * chunk
+    return max(compared, (1 + job.terms) * one + CHUNK_BUFFERS * chunk)
 
 
 def forward_flops(arch: Architecture, seq_length: int) -> float:

@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from nemo.collections.llm.gpt.data import pre_training
+from nemo.collections.llm.gpt.model import base
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
@@ -28,7 +31,7 @@ from nemo_convert import parity
 from recipes.core.deadline import DEADLINE, StoppedByClockError
 from recipes.core.manifest import ARTIFACT, WORK
 from recipes.distillation import losses, objective
-from recipes.rehearsal import checkpoints, device, materials
+from recipes.rehearsal import checkpoints, device, experts, materials
 from recipes.rehearsal.job import Job, Rehearsed
 from recipes.rehearsal.memory import Memory
 from recipes.rehearsal.messages import Checked
@@ -42,6 +45,7 @@ TEACHER = "_teacher_model."
 def stand_in() -> None:
     """Replaces what needs weights or other ranks, for good."""
     checkpoints.stand_in()
+    experts.stand_in()
     losses.CHUNK_BYTES[device.NAME] = losses.CHUNK_BYTES["cuda"]
     begin = objective.LossReduction.__init__
 
@@ -52,6 +56,8 @@ def stand_in() -> None:
 
     setattr(objective.LossReduction, "__init__", __init__)
     setattr(DotProductAttention, "__init__", _of_its_part(DotProductAttention.__init__))
+    for module in (base, pre_training):  # with TransformerEngine, NeMo makes no mask and asks none
+        setattr(module, "HAVE_TE", True)
     # Transformers runs on the CPU here; and what has no numbers is no proof of a conversion.
     setattr(parity, "load_causal_lm", _causal_lm)
     setattr(parity.Parity, "require", lambda found, what: found)
@@ -114,6 +120,7 @@ def _stop_by_the_clock(run: Callable[[], object]) -> None:
     with suppress(StoppedByClockError):
         run()
     del os.environ[DEADLINE]
+    RotaryEmbedding.forward.cache_clear()  # which has the model that it was called for
     gc.collect()
 
 
@@ -145,7 +152,7 @@ def environment(job: Job) -> dict[str, str]:
 def _name_what_stays(memory: Memory) -> None:
     """Tells weights, gradients and optimizer states from activations, as they come to be used."""
     seen: set[int] = set()
-    steps: list[Optimizer] = []
+    stepped = False
 
     def before_forward(module: nn.Module, args: object) -> None:
         if id(module) not in seen:
@@ -153,12 +160,13 @@ def _name_what_stays(memory: Memory) -> None:
             _name_weights(memory, module)
 
     def after_step(optimizer: Optimizer, *args: object) -> None:
+        nonlocal stepped
         for main in (weight for group in optimizer.param_groups for weight in group["params"]):
             states = optimizer.state[main].values()
             memory.name("optimizer", [main, *(s for s in states if isinstance(s, Tensor))])
-        if not steps:
+        if not stepped:
             memory.begin()  # the next step is like all that follow
-        steps.append(optimizer)
+        stepped = True
 
     nn.modules.module.register_module_forward_pre_hook(before_forward)
     register_optimizer_step_post_hook(after_step)

@@ -14,8 +14,29 @@ from launch.plan import typed_stages
 from launch.planned import stage_of
 from launch.schema import CONF, register
 from recipes.planning.chain import Chain
-from recipes.planning.published_configs import read_config_or_published
+from recipes.planning.published_configs import CONFIGS, read_config_or_published
 from recipes.rehearsal.job import Job, jobs_of
+
+MIXTURE = "Qwen/Qwen3-30B-A3B"
+"""A mixture of experts, which no shipped recipe starts from."""
+CONFIGS[MIXTURE] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+}
 
 
 @cache

@@ -17,7 +17,7 @@ from recipes.planning.chain import Chain
 from recipes.rehearsal.job import Job, Rehearsed
 from recipes.rehearsal.peers import unmatched
 from tests.cpu.rehearsal import planted
-from tests.support.rehearsals import cut_down
+from tests.support.rehearsals import MIXTURE, cut_down
 
 D = "stages.distill."
 PIPELINE = (
@@ -25,6 +25,8 @@ PIPELINE = (
     f"{D}tensor_model_parallel_size=4",
     f"{D}sequence_parallel=true",
 )
+SPLIT = (f"{D}context_parallel_size=2",)
+EXPERTS = (f"model.hf_path={MIXTURE}", f"{D}expert_model_parallel_size=8")
 SHARE = ("hardware.memory_bytes=22e9",)
 """Of 80 GB, for 8 of 32 layers."""
 
@@ -57,6 +59,8 @@ SOUND = (
     Case("qwen3_8b_depth", "distill", 767),
     Case("qwen3_8b_depth", "distill", 0, PIPELINE, 4),
     Case("qwen3_8b_depth", "distill", 384, PIPELINE, 4),
+    Case("qwen3_8b_depth", "distill", 1, SPLIT),
+    Case("qwen3_8b_depth", "distill", 2, EXPERTS),
     Case("qwen3_8b_depth_small"),
     Case("qwen3_8b_nas", "distill", 5),
     Case("qwen3_8b_nas_small"),
@@ -124,12 +128,7 @@ def test_a_defect_is_found(case: Case, words: str, rehearsed: Results) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    # A cached teacher's is planned 15% over; one that was taken up again holds two models here.
-    [
-        case
-        for case in SOUND
-        if case.stage == "distill" and not case.resumed and "teacher=cached" not in case.overrides
-    ],
+    [case for case in SOUND if case.stage == "distill"],
     ids=lambda case: f"{case.recipe}-{case.rank}",
 )
 def test_memory_is_as_planned(case: Case, rehearsed: Results) -> None:
@@ -138,7 +137,7 @@ def test_memory_is_as_planned(case: Case, rehearsed: Results) -> None:
     assert plan is not None
     peak = rehearsed[case][1].peak
     for kind in ("weights", "gradients", "optimizer", "teacher"):
-        assert peak[kind] == pytest.approx(getattr(plan, kind), rel=0.01), kind
+        assert peak.get(kind, 0) == pytest.approx(getattr(plan, kind), rel=0.01), kind
     total = sum(getattr(plan, kind) for kind in KINDS)
     assert sum(peak.values()) == pytest.approx(total, rel=0.1)
 
