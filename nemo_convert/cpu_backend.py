@@ -12,6 +12,7 @@ import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -424,6 +425,19 @@ def sdpa_layer_spec(config: Any) -> Any:
     spec = _local_layer_spec(config)
     spec.submodules.self_attention.submodules.core_attention = _sdpa_attention()
     return spec
+
+
+def fuse_attention(core: nn.Module) -> None:
+    """Gives a model that ModelOpt has converted its fused attention back.
+
+    ModelOpt makes Megatron's own of it, which holds every score of every head.
+    """
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    forward = _sdpa_attention().forward
+    for module in core.modules():
+        if isinstance(module, DotProductAttention):
+            module.forward = MethodType(forward, module)
 
 
 def _local_layer_spec(config: Any) -> Any:

@@ -55,6 +55,15 @@ SHARED_SETTINGS = (
 """What the teacher's config must share with the student's. NeMo copies fewer and so would run a
 float32 teacher beside a bfloat16 student."""
 
+FP8_SETTINGS = (
+    "fp8",
+    "fp8_recipe",
+    "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16",
+)
+"""What it shares besides, where it multiplies in FP8, too."""
+
 
 class KDModel(llm.GPTModel):  # type: ignore[misc]
     """A NeMo model trained on an ``Objective``; saves and loads as the plain student."""
@@ -120,7 +129,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
     def _with_teacher(self, student: nn.Module, checkpoint: Path) -> Any:
         """Student and teacher as one ModelOpt ``DistillationModel`` that runs both."""
         config = adapt_config(nemo.restore_model(checkpoint).config, training=True)
-        for name in SHARED_SETTINGS:
+        for name in (*SHARED_SETTINGS, *(FP8_SETTINGS if self._teacher.fp8 else ())):
             setattr(config, name, getattr(self.config, name))
         nemo.split_pipeline(config)
         # Not the student's: initialisation is also what marks a weight as tensor-parallel, and a

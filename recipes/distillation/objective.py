@@ -66,6 +66,8 @@ class Teacher:
     pairs: Pairs = ()
     """Layers whose hidden states are compared."""
     cache: TeacherCache | None = None
+    fp8: bool = False
+    """Whether a live one multiplies in FP8 where the student does."""
 
     @classmethod
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> Teacher:
@@ -83,7 +85,7 @@ class Teacher:
             kept = inputs["student"].manifest.result(_StudentLayers).kept_layers
             layers = nemo.architecture_of(checkpoint).num_layers
             pairs = layer_pairs(cfg, kept, student.num_layers, layers)
-        return cls(checkpoint, pairs)
+        return cls(checkpoint, pairs, fp8=cfg.fp8_teacher)
 
 
 def _require_fit(cfg: DistillConfig, cache: TeacherCache, source: Input, data: Input) -> None:

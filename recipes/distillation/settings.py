@@ -75,7 +75,7 @@ class TrainingConfig(StageConfig):
     """Accumulates gradients in float32; off saves two bytes a parameter."""
     fp8: Annotated[str, one_of("hybrid")] | None = None
     """``hybrid`` multiplies in FP8 (E4M3 forward, E5M2 backward), with TransformerEngine on GPUs
-    from Hopper on; weights and a teacher stay in bfloat16."""
+    from Hopper on; weights stay in bfloat16, and so does a live teacher (``fp8_teacher``)."""
     fp8_recipe: Annotated[str, one_of(*FP8_RECIPES)] = "tensorwise"
     """How it is scaled: ``tensorwise``, ``blockwise``, ``delayed`` or ``mxfp8`` (Blackwell)."""
     first_last_layers_bf16: bool = True
@@ -90,6 +90,9 @@ class TrainingConfig(StageConfig):
     """Ranks that the layers are split over, one after the other (PP)."""
     sequence_parallel: bool = field(default=False, metadata=RESOURCE)
     """Splits activations between tensor-parallel regions along the sequence; no effect at TP=1."""
+    tp_comm_overlap: bool = field(default=False, metadata=RESOURCE)
+    """Sends the parts of tensor-parallel products while others are computed, from buffers of
+    TransformerEngine's, which one model can have."""
     context_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Splits each window over ranks, attention included; needs TransformerEngine, so GPUs."""
     expert_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
@@ -108,6 +111,9 @@ class TrainingConfig(StageConfig):
     """Steps between checkpoints, which a killed run resumes from."""
     keep_checkpoints: Count = 2
     """The newest that are kept."""
+    cuda_graphs: bool = field(default=False, metadata=RESOURCE)
+    """Captures each of the student's layers once and replays it, which saves the launches of its
+    kernels: worthwhile where they are short."""
     profile_steps: list[Count] = field(default_factory=list, metadata=RESOURCE)
     """``[first, last]`` steps to write a trace of, counted from 1, to ``<stage>/profile/``."""
 
@@ -205,6 +211,8 @@ class DistillConfig(TrainingConfig):
     kept with the one it was, as far as both are on the last pipeline stage."""
     lm_weight: Weight = 0.0
     """Weight of the next-token loss; 0 leaves it out."""
+    fp8_teacher: bool = False
+    """Multiplies in ``fp8`` in a live teacher, too."""
     loss_balancer: Annotated[str, one_of(*LOSS_BALANCERS)] = "fixed"
     """``fixed`` weights, or ``dynamic``: the terms are first scaled to equal size, as they were in
     the step before."""

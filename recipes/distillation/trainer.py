@@ -16,6 +16,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.enums import AttnBackend
 from nemo import lightning as nl
 from nemo.collections import llm
+from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
 from nemo_convert import cpu_backend, nemo
 from nemo_convert.device import COLLECTIVE_TIMEOUT, collectives, device
@@ -30,6 +31,16 @@ from recipes.distillation.model import KDModel
 from recipes.distillation.objective import Objective
 from recipes.distillation.settings import TrainingConfig
 from recipes.distillation.training import CHECKPOINTS, UNFINISHED, steps_in, whole_checkpoints
+
+OVERLAPS = {
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "overlap_p2p_comm": False,
+    "batch_p2p_comm": True,
+    "wgrad_deferral_limit": 0,
+    "tp_comm_bootstrap_backend": "nccl",
+}
+"""Of data and pipeline parallelism, as they are without NeMo's callback, which sets these, too."""
 
 
 def train(
@@ -48,6 +59,8 @@ def train(
     restored.config.seq_length = cfg.seq_length
     _set_recompute(restored.config, cfg.recompute_granularity)
     restored.config.attention_backend = AttnBackend[cfg.attention_backend]
+    if cfg.cuda_graphs:
+        restored.config.enable_cuda_graph = restored.config.use_te_rng_tracker = True
     model = KDModel(restored, objective)
     with nemo.outside_slurm():
         trainer = _trainer(cfg)
@@ -55,6 +68,8 @@ def train(
     trainer.callbacks += [Progress(cfg, log), Collect()]
     if deadline() is not None:
         trainer.callbacks.append(Clock(cfg))
+    if cfg.tp_comm_overlap:
+        trainer.callbacks.append(MegatronCommOverlapCallback(tp_comm_overlap=True, **OVERLAPS))
     if cfg.profile_steps:
         first, last = cfg.profile_steps
         trainer.callbacks.append(Profile((first, last), scratch.parent / "profile"))
@@ -90,6 +105,8 @@ def _set_environment(cfg: TrainingConfig) -> None:
         defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if cfg.cuda_graphs:  # whose memory must stay where it is
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:False"
 
 
 def _save_trained(
@@ -102,7 +119,7 @@ def _save_trained(
     # The layout of this training is not the model's.
     written.tensor_model_parallel_size = written.pipeline_model_parallel_size = 1
     written.context_parallel_size = written.expert_model_parallel_size = 1
-    written.sequence_parallel = False
+    written.sequence_parallel = written.tp_comm_overlap = False
     _set_recompute(written, "none")
     model.module.start_param_sync(force_sync=True)  # the last update is gathered with a next step
     # In the stage's work, where a kill leaves nothing behind for good.
@@ -182,6 +199,7 @@ def _trainer(cfg: TrainingConfig) -> Any:
             overlap_param_gather=True,
         ),
         process_group_backend=collectives(),
+        use_te_rng_tracker=cfg.cuda_graphs,
         # NeMo's progress bar gathers on rank 0 only and hangs with several gloo ranks.
         replace_progress_bar=False,
         ckpt_async_save=True,

@@ -40,6 +40,16 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
         )
     if cfg.fp8 is not None:
         yield from _fp8_problems(cfg, chain)
+    if cfg.tp_comm_overlap and not (chain.hardware.on_gpu and cfg.splits_sequence):
+        yield Problem(
+            rules.TP_COMM_OVERLAP,
+            f"tp_comm_overlap with hardware={chain.hardware.name}, "
+            f"tensor_model_parallel_size={cfg.tensor_model_parallel_size} and "
+            f"sequence_parallel={str(cfg.sequence_parallel).lower()} would be left out by NeMo",
+            "leave it out; or split over GPUs, with sequence_parallel=true",
+        )
+    if cfg.cuda_graphs:
+        yield from _graph_problems(cfg, chain)
     steps = cfg.profile_steps
     if steps and not (len(steps) == 2 and steps[0] <= steps[1] <= cfg.max_steps):
         yield Problem(
@@ -48,6 +58,22 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             "for example [10,12]",
         )
     yield from window_problems(cfg.seq_length, chain)
+
+
+def _graph_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
+    reasons = {
+        f"hardware={chain.hardware.name}": not chain.hardware.on_gpu,
+        f"recompute_granularity={cfg.recompute_granularity}": cfg.recompute_granularity != "none",
+        "experts, whose numbers of tokens the host reads": _trained(cfg, chain).num_moe_experts > 0,
+    }
+    for reason in (reason for reason, holds in reasons.items() if holds):
+        yield Problem(rules.CUDA_GRAPHS, f"cuda_graphs with {reason}", "leave one of them out")
+
+
+def _trained(cfg: TrainingConfig, chain: Chain) -> Architecture:
+    """The model that learns."""
+    student = cfg.inputs.get("student")
+    return chain.shape_of(student) if student else chain.teacher
 
 
 def _fp8_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
@@ -63,20 +89,23 @@ def _fp8_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             "first_last_layers_bf16 with fp8_recipe=delayed, which scales all layers together",
             "use fp8_recipe=tensorwise, or first_last_layers_bf16=false",
         )
+    yield from fp8_size_problems(cfg, _trained(cfg, chain))
+
+
+def fp8_size_problems(cfg: TrainingConfig, shape: Architecture, of: str = "") -> Iterator[Problem]:
+    """Finds a model's products of sizes that FP8 cannot take; ``of`` says whose they are."""
     unit = FP8_RECIPES[cfg.fp8_recipe]
-    for name, size in _fp8_sizes(cfg, chain).items():
+    for name, size in _fp8_sizes(cfg, shape).items():
         if size % unit:
             yield Problem(
                 rules.FP8,
-                f"{name} is {size} on a rank, not a multiple of {unit}",
+                f"{name}{of} is {size} on a rank, not a multiple of {unit}",
                 "prune to another size, lower tensor_model_parallel_size, or leave fp8 out",
             )
 
 
-def _fp8_sizes(cfg: TrainingConfig, chain: Chain) -> dict[str, int]:
+def _fp8_sizes(cfg: TrainingConfig, shape: Architecture) -> dict[str, int]:
     """Sizes of a rank's products."""
-    student = cfg.inputs.get("student")
-    shape = chain.shape_of(student) if student else chain.teacher
     tensor = cfg.tensor_model_parallel_size
     ffn = shape.moe_ffn_hidden_size if shape.num_moe_experts else shape.ffn_hidden_size
     heads = shape.num_attention_heads + 2 * shape.num_query_groups

@@ -63,9 +63,10 @@ class Chain:
         manifest = manifest_of(stage) if config is None else None
         if manifest is not None and manifest.architecture is not None:
             return Architecture(**manifest.architecture)
-        return (
-            pruned(self.teacher, config.targets()) if isinstance(config, Prunes) else self.teacher
-        )
+        if isinstance(config, Prunes):
+            return pruned(self.teacher, config.targets())
+        before = self.pruned_by(config) if config is not None else None
+        return self.teacher if before is None else self.shape_of(before)
 
     def pruned_by(self, config: StageConfig) -> str | None:
         """The stage that pruned the model which a later stage gets; ``None`` for the teacher."""

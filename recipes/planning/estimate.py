@@ -33,8 +33,8 @@ from recipes.planning.work import (
 from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
 COMPARING_BUFFERS, CHUNK_BUFFERS = 3, 2
-"""Buffers of the loss that are alive at once: where all logits of two models are compared, and where
-one model's are, with a few tokens."""
+"""Buffers of the loss that are alive at once: where all logits of two models are compared, and
+where one model's are, with a few tokens."""
 FRAGMENTATION = 1.05
 """Memory that an allocator holds for what is used; an assumption."""
 OPTIMIZER_TRAFFIC = 30

@@ -153,6 +153,15 @@ RECOMPUTE = Rule("recompute", "layers that are recomputed show the loss no hidde
 FP8 = Rule(
     "fp8", "FP8 products need TransformerEngine, GPUs that have them, and sizes that they can take"
 )
+TP_COMM_OVERLAP = Rule(
+    "tp-comm-overlap",
+    "TransformerEngine's buffers are of one hidden size, and a teacher would share the student's",
+    "NVIDIA/Megatron-LM#6018",
+)
+CUDA_GRAPHS = Rule(
+    "cuda-graphs",
+    "a layer that is replayed recomputes nothing, asks the host nothing and shows no hidden states",
+)
 PROFILE = Rule("profile", "steps that a training does not have leave no trace")
 SCHEDULE = Rule("schedule", "a learning rate that is never reached, or below its end, stops NeMo")
 LOSS = Rule("loss", "terms and weights that do not make a loss")

@@ -241,6 +241,7 @@ def _activations(
         num_layers_divisor=1,
     )
     nas.convert(core, mode=[("mcore_minitron", divisors)])
+    cpu_backend.fuse_attention(core)
     registry = ImportanceEstimatorRegistry(core)
     layers = list(core.decoder.layers)
     turned = torch.zeros(len(layers), dtype=torch.float64)

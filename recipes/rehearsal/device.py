@@ -84,10 +84,11 @@ def stand_in() -> None:
         "current_stream": _Nothing(),
         "default_stream": _Nothing(),
         "stream": _Nothing(),
+        "graph_pool_handle": (0, 0),
     }
     nothing = (
         "init _lazy_init _lazy_call set_device synchronize empty_cache ipc_collect manual_seed "
-        "reset_peak_memory_stats manual_seed_all set_rng_state memory_stats"
+        "reset_peak_memory_stats manual_seed_all set_rng_state memory_stats set_stream"
     )
     for name, value in {**answers, **dict.fromkeys(nothing.split())}.items():
         setattr(torch.cuda, name, _returns(value))
@@ -222,6 +223,11 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+def _log_sum_exp(func: object, tensor: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    """With the exponentials, which PyTorch's kernel holds (``aten/native/ReduceOps.cpp``)."""
+    return (tensor - tensor.amax(dim, keepdim=True)).exp_().sum(dim, keepdim).log_()
+
+
 def _is_on_gpu(func: object, tensor: Tensor) -> bool:
     return bool(tensor.device == DEVICE)
 
@@ -235,6 +241,7 @@ REDIRECTED: dict[Any, Callable[..., Any]] = {
     Tensor.__format__: lambda func, tensor, spec: format(tensor.item(), spec),
     Tensor.cuda: _to_device,
     Tensor.pin_memory: lambda func, tensor, *args: tensor,
+    Tensor.logsumexp: _log_sum_exp,
     Tensor.bincount: lambda func, tensor: tensor.new_ones(1),
     Tensor.is_cuda.__get__: _is_on_gpu,
     Tensor.__setitem__: _set_item,

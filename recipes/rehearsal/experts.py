@@ -1,7 +1,7 @@
 """Mixtures of experts: how many tokens each of them gets, which only numbers tell; here all equal.
 
-What ranks tell each other of it is checked like any message. Megatron's functions are replaced where
-the size of a tensor is a sum of a mask, which has no weightless form.
+What ranks tell each other of it is checked like any message. Megatron's functions are replaced
+where the size of a tensor is a sum of a mask, which has no weightless form.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ def _evenly(count: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], n
         fewest, more = divmod(self.num_out_tokens, self.num_experts)
         experts = np.arange(self.num_experts)
         tokens = fewest + (experts < more)
-        mine = tokens[self.local_expert_indices]
+        mine: np.ndarray = tokens[self.local_expert_indices]
         ranks = self.tp_size * self.ep_size
         if ranks > 1:
             self.input_splits = tokens.reshape(self.ep_size, -1).sum(axis=1)
             self.output_splits = np.full(self.ep_size, mine.sum())
             self.output_splits_tp = np.full(self.tp_size, self.ep_size * mine.sum())
         self.num_global_tokens_per_local_expert = np.tile(mine, (ranks, 1))
-        return mine * ranks
+        mine *= ranks
+        return mine
 
     return preprocess
 

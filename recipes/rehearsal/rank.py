@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from nemo.collections.llm.gpt.data import pre_training
 from nemo.collections.llm.gpt.model import base
@@ -58,9 +60,35 @@ def stand_in() -> None:
     setattr(DotProductAttention, "__init__", _of_its_part(DotProductAttention.__init__))
     for module in (base, pre_training):  # with TransformerEngine, NeMo makes no mask and asks none
         setattr(module, "HAVE_TE", True)
+    # Graphs are captured by CUDA, with random numbers of TransformerEngine's; here layers run on.
+    setattr(cuda_graphs._CudagraphGlobalRecord, "create_cudagraphs", lambda: None)
+    setattr(cuda_graphs.ArgMetadata, "__init__", _as_tensor(cuda_graphs.ArgMetadata.__init__))
+    setattr(random, "initialize_rng_tracker", _for_graphs(random.initialize_rng_tracker))
     # Transformers runs on the CPU here; and what has no numbers is no proof of a conversion.
     setattr(parity, "load_causal_lm", _causal_lm)
     setattr(parity.Parity, "require", lambda found, what: found)
+
+
+def _as_tensor(begin: Callable[..., None]) -> Callable[..., None]:
+    """Takes a weightless tensor for a tensor, whose type is compared."""
+
+    def __init__(self: Any, arg: object) -> None:  # noqa: N807
+        begin(self, arg)
+        if isinstance(arg, Tensor):
+            self.type = Tensor
+
+    return __init__
+
+
+def _for_graphs(begin: Callable[..., None]) -> Callable[..., None]:
+    """Says that random numbers can be captured where TransformerEngine's are asked for."""
+
+    def initialize(use_te_rng_tracker: bool = False, *args: object, **kwargs: object) -> None:
+        begin(use_te_rng_tracker, *args, **kwargs)
+        if use_te_rng_tracker:
+            random._CUDA_RNG_STATE_TRACKER.is_inference_rng_tracker = True
+
+    return initialize
 
 
 def _of_its_part(begin: Callable[..., None]) -> Callable[..., None]:
@@ -159,15 +187,25 @@ def _name_what_stays(memory: Memory) -> None:
             seen.add(id(module))
             _name_weights(memory, module)
 
+    def name_states(optimizer: Optimizer) -> None:
+        for main in (weight for group in optimizer.param_groups for weight in group["params"]):
+            states = optimizer.state.get(main, {}).values()  # which it asks for to make them
+            memory.name("optimizer", [main, *(s for s in states if isinstance(s, Tensor))])
+
     def after_step(optimizer: Optimizer, *args: object) -> None:
         nonlocal stepped
-        for main in (weight for group in optimizer.param_groups for weight in group["params"]):
-            states = optimizer.state[main].values()
-            memory.name("optimizer", [main, *(s for s in states if isinstance(s, Tensor))])
+        name_states(optimizer)
         if not stepped:
             memory.begin()  # the next step is like all that follow
         stepped = True
 
+    load = Optimizer.load_state_dict
+
+    def load_and_name(optimizer: Optimizer, state: Any) -> None:
+        load(optimizer, state)
+        name_states(optimizer)
+
+    setattr(Optimizer, "load_state_dict", load_and_name)
     nn.modules.module.register_module_forward_pre_hook(before_forward)
     register_optimizer_step_post_hook(after_step)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from nemo_convert.architecture import Architecture
 from nemo_convert.pipeline import last_stage_layers
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome, manifest_of
@@ -14,6 +15,7 @@ from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
 from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import CACHED, DRAWN_LOSS, CacheLogitsConfig, DistillConfig
 from recipes.distillation.training import (
+    fp8_size_problems,
     training_bytes,
     training_problems,
     training_progress,
@@ -48,7 +50,37 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
             "without gradients",
             "use recompute_granularity=none or selective, or hidden_weight=0",
         )
+    if cfg.hidden_weight and cfg.cuda_graphs:
+        yield Problem(
+            rules.CUDA_GRAPHS,
+            "cuda_graphs with hidden_weight: a layer that is replayed shows no hidden states",
+            "leave one of them out",
+        )
+    yield from _teacher_problems(cfg, workload(cfg, chain).teacher)
     yield from tokenizer_problems(cfg, chain)
+
+
+def _teacher_problems(cfg: DistillConfig, live: Architecture | None) -> Iterator[Problem]:
+    """What goes with a live teacher only, or not with one."""
+    if cfg.tp_comm_overlap and live is not None:
+        yield Problem(
+            rules.TP_COMM_OVERLAP,
+            "tp_comm_overlap with a teacher beside the student, which Megatron's own distillation "
+            "refuses",
+            "leave it out, or use teacher=cached",
+        )
+    if not cfg.fp8_teacher:
+        return
+    if cfg.fp8 is None or live is None or cfg.fp8_recipe == "delayed":
+        settings = f"fp8={cfg.fp8} and fp8_recipe={cfg.fp8_recipe}"
+        yield Problem(
+            rules.FP8,
+            f"fp8_teacher with {settings if live else 'no teacher beside the student'}; without "
+            "gradients, TransformerEngine finds no delayed scales",
+            "leave fp8_teacher out, or use fp8=hybrid, another fp8_recipe and teacher=live",
+        )
+    else:
+        yield from fp8_size_problems(cfg, live, " of the teacher")
 
 
 def workload(cfg: DistillConfig, chain: Chain) -> Workload:

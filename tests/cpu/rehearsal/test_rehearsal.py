@@ -25,8 +25,10 @@ PIPELINE = (
     f"{D}tensor_model_parallel_size=4",
     f"{D}sequence_parallel=true",
 )
-SPLIT = (f"{D}context_parallel_size=2",)
-EXPERTS = (f"model.hf_path={MIXTURE}", f"{D}expert_model_parallel_size=8")
+SPLIT = (f"{D}context_parallel_size=2", f"{D}fp8=hybrid", f"{D}fp8_teacher=true")
+GRAPHS = (f"{D}cuda_graphs=true",)
+OVERLAP = ("teacher=cached", f"{D}tp_comm_overlap=true")
+EXPERTS = (f"model.hf_path={MIXTURE}", f"{D}expert_model_parallel_size=32")
 SHARE = ("hardware.memory_bytes=22e9",)
 """Of 80 GB, for 8 of 32 layers."""
 
@@ -60,6 +62,8 @@ SOUND = (
     Case("qwen3_8b_depth", "distill", 0, PIPELINE, 4),
     Case("qwen3_8b_depth", "distill", 384, PIPELINE, 4),
     Case("qwen3_8b_depth", "distill", 1, SPLIT),
+    Case("qwen3_8b_depth", "distill", 4, GRAPHS),
+    Case("qwen3_8b_depth", "distill", 4, OVERLAP),
     Case("qwen3_8b_depth", "distill", 2, EXPERTS),
     Case("qwen3_8b_depth_small"),
     Case("qwen3_8b_nas", "distill", 5),

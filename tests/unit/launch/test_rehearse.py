@@ -70,6 +70,7 @@ def test_settings_are_short_and_shapes_are_not(compose: Compose, tmp_path: Path)
     assert (config["seq_length"], config["tensor_model_parallel_size"]) == (4096, 4)
     assert jobs[2].vocabulary == 151936 // 4
     assert jobs[2].inputs["student"].shape == chain.shape_of("prune").as_dict()
+    assert jobs[5].inputs["checkpoint"].shape == chain.shape_of("prune").as_dict()  # distilled
     assert [job.resumed for job in jobs] == [False, False, True, True, False, False]
     assert Job.of(json.loads(json.dumps(asdict(jobs[2])))) == jobs[2]
 

@@ -124,6 +124,8 @@ TRIPS = {
     "interleaved": trip(f"{D}virtual_pipeline_model_parallel_size=2"),
     "recompute": trip(f"{D}recompute_granularity=full", f"{D}hidden_weight=1"),
     "fp8": trip(f"{D}fp8=hybrid"),
+    "tp-comm-overlap": trip(f"{D}tp_comm_overlap=true"),
+    "cuda-graphs": trip(f"{D}cuda_graphs=true"),
     "profile": trip(f"{D}profile_steps=[5,3]"),
     "schedule": trip(f"{D}warmup_steps=100"),
     "loss": trip(f"{D}kd_weight=0", f"{D}lm_weight=0"),

@@ -315,6 +315,8 @@ def test_logits_of_teacher_and_student_are_counted() -> None:
     assert memory(job, CPU).logits == 2 * one  # the gradient is written over the teacher's
     assert memory(replace(job, terms=2), CPU).logits == 3 * one
     assert memory(replace(job, teacher=None), CPU).logits == 2 * one
+    chunk = memory(replace(job, teacher=None), H100).logits - 2 * one
+    assert memory(job, H100).logits == 2 * one + 3 * chunk / 2  # of two models' log-probabilities
     assert memory(replace(job, trained=None), CPU).logits == 2 * one  # and with the batch first
 
 
@@ -327,6 +329,12 @@ def test_experts_are_split_over_replicas_and_few_of_them_work() -> None:
     assert experts == expert_parameters(arch) / 4
     job = distillation(arch, None, layout=layout, seq_length=256, global_batch_size=8)
     assert step_seconds(job, H100).expert_communication > 0
+    # Of two experts a token, their input, four halves or products; heads are 9 and 3, of 64.
+    numbers = 4 * 576 + 2 * 576 + 2 * (9 + 3) * 64 + 4 * 2 * 128
+    assert activation_bytes(arch, Layout(), 1) == 2 * numbers
+    split = (4 * 576 + 2 * (9 + 3) * 64 + 4 * 2 * 128) / 3 + 2 * 576  # gathered, where it is split
+    thirds = Layout(devices=3, tensor=3, sequence_parallel=True)
+    assert activation_bytes(arch, thirds, 1) == 2 * split
 
 
 def test_a_pass_of_a_teacher_has_no_optimizer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from recipes.distillation.objective import layer_pairs
 from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import CacheLogitsConfig, DistillConfig
 from recipes.planning.chain import Chain
+from recipes.planning.hardware import Hardware
 from recipes.pruning.settings import PruneConfig
 from recipes.stages import distill
+
+DELAYED = {"fp8_recipe": "delayed", "first_last_layers_bf16": False}
+ALONE = {"kd_weight": 0.0, "lm_weight": 1.0}
 
 
 def rules(cfg: DistillConfig, chain: Chain) -> list[str]:
@@ -111,6 +116,42 @@ def test_a_cached_teacher_fits_the_training(
     found = [problem.what for problem in distill.check(cfg, whole)]
     assert len(found) == (named is not None)
     assert (named or "") in "".join(found)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"tp_comm_overlap": True, "tensor_model_parallel_size": 1},
+            "tensor_model_parallel_size=1",
+        ),
+        ({"tp_comm_overlap": True}, "a teacher beside the student"),
+        ({"tp_comm_overlap": True, **ALONE}, None),
+        ({"fp8_teacher": True}, "fp8=None"),
+        ({"fp8_teacher": True, "fp8": "hybrid"}, None),
+        ({"fp8_teacher": True, "fp8": "hybrid", **DELAYED}, "fp8_recipe=delayed"),
+        ({"fp8_teacher": True, "fp8": "hybrid", **ALONE}, "no teacher beside the student"),
+        ({"cuda_graphs": True}, None),
+        ({"cuda_graphs": True, "recompute_granularity": "selective"}, "=selective"),
+        ({"cuda_graphs": True, "hidden_weight": 1.0}, "no hidden states"),
+    ],
+)
+def test_what_only_some_trainings_on_gpus_can(
+    chain: Chain, fields: dict[str, Any], said: str | None
+) -> None:
+    on_gpu = replace(chain, hardware=Hardware("h100", "gpu", memory_bytes=80e9))
+    split = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    found = [problem.what for problem in distill.check(DistillConfig(**split | fields), on_gpu)]
+    assert bool(found) == (said is not None)
+    assert (said or "") in "\n".join(found)
+
+
+def test_experts_are_not_captured(chain: Chain) -> None:
+    experts = replace(chain.teacher, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=32)
+    on_gpu = replace(chain, teacher=experts, hardware=Hardware("h100", "gpu", memory_bytes=80e9))
+    [problem] = distill.check(DistillConfig(cuda_graphs=True), on_gpu)
+    assert problem.rule.name == "cuda-graphs"
+    assert "experts" in problem.what
 
 
 def test_summary_is_that_of_all_attempts(tmp_path: Path) -> None:
