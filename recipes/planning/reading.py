@@ -23,8 +23,10 @@ from recipes.planning.hardware import Hardware
 from recipes.planning.work import Work, feed_forward_width, passes_of, reading_bytes
 from recipes.planning.workload import Layout
 
-COMPARING, MEASURING = 4.0, 2.5
+COMPARING, MEASURING = 4.0, 2.0
 """Tensors of that size at once, where models are compared and where one's loss is taken."""
+PROVING = 128
+"""Tokens that a conversion is proven on (``nemo_convert.parity``)."""
 CONTINUATIONS = 0.24
 """Share of a question's tokens that are scored, in those of four benchmarks."""
 SCORES = 3
@@ -147,11 +149,11 @@ def scored(
         (rank_parameters(arch, layout, stage) for stage in range(pipeline)), key=sum
     )
     states = (-(-arch.num_layers // pipeline) + 1) * size * tokens * arch.hidden_size
-    hooks = 8 * tokens * arch.ffn_hidden_size
+    hooked = (3 * size + 8) * tokens * arch.ffn_hidden_size
+    logits = _logits_bytes(arch, tokens, MEASURING)
     memory = Memory(
         weights=size * (dense + experts),
-        activations=states
-        + max(_forward_bytes(arch, size, tokens) + hooks, _logits_bytes(arch, tokens, MEASURING)),
+        activations=states + max(_forward_bytes(arch, size, tokens), hooked, logits),
         logits=(4 if bf16 else 0) * arch.vocab_size * arch.hidden_size,
         reserved=hardware.reserved_bytes,
     )
@@ -179,8 +181,12 @@ def asked(
 
 
 def converted(arch: Architecture, hardware: Hardware) -> Reading:
-    """A model whose conversion is proven: in float32, on a text of a hundred tokens."""
-    memory = Memory(weights=4 * arch.parameters(), reserved=hardware.reserved_bytes)
+    """A model whose conversion is proven, in float32."""
+    memory = Memory(
+        weights=4 * arch.parameters(),
+        logits=4 * PROVING * arch.vocab_size,
+        reserved=hardware.reserved_bytes,
+    )
     return Reading(memory, Work(), False)
 
 
