@@ -149,7 +149,7 @@ def scored(
         (rank_parameters(arch, layout, stage) for stage in range(pipeline)), key=sum
     )
     states = (-(-arch.num_layers // pipeline) + 1) * size * tokens * arch.hidden_size
-    hooked = (3 * size + 8) * tokens * arch.ffn_hidden_size
+    hooked = tokens * ((size + 8) * arch.ffn_hidden_size + 2 * size * arch.hidden_size)
     logits = _logits_bytes(arch, tokens, MEASURING)
     memory = Memory(
         weights=size * (dense + experts),

@@ -334,7 +334,7 @@ def test_experts_are_split_over_replicas_and_few_of_them_work() -> None:
     assert activation_bytes(arch, Layout(), 1) == 2 * numbers
     split = (4 * 576 + 2 * (9 + 3) * 64 + 4 * 2 * 128) / 3 + 2 * 576  # gathered, where it is split
     thirds = Layout(devices=3, tensor=3, sequence_parallel=True)
-    assert activation_bytes(arch, thirds, 1) == 2 * split
+    assert activation_bytes(arch, thirds, 1) == pytest.approx(2 * split)
 
 
 def test_a_pass_of_a_teacher_has_no_optimizer() -> None:

@@ -44,6 +44,8 @@ LAYOUT = {
     "micro_batch_size",
     "recompute_granularity",
     "attention_backend",
+    "tp_comm_overlap",
+    "cuda_graphs",
     "profile_steps",
 }
 
