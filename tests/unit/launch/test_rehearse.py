@@ -91,7 +91,8 @@ def test_a_cached_teacher_is_of_its_own_settings(compose: Compose, tmp_path: Pat
     [job] = [job for job in jobs if job.name == "distill"]
     teacher = job.inputs["teacher"]
     assert teacher.kind == "logit_cache"
-    assert teacher.config == {"seq_length": 4096, "top_k": 8, "temperature": 1.0}
+    said = {"seq_length": 4096, "top_k": 8, "tail_draws": 0, "temperature": 1.0}
+    assert teacher.config == said
 
 
 def test_a_peak_without_room_is_a_mistake(compose: Compose, tmp_path: Path) -> None:
