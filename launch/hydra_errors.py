@@ -81,6 +81,7 @@ def explain(error: Exception) -> str:
 
 
 TYPES = {
+    "Union[int, float]": "use a whole number, or a share such as 0.75",
     "to Integer": "use a whole number",
     "to Float": "use a number",
     "valid bool": "use true or false",

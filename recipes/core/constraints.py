@@ -63,6 +63,19 @@ class Matching:
         return value
 
 
+@dataclass(frozen=True)
+class CountOrShare:
+    """A number of things, or a share of those that there are."""
+
+    what: str = "a whole number, 1 or more, or a share below 1, such as 0.75"
+
+    def __call__(self, value: float) -> float:
+        """Refuses any other."""
+        if not (0 < value < 1 if isinstance(value, float) else 1 <= value <= INT32):
+            raise PydanticCustomError(FIX, "{fix}", {"fix": f"give {self.what}"})
+        return value
+
+
 def one_of(*names: str) -> AfterValidator:
     """One of some names."""
     return AfterValidator(OneOf(names))
@@ -84,6 +97,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, between(1e-6, 1 - 1e-6)]
 """A part of something that leaves a rest."""
+
+Size = Annotated[int | float, AfterValidator(CountOrShare())]
+"""Of a model that is made smaller."""
 Rate = Annotated[float, between(1e6, 1e24)]
 """FLOPs or bytes in a second: no machine of today is slower than a million."""
 Bytes = Annotated[float, Field(ge=1e6)]

@@ -25,8 +25,8 @@ from recipes.planning.workload import Workload
 class Prunes(Protocol):
     """The config of a stage that makes a model smaller."""
 
-    def targets(self) -> Targets:
-        """What the model is pruned to."""
+    def targets(self, teacher: Architecture) -> Targets:
+        """What a teacher is pruned to."""
 
 
 @runtime_checkable
@@ -64,7 +64,7 @@ class Chain:
         if manifest is not None and manifest.architecture is not None:
             return Architecture(**manifest.architecture)
         if isinstance(config, Prunes):
-            return pruned(self.teacher, config.targets())
+            return pruned(self.teacher, config.targets(self.teacher))
         before = self.pruned_by(config) if config is not None else None
         return self.teacher if before is None else self.shape_of(before)
 

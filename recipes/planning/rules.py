@@ -110,6 +110,12 @@ PRUNE_TARGET = Rule(
     "ModelOpt silently skips an axis whose target is not among its choices",
     f"{_MODELOPT}#2159",
 )
+LARGE_CUT = Rule(
+    "large-cut",
+    "up to a third of the parameters comes back well; more does in rounds, each distilled",
+    f"{_MODELOPT}, examples/pruning/README.md; arXiv:2407.14679",
+    WARNING,
+)
 LAYER_IMPORTANCE = Rule(
     "layer-importance", "layers can only be chosen by a score that was measured"
 )

@@ -13,6 +13,8 @@ from recipes.planning.problems import Problem
 DENSE_AXES = ("ffn_hidden_size",)
 EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")
 """What can be pruned of the feed-forward layers."""
+MOST_AT_ONCE = 1 / 3
+"""Of the parameters: what NVIDIA found to come back well in one round."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,24 @@ class Targets:
         heads = ("num_attention_heads", "num_query_groups")
         axes = ("hidden_size", *heads, *DENSE_AXES, *EXPERT_AXES)
         return {axis: value for axis in axes if (value := getattr(self, axis)) is not None}
+
+
+def absolute(
+    teacher: Architecture, asked: Mapping[str, int | float], divisors: Mapping[str, int]
+) -> dict[str, int]:
+    """Sizes by axis in numbers: a share of the teacher's size is rounded to what divides the axis.
+
+    Heads come out even over the query groups.
+    """
+    found = {}
+    # Groups first, which heads are rounded to.
+    for axis, size in sorted(asked.items(), key=lambda one: one[0] == "num_attention_heads"):
+        step = max(1, divisors.get(axis, 1))
+        if axis == "num_attention_heads":
+            step = found.get("num_query_groups") or teacher.num_query_groups
+        is_share = isinstance(size, float)
+        found[axis] = round(size * getattr(teacher, axis) / step) * step if is_share else int(size)
+    return found
 
 
 def pruned(teacher: Architecture, targets: Targets) -> Architecture:
@@ -78,6 +98,23 @@ def target_problems(
             f"use at least {teacher.moe_router_topk}",
         )
     yield from _drop_layer_problems(teacher, targets)
+
+
+def share_problems(
+    teacher: Architecture, asked: Mapping[str, int | float], divisors: Mapping[str, int]
+) -> Iterator[Problem]:
+    """Finds shares that leave all of an axis, or nothing."""
+    sizes = absolute(teacher, asked, divisors)
+    for axis, share in asked.items():
+        have, size = getattr(teacher, axis), sizes[axis]
+        if isinstance(share, float) and have and not 0 < size < have:
+            left = "nothing" if size < 1 else f"{size}, no less than there is"
+            yield Problem(
+                rules.PRUNE_TARGET,
+                f"target_{axis}={share:g} of the teacher's {have} comes to {left}",
+                f"use a share between, a number below {have}, or "
+                + ("null" if axis not in divisors else f"a smaller {axis}_divisor, or null"),
+            )
 
 
 def _axis_problems(axis: str, target: int, have: int, divisor: int) -> Iterator[Problem]:

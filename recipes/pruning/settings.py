@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
-from recipes.core.constraints import Count, CountOrZero, Seed, one_of
+from nemo_convert.architecture import Architecture
+from recipes.core.constraints import Count, CountOrZero, Seed, Size, one_of
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
-from recipes.planning.targets import Targets
+from recipes.planning.targets import Targets, absolute
 
 LAYER_METHODS = ("block_influence", "loss", "block", "greedy")
 HEALINGS = ("none", "least_squares")
+TARGET = "target_"
+"""What the fields of targets begin with; then comes Megatron's name of the axis."""
 
 
 @dataclass
 class PruneConfig(StageConfig):
-    """Settings of ``prune``. An axis without a target stays as it is."""
+    """Settings of ``prune``. An axis without a target stays as it is.
 
-    target_num_layers: Count | None = None
+    A target is a number, or a share of the teacher's size: ``0.75`` keeps three quarters, rounded
+    to a multiple of the axis' divisor.
+    """
+
+    target_num_layers: Size | None = None
     """Keep this many layers, by ``layer_importance``."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
     """``loss``: its change without the layer; ``block_influence`` (arXiv:2403.03853): free;
@@ -27,17 +34,17 @@ class PruneConfig(StageConfig):
     layers, and ``block`` is best at 24 (benchmarks/layers.py)."""
     drop_layers: list[Count] = field(default_factory=list)
     """Drop exactly these layers, counted from 1, instead."""
-    target_hidden_size: Count | None = None
+    target_hidden_size: Size | None = None
     """Channels of the residual stream to keep."""
-    target_ffn_hidden_size: Count | None = None
+    target_ffn_hidden_size: Size | None = None
     """Channels of each feed-forward layer to keep."""
-    target_num_attention_heads: Count | None = None
+    target_num_attention_heads: Size | None = None
     """Query heads to keep, as many of each group."""
-    target_num_query_groups: Count | None = None
+    target_num_query_groups: Size | None = None
     """Whole groups go, with their heads; by default each that stays keeps all of its heads."""
-    target_num_moe_experts: Count | None = None
+    target_num_moe_experts: Size | None = None
     """Experts of a mixture to keep in each layer."""
-    target_moe_ffn_hidden_size: Count | None = None
+    target_moe_ffn_hidden_size: Size | None = None
     """Channels of each expert to keep."""
     heal: Annotated[str, one_of(*HEALINGS)] = "none"
     """``least_squares``: refits what is left of a dense model, in closed form, to do on calibration
@@ -54,18 +61,21 @@ class PruneConfig(StageConfig):
     ffn_hidden_size_divisor: Count = 64
     """Of an expert's width, too."""
 
-    def targets(self) -> Targets:
-        """The targets without the rest."""
-        return Targets(
-            num_layers=self.target_num_layers,
-            hidden_size=self.target_hidden_size,
-            ffn_hidden_size=self.target_ffn_hidden_size,
-            num_attention_heads=self.target_num_attention_heads,
-            num_query_groups=self.target_num_query_groups,
-            num_moe_experts=self.target_num_moe_experts,
-            moe_ffn_hidden_size=self.target_moe_ffn_hidden_size,
-            drop_layers=tuple(sorted(self.drop_layers)),
-        )
+    def asked(self) -> dict[str, int | float]:
+        """The targets that are set, by axis; floats are shares."""
+        named = {n: v for n, v in vars(self).items() if n.startswith(TARGET) and v is not None}
+        return {name.removeprefix(TARGET): value for name, value in named.items()}
+
+    def targets(self, teacher: Architecture) -> Targets:
+        """The targets without the rest, in numbers."""
+        sizes = absolute(teacher, self.asked(), self.divisors())
+        return Targets(**sizes, drop_layers=tuple(sorted(self.drop_layers)))
+
+    def in_numbers(self, teacher: Architecture) -> PruneConfig:
+        """This, with shares of a teacher as numbers: what a result depends on."""
+        sizes = absolute(teacher, self.asked(), self.divisors())
+        numbers: dict[str, Any] = {f"{TARGET}{axis}": size for axis, size in sizes.items()}
+        return replace(self, **numbers)
 
     def divisors(self) -> dict[str, int]:
         """What each axis' target must be a multiple of."""

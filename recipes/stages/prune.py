@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
-from recipes.planning.targets import pruned, target_problems
+from recipes.planning.targets import MOST_AT_ONCE, pruned, share_problems, target_problems
 from recipes.pruning.results import PruneResult, ScoreResult
 from recipes.pruning.settings import PruneConfig, ScoreConfig
 from recipes.stages.contract import Stage
@@ -22,12 +24,32 @@ if TYPE_CHECKING:
 
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     """Finds targets that the teacher cannot be pruned to, and scores that would be missing."""
-    yield from target_problems(chain.teacher, cfg.targets(), cfg.divisors())
-    if cfg.target_num_layers is not None:
-        yield from _score_problems(cfg, chain, chain.teacher.num_layers - cfg.target_num_layers)
+    teacher, targets = chain.teacher, cfg.targets(chain.teacher)
+    wrong = list(share_problems(teacher, cfg.asked(), cfg.divisors()))
+    yield from wrong or target_problems(teacher, targets, cfg.divisors())
+    if targets.num_layers is not None:
+        yield from _score_problems(cfg, chain, teacher.num_layers - targets.num_layers)
+    yield from _large_cut_problems(_student(cfg, chain), teacher)
     if cfg.heal != "none":
         yield from window_problems(cfg.seq_length, chain)
         yield from _healing_problems(cfg, chain)
+
+
+def _student(cfg: PruneConfig, chain: Chain) -> Architecture:
+    """The shape that it prunes to."""
+    return pruned(chain.teacher, cfg.targets(chain.teacher))
+
+
+def _large_cut_problems(student: Architecture, teacher: Architecture) -> Iterator[Problem]:
+    """Whether more goes at once than comes back well."""
+    before, after = teacher.parameters(), student.parameters()
+    if before - after > MOST_AT_ONCE * before > 0:
+        yield Problem(
+            rules.LARGE_CUT,
+            f"{1 - after / before:.0%} of the parameters go at once",
+            f"cut in two rounds: to {math.sqrt(before * after) / 1e6:,.0f} M first, then, with "
+            f"model.hf_path=RUN_DIR/export_hf/artifact, to {after / 1e6:,.0f} M",
+        )
 
 
 def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Problem]:
@@ -79,7 +101,7 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = Importance.load(inputs["importance"].artifact)
     whole = nemo.architecture_of(teacher)
-    student = pruned(whole, cfg.targets())
+    student = pruned(whole, cfg.targets(whole))
     if cfg.drop_layers:
         layers = sorted(set(range(1, whole.num_layers + 1)) - set(cfg.drop_layers))
     else:
@@ -121,7 +143,8 @@ STAGE = Stage(
     one_rank="it copies weights, and heals them one layer at a time",
     inputs={"checkpoint": ("checkpoint_nemo",), "importance": ("importance",)},
     optional_inputs={"calibration": ("dataset",)},
-    disk_bytes=lambda config, chain: 4 * pruned(chain.teacher, config.targets()).parameters(),
+    disk_bytes=lambda config, chain: 4 * _student(config, chain).parameters(),
+    resolve_from_chain=lambda config, chain: config.in_numbers(chain.teacher),
 )
 
 if __name__ == "__main__":

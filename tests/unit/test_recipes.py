@@ -69,6 +69,40 @@ def test_recipes_plan_every_stage(recipe: str, plan: Callable[..., Plan]) -> Non
         assert needed.keys() <= stage.inputs.keys() <= {*needed, *stage.stage.optional_inputs}
 
 
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "sizes"),
+    [
+        ("llama_depth_prune", "smollm2_135m", (24, 576, 1536)),
+        ("llama_width_prune", "smollm2_135m", (30, 512, 1152)),
+        ("llama_depth_prune", "llama3_1_8b", (26, 4096, 14336)),
+        ("llama_width_prune", "llama3_1_8b", (32, 3584, 10752)),
+    ],
+)
+def test_recipes_cut_a_share_of_any_model(
+    recipe: str,
+    model: str,
+    sizes: tuple[int, ...],
+    plan: Callable[..., Plan],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its stages see numbers: a result is the same however its size was asked for."""
+    monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
+    words = [f"model={model}", "skip_rules=[memory,disk,bundled-config]"]
+    planned = plan(*words, recipe=f"recipe={recipe}")
+    student = planned.chain.shape_of("prune")
+    assert tuple(getattr(student, axis) for axis in SIZES) == sizes
+    teacher = planned.chain.teacher
+    numbers = {a: n for a, n in zip(SIZES, sizes, strict=True) if n != getattr(teacher, a)}
+    words += [f"stages.prune.target_{axis}={number}" for axis, number in numbers.items()]
+    same = plan(*words, recipe=f"recipe={recipe}")
+    assert [s.fingerprint for s in same.stages] == [s.fingerprint for s in planned.stages]
+    [prune] = [stage.config for stage in planned.stages if stage.name == "prune"]
+    assert {axis: getattr(prune, f"target_{axis}") for axis in numbers} == numbers
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(
     ("engine", "student"),
@@ -162,10 +196,11 @@ def large(recipe: str, plan: Callable[..., Plan], *overrides: str) -> Plan:
 def test_large_recipes_pass_preflight_on_their_hardware(
     recipe: str, plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even a warning, but that the hub was not asked."""
+    """Not even a warning, but that the hub was not asked, and that NVIDIA cut much at once."""
     monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
     planned = large(recipe, plan)
-    assert {note.rule.name for note in planned.notes} <= {"bundled-config", "disk"}
+    half = {"large-cut"} if recipe.startswith("llama3_1_8b") else set()
+    assert {note.rule.name for note in planned.notes} - {"bundled-config", "disk"} == half
     assert planned.chain.hardware.name == "h100"
     job = planned.chain.workloads["distill"]
     assert job.teacher is not None

@@ -107,6 +107,7 @@ TRIPS = {
     "tokens": trip("data.sources=[TEXT]", f"{D}global_batch_size=4000"),
     "epochs": trip("data.sources=[TEXT]"),
     "prune-target": trip("stages.prune.target_hidden_size=100"),
+    "large-cut": trip("stages.prune.target_hidden_size=0.6"),
     "slow-sizes": trip("stages.prune.target_ffn_hidden_size=1160",
                       "stages.prune.ffn_hidden_size_divisor=8"),
     "layer-importance": trip("stages.prune.target_num_layers=20",

@@ -171,7 +171,7 @@ def test_wandb_offline_and_resumed(tracked: Tracked) -> None:
     summary = wandb_items(first, "summary", lambda r: r.summary.update)
     assert summary["distill.parameters"] == 1_500_000
     config = wandb_items(first, "run", lambda r: r.run.config.update)
-    assert config["stages.prune.target_hidden_size"] == 512
+    assert config["stages.prune.target_hidden_size"] == 0.875
     assert config["run_dir"] == str(planned.run_dir)
 
 
@@ -202,7 +202,7 @@ def test_mlflow_in_a_file_and_resumed(tracked: Tracked) -> None:
     assert history("distill/kd") == [(1, 1.5), (2, 0.5)]
     assert history("validate/val_loss") == [(2, 1.25)]
     assert found.data.metrics["distill/final/parameters"] == 1_500_000
-    assert found.data.params["stages.prune.target_hidden_size"] == "512"
+    assert found.data.params["stages.prune.target_hidden_size"] == "0.875"
     assert found.data.params["stages.distill.lr"] == "0.001"
     assert found.data.tags["now.stages.distill.lr"] == "0.5"
     assert found.data.tags["report"].endswith("/report/artifact/report.html")

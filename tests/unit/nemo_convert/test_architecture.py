@@ -11,7 +11,7 @@ from nemo_convert.families import FAMILIES
 from nemo_convert.hf_config import SUPPORTED, read_architecture
 from nemo_convert.smollm2 import HF_CONFIG
 from recipes.core.errors import RecipeError
-from recipes.planning.targets import Targets, pruned, target_problems
+from recipes.planning.targets import Targets, absolute, pruned, target_problems
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -90,6 +90,22 @@ SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
 
 def problems(**targets: Any) -> list[tuple[str, str]]:
     return [(p.what, p.fix) for p in target_problems(SMOLLM2, Targets(**targets), DIVISORS)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [
+        ({"hidden_size": 0.89, "ffn_hidden_size": 0.75}, {"hidden_size": 512, "ffn_hidden_size": 1152}),
+        ({"num_layers": 0.8, "hidden_size": 448}, {"num_layers": 24, "hidden_size": 448}),
+        ({"num_attention_heads": 0.4}, {"num_attention_heads": 3}),
+        ({"num_attention_heads": 0.5, "num_query_groups": 0.67}, {"num_attention_heads": 4, "num_query_groups": 2}),
+    ],
+)  # fmt: skip
+def test_shares_are_rounded_to_what_divides_an_axis(
+    asked: dict[str, float], sizes: dict[str, int]
+) -> None:
+    """Of 576 hidden channels in steps of 64, 1536, 30 layers, 9 heads in 3 groups."""
+    assert absolute(SMOLLM2, asked, DIVISORS) == sizes
 
 
 def test_parameters_of_smollm2() -> None:
