@@ -25,8 +25,18 @@ from recipes.planning.workload import Workload
 class Prunes(Protocol):
     """The config of a stage that makes a model smaller."""
 
+    inputs: dict[str, str]
+
     def targets(self, teacher: Architecture) -> Targets:
         """What a teacher is pruned to."""
+
+
+@runtime_checkable
+class ListsShapes(Protocol):
+    """The config of a stage that lists the shapes within a budget."""
+
+    def shapes(self, teacher: Architecture) -> list[Architecture]:
+        """Those of a teacher, the largest first."""
 
 
 @runtime_checkable
@@ -64,9 +74,34 @@ class Chain:
         if manifest is not None and manifest.architecture is not None:
             return Architecture(**manifest.architecture)
         if isinstance(config, Prunes):
-            return pruned(self.teacher, config.targets(self.teacher))
+            return self.student_of(config)
         before = self.pruned_by(config) if config is not None else None
         return self.teacher if before is None else self.shape_of(before)
+
+    def student_of(self, config: Prunes) -> Architecture:
+        """Shape of what a stage prunes with such settings.
+
+        Where a search of this run is still to choose it, that is the largest within its budget, so
+        that what is planned is the most that it may take; where that waits for latencies, the
+        teacher's.
+        """
+        search = config.inputs.get("shape")
+        if search is None:
+            return pruned(self.teacher, config.targets(self.teacher))
+        return next(iter(self.shapes_within(search)), self.shape_of(search))
+
+    def shapes_within(self, search: str | None) -> list[Architecture]:
+        """Shapes that a search of this run chooses from, as far as they are known before it runs.
+
+        The largest first; none for another run's search, and where latencies are to be measured.
+        """
+        config = self.stages.get(search or "")
+        while config is not None and not isinstance(config, ListsShapes):
+            before = config.inputs.get("candidates") or config.inputs.get("shapes")
+            config = self.stages.get(before or "")
+        if config is None or "latency" in config.inputs:
+            return []
+        return config.shapes(self.teacher)
 
     def pruned_by(self, config: StageConfig) -> str | None:
         """The stage that pruned the model which a later stage gets; ``None`` for the teacher."""

@@ -116,6 +116,11 @@ LARGE_CUT = Rule(
     f"{_MODELOPT}, examples/pruning/README.md; arXiv:2407.14679",
     WARNING,
 )
+SEARCHED_SHAPE = Rule(
+    "searched-shape",
+    "a search chooses while the chain runs, so plans before it are of a shape that stands for it",
+    severity=WARNING,
+)
 LAYER_IMPORTANCE = Rule(
     "layer-importance", "layers can only be chosen by a score that was measured"
 )

@@ -44,7 +44,7 @@ def absolute(
 
     Heads come out even over the query groups.
     """
-    found = {}
+    found: dict[str, int] = {}
     # Groups first, which heads are rounded to.
     for axis, size in sorted(asked.items(), key=lambda one: one[0] == "num_attention_heads"):
         step = max(1, divisors.get(axis, 1))

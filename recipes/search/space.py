@@ -7,6 +7,7 @@ part of one that is listed.
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -187,10 +188,12 @@ def enumerate_shapes(
     widest = sorted(choices["ffn_hidden_size"], reverse=True)
     for layers, hidden, heads in product(*(choices[axis] for axis in AXES if "ffn" not in axis)):
         base = replace(teacher, num_layers=layers, hidden_size=hidden, num_attention_heads=heads)
-        shapes = (replace(base, ffn_hidden_size=ffn) for ffn in widest)
-        shape = next((shape for shape in shapes if fits(shape)), None)
-        if shape and not any(fits(other) for other in larger(shape)):
-            found.append(shape)
+        # Whatever the budget limits, a wider shape costs more of it.
+        place = bisect(widest, False, key=lambda ffn: fits(replace(base, ffn_hidden_size=ffn)))
+        if place < len(widest):
+            shape = replace(base, ffn_hidden_size=widest[place])
+            if not any(fits(other) for other in larger(shape)):
+                found.append(shape)
     return sorted(found, key=lambda shape: -shape.parameters())
 
 

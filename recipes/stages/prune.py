@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_convert.architecture import Architecture
-from recipes.core.manifest import Outcome
+from recipes.core.manifest import Outcome, manifest_of
 from recipes.core.stage import Inputs, metrics_log
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
@@ -16,6 +16,8 @@ from recipes.planning.problems import Problem
 from recipes.planning.targets import MOST_AT_ONCE, pruned, share_problems, target_problems
 from recipes.pruning.results import PruneResult, ScoreResult
 from recipes.pruning.settings import PruneConfig, ScoreConfig
+from recipes.search.settings import SuccessiveHalvingConfig
+from recipes.search.space import name_of
 from recipes.stages.contract import Stage
 
 if TYPE_CHECKING:
@@ -24,20 +26,45 @@ if TYPE_CHECKING:
 
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     """Finds targets that the teacher cannot be pruned to, and scores that would be missing."""
-    teacher, targets = chain.teacher, cfg.targets(chain.teacher)
-    wrong = list(share_problems(teacher, cfg.asked(), cfg.divisors()))
-    yield from wrong or target_problems(teacher, targets, cfg.divisors())
-    if targets.num_layers is not None:
-        yield from _score_problems(cfg, chain, teacher.num_layers - targets.num_layers)
-    yield from _large_cut_problems(_student(cfg, chain), teacher)
+    teacher, student = chain.teacher, chain.student_of(cfg)
+    if "shape" in cfg.inputs:
+        yield from _search_problems(cfg, chain, student)
+    else:
+        wrong = list(share_problems(teacher, cfg.asked(), cfg.divisors()))
+        yield from wrong or target_problems(teacher, cfg.targets(teacher), cfg.divisors())
+    if not cfg.drop_layers:
+        yield from _score_problems(cfg, chain, teacher.num_layers - student.num_layers)
+    yield from _large_cut_problems(student, teacher)
     if cfg.heal != "none":
         yield from window_problems(cfg.seq_length, chain)
         yield from _healing_problems(cfg, chain)
 
 
-def _student(cfg: PruneConfig, chain: Chain) -> Architecture:
-    """The shape that it prunes to."""
-    return pruned(chain.teacher, cfg.targets(chain.teacher))
+def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> Iterator[Problem]:
+    """Whether a search's choice can be taken, and what stands for it until it is known."""
+    source = cfg.inputs["shape"]
+    if cfg.asked() or cfg.drop_layers:
+        yield Problem(
+            rules.PRUNE_TARGET,
+            f"{cfg.stage} has targets, and takes its shape from {source}",
+            f"leave the targets out, or '~stages.{cfg.stage}.inputs.shape'",
+        )
+    search, manifest = chain.stages.get(source), manifest_of(source)
+    if isinstance(search, SuccessiveHalvingConfig):
+        shapes = chain.shapes_within(source)
+        yield Problem(
+            rules.SEARCHED_SHAPE,
+            f"which shape {source} chooses is not known yet; what is planned and checked is "
+            + (f"the largest of {len(shapes)} within the budget" if shapes else "the teacher's")
+            + f", {name_of(student)} of {student.parameters() / 1e6:,.0f} M parameters",
+            "take what is planned as the most that it may be, and not as what it will be",
+        )
+    elif search is not None or manifest is None or manifest.architecture is None:
+        yield Problem(
+            rules.PRUNE_TARGET,
+            f"{source} has chosen no shape",
+            f"set stages.{cfg.stage}.inputs.shape to a successive_halving, run again if it is old",
+        )
 
 
 def _large_cut_problems(student: Architecture, teacher: Architecture) -> Iterator[Problem]:
@@ -102,6 +129,8 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     importance = Importance.load(inputs["importance"].artifact)
     whole = nemo.architecture_of(teacher)
     student = pruned(whole, cfg.targets(whole))
+    if "shape" in inputs:
+        student = Architecture(**(inputs["shape"].manifest.architecture or {}))
     if cfg.drop_layers:
         layers = sorted(set(range(1, whole.num_layers + 1)) - set(cfg.drop_layers))
     else:
@@ -142,8 +171,8 @@ STAGE = Stage(
     check=check,
     one_rank="it copies weights, and heals them one layer at a time",
     inputs={"checkpoint": ("checkpoint_nemo",), "importance": ("importance",)},
-    optional_inputs={"calibration": ("dataset",)},
-    disk_bytes=lambda config, chain: 4 * _student(config, chain).parameters(),
+    optional_inputs={"calibration": ("dataset",), "shape": ("search_results",)},
+    disk_bytes=lambda config, chain: 4 * chain.student_of(config).parameters(),
     resolve_from_chain=lambda config, chain: config.in_numbers(chain.teacher),
 )
 

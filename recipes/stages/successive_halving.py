@@ -27,7 +27,7 @@ from recipes.planning.problems import Problem
 from recipes.planning.reading import Reading, Text, compared
 from recipes.planning.work import Work
 from recipes.search.results import Candidate, SearchResult, write_candidates
-from recipes.search.settings import EnumerateShapesConfig, SuccessiveHalvingConfig
+from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import axes_of, name_of, prune_settings
 from recipes.stages.contract import Stage
 
@@ -63,12 +63,10 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
 
 def _name_problems(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
     """Compares ``also`` with the shapes within the budget."""
-    search = _search(cfg, chain)
-    if not cfg.also or search is None:
-        return
-    shapes = [name_of(shape) for shape in search.shapes(chain.teacher)]
-    for what in _unknown(cfg.also, shapes):
-        yield Problem(rules.SEARCH, what, LISTED)
+    shapes = chain.shapes_within(cfg.inputs.get("candidates")) if cfg.also else []
+    if shapes:
+        for what in _unknown(cfg.also, [name_of(shape) for shape in shapes]):
+            yield Problem(rules.SEARCH, what, LISTED)
 
 
 def reading(cfg: SuccessiveHalvingConfig, chain: Chain) -> Reading:
@@ -76,8 +74,7 @@ def reading(cfg: SuccessiveHalvingConfig, chain: Chain) -> Reading:
 
     Candidates count as the largest shape within the budget; the teacher's where it is not known.
     """
-    search = _search(cfg, chain)
-    largest = search.shapes(chain.teacher)[0] if search is not None else chain.teacher
+    largest = next(iter(chain.shapes_within(cfg.inputs.get("candidates"))), chain.teacher)
     rounds = cfg.rounds(cfg.most())
     text = Text(cfg.num_samples, cfg.distill.seq_length, cfg.distill.micro_batch_size)
     bf16 = cfg.precision == "bf16-mixed"
@@ -92,15 +89,6 @@ def reading(cfg: SuccessiveHalvingConfig, chain: Chain) -> Reading:
     needs = (measured.memory, memory(job, chain.hardware))
     work = token_work(job) * tokens + read
     return Reading(max(needs, key=lambda need: need.total), work, job.bf16)
-
-
-def _search(cfg: SuccessiveHalvingConfig, chain: Chain) -> EnumerateShapesConfig | None:
-    """What lists the shapes, unless that waits for latencies."""
-    ranking = chain.stages.get(cfg.inputs.get("candidates", ""))
-    search = chain.stages.get(ranking.inputs.get("shapes", "")) if ranking is not None else None
-    if isinstance(search, EnumerateShapesConfig) and "latency" not in search.inputs:
-        return search
-    return None
 
 
 def _unknown(names: Sequence[str], known: Collection[str]) -> list[str]:
@@ -155,7 +143,11 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
     if rank() == 0:
         write_candidates(out, list(ranked.values()))
         write_text_atomically(out / RECIPE, recipe(cfg, inputs, winner, method))
-    return Outcome(SearchResult(list(ranked.values()), search.budget, winner.name))
+    return Outcome(
+        SearchResult(list(ranked.values()), search.budget, winner.name),
+        architecture=winner.shape.as_dict(),
+        parameters=winner.parameters,
+    )
 
 
 def recipe(cfg: SuccessiveHalvingConfig, inputs: Inputs, winner: Candidate, method: str) -> str:

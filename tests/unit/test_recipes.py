@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 ALL_RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 RECIPES = [name for name in ALL_RECIPES if name.endswith("_prune")]
 """On the embedded model and one CPU."""
+WHOLE = [*RECIPES, "shrink"]
+"""The same, and a search before it."""
 SEARCHES = [name for name in ALL_RECIPES if name.endswith("_search")]
-LARGE = [name for name in ALL_RECIPES if name not in (*RECIPES, *SEARCHES)]
+LARGE = [name for name in ALL_RECIPES if name not in (*WHOLE, *SEARCHES)]
 """Published ones, on GPUs."""
 STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
@@ -59,7 +61,7 @@ def test_every_recipe_is_listed() -> None:
     assert list(schema.recipes()) == ALL_RECIPES
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", WHOLE)
 def test_recipes_plan_every_stage(recipe: str, plan: Callable[..., Plan]) -> None:
     planned = plan("engine=openvino", recipe=f"recipe={recipe}")
     assert {stage.action for stage in planned.stages} == {"run"}
@@ -161,7 +163,7 @@ def test_the_teacher_is_chosen(
     assert len(planned) == 7 + len(order)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", WHOLE)
 def test_recipes_compose_to_the_dataclasses_of_their_stages(
     recipe: str, compose: Callable[..., Any]
 ) -> None:
@@ -173,7 +175,7 @@ def test_recipes_compose_to_the_dataclasses_of_their_stages(
     assert {config.resources.devices for config in typed.values()} == {1}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", WHOLE)
 def test_recipes_use_one_sequence_length(recipe: str, compose: Callable[..., Any]) -> None:
     typed = typed_stages(compose(f"recipe={recipe}", "data.seq_length=77"))
     lengths = {config.seq_length for config in typed.values() if hasattr(config, "seq_length")}

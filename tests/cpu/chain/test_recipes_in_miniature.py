@@ -6,13 +6,16 @@ tests/unit/test_recipes.py.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from launch.schema import CONF
+from nemo_convert.architecture import Architecture
 from recipes.planning.published_configs import CONFIGS
+from recipes.search.results import SearchResult
 from tests.support.in_process import run_here
 from tests.support.miniatures import DISTILL
 from tests.support.models import EVEN, write_tiny_model
@@ -22,7 +25,7 @@ RECIPES = sorted(
     p.stem
     for p in (CONF / "recipe").glob("*.yaml")
     # test_chain and test_search run the first two; the small budgets see above
-    if not p.stem.endswith(("_prune", "_search", "_small"))
+    if not p.stem.endswith(("_prune", "_search", "_small", "shrink"))
 )
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -73,27 +76,40 @@ def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Pat
     assert plan.metrics["figures"]["tokens"] == 4 * 4 * 64
 
 
-def test_search_runs_on_a_tiny_model(tmp_path: Path, text_file: Path) -> None:
-    """From the shapes within a budget to the report and the winner's recipe."""
+def test_a_budget_becomes_a_model(tmp_path: Path, text_file: Path) -> None:
+    """From the shapes within it to the winner's export; another budget keeps what it can."""
     model = write_tiny_model(tmp_path / "model", text_file, family_of("qwen3_8b_search"), **EVEN)
     smaller = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 32}
-    training = {"global_batch_size": 4, "tensor_model_parallel_size": 1, "resources.devices": 1}
-    done = run_here(
-        "recipe=qwen3_8b_search",
+    budgets = {"num_candidates": 2, "max_tokens": 4096, "num_samples": 4}
+    words = [
+        "recipe=shrink",
+        "budget.parameters=0.75",
+        "tasks=none",
+        "engine=none",  # test_chain builds and times them
         *tiny(model, text_file, tmp_path / "run"),
-        "hardware=cpu",
-        "stages.prepare_data.processes=1",
-        "stages.enumerate_shapes.budget={parameters: 0.75}",
-        *settings("enumerate_shapes.space", **smaller, tensor_model_parallel_size=1),
+        *settings("enumerate_shapes.space", **smaller),
+        *settings("score", num_calibration_samples=8, num_loss_samples=4),
         *settings("rank_candidates", num_samples=4),
-        *settings("successive_halving", num_candidates=2, max_tokens=4096, num_samples=4),
-        *settings("successive_halving.distill", **training),
-        cwd=tmp_path,
-    )
+        *settings("successive_halving", **budgets),
+        *settings("distill", **DISTILL),
+        *settings("evaluate", num_windows=8, new_tokens=8),
+    ]
+    done = run_here(*words, cwd=tmp_path)
     assert done.code == 0, done.output
-    found = manifest_of(tmp_path / "run", "successive_halving")
-    assert sum(bool(one["tokens"]) for one in found.metrics["candidates"]) == 2
-    recipe = OmegaConf.load(tmp_path / "run" / "successive_halving" / "artifact" / "recipe.yaml")
-    assert found.metrics["winner"] in recipe.description
-    page = (tmp_path / "run" / "report_search" / "artifact" / "report.html").read_text()
-    assert f"<b>{found.metrics['winner']}</b> was chosen" in page
+    run = tmp_path / "run"
+    search, exported = (manifest_of(run, name) for name in ("successive_halving", "export_hf"))
+    found = search.result(SearchResult)
+    winner = found.chosen()
+    assert winner is not None
+    assert winner.shape == Architecture(**exported.architecture or {})
+    assert sum(bool(one.tokens) for one in found.candidates) == 2
+    recipe = OmegaConf.load(run / "successive_halving" / "artifact" / "recipe.yaml")
+    assert winner.name in recipe.description
+    page = (run / "report" / "artifact" / "report.html").read_text()
+    assert all(one.name in page for one in found.candidates)
+    assert 'id="plot-search"' in page
+    assert "chosen by the search" in page
+    done = run_here(*words, "budget.parameters=0.6", "dry_run=true", cwd=tmp_path)
+    assert done.code == 0, done.output
+    for stage, action in (("score", "skip"), ("prepare_data", "skip"), ("prune", "run")):
+        assert re.search(rf"{stage} +{action}", done.output), done.output

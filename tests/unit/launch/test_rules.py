@@ -142,6 +142,7 @@ TRIPS = {
 }  # fmt: skip
 ELSEWHERE = {
     **dict.fromkeys(("budget", "search"), "search/test_space.py"),
+    "searched-shape": "search/test_shrink.py",
     "tokenizer": "launch/test_rules.py",
     "max-seq-len": "engines/test_tensorrt_llm.py",
     "max-input-len": "engines/test_tensorrt_llm.py",
