@@ -32,11 +32,15 @@ def status(options: Options, console: Console) -> None:
     """Shows what has become of each stage."""
     for run_dir in runs_in(_directory(options)):
         table = plain_table(str(run_dir), "stage", "state", "job", "")
-        for stage in read_run(run_dir):
+        stages = read_run(run_dir)
+        for stage in stages:
             style = STYLES.get(stage.state, "dim")
             job = stage.job.id if stage.job else ""
             table.add_row(stage.name, f"[{style}]{stage.state}", job, escape(_detail(stage)))
         console.print(table)
+        for stage in stages:
+            if stage.forecast:
+                console.print(escape(f"{stage.name}: {stage.forecast}"))
 
 
 def _detail(stage: StageState) -> str:

@@ -94,13 +94,25 @@ def upstream(inputs: Inputs) -> dict[str, Manifest]:
 
 def machine_hours(manifest: Manifest) -> float:
     """Hours times machines."""
-    return manifest.seconds / 3600 * int(_resources(manifest).get("nodes", 1))
+    return manifest.seconds / 3600 * _nodes(manifest)
+
+
+def dollars_an_hour(manifest: Manifest, plan: Manifest | None) -> float | None:
+    """What a stage's machines cost, where there is a plan, which knows a price."""
+    hardware = plan.config.get("hardware") if plan else None
+    if not hardware:
+        return None
+    devices = processes(manifest) if hardware["kind"] == "gpu" else _nodes(manifest)
+    return float(hardware["price_per_hour"]) * devices
 
 
 def processes(manifest: Manifest) -> int:
     """Ranks that ran: one per GPU, or per gloo process."""
-    resources = _resources(manifest)
-    return int(resources.get("nodes", 1) * resources.get("devices", 1))
+    return _nodes(manifest) * int(_resources(manifest).get("devices", 1))
+
+
+def _nodes(manifest: Manifest) -> int:
+    return int(_resources(manifest).get("nodes", 1))
 
 
 def _resources(manifest: Manifest) -> dict[str, Any]:

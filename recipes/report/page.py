@@ -14,13 +14,15 @@ from pathlib import Path
 from markupsafe import Markup
 
 from nemo_convert.results import ImportResult, ParityResult
+from recipes.core.manifest import Manifest
 from recipes.core.metrics import METRICS, Record, steps_of
 from recipes.core.stage import Input, Inputs
 from recipes.data.results import DatasetResult, in_words
+from recipes.distillation.forecast import Forecast, forecast
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import PruneResult
-from recipes.report.cost import costs, upstream, versions, work
+from recipes.report.cost import costs, dollars_an_hour, upstream, versions, work
 from recipes.report.format import render_template
 from recipes.report.plots import (
     SMOOTHING,
@@ -123,6 +125,7 @@ def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
         "evaluation": evaluation,
         "detail": _detail(inputs["evaluation"]),
         "training": _training(inputs["distilled"]),
+        "forecast": _forecast(inputs["distilled"], manifests.get("plan")),
         "gates": gates_section(cfg.gates, manifests),
         "pruned": pruned,
         "layers_plot": _layers_plot(pruned) if pruned else None,
@@ -179,6 +182,14 @@ def _training(distilled: Input) -> dict[str, object]:
         "loss": line_plot("plot-loss", "Distillation loss over steps", terms) if terms else None,
         "small": small,
     }
+
+
+def _forecast(distilled: Input, plan: Manifest | None) -> Forecast:
+    """What the curve says of more tokens; in money, where the plan knows what an hour costs."""
+    config = distilled.manifest.config
+    tokens = config.get("global_batch_size", 0) * config.get("seq_length", 0)
+    steps = steps_of(distilled.directory / METRICS, "distill")
+    return forecast(steps, tokens, dollars_an_hour(distilled.manifest, plan))
 
 
 def _terms(steps: list[Record]) -> Iterator[Series]:
