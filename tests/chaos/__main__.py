@@ -1,10 +1,12 @@
 """Kills a tiny chain at random moments, runs the same command again, and compares what it makes.
 
     python -m tests.chaos --kills 100 --seed 1
+    python -m tests.chaos --faults
 
 A round is a chain that is killed a few times in every stage and then left to its end. Everything
 that it leaves must be what an undisturbed run leaves: weights, figures, records, report, files;
-nothing may still run, and nothing that was planted as a secret may be in any file.
+nothing may still run, and nothing that was planted as a secret may be in any file. With
+``--faults`` there are other faults instead, each on a chain of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.chaos.chain import differences, is_of_a_library, overrides
+from tests.chaos.faults import FAULTS
 from tests.chaos.kills import Disturbed, Hit, Kill, draw
 from tests.support.models import ODD, write_tiny_model
 from tests.support.runs import STAGES, manifest_of
@@ -49,6 +52,8 @@ class Place:
             *chain,
             "stages.prepare_data.processes=2",
             "+cluster.env.OMP_NUM_THREADS='1'",
+            "hardware.precision='32'",  # whatever the processor is best at, and how fast it is
+            "hardware.measure=false",
             *words,
         ]
 
@@ -82,10 +87,11 @@ def prepare(place: Place, words: Sequence[str]) -> dict[str, float]:
     return {stage: manifest_of(place.base, stage).seconds for stage in STAGES}
 
 
-def disturbed(place: Place, words: Sequence[str], seconds: dict[str, float]) -> Disturbed:
-    return Disturbed(
-        place.command(words), place.run, place.run.parent, seconds, place.environment()
-    )
+def disturbed(
+    place: Place, words: Sequence[str], seconds: dict[str, float], **environment: str
+) -> Disturbed:
+    variables = place.environment() | environment
+    return Disturbed(place.command(words), place.run, place.run.parent, seconds, variables)
 
 
 def one_round(
@@ -137,9 +143,25 @@ def ending_wrong(place: Place, command: Disturbed) -> Iterator[str]:
         yield f"left in TMPDIR: {left[:5]} of {len(left)}"
 
 
+def every_fault(place: Place, arguments: argparse.Namespace, seconds: dict[str, float]) -> int:
+    def command(*words: str, **environment: str) -> Disturbed:
+        return disturbed(place, (*arguments.words, *words), seconds, **environment)
+
+    problems = 0
+    for name in arguments.faults or FAULTS:
+        began = time.monotonic()
+        shutil.rmtree(place.run, ignore_errors=True)
+        found = report(list(FAULTS[name](place.base, place.run, command)))
+        print(f"{name}: {found} problems, {time.monotonic() - began:.0f} s", flush=True)
+        problems += found
+    return problems > 0
+
+
 def campaign(arguments: argparse.Namespace) -> int:
     place = Place(arguments.folder or Path(tempfile.mkdtemp(prefix="chaos")))
     seconds = prepare(place, arguments.words)
+    if arguments.faults is not None:
+        return every_fault(place, arguments, seconds)
     rng = random.Random(arguments.seed)
     stages = arguments.stages or STAGES
     command = disturbed(place, arguments.words, seconds)
@@ -188,6 +210,7 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=2, help="kills of each stage in a round")
     parser.add_argument("--stages", nargs="*", choices=STAGES, help="by default all")
     parser.add_argument("--signal", choices=SIGNALS, default="kill")
+    parser.add_argument("--faults", nargs="*", choices=FAULTS, help="not kills, but these, or all")
     parser.add_argument("--folder", type=Path, help="to work in; an undisturbed run there is used")
     parser.add_argument("words", nargs="*", help="more of the launcher's command line")
     return campaign(parser.parse_args())
