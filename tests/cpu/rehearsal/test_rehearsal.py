@@ -57,6 +57,7 @@ SOUND = (
     Case("llama_width_prune"),
     Case("llama_search", "rank_candidates"),
     Case("llama_search", "successive_halving"),
+    Case("shrink", "rank_candidates"),
     Case("qwen3_8b_search", "successive_halving", 7),
     Case("qwen3_8b_depth", "distill", 767),
     Case("qwen3_8b_depth", "distill", 0, PIPELINE, 4),
