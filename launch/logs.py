@@ -16,7 +16,7 @@ LOGS = "logs"
 ERROR = "error.txt"
 TAIL_BYTES = 1 << 16
 _FAILED_RANK = re.compile(
-    r"time +: (?P<time>[\d_:-]+)(?:.*\n)+?.*rank +: (?P<rank>\d+) "
+    r"time +: (?P<time>\d{4}-\d\d-\d\d_[\d:]{8})(?:.*\n)+?.*rank +: (?P<rank>\d+) "
     r"(?:.*\n)+?.*exitcode +: (?P<code>-?\d+)"
 )
 

@@ -172,7 +172,12 @@ def test_a_judgement_is_what_evaluate_finds(tiny_run: Path, tmp_path: Path) -> N
     inputs = {f"evaluate.inputs.{role}": tiny_run / stage for role, stage in given.items()}
     with starts_here():
         contenders.launch(
-            *(tiny_run, run_dir, ("evaluate",), inputs | {"evaluate.num_windows": 4}),
+            *(
+                tiny_run,
+                run_dir,
+                ("evaluate",),
+                inputs | {"evaluate.num_windows": 4, "evaluate.precision": "'32'"},
+            ),
             f"data.seq_length={SEQ_LENGTH}",
         )
         found = students.judge(tiny_run, [tiny_run / "prune"], 4)[tiny_run / "prune"].heldout

@@ -27,6 +27,7 @@ AWKWARD = """it's "quoted" $HOME `id`
 and two lines"""
 
 TORCHRUN = """\
+Global Checkpoint Load : Rank : 0 : Start time : 1795677141.638s : Time spent in load: 0.133s
 ============================================================
 recipes.stages.distill FAILED
 ------------------------------------------------------------
