@@ -28,6 +28,7 @@ from launch.hydra_errors import explain, require_choices
 from launch.judge import require_gates
 from launch.plan import Plan, make_plan
 from launch.planned import PlannedStage
+from launch.publish import publish, require_publishable, show_files
 from launch.rehearse import rehearse
 from launch.settings import RunSettings, settings_of
 from launch.staleness import SKIP
@@ -75,7 +76,9 @@ def run(cfg: DictConfig, recipe: str) -> None:
     view.print_plan(plan, console)
     view.print_notes(plan, set(settings.skip_rules), console)
     ended = not settings.dry_run
-    if any(stage.action != SKIP for stage in plan.stages):
+    to_do = any(stage.action != SKIP for stage in plan.stages)
+    require_publishable(plan, settings, not to_do or executor.follows(cluster))
+    if to_do:
         with storage_explained(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             with lock.held(run_dir) as holding:
@@ -91,10 +94,12 @@ def run(cfg: DictConfig, recipe: str) -> None:
             _tidy(plan)
     if settings.dry_run:
         console.print(f"dry run: configs and scripts are in {run_dir}; nothing was started")
+        show_files(plan, settings.hub, console)
     elif ended:
         view.print_tables(plan, console)
         view.print_summary(plan, time.monotonic() - began, console)
         require_gates(plan, console)
+        publish(plan, settings.hub, console)
 
 
 @contextmanager

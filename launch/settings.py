@@ -22,6 +22,16 @@ class Model:
 
 
 @dataclass
+class Hub:
+    """Where the exported student is published once the gates have passed."""
+
+    push: Annotated[str, matching(r"[\w.-]+/[\w.-]+", "ORG/NAME")] | None = None
+    """A model of the Hugging Face hub, ``ORG/NAME``; it is made if it is not there."""
+    private: bool = True
+    """Whether only those see it who may; a public one is refused then."""
+
+
+@dataclass
 class RunSettings:
     """Settings of a run, by their names at the root of the config."""
 
@@ -39,6 +49,8 @@ class RunSettings:
     """Rules of preflight whose errors do not stop the run."""
     force: list[str] = field(default_factory=list)
     """Stages to run again, with what follows them."""
+    hub: Hub = field(default_factory=Hub)
+    """Where the student is published."""
     gates: list[str] = field(default_factory=list)
     """What must be measured, such as ``recovered >= 0.9``; otherwise the exit status is 1."""
     only: list[str] | None = None
@@ -59,7 +71,7 @@ class RunSettings:
 
 def settings_of(cfg: DictConfig) -> RunSettings:
     """The root of a composed config; one name may stand for a list. Refuses what does not fit."""
-    for group in ("model", "stages", "hardware", "cluster", "tracker"):
+    for group in ("model", "stages", "hardware", "cluster", "tracker", "hub"):
         if not isinstance(cfg.get(group), DictConfig):
             raise RecipeError(f"{group}={cfg.get(group)} is not a group.", f"leave out {group}")
     root = {part.name: cfg[part.name] for part in fields(RunSettings) if part.name in cfg}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from nemo_convert.hf import licence
 from recipes.core.files import write_text_atomically
@@ -19,11 +21,7 @@ from recipes.report.serving import servers
 
 CARD = """\
 ---
-license: {licence}
-base_model: {base}
-library_name: transformers
-pipeline_tag: text-generation
-tags: [pruned, distilled]
+{data}
 ---
 
 # {name}
@@ -100,13 +98,22 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
     """
     model, evaluation = inputs["checkpoint"], inputs["evaluation"].result(EvaluationResult)
     share, terms = evaluation.recovered, licence(folder)
+    tasks = inputs["tasks"].result(TaskResults) if "tasks" in inputs else None
+    name = _plain(f"{_model_name(teacher)}-{recipe}")
     text = CARD.format(
-        licence=_scalar(terms),
+        data=ModelCardData(
+            license=_line(terms),
+            base_model=_line(teacher),
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["pruned", "distilled"],
+            model_name=name,
+            eval_results=list(_results(evaluation, tasks)),
+        ).to_yaml(),
         licence_note=" and was not found in its folder" if terms == "unknown" else "",
-        base=_scalar(teacher),
         teacher=_plain(teacher),
         recipe=_plain(recipe),
-        name=_plain(f"{_model_name(teacher)}-{recipe}"),
+        name=name,
         code=CODE,
         servers="\n".join(one.line for one in servers(".")),
         parameters=(model.parameters or 0) / 1e6,
@@ -125,7 +132,7 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         recovered=""
         if share is None
         else f"\nDistillation took back {share:.0%} of the loss that pruning had added.\n",
-        tasks=_tasks(inputs["tasks"].result(TaskResults)) if "tasks" in inputs else "",
+        tasks=_tasks(tasks) if tasks else "",
         limits=LIMITS,
         versions=", ".join(f"{k} {v}" for k, v in model.versions.items()),
     )
@@ -164,14 +171,29 @@ def _source_name(source: str) -> str:
     return _plain(path if "://" in path else Path(path).name)
 
 
+def _line(text: str) -> str:
+    """A text as one line, so that none of it can end the card's header."""
+    return " ".join(text.split())
+
+
 def _plain(text: str) -> str:
     """A name as part of a line of Markdown: it ends no code, cell or line, and is no markup."""
     return re.sub(r"[`<>|\[\]!\s]+", " ", text).strip()
 
 
-def _scalar(text: str) -> str:
-    """A text as YAML can hold it, in quotes where it is more than a word."""
-    return text if re.fullmatch(r"[A-Za-z0-9][\w./@-]*", text) else json.dumps(text)
+def _results(evaluation: EvaluationResult, tasks: TaskResults | None) -> Iterator[EvalResult]:
+    """What the student reached, as the hub lists it beside other models (``model-index``)."""
+    result = partial(EvalResult, task_type="text-generation")
+    texts = {name: each.distilled for name, each in evaluation.sources.items()}
+    for name, found in (texts or {"held-out text": evaluation.distilled}).items():
+        text = {"dataset_type": "text", "dataset_name": _line(name)}
+        yield result(**text, metric_type="perplexity", metric_value=round(found.perplexity, 4))
+        kl = round(found.kl_to_teacher, 5)
+        yield result(**text, metric_type="kl_to_teacher", metric_value=kl)
+    for name, task in (tasks.tasks if tasks else {}).items():
+        score = round(task.distilled.value, 4)
+        benchmark = {"dataset_type": _line(name), "dataset_name": _line(name)}
+        yield result(**benchmark, metric_type=_line(task.metric), metric_value=score)
 
 
 def _tasks(results: TaskResults) -> str:

@@ -33,6 +33,14 @@ def card(folder: Path, inputs: dict[str, Manifest], teacher_card: str = "") -> s
 def test_every_input_adds_what_it_knows(inputs: dict[str, Manifest], tmp_path: Path) -> None:
     text = card(tmp_path, inputs, "---\nlicense: apache-2.0\n---\n# Teacher")
     assert "license: apache-2.0" in text
+    [index] = yaml.safe_load(text.split("---")[1])["model-index"]
+    figures = {
+        (r["dataset"]["name"], m["type"]): m["value"]
+        for r in index["results"]
+        for m in r["metrics"]
+    }
+    assert figures["sciq", "acc"] == 0.79
+    assert {kind for _, kind in figures} == {"perplexity", "kl_to_teacher", "acc", "acc_norm"}
     assert "| teacher | 30 | 576 | 1536 | 9 | 3 | 64 | 49152 | 134,515,008 |" in text
     assert "| this model | 24 | 512 | 1152 | 9 | 3 | 64 | 49152 | 86,532,608 |" in text
     assert "Layers dropped, counted from 1: 9, 12, 13, 17, 20, 21." in text
@@ -75,7 +83,7 @@ def test_names_of_others_are_no_markup(inputs: dict[str, Manifest], tmp_path: Pa
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     _, header, body = text.split("---\n", 2)
     found = yaml.safe_load(header)
-    assert (found["base_model"], found["license"]) == (nasty, '"a":b')
+    assert (found["base_model"], found["license"]) == (" ".join(nasty.split()), '"a":b')
     assert "<" not in body
     assert "](" not in body
     assert body.count("\n# ") == 1

@@ -1,0 +1,148 @@
+"""Publishes the exported student on the Hugging Face hub, after the run has passed its gates.
+
+``hub.push=ORG/NAME`` uploads the folder of ``export_hf`` with its card, the report and the
+export's manifest in one commit. The token, from ``HF_TOKEN`` or ``hf auth login``, is read by the
+hub's client, and written nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from launch.plan import Plan
+from launch.planned import PlannedStage
+from launch.settings import Hub, RunSettings
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
+from recipes.core.screen import plain_table
+from recipes.report.settings import REPORT_FILE
+
+EXPORT, REPORTS = "export_hf", "report"
+
+
+def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> None:
+    """Refuses, before anything starts, what could not be published in the end.
+
+    ``follows`` says whether the launcher is there when the last stage ends. A dry run asks no hub.
+
+    Raises:
+        RecipeError: Nothing is exported, nobody waits for it, or the hub does not let it in.
+    """
+    hub = settings.hub
+    if hub.push is None:
+        return
+    if _student(plan) is None:
+        raise RecipeError(
+            f"hub.push={hub.push}, but this run exports no student.",
+            "take a recipe that does, with export_hf in stages.only, or leave out hub.push",
+        )
+    if not follows:
+        raise RecipeError(
+            f"hub.push={hub.push} is the launcher's, which returns once the jobs are submitted.",
+            "add cluster.follow=true, or give hub.push to the same command when all is complete",
+        )
+    if not settings.dry_run:
+        _require_access(hub.push, hub.private)
+
+
+def show_files(plan: Plan, hub: Hub, console: Console) -> None:
+    """Lists what would be uploaded, as far as it is there."""
+    student = _student(plan)
+    if hub.push is None or student is None:
+        return
+    table = plain_table(f"hub.push={hub.push}", "file", "size")
+    files = _files(plan, student)
+    for name, path in files.items():
+        table.add_row(escape(name), f"{path.stat().st_size / 1e6:.1f} MB")
+    if not files:
+        table.add_row(f"what {student.name} makes", "")
+    console.print(table)
+
+
+def publish(plan: Plan, hub: Hub, console: Console) -> None:
+    """Uploads a complete run; what is there already is not sent again."""
+    student = _student(plan)
+    if hub.push is None or student is None:
+        return
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    files = _files(plan, student)
+    with _explained(hub.push):
+        _require_access(hub.push, hub.private)  # hours may have passed
+        api = HfApi()
+        api.create_repo(hub.push, private=hub.private, exist_ok=True)
+        added = [CommitOperationAdd(name, path) for name, path in files.items()]
+        done = api.create_commit(hub.push, added, commit_message=plan.run_dir.name)
+    console.print(f"published: {done.commit_url}", highlight=False, soft_wrap=True)
+
+
+def _student(plan: Plan) -> PlannedStage | None:
+    """The stage that exports what was evaluated; a run may export its teacher, too."""
+    exports = (stage for stage in plan.stages if stage.config.stage == EXPORT)
+    return next((stage for stage in exports if "evaluation" in stage.inputs), None)
+
+
+def _files(plan: Plan, student: PlannedStage) -> dict[str, Path]:
+    """What is uploaded, by its name there; nothing while the export is not complete."""
+    if not _complete(student):
+        return {}
+    folder = student.directory / ARTIFACT
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    files[MANIFEST] = student.directory / MANIFEST
+    reports = (stage for stage in plan.stages if stage.config.stage == REPORTS)
+    if (report := next(reports, None)) is not None and _complete(report):
+        files[REPORT_FILE] = report.directory / ARTIFACT / REPORT_FILE
+    return files
+
+
+def _complete(stage: PlannedStage) -> bool:
+    manifest = read_manifest(stage.directory)
+    return manifest is not None and manifest.fingerprint == stage.fingerprint
+
+
+def _require_access(repository: str, private: bool) -> None:
+    """Whether the hub knows the token, and would not show to all what shall be private."""
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        raise RecipeError(f"hub.push={repository}, but HF_HUB_OFFLINE is set.", "unset it")
+    if get_token() is None:
+        raise RecipeError(
+            f"hub.push={repository} needs a token of the hub.",
+            "set HF_TOKEN to one that may write, or run hf auth login",
+        )
+    with _explained(repository):
+        api = HfApi()
+        api.whoami()
+        try:
+            found = api.model_info(repository)
+        except RepositoryNotFoundError:
+            return
+    if private and not found.private:
+        raise RecipeError(
+            f"{repository} is public, and hub.private is true.",
+            "set hub.private=false if all may see it, or push to another name",
+        )
+
+
+@contextmanager
+def _explained(repository: str) -> Iterator[None]:
+    """The hub's and the network's errors as one message."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from requests import RequestException
+
+    try:
+        yield
+    except (HfHubHTTPError, RequestException, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise RecipeError(
+            f"could not publish {repository}: {reason[-1]}",
+            "check HF_TOKEN, the name and the network; what is complete is kept, and the same "
+            "command tries again",
+        ) from error

@@ -1,0 +1,135 @@
+"""A stand-in of the Hugging Face hub on loopback, as much of it as an upload asks for.
+
+The endpoints and their fields are those that ``huggingface_hub`` calls (``hf_api.py``,
+``_commit_api.py``, ``lfs.py``): whoami, a model's page, create, preupload, LFS, commit.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+
+@dataclass
+class StandInHub:
+    """What it has, and what it was told."""
+
+    token: str
+    models: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """Files of each model, by name."""
+    private: dict[str, bool] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    """Large files by their SHA-256, which are sent before the commit that names them."""
+    commits: list[str] = field(default_factory=list)
+    """Their messages."""
+    url: str = ""
+
+
+@contextmanager
+def stand_in_hub(token: str) -> Iterator[StandInHub]:
+    """A hub that knows one token, while the block runs."""
+    hub = StandInHub(token)
+
+    class Handler(_Handler):
+        known = hub
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    known: StandInHub
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _answer(self, content: Any, status: int = 200, **headers: str) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _is_known(self) -> bool:
+        if self.headers.get("Authorization") == f"Bearer {self.known.token}":
+            return True
+        self._body()
+        self._answer({"error": "Invalid credentials"}, 401)
+        return False
+
+    def do_GET(self) -> None:
+        if not self._is_known():
+            return
+        hub, name = self.known, self.path.removeprefix("/api/models/").split("/revision/")[0]
+        if self.path == "/api/whoami-v2":
+            self._answer({"name": "me", "type": "user"})
+        elif name in hub.models:
+            found = {"id": name, "private": hub.private[name], "sha": str(len(hub.commits))}
+            self._answer({**found, "siblings": [], "tags": []})
+        else:
+            self._answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+
+    def do_PUT(self) -> None:
+        data = self._body()
+        self.known.blobs[hashlib.sha256(data).hexdigest()] = data
+        self._answer({})
+
+    def do_POST(self) -> None:
+        if not self._is_known():
+            return
+        body, hub = self._body(), self.known
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            known = name in hub.models
+            hub.models.setdefault(name, {})
+            hub.private.setdefault(name, asked["private"])
+            self._answer({"url": f"{hub.url}/{name}"}, 409 if known else 200)
+        elif self.path == "/api/validate-yaml":
+            self._answer({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            self._answer({"files": [self._preupload(f) for f in json.loads(body)["files"]]})
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            self._answer({"objects": [self._batch(o) for o in json.loads(body)["objects"]]})
+        else:
+            self._commit([json.loads(line) for line in body.splitlines()])
+
+    def _preupload(self, file: dict[str, Any]) -> dict[str, Any]:
+        large = file["path"].endswith(".safetensors")
+        mode = "lfs" if large else "regular"
+        return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+
+    def _batch(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        actions = {"upload": {"href": f"{self.known.url}/upload/{wanted['oid']}"}}
+        return {**wanted, **({} if wanted["oid"] in self.known.blobs else {"actions": actions})}
+
+    def _commit(self, lines: list[dict[str, Any]]) -> None:
+        name = self.path.removeprefix("/api/models/").split("/commit/")[0]
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                self.known.commits.append(value["summary"])
+            elif line["key"] == "file":
+                self.known.models[name][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.known.models[name][value["path"]] = self.known.blobs[value["oid"]]
+        self._answer({"commitUrl": f"{self.known.url}/{name}/commit/1", "commitOid": "1"})

@@ -1,0 +1,124 @@
+"""A student goes to the hub once its gates have passed: to a stand-in of it, on loopback."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.plan import Plan
+from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, stamp_files, write_manifest
+from tests.support.hub import StandInHub, stand_in_hub
+
+TOKEN = "hf_a_token_of_the_stand_in"
+NAME = "me/small"
+RUN = ("recipe=llama_width_prune", "engine=none", "tasks=none")
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def hub() -> Iterator[StandInHub]:
+    with stand_in_hub(TOKEN) as found:
+        yield found
+
+
+@pytest.fixture
+def run(plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path) -> Path:
+    """A complete one, whose export has weights and whose report is a page."""
+    planned = plan()
+    complete(planned)
+    run_dir = tmp_path / "run"
+    files = {
+        "export_hf": {"model.safetensors": b"weights" * 1000, "README.md": b"# a card"},
+        "report": {"report.html": b"<p>a page"},
+    }
+    for stage in (one for one in planned.stages if one.name in files):
+        for name, content in files[stage.name].items():
+            (stage.directory / ARTIFACT / name).write_bytes(content)
+        manifest = read_manifest(stage.directory)
+        assert manifest is not None
+        inputs = {name: read_manifest(ref.directory) for name, ref in stage.inputs.items()}
+        manifest = replace(
+            manifest,
+            files=stamp_files(stage.directory / ARTIFACT),
+            input_content={name: found.content() for name, found in inputs.items() if found},
+        )
+        write_manifest(stage.directory, manifest)
+    return run_dir
+
+
+@pytest.fixture
+def push(launch: Launch, run: Path, hub: StandInHub, tmp_path: Path) -> Launch:
+    def pushed(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        settings |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub"), **env}
+        return launch(*RUN, f"run_dir={run}", f"hub.push={NAME}", *words, **settings)
+
+    return pushed
+
+
+def test_a_complete_run_is_published_private(push: Launch, run: Path, hub: StandInHub) -> None:
+    done = push()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"published: {hub.url}/{NAME}/commit/1" in done.stdout
+    assert hub.private == {NAME: True}
+    folder = run / "export_hf"
+    assert hub.models[NAME] == {
+        **{path.name: path.read_bytes() for path in (folder / ARTIFACT).iterdir()},
+        MANIFEST: (folder / MANIFEST).read_bytes(),
+        "report.html": (run / "report" / ARTIFACT / "report.html").read_bytes(),
+    }
+    assert len(hub.blobs) == 1, "the weights went as a large file"
+    kept = [file for file in run.parent.rglob("*") if file.is_file()]
+    assert not [file for file in kept if TOKEN.encode() in file.read_bytes()]
+
+
+def test_a_dry_run_lists_what_would_be_sent(push: Launch, hub: StandInHub) -> None:
+    done = push("dry_run=true", HF_TOKEN="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("model.safetensors", "README.md", "report.html", MANIFEST):
+        assert name in done.stdout
+    assert hub.models == {}
+
+
+def test_a_run_that_fails_its_gates_is_not_published(push: Launch, hub: StandInHub) -> None:
+    done = push('gates=["perplexity < 0.5"]')
+    assert done.returncode == 1
+    assert "1 of 1 gates failed" in done.stderr
+    assert hub.models == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "message"),
+    [
+        ((), {"HF_TOKEN": ""}, "needs a token of the hub"),
+        ((), {"HF_TOKEN": "hf_another"}, f"could not publish {NAME}"),
+        ((), {"HF_ENDPOINT": "http://127.0.0.1:9"}, f"could not publish {NAME}"),
+        (("stages.only=[prune]",), {}, "exports no student"),
+        (("cluster=slurm", "cluster.account=a", "force=[report]"), {}, "cluster.follow=true"),
+    ],
+    ids=["no token", "unknown token", "no hub", "no export", "slurm"],
+)
+def test_what_cannot_be_published_is_refused_first(
+    push: Launch, hub: StandInHub, words: tuple[str, ...], env: dict[str, str], message: str
+) -> None:
+    done = push(*words, **env)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "fix:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert hub.models == {}
+
+
+def test_a_public_model_is_not_taken_for_a_private_one(push: Launch, hub: StandInHub) -> None:
+    hub.models[NAME], hub.private[NAME] = {}, False
+    done = push()
+    assert done.returncode == 1
+    assert f"{NAME} is public, and hub.private is true" in done.stderr
+    assert hub.models[NAME] == {}
+    done = push("hub.private=false")
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" in hub.models[NAME]
