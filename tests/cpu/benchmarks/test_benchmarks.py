@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import mmap
 import os
 import re
 import runpy
@@ -316,12 +317,15 @@ def test_the_peak_of_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return looks[-1]
 
     def work() -> None:
-        held = bytearray(os.urandom(64 << 20))
+        # Not by malloc, which would take what tests before have left free.
+        held = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for start in range(0, len(held), mmap.PAGESIZE):
+            held[start] = 1
         before, deadline = len(looks), time.monotonic() + 60
         # On a busy machine the watching thread may not run for a while.
         while len(looks) < before + 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-        del held
+        held.close()
 
     look = convert.memory
     monkeypatch.setattr(convert, "memory", memory)
