@@ -36,7 +36,9 @@ def test_a_distilled_model_is_evaluated_exported_and_quantised(small: Small, res
     )
     quality = manifest_of(run_dir, "evaluate").result(EvaluationResult)
     quantised = manifest_of(run_dir, "quantize").result(QuantizationResult)
-    assert quality.teacher.perplexity < quality.distilled.perplexity < quality.pruned.perplexity
+    # The tiny teacher knows hardly more than how often a word is, which its student learns as well.
+    assert quality.distilled.perplexity < quality.pruned.perplexity
+    assert quality.distilled.kl_to_teacher < quality.pruned.kl_to_teacher
     assert quantised.quant_algo == "FP8"
     assert quantised.quality.quantized.kl_to_teacher < 0.1
     source = quantised.quality.source.perplexity
