@@ -25,6 +25,7 @@ from nemo.collections.llm.gpt.data import pre_training
 from nemo.collections.llm.gpt.model import base
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
@@ -65,6 +66,9 @@ def stand_in() -> None:
     setattr(cuda_graphs.ArgMetadata, "__init__", _as_tensor(cuda_graphs.ArgMetadata.__init__))
     setattr(random, "initialize_rng_tracker", _for_graphs(random.initialize_rng_tracker))
     # Transformers runs on the CPU here; and what has no numbers is no proof of a conversion.
+    # NeMo makes a mesh of the ranks before it looks whether anything is sharded by one. A mesh is
+    # looked for among the numbers of ranks, and tensors have none here.
+    setattr(DeviceMesh, "from_group", lambda *args, **kwargs: None)
     setattr(parity, "load_causal_lm", _causal_lm)
     setattr(parity.Parity, "require", lambda found, what: found)
 
