@@ -18,7 +18,16 @@ from launch.compare import compare
 from launch.console import headline
 from launch.executors import slurm_queue
 from launch.logs import newest_log, tail
-from launch.run_status import COMPLETE, FAILED, RUNNING, StageState, read_run, requests_of, runs_in
+from launch.run_status import (
+    COMPLETE,
+    FAILED,
+    RUNNING,
+    StageState,
+    forecasts,
+    read_run,
+    requests_of,
+    runs_in,
+)
 from launch.runs import runs
 from recipes.core.errors import RecipeError, did_you_mean, require_known
 from recipes.core.screen import plain_table
@@ -32,15 +41,13 @@ def status(options: Options, console: Console) -> None:
     """Shows what has become of each stage."""
     for run_dir in runs_in(_directory(options)):
         table = plain_table(str(run_dir), "stage", "state", "job", "")
-        stages = read_run(run_dir)
-        for stage in stages:
+        for stage in read_run(run_dir):
             style = STYLES.get(stage.state, "dim")
             job = stage.job.id if stage.job else ""
             table.add_row(stage.name, f"[{style}]{stage.state}", job, escape(_detail(stage)))
         console.print(table)
-        for stage in stages:
-            if stage.forecast:
-                console.print(escape(f"{stage.name}: {stage.forecast}"))
+        for name, said in forecasts(run_dir):
+            console.print(escape(f"{name}: {said}"))
 
 
 def _detail(stage: StageState) -> str:

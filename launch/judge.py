@@ -14,7 +14,6 @@ from rich.table import Table
 
 from launch.plan import Plan
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import read_manifest
 from recipes.core.screen import plain_table
 from recipes.report.gates import Gate, Verdict, judge
 
@@ -27,12 +26,8 @@ def require_gates(plan: Plan, console: Console) -> None:
     """
     if not plan.gates:
         return
-    results = {}
-    for stage in plan.stages:
-        manifest = read_manifest(stage.directory)
-        if manifest is not None and manifest.fingerprint == stage.fingerprint:
-            # Of several evaluations the last counts: the final model's.
-            results[manifest.kind] = manifest
+    # Of several evaluations the last counts: the final model's.
+    results = {made.kind: made for stage in plan.stages if (made := stage.made) is not None}
     verdicts = judge(plan.gates, results)
     judged = [verdict.gate for verdict in verdicts]
     unjudged = [gate for gate in plan.gates if gate not in judged]

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from recipes.core.errors import require_known
 from recipes.core.files import REPO_ROOT
+from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.stage import StageConfig
 from recipes.planning.chain import Chain
 from recipes.planning.workload import Workload
@@ -61,6 +62,12 @@ class PlannedStage:
     def needs_gpu(self) -> bool:
         """Whether it uses GPUs where there are some."""
         return self.stage.needs_gpu(self.config, self.chain)
+
+    @property
+    def made(self) -> Manifest | None:
+        """What it has made, as it is planned; ``None`` where that is not complete."""
+        manifest = read_manifest(self.directory)
+        return manifest if manifest and manifest.fingerprint == self.fingerprint else None
 
     def request(self) -> dict[str, Any]:
         """Content of the stage's ``config.yaml``."""

@@ -18,7 +18,7 @@ from launch.plan import Plan
 from launch.planned import PlannedStage
 from launch.settings import Hub, RunSettings
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
+from recipes.core.manifest import ARTIFACT, MANIFEST
 from recipes.core.screen import plain_table
 from recipes.report.settings import REPORT_FILE
 
@@ -72,8 +72,8 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     files = _files(plan, student)
+    _require_access(hub.push, hub.private)  # hours may have passed
     with _explained(hub.push):
-        _require_access(hub.push, hub.private)  # hours may have passed
         api = HfApi()
         api.create_repo(hub.push, private=hub.private, exist_ok=True)
         added = [CommitOperationAdd(name, path) for name, path in files.items()]
@@ -89,20 +89,15 @@ def _student(plan: Plan) -> PlannedStage | None:
 
 def _files(plan: Plan, student: PlannedStage) -> dict[str, Path]:
     """What is uploaded, by its name there; nothing while the export is not complete."""
-    if not _complete(student):
+    if student.made is None:
         return {}
     folder = student.directory / ARTIFACT
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     files[MANIFEST] = student.directory / MANIFEST
     reports = (stage for stage in plan.stages if stage.config.stage == REPORTS)
-    if (report := next(reports, None)) is not None and _complete(report):
+    if (report := next(reports, None)) is not None and report.made is not None:
         files[REPORT_FILE] = report.directory / ARTIFACT / REPORT_FILE
     return files
-
-
-def _complete(stage: PlannedStage) -> bool:
-    manifest = read_manifest(stage.directory)
-    return manifest is not None and manifest.fingerprint == stage.fingerprint
 
 
 def _require_access(repository: str, private: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import graphlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +25,9 @@ from launch.logs import ERROR, newest_log, reason
 from recipes.core.deadline import STOPPED
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import WORK, Manifest, read_manifest
-from recipes.core.metrics import METRICS, Record, read_records, steps_of
+from recipes.core.metrics import METRICS, Record, read_records
 from recipes.core.stage import REQUEST, RUN_FILE, unfinished
-from recipes.distillation.forecast import forecast, in_words
+from recipes.distillation.forecast import curve_of, forecast, in_words
 
 COMPLETE, RUNNING, PENDING, FAILED = "complete", "running", "pending", "failed"
 STOPPED_STATE, CANCELLED, NOT_RUN = "stopped", "cancelled", "not run"
@@ -42,8 +42,6 @@ class StageState:
     detail: str = ""
     job: Job | None = None
     manifest: Manifest | None = None
-    forecast: str = ""
-    """Of a distillation: what more tokens would bring."""
 
 
 def runs_in(directory: Path) -> list[Path]:
@@ -81,18 +79,16 @@ def read_run(run_dir: Path) -> list[StageState]:
     queue = job_states(jobs.values())
     held = lock.holder(run_dir)
     requests = requests_of(run_dir).items()
-    states = [_state(run_dir / n, request, jobs.get(n), queue, held) for n, request in requests]
-    return [
-        replace(state, forecast=_forecast(run_dir / state.name, request["config"]))
-        for state, (_, request) in zip(states, requests, strict=True)
-    ]
+    return [_state(run_dir / n, request, jobs.get(n), queue, held) for n, request in requests]
 
 
-def _forecast(stage_dir: Path, config: Mapping[str, Any]) -> str:
-    """In words, where a distillation has begun."""
-    steps = steps_of(stage_dir / METRICS, "distill") if config["stage"] == "distill" else []
-    tokens = config.get("global_batch_size", 0) * config.get("seq_length", 0)
-    return in_words(forecast(steps, tokens)) if steps else ""
+def forecasts(run_dir: Path) -> Iterator[tuple[str, str]]:
+    """What more tokens would bring each distillation that has begun, by stage."""
+    for name, request in requests_of(run_dir).items():
+        if request["config"]["stage"] == "distill":
+            steps, step_tokens = curve_of(run_dir / name, request["config"])
+            if steps:
+                yield name, in_words(forecast(steps, step_tokens))
 
 
 def _state(

@@ -26,7 +26,6 @@ from launch.planned import PlannedStage
 from launch.staleness import ADOPT, SKIP
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
-from recipes.core.manifest import read_manifest
 from recipes.core.wheels import cache_dir
 
 SCRIPT = "job.sbatch"
@@ -78,27 +77,33 @@ def write_scripts(plan: Plan, cluster: SlurmConfig) -> None:
 def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) -> bool:
     """Submits the jobs; follows them, and refuses one that fails, only if asked."""
     cache_dir().mkdir(parents=True, exist_ok=True)
-    script = plan.run_dir / SUBMIT
-    before = read_jobs(plan.run_dir)
-    if plan.todo():
-        done = subprocess.run([script], capture_output=True, text=True, check=False)
+    todo = plan.todo()
+    if todo:
+        _submit(plan)
     jobs = read_jobs(plan.run_dir)
-    if plan.todo() and done.returncode:
-        refused, *_ = [s.name for s in plan.todo() if jobs.get(s.name) == before.get(s.name)]
-        raise RecipeError(
-            f"the job of {refused} was refused: {done.stderr.strip()}\n"
-            "  what was submitted before it stays",
-            f"correct cluster=slurm's settings and run the same command, or run {script}",
-        )
-    for stage in plan.todo():
+    for stage in todo:
         console.print(f"{stage.name}: job {jobs[stage.name].id}")
-    what = "submitted" if plan.todo() else "nothing to submit"
+    what = "submitted" if todo else "nothing to submit"
     console.print(f"{what}; see: python launch/run.py status run_dir={plan.run_dir}")
     if cluster.follow:
         for stage in plan.stages:
             if stage.action != SKIP:
                 _follow(stage, jobs[stage.name], follow)
     return cluster.follow
+
+
+def _submit(plan: Plan) -> None:
+    """Submits the jobs of all that is to do; names the first one that Slurm refuses."""
+    script, before = plan.run_dir / SUBMIT, read_jobs(plan.run_dir)
+    done = subprocess.run([script], capture_output=True, text=True, check=False)
+    if done.returncode:
+        jobs = read_jobs(plan.run_dir)
+        refused, *_ = [s.name for s in plan.todo() if jobs.get(s.name) == before.get(s.name)]
+        raise RecipeError(
+            f"the job of {refused} was refused: {done.stderr.strip()}\n"
+            "  what was submitted before it stays",
+            f"correct cluster=slurm's settings and run the same command, or run {script}",
+        )
 
 
 def _follow(stage: PlannedStage, job: Job, follow: Follow) -> None:
@@ -110,10 +115,8 @@ def _follow(stage: PlannedStage, job: Job, follow: Follow) -> None:
             follower.update()
             state = _state(job)
         follower.update()
-        manifest = read_manifest(stage.directory)
-        complete = manifest is not None and manifest.fingerprint == stage.fingerprint
         # The result that a forced stage replaces has the same fingerprint.
-        if not complete or (state is not None and state.state != "COMPLETED"):
+        if stage.made is None or (state is not None and state.state != "COMPLETED"):
             ended = f" ({state.state})" if state else ""
             log = newest_log(stage.directory)
             why = ENDED_BY_SLURM.get(state.state) if state else None

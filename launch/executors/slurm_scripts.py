@@ -22,22 +22,19 @@ from launch.executors.slurm_settings import (
 from launch.plan import Plan
 from launch.planned import PlannedStage
 from launch.staleness import ADOPT, SKIP
-from recipes.core.manifest import read_manifest
 
 
 def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
     """The text of a stage's job."""
     image = container.image_of(stage, cluster)
     env = container.environment(cluster, stage)
-    manifest = read_manifest(stage.directory)
-    old = manifest is not None and manifest.fingerprint == stage.fingerprint
     return _render(
         "job.sbatch.j2",
         stage=stage,
         cluster=cluster,
         resources=stage.config.resources,
         job_name=job_name(stage),
-        replaces=manifest.started_at if manifest and old else None,
+        replaces=made.started_at if (made := stage.made) else None,
         cwd=os.getcwd(),
         time=time_limit(stage, cluster),
         sbatch=list(_sbatch_options(stage, cluster)),

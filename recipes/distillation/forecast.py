@@ -9,12 +9,13 @@ fall, or text that repeats. Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from recipes.core.metrics import Record
+from recipes.core.metrics import METRICS, Record, steps_of
 from recipes.core.statistics import mean, standard_error
 
 if TYPE_CHECKING:
@@ -62,12 +63,14 @@ class Fit:
 
     def loss(self, tokens: float) -> Estimate:
         """After so many tokens."""
-        return _estimate(self.floor + self.drop * (1 + tokens / self.scale) ** -self.power)
+        return _estimate(self._losses(tokens))
 
     def recovered(self, tokens: float) -> Estimate:
         """The share of what pruning lost that is back after so many tokens, of a goal of 0."""
-        left = self.floor + self.drop * (1 + tokens / self.scale) ** -self.power
-        return _estimate(1 - left / (self.floor + self.drop))
+        return _estimate(1 - self._losses(tokens) / (self.floor + self.drop))
+
+    def _losses(self, tokens: float) -> Draws:
+        return self.floor + self.drop * (1 + tokens / self.scale) ** -self.power
 
     def tokens_to(self, share: float) -> Estimate:
         """Tokens after which this share is back."""
@@ -162,6 +165,12 @@ def forecast(steps: Sequence[Record], step_tokens: int, hourly: float | None = N
     rate = median(s["tokens_per_second"] for s in steps)
     rows = tuple(_row(found, share, seen, rate, hourly) for share in SHARES)
     return Forecast("", seen, found.recovered(seen), found.limit(), rows)
+
+
+def curve_of(stage_dir: Path, config: Mapping[str, Any]) -> tuple[list[Record], int]:
+    """A training's steps as it has logged them so far, and the tokens of one, for ``forecast``."""
+    step_tokens = config.get("global_batch_size", 0) * config.get("seq_length", 0)
+    return steps_of(stage_dir / METRICS, "distill"), step_tokens
 
 
 def averaged(curve: Curve) -> Curve:

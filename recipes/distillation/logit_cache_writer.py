@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,11 +76,10 @@ def cache_logits(
     for shard in _mine(len(parts)):
         if is_whole(path := shards / SHARD.format(shard)):
             continue
-        texts = np.stack([window(tokens, cfg.seq_length, number) for number in parts[shard]])
+        texts = [window(tokens, cfg.seq_length, number) for number in parts[shard]]
         counts = [counted(tokens, learnt, cfg.seq_length, number, end) for number in parts[shard]]
-        places = np.stack([_places(cfg, number) for number in parts[shard]])
         found = _teach(
-            cfg, core, torch.from_numpy(texts), torch.stack(counts), torch.from_numpy(places)
+            cfg, core, torch.from_numpy(np.stack(texts)), torch.stack(counts), parts[shard]
         )
         if stopped := found is None:
             break
@@ -146,18 +146,23 @@ def _any(stopping: bool, device: torch.device, group: ProcessGroup | None = None
 
 @torch.no_grad()
 def _teach(
-    cfg: CacheLogitsConfig, core: torch.nn.Module, texts: Tensor, counts: Tensor, places: Tensor
+    cfg: CacheLogitsConfig,
+    core: torch.nn.Module,
+    texts: Tensor,
+    counts: Tensor,
+    numbers: Sequence[int],
 ) -> tuple[TopK, float] | None:
     """What the teacher says about windows [w, seq_length + 1], and its own mean loss.
 
-    That is of the predictions that count [w, seq_length], as training has it. Draws are at
-    ``places`` [w, seq_length, draws]. ``None`` if the time is up before it has said all of it.
+    That is of the predictions that count [w, seq_length], as training has it. Draws depend on the
+    windows' numbers. ``None`` if the time is up before it has said all of it.
     """
     device = next(core.parameters()).device
     positions = torch.arange(cfg.seq_length, device=device)[None]
     parts, losses = [], []
     split, group = parallel_state.get_tensor_model_parallel_group(), nemo.tensor_group()
     size = cfg.micro_batch_size
+    places = torch.from_numpy(np.stack([_places(cfg, number) for number in numbers]))
     for batch, drawn in zip(texts.split(size), places.split(size), strict=True):
         if _any(time_is_up(), device, split):
             return None

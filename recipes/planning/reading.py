@@ -88,6 +88,11 @@ def _logits_bytes(arch: Architecture, tokens: int, buffers: float) -> float:
     return buffers * min(LOGITS_BYTES, 4 * tokens * arch.vocab_size)
 
 
+def _head_bytes(arch: Architecture, bf16: bool) -> float:
+    """A copy in float32 of a head that the model has in bfloat16 (``predictions.float32_head``)."""
+    return 4.0 * arch.vocab_size * arch.hidden_size if bf16 else 0.0
+
+
 def compared(models: Sequence[Architecture], bf16: bool, text: Text, hardware: Hardware) -> Reading:
     """Models that read a text one after the other, the first of which all are compared with."""
     size = 2 if bf16 else 4
@@ -97,7 +102,7 @@ def compared(models: Sequence[Architecture], bf16: bool, text: Text, hardware: H
         table = arch.vocab_size * arch.hidden_size
         weights = size * arch.parameters()
         said = 0 if hardware.on_gpu else size * text.windows * text.seq_length * arch.hidden_size
-        own = 4 * table if bf16 else 0
+        own = _head_bytes(arch, bf16)
         peaks.append(
             Memory(
                 weights=weights,
@@ -116,7 +121,7 @@ def compared(models: Sequence[Architecture], bf16: bool, text: Text, hardware: H
 def ranked(teacher: Architecture, bf16: bool, text: Text, hardware: Hardware) -> Reading:
     """Shapes that are views of one model's weights, compared with all of it."""
     size = 2 if bf16 else 4
-    heads = (2 if bf16 else 0) * 4 * teacher.vocab_size * teacher.hidden_size
+    heads = 2 * _head_bytes(teacher, bf16)
     tokens = int(text.windows * text.seq_length)
     said = 0 if hardware.on_gpu else 2 * size * tokens * teacher.hidden_size
     memory = Memory(
@@ -154,7 +159,7 @@ def scored(
     memory = Memory(
         weights=size * (dense + experts),
         activations=states + max(_forward_bytes(arch, size, tokens), hooked, logits),
-        logits=(4 if bf16 else 0) * arch.vocab_size * arch.hidden_size,
+        logits=_head_bytes(arch, bf16),
         reserved=hardware.reserved_bytes,
     )
     again = replace(text, windows=WITHOUT_A_LAYER * left_out)
@@ -169,11 +174,11 @@ def asked(
     Any of the tokens of a forward pass, ``at_once``, may be scored.
     """
     largest = max(models, key=lambda arch: arch.parameters())
-    size, head = (2, 4 * largest.vocab_size * largest.hidden_size) if bf16 else (4, 0)
+    size = 2 if bf16 else 4
     memory = Memory(
         weights=size * largest.parameters(),
         activations=_forward_bytes(largest, size, at_once),
-        logits=head + SCORES * 4 * at_once * largest.vocab_size,
+        logits=_head_bytes(largest, bf16) + SCORES * 4 * at_once * largest.vocab_size,
         reserved=hardware.reserved_bytes,
     )
     text = Text(tokens / at_once, at_once, 1, CONTINUATIONS)

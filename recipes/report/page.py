@@ -18,7 +18,7 @@ from recipes.core.manifest import Manifest
 from recipes.core.metrics import METRICS, Record, steps_of
 from recipes.core.stage import Input, Inputs
 from recipes.data.results import DatasetResult, in_words
-from recipes.distillation.forecast import Forecast, forecast
+from recipes.distillation.forecast import Forecast, curve_of, forecast
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import PruneResult
@@ -186,10 +186,8 @@ def _training(distilled: Input) -> dict[str, object]:
 
 def _forecast(distilled: Input, plan: Manifest | None) -> Forecast:
     """What the curve says of more tokens; in money, where the plan knows what an hour costs."""
-    config = distilled.manifest.config
-    tokens = config.get("global_batch_size", 0) * config.get("seq_length", 0)
-    steps = steps_of(distilled.directory / METRICS, "distill")
-    return forecast(steps, tokens, dollars_an_hour(distilled.manifest, plan))
+    steps, step_tokens = curve_of(distilled.directory, distilled.manifest.config)
+    return forecast(steps, step_tokens, dollars_an_hour(distilled.manifest, plan))
 
 
 def _terms(steps: list[Record]) -> Iterator[Series]:

@@ -17,7 +17,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch import lock
-from launch.run_status import progress, read_run
+from launch.run_status import forecasts, progress, read_run
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK
 from recipes.core.worker import prepare_work
@@ -78,7 +78,8 @@ def test_a_distillation_says_what_more_tokens_would_bring(run_dir: Path) -> None
         for n in range(1, 51)
     ]
     metrics.write_text("".join(json.dumps(step) + "\n" for step in steps))
-    [said] = [stage.forecast for stage in read_run(run_dir) if stage.forecast]
+    [(stage, said)] = forecasts(run_dir)
+    assert stage == "distill"
     assert said.startswith("71% of the divergence from the teacher is back")
     assert "90% at 180,000 tokens" in said
 
