@@ -6,7 +6,8 @@
   those of models that are compared stay until all have read the text.
 - Importance keeps what goes into every layer, and ModelOpt's hooks take the feed-forward part's
   activations in float32, and their absolute values
-  (``modelopt/torch/prune/plugins/mcore_minitron.py``).
+  (``modelopt/torch/prune/plugins/mcore_minitron.py``); of experts what comes out of them, in float32
+  beside it and what went in, which Megatron holds as it came and in the order of the experts.
 """
 
 from __future__ import annotations
@@ -154,7 +155,11 @@ def scored(
         (rank_parameters(arch, layout, stage) for stage in range(pipeline)), key=sum
     )
     states = (-(-arch.num_layers // pipeline) + 1) * size * tokens * arch.hidden_size
-    hooked = tokens * ((size + 8) * arch.ffn_hidden_size + 2 * size * arch.hidden_size)
+    hooked = tokens * 2 * size * arch.hidden_size
+    if arch.num_moe_experts:
+        hooked += tokens * arch.moe_router_topk * (3 * size + 4) * arch.hidden_size
+    else:
+        hooked += tokens * (size + 8) * arch.ffn_hidden_size
     logits = _logits_bytes(arch, tokens, MEASURING)
     memory = Memory(
         weights=size * (dense + experts),

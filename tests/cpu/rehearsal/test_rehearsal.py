@@ -66,6 +66,7 @@ SOUND = (
     Case("qwen3_8b_depth", "distill", 4, GRAPHS),
     Case("qwen3_8b_depth", "distill", 4, OVERLAP),
     Case("qwen3_8b_depth", "distill", 2, EXPERTS),
+    Case("qwen3_8b_depth", "score", 0, EXPERTS[:1]),
     Case("qwen3_8b_depth_small"),
     Case("qwen3_8b_nas", "distill", 5),
     Case("qwen3_8b_nas_small"),
