@@ -6,8 +6,8 @@
   those of models that are compared stay until all have read the text.
 - Importance keeps what goes into every layer, and ModelOpt's hooks take the feed-forward part's
   activations in float32, and their absolute values
-  (``modelopt/torch/prune/plugins/mcore_minitron.py``); of experts what comes out of them, in float32
-  beside it and what went in, which Megatron holds as it came and in the order of the experts.
+  (``modelopt/torch/prune/plugins/mcore_minitron.py``). Of experts they take what comes out, beside
+  which Megatron holds what went in, as it was chosen and in the order of the experts.
 """
 
 from __future__ import annotations
