@@ -43,7 +43,7 @@ class Space:
 
 @dataclass
 class Budget:
-    """Limits of what a shape costs, each of which it keeps; up to 1 a share of the teacher's."""
+    """Limits that a shape keeps; of what it costs, up to 1 a share of the teacher's."""
 
     parameters: Positive | None = None
     """All of them, embeddings included."""
@@ -53,6 +53,9 @@ class Budget:
     """Weights and the cache of keys and values."""
     latency_ms: Positive | None = None
     """Of one decoding step, by roofline or as ``measure_latency`` found."""
+    tokens_per_second: Positive | None = None
+    """At least so many new ones of all ``service.batch_size`` requests together, at
+    ``service.context_length``; from the same step, and never a share."""
 
     def limits(self) -> dict[str, float]:
         """Those that are set."""
@@ -142,6 +145,11 @@ def latency_ms(shape: Architecture, service: Service) -> float:
     return line.step_ms + line.layer_ms * shape.num_layers + line.gigabyte_ms * read
 
 
+def tokens_per_second(shape: Architecture, service: Service) -> float:
+    """New tokens of all requests at full context, each of which gets one a step."""
+    return 1e3 * service.batch_size / latency_ms(shape, service)
+
+
 def read_gigabytes(shape: Architecture, service: Service) -> float:
     """10⁹ bytes that a decoding step reads at full context: weights and cache."""
     batch, context = service.batch_size, service.context_length
@@ -153,16 +161,21 @@ COSTS: dict[str, Callable[[Architecture, Service], float]] = {
     "weight_bytes": weight_bytes,
     "memory_bytes": memory_bytes,
     "latency_ms": latency_ms,
+    "tokens_per_second": tokens_per_second,
 }
 """What a budget can limit."""
+AT_LEAST = ("tokens_per_second",)
+"""Of them, what is not to be less; all others are not to be more."""
 
 
 def limits(
     teacher: Architecture, budget: Mapping[str, float], service: Service
 ) -> dict[str, float]:
-    """A budget in absolute terms: up to 1 it is a share of what the teacher costs."""
+    """A budget in absolute terms: up to 1, costs are shares of the teacher's."""
     return {
-        name: limit * COSTS[name](teacher, service) if limit <= 1 else limit
+        name: limit * COSTS[name](teacher, service)
+        if limit <= 1 and name not in AT_LEAST
+        else limit
         for name, limit in budget.items()
     }
 
@@ -175,7 +188,11 @@ def enumerate_shapes(
     choices = {axis: _choices(teacher, space, axis) for axis in AXES}
 
     def fits(shape: Architecture) -> bool:
-        return all(COSTS[name](shape, service) <= limit for name, limit in allowed.items())
+        costs = {name: COSTS[name](shape, service) for name in allowed}
+        return all(
+            costs[name] >= limit if name in AT_LEAST else costs[name] <= limit
+            for name, limit in allowed.items()
+        )
 
     def larger(shape: Architecture) -> Iterator[Architecture]:
         for axis, values in choices.items():

@@ -22,18 +22,27 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds a budget that nothing fits, or that says nothing."""
+    """Finds a budget that nothing fits, that the teacher itself does, or that says nothing."""
     if chain.teacher.num_moe_experts:
         yield Problem(rules.BUDGET, "the search has no axes for experts", "search a dense model")
         return
     budget = cfg.budget.limits()
     if not budget:
         yield Problem(rules.BUDGET, "budget limits nothing", f"set one of {', '.join(COSTS)}")
-    elif not cfg.shapes(chain.teacher):
+    elif not (shapes := cfg.shapes(chain.teacher)):
         yield Problem(
             rules.BUDGET,
             f"no shape fits {limits(chain.teacher, budget, cfg.service)}",
-            "raise the budget, or max_depth_pruning and max_width_pruning in space",
+            "loosen the budget, or raise max_depth_pruning and max_width_pruning in space",
+        )
+    elif shapes == [chain.teacher] and "latency" not in cfg.inputs:
+        costs = ", ".join(
+            f"{name}={COSTS[name](chain.teacher, cfg.service):.6g}" for name in budget
+        )
+        yield Problem(
+            rules.BUDGET,
+            f"the teacher itself keeps the budget: {costs}",
+            "tighten it; tokens_per_second is a number of tokens, not a share",
         )
 
 
@@ -46,7 +55,7 @@ def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
     if not shapes:
         raise RecipeError(
             f"no shape fits {budget}, with latency as measured.",
-            "raise the budget, or max_depth_pruning and max_width_pruning in space",
+            "loosen the budget, or raise max_depth_pruning and max_width_pruning in space",
         )
     write_json(out / SHAPES_FILE, [shape.as_dict() for shape in shapes])
     return Outcome(

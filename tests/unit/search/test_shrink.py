@@ -41,7 +41,11 @@ def tiny(hf_folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("budget", "least", "most"),
-    [("parameters=0.7", 0.69, 0.7), ("latency_ms=0.7 budget.parameters=null", 0.6, 0.75)],
+    [
+        ("parameters=0.7", 0.69, 0.7),
+        ("latency_ms=0.7 budget.parameters=null", 0.6, 0.75),
+        ("tokens_per_second=305 budget.parameters=null", 0.6, 0.75),
+    ],
 )
 def test_what_is_planned_is_the_largest_shape_within_the_budget(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch, budget: str, least: float, most: float
@@ -85,7 +89,7 @@ def test_another_budget_reuses_what_does_not_depend_on_it(
         ("stages.prune.inputs.shape=rank_candidates", "has chosen no shape", "successive_halving"),
         ("stages.prune.inputs.shape=OTHER", "has chosen no shape", "run again"),
         ("budget.parameters=null", "budget limits nothing", "parameters, weight_bytes"),
-        ("budget.parameters=0.01", "no shape fits", "raise the budget"),
+        ("budget.parameters=0.01", "no shape fits", "loosen the budget"),
     ],
 )
 def test_a_shape_that_cannot_be_taken_is_refused(

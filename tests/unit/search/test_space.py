@@ -172,6 +172,8 @@ def test_costs_of_serving() -> None:
     [
         ({}, "limits nothing"),
         ({"budget": Budget(parameters=10.0)}, "no shape fits"),
+        ({"budget": Budget(tokens_per_second=1e12)}, "no shape fits"),
+        ({"budget": Budget(tokens_per_second=0.7)}, "the teacher itself keeps the budget"),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(
@@ -321,6 +323,12 @@ def test_a_measured_line_is_found_again_and_keeps_a_budget() -> None:
     # Reading fewer bytes does not help with what every step and layer takes.
     assert max(s.parameters() for s in found) < 0.8 * SMOLLM2.parameters()
     assert all(latency_ms(s, measured) <= 0.8 * steps[0] for s in found)
+    # Two requests at once get a token each in a step.
+    pair = dataclasses.replace(measured, batch_size=2)
+    least = 2e3 / (0.8 * latency_ms(SMOLLM2, pair))
+    assert shapes_of(SMOLLM2, Space(), {"tokens_per_second": least}, pair) == shapes_of(
+        SMOLLM2, Space(), {"latency_ms": 0.8}, pair
+    )
     assert found != shapes_of(SMOLLM2, Space(), {"latency_ms": 0.8}, service)
 
 
