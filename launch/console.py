@@ -28,7 +28,7 @@ from recipes.report.results import ReportResult
 from recipes.search.results import LatencyResult, SearchResult
 
 PLAIN_INTERVAL = 15.0
-SHOWN = ("loss", "val_loss", "tokens_per_second")
+SHOWN = ("loss", "val_loss", "val_kd", "tokens_per_second")
 
 
 def print_recipes(recipes: Mapping[str, str], console: Console) -> None:
@@ -104,9 +104,8 @@ def headline(manifest: Manifest) -> str:
     """The one result of a stage that a person wants to see."""
     if manifest.kind in HEADLINES:
         return HEADLINES[manifest.kind](manifest)
-    if manifest.parameters:
-        return f"{manifest.parameters / 1e6:.1f} M parameters"
-    return ""
+    size = f"{manifest.parameters / 1e6:.1f} M parameters" if manifest.parameters else ""
+    return ", ".join(filter(None, (size, manifest.metrics.get("stopped"))))
 
 
 def _tokens(manifest: Manifest) -> str:

@@ -16,8 +16,10 @@ from recipes.core.deadline import StoppedByClockError, time_is_up
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import rank
+from recipes.core.statistics import mean
 from recipes.distillation.model import KDModel
-from recipes.distillation.settings import TrainingConfig
+from recipes.distillation.settings import DistillConfig, TrainingConfig
+from recipes.distillation.stopping import VALIDATE, stop_reason
 
 COLLECT_EVERY = 100
 """Steps between collections of garbage."""
@@ -30,6 +32,7 @@ class Progress(Callback):
         self._cfg, self._log = cfg, log
         self._last = time.monotonic()
         self._norm = self._lr = 0.0
+        self._kds: list[float] = []
         self._skipped = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -79,16 +82,45 @@ class Progress(Callback):
         self._last = now
         self._log.progress(self._cfg.stage, trainer.global_step, self._cfg.max_steps, **values)
 
+    def on_validation_batch_end(self, trainer: object, pl_module: KDModel, *args: object) -> None:
+        """Keeps the batch's divergence from the teacher, where it is measured."""
+        self._kds += pl_module.validated_kd()
+
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
-        """Logs the next-token loss on the validation part."""
-        loss = float(trainer.callback_metrics["val_loss"])
-        self._log.progress("validate", trainer.global_step, self._cfg.max_steps, val_loss=loss)
+        """Logs the next-token loss on the validation part, and the divergence from the teacher."""
+        values = {"val_loss": float(trainer.callback_metrics["val_loss"])}
+        if self._kds:
+            values["val_kd"] = mean(self._kds)
+        self._kds.clear()
+        self._log.progress(VALIDATE, trainer.global_step, self._cfg.max_steps, **values)
         self._last = time.monotonic()
 
 
 def finish_saving(trainer: Any) -> None:
     """Waits until checkpoints that are being written are whole, on all ranks."""
     trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
+
+
+class Gate(Callback):
+    """Ends a training that has brought back what was wanted, or that will not.
+
+    What it was, a later start asks again of the same records: one that is killed while it saves
+    its result trains no further.
+    """
+
+    def __init__(self, cfg: DistillConfig, metrics: Path) -> None:
+        self._cfg, self._metrics = cfg, metrics
+
+    def on_train_start(self, trainer: Any, pl_module: object) -> None:
+        """Before another step."""
+        # Rank 0 alone has the records.
+        met = rank() == 0 and stop_reason(self._cfg, self._metrics, trainer.global_step) != ""
+        trainer.should_stop |= trainer.strategy.reduce_boolean_decision(met, all=False)
+
+    def on_validation_end(self, trainer: Any, pl_module: object) -> None:
+        """On all ranks in the same step."""
+        if not trainer.sanity_checking:
+            self.on_train_start(trainer, pl_module)
 
 
 class Clock(Callback):

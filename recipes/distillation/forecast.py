@@ -155,16 +155,32 @@ def forecast(steps: Sequence[Record], step_tokens: int, hourly: float | None = N
         step_tokens: Tokens of a step.
         hourly: Dollars of an hour of all devices, where they are known.
     """
-    curve = [(s["done"] * step_tokens, s[TERM]) for s in steps if s.get(TERM) is not None]
-    if len(curve) < FEWEST:
-        what = "steps with a loss on the teacher's logits"
-        return Forecast(f"{len(curve)} {what} are too few to say, of {FEWEST} at least")
-    if not _falls([loss for _, loss in curve]):
-        return Forecast("the loss does not fall by more than its noise")
+    curve = _points(steps, step_tokens)
+    if why := _silence(curve):
+        return Forecast(why)
     found, seen = fit(averaged(curve)), curve[-1][0]
     rate = median(s["tokens_per_second"] for s in steps)
     rows = tuple(_row(found, share, seen, rate, hourly) for share in SHARES)
-    return Forecast("", seen, found.recovered(seen), found.limit(), rows)
+    return Forecast("", int(seen), found.recovered(seen), found.limit(), rows)
+
+
+def share_after(steps: Sequence[Record], step_tokens: int, tokens: int) -> Estimate | None:
+    """The share that will be back after so many tokens; ``None`` where the curve does not say."""
+    curve = _points(steps, step_tokens)
+    return None if _silence(curve) else fit(averaged(curve)).recovered(tokens)
+
+
+def _points(steps: Sequence[Record], step_tokens: int) -> Curve:
+    return [(s["done"] * step_tokens, s[TERM]) for s in steps if s.get(TERM) is not None]
+
+
+def _silence(curve: Curve) -> str:
+    """Why nothing can be said; empty where something can."""
+    if len(curve) < FEWEST:
+        what = "steps with a loss on the teacher's logits"
+        return f"{len(curve)} {what} are too few to say, of {FEWEST} at least"
+    falls = _falls([loss for _, loss in curve])
+    return "" if falls else "the loss does not fall by more than its noise"
 
 
 def curve_of(stage_dir: Path, config: Mapping[str, Any]) -> tuple[list[Record], int]:

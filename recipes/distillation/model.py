@@ -23,6 +23,7 @@ from nemo.collections.llm.modelopt.distill.utils import (
     DistillationConfig,
     adjust_distillation_model_for_mcore,
 )
+from nemo.lightning.megatron_parallel import MegatronLossReduction
 from nemo.utils.model_utils import unwrap_model
 from torch import Tensor, nn
 
@@ -74,6 +75,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         self.config.calculate_per_token_loss = True
         self._objective, self._teacher = objective, objective.teacher
         self._reduction = LossReduction(objective)
+        self._validation = LossReduction(Objective({"lm": 1.0, "kd": 0.0}))
         self._cached: TopK | None = None
         self.teacher_loss: float | None = None
         """The teacher's own next-token loss on the first micro batch, measured before learning."""
@@ -87,6 +89,15 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
     def training_loss_reduction(self) -> LossReduction:
         """Reduction of training losses."""
         return self._reduction
+
+    @property
+    def validation_loss_reduction(self) -> MegatronLossReduction:
+        """Of the next-token loss; where the teacher validates, also of the divergence from it."""
+        return self._validation if self._teacher.validates else super().validation_loss_reduction
+
+    def validated_kd(self) -> list[float]:
+        """The divergence in the last global batch of a validation, if it was measured."""
+        return [self._validation.last["kd"]] if self._teacher.validates else []
 
     def share_losses(self) -> dict[str, Any]:
         """The last step's losses on every rank; only the last pipeline stage has them itself."""
@@ -121,7 +132,10 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         def losses(core: nn.Module, labels: Tensor, logits: Tensor) -> Tensor:
             if core.training:
                 return self._token_losses(core, labels, logits)
-            return _next_token_loss(logits, labels)
+            following = _next_token_loss(logits, labels)
+            if not self._teacher.validates:
+                return following
+            return torch.stack([following, self._divergence(core, logits)])
 
         core.compute_language_model_loss = MethodType(losses, core)
         self.module = core
@@ -144,6 +158,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         adjust_distillation_model_for_mcore(core, distill_cfg=DistillationConfig())
         teacher = core.teacher_model
         teacher.compute_language_model_loss = MethodType(lambda _, labels, logits: logits, teacher)
+        core.validates = self._teacher.validates
         core.forward = MethodType(_forward_both, core)
         return core
 
@@ -194,16 +209,20 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             self._check_teacher(core.teacher_logits, labels)
         rows = []
         if "kd" in self._objective.weights:
-            teacher = self._cached or core.teacher_logits.flatten(0, 1)
-            loss, group = self._objective.logits, nemo.tensor_group()
-            flat = distillation_loss(logits.flatten(0, 1), teacher, loss, group, True)
-            rows.append(flat.view(logits.shape[:2]).t())
+            rows.append(self._divergence(core, logits))
         if "hidden" in self._objective.weights:
             rows.append(self._hidden_loss(core, labels))
         if "lm" in self._objective.weights:
             rows.append(_next_token_loss(logits, labels))
         core.teacher_logits = None
         return torch.stack(rows)
+
+    def _divergence(self, core: nn.Module, logits: Tensor) -> Tensor:
+        """From the teacher, [batch, sequence], of logits [sequence, batch, vocabulary/tp]."""
+        teacher = self._cached or core.teacher_logits.flatten(0, 1)
+        loss, group = self._objective.logits, nemo.tensor_group()
+        flat = distillation_loss(logits.flatten(0, 1), teacher, loss, group, True)
+        return flat.view(logits.shape[:2]).t()
 
     def _hidden_loss(self, core: nn.Module, labels: Tensor) -> Tensor:
         """Mean over the pairs of layers, [batch, sequence]."""
@@ -257,7 +276,7 @@ def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 
     Between pipeline stages both hidden states travel as one tensor.
     """
-    if core.training:
+    if core.training or core.validates:
         for pair in core._layers_to_loss:
             for layer in pair:
                 layer._intermediate_output = None  # left behind by a validation

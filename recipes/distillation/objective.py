@@ -68,6 +68,8 @@ class Teacher:
     cache: TeacherCache | None = None
     fp8: bool = False
     """Whether a live one multiplies in FP8 where the student does."""
+    validates: bool = False
+    """Whether it runs in validations, too."""
 
     @classmethod
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> Teacher:
@@ -85,7 +87,8 @@ class Teacher:
             kept = inputs["student"].manifest.result(_StudentLayers).kept_layers
             layers = nemo.architecture_of(checkpoint).num_layers
             pairs = layer_pairs(cfg, kept, student.num_layers, layers)
-        return cls(checkpoint, pairs, fp8=cfg.fp8_teacher)
+        validates = cfg.stop_at_recovered is not None
+        return cls(checkpoint, pairs, fp8=cfg.fp8_teacher, validates=validates)
 
 
 def _require_fit(cfg: DistillConfig, cache: TeacherCache, source: Input, data: Input) -> None:

@@ -25,6 +25,8 @@ class DistillationResult(TrainingResult):
     """A training that a teacher took part in."""
 
     teacher_loss: float | None
+    stopped: str = ""
+    """At which step and why, if before its last."""
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ from nemo_convert.hf import copy_side_files
 from recipes.core.deadline import deadline
 from recipes.core.files import read_json, write_json
 from recipes.core.metrics import MetricsLog
-from recipes.core.stage import Input, rank, world_size
-from recipes.distillation.callbacks import Clock, Collect, Profile, Progress
+from recipes.core.stage import Input, metrics_file, rank, world_size
+from recipes.distillation.callbacks import Clock, Collect, Gate, Profile, Progress
 from recipes.distillation.data import TrainingData
 from recipes.distillation.model import KDModel
 from recipes.distillation.objective import Objective
-from recipes.distillation.settings import TrainingConfig
+from recipes.distillation.settings import DistillConfig, TrainingConfig
 from recipes.distillation.training import CHECKPOINTS, UNFINISHED, steps_in, whole_checkpoints
 
 OVERLAPS = {
@@ -66,6 +66,9 @@ def train(
         trainer = _trainer(cfg)
     # After construction: NeMo copies what it is given.
     trainer.callbacks += [Progress(cfg, log), Collect()]
+    if objective.teacher.validates and isinstance(cfg, DistillConfig):
+        trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
+        trainer.callbacks.append(Gate(cfg, metrics_file(out.parent)))
     if deadline() is not None:
         trainer.callbacks.append(Clock(cfg))
     if cfg.tp_comm_overlap:

@@ -176,6 +176,7 @@ CUDA_GRAPHS = Rule(
 PROFILE = Rule("profile", "steps that a training does not have leave no trace")
 SCHEDULE = Rule("schedule", "a learning rate that is never reached, or below its end, stops NeMo")
 LOSS = Rule("loss", "terms and weights that do not make a loss")
+STOP = Rule("stop", "a training can only stop by what its validations measure before its end")
 HIDDEN_PAIRS = Rule(
     "hidden-pairs",
     "the loss is on the last pipeline stage, so the layers it compares must be there",

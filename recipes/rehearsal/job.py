@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from recipes.core.manifest import manifest_of
 from recipes.core.stage import StageConfig
-from recipes.distillation.settings import CacheLogitsConfig, TrainingConfig
+from recipes.distillation.settings import CacheLogitsConfig, DistillConfig, TrainingConfig
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning.chain import Chain
 from recipes.pruning.settings import ScoreConfig
@@ -202,7 +202,9 @@ def _short_training(config: TrainingConfig) -> dict[str, Any]:
     model = config.tensor_model_parallel_size * pipeline * config.context_parallel_size
     batch = config.resources.ranks // model * config.micro_batch_size
     micro_batches = min(config.global_batch_size // batch, pipeline + 1)
+    stop = {"stop_at_recovered": None, "stop_if_hopeless": False}
     return {
+        **(stop if isinstance(config, DistillConfig) else {}),
         "global_batch_size": batch * micro_batches,
         "max_steps": STEPS,
         "warmup_steps": 1,

@@ -14,6 +14,7 @@ from recipes.core.metrics import steps_of
 from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
 from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import CACHED, DRAWN_LOSS, CacheLogitsConfig, DistillConfig
+from recipes.distillation.stopping import stop_reason
 from recipes.distillation.training import (
     fp8_size_problems,
     training_bytes,
@@ -57,6 +58,7 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
             "leave one of them out",
         )
     yield from _teacher_problems(cfg, workload(cfg, chain).teacher)
+    yield from _stop_problems(cfg, workload(cfg, chain).teacher)
     yield from tokenizer_problems(cfg, chain)
 
 
@@ -81,6 +83,39 @@ def _teacher_problems(cfg: DistillConfig, live: Architecture | None) -> Iterator
         )
     else:
         yield from fp8_size_problems(cfg, live, " of the teacher")
+
+
+def _stop_problems(cfg: DistillConfig, live: Architecture | None) -> Iterator[Problem]:
+    """What keeps a training from seeing, before its end, how much it has brought back."""
+    if cfg.stop_at_recovered is None:
+        if cfg.stop_if_hopeless:
+            yield Problem(
+                rules.STOP,
+                "stop_if_hopeless, but no share is wanted",
+                f"set stages.{cfg.stage}.stop_at_recovered, such as 0.9",
+            )
+        return
+    if live is None or not cfg.kd_weight:
+        yield Problem(
+            rules.STOP,
+            "stop_at_recovered needs the teacher on validation text, and "
+            + ("a loss on its logits" if live else "there is none beside the student"),
+            "use teacher=live with kd_weight above 0, or leave stop_at_recovered out",
+        )
+    if cfg.pipeline_model_parallel_size > 1:
+        yield Problem(
+            rules.STOP,
+            "stop_at_recovered with pipeline_model_parallel_size="
+            f"{cfg.pipeline_model_parallel_size}, over which validations pass the student alone",
+            "use pipeline_model_parallel_size=1, or leave stop_at_recovered out",
+        )
+    if cfg.val_check_interval >= cfg.max_steps:
+        yield Problem(
+            rules.STOP,
+            f"val_check_interval={cfg.val_check_interval} leaves no validation before the last of "
+            f"max_steps={cfg.max_steps}, so stop_at_recovered has nothing to go by",
+            "set val_check_interval lower",
+        )
 
 
 def workload(cfg: DistillConfig, chain: Chain) -> Workload:
@@ -192,8 +227,10 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
 def result(cfg: DistillConfig, file: Path) -> DistillationResult:
     """What the training came to, from its metrics file."""
     first = steps_of(file, cfg.stage)[0]
+    found = training_result(cfg, file)
+    stopped = stop_reason(cfg, file, found.steps)
     return DistillationResult(
-        **vars(training_result(cfg, file)), teacher_loss=first.get("teacher_loss")
+        **vars(found), teacher_loss=first.get("teacher_loss"), stopped=stopped
     )
 
 

@@ -110,6 +110,7 @@ def training_of(cfg: SuccessiveHalvingConfig, rounds: Sequence[int], number: int
         "warmup_steps": min(cfg.distill.warmup_steps, steps // 5),
         "val_check_interval": steps,
         "checkpoint_interval": max(steps, 1),
+        "stop_at_recovered": None,  # candidates are compared at equal tokens
     }
     return DistillConfig(**{**vars(cfg.distill), **plain})
 

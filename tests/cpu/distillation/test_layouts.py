@@ -20,14 +20,18 @@ from recipes.core.metrics import METRICS, steps_of
 from recipes.distillation.training import CHECKPOINTS, whole_checkpoints
 from tests.support.in_process import run_here
 from tests.support.launcher import run_and_kill
-from tests.support.runs import settings, tiny, without
+from tests.support.runs import manifest_of, settings, tiny, without
 
 STEPS, CHECKPOINT_INTERVAL = 21, 4
 """Nothing follows the last step that would gather what each data-parallel rank updated."""
 TWO_RANKS = "stages.distill.resources.devices=2"
 LAYOUTS = {
     "TP=2": ["tensor_model_parallel_size=2"],
-    "TP=2, sequence": ["tensor_model_parallel_size=2", "sequence_parallel=true"],
+    "TP=2, sequence": [
+        "tensor_model_parallel_size=2",
+        "sequence_parallel=true",
+        "stop_at_recovered=0.9",
+    ],
     "PP=2": ["pipeline_model_parallel_size=2"],
     "DP=2": [],
 }
@@ -73,16 +77,18 @@ def one_rank(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPat
     return run_dir
 
 
-def require_same_training(expected: Path, found: Path) -> None:
+def require_same_training(expected: Path, found: Path, last: int = STEPS) -> None:
     """Every step's terms within 1e-4, and the final weights within rounding's growth over steps."""
-    ones = steps_of(expected / "distill" / METRICS, "distill")
+    ones = steps_of(expected / "distill" / METRICS, "distill")[:last]
     twos = steps_of(found / "distill" / METRICS, "distill")
-    assert [two["done"] for two in twos] == [one["done"] for one in ones] == [*range(1, STEPS + 1)]
+    assert [two["done"] for two in twos] == [one["done"] for one in ones] == [*range(1, last + 1)]
     for one, two in zip(ones, twos, strict=True):
         for term in ("loss", "kd", "hidden", "lm", "grad_norm"):
             assert two[term] == pytest.approx(one[term], rel=1e-4), (one["done"], term)
     validated = [steps_of(d / "distill" / METRICS, "validate")[-1] for d in (expected, found)]
     assert validated[1]["val_loss"] == pytest.approx(validated[0]["val_loss"], rel=1e-4)
+    if last < STEPS:
+        return  # before the weights were what they became
     first, second = (
         dict(hf_weights(find_checkpoint(d / "distill" / ARTIFACT))) for d in (expected, found)
     )
@@ -112,7 +118,11 @@ def test_two_ranks_give_the_losses_of_one(
     command = [*overrides(even_llama, text_file, run_dir), *layout(name)]
     result = run_here(*command, cwd=tmp_path)
     assert result.code == 0, result.output
-    require_same_training(one_rank, run_dir)
+    stops = "stop_at_recovered=0.9" in LAYOUTS[name]  # at the one validation before the end
+    require_same_training(one_rank, run_dir, STEPS - 1 if stops else STEPS)
+    assert bool(manifest_of(run_dir, "distill").metrics["stopped"]) == stops
+    validated = steps_of(run_dir / "distill" / METRICS, "validate")
+    assert [one["done"] for one in validated] == ([0, STEPS - 1] if stops else [STEPS - 1])
 
 
 @pytest.mark.parametrize(("began", "ended"), [("TP=2", "PP=2"), ("DP=2", None)])

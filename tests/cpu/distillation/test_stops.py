@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from launch.commands import status
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import WORK
 from recipes.core.metrics import METRICS, MetricsLog, read_records, steps_of
+from recipes.distillation import trainer
 from recipes.distillation.callbacks import Progress
 from recipes.distillation.objective import LossReduction
+from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.sanity import require_better_than_chance
 from tests.support.in_process import run_here
 from tests.support.launcher import run_recipe
-from tests.support.runs import settings, tiny, without
+from tests.support.runs import manifest_of, settings, tiny, without
 
 
 def test_a_teacher_of_chance_level_is_refused() -> None:
@@ -128,6 +133,47 @@ def test_what_is_not_a_number_once_is_not_trained_on_and_the_same_command_goes_o
     done = [record["done"] for record in records if record["task"] == "distill"]
     assert done == [1, 2, 3, 4, 5, 6]
     assert not any(record.get("skipped") for record in records)
+
+
+def interrupted(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_training_that_has_brought_back_enough_is_complete(
+    untrained: Path,
+    even_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where it is killed between its last step and its result."""
+    run_dir = without(untrained, tmp_path / "run")
+    learning = settings("distill", lr=1e-3, lm_weight=0, val_check_interval=1)
+    command = [*training(even_llama, text_file, run_dir), *learning, "stages.only=[distill]"]
+    command.append("stages.distill.stop_at_recovered=0.7")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_save_trained", interrupted)
+        assert run_here(*command, cwd=tmp_path).code == 130
+    for said in ("resume", "skip"):
+        result = run_here(*command, cwd=tmp_path)
+        assert result.code == 0, result.output
+        assert re.search(rf"distill +{said}", result.output)
+    records = list(read_records(run_dir / "distill" / METRICS))
+    done = [record["done"] for record in records if record["task"] == "distill"]
+    kds = [record["val_kd"] for record in records if record["task"] == "validate"]
+    assert done == [*range(1, len(kds))]
+    assert len(done) < 6
+    shares = [1 - kd / kds[0] for kd in kds]
+    assert [share >= 0.7 for share in shares] == [False] * len(done) + [True]
+    # The divergence of the pruned model is the same on two texts of one kind, but for their noise.
+    first = steps_of(run_dir / "distill" / METRICS, "distill")[0]["kd"]
+    assert kds[0] == pytest.approx(first, rel=0.3)
+    made = manifest_of(run_dir, "distill").result(DistillationResult)
+    assert (made.steps, made.tokens) == (len(done), len(done) * 4 * 64)
+    assert made.stopped.startswith(f"stopped at step {len(done)} of 6: {shares[-1]:.0%} of the")
+    console = Console(record=True, width=200)
+    status({"run_dir": str(run_dir)}, console)
+    assert made.stopped in console.export_text()
 
 
 def test_a_run_that_diverges_stops_before_its_weights_do(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from recipes.core.stage import Input
+from recipes.distillation.results import DistillationResult
 from recipes.pruning.results import PruneResult
 from recipes.pruning.settings import PruneConfig
 from recipes.report.page import render
@@ -137,6 +138,15 @@ def test_only_loss_terms_in_use_are_drawn(
     # Its divergence falls from 3.7 to 0.7, so that no number of tokens brings 90% of it back.
     table = text[text.index('id="table-forecast"') :].partition("</table>")[0]
     assert table.count("more than this curve comes to") == 3
+
+
+def test_a_training_that_stopped_says_so(inputs: dict[str, Input], tmp_path: Path) -> None:
+    trained = inputs["distilled"].manifest.result(DistillationResult)
+    made = changed(
+        inputs["distilled"], replace(trained, stopped="stopped at step 60 of 400: enough")
+    )
+    text = rendered({**inputs, "distilled": made}, tmp_path)
+    assert "tokens per second. It stopped at step 60 of 400: enough." in Page(text).text
 
 
 def test_nothing_lost_nothing_recovered(inputs: dict[str, Input], tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ TRIPS = {
     "fp8": trip(f"{D}fp8=hybrid"),
     "tp-comm-overlap": trip(f"{D}tp_comm_overlap=true"),
     "cuda-graphs": trip(f"{D}cuda_graphs=true"),
+    "stop": trip(f"{D}stop_if_hopeless=true"),
     "profile": trip(f"{D}profile_steps=[5,3]"),
     "schedule": trip(f"{D}warmup_steps=100"),
     "loss": trip(f"{D}kd_weight=0", f"{D}lm_weight=0"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Resources
@@ -87,6 +88,34 @@ def test_pairs_that_cannot_be_derived(kept: list[int] | None) -> None:
     cfg = DistillConfig(pipeline_model_parallel_size=2)
     with pytest.raises(RecipeError, match="set intermediate_layer_pairs"):
         layer_pairs(cfg, kept, 3, 6)
+
+
+STOP = {"stop_at_recovered": 0.9, "val_check_interval": 20}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (STOP, None),
+        ({"stop_if_hopeless": True}, "no share is wanted"),
+        ({**STOP, "val_check_interval": 100}, "no validation before the last"),
+        ({**STOP, "kd_weight": 0.0, "hidden_weight": 1.0}, "a loss on its logits"),
+        ({**STOP, **ALONE}, "none beside the student"),
+        ({**STOP, "inputs": {"teacher": "cache_logits"}}, "none beside the student"),
+        ({**STOP, "pipeline_model_parallel_size": 2}, "pass the student alone"),
+    ],
+)
+def test_what_a_training_stops_by(chain: Chain, fields: dict[str, Any], said: str | None) -> None:
+    cached = {"cache_logits": CacheLogitsConfig(stage="cache_logits")}
+    cfg, whole = DistillConfig(stage="distill", **fields), replace(chain, stages=cached)
+    found = [p.what for p in distill.check(cfg, whole) if p.rule.name == "stop"]
+    assert len(found) == (said is not None)
+    assert (said or "") in "".join(found)
+
+
+@pytest.mark.parametrize("share", [float("nan"), 0.0, 1.0, 1.5, -0.5, float("inf")])
+def test_a_share_to_stop_at_leaves_a_rest(share: float) -> None:
+    assert list(violations(DistillConfig(stage="distill", stop_at_recovered=share)))
 
 
 @pytest.mark.parametrize(
