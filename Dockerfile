@@ -19,12 +19,12 @@ RUN python3 -c 'import omegaconf'
 # Python 3.12, torch 2.9 and TransformerEngine are NGC's; the build fails if they were replaced.
 FROM nvcr.io/nvidia/nemo:25.11 AS recipes
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-COPY launch/executors/image.txt /opt/nemo-recipes/image.txt
+COPY requirements/stack.txt /opt/nemo-recipes/stack.txt
 RUN --mount=from=uv,source=/uv,target=/usr/local/bin/uv \
     kept() { python -c 'from importlib.metadata import version as v; print(*map(v, ["torch", "transformer-engine"]))'; } \
  && before=$(kept) \
  && uv pip install --no-cache --no-deps --break-system-packages --python "$(command -v python)" \
-      --requirement /opt/nemo-recipes/image.txt \
+      --require-hashes --requirement /opt/nemo-recipes/stack.txt \
  && [ "$(kept)" = "$before" ] \
  && useradd --create-home --uid 10001 recipes
 # docker run --user replaces it by the caller's own, so that files belong to whoever starts a run.

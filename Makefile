@@ -3,6 +3,7 @@
 # make test-gpu   half an hour on one GPU, step by step (tests/gpu/plan.py); installs nothing
 # make lint   ruff, mypy and the quick tests, as pre-commit runs them
 # make docs   the documents as a site in docs/_site; a warning fails
+# make lock   what is installed, in requirements; ARGS="PACKAGE ..." become the newest that fit
 #
 # Variables: RECIPE, ARGS (overrides for demo, options for test), WORKERS (of the tests), PYTHON (3.11
 # or 3.12), VENV.
@@ -13,7 +14,7 @@ VENV ?= .venv
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
 export VENV PYTHON
 
-.PHONY: demo test test-gpu lint docs install
+.PHONY: demo test test-gpu lint docs lock install
 demo: install
 	$(VENV)/bin/python launch/run.py recipe=$(RECIPE) $(ARGS)
 
@@ -32,6 +33,9 @@ lint: install
 docs: install
 	$(VENV)/bin/python -m sphinx -q -W --keep-going -c docs . docs/_site
 	@echo "open docs/_site/docs/index.html"
+
+lock: install
+	$(VENV)/bin/python -m launch.reference.lock $(ARGS)
 
 install:
 	@./install.sh

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Makes the virtual environment, once: a stamp of pyproject.toml says whether there is work to do.
-# A CUDA build of torch that is already there, as in an NGC container, is used and not replaced.
+# Makes the virtual environment, once: a stamp of what it is made from says whether there is work to do.
+# Of what is locked in requirements, each file must have a hash that stands there; but for torch: a
+# build of the machine's own, in an NGC container or from an index or a folder that its pip is set up
+# for, such as 2.13.0+cpu, is used as it is. PyPI's brings CUDA, and is held to its hashes.
 set -euo pipefail
 cd "$(dirname "$0")"
 venv=${VENV:-.venv}
 stamp=$venv/.installed
-wanted=$(sha256sum pyproject.toml install.sh)
+wanted=$(sha256sum pyproject.toml install.sh requirements/*.txt)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 
 fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; }
@@ -26,7 +28,17 @@ if [ ! -x "$venv/bin/python" ] && ! "$python" -m venv "${options[@]}" "$venv"; t
   echo "  fix: on Debian or Ubuntu, apt-get install python3-venv" >&2
   exit 1
 fi
-echo "installing the pinned stack into $venv (once, a few minutes)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+echo "installing the locked stack into $venv (once, a few minutes)"
+install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$@"; }
+install --require-hashes -r requirements/stack.txt -r requirements/dev.txt
+if [ ${#options[@]} -eq 0 ]; then
+  mapfile -t torch < <(grep -oE '^torch(vision)?==[0-9.]+' requirements/torch.txt)
+  if install --dry-run --ignore-installed --report - "${torch[@]}" | grep -qE '"version": "[^"]*\+'; then
+    install "${torch[@]}"
+  else
+    install --require-hashes -r requirements/torch.txt
+  fi
+fi
+install --no-build-isolation -e .
 "$venv/bin/python" -m pip check
 echo "$wanted" >"$stamp"
