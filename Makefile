@@ -3,6 +3,7 @@
 # make test-gpu   half an hour on one GPU, step by step (tests/gpu/plan.py); installs nothing
 # make lint   ruff, mypy and the quick tests, as pre-commit runs them
 # make docs   the documents as a site in docs/_site; a warning fails
+# make sbom   what is installed, with licences: sbom.json, in CycloneDX's form
 # make lock   what is installed, in requirements; ARGS="PACKAGE ..." become the newest that fit
 #
 # Variables: RECIPE, ARGS (overrides for demo, options for test), WORKERS (of the tests), PYTHON (3.11
@@ -14,7 +15,7 @@ VENV ?= .venv
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
 export VENV PYTHON
 
-.PHONY: demo test test-gpu lint docs lock install
+.PHONY: demo test test-gpu lint docs sbom lock install
 demo: install
 	$(VENV)/bin/python launch/run.py recipe=$(RECIPE) $(ARGS)
 
@@ -33,6 +34,9 @@ lint: install
 docs: install
 	$(VENV)/bin/python -m sphinx -q -W --keep-going -c docs . docs/_site
 	@echo "open docs/_site/docs/index.html"
+
+sbom: install
+	$(VENV)/bin/python -m launch.reference.dependencies >sbom.json
 
 lock: install
 	$(VENV)/bin/python -m launch.reference.lock $(ARGS)

@@ -1,1 +1,1 @@
-"""Pages of ``docs`` that are written from the code: every rule and error, every field."""
+"""Pages of ``docs`` that are written from the code: every rule, error, field and licence."""

@@ -40,7 +40,7 @@ NOT_GROUPS = ("recipe", "stage", "chain")
 def configuration() -> Iterator[str]:
     """The parts of the page."""
     yield "## Groups\n"
-    yield _table(("choice", "what it is"), _choices())
+    yield table(("choice", "what it is"), _choices())
     yield "## The run\n"
     yield "At the root; `only` is `stages.only`.\n"
     yield _fields(RunSettings)
@@ -95,7 +95,7 @@ def _stage(name: str) -> Iterator[str]:
 def _fields(kind: type, given: Mapping[str, Any] | None = None, without: type | None = None) -> str:
     """A table of a dataclass's fields, where a file gives defaults with those."""
     rows = list(_rows(kind, given or {}, without=without))
-    return _table(("field", "type", "default", "meaning"), rows) if rows else "No own fields.\n"
+    return table(("field", "type", "default", "meaning"), rows) if rows else "No own fields.\n"
 
 
 def _rows(
@@ -171,7 +171,8 @@ def _allowed(mark: object) -> Iterator[str]:
             yield f"{SIGNS[type(mark)]} {limit:g}"
 
 
-def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
     lines = [columns, ("---",) * len(columns), *rows]
     cells = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
     return "".join(f"| {line} |\n" for line in cells)

@@ -25,6 +25,8 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from recipes.core.files import REPO_ROOT, write_text_atomically
 
 LOCKS = REPO_ROOT / "requirements"
+PIN = re.compile(r"^([\w.-]+)==(\S+)(?: ; (.+?))?(?: \\)?$", re.M)
+"""Name, version and marker."""
 PYTHONS = {11: ("3.11.0", "3.11.99"), 12: ("3.12.0", "3.12.99")}
 """By minor version, the first and the last of each, between which a marker may change."""
 MACHINES = ("x86_64", "aarch64")
@@ -42,6 +44,16 @@ def direct(*extras: str) -> list[Requirement]:
     return [Requirement(line) for line in lines if not line.startswith(project["name"])]
 
 
+def locked(python: str, *names: str) -> dict[str, str]:
+    """Versions that some of the files install for a Python."""
+    return {
+        name: version
+        for file in names
+        for name, version, marker in PIN.findall((LOCKS / file).read_text(encoding="utf-8"))
+        if not marker or Marker(marker).evaluate(environment(python))
+    }
+
+
 def main() -> None:
     """Writes the three files."""
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +66,7 @@ def main() -> None:
         _uv(pins, "--no-deps", "--format=pylock.toml", "-o", found)
         packages = tomllib.loads(found.read_text(encoding="utf-8"))["packages"]
     torch = _only_for_torch(parents)
-    roots = {canonicalize_name(one.name) for one in direct("tasks")}
+    roots: set[str] = {canonicalize_name(one.name) for one in direct("tasks")}
     stack = _needed(roots - OF_THE_CONTAINER, parents)
     for name, chosen in {
         "stack.txt": stack,
@@ -66,9 +78,9 @@ def main() -> None:
 
 
 def _uv(*arguments: str | Path) -> None:
-    command = [Path(sys.executable).with_name("uv"), "pip", "compile", "--quiet", "--universal"]
-    first = PYTHONS[min(PYTHONS)][0]
-    subprocess.run([*command, "--python-version", first, *arguments], cwd=REPO_ROOT, check=True)
+    uv, first = Path(sys.executable).with_name("uv"), PYTHONS[min(PYTHONS)][0]
+    command = [str(uv), "pip", "compile", "--quiet", "--universal", "--python-version", first]
+    subprocess.run([*command, *map(str, arguments)], cwd=REPO_ROOT, check=True)
 
 
 def _parents(pins: str) -> Iterator[tuple[str, set[str]]]:

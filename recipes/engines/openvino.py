@@ -106,7 +106,9 @@ def _write_tokenizer(folder: Path, out: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.save_pretrained(out)
+    # Of several templates transformers 4.57 makes files of any name, anywhere (CVE-2026-9856).
+    several = isinstance(tokenizer.chat_template, dict)
+    tokenizer.save_pretrained(out, save_jinja_files=not several)
     models = convert_tokenizer(tokenizer, with_detokenizer=True)
     for model, name in zip(models, ("tokenizer", "detokenizer"), strict=True):
         openvino.save_model(model, out / f"openvino_{name}.xml")

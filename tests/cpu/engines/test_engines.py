@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
@@ -22,6 +23,7 @@ from recipes.core.stage import Input
 from recipes.data.part_writer import PartWriter
 from recipes.data.results import DatasetResult
 from recipes.data.tokenizer import load_tokenizer
+from recipes.engines import openvino
 from recipes.engines.checks import compare_engine, greedy_margin
 from recipes.engines.openvino import Pipeline, read_properties
 from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
@@ -161,6 +163,18 @@ def test_compressed_engines_report_what_they_lost(build: Build, odd_llama: Path)
     layers, width, ffn = 5, 56, 120
     assert found["int8"].weight_types["u8"] >= layers * 3 * width * ffn
     assert found["int4"].weight_types["u4"] >= layers * 3 * width * ffn
+
+
+def test_a_template_of_a_model_writes_no_file_outside(odd_llama: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "run" / "engine"
+    shutil.copytree(odd_llama, model, ignore=shutil.ignore_patterns("*.safetensors", "*.jinja"))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    named = [{"name": name, "template": "x"} for name in ("default", "../../outside")]
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": named}))
+    out.mkdir(parents=True)
+    openvino._write_tokenizer(model, out)
+    assert (out / "openvino_tokenizer.xml").exists()
+    assert list(tmp_path.rglob("outside*")) == []
 
 
 def test_compression_that_did_nothing_is_refused(build: Build, odd_llama: Path) -> None:
