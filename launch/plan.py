@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.hydra_errors import fix_of
 from launch.machine import chain_of, cluster_problems
 from launch.planned import InputRef, PlannedStage, load_stage, stage_of
+from launch.rounds import in_rounds
 from launch.settings import RunSettings
 from launch.staleness import ADOPT, SKIP, require_nothing_lost, status
 from recipes.core.constraints import violations
@@ -111,7 +112,7 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
     """The stage nodes of a composed config as their dataclasses; refuses what does not fit them."""
     typed: dict[str, StageConfig] = {}
     wrong: list[str] = []
-    for name, node in cfg.stages.items():
+    for name, node in in_rounds(cfg).items():
         if name == "only":
             continue
         where = f"stages.{name}"
@@ -124,7 +125,7 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
             raise RecipeError(f"{where}: {said}", fix_of(said)) from error
         load_stage(config.stage)
         wrong += violations(config, where)
-        typed[str(name)] = config
+        typed[name] = config
     if wrong:
         raise RecipeError("\n".join(wrong))
     if not typed:

@@ -30,6 +30,7 @@ from launch.plan import Plan, make_plan
 from launch.planned import PlannedStage
 from launch.publish import publish, require_publishable, show_files
 from launch.rehearse import rehearse
+from launch.rounds import with_additions
 from launch.settings import RunSettings, settings_of
 from launch.staleness import SKIP
 from launch.trackers import open_tracker, require_tracker
@@ -157,7 +158,8 @@ def cli() -> int:
     """Runs ``main`` and turns every expected failure into one message and an exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the message is ours
     # Hydra's parser stops at overrides on both sides of a flag: `recipe=R -m x=1,2`.
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    sys.argv[1:] = with_additions(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops what it started, as Ctrl-C
     schema.register()
     try:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from launch.hydra_errors import as_typed
-from recipes.core.constraints import matching, one_of
+from recipes.core.constraints import Count, matching, one_of
 from recipes.core.errors import RecipeError
 from recipes.planning.rules import RULES
 
@@ -41,6 +41,9 @@ class RunSettings:
     """Each tracker has its own, and a ``name``."""
     run_dir: Annotated[str, matching(".+", "a directory")] | None = None
     """Where the run lives; ``runs/RECIPE`` by default."""
+    rounds: Count = 1
+    """Prunes and distils so many times, each time an equal share of the way, from the last student;
+    ``prune``, ``distill`` and ``score`` of earlier rounds have their number, as in ``prune_1``."""
     dry_run: bool = False
     """Writes every config and script, and starts nothing."""
     rehearse: Any = False

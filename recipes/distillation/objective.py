@@ -20,18 +20,11 @@ from recipes.core.errors import RecipeError
 from recipes.core.stage import Input, Inputs
 from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.losses import LogitsLoss
+from recipes.distillation.results import KeptLayers
 from recipes.distillation.settings import CACHED, DRAWN_LOSS, TERMS, DistillConfig
 
 Pairs = Sequence[tuple[int, int]]
 """Layers of student and teacher whose outputs are compared, counted from 1."""
-
-
-@dataclass(frozen=True)
-class _StudentLayers:
-    """The part that matters here of what made the student."""
-
-    kept_layers: list[int] | None = None
-    """The teacher's layer that each was; only a pruning says so."""
 
 
 def layer_pairs(
@@ -84,7 +77,7 @@ class Teacher:
         checkpoint = nemo.find_checkpoint(source.artifact)
         pairs: Pairs = ()
         if cfg.hidden_weight:
-            kept = inputs["student"].manifest.result(_StudentLayers).kept_layers
+            kept = inputs["student"].manifest.result(KeptLayers).kept_layers
             layers = nemo.architecture_of(checkpoint).num_layers
             pairs = layer_pairs(cfg, kept, student.num_layers, layers)
         validates = cfg.stop_at_recovered is not None

@@ -21,12 +21,21 @@ class TrainingResult:
 
 
 @dataclass(frozen=True)
+class KeptLayers:
+    """Which of the teacher's layers a model has, where it was pruned; counted from 1."""
+
+    kept_layers: list[int] | None = None
+
+
+@dataclass(frozen=True)
 class DistillationResult(TrainingResult):
     """A training that a teacher took part in."""
 
     teacher_loss: float | None
     stopped: str = ""
     """At which step and why, if before its last."""
+    kept_layers: list[int] | None = None
+    """The student's, for what prunes it again."""
 
 
 @dataclass(frozen=True)

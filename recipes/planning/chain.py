@@ -30,6 +30,9 @@ class Prunes(Protocol):
     def targets(self, teacher: Architecture) -> Targets:
         """What a teacher is pruned to."""
 
+    def on_the_way(self, before: Architecture, student: Architecture) -> Architecture:
+        """What is cut to for a student, of what there is before it."""
+
 
 @runtime_checkable
 class ListsShapes(Protocol):
@@ -85,10 +88,12 @@ class Chain:
         that what is planned is the most that it may take; where that waits for latencies, the
         teacher's.
         """
-        search = config.inputs.get("shape")
+        search, before = config.inputs.get("shape"), self.shape_of(config.inputs.get("checkpoint"))
         if search is None:
-            return pruned(self.teacher, config.targets(self.teacher))
-        return next(iter(self.shapes_within(search)), self.shape_of(search))
+            student = pruned(before, config.targets(self.teacher))
+        else:
+            student = next(iter(self.shapes_within(search)), self.shape_of(search))
+        return config.on_the_way(before, student)
 
     def shapes_within(self, search: str | None) -> list[Architecture]:
         """Shapes that a search of this run chooses from, as far as they are known before it runs.

@@ -55,6 +55,22 @@ def absolute(
     return found
 
 
+def between(
+    teacher: Architecture, student: Architecture, part: float, divisors: Mapping[str, int]
+) -> Architecture:
+    """A shape ``part`` of the way to a student, in equal ratios, rounded to the divisors."""
+    changed: dict[str, Any] = {}
+    for axis in ("num_query_groups", "num_layers", "hidden_size", *DENSE_AXES, *EXPERT_AXES):
+        before, after = getattr(teacher, axis), getattr(student, axis)
+        if before != after:
+            step = divisors.get(axis, 1)
+            changed[axis] = round(before * (after / before) ** part / step) * step
+    groups = changed.get("num_query_groups", teacher.num_query_groups)
+    before, after = (a.num_attention_heads / a.num_query_groups for a in (teacher, student))
+    heads = groups * round(before * (after / before) ** part)
+    return replace(teacher, **changed, num_attention_heads=heads)
+
+
 def pruned(teacher: Architecture, targets: Targets) -> Architecture:
     """The student's shape. ``kv_channels`` stays the teacher's: heads go, their size does not.
 

@@ -21,7 +21,7 @@ class ScoreResult:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What was kept of a teacher."""
+    """What was kept of a teacher; layers have its numbers, also where others went before."""
 
     kept_layers: list[int]
     layer_importance: dict[int, float]
@@ -31,5 +31,5 @@ class PruneResult:
     teacher_parameters: int | None
 
     def dropped_layers(self) -> list[int]:
-        """The teacher's layers that are gone."""
+        """The teacher's layers that went."""
         return sorted(self.layer_importance.keys() - set(self.kept_layers))

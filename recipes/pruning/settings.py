@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from nemo_convert.architecture import Architecture
-from recipes.core.constraints import Count, CountOrZero, Seed, Size, one_of
+from recipes.core.constraints import Count, CountOrZero, Seed, Share, Size, one_of
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
-from recipes.planning.targets import Targets, absolute
+from recipes.planning.targets import Targets, absolute, between
 
 LAYER_METHODS = ("block_influence", "loss", "block", "greedy")
 HEALINGS = ("none", "least_squares")
@@ -46,6 +46,9 @@ class PruneConfig(StageConfig):
     """Experts of a mixture to keep in each layer."""
     target_moe_ffn_hidden_size: Size | None = None
     """Channels of each expert to keep."""
+    part: Share | None = None
+    """Goes this part of the way to its targets, or to a search's choice, in equal ratios: 0.5 is to
+    the geometric mean of the sizes. All but the last of several ``rounds`` have one."""
     heal: Annotated[str, one_of(*HEALINGS)] = "none"
     """``least_squares``: refits what is left of a dense model, in closed form, to do on calibration
     text what the teacher does; takes two forward passes. Without training it brings back a fifth
@@ -70,6 +73,12 @@ class PruneConfig(StageConfig):
         """The targets without the rest, in numbers."""
         sizes = absolute(teacher, self.asked(), self.divisors())
         return Targets(**sizes, drop_layers=tuple(sorted(self.drop_layers)))
+
+    def on_the_way(self, before: Architecture, student: Architecture) -> Architecture:
+        """What is cut to for a student, of what there is before it."""
+        if self.part is None:
+            return student
+        return between(before, student, self.part, self.divisors())
 
     def in_numbers(self, teacher: Architecture) -> PruneConfig:
         """This, with shares of a teacher as numbers: what a result depends on."""

@@ -169,7 +169,7 @@ def _row(
         parameters=found.distilled.parameters,
         disk=exported.total_bytes() if exported else None,
         latency=dict(_latencies(run)).get(engine) if engine else None,
-        tokens=next((training.tokens for training in trained if training), None),
+        tokens=sum(training.tokens for training in trained if training) or None,
         hours=sum(map(machine_hours, run.stages.values())),
     )
 

@@ -144,17 +144,19 @@ def work(manifests: Mapping[str, Manifest], before: Mapping[str, Manifest]) -> l
             found.append(Work(name, tokens, 0, TRAINING * tokens * teacher))
         if cached := manifest.result_if("cache_logits", CacheResult):
             found.append(Work(name, cached.tokens, 0, cached.tokens * teacher))
-    found += _distillation(manifests["distilled"], before, teacher, student)
+        found += _distillation(name, manifest, before, teacher)
+    found += _distillation("Distillation", manifests["distilled"], before, teacher)
     tokens = manifests["evaluation"].result(EvaluationResult).tokens
     # The pruned model has the student's shape.
     return [*found, Work("Evaluation", tokens, 2 * tokens * student, tokens * teacher)]
 
 
 def _distillation(
-    distilled: Manifest, before: Mapping[str, Manifest], teacher: int, student: int
+    label: str, distilled: Manifest, before: Mapping[str, Manifest], teacher: int
 ) -> list[Work]:
     training = distilled.result_if("distill", DistillationResult)
-    if training is None:
+    student = flops_per_token(distilled)
+    if training is None or student is None:
         return []
     tokens = training.tokens
     cached = any(
@@ -163,4 +165,4 @@ def _distillation(
     )
     live = 0 if cached else tokens * teacher
     seconds = tokens / training.tokens_per_second
-    return [Work("Distillation", tokens, TRAINING * tokens * student, live, seconds)]
+    return [Work(label, tokens, TRAINING * tokens * student, live, seconds)]

@@ -153,8 +153,10 @@ def _shapes(inputs: Mapping[str, Manifest]) -> Iterator[str]:
 def _made(inputs: Mapping[str, Manifest]) -> Iterator[str]:
     """What was pruned, how much it was distilled, and on which text."""
     pruned = inputs["pruned"].result_if("prune", PruneResult) if "pruned" in inputs else None
-    if pruned and (dropped := pruned.dropped_layers()):
-        yield f"- Layers dropped, counted from 1: {', '.join(map(str, dropped))}."
+    if pruned and "teacher" in inputs and (shape := inputs["teacher"].architecture):
+        every = range(1, shape["num_layers"] + 1)
+        if dropped := [str(layer) for layer in every if layer not in pruned.kept_layers]:
+            yield f"- Layers dropped, counted from 1: {', '.join(dropped)}."
     if pruned and inputs["pruned"].config.get("heal", "none") != "none":
         yield "- Healed by least squares when it was pruned."
     if training := inputs["checkpoint"].result_if("distill", DistillationResult):

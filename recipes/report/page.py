@@ -7,7 +7,7 @@ its unrounded value.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -125,6 +125,7 @@ def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
         "evaluation": evaluation,
         "detail": _detail(inputs["evaluation"]),
         "training": _training(inputs["distilled"]),
+        "rounds": list(_rounds(inputs["distilled"], earlier)),
         "forecast": _forecast(inputs["distilled"], manifests.get("plan")),
         "gates": gates_section(cfg.gates, manifests),
         "pruned": pruned,
@@ -182,6 +183,18 @@ def _training(distilled: Input) -> dict[str, object]:
         "loss": line_plot("plot-loss", "Distillation loss over steps", terms) if terms else None,
         "small": small,
     }
+
+
+def _rounds(
+    distilled: Input, earlier: Mapping[str, Manifest]
+) -> Iterator[tuple[str, Manifest, DistillationResult]]:
+    """Every round's distillation, where there were several."""
+    every = {**earlier, distilled.directory.name: distilled.manifest}
+    trained = [
+        (n, m, t) for n, m in every.items() if (t := m.result_if("distill", DistillationResult))
+    ]
+    if len(trained) > 1:
+        yield from sorted(trained, key=lambda one: one[1].started_at)
 
 
 def _forecast(distilled: Input, plan: Manifest | None) -> Forecast:

@@ -12,7 +12,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome, manifest_of
 from recipes.core.metrics import steps_of
 from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
-from recipes.distillation.results import DistillationResult
+from recipes.distillation.results import DistillationResult, KeptLayers
 from recipes.distillation.settings import CACHED, DRAWN_LOSS, CacheLogitsConfig, DistillConfig
 from recipes.distillation.stopping import stop_reason
 from recipes.distillation.training import (
@@ -216,8 +216,9 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
     arch = nemo.architecture_of(student)
     objective, log = Objective.of(cfg, inputs, arch), metrics_log(out)
     train(cfg, student, objective, inputs["data"], out / student.name, log)
+    kept = inputs["student"].manifest.result(KeptLayers).kept_layers
     return Outcome(
-        result(cfg, metrics_file(out)) if rank() == 0 else None,
+        replace(result(cfg, metrics_file(out)), kept_layers=kept) if rank() == 0 else None,
         architecture=arch.as_dict(),
         parameters=arch.parameters(),
         tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(student)),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Outcome, manifest_of
 from recipes.core.stage import Inputs, metrics_log
+from recipes.distillation.results import KeptLayers
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
@@ -26,15 +27,22 @@ if TYPE_CHECKING:
 
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     """Finds targets that the teacher cannot be pruned to, and scores that would be missing."""
-    teacher, student = chain.teacher, chain.student_of(cfg)
+    teacher, before = chain.teacher, chain.shape_of(cfg.inputs.get("checkpoint"))
+    student = chain.student_of(cfg)
     if "shape" in cfg.inputs:
         yield from _search_problems(cfg, chain, student)
     else:
         wrong = list(share_problems(teacher, cfg.asked(), cfg.divisors()))
-        yield from wrong or target_problems(teacher, cfg.targets(teacher), cfg.divisors())
+        yield from wrong or target_problems(before, cfg.targets(teacher), cfg.divisors())
     if not cfg.drop_layers:
-        yield from _score_problems(cfg, chain, teacher.num_layers - student.num_layers)
-    yield from _large_cut_problems(student, teacher)
+        yield from _score_problems(cfg, chain, before.num_layers - student.num_layers)
+    elif cfg.part is not None:
+        yield Problem(
+            rules.PRUNE_TARGET,
+            f"drop_layers={cfg.drop_layers} cannot be gone a part of the way",
+            "set target_num_layers instead, or leave rounds out",
+        )
+    yield from _large_cut_problems(cfg, chain, before, student)
     if cfg.heal != "none":
         yield from window_problems(cfg.seq_length, chain)
         yield from _healing_problems(cfg, chain)
@@ -67,15 +75,20 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
         )
 
 
-def _large_cut_problems(student: Architecture, teacher: Architecture) -> Iterator[Problem]:
+def _large_cut_problems(
+    cfg: PruneConfig, chain: Chain, before: Architecture, student: Architecture
+) -> Iterator[Problem]:
     """Whether more goes at once than comes back well."""
-    before, after = teacher.parameters(), student.parameters()
-    if before - after > MOST_AT_ONCE * before > 0:
+    left = student.parameters() / before.parameters()
+    if 1 - left > MOST_AT_ONCE:
+        needed = math.ceil(math.log(left) / math.log(1 - MOST_AT_ONCE))
+        alone = cfg.part is None and before == chain.teacher
         yield Problem(
             rules.LARGE_CUT,
-            f"{1 - after / before:.0%} of the parameters go at once",
-            f"cut in two rounds: to {math.sqrt(before * after) / 1e6:,.0f} M first, then, with "
-            f"model.hf_path=RUN_DIR/export_hf/artifact, to {after / 1e6:,.0f} M",
+            f"{1 - left:.0%} of the parameters go at once",
+            f"rounds={needed}: pruned and distilled {needed} times, an equal part of the way each"
+            if alone
+            else "cut less, or raise rounds",
         )
 
 
@@ -131,6 +144,7 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     student = pruned(whole, cfg.targets(whole))
     if "shape" in inputs:
         student = Architecture(**(inputs["shape"].manifest.architecture or {}))
+    student = cfg.on_the_way(whole, student)
     if cfg.drop_layers:
         layers = sorted(set(range(1, whole.num_layers + 1)) - set(cfg.drop_layers))
     else:
@@ -149,10 +163,12 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     kept.save(out)
     scored = inputs["importance"].manifest.result(ScoreResult)
     measure, scores = importance.of_layers(cfg.layer_importance)
+    earlier = inputs["checkpoint"].manifest.result(KeptLayers).kept_layers
+    numbers = dict(enumerate(earlier or range(1, whole.num_layers + 1), start=1))
     return Outcome(
         PruneResult(
-            kept_layers=kept.layers,
-            layer_importance=scores,
+            kept_layers=[numbers[layer] for layer in kept.layers],
+            layer_importance={numbers[layer]: score for layer, score in scores.items()},
             layer_measure=measure,
             calibration_tokens=scored.calibration_tokens,
             calibration_windows=scored.calibration_windows,

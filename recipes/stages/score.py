@@ -19,7 +19,7 @@ from recipes.stages.contract import Stage
 def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
     """Finds settings that leave nothing to score, and ranks that the layers cannot be split on."""
     yield from window_problems(cfg.seq_length, chain)
-    layers = chain.teacher.num_layers
+    layers = chain.shape_of(cfg.inputs.get("checkpoint")).num_layers
     wrong = [n for n in (*cfg.block_sizes, cfg.num_greedy_layers + 1) if n >= layers]
     if wrong or (not cfg.num_loss_samples and (cfg.block_sizes or cfg.num_greedy_layers)):
         yield Problem(
@@ -39,12 +39,13 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def reading(cfg: ScoreConfig, chain: Chain) -> Reading:
-    """The teacher on calibration text, and again without each layer and block."""
-    layers, gone = chain.teacher.num_layers, cfg.num_greedy_layers
+    """The model on calibration text, and again without each layer and block."""
+    model = chain.shape_of(cfg.inputs.get("checkpoint"))
+    layers, gone = model.num_layers, cfg.num_greedy_layers
     losses = layers + sum(layers - size + 1 for size in cfg.block_sizes)
     losses += sum(2 * gone - number for number in range(1, gone))
     return scored(
-        chain.teacher,
+        model,
         cfg.precision == "bf16-mixed",
         Text(cfg.num_calibration_samples, cfg.seq_length, cfg.micro_batch_size),
         chain.hardware,

@@ -14,7 +14,10 @@ from omegaconf import OmegaConf
 
 from launch.schema import CONF
 from nemo_convert.architecture import Architecture
+from recipes.distillation.results import KeptLayers
 from recipes.planning.published_configs import CONFIGS
+from recipes.planning.targets import between
+from recipes.pruning.kept import KeptIndices
 from recipes.search.results import SearchResult
 from tests.support.in_process import run_here
 from tests.support.miniatures import DISTILL
@@ -77,13 +80,16 @@ def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Pat
 
 
 def test_a_budget_becomes_a_model(tmp_path: Path, text_file: Path) -> None:
-    """From the shapes within it to the winner's export; another budget keeps what it can."""
+    """From the shapes within it to the winner's export, in two rounds, each of which compares the
+    teacher's layers with those that are left; another budget keeps what it can."""
     model = write_tiny_model(tmp_path / "model", text_file, family_of("qwen3_8b_search"), **EVEN)
-    smaller = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 32}
+    smaller = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 32, "max_depth_pruning": 0.5}
+    way = {"hidden_size": 8, "ffn_hidden_size": 16}
     budgets = {"num_candidates": 2, "max_tokens": 4096, "num_samples": 4}
     words = [
         "recipe=shrink",
-        "budget.parameters=0.75",
+        "budget.parameters=0.55",
+        "rounds=2",
         "tasks=none",
         "engine=none",  # test_chain builds and times them
         *tiny(model, text_file, tmp_path / "run"),
@@ -91,7 +97,9 @@ def test_a_budget_becomes_a_model(tmp_path: Path, text_file: Path) -> None:
         *settings("score", num_calibration_samples=8, num_loss_samples=4),
         *settings("rank_candidates", num_samples=4),
         *settings("successive_halving", **budgets),
-        *settings("distill", **DISTILL),
+        *settings("prune", **{f"{axis}_divisor": size for axis, size in way.items()}),
+        *settings("distill", **DISTILL, hidden_weight=0.5),
+        "stages.distill_1.max_steps=3",
         *settings("evaluate", num_windows=8, new_tokens=8),
     ]
     done = run_here(*words, cwd=tmp_path)
@@ -109,7 +117,16 @@ def test_a_budget_becomes_a_model(tmp_path: Path, text_file: Path) -> None:
     assert all(one.name in page for one in found.candidates)
     assert 'id="plot-search"' in page
     assert "chosen by the search" in page
-    done = run_here(*words, "budget.parameters=0.6", "dry_run=true", cwd=tmp_path)
+    assert "of the last of 2 rounds" in page
+    assert "distill_1" in page[page.index('id="table-rounds"') :].partition("</table>")[0]
+    teacher, first, last = (manifest_of(run, n) for n in ("import_hf", "distill_1", "distill"))
+    middle = between(Architecture(**teacher.architecture or {}), winner.shape, 0.5, way)
+    assert Architecture(**first.architecture or {}) == middle
+    assert (first.metrics["steps"], last.metrics["steps"]) == (3, 4)
+    before, after = (made.result(KeptLayers).kept_layers or [] for made in (first, last))
+    assert before == KeptIndices.load(run / "prune_1" / "artifact").layers
+    assert after == [before[n - 1] for n in KeptIndices.load(run / "prune" / "artifact").layers]
+    done = run_here(*words, "budget.parameters=0.5", "dry_run=true", cwd=tmp_path)
     assert done.code == 0, done.output
     for stage, action in (("score", "skip"), ("prepare_data", "skip"), ("prune", "run")):
         assert re.search(rf"{stage} +{action}", done.output), done.output

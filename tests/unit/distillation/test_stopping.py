@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from recipes.core.metrics import METRICS, MetricsLog
+from recipes.distillation.forecast import share_after
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.stopping import stop_reason
 from tests.unit.distillation.test_forecast import TOKENS, steps
@@ -80,3 +82,19 @@ def test_a_curve_within_its_noise_gives_nothing_up(tmp_path: Path) -> None:
         log.progress("validate", done, 60, val_kd=kd)
     cfg = DistillConfig(stage="distill", max_steps=60, stop_at_recovered=0.9, stop_if_hopeless=True)
     assert stop_reason(cfg, tmp_path / METRICS, 40) == ""
+
+
+def test_what_may_still_come_is_not_given_up(tmp_path: Path) -> None:
+    """A share is wanted that is within the interval, and one that is beyond it."""
+    records, file = steps(200, floor=0.5, noise=0.05), tmp_path / METRICS
+    log = MetricsLog(file)
+    for step in records:
+        log.progress("distill", total=STEPS, **step)
+    for done in (0, 200):
+        log.progress("validate", done, STEPS, val_kd=1.0)
+    end = share_after(records, TOKENS, STEPS * TOKENS)
+    assert end is not None
+    for wanted, stops in (((end.value + end.high) / 2, False), (end.high + 0.01, True)):
+        cfg = DistillConfig("distill", max_steps=STEPS, global_batch_size=1, seq_length=TOKENS)
+        cfg = replace(cfg, stop_at_recovered=wanted, stop_if_hopeless=True)
+        assert bool(stop_reason(cfg, file, 200)) == stops

@@ -204,7 +204,7 @@ def test_more_than_a_third_of_the_parameters_in_one_go_is_warned_of(chain: Chain
     half = one(prune.check(PruneConfig(target_num_layers=2), chain))
     left = every - 2 * 147_712
     assert half.what == f"{1 - left / every:.0%} of the parameters go at once"
-    assert f"to {(every * left) ** 0.5 / 1e6:,.0f} M first" in half.fix
+    assert half.fix.startswith("rounds=2:")
 
 
 def test_prune_sorts_the_layers_to_drop(chain: Chain) -> None:

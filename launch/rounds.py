@@ -1,0 +1,51 @@
+"""``rounds=N``: prunes and distils several times as one chain, each time from the last student.
+
+The stages that a recipe has are the last round's; those before it are the same with the model, the
+scores and the sizes of their round. All rounds learn from the same teacher.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from recipes.core.errors import RecipeError
+
+REPEATED = ("prune", "distill", "score")
+EARLIER = re.compile(rf"stages\.({'|'.join(REPEATED)})_\d+\.")
+
+
+def in_rounds(cfg: DictConfig) -> Mapping[str, Any]:
+    """The stage nodes of a composed config, with those of its earlier rounds."""
+    stages, rounds = {str(name): node for name, node in cfg.stages.items()}, cfg.get("rounds", 1)
+    if rounds == 1:
+        return stages
+    if missing := [name for name in REPEATED if name not in stages]:
+        raise RecipeError(
+            f"rounds={rounds}, but this recipe has no {' and no '.join(missing)}.",
+            "leave rounds out, or choose a recipe that prunes and distils",
+        )
+    model, scores = (stages["prune"].inputs[name] for name in ("checkpoint", "importance"))
+    for number in range(1, rounds):
+        made = {
+            f"prune_{number}": {
+                "part": 1 / (rounds - number + 1),
+                "inputs": {"checkpoint": model, "importance": scores},
+            },
+            f"distill_{number}": {"inputs": {"student": f"prune_{number}"}},
+            f"score_{number + 1}": {"inputs": {"checkpoint": f"distill_{number}"}},
+        }
+        for name, changed in made.items():
+            alike = stages[name.rpartition("_")[0]]
+            stages[name] = OmegaConf.merge(alike, changed, stages.get(name, {}))
+        model, scores = f"distill_{number}", f"score_{number + 1}"
+    last = {"inputs": {"checkpoint": model, "importance": scores}}
+    return {**stages, "prune": OmegaConf.merge(stages["prune"], last)}
+
+
+def with_additions(words: list[str]) -> list[str]:
+    """A command line on which settings of earlier rounds, which no file has, are additions."""
+    return [f"++{word}" if EARLIER.match(word) else word for word in words]

@@ -1,0 +1,121 @@
+"""Several rounds of pruning and distilling as one chain."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from launch.rounds import with_additions
+from nemo_convert.architecture import Architecture
+from recipes.core.errors import RecipeError
+from recipes.planning.targets import between
+from tests.unit.conftest import MakePlan
+
+if TYPE_CHECKING:
+    from launch.plan import Plan
+
+HALF = "stages.prune.target_num_layers=0.5"
+
+
+def order(plan: Plan) -> list[str]:
+    return [s.name for s in plan.stages if s.name.startswith(("score", "prune", "distill"))]
+
+
+def test_rounds_go_equal_parts_of_the_way(plan: MakePlan) -> None:
+    once, twice, thrice = plan(HALF), plan(HALF, "rounds=2"), plan(HALF, "rounds=3")
+    assert order(once) == ["score", "prune", "distill"]
+    first = ["score", "prune_1", "distill_1", "score_2"]
+    assert order(twice) == [*first, "prune", "distill"]
+    assert order(thrice) == [*first, "prune_2", "distill_2", "score_3", "prune", "distill"]
+    # SmolLM2 has 30 layers, 576 channels and 1536 in each feed-forward layer.
+    shapes = [thrice.chain.shape_of(f"distill{round}") for round in ("_1", "_2", "")]
+    assert [(s.num_layers, s.hidden_size, s.ffn_hidden_size) for s in shapes] == [
+        (24, 576, 1408),
+        (19, 512, 1280),
+        (15, 512, 1152),
+    ]
+    assert twice.chain.shape_of("distill_1").num_layers == 21
+    for many in (twice, thrice):
+        assert many.chain.shape_of("distill") == once.chain.shape_of("distill")
+        assert many.chain.workloads.keys() == {n for n in order(many) if n.startswith("distill")}
+
+
+def test_rounds_are_what_a_large_cut_is_told(plan: MakePlan) -> None:
+    """Half of the layers are 39% of SmolLM2."""
+
+    def warned(*words: str) -> list[str]:
+        notes = plan(*words, recipe="recipe=llama_depth_prune").notes
+        return [note.fix for note in notes if note.rule.name == "large-cut"]
+
+    [fix] = warned(HALF)
+    assert fix.startswith("rounds=2:")
+    assert warned(HALF, "rounds=2") == []
+    again = warned("stages.prune.target_num_layers=1", "rounds=2")
+    assert again == ["cut less, or raise rounds"]
+
+
+def test_a_round_is_like_the_last_but_for_what_it_is_told(plan: MakePlan) -> None:
+    words = with_additions(["stages.distill.lr=5e-4", "stages.distill_1.max_steps=50"])
+    assert words[1] == "++stages.distill_1.max_steps=50"
+    stages = plan(HALF, "rounds=2", "teacher=cached", *words).chain.stages
+    first, last = stages["distill_1"], stages["distill"]
+    assert replace(last, max_steps=50, inputs=first.inputs) == first  # type: ignore[call-arg]
+    assert first.inputs == {**last.inputs, "student": "prune_1"}
+    assert first.inputs["teacher"] == "cache_logits"
+    assert stages["prune_1"].inputs["checkpoint"] == "import_hf"
+    assert stages["prune"].inputs["checkpoint"] == stages["score_2"].inputs["checkpoint"]
+    assert stages["score_2"].inputs["checkpoint"] == "distill_1"
+    assert stages["prune"].inputs["importance"] == "score_2"
+
+
+def test_a_search_is_gone_to_in_rounds(plan: MakePlan) -> None:
+    planned = plan("rounds=2", "budget.parameters=0.6", recipe="recipe=shrink")
+    sizes = [planned.chain.shape_of(n).parameters() for n in ("import_hf", "prune_1", "prune")]
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert sizes[1] ** 2 == pytest.approx(sizes[0] * sizes[2], rel=0.05)
+
+
+def test_blocks_are_of_each_rounds_layers(plan: MakePlan) -> None:
+    words = (
+        HALF,
+        "rounds=2",
+        "stages.prune.layer_importance=block",
+        "stages.score.num_loss_samples=8",
+    )
+    plan(*words, "stages.score.block_sizes=[9,6]")
+    with pytest.raises(RecipeError, match=r"stages\.score\.block_sizes=\[9\]"):
+        plan(*words, "stages.score.block_sizes=[6]")
+    with pytest.raises(RecipeError, match=r"stages\.score_2\.block_sizes=\[6\]"):
+        plan(*words, "stages.score.block_sizes=[9]")
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe", "said"),
+    [
+        (["rounds=0"], "llama_width_prune", "use 1 or more"),
+        (["rounds=two"], "llama_width_prune", "use a whole number"),
+        (["rounds=2"], "llama_search", "has no prune and no distill"),
+        (
+            ["rounds=2", "stages.prune.drop_layers=[3]"],
+            "llama_width_prune",
+            "cannot be gone a part of the way",
+        ),
+    ],
+)
+def test_what_rounds_cannot_be(plan: MakePlan, words: list[str], recipe: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        plan(*words, recipe=f"recipe={recipe}")
+
+
+def test_a_shape_between_has_even_heads(teacher: Architecture) -> None:
+    """8 heads in 4 groups."""
+    groups = replace(teacher, num_query_groups=1, num_attention_heads=2)
+    found = between(teacher, groups, 0.5, {})
+    assert (found.num_query_groups, found.num_attention_heads) == (2, 4)
+    heads = replace(teacher, num_attention_heads=4, hidden_size=64, ffn_hidden_size=128)
+    found = between(teacher, heads, 0.25, {"hidden_size": 16, "ffn_hidden_size": 64})
+    assert (found.num_query_groups, found.num_attention_heads) == (4, 8)
+    assert (found.hidden_size, found.ffn_hidden_size) == (112, 192)
+    assert between(teacher, teacher, 0.5, {"hidden_size": 100}) == teacher
