@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
@@ -23,7 +23,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.processes import cores
 from recipes.engines import trtllm_bench
 from recipes.engines.results import BenchmarkRow, Speedup
-from recipes.engines.timing import Timing, spread
+from recipes.engines.timing import Timing, Written, random_prompts, spread
 from recipes.planning.roofline import (
     Machine,
     RequestShape,
@@ -50,6 +50,8 @@ class Contender:
     architecture: Architecture
     group_size: int | None = None
     tensor_parallel_size: int = 1
+    draft: Path | None = None
+    """What is loaded beside it to write drafts for it."""
 
     @property
     def storage(self) -> Storage:
@@ -82,8 +84,10 @@ class Worker(Protocol):
 
     measured: ContenderMeasurements
 
-    def run(self, shape: RequestShape, seed: int) -> Timing:
-        """Measures one batch."""
+    def write(
+        self, prompts: list[list[int]], new_tokens: int, num_assistant_tokens: int | None = None
+    ) -> Written:
+        """Continues one batch of prompts; with a draft model, by drafts of so many tokens."""
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -101,8 +105,8 @@ class CpuWorker:
         options = {
             "backend": contender.backend,
             "model": contender.model,
-            "vocabulary": contender.architecture.vocab_size,
             "threads": threads,
+            **({} if contender.draft is None else {"draft": contender.draft}),
         }
         self._process = subprocess.Popen(
             [*command, *(f"--{name}={value}" for name, value in options.items())],
@@ -112,15 +116,22 @@ class CpuWorker:
         )
         self.measured = ContenderMeasurements(load_seconds=self._answer()["load_seconds"])
 
-    def run(self, shape: RequestShape, seed: int) -> Timing:
-        """Measures one batch."""
+    def write(
+        self, prompts: list[list[int]], new_tokens: int, num_assistant_tokens: int | None = None
+    ) -> Written:
+        """Continues one batch of prompts."""
+        request = {
+            "prompts": prompts,
+            "new_tokens": new_tokens,
+            "num_assistant_tokens": num_assistant_tokens,
+        }
         assert self._process.stdin is not None
-        print(json.dumps({**vars(shape), "seed": seed}), file=self._process.stdin, flush=True)
+        print(json.dumps(request), file=self._process.stdin, flush=True)
         answer = self._answer()
-        self.measured.peak_memory_bytes = int(answer["peak_memory_bytes"])
-        return Timing(answer["first_seconds"], answer["total_seconds"])
+        self.measured.peak_memory_bytes = answer.pop("peak_memory_bytes")
+        return Written(**{**answer, "timing": Timing(**answer["timing"])})
 
-    def _answer(self) -> dict[str, float]:
+    def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -130,7 +141,7 @@ class CpuWorker:
                 "messages are in the stage's log.",
                 "if it was killed for memory, use smaller batch_sizes or baseline=false",
             )
-        answer: dict[str, float] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def __enter__(self) -> Self:
@@ -151,18 +162,21 @@ class TensorRtLlm:
             contender.model,
             contender.folder,
             contender.tensor_parallel_size,
-            contender.architecture.vocab_size,
+            contender.draft,
         )
         self.measured = ContenderMeasurements()
 
-    def run(self, shape: RequestShape, seed: int) -> Timing:
-        """Measures one batch."""
-        found = trtllm_bench.run(self._target, shape, seed, self._scratch)
+    def write(
+        self, prompts: list[list[int]], new_tokens: int, num_assistant_tokens: int | None = None
+    ) -> Written:
+        """Continues one batch of prompts."""
+        request = trtllm_bench.Requests(prompts, new_tokens, num_assistant_tokens)
+        found = trtllm_bench.run(self._target, request, self._scratch)
         self.measured.load_seconds = found.load_seconds
         self.measured.peak_memory_bytes = max(
             self.measured.peak_memory_bytes, found.peak_memory_bytes
         )
-        return found.timing
+        return found.written
 
     def __enter__(self) -> Self:
         return self
@@ -199,10 +213,11 @@ def measure(
         for number, shape in enumerate(shapes):
             for repetition in range(repetitions + 1):
                 seed = number * (repetitions + 1) + repetition
-                for _, worker in workers:
-                    timing = worker.run(shape, seed)
+                for contender, worker in workers:
+                    prompts = random_prompts(shape, contender.architecture.vocab_size, seed)
+                    written = worker.write(prompts, shape.new_tokens)
                     if repetition:
-                        worker.measured.timings[shape].append(timing)
+                        worker.measured.timings[shape].append(written.timing)
                 done += 1
                 log.progress("measure", done, total)
         return [

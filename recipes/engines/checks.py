@@ -44,7 +44,7 @@ def compare_engine(
     prompt = _fixed_prompt(folder)
     with torch.no_grad():
         difference = (logits(prompt).logits - source(prompt).logits).abs().max().item()
-    written, _ = Pipeline(engine).generate(prompt, NEW_TOKENS)
+    written = Pipeline(engine).generate(prompt, NEW_TOKENS).tokens
     margin = greedy_margin(source, prompt, torch.tensor(written))
     if cfg.precision == "fp32":
         require_same(engine, difference, margin)

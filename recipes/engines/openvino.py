@@ -10,18 +10,20 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.core.files import read_json, write_json
 from recipes.engines.settings import BuildEngineConfig
-from recipes.engines.timing import Timing
+from recipes.engines.timing import Timing, Written
 from recipes.planning import rules
 from recipes.planning.problems import Problem
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import ArrayLike
 
 PRECISIONS = ("fp32", "int8", "int4")
 KV_CACHE_DTYPES = ("auto", "f32", "f16", "bf16", "u8")
@@ -154,19 +156,27 @@ class Logits:
 
 
 class Pipeline:
-    """An engine as it is deployed: OpenVINO GenAI's pipeline, on token ids."""
+    """An engine as it is deployed: OpenVINO GenAI's pipeline, on token ids.
 
-    def __init__(self, engine: Path, threads: int | None = None) -> None:
+    ``draft`` is an engine of the same vocabulary, which writes drafts for it.
+    """
+
+    def __init__(self, engine: Path, threads: int | None = None, draft: Path | None = None) -> None:
         without_telemetry()
         import openvino_genai
 
-        options: Mapping[str, Any] = read_properties(engine)
-        if threads is not None:
-            options = {**options, "INFERENCE_NUM_THREADS": threads}
+        common = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+        options: dict[str, Any] = read_properties(engine) | common
+        if draft is not None:
+            drafting = read_properties(draft) | common
+            options["draft_model"] = openvino_genai.draft_model(draft, DEVICE, **drafting)
         self._pipeline = openvino_genai.LLMPipeline(engine, DEVICE, **options)
 
-    def generate(self, tokens: torch.Tensor, new_tokens: int) -> tuple[list[list[int]], Timing]:
+    def generate(
+        self, tokens: ArrayLike, new_tokens: int, num_assistant_tokens: int | None = None
+    ) -> Written:
         """Continues prompts [batch, sequence] greedily by exactly ``new_tokens`` tokens."""
+        import numpy as np
         import openvino
         import openvino_genai
 
@@ -177,12 +187,18 @@ class Pipeline:
             do_sample=False,
             apply_chat_template=False,
         )
-        ids = tokens.numpy()
+        if num_assistant_tokens is not None:
+            config.num_assistant_tokens = num_assistant_tokens
+        ids = np.asarray(tokens, np.int64)
         inputs = openvino_genai.TokenizedInputs(
-            openvino.Tensor(ids), openvino.Tensor((ids >= 0).astype(ids.dtype))
+            openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids))
         )
         began = time.perf_counter()
         result = self._pipeline.generate(inputs, config)
         total = time.perf_counter() - began
         first = result.perf_metrics.get_ttft().mean / 1000
-        return [list(ids) for ids in result.tokens], Timing(first, total)
+        written = Written([list(ids) for ids in result.tokens], Timing(first, total))
+        if (drafts := result.extended_perf_metrics) is None:
+            return written
+        counted = drafts.get_num_draft_tokens(), drafts.get_num_accepted_tokens()
+        return replace(written, drafted=counted[0], accepted=counted[1])

@@ -1,7 +1,8 @@
-"""What one generation took, and what several of them say together. Torch-free."""
+"""Prompts, what became of them, and what several timings say together. Torch-free."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
@@ -10,7 +11,7 @@ from recipes.engines.results import Spread
 from recipes.planning.roofline import RequestShape
 
 FIRST_ORDINARY_TOKEN = 3
-"""Prompts are random tokens; the lowest ids are special ones in most vocabularies."""
+"""The lowest ids are special tokens in most vocabularies."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,27 @@ class Timing:
         """Tokens a second from beginning to end, read and written, of the whole batch."""
         tokens = shape.batch_size * (shape.prompt_tokens + shape.new_tokens)
         return tokens / self.total_seconds
+
+
+@dataclass(frozen=True)
+class Written:
+    """How a batch of prompts was continued."""
+
+    tokens: list[list[int]]
+    """New ones [batch, new]; empty where the backend does not give them."""
+    timing: Timing
+    drafted: int = 0
+    """Tokens that another model proposed."""
+    accepted: int = 0
+    """Of them, those that this one would have written."""
+
+
+def random_prompts(shape: RequestShape, vocabulary: int, seed: int) -> list[list[int]]:
+    """Tokens [batch, prompt], other ones for every seed: engines remember prompts."""
+    draw, ordinary = random.Random(seed), range(FIRST_ORDINARY_TOKEN, vocabulary)
+    return [
+        [draw.choice(ordinary) for _ in range(shape.prompt_tokens)] for _ in range(shape.batch_size)
+    ]
 
 
 def spread(values: Iterable[float]) -> Spread:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import threading
 import time
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes.core.errors import RecipeError
-from recipes.engines.tensorrt_llm import LLM_OPTIONS
-from recipes.engines.timing import FIRST_ORDINARY_TOKEN, Timing
+from recipes.core.files import read_json, write_json
+from recipes.engines.tensorrt_llm import LLM_OPTIONS, draft_options
+from recipes.engines.timing import Timing, Written
 from recipes.planning.roofline import RequestShape
 
 SAMPLE_SECONDS = 0.2
@@ -30,17 +30,34 @@ class Target:
     folder: Path
     """Hugging Face folder of the model: its config and tokenizer are read."""
     tensor_parallel_size: int
-    vocabulary: int
+    draft: Path | None = None
+    """An engine of ``tensorrt_llm_pytorch`` that writes drafts for it, which is one, too."""
+
+    def options(self, scratch: Path) -> Path:
+        """The file for ``--extra_llm_api_options``."""
+        return (scratch if self.draft else self.engine) / LLM_OPTIONS
 
 
-def dataset(shape: RequestShape, vocabulary: int, seed: int) -> str:
-    """Requests of random tokens, one JSON object a line."""
-    draw, ordinary, lines = random.Random(seed), range(FIRST_ORDINARY_TOKEN, vocabulary), []
-    for number in range(shape.batch_size):
-        tokens = [draw.choice(ordinary) for _ in range(shape.prompt_tokens)]
-        request = {"task_id": number, "input_ids": tokens, "output_tokens": shape.new_tokens}
-        lines.append(json.dumps(request))
-    return "\n".join(lines) + "\n"
+@dataclass(frozen=True)
+class Requests:
+    """A batch of prompts of one length that start together."""
+
+    prompts: list[list[int]]
+    new_tokens: int
+    num_assistant_tokens: int | None = None
+
+    @property
+    def shape(self) -> RequestShape:
+        """Their number and lengths."""
+        return RequestShape(len(self.prompts), len(self.prompts[0]), self.new_tokens)
+
+    def dataset(self) -> str:
+        """One JSON object a line."""
+        return "".join(
+            json.dumps({"task_id": number, "input_ids": ids, "output_tokens": self.new_tokens})
+            + "\n"
+            for number, ids in enumerate(self.prompts)
+        )
 
 
 def command(target: Target, shape: RequestShape, scratch: Path) -> list[str]:
@@ -60,11 +77,11 @@ def command(target: Target, shape: RequestShape, scratch: Path) -> list[str]:
         *("--backend", "pytorch", "--tp", str(target.tensor_parallel_size)),
         *("--max_batch_size", str(shape.batch_size)),
         *("--max_seq_len", str(shape.prompt_tokens + shape.new_tokens)),
-        *("--extra_llm_api_options", str(target.engine / LLM_OPTIONS)),
+        *("--extra_llm_api_options", str(target.options(scratch))),
     ]
 
 
-def parse_report(text: str, shape: RequestShape) -> Timing:
+def parse_report(text: str, shape: RequestShape) -> Written:
     """What ``--report_json`` wrote; refuses another form, or other requests than were made."""
     try:
         report: dict[str, Any] = json.loads(text)
@@ -76,6 +93,11 @@ def parse_report(text: str, shape: RequestShape) -> Timing:
             round(requests["avg_input_length"]),
             round(requests["avg_output_length"]),
         )
+        drafts = report.get("decoding_stats")
+        drafted, accepted = (
+            round(found[0] * drafts[f"{name}_percentiles"]["average"]) if drafts else 0
+            for name in ("num_draft_tokens", "num_accepted_draft_tokens")
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(
             f"trtllm-bench wrote a report of another form: {type(error).__name__}: {error}",
@@ -86,7 +108,7 @@ def parse_report(text: str, shape: RequestShape) -> Timing:
         raise RecipeError(
             f"trtllm-bench measured requests, input and output of {found} instead of {wanted}."
         )
-    return Timing(first / 1000, total / 1000)
+    return Written([], Timing(first / 1000, total / 1000), drafted, accepted)
 
 
 def used_memory(listing: str) -> int:
@@ -98,32 +120,33 @@ def used_memory(listing: str) -> int:
 class Run:
     """One start of ``trtllm-bench``."""
 
-    timing: Timing
+    written: Written
     load_seconds: float
     """From its start to its end, less the requests: imports, loading and warm-up."""
     peak_memory_bytes: int
     """Of the GPUs, the pool of the KV cache included, which takes most of what is free."""
 
 
-def run(target: Target, shape: RequestShape, seed: int, scratch: Path) -> Run:
+def run(target: Target, requests: Requests, scratch: Path) -> Run:
     """Measures one batch of requests; refuses a run without a usable report."""
     scratch.mkdir(parents=True, exist_ok=True)
-    (scratch / "dataset.jsonl").write_text(
-        dataset(shape, target.vocabulary, seed), encoding="utf-8"
-    )
+    (scratch / "dataset.jsonl").write_text(requests.dataset(), encoding="utf-8")
+    if target.draft and requests.num_assistant_tokens:
+        drafting = draft_options(target.draft, requests.num_assistant_tokens)
+        write_json(target.options(scratch), read_json(target.engine / LLM_OPTIONS) | drafting)
     report = scratch / "report.json"
     report.unlink(missing_ok=True)
     began = time.monotonic()
     with _MemoryWatch() as watch:
-        done = subprocess.run(command(target, shape, scratch), check=False)
+        done = subprocess.run(command(target, requests.shape, scratch), check=False)
     seconds = time.monotonic() - began
     if done.returncode or not report.is_file():
         raise RecipeError(
             f"trtllm-bench ended with status {done.returncode} and no usable report; its messages "
             "are in the stage's log."
         )
-    timing = parse_report(report.read_text(encoding="utf-8"), shape)
-    return Run(timing, seconds - timing.total_seconds, watch.peak)
+    written = parse_report(report.read_text(encoding="utf-8"), requests.shape)
+    return Run(written, seconds - written.timing.total_seconds, watch.peak)
 
 
 class _MemoryWatch:

@@ -28,7 +28,7 @@ def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
         yield Problem(
             rules.TOKENIZER,
             f"the inputs of {cfg.stage} have different tokenizers: {parts}",
-            "distil between models of one vocabulary, on data tokenized with it",
+            "use models of one vocabulary, and data tokenized with it",
         )
 
 

@@ -76,7 +76,7 @@ def gates_section(texts: Sequence[str], found: Mapping[str, Manifest]) -> list[V
 
 
 def speed_section(results: BenchmarkResults) -> dict[str, object]:
-    """What was measured, the longest bar, and the engine whose decoding gained most."""
+    """What was measured, the longest bar, the engine whose decoding gained most, the best draft."""
     every = results.speedups
     seen = [v for s in every for v in (s.prefill, s.prefill_roofline, s.decode, s.decode_roofline)]
     # What is deployed is an engine, where there is one; transformers is only the measure.
@@ -85,6 +85,7 @@ def speed_section(results: BenchmarkResults) -> dict[str, object]:
         "speed": results,
         "largest_speedup": 1.08 * max([1.0, *seen]),
         "fastest": max(engines, key=lambda one: one.decode, default=None),
+        "best_draft": max(results.speculation, key=lambda s: s.speedup.median, default=None),
     }
 
 

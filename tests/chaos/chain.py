@@ -26,7 +26,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "openvi
         *settings("build_engine", num_windows=2),
         *settings("build_teacher_engine", num_windows=2),
         *settings("measure_speed", batch_sizes="[1,3]", prompt_tokens="[40]", new_tokens=6),
-        *settings("measure_speed", repetitions=2),
+        *settings("measure_speed", repetitions=2, num_assistant_tokens="[3]"),
     ]
     return [
         "recipe=llama_width_prune",

@@ -33,6 +33,7 @@ from recipes.engines.results import (
     BenchmarkRow,
     EngineResult,
     MachineRates,
+    Speculation,
     Speedup,
     Spread,
 )
@@ -102,6 +103,7 @@ RESULTS = {
             for role in ("teacher", "student")
         ],
         speedups=[Speedup("openvino", "fp32", 1, 128, 1.25, 1.5, 1.2, 1.4)],
+        speculation=[Speculation("openvino", "fp32", 2, 128, 32, 3, 3, 0.6, Spread(0.7, 0.6, 0.8))],
     ),
     "report": ReportResult("report.html"),
 }

@@ -15,7 +15,7 @@ from recipes.core.errors import RecipeError
 from recipes.engines import tensorrt_llm, trtllm_bench, trtllm_build_worker
 from recipes.engines.backends import engine_problems
 from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
-from recipes.engines.timing import Timing
+from recipes.engines.timing import Timing, random_prompts
 from recipes.planning.chain import Chain
 from recipes.planning.roofline import RequestShape
 
@@ -80,7 +80,7 @@ def config(**settings: Any) -> BuildEngineConfig:
 
 
 def target(backend: str) -> trtllm_bench.Target:
-    return trtllm_bench.Target(backend, Path("/engine"), Path("/hf/model"), 2, 512)
+    return trtllm_bench.Target(backend, Path("/engine"), Path("/hf/model"), 2)
 
 
 def rules(cfg: BuildEngineConfig, chain: Chain) -> list[str]:
@@ -154,6 +154,18 @@ def test_options_of_the_pytorch_backend_exist() -> None:
     assert options["max_seq_len"] == 1024
 
 
+def test_options_of_drafts_exist() -> None:
+    """In a file of their own: the artifact's is for its model alone."""
+    drafted = replace(target("tensorrt_llm_pytorch"), draft=Path("/student"))
+    argv = trtllm_bench.command(drafted, SHAPE, Path("/scratch"))
+    assert argv[argv.index("--extra_llm_api_options") + 1] == "/scratch/llm_options.yaml"
+    options = tensorrt_llm.draft_options(Path("/student"), 4)
+    known = API["draft options"]
+    assert options.keys() == set(known["options"])
+    assert options["speculative_config"].keys() == set(known["speculative_config"])
+    assert options["speculative_config"]["decoding_type"] in known["decoding_types"]
+
+
 def test_lengths_default_to_all_positions() -> None:
     built = tensorrt_llm.build_request(config(), Path("/hf"), Path("/out"), 2048)
     assert built["build_config"]["max_seq_len"] == 2048
@@ -166,8 +178,9 @@ def test_the_sample_report_has_the_documented_keys() -> None:
 
 
 def test_report_is_read() -> None:
-    timing = trtllm_bench.parse_report(json.dumps(REPORT), SHAPE)
-    assert timing == Timing(0.026, 0.25)
+    written = trtllm_bench.parse_report(json.dumps(REPORT), SHAPE)
+    timing = written.timing
+    assert (timing, written.drafted) == (Timing(0.026, 0.25), 0)
     assert timing.decode_rate(SHAPE) == pytest.approx(4 * 31 / 0.224)
     # The report's own figure is of the same definition.
     assert timing.throughput(SHAPE) == REPORT["performance"]["system_total_throughput_tok_s"]
@@ -188,14 +201,23 @@ def test_other_reports_are_refused(change: dict[str, Any], message: str) -> None
         trtllm_bench.parse_report("Traceback", SHAPE)
 
 
+def test_drafts_are_counted_over_all_requests() -> None:
+    names = API["report"]["decoding_stats"]
+    stats = {name: {"average": 10.0 * n} for n, name in enumerate(names)}
+    written = trtllm_bench.parse_report(json.dumps({**REPORT, "decoding_stats": stats}), SHAPE)
+    assert (written.drafted, written.accepted) == (40, 80)
+
+
 def test_requests_are_of_the_asked_size_and_differ() -> None:
-    lines = trtllm_bench.dataset(SHAPE, 512, seed=1).splitlines()
+    made = [trtllm_bench.Requests(random_prompts(SHAPE, 512, seed), 32) for seed in (1, 2)]
+    assert [one.shape for one in made] == [SHAPE, SHAPE]
+    lines, others = (one.dataset().splitlines() for one in made)
     requests = [json.loads(line) for line in lines]
     assert [r["task_id"] for r in requests] == [0, 1, 2, 3]
     assert {len(r["input_ids"]) for r in requests} == {128}
     assert {r["output_tokens"] for r in requests} == {32}
     assert max(max(r["input_ids"]) for r in requests) < 512
-    assert trtllm_bench.dataset(SHAPE, 512, seed=2).splitlines() != lines
+    assert others != lines
 
 
 def test_gpu_memory_is_summed() -> None:

@@ -86,7 +86,10 @@ def test_summary_shows_what_each_stage_produced(
     for words in ("1,000,200 tokens", "1.5 M parameters", "1.0 GB", "report.html", "75% recovered"):
         assert words in shown
     assert "everything was complete, nothing ran; 1.2 s" in shown
-    for words in ("openvino fp32", "1.25 × prefill, 1.20 × decode (openvino, batch 1)"):
+    for words in (
+        "openvino fp32",
+        "1.25 × prefill, 1.20 × decode (openvino, batch 1), 0.70 × with its drafts",
+    ):
         assert words in shown
     assert shown.count("skipped") == len(plan(engine).stages)
 
