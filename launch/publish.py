@@ -81,10 +81,22 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
     console.print(f"published: {done.commit_url}", highlight=False, soft_wrap=True)
 
 
+def kept(stage: PlannedStage) -> Path | None:
+    """What a stage makes by which others know a run: on the hub, in a tracker."""
+    if _exports_student(stage):
+        return stage.directory / MANIFEST
+    if stage.config.stage == REPORTS:
+        return stage.directory / ARTIFACT / REPORT_FILE
+    return None
+
+
 def _student(plan: Plan) -> PlannedStage | None:
-    """The stage that exports what was evaluated; a run may export its teacher, too."""
-    exports = (stage for stage in plan.stages if stage.config.stage == EXPORT)
-    return next((stage for stage in exports if "evaluation" in stage.inputs), None)
+    return next(filter(_exports_student, plan.stages), None)
+
+
+def _exports_student(stage: PlannedStage) -> bool:
+    """Whether it exports what was evaluated; a run may export its teacher, too."""
+    return stage.config.stage == EXPORT and "evaluation" in stage.inputs
 
 
 def _files(plan: Plan, student: PlannedStage) -> dict[str, Path]:
@@ -93,11 +105,8 @@ def _files(plan: Plan, student: PlannedStage) -> dict[str, Path]:
         return {}
     folder = student.directory / ARTIFACT
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    files[MANIFEST] = student.directory / MANIFEST
-    reports = (stage for stage in plan.stages if stage.config.stage == REPORTS)
-    if (report := next(reports, None)) is not None and report.made is not None:
-        files[REPORT_FILE] = report.directory / ARTIFACT / REPORT_FILE
-    return files
+    made = (kept(stage) for stage in plan.stages if stage.made is not None)
+    return files | {file.name: file for file in made if file is not None}
 
 
 def _require_access(repository: str, private: bool) -> None:

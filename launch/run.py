@@ -28,7 +28,7 @@ from launch.hydra_errors import explain, require_choices
 from launch.judge import require_gates
 from launch.plan import Plan, make_plan
 from launch.planned import PlannedStage
-from launch.publish import publish, require_publishable, show_files
+from launch.publish import kept, publish, require_publishable, show_files
 from launch.rehearse import rehearse
 from launch.rounds import with_additions
 from launch.settings import RunSettings, settings_of
@@ -111,7 +111,7 @@ def _follow(
     holding.works_on(stage.name)
     with view.Follower(stage, console, tracker.stage(stage.name)) as follower:
         yield follower
-    tracker.finish(stage.name, stage.directory)
+    tracker.finish(stage.name, stage.directory, kept(stage))
 
 
 def _run_dir(settings: RunSettings, recipe: str) -> Path:

@@ -26,7 +26,7 @@ MLFLOW_LENGTH = 6000
 @contextmanager
 def none(run: TrackedRun) -> Iterator[Tracker]:
     """Nothing but each stage's own ``metrics.jsonl``."""
-    yield lambda *_: None
+    yield Tracker()
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def tensorboard(run: TrackedRun) -> Iterator[Tracker]:
 
     writers: dict[str, Any] = {}
     with ExitStack() as stack:
-        yield log
+        yield Tracker(log)
 
 
 @contextmanager
@@ -89,8 +89,14 @@ def wandb(run: TrackedRun) -> Iterator[Tracker]:
             named = {f"{place}/{name}": value for name, value in values.items()}
             started.log({**named, f"{place}/step": step})
 
+    def keep(stage: str, name: str, content: str) -> None:
+        kept = library.Artifact(f"{stage}-{run_id}", name.partition(".")[0])
+        with kept.new_file(name, encoding="utf-8") as file:
+            file.write(content)
+        started.log_artifact(kept)
+
     try:
-        yield log
+        yield Tracker(log, keep)
     finally:
         started.finish()
 
@@ -127,8 +133,11 @@ def mlflow(run: TrackedRun) -> Iterator[Tracker]:
         named = {_mlflow_name(f"{stage}/{task}/{name}"): value for name, value in values.items()}
         library.log_metrics(named, step, timestamp=int(at * 1000))
 
+    def keep(stage: str, name: str, content: str) -> None:
+        library.log_text(content, f"{stage}/{name}")
+
     try:
-        yield log
+        yield Tracker(log, keep)
         ended = "FINISHED"
     except KeyboardInterrupt:
         ended = "KILLED"

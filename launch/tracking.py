@@ -13,12 +13,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from recipes.core.files import write_text_atomically
-from recipes.core.manifest import Manifest, read_manifest
+from recipes.core.manifest import MANIFEST, Manifest, read_manifest
 from recipes.core.metrics import Record, flat
 
 Track = Callable[[Record], None]
@@ -56,13 +56,17 @@ class TrackedRun:
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-class Tracker(Protocol):
+Log = Callable[[str, str, Mapping[str, float], int, float], None]
+"""Takes a stage, a task, its numbers at a step, the step, and the time (seconds since 1970)."""
+
+
+@dataclass(frozen=True)
+class Tracker:
     """What a tracker does with a run."""
 
-    def __call__(
-        self, stage: str, task: str, values: Mapping[str, float], step: int, at: float
-    ) -> None:
-        """Takes the numbers of a step of a stage's task, at a time in seconds since 1970."""
+    log: Log = lambda *_: None
+    keep: Callable[[str, str, str], None] = lambda *_: None
+    """Stores a file of a stage, of this name and content, as an artifact of the run."""
 
 
 def tracked_run(cfg: DictConfig, run_dir: Path, recipe: str) -> TrackedRun:
@@ -83,6 +87,15 @@ def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[t
             yield f"{prefix}{name}", "(not shown)"
         else:
             yield f"{prefix}{name}", _without_user(value)
+
+
+def public_text(file: Path) -> str:
+    """What others may see of a file; a manifest has its stage's settings."""
+    text = file.read_text(encoding="utf-8")
+    if file.name != MANIFEST:
+        return text
+    manifest = json.loads(text)
+    return json.dumps({**manifest, "config": dict(public_parameters(manifest["config"]))}, indent=1)
 
 
 def _without_user(value: object) -> object:
@@ -121,21 +134,28 @@ class SafeTracker:
 
     def stage(self, stage: str) -> Track:
         """Where a stage's records go."""
-        return lambda record: self._log(
-            stage, record["task"], scalars(record), record["done"], record["time"]
+        return lambda record: self._try(
+            self._tracker.log,
+            stage,
+            record["task"],
+            scalars(record),
+            record["done"],
+            record["time"],
         )
 
-    def finish(self, stage: str, directory: Path) -> None:
-        """Hands over the final figures of a stage that is complete."""
+    def finish(self, stage: str, directory: Path, kept: Path | None = None) -> None:
+        """Hands over the final figures of a stage that is complete, and a file of it."""
         manifest = read_manifest(directory)
         if manifest is not None:
-            self._log(stage, FINAL, figures_of(manifest), 0, time.time())
+            self._try(self._tracker.log, stage, FINAL, figures_of(manifest), 0, time.time())
+            if kept is not None:
+                self._try(lambda: self._tracker.keep(stage, kept.name, public_text(kept)))
 
-    def _log(self, *step: Any) -> None:
+    def _try(self, act: Callable[..., None], *given: Any) -> None:
         if self._failed:
             return
         try:
-            self._tracker(*step)
+            act(*given)
         except Exception as error:
             self._failed = True
             warnings.warn(

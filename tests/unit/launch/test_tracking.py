@@ -18,12 +18,14 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch import trackers, tracking
+from launch import lock, trackers, tracking
 from launch.console import Follower
 from launch.plan import Plan
+from launch.run import _follow
 from launch.trackers import open_tracker, require_tracker
 from launch.tracking import IDS, TrackedRun, tracked_run
 from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT, MANIFEST
 from recipes.core.metrics import METRICS, MetricsLog
 
 SECRET = "hf_VerySecretToken"
@@ -54,7 +56,7 @@ def follow(plan: Plan, run: TrackedRun, records: Callable[[MetricsLog], None]) -
     ):
         records(MetricsLog(stage.directory / METRICS))
         follower.update()
-        tracker.finish(STAGE, stage.directory)
+        tracker.finish(STAGE, stage.directory, stage.directory / MANIFEST)
 
 
 @pytest.fixture
@@ -170,6 +172,9 @@ def test_wandb_offline_and_resumed(tracked: Tracked) -> None:
     assert ids == {json.loads((planned.run_dir / IDS).read_text())["wandb"]}
     summary = wandb_items(first, "summary", lambda r: r.summary.update)
     assert summary["distill.parameters"] == 1_500_000
+    [artifact] = [r.artifact for r in first if r.WhichOneof("record_type") == "artifact"]
+    assert artifact.name == f"{STAGE}-{ids.pop()}"
+    assert [entry.path for entry in artifact.manifest.contents] == [MANIFEST]
     config = wandb_items(first, "run", lambda r: r.run.config.update)
     assert config["stages.prune.target_hidden_size"] == 0.875
     assert config["run_dir"] == str(planned.run_dir)
@@ -202,6 +207,23 @@ def test_mlflow_in_a_file_and_resumed(tracked: Tracked) -> None:
     assert history("distill/kd") == [(1, 1.5), (2, 0.5)]
     assert history("validate/val_loss") == [(2, 1.25)]
     assert found.data.metrics["distill/final/parameters"] == 1_500_000
+    with lock.held(planned.run_dir) as holding, open_tracker(run) as tracker:
+        for stage in planned.stages:
+            (stage.directory / ARTIFACT / "report.html").write_text("<p>a page")
+            with _follow(tracker, holding, stage):
+                pass
+    assert sorted(file.path for file in client.list_artifacts(known)) == [
+        STAGE,
+        "export_hf",
+        "report",
+    ]
+    [page] = client.list_artifacts(known, "report")
+    assert page.path == "report/report.html"
+    [artifact] = client.list_artifacts(known, STAGE)
+    kept = json.loads(Path(client.download_artifacts(known, artifact.path)).read_text())
+    manifest = json.loads((planned.run_dir / STAGE / MANIFEST).read_text())
+    assert {**kept, "config": {}} == {**manifest, "config": {}}
+    assert kept["config"]["lr"] == manifest["config"]["lr"]
     assert found.data.params["stages.prune.target_hidden_size"] == "0.875"
     assert found.data.params["stages.distill.lr"] == "0.001"
     assert found.data.tags["now.stages.distill.lr"] == "0.5"
