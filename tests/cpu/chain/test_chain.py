@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import re
 import shutil
@@ -18,8 +20,10 @@ from safetensors.torch import load_file
 from nemo_convert.convert import hf_weights
 from nemo_convert.hf import Weights, tokenizer_sha256
 from nemo_convert.nemo import find_checkpoint
+from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK
 from recipes.core.metrics import METRICS, steps_of
+from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.kept import KeptIndices, cut, student_name
 from tests.chaos.chain import STEPS, differences, is_of_a_library, overrides
 from tests.chaos.kills import Disturbed, Kill
@@ -51,6 +55,40 @@ def tiny_run(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPath
         assert f"{stage}: complete" in result.output
     assert f"{len(STAGES) + len(ENGINES)} stages ran" in result.output
     return run_dir
+
+
+def test_the_tutorial_runs_as_it_stands(
+    tiny_run: Path, odd_llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a complete run, whose settings are its parameters; its cells in one process, in order."""
+    before = {file: file.stat().st_mtime_ns for file in tiny_run.glob(f"*/{MANIFEST}")}
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    recipe, *words = overrides(odd_llama, text_file, tiny_run)
+    given = {"RECIPE": recipe.partition("=")[2], "RUN_DIR": str(tiny_run), "SETTINGS": words}
+    names: dict[str, object] = {}
+    shown = []
+    for cell in json.loads((REPO_ROOT / "docs/tutorial.ipynb").read_text())["cells"]:
+        if "parameters" in cell["metadata"].get("tags", ()):
+            names |= given
+        elif cell["cell_type"] == "code":
+            shown.append(last_value("".join(cell["source"]), names))
+    html = [one for one in shown if hasattr(one, "_repr_html_")]
+    assert [str(one).count("&lt;svg") > 0 for one in html].count(True) == 2
+    assert "num_layers</td><td>5</td><td>4" in "".join(html)
+    assert "distilled</td>" in "".join(html)
+    assert names["quality"] == manifest_of(tiny_run, "evaluate").result(EvaluationResult)
+    after = {file: file.stat().st_mtime_ns for file in tiny_run.glob(f"*/{MANIFEST}")}
+    assert after == before, "a stage ran again"
+
+
+def last_value(source: str, names: dict[str, object]) -> object:
+    """Runs a cell; what its last line says, which a notebook draws."""
+    tree = ast.parse(source)
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "<cell>", "exec"), names)
+    if not isinstance(last, ast.Expr):
+        return None
+    return eval(compile(ast.Expression(last.value), "<cell>", "eval"), names)
 
 
 def test_every_manifest_is_filled(tiny_run: Path) -> None:
