@@ -8,6 +8,7 @@ the layers they replace, to the rounding of that type.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from nemo_convert.device import QUERIES_AT_ONCE
 from recipes.core.precision import products_of
 
 LONG = 1024
@@ -92,63 +94,85 @@ class SwiGLU(MegatronModule):  # type: ignore[misc]
 class _CausalAttention(torch.autograd.Function):
     """Attention with scores and softmax in float32 and all other products in the input's type.
 
-    The heads of a query group are rows of one matrix, so keys and values are never repeated.
+    The heads of a query group are rows of one matrix, so keys and values are never repeated. Of
+    what comes after a token little is computed: a block of queries meets the keys up to its last.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:  # type: ignore[override]
-        length, batch, heads, size = query.shape
-        groups = key.shape[2]
-        ctx.shape = length, batch, groups, heads // groups, size
-        ctx.scale = scale
-        q = _rows_of_groups(query, ctx.shape)
-        k, v = (t.permute(1, 2, 0, 3).reshape(batch * groups, length, size) for t in (key, value))
-        context = torch.bmm(_shares(q, k, ctx.shape, scale), v)
-        ctx.save_for_backward(q, k, v, context)
-        return _tokens_first(context, ctx.shape)
+        k, v = (_groups_first(t) for t in (key, value))
+        exact, parts = k.float(), []
+        for start, stop in _blocks(len(query)):
+            q, shape = _rows_of_groups(query[start:stop], key.shape[2])
+            shares = _shares(q, exact[:, :stop], start, scale)
+            parts.append(_tokens_first(torch.bmm(shares, v[:, :stop]), shape))
+        context = torch.cat(parts)
+        ctx.save_for_backward(query, k, v, context)
+        ctx.shape, ctx.scale = key.shape, scale
+        return context
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        q, k, v, context = ctx.saved_tensors
-        length, batch, groups, _, size = ctx.shape
-        # Made again: kept for every layer, they would be the largest of all activations.
-        shares = _shares(q, k, ctx.shape, ctx.scale)
-        grad = _rows_of_groups(grads[0].view(length, batch, -1, size), ctx.shape)
-        value_grad = torch.bmm(shares.transpose(1, 2), grad)
-        mean = (grad.float() * context).sum(dim=-1, keepdim=True).to(grad.dtype)
-        means = mean.expand(-1, -1, length)
-        scores = torch.baddbmm(means, grad, v.transpose(1, 2), beta=-1).mul_(shares)
-        query_grad = _tokens_first(torch.bmm(scores, k).mul_(ctx.scale), ctx.shape)
-        key_grad = torch.bmm(scores.transpose(1, 2), q).mul_(ctx.scale)
+        query, k, v, context = ctx.saved_tensors
+        length, batch, groups, size = ctx.shape
+        exact = k.float()
+        key_grad, value_grad = torch.zeros_like(exact), torch.zeros_like(exact)
+        query_grads = []
+        grad_of = grads[0].view(query.shape)
+        means = (grad_of.float() * context.view(query.shape)).sum(dim=-1, keepdim=True)
+        for start, stop in _blocks(length):
+            q, shape = _rows_of_groups(query[start:stop], groups)
+            grad, _ = _rows_of_groups(grad_of[start:stop], groups)
+            mean, _ = _rows_of_groups(means[start:stop], groups)
+            # Made again: kept for every layer, they would be the largest of all activations.
+            shares = _shares(q, exact[:, :stop], start, ctx.scale)
+            value_grad[:, :stop] += torch.bmm(shares.transpose(1, 2), grad)
+            mean = mean.to(grad.dtype).expand(-1, -1, stop)
+            scores = torch.baddbmm(mean, grad, v[:, :stop].transpose(1, 2), beta=-1).mul_(shares)
+            query_grads.append(_tokens_first(torch.bmm(scores, k[:, :stop]), shape))
+            key_grad[:, :stop] += torch.bmm(scores.transpose(1, 2), q)
         key_grad, value_grad = (
-            t.view(batch, groups, length, size).permute(2, 0, 1, 3) for t in (key_grad, value_grad)
+            t.to(k.dtype).view(batch, groups, length, size).permute(2, 0, 1, 3)
+            for t in (key_grad.mul_(ctx.scale), value_grad)
         )
-        return query_grad.view(length, batch, -1, size), key_grad, value_grad, None
+        return torch.cat(query_grads).mul_(ctx.scale).view(query.shape), key_grad, value_grad, None
 
 
-def _shares(q: Tensor, k: Tensor, shape: tuple[int, ...], scale: float) -> Tensor:
-    """Attention of every query row to every key, [b·groups, heads/groups·s, s]."""
-    length, _, _, repeat, _ = shape
-    future = torch.full((length, length), float("-inf")).triu_(1).repeat(repeat, 1)
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    """Where blocks of queries begin and end."""
+    size = QUERIES_AT_ONCE
+    return ((start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _shares(q: Tensor, k: Tensor, start: int, scale: float) -> Tensor:
+    """Attention of a block's rows to the keys in float32 up to its end, [b·groups, rows, keys].
+
+    ``start`` is the first key that a row may have to leave out.
+    """
+    own = k.shape[1] - start
     with products_of(q.dtype):
-        scores = torch.baddbmm(future, q.float(), k.float().transpose(1, 2), alpha=scale)
+        scores = torch.bmm(q.float() * scale, k.transpose(1, 2))
+    future = torch.full((own, own), float("-inf")).triu_(1)
+    scores.unflatten(1, (-1, own))[..., start:].add_(future)
     return torch.softmax(scores, dim=-1).to(q.dtype)
 
 
-def _rows_of_groups(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[s, b, heads, d] as [b·groups, heads/groups·s, d]."""
-    length, batch, groups, repeat, size = shape
-    split = x.reshape(length, batch, groups, repeat, size).permute(1, 2, 3, 0, 4)
-    return split.reshape(batch * groups, repeat * length, size)
+def _groups_first(x: Tensor) -> Tensor:
+    """[s, b, groups, d] as [b·groups, s, d]."""
+    return x.permute(1, 2, 0, 3).flatten(0, 1).contiguous()
+
+
+def _rows_of_groups(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, ...]]:
+    """[s, b, heads, d] as [b·groups, heads/groups·s, d]; and what ``_tokens_first`` needs."""
+    split = x.unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4)
+    return split.flatten(2, 3).flatten(0, 1), split.shape
 
 
 def _tokens_first(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[b·groups, heads/groups·s, d] as [s, b, heads·d]."""
-    length, batch, groups, repeat, size = shape
-    split = x.view(batch, groups, repeat, length, size).permute(3, 0, 1, 2, 4)
-    return split.reshape(length, batch, groups * repeat * size)
+    """[b·groups, heads/groups·s, d] of such a shape as [s, b, heads·d]."""
+    return x.view(shape).permute(3, 0, 1, 2, 4).flatten(2)
 
 
 class CausalAttention(DotProductAttention):  # type: ignore[misc]

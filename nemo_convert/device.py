@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other, for example for one that writes a model."""
+QUERIES_AT_ONCE = 64
+"""Whose attention a CPU's training layers compute together; with 32 or 128 they are slower."""
 
 
 def device() -> str:

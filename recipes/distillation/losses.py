@@ -278,50 +278,85 @@ def _drawn(
     return -entropy - taught, lambda: log_q.exp_().scatter_add_(1, columns, -p * here)
 
 
+class Targets(NamedTuple):
+    """What rows of the student's logits are to learn."""
+
+    teacher: Tensor | TopK
+    """Its logits [n, vocabulary/tp], or its top-k at the loss's temperature."""
+    labels: Tensor | None = None
+    """Ids [n] of the next tokens in the vocabulary, where the text counts, too."""
+    weights: tuple[float, float] = (1.0, 0.0)
+    """Of the divergence from the teacher, and of the next-token loss."""
+
+    def at(self, rows: slice) -> Targets:
+        """Those of some rows."""
+        take = operator.itemgetter(rows)
+        teacher = self.teacher
+        return self._replace(
+            teacher=teacher.each(take) if isinstance(teacher, TopK) else take(teacher),
+            labels=None if self.labels is None else take(self.labels),
+        )
+
+
+def _next_token(
+    log_q: Tensor, labels: Tensor, sloped: bool, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor | None]:
+    """Loss [n, 1] of log-probabilities [n, vocabulary/tp], and its slope if that is wanted."""
+    columns, here = _place(labels.unsqueeze(1), log_q.shape[-1], group)
+    value = -_gather_columns(log_q, columns, here, group)
+    return value, log_q.exp().scatter_add_(1, columns, -here.to(log_q)) if sloped else None
+
+
 def _write(
     losses: Tensor,
     gradient: Tensor | None,
     student: Tensor,
-    teacher: Tensor | TopK,
+    targets: Targets,
     loss: LogitsLoss,
     group: ProcessGroup | None,
 ) -> None:
-    """Fills in the losses [n, 1] of a chunk, and the gradient, perhaps over the teacher's logits.
+    """Fills in a chunk's losses [2, n, 1] and gradient, which may replace the teacher's logits.
 
     On return its buffers are free: in the caller's loop they would live on beside the next ones.
     """
-    temperature = loss.temperature
+    teacher, temperature, told = targets.teacher, loss.temperature, None
+    taught_weight, told_weight = targets.weights
     log_q = _log_softmax(student, temperature, group)
+    if targets.labels is not None:
+        own = log_q if temperature == 1 else _log_softmax(student, 1.0, group)
+        losses[1], told = _next_token(own, targets.labels, gradient is not None, group)
+        del own
     if not isinstance(teacher, TopK) and loss.top_k is not None:
         teacher = top_k(teacher, loss.top_k, temperature, group, loss.chunk_bytes)
     if isinstance(teacher, TopK):
         if teacher.draws is None or teacher.rest_entropy is None:
-            losses[:], slope = _bucketed(teacher, log_q, loss, group)
+            losses[0], slope = _bucketed(teacher, log_q, loss, group)
         else:
             rest = teacher.draws, teacher.rest_entropy
-            losses[:], slope = _drawn(teacher, *rest, log_q, group)
+            losses[0], slope = _drawn(teacher, *rest, log_q, group)
     else:
         log_p = _log_softmax(teacher, temperature, group)
-        losses[:], slope = DIVERGENCES[loss.kind](log_p, log_q, loss, group)
+        losses[0], slope = DIVERGENCES[loss.kind](log_p, log_q, loss, group)
     if gradient is not None:
-        # Of T² the inner derivative, 1/T, leaves T.
-        gradient[:] = slope() if temperature == 1 else slope().mul_(temperature)
+        scale = temperature * taught_weight  # of T² the inner derivative, 1/T, leaves T
+        slopes = slope() if scale == 1 else slope().mul_(scale)
+        gradient[:] = slopes if told is None else slopes.add_(told, alpha=told_weight)
 
 
 class _Distillation(torch.autograd.Function):
-    """Loss per token, with the gradient computed in the forward pass."""
+    """Losses per token, with the gradient of their weighted sum computed in the forward pass."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: FunctionCtx,
         student: Tensor,
-        teacher: Tensor | TopK,
+        targets: Targets,
         loss: LogitsLoss,
         group: ProcessGroup | None,
         reuse: bool,
-    ) -> Tensor:
-        temperature = loss.temperature
-        losses = torch.empty(len(student), 1, dtype=torch.float32, device=student.device)
+    ) -> tuple[Tensor, Tensor]:
+        teacher = targets.teacher
+        losses = torch.zeros(2, len(student), 1, dtype=torch.float32, device=student.device)
         gradient: Tensor | None = None
         if ctx.needs_input_grad[0]:
             if reuse and isinstance(teacher, Tensor) and teacher.dtype == student.dtype:
@@ -329,12 +364,14 @@ class _Distillation(torch.autograd.Function):
             else:
                 gradient = torch.empty_like(student)
         for rows in _chunks(student, loss.chunk_bytes):
-            take = operator.itemgetter(rows)
-            part = teacher.each(take) if isinstance(teacher, TopK) else take(teacher)
             slopes = None if gradient is None else gradient[rows]
-            _write(losses[rows], slopes, student[rows], part, loss, group)
+            _write(losses[:, rows], slopes, student[rows], targets.at(rows), loss, group)
         ctx.save_for_backward(gradient)
-        return losses.mul_(temperature**2).squeeze(1)
+        losses = losses.squeeze(-1)
+        losses[0] *= loss.temperature**2
+        ctx.mark_non_differentiable(losses)
+        taught, told = targets.weights
+        return taught * losses[0] + told * losses[1], losses
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -359,6 +396,22 @@ def distillation_loss(
     gradient overwrite the teacher's logits, to hold one tensor less. Refuses shapes that do not
     fit.
     """
+    return combined_loss(student, Targets(teacher), loss, group, reuse_teacher)[0]
+
+
+def combined_loss(
+    student: Tensor,
+    targets: Targets,
+    loss: LogitsLoss,
+    group: ProcessGroup | None = None,
+    reuse_teacher: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The divergence from a teacher and the next-token loss, with one gradient of both.
+
+    As ``distillation_loss``, but returns the weighted sum per token [n], which alone is
+    differentiable, and the two losses [2, n], of which one that does not count may be 0.
+    """
+    teacher = targets.teacher
     if isinstance(teacher, TopK):
         if teacher.draws is not None and loss.kind != DRAWN_LOSS:
             raise RecipeError(
@@ -367,14 +420,15 @@ def distillation_loss(
             )
         found, wanted = teacher.indices.shape[:1], student.shape[:1]
     else:
-        teacher = teacher.detach()
+        targets = targets._replace(teacher=teacher.detach())
         found, wanted = teacher.shape, student.shape
     if found != wanted:
         raise RecipeError(
             f"the teacher's logits {list(found)} do not fit the student's {list(wanted)}.",
             "teacher and student need the same tokens, vocabulary and padding of it",
         )
-    return _Distillation.apply(student, teacher, loss, group, reuse_teacher)
+    both: tuple[Tensor, Tensor] = _Distillation.apply(student, targets, loss, group, reuse_teacher)
+    return both
 
 
 def token_cross_entropy(

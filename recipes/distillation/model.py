@@ -33,7 +33,7 @@ from nemo_convert.device import device
 from nemo_convert.pipeline import pipeline_split
 from recipes.distillation.data import TEACHER
 from recipes.distillation.hidden_loss import HiddenLoss
-from recipes.distillation.losses import TopK, distillation_loss, token_cross_entropy
+from recipes.distillation.losses import Targets, TopK, combined_loss, token_cross_entropy
 from recipes.distillation.objective import LossReduction, Objective
 from recipes.evaluation.sanity import require_better_than_chance
 
@@ -135,7 +135,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             following = _next_token_loss(logits, labels)
             if not self._teacher.validates:
                 return following
-            return torch.stack([following, self._divergence(core, logits)])
+            return torch.stack([following, self._combined(core, logits, None, (1.0, 0.0))[0]])
 
         core.compute_language_model_loss = MethodType(losses, core)
         self.module = core
@@ -204,25 +204,42 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return output
 
     def _token_losses(self, core: nn.Module, labels: Tensor, logits: Tensor) -> Tensor:
-        """Losses [terms, batch, sequence] of logits [sequence, batch, vocabulary/tp]."""
+        """Losses [1 + terms, batch, sequence] of logits [sequence, batch, vocabulary/tp].
+
+        The first is what is minimised; the terms are for the log.
+        """
         if self.teacher_loss is None and self._teacher.checkpoint:
             self._check_teacher(core.teacher_logits, labels)
-        rows = []
-        if "kd" in self._objective.weights:
-            rows.append(self._divergence(core, logits))
-        if "hidden" in self._objective.weights:
-            rows.append(self._hidden_loss(core, labels))
-        if "lm" in self._objective.weights:
-            rows.append(_next_token_loss(logits, labels))
+        weights, found = self._reduction.weights(), {}
+        total = logits.new_zeros(labels.shape, dtype=torch.float32)
+        if "kd" in weights:
+            text = labels if "lm" in weights else None
+            total, *rows = self._combined(core, logits, text, (weights["kd"], weights.get("lm", 0)))
+            found = dict(zip(("kd", "lm"), rows, strict=True))
+        elif "lm" in weights:
+            found["lm"] = _next_token_loss(logits, labels)
+            total = weights["lm"] * found["lm"]
+        if "hidden" in weights:
+            found["hidden"] = self._hidden_loss(core, labels)
+            total = total + weights["hidden"] * found["hidden"]
         core.teacher_logits = None
-        return torch.stack(rows)
+        return torch.stack([total, *(found[name].detach() for name in weights)])
 
-    def _divergence(self, core: nn.Module, logits: Tensor) -> Tensor:
-        """From the teacher, [batch, sequence], of logits [sequence, batch, vocabulary/tp]."""
-        teacher = self._cached or core.teacher_logits.flatten(0, 1)
+    def _combined(
+        self, core: nn.Module, logits: Tensor, labels: Tensor | None, weights: tuple[float, float]
+    ) -> tuple[Tensor, ...]:
+        """Divergence from the teacher plus next-token loss, and each, [batch, sequence].
+
+        Of logits [sequence, batch, vocabulary/tp] and ids [batch, sequence].
+        """
+        targets = Targets(
+            self._cached or core.teacher_logits.flatten(0, 1),
+            None if labels is None else labels.t().flatten(),
+            weights,
+        )
         loss, group = self._objective.logits, nemo.tensor_group()
-        flat = distillation_loss(logits.flatten(0, 1), teacher, loss, group, True)
-        return flat.view(logits.shape[:2]).t()
+        total, parts = combined_loss(logits.flatten(0, 1), targets, loss, group, True)
+        return tuple(row.view(logits.shape[:2]).t() for row in (total, *parts))
 
     def _hidden_loss(self, core: nn.Module, labels: Tensor) -> Tensor:
         """Mean over the pairs of layers, [batch, sequence]."""

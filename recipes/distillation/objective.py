@@ -176,22 +176,23 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         self.sizes: dict[str, float] = {}
         """Those of the last step that had finite ones, which the terms are balanced by."""
 
+    def weights(self) -> Mapping[str, float]:
+        """What this step's terms are multiplied by."""
+        return self._objective.weights_after(self.sizes)
+
     def forward(
         self, batch: dict[str, Tensor], forward_out: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sums [terms, batch, sequence] over a micro batch.
+        """Sums [1 + terms, batch, sequence], of which the first is trained on, over a micro batch.
 
         Returns the loss, the number of tokens it is of, and both with the terms for ``reduce``.
         """
         mask = batch["loss_mask"].float()
         sums = (forward_out * mask).flatten(1).sum(dim=1)
-        terms = dict(zip(self._objective.weights, sums.unbind(), strict=True))
-        weights = self._objective.weights_after(self.sizes)
-        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         # Not a number in the loss must reach the gradients, where all ranks look for it.
-        loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+        loss = sums[0] * torch.where(sums[0].detach().isfinite(), 1.0, math.nan)
         tokens = mask.sum()
-        report = torch.cat([tokens.view(1), loss.detach().view(1), sums.detach()])
+        report = torch.cat([tokens.view(1), loss.detach().view(1), sums[1:].detach()])
         return loss, tokens.to(torch.int), {"report": report}
 
     def reduce(self, micro_batches: Sequence[dict[str, Tensor]]) -> Tensor:

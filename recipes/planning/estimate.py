@@ -180,11 +180,7 @@ def _held_activations(arch: Architecture, job: Workload, stage: int, tokens: flo
 
 
 def _logits_bytes(job: Workload, hardware: Hardware, tokens: float) -> float:
-    """Logits, a gradient for each term of the loss, and the loss's buffers.
-
-    A live teacher's logits are overwritten with the gradient of the term that compares them, which
-    comes first.
-    """
+    """Logits, their gradient, for which a live teacher's make room, and the loss's buffers."""
     shape = job.trained or job.teacher
     assert shape is not None
     one = tokens * shape.vocab_size / job.layout.tensor
@@ -192,8 +188,8 @@ def _logits_bytes(job: Workload, hardware: Hardware, tokens: float) -> float:
     one *= 2 if job.bf16 else 4
     if job.trained is None:  # twice for a moment: Megatron puts the batch's axis first
         return max(2 * one, one + CHUNK_BUFFERS * chunk)
-    compared = 0 if job.teacher is None else 2 * one + COMPARING_BUFFERS * chunk
-    return max(compared, (1 + job.terms) * one + CHUNK_BUFFERS * chunk)
+    buffers = CHUNK_BUFFERS if job.teacher is None else COMPARING_BUFFERS
+    return 2 * one + (buffers + job.terms - 1) * chunk
 
 
 def forward_flops(arch: Architecture, seq_length: int) -> float:

@@ -1,7 +1,7 @@
 """What goes on between a step's products of matrices, in bytes: most of a CPU's time beside them.
 
 Counted are bytes that each operation reads and writes for a token, in the order in which they
-stand in ``nemo_convert.cpu_layers`` (norms and scores in float32, scores of the whole square, made
+stand in ``nemo_convert.cpu_layers`` (norms and scores in float32, scores of blocks of queries, made
 again in the backward pass), in Megatron's layers (rotations, sums) and in
 ``recipes.distillation.losses``. A GPU's kernels do many of them at once, and hide most of the rest
 beside products, so that there all of it is a part of the utilisation.
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_convert.architecture import Architecture
+from nemo_convert.device import QUERIES_AT_ONCE
 
 ATTENTION_RATE = 0.6
 """Of a linear layer's FLOP/s, in attention's small products: 0.57 in bfloat16, 0.77 in float32."""
@@ -30,7 +31,7 @@ class Work:
     attention: float = 0
     """FLOPs of attention, which is causal: half of the square of scores, made once."""
     square: float = 0
-    """The same as a CPU computes it, the whole of the square."""
+    """The same as a CPU computes it, in blocks that go beyond the diagonal."""
     bytes: float = 0
     """Read and written between products."""
 
@@ -67,9 +68,14 @@ def passes_of(arch: Architecture, seq_length: int, size: int, passes: int) -> Wo
     return Work(
         products=passes * arch.forward_flops_per_token(),
         attention=passes * 2 * area,
-        square=products * area,
+        square=products * area * _square(seq_length),
         bytes=arch.num_layers * written,
     )
+
+
+def _square(seq_length: int) -> float:
+    """Share of the square of scores that is computed."""
+    return (1 + min(1, QUERIES_AT_ONCE / seq_length)) / 2
 
 
 def feed_forward_width(arch: Architecture) -> int:
@@ -80,11 +86,11 @@ def feed_forward_width(arch: Architecture) -> int:
     return experts + arch.moe_shared_expert_intermediate_size
 
 
-def _widths(arch: Architecture, seq_length: int) -> tuple[int, int, int, int]:
+def _widths(arch: Architecture, seq_length: int) -> tuple[int, int, float, int]:
     """Numbers of a token: of all heads' queries, of keys, of scores, and in the feed-forward."""
     heads, groups = arch.num_attention_heads, arch.num_query_groups
-    size = arch.kv_channels
-    return heads * size, groups * size, heads * seq_length, feed_forward_width(arch)
+    size, scores = arch.kv_channels, heads * seq_length * _square(seq_length)
+    return heads * size, groups * size, scores, feed_forward_width(arch)
 
 
 def _forward_bytes(arch: Architecture, seq_length: int, size: int) -> float:
@@ -96,7 +102,7 @@ def _forward_bytes(arch: Architecture, seq_length: int, size: int) -> float:
         arch.hidden_size * 2 * (norm + 3 * size)
         + heads * (rotation + 6 * size + cast)
         + groups * (rotation + 4 * size + cast)
-        + scores * (20 + size + cast)
+        + scores * (12 + size + cast)
         + feed_forward * 5 * size
     )
 
@@ -110,16 +116,18 @@ def _backward_bytes(arch: Architecture, seq_length: int, size: int) -> float:
         arch.hidden_size * 2 * (norm + 3 * size)
         + heads * (rotation + 6 * size + 16 + cast)
         + groups * (rotation + 4 * size + cast)
-        + scores * (20 + 9 * size + cast)
+        + scores * (12 + 9 * size + cast)
         + feed_forward * 11 * size
     )
 
 
 def loss_bytes(vocabulary: int, size: int, terms: int, live: bool) -> float:
-    """Bytes of a token's loss on logits and its gradient; of a live teacher's, its logits too."""
-    term = 52 + 4 * size  # a log-softmax of the student, sums, exponentials, and the gradient
-    comparison = 32 if live else 0
-    return vocabulary * (terms * (term + 2 * size) + comparison + 3 * size * (terms - 1))
+    """Bytes of a token's loss on logits and its gradient; of a live teacher's, its logits too.
+
+    A second term adds its own slope to the first's, of the same log-softmax.
+    """
+    first = 52 + 6 * size  # a log-softmax of the student, sums, exponentials, and the gradient
+    return vocabulary * (first + (32 if live else 0) + 20 * (terms - 1))
 
 
 def reading_bytes(vocabulary: int) -> float:

@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_leaves
 from recipes.core.errors import RecipeError
 from recipes.distillation.losses import (
     LogitsLoss,
+    Targets,
     TopK,
+    combined_loss,
     distillation_loss,
     token_cross_entropy,
     top_k,
@@ -227,6 +229,25 @@ def test_cross_entropy_equals_torch() -> None:
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
 
 
+@EACH_LOSS
+@pytest.mark.parametrize("top", [None, 7])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_both_losses_at_once_are_each_of_them(
+    kind: str, top: int | None, temperature: float
+) -> None:
+    labels = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(3))
+    loss = LogitsLoss(kind, temperature, top_k=top, chunk_bytes=CHUNK)
+    teacher, counts = make_logits(1).float(), make_weights().float()
+    ours, theirs = (make_logits(2).float().requires_grad_() for _ in range(2))
+    total, parts = combined_loss(ours, Targets(teacher, labels, (0.5, 3.0)), loss)
+    taught, told = distillation_loss(theirs, teacher, loss), token_cross_entropy(theirs, labels)
+    (total * counts).sum().backward()
+    ((0.5 * taught + 3 * told) * counts).sum().backward()
+    torch.testing.assert_close(parts, torch.stack([taught, told]))
+    torch.testing.assert_close(total, 0.5 * taught + 3 * told)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_a_second_backward_is_refused() -> None:
     student = make_logits(2).float().requires_grad_()
     losses = distillation_loss(student, make_logits(1).float(), LogitsLoss()).sum()
@@ -263,7 +284,8 @@ def test_no_full_size_float32_tensor_exists(trained: bool, kind: str, top: int |
     student = make_logits(2).bfloat16().requires_grad_(trained)
     teacher, labels = make_logits(1).bfloat16(), torch.zeros(TOKENS, dtype=torch.int64)
     with Allocations() as seen:
-        losses = distillation_loss(student, teacher, LogitsLoss(kind, 2.0, 0.5, top, CHUNK))
+        loss = LogitsLoss(kind, 2.0, 0.5, top, CHUNK)
+        losses, _ = combined_loss(student, Targets(teacher, labels, (1.0, 1.0)), loss)
         losses = losses + token_cross_entropy(student, labels, chunk_bytes=CHUNK)
         if trained:
             losses.mean().backward()
@@ -332,6 +354,8 @@ torch.testing.assert_close(split.rest_entropy, expected.rest_entropy, rtol=1e-5,
 loss = LogitsLoss(temperature=2.0, chunk_bytes=chunk)
 compare(lambda x, g: distillation_loss(x, split if g else expected, loss, g))
 compare(lambda x, g: token_cross_entropy(x, labels, g, chunk))
+both = Targets(expected, labels, (0.5, 3.0)), Targets(split, labels, (0.5, 3.0))
+compare(lambda x, g: combined_loss(x, both[g is not None], loss, g)[0])
 dist.barrier()
 del group  # one that outlives this may abort the interpreter as it ends
 dist.destroy_process_group()

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from nemo_convert import nemo
 from nemo_convert.cpu_layers import SwiGLU, _CausalAttention, _RMSNorm
+from nemo_convert.device import QUERIES_AT_ONCE
 from tests.support.conversion import assert_trains_alike, convert_by_command, core_of
 
-LENGTH, BATCH, HEADS, GROUPS, SIZE = 33, 3, 6, 2, 10
+LENGTH, BATCH, HEADS, GROUPS, SIZE = QUERIES_AT_ONCE + 9, 3, 6, 2, 10
 
 
 def inputs(*shapes: tuple[int, ...]) -> list[Tensor]:

@@ -20,12 +20,12 @@ def mix_devices() -> None:
 
     from recipes.distillation import model
 
-    loss = model.distillation_loss
+    loss = model.combined_loss
 
     def mixed(student: Any, *args: Any) -> Any:
         return loss(student * torch.ones(student.shape[-1]), *args)
 
-    model.distillation_loss = mixed
+    model.combined_loss = mixed
 
 
 def gather_too_much() -> None:

@@ -190,9 +190,9 @@ def test_a_cpus_time_between_products_is_memory_traffic_by_hand() -> None:
     """One layer of one head of two channels, in windows of one token, in bfloat16."""
     tiny = Architecture("", 1, 2, 3, 1, 1, 2, 5, 8, tied_embeddings=True)
     heads = keys = 2
-    forward = 2 * 2 * (22 + 6) + heads * (24 + 12 + 6) + keys * (24 + 8 + 6) + (20 + 2 + 6) + 3 * 10
+    forward = 2 * 2 * (22 + 6) + heads * (24 + 12 + 6) + keys * (24 + 8 + 6) + (12 + 2 + 6) + 3 * 10
     backward = 2 * 2 * (68 + 6) + heads * (28 + 12 + 16 + 6) + keys * (28 + 8 + 6)
-    backward += (20 + 18 + 6) + 3 * 22
+    backward += (12 + 18 + 6) + 3 * 22
     assert passes_of(tiny, 1, 2, 1).bytes == forward
     assert passes_of(tiny, 1, 2, 3).bytes == forward + backward
     assert passes_of(tiny, 1, 2, 4).bytes == 2 * forward + backward
@@ -313,10 +313,11 @@ def test_logits_of_teacher_and_student_are_counted() -> None:
     job = distillation(SMOLLM2, SMOLLM2, layout=Layout(micro_batch_size=4), seq_length=256)
     one = 4 * 256 * 49152 * 2
     assert memory(job, CPU).logits == 2 * one  # the gradient is written over the teacher's
-    assert memory(replace(job, terms=2), CPU).logits == 3 * one
+    assert memory(replace(job, terms=2), CPU).logits == 2 * one  # and is the sum of the terms'
     assert memory(replace(job, teacher=None), CPU).logits == 2 * one
     chunk = memory(replace(job, teacher=None), H100).logits - 2 * one
     assert memory(job, H100).logits == 2 * one + 3 * chunk / 2  # of two models' log-probabilities
+    assert memory(replace(job, terms=2), H100).logits == 2 * one + 4 * chunk / 2
     assert memory(replace(job, trained=None), CPU).logits == 2 * one  # and with the batch first
 
 
