@@ -17,6 +17,7 @@ from rich.markup import escape
 from launch.plan import Plan
 from launch.planned import PlannedStage
 from launch.settings import Hub, RunSettings
+from launch.tracking import public_text
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST
 from recipes.core.screen import plain_table
@@ -76,7 +77,10 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
     with _explained(hub.push):
         api = HfApi()
         api.create_repo(hub.push, private=hub.private, exist_ok=True)
-        added = [CommitOperationAdd(name, path) for name, path in files.items()]
+        added = [
+            CommitOperationAdd(name, public_text(path).encode() if name == MANIFEST else path)
+            for name, path in files.items()
+        ]
         done = api.create_commit(hub.push, added, commit_message=plan.run_dir.name)
     console.print(f"published: {done.commit_url}", highlight=False, soft_wrap=True)
 

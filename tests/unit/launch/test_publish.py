@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from launch.plan import Plan
+from launch.tracking import public_text
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, stamp_files, write_manifest
 from tests.support.hub import StandInHub, stand_in_hub
 
 TOKEN = "hf_a_token_of_the_stand_in"
 NAME = "me/small"
+HIDDEN = "a password in a stage's environment"
 RUN = ("recipe=llama_width_prune", "engine=none", "tasks=none")
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -43,6 +45,7 @@ def run(plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
         inputs = {name: read_manifest(ref.directory) for name, ref in stage.inputs.items()}
         manifest = replace(
             manifest,
+            config={**manifest.config, "resources": {"env": {"PROXY": HIDDEN}}},
             files=stamp_files(stage.directory / ARTIFACT),
             input_content={name: found.content() for name, found in inputs.items() if found},
         )
@@ -68,9 +71,10 @@ def test_a_complete_run_is_published_private(push: Launch, run: Path, hub: Stand
     folder = run / "export_hf"
     assert hub.models[NAME] == {
         **{path.name: path.read_bytes() for path in (folder / ARTIFACT).iterdir()},
-        MANIFEST: (folder / MANIFEST).read_bytes(),
+        MANIFEST: public_text(folder / MANIFEST).encode(),
         "report.html": (run / "report" / ARTIFACT / "report.html").read_bytes(),
     }
+    assert HIDDEN.encode() not in hub.models[NAME][MANIFEST]
     assert len(hub.blobs) == 1, "the weights went as a large file"
     kept = [file for file in run.parent.rglob("*") if file.is_file()]
     assert not [file for file in kept if TOKEN.encode() in file.read_bytes()]

@@ -225,7 +225,7 @@ def test_mlflow_in_a_file_and_resumed(tracked: Tracked) -> None:
     assert {**kept, "config": {}} == {**manifest, "config": {}}
     assert kept["config"]["lr"] == manifest["config"]["lr"]
     assert found.data.params["stages.prune.target_hidden_size"] == "0.875"
-    assert found.data.params["stages.distill.lr"] == "0.001"
+    assert found.data.params["stages.distill.lr"] == "0.0003"
     assert found.data.tags["now.stages.distill.lr"] == "0.5"
     assert found.data.tags["report"].endswith("/report/artifact/report.html")
 
