@@ -135,7 +135,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             following = _next_token_loss(logits, labels)
             if not self._teacher.validates:
                 return following
-            return torch.stack([following, self._combined(core, logits, None, (1.0, 0.0))[0]])
+            taught = self._combined(core, logits, None, (1.0, 0.0))[0]
+            return torch.stack([following, following, taught])
 
         core.compute_language_model_loss = MethodType(losses, core)
         self.module = core

@@ -338,7 +338,7 @@ def test_changed_field_and_force_rerun_what_follows(
     changed = [*base, "stages.distill.lr=5e-4"]
     result = run_here(*changed, "stages.only=[distill]", cwd=tmp_path)
     assert result.code == 0, result.output
-    assert "lr 0.001 → 0.0005" in result.output
+    assert "lr 0.0003 → 0.0005" in result.output
     changed.append("stages.only=[distill,evaluate]")
     followed = run_here(*changed, cwd=tmp_path)
     assert followed.code == 0, followed.output

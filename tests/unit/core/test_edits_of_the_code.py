@@ -51,7 +51,9 @@ def test_words_run_nothing_again(
     complete(plan(recipe="recipe=llama_depth_prune"))
     edit("recipes/planning/rules.py", "a full disk ends a training", "no training ends well")
     edit(
-        "recipes/distillation/losses.py", '"""Loss per token, with', '"""The loss of a token, with'
+        "recipes/distillation/losses.py",
+        '"""Losses per token, with',
+        '"""The losses of a token, with',
     )
     edit("recipes/distillation/losses.py", "# Of T² the inner", "# From T² the inner")
     edit("recipes/stages/prune.py", "does not measure", "did not measure")

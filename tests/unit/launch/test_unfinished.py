@@ -102,13 +102,13 @@ def test_every_changed_field_is_named_and_set_back(plan: MakePlan) -> None:
         "stages.distill.min_lr=1e-6",
         "stages.distill.precision=bf16-mixed",
     )
-    assert "min_lr changed 0.0001 → 1e-06" in what
+    assert "min_lr changed 3e-05 → 1e-06" in what
     assert "lr changed 0.0003 → 1e-05" in what
     assert "precision changed 32 → bf16-mixed" in what
     words = shlex.split(fix.removeprefix("set ").partition(" to go on")[0])
     assert sorted(words) == [
         "stages.distill.lr=0.0003",
-        "stages.distill.min_lr=0.0001",
+        "stages.distill.min_lr=3e-05",
         "stages.distill.precision=32",
     ]
     assert statuses(plan(*words))["distill"][0] == "resume"

@@ -54,6 +54,7 @@ LLAMA, QWEN = dense("meta-llama/Llama-3.1-8B"), dense("Qwen/Qwen3-8B")
 NODES_96 = Layout(nodes=96, devices=8, tensor=8, micro_batch_size=2, sequence_parallel=True)
 SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
 
+
 def distillation(student: Architecture, teacher: Architecture | None, **settings: Any) -> Workload:
     defaults = {"layout": NODES_96, "seq_length": 4096, "global_batch_size": 768, "steps": 28_610}
     return Workload("distill", student, teacher, **(defaults | settings))

@@ -13,7 +13,7 @@ from launch.planned import load_stage, stage_names
 from recipes.core.reachable_code import _defines, _without_docstrings, reachable_code
 
 HELDOUT = "heldout"
-MEASURE = ("evaluate", "build_engine", "quantize")
+MEASURE = ("evaluate", "build_engine", "quantize", "measure_speed")
 """Stages that measure on it what others, or other text, have chosen."""
 PREPARE = ("prepare_data", "report")
 """Those that write it, and that say how much there is of it."""
