@@ -55,7 +55,7 @@ def test_words_run_nothing_again(
         '"""Losses per token, with',
         '"""The losses of a token, with',
     )
-    edit("recipes/distillation/losses.py", "# Of T² the inner", "# From T² the inner")
+    edit("recipes/distillation/losses.py", "# of T² the inner", "# from T² the inner")
     edit("recipes/stages/prune.py", "does not measure", "did not measure")
     edit("recipes/planning/budget.py", "BYTES_PER_TOKEN = 4.0", "BYTES_PER_TOKEN = 3.5")
     edit("recipes/core/worker.py", "rank 0: {what}", "rank 0 said: {what}")
