@@ -155,7 +155,7 @@ def _speedup(manifest: Manifest) -> str:
     """How much faster the student is in the first cell of the grid, and best drafts make it."""
     found = manifest.result(BenchmarkResults)
     first = found.speedups[0]
-    drafts = max(found.speculation, key=lambda one: one.speedup.median, default=None)
+    drafts = found.best_draft()
     drafted = f", {drafts.speedup.median:.2f} × with its drafts" if drafts else ""
     return (
         f"{first.prefill:.2f} × prefill, {first.decode:.2f} × decode "

@@ -58,8 +58,8 @@ def main() -> None:
     """Writes the three files."""
     with tempfile.TemporaryDirectory() as folder:
         pins, found = Path(folder, "pins.txt"), Path(folder, "pylock.toml")
-        locked = (file.read_text(encoding="utf-8") for file in sorted(LOCKS.glob("*.txt")))
-        pins.write_text("".join(locked), encoding="utf-8")  # which is what uv prefers
+        before = (file.read_text(encoding="utf-8") for file in sorted(LOCKS.glob("*.txt")))
+        pins.write_text("".join(before), encoding="utf-8")  # which is what uv prefers
         upgraded = [option for name in sys.argv[1:] for option in ("--upgrade-package", name)]
         _uv("pyproject.toml", "--extra=dev", "--annotation-style=line", "-o", pins, *upgraded)
         parents = dict(_parents(pins.read_text(encoding="utf-8")))

@@ -65,10 +65,10 @@ def stand_in() -> None:
     setattr(cuda_graphs._CudagraphGlobalRecord, "create_cudagraphs", lambda: None)
     setattr(cuda_graphs.ArgMetadata, "__init__", _as_tensor(cuda_graphs.ArgMetadata.__init__))
     setattr(random, "initialize_rng_tracker", _for_graphs(random.initialize_rng_tracker))
-    # Transformers runs on the CPU here; and what has no numbers is no proof of a conversion.
     # NeMo makes a mesh of the ranks before it looks whether anything is sharded by one. A mesh is
     # looked for among the numbers of ranks, and tensors have none here.
     setattr(DeviceMesh, "from_group", lambda *args, **kwargs: None)
+    # Transformers runs on the CPU here; and what has no numbers is no proof of a conversion.
     setattr(parity, "load_causal_lm", _causal_lm)
     setattr(parity.Parity, "require", lambda found, what: found)
 

@@ -85,7 +85,7 @@ def speed_section(results: BenchmarkResults) -> dict[str, object]:
         "speed": results,
         "largest_speedup": 1.08 * max([1.0, *seen]),
         "fastest": max(engines, key=lambda one: one.decode, default=None),
-        "best_draft": max(results.speculation, key=lambda s: s.speedup.median, default=None),
+        "best_draft": results.best_draft(),
     }
 
 

@@ -105,16 +105,17 @@ def untrained(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPa
     return run_dir
 
 
+@pytest.fixture
+def distilling(untrained: Path, even_llama: Path, text_file: Path, tmp_path: Path) -> list[str]:
+    """The command that goes on with a copy of it, in ``run``."""
+    run_dir = without(untrained, tmp_path / "run")
+    return [*training(even_llama, text_file, run_dir), "stages.only=[distill]"]
+
+
 def test_what_is_not_a_number_once_is_not_trained_on_and_the_same_command_goes_on(
-    untrained: Path,
-    even_llama: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    distilling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a product that went wrong in the fourth step."""
-    run_dir = without(untrained, tmp_path / "run")
-    command = [*training(even_llama, text_file, run_dir), "stages.only=[distill]"]
     forward, calls = LossReduction.forward, count(1)
 
     def planted(*args: Any) -> tuple[Any, ...]:
@@ -123,13 +124,13 @@ def test_what_is_not_a_number_once_is_not_trained_on_and_the_same_command_goes_o
 
     with monkeypatch.context() as patch:
         patch.setattr(LossReduction, "forward", planted)
-        stopped = run_here(*command, cwd=tmp_path)
+        stopped = run_here(*distilling, cwd=tmp_path)
     assert stopped.code == 1
     assert "step 4: the gradient is not finite" in stopped.output
     assert "the last checkpoint is good" in stopped.output
-    result = run_here(*command, cwd=tmp_path)
+    result = run_here(*distilling, cwd=tmp_path)
     assert result.code == 0, result.output
-    records = list(read_records(run_dir / "distill" / METRICS))
+    records = list(read_records(tmp_path / "run" / "distill" / METRICS))
     done = [record["done"] for record in records if record["task"] == "distill"]
     assert done == [1, 2, 3, 4, 5, 6]
     assert not any(record.get("skipped") for record in records)
@@ -140,17 +141,12 @@ def interrupted(*args: object) -> None:
 
 
 def test_a_training_that_has_brought_back_enough_is_complete(
-    untrained: Path,
-    even_llama: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    distilling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it is killed between its last step and its result."""
-    run_dir = without(untrained, tmp_path / "run")
+    run_dir = tmp_path / "run"
     learning = settings("distill", lr=1e-3, lm_weight=0, val_check_interval=1)
-    command = [*training(even_llama, text_file, run_dir), *learning, "stages.only=[distill]"]
-    command.append("stages.distill.stop_at_recovered=0.7")
+    command = [*distilling, *learning, "stages.distill.stop_at_recovered=0.7"]
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "_save_trained", interrupted)
         assert run_here(*command, cwd=tmp_path).code == 130
@@ -177,14 +173,12 @@ def test_a_training_that_has_brought_back_enough_is_complete(
 
 
 def test_a_run_that_diverges_stops_before_its_weights_do(
-    untrained: Path, even_llama: Path, text_file: Path, tmp_path: Path
+    distilling: list[str], tmp_path: Path
 ) -> None:
     """A learning rate that overflows float32 at the first update."""
-    run_dir = without(untrained, tmp_path / "run")
-    command = [*training(even_llama, text_file, run_dir), "stages.distill.lr=1e38"]
-    result = run_recipe(*command, "stages.only=[distill]", cwd=tmp_path)
+    result = run_recipe(*distilling, "stages.distill.lr=1e38", cwd=tmp_path)
     assert result.code == 1
-    stage = run_dir / "distill"
+    stage = tmp_path / "run" / "distill"
     done = [step["done"] for step in steps_of(stage / METRICS, "distill")]
     assert f"step {done[-1] + 1}: the gradient is not finite" in result.output
     assert "lower stages.distill.lr" in result.output
