@@ -211,7 +211,7 @@ def _trainer(cfg: TrainingConfig) -> Any:
         gradient_as_bucket_view=True,
     )
     devices = int(world_size() // cfg.resources.nodes)
-    return nl.Trainer(
+    trainer = nl.Trainer(
         devices=devices,
         num_nodes=cfg.resources.nodes,
         accelerator=device(),
@@ -238,6 +238,9 @@ def _trainer(cfg: TrainingConfig) -> Any:
         enable_model_summary=False,
         logger=False,
     )
+    if world_size() == 1:  # else it listens on a port, which another run may have taken meanwhile
+        trainer.strategy.store = torch.distributed.HashStore()
+    return trainer
 
 
 def _optimizer(cfg: TrainingConfig) -> Any:

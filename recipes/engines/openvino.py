@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,17 +73,33 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     import torch
     from optimum.intel import OVModelForCausalLM
 
-    model = OVModelForCausalLM.from_pretrained(
-        folder,
-        export=True,
-        compile=False,
-        torch_dtype=torch.float32,  # "dtype" is not passed on; bfloat16 weights would stay so
-        **_compression(cfg),
-    )
-    model.save_pretrained(out)
+    with _temporary_files(out.parent):
+        model = OVModelForCausalLM.from_pretrained(
+            folder,
+            export=True,
+            compile=False,
+            torch_dtype=torch.float32,  # "dtype" is not passed on; bfloat16 weights would stay so
+            **_compression(cfg),
+        )
+        model.save_pretrained(out)
     _write_tokenizer(folder, out)
     settings = {"backend": cfg.backend, "precision": cfg.precision, "properties": properties(cfg)}
     write_json(out / SETTINGS, settings)
+
+
+@contextmanager
+def _temporary_files(parent: Path) -> Iterator[None]:
+    """Puts temporary files below ``parent``, and deletes them.
+
+    optimum writes the whole engine to one first, which it deletes as the interpreter exits: not
+    where the process was forked, or killed.
+    """
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(dir=parent) as tempfile.tempdir:
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def _compression(cfg: BuildEngineConfig) -> dict[str, Any]:

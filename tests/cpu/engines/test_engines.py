@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
@@ -56,8 +57,11 @@ def data(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture
-def build(data: Path, tmp_path: Path) -> Build:
-    """Runs ``build_engine`` on a folder."""
+def build(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
+    """Runs ``build_engine`` on a folder; temporary files must not outlive it."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
 
     def built(folder: Path, **settings: Any) -> tuple[Path, Outcome]:
         stage = tmp_path / f"stage{len(list(tmp_path.iterdir()))}"
@@ -69,6 +73,9 @@ def build(data: Path, tmp_path: Path) -> Build:
         }
         cfg = BuildEngineConfig(stage="build_engine", seq_length=64, num_windows=4, **settings)
         outcome = build_engine.run(cfg, inputs, out)
+        assert [path.name for folder in (temporary, out.parent) for path in folder.iterdir()] == [
+            ARTIFACT
+        ]
         assert [r["done"] for r in read_records(stage / METRICS) if r["task"] == "engine"] == [
             0,
             1,
