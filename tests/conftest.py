@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.disks import pretend_room
 from tests.support.text import write_text
 
 LONGEST = (
@@ -20,6 +21,11 @@ LONGEST = (
     "test_settings",
 )
 """Files that take minutes: started first, none of them is left over for one worker at the end."""
+
+
+def pytest_configure() -> None:
+    """Nothing that is only planned depends on what this machine's disk has left."""
+    pretend_room()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -39,7 +39,8 @@ def test_a_recipe_is_listed_and_planned(copy: Path, tmp_path: Path) -> None:
     [block] = blocks("A recipe")
     name = Path(block.file).stem
     assert name in run(copy, CLI).stdout
-    done = run(copy, CLI, f"recipe={name}", f"run_dir={tmp_path}/run", "dry_run=true")
+    asked = (f"recipe={name}", f"run_dir={tmp_path}/run", "skip_rules=[disk]")
+    done = run(copy, CLI, *asked, "dry_run=true")
     assert done.returncode == 0, done.stderr
     assert f"recipe: {name}" in (tmp_path / "run" / "run.yaml").read_text()
 
@@ -84,8 +85,8 @@ def test_a_stage_says_what_it_does_not_take(copy: Path, tmp_path: Path) -> None:
 
 
 def test_a_rule_is_listed_and_tripped(copy: Path, tmp_path: Path) -> None:
-    arguments = (CLI, "recipe=llama_depth_prune", "dry_run=true", f"run_dir={tmp_path}")
-    done = run(copy, *arguments, "stages.distill.adam_beta2=0.5")
+    arguments = ("recipe=llama_depth_prune", "skip_rules=[disk]", f"run_dir={tmp_path}")
+    done = run(copy, CLI, "dry_run=true", *arguments, "stages.distill.adam_beta2=0.5")
     assert done.returncode == 1
     assert "adam_beta1=0.9, adam_beta2=0.5" in done.stderr
     assert "[adam-betas]" in done.stderr

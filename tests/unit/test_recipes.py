@@ -92,7 +92,7 @@ def test_recipes_cut_a_share_of_any_model(
 ) -> None:
     """Its stages see numbers: a result is the same however its size was asked for."""
     monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
-    words = [f"model={model}", "skip_rules=[memory,disk,bundled-config]"]
+    words = [f"model={model}", "skip_rules=[memory,bundled-config]"]
     planned = plan(*words, recipe=f"recipe={recipe}")
     student = planned.chain.shape_of("prune")
     assert tuple(getattr(student, axis) for axis in SIZES) == sizes
@@ -183,13 +183,13 @@ def test_recipes_use_one_sequence_length(recipe: str, compose: Callable[..., Any
 
 
 def large(recipe: str, plan: Callable[..., Plan], *overrides: str) -> Plan:
-    """A plan of a large recipe; the disk of this machine is not the one it would run on."""
+    """A plan of a large recipe."""
     model = recipe.removesuffix("_small").rpartition("_")[0]
     hf_path = str(OmegaConf.load(CONF / "model" / f"{model}.yaml").hf_path)
     [family] = CONFIGS[hf_path]["architectures"]
     if family not in SUPPORTED:
         pytest.skip(f"{family} cannot be converted yet")
-    planned = plan("skip_rules=[disk]", *overrides, recipe=f"recipe={recipe}")
+    planned = plan(*overrides, recipe=f"recipe={recipe}")
     assert planned.chain.hf_path == hf_path
     return planned
 
@@ -202,7 +202,7 @@ def test_large_recipes_pass_preflight_on_their_hardware(
     monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
     planned = large(recipe, plan)
     half = {"large-cut"} if recipe.startswith("llama3_1_8b") else set()
-    assert {note.rule.name for note in planned.notes} - {"bundled-config", "disk"} == half
+    assert {note.rule.name for note in planned.notes} - {"bundled-config"} == half
     assert planned.chain.hardware.name == "h100"
     job = planned.chain.workloads["distill"]
     assert job.teacher is not None
@@ -261,8 +261,8 @@ def test_the_search_of_a_large_model_lists_the_published_shape(
     plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
-    planned = plan("skip_rules=[disk]", recipe="recipe=qwen3_8b_search")
-    assert {note.rule.name for note in planned.notes} <= {"bundled-config", "disk"}
+    planned = plan(recipe="recipe=qwen3_8b_search")
+    assert {note.rule.name for note in planned.notes} <= {"bundled-config"}
     stages: dict[str, Any] = dict(planned.chain.stages)
     search = stages["enumerate_shapes"]
     assert search.service.device == "h100"

@@ -104,8 +104,6 @@ def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
     arguments = shlex.split(command)[2:]
     planned = any(argument.startswith("recipe=") for argument in arguments)
     extra = ["dry_run=true"] if planned and "--help" not in arguments else []
-    if "cluster=slurm" in arguments:  # whose disk is not this one
-        extra.append("skip_rules=[disk]")
     (tmp_path / "my_model").mkdir()
     (tmp_path / "my_model" / "config.json").write_text(json.dumps(MY_MODEL))
     (tmp_path / "my_model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")

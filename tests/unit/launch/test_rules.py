@@ -97,7 +97,7 @@ TRIPS = {
     "cpus-per-task": trip("cluster.executor=slurm"),
     "cpu-precision": trip("cluster.executor=slurm"),
     "hardware-profile": trip(prepare=gpu_is_here),
-    "bundled-config": trip("model=llama3_1_8b", "skip_rules=[memory,disk]", prepare=hub_is_away),
+    "bundled-config": trip("model=llama3_1_8b", "skip_rules=[memory]", prepare=hub_is_away),
     "tied-embeddings": trip(config={"tie_word_embeddings": False}, prepare=head_is_missing),
     "vocabulary": trip(*TP2, config={"vocab_size": 513}),
     "data-sources": trip("data.sources=[nowhere.txt]"),
@@ -332,11 +332,11 @@ def test_different_tokenizers_are_refused(
 
 
 def test_a_login_node_says_nothing_of_the_memory_of_jobs(plan: MakePlan) -> None:
-    large = ("model.hf_path=meta-llama/Llama-3.1-8B", "skip_rules=[disk]")
+    large = "model.hf_path=meta-llama/Llama-3.1-8B"
     with pytest.raises(RecipeError, match=r"\[memory"):
-        plan(*large)
+        plan(large)
     assert machine.SLURM == "slurm"
-    found = plan(*large, "cluster.executor=slurm").chain.hardware.memory_of_rank(1)
+    found = plan(large, "cluster.executor=slurm").chain.hardware.memory_of_rank(1)
     assert found == float("inf")
 
 

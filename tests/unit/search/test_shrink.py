@@ -21,7 +21,6 @@ RECIPE = "recipe=shrink"
 LARGE = [
     "model=llama3_1_8b",
     "hardware=h100",
-    "skip_rules=[disk]",
     *settings("enumerate_shapes.space", tensor_model_parallel_size=4),
     *(
         word
