@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -24,6 +25,8 @@ from recipes.core.processes import cores, die_with_parent, ended_by, start_comma
 from recipes.core.stage import REQUEST
 
 POLL_SECONDS = 0.2
+STOP_SECONDS = 40
+"""In which a stage is to end by itself; torchrun gives its ranks 30 of them."""
 SCRIPT = "run.sh"
 
 Begin = Callable[[PlannedStage, IO[bytes]], AbstractContextManager[Callable[[], bool]]]
@@ -105,7 +108,11 @@ def by_script(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[], bool
         yield ended
     except BaseException:
         process.terminate()
-        process.wait(timeout=30)
+        # A training ends its step, or its validation, first.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=STOP_SECONDS)
+        process.kill()
+        process.wait()
         raise
 
 

@@ -3,8 +3,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +23,6 @@ from recipes.core.stage import Resources
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 AWKWARD = """it's "quoted" $HOME `id`
 and two lines"""
@@ -207,6 +208,27 @@ def test_stage_that_a_signal_ended_says_so(
 ) -> None:
     message = failure(stage, fake_python(tmp_path, f"kill -{signal} $$"), monkeypatch)
     assert said in message
+
+
+def test_a_stage_that_does_not_stop_is_killed(
+    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training ends its step first, and that may take longer than anyone wants to wait."""
+    monkeypatch.setattr(foreground, "STOP_SECONDS", 0.1)
+    program = fake_python(tmp_path, "trap '' TERM; echo $$; while :; do sleep 0.05; done")
+    monkeypatch.setattr(sys, "executable", str(program))
+    local.write_script(stage, local.LocalConfig())
+    log = tmp_path / "log"
+
+    def interrupted() -> None:
+        with log.open("wb") as output, foreground.by_script(stage, output):
+            while not log.read_text().endswith("\n"):
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not Path("/proc", log.read_text().strip()).exists()
 
 
 @pytest.mark.parametrize(
