@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
@@ -55,8 +56,23 @@ def enable(*groups: str) -> None:
         for patch in PATCHES[group]:
             _apply(patch)
         _applied.add(group)
+        if group == "torch":
+            compute_in_this_thread()
         if group == "modelopt":
             register_rms_norm()
+
+
+def compute_in_this_thread() -> None:
+    """Leaves the cores to this thread: those that begin later compute with one each.
+
+    Where gloo's threads copy what they send, OpenMP would give each of them helpers, too. With more
+    of these than cores it lets all of them sleep between any two operations, and waking them
+    takes as long as half of a layer's operations do: steps of distillation took a quarter longer.
+    """
+    torch.get_num_threads()  # this thread has its own number from here on
+    other = threading.Thread(target=torch.set_num_threads, args=(1,))
+    other.start()
+    other.join()
 
 
 def _apply(patch: Patch) -> None:
@@ -161,6 +177,16 @@ def _gather_scalar(original: Any) -> Any:
         return original(output, tensor.reshape(1) if tensor.dim() == 0 else tensor, *args, **kwargs)
 
     return all_gather_into_tensor
+
+
+def _among_several(original: Any) -> Any:
+    def collective(output: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["group"].size() > 1:
+            return original(output, tensor, *args, **kwargs)
+        assert output.data_ptr() == tensor.data_ptr(), "a group of one has all of the buffer"
+        return None
+
+    return collective
 
 
 def _clip_by_norm(original: object) -> Any:
@@ -311,6 +337,14 @@ PATCHES: dict[str, list[Patch]] = {
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.get_parameter_state_dp_zero",
             "copies the state three times for a checkpoint",
             _state_in_place,
+        ),
+        *(
+            Patch(
+                f"megatron.core.distributed.param_and_grad_buffer:dist_{name}_func",
+                "gloo copies for a group of one what is there already",
+                _among_several,
+            )
+            for name in ("all_gather", "reduce_scatter")
         ),
         Patch(
             "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +73,32 @@ def test_cuda_without_transformer_engine_has_the_layers_of_a_cpu(
     assert adapted.transformer_layer_spec is cpu_backend.training_block_spec
     assert adapted.apply_rope_fusion is False
     assert adapted.use_cpu_initialization is False
+
+
+def test_only_this_thread_computes_with_several() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    cpu_backend.compute_in_this_thread()
+    found = list[int]()
+    other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    here = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert (here, found) == (2, [1])
+
+
+@pytest.mark.parametrize(("ranks", "asked"), [(1, 0), (2, 1)])
+def test_a_group_of_one_is_not_asked_for_what_it_has(ranks: int, asked: int) -> None:
+    """Megatron's buffer of one rank is its own shard, in place."""
+    calls, buffer = list[torch.Tensor](), torch.arange(4.0)
+    group = SimpleNamespace(size=lambda: ranks)
+    collective = cpu_backend._among_several(lambda *args, **_: calls.append(*args[:1]))
+    collective(buffer.view(-1), buffer, group=group, async_op=True)
+    assert len(calls) == asked
+    if ranks == 1:
+        with pytest.raises(AssertionError, match="has all of the buffer"):
+            collective(torch.empty(4), buffer, group=group)
 
 
 @needs_no_cuda
