@@ -16,7 +16,8 @@ from tests.support.runs import manifest_of, settings, tiny
 STEPS, CHECKPOINT_INTERVAL = 24, 4
 TIMED = re.compile(r"(seconds|_per_second|_ms|^time|_at|rss_bytes)$")
 """Figures that no two runs share."""
-SPEED = re.compile(r"<data[^>]*>[^<]*</data>(?= tokens per second)")
+_FIGURE = r"<data[^>]*>[^<]*</data>"
+SPEED = re.compile(rf"{_FIGURE}(?= tokens per second|: the plan is)|(?<=: the plan is ){_FIGURE}")
 SECTION = re.compile(r'<section id="(\w+)">.*?</section>', re.DOTALL)
 
 
