@@ -23,6 +23,7 @@ from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from nemo.collections.llm.gpt.data import pre_training
 from nemo.collections.llm.gpt.model import base
+from nemo.lightning.callback_group import CallbackGroup
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -153,6 +154,8 @@ def _stop_by_the_clock(run: Callable[[], object]) -> None:
         run()
     del os.environ[DEADLINE]
     RotaryEmbedding.forward.cache_clear()  # which has the model that it was called for
+    for callback in CallbackGroup.get_instance().callbacks:  # which NeMo has for the whole process
+        del callback.log, callback.log_dict  # methods of the model, from Lightning
     gc.collect()
 
 

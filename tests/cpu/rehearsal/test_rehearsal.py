@@ -49,7 +49,7 @@ SMALL = "llama_depth_prune"
 SOUND = (
     Case(SMALL, "import_hf"),
     Case(SMALL, "score"),
-    Case(SMALL, resumed=True),
+    Case(SMALL),
     Case(SMALL, "evaluate"),
     Case(SMALL, "export_hf"),
     Case(SMALL, "cache_logits", 0, ("teacher=cached",)),
@@ -67,7 +67,7 @@ SOUND = (
     Case("qwen3_8b_depth", "distill", 4, OVERLAP),
     Case("qwen3_8b_depth", "distill", 2, EXPERTS),
     Case("qwen3_8b_depth", "score", 0, EXPERTS[:1]),
-    Case("qwen3_8b_depth_small"),
+    Case("qwen3_8b_depth_small", resumed=True),
     Case("qwen3_8b_nas", "distill", 5),
     Case("qwen3_8b_nas_small"),
     Case("llama3_1_8b_depth", "distill", 255),
