@@ -65,7 +65,9 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
     try:
         _run_stage(run, config_class, kind, request_file)
         _leave_together()
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is not an Exception
         message = str(error) if isinstance(error, RecipeError) else traceback.format_exc()
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr, flush=True)
@@ -82,10 +84,17 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
         os._exit(1)
 
 
-def _summary(error: Exception, stage_dir: Path) -> str:
+def _summary(error: BaseException, stage_dir: Path) -> str:
     what = f"{type(error).__name__}: {error}"
     if (problem := storage_problem(error, stage_dir)) is not None:
         return f"{problem}\n  {what}"
+    if type(error).__name__ == "CheckpointException":
+        unwritten = RecipeError(
+            "a checkpoint was not written: a process that writes it failed, see the log, or was "
+            "killed, perhaps for memory.",
+            "the same command resumes from the last whole checkpoint",
+        )
+        return str(unwritten)  # the error's own words are a traceback
     if world_size() > 1 and "by peer" in str(error):
         lost = RecipeError(
             f"rank {rank()} lost its connection to another, which was killed or whose node failed.",

@@ -53,6 +53,8 @@ def run(cfg, inputs, out):
         raise RecipeError("the text is bad", "write better")
     if cfg.fail == "bug":
         raise ValueError("a bug")
+    if cfg.fail == "writer":
+        raise CheckpointException("results_queue should not be empty")
     if cfg.fail == "large":
         (out / "large").write_bytes(bytes(300_000))
     if cfg.fail == "hang":
@@ -70,12 +72,21 @@ def run(cfg, inputs, out):
     read = {name: sorted(os.listdir(item.artifact)) for name, item in inputs.items()}
     return Outcome(Read(read), parameters=5, tokenizer_sha256="t")
 
+class CheckpointException(BaseException):
+    pass  # as torch.distributed.checkpoint has it
+
 def wait_for_nothing():
     time.sleep(900)
 
 if __name__ == "__main__":
     stage_main(run, Config, "dataset")
 """
+
+
+UNWRITTEN = (
+    "a checkpoint was not written: a process that writes it failed, see the log, or was killed, "
+    "perhaps for memory.\n  fix: the same command resumes from the last whole checkpoint"
+)
 
 
 class Worker:
@@ -134,6 +145,7 @@ def test_complete_stage(worker: Worker, tmp_path: Path) -> None:
     [
         ("user", "the text is bad\n  fix: write better", "the text is bad"),
         ("bug", "ValueError: a bug", "Traceback"),
+        ("writer", UNWRITTEN, "results_queue should not be empty"),
     ],
 )
 def test_failed_stage_explains_itself_and_keeps_the_old_result(
