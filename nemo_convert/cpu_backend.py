@@ -67,7 +67,7 @@ def compute_in_this_thread() -> None:
 
     Where gloo's threads copy what they send, OpenMP would give each of them helpers, too. With more
     of these than cores it lets all of them sleep between any two operations, and waking them
-    takes as long as half of a layer's operations do: steps of distillation took a quarter longer.
+    takes as long as a small operation: steps of distillation took a quarter longer.
     """
     torch.get_num_threads()  # this thread has its own number from here on
     other = threading.Thread(target=torch.set_num_threads, args=(1,))
