@@ -102,12 +102,11 @@ class BenchmarkResults:
     rows: list[BenchmarkRow]
     speedups: list[Speedup]
     speculation: list[Speculation] = field(default_factory=list)
+    """Where it was asked for."""
 
     def best_draft(self) -> Speculation | None:
         """The length of drafts that made the teacher fastest, if any was tried."""
         return max(self.speculation, key=lambda one: one.speedup.median, default=None)
-
-    """Where it was asked for."""
 
 
 @dataclass(frozen=True)

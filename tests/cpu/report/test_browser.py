@@ -27,7 +27,7 @@ from tests.support.reports import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-PATIENCE = (60, 61, 240)
+PATIENCE = (60, 60, 240)
 """Seconds of each try: headless Chromium hangs now and then, and takes seconds if it does not."""
 
 
@@ -45,11 +45,11 @@ def chromium(profile: Path, page: Path, *options: str) -> str:
     program = shutil.which("chromium")
     if not program:
         pytest.skip("chromium is not installed: apt-get install chromium")
-    for seconds in PATIENCE:
+    for number, seconds in enumerate(PATIENCE):
         command = [
             program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}-{seconds}",
+            "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}-{number}",
             *options, page.as_uri(),
         ]  # fmt: skip
         try:
