@@ -6,11 +6,27 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+
+def interrupted_by(handler: Callable[..., object]) -> None:
+    """Sets what Ctrl-C and SIGTERM do; what ignores one, such as ``nohup``, goes on doing so."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def leave(*_: object) -> None:
+    """Ends at once: an exception would show where an import was, or be lost in it."""
+    os.write(1, b"interrupted\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    interrupted_by(leave)
 # `python launch/run.py` puts only launch/ on the path; the repository is what holds the packages.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -160,9 +176,9 @@ def cli() -> int:
     # Hydra's parser stops at overrides on both sides of a flag: `recipe=R -m x=1,2`.
     words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     sys.argv[1:] = with_additions(words)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops what it started, as Ctrl-C
     schema.register()
     try:
+        interrupted_by(signal.default_int_handler)  # from now on it stops what was started
         if commands.is_command(sys.argv[1:]):
             return commands.run(sys.argv[1:], console)
         require_choices(sys.argv[1:])

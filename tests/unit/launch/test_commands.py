@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -32,6 +34,14 @@ MakePlan = Callable[..., "Plan"]
 Complete = Callable[..., None]
 AFTER = ["evaluate", "export_hf", "report"]
 """Stages that follow the distillation."""
+SLOW_IMPORT = """\
+import time
+try:
+    print("importing", flush=True)
+    time.sleep(600)
+except BaseException:
+    pass
+"""
 
 
 @pytest.fixture
@@ -248,6 +258,25 @@ def test_cancelled_launcher_ends_as_with_ctrl_c(
     assert launcher.returncode == 130
     assert "interrupted; the same command resumes" in output
     assert lock.holder(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_it_imports(root: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Stopped in the import of Hydra, which is slow and hides what is raised in it."""
+    (tmp_path / "hydra.py").write_text(SLOW_IMPORT)
+    launcher = subprocess.Popen(
+        [sys.executable, str(root / "launch" / "run.py")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # of a shell's background
+    )
+    assert launcher.stdout
+    assert launcher.stdout.readline() == "importing\n"
+    launcher.send_signal(number)
+    output, _ = launcher.communicate(timeout=120)
+    assert (launcher.returncode, output) == (130, "interrupted\n")
 
 
 def test_remaining_time_counts_from_the_last_restart(tmp_path: Path) -> None:
