@@ -79,6 +79,7 @@ def prepare(place: Place, words: Sequence[str]) -> dict[str, float]:
     if not place.base.exists():
         write_text(place.folder / "text.jsonl")
         write_tiny_model(place.folder / "model", place.folder / "text.jsonl", **ODD)
+        shutil.rmtree(place.run.parent, ignore_errors=True)
         place.run.parent.mkdir()
         code, output = disturbed(place, words, {}).finish()
         if code:
