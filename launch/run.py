@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import sys
@@ -30,6 +31,12 @@ if __name__ == "__main__":
 # `python launch/run.py` puts only launch/ on the path; the repository is what holds the packages.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+if importlib.util.find_spec("hydra") is None:
+    sys.exit(
+        f"error: {sys.executable} has not what recipes need.\n"
+        "  fix: source .venv/bin/activate; make install makes it if it is not there"
+    )
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -47,7 +54,7 @@ from launch.planned import PlannedStage
 from launch.publish import kept, publish, require_publishable, show_files
 from launch.rehearse import rehearse
 from launch.rounds import with_additions
-from launch.settings import RunSettings, settings_of
+from launch.settings import RunSettings, require_own_places, settings_of
 from launch.staleness import SKIP
 from launch.trackers import open_tracker, require_tracker
 from launch.tracking import SafeTracker, tracked_run
@@ -67,6 +74,8 @@ def main(cfg: DictConfig) -> None:
         view.print_recipes(schema.recipes(), console)
         raise SystemExit(1)
     try:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            require_own_places(cfg, sys.argv[1:])
         run(cfg, recipe)
     except RecipeError as error:  # past Hydra, which would print the overrides first
         raise SystemExit(_fail(error)) from error

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from launch.hydra_errors import as_typed
+from launch.hydra_errors import SHOW_FIELDS, as_typed
 from recipes.core.constraints import Count, matching, one_of
 from recipes.core.errors import RecipeError
 from recipes.planning.rules import RULES
@@ -72,14 +74,41 @@ class RunSettings:
         return self.model.hf_path
 
 
+SHARED = {
+    "run_dir": "hydra.sweep.dir=DIR, in which each has a folder",
+    "hub.push": "name each by what is swept: 'hub.push=ORG/NAME-${stages.prune.target_num_layers}'",
+}
+"""What runs of a sweep must not share, and how each gets its own."""
+
+
+def require_own_places(cfg: DictConfig, words: Sequence[str]) -> None:
+    """Refuses a sweep, started by these words, whose runs would overwrite each other's results."""
+    for name, fix in SHARED.items():
+        group, _, key = name.rpartition(".")
+        swept = any(word.startswith(f"{name}=") and "," in word for word in words)
+        node = cfg[group] if group else cfg
+        if node[key] is not None and not swept and not OmegaConf.is_interpolation(node, key):
+            raise RecipeError(f"all runs of this sweep would have {name}={node[key]}.", fix)
+
+
 def settings_of(cfg: DictConfig) -> RunSettings:
     """The root of a composed config; one name may stand for a list. Refuses what does not fit."""
     for group in ("model", "stages", "hardware", "cluster", "tracker", "hub"):
         if not isinstance(cfg.get(group), DictConfig):
             raise RecipeError(f"{group}={cfg.get(group)} is not a group.", f"leave out {group}")
-    root = {part.name: cfg[part.name] for part in fields(RunSettings) if part.name in cfg}
-    root["only"] = cfg.stages.get("only")
+    names = (part.name for part in fields(RunSettings))
+    try:
+        root = {name: _plain(cfg[name]) for name in names if name in cfg}
+        root["only"] = _plain(cfg.stages.get("only"))
+    except OmegaConfBaseException as error:
+        said = f"{error.full_key}: {str(error).splitlines()[0]}."
+        raise RecipeError(said, SHOW_FIELDS) from error
     for name in ("skip_rules", "force", "only", "gates"):
-        if not isinstance(root.get(name), ListConfig | None):
+        if not isinstance(root.get(name), list | None):
             root[name] = [root[name]]
     return as_typed(RunSettings, OmegaConf.create(root))
+
+
+def _plain(value: Any) -> Any:
+    """A part of the config, resolved while it is there: it may name other parts."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
 from launch.plan import Plan
+from launch.settings import require_own_places
 from launch.tracking import public_text
+from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, stamp_files, write_manifest
 from tests.support.hub import StandInHub, stand_in_hub
 
@@ -19,6 +24,7 @@ NAME = "me/small"
 HIDDEN = "a password in a stage's environment"
 RUN = ("recipe=llama_width_prune", "engine=none", "tasks=none")
 Launch = Callable[..., subprocess.CompletedProcess[str]]
+Compose = Callable[..., DictConfig]
 
 
 @pytest.fixture
@@ -115,6 +121,33 @@ def test_what_cannot_be_published_is_refused_first(
     assert "fix:" in done.stderr
     assert "Traceback" not in done.stderr
     assert hub.models == {}
+
+
+def test_runs_of_a_sweep_are_not_pushed_to_one_repository(launch: Launch, tmp_path: Path) -> None:
+    swept = (*RUN, "dry_run=true", "-m", "stages.prune.target_hidden_size=448,512")
+    done = launch(*swept, f"hub.push={NAME}")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: all runs of this sweep would have hub.push={NAME}.\n")
+    assert not list(tmp_path.rglob("plan")), "something was planned"
+    done = launch(*swept, f"hub.push={NAME}-${{stages.prune.target_hidden_size}}")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"hub.push=(\S+)", done.stdout) == [f"{NAME}-448", f"{NAME}-512"]
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("run_dir=both", False),
+        ("run_dir=runs/${hydra:job.num}", True),
+        ("run_dir=one,two", True),
+        (f"hub.push={NAME}-1,{NAME}-2", True),
+    ],
+)
+def test_what_a_sweep_keeps_is_told_apart(compose: Compose, word: str, told: bool) -> None:
+    cfg = compose(RUN[0], word.partition(",")[0])
+    refused = contextlib.nullcontext() if told else pytest.raises(RecipeError, match="all runs of")
+    with refused:
+        require_own_places(cfg, ["-m", *RUN, word])
 
 
 def test_a_public_model_is_not_taken_for_a_private_one(push: Launch, hub: StandInHub) -> None:
