@@ -45,6 +45,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def leave_out_trackers() -> None:
+    """Keeps Megatron from importing wandb, which it would where that is installed, for nothing.
+
+    Trackers are the launcher's. An import takes time, and makes folders in the temporary one that a
+    process which is killed leaves there.
+    """
+    sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
+
+
 def peak_memory_bytes() -> int:
     """Peak resident memory of this program alone.
 
@@ -59,3 +68,4 @@ def peak_memory_bytes() -> int:
 # a rank would leave them behind for good.
 if "--multiprocessing-fork" in sys.orig_argv:
     die_with_parent()
+    leave_out_trackers()

@@ -32,7 +32,7 @@ from recipes.core.manifest import (
     write_manifest,
 )
 from recipes.core.metrics import METRICS
-from recipes.core.processes import die_with_parent, peak_memory_bytes
+from recipes.core.processes import die_with_parent, leave_out_trackers, peak_memory_bytes
 from recipes.core.silence import STACKS, limited
 from recipes.core.stage import (
     BEGUN,
@@ -61,6 +61,7 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
     request_file: Path = parser.parse_args().config
     stage_dir = request_file.parent
     die_with_parent()
+    leave_out_trackers()
     os.register_at_fork(after_in_child=die_with_parent)  # what writes a checkpoint beside training
     try:
         _run_stage(run, config_class, kind, request_file)

@@ -124,12 +124,10 @@ def _weights(checkpoint: Path) -> dict[str, str]:
 
 
 def is_of_a_library(folder: Path) -> bool:
-    """Whether it is torch's cache, or of wandb's import or of multiprocessing, and has no file.
+    """Whether it is torch's cache, or of multiprocessing and has no file.
 
     A process of Megatron's writer that is killed leaves the socket that it listened to.
     """
     if folder.name.startswith("torchinductor_"):
         return True
-    named = folder.name.endswith(("wandb-artifacts", "wandb-media"))
-    named = named or folder.name.startswith("pymp-")
-    return named and all(path.is_socket() for path in folder.iterdir())
+    return folder.name.startswith("pymp-") and all(path.is_socket() for path in folder.iterdir())

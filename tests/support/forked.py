@@ -113,6 +113,7 @@ def main() -> None:
     os.environ.clear()
     os.environ.update(told["environment"])
     os.chdir(told["cwd"])
+    sys.modules.pop("wandb", None)  # which stages go without, and a launcher may need
     if told["errors"]:
         file = os.open(told["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, sys.stderr.fileno())
