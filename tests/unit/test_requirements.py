@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import distribution, version
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from launch.reference.dependencies import sbom
-from launch.reference.lock import LOCKS, OF_THE_CONTAINER, PYTHONS, direct, environment, locked
+from launch.reference.lock import (
+    LOCKS,
+    OF_THE_CONTAINER,
+    PIN,
+    PYTHONS,
+    direct,
+    environment,
+    locked,
+)
+from recipes.core.files import REPO_ROOT
+from tests.support.contributing import copy_with
 
 HASHED = re.compile(r"([\w.-]+)==\S+(?: ; .+?)?(?: \\\n    --hash=sha256:[0-9a-f]{64})+\n")
 EDGES = [python for pythons in PYTHONS.values() for python in pythons]
 ALL = ("stack.txt", "dev.txt", "torch.txt")
+HEAD = "# python -m launch.reference.lock\n"
+NO_NETWORK = re.compile(r"Failed to fetch|error sending request|Network connectivity is disabled")
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_nothing_is_accepted_without_a_hash(name: str) -> None:
     text = (LOCKS / name).read_text()
-    assert HASHED.sub("", text) == "# python -m launch.reference.lock\n"
+    assert HASHED.sub("", text) == HEAD
     assert set(HASHED.findall(text)) == {n for python in EDGES for n in locked(python, name)}
 
 
@@ -85,3 +102,30 @@ def test_the_bill_of_materials_names_all_and_what_needs_what() -> None:
     edges = {refs[d["ref"]]: {refs[one] for one in d["dependsOn"]} for d in made["dependencies"]}
     assert {"jinja2", "numpy", "torch"} <= edges["nncf"] | edges["torch"] | edges["nemo-toolkit"]
     assert "markupsafe" in edges["jinja2"]
+
+
+def make(target: str, copy: Path) -> subprocess.CompletedProcess[str]:
+    """What a person types, but that nothing is installed, in a copy of the repository."""
+    copy_with(copy)
+    shutil.copy(REPO_ROOT / "Makefile", copy)
+    shutil.copytree(LOCKS, copy / LOCKS.name)
+    command = ["make", "--old-file=install", target, f"VENV={sys.prefix}"]
+    return subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+
+
+def test_make_lock_keeps_what_is_locked(tmp_path: Path) -> None:
+    """Hashes may be more than here: files are added to a version that is out already."""
+    done = make("lock", tmp_path)
+    if NO_NETWORK.search(done.stderr):
+        pytest.skip("no index of packages can be reached")
+    assert done.returncode == 0, done.stderr
+    for name in ALL:
+        text = (tmp_path / LOCKS.name / name).read_text()
+        assert HASHED.sub("", text) == HEAD
+        assert PIN.findall(text) == PIN.findall((LOCKS / name).read_text())
+
+
+def test_make_sbom_writes_the_bill_of_materials(tmp_path: Path) -> None:
+    done = make("sbom", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "sbom.json").read_text()) == sbom()
