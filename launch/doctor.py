@@ -23,8 +23,8 @@ from recipes.planning.rules import RULES
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 STYLES = {OK: "green", WARN: "yellow", FAIL: "red"}
-DISK_BYTES, MEMORY_BYTES, SHM_BYTES = 4e9, 5e9, 1e9
-"""What the embedded recipes take: disk with the stack installed, memory, and shared memory."""
+DISK_BYTES, MEMORY_BYTES, SHM_BYTES = 9e9, 5e9, 1e9
+"""What the demo is planned with: disk once the stack is there, memory, and shared memory."""
 QUERY = "--query-gpu=name,memory.total,driver_version"
 
 

@@ -52,7 +52,7 @@ def runs_in(directory: Path) -> list[Path]:
     if not found:
         raise RecipeError(
             f"{directory} is not a run: it has no {RUN_FILE}, nor has a folder in it.",
-            "give run_dir=DIR as the run itself had it; runs/RECIPE by default",
+            "give run_dir=DIR as the run had it; python launch/run.py runs lists those in runs",
         )
     return found
 

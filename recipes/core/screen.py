@@ -6,7 +6,7 @@ import os
 import sys
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 FILE_COLUMNS = 10_000
 """Without a terminal nothing is too wide: a table takes what it needs, and no cell is cut."""
@@ -20,5 +20,10 @@ def screen(stderr: bool = False) -> Console:
 
 
 def plain_table(title: str, *columns: str) -> Table:
-    """A table without lines, below its title."""
-    return Table(*columns, title=title, title_justify="left", box=None)
+    """A table without lines, below its title, from which nothing is cut: names stand on one line.
+
+    What does not fit a terminal beside them goes on below.
+    """
+    first, *others = (Column(name, overflow="fold") for name in columns)
+    first.no_wrap = True
+    return Table(first, *others, title=title, title_justify="left", box=None)

@@ -171,6 +171,7 @@ def test_every_command_is_tested() -> None:
         "make demo",
         "make test",
         "make lint",
+        "source .venv/bin/activate",
         "python launch/run.py",
         "python -m nemo_convert",
         "python -m benchmarks.",  # test_benchmarks.py

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from io import StringIO
 
 import pytest
+from rich.console import Console
+
+from recipes.core.screen import plain_table
 
 CELL = "feed-forward width " * 12
 SHOW = f"""
@@ -25,3 +29,15 @@ def test_a_piped_table_is_as_wide_as_it_needs(asked: dict[str, str], whole: bool
         [sys.executable, "-c", SHOW], env=environment, capture_output=True, text=True, check=True
     )
     assert (CELL.strip() in shown.stdout) == whole
+
+
+def test_a_narrow_table_cuts_nothing_and_keeps_names_whole() -> None:
+    name, state, path = "sweeps/2026-11-26_16-00-58/0", "failed at evaluate", "/a/long/path/" * 4
+    table = plain_table("runs", "run", "state", "folder")
+    table.add_row(name, state, path)
+    shown = StringIO()
+    Console(file=shown, width=60).print(table)
+    rows = [line.rstrip() for line in shown.getvalue().splitlines()]
+    assert max(map(len, rows)) <= 60
+    assert any(row.startswith(f" {name} ") for row in rows)
+    assert "".join(row.split()[-1] for row in rows[2:]) == path
