@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.executors import container
-from launch.executors.slurm_queue import RECORD, read_jobs
+from launch.executors.slurm_queue import RECORD
 from launch.executors.slurm_settings import (
     SlurmConfig,
     margin_seconds,
@@ -21,7 +21,7 @@ from launch.executors.slurm_settings import (
 )
 from launch.plan import Plan
 from launch.planned import PlannedStage
-from launch.staleness import ADOPT, SKIP
+from launch.staleness import SKIP
 
 
 def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
@@ -76,7 +76,6 @@ def _sbatch_options(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
 
 def submit_script(plan: Plan) -> str:
     """The text of ``submit.sh``: the graph of the stages' inputs as dependencies of jobs."""
-    jobs = read_jobs(plan.run_dir)
     pending = [stage for stage in plan.stages if stage.action != SKIP]
     variables = {stage.directory: "job_" + re.sub(r"\W", "_", stage.name) for stage in pending}
     rows = []
@@ -90,7 +89,6 @@ def submit_script(plan: Plan) -> str:
                 "name": stage.name,
                 "variable": variables[stage.directory],
                 "fingerprint": stage.fingerprint,
-                "adopted": jobs[stage.name].id if stage.action == ADOPT else None,
                 "dependency": f"{after}singleton",
             }
         )

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# Submits what is not complete of /TMP/run.
+# Submits what is not complete of /TMP/run, but for jobs that run or wait.
 # A job starts when those it needs have succeeded, and is removed when one of them fails.
 set -euo pipefail
 cd /TMP/run
 
 submit() { # STAGE FINGERPRINT DEPENDENCY: prints the job's id and records it for `launch/run.py status`
   local job
+  job=$(grep -s "^$1 .* $2\$" jobs.txt | tail -n 1 | cut -d " " -f 2) || true
+  if [ -n "$job" ] && [ -n "$(squeue --noheader --jobs="$job" 2>/dev/null)" ]; then
+    echo "$job" # submitted before
+    return
+  fi
   job=$(sbatch --parsable --kill-on-invalid-dep=yes --dependency="$3" "$1/job.sbatch") || return
   job=${job%%;*}
   echo "$1 $job $2" >>jobs.txt
