@@ -40,6 +40,22 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def children_die_with_this() -> None:
+    """The same for every process that is forked from this one or from such a child."""
+    forking = 0
+
+    def before() -> None:
+        nonlocal forking
+        forking = os.getpid()
+
+    def in_child() -> None:
+        die_with_parent()
+        if os.getppid() != forking:  # which died before it could be said
+            os._exit(1)
+
+    os.register_at_fork(before=before, after_in_child=in_child)
+
+
 def cores() -> int:
     """Those that this process may use: a container, a job or ``taskset`` may leave it some only."""
     return len(os.sched_getaffinity(0))

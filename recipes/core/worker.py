@@ -32,7 +32,12 @@ from recipes.core.manifest import (
     write_manifest,
 )
 from recipes.core.metrics import METRICS
-from recipes.core.processes import die_with_parent, leave_out_trackers, peak_memory_bytes
+from recipes.core.processes import (
+    children_die_with_this,
+    die_with_parent,
+    leave_out_trackers,
+    peak_memory_bytes,
+)
 from recipes.core.silence import STACKS, limited
 from recipes.core.stage import (
     BEGUN,
@@ -62,7 +67,7 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
     stage_dir = request_file.parent
     die_with_parent()
     leave_out_trackers()
-    os.register_at_fork(after_in_child=die_with_parent)  # what writes a checkpoint beside training
+    children_die_with_this()  # what writes a checkpoint beside training
     try:
         _run_stage(run, config_class, kind, request_file)
         _leave_together()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -52,13 +55,19 @@ def chromium(profile: Path, page: Path, *options: str) -> str:
             "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}-{number}",
             *options, page.as_uri(),
         ]  # fmt: skip
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=seconds, check=True
+        said = profile.with_name(f"{profile.name}-{number}.txt")
+        # Its helpers outlive it now and then: they would hold a pipe open, but not a file.
+        with said.open("w") as file, suppress(subprocess.TimeoutExpired):
+            browser = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
-        except subprocess.TimeoutExpired:
-            continue
-        return done.stdout + done.stderr
+            try:
+                assert browser.wait(seconds) == 0, said.read_text()
+                return said.read_text()
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(browser.pid, signal.SIGKILL)
+                browser.wait()
     pytest.fail(f"{program} did not end within {PATIENCE} seconds")
 
 
