@@ -35,7 +35,9 @@ def assert_trains_alike(checkpoint: Path, tokens: torch.Tensor) -> None:
     theirs, ours = found
     assert theirs.keys() == ours.keys()
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+        # Random models amplify float32's rounding up to a thousand times, each processor its own.
+        difference = torch.linalg.vector_norm(ours[name] - tensor)
+        assert difference <= 1e-3 * torch.linalg.vector_norm(tensor) + 1e-6, name
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
