@@ -5,13 +5,15 @@
 The text is the recipes' Wikipedia summaries in JSONL, each with a number before it, so that no two
 are alike, again and again until there are as many megabytes, and ten times as many. Every
 measurement runs in a process of its own, one after the other. Time is without imports; memory is
-the peak above what it was after them, of the process that reads, decides and writes.
+the peak above what it was after them, of the process that reads, decides and writes, and what is
+resident at most, libraries included, of any that tokenizes beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,8 @@ class Measurement:
     seconds: float
     anonymous: float
     """Peak above the imports' memory, in bytes, of the process that writes."""
+    helper: float
+    """Peak resident memory, in bytes, of the largest process beside it; 0 of none."""
 
 
 def write_text(path: Path, size: int) -> None:
@@ -66,7 +70,8 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Measu
         lambda: done.append(preparation.prepare(cfg, tokenizer, folder, MetricsLog(None)))
     )
     tokens = sum(size for size, _ in done[0].sizes.values()) // 4
-    return Measurement(tokens, found["seconds"], found["anonymous"])
+    helper = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024.0
+    return Measurement(tokens, found["seconds"], found["anonymous"], helper)
 
 
 def measure(text: Path, model: Path, processes: int) -> Measurement:
@@ -102,7 +107,7 @@ def main() -> None:
 
     embedded = OmegaConf.load(REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").hf_path
     model = resolve(args.model or embedded)
-    print("| text | processes | tokens/s | memory |\n|---|---|---|---|")
+    print("| text | processes | tokens/s | memory | of a helper |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         for times in TIMES:
             text = Path(scratch) / f"{times}.jsonl"
@@ -112,7 +117,7 @@ def main() -> None:
                 print(
                     f"| {text.stat().st_size / 1e6:.0f} MB, {one.tokens / 1e6:.1f} M tokens "
                     f"| {processes} | {one.tokens / one.seconds:,.0f} "
-                    f"| {one.anonymous / 1e6:.1f} MB |",
+                    f"| {one.anonymous / 1e6:.1f} MB | {one.helper / 1e6:.0f} MB |",
                     flush=True,
                 )
 

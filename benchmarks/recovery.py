@@ -12,6 +12,7 @@ launcher, so a killed benchmark goes on where it was.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,8 +46,8 @@ from recipes.report.plots import interval_plot
 REFERENCE = "forward_kl"
 BATCH = 4
 """Windows a step, but for arms that say so."""
-WINDOW, WRITTEN_SHARE = 256, 1.5
-"""Tokens a window, and how many times those trained on a teacher writes, for all parts."""
+WINDOW, ENOUGH = 256, 1.5
+"""Tokens a window, and how many times those trained on there are, for all parts."""
 SAME_TIME = 0.05
 """An arm whose number of steps would change by less than this share is not trained again."""
 STUDENTS: dict[str, dict[str, object]] = {
@@ -74,6 +75,7 @@ class Arm:
         prepare: Stages that make it.
         batch: Windows a step; fewer make for more steps.
         writes: What the teacher writes to train on, ``text`` or ``chat``; ordinary text if empty.
+        beside: Sources of ordinary text beside it, of which it takes as many tokens of each.
     """
 
     overrides: tuple[str, ...] = ()
@@ -81,6 +83,7 @@ class Arm:
     prepare: tuple[str, ...] = ()
     batch: int = BATCH
     writes: str = ""
+    beside: bool = False
 
 
 def _rate(lr: str) -> tuple[str, ...]:
@@ -105,6 +108,7 @@ ARMS = {
     ),
     "written_text": Arm(prepare=("prepare_data",), writes="text"),
     "written_chat": Arm(prepare=("prepare_data",), writes="chat"),
+    "beside_written_text": Arm(prepare=("prepare_data",), writes="text", beside=True),
     "corrected": Arm((), "corrected", ("correct_teacher",)),
 }
 
@@ -149,9 +153,11 @@ def train(run: Run, base: Path) -> None:
     settings |= dict(override.split("=") for override in (*_rate("3e-4"), *arm.overrides))
     stages = (*arm.prepare, "distill")
     if arm.writes:
-        tokens = WRITTEN_SHARE * arm.batch * run.steps * WINDOW
-        source = f"teacher://{arm.writes}#tokens={tokens:.0f}&seed={run.seed}"
-        settings["prepare_data.sources"] = f"['{source}']"
+        ordinary = manifest_of(base / "prepare_data").config["sources"] if arm.beside else []
+        tokens = ENOUGH * arm.batch * run.steps * WINDOW / (1 + len(ordinary))
+        written = f"teacher://{arm.writes}#tokens={tokens:.0f}&seed={run.seed}"
+        settings["prepare_data.sources"] = json.dumps([*ordinary, written])
+        settings["prepare_data.max_tokens"] = round(tokens)
         settings["prepare_data.heldout_sources"] = "[]"
         settings["prepare_data.inputs.tokenizer"] = base / "import_hf"
         settings["distill.inputs.teacher"] = base / "import_hf"
