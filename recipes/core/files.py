@@ -59,8 +59,9 @@ def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | 
         folder: Where it was written to.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in STORAGE_FIXES:
-            return RecipeError(f"{error.filename or folder}: {error.strerror}.", _fix(error.errno))
+        if isinstance(error, OSError) and (number := _number(error)) in STORAGE_FIXES:
+            where = error.filename or folder
+            return RecipeError(f"{where}: {os.strerror(number)}.", _fix(number))
         error = error.__cause__ or error.__context__
     try:
         free = shutil.disk_usage(folder).free
@@ -69,6 +70,12 @@ def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | 
     if free > NEARLY_NOTHING:
         return None
     return RecipeError(f"{folder}: No space left on device.", _fix(errno.ENOSPC))
+
+
+def _number(error: OSError) -> int:
+    """What is wrong, which numpy gives no number of when it finds no room for a large array."""
+    refused = str(error).startswith("Not enough free space to write")
+    return errno.ENOSPC if refused else error.errno or 0
 
 
 @contextmanager

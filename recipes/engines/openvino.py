@@ -6,6 +6,7 @@ for every shape that pruning makes, installs as wheels, and was the fastest of t
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import tempfile
@@ -73,7 +74,7 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     import torch
     from optimum.intel import OVModelForCausalLM
 
-    with _temporary_files(out.parent):
+    with _full_disk_named(out), _temporary_files(out.parent):
         model = OVModelForCausalLM.from_pretrained(
             folder,
             export=True,
@@ -82,9 +83,20 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
             **_compression(cfg),
         )
         model.save_pretrained(out)
-    _write_tokenizer(folder, out)
+        _write_tokenizer(folder, out)
     settings = {"backend": cfg.backend, "precision": cfg.precision, "properties": properties(cfg)}
     write_json(out / SETTINGS, settings)
+
+
+@contextmanager
+def _full_disk_named(out: Path) -> Iterator[None]:
+    """OpenVINO says ``iostream error`` of a full disk, and has deleted what had filled it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "iostream error" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from nemo_convert.hf import TOKENIZER_FILES, Weights, copy_side_files, load_causal_lm
 from nemo_convert.hf_config import read_architecture
 from recipes.core.errors import RecipeError
+from recipes.core.files import storage_problem
 from recipes.core.manifest import ARTIFACT, Outcome
 from recipes.core.metrics import METRICS, MetricsLog, read_records
 from recipes.core.stage import Input
@@ -30,8 +31,10 @@ from recipes.engines.openvino import Pipeline, read_properties
 from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
 from recipes.search.space import Service, weight_bytes
 from recipes.stages import build_engine, quantize
+from tests.support.disks import small_disk
 from tests.support.manifests import bare_manifest
 from tests.support.models import EVEN, write_tiny_model
+from tests.support.runs import stage_dir
 
 Build = Callable[..., tuple[Path, Outcome]]
 
@@ -183,6 +186,19 @@ def test_a_template_of_a_model_writes_no_file_outside(odd_llama: Path, tmp_path:
     openvino._write_tokenizer(model, out)
     assert (out / "openvino_tokenizer.xml").exists()
     assert list(tmp_path.rglob("outside*")) == []
+
+
+@pytest.mark.parametrize("megabytes", [1, 2])
+def test_a_disk_too_small_for_an_engine_is_named(
+    megabytes: int, aligned: Path, tmp_path: Path
+) -> None:
+    """It fills while the model is exported, or while the engine is saved; both leave room again."""
+    with small_disk(tmp_path / "disk", f"{megabytes}m") as disk:
+        out = stage_dir(disk.folder, "build_engine")
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            openvino.build(BuildEngineConfig(stage="build_engine"), aligned, out)
+        problem = storage_problem(caught.value, tmp_path)
+        assert str(problem).endswith("fix: free some space; the same command resumes")
 
 
 def test_compression_that_did_nothing_is_refused(build: Build, odd_llama: Path) -> None:

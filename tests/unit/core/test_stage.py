@@ -9,11 +9,13 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from launch.logs import reason
 from recipes.core.errors import RecipeError
+from recipes.core.files import storage_problem
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, check_artifact, read_manifest
 from recipes.core.metrics import METRICS, MetricsLog, read_records
 from recipes.core.stage import left_behind, metrics_log, unfinished
@@ -202,6 +204,15 @@ def test_full_disk_is_named_and_the_work_resumes(worker: Worker, tmp_path: Path)
         assert not (stage / MANIFEST).exists()
         disk.remount("size=2m")
         assert worker.start(stage, fail="large").returncode == 0
+
+
+def test_an_array_that_numpy_finds_no_room_for_is_a_full_disk(tmp_path: Path) -> None:
+    """It writes nothing of it, so that the disk is not full afterwards."""
+    with small_disk(tmp_path / "small") as disk, (disk.folder / "array").open("wb") as file:
+        with pytest.raises(OSError, match="Not enough free space") as caught:
+            np.zeros(32 << 20, np.uint8).tofile(file)
+        said = str(storage_problem(caught.value, disk.folder))
+    assert said.startswith(f"{disk.folder}: No space left on device.")
 
 
 @pytest.mark.parametrize(("ranks", "said"), [("2", "rank 1 lost its connection"), ("1", "Runtime")])
