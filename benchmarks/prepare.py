@@ -70,7 +70,8 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Measu
         lambda: done.append(preparation.prepare(cfg, tokenizer, folder, MetricsLog(None)))
     )
     tokens = sum(size for size, _ in done[0].sizes.values()) // 4
-    helper = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024.0
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    helper = children.ru_maxrss * 1024.0 if processes > 1 else 0.0
     return Measurement(tokens, found["seconds"], found["anonymous"], helper)
 
 
