@@ -12,6 +12,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from nemo_convert.hf import resolve
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import Manifest, read_manifest
@@ -131,6 +132,12 @@ def make_inputs() -> Path:
     """Runs the stages before distillation, unless they are complete, and returns their run."""
     execute([*LAUNCHER, f"recipe={RECIPE}", f"stages.only=[{','.join(INPUTS)}]"])
     return REPO_ROOT / "runs" / RECIPE
+
+
+def model_folder(source: str | None) -> Path:
+    """Folder of a Hugging Face model, downloaded if need be; by default the embedded one."""
+    embedded = OmegaConf.load(REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").hf_path
+    return resolve(source or embedded)
 
 
 def manifest_of(stage_dir: Path) -> Manifest:

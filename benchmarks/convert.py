@@ -1,12 +1,18 @@
 """Conversion beside transformers' own load-and-save: time, memory, and ratios.
 
     python -m benchmarks.convert [--model FOLDER_OR_SOURCE] [--repeats N]
+    python -m benchmarks.convert --billions 7
 
 Every side runs in a process of its own, in turn, and the best time and lowest peak of the repeats
 count. Time is without imports, memory above what it was after them. ``resident`` is the peak of all
 memory, with pages of mapped files, which the system can drop at any time; ``anonymous`` is without
 them. ``verify`` is the gate after a conversion: both models, one after the other in float32, their
 logits, and every weight.
+
+With ``--billions`` the model is a random Llama of so many parameters in bfloat16, and the baseline
+a plain copy of its files. Nothing that is read is in the page cache before, what is written is on
+the disk when time stops, and the baseline comes first and last by turns. The weights that come back
+are compared with the first ones. The disk holds three such models at once.
 """
 
 from __future__ import annotations
@@ -14,22 +20,39 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-BASELINE = "transformers"
-SIDES = (BASELINE, "to-nemo", "to-hf", "verify")
+from benchmarks.contenders import model_folder
+
+SIDES = ("transformers", "to-nemo", "to-hf", "verify")
+COLD_SIDES = ("copy", "to-nemo", "to-hf")
+"""The first of them is the baseline."""
+LAYER = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
+"""Llama 3.1 8B's."""
+LAYER_BILLIONS = 0.218
+"""Its parameters."""
 
 
 def work_of(side: str, folder: Path, scratch: Path) -> Callable[[], object]:
     """What a side does, with everything imported."""
-    if side == BASELINE:
+    if side == "copy":
+        return lambda: shutil.copytree(folder, scratch / "copy")
+    if side == "transformers":
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         def load_and_save() -> None:
@@ -60,7 +83,7 @@ def memory() -> dict[str, int]:
 
 
 def measured(work: Callable[[], object]) -> dict[str, float]:
-    """Seconds of a piece of work, and how far memory rose above what it was."""
+    """Seconds of a piece of work, of the clock and of the CPU, and how far memory rose by it."""
     before = memory()
     peak = dict(before)
     done = threading.Event()
@@ -72,21 +95,22 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     try:
         work()
     finally:
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, time.process_time() - used
         done.set()
         watcher.join()
-    return {"seconds": seconds, **{name: peak[name] - before[name] for name in peak}}
+    rise = {name: peak[name] - before[name] for name in peak}
+    return {"seconds": seconds, "cpu_seconds": cpu, **rise}
 
 
-def run_side(side: str, folder: Path, scratch: Path) -> dict[str, float]:
+def run_side(side: str, folder: Path, scratch: Path, cold: bool) -> dict[str, float]:
     """Runs a side in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.convert", "--side", side]
     done = subprocess.run(
-        [*command, "--model", str(folder), "--scratch", str(scratch)],
+        [*command, "--model", str(folder), "--scratch", str(scratch), *["--cold"] * cold],
         stdout=subprocess.PIPE,
         check=True,
         text=True,
@@ -95,27 +119,81 @@ def run_side(side: str, folder: Path, scratch: Path) -> dict[str, float]:
     return found
 
 
-def compare_sides(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
-    """The best of each side's figures over the repeats."""
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(repeats):
-        with tempfile.TemporaryDirectory() as scratch:
-            for side in SIDES:
-                runs[side].append(run_side(side, folder, Path(scratch)))
+def settle(folder: Path, forget: bool = False) -> None:
+    """Waits until files are on the disk, and takes them out of the page cache."""
+    for file in (file for file in folder.rglob("*") if file.is_file()):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            if forget:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[dict[str, float]]]:
+    """Every side's figures, a run each."""
+    baseline, *others = COLD_SIDES if cold else SIDES
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in (baseline, *others)}
+    for number in range(repeats):
+        with tempfile.TemporaryDirectory() as temporary:
+            scratch = Path(temporary)
+            for side in (*others, baseline) if number % 2 else (baseline, *others):
+                if cold:
+                    settle(folder, forget=True)
+                    settle(scratch, forget=True)
+                runs[side].append(run_side(side, folder, scratch, cold))
                 os.sync()  # what one side leaves to be written must not slow down the next
+                shutil.rmtree(scratch / "copy", ignore_errors=True)
+            if cold:
+                require_same(folder, scratch / "back")
+    return runs
+
+
+def best(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """The best of each side's figures over its runs."""
     return {
         side: {name: min(run[name] for run in found) for name in found[0]}
         for side, found in runs.items()
     }
 
 
+def write_random(folder: Path, like: Path, shape: Mapping[str, int | bool]) -> None:
+    """Writes a random Llama in bfloat16, with another's tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from nemo_convert.hf import copy_side_files, write_weights
+
+    copy_side_files(like, folder)
+    config = AutoConfig.from_pretrained(like, **shape)
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    weights = ((name, torch.randn(p.shape).bfloat16()) for name, p in model.named_parameters())
+    write_weights(weights, folder)
+
+
+def require_same(folder: Path, back: Path) -> None:
+    """Refuses weights that are not those they were made of, bit for bit."""
+    import torch
+
+    from nemo_convert.hf import Weights
+
+    first, last = Weights(folder), Weights(back)
+    if first.names() != last.names():
+        raise SystemExit(f"error: {back} has other weights than {folder}")
+    for name in first.names():
+        if not torch.equal(first.read(name).view(torch.int16), last.read(name).view(torch.int16)):
+            raise SystemExit(f"error: {name} is another after a conversion to NeMo and back")
+
+
 def table(results: dict[str, dict[str, float]], size: int) -> str:
-    """The figures as text, beside the checkpoint's size and the baseline's time."""
+    """The figures as text, beside the checkpoint's size and the first side's time."""
+    baseline = next(iter(results))
     rows = [
         f"{'':14}{'seconds':>9}{'x baseline':>12}{'resident':>12}{'x size':>8}{'anonymous':>13}"
     ]
     for side, found in results.items():
-        slower = found["seconds"] / results[BASELINE]["seconds"]
+        slower = found["seconds"] / results[baseline]["seconds"]
         rows.append(
             f"{side:14}{found['seconds']:9.2f}{slower:12.2f}{found['resident'] / 1e6:9.0f} MB"
             f"{found['resident'] / size:8.2f}{found['anonymous'] / 1e6:10.0f} MB"
@@ -128,22 +206,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert")
     parser.add_argument("--model", help="Hugging Face folder or source; the embedded one if none")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--billions", type=float, help="parameters of a random model instead")
+    parser.add_argument("--side", choices={*SIDES, *COLD_SIDES}, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        result: Any = measured(work_of(args.side, Path(args.model), args.scratch))
+        work = work_of(args.side, Path(args.model), args.scratch)
+        to_the_end = [work, lambda: settle(args.scratch)] if args.cold else [work]
+        result: Any = measured(lambda: [part() for part in to_the_end])
         print(json.dumps(result))
         return
-    from omegaconf import OmegaConf
-
-    from nemo_convert.hf import resolve
-    from recipes.core.files import REPO_ROOT
-
-    embedded = OmegaConf.load(REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").hf_path
-    folder = resolve(args.model or embedded)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    print(table(compare_sides(folder, args.repeats), size))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = model_folder(args.model)
+        if args.billions:
+            layers = round(args.billions / LAYER_BILLIONS)
+            write_random(Path(temporary), folder, {**LAYER, "num_hidden_layers": layers})
+            folder = Path(temporary)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        print(table(best(run_sides(folder, args.repeats, bool(args.billions))), size))
 
 
 if __name__ == "__main__":
