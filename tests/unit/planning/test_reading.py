@@ -144,6 +144,10 @@ def test_benchmarks_and_the_export_are_planned(plan: MakePlan) -> None:
     assert asked.memory.weights == held * chain.teacher.parameters()
     every = readings(chain, evaluate_tasks={"limit": None, "tasks": ["sciq"]})["evaluate_tasks"]
     assert every.work.flops == pytest.approx(1000 * 112 * each)
+    shots = {"limit": 10, "tasks": ["mmlu", "piqa"], "num_fewshot": {"mmlu": 5, "piqa": 2}}
+    fewer = readings(chain, evaluate_tasks=shots)["evaluate_tasks"]
+    subjects = 57 * (10 + 5) * 95  # whose examples are read once; piqa's are drawn for each item
+    assert fewer.work.flops == pytest.approx((subjects + 10 * (1 + 2) * 60) * each)
 
 
 def test_a_halving_trains_and_measures_its_candidates(plan: MakePlan) -> None:
