@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
+from benchmarks.contenders import model_folder
 from benchmarks.convert import measured
 from recipes.core.files import REPO_ROOT
 
@@ -33,6 +34,10 @@ class Measurement:
 
     tokens: int
     seconds: float
+    cpu_seconds: float
+    """Of the process that writes."""
+    tokenizer_seconds: float
+    """The same, of its tokenizer alone on the same text."""
     anonymous: float
     """Peak above the imports' memory, in bytes, of the process that writes."""
     helper: float
@@ -72,7 +77,17 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Measu
     tokens = sum(size for size, _ in done[0].sizes.values()) // 4
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     helper = children.ru_maxrss * 1024.0 if processes > 1 else 0.0
-    return Measurement(tokens, found["seconds"], found["anonymous"], helper)
+    with text.open(encoding="utf-8") as file:
+        documents = [json.loads(line)["text"] for line in file]
+    alone = measured(lambda: tokenizer.encode(documents))
+    return Measurement(
+        tokens,
+        found["seconds"],
+        found["cpu_seconds"],
+        alone["cpu_seconds"],
+        found["anonymous"],
+        helper,
+    )
 
 
 def measure(text: Path, model: Path, processes: int) -> Measurement:
@@ -102,12 +117,7 @@ def main() -> None:
         one = prepare_once(args.text, Path(args.model), processes, args.folder)
         print(json.dumps(asdict(one)))
         return
-    from omegaconf import OmegaConf
-
-    from nemo_convert.hf import resolve
-
-    embedded = OmegaConf.load(REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").hf_path
-    model = resolve(args.model or embedded)
+    model = model_folder(args.model)
     print("| text | processes | tokens/s | memory | of a helper |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         for times in TIMES:

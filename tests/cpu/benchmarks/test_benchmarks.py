@@ -9,8 +9,11 @@ import math
 import os
 import re
 import runpy
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -19,11 +22,13 @@ from unittest import mock
 
 import pytest
 
+from benchmarks import all as history
 from benchmarks import (
     contenders,
     distill,
     judge,
     layers,
+    prepare,
     recovery,
     shapes,
     students,
@@ -34,6 +39,7 @@ from benchmarks.distill import disagreements, speeds, step_flops, summarise
 from launch.executors.local import PRELOADED
 from nemo_convert.architecture import Architecture
 from recipes.core.files import REPO_ROOT
+from recipes.core.processes import cores
 from recipes.evaluation.results import EvaluationResult
 from tests.support.forked import run_forked
 from tests.support.in_process import run_here
@@ -312,3 +318,31 @@ def test_benchmarks_are_timed_beside_lm_eval(odd_llama: Path) -> None:
         assert (items, equal) == ("2", "2")
         assert float(seconds) > 0
         assert float(apart) < 1e-3
+
+
+def test_what_got_worse_is_said(
+    odd_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preparing text in this process; the second time as if it had been faster before."""
+
+    def measure(text: Path, model: Path, processes: int) -> prepare.Measurement:
+        return prepare.prepare_once(text, model, processes, Path(tempfile.mkdtemp(dir=tmp_path)))
+
+    monkeypatch.setattr(prepare, "measure", measure)
+    monkeypatch.setattr(prepare, "write_text", lambda path, size: shutil.copy(text_file, path))
+    kept = tmp_path / "history.jsonl"
+    options = ("--only", "prepare", f"--model={odd_llama}", f"--history={kept}")
+    assert "prepare" in benchmark_here(history, *options)
+    [entry] = history.read_history(kept)
+    assert (entry.figure, entry.repeats, entry.cores) == ("prepare", history.REPEATS, cores())
+    assert entry.seconds > 0
+    assert entry.ratio > 1  # what it does beside tokenizing takes time, too
+    for before, outcome in (
+        (replace(entry, ratio=0.1, spread=0.1), pytest.raises(SystemExit, match="1 of them")),
+        (replace(entry, ratio=0.1, spread=99.0), contextlib.nullcontext()),
+        (replace(entry, ratio=0.1, processor="another"), contextlib.nullcontext()),
+    ):
+        kept.write_text(json.dumps(asdict(before)) + "\n")
+        with outcome:
+            benchmark_here(history, *options)
+        assert len(history.read_history(kept)) == 2
