@@ -96,7 +96,11 @@ def print_summary(plan: Plan, seconds: float, console: Console) -> None:
             headline(manifest),
         )
     console.print(table)
-    done = f"{len(ran)} stages ran" if ran else "everything was complete, nothing ran"
+    done = (
+        f"{len(ran)} stage{'s' * (len(ran) != 1)} ran"
+        if ran
+        else "everything was complete, nothing ran"
+    )
     console.print(f"{done}; {seconds:.1f} s")
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CHOICE = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z]\w*(,[a-z]\w*)*", re.IGNORECASE)
 """A name of a group, or several for a sweep; Hydra reads some words as values."""
+SHOW_HELP = "recipe=NAME runs a recipe; --help shows recipes, fields and commands"
 SHOW_FIELDS = "--cfg job shows every field and what it is set to"
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
@@ -45,7 +46,8 @@ def require_choices(words: Iterable[str]) -> None:
     for word in words:
         group, _, choice = word.partition("=")
         if group in groups and not CHOICE.fullmatch(choice):
-            raise RecipeError(f"{word} names no {group}.", "--help lists them all")
+            own = f"model.hf_path={choice} for a folder or a hub id; " if group == "model" else ""
+            raise RecipeError(f"{word} names no {group}.", f"{own}--help lists them all")
 
 
 def explain(error: Exception) -> str:
@@ -54,6 +56,8 @@ def explain(error: Exception) -> str:
         return str(error)
     messages = [str(cause) for cause in _causes(error)]
     text = "\n".join(messages)
+    if unread := _unread(text):
+        return unread
     if missing := re.search(r"config group '([\w/]+)' does not exist", text):
         return _no_group(missing.group(1))
     if choice := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
@@ -69,13 +73,7 @@ def explain(error: Exception) -> str:
         where = full.group(1) if full else name
         if rule := REFUSED_FIELDS.get(name):
             return f"there is no field {where}: {rule.reason}.\n  fix: leave it out   [{rule.name}]"
-        near = did_you_mean(name, _fields(error)) or f"\n  fix: {SHOW_FIELDS}"
-        return f"there is no field {where}.{near}"
-    if unread := re.search(r"LexerNoViableAltException: ([\w.]+)=(.*)", text):
-        return (
-            f"the value of {unread.group(1)} cannot be read: {unread.group(2)}\n"
-            f"  fix: quote each text that has signs in it, such as '{unread.group(1)}=[\"a >= 1\"]'"
-        )
+        return f"there is no field {where}.{_nearest(where, name, error)}"
     said = "\n  ".join(messages[:2])
     return f"{said}\n  fix: {fix_of(said)}"
 
@@ -98,9 +96,30 @@ def fix_of(said: str) -> str:
     return next((fix for sign, fix in TYPES.items() if sign in said), SHOW_FIELDS)
 
 
+def _unread(text: str) -> str | None:
+    """What is wrong with a word of the command line that Hydra cannot read; ``None`` if it can."""
+    if bare := re.search(r"Error parsing override '([^'=]+)'\nmissing EQUAL", text):
+        recipes = (f"recipe={file.stem}" for file in (REPO_ROOT / "conf/recipe").glob("*.yaml"))
+        hint = did_you_mean(f"recipe={bare.group(1)}", recipes)
+        return f"'{bare.group(1)}' is neither FIELD=VALUE nor a command.{hint}\n  fix: {SHOW_HELP}"
+    if value := re.search(r"LexerNoViableAltException: ([\w.]+)=(.*)", text):
+        name, given = value.groups()
+        return (
+            f"the value of {name} cannot be read: {given}\n"
+            f"  fix: quote each text that has signs in it, such as '{name}=[\"a >= 1\"]'"
+        )
+    return None
+
+
 def _no_group(group: str) -> str:
     """A whole group is not there, such as a stage of another name."""
     return f"there is no {group}.{did_you_mean(group.rpartition('/')[2], stage_names())}"
+
+
+def _nearest(where: str, name: str, error: Exception) -> str:
+    if where in stage_names():
+        return f" Did you mean 'stages.{where}'?"
+    return did_you_mean(name, _fields(error)) or f"\n  fix: {SHOW_FIELDS}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

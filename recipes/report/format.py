@@ -18,6 +18,14 @@ from recipes.report.plots import number, share_bar
 from recipes.report.settings import TEMPLATES
 from recipes.report.trade_offs import speed_bar
 
+AXES = {
+    "num_layers": "Layers",
+    "ffn_hidden_size": "Feed-forward size",
+    "num_attention_heads": "Attention heads",
+    "kv_channels": "Head size",
+    "vocab_size": "Vocabulary",
+}
+"""Of a model's shape, where a person says it otherwise than the field does."""
 DASH = Markup('<span class="none">–</span>')
 
 
@@ -108,6 +116,8 @@ def _format_of(name: str, value: float) -> str:
 
 def label_of(name: str) -> str:
     """A field's name as a person would write it."""
+    if name in AXES:
+        return AXES[name]
     text = name.replace("_", " ").replace(".", ": ")
     return text[:1].upper() + text[1:]
 

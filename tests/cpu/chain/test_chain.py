@@ -342,13 +342,13 @@ def test_changed_field_and_force_rerun_what_follows(
     changed.append("stages.only=[distill,evaluate]")
     followed = run_here(*changed, cwd=tmp_path)
     assert followed.code == 0, followed.output
-    assert "1 stages ran" in followed.output
+    assert "1 stage ran" in followed.output
     assert manifest_of(run_dir, "prune").started_at == kept
     assert manifest_of(run_dir, "distill").fingerprint != first.fingerprint
     assert manifest_of(run_dir, "evaluate").metrics != manifest_of(tiny_run, "evaluate").metrics
     forced = run_here(*changed, "force=[evaluate]", cwd=tmp_path)
     assert forced.code == 0, forced.output
-    assert "1 stages ran" in forced.output
+    assert "1 stage ran" in forced.output
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hydra.errors import HydraException
 
-from launch.hydra_errors import SHOW_FIELDS, explain
+from launch.hydra_errors import SHOW_FIELDS, SHOW_HELP, explain, require_choices
 from launch.schema import recipes
 from recipes.core.errors import RecipeError
 
@@ -29,6 +29,19 @@ def test_unknown_recipe_lists_the_recipes_only(compose: Compose) -> None:
         "there is no recipe 'llama_width_prun'. Did you mean 'llama_width_prune'?",
         f"  fix: use one of: {', '.join(recipes())}",
     ]
+
+
+def test_a_recipe_without_its_key_is_recognised(compose: Compose) -> None:
+    said = "'llama_width_prune' is neither FIELD=VALUE nor a command."
+    assert explained(compose, "llama_width_prune").splitlines() == [
+        f"{said} Did you mean 'recipe=llama_width_prune'?",
+        f"  fix: {SHOW_HELP}",
+    ]
+
+
+def test_a_hub_id_is_no_choice_of_a_group() -> None:
+    with pytest.raises(RecipeError, match=r"fix: model.hf_path=Qwen/Qwen3-8B for a folder or a"):
+        require_choices(["model=Qwen/Qwen3-8B"])
 
 
 def test_no_near_name_gives_no_hint(compose: Compose) -> None:
@@ -66,6 +79,7 @@ def test_unknown_option_of_each_group(
         ),
         ("stages.prun.seq_length=1", "there is no field stages.prun. Did you mean 'prune'?"),
         ("model.hf_pth=x", "there is no field model.hf_pth. Did you mean 'hf_path'?"),
+        ("distill.lr=1", "there is no field distill. Did you mean 'stages.distill'?"),
         ("dryrun=true", "there is no field dryrun. Did you mean 'dry_run'?"),
         ("stages.distill.resources.device=2", "resources.device. Did you mean 'devices'?"),
         (
