@@ -11,6 +11,7 @@ from pathlib import Path
 from nemo_convert.hf_config import SUPPORTED
 from nemo_convert.trust import TRUST
 from recipes.core.errors import RecipeError
+from recipes.core.processes import expect_no_gpu
 
 
 def main() -> int:
@@ -37,6 +38,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if "trust" in arguments and arguments.trust:
         os.environ[TRUST] = "1"
+    expect_no_gpu()
     try:
         return {"to-nemo": _to_nemo, "to-hf": _to_hf, "verify": _verify}[arguments.command](
             arguments

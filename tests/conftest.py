@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes.core.processes import expect_no_gpu
 from tests.support.disks import pretend_room
 from tests.support.text import write_text
 
@@ -24,8 +25,12 @@ LONGEST = (
 
 
 def pytest_configure() -> None:
-    """Nothing that is only planned depends on what this machine's disk has left."""
+    """Nothing that is only planned depends on what this machine's disk has left.
+
+    Files may import Megatron, as stages do.
+    """
     pretend_room()
+    expect_no_gpu()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from recipes.core.processes import die_with_parent, ended_by, leave_out_trackers
+from recipes.core.processes import die_with_parent, ended_by, expect_no_gpu, leave_out_trackers
 
 BEGUN, ENDED = b"b", b"e"
 """What the process says of a stage, with a descriptor of it first."""
@@ -123,6 +123,7 @@ def main() -> None:
     # Ctrl-C is for the stage; without it, the launcher ends this process.
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     leave_out_trackers()
+    expect_no_gpu()
     for module in sys.argv[2:]:
         importlib.import_module(module)
     _require_forkable()

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+NVIDIA_DEVICES = ("/dev/nvidiactl", "/dev/dxg")
+"""Of Linux, and of Linux in Windows."""
 
 
 def start_command(
@@ -68,6 +70,16 @@ def leave_out_trackers() -> None:
     process which is killed leaves there.
     """
     sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
+
+
+def expect_no_gpu() -> None:
+    """Where there is none, names an architecture to compile for, which Megatron asks GPUs for.
+
+    It compiles a part of itself when it is imported, and copes if that fails; but with a CUDA build
+    of torch, CUDA's compiler and no GPU it ends with an IndexError before it tries.
+    """
+    if not any(Path(device).exists() for device in NVIDIA_DEVICES):
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
 
 
 def peak_memory_bytes() -> int:

@@ -35,6 +35,7 @@ from recipes.core.metrics import METRICS
 from recipes.core.processes import (
     children_die_with_this,
     die_with_parent,
+    expect_no_gpu,
     leave_out_trackers,
     peak_memory_bytes,
 )
@@ -67,6 +68,7 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
     stage_dir = request_file.parent
     die_with_parent()
     leave_out_trackers()
+    expect_no_gpu()
     children_die_with_this()  # what writes a checkpoint beside training
     try:
         _run_stage(run, config_class, kind, request_file)

@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from recipes.core.processes import die_with_parent
+from recipes.core.processes import die_with_parent, expect_no_gpu
 from recipes.rehearsal.job import Job, Rehearsed
 
 IMPORTED = (
@@ -33,6 +33,7 @@ Rehearse = Callable[[Job], Rehearsed]
 def main(file: Path) -> None:
     """Rehearses the jobs of a file, one after the other."""
     die_with_parent()
+    expect_no_gpu()
     jobs = [Job.of(plain) for plain in json.loads(file.read_text(encoding="utf-8"))]
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is for the log

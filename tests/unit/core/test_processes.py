@@ -1,4 +1,4 @@
-"""What is forked dies with what it was forked from."""
+"""Processes die with what forked them; what is made ready before the stack is imported."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from recipes.core import processes
 from recipes.core.files import REPO_ROOT
 
 PARENT = """
@@ -38,3 +40,20 @@ def test_children_die_with_what_forked_them(late: float, lives: float) -> None:
     with os.fdopen(reading) as pipe:
         assert pipe.read() == ""
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_megatron_is_told_what_to_compile_for_where_no_gpu_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool
+) -> None:
+    """Else it cannot be imported there with a CUDA build of torch and CUDA's compiler."""
+    device = tmp_path / "nvidiactl"
+    monkeypatch.setattr(processes, "NVIDIA_DEVICES", (str(device),))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if there:
+        device.touch()
+    processes.expect_no_gpu()
+    assert ("TORCH_CUDA_ARCH_LIST" in os.environ) != there
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    processes.expect_no_gpu()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.6"
