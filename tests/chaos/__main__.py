@@ -45,17 +45,17 @@ class Place:
     folder: Path
 
     def command(self, words: Sequence[str]) -> list[str]:
-        """The chain's command line; the run is always at the same place."""
+        """The chain's command line, whose own words these replace; the run is always there."""
         model, text = self.folder / "model", self.folder / "text.jsonl"
         chain = overrides(model, text, self.run, engine="none")
-        return [
-            *chain,
+        chain += [
             "stages.prepare_data.processes=2",
             "+cluster.env.OMP_NUM_THREADS='1'",
             "hardware.precision='32'",  # whatever the processor is best at, and how fast it is
             "hardware.measure=false",
-            *words,
         ]
+        given = {word.partition("=")[0] for word in words}
+        return [*(word for word in chain if word.partition("=")[0] not in given), *words]
 
     @property
     def run(self) -> Path:
@@ -189,8 +189,9 @@ def campaign(arguments: argparse.Namespace) -> int:
         wrong = list(ending_wrong(place, command))
         print(json.dumps({"round": time.monotonic() - began, "wrong": wrong}), file=log)
         problems += report(wrong)
-        if wrong:  # kept to be looked at
-            shutil.copytree(place.run, place.folder / f"wrong-{sum(done.values())}", symlinks=True)
+        if wrong:  # kept to be looked at, beside those of earlier campaigns
+            kept = tempfile.mkdtemp(prefix="wrong-", dir=place.folder)
+            shutil.copytree(place.run, kept, symlinks=True, dirs_exist_ok=True)
         print(f"{sum(done.values())} of {arguments.kills}, {problems} problems", flush=True)
     for what, count in sorted(done.items()):
         print(f"{count:4}  {what}")

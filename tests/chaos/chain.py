@@ -20,15 +20,16 @@ _FIGURE = r"<data[^>]*>[^<]*</data>"
 SPEED = re.compile(rf"{_FIGURE}(?= tokens per second|: the plan is)|(?<=: the plan is ){_FIGURE}")
 SECTION = re.compile(r'<section id="(\w+)">.*?</section>', re.DOTALL)
 
+SMALL_ENGINES = (
+    *settings("build_engine", num_windows=2),
+    *settings("build_teacher_engine", num_windows=2),
+    *settings("measure_speed", batch_sizes="[1,3]", prompt_tokens="[40]", new_tokens=6),
+    *settings("measure_speed", repetitions=2, num_assistant_tokens="[3]"),
+)
+
 
 def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "openvino") -> list[str]:
     """Width and depth together, every size odd."""
-    engines = [
-        *settings("build_engine", num_windows=2),
-        *settings("build_teacher_engine", num_windows=2),
-        *settings("measure_speed", batch_sizes="[1,3]", prompt_tokens="[40]", new_tokens=6),
-        *settings("measure_speed", repetitions=2, num_assistant_tokens="[3]"),
-    ]
     return [
         "recipe=llama_width_prune",
         "tasks=none",
@@ -48,7 +49,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "openvi
         "stages.distill.val_check_interval=12",
         "stages.evaluate.num_windows=8",
         "stages.evaluate.new_tokens=8",
-        *(engines if engine == "openvino" else []),
+        *(SMALL_ENGINES if engine == "openvino" else []),
     ]
 
 

@@ -12,14 +12,16 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from recipes.core.manifest import ARTIFACT, MANIFEST
 from recipes.core.metrics import METRICS
-from tests.chaos.chain import differences
+from tests.chaos import slurm
+from tests.chaos.chain import SMALL_ENGINES, differences
 from tests.chaos.kills import PATIENCE, Disturbed, roles_of
 from tests.support.disks import small_disk
-from tests.support.runs import STAGES
+from tests.support.runs import STAGES, settings
 
 ROOM = tuple(4096 * pages for pages in (16, 12, 8, 6, 4))
 """Left on a disk, until a stage that makes little has too little; the launcher needs some, too."""
@@ -29,6 +31,18 @@ def hang(*_):
     time.sleep(1e6)
 signal.signal(signal.SIGUSR1, hang)
 """
+OTHERS = (
+    "engine=openvino",
+    *SMALL_ENGINES,
+    "gguf=q8_0",
+    "tasks=quick",
+    *settings("evaluate_tasks", tasks="[sciq,piqa]", limit=4),
+    "+stage/quantize@stages.quantize=default",
+    *settings("quantize", num_windows=4, num_eval_windows=2),
+    "skip_rules=[alignment]",  # of kernels that nothing here runs
+)
+"""Makes engines, a file for llama.cpp and a quantised copy of the student, and does benchmarks."""
+OF_OTHERS = ("evaluate_tasks", "build_engine", "measure_speed", "export_gguf", "quantize")
 Command = Callable[..., Disturbed]
 """Makes the chain's command, of further words, and with further variables."""
 
@@ -39,7 +53,7 @@ def full_disk(base: Path, run: Path, command: Command, stage: str) -> Iterator[s
     with small_disk(run, "300m") as disk:
         shutil.copytree(base, run, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
         shutil.rmtree(run / stage)
-        asked = command(f"stages.only=[{stage}]", "skip_rules=[disk]")
+        asked = command(f"stages.only=[{stage}]", "skip_rules=[disk,alignment]")
         made = sum(f.stat().st_size for f in (base / stage / ARTIFACT).rglob("*") if f.is_file())
         for room in (max(ROOM[0], made // 2), *ROOM[1:]):
             disk.leave(room)
@@ -60,6 +74,19 @@ def full_disk(base: Path, run: Path, command: Command, stage: str) -> Iterator[s
             yield f"with space again: {said[-2000:]}"
             return
         yield from differences(base, run)
+
+
+def full_disk_of_others(base: Path, run: Path, command: Command, stage: str) -> Iterator[str]:
+    """The same of a stage that the chain has not otherwise."""
+    whole = base.with_name("base-of-others")
+    if not whole.exists():
+        shutil.copytree(base, run, ignore=shutil.ignore_patterns(".lock"))
+        code, said = command(*OTHERS).finish()
+        if code:
+            yield f"undisturbed: {said[-2000:]}"
+            return
+        run.rename(whole)
+    yield from full_disk(whole, run, partial(command, *OTHERS), stage)
 
 
 def one_rank(base: Path, run: Path, command: Command, how: str) -> Iterator[str]:
@@ -97,15 +124,12 @@ def one_rank(base: Path, run: Path, command: Command, how: str) -> Iterator[str]
 
 
 FAULTS: dict[str, Callable[[Path, Path, Command], Iterator[str]]] = {
+    **{f"disk-{stage}": partial(full_disk, stage=stage) for stage in STAGES},
+    **{f"disk-{stage}": partial(full_disk_of_others, stage=stage) for stage in OF_OTHERS},
+    **{f"rank-{how}": partial(one_rank, how=how) for how in ("hangs", "memory")},
     **{
-        f"disk-{stage}": lambda base, run, command, stage=stage: full_disk(
-            base, run, command, stage
-        )
-        for stage in STAGES
-    },
-    **{
-        f"rank-{how}": lambda base, run, command, how=how: one_rank(base, run, command, how)
-        for how in ("hangs", "memory")
+        f"slurm-{name}": partial(slurm.training, fault=fault, expected=expected)
+        for name, (fault, expected) in slurm.FAULTS.items()
     },
 }
 """By name; each yields what is wrong."""

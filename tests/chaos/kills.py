@@ -21,6 +21,7 @@ from recipes.core.metrics import METRICS
 from recipes.core.stage import BEGUN
 from recipes.distillation.training import CHECKPOINTS, UNFINISHED, steps_in, whole_checkpoints
 from tests.chaos.chain import CHECKPOINT_INTERVAL, STEPS
+from tests.support import processes
 from tests.support.launcher import wait_until_none_works_in
 from tests.support.runs import STAGES
 
@@ -215,10 +216,10 @@ def _changed(file: Path) -> int | None:
 
 def roles_of(launcher: int) -> dict[str, list[int]]:
     """Process ids below a launcher, by what they are."""
-    children = _children()
+    children = processes.children()
     roles: dict[str, list[int]] = {"launcher": [launcher]}
     for child in children.get(launcher, []):
-        command = _command(child)
+        command = processes.command(child)
         starts_others = "recipes.core.preloaded" in command or "torch.distributed.run" in command
         stages = children.get(child, []) if starts_others else [child]
         if starts_others:
@@ -231,23 +232,3 @@ def roles_of(launcher: int) -> dict[str, list[int]]:
                 roles.setdefault("helper", []).append(helper)
                 waiting += children.get(helper, [])
     return roles
-
-
-def _children() -> dict[int, list[int]]:
-    """Every process's children."""
-    found: dict[int, list[int]] = {}
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            stat = Path("/proc", process, "stat").read_text()
-        except OSError:
-            continue
-        parent = int(stat.rpartition(")")[2].split()[1])
-        found.setdefault(parent, []).append(int(process))
-    return found
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""

@@ -1,4 +1,4 @@
-"""A real Slurm for the tests: a controller and two nodes on loopback, without systemd."""
+"""A real Slurm for the tests: a controller and its nodes on loopback, without systemd."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
-NODES = 2
+from tests.support import processes
+
 FIRST_PORT = 10000
 CONF = """\
 ClusterName=test
@@ -35,6 +39,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000,batch_sched_delay=0
 SlurmdParameters=config_overrides
 ReturnToService=2
+SlurmdTimeout={slurmd_timeout}
 MpiDefault=none
 SwitchType=switch/none
 PlugStackConfig={dir}/plugstack.conf
@@ -46,26 +51,42 @@ SlurmdSpoolDir={dir}/slurmd.%n
 SlurmctldLogFile={dir}/slurmctld.log
 SlurmdLogFile={dir}/slurmd.%n.log
 GresTypes=gpu
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_first}-{node_last}] CPUs=16 \
-RealMemory=1000000 Gres=gpu:8 State=UNKNOWN
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 \
+Port=[{node_first}-{node_last}] CPUs=16 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN
 PartitionName=batch Nodes=ALL Default=YES MaxTime=1-00:00:00 DefaultTime=10 State=UP
 """
 
 
 class Cluster:
-    """A running Slurm, its files in a directory with a short path."""
+    """A running Slurm, its files in a directory with a short path.
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    A node that does not answer for ``slurmd_timeout`` seconds is down.
+    """
+
+    def __init__(self, directory: Path, nodes: int = 2, slurmd_timeout: int = 300) -> None:
+        self.directory, self._slurmd_timeout = directory, slurmd_timeout
+        self._nodes = [f"n{number + 1}" for number in range(nodes)]
         self.pyxis_log = directory / "pyxis.log"
         self.has_containers = False
+
+    @classmethod
+    @contextlib.contextmanager
+    def running(cls, *how: int) -> Iterator[Self]:
+        """One that is stopped again."""
+        cluster = cls(Path(tempfile.mkdtemp(prefix="slurm")), *how)
+        cluster.directory.chmod(0o755)
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
 
     def start(self) -> None:
         """Starts all daemons and waits until the nodes are idle."""
         d = self.directory
         (d / "state").mkdir()
-        for number in range(NODES):
-            (d / f"slurmd.n{number + 1}").mkdir()
+        for node in self._nodes:
+            (d / f"slurmd.{node}").mkdir()
         self.has_containers = self._make_pyxis()
         self._write_config()
         key = d / "munge.key"
@@ -77,9 +98,22 @@ class Cluster:
         run("munged", "--force", *options)
         os.environ["SLURM_CONF"] = str(d / "slurm.conf")
         run("slurmctld")
-        for number in range(NODES):
-            run("slurmd", "-N", f"n{number + 1}")
-        wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * NODES, 300)
+        for node in self._nodes:
+            run("slurmd", "-N", node)
+        every = ["idle"] * len(self._nodes)
+        wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == every, 300)
+
+    def lose_node(self, name: str) -> None:
+        """Kills all that runs on a node, so that nothing of it says how it ended, for good."""
+        file = self.directory / f"slurmd.{name}.pid"
+        daemon = int(file.read_text())
+        tasks = processes.with_variable("SLURMD_NODENAME", name)
+        parents = {processes.parent(task) for task in tasks} - {None}
+        steps = [p for p in parents if processes.command(p).startswith("slurmstepd")]
+        for pid in (daemon, *steps, *tasks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        file.unlink()
 
     def restart_controller(self, seconds: float) -> None:
         """Ends it, and starts it again after a while in which it does not answer."""
@@ -103,8 +137,10 @@ class Cluster:
         os.environ.pop("SLURM_CONF", None)
 
     def _write_config(self) -> None:
-        d, port = self.directory, free_port()
-        values = {"node_first": port + 1, "node_last": port + NODES}
+        d, nodes = self.directory, len(self._nodes)
+        port = free_port(nodes + 1)
+        values = {"nodes": nodes, "node_first": port + 1, "node_last": port + nodes}
+        values |= {"slurmd_timeout": self._slurmd_timeout}
         values |= {"srun_first": port + 100, "srun_last": port + 400}
         text = CONF.format(dir=d, host=socket.gethostname().split(".")[0], port=port, **values)
         (d / "slurm.conf").write_text(text)
@@ -112,7 +148,7 @@ class Cluster:
         devices = [d / f"gpu{number}" for number in range(8)]
         for device in devices:
             os.mknod(device, 0o20666, os.makedev(1, 3))  # a character device, as a GPU is
-        (d / "gres.conf").write_text(f"NodeName=n[1-{NODES}] Name=gpu File={d}/gpu[0-7]\n")
+        (d / "gres.conf").write_text(f"NodeName=n[1-{nodes}] Name=gpu File={d}/gpu[0-7]\n")
 
     def _make_pyxis(self) -> bool:
         """Builds the stand-in for Pyxis, where a compiler and the right to mount are there."""
@@ -133,7 +169,15 @@ class Cluster:
         return True
 
 
-def free_port() -> int:
+def without_slurm() -> str | None:
+    """Why none can be started here."""
+    missing = [c for c in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(c)]
+    if missing:
+        return f"no Slurm here: {', '.join(missing)} missing (tests/install_slurm.sh)"
+    return None if os.geteuid() == 0 else "starting a Slurm needs root"
+
+
+def free_port(daemons: int) -> int:
     """The first of 500 ports that nobody listens to where the daemons are to listen.
 
     Jobs are numbered from it: ranks meet at a port that their job's number tells.
@@ -141,7 +185,7 @@ def free_port() -> int:
     for number in range(18):
         port = FIRST_PORT + (os.getpid() + number) % 18 * 500
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for daemon in range(NODES + 1):
+            for daemon in range(daemons):
                 stack.enter_context(socket.create_server(("127.0.0.1", port + daemon)))
             return port
     raise AssertionError(f"no port is free from {FIRST_PORT} on")
@@ -154,9 +198,9 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def wait_for(condition: object, seconds: float) -> None:
+def wait_for(condition: object, seconds: float, pause: float = 0.1) -> None:
     """Waits for something to become true."""
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, f"waited {seconds} s in vain"
-        time.sleep(0.1)
+        time.sleep(pause)

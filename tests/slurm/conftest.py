@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.executors.slurm_queue import active_jobs
-from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.cluster import Cluster, wait_for, without_slurm
 from tests.support.in_process import run_here
 from tests.support.launcher import Result, run_recipe
 from tests.support.models import EVEN, write_tiny_model
@@ -39,18 +38,10 @@ DISTILL = {
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
     """A controller and two nodes."""
-    missing = [c for c in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(c)]
-    if missing:
-        pytest.skip(f"no Slurm here: {', '.join(missing)} missing (tests/install_slurm.sh)")
-    if os.geteuid() != 0:
-        pytest.skip("starting a Slurm needs root")
-    cluster = Cluster(Path(tempfile.mkdtemp(prefix="slurm")))
-    cluster.directory.chmod(0o755)
-    try:
-        cluster.start()
+    if why := without_slurm():
+        pytest.skip(why)
+    with Cluster.running() as cluster:
         yield cluster
-    finally:
-        cluster.stop()
 
 
 @dataclass(frozen=True)
