@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,8 +60,8 @@ def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | 
         folder: Where it was written to.
     """
     while error is not None:
-        if isinstance(error, OSError) and (number := _number(error)) in STORAGE_FIXES:
-            where = error.filename or folder
+        if (number := _number(error)) in STORAGE_FIXES:
+            where = (error.filename if isinstance(error, OSError) else None) or folder
             return RecipeError(f"{where}: {os.strerror(number)}.", _fix(number))
         error = error.__cause__ or error.__context__
     try:
@@ -72,10 +73,13 @@ def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | 
     return RecipeError(f"{folder}: No space left on device.", _fix(errno.ENOSPC))
 
 
-def _number(error: OSError) -> int:
-    """What is wrong, which numpy gives no number of when it finds no room for a large array."""
-    refused = str(error).startswith("Not enough free space to write")
-    return errno.ENOSPC if refused else error.errno or 0
+def _number(error: BaseException) -> int:
+    """What is wrong, which libraries in Rust say in words, as numpy does of a large array."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if said := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(said[1])
+    return errno.ENOSPC if str(error).startswith("Not enough free space to write") else 0
 
 
 @contextmanager

@@ -14,7 +14,10 @@ from recipes.core.metrics import METRICS, read_records
 from tests.support.runs import manifest_of, settings, tiny
 
 STEPS, CHECKPOINT_INTERVAL = 24, 4
-TIMED = re.compile(r"(seconds|_per_second|_ms|^time|_at|rss_bytes)$")
+TIMED = re.compile(
+    r"(seconds|_per_second|_ms|^time|_at|rss_bytes|peak_memory_bytes"
+    r"|^speedup|^(prefill|decode)(_roofline)?)$"
+)
 """Figures that no two runs share."""
 _FIGURE = r"<data[^>]*>[^<]*</data>"
 SPEED = re.compile(rf"{_FIGURE}(?= tokens per second|: the plan is)|(?<=: the plan is ){_FIGURE}")

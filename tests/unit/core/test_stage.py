@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from safetensors.numpy import save_file
 
 from launch.logs import reason
 from recipes.core.errors import RecipeError
-from recipes.core.files import storage_problem
+from recipes.core.files import NEARLY_NOTHING, storage_problem
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, check_artifact, read_manifest
 from recipes.core.metrics import METRICS, MetricsLog, read_records
 from recipes.core.stage import left_behind, metrics_log, unfinished
@@ -24,6 +26,7 @@ from recipes.core.worker import _summary, prepare_work
 from tests.support.disks import small_disk
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 STAGE = """
@@ -206,11 +209,15 @@ def test_full_disk_is_named_and_the_work_resumes(worker: Worker, tmp_path: Path)
         assert worker.start(stage, fail="large").returncode == 0
 
 
-def test_an_array_that_numpy_finds_no_room_for_is_a_full_disk(tmp_path: Path) -> None:
-    """It writes nothing of it, so that the disk is not full afterwards."""
-    with small_disk(tmp_path / "small") as disk, (disk.folder / "array").open("wb") as file:
-        with pytest.raises(OSError, match="Not enough free space") as caught:
-            np.zeros(32 << 20, np.uint8).tofile(file)
+@pytest.mark.parametrize("write", [np.ndarray.tofile, lambda a, file: save_file({"a": a}, file)])
+def test_a_disk_that_is_not_full_afterwards_was_too_small(
+    tmp_path: Path, write: Callable[[np.ndarray, Path], None]
+) -> None:
+    """The libraries look for room first, or delete what they have written."""
+    with small_disk(tmp_path / "small") as disk:
+        with pytest.raises(Exception, match="space") as caught:
+            write(np.zeros(32 << 20, np.uint8), disk.folder / "array")
+        assert shutil.disk_usage(disk.folder).free > NEARLY_NOTHING
         said = str(storage_problem(caught.value, disk.folder))
     assert said.startswith(f"{disk.folder}: No space left on device.")
 
