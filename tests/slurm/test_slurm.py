@@ -14,6 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from launch.executors.slurm import SUBMIT
 from launch.executors.slurm_queue import RECORD, active_jobs, read_jobs
 from launch.run_status import read_run
 from nemo_convert.convert import hf_weights
@@ -240,10 +241,17 @@ def test_what_slurm_refuses_is_said_and_what_it_took_before_stays(
     assert "invalid partition specified: elsewhere" in refused.output
     taken = read_jobs(chain.directory)
     assert list(taken) == ["distill", "evaluate"]
+    by_hand = subprocess.run([chain.directory / SUBMIT], capture_output=True, text=True)
+    assert "invalid partition specified: elsewhere" in by_hand.stderr
+    assert read_jobs(chain.directory) == taken
     again = chain.submit(held)
     assert again.code == 0, again.output
+    submitted = (chain.directory / RECORD).read_text()
     assert list(read_jobs(chain.directory)) == UNTRAINED
     assert taken.items() <= read_jobs(chain.directory).items()
+    shown = run(str(chain.directory / SUBMIT))
+    assert shown.count(taken["distill"].id) == 1
+    assert (chain.directory / RECORD).read_text() == submitted
     threading.Timer(3, run, ("scancel", taken["distill"].id)).start()
     followed = chain.submit(held, "cluster.follow=true")
     assert followed.code == 1
@@ -272,7 +280,7 @@ def test_sweep_of_three_shares_what_it_reads(
 
 def test_every_script_passes_shellcheck(tiny_chain: tuple[Run, Result]) -> None:
     chain, _ = tiny_chain
-    scripts = [*chain.directory.glob("*/job.sbatch"), chain.directory / "submit.sh"]
+    scripts = [*chain.directory.glob("*/job.sbatch"), chain.directory / SUBMIT]
     assert len(scripts) == len(STAGES) + 1
     subprocess.run([Path(sys.executable).with_name("shellcheck"), *scripts], check=True)
     assert os.access(scripts[-1], os.X_OK)
