@@ -76,7 +76,7 @@ class Arm:
         prepare: Stages that make it.
         batch: Windows a step; fewer make for more steps.
         writes: What the teacher writes to train on, ``text`` or ``chat``; ordinary text if empty.
-        beside: Sources of ordinary text beside it, of which it takes as many tokens of each.
+        beside: Whether it stands beside ordinary text, of whose sources each has as many tokens.
     """
 
     overrides: tuple[str, ...] = ()

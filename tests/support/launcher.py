@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from recipes.core.files import REPO_ROOT
+from tests.support import processes
 from tests.support.forked import run_forked
 
 LAUNCHER = str(REPO_ROOT / "launch" / "run.py")
@@ -78,16 +79,8 @@ def wait_until_none_works_in(directory: Path) -> None:
     """A stage's processes, also those that its libraries start, must die with the launcher."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        processes = filter(str.isdigit, os.listdir("/proc"))
-        found = [pid for pid in processes if _works_in(pid, directory)]
+        found = processes.working_in(directory)
         if not found:
             return
         time.sleep(0.1)
     pytest.fail(f"still running: {found}")
-
-
-def _works_in(pid: str, directory: Path) -> bool:
-    try:
-        return Path("/proc", pid, "cwd").readlink() == directory
-    except OSError:
-        return False

@@ -43,3 +43,15 @@ def with_variable(name: str, value: str) -> list[int]:
     """Processes that were started with a variable of that value."""
     wanted = f"{name}={value}".encode()
     return [pid for pid in every() if wanted in _read(pid, "environ").split(b"\0")]
+
+
+def working_in(directory: Path) -> list[int]:
+    """Processes whose working directory it is."""
+    return [pid for pid in every() if _works_in(pid, directory)]
+
+
+def _works_in(pid: int, directory: Path) -> bool:
+    try:
+        return Path("/proc", str(pid), "cwd").readlink() == directory
+    except OSError:
+        return False

