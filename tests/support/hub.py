@@ -1,7 +1,8 @@
-"""A stand-in of the Hugging Face hub on loopback, as much of it as an upload asks for.
+"""A stand-in of the Hugging Face hub on loopback, as much of it as uploads and datasets ask for.
 
 The endpoints and their fields are those that ``huggingface_hub`` calls (``hf_api.py``,
-``_commit_api.py``, ``lfs.py``): whoami, a model's page, create, preupload, LFS, commit.
+``_commit_api.py``, ``lfs.py``, ``file_download.py``): whoami, a model's page, create, preupload,
+LFS, commit; and of datasets, which need no token, a page, the files of a commit, and a file.
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import parse_qs, unquote
 
 
 @dataclass
@@ -29,6 +36,8 @@ class StandInHub:
     """Large files by their SHA-256, which are sent before the commit that names them."""
     commits: list[str] = field(default_factory=list)
     """Their messages."""
+    datasets: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
+    """Files of each commit of each dataset, by name; the newest commit is the last."""
     url: str = ""
 
 
@@ -48,6 +57,32 @@ def stand_in_hub(token: str) -> Iterator[StandInHub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def settings_for(hub: StandInHub, home: Path) -> dict[str, str]:
+    """Environment of a process whose hub it is; libraries read it when they are imported."""
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(home),
+    }
+
+
+def said_with(hub: StandInHub, home: Path, code: str) -> str:
+    """What a process with that hub prints."""
+    env = {**os.environ, **settings_for(hub, home)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+OF_DATASET = re.compile(
+    r"(/api)?/datasets/(?P<name>[^/]+/[^/]+)(/(?P<what>revision|tree|paths-info|resolve)/"
+    r"(?P<revision>[^/]+)(/(?P<path>.+))?)?"
+)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -76,8 +111,56 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"error": "Invalid credentials"}, 401)
         return False
 
+    def _dataset(self, body: bytes = b"") -> bool:
+        """Answers what is asked of a dataset; false where something else is asked."""
+        found = OF_DATASET.fullmatch(unquote(self.path.partition("?")[0]))
+        if found is None:
+            return False
+        commits = self.known.datasets.get(found["name"])
+        revision = found["revision"] or "main"
+        if commits is None:
+            self._answer({}, 404, X_Error_Code="RepoNotFound")
+        elif revision != "main" and revision not in commits:
+            self._answer({}, 404, X_Error_Code="RevisionNotFound")
+        else:
+            commit = [*commits][-1] if revision == "main" else revision
+            self._of_commit(found, commit, commits[commit], parse_qs(body.decode()))
+        return True
+
+    def _of_commit(
+        self,
+        asked: re.Match[str],
+        commit: str,
+        files: dict[str, bytes],
+        form: dict[str, list[str]],
+    ) -> None:
+        entries = [
+            {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for path, data in files.items()
+        ]
+        if asked["what"] == "tree":
+            self._answer(entries)
+        elif asked["what"] == "paths-info":
+            self._answer([entry for entry in entries if entry["path"] in form.get("paths", [])])
+        elif asked["what"] != "resolve":
+            card = {"license": "cc0-1.0"}
+            self._answer({"id": asked["name"], "sha": commit, "siblings": [], "cardData": card})
+        elif (data := files.get(asked["path"])) is None:
+            self._answer({}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+        else:
+            self.send_response(200)
+            self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+            self.send_header("X-Repo-Commit", commit)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+    def do_HEAD(self) -> None:
+        self._dataset()
+
     def do_GET(self) -> None:
-        if not self._is_known():
+        if self._dataset() or not self._is_known():
             return
         hub, name = self.known, self.path.removeprefix("/api/models/").split("/revision/")[0]
         if self.path == "/api/whoami-v2":
@@ -94,6 +177,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({})
 
     def do_POST(self) -> None:
+        if OF_DATASET.fullmatch(self.path):
+            self._dataset(self._body())
+            return
         if not self._is_known():
             return
         body, hub = self._body(), self.known

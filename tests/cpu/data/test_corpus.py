@@ -1,4 +1,4 @@
-"""Text through Hugging Face datasets, from a local folder since tests reach no hub."""
+"""Text through Hugging Face datasets, from a local folder and from a stand-in of the hub."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from recipes.core.errors import RecipeError
 from recipes.data.corpus import read_source
+from tests.support.hub import said_with, stand_in_hub
 
 
 def test_hugging_face_dataset(tmp_path: Path) -> None:
@@ -32,3 +33,23 @@ def test_hugging_face_dataset_is_taken_up_again(tmp_path: Path) -> None:
     begun = list(islice(first, 17))
     state = json.loads(json.dumps(first.state()))
     assert begun + list(read_source(source, "text", state)) == whole
+
+
+def test_a_dataset_on_a_hub_is_read_at_its_commit(tmp_path: Path) -> None:
+    """The one that is asked for, or else the newest, which the process names."""
+    code = """
+from recipes.data.corpus import read_source
+from recipes.data.origins import origin_of, pinned
+for source in ("hf://me/notes:train", "hf://me/notes:train#revision={old}"):
+    origin = origin_of(source)
+    texts = [document.text for document in read_source(pinned(source, origin), "text")]
+    print(origin.licence, origin.commit, *texts)
+"""
+    old, new = "a" * 40, "b" * 40
+    with stand_in_hub("unused") as hub:
+        hub.datasets["me/notes"] = {
+            commit: {"train.jsonl": json.dumps({"text": text}).encode()}
+            for commit, text in ((old, "before"), (new, "after"))
+        }
+        said = said_with(hub, tmp_path, code.format(old=old))
+    assert said.splitlines() == [f"cc0-1.0 {new} after", f"cc0-1.0 {old} before"]

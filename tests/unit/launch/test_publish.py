@@ -17,7 +17,7 @@ from launch.settings import require_own_places
 from launch.tracking import public_text
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, stamp_files, write_manifest
-from tests.support.hub import StandInHub, stand_in_hub
+from tests.support.hub import StandInHub, settings_for, stand_in_hub
 
 TOKEN = "hf_a_token_of_the_stand_in"
 NAME = "me/small"
@@ -62,8 +62,7 @@ def run(plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
 @pytest.fixture
 def push(launch: Launch, run: Path, hub: StandInHub, tmp_path: Path) -> Launch:
     def pushed(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
-        settings |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub"), **env}
+        settings = {**settings_for(hub, tmp_path / "hub"), "HF_TOKEN": TOKEN, **env}
         return launch(*RUN, f"run_dir={run}", f"hub.push={NAME}", *words, **settings)
 
     return pushed
