@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -156,7 +157,15 @@ def _stop_by_the_clock(run: Callable[[], object]) -> None:
     RotaryEmbedding.forward.cache_clear()  # which has the model that it was called for
     for callback in CallbackGroup.get_instance().callbacks:  # which NeMo has for the whole process
         del callback.log, callback.log_dict  # methods of the model, from Lightning
+    _empty_optimizers()
     gc.collect()
+
+
+def _empty_optimizers() -> None:
+    """A float32 model's holds views of weights, whose graph has hooks that hold the model."""
+    for held in gc.get_objects():
+        if issubclass(type(held), DistributedOptimizer):
+            vars(held).clear()
 
 
 def _told() -> str:
@@ -194,14 +203,9 @@ def _name_what_stays(memory: Memory) -> None:
             seen.add(id(module))
             _name_weights(memory, module)
 
-    def name_states(optimizer: Optimizer) -> None:
-        for main in (weight for group in optimizer.param_groups for weight in group["params"]):
-            states = optimizer.state.get(main, {}).values()  # which it asks for to make them
-            memory.name("optimizer", [main, *(s for s in states if isinstance(s, Tensor))])
-
     def after_step(optimizer: Optimizer, *args: object) -> None:
         nonlocal stepped
-        name_states(optimizer)
+        _name_states(memory, optimizer)
         if not stepped:
             memory.begin()  # the next step is like all that follow
         stepped = True
@@ -210,11 +214,19 @@ def _name_what_stays(memory: Memory) -> None:
 
     def load_and_name(optimizer: Optimizer, state: Any) -> None:
         load(optimizer, state)
-        name_states(optimizer)
+        _name_states(memory, optimizer)
 
     setattr(Optimizer, "load_state_dict", load_and_name)
     nn.modules.module.register_module_forward_pre_hook(before_forward)
     register_optimizer_step_post_hook(after_step)
+
+
+def _name_states(memory: Memory, optimizer: Optimizer) -> None:
+    for main in (weight for group in optimizer.param_groups for weight in group["params"]):
+        states = optimizer.state.get(main, {}).values()  # which it asks for to make them
+        memory.name("optimizer", (s for s in states if isinstance(s, Tensor)))
+        if not main._is_view():  # as it is of the model's own weights, in float32
+            memory.name("optimizer", [main])
 
 
 def _name_weights(memory: Memory, module: nn.Module) -> None:

@@ -57,8 +57,9 @@ def require_same_words(folder: Path, file: Path) -> None:
         made = model.generate(ids, max_new_tokens=LENGTH, **options)
         assert said.tokens == made.sequences[0, ids.shape[1] :].tolist()
         scores = torch.stack(made.scores).log_softmax(-1)[:, 0].max(-1).values
+        # Some of llama.cpp's kernels round more than others: 2.5e-3 apart where there is only AVX2.
         torch.testing.assert_close(
-            torch.tensor(said.log_probabilities), scores, rtol=0, atol=2e-3, check_dtype=False
+            torch.tensor(said.log_probabilities), scores, rtol=0, atol=5e-3, check_dtype=False
         )
 
 

@@ -29,6 +29,8 @@ SPLIT = (f"{D}context_parallel_size=2", f"{D}fp8=hybrid", f"{D}fp8_teacher=true"
 GRAPHS = (f"{D}cuda_graphs=true",)
 OVERLAP = ("teacher=cached", f"{D}tp_comm_overlap=true")
 EXPERTS = (f"model.hf_path={MIXTURE}", f"{D}expert_model_parallel_size=32")
+FLOAT32, MIXED = (f"{D}precision='32'",), (f"{D}precision=bf16-mixed",)
+"""A CPU's recipes train in what the processor multiplies in."""
 SHARE = ("hardware.memory_bytes=22e9",)
 """Of 80 GB, for 8 of 32 layers."""
 
@@ -49,12 +51,12 @@ SMALL = "llama_depth_prune"
 SOUND = (
     Case(SMALL, "import_hf"),
     Case(SMALL, "score"),
-    Case(SMALL),
+    Case(SMALL, "distill", 0, FLOAT32, resumed=True),
     Case(SMALL, "evaluate"),
     Case(SMALL, "export_hf"),
     Case(SMALL, "cache_logits", 0, ("teacher=cached",)),
     Case(SMALL, "distill", 0, ("teacher=cached",)),
-    Case("llama_width_prune"),
+    Case("llama_width_prune", "distill", 0, MIXED),
     Case("llama_search", "rank_candidates"),
     Case("llama_search", "successive_halving"),
     Case("shrink", "rank_candidates"),
