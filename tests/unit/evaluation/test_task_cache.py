@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from recipes.core.errors import RecipeError
 from recipes.evaluation.results import Item
 from recipes.evaluation.task_cache import Answer, Question, look_up, path_of, store
+from tests.support.disks import small_disk
 
 QUESTION = Question("m", "sciq", "1.0", "wheel", 100, None, 1234, "0.4.13", "c", "cpu", "t")
 ANSWER = Answer([Item("sciq/0", "h", {"text": "é"}, 1, [[-2.5, True]], {"acc": 1.0})], 1.5)
@@ -58,3 +60,13 @@ def test_a_damaged_file_is_no_answer(damage: object) -> None:
     assert look_up(QUESTION) is None
     store(QUESTION, ANSWER)
     assert look_up(QUESTION) == ANSWER
+
+
+def test_a_full_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_disk(tmp_path / "small", "64k") as disk:
+        monkeypatch.setenv("NEMO_RECIPES_CACHE", str(disk.folder))
+        many = dataclasses.replace(ANSWER, items=1000 * ANSWER.items)
+        with pytest.raises(RecipeError, match="small/evaluations: No space left on device"):
+            store(QUESTION, many)
+        assert look_up(QUESTION) is None
+        assert not list(disk.folder.glob("evaluations/*"))
