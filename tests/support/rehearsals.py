@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from launch.machine import chain_of
 from launch.plan import typed_stages
@@ -45,10 +46,11 @@ def cut_down(
 ) -> tuple[Chain, Job]:
     """A recipe's chain with so many layers of the teacher, and the job of one rank of a stage."""
     register()
-    depth = (f"stages.prune.target_num_layers={layers // 2}",) if "depth" in recipe else ()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [f"recipe={recipe}", *depth, *overrides], return_hydra_config=True)
+        cfg = compose("config", [f"recipe={recipe}", *overrides], return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
+    if OmegaConf.select(cfg, "stages.prune.target_num_layers") is not None:
+        cfg.stages.prune.target_num_layers = layers // 2
     configs = typed_stages(cfg)
     chain = chain_of(cfg, cfg.model.hf_path, configs, Path("runs"))
     chain = replace(chain, teacher=replace(chain.teacher, num_layers=layers))
