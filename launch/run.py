@@ -61,7 +61,7 @@ from launch.tracking import SafeTracker, tracked_run
 from recipes.core.errors import RecipeError
 from recipes.core.files import remove_partial, storage_explained, write_text_atomically
 from recipes.core.screen import screen
-from recipes.core.stage import REQUEST, RUN_FILE, discard, left_behind
+from recipes.core.stage import REQUEST, RUN_FILE, asked, discard, left_behind
 
 console = screen()
 
@@ -115,9 +115,8 @@ def run(cfg: DictConfig, recipe: str) -> None:
                     with open_tracker(tracked_run(cfg, run_dir, recipe)) as tracker:
                         follow = partial(_follow, tracker, holding)
                         ended = executor.start(plan, cluster, follow, console)
-    elif ended and any(map(left_behind, (stage.directory for stage in plan.stages))):
-        with lock.held(run_dir):
-            _tidy(plan)
+    else:
+        _set_right(plan, recipe, settings.dry_run)
     if settings.dry_run:
         console.print(f"dry run: configs and scripts are in {run_dir}; nothing was started")
         show_files(plan, settings.hub, console)
@@ -169,11 +168,26 @@ def _tidy(plan: Plan) -> None:
             discard(work)
 
 
+def _asked_otherwise(stage: PlannedStage) -> bool:
+    """Whether a complete stage was planned with other settings since, which then were not run."""
+    return stage.action == SKIP and asked(stage.directory) not in (None, stage.fingerprint)
+
+
+def _set_right(plan: Plan, recipe: str, dry_run: bool) -> None:
+    """Where all is complete: the requests are again those of the results, and no work is left."""
+    left = not dry_run and any(left_behind(stage.directory) for stage in plan.stages)
+    if left or any(map(_asked_otherwise, plan.stages)):
+        with lock.held(plan.run_dir):
+            _write_requests(plan, recipe)
+            if left:
+                _tidy(plan)
+
+
 def _write_requests(plan: Plan, recipe: str) -> None:
-    """Writes what the stages will be started with."""
+    """Writes what the stages will be started with, or their results were made with."""
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     write_text_atomically(plan.run_dir / RUN_FILE, OmegaConf.to_yaml({"recipe": recipe}))
-    for stage in plan.todo():
+    for stage in (*plan.todo(), *filter(_asked_otherwise, plan.stages)):
         stage.directory.mkdir(exist_ok=True)
         text = OmegaConf.to_yaml(stage.request())
         write_text_atomically(stage.directory / REQUEST, text)

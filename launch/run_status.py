@@ -24,7 +24,7 @@ from launch.executors.slurm_queue import (
 from launch.logs import ERROR, newest_log, reason
 from recipes.core.deadline import STOPPED
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import WORK, Manifest, read_manifest
+from recipes.core.manifest import MANIFEST, WORK, Manifest, read_manifest
 from recipes.core.metrics import METRICS, Record, read_records
 from recipes.core.stage import REQUEST, RUN_FILE, unfinished
 from recipes.distillation.forecast import curve_of, forecast, in_words
@@ -138,6 +138,8 @@ def _ended(stage_dir: Path, job: Job | None, ended: str | None) -> StageState:
         return StageState(name, CANCELLED, note, job)
     if unfinished(stage_dir) is not None:
         return StageState(name, STOPPED_STATE, _with_progress("was interrupted", stage_dir))
+    if (stage_dir / MANIFEST).exists():
+        return StageState(name, NOT_RUN, "its result is of other settings, inputs or code")
     return StageState(name, NOT_RUN)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from launch.planned import InputRef, PlannedStage
 from recipes.core.errors import RecipeError
@@ -15,6 +15,8 @@ from recipes.core.stage import unfinished
 RUN, RESUME, SKIP = "run", "resume", "skip"
 ADOPT = "adopt"
 """A job that was submitted before works on the stage, or will."""
+FEW = 80
+"""Characters of a reason; values that need more are not shown."""
 
 
 def status(stage: PlannedStage, rerun: list[str], *, forced: bool) -> tuple[str, str]:
@@ -71,10 +73,13 @@ def _reason_to_run(stage: PlannedStage, rerun: list[str]) -> str | None:
 def _difference(stage: PlannedStage, manifest: Manifest) -> str:
     """Says in a few words why an existing result is out of date."""
     fields, others = _changes(stage, manifest.config, manifest.inputs, manifest.code)
-    found = [f"{key} {old} → {new}" for key, (old, new) in fields.items()]
-    if not found:
+    if not fields:
         return f"{others[0]} changed"
-    return found[0] if len(found) == 1 else f"{found[0]} and {len(found) - 1} more"
+    key, (old, new) = next(iter(fields.items()))
+    found = f"{key} {old} → {new}"
+    if len(found) > FEW:
+        found = f"{key} changed"
+    return found if len(fields) == 1 else f"{found} and {len(fields) - 1} more"
 
 
 def _changes(
@@ -83,9 +88,10 @@ def _changes(
     """Fields that differ from what was recorded, with their old and new values; and what else."""
     # A field that was not recorded is a new one, and comes with changed code.
     fields = {
-        key: (config[key], now)
+        name: values
         for key, now in result_settings(stage.config).items()
-        if key in config and now != config[key]
+        if key in config
+        for name, values in _differing(key, config[key], now)
     }
     others = [
         f"input {name}" for name, ref in stage.inputs.items() if inputs.get(name) != ref.fingerprint
@@ -94,6 +100,15 @@ def _changes(
         others.append("code")
     # The rest of what a fingerprint covers is files from outside the run.
     return fields, others if fields or others else ["source files"]
+
+
+def _differing(name: str, old: object, new: object) -> Iterator[tuple[str, tuple[object, object]]]:
+    """Fields with two values, down to single ones of mappings: ``budget.parameters``."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and old.keys() == new.keys():
+        for key in new:
+            yield from _differing(f"{name}.{key}", old[key], new[key])
+    elif old != new:
+        yield name, (old, new)
 
 
 def _made_anew(manifest: Manifest, inputs: Mapping[str, InputRef]) -> list[str]:

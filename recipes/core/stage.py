@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ REQUEST = "config.yaml"
 """In a stage's directory: what it is to be started with."""
 BEGUN = "request.json"
 """In ``work/``: the request that the work belongs to; ``REQUEST`` may be a later one."""
+FINGERPRINT = re.compile(r"^fingerprint: '?(\w+)'?$", re.MULTILINE)
+"""Of a request; parsing all its YAML would take longer than all else, over a sweep."""
 
 
 SbatchOption = Annotated[str, matching(r"--\S[^\n]*", "an option of sbatch, such as --mem=0")]
@@ -98,6 +101,13 @@ def metrics_file(out: Path) -> Path:
 def metrics_log(out: Path) -> MetricsLog:
     """The stage's metrics file; silent on ranks other than 0."""
     return MetricsLog(metrics_file(out) if rank() == 0 else None)
+
+
+def asked(stage_dir: Path) -> str | None:
+    """Fingerprint of the last request of a stage; ``None`` without one."""
+    file = stage_dir / REQUEST
+    found = FINGERPRINT.search(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found[1] if found else None
 
 
 def unfinished(stage_dir: Path) -> dict[str, Any] | None:

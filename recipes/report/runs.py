@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +13,10 @@ from omegaconf import OmegaConf
 
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, Manifest, read_manifest
-from recipes.core.stage import REQUEST, RUN_FILE
+from recipes.core.stage import REQUEST, RUN_FILE, asked
 from recipes.core.statistics import mean, standard_error
 from recipes.evaluation.results import EvaluationResult
 
-FINGERPRINT = re.compile(r"^fingerprint: '?(\w+)'?$", re.MULTILINE)
-"""Of a request; parsing all its YAML would take longer than all else, over a sweep."""
 IGNORED = ("stage", "inputs", "resources", "title", "description", "recipe")
 """Settings that name or place a stage, and so are no difference between runs."""
 
@@ -110,8 +107,7 @@ def read_run(path: Path) -> RunRecord:
     incomplete = []
     for file in sorted(path.glob(f"*/{REQUEST}")):
         manifest = read_manifest(file.parent)
-        asked = FINGERPRINT.search(file.read_text(encoding="utf-8"))
-        if manifest is None or (asked and asked[1] != manifest.fingerprint):
+        if manifest is None or asked(file.parent) not in (None, manifest.fingerprint):
             incomplete.append(file.parent.name)
         else:
             stages[file.parent.name] = manifest

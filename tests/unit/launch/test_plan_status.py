@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -100,6 +102,16 @@ def test_resources_rerun_nothing(plan: MakePlan, complete: Complete, override: s
 def test_several_changed_fields_are_counted(plan: MakePlan) -> None:
     overrides = ("stages.distill.lr=2e-4", "stages.distill.max_steps=70", "stages.distill.seed=1")
     assert todo(plan(*overrides))["distill"].endswith(" and 2 more")
+
+
+@pytest.mark.usefixtures("run")
+def test_a_change_is_named_in_a_few_words(plan: MakePlan) -> None:
+    steps = todo(plan("stages.distill.max_steps=70"))
+    assert re.fullmatch(r"workloads\.distill\.steps \d+ → 70", steps["plan"])
+    sources = [f"/a/folder/with/a/name/part{n}.jsonl" for n in range(9)]
+    override = f"stages.prepare_data.sources={json.dumps(sources)}"
+    changed = plan(override, "skip_rules=[data-sources]")
+    assert todo(changed)["prepare_data"] == "sources changed"
 
 
 def test_changed_code_is_the_reason(plan: MakePlan, run: Path) -> None:

@@ -141,6 +141,21 @@ def test_complete_run_starts_nothing_and_keeps_to_its_recipe(
     assert files_below(run) == {*before, "run.yaml"}
 
 
+def test_what_was_planned_otherwise_and_not_run_is_forgotten(
+    launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = RECIPE, "engine=none", "tasks=none", f"run_dir={run}"
+    assert launch(*words, "dry_run=true").returncode == 0
+    complete(plan())
+    assert launch(*words, "dry_run=true", "stages.distill.lr=2e-4").returncode == 0
+    states = launch("status", f"run_dir={run}").stdout
+    assert states.count("its result is of other settings, inputs or code") == 4
+    assert launch(*words).returncode == 0
+    states = launch("status", f"run_dir={run}").stdout
+    assert states.count("complete") == len(STAGES)
+
+
 def test_second_launcher_of_a_run_is_refused(launch: Launch, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
