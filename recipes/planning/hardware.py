@@ -56,7 +56,7 @@ class Hardware:
     """Of a device; by default what this machine has."""
     bytes_per_second: Rate = 3.3e10
     """Memory bandwidth: of a copy, each byte read and written, for ``cpu``."""
-    traffic_share: Annotated[float, between(0.01, 1)] | None = 0.5
+    traffic_share: Annotated[float, between(0.01, 1)] | None = 0.7
     """Share of it that operations between products of matrices reach, one after the other; none
     where they are a part of ``utilisation``."""
     link_bytes_per_second: Rate = 1.0e10
