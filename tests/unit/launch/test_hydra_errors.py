@@ -86,6 +86,7 @@ def test_unknown_option_of_each_group(
             "stages.prune.qqq=1",
             f"stages.prune.qqq.\n  fix: {SHOW_FIELDS}",
         ),
+        ("cluster.env.NCCL_DEBUG=INFO", "fix: '+cluster.env.NCCL_DEBUG=…' adds it"),
     ],
 )
 def test_unknown_field_names_the_nearest(compose: Compose, override: str, message: str) -> None:
