@@ -40,7 +40,11 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
         yield Problem(rules.DATA_SOURCES, "no text is given", "set data.sources")
     for source in cfg.all_sources():
         if problem := source_problem(source):
-            yield Problem(rules.DATA_SOURCES, f"data.sources: {problem}", "fix data.sources")
+            yield Problem(
+                rules.DATA_SOURCES,
+                f"data.sources: {problem}",
+                "correct it; docs/your_model.md lists what a source may be",
+            )
     for source in cfg.written():
         if not (parse_source(source).tokens or cfg.max_tokens):
             yield Problem(
