@@ -23,7 +23,7 @@ CHOICE = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z]\w*(,[a-z]\w*)*", re.IG
 """A name of a group, or several for a sweep; Hydra reads some words as values."""
 SHOW_HELP = "recipe=NAME runs a recipe; --help shows recipes, fields and commands"
 SHOW_FIELDS = "--cfg job shows every field and what it is set to"
-NAMES = re.compile(r"\.(env|images|mpi|inputs)\.\w+$")
+NAMES = re.compile(r"(?P<field>.*\.(env|images|mpi|inputs|num_fewshot|revisions))\.(?P<name>.+)")
 """A field of names that a user chooses, which Hydra takes for a mistake."""
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
@@ -121,7 +121,8 @@ def _no_group(group: str) -> str:
 def _nearest(where: str, name: str, error: Exception) -> str:
     if where in stage_names():
         return f" Did you mean 'stages.{where}'?"
-    fix = f"'+{where}=…' adds it" if NAMES.search(where) else SHOW_FIELDS
+    own = NAMES.fullmatch(where)
+    fix = f"'+{own['field']}={{{own['name']}: …}}' adds it" if own else SHOW_FIELDS
     return did_you_mean(name, _fields(error)) or f"\n  fix: {fix}"
 
 

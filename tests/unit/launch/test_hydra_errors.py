@@ -86,7 +86,11 @@ def test_unknown_option_of_each_group(
             "stages.prune.qqq=1",
             f"stages.prune.qqq.\n  fix: {SHOW_FIELDS}",
         ),
-        ("cluster.env.NCCL_DEBUG=INFO", "fix: '+cluster.env.NCCL_DEBUG=…' adds it"),
+        ("cluster.env.NCCL_DEBUG=INFO", "fix: '+cluster.env={NCCL_DEBUG: …}' adds it"),
+        (
+            "stages.evaluate_tasks.revisions={allenai/sciq: a1}",
+            "fix: '+stages.evaluate_tasks.revisions={allenai/sciq: …}' adds it",
+        ),
     ],
 )
 def test_unknown_field_names_the_nearest(compose: Compose, override: str, message: str) -> None:
