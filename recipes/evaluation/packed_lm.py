@@ -126,7 +126,7 @@ def _require_commits(parts: Parts, revisions: Mapping[str, str]) -> None:
     """``datasets`` takes what it has where a hub has no such commit, and only logs it."""
     for part in parts.values():
         wanted = revisions.get(part.DATASET_PATH)
-        if wanted and not all(read.endswith(f"@{wanted}") for read in _read_of_hub([part])):
+        if wanted and {read.rpartition("@")[2] for read in _read_of_hub([part])} != {wanted}:
             raise FileNotFoundError(f"{part.DATASET_PATH} has no commit {wanted}")
 
 

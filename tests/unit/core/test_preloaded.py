@@ -30,11 +30,12 @@ atexit.register(lambda: print("exit of the import", flush=True))
 STAGE = """
 import ctypes, json, os, sys
 from recipes.core.processes import peak_memory_bytes
-print(json.dumps({
+said = json.dumps({
     "preloaded": "heavy" in sys.modules, "argv": sys.argv[1:], "orig_argv": sys.orig_argv[1:],
     "main": sys.modules["__main__"].__spec__.name, "environment": dict(os.environ),
     "stdin": sys.stdin.read(), "directory": os.getcwd(), "peak": peak_memory_bytes(),
-}))
+})
+sys.stdout.write(said + "\\n")  # at once, as print would not where it is longer than a buffer
 ctypes.CDLL(None).puts(b"from C")
 print("to stderr", file=sys.stderr)
 """
