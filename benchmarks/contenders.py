@@ -12,6 +12,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from nemo_convert.architecture import Architecture
 from nemo_convert.hf import resolve
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
@@ -152,6 +153,11 @@ def manifest_of(stage_dir: Path) -> Manifest:
             f"{stage_dir} is not complete.", f"run {', '.join(INPUTS)} with the launcher"
         )
     return manifest
+
+
+def shape_of(stage_dir: Path) -> Architecture:
+    """Shape of a complete stage's model."""
+    return Architecture(**(manifest_of(stage_dir).architecture or {}))
 
 
 def run_contender(name: str, shape: Shape, run_dir: Path, scratch: Path) -> Record:

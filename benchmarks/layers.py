@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.contenders import launch, make_inputs, manifest_of
+from benchmarks.contenders import launch, make_inputs, manifest_of, shape_of
 from benchmarks.students import (
     SUMMARY,
     Student,
@@ -116,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     base = (args.run_dir or make_inputs()).resolve()
     out, console = args.out.resolve(), screen()
-    whole = (manifest_of(base / "import_hf").architecture or {})["num_layers"]
+    whole = shape_of(base / "import_hf").num_layers
     drops = [whole - layers for layers in args.layers]
     scores = score(base, out, drops, args.loss_windows, args.greedy_layers)
     runs = list(runs_of(args, out, whole))

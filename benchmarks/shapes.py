@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.contenders import LAUNCHER, execute, manifest_of
+from benchmarks.contenders import LAUNCHER, execute, manifest_of, shape_of
 from benchmarks.students import (
     SUMMARY,
     Student,
@@ -90,7 +90,7 @@ class Run:
 def make(args: argparse.Namespace, search: Path, out: Path) -> Iterator[Run]:
     """Makes every student: each shape with each learning rate and seed."""
     found = manifest_of(search / "successive_halving").result(SearchResult)
-    teacher = Architecture(**(manifest_of(search / "import_hf").architecture or {}))
+    teacher = shape_of(search / "import_hf")
     method = manifest_of(search / "rank_candidates").config["layer_importance"]
     for way, candidate in ways(found, teacher).items():
         settings = prune_settings(axes_of(candidate.shape), method)
