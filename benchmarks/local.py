@@ -23,7 +23,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from benchmarks.contenders import LAUNCHER, RECIPE, execute, make_inputs, manifest_of
+from benchmarks.contenders import LAUNCHER, RECIPE, execute, make_inputs, manifest_of, shape_of
+from benchmarks.loops import BETA1, BETA2, CLIP, WEIGHT_DECAY
 from benchmarks.students import (
     SUMMARY,
     Student,
@@ -36,7 +37,6 @@ from benchmarks.students import (
     summary,
 )
 from nemo_convert import nemo
-from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT
 from recipes.core.screen import screen
@@ -44,15 +44,13 @@ from recipes.data.token_windows import windows
 from recipes.evaluation.text_quality import load_transformers
 from recipes.pruning.results import PruneResult
 
-BATCH, WINDOW = 4, 256
-LR, BETAS, WEIGHT_DECAY, CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
-"""Those of ``distill``."""
+BATCH, WINDOW, LR = 4, 256, 3e-4
 CUT, TAUGHT = "as cut", "taught"
 
 
 @dataclass(frozen=True)
 class Hole:
-    """Layers that are missing, as the teacher counts them."""
+    """Layers that are missing, as the teacher counts them from 0."""
 
     before: int
     """The layer that learns to do their work as well."""
@@ -96,12 +94,12 @@ def teach(
     Args:
         teacher: The whole model.
         student: It without some layers.
-        kept: The teacher's numbers of the student's layers.
+        kept: The teacher's numbers of the student's layers, from 0.
         batches: Tokens [steps, windows, positions].
     """
     lessons = {hole: student.model.layers[kept.index(hole.before)] for hole in holes(kept)}
     weights = [weight for layer in lessons.values() for weight in layer.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(weights, lr=LR, betas=(BETA1, BETA2), weight_decay=WEIGHT_DECAY)
     rates = get_cosine_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
     for number, tokens in enumerate(batches, 1):
         states, where = states_of(teacher, tokens, max(hole.behind for hole in lessons))
@@ -141,8 +139,7 @@ def taught(base: Path, pruned: Path, out: Path, steps: int) -> Path:
         text = windows(base / "prepare_data" / ARTIFACT, "train", WINDOW, steps * BATCH)
         if len(text) < steps * BATCH:
             raise RecipeError(f"there is text for {len(text)} windows only.", "lower --local-steps")
-        kept = manifest_of(pruned).result(PruneResult).kept_layers
-        teach(teacher, student.train(), kept, text.view(steps, BATCH, WINDOW))
+        teach(teacher, student.train(), kept_of(pruned), text.view(steps, BATCH, WINDOW))
         shutil.copytree(nemo.side_files(checkpoint), made := out / "hf.tmp", dirs_exist_ok=True)
         student.save_pretrained(made)
         made.rename(folder)
@@ -154,7 +151,7 @@ def taught(base: Path, pruned: Path, out: Path, steps: int) -> Path:
 def lesson_in_steps(base: Path, pruned: Path, steps: int) -> int:
     """Steps of distillation that a lesson's FLOPs are worth."""
     whole, cut = (shape_of(stage) for stage in (base / "import_hf", pruned))
-    missing = holes(manifest_of(pruned).result(PruneResult).kept_layers)
+    missing = holes(kept_of(pruned))
     layer = (whole.forward_flops_per_token() - cut.forward_flops_per_token()) / (
         whole.num_layers - cut.num_layers
     )
@@ -164,9 +161,9 @@ def lesson_in_steps(base: Path, pruned: Path, steps: int) -> int:
     )
 
 
-def shape_of(stage: Path) -> Architecture:
-    """Shape of a stage's model."""
-    return Architecture(**(manifest_of(stage).architecture or {}))
+def kept_of(pruned: Path) -> list[int]:
+    """The layers that a student has, as the teacher counts them from 0; results count from 1."""
+    return [number - 1 for number in manifest_of(pruned).result(PruneResult).kept_layers]
 
 
 def outcomes(runs: Sequence[Run], base: Path, count: int) -> Iterator[Outcome]:

@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from benchmarks import all as history
 from benchmarks import (
@@ -39,9 +41,12 @@ from benchmarks.contenders import CONTENDERS, INPUTS, Record, Shape, manifest_of
 from benchmarks.distill import disagreements, speeds, step_flops, summarise
 from launch.executors.local import PRELOADED
 from nemo_convert.architecture import Architecture
+from nemo_convert.nemo import find_checkpoint
 from recipes.core.files import REPO_ROOT
+from recipes.core.manifest import ARTIFACT
 from recipes.core.processes import cores
 from recipes.evaluation.results import EvaluationResult
+from recipes.evaluation.text_quality import load_transformers
 from tests.support.forked import run_forked
 from tests.support.in_process import run_here
 from tests.support.runs import tiny
@@ -230,6 +235,33 @@ def test_layers_beside_a_hole_are_taught_alone(tiny_run: Path, tmp_path: Path) -
     assert cut["pruned"] != taught["pruned"] == less["pruned"]
     assert taught["distilled"] != less["distilled"]
     assert f"{heldout(cut)['kl_to_teacher']:.3f}" in output
+
+
+def test_kept_layers_are_those_of_the_teacher(tiny_run: Path) -> None:
+    stages = (tiny_run / name for name in ("import_hf", "prune"))
+    whole, cut = (
+        [layer.mlp.up_proj.weight for layer in load_transformers(checkpoint).model.layers]
+        for checkpoint in (find_checkpoint(stage / ARTIFACT) for stage in stages)
+    )
+    kept = local.kept_of(tiny_run / "prune")
+    assert len(kept) == len(cut) < len(whole)
+    assert all(torch.equal(whole[number], weight) for number, weight in zip(kept, cut, strict=True))
+
+
+def test_nothing_is_to_be_learnt_for_layers_that_do_nothing(
+    tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The layer before a hole reads what it read, and is to give what came out behind the hole."""
+    teacher = load_transformers(find_checkpoint(tiny_run / "import_hf" / ARTIFACT))
+    student = deepcopy(teacher)
+    with torch.no_grad():
+        for layer in teacher.model.layers[1:3]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    del student.model.layers[1:3]
+    kept = [0, *range(3, len(teacher.model.layers))]
+    local.teach(teacher, student, kept, torch.arange(24).view(1, 2, 12))
+    assert capsys.readouterr().out == "1 of 1: 0.0000\n"
 
 
 def test_shapes_are_compared(even_llama: Path, text_file: Path, tmp_path: Path) -> None:
