@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other, for example for one that writes a model."""
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 QUERIES_AT_ONCE = 64
 """Whose attention a CPU's training layers compute together; with 32 or 128 they are slower."""
 
@@ -34,14 +36,42 @@ def collectives() -> str:
 
 
 def use_own_gpu() -> torch.device | None:
-    """Gives this rank one GPU of its node, else all would take the first; ``None`` on a CPU."""
+    """Gives this rank one GPU of its node, else all would take the first; ``None`` on a CPU.
+
+    The rank moves to the cores near its GPU. torchrun's ``--numa-binding`` needs numactl in the
+    image, and ends where a job may not use those cores.
+    """
     import torch
 
     if device() == "cpu":
         return None
     mine = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(mine)
+    has = torch.cuda.get_device_properties(mine)
+    address = f"{has.pci_domain_id:04x}:{has.pci_bus_id:02x}:{has.pci_device_id:02x}.0"
+    stay_near(PCI_DEVICES / address, ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return mine
+
+
+def stay_near(pci_device: Path, ranks: int) -> None:
+    """Moves this process to the cores near a device, if those are its share of the node's.
+
+    Args:
+        pci_device: Its folder in ``/sys``; nothing moves if that does not say what is near.
+        ranks: How many share the cores that this process may use.
+    """
+    try:
+        listed = (pci_device / "local_cpulist").read_text(encoding="ascii").strip()
+    except OSError:
+        return
+    spans = [span.partition("-") for span in listed.split(",") if span]
+    cores = {core for a, _, b in spans for core in range(int(a), int(b or a) + 1)}
+    allowed = os.sched_getaffinity(0)
+    near = cores & allowed
+    if near == allowed or len(near) * ranks < len(allowed):
+        return
+    for thread in Path("/proc/self/task").iterdir():  # those of imports, too
+        os.sched_setaffinity(int(thread.name), near)
 
 
 def own_layers() -> bool:
@@ -86,10 +116,15 @@ DEPENDS = (
     ),
     Dependence(
         "nemo_convert.nemo:initialize",
-        "NCCL on a GPU of each rank's own, or gloo",
+        "NCCL on a GPU of each rank's own and on the cores near it, or gloo",
         "tests/cpu/nemo_convert/test_families.py::test_two_ranks_give_transformers_logits",
     ),
     Dependence("nemo_convert.nemo:build_core", "a model of a checkpoint moves to it", _SCORES),
+    Dependence(
+        "recipes.distillation.trainer:train",
+        "each rank takes its own GPU, and the cores near it",
+        "tests/unit/nemo_convert/test_device.py::test_a_rank_moves_to_the_cores_near_its_gpu",
+    ),
     Dependence(
         "recipes.distillation.trainer:_trainer",
         "Lightning's accelerator, and NCCL or gloo",

@@ -9,18 +9,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 from launch.cluster import Cluster, layout_variables
 from launch.plan import Plan
 from launch.planned import PlannedStage, stage_names
-from recipes.core.constraints import one_of
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.files import REPO_ROOT
 from recipes.core.wheels import cache_dir
 
 DEFAULT = "default"
-NUMA_BINDINGS = ("node", "socket", "exclusive", "core-complex")
 MOUNTABLE = re.compile(r"/[\w./@+=-]+")
 
 
@@ -28,8 +25,6 @@ MOUNTABLE = re.compile(r"/[\w./@+=-]+")
 class Containers(Cluster):
     """Settings of an executor that runs stages in containers."""
 
-    numa_binding: Annotated[str, one_of(*NUMA_BINDINGS)] | None = None
-    """For torchrun's ``--numa-binding``, such as ``node``: each rank on the cores near its GPU."""
     images: dict[str, str | None] = field(default_factory=dict)
     """Image by stage module, such as ``build_engine``; ``default`` for all others."""
     mounts: list[str] = field(default_factory=list)

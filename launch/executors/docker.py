@@ -69,7 +69,7 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
         [f"--env={name}" for name in cluster.pass_env],  # docker takes the value by itself
         list(cluster.options),
         [str(container.image_of(stage, cluster))],
-        foreground.command(stage, cluster.python, cluster.numa_binding),
+        foreground.command(stage, cluster.python),
     ]
 
 

@@ -49,11 +49,10 @@ def require_one_machine(plan: Plan, cluster: Cluster) -> None:
             )
 
 
-def command(stage: PlannedStage, python: str, numa_binding: str | None = None) -> list[str]:
+def command(stage: PlannedStage, python: str) -> list[str]:
     """A stage's command line on one machine."""
     devices = stage.config.resources.devices
-    options = [f"--numa-binding={numa_binding}"] if numa_binding and stage.needs_gpu else []
-    return start_command(stage.module, stage.directory / REQUEST, devices, python, options)
+    return start_command(stage.module, stage.directory / REQUEST, devices, python)
 
 
 def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:

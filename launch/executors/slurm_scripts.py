@@ -45,7 +45,6 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         container_env=[*env, "OMP_NUM_THREADS"],
         python=shlex.quote(cluster.python or ("python" if image else sys.executable)),
         mpi=cluster.mpi.get(stage.config.stage) if stage.needs_gpu else None,
-        numa_binding=cluster.numa_binding if stage.needs_gpu else None,
         margin_seconds=margin_seconds(stage, cluster),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import multiprocessing
@@ -126,6 +127,7 @@ def main() -> None:
     expect_no_gpu()
     for module in sys.argv[2:]:
         importlib.import_module(module)
+    gc.freeze()  # what was imported stays: no stage has to look through it for garbage
     _require_forkable()
     while True:
         request, descriptors, _, _ = socket.recv_fds(server, 4096, 1)

@@ -6,7 +6,6 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -14,12 +13,9 @@ NVIDIA_DEVICES = ("/dev/nvidiactl", "/dev/dxg")
 """Of Linux, and of Linux in Windows."""
 
 
-def start_command(
-    module: str, config: Path, devices: int, python: str, options: Sequence[str] = ()
-) -> list[str]:
+def start_command(module: str, config: Path, devices: int, python: str) -> list[str]:
     """Starts a stage on one machine; several ranks with torchrun, which takes seconds to import."""
-    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-    several += [*options, "-m"]
+    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", "-m"]
     return [python, "-m", *(several if devices > 1 else []), module, "--config", str(config)]
 
 

@@ -153,8 +153,9 @@ class Collect(Callback):
     """Collects garbage on all ranks in the same step: one that does it alone is waited for."""
 
     def on_train_start(self, trainer: object, pl_module: object) -> None:
-        """Leaves it to the steps."""
+        """Leaves it to the steps, which need not look through what was there before them."""
         gc.collect()
+        gc.freeze()
         gc.disable()
 
     def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
@@ -164,10 +165,12 @@ class Collect(Callback):
 
     def teardown(self, trainer: object, pl_module: object, stage: str) -> None:
         """Leaves it to Python again."""
+        gc.unfreeze()
         gc.enable()
 
     def on_exception(self, *args: object) -> None:
         """Leaves it to Python again."""
+        gc.unfreeze()
         gc.enable()
 
 

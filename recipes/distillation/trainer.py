@@ -19,7 +19,7 @@ from nemo.collections import llm
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
 from nemo_convert import cpu_backend, nemo
-from nemo_convert.device import COLLECTIVE_TIMEOUT, collectives, device
+from nemo_convert.device import COLLECTIVE_TIMEOUT, collectives, device, use_own_gpu
 from nemo_convert.hf import copy_side_files
 from recipes.core.deadline import deadline
 from recipes.core.files import read_json, write_json
@@ -53,6 +53,7 @@ def train(
 ) -> None:
     """Trains a model and writes it to ``out``; resumes from the last whole checkpoint."""
     _set_environment(cfg)
+    use_own_gpu()
     cpu_backend.enable()
     scratch = out.parent.parent
     restored = nemo.restore_model(start)

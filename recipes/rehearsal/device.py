@@ -66,7 +66,13 @@ def stand_in() -> None:
     """Gives this process GPUs, for good; before anything else of the stack is imported."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     properties = SimpleNamespace(
-        name="rehearsal", major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=MEMORY_BYTES
+        name="rehearsal",
+        major=CAPABILITY[0],
+        minor=CAPABILITY[1],
+        total_memory=MEMORY_BYTES,
+        pci_domain_id=0xFFFF,  # where nothing is
+        pci_bus_id=0,
+        pci_device_id=0,
     )
     answers = {
         "is_available": True,

@@ -6,6 +6,7 @@ in the globals of Megatron is not there for the next.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -54,6 +55,7 @@ def prepare() -> Rehearse:
     rank.stand_in()
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # what was imported stays: no rank has to look through it for garbage
     rehearse: Rehearse = rank.rehearse
     return rehearse
 

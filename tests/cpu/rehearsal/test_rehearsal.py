@@ -28,7 +28,7 @@ PIPELINE = (
 SPLIT = (f"{D}context_parallel_size=2", f"{D}fp8=hybrid", f"{D}fp8_teacher=true")
 GRAPHS = (f"{D}cuda_graphs=true",)
 OVERLAP = ("teacher=cached", f"{D}tp_comm_overlap=true")
-EXPERTS = (f"model.hf_path={MIXTURE}", f"{D}expert_model_parallel_size=32")
+EXPERTS = (f"model.hf_path={MIXTURE}", f"{D}expert_model_parallel_size=8")
 FLOAT32, MIXED = (f"{D}precision='32'",), (f"{D}precision=bf16-mixed",)
 """A CPU's recipes train in what the processor multiplies in."""
 SHARE = ("hardware.memory_bytes=22e9",)

@@ -1,12 +1,15 @@
-"""The list of what depends on the device is whole, and every stand-in is a test."""
+"""The list of what depends on the device is whole; ranks and the cores near their GPUs."""
 
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_convert.device import DEPENDS
+import pytest
+
+from nemo_convert.device import DEPENDS, stay_near
 from recipes.core.files import REPO_ROOT
 
 ASKS = {"device", "collectives", "use_own_gpu", "own_layers"}
@@ -49,3 +52,28 @@ def test_every_stand_in_is_a_test() -> None:
     for dependence in DEPENDS:
         file, _, name = dependence.stands_in.partition("::")
         assert f"def {name}(" in Path(REPO_ROOT, file).read_text(), dependence
+
+
+@pytest.mark.parametrize(
+    ("near", "ranks", "moved"),
+    [
+        ("first", 2, True),
+        ("first", 1, False),  # one rank would lose half of its cores
+        ("all", 2, False),
+        ("none", 2, False),  # the job's are on the other socket
+        ("unknown", 2, False),
+    ],
+)
+def test_a_rank_moves_to_the_cores_near_its_gpu(
+    near: str, ranks: int, moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = {4, 5, 6, 7}
+    listed = {"first": "0-3,4,5", "all": "0-7", "none": "64-127"}
+    if near in listed:
+        (tmp_path / "local_cpulist").write_text(f"{listed[near]}\n")
+    bound: dict[int, set[int]] = {}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)
+    monkeypatch.setattr(os, "sched_setaffinity", bound.__setitem__)
+    stay_near(tmp_path, ranks)
+    threads = {int(thread.name) for thread in Path("/proc/self/task").iterdir()}
+    assert bound == ({thread: {4, 5} for thread in threads} if moved else {})
