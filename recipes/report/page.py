@@ -36,7 +36,7 @@ from recipes.report.plots import (
 from recipes.report.sections import gates_section, search_section, sections
 from recipes.report.serving import served
 from recipes.report.settings import ReportConfig, SearchReportConfig
-from recipes.search.results import LatencyResult, SearchResult
+from recipes.search.results import SearchResult
 
 CHAIN = ("teacher", "data", "pruned", "distilled", "evaluation", "exported")
 """Inputs that every report has, in the order in which their stages run."""
@@ -84,7 +84,6 @@ def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
 
 def render_search(cfg: SearchReportConfig, inputs: Inputs, path: Path) -> None:
     """Writes the page of a search: which shapes were compared, and which one was chosen."""
-    latency = inputs.get("latency")
     found = inputs["search"].manifest.result(SearchResult)
     earlier = upstream(inputs)
     manifests = [*(item.manifest for item in inputs.values()), *earlier.values()]
@@ -94,9 +93,8 @@ def render_search(cfg: SearchReportConfig, inputs: Inputs, path: Path) -> None:
         "made": datetime.now(UTC).isoformat(timespec="minutes"),
         "teacher": inputs["teacher"].manifest,
         "chosen": found.chosen(),
-        "latency": latency.manifest.result(LatencyResult) if latency else None,
         "versions": versions(manifests),
-        **search_section(found),
+        **search_section(found, earlier),
         **costs(inputs, earlier, []),
     }
     render_template("search_report.html.j2", content, path)
@@ -141,7 +139,7 @@ def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
         "imported": manifests["teacher"].result_if("import_hf", ImportResult),
         "exported": manifests["exported"].result_if("export_hf", ParityResult),
         **costs(inputs, earlier, work(manifests, earlier)),
-        **sections(manifests, evaluation),
+        **sections(manifests, evaluation, earlier),
     }
     shown = [
         (name, label)

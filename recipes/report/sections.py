@@ -19,7 +19,7 @@ from recipes.planning.results import PlanResult
 from recipes.report.format import scaled
 from recipes.report.gates import Verdict, judge, parse
 from recipes.report.trade_offs import Z95, Dimension, Mark, interval_rows, trade_off_plot
-from recipes.search.results import SearchResult
+from recipes.search.results import LatencyResult, SearchResult
 
 PARAMETERS = Dimension("parameters", lambda v: scaled(v, "KMBT").replace(".0 ", " "))
 DISK = Dimension("size on disk", lambda v: scaled(v, "kMGTP", "B").replace(".0 ", " "))
@@ -29,12 +29,22 @@ DIVERGENCE = Dimension("KL to the teacher", lambda v: f"{v:,.3g}")
 ACCURACY = Dimension("mean of the tasks", lambda v: f"{v:.1%}", higher_is_better=True)
 REPORTED_ROLES = {"teacher": "teacher", "student": "distilled"}
 """Roles of timed models, and which evaluated model each is."""
+LATENCIES = "latency_model"
+"""Kind of a stage that timed engines for a search."""
 FEW = 8
 """As many candidates of a search can all be named in a plot."""
 
 
-def sections(found: Mapping[str, Manifest], evaluation: EvaluationResult) -> dict[str, object]:
-    """What the optional inputs have to show; ``None`` for each that is not there."""
+def sections(
+    found: Mapping[str, Manifest], evaluation: EvaluationResult, earlier: Mapping[str, Manifest]
+) -> dict[str, object]:
+    """What the optional inputs have to show; ``None`` for each that is not there.
+
+    Args:
+        found: Manifests by the report's names of its inputs.
+        evaluation: What the models lost.
+        earlier: Manifests of the stages that the inputs were made from.
+    """
     rows: list[BenchmarkRow] = []
     shown: dict[str, object] = dict.fromkeys(("tasks", "speed", "engine", "gguf", "plan", "search"))
     if "tasks" in found:
@@ -50,7 +60,7 @@ def sections(found: Mapping[str, Manifest], evaluation: EvaluationResult) -> dic
     if "plan" in found:
         shown["plan"] = found["plan"].result(PlanResult)
     if "search" in found:
-        shown |= search_section(found["search"].result(SearchResult))
+        shown |= search_section(found["search"].result(SearchResult), earlier)
     return {
         **shown,
         "trade_offs": list(trade_offs(evaluation, rows)),
@@ -89,8 +99,8 @@ def speed_section(results: BenchmarkResults) -> dict[str, object]:
     }
 
 
-def search_section(search: SearchResult) -> dict[str, object]:
-    """Candidates of a search, also as a trade-off; and the axes in which they differ."""
+def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dict[str, object]:
+    """Candidates of a search, also as a trade-off; in which axes they differ; what was timed."""
     every = search.candidates
     marks = [
         Mark(
@@ -107,6 +117,9 @@ def search_section(search: SearchResult) -> dict[str, object]:
         "search": search,
         "search_axes": [a for a in axes if len({getattr(one.shape, a) for one in every}) > 1],
         "search_plot": trade_off_plot("plot-search", marks, PARAMETERS, PERPLEXITY),
+        "latency": next(
+            (one.result(LatencyResult) for one in earlier.values() if one.kind == LATENCIES), None
+        ),
     }
 
 

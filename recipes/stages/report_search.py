@@ -26,7 +26,6 @@ STAGE = Stage(
     run=run,
     one_rank="there is one page to write",
     inputs={"teacher": ("checkpoint_nemo",), "search": ("search_results",)},
-    optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,
     needs_gpu=lambda config, chain: False,
     external=lambda config: {"templates": TEMPLATES},

@@ -18,7 +18,7 @@ from torch.nn.functional import kl_div, nll_loss
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT
+from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.stage import Input, Resources
 from recipes.data.results import DatasetResult
 from recipes.data.token_windows import TextWindows, windows
@@ -186,30 +186,36 @@ def test_candidates_are_ranked_with_logits_of_few_positions(
     assert [one.proxy for one in again.candidates] == pytest.approx(proxies)
 
 
-def test_engines_are_timed_and_keep_a_budget_of_latency(
-    before: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By each engine's fastest repetition: others work on this machine, too."""
+SPACE = Space(1, 8, 8, max_depth_pruning=0.75)
+SERVICE = Service(precision="fp32", bytes_per_cached_value=4, context_length=64)
+
+
+@pytest.fixture(scope="module")
+def timed(before: Path) -> Manifest:
+    """Engines, each by its fastest repetition: others work on this machine, too."""
 
     def fastest(row: BenchmarkRow) -> float:
         found = 1e3 * row.batch_size / row.decode_tokens_per_second.high
         assert found <= step_ms(row)
         return found
 
-    monkeypatch.setattr(measure_latency, "step_ms", fastest)
-    space = Space(1, 8, 8, max_depth_pruning=0.75)
-    service = Service(precision="fp32", bytes_per_cached_value=4, context_length=64)
-    run_stage(
-        measure_latency, before, {"checkpoint": "import_hf"}, space=space, service=service,
-        repetitions=9,
-    )  # fmt: skip
-    found = manifest_of(before, "measure_latency").result(LatencyResult)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure_latency, "step_ms", fastest)
+        run_stage(
+            measure_latency, before, {"checkpoint": "import_hf"}, space=SPACE, service=SERVICE,
+            repetitions=9,
+        )  # fmt: skip
+    return manifest_of(before, "measure_latency")
+
+
+def test_engines_are_timed_and_keep_a_budget_of_latency(before: Path, timed: Manifest) -> None:
+    found = timed.result(LatencyResult)
     assert [shape.seen for shape in found.shapes] == [True] * 5 + [False]
     teacher, smallest = found.shapes[0], found.shapes[4]
     assert smallest.step_ms < teacher.step_ms
     assert teacher.fitted_ms == pytest.approx(teacher.step_ms, rel=0.5)
-    cfg = EnumerateShapesConfig(budget=Budget(latency_ms=0.8), space=space, service=service)
-    inputs = {"latency": Input(before, manifest_of(before, "measure_latency"))}
+    cfg = EnumerateShapesConfig(budget=Budget(latency_ms=0.8), space=SPACE, service=SERVICE)
+    inputs = {"latency": Input(before, timed)}
     shape = nemo.architecture_of(nemo.find_checkpoint(before / "import_hf" / ARTIFACT))
     measured = cfg.as_measured(inputs)
     assert measured.service.measured is not None
@@ -282,12 +288,16 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     assert pruned(teacher, targets) == winner.shape
 
 
-def test_the_report_shows_every_candidate_and_the_winner(before: Path, tmp_path: Path) -> None:
-    """Of a ranking alone, whose first is taken; numbers are the manifest's."""
+def test_the_report_shows_every_candidate_the_winner_and_what_was_timed(
+    before: Path, timed: Manifest, tmp_path: Path
+) -> None:
+    """Of a ranking alone, whose first is taken; numbers are the manifests'."""
     result = manifest_of(before, "rank_candidates").result(SearchResult)
     winner = replace(result.candidates[0], chosen=True)
     chosen = replace(result, candidates=[winner, *result.candidates[1:]])
-    search = replace(manifest_of(before, "rank_candidates"), metrics=asdict(chosen))
+    ranked = manifest_of(before, "rank_candidates")
+    sources = {**ranked.inputs, "latency": timed.fingerprint}
+    search = replace(ranked, metrics=asdict(chosen), inputs=sources)
     inputs = {
         "teacher": Input(before / "import_hf", manifest_of(before, "import_hf")),
         "search": Input(before / "rank_candidates", search),
@@ -303,3 +313,7 @@ def test_the_report_shows_every_candidate_and_the_winner(before: Path, tmp_path:
     assert f"<b>{winner.name}</b> was chosen" in text
     assert 'id="plot-search"' in text
     assert "enumerate_shapes" in text
+    table = text[text.index('id="table-latency"') :].partition("</table>")[0]
+    for shape in timed.result(LatencyResult).shapes:
+        assert f">{shape.name}</th>" in table
+        assert f'value="{json.dumps(shape.step_ms)}"' in table
