@@ -156,12 +156,15 @@ def main() -> None:
 
 
 def _require_forkable() -> None:
-    """Forks once, which also makes OpenBLAS end its threads until they are needed again."""
+    """Forks once, which also makes OpenBLAS end its threads until they are needed again.
+
+    Where there is no GPU, a CUDA build of torch has only looked for one, and nothing is lost.
+    """
+    torch: Any = sys.modules.get("torch")
     pid = os.fork()
     if pid == 0:
-        torch: Any = sys.modules.get("torch")
         os._exit(torch is not None and torch.cuda._is_in_bad_fork())
-    if os.waitpid(pid, 0)[1]:
+    if os.waitpid(pid, 0)[1] and torch.cuda.is_available():
         sys.exit("not forked: an import has initialised CUDA")
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
         sys.exit(f"not forked: imports have started {threads - 1} threads, which a fork would lose")

@@ -44,11 +44,20 @@ THREADED = """
 import threading, time
 threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 """
+CUDA = """
+import os, sys
+from types import SimpleNamespace
+cuda, ours = SimpleNamespace(is_available=lambda: {gpu}), os.getpid()
+cuda._is_in_bad_fork = lambda: os.getpid() != ours
+sys.modules["torch"] = SimpleNamespace(cuda=cuda, default_generator=SimpleNamespace(seed=int))
+"""
+"""A CUDA build of torch that has looked for a GPU."""
 
 
 @pytest.fixture
 def environment(tmp_path: Path, root: Path) -> dict[str, str]:
     modules = {"heavy": HEAVY, "a_stage": STAGE, "slow": SLOW, "threaded": THREADED}
+    modules |= {"cuda": CUDA.format(gpu=True), "cuda_without_gpu": CUDA.format(gpu=False)}
     for name, text in modules.items():
         (tmp_path / f"{name}.py").write_text(text)
     given = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -130,7 +139,12 @@ def test_all_end_with_whom_they_depend_on(
 
 
 @pytest.mark.parametrize(
-    ("module", "reason"), [("threaded", "1 threads"), ("no_such_module", "ModuleNotFoundError")]
+    ("module", "reason"),
+    [
+        ("threaded", "1 threads"),
+        ("no_such_module", "ModuleNotFoundError"),
+        ("cuda", "an import has initialised CUDA"),
+    ],
 )
 def test_process_that_cannot_be_forked_says_so(
     environment: dict[str, str], tmp_path: Path, module: str, reason: str
@@ -139,6 +153,14 @@ def test_process_that_cannot_be_forked_says_so(
     with preloaded([module], environment, said) as server, log.open("wb") as output:
         assert fork_stage(server, "a_stage", tmp_path / "config.yaml", output) is None
     assert reason in said.read_text()
+
+
+def test_without_a_gpu_cuda_does_not_keep_a_process_from_being_forked(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    with preloaded(["cuda_without_gpu"], environment, tmp_path / "preload.log") as server:
+        run(server, "a_stage", tmp_path / "log.txt")
+    assert "from C" in (tmp_path / "log.txt").read_text()
 
 
 def test_only_stages_of_one_environment_share(plan: Callable[..., Plan]) -> None:
