@@ -54,6 +54,7 @@ from launch.planned import PlannedStage
 from launch.publish import kept, publish, require_publishable, show_files
 from launch.rehearse import rehearse
 from launch.rounds import with_additions
+from launch.run_status import planned_stages
 from launch.settings import RunSettings, require_own_places, settings_of
 from launch.staleness import SKIP
 from launch.trackers import open_tracker, require_tracker
@@ -174,9 +175,11 @@ def _asked_otherwise(stage: PlannedStage) -> bool:
 
 
 def _set_right(plan: Plan, recipe: str, dry_run: bool) -> None:
-    """Where all is complete: the requests are again those of the results, and no work is left."""
+    """Where all is complete: what was requested is again what was run, and no work is left."""
     left = not dry_run and any(left_behind(stage.directory) for stage in plan.stages)
-    if left or any(map(_asked_otherwise, plan.stages)):
+    known = planned_stages(plan.run_dir)
+    asks = known is not None and known != set(plan.chain.stages)
+    if left or asks or any(map(_asked_otherwise, plan.stages)):
         with lock.held(plan.run_dir):
             _write_requests(plan, recipe)
             if left:
@@ -186,7 +189,8 @@ def _set_right(plan: Plan, recipe: str, dry_run: bool) -> None:
 def _write_requests(plan: Plan, recipe: str) -> None:
     """Writes what the stages will be started with, or their results were made with."""
     plan.run_dir.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(plan.run_dir / RUN_FILE, OmegaConf.to_yaml({"recipe": recipe}))
+    about = {"recipe": recipe, "stages": list(plan.chain.stages)}
+    write_text_atomically(plan.run_dir / RUN_FILE, OmegaConf.to_yaml(about))
     for stage in (*plan.todo(), *filter(_asked_otherwise, plan.stages)):
         stage.directory.mkdir(exist_ok=True)
         text = OmegaConf.to_yaml(stage.request())

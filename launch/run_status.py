@@ -73,13 +73,33 @@ def requests_of(run_dir: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def planned_stages(run_dir: Path) -> set[str] | None:
+    """Those of the recipe when it was last planned; ``None`` where that was not recorded."""
+    file = run_dir / RUN_FILE
+    stages = OmegaConf.select(OmegaConf.load(file), "stages") if file.is_file() else None
+    return None if stages is None else set(stages)
+
+
 def read_run(run_dir: Path) -> list[StageState]:
-    """The state of every stage of a run; refuses where Slurm has its jobs and does not answer."""
+    """The state of every stage of a run; refuses where Slurm has its jobs and does not answer.
+
+    Not of one that was only planned, and is no longer.
+    """
     jobs = read_jobs(run_dir)
     queue = job_states(jobs.values())
     held = lock.holder(run_dir)
-    requests = requests_of(run_dir).items()
-    return [_state(run_dir / n, request, jobs.get(n), queue, held) for n, request in requests]
+    planned = planned_stages(run_dir)
+    return [
+        _state(run_dir / name, request, jobs.get(name), queue, held)
+        for name, request in requests_of(run_dir).items()
+        if planned is None or name in planned or name in jobs or _was_started(run_dir / name)
+    ]
+
+
+def _was_started(stage_dir: Path) -> bool:
+    return newest_log(stage_dir) is not None or any(
+        (stage_dir / name).exists() for name in (WORK, MANIFEST)
+    )
 
 
 def forecasts(run_dir: Path) -> Iterator[tuple[str, str]]:

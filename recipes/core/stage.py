@@ -19,7 +19,7 @@ from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, Manifest
 from recipes.core.metrics import METRICS, MetricsLog
 
 RUN_FILE = "run.yaml"
-"""In a run directory: which recipe it is of."""
+"""In a run directory: which recipe it is of, and the stages of that as it was last planned."""
 REQUEST = "config.yaml"
 """In a stage's directory: what it is to be started with."""
 BEGUN = "request.json"

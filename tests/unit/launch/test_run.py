@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from omegaconf import OmegaConf
 
+from launch.run_status import read_run
 from launch.schema import CONF
 from recipes.core.manifest import MANIFEST
 from tests.support.disks import small_disk
@@ -154,6 +155,28 @@ def test_what_was_planned_otherwise_and_not_run_is_forgotten(
     assert launch(*words).returncode == 0
     states = launch("status", f"run_dir={run}").stdout
     assert states.count("complete") == len(STAGES)
+
+
+def test_a_stage_that_was_only_planned_is_forgotten_with_its_plan(
+    launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
+) -> None:
+    def states() -> dict[str, str]:
+        return {stage.name: stage.state for stage in read_run(run)}
+
+    run = tmp_path / "run"
+    words = RECIPE, "engine=none", "tasks=none", f"run_dir={run}"
+    assert launch(*words, "gguf=f16", "dry_run=true").returncode == 0
+    assert states()["export_gguf"] == "not run"
+    assert launch(*words, "dry_run=true", "stages.only=[plan]").returncode == 0
+    assert states().keys() == set(STAGES)
+    assert launch(*words, "gguf=f16", "dry_run=true").returncode == 0
+    complete(plan())
+    assert launch(*words).returncode == 0  # where nothing is left to do
+    assert states() == dict.fromkeys(STAGES, "complete")
+    log = run / "export_gguf" / "logs" / "1.log"
+    log.parent.mkdir()
+    log.touch()
+    assert states()["export_gguf"] == "not run"
 
 
 def test_second_launcher_of_a_run_is_refused(launch: Launch, tmp_path: Path) -> None:
