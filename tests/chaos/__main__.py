@@ -144,7 +144,7 @@ def ending_wrong(place: Place, command: Disturbed) -> Iterator[str]:
         yield f"left in TMPDIR: {left[:5]} of {len(left)}"
 
 
-def every_fault(place: Place, arguments: argparse.Namespace, seconds: dict[str, float]) -> int:
+def every_fault(place: Place, arguments: argparse.Namespace, seconds: dict[str, float]) -> bool:
     def command(*words: str, **environment: str) -> Disturbed:
         return disturbed(place, (*arguments.words, *words), seconds, **environment)
 
@@ -158,8 +158,21 @@ def every_fault(place: Place, arguments: argparse.Namespace, seconds: dict[str, 
     return problems > 0
 
 
-def campaign(arguments: argparse.Namespace) -> int:
-    place = Place(arguments.folder or Path(tempfile.mkdtemp(prefix="chaos")))
+def campaign(arguments: argparse.Namespace) -> bool:
+    """Whether it found a problem; only then does a folder that was not asked for stay."""
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos"))
+    found = True
+    try:
+        found = disturb(Place(folder), arguments)
+    finally:
+        if found or arguments.folder:
+            print(f"all of it is in {folder}")
+        else:
+            shutil.rmtree(folder)
+    return found
+
+
+def disturb(place: Place, arguments: argparse.Namespace) -> bool:
     seconds = prepare(place, arguments.words)
     if arguments.faults is not None:
         return every_fault(place, arguments, seconds)
@@ -195,7 +208,7 @@ def campaign(arguments: argparse.Namespace) -> int:
         print(f"{sum(done.values())} of {arguments.kills}, {problems} problems", flush=True)
     for what, count in sorted(done.items()):
         print(f"{count:4}  {what}")
-    print(f"{sum(done.values())} kills, {problems} problems; {place.folder}")
+    print(f"{sum(done.values())} kills, {problems} problems")
     return problems > 0
 
 
