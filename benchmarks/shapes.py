@@ -1,16 +1,16 @@
 """Whether a searched shape beats pruning depth alone and width alone, at equal size and training.
 
-``python -m benchmarks.shapes`` runs ``recipe=llama_search``, takes the shape that it found and the
-best-ranked ones of its list that change only depth and only width, distils each for ``--steps``
-with every learning rate of ``--lr`` and every seed, and judges all on the same text. Each is a run
-of the launcher, so a killed benchmark goes on where it was.
+``python -m benchmarks.shapes`` runs ``recipe=llama_search``, takes the shape that it found, as many
+layers alone as are no larger than its largest, and the best-ranked that changes only width, distils
+each for ``--steps`` with every learning rate of ``--lr`` and every seed, and judges all on the same
+text. Each is a run of the launcher, so a killed benchmark goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -30,11 +30,10 @@ from benchmarks.students import (
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.screen import screen
-from recipes.search.results import Candidate, SearchResult
-from recipes.search.space import AXES, axes_of, prune_settings
+from recipes.search.results import SearchResult
+from recipes.search.space import axes_of, name_of, prune_settings
 
 SEARCH = "llama_search"
-DEPTH = "num_layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +46,8 @@ class Outcome(Student):
     lr: float
 
 
-def ways(search: SearchResult, teacher: Architecture) -> dict[str, Candidate]:
-    """The shape that was found, and the best-ranked of those that change one kind of axis.
+def ways(search: SearchResult, teacher: Architecture) -> dict[str, Architecture]:
+    """The shape that was found, and the best that change one kind of axis alone.
 
     Args:
         search: As ``successive_halving`` left it.
@@ -57,22 +56,23 @@ def ways(search: SearchResult, teacher: Architecture) -> dict[str, Candidate]:
     Raises:
         RecipeError: The budget cannot be met in depth alone, or in width alone.
     """
-    found = {"found": next(c for c in search.candidates if c.chosen)}
-    widths = [axis for axis in AXES if axis != DEPTH]
-    kinds = {"depth alone": widths, "width alone": [DEPTH]}
-    for way, kept in kinds.items():
-        same = [
-            c
-            for c in search.candidates
-            if all(getattr(c.shape, axis) == getattr(teacher, axis) for axis in kept)
-        ]
-        if not same:
+    largest = max(c.parameters for c in search.candidates)
+    depths = (replace(teacher, num_layers=n) for n in range(teacher.num_layers - 1, 0, -1))
+    found = {
+        "found": next((c.shape for c in search.candidates if c.chosen), None),
+        # Also where it is deeper than the search cuts.
+        "depth alone": next((one for one in depths if one.parameters() <= largest), None),
+        "width alone": next(
+            (c.shape for c in search.candidates if c.shape.num_layers == teacher.num_layers), None
+        ),
+    }
+    for way, shape in found.items():
+        if shape is None:
             raise RecipeError(
-                f"No shape within the budget changes {way}.",
-                "raise the budget, or stages.enumerate_shapes.space's largest shares",
+                f"No shape within the budget is {way}.",
+                "raise the budget, or stages.enumerate_shapes.space.max_width_pruning",
             )
-        found[way] = same[0]
-    return found
+    return {way: shape for way, shape in found.items() if shape is not None}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Run:
     """A training of one shape."""
 
     way: str
-    candidate: Candidate
+    shape: Architecture
     lr: float
     seed: int
     pruned: Path
@@ -92,15 +92,16 @@ def make(args: argparse.Namespace, search: Path, out: Path) -> Iterator[Run]:
     found = manifest_of(search / "successive_halving").result(SearchResult)
     teacher = shape_of(search / "import_hf")
     method = manifest_of(search / "rank_candidates").config["layer_importance"]
-    for way, candidate in ways(found, teacher).items():
-        settings = prune_settings(axes_of(candidate.shape), method)
-        pruned = prune(search, search / "score", out / candidate.name, settings)
+    for way, shape in ways(found, teacher).items():
+        name = name_of(shape)
+        settings = prune_settings(axes_of(shape), method)
+        pruned = prune(search, search / "score", out / name, settings)
         for lr in args.lr:
             for seed in args.seeds:
-                run = out / f"{candidate.name}-lr{lr:g}-{seed}"
+                run = out / f"{name}-lr{lr:g}-{seed}"
                 rates = {"distill.lr": lr, "distill.min_lr": lr / 10}
                 distill(search, pruned, run, schedule(args.steps, seed) | rates)
-                yield Run(way, candidate, lr, seed, pruned, run)
+                yield Run(way, shape, lr, seed, pruned, run)
 
 
 def outcomes(runs: Sequence[Run], search: Path, windows: int) -> Iterator[Outcome]:
@@ -108,8 +109,8 @@ def outcomes(runs: Sequence[Run], search: Path, windows: int) -> Iterator[Outcom
     for run, student in zip(runs, students_of(search, runs, windows), strict=True):
         yield Outcome(
             way=run.way,
-            shape=run.candidate.name,
-            parameters=run.candidate.parameters,
+            shape=name_of(run.shape),
+            parameters=run.shape.parameters(),
             lr=run.lr,
             **student,
         )
