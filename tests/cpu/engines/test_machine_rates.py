@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from recipes.engines.machine_rates import training_rates
+from recipes.engines.machine_rates import ENOUGH, FEWEST, best_seconds, training_rates
 
 
 def test_rates_are_those_of_a_processor() -> None:
@@ -15,3 +16,14 @@ def test_rates_are_those_of_a_processor() -> None:
     assert 1e8 < rates.flops_per_second < 1e13
     assert 5e8 < rates.bytes_per_second < 1e12
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("seconds", "runs"), [(ENOUGH / 100, 9), (ENOUGH / 4, 4), (9.0, FEWEST)])
+def test_what_takes_long_is_measured_less_often(seconds: float, runs: int) -> None:
+    now = [0.0]
+
+    def work() -> None:
+        now.append(now[-1] + seconds)
+
+    assert best_seconds(work, clock=lambda: now[-1], repeats=9) == pytest.approx(seconds)
+    assert len(now) - 2 == runs  # the start, and a run that warms up
