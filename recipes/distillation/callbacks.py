@@ -153,9 +153,8 @@ class Collect(Callback):
     """Collects garbage on all ranks in the same step: one that does it alone is waited for."""
 
     def on_train_start(self, trainer: object, pl_module: object) -> None:
-        """Leaves it to the steps, which need not look through what was there before them."""
+        """Leaves it to the steps."""
         gc.collect()
-        gc.freeze()
         gc.disable()
 
     def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
@@ -165,12 +164,10 @@ class Collect(Callback):
 
     def teardown(self, trainer: object, pl_module: object, stage: str) -> None:
         """Leaves it to Python again."""
-        gc.unfreeze()
         gc.enable()
 
     def on_exception(self, *args: object) -> None:
         """Leaves it to Python again."""
-        gc.unfreeze()
         gc.enable()
 
 

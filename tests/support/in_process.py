@@ -7,10 +7,13 @@ ranks of a stage of several are forked.
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import io
 import logging.config
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -72,7 +75,16 @@ def complete(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> N
 
 def _run(stage: Stage[Any], request: Path) -> None:
     if stage.needs_torch:
+        _import_stack()
         from megatron.core import num_microbatches_calculator as batches
 
         batches.unset_num_microbatches_calculator()  # or it keeps the first training's sizes
     _run_stage(stage.run, stage.config, stage.kind, request)
+
+
+@cache
+def _import_stack() -> None:
+    """As in the process that stages are forked from, no stage looks through it for garbage."""
+    for module in local.PRELOADED:
+        importlib.import_module(module)
+    gc.freeze()
