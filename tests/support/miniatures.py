@@ -10,5 +10,6 @@ DISTILL = {
     "resources.nodes": 1,
     "resources.devices": 1,
     "val_check_interval": 4,
+    "limit_val_batches": 2,
     "checkpoint_interval": 4,
 }
