@@ -58,7 +58,11 @@ def tiny_run(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPath
 
 
 def test_the_tutorial_runs_as_it_stands(
-    tiny_run: Path, odd_llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path,
+    odd_llama: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """On a complete run, whose settings are its parameters; its cells in one process, in order."""
     before = {file: file.stat().st_mtime_ns for file in tiny_run.glob(f"*/{MANIFEST}")}
@@ -74,8 +78,11 @@ def test_the_tutorial_runs_as_it_stands(
             shown.append(last_value("".join(cell["source"]), names))
     html = [one for one in shown if hasattr(one, "_repr_html_")]
     assert [str(one).count("&lt;svg") > 0 for one in html].count(True) == 2
-    assert "num_layers</td><td>5</td><td>4" in "".join(html)
-    assert "distilled</td>" in "".join(html)
+    text = re.sub(r"(<[^>]*>)+", " ", "".join(html)) + capsys.readouterr().out
+    assert " num_layers 5 4 " in text
+    assert re.search(r" FLOPs [\d.]+ GFLOP ", text)
+    assert " distilled " in text
+    assert re.findall(r".*\b\d{1,3}\.0*[1-9]\d{4}.*", text) == [], "unrounded"
     assert names["quality"] == manifest_of(tiny_run, "evaluate").result(EvaluationResult)
     after = {file: file.stat().st_mtime_ns for file in tiny_run.glob(f"*/{MANIFEST}")}
     assert after == before, "a stage ran again"
