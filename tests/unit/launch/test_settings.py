@@ -86,7 +86,7 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_no_hub")
 @settings(
-    max_examples=600,
+    max_examples=500,
     deadline=None,
     database=None,
     derandomize=True,
