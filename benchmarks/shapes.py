@@ -58,21 +58,21 @@ def ways(search: SearchResult, teacher: Architecture) -> dict[str, Architecture]
     """
     largest = max(c.parameters for c in search.candidates)
     depths = (replace(teacher, num_layers=n) for n in range(teacher.num_layers - 1, 0, -1))
-    found = {
-        "found": next((c.shape for c in search.candidates if c.chosen), None),
+    shapes = [c.shape for c in search.candidates]
+    alone = {
         # Also where it is deeper than the search cuts.
-        "depth alone": next((one for one in depths if one.parameters() <= largest), None),
-        "width alone": next(
-            (c.shape for c in search.candidates if c.shape.num_layers == teacher.num_layers), None
-        ),
+        "depth alone": (one for one in depths if one.parameters() <= largest),
+        "width alone": (one for one in shapes if one.num_layers == teacher.num_layers),
     }
-    for way, shape in found.items():
-        if shape is None:
+    found = {"found": next(c.shape for c in search.candidates if c.chosen)}
+    for way, fitting in alone.items():
+        if (best := next(fitting, None)) is None:
             raise RecipeError(
                 f"No shape within the budget is {way}.",
                 "raise the budget, or stages.enumerate_shapes.space.max_width_pruning",
             )
-    return {way: shape for way, shape in found.items() if shape is not None}
+        found[way] = best
+    return found
 
 
 @dataclass(frozen=True)
