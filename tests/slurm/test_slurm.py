@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from launch.executors.slurm import SUBMIT
 from launch.executors.slurm_queue import RECORD, active_jobs, read_jobs
+from launch.lock import holder
 from launch.run_status import read_run
 from nemo_convert.convert import hf_weights
 from nemo_convert.nemo import find_checkpoint
@@ -252,7 +253,13 @@ def test_what_slurm_refuses_is_said_and_what_it_took_before_stays(
     shown = run(str(chain.directory / SUBMIT))
     assert shown.count(taken["distill"].id) == 1
     assert (chain.directory / RECORD).read_text() == submitted
-    threading.Timer(3, run, ("scancel", taken["distill"].id)).start()
+
+    def cancel_what_is_followed() -> None:
+        # Not after some seconds: a job that ended before the launcher saw it is submitted anew.
+        wait_for(lambda: (seen := holder(chain.directory)) and seen.stage == "distill", 300)
+        run("scancel", taken["distill"].id)
+
+    threading.Thread(target=cancel_what_is_followed).start()
     followed = chain.submit(held, "cluster.follow=true")
     assert followed.code == 1
     assert f"job {taken['distill'].id}, failed (CANCELLED): it was cancelled" in followed.output
