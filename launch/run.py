@@ -54,7 +54,6 @@ from launch.planned import PlannedStage
 from launch.publish import kept, publish, require_publishable, show_files
 from launch.rehearse import rehearse
 from launch.rounds import with_additions
-from launch.run_status import planned_stages
 from launch.settings import RunSettings, require_own_places, settings_of
 from launch.staleness import SKIP
 from launch.trackers import open_tracker, require_tracker
@@ -62,7 +61,7 @@ from launch.tracking import SafeTracker, tracked_run
 from recipes.core.errors import RecipeError
 from recipes.core.files import remove_partial, storage_explained, write_text_atomically
 from recipes.core.screen import screen
-from recipes.core.stage import REQUEST, RUN_FILE, asked, discard, left_behind
+from recipes.core.stage import REQUEST, RUN_FILE, asked, discard, left_behind, planned_stages
 
 console = screen()
 

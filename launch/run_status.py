@@ -26,7 +26,7 @@ from recipes.core.deadline import STOPPED
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK, Manifest, read_manifest
 from recipes.core.metrics import METRICS, Record, read_records
-from recipes.core.stage import REQUEST, RUN_FILE, unfinished
+from recipes.core.stage import REQUEST, RUN_FILE, planned_stages, unfinished
 from recipes.distillation.forecast import curve_of, forecast, in_words
 
 COMPLETE, RUNNING, PENDING, FAILED = "complete", "running", "pending", "failed"
@@ -71,13 +71,6 @@ def requests_of(run_dir: Path) -> dict[str, dict[str, Any]]:
     return {
         n: requests[n] for n in graphlib.TopologicalSorter(graph).static_order() if n in requests
     }
-
-
-def planned_stages(run_dir: Path) -> set[str] | None:
-    """Those of the recipe when it was last planned; ``None`` where that was not recorded."""
-    file = run_dir / RUN_FILE
-    stages = OmegaConf.select(OmegaConf.load(file), "stages") if file.is_file() else None
-    return None if stages is None else set(stages)
 
 
 def read_run(run_dir: Path) -> list[StageState]:

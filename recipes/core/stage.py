@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from recipes.core.constraints import Count, Duration, Environment, matching
 from recipes.core.errors import RecipeError
@@ -108,6 +108,13 @@ def asked(stage_dir: Path) -> str | None:
     file = stage_dir / REQUEST
     found = FINGERPRINT.search(file.read_text(encoding="utf-8")) if file.is_file() else None
     return found[1] if found else None
+
+
+def planned_stages(run_dir: Path) -> set[str] | None:
+    """Those of the recipe when it was last planned; ``None`` where that was not recorded."""
+    file = run_dir / RUN_FILE
+    stages = OmegaConf.select(OmegaConf.load(file), "stages") if file.is_file() else None
+    return None if stages is None else set(stages)
 
 
 def unfinished(stage_dir: Path) -> dict[str, Any] | None:

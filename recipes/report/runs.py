@@ -12,8 +12,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT, Manifest, read_manifest
-from recipes.core.stage import REQUEST, RUN_FILE, asked
+from recipes.core.manifest import ARTIFACT, WORK, Manifest, read_manifest
+from recipes.core.stage import REQUEST, RUN_FILE, asked, planned_stages
 from recipes.core.statistics import mean, standard_error
 from recipes.evaluation.results import EvaluationResult
 
@@ -100,13 +100,18 @@ def read_run(path: Path) -> RunRecord:
     """Reads the manifests of a run.
 
     A stage without one is incomplete, and so is one that was requested anew since it ran: its
-    figures would be those of other settings than the rest.
+    figures would be those of other settings than the rest. One that was only planned, and is no
+    longer, is none of its stages.
     """
+    planned = planned_stages(path)
     recipe = str(OmegaConf.select(OmegaConf.load(path / RUN_FILE), "recipe"))
     stages: dict[str, Manifest] = {}
     incomplete = []
     for file in sorted(path.glob(f"*/{REQUEST}")):
         manifest = read_manifest(file.parent)
+        of_run = planned is None or file.parent.name in planned or (file.parent / WORK).exists()
+        if manifest is None and not of_run:
+            continue
         if manifest is None or asked(file.parent) not in (None, manifest.fingerprint):
             incomplete.append(file.parent.name)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,6 +106,18 @@ def test_a_stage_requested_anew_is_not_complete(tmp_path: Path) -> None:
     record = read_run(run)
     assert record.incomplete == ("evaluate",)
     assert record.evaluation is None
+
+
+def test_a_stage_that_was_only_planned_and_is_no_longer_is_not_missed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    kept = [file.parent.name for file in run.glob("*/manifest.json")]
+    for name in ("export_gguf", "quantize"):
+        (run / name).mkdir()
+        (run / name / "config.yaml").write_text("fingerprint: 0abc\n")
+    (run / "run.yaml").write_text(json.dumps({"recipe": "r", "stages": [*kept, "quantize"]}))
+    assert read_run(run).incomplete == ("quantize",)
+    (run / "export_gguf" / "work").mkdir()
+    assert read_run(run).incomplete == ("export_gguf", "quantize")
 
 
 def test_only_settings_that_differ_are_shown(page: Page) -> None:
