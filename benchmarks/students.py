@@ -89,7 +89,8 @@ def schedule(steps: int, seed: int = 1234) -> dict[str, object]:
 def prune(base: Path, scores: Path, out: Path, settings: Mapping[str, object]) -> Path:
     """Prunes the model of ``base`` in a run directory, unless that is complete.
 
-    What the settings do not name stays whole, whatever the recipe says.
+    What the settings do not name stays whole, whatever the recipe says, and layers go by their
+    change of the loss.
     """
     launch(
         base,
@@ -100,6 +101,7 @@ def prune(base: Path, scores: Path, out: Path, settings: Mapping[str, object]) -
             "prune.inputs.importance": scores,
             "prune.inputs.calibration": base / "prepare_data",
             "prune.target_num_layers": "null",
+            "prune.layer_importance": "loss",
             **{f"prune.{name}": value for name, value in settings.items()},
         },
     )

@@ -103,7 +103,7 @@ def _loss_scores(
         return {start: loss - base for start, loss in zip(starts, losses, strict=True)}
 
     alone = changes(1)
-    blocks = {size: changes(size) for size in cfg.block_sizes}
+    blocks = {size: changes(size) for size in cfg.block_sizes or ()}
     # Twice as many as shall go are tried: one that is missed much alone is not missed less later.
     tried = sorted(alone, key=lambda layer: alone[layer])[: 2 * cfg.num_greedy_layers]
     gone = tried[:1]

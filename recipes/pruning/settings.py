@@ -109,8 +109,9 @@ class ScoreConfig(StageConfig):
     num_loss_samples: CountOrZero = 8
     """About so many of them, the first of each source, also tell how the loss changes when layers
     are left out, at about 0.6 of a forward pass a layer; 0 leaves that out."""
-    block_sizes: list[Count] = field(default_factory=list)
-    """Blocks of so many layers are left out together as well, for ``layer_importance=block``."""
+    block_sizes: list[Count] | None = None
+    """Blocks of so many layers are left out together as well, for ``layer_importance=block``; by
+    default of as many as the stages of this run drop that choose by it."""
     num_greedy_layers: CountOrZero = 0
     """Leaves out so many layers one after the other, each time the one that is missed least, for
     ``layer_importance=greedy``. Twice as many are tried each time."""

@@ -100,7 +100,10 @@ def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Probl
         return
     needs = {
         "loss": (score.num_loss_samples > 0, "num_loss_samples=8"),
-        "block": (drop in score.block_sizes, f"block_sizes=[{drop}]"),
+        "block": (
+            score.block_sizes is None or drop in score.block_sizes,
+            f"block_sizes=[{drop}]",
+        ),
         "greedy": (drop <= score.num_greedy_layers, f"num_greedy_layers={drop}"),
     }
     has, wanted = needs.get(cfg.layer_importance, (True, ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from recipes.core.manifest import Outcome
@@ -12,19 +13,37 @@ from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.planning.reading import Reading, Text, scored
 from recipes.pruning.results import ScoreResult
-from recipes.pruning.settings import ScoreConfig
+from recipes.pruning.settings import PruneConfig, ScoreConfig
 from recipes.stages.contract import Stage
+
+
+def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
+    """Which blocks to leave out, where that is left to the stages that drop one."""
+    if cfg.block_sizes is not None:
+        return cfg
+    own = [name for name, config in chain.stages.items() if config is cfg]
+    dropped = {
+        chain.shape_of(prune.inputs.get("checkpoint")).num_layers
+        - chain.student_of(prune).num_layers
+        for prune in chain.stages.values()
+        if isinstance(prune, PruneConfig)
+        and prune.inputs.get("importance") in own
+        and prune.layer_importance == "block"
+        and not prune.drop_layers
+    }
+    return replace(cfg, block_sizes=sorted(size for size in dropped if size > 0))
 
 
 def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
     """Finds settings that leave nothing to score, and ranks that the layers cannot be split on."""
     yield from window_problems(cfg.seq_length, chain)
     layers = chain.shape_of(cfg.inputs.get("checkpoint")).num_layers
-    wrong = [n for n in (*cfg.block_sizes, cfg.num_greedy_layers + 1) if n >= layers]
-    if wrong or (not cfg.num_loss_samples and (cfg.block_sizes or cfg.num_greedy_layers)):
+    blocks = resolve_from_chain(cfg, chain).block_sizes or []
+    wrong = [n for n in (*blocks, cfg.num_greedy_layers + 1) if n >= layers]
+    if wrong or (not cfg.num_loss_samples and (blocks or cfg.num_greedy_layers)):
         yield Problem(
             rules.CALIBRATION,
-            f"block_sizes={cfg.block_sizes}, num_greedy_layers={cfg.num_greedy_layers} cannot be "
+            f"block_sizes={blocks}, num_greedy_layers={cfg.num_greedy_layers} cannot be "
             f"measured on num_loss_samples={cfg.num_loss_samples} windows with {layers} layers",
             f"leave out fewer than {layers} layers, on at least one window",
         )
@@ -42,7 +61,8 @@ def reading(cfg: ScoreConfig, chain: Chain) -> Reading:
     """The model on calibration text, and again without each layer and block."""
     model = chain.shape_of(cfg.inputs.get("checkpoint"))
     layers, gone = model.num_layers, cfg.num_greedy_layers
-    losses = layers + sum(layers - size + 1 for size in cfg.block_sizes)
+    blocks = resolve_from_chain(cfg, chain).block_sizes or []
+    losses = layers + sum(layers - size + 1 for size in blocks)
     losses += sum(2 * gone - number for number in range(1, gone))
     return scored(
         model,
@@ -82,6 +102,7 @@ STAGE = Stage(
     run=run,
     check=check,
     reading=reading,
+    resolve_from_chain=resolve_from_chain,
     inputs={"checkpoint": ("checkpoint_nemo",), "calibration": ("dataset",)},
 )
 

@@ -45,6 +45,7 @@ LAYOUT = {
     "recompute_granularity",
     "attention_backend",
     "tp_comm_overlap",
+    "compile",
     "cuda_graphs",
     "profile_steps",
 }
@@ -231,6 +232,27 @@ def test_layers_cannot_be_chosen_by_what_is_not_measured(
 
     assert fix in one(iter(problems(**setting))).fix
     assert problems(num_loss_samples=4, block_sizes=[2], num_greedy_layers=2) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"layer_importance": "block"}, [2]),
+        ({"layer_importance": "block", "target_num_layers": 4}, []),
+        ({"layer_importance": "block", "target_num_layers": None, "drop_layers": [1, 2]}, []),
+        ({"layer_importance": "block", "inputs": {"importance": "elsewhere"}}, []),
+        ({}, []),
+    ],
+)
+def test_the_block_that_is_to_be_dropped_is_measured(
+    chain: Chain, settings: dict[str, Any], expected: list[int]
+) -> None:
+    given = {"target_num_layers": 2, "inputs": {"importance": "score"}, **settings}
+    stages = {"score": ScoreConfig(), "prune": PruneConfig(**given)}
+    planned = dataclasses.replace(chain, stages=stages)
+    assert score.resolve_from_chain(stages["score"], planned).block_sizes == expected
+    asked = ScoreConfig(block_sizes=[3])
+    assert score.resolve_from_chain(asked, planned) is asked
 
 
 @pytest.mark.parametrize(
