@@ -22,8 +22,8 @@ demo: install
 test: install
 	@tests/install_browser.sh
 	@tests/install_slurm.sh
-	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
-	  --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest \
+	  -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu:
 	$(VENV)/bin/python -m tests.gpu.plan $(ARGS)
