@@ -64,9 +64,14 @@ class Contender:
         return "cache_logits" not in self.stages
 
 
+COMPILED = "stages.distill.compile=true"
 CONTENDERS = {
     "nemo": Contender("bfloat16", "nemo-fp32", ("distill",)),
     "nemo-cached": Contender("bfloat16", None, ("cache_logits", "distill"), ("teacher=cached",)),
+    "nemo-compiled": Contender("bfloat16", "nemo-fp32", ("distill",), (COMPILED,)),
+    "nemo-cached-compiled": Contender(
+        "bfloat16", None, ("cache_logits", "distill"), ("teacher=cached", COMPILED)
+    ),
     "nemo-fp32": Contender("float32", None, ("distill",), ("stages.distill.precision='32'",)),
     "loop-fp32": Contender("float32"),
     "loop-bf16": Contender("bfloat16", "loop-fp32"),

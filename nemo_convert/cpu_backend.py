@@ -21,6 +21,7 @@ from torch import nn
 
 from nemo_convert.device import device, own_layers
 from recipes.core.errors import RecipeError
+from recipes.core.one_pass import fusable
 
 CPU = torch.device("cpu")
 GROUPS = ("torch", "megatron", "nemo", "layers", "modelopt")
@@ -381,6 +382,11 @@ PATCHES: dict[str, list[Patch]] = {
             _router_logits,
         ),
         Patch("torch.optim:AdamW", "Megatron asks for the unfused step", _fused),
+        Patch(
+            "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
+            "the fused one is TransformerEngine's",
+            fusable,
+        ),
         *(
             Patch(
                 f"megatron.core.optimizer.distrib_optimizer:{name}",

@@ -3,7 +3,7 @@
 PyTorch composes RMSNorm and SwiGLU from many small operations on a CPU, each of which keeps a copy
 of its input for the backward pass, and its fused attention multiplies in float32. The functions
 here keep the least, and multiply in the type of the activations. Values and gradients are those of
-the layers they replace, to the rounding of that type.
+the layers they replace, to the rounding of that type. What lies between products is ``fusable``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from nemo_convert.device import QUERIES_AT_ONCE
+from recipes.core.one_pass import fusable
 from recipes.core.precision import products_of
 
 LONG = 1024
@@ -31,19 +32,32 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed, inverse = _normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight).to(x.dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
-        normed = x * inverse
-        weight_grad = (grads[0] * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
-        scaled = grads[0] * weight.float()
-        mean = (scaled * normed).mean(dim=-1, keepdim=True)
-        return scaled.sub_(normed.mul_(mean)).mul_(inverse).to(x.dtype), weight_grad, None
+        return *_normalise_backward(x, weight, inverse, grads[0]), None
+
+
+@fusable
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * inverse).mul_(weight).to(x.dtype), inverse
+
+
+@fusable
+def _normalise_backward(
+    x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    normed = x * inverse
+    weight_grad = (grad * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
+    scaled = grad * weight.float()
+    mean = (scaled * normed).mean(dim=-1, keepdim=True)
+    return scaled.sub_(normed.mul_(mean)).mul_(inverse).to(x.dtype), weight_grad
 
 
 class RMSNorm(nn.Module):
@@ -68,18 +82,25 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return nn.functional.silu(gate).mul_(up)
+        return _gate(x)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        gate, up = x.chunk(2, dim=-1)
-        out = torch.empty_like(x)
-        gate_grad, up_grad = out.chunk(2, dim=-1)
-        torch.mul(grads[0], nn.functional.silu(gate), out=up_grad)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=gate_grad)
-        return out
+        return _gate_backward(x, grads[0])
+
+
+@fusable
+def _gate(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return nn.functional.silu(gate).mul_(up)
+
+
+@fusable
+def _gate_backward(x: Tensor, grad: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    gate_grad = torch.ops.aten.silu_backward(grad * up, gate)
+    return torch.cat([gate_grad, nn.functional.silu(gate).mul_(grad)], dim=-1)
 
 
 class SwiGLU(MegatronModule):  # type: ignore[misc]
@@ -92,52 +113,56 @@ class SwiGLU(MegatronModule):  # type: ignore[misc]
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Attention with scores and softmax in float32 and all other products in the input's type.
+    """PyTorch's fused attention, with a backward pass that is faster where windows are short.
 
-    The heads of a query group are rows of one matrix, so keys and values are never repeated. Of
-    what comes after a token little is computed: a block of queries meets the keys up to its last.
+    Scores and softmax are in float32 and all other products in the input's type. The heads of a
+    query group are rows of one matrix, so keys and values are never repeated. Of what comes after
+    a token little is computed: a block of queries meets the keys up to its last.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:  # type: ignore[override]
-        k, v = (_groups_first(t) for t in (key, value))
-        exact, parts = k.float(), []
-        for start, stop in _blocks(len(query)):
-            q, shape = _rows_of_groups(query[start:stop], key.shape[2])
-            shares = _shares(q, exact[:, :stop], start, scale)
-            parts.append(_tokens_first(torch.bmm(shares, v[:, :stop]), shape))
-        context = torch.cat(parts)
-        ctx.save_for_backward(query, k, v, context)
-        ctx.shape, ctx.scale = key.shape, scale
+        context = sdpa(query, key, value, scale)
+        ctx.save_for_backward(query, key, value, context)
+        ctx.scale = scale
         return context
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        query, k, v, context = ctx.saved_tensors
-        length, batch, groups, size = ctx.shape
-        exact = k.float()
-        key_grad, value_grad = torch.zeros_like(exact), torch.zeros_like(exact)
-        query_grads = []
-        grad_of = grads[0].view(query.shape)
-        means = (grad_of.float() * context.view(query.shape)).sum(dim=-1, keepdim=True)
-        for start, stop in _blocks(length):
-            q, shape = _rows_of_groups(query[start:stop], groups)
-            grad, _ = _rows_of_groups(grad_of[start:stop], groups)
-            mean, _ = _rows_of_groups(means[start:stop], groups)
-            # Made again: kept for every layer, they would be the largest of all activations.
-            shares = _shares(q, exact[:, :stop], start, ctx.scale)
-            value_grad[:, :stop] += torch.bmm(shares.transpose(1, 2), grad)
-            mean = mean.to(grad.dtype).expand(-1, -1, stop)
-            scores = torch.baddbmm(mean, grad, v[:, :stop].transpose(1, 2), beta=-1).mul_(shares)
-            query_grads.append(_tokens_first(torch.bmm(scores, k[:, :stop]), shape))
-            key_grad[:, :stop] += torch.bmm(scores.transpose(1, 2), q)
-        key_grad, value_grad = (
-            t.to(k.dtype).view(batch, groups, length, size).permute(2, 0, 1, 3)
-            for t in (key_grad.mul_(ctx.scale), value_grad)
-        )
-        return torch.cat(query_grads).mul_(ctx.scale).view(query.shape), key_grad, value_grad, None
+        query, key, value, context = ctx.saved_tensors
+        with products_of(query.dtype):  # scores are the one product in float32
+            return *_attention_backward(query, key, value, context, grads[0], ctx.scale), None
+
+
+@fusable
+def _attention_backward(
+    query: Tensor, key: Tensor, value: Tensor, context: Tensor, grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    length, batch, groups, size = key.shape
+    k, v = (_groups_first(t) for t in (key, value))
+    exact = k.float()
+    key_grad, value_grad = torch.zeros_like(exact), torch.zeros_like(exact)
+    query_grads = []
+    grad_of = grad.view(query.shape)
+    means = (grad_of.float() * context.view(query.shape)).sum(dim=-1, keepdim=True)
+    for start, stop in _blocks(length):
+        q, shape = _rows_of_groups(query[start:stop], groups)
+        own_grad, _ = _rows_of_groups(grad_of[start:stop], groups)
+        mean, _ = _rows_of_groups(means[start:stop], groups)
+        # Made again: kept for every layer, they would be the largest of all activations.
+        shares = _shares(q, exact[:, :stop], start, scale)
+        value_grad[:, :stop] += torch.bmm(shares.transpose(1, 2), own_grad)
+        mean = mean.to(grad.dtype).expand(-1, -1, stop)
+        scores = torch.baddbmm(mean, own_grad, v[:, :stop].transpose(1, 2), beta=-1).mul_(shares)
+        query_grads.append(_tokens_first(torch.bmm(scores, k[:, :stop]), shape))
+        key_grad[:, :stop] += torch.bmm(scores.transpose(1, 2), q)
+    key_grad, value_grad = (
+        t.to(k.dtype).view(batch, groups, length, size).permute(2, 0, 1, 3)
+        for t in (key_grad.mul_(scale), value_grad)
+    )
+    return torch.cat(query_grads).mul_(scale).view(query.shape), key_grad, value_grad
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
@@ -151,9 +176,8 @@ def _shares(q: Tensor, k: Tensor, start: int, scale: float) -> Tensor:
 
     ``start`` is the first key that a row may have to leave out.
     """
+    scores = torch.bmm(q.float() * scale, k.transpose(1, 2))
     own = k.shape[1] - start
-    with products_of(q.dtype):
-        scores = torch.bmm(q.float() * scale, k.transpose(1, 2))
     future = torch.full((own, own), float("-inf")).triu_(1)
     scores.unflatten(1, (-1, own))[..., start:].add_(future)
     return torch.softmax(scores, dim=-1).to(q.dtype)

@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup, all_gather, all_reduce
 from torch.nn.functional import softplus
 
 from recipes.core.errors import RecipeError
+from recipes.core.one_pass import fusable
 from recipes.distillation.settings import DRAWN_LOSS
 from recipes.planning.buffers import LOSS_CHUNK_BYTES
 
@@ -319,28 +320,53 @@ def _write(
 
     On return its buffers are free: in the caller's loop they would live on beside the next ones.
     """
-    teacher, temperature, told = targets.teacher, loss.temperature, None
-    taught_weight, told_weight = targets.weights
+    # Between ranks a chain is cut by what they send.
+    of_chunk = _fused if group is None else _of_chunk
+    taught, told, slopes = of_chunk(student, targets, loss, group, gradient is not None)
+    losses[0] = taught
+    if told is not None:
+        losses[1] = told
+    if gradient is not None:
+        gradient[:] = slopes
+
+
+def _of_chunk(
+    student: Tensor,
+    targets: Targets,
+    loss: LogitsLoss,
+    group: ProcessGroup | None,
+    sloped: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Divergences [n, 1] without T², next-token losses, and the slopes of their weighted sum."""
+    teacher, temperature = targets.teacher, loss.temperature
+    following = following_slope = None
     log_q = _log_softmax(student, temperature, group)
     if targets.labels is not None:
         own = log_q if temperature == 1 else _log_softmax(student, 1.0, group)
-        losses[1], told = _next_token(own, targets.labels, gradient is not None, group)
+        following, following_slope = _next_token(own, targets.labels, sloped, group)
         del own
     if not isinstance(teacher, TopK) and loss.top_k is not None:
         teacher = top_k(teacher, loss.top_k, temperature, group, loss.chunk_bytes)
     if isinstance(teacher, TopK):
         if teacher.draws is None or teacher.rest_entropy is None:
-            losses[0], slope = _bucketed(teacher, log_q, loss, group)
+            value, slope = _bucketed(teacher, log_q, loss, group)
         else:
             rest = teacher.draws, teacher.rest_entropy
-            losses[0], slope = _drawn(teacher, *rest, log_q, group)
+            value, slope = _drawn(teacher, *rest, log_q, group)
     else:
         log_p = _log_softmax(teacher, temperature, group)
-        losses[0], slope = DIVERGENCES[loss.kind](log_p, log_q, loss, group)
-    if gradient is not None:
-        scale = temperature * taught_weight  # of T² the inner derivative, 1/T, leaves T
-        slopes = slope() if scale == 1 else slope().mul_(scale)
-        gradient[:] = slopes if told is None else slopes.add_(told, alpha=told_weight)
+        value, slope = DIVERGENCES[loss.kind](log_p, log_q, loss, group)
+    if not sloped:
+        return value, following, None
+    taught_weight, told_weight = targets.weights
+    scale = temperature * taught_weight  # of T² the inner derivative, 1/T, leaves T
+    slopes = slope() if scale == 1 else slope().mul_(scale)
+    if following_slope is not None:
+        slopes.add_(following_slope, alpha=told_weight)
+    return value, following, slopes.to(student.dtype)
+
+
+_fused = fusable(_of_chunk)
 
 
 class _Distillation(torch.autograd.Function):

@@ -111,6 +111,10 @@ class TrainingConfig(StageConfig):
     """Steps between checkpoints, which a killed run resumes from."""
     keep_checkpoints: Count = 2
     """The newest that are kept."""
+    compile: bool | None = field(default=None, metadata=RESOURCE)
+    """Makes one kernel of what lies between products, where layers are not TransformerEngine's, and
+    of the loss where one rank has the vocabulary; which takes up to a minute once and, on a CPU, a
+    C++ compiler. By default on this machine's CPU if that has one, from 100 steps on."""
     cuda_graphs: bool = field(default=False, metadata=RESOURCE)
     """Captures each of the student's layers once and replays it, which saves the launches of its
     kernels: worthwhile where they are short."""

@@ -22,9 +22,12 @@ from nemo_convert import cpu_backend, nemo
 from nemo_convert.device import COLLECTIVE_TIMEOUT, collectives, device, use_own_gpu
 from nemo_convert.hf import copy_side_files
 from recipes.core.deadline import deadline
+from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 from recipes.core.metrics import MetricsLog
+from recipes.core.one_pass import missing_compiler, one_pass
 from recipes.core.stage import Input, metrics_file, rank, world_size
+from recipes.core.wheels import cache_dir
 from recipes.distillation.callbacks import Clock, Collect, Gate, Profile, Progress
 from recipes.distillation.data import TrainingData
 from recipes.distillation.model import KDModel
@@ -52,6 +55,9 @@ def train(
     log: MetricsLog,
 ) -> None:
     """Trains a model and writes it to ``out``; resumes from the last whole checkpoint."""
+    if cfg.compile and device() == "cpu" and (missing := missing_compiler()):
+        what, fix = missing
+        raise RecipeError(f"compile=true, but there is no {what} here.", fix)
     _set_environment(cfg)
     use_own_gpu()
     cpu_backend.enable()
@@ -77,20 +83,21 @@ def train(
     if cfg.profile_steps:
         first, last = cfg.profile_steps
         trainer.callbacks.append(Profile((first, last), scratch.parent / "profile"))
-    llm.train(
-        model=model,
-        data=TrainingData.of(cfg, data, restored.tokenizer, objective.teacher.cache),
-        trainer=trainer,
-        optim=_optimizer(cfg),
-        log=nl.NeMoLogger(
-            log_dir=str(scratch / "nemo"),
-            use_datetime_version=False,
-            update_logger_directory=False,
-            ckpt=_checkpointing(cfg, scratch / CHECKPOINTS),
-        ),
-        resume=_resume(scratch / CHECKPOINTS, start),
-        tokenizer=None,
-    )
+    with one_pass(bool(cfg.compile)):
+        llm.train(
+            model=model,
+            data=TrainingData.of(cfg, data, restored.tokenizer, objective.teacher.cache),
+            trainer=trainer,
+            optim=_optimizer(cfg),
+            log=nl.NeMoLogger(
+                log_dir=str(scratch / "nemo"),
+                use_datetime_version=False,
+                update_logger_directory=False,
+                ckpt=_checkpointing(cfg, scratch / CHECKPOINTS),
+            ),
+            resume=_resume(scratch / CHECKPOINTS, start),
+            tokenizer=None,
+        )
     _save_trained(cfg, model, restored, nemo.side_files(start), out)
 
 
@@ -107,6 +114,8 @@ def _set_environment(cfg: TrainingConfig) -> None:
     if cfg.tensor_model_parallel_size > 1 or cfg.context_parallel_size > 1:
         # Kernels start in the order in which they are issued: communication before computation.
         defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if cfg.compile:
+        defaults["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "torchinductor")
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if cfg.cuda_graphs:  # whose memory must stay where it is

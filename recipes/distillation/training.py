@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 from nemo_convert.architecture import Architecture
 from recipes.core.metrics import steps_of
+from recipes.core.one_pass import missing_compiler
 from recipes.distillation.results import TrainingResult
 from recipes.distillation.settings import (
     FP8_RECIPES,
@@ -18,26 +21,30 @@ from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
+Config = TypeVar("Config", bound=TrainingConfig)
+COMPILED_STEPS = 100
+"""From which on kernels are compiled by themselves; making them takes as long as 50 steps save."""
 CHECKPOINTS = "checkpoints"
 """Directory in a stage's work that holds the checkpoints it can resume from."""
 UNFINISHED = "-unfinished"
 """Suffix of the marker that NeMo keeps beside a checkpoint while it is being written."""
 
 
+def resolve_from_chain(cfg: Config, chain: Chain) -> Config:
+    """Decides on ``compile`` where that is left open: if it pays, and is seen to be possible."""
+    if cfg.compile is not None:
+        return cfg
+    pays = cfg.max_steps >= COMPILED_STEPS and _on_cpu_here(chain)
+    return replace(cfg, compile=pays and missing_compiler() is None)
+
+
+def _on_cpu_here(chain: Chain) -> bool:
+    return chain.runs_here and not chain.hardware.on_gpu
+
+
 def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     """Finds settings that would fail once training has started."""
-    if cfg.warmup_steps >= cfg.max_steps:
-        yield Problem(
-            rules.SCHEDULE,
-            f"warmup_steps={cfg.warmup_steps} leaves no step of max_steps={cfg.max_steps}",
-            "set warmup_steps lower",
-        )
-    if cfg.min_lr > cfg.lr:
-        yield Problem(
-            rules.SCHEDULE,
-            f"min_lr={cfg.min_lr} is above lr={cfg.lr}, from which the learning rate falls",
-            "set min_lr lower",
-        )
+    yield from _schedule_problems(cfg)
     if cfg.fp8 is not None:
         yield from _fp8_problems(cfg, chain)
     if cfg.tp_comm_overlap and not (chain.hardware.on_gpu and cfg.splits_sequence):
@@ -50,6 +57,7 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
         )
     if cfg.cuda_graphs:
         yield from _graph_problems(cfg, chain)
+    yield from _compiler_problems(cfg, chain)
     steps = cfg.profile_steps
     if steps and not (len(steps) == 2 and steps[0] <= steps[1] <= cfg.max_steps):
         yield Problem(
@@ -58,6 +66,29 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             "for example [10,12]",
         )
     yield from window_problems(cfg.seq_length, chain)
+
+
+def _schedule_problems(cfg: TrainingConfig) -> Iterator[Problem]:
+    if cfg.warmup_steps >= cfg.max_steps:
+        yield Problem(
+            rules.SCHEDULE,
+            f"warmup_steps={cfg.warmup_steps} leaves no step of max_steps={cfg.max_steps}",
+            "set warmup_steps lower",
+        )
+    if cfg.min_lr > cfg.lr:
+        yield Problem(
+            rules.SCHEDULE,
+            f"min_lr={cfg.min_lr} is above lr={cfg.lr}, from which the learning rate falls",
+            "set min_lr lower",
+        )
+
+
+def _compiler_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
+    if cfg.compile and _on_cpu_here(chain) and (missing := missing_compiler()):
+        what, fix = missing
+        yield Problem(
+            rules.COMPILER, f"compile=true, but there is no {what}", f"{fix}; or leave compile out"
+        )
 
 
 def _graph_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:

@@ -60,6 +60,8 @@ class Chain:
     """What the stages run on."""
     run_dir: Path | None = None
     """Where results of this chain are, if it has run before."""
+    runs_here: bool = False
+    """Its stages are processes of this machine, in this environment."""
     time_limit: str = ""
     """What a job may take, as Slurm writes it; none by default."""
     from_published_config: bool = False

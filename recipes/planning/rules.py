@@ -169,6 +169,9 @@ TP_COMM_OVERLAP = Rule(
     "TransformerEngine's buffers are of one hidden size, and a teacher would share the student's",
     "NVIDIA/Megatron-LM#6018",
 )
+COMPILER = Rule(
+    "compiler", "PyTorch makes a CPU's kernels with a C++ compiler and Python's headers"
+)
 CUDA_GRAPHS = Rule(
     "cuda-graphs",
     "a layer that is replayed recomputes nothing, asks the host nothing and shows no hidden states",

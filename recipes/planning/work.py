@@ -1,10 +1,11 @@
 """What goes on between a step's products of matrices, in bytes: most of a CPU's time beside them.
 
 Counted are bytes that each operation reads and writes for a token, in the order in which they
-stand in ``nemo_convert.cpu_layers`` (norms and scores in float32, scores of blocks of queries, made
-again in the backward pass), in Megatron's layers (rotations, sums) and in
-``recipes.distillation.losses``. A GPU's kernels do many of them at once, and hide most of the rest
-beside products, so that there all of it is a part of the utilisation.
+stand in ``nemo_convert.cpu_layers`` (norms in float32; scores, in the backward pass alone, of
+blocks of queries in float32), in Megatron's layers (rotations, sums) and in
+``recipes.distillation.losses``; what is compiled moves less than that. A GPU's kernels do many of
+them at once, and hide most of the rest beside products, so that there all of it is a part of the
+utilisation.
 """
 
 from __future__ import annotations
@@ -94,21 +95,19 @@ def _widths(arch: Architecture, seq_length: int) -> tuple[int, int, float, int]:
 
 
 def _forward_bytes(arch: Architecture, seq_length: int, size: int) -> float:
-    """Of a layer. A cast, to float32 and back, reads and writes 6 bytes; float32 needs none."""
-    heads, groups, scores, feed_forward = _widths(arch, seq_length)
-    cast = 6 if size == 2 else 0
+    """Of a layer, whose attention holds no scores."""
+    heads, groups, _, feed_forward = _widths(arch, seq_length)
     norm, rotation = (22 if size == 2 else 20), 12 * size
     return (
         arch.hidden_size * 2 * (norm + 3 * size)
-        + heads * (rotation + 6 * size + cast)
-        + groups * (rotation + 4 * size + cast)
-        + scores * (12 + size + cast)
+        + heads * (rotation + 6 * size)  # of which keys and values for each head
+        + groups * (rotation + 2 * size)
         + feed_forward * 5 * size
     )
 
 
 def _backward_bytes(arch: Architecture, seq_length: int, size: int) -> float:
-    """Of a layer."""
+    """Of a layer. A cast, to float32 and back, reads and writes 6 bytes; float32 needs none."""
     heads, groups, scores, feed_forward = _widths(arch, seq_length)
     cast = 6 if size == 2 else 0
     norm, rotation = 60 + 4 * size, 14 * size

@@ -13,6 +13,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
 from recipes.distillation.settings import CorrectTeacherConfig
 from recipes.distillation.training import (
+    resolve_from_chain,
     training_bytes,
     training_problems,
     training_progress,
@@ -46,6 +47,7 @@ STAGE = Stage(
     run=run,
     check=training_problems,
     inputs={"teacher": ("checkpoint_nemo",), "data": ("dataset",)},
+    resolve_from_chain=resolve_from_chain,
     disk_bytes=lambda config, chain: training_bytes(config, chain.teacher.parameters()),
     workload=lambda config, chain: training_workload(config, chain.teacher),
     progress=training_progress,

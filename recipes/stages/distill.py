@@ -17,6 +17,7 @@ from recipes.distillation.settings import CACHED, DRAWN_LOSS, CacheLogitsConfig,
 from recipes.distillation.stopping import stop_reason
 from recipes.distillation.training import (
     fp8_size_problems,
+    resolve_from_chain,
     training_bytes,
     training_problems,
     training_progress,
@@ -254,6 +255,7 @@ STAGE = Stage(
         "student": ("checkpoint_nemo",),
         "data": ("dataset",),
     },
+    resolve_from_chain=resolve_from_chain,
     disk_bytes=lambda config, chain: training_bytes(
         config, chain.shape_of(config.inputs["student"]).parameters()
     ),

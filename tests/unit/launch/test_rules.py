@@ -68,6 +68,10 @@ def hub_is_away(patch: Patch, _: Path) -> None:
     patch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
 
 
+def compiler_is_missing(patch: Patch, _: Path) -> None:
+    patch.setenv("CXX", "no-such-compiler")
+
+
 def head_is_missing(_: Patch, folder: Path) -> None:
     header = json.dumps({"model.embed_tokens.weight": {}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
@@ -111,7 +115,7 @@ TRIPS = {
     "slow-sizes": trip("stages.prune.target_ffn_hidden_size=1160",
                       "stages.prune.ffn_hidden_size_divisor=8"),
     "layer-importance": trip("stages.prune.target_num_layers=20",
-                            "stages.prune.layer_importance=block"),
+                            "stages.prune.layer_importance=greedy"),
     "calibration": trip("stages.score.block_sizes=[30]"),
     "healing": trip("stages.prune.heal=least_squares", config=MIXTURE),
     "one-rank": trip("stages.prune.resources.devices=2"),
@@ -126,6 +130,7 @@ TRIPS = {
     "recompute": trip(f"{D}recompute_granularity=full", f"{D}hidden_weight=1"),
     "fp8": trip(f"{D}fp8=hybrid"),
     "tp-comm-overlap": trip(f"{D}tp_comm_overlap=true"),
+    "compiler": trip(f"{D}compile=true", prepare=compiler_is_missing),
     "cuda-graphs": trip(f"{D}cuda_graphs=true"),
     "stop": trip(f"{D}stop_if_hopeless=true"),
     "profile": trip(f"{D}profile_steps=[5,3]"),

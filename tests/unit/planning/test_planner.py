@@ -210,7 +210,7 @@ def test_a_cpus_time_between_products_is_memory_traffic_by_hand() -> None:
     """One layer of one head of two channels, in windows of one token, in bfloat16."""
     tiny = Architecture("", 1, 2, 3, 1, 1, 2, 5, 8, tied_embeddings=True)
     heads = keys = 2
-    forward = 2 * 2 * (22 + 6) + heads * (24 + 12 + 6) + keys * (24 + 8 + 6) + (12 + 2 + 6) + 3 * 10
+    forward = 2 * 2 * (22 + 6) + heads * (24 + 12) + keys * (24 + 4) + 3 * 10
     backward = 2 * 2 * (68 + 6) + heads * (28 + 12 + 16 + 6) + keys * (28 + 8 + 6)
     backward += (12 + 18 + 6) + 3 * 22
     assert passes_of(tiny, 1, 2, 1).bytes == forward

@@ -37,6 +37,33 @@ def test_any_term_may_be_alone_or_with_others(chain: Chain, fields: dict[str, fl
     assert rules(DistillConfig(**fields), chain) == []
 
 
+@pytest.mark.parametrize(
+    ("fields", "place", "expected"),
+    [
+        ({"max_steps": 100}, {"runs_here": True}, True),
+        ({"max_steps": 99}, {"runs_here": True}, False),
+        ({"max_steps": 99, "compile": True}, {}, True),
+        ({"max_steps": 100, "compile": False}, {"runs_here": True}, False),
+        ({"max_steps": 100}, {}, False),
+        ({"max_steps": 100}, {"runs_here": True, "hardware": Hardware(kind="gpu")}, False),
+    ],
+)
+def test_compiles_where_it_pays(
+    chain: Chain,
+    fields: dict[str, Any],
+    place: dict[str, Any],
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("recipes.distillation.training.missing_compiler", lambda: None)
+    resolve = distill.STAGE.resolve_from_chain
+    assert resolve(DistillConfig(**fields), replace(chain, **place)).compile is expected
+    missing = ("g++", "install it")
+    monkeypatch.setattr("recipes.distillation.training.missing_compiler", lambda: missing)
+    found = resolve(DistillConfig(**fields), replace(chain, **place)).compile
+    assert found is bool(fields.get("compile"))
+
+
 def on_two_stages(chain: Chain, pairs: list[list[int]]) -> tuple[DistillConfig, Chain]:
     """A student of 3 of the teacher's 4 layers; the last stages have 1 and 2 of them."""
     student = PruneConfig(stage="prune", target_num_layers=3)

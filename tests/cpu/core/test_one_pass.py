@@ -1,0 +1,88 @@
+"""Chains of operations as compiled kernels, beside the same as they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from nemo_convert import cpu_backend
+from nemo_convert.cpu_layers import SwiGLU, _CausalAttention, _RMSNorm
+from recipes.core.one_pass import fusable, missing_compiler, one_pass
+from recipes.distillation.losses import LogitsLoss, Targets, combined_loss, top_k
+
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason="needs a C++ compiler")
+TOKENS, VOCABULARY = 40, 101
+CHUNK = 4 * VOCABULARY * 16  # the last of its chunks is not full
+LABELS = torch.arange(TOKENS) * 7 % VOCABULARY
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    cpu_backend.enable()
+    from megatron.core.models.common.embeddings import rope_utils
+
+    rotate: Callable[..., Tensor] = rope_utils._apply_rotary_pos_emb_bshd
+    return rotate(x, angles.detach(), rotary_interleaved=False)
+
+
+def taught(live: bool) -> Callable[[Tensor], Tensor]:
+    """A student's loss on logits and next tokens, from a teacher or from its cache with draws."""
+    logits, loss = 3 * normal(TOKENS, VOCABULARY, seed=1), LogitsLoss(chunk_bytes=CHUNK)
+    places = ((torch.arange(5) + 0.3) / 5).expand(TOKENS, -1)
+    targets = Targets(logits if live else top_k(logits, 7, 1.0, places=places), LABELS, (1.0, 0.2))
+    return lambda student: combined_loss(student, targets, loss)[0]
+
+
+CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "norm": (lambda x, w: _RMSNorm.apply(x, w, 1e-5), [(9, 2, 24), (24,)]),
+    "swiglu": (lambda x: SwiGLU(None)(x), [(9, 2, 24)]),
+    "attention": (
+        lambda q, k, v: _CausalAttention.apply(q, k, v, 0.3),
+        [(9, 2, 6, 8), (9, 2, 2, 8), (9, 2, 2, 8)],
+    ),
+    "rotation": (rotated, [(9, 2, 6, 8), (9, 1, 1, 8)]),
+    "loss, live": (taught(live=True), [(TOKENS, VOCABULARY)]),
+    "loss, drawn": (taught(live=False), [(TOKENS, VOCABULARY)]),
+}
+
+
+def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    value = function(*leaves)
+    value.backward(normal(*value.shape, seed=2))
+    return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_give_the_values_and_gradients_of_what_is_written(name: str) -> None:
+    function, shapes = CASES[name]
+    tensors = [normal(*shape, seed=seed) for seed, shape in enumerate(shapes, 3)]
+    written, before = with_gradients(function, tensors), counters["stats"]["unique_graphs"]
+    with one_pass():
+        compiled = with_gradients(function, tensors)
+    assert counters["stats"]["unique_graphs"] > before
+    assert len(written) > 1
+    for one, other in zip(compiled, written, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_asks_for_it_is_compiled() -> None:
+    compiling: list[bool] = []
+
+    @fusable
+    def doubled(x: Tensor) -> Tensor:
+        compiling.append(torch.compiler.is_compiling())
+        return 2 * x
+
+    with one_pass(False):
+        assert doubled(torch.ones(2)).tolist() == [2, 2]
+    with one_pass(), one_pass(False):
+        doubled(torch.ones(2))
+    assert compiling == [False, False]
