@@ -211,6 +211,7 @@ def _short_training(config: TrainingConfig) -> dict[str, Any]:
         "val_check_interval": STEPS,
         "limit_val_batches": 1,
         "checkpoint_interval": STEPS,
+        "compile": False,  # it would, for a device that is not there
     }
 
 

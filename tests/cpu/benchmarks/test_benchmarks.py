@@ -31,6 +31,7 @@ from benchmarks import (
     judge,
     layers,
     local,
+    operations,
     prepare,
     recovery,
     shapes,
@@ -140,6 +141,19 @@ def test_every_contender_is_measured(tiny_run: Path, tmp_path: Path) -> None:
         assert losses[name] == pytest.approx(losses["loop-fp32"], rel=0.02)
     for name in {"nemo", "nemo-compiled"}.intersection(names):
         assert losses[name] == pytest.approx(losses["nemo-fp32"], rel=0.02)
+
+
+def test_operations_between_products_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "missing_compiler", lambda: ("g++", "not in a test"))
+    tiny_sizes = operations.Sizes(2, 8, 4, 2, 8, 16, 32)
+    found = {
+        name: operations.measure(function, shapes, 3)
+        for name, (function, shapes) in operations.cases(tiny_sizes).items()
+    }
+    assert {"attention", "norm", "rotation"} < found.keys()
+    for times in found.values():
+        assert 0 < times.forward < times.both
+        assert times.compiled is None
 
 
 def heldout(student: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,122 @@
+"""Milliseconds of what a step of distillation does between its products, in bfloat16 on a CPU.
+
+``python -m benchmarks.operations`` times PyTorch's fused attention, the one of training, norms,
+gated activations, rotations and the loss on logits, at the sizes of SmolLM2-135M: forward, with the
+way back, and that compiled. Start it with the variables in ``conf/cluster/local.yaml``.
+``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` shows a processor without AMX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from nemo_convert import cpu_backend
+from nemo_convert.cpu_layers import SwiGLU, _CausalAttention, _RMSNorm, sdpa
+from recipes.core.one_pass import missing_compiler, one_pass
+from recipes.core.screen import plain_table, screen
+from recipes.distillation.losses import LogitsLoss, Targets, combined_loss
+
+SCALE = 0.125
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model and a micro batch; by default SmolLM2-135M's."""
+
+    windows: int = 4
+    tokens: int = 256
+    heads: int = 9
+    groups: int = 3
+    head_size: int = 64
+    ffn: int = 1536
+    vocabulary: int = 49152
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds, medians; ``compiled`` is with the way back, too."""
+
+    forward: float
+    both: float
+    compiled: float | None
+
+
+def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]]:
+    """Each operation, and the shapes of its inputs."""
+    cpu_backend.enable()
+    from megatron.core.models.common.embeddings import rope_utils
+
+    place = (sizes.tokens, sizes.windows)
+    query = (*place, sizes.heads, sizes.head_size)
+    key = (*place, sizes.groups, sizes.head_size)
+    hidden = sizes.heads * sizes.head_size
+    angles = torch.rand(sizes.tokens, 1, 1, sizes.head_size)
+    rows = sizes.tokens * sizes.windows
+    logits = torch.randn(rows, sizes.vocabulary).bfloat16()
+    labels = torch.randint(sizes.vocabulary, (rows,))
+
+    def loss(student: Tensor) -> Tensor:
+        targets = Targets(logits, labels, (1.0, 0.2))
+        return combined_loss(student, targets, LogitsLoss())[0]
+
+    return {
+        "attention, PyTorch's": (lambda q, k, v: sdpa(q, k, v, SCALE), [query, key, key]),
+        "attention": (lambda q, k, v: _CausalAttention.apply(q, k, v, SCALE), [query, key, key]),
+        "norm": (lambda x, w: _RMSNorm.apply(x, w, 1e-5), [(*place, hidden), (hidden,)]),
+        "gated activation": (lambda x: SwiGLU(None)(x), [(*place, 2 * sizes.ffn)]),
+        "rotation": (lambda x: rope_utils._apply_rotary_pos_emb_bshd(x, angles), [query]),
+        "loss on logits and next token": (loss, [(rows, sizes.vocabulary)]),
+    }
+
+
+def measure(function: Callable[..., Tensor], shapes: list[tuple[int, ...]], repeats: int) -> Times:
+    """Times an operation; kernels are made, and all is warm, before it counts."""
+    inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+    upstream = torch.randn_like(function(*inputs))
+
+    def timed(run: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(repeats + 2):
+            began = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - began)
+        return 1000 * median(seconds[2:])
+
+    def both() -> None:
+        function(*inputs).backward(upstream)
+
+    with torch.no_grad():
+        forward = timed(lambda: function(*inputs))
+    written, compiled = timed(both), None
+    if missing_compiler() is None:
+        with one_pass():
+            compiled = timed(both)
+    return Times(forward, written, compiled)
+
+
+def main() -> None:
+    """Reads the command line, measures, and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=Sizes.tokens, help="of a window")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="beginnings of names")
+    parser.add_argument("--repeats", type=int, default=30)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    table = plain_table("operations", "operation", "forward, ms", "with its way back", "compiled")
+    for name, (function, shapes) in cases(Sizes(tokens=args.tokens)).items():
+        if not args.only or name.startswith(tuple(args.only)):
+            found = measure(function, shapes, args.repeats)
+            compiled = "" if found.compiled is None else f"{found.compiled:.2f}"
+            table.add_row(name, f"{found.forward:.2f}", f"{found.both:.2f}", compiled)
+    screen().print(table)
+
+
+if __name__ == "__main__":
+    main()
