@@ -16,6 +16,10 @@ def test_rates_are_those_of_a_processor() -> None:
     assert 1e8 < rates.flops_per_second < 1e13
     assert 5e8 < rates.bytes_per_second < 1e12
     assert torch.get_num_threads() == before
+    # What helpers take is not seen at once: products of a millisecond seemed twice as fast.
+    both, _ = training_rates(2)
+    assert both.float32_flops_per_second < 3 * rates.float32_flops_per_second
+    assert both.flops_per_second < 3 * rates.flops_per_second
 
 
 @pytest.mark.parametrize(("seconds", "runs"), [(ENOUGH / 100, 9), (ENOUGH / 4, 4), (9.0, FEWEST)])
