@@ -1,9 +1,10 @@
 """Layers for training without TransformerEngine, where Megatron's own are slow or refuse to split.
 
 PyTorch composes RMSNorm and SwiGLU from many small operations on a CPU, each of which keeps a copy
-of its input for the backward pass, and its fused attention multiplies in float32. The functions
-here keep the least, and multiply in the type of the activations. Values and gradients are those of
-the layers they replace, to the rounding of that type. What lies between products is ``fusable``.
+of its input for the backward pass, and its fused attention is slow on its way back where windows
+are short. The functions here keep the least, and multiply in the type of the activations. Values
+and gradients are those of the layers they replace, to the rounding of that type. What lies between
+products is ``fusable``.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
 Config = TypeVar("Config", bound=TrainingConfig)
 COMPILED_STEPS = 100
-"""From which on kernels are compiled by themselves; making them takes as long as 50 steps save."""
+"""From which on kernels are compiled by themselves: so many save about what making them takes."""
 CHECKPOINTS = "checkpoints"
 """Directory in a stage's work that holds the checkpoints it can resume from."""
 UNFINISHED = "-unfinished"
