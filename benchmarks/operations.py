@@ -9,10 +9,8 @@ way back, and that compiled. Start it with the variables in ``conf/cluster/local
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from nemo_convert.cpu_layers import SwiGLU, _CausalAttention, _RMSNorm, sdpa
 from recipes.core.one_pass import missing_compiler, one_pass
 from recipes.core.screen import plain_table, screen
 from recipes.distillation.losses import LogitsLoss, Targets, combined_loss
+from recipes.engines.machine_rates import best_seconds
 
 SCALE = 0.125
 
@@ -41,7 +40,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds, medians; ``compiled`` is with the way back, too."""
+    """Milliseconds at best; ``compiled`` is with the way back, too."""
 
     forward: float
     both: float
@@ -77,17 +76,12 @@ def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int
 
 
 def measure(function: Callable[..., Tensor], shapes: list[tuple[int, ...]], repeats: int) -> Times:
-    """Times an operation; kernels are made, and all is warm, before it counts."""
+    """Times an operation; the run that warms up also makes the kernels."""
     inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
     upstream = torch.randn_like(function(*inputs))
 
     def timed(run: Callable[[], object]) -> float:
-        seconds = []
-        for _ in range(repeats + 2):
-            began = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - began)
-        return 1000 * median(seconds[2:])
+        return 1000 * best_seconds(run, repeats=repeats)
 
     def both() -> None:
         function(*inputs).backward(upstream)

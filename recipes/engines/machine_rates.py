@@ -55,14 +55,6 @@ def own_seconds(work: Callable[[], object], device: str = "cpu") -> float:
     return best_seconds(work, device, time.process_time, 3 * REPEATS)
 
 
-def thread_seconds(work: Callable[[], object], device: str = "cpu") -> float:
-    """The same in the time of this thread, exact also for what takes a millisecond.
-
-    What other threads took is added up at the next tick: a short product of theirs may seem free.
-    """
-    return best_seconds(work, device, time.thread_time, 3 * REPEATS)
-
-
 def linear_rate(
     tokens: int,
     inputs: int,
@@ -120,7 +112,9 @@ def _training_rate(tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -
         grad @ weight
         grad.t() @ x
 
-    return 3 * 2 * tokens * inputs * outputs / thread_seconds(step)
+    # What other threads take is added up at the next tick: a short product of theirs seems free.
+    seconds = best_seconds(step, clock=time.thread_time, repeats=3 * REPEATS)
+    return 3 * 2 * tokens * inputs * outputs / seconds
 
 
 def training_rates(threads: int) -> tuple[Rates, bool]:

@@ -13,15 +13,12 @@ from nemo_convert import cpu_backend
 from nemo_convert.cpu_layers import SwiGLU, _CausalAttention, _RMSNorm
 from recipes.core.one_pass import fusable, missing_compiler, one_pass
 from recipes.distillation.losses import LogitsLoss, Targets, combined_loss, top_k
+from tests.support.gradients import inputs, with_gradients
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason="needs a C++ compiler")
 TOKENS, VOCABULARY = 40, 101
 CHUNK = 4 * VOCABULARY * 16  # the last of its chunks is not full
 LABELS = torch.arange(TOKENS) * 7 % VOCABULARY
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:
@@ -34,7 +31,8 @@ def rotated(x: Tensor, angles: Tensor) -> Tensor:
 
 def taught(live: bool) -> Callable[[Tensor], Tensor]:
     """A student's loss on logits and next tokens, from a teacher or from its cache with draws."""
-    logits, loss = 3 * normal(TOKENS, VOCABULARY, seed=1), LogitsLoss(chunk_bytes=CHUNK)
+    generator, loss = torch.Generator().manual_seed(1), LogitsLoss(chunk_bytes=CHUNK)
+    logits = 3 * torch.randn(TOKENS, VOCABULARY, generator=generator)
     places = ((torch.arange(5) + 0.3) / 5).expand(TOKENS, -1)
     targets = Targets(logits if live else top_k(logits, 7, 1.0, places=places), LABELS, (1.0, 0.2))
     return lambda student: combined_loss(student, targets, loss)[0]
@@ -53,17 +51,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 }
 
 
-def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-    value = function(*leaves)
-    value.backward(normal(*value.shape, seed=2))
-    return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_give_the_values_and_gradients_of_what_is_written(name: str) -> None:
     function, shapes = CASES[name]
-    tensors = [normal(*shape, seed=seed) for seed, shape in enumerate(shapes, 3)]
+    tensors = [tensor.float() for tensor in inputs(*shapes)]
     written, before = with_gradients(function, tensors), counters["stats"]["unique_graphs"]
     with one_pass():
         compiled = with_gradients(function, tensors)

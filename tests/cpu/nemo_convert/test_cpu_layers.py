@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,22 +12,9 @@ from nemo_convert import nemo
 from nemo_convert.cpu_layers import SwiGLU, _CausalAttention, _RMSNorm
 from nemo_convert.device import QUERIES_AT_ONCE
 from tests.support.conversion import assert_trains_alike, convert_by_command, core_of
+from tests.support.gradients import inputs, with_gradients
 
 LENGTH, BATCH, HEADS, GROUPS, SIZE = QUERIES_AT_ONCE + 9, 3, 6, 2, 10
-
-
-def inputs(*shapes: tuple[int, ...]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-
-
-def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """The function's value, and its gradients under a fixed upstream gradient."""
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    value = function(*leaves)
-    [upstream] = inputs(tuple(value.shape))
-    value.backward(upstream.to(value.dtype))
-    return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
 def gated(x: Tensor) -> Tensor:
