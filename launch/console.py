@@ -21,9 +21,11 @@ from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.metrics import METRICS, Record
 from recipes.core.screen import plain_table
 from recipes.data.results import DatasetResult, in_words
+from recipes.distillation.forecast import in_words as forecast_in_words
 from recipes.engines.results import BenchmarkResults, EngineResult
 from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
 from recipes.planning.results import Cell, PlanResult
+from recipes.report.cost import outlook
 from recipes.report.results import ReportResult
 from recipes.search.results import LatencyResult, SearchResult
 
@@ -185,14 +187,15 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
 class Follower:
     """Draws the progress that a stage writes to its ``metrics.jsonl``.
 
-    A bar on a terminal, a line every few seconds elsewhere; a tracker gets every record.
+    A bar on a terminal, a line every few seconds elsewhere, and what a distillation will come to; a
+    tracker gets every record.
     """
 
     def __init__(
         self, stage: PlannedStage, console: Console, track: Track = lambda record: None
     ) -> None:
         self._path: Path = stage.directory / METRICS
-        self._name, self._console, self._track = stage.name, console, track
+        self._stage, self._console, self._track = stage, console, track
         # An interrupted stage goes on in the same file, whose old records are not news.
         self._position = self._path.stat().st_size if self._path.exists() else 0
         self._last_line, self._started = 0.0, time.monotonic()
@@ -208,11 +211,12 @@ class Follower:
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, Any] = {}
+        self._tenths = 0
 
     def __enter__(self) -> Self:
         self._progress.start()
         if not self._console.is_terminal:
-            self._console.print(f"{self._name}: started")
+            self._console.print(f"{self._stage.name}: started")
         return self
 
     def __exit__(
@@ -221,7 +225,7 @@ class Follower:
         self._progress.stop()
         if kind is None:
             seconds = time.monotonic() - self._started
-            self._console.print(f"{self._name}: complete in {seconds:.0f} s")
+            self._console.print(f"{self._stage.name}: complete in {seconds:.0f} s")
 
     def update(self) -> None:
         """Reads what is new and draws it."""
@@ -243,6 +247,7 @@ class Follower:
                 if "task" in record:
                     self._track(record)
                     self._draw(record)
+                    self._foresee(record)
 
     def _draw(self, record: Record) -> None:
         task, done, total = record["task"], record["done"], record["total"]
@@ -250,9 +255,20 @@ class Follower:
         if self._console.is_terminal:
             if task not in self._tasks:
                 self._tasks[task] = self._progress.add_task(
-                    task, total=total, stage=self._name, values=values
+                    task, total=total, stage=self._stage.name, values=values
                 )
             self._progress.update(self._tasks[task], completed=done, total=total, values=values)
         elif done == total or time.monotonic() - self._last_line > PLAIN_INTERVAL:
             self._last_line = time.monotonic()
-            self._console.print(f"{self._name}: {task} {done}/{total}  {values}".rstrip())
+            self._console.print(f"{self._stage.name}: {task} {done}/{total}  {values}".rstrip())
+
+    def _foresee(self, record: Record) -> None:
+        """Says after each tenth of a distillation what it will come to, once its curve does."""
+        tenths = record["done"] * 10 // record["total"]
+        if record["task"] != "distill" or tenths <= self._tenths:
+            return
+        self._tenths = tenths
+        directory, config = self._stage.directory, self._stage.request()["config"]
+        found = outlook(directory, config, read_manifest(directory.parent / "plan"))
+        if not found.why:
+            self._console.print(f"{self._stage.name}: {forecast_in_words(found)}")

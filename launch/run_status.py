@@ -27,7 +27,8 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK, Manifest, read_manifest
 from recipes.core.metrics import METRICS, Record, read_records
 from recipes.core.stage import REQUEST, RUN_FILE, planned_stages, unfinished
-from recipes.distillation.forecast import curve_of, forecast, in_words
+from recipes.distillation.forecast import in_words
+from recipes.report.cost import outlook
 
 COMPLETE, RUNNING, PENDING, FAILED = "complete", "running", "pending", "failed"
 STOPPED_STATE, CANCELLED, NOT_RUN = "stopped", "cancelled", "not run"
@@ -98,10 +99,9 @@ def _was_started(stage_dir: Path) -> bool:
 def forecasts(run_dir: Path) -> Iterator[tuple[str, str]]:
     """What more tokens would bring each distillation that has begun, by stage."""
     for name, request in requests_of(run_dir).items():
-        if request["config"]["stage"] == "distill":
-            steps, step_tokens = curve_of(run_dir / name, request["config"])
-            if steps:
-                yield name, in_words(forecast(steps, step_tokens))
+        if request["config"]["stage"] == "distill" and (run_dir / name / METRICS).exists():
+            plan = read_manifest(run_dir / "plan")
+            yield name, in_words(outlook(run_dir / name, request["config"], plan))
 
 
 def _state(

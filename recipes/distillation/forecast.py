@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -213,15 +214,17 @@ def in_words(found: Forecast) -> str:
         f"{found.limit.value:.0%} ({found.limit.low:.0%} to {found.limit.high:.0%}) at most by its "
         "curve"
     ]
-    for row in found.rows:
-        if row.tokens is None or row.hours is None:
-            parts.append(f"{row.share:.0%}: {row.why}")
-        else:
-            low, value, high = map(_rounded, (row.tokens.low, row.tokens.value, row.tokens.high))
-            parts.append(
-                f"{row.share:.0%} at {value} tokens ({low} to {high}), {row.hours.value:.2g} h"
-            )
+    for said, rows in groupby(found.rows, _row_in_words):
+        parts.append(f"{', '.join(f'{row.share:.0%}' for row in rows)}{said}")
     return "; ".join(parts)
+
+
+def _row_in_words(row: Recovery) -> str:
+    if row.tokens is None or row.hours is None:
+        return f": {row.why}"
+    low, value, high = map(_rounded, (row.tokens.low, row.tokens.value, row.tokens.high))
+    cost = f" and ${row.dollars.value:,.2f}" if row.dollars else ""
+    return f" at {value} tokens ({low} to {high}), {row.hours.value:.2g} h{cost}"
 
 
 def _rounded(tokens: float) -> str:

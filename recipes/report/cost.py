@@ -1,14 +1,16 @@
-"""What a run cost: machine hours, memory, and the arithmetic of its training."""
+"""What a run cost, and more of it would: machine hours, memory, arithmetic of its training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.stage import Inputs
+from recipes.distillation.forecast import Forecast, curve_of, forecast
 from recipes.distillation.results import CacheResult, DistillationResult, TrainingResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import PruneResult
@@ -46,7 +48,7 @@ def costs(inputs: Inputs, before: Mapping[str, Manifest], passes: list[Work]) ->
         "stages": [(name, manifest, machine_hours(manifest)) for name, manifest in stages],
         "seconds": sum(m.seconds for m in every),
         "hours": sum(map(machine_hours, every)),
-        "processes": max(map(processes, every)),
+        "processes": max(_processes(m.config) for m in every),
         "work": passes,
         "largest": {
             "bytes": max(m.total_bytes() for m in every) or 1,
@@ -94,29 +96,41 @@ def upstream(inputs: Inputs) -> dict[str, Manifest]:
 
 def machine_hours(manifest: Manifest) -> float:
     """Hours times machines."""
-    return manifest.seconds / 3600 * _nodes(manifest)
+    return manifest.seconds / 3600 * _nodes(manifest.config)
 
 
-def dollars_an_hour(manifest: Manifest, plan: Manifest | None) -> float | None:
-    """What a stage's machines cost, where there is a plan, which knows a price."""
+def outlook(stage_dir: Path, config: Mapping[str, Any], plan: Manifest | None) -> Forecast:
+    """What more tokens would bring a distillation, and what they cost, by what it has logged.
+
+    Args:
+        stage_dir: Of a training that runs or has ended.
+        config: Its settings.
+        plan: Of the same run, if there is one, which knows the price of an hour.
+    """
+    steps, step_tokens = curve_of(stage_dir, config)
+    return forecast(steps, step_tokens, _dollars_an_hour(config, plan))
+
+
+def _dollars_an_hour(config: Mapping[str, Any], plan: Manifest | None) -> float | None:
+    """What the machines of a stage with these settings cost."""
     hardware = plan.config.get("hardware") if plan else None
     if not hardware:
         return None
-    devices = processes(manifest) if hardware["kind"] == "gpu" else _nodes(manifest)
+    devices = _processes(config) if hardware["kind"] == "gpu" else _nodes(config)
     return float(hardware["price_per_hour"]) * devices
 
 
-def processes(manifest: Manifest) -> int:
-    """Ranks that ran: one per GPU, or per gloo process."""
-    return _nodes(manifest) * int(_resources(manifest).get("devices", 1))
+def _processes(config: Mapping[str, Any]) -> int:
+    """Ranks: one per GPU, or per gloo process."""
+    return _nodes(config) * int(_resources(config).get("devices", 1))
 
 
-def _nodes(manifest: Manifest) -> int:
-    return int(_resources(manifest).get("nodes", 1))
+def _nodes(config: Mapping[str, Any]) -> int:
+    return int(_resources(config).get("nodes", 1))
 
 
-def _resources(manifest: Manifest) -> dict[str, Any]:
-    return manifest.config.get("resources") or {}
+def _resources(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("resources") or {}
 
 
 def flops_per_token(manifest: Manifest) -> int | None:

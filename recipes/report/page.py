@@ -18,11 +18,10 @@ from recipes.core.manifest import Manifest
 from recipes.core.metrics import METRICS, Record, steps_of
 from recipes.core.stage import Input, Inputs
 from recipes.data.results import DatasetResult, in_words
-from recipes.distillation.forecast import Forecast, curve_of, forecast
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import PruneResult
-from recipes.report.cost import costs, dollars_an_hour, upstream, versions, work
+from recipes.report.cost import costs, outlook, upstream, versions, work
 from recipes.report.format import render_template
 from recipes.report.plots import (
     SMOOTHING,
@@ -108,6 +107,7 @@ def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
     pruned = manifests["pruned"].result_if("prune", PruneResult)
     before, after = manifests["teacher"].parameters, manifests["distilled"].parameters
     earlier = upstream(inputs)
+    distilled = inputs["distilled"]
     losses = [
         (role, role, q.loss, q.loss_standard_error) for role, q in evaluation.models().items()
     ]
@@ -122,9 +122,9 @@ def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
         "quality": evaluation.models(),
         "evaluation": evaluation,
         "detail": _detail(inputs["evaluation"]),
-        "training": _training(inputs["distilled"]),
-        "rounds": list(_rounds(inputs["distilled"], earlier)),
-        "forecast": _forecast(inputs["distilled"], manifests.get("plan")),
+        "training": _training(distilled),
+        "rounds": list(_rounds(distilled, earlier)),
+        "forecast": outlook(distilled.directory, distilled.manifest.config, manifests.get("plan")),
         "gates": gates_section(cfg.gates, manifests),
         "pruned": pruned,
         "layers_plot": _layers_plot(pruned) if pruned else None,
@@ -193,12 +193,6 @@ def _rounds(
     ]
     if len(trained) > 1:
         yield from sorted(trained, key=lambda one: one[1].started_at)
-
-
-def _forecast(distilled: Input, plan: Manifest | None) -> Forecast:
-    """What the curve says of more tokens; in money, where the plan knows what an hour costs."""
-    steps, step_tokens = curve_of(distilled.directory, distilled.manifest.config)
-    return forecast(steps, step_tokens, dollars_an_hour(distilled.manifest, plan))
 
 
 def _terms(steps: list[Record]) -> Iterator[Series]:

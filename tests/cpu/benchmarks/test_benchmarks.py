@@ -152,7 +152,8 @@ def test_operations_between_products_are_timed(monkeypatch: pytest.MonkeyPatch) 
     }
     assert {"attention", "norm", "rotation"} < found.keys()
     for times in found.values():
-        assert times.forward > 0 and times.both > 0  # no order: at this size they are noise
+        assert times.forward > 0  # at this size noise may put it above the two together
+        assert times.both > 0
         assert times.compiled is None
 
 

@@ -95,6 +95,7 @@ def test_what_a_curve_does_not_support_is_not_said() -> None:
     assert {row.why for row in high.rows} == {"more than this curve comes to"}
     assert high.limit is not None
     assert high.limit.high < 0.7
+    assert "; 90%, 95%, 99%: more than this curve comes to" in in_words(high)
     short = forecast(steps(40, noise=0.05), TOKENS)
     assert short.rows[-1].tokens is None
     assert "does not say more yet" in short.rows[-1].why

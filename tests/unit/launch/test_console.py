@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from io import StringIO
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,22 @@ def test_follower_prints_start_progress_and_end(screen: Console, stage: PlannedS
         "distill: train 1/1  loss 2.346",
         "distill: complete in 0 s",
     ]
+
+
+def test_follower_says_what_a_distillation_will_come_to(
+    screen: Console, stage: PlannedStage, plan: Callable[..., Plan], complete: Callable[..., None]
+) -> None:
+    """After each tenth from 20 steps on, also in money, since the plan knows a price."""
+    complete(plan(), "plan")
+    log = MetricsLog(stage.directory / METRICS)
+    with Follower(stage, screen) as follower:
+        for n in range(1, 51):
+            log.progress("distill", n, 60, kd=1 / (1 + n / 20), tokens_per_second=9)
+            follower.update()
+    said = [line for line in lines_of(screen) if "divergence" in line]
+    assert len(said) == 5  # after 24, 30, 36, 42 and 48
+    assert said[-1].startswith("distill: 71% of the divergence from the teacher is back")
+    assert re.search(r"90% at 200,000 tokens \(.+\), 6 h and \$0\.30", said[-1])
 
 
 def test_follower_does_not_call_a_failed_stage_complete(
