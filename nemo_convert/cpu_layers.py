@@ -4,7 +4,7 @@ PyTorch composes RMSNorm and SwiGLU from many small operations on a CPU, each of
 of its input for the backward pass, and its fused attention is slow on its way back where windows
 are short. The functions here keep the least, and multiply in the type of the activations. Values
 and gradients are those of the layers they replace, to the rounding of that type. What lies between
-products is ``fusable``.
+products, but for attention, is ``fusable``.
 """
 
 from __future__ import annotations
@@ -137,7 +137,6 @@ class _CausalAttention(torch.autograd.Function):
             return *_attention_backward(query, key, value, context, grads[0], ctx.scale), None
 
 
-@fusable
 def _attention_backward(
     query: Tensor, key: Tensor, value: Tensor, context: Tensor, grad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,9 @@ is kept here; only where a shard's bytes come from or go to is ours.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from mmap import ACCESS_COPY, MADV_DONTNEED, PAGESIZE, mmap
 from pathlib import Path
@@ -25,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from nemo_convert.trust import read_description
@@ -33,6 +35,8 @@ from recipes.core.errors import RecipeError
 
 Place = tuple[int, ...]
 """Where on a key's leading axes (layer, expert) a weight is."""
+Weight = tuple[str, Place]
+"""A key and a place."""
 Source = Callable[[str, Place], Tensor]
 """Gives the weight of a key at a place."""
 
@@ -41,7 +45,8 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron's strategy for one rank, with weights from a source rather than from the model.
 
     Args:
-        source: Called while a shard is being written; the model's own memory is never touched.
+        source: Called from a thread while shards are written; the model's own memory is never
+            touched.
         leading: Number of leading axes of each key.
     """
 
@@ -54,7 +59,8 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         described, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         dcp.save(
             mcore_to_pyt_state_dict(described, False),
-            storage_writer=FileSystemWriter(checkpoint_dir),
+            # Nothing is copied ahead: where there is a GPU, that goes by size and not in order.
+            storage_writer=FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0),
             planner=_SourcePlanner(self.source, self.leading),
         )
 
@@ -63,19 +69,52 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
     def __init__(self, source: Source, leading: dict[str, int]) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._source, self._leading = source, leading
-        self._place: Any = None
+        self._weights: Iterator[tuple[Weight, Tensor]] = iter(())
+        self._place: Weight | None = None
         self._weight: Tensor = torch.empty(0)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Begins with the weights, in the order in which they are written."""
+        plan: SavePlan = super().finish_plan(new_plan)
+        wanted = [place for item in plan.items if (place := self._weight_of(item))]
+        self._weights = _one_ahead(self._source, list(dict.fromkeys(wanted)))
+        return plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         """The part of a weight that a shard holds; parts of one weight follow each other."""
-        key, found = write_item.index.fqn, write_item.tensor_data
-        if found is None or key not in self._leading:
+        if (wanted := self._weight_of(write_item)) is None:
             return super().resolve_data(write_item)
-        axes, chunk = self._leading[key], found.chunk
-        if (place := (key, tuple(chunk.offsets[:axes]))) != self._place:
-            self._weight, self._place = self._source(*place), place
-        part = _box(self._weight, chunk.offsets[axes:], chunk.sizes[axes:])
-        return part.reshape(chunk.sizes).to(found.properties.dtype)
+        while wanted != self._place:
+            self._place, self._weight = next(self._weights)
+        axes, found = self._leading[wanted[0]], write_item.tensor_data
+        part = _box(self._weight, found.chunk.offsets[axes:], found.chunk.sizes[axes:])
+        return part.reshape(found.chunk.sizes).to(found.properties.dtype)
+
+    def _weight_of(self, item: WriteItem) -> Weight | None:
+        """What it is a part of; ``None`` for what is not in the source."""
+        key, found = item.index.fqn, item.tensor_data
+        if found is None or key not in self._leading:
+            return None
+        return key, tuple(found.chunk.offsets[: self._leading[key]])
+
+
+def _one_ahead(source: Source, wanted: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+    """Weights in order. A thread reads and merges the next one while one is written."""
+
+    def make(key: str, place: Place) -> Tensor:
+        weight = source(key, place)
+        # A view of a mapped file is read when it is copied, which otherwise the writer would do.
+        return weight if weight.untyped_storage().nbytes() == weight.nbytes else weight.clone()
+
+    if not wanted:
+        return
+    with ThreadPoolExecutor(1) as maker:
+        coming = maker.submit(make, *wanted[0])
+        for weight, following in zip(wanted, [*wanted[1:], None], strict=True):
+            made = coming.result()
+            if following:
+                coming = maker.submit(make, *following)
+            yield weight, made
 
 
 def read_weights(folder: Path, leading: dict[str, int]) -> Iterator[tuple[str, Place, Tensor]]:
@@ -117,6 +156,12 @@ class _MappedShards:
         )
         return data.as_strided(shard.shape, shard.stride(), shard.storage_offset())
 
+    def expect(self, index: Any) -> None:
+        """Asks the system for a shard's pages, which it reads while others are used."""
+        where = self._stored(index)
+        file, _ = self._map(where.relative_path)
+        os.posix_fadvise(file.fileno(), where.offset, where.length, os.POSIX_FADV_WILLNEED)
+
     def let_go(self, index: Any) -> None:
         """Gives back the memory of a shard that was copied; it can be read again."""
         where = self._stored(index)
@@ -144,6 +189,8 @@ def _read(shards: _MappedShards, key: str, stored: Any, place: Place) -> Tensor:
         raise RecipeError(
             f"{shards.folder} has only a part of {key}.", "the checkpoint is incomplete"
         )
+    for item in items:
+        shards.expect(item.storage_index)
     parts = [
         _box(shards.tensor(item.storage_index), item.storage_offsets, item.lengths)
         for item in items

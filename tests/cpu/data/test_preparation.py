@@ -348,11 +348,15 @@ def test_a_budget_stops_within_a_source(
 
 
 def test_documents_can_be_limited(
-    cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, tmp_path: Path
+    cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, text_file: Path, tmp_path: Path
 ) -> None:
+    """To the first ones of each source."""
     limited = replace(cfg, heldout_sources=[], max_documents=40)
     done = prepare(limited, tokenizer, tmp_path, LOG)
     assert sum(count for _, count in done.sizes.values()) == 80
+    texts = read(text_file)
+    first = [tuple(one.ids.tolist()) for one in tokenizer.encode(texts[:40] + texts[300:340])]
+    assert {ids for part in PARTS for ids in documents(tmp_path, part)} == set(first)
 
 
 def test_the_index_is_megatrons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,8 @@ def test_preflight_knows_what_a_recipe_measures(
 def test_tasks_are_measured_only_where_there_are_tasks(plan: Callable[..., Plan]) -> None:
     gates = "gates=['recovered.sciq >= 0.9']"
     assert [str(gate) for gate in plan(gates, "tasks=quick").gates] == ["recovered.sciq >= 0.9"]
+    with pytest.raises(RecipeError, match="give a list"):
+        plan("gates='recovered.sciq >= 0.9'", "tasks=quick")
     with pytest.raises(RecipeError, match="does not measure"):
         plan(gates, "tasks=none")
 
