@@ -142,6 +142,8 @@ def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[
                 runs[side].append(run_side(side, folder, scratch, cold))
                 os.sync()  # what one side leaves to be written must not slow down the next
                 shutil.rmtree(scratch / "copy", ignore_errors=True)
+                if cold and side == "to-hf":  # or a copy that comes last is a fourth model
+                    shutil.rmtree(scratch / "model.nemo")
             if cold:
                 require_same(folder, scratch / "back")
     return runs
