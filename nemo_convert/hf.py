@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ TOKENIZER_FILES = (
 )
 SIDE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "LICENSE*", "README.md")
 """What belongs to a model besides its weights, and must come along with every conversion."""
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 2 << 30
 
 
 def resolve(hf_path: str) -> Path:
@@ -120,26 +121,22 @@ class Weights:
 def write_weights(
     tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes safetensors shards as tensors arrive; at most one shard is in memory."""
+    """Writes shards of safetensors, one while the next is read; two at most are in memory."""
     from safetensors.torch import save_file
 
     shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if pending and size + tensor.nbytes > shard_bytes:
-            flush()
-            size = 0
-        pending[name] = tensor.contiguous()
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
+    total = 0
+    with ThreadPoolExecutor(1) as writer:
+        writing: Future[None] | None = None
+        for shard in _shards(tensors, shard_bytes):
+            if writing:
+                writing.result()
+            path = folder / f"shard-{len(shards)}"
+            writing = writer.submit(save_file, shard, path, metadata={"format": "pt"})
+            shards.append(list(shard))
+            total += sum(tensor.nbytes for tensor in shard.values())
+        if writing:
+            writing.result()
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / "model.safetensors")
         return
@@ -149,6 +146,21 @@ def write_weights(
         (folder / f"shard-{number}").rename(folder / file)
         index["weight_map"].update(dict.fromkeys(names, file))
     write_text_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+
+
+def _shards(
+    tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors that go into one file each time, in their order."""
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.contiguous()
+        size += tensor.nbytes
+    yield shard
 
 
 def load_causal_lm(folder: Path) -> PreTrainedModel:
