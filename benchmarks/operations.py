@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.operations`` times PyTorch's fused attention, the one of training, norms,
 gated activations, rotations and the loss on logits, at the sizes of SmolLM2-135M: forward, with the
-way back, and that compiled. Start it with the variables in ``conf/cluster/local.yaml``.
+way back, and, but for attention, that compiled. Start it with the variables in
+``conf/cluster/local.yaml``.
 ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` shows a processor without AMX.
 """
 
@@ -75,7 +76,12 @@ def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int
     }
 
 
-def measure(function: Callable[..., Tensor], shapes: list[tuple[int, ...]], repeats: int) -> Times:
+def measure(
+    function: Callable[..., Tensor],
+    shapes: list[tuple[int, ...]],
+    repeats: int,
+    compiled_too: bool = True,
+) -> Times:
     """Times an operation; the run that warms up also makes the kernels."""
     inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
     upstream = torch.randn_like(function(*inputs))
@@ -89,7 +95,7 @@ def measure(function: Callable[..., Tensor], shapes: list[tuple[int, ...]], repe
     with torch.no_grad():
         forward = timed(lambda: function(*inputs))
     written, compiled = timed(both), None
-    if missing_compiler() is None:
+    if compiled_too and missing_compiler() is None:
         with one_pass():
             compiled = timed(both)
     return Times(forward, written, compiled)
@@ -106,7 +112,7 @@ def main() -> None:
     table = plain_table("operations", "operation", "forward, ms", "with its way back", "compiled")
     for name, (function, shapes) in cases(Sizes(tokens=args.tokens)).items():
         if not args.only or name.startswith(tuple(args.only)):
-            found = measure(function, shapes, args.repeats)
+            found = measure(function, shapes, args.repeats, not name.startswith("attention"))
             compiled = "" if found.compiled is None else f"{found.compiled:.2f}"
             table.add_row(name, f"{found.forward:.2f}", f"{found.both:.2f}", compiled)
     screen().print(table)

@@ -211,7 +211,7 @@ class Follower:
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, Any] = {}
-        self._tenths = 0
+        self._tenths, self._plan = 0, read_manifest(stage.directory.parent / "plan")
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -234,6 +234,7 @@ class Follower:
             return
         if self._path.stat().st_size < self._position:
             self._position = 0
+        newest: Record | None = None
         with self._path.open("rb") as file:
             file.seek(self._position)
             for line in file:
@@ -247,7 +248,9 @@ class Follower:
                 if "task" in record:
                     self._track(record)
                     self._draw(record)
-                    self._foresee(record)
+                    newest = record
+        if newest and newest["task"] == "distill":
+            self._foresee(newest)
 
     def _draw(self, record: Record) -> None:
         task, done, total = record["task"], record["done"], record["total"]
@@ -263,12 +266,11 @@ class Follower:
             self._console.print(f"{self._stage.name}: {task} {done}/{total}  {values}".rstrip())
 
     def _foresee(self, record: Record) -> None:
-        """Says after each tenth of a distillation what it will come to, once its curve does."""
+        """Says after each tenth of a distillation what it will come to, if its curve shows that."""
         tenths = record["done"] * 10 // record["total"]
-        if record["task"] != "distill" or tenths <= self._tenths:
+        if tenths <= self._tenths:
             return
         self._tenths = tenths
-        directory, config = self._stage.directory, self._stage.request()["config"]
-        found = outlook(directory, config, read_manifest(directory.parent / "plan"))
+        found = outlook(self._stage.directory, self._stage.request()["config"], self._plan)
         if not found.why:
             self._console.print(f"{self._stage.name}: {forecast_in_words(found)}")

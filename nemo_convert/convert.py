@@ -68,8 +68,8 @@ def check_vocabulary(folder: Path, arch: Architecture) -> None:
 def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     """Converts a Hugging Face folder to a NeMo 2 checkpoint directory.
 
-    One weight at a time is in memory. Megatron's model is built for its plan of the checkpoint;
-    what it allocates is never written to.
+    Two weights at a time are in memory, the one that is written and the next. Megatron's model is
+    built for its plan of the checkpoint; what it allocates is never written to.
     """
     from nemo_convert.streaming import StreamedSave
 

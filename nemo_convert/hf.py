@@ -1,4 +1,4 @@
-"""Reading and writing Hugging Face folders, one tensor at a time."""
+"""Reading and writing Hugging Face folders, a few tensors at a time."""
 
 from __future__ import annotations
 
@@ -121,7 +121,10 @@ class Weights:
 def write_weights(
     tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes shards of safetensors, one while the next is read; two at most are in memory."""
+    """Writes shards of safetensors, one in a thread while the next is read; these are in memory.
+
+    Tensors are made in the caller's thread: those of a rehearsal have no data only there.
+    """
     from safetensors.torch import save_file
 
     shards: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Torch_dist checkpoints one weight at a time, however large the model.
+"""Torch_dist checkpoints a weight or two at a time, however large the model.
 
 Megatron-Core writes and reads whole state dicts. Its plan of a checkpoint (keys, shards, metadata)
 is kept here; only where a shard's bytes come from or go to is ours.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from itertools import product
 from mmap import ACCESS_COPY, MADV_DONTNEED, PAGESIZE, mmap
 from pathlib import Path
@@ -36,8 +37,8 @@ from recipes.core.errors import RecipeError
 
 Place = tuple[int, ...]
 """Where on a key's leading axes (layer, expert) a weight is."""
-Weight = tuple[str, Place]
-"""A key and a place."""
+Where = tuple[str, Place]
+"""A key and a place: one weight."""
 Source = Callable[[str, Place], Tensor]
 """Gives the weight of a key at a place."""
 
@@ -46,8 +47,8 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron's strategy for one rank, with weights from a source rather than from the model.
 
     Args:
-        source: Called from a thread while shards are written; the model's own memory is never
-            touched.
+        source: Called from a thread, a weight ahead of what is written; the model's own memory is
+            never touched.
         leading: Number of leading axes of each key.
     """
 
@@ -58,20 +59,20 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         """Writes the shards that the state dict describes."""
         described, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        with _without_checksums():
+        with _without_checksums(), closing(_SourcePlanner(self.source, self.leading)) as planner:
             dcp.save(
                 mcore_to_pyt_state_dict(described, False),
                 # Nothing is copied ahead: where there is a GPU, that goes by size and not in order.
                 storage_writer=FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0),
-                planner=_SourcePlanner(self.source, self.leading),
+                planner=planner,
             )
 
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """Leaves out torch's CRC32 of each record: half of what writing takes, and no reader's test.
+    """Leaves out torch's CRC32 of each record, a third to a half of the writer's CPU time.
 
-    torch.load does not look at it; a stage's manifest has a SHA-256 of every file.
+    torch.load does not compare it, unzip does; a stage's manifest has a SHA-256 of every file.
     """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -84,53 +85,62 @@ def _without_checksums() -> Iterator[None]:
 class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
     def __init__(self, source: Source, leading: dict[str, int]) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
-        self._source, self._leading = source, leading
-        self._weights: Iterator[tuple[Weight, Tensor]] = iter(())
-        self._place: Weight | None = None
+        self._leading = leading
+        self._ahead = partial(_one_ahead, source)
+        self._weights = self._ahead([])
+        self._at: Where | None = None
         self._weight: Tensor = torch.empty(0)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """Begins with the weights, in the order in which they are written."""
         plan: SavePlan = super().finish_plan(new_plan)
-        wanted = [place for item in plan.items if (place := self._weight_of(item))]
-        self._weights = _one_ahead(self._source, list(dict.fromkeys(wanted)))
+        wanted = [where for item in plan.items if (where := self._where(item))]
+        self._weights = self._ahead(list(dict.fromkeys(wanted)))
         return plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         """The part of a weight that a shard holds; parts of one weight follow each other."""
-        if (wanted := self._weight_of(write_item)) is None:
+        if (wanted := self._where(write_item)) is None:
             return super().resolve_data(write_item)
-        while wanted != self._place:
-            self._place, self._weight = next(self._weights)
+        if wanted != self._at:
+            self._at, self._weight = next(self._weights, (None, self._weight))
+            if wanted != self._at:
+                raise RuntimeError(f"{wanted} is written where the plan has {self._at}")
         axes, found = self._leading[wanted[0]], write_item.tensor_data
         part = _box(self._weight, found.chunk.offsets[axes:], found.chunk.sizes[axes:])
         return part.reshape(found.chunk.sizes).to(found.properties.dtype)
 
-    def _weight_of(self, item: WriteItem) -> Weight | None:
-        """What it is a part of; ``None`` for what is not in the source."""
+    def close(self) -> None:
+        """Lets go of the thread and of what it made."""
+        self._weights.close()
+
+    def _where(self, item: WriteItem) -> Where | None:
+        """The weight that it is a part of; ``None`` for what is not in the source."""
         key, found = item.index.fqn, item.tensor_data
         if found is None or key not in self._leading:
             return None
         return key, tuple(found.chunk.offsets[: self._leading[key]])
 
 
-def _one_ahead(source: Source, wanted: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+def _one_ahead(
+    source: Source, wanted: Sequence[Where]
+) -> Generator[tuple[Where, Tensor], None, None]:
     """Weights in order. A thread reads and merges the next one while one is written."""
 
     def make(key: str, place: Place) -> Tensor:
         weight = source(key, place)
-        # A view of a mapped file is read when it is copied, which otherwise the writer would do.
-        return weight if weight.untyped_storage().nbytes() == weight.nbytes else weight.clone()
+        weight.flatten().view(torch.uint8)[::PAGESIZE].sum()  # reads the pages of a mapped file
+        return weight
 
     if not wanted:
         return
     with ThreadPoolExecutor(1) as maker:
         coming = maker.submit(make, *wanted[0])
-        for weight, following in zip(wanted, [*wanted[1:], None], strict=True):
+        for where, following in zip(wanted, [*wanted[1:], None], strict=True):
             made = coming.result()
             if following:
                 coming = maker.submit(make, *following)
-            yield weight, made
+            yield where, made
 
 
 def read_weights(folder: Path, leading: dict[str, int]) -> Iterator[tuple[str, Place, Tensor]]:
@@ -172,8 +182,8 @@ class _MappedShards:
         )
         return data.as_strided(shard.shape, shard.stride(), shard.storage_offset())
 
-    def expect(self, index: Any) -> None:
-        """Asks the system for a shard's pages, which it reads while others are used."""
+    def read_ahead(self, index: Any) -> None:
+        """Asks the system for all pages of a shard before the first of them is used."""
         where = self._stored(index)
         file, _ = self._map(where.relative_path)
         os.posix_fadvise(file.fileno(), where.offset, where.length, os.POSIX_FADV_WILLNEED)
@@ -206,7 +216,7 @@ def _read(shards: _MappedShards, key: str, stored: Any, place: Place) -> Tensor:
             f"{shards.folder} has only a part of {key}.", "the checkpoint is incomplete"
         )
     for item in items:
-        shards.expect(item.storage_index)
+        shards.read_ahead(item.storage_index)
     parts = [
         _box(shards.tensor(item.storage_index), item.storage_offsets, item.lengths)
         for item in items

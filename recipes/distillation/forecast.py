@@ -93,7 +93,9 @@ class Recovery:
 
     share: float
     tokens: Estimate | None
+    """From the first step on."""
     hours: Estimate | None
+    """From the last step that was seen on, as are dollars."""
     dollars: Estimate | None
     why: str = ""
     """Why it is not known."""
@@ -223,8 +225,9 @@ def _row_in_words(row: Recovery) -> str:
     if row.tokens is None or row.hours is None:
         return f": {row.why}"
     low, value, high = map(_rounded, (row.tokens.low, row.tokens.value, row.tokens.high))
+    hours = f"{float(f'{row.hours.value:.2g}'):,g} h"
     cost = f" and ${row.dollars.value:,.2f}" if row.dollars else ""
-    return f" at {value} tokens ({low} to {high}), {row.hours.value:.2g} h{cost}"
+    return f" at {value} tokens ({low} to {high}), {hours}{cost} from here"
 
 
 def _rounded(tokens: float) -> str:
@@ -240,7 +243,8 @@ def _row(found: Fit, share: float, seen: float, rate: float, hourly: float | Non
             f"at least {_rounded(tokens.low)} tokens" if tokens.low < FAR * seen else "far beyond"
         )
         return Recovery(share, None, None, None, f"{least}; the curve does not say more yet")
-    hours = _times(tokens, 1 / rate / 3600)
+    more = Estimate(*(max(0.0, end - seen) for end in (tokens.value, tokens.low, tokens.high)))
+    hours = _times(more, 1 / rate / 3600)
     return Recovery(share, tokens, hours, _times(hours, hourly) if hourly else None)
 
 

@@ -1,4 +1,4 @@
-"""What a run cost, and more of it would: machine hours, memory, arithmetic of its training."""
+"""What a run cost and what more tokens would: hours, memory, and the arithmetic of its training."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def machine_hours(manifest: Manifest) -> float:
 
 
 def outlook(stage_dir: Path, config: Mapping[str, Any], plan: Manifest | None) -> Forecast:
-    """What more tokens would bring a distillation, and what they cost, by what it has logged.
+    """The forecast of a distillation by what it has logged, with what its hours cost.
 
     Args:
         stage_dir: Of a training that runs or has ended.

@@ -1,51 +1,58 @@
-"""Weights on their way into a checkpoint: in order, and at most one ahead of the writer."""
+"""Weights on their way into files: in order, one ahead of the writer, and no failure is lost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from nemo_convert.streaming import Place, Weight, _one_ahead
+from nemo_convert import hf
+from nemo_convert.streaming import (
+    Place,
+    Where,
+    _one_ahead,
+    _SourcePlanner,
+    _without_checksums,
+)
 from recipes.core.errors import RecipeError
 
-WANTED: list[Weight] = [("a", (0,)), ("a", (1,)), ("b", (0,)), ("b", (1,))]
+WANTED: list[Where] = [("a", (0,)), ("a", (1,)), ("b", (0,)), ("b", (1,))]
 
 
 @pytest.fixture
-def begun() -> dict[Weight, Event]:
+def begun() -> dict[Where, Event]:
     """Is set once a weight is being made."""
-    return {weight: Event() for weight in WANTED}
+    return {where: Event() for where in WANTED}
 
 
 @pytest.fixture
-def source(begun: dict[Weight, Event]) -> Callable[[str, Place], Tensor]:
-    """Gives parts of one large tensor, as a mapped file does."""
-    stored = torch.arange(8.0).view(4, 2)
-
+def source(begun: dict[Where, Event]) -> Callable[[str, Place], Tensor]:
     def make(key: str, place: Place) -> Tensor:
         begun[key, place].set()
-        return stored[WANTED.index((key, place))]
+        return torch.full((2, 3), WANTED.index((key, place))).bfloat16()
 
     return make
 
 
 def test_one_weight_is_made_while_another_is_written(
-    source: Callable[[str, Place], Tensor], begun: dict[Weight, Event]
+    source: Callable[[str, Place], Tensor], begun: dict[Where, Event]
 ) -> None:
-    for number, (weight, made) in enumerate(_one_ahead(source, WANTED)):
-        assert weight == WANTED[number]
-        assert made.tolist() == [2.0 * number, 2.0 * number + 1]
-        assert made.untyped_storage().nbytes() == made.nbytes  # nothing is left to be read
+    for number, (where, made) in enumerate(_one_ahead(source, WANTED)):
+        assert where == WANTED[number]
+        assert made.tolist() == [[number] * 3] * 2
         for ahead in WANTED[number + 1 : number + 2]:
             assert begun[ahead].wait(60)
         assert not any(begun[later].is_set() for later in WANTED[number + 2 :])
 
 
-def test_what_a_weight_is_refused_for_is_raised_where_it_is_wanted(
+def test_a_refused_weight_is_raised_where_it_is_wanted(
     source: Callable[[str, Place], Tensor],
 ) -> None:
     def refuse(key: str, place: Place) -> Tensor:
@@ -59,7 +66,48 @@ def test_what_a_weight_is_refused_for_is_raised_where_it_is_wanted(
         next(weights)
 
 
-def test_a_checkpoint_without_weights_of_its_own_asks_for_none(
-    source: Callable[[str, Place], Tensor],
+def test_another_order_than_the_plans_is_refused(source: Callable[[str, Place], Tensor]) -> None:
+    planner = _SourcePlanner(source, {"a": 1, "b": 1})
+    planner._weights = planner._ahead(WANTED)
+
+    def item(key: str, place: Place) -> Any:
+        chunk = SimpleNamespace(offsets=torch.Size([*place, 0, 0]), sizes=torch.Size([1, 2, 3]))
+        properties = SimpleNamespace(dtype=torch.float32)
+        return SimpleNamespace(
+            index=SimpleNamespace(fqn=key),
+            tensor_data=SimpleNamespace(chunk=chunk, properties=properties),
+        )
+
+    first = planner.resolve_data(item(*WANTED[0]))
+    assert first.shape == (1, 2, 3)
+    assert first.dtype == torch.float32
+    with pytest.raises(RuntimeError, match="where the plan has"):
+        planner.resolve_data(item(*WANTED[2]))
+    planner.close()
+
+
+def test_checksums_are_left_out_only_there() -> None:
+    def fail() -> None:
+        with _without_checksums():
+            assert not torch.serialization.get_crc32_options()
+            raise RecipeError("the disk is full")
+
+    assert torch.serialization.get_crc32_options()
+    with pytest.raises(RecipeError):
+        fail()
+    assert torch.serialization.get_crc32_options()
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_shard_that_cannot_be_written_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    assert list(_one_ahead(source, [])) == []
+    def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if path.name == f"shard-{failing}":
+            raise OSError("no space left")
+        path.touch()
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
+    tensors = {name: torch.zeros(4) for name in "abc"}
+    with pytest.raises(OSError, match="no space left"):
+        hf.write_weights(iter(tensors.items()), tmp_path, shard_bytes=16)

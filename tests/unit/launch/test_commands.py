@@ -91,7 +91,7 @@ def test_a_distillation_says_what_more_tokens_would_bring(run_dir: Path) -> None
     [(stage, said)] = forecasts(run_dir)
     assert stage == "distill"
     assert said.startswith("71% of the divergence from the teacher is back")
-    assert re.search(r"90% at 180,000 tokens \(.+\), 5\.\d h and \$0\.28", said)
+    assert re.search(r"90% at 180,000 tokens \(.+\), 4 h and \$0\.20 from here", said)
 
 
 def test_failed_stage_says_why(run_dir: Path, launch: Launch) -> None:
