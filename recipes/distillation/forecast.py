@@ -214,7 +214,7 @@ def in_words(found: Forecast) -> str:
     parts = [
         f"{found.recovered.value:.0%} of the divergence from the teacher is back, "
         f"{found.limit.value:.0%} ({found.limit.low:.0%} to {found.limit.high:.0%}) at most by its "
-        "curve"
+        "curve, which does not know what a falling learning rate brings"
     ]
     for said, rows in groupby(found.rows, _row_in_words):
         parts.append(f"{', '.join(f'{row.share:.0%}' for row in rows)}{said}")
