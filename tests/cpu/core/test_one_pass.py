@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from nemo_convert import cpu_backend
-from nemo_convert.cpu_layers import SwiGLU, _CausalAttention, _RMSNorm
+from nemo_convert.cpu_layers import SwiGLU, _RMSNorm
 from recipes.core.one_pass import fusable, missing_compiler, one_pass
 from recipes.distillation.losses import LogitsLoss, Targets, combined_loss, top_k
 from tests.support.gradients import inputs, with_gradients
@@ -41,10 +41,6 @@ def taught(live: bool) -> Callable[[Tensor], Tensor]:
 CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "norm": (lambda x, w: _RMSNorm.apply(x, w, 1e-5), [(9, 2, 24), (24,)]),
     "swiglu": (lambda x: SwiGLU(None)(x), [(9, 2, 24)]),
-    "attention": (
-        lambda q, k, v: _CausalAttention.apply(q, k, v, 0.3),
-        [(9, 2, 6, 8), (9, 2, 2, 8), (9, 2, 2, 8)],
-    ),
     "rotation": (rotated, [(9, 2, 6, 8), (9, 1, 1, 8)]),
     "loss, live": (taught(live=True), [(TOKENS, VOCABULARY)]),
     "loss, drawn": (taught(live=False), [(TOKENS, VOCABULARY)]),
