@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from functools import partial
 from itertools import product
 from mmap import ACCESS_COPY, MADV_DONTNEED, PAGESIZE, mmap
 from pathlib import Path
@@ -85,9 +84,8 @@ def _without_checksums() -> Iterator[None]:
 class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
     def __init__(self, source: Source, leading: dict[str, int]) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
-        self._leading = leading
-        self._ahead = partial(_one_ahead, source)
-        self._weights = self._ahead([])
+        self._source, self._leading = source, leading
+        self._weights = _one_ahead(source, [])
         self._at: Where | None = None
         self._weight: Tensor = torch.empty(0)
 
@@ -95,7 +93,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
         """Begins with the weights, in the order in which they are written."""
         plan: SavePlan = super().finish_plan(new_plan)
         wanted = [where for item in plan.items if (where := self._where(item))]
-        self._weights = self._ahead(list(dict.fromkeys(wanted)))
+        self._weights = _one_ahead(self._source, list(dict.fromkeys(wanted)))
         return plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:

@@ -225,13 +225,13 @@ def _row_in_words(row: Recovery) -> str:
     if row.tokens is None or row.hours is None:
         return f": {row.why}"
     low, value, high = map(_rounded, (row.tokens.low, row.tokens.value, row.tokens.high))
-    hours = f"{float(f'{row.hours.value:.2g}'):,g} h"
     cost = f" and ${row.dollars.value:,.2f}" if row.dollars else ""
-    return f" at {value} tokens ({low} to {high}), {hours}{cost} from here"
+    hours = _rounded(row.hours.value)
+    return f" at {value} tokens ({low} to {high}), {hours} h{cost} from here"
 
 
-def _rounded(tokens: float) -> str:
-    return f"{float(f'{tokens:.2g}'):,.0f}"
+def _rounded(value: float) -> str:
+    return f"{float(f'{value:.2g}'):,.15g}"  # to two digits, without an exponent
 
 
 def _row(found: Fit, share: float, seen: float, rate: float, hourly: float | None) -> Recovery:

@@ -68,7 +68,7 @@ def test_a_refused_weight_is_raised_where_it_is_wanted(
 
 def test_another_order_than_the_plans_is_refused(source: Callable[[str, Place], Tensor]) -> None:
     planner = _SourcePlanner(source, {"a": 1, "b": 1})
-    planner._weights = planner._ahead(WANTED)
+    planner._weights = _one_ahead(source, WANTED)
 
     def item(key: str, place: Place) -> Any:
         chunk = SimpleNamespace(offsets=torch.Size([*place, 0, 0]), sizes=torch.Size([1, 2, 3]))
