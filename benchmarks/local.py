@@ -11,7 +11,6 @@ Each is a run of the launcher, so a killed benchmark goes on where it was.
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from benchmarks.contenders import LAUNCHER, RECIPE, execute, make_inputs, manifest_of, shape_of
+from benchmarks.contenders import make_inputs, manifest_of, shape_of
 from benchmarks.loops import BETA1, BETA2, CLIP, WEIGHT_DECAY
 from benchmarks.students import (
     SUMMARY,
@@ -31,6 +30,7 @@ from benchmarks.students import (
     collect,
     distill,
     grouped,
+    import_student,
     prune,
     schedule,
     students_of,
@@ -132,20 +132,18 @@ def states_of(
 
 def taught(base: Path, pruned: Path, out: Path, steps: int) -> Path:
     """The student of ``pruned`` with its lessons, as a stage; made once."""
-    if not (folder := out / "hf").is_dir():
+    checkpoint = nemo.find_checkpoint(pruned / ARTIFACT)
+
+    def lessons() -> PreTrainedModel:
         teacher = load_transformers(nemo.find_checkpoint(base / "import_hf" / ARTIFACT))
-        checkpoint = nemo.find_checkpoint(pruned / ARTIFACT)
         student = load_transformers(checkpoint)
         text = windows(base / "prepare_data" / ARTIFACT, "train", WINDOW, steps * BATCH)
         if len(text) < steps * BATCH:
             raise RecipeError(f"there is text for {len(text)} windows only.", "lower --local-steps")
         teach(teacher, student.train(), kept_of(pruned), text.view(steps, BATCH, WINDOW))
-        shutil.copytree(nemo.side_files(checkpoint), made := out / "hf.tmp", dirs_exist_ok=True)
-        student.save_pretrained(made)
-        made.rename(folder)
-    settings = (f"model.hf_path='{folder}'", "stages.only=[import_hf]")
-    execute([*LAUNCHER, f"recipe={RECIPE}", f"run_dir={out / 'run'}", *settings])
-    return out / "run" / "import_hf"
+        return student
+
+    return import_student(lessons, checkpoint, out)
 
 
 def lesson_in_steps(base: Path, pruned: Path, steps: int) -> int:

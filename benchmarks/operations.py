@@ -3,7 +3,9 @@
 ``python -m benchmarks.operations`` times PyTorch's fused attention, the one of training, norms,
 gated activations, rotations and the loss on logits, at the sizes of SmolLM2-135M: forward, with the
 way back, and, but for attention, that compiled. Start it with the variables in
-``conf/cluster/local.yaml``.
+``conf/cluster/local.yaml``. With ``--teacher RUN`` it times the forward pass of a run's teacher
+instead, in bfloat16 and with PyTorch's int8 weights and activations, and says how far each is from
+float32 on the run's text.
 ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` shows a processor without AMX.
 """
 
@@ -11,17 +13,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
+from benchmarks.loops import divergence
 from nemo_convert import cpu_backend
 from nemo_convert.cpu_layers import SwiGLU, _CausalAttention, _RMSNorm, sdpa
+from nemo_convert.nemo import find_checkpoint
+from recipes.core.manifest import ARTIFACT
 from recipes.core.one_pass import missing_compiler, one_pass
 from recipes.core.screen import plain_table, screen
+from recipes.data.token_windows import windows
 from recipes.distillation.losses import LogitsLoss, Targets, combined_loss
 from recipes.engines.machine_rates import best_seconds
+from recipes.evaluation.text_quality import load_transformers
 
 SCALE = 0.125
 
@@ -101,14 +112,42 @@ def measure(
     return Times(forward, written, compiled)
 
 
+@torch.inference_mode()
+def teachers(run_dir: Path, sizes: Sizes, repeats: int) -> Table:
+    """A teacher's forward pass in other types, each beside float32 on the same text.
+
+    int8 is PyTorch's dynamic quantisation: weights by channel, activations by tensor as they come.
+    """
+    whole = load_transformers(find_checkpoint(run_dir / "import_hf" / ARTIFACT))
+    whole.config.use_cache = False
+    tokens = windows(run_dir / "prepare_data" / ARTIFACT, "validation", sizes.tokens, sizes.windows)
+    quantize = torch.ao.quantization.quantize_dynamic
+    models = {
+        "float32": whole,
+        "bfloat16": deepcopy(whole).bfloat16(),
+        "int8": quantize(deepcopy(whole), {torch.nn.Linear}, dtype=torch.qint8),
+    }
+    expected = whole(tokens).logits.flatten(0, 1)
+    table = plain_table("teachers", "teacher", "forward, ms", "KL from float32")
+    for name, model in models.items():
+        kl = divergence(model(tokens).logits.flatten(0, 1), expected) / tokens.numel()
+        seconds = best_seconds(partial(model, tokens), repeats=repeats)
+        table.add_row(name, f"{1000 * seconds:.0f}", f"{float(kl):.2g}")
+    return table
+
+
 def main() -> None:
     """Reads the command line, measures, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=Sizes.tokens, help="of a window")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="beginnings of names")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--teacher", type=Path, metavar="RUN", help="its teacher instead")
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.teacher:
+        screen().print(teachers(args.teacher, Sizes(tokens=args.tokens), args.repeats))
+        return
     table = plain_table("operations", "operation", "forward, ms", "with its way back", "compiled")
     for name, (function, shapes) in cases(Sizes(tokens=args.tokens)).items():
         if not args.only or name.startswith(tuple(args.only)):

@@ -6,21 +6,26 @@ Validation text is what a setting is chosen on; held-out text reports, and choos
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import stdev
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from benchmarks.contenders import execute, launch, manifest_of
+from benchmarks.contenders import LAUNCHER, RECIPE, execute, launch, manifest_of
+from nemo_convert import nemo
 from recipes.core.files import read_json, write_json
 from recipes.core.statistics import mean
 from recipes.distillation.results import TrainingResult
 from recipes.evaluation.results import TextQuality
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHOOSING, REPORTING = "validation", "heldout"
 JUDGED = "judged.json"
@@ -125,6 +130,24 @@ def distill(
         *overrides,
     )
     return out / "distill"
+
+
+def import_student(train: Callable[[], PreTrainedModel], like: Path, out: Path) -> Path:
+    """A student that no stage trained, as a stage; trained and imported once.
+
+    Args:
+        train: Trains and gives it.
+        like: NeMo checkpoint with the tokenizer that it is to have.
+        out: What is made for it.
+    """
+    if not (folder := out / "hf").is_dir():
+        student = train()
+        shutil.copytree(nemo.side_files(like), made := out / "hf.tmp", dirs_exist_ok=True)
+        student.save_pretrained(made)
+        made.rename(folder)
+    settings = (f"model.hf_path='{folder}'", "stages.only=[import_hf]")
+    execute([*LAUNCHER, f"recipe={RECIPE}", f"run_dir={out / 'run'}", *settings])
+    return out / "run" / "import_hf"
 
 
 def judge(base: Path, stages: Iterable[Path], windows: int) -> dict[Path, Judgement]:

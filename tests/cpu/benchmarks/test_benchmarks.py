@@ -31,7 +31,9 @@ from benchmarks import (
     judge,
     layers,
     local,
+    loops,
     operations,
+    optimizers,
     prepare,
     recovery,
     shapes,
@@ -89,7 +91,7 @@ def starts_here() -> Iterator[None]:
             assert done.returncode == 0, done.stderr
 
     with contextlib.ExitStack() as patches:
-        for module in (contenders, local, shapes, students, tasks):
+        for module in (contenders, shapes, students, tasks):
             patches.enter_context(mock.patch.object(module, "execute", execute))
         yield
 
@@ -158,6 +160,13 @@ def test_operations_between_products_are_timed(monkeypatch: pytest.MonkeyPatch) 
     for number, (function, inputs) in enumerate(cases.values()):
         times = operations.measure(function, inputs, 3)
         assert times == operations.Times(6 * number + 3, 6 * number + 6, None)
+
+
+def test_teachers_are_timed_and_held_against_float32(tiny_run: Path) -> None:
+    output = benchmark_here(operations, "--teacher", str(tiny_run), "--repeats=1", "--tokens=64")
+    rows = {cells[0]: cells for line in output.splitlines() if (cells := line.split())}
+    assert {"float32", "bfloat16", "int8"} < rows.keys()
+    assert float(rows["float32"][-1]) == 0 < float(rows["bfloat16"][-1]) < 0.01
 
 
 def heldout(student: dict[str, Any]) -> dict[str, float]:
@@ -257,6 +266,33 @@ def test_layers_beside_a_hole_are_taught_alone(tiny_run: Path, tmp_path: Path) -
     assert cut["pruned"] != taught["pruned"] == less["pruned"]
     assert taught["distilled"] != less["distilled"]
     assert f"{heldout(cut)['kl_to_teacher']:.3f}" in output
+
+
+def test_optimizers_are_compared(tiny_run: Path, tmp_path: Path) -> None:
+    ways = ("AdamW, cosine to a tenth", "Muon")
+    output = benchmark_here(
+        optimizers,
+        *("--run-dir", str(tiny_run), "--out", str(tmp_path / "ways"), "--steps=4"),
+        *("--windows=4", "--float32", "--only", *ways),
+    )
+    found = json.loads((tmp_path / "ways" / "optimizers.json").read_text())
+    assert [one["way"] for one in found] == list(ways)
+    adam, muon = (heldout({"distilled": one["found"]})["kl_to_teacher"] for one in found)
+    assert adam != muon
+    assert f"{adam:.3f}" in output
+    assert f"{muon:.3f}" in output
+
+
+def test_averaged_weights_are_those_of_the_last_steps(tiny_run: Path) -> None:
+    start = loops.load(tiny_run, (4, 1, SEQ_LENGTH), bfloat16=False)
+
+    def after(steps: int, averaged: float = 0) -> list[torch.Tensor]:
+        task = replace(start, student=deepcopy(start.student), batches=start.batches[:steps])
+        optimizers.train(task, optimizers.Way(end=1, averaged=averaged))
+        return list(task.student.parameters())
+
+    expected = [(third + last) / 2 for third, last in zip(after(3), after(4), strict=True)]
+    torch.testing.assert_close(after(4, averaged=0.5), expected)
 
 
 def test_kept_layers_are_those_of_the_teacher(tiny_run: Path) -> None:
