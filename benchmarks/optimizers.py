@@ -91,7 +91,7 @@ class Outcome:
     way: str
     seed: int
     seconds: float
-    """Median of a step."""
+    """CPU time of a step, the median."""
     found: Judgement
 
 
@@ -119,12 +119,12 @@ def optimizers(model: torch.nn.Module, way: Way) -> list[torch.optim.Optimizer]:
 
 
 def train(task: Task, way: Way) -> float:
-    """Distils the student in place; median seconds of a step."""
+    """Distils the student in place; median CPU seconds of a step."""
     weights, steps = list(task.student.parameters()), len(task.batches)
     of_each = optimizers(task.student, way)
     kept, count, seconds = [torch.zeros_like(weight) for weight in weights], 0, []
     for step, tokens in enumerate(task.batches):
-        began = time.perf_counter()
+        began = time.process_time()
         loss = back_propagate(task, tokens)
         torch.nn.utils.clip_grad_norm_(weights, CLIP)
         for optimizer in of_each:
@@ -136,7 +136,7 @@ def train(task: Task, way: Way) -> float:
             count += 1
             with torch.no_grad():
                 torch._foreach_lerp_(kept, weights, 1 / count)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
         print(f"{step + 1} of {steps}: {loss:.4f}", flush=True)
     if count:
         with torch.no_grad():
@@ -190,7 +190,7 @@ def outcomes(base: Path, made: dict[tuple[str, int], Path], windows_each: int) -
 def draw(found: list[Outcome]) -> Table:
     """A table in the order of the ways."""
     kinds = list(found[0].found.heldout.sources)
-    table = Table("way", "validation KL", "held-out", *kinds, "KL", "s a step")
+    table = Table("way", "validation KL", "held-out", *kinds, "KL", "CPU s a step")
     for way in dict.fromkeys(one.way for one in found):
         seeds = [one for one in found if one.way == way]
         heldout: list[Quality] = [one.found.heldout for one in seeds]
