@@ -102,7 +102,11 @@ def train(
 
 
 def _set_environment(cfg: TrainingConfig) -> None:
-    """What CUDA, NCCL and TransformerEngine read before they start; what is set already stays."""
+    """What CUDA, NCCL and TransformerEngine read before they start; what is set already stays.
+
+    ``CUDA_DEVICE_MAX_CONNECTIONS`` is not among it: what is best depends on the GPU, which cannot
+    be asked before CUDA starts. The launcher sets it, by the hardware profile.
+    """
     defaults = {
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # less lost between blocks
         "TORCH_NCCL_HIGH_PRIORITY": "1",  # else collectives queue behind the kernels they overlap
@@ -111,9 +115,6 @@ def _set_environment(cfg: TrainingConfig) -> None:
         # NeMo reads the ranks' patience from it.
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(int(COLLECTIVE_TIMEOUT.total_seconds())),
     }
-    if cfg.tensor_model_parallel_size > 1 or cfg.context_parallel_size > 1:
-        # Kernels start in the order in which they are issued: communication before computation.
-        defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if cfg.compile:
         defaults["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "torchinductor")
     for name, value in defaults.items():

@@ -73,7 +73,8 @@ class Hardware:
     """What models are measured in there; the default of every stage that compares them."""
     cuda_device_max_connections: Count | None = None
     """The variable of that name under tensor or context parallelism. With 1, kernels start in the
-    order they were given, which hides communication before Blackwell."""
+    order they were given, which hides communication before Blackwell; from there on NeMo takes
+    32, so that no stream waits for another."""
     reserved_bytes: PositiveOrZero = 0.75e9
     """What a process takes before it holds a model: libraries, CUDA context, buffers of NCCL."""
 

@@ -48,13 +48,12 @@ def test_a_window_is_traced_from_where_a_run_is(tmp_path: Path, begun: int, trac
     assert len(list(tmp_path.iterdir())) == traces
 
 
-@pytest.mark.parametrize(("tensor", "connections"), [(1, None), (2, "1")])
-def test_the_users_environment_stays(
-    monkeypatch: pytest.MonkeyPatch, tensor: int, connections: str | None
-) -> None:
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_users_environment_stays(monkeypatch: pytest.MonkeyPatch, tensor: int) -> None:
+    """And what depends on the GPU is left to the hardware profile."""
     environment = {"TORCH_NCCL_HIGH_PRIORITY": "0"}
     monkeypatch.setattr(os, "environ", environment)
     _set_environment(DistillConfig(stage="distill", tensor_model_parallel_size=tensor))
     assert environment["TORCH_NCCL_HIGH_PRIORITY"] == "0"
     assert environment["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    assert environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == connections
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment

@@ -28,7 +28,6 @@ from recipes.core.stage import Resources
 from recipes.core.wheels import cache_dir
 from recipes.planning.budget import slurm_seconds
 from recipes.planning.estimate import stopping_seconds
-from recipes.planning.hardware import Hardware
 from tests.unit.conftest import planned_words
 
 if TYPE_CHECKING:
@@ -215,19 +214,18 @@ def test_training_stops_early_enough_for_what_it_has_to_do(prepared: Prepared) -
             assert f"export STAGE_DEADLINE=$((end - {wanted}))" in text, name
 
 
-def test_kernels_keep_their_order_where_a_layout_wants_it(prepared: Prepared) -> None:
-    plan, cluster = prepared("cluster=docker", "hardware=h100")
+@pytest.mark.parametrize(("hardware", "connections"), [("h100", "1"), ("b200", "32")])
+def test_kernels_keep_their_order_where_a_layout_wants_it(
+    prepared: Prepared, hardware: str, connections: str
+) -> None:
+    """Before Blackwell; there streams are to run beside each other."""
+    plan, cluster = prepared("cluster=docker", f"hardware={hardware}")
     stage = stage_of(plan, "distill")
     workload = stage.workload
     assert workload is not None
-    for hardware, tensor, context, value in (
-        (stage.chain.hardware, 1, 1, None),
-        (stage.chain.hardware, 2, 1, "1"),
-        (stage.chain.hardware, 1, 2, "1"),
-        (Hardware("b200", "gpu"), 2, 2, None),
-    ):
+    for tensor, context, value in ((1, 1, None), (2, 1, connections), (1, 2, connections)):
         split = replace(workload, layout=replace(workload.layout, tensor=tensor, context=context))
-        chain = replace(stage.chain, hardware=hardware, workloads={"distill": split})
+        chain = replace(stage.chain, workloads={"distill": split})
         for environment in (foreground.environment, docker_environment):
             env = environment(replace(stage, chain=chain), cluster)
             assert env.get("CUDA_DEVICE_MAX_CONNECTIONS") == value
