@@ -2,7 +2,8 @@
 
 What a model is made of and how it is trained is the same on a CPU and on GPUs wherever gloo and
 Megatron's own layers can do it: distributed optimizer, overlapped collectives, reshardable and
-asynchronous checkpoints, every layout. What is left is ``DEPENDS``.
+asynchronous checkpoints, every layout. What is left is ``DEPENDS``, and what a profile in
+``conf/hardware`` says of its device: types to compute in, and rates that only a plan reads.
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ DEPENDS = (
     ),
     Dependence(
         "nemo_convert.cpu_layers:CausalAttention.forward",
-        "PyTorch's fused attention, or ours, which is faster on a CPU for short windows",
-        f"{_BACKEND}::test_fused_attention_equals_megatrons",
+        "the way back of PyTorch's fused attention, or ours, faster on a CPU for short windows",
+        "tests/cpu/nemo_convert/test_cpu_layers.py::test_values_and_gradients",
     ),
     Dependence(
         "nemo_convert.nemo:initialize",
@@ -124,6 +125,28 @@ DEPENDS = (
         "recipes.distillation.trainer:train",
         "each rank takes its own GPU, and the cores near it",
         "tests/unit/nemo_convert/test_device.py::test_a_rank_moves_to_the_cores_near_its_gpu",
+    ),
+    Dependence(
+        "recipes.distillation.trainer:train",
+        "a CPU's kernels are compiled by a C++ compiler, which is asked for first",
+        "tests/cpu/distillation/test_callbacks.py::test_without_a_compiler_no_training_begins",
+    ),
+    Dependence(
+        "recipes.distillation.training:_on_cpu_here",
+        "``compile`` is on by itself on this machine's CPU, from 100 steps on",
+        "tests/unit/stages/test_distill.py::test_compiles_where_it_pays",
+    ),
+    *(
+        Dependence(
+            f"recipes.distillation.training:{check}",
+            f"without a GPU, {what} is refused",
+            "tests/unit/launch/test_rules.py::test_each_rule_is_tripped",
+        )
+        for check, what in (
+            ("training_problems", "``tp_comm_overlap``"),
+            ("_graph_problems", "``cuda_graphs``"),
+            ("_fp8_problems", "``fp8``"),
+        )
     ),
     Dependence(
         "recipes.distillation.trainer:_trainer",
@@ -166,9 +189,24 @@ DEPENDS = (
         "so does this model",
         "tests/cpu/engines/test_engines.py::test_quantised_checkpoints",
     ),
+    Dependence(
+        "recipes.engines.tensorrt_llm:require",
+        "its engines are refused without one",
+        "tests/unit/engines/test_tensorrt_llm.py::test_what_a_machine_lacks_is_named",
+    ),
     Dependence("recipes.engines.machine_rates:best_seconds", "a kernel is waited for", _RATES),
     Dependence(
         "recipes.engines.machine_rates:processor_name", "the GPU's or the CPU's name", _RATES
+    ),
+    Dependence(
+        "launch.machine:cluster_problems",
+        "jobs on processors that are not known are warned of float32",
+        "tests/unit/launch/test_rules.py::test_each_rule_is_tripped",
+    ),
+    Dependence(
+        "launch.rehearse:too_large",
+        "a rehearsed peak is held against the memory of a GPU alone",
+        "tests/unit/launch/test_rehearse.py::test_a_peak_without_room_is_a_mistake",
     ),
     Dependence(
         "recipes.core.preloaded:_require_forkable",

@@ -1,4 +1,4 @@
-"""What a training sets for its process, and takes back."""
+"""What a training asks of its process, sets for it, and takes back."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import os
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from nemo_convert.device import device
+from recipes.core.errors import RecipeError
 from recipes.distillation.callbacks import COLLECT_EVERY, Collect, Profile
 from recipes.distillation.settings import DistillConfig
-from recipes.distillation.trainer import _set_environment
+from recipes.distillation.trainer import _set_environment, train
 
 
 class Cycle:
@@ -57,3 +60,13 @@ def test_the_users_environment_stays(monkeypatch: pytest.MonkeyPatch, tensor: in
     assert environment["TORCH_NCCL_HIGH_PRIORITY"] == "0"
     assert environment["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment
+
+
+@pytest.mark.skipif(device() != "cpu", reason="a GPU's kernels need no C++ compiler")
+def test_without_a_compiler_no_training_begins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cfg, nothing = DistillConfig(stage="distill", compile=True), cast(Any, None)
+    with pytest.raises(RecipeError, match="there is no no-such-compiler here"):
+        train(cfg, tmp_path, nothing, nothing, tmp_path, nothing)

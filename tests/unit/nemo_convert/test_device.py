@@ -12,11 +12,13 @@ import pytest
 from nemo_convert.device import DEPENDS, stay_near
 from recipes.core.files import REPO_ROOT
 
-ASKS = {"device", "collectives", "use_own_gpu", "own_layers"}
+ASKS = {"device", "collectives", "use_own_gpu", "own_layers", "gpus_here"}
+UNASKED = ("nemo_convert.device", "recipes.rehearsal.", "recipes.planning.")
+"""The questions themselves; what replaces a device; and estimates for one that is named."""
 
 
 def asks(node: ast.AST) -> bool:
-    """Whether this asks where a model runs: ``device()``, ``torch.cuda``, ``x.device.type``."""
+    """Whether this asks where a model runs, as ``device()``, or ``hardware.on_gpu`` of a plan."""
     match node:
         case ast.Call(func=ast.Name(id=name)):
             return name in ASKS
@@ -24,7 +26,9 @@ def asks(node: ast.AST) -> bool:
             return True
         case ast.Attribute(value=ast.Attribute(attr="device"), attr="type"):
             return True
-    return isinstance(node, ast.Attribute) and node.attr == "is_cuda"
+        case ast.Attribute(attr="is_cuda" | "on_gpu"):
+            return True
+    return False
 
 
 def places(node: ast.AST, names: tuple[str, ...] = ()) -> Iterator[str]:
@@ -42,8 +46,7 @@ def test_every_place_that_asks_is_listed() -> None:
     for root in ("nemo_convert", "recipes", "launch"):
         for file in (REPO_ROOT / root).rglob("*.py"):
             module = ".".join(file.relative_to(REPO_ROOT).with_suffix("").parts)
-            # A rehearsal replaces the device; it does not ask for one.
-            if module != "nemo_convert.device" and not module.startswith("recipes.rehearsal."):
+            if not module.startswith(UNASKED):
                 found |= {f"{module}:{place}" for place in places(ast.parse(file.read_text()))}
     assert found == {dependence.place for dependence in DEPENDS}
 
