@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from launch.hydra_errors import as_typed
+from launch.planned import stage_of
 from recipes.core.stage import StageConfig
 from recipes.core.versions import pins
 from recipes.planning import rules
@@ -69,6 +70,20 @@ def cluster_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Proble
                 rules.MOUNTS,
                 f"cluster.mounts: {path} is not there, or not an absolute path",
                 "give existing folders, such as /data or /data:ro",
+            )
+
+
+def mpi_problems(cluster: DictConfig, chain: Chain, wanted: Iterable[str]) -> Iterator[Problem]:
+    """Checks that stages which start TensorRT-LLM in Slurm's jobs are given MPI."""
+    mpi = cluster.get("mpi", {}) if cluster.executor == SLURM else {}
+    for name in wanted:
+        config = chain.stages[name]
+        given = mpi.get(config.stage, "")
+        if given is None and stage_of(config).needs_gpu(config, chain):
+            yield Problem(
+                rules.MPI,
+                f"{name} starts TensorRT-LLM, but cluster.mpi.{config.stage} is null",
+                "set it to pmix, unless that is your site's MpiDefault",
             )
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.hydra_errors import fix_of
-from launch.machine import chain_of, cluster_problems
+from launch.machine import chain_of, cluster_problems, mpi_problems
 from launch.planned import InputRef, PlannedStage, load_stage, stage_of
 from launch.rounds import in_rounds
 from launch.settings import RunSettings
@@ -83,6 +83,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
 def checks(cfg: DictConfig, chain: Chain, wanted: list[str]) -> Iterator[Problem]:
     """Everything that is wrong with the stages that are wanted, and with where they run."""
     yield from cluster_problems(cfg.cluster, chain.hardware)
+    yield from mpi_problems(cfg.cluster, chain, wanted)
     planning = any(stage_of(chain.stages[name]).plans_workloads for name in wanted)
     for name, config in chain.stages.items():
         stage = stage_of(config)

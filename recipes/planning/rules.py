@@ -52,6 +52,11 @@ CPUS_PER_TASK = Rule(
     "Slurm gives a job that shares its nodes one core for all processes of a node",
     severity=WARNING,
 )
+MPI = Rule(
+    "mpi",
+    "TensorRT-LLM begins with MPI, which ends a job that Slurm has not connected to it",
+    severity=WARNING,
+)
 CPU_PRECISION = Rule(
     "cpu-precision",
     "bfloat16 products are twice as fast as float32 on CPUs that have them, and emulated on others",

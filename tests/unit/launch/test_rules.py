@@ -29,7 +29,7 @@ from tests.unit.conftest import LLAMA_CONFIG
 if TYPE_CHECKING:
     from tests.unit.conftest import Complete, Compose, Launch, MakePlan
 
-GROUPS = ("model=", "teacher=", "tasks=")
+GROUPS = ("model=", "teacher=", "tasks=", "engine=")
 
 D = "stages.distill."
 BFLOAT16 = "hardware.precision=bf16-mixed"
@@ -99,6 +99,7 @@ TRIPS = {
     "image": trip("+cluster.images.default=/nowhere/image.sqsh"),
     "mounts": trip("+cluster.mounts=[/nowhere/data]"),
     "cpus-per-task": trip("cluster.executor=slurm"),
+    "mpi": trip("engine=tensorrt_llm", "cluster.executor=slurm", "+cluster.mpi.build_engine=null"),
     "cpu-precision": trip("cluster.executor=slurm"),
     "hardware-profile": trip(prepare=gpu_is_here),
     "bundled-config": trip("model=llama3_1_8b", "skip_rules=[memory]", prepare=hub_is_away),
