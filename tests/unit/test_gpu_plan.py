@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from recipes.core.files import REPO_ROOT
 from tests.gpu import plan, wheels
 from tests.gpu.plan import DEVICE, FAILED, NOT_REACHED, PASSED, STEPS, TOO_LONG, Done, Step
 
@@ -67,6 +69,15 @@ def test_a_device_comes_before_all_that_need_one() -> None:
     ]  # fmt: skip
     with pytest.raises(SystemExit, match="there is no step 'loose'"):
         plan.chosen(["loose"])
+
+
+def test_how_much_it_is_stands_in_contributing() -> None:
+    said = " ".join((REPO_ROOT / "CONTRIBUTING.md").read_text().split())
+    assert f"add up to {sum(one.minutes for one in STEPS):g} minutes" in said
+    assert f"end after {plan.MINUTES:g} (" in said
+    before = [one.name for one in STEPS].index(DEVICE)
+    assert (before, "three steps run before `device`" in said) == (3, True)
+    assert f"{len(re.findall('^[^ ]+==', wheels.pins(), re.M))} wheels" in said
 
 
 def test_every_test_on_a_gpu_is_in_the_plan() -> None:
