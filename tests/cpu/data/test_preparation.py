@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -107,6 +108,27 @@ def test_a_held_out_source_is_held_out_whole(
     ]
     assert documents(whole[0], "heldout")[: len(set(apart))] == list(dict.fromkeys(apart))
     assert whole[1].sources["heldout"]["apart"] == sum(map(len, set(apart)))
+
+
+def test_ten_times_the_text_takes_the_same_memory(
+    tokenizer: DocumentTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all that Python and NumPy hold: texts, digests, tokens and lengths of documents."""
+    monkeypatch.setattr(part_writer, "BLOCK", 512)
+    peaks = []
+    for number in (2_000, 2_000, 20_000):  # what is made once and stays is not the text's
+        texts = (
+            f"{n} of {number} documents, each with words of its own " * 4 for n in range(number)
+        )
+        file = tmp_path / f"{len(peaks)}.jsonl"
+        file.write_text("".join(f"{json.dumps(text)}\n" for text in texts))
+        (folder := tmp_path / file.stem).mkdir()
+        tracemalloc.start()
+        done = prepare(PrepareDataConfig(sources=[str(file)]), tokenizer, folder, LOG)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert sum(count for _, count in done.sizes.values()) == number
+    assert peaks[2] - peaks[1] < 2e5
 
 
 def test_more_processes_write_the_same_bytes(
