@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 RECOMPUTE_GRANULARITIES = ("none", "selective", "full")
+FEED_FORWARD = ("mlp", "moe")
+"""Megatron's names of a layer's feed-forward part: of one that is dense, of one of experts."""
 ATTENTION_BACKENDS = ("auto", "flash", "fused", "unfused")
 FP8_RECIPES = {"tensorwise": 16, "blockwise": 16, "delayed": 16, "mxfp8": 32}
 """Ways to scale, and what sizes must be multiples of (``megatron/core/fp8_utils.py``)."""
@@ -31,6 +33,7 @@ TERMS = ("kd", "hidden", "lm")
 """Parts of the loss, each logged on its own."""
 RESOURCE = {"resource": True}
 RecomputeGranularity = Annotated[str, one_of(*RECOMPUTE_GRANULARITIES)]
+RecomputeModule = Annotated[str, one_of("core_attn", *FEED_FORWARD)]
 AttentionBackend = Annotated[str, one_of(*ATTENTION_BACKENDS)]
 Temperature = Annotated[float, between(0.01, 1000)]
 """Beyond these the teacher names one token, or none."""
@@ -97,9 +100,18 @@ class TrainingConfig(StageConfig):
     """Splits each window over ranks, attention included; needs TransformerEngine, so GPUs."""
     expert_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Splits the experts of a mixture over the replicas."""
+    num_distributed_optimizer_instances: Count = field(default=1, metadata=RESOURCE)
+    """Copies of the optimizer's state, each over a part of the replicas, such as those of a node:
+    weights are gathered within a part, and a rank's share of the gradients alone goes beyond it."""
     recompute_granularity: RecomputeGranularity = field(default="none", metadata=RESOURCE)
-    """Computes activations again in the backward pass: ``none``, ``selective`` (attention's
-    scores, which flash attention does not hold anyway) or ``full`` (keeps a layer's input only)."""
+    """Computes activations again in the backward pass: ``none``, ``selective`` (those of
+    ``recompute_modules``) or ``full`` (keeps a layer's input only)."""
+    recompute_modules: Annotated[list[RecomputeModule], Field(min_length=1)] = field(
+        default_factory=lambda: ["core_attn"], metadata=RESOURCE
+    )
+    """What ``selective`` computes again: ``core_attn`` (attention's scores, which flash attention
+    does not hold anyway), ``mlp`` (the feed-forward part, most of what a layer holds, of which a
+    loss on hidden states sees nothing) or ``moe`` (the same of experts)."""
     attention_backend: AttentionBackend = field(default="auto", metadata=RESOURCE)
     """TransformerEngine's: ``auto`` (the fastest that it has), ``flash``, ``fused`` (cuDNN) or
     ``unfused``."""
@@ -125,6 +137,12 @@ class TrainingConfig(StageConfig):
     def dtype(self) -> torch.dtype:
         """Type of weights and activations."""
         return dtype_of(self.precision)
+
+    @property
+    def recomputes_feed_forward(self) -> bool:
+        """Whether the feed-forward part alone is computed again."""
+        chosen = set(FEED_FORWARD) & set(self.recompute_modules)
+        return self.recompute_granularity == "selective" and bool(chosen)
 
     @property
     def splits_sequence(self) -> bool:

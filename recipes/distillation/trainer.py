@@ -65,6 +65,7 @@ def train(
     restored = nemo.restore_model(start)
     restored.config.seq_length = cfg.seq_length
     _set_recompute(restored.config, cfg.recompute_granularity)
+    restored.config.recompute_modules = cfg.recompute_modules
     restored.config.attention_backend = AttnBackend[cfg.attention_backend]
     if cfg.cuda_graphs:
         restored.config.enable_cuda_graph = restored.config.use_te_rng_tracker = True
@@ -204,6 +205,7 @@ def _trainer(cfg: TrainingConfig) -> Any:
         pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,
         context_parallel_size=cfg.context_parallel_size,
         expert_model_parallel_size=cfg.expert_model_parallel_size,
+        num_distributed_optimizer_instances=cfg.num_distributed_optimizer_instances,
         sequence_parallel=cfg.splits_sequence,
         pipeline_dtype=cfg.dtype,
         ddp=DistributedDataParallelConfig(

@@ -12,10 +12,7 @@ from nemo_convert.architecture import Architecture
 from recipes.core.metrics import steps_of
 from recipes.core.one_pass import missing_compiler
 from recipes.distillation.results import TrainingResult
-from recipes.distillation.settings import (
-    FP8_RECIPES,
-    TrainingConfig,
-)
+from recipes.distillation.settings import FEED_FORWARD, FP8_RECIPES, TrainingConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
@@ -58,6 +55,7 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     if cfg.cuda_graphs:
         yield from _graph_problems(cfg, chain)
     yield from _compiler_problems(cfg, chain)
+    yield from _recompute_problems(cfg, chain)
     steps = cfg.profile_steps
     if steps and not (len(steps) == 2 and steps[0] <= steps[1] <= cfg.max_steps):
         yield Problem(
@@ -88,6 +86,18 @@ def _compiler_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
         what, fix = missing
         yield Problem(
             rules.COMPILER, f"compile=true, but there is no {what}", f"{fix}; or leave compile out"
+        )
+
+
+def _recompute_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
+    """Parts that a model has not, of which Megatron says nothing and computes nothing again."""
+    dense, experts = FEED_FORWARD
+    has, has_not = (experts, dense) if _trained(cfg, chain).num_moe_experts else (dense, experts)
+    if cfg.recompute_granularity == "selective" and has_not in cfg.recompute_modules:
+        yield Problem(
+            rules.RECOMPUTE,
+            f"recompute_modules has {has_not}, but the feed-forward part of this model is {has}",
+            f"recompute_modules=[{has}]",
         )
 
 
@@ -158,9 +168,11 @@ def layout_of(cfg: TrainingConfig) -> Layout:
         pipeline=cfg.pipeline_model_parallel_size,
         context=cfg.context_parallel_size,
         expert=cfg.expert_model_parallel_size,
+        optimizer_instances=cfg.num_distributed_optimizer_instances,
         micro_batch_size=cfg.micro_batch_size,
         sequence_parallel=cfg.splits_sequence,
         recompute_granularity=cfg.recompute_granularity,
+        recompute_feed_forward=cfg.recomputes_feed_forward,
     )
 
 

@@ -15,7 +15,7 @@ Pure arithmetic on shapes, a layout and a hardware profile. Sources of the formu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.pipeline import pipeline_split
@@ -24,6 +24,7 @@ from recipes.planning.hardware import Hardware
 from recipes.planning.work import (
     BACKWARD,
     Work,
+    feed_forward_again,
     feed_forward_width,
     loss_bytes,
     passes_of,
@@ -116,7 +117,8 @@ def activation_bytes(arch: Architecture, layout: Layout, tokens: float) -> float
     both halves of the first feed-forward product and their gated product; where queries and keys
     are normalised, what goes into that, too. The first four are whole on every tensor-parallel rank
     unless the sequence is split too. Experts keep their tokens, which are gathered from all parts
-    of a sequence, and the gated product once more, times the router's probability.
+    of a sequence, and the gated product once more, times the router's probability. Only
+    the input of a feed-forward part that is computed again is kept.
     """
     whole = 4 * arch.hidden_size
     heads = 2 * (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
@@ -124,6 +126,8 @@ def activation_bytes(arch: Architecture, layout: Layout, tokens: float) -> float
         heads += (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
     routed = arch.moe_router_topk * arch.hidden_size
     feed_forward = 3 * feed_forward_width(arch) + arch.moe_router_topk * arch.moe_ffn_hidden_size
+    if layout.recompute_feed_forward:
+        routed = feed_forward = 0
     split = layout.tensor if layout.sequence_parallel else 1
     return 2 * tokens * (whole / split + routed + (heads + feed_forward) / layout.tensor)
 
@@ -142,13 +146,12 @@ def stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
     tokens = layout.micro_batch_size * job.seq_length / layout.context
     if job.trained is not None:
         dense, experts = rank_parameters(job.trained, layout, stage)
-        shards = layout.data * layout.context
-        expert_shards = max(1, shards // layout.expert)
+        expert_shards = max(1, layout.shards // layout.expert)
         states = 12 if job.bf16 else 8  # main weights in float32 and two moments, or the moments
         parts |= {
             "weights": size * (dense + experts),
             "gradients": (job.gradient_bytes if job.bf16 else 4) * (dense + experts),
-            "optimizer": states * (dense / shards + experts / expert_shards),
+            "optimizer": states * (dense / layout.shards + experts / expert_shards),
             "activations": _held_activations(job.trained, job, stage, tokens) * size / 2,
         }
     if job.teacher is not None:
@@ -176,6 +179,9 @@ def _held_activations(arch: Architecture, job: Workload, stage: int, tokens: flo
     last = 2 * whole / split if stage == layout.pipeline - 1 else layer
     if layout.recompute_granularity == "full":
         return begun * layers * whole / split + layer + gathered
+    if layout.recompute_feed_forward:
+        again = activation_bytes(arch, replace(layout, recompute_feed_forward=False), tokens)
+        last = max(last, again - layer)
     return begun * layers * layer + last + gathered
 
 
@@ -215,6 +221,8 @@ def token_work(job: Workload) -> Work:
     else:
         live = job.teacher is not None
         logits = loss_bytes(job.trained.vocab_size, size, job.terms, live)
+        if job.layout.recompute_feed_forward:
+            parts.append(feed_forward_again(job.trained, size))
     return sum(parts, Work(bytes=logits))
 
 
@@ -282,16 +290,18 @@ def _update_seconds(job: Workload, hardware: Hardware) -> tuple[float, float]:
     parameters = max(
         sum(rank_parameters(job.trained, layout, stage)) for stage in range(layout.pipeline)
     )
-    replicas = layout.data * layout.context
-    wire = (
-        hardware.link_bytes_per_second if layout.nodes == 1 else hardware.network_bytes_per_second
-    )
-    sent = parameters * (job.gradient_bytes + 2) * (replicas - 1) / replicas
+    shards, copies = layout.shards, layout.optimizer_instances
+    link, network = hardware.link_bytes_per_second, hardware.network_bytes_per_second
+    wire = link if layout.nodes == 1 else network
+    # The ranks of a part follow each other, a tensor-parallel group apart.
+    within = link if copies > 1 and layout.tensor * shards <= layout.devices else wire
+    sent = parameters * (job.gradient_bytes + 2) * (shards - 1) / shards / within
+    sent += parameters / shards * job.gradient_bytes * 2 * (copies - 1) / copies / wire
     if hardware.traffic_share is None:
-        return sent / wire, parameters * OPTIMIZER_TRAFFIC / replicas / hardware.bytes_per_second
+        return sent, parameters * OPTIMIZER_TRAFFIC / shards / hardware.bytes_per_second
     # Replicas on a CPU share its bandwidth.
     traffic = Work(bytes=parameters * update_bytes(job.micro_batches, 2 if job.bf16 else 4))
-    return sent / wire, hardware.compute_seconds(traffic, job.bf16)
+    return sent, hardware.compute_seconds(traffic, job.bf16)
 
 
 def stopping_seconds(job: Workload, hardware: Hardware) -> float:

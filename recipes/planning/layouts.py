@@ -44,6 +44,8 @@ def fits(job: Workload, hardware: Hardware) -> bool:
         return False
     if job.seq_length % (layout.tensor * 2 * layout.context):
         return False
+    if layout.data * layout.context % (layout.optimizer_instances * layout.expert):
+        return False
     if not all(fits_shape(arch, layout) for arch in models):
         return False
     room = HEADROOM * hardware.memory_of_rank(layout.devices)
@@ -70,6 +72,7 @@ def candidates(job: Workload, devices: int, node: int) -> Iterator[Workload]:
             pipeline=pipeline,
             context=context,
             expert=expert,
+            optimizer_instances=job.layout.optimizer_instances,
             micro_batch_size=micro,
             sequence_parallel=tensor > 1,
             recompute_granularity=recompute_granularity,

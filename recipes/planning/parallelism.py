@@ -54,6 +54,15 @@ def _rank_problems(work: Workload) -> Iterator[Problem]:
             f"micro_batch_size={layout.micro_batch_size}",
             f"use a multiple of {step}",
         )
+    replicas, copies = layout.data * layout.context, layout.optimizer_instances
+    if replicas % (copies * layout.expert) and copies > 1:
+        experts = f", of EP={layout.expert}," if layout.expert > 1 else ""
+        most = max(1, replicas // layout.expert)
+        yield Problem(
+            rules.OPTIMIZER_INSTANCES,
+            f"{replicas} replica(s){experts} cannot be split into {copies} equal parts",
+            f"set num_distributed_optimizer_instances to a divisor of {most}",
+        )
 
 
 def _context_problems(work: Workload, chain: Chain) -> Iterator[Problem]:

@@ -158,12 +158,18 @@ CONTEXT_PARALLEL = Rule(
     "context-parallel", "each rank holds two chunks of a window, and TransformerEngine"
 )
 EXPERT_PARALLEL = Rule("expert-parallel", "experts are split over the replicas", f"{_BRIDGE}#1727")
+OPTIMIZER_INSTANCES = Rule(
+    "optimizer-instances", "every copy of the optimizer's state is split over as many replicas"
+)
 INTERLEAVED = Rule(
     "interleaved",
     "ModelOpt distils and prunes without an interleaved pipeline schedule",
     f"{_NEMO}#11531",
 )
-RECOMPUTE = Rule("recompute", "layers that are recomputed show the loss no hidden states")
+RECOMPUTE = Rule(
+    "recompute",
+    "recomputed layers show the loss no hidden states; a part that is not there saves nothing",
+)
 
 # Training
 FP8 = Rule(

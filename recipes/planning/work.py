@@ -74,6 +74,12 @@ def passes_of(arch: Architecture, seq_length: int, size: int, passes: int) -> Wo
     )
 
 
+def feed_forward_again(arch: Architecture, size: int) -> Work:
+    """A token's pass through the feed-forward parts alone, made again for the way back."""
+    width = arch.num_layers * feed_forward_width(arch)
+    return Work(products=6 * arch.hidden_size * width, bytes=5 * size * width)
+
+
 def _square(seq_length: int) -> float:
     """Share of the square of scores that is computed."""
     return (1 + min(1, QUERIES_AT_ONCE / seq_length)) / 2

@@ -19,10 +19,13 @@ class Layout:
     pipeline: int = 1
     context: int = 1
     expert: int = 1
+    optimizer_instances: int = 1
     micro_batch_size: int = 1
     sequence_parallel: bool = False
     recompute_granularity: str = "none"
     """Of activations in the backward pass: ``none``, ``selective`` or ``full``."""
+    recompute_feed_forward: bool = False
+    """Whether ``selective`` is of the feed-forward part."""
 
     @property
     def ranks(self) -> int:
@@ -38,6 +41,11 @@ class Layout:
     def data(self) -> int:
         """Replicas of the model; 0 if they do not come out even."""
         return self.ranks // self.model if self.ranks % self.model == 0 else 0
+
+    @property
+    def shards(self) -> int:
+        """Ranks that a copy of the optimizer's state is split over."""
+        return self.data * self.context // self.optimizer_instances
 
     def sizes(self) -> dict[str, int]:
         """Its sizes, by what a training's config calls them."""

@@ -87,8 +87,7 @@ class Checked(TorchDispatchMode):
         if name in ("send", "recv_"):
             self._note(name, tensors[0], group, args[2])
         if name in COALESCED:  # which has no weightless form; its parts have
-            one = COALESCED[name]
-            return [one(out, part, *args[2:]) for out, part in zip(*args[:2], strict=True)][-1][1]
+            return COALESCED[name](*args)
         return func(*args, **(kwargs or {}))
 
     def _note(self, name: str, tensor: Tensor, group: Any, peer: int) -> None:
@@ -166,7 +165,22 @@ CHECKS: dict[str, Callable[[str, tuple[Any, ...], int], None]] = {
     "allgather_into_tensor_coalesced_": _pairs(_gather_base),
     "reduce_scatter_tensor_coalesced_": _pairs(_scatter_base),
 }
+
+
+def _one_by_one(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def each(outputs: Sequence[Tensor], parts: Sequence[Tensor], *args: Any) -> Any:
+        done = [collective(*pair, *args) for pair in zip(outputs, parts, strict=True)]
+        return done[-1][1]
+
+    return each
+
+
+def _all_reduce(tensors: Sequence[Tensor], group: Any, operation: Any, *args: Any) -> Any:
+    return torch.ops.c10d.allreduce_(tensors, group, operation, None, *args)[1]
+
+
 COALESCED: dict[str, Callable[..., Any]] = {
-    "allgather_into_tensor_coalesced_": torch.ops.c10d._allgather_base_,
-    "reduce_scatter_tensor_coalesced_": torch.ops.c10d._reduce_scatter_base_,
+    "allgather_into_tensor_coalesced_": _one_by_one(torch.ops.c10d._allgather_base_),
+    "reduce_scatter_tensor_coalesced_": _one_by_one(torch.ops.c10d._reduce_scatter_base_),
+    "allreduce_coalesced_": _all_reduce,
 }

@@ -13,7 +13,10 @@ import torch
 from tests.gpu.small import Small, farthest, on_gpu, record
 
 LAYOUTS = {
-    "recompute selective": (1, ["recompute_granularity=selective"]),
+    "recompute selective": (
+        1,
+        ["recompute_granularity=selective", "recompute_modules=[core_attn,mlp]"],
+    ),
     "recompute full": (1, ["recompute_granularity=full"]),
     "CP=2": (2, ["context_parallel_size=2"]),
     "CP=2, recompute full": (2, ["context_parallel_size=2", "recompute_granularity=full"]),

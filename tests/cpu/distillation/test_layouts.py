@@ -32,8 +32,13 @@ LAYOUTS = {
         "sequence_parallel=true",
         "stop_at_recovered=0.9",
     ],
-    "PP=2": ["pipeline_model_parallel_size=2"],
+    "PP=2": [
+        "pipeline_model_parallel_size=2",
+        "recompute_granularity=selective",
+        "recompute_modules=[core_attn,mlp]",
+    ],
     "DP=2": [],
+    "DP=2, two optimizers": ["num_distributed_optimizer_instances=2"],
 }
 
 
@@ -126,7 +131,7 @@ def test_two_ranks_give_the_losses_of_one(
     assert [one["done"] for one in validated] == ([0, STEPS - 1] if stops else [STEPS - 1])
 
 
-@pytest.mark.parametrize(("began", "ended"), [("TP=2", "PP=2"), ("DP=2", None)])
+@pytest.mark.parametrize(("began", "ended"), [("TP=2", "PP=2"), ("DP=2", "DP=2, two optimizers")])
 def test_killed_in_one_layout_goes_on_in_another(
     one_rank: Path,
     even_llama: Path,

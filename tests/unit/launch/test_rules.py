@@ -127,6 +127,7 @@ TRIPS = {
     "sequence-parallel": trip(*TP2, f"{D}sequence_parallel=true", "data.seq_length=255"),
     "context-parallel": trip(f"{D}context_parallel_size=2", f"{D}resources.devices=2"),
     "expert-parallel": trip(f"{D}expert_model_parallel_size=2"),
+    "optimizer-instances": trip(f"{D}num_distributed_optimizer_instances=2"),
     "interleaved": trip(f"{D}virtual_pipeline_model_parallel_size=2"),
     "recompute": trip(f"{D}recompute_granularity=full", f"{D}hidden_weight=1"),
     "fp8": trip(f"{D}fp8=hybrid"),

@@ -23,6 +23,7 @@ from recipes.planning.estimate import (
     rank_parameters,
     step_seconds,
     stopping_seconds,
+    token_work,
     unevenness,
 )
 from recipes.planning.hardware import CPU_PROFILES, Hardware
@@ -277,6 +278,19 @@ def test_bytes_of_a_parameter_are_those_of_megatron() -> None:
     assert full.weights + full.gradients + full.optimizer == 16 * LLAMA.parameters()
 
 
+def test_copies_of_the_optimizer_take_memory_and_spare_the_network() -> None:
+    """A copy on each of two nodes: weights are gathered within it, an eighth of gradients goes."""
+    whole = Layout(nodes=2, devices=8)
+    job = distillation(LLAMA, None, layout=whole)
+    copied = replace(job, layout=replace(whole, optimizer_instances=2))
+    size = LLAMA.parameters()
+    assert memory(copied, H100).optimizer == 12 * size / 8
+    seconds = [step_seconds(each, H100).gradient_communication for each in (job, copied)]
+    link, network = H100.link_bytes_per_second, H100.network_bytes_per_second
+    assert seconds[0] == pytest.approx(6 * size * 15 / 16 / network)
+    assert seconds[1] == pytest.approx(6 * size * 7 / 8 / link + 4 * size / 8 / network)
+
+
 def test_the_teacher_is_split_as_the_student_is() -> None:
     job = distillation(replace(LLAMA, num_layers=16), LLAMA, layout=Layout(devices=4, tensor=4))
     assert memory(job, H100).teacher == pytest.approx(2 * LLAMA.parameters() / 4)
@@ -303,6 +317,21 @@ def test_recomputing_and_sequence_parallelism_save_activations() -> None:
     assert held(recompute_granularity="full") < held() / 7
     again = replace(job, layout=replace(layout, recompute_granularity="full"))
     assert step_seconds(again, H100).compute > 1.2 * step_seconds(job, H100).compute
+
+
+def test_recomputing_the_feed_forward_part_by_hand() -> None:
+    """Of a layer 43,008 of 69,632 numbers, for 6 x 4096 x 14336 FLOPs more."""
+    layout = Layout(micro_batch_size=2)
+    again = replace(layout, recompute_feed_forward=True)
+    kept = 2 * (4 * 4096 + 2 * 40 * 128)
+    assert activation_bytes(LLAMA, again, 1) == kept
+    jobs = [distillation(LLAMA, LLAMA, layout=each) for each in (layout, again)]
+    held = [memory(job, H100).activations for job in jobs]
+    tokens = 2 * 4096
+    assert held[1] == tokens * (32 * kept + 2 * 3 * 14336)  # one layer's are there again
+    assert held[1] < 0.42 * held[0]
+    before, after = map(token_work, jobs)
+    assert after.flops - before.flops == 32 * 6 * 4096 * 14336
 
 
 def test_a_pipeline_holds_several_micro_batches_and_waits() -> None:

@@ -21,6 +21,7 @@ from recipes.pruning.settings import PruneConfig
 from recipes.stages import distill
 
 DELAYED = {"fp8_recipe": "delayed", "first_last_layers_bf16": False}
+SELECTIVE = {"recompute_granularity": "selective"}
 ALONE = {"kd_weight": 0.0, "lm_weight": 1.0}
 
 
@@ -190,6 +191,9 @@ def test_a_cached_teacher_fits_the_training(
         ({"cuda_graphs": True}, None),
         ({"cuda_graphs": True, "recompute_granularity": "selective"}, "=selective"),
         ({"cuda_graphs": True, "hidden_weight": 1.0}, "no hidden states"),
+        ({"recompute_modules": ["core_attn", "mlp"], **SELECTIVE}, None),
+        ({"recompute_modules": ["moe"], **SELECTIVE}, "of this model is mlp"),
+        ({"recompute_modules": ["moe"]}, None),
     ],
 )
 def test_what_only_some_trainings_on_gpus_can(
@@ -208,6 +212,15 @@ def test_experts_are_not_captured(chain: Chain) -> None:
     [problem] = distill.check(DistillConfig(cuda_graphs=True), on_gpu)
     assert problem.rule.name == "cuda-graphs"
     assert "experts" in problem.what
+
+
+def test_experts_are_computed_again_by_their_own_name(chain: Chain) -> None:
+    experts = replace(chain.teacher, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=32)
+    of_experts = replace(chain, teacher=experts)
+    cfg = DistillConfig(**SELECTIVE, recompute_modules=["moe"])
+    assert list(distill.check(cfg, of_experts)) == []
+    [problem] = distill.check(replace(cfg, recompute_modules=["mlp"]), of_experts)
+    assert problem.fix == "recompute_modules=[moe]"
 
 
 def test_summary_is_that_of_all_attempts(tmp_path: Path) -> None:
