@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -89,5 +90,6 @@ def model_folder(source: Input, scratch: Path) -> Path:
         return source.artifact
     from nemo_convert import convert, nemo
 
+    shutil.rmtree(scratch, ignore_errors=True)  # what a kill left of it
     convert.to_hf(nemo.find_checkpoint(source.artifact), scratch)
     return scratch
