@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from nemo_convert.architecture import Architecture
 from nemo_convert.hf import licence
 from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Manifest
@@ -17,7 +18,7 @@ from recipes.data.sources import parse_source
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
 from recipes.pruning.results import PruneResult
-from recipes.report.serving import servers
+from recipes.report.serving import converted, servers
 
 CARD = """\
 ---
@@ -39,6 +40,12 @@ Servers that read this folder (not run when it was made):
 
 ```text
 {servers}
+```
+
+Others read what is made of it (`optimum-intel` and `openvino-genai` on a CPU; llama.cpp):
+
+```text
+{converted}
 ```
 
 ## Shape
@@ -116,6 +123,7 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         name=name,
         code=CODE,
         servers="\n".join(one.line for one in servers(".")),
+        converted="\n".join(_converted(model)),
         parameters=(model.parameters or 0) / 1e6,
         shapes="\n".join(_shapes(inputs)),
         made="\n".join(_made(inputs)),
@@ -137,6 +145,11 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         versions=", ".join(f"{k} {v}" for k, v in model.versions.items()),
     )
     write_text_atomically(folder / "README.md", text)
+
+
+def _converted(model: Manifest) -> Iterator[str]:
+    if model.architecture:
+        yield from (one.line for one in converted(".", Architecture(**model.architecture)))
 
 
 def _model_name(teacher: str) -> str:

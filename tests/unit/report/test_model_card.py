@@ -49,6 +49,8 @@ def test_every_input_adds_what_it_knows(inputs: dict[str, Manifest], tmp_path: P
     assert "| sciq | acc | 200 | 0.845 ± 0.026 | 0.415 ± 0.035 | 0.790 ± 0.029 |" in text
     assert "took back 79% of the loss" in text
     assert "```text\nvllm serve .\ntrtllm-serve .\n```" in text
+    assert "```text\noptimum-cli export openvino --model . " in text
+    assert "--outfile model.gguf\nllama-server -m model.gguf\n```" in text
     assert "in float32 on 10,098 predictions of a next token of held-out text in windows" in text
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nemo_convert.architecture import Architecture
 from recipes.core.stage import Input
-from recipes.report.serving import served
+from recipes.report.serving import converted, served
 from tests.support.reports import changed, engine_figures, make_inputs, optional_inputs, rendered
 
 if TYPE_CHECKING:
@@ -56,3 +57,31 @@ def test_what_is_elsewhere_is_named_in_full(inputs: dict[str, Input], tmp_path: 
     other = replace(inputs["engine"], directory=tmp_path / "an other" / "engine")
     first, *_ = served({**inputs, "engine": other})
     assert str(tmp_path / "an other" / "engine" / "artifact") in shlex.split(first.line)[2]
+
+
+@pytest.mark.parametrize(
+    ("hf_architecture", "hidden_size", "known"),
+    [
+        ("LlamaForCausalLM", 512, True),
+        ("Qwen3MoeForCausalLM", 512, True),
+        ("Qwen2ForCausalLM", 576, True),
+        ("Qwen2ForCausalLM", 512, False),
+    ],
+)
+def test_a_folder_is_converted_for_those_that_do_not_read_it(
+    inputs: dict[str, Input], hf_architecture: str, hidden_size: int, known: bool
+) -> None:
+    """But for what llama.cpp's own converter, unlike ours, has no name for."""
+    shape = Architecture(**(inputs["exported"].manifest.architecture or {}))
+    shape = replace(shape, hf_architecture=hf_architecture, hidden_size=hidden_size)
+    made, genai, *llama = (one.line for one in converted("a b", shape))
+    assert made.startswith("optimum-cli export openvino --model 'a b' --task text-generation")
+    assert 'LLMPipeline("openvino", "CPU")' in shlex.split(genai)[2]
+    assert (
+        llama
+        == [
+            "python llama.cpp/convert_hf_to_gguf.py 'a b' --outfile model.gguf",
+            "llama-server -m model.gguf",
+        ]
+        * known
+    )
