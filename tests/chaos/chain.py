@@ -52,7 +52,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "openvi
         "stages.distill.val_check_interval=12",
         "stages.evaluate.num_windows=8",
         "stages.evaluate.new_tokens=8",
-        *(SMALL_ENGINES if engine == "openvino" else []),
+        *(["gguf=q8_0", *SMALL_ENGINES] if engine == "openvino" else []),
     ]
 
 

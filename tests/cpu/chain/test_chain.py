@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,20 +19,27 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_convert.convert import hf_weights
+from nemo_convert.gguf_file import FILE
 from nemo_convert.hf import Weights, tokenizer_sha256
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK
 from recipes.core.metrics import METRICS, steps_of
+from recipes.core.stage import Input
+from recipes.engines.backends import model_folder
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.kept import KeptIndices, cut, student_name
 from tests.chaos.chain import STEPS, differences, is_of_a_library, overrides
 from tests.chaos.kills import Disturbed, Kill
+from tests.support.generation import NEW_TOKENS, SECOND, said_by, said_in
 from tests.support.in_process import run_here
 from tests.support.launcher import run_recipe
+from tests.support.llama_cpp import require_near_words
+from tests.support.newer import transformers_5
 from tests.support.runs import STAGES, manifest_of, without
 
-ENGINES = ("build_engine", "build_teacher_engine", "measure_speed")
+ENGINES = ("build_engine", "build_teacher_engine", "measure_speed", "export_gguf")
+SERVE = (REPO_ROOT / "docs" / "serve.md").read_text()
 SECRET = "a_token_that_no_file_may_hold"
 
 
@@ -144,9 +152,29 @@ def test_exported_folder_works_with_plain_transformers(tiny_run: Path, odd_llama
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     ids = tokenizer("The import statement", return_tensors="pt")["input_ids"]
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
-    assert model.generation_config.temperature == 0.7
-    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(odd_llama).chat_template
     assert tokenizer_sha256(folder) == tokenizer_sha256(odd_llama)
+
+
+def test_exported_folder_chats_and_stops_as_the_teacher(tiny_run: Path, odd_llama: Path) -> None:
+    teacher, student = said_by(odd_llama), said_by(tiny_run / "export_hf" / ARTIFACT)
+    assert student.chat == teacher.chat
+    assert student.generation_config == teacher.generation_config
+    assert student.generation_config["temperature"] == 0.7
+    for one in (teacher, student):
+        assert one.stopped == [SECOND, one.generation_config["eos_token_id"]]
+        assert len(one.greedy) == NEW_TOKENS
+
+
+def test_exported_folder_says_the_same_in_transformers_5(tiny_run: Path, odd_llama: Path) -> None:
+    """Opened, its template rendered, its words the likeliest, its end: as in what is installed."""
+    folders = (tiny_run / "export_hf" / ARTIFACT, odd_llama)
+    for folder, found in zip(folders, said_in(transformers_5(), *folders), strict=True):
+        installed = said_by(folder)
+        assert found.version.startswith("5.")
+        assert f"transformers {installed.version} and {found.version}" in SERVE
+        assert found.chat == installed.chat
+        assert found.scores == pytest.approx(installed.scores, abs=1e-4)
+        assert (found.greedy, found.stopped) == (installed.greedy, installed.stopped)
 
 
 def test_model_card_has_the_figures_of_the_manifests(tiny_run: Path, odd_llama: Path) -> None:
@@ -182,6 +210,24 @@ def test_code_of_the_model_card_runs_as_it_stands(tiny_run: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("The capital of France is")
     assert len(done.stdout) > len("The capital of France is\n")
+
+
+def test_openvino_serves_the_model_by_the_lines_of_its_card(tiny_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_run / "export_hf" / ARTIFACT, tmp_path / "model")
+    lines = (folder / "README.md").read_text().splitlines()
+    made, served = (line for line in lines if line.startswith(("optimum-cli ", "python -c ")))
+    for program, *words in map(shlex.split, (made, served)):
+        done = subprocess.run(
+            [Path(sys.executable).with_name(program), *words],
+            cwd=folder,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.split()) > 1
 
 
 def test_gates_were_passed(tiny_run: Path) -> None:
@@ -296,6 +342,29 @@ def test_engines_of_teacher_and_student_are_built_and_timed(tiny_run: Path) -> N
     machine = results["machine"]
     assert machine["flops_per_second"]["float32"] > 1e8
     assert machine["bytes_per_second"] > 1e8
+
+
+def test_llama_cpp_reads_the_file_that_a_run_leaves(tiny_run: Path) -> None:
+    """No size fills a block of 8-bit weights, so each is in 16 bits, as bfloat16 fits into."""
+    made = manifest_of(tiny_run, "export_gguf")
+    assert (made.metrics["type"], made.metrics["architecture"]) == ("q8_0", "llama")
+    assert made.parameters == manifest_of(tiny_run, "export_hf").parameters
+    folder, file = (tiny_run / stage / ARTIFACT for stage in ("export_hf", "export_gguf"))
+    require_near_words(folder, file / FILE, tolerance=0.02)
+    assert (
+        "llama-server -m export_gguf/artifact/model.gguf"
+        in (tiny_run / "report" / ARTIFACT / "report.html").read_text()
+    )
+
+
+def test_a_model_of_which_a_kill_left_a_part_is_converted_again(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    """In the work of what times or builds engines."""
+    teacher = Input(tiny_run / "import_hf", manifest_of(tiny_run, "import_hf"))
+    (tmp_path / "teacher_hf").mkdir()
+    (tmp_path / "teacher_hf" / "model.safetensors").write_text("cut sh")
+    assert Weights(model_folder(teacher, tmp_path / "teacher_hf")).names()
 
 
 def test_the_teacher_is_exported_for_images_without_nemo(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_convert.gguf_file import SPLITS, _rope_factors, _split, write
 from recipes.core.errors import RecipeError
-from tests.support.llama_cpp import greedy
+from tests.support.llama_cpp import PROMPTS, greedy, require_near_words
 from tests.support.models import EVEN, FAMILIES, write_tiny_model
 
-PROMPTS = ("The history of the", "In 1923, 42 of them couldn't")
 LENGTH = 12
 NARROW = {**EVEN, "hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 96}
 """As pruning leaves them: heads are not the hidden size divided by their number."""
@@ -107,6 +107,16 @@ def test_smaller_types_hold_what_they_can(even_llama: Path, tmp_path: Path) -> N
             assert held.shape == exact.shape
             allowed = 0 if exact.dim() == 1 else bound * exact.abs().max()
             assert (held - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.01), ("bf16", 0.1), ("q8_0", 0.2)])
+def test_llama_cpp_reads_smaller_types(
+    even_llama: Path, tmp_path: Path, kind: str, tolerance: float
+) -> None:
+    folder = shutil.copytree(even_llama, tmp_path / "hf")
+    attentive(folder)
+    write(folder, tmp_path / "model.gguf", kind)
+    require_near_words(folder, tmp_path / "model.gguf", tolerance)
 
 
 def sentencepiece_like(text_file: Path, folder: Path) -> None:
