@@ -26,9 +26,11 @@ from launch.run_status import (
     forecasts,
     read_run,
     requests_of,
+    run_left,
     runs_in,
 )
 from launch.runs import runs
+from launch.time_left import in_words
 from recipes.core.errors import RecipeError, did_you_mean, require_known
 from recipes.core.screen import plain_table
 
@@ -41,11 +43,14 @@ def status(options: Options, console: Console) -> None:
     """Shows what has become of each stage."""
     for run_dir in runs_in(_directory(options)):
         table = plain_table(str(run_dir), "stage", "state", "job", "")
-        for stage in read_run(run_dir):
+        states = read_run(run_dir)
+        for stage in states:
             style = STYLES.get(stage.state, "dim")
             job = stage.job.id if stage.job else ""
             table.add_row(stage.name, f"[{style}]{stage.state}", job, escape(_detail(stage)))
         console.print(table)
+        if left := run_left(run_dir, states):
+            console.print(f"about {in_words(left)} left of the run")
         for name, said in forecasts(run_dir):
             console.print(escape(f"{name}: {said}"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,16 +12,18 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from launch.plan import Plan
 from launch.planned import PlannedStage
+from launch.time_left import RECENT, in_words, seconds_left
 from launch.tracking import Track
 from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.metrics import METRICS, Record
 from recipes.core.screen import plain_table
-from recipes.data.results import DatasetResult, in_words
+from recipes.data.results import DatasetResult
+from recipes.data.results import in_words as conversations_in_words
 from recipes.distillation.forecast import in_words as forecast_in_words
 from recipes.engines.results import BenchmarkResults, EngineResult
 from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
@@ -116,7 +119,7 @@ def headline(manifest: Manifest) -> str:
 
 def _tokens(manifest: Manifest) -> str:
     found = manifest.result(DatasetResult)
-    chats = [f"; of {name}, {in_words(n)}" for name, n in found.conversations.items()]
+    chats = [f"; of {name}, {conversations_in_words(n)}" for name, n in found.conversations.items()]
     return f"{sum(found.tokens.values()):,} tokens{''.join(chats)}"
 
 
@@ -187,15 +190,20 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
 class Follower:
     """Draws the progress that a stage writes to its ``metrics.jsonl``.
 
-    A bar on a terminal, a line every few seconds elsewhere, and what a distillation will come to; a
-    tracker gets every record.
+    A bar on a terminal, a line every few seconds elsewhere, both with the time that is left, and
+    what a distillation will come to; a tracker gets every record.
     """
 
     def __init__(
-        self, stage: PlannedStage, console: Console, track: Track = lambda record: None
+        self,
+        stage: PlannedStage,
+        console: Console,
+        track: Track = lambda record: None,
+        run_left: Callable[[float], float | None] = lambda left: None,
     ) -> None:
         self._path: Path = stage.directory / METRICS
         self._stage, self._console, self._track = stage, console, track
+        self._run_left, self._recent = run_left, deque[Record](maxlen=2 * RECENT)
         # An interrupted stage goes on in the same file, whose old records are not news.
         self._position = self._path.stat().st_size if self._path.exists() else 0
         self._last_line, self._started = 0.0, time.monotonic()
@@ -204,7 +212,7 @@ class Follower:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[values]}"),
             console=console,
             transient=True,
@@ -254,16 +262,27 @@ class Follower:
 
     def _draw(self, record: Record) -> None:
         task, done, total = record["task"], record["done"], record["total"]
+        self._recent.append(record)
         values = "  ".join(f"{k} {record[k]:.4g}" for k in SHOWN if record.get(k) is not None)
         if self._console.is_terminal:
+            shown: dict[str, Any] = {"left": self._time_left(), "values": values}
             if task not in self._tasks:
                 self._tasks[task] = self._progress.add_task(
-                    task, total=total, stage=self._stage.name, values=values
+                    task, total=total, stage=self._stage.name, **shown
                 )
-            self._progress.update(self._tasks[task], completed=done, total=total, values=values)
+            self._progress.update(self._tasks[task], completed=done, total=total, **shown)
         elif done == total or time.monotonic() - self._last_line > PLAIN_INTERVAL:
             self._last_line = time.monotonic()
-            self._console.print(f"{self._stage.name}: {task} {done}/{total}  {values}".rstrip())
+            how_far = ", ".join(filter(None, (f"{task} {done}/{total}", self._time_left())))
+            self._console.print(f"{self._stage.name}: {how_far}  {values}".rstrip())
+
+    def _time_left(self) -> str:
+        """Of the task that the last record is of, and of the whole run."""
+        task = seconds_left(self._recent)
+        said = [f"{in_words(task)} left"] if task else []
+        if task is not None and (run := self._run_left(task)):
+            said.append(f"about {in_words(run)} of the run")
+        return ", ".join(said)
 
     def _foresee(self, record: Record) -> None:
         """Says after each tenth of a distillation what it will come to, if its curve shows that."""

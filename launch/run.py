@@ -44,7 +44,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch import commands, lock, schema
+from launch import commands, lock, schema, time_left
 from launch import console as view
 from launch.executor import executor_of
 from launch.hydra_errors import explain, require_choices
@@ -113,7 +113,7 @@ def run(cfg: DictConfig, recipe: str) -> None:
                 if not settings.dry_run:
                     _tidy(plan)
                     with open_tracker(tracked_run(cfg, run_dir, recipe)) as tracker:
-                        follow = partial(_follow, tracker, holding)
+                        follow = partial(_follow, tracker, holding, plan)
                         ended = executor.start(plan, cluster, follow, console)
     else:
         _set_right(plan, recipe, settings.dry_run)
@@ -129,11 +129,12 @@ def run(cfg: DictConfig, recipe: str) -> None:
 
 @contextmanager
 def _follow(
-    tracker: SafeTracker, holding: lock.Holding, stage: PlannedStage
+    tracker: SafeTracker, holding: lock.Holding, plan: Plan, stage: PlannedStage
 ) -> Iterator[view.Follower]:
     """Shows a stage's progress, gives it to the tracker, and says that it is the one that runs."""
     holding.works_on(stage.name)
-    with view.Follower(stage, console, tracker.stage(stage.name)) as follower:
+    left = time_left.of_run(plan, stage)
+    with view.Follower(stage, console, tracker.stage(stage.name), left) as follower:
         yield follower
     tracker.finish(stage.name, stage.directory, kept(stage))
 

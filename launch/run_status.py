@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,13 @@ from launch.executors.slurm_queue import (
     read_jobs,
 )
 from launch.logs import ERROR, newest_log, reason
+from launch.time_left import Expected, in_words, planned_seconds, seconds_left
 from recipes.core.deadline import STOPPED
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK, Manifest, read_manifest
 from recipes.core.metrics import METRICS, Record, read_records
 from recipes.core.stage import REQUEST, RUN_FILE, planned_stages, unfinished
-from recipes.distillation.forecast import in_words
+from recipes.distillation.forecast import in_words as forecast_in_words
 from recipes.report.cost import outlook
 
 COMPLETE, RUNNING, PENDING, FAILED = "complete", "running", "pending", "failed"
@@ -101,7 +100,7 @@ def forecasts(run_dir: Path) -> Iterator[tuple[str, str]]:
     for name, request in requests_of(run_dir).items():
         if request["config"]["stage"] == "distill" and (run_dir / name / METRICS).exists():
             plan = read_manifest(run_dir / "plan")
-            yield name, in_words(outlook(run_dir / name, request["config"], plan))
+            yield name, forecast_in_words(outlook(run_dir / name, request["config"], plan))
 
 
 def _state(
@@ -163,30 +162,30 @@ def _with_progress(text: str, stage_dir: Path) -> str:
 
 def progress(metrics: Path) -> str | None:
     """How far a stage is and how long it will still take, from its last records."""
-    records = [r for r in read_records(metrics) if "task" in r]
+    records = _progress_records(metrics)
     if not records:
         return None
     last = records[-1]
     text = f"{last['task']} {last['done']}/{last['total']}"
-    if (each := _seconds_each([r for r in records if r["task"] == last["task"]])) is None:
-        return text
-    left = timedelta(seconds=round(each * (last["total"] - last["done"])))
-    return f"{text}, {left} left" if left else text
+    left = seconds_left(records)
+    return f"{text}, {in_words(left)} left" if left else text
 
 
-def _seconds_each(records: list[Record]) -> float | None:
-    """Seconds of one unit of work, a mean over the last ones that followed each other."""
-    recent = list(_since_restart(records))[-50:]
-    if len(recent) < 2:
+def _progress_records(metrics: Path) -> list[Record]:
+    return [record for record in read_records(metrics) if "task" in record]
+
+
+def run_left(run_dir: Path, states: Sequence[StageState]) -> float | None:
+    """Seconds that a run will still take; ``None`` if it is complete, or no plan knows that."""
+    planned = planned_seconds(run_dir)
+    ahead = [stage for stage in states if stage.state != COMPLETE]
+    if not planned or not ahead:
         return None
-    spent, done = (recent[-1][key] - recent[0][key] for key in ("time", "done"))
-    return float(spent / done)
-
-
-def _since_restart(records: list[Record]) -> Iterator[Record]:
-    """Records since work was last taken up again: the time in between was not spent on it."""
-    start = 0
-    for place, (before, after) in enumerate(pairwise(records), start=1):
-        if after["done"] <= before["done"]:
-            start = place
-    yield from records[start:]
+    expected = Expected(planned, {s.name: s.manifest.seconds for s in states if s.manifest})
+    left = 0.0
+    for stage in ahead:
+        begun = stage.state in (RUNNING, STOPPED_STATE)
+        records = _progress_records(run_dir / stage.name / METRICS) if begun else []
+        own = seconds_left(records) if records else None
+        left += expected.seconds([stage.name]) if own is None else own
+    return left

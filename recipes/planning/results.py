@@ -25,3 +25,5 @@ class PlanResult:
     tables: list[Table]
     tokens_per_second: dict[str, float] = field(default_factory=dict)
     """Of each training, by stage; older plans do not say."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of the arithmetic of each stage that runs models; older plans do not say."""

@@ -62,13 +62,20 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
     hardware = Hardware(**cfg.hardware)
     if hardware.measure and (rates := _rates()) is not None:
         hardware = replace(hardware, **asdict(rates))
+    jobs = {name: estimate(job, hardware) for name, job in workloads.items()}
+    readings = _readings(cfg, hardware)
+    hours = {
+        **{name: job.hours for name, job in jobs.items()},
+        **{name: taken for name, (_, taken) in readings.items()},
+    }
     result = PlanResult(
         figures(workloads, hardware, cfg.from_published_config),
         [
             *tables(workloads, hardware),
-            *([readings_table(_readings(cfg, hardware), hardware)] if cfg.readings else []),
+            *([readings_table(readings, hardware)] if readings else []),
         ],
-        {name: estimate(job, hardware).tokens_per_second for name, job in workloads.items()},
+        {name: job.tokens_per_second for name, job in jobs.items()},
+        {name: 3600 * taken for name, taken in hours.items()},
     )
     write_json(out / FILE, asdict(result))
     metrics_log(out).progress("plan", 1, 1)

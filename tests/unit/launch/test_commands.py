@@ -75,6 +75,7 @@ def test_interrupted_run(run_dir: Path, launch: Launch) -> None:
     shown = launch("status", f"run_dir={run_dir}")
     assert shown.returncode == 0, shown.stderr
     assert "distill 3/60, 0:01:54 left; was interrupted" in shown.stdout
+    assert re.search(r"^about 0:01:5[67] left of the run$", shown.stdout, re.M)
     assert "1.5 M parameters" in shown.stdout
     assert "distill: no forecast: 0 steps" in shown.stdout
 

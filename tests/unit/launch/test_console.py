@@ -148,6 +148,27 @@ def test_follower_prints_start_progress_and_end(screen: Console, stage: PlannedS
     ]
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_follower_says_how_long_stage_and_run_will_take(
+    stage: PlannedStage, clock: list[float], terminal: bool
+) -> None:
+    screen = Console(file=StringIO(), width=200, force_terminal=terminal, highlight=False)
+    log = MetricsLog(stage.directory / METRICS)
+    with Follower(stage, screen, run_left=lambda left: left + 3600) as follower:
+        for step in (1, 2, 5):
+            clock[0] += 2 * PLAIN_INTERVAL
+            log.log(time=10.0 * step, task="train", done=step, total=5, loss=2.5)
+            follower.update()
+    if terminal:
+        assert "about 1:00:00 of the run loss 2.5" in text_of(screen)  # in its last frame
+    else:
+        assert lines_of(screen)[1:-1] == [
+            "distill: train 1/5  loss 2.5",
+            "distill: train 2/5, 0:00:30 left, about 1:00:30 of the run  loss 2.5",
+            "distill: train 5/5, about 1:00:00 of the run  loss 2.5",
+        ]
+
+
 def test_follower_says_what_a_distillation_will_come_to(
     screen: Console, stage: PlannedStage, plan: Callable[..., Plan], complete: Callable[..., None]
 ) -> None:

@@ -85,6 +85,8 @@ def test_a_plan_takes_the_rates_of_where_it_runs(
     one, hundred = figures(RATES), figures(slow)
     assert one.figures["GFLOP/s in bfloat16"] == 400
     assert hundred.figures["GFLOP/s in bfloat16"] == 4
+    for name in ("distill", "score"):
+        assert hundred.seconds[name] == pytest.approx(100 * one.seconds[name], rel=0.2)
     speeds = [found.tokens_per_second["distill"] for found in (one, hundred)]
     assert speeds[0] == pytest.approx(100 * speeds[1])
     for fast, late in zip(hours(one), hours(hundred), strict=True):
