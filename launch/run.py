@@ -67,8 +67,8 @@ console = screen()
 
 
 @hydra.main(version_base="1.3", config_path=str(schema.CONF), config_name="config")
-def main(cfg: DictConfig) -> None:
-    """Composes, plans, runs."""
+def main(cfg: DictConfig) -> Path | None:
+    """Composes, plans, runs; returns what ``run`` does, which a sweep asks for."""
     recipe = HydraConfig.get().runtime.choices.get("recipe")
     if recipe is None:
         view.print_recipes(schema.recipes(), console)
@@ -76,19 +76,22 @@ def main(cfg: DictConfig) -> None:
     try:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             require_own_places(cfg, sys.argv[1:])
-        run(cfg, recipe)
+        return run(cfg, recipe)
     except RecipeError as error:  # past Hydra, which would print the overrides first
         raise SystemExit(_fail(error)) from error
 
 
-def run(cfg: DictConfig, recipe: str) -> None:
-    """Plans and runs a composed config; a ``RecipeError`` is what the user can fix."""
+def run(cfg: DictConfig, recipe: str) -> Path | None:
+    """Plans and runs a composed config; a ``RecipeError`` is what the user can fix.
+
+    Returns the run's directory, if it was more than planned.
+    """
     began = time.monotonic()
     settings = settings_of(cfg)
     run_dir = _run_dir(settings, recipe)
     if settings.rehearse is not False:
         rehearse(cfg, settings, run_dir, console)
-        return
+        return None
     _require_same_recipe(run_dir, recipe)
     require_tracker(settings.tracker_name)
     executor, cluster = executor_of(cfg.cluster)
@@ -125,6 +128,7 @@ def run(cfg: DictConfig, recipe: str) -> None:
         view.print_summary(plan, time.monotonic() - began, console)
         require_gates(plan, console)
         publish(plan, settings.hub, console)
+    return None if settings.dry_run else run_dir
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.compare import compare
+from launch.sweep import best_of
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest
 from recipes.core.statistics import pareto_front
@@ -41,6 +43,13 @@ def page(sweep: Path) -> Page:
     assert first == f"4 runs compared in {out}"
     assert second == ("best: sweep/1, the lowest loss on the same held-out text, perplexity 38.47")
     return Page(out.read_text(encoding="utf-8"))
+
+
+def test_a_sweep_says_at_its_end_which_run_is_best(sweep: Path) -> None:
+    best, command = best_of(find_runs([sweep])).splitlines()
+    assert best == "best: sweep/1, the lowest loss on the same held-out text, perplexity 38.47"
+    words = shlex.split(command.removeprefix("side by side: python launch/run.py compare "))
+    assert [Path(word).resolve() for word in words] == find_runs([sweep])
 
 
 def test_runs_of_a_sweep_are_found_in_the_order_of_their_numbers(sweep: Path) -> None:

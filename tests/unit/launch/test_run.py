@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,6 +125,22 @@ def test_sweep_gives_each_point_its_own_run(launch: Launch, tmp_path: Path) -> N
     configs = (tmp_path / "cwd" / "runs" / "sweeps").glob("*/*/prune/config.yaml")
     sizes = [OmegaConf.load(file).config.target_hidden_size for file in configs]
     assert sorted(sizes) == [448, 512]
+    assert "which is best" not in done.stdout
+
+
+def test_sweep_ends_with_what_compares_its_runs(
+    launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "run", tmp_path / "other"
+    words = RECIPE, "engine=none", "tasks=none", "skip_rules=[disk]"
+    assert launch(*words, "dry_run=true", f"run_dir={first}").returncode == 0
+    complete(plan())
+    shutil.copytree(first, second)
+    done = launch("-m", *words, f"run_dir={first},{second}")
+    assert done.returncode == 0, done.stderr
+    command = "python launch/run.py compare ../run ../other"
+    last = done.stdout.splitlines()[-1]
+    assert last == f"which is best, once two of them are evaluated: {command}"
 
 
 def test_complete_run_starts_nothing_and_keeps_to_its_recipe(
