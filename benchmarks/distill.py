@@ -224,7 +224,10 @@ def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out:
     }
     write_text_atomically(out, json.dumps(found, indent=1) + "\n")
     if wrong := list(disagreements(results)):
-        raise RecipeError("losses differ on the same batches:\n  " + "\n  ".join(wrong))
+        raise RecipeError(
+            "losses differ on the same batches:\n  " + "\n  ".join(wrong),
+            "compare no times of these: leave them out with --only",
+        )
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ def modelopt(task: Task, record: Record) -> None:
         RecipeError: accelerate, which ``Trainer`` needs, is not installed.
     """
     if importlib.util.find_spec("accelerate") is None:
-        raise RecipeError("needs accelerate")
+        raise RecipeError("needs accelerate", "make install brings it")
     from modelopt.torch.distill.plugins.huggingface import KDTrainer, LMLogitsLoss
     from transformers import TrainerCallback, TrainingArguments
 

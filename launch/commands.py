@@ -102,7 +102,10 @@ def logs(options: Options, console: Console) -> None:
     name = options.get("stage") or _interesting(run_dir)
     require_known(name, requests_of(run_dir), f"{run_dir} has no stage '{name}'")
     if (log := newest_log(run_dir / name)) is None:
-        raise RecipeError(f"{name} has not been started: it has no log.")
+        raise RecipeError(
+            f"{name} has not been started: it has no log.",
+            f"see what runs before it: python launch/run.py status run_dir={run_dir}",
+        )
     lines = options.get("lines", "50")
     if not lines.isdigit():
         raise RecipeError(f"lines={lines} is not a number.", "lines=50")
@@ -119,7 +122,10 @@ def _interesting(run_dir: Path) -> str:
                 return stage.name
     started = [s.name for s in states if newest_log(run_dir / s.name)]
     if not started:
-        raise RecipeError(f"no stage of {run_dir} has been started.")
+        raise RecipeError(
+            f"no stage of {run_dir} has been started.",
+            "give the command that planned it again, without dry_run=true",
+        )
     return started[-1]
 
 

@@ -175,7 +175,8 @@ def _order(configs: Mapping[str, StageConfig]) -> list[str]:
         return order
     except graphlib.CycleError as error:
         raise RecipeError(
-            f"stages feed each other in a circle: {' → '.join(error.args[1])}."
+            f"stages feed each other in a circle: {' → '.join(error.args[1])}.",
+            "give one of them another input: stages.NAME.inputs",
         ) from error
 
 

@@ -69,7 +69,11 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
         console.print(mistake, markup=False, style="red")
     failed = sum(one.error is not None for _, one in found) + len(mistakes)
     if failed:
-        raise RecipeError(f"the rehearsal found {failed} mistake(s); see above.")
+        raise RecipeError(
+            f"the rehearsal found {failed} mistake(s); see above.",
+            "where memory is short, lower micro_batch_size or split the model over more ranks; any "
+            "other would be made on the device, too",
+        )
 
 
 def _ranks(given: object) -> list[int] | None:
@@ -108,7 +112,10 @@ def _run(jobs: Sequence[Job]) -> Iterator[Rehearsed]:
                 yield Rehearsed.of(json.loads(line))
         if done < len(jobs):
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-10:])
-            raise RecipeError(f"the rehearsal ended early:\n{tail}")
+            raise RecipeError(
+                f"the rehearsal ended early:\n{tail}",
+                "if it was killed, free memory of this machine, or rehearse fewer: 'rehearse=[0]'",
+            )
 
 
 def too_large(found: Found, chain: Chain) -> Iterator[str]:

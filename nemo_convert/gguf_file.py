@@ -130,7 +130,10 @@ def _weights(
             continue
         target = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if target is None:
-            raise RecipeError(f"llama.cpp has no name for the weight {source} of a {name} model.")
+            raise RecipeError(
+                f"llama.cpp has no name for the weight {source} of a {name} model.",
+                "leave export_gguf out (gguf=none)",
+            )
         # Others than its Llama rotate halves, as transformers does.
         paired = heads.get(target.split(".")[-2]) if name == "llama" else None
         shape = weights.shape(source)

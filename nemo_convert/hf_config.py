@@ -44,7 +44,9 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
             **_experts(family, config),
         )
     except KeyError as error:
-        raise RecipeError(f"{where}: config.json has no {error}.") from error
+        raise RecipeError(
+            f"{where}: config.json has no {error}.", "transformers' save_pretrained writes it"
+        ) from error
 
 
 def with_shape(config: Mapping[str, Any], shape: Architecture) -> dict[str, Any]:

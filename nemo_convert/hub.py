@@ -36,7 +36,10 @@ def read_hf_config(hf_path: str) -> dict[str, Any]:
         from nemo_convert.smollm2 import HF_CONFIG, MEMBER
 
         if file.member != MEMBER:
-            raise RecipeError(f"{file.member} is not a model that is embedded here.")
+            raise RecipeError(
+                f"{file.member} is not a model that is embedded here.",
+                "use model=smollm2_135m, or model.hf_path with a folder or a hub id",
+            )
         return HF_CONFIG
     if is_hub_id(hf_path):
         return read_json(_hub_file(hf_path, "config.json"))

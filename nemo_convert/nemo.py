@@ -84,7 +84,10 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
             with tarfile.open(path) as archive:
                 archive.extractall(scratch, filter="data")
         except (tarfile.TarError, OSError) as error:
-            raise RecipeError(f"{path} cannot be unpacked safely: {error}") from error
+            raise RecipeError(
+                f"{path} cannot be unpacked safely: {error}",
+                "copy it again if it was cut short; do not use one whose files leave its folder",
+            ) from error
         path = scratch
     if not (path / WEIGHTS).is_dir() or not (path / CONTEXT / "io.json").is_file():
         raise RecipeError(

@@ -48,12 +48,17 @@ class Parity:
     def require(self, what: str) -> Parity:
         """Raises ``RecipeError`` unless the models are the same; returns itself."""
         if not self.weights_equal:
-            raise RecipeError(f"parity gate failed: {what}: weights differ after the round trip.")
+            raise RecipeError(
+                f"parity gate failed: {what}: weights differ after the round trip.",
+                "if one of both was changed since, convert it again; do not use it as it is",
+            )
         tolerance = LOGITS_TOLERANCE * self.logit_spread
         if not self.max_logit_difference <= tolerance:  # also catches NaN
             raise RecipeError(
                 f"parity gate failed: {what}: logits differ by {self.max_logit_difference:.2e}, "
-                f"more than {tolerance:.0e}, {LOGITS_TOLERANCE:.0e} of their spread."
+                f"more than {tolerance:.0e}, {LOGITS_TOLERANCE:.0e} of their spread.",
+                "do not use it: its config.json asks for what NeMo's class of this family, which "
+                "nemo_convert/families.py names, does not compute",
             )
         return self
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from launch.cluster import Cluster, layout_variables
 from launch.plan import Plan
 from launch.planned import PlannedStage, stage_names
-from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.errors import RecipeError, require_known
 from recipes.core.files import REPO_ROOT
 from recipes.core.wheels import cache_dir
 
@@ -62,11 +62,9 @@ def require_usable(plan: Plan, cluster: Containers) -> None:
 
 def require_stages(setting: str, names: Iterable[str], *others: str) -> None:
     """Raises ``RecipeError`` if a setting by stage is for none."""
-    known = [*others, *stage_names()]
     for name in names:
-        if name not in known:
-            near = did_you_mean(name, known)
-            raise RecipeError(f"cluster.{setting}.{name} is for no stage.{near}")
+        where = f"cluster.{setting}.{name}"
+        require_known(name, [*others, *stage_names()], f"{where} is for no stage")
 
 
 def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:

@@ -96,9 +96,13 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[Job, JobState]]:
 
 def cancel(jobs: Iterable[Job]) -> None:
     """Cancels jobs, or refuses as Slurm does."""
-    done = _ask("scancel", *(job.id for job in jobs))
+    numbers = [job.id for job in jobs]
+    done = _ask("scancel", *numbers)
     if done.returncode:
-        raise RecipeError(f"scancel failed: {done.stderr.strip()}")
+        raise RecipeError(
+            f"scancel failed: {done.stderr.strip()}",
+            f"as the user who submitted them: scancel {' '.join(numbers)}",
+        )
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str]:

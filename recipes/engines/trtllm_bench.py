@@ -106,7 +106,8 @@ def parse_report(text: str, shape: RequestShape) -> Written:
     wanted = (shape.batch_size, shape.prompt_tokens, shape.new_tokens)
     if found != wanted:
         raise RecipeError(
-            f"trtllm-bench measured requests, input and output of {found} instead of {wanted}."
+            f"trtllm-bench measured requests, input and output of {found} instead of {wanted}.",
+            "use the pinned release",
         )
     return Written([], Timing(first / 1000, total / 1000), drafted, accepted)
 
@@ -143,7 +144,8 @@ def run(target: Target, requests: Requests, scratch: Path) -> Run:
     if done.returncode or not report.is_file():
         raise RecipeError(
             f"trtllm-bench ended with status {done.returncode} and no usable report; its messages "
-            "are in the stage's log."
+            "are in the stage's log.",
+            "python launch/run.py logs run_dir=DIR shows them",
         )
     written = parse_report(report.read_text(encoding="utf-8"), requests.shape)
     return Run(written, seconds - written.timing.total_seconds, watch.peak)

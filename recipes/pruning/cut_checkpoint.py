@@ -101,7 +101,10 @@ class CutWeights:
         """Refuses a tensor that is not there, or has another shape than the config says."""
         found = tuple(self._weights[name].shape) if name in self._weights else None
         if found != shape:
-            raise RecipeError(f"pruned weight {name} is {found} but the config says {shape}.")
+            raise RecipeError(
+                f"pruned weight {name} is {found} but the config says {shape}.",
+                "convert the teacher again, whose weights are not of its config: force=[import_hf]",
+            )
 
 
 def cut_weights(teacher: Path, kept: KeptIndices, head_size: int) -> dict[str, torch.Tensor]:

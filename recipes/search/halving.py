@@ -130,7 +130,7 @@ def request_of(config: StageConfig, inputs: dict[str, Path]) -> dict[str, Any]:
     for name, source in inputs.items():
         manifest = read_manifest(source)
         if manifest is None:
-            raise RecipeError(f"{source} is not complete.")
+            raise RecipeError(f"{source} is not complete.", "the same command runs it first")
         refs[name] = {
             "directory": str(source),
             "kind": manifest.kind,
