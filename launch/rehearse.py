@@ -138,19 +138,26 @@ def _table(found: Found, chain: Chain) -> Table:
     for job, one in found:
         if one.error:
             continue
-        peak, plan = dict(one.peak), planned(job, chain)
-        if plan and plan.teacher and not plan.weights:  # a model that only reads is the teacher
-            peak["teacher"] = peak.pop("weights", 0)
+        plan = planned(job, chain)
+        peak = by_kind(one, plan)
         if plan is None:
-            cells = [f"{peak.get(kind, 0) / 1e9:.2f}" for kind in KINDS]
+            cells = [f"{peak[kind] / 1e9:.2f}" for kind in KINDS]
             rest = [f"{sum(peak.values()) / 1e9:.2f}", ""]
         else:
-            cells = [_both(peak.get(kind, 0), getattr(plan, kind)) for kind in KINDS]
+            cells = [_both(peak[kind], getattr(plan, kind)) for kind in KINDS]
             total, thought = sum(peak.values()), sum(getattr(plan, kind) for kind in KINDS)
             rest = [_both(total, thought), f"{total / thought - 1:+.0%}"]
         row = [job.name, f"{job.rank}", *cells, *rest]
         table.add_row(*map(escape, row))
     return table
+
+
+def by_kind(one: Rehearsed, plan: Memory | None) -> dict[str, int]:
+    """Bytes at the peak of every kind that a plan knows."""
+    peak = {kind: one.peak.get(kind, 0) for kind in KINDS}
+    if plan and plan.teacher and not plan.weights:  # a model that only reads is the teacher
+        peak["teacher"], peak["weights"] = peak["weights"], 0
+    return peak
 
 
 def _both(rehearsed: float, plan: float) -> str:

@@ -2,8 +2,9 @@
 
 - Activations are one layer's, since nothing is kept for a backward pass. Its feed-forward part is
   the widest: both halves of the first product and their gated product, beside the residual stream.
-- Logits exist for a few positions at a time (``evaluation.predictions``). Heads are in float32, and
-  those of models that are compared stay until all have read the text.
+- Logits exist for a few positions at a time (``evaluation.predictions``). Heads are in float32,
+  weights beside the model's own, and those of models that are compared stay until all have read
+  the text.
 - Importance keeps what goes into every layer, and ModelOpt's hooks take the feed-forward part's
   activations in float32, and their absolute values
   (``modelopt/torch/prune/plugins/mcore_minitron.py``). Of experts they take what comes out, beside
@@ -94,45 +95,43 @@ def _head_bytes(arch: Architecture, bf16: bool) -> float:
     return 4.0 * arch.vocab_size * arch.hidden_size if bf16 else 0.0
 
 
+def _fullest(*peaks: Memory) -> Memory:
+    return max(peaks, key=lambda memory: memory.total)
+
+
 def compared(models: Sequence[Architecture], bf16: bool, text: Text, hardware: Hardware) -> Reading:
     """Models that read a text one after the other, the first of which all are compared with."""
-    size = 2 if bf16 else 4
+    size, tokens = 2 if bf16 else 4, int(text.windows * text.seq_length)
     peaks = []
-    held = 0.0  # heads of the models before, and what all said, which a GPU does not hold
+    heads = said = 0.0  # of the models before; what all said, which a GPU does not hold
     for arch in models:
-        table = arch.vocab_size * arch.hidden_size
-        weights = size * arch.parameters()
-        said = 0 if hardware.on_gpu else size * text.windows * text.seq_length * arch.hidden_size
-        own = _head_bytes(arch, bf16)
+        said += 0 if hardware.on_gpu else size * tokens * arch.hidden_size
         peaks.append(
             Memory(
-                weights=weights,
-                activations=_forward_bytes(arch, size, text.tokens_at_once),
-                logits=held + own + said,
+                weights=size * arch.parameters() + heads + _head_bytes(arch, bf16),
+                activations=_forward_bytes(arch, size, text.tokens_at_once) + said,
                 reserved=hardware.reserved_bytes,
             )
         )
-        held += 4 * table + said
-    logits = _logits_bytes(models[0], int(text.windows * text.seq_length), COMPARING)
-    peaks.append(Memory(logits=held + logits, reserved=hardware.reserved_bytes))
-    fullest = max(peaks, key=lambda memory: memory.total)
-    return Reading(fullest, sum((text.work(arch, bf16) for arch in models), Work()), bf16)
+        heads += 4 * arch.vocab_size * arch.hidden_size
+    logits = _logits_bytes(models[0], tokens, COMPARING)
+    left = Memory(weights=heads, activations=said, logits=logits, reserved=hardware.reserved_bytes)
+    work = sum((text.work(arch, bf16) for arch in models), Work())
+    return Reading(_fullest(*peaks, left), work, bf16)
 
 
 def ranked(teacher: Architecture, bf16: bool, text: Text, hardware: Hardware) -> Reading:
     """Shapes that are views of one model's weights, compared with all of it."""
-    size = 2 if bf16 else 4
-    heads = 2 * _head_bytes(teacher, bf16)
-    tokens = int(text.windows * text.seq_length)
+    size, tokens = 2 if bf16 else 4, int(text.windows * text.seq_length)
     said = 0 if hardware.on_gpu else 2 * size * tokens * teacher.hidden_size
-    memory = Memory(
-        weights=size * teacher.parameters(),
-        activations=max(
-            _forward_bytes(teacher, size, text.tokens_at_once),
-            _logits_bytes(teacher, tokens, COMPARING),
-        ),
-        logits=heads + said,
+    held = Memory(
+        weights=size * teacher.parameters() + 2 * _head_bytes(teacher, bf16),
+        activations=said,
         reserved=hardware.reserved_bytes,
+    )
+    memory = _fullest(
+        replace(held, activations=said + _forward_bytes(teacher, size, text.tokens_at_once)),
+        replace(held, logits=_logits_bytes(teacher, tokens, COMPARING)),
     )
     return Reading(memory, text.work(teacher, bf16), bf16)
 
@@ -160,12 +159,14 @@ def scored(
         hooked += tokens * arch.moe_router_topk * (3 * size + 4) * arch.hidden_size
     else:
         hooked += tokens * (size + 8) * arch.ffn_hidden_size
-    logits = _logits_bytes(arch, tokens, MEASURING)
-    memory = Memory(
-        weights=size * (dense + experts),
-        activations=states + max(_forward_bytes(arch, size, tokens), hooked, logits),
-        logits=_head_bytes(arch, bf16),
+    held = Memory(
+        weights=size * (dense + experts) + _head_bytes(arch, bf16),
+        activations=states,
         reserved=hardware.reserved_bytes,
+    )
+    memory = _fullest(
+        replace(held, activations=states + max(_forward_bytes(arch, size, tokens), hooked)),
+        replace(held, logits=_logits_bytes(arch, tokens, MEASURING)),
     )
     again = replace(text, windows=WITHOUT_A_LAYER * left_out)
     return Reading(memory, text.work(arch, bf16) + again.work(arch, bf16), bf16)
@@ -181,9 +182,9 @@ def asked(
     largest = max(models, key=lambda arch: arch.parameters())
     size = 2 if bf16 else 4
     memory = Memory(
-        weights=size * largest.parameters(),
+        weights=size * largest.parameters() + _head_bytes(largest, bf16),
         activations=_forward_bytes(largest, size, at_once),
-        logits=_head_bytes(largest, bf16) + SCORES * 4 * at_once * largest.vocab_size,
+        logits=SCORES * 4 * at_once * largest.vocab_size,
         reserved=hardware.reserved_bytes,
     )
     text = Text(tokens / at_once, at_once, 1, CONTINUATIONS)

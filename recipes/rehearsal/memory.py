@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,8 @@ class _Allocation:
 class Memory(TorchDispatchMode):
     """Counts what operations allocate on the device, until it is let go.
 
-    What is not said to be something else with ``name`` is a logit, where its last dimension is a
-    rank's part of the vocabulary, or else an activation.
+    What is not said to be something else with ``name`` or ``making`` is a logit, where its last
+    dimension is a rank's part of the vocabulary, or else an activation.
 
     Args:
         vocabulary: A rank's part of the vocabulary, padded.
@@ -37,6 +38,7 @@ class Memory(TorchDispatchMode):
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self._vocabulary = vocabulary
+        self._made: str | None = None
         self._live: dict[int, _Allocation] = {}
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -58,9 +60,10 @@ class Memory(TorchDispatchMode):
             return
         size = -(-storage.nbytes() // BLOCK) * BLOCK
         wide = tensor.dim() > 0 and tensor.shape[-1] == self._vocabulary
-        self._live[key] = _Allocation(size, "logits" if wide else "activations")
+        kind = self._made or ("logits" if wide else "activations")
+        self._live[key] = _Allocation(size, kind)
         weakref.finalize(storage, self._let_go, key)
-        self._count(self._live[key].kind, size)
+        self._count(kind, size)
 
     def _let_go(self, key: int) -> None:
         gone = self._live.pop(key)
@@ -80,6 +83,13 @@ class Memory(TorchDispatchMode):
                 self.now[found.kind] -= found.size
                 self.now[kind] += found.size
                 found.kind = kind
+
+    @contextmanager
+    def making(self, kind: str) -> Iterator[None]:
+        """Says of what kind all is that is allocated meanwhile."""
+        self._made = kind
+        yield
+        self._made = None
 
     def begin(self) -> None:
         """Forgets the peak so far."""

@@ -36,6 +36,8 @@ from nemo_convert import parity
 from recipes.core.deadline import DEADLINE, StoppedByClockError
 from recipes.core.manifest import ARTIFACT, WORK
 from recipes.distillation import losses, objective
+from recipes.evaluation import predictions
+from recipes.pruning import scoring
 from recipes.rehearsal import checkpoints, device, experts, materials
 from recipes.rehearsal.job import Job, Rehearsed
 from recipes.rehearsal.memory import Memory
@@ -217,8 +219,22 @@ def _name_what_stays(memory: Memory) -> None:
         _name_states(memory, optimizer)
 
     setattr(Optimizer, "load_state_dict", load_and_name)
+    head = _named_head(memory, predictions.float32_head)
+    for module in (predictions, scoring):
+        setattr(module, "float32_head", head)
     nn.modules.module.register_module_forward_pre_hook(before_forward)
     register_optimizer_step_post_hook(after_step)
+
+
+def _named_head(memory: Memory, make: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Makes heads of what only reads: no module multiplies by them, or by their copies."""
+
+    def float32_head(weight: Tensor) -> Any:
+        memory.name("weights", [weight])
+        with memory.making("weights"):
+            return make(weight)
+
+    return float32_head
 
 
 def _name_states(memory: Memory, optimizer: Optimizer) -> None:

@@ -10,6 +10,7 @@ import pytest
 from nemo_convert.architecture import Architecture
 from recipes.distillation.settings import CacheLogitsConfig
 from recipes.evaluation.settings import EvaluateConfig
+from recipes.planning.buffers import LOGITS_BYTES
 from recipes.planning.estimate import flops_per_token, forward_flops, memory
 from recipes.planning.hardware import Hardware
 from recipes.planning.layouts import HEADROOM
@@ -37,12 +38,16 @@ TOKENS = 4 * 8192
 def test_one_model_and_the_heads_of_all_by_hand() -> None:
     pruned = replace(LLAMA, num_layers=16)
     found = compared([LLAMA, pruned, pruned], True, MISTRAL_TEXT, H100)
-    assert found.memory.weights == 2 * LLAMA.parameters()
+    head = 4 * 128256 * 4096
+    assert found.memory.weights == 2 * LLAMA.parameters() + head
     assert found.memory.activations == 2 * TOKENS * 3 * (14336 + 4096)
-    assert found.memory.logits == 4 * 128256 * 4096
     # Where the students are as large, the last has two other heads beside it.
     last = compared([LLAMA, LLAMA, LLAMA], True, MISTRAL_TEXT, H100)
-    assert last.memory.logits == 3 * 4 * 128256 * 4096
+    assert last.memory.weights == 2 * LLAMA.parameters() + 3 * head
+    # Where all are small, the peak is where what they said is compared: the heads are left.
+    said = compared([LARGE_VOCABULARY] * 3, True, MISTRAL_TEXT, H100)
+    assert said.memory.weights == 3 * 4 * 131072 * 256
+    assert said.memory.logits == 4 * LOGITS_BYTES
     assert compared([LLAMA], False, MISTRAL_TEXT, H100).memory.weights == 4 * LLAMA.parameters()
     tokens = 40 * 8192
     attention = 2 * 8192 * 32 * 128 * 32
@@ -58,7 +63,8 @@ def test_importance_keeps_the_input_of_every_layer() -> None:
     assert whole.memory.activations == 33 * states + layer
     half = scored(LLAMA, True, MISTRAL_TEXT, H100, pipeline=2)
     assert half.memory.activations == 17 * states + layer
-    assert half.memory.weights == pytest.approx(LLAMA.parameters(), rel=0.01)
+    head = 4 * 128256 * 4096
+    assert half.memory.weights == pytest.approx(LLAMA.parameters() + head, rel=0.01)
     again = scored(LLAMA, True, MISTRAL_TEXT, H100, left_out=40)
     assert again.work.flops == pytest.approx(1.6 * whole.work.flops)
     seconds = H100.compute_seconds(again.work, bf16=True)
@@ -71,8 +77,8 @@ def test_a_conversion_is_proven_in_float32() -> None:
 
 def test_shapes_are_ranked_in_the_weights_of_one_model() -> None:
     found = ranked(LLAMA, True, MISTRAL_TEXT, H100).memory
-    assert found.weights == 2 * LLAMA.parameters()
-    assert found.logits == 2 * 4 * 128256 * 4096  # the teacher's head and the candidate's
+    heads = 2 * 4 * 128256 * 4096  # the teacher's and the candidate's
+    assert found.weights == 2 * LLAMA.parameters() + heads
 
 
 @pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", "mistralai/Mistral-Nemo-Base-2407"])
@@ -117,8 +123,8 @@ def test_a_cpu_holds_what_models_said_too() -> None:
     text = Text(40, 256, 4)
     gpu = replace(CPU, kind="gpu")
     assert isinstance(gpu, Hardware)
-    more = compared([LLAMA], False, text, CPU).memory.logits
-    assert more == compared([LLAMA], False, text, gpu).memory.logits + 4 * 40 * 256 * 4096
+    more = compared([LLAMA], False, text, CPU).memory.activations
+    assert more == compared([LLAMA], False, text, gpu).memory.activations + 4 * 40 * 256 * 4096
 
 
 def readings(chain: Chain, **changes: dict[str, object]) -> dict[str, Reading]:
@@ -141,7 +147,8 @@ def test_benchmarks_and_the_export_are_planned(plan: MakePlan) -> None:
     each = sum(forward_flops(arch, 512) for arch in models) - 0.76 * heads
     assert asked.work.flops == pytest.approx(100 * (112 + 60 + 45 + 78) * each)
     held = 2 if chain.hardware.reading_precision == "bf16-mixed" else 4
-    assert asked.memory.weights == held * chain.teacher.parameters()
+    head = 4 * chain.teacher.vocab_size * chain.teacher.hidden_size if held == 2 else 0
+    assert asked.memory.weights == held * chain.teacher.parameters() + head
     every = readings(chain, evaluate_tasks={"limit": None, "tasks": ["sciq"]})["evaluate_tasks"]
     assert every.work.flops == pytest.approx(1000 * 112 * each)
     shots = {"limit": 10, "tasks": ["mmlu", "piqa"], "num_fewshot": {"mmlu": 5, "piqa": 2}}
