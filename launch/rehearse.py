@@ -20,6 +20,7 @@ from launch.machine import chain_of
 from launch.plan import known_stages, typed_stages
 from launch.planned import load_stage, stage_of
 from launch.settings import RunSettings
+from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.core.screen import plain_table
@@ -174,5 +175,7 @@ def planned(job: Job, chain: Chain) -> Memory | None:
     if spec.workload is None:
         return None
     workload = spec.workload(config, chain)
+    if (student := job.inputs.get("student")) is not None:  # a halving's is no stage's
+        workload = replace(workload, trained=Architecture(**student.shape))
     stage = job.rank // (job.world // workload.layout.pipeline)
     return stage_memory(workload, chain.hardware, stage)

@@ -128,7 +128,7 @@ def jobs_of(
             name=name,
             stage=config.stage,
             config=short,
-            inputs=dict(_inputs(chain, stages, config)),
+            inputs={**dict(_inputs(chain, stages, config)), **_largest(chain, chain.stages[name])},
             hf_config=dict(hf_config),
             rank=0,
             nodes=config.resources.nodes,
@@ -146,10 +146,7 @@ def jobs_of(
 
 
 def computed(config: StageConfig) -> StageConfig:
-    """What is rehearsed: a halving's training of its candidates, an export without its card.
-
-    Candidates are of the teacher's shape here, which no smaller one needs more memory than.
-    """
+    """What is rehearsed: a halving's training of a candidate, an export without its card."""
     if isinstance(config, ExportConfig):
         return replace(config, inputs={"checkpoint": config.inputs["checkpoint"]})
     if not isinstance(config, SuccessiveHalvingConfig):
@@ -158,6 +155,14 @@ def computed(config: StageConfig) -> StageConfig:
     model = config.inputs["checkpoint"]
     inputs = {"teacher": model, "student": model, "data": config.inputs["data"]}
     return replace(training, inputs=inputs)
+
+
+def _largest(chain: Chain, config: StageConfig) -> dict[str, Given]:
+    """The candidate of a halving that needs most memory; a teacher where none is known."""
+    if not isinstance(config, SuccessiveHalvingConfig):
+        return {}
+    shapes = chain.shapes_within(config.inputs["candidates"])
+    return {"student": Given("checkpoint_nemo", next(iter(shapes), chain.teacher).as_dict())}
 
 
 def first_ranks(world: int, pipeline: int) -> list[int]:

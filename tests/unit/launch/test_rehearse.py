@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from launch.machine import chain_of
 from launch.plan import typed_stages
 from launch.planned import stage_of
-from launch.rehearse import too_large
+from launch.rehearse import planned, too_large
 from recipes.planning.chain import Chain
 from recipes.planning.published_configs import read_config_or_published
 from recipes.rehearsal.job import Job, Rehearsed, first_ranks, jobs_of
@@ -75,13 +75,18 @@ def test_settings_are_short_and_shapes_are_not(compose: Compose, tmp_path: Path)
     assert Job.of(json.loads(json.dumps(asdict(jobs[2])))) == jobs[2]
 
 
-def test_a_halving_is_rehearsed_as_a_training_of_the_whole_shape(
+def test_a_halving_is_rehearsed_as_a_training_of_its_largest_candidate(
     compose: Compose, tmp_path: Path
 ) -> None:
     chain, jobs = prepared(compose("recipe=qwen3_8b_search"), tmp_path)
     [job] = [job for job in jobs if job.name == "successive_halving"]
     assert (job.stage, job.world) == ("distill", 8)
-    assert job.inputs["student"].shape == job.inputs["teacher"].shape == chain.teacher.as_dict()
+    assert job.inputs["teacher"].shape == chain.teacher.as_dict()
+    largest = chain.shapes_within("enumerate_shapes")[0]
+    assert job.inputs["student"].shape == largest.as_dict()
+    plan = planned(job, chain)
+    assert plan is not None
+    assert plan.weights == largest.parameters()  # two bytes of each, over two ranks
     assert job.config["global_batch_size"] == 16  # 4 replicas of 2 windows, two micro batches
 
 
