@@ -216,6 +216,7 @@ def _short_training(config: TrainingConfig) -> dict[str, Any]:
         "val_check_interval": STEPS,
         "limit_val_batches": 1,
         "checkpoint_interval": STEPS,
+        "profile_steps": [],  # a profiler holds on to weights, and there is no time to measure
         "compile": False,  # it would, for a device that is not there
     }
 

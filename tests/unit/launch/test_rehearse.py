@@ -55,7 +55,8 @@ def test_first_middle_and_last_pipeline_stage() -> None:
 
 
 def test_settings_are_short_and_shapes_are_not(compose: Compose, tmp_path: Path) -> None:
-    chain, jobs = prepared(compose("recipe=qwen3_8b_depth"), tmp_path, [0, 767])
+    given = ("recipe=qwen3_8b_depth", "stages.distill.profile_steps=[1,2]")
+    chain, jobs = prepared(compose(*given), tmp_path, [0, 767])
     assert [(job.name, job.rank) for job in jobs] == [
         ("import_hf", 0),
         ("score", 0),
@@ -67,6 +68,7 @@ def test_settings_are_short_and_shapes_are_not(compose: Compose, tmp_path: Path)
     config = jobs[2].config
     # 192 replicas of 2 windows, two micro batches, two steps.
     assert (config["global_batch_size"], config["max_steps"]) == (768, 2)
+    assert config["profile_steps"] == []
     assert (config["seq_length"], config["tensor_model_parallel_size"]) == (4096, 4)
     assert jobs[2].vocabulary == 151936 // 4
     assert jobs[2].inputs["student"].shape == chain.shape_of("prune").as_dict()
