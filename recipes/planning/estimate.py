@@ -177,12 +177,16 @@ def _held_activations(arch: Architecture, job: Workload, stage: int, tokens: flo
     split = layout.tensor if layout.sequence_parallel else 1
     gathered = whole if split > 1 else 0  # the buffer of the sequence's all-gather stays
     last = 2 * whole / split if stage == layout.pipeline - 1 else layer
+    sent = 0.0
+    if layout.pipeline > 1:
+        width = arch.hidden_size + (job.teacher.hidden_size if job.teacher else 0)
+        sent = ((begun if stage else 0) + 1) * 2 * tokens * width / split
     if layout.recompute_granularity == "full":
-        return begun * layers * whole / split + layer + gathered
+        return begun * layers * whole / split + layer + gathered + sent
     if layout.recompute_feed_forward:
         again = activation_bytes(arch, replace(layout, recompute_feed_forward=False), tokens)
         last = max(last, again - layer)
-    return begun * layers * layer + last + gathered
+    return begun * layers * layer + last + gathered + sent
 
 
 def _logits_bytes(job: Workload, hardware: Hardware, tokens: float) -> float:

@@ -13,15 +13,17 @@ Shapes = list[tuple[list[int], str]]
 def unmatched(found: Sequence[tuple[Job, Rehearsed]]) -> Iterator[str]:
     """Compares the pipeline stages of a stage that were rehearsed, each with the next of them.
 
-    Between two that are not neighbours, all pass on what they get in the same shape.
+    Between two that are not neighbours, all pass on what they get in the same shape. What the last
+    of three or more tells the first goes past the others, and is left out.
     """
     whole = [(job, one) for job, one in found if one.error is None]
     for (job, one), (other, after) in pairwise(whole):
-        if job.name != other.name or not one.sent:
+        ranks = job.world // job.config.get("pipeline_model_parallel_size", 1)
+        if job.name != other.name or job.rank // ranks == other.rank // ranks:
             continue
         ways = (
-            (job, _onward(one.sent), other, _onward(after.expected)),
-            (other, _back(after.sent), job, _back(one.expected)),
+            (job, _passed(one.sent, ranks), other, _passed(after.expected, ranks)),
+            (other, _passed(after.sent, -ranks), job, _passed(one.expected, -ranks)),
         )
         for sender, sent, receiver, expected in ways:
             if sent != expected:
@@ -31,12 +33,9 @@ def unmatched(found: Sequence[tuple[Job, Rehearsed]]) -> Iterator[str]:
                 )
 
 
-def _onward(messages: Sequence[Message]) -> Shapes:
-    return [(m.shape, m.dtype) for m in messages if m.destination > m.source]
-
-
-def _back(messages: Sequence[Message]) -> Shapes:
-    return [(m.shape, m.dtype) for m in messages if m.destination < m.source]
+def _passed(messages: Sequence[Message], ranks: int) -> Shapes:
+    """Those to the neighbour that is so many ranks away."""
+    return [(m.shape, m.dtype) for m in messages if m.destination - m.source == ranks]
 
 
 def _words(shapes: Shapes) -> str:

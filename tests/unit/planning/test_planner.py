@@ -21,6 +21,7 @@ from recipes.planning.estimate import (
     forward_flops,
     memory,
     rank_parameters,
+    stage_memory,
     step_seconds,
     stopping_seconds,
     token_work,
@@ -342,6 +343,16 @@ def test_a_pipeline_holds_several_micro_batches_and_waits() -> None:
     layer = activation_bytes(LLAMA, layout, 4096)
     first = replace(job, global_batch_size=64)
     assert memory(first, replace(H100, reserved_bytes=0)).total > 4 * 8 * layer
+
+
+def test_a_pipeline_holds_what_its_stages_send_each_other() -> None:
+    layout = Layout(devices=4, pipeline=4, micro_batch_size=1)
+    alone = distillation(LLAMA, None, layout=layout, global_batch_size=8)
+    taught = replace(alone, teacher=LLAMA)
+    state = 2 * 4096 * 4096
+    for stage, messages in enumerate((1, 1 + 3, 1 + 2, 1 + 1)):
+        both, one = (stage_memory(job, H100, stage).activations for job in (taught, alone))
+        assert both - one == pytest.approx(messages * state)
 
 
 def test_a_pipeline_is_as_fast_as_its_fullest_stage() -> None:
