@@ -156,18 +156,32 @@ def stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
         }
     if job.teacher is not None:
         parts["teacher"] = size * sum(rank_parameters(job.teacher, layout, stage))
-        if job.trained is None:
-            parts["activations"] = size / 2 * activation_bytes(job.teacher, layout, tokens)
     if stage == layout.pipeline - 1:
         parts["logits"] = _logits_bytes(job, hardware, tokens)
+    if job.trained is None:
+        assert job.teacher is not None
+        parts |= _read_at_once(job.teacher, layout, tokens, size, parts["logits"])
     return Memory(**parts)
+
+
+def _read_at_once(
+    arch: Architecture, layout: Layout, tokens: float, size: int, logits: float
+) -> dict[str, float]:
+    """What a model that only reads has of a layer, or of logits beside what they are made of."""
+    layer = size / 2 * activation_bytes(arch, layout, tokens)
+    states = 2 * size * tokens * arch.hidden_size  # before the last norm and after it
+    if layer > states + logits:
+        return {"activations": layer, "logits": 0.0}
+    return {"activations": states, "logits": logits}
 
 
 def _held_activations(arch: Architecture, job: Workload, stage: int, tokens: float) -> float:
     """Of all micro batches that a stage has begun and not finished (1F1B), at its peak.
 
     That is in the loss, between the norms of the last layer and the head; in a stage that has no
-    loss, in the midst of a layer, of the teacher's or in the backward pass.
+    loss, in the midst of a layer, of the teacher's or in the backward pass. A stage keeps what it
+    is sent for each of them, a state of the student and one of the teacher, and has one more such
+    message on its way.
     """
     layout = job.layout
     layer = activation_bytes(arch, layout, tokens)
