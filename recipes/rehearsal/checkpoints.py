@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import (
     dict_list_map_inplace,
+    dict_list_map_outplace,
     extract_matching_values,
     merge,
     nested_values,
@@ -53,6 +54,10 @@ class _Saved:
     """What is neither a tensor nor a rank's own."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     objects: dict[str, Any] = field(default_factory=dict)
+
+    def beside(self, state: Any) -> Any:
+        """What was read, with a copy of what is common: itself would hold on to all of it."""
+        return merge(dict_list_map_outplace(lambda item: item, self.common), state)
 
 
 _saved: dict[Path, _Saved] = {}
@@ -96,7 +101,7 @@ def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs:
         return item.unwrap() if isinstance(item, LocalNonpersistentObject) else item
 
     dict_list_map_inplace(read, state)
-    return apply_factory_merges(merge(saved.common, state) if saved else state, factories)
+    return apply_factory_merges(saved.beside(state) if saved else state, factories)
 
 
 def _stored(checkpoint: Path) -> dict[str, tuple[int, ...]]:
