@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -197,12 +198,12 @@ def environment(job: Job) -> dict[str, str]:
 
 def _name_what_stays(memory: Memory) -> None:
     """Tells weights, gradients and optimizer states from activations, as they come to be used."""
-    seen: set[int] = set()
+    seen: WeakSet[nn.Module] = WeakSet()  # a model that is gone may leave its ids to the next
     stepped = False
 
     def before_forward(module: nn.Module, args: object) -> None:
-        if id(module) not in seen:
-            seen.add(id(module))
+        if module not in seen:
+            seen.add(module)
             _name_weights(memory, module)
 
     def after_step(optimizer: Optimizer, *args: object) -> None:
