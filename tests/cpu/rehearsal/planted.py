@@ -87,17 +87,55 @@ def index_on_cpu() -> None:
 
 def send_half() -> None:
     """A pipeline stage passes on the student's hidden states without the teacher's."""
+    _pass_on(lambda both: both[..., : both.shape[-1] // 2].contiguous())
+
+
+def send_wide() -> None:
+    """A pipeline stage passes on hidden states in float32, and the next makes room for bfloat16."""
+    _pass_on(lambda both: both.float())
+
+
+def _pass_on(change: Callable[[Any], Any]) -> None:
     from recipes.distillation import model
 
     forward = model._forward_both
 
-    def student_alone(core: Any, *args: Any, **kwargs: Any) -> Any:
-        learnt = forward(core, *args, **kwargs)
-        if core.training and os.environ["RANK"] == "0":
-            learnt = learnt[..., : core.config.hidden_size].contiguous()
-        return learnt
+    def changed(core: Any, *args: Any, **kwargs: Any) -> Any:
+        both = forward(core, *args, **kwargs)
+        return change(both) if core.training and os.environ["RANK"] == "0" else both
 
-    model._forward_both = student_alone
+    model._forward_both = changed
+
+
+def widen() -> None:
+    """A model is built with a wider feed-forward part than its checkpoint has."""
+    _restore_with(lambda config: setattr(config, "ffn_hidden_size", config.ffn_hidden_size + 16))
+
+
+def ask_for_more() -> None:
+    """A model is built with norms of queries and keys, which its checkpoint does not have."""
+    _restore_with(lambda config: setattr(config, "qk_layernorm", True))
+
+
+def _restore_with(change: Callable[[Any], None]) -> None:
+    from nemo_convert import nemo
+
+    restore = nemo.restore_model
+
+    def restored(checkpoint: Path) -> Any:
+        model = restore(checkpoint)
+        change(model.config)
+        return model
+
+    nemo.restore_model = restored
+
+
+def lose_a_row() -> None:
+    """A conversion makes weights without their last row."""
+    from nemo_convert import convert
+
+    make = convert.MergedWeights.__call__
+    convert.MergedWeights.__call__ = lambda weights, *where: make(weights, *where)[:-1]
 
 
 def hold_all() -> None:
@@ -124,6 +162,10 @@ DEFECTS: dict[str, Callable[[], None]] = {
         leave_on_cpu,
         index_on_cpu,
         send_half,
+        send_wide,
+        widen,
+        ask_for_more,
+        lose_a_row,
         hold_all,
     )
 }
