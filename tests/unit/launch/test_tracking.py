@@ -210,7 +210,7 @@ def test_mlflow_in_a_file_and_resumed(tracked: Tracked) -> None:
     with lock.held(planned.run_dir) as holding, open_tracker(run) as tracker:
         for stage in planned.stages:
             (stage.directory / ARTIFACT / "report.html").write_text("<p>a page")
-            with _follow(tracker, holding, stage):
+            with _follow(tracker, holding, planned, stage):
                 pass
     assert sorted(file.path for file in client.list_artifacts(known)) == [
         STAGE,
