@@ -1,4 +1,4 @@
-"""Shipped recipes rehearsed at their own widths and layouts, with few layers; planted defects."""
+"""Shipped recipes rehearsed at their own shapes and layouts, large ones cut short; defects."""
 
 from __future__ import annotations
 
@@ -53,17 +53,18 @@ class Case(NamedTuple):
     defect: str | None = None
 
 
-SMALL = "llama_depth_prune"
+SMALL, WHOLE = "llama_depth_prune", 30
 SOUND = (
-    Case(SMALL, "import_hf"),
-    Case(SMALL, "score"),
+    Case(SMALL, "import_hf", layers=WHOLE),
+    Case(SMALL, "score", layers=WHOLE),
+    Case(SMALL, "evaluate", layers=WHOLE),
+    Case(SMALL, "export_hf", layers=WHOLE),
+    Case(SMALL, "distill", 0, FLOAT32, WHOLE),
     Case(SMALL, "distill", 0, FLOAT32, resumed=True),
-    Case(SMALL, "evaluate"),
-    Case(SMALL, "export_hf"),
     Case(SMALL, "correct_teacher", 0, ("teacher=corrected",)),
     Case(SMALL, "cache_logits", 0, ("teacher=cached",)),
     Case(SMALL, "distill", 0, ("teacher=cached",)),
-    Case("llama_width_prune", "distill", 0, MIXED),
+    Case("llama_width_prune", "distill", 0, MIXED, WHOLE),
     Case("llama_search", "rank_candidates"),
     Case("llama_search", "successive_halving"),
     Case("shrink", "rank_candidates"),
