@@ -58,12 +58,17 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return kl_div(scores, target, log_target=True, reduction="sum")
 
 
-def whole_loss(task: Task, tokens: Tensor) -> float:
-    """Back-propagates the mean loss of a batch, and returns it."""
+def logits_of(task: Task, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of student and teacher for a batch, [windows, positions, vocabulary] each."""
     with task.autocast():
         with torch.inference_mode():
             target = task.teacher(tokens).logits
-        logits = task.student(tokens).logits
+        return task.student(tokens).logits, target
+
+
+def whole_loss(task: Task, tokens: Tensor) -> float:
+    """Back-propagates the mean loss of a batch, and returns it."""
+    logits, target = logits_of(task, tokens)
     loss = divergence(logits.flatten(0, 1), target.flatten(0, 1)) / tokens.numel()
     loss.backward()
     return float(loss)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from rich.table import Table
@@ -22,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from benchmarks.contenders import make_inputs
-from benchmarks.loops import BETA1, BETA2, CLIP, WEIGHT_DECAY, Task, divergence, load
+from benchmarks.loops import BETA1, BETA2, CLIP, WEIGHT_DECAY, Task, divergence, load, logits_of
 from benchmarks.students import Judgement, Quality, import_student, judge, varied
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.errors import RecipeError
@@ -141,15 +142,12 @@ def train(task: Task, way: Way) -> float:
     if count:
         with torch.no_grad():
             torch._foreach_copy_(weights, kept)
-    return sorted(seconds)[len(seconds) // 2]
+    return median(seconds)
 
 
 def back_propagate(task: Task, tokens: Tensor) -> float:
     """Adds the gradients of a batch [windows, positions] to the student's; its mean loss."""
-    with task.autocast():
-        with torch.inference_mode():
-            target = task.teacher(tokens).logits
-        logits = task.student(tokens).logits
+    logits, target = logits_of(task, tokens)
     kl = divergence(logits.flatten(0, 1), target.flatten(0, 1)) / tokens.numel()
     text = cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
     loss = kl + NEXT_TOKEN * text
