@@ -1,7 +1,8 @@
 """Judges checkpoints against a teacher, on validation and on held-out text.
 
 Started as ``python -m benchmarks.judge`` in a process of its own. The teacher reads the text once
-for all; after every model its judgement is written beside its stage.
+for all; after every model its judgement is written beside its stage. Models read in what stages
+read in here: bfloat16 where the processor has its products.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.contenders import manifest_of
-from benchmarks.students import CHOOSING, REPORTING, conditions, judgement_file
+from benchmarks.students import CHOOSING, PRECISION, REPORTING, conditions, judgement_file
 from nemo_convert import nemo
 from recipes.core.files import write_json
+from recipes.core.precision import dtype_of
 from recipes.core.stage import Input
 from recipes.data.token_windows import TextWindows, read_windows
 from recipes.evaluation.predictions import TEACHER, Predictor, Reading, compare, read
@@ -25,7 +27,8 @@ MICRO_BATCH = 4
 
 def readings_of(stage: Path, texts: Mapping[str, TextWindows]) -> dict[str, Reading]:
     """What a stage's model makes of every text."""
-    model = Predictor.of(load_transformers(nemo.find_checkpoint(stage / "artifact")))
+    checkpoint = nemo.find_checkpoint(stage / "artifact")
+    model = Predictor.of(load_transformers(checkpoint, dtype_of(PRECISION)))
     return {part: read(model, text, MICRO_BATCH) for part, text in texts.items()}
 
 

@@ -23,12 +23,15 @@ from recipes.core.files import read_json, write_json
 from recipes.core.statistics import mean
 from recipes.distillation.results import TrainingResult
 from recipes.evaluation.results import TextQuality
+from recipes.planning.hardware import cpu_profile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHOOSING, REPORTING = "validation", "heldout"
 JUDGED = "judged.json"
+PRECISION: str = cpu_profile("precision")
+"""What models are judged in: what stages read in on this processor."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ def conditions(stage: Path, base: Path, windows: int) -> dict[str, object]:
         "teacher": manifest_of(base / "import_hf").content(),
         "text": manifest_of(base / "prepare_data").content(),
         "windows": windows,
+        "precision": PRECISION,
     }
 
 

@@ -227,7 +227,7 @@ def test_a_judgement_is_what_evaluate_finds(tiny_run: Path, tmp_path: Path) -> N
                 tiny_run,
                 run_dir,
                 ("evaluate",),
-                inputs | {"evaluate.num_windows": 4, "evaluate.precision": "'32'"},
+                inputs | {"evaluate.num_windows": 4},
             ),
             f"data.seq_length={SEQ_LENGTH}",
         )
