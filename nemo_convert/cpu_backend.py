@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemo_convert import cpu_training
 from nemo_convert.device import device, own_layers
 from recipes.core.errors import RecipeError
 from recipes.core.one_pass import fusable
@@ -138,20 +139,6 @@ def _tensor_to(original: Any) -> Any:
     return to
 
 
-def _with_cuda_type_names(original: Any) -> Any:
-    """Names parameter types as CUDA would while the mixed-precision optimizer compares strings."""
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        type_of = torch.Tensor.type
-        torch.Tensor.type = lambda tensor: type_of(tensor).replace("torch.", "torch.cuda.", 1)  # type: ignore[assignment,method-assign]
-        try:
-            original(self, *args, **kwargs)
-        finally:
-            torch.Tensor.type = type_of  # type: ignore[method-assign]
-
-    return __init__
-
-
 def _without_fusion_checks(original: Any) -> Any:
     """Lets a config say what a GPU wants; ``adapt_config`` turns it off before building."""
 
@@ -178,99 +165,6 @@ def _gather_scalar(original: Any) -> Any:
         return original(output, tensor.reshape(1) if tensor.dim() == 0 else tensor, *args, **kwargs)
 
     return all_gather_into_tensor
-
-
-def _among_several(original: Any) -> Any:
-    def collective(output: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if kwargs["group"].size() > 1:
-            return original(output, tensor, *args, **kwargs)
-        assert output.data_ptr() == tensor.data_ptr(), "a group of one has all of the buffer"
-        return None
-
-    return collective
-
-
-def _clip_by_norm(original: object) -> Any:
-    """The same arithmetic as Megatron's, without its CUDA tensor type assertion."""
-
-    def clip(
-        parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
-    ) -> None:
-        scale = max_norm / (total_norm + 1.0e-6)
-        if scale < 1.0:
-            for parameter in parameters if isinstance(parameters, list) else [parameters]:
-                gradient = parameter.decoupled_grad if use_decoupled_grad else parameter.grad
-                if gradient is not None:
-                    gradient.mul_(scale)
-
-    return clip
-
-
-class _Whole:
-    """One kind of an optimizer's state as if it were in one tensor; a slice is a weight's own."""
-
-    def __init__(self, states: dict[int, dict[str, torch.Tensor]], kind: str) -> None:
-        self._states, self._kind = states, kind
-
-    def __getitem__(self, place: slice) -> torch.Tensor:
-        return self._states[place.start][self._kind].detach().flatten()
-
-
-def _state_in_place(original: Any) -> Any:
-    """Gives a checkpoint the optimizer's state itself where one rank has all of it.
-
-    Megatron gathers it into the host's memory, which takes three copies. On a CPU that is where the
-    model is; what writes a checkpoint is forked, so it sees the state as it was.
-    """
-
-    def get_parameter_state_dp_zero(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.data_parallel_group.size() > 1:
-            return original(self, *args, **kwargs)
-        found: dict[Any, Any] = {"buckets_coalesced": True}
-        for number, (buffer, ranges) in enumerate(zip(self.buffers, self.gbuf_ranges, strict=True)):
-            states = {
-                place[0]: self._get_main_param_and_optimizer_states(weight)
-                for weight, place in buffer.param_index_map.items()
-            }
-            kinds = {kind: _Whole(states, kind) for kind in ("param", "exp_avg", "exp_avg_sq")}
-            [dtype] = ranges
-            found[number] = {dtype: {**kinds, "numel_unpadded": buffer.numel_unpadded}}
-        return found
-
-    return get_parameter_state_dp_zero
-
-
-def _fused(original: Any) -> Any:
-    """Makes AdamW what TransformerEngine's is: fused, and with a group's number of steps in it.
-
-    The fused kernel is 5 times as fast. PyTorch has a number of steps for each weight instead,
-    with which Megatron's distributed optimizer cannot load its reshardable state.
-    """
-
-    class FusedAdamW(original):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{"fused": True, **kwargs})
-
-        def __setstate__(self, state: dict[str, Any]) -> None:
-            torch.optim.Optimizer.__setstate__(self, state)  # AdamW's looks for steps of weights
-
-        def step(self, closure: Any = None) -> Any:
-            known = [
-                (self.state[weight], float(group.get("step", 0)))
-                for group in self.param_groups
-                for weight in group["params"]
-                if weight in self.state
-            ]
-            for state, steps in known:
-                state["step"] = torch.tensor(steps)
-            loss = super().step(closure)
-            for state in self.state.values():
-                state.pop("step", None)
-            for group in self.param_groups:
-                group["step"] = group.get("step", 0) + 1
-            return loss
-
-    return FusedAdamW
 
 
 def _seed_all(original: Any) -> Any:
@@ -337,25 +231,47 @@ PATCHES: dict[str, list[Patch]] = {
         Patch(
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.get_parameter_state_dp_zero",
             "copies the state three times for a checkpoint",
-            _state_in_place,
+            cpu_training.state_in_place,
         ),
         *(
             Patch(
                 f"megatron.core.distributed.param_and_grad_buffer:dist_{name}_func",
                 "gloo copies for a group of one what is there already",
-                _among_several,
+                cpu_training.among_several,
             )
             for name in ("all_gather", "reduce_scatter")
         ),
         Patch(
+            "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer.reset",
+            "writes zeros, over which gradients are written",
+            cpu_training.unfilled,
+        ),
+        *(
+            Patch(
+                f"megatron.core.distributed:DistributedDataParallel.{name}",
+                "adds bfloat16 gradients to float32 zeros, which is 5% of a step of distillation",
+                make,
+            )
+            for name, make in (
+                ("zero_grad_buffer", cpu_training.begin_gradients),
+                ("_make_backward_post_hook", cpu_training.write_first_gradient),
+                ("finish_grad_sync", cpu_training.end_gradients),
+            )
+        ),
+        Patch(
+            "megatron.core.optimizer.clip_grads:l2_norm_impl",
+            "rounds in each of a weight's additions, and takes twice as long",
+            cpu_training.exact_norm,
+        ),
+        Patch(
             "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",
             "asserts torch.cuda.FloatTensor",
-            _clip_by_norm,
+            cpu_training.clip_by_norm,
         ),
         Patch(
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.__init__",
             "accepts only parameters whose type is named torch.cuda.*",
-            _with_cuda_type_names,
+            cpu_training.with_cuda_type_names,
         ),
     ],
     "nemo": [
@@ -381,7 +297,7 @@ PATCHES: dict[str, list[Patch]] = {
             "asks for a name that only TransformerEngine defines",
             _router_logits,
         ),
-        Patch("torch.optim:AdamW", "Megatron asks for the unfused step", _fused),
+        Patch("torch.optim:AdamW", "Megatron asks for the unfused step", cpu_training.fused),
         Patch(
             "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
             "the fused one is TransformerEngine's",

@@ -6,7 +6,6 @@ import importlib
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,19 +87,6 @@ def test_only_this_thread_computes_with_several() -> None:
     assert (here, found) == (2, [1])
 
 
-@pytest.mark.parametrize(("ranks", "asked"), [(1, 0), (2, 1)])
-def test_a_group_of_one_is_not_asked_for_what_it_has(ranks: int, asked: int) -> None:
-    """Megatron's buffer of one rank is its own shard, in place."""
-    calls, buffer = list[torch.Tensor](), torch.arange(4.0)
-    group = SimpleNamespace(size=lambda: ranks)
-    collective = cpu_backend._among_several(lambda *args, **_: calls.append(*args[:1]))
-    collective(buffer.view(-1), buffer, group=group, async_op=True)
-    assert len(calls) == asked
-    if ranks == 1:
-        with pytest.raises(AssertionError, match="has all of the buffer"):
-            collective(torch.empty(4), buffer, group=group)
-
-
 @needs_no_cuda
 def test_tensors_meant_for_cuda_are_made_on_the_cpu() -> None:
     cpu_backend.enable("torch")
@@ -133,19 +119,6 @@ def test_random_state_is_saved_and_restored() -> None:
 
 
 @needs_no_cuda
-def test_gradients_are_clipped_to_the_norm() -> None:
-    cpu_backend.enable("torch", "megatron")
-    from megatron.core.optimizer import optimizer
-
-    parameter = torch.nn.Parameter(torch.zeros(4))
-    parameter.grad = torch.full((4,), 3.0)  # norm 6
-    optimizer.clip_grad_by_total_norm_fp32([parameter], max_norm=1.5, total_norm=6.0)
-    assert parameter.grad.norm().item() == pytest.approx(1.5, rel=1e-4)
-    optimizer.clip_grad_by_total_norm_fp32([parameter], max_norm=9.0, total_norm=1.5)
-    assert parameter.grad.norm().item() == pytest.approx(1.5, rel=1e-4)
-
-
-@needs_no_cuda
 def test_adam_keeps_its_steps_with_the_group_and_goes_on() -> None:
     cpu_backend.enable("layers")
     from torch.optim import AdamW, adamw
@@ -162,20 +135,6 @@ def test_adam_keeps_its_steps_with_the_group_and_goes_on() -> None:
         saved, ours = ours.state_dict(), AdamW(weights[:1])
         ours.load_state_dict(saved)
     torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-7)
-
-
-@needs_no_cuda
-def test_type_names_are_cudas_only_while_the_optimizer_looks() -> None:
-    seen = []
-
-    class Optimizer:
-        def __init__(self) -> None:
-            seen.append(torch.zeros(1, dtype=torch.bfloat16).type())
-
-    patched = cpu_backend._with_cuda_type_names(Optimizer.__init__)
-    patched(Optimizer.__new__(Optimizer))
-    assert seen == ["torch.cuda.BFloat16Tensor"]
-    assert torch.zeros(1).type() == "torch.FloatTensor"
 
 
 @needs_no_cuda

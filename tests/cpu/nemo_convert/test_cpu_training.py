@@ -1,0 +1,117 @@
+"""What replaces Megatron's gradients and optimizer on a CPU has their results."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nemo_convert import cpu_backend, cpu_training, nemo
+
+needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="active only without CUDA")
+
+
+class Two(nn.Module):
+    """A weight that is used twice, as a tied embedding is, and one that is not used each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Parameter(torch.randn(5, 5, dtype=torch.bfloat16))
+        self.both.zero_out_wgrad = True  # type: ignore[attr-defined]
+        self.one = nn.Parameter(torch.randn(5, dtype=torch.bfloat16))
+
+    def forward(self, x: torch.Tensor, whole: bool) -> torch.Tensor:
+        once = x @ self.both @ self.both.t()
+        return (once * self.one if whole else once).square().sum()
+
+
+@pytest.fixture
+def wrapped() -> Any:
+    cpu_backend.enable()
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+
+    nemo.initialize(nemo.Parallelism())
+    torch.manual_seed(1)
+    shape = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    return DistributedDataParallel(shape, settings, Two())
+
+
+@needs_no_cuda
+@pytest.mark.parametrize("micro_batches", [[True], [True, True], [False, True], [False], []])
+def test_a_steps_gradients_are_its_own(wrapped: Any, micro_batches: list[bool]) -> None:
+    """Of every step, whatever the step before left: the first as it is, the others added."""
+    model = wrapped.module
+    for _ in range(2):
+        batches = [(torch.randn(3, 5, dtype=torch.bfloat16), whole) for whole in micro_batches]
+        expected = {name: torch.zeros(weight.shape) for name, weight in model.named_parameters()}
+        for x, whole in batches:
+            used = dict(model.named_parameters()) if whole else {"both": model.both}
+            plain = Two()
+            plain.load_state_dict(model.state_dict())
+            plain(x, whole).backward()
+            for name in used:
+                expected[name] += dict(plain.named_parameters())[name].grad.float()
+        wrapped.zero_grad_buffer()
+        for x, whole in batches:
+            wrapped(x, whole).backward()
+        wrapped.finish_grad_sync()
+        for name, weight in model.named_parameters():
+            assert torch.equal(weight.main_grad, expected[name])
+            weight.main_grad.fill_(7)  # what must not be left in the step that follows
+
+
+@needs_no_cuda
+def test_a_norm_is_as_exact_as_float32() -> None:
+    cpu_backend.enable()
+    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+
+    nemo.initialize(nemo.Parallelism())
+    gradients = [torch.rand(2**25), torch.rand(3, 4)]
+    exact = sum(float(part.double().square().sum()) for part in gradients) ** 0.5
+    found = get_grad_norm_fp32(gradients, grad_stats_parallel_group=torch.distributed.group.WORLD)
+    assert found == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize(("ranks", "asked"), [(1, 0), (2, 1)])
+def test_a_group_of_one_is_not_asked_for_what_it_has(ranks: int, asked: int) -> None:
+    """Megatron's buffer of one rank is its own shard, in place."""
+    calls, buffer = list[torch.Tensor](), torch.arange(4.0)
+    group = SimpleNamespace(size=lambda: ranks)
+    collective = cpu_training.among_several(lambda *args, **_: calls.append(*args[:1]))
+    collective(buffer.view(-1), buffer, group=group, async_op=True)
+    assert len(calls) == asked
+    if ranks == 1:
+        with pytest.raises(AssertionError, match="has all of the buffer"):
+            collective(torch.empty(4), buffer, group=group)
+
+
+@needs_no_cuda
+def test_gradients_are_clipped_to_the_norm() -> None:
+    cpu_backend.enable("torch", "megatron")
+    from megatron.core.optimizer import optimizer
+
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.full((4,), 3.0)  # norm 6
+    optimizer.clip_grad_by_total_norm_fp32([parameter], max_norm=1.5, total_norm=6.0)
+    assert parameter.grad.norm().item() == pytest.approx(1.5, rel=1e-4)
+    optimizer.clip_grad_by_total_norm_fp32([parameter], max_norm=9.0, total_norm=1.5)
+    assert parameter.grad.norm().item() == pytest.approx(1.5, rel=1e-4)
+
+
+@needs_no_cuda
+def test_type_names_are_cudas_only_while_the_optimizer_looks() -> None:
+    seen = []
+
+    class Optimizer:
+        def __init__(self) -> None:
+            seen.append(torch.zeros(1, dtype=torch.bfloat16).type())
+
+    patched = cpu_training.with_cuda_type_names(Optimizer.__init__)
+    patched(Optimizer.__new__(Optimizer))
+    assert seen == ["torch.cuda.BFloat16Tensor"]
+    assert torch.zeros(1).type() == "torch.FloatTensor"
