@@ -110,6 +110,7 @@ ARMS = {
     "written_text": Arm(prepare=("prepare_data",), writes="text"),
     "written_chat": Arm(prepare=("prepare_data",), writes="chat"),
     "beside_written_text": Arm(prepare=("prepare_data",), writes="text", beside=True),
+    "beside_written_chat": Arm(prepare=("prepare_data",), writes="chat", beside=True),
     "corrected": Arm((), "corrected", ("correct_teacher",)),
 }
 

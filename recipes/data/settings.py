@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from recipes.core.constraints import Count, Share, Tokens, one_of
+from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
 from recipes.data import corpus
 from recipes.data.sources import CHAT, FORMATS, parse_source
@@ -41,6 +42,8 @@ class PrepareDataConfig(StageConfig):
     seq_length: Count = 256
     """Every part must hold at least one window of this many tokens, and a conversation is whole in
     one of them."""
+    precision: Precision = "32"
+    """What a teacher reads in while it writes."""
     processes: Count = field(default=1, metadata={"resource": True})
     """That tokenize; their number changes nothing of the result."""
 

@@ -23,8 +23,9 @@ from recipes.data.chat import ANSWERS
 from recipes.data.corpus import read_source
 from recipes.data.sources import CHAT
 
-BATCH = 32
-"""Texts written at a time, in one state of the random numbers: another number gives other text."""
+BATCH, BATCH_TOKENS = 32, 1 << 15
+"""Texts written at a time, and more of them while they are short: a token of one costs nearly as
+much as of many. Other numbers give other text."""
 VAIN_BATCHES = 5
 """Batches without a finished text after which a teacher is given up on."""
 BLANK = "\0"
@@ -48,6 +49,10 @@ class Order:
     """Token between documents, after which a teacher begins one."""
     prompts: str | None = None
     """Source of conversations to answer from their first turns on; made up where there is none."""
+
+    def batch(self) -> int:
+        """Texts written at a time, in one state of the random numbers."""
+        return max(BATCH, BATCH_TOKENS // self.longest)
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def _batches(order: Order, teacher: Teacher, folder: Path) -> Iterator[Mapping[s
     turns = _asked(order) if order.prompts else None
     number = 0
     while True:
-        asked = None if turns is None else list(islice(turns, BATCH))
+        asked = None if turns is None else list(islice(turns, order.batch()))
         if asked == []:
             return
         kept = folder / f"{number:05d}.json"
@@ -151,17 +156,18 @@ def _write_batch(
 ) -> Mapping[str, Any]:
     if order.kind != CHAT:
         ends = {order.end, teacher.tokenizer.eos_token_id}
-        found = _generate(teacher, [[order.end]] * BATCH, order.longest, ends)
+        found = _generate(teacher, [[order.end]] * order.batch(), order.longest, ends)
         texts = [_words(teacher, ids) for ids, _ in found]
         records: list[Record] = [{"text": text} for text in texts if text]
         return {"records": records, "tokens": sum(len(ids) for ids, _ in found), "unfinished": 0}
     tokens = unfinished = 0
     if asked is None:
-        found = _generate(teacher, [_opening(teacher)] * BATCH, order.longest // 2, _stops(teacher))
+        openings = [_opening(teacher)] * order.batch()
+        found = _generate(teacher, openings, order.longest // 2, _stops(teacher))
         said = [(_words(teacher, ids), len(ids)) for ids, done in found if done]
         asked = [[{"role": "user", "content": text}] for text, _ in said if text]
         tokens = sum(length for text, length in said if text)
-        unfinished = BATCH - len(asked)
+        unfinished = len(openings) - len(asked)
     render = teacher.tokenizer.apply_chat_template
     prompts = [list(render(turns, add_generation_prompt=True)) for turns in asked]  # type: ignore[arg-type]
     room = order.longest - max(map(len, prompts), default=0) - 1

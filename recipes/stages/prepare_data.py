@@ -10,6 +10,7 @@ from nemo_convert.results import ImportResult
 from recipes.core.errors import RecipeError
 from recipes.core.files import link_or_copy
 from recipes.core.manifest import Outcome
+from recipes.core.precision import dtype_of
 from recipes.core.stage import Input, Inputs, metrics_log
 from recipes.core.wheels import short_name
 from recipes.data.corpus import PARTS, chat_problem
@@ -138,8 +139,7 @@ def _written(
     cfg: PrepareDataConfig, teacher: Input, end: int, out: Path
 ) -> dict[str, tuple[str, Origin]]:
     """Where what the teacher writes for each of its sources is to be read, and whose that is."""
-    import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from nemo_convert.nemo import find_checkpoint, side_files
     from recipes.data.written import Order, Teacher, write
@@ -147,8 +147,7 @@ def _written(
 
     checkpoint = find_checkpoint(teacher.artifact)
     side = side_files(checkpoint)
-    stored = AutoConfig.from_pretrained(side).dtype or torch.float32
-    model = load_transformers(checkpoint, stored)
+    model = load_transformers(checkpoint, dtype_of(cfg.precision))
     writer = Teacher(model, AutoTokenizer.from_pretrained(side), model_sha256(model, checkpoint))
     imported = teacher.manifest.result_if("import_hf", ImportResult)
     licence = imported.licence if imported else "unknown"

@@ -16,7 +16,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.data import written
 from recipes.data.chat import ChatTokenizer
-from recipes.data.written import BATCH, Order, Teacher, Written, write
+from recipes.data.written import Order, Teacher, Written, write
 from tests.cpu.data.test_chat import END, PLAIN, STOP, saved
 
 TEXT = Order("text", tokens=600, seed=1, longest=60, end=END)
@@ -51,6 +51,12 @@ def random_model() -> Any:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(written, "BATCH_TOKENS", 0)  # so that there are several batches
+
+
+def test_more_is_written_at_a_time_while_it_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert [replace(CHAT, longest=n).batch() for n in (256, 512, 1024, 8192)] == [128, 64, 32, 32]
 
 
 def order(teacher: Teacher, what: Order) -> tuple[list[dict[str, Any]], Written, Path]:
@@ -66,8 +72,8 @@ def test_text_is_written_once_for_each_order(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts, about, file = order(teacher, TEXT)
-    assert about.tokens >= TEXT.tokens > about.tokens - BATCH * TEXT.longest
-    assert about.records == len(texts) > BATCH
+    assert about.tokens >= TEXT.tokens > about.tokens - TEXT.batch() * TEXT.longest
+    assert about.records == len(texts) > TEXT.batch()
     assert len({text["text"] for text in texts}) > 0.9 * len(texts)
     other, _, elsewhere = order(teacher, replace(TEXT, seed=2))
     assert elsewhere != file
@@ -107,7 +113,7 @@ def test_conversations_are_made_up_and_fit_a_window(teacher: Teacher, tmp_path: 
 def test_questions_of_a_file_are_answered_once_each(teacher: Teacher, tmp_path: Path) -> None:
     asked = [
         [{"role": "system", "content": "Be."}, {"role": "user", "content": "?" * (n % 7 + 1)}]
-        for n in range(BATCH + 5)
+        for n in range(CHAT.batch() + 5)
     ]
     answer = {"role": "assistant", "content": "no"}
     lines = [json.dumps({"messages": [*one, answer, one[1], answer]}) for one in asked]
