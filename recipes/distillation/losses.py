@@ -369,6 +369,15 @@ def _of_chunk(
 _fused = fusable(_of_chunk)
 
 
+@fusable
+def _weigh(gradient: Tensor, weights: Tensor) -> Tensor:
+    """A gradient [n, vocabulary/tp], in place, by what each of its rows counts [n, 1].
+
+    PyTorch's own product in bfloat16 is four times slower on a CPU than memory is.
+    """
+    return gradient.mul_(weights.to(gradient.dtype))
+
+
 class _Distillation(torch.autograd.Function):
     """Losses per token, with the gradient of their weighted sum computed in the forward pass."""
 
@@ -404,8 +413,7 @@ class _Distillation(torch.autograd.Function):
         # In place, to hold the logits' gradient once. A second backward is an error of autograd,
         # which sees that what was saved has changed.
         (gradient,) = ctx.saved_tensors
-        gradient.mul_(grads[0].unsqueeze(-1).to(gradient.dtype))
-        return gradient, None, None, None, None
+        return _weigh(gradient, grads[0].unsqueeze(-1)), None, None, None, None
 
 
 def distillation_loss(
