@@ -3,25 +3,31 @@
 ``python -m benchmarks.shapes`` runs ``recipe=llama_search``, takes the shape that it found, as many
 layers alone as are no larger than its largest, and the best-ranked that changes only width, distils
 each for ``--steps`` with every learning rate of ``--lr`` and every seed, and judges all on the same
-text. Each is a run of the launcher, so a killed benchmark goes on where it was.
+text. With ``--ranked`` as many of the best-ranked shapes are trained, too, and healed without
+training, to see which foretells the order that training leaves them in: what a shape is as cut, by
+which a search ranks, or healed. Each is a run of the launcher, so a killed benchmark goes on where
+it was.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
+from scipy.stats import spearmanr
 
 from benchmarks.contenders import LAUNCHER, execute, manifest_of, shape_of
 from benchmarks.students import (
     SUMMARY,
+    Judgement,
     Student,
     collect,
     distill,
     grouped,
+    judge,
     prune,
     schedule,
     students_of,
@@ -44,6 +50,7 @@ class Outcome(Student):
     shape: str
     parameters: int
     lr: float
+    healed: Judgement | None = None
 
 
 def ways(search: SearchResult, teacher: Architecture) -> dict[str, Architecture]:
@@ -75,6 +82,12 @@ def ways(search: SearchResult, teacher: Architecture) -> dict[str, Architecture]
     return found
 
 
+def ranked(search: SearchResult, count: int, known: Container[Architecture]) -> list[Architecture]:
+    """Those of the best-ranked shapes that are not known yet."""
+    best = sorted(search.candidates, key=lambda one: one.proxy)[:count]
+    return [one.shape for one in best if one.shape not in known]
+
+
 @dataclass(frozen=True)
 class Run:
     """A training of one shape."""
@@ -85,6 +98,8 @@ class Run:
     seed: int
     pruned: Path
     out: Path
+    healed: Path | None
+    """The same shape, healed and not trained."""
 
 
 def make(args: argparse.Namespace, search: Path, out: Path) -> Iterator[Run]:
@@ -92,28 +107,54 @@ def make(args: argparse.Namespace, search: Path, out: Path) -> Iterator[Run]:
     found = manifest_of(search / "successive_halving").result(SearchResult)
     teacher = shape_of(search / "import_hf")
     method = manifest_of(search / "rank_candidates").config["layer_importance"]
-    for way, shape in ways(found, teacher).items():
+    shapes = list(ways(found, teacher).items())
+    others = ranked(found, args.ranked, [shape for _, shape in shapes])
+    for way, shape in [*shapes, *(("ranked", other) for other in others)]:
         name = name_of(shape)
         settings = prune_settings(axes_of(shape), method)
         pruned = prune(search, search / "score", out / name, settings)
+        healed = None
+        if args.ranked:
+            settings = {**settings, "heal": "least_squares"}
+            healed = prune(search, search / "score", out / f"{name}-healed", settings)
         for lr in args.lr:
             for seed in args.seeds:
                 run = out / f"{name}-lr{lr:g}-{seed}"
                 rates = {"distill.lr": lr, "distill.min_lr": lr / 10}
                 distill(search, pruned, run, schedule(args.steps, seed) | rates)
-                yield Run(way, shape, lr, seed, pruned, run)
+                yield Run(way, shape, lr, seed, pruned, run, healed)
 
 
 def outcomes(runs: Sequence[Run], search: Path, windows: int) -> Iterator[Outcome]:
     """What every student came to."""
+    healed = judge(search, dict.fromkeys(run.healed for run in runs if run.healed), windows)
     for run, student in zip(runs, students_of(search, runs, windows), strict=True):
         yield Outcome(
             way=run.way,
             shape=name_of(run.shape),
             parameters=run.shape.parameters(),
             lr=run.lr,
+            healed=healed[run.healed] if run.healed else None,
             **student,
         )
+
+
+def foretold(found: Sequence[Outcome]) -> Table:
+    """How well the order of the trained is known before, by KL on validation text.
+
+    Of shapes that were trained alike; a correlation of ranks (Spearman), 1 where it is the same.
+    """
+    table = Table("lr", "seed", "shapes", "foretold as cut", "healed")
+    alike: dict[tuple[float, int], list[Outcome]] = {}
+    for one in found:
+        alike.setdefault((one.lr, one.seed), []).append(one)
+    for (lr, seed), shapes in alike.items():
+        trained = [one.distilled.validation.kl for one in shapes]
+        healed = [one.healed.validation.kl for one in shapes if one.healed]
+        before = ([one.pruned.validation.kl for one in shapes], healed)
+        orders = (f"{spearmanr(each, trained).statistic:.2f}" for each in before)
+        table.add_row(f"{lr:g}", f"{seed}", f"{len(shapes)}", *orders)
+    return table
 
 
 def draw(found: Sequence[Outcome]) -> Table:
@@ -137,6 +178,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1234])
     parser.add_argument("--windows", type=int, default=64, help="of held-out text")
+    parser.add_argument("--ranked", type=int, default=0, help="of the best-ranked, to foretell")
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
     parser.add_argument("overrides", nargs="*", help="of the search")
     args = parser.parse_args()
@@ -146,6 +188,8 @@ def main() -> None:
     runs = list(make(args, search, out))
     found = collect(outcomes(runs, search, args.windows), out / "shapes.json", console)
     console.print(draw(found))
+    if args.ranked:
+        console.print(foretold(found))
 
 
 if __name__ == "__main__":

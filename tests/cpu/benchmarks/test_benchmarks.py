@@ -49,7 +49,7 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT
 from recipes.core.one_pass import missing_compiler
 from recipes.core.processes import cores
-from recipes.evaluation.results import EvaluationResult
+from recipes.evaluation.results import EvaluationResult, TextQuality
 from recipes.evaluation.text_quality import load_transformers
 from tests.support.forked import run_forked
 from tests.support.in_process import run_here
@@ -328,7 +328,7 @@ def test_shapes_are_compared(even_llama: Path, text_file: Path, tmp_path: Path) 
     space = "stages.enumerate_shapes.space"
     output = benchmark_here(
         shapes,
-        *("--out", str(out), "--steps=2", "--lr", "1e-3", "--windows=4", "--"),
+        *("--out", str(out), "--steps=2", "--lr", "1e-3", "--windows=4", "--ranked=1", "--"),
         *(f"model.hf_path={even_llama}", f"data.sources=[{text_file}]", "data.text_field=text"),
         "data.heldout_sources=[]",
         *(f"data.seq_length={SEQ_LENGTH}", "stages.successive_halving.num_candidates=1"),
@@ -346,8 +346,27 @@ def test_shapes_are_compared(even_llama: Path, text_file: Path, tmp_path: Path) 
         assert (outcome["way"] == "depth alone") <= same_width
         assert (outcome["way"] == "width alone") <= (student["num_layers"] == whole["num_layers"])
         assert outcome["parameters"] == manifest_of(run / "distill").parameters
-        assert outcome["distilled"] != outcome["pruned"]
+        assert outcome["distilled"] != outcome["pruned"] != outcome["healed"]
         assert f"{heldout(outcome)['kl_to_teacher']:.3f}" in output
+    assert "foretold" in output
+
+
+def test_the_order_of_the_trained_is_foretold_or_not() -> None:
+    """As cut they are in the order of the trained; healed the first two change places."""
+
+    def kl(value: float) -> students.Judgement:
+        text = TextQuality(0.0, 0.0, 1.0, value, 1.0)
+        return students.Judgement(students.Quality({"a": text}), students.Quality({"a": text}))
+
+    found = [
+        shapes.Outcome(
+            way="ranked", shape="s", parameters=1, lr=1e-3, seed=1, tokens=1,
+            pruned=kl(cut), healed=kl(healed), distilled=kl(trained),
+        )
+        for cut, healed, trained in ((1.0, 0.9, 0.5), (2.0, 0.8, 0.6), (3.0, 1.1, 0.7))
+    ]  # fmt: skip
+    cells = [list(column.cells) for column in shapes.foretold(found).columns]
+    assert cells[2:] == [["3"], ["1.00"], ["0.50"]]
 
 
 def test_bad_options_get_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
