@@ -226,7 +226,7 @@ def test_a_cpus_time_between_products_is_memory_traffic_by_hand() -> None:
     cpu = replace(CPU, flops_per_second=10.0, bytes_per_second=4.0, traffic_share=0.5)
     step = step_seconds(job, cpu)
     assert step.compute == pytest.approx(flops / 10 + token / 2)
-    assert step.optimizer == pytest.approx(tiny.parameters() * (10 + 74) / 2)
+    assert step.optimizer == pytest.approx(tiny.parameters() * (10 + 66) / 2)
 
 
 @pytest.mark.parametrize(
