@@ -259,11 +259,6 @@ PATCHES: dict[str, list[Patch]] = {
             )
         ),
         Patch(
-            "megatron.core.optimizer.clip_grads:l2_norm_impl",
-            "rounds in each of a weight's additions, and takes twice as long",
-            cpu_training.exact_norm,
-        ),
-        Patch(
             "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",
             "asserts torch.cuda.FloatTensor",
             cpu_training.clip_by_norm,

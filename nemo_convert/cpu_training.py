@@ -85,22 +85,6 @@ def among_several(original: Any) -> Any:
     return collective
 
 
-def exact_norm(original: object) -> Any:
-    """A norm by BLAS: as accurate as float32 allows, and twice as fast as PyTorch's.
-
-    PyTorch adds squares one after the other: the norm of 28 million numbers comes out 0.15% low.
-    """
-
-    def norm(
-        chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], each: bool
-    ) -> tuple[torch.Tensor, None]:
-        (gradients,) = lists
-        flat = [gradient.flatten() for gradient in gradients]
-        return torch.stack([torch.dot(part, part) for part in flat]).sum().sqrt()[None], None
-
-    return norm
-
-
 def clip_by_norm(original: object) -> Any:
     """The same arithmetic as Megatron's, without its CUDA tensor type assertion."""
 

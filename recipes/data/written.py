@@ -24,8 +24,8 @@ from recipes.data.corpus import read_source
 from recipes.data.sources import CHAT
 
 BATCH, BATCH_TOKENS = 32, 1 << 15
-"""Texts written at a time, and more of them while they are short: a token of one costs nearly as
-much as of many. Other numbers give other text."""
+"""Texts written at a time, and more of them where many short ones are wanted: a token of one costs
+nearly as much as of many. Other numbers give other text."""
 VAIN_BATCHES = 5
 """Batches without a finished text after which a teacher is given up on."""
 BLANK = "\0"
@@ -52,7 +52,7 @@ class Order:
 
     def batch(self) -> int:
         """Texts written at a time, in one state of the random numbers."""
-        return max(BATCH, BATCH_TOKENS // self.longest)
+        return max(BATCH, min(self.tokens, BATCH_TOKENS) // self.longest)
 
 
 @dataclass(frozen=True)

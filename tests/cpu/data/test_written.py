@@ -54,9 +54,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(written, "BATCH_TOKENS", 0)  # so that there are several batches
 
 
-def test_more_is_written_at_a_time_while_it_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_is_written_at_a_time_where_much_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert [replace(CHAT, longest=n).batch() for n in (256, 512, 1024, 8192)] == [128, 64, 32, 32]
+    much = replace(CHAT, tokens=200_000)
+    assert [replace(much, longest=n).batch() for n in (256, 512, 1024, 8192)] == [128, 64, 32, 32]
+    assert [replace(CHAT, longest=9, tokens=n).batch() for n in (90, 900)] == [32, 100]
 
 
 def order(teacher: Teacher, what: Order) -> tuple[list[dict[str, Any]], Written, Path]:
