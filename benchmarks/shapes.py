@@ -160,7 +160,7 @@ def foretold(found: Sequence[Outcome]) -> Table:
 def draw(found: Sequence[Outcome]) -> Table:
     """A table, the best on validation text first."""
     table = Table("way", "shape", "parameters", "lr", *SUMMARY)
-    for seeds in grouped(found, lambda one: (one.way, one.lr)):
+    for seeds in grouped(found, lambda one: (one.way, one.shape, one.lr)):
         table.add_row(
             seeds[0].way,
             seeds[0].shape,
