@@ -84,8 +84,7 @@ def ways(search: SearchResult, teacher: Architecture) -> dict[str, Architecture]
 
 def ranked(search: SearchResult, count: int, known: Container[Architecture]) -> list[Architecture]:
     """Those of the best-ranked shapes that are not known yet."""
-    best = sorted(search.candidates, key=lambda one: one.proxy)[:count]
-    return [one.shape for one in best if one.shape not in known]
+    return [one.shape for one in search.candidates[:count] if one.shape not in known]
 
 
 @dataclass(frozen=True)
@@ -145,15 +144,12 @@ def foretold(found: Sequence[Outcome]) -> Table:
     Of shapes that were trained alike; a correlation of ranks (Spearman), 1 where it is the same.
     """
     table = Table("lr", "seed", "shapes", "foretold as cut", "healed")
-    alike: dict[tuple[float, int], list[Outcome]] = {}
-    for one in found:
-        alike.setdefault((one.lr, one.seed), []).append(one)
-    for (lr, seed), shapes in alike.items():
+    for shapes in grouped(found, lambda one: (one.lr, one.seed)):
         trained = [one.distilled.validation.kl for one in shapes]
         healed = [one.healed.validation.kl for one in shapes if one.healed]
         before = ([one.pruned.validation.kl for one in shapes], healed)
         orders = (f"{spearmanr(each, trained).statistic:.2f}" for each in before)
-        table.add_row(f"{lr:g}", f"{seed}", f"{len(shapes)}", *orders)
+        table.add_row(f"{shapes[0].lr:g}", f"{shapes[0].seed}", f"{len(shapes)}", *orders)
     return table
 
 

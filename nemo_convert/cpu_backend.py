@@ -244,7 +244,7 @@ PATCHES: dict[str, list[Patch]] = {
         Patch(
             "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer.reset",
             "writes zeros, over which gradients are written",
-            cpu_training.unfilled,
+            _always(None),
         ),
         *(
             Patch(

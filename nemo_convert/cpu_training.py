@@ -25,11 +25,6 @@ def with_cuda_type_names(original: Any) -> Any:
     return __init__
 
 
-def unfilled(original: object) -> Any:
-    """Leaves a buffer of gradients as it is before a step: what comes first will overwrite it."""
-    return lambda buffer: None
-
-
 def begin_gradients(original: Any) -> Any:
     """Notes which gradients a step has not written yet, where Megatron fills them with zeros."""
 
