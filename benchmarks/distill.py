@@ -9,7 +9,8 @@ the ends of two steps; the first steps do not count.
 The machine's rates are measured in the same rounds, the best counts. FLOPs are those of matrix
 products: three forward passes of the student and one of the teacher, if it is there. Utilisation
 is FLOP/s over the best rate in the contender's type; that rate over the FLOPs of a token is the
-most tokens/s there could be.
+most tokens/s there could be. Beside our path's speed is what its plan says, from the rates that a
+plan measures, the median of the rounds.
 
 The loops train on the same windows as each other, and so do the NeMo paths, which draw their own:
 first losses are compared within each group.
@@ -22,7 +23,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -33,6 +34,7 @@ from rich.table import Table
 from benchmarks.contenders import (
     CONTENDERS,
     INPUTS,
+    Contender,
     Record,
     Shape,
     execute,
@@ -45,6 +47,9 @@ from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.files import write_text_atomically
 from recipes.core.screen import screen
 from recipes.core.versions import installed_versions
+from recipes.planning.estimate import estimate
+from recipes.planning.hardware import Hardware
+from recipes.planning.workload import Layout, Workload
 
 WARM_UP_STEPS = 2
 BASELINES = ("loop-fp32", "loop-bf16")
@@ -75,6 +80,8 @@ class Result:
     flops: Flops
     utilisation: float
     most_tokens_per_second: float
+    planned_tokens_per_second: float | None
+    """Of a path of ours."""
     ratios: dict[str, float]
     """Speed over that of each baseline that was run."""
     first_loss: float
@@ -100,11 +107,31 @@ def speeds(record: Record, shape: Shape) -> list[float]:
     return [tokens / (end - begin) for begin, end in pairwise(ends)]
 
 
+def planned(
+    contender: Contender, shape: Shape, models: Mapping[str, Architecture], hardware: Hardware
+) -> float | None:
+    """Tokens/s as a plan has them; of a loop there is none."""
+    if not contender.stages:
+        return None
+    job = Workload(
+        name="distill",
+        trained=models["student"],
+        teacher=models["teacher"] if contender.teacher_in_loop() else None,
+        layout=Layout(micro_batch_size=shape.micro_batch),
+        seq_length=shape.seq_length,
+        global_batch_size=shape.micro_batch,
+        steps=shape.steps,
+        bf16=contender.dtype == "bfloat16",
+    )
+    return estimate(job, hardware).tokens_per_second
+
+
 def summarise(
     records: Mapping[str, Sequence[Record]],
     shape: Shape,
     models: Mapping[str, Architecture],
     rates: Mapping[str, float],
+    hardware: Hardware,
 ) -> dict[str, Result]:
     """Figures of every contender that ran.
 
@@ -112,7 +139,8 @@ def summarise(
         records: By contender, one for each round.
         shape: What each of them trained on.
         models: ``teacher`` and ``student``.
-        rates: FLOP/s of matrix products by type.
+        rates: FLOP/s of matrix products by type, at best.
+        hardware: What a plan is made for.
     """
     rounds = {name: [speeds(r, shape) for r in runs] for name, runs in records.items()}
     typical = {name: median(median(steps) for steps in runs) for name, runs in rounds.items()}
@@ -130,6 +158,7 @@ def summarise(
             flops=flops,
             utilisation=typical[name] / most,
             most_tokens_per_second=most,
+            planned_tokens_per_second=planned(contender, shape, models, hardware),
             ratios={b: typical[name] / typical[b] for b in BASELINES if b in typical},
             first_loss=runs[-1].losses[0],
             last_loss=runs[-1].losses[-1],
@@ -164,7 +193,8 @@ def machine_rates(student: Architecture, shape: Shape, scratch: Path) -> dict[st
 
 def draw(results: Mapping[str, Result], failed: Mapping[str, str]) -> None:
     """Prints the table, and why a contender is not in it."""
-    table = Table("contender", "tokens/s", "slowest–fastest step", "peak RSS", "utilisation")
+    table = Table("contender", "tokens/s", "slowest–fastest step", "planned", "peak RSS")
+    table.add_column("utilisation")
     for baseline in BASELINES:
         table.add_column(f"× {baseline}")
     table.add_column("last loss")
@@ -173,6 +203,7 @@ def draw(results: Mapping[str, Result], failed: Mapping[str, str]) -> None:
             name,
             f"{r.tokens_per_second:.0f}",
             f"{r.slowest:.0f}–{r.fastest:.0f}",
+            "" if r.planned_tokens_per_second is None else f"{r.planned_tokens_per_second:.0f}",
             f"{r.peak_rss_bytes / 1e9:.1f} GB",
             f"{r.utilisation:.0%} of {r.most_tokens_per_second:.0f}",
             *(f"{r.ratios[b]:.2f}" if b in r.ratios else "" for b in BASELINES),
@@ -210,7 +241,16 @@ def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out:
             except RecipeError as error:
                 failed[name] = str(error)
     rates = {t: max(max(m[t].values()) for m in machine) for t in ("float32", "bfloat16")}
-    results = summarise({n: r for n, r in records.items() if n not in failed}, shape, models, rates)
+    training = {
+        name: median(m["training"][name] for m in machine) for name in machine[0]["training"]
+    }
+    results = summarise(
+        {name: runs for name, runs in records.items() if name not in failed},
+        shape,
+        models,
+        rates,
+        replace(Hardware(), **training),
+    )
     draw(results, failed)
     found = {
         "shape": asdict(shape),

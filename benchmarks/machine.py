@@ -1,4 +1,4 @@
-"""What the machine can do at best: matrix products of a model's shapes, and copies.
+"""What the machine can do: products of a model's shapes at best, a training's, and copies.
 
 Started as ``python -m benchmarks.machine``, in a process of its own like every contender.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from recipes.engines.machine_rates import copy_rate, linear_rate
+from recipes.engines.machine_rates import copy_rate, linear_rate, training_rates
 
 
 def main() -> None:
@@ -31,6 +32,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16)
     }
     rates["copy_bytes_per_second"] = copy_rate()
+    rates["training"] = asdict(training_rates(torch.get_num_threads())[0])
     args.out.write_text(json.dumps(rates))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,7 @@ ENOUGH = 0.5
 """Seconds after which nothing is repeated again: a type that the processor has not takes long."""
 TOKENS = 1024
 """Rows of the matrix product that FLOP/s are measured with."""
-ALONE = 0.9
+ALONE = 0.8
 """Share of its threads' time that a measurement must have had to be kept."""
 COPY_BYTES = 1 << 28
 """Well beyond any cache."""
@@ -93,45 +93,67 @@ def _threads(number: int) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-LAYER = (576, 1536)
-"""Of the embedded teacher: what it is fed with, and a part's width."""
+LAYERS, COPIES = 30, 2
+"""Of the embedded teacher, and how many are multiplied in turn, so that no cache holds them."""
+LAYER = ((576, 960), (576, 576), (576, 3072), (1536, 576))
+"""Inputs and outputs of a layer's products."""
+HEAD, PARTS = (576, 6144), 8
+"""The same of a part of the head, and its parts."""
 
 
-def _training_rate(tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> float:
-    """FLOP/s of one thread in the three products of a linear layer's step.
+def _products(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Callable[[], None]:
+    """A distillation's products of linear layers: a teacher's forward, a student's, and its back.
 
-    On a processor with AMX those of the way back are half as fast as the one forward.
+    On a processor with AMX those of the way back are half as fast as those forward.
     """
-    x, weight, grad = (
-        torch.randn(*shape, dtype=dtype)
-        for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
-    )
+    made = [
+        [torch.randn(*shape, dtype=dtype) for shape in ((TOKENS, i), (o, i), (TOKENS, o))]
+        for i, o in shapes
+    ]
 
     def step() -> None:
-        linear(x, weight)
-        grad @ weight
-        grad.t() @ x
+        for x, weight, grad in made:
+            linear(x, weight)
+            linear(x, weight)
+            grad @ weight
+            grad.t() @ x
 
-    # What other threads take is added up at the next tick: a short product of theirs seems free.
-    seconds = best_seconds(step, clock=time.thread_time, repeats=3 * REPEATS)
-    return 3 * 2 * tokens * inputs * outputs / seconds
+    return step
+
+
+def _flops(shapes: Sequence[tuple[int, int]]) -> int:
+    """Of their products."""
+    return sum(4 * 2 * TOKENS * inputs * outputs for inputs, outputs in shapes)
+
+
+def _training_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a thread in a distillation's products, where all threads are at work.
+
+    In a step each of them finds its matrices in memory; one that is repeated alone finds them in a
+    cache, and with AMX is twice as fast. Threads share more than memory there: two do not reach
+    twice what one does.
+    """
+    smallest = min(LAYER)
+    if (once := own_seconds(_products([smallest], dtype))) > ENOUGH:
+        return _flops([smallest]) / once
+    layer = own_seconds(_products(LAYER * COPIES, dtype)) / COPIES
+    part = own_seconds(_products([HEAD], dtype))
+    return (LAYERS * _flops(LAYER) + PARTS * _flops([HEAD])) / (LAYERS * layer + PARTS * part)
 
 
 def training_rates(threads: int) -> tuple[Rates, bool]:
     """Rates that trainings are planned with, and whether nothing else ran on the threads' cores.
 
     By the time that the threads had themselves: of what other programs took, little counts.
-    Products take one thread, and so many have that rate each; cores share memory, so all copy.
     """
-    with _threads(1):
-        began, used = time.perf_counter(), time.thread_time()
-        bfloat16, float32 = (
-            threads * _training_rate(TOKENS, *LAYER, dtype)
-            for dtype in (torch.bfloat16, torch.float32)
-        )
-        alone = time.thread_time() - used > ALONE * (time.perf_counter() - began)
     with _threads(threads):
+        began, used = time.perf_counter(), time.process_time()
+        bfloat16, float32 = (
+            threads * _training_rate(dtype) for dtype in (torch.bfloat16, torch.float32)
+        )
         copied = threads * copy_rate(seconds=own_seconds)
+        had = time.process_time() - used
+        alone = had > ALONE * threads * (time.perf_counter() - began)
     return Rates(bfloat16, float32, copied), alone
 
 

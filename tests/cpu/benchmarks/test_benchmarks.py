@@ -51,6 +51,7 @@ from recipes.core.one_pass import missing_compiler
 from recipes.core.processes import cores
 from recipes.evaluation.results import EvaluationResult, TextQuality
 from recipes.evaluation.text_quality import load_transformers
+from recipes.planning.hardware import Hardware
 from tests.support.forked import run_forked
 from tests.support.in_process import run_here
 from tests.support.runs import tiny
@@ -137,6 +138,7 @@ def test_every_contender_is_measured(tiny_run: Path, tmp_path: Path) -> None:
         assert result["utilisation"] == pytest.approx(
             result["tokens_per_second"] / result["most_tokens_per_second"]
         )
+        assert (result["planned_tokens_per_second"] is None) == (not CONTENDERS[name].stages)
         assert name in output
     losses = {name: result["first_loss"] for name, result in found["results"].items()}
     for name in ("loop-bf16", "chunked-bf16", "modelopt-bf16"):
@@ -417,6 +419,7 @@ def test_warm_up_does_not_count() -> None:
         shape,
         models,
         {"float32": 1e9, "bfloat16": 2e9},
+        Hardware(),
     )
     fp32 = results["loop-fp32"]
     assert fp32.tokens_per_second == 56.25
@@ -431,6 +434,7 @@ def test_warm_up_does_not_count() -> None:
         shape,
         models,
         {"float32": 1e9, "bfloat16": 2e9},
+        Hardware(),
     )
     assert list(disagreements(results)) == ["loop-bf16: first loss 4.2000, but loop-fp32 4.0000"]
 

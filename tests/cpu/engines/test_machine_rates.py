@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from recipes.engines.machine_rates import ENOUGH, FEWEST, best_seconds, training_rates
+from nemo_convert.architecture import Architecture
+from recipes.engines import machine_rates
+from recipes.engines.machine_rates import ENOUGH, FEWEST, TOKENS, best_seconds, training_rates
+
+SMOLLM2 = Architecture(
+    "LlamaForCausalLM", 30, 576, 1536, 9, 3, 64, 49152, 8192, tied_embeddings=True
+)
 
 
 def test_rates_are_those_of_a_processor() -> None:
@@ -20,6 +29,33 @@ def test_rates_are_those_of_a_processor() -> None:
     both, _ = training_rates(2)
     assert both.float32_flops_per_second < 3 * rates.float32_flops_per_second
     assert both.flops_per_second < 3 * rates.flops_per_second
+
+
+@pytest.mark.parametrize("rate", [4e11, 4e8])
+def test_a_rate_is_that_of_all_products_of_a_model(
+    rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor that is slower at the head's, or that has no such type and tells at once."""
+    counted = []
+
+    def seconds(work: Callable[[], object], device: str = "cpu") -> float:
+        if "copy" in work.__qualname__:
+            return 1.0
+        with FlopCounterMode(display=False) as counter:
+            work()
+        counted.append(flops := counter.get_total_flops())
+        return flops / (rate / 2 if len(counted) % 3 == 0 else rate)
+
+    monkeypatch.setattr(machine_rates, "own_seconds", seconds)
+    rates, _ = training_rates(1)
+    if rate < 1e9:
+        assert rates.flops_per_second == rates.float32_flops_per_second == rate
+        assert len(counted) == 2
+        return
+    head = 2 * SMOLLM2.vocab_size * SMOLLM2.hidden_size
+    layers = SMOLLM2.forward_flops_per_token() - head
+    assert rates.flops_per_second == pytest.approx((layers + head) / (layers + 2 * head) * rate)
+    assert counted[1] % (4 * TOKENS * layers / SMOLLM2.num_layers) == 0
 
 
 @pytest.mark.parametrize(("seconds", "runs"), [(ENOUGH / 100, 9), (ENOUGH / 4, 4), (9.0, FEWEST)])
