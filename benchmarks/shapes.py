@@ -4,8 +4,8 @@
 layers alone as are no larger than its largest, and the best-ranked that changes only width, distils
 each for ``--steps`` with every learning rate of ``--lr`` and every seed, and judges all on the same
 text. With ``--ranked`` as many of the best-ranked shapes are trained, too, and healed without
-training, to see which foretells the order that training leaves them in: what a shape is as cut, by
-which a search ranks, or healed. Each is a run of the launcher, so a killed benchmark goes on where
+training, to see which foretells the order that training leaves them in: what a shape is as cut, or
+healed, by which a search ranks. Each is a run of the launcher, so a killed benchmark goes on where
 it was.
 """
 

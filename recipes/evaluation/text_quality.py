@@ -13,7 +13,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_utils import no_init_weights
 
 from nemo_convert import convert, nemo
@@ -151,15 +157,26 @@ def _recovered(scores: Mapping[str, Scores], chosen: slice = slice(None)) -> flo
 
 def load_transformers(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A NeMo checkpoint as a transformers model, on the GPU if there is one."""
-    gc.collect()  # the one before is a part of circles, and may still be there
     config = AutoConfig.from_pretrained(nemo.side_files(checkpoint))
     config.head_dim = nemo.architecture_of(checkpoint).kv_channels
+    return with_weights(config, dict(convert.hf_weights(checkpoint)), dtype)
+
+
+def with_weights(
+    config: PretrainedConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """A transformers model of these weights, on the GPU if there is one.
+
+    Raises:
+        ValueError: They are not the config's.
+    """
+    gc.collect()  # the one before is a part of circles, and may still be there
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    missing, unexpected = model.load_state_dict(dict(convert.hf_weights(checkpoint)), strict=False)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     model.tie_weights()
     if unexpected or [name for name in missing if name != "lm_head.weight"]:
-        raise ValueError(f"{checkpoint}: missing {missing}, unexpected {unexpected}")
+        raise ValueError(f"{config.model_type}: missing {missing}, unexpected {unexpected}")
     evaluated: PreTrainedModel = model.to(device()).eval()
     return evaluated
 

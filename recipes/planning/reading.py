@@ -22,7 +22,13 @@ from recipes.core.stage import StageConfig
 from recipes.planning.buffers import LOGITS_BYTES
 from recipes.planning.estimate import Memory, rank_parameters
 from recipes.planning.hardware import Hardware
-from recipes.planning.work import Work, feed_forward_width, passes_of, reading_bytes
+from recipes.planning.work import (
+    Work,
+    feed_forward_width,
+    healing_flops,
+    passes_of,
+    reading_bytes,
+)
 from recipes.planning.workload import Layout
 
 COMPARING, MEASURING = 4.0, 2.0
@@ -134,6 +140,27 @@ def ranked(teacher: Architecture, bf16: bool, text: Text, hardware: Hardware) ->
         replace(held, logits=_logits_bytes(teacher, tokens, COMPARING)),
     )
     return Reading(memory, text.work(teacher, bf16), bf16)
+
+
+def healed(teacher: Architecture, student: Architecture, text: Text, hardware: Hardware) -> Reading:
+    """A shape that is healed: a layer of both models in float32, and what both make of the text.
+
+    The embeddings are shared out to the layers. What both make of it are their residual streams,
+    what is read of them, and what weights that write are fed with. A CPU has both models there,
+    too, as they are stored.
+    """
+    both, tokens = (teacher, student), int(text.windows * text.seq_length)
+    widths = (2 * arch.hidden_size + feed_forward_width(arch) for arch in both)
+    layers = sum(arch.parameters() / arch.num_layers for arch in both)
+    stored = 0 if hardware.on_gpu else 2 * sum(arch.parameters() for arch in both)
+    memory = Memory(
+        weights=4 * layers + stored,
+        activations=4 * tokens * sum(widths),
+        reserved=hardware.reserved_bytes,
+    )
+    read = replace(text, scored=0)
+    fits = Work(products=healing_flops(teacher, student)) * tokens
+    return Reading(memory, sum((read.work(arch, False) for arch in both), fits), False)
 
 
 def scored(

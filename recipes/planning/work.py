@@ -80,6 +80,19 @@ def feed_forward_again(arch: Architecture, size: int) -> Work:
     return Work(products=6 * arch.hidden_size * width, bytes=5 * size * width)
 
 
+def healing_flops(teacher: Architecture, student: Architecture) -> float:
+    """Of a token's part in the normal equations of all layers that are left, in float32's.
+
+    What is read is fitted behind both norms, and both weights that write; see
+    ``recipes.pruning.healing``. They are in float64, a half as fast.
+    """
+    whole, left = teacher.hidden_size, student.hidden_size
+    heads = student.num_attention_heads * student.kv_channels
+    reads = 2 * left * (left + whole)
+    writes = sum(size * (size + left) for size in (heads, student.ffn_hidden_size))
+    return 2.0 * 2 * student.num_layers * (reads + writes)
+
+
 def _square(seq_length: int) -> float:
     """Share of the square of scores that is computed."""
     return (1 + min(1, QUERIES_AT_ONCE / seq_length)) / 2

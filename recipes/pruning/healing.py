@@ -23,9 +23,10 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.convert import hf_weights
 from nemo_convert.device import device
 from nemo_convert.hf_config import with_shape
-from recipes.core.metrics import MetricsLog
 from recipes.pruning.kept import HIDDEN, KeptIndices, cut
 
+Progress = Callable[[int, int], None]
+"""Takes how many layers are done, and of how many."""
 RIDGE = 1e-3
 """Of the mean square of what a weight reads: how strongly it is held to what it was cut to."""
 
@@ -242,7 +243,7 @@ def heal(
     student: Decoder,
     kept: KeptIndices,
     batches: Sequence[Tensor],
-    log: MetricsLog,
+    progress: Progress = lambda done, total: None,
     ridge: float = RIDGE,
 ) -> None:
     """Changes a student's weights so that it makes of a text what its teacher makes.
@@ -252,7 +253,7 @@ def heal(
         student: What is left of it; its weights are replaced.
         kept: What that is.
         batches: Tokens to calibrate on, each [b, s].
-        log: Metrics file.
+        progress: Told after every layer of the teacher.
         ridge: See ``RIDGE``.
     """
     healing = Healing(teacher, student, kept, batches, ridge)
@@ -264,7 +265,7 @@ def heal(
                 healing.heal(half, theirs, ours)
         else:
             healing.pass_by(theirs)
-        log.progress("heal", number, teacher.num_layers)
+        progress(number, teacher.num_layers)
     healing.heal_head()
 
 
@@ -274,7 +275,7 @@ def heal_weights(
     kept: KeptIndices,
     weights: dict[str, Tensor],
     batches: Sequence[Tensor],
-    log: MetricsLog,
+    progress: Progress,
 ) -> None:
     """Heals what was cut of a NeMo checkpoint, in place.
 
@@ -286,5 +287,5 @@ def heal_weights(
         Decoder(with_shape(config, student), weights),
         kept,
         batches,
-        log,
+        progress,
     )

@@ -1,50 +1,79 @@
-"""Measuring candidate shapes as views of one model whose weights are sorted by importance."""
+"""Measuring candidate shapes: as views of one model whose weights are sorted, and healed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
+from nemo_convert.hf_config import with_shape
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
-from recipes.data.token_windows import TextWindows
+from recipes.core.stage import Inputs
+from recipes.data.token_windows import TextWindows, read_windows
 from recipes.evaluation.predictions import TEACHER, Predictor, Reading, compare, read
-from recipes.evaluation.text_quality import load_transformers
-from recipes.pruning.cut_checkpoint import layers_to_keep
+from recipes.evaluation.text_quality import load_transformers, with_weights
+from recipes.pruning.cut_checkpoint import cut_weights, layers_to_keep
+from recipes.pruning.healing import Progress, heal_weights
 from recipes.pruning.importance import Importance
-from recipes.pruning.kept import cut, order, prefix
+from recipes.pruning.kept import choose, cut, order, prefix
 from recipes.search.results import Candidate, ProxyQuality
 from recipes.search.settings import RankCandidatesConfig
 from recipes.search.space import name_of
 
 
 def measure_shapes(
+    cfg: RankCandidatesConfig, inputs: Inputs, shapes: list[Architecture], log: MetricsLog
+) -> list[Candidate]:
+    """Perplexity and KL to the teacher of every shape as it is cut, and of the best once healed.
+
+    Args:
+        cfg: The stage's config.
+        inputs: Its inputs.
+        shapes: Shapes to measure.
+        log: Metrics file.
+    """
+    teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
+    importance = Importance.load(inputs["importance"].artifact)
+    text, calibration = (
+        read_windows(inputs["data"], part, cfg.seq_length, windows)
+        for part, windows in (
+            ("validation", cfg.num_samples),
+            ("calibration", cfg.num_calibration_samples),
+        )
+    )
+    batches = calibration.tokens.split(cfg.micro_batch_size)
+    reference, found = _as_cut(cfg, teacher, importance, shapes, text, log)
+    best = sorted(found, key=lambda one: one.proxy)[: cfg.num_healed]
+    for number, one in enumerate(best):
+
+        def progress(done: int, total: int, before: int = number) -> None:
+            log.progress("heal", before * total + done, len(best) * total)
+
+        model = _healed(cfg, teacher, importance, one.shape, batches, progress)
+        quality = _quality(reference, Predictor.of(model), text, cfg.micro_batch_size)
+        found[found.index(one)] = _candidate(cfg, one.shape, quality, healed=True)
+    return found
+
+
+def _as_cut(
     cfg: RankCandidatesConfig,
     teacher: Path,
     importance: Importance,
     shapes: list[Architecture],
     text: TextWindows,
     log: MetricsLog,
-) -> list[Candidate]:
-    """Perplexity and KL to the teacher of every shape right after pruning.
+) -> tuple[Reading, list[Candidate]]:
+    """What the teacher makes of the text, and every shape beside it.
 
     The model is in memory once: its weights are sorted by importance, and a candidate is their
     first rows and columns.
-
-    Args:
-        cfg: The stage's config.
-        teacher: NeMo checkpoint.
-        importance: Its scores.
-        shapes: Shapes to measure.
-        text: Windows to measure on.
-        log: Metrics file.
     """
     whole = nemo.architecture_of(teacher)
     model = load_transformers(teacher, dtype_of(cfg.precision))
@@ -56,21 +85,43 @@ def measure_shapes(
     for number, shape in enumerate(shapes, 1):
         layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
         candidate = view.predictor(shape, layers)
-        found.append(_quality(reference, candidate, text, cfg.micro_batch_size))
+        quality = _quality(reference, candidate, text, cfg.micro_batch_size)
+        found.append(_candidate(cfg, shape, quality, healed=False))
         log.progress("rank", number, len(shapes))
-    return [
-        Candidate(
-            name=name_of(shape),
-            parameters=shape.parameters(),
-            proxy=getattr(quality, cfg.proxy),
-            **vars(quality),
-            tokens=0,
-            chosen=False,
-            pareto=False,
-            shape=shape,
-        )
-        for shape, quality in zip(shapes, found, strict=True)
-    ]
+    return reference, found
+
+
+def _healed(
+    cfg: RankCandidatesConfig,
+    teacher: Path,
+    importance: Importance,
+    shape: Architecture,
+    batches: Sequence[Tensor],
+    progress: Progress,
+) -> PreTrainedModel:
+    """What ``prune`` makes of a shape with ``heal=least_squares``, on text of its own."""
+    layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
+    kept = choose(importance.widths, nemo.architecture_of(teacher), shape, layers)
+    weights = cut_weights(teacher, kept, shape.kv_channels)
+    heal_weights(teacher, shape, kept, weights, batches, progress)
+    config = AutoConfig.for_model(**with_shape(nemo.read_config(teacher), shape))
+    return with_weights(config, weights, dtype_of(cfg.precision))
+
+
+def _candidate(
+    cfg: RankCandidatesConfig, shape: Architecture, quality: ProxyQuality, healed: bool
+) -> Candidate:
+    return Candidate(
+        name=name_of(shape),
+        parameters=shape.parameters(),
+        proxy=getattr(quality, cfg.proxy),
+        **vars(quality),
+        healed=healed,
+        tokens=0,
+        chosen=False,
+        pareto=False,
+        shape=shape,
+    )
 
 
 def _quality(

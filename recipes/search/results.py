@@ -31,6 +31,8 @@ class Candidate:
     """What it was ranked by; the lower, the better."""
     perplexity: float
     kl_to_teacher: float
+    healed: bool
+    """Whether it was healed before it was measured."""
     tokens: int
     """That it was trained on before it was measured."""
     chosen: bool

@@ -9,7 +9,7 @@ from typing import Annotated
 from omegaconf import MISSING
 
 from nemo_convert.architecture import Architecture
-from recipes.core.constraints import Count, Threads, Tokens, one_of, whole
+from recipes.core.constraints import Count, CountOrZero, Threads, Tokens, one_of, whole
 from recipes.core.precision import Precision
 from recipes.core.stage import Inputs, StageConfig
 from recipes.distillation.settings import DistillConfig
@@ -78,7 +78,12 @@ class RankCandidatesConfig(StageConfig):
     """Settings of ``rank_candidates``."""
 
     proxy: Annotated[str, one_of(*PROXIES)] = "kl_to_teacher"
-    """``kl_to_teacher`` or ``perplexity`` right after pruning; the lower, the better."""
+    """``kl_to_teacher`` or ``perplexity`` without training; the lower, the better."""
+    num_healed: CountOrZero = 8
+    """So many of the best as cut are healed, and ranked before all others by what they are then, as
+    training would more likely have them (benchmarks/README.md). Experts cannot be healed."""
+    num_calibration_samples: Count = 16
+    """Windows of the calibration part to heal on."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
     """As in ``prune``."""
     num_samples: Count = 8

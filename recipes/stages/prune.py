@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,7 +161,8 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
                 inputs["calibration"], "calibration", cfg.seq_length, cfg.num_calibration_samples
             )
             batches = text.tokens.split(cfg.micro_batch_size)
-            heal_weights(teacher, student, kept, weights, batches, metrics_log(out))
+            progress = partial(metrics_log(out).progress, "heal")
+            heal_weights(teacher, student, kept, weights, batches, progress)
 
     prune_checkpoint(teacher, student, kept, out / teacher.name, healed)
     kept.save(out)

@@ -1,4 +1,4 @@
-"""Ranks shapes by how well the teacher cut to them still predicts text, without training."""
+"""Ranks shapes by how well the teacher cut to them still predicts text: healed, but not trained."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.core.statistics import pareto_front
+from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
-from recipes.planning.reading import Reading, Text, ranked
+from recipes.planning.reading import Reading, Text, healed, ranked
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig, RankCandidatesConfig
 from recipes.search.space import Budget
@@ -21,38 +22,46 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds windows that are longer than the model's positions."""
+    """Finds windows that are longer than the model's positions, and experts, to be healed."""
     yield from window_problems(cfg.seq_length, chain)
+    if cfg.num_healed and chain.teacher.num_moe_experts:
+        yield Problem(
+            rules.HEALING,
+            f"num_healed={cfg.num_healed} cannot refit experts",
+            f"set stages.{cfg.stage}.num_healed=0, and shapes are ranked as they are cut",
+        )
 
 
 def reading(cfg: RankCandidatesConfig, chain: Chain) -> Reading:
-    """The teacher, and in its weights every shape that is within the budget."""
+    """The teacher, in its weights every shape within the budget, and shapes that are healed.
+
+    The largest count for these. All is in float32 then, as most of the work is.
+    """
     text = Text(cfg.num_samples, cfg.seq_length, cfg.micro_batch_size)
-    bf16 = cfg.precision == "bf16-mixed"
+    bf16 = cfg.precision == "bf16-mixed" and not cfg.num_healed
     found = ranked(chain.teacher, bf16, text, chain.hardware)
     source = chain.stages.get(cfg.inputs.get("shapes", ""))
     shapes = source.shapes(chain.teacher) if isinstance(source, EnumerateShapesConfig) else []
-    return replace(found, work=sum((text.work(shape, bf16) for shape in shapes), found.work))
+    calibration = replace(text, windows=cfg.num_calibration_samples)
+    readings = [
+        healed(chain.teacher, shape, calibration, chain.hardware)
+        for shape in shapes[: cfg.num_healed]
+    ]
+    work = sum((text.work(shape, bf16) for shape in shapes), found.work)
+    return Reading(
+        max((found.memory, *(one.memory for one in readings)), key=lambda need: need.total),
+        sum((one.work for one in readings), work),
+        bf16,
+    )
 
 
 def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Measures every shape and writes ``candidates.json``, the best first."""
-    from nemo_convert import nemo
-    from recipes.data.token_windows import read_windows
-    from recipes.pruning.importance import Importance
+    """Measures every shape, heals the best, and writes ``candidates.json``, the best first."""
     from recipes.search.measure import measure_shapes
 
     listed = (inputs["shapes"].artifact / SHAPES_FILE).read_text(encoding="utf-8")
     shapes = [Architecture(**shape) for shape in json.loads(listed)]
-    text = read_windows(inputs["data"], "validation", cfg.seq_length, cfg.num_samples)
-    candidates = measure_shapes(
-        cfg,
-        nemo.find_checkpoint(inputs["checkpoint"].artifact),
-        Importance.load(inputs["importance"].artifact),
-        shapes,
-        text,
-        metrics_log(out),
-    )
+    candidates = measure_shapes(cfg, inputs, shapes, metrics_log(out))
     best_first = ranking(candidates)
     write_candidates(out, best_first)
     budget = Budget(**inputs["shapes"].manifest.config["budget"]).limits()
@@ -63,7 +72,7 @@ def ranking(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The best first, with those marked that no other beats in both size and proxy."""
     front = pareto_front([(one.parameters, one.proxy) for one in candidates])
     marked = [replace(one, pareto=i in front) for i, one in enumerate(candidates)]
-    return sorted(marked, key=lambda one: one.proxy)
+    return sorted(marked, key=lambda one: (not one.healed, one.proxy))
 
 
 STAGE = Stage(

@@ -11,7 +11,6 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nemo_convert.hf import load_causal_lm
-from recipes.core.metrics import MetricsLog
 from recipes.pruning.healing import Decoder, LeastSquares, heal
 from recipes.pruning.kept import KeptIndices, cut, student_name
 from tests.support.models import EVEN, FAMILIES
@@ -63,7 +62,7 @@ def pruned(
     if ridge is not None:
         teacher = Decoder(model.config.to_dict(), whole)
         batches = (tokens() if text is None else text).split(4)
-        heal(teacher, Decoder(config, weights), kept, batches, MetricsLog(None), ridge)
+        heal(teacher, Decoder(config, weights), kept, batches, ridge=ridge)
     student = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     student.load_state_dict(weights, strict=False)
     student.tie_weights()

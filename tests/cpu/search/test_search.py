@@ -29,6 +29,7 @@ from recipes.evaluation.text_quality import load_transformers
 from recipes.planning.results import PlanResult
 from recipes.planning.targets import Targets, pruned
 from recipes.pruning.cut_checkpoint import cut_weights, layers_to_keep
+from recipes.pruning.healing import heal_weights
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import choose
 from recipes.report.settings import REPORT_FILE, SearchReportConfig
@@ -68,6 +69,7 @@ def run_stage(module: Any, run_dir: Path, inputs: dict[str, str], **settings: An
 
 
 TEACHER = {"checkpoint": "import_hf", "importance": "score"}
+RANKED = {"num_samples": 4, "num_healed": 2, "num_calibration_samples": 8}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def before(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     inputs = {"checkpoint": "import_hf", "calibration": "prepare_data"}
     run_stage(score, run, inputs, num_calibration_samples=8, num_loss_samples=4, **length)
     inputs = {**TEACHER, "data": "prepare_data", "shapes": "enumerate_shapes"}
-    run_stage(rank_candidates, run, inputs, num_samples=4, **length)
+    run_stage(rank_candidates, run, inputs, **RANKED, **length)
     return run
 
 
@@ -144,21 +146,28 @@ def test_candidates_are_ranked_and_counted(before: Path) -> None:
     listed = manifest_of(before, "enumerate_shapes").result(PlanResult)
     assert len(candidates) == listed.figures["shapes"]
     proxies = [c.proxy for c in candidates]
-    assert proxies == sorted(proxies)
+    assert [c.healed for c in candidates] == [True] * 2 + [False] * (len(candidates) - 2)
+    for kind in (proxies[:2], proxies[2:]):
+        assert kind == sorted(kind)
     assert all(c.proxy == c.kl_to_teacher > 0 for c in candidates)
     assert all(0.4 * teacher < c.parameters <= 0.75 * teacher for c in candidates)
     assert any(c.pareto for c in candidates)
 
 
-def test_candidates_are_ranked_where_training_counts(before: Path) -> None:
-    """What one of them says, cut for real and compared with whole logits."""
-    candidate = manifest_of(before, "rank_candidates").result(SearchResult).candidates[0]
+@pytest.mark.parametrize("healed", [True, False])
+def test_candidates_are_ranked_where_training_counts(before: Path, healed: bool) -> None:
+    """What one of them says, cut and healed for real and compared with whole logits."""
+    candidates = manifest_of(before, "rank_candidates").result(SearchResult).candidates
+    candidate = next(one for one in candidates if one.healed == healed)
     teacher = nemo.find_checkpoint(before / "import_hf" / ARTIFACT)
     importance = Importance.load(before / "score" / ARTIFACT)
     whole = nemo.architecture_of(teacher)
     layers = layers_to_keep(importance, "loss", candidate.shape.num_layers)
     kept = choose(importance.widths, whole, candidate.shape, layers)
     weights = cut_weights(teacher, kept, whole.kv_channels)
+    if healed:
+        text = windows(before / "prepare_data" / ARTIFACT, "calibration", 64, 8)
+        heal_weights(teacher, candidate.shape, kept, weights, text.split(4), lambda *done: None)
     tokens = windows(before / "prepare_data" / ARTIFACT, "validation", 64, 4)
     end = manifest_of(before, "prepare_data").result(DatasetResult).document_end
     counted = (tokens[:, :-1] != end).flatten()
@@ -167,7 +176,7 @@ def test_candidates_are_ranked_where_training_counts(before: Path) -> None:
     found = said(as_transformers(teacher, candidate.shape, weights), tokens)[counted]
     kl = kl_div(found, expected, log_target=True, reduction="batchmean").item()
     loss = nll_loss(found, tokens[:, 1:].flatten()[counted]).item()
-    assert candidate.kl_to_teacher == pytest.approx(kl, rel=1e-4)
+    assert candidate.kl_to_teacher == pytest.approx(kl, rel=1e-4, abs=2e-9)
     assert math.log(candidate.perplexity) == pytest.approx(loss, rel=1e-4)
 
 
@@ -178,7 +187,7 @@ def test_candidates_are_ranked_with_logits_of_few_positions(
     monkeypatch.setattr("recipes.evaluation.predictions.CHUNK_BYTES", 4 * 294 * 50)
     names = {**TEACHER, "data": "prepare_data", "shapes": "enumerate_shapes"}
     inputs = {n: Input(before / s, manifest_of(before, s)) for n, s in names.items()}
-    cfg = rank_candidates.STAGE.config(num_samples=4, seq_length=64)
+    cfg = rank_candidates.STAGE.config(**RANKED, seq_length=64)
     with LogitsWatch(294) as watch:
         again = rank_candidates.run(cfg, inputs, stage_dir(tmp_path, "rank_candidates")).result
     assert watch.positions == 50

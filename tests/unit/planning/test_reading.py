@@ -19,6 +19,7 @@ from recipes.planning.reading import (
     Text,
     compared,
     converted,
+    healed,
     ranked,
     scored,
     smaller,
@@ -79,6 +80,24 @@ def test_shapes_are_ranked_in_the_weights_of_one_model() -> None:
     found = ranked(LLAMA, True, MISTRAL_TEXT, H100).memory
     heads = 2 * 4 * 128256 * 4096  # the teacher's and the candidate's
     assert found.weights == 2 * LLAMA.parameters() + heads
+
+
+def test_a_shape_is_healed_with_a_layer_at_a_time_on_a_gpu() -> None:
+    student = replace(LLAMA, hidden_size=3072, ffn_hidden_size=9216)
+    on_gpu, here = (healed(LLAMA, student, MISTRAL_TEXT, profile) for profile in (H100, CPU))
+    both = LLAMA.parameters() + student.parameters()
+    assert on_gpu.memory.weights == 4 * both / 32
+    assert here.memory.weights == on_gpu.memory.weights + 2 * both
+    streams = 2 * (4096 + 3072) + 14336 + 9216
+    assert on_gpu.memory.activations == 4 * 8192 * MISTRAL_TEXT.windows * streams
+    # Behind both norms, of a student's width, and before both weights that write, of their inputs.
+    normal = 2 * 3072 * (3072 + 4096) + sum(n * (n + 3072) for n in (32 * 128, 9216))
+    forward = sum(
+        replace(MISTRAL_TEXT, scored=0).work(arch, False).products for arch in (LLAMA, student)
+    )
+    assert on_gpu.work.products - forward == pytest.approx(
+        MISTRAL_TEXT.windows * 8192 * 32 * 2 * 2 * normal
+    )
 
 
 @pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", "mistralai/Mistral-Nemo-Base-2407"])

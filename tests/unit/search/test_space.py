@@ -294,14 +294,32 @@ def test_where_a_candidate_is_trained_is_not_what_it_is() -> None:
 
 
 def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better() -> None:
-    sizes = {"a": (10, 1.0), "b": (9, 2.0), "c": (9, 3.0), "d": (11, 1.0), "e": (8, 2.5)}
+    sizes = {
+        "a": (10, 1.0),
+        "b": (9, 2.0),
+        "c": (9, 3.0),
+        "d": (11, 1.0),
+        "e": (8, 2.5),
+        "f": (12, 0.5),  # alone is not healed
+    }
     every = [
-        Candidate(name, parameters, proxy, 9.0, proxy, 0, chosen=False, pareto=False, shape=SMOLLM2)
+        Candidate(
+            name,
+            parameters,
+            proxy,
+            9.0,
+            proxy,
+            healed=name != "f",
+            tokens=0,
+            chosen=False,
+            pareto=False,
+            shape=SMOLLM2,
+        )
         for name, (parameters, proxy) in sizes.items()
     ]
     ranked = rank_candidates.ranking(every)
-    assert [c.name for c in ranked] == ["a", "d", "b", "e", "c"]
-    assert [c.name for c in ranked if c.pareto] == ["a", "b", "e"]
+    assert [c.name for c in ranked] == ["a", "d", "b", "e", "c", "f"]
+    assert [c.name for c in ranked if c.pareto] == ["a", "b", "e", "f"]
 
 
 def test_a_ranking_that_cannot_be_made_is_refused(chain: Chain) -> None:
