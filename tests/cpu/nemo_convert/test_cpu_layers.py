@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nemo_convert import nemo
 from nemo_convert.cpu_layers import SwiGLU, _CausalAttention, _RMSNorm
+from nemo_convert.cpu_products import _Linear
 from nemo_convert.device import QUERIES_AT_ONCE
 from tests.support.conversion import assert_trains_alike, convert_by_command, core_of
 from tests.support.gradients import inputs, with_gradients
@@ -33,6 +34,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 CASES = {
+    "linear": (
+        lambda x, w: _Linear.apply(x, w),
+        nn.functional.linear,
+        [(LENGTH, BATCH, 24), (10, 24)],
+    ),
     "norm": (
         lambda x, w: _RMSNorm.apply(x, w, 1e-5),
         lambda x, w: nn.functional.rms_norm(x, (24,), w, 1e-5),
