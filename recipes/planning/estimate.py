@@ -270,6 +270,8 @@ def step_seconds(job: Workload, hardware: Hardware) -> Step:
     tokens = job.global_batch_size * job.seq_length
     one = hardware.compute_seconds(token_work(job), job.bf16, layout.devices)
     compute = one * tokens / layout.ranks * unevenness(job)
+    layers = sum(passes * arch.num_layers for arch, passes in _passes(job, BACKWARD))
+    compute += hardware.starting_seconds(layers / layout.pipeline * job.micro_batches)
     passed = tokens / (layout.data * layout.context)  # tokens that go through each stage's ranks
     gradients, optimizer = _update_seconds(job, hardware)
     link = hardware.link_bytes_per_second

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from recipes.core.constraints import Bytes, Count, PositiveOrZero, Rate, between, one_of
 from recipes.core.precision import Precision
-from recipes.planning.work import ATTENTION_RATE, Work
+from recipes.planning.work import ATTENTION_RATE, PASS_SECONDS, Work
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 """Has an entry for each GPU; reading it takes no time, as ``nvidia-smi`` does."""
@@ -56,9 +56,10 @@ class Hardware:
     """Of a device; by default what this machine has."""
     bytes_per_second: Rate = 3.3e10
     """Memory bandwidth: of a copy, each byte read and written, for ``cpu``."""
-    traffic_share: Annotated[float, between(0.01, 1)] | None = 0.7
-    """Share of it that operations between products of matrices reach, one after the other; none
-    where they are a part of ``utilisation``."""
+    traffic_share: Annotated[float, between(0.01, 10)] | None = 1.4
+    """Of it, what operations between products of matrices reach, one after the other: caches hold
+    some of what they read, and what is changed in place is not read before it is written, too.
+    None where they are a part of ``utilisation``."""
     link_bytes_per_second: Rate = 1.0e10
     """Between devices of a node, each way."""
     network_bytes_per_second: Rate = 1.0e9
@@ -94,9 +95,14 @@ class Hardware:
         if self.traffic_share is None:
             seconds = work.flops / rate
         else:
-            products = work.products + work.square / ATTENTION_RATE
-            seconds = products / rate + work.bytes / (self.bytes_per_second * self.traffic_share)
+            small = self.utilisation * self.float32_flops_per_second * ATTENTION_RATE
+            traffic = work.bytes / (self.bytes_per_second * self.traffic_share)
+            seconds = work.products / rate + work.square / small + traffic
         return seconds if self.on_gpu else seconds * ranks_on_node
+
+    def starting_seconds(self, passes: float) -> float:
+        """Time of one rank to start so many passes of layers, where that is not hidden."""
+        return 0.0 if self.traffic_share is None else PASS_SECONDS * passes
 
 
 def physical_memory() -> int:

@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from nemo_convert.architecture import Architecture
 from nemo_convert.device import QUERIES_AT_ONCE
 
-ATTENTION_RATE = 0.4
-"""Of a linear layer's FLOP/s, in the small products of attention in blocks."""
+ATTENTION_RATE = 0.6
+"""Of a linear layer's FLOP/s in float32, in the small products of attention in blocks."""
+PASS_SECONDS = 4.5e-3
+"""Of a layer's pass, twice for its way back, in which its operations are started one by one: what a
+CPU's threads do not share."""
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 4, 10
 """FLOPs of attention for a channel and a key: two products, and five with one made again."""
 BACKWARD = 2
@@ -81,16 +84,16 @@ def feed_forward_again(arch: Architecture, size: int) -> Work:
 
 
 def healing_flops(teacher: Architecture, student: Architecture) -> float:
-    """Of a token's part in the normal equations of all layers that are left, in float32's.
+    """Of a token's part in the normal equations of all layers that are left.
 
     What is read is fitted behind both norms, and both weights that write; see
-    ``recipes.pruning.healing``. They are in float64, a half as fast.
+    ``recipes.pruning.healing``.
     """
     whole, left = teacher.hidden_size, student.hidden_size
     heads = student.num_attention_heads * student.kv_channels
     reads = 2 * left * (left + whole)
     writes = sum(size * (size + left) for size in (heads, student.ffn_hidden_size))
-    return 2.0 * 2 * student.num_layers * (reads + writes)
+    return 2.0 * student.num_layers * (reads + writes)
 
 
 def _square(seq_length: int) -> float:

@@ -27,8 +27,9 @@ from recipes.pruning.kept import HIDDEN, KeptIndices, cut
 
 Progress = Callable[[int, int], None]
 """Takes how many layers are done, and of how many."""
-RIDGE = 1e-3
-"""Of the mean square of what a weight reads: how strongly it is held to what it was cut to."""
+PULL = 5000.0
+"""Tokens that hold a weight to what it was cut to: they would read each channel by itself, at the
+mean square of all. So what is fitted to little text strays little (benchmarks/README.md)."""
 
 
 class LeastSquares:
@@ -37,16 +38,18 @@ class LeastSquares:
     def __init__(self, weight: Tensor) -> None:
         self.cross = torch.zeros_like(weight, dtype=torch.float64)
         self.gram = self.cross.new_zeros(weight.shape[1], weight.shape[1])
+        self.tokens = 0
 
     def add(self, inputs: Tensor, missing: Tensor) -> None:
         """Takes what the weight reads [b, s, inputs], and what it fails to make of it."""
         inputs, missing = inputs.flatten(0, 1), missing.flatten(0, 1)
+        self.tokens += len(inputs)
         self.gram += inputs.T @ inputs
         self.cross += missing.T @ inputs
 
-    def change(self, ridge: float) -> Tensor:
+    def change(self, pull: float) -> Tensor:
         """What to add to the weight, float32 [outputs, inputs]; no sum of squares gets larger."""
-        return solve(self.gram, self.cross.T, ridge).T.float()
+        return solve(self.gram, self.cross.T, pull / self.tokens).T.float()
 
 
 def solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
@@ -153,10 +156,10 @@ class Healing:
         student: Decoder,
         kept: KeptIndices,
         batches: Sequence[Tensor],
-        ridge: float,
+        pull: float,
     ) -> None:
         self._teacher, self._student, self._kept = teacher, student, kept
-        self._ridge = ridge
+        self._pull = pull
         self._whole = [teacher.embedded(tokens) for tokens in batches]
         self._left = [student.embedded(tokens) for tokens in batches]
         self._width = self._whole[0].shape[-1]
@@ -173,7 +176,7 @@ class Healing:
     def heal(self, half: Half, theirs: str, ours: str) -> None:
         """Refits half a layer, and goes through it."""
         read, seen, fit = self._behind(theirs + half.norm, ours + half.norm)
-        change = self._widened(fit.change(self._ridge))
+        change = self._widened(fit.change(self._pull))
         for name in half.reads:
             more = cut(
                 f"{theirs}{name}.weight",
@@ -197,7 +200,7 @@ class Healing:
             size = self._whole[i].square().mean(-1, keepdim=True).sqrt()
             missing = self._whole[i][..., self._rows] - self._left[i]
             fit.add(inputs[i] / size, missing / size)
-        change = fit.change(self._ridge)
+        change = fit.change(self._pull)
         self._student[ours + half.writes] = left + change
         for i, made in enumerate(inputs):
             self._left[i] = self._left[i] + made @ change.T
@@ -206,7 +209,7 @@ class Healing:
         """Refits what is read after the last layer."""
         _, _, fit = self._behind("model.norm", "model.norm")
         if "lm_head" in self._student:
-            more = self._teacher["lm_head"] @ fit.change(self._ridge)
+            more = self._teacher["lm_head"] @ fit.change(self._pull)
             self._student["lm_head"] = self._student["lm_head"] + more
             return
         # A tied head is what the first layer reads, too: only the size of its inputs can change.
@@ -216,7 +219,7 @@ class Healing:
         pull = head[:, self._rows].T @ head
         gram = pull[:, self._rows] * fit.gram
         right = (pull * fit.cross.T).sum(dim=1, keepdim=True)
-        scale = 1 + solve(gram, right, self._ridge).squeeze(1).float()
+        scale = 1 + solve(gram, right, self._pull / fit.tokens).squeeze(1).float()
         self._student["model.norm"] = self._student["model.norm"] * scale
 
     def _behind(self, theirs: str, ours: str) -> tuple[list[Tensor], list[Tensor], LeastSquares]:
@@ -244,7 +247,7 @@ def heal(
     kept: KeptIndices,
     batches: Sequence[Tensor],
     progress: Progress = lambda done, total: None,
-    ridge: float = RIDGE,
+    pull: float = PULL,
 ) -> None:
     """Changes a student's weights so that it makes of a text what its teacher makes.
 
@@ -254,9 +257,9 @@ def heal(
         kept: What that is.
         batches: Tokens to calibrate on, each [b, s].
         progress: Told after every layer of the teacher.
-        ridge: See ``RIDGE``.
+        pull: See ``PULL``.
     """
-    healing = Healing(teacher, student, kept, batches, ridge)
+    healing = Healing(teacher, student, kept, batches, pull)
     for number in range(1, teacher.num_layers + 1):
         theirs = f"model.layers.{number - 1}."
         if number in kept.layers:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nemo_convert.hf import load_causal_lm
-from recipes.pruning.healing import Decoder, LeastSquares, heal
+from recipes.pruning.healing import PULL, Decoder, LeastSquares, heal
 from recipes.pruning.kept import KeptIndices, cut, student_name
 from tests.support.models import EVEN, FAMILIES
 
@@ -47,10 +47,10 @@ def pruned(
     model: Any,
     kept: KeptIndices,
     shape: dict[str, int],
-    ridge: float | None,
+    pull: float | None,
     text: torch.Tensor | None = None,
 ) -> Any:
-    """A model cut to what is kept; healed, unless there is no ridge."""
+    """A model cut to what is kept; healed, unless there is no pull to what it was."""
     config = {**model.config.to_dict(), **shape, "num_hidden_layers": len(kept.layers)}
     config.pop("layer_types", None)
     whole = {n: w for n, w in model.state_dict().items() if n in dict(model.named_parameters())}
@@ -59,10 +59,10 @@ def pruned(
         for source, weight in whole.items()
         if (name := student_name(source, kept)) is not None
     }
-    if ridge is not None:
+    if pull is not None:
         teacher = Decoder(model.config.to_dict(), whole)
         batches = (tokens() if text is None else text).split(4)
-        heal(teacher, Decoder(config, weights), kept, batches, ridge=ridge)
+        heal(teacher, Decoder(config, weights), kept, batches, pull=pull)
     student = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     student.load_state_dict(weights, strict=False)
     student.tie_weights()
@@ -131,8 +131,8 @@ def test_a_change_never_misses_more() -> None:
     for part in range(0, 24, 8):
         fit.add(inputs[:, part : part + 8], missing[:, part : part + 8])
     lost = []
-    for ridge in (1e-9, 1e-3, 1e-1, 10.0, 1e6):
-        left = missing - inputs @ fit.change(ridge).T
+    for pull in (1e-9, 1e-2, 1.0, 100.0, 1e8):
+        left = missing - inputs @ fit.change(pull).T
         lost.append(left.square().sum().item())
     before = missing.square().sum().item()
     assert lost == sorted(lost)
@@ -175,11 +175,11 @@ def test_a_healed_student_is_nearer_to_its_teacher(
         expected = logits(model, part).log_softmax(-1)
         cut_off, healed = (
             functional.kl_div(
-                logits(pruned(model, kept, shape, ridge, windows[:32]), part).log_softmax(-1),
+                logits(pruned(model, kept, shape, pull, windows[:32]), part).log_softmax(-1),
                 expected,
                 log_target=True,
                 reduction="batchmean",
             ).item()
-            for ridge in (None, 1e-3)
+            for pull in (None, PULL)
         )
         assert healed < 0.8 * cut_off

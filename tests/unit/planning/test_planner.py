@@ -31,7 +31,7 @@ from recipes.planning.hardware import CPU_PROFILES, Hardware
 from recipes.planning.layouts import best, fits, proposals
 from recipes.planning.published_configs import CONFIGS
 from recipes.planning.tables import figures, tables
-from recipes.planning.work import loss_bytes, passes_of
+from recipes.planning.work import PASS_SECONDS, loss_bytes, passes_of
 from recipes.planning.workload import Layout, Workload
 
 PROFILES = sorted(path.stem for path in (CONF / "hardware").glob("*.yaml"))
@@ -222,10 +222,11 @@ def test_a_cpus_time_between_products_is_memory_traffic_by_hand() -> None:
     assert passes_of(tiny, 1, 2, 3).square == 14 * 2
     job = distillation(tiny, None, layout=Layout(), seq_length=1, global_batch_size=1)
     token = forward + backward + loss_bytes(5, 2, 1, live=False)
-    flops = 3 * tiny.forward_flops_per_token() + 14 * 2 / 0.4
-    cpu = replace(CPU, flops_per_second=10.0, bytes_per_second=4.0, traffic_share=0.5)
+    products = 3 * tiny.forward_flops_per_token() / 10 + 14 * 2 / (0.6 * 5)  # in float32's
+    rates = {"flops_per_second": 10.0, "float32_flops_per_second": 5.0, "bytes_per_second": 4.0}
+    cpu = replace(CPU, **rates, traffic_share=0.5)
     step = step_seconds(job, cpu)
-    assert step.compute == pytest.approx(flops / 10 + token / 2)
+    assert step.compute == pytest.approx(products + token / 2 + 3 * PASS_SECONDS)
     assert step.optimizer == pytest.approx(tiny.parameters() * (10 + 66) / 2)
 
 

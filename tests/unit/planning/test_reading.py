@@ -96,7 +96,7 @@ def test_a_shape_is_healed_with_a_layer_at_a_time_on_a_gpu() -> None:
         replace(MISTRAL_TEXT, scored=0).work(arch, False).products for arch in (LLAMA, student)
     )
     assert on_gpu.work.products - forward == pytest.approx(
-        MISTRAL_TEXT.windows * 8192 * 32 * 2 * 2 * normal
+        MISTRAL_TEXT.windows * 8192 * 32 * 2 * normal
     )
 
 
