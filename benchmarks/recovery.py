@@ -52,8 +52,12 @@ SAME_TIME = 0.05
 """An arm whose number of steps would change by less than this share is not trained again."""
 STUDENTS: dict[str, dict[str, object]] = {
     "given": {},  # as the run directory has it
-    "depth": {"target_num_layers": 24},
-    "depth_healed": {"target_num_layers": 24, "heal": "least_squares"},
+    "depth": {"target_num_layers": 24, "layer_importance": "block"},
+    "depth_healed": {
+        "target_num_layers": 24,
+        "layer_importance": "block",
+        "heal": "least_squares",
+    },
     "width": {"target_hidden_size": 512, "target_ffn_hidden_size": 1152},
     "width_healed": {
         "target_hidden_size": 512,
