@@ -241,7 +241,9 @@ def token_work(job: Workload) -> Work:
         logits = loss_bytes(job.trained.vocab_size, size, job.terms, live)
         if job.layout.recompute_feed_forward:
             parts.append(feed_forward_again(job.trained, size))
-    return sum(parts, Work(bytes=logits))
+    starts = sum(passes * arch.num_layers for arch, passes in models)
+    at_once = job.layout.micro_batch_size * job.seq_length
+    return sum(parts, Work(bytes=logits, starts=starts / at_once))
 
 
 def flops_per_token(job: Workload) -> float:
@@ -270,8 +272,6 @@ def step_seconds(job: Workload, hardware: Hardware) -> Step:
     tokens = job.global_batch_size * job.seq_length
     one = hardware.compute_seconds(token_work(job), job.bf16, layout.devices)
     compute = one * tokens / layout.ranks * unevenness(job)
-    layers = sum(passes * arch.num_layers for arch, passes in _passes(job, BACKWARD))
-    compute += hardware.starting_seconds(layers / layout.pipeline * job.micro_batches)
     passed = tokens / (layout.data * layout.context)  # tokens that go through each stage's ranks
     gradients, optimizer = _update_seconds(job, hardware)
     link = hardware.link_bytes_per_second

@@ -98,11 +98,8 @@ class Hardware:
             small = self.utilisation * self.float32_flops_per_second * ATTENTION_RATE
             traffic = work.bytes / (self.bytes_per_second * self.traffic_share)
             seconds = work.products / rate + work.square / small + traffic
+            seconds += PASS_SECONDS * work.starts
         return seconds if self.on_gpu else seconds * ranks_on_node
-
-    def starting_seconds(self, passes: float) -> float:
-        """Time of one rank to start so many passes of layers, where that is not hidden."""
-        return 0.0 if self.traffic_share is None else PASS_SECONDS * passes
 
 
 def physical_memory() -> int:

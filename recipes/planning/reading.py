@@ -77,6 +77,7 @@ class Text:
         token = passes_of(arch, self.seq_length, 2 if bf16 else 4, 1)
         unread = (self.scored - 1) * 2 * arch.vocab_size * arch.hidden_size
         token += Work(products=unread, bytes=self.scored * reading_bytes(arch.vocab_size))
+        token += Work(starts=arch.num_layers / max(1, self.tokens_at_once))
         return token * (self.windows * self.seq_length)
 
 

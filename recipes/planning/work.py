@@ -38,6 +38,8 @@ class Work:
     """The same as a CPU computes it, in blocks that go beyond the diagonal."""
     bytes: float = 0
     """Read and written between products."""
+    starts: float = 0
+    """Passes of layers, a backward pass twice, of many tokens at once."""
 
     @property
     def flops(self) -> float:
