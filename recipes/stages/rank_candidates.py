@@ -35,10 +35,10 @@ def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
 def reading(cfg: RankCandidatesConfig, chain: Chain) -> Reading:
     """The teacher, in its weights every shape within the budget, and shapes that are healed.
 
-    The largest count for these. All is in float32 then, as most of the work is.
+    The largest count for these. All work counts as in float32 then, as most of it is.
     """
     text = Text(cfg.num_samples, cfg.seq_length, cfg.micro_batch_size)
-    bf16 = cfg.precision == "bf16-mixed" and not cfg.num_healed
+    bf16 = cfg.precision == "bf16-mixed"
     found = ranked(chain.teacher, bf16, text, chain.hardware)
     source = chain.stages.get(cfg.inputs.get("shapes", ""))
     shapes = source.shapes(chain.teacher) if isinstance(source, EnumerateShapesConfig) else []
@@ -51,7 +51,7 @@ def reading(cfg: RankCandidatesConfig, chain: Chain) -> Reading:
     return Reading(
         max((found.memory, *(one.memory for one in readings)), key=lambda need: need.total),
         sum((one.work for one in readings), work),
-        bf16,
+        bf16 and not readings,
     )
 
 
