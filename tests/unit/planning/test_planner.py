@@ -141,11 +141,13 @@ def test_time_to_stop_has_room_for_what_must_still_be_done() -> None:
     assert time.rows[0][-1] == f"{2 * step + validation + save:.3g}"
 
 
-EPYC, XEON, AVX2 = (
+EPYC, XEON, XEON_BEFORE, XEON_CORE, AVX2 = (
     {"flops_per_second": bf16, "float32_flops_per_second": f32, "bytes_per_second": copy}
     for bf16, f32, copy in (
         (4.02e11, 1.87e11, 2.9e10),
-        (1.108e12, 2e11, 1.27e10),  # one core, as the next
+        (1.53e12, 3.34e11, 2.49e10),
+        (1.39e12, 3.25e11, 2.53e10),
+        (8.54e11, 1.65e11, 1.25e10),  # one core, as the next
         (1e10, 9.1e10, 2.03e10),
     )
 )
@@ -159,11 +161,17 @@ NARROW = replace(SMOLLM2, hidden_size=512, ffn_hidden_size=1152)
     [
         (EPYC, True, SMOLLM2, DEEP, 1, 250),
         (EPYC, True, None, DEEP, 1, 348),
-        (XEON, True, SMOLLM2, NARROW, 2, 302),
+        (XEON, True, SMOLLM2, DEEP, 1, 470),
+        (XEON_BEFORE, False, SMOLLM2, DEEP, 1, 202),
+        (XEON_CORE, True, SMOLLM2, NARROW, 1, 286),
+        (XEON_CORE, False, SMOLLM2, NARROW, 1, 119),
         (AVX2, False, SMOLLM2, DEEP, 2, 72),
         (AVX2, False, SMOLLM2, replace(SMOLLM2, num_layers=20), 2, 82),
     ],
-    ids=["live", "cached", "width", "float32", "float32-20"],
+    ids=[
+        *("live", "cached", "amx", "amx-float32", "one-core", "one-core-float32"),
+        *("float32", "float32-20"),
+    ],
 )
 def test_time_of_a_step_on_a_cpu(
     rates: dict[str, float],
