@@ -176,9 +176,7 @@ DEPENDS = (
         "a layer's weights and residual streams move to it",
         "tests/cpu/pruning/test_healing.py::test_what_is_a_combination_of_what_is_kept_costs_nothing",
     ),
-    Dependence(
-        "recipes.evaluation.text_quality:load_transformers", "the model moves to it", _QUALITY
-    ),
+    Dependence("recipes.evaluation.text_quality:with_weights", "the model moves to it", _QUALITY),
     Dependence(
         "recipes.evaluation.task_scores:_question",
         "so does a task's model",

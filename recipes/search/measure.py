@@ -41,12 +41,9 @@ def measure_shapes(
     """
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = Importance.load(inputs["importance"].artifact)
-    text, calibration = (
-        read_windows(inputs["data"], part, cfg.seq_length, windows)
-        for part, windows in (
-            ("validation", cfg.num_samples),
-            ("calibration", cfg.num_calibration_samples),
-        )
+    text = read_windows(inputs["data"], "validation", cfg.seq_length, cfg.num_samples)
+    calibration = read_windows(
+        inputs["data"], "calibration", cfg.seq_length, cfg.num_calibration_samples
     )
     batches = calibration.tokens.split(cfg.micro_batch_size)
     reference, found = _as_cut(cfg, teacher, importance, shapes, text, log)
