@@ -16,7 +16,7 @@ from recipes.core.wheels import cache_dir
 from recipes.planning.hardware import cpuinfo
 
 FOLDER = "machines"
-FORMAT = 2
+FORMAT = 3
 """Of what is measured, and how."""
 PASSING = ("processor", "cpu MHz", "core id", "apicid", "initial apicid", "bogomips", "BogoMIPS")
 """What differs between the cores of a processor, or from one look to the next."""

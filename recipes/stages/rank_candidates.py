@@ -11,7 +11,6 @@ from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.core.statistics import pareto_front
-from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.planning.reading import Reading, Text, healed, ranked
@@ -22,14 +21,8 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds windows that are longer than the model's positions, and experts, to be healed."""
+    """Finds windows that are longer than the model's positions."""
     yield from window_problems(cfg.seq_length, chain)
-    if cfg.num_healed and chain.teacher.num_moe_experts:
-        yield Problem(
-            rules.HEALING,
-            f"num_healed={cfg.num_healed} cannot refit experts",
-            f"set stages.{cfg.stage}.num_healed=0, and shapes are ranked as they are cut",
-        )
 
 
 def reading(cfg: RankCandidatesConfig, chain: Chain) -> Reading:

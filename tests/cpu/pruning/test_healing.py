@@ -141,6 +141,9 @@ def test_a_change_never_misses_more() -> None:
     assert max(lost) <= before
     exact = torch.linalg.lstsq(inputs[0].double(), missing[0].double(), driver="gelsd").solution
     torch.testing.assert_close(fit.change(1e-9), exact.T.float(), rtol=1e-3, atol=1e-4)
+    once = fit.change(100.0)
+    fit.add(inputs, missing)
+    torch.testing.assert_close(fit.change(200.0), once)  # a pull is so many tokens
 
 
 PARTS = {
