@@ -8,6 +8,7 @@ and version, so each shape is timed when it is first needed.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -75,6 +76,7 @@ class _Linear(torch.autograd.Function):
 def alone(original: Any) -> Any:
     """Megatron's linear layer, where no rank has but a part of its input's gradient or sequence."""
 
+    @functools.wraps(original)  # with what it notes in itself
     def linear(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs["allreduce_dgrad"] or kwargs["sequence_parallel"]:
             split: Tensor = original(input, weight, *args, **kwargs)

@@ -116,6 +116,12 @@ def test_a_layer_of_megatron_has_its_products_and_gradients(timed: list[str]) ->
 @pytest.mark.parametrize("split", ["allreduce_dgrad", "sequence_parallel"])
 def test_what_ranks_share_is_megatrons(split: str) -> None:
     settings = {"allreduce_dgrad": False, "sequence_parallel": False, "bias": None, split: True}
-    linear = cpu_products.alone(lambda *args, **kwargs: (args, kwargs))
+
+    def megatrons(*args: Any, **kwargs: Any) -> object:
+        return args, kwargs
+
+    megatrons.warned = False  # type: ignore[attr-defined]  # as it looks for in its name's function
+    linear = cpu_products.alone(megatrons)
     x, weight = operands()
     assert linear(x, weight, **settings) == ((x, weight), settings)
+    assert linear.warned is False

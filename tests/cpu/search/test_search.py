@@ -192,7 +192,7 @@ def test_candidates_are_ranked_with_logits_of_few_positions(
         again = rank_candidates.run(cfg, inputs, stage_dir(tmp_path, "rank_candidates")).result
     assert watch.positions == 50
     proxies = [one.proxy for one in ranked.result(SearchResult).candidates]
-    assert [one.proxy for one in again.candidates] == pytest.approx(proxies)
+    assert [one.proxy for one in again.candidates] == pytest.approx(proxies, abs=2e-9)
 
 
 SPACE = Space(1, 8, 8, max_depth_pruning=0.75)
@@ -279,8 +279,9 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     played = [c for c in result.candidates if c.tokens]
     assert [c.name for c in played] == [c.name for c in ranked[:2]]
     assert {c.tokens for c in played} == {2048}
+    as_cut = min(c.kl_to_teacher for c in ranked if not c.healed)
     for candidate, untrained in zip(played, ranked, strict=False):
-        assert candidate.kl_to_teacher < untrained.kl_to_teacher
+        assert candidate.kl_to_teacher < as_cut
         assert candidate.proxy == untrained.proxy
     [winner] = [c for c in result.candidates if c.chosen]
     assert winner.name == result.winner
