@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -159,13 +159,13 @@ def load_transformers(checkpoint: Path, dtype: torch.dtype = torch.float32) -> P
     """A NeMo checkpoint as a transformers model, on the GPU if there is one."""
     config = AutoConfig.from_pretrained(nemo.side_files(checkpoint))
     config.head_dim = nemo.architecture_of(checkpoint).kv_channels
-    return with_weights(config, dict(convert.hf_weights(checkpoint)), dtype)
+    return with_weights(config, convert.hf_weights(checkpoint), dtype)
 
 
 def with_weights(
-    config: PretrainedConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
+    config: PretrainedConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A transformers model of these weights, on the GPU if there is one.
+    """A transformers model of named weights, which are read last, on the GPU if there is one.
 
     Raises:
         ValueError: They are not the config's.
@@ -173,7 +173,7 @@ def with_weights(
     gc.collect()  # the one before is a part of circles, and may still be there
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing, unexpected = model.load_state_dict(dict(weights), strict=False)
     model.tie_weights()
     if unexpected or [name for name in missing if name != "lm_head.weight"]:
         raise ValueError(f"{config.model_type}: missing {missing}, unexpected {unexpected}")

@@ -102,7 +102,8 @@ def _head_bytes(arch: Architecture, bf16: bool) -> float:
     return 4.0 * arch.vocab_size * arch.hidden_size if bf16 else 0.0
 
 
-def _fullest(*peaks: Memory) -> Memory:
+def fullest(*peaks: Memory) -> Memory:
+    """The one that takes most."""
     return max(peaks, key=lambda memory: memory.total)
 
 
@@ -124,7 +125,7 @@ def compared(models: Sequence[Architecture], bf16: bool, text: Text, hardware: H
     logits = _logits_bytes(models[0], tokens, COMPARING)
     left = Memory(weights=heads, activations=said, logits=logits, reserved=hardware.reserved_bytes)
     work = sum((text.work(arch, bf16) for arch in models), Work())
-    return Reading(_fullest(*peaks, left), work, bf16)
+    return Reading(fullest(*peaks, left), work, bf16)
 
 
 def ranked(teacher: Architecture, bf16: bool, text: Text, hardware: Hardware) -> Reading:
@@ -136,7 +137,7 @@ def ranked(teacher: Architecture, bf16: bool, text: Text, hardware: Hardware) ->
         activations=said,
         reserved=hardware.reserved_bytes,
     )
-    memory = _fullest(
+    memory = fullest(
         replace(held, activations=said + _forward_bytes(teacher, size, text.tokens_at_once)),
         replace(held, logits=_logits_bytes(teacher, tokens, COMPARING)),
     )
@@ -192,7 +193,7 @@ def scored(
         activations=states,
         reserved=hardware.reserved_bytes,
     )
-    memory = _fullest(
+    memory = fullest(
         replace(held, activations=states + max(_forward_bytes(arch, size, tokens), hooked)),
         replace(held, logits=_logits_bytes(arch, tokens, MEASURING)),
     )

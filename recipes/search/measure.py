@@ -102,7 +102,7 @@ def _healed(
     weights = cut_weights(teacher, kept, shape.kv_channels)
     heal_weights(teacher, shape, kept, weights, batches, progress)
     config = AutoConfig.for_model(**with_shape(nemo.read_config(teacher), shape))
-    return with_weights(config, weights, dtype_of(cfg.precision))
+    return with_weights(config, weights.items(), dtype_of(cfg.precision))
 
 
 def _candidate(

@@ -13,7 +13,7 @@ from recipes.core.stage import Inputs, metrics_log
 from recipes.core.statistics import pareto_front
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
-from recipes.planning.reading import Reading, Text, healed, ranked
+from recipes.planning.reading import Reading, Text, fullest, healed, ranked
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig, RankCandidatesConfig
 from recipes.search.space import Budget
@@ -42,7 +42,7 @@ def reading(cfg: RankCandidatesConfig, chain: Chain) -> Reading:
     ]
     work = sum((text.work(shape, bf16) for shape in shapes), found.work)
     return Reading(
-        max((found.memory, *(one.memory for one in readings)), key=lambda need: need.total),
+        fullest(found.memory, *(one.memory for one in readings)),
         sum((one.work for one in readings), work),
         bf16 and not readings,
     )

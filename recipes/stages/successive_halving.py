@@ -24,7 +24,7 @@ from recipes.planning.chain import Chain
 from recipes.planning.estimate import memory, token_work
 from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
-from recipes.planning.reading import Reading, Text, compared
+from recipes.planning.reading import Reading, Text, compared, fullest
 from recipes.planning.work import Work
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import SuccessiveHalvingConfig
@@ -86,9 +86,9 @@ def reading(cfg: SuccessiveHalvingConfig, chain: Chain) -> Reading:
     tokens = sum(training_of(cfg, rounds, n).max_steps * c for n, c in enumerate(rounds))
     tokens *= job.global_batch_size * job.seq_length
     read = text.work(chain.teacher, bf16) * len(rounds) + text.work(largest, bf16) * sum(rounds)
-    needs = (measured.memory, memory(job, chain.hardware))
+    needs = fullest(measured.memory, memory(job, chain.hardware))
     work = token_work(job) * tokens + read
-    return Reading(max(needs, key=lambda need: need.total), work, job.bf16)
+    return Reading(needs, work, job.bf16)
 
 
 def _unknown(names: Sequence[str], known: Collection[str]) -> list[str]:
