@@ -23,10 +23,12 @@ from rich.table import Table
 
 from benchmarks.contenders import RECIPE, launch, make_inputs, manifest_of
 from benchmarks.students import (
+    Judgement,
     Quality,
     Student,
     collect,
     grouped,
+    heal,
     judge,
     prune,
     schedule,
@@ -53,21 +55,13 @@ SAME_TIME = 0.05
 STUDENTS: dict[str, dict[str, object]] = {
     "given": {},  # as the run directory has it
     "depth": {"target_num_layers": 24, "layer_importance": "block"},
-    "depth_healed": {
-        "target_num_layers": 24,
-        "layer_importance": "block",
-        "heal": "least_squares",
-    },
     "width": {"target_hidden_size": 512, "target_ffn_hidden_size": 1152},
-    "width_healed": {
-        "target_hidden_size": 512,
-        "target_ffn_hidden_size": 1152,
-        "heal": "least_squares",
-    },
     "both": {"target_num_layers": 23, "target_ffn_hidden_size": 1280},
 }
 """What to prune the embedded teacher to: as the recipes do, and as a search for 75% of the
 parameters found."""
+HEALED = "_healed"
+"""Behind the name of a student: it is healed before it is trained."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +123,8 @@ class Outcome(Student):
     steps: int
     training_seconds: float
     prepare_seconds: float
+    healed: Judgement | None
+    """What its training began with, where that was healed."""
     recovered: float | None
     """Of what pruning lost on held-out text, every kind the same; see ``paired``."""
 
@@ -143,6 +139,8 @@ class Run:
     budget: str
     steps: int
     pruned: Path
+    healed: Path | None
+    """What the training begins with, where it is not the pruned one."""
     out: Path
 
 
@@ -150,7 +148,7 @@ def train(run: Run, base: Path) -> None:
     """Makes an arm's run, unless it is complete."""
     arm = ARMS[run.arm]
     settings: dict[str, Any] = {
-        "distill.inputs.student": run.pruned,
+        "distill.inputs.student": run.healed or run.pruned,
         "distill.lm_weight": 0,
         "distill.global_batch_size": arm.batch,
         "distill.micro_batch_size": arm.batch,
@@ -206,18 +204,21 @@ def steps_in_time(run: Run, seconds: float) -> int:
     return max(1, int(seconds * run.steps / cost))
 
 
-def runs_of(args: argparse.Namespace, pruned: Mapping[str, Path], out: Path) -> list[Run]:
+def runs_of(
+    args: argparse.Namespace, pruned: Mapping[str, Path], healed: Mapping[str, Path], out: Path
+) -> list[Run]:
     """All trainings of the same tokens, the reference first, a seed of every arm before another."""
     arms = [REFERENCE, *(name for name in args.only if name != REFERENCE)]
     return [
         Run(
             *(student, arm, seed, "equal tokens"),
             args.steps * BATCH // ARMS[arm].batch,
-            pruned[student],
+            pruned[student.removesuffix(HEALED)],
+            healed.get(student),
             out / student / f"{arm}-{seed}",
         )
         for seed in args.seeds
-        for student in pruned
+        for student in args.students
         for arm in arms
     ]
 
@@ -234,7 +235,8 @@ def run_in_time(run: Run, reference: Run) -> Run:
 def outcomes(runs: Sequence[Run], base: Path, windows: int) -> Iterable[Outcome]:
     """What every arm came to."""
     students = list(students_of(base, runs, windows))
-    teacher = judge(base, [], windows)[base / "import_hf"].heldout
+    begun = judge(base, dict.fromkeys(run.healed for run in runs if run.healed), windows)
+    teacher = begun[base / "import_hf"].heldout
     for run, student in zip(runs, students, strict=True):
         training, prepared = seconds_of(run)
         models = (teacher, student["pruned"].heldout, student["distilled"].heldout)
@@ -245,6 +247,7 @@ def outcomes(runs: Sequence[Run], base: Path, windows: int) -> Iterable[Outcome]
             steps=run.steps,
             training_seconds=round(training, 1),
             prepare_seconds=round(prepared, 1),
+            healed=begun[run.healed] if run.healed else None,
             recovered=recovered(*([-one.loss for one in m.sources.values()] for m in models)),
             **student,
         )
@@ -315,7 +318,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run-dir", type=Path, help=f"of {RECIPE}, up to prune")
     parser.add_argument("--steps", type=int, default=40, help="of 4 windows of 256 tokens")
-    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=["depth", "width"])
+    students = [*STUDENTS, *(name + HEALED for name in STUDENTS)]
+    parser.add_argument("--students", nargs="+", choices=students, default=["depth", "width"])
     parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234, 1, 2])
     parser.add_argument("--windows", type=int, default=64, help="of held-out text")
@@ -328,9 +332,14 @@ def main() -> None:
         name: prune(base, base / "score", out / name, STUDENTS[name])
         if STUDENTS[name]
         else base / "prune"
-        for name in args.students
+        for name in dict.fromkeys(name.removesuffix(HEALED) for name in args.students)
     }
-    runs = runs_of(args, pruned, out)
+    healed = {
+        name: heal(base, pruned[name.removesuffix(HEALED)], out / name)
+        for name in args.students
+        if name.endswith(HEALED)
+    }
+    runs = runs_of(args, pruned, healed, out)
     for run in runs:
         train(run, base)
         console.print(f"{run.student} {run.arm} {run.seed}: {seconds_of(run)[0]:.0f} s")
@@ -347,6 +356,8 @@ def main() -> None:
     for student in args.students:
         mine = [one for one in found if one.student == student]
         console.print(f"{student}, pruned: {levels(mine[0].pruned.heldout)}")
+        if mine[0].healed:
+            console.print(f"{student}, not trained: {levels(mine[0].healed.heldout)}")
         for budget in dict.fromkeys(one.budget for one in mine):
             chosen = [one for one in mine if one.budget == budget]
             console.print(draw(f"{student}, {budget}", chosen))

@@ -27,6 +27,7 @@ from benchmarks.students import (
     collect,
     distill,
     grouped,
+    heal,
     judge,
     prune,
     schedule,
@@ -114,8 +115,7 @@ def make(args: argparse.Namespace, search: Path, out: Path) -> Iterator[Run]:
         pruned = prune(search, search / "score", out / name, settings)
         healed = None
         if args.ranked:
-            settings = {**settings, "heal": "least_squares"}
-            healed = prune(search, search / "score", out / f"{name}-healed", settings)
+            healed = heal(search, pruned, out / name)
         for lr in args.lr:
             for seed in args.seeds:
                 run = out / f"{name}-lr{lr:g}-{seed}"

@@ -107,13 +107,27 @@ def prune(base: Path, scores: Path, out: Path, settings: Mapping[str, object]) -
         {
             "prune.inputs.checkpoint": base / "import_hf",
             "prune.inputs.importance": scores,
-            "prune.inputs.calibration": base / "prepare_data",
             "prune.target_num_layers": "null",
             "prune.layer_importance": "loss",
             **{f"prune.{name}": value for name, value in settings.items()},
         },
     )
     return out / "prune"
+
+
+def heal(base: Path, pruned: Path, out: Path) -> Path:
+    """Heals what the model of ``base`` was cut to, unless that is complete."""
+    launch(
+        base,
+        out,
+        ("heal",),
+        {
+            "heal.inputs.checkpoint": pruned,
+            "heal.inputs.teacher": base / "import_hf",
+            "heal.inputs.data": base / "prepare_data",
+        },
+    )
+    return out / "heal"
 
 
 def distill(

@@ -15,7 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from recipes.core.errors import RecipeError
 
 REPEATED = ("prune", "distill", "score")
-EARLIER = re.compile(rf"stages\.({'|'.join(REPEATED)})_\d+\.")
+HEALS = "heal"
+"""Is repeated, too, in recipes that have it."""
+EARLIER = re.compile(rf"stages\.({'|'.join((*REPEATED, HEALS))})_\d+\.")
 
 
 def in_rounds(cfg: DictConfig) -> Mapping[str, Any]:
@@ -30,7 +32,7 @@ def in_rounds(cfg: DictConfig) -> Mapping[str, Any]:
         )
     model, scores = (stages["prune"].inputs[name] for name in ("checkpoint", "importance"))
     for number in range(1, rounds):
-        made = {
+        made: dict[str, dict[str, Any]] = {
             f"prune_{number}": {
                 "part": 1 / (rounds - number + 1),
                 "inputs": {"checkpoint": model, "importance": scores},
@@ -38,12 +40,18 @@ def in_rounds(cfg: DictConfig) -> Mapping[str, Any]:
             f"distill_{number}": {"inputs": {"student": f"prune_{number}"}},
             f"score_{number + 1}": {"inputs": {"checkpoint": f"distill_{number}"}},
         }
+        if HEALS in stages:
+            inputs = {"checkpoint": f"prune_{number}", "teacher": model}
+            made[f"{HEALS}_{number}"] = {"inputs": inputs}
+            made[f"distill_{number}"] = {"inputs": {"student": f"{HEALS}_{number}"}}
         for name, changed in made.items():
             alike = stages[name.rpartition("_")[0]]
             stages[name] = OmegaConf.merge(alike, changed, stages.get(name, {}))
         model, scores = f"distill_{number}", f"score_{number + 1}"
-    last = {"inputs": {"checkpoint": model, "importance": scores}}
-    return {**stages, "prune": OmegaConf.merge(stages["prune"], last)}
+    last = {"prune": {"checkpoint": model, "importance": scores}, HEALS: {"teacher": model}}
+    for name in stages.keys() & last.keys():
+        stages[name] = OmegaConf.merge(stages[name], {"inputs": last[name]})
+    return stages
 
 
 def with_additions(words: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from recipes.core.metrics import METRICS, Record, steps_of
+from recipes.core.metrics import METRICS, Record, read_records, steps_of
 from recipes.core.statistics import mean, standard_error
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ INTERVAL = (2.5, 97.5)
 """Percentiles of the draws."""
 SIGNIFICANT = 3.0
 """Standard errors by which a curve must have fallen."""
+LEFT = "left"
+"""Of a training's records: the share of what pruning lost that healing had left to it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Fit:
     drop: Draws
     scale: Draws
     power: Draws
+    left: float = 1.0
+    """Share of what pruning lost that there was at the start of the curve."""
 
     def loss(self, tokens: float) -> Estimate:
         """After so many tokens."""
@@ -68,7 +72,7 @@ class Fit:
 
     def recovered(self, tokens: float) -> Estimate:
         """The share of what pruning lost that is back after so many tokens, of a goal of 0."""
-        return _estimate(1 - self._losses(tokens) / (self.floor + self.drop))
+        return _estimate(1 - self.left * self._losses(tokens) / (self.floor + self.drop))
 
     def _losses(self, tokens: float) -> Draws:
         return self.floor + self.drop * (1 + tokens / self.scale) ** -self.power
@@ -77,14 +81,14 @@ class Fit:
         """Tokens after which this share is back."""
         import numpy as np
 
-        goal = (1 - share) * (self.floor + self.drop) - self.floor
+        goal = (1 - share) / self.left * (self.floor + self.drop) - self.floor
         with np.errstate(all="ignore"):
             tokens = self.scale * ((self.drop / goal) ** (1 / self.power) - 1)
-        return _estimate(np.where(goal > 0, tokens, np.inf))
+        return _estimate(np.where(goal > 0, np.maximum(tokens, 0.0), np.inf))
 
     def limit(self) -> Estimate:
         """The share that is back after any number of tokens."""
-        return _estimate(self.drop / (self.floor + self.drop))
+        return _estimate(1 - self.left * self.floor / (self.floor + self.drop))
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Forecast:
     rows: tuple[Recovery, ...] = ()
 
 
-def fit(curve: Curve) -> Fit:
+def fit(curve: Curve, left: float = 1.0) -> Fit:
     """The curve of least squares above 0, and those of losses with residuals drawn again."""
     import numpy as np
 
@@ -130,7 +134,7 @@ def fit(curve: Curve) -> Fit:
     drawn = np.random.default_rng(0).choice(residuals, (len(y), DRAWS))
     again = _least_squares(basis, fitted[:, None] + drawn)
     places, floors, drops = (np.append(a, b) for a, b in zip(best, again, strict=True))
-    return Fit(floors, drops, scale[places], power[places])
+    return Fit(floors, drops, scale[places], power[places], left)
 
 
 def _least_squares(basis: Draws, y: Draws) -> tuple[NDArray[np.intp], Draws, Draws]:
@@ -150,27 +154,32 @@ def _least_squares(basis: Draws, y: Draws) -> tuple[NDArray[np.intp], Draws, Dra
     return places, floor[places, draws], drop[places, draws]
 
 
-def forecast(steps: Sequence[Record], step_tokens: int, hourly: float | None = None) -> Forecast:
+def forecast(
+    steps: Sequence[Record], step_tokens: int, hourly: float | None = None, left: float = 1.0
+) -> Forecast:
     """What the records of a training's steps say of its end.
 
     Args:
         steps: In order, as they were logged.
         step_tokens: Tokens of a step.
         hourly: Dollars of an hour of all devices, where they are known.
+        left: Share of what pruning lost that there was before the first step.
     """
     curve = _points(steps, step_tokens)
     if why := _silence(curve):
         return Forecast(why)
-    found, seen = fit(averaged(curve)), curve[-1][0]
+    found, seen = fit(averaged(curve), left), curve[-1][0]
     rate = median(s["tokens_per_second"] for s in steps)
     rows = tuple(_row(found, share, seen, rate, hourly) for share in SHARES)
     return Forecast("", int(seen), found.recovered(seen), found.limit(), rows)
 
 
-def share_after(steps: Sequence[Record], step_tokens: int, tokens: int) -> Estimate | None:
+def share_after(
+    steps: Sequence[Record], step_tokens: int, tokens: int, left: float = 1.0
+) -> Estimate | None:
     """The share that will be back after so many tokens; ``None`` where the curve does not say."""
     curve = _points(steps, step_tokens)
-    return None if _silence(curve) else fit(averaged(curve)).recovered(tokens)
+    return None if _silence(curve) else fit(averaged(curve), left).recovered(tokens)
 
 
 def _points(steps: Sequence[Record], step_tokens: int) -> Curve:
@@ -190,6 +199,11 @@ def curve_of(stage_dir: Path, config: Mapping[str, Any]) -> tuple[list[Record], 
     """A training's steps as it has logged them so far, and the tokens of one, for ``forecast``."""
     step_tokens = config.get("global_batch_size", 0) * config.get("seq_length", 0)
     return steps_of(stage_dir / METRICS, "distill"), step_tokens
+
+
+def left_of(file: Path) -> float:
+    """What a training has logged as ``LEFT``; all, where its student was not healed."""
+    return next((float(record[LEFT]) for record in read_records(file) if LEFT in record), 1.0)
 
 
 def averaged(curve: Curve) -> Curve:

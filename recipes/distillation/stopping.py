@@ -1,8 +1,9 @@
 """Whether a distillation has come far enough, or never will, by what it has logged. Torch-free.
 
 The share is of the divergence from the teacher that pruning left, on the validation text, the same
-windows before the first step and now. Ranks that ask at one step, or again after a restart, are
-told the same, since only records of steps up to then count.
+windows before the first step and now; what healing had brought back by then counts. Ranks that ask
+at one step, or again after a restart, are told the same, since only records of steps up to then
+count.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from recipes.core.metrics import steps_of
-from recipes.distillation.forecast import share_after
+from recipes.distillation.forecast import left_of, share_after
 from recipes.distillation.settings import DistillConfig
 
 VALIDATE = "validate"
@@ -26,7 +27,8 @@ def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
     if cfg.stop_at_recovered is None or not measured or step >= cfg.max_steps:
         return ""
     first, last = measured[0], measured[-1]
-    share = 1 - last["val_kd"] / first["val_kd"] if first["val_kd"] else 1.0
+    left = left_of(file)
+    share = 1 - left * last["val_kd"] / first["val_kd"] if first["val_kd"] else 1.0
     wanted = f"{cfg.stop_at_recovered:.0%} was wanted"
     at = f"stopped at step {last['done']} of {cfg.max_steps}"
     if share >= cfg.stop_at_recovered:
@@ -35,7 +37,7 @@ def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
         return ""
     past = [s for s in steps_of(file, cfg.stage) if s["done"] <= last["done"]]
     tokens = cfg.global_batch_size * cfg.seq_length
-    end = share_after(past, tokens, cfg.max_steps * tokens)
+    end = share_after(past, tokens, cfg.max_steps * tokens, left)
     if end is None or end.high >= cfg.stop_at_recovered:
         return ""
     likely = f"{end.value:.0%} ({end.low:.0%} to {end.high:.0%})"

@@ -22,6 +22,14 @@ class TextQuality:
 
 
 @dataclass(frozen=True)
+class TokenQuality:
+    """A model beside the teacher, by means over all predictions; the divergence in nats."""
+
+    perplexity: float
+    kl_to_teacher: float
+
+
+@dataclass(frozen=True)
 class ModelQuality(TextQuality):
     """A model on all of the held-out text."""
 

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,13 +33,14 @@ from recipes.core.stage import Input
 from recipes.core.statistics import mean, standard_error
 from recipes.data.token_windows import TextWindows, read_windows
 from recipes.evaluation.paired import recovered
-from recipes.evaluation.predictions import TEACHER, Figures, Predictor, compare, read
+from recipes.evaluation.predictions import TEACHER, Figures, Predictor, Reading, compare, read
 from recipes.evaluation.results import (
     ROLES,
     EvaluationResult,
     ModelQuality,
     SourceQuality,
     TextQuality,
+    TokenQuality,
 )
 from recipes.evaluation.settings import EvaluateConfig
 
@@ -134,6 +135,27 @@ def score(
             found[role] += Scores.of(figures, part)
         log.progress("evaluate", start + len(part), len(text))
     return found
+
+
+def beside(teacher: Reading, student: Reading, text: TextWindows) -> TokenQuality:
+    """What a model made of a text, beside what its teacher did."""
+    found = compare({TEACHER: teacher, "student": student}, text)["student"]
+    loss, kl = (each.double().mean().item() for each in (found.losses, found.divergences))
+    return TokenQuality(math.exp(loss), kl)
+
+
+def measure_checkpoints(
+    teacher: Path, students: Sequence[Path], text: TextWindows, precision: str, size: int
+) -> list[TokenQuality]:
+    """NeMo checkpoints beside a teacher's, one in memory at a time, ``size`` windows at once."""
+
+    def reading(checkpoint: Path) -> Reading:
+        model = load_transformers(checkpoint, dtype_of(precision))
+        found: Reading = read(Predictor.of(model), text, size)
+        return found
+
+    reference = reading(teacher)
+    return [beside(reference, reading(student), text) for student in students]
 
 
 def _by_source(scores: Mapping[str, Scores], text: TextWindows) -> dict[str, SourceQuality]:

@@ -41,6 +41,8 @@ SCORES = 3
 """Logits, their log-probabilities, and what is made of these."""
 RANKS = (2, 4, 8)
 """That layers may be split over."""
+GATED = 5
+"""Halves of a first product at once, where the gated one is made behind that of other windows."""
 WITHOUT_A_LAYER = 0.6
 """Of a forward pass, to run what comes after a layer that is left out, and the head."""
 
@@ -147,17 +149,18 @@ def ranked(teacher: Architecture, bf16: bool, text: Text, hardware: Hardware) ->
 def healed(teacher: Architecture, student: Architecture, text: Text, hardware: Hardware) -> Reading:
     """A shape that is healed: a layer of both models in float32, and what both make of the text.
 
-    The embeddings are shared out to the layers. What both make of it are their residual streams,
-    what is read of them, and what weights that write are fed with. A CPU has both models there,
-    too, as they are stored.
+    The embeddings are shared out to the layers. What both make of it are their residual streams and
+    what is read of them; what the student's last product is fed with, of all of the text, and the
+    teacher's, as it is made. A CPU has both models there, too, as they are stored.
     """
     both, tokens = (teacher, student), int(text.windows * text.seq_length)
-    widths = (2 * arch.hidden_size + feed_forward_width(arch) for arch in both)
+    held = sum(2 * arch.hidden_size for arch in both) + feed_forward_width(student)
+    made = GATED * feed_forward_width(teacher)
     layers = sum(arch.parameters() / arch.num_layers for arch in both)
     stored = 0 if hardware.on_gpu else 2 * sum(arch.parameters() for arch in both)
     memory = Memory(
         weights=4 * layers + stored,
-        activations=4 * tokens * sum(widths),
+        activations=4 * (tokens * held + text.tokens_at_once * made),
         reserved=hardware.reserved_bytes,
     )
     read = replace(text, scored=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,39 +55,43 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
     return [layer for layer in every if layer not in dropped]
 
 
-def prune_checkpoint(
-    teacher: Path,
-    student: Architecture,
-    kept: KeptIndices,
-    out: Path,
-    change: Callable[[dict[str, torch.Tensor]], None] = lambda weights: None,
-) -> None:
-    """Cuts ``teacher`` to what is kept, and writes it; refuses weights that do not fit ``student``.
+def prune_checkpoint(teacher: Path, student: Architecture, kept: KeptIndices, out: Path) -> None:
+    """Cuts ``teacher`` to what is kept, and writes it; refuses what does not fit ``student``."""
+    weights = cut_weights(teacher, kept, student.kv_channels)
+    save_weights(teacher, student, weights, out)
 
-    ``change`` is done to the student's weights, by their Hugging Face names, before.
+
+def save_weights(
+    like: Path, shape: Architecture, weights: dict[str, torch.Tensor], out: Path
+) -> None:
+    """Writes weights, by their Hugging Face names, as a NeMo checkpoint of the same kind.
+
+    Args:
+        like: A checkpoint of such a model.
+        shape: What of its config is other.
+        weights: All of them; refused if they do not fit ``shape``.
+        out: The new checkpoint.
     """
     cpu_backend.enable()
     nemo.initialize(nemo.Parallelism())
-    model = nemo.restore_model(teacher)
-    config = with_shape(nemo.read_config(teacher), student)
-    for megatron in student.hf_names():
-        setattr(model.config, megatron, getattr(student, megatron))
-        setattr(model.__io__.config, megatron, getattr(student, megatron))
+    model = nemo.restore_model(like)
+    config = with_shape(nemo.read_config(like), shape)
+    for megatron in shape.hf_names():
+        setattr(model.config, megatron, getattr(shape, megatron))
+        setattr(model.__io__.config, megatron, getattr(shape, megatron))
     core = nemo.build_core(model, nemo.Parallelism())
-    weights = cut_weights(teacher, kept, student.kv_channels)
-    source = MergedWeights(CutWeights(weights), student, FAMILIES[student.hf_architecture])
-    change(weights)
-    strategy = StreamedSave(source, nemo.leading_axes(student))
+    source = MergedWeights(NamedWeights(weights), shape, FAMILIES[shape.hf_architecture])
+    strategy = StreamedSave(source, nemo.leading_axes(shape))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         side = Path(temporary) / nemo.SIDE
-        copy_side_files(nemo.side_files(teacher), side)
+        copy_side_files(nemo.side_files(like), side)
         write_json(side / "config.json", config, indent=2)
         nemo.save_checkpoint(out, model, core, side, rank=0, strategy=strategy)
 
 
-class CutWeights:
-    """The student's weights by their Hugging Face names, looked at as those of a folder are."""
+class NamedWeights:
+    """A model's weights by their Hugging Face names, looked at as those of a folder are."""
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         self._weights = weights

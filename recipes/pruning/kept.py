@@ -65,22 +65,22 @@ class KeptIndices:
     rows: dict[str, Tensor]
 
     def save(self, folder: Path) -> None:
-        """Writes everything as tensors."""
-        import torch
-        from safetensors.torch import save_file
+        """Writes everything as arrays: a rehearsal, whose tensors have no numbers, needs these."""
+        import numpy as np
+        from safetensors.numpy import save_file
 
-        layers = torch.tensor(self.layers, dtype=torch.int32)
-        rows = {name: rows.int() for name, rows in self.rows.items()}
-        save_file({"layers": layers, **rows}, folder / FILE)
+        rows = {name: rows.int().numpy() for name, rows in self.rows.items()}
+        save_file({"layers": np.array(self.layers, np.int32), **rows}, folder / FILE)
 
     @classmethod
     def load(cls, folder: Path) -> KeptIndices:
         """Reads what ``save`` wrote."""
-        from safetensors.torch import load_file
+        import torch
+        from safetensors.numpy import load_file
 
         found = load_file(folder / FILE)
         layers: list[int] = found.pop("layers").tolist()
-        return cls(layers, {name: rows.long() for name, rows in found.items()})
+        return cls(layers, {name: torch.from_numpy(rows).long() for name, rows in found.items()})
 
 
 def choose(

@@ -33,3 +33,20 @@ class PruneResult:
     def dropped_layers(self) -> list[int]:
         """The teacher's layers that went."""
         return sorted(self.layer_importance.keys() - set(self.kept_layers))
+
+
+@dataclass(frozen=True)
+class HealResult:
+    """What healing brought back, without training."""
+
+    kept_layers: list[int] | None
+    """As of the pruned model."""
+    calibration_tokens: int
+    kl_as_cut: float
+    """To the teacher on validation text, in nats, before."""
+    kl_healed: float
+
+    @property
+    def left(self) -> float:
+        """Share of the divergence that is still there."""
+        return self.kl_healed / self.kl_as_cut if self.kl_as_cut else 1.0

@@ -1,4 +1,4 @@
-"""Settings of ``score`` and ``prune``. Torch-free."""
+"""Settings of ``score``, ``prune`` and ``heal``. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from recipes.core.stage import StageConfig
 from recipes.planning.targets import Targets, absolute, between
 
 LAYER_METHODS = ("block_influence", "loss", "block", "greedy")
-HEALINGS = ("none", "least_squares")
 TARGET = "target_"
 """What the fields of targets begin with; then comes Megatron's name of the axis."""
 
@@ -49,16 +48,6 @@ class PruneConfig(StageConfig):
     part: Share | None = None
     """Goes this part of the way to its targets, or to a search's choice, in equal ratios: 0.5 is to
     the geometric mean of the sizes. All but the last of several ``rounds`` have one."""
-    heal: Annotated[str, one_of(*HEALINGS)] = "none"
-    """``least_squares``: refits what is left of a dense model, in closed form, to do on calibration
-    text what the teacher does; takes two forward passes. Without training it brings back two fifths
-    of the log-perplexity that cutting SmolLM2-135M cost (benchmarks/README.md)."""
-    num_calibration_samples: Count = 64
-    """Windows of ``seq_length`` tokens to heal on."""
-    seq_length: Count = 256
-    """Tokens of a window."""
-    micro_batch_size: Count = 4
-    """Windows that are held at once."""
     hidden_size_divisor: Count = 64
     """What the width must be a multiple of, for fast kernels."""
     ffn_hidden_size_divisor: Count = 64
@@ -93,6 +82,22 @@ class PruneConfig(StageConfig):
             "ffn_hidden_size": self.ffn_hidden_size_divisor,
             "moe_ffn_hidden_size": self.ffn_hidden_size_divisor,
         }
+
+
+@dataclass
+class HealConfig(StageConfig):
+    """Settings of ``heal``. What it costs is two forward passes and a few normal equations."""
+
+    num_calibration_samples: Count = 64
+    """Windows of ``seq_length`` tokens to heal on."""
+    num_samples: Count = 16
+    """Windows of the validation part, on which it is measured what healing brought back."""
+    precision: Precision = "32"
+    """What models are held and computed in when they are measured; healing is in float32."""
+    seq_length: Count = 256
+    """Tokens of a window."""
+    micro_batch_size: Count = 4
+    """Windows that are held at once."""
 
 
 CALIBRATIONS = ("text", "random")

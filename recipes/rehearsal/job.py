@@ -13,7 +13,7 @@ from recipes.core.stage import StageConfig
 from recipes.distillation.settings import CacheLogitsConfig, DistillConfig, TrainingConfig
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning.chain import Chain
-from recipes.pruning.settings import ScoreConfig
+from recipes.pruning.settings import HealConfig, ScoreConfig
 from recipes.search.settings import RankCandidatesConfig, SuccessiveHalvingConfig
 from recipes.stages.contract import Stage
 from recipes.stages.export_hf import ExportConfig
@@ -192,7 +192,7 @@ def shortened(config: StageConfig) -> dict[str, Any] | None:
         }
     elif isinstance(config, EvaluateConfig):
         changed = {"num_windows": config.micro_batch_size, "num_generations": 1, "new_tokens": 1}
-    elif isinstance(config, RankCandidatesConfig):
+    elif isinstance(config, (HealConfig, RankCandidatesConfig)):
         changed = {"num_samples": config.micro_batch_size}
     elif isinstance(config, (ImportConfig, ExportConfig)):
         changed = {}

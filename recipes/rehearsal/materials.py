@@ -26,6 +26,7 @@ from recipes.data.token_windows import prefix
 from recipes.distillation.logit_cache import SHARD, CacheIndex, write_index
 from recipes.distillation.settings import CACHED
 from recipes.pruning.importance import Importance
+from recipes.pruning.kept import choose
 from recipes.pruning.settings import LAYER_METHODS
 from recipes.rehearsal.files import write_zeros
 from recipes.rehearsal.job import Given, Job
@@ -79,7 +80,12 @@ def _input(job: Job, given: Given, stage: Path) -> Input:
         return shapes(shape, stage)
     if given.kind == CACHED:
         return logit_cache(given, job.config["global_batch_size"], stage)
-    return checkpoint(job.hf_config, shape, stage)
+    made = checkpoint(job.hf_config, shape, stage)
+    whole = read_architecture(job.hf_config, "a rehearsal")
+    if shape != whole:  # it was cut, so it says what was kept
+        layers = list(range(1, shape.num_layers + 1))
+        choose(equal_widths(whole), whole, shape, layers).save(made.artifact)
+    return made
 
 
 def checkpoint(config: Mapping[str, Any], shape: Architecture, stage: Path) -> Input:
@@ -157,15 +163,21 @@ def logit_cache(given: Given, windows: int, stage: Path) -> Input:
 def importance(shape: Architecture, stage: Path) -> Input:
     """Scores of all layers and widths, equal ones."""
     layers = dict.fromkeys(range(1, shape.num_layers + 1), 1.0)
+    (stage / ARTIFACT).mkdir(parents=True)
+    scores = Importance(1.0, dict.fromkeys(LAYER_METHODS, layers), widths=equal_widths(shape))
+    scores.save(stage / ARTIFACT)
+    return Input(stage, _manifest(stage, "importance"))
+
+
+def equal_widths(shape: Architecture) -> dict[str, torch.Tensor]:
+    """Scores of all channels and heads."""
     axes = {
         "ffn_hidden_size": shape.ffn_hidden_size,
         "num_attention_heads": shape.num_attention_heads,
     }
+    layers = range(1, shape.num_layers + 1)
     widths = {f"layers.{i}.{axis}": torch.zeros(n) for i in layers for axis, n in axes.items()}
-    widths["hidden_size"] = torch.zeros(shape.hidden_size)
-    (stage / ARTIFACT).mkdir(parents=True)
-    Importance(1.0, dict.fromkeys(LAYER_METHODS, layers), widths=widths).save(stage / ARTIFACT)
-    return Input(stage, _manifest(stage, "importance"))
+    return {**widths, "hidden_size": torch.zeros(shape.hidden_size)}
 
 
 def shapes(shape: Architecture, stage: Path) -> Input:

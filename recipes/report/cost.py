@@ -9,11 +9,12 @@ from typing import Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Manifest, read_manifest
+from recipes.core.metrics import METRICS
 from recipes.core.stage import Inputs
-from recipes.distillation.forecast import Forecast, curve_of, forecast
+from recipes.distillation.forecast import Forecast, curve_of, forecast, left_of
 from recipes.distillation.results import CacheResult, DistillationResult, TrainingResult
 from recipes.evaluation.results import EvaluationResult
-from recipes.pruning.results import PruneResult
+from recipes.pruning.results import HealResult, PruneResult
 
 MAX_FILES = 200
 """Files listed per stage; a large checkpoint has thousands, and its manifest names them all."""
@@ -108,7 +109,8 @@ def outlook(stage_dir: Path, config: Mapping[str, Any], plan: Manifest | None) -
         plan: Of the same run, if there is one, which knows the price of an hour.
     """
     steps, step_tokens = curve_of(stage_dir, config)
-    return forecast(steps, step_tokens, _dollars_an_hour(config, plan))
+    left = left_of(stage_dir / METRICS)
+    return forecast(steps, step_tokens, _dollars_an_hour(config, plan), left)
 
 
 def _dollars_an_hour(config: Mapping[str, Any], plan: Manifest | None) -> float | None:
@@ -158,6 +160,10 @@ def work(manifests: Mapping[str, Manifest], before: Mapping[str, Manifest]) -> l
             found.append(Work(name, tokens, 0, TRAINING * tokens * teacher))
         if cached := manifest.result_if("cache_logits", CacheResult):
             found.append(Work(name, cached.tokens, 0, cached.tokens * teacher))
+        if healed := manifest.result_if("heal", HealResult):
+            tokens = healed.calibration_tokens
+            passes = tokens * (flops_per_token(manifest) or 0)
+            found.append(Work(name, tokens, passes, tokens * teacher))
         found += _distillation(name, manifest, before, teacher)
     found += _distillation("Distillation", manifests["distilled"], before, teacher)
     tokens = manifests["evaluation"].result(EvaluationResult).tokens

@@ -17,7 +17,7 @@ from recipes.data.results import DatasetResult
 from recipes.data.sources import parse_source
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
-from recipes.pruning.results import PruneResult
+from recipes.pruning.results import HealResult, PruneResult
 from recipes.report.serving import converted, servers
 
 CARD = """\
@@ -170,8 +170,11 @@ def _made(inputs: Mapping[str, Manifest]) -> Iterator[str]:
         every = range(1, shape["num_layers"] + 1)
         if dropped := [str(layer) for layer in every if layer not in pruned.kept_layers]:
             yield f"- Layers dropped, counted from 1: {', '.join(dropped)}."
-    if pruned and inputs["pruned"].config.get("heal", "none") != "none":
-        yield "- Healed by least squares when it was pruned."
+    if "healed" in inputs and (healed := inputs["healed"].result_if("heal", HealResult)):
+        yield (
+            f"- Healed by least squares on {healed.calibration_tokens:,} tokens: KL to the teacher "
+            f"{healed.kl_as_cut:.3f} → {healed.kl_healed:.3f} nats on other text."
+        )
     if training := inputs["checkpoint"].result_if("distill", DistillationResult):
         yield f"- Distilled on {training.tokens:,} tokens in {training.steps:,} steps."
     if "data" in inputs:

@@ -20,7 +20,7 @@ from recipes.core.stage import Input, Inputs
 from recipes.data.results import DatasetResult, in_words
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import EvaluationResult
-from recipes.pruning.results import PruneResult
+from recipes.pruning.results import HealResult, PruneResult
 from recipes.report.cost import costs, outlook, upstream, versions, work
 from recipes.report.format import render_template
 from recipes.report.plots import (
@@ -127,6 +127,7 @@ def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
         "forecast": outlook(distilled.directory, distilled.manifest.config, manifests.get("plan")),
         "gates": gates_section(cfg.gates, manifests),
         "pruned": pruned,
+        "healed": _healed(distilled.manifest, earlier),
         "layers_plot": _layers_plot(pruned) if pruned else None,
         "skewed": pruned is not None and is_skewed(pruned.layer_importance.values()),
         "quality_plot": interval_plot(
@@ -147,6 +148,12 @@ def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
         if name not in WHERE_PRESENT or content[name]
     ]
     return {**content, "contents": shown}
+
+
+def _healed(distilled: Manifest, earlier: Mapping[str, Manifest]) -> HealResult | None:
+    """What healing brought back before this distillation, if it began with that."""
+    given = (m for m in earlier.values() if m.fingerprint == distilled.inputs.get("student"))
+    return next((m.result_if("heal", HealResult) for m in given), None)
 
 
 def _detail(evaluation: Input) -> dict[str, object]:

@@ -22,8 +22,9 @@ from recipes.core.processes import die_with_parent, start_command
 from recipes.core.silence import others_work
 from recipes.core.stage import REQUEST, Inputs, StageConfig, rank, world_size
 from recipes.distillation.settings import DistillConfig
+from recipes.evaluation.results import TokenQuality
 from recipes.pruning.settings import PruneConfig
-from recipes.search.results import Candidate, ProxyQuality
+from recipes.search.results import Candidate
 from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import axes_of, prune_settings
 
@@ -73,11 +74,11 @@ class HalvingRun:
         inputs = {name: self._inputs[name].directory for name in ("checkpoint", "importance")}
         run_stage(config, directory, inputs)
 
-    def measure(self, candidates: Sequence[Candidate], number: int) -> list[ProxyQuality]:
+    def measure(self, candidates: Sequence[Candidate], number: int) -> list[TokenQuality]:
         """Perplexity and KL to the teacher of every candidate on validation text."""
         from nemo_convert import nemo
         from recipes.data.token_windows import read_windows
-        from recipes.search.measure import measure_checkpoints
+        from recipes.evaluation.text_quality import measure_checkpoints
 
         places = [self._directory / c.name / f"round-{number}" for c in candidates]
         found = self._directory / f"round-{number}.json"
@@ -91,7 +92,7 @@ class HalvingRun:
         with others_work():
             while not found.exists():
                 time.sleep(POLL)
-        return [ProxyQuality(**one) for one in json.loads(found.read_text(encoding="utf-8"))]
+        return [TokenQuality(**one) for one in json.loads(found.read_text(encoding="utf-8"))]
 
 
 def run_stage(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,13 +16,14 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Inputs
 from recipes.data.token_windows import TextWindows, read_windows
-from recipes.evaluation.predictions import TEACHER, Predictor, Reading, compare, read
-from recipes.evaluation.text_quality import load_transformers, with_weights
+from recipes.evaluation.predictions import Predictor, Reading, read
+from recipes.evaluation.results import TokenQuality
+from recipes.evaluation.text_quality import beside, load_transformers, with_weights
 from recipes.pruning.cut_checkpoint import cut_weights, layers_to_keep
 from recipes.pruning.healing import Progress, heal_weights
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import choose, cut, order, prefix
-from recipes.search.results import Candidate, ProxyQuality
+from recipes.search.results import Candidate
 from recipes.search.settings import RankCandidatesConfig
 from recipes.search.space import name_of
 
@@ -53,8 +53,12 @@ def measure_shapes(
         def progress(done: int, total: int, before: int = number) -> None:
             log.progress("heal", before * total + done, len(best) * total)
 
-        model = _healed(cfg, teacher, importance, one.shape, batches, progress)
-        quality = _quality(reference, Predictor.of(model), text, cfg.micro_batch_size)
+        reading = read(
+            Predictor.of(_healed(cfg, teacher, importance, one.shape, batches, progress)),
+            text,
+            cfg.micro_batch_size,
+        )
+        quality = beside(reference, reading, text)
         found[found.index(one)] = _candidate(cfg, one.shape, quality, healed=True)
     return found
 
@@ -81,8 +85,8 @@ def _as_cut(
     found = []
     for number, shape in enumerate(shapes, 1):
         layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
-        candidate = view.predictor(shape, layers)
-        quality = _quality(reference, candidate, text, cfg.micro_batch_size)
+        reading = read(view.predictor(shape, layers), text, cfg.micro_batch_size)
+        quality = beside(reference, reading, text)
         found.append(_candidate(cfg, shape, quality, healed=False))
         log.progress("rank", number, len(shapes))
     return reference, found
@@ -96,7 +100,7 @@ def _healed(
     batches: Sequence[Tensor],
     progress: Progress,
 ) -> PreTrainedModel:
-    """What ``prune`` makes of a shape with ``heal=least_squares``, on text of its own."""
+    """What ``prune`` and ``heal`` make of a shape."""
     layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
     kept = choose(importance.widths, nemo.architecture_of(teacher), shape, layers)
     weights = cut_weights(teacher, kept, shape.kv_channels)
@@ -106,7 +110,7 @@ def _healed(
 
 
 def _candidate(
-    cfg: RankCandidatesConfig, shape: Architecture, quality: ProxyQuality, healed: bool
+    cfg: RankCandidatesConfig, shape: Architecture, quality: TokenQuality, healed: bool
 ) -> Candidate:
     return Candidate(
         name=name_of(shape),
@@ -119,16 +123,6 @@ def _candidate(
         pareto=False,
         shape=shape,
     )
-
-
-def _quality(
-    teacher: Reading, model: Predictor, text: TextWindows, micro_batch_size: int
-) -> ProxyQuality:
-    """Of one model beside what the teacher made of the same text."""
-    both = {TEACHER: teacher, "candidate": read(model, text, micro_batch_size)}
-    found = compare(both, text)["candidate"]
-    loss, kl = (each.double().mean().item() for each in (found.losses, found.divergences))
-    return ProxyQuality(math.exp(loss), kl)
 
 
 class SortedModel:
@@ -162,15 +156,3 @@ class SortedModel:
         self._model.model.layers = torch.nn.ModuleList(kept)
         self._model.config.num_hidden_layers = len(kept)
         return Predictor.of(self._model)
-
-
-def measure_checkpoints(
-    teacher: Path, students: list[Path], text: TextWindows, precision: str, micro_batch_size: int
-) -> list[ProxyQuality]:
-    """Perplexity and KL to the teacher of NeMo checkpoints, one in memory at a time."""
-
-    def load(checkpoint: Path) -> Predictor:
-        return Predictor.of(load_transformers(checkpoint, dtype_of(precision)))
-
-    reference = read(load(teacher), text, micro_batch_size)
-    return [_quality(reference, load(student), text, micro_batch_size) for student in students]

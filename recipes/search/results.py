@@ -14,14 +14,6 @@ CANDIDATES_FILE = "candidates.json"
 
 
 @dataclass(frozen=True)
-class ProxyQuality:
-    """A candidate against the teacher on validation text."""
-
-    perplexity: float
-    kl_to_teacher: float
-
-
-@dataclass(frozen=True)
 class Candidate:
     """A shape, and what is known of its quality."""
 

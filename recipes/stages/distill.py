@@ -12,6 +12,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome, manifest_of
 from recipes.core.metrics import steps_of
 from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
+from recipes.distillation.forecast import LEFT
 from recipes.distillation.results import DistillationResult, KeptLayers
 from recipes.distillation.settings import CACHED, DRAWN_LOSS, CacheLogitsConfig, DistillConfig
 from recipes.distillation.stopping import stop_reason
@@ -29,6 +30,7 @@ from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.planning.tokenizers import tokenizer_problems
 from recipes.planning.workload import Workload
+from recipes.pruning.results import HealResult
 from recipes.stages.contract import Stage
 
 
@@ -216,6 +218,8 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
     _require_same_tokenizer(inputs)
     arch = nemo.architecture_of(student)
     objective, log = Objective.of(cfg, inputs, arch), metrics_log(out)
+    if healed := inputs["student"].manifest.result_if("heal", HealResult):
+        log.log(**{LEFT: healed.left})
     train(cfg, student, objective, inputs["data"], out / student.name, log)
     kept = inputs["student"].manifest.result(KeptLayers).kept_layers
     return Outcome(

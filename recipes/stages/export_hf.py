@@ -70,6 +70,7 @@ STAGE = Stage(
         "evaluation": ("eval_results",),
         "teacher": ("checkpoint_nemo",),
         "pruned": ("checkpoint_nemo",),
+        "healed": ("checkpoint_nemo",),
         "data": ("dataset",),
         "tasks": ("task_results",),
     },

@@ -1,19 +1,17 @@
-"""Minitron pruning of width and depth: cuts the weights to what scored highest, and heals them."""
+"""Minitron pruning of width and depth: cuts the weights to what scored highest."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Outcome, manifest_of
-from recipes.core.stage import Inputs, metrics_log
+from recipes.core.stage import Inputs
 from recipes.distillation.results import KeptLayers
 from recipes.planning import rules
-from recipes.planning.chain import Chain, window_problems
+from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.planning.targets import MOST_AT_ONCE, pruned, share_problems, target_problems
 from recipes.pruning.results import PruneResult, ScoreResult
@@ -21,9 +19,6 @@ from recipes.pruning.settings import PruneConfig, ScoreConfig
 from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import name_of
 from recipes.stages.contract import Stage
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
@@ -44,9 +39,6 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
             "set target_num_layers instead, or leave rounds out",
         )
     yield from _large_cut_problems(cfg, chain, before, student)
-    if cfg.heal != "none":
-        yield from window_problems(cfg.seq_length, chain)
-        yield from _healing_problems(cfg, chain)
 
 
 def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> Iterator[Problem]:
@@ -117,28 +109,10 @@ def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Probl
         )
 
 
-def _healing_problems(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
-    """Whether there is text to heal on, and whether such a model can be healed."""
-    if "calibration" not in cfg.inputs:
-        yield Problem(
-            rules.HEALING,
-            f"heal={cfg.heal} has no text to calibrate on",
-            f"set stages.{cfg.stage}.inputs.calibration to a stage that prepares data",
-        )
-    if chain.teacher.num_moe_experts:
-        yield Problem(
-            rules.HEALING,
-            f"heal={cfg.heal} cannot refit experts",
-            f"set stages.{cfg.stage}.heal=none, and distil it as it is cut",
-        )
-
-
 def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Chooses what to keep, cuts and heals, and saves the student and the kept indices."""
+    """Chooses what to keep, cuts, and saves the student and the kept indices."""
     from nemo_convert import hf, nemo
-    from recipes.data.token_windows import read_windows
     from recipes.pruning.cut_checkpoint import layers_to_keep, prune_checkpoint
-    from recipes.pruning.healing import heal_weights
     from recipes.pruning.importance import Importance
     from recipes.pruning.kept import choose
 
@@ -155,16 +129,7 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
         layers = layers_to_keep(importance, cfg.layer_importance, student.num_layers)
     kept = choose(importance.widths, whole, student, layers)
 
-    def healed(weights: dict[str, Tensor]) -> None:
-        if cfg.heal != "none":
-            text = read_windows(
-                inputs["calibration"], "calibration", cfg.seq_length, cfg.num_calibration_samples
-            )
-            batches = text.tokens.split(cfg.micro_batch_size)
-            progress = partial(metrics_log(out).progress, "heal")
-            heal_weights(teacher, student, kept, weights, batches, progress)
-
-    prune_checkpoint(teacher, student, kept, out / teacher.name, healed)
+    prune_checkpoint(teacher, student, kept, out / teacher.name)
     kept.save(out)
     scored = inputs["importance"].manifest.result(ScoreResult)
     measure, scores = importance.of_layers(cfg.layer_importance)
@@ -190,9 +155,9 @@ STAGE = Stage(
     kind="checkpoint_nemo",
     run=run,
     check=check,
-    one_rank="it copies weights, and heals them one layer at a time",
+    one_rank="it copies weights",
     inputs={"checkpoint": ("checkpoint_nemo",), "importance": ("importance",)},
-    optional_inputs={"calibration": ("dataset",), "shape": ("search_results",)},
+    optional_inputs={"shape": ("search_results",)},
     disk_bytes=lambda config, chain: 4 * chain.student_of(config).parameters(),
     resolve_from_chain=lambda config, chain: config.in_numbers(chain.teacher),
 )

@@ -44,7 +44,6 @@ def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "openvi
         "stages.prune.ffn_hidden_size_divisor=8",
         "stages.prune.target_num_attention_heads=5",
         "stages.prune.target_num_layers=4",
-        "stages.prune.heal=least_squares",
         "stages.distill.precision=bf16-mixed",  # whatever the processor is best at
         f"stages.distill.max_steps={STEPS}",
         "stages.distill.warmup_steps=2",

@@ -13,6 +13,7 @@ STAGES = [
     "prepare_data",
     "score",
     "prune",
+    "heal",
     "distill",
     "evaluate",
     "export_hf",

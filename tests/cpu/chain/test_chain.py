@@ -26,9 +26,11 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK
 from recipes.core.metrics import METRICS, steps_of
 from recipes.core.stage import Input
+from recipes.distillation.forecast import left_of
 from recipes.engines.backends import model_folder
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.kept import KeptIndices, cut, student_name
+from recipes.pruning.results import HealResult
 from tests.chaos.chain import STEPS, differences, is_of_a_library, overrides
 from tests.chaos.kills import Disturbed, Kill
 from tests.support.generation import NEW_TOKENS, SECOND, said_by, said_in
@@ -188,7 +190,8 @@ def test_model_card_has_the_figures_of_the_manifests(tiny_run: Path, odd_llama: 
     assert f"| this model | 4 {shape} {manifest_of(tiny_run, 'distill').parameters:,} |" in card
     (dropped,) = set(range(1, 6)) - set(manifest_of(tiny_run, "prune").metrics["kept_layers"])
     assert f"Layers dropped, counted from 1: {dropped}." in card
-    assert "Healed by least squares" in card
+    healed = manifest_of(tiny_run, "heal").metrics
+    assert f"KL to the teacher {healed['kl_as_cut']:.3f} → {healed['kl_healed']:.3f}" in card
     assert f"{manifest_of(tiny_run, 'distill').metrics['tokens']:,} tokens in {STEPS} steps" in card
     assert "`topics.jsonl`" in card
     assert "llama_width_prune" in card
@@ -239,7 +242,7 @@ def test_figures_hang_together(tiny_run: Path) -> None:
     figures = manifest_of(tiny_run, "evaluate").metrics
     assert figures["teacher"]["kl_to_teacher"] == 0
     assert figures["teacher"]["top1_agreement"] == 1
-    # Healed, a student this small is so near its teacher that training teaches it the text alone.
+    # A student this small is so near its teacher that training teaches it the text alone.
     assert min(figures[role]["kl_to_teacher"] for role in ("pruned", "distilled")) > 0
     assert figures["distilled"]["loss"] < figures["pruned"]["loss"]
     assert figures["pruned"]["parameters"] == manifest_of(tiny_run, "prune").parameters
@@ -260,21 +263,27 @@ def test_importance_is_kept_as_data(tiny_run: Path) -> None:
 
 
 def test_what_was_cut_is_healed(tiny_run: Path) -> None:
-    teacher, student = (
+    teacher, as_cut, student = (
         dict(hf_weights(find_checkpoint(tiny_run / stage / ARTIFACT)))
-        for stage in ("import_hf", "prune")
+        for stage in ("import_hf", "prune", "heal")
     )
     kept = KeptIndices.load(tiny_run / "prune" / ARTIFACT)
-    healed = set()
     for name, weight in teacher.items():
-        if (ours := student_name(name, kept)) and not student[ours].equal(
-            cut(name, weight, kept, 10)
-        ):
-            healed.add(name.split(".")[-2])
-    assert healed == {
+        if ours := student_name(name, kept):
+            assert as_cut[ours].equal(cut(name, weight, kept, 10))
+    changed = {name for name, weight in as_cut.items() if not student[name].equal(weight)}
+    assert {name.split(".")[-2] for name in changed} == {
         *(f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")),
         "norm",
     }
+
+
+def test_what_healing_brought_back_counts(tiny_run: Path) -> None:
+    healed = manifest_of(tiny_run, "heal").result(HealResult)
+    assert 0 < healed.kl_healed < healed.kl_as_cut
+    assert left_of(tiny_run / "distill" / METRICS) == healed.left
+    page = (tiny_run / "report" / ARTIFACT / "report.html").read_text()
+    assert f"took back {1 - healed.left:.1%} of" in " ".join(re.sub("<[^>]*>", "", page).split())
 
 
 def test_parts_share_no_document(tiny_run: Path) -> None:

@@ -51,6 +51,23 @@ def test_a_curve_without_noise_is_found_again() -> None:
     assert "90% at" in in_words(found)
 
 
+def test_what_was_brought_back_before_the_training_counts() -> None:
+    """Half of what was lost is back before the first step: 90% of all is 80% of the rest."""
+    found = forecast(steps(300), TOKENS, left=0.5)
+    whole = forecast(steps(300), TOKENS)
+    assert found.recovered is not None
+    assert found.limit is not None
+    assert whole.recovered is not None
+    assert whole.limit is not None
+    assert found.recovered.value == pytest.approx(0.5 + 0.5 * whole.recovered.value)
+    assert found.limit.value == pytest.approx(0.5 + 0.5 * whole.limit.value)
+    assert found.rows[0].tokens is not None
+    assert found.rows[0].tokens.value == pytest.approx(true_tokens(0.8), rel=0.1)
+    nothing_left = forecast(steps(300), TOKENS, left=0.05).rows[0]
+    assert nothing_left.tokens is not None
+    assert nothing_left.tokens.value == 0
+
+
 def test_intervals_hold_what_is_true_as_often_as_they_say() -> None:
     """95% of them would; 30 curves can show that it is not half."""
     goal = 0.02 + 0.7 * (1 + 600 * TOKENS / 2e4) ** -0.8

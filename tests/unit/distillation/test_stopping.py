@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes.core.metrics import METRICS, MetricsLog
-from recipes.distillation.forecast import share_after
+from recipes.distillation.forecast import LEFT, share_after
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.stopping import stop_reason
 from tests.unit.distillation.test_forecast import TOKENS, steps
@@ -45,6 +45,14 @@ def test_it_stops_at_the_share_that_was_wanted(
     found = stop_reason(cfg, file, step)
     assert said in found
     assert bool(found) == bool(said)
+
+
+def test_what_healing_brought_back_counts(tmp_path: Path) -> None:
+    """Half of what pruning lost is back before the first step, half of the rest by the 100th."""
+    file = logged(tmp_path, 0.0, {0: 0.8, 100: 0.4})
+    MetricsLog(file).log(**{LEFT: 0.5})
+    cfg = DistillConfig(stage="distill", max_steps=STEPS, stop_at_recovered=0.7)
+    assert "step 100 of 300: 75% of the divergence" in stop_reason(cfg, file, 100)
 
 
 @pytest.mark.parametrize(

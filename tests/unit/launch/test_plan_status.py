@@ -120,9 +120,10 @@ def test_changed_code_is_the_reason(plan: MakePlan, run: Path) -> None:
     write_manifest(run / "prune", dataclasses.replace(manifest, code="old", fingerprint="old"))
     assert todo(plan()) == {
         "prune": "code changed",
-        "distill": "after prune",
+        "heal": "after prune",
+        "distill": "after heal",
         "evaluate": "after prune, distill",
-        "export_hf": "after distill, evaluate, prune",
+        "export_hf": "after distill, evaluate, prune, heal",
         "report": "after prune, distill, evaluate, export_hf",
     }
 

@@ -20,15 +20,19 @@ HALF = "stages.prune.target_num_layers=0.5"
 
 
 def order(plan: Plan) -> list[str]:
-    return [s.name for s in plan.stages if s.name.startswith(("score", "prune", "distill"))]
+    return [s.name for s in plan.stages if s.name.startswith(("score", "prune", "heal", "distill"))]
 
 
 def test_rounds_go_equal_parts_of_the_way(plan: MakePlan) -> None:
     once, twice, thrice = plan(HALF), plan(HALF, "rounds=2"), plan(HALF, "rounds=3")
-    assert order(once) == ["score", "prune", "distill"]
-    first = ["score", "prune_1", "distill_1", "score_2"]
-    assert order(twice) == [*first, "prune", "distill"]
-    assert order(thrice) == [*first, "prune_2", "distill_2", "score_3", "prune", "distill"]
+    last = ["prune", "heal", "distill"]
+    assert order(once) == ["score", *last]
+    first = ["score", "prune_1", "heal_1", "distill_1", "score_2"]
+    assert order(twice) == [*first, *last]
+    assert order(thrice) == [*first, "prune_2", "heal_2", "distill_2", "score_3", *last]
+    assert order(plan(HALF, "rounds=2", "heal=none")) == [
+        *("score", "prune_1", "distill_1", "score_2", "prune", "distill")
+    ]
     # SmolLM2 has 30 layers, 576 channels and 1536 in each feed-forward layer.
     shapes = [thrice.chain.shape_of(f"distill{round}") for round in ("_1", "_2", "")]
     assert [(s.num_layers, s.hidden_size, s.ffn_hidden_size) for s in shapes] == [
@@ -63,7 +67,12 @@ def test_a_round_is_like_the_last_but_for_what_it_is_told(plan: MakePlan) -> Non
     first, last = stages["distill_1"], stages["distill"]
     alike = replace(last, max_steps=50, compile=first.compile, inputs=first.inputs)  # type: ignore[call-arg]
     assert alike == first
-    assert first.inputs == {**last.inputs, "student": "prune_1"}
+    assert first.inputs == {**last.inputs, "student": "heal_1"}
+    healed = [stages[name].inputs for name in ("heal_1", "heal")]
+    assert [(one["checkpoint"], one["teacher"]) for one in healed] == [
+        ("prune_1", "import_hf"),
+        ("prune", "distill_1"),
+    ]
     assert first.inputs["teacher"] == "cache_logits"
     assert stages["prune_1"].inputs["checkpoint"] == "import_hf"
     assert stages["prune"].inputs["checkpoint"] == stages["score_2"].inputs["checkpoint"]

@@ -118,7 +118,7 @@ TRIPS = {
     "layer-importance": trip("stages.prune.target_num_layers=20",
                             "stages.prune.layer_importance=greedy"),
     "calibration": trip("stages.score.block_sizes=[30]"),
-    "healing": trip("stages.prune.heal=least_squares", config=MIXTURE),
+    "healing": trip(config=MIXTURE),
     "one-rank": trip("stages.prune.resources.devices=2"),
     "ranks": trip(f"{D}tensor_model_parallel_size=3"),
     "batch": trip(f"{D}global_batch_size=6"),

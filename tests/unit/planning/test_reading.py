@@ -88,8 +88,9 @@ def test_a_shape_is_healed_with_a_layer_at_a_time_on_a_gpu() -> None:
     both = LLAMA.parameters() + student.parameters()
     assert on_gpu.memory.weights == 4 * both / 32
     assert here.memory.weights == on_gpu.memory.weights + 2 * both
-    streams = 2 * (4096 + 3072) + 14336 + 9216
-    assert on_gpu.memory.activations == 4 * 8192 * MISTRAL_TEXT.windows * streams
+    tokens, at_once = 8192 * MISTRAL_TEXT.windows, 8192 * MISTRAL_TEXT.micro_batch_size
+    streams = tokens * (2 * (4096 + 3072) + 9216)
+    assert on_gpu.memory.activations == 4 * (streams + at_once * 5 * 14336)
     # Behind both norms, of a student's width, and before both weights that write, of their inputs.
     normal = 2 * 3072 * (3072 + 4096) + sum(n * (n + 3072) for n in (32 * 128, 9216))
     forward = sum(

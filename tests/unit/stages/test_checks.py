@@ -18,12 +18,13 @@ from recipes.distillation.settings import DistillConfig
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
-from recipes.pruning.settings import PruneConfig, ScoreConfig
+from recipes.pruning.settings import HealConfig, PruneConfig, ScoreConfig
 from recipes.stages import (
     distill,
     evaluate,
     export_gguf,
     export_hf,
+    heal,
     import_hf,
     prepare_data,
     prune,
@@ -283,18 +284,21 @@ def test_prune_runs_on_one_rank(chain: Chain, resources: Resources) -> None:
     assert one(prune.STAGE.problems(cfg, chain)).rule.name == "one-rank"
 
 
-def test_prune_heals_dense_models_on_text(chain: Chain) -> None:
-    healed = PruneConfig(stage="prune", target_num_layers=3, heal="least_squares")
-    assert "stages.prune.inputs.calibration" in one(prune.check(healed, chain)).fix
-    healed.inputs = {"calibration": "prepare_data"}
-    assert list(prune.check(healed, chain)) == []
-    healed.seq_length = chain.teacher.max_position_embeddings + 1
-    assert one(prune.check(healed, chain)).rule.name == "seq-length"
+def test_dense_models_are_healed_to_what_they_were_cut_from(chain: Chain) -> None:
+    cut = PruneConfig(stage="prune", target_num_layers=3, inputs={"checkpoint": "import_hf"})
+    chain = dataclasses.replace(chain, stages={"prune": cut, "distill": DistillConfig()})
+    inputs = {"checkpoint": "prune", "teacher": "import_hf", "data": "prepare_data"}
+    cfg = HealConfig(stage="heal", inputs=inputs)
+    assert list(heal.check(cfg, chain)) == []
+    too_long = dataclasses.replace(cfg, seq_length=chain.teacher.max_position_embeddings + 1)
+    assert one(heal.check(too_long, chain)).rule.name == "seq-length"
+    other = dataclasses.replace(cfg, inputs={**inputs, "teacher": "distill"})
+    assert one(heal.check(other, chain)).fix == "set stages.heal.inputs.teacher=import_hf"
+    whole = dataclasses.replace(cfg, inputs={**inputs, "checkpoint": "distill"})
+    assert "distill, which prunes nothing" in one(heal.check(whole, chain)).what
     experts = dataclasses.replace(chain.teacher, num_moe_experts=4, moe_ffn_hidden_size=64)
-    healed = dataclasses.replace(healed, seq_length=64)
     mixture = dataclasses.replace(chain, teacher=experts)
-    assert "stages.prune.heal=none" in one(prune.check(healed, mixture)).fix
-    assert list(prune.check(dataclasses.replace(healed, heal="none"), mixture)) == []
+    assert "heal=none" in one(heal.check(cfg, mixture)).fix
 
 
 def test_a_file_for_llama_cpp_is_of_families_that_it_is_told(chain: Chain) -> None:

@@ -1,0 +1,118 @@
+"""Heals a pruned model in closed form: refits it to do on text what its teacher does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, metrics_log
+from recipes.distillation.results import KeptLayers
+from recipes.planning import rules
+from recipes.planning.chain import Chain, window_problems
+from recipes.planning.problems import Problem
+from recipes.planning.reading import Reading, Text, compared, fullest, healed
+from recipes.pruning.results import HealResult
+from recipes.pruning.settings import HealConfig, PruneConfig
+from recipes.stages.contract import Stage
+
+
+def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
+    """Finds models that cannot be healed, and a teacher that the student was not cut from."""
+    yield from window_problems(cfg.seq_length, chain)
+    if chain.teacher.num_moe_experts:
+        yield Problem(
+            rules.HEALING,
+            f"{cfg.stage} cannot refit experts",
+            "use heal=none, and distil the model as it is cut",
+        )
+    pruned = chain.stages.get(cfg.inputs.get("checkpoint", ""))
+    if pruned is None:
+        return
+    source, teacher = pruned.inputs.get("checkpoint"), cfg.inputs.get("teacher")
+    if not isinstance(pruned, PruneConfig):
+        yield Problem(
+            rules.HEALING,
+            f"{cfg.stage} is given {cfg.inputs['checkpoint']}, which prunes nothing",
+            f"set stages.{cfg.stage}.inputs.checkpoint to a stage that does",
+        )
+    elif source != teacher:
+        yield Problem(
+            rules.HEALING,
+            f"{cfg.stage} heals to {teacher}, but its student was cut from {source}",
+            f"set stages.{cfg.stage}.inputs.teacher={source}",
+        )
+
+
+def reading(cfg: HealConfig, chain: Chain) -> Reading:
+    """The student as it is healed, and then beside the teacher as it was and is."""
+    teacher, student = (chain.shape_of(cfg.inputs.get(name)) for name in ("teacher", "checkpoint"))
+    calibration, unseen = (
+        Text(windows, cfg.seq_length, cfg.micro_batch_size)
+        for windows in (cfg.num_calibration_samples, cfg.num_samples)
+    )
+    bf16 = cfg.precision == "bf16-mixed"
+    fitted = healed(teacher, student, calibration, chain.hardware)
+    measured = compared((teacher, student), bf16, unseen, chain.hardware)
+    work = fitted.work + measured.work + unseen.work(student, bf16)
+    # All of it counts as in float32, as most is.
+    return Reading(fullest(fitted.memory, measured.memory), work, bf16=False)
+
+
+def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Heals, saves the student, and measures what that brought back."""
+    from nemo_convert import hf, nemo
+    from nemo_convert.convert import hf_weights
+    from recipes.data.token_windows import read_windows
+    from recipes.evaluation.text_quality import measure_checkpoints
+    from recipes.pruning.cut_checkpoint import save_weights
+    from recipes.pruning.healing import heal_weights
+    from recipes.pruning.kept import KeptIndices
+
+    teacher, pruned = (
+        nemo.find_checkpoint(inputs[name].artifact) for name in ("teacher", "checkpoint")
+    )
+    student, weights = nemo.architecture_of(pruned), dict(hf_weights(pruned))
+    text = read_windows(inputs["data"], "calibration", cfg.seq_length, cfg.num_calibration_samples)
+    batches = text.tokens.split(cfg.micro_batch_size)
+    kept = KeptIndices.load(inputs["checkpoint"].artifact)
+    progress = partial(metrics_log(out).progress, "heal")
+    heal_weights(teacher, student, kept, weights, batches, progress)
+    save_weights(pruned, student, weights, out / pruned.name)
+    del weights
+    unseen = read_windows(inputs["data"], "validation", cfg.seq_length, cfg.num_samples)
+    students = [pruned, out / pruned.name]
+    before, after = measure_checkpoints(
+        teacher, students, unseen, cfg.precision, cfg.micro_batch_size
+    )
+    return Outcome(
+        HealResult(
+            kept_layers=inputs["checkpoint"].manifest.result(KeptLayers).kept_layers,
+            calibration_tokens=text.tokens.numel(),
+            kl_as_cut=before.kl_to_teacher,
+            kl_healed=after.kl_to_teacher,
+        ),
+        architecture=student.as_dict(),
+        parameters=student.parameters(),
+        tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(pruned)),
+    )
+
+
+STAGE = Stage(
+    config=HealConfig,
+    kind="checkpoint_nemo",
+    run=run,
+    check=check,
+    reading=reading,
+    one_rank="it heals one layer at a time",
+    inputs={
+        "checkpoint": ("checkpoint_nemo",),
+        "teacher": ("checkpoint_nemo",),
+        "data": ("dataset",),
+    },
+    disk_bytes=lambda config, chain: 4 * chain.shape_of(config.inputs["checkpoint"]).parameters(),
+)
+
+if __name__ == "__main__":
+    STAGE.main()
