@@ -28,6 +28,7 @@ from recipes.distillation.forecast import in_words as forecast_in_words
 from recipes.engines.results import BenchmarkResults, EngineResult
 from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
 from recipes.planning.results import Cell, PlanResult
+from recipes.pruning.results import HealResult
 from recipes.report.cost import outlook
 from recipes.report.results import ReportResult
 from recipes.search.results import LatencyResult, SearchResult
@@ -113,6 +114,8 @@ def headline(manifest: Manifest) -> str:
     """The one result of a stage that a person wants to see."""
     if manifest.kind in HEADLINES:
         return HEADLINES[manifest.kind](manifest)
+    if healed := manifest.result_if("heal", HealResult):
+        return f"KL {healed.kl_as_cut:.3f} → {healed.kl_healed:.3f} on validation text"
     size = f"{manifest.parameters / 1e6:.1f} M parameters" if manifest.parameters else ""
     return ", ".join(filter(None, (size, manifest.metrics.get("stopped"))))
 

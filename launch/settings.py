@@ -45,7 +45,8 @@ class RunSettings:
     """Where the run lives; ``runs/RECIPE`` by default."""
     rounds: Count = 1
     """Prunes and distils so many times, each time an equal share of the way, from the last student;
-    ``prune``, ``distill`` and ``score`` of earlier rounds have their number, as in ``prune_1``."""
+    ``prune``, ``heal``, ``distill`` and ``score`` of earlier rounds have their number, as in
+    ``prune_1``."""
     dry_run: bool = False
     """Writes every config and script, and starts nothing."""
     rehearse: Any = False

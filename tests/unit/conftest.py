@@ -47,6 +47,7 @@ from recipes.evaluation.results import (
 )
 from recipes.planning.chain import Chain
 from recipes.planning.results import PlanResult
+from recipes.pruning.results import HealResult
 from recipes.report.results import ReportResult
 from tests.support.launcher import fork_launcher
 from tests.support.manifests import bare_manifest
@@ -110,8 +111,9 @@ RESULTS = {
         speculation=[Speculation("openvino", "fp32", 2, 128, 32, 3, 3, 0.6, Spread(0.7, 0.6, 0.8))],
     ),
     "report": ReportResult("report.html"),
+    "heal": HealResult([1], calibration_tokens=64, kl_as_cut=0.68, kl_healed=0.4154),
 }
-"""What stages are said to have measured, by kind."""
+"""What stages are said to have measured, by kind or name."""
 
 COMPOSED: dict[tuple[str, ...], DictConfig] = {}
 """Composed configs, which nothing changes; composing one takes longer than a plan."""
@@ -208,7 +210,7 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
     request = stage.request()
     kind = stage.stage.kind
     manifest = replace(
-        bare_manifest(stage.config.stage, kind, RESULTS.get(kind)),
+        bare_manifest(stage.config.stage, kind, RESULTS.get(stage.config.stage, RESULTS.get(kind))),
         fingerprint=stage.fingerprint,
         config=request["config"],
         code=stage.code,

@@ -89,6 +89,7 @@ def test_summary_shows_what_each_stage_produced(
     assert "everything was complete, nothing ran; 1.2 s" in shown
     for words in (
         "openvino fp32",
+        "KL 0.680 → 0.415 on validation text",
         "1.25 × prefill, 1.20 × decode (openvino, batch 1), 0.70 × with its drafts",
     ):
         assert words in shown
