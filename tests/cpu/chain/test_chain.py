@@ -448,7 +448,7 @@ def test_kill_9_then_the_same_command_changes_nothing(
 ) -> None:
     """A small part of ``python -m tests.chaos``: while it scores, and while training saves."""
     run_dir = without(tiny_run, tmp_path / "run", "score", "distill")
-    words = [*overrides(odd_llama, text_file, run_dir), "stages.only=[score,prune,distill]"]
+    words = [*overrides(odd_llama, text_file, run_dir), "stages.only=[score,prune,heal,distill]"]
     seconds = {stage: manifest_of(tiny_run, stage).seconds for stage in ("score", "distill")}
     command = Disturbed(words, run_dir, tmp_path, seconds, {"TMPDIR": str(temporary)})
 

@@ -47,7 +47,7 @@ def texts(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def live(even_llama: Path, texts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("live") / "run"
-    only = "stages.only=[import_hf,prepare_data,score,prune,distill]"
+    only = "stages.only=[import_hf,prepare_data,score,prune,heal,distill]"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEMO_RECIPES_CACHE", str(run_dir.parent / "cache"))
         result = run_teacher(even_llama, texts, run_dir, only)

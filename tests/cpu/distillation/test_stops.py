@@ -100,7 +100,7 @@ def training(model: Path, text_file: Path, run_dir: Path) -> list[str]:
 def untrained(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("untrained") / "run"
     command = training(even_llama, text_file, run_dir)
-    only = "stages.only=[import_hf,prepare_data,score,prune]"
+    only = "stages.only=[import_hf,prepare_data,score,prune,heal]"
     result = run_here(*command, only, cwd=run_dir.parent)
     assert result.code == 0, result.output
     return run_dir
