@@ -24,8 +24,8 @@ no curve before it shows."""
 def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
     """Why the training that logs to ``file`` ends after ``step``; empty where it goes on."""
     measured = [r for r in steps_of(file, VALIDATE) if r["done"] <= step and "val_kd" in r]
-    if cfg.stop_at_recovered is None or not measured or step >= cfg.max_steps:
-        return ""
+    if cfg.stop_at_recovered is None or len(measured) < 2 or step >= cfg.max_steps:
+        return ""  # also where healing alone was enough: a training has a step to tell of
     first, last = measured[0], measured[-1]
     left = left_of(file)
     share = 1 - left * last["val_kd"] / first["val_kd"] if first["val_kd"] else 1.0

@@ -219,7 +219,7 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
     arch = nemo.architecture_of(student)
     objective, log = Objective.of(cfg, inputs, arch), metrics_log(out)
     if healed := inputs["student"].manifest.result_if("heal", HealResult):
-        log.log(**{LEFT: healed.left})
+        log.progress("student", 1, 1, **{LEFT: healed.left})
     train(cfg, student, objective, inputs["data"], out / student.name, log)
     kept = inputs["student"].manifest.result(KeptLayers).kept_layers
     return Outcome(

@@ -50,9 +50,10 @@ def test_it_stops_at_the_share_that_was_wanted(
 def test_what_healing_brought_back_counts(tmp_path: Path) -> None:
     """Half of what pruning lost is back before the first step, half of the rest by the 100th."""
     file = logged(tmp_path, 0.0, {0: 0.8, 100: 0.4})
-    MetricsLog(file).log(**{LEFT: 0.5})
+    MetricsLog(file).progress("student", 1, 1, **{LEFT: 0.5})
     cfg = DistillConfig(stage="distill", max_steps=STEPS, stop_at_recovered=0.7)
     assert "step 100 of 300: 75% of the divergence" in stop_reason(cfg, file, 100)
+    assert stop_reason(replace(cfg, stop_at_recovered=0.4), file, 0) == ""  # no step yet
 
 
 @pytest.mark.parametrize(
