@@ -164,7 +164,7 @@ def recipe(cfg: SuccessiveHalvingConfig, inputs: Inputs, winner: Candidate, meth
             "defaults:",
             "  - /chain@_global_: prune_distill",
             "  - _self_",
-            "  - /heal: least_squares",
+            "  - /heal: none",
             "  - /teacher: live",
             "",
             f"description: {winner.name}, {winner.parameters / 1e6:,.1f} M parameters",

@@ -30,7 +30,7 @@ from tests.chaos.chain import differences, is_of_a_library, overrides
 from tests.chaos.faults import FAULTS
 from tests.chaos.kills import Disturbed, Hit, Kill, draw
 from tests.support.models import ODD, write_tiny_model
-from tests.support.runs import STAGES, manifest_of
+from tests.support.runs import HEALING, manifest_of
 from tests.support.text import write_text
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.SIGINT}
@@ -85,7 +85,7 @@ def prepare(place: Place, words: Sequence[str]) -> dict[str, float]:
         if code:
             sys.exit(output)
         place.run.rename(place.base)
-    return {stage: manifest_of(place.base, stage).seconds for stage in STAGES}
+    return {stage: manifest_of(place.base, stage).seconds for stage in HEALING}
 
 
 def disturbed(
@@ -101,7 +101,7 @@ def one_round(
     """Starts over with the first of the stages, and kills as told until the chain is done."""
     shutil.rmtree(place.run, ignore_errors=True)
     shutil.copytree(place.base, place.run, ignore=shutil.ignore_patterns(".lock"))
-    for stage in STAGES[STAGES.index(stages[0]) :]:
+    for stage in HEALING[HEALING.index(stages[0]) :]:
         shutil.rmtree(place.run / stage)
     for kill in kills:
         hit = command.kill(kill)
@@ -177,7 +177,7 @@ def disturb(place: Place, arguments: argparse.Namespace) -> bool:
     if arguments.faults is not None:
         return every_fault(place, arguments, seconds)
     rng = random.Random(arguments.seed)
-    stages = arguments.stages or STAGES
+    stages = arguments.stages or HEALING
     command = disturbed(place, arguments.words, seconds)
     log = (place.folder / "campaign.jsonl").open("a", buffering=1)
     done, number, problems = Counter[str](), SIGNALS[arguments.signal], 0
@@ -223,7 +223,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--each", type=int, default=2, help="kills of each stage in a round")
-    parser.add_argument("--stages", nargs="*", choices=STAGES, help="by default all")
+    parser.add_argument("--stages", nargs="*", choices=HEALING, help="by default all")
     parser.add_argument("--signal", choices=SIGNALS, default="kill")
     parser.add_argument("--faults", nargs="*", choices=FAULTS, help="not kills, but these, or all")
     parser.add_argument("--folder", type=Path, help="to work in; an undisturbed run there is used")

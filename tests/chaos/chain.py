@@ -36,6 +36,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "openvi
     return [
         "recipe=llama_width_prune",
         "tasks=none",
+        "heal=least_squares",
         f"engine={engine}",
         *tiny(model, text_file, run_dir),
         "stages.prune.target_hidden_size=40",

@@ -21,7 +21,7 @@ from tests.chaos import slurm
 from tests.chaos.chain import SMALL_ENGINES, differences
 from tests.chaos.kills import PATIENCE, Disturbed, roles_of
 from tests.support.disks import small_disk
-from tests.support.runs import STAGES, settings
+from tests.support.runs import HEALING, settings
 
 ROOM = tuple(4096 * pages for pages in (16, 12, 8, 6, 4))
 """Left on a disk, until a stage that makes little has too little; the launcher needs some, too."""
@@ -124,7 +124,7 @@ def one_rank(base: Path, run: Path, command: Command, how: str) -> Iterator[str]
 
 
 FAULTS: dict[str, Callable[[Path, Path, Command], Iterator[str]]] = {
-    **{f"disk-{stage}": partial(full_disk, stage=stage) for stage in STAGES},
+    **{f"disk-{stage}": partial(full_disk, stage=stage) for stage in HEALING},
     **{f"disk-{stage}": partial(full_disk_of_others, stage=stage) for stage in OF_OTHERS},
     **{f"rank-{how}": partial(one_rank, how=how) for how in ("hangs", "memory")},
     **{

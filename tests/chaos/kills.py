@@ -23,7 +23,7 @@ from recipes.distillation.training import CHECKPOINTS, UNFINISHED, steps_in, who
 from tests.chaos.chain import CHECKPOINT_INTERVAL, STEPS
 from tests.support import processes
 from tests.support.launcher import wait_until_none_works_in
-from tests.support.runs import STAGES
+from tests.support.runs import HEALING
 
 VICTIMS = ("launcher", "stage", "server", "helper")
 """The launcher; a stage's process or rank; what it is forked from, or torchrun; what it starts."""
@@ -152,7 +152,7 @@ class Disturbed:
 
     def _reached(self, launcher: subprocess.Popen[str], stage: str) -> bool:
         now = self._stage_of(launcher)
-        return now is not None and STAGES.index(now) >= STAGES.index(stage)
+        return now is not None and HEALING.index(now) >= HEALING.index(stage)
 
     def _wait_for(self, kill: Kill, launcher: subprocess.Popen[str]) -> None:
         if kill.moment == "launch":

@@ -22,7 +22,7 @@ STEPS = 20
 SHAPE = EVEN | {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
 """Heads that every kernel takes, sizes that FP8 takes."""
 PRECISIONS = ("32", "bf16-mixed")
-BEFORE = "stages.only=[import_hf,prepare_data,score,prune,heal,distill]"
+BEFORE = "stages.only=[import_hf,prepare_data,score,prune,distill]"
 DISTILL = {
     "global_batch_size": 8,
     "max_steps": STEPS,

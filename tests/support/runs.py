@@ -13,13 +13,14 @@ STAGES = [
     "prepare_data",
     "score",
     "prune",
-    "heal",
     "distill",
     "evaluate",
     "export_hf",
     "report",
 ]
 """Of a recipe that prunes, with ``tasks=none engine=none``, in their order."""
+HEALING = [*STAGES[:5], "heal", *STAGES[5:]]
+"""The same with ``heal=least_squares``."""
 
 
 def tiny(model: Path, text_file: Path | str, run_dir: Path, seq_length: int = 64) -> list[str]:

@@ -160,7 +160,7 @@ def test_the_teacher_is_chosen(
     for before, after in pairwise(order):
         assert planned[after].config.inputs["teacher"] == before
     assert planned["evaluate"].config.inputs["teacher"] == "import_hf"
-    assert len(planned) == 8 + len(order)
+    assert len(planned) == 7 + len(order)
 
 
 @pytest.mark.parametrize("recipe", WHOLE)

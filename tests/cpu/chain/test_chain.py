@@ -38,7 +38,7 @@ from tests.support.in_process import run_here
 from tests.support.launcher import run_recipe
 from tests.support.llama_cpp import require_near_words
 from tests.support.newer import transformers_5
-from tests.support.runs import STAGES, manifest_of, without
+from tests.support.runs import HEALING, manifest_of, without
 
 ENGINES = ("build_engine", "build_teacher_engine", "measure_speed", "export_gguf")
 SERVE = (REPO_ROOT / "docs" / "serve.md").read_text()
@@ -61,9 +61,9 @@ def tiny_run(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPath
             patch.setenv(name, str(value))
         result = run_recipe(*overrides(odd_llama, text_file, run_dir), cwd=run_dir.parent)
     assert result.code == 0, result.output
-    for stage in (*STAGES, *ENGINES):
+    for stage in (*HEALING, *ENGINES):
         assert f"{stage}: complete" in result.output
-    assert f"{len(STAGES) + len(ENGINES)} stages ran" in result.output
+    assert f"{len(HEALING) + len(ENGINES)} stages ran" in result.output
     return run_dir
 
 
@@ -109,7 +109,7 @@ def last_value(source: str, names: dict[str, object]) -> object:
 
 
 def test_every_manifest_is_filled(tiny_run: Path) -> None:
-    for stage in STAGES:
+    for stage in HEALING:
         manifest = manifest_of(tiny_run, stage)
         assert manifest.seconds > 0
         light = stage in ("plan", "report")
@@ -505,7 +505,7 @@ def test_too_little_text_stops_before_training(
 ) -> None:
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "one"}\n{"text": "two"}\n')
-    run_dir = without(tiny_run, tmp_path / "run", *STAGES[2:])
+    run_dir = without(tiny_run, tmp_path / "run", *HEALING[2:])
     result = run_here(*overrides(odd_llama, short, run_dir), "skip_rules=[tokens]", cwd=tmp_path)
     assert result.code == 1
     assert "too little text for seq_length=64" in result.output

@@ -56,7 +56,6 @@ SMALL = (
     "data.seq_length=128 stages.distill.max_steps=4 stages.distill.warmup_steps=1 "
     "stages.distill.val_check_interval=4 stages.distill.limit_val_batches=1 "
     "stages.score.num_calibration_samples=8 stages.score.num_loss_samples=1 "
-    "stages.heal.num_calibration_samples=8 stages.heal.num_samples=4 "
     "stages.evaluate.num_windows=8 stages.evaluate.new_tokens=8 stages.evaluate_tasks.limit=2 "
     "stages.build_engine.num_windows=2 stages.build_teacher_engine.num_windows=2 "
     "stages.measure_speed.batch_sizes=[1] stages.measure_speed.prompt_tokens=[32] "

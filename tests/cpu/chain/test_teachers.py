@@ -30,8 +30,7 @@ def run_teacher(model: Path, texts: str, run_dir: Path, *more: str) -> Result:
     return run_here(
         "recipe=llama_depth_prune",
         *tiny(model, texts, run_dir),
-        "stages.prune.target_num_layers=2",
-        "heal=none",  # as it is cut, it is further from its teacher than float16 rounds
+        "stages.prune.target_num_layers=2",  # further from its teacher than float16 rounds
         *settings("distill", **distill),
         *more,
         cwd=run_dir.parent,

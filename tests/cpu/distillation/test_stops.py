@@ -92,7 +92,6 @@ def training(model: Path, text_file: Path, run_dir: Path) -> list[str]:
         "recipe=llama_depth_prune",
         *tiny(model, text_file, run_dir),
         "stages.prune.target_num_layers=2",
-        "heal=none",  # which brings back most of so small a model
         *settings("distill", precision=32, warmup_steps=1, max_steps=6, checkpoint_interval=1),
     ]
 

@@ -80,9 +80,9 @@ def test_plan_shows_brackets_as_they_are(
 def test_summary_shows_what_each_stage_produced(
     screen: Console, plan: Callable[..., Plan], complete: Callable[..., None]
 ) -> None:
-    engine = "engine=openvino"
-    complete(plan(engine))
-    print_summary(plan(engine), 1.25, screen)
+    chosen = ("heal=least_squares", "engine=openvino")
+    complete(plan(*chosen))
+    print_summary(plan(*chosen), 1.25, screen)
     shown = text_of(screen)
     for words in ("1,000,200 tokens", "1.5 M parameters", "1.0 GB", "report.html", "75% recovered"):
         assert words in shown
@@ -93,7 +93,7 @@ def test_summary_shows_what_each_stage_produced(
         "1.25 × prefill, 1.20 × decode (openvino, batch 1), 0.70 × with its drafts",
     ):
         assert words in shown
-    assert shown.count("skipped") == len(plan(engine).stages)
+    assert shown.count("skipped") == len(plan(*chosen).stages)
 
 
 def test_summary_marks_incomplete_stages(screen: Console, plan: Callable[..., Plan]) -> None:

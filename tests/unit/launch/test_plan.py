@@ -56,9 +56,9 @@ def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) ->
     assert request["config"]["stage"] == "distill"
     assert request["fingerprint"] == stage.fingerprint
     student = request["inputs"]["student"]
-    assert student["directory"] == str(tmp_path / "run" / "heal")
+    assert student["directory"] == str(tmp_path / "run" / "prune")
     assert student["kind"] == "checkpoint_nemo"
-    assert student["fingerprint"] == plan().stages[STAGES.index("heal")].fingerprint
+    assert student["fingerprint"] == plan().stages[STAGES.index("prune")].fingerprint
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) ->
         ("data.sources=[nothing.txt]", "there is no file 'nothing.txt'"),
         ("data.sources=[text.csv]", "'text.csv' is not one of"),
         ("data.sources=['pypi://x']", "not of the form pypi://"),
-        ("stages.prune.inputs.checkpoint=distill", "in a circle: prune → heal → distill → prune"),
+        ("stages.prune.inputs.checkpoint=distill", "in a circle: prune → distill → prune"),
         (
             "stages.prune.inputs.checkpoint=prepare_data",
             "is a dataset; a checkpoint_nemo is needed",
@@ -174,7 +174,7 @@ def test_only_runs_on_complete_inputs(plan: MakePlan, complete: Complete) -> Non
 
 def test_only_refuses_inputs_that_are_out_of_date(plan: MakePlan, complete: Complete) -> None:
     complete(plan())
-    message = refusal(plan, "stages.only=[heal]", "stages.prune.target_hidden_size=448")
+    message = refusal(plan, "stages.only=[distill]", "stages.prune.target_hidden_size=448")
     assert "leaves out prune" in message
     assert "target_hidden_size 512 → 448" in message
 
@@ -199,6 +199,9 @@ def test_input_from_another_run(plan: MakePlan, complete: Complete, tmp_path: Pa
     manifest = json.loads((other / "import_hf" / MANIFEST).read_text())
     assert reference.directory == other / "import_hf"
     assert reference.fingerprint == manifest["fingerprint"]
+    healed = plan(f"stages.prune.inputs.checkpoint={other}/import_hf", "heal=least_squares")
+    [heal] = [stage for stage in healed.stages if stage.name == "heal"]
+    assert heal.inputs["teacher"] == reference  # what it was cut from
 
 
 def test_input_may_be_of_several_kinds(

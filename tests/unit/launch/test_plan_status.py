@@ -120,10 +120,9 @@ def test_changed_code_is_the_reason(plan: MakePlan, run: Path) -> None:
     write_manifest(run / "prune", dataclasses.replace(manifest, code="old", fingerprint="old"))
     assert todo(plan()) == {
         "prune": "code changed",
-        "heal": "after prune",
-        "distill": "after heal",
+        "distill": "after prune",
         "evaluate": "after prune, distill",
-        "export_hf": "after distill, evaluate, prune, heal",
+        "export_hf": "after distill, evaluate, prune",
         "report": "after prune, distill, evaluate, export_hf",
     }
 

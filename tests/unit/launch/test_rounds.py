@@ -16,6 +16,7 @@ from tests.unit.conftest import MakePlan
 if TYPE_CHECKING:
     from launch.plan import Plan
 
+HEALS = "heal=least_squares"
 HALF = "stages.prune.target_num_layers=0.5"
 
 
@@ -25,13 +26,12 @@ def order(plan: Plan) -> list[str]:
 
 def test_rounds_go_equal_parts_of_the_way(plan: MakePlan) -> None:
     once, twice, thrice = plan(HALF), plan(HALF, "rounds=2"), plan(HALF, "rounds=3")
-    last = ["prune", "heal", "distill"]
-    assert order(once) == ["score", *last]
-    first = ["score", "prune_1", "heal_1", "distill_1", "score_2"]
-    assert order(twice) == [*first, *last]
-    assert order(thrice) == [*first, "prune_2", "heal_2", "distill_2", "score_3", *last]
-    assert order(plan(HALF, "rounds=2", "heal=none")) == [
-        *("score", "prune_1", "distill_1", "score_2", "prune", "distill")
+    assert order(once) == ["score", "prune", "distill"]
+    first = ["score", "prune_1", "distill_1", "score_2"]
+    assert order(twice) == [*first, "prune", "distill"]
+    assert order(thrice) == [*first, "prune_2", "distill_2", "score_3", "prune", "distill"]
+    assert order(plan(HALF, "rounds=2", HEALS)) == [
+        *("score", "prune_1", "heal_1", "distill_1", "score_2", "prune", "heal", "distill")
     ]
     # SmolLM2 has 30 layers, 576 channels and 1536 in each feed-forward layer.
     shapes = [thrice.chain.shape_of(f"distill{round}") for round in ("_1", "_2", "")]
@@ -63,7 +63,7 @@ def test_rounds_are_what_a_large_cut_is_told(plan: MakePlan) -> None:
 def test_a_round_is_like_the_last_but_for_what_it_is_told(plan: MakePlan) -> None:
     words = with_additions(["stages.distill.lr=5e-4", "stages.distill_1.max_steps=50"])
     assert words[1] == "++stages.distill_1.max_steps=50"
-    stages = plan(HALF, "rounds=2", "teacher=cached", *words).chain.stages
+    stages = plan(HALF, "rounds=2", HEALS, "teacher=cached", *words).chain.stages
     first, last = stages["distill_1"], stages["distill"]
     alike = replace(last, max_steps=50, compile=first.compile, inputs=first.inputs)  # type: ignore[call-arg]
     assert alike == first

@@ -29,7 +29,7 @@ from tests.unit.conftest import LLAMA_CONFIG
 if TYPE_CHECKING:
     from tests.unit.conftest import Complete, Compose, Launch, MakePlan
 
-GROUPS = ("model=", "teacher=", "tasks=", "engine=")
+GROUPS = ("model=", "heal=", "teacher=", "tasks=", "engine=")
 
 D = "stages.distill."
 BFLOAT16 = "hardware.precision=bf16-mixed"
@@ -118,7 +118,7 @@ TRIPS = {
     "layer-importance": trip("stages.prune.target_num_layers=20",
                             "stages.prune.layer_importance=greedy"),
     "calibration": trip("stages.score.block_sizes=[30]"),
-    "healing": trip(config=MIXTURE),
+    "healing": trip("heal=least_squares", config=MIXTURE),
     "one-rank": trip("stages.prune.resources.devices=2"),
     "ranks": trip(f"{D}tensor_model_parallel_size=3"),
     "batch": trip(f"{D}global_batch_size=6"),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from launch.plan import Plan
     from recipes.core.metrics import Record
 
-BEFORE = ("plan", "import_hf", "prepare_data", "score", "prune", "heal")
+BEFORE = ("plan", "import_hf", "prepare_data", "score", "prune")
 """Stages before the distillation."""
 AFTER = 40 + 3 * BESIDE
 """Seconds of evaluate, export_hf and report, by the plan."""
