@@ -56,7 +56,7 @@ STUDENTS: dict[str, dict[str, object]] = {
     "given": {},  # as the run directory has it
     "depth": {"target_num_layers": 24, "layer_importance": "block"},
     "width": {"target_hidden_size": 512, "target_ffn_hidden_size": 1152},
-    "both": {"target_num_layers": 23, "target_ffn_hidden_size": 1280},
+    "searched": {"target_num_layers": 21, "target_ffn_hidden_size": 1472},
 }
 """What to prune the embedded teacher to: as the recipes do, and as a search for 75% of the
 parameters found."""
