@@ -126,6 +126,7 @@ def heal(base: Path, pruned: Path, out: Path) -> Path:
             "heal.inputs.teacher": base / "import_hf",
             "heal.inputs.data": base / "prepare_data",
         },
+        "heal=least_squares",
     )
     return out / "heal"
 
