@@ -213,6 +213,19 @@ def test_ways_to_recover_are_compared(
     assert f"{sum(kls) / 2:.3f} ± {abs(kls[0] - kls[1]) / math.sqrt(2):.3f}" in output
 
 
+def test_what_is_healed_first_is_beside_what_was_cut(tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "recovery"
+    options = ("--run-dir", str(tiny_run), "--out", str(out), "--students=given_healed")
+    budget = ("--steps=2", "--seeds", "3", "--windows=4", "--only", "forward_kl")
+    output = benchmark_here(recovery, *options, *budget)
+    [found] = json.loads((out / "recovery.json").read_text())
+    assert found["healed"] != found["pruned"] != found["distilled"]
+    healed = manifest_of(out / "given_healed" / "heal")
+    trained = manifest_of(out / "given_healed" / "forward_kl-3" / "distill")
+    assert trained.inputs["student"] == healed.fingerprint
+    assert "given_healed, not trained: perplexity" in output
+
+
 def test_a_judgement_is_what_evaluate_finds(tiny_run: Path, tmp_path: Path) -> None:
     """The same windows and masks: a stage's figures and a judgement's are one."""
     run_dir = tmp_path / "run"
