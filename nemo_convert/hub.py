@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+from nemo_convert.safetensors_header import read_header
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 from recipes.core.wheels import parse_wheel_file
@@ -94,22 +94,9 @@ def has_chat_template(hf_path: str) -> bool | None:
 
 
 def weight_names(folder: Path) -> frozenset[str]:
-    """Names of the weights in a folder, from the files' headers; none where a file has no header.
-
-    A ``.safetensors`` file begins with the length of a JSON object, which has the names as keys
-    (https://huggingface.co/docs/safetensors).
-    """
-    names: set[str] = set()
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if length > file.stat().st_size:
-                return frozenset()
-            try:
-                names |= json.loads(opened.read(length)).keys()
-            except ValueError:
-                return frozenset()
-    return frozenset(names - {"__metadata__"})
+    """Names of the weights in a folder, by its files' headers; none where a file has no header."""
+    headers = [read_header(file) for file in folder.glob("*.safetensors")]
+    return frozenset().union(*headers) if all(headers) else frozenset()
 
 
 def _hub_file(hf_path: str, name: str) -> Path:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import product
-from mmap import ACCESS_COPY, MADV_DONTNEED, PAGESIZE, mmap
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from nemo_convert.direct_io import DirectFile, read_numbers
 from nemo_convert.trust import read_description
 from recipes.core.errors import RecipeError
 
@@ -59,12 +60,21 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         """Writes the shards that the state dict describes."""
         described, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         with _without_checksums(), closing(_SourcePlanner(self.source, self.leading)) as planner:
+            # Nothing is copied ahead: where there is a GPU, that goes by size and not in order.
+            writer = FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0)
+            writer.fs = _DirectFiles()
             dcp.save(
-                mcore_to_pyt_state_dict(described, False),
-                # Nothing is copied ahead: where there is a GPU, that goes by size and not in order.
-                storage_writer=FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0),
-                planner=planner,
+                mcore_to_pyt_state_dict(described, False), storage_writer=writer, planner=planner
             )
+
+
+class _DirectFiles(FileSystem):
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        """Opens a file; a new one to write past the page cache."""
+        opened = DirectFile(path) if mode == "wb" else super().create_stream(path, mode)
+        with opened as stream:
+            yield stream
 
 
 @contextmanager
@@ -124,32 +134,22 @@ def _one_ahead(
     source: Source, wanted: Sequence[Where]
 ) -> Generator[tuple[Where, Tensor], None, None]:
     """Weights in order. A thread reads and merges the next one while one is written."""
-
-    def make(key: str, place: Place) -> Tensor:
-        weight = source(key, place)
-        weight.flatten().view(torch.uint8)[::PAGESIZE].sum()  # reads the pages of a mapped file
-        return weight
-
     if not wanted:
         return
     with ThreadPoolExecutor(1) as maker:
-        coming = maker.submit(make, *wanted[0])
+        coming = maker.submit(source, *wanted[0])
         for where, following in zip(wanted, [*wanted[1:], None], strict=True):
             made = coming.result()
             if following:
-                coming = maker.submit(make, *following)
+                coming = maker.submit(source, *following)
             yield where, made
 
 
 def read_weights(folder: Path, leading: dict[str, int]) -> Iterator[tuple[str, Place, Tensor]]:
-    """Yields (key, place, weight) of those keys that a checkpoint has.
-
-    A weight that is stored in one piece is a view of its mapped file, as safetensors' are: nothing
-    is copied until it is used. Writing to it changes only this process' memory.
-    """
+    """Yields (key, place, weight) of those keys that a checkpoint has."""
     reader = FileSystemReader(folder)
     metadata = read_description(folder)
-    shards = _MappedShards(reader, metadata)
+    shards = _Shards(reader, metadata)
     for key, axes in leading.items():
         if (stored := metadata.state_dict_metadata.get(key)) is None:
             continue
@@ -157,54 +157,31 @@ def read_weights(folder: Path, leading: dict[str, int]) -> Iterator[tuple[str, P
             yield key, place, _read(shards, key, stored, place)
 
 
-class _MappedShards:
-    """The tensors of a checkpoint's files, without reading them."""
+class _Shards:
+    """The tensors of a checkpoint's files."""
 
     def __init__(self, reader: FileSystemReader, metadata: Metadata) -> None:
         reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.folder, self._reader = Path(reader.path), reader
-        self._maps: dict[str, tuple[Any, mmap]] = {}
 
-    def tensor(self, index: Any) -> Tensor:
-        """A whole shard. Each is an uncompressed archive of its own, somewhere in its file."""
-        where = self._stored(index)
-        file, mapped = self._map(where.relative_path)
-        with FakeTensorMode():  # gives shape, strides and the offset of the data, and reads no data
+    def box(self, item: ReadItem) -> Tensor:
+        """The part of a shard that is wanted, read from its first to its last number.
+
+        Each shard is an uncompressed archive of its own, somewhere in its file.
+        """
+        where = self._reader.storage_data[item.storage_index]
+        path = self.folder / where.relative_path
+        with path.open("rb") as file, FakeTensorMode():  # gives where the data is, and reads none
             shard = torch.load(self._reader._slice_file(file, where), weights_only=True)
-        storage = shard.untyped_storage()
-        data = torch.frombuffer(
-            mapped,
-            dtype=shard.dtype,
-            count=storage.nbytes() // shard.itemsize,
-            offset=where.offset + storage._checkpoint_offset,
-        )
-        return data.as_strided(shard.shape, shard.stride(), shard.storage_offset())
-
-    def read_ahead(self, index: Any) -> None:
-        """Asks the system for all pages of a shard before the first of them is used."""
-        where = self._stored(index)
-        file, _ = self._map(where.relative_path)
-        os.posix_fadvise(file.fileno(), where.offset, where.length, os.POSIX_FADV_WILLNEED)
-
-    def let_go(self, index: Any) -> None:
-        """Gives back the memory of a shard that was copied; it can be read again."""
-        where = self._stored(index)
-        first = -(-where.offset // PAGESIZE) * PAGESIZE
-        last = (where.offset + where.length) // PAGESIZE * PAGESIZE
-        if last > first:
-            self._map(where.relative_path)[1].madvise(MADV_DONTNEED, first, last - first)
-
-    def _stored(self, index: Any) -> Any:
-        return self._reader.storage_data[index]
-
-    def _map(self, name: str) -> tuple[Any, mmap]:
-        if name not in self._maps:
-            file = (self.folder / name).open("rb")
-            self._maps[name] = file, mmap(file.fileno(), 0, access=ACCESS_COPY)
-        return self._maps[name]
+            part = _box(shard, item.storage_offsets, item.lengths)
+            first = part.storage_offset()
+            count = 1 + sum((n - 1) * s for n, s in zip(part.shape, part.stride(), strict=True))
+        begins = where.offset + shard.untyped_storage()._checkpoint_offset
+        data = read_numbers(path, begins + first * part.itemsize, part.dtype, count)
+        return data.as_strided(part.shape, part.stride())
 
 
-def _read(shards: _MappedShards, key: str, stored: Any, place: Place) -> Tensor:
+def _read(shards: _Shards, key: str, stored: Any, place: Place) -> Tensor:
     inner = stored.size[len(place) :]
     sizes = torch.Size([1] * len(place) + list(inner))
     wanted = ChunkStorageMetadata(torch.Size([*place, *[0] * len(inner)]), sizes)
@@ -213,18 +190,11 @@ def _read(shards: _MappedShards, key: str, stored: Any, place: Place) -> Tensor:
         raise RecipeError(
             f"{shards.folder} has only a part of {key}.", "the checkpoint is incomplete"
         )
-    for item in items:
-        shards.read_ahead(item.storage_index)
-    parts = [
-        _box(shards.tensor(item.storage_index), item.storage_offsets, item.lengths)
-        for item in items
-    ]
-    if len(parts) == 1:
-        return parts[0].reshape(inner)
+    if len(items) == 1:
+        return shards.box(items[0]).reshape(inner)
     tensor = torch.empty(sizes, dtype=stored.properties.dtype)
-    for item, part in zip(items, parts, strict=True):
-        _box(tensor, item.dest_offsets, item.lengths).copy_(part)
-        shards.let_go(item.storage_index)
+    for item in items:
+        _box(tensor, item.dest_offsets, item.lengths).copy_(shards.box(item))
     return tensor.view(inner)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,16 +12,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from nemo_convert import hf
+from nemo_convert.safetensors_header import header
+
 _safe_open = safetensors.safe_open
 _load_file = safetensors.torch.load_file
-TYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int32: "I32",
-    torch.uint16: "U16",
-}
-"""As a file's header says them."""
 Shapes = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
 
@@ -70,24 +64,23 @@ def stand_in() -> None:
     """Replaces reading and writing, for good; before what imports the functions by name."""
     safetensors.torch.save_file, safetensors.torch.load_file = _save, _load
     setattr(safetensors, "safe_open", _Opened)
+    setattr(hf, "write_shard", _save)
+    setattr(hf.Weights, "read", hf.Weights.mapped)
 
 
 def write_zeros(file: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors of zeros, of which the disk keeps the header alone."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, (dtype, shape) in shapes.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]
-        }  # fmt: skip
-    text = json.dumps(header).encode()
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in shapes.items()}
+    described = {n: (str(dtype), shape, sizes[n]) for n, (dtype, shape) in shapes.items()}
+    begin = header(described, metadata)
     with file.open("wb") as written:
-        written.write(len(text).to_bytes(8, "little") + text)
-        written.truncate(8 + len(text) + end)
+        written.write(begin)
+        written.truncate(len(begin) + sum(sizes.values()))
 
 
-def _save(tensors: dict[str, Tensor], file: Any, metadata: Mapping[str, str] | None = None) -> None:
+def _save(
+    tensors: Mapping[str, Tensor], file: Any, metadata: Mapping[str, str] | None = None
+) -> None:
     write_zeros(Path(file), {n: (t.dtype, t.shape) for n, t in tensors.items()}, metadata)
 
 

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from nemo_convert import hf
+from nemo_convert.safetensors_header import TYPES
 from nemo_convert.streaming import (
     Place,
     Where,
@@ -107,7 +108,25 @@ def test_a_shard_that_cannot_be_written_is_raised(
             raise OSError("no space left")
         path.touch()
 
-    monkeypatch.setattr(safetensors.torch, "save_file", save)
+    monkeypatch.setattr(hf, "write_shard", save)
     tensors = {name: torch.zeros(4) for name in "abc"}
     with pytest.raises(OSError, match="no space left"):
         hf.write_weights(iter(tensors.items()), tmp_path, shard_bytes=16)
+
+
+def test_a_shard_is_what_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {
+        dtype: torch.arange(6).reshape(2, 3).to(getattr(torch, dtype))
+        for dtype in sorted(TYPES)  # which puts the small ones between the large
+    }
+    tensors |= {"odd": torch.arange(3, dtype=torch.uint8), "one": torch.tensor(0.5)}
+    tensors |= {"none": torch.empty(0, 4), "turned": torch.arange(6.0).reshape(2, 3).T}
+    hf.write_shard(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(tensors)
+    weights = hf.Weights(tmp_path)
+    for name, tensor in tensors.items():
+        for found in (weights.mapped(name), weights.read(name)):
+            assert found.dtype == tensor.dtype
+            assert torch.equal(found.float(), tensor.float()), name
