@@ -233,6 +233,11 @@ PATCHES: dict[str, list[Patch]] = {
             "copies the state three times for a checkpoint",
             cpu_training.state_in_place,
         ),
+        Patch(
+            "megatron.core.dist_checkpointing.strategies.async_utils:TemporalAsyncCaller.schedule_async_call",
+            "keeps copies of weights while another process writes them",
+            cpu_training.with_its_writer,
+        ),
         *(
             Patch(
                 f"megatron.core.distributed.param_and_grad_buffer:dist_{name}_func",
@@ -245,6 +250,18 @@ PATCHES: dict[str, list[Patch]] = {
             "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer.reset",
             "writes zeros, over which gradients are written",
             _always(None),
+        ),
+        *(
+            Patch(
+                f"megatron.core.distributed.param_and_grad_buffer:{name}",
+                "gradients stand in one buffer, a tenth of a distillation's memory, all the time",
+                make,
+            )
+            for name, make in (
+                ("_ParamAndGradBuffer.__init__", cpu_training.of_its_own),
+                ("_ParamAndGradBuffer.scale_gradients", cpu_training.scale_each),
+                ("shard_buffer", cpu_training.in_shards),
+            )
         ),
         *(
             Patch(
@@ -265,6 +282,11 @@ PATCHES: dict[str, list[Patch]] = {
                 cpu_products.alone,
             )
             for name in ("grad_accumulation_and_async_allreduce", "frozen_weight")
+        ),
+        Patch(
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_model_grads_to_main_grads",
+            "gradients stay until the next step, also while it validates",
+            cpu_training.handed_on,
         ),
         Patch(
             "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",

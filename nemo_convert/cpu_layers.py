@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from nemo_convert.cpu_products import made_again
 from nemo_convert.device import QUERIES_AT_ONCE
 from recipes.core.one_pass import fusable
 from recipes.core.precision import products_of
@@ -74,7 +75,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimension."""
         normed: Tensor = _RMSNorm.apply(x, self.weight, self._eps)
-        return normed
+        return made_again(normed, self._made, x, self.weight)
+
+    def _made(self, x: Tensor, weight: Tensor) -> Tensor:
+        return _normalise(x, weight, self._eps)[0]
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -110,7 +114,7 @@ class SwiGLU(MegatronModule):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., 2·ffn] to [..., ffn]."""
         gated: Tensor = _SwiGLU.apply(x)
-        return gated
+        return made_again(gated, _gate, x)
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -126,7 +130,8 @@ class _CausalAttention(torch.autograd.Function):
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:  # type: ignore[override]
         context = sdpa(query, key, value, scale)
-        ctx.save_for_backward(query, key, value, context)
+        # A copy of the values, which else keep the queries and keys before their rotation, too.
+        ctx.save_for_backward(query, key, value.contiguous(), context)
         ctx.scale = scale
         return context
 

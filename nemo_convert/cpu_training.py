@@ -6,6 +6,7 @@ where these stand, and why.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,18 +26,50 @@ def with_cuda_type_names(original: Any) -> Any:
     return __init__
 
 
+def of_its_own(original: Any) -> Any:
+    """Leaves each weight's gradient to memory of its own, where no other rank adds to it.
+
+    A buffer of all gradients takes memory from a training's first moment to its last. A gradient
+    alone takes what its layer's activations leave, and is gone before the next step makes others.
+    """
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, *args, **kwargs)
+        settings = self.ddp_config
+        self.shared = (
+            self.data_parallel_group.size() * settings.num_distributed_optimizer_instances > 1
+            or self.gradient_scaling_factor != 1
+            or not settings.use_distributed_optimizer
+        )
+        if not self.shared:
+            self.grad_data.untyped_storage().resize_(0)
+
+    return __init__
+
+
+def in_shards(original: Any) -> Any:
+    """Takes a buffer of one rank as its shard, also one that has no memory."""
+
+    def shard_buffer(buffer: torch.Tensor, ranks: int) -> Any:
+        return original(buffer, ranks) if ranks > 1 else [buffer]
+
+    return shard_buffer
+
+
 def begin_gradients(original: Any) -> Any:
-    """Notes which gradients a step has not written yet, where Megatron fills them with zeros."""
+    """Lets go of the gradients of the step before, where Megatron fills them with zeros."""
 
     def zero_grad_buffer(self: Any) -> None:
         original(self)
         self.unwritten = set(self.params_with_grad)
+        for weight in _in_no_buffer(self):
+            weight.main_grad = None
 
     return zero_grad_buffer
 
 
 def write_first_gradient(original: Any) -> Any:
-    """Copies a weight's first gradient of a step, where Megatron adds it to zeros."""
+    """Takes a weight's first gradient of a step as it is, where Megatron adds it to zeros."""
 
     def make_hook(self: Any, weight: Any) -> Any:
         hook = original(self, weight)
@@ -45,9 +78,13 @@ def write_first_gradient(original: Any) -> Any:
         def write(*unused: Any) -> None:
             if weight.grad is not None:
                 first = weight in self.unwritten
-                if first:
+                if first and weight.main_grad is None:
+                    weight.main_grad = weight.grad
+                elif first:
                     weight.main_grad.copy_(weight.grad)
-                    self.unwritten.remove(weight)
+                elif self.ddp_config.grad_reduce_in_fp32:
+                    weight.main_grad = weight.main_grad.float()
+                self.unwritten.discard(weight)
                 weight.grad_added_to_main_grad = first  # so that Megatron adds those that follow
             hook(*unused)
 
@@ -57,15 +94,52 @@ def write_first_gradient(original: Any) -> Any:
 
 
 def end_gradients(original: Any) -> Any:
-    """Fills with zeros what no gradient came to, before anything reads it."""
+    """Gives gradients the type that they are wanted in, and what has none zeros."""
 
     def finish_grad_sync(self: Any, *args: Any) -> None:
+        for weight in _in_no_buffer(self):
+            if weight in self.unwritten:
+                weight.main_grad = torch.zeros_like(weight)
+            if self.ddp_config.grad_reduce_in_fp32:
+                weight.main_grad = weight.main_grad.float()
+            self.unwritten.discard(weight)
         for weight in self.unwritten:
             weight.main_grad.zero_()
         self.unwritten = set()
         original(self, *args)
 
     return finish_grad_sync
+
+
+def _in_no_buffer(parts: Any) -> Iterator[Any]:
+    """Weights whose gradients are in memory of their own."""
+    for buffer in (*parts.buffers, *getattr(parts, "expert_parallel_buffers", ())):
+        if not buffer.shared:
+            yield from buffer.params
+
+
+def scale_each(original: Any) -> Any:
+    """Scales gradients where they are."""
+
+    def scale_gradients(self: Any, factor: float) -> None:
+        if self.shared:
+            original(self, factor)
+        else:
+            for weight in self.params:
+                weight.main_grad *= factor
+
+    return scale_gradients
+
+
+def handed_on(original: Any) -> Any:
+    """Leaves gradients to the optimizer alone, which lets go of them when it has used them."""
+
+    def copy_model_grads_to_main_grads(self: Any) -> None:
+        original(self)
+        for weight in _in_no_buffer(self):
+            weight.main_grad = None
+
+    return copy_model_grads_to_main_grads
 
 
 def among_several(original: Any) -> Any:
@@ -130,6 +204,21 @@ def state_in_place(original: Any) -> Any:
     return get_parameter_state_dp_zero
 
 
+def with_its_writer(original: Any) -> Any:
+    """Leaves what a checkpoint copies to the process that writes it, which is forked with it.
+
+    Megatron holds it until all is on the disk, though it asks for no more than its length.
+    """
+
+    def schedule_async_call(self: Any, request: Any) -> None:
+        original(self, request)
+        if request.async_fn is not None:
+            _, buckets, *_ = request.async_fn_args
+            buckets[:] = [None] * len(buckets)
+
+    return schedule_async_call
+
+
 def fused(original: Any) -> Any:
     """Makes AdamW what TransformerEngine's is: fused, and with a group's number of steps in it.
 
@@ -158,6 +247,8 @@ def fused(original: Any) -> Any:
                 state.pop("step", None)
             for group in self.param_groups:
                 group["step"] = group.get("step", 0) + 1
+                for weight in group["params"]:
+                    weight.grad = None
             return loss
 
     return FusedAdamW

@@ -78,6 +78,17 @@ def expect_no_gpu() -> None:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
 
 
+def return_free_memory() -> None:
+    """Gives back to Linux what glibc holds and nobody uses, wherever in its heap that is.
+
+    It keeps pieces that are too small for what is asked for next, and all there is where
+    ``MALLOC_TRIM_THRESHOLD_`` says so, as on a CPU, so that the next step need not ask again.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim:
+        trim(0)
+
+
 def peak_memory_bytes() -> int:
     """Peak resident memory of this program alone.
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from recipes.core.deadline import StoppedByClockError, time_is_up
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
+from recipes.core.processes import return_free_memory
 from recipes.core.stage import rank
 from recipes.core.statistics import mean
 from recipes.distillation.model import KDModel
@@ -150,7 +151,13 @@ class Clock(Callback):
 
 
 class Collect(Callback):
-    """Collects garbage on all ranks in the same step: one that does it alone is waited for."""
+    """Collects garbage on all ranks in the same step: one that does it alone is waited for.
+
+    And gives back what steps leave free before validating and saving, which ask for other pieces.
+    """
+
+    def __init__(self, cfg: TrainingConfig) -> None:
+        self._cfg = cfg
 
     def on_train_start(self, trainer: object, pl_module: object) -> None:
         """Leaves it to the steps."""
@@ -158,9 +165,19 @@ class Collect(Callback):
         gc.disable()
 
     def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
-        """Collects now and then."""
+        """Collects now and then; a checkpoint is written after it."""
         if trainer.global_step % COLLECT_EVERY == 0:
             gc.collect()
+        if trainer.global_step % self._cfg.checkpoint_interval == 0:
+            return_free_memory()
+
+    def on_validation_start(self, trainer: object, pl_module: object) -> None:
+        """Before it."""
+        return_free_memory()
+
+    def on_train_end(self, trainer: object, pl_module: object) -> None:
+        """Before the last checkpoint and the result."""
+        return_free_memory()
 
     def teardown(self, trainer: object, pl_module: object, stage: str) -> None:
         """Leaves it to Python again."""

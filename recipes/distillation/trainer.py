@@ -73,7 +73,8 @@ def train(
     with nemo.outside_slurm():
         trainer = _trainer(cfg)
     # After construction: NeMo copies what it is given.
-    trainer.callbacks += [Progress(cfg, log), Collect()]
+    # Memory is given back before the trainer's own callback saves.
+    trainer.callbacks = [Collect(cfg), *trainer.callbacks, Progress(cfg, log)]
     if objective.teacher.validates and isinstance(cfg, DistillConfig):
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
         trainer.callbacks.append(Gate(cfg, metrics_file(out.parent)))

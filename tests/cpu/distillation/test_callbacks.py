@@ -13,6 +13,7 @@ import pytest
 
 from nemo_convert.device import device
 from recipes.core.errors import RecipeError
+from recipes.distillation import callbacks
 from recipes.distillation.callbacks import COLLECT_EVERY, Collect, Profile
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.trainer import _set_environment, train
@@ -26,7 +27,8 @@ class Cycle:
 
 
 def test_garbage_is_collected_in_its_step() -> None:
-    collect, trainer = Collect(), SimpleNamespace(global_step=COLLECT_EVERY - 1)
+    cfg = DistillConfig(stage="distill", checkpoint_interval=COLLECT_EVERY)
+    collect, trainer = Collect(cfg), SimpleNamespace(global_step=COLLECT_EVERY - 1)
     try:
         collect.on_train_start(trainer, None)
         assert not gc.isenabled()
@@ -39,6 +41,18 @@ def test_garbage_is_collected_in_its_step() -> None:
     finally:
         collect.teardown(trainer, None, "fit")
     assert gc.isenabled()
+
+
+def test_free_memory_is_given_back_before_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(callbacks, "return_free_memory", lambda: given.append(True))
+    collect = Collect(DistillConfig(stage="distill", checkpoint_interval=2))
+    for step in range(1, 5):
+        collect.on_train_batch_end(SimpleNamespace(global_step=step), None)
+        assert len(given) == step // 2
+    collect.on_validation_start(None, None)
+    collect.on_train_end(None, None)
+    assert len(given) == 4
 
 
 @pytest.mark.parametrize(("begun", "traces"), [(0, 1), (2, 1), (3, 0)])

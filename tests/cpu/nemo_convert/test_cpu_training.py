@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,8 +30,12 @@ class Two(nn.Module):
         return (once * self.one if whole else once).square().sum()
 
 
+Wrap = Callable[..., Any]
+
+
 @pytest.fixture
-def wrapped() -> Any:
+def wrap() -> Wrap:
+    """Wraps the two weights as Megatron does, with some settings."""
     cpu_backend.enable()
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer import TransformerConfig
@@ -37,14 +43,19 @@ def wrapped() -> Any:
     nemo.initialize(nemo.Parallelism())
     torch.manual_seed(1)
     shape = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    return DistributedDataParallel(shape, settings, Two())
+
+    def wrapped(**settings: bool) -> Any:
+        return DistributedDataParallel(shape, DistributedDataParallelConfig(**settings), Two())
+
+    return wrapped
 
 
 @needs_no_cuda
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("micro_batches", [[True], [True, True], [False, True], [False], []])
-def test_a_steps_gradients_are_its_own(wrapped: Any, micro_batches: list[bool]) -> None:
+def test_a_steps_gradients_are_its_own(wrap: Wrap, micro_batches: list[bool], own: bool) -> None:
     """Of every step, whatever the step before left: the first as it is, the others added."""
+    wrapped = wrap(grad_reduce_in_fp32=True, use_distributed_optimizer=own)
     model = wrapped.module
     for _ in range(2):
         batches = [(torch.randn(3, 5, dtype=torch.bfloat16), whole) for whole in micro_batches]
@@ -60,9 +71,76 @@ def test_a_steps_gradients_are_its_own(wrapped: Any, micro_batches: list[bool]) 
         for x, whole in batches:
             wrapped(x, whole).backward()
         wrapped.finish_grad_sync()
+        wrapped.scale_gradients(0.5)
         for name, weight in model.named_parameters():
-            assert torch.equal(weight.main_grad, expected[name])
+            assert weight.main_grad.dtype == torch.float32
+            assert torch.equal(weight.main_grad, expected[name] / 2)
             weight.main_grad.fill_(7)  # what must not be left in the step that follows
+
+
+@needs_no_cuda
+def test_gradients_of_one_rank_take_no_memory_before_they_are_made(wrap: Wrap) -> None:
+    wrapped = wrap(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    [buffer] = wrapped.buffers
+    assert buffer.grad_data.untyped_storage().nbytes() == 0
+    wrapped.zero_grad_buffer()
+    assert {weight.main_grad for weight in buffer.params} == {None}
+    wrapped(torch.randn(3, 5, dtype=torch.bfloat16), True).backward()
+    assert {weight.main_grad.dtype for weight in buffer.params} == {torch.bfloat16}
+    wrapped.finish_grad_sync()
+    handed = []
+    copy = cpu_training.handed_on(lambda _: handed.extend(w.main_grad for w in buffer.params))
+    copy(SimpleNamespace(buffers=[buffer]))
+    assert [grad.dtype for grad in handed] == [torch.float32] * 2
+    assert {weight.main_grad for weight in buffer.params} == {None}
+
+
+@needs_no_cuda
+@pytest.mark.parametrize("settings", [{"grad_reduce_in_fp32": False}, {}])
+def test_gradients_that_are_wanted_in_their_own_type_keep_it(
+    wrap: Wrap, settings: dict[str, bool]
+) -> None:
+    wrapped = wrap(use_distributed_optimizer=True, **settings)
+    wrapped.zero_grad_buffer()
+    for _ in range(2):
+        wrapped(torch.randn(3, 5, dtype=torch.bfloat16), False).backward()
+    wrapped.finish_grad_sync()
+    assert {weight.main_grad.dtype for weight in wrapped.module.parameters()} == {torch.bfloat16}
+
+
+@needs_no_cuda
+def test_a_writer_that_is_forked_has_what_is_let_go() -> None:
+    """Megatron's own caller, whose process writes tensors that this one no longer has."""
+    cpu_backend.enable()
+    from megatron.core.dist_checkpointing.strategies.async_utils import (
+        AsyncRequest,
+        TemporalAsyncCaller,
+    )
+
+    nemo.initialize(nemo.Parallelism())
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    buckets = [torch.arange(3), torch.arange(4)]
+
+    def write(rank: int, found: list[torch.Tensor]) -> None:
+        theirs.send([tensor.tolist() for tensor in found])
+
+    caller = TemporalAsyncCaller()
+    caller.schedule_async_call(AsyncRequest(write, (0, buckets), []))
+    assert buckets == [None, None]
+    assert ours.recv() == [[0, 1, 2], [0, 1, 2, 3]]
+    assert caller.is_current_async_call_done(blocking=True)
+    caller.schedule_async_call(AsyncRequest(None, (), []))  # a rank that has nothing to write
+
+
+@needs_no_cuda
+def test_gradients_are_gone_after_the_update() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = cpu_training.fused(torch.optim.AdamW)([weight], lr=0.1)
+    for _ in range(2):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        assert weight.grad is None
+    assert weight[0].item() == pytest.approx(1 - 2 * 0.1 - 0.1 * 0.01 * (1 + 0.899), rel=1e-4)
 
 
 @pytest.mark.parametrize(("ranks", "asked"), [(1, 0), (2, 1)])

@@ -27,6 +27,31 @@ os._exit(0)
 """
 
 
+FREED = """
+import gc
+from recipes.core.processes import return_free_memory
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1])
+pieces = [bytes(10_000) for _ in range(20_000)]
+last = bytes(10_000)
+del pieces
+before = resident()
+return_free_memory()
+print(before / resident())
+"""
+
+
+def test_memory_that_is_free_is_given_back() -> None:
+    """200 MB below what is used, which malloc keeps where it is told not to trim."""
+    keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    done = subprocess.run(
+        [sys.executable, "-c", FREED], env=os.environ | keep, cwd=REPO_ROOT,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert float(done.stdout) > 3
+
+
 @pytest.mark.parametrize(
     ("late", "lives"), [(0, 1), (2, 0.5)], ids=["long there", "while it forks"]
 )
