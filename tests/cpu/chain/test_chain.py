@@ -452,7 +452,8 @@ def test_kill_9_then_the_same_command_changes_nothing(
     seconds = {stage: manifest_of(tiny_run, stage).seconds for stage in ("score", "distill")}
     command = Disturbed(words, run_dir, tmp_path, seconds, {"TMPDIR": str(temporary)})
 
-    hit = command.kill(Kill("score", "stage", share=0.1))
+    # At once: what scoring takes here may be a tenth of what it took in the other run.
+    hit = command.kill(Kill("score", "stage", share=0.0))
     assert hit is not None
     assert (hit.stage, hit.victim, hit.code) == ("score", "stage", 1)
     assert "Traceback" not in hit.output
