@@ -91,7 +91,10 @@ class Weights:
         for path in sorted(folder.glob("*.safetensors")):
             handle = safe_open(path, framework="pt")
             self._files.update(dict.fromkeys(handle.keys(), handle))
-            self._places.update({n: (path, start) for n, start in read_header(path).items()})
+            found = read_header(path)
+            assert found is not None, "safe_open has refused what has no header"
+            weights, start = found
+            self._places |= {n: (path, start + w["data_offsets"][0]) for n, w in weights.items()}
         self.folder = folder
 
     def names(self) -> set[str]:

@@ -95,8 +95,12 @@ def has_chat_template(hf_path: str) -> bool | None:
 
 def weight_names(folder: Path) -> frozenset[str]:
     """Names of the weights in a folder, by its files' headers; none where a file has no header."""
-    headers = [read_header(file) for file in folder.glob("*.safetensors")]
-    return frozenset().union(*headers) if all(headers) else frozenset()
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        if (found := read_header(file)) is None:
+            return frozenset()
+        names |= found[0].keys()
+    return frozenset(names)
 
 
 def _hub_file(hf_path: str, name: str) -> Path:

@@ -20,26 +20,32 @@ TYPES = {
     "float8_e5m2": "F8_E5M2",
     "int64": "I64",
     "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
     "uint16": "U16",
     "uint8": "U8",
+    "bool": "BOOL",
 }
 """The format's names of torch's types."""
 _ALIGNMENT = 8
 """A header's length is a multiple of it, so that numbers lie where a processor wants them."""
 
 
-def read_header(file: Path) -> dict[str, int]:
-    """The byte at which each weight of a file begins; empty where a file has no header."""
+def read_header(file: Path) -> tuple[dict[str, Any], int] | None:
+    """What a file says of each of its weights, and the byte that offsets count from.
+
+    ``None`` where a file has no header.
+    """
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > file.stat().st_size:
-            return {}
+            return None
         try:
             found = json.loads(opened.read(length))
         except ValueError:
-            return {}
+            return None
     found.pop("__metadata__", None)
-    return {name: 8 + length + weight["data_offsets"][0] for name, weight in found.items()}
+    return found, 8 + length
 
 
 def header(
