@@ -284,13 +284,23 @@ PATCHES: dict[str, list[Patch]] = {
             for name in ("grad_accumulation_and_async_allreduce", "frozen_weight")
         ),
         Patch(
+            "megatron.core.tensor_parallel.layers:VocabParallelEmbedding.forward",
+            "its gradient is as large as the vocabulary, 1% of a step of distillation",
+            cpu_training.few_rows,
+        ),
+        Patch(
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_model_grads_to_main_grads",
-            "gradients stay until the next step, also while it validates",
+            "makes them float32 in a pass of its own, and keeps both until the next step",
             cpu_training.handed_on,
         ),
         Patch(
+            "megatron.core.optimizer.clip_grads:l2_norm_impl",
+            "knows no gradients that are still to be scaled",
+            cpu_training.norm_of_all,
+        ),
+        Patch(
             "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",
-            "asserts torch.cuda.FloatTensor",
+            "asserts torch.cuda.FloatTensor, and is a pass over all gradients",
             cpu_training.clip_by_norm,
         ),
         Patch(

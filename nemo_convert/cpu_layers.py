@@ -19,7 +19,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from nemo_convert.cpu_products import made_again
 from nemo_convert.device import QUERIES_AT_ONCE
 from recipes.core.one_pass import fusable
 from recipes.core.precision import products_of
@@ -75,10 +74,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimension."""
         normed: Tensor = _RMSNorm.apply(x, self.weight, self._eps)
-        return made_again(normed, self._made, x, self.weight)
-
-    def _made(self, x: Tensor, weight: Tensor) -> Tensor:
-        return _normalise(x, weight, self._eps)[0]
+        return normed
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -114,7 +110,7 @@ class SwiGLU(MegatronModule):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., 2·ffn] to [..., ffn]."""
         gated: Tensor = _SwiGLU.apply(x)
-        return made_again(gated, _gate, x)
+        return gated
 
 
 class _CausalAttention(torch.autograd.Function):

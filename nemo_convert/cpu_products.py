@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,11 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _in_halves(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.cat([x @ half for half in weight.chunk(2, dim=1)], dim=-1)
+    rows = x.flatten(0, -2)
+    whole = rows.new_empty(len(rows), weight.shape[1])
+    for part, half in zip(whole.chunk(2, dim=1), weight.chunk(2, dim=1), strict=True):
+        torch.mm(rows, half, out=part)
+    return whole.view(*x.shape[:-1], -1)
 
 
 def _seconds(work: Callable[[Tensor, Tensor], Tensor], *args: Tensor) -> float:
@@ -53,55 +57,23 @@ def _seconds(work: Callable[[Tensor, Tensor], Tensor], *args: Tensor) -> float:
     return min(found[1:])
 
 
-class Made(NamedTuple):
-    """How an input is made again, in less time than it is worth keeping."""
-
-    make: Callable[..., Tensor]
-    of: tuple[Tensor, ...]
-    """Tensors that are kept in any case."""
-
-
-def made_again(x: Tensor, make: Callable[..., Tensor], *of: Tensor) -> Tensor:
-    """The same tensor, which a linear layer does not keep for its way back, but makes again."""
-    if torch.is_grad_enabled():
-        x.made = Made(make, tuple(t.detach() for t in of))  # type: ignore[attr-defined]
-    return x
-
-
-def _made(x: Tensor) -> Made | None:
-    """What was said of a tensor, or of the one that it is a whole view of, as Megatron makes."""
-    seen = x._base
-    if seen is not None and (seen.shape, seen.stride()) == (x.shape, x.stride()):
-        x = seen
-    return getattr(x, "made", None)
-
-
 class _Linear(torch.autograd.Function):
     """x · weightᵀ with weight [outputs, inputs]; no gradient is made that nobody asks for."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, made: Made | None = None
-    ) -> Tensor:
-        made = made or Made(_itself, (x,))
-        ctx.make = made.make
-        ctx.save_for_backward(weight, *made.of)
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
         return product(x, weight.t())
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        weight, *of = ctx.saved_tensors
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
         [grad] = grads
-        of_x, of_weight = ctx.needs_input_grad[:2]
+        of_x, of_weight = ctx.needs_input_grad
         return (
             product(grad, weight) if of_x else None,
-            grad.flatten(0, -2).t() @ ctx.make(*of).flatten(0, -2) if of_weight else None,
-            None,
+            grad.flatten(0, -2).t() @ x.flatten(0, -2) if of_weight else None,
         )
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
 
 
 def alone(original: Any) -> Any:
@@ -112,7 +84,7 @@ def alone(original: Any) -> Any:
         if args or kwargs["allreduce_dgrad"] or kwargs["sequence_parallel"]:
             split: Tensor = original(input, weight, *args, **kwargs)
             return split
-        linear_of: Tensor = _Linear.apply(input, weight, _made(input))
+        linear_of: Tensor = _Linear.apply(input, weight)
         return linear_of if kwargs["bias"] is None else linear_of + kwargs["bias"]
 
     return linear

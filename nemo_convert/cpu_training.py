@@ -6,22 +6,31 @@ where these stand, and why.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn.functional import embedding
+from torch.optim.adamw import adamw
+
+BLOCK = 1 << 22
+"""Elements of a gradient that are float32 at a time."""
 
 
 def with_cuda_type_names(original: Any) -> Any:
     """Names parameter types as CUDA would while the mixed-precision optimizer compares strings."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        type_of = torch.Tensor.type
-        torch.Tensor.type = lambda tensor: type_of(tensor).replace("torch.", "torch.cuda.", 1)  # type: ignore[assignment,method-assign]
+        type_of = Tensor.type
+        Tensor.type = lambda tensor: type_of(tensor).replace("torch.", "torch.cuda.", 1)  # type: ignore[assignment,method-assign]
         try:
             original(self, *args, **kwargs)
         finally:
-            torch.Tensor.type = type_of  # type: ignore[method-assign]
+            Tensor.type = type_of  # type: ignore[method-assign]
 
     return __init__
 
@@ -50,7 +59,7 @@ def of_its_own(original: Any) -> Any:
 def in_shards(original: Any) -> Any:
     """Takes a buffer of one rank as its shard, also one that has no memory."""
 
-    def shard_buffer(buffer: torch.Tensor, ranks: int) -> Any:
+    def shard_buffer(buffer: Tensor, ranks: int) -> Any:
         return original(buffer, ranks) if ranks > 1 else [buffer]
 
     return shard_buffer
@@ -77,6 +86,8 @@ def write_first_gradient(original: Any) -> Any:
 
         def write(*unused: Any) -> None:
             if weight.grad is not None:
+                if weight.grad.is_sparse:  # of an embedding that is not tied
+                    weight.grad = weight.grad.to_dense()
                 first = weight in self.unwritten
                 if first and weight.main_grad is None:
                     weight.main_grad = weight.grad
@@ -93,14 +104,52 @@ def write_first_gradient(original: Any) -> Any:
     return make_hook
 
 
+class _Embedding(torch.autograd.Function):
+    """Rows [..., width] of a weight [vocabulary, width]; its gradient has those of a batch alone.
+
+    What a token's places say is summed in float32, then rounded once.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, ids: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        [ids], [grad] = ctx.saved_tensors, grads
+        rows, row_of = ids.unique(return_inverse=True)
+        sums = torch.zeros(len(rows), grad.shape[-1])
+        sums.index_add_(0, row_of.flatten(), grad.flatten(0, -2).float())
+        known = {"is_coalesced": True, "check_invariants": True}
+        return None, torch.sparse_coo_tensor(rows[None], sums.to(grad.dtype), ctx.shape, **known)
+
+
+def few_rows(original: Any) -> Any:
+    """Makes a sparse gradient of an embedding, where no rank has but a part of it.
+
+    A dense one is as large as the vocabulary, to be filled with zeros and, where the embedding is
+    tied, added to the head's.
+    """
+
+    def forward(self: Any, ids: Tensor) -> Any:
+        if self.tp_group.size() > 1 or self.reduce_scatter_embeddings:
+            return original(self, ids)
+        return _Embedding.apply(ids, self.weight)
+
+    return forward
+
+
 def end_gradients(original: Any) -> Any:
-    """Gives gradients the type that they are wanted in, and what has none zeros."""
+    """Gives what has no gradient zeros, and gradients that ranks add up float32."""
 
     def finish_grad_sync(self: Any, *args: Any) -> None:
+        among_ranks = torch.distributed.get_world_size() > 1
         for weight in _in_no_buffer(self):
             if weight in self.unwritten:
                 weight.main_grad = torch.zeros_like(weight)
-            if self.ddp_config.grad_reduce_in_fp32:
+            if among_ranks and self.ddp_config.grad_reduce_in_fp32:
                 weight.main_grad = weight.main_grad.float()
             self.unwritten.discard(weight)
         for weight in self.unwritten:
@@ -119,24 +168,44 @@ def _in_no_buffer(parts: Any) -> Iterator[Any]:
 
 
 def scale_each(original: Any) -> Any:
-    """Scales gradients where they are."""
+    """Notes what gradients are to be multiplied by, for the update to do as it reads them."""
 
     def scale_gradients(self: Any, factor: float) -> None:
         if self.shared:
             original(self, factor)
         else:
             for weight in self.params:
-                weight.main_grad *= factor
+                _multiply(weight.main_grad, factor)
 
     return scale_gradients
 
 
+def _factor(gradient: Any) -> float:
+    """What a gradient is still to be multiplied by."""
+    return getattr(gradient, "factor", 1.0)
+
+
+def _multiply(gradient: Any, factor: float) -> None:
+    gradient.factor = _factor(gradient) * factor
+
+
 def handed_on(original: Any) -> Any:
-    """Leaves gradients to the optimizer alone, which lets go of them when it has used them."""
+    """Leaves gradients to the optimizer alone, in the type that they have.
+
+    Megatron gives it copies in float32, and keeps its own until the next step.
+    """
 
     def copy_model_grads_to_main_grads(self: Any) -> None:
-        original(self)
-        for weight in _in_no_buffer(self):
+        if any(buffer.shared for buffer in self.buffers):
+            original(self)
+            return
+        weights = chain(*self.model_float16_groups, *self.model_fp32_groups)
+        updated = chain(*self.shard_fp32_from_float16_groups, *self.shard_fp32_groups)
+        for weight, main in zip(weights, updated, strict=True):
+            if main.dtype != weight.dtype:
+                main.grad_dtype = None  # any
+            main.grad = weight.main_grad.view(-1)
+            main.grad.factor = _factor(weight.main_grad)
             weight.main_grad = None
 
     return copy_model_grads_to_main_grads
@@ -145,7 +214,7 @@ def handed_on(original: Any) -> Any:
 def among_several(original: Any) -> Any:
     """Leaves what is in its place already, as all of a buffer is in a group of one."""
 
-    def collective(output: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def collective(output: Tensor, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if kwargs["group"].size() > 1:
             return original(output, tensor, *args, **kwargs)
         assert output.data_ptr() == tensor.data_ptr(), "a group of one has all of the buffer"
@@ -154,18 +223,33 @@ def among_several(original: Any) -> Any:
     return collective
 
 
+def norm_of_all(original: object) -> Any:
+    """The norm of gradients of any type, with what they are still to be multiplied by."""
+
+    def l2_norm(size: int, unused: Tensor, gradients: Any, *args: object) -> tuple[Tensor, None]:
+        squares = [_factor(g) ** 2 * _square(g) for one in gradients for g in one]
+        return torch.tensor([math.sqrt(math.fsum(squares))]), None
+
+    return l2_norm
+
+
+def _square(gradient: Tensor) -> float:
+    """The sum of squares, of a block at a time so that bfloat16 is float32 in a cache alone."""
+    blocks = (block.float() for block in gradient.view(-1).split(BLOCK))
+    return math.fsum(torch.dot(block, block).item() for block in blocks)
+
+
 def clip_by_norm(original: object) -> Any:
-    """The same arithmetic as Megatron's, without its CUDA tensor type assertion."""
+    """Megatron's limit, of which only what gradients are to be multiplied by is noted."""
 
     def clip(
         parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
     ) -> None:
         scale = max_norm / (total_norm + 1.0e-6)
         if scale < 1.0:
-            for parameter in parameters if isinstance(parameters, list) else [parameters]:
-                gradient = parameter.decoupled_grad if use_decoupled_grad else parameter.grad
-                if gradient is not None:
-                    gradient.mul_(scale)
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    _multiply(parameter.grad, scale)
 
     return clip
 
@@ -173,10 +257,10 @@ def clip_by_norm(original: object) -> Any:
 class _Whole:
     """One kind of an optimizer's state as if it were in one tensor; a slice is a weight's own."""
 
-    def __init__(self, states: dict[int, dict[str, torch.Tensor]], kind: str) -> None:
+    def __init__(self, states: dict[int, dict[str, Tensor]], kind: str) -> None:
         self._states, self._kind = states, kind
 
-    def __getitem__(self, place: slice) -> torch.Tensor:
+    def __getitem__(self, place: slice) -> Tensor:
         return self._states[place.start][self._kind].detach().flatten()
 
 
@@ -223,32 +307,48 @@ def fused(original: Any) -> Any:
     """Makes AdamW what TransformerEngine's is: fused, and with a group's number of steps in it.
 
     The fused kernel is 5 times as fast. PyTorch has a number of steps for each weight instead,
-    with which Megatron's distributed optimizer cannot load its reshardable state.
+    with which Megatron's distributed optimizer cannot load its reshardable state. And it wants
+    gradients in float32, that are scaled: here they come to be both block by block.
     """
 
     class FusedAdamW(original):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{"fused": True, **kwargs})
-
         def __setstate__(self, state: dict[str, Any]) -> None:
             torch.optim.Optimizer.__setstate__(self, state)  # AdamW's looks for steps of weights
 
-        def step(self, closure: Any = None) -> Any:
-            known = [
-                (self.state[weight], float(group.get("step", 0)))
-                for group in self.param_groups
-                for weight in group["params"]
-                if weight in self.state
-            ]
-            for state, steps in known:
-                state["step"] = torch.tensor(steps)
-            loss = super().step(closure)
-            for state in self.state.values():
-                state.pop("step", None)
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
             for group in self.param_groups:
                 group["step"] = group.get("step", 0) + 1
                 for weight in group["params"]:
-                    weight.grad = None
-            return loss
+                    if weight.grad is not None:
+                        _update(weight, self.state[weight], group)
+                        weight.grad = None
 
     return FusedAdamW
+
+
+def _update(weight: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    """One step of a weight from its gradient, which it may overwrite, and its two means."""
+    assert weight.grad is not None
+    if not state:
+        state.update({kind: torch.zeros_like(weight) for kind in ("exp_avg", "exp_avg_sq")})
+    divisor = torch.tensor(1 / _factor(weight.grad))
+    whole = (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])
+    for block, gradient, mean, square in zip(*(t.view(-1).split(BLOCK) for t in whole)):
+        adamw(
+            [block],
+            [gradient.float()],
+            [mean],
+            [square],
+            [],
+            [torch.tensor(group["step"] - 1.0)],
+            fused=True,
+            grad_scale=divisor,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )

@@ -316,18 +316,16 @@ def _write(
     loss: LogitsLoss,
     group: ProcessGroup | None,
 ) -> None:
-    """Fills in a chunk's losses [2, n, 1] and gradient, which may replace the teacher's logits.
+    """Fills in a chunk's losses [2, n, 1] and gradient, which may be where its logits are.
 
     On return its buffers are free: in the caller's loop they would live on beside the next ones.
     """
     # Between ranks a chain is cut by what they send.
     of_chunk = _fused if group is None else _of_chunk
-    taught, told, slopes = of_chunk(student, targets, loss, group, gradient is not None)
+    taught, told = of_chunk(student, targets, loss, group, gradient)
     losses[0] = taught
     if told is not None:
         losses[1] = told
-    if gradient is not None:
-        gradient[:] = slopes
 
 
 def _of_chunk(
@@ -335,9 +333,10 @@ def _of_chunk(
     targets: Targets,
     loss: LogitsLoss,
     group: ProcessGroup | None,
-    sloped: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Divergences [n, 1] without T², next-token losses, and the slopes of their weighted sum."""
+    gradient: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Divergences [n, 1] without T² and next-token losses; writes the slopes of their sum."""
+    sloped = gradient is not None
     teacher, temperature = targets.teacher, loss.temperature
     following = following_slope = None
     log_q = _log_softmax(student, temperature, group)
@@ -356,14 +355,15 @@ def _of_chunk(
     else:
         log_p = _log_softmax(teacher, temperature, group)
         value, slope = DIVERGENCES[loss.kind](log_p, log_q, loss, group)
-    if not sloped:
-        return value, following, None
+    if gradient is None:
+        return value, following
     taught_weight, told_weight = targets.weights
     scale = temperature * taught_weight  # of T² the inner derivative, 1/T, leaves T
     slopes = slope() if scale == 1 else slope().mul_(scale)
     if following_slope is not None:
         slopes.add_(following_slope, alpha=told_weight)
-    return value, following, slopes.to(student.dtype)
+    gradient.copy_(slopes)
+    return value, following
 
 
 _fused = fusable(_of_chunk)
@@ -390,17 +390,14 @@ class _Distillation(torch.autograd.Function):
         group: ProcessGroup | None,
         reuse: bool,
     ) -> tuple[Tensor, Tensor]:
-        teacher = targets.teacher
         losses = torch.zeros(2, len(student), 1, dtype=torch.float32, device=student.device)
         gradient: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            if reuse and isinstance(teacher, Tensor) and teacher.dtype == student.dtype:
-                gradient = teacher
-            else:
-                gradient = torch.empty_like(student)
+            gradient = student.detach() if reuse else torch.empty_like(student)
         for rows in _chunks(student, loss.chunk_bytes):
-            slopes = None if gradient is None else gradient[rows]
-            _write(losses[:, rows], slopes, student[rows], targets.at(rows), loss, group)
+            logits = student[rows]
+            slopes = None if gradient is None else logits if reuse else gradient[rows]
+            _write(losses[:, rows], slopes, logits, targets.at(rows), loss, group)
         ctx.save_for_backward(gradient)
         losses = losses.squeeze(-1)
         losses[0] *= loss.temperature**2
@@ -421,16 +418,16 @@ def distillation_loss(
     teacher: Tensor | TopK,
     loss: LogitsLoss,
     group: ProcessGroup | None = None,
-    reuse_teacher: bool = False,
+    reuse_logits: bool = False,
 ) -> Tensor:
     """Loss per token [n], float32, alike on all ranks of the group; differentiable once.
 
     ``student`` are finite logits [n, vocabulary/tp] of any float type, ``teacher`` its logits of
-    the same shape, or its top-k, made at the loss's temperature. ``reuse_teacher`` lets the
-    gradient overwrite the teacher's logits, to hold one tensor less. Refuses shapes that do not
+    the same shape, or its top-k, made at the loss's temperature. ``reuse_logits`` lets the
+    gradient overwrite the student's, to hold one tensor less. Refuses shapes that do not
     fit.
     """
-    return combined_loss(student, Targets(teacher), loss, group, reuse_teacher)[0]
+    return combined_loss(student, Targets(teacher), loss, group, reuse_logits)[0]
 
 
 def combined_loss(
@@ -438,7 +435,7 @@ def combined_loss(
     targets: Targets,
     loss: LogitsLoss,
     group: ProcessGroup | None = None,
-    reuse_teacher: bool = False,
+    reuse_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The divergence from a teacher and the next-token loss, with one gradient of both.
 
@@ -461,7 +458,7 @@ def combined_loss(
             f"the teacher's logits {list(found)} do not fit the student's {list(wanted)}.",
             "teacher and student need the same tokens, vocabulary and padding of it",
         )
-    both: tuple[Tensor, Tensor] = _Distillation.apply(student, targets, loss, group, reuse_teacher)
+    both: tuple[Tensor, Tensor] = _Distillation.apply(student, targets, loss, group, reuse_logits)
     return both
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -55,7 +56,10 @@ def wrap() -> Wrap:
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("micro_batches", [[True], [True, True], [False, True], [False], []])
 def test_a_steps_gradients_are_its_own(wrap: Wrap, micro_batches: list[bool], own: bool) -> None:
-    """Of every step, whatever the step before left: the first as it is, the others added."""
+    """Of every step, whatever the step before left: the first as it is, the others added.
+
+    Added in float32, and all scaled in the end.
+    """
     wrapped = wrap(grad_reduce_in_fp32=True, use_distributed_optimizer=own)
     model = wrapped.module
     for _ in range(2):
@@ -74,8 +78,8 @@ def test_a_steps_gradients_are_its_own(wrap: Wrap, micro_batches: list[bool], ow
         wrapped.finish_grad_sync()
         wrapped.scale_gradients(0.5)
         for name, weight in model.named_parameters():
-            assert weight.main_grad.dtype == torch.float32
-            assert torch.equal(weight.main_grad, expected[name] / 2)
+            found = weight.main_grad.float() * cpu_training._factor(weight.main_grad)
+            assert torch.equal(found, expected[name] / 2)
             weight.main_grad.fill_(7)  # what must not be left in the step that follows
 
 
@@ -89,11 +93,34 @@ def test_gradients_of_one_rank_take_no_memory_before_they_are_made(wrap: Wrap) -
     wrapped(torch.randn(3, 5, dtype=torch.bfloat16), True).backward()
     assert {weight.main_grad.dtype for weight in buffer.params} == {torch.bfloat16}
     wrapped.finish_grad_sync()
-    handed = []
-    copy = cpu_training.handed_on(lambda _: handed.extend(w.main_grad for w in buffer.params))
-    copy(SimpleNamespace(buffers=[buffer]))
-    assert [grad.dtype for grad in handed] == [torch.float32] * 2
-    assert {weight.main_grad for weight in buffer.params} == {None}
+    wrapped.scale_gradients(0.5)
+    weights = list(buffer.params)
+    expected = [weight.main_grad for weight in weights]
+    updated = [nn.Parameter(weight.detach().float().flatten()) for weight in weights]
+    optimizer = SimpleNamespace(
+        buffers=[buffer],
+        model_float16_groups=[weights],
+        model_fp32_groups=[],
+        shard_fp32_from_float16_groups=[updated],
+        shard_fp32_groups=[],
+    )
+    cpu_training.handed_on(pytest.fail)(optimizer)
+    assert {weight.main_grad for weight in weights} == {None}
+    for main, grad in zip(updated, expected, strict=True):
+        assert main.grad is not None
+        assert main.grad.data_ptr() == grad.data_ptr()
+        assert main.grad.dtype == torch.bfloat16
+        assert cpu_training._factor(main.grad) == 0.5
+
+
+@needs_no_cuda
+def test_what_ranks_add_up_is_in_float32(wrap: Wrap, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped = wrap(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    wrapped.zero_grad_buffer()
+    wrapped(torch.randn(3, 5, dtype=torch.bfloat16), True).backward()
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    wrapped.finish_grad_sync()
+    assert {weight.main_grad.dtype for weight in wrapped.module.parameters()} == {torch.float32}
 
 
 @needs_no_cuda
@@ -134,14 +161,61 @@ def test_a_writer_that_is_forked_has_what_is_let_go() -> None:
 
 
 @needs_no_cuda
-def test_gradients_are_gone_after_the_update() -> None:
-    weight = nn.Parameter(torch.ones(3))
-    optimizer = cpu_training.fused(AdamW)([weight], lr=0.1)
-    for _ in range(2):
-        weight.grad = torch.ones(3)
-        optimizer.step()
-        assert weight.grad is None
-    assert weight[0].item() == pytest.approx(1 - 2 * 0.1 - 0.1 * 0.01 * (1 + 0.899), rel=1e-4)
+@pytest.mark.parametrize("block", [2, 1 << 22])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_update_is_adamws(
+    dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of gradients of any type that are still to be scaled, in blocks; they are gone after it."""
+    monkeypatch.setattr(cpu_training, "BLOCK", block)
+    torch.manual_seed(2)
+    ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    ours.grad_dtype = None
+    settings = {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.2, "eps": 1e-3}
+    one = cpu_training.fused(AdamW)([ours], **settings)
+    other = AdamW([theirs], **settings)
+    for _ in range(3):
+        gradient = torch.randn(5).to(dtype)
+        theirs.grad = gradient.float() * 0.3
+        cpu_training._multiply(gradient, 0.5)
+        cpu_training._multiply(gradient, 0.6)
+        ours.grad = gradient
+        one.step()
+        other.step()
+        assert ours.grad is None
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert one.param_groups[0]["step"] == 3
+    assert one.state[ours].keys() == {"exp_avg", "exp_avg_sq"}
+
+
+@needs_no_cuda
+def test_a_tied_embedding_adds_few_rows_to_the_heads_gradient() -> None:
+    """Rows of one token are added in float32: in bfloat16 the many small ones would be lost."""
+    torch.manual_seed(4)
+    weight = nn.Parameter(torch.randn(7, 3).bfloat16())
+    plain = nn.Parameter(weight.detach().float())
+    ids = torch.tensor([[1, 5, 5], [1, 1, 0]])
+    layer = SimpleNamespace(
+        weight=weight,
+        tp_group=SimpleNamespace(size=lambda: 1),
+        reduce_scatter_embeddings=False,
+    )
+    rows = cpu_training.few_rows(pytest.fail)(layer, ids)
+    assert torch.equal(rows, weight[ids])
+    head = torch.randn(7, 3).bfloat16()
+    ((rows * 2).sum() + (weight * head).sum()).backward()
+    ((plain[ids] * 2).sum() + (plain * head.float()).sum()).backward()
+    assert weight.grad is not None
+    assert not weight.grad.is_sparse
+    assert torch.equal(weight.grad, plain.grad.bfloat16())
+    weight.grad = None
+    many = torch.zeros(1, 3000, dtype=torch.long)
+    cpu_training.few_rows(pytest.fail)(layer, many).sum().backward()
+    assert weight.grad.is_sparse
+    rounded = torch.tensor(3000.0).bfloat16().item()
+    assert weight.grad.to_dense()[0].tolist() == [rounded] * 3
+    layer.tp_group = SimpleNamespace(size=lambda: 2)
+    assert cpu_training.few_rows(lambda *_: "its own")(layer, ids) == "its own"
 
 
 @pytest.mark.parametrize(("ranks", "asked"), [(1, 0), (2, 1)])
@@ -158,16 +232,31 @@ def test_a_group_of_one_is_not_asked_for_what_it_has(ranks: int, asked: int) -> 
 
 
 @needs_no_cuda
-def test_gradients_are_clipped_to_the_norm() -> None:
+def test_gradients_are_clipped_to_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Megatron finds and limits it, in any type, of what is still to be scaled."""
     cpu_backend.enable("torch", "megatron")
     from megatron.core.optimizer import optimizer
 
-    parameter = torch.nn.Parameter(torch.zeros(4))
-    parameter.grad = torch.full((4,), 3.0)  # norm 6
-    optimizer.clip_grad_by_total_norm_fp32([parameter], max_norm=1.5, total_norm=6.0)
-    assert parameter.grad.norm().item() == pytest.approx(1.5, rel=1e-4)
-    optimizer.clip_grad_by_total_norm_fp32([parameter], max_norm=9.0, total_norm=1.5)
-    assert parameter.grad.norm().item() == pytest.approx(1.5, rel=1e-4)
+    nemo.initialize(nemo.Parallelism())
+    monkeypatch.setattr(cpu_training, "BLOCK", 3)
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    for parameter, dtype in zip(parameters[1:], (torch.bfloat16, torch.float32), strict=True):
+        parameter.grad_dtype = None
+        parameter.grad = torch.full((4,), 3.0, dtype=dtype)
+        cpu_training._multiply(parameter.grad, 0.5)
+
+    def norm() -> float:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        group = torch.distributed.group.WORLD
+        return float(optimizer.get_grad_norm_fp32(gradients, grad_stats_parallel_group=group))
+
+    assert norm() == pytest.approx(math.sqrt(18))
+    optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=1.5, total_norm=norm())
+    assert norm() == pytest.approx(1.5, rel=1e-4)
+    optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=9.0, total_norm=norm())
+    assert norm() == pytest.approx(1.5, rel=1e-4)
+    parameters[1].grad[2] = math.nan
+    assert math.isnan(norm())
 
 
 @needs_no_cuda
