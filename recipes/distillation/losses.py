@@ -467,11 +467,14 @@ def token_cross_entropy(
     labels: Tensor,
     group: ProcessGroup | None = None,
     chunk_bytes: int | None = None,
+    reuse_logits: bool = False,
 ) -> Tensor:
     """Next-token loss [n], float32, of logits [n, vocabulary/tp] for ids [n] in the vocabulary.
 
-    It is the forward KL of a teacher that is sure of the label.
+    It is the forward KL of a teacher that is sure of the label, with ``distillation_loss``'s way to
+    hold one tensor less.
     """
     log_probs = torch.tensor([0.0, -math.inf], dtype=torch.float32, device=logits.device)
     sure = TopK(labels.unsqueeze(1), log_probs.expand(len(labels), 2))
-    return distillation_loss(logits, sure, LogitsLoss(chunk_bytes=chunk_bytes), group)
+    loss = LogitsLoss(chunk_bytes=chunk_bytes)
+    return distillation_loss(logits, sure, loss, group, reuse_logits)

@@ -218,7 +218,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             total, *rows = self._combined(core, logits, text, (weights["kd"], weights.get("lm", 0)))
             found = dict(zip(("kd", "lm"), rows, strict=True))
         elif "lm" in weights:
-            found["lm"] = _next_token_loss(logits, labels)
+            found["lm"] = _next_token_loss(logits, labels, reuse_logits=True)
             total = weights["lm"] * found["lm"]
         if "hidden" in weights:
             found["hidden"] = self._hidden_loss(core, labels)
@@ -283,9 +283,14 @@ def _load_teacher(config: Any, tokenizer: Any, checkpoint: Path) -> nn.Module:
     return core
 
 
-def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def _next_token_loss(logits: Tensor, labels: Tensor, reuse_logits: bool = False) -> Tensor:
     """Loss [batch, sequence] of logits [sequence, batch, vocabulary/tp]."""
-    flat = token_cross_entropy(logits.flatten(0, 1), labels.t().flatten(), nemo.tensor_group())
+    flat = token_cross_entropy(
+        logits.flatten(0, 1),
+        labels.t().flatten(),
+        nemo.tensor_group(),
+        reuse_logits=reuse_logits,
+    )
     return flat.view(logits.shape[:2]).t().contiguous()
 
 

@@ -204,7 +204,7 @@ def _held_activations(arch: Architecture, job: Workload, stage: int, tokens: flo
 
 
 def _logits_bytes(job: Workload, hardware: Hardware, tokens: float) -> float:
-    """Logits, their gradient, for which a live teacher's make room, and the loss's buffers."""
+    """Logits, in whose place their gradient is made, a live teacher's, and the loss's buffers."""
     shape = job.trained or job.teacher
     assert shape is not None
     one = tokens * shape.vocab_size / job.layout.tensor
@@ -213,7 +213,7 @@ def _logits_bytes(job: Workload, hardware: Hardware, tokens: float) -> float:
     if job.trained is None:  # twice for a moment: Megatron puts the batch's axis first
         return max(2 * one, one + CHUNK_BUFFERS * chunk)
     buffers = CHUNK_BUFFERS if job.teacher is None else COMPARING_BUFFERS
-    return 2 * one + (buffers + job.terms - 1) * chunk
+    return (1 if job.teacher is None else 2) * one + (buffers + job.terms - 1) * chunk
 
 
 def forward_flops(arch: Architecture, seq_length: int) -> float:

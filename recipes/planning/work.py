@@ -149,7 +149,7 @@ def loss_bytes(vocabulary: int, size: int, terms: int, live: bool) -> float:
 
     A second term adds its own slope to the first's, of the same log-softmax.
     """
-    first = 52 + 6 * size  # a log-softmax of the student, sums, exponentials, and the gradient
+    first = 52 + 4 * size  # a log-softmax of the student, sums, exponentials, and the gradient
     return vocabulary * (first + (32 if live else 0) + 20 * (terms - 1))
 
 
@@ -159,8 +159,9 @@ def reading_bytes(vocabulary: int) -> float:
 
 
 def update_bytes(micro_batches: int, size: int) -> float:
-    """Bytes of a step for a parameter: gradients added up, scaled and clipped, and Adam.
+    """Bytes of a step for a parameter: gradients added up, their norm, Adam, and the new weight.
 
-    The first gradient is copied, which reads none and has nothing filled with zeros before.
+    The first gradient is taken as it is, which reads none; those that follow are added in float32.
     """
-    return (size + 8) * micro_batches + 66
+    added = (size + 8) * (micro_batches - 1)
+    return added + size + (size + 24) + (4 + size)
