@@ -150,7 +150,7 @@ def stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
         states = 12 if job.bf16 else 8  # main weights in float32 and two moments, or the moments
         parts |= {
             "weights": size * (dense + experts),
-            "gradients": (job.gradient_bytes if job.bf16 else 4) * (dense + experts),
+            "gradients": _gradient_bytes(job, hardware, size) * (dense + experts),
             "optimizer": states * (dense / layout.shards + experts / expert_shards),
             "activations": _held_activations(job.trained, job, stage, tokens) * size / 2,
         }
@@ -162,6 +162,13 @@ def stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
         assert job.teacher is not None
         parts |= _read_at_once(job.teacher, layout, tokens, size, parts["logits"])
     return Memory(**parts)
+
+
+def _gradient_bytes(job: Workload, hardware: Hardware, size: int) -> int:
+    """Of a parameter; a CPU keeps them as they are made where nothing is added to them."""
+    if not hardware.on_gpu and job.layout.ranks == job.micro_batches == 1:
+        return size
+    return job.gradient_bytes if job.bf16 else 4
 
 
 def _read_at_once(

@@ -141,12 +141,11 @@ def test_time_to_stop_has_room_for_what_must_still_be_done() -> None:
     assert time.rows[0][-1] == f"{2 * step + validation + save:.3g}"
 
 
-EPYC, XEON, XEON_BEFORE, XEON_CORE, AVX2 = (
+EPYC, XEON, XEON_CORE, AVX2 = (
     {"flops_per_second": bf16, "float32_flops_per_second": f32, "bytes_per_second": copy}
     for bf16, f32, copy in (
         (4.02e11, 1.87e11, 2.9e10),
-        (1.53e12, 3.34e11, 2.49e10),
-        (1.39e12, 3.25e11, 2.53e10),
+        (1.71e12, 3.11e11, 2.58e10),
         (8.54e11, 1.65e11, 1.25e10),  # one core, as the next
         (1e10, 9.1e10, 2.03e10),
     )
@@ -161,15 +160,16 @@ NARROW = replace(SMOLLM2, hidden_size=512, ffn_hidden_size=1152)
     [
         (EPYC, True, SMOLLM2, DEEP, 1, 250),
         (EPYC, True, None, DEEP, 1, 348),
-        (XEON, True, SMOLLM2, DEEP, 1, 470),
-        (XEON_BEFORE, False, SMOLLM2, DEEP, 1, 202),
+        (XEON, True, SMOLLM2, DEEP, 1, 531),
+        (XEON, True, None, DEEP, 1, 678),
+        (XEON, False, SMOLLM2, DEEP, 1, 230),
         (XEON_CORE, True, SMOLLM2, NARROW, 1, 286),
         (XEON_CORE, False, SMOLLM2, NARROW, 1, 119),
         (AVX2, False, SMOLLM2, DEEP, 2, 72),
         (AVX2, False, SMOLLM2, replace(SMOLLM2, num_layers=20), 2, 82),
     ],
     ids=[
-        *("live", "cached", "amx", "amx-float32", "one-core", "one-core-float32"),
+        *("live", "cached", "amx", "amx-cached", "amx-float32", "one-core", "one-core-float32"),
         *("float32", "float32-20"),
     ],
 )
@@ -189,17 +189,17 @@ def test_time_of_a_step_on_a_cpu(
 
 @pytest.mark.parametrize(
     ("bf16", "teacher", "peak_bytes"),
-    [(True, SMOLLM2, 4.6e9), (True, None, 3.9e9), (False, SMOLLM2, 5.1e9)],
+    [(True, SMOLLM2, 3.5e9), (True, None, 3.1e9), (False, SMOLLM2, 4.5e9)],
     ids=["live", "cached", "live-float32"],
 )
 def test_memory_of_a_training_on_a_cpu(
     bf16: bool, teacher: Architecture | None, peak_bytes: float
 ) -> None:
-    """``benchmarks.distill``: of the 18% Python takes some."""
+    """``benchmarks.distill``: within 5%."""
     job = cpu_training(DEEP, teacher, bf16=bf16)
     if teacher is not None:
         assert flops_per_token(job) == pytest.approx(979e6, rel=0.01)
-    assert estimate(job, CPU).memory.total == pytest.approx(peak_bytes, rel=0.18)
+    assert estimate(job, CPU).memory.total == pytest.approx(peak_bytes, rel=0.05)
 
 
 def cpu_training(student: Architecture, teacher: Architecture | None, **fields: Any) -> Workload:
@@ -235,7 +235,9 @@ def test_a_cpus_time_between_products_is_memory_traffic_by_hand() -> None:
     cpu = replace(CPU, **rates, traffic_share=0.5)
     step = step_seconds(job, cpu)
     assert step.compute == pytest.approx(products + token / 2 + 3 * PASS_SECONDS)
-    assert step.optimizer == pytest.approx(tiny.parameters() * (10 + 66) / 2)
+    assert step.optimizer == pytest.approx(tiny.parameters() * (2 + 26 + 6) / 2)
+    twice = step_seconds(replace(job, global_batch_size=2), cpu)
+    assert twice.optimizer == pytest.approx(tiny.parameters() * (10 + 2 + 26 + 6) / 2)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +288,18 @@ def test_bytes_of_a_parameter_are_those_of_megatron() -> None:
     assert on_cpu.optimizer == 12 * LLAMA.parameters() / 4
     full = memory(replace(job, bf16=False), CPU)
     assert full.weights + full.gradients + full.optimizer == 16 * LLAMA.parameters()
+
+
+@pytest.mark.parametrize(("batches", "layout", "size"), [(1, 1, 2), (2, 1, 4), (1, 2, 4)])
+def test_a_cpu_keeps_gradients_that_nothing_is_added_to(
+    batches: int, layout: int, size: int
+) -> None:
+    """In bfloat16, as they are made; those of micro batches and ranks are added in float32."""
+    job = distillation(
+        LLAMA, None, layout=Layout(devices=layout), global_batch_size=batches * layout
+    )
+    assert memory(job, CPU).gradients == size * LLAMA.parameters()
+    assert memory(job, H100).gradients == 4 * LLAMA.parameters()
 
 
 def test_copies_of_the_optimizer_take_memory_and_spare_the_network() -> None:
@@ -381,10 +395,10 @@ def test_a_pipeline_is_as_fast_as_its_fullest_stage() -> None:
 def test_logits_of_teacher_and_student_are_counted() -> None:
     job = distillation(SMOLLM2, SMOLLM2, layout=Layout(micro_batch_size=4), seq_length=256)
     one = 4 * 256 * 49152 * 2
-    assert memory(job, CPU).logits == 2 * one  # the gradient is written over the teacher's
+    assert memory(job, CPU).logits == 2 * one  # the gradient is written over the student's
     assert memory(replace(job, terms=2), CPU).logits == 2 * one  # and is the sum of the terms'
-    assert memory(replace(job, teacher=None), CPU).logits == 2 * one
-    chunk = memory(replace(job, teacher=None), H100).logits - 2 * one
+    assert memory(replace(job, teacher=None), CPU).logits == one
+    chunk = memory(replace(job, teacher=None), H100).logits - one
     assert memory(job, H100).logits == 2 * one + 3 * chunk / 2  # of two models' log-probabilities
     assert memory(replace(job, terms=2), H100).logits == 2 * one + 4 * chunk / 2
     assert memory(replace(job, trained=None), CPU).logits == 2 * one  # and with the batch first
