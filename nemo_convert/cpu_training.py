@@ -18,7 +18,7 @@ from torch.nn.functional import embedding
 from torch.optim.adamw import adamw
 
 BLOCK = 1 << 22
-"""Elements of a gradient that are float32 at a time."""
+"""Elements of a gradient that are made float32 at a time."""
 
 
 def with_cuda_type_names(original: Any) -> Any:
@@ -105,9 +105,9 @@ def write_first_gradient(original: Any) -> Any:
 
 
 class _Embedding(torch.autograd.Function):
-    """Rows [..., width] of a weight [vocabulary, width]; its gradient has those of a batch alone.
+    """Rows [..., width] of a weight [vocabulary, width], with a sparse gradient of those rows.
 
-    What a token's places say is summed in float32, then rounded once.
+    What the places of a token say is added in float32, and rounded once.
     """
 
     @staticmethod
@@ -234,7 +234,7 @@ def norm_of_all(original: object) -> Any:
 
 
 def _square(gradient: Tensor) -> float:
-    """The sum of squares, of a block at a time so that bfloat16 is float32 in a cache alone."""
+    """The sum of squares in float32, block by block; PyTorch's norm of bfloat16 is slower."""
     blocks = (block.float() for block in gradient.view(-1).split(BLOCK))
     return math.fsum(torch.dot(block, block).item() for block in blocks)
 
@@ -308,7 +308,7 @@ def fused(original: Any) -> Any:
 
     The fused kernel is 5 times as fast. PyTorch has a number of steps for each weight instead,
     with which Megatron's distributed optimizer cannot load its reshardable state. And it wants
-    gradients in float32, that are scaled: here they come to be both block by block.
+    gradients that are float32 and scaled, which here they come to be block by block.
     """
 
     class FusedAdamW(original):  # type: ignore[misc]
