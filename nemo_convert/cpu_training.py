@@ -82,12 +82,12 @@ def write_first_gradient(original: Any) -> Any:
 
     def make_hook(self: Any, weight: Any) -> Any:
         hook = original(self, weight)
-        weight.zero_out_wgrad = False  # has every gradient added, for sums that are fused on CUDA
+        # Of an embedding that is the head, too; it has every gradient added, as CUDA's sums need.
+        weight.tied = getattr(weight, "zero_out_wgrad", False)
+        weight.zero_out_wgrad = False
 
         def write(*unused: Any) -> None:
             if weight.grad is not None:
-                if weight.grad.is_sparse:  # of an embedding that is not tied
-                    weight.grad = weight.grad.to_dense()
                 first = weight in self.unwritten
                 if first and weight.main_grad is None:
                     weight.main_grad = weight.grad
@@ -127,14 +127,14 @@ class _Embedding(torch.autograd.Function):
 
 
 def few_rows(original: Any) -> Any:
-    """Makes a sparse gradient of an embedding, where no rank has but a part of it.
+    """Makes a sparse gradient of an embedding that is the head, too, where one rank has all of it.
 
-    A dense one is as large as the vocabulary, to be filled with zeros and, where the embedding is
-    tied, added to the head's.
+    A dense one is as large as the vocabulary, to be filled with zeros and added to the head's.
     """
 
     def forward(self: Any, ids: Tensor) -> Any:
-        if self.tp_group.size() > 1 or self.reduce_scatter_embeddings:
+        split = self.tp_group.size() > 1 or self.reduce_scatter_embeddings
+        if split or not getattr(self.weight, "tied", False):
             return original(self, ids)
         return _Embedding.apply(ids, self.weight)
 

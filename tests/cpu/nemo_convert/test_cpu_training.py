@@ -195,11 +195,9 @@ def test_a_tied_embedding_adds_few_rows_to_the_heads_gradient() -> None:
     weight = nn.Parameter(torch.randn(7, 3).bfloat16())
     plain = nn.Parameter(weight.detach().float())
     ids = torch.tensor([[1, 5, 5], [1, 1, 0]])
-    layer = SimpleNamespace(
-        weight=weight,
-        tp_group=SimpleNamespace(size=lambda: 1),
-        reduce_scatter_embeddings=False,
-    )
+    alone, whole = SimpleNamespace(size=lambda: 1), {"reduce_scatter_embeddings": False}
+    layer = SimpleNamespace(weight=weight, tp_group=alone, **whole)
+    weight.tied = True  # type: ignore[attr-defined]
     rows = cpu_training.few_rows(pytest.fail)(layer, ids)
     assert torch.equal(rows, weight[ids])
     head = torch.randn(7, 3).bfloat16()
@@ -215,6 +213,8 @@ def test_a_tied_embedding_adds_few_rows_to_the_heads_gradient() -> None:
     rounded = torch.tensor(3000.0).bfloat16().item()
     assert weight.grad.to_dense()[0].tolist() == [rounded] * 3
     layer.tp_group = SimpleNamespace(size=lambda: 2)
+    assert cpu_training.few_rows(lambda *_: "its own")(layer, ids) == "its own"
+    layer = SimpleNamespace(weight=plain, tp_group=alone, **whole)
     assert cpu_training.few_rows(lambda *_: "its own")(layer, ids) == "its own"
 
 
