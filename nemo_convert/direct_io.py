@@ -2,8 +2,8 @@
 
 A checkpoint of many GB is used once. Through the page cache each byte is copied once more, what was
 cached makes room first, and who writes more than a share of the memory (``vm.dirty_ratio``) waits
-for one thread of the kernel. Where a file system has no direct access, the same reads and writes go
-through the cache.
+for one thread of the kernel. What is ``SMALL`` goes through the cache all the same, where it is for
+who reads it next. So does everything where a file system has no direct access.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import fcntl
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
-from typing import TYPE_CHECKING, Any
+from mmap import ACCESS_COPY, MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 Path = str | os.PathLike[str]
 CHUNK = 32 << 20
 """Bytes of a write: enough to keep a disk busy, and a multiple of every disk's block."""
+SMALL = 1 << 30
+"""Bytes of a model, or of a file to read, that the cache has room for."""
 
 
 def read_numbers(path: Path, start: int, dtype: torch.dtype, count: int) -> torch.Tensor:
-    """Reads numbers [count] that begin at a byte of a file, into memory of their own.
+    """Reads numbers [count] that begin at a byte of a file, for no one else to see them change.
 
     Raises:
         EOFError: The file is shorter.
@@ -34,6 +36,13 @@ def read_numbers(path: Path, start: int, dtype: torch.dtype, count: int) -> torc
 
     if not count:
         return torch.empty(0, dtype=dtype)
+    size = os.stat(path).st_size
+    if size < start + count * dtype.itemsize:
+        raise EOFError(f"{path} ends before byte {start + count * dtype.itemsize}")
+    if size < SMALL:
+        with open(path, "rb") as opened:
+            mapped = mmap(opened.fileno(), 0, access=ACCESS_COPY)
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
     skipped = start % PAGESIZE
     end = skipped + count * dtype.itemsize
     pages = _memory(end)
@@ -44,11 +53,16 @@ def read_numbers(path: Path, start: int, dtype: torch.dtype, count: int) -> torc
             while done < end:
                 read = _direct(os.preadv, file, [data[done:]], start - skipped + done)
                 if not read:
-                    raise EOFError(f"{path} ends before byte {start - skipped + end}")
+                    raise EOFError(f"{path} was cut short while it was read")
                 done += read
     finally:
         os.close(file)
     return torch.frombuffer(pages, dtype=dtype, count=count, offset=skipped)
+
+
+def new_file(path: Path, expected: int) -> DirectFile | BinaryIO:
+    """Opens a file to write, a part of a model of so many bytes."""
+    return open(path, "wb") if expected < SMALL else DirectFile(path)
 
 
 class DirectFile:

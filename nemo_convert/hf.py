@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_convert.direct_io import DirectFile, read_numbers
+from nemo_convert.direct_io import new_file, read_numbers
 from nemo_convert.hub import hub_model, is_hub_id, read_hf_config
 from nemo_convert.safetensors_header import header, read_header
 from recipes.core.errors import RecipeError
@@ -171,7 +171,7 @@ def write_shard(
     # As there, the largest numbers come first: each lies at a multiple of its size.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
     described = {name: (str(t.dtype), t.shape, t.nbytes) for name, t in ordered.items()}
-    with DirectFile(path) as file:
+    with new_file(path, sum(tensor.nbytes for tensor in ordered.values())) as file:
         file.write(header(described, metadata))
         for tensor in ordered.values():
             file.write(tensor.flatten().view(torch.uint8).numpy())

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from nemo_convert import direct_io
-from nemo_convert.direct_io import DirectFile, read_numbers
+from nemo_convert.direct_io import DirectFile, new_file, read_numbers
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.fixture(params=["none", "open", "use"])
+@pytest.fixture(params=["none", "open", "use", "small"])
 def file(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A path where direct access is not refused, when a file is opened, and when it is used."""
+    """A path where direct access is not refused, is when a file is opened or used, or not asked."""
+    monkeypatch.setattr(direct_io, "SMALL", {"small": 1 << 30}.get(request.param, 0))
     refused = OSError(errno.EINVAL, "Invalid argument")
     opened = os.open
 
@@ -51,7 +52,7 @@ def test_what_is_written_is_there(
 ) -> None:
     monkeypatch.setattr(direct_io, "CHUNK", 2 * PAGE)
     parts = [os.urandom(size) for size in sizes]
-    with DirectFile(file) as written:
+    with new_file(file, sum(sizes)) as written:
         for part in parts:
             assert written.write(part) == len(part)
         assert written.tell() == sum(sizes)
@@ -106,3 +107,24 @@ def test_what_else_a_file_system_says_is_raised(tmp_path: Path) -> None:
         read_numbers(tmp_path / "none", 0, torch.float32, 1)
     with pytest.raises(FileNotFoundError):
         DirectFile(tmp_path / "no folder" / "numbers")
+
+
+@pytest.mark.parametrize(("size", "direct"), [(PAGE, False), (3 * PAGE, True)])
+def test_what_is_small_stays_in_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, direct: bool
+) -> None:
+    monkeypatch.setattr(direct_io, "SMALL", 2 * PAGE)
+    path, opened = tmp_path / "numbers", os.open
+    flags: list[int] = []
+
+    def seen(path: Any, flag: int, *mode: int) -> int:
+        flags.append(flag)
+        return opened(path, flag, *mode)
+
+    monkeypatch.setattr(os, "open", seen)
+    with new_file(path, size) as written:
+        written.write(bytes(size))
+    found = read_numbers(path, 8, torch.uint8, size - 8)
+    assert any(flag & os.O_DIRECT for flag in flags) is direct
+    found.fill_(7)
+    assert path.read_bytes() == bytes(size)
