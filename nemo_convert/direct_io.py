@@ -2,8 +2,8 @@
 
 A checkpoint of many GB is used once. Through the page cache each byte is copied once more, what was
 cached makes room first, and who writes more than a share of the memory (``vm.dirty_ratio``) waits
-for one thread of the kernel. What is ``SMALL`` goes through the cache all the same, where it is for
-who reads it next. So does everything where a file system has no direct access.
+for one thread of the kernel. What is less than ``SMALL`` does go through the cache, which keeps it
+for who reads it next. So does everything where a file system has no direct access.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SMALL = 1 << 30
 
 
 def read_numbers(path: Path, start: int, dtype: torch.dtype, count: int) -> torch.Tensor:
-    """Reads numbers [count] that begin at a byte of a file, for no one else to see them change.
+    """Reads numbers [count] that begin at a byte of a file, which does not change with them.
 
     Raises:
         EOFError: The file is shorter.

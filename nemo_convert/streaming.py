@@ -75,7 +75,7 @@ class _NewFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        """Opens a file; a new one to write past the page cache."""
+        """Opens a file; a large model's to write past the page cache."""
         new = mode == "wb"
         opened = new_file(path, self._planner.bytes) if new else super().create_stream(path, mode)
         with opened as stream:

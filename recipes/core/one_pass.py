@@ -42,7 +42,7 @@ def one_pass(wanted: bool = True) -> Iterator[None]:
 
 
 def fusable(chain: Callable[P, R]) -> Callable[P, R]:
-    """Marks a chain of operations: a function of tensors that changes none but what it returns."""
+    """Marks a chain of operations: a function of tensors, which writes into none but given ones."""
 
     @functools.cache
     def compiled() -> Callable[..., R]:
