@@ -88,7 +88,10 @@ def starts_here() -> Iterator[None]:
         elif "loop-fp32" in command:
             start(command)
         else:
-            done = run_forked(PRELOADED, command[1:], os.environ, REPO_ROOT)
+            # What the tests before may have left in this process would make it one of its ranks.
+            names = os.environ.keys() - {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"}
+            alone = {name: os.environ[name] for name in names}
+            done = run_forked(PRELOADED, command[1:], alone, REPO_ROOT)
             assert done.returncode == 0, done.stderr
 
     with contextlib.ExitStack() as patches:
