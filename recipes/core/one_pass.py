@@ -52,9 +52,7 @@ def fusable(chain: Callable[P, R]) -> Callable[P, R]:
 
         def run_kernels(*args: Any, **kwargs: Any) -> R:
             if not torch.is_grad_enabled():  # or they are made anew for what has one elsewhere
-                # One tensor that is given twice stays one, which is written where it is read.
-                free = {id(a): a.detach() for a in args if isinstance(a, torch.Tensor)}
-                args = tuple(free.get(id(a), a) for a in args)
+                args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
             return kernels(*args, **kwargs)
 
         return run_kernels

@@ -310,19 +310,19 @@ def _next_token(
 
 def _write(
     losses: Tensor,
-    gradient: Tensor | None,
     student: Tensor,
     targets: Targets,
     loss: LogitsLoss,
     group: ProcessGroup | None,
+    sloped: bool,
 ) -> None:
-    """Fills in a chunk's losses [2, n, 1] and gradient, which may be where its logits are.
+    """Fills in a chunk's losses [2, n, 1], and the gradient where its logits are.
 
     On return its buffers are free: in the caller's loop they would live on beside the next ones.
     """
     # Between ranks a chain is cut by what they send.
     of_chunk = _fused if group is None else _of_chunk
-    taught, told = of_chunk(student, targets, loss, group, gradient)
+    taught, told = of_chunk(student, targets, loss, group, sloped)
     losses[0] = taught
     if told is not None:
         losses[1] = told
@@ -333,10 +333,12 @@ def _of_chunk(
     targets: Targets,
     loss: LogitsLoss,
     group: ProcessGroup | None,
-    gradient: Tensor | None,
+    sloped: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Divergences [n, 1] without T² and next-token losses; writes the slopes of their sum."""
-    sloped = gradient is not None
+    """Divergences [n, 1] without T² and next-token losses; logits become the slopes of their sum.
+
+    One tensor is both, or a compiler would have to be told where the two are the same memory.
+    """
     teacher, temperature = targets.teacher, loss.temperature
     following = following_slope = None
     log_q = _log_softmax(student, temperature, group)
@@ -355,14 +357,14 @@ def _of_chunk(
     else:
         log_p = _log_softmax(teacher, temperature, group)
         value, slope = DIVERGENCES[loss.kind](log_p, log_q, loss, group)
-    if gradient is None:
+    if not sloped:
         return value, following
     taught_weight, told_weight = targets.weights
     scale = temperature * taught_weight  # of T² the inner derivative, 1/T, leaves T
     slopes = slope() if scale == 1 else slope().mul_(scale)
     if following_slope is not None:
         slopes.add_(following_slope, alpha=told_weight)
-    gradient.copy_(slopes)
+    student.copy_(slopes)
     return value, following
 
 
@@ -391,14 +393,11 @@ class _Distillation(torch.autograd.Function):
         reuse: bool,
     ) -> tuple[Tensor, Tensor]:
         losses = torch.zeros(2, len(student), 1, dtype=torch.float32, device=student.device)
-        gradient: Tensor | None = None
-        if ctx.needs_input_grad[0]:
-            gradient = student.detach() if reuse else torch.empty_like(student)
-        for rows in _chunks(student, loss.chunk_bytes):
-            logits = student[rows]
-            slopes = None if gradient is None else logits if reuse else gradient[rows]
-            _write(losses[:, rows], slopes, logits, targets.at(rows), loss, group)
-        ctx.save_for_backward(gradient)
+        sloped = ctx.needs_input_grad[0]
+        logits = student.detach().clone() if sloped and not reuse else student.detach()
+        for rows in _chunks(logits, loss.chunk_bytes):
+            _write(losses[:, rows], logits[rows], targets.at(rows), loss, group, sloped)
+        ctx.save_for_backward(logits if sloped else None)
         losses = losses.squeeze(-1)
         losses[0] *= loss.temperature**2
         ctx.mark_non_differentiable(losses)
