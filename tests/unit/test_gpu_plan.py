@@ -1,18 +1,16 @@
-"""The half hour on a GPU: order, limits, what stands on what, the table; parcels of wheels."""
+"""The half hour on a GPU: order, limits, what stands on what, the table."""
 
 from __future__ import annotations
 
 import ast
 import io
-import re
 import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from recipes.core.files import REPO_ROOT
-from tests.gpu import plan, wheels
+from tests.gpu import plan
 from tests.gpu.plan import DEVICE, FAILED, NOT_REACHED, PASSED, STEPS, TOO_LONG, Done, Step
 
 CODES = {
@@ -71,15 +69,6 @@ def test_a_device_comes_before_all_that_need_one() -> None:
         plan.chosen(["loose"])
 
 
-def test_how_much_it_is_stands_in_contributing() -> None:
-    said = " ".join((REPO_ROOT / "CONTRIBUTING.md").read_text().split())
-    assert f"add up to {sum(one.minutes for one in STEPS):g} minutes" in said
-    assert f"end after {plan.MINUTES:g} (" in said
-    before = [one.name for one in STEPS].index(DEVICE)
-    assert (before, "three steps run before `device`" in said) == (3, True)
-    assert f"{len(re.findall('^[^ ]+==', wheels.pins(), re.M))} wheels" in said
-
-
 def test_every_test_on_a_gpu_is_in_the_plan() -> None:
     listed = {step.test for step in STEPS}
     for file in plan.HERE.glob("test_*.py"):
@@ -95,22 +84,3 @@ def test_every_test_on_a_gpu_is_in_the_plan() -> None:
 def test_no_device_is_said_in_a_line(tmp_path: Path) -> None:
     log = "F\nno CUDA device: PyTorch 2.13.0+cpu was built without CUDA\nFAILED x.py - no\n"
     assert plan._reason(log, 1) == "no CUDA device: PyTorch 2.13.0+cpu was built without CUDA"
-
-
-def test_parcels_hold_every_wheel_and_none_is_too_large(tmp_path: Path) -> None:
-    (tmp_path / "made").mkdir()
-    sizes = {"large": 250, "half": 60, "other": 55, "small": 9}
-    for number, (name, size) in enumerate(sizes.items()):
-        (tmp_path / "made" / name).write_bytes(bytes([number]) * (size - 1) + b"!")
-    files = sorted((tmp_path / "made").iterdir())
-    wheels.pack(files, tmp_path / "parcels", limit=100)
-    carried = [sum(f.stat().st_size for f in p.iterdir()) for p in (tmp_path / "parcels").glob("?")]
-    assert max(carried) <= 100
-    assert len(carried) == 5
-    (tmp_path / "there").mkdir()
-    wheels.unpack(tmp_path / "parcels", tmp_path / "there")
-    for file in files:
-        assert (tmp_path / "there" / file.name).read_bytes() == file.read_bytes()
-    next((tmp_path / "parcels").glob("*/large@100")).unlink()
-    with pytest.raises(SystemExit, match="large is not whole"):
-        wheels.unpack(tmp_path / "parcels", tmp_path / "there")
