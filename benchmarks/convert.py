@@ -56,9 +56,13 @@ def work_of(side: str, folder: Path, scratch: Path) -> Callable[[], object]:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         def load_and_save() -> None:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", trust_remote_code=False
+            )
             model.save_pretrained(scratch / "copy")
-            AutoTokenizer.from_pretrained(folder).save_pretrained(scratch / "copy")
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(
+                scratch / "copy"
+            )
 
         return load_and_save
     from nemo.collections import llm  # noqa: F401
@@ -165,7 +169,7 @@ def write_random(folder: Path, like: Path, shape: Mapping[str, int | bool]) -> N
     from nemo_convert.hf import copy_side_files, write_weights
 
     copy_side_files(like, folder)
-    config = AutoConfig.from_pretrained(like, **shape)
+    config = AutoConfig.from_pretrained(like, **shape, trust_remote_code=False)
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
     with torch.device("meta"):

@@ -84,8 +84,10 @@ def answer_all(side: str, model: Path, args: argparse.Namespace) -> dict[str, An
     from recipes.evaluation import packed_lm
 
     ours, precision = SIDES[side]
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype_of(precision)).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype_of(precision), trust_remote_code=False
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     if ours:
         asked: HFLM = packed_lm.PackedLM(
             loaded, tokenizer, args.pack_tokens, lambda done, total: None

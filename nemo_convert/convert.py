@@ -14,7 +14,7 @@ from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES, Family
 from nemo_convert.hf import Weights, copy_side_files, write_weights
-from nemo_convert.hf_config import read_architecture
+from nemo_convert.hf_config import as_transformers_4, read_architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 
@@ -52,7 +52,7 @@ def check_vocabulary(folder: Path, arch: Architecture) -> None:
     from transformers import AutoTokenizer
 
     try:
-        size = len(AutoTokenizer.from_pretrained(folder))
+        size = len(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(
@@ -81,6 +81,9 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as temporary:
         side = Path(temporary) / nemo.SIDE
         copy_side_files(hf_folder, side)
+        hf_config = read_json(side / "config.json")
+        if (converted := as_transformers_4(hf_config, str(hf_folder))) != hf_config:
+            write_json(side / "config.json", converted, indent=2)
         model = nemo.new_model(side)
         core = nemo.build_core(model, nemo.Parallelism())
         strategy = StreamedSave(source, nemo.leading_axes(arch))

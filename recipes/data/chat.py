@@ -44,7 +44,7 @@ class ChatTokenizer:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder)
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
     def require_template(self) -> None:
         """Refuses a model that was never told what a conversation is.

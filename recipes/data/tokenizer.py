@@ -142,7 +142,7 @@ def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTok
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise RecipeError(
             f"the tokenizer in {folder} has no tokenizer.json.",

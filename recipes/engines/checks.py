@@ -70,9 +70,9 @@ def compare_engine(
 def _fixed_prompt(folder: Path) -> torch.Tensor:
     from transformers import AutoTokenizer
 
-    ids: torch.Tensor = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")[
-        "input_ids"
-    ]
+    ids: torch.Tensor = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(
+        TEXT, return_tensors="pt"
+    )["input_ids"]
     return ids[:, :PROMPT_TOKENS]
 
 

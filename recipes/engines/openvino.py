@@ -79,6 +79,7 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
             folder,
             export=True,
             compile=False,
+            trust_remote_code=False,
             torch_dtype=torch.float32,  # "dtype" is not passed on; bfloat16 weights would stay so
             **_compression(cfg),
         )
@@ -137,7 +138,7 @@ def _write_tokenizer(folder: Path, out: Path) -> None:
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # Of several templates transformers 4.57 makes files of any name, anywhere (CVE-2026-9856).
     several = isinstance(tokenizer.chat_template, dict)
     tokenizer.save_pretrained(out, save_jinja_files=not several)
@@ -175,7 +176,7 @@ class Logits:
         from optimum.intel import OVModelForCausalLM
 
         self._model = OVModelForCausalLM.from_pretrained(
-            engine, device=DEVICE, ov_config=read_properties(engine)
+            engine, device=DEVICE, ov_config=read_properties(engine), trust_remote_code=False
         )
 
     def __call__(self, tokens: torch.Tensor) -> Any:

@@ -46,7 +46,11 @@ def quantize_folder(
     cpu_backend.enable("torch", "modelopt")
     text = read_windows(data, "calibration", cfg.seq_length, cfg.num_windows).tokens.to(device())
     # bfloat16, since that is what is served beside the quantised weights.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device()).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
+        .to(device())
+        .eval()
+    )
 
     def calibrate(model: torch.nn.Module) -> None:
         for start in range(0, len(text), cfg.micro_batch_size):

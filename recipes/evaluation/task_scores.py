@@ -74,7 +74,7 @@ def _ask(
     path = nemo.find_checkpoint(checkpoint.artifact)
     model = load_transformers(path, dtype_of(cfg.precision))
     identity = model_sha256(model, path)
-    tokenizer = AutoTokenizer.from_pretrained(nemo.side_files(path))
+    tokenizer = AutoTokenizer.from_pretrained(nemo.side_files(path), trust_remote_code=False)
     packed = packed_lm.PackedLM(
         model, tokenizer, cfg.pack_tokens, partial(log.progress, f"requests, {role}")
     )

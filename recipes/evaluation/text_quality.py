@@ -54,7 +54,9 @@ def measure(
     ``checkpoints`` are NeMo's, by role.
     """
     text = read_windows(data, "heldout", cfg.seq_length, cfg.num_windows)
-    tokenizer = AutoTokenizer.from_pretrained(nemo.side_files(checkpoints[TEACHER]))
+    tokenizer = AutoTokenizer.from_pretrained(
+        nemo.side_files(checkpoints[TEACHER]), trust_remote_code=False
+    )
     every = max(1, len(text) // max(1, cfg.num_generations))
     picked = text.tokens[::every][: cfg.num_generations]
     end = cfg.prompt_tokens + cfg.new_tokens
@@ -179,7 +181,7 @@ def _recovered(scores: Mapping[str, Scores], chosen: slice = slice(None)) -> flo
 
 def load_transformers(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A NeMo checkpoint as a transformers model, on the GPU if there is one."""
-    config = AutoConfig.from_pretrained(nemo.side_files(checkpoint))
+    config = AutoConfig.from_pretrained(nemo.side_files(checkpoint), trust_remote_code=False)
     config.head_dim = nemo.architecture_of(checkpoint).kv_channels
     return with_weights(config, convert.hf_weights(checkpoint), dtype)
 

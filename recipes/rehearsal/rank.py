@@ -112,7 +112,7 @@ def _of_its_part(begin: Callable[..., None]) -> Callable[..., None]:
 
 
 def _causal_lm(folder: Path) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.eval()

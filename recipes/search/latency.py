@@ -33,7 +33,7 @@ def build_random_engine(
     copy_side_files(side, folder)
     write_json(folder / "config.json", config, indent=2)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
+        AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=torch.bfloat16
     )
     model.save_pretrained(folder)
     engine.mkdir()

@@ -148,7 +148,11 @@ def _written(
     checkpoint = find_checkpoint(teacher.artifact)
     side = side_files(checkpoint)
     model = load_transformers(checkpoint, dtype_of(cfg.precision))
-    writer = Teacher(model, AutoTokenizer.from_pretrained(side), model_sha256(model, checkpoint))
+    writer = Teacher(
+        model,
+        AutoTokenizer.from_pretrained(side, trust_remote_code=False),
+        model_sha256(model, checkpoint),
+    )
     imported = teacher.manifest.result_if("import_hf", ImportResult)
     licence = imported.licence if imported else "unknown"
     name = short_name(teacher.manifest.config.get("hf_path", teacher.directory.name))

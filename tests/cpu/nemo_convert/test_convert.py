@@ -73,6 +73,39 @@ def test_written_shards_have_an_index_that_transformers_reads(
     assert torch.equal(loaded["model.norm.weight"], tensors(odd_llama)["model.norm.weight"])
 
 
+def test_rope_of_transformers_5_is_read(odd_llama: Path, tmp_path: Path) -> None:
+    """transformers 4 ignores ``rope_parameters`` and would take a theta of 10,000."""
+    folder, checkpoint, back = (tmp_path / name for name in ("hf", "m.nemo", "back"))
+    shutil.copytree(odd_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    theta = config.pop("rope_theta")
+    assert theta != 10_000
+    config["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
+    del config["rope_scaling"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert convert_by_command("to-nemo", folder, checkpoint) == 0
+    assert nemo.restore_model(checkpoint).config.rotary_base == theta
+    assert parity.compare(odd_llama, checkpoint).max_logit_difference < 1e-4
+    assert convert_by_command("to-hf", checkpoint, back) == 0
+    assert json.loads((back / "config.json").read_text())["rope_theta"] == theta
+
+
+def test_code_of_a_tokenizer_does_not_run(
+    odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks on standard input whether to run it, unless it is told."""
+    folder, planted = tmp_path / "hf", tmp_path / "ran"
+    shutil.copytree(odd_llama, folder)
+    (folder / "custom.py").write_text(f"open({str(planted)!r}, 'w')\n")
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config |= {"auto_map": {"AutoTokenizer": [None, "custom.Own"]}, "tokenizer_class": "Own"}
+    file.write_text(json.dumps(config))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
+    assert not planted.exists()
+
+
 def test_verify_accepts_the_same_and_refuses_a_changed_model(
     odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,8 +7,13 @@ from typing import Any
 import pytest
 
 from nemo_convert.architecture import Architecture
-from nemo_convert.families import FAMILIES
-from nemo_convert.hf_config import SUPPORTED, read_architecture
+from nemo_convert.families import FAMILIES, LLAMA3_ROPE
+from nemo_convert.hf_config import (
+    SUPPORTED,
+    as_transformers_4,
+    read_architecture,
+    rope_theta,
+)
 from nemo_convert.smollm2 import HF_CONFIG
 from recipes.core.errors import RecipeError
 from recipes.planning.targets import Targets, absolute, pruned, target_problems
@@ -339,3 +344,41 @@ def test_fewer_heads_shrink_attention_only(teacher: Architecture) -> None:
 
 def test_as_dict_builds_the_same_architecture(teacher: Architecture) -> None:
     assert Architecture(**teacher.as_dict()) == teacher
+
+
+LLAMA3 = {"factor": 8.0, **LLAMA3_ROPE}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rope"),
+    [
+        ({"rope_type": "default"}, {"rope_theta": 5e5, "rope_scaling": None}),
+        (LLAMA3, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+    ],
+)
+def test_rope_parameters_become_theta_and_scaling(
+    parameters: dict[str, Any], rope: dict[str, Any]
+) -> None:
+    config = {**LLAMA_8B, "rope_parameters": {"rope_theta": 5e5, **parameters}}
+    assert as_transformers_4(config, "8B") == {**LLAMA_8B, **rope}
+    assert as_transformers_4({**config, **rope}, "8B") == {**LLAMA_8B, **rope}
+    assert rope_theta(as_transformers_4(config, "8B")) == 5e5
+    assert read_architecture(config, "8B") == read_architecture(LLAMA_8B, "8B")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "default"}}, "not supported"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "not supported"),
+        ({"rope_parameters": []}, "not supported"),
+        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4}, "contradicts"),
+        ({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": LLAMA3}, "contradicts"),
+    ],
+)
+def test_rope_parameters_that_cannot_be_read_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read_architecture({**LLAMA_8B, **settings}, "8B")

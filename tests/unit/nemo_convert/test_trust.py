@@ -1,0 +1,30 @@
+"""Nothing here may run code that comes with a model or a tokenizer."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.core.files import REPO_ROOT
+
+LOADERS = ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "OVModelForCausalLM")
+
+
+def calls(file: Path) -> Iterator[ast.Call]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = node.func.value
+            if node.func.attr == "from_pretrained" and getattr(owner, "id", "") in LOADERS:
+                yield node
+
+
+def test_every_loader_refuses_remote_code() -> None:
+    """Left out, transformers asks on standard input, and runs the code if the answer is yes."""
+    folders = ("recipes", "nemo_convert", "benchmarks")
+    files = [file for folder in folders for file in (REPO_ROOT / folder).rglob("*.py")]
+    found = {f"{file}:{call.lineno}": call for file in files for call in calls(file)}
+    assert found
+    for place, call in found.items():
+        trusted = {k.arg: ast.unparse(k.value) for k in call.keywords}.get("trust_remote_code")
+        assert trusted == "False", place
