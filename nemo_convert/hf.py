@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_convert.direct_io import new_file, read_numbers
 from nemo_convert.hf_config import as_transformers_4
 from nemo_convert.hub import hub_model, is_hub_id, read_hf_config
-from nemo_convert.safetensors_header import header, read_header
 from recipes.core.errors import RecipeError
 from recipes.core.files import digest_files, read_json, write_text_atomically
 from recipes.core.wheels import cache_dir, fetch_wheel_file, parse_wheel_file
@@ -87,16 +85,14 @@ class Weights:
     def __init__(self, folder: Path) -> None:
         from safetensors import safe_open
 
-        self._files = {}
-        self._places: dict[str, tuple[Path, int]] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            handle = safe_open(path, framework="pt")
-            self._files.update(dict.fromkeys(handle.keys(), handle))
-            found = read_header(path)
-            assert found is not None, "safe_open has refused what has no header"
-            weights, start = found
-            self._places |= {n: (path, start + w["data_offsets"][0]) for n, w in weights.items()}
         self.folder = folder
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    self._files[name] = path
+                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
 
     def names(self) -> set[str]:
         """Names of all tensors."""
@@ -117,28 +113,32 @@ class Weights:
             )
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, which takes no reading of it."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        """Returns a tensor's shape without reading the tensor."""
+        return self._shapes[name]
 
     def read(self, name: str) -> torch.Tensor:
-        """Reads one tensor, into memory of its own."""
-        mapped = self.mapped(name)
-        flat = read_numbers(*self._places[name], mapped.dtype, mapped.numel())
-        return flat.view(mapped.shape)
+        """Reads one tensor.
 
-    def mapped(self, name: str) -> torch.Tensor:
-        """One tensor as a view of its mapped file, of which nothing is read until it is used."""
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        safetensors returns a view of the mapped file, whose pages would be read only on use and
+        stay resident as long as the file is open. The copy is independent of the file.
+        """
+        from safetensors import safe_open
+
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name).clone()
         return tensor
 
 
 def write_weights(
     tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes shards of safetensors, one in a thread while the next is read; these are in memory.
+    """Writes shards; a thread writes one shard while the caller's thread reads the next.
 
-    Tensors are made in the caller's thread: those of a rehearsal have no data only there.
+    At most two shards are in memory. ``tensors`` is consumed in the caller's thread, because only
+    there do a rehearsal's tensors have no data.
     """
+    from safetensors.torch import save_file
+
     shards: list[list[str]] = []
     total = 0
     with ThreadPoolExecutor(1) as writer:
@@ -147,7 +147,7 @@ def write_weights(
             if writing:
                 writing.result()
             path = folder / f"shard-{len(shards)}"
-            writing = writer.submit(write_shard, shard, path, {"format": "pt"})
+            writing = writer.submit(save_file, shard, path, {"format": "pt"})
             shards.append(list(shard))
             total += sum(tensor.nbytes for tensor in shard.values())
         if writing:
@@ -161,21 +161,6 @@ def write_weights(
         (folder / f"shard-{number}").rename(folder / file)
         index["weight_map"].update(dict.fromkeys(names, file))
     write_text_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
-
-
-def write_shard(
-    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]
-) -> None:
-    """Writes one file, as ``safetensors.torch.save_file`` does through the page cache."""
-    import torch
-
-    # As there, the largest numbers come first: each lies at a multiple of its size.
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
-    described = {name: (str(t.dtype), t.shape, t.nbytes) for name, t in ordered.items()}
-    with new_file(path, sum(tensor.nbytes for tensor in ordered.values())) as file:
-        file.write(header(described, metadata))
-        for tensor in ordered.values():
-            file.write(tensor.flatten().view(torch.uint8).numpy())
 
 
 def _shards(

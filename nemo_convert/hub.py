@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from nemo_convert.hf_config import as_transformers_4
-from nemo_convert.safetensors_header import read_header
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 from recipes.core.wheels import parse_wheel_file
@@ -103,12 +102,16 @@ def has_chat_template(hf_path: str) -> bool | None:
 
 
 def weight_names(folder: Path) -> frozenset[str]:
-    """Names of the weights in a folder, by its files' headers; none where a file has no header."""
+    """Returns the names of a folder's weights; none if a file is not a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
     names: set[str] = set()
-    for file in folder.glob("*.safetensors"):
-        if (found := read_header(file)) is None:
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="np") as file:
+                names.update(file.keys())
+        except SafetensorError:
             return frozenset()
-        names |= found[0].keys()
     return frozenset(names)
 
 

@@ -7,7 +7,6 @@ is kept here; only where a shard's bytes come from or go to is ours.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -15,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -26,12 +26,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from nemo_convert.direct_io import new_file, read_numbers
 from nemo_convert.trust import read_description
 from recipes.core.errors import RecipeError
 
@@ -62,24 +60,9 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         with _without_checksums(), closing(_SourcePlanner(self.source, self.leading)) as planner:
             # Nothing is copied ahead: where there is a GPU, that goes by size and not in order.
             writer = FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0)
-            writer.fs = _NewFiles(planner)
             dcp.save(
                 mcore_to_pyt_state_dict(described, False), storage_writer=writer, planner=planner
             )
-
-
-class _NewFiles(FileSystem):
-    def __init__(self, planner: _SourcePlanner) -> None:
-        super().__init__()
-        self._planner = planner
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        """Opens a file; a large model's to write past the page cache."""
-        new = mode == "wb"
-        opened = new_file(path, self._planner.bytes) if new else super().create_stream(path, mode)
-        with opened as stream:
-            yield stream
 
 
 @contextmanager
@@ -103,16 +86,12 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
         self._weights = _one_ahead(source, [])
         self._at: Where | None = None
         self._weight: Tensor = torch.empty(0)
-        self.bytes = 0
-        """Of all tensors of the plan."""
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """Begins with the weights, in the order in which they are written."""
         plan: SavePlan = super().finish_plan(new_plan)
         wanted = [where for item in plan.items if (where := self._where(item))]
         self._weights = _one_ahead(self._source, list(dict.fromkeys(wanted)))
-        tensors = [item.tensor_data for item in plan.items if item.tensor_data]
-        self.bytes = sum(math.prod(t.chunk.sizes) * t.properties.dtype.itemsize for t in tensors)
         return plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
@@ -186,7 +165,8 @@ class _Shards:
             first = part.storage_offset()
             count = 1 + sum((n - 1) * s for n, s in zip(part.shape, part.stride(), strict=True))
         begins = where.offset + shard.untyped_storage()._checkpoint_offset
-        data = read_numbers(path, begins + first * part.itemsize, part.dtype, count)
+        start, size = begins + first * part.itemsize, count * part.itemsize
+        data = torch.from_numpy(np.fromfile(path, np.uint8, size, offset=start)).view(part.dtype)
         return data.as_strided(part.shape, part.stride())
 
 

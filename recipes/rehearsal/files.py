@@ -1,7 +1,8 @@
-"""Files of safetensors, which hold real numbers: zeros, in files that take no room."""
+"""Replaces safetensors files in a rehearsal by sparse files of zeros."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-from nemo_convert import hf
-from nemo_convert.safetensors_header import header
 
 _safe_open = safetensors.safe_open
 _load_file = safetensors.torch.load_file
@@ -64,18 +62,24 @@ def stand_in() -> None:
     """Replaces reading and writing, for good; before what imports the functions by name."""
     safetensors.torch.save_file, safetensors.torch.load_file = _save, _load
     setattr(safetensors, "safe_open", _Opened)
-    setattr(hf, "write_shard", _save)
-    setattr(hf.Weights, "read", hf.Weights.mapped)
 
 
 def write_zeros(file: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors of zeros, of which the disk keeps the header alone."""
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in shapes.items()}
-    described = {n: (str(dtype), shape, sizes[n]) for n, (dtype, shape) in shapes.items()}
-    begin = header(described, metadata)
+    """Writes a sparse safetensors file of zeros, of which only the header takes disk space.
+
+    The library cannot do this: it writes every byte. The format is documented at
+    https://huggingface.co/docs/safetensors.
+    """
+    types = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": types[dtype], "shape": [*shape], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
     with file.open("wb") as written:
-        written.write(begin)
-        written.truncate(len(begin) + sum(sizes.values()))
+        written.write(len(text).to_bytes(8, "little") + text)
+        written.truncate(8 + len(text) + end)
 
 
 def _save(

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from safetensors.numpy import save_file
 
 from launch import machine
 from launch.plan import Plan, make_plan
@@ -73,8 +75,7 @@ def compiler_is_missing(patch: Patch, _: Path) -> None:
 
 
 def head_is_missing(_: Patch, folder: Path) -> None:
-    header = json.dumps({"model.embed_tokens.weight": {}}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    save_file({"model.embed_tokens.weight": np.zeros(1)}, folder / "model.safetensors")
 
 
 @dataclass(frozen=True)
