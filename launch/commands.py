@@ -23,7 +23,6 @@ from launch.run_status import (
     FAILED,
     RUNNING,
     StageState,
-    forecasts,
     read_run,
     requests_of,
     run_left,
@@ -51,8 +50,6 @@ def status(options: Options, console: Console) -> None:
         console.print(table)
         if left := run_left(run_dir, states):
             console.print(f"about {in_words(left)} left of the run")
-        for name, said in forecasts(run_dir):
-            console.print(escape(f"{name}: {said}"))
 
 
 def _detail(stage: StageState) -> str:

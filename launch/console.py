@@ -24,12 +24,10 @@ from recipes.core.metrics import METRICS, Record
 from recipes.core.screen import plain_table
 from recipes.data.results import DatasetResult
 from recipes.data.results import in_words as conversations_in_words
-from recipes.distillation.forecast import in_words as forecast_in_words
 from recipes.engines.results import BenchmarkResults, EngineResult
 from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
 from recipes.planning.results import Cell, PlanResult
 from recipes.pruning.results import HealResult
-from recipes.report.cost import outlook
 from recipes.report.results import ReportResult
 from recipes.search.results import LatencyResult, SearchResult
 
@@ -193,8 +191,8 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
 class Follower:
     """Draws the progress that a stage writes to its ``metrics.jsonl``.
 
-    A bar on a terminal, a line every few seconds elsewhere, both with the time that is left, and
-    what a distillation will come to; a tracker gets every record.
+    A bar on a terminal, a line every few seconds elsewhere, both with the remaining time; a tracker
+    gets every record.
     """
 
     def __init__(
@@ -222,7 +220,6 @@ class Follower:
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, Any] = {}
-        self._tenths, self._plan = 0, read_manifest(stage.directory.parent / "plan")
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -245,7 +242,6 @@ class Follower:
             return
         if self._path.stat().st_size < self._position:
             self._position = 0
-        newest: Record | None = None
         with self._path.open("rb") as file:
             file.seek(self._position)
             for line in file:
@@ -259,9 +255,6 @@ class Follower:
                 if "task" in record:
                     self._track(record)
                     self._draw(record)
-                    newest = record
-        if newest and newest["task"] == "distill":
-            self._foresee(newest)
 
     def _draw(self, record: Record) -> None:
         task, done, total = record["task"], record["done"], record["total"]
@@ -286,13 +279,3 @@ class Follower:
         if task is not None and (run := self._run_left(task)):
             said.append(f"about {in_words(run)} of the run")
         return ", ".join(said)
-
-    def _foresee(self, record: Record) -> None:
-        """Says after each tenth of a distillation what it will come to, if its curve shows that."""
-        tenths = record["done"] * 10 // record["total"]
-        if tenths <= self._tenths:
-            return
-        self._tenths = tenths
-        found = outlook(self._stage.directory, self._stage.request()["config"], self._plan)
-        if not found.why:
-            self._console.print(f"{self._stage.name}: {forecast_in_words(found)}")

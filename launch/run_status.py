@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK, Manifest, read_manifest
 from recipes.core.metrics import METRICS, Record, read_records
 from recipes.core.stage import REQUEST, RUN_FILE, planned_stages, unfinished
-from recipes.distillation.forecast import in_words as forecast_in_words
-from recipes.report.cost import outlook
 
 COMPLETE, RUNNING, PENDING, FAILED = "complete", "running", "pending", "failed"
 STOPPED_STATE, CANCELLED, NOT_RUN = "stopped", "cancelled", "not run"
@@ -93,14 +91,6 @@ def _was_started(stage_dir: Path) -> bool:
     return newest_log(stage_dir) is not None or any(
         (stage_dir / name).exists() for name in (WORK, MANIFEST)
     )
-
-
-def forecasts(run_dir: Path) -> Iterator[tuple[str, str]]:
-    """What more tokens would bring each distillation that has begun, by stage."""
-    for name, request in requests_of(run_dir).items():
-        if request["config"]["stage"] == "distill" and (run_dir / name / METRICS).exists():
-            plan = read_manifest(run_dir / "plan")
-            yield name, forecast_in_words(outlook(run_dir / name, request["config"], plan))
 
 
 def _state(

@@ -103,10 +103,10 @@ def finish_saving(trainer: Any) -> None:
 
 
 class Gate(Callback):
-    """Ends a training that has brought back what was wanted, or that will not.
+    """Stops a training that has recovered ``stop_at_recovered`` of the KL added by pruning.
 
-    What it was, a later start asks again of the same records: one that is killed while it saves
-    its result trains no further.
+    A training that is killed while it saves its result decides the same when it restarts, because
+    it reads the same records; it takes no further step.
     """
 
     def __init__(self, cfg: DistillConfig, metrics: Path) -> None:

@@ -242,9 +242,6 @@ class DistillConfig(TrainingConfig):
     """Ends the training at a validation at which so much of the divergence from the teacher is
     back, of what pruning left on that text; the teacher then runs in validations, too, and there is
     one before the first step. The learning rate stays what it is on its way to ``max_steps``."""
-    stop_if_hopeless: bool = False
-    """Ends it also at a validation from half of ``max_steps`` on where, by the curve so far, not
-    even all of them would come to that share: the forecast's whole 95% interval is below it."""
     loss_chunk_mb: Count | None = None
     """Size of one float32 buffer of the loss, which goes through the vocabulary a few tokens at a
     time; by default about a CPU's cache, or 512 on a GPU."""

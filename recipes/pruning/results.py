@@ -47,6 +47,6 @@ class HealResult:
     kl_healed: float
 
     @property
-    def left(self) -> float:
-        """Share of the divergence that is still there."""
+    def remaining_kl(self) -> float:
+        """Fraction of the pruned model's KL to the teacher that remains after healing."""
         return self.kl_healed / self.kl_as_cut if self.kl_as_cut else 1.0

@@ -207,9 +207,8 @@ def _short_training(config: TrainingConfig) -> dict[str, Any]:
     model = config.tensor_model_parallel_size * pipeline * config.context_parallel_size
     batch = config.resources.ranks // model * config.micro_batch_size
     micro_batches = min(config.global_batch_size // batch, pipeline + 1)
-    stop = {"stop_at_recovered": None, "stop_if_hopeless": False}
     return {
-        **(stop if isinstance(config, DistillConfig) else {}),
+        **({"stop_at_recovered": None} if isinstance(config, DistillConfig) else {}),
         "global_batch_size": batch * micro_batches,
         "max_steps": STEPS,
         "warmup_steps": 1,

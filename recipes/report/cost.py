@@ -1,17 +1,14 @@
-"""What a run cost and what more tokens would: hours, memory, and the arithmetic of its training."""
+"""What a run cost: hours, memory, and the FLOPs of its training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Manifest, read_manifest
-from recipes.core.metrics import METRICS
 from recipes.core.stage import Inputs
-from recipes.distillation.forecast import Forecast, curve_of, forecast, left_of
 from recipes.distillation.results import CacheResult, DistillationResult, TrainingResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import HealResult, PruneResult
@@ -98,28 +95,6 @@ def upstream(inputs: Inputs) -> dict[str, Manifest]:
 def machine_hours(manifest: Manifest) -> float:
     """Hours times machines."""
     return manifest.seconds / 3600 * _nodes(manifest.config)
-
-
-def outlook(stage_dir: Path, config: Mapping[str, Any], plan: Manifest | None) -> Forecast:
-    """The forecast of a distillation by what it has logged, with what its hours cost.
-
-    Args:
-        stage_dir: Of a training that runs or has ended.
-        config: Its settings.
-        plan: Of the same run, if there is one, which knows the price of an hour.
-    """
-    steps, step_tokens = curve_of(stage_dir, config)
-    left = left_of(stage_dir / METRICS)
-    return forecast(steps, step_tokens, _dollars_an_hour(config, plan), left)
-
-
-def _dollars_an_hour(config: Mapping[str, Any], plan: Manifest | None) -> float | None:
-    """What the machines of a stage with these settings cost."""
-    hardware = plan.config.get("hardware") if plan else None
-    if not hardware:
-        return None
-    devices = _processes(config) if hardware["kind"] == "gpu" else _nodes(config)
-    return float(hardware["price_per_hour"]) * devices
 
 
 def _processes(config: Mapping[str, Any]) -> int:

@@ -21,7 +21,7 @@ from recipes.data.results import DatasetResult, in_words
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import HealResult, PruneResult
-from recipes.report.cost import costs, outlook, upstream, versions, work
+from recipes.report.cost import costs, upstream, versions, work
 from recipes.report.format import render_template
 from recipes.report.plots import (
     SMOOTHING,
@@ -124,7 +124,6 @@ def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
         "detail": _detail(inputs["evaluation"]),
         "training": _training(distilled),
         "rounds": list(_rounds(distilled, earlier)),
-        "forecast": outlook(distilled.directory, distilled.manifest.config, manifests.get("plan")),
         "gates": gates_section(cfg.gates, manifests),
         "pruned": pruned,
         "healed": _healed(distilled.manifest, earlier),

@@ -12,10 +12,9 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome, manifest_of
 from recipes.core.metrics import steps_of
 from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
-from recipes.distillation.forecast import LEFT
 from recipes.distillation.results import DistillationResult, KeptLayers
 from recipes.distillation.settings import CACHED, DRAWN_LOSS, CacheLogitsConfig, DistillConfig
-from recipes.distillation.stopping import stop_reason
+from recipes.distillation.stopping import INITIAL_KL, stop_reason
 from recipes.distillation.training import (
     fp8_size_problems,
     resolve_from_chain,
@@ -91,12 +90,6 @@ def _teacher_problems(cfg: DistillConfig, live: Architecture | None) -> Iterator
 def _stop_problems(cfg: DistillConfig, live: Architecture | None) -> Iterator[Problem]:
     """What keeps a training from seeing, before its end, how much it has brought back."""
     if cfg.stop_at_recovered is None:
-        if cfg.stop_if_hopeless:
-            yield Problem(
-                rules.STOP,
-                "stop_if_hopeless, but no share is wanted",
-                f"set stages.{cfg.stage}.stop_at_recovered, such as 0.9",
-            )
         return
     if live is None or not cfg.kd_weight:
         yield Problem(
@@ -219,7 +212,7 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
     arch = nemo.architecture_of(student)
     objective, log = Objective.of(cfg, inputs, arch), metrics_log(out)
     if healed := inputs["student"].manifest.result_if("heal", HealResult):
-        log.progress("student", 1, 1, **{LEFT: healed.left})
+        log.progress("student", 1, 1, **{INITIAL_KL: healed.remaining_kl})
     train(cfg, student, objective, inputs["data"], out / student.name, log)
     kept = inputs["student"].manifest.result(KeptLayers).kept_layers
     return Outcome(

@@ -26,7 +26,7 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK
 from recipes.core.metrics import METRICS, steps_of
 from recipes.core.stage import Input
-from recipes.distillation.forecast import left_of
+from recipes.distillation.stopping import initial_kl_fraction
 from recipes.engines.backends import model_folder
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.kept import KeptIndices, cut, student_name
@@ -281,9 +281,11 @@ def test_what_was_cut_is_healed(tiny_run: Path) -> None:
 def test_what_healing_brought_back_counts(tiny_run: Path) -> None:
     healed = manifest_of(tiny_run, "heal").result(HealResult)
     assert 0 < healed.kl_healed < healed.kl_as_cut
-    assert left_of(tiny_run / "distill" / METRICS) == healed.left
+    assert initial_kl_fraction(tiny_run / "distill" / METRICS) == healed.remaining_kl
     page = (tiny_run / "report" / ARTIFACT / "report.html").read_text()
-    assert f"took back {1 - healed.left:.1%} of" in " ".join(re.sub("<[^>]*>", "", page).split())
+    assert f"took back {1 - healed.remaining_kl:.1%} of" in " ".join(
+        re.sub("<[^>]*>", "", page).split()
+    )
 
 
 def test_parts_share_no_document(tiny_run: Path) -> None:
@@ -476,7 +478,7 @@ def test_kill_9_then_the_same_command_changes_nothing(
     assert [p.name for p in temporary.iterdir() if not is_of_a_library(p)] == []
 
 
-def test_what_a_kill_left_of_complete_work_is_removed(
+def test_what_a_kill_initial_kl_fraction_complete_work_is_removed(
     tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     run_dir = without(tiny_run, tmp_path / "run")

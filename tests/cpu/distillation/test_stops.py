@@ -167,7 +167,7 @@ def test_a_training_that_has_brought_back_enough_is_complete(
     assert kds[0] == pytest.approx(first, rel=0.3)
     made = manifest_of(run_dir, "distill").result(DistillationResult)
     assert (made.steps, made.tokens) == (len(done), len(done) * 4 * 64)
-    assert made.stopped.startswith(f"stopped at step {len(done)} of 6: {shares[-1]:.0%} of the")
+    assert made.stopped.startswith(f"stopped at step {len(done)} of 6: recovered {shares[-1]:.0%}")
     console = Console(record=True, width=200)
     status({"run_dir": str(run_dir)}, console)
     assert made.stopped in console.export_text()

@@ -135,9 +135,6 @@ def test_only_loss_terms_in_use_are_drawn(
     text = rendered(make_inputs(tmp_path / "run", lm_weight=lm_weight), tmp_path)
     section = text[text.index('<section id="distillation">') : text.index('id="plot-loss"')]
     assert [label for label in re.findall(r"</svg>([^<]+)</span>", section)] == terms
-    # Its divergence falls from 3.7 to 0.7, so that no number of tokens brings 90% of it back.
-    table = text[text.index('id="table-forecast"') :].partition("</table>")[0]
-    assert table.count("more than this curve comes to") == 3
 
 
 def test_a_training_that_stopped_says_so(inputs: dict[str, Input], tmp_path: Path) -> None:

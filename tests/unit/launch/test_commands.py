@@ -19,7 +19,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch import lock
-from launch.run_status import forecasts, progress, read_run
+from launch.run_status import progress, read_run
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK
 from recipes.core.worker import prepare_work
@@ -77,22 +77,6 @@ def test_interrupted_run(run_dir: Path, launch: Launch) -> None:
     assert "distill 3/60, 0:01:54 left; was interrupted" in shown.stdout
     assert re.search(r"^about 0:01:5[67] left of the run$", shown.stdout, re.M)
     assert "1.5 M parameters" in shown.stdout
-    assert "distill: no forecast: 0 steps" in shown.stdout
-
-
-def test_a_distillation_says_what_more_tokens_would_bring(run_dir: Path) -> None:
-    """Of a divergence that falls as 1 / (1 + t / 20 steps), 90% is gone after 180."""
-    metrics = run_dir / "distill" / "metrics.jsonl"
-    steps = [
-        {"time": n, "task": "distill", "done": n, "total": 60, "tokens_per_second": 9}
-        | {"kd": 1 / (1 + n / 20)}
-        for n in range(1, 51)
-    ]
-    metrics.write_text("".join(json.dumps(step) + "\n" for step in steps))
-    [(stage, said)] = forecasts(run_dir)
-    assert stage == "distill"
-    assert said.startswith("71% of the divergence from the teacher is back")
-    assert re.search(r"90% at 180,000 tokens \(.+\), 4 h and \$0\.20 from here", said)
 
 
 def test_failed_stage_says_why(run_dir: Path, launch: Launch) -> None:

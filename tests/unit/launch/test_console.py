@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import re
 from io import StringIO
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -168,23 +167,6 @@ def test_follower_says_how_long_stage_and_run_will_take(
             "distill: train 2/5, 0:00:30 left, about 1:00:30 of the run  loss 2.5",
             "distill: train 5/5, about 1:00:00 of the run  loss 2.5",
         ]
-
-
-def test_follower_says_what_a_distillation_will_come_to(
-    screen: Console, stage: PlannedStage, plan: Callable[..., Plan], complete: Callable[..., None]
-) -> None:
-    """After each tenth from 20 steps on, also in money, since the plan knows a price."""
-    complete(plan(), "plan")
-    log = MetricsLog(stage.directory / METRICS)
-    with Follower(stage, screen) as follower:
-        for n in range(1, 61):
-            log.progress("distill", n, 60, kd=1 / (1 + n / 20), tokens_per_second=9)
-            if n <= 48 or n == 60:
-                follower.update()
-    said = [line for line in lines_of(screen) if "divergence" in line]
-    assert len(said) == 6  # after 24, 30, 36, 42 and 48, and once for what came since
-    assert said[4].startswith("distill: 71% of the divergence from the teacher is back")
-    assert re.search(r"90% at 200,000 tokens \(.+\), \S+ h and \$0\.23 from here", said[4])
 
 
 def test_follower_does_not_call_a_failed_stage_complete(

@@ -135,7 +135,7 @@ TRIPS = {
     "tp-comm-overlap": trip(f"{D}tp_comm_overlap=true"),
     "compiler": trip(f"{D}compile=true", prepare=compiler_is_missing),
     "cuda-graphs": trip(f"{D}cuda_graphs=true"),
-    "stop": trip(f"{D}stop_if_hopeless=true"),
+    "stop": trip(f"{D}stop_at_recovered=0.9", f"{D}kd_weight=0"),
     "profile": trip(f"{D}profile_steps=[5,3]"),
     "schedule": trip(f"{D}warmup_steps=100"),
     "loss": trip(f"{D}kd_weight=0", f"{D}lm_weight=0"),

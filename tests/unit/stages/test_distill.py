@@ -125,7 +125,6 @@ STOP = {"stop_at_recovered": 0.9, "val_check_interval": 20}
     ("fields", "said"),
     [
         (STOP, None),
-        ({"stop_if_hopeless": True}, "no share is wanted"),
         ({**STOP, "val_check_interval": 100}, "no validation before the last"),
         ({**STOP, "kd_weight": 0.0, "hidden_weight": 1.0}, "a loss on its logits"),
         ({**STOP, **ALONE}, "none beside the student"),
