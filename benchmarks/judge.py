@@ -19,13 +19,13 @@ from recipes.core.files import write_json
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Input
 from recipes.data.token_windows import TextWindows, read_windows
-from recipes.evaluation.predictions import TEACHER, Predictor, Reading, compare, read
+from recipes.evaluation.predictions import TEACHER, FinalStates, Predictor, compare, read
 from recipes.evaluation.text_quality import Scores, load_transformers
 
 MICRO_BATCH = 4
 
 
-def readings_of(stage: Path, texts: Mapping[str, TextWindows]) -> dict[str, Reading]:
+def readings_of(stage: Path, texts: Mapping[str, TextWindows]) -> dict[str, FinalStates]:
     """What a stage's model makes of every text."""
     checkpoint = nemo.find_checkpoint(stage / "artifact")
     model = Predictor.of(load_transformers(checkpoint, dtype_of(PRECISION)))

@@ -30,7 +30,7 @@ from recipes.core.manifest import ARTIFACT
 from recipes.core.one_pass import missing_compiler, one_pass
 from recipes.core.screen import plain_table, screen
 from recipes.data.token_windows import windows
-from recipes.distillation.losses import LogitsLoss, Targets, combined_loss
+from recipes.distillation.losses import LogitsLoss, LossTargets, combined_loss
 from recipes.engines.machine_rates import best_seconds
 from recipes.evaluation.text_quality import load_transformers
 
@@ -74,7 +74,7 @@ def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int
     labels = torch.randint(sizes.vocabulary, (rows,))
 
     def loss(student: Tensor) -> Tensor:
-        targets = Targets(logits, labels, (1.0, 0.2))
+        targets = LossTargets(logits, labels, (1.0, 0.2))
         return combined_loss(student, targets, LogitsLoss())[0]
 
     return {

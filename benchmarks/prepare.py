@@ -70,7 +70,7 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Measu
     cfg = PrepareDataConfig(sources=[str(text)], processes=processes)
     tokenizer = load_tokenizer(model)
     tokenizer.encode(["a"])
-    done: list[preparation.Progress] = []
+    done: list[preparation.PreparationState] = []
     found = measured(
         lambda: done.append(preparation.prepare(cfg, tokenizer, folder, MetricsLog(None)))
     )

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from recipes.core.manifest import check_artifact
 from recipes.core.screen import screen
 from recipes.core.stage import REQUEST, Input
-from recipes.distillation.callbacks import Progress
+from recipes.distillation.callbacks import StepLogger
 from recipes.distillation.settings import DistillConfig
 from recipes.stages import distill
 
@@ -46,13 +46,13 @@ def run(stage_dir: Path, profiler: profile) -> None:
         directory = Path(spec["directory"])
         inputs[name] = Input(directory, check_artifact(directory, spec["kind"], rehash=False))
 
-    logged = Progress.on_train_batch_end
+    logged = StepLogger.on_train_batch_end
 
-    def on_train_batch_end(self: Progress, *args: Any) -> None:
+    def on_train_batch_end(self: StepLogger, *args: Any) -> None:
         logged(self, *args)
         profiler.step()
 
-    Progress.on_train_batch_end = on_train_batch_end  # type: ignore[assignment,method-assign]
+    StepLogger.on_train_batch_end = on_train_batch_end  # type: ignore[assignment,method-assign]
     with tempfile.TemporaryDirectory() as scratch, profiler:
         out = Path(scratch) / "work" / "artifact"
         out.mkdir(parents=True)

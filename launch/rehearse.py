@@ -28,11 +28,11 @@ from recipes.planning.chain import Chain
 from recipes.planning.estimate import FRAGMENTATION, Memory, stage_memory
 from recipes.planning.problems import require_none
 from recipes.planning.published_configs import read_config_or_published
-from recipes.rehearsal.job import Job, Rehearsed, jobs_of
+from recipes.rehearsal.job import RankJob, Rehearsed, jobs_of
 from recipes.rehearsal.peers import unmatched
 
 KINDS = tuple(part.name for part in fields(Memory) if part.name != "reserved")
-Found = list[tuple[Job, Rehearsed]]
+Found = list[tuple[RankJob, Rehearsed]]
 
 
 def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Console) -> None:
@@ -90,7 +90,7 @@ def _ranks(given: object) -> list[int] | None:
     return listed
 
 
-def _run(jobs: Sequence[Job]) -> Iterator[Rehearsed]:
+def _run(jobs: Sequence[RankJob]) -> Iterator[Rehearsed]:
     """Rehearses in another process, which is good for nothing else afterwards."""
     with tempfile.TemporaryDirectory() as temporary:
         file, log = Path(temporary) / "jobs.json", Path(temporary) / "log"
@@ -165,7 +165,7 @@ def _both(rehearsed: float, plan: float) -> str:
     return f"{rehearsed / 1e9:.2f} / {plan / 1e9:.2f}"
 
 
-def planned(job: Job, chain: Chain) -> Memory | None:
+def planned(job: RankJob, chain: Chain) -> Memory | None:
     """What the planner says of a job's pipeline stage; ``None`` where it has no model of it."""
     spec = load_stage(job.stage)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(spec.config), job.config))

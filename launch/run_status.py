@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from launch import lock
 from launch.executors.slurm_queue import (
     ENDED_BY_SLURM,
-    Job,
     JobState,
+    SlurmJob,
     final_state,
     job_states,
     read_jobs,
@@ -38,7 +38,7 @@ class StageState:
     name: str
     state: str
     detail: str = ""
-    job: Job | None = None
+    job: SlurmJob | None = None
     manifest: Manifest | None = None
 
 
@@ -96,7 +96,7 @@ def _was_started(stage_dir: Path) -> bool:
 def _state(
     stage_dir: Path,
     request: Mapping[str, object],
-    job: Job | None,
+    job: SlurmJob | None,
     queue: Mapping[str, JobState],
     held: lock.Holder | None,
 ) -> StageState:
@@ -121,7 +121,7 @@ def _state(
     return _ended(stage_dir, None, None)
 
 
-def _ended(stage_dir: Path, job: Job | None, ended: str | None) -> StageState:
+def _ended(stage_dir: Path, job: SlurmJob | None, ended: str | None) -> StageState:
     """A stage that is not complete and that nothing works on."""
     name, log = stage_dir.name, newest_log(stage_dir)
     if (stage_dir / WORK / STOPPED).exists():

@@ -12,8 +12,8 @@ from launch.cluster import Executor, Follow
 from launch.executors import container
 from launch.executors.slurm_queue import (
     ENDED_BY_SLURM,
-    Job,
     JobState,
+    SlurmJob,
     active_jobs,
     job_states,
     read_jobs,
@@ -106,7 +106,7 @@ def _submit(plan: Plan) -> None:
         )
 
 
-def _follow(stage: PlannedStage, job: Job, follow: Follow) -> None:
+def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
     """Shows a stage's progress until its job has ended."""
     with follow(stage) as follower:
         state = _state(job)
@@ -126,7 +126,7 @@ def _follow(stage: PlannedStage, job: Job, follow: Follow) -> None:
             )
 
 
-def _state(job: Job) -> JobState | None:
+def _state(job: SlurmJob) -> JobState | None:
     """What Slurm says of a job, whose node does not need its controller to go on."""
     deadline = time.monotonic() + RESTART_SECONDS
     while True:

@@ -27,7 +27,7 @@ TIMEOUT_SECONDS = 60
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """A job that was submitted for a stage."""
 
     stage: str
@@ -50,17 +50,17 @@ class JobState:
         return self.state not in ENDED
 
 
-def read_jobs(run_dir: Path) -> dict[str, Job]:
+def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
     """The newest job of every stage that was ever submitted."""
     try:
         text = (run_dir / RECORD).read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
     rows = [line.split() for line in text.splitlines()]
-    return {row[0]: Job(*row) for row in rows if len(row) == 3}
+    return {row[0]: SlurmJob(*row) for row in rows if len(row) == 3}
 
 
-def job_states(jobs: Iterable[Job]) -> dict[str, JobState]:
+def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
     """States by job id, without jobs that Slurm has forgotten; refuses if it does not answer."""
     ids = [job.id for job in jobs]
     if not ids or shutil.which("squeue") is None:  # a run copied to a machine without Slurm
@@ -76,14 +76,14 @@ def job_states(jobs: Iterable[Job]) -> dict[str, JobState]:
     return {row[0]: JobState(*row[1:]) for row in rows if len(row) == 5}
 
 
-def final_state(job: Job) -> str | None:
+def final_state(job: SlurmJob) -> str | None:
     """How a job that the queue has forgotten ended, where accounting keeps that."""
     done = _ask("sacct", "--noheader", "--parsable2", "-X", "--format=State", f"--jobs={job.id}")
     states = done.stdout.split()
     return states[0] if done.returncode == 0 and states else None
 
 
-def active_jobs(run_dir: Path) -> Mapping[str, tuple[Job, JobState]]:
+def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
     """Jobs of the run that run or will run, by stage."""
     jobs = read_jobs(run_dir)
     states = job_states(jobs.values())
@@ -94,7 +94,7 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[Job, JobState]]:
     }
 
 
-def cancel(jobs: Iterable[Job]) -> None:
+def cancel(jobs: Iterable[SlurmJob]) -> None:
     """Cancels jobs, or refuses as Slurm does."""
     numbers = [job.id for job in jobs]
     done = _ask("scancel", *numbers)

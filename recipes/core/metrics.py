@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from recipes.core.silence import progressed
 
 METRICS = "metrics.jsonl"
+ProgressCallback = Callable[[int, int], None]
+"""Takes the units of work that are done, and their total."""
 Record = dict[str, Any]
 """One line of it."""
 

@@ -28,7 +28,7 @@ KEEP_SECONDS = 10.0
 
 
 @dataclass
-class Progress:
+class PreparationState:
     """What was taken, and where the next document is."""
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -54,7 +54,7 @@ def prepare(
     log: MetricsLog,
     chat: ChatTokenizer | None = None,
     places: Mapping[str, str] | None = None,
-) -> Progress:
+) -> PreparationState:
     """Writes ``.bin`` and ``.idx`` of all parts, going on with what a killed process left.
 
     Held-out sources come first: of a document that is also in a source for training, theirs is the
@@ -66,7 +66,7 @@ def prepare(
     names = list(source_names(cfg.all_sources()).items())
     places = places or {}
     with Ledger(folder / "ledger.sqlite") as ledger:
-        progress = Progress(**(ledger.progress() or {}))
+        progress = PreparationState(**(ledger.progress() or {}))
         with PartWriter(folder, PARTS, progress.sizes, marked=chat is not None) as writer:
             progress.sizes = writer.sizes
             store = _Store(ledger, writer, progress)
@@ -91,7 +91,7 @@ class _Store:
 
     ledger: Ledger
     writer: PartWriter
-    progress: Progress
+    progress: PreparationState
     kept: float = field(default_factory=time.monotonic)
 
     def take(self, name: str, documents: Iterable[tuple[str, Encoded]]) -> None:

@@ -23,7 +23,7 @@ FORMATS = ("text", CHAT)
 _OPTION = re.compile(
     r"[#&](?P<key>text|format|name|licence|revision|tokens|seed|prompts)=(?P<value>[^#&]+)$"
 )
-TEACHER = "teacher://"
+TEACHER_SCHEME = "teacher://"
 """Before a format: text that the teacher is to write."""
 
 
@@ -67,7 +67,7 @@ class Source:
     @property
     def written(self) -> bool:
         """Whether the teacher is to write it."""
-        return self.path.startswith(TEACHER)
+        return self.path.startswith(TEACHER_SCHEME)
 
     @property
     def wheel(self) -> WheelFile | None:
@@ -92,7 +92,7 @@ class Source:
     def short_name(self) -> str:
         """A name for tables: its own, or the last of its path that is no pattern."""
         path = self.hub.name if self.hub else self.wheel.member if self.wheel else self.path
-        path = path.replace(TEACHER, "teacher-")
+        path = path.replace(TEACHER_SCHEME, "teacher-")
         parts = [part for part in Path(path).parts if not glob.has_magic(part)]
         last = self.name or (parts[-1] if parts else "text")
         ending = next((e for e in FILE_TYPES if last.endswith(e)), "")
@@ -151,20 +151,22 @@ def _option_problem(text: str, source: Source) -> str | None:
     if source.revision and not source.hub:
         return f"'{text}' has a revision, but is not on a hub"
     if source.tokens or source.seed or source.prompts:
-        return f"'{text}' has tokens, a seed or prompts, which only {TEACHER} sources have"
+        return f"'{text}' has tokens, a seed or prompts, which only {TEACHER_SCHEME} sources have"
     return None
 
 
 def _order_problem(source: Source) -> str | None:
-    if source.path.removeprefix(TEACHER) not in FORMATS:
-        return f"'{source.path}' is neither {' nor '.join(TEACHER + name for name in FORMATS)}"
+    if source.path.removeprefix(TEACHER_SCHEME) not in FORMATS:
+        return (
+            f"'{source.path}' is neither {' nor '.join(TEACHER_SCHEME + name for name in FORMATS)}"
+        )
     for name in ("tokens", "seed"):
         value = getattr(source, name)
         if value is not None and not value.isdecimal():
             return f"{name}={value} of '{source.path}' is no whole number"
     if source.prompts is None:
         return None
-    if source.path.removeprefix(TEACHER) != CHAT:
+    if source.path.removeprefix(TEACHER_SCHEME) != CHAT:
         return f"'{source.path}' has prompts, but only a chat is answered"
     return None if source.local_files() else f"there is no file '{source.prompts}'"
 

@@ -56,8 +56,8 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """Who writes."""
+class TextGenerator:
+    """The model that generates text, with its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -66,8 +66,8 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Written:
-    """What was written, in a file of records."""
+class GeneratedText:
+    """The generated text: a file of records."""
 
     sha256: str
     tokens: int
@@ -76,7 +76,7 @@ class Written:
     """Turns that were too long, and left out."""
 
 
-def write(order: Order, teacher: Teacher, log: MetricsLog) -> tuple[Path, Written]:
+def write(order: Order, teacher: TextGenerator, log: MetricsLog) -> tuple[Path, GeneratedText]:
     """Returns what a teacher wrote to order, from the cache if it did before.
 
     A process that was killed is gone on from after its last whole batch.
@@ -87,7 +87,7 @@ def write(order: Order, teacher: Teacher, log: MetricsLog) -> tuple[Path, Writte
     folder = cache_dir() / "written" / _name(order, teacher)
     file, about = folder / FILE, folder / ABOUT
     if about.exists():
-        done = Written(**read_json(about))
+        done = GeneratedText(**read_json(about))
         if file.exists() and sha256_of(file) == done.sha256:
             return file, done
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,12 +107,12 @@ def write(order: Order, teacher: Teacher, log: MetricsLog) -> tuple[Path, Writte
             )
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text_atomically(file, text)
-    done = Written(sha256_of(file), tokens, len(records), unfinished)
+    done = GeneratedText(sha256_of(file), tokens, len(records), unfinished)
     write_json(about, asdict(done))
     return file, done
 
 
-def _name(order: Order, teacher: Teacher) -> str:
+def _name(order: Order, teacher: TextGenerator) -> str:
     prompts = None if order.prompts is None else _content(order.prompts)
     libraries = [f"{name} {installed(name)}" for name in ("torch", "transformers")]
     made_of = {**asdict(order), "prompts": prompts, "teacher": teacher.sha256}
@@ -123,7 +123,7 @@ def _content(prompts: str) -> str:
     return digest([document.text for document in read_source(prompts, "", chat=True)])
 
 
-def _batches(order: Order, teacher: Teacher, folder: Path) -> Iterator[Mapping[str, Any]]:
+def _batches(order: Order, teacher: TextGenerator, folder: Path) -> Iterator[Mapping[str, Any]]:
     """What each batch came to, those that are kept first."""
     turns = _asked(order) if order.prompts else None
     number = 0
@@ -152,7 +152,7 @@ def _asked(order: Order) -> Iterator[list[Record]]:
 
 
 def _write_batch(
-    order: Order, teacher: Teacher, asked: list[list[Record]] | None
+    order: Order, teacher: TextGenerator, asked: list[list[Record]] | None
 ) -> Mapping[str, Any]:
     if order.kind != CHAT:
         ends = {order.end, teacher.tokenizer.eos_token_id}
@@ -185,7 +185,7 @@ def _write_batch(
     return {"records": records, "tokens": tokens, "unfinished": unfinished}
 
 
-def _opening(teacher: Teacher) -> list[int]:
+def _opening(teacher: TextGenerator) -> list[int]:
     """What a template has before the words of a user (arXiv:2406.08464)."""
     turn = [{"role": "user", "content": BLANK}]
     rendered = str(teacher.tokenizer.apply_chat_template(turn, tokenize=False))
@@ -195,12 +195,12 @@ def _opening(teacher: Teacher) -> list[int]:
     return opening or [int(teacher.tokenizer.eos_token_id)]
 
 
-def _stops(teacher: Teacher) -> set[int]:
+def _stops(teacher: TextGenerator) -> set[int]:
     """Tokens that end a turn."""
     return {int(teacher.tokenizer.eos_token_id)}
 
 
-def _words(teacher: Teacher, ids: list[int]) -> str:
+def _words(teacher: TextGenerator, ids: list[int]) -> str:
     words = teacher.tokenizer.decode(
         ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -209,7 +209,7 @@ def _words(teacher: Teacher, ids: list[int]) -> str:
 
 @torch.no_grad()
 def _generate(
-    teacher: Teacher, prompts: list[list[int]], most: int, stops: set[int]
+    teacher: TextGenerator, prompts: list[list[int]], most: int, stops: set[int]
 ) -> list[tuple[list[int], bool]]:
     """Continues prompts at temperature 1, and says whether each came to an end.
 

@@ -26,7 +26,7 @@ COLLECT_EVERY = 100
 """Steps between collections of garbage."""
 
 
-class Progress(Callback):
+class StepLogger(Callback):
     """Logs every step, and keeps an update that is not finite from the weights."""
 
     def __init__(self, cfg: TrainingConfig, log: MetricsLog) -> None:
@@ -102,7 +102,7 @@ def finish_saving(trainer: Any) -> None:
     trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
 
 
-class Gate(Callback):
+class StopAtRecovered(Callback):
     """Stops a training that has recovered ``stop_at_recovered`` of the KL added by pruning.
 
     A training that is killed while it saves its result decides the same when it restarts, because

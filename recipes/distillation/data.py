@@ -33,7 +33,7 @@ from recipes.data.token_windows import (
 from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.settings import TrainingConfig
 
-TEACHER = "teacher_"
+TEACHER_PREFIX = "teacher_"
 """Begins the names of what a cached teacher says in a batch."""
 
 
@@ -94,7 +94,10 @@ class TokenWindows(Dataset):
         if self.attention_mask is not None:
             item["attention_mask"] = self.attention_mask
         if self.cache is not None:
-            item |= {f"{TEACHER}{name}": tensor for name, tensor in self.cache.rows(number).items()}
+            item |= {
+                f"{TEACHER_PREFIX}{name}": tensor
+                for name, tensor in self.cache.rows(number).items()
+            }
         return item
 
     def window_of(self, sample: int) -> int:

@@ -279,8 +279,8 @@ def _drawn(
     return -entropy - taught, lambda: log_q.exp_().scatter_add_(1, columns, -p * here)
 
 
-class Targets(NamedTuple):
-    """What rows of the student's logits are to learn."""
+class LossTargets(NamedTuple):
+    """Targets of the loss for rows of the student's logits."""
 
     teacher: Tensor | TopK
     """Its logits [n, vocabulary/tp], or its top-k at the loss's temperature."""
@@ -289,7 +289,7 @@ class Targets(NamedTuple):
     weights: tuple[float, float] = (1.0, 0.0)
     """Of the divergence from the teacher, and of the next-token loss."""
 
-    def at(self, rows: slice) -> Targets:
+    def at(self, rows: slice) -> LossTargets:
         """Those of some rows."""
         take = operator.itemgetter(rows)
         teacher = self.teacher
@@ -311,7 +311,7 @@ def _next_token(
 def _write(
     losses: Tensor,
     student: Tensor,
-    targets: Targets,
+    targets: LossTargets,
     loss: LogitsLoss,
     group: ProcessGroup | None,
     sloped: bool,
@@ -330,7 +330,7 @@ def _write(
 
 def _of_chunk(
     student: Tensor,
-    targets: Targets,
+    targets: LossTargets,
     loss: LogitsLoss,
     group: ProcessGroup | None,
     sloped: bool,
@@ -387,7 +387,7 @@ class _Distillation(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: FunctionCtx,
         student: Tensor,
-        targets: Targets,
+        targets: LossTargets,
         loss: LogitsLoss,
         group: ProcessGroup | None,
         reuse: bool,
@@ -426,12 +426,12 @@ def distillation_loss(
     gradient overwrite the student's, to hold one tensor less. Refuses shapes that do not
     fit.
     """
-    return combined_loss(student, Targets(teacher), loss, group, reuse_logits)[0]
+    return combined_loss(student, LossTargets(teacher), loss, group, reuse_logits)[0]
 
 
 def combined_loss(
     student: Tensor,
-    targets: Targets,
+    targets: LossTargets,
     loss: LogitsLoss,
     group: ProcessGroup | None = None,
     reuse_logits: bool = False,

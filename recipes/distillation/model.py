@@ -31,9 +31,9 @@ from nemo_convert import nemo
 from nemo_convert.cpu_backend import adapt_config
 from nemo_convert.device import device
 from nemo_convert.pipeline import pipeline_split
-from recipes.distillation.data import TEACHER
+from recipes.distillation.data import TEACHER_PREFIX
 from recipes.distillation.hidden_loss import HiddenLoss
-from recipes.distillation.losses import Targets, TopK, combined_loss, token_cross_entropy
+from recipes.distillation.losses import LossTargets, TopK, combined_loss, token_cross_entropy
 from recipes.distillation.objective import LossReduction, Objective
 from recipes.evaluation.sanity import require_better_than_chance
 
@@ -191,13 +191,17 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         if parallel_state.is_pipeline_last_stage():
             samples = found[0] if isinstance(found, tuple) else found
             for name in samples:
-                if name.startswith(TEACHER):
+                if name.startswith(TEACHER_PREFIX):
                     batch[name] = samples[name].to(device(), non_blocking=True)
         return batch
 
     def forward_step(self, batch: dict[str, Any]) -> Tensor:
         """Runs the model on a batch; a cached teacher comes with the batch."""
-        said = {n.removeprefix(TEACHER): t for n, t in batch.items() if n.startswith(TEACHER)}
+        said = {
+            n.removeprefix(TEACHER_PREFIX): t
+            for n, t in batch.items()
+            if n.startswith(TEACHER_PREFIX)
+        }
         if said:
             # From [batch, sequence, k] to Megatron's order of tokens.
             self._cached = TopK(**said).each(lambda tensor: tensor.transpose(0, 1).flatten(0, 1))
@@ -233,7 +237,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
         Of logits [sequence, batch, vocabulary/tp] and ids [batch, sequence].
         """
-        targets = Targets(
+        targets = LossTargets(
             self._cached or core.teacher_logits.flatten(0, 1),
             None if labels is None else labels.t().flatten(),
             weights,

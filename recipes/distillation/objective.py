@@ -52,8 +52,8 @@ def layer_pairs(
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """Where the teacher's knowledge comes from: a checkpoint, or a cache of what it says."""
+class TeacherSource:
+    """Where the teacher's logits come from: a checkpoint, or a cache."""
 
     checkpoint: Path | None = None
     pairs: Pairs = ()
@@ -65,7 +65,7 @@ class Teacher:
     """Whether it runs in validations, too."""
 
     @classmethod
-    def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> Teacher:
+    def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> TeacherSource:
         """What the config needs of the teacher; nothing where it learns from text alone."""
         if cfg.kd_weight == cfg.hidden_weight == 0:
             return cls()
@@ -116,7 +116,7 @@ class Objective:
     """What is minimised: terms in the order of ``TERMS``, how they add up, whom they are from."""
 
     weights: Mapping[str, float]
-    teacher: Teacher = Teacher()
+    teacher: TeacherSource = TeacherSource()
     logits: LogitsLoss = field(default_factory=LogitsLoss)
     hidden_loss: str = "cosine"
     dynamic: bool = False
@@ -128,7 +128,7 @@ class Objective:
         chunk = None if cfg.loss_chunk_mb is None else cfg.loss_chunk_mb << 20
         return cls(
             {name: weight for name, weight in weights.items() if weight},
-            Teacher.of(cfg, inputs, student),
+            TeacherSource.of(cfg, inputs, student),
             LogitsLoss(cfg.logits_loss, cfg.temperature, cfg.jsd_beta, cfg.top_k, chunk),
             cfg.hidden_loss,
             cfg.loss_balancer == "dynamic",

@@ -28,7 +28,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.one_pass import missing_compiler, one_pass
 from recipes.core.stage import Input, metrics_file, rank, world_size
 from recipes.core.wheels import cache_dir
-from recipes.distillation.callbacks import Clock, Collect, Gate, Profile, Progress
+from recipes.distillation.callbacks import Clock, Collect, Profile, StepLogger, StopAtRecovered
 from recipes.distillation.data import TrainingData
 from recipes.distillation.model import KDModel
 from recipes.distillation.objective import Objective
@@ -74,10 +74,10 @@ def train(
         trainer = _trainer(cfg)
     # After construction: NeMo copies what it is given.
     # Memory is given back before the trainer's own callback saves.
-    trainer.callbacks = [Collect(cfg), *trainer.callbacks, Progress(cfg, log)]
+    trainer.callbacks = [Collect(cfg), *trainer.callbacks, StepLogger(cfg, log)]
     if objective.teacher.validates and isinstance(cfg, DistillConfig):
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
-        trainer.callbacks.append(Gate(cfg, metrics_file(out.parent)))
+        trainer.callbacks.append(StopAtRecovered(cfg, metrics_file(out.parent)))
     if deadline() is not None:
         trainer.callbacks.append(Clock(cfg))
     if cfg.tp_comm_overlap:

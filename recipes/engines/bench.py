@@ -23,7 +23,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.processes import cores
 from recipes.engines import trtllm_bench
 from recipes.engines.results import BenchmarkRow, Speedup
-from recipes.engines.timing import Timing, Written, random_prompts, spread
+from recipes.engines.timing import Generation, Timing, random_prompts, spread
 from recipes.planning.roofline import (
     Machine,
     RequestShape,
@@ -32,7 +32,7 @@ from recipes.planning.roofline import (
     prefill_seconds,
 )
 
-ROLES = ("teacher", "student")
+ENGINE_ROLES = ("teacher", "student")
 BASELINE = "transformers"
 
 
@@ -86,7 +86,7 @@ class Worker(Protocol):
 
     def write(
         self, prompts: list[list[int]], new_tokens: int, num_assistant_tokens: int | None = None
-    ) -> Written:
+    ) -> Generation:
         """Continues one batch of prompts; with a draft model, by drafts of so many tokens."""
 
     def __enter__(self) -> Self:
@@ -118,7 +118,7 @@ class CpuWorker:
 
     def write(
         self, prompts: list[list[int]], new_tokens: int, num_assistant_tokens: int | None = None
-    ) -> Written:
+    ) -> Generation:
         """Continues one batch of prompts."""
         request = {
             "prompts": prompts,
@@ -129,7 +129,7 @@ class CpuWorker:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         answer = self._answer()
         self.measured.peak_memory_bytes = answer.pop("peak_memory_bytes")
-        return Written(**{**answer, "timing": Timing(**answer["timing"])})
+        return Generation(**{**answer, "timing": Timing(**answer["timing"])})
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -168,7 +168,7 @@ class TensorRtLlm:
 
     def write(
         self, prompts: list[list[int]], new_tokens: int, num_assistant_tokens: int | None = None
-    ) -> Written:
+    ) -> Generation:
         """Continues one batch of prompts."""
         request = trtllm_bench.Requests(prompts, new_tokens, num_assistant_tokens)
         found = trtllm_bench.run(self._target, request, self._scratch)
@@ -265,7 +265,7 @@ def speedups(
     for fast in sorted(students, key=lambda row: backends.index(row.backend)):
         slow = teachers[fast.backend, fast.setting]
         shape = RequestShape(fast.batch_size, fast.prompt_tokens, fast.new_tokens)
-        pair = [models[fast.backend, role] for role in ROLES]
+        pair = [models[fast.backend, role] for role in ENGINE_ROLES]
         found.append(
             Speedup(
                 backend=fast.backend,

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from recipes.core.processes import die_with_parent, peak_memory_bytes
 from recipes.engines.openvino import Pipeline, without_telemetry
-from recipes.engines.timing import Timing, Written
+from recipes.engines.timing import Generation, Timing
 
 
 class Transformers:
@@ -34,7 +34,7 @@ class Transformers:
         torch.set_num_threads(threads)
         self._model = load_causal_lm(folder)
 
-    def generate(self, tokens: list[list[int]], new_tokens: int, draft: None) -> Written:
+    def generate(self, tokens: list[list[int]], new_tokens: int, draft: None) -> Generation:
         """Continues prompts [batch, sequence] greedily by exactly ``new_tokens`` tokens."""
         import torch
 
@@ -50,7 +50,7 @@ class Transformers:
                 step = output.logits[:, -1:].argmax(-1)
                 written.append(step)
             total = time.perf_counter() - began
-        return Written(torch.cat(written, dim=1).tolist(), Timing(first, total))
+        return Generation(torch.cat(written, dim=1).tolist(), Timing(first, total))
 
 
 def import_library(backend: str) -> None:

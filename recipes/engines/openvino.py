@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.core.files import read_json, write_json
 from recipes.engines.settings import BuildEngineConfig
-from recipes.engines.timing import Timing, Written
+from recipes.engines.timing import Generation, Timing
 from recipes.planning import rules
 from recipes.planning.problems import Problem
 
@@ -205,7 +205,7 @@ class Pipeline:
 
     def generate(
         self, tokens: ArrayLike, new_tokens: int, num_assistant_tokens: int | None = None
-    ) -> Written:
+    ) -> Generation:
         """Continues prompts [batch, sequence] greedily by exactly ``new_tokens`` tokens."""
         import numpy as np
         import openvino
@@ -228,7 +228,7 @@ class Pipeline:
         result = self._pipeline.generate(inputs, config)
         total = time.perf_counter() - began
         first = result.perf_metrics.get_ttft().mean / 1000
-        written = Written([list(ids) for ids in result.tokens], Timing(first, total))
+        written = Generation([list(ids) for ids in result.tokens], Timing(first, total))
         if (drafts := result.extended_perf_metrics) is None:
             return written
         counted = drafts.get_num_draft_tokens(), drafts.get_num_accepted_tokens()

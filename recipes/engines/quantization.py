@@ -25,7 +25,7 @@ from recipes.engines.tensorrt_llm import QUANT_ALGOS, quantised_as
 from recipes.evaluation.predictions import TEACHER, Predictor
 from recipes.evaluation.text_quality import score
 
-FORMATS = {"fp8": mtq.FP8_DEFAULT_CFG, "int4_awq": mtq.INT4_AWQ_CFG}
+QUANTIZATION_CONFIGS = {"fp8": mtq.FP8_DEFAULT_CFG, "int4_awq": mtq.INT4_AWQ_CFG}
 
 
 def quantize_folder(
@@ -68,7 +68,7 @@ def quantize_folder(
 
 
 def _settings(cfg: QuantizeConfig) -> dict[str, Any]:
-    settings: dict[str, Any] = copy.deepcopy(FORMATS[cfg.format])
+    settings: dict[str, Any] = copy.deepcopy(QUANTIZATION_CONFIGS[cfg.format])
     if cfg.kv_cache_dtype == "fp8":
         settings["quant_cfg"].update(copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"]))
     return settings

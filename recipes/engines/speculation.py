@@ -16,7 +16,7 @@ from recipes.data.results import DatasetResult
 from recipes.engines.bench import Contender, Worker
 from recipes.engines.results import Speculation
 from recipes.engines.settings import MeasureSpeedConfig
-from recipes.engines.timing import Written, random_prompts, spread
+from recipes.engines.timing import Generation, random_prompts, spread
 from recipes.planning.roofline import RequestShape
 
 
@@ -70,7 +70,7 @@ def _compare(
     teacher: Contender,
     length: int,
     cfg: MeasureSpeedConfig,
-    written: Sequence[tuple[Written, Written]],
+    written: Sequence[tuple[Generation, Generation]],
 ) -> Speculation:
     """What drafts of a length changed."""
     drafts = [drafted for _, drafted in written]

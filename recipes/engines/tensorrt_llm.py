@@ -44,7 +44,7 @@ KV_CACHE_DTYPES = ("auto", "fp8")
 
 HEAD_SIZES = (32, 48, 64, 80, 96, 104, 112, 128, 144, 160, 192, 224, 256)
 """What the masked multi-head attention kernels are compiled for."""
-ALIGNMENT = {"int8": 64, "int4": 64, "int4_awq": 128, "fp8": 16}
+SIZE_MULTIPLES = {"int8": 64, "int4": 64, "int4_awq": 128, "fp8": 16}
 """Rows and columns that a rank's quantised matrices must be a multiple of."""
 SETTINGS = "engine.json"
 LLM_OPTIONS = "llm_options.yaml"
@@ -68,7 +68,7 @@ def problems(
         )
     tensor = cfg.tensor_parallel_size
     yield from _parallel_problems(tensor, arch)
-    align = ALIGNMENT.get(cfg.precision, 1)
+    align = SIZE_MULTIPLES.get(cfg.precision, 1)
     sizes = {
         "hidden_size": arch.hidden_size,
         "ffn_hidden_size": arch.ffn_hidden_size // tensor,

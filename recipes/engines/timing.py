@@ -35,7 +35,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Written:
+class Generation:
     """How a batch of prompts was continued."""
 
     tokens: list[list[int]]

@@ -13,7 +13,7 @@ from typing import Any
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 from recipes.engines.tensorrt_llm import LLM_OPTIONS, draft_options
-from recipes.engines.timing import Timing, Written
+from recipes.engines.timing import Generation, Timing
 from recipes.planning.roofline import RequestShape
 
 SAMPLE_SECONDS = 0.2
@@ -81,7 +81,7 @@ def command(target: Target, shape: RequestShape, scratch: Path) -> list[str]:
     ]
 
 
-def parse_report(text: str, shape: RequestShape) -> Written:
+def parse_report(text: str, shape: RequestShape) -> Generation:
     """What ``--report_json`` wrote; refuses another form, or other requests than were made."""
     try:
         report: dict[str, Any] = json.loads(text)
@@ -109,7 +109,7 @@ def parse_report(text: str, shape: RequestShape) -> Written:
             f"trtllm-bench measured requests, input and output of {found} instead of {wanted}.",
             "use the pinned release",
         )
-    return Written([], Timing(first / 1000, total / 1000), drafted, accepted)
+    return Generation([], Timing(first / 1000, total / 1000), drafted, accepted)
 
 
 def used_memory(listing: str) -> int:
@@ -118,17 +118,17 @@ def used_memory(listing: str) -> int:
 
 
 @dataclass(frozen=True)
-class Run:
+class BenchRun:
     """One start of ``trtllm-bench``."""
 
-    written: Written
+    written: Generation
     load_seconds: float
     """From its start to its end, less the requests: imports, loading and warm-up."""
     peak_memory_bytes: int
     """Of the GPUs, the pool of the KV cache included, which takes most of what is free."""
 
 
-def run(target: Target, requests: Requests, scratch: Path) -> Run:
+def run(target: Target, requests: Requests, scratch: Path) -> BenchRun:
     """Measures one batch of requests; refuses a run without a usable report."""
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "dataset.jsonl").write_text(requests.dataset(), encoding="utf-8")
@@ -148,7 +148,7 @@ def run(target: Target, requests: Requests, scratch: Path) -> Run:
             "python launch/run.py logs run_dir=DIR shows them",
         )
     written = parse_report(report.read_text(encoding="utf-8"), requests.shape)
-    return Run(written, seconds - written.timing.total_seconds, watch.peak)
+    return BenchRun(written, seconds - written.timing.total_seconds, watch.peak)
 
 
 class _MemoryWatch:

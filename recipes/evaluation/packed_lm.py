@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lm_eval.tasks import TaskManager
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.core.errors import RecipeError, did_you_mean
+from recipes.core.metrics import ProgressCallback
 from recipes.evaluation.offline_tasks import FORMAT, WHEEL, local_tasks, spec
 from recipes.evaluation.packing import (
     Prompt,
@@ -39,7 +40,6 @@ from recipes.evaluation.packing import (
 from recipes.evaluation.predictions import float32_head
 from recipes.evaluation.results import Item
 
-Progress = Callable[[int, int], None]
 Parts = dict[str, ConfigurableTask]
 """lm-eval's tasks by name."""
 FILE_OF_HUB = re.compile(r"hf://datasets/(?P<dataset>[^@]+@[^/]+)/")
@@ -199,7 +199,7 @@ class PackedLM(HFLM):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         pack_tokens: int,
-        progress: Progress,
+        progress: ProgressCallback,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8)
         self._pack_tokens, self._progress = pack_tokens, progress

@@ -21,8 +21,6 @@ from recipes.data.token_windows import TextWindows
 from recipes.planning.buffers import LOGITS_BYTES
 
 TEACHER = "teacher"
-CHUNK_BYTES = LOGITS_BYTES
-"""Of one model's float32 logits; a comparison holds about four such tensors."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,11 @@ def float32_head(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a model made of a text."""
+class FinalStates:
+    """The last hidden states of a model on a text, and the head that makes logits of them."""
 
     states: Tensor
-    """What its head reads where predictions count [predictions, width], on the CPU."""
+    """Of the positions whose predictions count [predictions, width], on the CPU."""
     head: Callable[[Tensor], Tensor]
     vocabulary: int
 
@@ -78,14 +76,14 @@ def read(
     text: TextWindows,
     micro_batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
-) -> Reading:
+) -> FinalStates:
     """Runs a model over a text, ``micro_batch_size`` windows at a time."""
     found = []
     for start in range(0, len(text), micro_batch_size):
         part = text[start : start + micro_batch_size]
         found.append(model.states(part.tokens)[:, :-1].cpu()[part.counted])
         progress(start + len(part))
-    return Reading(torch.cat(found), model.head, model.vocabulary)
+    return FinalStates(torch.cat(found), model.head, model.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class Figures:
 
 
 @torch.no_grad()
-def compare(readings: Mapping[str, Reading], text: TextWindows) -> dict[str, Figures]:
+def compare(readings: Mapping[str, FinalStates], text: TextWindows) -> dict[str, Figures]:
     """Figures of each model by role, one of which is the teacher."""
     found: dict[str, list[Tensor]] = {role: [] for role in readings}
     targets, teacher = text.targets, readings[TEACHER]
@@ -121,11 +119,11 @@ def compare(readings: Mapping[str, Reading], text: TextWindows) -> dict[str, Fig
 
 
 def chunks(positions: int, vocabulary: int) -> Iterator[slice]:
-    """So many positions at a time that their float32 logits are no more than ``CHUNK_BYTES``."""
-    step = max(1, CHUNK_BYTES // (4 * vocabulary))
+    """So many positions at a time that their float32 logits are no more than ``LOGITS_BYTES``."""
+    step = max(1, LOGITS_BYTES // (4 * vocabulary))
     return (slice(start, start + step) for start in range(0, positions, step))
 
 
-def log_probabilities(reading: Reading, rows: slice) -> Tensor:
+def log_probabilities(reading: FinalStates, rows: slice) -> Tensor:
     """Of every next token at some positions, float32 [n, vocabulary]."""
     return torch.log_softmax(reading.head(reading.states[rows]).float(), dim=-1)

@@ -33,7 +33,7 @@ from recipes.core.stage import Input
 from recipes.core.statistics import mean, standard_error
 from recipes.data.token_windows import TextWindows, read_windows
 from recipes.evaluation.paired import recovered
-from recipes.evaluation.predictions import TEACHER, Figures, Predictor, Reading, compare, read
+from recipes.evaluation.predictions import TEACHER, Figures, FinalStates, Predictor, compare, read
 from recipes.evaluation.results import (
     ROLES,
     EvaluationResult,
@@ -139,7 +139,7 @@ def score(
     return found
 
 
-def beside(teacher: Reading, student: Reading, text: TextWindows) -> TokenQuality:
+def beside(teacher: FinalStates, student: FinalStates, text: TextWindows) -> TokenQuality:
     """What a model made of a text, beside what its teacher did."""
     found = compare({TEACHER: teacher, "student": student}, text)["student"]
     loss, kl = (each.double().mean().item() for each in (found.losses, found.divergences))
@@ -151,9 +151,9 @@ def measure_checkpoints(
 ) -> list[TokenQuality]:
     """NeMo checkpoints beside a teacher's, one in memory at a time, ``size`` windows at once."""
 
-    def reading(checkpoint: Path) -> Reading:
+    def reading(checkpoint: Path) -> FinalStates:
         model = load_transformers(checkpoint, dtype_of(precision))
-        found: Reading = read(Predictor.of(model), text, size)
+        found: FinalStates = read(Predictor.of(model), text, size)
         return found
 
     reference = reading(teacher)

@@ -17,7 +17,7 @@ from recipes.planning.hardware import Hardware
 from recipes.planning.problems import Problem
 from recipes.planning.published_configs import read_config_or_published
 from recipes.planning.reading import Estimates
-from recipes.planning.targets import Targets, pruned
+from recipes.planning.targets import PruneTargets, pruned
 from recipes.planning.workload import Workload
 
 
@@ -27,7 +27,7 @@ class Prunes(Protocol):
 
     inputs: dict[str, str]
 
-    def targets(self, teacher: Architecture) -> Targets:
+    def targets(self, teacher: Architecture) -> PruneTargets:
         """What a teacher is pruned to."""
 
     def on_the_way(self, before: Architecture, student: Architecture) -> Architecture:

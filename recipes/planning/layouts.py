@@ -13,7 +13,7 @@ from recipes.planning.workload import Layout, Workload, split_axes
 
 HEADROOM = 0.92
 """Share of a device's memory that a proposal may take: the estimate is good to a few percent."""
-SIZES = (1, 2, 4, 8)
+PARALLEL_SIZES = (1, 2, 4, 8)
 LONG = 32768
 """Tokens of a window from which the sequence itself is worth splitting."""
 
@@ -55,15 +55,15 @@ def fits(job: Workload, hardware: Hardware) -> bool:
 def candidates(job: Workload, devices: int, node: int) -> Iterator[Workload]:
     """The job on every layout of so many devices, ``node`` to a node at most."""
     per_node = min(devices, node)
-    contexts = SIZES if job.seq_length >= LONG else (1,)
+    contexts = PARALLEL_SIZES if job.seq_length >= LONG else (1,)
     moe = job.trained is not None and job.trained.num_moe_experts
-    tensors = [size for size in SIZES if size <= per_node]
+    tensors = [size for size in PARALLEL_SIZES if size <= per_node]
     # Which layers are on the last stage, and whether they hold what is compared, was checked for
     # the job's own layout alone.
-    pipelines = (job.layout.pipeline,) if job.compares_hidden_states else SIZES
+    pipelines = (job.layout.pipeline,) if job.compares_hidden_states else PARALLEL_SIZES
     recomputed = ("none",) if job.compares_hidden_states else ("none", "full")
     for tensor, pipeline, context, expert, micro, recompute_granularity in product(
-        tensors, pipelines, contexts, SIZES if moe else (1,), SIZES, recomputed
+        tensors, pipelines, contexts, PARALLEL_SIZES if moe else (1,), PARALLEL_SIZES, recomputed
     ):
         layout = Layout(
             nodes=devices // per_node,

@@ -10,7 +10,7 @@ from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.planning.workload import Layout, Workload, split_axes
 
-ALIGNMENT = 16
+FAST_MULTIPLE = 16
 """What FP8 matrix products of cuBLASLt want every dimension to be a multiple of; bf16 wants 8."""
 
 
@@ -134,10 +134,10 @@ def _alignment_problems(layout: Layout, student: Architecture) -> Iterator[Probl
     """Sizes that a kernel sees: of a rank, for what tensor parallelism splits."""
     for axis, share in (("hidden_size", 1), (split_axes(student)[-1], layout.tensor)):
         size = getattr(student, axis)
-        if size % share == 0 and size // share % ALIGNMENT:
+        if size % share == 0 and size // share % FAST_MULTIPLE:
             where = f", {size // share} on each of TP={share} ranks," if share > 1 else ""
             yield Problem(
                 rules.SLOW_SIZES,
-                f"the student's {axis}={size}{where} is not a multiple of {ALIGNMENT}",
-                f"prune to a multiple of {ALIGNMENT * share}",
+                f"the student's {axis}={size}{where} is not a multiple of {FAST_MULTIPLE}",
+                f"prune to a multiple of {FAST_MULTIPLE * share}",
             )

@@ -18,7 +18,7 @@ MOST_AT_ONCE = 1 / 3
 
 
 @dataclass(frozen=True)
-class Targets:
+class PruneTargets:
     """What to prune to; ``None`` leaves an axis as it is. ``drop_layers`` counts from 1."""
 
     num_layers: int | None = None
@@ -71,7 +71,7 @@ def between(
     return replace(teacher, **changed, num_attention_heads=heads)
 
 
-def pruned(teacher: Architecture, targets: Targets) -> Architecture:
+def pruned(teacher: Architecture, targets: PruneTargets) -> Architecture:
     """The student's shape. ``kv_channels`` stays the teacher's: heads go, their size does not.
 
     Query groups go with their heads, unless the number of heads is a target, too.
@@ -87,7 +87,7 @@ def pruned(teacher: Architecture, targets: Targets) -> Architecture:
 
 
 def target_problems(
-    teacher: Architecture, targets: Targets, divisors: Mapping[str, int]
+    teacher: Architecture, targets: PruneTargets, divisors: Mapping[str, int]
 ) -> Iterator[Problem]:
     """Finds targets that the axes cannot take."""
     if not targets.width() and targets.num_layers is None and not targets.drop_layers:
@@ -155,7 +155,7 @@ def _axis_problems(axis: str, target: int, have: int, divisor: int) -> Iterator[
         )
 
 
-def _head_problems(teacher: Architecture, targets: Targets) -> Iterator[Problem]:
+def _head_problems(teacher: Architecture, targets: PruneTargets) -> Iterator[Problem]:
     """Every group that stays has as many heads as any other, and no more than it had."""
     groups = targets.num_query_groups or teacher.num_query_groups
     heads = targets.num_attention_heads
@@ -177,7 +177,7 @@ def _head_problems(teacher: Architecture, targets: Targets) -> Iterator[Problem]
         )
 
 
-def _drop_layer_problems(teacher: Architecture, targets: Targets) -> Iterator[Problem]:
+def _drop_layer_problems(teacher: Architecture, targets: PruneTargets) -> Iterator[Problem]:
     drop = targets.drop_layers
     if drop and targets.num_layers is not None:
         yield Problem(

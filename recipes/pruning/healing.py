@@ -23,9 +23,9 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.convert import hf_weights
 from nemo_convert.device import device
 from nemo_convert.hf_config import with_shape
+from recipes.core.metrics import ProgressCallback
 from recipes.pruning.kept import HIDDEN, KeptIndices, cut
 
-Progress = Callable[[int, int], None]
 """Takes how many layers are done, and of how many."""
 PULL = 5000.0
 """Tokens that hold a weight to what it was cut to: they would read each channel by itself, at the
@@ -246,7 +246,7 @@ def heal(
     student: Decoder,
     kept: KeptIndices,
     batches: Sequence[Tensor],
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
     pull: float = PULL,
 ) -> None:
     """Changes a student's weights so that it makes of a text what its teacher makes.
@@ -278,7 +278,7 @@ def heal_weights(
     kept: KeptIndices,
     weights: dict[str, Tensor],
     batches: Sequence[Tensor],
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> None:
     """Heals what was cut of a NeMo checkpoint, in place.
 

@@ -9,7 +9,7 @@ from nemo_convert.architecture import Architecture
 from recipes.core.constraints import Count, CountOrZero, Seed, Share, Size, one_of
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
-from recipes.planning.targets import Targets, absolute, between
+from recipes.planning.targets import PruneTargets, absolute, between
 
 LAYER_METHODS = ("block_influence", "loss", "block", "greedy")
 TARGET = "target_"
@@ -58,10 +58,10 @@ class PruneConfig(StageConfig):
         named = {n: v for n, v in vars(self).items() if n.startswith(TARGET) and v is not None}
         return {name.removeprefix(TARGET): value for name, value in named.items()}
 
-    def targets(self, teacher: Architecture) -> Targets:
+    def targets(self, teacher: Architecture) -> PruneTargets:
         """The targets without the rest, in numbers."""
         sizes = absolute(teacher, self.asked(), self.divisors())
-        return Targets(**sizes, drop_layers=tuple(sorted(self.drop_layers)))
+        return PruneTargets(**sizes, drop_layers=tuple(sorted(self.drop_layers)))
 
     def on_the_way(self, before: Architecture, student: Architecture) -> Architecture:
         """What is cut to for a student, of what there is before it."""

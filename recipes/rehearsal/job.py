@@ -38,7 +38,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Job:
+class RankJob:
     """One rank of one stage."""
 
     name: str
@@ -64,7 +64,7 @@ class Job:
         return self.nodes * self.devices
 
     @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Job:
+    def of(cls, plain: Mapping[str, Any]) -> RankJob:
         """The job that ``asdict`` made plain."""
         inputs = {name: Given(**given) for name, given in plain["inputs"].items()}
         return cls(**{**plain, "inputs": inputs})
@@ -105,7 +105,7 @@ def jobs_of(
     wanted: Sequence[str],
     hf_config: Mapping[str, Any],
     ranks: Sequence[int] | None = None,
-) -> list[Job]:
+) -> list[RankJob]:
     """What to rehearse; stages that compute nothing on a device are left out.
 
     Args:
@@ -124,7 +124,7 @@ def jobs_of(
         if short is None:
             continue
         pipeline = short.get("pipeline_model_parallel_size", 1)
-        job = Job(
+        job = RankJob(
             name=name,
             stage=config.stage,
             config=short,

@@ -29,14 +29,14 @@ from recipes.pruning.importance import Importance
 from recipes.pruning.kept import choose
 from recipes.pruning.settings import LAYER_METHODS
 from recipes.rehearsal.files import write_zeros
-from recipes.rehearsal.job import Given, Job
+from recipes.rehearsal.job import Given, RankJob
 from recipes.search.settings import SHAPES_FILE
 
 END = "<end>"
 """The only special token of the tokenizer, which has one for every byte beside it."""
 
 
-def inputs(job: Job, run_dir: Path) -> dict[str, Input]:
+def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
     """All inputs of a job, below a run's directory; a cache is of its text."""
     made = {name: _input(job, given, run_dir / name) for name, given in job.inputs.items()}
     content = {name: one.manifest.content() for name, one in made.items()}
@@ -45,7 +45,7 @@ def inputs(job: Job, run_dir: Path) -> dict[str, Input]:
     return made
 
 
-def settings(job: Job, run_dir: Path) -> dict[str, Any]:
+def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
     """A job's settings, with a model where they name one to read."""
     if "hf_path" not in job.config:
         return job.config
@@ -70,7 +70,7 @@ def hf_folder(config: Mapping[str, Any], folder: Path) -> Path:
     return folder
 
 
-def _input(job: Job, given: Given, stage: Path) -> Input:
+def _input(job: RankJob, given: Given, stage: Path) -> Input:
     shape = Architecture(**given.shape)
     if given.kind == "dataset":
         return dataset(job.tokens, stage)

@@ -25,7 +25,7 @@ class _Allocation:
     kind: str
 
 
-class Memory(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Counts what operations allocate on the device, until it is let go.
 
     What is not said to be something else with ``name`` or ``making`` is a logit, where its last

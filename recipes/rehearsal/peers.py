@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from recipes.rehearsal.job import Job, Message, Rehearsed
+from recipes.rehearsal.job import Message, RankJob, Rehearsed
 
 Shapes = list[tuple[list[int], str]]
 
 
-def unmatched(found: Sequence[tuple[Job, Rehearsed]]) -> Iterator[str]:
+def unmatched(found: Sequence[tuple[RankJob, Rehearsed]]) -> Iterator[str]:
     """Compares the pipeline stages of a stage that were rehearsed, each with the next of them.
 
     Between two that are not neighbours, all pass on what they get in the same shape. What the last

@@ -40,13 +40,13 @@ from recipes.distillation import losses, objective
 from recipes.evaluation import predictions
 from recipes.pruning import scoring
 from recipes.rehearsal import checkpoints, device, experts, materials
-from recipes.rehearsal.job import Job, Rehearsed
-from recipes.rehearsal.memory import Memory
+from recipes.rehearsal.job import RankJob, Rehearsed
+from recipes.rehearsal.memory import MemoryTracker
 from recipes.rehearsal.messages import Checked
 from recipes.stages.contract import Stage
 
 FRAMES = 5
-TEACHER = "_teacher_model."
+TEACHER_MODULE = "_teacher_model."
 """In the names of the weights of ModelOpt's teacher."""
 
 
@@ -118,11 +118,11 @@ def _causal_lm(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def rehearse(job: Job) -> Rehearsed:
+def rehearse(job: RankJob) -> Rehearsed:
     """Runs the stage once; an error is a finding."""
     os.environ.update(environment(job))
     stage: Stage[Any] = importlib.import_module(f"recipes.stages.{job.stage}").STAGE
-    checked, memory = Checked(), Memory(job.vocabulary)
+    checked, memory = Checked(), MemoryTracker(job.vocabulary)
     began = time.monotonic()
     error = None
     with tempfile.TemporaryDirectory() as temporary:
@@ -182,7 +182,7 @@ def _told() -> str:
     return "".join(traceback.format_list(frames[-FRAMES:])) + f"{type(error).__name__}: {error}"
 
 
-def environment(job: Job) -> dict[str, str]:
+def environment(job: RankJob) -> dict[str, str]:
     """What torchrun would tell the rank."""
     return {
         "RANK": str(job.rank),
@@ -196,7 +196,7 @@ def environment(job: Job) -> dict[str, str]:
     }
 
 
-def _name_what_stays(memory: Memory) -> None:
+def _name_what_stays(memory: MemoryTracker) -> None:
     """Tells weights, gradients and optimizer states from activations, as they come to be used."""
     seen: WeakSet[nn.Module] = WeakSet()  # a model that is gone may leave its ids to the next
     stepped = False
@@ -227,7 +227,7 @@ def _name_what_stays(memory: Memory) -> None:
     register_optimizer_step_post_hook(after_step)
 
 
-def _named_head(memory: Memory, make: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+def _named_head(memory: MemoryTracker, make: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     """Makes heads of what only reads: no module multiplies by them, or by their copies."""
 
     def float32_head(weight: Tensor) -> Any:
@@ -238,7 +238,7 @@ def _named_head(memory: Memory, make: Callable[[Tensor], Any]) -> Callable[[Tens
     return float32_head
 
 
-def _name_states(memory: Memory, optimizer: Optimizer) -> None:
+def _name_states(memory: MemoryTracker, optimizer: Optimizer) -> None:
     for main in (weight for group in optimizer.param_groups for weight in group["params"]):
         states = optimizer.state.get(main, {}).values()  # which it asks for to make them
         memory.name("optimizer", (s for s in states if isinstance(s, Tensor)))
@@ -246,9 +246,9 @@ def _name_states(memory: Memory, optimizer: Optimizer) -> None:
             memory.name("optimizer", [main])
 
 
-def _name_weights(memory: Memory, module: nn.Module) -> None:
+def _name_weights(memory: MemoryTracker, module: nn.Module) -> None:
     for name, weight in module.named_parameters():
-        memory.name("teacher" if TEACHER in name else "weights", [weight])
+        memory.name("teacher" if TEACHER_MODULE in name else "weights", [weight])
     if isinstance(module, DistributedDataParallel):
         for buffer in (*module.buffers, *module.expert_parallel_buffers):
             memory.name("gradients", [buffer.grad_data])

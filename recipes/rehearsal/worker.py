@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from recipes.core.processes import die_with_parent, expect_no_gpu
-from recipes.rehearsal.job import Job, Rehearsed
+from recipes.rehearsal.job import RankJob, Rehearsed
 
 IMPORTED = (
     "recipes.distillation.logit_cache_writer",
@@ -28,14 +28,14 @@ IMPORTED = (
     "recipes.search.measure",
 )
 """What the stages import when they run, and with it the stack: once, for all forks."""
-Rehearse = Callable[[Job], Rehearsed]
+Rehearse = Callable[[RankJob], Rehearsed]
 
 
 def main(file: Path) -> None:
     """Rehearses the jobs of a file, one after the other."""
     die_with_parent()
     expect_no_gpu()
-    jobs = [Job.of(plain) for plain in json.loads(file.read_text(encoding="utf-8"))]
+    jobs = [RankJob.of(plain) for plain in json.loads(file.read_text(encoding="utf-8"))]
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is for the log
     rehearse = prepare()
@@ -60,7 +60,7 @@ def prepare() -> Rehearse:
     return rehearse
 
 
-def in_fork(rehearse: Rehearse, job: Job) -> Rehearsed:
+def in_fork(rehearse: Rehearse, job: RankJob) -> Rehearsed:
     """Rehearses in a process of its own."""
     context = get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
@@ -76,7 +76,7 @@ def in_fork(rehearse: Rehearse, job: Job) -> Rehearsed:
     return found
 
 
-def _send(rehearse: Rehearse, job: Job, pipe: Connection) -> None:
+def _send(rehearse: Rehearse, job: RankJob, pipe: Connection) -> None:
     pipe.send(rehearse(job))
 
 

@@ -12,15 +12,15 @@ from transformers import AutoConfig, PreTrainedModel
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import with_shape
-from recipes.core.metrics import MetricsLog
+from recipes.core.metrics import MetricsLog, ProgressCallback
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Inputs
 from recipes.data.token_windows import TextWindows, read_windows
-from recipes.evaluation.predictions import Predictor, Reading, read
+from recipes.evaluation.predictions import FinalStates, Predictor, read
 from recipes.evaluation.results import TokenQuality
 from recipes.evaluation.text_quality import beside, load_transformers, with_weights
 from recipes.pruning.cut_checkpoint import cut_weights, layers_to_keep
-from recipes.pruning.healing import Progress, heal_weights
+from recipes.pruning.healing import heal_weights
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import choose, cut, order, prefix
 from recipes.search.results import Candidate
@@ -70,7 +70,7 @@ def _as_cut(
     shapes: list[Architecture],
     text: TextWindows,
     log: MetricsLog,
-) -> tuple[Reading, list[Candidate]]:
+) -> tuple[FinalStates, list[Candidate]]:
     """What the teacher makes of the text, and every shape beside it.
 
     The model is in memory once: its weights are sorted by importance, and a candidate is their
@@ -98,7 +98,7 @@ def _healed(
     importance: Importance,
     shape: Architecture,
     batches: Sequence[Tensor],
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> PreTrainedModel:
     """What ``prune`` and ``heal`` make of a shape."""
     layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)

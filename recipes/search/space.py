@@ -18,7 +18,7 @@ from recipes.core.constraints import Count, Positive, PositiveOrZero, Rate, betw
 from recipes.planning import roofline
 from recipes.planning.roofline import WEIGHT_BITS, Machine, Storage
 
-AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+SEARCH_AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
 
 @dataclass
@@ -105,12 +105,12 @@ class Service:
 
 
 def axes_of(shape: Architecture) -> dict[str, int]:
-    """Sizes of ``AXES``."""
-    return {axis: getattr(shape, axis) for axis in AXES}
+    """Sizes of ``SEARCH_AXES``."""
+    return {axis: getattr(shape, axis) for axis in SEARCH_AXES}
 
 
 def prune_settings(sizes: Mapping[str, int], layer_importance: str) -> dict[str, Any]:
-    """Settings of ``prune`` for sizes of ``AXES``; widths are multiples of what they divide by."""
+    """Settings of ``prune`` for sizes of ``SEARCH_AXES``, with divisors that fit them."""
     divisors = {axis: math.gcd(size, 64) for axis, size in sizes.items() if "hidden" in axis}
     return {
         "layer_importance": layer_importance,
@@ -156,7 +156,7 @@ def read_gigabytes(shape: Architecture, service: Service) -> float:
     return roofline.decode_bytes(shape, batch, context, service.storage) / 1e9
 
 
-COSTS: dict[str, Callable[[Architecture, Service], float]] = {
+SHAPE_COSTS: dict[str, Callable[[Architecture, Service], float]] = {
     "parameters": lambda shape, _: shape.parameters(),
     "weight_bytes": weight_bytes,
     "memory_bytes": memory_bytes,
@@ -173,7 +173,7 @@ def limits(
 ) -> dict[str, float]:
     """A budget in absolute terms: up to 1, costs are shares of the teacher's."""
     return {
-        name: limit * COSTS[name](teacher, service)
+        name: limit * SHAPE_COSTS[name](teacher, service)
         if limit <= 1 and name not in AT_LEAST
         else limit
         for name, limit in budget.items()
@@ -183,12 +183,12 @@ def limits(
 def enumerate_shapes(
     teacher: Architecture, space: Space, budget: Mapping[str, float], service: Service
 ) -> list[Architecture]:
-    """All largest shapes within a budget by names of ``COSTS``, the largest first."""
+    """All largest shapes within a budget by names of ``SHAPE_COSTS``, the largest first."""
     allowed = limits(teacher, budget, service)
-    choices = {axis: _choices(teacher, space, axis) for axis in AXES}
+    choices = {axis: _choices(teacher, space, axis) for axis in SEARCH_AXES}
 
     def fits(shape: Architecture) -> bool:
-        costs = {name: COSTS[name](shape, service) for name in allowed}
+        costs = {name: SHAPE_COSTS[name](shape, service) for name in allowed}
         return all(
             costs[name] >= limit if name in AT_LEAST else costs[name] <= limit
             for name, limit in allowed.items()
@@ -203,7 +203,9 @@ def enumerate_shapes(
 
     found = []
     widest = sorted(choices["ffn_hidden_size"], reverse=True)
-    for layers, hidden, heads in product(*(choices[axis] for axis in AXES if "ffn" not in axis)):
+    for layers, hidden, heads in product(
+        *(choices[axis] for axis in SEARCH_AXES if "ffn" not in axis)
+    ):
         base = replace(teacher, num_layers=layers, hidden_size=hidden, num_attention_heads=heads)
         # Whatever the budget limits, a wider shape costs more of it.
         place = bisect(widest, False, key=lambda ffn: fits(replace(base, ffn_hidden_size=ffn)))
@@ -216,14 +218,14 @@ def enumerate_shapes(
 
 def corners(teacher: Architecture, space: Space) -> list[Architecture]:
     """The teacher, it with each axis as small as may be, and with all of them so."""
-    least: dict[str, Any] = {axis: min(_choices(teacher, space, axis)) for axis in AXES}
+    least: dict[str, Any] = {axis: min(_choices(teacher, space, axis)) for axis in SEARCH_AXES}
     each = (replace(teacher, **{axis: size}) for axis, size in least.items())
     return list(dict.fromkeys([teacher, *each, replace(teacher, **least)]))
 
 
 def middle(teacher: Architecture, space: Space) -> Architecture:
     """A shape between the corners."""
-    choices = {axis: _choices(teacher, space, axis) for axis in AXES}
+    choices = {axis: _choices(teacher, space, axis) for axis in SEARCH_AXES}
     sizes: dict[str, Any] = {axis: found[len(found) // 2] for axis, found in choices.items()}
     return replace(teacher, **sizes)
 

@@ -17,7 +17,7 @@ from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.planning.results import PlanResult, Table
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig
-from recipes.search.space import COSTS, Service, limits, name_of
+from recipes.search.space import SHAPE_COSTS, Service, limits, name_of
 from recipes.stages.contract import Stage
 
 
@@ -28,7 +28,7 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
         return
     budget = cfg.budget.limits()
     if not budget:
-        yield Problem(rules.BUDGET, "budget limits nothing", f"set one of {', '.join(COSTS)}")
+        yield Problem(rules.BUDGET, "budget limits nothing", f"set one of {', '.join(SHAPE_COSTS)}")
     elif not (shapes := cfg.shapes(chain.teacher)):
         yield Problem(
             rules.BUDGET,
@@ -37,7 +37,7 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
         )
     elif shapes == [chain.teacher] and "latency" not in cfg.inputs:
         costs = ", ".join(
-            f"{name}={COSTS[name](chain.teacher, cfg.service):.6g}" for name in budget
+            f"{name}={SHAPE_COSTS[name](chain.teacher, cfg.service):.6g}" for name in budget
         )
         yield Problem(
             rules.BUDGET,
@@ -69,8 +69,8 @@ def table(teacher: Architecture, shapes: list[Architecture], service: Service) -
     source = "as measured" if service.measured else f"by roofline of {service.device}"
     return Table(
         f"Shapes within the budget; latency {source}",
-        ["shape", *COSTS],
-        [[name, *(cost(shape, service) for cost in COSTS.values())] for name, shape in rows],
+        ["shape", *SHAPE_COSTS],
+        [[name, *(cost(shape, service) for cost in SHAPE_COSTS.values())] for name, shape in rows],
     )
 
 

@@ -20,7 +20,7 @@ from recipes.stages.contract import Stage
 
 INSTALL = 'pip install -e ".[tasks]", or leave the benchmarks out: tasks=none'
 
-SIZES = {
+ITEM_SIZES = {
     "sciq": (1000, 112),
     "piqa": (1838, 60),
     "arc_easy": (2376, 45),
@@ -78,7 +78,7 @@ def reading(cfg: EvaluateTasksConfig, chain: Chain) -> Reading:
     pruned = chain.shape_of(cfg.inputs.get("pruned"))
     tokens = 0
     for name in cfg.tasks:
-        items, size = SIZES.get(name, USUAL)
+        items, size = ITEM_SIZES.get(name, USUAL)
         if cfg.limit is not None:
             items = min(items, cfg.limit * SUBJECTS.get(name, 1))
         examples = cfg.num_fewshot.get(name, 0) * min(items, SUBJECTS.get(name, items))

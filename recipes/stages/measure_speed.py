@@ -17,7 +17,7 @@ from recipes.core.stage import Input, Inputs, metrics_log
 from recipes.engines.backends import model_folder, require_backend
 from recipes.engines.bench import (
     BASELINE,
-    ROLES,
+    ENGINE_ROLES,
     Contender,
     cpu_threads,
     measure,
@@ -92,7 +92,7 @@ def needs_gpu(cfg: MeasureSpeedConfig, chain: Chain) -> bool:
 def _backends(cfg: MeasureSpeedConfig, chain: Chain) -> list[str]:
     """Of the engines, the teacher's first; one of another run says so in its manifest."""
     found = []
-    for source in (cfg.inputs[f"{role}_engine"] for role in ROLES):
+    for source in (cfg.inputs[f"{role}_engine"] for role in ENGINE_ROLES):
         engine = chain.stages.get(source)
         if isinstance(engine, BuildEngineConfig):
             found.append(engine.backend)
@@ -125,7 +125,7 @@ def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
     compared = speedups(rows, contenders, lambda contender: _roof(machine, contender))
     drafts = []
     if windows:
-        drafts = measure_speculation(contenders[: len(ROLES)], windows, cfg, start, log)
+        drafts = measure_speculation(contenders[: len(ENGINE_ROLES)], windows, cfg, start, log)
     results = BenchmarkResults(machine, rows, compared, drafts)
     write_json(out / "results.json", asdict(results))
     return Outcome(results)
@@ -133,12 +133,12 @@ def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
 
 def _contenders(cfg: MeasureSpeedConfig, inputs: Inputs, scratch: Path) -> list[Contender]:
     """Teacher and student as engines, then as transformers models."""
-    folders = {role: model_folder(inputs[role], scratch / f"{role}_hf") for role in ROLES}
-    found = [_engine(role, inputs[f"{role}_engine"], folders[role]) for role in ROLES]
+    folders = {role: model_folder(inputs[role], scratch / f"{role}_hf") for role in ENGINE_ROLES}
+    found = [_engine(role, inputs[f"{role}_engine"], folders[role]) for role in ENGINE_ROLES]
     if cfg.baseline:
         found += [
             Contender(role, BASELINE, "fp32", folders[role], folders[role], engine.architecture)
-            for role, engine in zip(ROLES, list(found), strict=True)
+            for role, engine in zip(ENGINE_ROLES, list(found), strict=True)
         ]
     return found
 

@@ -17,7 +17,7 @@ from recipes.data.corpus import PARTS, chat_problem
 from recipes.data.origins import origins_of, pinned
 from recipes.data.results import DatasetResult, Origin, SourceTokens, in_words
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import CHAT, TEACHER, parse_source, source_problem, with_option
+from recipes.data.sources import CHAT, TEACHER_SCHEME, parse_source, source_problem, with_option
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
@@ -25,7 +25,7 @@ from recipes.stages.contract import Stage
 
 SEED = 1234
 """Of what a teacher writes, unless its source has one."""
-UNFINISHED = "parts"
+PARTS_FOLDER = "parts"
 """Folder in ``work/`` that a killed process goes on from."""
 
 
@@ -102,7 +102,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     chat = ChatTokenizer(side, tokenizer.end, cfg.seq_length) if cfg.chats() else None
     if chat:
         chat.require_template()
-    folder = out.parent / UNFINISHED
+    folder = out.parent / PARTS_FOLDER
     folder.mkdir(exist_ok=True)
     origins = origins_of(cfg.all_sources(), folder / "origins.json")
     places = {source: pinned(source, origin) for source, origin in origins.items()}
@@ -142,13 +142,13 @@ def _written(
     from transformers import AutoTokenizer
 
     from nemo_convert.nemo import find_checkpoint, side_files
-    from recipes.data.written import Order, Teacher, write
+    from recipes.data.written import Order, TextGenerator, write
     from recipes.evaluation.text_quality import load_transformers, model_sha256
 
     checkpoint = find_checkpoint(teacher.artifact)
     side = side_files(checkpoint)
     model = load_transformers(checkpoint, dtype_of(cfg.precision))
-    writer = Teacher(
+    writer = TextGenerator(
         model,
         AutoTokenizer.from_pretrained(side, trust_remote_code=False),
         model_sha256(model, checkpoint),
@@ -161,7 +161,7 @@ def _written(
     for text in cfg.written():
         source = parse_source(text)
         order = Order(
-            source.path.removeprefix(TEACHER),
+            source.path.removeprefix(TEACHER_SCHEME),
             int(source.tokens or cfg.max_tokens or 0),
             int(source.seed or SEED),
             cfg.seq_length,

@@ -12,7 +12,7 @@ from pathlib import Path
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.engines.settings import QuantizeConfig
-from recipes.engines.tensorrt_llm import ALIGNMENT
+from recipes.engines.tensorrt_llm import SIZE_MULTIPLES
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
@@ -23,7 +23,7 @@ def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
     """Finds shapes that a format does not fit."""
     yield from window_problems(cfg.seq_length, chain)
     arch = chain.shape_of(chain.pruned_by(cfg))
-    align = ALIGNMENT[cfg.format]
+    align = SIZE_MULTIPLES[cfg.format]
     for name in ("hidden_size", "ffn_hidden_size"):
         if getattr(arch, name) % align:
             yield Problem(

@@ -16,7 +16,7 @@ from launch.planned import stage_of
 from launch.schema import CONF, register
 from recipes.planning.chain import Chain
 from recipes.planning.published_configs import CONFIGS, read_config_or_published
-from recipes.rehearsal.job import Job, jobs_of
+from recipes.rehearsal.job import RankJob, jobs_of
 
 MIXTURE = "Qwen/Qwen3-30B-A3B"
 """A mixture of experts, a quarter of them, which no shipped recipe starts from."""
@@ -43,7 +43,7 @@ CONFIGS[MIXTURE] = {
 @cache
 def cut_down(
     recipe: str, stage: str, rank: int = 0, overrides: tuple[str, ...] = (), layers: int = 4
-) -> tuple[Chain, Job]:
+) -> tuple[Chain, RankJob]:
     """A recipe's chain with so many layers of the teacher, and the job of one rank of a stage."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):

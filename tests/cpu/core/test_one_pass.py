@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from nemo_convert import cpu_backend
 from nemo_convert.cpu_layers import SwiGLU, _RMSNorm
 from recipes.core.one_pass import fusable, missing_compiler, one_pass
-from recipes.distillation.losses import LogitsLoss, Targets, combined_loss, top_k
+from recipes.distillation.losses import LogitsLoss, LossTargets, combined_loss, top_k
 from tests.support.gradients import inputs, with_gradients
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason="needs a C++ compiler")
@@ -34,7 +34,9 @@ def taught(live: bool) -> Callable[[Tensor], Tensor]:
     generator, loss = torch.Generator().manual_seed(1), LogitsLoss(chunk_bytes=CHUNK)
     logits = 3 * torch.randn(TOKENS, VOCABULARY, generator=generator)
     places = ((torch.arange(5) + 0.3) / 5).expand(TOKENS, -1)
-    targets = Targets(logits if live else top_k(logits, 7, 1.0, places=places), LABELS, (1.0, 0.2))
+    targets = LossTargets(
+        logits if live else top_k(logits, 7, 1.0, places=places), LABELS, (1.0, 0.2)
+    )
     return lambda student: combined_loss(student, targets, loss)[0]
 
 

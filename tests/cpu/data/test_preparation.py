@@ -27,7 +27,7 @@ from recipes.data import part_writer, preparation
 from recipes.data.chat import TOO_LONG, ChatTokenizer
 from recipes.data.corpus import PARTS, digest
 from recipes.data.part_writer import PartWriter
-from recipes.data.preparation import Progress, prepare
+from recipes.data.preparation import PreparationState, prepare
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_windows import read_learnt, read_tokens
 from recipes.data.tokenizer import DocumentTokenizer, encode_all, load_tokenizer
@@ -65,7 +65,7 @@ def cfg(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PrepareDat
 @pytest.fixture(scope="module")
 def whole(
     cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Progress]:
+) -> tuple[Path, PreparationState]:
     """All of it, undisturbed, in one process."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, prepare(cfg, tokenizer, folder, LOG)
@@ -82,7 +82,7 @@ def documents(folder: Path, part: str) -> list[tuple[int, ...]]:
 
 
 def test_every_document_is_taken_once(
-    whole: tuple[Path, Progress], tokenizer: DocumentTokenizer, text_file: Path
+    whole: tuple[Path, PreparationState], tokenizer: DocumentTokenizer, text_file: Path
 ) -> None:
     folder, done = whole
     found = [document for part in PARTS for document in documents(folder, part)]
@@ -100,7 +100,7 @@ def test_every_document_is_taken_once(
 
 
 def test_a_held_out_source_is_held_out_whole(
-    cfg: PrepareDataConfig, whole: tuple[Path, Progress], tokenizer: DocumentTokenizer
+    cfg: PrepareDataConfig, whole: tuple[Path, PreparationState], tokenizer: DocumentTokenizer
 ) -> None:
     lines = Path(cfg.heldout_sources[0]).read_text().splitlines()
     apart = [
@@ -133,7 +133,7 @@ def test_ten_times_the_text_takes_the_same_memory(
 
 def test_more_processes_write_the_same_bytes(
     cfg: PrepareDataConfig,
-    whole: tuple[Path, Progress],
+    whole: tuple[Path, PreparationState],
     tokenizer: DocumentTokenizer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -184,7 +184,7 @@ def whole_mixed(
     tokenizer: DocumentTokenizer,
     chat: ChatTokenizer,
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, Progress]:
+) -> tuple[Path, PreparationState]:
     """In batches of 16, as where they are interrupted."""
     folder = tmp_path_factory.mktemp("whole_mixed")
     with pytest.MonkeyPatch.context() as patch:
@@ -194,7 +194,7 @@ def whole_mixed(
 
 def test_conversations_are_whole_in_their_windows_and_answers_are_marked(
     mixed: tuple[PrepareDataConfig, list[str]],
-    whole_mixed: tuple[Path, Progress],
+    whole_mixed: tuple[Path, PreparationState],
     tokenizer: DocumentTokenizer,
     odd_llama: Path,
 ) -> None:
@@ -281,7 +281,7 @@ def prepare_in_small_steps(
 
 def test_killed_work_on_conversations_goes_on_to_the_same_bytes(
     mixed: tuple[PrepareDataConfig, list[str]],
-    whole_mixed: tuple[Path, Progress],
+    whole_mixed: tuple[Path, PreparationState],
     tokenizer: DocumentTokenizer,
     chat: ChatTokenizer,
     tmp_path: Path,
@@ -306,7 +306,7 @@ def test_killed_work_on_conversations_goes_on_to_the_same_bytes(
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_work_goes_on_to_the_same_bytes(
     cfg: PrepareDataConfig,
-    whole: tuple[Path, Progress],
+    whole: tuple[Path, PreparationState],
     tokenizer: DocumentTokenizer,
     tmp_path: Path,
     processes: int,

@@ -16,7 +16,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.data import written
 from recipes.data.chat import ChatTokenizer
-from recipes.data.written import Order, Teacher, Written, write
+from recipes.data.written import GeneratedText, Order, TextGenerator, write
 from tests.cpu.data.test_chat import END, PLAIN, STOP, saved
 
 TEXT = Order("text", tokens=600, seed=1, longest=60, end=END)
@@ -24,7 +24,7 @@ CHAT = Order("chat", tokens=700, seed=1, longest=100, end=END)
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> TextGenerator:
     """Says any letter with about the same probability, and ends a turn after about ten."""
     folder = tmp_path_factory.mktemp("teacher")
     saved(folder, PLAIN)
@@ -35,7 +35,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     model.lm_head.bias.data[tokenizer(ascii_letters)["input_ids"]] = 0
     model.lm_head.bias.data[STOP] = 1.5
     model.generation_config = GenerationConfig(do_sample=True, top_k=1)  # a model's own taste
-    return Teacher(model, tokenizer, "t")
+    return TextGenerator(model, tokenizer, "t")
 
 
 def random_model() -> Any:
@@ -61,7 +61,7 @@ def test_more_is_written_at_a_time_where_much_is_short(monkeypatch: pytest.Monke
     assert [replace(CHAT, longest=9, tokens=n).batch() for n in (90, 900)] == [32, 100]
 
 
-def order(teacher: Teacher, what: Order) -> tuple[list[dict[str, Any]], Written, Path]:
+def order(teacher: TextGenerator, what: Order) -> tuple[list[dict[str, Any]], GeneratedText, Path]:
     file, about = write(what, teacher, MetricsLog(None))
     return [json.loads(line) for line in file.read_text().splitlines()], about, file
 
@@ -71,7 +71,7 @@ def nothing_is_written(*_: object) -> None:
 
 
 def test_text_is_written_once_for_each_order(
-    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+    teacher: TextGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts, about, file = order(teacher, TEXT)
     assert about.tokens >= TEXT.tokens > about.tokens - TEXT.batch() * TEXT.longest
@@ -88,7 +88,7 @@ def test_text_is_written_once_for_each_order(
     assert order(teacher, TEXT)[:2] == (texts, about)
 
 
-def test_interrupted_it_goes_on_after_its_last_batch(teacher: Teacher) -> None:
+def test_interrupted_it_goes_on_after_its_last_batch(teacher: TextGenerator) -> None:
     texts, about, file = order(teacher, TEXT)
     batches = sorted(file.parent.glob("0*.json"))
     assert len(batches) > 1
@@ -99,7 +99,7 @@ def test_interrupted_it_goes_on_after_its_last_batch(teacher: Teacher) -> None:
     assert batches[0].stat().st_mtime_ns == kept
 
 
-def test_conversations_are_made_up_and_fit_a_window(teacher: Teacher, tmp_path: Path) -> None:
+def test_conversations_are_made_up_and_fit_a_window(teacher: TextGenerator, tmp_path: Path) -> None:
     talks, about, _ = order(teacher, CHAT)
     encoder = ChatTokenizer(Path(teacher.tokenizer.name_or_path), END, CHAT.longest)
     for talk in talks:
@@ -112,7 +112,7 @@ def test_conversations_are_made_up_and_fit_a_window(teacher: Teacher, tmp_path: 
         order(teacher, replace(CHAT, longest=20))
 
 
-def test_questions_of_a_file_are_answered_once_each(teacher: Teacher, tmp_path: Path) -> None:
+def test_questions_of_a_file_are_answered_once_each(teacher: TextGenerator, tmp_path: Path) -> None:
     asked = [
         [{"role": "system", "content": "Be."}, {"role": "user", "content": "?" * (n % 7 + 1)}]
         for n in range(CHAT.batch() + 5)
@@ -132,7 +132,7 @@ def test_questions_of_a_file_are_answered_once_each(teacher: Teacher, tmp_path: 
     assert order(teacher, prompts)[2] != file
 
 
-def test_prompts_of_any_length_are_continued_alike(teacher: Teacher) -> None:
+def test_prompts_of_any_length_are_continued_alike(teacher: TextGenerator) -> None:
     """A teacher who is sure of every token leaves nothing to chance."""
     sure = random_model()
     sure.load_state_dict(teacher.model.state_dict())
@@ -149,7 +149,7 @@ def test_prompts_of_any_length_are_continued_alike(teacher: Teacher) -> None:
 
 
 def test_a_turn_ends_where_the_teacher_ends_it(
-    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+    teacher: TextGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def generated(*_: object, **__: object) -> torch.Tensor:
         return torch.tensor([[9, 9, 5, 6, STOP, STOP], [STOP, 9, 5, 6, 7, 8]])

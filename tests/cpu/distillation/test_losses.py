@@ -15,7 +15,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.one_pass import one_pass
 from recipes.distillation.losses import (
     LogitsLoss,
-    Targets,
+    LossTargets,
     TopK,
     combined_loss,
     distillation_loss,
@@ -240,7 +240,7 @@ def test_both_losses_at_once_are_each_of_them(
     loss = LogitsLoss(kind, temperature, top_k=top, chunk_bytes=CHUNK)
     teacher, counts = make_logits(1).float(), make_weights().float()
     ours, theirs = (make_logits(2).float().requires_grad_() for _ in range(2))
-    total, parts = combined_loss(ours, Targets(teacher, labels, (0.5, 3.0)), loss)
+    total, parts = combined_loss(ours, LossTargets(teacher, labels, (0.5, 3.0)), loss)
     taught, told = distillation_loss(theirs, teacher, loss), token_cross_entropy(theirs, labels)
     (total * counts).sum().backward()
     ((0.5 * taught + 3 * told) * counts).sum().backward()
@@ -286,7 +286,7 @@ def test_no_full_size_float32_tensor_exists(trained: bool, kind: str, top: int |
     teacher, labels = make_logits(1).bfloat16(), torch.zeros(TOKENS, dtype=torch.int64)
     with Allocations() as seen:
         loss = LogitsLoss(kind, 2.0, 0.5, top, CHUNK)
-        losses, _ = combined_loss(student, Targets(teacher, labels, (1.0, 1.0)), loss)
+        losses, _ = combined_loss(student, LossTargets(teacher, labels, (1.0, 1.0)), loss)
         losses = losses + token_cross_entropy(student, labels, chunk_bytes=CHUNK)
         if trained:
             losses.mean().backward()
@@ -355,7 +355,7 @@ torch.testing.assert_close(split.rest_entropy, expected.rest_entropy, rtol=1e-5,
 loss = LogitsLoss(temperature=2.0, chunk_bytes=chunk)
 compare(lambda x, g: distillation_loss(x, split if g else expected, loss, g))
 compare(lambda x, g: token_cross_entropy(x, labels, g, chunk))
-both = Targets(expected, labels, (0.5, 3.0)), Targets(split, labels, (0.5, 3.0))
+both = LossTargets(expected, labels, (0.5, 3.0)), LossTargets(split, labels, (0.5, 3.0))
 compare(lambda x, g: combined_loss(x, both[g is not None], loss, g)[0])
 dist.barrier()
 del group  # one that outlives this may abort the interpreter as it ends

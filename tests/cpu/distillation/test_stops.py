@@ -18,7 +18,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import WORK
 from recipes.core.metrics import METRICS, MetricsLog, read_records, steps_of
 from recipes.distillation import trainer
-from recipes.distillation.callbacks import Progress
+from recipes.distillation.callbacks import StepLogger
 from recipes.distillation.objective import LossReduction
 from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import DistillConfig
@@ -60,7 +60,7 @@ class Training:
     def share_losses(self) -> dict[str, float]:
         return {"loss": float("nan")}
 
-    def steps(self, progress: Progress, number: int) -> None:
+    def steps(self, progress: StepLogger, number: int) -> None:
         for _ in range(number):
             self.get_grad_norm()
             self.step_with_ready_grads()
@@ -73,7 +73,7 @@ def test_a_bounded_number_of_bad_steps_is_skipped(tmp_path: Path) -> None:
     nan = float("nan")
     training = Training([1.0, nan, 1.0, float("inf"), nan])
     log = MetricsLog(tmp_path / METRICS)
-    progress = Progress(DistillConfig(stage="distill", max_nonfinite_steps=2), log)
+    progress = StepLogger(DistillConfig(stage="distill", max_nonfinite_steps=2), log)
     progress.on_train_start(training, training)
     training.steps(progress, 4)
     assert training.updates == 2

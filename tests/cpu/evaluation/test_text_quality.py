@@ -189,7 +189,7 @@ def test_one_model_is_in_memory_at_a_time_and_logits_of_few_positions(
         return model
 
     monkeypatch.setattr(text_quality, "load_transformers", load_alone)
-    monkeypatch.setattr(predictions, "CHUNK_BYTES", 4 * VOCABULARY * 50)
+    monkeypatch.setattr(predictions, "LOGITS_BYTES", 4 * VOCABULARY * 50)
     with LogitsWatch(VOCABULARY) as watch:
         again = evaluated(models, data, tmp_path)
     assert (len(loaded), watch.positions) == (3, 50)

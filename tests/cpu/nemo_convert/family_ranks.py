@@ -78,7 +78,7 @@ def distil(folder: Path, data: Path, out: Path, tensor: int) -> None:
     """One step in bfloat16, with a loss on logits and one on hidden states."""
     from recipes.core.metrics import METRICS, MetricsLog
     from recipes.core.stage import rank
-    from recipes.distillation.objective import Objective, Teacher
+    from recipes.distillation.objective import Objective, TeacherSource
     from recipes.distillation.settings import DistillConfig
     from recipes.distillation.trainer import train
 
@@ -98,7 +98,7 @@ def distil(folder: Path, data: Path, out: Path, tensor: int) -> None:
     )
     cfg.resources.devices = 2
     objective = Objective(
-        {"kd": 1.0, "hidden": 0.5, "lm": 0.5}, Teacher(folder / "teacher.nemo", [(3, 4)])
+        {"kd": 1.0, "hidden": 0.5, "lm": 0.5}, TeacherSource(folder / "teacher.nemo", [(3, 4)])
     )
     log = MetricsLog(out / METRICS if rank() == 0 else None)
     text: Any = SimpleNamespace(artifact=data, manifest=bare_manifest("data", "dataset", DATA))

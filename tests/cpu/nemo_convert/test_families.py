@@ -23,7 +23,7 @@ from recipes.data.token_windows import TextWindows
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.text_quality import load_transformers
-from recipes.planning.targets import Targets, pruned
+from recipes.planning.targets import PruneTargets, pruned
 from recipes.pruning.cut_checkpoint import prune_checkpoint
 from recipes.pruning.kept import choose
 from recipes.pruning.scoring import score_checkpoint
@@ -82,7 +82,7 @@ def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
     text = TextWindows.of(calibration)
     scores = score_checkpoint(cfg, teacher, text, MetricsLog(None)).widths
     whole = nemo.architecture_of(teacher)
-    student = pruned(whole, Targets(drop_layers=(2,), **TARGETS[family]))
+    student = pruned(whole, PruneTargets(drop_layers=(2,), **TARGETS[family]))
     kept = choose(scores, whole, student, [n for n in range(1, whole.num_layers + 1) if n != 2])
     prune_checkpoint(teacher, student, kept, folder / "pruned.nemo")
 
@@ -177,7 +177,7 @@ def test_a_pruned_model_is_one_for_transformers(family: str, root: Path, tmp_pat
         require_close(load_transformers(checkpoint)(tokens).logits, logits)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     teacher = nemo.architecture_of(root / family / "teacher.nemo")
-    targets = Targets(num_layers=3, **TARGETS[family])
+    targets = PruneTargets(num_layers=3, **TARGETS[family])
     expected = pruned(teacher, targets)
     assert read_architecture(config, family) == expected
     assert config["head_dim"] == EVEN["head_dim"]

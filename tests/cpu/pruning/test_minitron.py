@@ -21,7 +21,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
 from recipes.data.token_windows import TextWindows
-from recipes.planning.targets import Targets, pruned
+from recipes.planning.targets import PruneTargets, pruned
 from recipes.pruning.cut_checkpoint import layers_to_keep, prune_checkpoint
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import KeptIndices, choose, cut, student_name
@@ -79,7 +79,7 @@ def prune(
     teacher: Path, importance: Importance, out: Path, method: str = "loss", **targets: Any
 ) -> tuple[Path, Architecture, KeptIndices]:
     whole = nemo.architecture_of(teacher)
-    student = pruned(whole, Targets(**targets))
+    student = pruned(whole, PruneTargets(**targets))
     layers = layers_to_keep(importance, method, student.num_layers)
     kept = choose(importance.widths, whole, student, layers)
     prune_checkpoint(teacher, student, kept, out / "even.nemo")
@@ -221,7 +221,7 @@ def test_logits_of_few_positions_exist_at_once(
     importance: Importance,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("recipes.evaluation.predictions.CHUNK_BYTES", 4 * 294 * 50)
+    monkeypatch.setattr("recipes.evaluation.predictions.LOGITS_BYTES", 4 * 294 * 50)
     with LogitsWatch(294) as watch:
         found = score(teacher, calibration, replace(SCORE, block_sizes=[], num_greedy_layers=0))
     assert watch.positions == 50

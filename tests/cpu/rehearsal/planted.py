@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recipes.rehearsal.job import Job, Rehearsed
+from recipes.rehearsal.job import RankJob, Rehearsed
 from recipes.rehearsal.worker import in_fork, prepare
 
 
@@ -178,12 +178,12 @@ def main() -> None:
     rehearse = prepare()
     for job, defect in planned:
 
-        def with_defect(job: Job, defect: str | None = defect) -> Rehearsed:
+        def with_defect(job: RankJob, defect: str | None = defect) -> Rehearsed:
             if defect is not None:
                 DEFECTS[defect]()
             return rehearse(job)
 
-        print(json.dumps(asdict(in_fork(with_defect, Job.of(job)))), file=results, flush=True)
+        print(json.dumps(asdict(in_fork(with_defect, RankJob.of(job)))), file=results, flush=True)
 
 
 if __name__ == "__main__":

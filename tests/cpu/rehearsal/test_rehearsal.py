@@ -15,7 +15,7 @@ import pytest
 from launch.rehearse import KINDS, by_kind, planned, too_large
 from recipes.core.files import REPO_ROOT
 from recipes.planning.chain import Chain
-from recipes.rehearsal.job import Job, Rehearsed
+from recipes.rehearsal.job import RankJob, Rehearsed
 from recipes.rehearsal.peers import unmatched
 from tests.cpu.rehearsal import planted
 from tests.support.rehearsals import MIXTURE, cut_down
@@ -125,13 +125,13 @@ WIDE = Case(*QWEN, PIPELINE, 6, defect="send_wide")
 HELD = Case("llama3_1_8b_width", "evaluate", 0, SHARE, 8, defect="hold_all")
 
 
-def prepared(case: Case) -> tuple[Chain, Job]:
+def prepared(case: Case) -> tuple[Chain, RankJob]:
     """A case's chain and job."""
     chain, job = cut_down(case.recipe, case.stage, case.rank, case.overrides, case.layers)
     return chain, replace(job, resumed=case.resumed)
 
 
-Results = dict[Case, tuple[Job, Rehearsed]]
+Results = dict[Case, tuple[RankJob, Rehearsed]]
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_every_recipe_is_rehearsed() -> None:
     assert {case.recipe for case in SOUND} == recipes
 
 
-def pipeline(rehearsed: Results) -> list[tuple[Job, Rehearsed]]:
+def pipeline(rehearsed: Results) -> list[tuple[RankJob, Rehearsed]]:
     """The first rank of each of three pipeline stages."""
     return [rehearsed[case] for case in SOUND if case.overrides == PIPELINE]
 

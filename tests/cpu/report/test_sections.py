@@ -16,7 +16,7 @@ from recipes.distillation.settings import CacheLogitsConfig
 from recipes.evaluation.results import Differences, SourceQuality, TaskResults, TextQuality
 from recipes.planning.results import PlanResult
 from recipes.search.results import SearchResult
-from recipes.search.space import AXES
+from recipes.search.space import SEARCH_AXES
 from recipes.stages import report
 from tests.support.reports import (
     CONFIG,
@@ -93,7 +93,7 @@ def every_figure(value: Any) -> set[float]:
 def test_optional_stages_show_all_their_figures(inputs: dict[str, Input], page: Page) -> None:
     metrics = {name: deepcopy(inputs[name].manifest.metrics) for name in OPTIONAL_INPUTS}
     for candidate in metrics["search"]["candidates"]:  # of shapes, what differs is shown
-        candidate["shape"] = {axis: candidate["shape"][axis] for axis in AXES[:3]}
+        candidate["shape"] = {axis: candidate["shape"][axis] for axis in SEARCH_AXES[:3]}
     for task in metrics["tasks"]["tasks"].values():
         del task["version"], task["differences"]["pruned"]
         for role in ("teacher", "pruned", "distilled"):

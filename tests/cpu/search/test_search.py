@@ -27,7 +27,7 @@ from recipes.engines.results import BenchmarkRow
 from recipes.evaluation.predictions import Predictor, log_probabilities, read
 from recipes.evaluation.text_quality import load_transformers
 from recipes.planning.results import PlanResult
-from recipes.planning.targets import Targets, pruned
+from recipes.planning.targets import PruneTargets, pruned
 from recipes.pruning.cut_checkpoint import cut_weights, layers_to_keep
 from recipes.pruning.healing import heal_weights
 from recipes.pruning.importance import Importance
@@ -96,7 +96,7 @@ def test_a_view_of_sorted_weights_says_what_the_pruned_model_says(
     teacher = nemo.find_checkpoint(before / "import_hf" / ARTIFACT)
     scores = Importance.load(before / "score" / ARTIFACT).widths
     whole = nemo.architecture_of(teacher)
-    shape = pruned(whole, Targets(**targets))
+    shape = pruned(whole, PruneTargets(**targets))
     tokens = torch.randint(280, (2, 32), generator=torch.Generator().manual_seed(0))
     layers = [1, 3, 4, 2][: shape.num_layers]
     kept = choose(scores, whole, shape, sorted(layers))
@@ -184,7 +184,7 @@ def test_candidates_are_ranked_with_logits_of_few_positions(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranked = manifest_of(before, "rank_candidates")
-    monkeypatch.setattr("recipes.evaluation.predictions.CHUNK_BYTES", 4 * 294 * 50)
+    monkeypatch.setattr("recipes.evaluation.predictions.LOGITS_BYTES", 4 * 294 * 50)
     names = {**TEACHER, "data": "prepare_data", "shapes": "enumerate_shapes"}
     inputs = {n: Input(before / s, manifest_of(before, s)) for n, s in names.items()}
     cfg = rank_candidates.STAGE.config(**RANKED, seq_length=64)
@@ -287,7 +287,7 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     assert winner.name == result.winner
     assert winner.kl_to_teacher == min(c.kl_to_teacher for c in played)
     recipe = OmegaConf.load(out / "recipe.yaml")
-    targets = Targets(
+    targets = PruneTargets(
         **{
             name.removeprefix("target_"): size
             for name, size in recipe.stages.prune.items()

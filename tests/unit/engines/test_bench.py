@@ -18,7 +18,7 @@ from recipes.engines.results import Spread
 from recipes.engines.settings import BuildEngineConfig as EngineConfig
 from recipes.engines.settings import MeasureSpeedConfig, QuantizeConfig
 from recipes.engines.speculation import measure_speculation
-from recipes.engines.timing import Timing, Written, spread
+from recipes.engines.timing import Generation, Timing, spread
 from recipes.planning.chain import Chain
 from recipes.planning.roofline import (
     Machine,
@@ -100,14 +100,14 @@ class Scripted:
 
     def write(
         self, prompts: list[list[int]], new_tokens: int, num_assistant_tokens: int | None = None
-    ) -> Written:
+    ) -> Generation:
         cold = not any(asked[:2] == (self.name, len(prompts)) for asked in self.asked)
         self.asked.append((self.name, len(prompts), prompts))
         seconds = self.seconds * (10 if cold else 1)
         if num_assistant_tokens is None:
-            return Written([[7] * new_tokens], Timing(seconds, 3 * seconds))
+            return Generation([[7] * new_tokens], Timing(seconds, 3 * seconds))
         tokens = [[8 if prompts == [[21, 22]] else 7] * new_tokens]
-        return Written(tokens, Timing(seconds, num_assistant_tokens * seconds), 12, 3)
+        return Generation(tokens, Timing(seconds, num_assistant_tokens * seconds), 12, 3)
 
     def __enter__(self) -> Scripted:
         return self

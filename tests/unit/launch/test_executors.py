@@ -19,7 +19,7 @@ import pytest
 from launch.executor import executor_of
 from launch.executors import container, docker, foreground, slurm_scripts
 from launch.executors.container import Containers, mounts_of
-from launch.executors.slurm_queue import Job, job_states, read_jobs
+from launch.executors.slurm_queue import SlurmJob, job_states, read_jobs
 from launch.executors.slurm_settings import LEAST_MARGIN, SlurmConfig
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError
@@ -338,8 +338,8 @@ def test_times_are_read_as_slurm_reads_them() -> None:
 def test_newest_job_of_a_stage_counts(tmp_path: Path) -> None:
     (tmp_path / "jobs.txt").write_text("prune 7 a\ndistill 8 b\nprune 9 c\ndistill 1")
     assert read_jobs(tmp_path) == {
-        "prune": Job("prune", "9", "c"),
-        "distill": Job("distill", "8", "b"),
+        "prune": SlurmJob("prune", "9", "c"),
+        "distill": SlurmJob("distill", "8", "b"),
     }
     assert read_jobs(tmp_path / "elsewhere") == {}
 
@@ -352,9 +352,9 @@ def test_slurm_that_does_not_answer_is_not_an_empty_queue(
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(RecipeError, match=r"squeue does not answer: .*Unable to contact"):
-        job_states([Job("prune", "7", "a")])
+        job_states([SlurmJob("prune", "7", "a")])
     squeue.write_text("#!/bin/sh\necho 'error: Invalid job id specified' >&2; exit 1\n")
-    assert job_states([Job("prune", "7", "a")]) == {}
+    assert job_states([SlurmJob("prune", "7", "a")]) == {}
 
 
 def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from launch.planned import stage_of
 from launch.rehearse import planned, too_large
 from recipes.planning.chain import Chain
 from recipes.planning.published_configs import read_config_or_published
-from recipes.rehearsal.job import Job, Rehearsed, first_ranks, jobs_of
+from recipes.rehearsal.job import RankJob, Rehearsed, first_ranks, jobs_of
 from tests.unit.conftest import Compose
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
-Prepared = tuple[Chain, list[Job]]
+Prepared = tuple[Chain, list[RankJob]]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_settings_are_short_and_shapes_are_not(compose: Compose, tmp_path: Path)
     assert jobs[2].inputs["student"].shape == chain.shape_of("prune").as_dict()
     assert jobs[5].inputs["checkpoint"].shape == chain.shape_of("prune").as_dict()  # distilled
     assert [job.resumed for job in jobs] == [False, False, True, True, False, False]
-    assert Job.of(json.loads(json.dumps(asdict(jobs[2])))) == jobs[2]
+    assert RankJob.of(json.loads(json.dumps(asdict(jobs[2])))) == jobs[2]
 
 
 def test_a_halving_is_rehearsed_as_a_training_of_its_largest_candidate(

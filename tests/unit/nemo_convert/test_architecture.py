@@ -16,7 +16,7 @@ from nemo_convert.hf_config import (
 )
 from nemo_convert.smollm2 import HF_CONFIG
 from recipes.core.errors import RecipeError
-from recipes.planning.targets import Targets, absolute, pruned, target_problems
+from recipes.planning.targets import PruneTargets, absolute, pruned, target_problems
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -94,7 +94,7 @@ SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
 
 
 def problems(**targets: Any) -> list[tuple[str, str]]:
-    return [(p.what, p.fix) for p in target_problems(SMOLLM2, Targets(**targets), DIVISORS)]
+    return [(p.what, p.fix) for p in target_problems(SMOLLM2, PruneTargets(**targets), DIVISORS)]
 
 
 @pytest.mark.parametrize(
@@ -183,17 +183,17 @@ def test_a_window_that_no_text_reaches_is_none() -> None:
 
 def test_experts_are_pruned_by_their_own_targets() -> None:
     moe = read_architecture(QWEN3_30B_A3B, "x")
-    good = Targets(num_moe_experts=96, moe_ffn_hidden_size=512)
+    good = PruneTargets(num_moe_experts=96, moe_ffn_hidden_size=512)
     assert not list(target_problems(moe, good, DIVISORS))
     assert pruned(moe, good).num_moe_experts == 96
-    [dense] = target_problems(moe, Targets(ffn_hidden_size=512), DIVISORS)
+    [dense] = target_problems(moe, PruneTargets(ffn_hidden_size=512), DIVISORS)
     assert (
         "target_ffn_hidden_size=512 is set, but the teacher's feed-forward layers are experts"
         in dense.what
     )
-    [expert] = target_problems(SMOLLM2, Targets(num_moe_experts=4), DIVISORS)
+    [expert] = target_problems(SMOLLM2, PruneTargets(num_moe_experts=4), DIVISORS)
     assert "are dense" in expert.what
-    [few] = target_problems(moe, Targets(num_moe_experts=4), DIVISORS)
+    [few] = target_problems(moe, PruneTargets(num_moe_experts=4), DIVISORS)
     assert "less than the 8 that each token goes through" in few.what
 
 
@@ -312,32 +312,36 @@ def test_all_problems_are_listed_at_once() -> None:
 
 def test_advice_without_a_multiple_that_fits_is_a_sentence() -> None:
     narrow = dataclasses.replace(SMOLLM2, ffn_hidden_size=60)
-    [found] = target_problems(narrow, Targets(ffn_hidden_size=20), DIVISORS)
+    [found] = target_problems(narrow, PruneTargets(ffn_hidden_size=20), DIVISORS)
     assert "use ," not in found.fix
 
 
 @pytest.mark.parametrize("divisor", [0, -64])
 def test_divisor_that_is_not_positive_is_refused(divisor: int) -> None:
-    found = target_problems(SMOLLM2, Targets(hidden_size=512), {"hidden_size": divisor})
+    found = target_problems(SMOLLM2, PruneTargets(hidden_size=512), {"hidden_size": divisor})
     assert any("divisor" in p.what for p in found)
 
 
 def test_pruned_keeps_axes_without_a_target(teacher: Architecture) -> None:
-    student = pruned(teacher, Targets(hidden_size=64, num_layers=2))
+    student = pruned(teacher, PruneTargets(hidden_size=64, num_layers=2))
     assert student == dataclasses.replace(teacher, hidden_size=64, num_layers=2)
     assert student.kv_channels == teacher.kv_channels
 
 
 @pytest.mark.parametrize(
     ("targets", "layers"),
-    [(Targets(drop_layers=(1, 3)), 2), (Targets(num_layers=3), 3), (Targets(hidden_size=64), 4)],
+    [
+        (PruneTargets(drop_layers=(1, 3)), 2),
+        (PruneTargets(num_layers=3), 3),
+        (PruneTargets(hidden_size=64), 4),
+    ],
 )
-def test_pruned_layers(teacher: Architecture, targets: Targets, layers: int) -> None:
+def test_pruned_layers(teacher: Architecture, targets: PruneTargets, layers: int) -> None:
     assert pruned(teacher, targets).num_layers == layers
 
 
 def test_fewer_heads_shrink_attention_only(teacher: Architecture) -> None:
-    student = pruned(teacher, Targets(num_attention_heads=4))
+    student = pruned(teacher, PruneTargets(num_attention_heads=4))
     removed = teacher.num_layers * teacher.hidden_size * teacher.kv_channels * 2 * 4
     assert teacher.parameters() - student.parameters() == removed
 
