@@ -1,23 +1,24 @@
 """Fingerprints: what a stage's result depends on, as one SHA-256.
 
-That is the stage's own settings without resources, its inputs' fingerprints, the files it reads
-from outside the run, the pinned dependencies, and the code that can change the result.
+It covers the stage's settings without resources, its inputs' fingerprints, the files it reads from
+outside the run, the pinned dependencies, and the code of every first-party module that it imports.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from recipes.core.files import REPO_ROOT, sha256_of
-from recipes.core.reachable_code import reachable_code
 
+FIRST_PARTY = ("recipes", "nemo_convert")
 SMALL_FILE = 1 << 20
 
 
@@ -56,16 +57,76 @@ def external_stamp(path: Path) -> dict[str, object]:
 
 
 @cache
-def code_fingerprint(*names: str) -> str:
-    """Fingerprint of functions, as ``module:name``, or whole modules, and of the pinned stack."""
+def code_fingerprint(*modules: str) -> str:
+    """Fingerprint of modules, of all first-party modules that they import, and of the pins."""
     with (REPO_ROOT / "pyproject.toml").open("rb") as file:
         pins = tomllib.load(file)["project"]["dependencies"]
-    return digest({"code": reachable_code(REPO_ROOT, names), "dependencies": pins})
+    return digest({"code": imported_code(REPO_ROOT, modules), "dependencies": pins})
 
 
 def stage_code(stages: Iterable[str]) -> str:
-    """Fingerprint of the code that the ``run`` of stages can reach; no check, no planning."""
-    return code_fingerprint(*(f"recipes.stages.{stage}:run" for stage in stages))
+    """Fingerprint of the code of stages."""
+    return code_fingerprint(*(f"recipes.stages.{stage}" for stage in stages))
+
+
+def imported_code(root: Path, modules: Iterable[str]) -> dict[str, str]:
+    """Hashes modules and every first-party module that they import, directly or not.
+
+    Nothing is imported: the source is read. Imports inside functions count, imports for type
+    checkers do not. Comments, docstrings and formatting are not part of a hash.
+    """
+    hashes: dict[str, str] = {}
+    queue = list(modules)
+    while queue:
+        if (module := queue.pop()) not in hashes:
+            hashes[module], imports = _read_module(root, module)
+            queue += imports
+    return dict(sorted(hashes.items()))
+
+
+@cache
+def _read_module(root: Path, module: str) -> tuple[str, frozenset[str]]:
+    """Returns the hash of a module's code and the first-party modules that it imports."""
+    path = _path_of(root, module)
+    if path is None:
+        raise ValueError(f"there is no module {module} in {root}")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [s for s in body if not (_is_text(s) or _is_for_types(s))]  # type: ignore[attr-defined]
+    imports = frozenset(name for name in _imports(path, tree) if _path_of(root, name))
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
+
+
+def _imports(path: Path, tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ValueError(f"{path}: relative imports are not followed; name the package")
+            yield from (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def _path_of(root: Path, module: str) -> Path | None:
+    """File of a first-party module; ``None`` for anything else."""
+    first, *rest = module.split(".")
+    base = root.joinpath(first, *rest)
+    if first not in FIRST_PARTY:
+        return None
+    return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
+
+
+def _is_text(statement: ast.AST) -> bool:
+    """Whether a statement is only a text: a docstring, below a field too."""
+    match statement:
+        case ast.Expr(value=ast.Constant(value=str())):
+            return True
+    return False
+
+
+def _is_for_types(statement: ast.AST) -> bool:
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
 
 
 def stage_fingerprint(

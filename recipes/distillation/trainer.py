@@ -104,17 +104,20 @@ def train(
 
 
 def _set_environment(cfg: TrainingConfig) -> None:
-    """What CUDA, NCCL and TransformerEngine read before they start; what is set already stays.
+    """Sets the variables that CUDA, NCCL and TransformerEngine read when they start.
 
-    ``CUDA_DEVICE_MAX_CONNECTIONS`` is not among it: what is best depends on the GPU, which cannot
-    be asked before CUDA starts. The launcher sets it, by the hardware profile.
+    A variable that is set already stays. The launcher sets ``CUDA_DEVICE_MAX_CONNECTIONS`` from the
+    hardware profile: the best value depends on the GPU, which is unknown before CUDA starts.
     """
     defaults = {
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # less lost between blocks
-        "TORCH_NCCL_HIGH_PRIORITY": "1",  # else collectives queue behind the kernels they overlap
-        "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",  # and find no processor free of a norm's kernel
+        # Segments that grow leave fewer holes between tensors of changing sizes.
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        # Otherwise collectives queue behind the kernels that they should overlap with.
+        "TORCH_NCCL_HIGH_PRIORITY": "1",
+        # TransformerEngine's norms leave this many multiprocessors to NCCL.
+        "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",
         "NVTE_BWD_LAYERNORM_SM_MARGIN": "16",
-        # NeMo reads the ranks' patience from it.
+        # NeMo takes the timeout of collectives from it.
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(int(COLLECTIVE_TIMEOUT.total_seconds())),
     }
     if cfg.compile:

@@ -44,8 +44,7 @@ class Stage(Generic[ConfigT]):
     """A stage: ``STAGE`` of each module beside this one, named as its folder in ``conf/stage``.
 
     Started as ``[torchrun] -m recipes.stages.<stage> --config <stage directory>/config.yaml``;
-    ranks never compose. Its fingerprint covers the code that ``run`` can reach and nothing else
-    here.
+    ranks never compose.
     """
 
     config: type[ConfigT]
