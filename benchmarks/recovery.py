@@ -285,12 +285,12 @@ def draw(title: str, found: Sequence[Outcome]) -> Table:
 def plots(title: str, found: Sequence[Outcome]) -> Markup:
     """Held-out loss and KL to the teacher, each with its spread over seeds."""
 
-    def rows(style: str, name: str) -> list[tuple[str, str, float, float]]:
-        return [
-            (seeds[0].arm, style, mean(values), spread(values))
+    def rows(style: str, name: str) -> dict[str, list[tuple[str, float, float]]]:
+        return {
+            seeds[0].arm: [(style, mean(values), spread(values))]
             for seeds in grouped(found, lambda one: one.arm)
             for values in [[float(getattr(s.distilled.heldout, name)) for s in seeds]]
-        ]
+        }
 
     name = title.replace(" ", "-").replace(",", "")
     return Markup("<h2>{}</h2><h3>Held-out loss</h3>{}<h3>KL to the teacher</h3>{}").format(

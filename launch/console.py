@@ -28,7 +28,7 @@ from recipes.engines.results import BenchmarkResults, EngineResult
 from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
 from recipes.planning.results import Cell, PlanResult
 from recipes.pruning.results import HealResult
-from recipes.report.results import ReportResult
+from recipes.report.settings import REPORT_FILE
 from recipes.search.results import LatencyResult, SearchResult
 
 PLAIN_INTERVAL = 15.0
@@ -183,7 +183,7 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
     "search_results": _leader,
     "engine": _engine,
     "speed_results": _speedup,
-    "report": lambda m: m.result(ReportResult).file,
+    "report": lambda m: REPORT_FILE,
 }
 """By kind of artifact."""
 

@@ -1,14 +1,15 @@
-"""A page that sets several runs side by side: figures, Pareto fronts, and what was different."""
+"""Compares several runs on one page: quality, cost, Pareto fronts and settings that differ."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from recipes.core.errors import RecipeError
+from recipes.core.statistics import Z95
 from recipes.distillation.results import DistillationResult
 from recipes.engines.results import BenchmarkResults
 from recipes.evaluation.results import EvaluationResult, TaskResults
@@ -32,127 +33,136 @@ from recipes.report.sections import (
     quality_mark,
     smallest_setting,
 )
-from recipes.report.trade_offs import Z95, Mark, front_of, trade_off_plot
-
-TEMPLATE = "compare.html.j2"
-QUALITIES = {"perplexity": PERPLEXITY, "kl": DIVERGENCE, "tasks": ACCURACY}
-COSTS = {"parameters": PARAMETERS, "disk": DISK, "latency": LATENCY}
+from recipes.report.trade_offs import Dimension, Mark, trade_off_plot
 
 
 @dataclass(frozen=True)
-class TimedOn:
-    """What a latency is of: an engine, its setting, and the machine."""
+class LatencySetting:
+    """What a latency was measured with: engine, request and machine."""
 
-    name: str
+    engine: str
     batch_size: int
     prompt_tokens: int
     cpu: str
     threads: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunRow:
-    """One run's distilled model, and what the run cost."""
+    """The distilled model of one run, and the cost of the run."""
 
     number: str
     name: str
     recipe: str
     comparable: bool
-    """Whether it was measured on the text that most were."""
+    """Whether it was evaluated on the same text as most runs."""
     is_best: bool
     gap: tuple[float, float] | None
-    """Mean difference of its losses to the best run's, with its standard error."""
-    found: EvaluationResult
-    perplexity: float
-    kl: float
-    tasks: float | None
-    teacher_tasks: float | None
-    parameters: int
+    """Mean difference of its losses to those of the best run, in nats, with its standard error."""
+    evaluation: EvaluationResult
+    tasks: Mapping[str, float]
+    """Mean task score by role."""
     disk: int | None
+    """Bytes of the exported folder."""
     latency: float | None
+    """Milliseconds per token in decoding."""
     tokens: int | None
+    """Tokens of all distillations of the run."""
     hours: float
-    fronts: list[tuple[str, str]] = field(default_factory=list)
-    """Quality and cost of every front that it is on."""
+    """Machine hours."""
+
+
+Figure = Callable[[RunRow], float | None]
+QUALITIES: dict[str, tuple[Dimension, Figure]] = {
+    "perplexity": (PERPLEXITY, lambda row: row.evaluation.distilled.perplexity),
+    "kl": (DIVERGENCE, lambda row: row.evaluation.distilled.kl_to_teacher),
+    "tasks": (ACCURACY, lambda row: row.tasks.get("distilled")),
+}
+COSTS: dict[str, tuple[Dimension, Figure]] = {
+    "parameters": (PARAMETERS, lambda row: row.evaluation.distilled.parameters),
+    "disk": (DISK, lambda row: row.disk),
+    "latency": (LATENCY, lambda row: row.latency),
+}
 
 
 def render_comparison(paths: Iterable[Path], out: Path) -> list[RunRow]:
-    """Writes the page about two or more runs, in or below directories; returns what it shows."""
+    """Writes the page about two or more runs in or below ``paths``; returns its rows."""
     content = comparison([read_run(path) for path in find_runs(paths)])
-    render_template(TEMPLATE, content, out)
+    render_template("compare.html.j2", content, out)
     rows: list[RunRow] = content["rows"]
     return rows
 
 
 def verdict(rows: Iterable[RunRow]) -> str:
-    """Which run is best, by which rule, and which ones chance may have put behind it."""
+    """Names the best run, the criterion, and the runs whose difference to it may be noise."""
     [best] = [row for row in rows if row.is_best]
     close = [r.name for r in rows if r.gap is not None and r.gap[0] < Z95 * r.gap[1]]
-    rule = f"the lowest loss on the same held-out text, perplexity {best.perplexity:.2f}"
-    doubt = f"; not told apart from it at 95%: {', '.join(close)}" if close else ""
-    return f"best: {best.name}, {rule}{doubt}"
+    perplexity = best.evaluation.distilled.perplexity
+    criterion = f"the lowest loss on the same held-out text, perplexity {perplexity:.2f}"
+    noise = f"; no significant difference to it at 95%: {', '.join(close)}" if close else ""
+    return f"best: {best.name}, {criterion}{noise}"
 
 
 def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Everything that the page shows."""
-    measured = [(run, found) for run in runs if (found := run.evaluation) is not None]
+    """Returns the variables of the page's template.
+
+    Raises:
+        RecipeError: Fewer than two runs were evaluated on the same text.
+    """
     text = common_text(runs)
-    same = [(run, found) for run, found in measured if run.text() == text]
+    evaluated = [run for run in runs if run.evaluation is not None]
+    same = [run for run in evaluated if run.text() == text]
     if len(same) < 2:
         raise RecipeError(
-            f"of {len(runs)} run{'s' * (len(runs) != 1)}, {len(measured)} came to an evaluation "
+            f"of {len(runs)} run{'s' * (len(runs) != 1)}, {len(evaluated)} have an evaluation "
             f"and {len(same)} of them on the same held-out text; there is nothing to compare.",
             "give two or more complete runs of the same data",
         )
     names = _names(runs)
-    best, best_found = min(same, key=lambda pair: pair[1].distilled.loss)
-    engine = _common_engine([run for run, _ in same])
+    best = min(same, key=lambda run: _evaluation(run).distilled.loss)
+    latency = _common_latency(same)
     rows = [
-        _row(str(number), names[run.path], run, found, best if run.text() == text else None, engine)
-        for number, (run, found) in enumerate(measured, 1)
+        _row(str(number), names[run.path], run, best if run in same else None, latency)
+        for number, run in enumerate(evaluated, 1)
     ]
     comparable = [row for row in rows if row.comparable]
-    plots = [plot for quality in QUALITIES for plot in _plots(quality, comparable)]
     return {
-        "title": f"Comparison of {len(measured)} runs",
-        "made": datetime.now(UTC).isoformat(timespec="minutes"),
+        "title": f"Comparison of {len(evaluated)} runs",
+        "time": datetime.now(UTC).isoformat(timespec="minutes"),
         "rows": rows,
         "best": names[best.path],
-        "teacher": best_found.teacher,
-        "teacher_tasks": next((r.teacher_tasks for r in comparable if r.teacher_tasks), None),
-        "plots": plots,
-        "engine": engine,
+        "teacher": _evaluation(best).teacher,
+        "teacher_tasks": next((r.tasks["teacher"] for r in comparable if r.tasks), None),
+        "plots": list(_plots(comparable)),
+        "latency": latency,
         "others": [row for row in rows if not row.comparable],
         "incomplete": [(names[run.path], run) for run in runs if run.incomplete],
         "unmeasured": [names[run.path] for run in runs if run.evaluation is None],
         "differences": [
             (name, [any_value(value, name.rpartition(".")[2]) for value in values])
-            for name, values in differing_settings([run for run, _ in measured])
+            for name, values in differing_settings(evaluated)
         ],
     }
 
 
+def _evaluation(run: RunRecord) -> EvaluationResult:
+    assert run.evaluation is not None
+    return run.evaluation
+
+
 def _names(runs: Sequence[RunRecord]) -> dict[Path, str]:
-    """The shortest ends of the runs' paths that tell them apart; a number says too little."""
+    """Returns the shortest unique end of each run's path; a bare number gets its folder too."""
     depth = 2 if any(run.path.name.isdigit() for run in runs) else 1
-    while depth < max(len(run.path.parts) for run in runs):
-        names = ["/".join(run.path.parts[-depth:]) for run in runs]
-        if len(set(names)) == len(runs):
-            break
+    longest = max(len(run.path.parts) for run in runs)
+    while depth < longest and len({run.path.parts[-depth:] for run in runs}) < len(runs):
         depth += 1
     return {run.path: "/".join(run.path.parts[-depth:]) for run in runs}
 
 
 def _row(
-    number: str,
-    name: str,
-    run: RunRecord,
-    found: EvaluationResult,
-    best: RunRecord | None,
-    engine: TimedOn | None,
+    number: str, name: str, run: RunRecord, best: RunRecord | None, latency: LatencySetting | None
 ) -> RunRow:
     tasks, exported = run.find("task_results"), run.exported
-    means = tasks.result(TaskResults).means() if tasks else {}
     trained = (m.result_if("distill", DistillationResult) for m in run.stages.values())
     return RunRow(
         number=number,
@@ -161,77 +171,59 @@ def _row(
         comparable=best is not None,
         is_best=best is run,
         gap=paired_difference(run.losses, best.losses) if best and best is not run else None,
-        found=found,
-        perplexity=found.distilled.perplexity,
-        kl=found.distilled.kl_to_teacher,
-        tasks=means.get("distilled"),
-        teacher_tasks=means.get("teacher"),
-        parameters=found.distilled.parameters,
+        evaluation=_evaluation(run),
+        tasks=tasks.result(TaskResults).means() if tasks else {},
         disk=exported.total_bytes() if exported else None,
-        latency=dict(_latencies(run)).get(engine) if engine else None,
+        latency=dict(_latencies(run)).get(latency) if latency else None,
         tokens=sum(training.tokens for training in trained if training) or None,
         hours=sum(map(machine_hours, run.stages.values())),
     )
 
 
-def _latencies(run: RunRecord) -> Iterator[tuple[TimedOn, float]]:
-    """Milliseconds for one more token of the student in each engine, at the smallest setting."""
+def _latencies(run: RunRecord) -> Iterator[tuple[LatencySetting, float]]:
+    """Yields the student's latency in each engine, in ms, at the smallest batch and prompt."""
     manifest = run.find("speed_results")
     if manifest is None:
         return
-    found = manifest.result(BenchmarkResults)
-    setting = smallest_setting(found.rows)
-    for row in found.rows:
+    results = manifest.result(BenchmarkResults)
+    machine, setting = results.machine, smallest_setting(results.rows)
+    for row in results.rows:
         latency = row.decode_latency_ms
         if row.role == "student" and row.setting == setting and latency is not None:
-            yield TimedOn(row.engine, *setting, found.machine.cpu, found.machine.threads), latency
+            yield LatencySetting(row.engine, *setting, machine.cpu, machine.threads), latency
 
 
-def _common_engine(runs: Sequence[RunRecord]) -> TimedOn | None:
-    """The engine, setting and machine whose latencies are compared.
-
-    The first benchmarked run's fastest engine; a run that was not measured so has no latency here.
-    """
+def _common_latency(runs: Sequence[RunRecord]) -> LatencySetting | None:
+    """Returns the setting of the compared latencies: the fastest of the first run with any."""
     for run in runs:
         if latencies := dict(_latencies(run)):
-            return min(latencies, key=lambda timed: latencies[timed])
+            return min(latencies, key=lambda setting: latencies[setting])
     return None
 
 
-def _plots(quality: str, rows: Sequence[RunRow]) -> list[dict[str, str]]:
-    """One quality against each cost that at least two runs have; notes who is on the front."""
-    up, plots = QUALITIES[quality], []
-    for cost, across in COSTS.items():
-        chosen = [r for r in rows if None not in (getattr(r, quality), getattr(r, cost))]
-        if len(chosen) < 2:
-            continue
-        marks = [_mark(row, quality, cost) for row in chosen]
-        for index in front_of(marks, up):
-            chosen[index].fronts.append((quality, cost))
-        plots.append(
-            {
-                "title": f"{up.title.capitalize()} against {across.title}".replace("Kl", "KL"),
-                "plot": trade_off_plot(
-                    f"plot-{quality}-{cost}", [*marks, *_teacher(chosen, quality, cost)], across, up
-                ),
-            }
-        )
-    return plots
+def _plots(rows: Sequence[RunRow]) -> Iterator[dict[str, str]]:
+    """Yields a plot of each quality against each cost that at least two runs have."""
+    for quality, (up, quality_of) in QUALITIES.items():
+        for cost, (across, cost_of) in COSTS.items():
+            values = [(row, cost_of(row), quality_of(row)) for row in rows]
+            marks = [
+                quality_mark("distilled", row.number, row.evaluation.distilled, x)
+                if quality == "perplexity"
+                else Mark(row.number, "distilled", x, y)
+                for row, x, y in values
+                if x is not None and y is not None
+            ]
+            if len(marks) > 1:
+                marks += _teacher_mark(rows, quality) if cost == "parameters" else []
+                name, title = f"plot-{quality}-{cost}", f"{up.title} against {across.title}"
+                plot = trade_off_plot(name, marks, across, up)
+                yield {"title": title[:1].upper() + title[1:], "plot": plot}
 
 
-def _mark(row: RunRow, quality: str, cost: str) -> Mark:
-    price = getattr(row, cost)
-    if quality == "perplexity":
-        return quality_mark("distilled", row.number, row.found.distilled, price)
-    return Mark(row.number, "distilled", price, getattr(row, quality))
-
-
-def _teacher(rows: Sequence[RunRow], quality: str, cost: str) -> list[Mark]:
-    """The teacher as a reference where all runs have the same one and its cost is known."""
-    teacher = rows[0].found.teacher
-    if cost != "parameters" or quality == "kl" or any(r.found.teacher != teacher for r in rows):
-        return []
-    value = rows[0].teacher_tasks if quality == "tasks" else teacher.perplexity
-    if value is None:
+def _teacher_mark(rows: Sequence[RunRow], quality: str) -> list[Mark]:
+    """Returns the teacher as a reference, if all runs have the same one."""
+    teacher = rows[0].evaluation.teacher
+    value = rows[0].tasks.get("teacher") if quality == "tasks" else teacher.perplexity
+    if quality == "kl" or value is None or any(r.evaluation.teacher != teacher for r in rows):
         return []
     return [Mark("teacher", "teacher", teacher.parameters, value, reference=True)]

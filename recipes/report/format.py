@@ -1,36 +1,36 @@
-"""How the report's pages write figures, and how their templates are rendered."""
+"""Renders the templates of pages and model cards, and formats values for them."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from recipes.core.files import write_text_atomically
 from recipes.evaluation.results import ROLES
-from recipes.planning.results import Table
-from recipes.report.plots import number, share_bar
+from recipes.report.plots import number
 from recipes.report.settings import TEMPLATES
-from recipes.report.trade_offs import speed_bar
 
-AXES = {
+LABELS = {
     "num_layers": "Layers",
-    "ffn_hidden_size": "Feed-forward size",
+    "ffn_hidden_size": "FFN hidden size",
     "num_attention_heads": "Attention heads",
+    "num_query_groups": "Query groups",
     "kv_channels": "Head size",
     "vocab_size": "Vocabulary",
 }
-"""Of a model's shape, where a person says it otherwise than the field does."""
+"""Labels of fields whose name does not read well."""
 DASH = Markup('<span class="none">–</span>')
 
 
 def render_template(template: str, content: Mapping[str, object], path: Path) -> None:
-    """Writes one HTML file that loads nothing else."""
+    """Writes one file that loads nothing else; values in HTML are escaped."""
     write_text_atomically(path, _environment().get_template(template).render(content))
 
 
@@ -38,43 +38,48 @@ def render_template(template: str, content: Mapping[str, object], path: Path) ->
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
+        autoescape=select_autoescape(["html.j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    environment.filters.update(
-        FORMATS, figure=any_value, label=label_of, numeric_columns=numeric_columns
-    )
-    environment.globals |= {"bar": share_bar, "speed_bar": speed_bar, "roles": ROLES}
+    environment.filters.update(FORMATS, figure=any_value, label=label_of, plain=plain)
+    environment.globals["roles"] = ROLES
+    macros = environment.get_template("macros.html.j2").make_module()
+    environment.globals |= {n: v for n, v in vars(macros).items() if not n.startswith("_")}
     return environment
 
 
 def scaled(value: float, units: str, base: str = "") -> str:
-    """Three significant digits or more, in thousands of the unit that fits."""
+    """Formats a value in the largest fitting power of 1000; ``units`` are their prefixes."""
     power = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) // 3), len(units))
     text = f"{value / 1000**power:,.1f}" if power else f"{value:,.6g}"
     return f"{text} {units[power - 1] if power else ''}{base}".rstrip()
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whatever is short."""
+    """Formats seconds as seconds, minutes or hours."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, left = divmod(minutes, 60)
-    return f"{hours} h {left:02} min" if hours else f"{minutes} min {rest:02} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes_of_hour = divmod(minutes, 60)
+    return f"{hours} h {minutes_of_hour:02} min" if hours else f"{minutes} min {seconds:02} s"
 
 
-def _exact(value: float, text: str) -> Markup:
-    """A shown number that carries its unrounded value, for machines and for a pointer's hint."""
-    exact = json.dumps(value)
-    return Markup('<data value="{0}" title="{0}">{1}</data>').format(exact, text)
+def plain(text: str) -> str:
+    """Returns text without line breaks and Markdown syntax, for a line of Markdown."""
+    return re.sub(r"[`<>|\[\]!\s]+", " ", text).strip()
 
 
 def _optional(write: Callable[..., str]) -> Callable[..., Markup]:
+    """Returns a filter that writes a dash for ``None``, and keeps the exact value as a hint."""
+
     def formatted(value: float | None, *args: object) -> Markup:
-        return DASH if value is None else _exact(value, write(value, *args).replace("-", "−"))
+        if value is None:
+            return DASH
+        text = write(value, *args).replace("-", "−")
+        return Markup('<data value="{0}" title="{0}">{1}</data>').format(json.dumps(value), text)
 
     return formatted
 
@@ -95,7 +100,7 @@ FORMATS: dict[str, Callable[..., Markup]] = {
 
 
 def any_value(value: object, name: str) -> Markup:
-    """A value of whatever type, written by what its name says it is."""
+    """Formats a value of any type; the unit of a number is taken from its field's name."""
     if value is None:
         return DASH
     if isinstance(value, bool):
@@ -104,28 +109,13 @@ def any_value(value: object, name: str) -> Markup:
         return Markup(", ").join(any_value(one, name) for one in value)
     if not isinstance(value, int | float):
         return Markup.escape(value)
-    return FORMATS[_format_of(name.lower().replace(" ", "_"), value)](value)
-
-
-def _format_of(name: str, value: float) -> str:
-    for unit in ("bytes", "seconds", "flops", "parameters"):
-        if name == unit or name.endswith(f"_{unit}"):
-            return {"seconds": "duration"}.get(unit, unit)
-    return "count" if isinstance(value, int) or value.is_integer() else "short"
+    unit = name.lower().replace(" ", "_").rpartition("_")[2]
+    if unit in ("bytes", "seconds", "flops", "parameters"):
+        return FORMATS[{"seconds": "duration"}.get(unit, unit)](value)
+    return FORMATS["count" if isinstance(value, int) or value.is_integer() else "short"](value)
 
 
 def label_of(name: str) -> str:
-    """A field's name as a person would write it."""
-    if name in AXES:
-        return AXES[name]
+    """Returns a field's name in words."""
     text = name.replace("_", " ").replace(".", ": ")
-    return text[:1].upper() + text[1:]
-
-
-def numeric_columns(table: Table) -> list[str]:
-    """Names of the columns that hold numbers alone."""
-    return [
-        name
-        for name, *cells in zip(table.columns, *table.rows, strict=True)
-        if cells and all(cell is None or isinstance(cell, int | float) for cell in cells)
-    ]
+    return LABELS.get(name) or text[:1].upper() + text[1:]

@@ -1,14 +1,14 @@
-"""Gates: what a run must measure to count as a success, such as ``recovered.sciq >= 0.95``.
+"""Gates: measured values that a run must reach, such as ``recovered.sciq >= 0.95``.
 
-A gate compares one figure of an evaluation with a number. Nothing of a gate is ever executed; the
-text is parsed by the grammar NAME OP NUMBER.
+A gate compares one measured value with a number. Its text is parsed as NAME OP NUMBER and is never
+executed.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from recipes.core.errors import RecipeError, did_you_mean
@@ -36,24 +36,24 @@ EVALUATION: dict[str, Callable[[EvaluationResult], float | None]] = {
     "kl_to_teacher": lambda e: e.distilled.kl_to_teacher,
     "top1_agreement": lambda e: e.distilled.top1_agreement,
 }
-"""Figures of the distilled model on held-out text (kind ``eval_results``)."""
+"""Values of the distilled model on held-out text (kind ``eval_results``)."""
 TASK: dict[str, Callable[[TaskScores], float | None]] = {
     "recovered": lambda t: t.recovered,
     "score": lambda t: t.distilled.value,
     "difference": lambda t: t.differences.distilled.value,
     "difference_low": lambda t: t.differences.distilled.low,
 }
-"""Figures of one benchmark (kind ``task_results``); the differences are to the teacher."""
+"""Values of one benchmark (kind ``task_results``). Differences are to the teacher."""
 SPEEDUPS: dict[str, Callable[[Speedup], float]] = {
     "prefill": lambda s: s.prefill,
     "decode": lambda s: s.decode,
 }
-"""Of the student against the teacher (kind ``speed_results``): of all settings, the least."""
+"""Speed-ups of the student over the teacher (kind ``speed_results``); the minimum counts."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A figure's name and what it must be."""
+    """Name of a measured value, and its required range."""
 
     name: str
     operator: str
@@ -62,56 +62,66 @@ class Gate:
     def __str__(self) -> str:
         return f"{self.name} {self.operator} {self.threshold:g}"
 
-    def holds(self, measured: float | None) -> bool:
-        """Whether a measured value is as it must be; what could not be measured is not."""
-        return measured is not None and OPERATORS[self.operator](measured, self.threshold)
-
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was measured, and whether that passes; ``None`` where there is no such figure."""
+    """A gate with the measured value; ``None`` if it could not be measured."""
 
     gate: Gate
     measured: float | None
-    passed: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value is in range; one that could not be measured is not."""
+        compare = OPERATORS[self.gate.operator]
+        return self.measured is not None and compare(self.measured, self.gate.threshold)
 
     def __str__(self) -> str:
-        found = "not measurable, pruning cost no more than noise"
         if self.measured is not None:
-            found = f"measured {self.measured:.4g}"
-        elif not self.gate.name.startswith("recovered"):
-            found = "not measured"
-        return f"{self.gate}: {found}"
+            text = f"measured {self.measured:.4g}"
+        elif self.gate.name.startswith("recovered"):
+            text = "not measurable, since pruning lost no more than noise"
+        else:
+            text = "not measured"
+        return f"{self.gate}: {text}"
 
 
 def parse(text: str) -> Gate:
-    """Reads ``NAME OP NUMBER``, or refuses."""
+    """Parses ``NAME OP NUMBER``.
+
+    Raises:
+        RecipeError: The text has another form.
+    """
     match = _GATE.fullmatch(text)
     if not match:
         raise RecipeError(
-            f"gate '{text}' is not of the form NAME OP NUMBER.",
+            f"invalid gate '{text}': it must have the form NAME OP NUMBER.",
             f"write it like 'recovered.sciq >= 0.95', with one of {' '.join(OPERATORS)}",
         )
     return Gate(match["name"], match["operator"], float(match["threshold"]))
 
 
-def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> dict[str, str]:
-    """Figures that a recipe measures, with the kind of result, of those by stage, that has each."""
-    names: dict[str, str] = {}
+def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> list[str]:
+    """Returns the names of all values that a recipe measures.
+
+    Args:
+        stages: Settings by stage.
+        kinds: Kind of result by stage.
+    """
+    names: list[str] = []
     for stage, config in stages.items():
-        kind = kinds[stage]
-        if kind == "eval_results":
-            names |= dict.fromkeys(EVALUATION, kind)
-        if kind == "task_results":
+        if kinds[stage] == "eval_results":
+            names += EVALUATION
+        if kinds[stage] == "task_results":
             tasks: list[str] = getattr(config, "tasks", [])
-            names |= {f"{figure}.{task}": kind for task in tasks for figure in TASK}
-        if kind == "speed_results":
-            names |= {f"speedup.{figure}": kind for figure in SPEEDUPS}
+            names += [f"{value}.{task}" for task in tasks for value in TASK]
+        if kinds[stage] == "speed_results":
+            names += [f"speedup.{value}" for value in SPEEDUPS]
     return names
 
 
-def problems(gates: Iterable[Gate], names: Mapping[str, str]) -> Iterator[Problem]:
-    """Finds gates on figures that the recipe does not measure."""
+def problems(gates: Iterable[Gate], names: Collection[str]) -> Iterator[Problem]:
+    """Yields a problem for each gate on a value that the recipe does not measure."""
     for gate in gates:
         if gate.name not in names:
             yield Problem(
@@ -123,21 +133,20 @@ def problems(gates: Iterable[Gate], names: Mapping[str, str]) -> Iterator[Proble
 
 
 def judge(gates: Iterable[Gate], results: Mapping[str, Manifest]) -> list[Verdict]:
-    """Compares what was measured, in manifests by kind, with the gates that are on it."""
-    measured = {name: value for m in results.values() for name, value in _figures(m)}
-    known = [gate for gate in gates if gate.name in measured]
-    return [Verdict(g, measured[g.name], g.holds(measured[g.name])) for g in known]
+    """Compares gates with the values in manifests, by kind; gates without a value are left out."""
+    values = {name: value for manifest in results.values() for name, value in _values(manifest)}
+    return [Verdict(gate, values[gate.name]) for gate in gates if gate.name in values]
 
 
-def _figures(manifest: Manifest) -> Iterator[tuple[str, float | None]]:
-    """What gates can be on of a stage's result."""
+def _values(manifest: Manifest) -> Iterator[tuple[str, float | None]]:
+    """Yields the values of one result by the names that gates use."""
     if manifest.kind == "eval_results":
         evaluation = manifest.result(EvaluationResult)
-        yield from ((name, figure(evaluation)) for name, figure in EVALUATION.items())
+        yield from ((name, value(evaluation)) for name, value in EVALUATION.items())
     if manifest.kind == "task_results":
         for task, scores in manifest.result(TaskResults).tasks.items():
-            yield from ((f"{name}.{task}", figure(scores)) for name, figure in TASK.items())
+            yield from ((f"{name}.{task}", value(scores)) for name, value in TASK.items())
     if manifest.kind == "speed_results":
-        every = manifest.result(BenchmarkResults).speedups
-        for name, figure in SPEEDUPS.items():
-            yield f"speedup.{name}", min(map(figure, every), default=None)
+        speedups = manifest.result(BenchmarkResults).speedups
+        for name, value in SPEEDUPS.items():
+            yield f"speedup.{name}", min(map(value, speedups), default=None)

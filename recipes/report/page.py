@@ -1,7 +1,7 @@
-"""What the report says, collected from the inputs' manifests and metrics, and its rendering.
+"""Renders reports from the manifests and metrics of a run.
 
-Every figure comes from a manifest, or from a file that a manifest stamps; the page marks each with
-its unrounded value.
+Every number comes from a manifest or from a file whose hash a manifest has. The page keeps the
+exact value of each number beside the rounded one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -37,43 +38,42 @@ from recipes.report.serving import served
 from recipes.report.settings import ReportConfig, SearchReportConfig
 from recipes.search.results import SearchResult
 
-CHAIN = ("teacher", "data", "pruned", "distilled", "evaluation", "exported")
-"""Inputs that every report has, in the order in which their stages run."""
-OPTIONAL = ("plan", "search", "tasks", "engine", "gguf", "speed")
 CONTENTS = {
     "gates": "Gates",
-    "asked": "What was asked",
-    "plan": "Plan",
-    "search": "Search",
-    "architecture": "Architecture",
     "quality": "Quality",
-    "tasks": "Tasks",
+    "tasks": "Benchmarks",
     "trade_offs": "Quality against cost",
     "speed": "Speed",
-    "engine": "Engine",
-    "gguf": "llama.cpp",
-    "serve": "Serve",
-    "distillation": "Distillation",
-    "layers": "Layers",
-    "cost": "Cost",
+    "architecture": "Architecture",
     "generations": "Generations",
-    "parity": "Parity",
+    "distillation": "Distillation",
+    "layers": "Layer importance",
+    "search": "Architecture search",
+    "engine": "Engine",
+    "gguf": "GGUF file",
+    "serve": "Serving",
+    "settings": "Settings",
+    "plan": "Plan",
+    "cost": "Cost",
+    "parity": "Conversion check",
     "provenance": "Provenance",
 }
-"""Sections in their order, each a template."""
-WHERE_PRESENT = ("gates", "plan", "search", "tasks", "trade_offs", "speed", "engine", "gguf")
-"""Sections that are left out where there is nothing to show."""
+"""Sections in order, each a template; results come before settings and plan."""
+OPTIONAL = ("gates", "plan", "search", "tasks", "trade_offs", "speed", "engine", "gguf")
+"""Sections that are left out if they have nothing to show."""
 TERMS = {
-    "kd": ("logits", "distilled"),
+    "kd": ("distillation (logits)", "distilled"),
     "hidden": ("hidden states", "pruned"),
     "lm": ("next token", "teacher"),
     "loss": ("total", "total"),
 }
+"""Label and CSS class of each term of the training loss."""
 CURVES = {
-    "val_loss": ("Validation loss, next token", "teacher"),
+    "val_loss": ("Validation loss (next token)", "teacher"),
     "lr": ("Learning rate", "quiet"),
     "grad_norm": ("Gradient norm", "quiet"),
 }
+"""Title and CSS class of each other training curve."""
 
 
 def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
@@ -82,95 +82,88 @@ def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
 
 
 def render_search(cfg: SearchReportConfig, inputs: Inputs, path: Path) -> None:
-    """Writes the page of a search: which shapes were compared, and which one was chosen."""
-    found = inputs["search"].manifest.result(SearchResult)
+    """Writes the report of a search: the shapes that were compared, and the chosen one."""
+    search = inputs["search"].manifest.result(SearchResult)
     earlier = upstream(inputs)
     manifests = [*(item.manifest for item in inputs.values()), *earlier.values()]
     content = {
-        "title": cfg.title or "Search",
-        "description": cfg.description,
-        "made": datetime.now(UTC).isoformat(timespec="minutes"),
+        **_header(cfg, "Search report"),
         "teacher": inputs["teacher"].manifest,
-        "chosen": found.chosen(),
+        "chosen": search.chosen(),
         "versions": versions(manifests),
-        **search_section(found, earlier),
+        **search_section(search, earlier),
         **costs(inputs, earlier, []),
     }
     render_template("search_report.html.j2", content, path)
 
 
+def _header(cfg: SearchReportConfig, title: str) -> dict[str, object]:
+    return {
+        "title": cfg.title or title,
+        "description": cfg.description,
+        "time": datetime.now(UTC).isoformat(timespec="minutes"),
+    }
+
+
 def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
-    """Everything that the template shows."""
-    manifests = {name: inputs[name].manifest for name in (*CHAIN, *OPTIONAL) if name in inputs}
+    """Returns the variables of the report's template."""
+    manifests = {name: item.manifest for name, item in inputs.items()}
     evaluation = manifests["evaluation"].result(EvaluationResult)
     prepared = manifests["data"].result(DatasetResult)
     pruned = manifests["pruned"].result_if("prune", PruneResult)
     before, after = manifests["teacher"].parameters, manifests["distilled"].parameters
     earlier = upstream(inputs)
     distilled = inputs["distilled"]
-    losses = [
-        (role, role, q.loss, q.loss_standard_error) for role, q in evaluation.models().items()
-    ]
+    losses = {
+        role: [(role, quality.loss, quality.loss_standard_error)]
+        for role, quality in evaluation.models().items()
+    }
     content: dict[str, object] = {
-        "title": cfg.title or "Distillation report",
-        "description": cfg.description,
-        "made": datetime.now(UTC).isoformat(timespec="minutes"),
+        **_header(cfg, "Distillation report"),
         "m": manifests,
         "prepared": prepared,
         "conversations": {name: in_words(n) for name, n in prepared.conversations.items()},
         "saved": 1 - after / before if before and after else None,
         "quality": evaluation.models(),
         "evaluation": evaluation,
-        "detail": _detail(inputs["evaluation"]),
+        "generations": _generations(inputs["evaluation"]),
         "training": _training(distilled),
         "rounds": list(_rounds(distilled, earlier)),
         "gates": gates_section(cfg.gates, manifests),
         "pruned": pruned,
         "healed": _healed(distilled.manifest, earlier),
         "layers_plot": _layers_plot(pruned) if pruned else None,
-        "skewed": pruned is not None and is_skewed(pruned.layer_importance.values()),
-        "quality_plot": interval_plot(
-            "plot-quality", "Loss on held-out text with standard errors", losses
-        ),
+        "logarithmic": pruned is not None and is_skewed(pruned.layer_importance.values()),
+        "quality_plot": interval_plot("plot-quality", "Loss on held-out text", losses),
         "versions": versions(manifests.values()),
         "served": list(served(inputs)),
-        "train": manifests["distilled"].config,
-        "trained": manifests["distilled"].result_if("distill", DistillationResult),
+        "train": distilled.manifest.config,
+        "trained": distilled.manifest.result_if("distill", DistillationResult),
         "imported": manifests["teacher"].result_if("import_hf", ImportResult),
         "exported": manifests["exported"].result_if("export_hf", ParityResult),
         **costs(inputs, earlier, work(manifests, earlier)),
         **sections(manifests, evaluation, earlier),
     }
-    shown = [
-        (name, label)
-        for name, label in CONTENTS.items()
-        if name not in WHERE_PRESENT or content[name]
-    ]
-    return {**content, "contents": shown}
+    contents = {n: label for n, label in CONTENTS.items() if n not in OPTIONAL or content[n]}
+    return {**content, "contents": contents}
 
 
 def _healed(distilled: Manifest, earlier: Mapping[str, Manifest]) -> HealResult | None:
-    """What healing brought back before this distillation, if it began with that."""
-    given = (m for m in earlier.values() if m.fingerprint == distilled.inputs.get("student"))
-    return next((m.result_if("heal", HealResult) for m in given), None)
+    """Returns the result of the least-squares reconstruction that the distillation started from."""
+    students = (m for m in earlier.values() if m.fingerprint == distilled.inputs.get("student"))
+    return next((m.result_if("heal", HealResult) for m in students), None)
 
 
-def _detail(evaluation: Input) -> dict[str, object]:
-    """Generations and, over the same windows, how often the distilled model is the better one."""
+def _generations(evaluation: Input) -> list[dict[str, str]]:
+    """Returns prompts, each with its continuation by every model."""
     path = evaluation.artifact / "results.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    losses = found.get("window_losses", {})
-    ours = losses.get("distilled", [])
-    wins = {
-        other: sum(a < b for a, b in zip(ours, losses[other], strict=True))
-        for other in ("pruned", "teacher")
-        if ours and other in losses
-    }
-    return {"generations": found.get("generations", []), "wins": wins, "compared": len(ours)}
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    generations: list[dict[str, str]] = results.get("generations", [])
+    return generations
 
 
-def _training(distilled: Input) -> dict[str, object]:
-    """The distillation's curves; a plot whose data were not logged is left out."""
+def _training(distilled: Input) -> dict[str, Any]:
+    """Returns the plots of the distillation; a plot is left out if its values were not logged."""
     log = distilled.directory / METRICS
     steps = steps_of(log, "distill")
     terms, small = list(_terms(steps)), []
@@ -184,7 +177,7 @@ def _training(distilled: Input) -> dict[str, object]:
     return {
         "terms": terms,
         "smoothed": len(steps) >= 2 * SMOOTHING,
-        "loss": line_plot("plot-loss", "Distillation loss over steps", terms) if terms else None,
+        "loss": line_plot("plot-loss", "Training loss by step", terms) if terms else None,
         "small": small,
     }
 
@@ -192,17 +185,17 @@ def _training(distilled: Input) -> dict[str, object]:
 def _rounds(
     distilled: Input, earlier: Mapping[str, Manifest]
 ) -> Iterator[tuple[str, Manifest, DistillationResult]]:
-    """Every round's distillation, where there were several."""
-    every = {**earlier, distilled.directory.name: distilled.manifest}
+    """Yields the distillation of every round, if there were several."""
+    stages = {**earlier, distilled.directory.name: distilled.manifest}
     trained = [
-        (n, m, t) for n, m in every.items() if (t := m.result_if("distill", DistillationResult))
+        (n, m, t) for n, m in stages.items() if (t := m.result_if("distill", DistillationResult))
     ]
     if len(trained) > 1:
         yield from sorted(trained, key=lambda one: one[1].started_at)
 
 
 def _terms(steps: list[Record]) -> Iterator[Series]:
-    """The loss terms that are not zero; the total only where it is more than one of them."""
+    """Yields the loss terms in use; the total is left out if it equals the only term."""
     drawn: list[list[Point]] = []
     for key, (label, style) in TERMS.items():
         points = _points(steps, key)

@@ -1,8 +1,7 @@
 """Plots of the report as inline SVG.
 
-Positions are percentages and text keeps its size, so a plot fits a phone and a printed page alike;
-colours are CSS classes, so it follows the reader's dark or light setting. A drawing library's SVG
-can do neither.
+Positions are percentages and text keeps its size, so a plot fits a phone and a printed page.
+Colours are CSS classes, so a plot follows the reader's light or dark setting.
 """
 
 from __future__ import annotations
@@ -14,26 +13,32 @@ from itertools import accumulate
 
 from markupsafe import Markup
 
+from recipes.core.statistics import Z95
+
 Point = tuple[float, float]
 MAX_POINTS = 500
-"""More points than this per line cannot be seen, and would make the file large."""
-SMOOTHING = 30
-"""A line of at least twice this many points is also drawn as a mean over 1/30 of its length."""
+"""Points per line. More cannot be seen and would make the file large."""
 MAX_MARKERS = 40
+"""A line with at most this many points has a marker at each."""
+SMOOTHING = 30
+"""A moving mean covers 1/30 of a line, and is drawn if the line has at least twice 30 points."""
 SKEW = 8
-"""Scores whose largest is more than this many times the median are drawn on a log scale."""
+"""A logarithmic scale is used if the largest value exceeds this many times the median."""
+ROW_PIXELS = 46
+"""Height of a row of intervals, enough for three of them."""
 
-FRAME = Markup(
+_FRAME = Markup(
     '<svg id="{name}" class="plot" role="img" aria-label="{title}" style="height:{height}px">'
     "{body}</svg>"
 )
-TICK_Y = Markup(
+_Y_TICK = Markup(
     '<line class="grid" x1="0" x2="100%" y1="{at}%" y2="{at}%"/>'
     '<text class="tick" x="0" y="{at}%" dx="-8" dy=".35em" text-anchor="end">{label}</text>'
 )
-TICK_X = Markup(
+_X_TICK = Markup(
     '<text class="tick" x="{at}%" y="100%" dy="18" text-anchor="{anchor}">{label}</text>'
 )
+_X_GRID = Markup('<line class="grid" x1="{at}%" x2="{at}%" y1="0" y2="100%"/>')
 _LINE = Markup(
     '<svg width="100%" height="100%" viewBox="0 0 1000 1000" preserveAspectRatio="none" '
     'class="over"><polyline class="line {style}" points="{points}"/></svg>'
@@ -45,14 +50,12 @@ _BAR = Markup(
     '<rect class="bar {style}" x="{x}%" y="{y}%" width="{width}%" height="{height}%">'
     "<title>{hint}</title></rect>"
 )
-_COLUMN = Markup('<line class="grid" x1="{at}%" x2="{at}%" y1="0" y2="100%"/>')
-_BAND = Markup('<line class="won" x1="{low}%" x2="{high}%" y1="{y}%" y2="{y}%"/>')
-_INTERVAL = Markup(
-    '<line class="drop {style}" x1="{at}%" x2="{at}%" y1="{y}%" y2="100%"/>'
-    '<line class="whisker {style}" x1="{low}%" x2="{high}%" y1="{y}%" y2="{y}%"/>'
-    '<circle class="dot {style}" cx="{at}%" cy="{y}%" r="6"><title>{hint}</title></circle>'
-    '<text class="mark" x="{at}%" y="{y}%" dy="-14" text-anchor="{anchor}">{text}</text>'
+_ROW = Markup(
     '<text class="row" x="0" y="{y}%" dx="-12" dy=".35em" text-anchor="end">{label}</text>'
+)
+_INTERVAL = Markup(
+    '<line class="whisker {style}" x1="{low}%" x2="{high}%" y1="{y}%" y2="{y}%"/>'
+    '<circle class="dot {style}" cx="{at}%" cy="{y}%" r="4.5"><title>{hint}</title></circle>'
 )
 
 
@@ -64,36 +67,36 @@ class Series:
     style: str
     points: Sequence[Point]
     noisy: bool = True
-    """Whether a moving mean says more than the points alone."""
+    """Whether a moving mean is drawn over the points."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale from ``low`` to ``high``, which are the ends' logarithms if it is logarithmic."""
+    """A scale from ``low`` to ``high``; both are logarithms if ``logarithmic`` is set."""
 
     low: float
     high: float
     logarithmic: bool = False
 
     def at(self, value: float) -> float:
-        """Position of a value, in percent from the low end."""
-        place = math.log10(value) if self.logarithmic else value
-        return round(100 * (place - self.low) / (self.high - self.low), 3)
+        """Returns the position of a value in percent, measured from the low end."""
+        position = math.log10(value) if self.logarithmic else value
+        return round(100 * (position - self.low) / (self.high - self.low), 3)
 
-    def ticks(self, wanted: int = 5) -> list[float]:
-        """About ``wanted`` round values inside the axis."""
+    def ticks(self, count: int = 5) -> list[float]:
+        """Returns about ``count`` round values within the axis."""
         if self.logarithmic:
-            found = self._of_decades()
-            return found if len(found) > 1 else Axis(10**self.low, 10**self.high).ticks(wanted)
-        rough = (self.high - self.low) / wanted
+            values = self._decade_ticks()
+            return values if len(values) > 1 else Axis(10**self.low, 10**self.high).ticks(count)
+        rough = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * f for f in (1, 2, 2.5, 5, 10) if power * f >= rough * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [n * step for n in range(first, last + 1)]
 
-    def _of_decades(self) -> list[float]:
-        """1, 2 and 5 in every decade; powers of ten alone if there are many."""
+    def _decade_ticks(self) -> list[float]:
+        """Returns 1, 2 and 5 of every decade; only powers of ten if there are many decades."""
         steps = (1, 2, 5) if self.high - self.low < 2.5 else (1,)
         decades = range(math.floor(self.low), math.ceil(self.high) + 1)
         values = [step * 10.0**decade for decade in decades for step in steps]
@@ -103,29 +106,28 @@ class Axis:
 def axis_over(
     values: Iterable[float], *, zero: bool = False, pad: float = 0.06, logarithmic: bool = False
 ) -> Axis:
-    """An axis that holds all values with some room; from zero where lengths are compared."""
+    """Returns an axis that covers all finite values with a margin.
+
+    Args:
+        values: Values to cover.
+        zero: Whether the axis starts at zero, for bars.
+        pad: Margin at each end, as a fraction of the range.
+        logarithmic: Whether the scale is logarithmic. All values must then be positive.
+    """
     finite = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = (math.log10(v) if logarithmic else v for v in (min(finite), max(finite)))
-    room = (high - low) * pad or abs(high) * pad or 1.0
-    return Axis(min(0.0, low) if zero else low - room, high + room, logarithmic)
+    margin = (high - low) * pad or abs(high) * pad or 1.0
+    return Axis(min(0.0, low) if zero else low - margin, high + margin, logarithmic)
 
 
-def columns(across: Axis, wanted: int, write: Callable[[float], str]) -> Markup:
-    """Labelled lines up from round values of an axis."""
-    return Markup("").join(
-        _COLUMN.format(at=across.at(v))
-        + TICK_X.format(at=across.at(v), anchor=_anchor(across.at(v)), label=write(v))
-        for v in across.ticks(wanted)
-    )
-
-
-def _anchor(at: float) -> str:
-    """Labels at the ends grow inwards, or they would stick out of a narrow page."""
-    return "start" if at < 2 else "end" if at > 96 else "middle"
+def is_skewed(values: Iterable[float]) -> bool:
+    """Returns whether the largest value would flatten the others on a linear scale."""
+    ordered = sorted(values)
+    return ordered[0] > 0 and ordered[-1] > SKEW * ordered[len(ordered) // 2]
 
 
 def number(value: float, digits: int = 6) -> str:
-    """A number as short as it can be; small ones with an exponent."""
+    """Formats a number in few characters; values below 0.001 get an exponent."""
     text = f"{value:.{digits}g}"
     if 0 < abs(value) < 1e-3:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
@@ -133,39 +135,65 @@ def number(value: float, digits: int = 6) -> str:
     return text.replace("-", "−")
 
 
-def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Centred moving mean; shorter at both ends, so that no point is lost."""
+def frame(name: str, title: str, height: int, *parts: Markup) -> Markup:
+    """Returns a whole plot with HTML id ``name`` and a height in pixels."""
+    return _FRAME.format(name=name, title=title, height=height, body=Markup("").join(parts))
+
+
+def y_grid(axis: Axis, write: Callable[[float], str] = number) -> Markup:
+    """Returns horizontal grid lines with labels."""
+    lines = (_Y_TICK.format(at=100 - axis.at(v), label=write(v)) for v in axis.ticks(4))
+    return Markup("").join(lines)
+
+
+def x_grid(axis: Axis, count: int, write: Callable[[float], str]) -> Markup:
+    """Returns about ``count`` vertical grid lines with labels."""
+    positions = ((axis.at(value), write(value)) for value in axis.ticks(count))
+    return Markup("").join(_X_GRID.format(at=at) + _x_tick(at, text) for at, text in positions)
+
+
+def _x_tick(at: float, label: object) -> Markup:
+    """Returns a label below the plot; labels near the ends grow inwards to stay on the page."""
+    anchor = "start" if at < 2 else "end" if at > 96 else "middle"
+    return _X_TICK.format(at=at, anchor=anchor, label=label)
+
+
+def line_plot(
+    name: str, title: str, series: Sequence[Series], *, height: int = 220, zero: bool = False
+) -> Markup:
+    """Draws lines over training steps; noisy ones are pale and have a moving mean on top."""
+    across = Axis(0.0, max((x for s in series for x, _ in s.points), default=0.0) or 1.0)
+    up = axis_over((y for s in series for _, y in s.points), zero=zero)
+    parts = [y_grid(up), x_grid(across, 4, "{:,.6g}".format)]
+    for one in series:
+        if one.noisy and len(one.points) >= 2 * SMOOTHING:
+            parts.append(_line(one.points, f"{one.style} raw", across, up))
+            parts.append(_line(_moving_mean(one.points), one.style, across, up))
+        else:
+            parts.append(_line(one.points, one.style, across, up))
+        if len(one.points) <= MAX_MARKERS:
+            parts += [
+                _MARKER.format(
+                    style=one.style,
+                    x=across.at(x),
+                    y=100 - up.at(y),
+                    hint=f"step {x:g}: {one.label} {y:.4g}",
+                )
+                for x, y in one.points
+            ]
+    return frame(name, title, height, *parts)
+
+
+def _moving_mean(points: Sequence[Point]) -> list[Point]:
+    """Returns the centred moving mean; its span is shorter at both ends, so no point is lost."""
     reach = max(1, len(points) // SMOOTHING // 2)
     sums = [0.0, *accumulate(y for _, y in points)]
     spans = ((max(0, i - reach), min(len(points), i + reach + 1)) for i in range(len(points)))
     return [(points[i][0], (sums[b] - sums[a]) / (b - a)) for i, (a, b) in enumerate(spans)]
 
 
-def line_plot(
-    name: str, title: str, series: Sequence[Series], *, height: int = 220, zero: bool = False
-) -> Markup:
-    """Lines over training steps; noisy ones pale, with their moving mean on top."""
-    across = Axis(0.0, max((x for s in series for x, _ in s.points), default=0.0) or 1.0)
-    up = axis_over((y for s in series for _, y in s.points), zero=zero)
-    rows = [TICK_Y.format(at=100 - up.at(v), label=number(v)) for v in up.ticks(4)]
-    ticks = [
-        TICK_X.format(at=across.at(v), anchor=_anchor(across.at(v)), label=f"{v:,.6g}")
-        for v in across.ticks(4)
-    ]
-    body = Markup("").join(rows + ticks)
-    for one in series:
-        if one.noisy and len(one.points) >= 2 * SMOOTHING:
-            body += _line(one.points, f"{one.style} raw", across, up)
-            body += _line(smoothed(one.points), one.style, across, up)
-        else:
-            body += _line(one.points, one.style, across, up)
-        if len(one.points) <= MAX_MARKERS:
-            body += _markers(one, across, up)
-    return FRAME.format(name=name, title=title, height=height, body=body)
-
-
 def _line(points: Sequence[Point], style: str, across: Axis, up: Axis) -> Markup:
-    """At most about ``MAX_POINTS`` of the points, the last one always among them."""
+    """Draws about ``MAX_POINTS`` of the points; the last one is always included."""
     stride = max(1, math.ceil(len(points) / MAX_POINTS))
     pairs = (
         f"{10 * across.at(x):.1f},{1000 - 10 * up.at(y):.1f}"
@@ -175,84 +203,62 @@ def _line(points: Sequence[Point], style: str, across: Axis, up: Axis) -> Markup
     return _LINE.format(style=style, points=" ".join(pairs))
 
 
-def _markers(one: Series, across: Axis, up: Axis) -> Markup:
-    return Markup("").join(
-        _MARKER.format(
-            style=one.style,
-            x=across.at(x),
-            y=100 - up.at(y),
-            hint=f"step {x:g}: {one.label} {y:.4g}",
-        )
-        for x, y in one.points
-    )
-
-
-def is_skewed(scores: Iterable[float]) -> bool:
-    """Whether the largest score would flatten the rest; the first layer's often does."""
-    ordered = sorted(scores)
-    return ordered[0] > 0 and ordered[-1] > SKEW * ordered[len(ordered) // 2]
-
-
 def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int]) -> Markup:
-    """One bar per layer, numbered from 1; dropped layers are hollow; logarithmic when skewed."""
+    """Draws a bar per layer, numbered from 1; bars of dropped layers are hollow."""
     skewed = is_skewed(scores.values())
     lowest = min(scores.values()) / 2 if skewed else 0.0
     up = axis_over([lowest, *scores.values()], logarithmic=skewed)
-    up = replace(up, low=math.log10(lowest) if skewed else 0.0)  # bars stand on it
+    up = replace(up, low=math.log10(lowest) if skewed else 0.0)  # bars start at the lowest value
     slot, last = 100 / max(scores), max(scores)
-    every = next(n for n in (1, 2, 5, 10, 20, last) if last / n <= 12)
-    body = Markup("").join(TICK_Y.format(at=100 - up.at(v), label=number(v)) for v in up.ticks(4))
+    label_step = next(n for n in (1, 2, 5, 10, 20, last) if last / n <= 12)
+    parts = [y_grid(up)]
     for layer, score in sorted(scores.items()):
-        fate, height = "kept" if layer in kept else "dropped", max(0.0, up.at(score))
-        body += _BAR.format(
-            style=fate,
-            x=round((layer - 0.85) * slot, 3),
-            y=round(100 - height, 3),
-            width=round(0.7 * slot, 3),
-            height=height,
-            hint=f"layer {layer}, {fate}: {score:.6g}",
+        style, height = "kept" if layer in kept else "dropped", max(0.0, up.at(score))
+        parts.append(
+            _BAR.format(
+                style=style,
+                x=round((layer - 0.85) * slot, 3),
+                y=round(100 - height, 3),
+                width=round(0.7 * slot, 3),
+                height=height,
+                hint=f"layer {layer}, {style}: {score:.6g}",
+            )
         )
-        if layer % every == 0 or layer == 1:
-            body += TICK_X.format(at=round((layer - 0.5) * slot, 3), anchor="middle", label=layer)
-    return FRAME.format(name=name, title=title, height=200, body=body)
+        if layer % label_step == 0 or layer == 1:
+            parts.append(_x_tick(round((layer - 0.5) * slot, 3), layer))
+    return frame(name, title, 200, *parts)
 
 
-def interval_plot(name: str, title: str, rows: Sequence[tuple[str, str, float, float]]) -> Markup:
-    """Values with their standard errors on one scale; rows are (label, style, value, error).
+def interval_plot(
+    name: str,
+    title: str,
+    rows: Mapping[str, Sequence[tuple[str, float, float]]],
+    write: Callable[[float], str] = "{:.4g}".format,
+) -> Markup:
+    """Draws a row per measure, with a value and its 95% interval for each model.
 
-    A band in the last row shows how far it came from the row before; lines down from every point
-    let the eye compare that with the others.
+    Args:
+        name: HTML id of the plot.
+        title: Description for screen readers.
+        rows: By label of the row, the CSS class, value and standard error of each model.
+        write: Formats a value.
     """
-    across = axis_over((v + s * e for _, _, v, e in rows for s in (-1, 1)), pad=0.1)
-    body = columns(across, 5, number)
-    heights = [round(100 * (index + 0.56) / len(rows), 2) for index in range(len(rows))]
-    if len(rows) > 2:
-        start, end = (across.at(value) for _, _, value, _ in rows[-2:])
-        body += _BAND.format(low=start, high=end, y=heights[-1])
-    for y, (label, style, value, error) in zip(heights, rows, strict=True):
-        at = across.at(value)
-        body += _INTERVAL.format(
-            style=style,
-            at=at,
-            y=y,
-            low=across.at(value - error),
-            high=across.at(value + error),
-            anchor="start" if at < 6 else "end" if at > 94 else "middle",
-            label=label,
-            text=f"{value:.3f}",
-            hint=f"{label}: {value:.4f} ± {error:.4f}",
-        )
-    return FRAME.format(name=name, title=title, height=58 * len(rows), body=body)
-
-
-def percent(share: float) -> float:
-    """A share as a length that stays within its place."""
-    return round(100 * min(max(share, 0.0), 1.0), 2)
-
-
-def share_bar(share: float, style: str = "") -> Markup:
-    """A small horizontal bar for a table cell."""
-    return Markup(
-        '<svg class="share" aria-hidden="true"><rect class="track" width="100%" height="100%"/>'
-        '<rect class="fill {style}" width="{width}%" height="100%"/></svg>'
-    ).format(style=style, width=percent(share))
+    ends = (v + sign * Z95 * e for row in rows.values() for _, v, e in row for sign in (-1, 1))
+    across = axis_over(ends, pad=0.04)
+    parts = [x_grid(across, 5, write)]
+    step = 100 / len(rows)
+    for index, (label, row) in enumerate(rows.items()):
+        middle = (index + 0.5) * step
+        parts.append(_ROW.format(label=label, y=round(middle, 2)))
+        for place, (style, value, error) in enumerate(row):
+            parts.append(
+                _INTERVAL.format(
+                    style=style,
+                    at=across.at(value),
+                    low=across.at(value - Z95 * error),
+                    high=across.at(value + Z95 * error),
+                    y=round(middle + (place - (len(row) - 1) / 2) * step / 4, 2),
+                    hint=f"{label}, {style}: {write(value)} ± {write(Z95 * error)}",
+                )
+            )
+    return frame(name, title, ROW_PIXELS * len(rows), *parts)

@@ -1,4 +1,4 @@
-"""What runs left behind, read back for a comparison of them. Torch-free."""
+"""Reads the manifests of runs for a comparison. Does not import torch."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ from recipes.core.statistics import mean, standard_error
 from recipes.evaluation.results import EvaluationResult
 
 IGNORED = ("stage", "inputs", "resources", "title", "description", "recipe")
-"""Settings that name or place a stage, and so are no difference between runs."""
+"""Settings that only name or place a stage; they do not count as a difference."""
 
 Text = tuple[str, object, int, int | None, str]
-"""Held-out text: hash, length of a window, number of windows, predictions that count; precision."""
+"""Held-out text: its hash, sequence length, sequences, predictions that count, and precision."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run directory: its stages' manifests by their names in the recipe."""
+    """One run directory, with the manifests of its complete stages by name."""
 
     path: Path
     recipe: str
     stages: Mapping[str, Manifest]
     incomplete: tuple[str, ...] = ()
-    """Stages that were requested and are not complete."""
+    """Stages that were planned and are not complete."""
     losses: tuple[float, ...] = field(default=(), repr=False)
-    """The distilled model's loss in each held-out window."""
+    """The distilled model's loss on each held-out sequence, in nats."""
 
     def find(self, kind: str) -> Manifest | None:
-        """The first stage of a kind."""
+        """Returns the first stage with this kind of result."""
         return next((m for m in self.stages.values() if m.kind == kind), None)
 
     @property
     def exported(self) -> Manifest | None:
-        """The student's folder; a run may hold an export of the teacher and quantized ones too."""
-        every = [m for m in self.stages.values() if m.stage == "export_hf"]
-        return next((m for m in every if "evaluation" in m.inputs), None)
+        """The student's export; a run may also have exports of the teacher."""
+        exports = (m for m in self.stages.values() if m.stage == "export_hf")
+        return next((m for m in exports if "evaluation" in m.inputs), None)
 
     @cached_property
     def evaluation(self) -> EvaluationResult | None:
-        """Figures of the evaluation; ``None`` where it did not come so far."""
-        found = self.find("eval_results")
-        return found.result(EvaluationResult) if found else None
+        """Quality on held-out text; ``None`` if it was not evaluated."""
+        manifest = self.find("eval_results")
+        return manifest.result(EvaluationResult) if manifest else None
 
     def text(self) -> Text | None:
-        """What perplexities must share to be comparable: the held-out text and how it is cut."""
+        """Returns what two runs must share for their perplexities to be comparable."""
         evaluation = self.find("eval_results")
         if evaluation is None or self.evaluation is None:
             return None
-        read = evaluation.input_content.get("data", "")
+        content = evaluation.input_content.get("data", "")
         data = self.find("dataset")
-        heldout = data.files.get("heldout.bin") if data and data.content() == read else None
+        heldout = data.files.get("heldout.bin") if data and data.content() == content else None
         return (
-            heldout.sha256 if heldout else read,
+            heldout.sha256 if heldout else content,
             evaluation.config.get("seq_length"),
             self.evaluation.windows,
             self.evaluation.predictions,
@@ -70,25 +70,28 @@ class RunRecord:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """Run directories among the paths and below them, in order; refuses a path that holds none."""
-    found: dict[Path, None] = {}
+    """Returns the run directories among the paths and below them, in order, without duplicates.
+
+    Raises:
+        RecipeError: A path is no directory, or has no run.
+    """
+    run_dirs: dict[Path, None] = {}
     for path in paths:
         if not path.is_dir():
             raise RecipeError(f"{path} is not a directory.", "give run directories, or a sweep's")
         runs = [path] if (path / RUN_FILE).is_file() else _sorted_below(path)
         if not runs:
             raise RecipeError(
-                f"{path} is no run and holds none: there is no {RUN_FILE} in it.",
+                f"{path} is not a run and contains none: it has no {RUN_FILE}.",
                 "give directories such as runs/llama_depth_prune or runs/sweeps/TIME",
             )
-        found.update(dict.fromkeys(run.resolve() for run in runs))
-    return list(found)
+        run_dirs.update(dict.fromkeys(run.resolve() for run in runs))
+    return list(run_dirs)
 
 
 def _sorted_below(path: Path) -> list[Path]:
-    """Runs of a sweep in the order of their numbers, 2 before 10."""
-    runs = [file.parent for file in path.glob(f"*/{RUN_FILE}")]
-    runs += [file.parent for file in path.glob(f"*/*/{RUN_FILE}")]
+    """Returns the runs of a sweep in numeric order, 2 before 10."""
+    runs = [file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/{RUN_FILE}")]
 
     def order(run: Path) -> list[tuple[int, str]]:
         return [(int(p) if p.isdigit() else -1, p) for p in run.relative_to(path).parts]
@@ -99,9 +102,8 @@ def _sorted_below(path: Path) -> list[Path]:
 def read_run(path: Path) -> RunRecord:
     """Reads the manifests of a run.
 
-    A stage without one is incomplete, and so is one that was requested anew since it ran: its
-    figures would be those of other settings than the rest. One that was only planned, and is no
-    longer, is none of its stages.
+    A stage is incomplete if it has no manifest, or was requested again with other settings since
+    it ran. A stage that is no longer in the recipe and never started does not count.
     """
     planned = planned_stages(path)
     recipe = str(OmegaConf.select(OmegaConf.load(path / RUN_FILE), "recipe"))
@@ -123,13 +125,13 @@ def _losses(path: Path, stages: Mapping[str, Manifest]) -> tuple[float, ...]:
     for name, manifest in stages.items():
         file = path / name / ARTIFACT / "results.json"
         if manifest.kind == "eval_results" and file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            return tuple(found.get("window_losses", {}).get("distilled", ()))
+            results = json.loads(file.read_text(encoding="utf-8"))
+            return tuple(results.get("window_losses", {}).get("distilled", ()))
     return ()
 
 
 def common_text(runs: Sequence[RunRecord]) -> Text | None:
-    """The text that most runs were measured on; of equals, the first run's."""
+    """Returns the text that most runs were evaluated on; on a tie, the first run's."""
     texts = Counter(run.text() for run in runs if run.evaluation is not None)
     return texts.most_common(1)[0][0] if texts else None
 
@@ -137,7 +139,10 @@ def common_text(runs: Sequence[RunRecord]) -> Text | None:
 def paired_difference(
     ours: Sequence[float], reference: Sequence[float]
 ) -> tuple[float, float] | None:
-    """Mean difference of two runs' losses over the same windows, and its standard error."""
+    """Returns the mean difference of losses on the same sequences, with its standard error.
+
+    ``None`` if the sequences cannot be paired.
+    """
     if len(ours) != len(reference) or len(ours) < 2:
         return None
     gaps = [a - b for a, b in zip(ours, reference, strict=True)]
@@ -145,7 +150,7 @@ def paired_difference(
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[object]]]:
-    """Settings that are not the same in all runs, with each run's value; ``None`` without one."""
+    """Returns settings that differ between runs, with the value of each run or ``None``."""
     values = [dict(_settings(run)) for run in runs]
     names = sorted({name for one in values for name in one})
     rows = [(name, [one.get(name) for one in values]) for name in names]

@@ -1,4 +1,4 @@
-"""The line that serves what a run has made, for each server that can read it."""
+"""Command lines that serve a run's results, for each server that can read them."""
 
 from __future__ import annotations
 
@@ -17,56 +17,55 @@ GENAI = (
     "import openvino_genai as g; "
     'print(g.LLMPipeline({engine}, "CPU").generate("Hello", max_new_tokens=64))'
 )
-
-
-OPTIONS = "--task text-generation-with-past --weight-format fp16"
-"""Of optimum, which finds out no task by itself, and takes 8 bits for large models."""
+OPTIMUM_OPTIONS = "--task text-generation-with-past --weight-format fp16"
+"""Optimum does not detect the task, and uses 8 bits for large models by default."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """A server, what it is started with, and whether a test runs that line."""
+    """A server and the command line that starts it."""
 
     server: str
     line: str
     tested: bool = False
+    """Whether a test of this repository runs the line."""
 
 
 def servers(folder: str) -> Iterator[Served]:
-    """Those that read a Hugging Face folder."""
+    """Yields the servers that read a Hugging Face folder."""
     yield Served("vLLM", f"vllm serve {shlex.quote(folder)}")
     yield Served("TensorRT-LLM", f"trtllm-serve {shlex.quote(folder)}")
 
 
 def converted(folder: str, shape: Architecture) -> Iterator[Served]:
-    """Those that read what a converter makes of such a folder: its own line, then the server's."""
-    place = shlex.quote(folder)
-    made = f"optimum-cli export openvino --model {place} {OPTIONS} openvino"
-    yield Served("OpenVINO GenAI", made, tested=True)
+    """Yields servers that need a conversion: a line that converts, then one that serves."""
+    path = shlex.quote(folder)
+    export = f"optimum-cli export openvino --model {path} {OPTIMUM_OPTIONS} openvino"
+    yield Served("OpenVINO GenAI", export, tested=True)
     yield _genai("openvino")
-    known = ARCHITECTURES.get(shape.hf_architecture)
-    if known is None or known == architecture_name(shape):  # its converter gives no other name
-        made = f"python llama.cpp/convert_hf_to_gguf.py {place} --outfile {FILE}"
-        yield Served("llama.cpp", made)
+    usual_name = ARCHITECTURES.get(shape.hf_architecture)
+    # llama.cpp's own converter always writes a family's usual name.
+    if usual_name is None or usual_name == architecture_name(shape):
+        convert = f"python llama.cpp/convert_hf_to_gguf.py {path} --outfile {FILE}"
+        yield Served("llama.cpp", convert)
         yield _llama_server(FILE)
 
 
 def served(inputs: Mapping[str, Input]) -> Iterator[Served]:
-    """All for which the inputs of a report have something, from within the run's directory."""
-    exported = inputs["exported"]
-    run_dir = exported.directory.parent
-    places = {name: _place(item.artifact, run_dir) for name, item in inputs.items()}
+    """Yields all servers of the inputs of a report; paths are relative to the run's directory."""
+    run_dir = inputs["exported"].directory.parent
+    paths = {name: _relative(item.artifact, run_dir) for name, item in inputs.items()}
     if "engine" in inputs:
-        engine, backend = places["engine"], inputs["engine"].manifest.result(EngineResult).backend
+        engine, backend = paths["engine"], inputs["engine"].manifest.result(EngineResult).backend
         if backend == "openvino":
             yield _genai(engine)
         else:
-            of_engine = ("--backend", "tensorrt", "--tokenizer", places["exported"])
+            of_engine = ("--backend", "tensorrt", "--tokenizer", paths["exported"])
             options = of_engine if backend == "tensorrt_llm" else ()
             yield Served("TensorRT-LLM", shlex.join(["trtllm-serve", engine, *options]))
     if "gguf" in inputs:
-        yield _llama_server(f"{places['gguf']}/{FILE}")
-    yield from servers(places["exported"])
+        yield _llama_server(f"{paths['gguf']}/{FILE}")
+    yield from servers(paths["exported"])
 
 
 def _genai(engine: str) -> Served:
@@ -78,5 +77,5 @@ def _llama_server(file: str) -> Served:
     return Served("llama.cpp", shlex.join(["llama-server", "-m", file]))
 
 
-def _place(artifact: Path, run_dir: Path) -> str:
+def _relative(artifact: Path, run_dir: Path) -> str:
     return str(artifact.relative_to(run_dir) if artifact.is_relative_to(run_dir) else artifact)

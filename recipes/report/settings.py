@@ -1,4 +1,4 @@
-"""Settings of ``report`` and ``report_search``. Torch-free."""
+"""Settings of ``report`` and ``report_search``. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from recipes.core.stage import StageConfig
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).with_name("templates")
-"""The pages' own, which the fingerprint of code does not see."""
+"""The code fingerprint does not cover templates, so stages name them as external files."""
+CARD_TEMPLATE = TEMPLATES / "model_card.md.j2"
 
 
 @dataclass
@@ -19,7 +20,7 @@ class SearchReportConfig(StageConfig):
     title: str = ""
     """Name of the recipe."""
     description: str = ""
-    """What the recipe does, in a line."""
+    """Purpose of the recipe, in one line."""
 
 
 @dataclass
@@ -27,5 +28,5 @@ class ReportConfig(SearchReportConfig):
     """Settings of ``report``."""
 
     gates: list[str] = field(default_factory=list, metadata={"resource": True})
-    """Shown with what was measured. The launcher judges them, so that another threshold runs
-    nothing again, not even this."""
+    """Gates to show with the measured values. The launcher judges them, so a new threshold reruns
+    no stage."""

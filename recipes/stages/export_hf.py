@@ -10,6 +10,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
 from recipes.planning.chain import Chain
 from recipes.planning.reading import Reading, converted
+from recipes.report.settings import CARD_TEMPLATE
 from recipes.stages.contract import Stage
 
 
@@ -74,6 +75,7 @@ STAGE = Stage(
         "data": ("dataset",),
         "tasks": ("task_results",),
     },
+    external=lambda config: {"card": CARD_TEMPLATE},
     disk_bytes=disk_bytes,
     reading=reading,
 )

@@ -1,4 +1,7 @@
-"""One self-contained HTML file that says what was asked, done and measured."""
+"""Writes the report of a run as one self-contained HTML file.
+
+Reads the manifests and metrics of its inputs and of the stages before them. Writes ``report.html``.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,24 @@ from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
-from recipes.report.results import ReportResult
 from recipes.report.settings import REPORT_FILE, TEMPLATES, ReportConfig
 from recipes.stages.contract import Stage
 
 
 def run(cfg: ReportConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Collects the inputs' manifests and metrics, and renders them."""
+    """Renders the page."""
     from recipes.report.page import render
 
     render(cfg, inputs, out / REPORT_FILE)
     metrics_log(out).progress("report", 1, 1)
-    return Outcome(ReportResult(REPORT_FILE))
+    return Outcome()
 
 
 STAGE = Stage(
     config=ReportConfig,
     kind="report",
     run=run,
-    one_rank="there is one page to write",
+    one_rank="it writes one page",
     inputs={
         "teacher": ("checkpoint_nemo",),
         "data": ("dataset",),
@@ -33,7 +35,7 @@ STAGE = Stage(
         "evaluation": ("eval_results",),
         "exported": ("checkpoint_hf",),
     },
-    # Each adds its section to the page.
+    # Each adds a section to the page.
     optional_inputs={
         "tasks": ("task_results",),
         "speed": ("speed_results",),

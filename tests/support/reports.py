@@ -74,7 +74,6 @@ OPTIONAL_PLOTS = (
 )
 SECONDS = (41.302, 12.877, 208.55, 4123.019, 377.4, 25.2, 3.1, 96.4, 61.7, 18.9, 240.2, 7.5)
 NASTY = "<script>document.title = 'owned'</script> & <b>bold</b>"
-PHONE = 390
 
 
 def wobble(step: int) -> float:
@@ -493,6 +492,21 @@ class Page(HTMLParser):
 
     def figures(self) -> set[float]:
         return {float(attrs["value"]) for tag, attrs in self.tags if tag == "data"}
+
+
+def every_number(value: Any) -> set[float]:
+    """Numbers anywhere in nested data, without truth values."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return {n for v in value for n in every_number(v)}
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {float(value)} if is_number else set()
+
+
+def section(text: str, name: str) -> str:
+    """One section of a page."""
+    return text[text.index(f'<section id="{name}">') :].partition("</section>")[0] + "</section>"
 
 
 def rendered(inputs: dict[str, Input], folder: Path, cfg: ReportConfig = CONFIG) -> str:

@@ -48,7 +48,6 @@ from recipes.evaluation.results import (
 from recipes.planning.chain import Chain
 from recipes.planning.results import PlanResult
 from recipes.pruning.results import HealResult
-from recipes.report.results import ReportResult
 from tests.support.launcher import fork_launcher
 from tests.support.manifests import bare_manifest
 
@@ -110,7 +109,6 @@ RESULTS = {
         speedups=[Speedup("openvino", "fp32", 1, 128, 1.25, 1.5, 1.2, 1.4)],
         speculation=[Speculation("openvino", "fp32", 2, 128, 32, 3, 3, 0.6, Spread(0.7, 0.6, 0.8))],
     ),
-    "report": ReportResult("report.html"),
     "heal": HealResult([1], calibration_tokens=64, kl_as_cut=0.68, kl_healed=0.4154),
 }
 """What stages are said to have measured, by kind or name."""

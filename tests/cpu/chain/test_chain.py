@@ -283,7 +283,7 @@ def test_what_healing_brought_back_counts(tiny_run: Path) -> None:
     assert 0 < healed.kl_healed < healed.kl_as_cut
     assert initial_kl_fraction(tiny_run / "distill" / METRICS) == healed.remaining_kl
     page = (tiny_run / "report" / ARTIFACT / "report.html").read_text()
-    assert f"took back {1 - healed.remaining_kl:.1%} of" in " ".join(
+    assert f"removed {1 - healed.remaining_kl:.1%} of" in " ".join(
         re.sub("<[^>]*>", "", page).split()
     )
 

@@ -1,4 +1,4 @@
-"""Reports in a real browser: no errors, every plot drawn, nothing wider than the screen."""
+"""Pages in a real browser: no errors, every plot is drawn, nothing is wider than the screen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from recipes.report.settings import REPORT_FILE
 from tests.support.reports import (
     CONFIG,
     OPTIONAL_PLOTS,
-    PHONE,
     PLOTS,
     make_inputs,
     make_run,
@@ -30,90 +29,72 @@ from tests.support.reports import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-PATIENCE = (60, 60, 240)
-"""Seconds of each try: headless Chromium hangs now and then, and takes seconds if it does not."""
+PHONE = 390
+"""Width in pixels."""
+TIMEOUTS = (60, 60, 240)
+"""Seconds per attempt. Headless Chromium takes seconds, but sometimes hangs."""
+COMPARISON_PLOTS = [
+    f"plot-{quality}-{cost}"
+    for quality in ("perplexity", "kl", "tasks")
+    for cost in ("parameters", "disk", "latency")
+]
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with every section that there is."""
+    """A report with every section."""
     run = tmp_path_factory.mktemp("run") / "run"
     path = tmp_path_factory.mktemp("report") / REPORT_FILE
     render(CONFIG, {**make_inputs(run), **optional_inputs(run)}, path)
     return path
 
 
-def chromium(profile: Path, page: Path, *options: str) -> str:
-    """Opens a page headless, with no network, and returns what the browser printed."""
-    program = shutil.which("chromium")
-    if not program:
-        pytest.skip("chromium is not installed: apt-get install chromium")
-    for number, seconds in enumerate(PATIENCE):
-        command = [
-            program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}-{number}",
-            *options, page.as_uri(),
-        ]  # fmt: skip
-        said = profile.with_name(f"{profile.name}-{number}.txt")
-        # Its helpers outlive it now and then: they would hold a pipe open, but not a file.
-        with said.open("w") as file, suppress(subprocess.TimeoutExpired):
-            browser = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            try:
-                assert browser.wait(seconds) == 0, said.read_text()
-                return said.read_text()
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(browser.pid, signal.SIGKILL)
-                browser.wait()
-    pytest.fail(f"{program} did not end within {PATIENCE} seconds")
-
-
-def test_browser_shows_page_without_errors(page: Path, tmp_path: Path) -> None:
-    output = chromium(tmp_path / "profile", page, "--dump-dom", "--enable-logging=stderr")
-    assert "CONSOLE" not in output
-    found = re.search(r"<title>(.*?)</title>", output)
-    assert found
-    assert found.group(1) == CONFIG.title
-    assert all(f'id="{name}"' in output for name in (*PLOTS, *OPTIONAL_PLOTS))
-
-
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs side by side."""
+    """A comparison of two runs."""
     root = tmp_path_factory.mktemp("runs")
     runs = [make_run(root / "one"), make_run(root / "two", loss=3.65, speed=0.8, lr=3e-4)]
     render_comparison(runs, root / "compare.html")
     return root / "compare.html"
 
 
-def test_comparison_has_its_plots_and_fits_a_phone(comparison: Path, tmp_path: Path) -> None:
-    output = chromium(tmp_path / "console", comparison, "--dump-dom", "--enable-logging=stderr")
-    assert "CONSOLE" not in output
-    layout = measured(comparison, tmp_path, PHONE)
-    assert layout["content"] <= layout["width"] <= PHONE
-    assert 0 <= layout["left"] < layout["labels"] <= layout["width"]
-    drawn = {name for name, height in layout["plots"] if height > 50}
-    assert drawn == {
-        f"plot-{quality}-{cost}"
-        for quality in ("perplexity", "kl", "tasks")
-        for cost in ("parameters", "disk", "latency")
-    }
+def chromium(profile: Path, page: Path, *options: str) -> str:
+    """Opens a page headless, without network, and returns the browser's output."""
+    program = shutil.which("chromium")
+    if not program:
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    for number, seconds in enumerate(TIMEOUTS):
+        command = [
+            program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}-{number}",
+            *options, page.as_uri(),
+        ]  # fmt: skip
+        output = profile.with_name(f"{profile.name}-{number}.txt")
+        # A file and not a pipe: the browser's helpers may outlive it and hold a pipe open.
+        with output.open("w") as file, suppress(subprocess.TimeoutExpired):
+            browser = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                assert browser.wait(seconds) == 0, output.read_text()
+                return output.read_text()
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(browser.pid, signal.SIGKILL)
+                browser.wait()
+    pytest.fail(f"{program} did not end within {TIMEOUTS} seconds")
 
 
-def test_browser_reports_what_the_policy_blocks(tmp_path: Path, page: Path) -> None:
-    """Without this, a page free of errors would prove nothing."""
-    text = page.read_text(encoding="utf-8")
-    broken = tmp_path / "broken.html"
-    broken.write_text(text.replace("<main>", '<main><img src="http://127.0.0.1:9/x.png">'))
-    output = chromium(tmp_path / "profile", broken, "--dump-dom", "--enable-logging=stderr")
-    assert "CONSOLE" in output
+def console_errors(page: Path, folder: Path) -> list[str]:
+    """Returns the messages of the page's console."""
+    output = chromium(folder / "console", page, "--dump-dom", "--enable-logging=stderr")
+    assert 'class="card' in output
+    return [line for line in output.splitlines() if "CONSOLE" in line]
 
 
 def measured(page: Path, folder: Path, width: int) -> dict[str, Any]:
-    """Layout of the page in a frame of ``width`` pixels."""
+    """Returns the layout of the page in a frame of ``width`` pixels."""
     wrapper = folder / "wrapper.html"
     wrapper.write_text(
         f"""<!doctype html><title>waiting</title>
@@ -136,28 +117,43 @@ def measured(page: Path, folder: Path, width: int) -> dict[str, Any]:
         encoding="utf-8",
     )
     output = chromium(folder / "profile", wrapper, "--dump-dom", "--virtual-time-budget=5000")
-    found = re.search(r"<title>({.*?})</title>", output)
-    assert found, output[:500]
-    layout: dict[str, Any] = json.loads(html.unescape(found.group(1)))
+    title = re.search(r"<title>({.*?})</title>", output)
+    assert title, output[:500]
+    layout: dict[str, Any] = json.loads(html.unescape(title.group(1)))
     return layout
 
 
-@pytest.mark.parametrize("width", [PHONE, 1200])
-def test_page_fits_its_width(page: Path, tmp_path: Path, width: int) -> None:
-    layout = measured(page, tmp_path, width)
+@pytest.mark.parametrize(
+    ("name", "width", "plots"),
+    [
+        ("page", PHONE, [*PLOTS, *OPTIONAL_PLOTS]),
+        ("page", 1200, [*PLOTS, *OPTIONAL_PLOTS]),
+        ("comparison", PHONE, COMPARISON_PLOTS),
+    ],
+)
+def test_page_shows_all_plots_within_its_width(
+    request: pytest.FixtureRequest, tmp_path: Path, name: str, width: int, plots: list[str]
+) -> None:
+    path = request.getfixturevalue(name)
+    assert width != PHONE or console_errors(path, tmp_path) == []
+    layout = measured(path, tmp_path, width)
     assert layout["content"] <= layout["width"] <= width
     assert 0 <= layout["left"] < layout["labels"] <= layout["width"]
-    assert {name for name, height in layout["plots"] if height > 50} == {*PLOTS, *OPTIONAL_PLOTS}
+    assert {name for name, height in layout["plots"] if height > 50} == set(plots)
 
 
-def test_screenshot_differs_in_the_dark(page: Path, tmp_path: Path) -> None:
+def test_browser_reports_what_the_policy_blocks(tmp_path: Path, page: Path) -> None:
+    """Without this, a page free of errors would prove nothing."""
+    text = page.read_text(encoding="utf-8")
+    broken = tmp_path / "broken.html"
+    broken.write_text(text.replace("<main>", '<main><img src="http://127.0.0.1:9/x.png">'))
+    assert console_errors(broken, tmp_path)
+
+
+def test_dark_mode_changes_the_page(page: Path, tmp_path: Path) -> None:
     shots = [tmp_path / "light.png", tmp_path / "dark.png"]
     for scheme, shot in zip(("1", "0"), shots, strict=True):
-        chromium(
-            tmp_path / "profile",
-            page,
-            f"--blink-settings=preferredColorScheme={scheme}",
-            f"--screenshot={shot}",
-        )
+        scheme_option = f"--blink-settings=preferredColorScheme={scheme}"
+        chromium(tmp_path / "profile", page, scheme_option, f"--screenshot={shot}")
         assert shot.read_bytes().startswith(b"\x89PNG")
     assert shots[0].read_bytes() != shots[1].read_bytes()

@@ -1,4 +1,4 @@
-"""The card from manifests alone: optional inputs add what they know."""
+"""The model card, from manifests alone: each optional input adds its lines."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TEACHER, RECIPE = "some/SmallLM-135M", "llama_width_prune"
 @pytest.fixture
 def inputs(tmp_path: Path) -> dict[str, Manifest]:
     run = tmp_path / "run"
-    found = {**make_inputs(run), **optional_inputs(run)}
-    names = {"checkpoint": "distilled", **{n: n for n in ("evaluation", "teacher", "pruned")}}
-    names |= {"data": "data", "tasks": "tasks"}
-    return {name: found[key].manifest for name, key in names.items()}
+    items = {**make_inputs(run), **optional_inputs(run)}
+    names = {"checkpoint": "distilled"}
+    names |= {name: name for name in ("evaluation", "teacher", "pruned", "data", "tasks")}
+    return {name: items[key].manifest for name, key in names.items()}
 
 
 def card(folder: Path, inputs: dict[str, Manifest], teacher_card: str = "") -> str:
@@ -30,42 +30,47 @@ def card(folder: Path, inputs: dict[str, Manifest], teacher_card: str = "") -> s
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_input_adds_what_it_knows(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+def test_every_input_adds_its_lines(inputs: dict[str, Manifest], tmp_path: Path) -> None:
     text = card(tmp_path, inputs, "---\nlicense: apache-2.0\n---\n# Teacher")
-    assert "license: apache-2.0" in text
-    [index] = yaml.safe_load(text.split("---")[1])["model-index"]
-    figures = {
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["license"] == "apache-2.0"
+    [index] = header["model-index"]
+    values = {
         (r["dataset"]["name"], m["type"]): m["value"]
         for r in index["results"]
         for m in r["metrics"]
     }
-    assert figures["sciq", "acc"] == 0.79
-    assert {kind for _, kind in figures} == {"perplexity", "kl_to_teacher", "acc", "acc_norm"}
-    assert "| teacher | 30 | 576 | 1536 | 9 | 3 | 64 | 49152 | 134,515,008 |" in text
-    assert "| this model | 24 | 512 | 1152 | 9 | 3 | 64 | 49152 | 86,532,608 |" in text
-    assert "Layers dropped, counted from 1: 9, 12, 13, 17, 20, 21." in text
-    assert "Distilled on 409,600 tokens in 400 steps." in text
-    assert "`hf://some/corpus@en:train`. Licence: CC-BY-4.0." in text
-    assert "| sciq | acc | 200 | 0.845 ± 0.026 | 0.415 ± 0.035 | 0.790 ± 0.029 |" in text
-    assert "took back 79% of the loss" in text
-    assert "```text\nvllm serve .\ntrtllm-serve .\n```" in text
-    assert "```text\noptimum-cli export openvino --model . " in text
-    assert "--outfile model.gguf\nllama-server -m model.gguf\n```" in text
-    assert "in float32 on 10,098 predictions of a next token of held-out text in windows" in text
+    assert values["sciq", "acc"] == 0.79
+    assert {kind for _, kind in values} == {"perplexity", "kl_to_teacher", "acc", "acc_norm"}
+    for line in (
+        "| teacher | 30 | 576 | 1536 | 9 | 3 | 64 | 49152 | 134,515,008 |\n",
+        "| this model | 24 | 512 | 1152 | 9 | 3 | 64 | 49152 | 86,532,608 |\n",
+        "| distilled | 86.5 M | 3.812 ± 0.047 | 45.3 | 0.723 | 60.4% |\n",
+        "| sciq | acc | 200 | 0.845 ± 0.026 | 0.415 ± 0.035 | 0.790 ± 0.029 |\n",
+        "Layers dropped, counted from 1: 9, 12, 13, 17, 20, 21.\n",
+        "Distilled on 409,600 tokens in 400 steps.\n",
+        "`hf://some/corpus@en:train`. Licence: CC-BY-4.0.\n",
+        "recovered 79% of the loss",
+        "in float32 on 10,098 next-token predictions",
+        "```text\nvllm serve .\ntrtllm-serve .\n```\n",
+        "```text\noptimum-cli export openvino --model . ",
+        "--outfile model.gguf\nllama-server -m model.gguf\n```\n",
+    ):
+        assert line in text
 
 
 def test_optional_inputs_may_be_missing(inputs: dict[str, Manifest], tmp_path: Path) -> None:
     bare = {name: inputs[name] for name in (*export_hf.STAGE.inputs, "evaluation")}
     bare["evaluation"].metrics |= {"recovered": None, "predictions": None}
     text = card(tmp_path, bare)
-    assert "in float32 on 10,240 held-out tokens in windows of 256" in text
+    assert "in float32 on 10,240 held-out tokens in sequences of 256" in text
     assert "| this model | 24 |" in text
     assert "was not found in its folder" in text
-    for absent in ("| teacher | 30 |", "## Tasks", "Text:", "took back", "None"):
+    for absent in ("| teacher | 30 |", "## Tasks", "Text:", "Distillation recovered", "None"):
         assert absent not in text
 
 
-def test_places_of_local_files_stay_private(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+def test_folders_of_local_files_stay_private(inputs: dict[str, Manifest], tmp_path: Path) -> None:
     private = "/home/someone/private/my.jsonl"
     inputs["data"].metrics["sources"] = [f"{private}#name=x", f"teacher://chat#prompts={private}"]
     text = card(tmp_path, inputs)
@@ -74,18 +79,17 @@ def test_places_of_local_files_stay_private(inputs: dict[str, Manifest], tmp_pat
     assert "/home" not in text
 
 
-def test_names_of_others_are_no_markup(inputs: dict[str, Manifest], tmp_path: Path) -> None:
-    """Of models, recipes, documents, tasks and licences; the header is still one of YAML."""
+def test_names_from_outside_are_no_markup(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+    """Names of models, recipes, documents, tasks and licences; the header is valid YAML."""
     nasty = "x`|<script>alert(1)</script>\n---\n# Title\n[a](javascript:b)![c](d)"
     inputs["data"].metrics["sources"] = [f"hf://{nasty}:train", nasty]
     tasks = inputs["tasks"].metrics["tasks"]
     inputs["tasks"].metrics["tasks"] = {nasty: {**tasks["sciq"], "metric": nasty}}
     (tmp_path / "README.md").write_text('---\nlicense: "a":b\n---\n')
     write_card(tmp_path, nasty, nasty, inputs)
-    text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    _, header, body = text.split("---\n", 2)
-    found = yaml.safe_load(header)
-    assert (found["base_model"], found["license"]) == (" ".join(nasty.split()), '"a":b')
+    _, header, body = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    fields = yaml.safe_load(header)
+    assert (fields["base_model"], fields["license"]) == (" ".join(nasty.split()), '"a":b')
     assert "<" not in body
     assert "](" not in body
     assert body.count("\n# ") == 1
