@@ -162,14 +162,11 @@ def _engine(manifest: Manifest) -> str:
 
 
 def _speedup(manifest: Manifest) -> str:
-    """How much faster the student is in the first cell of the grid, and best drafts make it."""
-    found = manifest.result(BenchmarkResults)
-    first = found.speedups[0]
-    drafts = found.best_draft()
-    drafted = f", {drafts.speedup.median:.2f} × with its drafts" if drafts else ""
+    """Returns the student's speed-up in the first cell of the grid."""
+    first = manifest.result(BenchmarkResults).speedups[0]
     return (
         f"{first.prefill:.2f} × prefill, {first.decode:.2f} × decode "
-        f"({first.backend}, batch {first.batch_size}){drafted}"
+        f"({first.backend}, batch {first.batch_size})"
     )
 
 

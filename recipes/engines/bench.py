@@ -23,7 +23,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.processes import cores
 from recipes.engines import trtllm_bench
 from recipes.engines.results import BenchmarkRow, Speedup
-from recipes.engines.timing import Generation, Timing, random_prompts, spread
+from recipes.engines.timing import Timing, random_prompts, spread
 from recipes.planning.roofline import (
     Machine,
     RequestShape,
@@ -50,8 +50,6 @@ class Contender:
     architecture: Architecture
     group_size: int | None = None
     tensor_parallel_size: int = 1
-    draft: Path | None = None
-    """What is loaded beside it to write drafts for it."""
 
     @property
     def storage(self) -> Storage:
@@ -84,10 +82,8 @@ class Worker(Protocol):
 
     measured: ContenderMeasurements
 
-    def write(
-        self, prompts: list[list[int]], new_tokens: int, num_assistant_tokens: int | None = None
-    ) -> Generation:
-        """Continues one batch of prompts; with a draft model, by drafts of so many tokens."""
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
+        """Continues one batch of prompts."""
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -106,7 +102,6 @@ class CpuWorker:
             "backend": contender.backend,
             "model": contender.model,
             "threads": threads,
-            **({} if contender.draft is None else {"draft": contender.draft}),
         }
         self._process = subprocess.Popen(
             [*command, *(f"--{name}={value}" for name, value in options.items())],
@@ -116,20 +111,14 @@ class CpuWorker:
         )
         self.measured = ContenderMeasurements(load_seconds=self._answer()["load_seconds"])
 
-    def write(
-        self, prompts: list[list[int]], new_tokens: int, num_assistant_tokens: int | None = None
-    ) -> Generation:
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
         """Continues one batch of prompts."""
-        request = {
-            "prompts": prompts,
-            "new_tokens": new_tokens,
-            "num_assistant_tokens": num_assistant_tokens,
-        }
+        request = {"prompts": prompts, "new_tokens": new_tokens}
         assert self._process.stdin is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
         answer = self._answer()
-        self.measured.peak_memory_bytes = answer.pop("peak_memory_bytes")
-        return Generation(**{**answer, "timing": Timing(**answer["timing"])})
+        self.measured.peak_memory_bytes = answer["peak_memory_bytes"]
+        return Timing(**answer["timing"])
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -162,21 +151,18 @@ class TensorRtLlm:
             contender.model,
             contender.folder,
             contender.tensor_parallel_size,
-            contender.draft,
         )
         self.measured = ContenderMeasurements()
 
-    def write(
-        self, prompts: list[list[int]], new_tokens: int, num_assistant_tokens: int | None = None
-    ) -> Generation:
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
         """Continues one batch of prompts."""
-        request = trtllm_bench.Requests(prompts, new_tokens, num_assistant_tokens)
-        found = trtllm_bench.run(self._target, request, self._scratch)
-        self.measured.load_seconds = found.load_seconds
+        requests = trtllm_bench.Requests(prompts, new_tokens)
+        run = trtllm_bench.run(self._target, requests, self._scratch)
+        self.measured.load_seconds = run.load_seconds
         self.measured.peak_memory_bytes = max(
-            self.measured.peak_memory_bytes, found.peak_memory_bytes
+            self.measured.peak_memory_bytes, run.peak_memory_bytes
         )
-        return found.written
+        return run.timing
 
     def __enter__(self) -> Self:
         return self
@@ -215,9 +201,9 @@ def measure(
                 seed = number * (repetitions + 1) + repetition
                 for contender, worker in workers:
                     prompts = random_prompts(shape, contender.architecture.vocab_size, seed)
-                    written = worker.write(prompts, shape.new_tokens)
+                    timing = worker.generate(prompts, shape.new_tokens)
                     if repetition:
-                        worker.measured.timings[shape].append(written.timing)
+                        worker.measured.timings[shape].append(timing)
                 done += 1
                 log.progress("measure", done, total)
         return [

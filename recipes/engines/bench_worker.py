@@ -1,9 +1,8 @@
-"""Loads one model in a process of its own and times what it is asked to, so that memory is its own.
+"""Loads one model and times requests to it, in a process of its own so that its memory counts.
 
 Started by ``measure_speed`` as ``python -m recipes.engines.bench_worker --backend B --model DIR``.
-It says on standard output how long loading took, then reads one request a line, ``{"prompts": …,
-"new_tokens": …, "num_assistant_tokens": …}``, and answers each with tokens and seconds. Between
-requests it only waits, so several of them can be measured in turn. Only the baseline needs torch.
+It writes the seconds of loading to standard output, then reads one request a line, ``{"prompts": …,
+"new_tokens": …}``, and answers each with seconds and peak memory. Only the baseline needs torch.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from recipes.core.processes import die_with_parent, peak_memory_bytes
 from recipes.engines.openvino import Pipeline, without_telemetry
@@ -34,7 +33,7 @@ class Transformers:
         torch.set_num_threads(threads)
         self._model = load_causal_lm(folder)
 
-    def generate(self, tokens: list[list[int]], new_tokens: int, draft: None) -> Generation:
+    def generate(self, tokens: list[list[int]], new_tokens: int) -> Generation:
         """Continues prompts [batch, sequence] greedily by exactly ``new_tokens`` tokens."""
         import torch
 
@@ -44,13 +43,13 @@ class Transformers:
             output = self._model(prompts, use_cache=True, logits_to_keep=1)
             step = output.logits[:, -1:].argmax(-1)
             first = time.perf_counter() - began
-            written = [step]
+            steps = [step]
             for _ in range(new_tokens - 1):
                 output = self._model(step, past_key_values=output.past_key_values, use_cache=True)
                 step = output.logits[:, -1:].argmax(-1)
-                written.append(step)
+                steps.append(step)
             total = time.perf_counter() - began
-        return Generation(torch.cat(written, dim=1).tolist(), Timing(first, total))
+        return Generation(torch.cat(steps, dim=1).tolist(), Timing(first, total))
 
 
 def import_library(backend: str) -> None:
@@ -60,22 +59,20 @@ def import_library(backend: str) -> None:
         importlib.import_module(name)
 
 
-def load(backend: str, folder: Path, threads: int, draft: Path | None) -> Any:
-    """Something with ``generate``."""
-    if backend == "openvino":
-        return Pipeline(folder, threads, draft)
-    return Transformers(folder, threads)
+def load(backend: str, folder: Path, threads: int) -> Pipeline | Transformers:
+    """Loads a model with ``generate``."""
+    return Pipeline(folder, threads) if backend == "openvino" else Transformers(folder, threads)
 
 
-def serve(model: Any, answers: TextIO) -> None:
-    """Answers requests until there are no more."""
+def serve(model: Pipeline | Transformers, answers: TextIO) -> None:
+    """Answers requests until standard input ends."""
     for line in sys.stdin:
         request = json.loads(line)
-        written = model.generate(*request.values())
-        lengths = {len(tokens) for tokens in written.tokens}
+        generation = model.generate(request["prompts"], request["new_tokens"])
+        lengths = {len(tokens) for tokens in generation.tokens}
         if lengths != {request["new_tokens"]}:
-            raise ValueError(f"asked for {request['new_tokens']} tokens, got {lengths}")
-        answer = {**asdict(written), "peak_memory_bytes": peak_memory_bytes()}
+            raise ValueError(f"expected {request['new_tokens']} new tokens, got {lengths}")
+        answer = {"timing": asdict(generation.timing), "peak_memory_bytes": peak_memory_bytes()}
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -85,7 +82,6 @@ def main() -> None:
     parser.add_argument("--backend", required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--draft", type=Path)
     args = parser.parse_args()
     die_with_parent()
     without_telemetry()
@@ -94,7 +90,7 @@ def main() -> None:
     os.dup2(2, 1)
     import_library(args.backend)
     began = time.perf_counter()
-    model = load(args.backend, args.model, args.threads, args.draft)
+    model = load(args.backend, args.model, args.threads)
     print(json.dumps({"load_seconds": time.perf_counter() - began}), file=answers, flush=True)
     serve(model, answers)
 

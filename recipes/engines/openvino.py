@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,25 +186,18 @@ class Logits:
 
 
 class Pipeline:
-    """An engine as it is deployed: OpenVINO GenAI's pipeline, on token ids.
+    """An engine as it is deployed: OpenVINO GenAI's pipeline, on token ids."""
 
-    ``draft`` is an engine of the same vocabulary, which writes drafts for it.
-    """
-
-    def __init__(self, engine: Path, threads: int | None = None, draft: Path | None = None) -> None:
+    def __init__(self, engine: Path, threads: int | None = None) -> None:
         without_telemetry()
         import openvino_genai
 
-        common = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-        options: dict[str, Any] = read_properties(engine) | common
-        if draft is not None:
-            drafting = read_properties(draft) | common
-            options["draft_model"] = openvino_genai.draft_model(draft, DEVICE, **drafting)
+        options: dict[str, Any] = {**read_properties(engine)}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
         self._pipeline = openvino_genai.LLMPipeline(engine, DEVICE, **options)
 
-    def generate(
-        self, tokens: ArrayLike, new_tokens: int, num_assistant_tokens: int | None = None
-    ) -> Generation:
+    def generate(self, tokens: ArrayLike, new_tokens: int) -> Generation:
         """Continues prompts [batch, sequence] greedily by exactly ``new_tokens`` tokens."""
         import numpy as np
         import openvino
@@ -218,8 +210,6 @@ class Pipeline:
             do_sample=False,
             apply_chat_template=False,
         )
-        if num_assistant_tokens is not None:
-            config.num_assistant_tokens = num_assistant_tokens
         ids = np.asarray(tokens, np.int64)
         inputs = openvino_genai.TokenizedInputs(
             openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids))
@@ -228,8 +218,4 @@ class Pipeline:
         result = self._pipeline.generate(inputs, config)
         total = time.perf_counter() - began
         first = result.perf_metrics.get_ttft().mean / 1000
-        written = Generation([list(ids) for ids in result.tokens], Timing(first, total))
-        if (drafts := result.extended_perf_metrics) is None:
-            return written
-        counted = drafts.get_num_draft_tokens(), drafts.get_num_accepted_tokens()
-        return replace(written, drafted=counted[0], accepted=counted[1])
+        return Generation([list(ids) for ids in result.tokens], Timing(first, total))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from recipes.evaluation.results import TextQuality
 
@@ -64,25 +64,6 @@ class Speedup:
 
 
 @dataclass(frozen=True)
-class Speculation:
-    """Requests that the teacher answered alone, and with drafts by its student; one at a time."""
-
-    backend: str
-    precision: str
-    num_assistant_tokens: int
-    """Tokens of a draft."""
-    prompt_tokens: int
-    new_tokens: int
-    requests: int
-    same_tokens: int | None
-    """Requests that were answered with the same tokens; ``None`` where they are hidden."""
-    acceptance: float
-    """Share of drafted tokens that the teacher would have written itself."""
-    speedup: Spread
-    """Of whole requests, each against itself."""
-
-
-@dataclass(frozen=True)
 class MachineRates:
     """The machine, and what it can do at best."""
 
@@ -101,12 +82,6 @@ class BenchmarkResults:
     machine: MachineRates
     rows: list[BenchmarkRow]
     speedups: list[Speedup]
-    speculation: list[Speculation] = field(default_factory=list)
-    """Where it was asked for."""
-
-    def best_draft(self) -> Speculation | None:
-        """The length of drafts that made the teacher fastest, if any was tried."""
-        return max(self.speculation, key=lambda one: one.speedup.median, default=None)
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,6 @@ class MeasureSpeedConfig(StageConfig):
     """Tokens that are written after each."""
     repetitions: Count = 3
     """Measured runs of every batch size and prompt length, after one that warms up."""
-    num_assistant_tokens: list[Count] = field(default_factory=list)
-    """Lengths of drafts that the student writes for its teacher (speculative decoding), each
-    measured on prompts of the first length, one at a time: of held-out text, or random tokens where
-    there is no ``data``. None by default: two more processes, and seconds for each length."""
     baseline: bool = True
     """Whether transformers (eager, float32, on the CPU) is measured beside the engines."""
     threads: Threads | None = None

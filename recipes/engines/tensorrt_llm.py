@@ -274,18 +274,6 @@ def llm_options(cfg: BuildEngineConfig, positions: int) -> str:
     return json.dumps(options, indent=1) + "\n"
 
 
-def draft_options(draft: Path, max_draft_len: int) -> dict[str, Any]:
-    """Further options with which a folder's model drafts; the overlap scheduler cannot be on."""
-    return {
-        "disable_overlap_scheduler": True,
-        "speculative_config": {
-            "decoding_type": "DraftTarget",
-            "max_draft_len": max_draft_len,
-            "speculative_model_dir": str(draft),
-        },
-    }
-
-
 def _positions(folder: Path) -> int:
     config = read_json(folder / "config.json")
     return int(config["max_position_embeddings"])

@@ -1,4 +1,4 @@
-"""Prompts, what became of them, and what several timings say together. Torch-free."""
+"""Random prompts, and the timings of requests. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST_ORDINARY_TOKEN = 3
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a batch of requests that start together and end together."""
+    """Seconds of a batch of requests that start and end together."""
 
     first_seconds: float
     """To the first new token."""
@@ -24,31 +24,27 @@ class Timing:
     """To the last one."""
 
     def decode_rate(self, shape: RequestShape) -> float:
-        """New tokens a second after the first, of the whole batch."""
+        """Returns new tokens per second after the first, of the whole batch."""
         tokens = shape.batch_size * (shape.new_tokens - 1)
         return tokens / (self.total_seconds - self.first_seconds)
 
     def throughput(self, shape: RequestShape) -> float:
-        """Tokens a second from beginning to end, read and written, of the whole batch."""
+        """Returns tokens per second, prompt and new ones, of the whole batch."""
         tokens = shape.batch_size * (shape.prompt_tokens + shape.new_tokens)
         return tokens / self.total_seconds
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How a batch of prompts was continued."""
+    """The continuation of a batch of prompts."""
 
     tokens: list[list[int]]
-    """New ones [batch, new]; empty where the backend does not give them."""
+    """New tokens [batch, new]."""
     timing: Timing
-    drafted: int = 0
-    """Tokens that another model proposed."""
-    accepted: int = 0
-    """Of them, those that this one would have written."""
 
 
 def random_prompts(shape: RequestShape, vocabulary: int, seed: int) -> list[list[int]]:
-    """Tokens [batch, prompt], other ones for every seed: engines remember prompts."""
+    """Returns tokens [batch, prompt] that differ by seed, since engines cache prompts."""
     draw, ordinary = random.Random(seed), range(FIRST_ORDINARY_TOKEN, vocabulary)
     return [
         [draw.choice(ordinary) for _ in range(shape.prompt_tokens)] for _ in range(shape.batch_size)
@@ -56,6 +52,6 @@ def random_prompts(shape: RequestShape, vocabulary: int, seed: int) -> list[list
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Median, lowest and highest."""
-    found = sorted(values)
-    return Spread(median(found), found[0], found[-1])
+    """Returns median, lowest and highest."""
+    ordered = sorted(values)
+    return Spread(median(ordered), ordered[0], ordered[-1])

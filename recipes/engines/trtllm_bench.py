@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json, write_json
-from recipes.engines.tensorrt_llm import LLM_OPTIONS, draft_options
-from recipes.engines.timing import Generation, Timing
+from recipes.engines.tensorrt_llm import LLM_OPTIONS
+from recipes.engines.timing import Timing
 from recipes.planning.roofline import RequestShape
 
 SAMPLE_SECONDS = 0.2
@@ -30,12 +29,6 @@ class Target:
     folder: Path
     """Hugging Face folder of the model: its config and tokenizer are read."""
     tensor_parallel_size: int
-    draft: Path | None = None
-    """An engine of ``tensorrt_llm_pytorch`` that writes drafts for it, which is one, too."""
-
-    def options(self, scratch: Path) -> Path:
-        """The file for ``--extra_llm_api_options``."""
-        return (scratch if self.draft else self.engine) / LLM_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,6 @@ class Requests:
 
     prompts: list[list[int]]
     new_tokens: int
-    num_assistant_tokens: int | None = None
 
     @property
     def shape(self) -> RequestShape:
@@ -77,12 +69,12 @@ def command(target: Target, shape: RequestShape, scratch: Path) -> list[str]:
         *("--backend", "pytorch", "--tp", str(target.tensor_parallel_size)),
         *("--max_batch_size", str(shape.batch_size)),
         *("--max_seq_len", str(shape.prompt_tokens + shape.new_tokens)),
-        *("--extra_llm_api_options", str(target.options(scratch))),
+        *("--extra_llm_api_options", str(target.engine / LLM_OPTIONS)),
     ]
 
 
-def parse_report(text: str, shape: RequestShape) -> Generation:
-    """What ``--report_json`` wrote; refuses another form, or other requests than were made."""
+def parse_report(text: str, shape: RequestShape) -> Timing:
+    """Reads what ``--report_json`` wrote; refuses another form or other requests."""
     try:
         report: dict[str, Any] = json.loads(text)
         requests, performance = report["request_info"], report["performance"]
@@ -92,11 +84,6 @@ def parse_report(text: str, shape: RequestShape) -> Generation:
             requests["num_requests"],
             round(requests["avg_input_length"]),
             round(requests["avg_output_length"]),
-        )
-        drafts = report.get("decoding_stats")
-        drafted, accepted = (
-            round(found[0] * drafts[f"{name}_percentiles"]["average"]) if drafts else 0
-            for name in ("num_draft_tokens", "num_accepted_draft_tokens")
         )
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(
@@ -109,7 +96,7 @@ def parse_report(text: str, shape: RequestShape) -> Generation:
             f"trtllm-bench measured requests, input and output of {found} instead of {wanted}.",
             "use the pinned release",
         )
-    return Generation([], Timing(first / 1000, total / 1000), drafted, accepted)
+    return Timing(first / 1000, total / 1000)
 
 
 def used_memory(listing: str) -> int:
@@ -121,7 +108,7 @@ def used_memory(listing: str) -> int:
 class BenchRun:
     """One start of ``trtllm-bench``."""
 
-    written: Generation
+    timing: Timing
     load_seconds: float
     """From its start to its end, less the requests: imports, loading and warm-up."""
     peak_memory_bytes: int
@@ -132,9 +119,6 @@ def run(target: Target, requests: Requests, scratch: Path) -> BenchRun:
     """Measures one batch of requests; refuses a run without a usable report."""
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "dataset.jsonl").write_text(requests.dataset(), encoding="utf-8")
-    if target.draft and requests.num_assistant_tokens:
-        drafting = draft_options(target.draft, requests.num_assistant_tokens)
-        write_json(target.options(scratch), read_json(target.engine / LLM_OPTIONS) | drafting)
     report = scratch / "report.json"
     report.unlink(missing_ok=True)
     began = time.monotonic()
@@ -147,8 +131,8 @@ def run(target: Target, requests: Requests, scratch: Path) -> BenchRun:
             "are in the stage's log.",
             "python launch/run.py logs run_dir=DIR shows them",
         )
-    written = parse_report(report.read_text(encoding="utf-8"), requests.shape)
-    return BenchRun(written, seconds - written.timing.total_seconds, watch.peak)
+    timing = parse_report(report.read_text(encoding="utf-8"), requests.shape)
+    return BenchRun(timing, seconds - timing.total_seconds, watch.peak)
 
 
 class _MemoryWatch:

@@ -86,7 +86,7 @@ VOCABULARY = Rule(
 )
 TOKENIZER = Rule(
     "tokenizer",
-    "a loss on logits, and a draft, compare tokens by number: two vocabularies make them noise",
+    "a loss on logits compares tokens by number: with two vocabularies it is noise",
     f"{_MODELOPT}#2489; pytorch/torchtune#2119",
 )
 
@@ -215,7 +215,6 @@ HEAD_SIZE = Rule("head-size", "attention kernels exist for few head sizes")
 ALIGNMENT = Rule("alignment", "a kernel of that precision does not exist for other sizes")
 LENGTH = Rule("length", "prompt and new tokens must fit the model's positions")
 ENGINE_LIMITS = Rule("engine-limits", "an engine refuses more than it was built for")
-SPECULATION = Rule("speculation", "a backend drafts with engines of its own, if it drafts at all")
 TASKS_HARNESS = Rule(
     "tasks-harness", "benchmarks are lm-eval's, of the version whose items were checked"
 )

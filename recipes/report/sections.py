@@ -99,7 +99,6 @@ def speed_section(results: BenchmarkResults) -> dict[str, object]:
         "speed": results,
         "largest_speedup": 1.08 * max([1.0, *values]),
         "fastest": max(engines, key=lambda one: one.decode, default=None),
-        "best_draft": results.best_draft(),
     }
 
 

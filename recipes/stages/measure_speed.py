@@ -26,12 +26,10 @@ from recipes.engines.bench import (
 )
 from recipes.engines.results import BenchmarkResults, EngineResult, MachineRates
 from recipes.engines.settings import BuildEngineConfig, MeasureSpeedConfig
-from recipes.engines.speculation import measure_speculation, windows_of
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.planning.roofline import Machine, RequestShape
-from recipes.planning.tokenizers import tokenizer_problems
 from recipes.stages.contract import Stage
 
 
@@ -42,16 +40,6 @@ def check(cfg: MeasureSpeedConfig, chain: Chain) -> Iterator[Problem]:
         engine = chain.stages.get(cfg.inputs.get(name, ""))
         if isinstance(engine, BuildEngineConfig) and engine.backend != "openvino":
             yield from _engine_problems(cfg, cfg.inputs[name], engine)
-    if cfg.num_assistant_tokens:
-        yield from tokenizer_problems(cfg, chain)
-        backends = _backends(cfg, chain)
-        if "tensorrt_llm" in backends or len(set(backends)) > 1:
-            yield Problem(
-                rules.SPECULATION,
-                f"a student in {backends[-1]} drafts for a teacher in {backends[0]}",
-                "build both with openvino, or both with tensorrt_llm_pytorch, or clear "
-                "num_assistant_tokens",
-            )
 
 
 def _length_problems(cfg: MeasureSpeedConfig, limiting: str, limit: int) -> Iterator[Problem]:
@@ -85,33 +73,25 @@ def _engine_problems(
 
 
 def needs_gpu(cfg: MeasureSpeedConfig, chain: Chain) -> bool:
-    """Whether an engine is TensorRT-LLM's."""
-    return any(backend != "openvino" for backend in _backends(cfg, chain))
-
-
-def _backends(cfg: MeasureSpeedConfig, chain: Chain) -> list[str]:
-    """Of the engines, the teacher's first; one of another run says so in its manifest."""
-    found = []
+    """Whether an engine is TensorRT-LLM's; the engine of another run says so in its manifest."""
     for source in (cfg.inputs[f"{role}_engine"] for role in ENGINE_ROLES):
-        engine = chain.stages.get(source)
+        engine, manifest = chain.stages.get(source), manifest_of(source)
         if isinstance(engine, BuildEngineConfig):
-            found.append(engine.backend)
-        elif manifest := manifest_of(source):
-            found.append(manifest.config["backend"])
-    return found
+            backend = engine.backend
+        else:
+            backend = manifest.config["backend"] if manifest else "openvino"
+        if backend != "openvino":
+            return True
+    return False
 
 
 def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Starts the models, measures them in turn, then the teacher with drafts, and compares."""
+    """Starts the models, measures them in turn, and compares."""
     from recipes.engines import machine_rates
 
-    log = metrics_log(out)
     contenders = _contenders(cfg, inputs, out.parent)
     for backend in {c.backend for c in contenders} - {BASELINE}:
         require_backend(backend)
-    windows = []
-    if cfg.num_assistant_tokens:
-        windows = windows_of(cfg, inputs.get("data"), contenders[0].architecture.vocab_size)
     device = "cuda" if any(c.backend.startswith("tensorrt_llm") for c in contenders) else "cpu"
     threads = cfg.threads or cpu_threads()
     machine = machine_rates.measure(contenders[0].architecture, threads, device)
@@ -121,12 +101,9 @@ def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
         for prompt in cfg.prompt_tokens
         for batch in cfg.batch_sizes
     ]
-    rows = measure(contenders, shapes, cfg.repetitions, start, log)
+    rows = measure(contenders, shapes, cfg.repetitions, start, metrics_log(out))
     compared = speedups(rows, contenders, lambda contender: _roof(machine, contender))
-    drafts = []
-    if windows:
-        drafts = measure_speculation(contenders[: len(ENGINE_ROLES)], windows, cfg, start, log)
-    results = BenchmarkResults(machine, rows, compared, drafts)
+    results = BenchmarkResults(machine, rows, compared)
     write_json(out / "results.json", asdict(results))
     return Outcome(results)
 
@@ -176,7 +153,6 @@ STAGE = Stage(
         "teacher_engine": ("engine",),
         "student_engine": ("engine",),
     },
-    optional_inputs={"data": ("dataset",)},
     needs_gpu=needs_gpu,
 )
 

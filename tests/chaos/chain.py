@@ -27,7 +27,7 @@ SMALL_ENGINES = (
     *settings("build_engine", num_windows=2),
     *settings("build_teacher_engine", num_windows=2),
     *settings("measure_speed", batch_sizes="[1,3]", prompt_tokens="[40]", new_tokens=6),
-    *settings("measure_speed", repetitions=2, num_assistant_tokens="[3]"),
+    *settings("measure_speed", repetitions=2),
 )
 
 

@@ -24,7 +24,6 @@ from recipes.engines.results import (
     EngineQuality,
     EngineResult,
     MachineRates,
-    Speculation,
     Speedup,
     Spread,
 )
@@ -180,12 +179,8 @@ def speed_results(speed: float = 1.0) -> BenchmarkResults:
         if row.role == "student"
     ]
     rates = {"float32": 2.2e11, "bfloat16": 9.9e11}
-    drafts = [
-        Speculation("openvino", "fp32", n, 512, 128, 8, 8, 0.625, about(0.8125 - 0.0625 * n))
-        for n in (2, 4)
-    ]
     machine = MachineRates("AMD EPYC 9B14", 2, rates, 3.1e10)
-    return BenchmarkResults(machine, rows, speedups, drafts)
+    return BenchmarkResults(machine, rows, speedups)
 
 
 def search_results() -> SearchResult:

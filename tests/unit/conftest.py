@@ -33,7 +33,6 @@ from recipes.engines.results import (
     BenchmarkRow,
     EngineResult,
     MachineRates,
-    Speculation,
     Speedup,
     Spread,
 )
@@ -107,7 +106,6 @@ RESULTS = {
             for role in ("teacher", "student")
         ],
         speedups=[Speedup("openvino", "fp32", 1, 128, 1.25, 1.5, 1.2, 1.4)],
-        speculation=[Speculation("openvino", "fp32", 2, 128, 32, 3, 3, 0.6, Spread(0.7, 0.6, 0.8))],
     ),
     "heal": HealResult([1], calibration_tokens=64, kl_as_cut=0.68, kl_healed=0.4154),
 }

@@ -346,10 +346,6 @@ def test_engines_of_teacher_and_student_are_built_and_timed(tiny_run: Path) -> N
         assert speedup["prefill"] > 0
         assert speedup["decode_roofline"] > 1
         assert speedup["prefill_roofline"] > 1
-    [drafts] = results["speculation"]
-    assert (drafts["num_assistant_tokens"], drafts["requests"], drafts["same_tokens"]) == (3, 2, 2)
-    assert 0 < drafts["acceptance"] <= 1
-    assert drafts["speedup"]["low"] > 0
     machine = results["machine"]
     assert machine["flops_per_second"]["float32"] > 1e8
     assert machine["bytes_per_second"] > 1e8

@@ -10,15 +10,13 @@ import pytest
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
-from recipes.core.manifest import write_manifest
 from recipes.core.metrics import MetricsLog
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.bench import Contender, ContenderMeasurements, measure, speedups
 from recipes.engines.results import Spread
 from recipes.engines.settings import BuildEngineConfig as EngineConfig
 from recipes.engines.settings import MeasureSpeedConfig, QuantizeConfig
-from recipes.engines.speculation import measure_speculation
-from recipes.engines.timing import Generation, Timing, spread
+from recipes.engines.timing import Timing, spread
 from recipes.planning.chain import Chain
 from recipes.planning.roofline import (
     Machine,
@@ -34,7 +32,6 @@ from recipes.planning.roofline import (
 )
 from recipes.pruning.settings import PruneConfig
 from recipes.stages import measure_speed, quantize
-from tests.support.manifests import bare_manifest
 
 SHAPE = RequestShape(batch_size=2, prompt_tokens=100, new_tokens=11)
 FP32 = Storage("fp32")
@@ -98,16 +95,11 @@ class Scripted:
             ContenderMeasurements(1.0, 10),
         )
 
-    def write(
-        self, prompts: list[list[int]], new_tokens: int, num_assistant_tokens: int | None = None
-    ) -> Generation:
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
         cold = not any(asked[:2] == (self.name, len(prompts)) for asked in self.asked)
         self.asked.append((self.name, len(prompts), prompts))
         seconds = self.seconds * (10 if cold else 1)
-        if num_assistant_tokens is None:
-            return Generation([[7] * new_tokens], Timing(seconds, 3 * seconds))
-        tokens = [[8 if prompts == [[21, 22]] else 7] * new_tokens]
-        return Generation(tokens, Timing(seconds, num_assistant_tokens * seconds), 12, 3)
+        return Timing(seconds, 3 * seconds)
 
     def __enter__(self) -> Scripted:
         return self
@@ -156,29 +148,6 @@ def test_contenders_take_turns_and_the_first_round_is_dropped(pair: list[Contend
     assert 1 < ratio < 2  # half of the layers, but all of the vocabulary
 
 
-def test_drafts_are_measured_beside_the_teacher_alone(pair: list[Contender]) -> None:
-    Scripted.asked.clear()
-    cfg = MeasureSpeedConfig(
-        num_assistant_tokens=[2, 6], repetitions=2, prompt_tokens=[2], new_tokens=4
-    )
-
-    def start(contender: Contender) -> Scripted:
-        assert contender.draft in (None, pair[1].model)
-        named = replace(contender, role="drafted" if contender.draft else "alone")
-        return Scripted(named, 0.1)
-
-    windows = [[10 * n, 10 * n + 1, 10 * n + 2] for n in range(3)]
-    short, long = measure_speculation(pair, windows, cfg, start, MetricsLog(None))
-    asked = [(name, prompt[0]) for name, batch, prompt in Scripted.asked if batch]
-    # Nothing is asked that an engine could remember the beginning of.
-    begun = [[n + later, n + later + 1] for later in (0, 1) for n in (0, 10, 20)]
-    assert asked == [(name, prompt) for prompt in begun for name in ("alone", "drafted")]
-    assert (short.num_assistant_tokens, short.requests, short.acceptance) == (2, 2, 0.25)
-    assert short.speedup == Spread(*[pytest.approx(1.5)] * 3)  # the first, which is slow, is out
-    assert long.speedup.median == pytest.approx(0.5)
-    assert (short.same_tokens, long.same_tokens) == (2, 1)
-
-
 def config(**settings: Any) -> MeasureSpeedConfig:
     inputs = {name: name for name in measure_speed.STAGE.inputs}
     return MeasureSpeedConfig(stage="measure_speed", inputs=inputs, **settings)
@@ -191,7 +160,6 @@ def config(**settings: Any) -> MeasureSpeedConfig:
         ({"prompt_tokens": [1000]}, ["length"]),
         ({"batch_sizes": [1, 64]}, ["engine-limits"]),
         ({"prompt_tokens": [256]}, ["length", "engine-limits"]),
-        ({"num_assistant_tokens": [4]}, ["speculation"]),
     ],
 )
 def test_the_grid_is_checked(
@@ -211,22 +179,6 @@ def test_the_grid_is_checked(
     if settings.get("prompt_tokens") == [1000]:
         found = found[:1]
     assert found == rules
-
-
-def test_a_student_of_another_vocabulary_drafts_nothing(
-    teacher: Architecture, tmp_path: Path
-) -> None:
-    for name in ("teacher_engine", "student_engine"):
-        made = bare_manifest("build_engine", "engine", None)
-        made.config["backend"], made.tokenizer_sha256 = "openvino", name
-        (tmp_path / name).mkdir()
-        write_manifest(tmp_path / name, made)
-    cfg = config(num_assistant_tokens=[4])
-    cfg.inputs |= {n: str(tmp_path / n) for n in ("teacher_engine", "student_engine")}
-    [problem] = measure_speed.check(cfg, Chain("teacher", teacher, {}))
-    assert problem.rule.name == "tokenizer"
-    cfg.num_assistant_tokens = []
-    assert not list(measure_speed.check(cfg, Chain("teacher", teacher, {})))
 
 
 def test_quantisation_looks_at_the_pruned_shape() -> None:

@@ -154,18 +154,6 @@ def test_options_of_the_pytorch_backend_exist() -> None:
     assert options["max_seq_len"] == 1024
 
 
-def test_options_of_drafts_exist() -> None:
-    """In a file of their own: the artifact's is for its model alone."""
-    drafted = replace(target("tensorrt_llm_pytorch"), draft=Path("/student"))
-    argv = trtllm_bench.command(drafted, SHAPE, Path("/scratch"))
-    assert argv[argv.index("--extra_llm_api_options") + 1] == "/scratch/llm_options.yaml"
-    options = tensorrt_llm.draft_options(Path("/student"), 4)
-    known = API["draft options"]
-    assert options.keys() == set(known["options"])
-    assert options["speculative_config"].keys() == set(known["speculative_config"])
-    assert options["speculative_config"]["decoding_type"] in known["decoding_types"]
-
-
 def test_lengths_default_to_all_positions() -> None:
     built = tensorrt_llm.build_request(config(), Path("/hf"), Path("/out"), 2048)
     assert built["build_config"]["max_seq_len"] == 2048
@@ -178,9 +166,8 @@ def test_the_sample_report_has_the_documented_keys() -> None:
 
 
 def test_report_is_read() -> None:
-    written = trtllm_bench.parse_report(json.dumps(REPORT), SHAPE)
-    timing = written.timing
-    assert (timing, written.drafted) == (Timing(0.026, 0.25), 0)
+    timing = trtllm_bench.parse_report(json.dumps(REPORT), SHAPE)
+    assert timing == Timing(0.026, 0.25)
     assert timing.decode_rate(SHAPE) == pytest.approx(4 * 31 / 0.224)
     # The report's own figure is of the same definition.
     assert timing.throughput(SHAPE) == REPORT["performance"]["system_total_throughput_tok_s"]
@@ -199,13 +186,6 @@ def test_other_reports_are_refused(change: dict[str, Any], message: str) -> None
         trtllm_bench.parse_report(json.dumps({**REPORT, **change}), SHAPE)
     with pytest.raises(RecipeError, match="report of another form"):
         trtllm_bench.parse_report("Traceback", SHAPE)
-
-
-def test_drafts_are_counted_over_all_requests() -> None:
-    names = API["report"]["decoding_stats"]
-    stats = {name: {"average": 10.0 * n} for n, name in enumerate(names)}
-    written = trtllm_bench.parse_report(json.dumps({**REPORT, "decoding_stats": stats}), SHAPE)
-    assert (written.drafted, written.accepted) == (40, 80)
 
 
 def test_requests_are_of_the_asked_size_and_differ() -> None:

@@ -160,7 +160,7 @@ ELSEWHERE = {
     "kv-cache": "engines/test_tensorrt_llm.py",
     "alignment": "engines/test_bench.py",
     "length": "engines/test_bench.py",
-    **dict.fromkeys(("engine-limits", "speculation"), "engines/test_bench.py"),
+    "engine-limits": "engines/test_bench.py",
 }
 """Rules of stages that the recipes leave out, and the file beside this one that trips them."""
 

@@ -11,11 +11,10 @@ HELDOUT = "heldout"
 MEASURE = {
     "engines/checks.py:compare_engine",
     "engines/quantization.py:_quality",
-    "engines/speculation.py:windows_of",
     "evaluation/text_quality.py:measure",
 }
 """Functions that read it: each reports what others, or other text, have chosen."""
-STARTED_BY = {"build_engine", "evaluate", "measure_speed", "quantize"}
+STARTED_BY = {"build_engine", "evaluate", "quantize"}
 """Stages that may import them."""
 MEASURED = ("eval_results", "task_results")
 """Kinds of results on it."""
