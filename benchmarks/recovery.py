@@ -73,7 +73,7 @@ class Arm:
         teacher: Where the teacher's knowledge comes from, a choice of ``conf/teacher``.
         prepare: Stages that make it.
         batch: Windows a step; fewer make for more steps.
-        writes: What the teacher writes to train on, ``text`` or ``chat``; ordinary text if empty.
+        writes: ``chat`` to train on conversations that the teacher writes; ordinary text if empty.
         beside: Whether it stands beside ordinary text, of whose sources each has as many tokens.
     """
 
@@ -105,9 +105,7 @@ ARMS = {
     "cached_drawn": Arm(
         ("cache_logits.top_k=8", "cache_logits.tail_draws=6"), "cached", ("cache_logits",)
     ),
-    "written_text": Arm(prepare=("prepare_data",), writes="text"),
     "written_chat": Arm(prepare=("prepare_data",), writes="chat"),
-    "beside_written_text": Arm(prepare=("prepare_data",), writes="text", beside=True),
     "beside_written_chat": Arm(prepare=("prepare_data",), writes="chat", beside=True),
     "corrected": Arm((), "corrected", ("correct_teacher",)),
 }

@@ -18,7 +18,7 @@ class PrepareDataConfig(StageConfig):
 
     sources: list[str] = field(default_factory=list)
     """Files (.txt, .json, .jsonl, .jsonl.gz) or patterns, ``hf://NAME[@CONFIG]:SPLIT``,
-    ``pypi://`` or ``teacher://`` sources; see ``recipes/data/sources.py`` for their options."""
+    ``pypi://`` or ``teacher://chat`` sources; see ``recipes/data/sources.py`` for their options."""
     heldout_sources: list[str] = field(default_factory=list)
     """Text that is only evaluated on: no training, calibration or choice sees any of it."""
     format: Annotated[str, one_of(*FORMATS)] = "text"
@@ -43,7 +43,7 @@ class PrepareDataConfig(StageConfig):
     """Every part must hold at least one window of this many tokens, and a conversation is whole in
     one of them."""
     precision: Precision = "32"
-    """What a teacher reads in while it writes."""
+    """Of the teacher while it writes conversations."""
     processes: Count = field(default=1, metadata={"resource": True})
     """That tokenize; their number changes nothing of the result."""
 
@@ -54,13 +54,13 @@ class PrepareDataConfig(StageConfig):
     def is_chat(self, source: str) -> bool:
         """Whether a source holds conversations."""
         parsed = parse_source(source)
-        if parsed.written:
-            return parsed.path.endswith(CHAT)
+        if parsed.by_teacher:
+            return True
         return (parsed.format or ("text" if parsed.text else self.format)) == CHAT
 
-    def written(self) -> list[str]:
-        """Sources that the teacher is to write."""
-        return [source for source in self.all_sources() if parse_source(source).written]
+    def teacher_sources(self) -> list[str]:
+        """Returns the sources that the teacher writes."""
+        return [source for source in self.all_sources() if parse_source(source).by_teacher]
 
     def chats(self) -> list[str]:
         """Sources that hold conversations."""

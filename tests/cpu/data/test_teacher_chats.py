@@ -1,0 +1,160 @@
+"""Conversations that a teacher writes: once per request, and each turn to its end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from string import ascii_letters
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from recipes.core.errors import RecipeError
+from recipes.core.metrics import MetricsLog
+from recipes.data import teacher_chats
+from recipes.data.chat import ChatTokenizer
+from recipes.data.teacher_chats import ChatRequest, ChatSummary, ChatWriter, write_chats
+from tests.cpu.data.test_chat import END, PLAIN, STOP, saved
+
+CHAT = ChatRequest(tokens=700, seed=1, seq_length=100)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> ChatWriter:
+    """Says any letter with about the same probability, and ends a turn after about ten."""
+    folder = tmp_path_factory.mktemp("teacher")
+    saved(folder, PLAIN)
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = random_model()
+    model.lm_head.bias.data.fill_(-100)
+    model.lm_head.bias.data[tokenizer(ascii_letters)["input_ids"]] = 0
+    model.lm_head.bias.data[STOP] = 1.5
+    model.generation_config = GenerationConfig(do_sample=True, top_k=1)  # a model's own taste
+    return ChatWriter(model, tokenizer, "t")
+
+
+def random_model() -> Any:
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.lm_head = torch.nn.Linear(16, 259)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(teacher_chats, "BATCH_TOKENS", 0)  # so that there are several batches
+
+
+def test_short_conversations_come_in_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    large = replace(CHAT, tokens=200_000)
+    sizes = [replace(large, seq_length=n).batch_size() for n in (256, 512, 1024, 8192)]
+    assert sizes == [128, 64, 32, 32]
+    assert [replace(CHAT, seq_length=9, tokens=n).batch_size() for n in (90, 900)] == [32, 100]
+
+
+def chats(
+    writer: ChatWriter, request: ChatRequest
+) -> tuple[list[dict[str, Any]], ChatSummary, Path]:
+    file, summary = write_chats(request, writer, MetricsLog(None))
+    return [json.loads(line) for line in file.read_text().splitlines()], summary, file
+
+
+def no_generation(*_: object) -> None:
+    raise AssertionError
+
+
+def test_each_request_is_written_once(teacher: ChatWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    talks, summary, file = chats(teacher, CHAT)
+    assert summary.tokens >= CHAT.tokens
+    assert summary.conversations == len(talks) > CHAT.batch_size()
+    other, _, elsewhere = chats(teacher, replace(CHAT, seed=2))
+    assert elsewhere != file
+    assert talks[:9] != other[:9]
+    assert chats(replace(teacher, sha256="u"), CHAT)[2] not in (file, elsewhere)
+    # A whole file is used as it is; a damaged one is assembled again from its batches.
+    monkeypatch.setattr(teacher_chats, "_generate", no_generation)
+    assert chats(teacher, CHAT)[0] == talks
+    file.write_text("{}\n")
+    assert chats(teacher, CHAT)[:2] == (talks, summary)
+
+
+def test_an_interrupted_request_resumes_after_its_last_batch(teacher: ChatWriter) -> None:
+    talks, summary, file = chats(teacher, CHAT)
+    batches = sorted(file.parent.glob("0*.json"))
+    assert len(batches) > 1
+    modified = batches[0].stat().st_mtime_ns
+    for path in (file, file.parent / teacher_chats.SUMMARY, *batches[1:]):
+        path.unlink()
+    assert chats(teacher, CHAT)[:2] == (talks, summary)
+    assert batches[0].stat().st_mtime_ns == modified
+
+
+def test_conversations_are_invented_and_fit_a_window(teacher: ChatWriter) -> None:
+    talks, summary, _ = chats(teacher, CHAT)
+    encoder = ChatTokenizer(Path(teacher.tokenizer.name_or_path), END, CHAT.seq_length)
+    for talk in talks:
+        assert [message["role"] for message in talk["messages"]] == ["user", "assistant"]
+        assert all(message["content"] for message in talk["messages"])
+    encoded = encoder.encode([json.dumps(talk["messages"]) for talk in talks])
+    assert not any(one.cut or one.left_out for one in encoded)
+    assert summary.unfinished > 0
+    with pytest.raises(RecipeError, match="finished none of"):
+        chats(teacher, replace(CHAT, seq_length=20))
+
+
+def test_questions_of_a_file_are_answered_once_each(teacher: ChatWriter, tmp_path: Path) -> None:
+    asked = [
+        [{"role": "system", "content": "Be."}, {"role": "user", "content": "?" * (n % 7 + 1)}]
+        for n in range(CHAT.batch_size() + 5)
+    ]
+    answer = {"role": "assistant", "content": "no"}
+    lines = [json.dumps({"messages": [*one, answer, one[1], answer]}) for one in asked]
+    (tmp_path / "asked.jsonl").write_text("\n".join(lines))
+    prompts = replace(CHAT, tokens=10**6, prompts=str(tmp_path / "asked.jsonl"))
+    talks, summary, file = chats(teacher, prompts)
+    found = [talk["messages"][:-1] for talk in talks]
+    places = [asked.index(one) for one in found]
+    assert len(talks) + summary.unfinished == len(asked)
+    assert len(places) > 5
+    assert all(len(talk["messages"]) == 3 for talk in talks)
+    # Other content of that file is another request.
+    (tmp_path / "asked.jsonl").write_text("\n".join(lines[:3]))
+    assert chats(teacher, prompts)[2] != file
+
+
+def test_prompts_of_any_length_are_continued_alike(teacher: ChatWriter) -> None:
+    """With very large logits, sampling takes the likeliest token."""
+    model = random_model()
+    model.load_state_dict(teacher.model.state_dict())
+    model.lm_head.weight.data *= 10_000
+    writer = replace(teacher, model=model)
+    prompts = [[5, 6, 7], [9], [30, 31, 32, 33, 34, 35]]
+    together = teacher_chats._generate(writer, prompts, 12)
+    for prompt, row in zip(prompts, together, strict=True):
+        expected = row[: row.index(STOP)] if STOP in row else row
+        assert teacher_chats._generate(writer, [prompt], 12)[0][: len(expected)] == expected
+        tokens = torch.tensor([prompt])
+        for token in expected:
+            assert model(tokens).logits[0, -1].argmax() == token
+            tokens = torch.cat([tokens, torch.tensor([[token]])], dim=1)
+
+
+def test_a_turn_ends_at_the_end_of_turn_token(
+    teacher: ChatWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a prompt ends with that token; a turn that does not end is no turn."""
+    a, b = teacher.tokenizer("ab")["input_ids"]
+    rows = torch.tensor([[9, 9, a, b, STOP, STOP], [STOP, 9, a, b, a, b], [9, 9, STOP, a, a, a]])
+    monkeypatch.setattr(teacher.model, "generate", lambda *_, **__: rows)
+    turns = teacher_chats._write_turns(teacher, [[9, 9], [9], [9]], 4)
+    assert turns == [("ab", 2), ("", 0), ("", 0)]
+    assert teacher_chats._write_turns(teacher, [[9]], 0) == [("", 0)]
