@@ -198,7 +198,7 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
     def reduce(self, micro_batches: Sequence[dict[str, Tensor]]) -> Tensor:
         """Means over the tokens of all micro batches and data-parallel ranks."""
         if not micro_batches:
-            return torch.tensor(0.0, device=device())
+            return torch.tensor(0.0, device=device())  # of a pipeline stage without a loss
         total = torch.stack([each["report"] for each in micro_batches]).sum(dim=0)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(total, group=group)
