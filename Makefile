@@ -3,8 +3,8 @@
 # make test-gpu   half an hour on one GPU, step by step (tests/gpu/plan.py); installs nothing
 # make lint   ruff, mypy and the quick tests, as pre-commit runs them
 # make docs   the documents as a site in docs/_site; a warning fails
-# make sbom   what is installed, with licences: sbom.json, in CycloneDX's form
-# make lock   what is installed, in requirements; ARGS="PACKAGE ..." become the newest that fit
+# make lock   pins dependencies with hashes in requirements; ARGS="--upgrade-package PACKAGE" updates one
+# make sbom   writes sbom.json, a CycloneDX bill of materials of the virtual environment
 #
 # Variables: RECIPE, ARGS (overrides for demo, options for test), WORKERS (of the tests), PYTHON (3.11
 # or 3.12), VENV.
@@ -35,11 +35,20 @@ docs: install
 	$(VENV)/bin/python -m sphinx -q -W --keep-going -c docs . docs/_site
 	@echo "open docs/_site/docs/index.html"
 
-sbom: install
-	$(VENV)/bin/python -m launch.reference.dependencies >sbom.json
-
+# Existing pins stay unless ARGS upgrades them.
+COMPILE = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+  --no-annotate --custom-compile-command 'make lock' $(ARGS)
 lock: install
-	$(VENV)/bin/python -m launch.reference.lock $(ARGS)
+	$(COMPILE) pyproject.toml --extra tasks --excludes requirements/excludes.txt -o requirements/stack.txt \
+	  --no-emit-package cuda-bindings --no-emit-package cuda-pathfinder  # the image has its own
+	$(COMPILE) pyproject.toml --extra dev --excludes requirements/excludes.txt -o requirements/dev.txt
+	(grep -o 'torch>=[^"]*' pyproject.toml; echo torchvision) \
+	  | $(COMPILE) - --constraints requirements/dev.txt -o requirements/torch.txt
+
+# In an environment of its own: it needs another version of chardet than the stack.
+sbom: install
+	$(VENV)/bin/uv tool run --from cyclonedx-bom==7.5.0 \
+	  cyclonedx-py environment --output-file sbom.json $(VENV)/bin/python
 
 install:
 	@./install.sh

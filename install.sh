@@ -30,7 +30,7 @@ if [ ! -x "$venv/bin/python" ] && ! "$python" -m venv "${options[@]}" "$venv"; t
 fi
 echo "installing the locked stack into $venv (once, a few minutes)"
 install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$@"; }
-install --require-hashes -r requirements/stack.txt -r requirements/dev.txt
+install --require-hashes -r requirements/dev.txt
 if [ ${#options[@]} -eq 0 ]; then
   mapfile -t torch < <(grep -oE '^torch(vision)?==[0-9.]+' requirements/torch.txt)
   if install --dry-run --ignore-installed --report - "${torch[@]}" | grep -qE '"version": "[^"]*\+'; then

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from launch.reference.configuration import configuration
-from launch.reference.dependencies import dependencies
 from launch.reference.trouble import trouble
 from recipes.core.files import REPO_ROOT, write_text_atomically
 
@@ -13,7 +12,6 @@ DOCS = REPO_ROOT / "docs"
 MARK = "<!-- From here on: python -m launch.reference -->\n"
 PAGES: Mapping[str, Callable[[], Iterator[str]]] = {
     "configuration.md": configuration,
-    "dependencies.md": dependencies,
     "trouble.md": trouble,
 }
 
