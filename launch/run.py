@@ -60,6 +60,7 @@ from launch.trackers import open_tracker, require_tracker
 from launch.tracking import SafeTracker, tracked_run
 from recipes.core.errors import RecipeError
 from recipes.core.files import remove_partial, storage_explained, write_text_atomically
+from recipes.core.manifest import FORMAT, require_format
 from recipes.core.screen import screen
 from recipes.core.stage import REQUEST, RUN_FILE, asked, discard, left_behind, planned_stages
 
@@ -157,7 +158,11 @@ def _run_dir(settings: RunSettings, recipe: str) -> Path:
 
 def _require_same_recipe(run_dir: Path, recipe: str) -> None:
     file = run_dir / RUN_FILE
-    if file.exists() and (other := OmegaConf.load(file).recipe) != recipe:  # type: ignore[union-attr]
+    if not file.exists():
+        return
+    run = OmegaConf.load(file)
+    require_format(OmegaConf.select(run, "format"), file)
+    if (other := OmegaConf.select(run, "recipe")) != recipe:
         raise RecipeError(
             f"{run_dir} is a run of recipe {other}, not of {recipe}.",
             "choose another run_dir, or delete that one",
@@ -193,7 +198,7 @@ def _set_right(plan: Plan, recipe: str, dry_run: bool) -> None:
 def _write_requests(plan: Plan, recipe: str) -> None:
     """Writes what the stages will be started with, or their results were made with."""
     plan.run_dir.mkdir(parents=True, exist_ok=True)
-    about = {"recipe": recipe, "stages": list(plan.chain.stages)}
+    about = {"format": FORMAT, "recipe": recipe, "stages": list(plan.chain.stages)}
     write_text_atomically(plan.run_dir / RUN_FILE, OmegaConf.to_yaml(about))
     for stage in (*plan.todo(), *filter(_asked_otherwise, plan.stages)):
         stage.directory.mkdir(exist_ok=True)

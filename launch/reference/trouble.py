@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 
-from recipes.core.errors import RENAMED
 from recipes.core.files import REPO_ROOT
 from recipes.planning import rules
 from recipes.planning.rules import REFUSED_FIELDS
@@ -44,8 +43,6 @@ def trouble() -> Iterator[str]:
             said = by_rule[message.rule] if message.rule else by_package[package]
             said.add(str(message))
     yield from _rules(by_rule)
-    yield "## Names that were changed\n"
-    yield "\n".join(f"- `{old}` is now `{new}`." for old, new in RENAMED.items()) + "\n"
     for package, lines in by_package.items():
         about = (import_module(package.replace("/", ".")).__doc__ or "").strip()
         yield f"## Errors of {package}\n"

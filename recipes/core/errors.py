@@ -14,25 +14,9 @@ class RecipeError(Exception):
         super().__init__(f"{what}\n  fix: {fix}" if fix else what)
 
 
-RENAMED = {
-    "balance": "loss_balancer",
-    "benchmark": "measure_speed",
-    "cache_teacher": "cache_logits",
-    "hidden_pairs": "intermediate_layer_pairs",
-    "recompute": "recompute_granularity",
-    "tournament": "successive_halving",
-    "waive": "skip_rules",
-    "warmup": "schedule",
-}
-"""Settings, stages and rules by the names that they had in release 0.1."""
-
-
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Returns ``" Did you mean 'x'?"``, or an empty string when nothing is close."""
-    known = list(choices)
-    if (new := RENAMED.get(word)) in known:
-        return f" It is now called '{new}'."
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 ARTIFACT = "artifact"
 WORK = "work"
-OLD_KINDS = {"benchmark_results": "speed_results", "teacher_logits": "logit_cache"}
-"""Kinds as manifests of release 0.1 have them."""
+FORMAT = 1
+"""Of run directories. Increase it when this code can no longer read what it wrote before."""
 ResultT = TypeVar("ResultT", bound="DataclassInstance")
 
 
@@ -111,9 +111,19 @@ def _adapter(of: type[ResultT]) -> TypeAdapter[ResultT]:
     return TypeAdapter(of)
 
 
+def require_format(found: object, path: Path) -> None:
+    """Raises ``RecipeError`` unless a file of a run directory has this version's format."""
+    if found != FORMAT:
+        raise RecipeError(
+            f"{path} was written by another version of this repository (format {found}, "
+            f"not {FORMAT}).",
+            "start a new run directory: run_dir=DIR",
+        )
+
+
 def write_manifest(stage_dir: Path, manifest: Manifest) -> None:
     """Marks the stage in ``stage_dir`` as complete."""
-    text = json.dumps(asdict(manifest), indent=1, sort_keys=True)
+    text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1, sort_keys=True)
     write_text_atomically(stage_dir / MANIFEST, text + "\n")
 
 
@@ -122,8 +132,8 @@ def read_manifest(stage_dir: Path) -> Manifest | None:
     path = stage_dir / MANIFEST
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        require_format(data.pop("format", None), path)
         data["files"] = {name: FileStamp(**stamp) for name, stamp in data["files"].items()}
-        data["kind"] = OLD_KINDS.get(data["kind"], data["kind"])
         return Manifest(**data)
     except FileNotFoundError:
         return None

@@ -34,13 +34,12 @@ class DatasetResult:
     """By part."""
     tokens: dict[str, int]
     sources: list[str]
-    source_tokens: dict[str, list[SourceTokens]] = field(default_factory=dict)
-    """By part, in the order in which they lie in it; older text does not say."""
+    source_tokens: dict[str, list[SourceTokens]]
+    """By part, in the order in which they lie in it."""
+    document_end: int
+    """Token after every document; predictions of what follows it are not counted."""
     document_begin: int | None = None
     """Token before every document, if there is one."""
-    document_end: int | None = None
-    """Token after every document: nothing is to be learnt or measured from what follows it. Older
-    text does not say; it has the tokenizer's ``eos_token`` there."""
     seq_length: int | None = None
     """Of the windows that conversations are whole in; ``None`` if there are none."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)

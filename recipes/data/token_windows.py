@@ -88,12 +88,6 @@ def counts(tokens: Tensor, end: int | None, learnt: Tensor | None = None) -> Ten
     return torch.ones_like(before, dtype=torch.bool) if end is None else before != end
 
 
-def document_end(data: Input, part: str) -> int:
-    """Token after every document; older text does not say, but ends with it."""
-    end = data.manifest.result(DatasetResult).document_end
-    return int(read_tokens(data.artifact, part)[-1]) if end is None else end
-
-
 def spread(
     sources: Sequence[SourceTokens], seq_length: int, count: int | None = None
 ) -> dict[str, range]:
@@ -115,20 +109,15 @@ def spread(
     return {name: numbers[:each] for name, numbers in usable.items()}
 
 
-def sources_of(data: Input, part: str) -> list[SourceTokens]:
-    """A part's sources in their order; older text does not say, and is taken for one."""
-    found = data.manifest.result(DatasetResult).source_tokens.get(part)
-    return found or [SourceTokens("all", len(read_tokens(data.artifact, part)))]
-
-
 def read_windows(data: Input, part: str, seq_length: int, count: int | None = None) -> TextWindows:
     """Windows of a part of ``prepare_data``'s output, the first of every source, as many of each.
 
     ``count`` is rounded up to as many of each source; all by default, fewer where one is shorter.
     """
     require_windows(data, seq_length)
+    text = data.manifest.result(DatasetResult)
     spans, numbers = {}, list[int]()
-    for name, of_source in spread(sources_of(data, part), seq_length, count).items():
+    for name, of_source in spread(text.source_tokens[part], seq_length, count).items():
         spans[name] = slice(len(numbers), len(numbers) + len(of_source))
         numbers += of_source
     tokens, learnt = (
@@ -136,7 +125,7 @@ def read_windows(data: Input, part: str, seq_length: int, count: int | None = No
         for every in (read_tokens(data.artifact, part), read_learnt(data.artifact, part))
     )
     assert tokens is not None
-    return replace(TextWindows.of(tokens.long(), document_end(data, part), learnt), sources=spans)
+    return replace(TextWindows.of(tokens.long(), text.document_end, learnt), sources=spans)
 
 
 def _chosen(every: np.ndarray, seq_length: int, numbers: list[int]) -> np.ndarray:

@@ -16,16 +16,14 @@ from torch.utils.data import Dataset
 from nemo_convert.device import device
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
-from recipes.data.results import SourceTokens
+from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.token_windows import (
     count_windows,
     counted,
-    document_end,
     prefix,
     read_learnt,
     read_tokens,
     require_windows,
-    sources_of,
     spread,
     window,
     window_order,
@@ -142,11 +140,12 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
             RecipeError: Its conversations are whole in windows of another length.
         """
         require_windows(data, cfg.seq_length)
+        text = data.manifest.result(DatasetResult)
         return cls(
             data.artifact,
-            end=document_end(data, "train") if cfg.mask_document_ends else None,
+            end=text.document_end if cfg.mask_document_ends else None,
             cache=cache,
-            validation=sources_of(data, "validation"),
+            validation=text.source_tokens["validation"],
             tokenizer=tokenizer,
             seq_length=cfg.seq_length,
             micro_batch_size=cfg.micro_batch_size,

@@ -18,10 +18,10 @@ from recipes.core.deadline import StoppedByClockError, deadline, time_is_up
 from recipes.core.files import link_or_copy
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input, rank
+from recipes.data.results import DatasetResult
 from recipes.data.token_windows import (
     count_windows,
     counted,
-    document_end,
     read_learnt,
     read_tokens,
     require_windows,
@@ -60,7 +60,7 @@ def cache_logits(
     vocabulary = nemo.architecture_of(teacher).vocab_size
     require_windows(data, cfg.seq_length)
     tokens, learnt = read_tokens(data.artifact, "train"), read_learnt(data.artifact, "train")
-    end = document_end(data, "train")
+    end = data.manifest.result(DatasetResult).document_end
     total = count_windows(tokens, cfg.seq_length)
     numbers = window_order(np.arange(total), total, cfg.seed, 0)[: cfg.num_windows]
     parts = [

@@ -93,8 +93,8 @@ class EngineQuality:
     windows: int
     tokens: int
     """That were read."""
-    predictions: int | None = None
-    """Of a next token that figures are means of; older engines do not say."""
+    predictions: int
+    """Of a next token that results are means of."""
 
 
 @dataclass(frozen=True)

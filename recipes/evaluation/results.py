@@ -46,10 +46,10 @@ class SourceQuality:
     windows: int
     tokens: int
     """That were read."""
+    predictions: int
+    """As of the whole."""
     recovered: float | None
     """Share of the loss that pruning added and distillation took away; see ``paired``."""
-    predictions: int | None = None
-    """As of the whole."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class EvaluationResult:
     windows: int
     tokens: int
     """That were read."""
+    predictions: int
+    """Of a next token that results are means of: all but a sequence's first, and those that follow
+    a document."""
     recovered: float | None
     """Share of the loss that pruning added and distillation took away; see ``paired``."""
     sources: dict[str, SourceQuality] = field(default_factory=dict)
     """By source of the text, where there is more than one."""
-    predictions: int | None = None
-    """Of a next token that figures are means of: all but a window's first, and those that follow a
-    document. Older evaluations do not say; theirs are of the latter, too."""
     precision: str = "32"
     """What the models were held and computed in."""
 
@@ -144,7 +144,7 @@ class TaskResult(TaskScores):
     """That each model's answers took."""
     answers: TaskScores | None = None
     """Log-likelihoods of the right answers, see ``paired.answers``; ``None`` where answers are
-    written freely, and of older evaluations."""
+    written freely."""
 
 
 @dataclass(frozen=True)

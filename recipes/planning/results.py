@@ -24,6 +24,6 @@ class PlanResult:
     figures: dict[str, Cell]
     tables: list[Table]
     tokens_per_second: dict[str, float] = field(default_factory=dict)
-    """Of each training, by stage; older plans do not say."""
+    """Of each training, by stage."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of the arithmetic of each stage that runs models; older plans do not say."""
+    """Of the computation of each stage that runs models."""

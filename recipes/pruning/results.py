@@ -15,8 +15,8 @@ class ScoreResult:
     teacher_loss: float
     layer_importance: dict[str, dict[int, float]]
     """By measure and layer."""
-    loss_predictions: int | None = None
-    """Of a next token that losses are means of; older scores do not say."""
+    loss_predictions: int
+    """Of a next token that losses are means of."""
 
 
 @dataclass(frozen=True)

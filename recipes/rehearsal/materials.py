@@ -21,7 +21,7 @@ from recipes.core.files import write_json
 from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.stage import Input
 from recipes.data.corpus import PARTS
-from recipes.data.results import DatasetResult
+from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.token_windows import prefix
 from recipes.distillation.logit_cache import SHARD, CacheIndex, write_index
 from recipes.distillation.settings import CACHED
@@ -140,7 +140,10 @@ def dataset(tokens: int, stage: Path) -> Input:
         builder.data_file.truncate(4 * tokens)
         builder.finalize(f"{prefix(artifact, part)}.idx")
     every = dict.fromkeys(PARTS, tokens)
-    result = DatasetResult(dict.fromkeys(PARTS, 1), every, ["rehearsal"], document_end=0)
+    of_source = [SourceTokens("rehearsal", tokens)]
+    result = DatasetResult(
+        dict.fromkeys(PARTS, 1), every, ["rehearsal"], dict.fromkeys(PARTS, of_source), 0
+    )
     return Input(stage, _manifest(stage, "dataset", result=asdict(result)))
 
 

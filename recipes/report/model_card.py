@@ -62,9 +62,7 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         "trained": model.result_if("distill", DistillationResult),
         "sources": list(_sources(inputs)),
         "evaluation": evaluation,
-        "measured_on": f"{evaluation.tokens:,} held-out tokens"
-        if evaluation.predictions is None
-        else f"{evaluation.predictions:,} next-token predictions on held-out text",
+        "measured_on": f"{evaluation.predictions:,} next-token predictions on held-out text",
         "tasks": tasks,
         "servers": list(servers(".")),
         "conversions": list(converted(".", shape)) if shape else [],

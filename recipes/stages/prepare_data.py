@@ -117,18 +117,18 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
         link_or_copy(folder / name, out / name)
     return Outcome(
         DatasetResult(
-            {part: documents for part, (_, documents) in done.sizes.items()},
-            tokens,
-            cfg.sources,
-            {
+            documents={part: documents for part, (_, documents) in done.sizes.items()},
+            tokens=tokens,
+            sources=cfg.sources,
+            source_tokens={
                 part: [SourceTokens(name, n) for name, n in of_part.items()]
                 for part, of_part in done.sources.items()
             },
-            tokenizer.begin,
-            tokenizer.end,
-            cfg.seq_length if chat else None,
-            done.conversations,
-            origins,
+            document_end=tokenizer.end,
+            document_begin=tokenizer.begin,
+            seq_length=cfg.seq_length if chat else None,
+            conversations=done.conversations,
+            origins=origins,
         ),
         tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256,
     )

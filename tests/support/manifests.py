@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from recipes.core.manifest import Manifest
+from recipes.data.results import DatasetResult, SourceTokens
 
 
 def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
@@ -27,4 +29,18 @@ def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
         started_at="2025-01-01T00:00:00+00:00",
         seconds=1.0,
         peak_rss_bytes=10**9,
+    )
+
+
+def dataset_result(artifact: Path) -> DatasetResult:
+    """Describes parts that ``PartWriter`` wrote as text of one source."""
+    from recipes.data.token_windows import read_tokens
+
+    parts = {file.stem: read_tokens(artifact, file.stem) for file in artifact.glob("*.bin")}
+    return DatasetResult(
+        documents={},
+        tokens={part: len(ids) for part, ids in parts.items()},
+        sources=["text"],
+        source_tokens={part: [SourceTokens("text", len(ids))] for part, ids in parts.items()},
+        document_end=int(next(iter(parts.values()))[-1]),
     )

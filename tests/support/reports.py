@@ -90,8 +90,8 @@ def quality() -> EvaluationResult:
         distilled=model(3.8125, 0.0467, 0.7231, 0.6042, shape=STUDENT),
         windows=40,
         tokens=10240,
-        recovered=0.7930616922,
         predictions=10098,
+        recovered=0.7930616922,
     )
 
 
@@ -222,7 +222,7 @@ def engine_figures() -> EngineResult:
         max_logit_difference=0.03125,
         greedy_margin=0.015625,
         weight_types={"u8": 86_000_000, "f32": 1152},
-        quality=EngineQuality(text, replace(text, kl_to_teacher=0.0), 8, 2048),
+        quality=EngineQuality(text, replace(text, kl_to_teacher=0.0), 8, 2048, 2040),
     )
 
 
@@ -348,7 +348,7 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
             PrepareDataConfig("prepare_data", sources=[source]),
             "dataset",
             {f"{part}.{end}": 2 * count for part, count in parts.items() for end in ("bin", "idx")},
-            DatasetResult(documents, parts, [source], origins={source: Origin("CC-BY-4.0")}),
+            DatasetResult(documents, parts, [source], {}, 0, origins={source: Origin("CC-BY-4.0")}),
         ),
         "pruned": stage(
             root,

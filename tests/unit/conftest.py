@@ -83,13 +83,16 @@ SCIQ = TaskResult(
 )
 SPEED = Spread(20.0, 18.0, 21.0)
 RESULTS = {
-    "dataset": DatasetResult({"train": 9}, {"train": 1_000_000, "heldout": 200}, ["text.jsonl"]),
+    "dataset": DatasetResult(
+        {"train": 9}, {"train": 1_000_000, "heldout": 200}, ["text.jsonl"], {}, 0
+    ),
     "eval_results": EvaluationResult(
         teacher=quality(10.0, 0.0, 1.0),
         pruned=quality(30.0, 1.25, 0.5),
         distilled=quality(15.0, 0.4, 0.7),
         windows=8,
         tokens=2048,
+        predictions=2040,
         recovered=0.75,
     ),
     "plan": PlanResult(

@@ -23,7 +23,6 @@ from recipes.core.manifest import ARTIFACT, Outcome
 from recipes.core.metrics import METRICS, MetricsLog, read_records
 from recipes.core.stage import Input
 from recipes.data.part_writer import PartWriter
-from recipes.data.results import DatasetResult
 from recipes.data.tokenizer import load_tokenizer
 from recipes.engines import openvino
 from recipes.engines.checks import compare_engine, greedy_margin
@@ -32,7 +31,7 @@ from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
 from recipes.search.space import Service, weight_bytes
 from recipes.stages import build_engine, quantize
 from tests.support.disks import small_disk
-from tests.support.manifests import bare_manifest
+from tests.support.manifests import bare_manifest, dataset_result
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import stage_dir
 
@@ -43,7 +42,7 @@ def as_input(artifact: Path, kind: str, folder: Path) -> Input:
     """A folder as the artifact of a complete stage."""
     folder.mkdir()
     (folder / ARTIFACT).symlink_to(artifact)
-    manifest = bare_manifest("test", kind, DatasetResult({}, {}, []) if kind == "dataset" else None)
+    manifest = bare_manifest("test", kind, dataset_result(artifact) if kind == "dataset" else None)
     return Input(folder, manifest)
 
 

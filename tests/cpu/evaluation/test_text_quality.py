@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from nemo_convert.hf import load_causal_lm
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
-from recipes.data.results import DatasetResult
+from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_windows import read_tokens
 from recipes.evaluation import predictions, text_quality
@@ -82,16 +82,15 @@ def test_quality_is_measured_by_source(
         "prose": 5,
         "numbers": 5,
     }
-    assert found.predictions == sum(s.predictions or 0 for s in found.sources.values())
+    assert found.predictions == sum(s.predictions for s in found.sources.values())
     for role in ROLES:
         losses = [getattr(found.sources[name], role).loss for name in ("prose", "numbers")]
         assert found.models()[role].loss == pytest.approx(sum(losses) / 2)
         assert abs(losses[0] - losses[1]) > 0.1
 
-    # Without the second source there is nothing to tell apart.
-    older = replace(result, source_tokens={})
-    alone = Input(data.directory, bare_manifest("prepare_data", "dataset", older))
-    one = evaluated(models, alone, tmp_path)
+    whole = {"heldout": [SourceTokens("all", result.tokens["heldout"])]}
+    one_source = bare_manifest("prepare_data", "dataset", replace(result, source_tokens=whole))
+    one = evaluated(models, Input(data.directory, one_source), tmp_path)
     assert (one.windows, one.sources) == (9, {})
 
 

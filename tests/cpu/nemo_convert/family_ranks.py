@@ -7,13 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from recipes.data.results import DatasetResult
-from tests.support.manifests import bare_manifest
+from tests.support.manifests import bare_manifest, dataset_result
 
 TP, PP, DP = "TP=2", "PP=2", "DP=2"
 HALVED = ("llama", "qwen3_moe")
 LENGTH = 32
-DATA = DatasetResult({}, {}, [])
 LEARNING_RATE = 1e-2
 LOGITS = "logits.safetensors"
 
@@ -101,7 +99,8 @@ def distil(folder: Path, data: Path, out: Path, tensor: int) -> None:
         {"kd": 1.0, "hidden": 0.5, "lm": 0.5}, TeacherSource(folder / "teacher.nemo", [(3, 4)])
     )
     log = MetricsLog(out / METRICS if rank() == 0 else None)
-    text: Any = SimpleNamespace(artifact=data, manifest=bare_manifest("data", "dataset", DATA))
+    manifest = bare_manifest("data", "dataset", dataset_result(data))
+    text: Any = SimpleNamespace(artifact=data, manifest=manifest)
     (out / "work" / "artifact").mkdir(parents=True, exist_ok=True)
     train(cfg, folder / "pruned.nemo", objective, text, out / "work" / "artifact" / "s.nemo", log)
 

@@ -134,7 +134,7 @@ def test_gates_are_shown_with_the_measured_values(inputs: dict[str, Input], tmp_
 
 def test_quality_by_data_source(inputs: dict[str, Input], tmp_path: Path) -> None:
     model = TextQuality(3.0265, 0.05, 20.625, 0.375, 0.6875)
-    crawl = SourceQuality(model, model, model, 20, 5120, None)
+    crawl = SourceQuality(model, model, model, 20, 5120, 5100, None)
     evaluation = changed(inputs["evaluation"], replace(quality(), sources={"a web crawl": crawl}))
     page = Page(rendered({**inputs, "evaluation": evaluation}, tmp_path))
     assert {20.625, 0.375} <= page.figures()

@@ -97,7 +97,7 @@ NAN, INFINITE, LARGE = float("nan"), float("inf"), 10**20
         (Hardware(memory_bytes=NAN), "memory_bytes=nan"),
         (SlurmConfig(gpus="all"), "use one of: gpus-per-node, gres, none"),
         (SlurmConfig(time="1e-300"), "HH:MM:SS"),
-        (RunSettings(skip_rules=["warmup"]), "It is now called 'schedule'."),
+        (RunSettings(skip_rules=["schedul"]), "Did you mean 'schedule'?"),
         (DockerConfig(options=["host"]), "an option of docker run"),
     ],
     ids=lambda value: "" if isinstance(value, str) else type(value).__name__,

@@ -19,8 +19,3 @@ def test_error_without_a_fix_is_just_the_message() -> None:
 )
 def test_did_you_mean(word: str, expected: str) -> None:
     assert did_you_mean(word, iter(("prune", "distill"))) == expected
-
-
-def test_an_old_name_is_answered_with_the_new_one() -> None:
-    assert did_you_mean("waive", ["force", "skip_rules"]) == " It is now called 'skip_rules'."
-    assert did_you_mean("waive", ["wave"]) == " Did you mean 'wave'?"

@@ -11,6 +11,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import digest_files, sha256_of, write_text_atomically
 from recipes.core.manifest import (
     ARTIFACT,
+    FORMAT,
     MANIFEST,
     Manifest,
     changed_files,
@@ -125,6 +126,15 @@ def test_failed_write_leaves_no_partial(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("change", [{"format": FORMAT + 1}, {"format": "1"}, {}])
+def test_a_manifest_of_another_version_is_refused(stage_dir: Path, change: dict[str, Any]) -> None:
+    data = json.loads((stage_dir / MANIFEST).read_text())
+    del data["format"]
+    (stage_dir / MANIFEST).write_text(json.dumps({**data, **change}))
+    with pytest.raises(RecipeError, match="start a new run directory"):
+        read_manifest(stage_dir)
+
+
 def test_manifest_survives_a_round_trip(stage_dir: Path) -> None:
     manifest = read_manifest(stage_dir)
     assert manifest is not None
@@ -140,7 +150,7 @@ def test_no_manifest_means_incomplete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "3", "null", "{}", '{"files": {}}', '{"files": {"a": {"size": 1}}}', "\0"],
+    ["", "{", "[]", "3", "null", '{"format": 1, "files": {"a": {"size": 1}}}', "\0"],
 )
 def test_broken_manifest_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)

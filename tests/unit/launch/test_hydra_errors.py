@@ -129,22 +129,3 @@ def test_implicit_causes_count() -> None:
     outer = HydraException("outer")
     outer.__context__ = ValueError("inner")
     assert explain(outer).startswith("outer\n  inner\n  fix:")
-
-
-@pytest.mark.parametrize(
-    ("override", "new"),
-    [
-        ("waive=[memory]", "skip_rules"),
-        ("stages.distill.balance=dynamic", "loss_balancer"),
-        ("stages.distill.recompute=full", "recompute_granularity"),
-        ("stages.distill.hidden_pairs=[[1,1]]", "intermediate_layer_pairs"),
-        ("stages.benchmark.repetitions=1", "measure_speed"),
-        ("+stage/tournament@stages.tournament=default", "successive_halving"),
-        ("+stage/cache_teacher@stages.cache_teacher=default", "cache_logits"),
-    ],
-)
-def test_an_old_name_says_the_new_one(compose: Compose, override: str, new: str) -> None:
-    engine = [] if "benchmark" not in override else ["recipe=llama_depth_prune"]
-    message = explained(compose, *(engine or [RECIPE]), override)
-    assert message.startswith("there is no ")
-    assert message.endswith(f". It is now called '{new}'.")

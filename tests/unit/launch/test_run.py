@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from launch.run_status import read_run
 from launch.schema import CONF
-from recipes.core.manifest import MANIFEST
+from recipes.core.manifest import FORMAT, MANIFEST
 from tests.support.disks import small_disk
 from tests.support.runs import STAGES
 
@@ -153,10 +153,14 @@ def test_complete_run_starts_nothing_and_keeps_to_its_recipe(
     assert done.returncode == 0, done.stderr
     assert "everything was complete, nothing ran" in done.stdout
     assert files_below(run) == before
-    (run / "run.yaml").write_text("recipe: llama_width_prune\n")
-    message = refused(launch, "recipe=llama_depth_prune", f"run_dir={run}", "dry_run=true")
-    assert "is a run of recipe llama_width_prune, not of llama_depth_prune" in message
-    assert files_below(run) == {*before, "run.yaml"}
+    for text, expected in (
+        (f"format: {FORMAT}\nrecipe: llama_width_prune\n", "is a run of recipe llama_width_prune"),
+        (f"format: {FORMAT - 1}\nrecipe: llama_depth_prune\n", "start a new run directory"),
+    ):
+        (run / "run.yaml").write_text(text)
+        message = refused(launch, "recipe=llama_depth_prune", f"run_dir={run}", "dry_run=true")
+        assert expected in message
+        assert files_below(run) == {*before, "run.yaml"}
 
 
 def test_what_was_planned_otherwise_and_not_run_is_forgotten(

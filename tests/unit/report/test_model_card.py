@@ -61,9 +61,8 @@ def test_every_input_adds_its_lines(inputs: dict[str, Manifest], tmp_path: Path)
 
 def test_optional_inputs_may_be_missing(inputs: dict[str, Manifest], tmp_path: Path) -> None:
     bare = {name: inputs[name] for name in (*export_hf.STAGE.inputs, "evaluation")}
-    bare["evaluation"].metrics |= {"recovered": None, "predictions": None}
+    bare["evaluation"].metrics["recovered"] = None
     text = card(tmp_path, bare)
-    assert "in float32 on 10,240 held-out tokens in sequences of 256" in text
     assert "| this model | 24 |" in text
     assert "was not found in its folder" in text
     for absent in ("| teacher | 30 |", "## Tasks", "Text:", "Distillation recovered", "None"):
