@@ -23,9 +23,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.loops import divergence
-from nemo_convert import cpu_backend
-from nemo_convert.cpu_layers import SwiGLU, _CausalAttention, _RMSNorm, sdpa
 from nemo_convert.nemo import find_checkpoint
+from recipes.backend.attention import attend_in_blocks
+from recipes.backend.training_layers import SwiGLU, _RMSNorm, attend
 from recipes.core.manifest import ARTIFACT
 from recipes.core.one_pass import missing_compiler, one_pass
 from recipes.core.screen import plain_table, screen
@@ -61,14 +61,11 @@ class Times:
 
 def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]]:
     """Each operation, and the shapes of its inputs."""
-    cpu_backend.enable()
-    from megatron.core.models.common.embeddings import rope_utils
-
+    attend_by_blocks = attend_in_blocks(attend)
     place = (sizes.tokens, sizes.windows)
     query = (*place, sizes.heads, sizes.head_size)
     key = (*place, sizes.groups, sizes.head_size)
     hidden = sizes.heads * sizes.head_size
-    angles = torch.rand(sizes.tokens, 1, 1, sizes.head_size)
     rows = sizes.tokens * sizes.windows
     logits = torch.randn(rows, sizes.vocabulary).bfloat16()
     labels = torch.randint(sizes.vocabulary, (rows,))
@@ -78,11 +75,10 @@ def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int
         return combined_loss(student, targets, LogitsLoss())[0]
 
     return {
-        "attention, PyTorch's": (lambda q, k, v: sdpa(q, k, v, SCALE), [query, key, key]),
-        "attention": (lambda q, k, v: _CausalAttention.apply(q, k, v, SCALE), [query, key, key]),
+        "attention, PyTorch's": (lambda q, k, v: attend(q, k, v, SCALE), [query, key, key]),
+        "attention": (lambda q, k, v: attend_by_blocks(q, k, v, SCALE), [query, key, key]),
         "norm": (lambda x, w: _RMSNorm.apply(x, w, 1e-5), [(*place, hidden), (hidden,)]),
         "gated activation": (lambda x: SwiGLU(None)(x), [(*place, 2 * sizes.ffn)]),
-        "rotation": (lambda x: rope_utils._apply_rotary_pos_emb_bshd(x, angles), [query]),
         "loss on logits and next token": (loss, [(rows, sizes.vocabulary)]),
     }
 

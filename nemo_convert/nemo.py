@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_convert import cpu_backend
 from nemo_convert.architecture import Architecture
-from nemo_convert.device import COLLECTIVE_TIMEOUT, collectives, device, use_own_gpu
 from nemo_convert.families import FAMILIES, load
 from nemo_convert.hf import copy_side_files
 from nemo_convert.hf_config import read_architecture, rope_theta
 from nemo_convert.pipeline import pipeline_split
 from nemo_convert.trust import read_description, require_known_context
+from recipes.backend.device import COLLECTIVE_TIMEOUT, collective_backend, device, select_gpu
+from recipes.backend.local_layers import adapt_config
+from recipes.backend.without_cuda import enable
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 
@@ -50,15 +51,15 @@ def initialize(parallel: Parallelism) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    cpu_backend.enable()
+    enable()
     if not torch.distributed.is_initialized():
         alone = not torch.distributed.is_torchelastic_launched()
         world: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT}
         if alone:
             world |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-        if (mine := use_own_gpu()) is not None:
+        if (mine := select_gpu()) is not None:
             world["device_id"] = mine
-        torch.distributed.init_process_group(collectives(), **world)
+        torch.distributed.init_process_group(collective_backend(), **world)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -212,7 +213,7 @@ def build_core(
     training: bool = False,
 ) -> Any:
     """Builds this rank's Megatron ``GPTModel`` for a NeMo model, with uninitialised weights."""
-    config = cpu_backend.adapt_config(model.config, training)
+    config = adapt_config(model.config, training)
     config.tensor_model_parallel_size = parallel.tensor
     config.pipeline_model_parallel_size = parallel.pipeline
     split_pipeline(config)

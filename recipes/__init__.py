@@ -12,6 +12,7 @@ other, no stage imports another, and no files import each other in a circle.
     evaluation
     planning
     nemo_convert, data
+    backend
     core
 
 ``make lint`` enforces it (``tool.importlinter`` in pyproject.toml).

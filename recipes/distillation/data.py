@@ -13,7 +13,7 @@ from nemo.collections import llm
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nemo_convert.device import device
+from recipes.backend.device import device
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
 from recipes.data.results import DatasetResult, SourceTokens

@@ -28,9 +28,9 @@ from nemo.utils.model_utils import unwrap_model
 from torch import Tensor, nn
 
 from nemo_convert import nemo
-from nemo_convert.cpu_backend import adapt_config
-from nemo_convert.device import device
 from nemo_convert.pipeline import pipeline_split
+from recipes.backend.device import device
+from recipes.backend.local_layers import adapt_config
 from recipes.distillation.data import TEACHER_PREFIX
 from recipes.distillation.hidden_loss import HiddenLoss
 from recipes.distillation.losses import LossTargets, TopK, combined_loss, token_cross_entropy

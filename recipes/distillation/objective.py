@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
-from nemo_convert.device import device
 from nemo_convert.pipeline import last_stage_layers
+from recipes.backend.device import device
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Input, Inputs
 from recipes.distillation.logit_cache import TeacherCache

@@ -127,6 +127,9 @@ class TrainingConfig(StageConfig):
     """Makes one kernel of what lies between products, where layers are not TransformerEngine's, and
     of the loss where one rank has the vocabulary; which takes up to a minute once and, on a CPU, a
     C++ compiler. By default on this machine's CPU if that has one, from 100 steps on."""
+    cpu_speed_patches: bool = field(default=True, metadata=RESOURCE)
+    """Replaces what is slow on a CPU (``recipes/backend/cpu_speed.py``). No result changes beyond
+    rounding, and nothing changes on CUDA."""
     cuda_graphs: bool = field(default=False, metadata=RESOURCE)
     """Captures each of the student's layers once and replays it, which saves the launches of its
     kernels: worthwhile where they are short."""

@@ -18,9 +18,11 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
-from nemo_convert import cpu_backend, nemo
-from nemo_convert.device import COLLECTIVE_TIMEOUT, collectives, device, use_own_gpu
+from nemo_convert import nemo
 from nemo_convert.hf import copy_side_files
+from recipes.backend.cpu_speed import SPEED_PATCHES, speed_patches
+from recipes.backend.device import COLLECTIVE_TIMEOUT, collective_backend, device, select_gpu
+from recipes.backend.without_cuda import enable
 from recipes.core.deadline import deadline
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
@@ -59,8 +61,8 @@ def train(
         what, fix = missing
         raise RecipeError(f"compile=true, but there is no {what} here.", fix)
     _set_environment(cfg)
-    use_own_gpu()
-    cpu_backend.enable()
+    select_gpu()
+    enable()
     scratch = out.parent.parent
     restored = nemo.restore_model(start)
     restored.config.seq_length = cfg.seq_length
@@ -85,7 +87,8 @@ def train(
     if cfg.profile_steps:
         first, last = cfg.profile_steps
         trainer.callbacks.append(Profile((first, last), scratch.parent / "profile"))
-    with one_pass(bool(cfg.compile)):
+    speed = SPEED_PATCHES if cfg.cpu_speed_patches else ()
+    with one_pass(bool(cfg.compile)), speed_patches(speed):
         llm.train(
             model=model,
             data=TrainingData.of(cfg, data, restored.tokenizer, objective.teacher.cache),
@@ -218,7 +221,7 @@ def _trainer(cfg: TrainingConfig) -> Any:
             overlap_grad_reduce=True,
             overlap_param_gather=True,
         ),
-        process_group_backend=collectives(),
+        process_group_backend=collective_backend(),
         use_te_rng_tracker=cfg.cuda_graphs,
         # NeMo's progress bar gathers on rank 0 only and hangs with several gloo ranks.
         replace_progress_bar=False,

@@ -10,7 +10,6 @@ import torch
 from torch.nn.functional import linear
 
 from nemo_convert.architecture import Architecture
-from nemo_convert.cpu_products import product
 from recipes.engines.results import MachineRates
 from recipes.planning.hardware import cpuinfo
 from recipes.planning.machine import Rates
@@ -114,9 +113,9 @@ def _products(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Callable
 
     def step() -> None:
         for x, weight, grad in made:
-            product(x, weight.t())
-            product(x, weight.t())
-            product(grad, weight)
+            x @ weight.t()
+            x @ weight.t()
+            grad @ weight
             grad.t() @ x
 
     return step

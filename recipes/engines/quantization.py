@@ -11,9 +11,9 @@ import torch
 from modelopt.torch.export import export_hf_checkpoint
 from transformers import AutoModelForCausalLM
 
-from nemo_convert import cpu_backend
-from nemo_convert.device import device
 from nemo_convert.hf import copy_side_files, load_causal_lm
+from recipes.backend.device import device
+from recipes.backend.without_cuda import enable
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
 from recipes.core.metrics import MetricsLog
@@ -43,7 +43,7 @@ def quantize_folder(
     Raises:
         RecipeError: What was written is not quantised as asked for, or is not finite.
     """
-    cpu_backend.enable("torch", "modelopt")
+    enable("torch")
     text = read_windows(data, "calibration", cfg.seq_length, cfg.num_windows).tokens.to(device())
     # bfloat16, since that is what is served beside the quantised weights.
     model = (

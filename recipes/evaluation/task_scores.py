@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from nemo_convert import nemo
-from nemo_convert.device import device
+from recipes.backend.device import device
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import code_fingerprint

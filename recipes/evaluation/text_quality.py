@@ -23,8 +23,8 @@ from transformers import (
 from transformers.modeling_utils import no_init_weights
 
 from nemo_convert import convert, nemo
-from nemo_convert.device import device
 from nemo_convert.hf import tokenizer_sha256
+from recipes.backend.device import device
 from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import digest
 from recipes.core.metrics import MetricsLog

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_convert.architecture import Architecture
-from nemo_convert.device import QUERIES_AT_ONCE
+from recipes.backend.device import QUERIES_AT_ONCE
 
 ATTENTION_RATE = 0.6
 """Of a linear layer's FLOP/s in float32, in the small products of attention in blocks."""

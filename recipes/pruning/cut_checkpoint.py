@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from nemo_convert import cpu_backend, nemo
+from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from nemo_convert.convert import MergedWeights, hf_weights
 from nemo_convert.families import FAMILIES
 from nemo_convert.hf import copy_side_files
 from nemo_convert.hf_config import with_shape
 from nemo_convert.streaming import StreamedSave
+from recipes.backend.without_cuda import enable
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_json
 from recipes.pruning.importance import Importance
@@ -72,7 +73,7 @@ def save_weights(
         weights: All of them; refused if they do not fit ``shape``.
         out: The new checkpoint.
     """
-    cpu_backend.enable()
+    enable()
     nemo.initialize(nemo.Parallelism())
     model = nemo.restore_model(like)
     config = with_shape(nemo.read_config(like), shape)

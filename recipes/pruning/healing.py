@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from nemo_convert.convert import hf_weights
-from nemo_convert.device import device
 from nemo_convert.hf_config import with_shape
+from recipes.backend.device import device
 from recipes.core.metrics import ProgressCallback
 from recipes.pruning.kept import HIDDEN, KeptIndices, cut
 

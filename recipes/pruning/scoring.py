@@ -24,7 +24,13 @@ from modelopt.torch.prune.plugins.mcore_minitron import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nemo_convert import cpu_backend, nemo
+from nemo_convert import nemo
+from recipes.backend.local_layers import (
+    register_rms_norm,
+    restore_fused_attention,
+    use_local_layers,
+)
+from recipes.backend.without_cuda import enable
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
@@ -61,11 +67,11 @@ def score_checkpoint(
 ) -> Importance:
     """Scores a NeMo checkpoint on calibration windows; refuses a model that knows nothing."""
     parallel = nemo.Parallelism(pipeline=cfg.pipeline_model_parallel_size)
-    cpu_backend.enable()
+    enable()
     nemo.initialize(parallel)
     model = nemo.restore_model(teacher)
     # ModelOpt hooks the norms, which TransformerEngine fuses into the layers behind them.
-    cpu_backend.use_local_layers(model.config)
+    use_local_layers(model.config)
     core = nemo.build_core(model, parallel, dtype_of(cfg.precision))
     nemo.load_weights(core, teacher)
     core.eval()
@@ -233,7 +239,7 @@ def _activations(
     core: nn.Module, text: TextWindows, batch: int, log: MetricsLog
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
     """Block influence by layer, and scores of all widths, from one pass."""
-    cpu_backend.register_rms_norm()
+    register_rms_norm()
     divisors = get_mcore_minitron_config(
         hidden_size_divisor=1,
         ffn_hidden_size_divisor=1,
@@ -241,7 +247,7 @@ def _activations(
         num_layers_divisor=1,
     )
     nas.convert(core, mode=[("mcore_minitron", divisors)])
-    cpu_backend.fuse_attention(core)
+    restore_fused_attention(core)
     registry = ImportanceEstimatorRegistry(core)
     layers = list(core.decoder.layers)
     turned = torch.zeros(len(layers), dtype=torch.float64)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import (
     _DummyBackendModule,
     _setup_privateuseone_for_python_backend,
@@ -267,6 +267,28 @@ def _every(index: Tensor | None) -> list[Tensor | None]:
     return [index.new_empty(index.numel(), dtype=torch.int64)] * index.dim()
 
 
+def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
+    """Refuses devices that CUDA's kernels refuse to mix and FakeTensor lets pass.
+
+    FakeTensor takes any 0-dimensional CPU tensor for a number. Fused optimizers take none, and
+    foreach kernels only beside a list. An index on the GPU cannot select from a CPU tensor.
+
+    Raises:
+        RuntimeError: As PyTorch on CUDA.
+    """
+    name = func._schema.name.removeprefix("aten::")
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if name.startswith("_foreach_"):
+        tensors = [t for t in tensors if t.dim() > 0]
+    elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        tensors = tensors if tensors[0].device.type == "cpu" else []
+    elif not name.startswith("_fused_"):
+        return
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) > 1:
+        raise RuntimeError(f"{name}: expected all tensors on one device, got {devices}")
+
+
 class _Answers(TorchDispatchMode):
     """Answers where code reads a number: what has no weight has no value either.
 
@@ -281,6 +303,7 @@ class _Answers(TorchDispatchMode):
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        _require_one_device(func, args, kwargs)
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._value(args[0])
         if func is aten.equal.default:

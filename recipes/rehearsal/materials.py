@@ -13,10 +13,11 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-from nemo_convert import cpu_backend, nemo
+from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES
 from nemo_convert.hf_config import read_architecture, with_shape
+from recipes.backend.without_cuda import enable
 from recipes.core.files import write_json
 from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.stage import Input
@@ -96,7 +97,7 @@ def checkpoint(config: Mapping[str, Any], shape: Architecture, stage: Path) -> I
         shape: What it is changed to.
         stage: Directory of the stage that would have made it.
     """
-    cpu_backend.enable()
+    enable()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / nemo.SIDE
         write_side_files(with_shape(config, shape), folder)

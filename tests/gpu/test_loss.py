@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_convert.device import device
+from recipes.backend.device import device
 from recipes.distillation.losses import LogitsLoss, distillation_loss
 from tests.gpu.small import on_gpu, record
 

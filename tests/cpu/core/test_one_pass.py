@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from nemo_convert import cpu_backend
-from nemo_convert.cpu_layers import SwiGLU, _RMSNorm
+from recipes.backend.training_layers import SwiGLU, _RMSNorm
+from recipes.backend.without_cuda import enable
 from recipes.core.one_pass import fusable, missing_compiler, one_pass
 from recipes.distillation.losses import LogitsLoss, LossTargets, combined_loss, top_k
 from tests.support.gradients import inputs, with_gradients
@@ -22,7 +22,7 @@ LABELS = torch.arange(TOKENS) * 7 % VOCABULARY
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    cpu_backend.enable()
+    enable()
     from megatron.core.models.common.embeddings import rope_utils
 
     rotate: Callable[..., Tensor] = rope_utils._apply_rotary_pos_emb_bshd

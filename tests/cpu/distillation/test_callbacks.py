@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from nemo_convert.device import device
+from recipes.backend.device import device
 from recipes.core.errors import RecipeError
 from recipes.distillation import callbacks
 from recipes.distillation.callbacks import COLLECT_EVERY, Collect, Profile

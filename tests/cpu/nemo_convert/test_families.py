@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from nemo_convert import convert, hf, nemo, parity, streaming
-from nemo_convert.cpu_layers import RMSNorm
 from nemo_convert.families import FAMILIES as ROWS
 from nemo_convert.hf_config import read_architecture
+from recipes.backend.training_layers import RMSNorm
 from recipes.core.metrics import METRICS, MetricsLog, steps_of
 from recipes.data.corpus import PARTS
 from recipes.data.part_writer import PartWriter

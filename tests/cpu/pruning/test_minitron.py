@@ -14,9 +14,10 @@ from modelopt.torch.prune.plugins.mcore_minitron import get_mcore_minitron_confi
 from scipy.stats import spearmanr
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nemo_convert import convert, cpu_backend, nemo, parity
+from nemo_convert import convert, nemo, parity
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf import load_causal_lm
+from recipes.backend.local_layers import register_rms_norm
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
@@ -146,7 +147,7 @@ def test_the_same_shape_as_modelopts_own_pruning_gives_the_same_model(
     """ModelOpt orders channels by importance, we keep the parent's order: logits are the same."""
     targets = {name: value for name, value in ALL_AXES.items() if name != "num_query_groups"}
     student, _, _ = prune(teacher, importance, tmp_path, "block_influence", **targets)
-    cpu_backend.register_rms_norm()
+    register_rms_norm()
     core = parity.load_core(teacher)
 
     def forward(model: Any) -> None:

@@ -71,6 +71,22 @@ def leave_on_cpu() -> None:
     nemo.build_core = built
 
 
+def count_steps_on_cpu() -> None:
+    """The step counts and the scale of the fused optimizer are on the CPU."""
+    import torch
+
+    from recipes.backend import adamw
+
+    update = adamw.adamw
+
+    def updated(weights: Any, gradients: Any, *states: Any, **settings: Any) -> None:
+        *moments, maxima, steps = states
+        steps = [torch.tensor(1.0) for _ in steps]
+        update(weights, gradients, *moments, maxima, steps, **settings)
+
+    adamw.adamw = updated
+
+
 def index_on_cpu() -> None:
     """Rows of a weight on the GPU are chosen by an index on the CPU."""
     import torch
@@ -160,6 +176,7 @@ DEFECTS: dict[str, Callable[[], None]] = {
         gather_too_much,
         match_names,
         leave_on_cpu,
+        count_steps_on_cpu,
         index_on_cpu,
         send_half,
         send_wide,

@@ -93,6 +93,7 @@ SOUND = (
 QWEN = ("qwen3_8b_depth", "distill", 0)
 BROKEN = (
     (Case(*QWEN, defect="mix_devices"), "at least two devices, fakecuda:0 and cpu"),
+    (Case(*QWEN, defect="count_steps_on_cpu"), "expected all tensors on one device"),
     (Case(*QWEN, PIPELINE[1:], defect="gather_too_much"), "MessageError: allgather_: ["),
     (Case(*QWEN, defect="match_names"), "_teacher_model.embedding.word_embeddings.weight has 0"),
     (

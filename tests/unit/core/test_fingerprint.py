@@ -173,7 +173,7 @@ def test_a_module_that_is_not_there_is_refused(repo: Path, module: str) -> None:
         ("prune", "recipes.pruning.cut_checkpoint"),
         ("heal", "recipes.pruning.healing"),
         ("distill", "recipes.distillation.losses"),
-        ("distill", "nemo_convert.cpu_layers"),
+        ("distill", "recipes.backend.training_layers"),
         ("evaluate", "recipes.evaluation.predictions"),
         ("measure_speed", "recipes.engines.bench_worker"),
         ("build_engine", "recipes.engines.trtllm_build_worker"),

@@ -1,4 +1,4 @@
-"""Ranks and the cores near their GPUs."""
+"""A rank moves to the cores near its GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_convert.device import stay_near
+from recipes.backend.device import bind_to_near_cores
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,22 @@ def test_a_rank_moves_to_the_cores_near_its_gpu(
     bound: dict[int, set[int]] = {}
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)
     monkeypatch.setattr(os, "sched_setaffinity", bound.__setitem__)
-    stay_near(tmp_path, ranks)
+    bind_to_near_cores(tmp_path, ranks)
     threads = {int(thread.name) for thread in Path("/proc/self/task").iterdir()}
     assert bound == ({thread: {4, 5} for thread in threads} if moved else {})
+
+
+def test_a_thread_that_has_ended_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "local_cpulist").write_text("0-1\n")
+    threads: list[int] = []
+
+    def bind(thread: int, cores: set[int]) -> None:
+        threads.append(thread)
+        raise ProcessLookupError
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "sched_setaffinity", bind)
+    bind_to_near_cores(tmp_path, ranks=2)
+    assert threads

@@ -1,0 +1,1 @@
+"""Runs NeMo, Megatron-Core and ModelOpt on the device that this machine has, CUDA or CPU."""

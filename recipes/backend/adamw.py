@@ -1,0 +1,101 @@
+"""AdamW with TransformerEngine's state, for machines without TransformerEngine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import AdamW, adamw
+
+from recipes.backend.gradients import pending_scale
+
+BLOCK = 1 << 22
+"""Elements of a deferred gradient that are converted to float32 at a time: 16 MB."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class FusedAdamW(AdamW):
+    """PyTorch's fused AdamW kernel with one step count per parameter group.
+
+    TransformerEngine's ``FusedAdam`` keeps the step count in the group. Megatron's distributed
+    optimizer can save and load a reshardable state only in that form; PyTorch keeps one count per
+    parameter. ``params``, ``lr``, ``betas``, ``eps`` and ``weight_decay`` are those of AdamW.
+
+    Raises:
+        ValueError: ``adam_w_mode`` is false; only decoupled weight decay is implemented.
+    """
+
+    def __init__(self, params: Any, adam_w_mode: bool = True, **settings: Any) -> None:
+        if not adam_w_mode:
+            raise ValueError("decoupled_weight_decay=false is not supported by FusedAdamW")
+        super().__init__(params, **settings)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores the state; AdamW's own would look for step counts of parameters."""
+        torch.optim.Optimizer.__setstate__(self, state)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates every parameter that has a gradient, and drops deferred gradients."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            for weight in weights:
+                if not self.state[weight]:
+                    self.state[weight].update({name: torch.zeros_like(weight) for name in MOMENTS})
+            deferred = [w for w in weights if pending_scale(w.grad) is not None]
+            for weight in deferred:
+                self._update_in_blocks(weight, group)
+                weight.grad = None
+            if len(deferred) < len(weights):
+                self._update([w for w in weights if w.grad is not None], group)
+
+    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """Updates parameters of one device in one call of the kernel."""
+        moments = [[self.state[weight][name] for weight in weights] for name in MOMENTS]
+        gradients = [weight.grad for weight in weights]
+        _run_kernel(weights, gradients, moments, group)
+
+    def _update_in_blocks(self, weight: Tensor, group: dict[str, Any]) -> None:
+        """Updates a parameter from a gradient that is not scaled yet and may be bfloat16.
+
+        Each block is converted to float32 and scaled by the kernel, so no float32 copy of the whole
+        gradient exists. The blocks are views: the kernel writes into the parameter and its moments.
+        """
+        assert weight.grad is not None
+        inverse_scale = torch.tensor(1 / (pending_scale(weight.grad) or 1.0))
+        tensors = (weight, weight.grad, *(self.state[weight][name] for name in MOMENTS))
+        for block, gradient, *moments in zip(*(t.view(-1).split(BLOCK) for t in tensors)):
+            _run_kernel([block], [gradient.float()], [[m] for m in moments], group, inverse_scale)
+
+
+def _run_kernel(
+    weights: list[Tensor],
+    gradients: list[Any],
+    moments: list[list[Tensor]],
+    group: dict[str, Any],
+    inverse_scale: Tensor | None = None,
+) -> None:
+    """Runs PyTorch's fused kernel, which writes into ``weights`` and ``moments``.
+
+    The kernel increments the step counts that it is given, and on CUDA they must be on the GPU. So
+    each call gets new ones. ``inverse_scale`` divides the gradients.
+    """
+    count, device = group["step"] - 1.0, weights[0].device
+    adamw(
+        weights,
+        gradients,
+        *moments,
+        [],
+        list(torch.full((len(weights),), count, device=device).unbind()),
+        fused=True,
+        grad_scale=inverse_scale,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )

@@ -1,0 +1,297 @@
+"""Patches that make training on a CPU faster or smaller, and change no result beyond rounding.
+
+They apply to a training of one rank on a CPU, never on CUDA. ``stages.distill.cpu_speed_patches=
+false`` switches all of them off. What each of them gains was measured alone, with ``python -m
+benchmarks.distill --without NAME``; the results are in benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recipes.backend.adamw import BLOCK
+from recipes.backend.attention import attend_in_blocks
+from recipes.backend.device import device
+from recipes.backend.gradients import pending_scale, scale_gradient
+from recipes.backend.patches import Patch, applied
+
+BUFFERS = "megatron.core.distributed.param_and_grad_buffer"
+OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+
+
+def speed_patches(names: Iterable[str]) -> AbstractContextManager[None]:
+    """Applies the named sets of patches in a ``with`` block; none of them on CUDA."""
+    on_cpu = device() == "cpu"
+    return applied(patch for name in names for patch in SPEED_PATCHES[name] if on_cpu)
+
+
+class _Done:
+    """Handle of a collective that has nothing to do."""
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+
+def _unshare_gradients(original: Any) -> Any:
+    """Frees the buffer of gradients where no other rank adds to it.
+
+    Megatron allocates one float32 buffer for all gradients, from the first step to the last. An
+    unshared gradient is the tensor that autograd makes, and lives until the optimizer has read it.
+    """
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, *args, **kwargs)
+        self.unshared = (
+            torch.distributed.get_world_size() == 1
+            and self.ddp_config.use_distributed_optimizer
+            and self.gradient_scaling_factor == 1
+        )
+        for weight in self.params:
+            weight.has_unshared_gradient = self.unshared
+        if self.unshared:
+            self.grad_data.untyped_storage().resize_(0)
+
+    return __init__
+
+
+def _drop_gradients(original: Any) -> Any:
+    """Drops gradients at the start of a step, where Megatron fills their buffer with zeros."""
+
+    def reset(self: Any) -> None:
+        if not self.unshared:
+            original(self)
+            return
+        for weight in self.params:
+            weight.main_grad = None
+
+    return reset
+
+
+def _keep_first_gradient(original: Any) -> Any:
+    """Keeps a step's first gradient of a parameter as it is, where Megatron adds it to zeros."""
+
+    def _make_backward_post_hook(self: Any, weight: Any) -> Any:
+        hook = original(self, weight)
+        if not weight.has_unshared_gradient:
+            return hook
+        weight.zero_out_wgrad = False  # else the hook would add the gradient once more
+
+        def keep_or_add(*unused: Any) -> None:
+            if weight.grad is not None:
+                if weight.main_grad is None:
+                    weight.main_grad = weight.grad
+                else:
+                    if self.ddp_config.grad_reduce_in_fp32:
+                        weight.main_grad = weight.main_grad.float()
+                    weight.main_grad.add_(weight.grad)
+                weight.grad_added_to_main_grad = True
+            hook(*unused)
+
+        return keep_or_add
+
+    return _make_backward_post_hook
+
+
+def _skip_reduction(original: Any) -> Any:
+    """Skips the reduction of unshared gradients; parameters without a gradient get zeros."""
+
+    def start_grad_sync(self: Any) -> None:
+        weights = [weight for bucket in self.buckets for weight in bucket.params_list]
+        if not weights[0].has_unshared_gradient:
+            original(self)
+            return
+        for weight in weights:
+            if weight.main_grad is None:
+                weight.main_grad = torch.zeros_like(weight)
+        if self.ddp_config.overlap_grad_reduce:
+            self.grad_reduce_handle = _Done()
+
+    return start_grad_sync
+
+
+def _defer_scaling(original: Any) -> Any:
+    """Notes what unshared gradients are to be multiplied by, for the optimizer to apply."""
+
+    def scale_gradients(self: Any, factor: float) -> None:
+        if not self.unshared:
+            original(self, factor)
+            return
+        for weight in self.params:
+            if pending_scale(weight.main_grad) is None:
+                weight.main_grad.pending_scale = 1.0
+            scale_gradient(weight.main_grad, factor)
+
+    return scale_gradients
+
+
+def _hand_over_gradients(original: Any) -> Any:
+    """Hands gradients to the optimizer in the type that they have.
+
+    Megatron gives the optimizer float32 copies and keeps its own gradients until the next step.
+    """
+
+    def _copy_model_grads_to_main_grads(self: Any) -> None:
+        if not all(buffer.unshared for buffer in self.buffers):
+            original(self)
+            return
+        weights = chain(*self.model_float16_groups, *self.model_fp32_groups)
+        main_weights = chain(*self.shard_fp32_from_float16_groups, *self.shard_fp32_groups)
+        for weight, main in zip(weights, main_weights, strict=True):
+            if main.dtype != weight.dtype:
+                main.grad_dtype = None  # else PyTorch refuses a bfloat16 gradient of a float32 one
+            main.grad = weight.main_grad.view(-1)
+            main.grad.pending_scale = pending_scale(weight.main_grad) or 1.0
+            weight.main_grad = None
+
+    return _copy_model_grads_to_main_grads
+
+
+def _norm_of_deferred(original: Any) -> Any:
+    """Computes the norm of gradients of any type, with what they are still to be multiplied by."""
+
+    def l2_norm(size: int, buffer: Tensor, lists: Any, *args: Any) -> tuple[Tensor, None]:
+        squares = [
+            (pending_scale(gradient) or 1.0) ** 2 * _sum_of_squares(gradient)
+            for gradients in lists
+            for gradient in gradients
+        ]
+        return torch.tensor([math.sqrt(math.fsum(squares))]), None
+
+    return l2_norm
+
+
+def _sum_of_squares(gradient: Tensor) -> float:
+    """Sums squares in float32, block by block: PyTorch's norm of bfloat16 is slower and rounds."""
+    blocks = (block.float() for block in gradient.view(-1).split(BLOCK))
+    return math.fsum(torch.dot(block, block).item() for block in blocks)
+
+
+def _skip_single_rank_gather(original: Any) -> Any:
+    """Skips the all-gather of parameters in a group of one rank: input and output are one buffer.
+
+    gloo would copy the buffer onto itself.
+    """
+
+    def all_gather(output: Tensor, shard: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["group"].size() > 1:
+            return original(output, shard, *args, **kwargs)
+        assert output.data_ptr() == shard.data_ptr(), "one rank's shard is the whole buffer"
+        return None
+
+    return all_gather
+
+
+class _Concatenation:
+    """Optimizer states of one type, indexed as if they were one flat tensor.
+
+    A slice must be the range of one parameter, which is all that Megatron asks for.
+    """
+
+    def __init__(self, states: dict[int, dict[str, Tensor]], name: str) -> None:
+        self._states, self._name = states, name
+
+    def __getitem__(self, place: slice) -> Tensor:
+        return self._states[place.start][self._name].detach().flatten()
+
+
+def _share_optimizer_state(original: Any) -> Any:
+    """Gives a checkpoint the optimizer's own tensors, where Megatron makes three copies of them.
+
+    The process that writes the checkpoint is forked, so it sees the state as it is now.
+    """
+
+    def get_parameter_state_dp_zero(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.data_parallel_group.size() > 1:
+            return original(self, *args, **kwargs)
+        collected: dict[Any, Any] = {"buckets_coalesced": True}
+        for number, (buffer, ranges) in enumerate(zip(self.buffers, self.gbuf_ranges, strict=True)):
+            states = {
+                place[0]: self._get_main_param_and_optimizer_states(weight)
+                for weight, place in buffer.param_index_map.items()
+            }
+            names = ("param", "exp_avg", "exp_avg_sq")
+            tensors = {name: _Concatenation(states, name) for name in names}
+            [dtype] = ranges
+            collected[number] = {dtype: {**tensors, "numel_unpadded": buffer.numel_unpadded}}
+        return collected
+
+    return get_parameter_state_dp_zero
+
+
+def _release_buckets(original: Any) -> Any:
+    """Frees what a checkpoint copies once the process that writes it is forked.
+
+    Megatron holds the copies until all of the checkpoint is written, and reads only their number.
+    """
+
+    def schedule_async_call(self: Any, request: Any) -> None:
+        original(self, request)
+        if request.async_fn is not None:
+            _, buckets, *_ = request.async_fn_args
+            buckets[:] = [None] * len(buckets)
+
+    return schedule_async_call
+
+
+SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
+    "unshared_gradients": tuple(
+        Patch(target, "one rank needs no buffer that ranks add to", original, replace)
+        for target, original, replace in (
+            (f"{BUFFERS}:_ParamAndGradBuffer.__init__", "351bb840492a", _unshare_gradients),
+            (f"{BUFFERS}:_ParamAndGradBuffer.reset", "ad271bc659a5", _drop_gradients),
+            (f"{BUFFERS}:_ParamAndGradBuffer.scale_gradients", "fccbc1058068", _defer_scaling),
+            (
+                f"{BUFFERS}:_ParamAndGradBucketGroup.start_grad_sync",
+                "87b697030080",
+                _skip_reduction,
+            ),
+            (
+                "megatron.core.distributed:DistributedDataParallel._make_backward_post_hook",
+                "9169a75194c2",
+                _keep_first_gradient,
+            ),
+            (f"{OPTIMIZER}._copy_model_grads_to_main_grads", "ffcdecd38d14", _hand_over_gradients),
+            ("megatron.core.optimizer.clip_grads:l2_norm_impl", "01526c55444a", _norm_of_deferred),
+        )
+    ),
+    "attention_backward": (
+        Patch(
+            "recipes.backend.training_layers:attend",
+            "PyTorch's backward pass is slow for short sequences",
+            "d258b74519f9",
+            attend_in_blocks,
+        ),
+    ),
+    "single_rank_gather": (
+        Patch(
+            f"{BUFFERS}:dist_all_gather_func",
+            "gloo copies a buffer onto itself",
+            "f6341959287e",
+            _skip_single_rank_gather,
+        ),
+    ),
+    "shared_optimizer_state": (
+        Patch(
+            f"{OPTIMIZER}.get_parameter_state_dp_zero",
+            "a checkpoint copies the optimizer's state three times",
+            "812c52ea4568",
+            _share_optimizer_state,
+        ),
+    ),
+    "released_buckets": (
+        Patch(
+            "megatron.core.dist_checkpointing.strategies.async_utils:TemporalAsyncCaller.schedule_async_call",
+            "copies of weights stay while another process writes them",
+            "7fe6223559f7",
+            _release_buckets,
+        ),
+    ),
+}
+"""By name; each set is measured, and stays or goes, as a whole."""

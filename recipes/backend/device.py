@@ -1,0 +1,78 @@
+"""Which device models run on, and what a rank does to take its own.
+
+A training runs the same code on a CPU and on GPUs wherever gloo and Megatron's local layers can do
+it. The strict device of a rehearsal shows where a tensor is left behind; what else depends on the
+device asks here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for each other, for example for the one that writes a model."""
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+QUERIES_AT_ONCE = 128
+"""Queries whose attention the backward pass of ``attention`` computes together."""
+
+
+def device() -> str:
+    """Returns the device that models run on: ``cuda``, or ``cpu`` on a machine without a GPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def collective_backend() -> str:
+    """Returns the backend of ``torch.distributed``."""
+    return "nccl" if device() == "cuda" else "gloo"
+
+
+def select_gpu() -> torch.device | None:
+    """Selects this rank's GPU, without which all ranks of a node use the first; ``None`` on a CPU.
+
+    The process moves to the cores near its GPU. torchrun's ``--numa-binding`` needs numactl in the
+    image and fails where a job may not use those cores.
+    """
+    import torch
+
+    if device() == "cpu":
+        return None
+    gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(gpu)
+    properties = torch.cuda.get_device_properties(gpu)
+    domain, bus, slot = (
+        getattr(properties, f"pci_{part}_id") for part in ("domain", "bus", "device")
+    )
+    address = f"{domain:04x}:{bus:02x}:{slot:02x}.0"
+    bind_to_near_cores(PCI_DEVICES / address, ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return gpu
+
+
+def bind_to_near_cores(pci_device: Path, ranks: int) -> None:
+    """Moves this process to the cores near a device, if they are its fraction of the node's.
+
+    Args:
+        pci_device: The device's folder in ``/sys``. Nothing moves if it does not list near cores.
+        ranks: Number of processes that share the cores this process may use.
+    """
+    try:
+        listed = (pci_device / "local_cpulist").read_text(encoding="ascii").strip()
+    except OSError:
+        return
+    spans = [span.partition("-") for span in listed.split(",") if span]
+    cores = {core for a, _, b in spans for core in range(int(a), int(b or a) + 1)}
+    allowed = os.sched_getaffinity(0)
+    near = cores & allowed
+    if near == allowed or len(near) * ranks < len(allowed):
+        return
+    for thread in Path("/proc/self/task").iterdir():  # threads that imports have started, too
+        with contextlib.suppress(ProcessLookupError):  # it ended since it was listed
+            os.sched_setaffinity(int(thread.name), near)

@@ -1,0 +1,177 @@
+"""What Megatron-Core needs to run without TransformerEngine, on a CPU and on CUDA.
+
+``adapt_config`` sets what a model's config must be, in memory only: what a checkpoint says stays
+what TransformerEngine wants.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from recipes.backend.adamw import FusedAdamW
+from recipes.backend.device import device
+from recipes.backend.patches import Patch, value
+
+FUSIONS = (
+    "apply_rope_fusion",
+    "masked_softmax_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "gradient_accumulation_fusion",
+    "persist_layer_norm",
+    "cross_entropy_loss_fusion",
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+)
+"""Settings of kernels that need TransformerEngine, Apex or CUDA."""
+
+
+def needs_local_layers() -> bool:
+    """Returns whether models are built of Megatron's local layers: there is no CUDA or no TE."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    return device() == "cpu" or not gpt_layer_specs.HAVE_TE
+
+
+def adapt_config(config: Any, training: bool = False) -> Any:
+    """Makes a NeMo model config buildable on this machine, in place, and returns it.
+
+    The local layer spec has the checkpoint keys of TransformerEngine's, so a checkpoint moves
+    freely between both. ``training`` uses the layers of ``training_layers``, which ModelOpt cannot
+    prune.
+    """
+    if needs_local_layers():
+        use_local_layers(config)
+        if training:
+            config.transformer_layer_spec = training_block_spec
+        config.use_te_activation_func = training  # means: the spec has a module for the activation
+        config.use_cpu_initialization = device() == "cpu"
+    return config
+
+
+def use_local_layers(config: Any) -> None:
+    """Selects Megatron's local layers on any device, in place: scoring has to see inside them."""
+    config.transformer_layer_spec = local_layer_spec
+    for fusion in FUSIONS:
+        setattr(config, fusion, False)
+
+
+def local_layer_spec(config: Any) -> Any:
+    """Returns Megatron's local layer spec with PyTorch's fused attention."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from recipes.backend.training_layers import CausalAttention
+
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        normalization=config.normalization,
+        qk_layernorm=config.qk_layernorm,
+    )
+    if config.num_moe_experts:
+        # TransformerEngine does not fuse this norm with experts, so a checkpoint has its own key.
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    return spec
+
+
+def training_block_spec(config: Any) -> Any:
+    """Returns the local layer spec with the norms and the activation of ``training_layers``."""
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
+
+    from recipes.backend.training_layers import RMSNorm, SwiGLU
+
+    spec = local_layer_spec(config)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    mlp = layer.mlp.submodules
+    (mlp.experts.submodules if config.num_moe_experts else mlp).activation_func = SwiGLU
+    layers = [spec] * get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def restore_fused_attention(core: nn.Module) -> None:
+    """Gives a model that ModelOpt has converted its fused attention back, in place.
+
+    ModelOpt turns it into Megatron's own attention, which holds every score of every head.
+    """
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from recipes.backend.training_layers import CausalAttention
+
+    for module in core.modules():
+        if isinstance(module, DotProductAttention):
+            module.forward = MethodType(CausalAttention.forward, module)
+
+
+def register_rms_norm() -> None:
+    """Lets ModelOpt prune ``nn.RMSNorm``, the norm of Megatron's local layer spec."""
+    from modelopt.torch.nas.modules.norm import _DynamicLayerNorm
+    from modelopt.torch.nas.registry import DMRegistry
+
+    if nn.RMSNorm in DMRegistry:
+        return
+
+    class _DynamicRMSNorm(_DynamicLayerNorm):
+        def _setup(self, *, num_features: Any) -> None:
+            self._register_hparam("num_features", num_features)
+            self._register_dynamic_attribute("weight", self._cut_to_active_features)
+            self._register_dynamic_attribute("normalized_shape", self._get_normalized_shape)
+
+    DMRegistry.register({nn.RMSNorm: "nn.RMSNorm"})(_DynamicRMSNorm)
+
+
+def _skip_fusion_checks(original: Any) -> Any:
+    """Lets a config ask for fusions; ``adapt_config`` turns them off before a model is built."""
+
+    def __post_init__(self: Any) -> None:  # noqa: N807
+        fusions = ("apply_rope_fusion", "moe_permute_fusion")
+        requested = {name: getattr(self, name) for name in fusions}
+        vars(self).update(dict.fromkeys(fusions, False))
+        original(self)
+        vars(self).update(requested)
+
+    return __post_init__
+
+
+def _router_logits(x: Any, weight: Any, bias: Any, dtype: torch.dtype) -> torch.Tensor:
+    bias = None if bias is None else bias.to(dtype)
+    return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+
+
+WITHOUT_TRANSFORMER_ENGINE = (
+    Patch(
+        "megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",
+        "refuses fusions without TransformerEngine",
+        "8f5c4f5aeee3",
+        _skip_fusion_checks,
+    ),
+    Patch(
+        "megatron.core.transformer.moe.router:router_gating_linear",
+        "reads a name that only TransformerEngine defines",
+        "2592286669f7",
+        value(_router_logits),
+    ),
+    Patch(
+        "megatron.core.optimizer:Adam",
+        "PyTorch's has a step count per parameter, which Megatron cannot reshard",
+        "",
+        value(FusedAdamW),
+    ),
+    *(
+        Patch(target, "FusedAdamW has the state of TransformerEngine's", "bool", value(flag))
+        for target, flag in (
+            ("megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", False),
+            ("megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", True),
+            ("megatron.core.optimizer.distrib_optimizer:USING_APEX_OPTIMIZER", True),
+        )
+    ),
+)

@@ -1,0 +1,109 @@
+"""Replaces attributes of libraries, each only where it still is what its patch was written for."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from recipes.core.errors import RecipeError
+
+Replacement = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced attribute of a library."""
+
+    target: str
+    """``module:attribute`` or ``module:Class.attribute``."""
+    reason: str
+    """Why the original cannot stay."""
+    original: str
+    """``fingerprint`` of the original: if it changes, its patch has to be reviewed. Empty where the
+    replacement does not depend on the original, such as an import that differs by machine."""
+    replace: Replacement
+    """Receives the original and returns the replacement."""
+
+
+def constant(value: Any) -> Replacement:
+    """Returns a replacement for a function: one that returns ``value`` for any arguments."""
+    return lambda original: lambda *args, **kwargs: value
+
+
+def value(new: Any) -> Replacement:
+    """Returns a replacement that is ``new`` itself, such as a class or a flag."""
+    return lambda original: new
+
+
+def fingerprint(original: Any) -> str:
+    """Returns what identifies an original: a hash of its source or, without one, its signature.
+
+    Functions in C have no source. PyTorch states their signature in the first line of the
+    docstring. Of a flag the fingerprint is its type.
+    """
+    if not callable(original):
+        return type(original).__name__
+    try:
+        text = inspect.getsource(original)
+    except (TypeError, OSError):
+        text = (original.__doc__ or "").strip().partition("\n")[0] or repr(type(original))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def apply(patches: Iterable[Patch]) -> None:
+    """Applies patches for the rest of this process.
+
+    Raises:
+        RecipeError: A target is gone, or its source is not what the patch was written for.
+    """
+    for patch in patches:
+        holder, name, original = _find(patch)
+        setattr(holder, name, patch.replace(original))
+
+
+@contextmanager
+def applied(patches: Iterable[Patch]) -> Iterator[None]:
+    """Applies patches for the duration of a ``with`` block, then restores the originals.
+
+    Raises:
+        RecipeError: As ``apply`` does.
+    """
+    originals: list[tuple[Any, str, Any]] = []
+    try:
+        for patch in patches:
+            originals.append(_find(patch))
+            holder, name, original = originals[-1]
+            setattr(holder, name, patch.replace(original))
+        yield
+    finally:
+        for holder, name, original in reversed(originals):
+            setattr(holder, name, original)
+
+
+def _find(patch: Patch) -> tuple[Any, str, Any]:
+    """Returns the holder of a target, the attribute's name, and the checked original."""
+    module, _, path = patch.target.partition(":")
+    *parents, name = path.split(".")
+    holder: Any = importlib.import_module(module)
+    try:
+        for parent in parents:
+            holder = getattr(holder, parent)
+        original = getattr(holder, name)
+    except AttributeError as error:
+        raise _changed(patch, "does not exist") from error
+    if patch.original and (current := fingerprint(original)) != patch.original:
+        raise _changed(patch, f"has the fingerprint {current}, not {patch.original}")
+    return holder, name, original
+
+
+def _changed(patch: Patch, what: str) -> RecipeError:
+    return RecipeError(
+        f"{patch.target} {what} in the installed version; it is replaced because: {patch.reason}.",
+        "install the locked versions (make install), or review the patch in recipes/backend or "
+        "recipes/rehearsal and write the new fingerprint there",
+    )

@@ -1,0 +1,270 @@
+"""What Megatron-Core, NeMo and ModelOpt need to run without CUDA.
+
+``enable()`` applies the patches that this machine needs: those listed here without CUDA, and those
+of ``local_layers`` without TransformerEngine. Patches that only make a CPU faster are in
+``cpu_speed``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from typing import Any
+
+import torch
+
+from recipes.backend.device import device
+from recipes.backend.gradients import clip_by_total_norm
+from recipes.backend.local_layers import WITHOUT_TRANSFORMER_ENGINE, needs_local_layers
+from recipes.backend.patches import Patch, apply, constant, value
+
+CPU = torch.device("cpu")
+_enabled: set[str] = set()
+
+
+def enable(*groups: str) -> None:
+    """Applies the patches of ``groups``, all of them by default, for the rest of this process.
+
+    Raises:
+        RecipeError: An installed library is not the one that the patches were written for.
+    """
+    for group, patches in REQUIRED.items():
+        if group in _enabled or (groups and group not in groups) or not _is_needed(group):
+            continue
+        apply(patches)
+        _enabled.add(group)
+        if group == "torch":
+            limit_other_threads()
+
+
+def _is_needed(group: str) -> bool:
+    return needs_local_layers() if group == "layers" else device() == "cpu"
+
+
+def limit_other_threads() -> None:
+    """Lets this thread compute on all cores, and every thread that starts later on one.
+
+    gloo's threads copy what they send. With OpenMP helpers for each of them there would be more
+    threads than cores; OpenMP then puts all of them to sleep between any two operations, and a step
+    of distillation takes a quarter longer.
+    """
+    torch.get_num_threads()  # fixes the number of this thread
+    other = threading.Thread(target=torch.set_num_threads, args=(1,))  # sets it for later threads
+    other.start()
+    other.join()
+
+
+class _Stream:
+    """Replaces CUDA streams and events; a CPU runs in order and never waits for one."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def wait_stream(self, *args: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record(self, *args: object) -> None: ...
+
+    def record_event(self, *args: object) -> _Stream:
+        return self
+
+    def wait(self, *args: object) -> None: ...
+
+
+def _create_on_cpu(factory: Any) -> Any:
+    """Redirects ``device="cuda"`` to the CPU and drops ``pin_memory``, which needs a driver."""
+
+    def create(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _move_to_cpu(original: Any) -> Any:
+    """Redirects ``Tensor.to("cuda")`` to the CPU."""
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and isinstance(args[0], (str, torch.device)) and str(args[0]).startswith("cuda"):
+            args = (CPU, *args[1:])
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = CPU
+        moved: torch.Tensor = original(self, *args, **kwargs)
+        return moved
+
+    return to
+
+
+def _gather_scalar(original: Any) -> Any:
+    """Gives a 0-dimensional input one dimension, as NCCL does and gloo does not."""
+
+    @functools.wraps(original)  # Megatron holds it under another name, whose patch is checked
+    def all_gather_into_tensor(output: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(output, tensor.reshape(1) if tensor.dim() == 0 else tensor, *args, **kwargs)
+
+    return all_gather_into_tensor
+
+
+def _seed_all(original: Any) -> Any:
+    """Seeds Megatron's generators as well, which NeMo does only where it counts a GPU."""
+
+    def _set_random_seed(seed: int, *args: Any, **kwargs: Any) -> None:
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        original(seed, *args, **kwargs)
+        model_parallel_cuda_manual_seed(seed)
+
+    return _set_random_seed
+
+
+def _name_cuda_types(original: Any) -> Any:
+    """Names tensor types as CUDA would while the original runs, which compares the names."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        type_of = torch.Tensor.type
+        torch.Tensor.type = lambda tensor: type_of(tensor).replace("torch.", "torch.cuda.", 1)  # type: ignore[assignment,method-assign]
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            torch.Tensor.type = type_of  # type: ignore[method-assign]
+
+    return __init__
+
+
+REQUIRED: dict[str, tuple[Patch, ...]] = {
+    "torch": (
+        Patch(
+            "torch.cuda:current_device", "Megatron allocates on it", "6e9804168a5c", constant(CPU)
+        ),
+        Patch("torch.cuda:empty_cache", "called after loading", "bce971e6854f", constant(None)),
+        Patch(
+            "torch.cuda:synchronize",
+            "called by the checkpoint writer",
+            "7055e6143ffe",
+            constant(None),
+        ),
+        Patch(
+            "torch.cuda:max_memory_reserved",
+            "logged by NeMo each step",
+            "60af9cdf5dca",
+            constant(0),
+        ),
+        Patch(
+            "torch.cuda:max_memory_allocated",
+            "logged by NeMo each step",
+            "7d74e1261dc1",
+            constant(0),
+        ),
+        Patch(
+            "torch.cuda:get_rng_state",
+            "checkpoints hold the random state",
+            "1190f97901d7",
+            value(lambda device=None: torch.get_rng_state()),
+        ),
+        Patch(
+            "torch.cuda:set_rng_state",
+            "checkpoints restore the random state",
+            "2aaed350f20b",
+            value(lambda state, device=None: torch.set_rng_state(state)),
+        ),
+        Patch(
+            "torch.cuda:manual_seed", "seeds the device", "a71497712eba", value(torch.manual_seed)
+        ),
+        Patch("torch.cuda:Stream", "DDP and checkpoint streams", "f5b9547b4660", value(_Stream)),
+        Patch("torch.cuda:Event", "pipeline schedule", "cc34c59c482f", value(_Stream)),
+        Patch(
+            "torch.cuda:stream",
+            "DDP communicates on a stream",
+            "a701c622b6f5",
+            value(lambda stream: contextlib.nullcontext()),
+        ),
+        Patch("torch.cuda:current_stream", "DDP waits for it", "ca5387f64ee1", constant(_Stream())),
+        Patch("torch.cuda:default_stream", "DDP waits for it", "b0a2135268c6", constant(_Stream())),
+        Patch(
+            "torch:Tensor.cuda",
+            "Megatron moves results",
+            "554cb3ab866a",
+            value(lambda self, *a, **k: self),
+        ),
+        Patch(
+            "torch:nn.Module.cuda",
+            "NeMo moves the model",
+            "a3f558ba5849",
+            value(lambda self, *a, **k: self),
+        ),
+        Patch(
+            "torch:Tensor.to",
+            "literal 'cuda' in NeMo's metric logging",
+            "6f7a670dec75",
+            _move_to_cpu,
+        ),
+        *(
+            Patch(
+                f"torch:{name}",
+                "literal device='cuda' in Megatron and NeMo",
+                original,
+                _create_on_cpu,
+            )
+            for name, original in (
+                ("tensor", "44379d32e654"),
+                ("zeros", "94f562353cd6"),
+                ("ones", "572ac599804b"),
+                ("empty", "37c4ae8c7ad9"),
+                ("empty_like", "1d384eb0e768"),
+                ("full", "cddb34bafcba"),
+                ("arange", "23ed02e3959e"),
+            )
+        ),
+        Patch(
+            "torch.distributed:all_gather_into_tensor",
+            "gloo refuses a 0-dimensional input (ModelOpt's layer count)",
+            "f6341959287e",
+            _gather_scalar,
+        ),
+    ),
+    "megatron": (
+        Patch(
+            "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+            "the tracker reads a device generator",
+            "aa26caaa069c",
+            value(lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()),
+        ),
+        Patch(
+            "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+            "the tracker writes a device generator",
+            "b179c9d95438",
+            value(lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)),
+        ),
+        Patch(
+            "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",
+            "accepts torch.cuda.FloatTensor only",
+            "8edb9da53650",
+            clip_by_total_norm,
+        ),
+        Patch(
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.__init__",
+            "accepts only parameters whose type is named torch.cuda.*",
+            "3275f640fc1b",
+            _name_cuda_types,
+        ),
+    ),
+    "nemo": (
+        Patch(
+            "nemo.lightning.io.pl:_fix_tensors_device",
+            "asks CUDA for the current device when loading",
+            "561d518d996e",
+            value(lambda checkpoint: checkpoint),
+        ),
+        Patch(
+            "nemo.lightning.megatron_init:_set_random_seed",
+            "seeds Megatron's generators only where a GPU is counted",
+            "431f155d7863",
+            _seed_all,
+        ),
+    ),
+    "layers": WITHOUT_TRANSFORMER_ENGINE,
+}
+"""All but ``layers``, which is about TransformerEngine, are applied only without CUDA."""

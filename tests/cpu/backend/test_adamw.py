@@ -1,0 +1,79 @@
+"""FusedAdamW is PyTorch's AdamW with TransformerEngine's state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from nemo_convert import nemo
+from recipes.backend import adamw
+from recipes.backend.adamw import FusedAdamW
+from recipes.backend.gradients import scale_gradient
+from tests.support.conversion import convert_by_command, core_of
+
+SETTINGS = {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.2, "eps": 1e-3}
+
+
+def test_updates_are_those_of_adamw_and_go_on_from_a_saved_state() -> None:
+    torch.manual_seed(0)
+    shapes = ((5,), (3, 4), (2,))
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    one, other = FusedAdamW(ours, **SETTINGS), AdamW(theirs, **SETTINGS)
+    for number in range(4):
+        for our, their in zip(ours[:-1], theirs[:-1], strict=True):  # one is without a gradient
+            our.grad = torch.randn(our.shape)
+            their.grad = our.grad.clone()
+        one.step()
+        other.step()
+        assert all("step" not in one.state[weight] for weight in ours)
+        assert one.param_groups[0]["step"] == number + 1
+        saved, one = one.state_dict(), FusedAdamW(ours, **SETTINGS)
+        one.load_state_dict(saved)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("block", [2, 1 << 22])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_deferred_gradients_are_scaled_and_dropped(
+    dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adamw, "BLOCK", block)
+    torch.manual_seed(2)
+    ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    ours.grad_dtype = None
+    one, other = FusedAdamW([ours], **SETTINGS), AdamW([theirs], **SETTINGS)
+    for _ in range(3):
+        gradient = torch.randn(5).to(dtype)
+        theirs.grad = gradient.float() * 0.3
+        gradient.pending_scale = 1.0  # type: ignore[attr-defined]
+        scale_gradient(gradient, 0.5)
+        scale_gradient(gradient, 0.6)
+        ours.grad = gradient
+        one.step()
+        other.step()
+        assert ours.grad is None
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_coupled_weight_decay_is_refused() -> None:
+    with pytest.raises(ValueError, match="decoupled_weight_decay"):
+        FusedAdamW([nn.Parameter(torch.ones(1))], adam_w_mode=False)
+
+
+def test_megatron_builds_it(odd_llama: Path, tmp_path: Path) -> None:
+    """Its own fallback is PyTorch's unfused AdamW, which takes five times as long."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    checkpoint = tmp_path / "odd.nemo"
+    assert convert_by_command("to-nemo", odd_llama, checkpoint) == 0
+    nemo.initialize(nemo.Parallelism())
+    core = core_of(checkpoint, training=True)
+    wrapped = DistributedDataParallel(core.config, DistributedDataParallelConfig(), core)
+    chained = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3), [wrapped])
+    assert type(chained.chained_optimizers[0].optimizer) is FusedAdamW

@@ -1,0 +1,236 @@
+"""Speed patches give the gradients, norms and checkpoints of what they replace."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nemo_convert import nemo
+from recipes.backend import cpu_speed, without_cuda
+from recipes.backend.cpu_speed import SPEED_PATCHES, speed_patches
+from recipes.backend.gradients import pending_scale
+from recipes.backend.without_cuda import enable
+
+needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="active only without CUDA")
+
+
+class Tied(nn.Module):
+    """A weight that is used twice, as a tied embedding is, and one that is not always used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied = nn.Parameter(torch.randn(5, 5, dtype=torch.bfloat16))
+        self.tied.zero_out_wgrad = True  # type: ignore[attr-defined]
+        self.optional = nn.Parameter(torch.randn(5, dtype=torch.bfloat16))
+
+    def forward(self, x: torch.Tensor, all_weights: bool) -> torch.Tensor:
+        hidden = x @ self.tied @ self.tied.t()
+        return (hidden * self.optional if all_weights else hidden).square().sum()
+
+
+Wrap = Callable[..., Any]
+Batch = tuple[torch.Tensor, bool]
+
+
+@pytest.fixture
+def wrap() -> Iterator[Wrap]:
+    """Wraps the weights as Megatron does, with all speed patches."""
+    enable()
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+
+    nemo.initialize(nemo.Parallelism())
+    torch.manual_seed(1)
+    shape = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+
+    def wrapped(**settings: bool) -> Any:
+        return DistributedDataParallel(shape, DistributedDataParallelConfig(**settings), Tied())
+
+    with speed_patches(SPEED_PATCHES):
+        yield wrapped
+
+
+def scaled(gradient: Any) -> torch.Tensor:
+    return gradient.float() * (pending_scale(gradient) or 1.0)  # type: ignore[no-any-return]
+
+
+def expected_gradients(model: nn.Module, batches: list[Batch]) -> dict[str, torch.Tensor]:
+    """Sums the gradients of micro-batches in float32, as plain PyTorch computes them."""
+    sums = {name: torch.zeros(weight.shape) for name, weight in model.named_parameters()}
+    for x, every in batches:
+        plain = Tied()
+        plain.load_state_dict(model.state_dict())
+        plain(x, every).backward()
+        for name, weight in plain.named_parameters():
+            sums[name] += 0 if weight.grad is None else weight.grad.float()
+    return sums
+
+
+@needs_no_cuda
+@pytest.mark.parametrize(
+    ("micro_batches", "distributed", "overlap"),
+    [
+        *product([[True], [True, True], [False, True], [False], []], [True, False], [False]),
+        ([True], True, True),
+        ([False, True], True, True),  # the last one must have every gradient
+    ],
+)
+def test_each_step_has_its_own_gradients(
+    wrap: Wrap, micro_batches: list[bool], distributed: bool, overlap: bool
+) -> None:
+    """Whatever the step before left. Micro-batches are added in float32, and scaled at the end."""
+    settings = {"use_distributed_optimizer": distributed, "overlap_grad_reduce": overlap}
+    wrapped = wrap(grad_reduce_in_fp32=True, **settings)
+    for _ in range(2):
+        batches = [(torch.randn(3, 5, dtype=torch.bfloat16), every) for every in micro_batches]
+        expected = expected_gradients(wrapped.module, batches)
+        wrapped.zero_grad_buffer()
+        for number, (x, every) in enumerate(batches):
+            for group in wrapped.bucket_groups:
+                group.is_last_microbatch = number == len(batches) - 1
+            wrapped(x, every).backward()
+        wrapped.finish_grad_sync()
+        wrapped.scale_gradients(0.5)
+        for name, weight in wrapped.module.named_parameters():
+            assert torch.equal(scaled(weight.main_grad), expected[name] / 2)
+            weight.main_grad.fill_(7)  # must not reach the next step
+
+
+@needs_no_cuda
+def test_unshared_gradients_take_no_memory_before_they_are_made(wrap: Wrap) -> None:
+    wrapped = wrap(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    [buffer] = wrapped.buffers
+    assert buffer.grad_data.untyped_storage().nbytes() == 0
+    wrapped.zero_grad_buffer()
+    assert {weight.main_grad for weight in buffer.params} == {None}
+    wrapped(torch.randn(3, 5, dtype=torch.bfloat16), True).backward()
+    assert {weight.main_grad.dtype for weight in buffer.params} == {torch.bfloat16}
+    wrapped.finish_grad_sync()
+    wrapped.scale_gradients(0.5)
+    weights = list(buffer.params)
+    gradients = [weight.main_grad for weight in weights]
+    main_weights = [nn.Parameter(weight.detach().float().flatten()) for weight in weights]
+    optimizer = SimpleNamespace(
+        buffers=[buffer],
+        model_float16_groups=[weights],
+        model_fp32_groups=[],
+        shard_fp32_from_float16_groups=[main_weights],
+        shard_fp32_groups=[],
+    )
+    cpu_speed._hand_over_gradients(pytest.fail)(optimizer)
+    assert {weight.main_grad for weight in weights} == {None}
+    for main, gradient in zip(main_weights, gradients, strict=True):
+        assert main.grad is not None
+        assert main.grad.data_ptr() == gradient.data_ptr()
+        assert main.grad.dtype == torch.bfloat16
+        assert pending_scale(main.grad) == 0.5
+
+
+@needs_no_cuda
+def test_gradients_of_several_ranks_stay_megatrons(
+    wrap: Wrap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    wrapped = wrap(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    wrapped.zero_grad_buffer()
+    wrapped(torch.randn(3, 5, dtype=torch.bfloat16), True).backward()
+    [buffer] = wrapped.buffers
+    for weight in wrapped.module.parameters():
+        assert weight.main_grad.dtype == torch.float32
+        assert weight.main_grad.untyped_storage().data_ptr() == buffer.grad_data.data_ptr()
+
+
+@needs_no_cuda
+def test_a_forked_writer_has_the_buckets_that_are_released(wrap: Wrap) -> None:
+    """Megatron's own caller, whose process writes tensors that this one no longer has."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import (
+        AsyncRequest,
+        TemporalAsyncCaller,
+    )
+
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    buckets = [torch.arange(3), torch.arange(4)]
+
+    def write(rank: int, tensors: list[torch.Tensor]) -> None:
+        theirs.send([tensor.tolist() for tensor in tensors])
+
+    caller = TemporalAsyncCaller()
+    caller.schedule_async_call(AsyncRequest(write, (0, buckets), []))
+    assert buckets == [None, None]
+    assert ours.recv() == [[0, 1, 2], [0, 1, 2, 3]]
+    assert caller.is_current_async_call_done(blocking=True)
+    caller.schedule_async_call(AsyncRequest(None, (), []))  # a rank that has nothing to write
+
+
+@pytest.mark.parametrize(("ranks", "calls"), [(1, 0), (2, 1)])
+def test_a_gather_in_a_group_of_one_rank_is_skipped(ranks: int, calls: int) -> None:
+    """Megatron's buffer of one rank is its own shard, in place."""
+    made, buffer = list[torch.Tensor](), torch.arange(4.0)
+    group = SimpleNamespace(size=lambda: ranks)
+    gather = cpu_speed._skip_single_rank_gather(lambda *args, **_: made.append(*args[:1]))
+    gather(buffer.view(-1), buffer, group=group, async_op=True)
+    assert len(made) == calls
+    if ranks == 1:
+        with pytest.raises(AssertionError, match="whole buffer"):
+            gather(torch.empty(4), buffer, group=group)
+
+
+@needs_no_cuda
+@pytest.mark.parametrize("deferred", [True, False])
+def test_gradients_are_clipped_to_the_norm(
+    deferred: bool, wrap: Wrap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any type, whether or not their scaling is deferred."""
+    from megatron.core.optimizer import optimizer
+
+    monkeypatch.setattr(cpu_speed, "BLOCK", 3)
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    for parameter, dtype in zip(parameters[1:], (torch.bfloat16, torch.float32), strict=True):
+        parameter.grad_dtype = None
+        parameter.grad = torch.full((4,), 3.0 if deferred else 1.5, dtype=dtype)
+        if deferred:
+            parameter.grad.pending_scale = 0.5  # type: ignore[attr-defined]
+
+    def norm() -> float:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        group = torch.distributed.group.WORLD
+        return float(optimizer.get_grad_norm_fp32(gradients, grad_stats_parallel_group=group))
+
+    assert norm() == pytest.approx(math.sqrt(18))
+    optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=1.5, total_norm=norm())
+    assert norm() == pytest.approx(1.5, rel=1e-4 if deferred else 5e-3)  # bfloat16 has 8 bits
+    optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=9.0, total_norm=norm())
+    assert norm() == pytest.approx(1.5, rel=1e-4 if deferred else 5e-3)
+    parameters[1].grad[2] = math.nan
+    assert math.isnan(norm())
+
+
+@needs_no_cuda
+def test_type_names_are_cudas_only_while_the_optimizer_looks() -> None:
+    names = []
+
+    class Optimizer:
+        def __init__(self) -> None:
+            names.append(torch.zeros(1, dtype=torch.bfloat16).type())
+
+    patched = without_cuda._name_cuda_types(Optimizer.__init__)
+    patched(Optimizer.__new__(Optimizer))
+    assert names == ["torch.cuda.BFloat16Tensor"]
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+
+
+def test_no_speed_patch_is_active_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    from megatron.core.distributed import DistributedDataParallel
+
+    before = DistributedDataParallel._make_backward_post_hook
+    with speed_patches(SPEED_PATCHES):
+        assert DistributedDataParallel._make_backward_post_hook is before

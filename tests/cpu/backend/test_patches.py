@@ -1,0 +1,109 @@
+"""Libraries are replaced by one mechanism, which refuses an original that has changed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import subprocess
+import sys
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from recipes.backend.cpu_speed import SPEED_PATCHES
+from recipes.backend.patches import Patch, applied, apply, constant, fingerprint, value
+from recipes.backend.without_cuda import REQUIRED
+from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT
+
+PATCHES = [
+    pytest.param(patch, id=patch.target)
+    for group in (*REQUIRED.values(), *SPEED_PATCHES.values())
+    for patch in group
+]
+CHECK = """
+from recipes.backend.patches import _find
+from recipes.backend.cpu_speed import SPEED_PATCHES
+from recipes.backend.without_cuda import REQUIRED
+for group in (*REQUIRED.values(), *SPEED_PATCHES.values()):
+    for patch in group:
+        _find(patch)
+"""
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module with a function, a class and a flag."""
+    module: Any = ModuleType("library_to_patch")
+    module.rate = importlib.import_module("shutil").which
+    module.FAST = False
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module  # type: ignore[no-any-return]
+
+
+def patch_of(library: Any, name: str, **fields: Any) -> Patch:
+    original = fingerprint(getattr(library, name))
+    patch = Patch(f"{library.__name__}:{name}", "a test", original, constant(7))
+    return replace(patch, **fields)
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_each_patch_has_a_reason(patch: Patch) -> None:
+    assert len(patch.reason) > 10
+
+
+def test_all_originals_are_what_their_patches_were_written_for() -> None:
+    """In a process of its own, where nothing has been replaced yet."""
+    subprocess.run([sys.executable, "-c", CHECK], cwd=REPO_ROOT, check=True)
+
+
+def test_importing_replaces_nothing() -> None:
+    code = (
+        "import torch; before = torch.zeros, torch.Tensor.to, torch.cuda.current_device\n"
+        "from recipes.backend import cpu_speed, without_cuda\n"
+        "assert before == (torch.zeros, torch.Tensor.to, torch.cuda.current_device)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPO_ROOT, check=True)
+
+
+def test_a_patch_stays(library: Any) -> None:
+    apply([patch_of(library, "rate"), patch_of(library, "FAST", replace=value(True))])
+    assert library.rate("x") == 7
+    assert library.FAST is True
+
+
+def test_a_patch_ends_with_its_block(library: Any) -> None:
+    before = library.rate
+    with contextlib.suppress(KeyError), applied([patch_of(library, "rate")]):
+        assert library.rate() == 7
+        raise KeyError
+    assert library.rate is before
+
+
+def test_a_missing_target_is_named(library: Any) -> None:
+    patch = patch_of(library, "rate", target="library_to_patch:gone")
+    with pytest.raises(RecipeError, match=r"library_to_patch:gone does not exist"):
+        apply([patch])
+
+
+@pytest.mark.parametrize("name", ["rate", "FAST"])
+def test_a_changed_original_is_named(library: Any, name: str) -> None:
+    patch = patch_of(library, name, original="0123456789ab")
+    with pytest.raises(RecipeError, match=f"library_to_patch:{name} has the fingerprint"):
+        apply([patch])
+
+
+def test_a_failed_block_restores_what_it_had_replaced(library: Any) -> None:
+    before = library.rate
+    patches = [patch_of(library, "rate"), patch_of(library, "FAST", original="str")]
+    with pytest.raises(RecipeError), applied(patches):
+        pytest.fail("the block must not start")
+    assert library.rate is before
+
+
+def test_fingerprints_tell_functions_in_c_by_their_signature() -> None:
+    import torch
+
+    assert fingerprint(torch.zeros) != fingerprint(torch.ones)

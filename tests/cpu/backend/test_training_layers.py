@@ -1,0 +1,82 @@
+"""Local layers against those that they replace: values and gradients, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nemo_convert import nemo
+from recipes.backend.attention import LONG, attend_in_blocks
+from recipes.backend.device import QUERIES_AT_ONCE
+from recipes.backend.training_layers import SwiGLU, _RMSNorm, attend
+from tests.support.conversion import assert_trains_alike, convert_by_command
+from tests.support.gradients import inputs, with_gradients
+
+LENGTH, BATCH, HEADS, GROUPS, SIZE = QUERIES_AT_ONCE + 9, 3, 6, 2, 10
+SCALE = 0.3
+QUERY_KEY_VALUE = [(LENGTH, BATCH, HEADS, SIZE), *[(LENGTH, BATCH, GROUPS, SIZE)] * 2]
+
+
+def gated(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Written out: scores, causal mask, softmax, with keys and values repeated for each head."""
+    length = len(query)
+    q, k, v = (
+        t.repeat_interleave(HEADS // t.shape[2], dim=2).permute(1, 2, 0, 3)
+        for t in (query, key, value)
+    )
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    scores = (q @ k.transpose(2, 3) * SCALE).masked_fill(future, float("-inf"))
+    return (scores.softmax(dim=-1) @ v).permute(2, 0, 1, 3).flatten(2)
+
+
+CASES = {
+    "norm": (
+        lambda x, w: _RMSNorm.apply(x, w, 1e-5),
+        lambda x, w: nn.functional.rms_norm(x, (24,), w, 1e-5),
+        [(LENGTH, BATCH, 24), (24,)],
+    ),
+    "swiglu": (lambda x: SwiGLU(None)(x), gated, [(LENGTH, BATCH, 24)]),
+    "attention": (lambda q, k, v: attend(q, k, v, SCALE), plain_attention, QUERY_KEY_VALUE),
+    "attention in blocks": (
+        lambda q, k, v: attend_in_blocks(attend)(q, k, v, SCALE),
+        plain_attention,
+        QUERY_KEY_VALUE,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_values_and_gradients(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    ours, theirs, shapes = CASES[name]
+    tensors = [t.to(dtype) for t in inputs(*shapes)]
+    found = with_gradients(ours, tensors)
+    expected = with_gradients(theirs, [t.double() for t in tensors])
+    assert len(found) == len(expected) == len(shapes) + 1
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - other).norm() < tolerance * other.norm()
+
+
+def test_a_model_of_these_layers_is_the_same_model(odd_llama: Path, tmp_path: Path) -> None:
+    """Logits and every weight's gradient, with an odd number of everything."""
+    checkpoint = tmp_path / "odd.nemo"
+    assert convert_by_command("to-nemo", odd_llama, checkpoint) == 0
+    nemo.initialize(nemo.Parallelism())
+    tokens = torch.randint(0, 280, (2, 31), generator=torch.Generator().manual_seed(1))
+    assert_trains_alike(checkpoint, tokens)
+
+
+def test_long_sequences_keep_pytorchs_backward_pass() -> None:
+    """Blocks would hold scores that grow with the square of the length."""
+    query, key, value = inputs((LONG + 1, 1, 2, 4), *[(LONG + 1, 1, 2, 4)] * 2)
+    context = attend_in_blocks(attend)(query.requires_grad_(), key, value, SCALE)
+    assert "CausalAttention" not in type(context.grad_fn).__name__
