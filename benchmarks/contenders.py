@@ -105,7 +105,7 @@ def execute(command: list[str]) -> None:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["it ended without a message"]
         errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
         first = errors[0] if errors else len(lines) - 1
-        raise RecipeError("\n".join(lines[first:]).removeprefix("error: "))
+        raise RecipeError("\n".join(lines[first:]).removeprefix("error: "), fix="")
 
 
 def launch(

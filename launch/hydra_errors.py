@@ -38,7 +38,7 @@ def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> Config
         near = did_you_mean(key, {part.name for part in fields(schema)} - {key})
         raise RecipeError(f"{name}: {said.rstrip('.')}.{near}", fix_of(said)) from error
     if wrong := list(violations(typed, where)):
-        raise RecipeError("\n".join(wrong))
+        raise RecipeError("\n".join(wrong), fix="")
     return typed
 
 

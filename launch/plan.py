@@ -128,7 +128,7 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
         wrong += violations(config, where)
         typed[name] = config
     if wrong:
-        raise RecipeError("\n".join(wrong))
+        raise RecipeError("\n".join(wrong), fix="")
     if not typed:
         raise RecipeError(
             "the recipe has no stages.", "choose one that has, and leave out stages={}"

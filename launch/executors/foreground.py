@@ -141,7 +141,8 @@ def run(stage: PlannedStage, follower: Follower, begin: Begin = by_script) -> No
     new = _manifest_time(stage) != before
     if manifest is None or manifest.fingerprint != stage.fingerprint or not new:
         raise RecipeError(
-            f"stage {stage.name} failed: {reason(stage.directory, log)}\n  log: {log}"
+            f"stage {stage.name} failed: {reason(stage.directory, log)}\n  log: {log}",
+            fix="",
         )
 
 

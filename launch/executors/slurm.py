@@ -40,7 +40,7 @@ def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
     container.require_usable(plan, cluster)
     container.require_stages("mpi", cluster.mpi)
     if problems := list(settings_problems(plan.todo(), cluster)):
-        raise RecipeError("\n".join(problems))
+        raise RecipeError("\n".join(problems), fix="")
     return _adopt(plan)
 
 
@@ -122,7 +122,8 @@ def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
             why = ENDED_BY_SLURM.get(state.state) if state else None
             raise RecipeError(
                 f"stage {stage.name}, job {job.id}, failed{ended}: "
-                f"{why or reason(stage.directory, log)}\n  log: {log}"
+                f"{why or reason(stage.directory, log)}\n  log: {log}",
+                fix="",
             )
 
 

@@ -7,9 +7,14 @@ from collections.abc import Iterable
 
 
 class RecipeError(Exception):
-    """Bad input or a failed check. The message is shown as it is, without a traceback."""
+    """Bad input or a failed check. The message is shown as it is, without a traceback.
 
-    def __init__(self, what: str, fix: str = "") -> None:
+    Args:
+        what: What is wrong.
+        fix: How to fix it; empty only where ``what`` already says so.
+    """
+
+    def __init__(self, what: str, fix: str) -> None:
         self.what, self.fix = what, fix
         super().__init__(f"{what}\n  fix: {fix}" if fix else what)
 

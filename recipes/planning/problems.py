@@ -27,5 +27,5 @@ def require_none(problems: Iterable[Problem], skipped: Collection[str] = ()) -> 
     found = tuple(dict.fromkeys(problems))
     stopping = [str(p) for p in found if p.rule.severity == ERROR and p.rule.name not in skipped]
     if stopping:
-        raise RecipeError("\n".join(stopping))
+        raise RecipeError("\n".join(stopping), fix="")
     return found

@@ -118,7 +118,7 @@ def run_stage(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> 
     if read_manifest(directory) is None:
         error = directory / "work" / "error.txt"
         reason = error.read_text(encoding="utf-8") if error.exists() else "it left no message"
-        raise RecipeError(f"{directory.name} of {directory.parent.name} failed: {reason}")
+        raise RecipeError(f"{directory.name} of {directory.parent.name} failed: {reason}", fix="")
 
 
 def request_of(config: StageConfig, inputs: dict[str, Path]) -> dict[str, Any]:

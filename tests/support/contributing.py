@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says to write, written into a copy of the repository."""
+"""Files that CONTRIBUTING.md says to write, in a copy of the repository."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARTS = ("conf", "launch", "nemo_convert", "recipes")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: what it is to become, by its language, and the heading above it."""
+    """A fenced block: its language and text, and the heading above it."""
 
     heading: str
     language: str
@@ -29,20 +29,11 @@ class Block:
         """The file that its first line names."""
         return self.text.split("\n", 1)[0].removeprefix("# ")
 
-    def apply(self, root: Path) -> None:
-        """Writes a new file, or changes one where the lines of the diff stand."""
-        content, path = self.text.split("\n", 1)[1], root / self.file
-        if self.language != "diff":
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(content)
-            return
-        for hunk in content.split("@@\n"):
-            lines = hunk.splitlines(keepends=True)
-            before = "".join(line[1:] or "\n" for line in lines if line[0] != "+")
-            after = "".join(line[1:] or "\n" for line in lines if line[0] != "-")
-            text = path.read_text()
-            assert text.count(before) == 1, f"{self.file} does not have once:\n{before}"
-            path.write_text(text.replace(before, after))
+    def write(self, root: Path) -> None:
+        """Writes the file."""
+        path = root / self.file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(self.text.split("\n", 1)[1])
 
 
 def blocks(heading: str) -> list[Block]:
@@ -58,14 +49,14 @@ def fenced_aside(text: str) -> str:
 
 
 def copy_with(root: Path, *headings: str) -> Path:
-    """Copies the repository's packages and adds what stands below the headings."""
+    """Copies the repository's packages and adds the files below the headings."""
     for part in PARTS:
         shutil.copytree(REPO_ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPO_ROOT / "pyproject.toml", root)
     for heading in headings:
         for block in blocks(heading):
             if block.language != "bash":
-                block.apply(root)
+                block.write(root)
     return root
 
 

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: what it says to add is added and used; what it names exists."""
+"""CONTRIBUTING.md: the files that it says to add work; names in all documents are real."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DOCUMENTS = sorted(
     for pattern in ("*.md", "benchmarks/*.md", "docs/*.md")
     for file in REPO_ROOT.glob(pattern)
 )
-ADDED = ("A recipe", "A stage", "A rule of preflight", "A loss", "A family")
+ADDED = ("A recipe", "A stage")
 CLI = "launch/run.py"
 
 
@@ -82,15 +82,6 @@ def test_a_stage_says_what_it_does_not_take(copy: Path, tmp_path: Path) -> None:
     done = run(copy, *arguments, "stages.plan_csv.resources.devices=2")
     assert "[one-rank]" in done.stderr
     assert "delimiter" in run(copy, *arguments, "stages.plan_csv.delimeter=x").stderr
-
-
-def test_a_rule_is_listed_and_tripped(copy: Path, tmp_path: Path) -> None:
-    arguments = ("recipe=llama_depth_prune", "skip_rules=[disk]", f"run_dir={tmp_path}")
-    done = run(copy, CLI, "dry_run=true", *arguments, "stages.distill.adam_beta2=0.5")
-    assert done.returncode == 1
-    assert "adam_beta1=0.9, adam_beta2=0.5" in done.stderr
-    assert "[adam-betas]" in done.stderr
-    assert "adam-betas" in run(copy, CLI, "doctor", "rules").stdout
 
 
 def test_the_picture_is_the_rule_that_is_enforced() -> None:

@@ -57,7 +57,7 @@ def test_a_refused_weight_is_raised_where_it_is_wanted(
 ) -> None:
     def refuse(key: str, place: Place) -> Tensor:
         if (key, place) == WANTED[1]:
-            raise RecipeError("a weight is not there")
+            raise RecipeError("a weight is not there", "")
         return source(key, place)
 
     weights = _one_ahead(refuse, WANTED)
@@ -90,7 +90,7 @@ def test_checksums_are_left_out_only_there() -> None:
     def fail() -> None:
         with _without_checksums():
             assert not torch.serialization.get_crc32_options()
-            raise RecipeError("the disk is full")
+            raise RecipeError("the disk is full", "")
 
     assert torch.serialization.get_crc32_options()
     with pytest.raises(RecipeError):

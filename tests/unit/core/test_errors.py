@@ -10,7 +10,7 @@ def test_error_shows_the_fix_on_its_own_line() -> None:
 
 
 def test_error_without_a_fix_is_just_the_message() -> None:
-    assert str(RecipeError("it broke")) == "it broke"
+    assert str(RecipeError("it broke", "")) == "it broke"
 
 
 @pytest.mark.parametrize(
