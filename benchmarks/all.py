@@ -1,11 +1,11 @@
-"""Measures again what takes minutes, keeps it in ``history.jsonl``, and says what got worse.
+"""Repeats the short benchmarks, appends them to ``history.jsonl``, and reports regressions.
 
     python -m benchmarks.all [--only convert prepare distill tasks]
 
-A figure is how long something takes beside its baseline, which does the same work in the same run:
-a ratio, above 1 where ours is slower. It is worse than the last one of the same kind of processor
-and as many cores if it grew by more than either spread, the range of its repeats. Seconds are CPU
-time of the process; a step of distillation, which has several, is taken by the clock.
+Each measurement is a ratio of our time to a baseline's, which does the same work in the same run;
+above 1 ours is slower. A ratio regressed if it grew, since the last entry of the same processor and
+number of cores, by more than the spread of either: the range over the repeats. Seconds are CPU time
+of the process, except for distillation, whose steps are measured by the clock.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import convert, distill, prepare, tasks
-from benchmarks.contenders import Shape, make_inputs, model_folder, run_contender
+from benchmarks.distill import Shape, run_contender
+from benchmarks.launching import make_inputs, model_folder, run_main
 from recipes.core.files import REPO_ROOT
 from recipes.core.processes import cores
 from recipes.core.screen import plain_table, screen
@@ -38,8 +39,8 @@ ITEMS = 10
 
 
 @dataclass(frozen=True)
-class Figure:
-    """Seconds of each repeat, and of the baseline beside it."""
+class Measurement:
+    """Seconds of each repeat, and of the baseline's repeats."""
 
     name: str
     baseline: str
@@ -56,9 +57,9 @@ class Entry:
     seconds: float
     """Median of the repeats."""
     ratio: float
-    """Over the baseline's; median of the repeats."""
+    """To the baseline's seconds; median of the repeats."""
     spread: float
-    """Between the repeats' highest and lowest ratio."""
+    """Highest minus lowest ratio of the repeats."""
     repeats: int
     commit: str | None
     date: str
@@ -66,24 +67,24 @@ class Entry:
     cores: int
 
 
-def conversion(model: Path) -> Iterator[Figure]:
-    """Both directions and their gate."""
+def conversion(model: Path) -> Iterator[Measurement]:
+    """Measures both directions and the comparison of the models."""
     baseline, *others = convert.SIDES
     runs = {
-        side: [run["cpu_seconds"] for run in found]
-        for side, found in convert.run_sides(model, REPEATS).items()
+        side: [run["cpu_seconds"] for run in side_runs]
+        for side, side_runs in convert.run_sides(model, REPEATS).items()
     }
     for side in others:
-        yield Figure(f"convert {side}", baseline, runs[side], runs[baseline])
+        yield Measurement(f"convert {side}", baseline, runs[side], runs[baseline])
 
 
-def preparation(model: Path) -> Iterator[Figure]:
-    """Text, by one process."""
+def preparation(model: Path) -> Iterator[Measurement]:
+    """Measures the preparation of text in one process."""
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.jsonl"
         prepare.write_text(text, TEXT_BYTES)
         runs = [prepare.measure(text, model, 1) for _ in range(REPEATS)]
-    yield Figure(
+    yield Measurement(
         "prepare",
         "its tokenizer alone",
         [run.cpu_seconds for run in runs],
@@ -91,34 +92,33 @@ def preparation(model: Path) -> Iterator[Figure]:
     )
 
 
-def distillation(model: Path) -> Iterator[Figure]:
-    """Steps of the embedded model's student, whatever model the others have."""
+def distillation(model: Path) -> Iterator[Measurement]:
+    """Measures steps of the embedded model's student; ``model`` is not used."""
     bfloat16 = cpu_profile("precision") == "bf16-mixed"
     baseline, *others = "loop-bf16" if bfloat16 else "loop-fp32", "nemo", "nemo-cached"
     run_dir, tokens = make_inputs(), STEPS.micro_batch * STEPS.seq_length
     steps = {}
     for name in (baseline, *others):
-        with tempfile.TemporaryDirectory(dir=run_dir.parent) as scratch:
-            record = run_contender(name, STEPS, run_dir, Path(scratch))
+        record = run_contender(name, STEPS, run_dir)
         steps[name] = [tokens / speed for speed in distill.speeds(record, STEPS)]
     for name in others:
-        yield Figure(f"distill {name}", baseline, steps[name], steps[baseline])
+        yield Measurement(f"distill {name}", baseline, steps[name], steps[baseline])
 
 
-def evaluation(model: Path) -> Iterator[Figure]:
-    """Some items of five tasks, with one subject of MMLU, against lm-eval's model in float32."""
+def evaluation(model: Path) -> Iterator[Measurement]:
+    """Measures five tasks, with one subject of MMLU, against lm-eval's model in float32."""
     options = [f"--model={model}", f"--limit={ITEMS}", "--parts=1", f"--repeats={REPEATS}"]
-    found = tasks.measure([*options, "--tasks", *TASKS])
+    answers = tasks.measure([*options, "--tasks", *TASKS])
     seconds = {
-        side: [sum(each) for each in zip(*(one.seconds for one in of.values()), strict=True)]
-        for side, of in found.items()
+        side: [sum(each) for each in zip(*(one.seconds for one in by_task.values()), strict=True)]
+        for side, by_task in answers.items()
     }
     baseline = seconds.pop(tasks.BASELINE)
     for side, each in seconds.items():
-        yield Figure(f"tasks {side}", tasks.BASELINE, each, baseline)
+        yield Measurement(f"tasks {side}", tasks.BASELINE, each, baseline)
 
 
-SCRIPTS: dict[str, Callable[[Path], Iterable[Figure]]] = {
+SCRIPTS: dict[str, Callable[[Path], Iterable[Measurement]]] = {
     "convert": conversion,
     "prepare": preparation,
     "distill": distillation,
@@ -126,17 +126,17 @@ SCRIPTS: dict[str, Callable[[Path], Iterable[Figure]]] = {
 }
 
 
-def processor_kind() -> str:
-    """What tells one kind of processor from others: its name, its model and bfloat16 products."""
+def processor_type() -> str:
+    """Returns the processor's name, model and bfloat16 instructions."""
     facts = dict(line.split(":", 1) for line in cpuinfo().splitlines() if ":" in line)
-    known = {name.strip(): value.strip() for name, value in facts.items()}
-    flags = BFLOAT16_FLAGS & {*known.get("flags", known.get("Features", "")).split()}
-    names = [known.get("model name", "unknown"), known.get("model", ""), *sorted(flags)]
+    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    flags = BFLOAT16_FLAGS & {*facts.get("flags", facts.get("Features", "")).split()}
+    names = [facts.get("model name", "unknown"), facts.get("model", ""), *sorted(flags)]
     return ", ".join(filter(None, names))
 
 
-def entry(figure: Figure, commit: str | None) -> Entry:
-    """A figure as it is kept."""
+def entry(figure: Measurement, commit: str | None) -> Entry:
+    """Makes the history's entry of a measurement."""
     ratios = [a / b for a, b in zip(figure.seconds, figure.baseline_seconds, strict=True)]
     return Entry(
         figure.name,
@@ -147,59 +147,59 @@ def entry(figure: Figure, commit: str | None) -> Entry:
         len(ratios),
         commit,
         datetime.now(UTC).date().isoformat(),
-        processor_kind(),
+        processor_type(),
         cores(),
     )
 
 
-def last(found: Entry, history: Iterable[Entry]) -> Entry | None:
-    """The entry before it that it compares with."""
-    alike = attrgetter("figure", "baseline", "processor", "cores")
-    return next((one for one in reversed([*history]) if alike(one) == alike(found)), None)
+def previous(new: Entry, history: Iterable[Entry]) -> Entry | None:
+    """Returns the last entry of the same measurement, processor and number of cores."""
+    key = attrgetter("figure", "baseline", "processor", "cores")
+    return next((one for one in reversed([*history]) if key(one) == key(new)), None)
 
 
-def worse(found: Entry, before: Entry) -> bool:
-    """Whether it grew by more than noise."""
-    return found.ratio - before.ratio > max(found.spread, before.spread)
+def is_regression(new: Entry, before: Entry) -> bool:
+    """Returns whether the ratio grew by more than the spread."""
+    return new.ratio - before.ratio > max(new.spread, before.spread)
 
 
 def read_history(path: Path) -> list[Entry]:
-    """All entries, the oldest first."""
+    """Reads all entries, the oldest first."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [Entry(**json.loads(line)) for line in lines]
 
 
 def main() -> None:
-    """Measures, keeps, and fails where something got worse."""
+    """Measures, appends to the history, and fails if a ratio regressed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.all")
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
-    parser.add_argument("--model", help="Hugging Face folder or source; the embedded one if none")
+    parser.add_argument("--model", help="Hugging Face folder or source; default: SmolLM2")
     parser.add_argument("--history", type=Path, default=HISTORY)
     args = parser.parse_args()
     history, commit = read_history(args.history), git_sha()
-    table = plain_table("", "figure", "baseline", "seconds", "ratio", "spread", "before", "")
+    table = plain_table("", "measurement", "baseline", "seconds", "ratio", "spread", "before", "")
     regressions = 0
     for name in args.only:
         for figure in SCRIPTS[name](model_folder(args.model)):
-            found = entry(figure, commit)
+            new = entry(figure, commit)
             with args.history.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(found)) + "\n")
-            before = last(found, history)
-            is_worse = before is not None and worse(found, before)
-            regressions += is_worse
+                file.write(json.dumps(asdict(new)) + "\n")
+            before = previous(new, history)
+            regressed = before is not None and is_regression(new, before)
+            regressions += regressed
             table.add_row(
-                found.figure,
-                found.baseline,
-                f"{found.seconds:.2f}",
-                f"{found.ratio:.3f}",
-                f"{found.spread:.3f}",
+                new.figure,
+                new.baseline,
+                f"{new.seconds:.2f}",
+                f"{new.ratio:.3f}",
+                f"{new.spread:.3f}",
                 f"{before.ratio:.3f} ({before.commit})" if before else "",
-                "worse" if is_worse else "",
+                "regressed" if regressed else "",
             )
     screen().print(table)
     if regressions:
-        sys.exit(f"{regressions} of them got worse")
+        sys.exit(f"{regressions} measurements regressed")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,18 +1,18 @@
-"""Conversion beside transformers' own load-and-save: time, memory, and ratios.
+"""Compares conversion to transformers' own load-and-save: time and memory.
 
     python -m benchmarks.convert [--model FOLDER_OR_SOURCE] [--repeats N]
     python -m benchmarks.convert --billions 7
 
-Every side runs in a process of its own, in turn, and the best time and lowest peak of the repeats
-count. Time is without imports, memory above what it was after them. ``resident`` is the peak of all
-memory, with pages of mapped files, which the system can drop at any time; ``anonymous`` is without
-them. ``verify`` is the gate after a conversion: both models, one after the other in float32, their
-logits, and every weight.
+Every side runs in a process of its own, one after the other; the shortest time and the lowest peak
+of the repeats count. Time excludes imports, and memory is measured above the level after them.
+``resident`` is the peak of all memory, with pages of mapped files, which the system can drop at any
+time; ``anonymous`` excludes them. ``verify`` compares logits and every weight of both models, in
+float32.
 
-With ``--billions`` the model is a random Llama of so many parameters in bfloat16, and the baseline
-a plain copy of its files. Nothing that is read is in the page cache before, what is written is on
-the disk when time stops, and the baseline comes first and last by turns. The weights that come back
-are compared with the first ones. The disk holds three such models at once.
+With ``--billions`` the model is a random Llama with that number of parameters in bfloat16, and the
+baseline is a plain copy of its files. The page cache holds none of the files before a side starts,
+and time stops when all output is on the disk. The baseline comes first and last by turns. The
+weights are compared after the round trip. The disk must hold three such models.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -30,7 +28,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import model_folder
+from benchmarks.launching import model_folder, run_child, run_main
 
 SIDES = ("transformers", "to-nemo", "to-hf", "verify")
 COLD_SIDES = ("copy", "to-nemo", "to-hf")
@@ -49,7 +47,7 @@ LAYER_BILLIONS = 0.218
 
 
 def work_of(side: str, folder: Path, scratch: Path) -> Callable[[], object]:
-    """What a side does, with everything imported."""
+    """Imports what a side needs, and returns its work."""
     if side == "copy":
         return lambda: shutil.copytree(folder, scratch / "copy")
     if side == "transformers":
@@ -79,7 +77,7 @@ def work_of(side: str, folder: Path, scratch: Path) -> Callable[[], object]:
 
 
 def memory() -> dict[str, int]:
-    """This process' memory in bytes, now."""
+    """Reads this process' current memory, in bytes."""
     with open("/proc/self/status", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)
     names = {"anonymous": "RssAnon", "resident": "VmRSS"}
@@ -87,7 +85,7 @@ def memory() -> dict[str, int]:
 
 
 def measured(work: Callable[[], object]) -> dict[str, float]:
-    """Seconds of a piece of work, of the clock and of the CPU, and how far memory rose by it."""
+    """Measures wall-clock and CPU seconds of a piece of work, and the rise of memory."""
     before = memory()
     peak = dict(before)
     done = threading.Event()
@@ -99,11 +97,11 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began, used = time.perf_counter(), time.process_time()
+    start, cpu_start = time.perf_counter(), time.process_time()
     try:
         work()
     finally:
-        seconds, cpu = time.perf_counter() - began, time.process_time() - used
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
         done.set()
         watcher.join()
     rise = {name: peak[name] - before[name] for name in peak}
@@ -112,19 +110,15 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
 
 def run_side(side: str, folder: Path, scratch: Path, cold: bool) -> dict[str, float]:
     """Runs a side in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.convert", "--side", side]
-    done = subprocess.run(
-        [*command, "--model", str(folder), "--scratch", str(scratch), *["--cold"] * cold],
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
+    paths = [f"--model={folder}", f"--scratch={scratch}"]
+    result: dict[str, float] = run_child(
+        "benchmarks.convert", f"--side={side}", *paths, *["--cold"] * cold
     )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return result
 
 
 def settle(folder: Path, forget: bool = False) -> None:
-    """Waits until files are on the disk, and takes them out of the page cache."""
+    """Waits until files are on the disk; ``forget`` also drops them from the page cache."""
     for file in (file for file in folder.rglob("*") if file.is_file()):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
@@ -133,7 +127,7 @@ def settle(folder: Path, forget: bool = False) -> None:
 
 
 def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[dict[str, float]]]:
-    """Every side's figures, a run each."""
+    """Measures every side; one run for each repeat."""
     baseline, *others = COLD_SIDES if cold else SIDES
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in (baseline, *others)}
     for number in range(repeats):
@@ -154,15 +148,15 @@ def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[
 
 
 def best(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """The best of each side's figures over its runs."""
+    """Returns the lowest of each side's measurements over its runs."""
     return {
-        side: {name: min(run[name] for run in found) for name in found[0]}
-        for side, found in runs.items()
+        side: {name: min(run[name] for run in side_runs) for name in side_runs[0]}
+        for side, side_runs in runs.items()
     }
 
 
 def write_random(folder: Path, like: Path, shape: Mapping[str, int | bool]) -> None:
-    """Writes a random Llama in bfloat16, with another's tokenizer."""
+    """Writes a random Llama in bfloat16, with the tokenizer of ``like``."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -179,7 +173,7 @@ def write_random(folder: Path, like: Path, shape: Mapping[str, int | bool]) -> N
 
 
 def require_same(folder: Path, back: Path) -> None:
-    """Refuses weights that are not those they were made of, bit for bit."""
+    """Refuses weights that differ after the round trip in any bit."""
     import torch
 
     from nemo_convert.hf import Weights
@@ -193,7 +187,7 @@ def require_same(folder: Path, back: Path) -> None:
 
 
 def table(results: dict[str, dict[str, float]], size: int) -> str:
-    """The figures as text, beside the checkpoint's size and the first side's time."""
+    """Formats the measurements, with ratios to the checkpoint's size and the baseline's time."""
     baseline = next(iter(results))
     rows = [
         f"{'':14}{'seconds':>9}{'x baseline':>12}{'resident':>12}{'x size':>8}{'anonymous':>13}"
@@ -210,18 +204,19 @@ def table(results: dict[str, dict[str, float]], size: int) -> str:
 def main() -> None:
     """Measures all sides, or one as a child."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert")
-    parser.add_argument("--model", help="Hugging Face folder or source; the embedded one if none")
+    parser.add_argument("--model", help="Hugging Face folder or source; default: SmolLM2")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--billions", type=float, help="parameters of a random model instead")
     parser.add_argument("--side", choices={*SIDES, *COLD_SIDES}, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         work = work_of(args.side, Path(args.model), args.scratch)
         to_the_end = [work, lambda: settle(args.scratch)] if args.cold else [work]
         result: Any = measured(lambda: [part() for part in to_the_end])
-        print(json.dumps(result))
+        args.out.write_text(json.dumps(result))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = model_folder(args.model)
@@ -234,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

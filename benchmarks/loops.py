@@ -1,9 +1,8 @@
-"""The contenders that are not ours: PyTorch loops and ModelOpt's Hugging Face trainer.
+"""The baselines of ``benchmarks.distill``: PyTorch loops and ModelOpt's Hugging Face trainer.
 
-Started as ``python -m benchmarks.loops NAME``, one contender to a process. All use transformers
+Started as ``python -m benchmarks.loops NAME``, one baseline to a process. All use transformers
 models with scaled dot-product attention, fused AdamW with float32 weights, and clipped gradients.
-Under bfloat16 the student runs in autocast and the teacher has bfloat16 weights: what a careful
-user would write, and at least as fast as every other form that was tried.
+In bfloat16 the student runs in autocast and the teacher has bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -12,12 +11,10 @@ import argparse
 import importlib.util
 import json
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from benchmarks.contenders import Record
+from benchmarks.distill import Record
+from benchmarks.launching import run_main
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT
@@ -33,14 +31,13 @@ from recipes.core.processes import die_with_parent
 from recipes.data.token_windows import windows
 from recipes.evaluation.text_quality import load_transformers
 
-CHUNK_TOKENS = 128
 LR, BETA1, BETA2, WEIGHT_DECAY, CLIP = 1e-4, 0.9, 0.95, 0.1, 1.0
 """Those of our stage, at a constant learning rate."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every contender gets; batches are int64 [steps, micro batch, sequence]."""
+    """Input of every baseline; batches are int64 [steps, micro batch, sequence]."""
 
     teacher: Any
     student: Any
@@ -48,56 +45,22 @@ class Task:
     bfloat16: bool
 
     def autocast(self) -> torch.autocast:
-        """The precision of every forward pass."""
+        """Returns the context of a forward pass."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of logits [tokens, vocabulary] in float32, summed over the tokens."""
-    scores, target = log_softmax(student.float(), -1), log_softmax(teacher.float(), -1)
-    return kl_div(scores, target, log_target=True, reduction="sum")
-
-
-def logits_of(task: Task, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Of student and teacher for a batch, [windows, positions, vocabulary] each."""
+def loss_of(task: Task, tokens: Tensor) -> Tensor:
+    """Returns KL(teacher ‖ student) of a batch, in float32, as the mean over its tokens."""
     with task.autocast():
         with torch.inference_mode():
             target = task.teacher(tokens).logits
-        return task.student(tokens).logits, target
+        logits = task.student(tokens).logits
+    scores, targets = (log_softmax(x.float().flatten(0, 1), -1) for x in (logits, target))
+    return kl_div(scores, targets, log_target=True, reduction="sum") / tokens.numel()
 
 
-def whole_loss(task: Task, tokens: Tensor) -> float:
-    """Back-propagates the mean loss of a batch, and returns it."""
-    logits, target = logits_of(task, tokens)
-    loss = divergence(logits.flatten(0, 1), target.flatten(0, 1)) / tokens.numel()
-    loss.backward()
-    return float(loss)
-
-
-def chunked_loss(task: Task, tokens: Tensor) -> float:
-    """As ``whole_loss``, but the logits of only a few tokens exist at a time.
-
-    Each chunk is back-propagated to the last hidden state at once, so nothing is computed twice.
-    """
-    with task.autocast():
-        with torch.inference_mode():
-            target = task.teacher.model(tokens).last_hidden_state.flatten(0, 1)
-        hidden = task.student.model(tokens).last_hidden_state.flatten(0, 1)
-        leaf, total = hidden.detach().requires_grad_(), 0.0
-        for rows, target_rows in zip(
-            leaf.split(CHUNK_TOKENS), target.split(CHUNK_TOKENS), strict=True
-        ):
-            with torch.inference_mode():
-                target_logits = task.teacher.lm_head(target_rows)
-            loss = divergence(task.student.lm_head(rows), target_logits) / tokens.numel()
-            loss.backward()
-            total += float(loss)
-    hidden.backward(leaf.grad)
-    return total
-
-
-def loop(task: Task, record: Record, step: Callable[[Task, Tensor], float]) -> None:
-    """The loop that a user would write."""
+def loop(task: Task, record: Record) -> None:
+    """Trains in the loop that a user would write."""
     optimizer = torch.optim.AdamW(
         task.student.parameters(),
         lr=LR,
@@ -106,16 +69,17 @@ def loop(task: Task, record: Record, step: Callable[[Task, Tensor], float]) -> N
         fused=True,
     )
     for tokens in task.batches:
-        loss = step(task, tokens)
+        loss = loss_of(task, tokens)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(task.student.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         record.ends.append(time.time())
-        record.losses.append(loss)
+        record.losses.append(loss.item())
 
 
 def modelopt(task: Task, record: Record) -> None:
-    """ModelOpt's ``KDTrainer`` on transformers' ``Trainer``, with its own loss.
+    """Trains with ModelOpt's ``KDTrainer`` on transformers' ``Trainer``, with its own loss.
 
     Raises:
         RecipeError: accelerate, which ``Trainer`` needs, is not installed.
@@ -133,7 +97,7 @@ def modelopt(task: Task, record: Record) -> None:
 
     class InOrder(KDTrainer):
         def _get_train_sampler(self, *_: Any) -> None:
-            """The windows as they lie, as the others take them."""
+            """Returns no sampler: sequences come in order, as in the loops."""
 
     _, micro_batch, _ = task.batches.shape
     with tempfile.TemporaryDirectory() as folder:
@@ -166,16 +130,15 @@ def modelopt(task: Task, record: Record) -> None:
 
 
 LOOPS: dict[str, tuple[Callable[[Task, Record], None], bool]] = {
-    "loop-fp32": (partial(loop, step=whole_loss), False),
-    "loop-bf16": (partial(loop, step=whole_loss), True),
-    "chunked-bf16": (partial(loop, step=chunked_loss), True),
+    "loop-fp32": (loop, False),
+    "loop-bf16": (loop, True),
     "modelopt-bf16": (modelopt, True),
 }
-"""What runs a contender, and whether in bfloat16."""
+"""What trains a baseline, and whether in bfloat16."""
 
 
 def load(run_dir: Path, shape: tuple[int, int, int], *, bfloat16: bool) -> Task:
-    """Teacher, student and training text of a run, as batches of a shape.
+    """Loads teacher, student and training text of a run, as batches of a shape.
 
     Raises:
         RecipeError: The run has too little text.
@@ -196,7 +159,7 @@ def load(run_dir: Path, shape: tuple[int, int, int], *, bfloat16: bool) -> Task:
 
 
 def main() -> None:
-    """Runs one contender and writes its record."""
+    """Runs one baseline and writes its record."""
     die_with_parent()
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=LOOPS)
@@ -206,13 +169,10 @@ def main() -> None:
     args = parser.parse_args()
     run, bfloat16 = LOOPS[args.name]
     record = Record()
-    try:
-        run(load(args.run_dir, tuple(args.shape), bfloat16=bfloat16), record)
-    except RecipeError as error:
-        sys.exit(f"error: {error}")
+    run(load(args.run_dir, tuple(args.shape), bfloat16=bfloat16), record)
     record.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     args.out.write_text(json.dumps(asdict(record)))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

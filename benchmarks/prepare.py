@@ -1,12 +1,11 @@
-"""Preparing text: tokens a second by processes, and memory by the size of the text.
+"""Measures preparing text: tokens per second by processes, and memory by size of the text.
 
     python -m benchmarks.prepare [--model FOLDER_OR_SOURCE] [--megabytes N] [--processes 1 2]
 
-The text is the recipes' Wikipedia summaries in JSONL, each with a number before it, so that no two
-are alike, again and again until there are as many megabytes, and ten times as many. Every
-measurement runs in a process of its own, one after the other. Time is without imports; memory is
-the peak above what it was after them, of the process that reads, decides and writes, and what is
-resident at most, libraries included, of any that tokenizes beside it.
+The text is the recipes' Wikipedia summaries in JSONL, repeated up to the size and to ten times the
+size; a number before each makes all documents different. Every measurement runs in a process of its
+own, one after the other. Time excludes imports. Memory of the main process is the peak above the
+level after imports; memory of a tokenizer process is its peak resident memory, with libraries.
 """
 
 from __future__ import annotations
@@ -14,15 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
-from benchmarks.contenders import model_folder
 from benchmarks.convert import measured
+from benchmarks.launching import model_folder, run_child, run_main
 from recipes.core.files import REPO_ROOT
 
 TIMES = (1, 10)
@@ -30,22 +27,22 @@ TIMES = (1, 10)
 
 @dataclass(frozen=True)
 class Measurement:
-    """One preparation."""
+    """Measurement of one preparation; memory in bytes."""
 
     tokens: int
     seconds: float
     cpu_seconds: float
-    """Of the process that writes."""
+    """Of the main process, which reads, splits and writes."""
     tokenizer_seconds: float
-    """The same, of its tokenizer alone on the same text."""
+    """CPU seconds of the tokenizer alone on the same text."""
     anonymous: float
-    """Peak above the imports' memory, in bytes, of the process that writes."""
+    """Peak of the main process, above its memory after imports."""
     helper: float
-    """Peak resident memory, in bytes, of the largest process beside it; 0 of none."""
+    """Peak resident memory of the largest tokenizer process; 0 if there is none."""
 
 
 def write_text(path: Path, size: int) -> None:
-    """Writes at least ``size`` bytes of documents, no two of them alike."""
+    """Writes at least ``size`` bytes of different documents."""
     from omegaconf import OmegaConf
 
     from recipes.data.corpus import read_source
@@ -71,7 +68,7 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Measu
     tokenizer = load_tokenizer(model)
     tokenizer.encode(["a"])
     done: list[preparation.PreparationState] = []
-    found = measured(
+    main_process = measured(
         lambda: done.append(preparation.prepare(cfg, tokenizer, folder, MetricsLog(None)))
     )
     tokens = sum(size for size, _ in done[0].sizes.values()) // 4
@@ -82,43 +79,41 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Measu
     alone = measured(lambda: tokenizer.encode(documents))
     return Measurement(
         tokens,
-        found["seconds"],
-        found["cpu_seconds"],
+        main_process["seconds"],
+        main_process["cpu_seconds"],
         alone["cpu_seconds"],
-        found["anonymous"],
+        main_process["anonymous"],
         helper,
     )
 
 
 def measure(text: Path, model: Path, processes: int) -> Measurement:
-    """Runs a preparation in a process of its own."""
+    """Measures a preparation in a process of its own."""
     with tempfile.TemporaryDirectory(dir=text.parent) as folder:
-        command = [sys.executable, "-m", "benchmarks.prepare", "--text", str(text)]
-        done = subprocess.run(
-            [*command, "--model", str(model), "--processes", str(processes), "--folder", folder],
-            stdout=subprocess.PIPE,
-            check=True,
-            text=True,
-        )
-    return Measurement(**json.loads(done.stdout.splitlines()[-1]))
+        paths = [f"--text={text}", f"--model={model}", f"--folder={folder}"]
+        result = run_child("benchmarks.prepare", *paths, f"--processes={processes}")
+    return Measurement(**result)
 
 
 def main() -> None:
     """Measures all, or one as a child."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prepare")
-    parser.add_argument("--model", help="Hugging Face folder or source; the embedded one if none")
+    parser.add_argument("--model", help="Hugging Face folder or source; default: SmolLM2")
     parser.add_argument("--megabytes", type=float, default=8)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--text", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.text:
         [processes] = args.processes
         one = prepare_once(args.text, Path(args.model), processes, args.folder)
-        print(json.dumps(asdict(one)))
+        args.out.write_text(json.dumps(asdict(one)))
         return
     model = model_folder(args.model)
-    print("| text | processes | tokens/s | memory | of a helper |\n|---|---|---|---|---|")
+    print(
+        "| text | processes | tokens/s | memory | of a tokenizer process |\n|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         for times in TIMES:
             text = Path(scratch) / f"{times}.jsonl"
@@ -134,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,0 +1,120 @@
+"""Starts the launcher and child processes of benchmarks, with the launcher's variables."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_convert.hf import resolve
+from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT
+from recipes.core.manifest import Manifest, read_manifest
+from recipes.core.processes import cores, die_with_parent
+
+LAUNCHER = (sys.executable, str(REPO_ROOT / "launch" / "run.py"))
+INPUTS = ("import_hf", "prepare_data", "score", "prune")
+RECIPE = "llama_depth_prune"
+
+
+def execute(command: list[str]) -> None:
+    """Runs a command to its end, without GPUs, with the variables of ``conf/cluster/local.yaml``.
+
+    Raises:
+        RecipeError: The command failed; the message is its own.
+    """
+    env = OmegaConf.load(REPO_ROOT / "conf" / "cluster" / "local.yaml").env
+    done = subprocess.run(
+        command,
+        cwd=REPO_ROOT,
+        env={
+            **os.environ,
+            **{str(key): str(value) for key, value in env.items()},
+            "OMP_NUM_THREADS": str(cores()),
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=die_with_parent,
+    )
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines() or ["it ended without a message"]
+        errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+        first = errors[0] if errors else len(lines) - 1
+        raise RecipeError("\n".join(lines[first:]).removeprefix("error: "), fix="")
+
+
+def run_child(module: str, *options: str) -> Any:
+    """Runs a module in a process of its own; returns the JSON that it writes to ``--out``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "out.json"
+        execute([sys.executable, "-m", module, *options, f"--out={out}"])
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def launch(
+    base: Path, out: Path, stages: Sequence[str], settings: Mapping[str, object], *overrides: str
+) -> None:
+    """Runs stages in a run directory of their own, on the model of another run.
+
+    Args:
+        base: Run whose model it is, with ``import_hf`` complete.
+        out: Run directory.
+        stages: What to run.
+        settings: Fields below ``stages``, for example inputs that are in ``base``.
+        overrides: Any others.
+    """
+    hf_path = manifest_of(base / "import_hf").config["hf_path"]
+    execute(
+        [
+            *LAUNCHER,
+            f"recipe={RECIPE}",
+            f"run_dir={out}",
+            f"model.hf_path='{hf_path}'",
+            f"stages.only=[{','.join(stages)}]",
+            *overrides,
+            *(f"stages.{name}={value}" for name, value in settings.items()),
+        ]
+    )
+
+
+def make_inputs() -> Path:
+    """Runs the stages before distillation, unless they are complete, and returns their run."""
+    execute([*LAUNCHER, f"recipe={RECIPE}", f"stages.only=[{','.join(INPUTS)}]"])
+    return REPO_ROOT / "runs" / RECIPE
+
+
+def model_folder(source: str | None) -> Path:
+    """Returns the folder of a Hugging Face model, downloaded if necessary; by default SmolLM2."""
+    embedded = OmegaConf.load(REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").hf_path
+    return resolve(source or embedded)
+
+
+def manifest_of(stage_dir: Path) -> Manifest:
+    """Reads the manifest of a stage.
+
+    Raises:
+        RecipeError: The stage is not complete.
+    """
+    manifest = read_manifest(stage_dir)
+    if manifest is None:
+        raise RecipeError(
+            f"{stage_dir} is not complete.", f"run {', '.join(INPUTS)} with the launcher"
+        )
+    return manifest
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs a benchmark's command line; an error that a user can fix is one message."""
+    try:
+        main()
+    except RecipeError as error:
+        raise SystemExit(f"error: {error}") from error
