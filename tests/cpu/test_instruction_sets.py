@@ -1,0 +1,51 @@
+"""Numerical tests pass under every instruction set that this processor offers.
+
+Kernels differ by instruction set, in the order of their sums and in the types that they multiply.
+The other tests run with the newest set; here the numerical ones run with older sets as well.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from recipes.core.files import REPO_ROOT
+
+NUMERICAL = (
+    "backend/test_adamw.py",
+    "backend/test_cpu_speed.py",
+    "backend/test_training_layers.py",
+    "distillation/test_hidden_loss.py",
+    "distillation/test_layouts.py::test_every_layout_gives_the_losses_of_one_rank[TP=2]",
+    "distillation/test_losses.py",
+    "pruning/test_healing.py",
+    "search/test_search.py::test_candidates_are_ranked_where_training_counts",
+)
+INSTRUCTION_SETS = {
+    "AVX2": ("avx2", "AVX2", "AVX2"),
+    "AVX512": ("avx512", "AVX512_CORE", "AVX512"),  # without bfloat16 and AMX
+}
+"""What PyTorch, oneDNN and MKL call each set."""
+VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_numerical_tests_pass_with(name: str) -> None:
+    if name not in torch.backends.cpu.get_cpu_capability() and name != "AVX2":
+        pytest.skip(f"this processor does not have {name}")
+    environment = dict(zip(VARIABLES, INSTRUCTION_SETS[name], strict=True))
+    files = [f"tests/cpu/{file}" for file in NUMERICAL]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **environment},
+        cwd=REPO_ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
