@@ -27,8 +27,8 @@ from tests.support.rounding import ULP, by_one_ulp, growth
 from tests.support.runs import manifest_of, settings, tiny, without
 
 MULTIPLE = 100
-"""Of what one ulp in the logits changes. Every operation of another layout may round differently; 12
-times as much was measured."""
+"""Of what one ulp in the logits changes. Every operation of another layout may round differently:
+up to 12 times as much was measured."""
 STEPS, CHECKPOINT_INTERVAL = 21, 4
 """Nothing follows the last step that would gather what each data-parallel rank updated."""
 LAYOUTS = {
