@@ -24,6 +24,7 @@ from statistics import median
 from rich.table import Table
 
 from benchmarks.launching import INPUTS, launch, make_inputs, manifest_of, run_child, run_main
+from recipes.backend import SPEED_PATCH_NAMES
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.files import write_text_atomically
 from recipes.core.metrics import METRICS, steps_of
@@ -82,10 +83,25 @@ CONTENDERS = {
     "nemo-compiled": Contender("nemo-fp32", ("plan", "distill"), (COMPILED,)),
     "nemo-cached-compiled": Contender(None, CACHED, ("teacher=cached", COMPILED)),
     "nemo-fp32": Contender(None, ("plan", "distill"), ("stages.distill.precision='32'",)),
+    "megatron-cached-compiled": Contender(
+        None, CACHED, ("teacher=cached", COMPILED, "stages.distill.cpu_speed_patches=[]")
+    ),
     "loop-fp32": Contender(),
     "loop-bf16": Contender("loop-fp32"),
     "modelopt-bf16": Contender("loop-fp32"),
 }
+
+
+def _without(patch: str) -> Contender:
+    """Returns our fastest path without one of the sets of patches for CPU speed."""
+    others = ",".join(name for name in SPEED_PATCH_NAMES if name != patch)
+    overrides = ("teacher=cached", COMPILED, f"stages.distill.cpu_speed_patches=[{others}]")
+    return Contender(None, CACHED, overrides)
+
+
+CONTENDERS |= {f"without-{patch}": _without(patch) for patch in SPEED_PATCH_NAMES}
+
+DEFAULTS = [name for name in CONTENDERS if not name.startswith(("without-", "megatron-"))]
 
 
 @dataclass(frozen=True)
@@ -250,7 +266,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences")
     parser.add_argument("--seq-length", type=int, default=256, help="tokens")
-    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--only", nargs="+", default=DEFAULTS, metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("distill.json"))
     args = parser.parse_args()
     for name in args.only:

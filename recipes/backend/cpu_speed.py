@@ -1,8 +1,8 @@
 """Patches that make training on a CPU faster or smaller, and change no result beyond rounding.
 
 They apply to a training of one rank on a CPU, never on CUDA. ``stages.distill.cpu_speed_patches=
-false`` switches all of them off. What each of them gains was measured alone, with ``python -m
-benchmarks.distill --without NAME``; the results are in benchmarks/README.md.
+[]`` switches all of them off. What each of them gains was measured alone, by ``python -m
+benchmarks.distill --only nemo-cached-compiled without-NAME``; see benchmarks/README.md.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from recipes.backend import SPEED_PATCH_NAMES
 from recipes.core.constraints import (
     Count,
     CountOrZero,
@@ -35,6 +36,7 @@ RESOURCE = {"resource": True}
 RecomputeGranularity = Annotated[str, one_of(*RECOMPUTE_GRANULARITIES)]
 RecomputeModule = Annotated[str, one_of("core_attn", *FEED_FORWARD)]
 AttentionBackend = Annotated[str, one_of(*ATTENTION_BACKENDS)]
+SpeedPatch = Annotated[str, one_of(*SPEED_PATCH_NAMES)]
 Temperature = Annotated[float, between(0.01, 1000)]
 """Beyond these the teacher names one token, or none."""
 Weight = Annotated[float, between(0, 1e6)]
@@ -127,9 +129,11 @@ class TrainingConfig(StageConfig):
     """Makes one kernel of what lies between products, where layers are not TransformerEngine's, and
     of the loss where one rank has the vocabulary; which takes up to a minute once and, on a CPU, a
     C++ compiler. By default on this machine's CPU if that has one, from 100 steps on."""
-    cpu_speed_patches: bool = field(default=True, metadata=RESOURCE)
-    """Replaces what is slow on a CPU (``recipes/backend/cpu_speed.py``). No result changes beyond
-    rounding, and nothing changes on CUDA."""
+    cpu_speed_patches: list[SpeedPatch] = field(
+        default_factory=lambda: list(SPEED_PATCH_NAMES), metadata=RESOURCE
+    )
+    """Replacements of what is slow on a CPU (``recipes/backend/cpu_speed.py``). No result changes
+    beyond rounding, and nothing changes on CUDA. ``[]`` for Megatron's own functions."""
     cuda_graphs: bool = field(default=False, metadata=RESOURCE)
     """Captures each of the student's layers once and replays it, which saves the launches of its
     kernels: worthwhile where they are short."""

@@ -20,7 +20,7 @@ from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommO
 
 from nemo_convert import nemo
 from nemo_convert.hf import copy_side_files
-from recipes.backend.cpu_speed import SPEED_PATCHES, speed_patches
+from recipes.backend.cpu_speed import speed_patches
 from recipes.backend.device import COLLECTIVE_TIMEOUT, collective_backend, device, select_gpu
 from recipes.backend.without_cuda import enable
 from recipes.core.deadline import deadline
@@ -87,8 +87,7 @@ def train(
     if cfg.profile_steps:
         first, last = cfg.profile_steps
         trainer.callbacks.append(Profile((first, last), scratch.parent / "profile"))
-    speed = SPEED_PATCHES if cfg.cpu_speed_patches else ()
-    with one_pass(bool(cfg.compile)), speed_patches(speed):
+    with one_pass(bool(cfg.compile)), speed_patches(cfg.cpu_speed_patches):
         llm.train(
             model=model,
             data=TrainingData.of(cfg, data, restored.tokenizer, objective.teacher.cache),

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nemo_convert import nemo
-from recipes.backend import cpu_speed, without_cuda
+from recipes.backend import SPEED_PATCH_NAMES, cpu_speed, without_cuda
 from recipes.backend.cpu_speed import SPEED_PATCHES, speed_patches
 from recipes.backend.gradients import pending_scale
 from recipes.backend.without_cuda import enable
@@ -225,6 +225,10 @@ def test_type_names_are_cudas_only_while_the_optimizer_looks() -> None:
     patched(Optimizer.__new__(Optimizer))
     assert names == ["torch.cuda.BFloat16Tensor"]
     assert torch.zeros(1).type() == "torch.FloatTensor"
+
+
+def test_settings_name_every_speed_patch() -> None:
+    assert set(SPEED_PATCH_NAMES) == SPEED_PATCHES.keys()
 
 
 def test_no_speed_patch_is_active_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

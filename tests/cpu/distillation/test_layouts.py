@@ -51,8 +51,8 @@ LAYOUTS = {
     ),
     "DP=2": (2, []),
     "DP=2, two optimizers": (2, ["num_distributed_optimizer_instances=2"]),
-    "DP=2, Megatron's own": (2, ["cpu_speed_patches=false"]),
-    "DP=1, Megatron's own": (1, ["cpu_speed_patches=false"]),
+    "DP=2, Megatron's own": (2, ["cpu_speed_patches=[]"]),
+    "DP=1, Megatron's own": (1, ["cpu_speed_patches=[]"]),
 }
 """Number of ranks, and settings of the stage."""
 
