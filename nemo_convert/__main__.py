@@ -1,4 +1,4 @@
-"""Conversion by itself: ``python -m nemo_convert to-nemo SRC DST | to-hf SRC DST | verify A B``."""
+"""Converts checkpoints: ``python -m nemo_convert to-nemo SRC DST | to-hf SRC DST | verify A B``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from recipes.core.processes import expect_no_gpu
 
 
 def main() -> int:
-    """Command line; returns the exit status."""
+    """Runs a command; returns the exit status."""
     epilog = f"Architectures: {', '.join(SUPPORTED)}."
     parser = argparse.ArgumentParser(
         prog="python -m nemo_convert", description=__doc__, epilog=epilog
@@ -31,27 +31,28 @@ def main() -> int:
     verify = commands.add_parser("verify", help="compare a folder and a checkpoint")
     verify.add_argument("first", type=Path)
     verify.add_argument("second", type=Path)
-    for opens in (to_hf, verify):
-        opens.add_argument(
+    for command in (to_hf, verify):
+        command.add_argument(
             "--trust", action="store_true", help="open a checkpoint whatever code it would run"
         )
     arguments = parser.parse_args()
     if "trust" in arguments and arguments.trust:
         os.environ[TRUST] = "1"
     expect_no_gpu()
+    from nemo_convert.parity import multiply_in_float32
+
+    multiply_in_float32()
     try:
-        return {"to-nemo": _to_nemo, "to-hf": _to_hf, "verify": _verify}[arguments.command](
-            arguments
-        )
+        {"to-nemo": _to_nemo, "to-hf": _to_hf, "verify": _verify}[arguments.command](arguments)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return 0
 
 
-def _to_nemo(arguments: argparse.Namespace) -> int:
+def _to_nemo(arguments: argparse.Namespace) -> None:
     from nemo_convert import convert, hf, nemo, parity
 
-    parity.multiply_in_float32()
     target: Path = arguments.target
     if target.exists():
         raise RecipeError(f"{target} exists.", "choose another target")
@@ -60,43 +61,34 @@ def _to_nemo(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         checkpoint = Path(temporary) / target.name
         convert.to_nemo(source, checkpoint)
-        _report(parity.compare(source, checkpoint).require(f"{source} → {target}"))
+        print(parity.compare(source, checkpoint).require(f"{source} → {target}"))
         if arguments.pack:
             nemo.pack(checkpoint, target)
         else:
             checkpoint.rename(target)
-    return 0
 
 
-def _to_hf(arguments: argparse.Namespace) -> int:
+def _to_hf(arguments: argparse.Namespace) -> None:
     from nemo_convert import convert, hf, nemo, parity
 
-    parity.multiply_in_float32()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = nemo.open_checkpoint(arguments.source, Path(scratch))
         convert.to_hf(checkpoint, arguments.target)
-        # By its data alone, whoever made it: what its context would call is left uncalled.
+        # The model is built from config.json, so nothing that the context names is called.
         side = Path(scratch) / "data" / nemo.SIDE
         hf.copy_side_files(nemo.side_files(checkpoint), side)
         core = parity.load_core(checkpoint, nemo.new_model(side))
         parity.compare(arguments.target, checkpoint, core).require(
             f"{arguments.source} → {arguments.target}"
         )
-    return 0
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def _verify(arguments: argparse.Namespace) -> None:
     from nemo_convert import parity
 
-    parity.multiply_in_float32()
     result = parity.verify(arguments.first, arguments.second)
-    _report(result)
-    result.require(f"{arguments.first} and {arguments.second}")
-    return 0
-
-
-def _report(result: object) -> None:
     print(result)
+    result.require(f"{arguments.first} and {arguments.second}")
 
 
 if __name__ == "__main__":

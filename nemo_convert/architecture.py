@@ -13,7 +13,7 @@ HF_NAMES = {
     "num_query_groups": "num_key_value_heads",
     "kv_channels": "head_dim",
 }
-"""Megatron's and Hugging Face's names of what pruning can change or must make explicit."""
+"""Megatron's and Hugging Face's names of the sizes that pruning changes or makes explicit."""
 HF_EXPERT_NAMES = {"num_moe_experts": "num_experts", "moe_ffn_hidden_size": "moe_intermediate_size"}
 
 
@@ -34,24 +34,24 @@ class Architecture:
     num_moe_experts: int = 0
     """0 where the feed-forward layers are dense."""
     moe_router_topk: int = 0
-    """Experts that a token goes through."""
+    """Experts per token."""
     moe_ffn_hidden_size: int = 0
-    """Width of one expert; ``ffn_hidden_size`` is then of no weight."""
+    """Width of one expert; no weight then has the size ``ffn_hidden_size``."""
     moe_shared_expert_intermediate_size: int = 0
-    """Width of the expert that every token goes through, 0 where there is none."""
+    """Width of the expert that every token uses; 0 without one."""
     qkv_bias: bool = False
     qk_layernorm: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for manifests."""
+        """Returns plain data for manifests."""
         return asdict(self)
 
     def hf_names(self) -> dict[str, str]:
-        """Those of ``HF_NAMES`` that such a model has."""
+        """Returns the entries of ``HF_NAMES`` that such a model has."""
         return HF_NAMES | (HF_EXPERT_NAMES if self.num_moe_experts else {})
 
     def parameters(self) -> int:
-        """Number of parameters, equal to what the built model has (tied weights counted once)."""
+        """Counts the parameters of the built model; tied weights count once."""
         vocabulary = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         layer = self._layer_matrices(self.num_moe_experts) + self._layer_vectors()
         return self.num_layers * layer + vocabulary + self.hidden_size
@@ -65,7 +65,7 @@ class Architecture:
         return 2 * (self.num_layers * layer + self.vocab_size * self.hidden_size)
 
     def _layer_matrices(self, experts: int) -> int:
-        """Parameters in a layer's matrices, with so many of its experts."""
+        """Counts the parameters of a layer's matrices with a number of its experts."""
         heads, groups = self.num_attention_heads, self.num_query_groups
         rows = self.kv_channels * (2 * heads + 2 * groups)
         if self.num_moe_experts:
@@ -76,7 +76,7 @@ class Architecture:
         return self.hidden_size * rows
 
     def _layer_vectors(self) -> int:
-        """Parameters in a layer's norms and biases."""
+        """Counts the parameters of a layer's norms and biases."""
         bias = self.kv_channels * (self.num_attention_heads + 2 * self.num_query_groups)
         return (
             2 * self.hidden_size + self.qkv_bias * bias + self.qk_layernorm * 2 * self.kv_channels

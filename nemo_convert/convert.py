@@ -1,4 +1,4 @@
-"""Conversion between Hugging Face and NeMo, in both directions, weights bit for bit."""
+"""Converts between Hugging Face and NeMo in both directions, bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Readable(Protocol):
 
 
 class MergedWeights:
-    """Megatron weights made on demand from Hugging Face ones, by key and place."""
+    """Makes Megatron weights on demand from Hugging Face ones, by key and (layer, expert)."""
 
     def __init__(self, weights: Readable, arch: Architecture, family: Family) -> None:
         self._weights, self._arch = weights, arch
@@ -40,15 +40,15 @@ class MergedWeights:
             for name, part in zip(weight.hf_names(numbers), weight.split(arch, whole), strict=True):
                 weights.require(name, tuple(part.shape))
 
-    def __call__(self, key: str, place: tuple[int, ...]) -> torch.Tensor:
-        """The weight of a key at its layer and expert."""
+    def __call__(self, key: str, index: tuple[int, ...]) -> torch.Tensor:
+        """Returns the weight of a key at a layer and expert."""
         weight = self._rows[key]
-        numbers = dict(zip(weight.counts(self._arch), place, strict=True))
+        numbers = dict(zip(weight.counts(self._arch), index, strict=True))
         return weight.merge(self._arch, [self._weights.read(n) for n in weight.hf_names(numbers)])
 
 
 def check_vocabulary(folder: Path, arch: Architecture) -> None:
-    """Refuses a tokenizer that has tokens which the model has no embedding for."""
+    """Refuses a tokenizer with more tokens than the model has embeddings."""
     from transformers import AutoTokenizer
 
     try:
@@ -68,8 +68,8 @@ def check_vocabulary(folder: Path, arch: Architecture) -> None:
 def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     """Converts a Hugging Face folder to a NeMo 2 checkpoint directory.
 
-    Two weights at a time are in memory, the one that is written and the next. Megatron's model is
-    built for its plan of the checkpoint; what it allocates is never written to.
+    Two weights are in memory at a time: the one being written and the next. Megatron's model is
+    built only for its plan of the checkpoint; the memory of its weights is never touched.
     """
     from nemo_convert.streaming import StreamedSave
 
@@ -100,14 +100,14 @@ def hf_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def to_hf(checkpoint: Path, hf_folder: Path) -> None:
-    """Converts a NeMo 2 checkpoint directory to a new Hugging Face folder, whole or not at all."""
+    """Converts a NeMo 2 checkpoint directory to a new Hugging Face folder, atomically."""
     if hf_folder.exists() and any(hf_folder.iterdir()):
         raise RecipeError(f"{hf_folder} exists and is not empty.", "choose another directory")
     partial = hf_folder.with_name(hf_folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     copy_side_files(nemo.side_files(checkpoint), partial)
     config = nemo.read_config(checkpoint)
-    # Explicit, since transformers would otherwise derive a wrong one for a pruned hidden size.
+    # Without it, transformers derives head_dim from the hidden size, which pruning may change.
     config["head_dim"] = nemo.architecture_of(checkpoint).kv_channels
     write_json(partial / "config.json", config, indent=2)
     write_weights(hf_weights(checkpoint), partial)

@@ -1,4 +1,4 @@
-"""How each model family maps between Hugging Face and NeMo. Adding a family is adding a row."""
+"""Maps each model family between Hugging Face and NeMo: one row per family."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Weight:
-    """One Megatron weight and the Hugging Face weights it is made of.
+    """One Megatron weight and the Hugging Face weights that it consists of.
 
-    ``{i}`` in a name is the layer, ``{e}`` the expert. ``shape`` is the whole weight's, without
-    parallelism. ``merge`` builds it from the Hugging Face ones, ``split`` undoes that; both move
+    ``{i}`` in a name is the layer, ``{e}`` the expert. ``shape`` is the shape without parallelism.
+    ``merge`` builds the weight from the Hugging Face ones, ``split`` is its inverse. Both move
     values without changing them.
     """
 
@@ -31,45 +31,44 @@ class Weight:
 
     @property
     def stored(self) -> str:
-        """Its key in a checkpoint, where all layers and experts are one tensor [i, e, …]."""
+        """Key in a checkpoint, where all layers and experts are one tensor [i, e, …]."""
         key = self.megatron.replace(".{i}.", ".")
         return key.replace("experts.", "experts.experts.").replace("{e}", "")
 
     def counts(self, architecture: Architecture) -> dict[str, int]:
-        """How many layers and experts have one, by their letter in names."""
+        """Returns the number of layers and experts that have the weight, by letter in the name."""
         letters = {"i": architecture.num_layers, "e": architecture.num_moe_experts}
         return {x: count for x, count in letters.items() if f"{{{x}}}" in self.megatron}
 
     def hf_names(self, numbers: Mapping[str, int]) -> list[str]:
-        """The Hugging Face names for one layer and expert."""
+        """Returns the Hugging Face names for one layer and expert."""
         return [name.format(**numbers) for name in self.hf]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A row of the table."""
+    """One model family."""
 
     hf_architecture: str
     importer: str
-    """NeMo's importer class (module:name). It knows the NeMo config; the weights move by our rows,
-    since NeMo's own conversion loads the model twice and drops the chat template."""
+    """NeMo's importer class (module:name). Only its NeMo config is used: NeMo's own conversion of
+    weights loads the model twice and drops the chat template."""
     model: str
     """NeMo's model class (module:name)."""
     weights: tuple[Weight, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers takes for a field that config.json does not have, where it is not what
-    Llama's is."""
+    """Transformers' defaults of absent config.json fields, where they differ from Llama's."""
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)
-    """The scaled RoPE that NeMo's config builds, with any factor."""
+    """The RoPE scaling that NeMo's config builds; the factor is free."""
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
-    """What the NeMo config must say and the importer does not, for a config.json."""
+    """Returns the fields of the NeMo config that the importer leaves wrong, for a config.json."""
 
     def has(self, weights: tuple[Weight, ...]) -> bool:
-        """Whether its models have such weights: ``QKV_BIAS``, ``QK_NORM`` or ``EXPERTS``."""
+        """Whether the models have ``QKV_BIAS``, ``QK_NORM`` or ``EXPERTS``."""
         return set(weights) <= set(self.weights)
 
     def weights_of(self, architecture: Architecture) -> Iterator[tuple[Weight, dict[str, int]]]:
-        """Every weight of a model of that shape, with its layer and expert."""
+        """Yields every weight of a model of a shape, with its layer and expert."""
         for weight in self.weights:
             if weight.megatron == OUTPUT_LAYER and architecture.tied_embeddings:
                 continue
@@ -78,14 +77,14 @@ class Family:
                 yield weight, dict(zip(counts, numbers, strict=True))
 
     def rows(self, architecture: Architecture) -> dict[str, tuple[Weight, dict[str, int]]]:
-        """The same by Megatron name."""
-        found = self.weights_of(architecture)
-        return {w.megatron.format(**numbers): (w, numbers) for w, numbers in found}
+        """Returns ``weights_of`` by Megatron name."""
+        weights = self.weights_of(architecture)
+        return {w.megatron.format(**numbers): (w, numbers) for w, numbers in weights}
 
     def canonical_name(self, name: str) -> str:
-        """A parameter's name in the table, whichever layer spec the model was built with."""
+        """Returns a parameter's name in the table, for any layer spec of the model."""
         if self.has(EXPERTS) and name.endswith("pre_mlp_layernorm.weight"):
-            return name  # TransformerEngine fuses it with the matrix after it, but not with experts
+            return name  # TransformerEngine fuses this norm with a matrix, but not with experts
         for local, canonical in LOCAL_SPEC_NAMES.items():
             name = re.sub(local, canonical, name)
         return name
@@ -97,8 +96,8 @@ LOCAL_SPEC_NAMES = {
     r"pre_mlp_layernorm\.weight$": "mlp.linear_fc1.layer_norm_weight",
     r"local_experts\.(\d+)\.(linear_fc[12]\.weight)$": r"\2\1",
 }
-"""Patterns of names in Megatron's local layer spec, and the table's, which are
-TransformerEngine's."""
+"""Patterns of names in Megatron's local layer spec, and TransformerEngine's names, which the table
+has."""
 
 
 def _same(name: str, hf: str, shape: Callable[[Architecture], tuple[int, ...]]) -> Weight:
@@ -118,7 +117,7 @@ def _qkv_rows(arch: Architecture) -> int:
 
 
 def _merge_qkv(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Interleaves by query group: [q … q, k, v] per group, as Megatron stores them."""
+    """Interleaves by query group, as Megatron stores them: [q … q, k, v] per group."""
     import torch
 
     groups, dim = arch.num_query_groups, arch.kv_channels
@@ -227,7 +226,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""What NeMo's Llama 3.1 config assumes; it reads only the factor from the model."""
+"""RoPE scaling of NeMo's Llama 3.1 config, which reads only the factor from the model."""
 _NEMO = "nemo.collections.llm.gpt.model"
 
 
@@ -281,11 +280,3 @@ FAMILIES = {
         ),
     )
 }
-
-
-def load(path: str) -> Any:
-    """Imports ``module:name``."""
-    import importlib
-
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)

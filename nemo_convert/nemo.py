@@ -1,8 +1,8 @@
 """NeMo 2 checkpoints: building, saving, restoring and reading them.
 
 A checkpoint is a directory ``<name>.nemo`` with ``weights/`` (Megatron's torch_dist format) and
-``context/`` (NeMo's own serialised model config, and the model's tokenizer, templates and
-generation config in ``context/hf``). Stock NeMo loads it with no code of ours.
+``context/`` (NeMo's serialised model config; tokenizer, templates and generation config in
+``context/hf``). Stock NeMo loads it without this repository.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from nemo_convert.architecture import Architecture
-from nemo_convert.families import FAMILIES, load
+from nemo_convert.families import FAMILIES
 from nemo_convert.hf import copy_side_files
 from nemo_convert.hf_config import read_architecture, rope_theta
 from nemo_convert.pipeline import pipeline_split
@@ -79,7 +80,11 @@ def tensor_group() -> Any:
 
 
 def open_checkpoint(path: Path, scratch: Path) -> Path:
-    """The directory form of a checkpoint, a ``.nemo`` file's in ``scratch``; refuses the rest."""
+    """Returns a checkpoint's directory; unpacks a ``.nemo`` file into ``scratch``.
+
+    Raises:
+        RecipeError: It is no NeMo 2 checkpoint, or a file in it leaves its folder.
+    """
     if path.is_file():
         try:
             with tarfile.open(path) as archive:
@@ -99,12 +104,12 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
 
 
 def find_checkpoint(artifact: Path) -> Path:
-    """The checkpoint directory in a stage's artifact."""
+    """Returns the checkpoint directory in a stage's artifact."""
     return next(p for p in sorted(artifact.glob("*.nemo")) if p.is_dir())
 
 
 def pack(checkpoint: Path, file: Path) -> None:
-    """Packs the directory form into one uncompressed ``.nemo`` file (weights do not compress)."""
+    """Packs a checkpoint into one ``.nemo`` file, uncompressed, since weights do not compress."""
     partial = file.with_name(file.name + ".partial")
     with tarfile.open(partial, "w") as archive:
         for part in (CONTEXT, WEIGHTS):
@@ -113,25 +118,25 @@ def pack(checkpoint: Path, file: Path) -> None:
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
-    """The Hugging Face ``config.json`` that a checkpoint carries."""
+    """Reads the Hugging Face ``config.json`` in a checkpoint."""
     return read_json(side_files(checkpoint) / "config.json")
 
 
 def side_files(checkpoint: Path) -> Path:
-    """Folder of the tokenizer and everything else that came with the model."""
+    """Returns the folder of the tokenizer and the model's other files that are not weights."""
     return checkpoint / CONTEXT / SIDE
 
 
 def architecture_of(checkpoint: Path) -> Architecture:
-    """Shape of the model in a checkpoint."""
+    """Returns the shape of the model in a checkpoint."""
     return read_architecture(read_config(checkpoint), str(checkpoint))
 
 
 def new_model(hf_folder: Path) -> Any:
-    """A NeMo model (config and tokenizer, no weights yet) for a Hugging Face folder.
+    """Makes a NeMo model (config and tokenizer, no weights) for a Hugging Face folder.
 
-    ``hf_folder`` must hold side files only, in a directory named ``hf``: NeMo copies the whole
-    directory into the context as the tokenizer's files.
+    ``hf_folder`` must be named ``hf`` and hold side files only: NeMo copies the whole directory
+    into the context as the tokenizer's files.
     """
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from nemo.lightning import io
@@ -140,34 +145,34 @@ def new_model(hf_folder: Path) -> Any:
     arch = read_architecture(hf_config, str(hf_folder))
     family = FAMILIES[arch.hf_architecture]
     _record_arguments()
-    importer = load(family.importer)(str(hf_folder))
+    importer = resolve_name(family.importer)(str(hf_folder))
     importer.trust_remote_code = False  # the Qwen importers read it, and set it only on conversion
     with _generation_config(hf_folder):
         config = importer.config
     explicit = {**_explicit(arch), "rotary_base": rope_theta(hf_config)}
     for name, value in {**explicit, **family.settings(hf_config)}.items():
         setattr(config.__io__, name, value)
-    return load(family.model)(io.reinit(config), tokenizer=AutoTokenizer(str(hf_folder)))
+    return resolve_name(family.model)(io.reinit(config), tokenizer=AutoTokenizer(str(hf_folder)))
 
 
 def _record_arguments() -> None:
-    """Lets NeMo record what a config is made with, which is what it writes to a context.
+    """Makes NeMo record the arguments of every config class, which it writes to the context.
 
-    It marks a class whose arguments it records, and takes every class below for one: a Qwen3Config
-    made after a Qwen2Config, or a Llama31Config after a LlamaConfig, would be without a record.
+    NeMo marks a class whose arguments it records, and subclasses inherit the mark without being
+    recorded: a Qwen3Config made after a Qwen2Config would have no record.
     """
     from nemo.collections.llm import GPTConfig
 
     classes = GPTConfig.__subclasses__()
     for derived in classes:
-        classes += derived.__subclasses__()  # which this loop then comes to
+        classes += derived.__subclasses__()  # extends this loop
         if "__init__" in vars(derived) and "__wrapped_init__" not in vars(derived):
             derived.__wrapped_init__ = False
 
 
 @contextmanager
 def _generation_config(hf_folder: Path) -> Iterator[None]:
-    """Puts an empty one where a base model has none, which most of NeMo's importers insist on."""
+    """Adds an empty generation config where a base model has none: most NeMo importers need one."""
     file = hf_folder / "generation_config.json"
     missing = not file.exists()
     if missing:
@@ -180,7 +185,7 @@ def _generation_config(hf_folder: Path) -> Iterator[None]:
 
 
 def _explicit(arch: Architecture) -> dict[str, Any]:
-    """A shape as NeMo's config says it; every importer leaves some of these at a default."""
+    """Returns the fields of NeMo's config that some importer leaves at a default."""
     settings = {
         "kv_channels": arch.kv_channels,
         "vocab_size": arch.vocab_size,
@@ -194,10 +199,10 @@ def _explicit(arch: Architecture) -> dict[str, Any]:
 
 
 def restore_model(checkpoint: Path) -> Any:
-    """The NeMo model of a checkpoint, without weights.
+    """Builds the NeMo model of a checkpoint, without weights.
 
     Raises:
-        RecipeError: The checkpoint would run what no model of ours does.
+        RecipeError: Opening the checkpoint would run code that no converted model names.
     """
     from nemo.lightning.io import load_context
 
@@ -221,12 +226,12 @@ def build_core(
     if params_dtype is not None:
         config.params_dtype = params_dtype
     config.pipeline_dtype = config.params_dtype
-    # Megatron's local spec makes norms in float32 on the CPU, whatever the rest is and is on.
+    # Megatron's local layer spec makes norms on the CPU in float32, whatever params_dtype is.
     return config.configure_model(model.tokenizer).to(device(), config.params_dtype)
 
 
 def split_pipeline(config: Any) -> None:
-    """Gives Megatron the layers of the first and last pipeline stage where they are not equal."""
+    """Sets the number of layers of the first and last pipeline stage where stages differ."""
     split = pipeline_split(config.num_layers, config.pipeline_model_parallel_size)
     if len(set(split)) > 1:
         config.num_layers_in_first_pipeline_stage = split[0]
@@ -234,23 +239,23 @@ def split_pipeline(config: Any) -> None:
 
 
 def load_weights(core: torch.nn.Module, checkpoint: Path) -> None:
-    """Loads a checkpoint into this rank's model, whatever layout it was written at.
+    """Loads a checkpoint of any parallel layout into this rank's model.
 
-    TransformerEngine's modules have a state beside their weights, of training in FP8. A checkpoint
-    of weights is asked for no such thing: written without TransformerEngine, it may have none.
+    The FP8 state of TransformerEngine's modules is left out: a checkpoint that was written without
+    TransformerEngine has none.
     """
-    every = core.sharded_state_dict(prefix="module.")
-    wanted = {name: item for name, item in every.items() if not name.endswith(EXTRA_STATE)}
-    state = read_sharded(wanted, checkpoint / WEIGHTS)
-    # Not strict, for that state alone: what is missing among the weights, reading has refused.
+    state = core.sharded_state_dict(prefix="module.")
+    weights = {name: item for name, item in state.items() if not name.endswith(EXTRA_STATE)}
+    state = read_sharded(weights, checkpoint / WEIGHTS)
+    # strict=False for the FP8 state: read_sharded refuses missing weights.
     core.load_state_dict({n.removeprefix("module."): v for n, v in state.items()}, strict=False)
 
 
 def read_sharded(state: dict[str, Any], weights: Path) -> dict[str, Any]:
-    """Reads what a sharded state dict asks for.
+    """Reads the tensors of a sharded state dict.
 
-    Ranks that hold the same weights read a part each and exchange them, as NeMo's trainer does: on
-    many nodes a file system must not deliver every replica's copy.
+    Data-parallel ranks read a fraction each and exchange it, as in NeMo's trainer, so that a file
+    system does not deliver every replica's copy.
     """
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
@@ -258,13 +263,13 @@ def read_sharded(state: dict[str, Any], weights: Path) -> dict[str, Any]:
         FullyParallelLoadStrategyWrapper,
     )
 
-    read_description(weights)  # which Megatron unpickles whatever it names
+    read_description(weights)  # refuses harmful pickles, which Megatron would load
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(weights)),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
-    found: dict[str, Any] = dist_checkpointing.load(state, str(weights), strategy)
-    return found
+    tensors: dict[str, Any] = dist_checkpointing.load(state, str(weights), strategy)
+    return tensors
 
 
 def save_checkpoint(
@@ -272,9 +277,8 @@ def save_checkpoint(
 ) -> None:
     """Writes weights from all ranks and, on rank 0, the context.
 
-    The context says what the ``__io__`` config of ``model`` says, and carries the ``side`` files.
-    The weights are those of ``core``, this rank's Megatron model, unless Megatron's ``strategy`` of
-    saving takes them from elsewhere.
+    The context has the ``__io__`` config of ``model`` and the ``side`` files. The weights are those
+    of ``core``, this rank's Megatron model, unless Megatron's save ``strategy`` has another source.
     """
     from megatron.core import dist_checkpointing
 
@@ -287,7 +291,7 @@ def save_checkpoint(
 
 
 def _with_norm_states(state: dict[str, Any]) -> dict[str, Any]:
-    """Adds the empty states that TransformerEngine's norms have, and stock NeMo asks for."""
+    """Adds the empty states of TransformerEngine's norms, which stock NeMo requires."""
     from megatron.core.dist_checkpointing import ShardedObject
 
     norms = {}
@@ -325,7 +329,7 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
 
 @contextmanager
 def outside_slurm() -> Iterator[None]:
-    """Hides a Slurm job from a new trainer: without torchrun it takes the job's tasks for ranks."""
+    """Hides a Slurm job from a new trainer, which would take the job's tasks for its ranks."""
     tasks = os.environ.pop("SLURM_NTASKS", None)
     try:
         yield
@@ -335,7 +339,7 @@ def outside_slurm() -> Iterator[None]:
 
 
 def leading_axes(arch: Architecture) -> dict[str, int]:
-    """Number of leading axes (layer, expert) of each key in a checkpoint."""
+    """Returns the number of leading axes (layer, expert) of each key in a checkpoint."""
     weights = FAMILIES[arch.hf_architecture].weights
     return {f"module.{weight.stored}": len(weight.counts(arch)) for weight in weights}
 
@@ -346,6 +350,6 @@ def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
     arch = architecture_of(checkpoint)
     rows = {f"module.{w.stored}": w for w in FAMILIES[arch.hf_architecture].weights}
-    for key, place, tensor in streaming.read_weights(checkpoint / WEIGHTS, leading_axes(arch)):
-        numbers = zip(rows[key].counts(arch), place, strict=True)
+    for key, index, tensor in streaming.read_weights(checkpoint / WEIGHTS, leading_axes(arch)):
+        numbers = zip(rows[key].counts(arch), index, strict=True)
         yield rows[key].megatron.format(**dict(numbers)), tensor

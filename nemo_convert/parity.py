@@ -1,4 +1,4 @@
-"""Parity gates: proof that a conversion changed nothing."""
+"""Parity gates: a converted model has the same weights and logits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 LOGITS_TOLERANCE = 1e-3
-"""Largest logit difference in float32, as a share of the logits' standard deviation: rounding grows
-with their size. 135M parameters differ by about 1e-5 of it, a bug by a tenth or more."""
+"""Largest logit difference in float32, as a fraction of the logits' standard deviation. Rounding
+gives about 1e-5 of it, a wrong conversion a tenth or more."""
 WINDOW = 128
 TEXT = """\
 A lighthouse keeper wrote down the weather every evening for forty-one years. On most nights the
@@ -37,7 +37,7 @@ every part of a tokenizer is used.
 
 @dataclass(frozen=True)
 class Parity:
-    """Result of a comparison of two models on the same tokens."""
+    """Comparison of two models on the same tokens."""
 
     max_logit_difference: float
     logit_spread: float
@@ -46,7 +46,7 @@ class Parity:
     weights_equal: bool
 
     def require(self, what: str) -> Parity:
-        """Raises ``RecipeError`` unless the models are the same; returns itself."""
+        """Raises ``RecipeError`` unless the models are equal; returns itself."""
         if not self.weights_equal:
             raise RecipeError(
                 f"parity gate failed: {what}: weights differ after the round trip.",
@@ -64,10 +64,10 @@ class Parity:
 
 
 def multiply_in_float32() -> None:
-    """Turns TensorFloat-32 off, in which cuBLAS would round products to 10 bits.
+    """Turns off TensorFloat-32, in which cuBLAS rounds to 10 bits.
 
-    TransformerEngine asks for it whenever it multiplies float32, whatever PyTorch is set to. cuBLAS
-    reads this once: call it before anything runs on a GPU.
+    TransformerEngine requests it for every float32 GEMM, whatever PyTorch is set to. cuBLAS reads
+    the variable once: call this before anything runs on a GPU.
     """
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
@@ -75,9 +75,13 @@ def multiply_in_float32() -> None:
 def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     """Compares a Hugging Face folder with a NeMo checkpoint, one model in memory after the other.
 
-    Logits are compared on ``TEXT`` in float32, those of ``core`` instead of the checkpoint's own
-    model if it is given; weights are compared for equality, read back from the checkpoint's files
-    rather than from memory.
+    Logits are compared on ``TEXT`` in float32. Weights are read back from the checkpoint's files
+    and compared for equality.
+
+    Args:
+        hf_folder: Hugging Face folder.
+        checkpoint: NeMo checkpoint directory.
+        core: Megatron model to compute logits with, instead of the checkpoint's.
     """
     import torch
     from transformers import AutoTokenizer
@@ -88,14 +92,14 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     tokens = tokens[:, :WINDOW]
     with torch.no_grad():
         expected = load_causal_lm(hf_folder)(tokens).logits
-    found = core_logits(load_core(checkpoint) if core is None else core, tokens)
-    difference = (expected - found).abs().max().item()
+    logits = core_logits(load_core(checkpoint) if core is None else core, tokens)
+    difference = (expected - logits).abs().max().item()
     spread, equal = expected.std().item(), same_weights(hf_folder, checkpoint)
     return Parity(difference, spread, tokens.numel(), equal)
 
 
 def core_logits(core: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [batch, sequence, vocabulary] of a Megatron model at TP=PP=1, computed in float32."""
+    """Computes logits [batch, sequence, vocabulary] of a Megatron model at TP=PP=1, in float32."""
     import torch
 
     core.float().eval()
@@ -108,7 +112,7 @@ def core_logits(core: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def same_weights(hf_folder: Path, checkpoint: Path) -> bool:
-    """Whether a checkpoint holds exactly the weights of a folder, bit for bit."""
+    """Returns whether a checkpoint has exactly the weights of a folder."""
     import torch
 
     source = Weights(hf_folder)
@@ -117,7 +121,7 @@ def same_weights(hf_folder: Path, checkpoint: Path) -> bool:
         names.discard(name)
         if not torch.equal(source.read(name), tensor):
             return False
-    # A tied head may be stored twice; inv_freq buffers of old checkpoints are not weights.
+    # A folder may also store a tied head, and old ones inv_freq buffers, which are not weights.
     return not {n for n in names if n != "lm_head.weight" and not n.endswith("inv_freq")}
 
 
@@ -140,7 +144,7 @@ def load_core(checkpoint: Path, model: Any = None) -> torch.nn.Module:
 
     Args:
         checkpoint: NeMo checkpoint directory.
-        model: NeMo model to build instead of the one that its context makes.
+        model: NeMo model to build, instead of the one in the checkpoint's context.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What a conversion proves. Torch-free."""
+"""Results of conversions. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ParityResult:
-    """How far the logits of one fixed text are from those before the conversion."""
+    """Difference of the logits of a fixed text before and after a conversion."""
 
     parity_max_logit_difference: float
     parity_tokens: int
@@ -18,9 +18,9 @@ class ImportResult(ParityResult):
     """A conversion from a Hugging Face folder."""
 
     licence: str
-    """As the folder gives it, or ``unknown``."""
+    """From the model card, or ``unknown``."""
     hub_commit: str | None = None
-    """Of a model on a hub: what was newest, unless its id named one."""
+    """Commit of a hub model: that of its id, or the newest at the time."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class GgufResult:
     """A file for llama.cpp."""
 
     architecture: str
-    """As llama.cpp calls it."""
+    """llama.cpp's name."""
     type: str
-    """Of its matrices."""
+    """Type of the matrices."""
     tensors: int
     bytes: int

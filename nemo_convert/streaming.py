@@ -1,7 +1,7 @@
-"""Torch_dist checkpoints a weight or two at a time, however large the model.
+"""Reads and writes torch_dist checkpoints one or two weights at a time.
 
-Megatron-Core writes and reads whole state dicts. Its plan of a checkpoint (keys, shards, metadata)
-is kept here; only where a shard's bytes come from or go to is ours.
+Megatron-Core reads and writes whole state dicts. This module uses its plan of a checkpoint (keys,
+shards, metadata), with another source and target of the bytes.
 """
 
 from __future__ import annotations
@@ -26,27 +26,25 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from nemo_convert.trust import read_description
 from recipes.core.errors import RecipeError
 
-Place = tuple[int, ...]
-"""Where on a key's leading axes (layer, expert) a weight is."""
-Where = tuple[str, Place]
-"""A key and a place: one weight."""
-Source = Callable[[str, Place], Tensor]
-"""Gives the weight of a key at a place."""
+Index = tuple[int, ...]
+"""Layer and expert: the position of a weight on the leading axes of its key."""
+Source = Callable[[str, Index], Tensor]
+"""Returns the weight of a key at an index."""
 
 
 class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """Megatron's strategy for one rank, with weights from a source rather than from the model.
+    """Megatron's save strategy for one rank, with weights from a source instead of the model.
 
     Args:
-        source: Called from a thread, a weight ahead of what is written; the model's own memory is
-            never touched.
+        source: Called from a thread, one weight ahead of the writer. The model's memory is never
+            touched.
         leading: Number of leading axes of each key.
     """
 
@@ -55,21 +53,19 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         self.source, self.leading = source, leading
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
-        """Writes the shards that the state dict describes."""
-        described, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        """Writes the shards of a sharded state dict."""
+        plan, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         with _without_checksums(), closing(_SourcePlanner(self.source, self.leading)) as planner:
-            # Nothing is copied ahead: where there is a GPU, that goes by size and not in order.
+            # Copying ahead, which needs a GPU, would change the order of the weights.
             writer = FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0)
-            dcp.save(
-                mcore_to_pyt_state_dict(described, False), storage_writer=writer, planner=planner
-            )
+            dcp.save(mcore_to_pyt_state_dict(plan, False), storage_writer=writer, planner=planner)
 
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """Leaves out torch's CRC32 of each record, a third to a half of the writer's CPU time.
+    """Turns off torch's CRC32 of each record, a third to a half of the writer's CPU time.
 
-    torch.load does not compare it, unzip does; a stage's manifest has a SHA-256 of every file.
+    torch.load does not compare it. A stage's manifest has a SHA-256 of every file.
     """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -83,110 +79,103 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
     def __init__(self, source: Source, leading: dict[str, int]) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._source, self._leading = source, leading
-        self._weights = _one_ahead(source, [])
-        self._at: Where | None = None
-        self._weight: Tensor = torch.empty(0)
+        self._weights = _prefetch(source, [])
+        self._current: tuple[tuple[str, Index] | None, Tensor] = (None, torch.empty(0))
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Begins with the weights, in the order in which they are written."""
+        """Starts to read the weights, in the order in which they are written."""
         plan: SavePlan = super().finish_plan(new_plan)
-        wanted = [where for item in plan.items if (where := self._where(item))]
-        self._weights = _one_ahead(self._source, list(dict.fromkeys(wanted)))
+        keys = [key for item in plan.items if (key := self._key(item))]
+        self._weights = _prefetch(self._source, list(dict.fromkeys(keys)))
         return plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """The part of a weight that a shard holds; parts of one weight follow each other."""
-        if (wanted := self._where(write_item)) is None:
+        """Returns the part of a weight that a shard holds; a weight's parts are consecutive."""
+        if (key := self._key(write_item)) is None:
             return super().resolve_data(write_item)
-        if wanted != self._at:
-            self._at, self._weight = next(self._weights, (None, self._weight))
-            if wanted != self._at:
-                raise RuntimeError(f"{wanted} is written where the plan has {self._at}")
-        axes, found = self._leading[wanted[0]], write_item.tensor_data
-        part = _box(self._weight, found.chunk.offsets[axes:], found.chunk.sizes[axes:])
-        return part.reshape(found.chunk.sizes).to(found.properties.dtype)
+        if key != self._current[0]:
+            self._current = next(self._weights, self._current)
+            if key != self._current[0]:
+                raise RuntimeError(f"{key} is written where the plan has {self._current[0]}")
+        axes, target = self._leading[key[0]], write_item.tensor_data
+        part = _box(self._current[1], target.chunk.offsets[axes:], target.chunk.sizes[axes:])
+        return part.reshape(target.chunk.sizes).to(target.properties.dtype)
 
     def close(self) -> None:
-        """Lets go of the thread and of what it made."""
+        """Stops the thread and releases its weight."""
         self._weights.close()
 
-    def _where(self, item: WriteItem) -> Where | None:
-        """The weight that it is a part of; ``None`` for what is not in the source."""
-        key, found = item.index.fqn, item.tensor_data
-        if found is None or key not in self._leading:
+    def _key(self, item: WriteItem) -> tuple[str, Index] | None:
+        """Returns an item's key and index; ``None`` if the source does not have it."""
+        key, data = item.index.fqn, item.tensor_data
+        if data is None or key not in self._leading:
             return None
-        return key, tuple(found.chunk.offsets[: self._leading[key]])
+        return key, tuple(data.chunk.offsets[: self._leading[key]])
 
 
-def _one_ahead(
-    source: Source, wanted: Sequence[Where]
-) -> Generator[tuple[Where, Tensor], None, None]:
-    """Weights in order. A thread reads and merges the next one while one is written."""
-    if not wanted:
+def _prefetch(
+    source: Source, keys: Sequence[tuple[str, Index]]
+) -> Generator[tuple[tuple[str, Index], Tensor], None, None]:
+    """Yields weights in order; a thread reads and merges the next one meanwhile."""
+    if not keys:
         return
-    with ThreadPoolExecutor(1) as maker:
-        coming = maker.submit(source, *wanted[0])
-        for where, following in zip(wanted, [*wanted[1:], None], strict=True):
-            made = coming.result()
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(source, *keys[0])
+        for key, following in zip(keys, [*keys[1:], None], strict=True):
+            weight = future.result()
             if following:
-                coming = maker.submit(source, *following)
-            yield where, made
+                future = thread.submit(source, *following)
+            yield key, weight
 
 
-def read_weights(folder: Path, leading: dict[str, int]) -> Iterator[tuple[str, Place, Tensor]]:
-    """Yields (key, place, weight) of those keys that a checkpoint has."""
+def read_weights(folder: Path, leading: dict[str, int]) -> Iterator[tuple[str, Index, Tensor]]:
+    """Yields (key, index, weight) of each of these keys that a checkpoint has."""
     reader = FileSystemReader(folder)
     metadata = read_description(folder)
-    shards = _Shards(reader, metadata)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
     for key, axes in leading.items():
         if (stored := metadata.state_dict_metadata.get(key)) is None:
             continue
-        for place in product(*map(range, stored.size[:axes])):
-            yield key, place, _read(shards, key, stored, place)
+        for index in product(*map(range, stored.size[:axes])):
+            yield key, index, _read(reader, key, stored, index)
 
 
-class _Shards:
-    """The tensors of a checkpoint's files."""
-
-    def __init__(self, reader: FileSystemReader, metadata: Metadata) -> None:
-        reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self.folder, self._reader = Path(reader.path), reader
-
-    def box(self, item: ReadItem) -> Tensor:
-        """The part of a shard that is wanted, read from its first to its last number.
-
-        Each shard is an uncompressed archive of its own, somewhere in its file.
-        """
-        where = self._reader.storage_data[item.storage_index]
-        path = self.folder / where.relative_path
-        with path.open("rb") as file, FakeTensorMode():  # gives where the data is, and reads none
-            shard = torch.load(self._reader._slice_file(file, where), weights_only=True)
-            part = _box(shard, item.storage_offsets, item.lengths)
-            first = part.storage_offset()
-            count = 1 + sum((n - 1) * s for n, s in zip(part.shape, part.stride(), strict=True))
-        begins = where.offset + shard.untyped_storage()._checkpoint_offset
-        start, size = begins + first * part.itemsize, count * part.itemsize
-        data = torch.from_numpy(np.fromfile(path, np.uint8, size, offset=start)).view(part.dtype)
-        return data.as_strided(part.shape, part.stride())
-
-
-def _read(shards: _Shards, key: str, stored: Any, place: Place) -> Tensor:
-    inner = stored.size[len(place) :]
-    sizes = torch.Size([1] * len(place) + list(inner))
-    wanted = ChunkStorageMetadata(torch.Size([*place, *[0] * len(inner)]), sizes)
-    items = create_read_items_for_chunk_list(key, stored, [wanted])
+def _read(
+    reader: FileSystemReader, key: str, stored: TensorStorageMetadata, index: Index
+) -> Tensor:
+    inner = stored.size[len(index) :]
+    sizes = torch.Size([1] * len(index) + list(inner))
+    chunk = ChunkStorageMetadata(torch.Size([*index, *[0] * len(inner)]), sizes)
+    items = create_read_items_for_chunk_list(key, stored, [chunk])
     if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
         raise RecipeError(
-            f"{shards.folder} has only a part of {key}.", "the checkpoint is incomplete"
+            f"{reader.path} has only a part of {key}.", "the checkpoint is incomplete"
         )
     if len(items) == 1:
-        return shards.box(items[0]).reshape(inner)
+        return _read_item(reader, items[0]).reshape(inner)
     tensor = torch.empty(sizes, dtype=stored.properties.dtype)
     for item in items:
-        _box(tensor, item.dest_offsets, item.lengths).copy_(shards.box(item))
+        _box(tensor, item.dest_offsets, item.lengths).copy_(_read_item(reader, item))
     return tensor.view(inner)
 
 
+def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
+    """Reads a part of a shard, from its first to its last number.
+
+    Each shard is an uncompressed archive within its file.
+    """
+    place = reader.storage_data[item.storage_index]
+    path = Path(reader.path) / place.relative_path
+    with path.open("rb") as file, FakeTensorMode():  # finds where the data is, without reading it
+        shard = torch.load(reader._slice_file(file, place), weights_only=True)
+        part = _box(shard, item.storage_offsets, item.lengths)
+        count = 1 + sum((n - 1) * s for n, s in zip(part.shape, part.stride(), strict=True))
+    start = place.offset + shard.untyped_storage()._checkpoint_offset
+    start += part.storage_offset() * part.itemsize
+    data = torch.from_numpy(np.fromfile(path, np.uint8, count * part.itemsize, offset=start))
+    return data.view(part.dtype).as_strided(part.shape, part.stride())
+
+
 def _box(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    places = zip(offsets, sizes, strict=True)
-    return tensor[tuple(slice(start, start + size) for start, size in places)]
+    slices = (slice(o, o + size) for o, size in zip(offsets, sizes, strict=True))
+    return tensor[tuple(slices)]

@@ -1,14 +1,12 @@
-"""What opening a NeMo checkpoint would run, looked at before it is opened.
+"""Refuses NeMo checkpoints that would run unknown code when they are opened.
 
-``context/io.json`` names Python objects by module and name, and NeMo calls them with the arguments
-that stand beside them. ``weights/.metadata`` is a pickle, which names what it calls. So whoever
-made a checkpoint can run anything as whoever opens it. What our own checkpoints name is known and
-harmless; anything else is refused, unless the user says that its maker is trusted.
+``context/io.json`` names Python objects, which NeMo calls with arguments from the same file.
+``weights/.metadata`` is a pickle, which also names what it calls. Checkpoints of this repository
+name only what is listed here. Others are refused, unless the user trusts their author.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -17,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from recipes.core.errors import RecipeError
+from recipes.core.files import read_json
 
 TRUST = "TRUST_CHECKPOINTS"
-"""Environment variable: with ``1``, checkpoints are opened whatever they name."""
+"""Environment variable: with ``1``, all checkpoints are opened."""
 KNOWN = frozenset(
     (
         "builtins.dict",
@@ -38,7 +37,7 @@ KNOWN = frozenset(
         "transformers.generation.configuration_utils.GenerationConfig",
     )
 )
-"""What contexts name, beside the classes of models."""
+"""Objects that contexts name, in addition to the classes of models."""
 MODELS = re.compile(r"nemo\.collections\.llm\.gpt\.model\.\w+\.\w+(Config\w*|Model)")
 TYPES = re.compile(r"torch\.(bfloat16|float16|float32)")
 DESCRIPTION = frozenset(
@@ -62,17 +61,17 @@ DESCRIPTION = frozenset(
         "torch.serialization._get_layout",
     )
 )
-"""What descriptions of weights name."""
+"""Objects that ``weights/.metadata`` names."""
 
 
 def require_known_context(io_json: Path) -> None:
-    """Refuses a context that names what no model of ours has.
+    """Refuses a context that names unknown objects.
 
     Raises:
-        RecipeError: It does, and ``TRUST`` is not set.
+        RecipeError: It names some, and ``TRUST`` is not set.
     """
-    described = json.loads(io_json.read_text(encoding="utf-8"))
-    unknown = sorted(name for name in set(_names(described)) if not _is_known(name))
+    names = set(_names(read_json(io_json)))
+    unknown = sorted(n for n in names - KNOWN if not MODELS.fullmatch(n) and not TYPES.fullmatch(n))
     if unknown and os.environ.get(TRUST) != "1":
         raise RecipeError(
             f"{io_json} names {', '.join(unknown[:5])}: opening it would call that, as you.",
@@ -82,12 +81,8 @@ def require_known_context(io_json: Path) -> None:
         )
 
 
-def _is_known(name: str) -> bool:
-    return name in KNOWN or bool(MODELS.fullmatch(name) or TYPES.fullmatch(name))
-
-
 def _names(value: Any) -> Iterator[str]:
-    """Everything that a serialised context names, and code that it asks a tokenizer to bring."""
+    """Yields the objects that a context names, and ``trust_remote_code`` where it is on."""
     if isinstance(value, dict):
         if value.get("type") == "pyref":
             yield f"{value['module']}.{value['name']}"
@@ -96,20 +91,20 @@ def _names(value: Any) -> Iterator[str]:
                 yield from _names(item)
     elif isinstance(value, list):
         if len(value) == 2 and value[0] == "Attr(name='trust_remote_code')":
-            yield from ["trust_remote_code"] if _leaf(value[1]) else []
+            yield from ["trust_remote_code"] if _is_on(value[1]) else []
         for item in value:
             yield from _names(item)
 
 
-def _leaf(value: Any) -> bool:
-    return not isinstance(value, dict) or value.get("value") not in (None, False)
+def _is_on(leaf: Any) -> bool:
+    return not isinstance(leaf, dict) or leaf.get("value") not in (None, False)
 
 
 def read_description(weights: Path) -> Any:
-    """The metadata of a torch_dist checkpoint, as torch reads it, but for what it may name.
+    """Reads the metadata of a torch_dist checkpoint.
 
     Raises:
-        RecipeError: It names what no description of weights needs, and ``TRUST`` is not set.
+        RecipeError: It names unknown objects, and ``TRUST`` is not set.
     """
     with (weights / ".metadata").open("rb") as file:
         return _Description(file, weights / ".metadata").load()
@@ -121,11 +116,11 @@ class _Description(pickle.Unpickler):
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        """Finds what is known."""
-        named = f"{module}.{name}"
-        if named in DESCRIPTION or TYPES.fullmatch(named) or os.environ.get(TRUST) == "1":
+        """Imports a known object."""
+        full_name = f"{module}.{name}"
+        if full_name in DESCRIPTION or TYPES.fullmatch(full_name) or os.environ.get(TRUST) == "1":
             return super().find_class(module, name)
         raise RecipeError(
-            f"{self._path} names {named}: opening it would call that, as you.",
+            f"{self._path} names {full_name}: opening it would call that, as you.",
             f"ask for the weights as safetensors; or, if you trust who made it, set {TRUST}=1",
         )

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nemo_convert.gguf_file import SPLITS, _rope_factors, _split, write
+from nemo_convert.gguf_file import SPLITS, _pre_tokenizer, _rope_factors, write
 from recipes.core.errors import RecipeError
 from tests.support.llama_cpp import PROMPTS, greedy, require_near_words
 from tests.support.models import EVEN, FAMILIES, write_tiny_model
@@ -150,7 +150,7 @@ def test_tokenizers_that_fall_back_to_bytes(text_file: Path, tmp_path: Path) -> 
         assert said.prompt_tokens == len(tokenizer(prompt).input_ids)
 
 
-def test_a_split_without_a_name_is_refused() -> None:
+def test_unknown_pre_tokenizer_is_refused() -> None:
     assert set(SPLITS.values()) == {"llama-bpe", "qwen2", "tekken"}
-    with pytest.raises(RecipeError, match="way to split text"):
-        _split({"type": "Whitespace"})
+    with pytest.raises(RecipeError, match="pre_tokenizer="):
+        _pre_tokenizer({"type": "Whitespace"})

@@ -1,8 +1,7 @@
-"""Weights on their way into files: in order, one ahead of the writer, and no failure is lost."""
+"""Streamed writing and reading of weights: order, reading ahead, and errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -14,79 +13,64 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nemo_convert import hf
-from nemo_convert.streaming import (
-    Place,
-    Where,
-    _one_ahead,
-    _SourcePlanner,
-    _without_checksums,
-)
+from nemo_convert.streaming import Index, _prefetch, _SourcePlanner, _without_checksums
 from recipes.core.errors import RecipeError
 
-WANTED: list[Where] = [("a", (0,)), ("a", (1,)), ("b", (0,)), ("b", (1,))]
+KEYS: list[tuple[str, Index]] = [("a", (0,)), ("a", (1,)), ("b", (0,)), ("b", (1,))]
 
 
-@pytest.fixture
-def begun() -> dict[Where, Event]:
-    """Is set once a weight is being made."""
-    return {where: Event() for where in WANTED}
+def weight(key: str, index: Index) -> Tensor:
+    return torch.full((2, 3), KEYS.index((key, index))).bfloat16()
 
 
-@pytest.fixture
-def source(begun: dict[Where, Event]) -> Callable[[str, Place], Tensor]:
-    def make(key: str, place: Place) -> Tensor:
-        begun[key, place].set()
-        return torch.full((2, 3), WANTED.index((key, place))).bfloat16()
+def test_one_weight_is_read_ahead() -> None:
+    started = {key: Event() for key in KEYS}
 
-    return make
+    def source(key: str, index: Index) -> Tensor:
+        started[key, index].set()
+        return weight(key, index)
 
-
-def test_one_weight_is_made_while_another_is_written(
-    source: Callable[[str, Place], Tensor], begun: dict[Where, Event]
-) -> None:
-    for number, (where, made) in enumerate(_one_ahead(source, WANTED)):
-        assert where == WANTED[number]
-        assert made.tolist() == [[number] * 3] * 2
-        for ahead in WANTED[number + 1 : number + 2]:
-            assert begun[ahead].wait(60)
-        assert not any(begun[later].is_set() for later in WANTED[number + 2 :])
+    for number, (key, tensor) in enumerate(_prefetch(source, KEYS)):
+        assert key == KEYS[number]
+        assert tensor.tolist() == [[number] * 3] * 2
+        for following in KEYS[number + 1 : number + 2]:
+            assert started[following].wait(60)
+        assert not any(started[later].is_set() for later in KEYS[number + 2 :])
 
 
-def test_a_refused_weight_is_raised_where_it_is_wanted(
-    source: Callable[[str, Place], Tensor],
-) -> None:
-    def refuse(key: str, place: Place) -> Tensor:
-        if (key, place) == WANTED[1]:
-            raise RecipeError("a weight is not there", "")
-        return source(key, place)
+def test_error_of_the_source_is_raised_at_its_weight() -> None:
+    def source(key: str, index: Index) -> Tensor:
+        if (key, index) == KEYS[1]:
+            raise RecipeError("missing weight", "")
+        return weight(key, index)
 
-    weights = _one_ahead(refuse, WANTED)
-    assert next(weights)[0] == WANTED[0]
-    with pytest.raises(RecipeError, match="not there"):
+    weights = _prefetch(source, KEYS)
+    assert next(weights)[0] == KEYS[0]
+    with pytest.raises(RecipeError, match="missing weight"):
         next(weights)
 
 
-def test_another_order_than_the_plans_is_refused(source: Callable[[str, Place], Tensor]) -> None:
-    planner = _SourcePlanner(source, {"a": 1, "b": 1})
-    planner._weights = _one_ahead(source, WANTED)
+def test_planner_refuses_an_order_other_than_the_plan() -> None:
+    planner = _SourcePlanner(weight, {"a": 1, "b": 1})
+    planner._weights = _prefetch(weight, KEYS)
 
-    def item(key: str, place: Place) -> Any:
-        chunk = SimpleNamespace(offsets=torch.Size([*place, 0, 0]), sizes=torch.Size([1, 2, 3]))
+    def item(key: str, index: Index) -> Any:
+        chunk = SimpleNamespace(offsets=torch.Size([*index, 0, 0]), sizes=torch.Size([1, 2, 3]))
         properties = SimpleNamespace(dtype=torch.float32)
         return SimpleNamespace(
             index=SimpleNamespace(fqn=key),
             tensor_data=SimpleNamespace(chunk=chunk, properties=properties),
         )
 
-    first = planner.resolve_data(item(*WANTED[0]))
+    first = planner.resolve_data(item(*KEYS[0]))
     assert first.shape == (1, 2, 3)
     assert first.dtype == torch.float32
     with pytest.raises(RuntimeError, match="where the plan has"):
-        planner.resolve_data(item(*WANTED[2]))
+        planner.resolve_data(item(*KEYS[2]))
     planner.close()
 
 
-def test_checksums_are_left_out_only_there() -> None:
+def test_checksums_are_off_only_within_the_context() -> None:
     def fail() -> None:
         with _without_checksums():
             assert not torch.serialization.get_crc32_options()

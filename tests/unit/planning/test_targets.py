@@ -1,0 +1,140 @@
+"""Targets of pruning: what they make of a shape, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from nemo_convert.architecture import Architecture
+from nemo_convert.hf_config import read_architecture
+from nemo_convert.smollm2 import HF_CONFIG
+from recipes.planning.targets import PruneTargets, absolute, pruned, target_problems
+from tests.unit.nemo_convert.test_architecture import QWEN3_30B_A3B
+
+DIVISORS = {"hidden_size": 64, "ffn_hidden_size": 64}
+SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
+
+
+def problems(**targets: Any) -> list[tuple[str, str]]:
+    return [(p.what, p.fix) for p in target_problems(SMOLLM2, PruneTargets(**targets), DIVISORS)]
+
+
+@pytest.mark.parametrize(
+    ("targets", "sizes"),
+    [
+        ({"hidden_size": 0.89, "ffn_hidden_size": 0.75}, (512, 1152)),
+        ({"num_layers": 0.8, "hidden_size": 448}, (24, 448)),
+        ({"num_attention_heads": 0.4}, (3,)),
+        ({"num_attention_heads": 0.5, "num_query_groups": 0.67}, (4, 2)),
+    ],
+)
+def test_fractions_are_rounded_to_a_divisor(
+    targets: dict[str, float], sizes: tuple[int, ...]
+) -> None:
+    """Of 576 hidden channels in steps of 64, 1536, 30 layers, 9 heads in 3 groups."""
+    assert absolute(SMOLLM2, targets, DIVISORS) == dict(zip(targets, sizes, strict=True))
+
+
+def test_experts_are_pruned_by_their_own_targets() -> None:
+    moe = read_architecture(QWEN3_30B_A3B, "x")
+    good = PruneTargets(num_moe_experts=96, moe_ffn_hidden_size=512)
+    assert not list(target_problems(moe, good, DIVISORS))
+    assert pruned(moe, good).num_moe_experts == 96
+    [dense] = target_problems(moe, PruneTargets(ffn_hidden_size=512), DIVISORS)
+    assert (
+        "target_ffn_hidden_size=512 is set, but the teacher's feed-forward layers are experts"
+        in dense.what
+    )
+    [expert] = target_problems(SMOLLM2, PruneTargets(num_moe_experts=4), DIVISORS)
+    assert "are dense" in expert.what
+    [few] = target_problems(moe, PruneTargets(num_moe_experts=4), DIVISORS)
+    assert "less than the 8 that each token goes through" in few.what
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"num_layers": 24},
+        {"num_layers": 1},
+        {"hidden_size": 512, "ffn_hidden_size": 1152},
+        {"hidden_size": 576},
+        {"num_attention_heads": 6},
+        {"drop_layers": (1, 30)},
+        {"drop_layers": (3,), "hidden_size": 512},
+    ],
+)
+def test_possible_targets(targets: dict[str, Any]) -> None:
+    assert problems(**targets) == []
+
+
+@pytest.mark.parametrize(
+    ("targets", "what", "fix"),
+    [
+        ({}, "no target is set", "target_* field or drop_layers"),
+        ({"num_layers": 31}, "target_num_layers=31 is larger than the teacher's 30", "at most 30"),
+        ({"hidden_size": 640}, "target_hidden_size=640 is larger than", "at most 576"),
+        ({"num_attention_heads": 12}, "larger than the teacher's 9", "at most 9"),
+        ({"num_layers": 0}, "target_num_layers=0 is not positive", "use 1 to 30"),
+        ({"ffn_hidden_size": -64}, "target_ffn_hidden_size=-64 is not positive", "use 1 to 1536"),
+        ({"ffn_hidden_size": 1100}, "ffn_hidden_size_divisor=64", "use 1088 or 1152,"),
+        ({"hidden_size": 570}, "hidden_size_divisor=64", "use 512 or 576,"),
+        ({"hidden_size": 20}, "hidden_size_divisor=64", "use 64,"),
+        ({"num_attention_heads": 7}, "the 3 query groups", "a multiple of 3"),
+        ({"num_query_groups": 1, "num_attention_heads": 6}, "more than the 3 heads", "at most 3"),
+        ({"num_query_groups": 4}, "larger than the teacher's 3", "at most 3"),
+        ({"drop_layers": (0, 3)}, "drop_layers has [0]", "numbered 1 to 30"),
+        ({"drop_layers": (31,)}, "drop_layers has [31]", "numbered 1 to 30"),
+        ({"drop_layers": (2, 2)}, "drop_layers=[2, 2] names a layer twice", "once"),
+        ({"drop_layers": tuple(range(1, 31))}, "leaves no layer", "at least one layer"),
+        ({"drop_layers": (2,), "num_layers": 24}, "are both set", "one of them"),
+    ],
+)
+def test_each_rule_says_what_and_how_to_fix_it(
+    targets: dict[str, Any], what: str, fix: str
+) -> None:
+    [(found, advice)] = problems(**targets)
+    assert what in found
+    assert fix in advice
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    found = problems(num_layers=40, hidden_size=577, ffn_hidden_size=100, num_attention_heads=4)
+    assert len(found) == 4
+
+
+def test_advice_without_a_multiple_that_fits_is_a_sentence() -> None:
+    narrow = dataclasses.replace(SMOLLM2, ffn_hidden_size=60)
+    [found] = target_problems(narrow, PruneTargets(ffn_hidden_size=20), DIVISORS)
+    assert "use ," not in found.fix
+
+
+@pytest.mark.parametrize("divisor", [0, -64])
+def test_divisor_that_is_not_positive_is_refused(divisor: int) -> None:
+    found = target_problems(SMOLLM2, PruneTargets(hidden_size=512), {"hidden_size": divisor})
+    assert any("divisor" in p.what for p in found)
+
+
+def test_pruned_keeps_axes_without_a_target(teacher: Architecture) -> None:
+    student = pruned(teacher, PruneTargets(hidden_size=64, num_layers=2))
+    assert student == dataclasses.replace(teacher, hidden_size=64, num_layers=2)
+    assert student.kv_channels == teacher.kv_channels
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        (PruneTargets(drop_layers=(1, 3)), 2),
+        (PruneTargets(num_layers=3), 3),
+        (PruneTargets(hidden_size=64), 4),
+    ],
+)
+def test_pruned_layers(teacher: Architecture, targets: PruneTargets, layers: int) -> None:
+    assert pruned(teacher, targets).num_layers == layers
+
+
+def test_fewer_heads_shrink_attention_only(teacher: Architecture) -> None:
+    student = pruned(teacher, PruneTargets(num_attention_heads=4))
+    removed = teacher.num_layers * teacher.hidden_size * teacher.kv_channels * 2 * 4
+    assert teacher.parameters() - student.parameters() == removed
