@@ -17,7 +17,7 @@ from typing import Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
-from recipes.core.files import link_or_copy, read_json, write_json, write_text_atomically
+from recipes.core.files import link_or_copy, read_json, write_text_atomically
 from recipes.core.stage import StageConfig
 from recipes.core.versions import installed
 from recipes.engines import trtllm_build_worker
@@ -46,7 +46,6 @@ HEAD_SIZES = (32, 48, 64, 80, 96, 104, 112, 128, 144, 160, 192, 224, 256)
 """What the masked multi-head attention kernels are compiled for."""
 SIZE_MULTIPLES = {"int8": 64, "int4": 64, "int4_awq": 128, "fp8": 16}
 """Rows and columns that a rank's quantised matrices must be a multiple of."""
-SETTINGS = "engine.json"
 LLM_OPTIONS = "llm_options.yaml"
 QUANTIZATION = "hf_quant_config.json"
 
@@ -214,7 +213,6 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
             "python launch/run.py logs run_dir=DIR shows them",
         )
     require_engine(out, request)
-    _write_settings(cfg, out)
 
 
 def require_engine(engine: Path, request: dict[str, Any]) -> None:
@@ -251,7 +249,6 @@ def prepare_pytorch(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     require_quantization(folder, cfg.precision)
     shutil.copytree(folder, out, dirs_exist_ok=True, copy_function=link_or_copy)
     write_text_atomically(out / LLM_OPTIONS, llm_options(cfg, _positions(folder)))
-    _write_settings(cfg, out)
 
 
 def llm_options(cfg: BuildEngineConfig, positions: int) -> str:
@@ -277,13 +274,3 @@ def llm_options(cfg: BuildEngineConfig, positions: int) -> str:
 def _positions(folder: Path) -> int:
     config = read_json(folder / "config.json")
     return int(config["max_position_embeddings"])
-
-
-def _write_settings(cfg: BuildEngineConfig, out: Path) -> None:
-    settings = {
-        "backend": cfg.backend,
-        "precision": cfg.precision,
-        "tensor_parallel_size": cfg.tensor_parallel_size,
-        "version": installed("tensorrt_llm"),
-    }
-    write_json(out / SETTINGS, settings)

@@ -1,17 +1,47 @@
-"""Random prompts, and the timings of requests. Torch-free."""
+"""Contenders of a benchmark, random prompts, and the timings of requests. Torch-free."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from typing import Self
 
+from nemo_convert.architecture import Architecture
 from recipes.engines.results import Spread
-from recipes.planning.roofline import RequestShape
+from recipes.planning.roofline import RequestShape, Storage
 
 FIRST_ORDINARY_TOKEN = 3
 """The lowest ids are special tokens in most vocabularies."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model in one backend."""
+
+    role: str
+    backend: str
+    precision: str
+    model: Path
+    """What is loaded: an engine, or a Hugging Face folder."""
+    folder: Path
+    """Hugging Face folder of the same model."""
+    architecture: Architecture
+    group_size: int | None = None
+    tensor_parallel_size: int = 1
+
+    @property
+    def storage(self) -> Storage:
+        """How the backend stores weights and KV cache by default."""
+        compressed = 1 if self.backend == "openvino" else 2
+        kv_bytes = 4 if self.precision == "fp32" else compressed
+        return Storage(self.precision, self.group_size, kv_bytes)
+
+    def disk_bytes(self) -> int:
+        """Returns the size of what is loaded."""
+        return sum(file.stat().st_size for file in self.model.rglob("*") if file.is_file())
 
 
 @dataclass(frozen=True)
@@ -41,6 +71,23 @@ class Generation:
     tokens: list[list[int]]
     """New tokens [batch, new]."""
     timing: Timing
+
+
+class Worker:
+    """Runs one contender; a context manager that stops what it has started."""
+
+    load_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
+        """Continues one batch of prompts."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stops nothing by default."""
 
 
 def random_prompts(shape: RequestShape, vocabulary: int, seed: int) -> list[list[int]]:

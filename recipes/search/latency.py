@@ -10,8 +10,8 @@ from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_json
 from recipes.engines.backends import BUILDERS
-from recipes.engines.bench import Contender
 from recipes.engines.results import BenchmarkRow
+from recipes.engines.timing import Contender
 from recipes.search.settings import MeasureLatencyConfig
 from recipes.search.space import LatencyFit, Service, name_of, read_gigabytes
 

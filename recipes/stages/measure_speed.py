@@ -18,7 +18,6 @@ from recipes.engines.backends import model_folder, require_backend
 from recipes.engines.bench import (
     BASELINE,
     ENGINE_ROLES,
-    Contender,
     cpu_threads,
     measure,
     speedups,
@@ -26,6 +25,7 @@ from recipes.engines.bench import (
 )
 from recipes.engines.results import BenchmarkResults, EngineResult, MachineRates
 from recipes.engines.settings import BuildEngineConfig, MeasureSpeedConfig
+from recipes.engines.timing import Contender
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem

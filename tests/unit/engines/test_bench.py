@@ -12,11 +12,11 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from recipes.core.metrics import MetricsLog
 from recipes.distillation.settings import DistillConfig
-from recipes.engines.bench import Contender, ContenderMeasurements, measure, speedups
+from recipes.engines.bench import measure, speedups
 from recipes.engines.results import Spread
 from recipes.engines.settings import BuildEngineConfig as EngineConfig
 from recipes.engines.settings import MeasureSpeedConfig, QuantizeConfig
-from recipes.engines.timing import Timing, spread
+from recipes.engines.timing import Contender, Timing, Worker, spread
 from recipes.planning.chain import Chain
 from recipes.planning.roofline import (
     Machine,
@@ -83,26 +83,19 @@ def test_rates_follow_from_seconds() -> None:
     assert spread([3.0, 1.0, 2.0]) == Spread(median=2.0, low=1.0, high=3.0)
 
 
-class Scripted:
-    """A worker that says what it is told, and remembers in which order it was asked."""
+class Scripted(Worker):
+    """A worker with given timings, which records its requests."""
 
     asked: ClassVar[list[tuple[str, int, list[list[int]]]]] = []
 
     def __init__(self, contender: Contender, seconds: float) -> None:
-        self.name, self.seconds, self.measured = (
-            contender.role,
-            seconds,
-            ContenderMeasurements(1.0, 10),
-        )
+        self.name, self.seconds = contender.role, seconds
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
         cold = not any(asked[:2] == (self.name, len(prompts)) for asked in self.asked)
         self.asked.append((self.name, len(prompts), prompts))
         seconds = self.seconds * (10 if cold else 1)
         return Timing(seconds, 3 * seconds)
-
-    def __enter__(self) -> Scripted:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.asked.append((self.name, 0, []))

@@ -15,7 +15,7 @@ from recipes.core.errors import RecipeError
 from recipes.engines import tensorrt_llm, trtllm_bench, trtllm_build_worker
 from recipes.engines.backends import engine_problems
 from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
-from recipes.engines.timing import Timing, random_prompts
+from recipes.engines.timing import Contender, Timing, random_prompts
 from recipes.planning.chain import Chain
 from recipes.planning.roofline import RequestShape
 
@@ -79,17 +79,15 @@ def config(**settings: Any) -> BuildEngineConfig:
     return BuildEngineConfig(stage="build_engine", **{**base, **settings})
 
 
-def target(backend: str) -> trtllm_bench.Target:
-    return trtllm_bench.Target(backend, Path("/engine"), Path("/hf/model"), 2)
-
-
 def rules(cfg: BuildEngineConfig, chain: Chain) -> list[str]:
     return [problem.rule.name for problem in engine_problems(cfg, chain)]
 
 
 @pytest.mark.parametrize("backend", ["tensorrt_llm", "tensorrt_llm_pytorch"])
-def test_every_option_of_the_benchmark_exists(backend: str) -> None:
-    argv = trtllm_bench.command(target(backend), SHAPE, Path("/scratch"))
+def test_every_option_of_the_benchmark_exists(backend: str, teacher: Architecture) -> None:
+    engine, folder = Path("/engine"), Path("/hf/model")
+    contender = Contender("student", backend, "bf16", engine, folder, teacher, None, 2)
+    argv = trtllm_bench.command(contender, SHAPE, Path("/scratch"))
     assert argv[0] == "trtllm-bench"
     split = argv.index("throughput")
     for words, command in (
@@ -177,8 +175,8 @@ def test_report_is_read() -> None:
     ("change", "message"),
     [
         ({"streaming_metrics": None}, "report of another form"),
-        ({"request_info": {**REPORT["request_info"], "num_requests": 3}}, "instead of"),
-        ({"request_info": {**REPORT["request_info"], "avg_output_length": 9.5}}, "instead of"),
+        ({"request_info": {**REPORT["request_info"], "num_requests": 3}}, "not"),
+        ({"request_info": {**REPORT["request_info"], "avg_output_length": 9.5}}, "not"),
     ],
 )
 def test_other_reports_are_refused(change: dict[str, Any], message: str) -> None:
@@ -189,9 +187,9 @@ def test_other_reports_are_refused(change: dict[str, Any], message: str) -> None
 
 
 def test_requests_are_of_the_asked_size_and_differ() -> None:
-    made = [trtllm_bench.Requests(random_prompts(SHAPE, 512, seed), 32) for seed in (1, 2)]
-    assert [one.shape for one in made] == [SHAPE, SHAPE]
-    lines, others = (one.dataset().splitlines() for one in made)
+    lines, others = (
+        trtllm_bench.dataset(random_prompts(SHAPE, 512, seed), 32).splitlines() for seed in (1, 2)
+    )
     requests = [json.loads(line) for line in lines]
     assert [r["task_id"] for r in requests] == [0, 1, 2, 3]
     assert {len(r["input_ids"]) for r in requests} == {128}
@@ -320,8 +318,7 @@ def test_the_pytorch_backend_gets_the_checkpoint_and_its_options(tmp_path: Path)
     (folder / "model.safetensors").write_bytes(b"weights")
     out = tmp_path / "out"
     out.mkdir()
-    cfg = config(backend="tensorrt_llm_pytorch", tensor_parallel_size=2)
+    cfg = config(backend="tensorrt_llm_pytorch")
     tensorrt_llm.prepare_pytorch(cfg, folder, out)
     assert (out / "model.safetensors").read_bytes() == b"weights"
     assert json.loads((out / "llm_options.yaml").read_text())["max_seq_len"] == 512
-    assert json.loads((out / "engine.json").read_text())["tensor_parallel_size"] == 2
