@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json, sha256_of, write_json, write_text_atomically
+from recipes.core.files import read_json, write_json, write_text_atomically
 from recipes.core.fingerprint import code_fingerprint, digest
 from recipes.core.metrics import MetricsLog
 from recipes.core.versions import installed
@@ -29,7 +29,7 @@ MAX_EMPTY_BATCHES = 5
 """Batches without a finished conversation after which the stage fails."""
 BLANK = "\0"
 """Stands for a user's words, to find what a template has before them."""
-FILE, SUMMARY = "chats.jsonl", "summary.json"
+FILE = "chats.jsonl"
 Messages = list[dict[str, Any]]
 
 
@@ -60,54 +60,35 @@ class ChatWriter:
     """Of its weights, config and tokenizer."""
 
 
-@dataclass(frozen=True)
-class ChatSummary:
-    """What a file of written conversations holds."""
+def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Path:
+    """Writes a request's conversations, one a line, and returns the file.
 
-    sha256: str
-    tokens: int
-    conversations: int
-    unfinished: int
-    """Turns that were too long, and are left out."""
-
-
-def write_chats(
-    request: ChatRequest, writer: ChatWriter, log: MetricsLog
-) -> tuple[Path, ChatSummary]:
-    """Returns the file of a request's conversations, from the cache if it is there.
-
-    A process that was killed resumes after its last whole batch.
+    Finished batches are stored in the cache: the same request writes nothing again, and a process
+    that was killed resumes after the last of them.
 
     Raises:
         RecipeError: The teacher finishes no turn.
     """
     folder = cache_dir() / "teacher_chats" / _name(request, writer)
-    file, summary_file = folder / FILE, folder / SUMMARY
-    if summary_file.exists():
-        summary = ChatSummary(**read_json(summary_file))
-        if file.exists() and sha256_of(file) == summary.sha256:
-            return file, summary
     folder.mkdir(parents=True, exist_ok=True)
     conversations: list[Messages] = []
     tokens = unfinished = 0
-    for number, batch in enumerate(_batches(request, writer, folder)):
+    for number, batch in enumerate(_batches(request, writer, folder), 1):
         conversations += batch["conversations"]
         tokens += batch["tokens"]
         unfinished += batch["unfinished"]
         log.progress("write", min(tokens, request.tokens), request.tokens)
         if tokens >= request.tokens:
             break
-        if not conversations and number + 1 == MAX_EMPTY_BATCHES:
+        if not conversations and number == MAX_EMPTY_BATCHES:
             raise RecipeError(
                 f"the teacher finished none of {unfinished} turns within {request.seq_length} "
                 "tokens.",
                 "raise data.seq_length, or use an instruct model",
             )
     lines = (json.dumps({"messages": one}, ensure_ascii=False) for one in conversations)
-    write_text_atomically(file, "".join(f"{line}\n" for line in lines))
-    summary = ChatSummary(sha256_of(file), tokens, len(conversations), unfinished)
-    write_json(summary_file, asdict(summary))
-    return file, summary
+    write_text_atomically(folder / FILE, "".join(f"{line}\n" for line in lines))
+    return folder / FILE
 
 
 def _name(request: ChatRequest, writer: ChatWriter) -> str:

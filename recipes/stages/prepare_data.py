@@ -8,7 +8,7 @@ from pathlib import Path
 from nemo_convert.hub import has_chat_template
 from nemo_convert.results import ImportResult
 from recipes.core.errors import RecipeError
-from recipes.core.files import link_or_copy
+from recipes.core.files import link_or_copy, sha256_of
 from recipes.core.manifest import Outcome
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Input, Inputs, metrics_log
@@ -165,8 +165,8 @@ def _write_chats(
             cfg.seq_length,
             source.prompts,
         )
-        file, summary = write_chats(request, writer, metrics_log(out))
-        files[text] = (str(file), Origin(source.licence or note, sha256=summary.sha256))
+        file = write_chats(request, writer, metrics_log(out))
+        files[text] = (str(file), Origin(source.licence or note, sha256=sha256_of(file)))
     return files
 
 

@@ -16,7 +16,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.data import teacher_chats
 from recipes.data.chat import ChatTokenizer
-from recipes.data.teacher_chats import ChatRequest, ChatSummary, ChatWriter, write_chats
+from recipes.data.teacher_chats import ChatRequest, ChatWriter, write_chats
 from tests.cpu.data.test_chat import END, PLAIN, STOP, saved
 
 CHAT = ChatRequest(tokens=700, seed=1, seq_length=100)
@@ -61,11 +61,9 @@ def test_short_conversations_come_in_larger_batches(monkeypatch: pytest.MonkeyPa
     assert [replace(CHAT, seq_length=9, tokens=n).batch_size() for n in (90, 900)] == [32, 100]
 
 
-def chats(
-    writer: ChatWriter, request: ChatRequest
-) -> tuple[list[dict[str, Any]], ChatSummary, Path]:
-    file, summary = write_chats(request, writer, MetricsLog(None))
-    return [json.loads(line) for line in file.read_text().splitlines()], summary, file
+def chats(writer: ChatWriter, request: ChatRequest) -> tuple[list[dict[str, Any]], Path]:
+    file = write_chats(request, writer, MetricsLog(None))
+    return [json.loads(line) for line in file.read_text().splitlines()], file
 
 
 def no_generation(*_: object) -> None:
@@ -73,62 +71,63 @@ def no_generation(*_: object) -> None:
 
 
 def test_each_request_is_written_once(teacher: ChatWriter, monkeypatch: pytest.MonkeyPatch) -> None:
-    talks, summary, file = chats(teacher, CHAT)
-    assert summary.tokens >= CHAT.tokens
-    assert summary.conversations == len(talks) > CHAT.batch_size()
-    other, _, elsewhere = chats(teacher, replace(CHAT, seed=2))
+    talks, file = chats(teacher, CHAT)
+    assert len(talks) > CHAT.batch_size()
+    other, elsewhere = chats(teacher, replace(CHAT, seed=2))
     assert elsewhere != file
     assert talks[:9] != other[:9]
-    assert chats(replace(teacher, sha256="u"), CHAT)[2] not in (file, elsewhere)
-    # A whole file is used as it is; a damaged one is assembled again from its batches.
+    assert chats(replace(teacher, sha256="u"), CHAT)[1] not in (file, elsewhere)
+    # A second run generates nothing, and a damaged file is assembled again from its batches.
+    file.write_text("{}\n")
     monkeypatch.setattr(teacher_chats, "_generate", no_generation)
     assert chats(teacher, CHAT)[0] == talks
-    file.write_text("{}\n")
-    assert chats(teacher, CHAT)[:2] == (talks, summary)
 
 
 def test_an_interrupted_request_resumes_after_its_last_batch(teacher: ChatWriter) -> None:
-    talks, summary, file = chats(teacher, CHAT)
+    talks, file = chats(teacher, CHAT)
     batches = sorted(file.parent.glob("0*.json"))
     assert len(batches) > 1
     modified = batches[0].stat().st_mtime_ns
-    for path in (file, file.parent / teacher_chats.SUMMARY, *batches[1:]):
+    for path in (file, *batches[1:]):
         path.unlink()
-    assert chats(teacher, CHAT)[:2] == (talks, summary)
+    assert chats(teacher, CHAT)[0] == talks
     assert batches[0].stat().st_mtime_ns == modified
 
 
 def test_conversations_are_invented_and_fit_a_window(teacher: ChatWriter) -> None:
-    talks, summary, _ = chats(teacher, CHAT)
+    talks, file = chats(teacher, CHAT)
     encoder = ChatTokenizer(Path(teacher.tokenizer.name_or_path), END, CHAT.seq_length)
     for talk in talks:
         assert [message["role"] for message in talk["messages"]] == ["user", "assistant"]
         assert all(message["content"] for message in talk["messages"])
     encoded = encoder.encode([json.dumps(talk["messages"]) for talk in talks])
     assert not any(one.cut or one.left_out for one in encoded)
-    assert summary.unfinished > 0
+    assert sum(json.loads(b.read_text())["unfinished"] for b in file.parent.glob("0*.json")) > 0
     with pytest.raises(RecipeError, match="finished none of"):
         chats(teacher, replace(CHAT, seq_length=20))
 
 
 def test_questions_of_a_file_are_answered_once_each(teacher: ChatWriter, tmp_path: Path) -> None:
     asked = [
-        [{"role": "system", "content": "Be."}, {"role": "user", "content": "?" * (n % 7 + 1)}]
+        [
+            {"role": "system", "content": "Be."},
+            {"role": "user", "content": f"{n}" + "?" * (n % 7 + 1)},
+        ]
         for n in range(CHAT.batch_size() + 5)
     ]
     answer = {"role": "assistant", "content": "no"}
     lines = [json.dumps({"messages": [*one, answer, one[1], answer]}) for one in asked]
     (tmp_path / "asked.jsonl").write_text("\n".join(lines))
     prompts = replace(CHAT, tokens=10**6, prompts=str(tmp_path / "asked.jsonl"))
-    talks, summary, file = chats(teacher, prompts)
+    talks, file = chats(teacher, prompts)
     found = [talk["messages"][:-1] for talk in talks]
     places = [asked.index(one) for one in found]
-    assert len(talks) + summary.unfinished == len(asked)
-    assert len(places) > 5
+    assert 5 < len(talks) < len(asked)  # answers that do not end are left out
+    assert places == sorted(set(places))
     assert all(len(talk["messages"]) == 3 for talk in talks)
     # Other content of that file is another request.
     (tmp_path / "asked.jsonl").write_text("\n".join(lines[:3]))
-    assert chats(teacher, prompts)[2] != file
+    assert chats(teacher, prompts)[1] != file
 
 
 def test_prompts_of_any_length_are_continued_alike(teacher: ChatWriter) -> None:
