@@ -1,136 +1,26 @@
-"""A device that is not there: CUDA as the stages' code sees it, without weight and without a GPU.
+"""Fake tensors on a device that replaces CUDA: shapes, types and devices, without memory.
 
-Tensors are on a Python-backed device that autograd knows, and ``FakeTensorMode`` gives them shape,
-type and device but no memory, and refuses to mix devices. Everything that is redirected for it is
-here, each with its reason. A process that has called ``stand_in`` is good for rehearsals only.
+``FakeTensorMode`` refuses to mix devices, and ``_require_one_device`` what it lets pass. Functions
+that need values, or that have no fake form, are redirected here, each with its reason.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import (
-    _DummyBackendModule,
-    _setup_privateuseone_for_python_backend,
-)
 from torch.utils.weak import WeakIdKeyDictionary
 
-NAME = "fakecuda"
-DEVICE = torch.device("privateuseone:0")
-"""Called ``NAME`` once ``stand_in`` has been called."""
+from recipes.rehearsal.fake_cuda import DEVICE
+
 aten = torch.ops.aten
-CAPABILITY = (9, 0)
-MEMORY_BYTES = 80 << 30
-TYPES = {torch.bfloat16: "torch.cuda.BFloat16Tensor", torch.float32: "torch.cuda.FloatTensor"}
-
-
-class _Nothing:
-    """Stands in for streams and events: what has no weight takes no time."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None: ...
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *args, **kwargs: self
-
-    def __enter__(self) -> _Nothing:
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-def _returns(value: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: value
-
-
-class _Module(_DummyBackendModule):  # type: ignore[misc]
-    """What PyTorch asks of a device's module."""
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        """Types of automatic mixed precision."""
-        return [torch.bfloat16, torch.float16]
-
-
-def stand_in() -> None:
-    """Gives this process GPUs, for good; before anything else of the stack is imported."""
-    _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-    properties = SimpleNamespace(
-        name="rehearsal",
-        major=CAPABILITY[0],
-        minor=CAPABILITY[1],
-        total_memory=MEMORY_BYTES,
-        pci_domain_id=0xFFFF,  # where nothing is
-        pci_bus_id=0,
-        pci_device_id=0,
-    )
-    answers = {
-        "is_available": True,
-        "is_initialized": True,
-        "current_device": 0,
-        "get_device_capability": CAPABILITY,
-        "get_device_name": "rehearsal",
-        "get_device_properties": properties,
-        "is_bf16_supported": True,
-        "memory_allocated": 0,
-        "memory_reserved": 0,
-        "max_memory_allocated": 0,
-        "max_memory_reserved": 0,
-        "mem_get_info": (MEMORY_BYTES, MEMORY_BYTES),
-        "current_stream": _Nothing(),
-        "default_stream": _Nothing(),
-        "stream": _Nothing(),
-        "graph_pool_handle": (0, 0),
-    }
-    nothing = (
-        "init _lazy_init _lazy_call set_device synchronize empty_cache ipc_collect manual_seed "
-        "reset_peak_memory_stats manual_seed_all set_rng_state memory_stats set_stream"
-    )
-    for name, value in {**answers, **dict.fromkeys(nothing.split())}.items():
-        setattr(torch.cuda, name, _returns(value))
-    torch.cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    state = torch.zeros(8, dtype=torch.uint8)
-    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = _returns(state)
-    torch.cuda.Stream = torch.cuda.Event = _Nothing  # type: ignore[assignment,misc]
-    kind_of = torch.Tensor.type
-
-    def kind(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Megatron compares the type of a parameter with names of CUDA's."""
-        if args or kwargs or tensor.device != DEVICE or tensor.dtype not in TYPES:
-            return kind_of(tensor, *args, **kwargs)
-        return TYPES[tensor.dtype]
-
-    torch.Tensor.type = kind  # type: ignore[method-assign,assignment]
-    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
-
-
-def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Moves or casts in place, as on a GPU; PyTorch gives up where a weightless weight is held."""
-    if recurse:
-        for child in module.children():
-            child._apply(fn)
-    for values in (module._parameters, module._buffers):
-        for name, old in values.items():
-            if old is None:
-                continue
-            with torch.no_grad():
-                new = fn(old)
-            if new is old or name in module._buffers:
-                values[name] = new
-                continue
-            torch._C._swap_tensor_impl(old, nn.Parameter(new, old.requires_grad))
-            old.fake_device = new.device  # type: ignore[attr-defined]
-    return module
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.rehearsal.device import DEVICE
+from recipes.rehearsal.fake_cuda import DEVICE
 
 PASSING = ("activations", "logits")
 BLOCK = 512

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.rehearsal.device import DEVICE, NAME
+from recipes.rehearsal.fake_cuda import DEVICE, NAME
 from recipes.rehearsal.job import Message
 
 FAKE = "fake"

@@ -39,7 +39,7 @@ from recipes.core.manifest import ARTIFACT, WORK
 from recipes.distillation import losses, objective
 from recipes.evaluation import predictions
 from recipes.pruning import scoring
-from recipes.rehearsal import checkpoints, device, experts, materials
+from recipes.rehearsal import checkpoints, device, experts, fake_cuda, materials
 from recipes.rehearsal.job import RankJob, Rehearsed
 from recipes.rehearsal.memory import MemoryTracker
 from recipes.rehearsal.messages import Checked
@@ -54,7 +54,7 @@ def stand_in() -> None:
     """Replaces what needs weights or other ranks, for good."""
     checkpoints.stand_in()
     experts.stand_in()
-    losses.CHUNK_BYTES[device.NAME] = losses.CHUNK_BYTES["cuda"]
+    losses.CHUNK_BYTES[fake_cuda.NAME] = losses.CHUNK_BYTES["cuda"]
     begin = objective.LossReduction.__init__
 
     def __init__(self: Any, what: objective.Objective) -> None:  # noqa: N807

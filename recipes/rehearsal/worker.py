@@ -45,9 +45,9 @@ def main(file: Path) -> None:
 
 def prepare() -> Rehearse:
     """Makes this process one for rehearsals, and imports what they need."""
-    from recipes.rehearsal import device, files, messages
+    from recipes.rehearsal import fake_cuda, files, messages
 
-    device.stand_in()
+    fake_cuda.stand_in()
     messages.stand_in()
     files.stand_in()
     # Not before: some of the stack looks for a device, or keeps functions of torch, on import.

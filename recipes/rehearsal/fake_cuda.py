@@ -1,0 +1,152 @@
+"""CUDA's functions without CUDA: they answer for idle GPUs, or do nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _setup_privateuseone_for_python_backend,
+)
+
+from recipes.backend.patches import Patch, apply, constant, value
+
+NAME = "fakecuda"
+DEVICE = torch.device("privateuseone:0")
+"""Called ``NAME`` once ``stand_in`` has been called."""
+CAPABILITY = (9, 0)
+MEMORY_BYTES = 80 << 30
+PROPERTIES = SimpleNamespace(
+    name="rehearsal",
+    major=CAPABILITY[0],
+    minor=CAPABILITY[1],
+    total_memory=MEMORY_BYTES,
+    pci_domain_id=0xFFFF,  # no device has this address
+    pci_bus_id=0,
+    pci_device_id=0,
+)
+RNG_STATE = torch.zeros(8, dtype=torch.uint8)
+TYPES = {torch.bfloat16: "torch.cuda.BFloat16Tensor", torch.float32: "torch.cuda.FloatTensor"}
+
+
+def stand_in() -> None:
+    """Gives this process GPUs for good, before anything else of the stack is imported.
+
+    Raises:
+        RecipeError: PyTorch is not the version that the patches were written for.
+    """
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    apply(patches())
+
+
+def patches() -> Iterator[Patch]:
+    """Yields all that is replaced in PyTorch."""
+    for name, (original, replace) in FUNCTIONS.items():
+        yield Patch(f"torch.cuda:{name}", "there is no GPU", original, replace)
+    yield Patch(
+        "torch:Tensor.type", "Megatron compares CUDA's type names", "49d1168ec63d", _name_types
+    )
+    reason = "PyTorch cannot move a fake tensor that something else holds"
+    yield Patch("torch:nn.Module._apply", reason, "e50d01ca9c5c", value(_apply))
+
+
+class _Nothing:
+    """Replaces streams and events: fake tensors take no time."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self
+
+    def __enter__(self) -> _Nothing:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class _Module(_DummyBackendModule):  # type: ignore[misc]
+    """The module that PyTorch requires of a device."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """Returns the types of automatic mixed precision."""
+        return [torch.bfloat16, torch.float16]
+
+
+def _count_devices() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _name_types(original: Any) -> Any:
+    """Names the types of tensors on the device as CUDA would."""
+
+    def type_of(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or tensor.device != DEVICE or tensor.dtype not in TYPES:
+            return original(tensor, *args, **kwargs)
+        return TYPES[tensor.dtype]
+
+    return type_of
+
+
+def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Moves or casts parameters and buffers in place, as PyTorch does on a GPU."""
+    if recurse:
+        for child in module.children():
+            child._apply(fn)
+    for values in (module._parameters, module._buffers):
+        for name, old in values.items():
+            if old is None:
+                continue
+            with torch.no_grad():
+                new = fn(old)
+            if new is old or name in module._buffers:
+                values[name] = new
+                continue
+            torch._C._swap_tensor_impl(old, nn.Parameter(new, old.requires_grad))
+            old.fake_device = new.device  # type: ignore[attr-defined]
+    return module
+
+
+FUNCTIONS = {
+    "is_available": ("b91a896857c1", constant(True)),
+    "is_initialized": ("0f623fc044a8", constant(True)),
+    "current_device": ("6e9804168a5c", constant(0)),
+    "get_device_capability": ("6809539b0a67", constant(CAPABILITY)),
+    "get_device_name": ("6f35f689a571", constant("rehearsal")),
+    "get_device_properties": ("cb006011f5d1", constant(PROPERTIES)),
+    "is_bf16_supported": ("dd9ffd146f5f", constant(True)),
+    "memory_allocated": ("0442d2549a61", constant(0)),
+    "memory_reserved": ("de803da5e53c", constant(0)),
+    "max_memory_allocated": ("7d74e1261dc1", constant(0)),
+    "max_memory_reserved": ("60af9cdf5dca", constant(0)),
+    "mem_get_info": ("f9ea28f9e6d1", constant((MEMORY_BYTES, MEMORY_BYTES))),
+    "current_stream": ("ca5387f64ee1", constant(_Nothing())),
+    "default_stream": ("b0a2135268c6", constant(_Nothing())),
+    "stream": ("a701c622b6f5", constant(_Nothing())),
+    "graph_pool_handle": ("884b90f16984", constant((0, 0))),
+    "get_rng_state": ("1190f97901d7", constant(RNG_STATE)),
+    "random.get_rng_state": ("1190f97901d7", constant(RNG_STATE)),
+    "device_count": ("efd183354fc3", value(_count_devices)),
+    "Stream": ("f5b9547b4660", value(_Nothing)),
+    "Event": ("cc34c59c482f", value(_Nothing)),
+    "init": ("85035f109983", constant(None)),
+    "_lazy_init": ("f6316f9c5c9b", constant(None)),
+    "_lazy_call": ("237e5407a66c", constant(None)),
+    "set_device": ("86c6d0bf4222", constant(None)),
+    "synchronize": ("7055e6143ffe", constant(None)),
+    "empty_cache": ("bce971e6854f", constant(None)),
+    "ipc_collect": ("555aacca1155", constant(None)),
+    "manual_seed": ("a71497712eba", constant(None)),
+    "reset_peak_memory_stats": ("766ce5a529a5", constant(None)),
+    "manual_seed_all": ("e9489253dd7c", constant(None)),
+    "set_rng_state": ("2aaed350f20b", constant(None)),
+    "memory_stats": ("4f345f0de187", constant(None)),
+    "set_stream": ("6f7a1ab4ffc3", constant(None)),
+}
+"""Functions of ``torch.cuda``, each with the fingerprint of the original and its replacement."""
