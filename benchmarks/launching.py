@@ -79,7 +79,7 @@ def launch(
             f"recipe={RECIPE}",
             f"run_dir={out}",
             f"model.hf_path='{hf_path}'",
-            f"stages.only=[{','.join(stages)}]",
+            f"only=[{','.join(stages)}]",
             *overrides,
             *(f"stages.{name}={value}" for name, value in settings.items()),
         ]
@@ -88,7 +88,7 @@ def launch(
 
 def make_inputs() -> Path:
     """Runs the stages before distillation, unless they are complete, and returns their run."""
-    execute([*LAUNCHER, f"recipe={RECIPE}", f"stages.only=[{','.join(INPUTS)}]"])
+    execute([*LAUNCHER, f"recipe={RECIPE}", f"only=[{','.join(INPUTS)}]"])
     return REPO_ROOT / "runs" / RECIPE
 
 

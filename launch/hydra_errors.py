@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.command_line import choices, groups
 from launch.planned import stage_names
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError, did_you_mean
-from recipes.core.files import REPO_ROOT
 from recipes.planning.rules import REFUSED_FIELDS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-CHOICE = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z]\w*(,[a-z]\w*)*", re.IGNORECASE)
-"""A name of a group, or several for a sweep; Hydra reads some words as values."""
 SHOW_HELP = "recipe=NAME runs a recipe; --help shows recipes, fields and commands"
 SHOW_FIELDS = "--cfg job shows every field and what it is set to"
 NAMES = re.compile(r"(?P<field>.*\.(env|images|mpi|inputs|num_fewshot|revisions))\.(?P<name>.+)")
@@ -42,33 +40,14 @@ def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> Config
     return typed
 
 
-def require_choices(words: Iterable[str]) -> None:
-    """Refuses ``cluster=null`` and the like, which Hydra ends with a traceback on."""
-    groups = {folder.name for folder in (REPO_ROOT / "conf").iterdir() if folder.is_dir()}
-    for word in words:
-        group, _, choice = word.partition("=")
-        if group in groups and not CHOICE.fullmatch(choice):
-            own = f"model.hf_path={choice} for a folder or a hub id; " if group == "model" else ""
-            raise RecipeError(f"{word} names no {group}.", f"{own}--help lists them all")
-
-
 def explain(error: Exception) -> str:
     """Returns what to tell the user about an error."""
     if isinstance(error, RecipeError):
         return str(error)
     messages = [str(cause) for cause in _causes(error)]
     text = "\n".join(messages)
-    if unread := _unread(text):
-        return unread
-    if missing := re.search(r"config group '([\w/]+)' does not exist", text):
-        return _no_group(missing.group(1))
-    if choice := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
-        group, name = choice.groups()
-        options = _options(text)
-        if not options:
-            return _no_group(group)
-        hint = did_you_mean(name, options)
-        return f"there is no {group} '{name}'.{hint}\n  fix: use one of: {', '.join(options)}"
+    if message := _malformed_word(text) or _unknown_choice(text):
+        return message
     if key := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in '(\w+)'", text):
         name = key.group(1) or key.group(2)
         full = re.search(r"full_key: (\S+)", text)
@@ -98,11 +77,10 @@ def fix_of(said: str) -> str:
     return next((fix for sign, fix in TYPES.items() if sign in said), SHOW_FIELDS)
 
 
-def _unread(text: str) -> str | None:
-    """What is wrong with a word of the command line that Hydra cannot read; ``None`` if it can."""
+def _malformed_word(text: str) -> str | None:
+    """Explains a word of the command line that Hydra cannot parse; ``None`` for other errors."""
     if bare := re.search(r"Error parsing override '([^'=]+)'\nmissing EQUAL", text):
-        recipes = (f"recipe={file.stem}" for file in (REPO_ROOT / "conf/recipe").glob("*.yaml"))
-        hint = did_you_mean(f"recipe={bare.group(1)}", recipes)
+        hint = did_you_mean(f"recipe={bare.group(1)}", [f"recipe={r}" for r in choices("recipe")])
         return f"'{bare.group(1)}' is neither FIELD=VALUE nor a command.{hint}\n  fix: {SHOW_HELP}"
     if value := re.search(r"LexerNoViableAltException: ([\w.]+)=(.*)", text):
         name, given = value.groups()
@@ -113,17 +91,43 @@ def _unread(text: str) -> str | None:
     return None
 
 
-def _no_group(group: str) -> str:
-    """A whole group is not there, such as a stage of another name."""
+def _unknown_choice(text: str) -> str | None:
+    """Explains an unknown group, or an unknown choice of one; ``None`` for other errors."""
+    if unused := re.search(r"Could not override '(\w+)'. No match in the defaults list", text):
+        group = unused.group(1)
+        return f"this recipe has no {group}.\n  fix: leave out {group}=…"
+    if missing := re.search(r"config group '([\w/]+)' does not exist", text):
+        return _unknown_group(missing.group(1))
+    if choice := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
+        group, name = choice.groups()
+        options = choices(group)
+        if not options:
+            return _unknown_group(group)
+        hint = did_you_mean(name, options)
+        return f"there is no {group} '{name}'.{hint}\n  fix: use one of: {', '.join(options)}"
+    return None
+
+
+def _unknown_group(group: str) -> str:
     return f"there is no {group}.{did_you_mean(group.rpartition('/')[2], stage_names())}"
 
 
 def _nearest(where: str, name: str, error: Exception) -> str:
+    """Names what an unknown field may have been meant to be."""
     if where in stage_names():
         return f" Did you mean 'stages.{where}'?"
+    parents = [
+        parent
+        for cause in _causes(error)
+        if isinstance(parent := getattr(cause, "parent_node", None), DictConfig)
+    ]
+    if any(name in parent._get_root() for parent in parents):
+        return f" Did you mean '{name}'?"
     own = NAMES.fullmatch(where)
     fix = f"'+{own['field']}={{{own['name']}: …}}' adds it" if own else SHOW_FIELDS
-    return did_you_mean(name, _fields(error)) or f"\n  fix: {fix}"
+    siblings = [str(key) for parent in parents for key in parent]
+    near = did_you_mean(name, [*siblings, *(groups() if where == name else ())])
+    return near or f"\n  fix: {fix}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -131,15 +135,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _options(text: str) -> list[str]:
-    listed = re.search(r"Available options in '[^']*':\n((?:\t[^\n]*\n?)+)", text)
-    names = listed.group(1).split() if listed else []
-    return [name for name in names if name != "schema"]
-
-
-def _fields(error: BaseException) -> list[str]:
-    """Valid names beside a wrong key, from the node that refused it."""
-    parents = (getattr(cause, "parent_node", None) for cause in _causes(error))
-    return [str(key) for parent in parents if isinstance(parent, DictConfig) for key in parent]

@@ -22,7 +22,7 @@ def require_gates(plan: Plan, console: Console) -> None:
     """Shows what was measured for each gate of a run that was carried out; refuses one that failed.
 
     A gate is passed over, and said to be, while the stage that measures its figure is not part of
-    the run (``stages.only``) or not complete.
+    the run (``only``) or not complete.
     """
     if not plan.gates:
         return

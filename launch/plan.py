@@ -52,7 +52,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     """Refuses whatever can be seen to fail without running, and decides what must run."""
     hf_path = settings.hf_path  # first: stages that have it as a field would say less
     configs = typed_stages(cfg)
-    only = None if settings.only is None else known_stages(settings.only, configs, "stages.only")
+    only = None if settings.only is None else known_stages(settings.only, configs, "only")
     force = known_stages(settings.force, configs, "force")
     order = _order(configs)
     chain = chain_of(cfg, hf_path, configs, run_dir)
@@ -114,8 +114,6 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
     typed: dict[str, StageConfig] = {}
     wrong: list[str] = []
     for name, node in in_rounds(cfg).items():
-        if name == "only":
-            continue
         where = f"stages.{name}"
         if not issubclass(OmegaConf.get_type(node) or dict, StageConfig):
             raise RecipeError(f"{where}={node} is not a stage.", f"leave it out: '~{where}'")
@@ -238,12 +236,11 @@ def _resolve_inputs(
 
 
 def _require_complete(stage: PlannedStage) -> None:
-    """A stage outside ``stages.only`` never runs, so what is wanted must find it complete."""
+    """Refuses a stage that ``only`` leaves out although a requested stage needs its result."""
     if stage.action != SKIP:
         raise RecipeError(
-            f"stages.only leaves out {stage.name}, whose result is needed but not there "
-            f"({stage.reason}).",
-            f"add {stage.name} to stages.only, or run the whole chain",
+            f"only leaves out {stage.name}, whose result is needed but not there ({stage.reason}).",
+            f"add {stage.name} to only, or run the whole chain",
         )
 
 

@@ -40,7 +40,7 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
     if _student(plan) is None:
         raise RecipeError(
             f"hub.push={hub.push}, but this run exports no student.",
-            "take a recipe that does, with export_hf in stages.only, or leave out hub.push",
+            "take a recipe that does, with export_hf in only, or leave out hub.push",
         )
     if not follows:
         raise RecipeError(

@@ -40,7 +40,7 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
     ranks = _ranks(settings.rehearse)
     configs = typed_stages(cfg)
     only = set(configs) if settings.only is None else settings.only
-    wanted = [name for name in configs if name in known_stages(only, configs, "stages.only")]
+    wanted = [name for name in configs if name in known_stages(only, configs, "only")]
     chain = chain_of(cfg, settings.hf_path, configs, run_dir)
     stages = {name: stage_of(config) for name, config in configs.items()}
     problems = (p for name in wanted for p in stages[name].problems(configs[name], chain))
@@ -51,7 +51,7 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
         said = "any rank" if ranks is None else f"rank {' or '.join(map(str, ranks))}"
         raise RecipeError(
             f"there is nothing to rehearse: no stage computes on a device and has {said}.",
-            "rehearse=true, and leave stages.only out",
+            "rehearse=true, and leave out only",
         )
     if settings.dry_run:
         for job in jobs:

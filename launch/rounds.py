@@ -17,7 +17,7 @@ from recipes.core.errors import RecipeError
 REPEATED = ("prune", "distill", "score")
 HEALS = "heal"
 """Is repeated, too, in recipes that have it."""
-EARLIER = re.compile(rf"stages\.({'|'.join((*REPEATED, HEALS))})_\d+\.")
+EARLIER_ROUND = re.compile(rf"stages\.({'|'.join((*REPEATED, HEALS))})_\d+\.")
 
 
 def in_rounds(cfg: DictConfig) -> Mapping[str, Any]:
@@ -52,8 +52,3 @@ def in_rounds(cfg: DictConfig) -> Mapping[str, Any]:
     for name in stages.keys() & last.keys():
         stages[name] = OmegaConf.merge(stages[name], {"inputs": last[name]})
     return stages
-
-
-def with_additions(words: list[str]) -> list[str]:
-    """A command line on which settings of earlier rounds, which no file has, are additions."""
-    return [f"++{word}" if EARLIER.match(word) else word for word in words]

@@ -46,14 +46,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch import commands, lock, schema, time_left
 from launch import console as view
+from launch.command_line import hydra_words
 from launch.executor import executor_of
-from launch.hydra_errors import explain, require_choices
+from launch.hydra_errors import explain
 from launch.judge import require_gates
 from launch.plan import Plan, make_plan
 from launch.planned import PlannedStage
 from launch.publish import kept, publish, require_publishable, show_files
 from launch.rehearse import rehearse
-from launch.rounds import with_additions
 from launch.settings import RunSettings, require_own_places, settings_of
 from launch.staleness import SKIP
 from launch.trackers import open_tracker, require_tracker
@@ -96,7 +96,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     _require_same_recipe(run_dir, recipe)
     require_tracker(settings.tracker_name)
     executor, cluster = executor_of(cfg.cluster)
-    if settings.tracker_name != "none" and not executor.follows(cluster):
+    if settings.tracker_name is not None and not executor.follows(cluster):
         raise RecipeError(
             f"tracker={settings.tracker_name} is fed by the launcher, which returns once the jobs "
             "are submitted.",
@@ -209,15 +209,12 @@ def _write_requests(plan: Plan, recipe: str) -> None:
 def cli() -> int:
     """Runs ``main`` and turns every expected failure into one message and an exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the message is ours
-    # Hydra's parser stops at overrides on both sides of a flag: `recipe=R -m x=1,2`.
-    words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
-    sys.argv[1:] = with_additions(words)
     schema.register()
     try:
         interrupted_by(signal.default_int_handler)  # from now on it stops what was started
         if commands.is_command(sys.argv[1:]):
             return commands.run(sys.argv[1:], console)
-        require_choices(sys.argv[1:])
+        sys.argv[1:] = hydra_words(sys.argv[1:])
         main()
     except KeyboardInterrupt:
         console.print("interrupted; the same command resumes")

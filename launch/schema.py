@@ -1,12 +1,16 @@
-"""Stage schemas for Hydra: found by their folder in ``conf/stage``, not listed anywhere."""
+"""The config: the schema of each stage, composition, and the list of recipes."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from launch.command_line import hydra_words
 from launch.machine import SLURM
 from launch.planned import load_stage, stage_names
 from recipes.core.files import REPO_ROOT
@@ -15,9 +19,10 @@ from recipes.planning.hardware import cpu_profile
 CONF = REPO_ROOT / "conf"
 
 
+@cache
 def register() -> None:
     """Registers every stage's config as ``stage/<stage>/schema``, and ``${cpu:NAME}``."""
-    OmegaConf.register_new_resolver("cpu", _cpu, replace=True)
+    OmegaConf.register_new_resolver("cpu", _cpu)
     for name in stage_names():
         ConfigStore.instance().store(
             group=f"stage/{name}", name="schema", node=load_stage(name).config
@@ -27,6 +32,15 @@ def register() -> None:
 def _cpu(name: str, *, _root_: DictConfig) -> Any:
     """What is looked up of a processor; a login node's is not that of the jobs."""
     return cpu_profile(name, here=OmegaConf.select(_root_, "cluster.executor") != SLURM)
+
+
+def compose(*words: str) -> DictConfig:
+    """Composes a config from the words of a command line, such as in a notebook."""
+    register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("config", hydra_words(words), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    return cfg
 
 
 def recipes() -> dict[str, str]:

@@ -40,7 +40,7 @@ class RunSettings:
     model: Model = field(default_factory=Model)
     """The teacher."""
     tracker: dict[str, str | None] = field(default_factory=dict)
-    """Each tracker has its own, and a ``name``."""
+    """The settings of the tracker, and its ``name``; ``null`` for none."""
     run_dir: Annotated[str, matching(".+", "a directory")] | None = None
     """Where the run lives; ``runs/RECIPE`` by default."""
     rounds: Count = 1
@@ -55,17 +55,17 @@ class RunSettings:
     """Rules of preflight whose errors do not stop the run."""
     force: list[str] = field(default_factory=list)
     """Stages to run again, with what follows them."""
+    only: list[str] | None = None
+    """Run only these stages; their inputs must be complete."""
     hub: Hub = field(default_factory=Hub)
     """Where the student is published."""
     gates: list[str] = field(default_factory=list)
     """What must be measured, such as ``recovered >= 0.9``; otherwise the exit status is 1."""
-    only: list[str] | None = None
-    """At ``stages.only``."""
 
     @property
-    def tracker_name(self) -> str:
-        """The tracker, ``none`` for none."""
-        return str(self.tracker.get("name"))
+    def tracker_name(self) -> str | None:
+        """The tracker; ``None`` without one."""
+        return self.tracker.get("name")
 
     @property
     def hf_path(self) -> str:
@@ -94,13 +94,13 @@ def require_own_places(cfg: DictConfig, words: Sequence[str]) -> None:
 
 def settings_of(cfg: DictConfig) -> RunSettings:
     """The root of a composed config; one name may stand for a list. Refuses what does not fit."""
-    for group in ("model", "stages", "hardware", "cluster", "tracker", "hub"):
+    for group in ("model", "stages", "hardware", "cluster", "hub"):
         if not isinstance(cfg.get(group), DictConfig):
             raise RecipeError(f"{group}={cfg.get(group)} is not a group.", f"leave out {group}")
     names = (part.name for part in fields(RunSettings))
     try:
         root = {name: _plain(cfg[name]) for name in names if name in cfg}
-        root["only"] = _plain(cfg.stages.get("only"))
+        root["tracker"] = root.get("tracker") or {}
     except OmegaConfBaseException as error:
         said = f"{error.full_key}: {str(error).splitlines()[0]}."
         raise RecipeError(said, SHOW_FIELDS) from error

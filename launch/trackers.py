@@ -24,12 +24,6 @@ MLFLOW_LENGTH = 6000
 
 
 @contextmanager
-def none(run: TrackedRun) -> Iterator[Tracker]:
-    """Nothing but each stage's own ``metrics.jsonl``."""
-    yield Tracker()
-
-
-@contextmanager
 def tensorboard(run: TrackedRun) -> Iterator[Tracker]:
     """Scalars of each stage in ``<run>/tensorboard/<stage>``."""
     from tensorboard.compat.proto.event_pb2 import Event
@@ -191,7 +185,6 @@ def _links(run: TrackedRun) -> dict[str, str]:
 TRACKERS: Mapping[
     str, tuple[Callable[[TrackedRun], AbstractContextManager[Tracker]], tuple[str, ...]]
 ] = {
-    "none": (none, ()),
     "tensorboard": (tensorboard, ("tensorboard",)),
     "wandb": (wandb, ("wandb",)),
     "mlflow": (mlflow, ("mlflow", "sqlalchemy", "alembic")),
@@ -201,26 +194,31 @@ TRACKERS: Mapping[
 
 @contextmanager
 def open_tracker(run: TrackedRun) -> Iterator[SafeTracker]:
-    """Opens the tracker that the settings name, for the whole run; refuses if it does not begin."""
-    name = run.settings["name"]
+    """Opens the tracker that the settings name, for the whole run; refuses if it does not start."""
+    name = run.settings.get("name")
+    if name is None:
+        yield SafeTracker("", Tracker())
+        return
     with ExitStack() as stack:
         try:
             tracker = stack.enter_context(TRACKERS[name][0](run))
         except Exception as error:
             raise RecipeError(
                 f"tracker={name} did not begin ({type(error).__name__}: {error}).",
-                "check its settings, or tracker=none",
+                "check its settings, or tracker=null",
             ) from error
         yield SafeTracker(name, tracker)
 
 
-def require_tracker(name: str) -> None:
-    """Raises ``RecipeError`` for a tracker that there is not, or whose package is not installed."""
+def require_tracker(name: str | None) -> None:
+    """Raises ``RecipeError`` for an unknown tracker, or one whose package is not installed."""
+    if name is None:
+        return
     require_known(name, TRACKERS, f"tracker.name={name} is not known")
     _, needed = TRACKERS[name]
     missing = [module for module in needed if importlib.util.find_spec(module) is None]
     if missing:
         raise RecipeError(
             f"tracker={name} needs {', '.join(missing)}, which is not installed here.",
-            f"pip install '.[{name}]' in this environment, or tracker=none",
+            f"pip install '.[{name}]' in this environment, or tracker=null",
         )

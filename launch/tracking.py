@@ -38,7 +38,7 @@ class TrackedRun:
     run_dir: Path
     recipe: str
     settings: Mapping[str, Any]
-    """The tracker's own settings, ``tracker.*``."""
+    """The tracker's own settings, ``tracker.*``; empty without a tracker."""
     parameters: Mapping[str, Any]
     """The resolved config by dotted names, without secrets."""
 
@@ -72,7 +72,7 @@ class Tracker:
 def tracked_run(cfg: DictConfig, run_dir: Path, recipe: str) -> TrackedRun:
     """What the chosen tracker will know of a run."""
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    settings = plain.pop("tracker")
+    settings = plain.pop("tracker", None) or {}
     return TrackedRun(run_dir, recipe, settings, dict(public_parameters(plain)))
 
 

@@ -133,7 +133,7 @@ def _weights(
         if target is None:
             raise RecipeError(
                 f"llama.cpp has no name for the weight {source} of a {name} model.",
-                "leave export_gguf out (gguf=none)",
+                "leave export_gguf out (gguf=null)",
             )
         # Only llama.cpp's Llama rotates adjacent rows; the others rotate halves, as transformers.
         paired = heads.get(target.split(".")[-2]) if name == "llama" else None
@@ -258,5 +258,5 @@ def _pre_tokenizer(pre_tokenizer: Mapping[str, Any]) -> str:
         return "gpt-2"
     raise RecipeError(
         f"pre_tokenizer={pre_tokenizer}: no llama.cpp name for it is known.",
-        "leave export_gguf out (gguf=none), or add the name to SPLITS in nemo_convert/gguf_file.py",
+        "leave export_gguf out (gguf=null), or add the name to SPLITS in nemo_convert/gguf_file.py",
     )

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
+from launch.command_line import OPTIONAL_GROUPS, groups
 from launch.executors.docker import DockerConfig
 from launch.executors.local import LocalConfig
 from launch.executors.slurm_settings import SlurmConfig
@@ -34,15 +35,15 @@ PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false
 SIGNS: dict[type, str] = {Gt: ">", Ge: "≥", Lt: "<", Le: "≤"}
 LISTED = 12
 """Names that a type shows of those that it allows."""
-NOT_GROUPS = ("recipe", "stage", "chain")
 
 
 def configuration() -> Iterator[str]:
     """The parts of the page."""
     yield "## Groups\n"
+    yield f"{', '.join(f'`{group}=null`' for group in OPTIONAL_GROUPS)} choose nothing.\n"
     yield table(("choice", "what it is"), _choices())
     yield "## The run\n"
-    yield "At the root; `only` is `stages.only`.\n"
+    yield "At the root.\n"
     yield _fields(RunSettings)
     yield "## Every stage\n"
     yield "Below `stages.NAME`.\n"
@@ -62,8 +63,8 @@ def configuration() -> Iterator[str]:
 
 def _choices() -> Iterator[tuple[str, str]]:
     """Every file of every group, and the first sentence of its comment."""
-    groups = (path for path in CONF.iterdir() if path.is_dir() and path.name not in NOT_GROUPS)
-    for file in sorted(file for group in groups for file in group.glob("*.yaml")):
+    chosen = (group for group in groups() if group != "recipe")
+    for file in sorted(file for group in chosen for file in (CONF / group).glob("*.yaml")):
         comments = re.findall(r"^# (?!@)(.+)", file.read_text(encoding="utf-8"), re.M)
         values = ", ".join(f"{k}: {v}" for k, v in _yaml(f"{file.parent.name}/{file.name}").items())
         about = re.split(r"(?<=[\w)])[.:](?= |$)", " ".join(comments) or f"`{values}`")[0]

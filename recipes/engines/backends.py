@@ -73,7 +73,7 @@ def require_backend(backend: str) -> None:
     elif importlib.util.find_spec("openvino_genai") is None:
         raise RecipeError(
             "backend=openvino needs openvino-genai, which is not installed.",
-            "install this repository's dependencies again (make install), or set engine=none",
+            "install this repository's dependencies again (make install), or set engine=null",
         )
 
 

@@ -21,7 +21,7 @@ from recipes.evaluation.text_quality import score
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
 LOGITS_TOLERANCE = 1e-3
 """Largest difference of a float32 engine's logits from transformers'."""
-NOT_TO_BE_USED = "do without it (engine=none), or install the openvino that is tested: make install"
+NOT_TO_BE_USED = "do without it (engine=null), or install the openvino that is tested: make install"
 
 
 def compare_engine(

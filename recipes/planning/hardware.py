@@ -70,7 +70,7 @@ class Hardware:
     """Of a device (of the node for ``cpu``), in dollars: an assumption, override it with yours."""
     precision: Precision = "bf16-mixed"
     """What training is fastest in there; the default of every training stage."""
-    reading_precision: Precision = "32"
+    inference_precision: Precision = "32"
     """What models are measured in there; the default of every stage that compares them."""
     cuda_device_max_connections: Count | None = None
     """The variable of that name under tensor or context parallelism. With 1, kernels start in the

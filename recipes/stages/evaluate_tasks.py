@@ -18,7 +18,7 @@ from recipes.planning.problems import Problem
 from recipes.planning.reading import Reading, asked
 from recipes.stages.contract import Stage
 
-INSTALL = 'pip install -e ".[tasks]", or leave the benchmarks out: tasks=none'
+INSTALL = 'pip install -e ".[tasks]", or leave the benchmarks out: tasks=null'
 
 ITEM_SIZES = {
     "sciq": (1000, 112),

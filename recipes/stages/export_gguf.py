@@ -32,7 +32,7 @@ def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
         yield Problem(
             rules.FORMAT,
             f"{cfg.stage} cannot write a {family}",
-            f"use gguf=none; it knows {', '.join(ARCHITECTURES)}",
+            f"use gguf=null; it knows {', '.join(ARCHITECTURES)}",
         )
 
 

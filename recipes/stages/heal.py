@@ -25,7 +25,7 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
         yield Problem(
             rules.HEALING,
             f"{cfg.stage} cannot refit experts",
-            "use heal=none, and distil the model as it is cut",
+            "use heal=null, and distil the model as it is cut",
         )
     pruned = chain.stages.get(cfg.inputs.get("checkpoint", ""))
     if pruned is None:

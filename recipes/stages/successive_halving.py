@@ -32,7 +32,7 @@ from recipes.search.space import axes_of, name_of, prune_settings
 from recipes.stages.contract import Stage
 
 RECIPE = "recipe.yaml"
-LISTED = "stages.only=[enumerate_shapes] lists them"
+LISTED = "only=[enumerate_shapes] lists them"
 
 
 def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:

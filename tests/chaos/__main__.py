@@ -47,7 +47,7 @@ class Place:
     def command(self, words: Sequence[str]) -> list[str]:
         """The chain's command line, whose own words these replace; the run is always there."""
         model, text = self.folder / "model", self.folder / "text.jsonl"
-        chain = overrides(model, text, self.run, engine="none")
+        chain = overrides(model, text, self.run, engine="null")
         chain += [
             "stages.prepare_data.processes=2",
             "+cluster.env.OMP_NUM_THREADS='1'",

@@ -35,7 +35,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "openvi
     """Width and depth together, every size odd."""
     return [
         "recipe=llama_width_prune",
-        "tasks=none",
+        "tasks=null",
         "heal=least_squares",
         f"engine={engine}",
         *tiny(model, text_file, run_dir),

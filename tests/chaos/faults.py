@@ -53,7 +53,7 @@ def full_disk(base: Path, run: Path, command: Command, stage: str) -> Iterator[s
     with small_disk(run, "300m") as disk:
         shutil.copytree(base, run, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
         shutil.rmtree(run / stage)
-        asked = command(f"stages.only=[{stage}]", "skip_rules=[disk,alignment]")
+        asked = command(f"only=[{stage}]", "skip_rules=[disk,alignment]")
         made = sum(f.stat().st_size for f in (base / stage / ARTIFACT).rglob("*") if f.is_file())
         for room in (max(ROOM[0], made // 2), *ROOM[1:]):
             disk.leave(room)
@@ -95,7 +95,7 @@ def one_rank(base: Path, run: Path, command: Command, how: str) -> Iterator[str]
     shutil.rmtree(run / "distill")
     (run.parent / "sitecustomize.py").write_text(HANGING)
     asked = command(
-        "stages.only=[distill]",
+        "only=[distill]",
         "stages.distill.resources.devices=2",
         "stages.distill.micro_batch_size=2",
         "stages.distill.resources.max_silence=30",

@@ -31,7 +31,7 @@ WORDS = (
     f"cluster.python={sys.executable}",
     "cluster.time=01:00:00",
     "cluster.follow=true",
-    "stages.only=[distill]",
+    "only=[distill]",
     "stages.distill.resources.nodes=2",
     "stages.distill.micro_batch_size=2",
 )

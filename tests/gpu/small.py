@@ -22,7 +22,7 @@ STEPS = 20
 SHAPE = EVEN | {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
 """Heads that every kernel takes, sizes that FP8 takes."""
 PRECISIONS = ("32", "bf16-mixed")
-BEFORE = "stages.only=[import_hf,prepare_data,score,prune,distill]"
+BEFORE = "only=[import_hf,prepare_data,score,prune,distill]"
 DISTILL = {
     "global_batch_size": 8,
     "max_steps": STEPS,
@@ -76,10 +76,10 @@ class Small:
         return done.output
 
     def command(
-        self, run_dir: Path, *more: str, recipe: str = CHAIN, engine: str = "none"
+        self, run_dir: Path, *more: str, recipe: str = CHAIN, engine: str = "null"
     ) -> list[str]:
         """Overrides of a run of the model."""
-        of_chain = [f"engine={engine}", "tasks=none", *settings("prune", **PRUNE)]
+        of_chain = [f"engine={engine}", "tasks=null", *settings("prune", **PRUNE)]
         of_chain += settings("distill", **DISTILL)
         return [
             f"recipe={recipe}",

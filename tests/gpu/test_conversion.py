@@ -27,7 +27,7 @@ def difference(*arguments: str) -> float:
 def test_an_import_proves_itself(small: Small, results: Path) -> None:
     run_dir = small.folder / "import"
     shutil.rmtree(run_dir, ignore_errors=True)
-    small.start(run_dir, "stages.only=[import_hf]")
+    small.start(run_dir, "only=[import_hf]")
     pair = str(small.model), str(find_checkpoint(run_dir / "import_hf" / ARTIFACT))
     exact, rounded = difference(*pair), difference(*pair, "tf32")
     record(results, "conversion", difference=exact, with_tf32=rounded, tolerance=LOGITS_TOLERANCE)

@@ -27,7 +27,7 @@ def test_a_distilled_model_is_evaluated_exported_and_quantised(small: Small, res
     shutil.copytree(small.folder / "gpu-bf16-mixed", run_dir)
     small.start(
         run_dir,
-        "stages.only=[evaluate,export_hf,quantize]",
+        "only=[evaluate,export_hf,quantize]",
         "stages.distill.precision=bf16-mixed",
         "stages.distill.profile_steps=[10,12]",
         "stages.evaluate.precision=bf16-mixed",

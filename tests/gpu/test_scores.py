@@ -15,7 +15,7 @@ from tests.gpu.small import Small, record, without_gpu
 from tests.support.runs import manifest_of, without
 
 SEARCH = (
-    "stages.only=[import_hf,prepare_data,enumerate_shapes,score,rank_candidates]",
+    "only=[import_hf,prepare_data,enumerate_shapes,score,rank_candidates]",
     "stages.rank_candidates.precision=32",
 )
 

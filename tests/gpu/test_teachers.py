@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tests.gpu.small import DISTILL, STEPS, Small, farthest, record, without_gpu
 
-ONLY, PRECISION = "stages.only=[distill]", "stages.distill.precision=32"
+ONLY, PRECISION = "only=[distill]", "stages.distill.precision=32"
 CACHED = (
     "teacher=cached",
-    "stages.only=[cache_logits,distill]",
+    "only=[cache_logits,distill]",
     "stages.cache_logits.top_k=280",  # nearly all of its tokens
     f"stages.cache_logits.num_windows={DISTILL['global_batch_size'] * STEPS}",
 )

@@ -17,7 +17,7 @@ from tests.gpu.small import PRECISIONS, Small, farthest, record, steps
 from tests.support.launcher import run_and_kill, run_recipe
 
 CLOSE = {"32": 1e-3, "bf16-mixed": 2e-2}
-ONLY = "stages.only=[distill]"
+ONLY = "only=[distill]"
 PRECISION = "stages.distill.precision="
 AGAIN = 1e-3
 """Of sums whose order a GPU does not keep."""

@@ -35,7 +35,7 @@ def test_layout_gives_the_losses_of_one_gpu(layout: str, small: Small, results: 
     run_dir = small.again(name, "bf16-mixed", "distill")
     small.start(
         run_dir,
-        "stages.only=[distill]",
+        "only=[distill]",
         "stages.distill.precision=bf16-mixed",
         f"stages.distill.resources.devices={devices}",
         *(f"stages.distill.{setting}" for setting in settings),

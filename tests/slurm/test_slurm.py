@@ -88,7 +88,7 @@ def test_stopped_by_the_clock_twice_gives_the_same_weights(
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, "distill", "evaluate", "export_hf", "report")
     undisturbed = trained_here(original, tmp_path)
-    clock = ("cluster.time=00:10:00", "cluster.margin_seconds=599", "stages.only=[distill]")
+    clock = ("cluster.time=00:10:00", "cluster.margin_seconds=599", "only=[distill]")
     clock += ("stages.distill.resources.devices=1",)
     assert chain.submit(*clock, "cluster.max_requeues=1").code == 0
     chain.wait()
@@ -116,7 +116,7 @@ def trained_here(original: Run, folder: Path) -> Path:
     words = [word for word in original.overrides if not word.startswith("cluster")]
     # On Slurm a CPU's precision is float32, since nothing is known of the nodes.
     layout = ("stages.distill.resources.nodes=1", "hardware.precision='32'")
-    done = run_here(*words, *layout, "stages.only=[distill]", f"run_dir={copy}", cwd=folder)
+    done = run_here(*words, *layout, "only=[distill]", f"run_dir={copy}", cwd=folder)
     assert done.code == 0, done.output
     return copy
 
@@ -154,7 +154,7 @@ def test_failing_stage_cancels_what_follows(tiny_chain: tuple[Run, Result], tmp_
 def test_node_that_goes_down_and_cancel(tiny_chain: tuple[Run, Result], tmp_path: Path) -> None:
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, *STAGES[1:])
-    assert chain.submit("stages.only=[prepare_data]").code == 0
+    assert chain.submit("only=[prepare_data]").code == 0
     node = running_on(chain)
     run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     # Not until no job is active: for a moment a job is neither ended nor back in the queue.
@@ -164,7 +164,7 @@ def test_node_that_goes_down_and_cancel(tiny_chain: tuple[Run, Result], tmp_path
     chain.wait()
     wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * 2, 300)
 
-    again = ("stages.only=[prepare_data]", "force=[prepare_data]")
+    again = ("only=[prepare_data]", "force=[prepare_data]")
     before = read_manifest(chain.directory / "prepare_data")
     assert chain.submit(*again).code == 0
     running_on(chain)
@@ -270,7 +270,7 @@ def test_sweep_of_three_shares_what_it_reads(
     original, _ = tiny_chain
     inputs = OmegaConf.load(original.directory / "report" / "config.yaml").config.inputs
     shared = [f"stages.report.inputs.{k}={original.directory / v}" for k, v in inputs.items()]
-    words = ("stages.only=[report]", *shared, "stages.report.title=one,two,three")
+    words = ("only=[report]", *shared, "stages.report.title=one,two,three")
     done = run_here("-m", *original.overrides, *words, cwd=tmp_path)
     assert done.code == 0, done.output
     [sweep] = (tmp_path / "runs" / "sweeps").iterdir()

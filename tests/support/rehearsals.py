@@ -6,14 +6,12 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from launch.machine import chain_of
 from launch.plan import typed_stages
 from launch.planned import stage_of
-from launch.schema import CONF, register
+from launch.schema import compose
 from recipes.planning.chain import Chain
 from recipes.planning.published_configs import CONFIGS, read_config_or_published
 from recipes.rehearsal.job import RankJob, jobs_of
@@ -45,10 +43,7 @@ def cut_down(
     recipe: str, stage: str, rank: int = 0, overrides: tuple[str, ...] = (), layers: int = 4
 ) -> tuple[Chain, RankJob]:
     """A recipe's chain with so many layers of the teacher, and the job of one rank of a stage."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [f"recipe={recipe}", *overrides], return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
+    cfg = compose(f"recipe={recipe}", *overrides)
     if OmegaConf.select(cfg, "stages.prune.target_num_layers") is not None:
         cfg.stages.prune.target_num_layers = layers // 2
     configs = typed_stages(cfg)

@@ -18,7 +18,7 @@ STAGES = [
     "export_hf",
     "report",
 ]
-"""Of a recipe that prunes, with ``tasks=none engine=none``, in their order."""
+"""Of a recipe that prunes, with ``tasks=null engine=null``, in their order."""
 HEALING = [*STAGES[:5], "heal", *STAGES[5:]]
 """The same with ``heal=least_squares``."""
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -159,26 +157,17 @@ def hf_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def _registered() -> None:
-    """Takes as long as composing a config."""
-    schema.register()
-
-
 @pytest.fixture
-def compose(_registered: None) -> Iterator[Compose]:
+def compose() -> Compose:
     """Composes a config as the command line does."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf"), job_name="test"):
 
-        def composed(*overrides: str) -> DictConfig:
-            if overrides not in COMPOSED:
-                COMPOSED[overrides] = hydra_compose(
-                    "config", overrides=list(overrides), return_hydra_config=True
-                )
-            HydraConfig.instance().set_config(COMPOSED[overrides])
-            return COMPOSED[overrides]
+    def composed(*overrides: str) -> DictConfig:
+        if overrides not in COMPOSED:
+            COMPOSED[overrides] = schema.compose(*overrides)
+        HydraConfig.instance().set_config(COMPOSED[overrides])
+        return COMPOSED[overrides]
 
-        yield composed
+    return composed
 
 
 @pytest.fixture
@@ -197,7 +186,7 @@ def planned_words(recipe: str, overrides: tuple[str, ...]) -> list[str]:
     given = {override.partition("=")[0] for override in overrides}
     if recipe.endswith("_search"):
         given |= {"tasks", "engine"}  # which a search never has
-    absent = [f"{group}=none" for group in ("tasks", "engine") if group not in given]
+    absent = [f"{group}=null" for group in ("tasks", "engine") if group not in given]
     return [recipe, *absent, *overrides]
 
 

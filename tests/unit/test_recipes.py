@@ -109,7 +109,7 @@ def test_recipes_cut_a_share_of_any_model(
 @pytest.mark.parametrize(
     ("engine", "student"),
     [
-        ("none", None),
+        ("null", None),
         ("openvino", "export_hf"),
         ("tensorrt_llm", "export_hf"),
         ("tensorrt_llm_quantized", "quantize"),
@@ -184,7 +184,7 @@ def test_recipes_use_one_sequence_length(recipe: str, compose: Callable[..., Any
 
 def large(recipe: str, plan: Callable[..., Plan], *overrides: str) -> Plan:
     """A plan of a large recipe."""
-    model = recipe.removesuffix("_small").rpartition("_")[0]
+    model = recipe.removesuffix("_2.5b").rpartition("_")[0]
     hf_path = str(OmegaConf.load(CONF / "model" / f"{model}.yaml").hf_path)
     [family] = CONFIGS[hf_path]["architectures"]
     if family not in SUPPORTED:
@@ -207,7 +207,7 @@ def test_large_recipes_pass_preflight_on_their_hardware(
     job = planned.chain.workloads["distill"]
     assert job.teacher is not None
     assert estimate(job, planned.chain.hardware).memory.total < 80e9 * HEADROOM
-    assert (job.layout.nodes == 1) == recipe.endswith("_small")
+    assert (job.layout.nodes == 1) == recipe.endswith("_2.5b")
     read = {"import_hf", "score", "evaluate", "export_hf"}
     assert planned.chain.readings.keys() == read
     for name, estimates in planned.chain.readings.items():
@@ -234,7 +234,7 @@ def test_large_recipes_are_the_published_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
-    for name, budget in ((recipe, tokens), (f"{recipe}_small", 2.5e9)):
+    for name, budget in ((recipe, tokens), (f"{recipe}_2.5b", 2.5e9)):
         job = large(name, plan).chain.workloads["distill"]
         assert job.trained is not None
         assert job.trained.parameters() == pytest.approx(parameters, rel=0.002)
@@ -272,19 +272,19 @@ def test_the_search_of_a_large_model_lists_the_published_shape(
 
 
 def test_every_large_recipe_has_a_small_budget() -> None:
-    whole = {name for name in LARGE if not name.endswith("_small")}
-    assert {f"{name}_small" for name in whole} == set(LARGE) - whole
+    whole = {name for name in LARGE if not name.endswith("_2.5b")}
+    assert {f"{name}_2.5b" for name in whole} == set(LARGE) - whole
     assert len(whole) == 5
 
 
-@pytest.mark.parametrize("recipe", [name for name in LARGE if not name.endswith("_small")])
+@pytest.mark.parametrize("recipe", [name for name in LARGE if not name.endswith("_2.5b")])
 def test_small_budget_differs_only_where_the_miniature_does(
     recipe: str, compose: Callable[..., Any]
 ) -> None:
     replaced = [*settings("distill", **DISTILL), "stages.prepare_data.max_tokens=1"]
     whole, small = (
         OmegaConf.to_container(compose(f"recipe={name}", *replaced).stages, resolve=True)
-        for name in (recipe, f"{recipe}_small")
+        for name in (recipe, f"{recipe}_2.5b")
     )
     for stages in (whole, small):
         del stages["report"]["title"], stages["report"]["description"]

@@ -74,7 +74,7 @@ def tiny_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPat
     result = run_here(
         "recipe=llama_depth_prune",
         *tiny(even_llama, text_file, run_dir, SEQ_LENGTH),
-        f"stages.only=[{','.join(INPUTS)}]",
+        f"only=[{','.join(INPUTS)}]",
         "stages.prune.target_num_layers=2",
         cwd=run_dir.parent,
     )

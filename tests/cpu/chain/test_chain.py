@@ -380,13 +380,13 @@ def test_the_teacher_is_exported_for_images_without_nemo(
     """With no evaluation to show, the card is the one that came along, or none."""
     run_dir = without(tiny_run, tmp_path / "run")
     command = overrides(odd_llama, text_file, run_dir, engine="tensorrt_llm")
-    result = run_here(*command, "stages.only=[export_teacher]", cwd=tmp_path)
+    result = run_here(*command, "only=[export_teacher]", cwd=tmp_path)
     assert result.code == 0, result.output
     folder = run_dir / "export_teacher" / ARTIFACT
     assert not (folder / "README.md").exists()
     before, after = Weights(odd_llama), Weights(folder)
     assert all(torch.equal(before.read(n), after.read(n)) for n in after.names())
-    refused = run_here(*command, "stages.only=[build_teacher_engine]", cwd=tmp_path)
+    refused = run_here(*command, "only=[build_teacher_engine]", cwd=tmp_path)
     assert refused.code == 1
     assert "head size of 10" in refused.output
 
@@ -419,10 +419,10 @@ def test_changed_field_and_force_rerun_what_follows(
     kept = manifest_of(run_dir, "prune").started_at
     first = manifest_of(run_dir, "distill")
     changed = [*base, "stages.distill.lr=5e-4"]
-    result = run_here(*changed, "stages.only=[distill]", cwd=tmp_path)
+    result = run_here(*changed, "only=[distill]", cwd=tmp_path)
     assert result.code == 0, result.output
     assert "lr 0.0003 → 0.0005" in result.output
-    changed.append("stages.only=[distill,evaluate]")
+    changed.append("only=[distill,evaluate]")
     followed = run_here(*changed, cwd=tmp_path)
     assert followed.code == 0, followed.output
     assert "1 stage ran" in followed.output
@@ -446,7 +446,7 @@ def test_kill_9_then_the_same_command_changes_nothing(
 ) -> None:
     """A small part of ``python -m tests.chaos``: while it scores, and while training saves."""
     run_dir = without(tiny_run, tmp_path / "run", "score", "distill")
-    words = [*overrides(odd_llama, text_file, run_dir), "stages.only=[score,prune,heal,distill]"]
+    words = [*overrides(odd_llama, text_file, run_dir), "only=[score,prune,heal,distill]"]
     seconds = {stage: manifest_of(tiny_run, stage).seconds for stage in ("score", "distill")}
     command = Disturbed(words, run_dir, tmp_path, seconds, {"TMPDIR": str(temporary)})
 

@@ -117,7 +117,7 @@ def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
     said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
     (tmp_path / "my_chats.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 20_000)
     result = run_here(*extra, *arguments, cwd=tmp_path)
-    if "stages.only=[distill]" in arguments:
+    if "only=[distill]" in arguments:
         assert "whose result is needed but not there" in result.output  # a fresh directory
     else:
         assert result.code == (0 if arguments else 1), result.output

@@ -63,7 +63,7 @@ def texts(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def live(teacher: Path, texts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("live") / "run"
-    only = "stages.only=[import_hf,prepare_data,score,prune,distill]"
+    only = "only=[import_hf,prepare_data,score,prune,distill]"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEMO_RECIPES_CACHE", str(run_dir.parent / "cache"))
         result = run_teacher(teacher, texts, run_dir, only)
@@ -91,7 +91,7 @@ def test_a_cached_teacher_gives_the_live_ones_losses(
         texts,
         without(live, tmp_path / "run", "distill"),
         "teacher=cached",
-        "stages.only=[cache_logits,distill]",
+        "only=[cache_logits,distill]",
         "stages.cache_logits.top_k=250",
         "stages.cache_logits.precision=32",
         f"stages.cache_logits.num_windows={BATCH * (STEPS - 4)}",
@@ -114,7 +114,7 @@ def test_a_corrected_teacher_predicts_the_text_better(
         texts,
         without(live, tmp_path / "run", "distill"),
         "teacher=corrected",
-        "stages.only=[correct_teacher,distill]",
+        "only=[correct_teacher,distill]",
         "stages.correct_teacher.max_steps=20",
         "stages.correct_teacher.val_check_interval=10",
         "stages.correct_teacher.lr=1e-3",

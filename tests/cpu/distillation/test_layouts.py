@@ -77,7 +77,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
     return [
         "recipe=llama_depth_prune",
         *tiny(model, text_file, run_dir),
-        "stages.only=[import_hf,prepare_data,score,prune,distill]",
+        "only=[import_hf,prepare_data,score,prune,distill]",
         "stages.prune.target_num_layers=3",
         "stages.prune.target_hidden_size=48",
         "stages.prune.hidden_size_divisor=8",

@@ -43,7 +43,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
         "recipe=llama_depth_prune",
         "teacher=cached",
         *tiny(model, text_file, run_dir, LENGTH),
-        "stages.only=[import_hf,prepare_data,cache_logits]",
+        "only=[import_hf,prepare_data,cache_logits]",
         "stages.prune.target_num_layers=2",
         f"stages.distill.temperature={TEMPERATURE}",
         f"stages.cache_logits.top_k={KEPT}",

@@ -100,7 +100,7 @@ def training(model: Path, text_file: Path, run_dir: Path) -> list[str]:
 def untrained(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("untrained") / "run"
     command = training(even_llama, text_file, run_dir)
-    only = "stages.only=[import_hf,prepare_data,score,prune]"
+    only = "only=[import_hf,prepare_data,score,prune]"
     result = run_here(*command, only, cwd=run_dir.parent)
     assert result.code == 0, result.output
     return run_dir
@@ -110,7 +110,7 @@ def untrained(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPa
 def distilling(untrained: Path, even_llama: Path, text_file: Path, tmp_path: Path) -> list[str]:
     """The command that goes on with a copy of it, in ``run``."""
     run_dir = without(untrained, tmp_path / "run")
-    return [*training(even_llama, text_file, run_dir), "stages.only=[distill]"]
+    return [*training(even_llama, text_file, run_dir), "only=[distill]"]
 
 
 def test_what_is_not_a_number_once_is_not_trained_on_and_the_same_command_goes_on(

@@ -77,17 +77,17 @@ SOUND = (
     Case("qwen3_8b_depth", "distill", 4, OVERLAP),
     Case("qwen3_8b_depth", "distill", 2, EXPERTS),
     Case("qwen3_8b_depth", "score", 0, EXPERTS[:1]),
-    Case("qwen3_8b_depth_small", resumed=True),
-    Case("qwen3_8b_depth_small", "distill", 0, AGAIN, 8),
+    Case("qwen3_8b_depth_2.5b", resumed=True),
+    Case("qwen3_8b_depth_2.5b", "distill", 0, AGAIN, 8),
     Case("qwen3_8b_nas", "distill", 5),
-    Case("qwen3_8b_nas_small"),
+    Case("qwen3_8b_nas_2.5b"),
     Case("llama3_1_8b_depth", "distill", 255),
-    Case("llama3_1_8b_depth_small"),
+    Case("llama3_1_8b_depth_2.5b"),
     Case("llama3_1_8b_width", "distill", 1),
     Case("llama3_1_8b_width", "score", 0),
-    Case("llama3_1_8b_width_small"),
+    Case("llama3_1_8b_width_2.5b"),
     Case("mistral_nemo_12b_width", "distill", 255),
-    Case("mistral_nemo_12b_width_small"),
+    Case("mistral_nemo_12b_width_2.5b"),
     Case("llama3_1_8b_width", "evaluate", 0, SHARE, 8),
 )
 QWEN = ("qwen3_8b_depth", "distill", 0)
@@ -190,7 +190,7 @@ def test_a_part_that_is_computed_again_is_not_held(rehearsed: Results) -> None:
 def test_a_training_that_is_taken_up_again_holds_nothing_of_its_checkpoint(
     rehearsed: Results,
 ) -> None:
-    again = Case("qwen3_8b_depth_small", resumed=True)
+    again = Case("qwen3_8b_depth_2.5b", resumed=True)
     plan = planned(prepared(again)[1], prepared(again)[0])
     assert plan is not None
     assert rehearsed[again][1].peak["activations"] == pytest.approx(plan.activations, rel=0.1)

@@ -55,7 +55,7 @@ TWO_NODES = (
     'stages.distill.resources.sbatch=["--comment=night"]',
     "stages.distill.global_batch_size=64",
 )
-SHORT = ("~stages.plan", "~stages.report.inputs.plan", "tasks=none", "engine=none")
+SHORT = ("~stages.plan", "~stages.report.inputs.plan", "tasks=null", "engine=null")
 Compose = Callable[..., "DictConfig"]
 MakePlan = Callable[..., "Plan"]
 
@@ -436,7 +436,7 @@ def test_what_a_stage_reads_is_mounted_once_and_protected(
     made, cluster = prepared(
         "cluster=docker",
         *model,
-        "stages.only=[import_hf,prepare_data,score,prune]",
+        "only=[import_hf,prepare_data,score,prune]",
         f"stages.prune.inputs.checkpoint={shared}",
         f"cluster.mounts=[{tmp_path}/run]",
     )

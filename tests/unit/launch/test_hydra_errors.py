@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from hydra.errors import HydraException
 
-from launch.hydra_errors import SHOW_FIELDS, SHOW_HELP, explain, require_choices
+from launch.command_line import hydra_words
+from launch.hydra_errors import SHOW_FIELDS, SHOW_HELP, explain
 from launch.schema import recipes
 from recipes.core.errors import RecipeError
 
@@ -41,7 +42,7 @@ def test_a_recipe_without_its_key_is_recognised(compose: Compose) -> None:
 
 def test_a_hub_id_is_no_choice_of_a_group() -> None:
     with pytest.raises(RecipeError, match=r"fix: model.hf_path=Qwen/Qwen3-8B for a folder or a"):
-        require_choices(["model=Qwen/Qwen3-8B"])
+        hydra_words(["model=Qwen/Qwen3-8B"])
 
 
 def test_no_near_name_gives_no_hint(compose: Compose) -> None:

@@ -65,7 +65,7 @@ def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) ->
     ("override", "words"),
     [
         ("force=[distil]", "force: there is no stage 'distil'. Did you mean 'distill'?"),
-        ("stages.only=[prun]", "stages.only: there is no stage 'prun'. Did you mean 'prune'?"),
+        ("only=[prun]", "only: there is no stage 'prun'. Did you mean 'prune'?"),
         ("stages.prune.target_hidden_size=640", "larger than the teacher's 576"),
         ("stages.prune.target_ffn_hidden_size=1100", "use 1088 or 1152"),
         ("stages.prune.target_num_attention_heads=7", "query groups"),
@@ -137,7 +137,7 @@ def test_model_that_is_not_set_is_said_so(plan: MakePlan, nothing: str) -> None:
     assert "no model is set" in refusal(plan, f"model.hf_path={nothing}")
 
 
-@pytest.mark.parametrize("override", ["stages.only=prune", "force=distill"])
+@pytest.mark.parametrize("override", ["only=prune", "force=distill"])
 def test_one_name_without_brackets_is_understood_or_explained(
     plan: MakePlan, override: str
 ) -> None:
@@ -155,26 +155,26 @@ def test_unknown_stage_type_is_refused(plan: MakePlan) -> None:
 
 
 def test_left_out_stage_that_is_needed_is_refused(plan: MakePlan) -> None:
-    message = refusal(plan, "stages.only=[prune]")
+    message = refusal(plan, "only=[prune]")
     assert "leaves out import_hf" in message
     assert "not run yet" in message
-    assert "add import_hf to stages.only" in message
+    assert "add import_hf to only" in message
 
 
 def test_left_out_stages_are_not_checked_and_not_planned(plan: MakePlan) -> None:
-    planned = plan("stages.only=[import_hf]", "stages.prune.target_hidden_size=640")
+    planned = plan("only=[import_hf]", "stages.prune.target_hidden_size=640")
     assert [stage.name for stage in planned.stages] == ["import_hf"]
 
 
 def test_only_runs_on_complete_inputs(plan: MakePlan, complete: Complete) -> None:
     complete(plan(), "import_hf", "prepare_data", "score")
-    planned = plan("stages.only=[prune]", "stages.prune.target_hidden_size=448")
+    planned = plan("only=[prune]", "stages.prune.target_hidden_size=448")
     assert [(stage.name, stage.action) for stage in planned.stages] == [("prune", "run")]
 
 
 def test_only_refuses_inputs_that_are_out_of_date(plan: MakePlan, complete: Complete) -> None:
     complete(plan())
-    message = refusal(plan, "stages.only=[distill]", "stages.prune.target_hidden_size=448")
+    message = refusal(plan, "only=[distill]", "stages.prune.target_hidden_size=448")
     assert "leaves out prune" in message
     assert "target_hidden_size 512 → 448" in message
 
@@ -184,7 +184,7 @@ def test_only_does_not_look_at_stages_that_are_not_needed(
 ) -> None:
     complete(plan())
     (tmp_path / "run" / "report" / ARTIFACT / "data.bin").write_text("edited")
-    assert plan("stages.only=[prune]").todo() == []
+    assert plan("only=[prune]").todo() == []
 
 
 def external(plan: MakePlan, directory: Path) -> Plan:

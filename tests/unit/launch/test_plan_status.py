@@ -216,7 +216,7 @@ def test_broken_manifest_is_refused_by_name(plan: MakePlan, run: Path) -> None:
 def test_rerun_that_made_another_result_reruns_what_follows(
     plan: MakePlan, complete: Complete
 ) -> None:
-    """As ``stages.only=[distill] force=[distill]`` leaves it, or a forced run killed after it."""
+    """As ``only=[distill] force=[distill]`` leaves it, or a forced run killed after it."""
     complete(plan(), "distill", content="another result")
     assert list(todo(plan())) == ["evaluate", "export_hf", "report"]
 

@@ -22,7 +22,7 @@ from tests.support.hub import StandInHub, settings_for, stand_in_hub
 TOKEN = "hf_a_token_of_the_stand_in"
 NAME = "me/small"
 HIDDEN = "a password in a stage's environment"
-RUN = ("recipe=llama_width_prune", "engine=none", "tasks=none")
+RUN = ("recipe=llama_width_prune", "engine=null", "tasks=null")
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Compose = Callable[..., DictConfig]
 
@@ -106,7 +106,7 @@ def test_a_run_that_fails_its_gates_is_not_published(push: Launch, hub: StandInH
         ((), {"HF_TOKEN": ""}, "needs a token of the hub"),
         ((), {"HF_TOKEN": "hf_another"}, f"could not publish {NAME}"),
         ((), {"HF_ENDPOINT": "http://127.0.0.1:9"}, f"could not publish {NAME}"),
-        (("stages.only=[prune]",), {}, "exports no student"),
+        (("only=[prune]",), {}, "exports no student"),
         (("cluster=slurm", "cluster.account=a", "force=[report]"), {}, "cluster.follow=true"),
     ],
     ids=["no token", "unknown token", "no hub", "no export", "slurm"],

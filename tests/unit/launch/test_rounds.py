@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launch.rounds import with_additions
+from launch.command_line import hydra_words
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.planning.targets import between
@@ -61,7 +61,7 @@ def test_rounds_are_what_a_large_cut_is_told(plan: MakePlan) -> None:
 
 
 def test_a_round_is_like_the_last_but_for_what_it_is_told(plan: MakePlan) -> None:
-    words = with_additions(["stages.distill.lr=5e-4", "stages.distill_1.max_steps=50"])
+    words = hydra_words(["stages.distill.lr=5e-4", "stages.distill_1.max_steps=50"])
     assert words[1] == "++stages.distill_1.max_steps=50"
     stages = plan(HALF, "rounds=2", HEALS, "teacher=cached", *words).chain.stages
     first, last = stages["distill_1"], stages["distill"]

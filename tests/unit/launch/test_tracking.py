@@ -95,7 +95,7 @@ def test_tensorboard_has_every_term_of_every_step(tracked: Tracked) -> None:
 
 
 def test_no_tracker_leaves_nothing(tracked: Tracked) -> None:
-    planned, run = tracked("none")
+    planned, run = tracked("null")
     before = {path.name for path in planned.run_dir.iterdir()}
     follow(planned, run, lambda log: log.progress(STAGE, 1, 2, loss=2.0))
     assert {path.name for path in planned.run_dir.iterdir()} == before
@@ -284,7 +284,7 @@ def test_a_tracker_that_does_not_begin_is_one_message(tracked: Tracked) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed: pip install '.[mlflow]'")
     _, run = tracked("mlflow", "tracker.uri=nonsense://x")
     with (
-        pytest.raises(RecipeError, match=r"(?s)mlflow did not begin.*fix: .*tracker=none"),
+        pytest.raises(RecipeError, match=r"(?s)mlflow did not begin.*fix: .*tracker=null"),
         open_tracker(run),
     ):
         pass
@@ -323,7 +323,7 @@ def test_a_missing_package_is_one_message(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(RecipeError, match=r"needs wandb.*\n  fix: pip install '.\[wandb\]'"):
         require_tracker("wandb")
-    require_tracker("none")
+    require_tracker(None)
 
 
 def test_trackers_need_no_torch(tmp_path: Path, root: Path) -> None:

@@ -160,7 +160,7 @@ def test_stages_that_are_not_wanted_or_not_run_are_not_refused(
     interrupt(plan("stages.distill.seed=1"), "distill")
     assert statuses(plan()) == {}
     assert statuses(plan("stages.distill.seed=1"))["distill"] == ("resume", "was interrupted")
-    assert statuses(plan("stages.only=[prune]", "stages.distill.seed=2")) == {}
+    assert statuses(plan("only=[prune]", "stages.distill.seed=2")) == {}
     assert "seed changed 1 → 2" in refusal(plan, "stages.distill.seed=2")[0]
 
 

@@ -62,7 +62,7 @@ def test_a_plan_takes_the_rates_of_where_it_runs(
     """Not those of the profile, on which its settings depend wherever it is made."""
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(hardware, "PASS_SECONDS", 0.0)  # is no rate
-    types = "hardware.precision=bf16-mixed", "hardware.reading_precision='32'"
+    types = "hardware.precision=bf16-mixed", "hardware.inference_precision='32'"
     [planned] = [s for s in plan(*types).stages if s.name == "plan"]
 
     def figures(rates: Rates, **hardware: object) -> PlanResult:

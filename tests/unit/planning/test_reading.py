@@ -166,7 +166,7 @@ def test_benchmarks_and_the_export_are_planned(plan: MakePlan) -> None:
     heads = sum(2 * arch.vocab_size * arch.hidden_size for arch in models)
     each = sum(forward_flops(arch, 512) for arch in models) - 0.76 * heads
     assert asked.work.flops == pytest.approx(100 * (112 + 60 + 45 + 78) * each)
-    held = 2 if chain.hardware.reading_precision == "bf16-mixed" else 4
+    held = 2 if chain.hardware.inference_precision == "bf16-mixed" else 4
     head = 4 * chain.teacher.vocab_size * chain.teacher.hidden_size if held == 2 else 0
     assert asked.memory.weights == held * chain.teacher.parameters() + head
     every = readings(chain, evaluate_tasks={"limit": None, "tasks": ["sciq"]})["evaluate_tasks"]

@@ -145,7 +145,7 @@ def test_tasks_are_measured_only_where_there_are_tasks(plan: Callable[..., Plan]
     with pytest.raises(RecipeError, match="give a list"):
         plan("gates='recovered.sciq >= 0.9'", "tasks=quick")
     with pytest.raises(RecipeError, match="does not measure"):
-        plan(gates, "tasks=none")
+        plan(gates, "tasks=null")
 
 
 def test_gates_change_no_fingerprint(plan: Callable[..., Plan]) -> None:
@@ -159,7 +159,7 @@ def test_failing_gate_ends_a_complete_run_with_1_and_says_what_was_measured(
     complete(plan("stages.evaluate_tasks.tasks=[sciq]", "tasks=quick"))
     run_dir = tmp_path / "run"
     task = "stages.evaluate_tasks.tasks=[sciq]"
-    base = ["recipe=llama_width_prune", "engine=none", task, f"run_dir={run_dir}"]
+    base = ["recipe=llama_width_prune", "engine=null", task, f"run_dir={run_dir}"]
     before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
 
     passing = launch(*base, "gates=['recovered >= 0.75', 'score.sciq > 0.69']")
@@ -188,9 +188,9 @@ def test_a_gate_is_not_judged_on_what_is_not_measured_yet(
     launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
 ) -> None:
     complete(plan("tasks=quick"))
-    run = ["engine=none", f"run_dir={tmp_path / 'run'}"]
+    run = ["engine=null", f"run_dir={tmp_path / 'run'}"]
     base = ["recipe=llama_width_prune", *run, "gates=['recovered >= 2']"]
-    part = launch(*base, "stages.only=[prune]")
+    part = launch(*base, "only=[prune]")
     assert part.returncode == 0, part.stderr
     assert "not judged" in part.stdout
     (tmp_path / "run" / "report" / MANIFEST).unlink()

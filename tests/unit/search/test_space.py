@@ -187,7 +187,7 @@ def test_a_budget_that_makes_no_sense_is_refused(
 def test_the_launcher_lists_shapes_at_once(launch: Launch, hf_folder: Path) -> None:
     done = launch(
         "recipe=llama_search",
-        "stages.only=[enumerate_shapes]",
+        "only=[enumerate_shapes]",
         f"model.hf_path={hf_folder}",
         "stages.enumerate_shapes.space={hidden_size_divisor: 32, ffn_hidden_size_divisor: 64}",
         "data.seq_length=64",
@@ -205,7 +205,9 @@ def test_latency_is_measured_for_what_is_searched(plan: Callable[..., Plan], rec
     service = "stages.enumerate_shapes.service.batch_size=4"
     planned = {
         stage.name: stage
-        for stage in plan("latency=measured", space, service, recipe=f"recipe={recipe}").stages
+        for stage in plan(
+            "latency_model=measured", space, service, recipe=f"recipe={recipe}"
+        ).stages
     }
     measured: Any = planned["measure_latency"].config
     search: Any = planned["enumerate_shapes"].config

@@ -298,7 +298,7 @@ def test_dense_models_are_healed_to_what_they_were_cut_from(chain: Chain) -> Non
     assert "distill, which prunes nothing" in one(heal.check(whole, chain)).what
     experts = dataclasses.replace(chain.teacher, num_moe_experts=4, moe_ffn_hidden_size=64)
     mixture = dataclasses.replace(chain, teacher=experts)
-    assert "heal=none" in one(heal.check(cfg, mixture)).fix
+    assert "heal=null" in one(heal.check(cfg, mixture)).fix
 
 
 def test_a_file_for_llama_cpp_is_of_families_that_it_is_told(chain: Chain) -> None:
@@ -306,7 +306,7 @@ def test_a_file_for_llama_cpp_is_of_families_that_it_is_told(chain: Chain) -> No
     assert list(export_gguf.check(cfg, chain)) == []
     experts = dataclasses.replace(chain.teacher, hf_architecture="Qwen3MoeForCausalLM")
     problem = one(export_gguf.check(cfg, dataclasses.replace(chain, teacher=experts)))
-    assert "gguf=none" in problem.fix
+    assert "gguf=null" in problem.fix
 
 
 @pytest.mark.parametrize("stage", [import_hf, prepare_data, evaluate, export_hf])

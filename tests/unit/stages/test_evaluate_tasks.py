@@ -59,7 +59,7 @@ def test_a_missing_harness_is_one_message_with_the_fix(
     [problem] = evaluate_tasks.check(EvaluateTasksConfig(**GOOD), chain)
     assert "lm-eval, which is not installed" in problem.what
     assert 'pip install -e ".[tasks]"' in problem.fix
-    assert "tasks=none" in problem.fix
+    assert "tasks=null" in problem.fix
 
 
 def test_another_harness_is_refused(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,13 +77,13 @@ def test_the_harness_is_pinned_to_the_version_that_is_checked_for(root: Path) ->
 
 
 @pytest.mark.parametrize("recipe", ["llama_depth_prune", "llama_width_prune"])
-@pytest.mark.parametrize("tasks", ["none", "quick", "full"])
+@pytest.mark.parametrize("tasks", ["null", "quick", "full"])
 def test_tasks_are_chosen(plan: Callable[..., Plan], recipe: str, tasks: str) -> None:
     stages = {s.name: s for s in plan(f"tasks={tasks}", recipe=f"recipe={recipe}").stages}
-    assert ("evaluate_tasks" in stages) == (tasks != "none")
+    assert ("evaluate_tasks" in stages) == (tasks != "null")
     for reader in ("report", "export_hf"):
-        assert ("tasks" in stages[reader].inputs) == (tasks != "none")
-    if tasks != "none":
+        assert ("tasks" in stages[reader].inputs) == (tasks != "null")
+    if tasks != "null":
         config = stages["evaluate_tasks"].config
         assert isinstance(config, EvaluateTasksConfig)
         assert set(config.tasks) <= set(NAMES)

@@ -1,0 +1,56 @@
+"""The words of a command line, checked and translated for Hydra."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from launch.rounds import EARLIER_ROUND
+from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT
+
+OPTIONAL_GROUPS = ("engine", "gguf", "heal", "tasks", "tracker")
+"""Groups from which a run may choose nothing: ``GROUP=null``."""
+CHOICE = re.compile(r"[a-z][\w.]*", re.IGNORECASE)
+VALUES = ("null", "true", "false", "nan", "inf")
+"""Words that Hydra reads as values, not as names."""
+
+
+def groups() -> list[str]:
+    """Returns the groups that a user chooses from."""
+    internal = ("chain", "stage")
+    folders = (path.name for path in (REPO_ROOT / "conf").iterdir() if path.is_dir())
+    return sorted(name for name in folders if name not in internal)
+
+
+def choices(group: str) -> list[str]:
+    """Returns what a user may choose from a group; empty for what is not a group."""
+    names = sorted(file.stem for file in (REPO_ROOT / "conf" / group).glob("*.yaml"))
+    return [*names, "null"] if group in OPTIONAL_GROUPS else names
+
+
+def hydra_words(words: Iterable[str]) -> list[str]:
+    """Translates a command line to what Hydra accepts.
+
+    Raises:
+        RecipeError: A group is set to something that cannot be a name of a choice.
+    """
+    # Hydra's parser stops at overrides on both sides of a flag: `recipe=R -m x=1,2`.
+    ordered = sorted(words, key=lambda word: word not in ("-m", "--multirun"))
+    return [_hydra_word(word) for word in ordered]
+
+
+def _hydra_word(word: str) -> str:
+    if EARLIER_ROUND.match(word):
+        return f"++{word}"  # no file has settings of earlier rounds
+    group, equals, value = word.partition("=")
+    if not equals or group not in groups():
+        return word
+    names = value.split(",")  # several for a sweep
+    for name in names:
+        allowed = name == "null" and group in OPTIONAL_GROUPS
+        if not allowed and (name.lower() in VALUES or not CHOICE.fullmatch(name)):
+            other = f"model.hf_path={value} for a folder or a hub id; " if group == "model" else ""
+            raise RecipeError(f"{word} names no {group}.", f"{other}--help lists them all")
+    # Hydra accepts null in files only; on the command line the empty list has the same effect.
+    return f"{group}={','.join('[]' if name == 'null' else name for name in names)}"
