@@ -29,7 +29,7 @@ from recipes.pruning.kept import HIDDEN, KeptIndices, cut
 """Takes how many layers are done, and of how many."""
 PULL = 5000.0
 """Tokens that hold a weight to what it was cut to: they would read each channel by itself, at the
-mean square of all. So what is fitted to little text strays little (benchmarks/README.md)."""
+mean square of all. So what is fitted to little text strays little."""
 
 
 class LeastSquares:

@@ -30,7 +30,7 @@ class PruneConfig(StageConfig):
     """``loss``: its change without the layer; ``block_influence`` (arXiv:2403.03853): free;
     ``block``: the neighbouring layers that are missed least together; ``greedy``: one after the
     other. After distillation, of SmolLM2's 30 layers, ``block`` left the best 24 and ``loss`` the
-    best 20 (benchmarks/layers.py)."""
+    best 20 (docs/results.md)."""
     drop_layers: list[Count] = field(default_factory=list)
     """Drop exactly these layers, counted from 1, instead."""
     target_hidden_size: Size | None = None

@@ -81,7 +81,7 @@ class RankCandidatesConfig(StageConfig):
     """``kl_to_teacher`` or ``perplexity`` without training; the lower, the better."""
     num_healed: CountOrZero = 8
     """So many of the best as cut are healed, and ranked before all others by what they are then, as
-    training would more likely have them (benchmarks/README.md)."""
+    training would more likely have them (docs/results.md)."""
     num_calibration_samples: Count = 16
     """Windows of the calibration part to heal on."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
