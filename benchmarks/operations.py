@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recipes.backend.attention import attend_in_blocks
 from recipes.backend.training_layers import SwiGLU, _RMSNorm, attend
-from recipes.core.one_pass import missing_compiler, one_pass
+from recipes.core.compiled import compilation, missing_compiler
 from recipes.core.screen import plain_table, screen
 from recipes.distillation.losses import LogitsLoss, LossTargets, combined_loss
 from recipes.engines.machine_rates import best_seconds
@@ -92,7 +92,7 @@ def measure(
         forward = timed(lambda: function(*inputs))
     eager, compiled = timed(both), None
     if compile_too and missing_compiler() is None:
-        with one_pass():
+        with compilation():
             compiled = timed(both)
     return Times(forward, eager, compiled)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from recipes.core.files import storage_problem
 from recipes.core.manifest import WORK
 from recipes.core.processes import ended_by
-from recipes.core.silence import hung
+from recipes.core.watchdog import hang_error
 
 LOGS = "logs"
 ERROR = "error.txt"
@@ -56,7 +56,7 @@ def reason(stage_dir: Path, log: Path | None) -> str:
         return killed
     if error.exists():
         return error.read_text(encoding="utf-8").strip()
-    if (problem := hung(stage_dir / WORK) or storage_problem(None, stage_dir)) is not None:
+    if (problem := hang_error(stage_dir / WORK) or storage_problem(None, stage_dir)) is not None:
         return str(problem)
     if log is None:
         return "it ended without a message or a log"

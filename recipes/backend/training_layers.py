@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from recipes.core.one_pass import fusable
+from recipes.core.compiled import compilable
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -35,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
         return *_normalise_backward(x, weight, inverse, grads[0]), None
 
 
-@fusable
+@compilable
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Returns the normalised input and 1 / rms(x); in-place writes are into new tensors."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -43,7 +43,7 @@ def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (x * inverse).mul_(weight).to(x.dtype), inverse
 
 
-@fusable
+@compilable
 def _normalise_backward(
     x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -89,13 +89,13 @@ class _SwiGLU(torch.autograd.Function):
         return _gate_backward(x, grads[0])
 
 
-@fusable
+@compilable
 def _gate(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return nn.functional.silu(gate).mul_(up)
 
 
-@fusable
+@compilable
 def _gate_backward(x: Tensor, grad: Tensor) -> Tensor:
     """Returns the gradient of x: silu'(gate) * up * grad for the gate, silu(gate) * grad for up."""
     gate, up = x.chunk(2, dim=-1)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.core.silence import progressed
+from recipes.core.watchdog import report_progress
 
 METRICS = "metrics.jsonl"
 ProgressCallback = Callable[[int, int], None]
@@ -31,7 +31,7 @@ class MetricsLog:
 
     def log(self, **values: object) -> None:
         """Appends one record, stamped with the time."""
-        progressed()
+        report_progress()
         if self._file:
             self._file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
 

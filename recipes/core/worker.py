@@ -39,7 +39,6 @@ from recipes.core.processes import (
     leave_out_trackers,
     peak_memory_bytes,
 )
-from recipes.core.silence import STACKS, limited
 from recipes.core.stage import (
     BEGUN,
     Input,
@@ -51,6 +50,7 @@ from recipes.core.stage import (
     world_size,
 )
 from recipes.core.versions import git_sha, installed_versions
+from recipes.core.watchdog import STACKS, watch_for_hangs
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -122,7 +122,7 @@ def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: P
     with _rank_0_first(store, "work and inputs"):
         out = prepare_work(stage_dir, request)
         inputs = {name: _checked(spec) for name, spec in request["inputs"].items()}
-    with limited(cfg.resources.max_silence, out.parent, rank()):
+    with watch_for_hangs(cfg.resources.max_silence, out.parent, rank()):
         outcome = run(cfg, inputs, out)
         peak_rss = _finish_ranks()
     with _rank_0_first(store, "manifest"):

@@ -24,8 +24,8 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup, all_gather, all_reduce
 from torch.nn.functional import softplus
 
+from recipes.core.compiled import compilable
 from recipes.core.errors import RecipeError
-from recipes.core.one_pass import fusable
 from recipes.distillation.settings import DRAWN_LOSS
 from recipes.planning.buffers import LOSS_CHUNK_BYTES
 
@@ -368,10 +368,10 @@ def _of_chunk(
     return value, following
 
 
-_fused = fusable(_of_chunk)
+_fused = compilable(_of_chunk)
 
 
-@fusable
+@compilable
 def _weigh(gradient: Tensor, weights: Tensor) -> Tensor:
     """A gradient [n, vocabulary/tp], in place, by what each of its rows counts [n, 1].
 

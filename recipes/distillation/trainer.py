@@ -23,11 +23,11 @@ from nemo_convert.hf import copy_side_files
 from recipes.backend.cpu_speed import speed_patches
 from recipes.backend.device import COLLECTIVE_TIMEOUT, collective_backend, device, select_gpu
 from recipes.backend.without_cuda import enable
+from recipes.core.compiled import compilation, missing_compiler
 from recipes.core.deadline import deadline
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 from recipes.core.metrics import MetricsLog
-from recipes.core.one_pass import missing_compiler, one_pass
 from recipes.core.stage import Input, metrics_file, rank, world_size
 from recipes.core.wheels import cache_dir
 from recipes.distillation.callbacks import Clock, Collect, Profile, StepLogger, StopAtRecovered
@@ -87,7 +87,7 @@ def train(
     if cfg.profile_steps:
         first, last = cfg.profile_steps
         trainer.callbacks.append(Profile((first, last), scratch.parent / "profile"))
-    with one_pass(bool(cfg.compile)), speed_patches(cfg.cpu_speed_patches):
+    with compilation(bool(cfg.compile)), speed_patches(cfg.cpu_speed_patches):
         llm.train(
             model=model,
             data=TrainingData.of(cfg, data, restored.tokenizer, objective.teacher.cache),

@@ -9,8 +9,8 @@ from statistics import median
 from typing import TypeVar
 
 from nemo_convert.architecture import Architecture
+from recipes.core.compiled import missing_compiler
 from recipes.core.metrics import steps_of
-from recipes.core.one_pass import missing_compiler
 from recipes.distillation.results import TrainingResult
 from recipes.distillation.settings import FEED_FORWARD, FP8_RECIPES, TrainingConfig
 from recipes.planning import rules

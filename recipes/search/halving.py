@@ -19,8 +19,8 @@ from recipes.core.files import REPO_ROOT, write_text_atomically
 from recipes.core.fingerprint import result_settings, stage_code, stage_fingerprint
 from recipes.core.manifest import read_manifest
 from recipes.core.processes import die_with_parent, start_command
-from recipes.core.silence import others_work
 from recipes.core.stage import REQUEST, Inputs, StageConfig, rank, world_size
+from recipes.core.watchdog import pause_watchdog
 from recipes.distillation.settings import DistillConfig
 from recipes.evaluation.results import TokenQuality
 from recipes.pruning.settings import PruneConfig
@@ -89,7 +89,7 @@ class HalvingRun:
             students = [nemo.find_checkpoint(place / "artifact") for place in places]
             figures = measure_checkpoints(teacher, students, text, self._cfg.precision, size)
             write_text_atomically(found, json.dumps([asdict(one) for one in figures]))
-        with others_work():
+        with pause_watchdog():
             while not found.exists():
                 time.sleep(POLL)
         return [TokenQuality(**one) for one in json.loads(found.read_text(encoding="utf-8"))]
@@ -110,7 +110,7 @@ def run_stage(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> 
     write_text_atomically(file, OmegaConf.to_yaml(request))
     devices = config.resources.devices
     command = start_command(f"recipes.stages.{config.stage}", file, devices, sys.executable)
-    with (directory / "log.txt").open("w", encoding="utf-8") as log, others_work():
+    with (directory / "log.txt").open("w", encoding="utf-8") as log, pause_watchdog():
         subprocess.run(
             command, cwd=REPO_ROOT, env=_environment(devices), stdout=log, stderr=log,
             check=False, preexec_fn=die_with_parent,
@@ -161,6 +161,6 @@ def _environment(devices: int) -> dict[str, str]:
 
 def _wait_for(directory: Path) -> None:
     """Another rank that fails ends this one, too: torchrun sees to that."""
-    with others_work():
+    with pause_watchdog():
         while read_manifest(directory) is None:
             time.sleep(POLL)

@@ -25,9 +25,9 @@ from benchmarks import distill, launching, operations, prepare, students, tasks
 from benchmarks.distill import CONTENDERS, Record, Shape, disagreements, speeds, summarise
 from benchmarks.launching import INPUTS, manifest_of
 from launch.executors.local import PRELOADED
+from recipes.core.compiled import missing_compiler
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
-from recipes.core.one_pass import missing_compiler
 from recipes.core.processes import cores
 from tests.support.forked import run_forked
 from tests.support.in_process import run_here

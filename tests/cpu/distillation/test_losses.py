@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from recipes.core.compiled import compilation
 from recipes.core.errors import RecipeError
-from recipes.core.one_pass import one_pass
 from recipes.distillation.losses import (
     LogitsLoss,
     LossTargets,
@@ -378,7 +378,7 @@ def test_the_gradient_may_take_the_logits_place(compiled: bool) -> None:
         before = student.clone()
         student.requires_grad_()
         loss = LogitsLoss(chunk_bytes=4 * 64 * 16)
-        with one_pass(compiled):
+        with compilation(compiled):
             losses = distillation_loss(student, teacher, loss, reuse_logits=reuse)
             assert torch.equal(student, before) != reuse
             losses.sum().backward()

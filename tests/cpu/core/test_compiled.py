@@ -1,4 +1,4 @@
-"""Chains of operations as compiled kernels, beside the same as they are written."""
+"""Compiled kernels have the values and gradients of eager execution."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from recipes.backend.training_layers import SwiGLU, _RMSNorm
 from recipes.backend.without_cuda import enable
-from recipes.core.one_pass import fusable, missing_compiler, one_pass
+from recipes.core.compiled import compilable, compilation, missing_compiler
 from recipes.distillation.losses import LogitsLoss, LossTargets, combined_loss, top_k
 from tests.support.gradients import inputs, with_gradients
 
@@ -50,28 +50,28 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_give_the_values_and_gradients_of_what_is_written(name: str) -> None:
+def test_compiled_kernels_equal_eager(name: str) -> None:
     function, shapes = CASES[name]
     tensors = [tensor.float() for tensor in inputs(*shapes)]
-    written, before = with_gradients(function, tensors), counters["stats"]["unique_graphs"]
-    with one_pass():
+    eager, before = with_gradients(function, tensors), counters["stats"]["unique_graphs"]
+    with compilation():
         compiled = with_gradients(function, tensors)
     assert counters["stats"]["unique_graphs"] > before
-    assert len(written) > 1
-    for one, other in zip(compiled, written, strict=True):
+    assert len(eager) > 1
+    for one, other in zip(compiled, eager, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_only_what_asks_for_it_is_compiled() -> None:
+def test_nothing_is_compiled_when_disabled() -> None:
     compiling: list[bool] = []
 
-    @fusable
+    @compilable
     def doubled(x: Tensor) -> Tensor:
         compiling.append(torch.compiler.is_compiling())
         return 2 * x
 
-    with one_pass(False):
+    with compilation(False):
         assert doubled(torch.ones(2)).tolist() == [2, 2]
-    with one_pass(), one_pass(False):
+    with compilation(), compilation(False):
         doubled(torch.ones(2))
     assert compiling == [False, False]
