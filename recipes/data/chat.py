@@ -1,4 +1,4 @@
-"""Conversations as tokens: by the model's own template, each whole in a window, answers marked."""
+"""Tokenizes conversations with the model's template, marks answers, and packs sequences."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from recipes.core.errors import RecipeError
 from recipes.data.tokenizer import Encoded
 
 ANSWERS = "assistant"
-"""The role whose words are learnt."""
+"""The role whose words count in the loss."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""What a template has around an answer if it says itself where answers are."""
+"""Around an answer in a template that marks answers itself."""
 NO_ANSWER, TEMPLATE, NO_PREFIX, NAMES_MARK, TOO_LONG = (
     "no answer",
     "refused by the template",
@@ -26,18 +26,18 @@ NO_ANSWER, TEMPLATE, NO_PREFIX, NAMES_MARK, TOO_LONG = (
     "names a mark of the template",
     "too long",
 )
-"""Why a conversation is left out: ``NO_PREFIX`` where what comes before an answer is rendered in
-another way as soon as the answer is there, so that nobody can say which tokens are the answer's."""
+"""Why a conversation is left out. ``NO_PREFIX``: the template renders the turns before an answer
+differently once the answer is there, so the answer's tokens cannot be identified."""
 
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A tokenizer with a chat template, and the windows that conversations must fit in."""
+    """A tokenizer with a chat template, and the length that conversations must fit in."""
 
     folder: Path
-    """A Hugging Face model's, or a NeMo checkpoint's."""
+    """Of a Hugging Face model or a NeMo checkpoint."""
     end: int
-    """Token after every conversation, which also fills a window."""
+    """Token after every conversation, also used as padding."""
     seq_length: int
 
     @cached_property
@@ -47,11 +47,7 @@ class ChatTokenizer:
         return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
     def require_template(self) -> None:
-        """Refuses a model that was never told what a conversation is.
-
-        Raises:
-            RecipeError: Its tokenizer has no chat template.
-        """
+        """Raises ``RecipeError`` if the tokenizer has no chat template."""
         if self._tokenizer.chat_template is None:
             raise RecipeError(
                 f"the tokenizer in {self.folder} has no chat template.",
@@ -59,7 +55,7 @@ class ChatTokenizer:
             )
 
     def encode(self, texts: list[str]) -> list[Encoded]:
-        """Tokens of each conversation, given as the JSON of its messages."""
+        """Tokenizes conversations, given as the JSON of their messages."""
         return [self._encoded(json.loads(text)) for text in texts]
 
     def _encoded(self, messages: list[dict[str, Any]]) -> Encoded:
@@ -67,23 +63,23 @@ class ChatTokenizer:
 
         if not any(message["role"] == ANSWERS for message in messages):
             return Encoded.without(NO_ANSWER)
-        marks = self._tokenizer.all_special_tokens
-        if any(mark in message["content"] for message in messages for mark in marks):
+        special = self._tokenizer.all_special_tokens
+        if any(token in message["content"] for message in messages for token in special):
             return Encoded.without(NAMES_MARK)
         try:
-            found = self._marked(messages)
+            marked = self._marked(messages)
         except TemplateError:
             return Encoded.without(TEMPLATE)
-        if found is None:
+        if marked is None:
             return Encoded.without(NO_PREFIX)
-        ids, learnt = np.append(found[0], self.end), np.append(found[1], False)
-        learnt[0] = False  # nothing comes before it
+        ids, learnt = np.append(marked[0], self.end), np.append(marked[1], False)
+        learnt[0] = False  # no token predicts it
         if not learnt.any():
             return Encoded.without(NO_ANSWER)
         return self._fitted(Encoded(ids.astype(np.int32), learnt))
 
     def _fitted(self, whole: Encoded) -> Encoded:
-        """A conversation that is too long ends after the last answer that a window has room for."""
+        """Shortens a conversation that is too long to the last answer that fits."""
         if len(whole.ids) <= self.seq_length:
             return whole
         assert whole.learnt is not None
@@ -95,18 +91,18 @@ class ChatTokenizer:
         return Encoded(ids, np.append(whole.learnt[: stops[-1]], False), cut=True)
 
     def _marked(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]] | None:
-        """All tokens, and which of them an assistant says; ``None`` where that cannot be told."""
+        """Returns all tokens and whether each is an answer's; ``None`` where that is unknown."""
         if _MARKS.search(self._tokenizer.get_chat_template()):
-            found = self._tokenizer.apply_chat_template(
+            output = self._tokenizer.apply_chat_template(
                 messages, return_dict=True, return_assistant_tokens_mask=True
             )
-            return found["input_ids"], [bool(said) for said in found["assistant_masks"]]
+            return output["input_ids"], [bool(mask) for mask in output["assistant_masks"]]
         ids = self._rendered(messages)
         learnt = [False] * len(ids)
         for number, message in enumerate(messages):
             if message["role"] != ANSWERS:
                 continue
-            if number == 0:  # a template renders no prompt of nothing
+            if number == 0:  # templates cannot render an empty prompt
                 return None
             before = self._rendered(messages[:number], add_generation_prompt=True)
             after = self._rendered(messages[: number + 1])
@@ -118,11 +114,11 @@ class ChatTokenizer:
         return ids, learnt
 
     def _rendered(self, messages: list[dict[str, Any]], **settings: bool) -> list[int]:
-        found: list[int] = self._tokenizer.apply_chat_template(messages, **settings)
-        return found
+        ids: list[int] = self._tokenizer.apply_chat_template(messages, **settings)
+        return ids
 
     def _turn_end(self, ids: list[int], start: int, stop: int) -> int:
-        """A model stops at the end of its turn, so that line breaks behind it are not its own."""
+        """Excludes what follows the end-of-turn token, such as a line break of the template."""
         ends = [n for n in range(start, stop) if ids[n] == self._tokenizer.eos_token_id]
         return ends[-1] + 1 if ends else stop
 
@@ -130,37 +126,36 @@ class ChatTokenizer:
 def pack(
     conversations: Sequence[Encoded], position: int, seq_length: int, end: int
 ) -> Iterator[Encoded]:
-    """Puts conversations in such an order that none runs over the end of a window.
+    """Orders and pads conversations so that each lies within one sequence (first-fit decreasing).
 
-    The longest go first, each into the first window that has room. What a window has left is filled
-    in front of the conversation that begins the next one.
+    The padding of a sequence is put before the first conversation of the next one.
 
     Args:
-        conversations: None of them longer than a window.
-        position: Tokens that are there already; windows begin at multiples of ``seq_length``.
-        seq_length: Tokens a window.
-        end: What to fill with; nothing is learnt of it.
+        conversations: None longer than a sequence.
+        position: Tokens already written; sequences start at multiples of ``seq_length``.
+        seq_length: Tokens of a sequence.
+        end: Padding token, excluded from the loss.
     """
-    windows: list[list[Encoded]] = [[]]
-    rooms = [-position % seq_length]
+    sequences: list[list[Encoded]] = [[]]
+    free = [-position % seq_length]
     for each in sorted(conversations, key=lambda one: -len(one.ids)):
-        fits = next((n for n, room in enumerate(rooms) if len(each.ids) <= room), len(rooms))
-        if fits == len(rooms):
-            windows.append([])
-            rooms.append(seq_length)
-        windows[fits].append(each)
-        rooms[fits] -= len(each.ids)
-    fill = 0
-    for window, room in zip(windows, rooms, strict=True):
-        for each in window:
-            yield _behind(each, fill, end)
-            fill = 0
-        fill += room
+        target = next((n for n, tokens in enumerate(free) if len(each.ids) <= tokens), len(free))
+        if target == len(free):
+            sequences.append([])
+            free.append(seq_length)
+        sequences[target].append(each)
+        free[target] -= len(each.ids)
+    padding = 0
+    for sequence, remainder in zip(sequences, free, strict=True):
+        for each in sequence:
+            yield _padded(each, padding, end)
+            padding = 0
+        padding += remainder
 
 
-def _behind(one: Encoded, fill: int, end: int) -> Encoded:
-    if not fill:
+def _padded(one: Encoded, padding: int, end: int) -> Encoded:
+    if not padding:
         return one
     assert one.learnt is not None
-    ids = np.concatenate([np.full(fill, end, np.int32), one.ids])
-    return replace(one, ids=ids, learnt=np.concatenate([np.zeros(fill, bool), one.learnt]))
+    ids = np.concatenate([np.full(padding, end, np.int32), one.ids])
+    return replace(one, ids=ids, learnt=np.concatenate([np.zeros(padding, bool), one.learnt]))

@@ -1,4 +1,4 @@
-"""Documents of a source one after the other, however large it is, and the part each belongs to."""
+"""Streams the documents of a source, and assigns each to a part of the text."""
 
 from __future__ import annotations
 
@@ -19,64 +19,60 @@ from recipes.data.sources import HubDataset, Source, TextFile, files_of, parse_s
 
 PARTS = ("train", "validation", "calibration", "heldout")
 LONGEST_PARAGRAPH = 1 << 20
-"""Bytes after which a text without blank lines is cut all the same, at the end of a line."""
+"""Bytes after which a text without blank lines is split anyway, at the end of a line."""
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".json")
 MESSAGES = "messages"
-"""Of a record: ``{"messages": [{"role": "user", "content": "…"}, …]}``."""
-LOOKED_AT = 100
+"""Field of a conversation: ``{"messages": [{"role": "user", "content": "…"}, …]}``."""
+CHECKED_CONVERSATIONS = 100
 """Conversations that a check reads."""
 STRETCH = 4 << 20
-"""Bytes of running text, about, that are divided among the parts; shorter texts as a whole."""
-Take = Callable[[Any, str], str]
-"""Makes a document's text of a record, given where that is."""
+"""Approximate bytes of running text that are divided among the parts together."""
+TextOf = Callable[[Any, str], str]
+"""Extracts a document's text from a record, given the record's location for messages."""
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ijson.JSONError)
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and where it lies."""
+    """A text and its position."""
 
     text: str
     """Of a conversation, the JSON of its messages."""
     place: float | None = None
-    """Of a paragraph: how far into its stretch of the source it begins, from 0 to below 1. Records
-    have none, since they are not known to belong together."""
+    """Start of a paragraph within its stretch of the source, from 0 to below 1. Records have none,
+    since neighbours may be unrelated."""
 
 
 class Reader(Protocol):
-    """Documents of a source, which can stop and be taken up again."""
+    """Iterates over the documents of a source, and can be resumed."""
 
     def __iter__(self) -> Iterator[Document]:
-        """Those that an earlier reader of this source had not come to."""
+        """Yields the documents after the state that the reader was opened at."""
 
     def state(self) -> Any:
-        """What a later reader needs to go on after the last document, as JSON can hold it."""
+        """Returns what another reader needs to continue after the last document, as JSON."""
 
-    def share(self) -> float:
-        """Share of the source that has been read; 0 where its size is not known."""
+    def fraction(self) -> float:
+        """Returns the fraction of the source that was read; 0 where its size is unknown."""
 
 
 def read_source(source: str, text_field: str, state: Any = None, *, chat: bool = False) -> Reader:
-    """Opens a source as in ``data.sources``, at the ``state`` of an earlier reader if given.
+    """Opens a source of ``data.sources``, at the ``state`` of an earlier reader if given.
 
     Text files hold documents separated by blank lines; JSON files a list of records or a mapping to
-    records; JSONL a record a line. A record is a string or has the text in ``text_field``, or in
-    ``a.b`` of nested ones, unless the source names a field of its own; or it is a conversation.
-    Refuses what is not there, and while reading what is not as its name says.
+    records; JSONL one record per line. A record is a string, a conversation, or has its text in
+    ``text_field`` (``a.b`` for nested fields) or in the source's own field.
     """
     parsed = parse_source(source)
-    of_text = partial(_column if parsed.hub else _text, parsed.text or text_field)
-    take = _conversation if chat else of_text
+    field_text = partial(_column if parsed.hub else _text, parsed.text or text_field)
+    text_of = _conversation if chat else field_text
     if parsed.hub:
-        return _HubReader(parsed.hub, parsed.revision, take, state)
-    return _FileReader(parsed, take, state)
+        return _HubReader(parsed.hub, parsed.revision, text_of, state)
+    return _FileReader(parsed, text_of, state)
 
 
 def chat_problem(source: str) -> tuple[str, str] | None:
-    """What is wrong with the beginning of a source of conversations, and how to mend it.
-
-    Only of a file that is here: it is what a check can read in no time.
-    """
+    """Checks the first conversations of a local file; returns what is wrong, and the fix."""
     parsed = parse_source(source)
     if parsed.prompts:
         return chat_problem(parsed.prompts)
@@ -85,7 +81,7 @@ def chat_problem(source: str) -> tuple[str, str] | None:
     if parsed.file_type not in RECORD_TYPES:
         return f"'{parsed.path}' is not of conversations", f"give {' or '.join(RECORD_TYPES)}"
     try:
-        for _ in islice(read_source(source, "", chat=True), LOOKED_AT):
+        for _ in islice(read_source(source, "", chat=True), CHECKED_CONVERSATIONS):
             pass
     except RecipeError as error:
         return error.what, error.fix
@@ -93,69 +89,72 @@ def chat_problem(source: str) -> tuple[str, str] | None:
 
 
 class _FileReader:
-    def __init__(self, source: Source, take: Take, state: int | None) -> None:
-        self._source, self._take, self._before = source, take, state or 0
+    """Counts records; a resumed reader skips those of the earlier one."""
+
+    def __init__(self, source: Source, text_of: TextOf, state: int | None) -> None:
+        self._source, self._text_of, self._skip = source, text_of, state or 0
         self._files = files_of(source)
-        self._total = max(1, sum(file.size for file in self._files))
-        self._passed, self._records = 0, 0
-        self._open: IO[bytes] | None = None
+        self._total_bytes = max(1, sum(file.size for file in self._files))
+        self._bytes_before, self._records = 0, 0
+        self._opened: IO[bytes] | None = None
 
     def __iter__(self) -> Iterator[Document]:
         for file in self._files:
-            with file.open() as self._open:
-                for read in self._read(file, self._open):
+            with file.open() as self._opened:
+                for record in self._read(file, self._opened):
                     self._records += 1
-                    if self._records > self._before:
-                        text = self._take(read.record, f"{file.name}, {read.where}").strip()
+                    if self._records > self._skip:
+                        text = self._text_of(record.value, f"{file.name}, {record.where}").strip()
                         if text:
-                            yield Document(text, self._place(read.offset))
-            self._passed, self._open = self._passed + file.size, None
+                            yield Document(text, self._place(record.offset))
+            self._bytes_before, self._opened = self._bytes_before + file.size, None
 
     def _read(self, file: TextFile, opened: IO[bytes]) -> Iterator[_Record]:
-        kind = self._source.file_type
+        file_type = self._source.file_type
         try:
-            if kind == ".txt":
+            if file_type == ".txt":
                 yield from _paragraphs(opened)
-            elif kind == ".json":
-                for number, record in enumerate(_json_records(opened), 1):
-                    yield _Record(record, f"record {number}")
+            elif file_type == ".json":
+                for number, value in enumerate(_json_records(opened), 1):
+                    yield _Record(value, f"record {number}")
             else:
                 yield from _json_lines(
-                    gzip.GzipFile(fileobj=opened) if kind == ".jsonl.gz" else opened
+                    gzip.GzipFile(fileobj=opened) if file_type == ".jsonl.gz" else opened
                 )
         except _UNREADABLE as error:
             raise RecipeError(
-                f"{file.name} cannot be read as {kind}: {error}", "mend the file, or leave it out"
+                f"{file.name} cannot be read as {file_type}: {error}",
+                "correct the file, or leave it out",
             ) from error
 
     def _place(self, offset: int | None) -> float | None:
         if offset is None:
             return None
-        stretches = max(1, round(self._total / STRETCH))
-        return (self._passed + offset) * stretches / self._total % 1
+        stretches = max(1, round(self._total_bytes / STRETCH))
+        return (self._bytes_before + offset) * stretches / self._total_bytes % 1
 
     def state(self) -> int:
         return self._records
 
-    def share(self) -> float:
-        here = self._open.tell() if self._open and not self._open.closed else 0
-        return (self._passed + here) / self._total
+    def fraction(self) -> float:
+        here = self._opened.tell() if self._opened and not self._opened.closed else 0
+        return (self._bytes_before + here) / self._total_bytes
 
 
 @dataclass(frozen=True)
 class _Record:
-    record: object
+    value: object
     where: str
-    """In its file."""
+    """Its location in the file."""
     offset: int | None = None
     """Bytes before a paragraph."""
 
 
 def messages_of(record: object) -> list[dict[str, Any]]:
-    """The messages of a record.
+    """Returns the messages of a record.
 
     Raises:
-        ValueError: It has none, or one of them is not a role's text.
+        ValueError: It has none, or a message without a role or text.
     """
     messages = record.get(MESSAGES) if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
@@ -205,7 +204,7 @@ def _nested(record: object, keys: list[str]) -> object:
 
 
 def _paragraphs(file: IO[bytes]) -> Iterator[_Record]:
-    """Texts between blank lines."""
+    """Yields the texts between blank lines."""
     offset, start, lines = 0, 0, list[bytes]()
     for line in file:
         blank = not line.strip()
@@ -245,10 +244,10 @@ def _json_lines(file: Any) -> Iterator[_Record]:
 
 
 class _HubReader:
-    def __init__(self, hub: HubDataset, revision: str | None, take: Take, state: Any) -> None:
+    def __init__(self, hub: HubDataset, revision: str | None, text_of: TextOf, state: Any) -> None:
         from datasets import load_dataset
 
-        self._name, self._take = hub.name, take
+        self._name, self._text_of = hub.name, text_of
         self._rows = load_dataset(
             hub.name, hub.config, split=hub.split, revision=revision, streaming=True
         )
@@ -257,35 +256,35 @@ class _HubReader:
 
     def __iter__(self) -> Iterator[Document]:
         for row in self._rows:
-            if text := self._take(row, f"dataset {self._name}").strip():
+            if text := self._text_of(row, f"dataset {self._name}").strip():
                 yield Document(text)
 
     def state(self) -> Any:
         return self._rows.state_dict()
 
-    def share(self) -> float:
+    def fraction(self) -> float:
         return 0.0
 
 
 def digest(text: str) -> bytes:
-    """16 bytes that a document is known by."""
+    """Returns 16 bytes that identify a document."""
     return hashlib.sha256(text.encode()).digest()[:16]
 
 
-def draw_of(document: Document, known_as: bytes) -> float:
-    """What decides a document's part, from 0 to below 1.
+def draw_of(document: Document, document_digest: bytes) -> float:
+    """Returns the number from 0 to below 1 that decides a document's part.
 
-    A paragraph's is its place, so that a part is a few long pieces of a text and what is measured
-    on does not stand between what was trained on. Of records it is their hash, so that no order or
-    seed can move them.
+    For a paragraph it is its place: a part is then a few long pieces of a text, and evaluation
+    text does not lie between training text. For a record it is its hash, which does not depend on
+    the order or a seed.
     """
     if document.place is not None:
         return document.place
-    return int.from_bytes(known_as[:8], "big") / 2**64
+    return int.from_bytes(document_digest[:8], "big") / 2**64
 
 
 def part_of(draw: float, fractions: Mapping[str, float]) -> str:
-    """Assigns a draw to a part; what the fractions leave is for training."""
+    """Assigns a draw to a part; training gets the remainder of the fractions."""
     for part, fraction in fractions.items():
         if draw < fraction:
             return part

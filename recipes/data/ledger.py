@@ -1,4 +1,4 @@
-"""What has been taken of the text: a record on disk that a killed process goes on from."""
+"""Record of the documents that were written, from which a killed process resumes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from recipes.core.errors import RecipeError
 
 
 class Ledger:
-    """Every document's digest, and how far the work is; both are kept together or not at all.
+    """Stores every document's digest and the state of the work in one transaction.
 
-    On disk, since 16 bytes of each of 10^8 documents are gigabytes in any set of Python's.
+    It is on disk because a Python set of 10^8 digests takes gigabytes.
 
     Args:
-        path: SQLite file. It is not locked, for file systems that cannot: a run has its own lock.
+        path: SQLite file. It is not locked, since some file systems cannot: the run has a lock.
 
     Raises:
         RecipeError: The file is damaged.
@@ -27,13 +27,13 @@ class Ledger:
         uri = f"{path.absolute().as_uri()}?nolock=1"
         self._database = sqlite3.connect(uri, uri=True, isolation_level=None)
         try:
-            [found] = self._database.execute("PRAGMA quick_check(1)").fetchone()
+            [result] = self._database.execute("PRAGMA quick_check(1)").fetchone()
         except sqlite3.DatabaseError as error:
-            found = str(error)
-        if found != "ok":
+            result = str(error)
+        if result != "ok":
             raise RecipeError(
-                f"{path} is damaged ({found}): what was taken of the text is not known.",
-                f"delete {path.parent} to prepare the text anew",
+                f"{path} is damaged ({result}): nothing else records the documents written so far.",
+                f"delete {path.parent} to prepare the text again",
             )
         self._database.execute("CREATE TABLE IF NOT EXISTS progress (state TEXT)")
         self._database.execute(
@@ -42,17 +42,17 @@ class Ledger:
         self._database.execute("BEGIN")
 
     def is_new(self, digest: bytes) -> bool:
-        """Takes a document down; whether it is the first of its kind."""
+        """Adds a document; returns whether it was not there yet."""
         cursor = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,))
         return cursor.rowcount == 1
 
     def progress(self) -> dict[str, Any] | None:
-        """What was kept last, if anything was."""
+        """Returns the state that was saved last, if any."""
         row = self._database.execute("SELECT state FROM progress").fetchone()
         return None if row is None else json.loads(row[0])
 
     def keep(self, progress: dict[str, Any]) -> None:
-        """Keeps all that was taken down so far, and this with it."""
+        """Saves the documents added so far and this state."""
         self._database.execute("DELETE FROM progress")
         self._database.execute("INSERT INTO progress VALUES (?)", (json.dumps(progress),))
         self._database.execute("COMMIT")

@@ -1,4 +1,4 @@
-"""Licence and commit of a source, from its options or, of a dataset on a hub, from its card."""
+"""Licence and commit of a source, from its options or from the card of its dataset on a hub."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from recipes.data.results import Origin
 from recipes.data.sources import parse_source, with_option
 
 
-def origins_of(sources: Iterable[str], kept: Path) -> dict[str, Origin]:
-    """What is known of each source; a process that goes on with another's work takes what it found.
+def origins_of(sources: Iterable[str], file: Path) -> dict[str, Origin]:
+    """Returns the origin of each source.
 
     Args:
         sources: As they are written in the settings.
-        kept: File to keep it in, so that no newer commit is read from the middle on.
+        file: Where origins are stored, so that a resumed process reads the same commits.
     """
-    if kept.exists():
-        return {source: Origin(**found) for source, found in read_json(kept).items()}
+    if file.exists():
+        return {source: Origin(**origin) for source, origin in read_json(file).items()}
     origins = {source: origin_of(source) for source in sources}
-    write_json(kept, {source: asdict(found) for source, found in origins.items()})
+    write_json(file, {source: asdict(origin) for source, origin in origins.items()})
     return origins
 
 
 def pinned(source: str, origin: Origin) -> str:
-    """A source with the commit to read, if it is on a hub."""
+    """Adds the commit to read to a source on a hub."""
     if origin.commit is None or parse_source(source).revision:
         return source
     return with_option(source, "revision", origin.commit)
 
 
 def origin_of(text: str) -> Origin:
-    """What is known of a source; a hub is asked for the commit that will be read.
+    """Returns a source's licence and, from the hub, its current commit.
 
     Raises:
-        RecipeError: The hub has no such dataset, or is out of reach.
+        RecipeError: The hub has no such dataset or cannot be reached.
     """
     source = parse_source(text)
     if source.hub is None or Path(source.hub.name).exists():
@@ -45,12 +45,12 @@ def origin_of(text: str) -> Origin:
     from huggingface_hub import HfApi
 
     try:
-        found = HfApi().dataset_info(source.hub.name, revision=source.revision)
+        info = HfApi().dataset_info(source.hub.name, revision=source.revision)
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"could not read dataset '{source.hub.name}' from the Hugging Face hub: {error}",
             "check its name and revision, the network, and HF_TOKEN for a gated one",
         ) from error
-    card = found.card_data.license if found.card_data else None
-    named = ", ".join(card) if isinstance(card, list) else card
-    return Origin(source.licence or named, found.sha)
+    licence = info.card_data.license if info.card_data else None
+    licence = ", ".join(licence) if isinstance(licence, list) else licence
+    return Origin(source.licence or licence, info.sha)

@@ -1,4 +1,4 @@
-"""Parts of tokens as Megatron's indexed datasets, written in memory that does not grow."""
+"""Writes parts of a text as Megatron's indexed datasets, in constant memory."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from recipes.core.errors import RecipeError
 PartSize = tuple[int, int]
 """Bytes and documents."""
 LEARNT = "learnt"
-"""Ending of a file with a byte for every token: whether it is to be predicted."""
+"""Suffix of a file with one byte per token: whether its prediction counts in the loss."""
 LENGTHS = "lengths"
-"""Ending of a file of every document's number of tokens, int32, which the index is made from."""
+"""Suffix of a file with every document's number of tokens (int32), from which the index is made."""
 BLOCK = 1 << 16
-"""Documents of an index that are written at a time."""
+"""Documents per block while an index is written."""
 
 
 class PartWriter:
-    """Writes several parts side by side, a document at a time, in memory that does not grow.
+    """Writes several parts, one document at a time, in constant memory.
 
-    Megatron's ``IndexedDatasetBuilder`` makes the same files, but keeps every document's length in
-    lists until the end, and cannot go on with files that are there, of so many bytes and documents.
-    If ``marked``, which tokens are to be predicted is written, too.
+    Megatron's ``IndexedDatasetBuilder`` makes the same files, but keeps all lengths in memory and
+    cannot append to files of known ``sizes``. If ``marked``, writes ``LEARNT`` files, too.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class PartWriter:
     def add(
         self, part: str, ids: Sequence[int] | np.ndarray, learnt: np.ndarray | None = None
     ) -> None:
-        """Appends one document; all of its tokens but the first are to be predicted by default."""
+        """Appends one document; by default the predictions of all tokens but the first count."""
         tokens, lengths = self._files[part]
         if part in self._learnt:
             marks = np.arange(len(ids)) > 0 if learnt is None else learnt
@@ -72,7 +71,7 @@ class PartWriter:
         self.sizes[part] = (size + written, documents + 1)
 
     def flush(self) -> None:
-        """Makes what was added outlive this process, and this machine."""
+        """Writes everything to disk."""
         for file in self._all():
             file.flush()
             os.fsync(file.fileno())
@@ -94,21 +93,21 @@ class PartWriter:
                 _write_index(self._folder, part, self.sizes[part][1])
 
 
-def _path(folder: Path, part: str, ending: str) -> Path:
-    return folder / f"{part}.{ending}"
+def _path(folder: Path, part: str, suffix: str) -> Path:
+    return folder / f"{part}.{suffix}"
 
 
 def _opened(path: Path, size: int) -> BinaryIO:
-    """The file to append to, cut to ``size`` bytes; refuses one that has less."""
+    """Opens a file to append to, truncated to ``size`` bytes; refuses a shorter one."""
     path.touch()
     if path.stat().st_size < size:
-        raise RecipeError(f"{path} has lost what was written.", "delete its folder")
+        raise RecipeError(f"{path} is shorter than its record.", f"delete {path.parent}")
     os.truncate(path, size)
     return path.open("ab")
 
 
 def _write_index(folder: Path, part: str, documents: int) -> None:
-    """Writes ``.idx`` as Megatron's ``_IndexWriter`` does, from the lengths, a block at a time."""
+    """Writes ``.idx`` as Megatron's ``_IndexWriter`` does, one block of lengths at a time."""
     lengths = _path(folder, part, LENGTHS)
     with _IndexWriter(str(_path(folder, part, "idx")), np.int32) as writer:
         file = writer.idx_writer

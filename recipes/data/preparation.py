@@ -1,4 +1,4 @@
-"""From sources to parts of tokens: streamed, without duplicates, and taken up again when killed."""
+"""Tokenizes sources into parts: streamed, without duplicates, and resumed when killed."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from recipes.data.sources import source_names
 from recipes.data.tokenizer import DocumentTokenizer, Encoded, encode_all
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 18
-"""What is tokenized at a time, whichever comes first."""
+"""Limits of a batch for the tokenizer, whichever is reached first."""
 KEEP_SECONDS = 10.0
 """Work that a killed process may lose."""
 
 
 @dataclass
 class PreparationState:
-    """What was taken, and where the next document is."""
+    """What was written, and where the next document is."""
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Bytes and documents of each part."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Tokens of each source in each part, in order."""
+    """Tokens of each source by part, in order."""
     done: int = 0
-    """Sources that were read to their end."""
+    """Finished sources."""
     state: Any = None
-    """Of the reader of the next one."""
+    """State of the current source's reader."""
     documents: int = 0
-    """That were read of it."""
+    """Documents read of the current source."""
     tokens: int = 0
-    """That were taken of it."""
+    """Tokens written of the current source."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By source of conversations, what became of how many."""
+    """By source of conversations, how many were written, shortened and left out, and why."""
 
 
 def prepare(
@@ -55,80 +55,77 @@ def prepare(
     chat: ChatTokenizer | None = None,
     places: Mapping[str, str] | None = None,
 ) -> PreparationState:
-    """Writes ``.bin`` and ``.idx`` of all parts, going on with what a killed process left.
+    """Writes ``.bin`` and ``.idx`` of all parts, resuming what a killed process left.
 
-    Held-out sources come first: of a document that is also in a source for training, theirs is the
-    copy that stays. What is taken is decided here, in the order of the text, so that the number of
-    processes changes nothing.
-    Conversations need a tokenizer of their own, ``chat``; ``places`` are where sources are read
-    that are not read where they say.
+    Held-out sources come first, so that they keep a document that a training source has, too.
+    Duplicates and parts are decided in this process, in the order of the text, so that the number
+    of processes does not affect the result.
+
+    Args:
+        cfg: The stage's config.
+        tokenizer: For texts.
+        folder: Where to write.
+        log: Metrics file.
+        chat: For conversations.
+        places: Where to read sources that are stored elsewhere than their name says.
     """
     names = list(source_names(cfg.all_sources()).items())
-    places = places or {}
     with Ledger(folder / "ledger.sqlite") as ledger:
-        progress = PreparationState(**(ledger.progress() or {}))
-        with PartWriter(folder, PARTS, progress.sizes, marked=chat is not None) as writer:
-            progress.sizes = writer.sizes
-            store = _Store(ledger, writer, progress)
-            for name, source in names[progress.done :]:
+        state = PreparationState(**(ledger.progress() or {}))
+        with PartWriter(folder, PARTS, state.sizes, marked=chat is not None) as writer:
+            state.sizes = writer.sizes
+            store = _Store(ledger, writer, state)
+            for name, source in names[state.done :]:
                 encoder = chat if chat and cfg.is_chat(source) else tokenizer
-                reader = read_source(
-                    places.get(source, source),
-                    cfg.text_field,
-                    progress.state,
-                    chat=encoder is chat,
-                )
-                for share in _take_source(cfg, name, source, reader, encoder, store):
-                    percent = round(100 * (progress.done + share) / len(names))
+                place = (places or {}).get(source, source)
+                reader = read_source(place, cfg.text_field, state.state, chat=encoder is chat)
+                for fraction in _write_source(cfg, name, source, reader, encoder, store):
+                    percent = round(100 * (state.done + fraction) / len(names))
                     log.progress("tokenize", percent, 100, source=source)
                 store.finish_source()
-    return progress
+    return state
 
 
 @dataclass
 class _Store:
-    """Everything that is written, which is kept together or not at all."""
+    """Ledger, parts and state, which are saved together."""
 
     ledger: Ledger
     writer: PartWriter
-    progress: PreparationState
-    kept: float = field(default_factory=time.monotonic)
+    state: PreparationState
+    saved_at: float = field(default_factory=time.monotonic)
 
-    def take(self, name: str, documents: Iterable[tuple[str, Encoded]]) -> None:
-        """Adds documents to their parts, in order."""
-        for part, each in documents:
-            self.writer.add(part, each.ids, each.learnt)
-            of_part = self.progress.sources.setdefault(part, {})
-            of_part[name] = of_part.get(name, 0) + len(each.ids)
+    def add(self, source: str, documents: Iterable[tuple[str, Encoded]]) -> None:
+        """Appends documents to their parts, in order."""
+        for part, document in documents:
+            self.writer.add(part, document.ids, document.learnt)
+            tokens = self.state.sources.setdefault(part, {})
+            tokens[source] = tokens.get(source, 0) + len(document.ids)
 
-    def position(self, part: str) -> int:
-        """Tokens of a part so far."""
-        return self.writer.sizes[part][0] // 4
-
-    def keep_sometimes(self) -> None:
-        if time.monotonic() - self.kept > KEEP_SECONDS:
-            self._keep()
+    def save_sometimes(self) -> None:
+        if time.monotonic() - self.saved_at > KEEP_SECONDS:
+            self._save()
 
     def finish_source(self) -> None:
-        self.progress.done += 1
-        self.progress.state, self.progress.documents, self.progress.tokens = None, 0, 0
-        self._keep()
+        self.state.done += 1
+        self.state.state, self.state.documents, self.state.tokens = None, 0, 0
+        self._save()
 
-    def _keep(self) -> None:
+    def _save(self) -> None:
         self.writer.flush()
-        self.ledger.keep(asdict(self.progress))
-        self.kept = time.monotonic()
+        self.ledger.keep(asdict(self.state))
+        self.saved_at = time.monotonic()
 
 
 @dataclass(frozen=True)
 class _Batch:
     documents: list[Document]
     state: Any
-    """Of the reader after them."""
-    share: float
+    """Of the reader, after them."""
+    fraction: float
 
 
-def _take_source(
+def _write_source(
     cfg: PrepareDataConfig,
     name: str,
     source: str,
@@ -136,62 +133,70 @@ def _take_source(
     encoder: DocumentTokenizer | ChatTokenizer,
     store: _Store,
 ) -> Iterator[float]:
-    """Takes a source's documents up to its limits; yields the share of it that is done."""
-    progress, only_heldout = store.progress, source in cfg.heldout_sources
+    """Writes a source's documents up to its limits; yields the fraction that is done."""
+    state, only_heldout = store.state, source in cfg.heldout_sources
     fractions = {"heldout": 1.0} if only_heldout else cfg.fractions()
-    most, budget = (None, None) if only_heldout else (cfg.max_documents, cfg.max_tokens)
-    chat = encoder if isinstance(encoder, ChatTokenizer) else None
-    left = None if most is None else most - progress.documents
-    for encoded, batch in encode_all(encoder, _batches(reader, left), cfg.processes):
-        taken: list[tuple[str, Encoded]] = []
+    max_documents, max_tokens = (
+        (None, None) if only_heldout else (cfg.max_documents, cfg.max_tokens)
+    )
+    remaining = None if max_documents is None else max_documents - state.documents
+    for encoded, batch in encode_all(encoder, _batches(reader, remaining), cfg.processes):
+        new: list[tuple[str, Encoded]] = []
         for document, each in zip(batch.documents, encoded, strict=True):
-            known_as = digest(document.text)
-            if store.ledger.is_new(known_as):
-                taken.append((part_of(draw_of(document, known_as), fractions), each))
-                progress.tokens += len(each.ids)
-            if budget is not None and progress.tokens >= budget:
+            document_digest = digest(document.text)
+            if store.ledger.is_new(document_digest):
+                new.append((part_of(draw_of(document, document_digest), fractions), each))
+                state.tokens += len(each.ids)
+            if max_tokens is not None and state.tokens >= max_tokens:
                 break
-        store.take(name, _packed(chat, taken, name, store) if chat else taken)
-        if budget is not None and progress.tokens >= budget:
+        if isinstance(encoder, ChatTokenizer):
+            new = list(_packed(encoder, new, name, store))
+        store.add(name, new)
+        if max_tokens is not None and state.tokens >= max_tokens:
             return
-        progress.documents += len(batch.documents)
-        progress.state = batch.state
-        store.keep_sometimes()
+        state.documents += len(batch.documents)
+        state.state = batch.state
+        store.save_sometimes()
         yield max(
-            batch.share,
-            progress.documents / most if most else 0,
-            progress.tokens / budget if budget else 0,
+            batch.fraction,
+            state.documents / max_documents if max_documents else 0,
+            state.tokens / max_tokens if max_tokens else 0,
         )
 
 
 def _packed(
-    chat: ChatTokenizer, taken: list[tuple[str, Encoded]], name: str, store: _Store
+    chat: ChatTokenizer, conversations: list[tuple[str, Encoded]], source: str, store: _Store
 ) -> Iterator[tuple[str, Encoded]]:
-    """Conversations that can be learnt from, none of them over the end of a window."""
-    count = Counter(store.progress.conversations.get(name, {}))
+    """Yields the usable conversations of each part, packed into whole sequences."""
+    count = Counter(store.state.conversations.get(source, {}))
     for part in PARTS:
-        whole = [each for of, each in taken if of == part and not each.left_out]
-        before = sum(len(each.ids) for each in whole)
-        packed = list(pack(whole, store.position(part), chat.seq_length, chat.end))
-        count["taken"] += len(whole)
-        count["cut"] += sum(each.cut for each in whole)
-        count["tokens"] += before
-        count["tokens to fill windows"] += sum(len(each.ids) for each in packed) - before
-        count["tokens of answers"] += sum(int(np.sum(each.learnt)) for each in whole)
+        usable = [each for of, each in conversations if of == part and not each.left_out]
+        tokens = sum(len(each.ids) for each in usable)
+        position = store.writer.sizes[part][0] // 4
+        packed = list(pack(usable, position, chat.seq_length, chat.end))
+        count["used"] += len(usable)
+        count["shortened"] += sum(each.cut for each in usable)
+        count["tokens"] += tokens
+        count["padding tokens"] += sum(len(each.ids) for each in packed) - tokens
+        count["answer tokens"] += sum(int(np.sum(each.learnt)) for each in usable)
         yield from ((part, each) for each in packed)
-    count.update(each.left_out for _, each in taken if each.left_out)
-    store.progress.conversations[name] = dict(count)
+    count.update(each.left_out for _, each in conversations if each.left_out)
+    store.state.conversations[source] = dict(count)
 
 
-def _batches(reader: Reader, documents: int | None) -> Iterator[tuple[list[str], _Batch]]:
-    """The next documents of a reader, so many of them at most, some at a time."""
-    taken: list[Document] = []
+def _batches(reader: Reader, limit: int | None) -> Iterator[tuple[list[str], _Batch]]:
+    """Yields the next documents of a reader in batches, up to a limit, and their texts."""
+    documents: list[Document] = []
     size = 0
-    for document in islice(reader, documents):
-        taken.append(document)
+    for document in islice(reader, limit):
+        documents.append(document)
         size += len(document.text)
-        if len(taken) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
-            yield [each.text for each in taken], _Batch(taken, reader.state(), reader.share())
-            taken, size = [], 0
-    if taken:
-        yield [each.text for each in taken], _Batch(taken, reader.state(), reader.share())
+        if len(documents) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            yield _texts(documents), _Batch(documents, reader.state(), reader.fraction())
+            documents, size = [], 0
+    if documents:
+        yield _texts(documents), _Batch(documents, reader.state(), reader.fraction())
+
+
+def _texts(documents: Iterable[Document]) -> list[str]:
+    return [document.text for document in documents]

@@ -1,4 +1,4 @@
-"""What prepared text holds. Torch-free."""
+"""Results of ``prepare_data``. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class SourceTokens:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a source's text is from, as far as that is known."""
+    """Where a source's text comes from."""
 
     licence: str | None = None
-    """As its options or its hub's card name it."""
+    """From its options or its card on the hub."""
     commit: str | None = None
-    """Of a dataset on a hub: what was newest, unless its revision was given."""
+    """Of a dataset on a hub: the newest, or its configured revision."""
     sha256: str | None = None
-    """Of what the teacher wrote."""
+    """Of the file that the teacher wrote."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class DatasetResult:
     document_begin: int | None = None
     """Token before every document, if there is one."""
     seq_length: int | None = None
-    """Of the windows that conversations are whole in; ``None`` if there are none."""
+    """Of the sequences that conversations were packed into; ``None`` without conversations."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By source of conversations: how many were taken, cut and left out, and their tokens."""
+    """By source of conversations: how many were used, shortened and left out, and their tokens."""
     origins: dict[str, Origin] = field(default_factory=dict)
-    """By source, held-out ones too, as it is written in the settings."""
+    """By source, as written in the settings."""
 
     def licence(self, source: str) -> str:
-        """A source's licence, in words."""
+        """Returns a source's licence, in words."""
         return self.origins.get(source, Origin()).licence or "not recorded"
 
 
 def in_words(conversations: Mapping[str, int]) -> str:
-    """What became of a source's conversations, in words."""
+    """Lists the counts of a source's conversations."""
     return ", ".join(f"{number:,} {what}" for what, number in conversations.items() if number)

@@ -20,35 +20,35 @@ class PrepareDataConfig(StageConfig):
     """Files (.txt, .json, .jsonl, .jsonl.gz) or patterns, ``hf://NAME[@CONFIG]:SPLIT``,
     ``pypi://`` or ``teacher://chat`` sources; see ``recipes/data/sources.py`` for their options."""
     heldout_sources: list[str] = field(default_factory=list)
-    """Text that is only evaluated on: no training, calibration or choice sees any of it."""
+    """Text for evaluation only: no training, calibration or selection uses it."""
     format: Annotated[str, one_of(*FORMATS)] = "text"
-    """What sources hold that do not say so themselves: ``text``, or ``chat``, records of
-    ``{"messages": [{"role", "content"}, …]}`` of which only the assistant's words are learnt and
-    measured. A source with ``#text=FIELD`` is text."""
+    """Type of records, unless the source states it: ``text``, or ``chat``, which is
+    ``{"messages": [{"role", "content"}, …]}`` with loss and metrics on the assistant's words alone.
+    A source with ``#text=FIELD`` is text."""
     text_field: str = "text"
-    """Of records that hold the text, where a source names none."""
+    """Field with a record's text, unless the source names one."""
     document_end: str | None = None
     """Token between documents; by default the end of text that base and instruct models share."""
     validation_fraction: Share = 0.02
-    """Share of the documents that validates a training and ranks candidates."""
+    """Fraction of the documents that validates a training and ranks candidates."""
     calibration_fraction: Share = 0.04
-    """Share of the documents that importance is measured on."""
+    """Fraction of the documents on which importance is measured."""
     heldout_fraction: Share = 0.04
-    """Share of the documents that is only evaluated on."""
+    """Fraction of the documents for evaluation only."""
     max_documents: Count | None = None
-    """Documents to read of each source; all by default. Held-out sources are taken whole."""
+    """Documents to read of each source; all by default. Held-out sources are read whole."""
     max_tokens: Tokens | None = None
-    """Tokens to take of each source, all parts together; its last document may exceed them."""
+    """Tokens to use of each source, all parts together; its last document may exceed them."""
     seq_length: Count = 256
-    """Every part must hold at least one window of this many tokens, and a conversation is whole in
-    one of them."""
+    """Tokens of a sequence. Every part must have at least one, and a conversation lies whole in
+    one."""
     precision: Precision = "32"
     """Of the teacher while it writes conversations."""
     processes: Count = field(default=1, metadata={"resource": True})
-    """That tokenize; their number changes nothing of the result."""
+    """Tokenizer worker processes; does not affect the result."""
 
     def all_sources(self) -> list[str]:
-        """Held-out sources, then the others."""
+        """Returns held-out sources, then the others."""
         return [*self.heldout_sources, *self.sources]
 
     def is_chat(self, source: str) -> bool:
@@ -63,9 +63,9 @@ class PrepareDataConfig(StageConfig):
         return [source for source in self.all_sources() if parse_source(source).by_teacher]
 
     def chats(self) -> list[str]:
-        """Sources that hold conversations."""
+        """Returns the sources that hold conversations."""
         return [source for source in self.all_sources() if self.is_chat(source)]
 
     def fractions(self) -> dict[str, float]:
-        """Share of documents in each part except ``train``, which takes the rest."""
+        """Returns the fraction of each part except ``train``, which gets the remainder."""
         return {p: getattr(self, f"{p}_fraction") for p in corpus.PARTS if p != "train"}

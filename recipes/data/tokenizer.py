@@ -1,4 +1,4 @@
-"""Documents as tokens, each with the marks that tell where it begins and ends."""
+"""Tokenizes documents, each with the tokens that begin and end it."""
 
 from __future__ import annotations
 
@@ -21,48 +21,48 @@ from recipes.core.errors import RecipeError
 from recipes.core.processes import die_with_parent, ended_by
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
-"""What models were trained to see between documents, where ``eos_token`` ends a turn of a chat."""
+"""Tokens between documents in pretraining; an instruct model's ``eos_token`` ends a turn."""
 AHEAD = 4
-"""Batches that wait for each process, so that none waits for text."""
+"""Batches queued per process, so that none waits for text."""
 ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A document as tokens, marks included."""
+    """A tokenized document, special tokens included."""
 
     ids: np.ndarray
     """int32 [n]."""
     learnt: np.ndarray | None = None
-    """bool [n]: which of them are to be predicted; all but the first where there is none."""
+    """bool [n]: whose predictions count in the loss; ``None`` for all but the first."""
     cut: bool = False
-    """Something is missing at its end."""
+    """Whether it was shortened."""
     left_out: str = ""
-    """Why it is not taken; it has no tokens then."""
+    """Why it is left out and has no tokens; else empty."""
 
     @classmethod
     def without(cls, reason: str) -> Encoded:
-        """A document that is left out."""
+        """Makes a document that is left out."""
         return cls(np.empty(0, np.int32), left_out=reason)
 
 
 class Encoder(Protocol):
-    """What makes tokens of documents; it is sent to other processes."""
+    """Tokenizes documents; it is pickled for worker processes."""
 
     def encode(self, texts: list[str]) -> list[Encoded]:
-        """Tokens of each document."""
+        """Tokenizes documents."""
 
 
 @dataclass(frozen=True)
 class DocumentTokenizer:
-    """A tokenizer, and the tokens around a document."""
+    """A tokenizer and the tokens around a document."""
 
     definition: str
-    """What ``tokenizer.json`` holds."""
+    """Content of ``tokenizer.json``."""
     begin: int | None
-    """Stands before every document where the tokenizer puts it before a text by itself."""
+    """Token before every document, if the tokenizer adds one to a text."""
     end: int
-    """Stands after every document; what is predicted from it is another document's beginning."""
+    """Token after every document; predictions from it are not counted."""
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -71,11 +71,11 @@ class DocumentTokenizer:
         tokenizer = Tokenizer.from_str(self.definition)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # a mark's name in a text is only text
+        tokenizer.encode_special_tokens = True  # their names in a text are text
         return tokenizer
 
     def encode(self, texts: list[str]) -> list[Encoded]:
-        """Tokens of each document, marks included."""
+        """Tokenizes documents and adds the tokens around them."""
         begin = [] if self.begin is None else [self.begin]
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [Encoded(np.array([*begin, *t.ids, self.end], dtype=np.int32)) for t in encoded]
@@ -84,14 +84,12 @@ class DocumentTokenizer:
 def encode_all(
     encoder: Encoder, batches: Iterable[tuple[list[str], ItemT]], processes: int
 ) -> Iterator[tuple[list[Encoded], ItemT]]:
-    """Encodes batches in their order, a few ahead of the one that is returned.
-
-    With one process it is this one.
+    """Encodes batches in order, in worker processes if there are several.
 
     Raises:
         RecipeError: A process was killed.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would want the same cores
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would compete for the cores
     if processes == 1:
         yield from ((encoder.encode(texts), item) for texts, item in batches)
         return
@@ -117,12 +115,12 @@ def encode_all(
 
 
 _here: list[Encoder] = []
-"""What a process encodes with for another."""
+"""The encoder of a worker process."""
 
 
 def _start(encoder: Encoder, parent: int) -> None:
     die_with_parent()
-    if os.getppid() != parent:  # it died before it could take this process with it
+    if os.getppid() != parent:  # the parent died before die_with_parent()
         os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _here.append(encoder)
@@ -133,12 +131,14 @@ def _encode(texts: list[str]) -> list[Encoded]:
 
 
 def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTokenizer:
-    """Reads the tokenizer in a folder of a Hugging Face model or a NeMo checkpoint.
+    """Reads the tokenizer in the folder of a Hugging Face model or a NeMo checkpoint.
 
-    After a document stands ``document_end``; by default the end of text that base and instruct
-    models share (``ENDS_OF_TEXT``), and ``eos_token`` where there is none. An instruct model's
-    ``eos_token`` is often the end of a turn, after which it expects a chat's role. Refuses a
-    tokenizer without such a token, and one that is not of ``tokenizers``.
+    Documents end with ``document_end``; by default with the end of text that base and instruct
+    models share (``ENDS_OF_TEXT``), or else with ``eos_token``. An instruct model's ``eos_token``
+    often ends a turn, after which the model expects the next role.
+
+    Raises:
+        RecipeError: There is no such token, or no ``tokenizer.json``.
     """
     from transformers import AutoTokenizer
 
@@ -149,11 +149,11 @@ def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTok
             "save it with transformers' fast tokenizer first",
         )
     vocabulary = tokenizer.get_vocab()
-    wanted = [document_end] if document_end else [*ENDS_OF_TEXT, tokenizer.eos_token]
-    ends = [vocabulary[token] for token in wanted if token in vocabulary]
+    candidates = [document_end] if document_end else [*ENDS_OF_TEXT, tokenizer.eos_token]
+    ends = [vocabulary[token] for token in candidates if token in vocabulary]
     if not ends:
         raise RecipeError(
-            f"the tokenizer in {folder} has no token {wanted[-1] or 'eos_token'}.",
+            f"the tokenizer in {folder} has no token {candidates[-1] or 'eos_token'}.",
             "set data.document_end to a token of its vocabulary",
         )
     first = tokenizer("a")["input_ids"][0]

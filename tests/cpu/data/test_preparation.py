@@ -226,12 +226,12 @@ def test_conversations_are_whole_in_their_windows_and_answers_are_marked(
             taken, answers = taken + 1, answers + sum(marks)
         filling += stop - start
     found = done.conversations["chats"]
-    assert (found["taken"], found["tokens of answers"]) == (taken, answers)
-    assert found["tokens"] + found["tokens to fill windows"] == filling
-    assert found["tokens to fill windows"] < 0.2 * found["tokens"]
+    assert (found["used"], found["answer tokens"]) == (taken, answers)
+    assert found["tokens"] + found["padding tokens"] == filling
+    assert found["padding tokens"] < 0.2 * found["tokens"]
     missing = [ids for ids, n in left.items() if n > 0]
     assert len(missing) == found.get(TOO_LONG, 0) + cut
-    assert found["cut"] == cut > 0
+    assert found["shortened"] == cut > 0
     assert all(len(ids) >= LENGTH for ids in missing)
     assert min(left.values()) == 0
 
@@ -408,14 +408,14 @@ def test_a_damaged_ledger_is_named(tmp_path: Path, damage: str) -> None:
         os.truncate(path, path.stat().st_size // 2)
     else:
         path.write_bytes(b"x" * path.stat().st_size)
-    with pytest.raises(RecipeError, match=r"ledger\.sqlite is damaged \(.+\): what was taken") as e:
+    with pytest.raises(RecipeError, match=r"ledger\.sqlite is damaged") as e:
         preparation.Ledger(path)
-    assert f"delete {tmp_path} to prepare the text anew" in str(e.value)
+    assert f"delete {tmp_path} " in str(e.value)
 
 
 def test_lost_files_are_not_made_up(tmp_path: Path) -> None:
     with PartWriter(tmp_path, ["train"]) as writer:
         writer.add("train", [1, 2, 3])
     (tmp_path / "train.bin").write_bytes(b"")
-    with pytest.raises(RecipeError, match="has lost what was written"):
+    with pytest.raises(RecipeError, match="is shorter than its record"):
         PartWriter(tmp_path, ["train"], writer.sizes)

@@ -96,7 +96,9 @@ def test_what_is_wrong_with_a_conversation_is_said_before_it_is_read_whole(tmp_p
         assert found is not None
         assert what in found[0]
         assert "a.jsonl" in found[0]
-        assert ("mend" if line == "{oops" else '{"messages": [{"role": "user"') in found[1]
+        assert (
+            "correct the file" if line == "{oops" else '{"messages": [{"role": "user"'
+        ) in found[1]
     found = chat_problem(write(tmp_path, "a.txt", "text"))
     assert found is not None
     assert found[0] == f"'{tmp_path}/a.txt' is not of conversations"

@@ -49,6 +49,7 @@ LAYOUT = {
     "attention_backend",
     "tp_comm_overlap",
     "compile",
+    "cpu_speed_patches",
     "cuda_graphs",
     "profile_steps",
 }
@@ -161,10 +162,10 @@ def test_prepare_data_trains_on_nothing_that_it_holds_out(text: str, chain: Chai
 
 def test_prepare_data_names_parts_without_a_window() -> None:
     tokens = Counter(train=1000, validation=256, calibration=257)
-    became = {"chats": {"taken": 3, "cut": 0, "too long": 90}}
+    counts = {"chats": {"used": 3, "shortened": 0, "too long": 90}}
     with pytest.raises(RecipeError, match="validation: 256, heldout: 0") as caught:
-        prepare_data._require_windows(tokens, 256, became)
-    assert "Of chats, 3 taken, 90 too long." in str(caught.value)
+        prepare_data._require_windows(tokens, 256, counts)
+    assert "Of chats, 3 used, 90 too long." in str(caught.value)
     prepare_data._require_windows(Counter(dict.fromkeys(tokens, 257), heldout=257), 256, {})
 
 
