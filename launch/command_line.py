@@ -15,6 +15,32 @@ CHOICE = re.compile(r"[a-z][\w.]*", re.IGNORECASE)
 VALUES = ("null", "true", "false", "nan", "inf")
 """Words that Hydra reads as values, not as names."""
 
+HELP = """\
+Turns a Hugging Face LLM into a smaller, faster one and proves that it kept its quality.
+
+usage: python launch/run.py recipe=NAME [model=NAME | model.hf_path=DIR_OR_HUB_ID] [FIELD=VALUE ...]
+
+  recipe=llama_width_prune                 run or resume the recipe in runs/llama_width_prune
+  run_dir=DIR                              keep the run elsewhere
+  stages.prune.target_ffn_hidden_size=N    set any field (--cfg job shows them all)
+  'only=[prune]'                           run only these stages
+  'force=[distill]'                        run a stage again, and what follows
+  rounds=2                                 prune and distil twice, half of the way each time
+  dry_run=true                             write configs and scripts, start nothing
+  rehearse=true                            check shapes and memory at full size without a GPU
+  'skip_rules=[memory]'                    run although a rule says no
+  -m stages.prune.target_num_layers=20,24  sweep
+  cluster=docker | slurm                   run elsewhere
+
+  status, cancel or logs run_dir=DIR       about one run
+  compare RUN1 RUN2 (or a sweep)           runs side by side
+  runs [DIR], runs clean RUN               list runs, delete one
+  doctor, doctor rules                     what this machine lacks; all rules
+  (nothing)                                list the recipes
+
+Groups; GROUP=NAME chooses:
+"""
+
 
 def groups() -> list[str]:
     """Returns the groups that a user chooses from."""
@@ -27,6 +53,12 @@ def choices(group: str) -> list[str]:
     """Returns what a user may choose from a group; empty for what is not a group."""
     names = sorted(file.stem for file in (REPO_ROOT / "conf" / group).glob("*.yaml"))
     return [*names, "null"] if group in OPTIONAL_GROUPS else names
+
+
+def help_text() -> str:
+    """Returns what ``--help`` shows: commands, and every choice of every group."""
+    listed = (f"{group}: {', '.join(choices(group))}" for group in groups())
+    return HELP + "\n".join(listed)
 
 
 def hydra_words(words: Iterable[str]) -> list[str]:

@@ -46,7 +46,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch import commands, lock, schema, time_left
 from launch import console as view
-from launch.command_line import hydra_words
+from launch.command_line import help_text, hydra_words
 from launch.executor import executor_of
 from launch.hydra_errors import explain
 from launch.judge import require_gates
@@ -209,13 +209,19 @@ def _write_requests(plan: Plan, recipe: str) -> None:
 def cli() -> int:
     """Runs ``main`` and turns every expected failure into one message and an exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the message is ours
-    schema.register()
+    words = sys.argv[1:]
     try:
         interrupted_by(signal.default_int_handler)  # from now on it stops what was started
-        if commands.is_command(sys.argv[1:]):
-            return commands.run(sys.argv[1:], console)
-        sys.argv[1:] = hydra_words(sys.argv[1:])
-        main()
+        if {"-h", "--help"} & set(words):
+            console.print(help_text(), markup=False, soft_wrap=True)
+        elif commands.is_command(words):
+            return commands.run(words, console)
+        elif any(word.startswith("-") for word in words):
+            sys.argv[1:] = hydra_words(words)
+            schema.register()
+            main()  # with Hydra's flags, such as -m and --cfg
+        else:
+            main(schema.compose(*words))  # which Hydra's main does twice
     except KeyboardInterrupt:
         console.print("interrupted; the same command resumes")
         return 130

@@ -112,8 +112,8 @@ RESULTS = {
 }
 """What stages are said to have measured, by kind or name."""
 
-COMPOSED: dict[tuple[str, ...], DictConfig] = {}
-"""Composed configs, which nothing changes; composing one takes longer than a plan."""
+COMPOSED: dict[tuple[str, ...], tuple[DictConfig, DictConfig | None]] = {}
+"""Composed configs, which nothing changes, with Hydra's; composing one takes longer than a plan."""
 
 Compose = Callable[..., DictConfig]
 MakePlan = Callable[..., Plan]
@@ -163,9 +163,10 @@ def compose() -> Compose:
 
     def composed(*overrides: str) -> DictConfig:
         if overrides not in COMPOSED:
-            COMPOSED[overrides] = schema.compose(*overrides)
-        HydraConfig.instance().set_config(COMPOSED[overrides])
-        return COMPOSED[overrides]
+            cfg = schema.compose(*overrides)
+            COMPOSED[overrides] = cfg, HydraConfig.instance().cfg
+        cfg, HydraConfig.instance().cfg = COMPOSED[overrides]
+        return cfg
 
     return composed
 

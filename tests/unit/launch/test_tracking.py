@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -69,7 +68,6 @@ def tracked(
         planned = plan(f"tracker={tracker}", *overrides)
         complete(planned)
         cfg = compose("recipe=llama_width_prune", f"tracker={tracker}", *overrides)
-        cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
         return planned, tracked_run(cfg, planned.run_dir, "llama_width_prune")
 
     return made
