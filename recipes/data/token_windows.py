@@ -1,4 +1,4 @@
-"""Windows of tokens, read from Megatron's indexed datasets."""
+"""Sequences of tokens ("windows" of a part), read from Megatron's indexed datasets."""
 
 from __future__ import annotations
 
@@ -19,65 +19,63 @@ from recipes.data.results import DatasetResult, SourceTokens
 
 
 def prefix(artifact: Path, part: str) -> Path:
-    """Path of a part without ``.bin`` or ``.idx``, as Megatron wants it."""
+    """Returns the path of a part without suffix, as Megatron expects it."""
     return artifact / part
 
 
 @dataclass(frozen=True)
 class TextWindows:
-    """Windows of text, the same for all models that are compared on them."""
+    """Windows of text on which models are compared."""
 
     tokens: Tensor
     """int64 [windows, sequence]."""
     counted: Tensor
-    """bool [windows, sequence - 1]: which predictions of a next token count, see ``counts``."""
+    """bool [windows, sequence - 1]: which next-token predictions count, see ``counts``."""
     sources: dict[str, slice] = field(default_factory=dict)
-    """Which of the windows are of which source."""
+    """The windows of each source."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, chosen: slice | list[int]) -> TextWindows:
-        """Some of the windows."""
+        """Selects windows."""
         return TextWindows(self.tokens[chosen], self.counted[chosen])
 
     def first(self, count: int) -> TextWindows:
-        """About so many windows, the first of each source."""
-        whole = list(self.sources.values()) or [slice(0, len(self))]
-        each = math.ceil(count / len(whole))
-        return self[[n for span in whole for n in range(span.start, span.stop)[:each]]]
+        """Selects about ``count`` windows, the first of each source."""
+        spans = list(self.sources.values()) or [slice(0, len(self))]
+        each = math.ceil(count / len(spans))
+        return self[[n for span in spans for n in range(span.start, span.stop)[:each]]]
 
     @property
     def predictions(self) -> int:
-        """How many predictions count."""
+        """Number of predictions that count."""
         return int(self.counted.sum())
 
     @property
     def targets(self) -> Tensor:
-        """What is to be predicted where it counts, int64 [predictions]."""
+        """Target tokens of the predictions that count, int64 [predictions]."""
         return self.tokens[:, 1:][self.counted]
 
     @classmethod
     def of(
         cls, tokens: Tensor, end: int | None = None, learnt: Tensor | None = None
     ) -> TextWindows:
-        """Windows of tokens, with ``end`` after every document."""
+        """Makes windows of tokens that have ``end`` after every document."""
         return cls(tokens, counts(tokens, end, learnt))
 
 
 def counts(tokens: Tensor, end: int | None, learnt: Tensor | None = None) -> Tensor:
-    """Which of the predictions made within these tokens count: all but those from ``end``.
+    """Returns which next-token predictions count: all but those from ``end``.
 
-    What follows the end of a document is the beginning of another, which nothing foretells
-    (``eod_mask_loss`` in ``megatron/core/datasets/gpt_dataset.py``). Of a conversation, only what
-    the assistant says is to be predicted. This is the mask of training, and of everything that
-    compares models: evaluation, importance, ranking and halving.
+    The token after a document's end begins another document and cannot be predicted
+    (``eod_mask_loss`` in ``megatron/core/datasets/gpt_dataset.py``). Of a conversation, only the
+    assistant's tokens count. Training, evaluation, importance, ranking and halving share this mask.
 
     Args:
         tokens: int64 [..., n].
         end: Token after every document, if there is one.
-        learnt: bool [..., n], which tokens are to be predicted where that is told of each; see
-            ``read_learnt``.
+        learnt: bool [..., n], which tokens count as targets; see ``read_learnt``.
 
     Returns:
         bool [..., n - 1], by the token that a prediction is made from.
@@ -91,111 +89,91 @@ def counts(tokens: Tensor, end: int | None, learnt: Tensor | None = None) -> Ten
 def spread(
     sources: Sequence[SourceTokens], seq_length: int, count: int | None = None
 ) -> dict[str, range]:
-    """Numbers of the first windows of every source of a part, as many of each.
+    """Returns the numbers of the first windows of each source of a part, equally many of each.
 
-    A part holds its sources one after the other; no window, which begins at token n · seq_length,
-    runs over from one to the next. A source that has no whole window is left out. ``count`` windows
-    are rounded up to as many of each; all by default.
+    A part holds its sources one after the other, and window n starts at token n · seq_length.
+    Windows across two sources, and sources without a whole window, are left out. ``count`` is
+    rounded up to equally many of each source; all windows by default.
     """
-    whole, start = {}, 0
+    spans, start = {}, 0
     for entry in sources:
         stop = start + entry.tokens
-        whole[entry.source] = range(-(-start // seq_length), stop // seq_length)
+        if numbers := range(-(-start // seq_length), stop // seq_length):
+            spans[entry.source] = numbers
         start = stop
-    usable = {name: numbers for name, numbers in whole.items() if numbers}
-    if count is None or not usable:
-        return usable
-    each = math.ceil(count / len(usable))
-    return {name: numbers[:each] for name, numbers in usable.items()}
+    each = None if count is None or not spans else math.ceil(count / len(spans))
+    return {name: numbers[:each] for name, numbers in spans.items()}
 
 
 def read_windows(data: Input, part: str, seq_length: int, count: int | None = None) -> TextWindows:
-    """Windows of a part of ``prepare_data``'s output, the first of every source, as many of each.
-
-    ``count`` is rounded up to as many of each source; all by default, fewer where one is shorter.
-    """
+    """Reads windows of a part of ``prepare_data``'s output, chosen as by ``spread``."""
     require_windows(data, seq_length)
     text = data.manifest.result(DatasetResult)
     spans, numbers = {}, list[int]()
     for name, of_source in spread(text.source_tokens[part], seq_length, count).items():
         spans[name] = slice(len(numbers), len(numbers) + len(of_source))
         numbers += of_source
-    tokens, learnt = (
-        None if every is None else torch.from_numpy(_chosen(every, seq_length, numbers))
-        for every in (read_tokens(data.artifact, part), read_learnt(data.artifact, part))
-    )
-    assert tokens is not None
-    return replace(TextWindows.of(tokens.long(), text.document_end, learnt), sources=spans)
+    tokens = _select(read_tokens(data.artifact, part), seq_length, numbers).long()
+    marks = read_learnt(data.artifact, part)
+    learnt = None if marks is None else _select(marks, seq_length, numbers)
+    return replace(TextWindows.of(tokens, text.document_end, learnt), sources=spans)
 
 
-def _chosen(every: np.ndarray, seq_length: int, numbers: list[int]) -> np.ndarray:
-    """Some windows of a part's values, [windows, seq_length]."""
-    whole = every[: len(every) // seq_length * seq_length].reshape(-1, seq_length)
-    chosen: np.ndarray = whole[numbers]
-    return chosen
+def _select(values: np.ndarray, seq_length: int, numbers: list[int]) -> Tensor:
+    """Returns windows of a part's values, [windows, seq_length]."""
+    windows = values[: len(values) // seq_length * seq_length].reshape(-1, seq_length)
+    return torch.from_numpy(windows[numbers])
 
 
 def require_windows(data: Input, seq_length: int) -> None:
-    """Refuses windows that conversations would run over the ends of.
-
-    Raises:
-        RecipeError: The text has conversations, which are whole in windows of another length.
-    """
-    made_for = data.manifest.result(DatasetResult).seq_length
-    if made_for not in (None, seq_length):
+    """Raises ``RecipeError`` if the text has conversations packed for another length."""
+    packed = data.manifest.result(DatasetResult).seq_length
+    if packed not in (None, seq_length):
         raise RecipeError(
             f"seq_length={seq_length}, but the conversations in {data.directory} are whole in "
-            f"windows of {made_for}.",
-            f"use seq_length={made_for}, or prepare the text again",
+            f"windows of {packed}.",
+            f"use seq_length={packed}, or prepare the text again",
         )
 
 
-def windows(artifact: Path, part: str, seq_length: int, count: int | None = None) -> torch.Tensor:
-    """Consecutive windows of a part as int64 [windows, seq_length], documents running on.
-
-    All that fit by default; fewer than ``count`` if the part is shorter.
-    """
+def windows(artifact: Path, part: str, seq_length: int, count: int | None = None) -> Tensor:
+    """Returns the first windows of a part, int64 [windows, seq_length], documents running on."""
     ids = read_tokens(artifact, part)
-    fit = len(ids) // seq_length
-    fit = fit if count is None else min(fit, count)
+    fit = min(len(ids) // seq_length, len(ids) if count is None else count)
     return torch.from_numpy(ids[: fit * seq_length].astype(np.int64)).view(fit, seq_length)
 
 
 def read_tokens(artifact: Path, part: str) -> np.ndarray:
-    """All tokens of a part as one memory-mapped array [tokens].
+    """Returns all tokens of a part as a memory-mapped array [tokens].
 
-    Megatron's ``IndexedDataset`` hands out a document at a time, by pointers that run through the
-    ``.bin`` without gaps (``_IndexWriter._sequence_pointers``), so the file is one flat array.
+    Megatron's ``.bin`` holds documents without gaps (``_IndexWriter._sequence_pointers``).
     """
     path = prefix(artifact, part)
     return np.memmap(f"{path}.bin", dtype=IndexedDataset(str(path)).index.dtype, mode="r")
 
 
 def read_learnt(artifact: Path, part: str) -> np.ndarray | None:
-    """Which tokens of a part are to be predicted, bool [tokens]; ``None`` if that is not told.
-
-    It is told where there are conversations; of other documents it is then all but the first.
-    """
+    """Returns which tokens of a part count as targets, bool [tokens]; ``None`` without chats."""
     path = Path(f"{prefix(artifact, part)}.{LEARNT}")
     return np.memmap(path, dtype=bool, mode="r") if path.exists() else None
 
 
 def count_windows(tokens: np.ndarray, seq_length: int) -> int:
-    """Whole windows in a part, each with the label of its last token."""
+    """Returns the number of windows in a part, each with the label of its last token."""
     return (len(tokens) - 1) // seq_length
 
 
 def window(tokens: np.ndarray, seq_length: int, number: int) -> np.ndarray:
-    """Tokens of a window and the one after it, int64 [seq_length + 1]."""
+    """Returns the tokens of a window and the one after it, int64 [seq_length + 1]."""
     start = number * seq_length
-    taken: np.ndarray = tokens[start : start + seq_length + 1].astype(np.int64)
-    return taken
+    ids: np.ndarray = tokens[start : start + seq_length + 1].astype(np.int64)
+    return ids
 
 
 def counted(
     tokens: np.ndarray, learnt: np.ndarray | None, seq_length: int, number: int, end: int | None
 ) -> Tensor:
-    """Which predictions of a window count, see ``counts``: bool [seq_length]."""
+    """Returns which predictions of a window count, see ``counts``: bool [seq_length]."""
     marks = None if learnt is None else torch.from_numpy(window(learnt, seq_length, number)).bool()
     return counts(torch.from_numpy(window(tokens, seq_length, number)), end, marks)
 
@@ -203,8 +181,8 @@ def counted(
 def window_order(ids: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
     """Permutes windows, int64 [n] of ``total``, for an epoch, counted from 0.
 
-    A subset keeps the order that it has in the whole, so a cache of the first windows of an epoch
-    gives the batches of a run without one.
+    A subset keeps the order that it has among all windows, so a cache of the first windows of an
+    epoch gives the same batches as no cache.
     """
     ranks = np.random.default_rng([seed, epoch]).random(total)
     ordered: np.ndarray = ids[np.argsort(ranks[ids], kind="stable")]
