@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -28,11 +28,11 @@ from recipes.planning.chain import Chain
 from recipes.planning.estimate import FRAGMENTATION, Memory, stage_memory
 from recipes.planning.problems import require_none
 from recipes.planning.published_configs import read_config_or_published
-from recipes.rehearsal.job import RankJob, Rehearsed, jobs_of
-from recipes.rehearsal.peers import unmatched
+from recipes.rehearsal.job import RankJob, jobs_of
+from recipes.rehearsal.results import RehearsalResult, mismatches
 
 KINDS = tuple(part.name for part in fields(Memory) if part.name != "reserved")
-Found = list[tuple[RankJob, Rehearsed]]
+Results = list[tuple[RankJob, RehearsalResult]]
 
 
 def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Console) -> None:
@@ -57,18 +57,18 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
         for job in jobs:
             console.print(f"would rehearse {job.name}, rank {job.rank} of {job.world}")
         return
-    found: Found = []
+    results: Results = []
     for job, one in zip(jobs, _run(jobs), strict=True):
         state = "failed" if one.error else "done"
         console.print(f"{job.name}, rank {job.rank} of {job.world}: {state} in {one.seconds:.0f} s")
         if one.error:
             console.print(one.error, markup=False, style="red")
-        found.append((job, one))
-    console.print(_table(found, chain))
-    mistakes = [*unmatched(found), *too_large(found, chain)]
+        results.append((job, one))
+    console.print(_table(results, chain))
+    mistakes = [*mismatches(results), *too_large(results, chain)]
     for mistake in mistakes:
         console.print(mistake, markup=False, style="red")
-    failed = sum(one.error is not None for _, one in found) + len(mistakes)
+    failed = sum(one.error is not None for _, one in results) + len(mistakes)
     if failed:
         raise RecipeError(
             f"the rehearsal found {failed} mistake(s); see above.",
@@ -90,8 +90,11 @@ def _ranks(given: object) -> list[int] | None:
     return listed
 
 
-def _run(jobs: Sequence[RankJob]) -> Iterator[Rehearsed]:
+def _run(jobs: Sequence[RankJob]) -> Iterator[RehearsalResult]:
     """Rehearses in another process, which is good for nothing else afterwards."""
+    from pydantic import TypeAdapter  # slow to import
+
+    parse: Callable[[str], RehearsalResult] = TypeAdapter(RehearsalResult).validate_json
     with tempfile.TemporaryDirectory() as temporary:
         file, log = Path(temporary) / "jobs.json", Path(temporary) / "log"
         file.write_text(json.dumps([asdict(job) for job in jobs]), encoding="utf-8")
@@ -110,7 +113,7 @@ def _run(jobs: Sequence[RankJob]) -> Iterator[Rehearsed]:
             done = 0
             for line in worker.stdout:
                 done += 1
-                yield Rehearsed.of(json.loads(line))
+                yield parse(line)
         if done < len(jobs):
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-10:])
             raise RecipeError(
@@ -119,10 +122,10 @@ def _run(jobs: Sequence[RankJob]) -> Iterator[Rehearsed]:
             )
 
 
-def too_large(found: Found, chain: Chain) -> Iterator[str]:
+def too_large(results: Results, chain: Chain) -> Iterator[str]:
     """Peaks that the devices, if they are known, have no room for."""
     hardware = chain.hardware
-    for job, one in found:
+    for job, one in results:
         held = sum(one.peak.values()) * FRAGMENTATION + hardware.reserved_bytes
         room = hardware.memory_of_rank(job.devices)
         if hardware.on_gpu and held > room:
@@ -132,11 +135,11 @@ def too_large(found: Found, chain: Chain) -> Iterator[str]:
             )
 
 
-def _table(found: Found, chain: Chain) -> Table:
+def _table(results: Results, chain: Chain) -> Table:
     """Peak memory by kind: as rehearsed / as planned."""
     title = "Memory at the peak, GB: rehearsed / planned"
     table = plain_table(title, "stage", "rank", *KINDS, "total", "difference")
-    for job, one in found:
+    for job, one in results:
         if one.error:
             continue
         plan = planned(job, chain)
@@ -153,7 +156,7 @@ def _table(found: Found, chain: Chain) -> Table:
     return table
 
 
-def by_kind(one: Rehearsed, plan: Memory | None) -> dict[str, int]:
+def by_kind(one: RehearsalResult, plan: Memory | None) -> dict[str, int]:
     """Bytes at the peak of every kind that a plan knows."""
     peak = {kind: one.peak.get(kind, 0) for kind in KINDS}
     if plan and plan.teacher and not plan.weights:  # a model that only reads is the teacher

@@ -18,50 +18,43 @@ _load_file = safetensors.torch.load_file
 Shapes = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
 
-class _Slice:
-    """Part of a tensor that is read for real."""
+class _RealFile:
+    """An open file, or a slice of its tensors, that returns real tensors in fake mode."""
 
-    def __init__(self, part: Any) -> None:
-        self._part = part
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._part, name)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        with unset_fake_temporarily():
-            read: Tensor = self._part[index]
-        return read
-
-
-class _Opened:
-    """A file whose tensors are read for real; otherwise what ``safe_open`` gives."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._file = _safe_open(*args, **kwargs)
+    def __init__(self, file: Any) -> None:
+        self._file = file
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
-    def __enter__(self) -> _Opened:
+    def __enter__(self) -> _RealFile:
         return self
 
     def __exit__(self, *error: object) -> None: ...
 
-    def get_tensor(self, name: str) -> Tensor:
-        """One tensor."""
+    def __getitem__(self, index: Any) -> Tensor:
         with unset_fake_temporarily():
-            read: Tensor = self._file.get_tensor(name)
-        return read
+            tensor: Tensor = self._file[index]
+        return tensor
 
-    def get_slice(self, name: str) -> _Slice:
-        """One tensor, of which parts are read."""
-        return _Slice(self._file.get_slice(name))
+    def get_tensor(self, name: str) -> Tensor:
+        """Reads one tensor."""
+        with unset_fake_temporarily():
+            tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def get_slice(self, name: str) -> _RealFile:
+        """Returns a tensor that is read in parts."""
+        return _RealFile(self._file.get_slice(name))
 
 
 def stand_in() -> None:
-    """Replaces reading and writing, for good; before what imports the functions by name."""
+    """Replaces reading and writing for the rest of the process.
+
+    Must run before modules that import the functions by name.
+    """
     safetensors.torch.save_file, safetensors.torch.load_file = _save, _load
-    setattr(safetensors, "safe_open", _Opened)
+    setattr(safetensors, "safe_open", lambda *args, **kw: _RealFile(_safe_open(*args, **kw)))
 
 
 def write_zeros(file: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> None:
@@ -77,9 +70,9 @@ def write_zeros(file: Path, shapes: Shapes, metadata: Mapping[str, str] | None =
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": types[dtype], "shape": [*shape], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    with file.open("wb") as written:
-        written.write(len(text).to_bytes(8, "little") + text)
-        written.truncate(8 + len(text) + end)
+    with file.open("wb") as output:
+        output.write(len(text).to_bytes(8, "little") + text)
+        output.truncate(8 + len(text) + end)
 
 
 def _save(
@@ -90,5 +83,5 @@ def _save(
 
 def _load(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
     with unset_fake_temporarily():
-        read: dict[str, Tensor] = _load_file(*args, **kwargs)
-    return read
+        tensors: dict[str, Tensor] = _load_file(*args, **kwargs)
+    return tensors

@@ -1,8 +1,8 @@
-"""What is rehearsed: ranks of stages, on what, with settings made short. Torch-free."""
+"""Jobs of a rehearsal: ranks of stages, with short settings. Does not import torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,21 +20,21 @@ from recipes.stages.export_hf import ExportConfig
 from recipes.stages.import_hf import ImportConfig
 from recipes.stages.successive_halving import training_of
 
-OF_A_CACHE = ("seq_length", "top_k", "tail_draws", "temperature")
-"""Settings that say what a cached teacher is like."""
+CACHE_SETTINGS = ("seq_length", "top_k", "tail_draws", "temperature")
+"""Settings of a cached teacher that its reader needs."""
 STEPS = 2
-"""Of a training: memory is as it stays once the optimizer has its states."""
+"""Steps of a training; from the second on, the optimizer's states are allocated."""
 
 
 @dataclass(frozen=True)
-class Given:
+class JobInput:
     """An input of a rehearsed stage."""
 
     kind: str
     shape: dict[str, Any]
-    """Of the model that it is, or is of."""
+    """Architecture of the model that the input is, or belongs to."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Settings of the stage that made it."""
+    """Settings of the stage that made the input."""
 
 
 @dataclass(frozen=True)
@@ -42,111 +42,82 @@ class RankJob:
     """One rank of one stage."""
 
     name: str
-    stage: str
     config: dict[str, Any]
-    """Its settings, as short as they can be with the same shapes."""
-    inputs: dict[str, Given]
+    """Settings of the stage, with fewer steps and less text at the same tensor shapes."""
+    inputs: dict[str, JobInput]
     hf_config: dict[str, Any]
     """The teacher's ``config.json``."""
     rank: int
-    nodes: int
-    devices: int
-    vocabulary: int
-    """A rank's part of it."""
-    tokens: int
-    """Of each part of the text."""
     resumed: bool = False
-    """Whether it is stopped by the clock after its first step, and taken up again."""
+    """Whether the training is stopped after its first step and then resumed."""
+
+    @property
+    def stage(self) -> str:
+        """Module of the stage."""
+        return str(self.config["stage"])
+
+    @property
+    def devices(self) -> int:
+        """Ranks per node."""
+        return int(self.config["resources"]["devices"])
 
     @property
     def world(self) -> int:
         """Ranks of the stage."""
-        return self.nodes * self.devices
+        return self.devices * int(self.config["resources"]["nodes"])
 
-    @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> RankJob:
-        """The job that ``asdict`` made plain."""
-        inputs = {name: Given(**given) for name, given in plain["inputs"].items()}
-        return cls(**{**plain, "inputs": inputs})
-
-
-@dataclass(frozen=True)
-class Message:
-    """A tensor that a rank sends to another, or has made room for."""
-
-    source: int
-    destination: int
-    shape: list[int]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Rehearsed:
-    """What a rehearsal found."""
-
-    seconds: float = 0
-    error: str | None = None
-    """The end of the traceback."""
-    peak: dict[str, int] = field(default_factory=dict)
-    """Bytes at the peak, by kind."""
-    sent: list[Message] = field(default_factory=list)
-    expected: list[Message] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Rehearsed:
-        """What ``asdict`` made plain."""
-        messages = {n: [Message(**m) for m in plain[n]] for n in ("sent", "expected")}
-        return cls(**{**plain, **messages})
+    @property
+    def vocabulary(self) -> int:
+        """Size of the rank's shard of the vocabulary."""
+        tensor: int = self.config.get("tensor_model_parallel_size", 1)
+        return int(self.hf_config["vocab_size"]) // tensor
 
 
 def jobs_of(
     chain: Chain,
     stages: Mapping[str, Stage[Any]],
-    wanted: Sequence[str],
+    names: Sequence[str],
     hf_config: Mapping[str, Any],
     ranks: Sequence[int] | None = None,
 ) -> list[RankJob]:
-    """What to rehearse; stages that compute nothing on a device are left out.
+    """Returns the jobs of stages; stages that do not compute on a device are left out.
 
     Args:
         chain: The chain.
         stages: All of its stages, by name.
-        wanted: Names of those to rehearse.
+        names: Stages to rehearse.
         hf_config: The teacher's ``config.json``.
-        ranks: Which; by default the first of the first, middle and last pipeline stage. A stage
-            of fewer ranks has none of the others.
+        ranks: Ranks to rehearse, as far as a stage has them. The default is the first rank of the
+            first, middle and last pipeline stage.
     """
     jobs = []
-    for name in wanted:
-        config = computed(chain.stages[name])
-        world = config.resources.ranks
-        short = shortened(config)
-        if short is None:
+    for name in names:
+        config = _rehearsed_config(chain.stages[name])
+        settings = _short_settings(config)
+        if settings is None:
             continue
-        pipeline = short.get("pipeline_model_parallel_size", 1)
-        job = RankJob(
-            name=name,
-            stage=config.stage,
-            config=short,
-            inputs={**dict(_inputs(chain, stages, config)), **_largest(chain, chain.stages[name])},
-            hf_config=dict(hf_config),
-            rank=0,
-            nodes=config.resources.nodes,
-            devices=config.resources.devices,
-            vocabulary=chain.teacher.vocab_size // short.get("tensor_model_parallel_size", 1),
-            tokens=_tokens(short),
-            resumed=isinstance(config, TrainingConfig),
-        )
+        world, pipeline = config.resources.ranks, settings.get("pipeline_model_parallel_size", 1)
+        inputs = {role: _input(chain, stages, source) for role, source in config.inputs.items()}
+        if isinstance(search := chain.stages[name], SuccessiveHalvingConfig):
+            shapes = chain.shapes_within(search.inputs["candidates"])
+            largest = next(iter(shapes), chain.teacher)
+            inputs["student"] = JobInput("checkpoint_nemo", largest.as_dict())
+        resumed = isinstance(config, TrainingConfig)
         jobs += [
-            replace(job, rank=rank)
+            RankJob(name, settings, inputs, dict(hf_config), rank, resumed)
             for rank in (first_ranks(world, pipeline) if ranks is None else ranks)
             if rank < world
         ]
     return jobs
 
 
-def computed(config: StageConfig) -> StageConfig:
-    """What is rehearsed: a halving's training of a candidate, an export without its card."""
+def first_ranks(world: int, pipeline: int) -> list[int]:
+    """Returns the first rank of the first, middle and last pipeline stage."""
+    return [stage * (world // pipeline) for stage in sorted({0, pipeline // 2, pipeline - 1})]
+
+
+def _rehearsed_config(config: StageConfig) -> StageConfig:
+    """Returns what is rehearsed: of a search a training, of an export only the conversion."""
     if isinstance(config, ExportConfig):
         return replace(config, inputs={"checkpoint": config.inputs["checkpoint"]})
     if not isinstance(config, SuccessiveHalvingConfig):
@@ -157,52 +128,29 @@ def computed(config: StageConfig) -> StageConfig:
     return replace(training, inputs=inputs)
 
 
-def _largest(chain: Chain, config: StageConfig) -> dict[str, Given]:
-    """The candidate of a halving that needs most memory; a teacher where none is known."""
-    if not isinstance(config, SuccessiveHalvingConfig):
-        return {}
-    shapes = chain.shapes_within(config.inputs["candidates"])
-    return {"student": Given("checkpoint_nemo", next(iter(shapes), chain.teacher).as_dict())}
-
-
-def first_ranks(world: int, pipeline: int) -> list[int]:
-    """The first rank of the first, the middle and the last pipeline stage."""
-    return [stage * (world // pipeline) for stage in sorted({0, pipeline // 2, pipeline - 1})]
-
-
-def shortened(config: StageConfig) -> dict[str, Any] | None:
-    """A stage's settings, made short; ``None`` if it computes nothing on a device."""
-    plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
-    changed: dict[str, Any]
+def _short_settings(config: StageConfig) -> dict[str, Any] | None:
+    """Returns short settings of a stage; ``None`` if it does not compute on a device."""
+    settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
+    micro = settings.get("micro_batch_size", 1)
     if isinstance(config, TrainingConfig):
-        changed = _short_training(config)
+        settings |= _short_training(config)
     elif isinstance(config, CacheLogitsConfig):
         replicas = config.resources.ranks // config.tensor_model_parallel_size
-        changed = {
-            "num_windows": replicas * config.micro_batch_size,
-            "windows_per_shard": config.micro_batch_size,
-        }
+        settings |= {"num_windows": replicas * micro, "windows_per_shard": micro}
     elif isinstance(config, ScoreConfig):
-        windows = config.micro_batch_size
-        changed = {
-            "num_calibration_samples": windows,
-            "num_loss_samples": min(windows, config.num_loss_samples),
-            "block_sizes": [],
-            "num_greedy_layers": 0,
-        }
+        settings |= {"block_sizes": [], "num_greedy_layers": 0, "num_calibration_samples": micro}
+        settings |= {"num_loss_samples": min(micro, config.num_loss_samples)}
     elif isinstance(config, EvaluateConfig):
-        changed = {"num_windows": config.micro_batch_size, "num_generations": 1, "new_tokens": 1}
+        settings |= {"num_windows": micro, "num_generations": 1, "new_tokens": 1}
     elif isinstance(config, (HealConfig, RankCandidatesConfig)):
-        changed = {"num_samples": config.micro_batch_size}
-    elif isinstance(config, (ImportConfig, ExportConfig)):
-        changed = {}
-    else:
+        settings |= {"num_samples": micro}
+    elif not isinstance(config, (ImportConfig, ExportConfig)):
         return None
-    return {**plain, **changed}
+    return settings
 
 
 def _short_training(config: TrainingConfig) -> dict[str, Any]:
-    """Two steps, of as many micro batches as any stage of the pipeline holds at once, and one."""
+    """Returns settings for two steps; each has one micro batch more than the pipeline holds."""
     pipeline = config.pipeline_model_parallel_size
     model = config.tensor_model_parallel_size * pipeline * config.context_parallel_size
     batch = config.resources.ranks // model * config.micro_batch_size
@@ -215,25 +163,15 @@ def _short_training(config: TrainingConfig) -> dict[str, Any]:
         "val_check_interval": STEPS,
         "limit_val_batches": 1,
         "checkpoint_interval": STEPS,
-        "profile_steps": [],  # a profiler holds on to weights, and there is no time to measure
-        "compile": False,  # it would, for a device that is not there
+        "profile_steps": [],  # a profiler would keep weights alive
+        "compile": False,  # the fake device has no compiler
     }
 
 
-def _tokens(config: Mapping[str, Any]) -> int:
-    """Text for one batch, or for all windows."""
-    names = ("global_batch_size", "num_windows", "num_calibration_samples", "num_samples")
-    windows = max(config.get(name) or 1 for name in names)
-    length: int = config.get("seq_length", 1)
-    return (windows + 1) * length + 1
-
-
-def _inputs(
-    chain: Chain, stages: Mapping[str, Stage[Any]], config: StageConfig
-) -> Iterator[tuple[str, Given]]:
-    for role, source in config.inputs.items():
-        manifest = manifest_of(source) if source not in stages else None
-        kind = manifest.kind if manifest is not None else stages[source].kind
-        settings = manifest.config if manifest is not None else vars(chain.stages[source])
-        kept = {name: settings[name] for name in OF_A_CACHE if name in settings}
-        yield role, Given(kind, chain.shape_of(source).as_dict(), kept)
+def _input(chain: Chain, stages: Mapping[str, Stage[Any]], source: str) -> JobInput:
+    """Returns an input from a stage of this run, or of another run by its manifest."""
+    manifest = manifest_of(source) if source not in stages else None
+    kind = manifest.kind if manifest is not None else stages[source].kind
+    settings = manifest.config if manifest is not None else vars(chain.stages[source])
+    config = {name: settings[name] for name in CACHE_SETTINGS if name in settings}
+    return JobInput(kind, chain.shape_of(source).as_dict(), config)

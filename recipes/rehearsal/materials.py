@@ -1,4 +1,4 @@
-"""What a rehearsed stage is given: inputs of the right shapes, without weights or text."""
+"""Makes the inputs of a rehearsed stage: the right shapes, without weights or text."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ from recipes.pruning.importance import Importance
 from recipes.pruning.kept import choose
 from recipes.pruning.settings import LAYER_METHODS
 from recipes.rehearsal.files import write_zeros
-from recipes.rehearsal.job import Given, RankJob
+from recipes.rehearsal.job import JobInput, RankJob
 from recipes.search.settings import SHAPES_FILE
 
 END = "<end>"
-"""The only special token of the tokenizer, which has one for every byte beside it."""
+"""The tokenizer's only special token; every other token is a byte."""
 
 
 def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
-    """All inputs of a job, below a run's directory; a cache is of its text."""
-    made = {name: _input(job, given, run_dir / name) for name, given in job.inputs.items()}
-    content = {name: one.manifest.content() for name, one in made.items()}
-    for one in made.values():
-        one.manifest.input_content = content
-    return made
+    """Makes all inputs of a job below a run's directory."""
+    items = {name: _input(job, source, run_dir / name) for name, source in job.inputs.items()}
+    content = {name: item.manifest.content() for name, item in items.items()}
+    for item in items.values():  # a cached teacher must belong to the text
+        item.manifest.input_content = content
+    return items
 
 
 def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
-    """A job's settings, with a model where they name one to read."""
+    """Returns a job's settings; a path of a Hugging Face model is replaced by one that is made."""
     if "hf_path" not in job.config:
         return job.config
-    return {**job.config, "hf_path": str(hf_folder(job.hf_config, run_dir / "model"))}
+    return {**job.config, "hf_path": str(_hf_folder(job.hf_config, run_dir / "model"))}
 
 
-def hf_folder(config: Mapping[str, Any], folder: Path) -> Path:
-    """A Hugging Face folder whose weights are zeros that take no room."""
-    write_side_files(config, folder)
+def _hf_folder(config: Mapping[str, Any], folder: Path) -> Path:
+    """Makes a Hugging Face folder with sparse files of zeros."""
+    _write_side_files(config, folder)
     arch = read_architecture(config, "a rehearsal")
     family = FAMILIES[arch.hf_architecture]
     shapes = {
@@ -71,110 +71,91 @@ def hf_folder(config: Mapping[str, Any], folder: Path) -> Path:
     return folder
 
 
-def _input(job: RankJob, given: Given, stage: Path) -> Input:
-    shape = Architecture(**given.shape)
-    if given.kind == "dataset":
-        return dataset(job.tokens, stage)
-    if given.kind == "importance":
-        return importance(shape, stage)
-    if given.kind == "shapes":
-        return shapes(shape, stage)
-    if given.kind == CACHED:
-        return logit_cache(given, job.config["global_batch_size"], stage)
-    made = checkpoint(job.hf_config, shape, stage)
-    whole = read_architecture(job.hf_config, "a rehearsal")
-    if shape != whole:  # it was cut, so it says what was kept
-        layers = list(range(1, shape.num_layers + 1))
-        choose(equal_widths(whole), whole, shape, layers).save(made.artifact)
-    return made
+def _input(job: RankJob, source: JobInput, stage: Path) -> Input:
+    """Makes one input in the directory of the stage that would have made it."""
+    artifact = stage / ARTIFACT
+    artifact.mkdir(parents=True)
+    shape, teacher = Architecture(**source.shape), read_architecture(job.hf_config, "a rehearsal")
+    manifest = _bare_manifest(stage.name, source.kind)
+    if source.kind == "dataset":
+        manifest.metrics = asdict(_write_dataset(job.config, artifact))
+    elif source.kind == "importance":
+        layers = dict.fromkeys(range(1, shape.num_layers + 1), 1.0)
+        scores = Importance(1.0, dict.fromkeys(LAYER_METHODS, layers), widths=_equal_widths(shape))
+        scores.save(artifact)
+    elif source.kind == "shapes":  # the teacher's, since no candidate needs more memory
+        write_json(artifact / SHAPES_FILE, [shape.as_dict()])
+        manifest.config = {"budget": {"parameters": shape.parameters()}}
+    elif source.kind == CACHED:
+        _write_logit_cache(source, job.config["global_batch_size"], artifact)
+    else:
+        _write_checkpoint(with_shape(job.hf_config, shape), artifact / "model.nemo")
+        if shape != teacher:  # a pruned model comes with the indices that were kept
+            kept_layers = list(range(1, shape.num_layers + 1))
+            choose(_equal_widths(teacher), teacher, shape, kept_layers).save(artifact)
+        manifest.architecture, manifest.parameters = shape.as_dict(), shape.parameters()
+    return Input(stage, manifest)
 
 
-def checkpoint(config: Mapping[str, Any], shape: Architecture, stage: Path) -> Input:
-    """A NeMo checkpoint without weights.
-
-    Args:
-        config: The teacher's ``config.json``.
-        shape: What it is changed to.
-        stage: Directory of the stage that would have made it.
-    """
+def _write_checkpoint(config: Mapping[str, Any], checkpoint: Path) -> None:
+    """Writes a NeMo checkpoint without weights."""
     enable()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / nemo.SIDE
-        write_side_files(with_shape(config, shape), folder)
-        made = stage / ARTIFACT / "model.nemo"
-        (made / nemo.WEIGHTS).mkdir(parents=True)
-        save_config(CheckpointingConfig("torch_dist"), str(made / nemo.WEIGHTS))
-        nemo.write_context(made, nemo.new_model(folder), folder)
-    return Input(stage, _manifest(stage, "checkpoint_nemo", shape))
+        _write_side_files(config, folder)
+        (checkpoint / nemo.WEIGHTS).mkdir(parents=True)
+        save_config(CheckpointingConfig("torch_dist"), str(checkpoint / nemo.WEIGHTS))
+        nemo.write_context(checkpoint, nemo.new_model(folder), folder)
 
 
-def write_side_files(config: Mapping[str, Any], folder: Path) -> None:
-    """Writes a config, and a tokenizer of bytes: a rehearsal reads no text."""
+def _write_side_files(config: Mapping[str, Any], folder: Path) -> None:
+    """Writes ``config.json`` and a byte tokenizer; a rehearsal tokenizes no text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", {**_usual(config), **config})
-    letters = [END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    # A bundled config only has the model's shape.
+    types = {name: model_type for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+    defaults = {"torch_dtype": "bfloat16", "model_type": types[config["architectures"][0]]}
+    write_json(folder / "config.json", {**defaults, **config})
+    tokens = [END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder)
 
 
-def _usual(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a bundled config, which says a model's shape, leaves out."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    types = {name: kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
-    return {"torch_dtype": "bfloat16", "model_type": types[config["architectures"][0]]}
-
-
-def dataset(tokens: int, stage: Path) -> Input:
-    """Token windows, so many tokens in each part; sparse files, which take no room."""
-    artifact = stage / ARTIFACT
-    artifact.mkdir(parents=True)
+def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
+    """Writes sparse files of zeros, with text for one batch or all sequences in each split."""
+    names = ("global_batch_size", "num_windows", "num_calibration_samples", "num_samples")
+    sequences = max(config.get(name) or 1 for name in names)
+    tokens = (sequences + 1) * config.get("seq_length", 1) + 1
     for part in PARTS:
         builder = IndexedDatasetBuilder(f"{prefix(artifact, part)}.bin", dtype=np.int32)
         builder.sequence_lengths.append(tokens)
         builder.document_indices.append(1)
         builder.data_file.truncate(4 * tokens)
         builder.finalize(f"{prefix(artifact, part)}.idx")
-    every = dict.fromkeys(PARTS, tokens)
-    of_source = [SourceTokens("rehearsal", tokens)]
-    result = DatasetResult(
-        dict.fromkeys(PARTS, 1), every, ["rehearsal"], dict.fromkeys(PARTS, of_source), 0
-    )
-    return Input(stage, _manifest(stage, "dataset", result=asdict(result)))
+    documents, sizes = dict.fromkeys(PARTS, 1), dict.fromkeys(PARTS, tokens)
+    source_tokens = {part: [SourceTokens("rehearsal", tokens)] for part in PARTS}
+    return DatasetResult(documents, sizes, ["rehearsal"], source_tokens, document_end=0)
 
 
-def logit_cache(given: Given, windows: int, stage: Path) -> Input:
-    """What a teacher said of so many windows, as it is stored; nothing likely."""
-    index = CacheIndex(given.shape["vocab_size"], **given.config, shards=1)
-    (stage / ARTIFACT).mkdir(parents=True)
-    write_index(stage / ARTIFACT, index)
-    shard = {
-        "windows": (torch.int32, [windows]),
-        **{
-            name: (dtype, [windows, index.seq_length, size])
-            for name, (dtype, size) in index.tensors.items()
-        },
+def _write_logit_cache(source: JobInput, sequences: int, artifact: Path) -> None:
+    """Writes a cached teacher in which all values are zero."""
+    index = CacheIndex(source.shape["vocab_size"], **source.config, shards=1)
+    write_index(artifact, index)
+    tensors = {
+        name: (dtype, [sequences, index.seq_length, size])
+        for name, (dtype, size) in index.tensors.items()
     }
-    write_zeros(stage / ARTIFACT / SHARD.format(0), shard)
-    return Input(stage, _manifest(stage, CACHED))
+    shard = {"windows": (torch.int32, [sequences]), **tensors}
+    write_zeros(artifact / SHARD.format(0), shard)
 
 
-def importance(shape: Architecture, stage: Path) -> Input:
-    """Scores of all layers and widths, equal ones."""
-    layers = dict.fromkeys(range(1, shape.num_layers + 1), 1.0)
-    (stage / ARTIFACT).mkdir(parents=True)
-    scores = Importance(1.0, dict.fromkeys(LAYER_METHODS, layers), widths=equal_widths(shape))
-    scores.save(stage / ARTIFACT)
-    return Input(stage, _manifest(stage, "importance"))
-
-
-def equal_widths(shape: Architecture) -> dict[str, torch.Tensor]:
-    """Scores of all channels and heads."""
+def _equal_widths(shape: Architecture) -> dict[str, torch.Tensor]:
+    """Returns equal scores of all channels and heads."""
     axes = {
         "ffn_hidden_size": shape.ffn_hidden_size,
         "num_attention_heads": shape.num_attention_heads,
@@ -184,32 +165,19 @@ def equal_widths(shape: Architecture) -> dict[str, torch.Tensor]:
     return {**widths, "hidden_size": torch.zeros(shape.hidden_size)}
 
 
-def shapes(shape: Architecture, stage: Path) -> Input:
-    """The teacher's shape, which no smaller one needs more memory than."""
-    (stage / ARTIFACT).mkdir(parents=True)
-    write_json(stage / ARTIFACT / SHAPES_FILE, [shape.as_dict()])
-    config = {"budget": {"parameters": shape.parameters()}}
-    return Input(stage, _manifest(stage, "shapes", config=config))
-
-
-def _manifest(
-    stage: Path,
-    kind: str,
-    shape: Architecture | None = None,
-    config: dict[str, Any] | None = None,
-    result: dict[str, Any] | None = None,
-) -> Manifest:
+def _bare_manifest(stage: str, kind: str) -> Manifest:
+    """Returns a manifest without content."""
     return Manifest(
-        stage=stage.name,
+        stage=stage,
         kind=kind,
         fingerprint="rehearsal",
-        config=config or {},
+        config={},
         code="",
         inputs={},
         files={},
-        metrics=result or {},
-        architecture=shape.as_dict() if shape else None,
-        parameters=shape.parameters() if shape else None,
+        metrics={},
+        architecture=None,
+        parameters=None,
         tokenizer_sha256="rehearsal",
         versions={},
         git_sha=None,

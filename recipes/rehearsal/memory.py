@@ -1,44 +1,50 @@
-"""Bytes on a device that is not there: what is alive, by kind, and how it was at the peak."""
+"""Counts the bytes of live tensors on the fake device, by type, and at the peak."""
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recipes.evaluation import predictions
+from recipes.pruning import scoring
 from recipes.rehearsal.fake_cuda import DEVICE
 
-PASSING = ("activations", "logits")
+TEMPORARY = ("activations", "logits")
 BLOCK = 512
-"""Bytes that CUDA's allocator rounds up to (``kMinBlockSize``)."""
+"""Bytes to which CUDA's allocator rounds up (``kMinBlockSize``)."""
+TEACHER_MODULE = "_teacher_model."
+"""Part of the names of weights of ModelOpt's teacher."""
 
 
 @dataclass
 class _Allocation:
     size: int
-    kind: str
+    type: str
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts what operations allocate on the device, until it is let go.
+    """Counts what operations allocate on the device, until it is freed.
 
-    What is not said to be something else with ``name`` or ``making`` is a logit, where its last
-    dimension is a rank's part of the vocabulary, or else an activation.
+    A tensor counts as logits if its last dimension is the rank's shard of the vocabulary, else as
+    activations, unless ``label`` or ``labeled`` gives it another type.
 
     Args:
-        vocabulary: A rank's part of the vocabulary, padded.
+        vocabulary: Size of the rank's shard of the vocabulary, padded.
     """
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self._vocabulary = vocabulary
-        self._made: str | None = None
+        self._label: str | None = None
         self._live: dict[int, _Allocation] = {}
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -50,47 +56,105 @@ class MemoryTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(tensor, Tensor) and tensor.device == DEVICE:
-                self._see(tensor)
+                self._add(tensor)
         return result
 
-    def _see(self, tensor: Tensor) -> None:
+    def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
             return
         size = -(-storage.nbytes() // BLOCK) * BLOCK
-        wide = tensor.dim() > 0 and tensor.shape[-1] == self._vocabulary
-        kind = self._made or ("logits" if wide else "activations")
-        self._live[key] = _Allocation(size, kind)
-        weakref.finalize(storage, self._let_go, key)
-        self._count(kind, size)
+        is_wide = tensor.dim() > 0 and tensor.shape[-1] == self._vocabulary
+        label = self._label or ("logits" if is_wide else "activations")
+        self._live[key] = _Allocation(size, label)
+        weakref.finalize(storage, self._remove, key)
+        self._count(label, size)
 
-    def _let_go(self, key: int) -> None:
-        gone = self._live.pop(key)
-        self._count(gone.kind, -gone.size)
+    def _remove(self, key: int) -> None:
+        allocation = self._live.pop(key)
+        self._count(allocation.type, -allocation.size)
 
-    def _count(self, kind: str, size: int) -> None:
-        self.now[kind] += size
+    def _count(self, label: str, size: int) -> None:
+        self.now[label] += size
         self._total += size
         if self._total > self._highest:
             self._highest, self.peak = self._total, self.now.copy()
 
-    def name(self, kind: str, tensors: Iterable[Tensor]) -> None:
-        """Says of what kind tensors are that are alive, unless that is known."""
+    def label(self, label: str, tensors: Iterable[Tensor]) -> None:
+        """Sets the type of live tensors that count as activations or logits so far."""
         for tensor in tensors:
-            found = self._live.get(tensor.untyped_storage()._cdata)
-            if found is not None and found.kind in PASSING:
-                self.now[found.kind] -= found.size
-                self.now[kind] += found.size
-                found.kind = kind
+            allocation = self._live.get(tensor.untyped_storage()._cdata)
+            if allocation is not None and allocation.type in TEMPORARY:
+                self.now[allocation.type] -= allocation.size
+                self.now[label] += allocation.size
+                allocation.type = label
 
     @contextmanager
-    def making(self, kind: str) -> Iterator[None]:
-        """Says of what kind all is that is allocated meanwhile."""
-        self._made = kind
+    def labeled(self, label: str) -> Iterator[None]:
+        """Sets the type of all tensors that are allocated in the context."""
+        self._label = label
         yield
-        self._made = None
+        self._label = None
 
-    def begin(self) -> None:
-        """Forgets the peak so far."""
+    def reset_peak(self) -> None:
+        """Measures the peak anew from here."""
         self._highest, self.peak = self._total, self.now.copy()
+
+
+def label_models(memory: MemoryTracker) -> None:
+    """Labels weights, gradients and optimizer states when they are first used."""
+    seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # ids of freed models may be reused
+    has_stepped = False
+
+    def before_forward(module: nn.Module, args: object) -> None:
+        if module not in seen:
+            seen.add(module)
+            _label_weights(memory, module)
+
+    def after_step(optimizer: Optimizer, *args: object) -> None:
+        nonlocal has_stepped
+        _label_states(memory, optimizer)
+        if not has_stepped:
+            memory.reset_peak()  # later steps are like the second one
+        has_stepped = True
+
+    load = Optimizer.load_state_dict
+
+    def load_and_label(optimizer: Optimizer, state: Any) -> None:
+        load(optimizer, state)
+        _label_states(memory, optimizer)
+
+    setattr(Optimizer, "load_state_dict", load_and_label)
+    head = _labeled_head(memory, predictions.float32_head)
+    for module in (predictions, scoring):
+        setattr(module, "float32_head", head)
+    nn.modules.module.register_module_forward_pre_hook(before_forward)
+    register_optimizer_step_post_hook(after_step)
+
+
+def _labeled_head(memory: MemoryTracker, make: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Labels the output head of evaluations, which is used without a module."""
+
+    def float32_head(weight: Tensor) -> Any:
+        memory.label("weights", [weight])
+        with memory.labeled("weights"):
+            return make(weight)
+
+    return float32_head
+
+
+def _label_states(memory: MemoryTracker, optimizer: Optimizer) -> None:
+    for main in (weight for group in optimizer.param_groups for weight in group["params"]):
+        states = optimizer.state.get(main, {}).values()  # indexing would create an entry
+        memory.label("optimizer", (s for s in states if isinstance(s, Tensor)))
+        if not main._is_view():  # in float32, main weights are views of the model's weights
+            memory.label("optimizer", [main])
+
+
+def _label_weights(memory: MemoryTracker, module: nn.Module) -> None:
+    for name, weight in module.named_parameters():
+        memory.label("teacher" if TEACHER_MODULE in name else "weights", [weight])
+    if isinstance(module, DistributedDataParallel):
+        for buffer in (*module.buffers, *module.expert_parallel_buffers):
+            memory.label("gradients", [buffer.grad_data])

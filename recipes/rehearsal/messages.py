@@ -1,8 +1,8 @@
-"""Collectives and pipeline messages of a rank whose peers are not there: checked, not sent.
+"""Checks the collectives and pipeline messages of a rank without sending them.
 
-Tensors are held to what NCCL demands (torch's ``ProcessGroupNCCL.cpp``: ``_allgather_base``,
-``_reduce_scatter_base``, ``alltoall_base``, ``check_gpu_single_tensor``). Of messages between two
-ranks the shape is noted, to be compared with what the rehearsal of the other expects.
+Tensors must meet the requirements of NCCL (torch's ``ProcessGroupNCCL.cpp``: ``_allgather_base``,
+``_reduce_scatter_base``, ``alltoall_base``, ``check_gpu_single_tensor``). Messages between two
+ranks are recorded, for a comparison with the rehearsal of the other rank.
 """
 
 from __future__ import annotations
@@ -17,54 +17,53 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipes.rehearsal.fake_cuda import DEVICE, NAME
-from recipes.rehearsal.job import Message
+from recipes.rehearsal.results import Message
 
 FAKE = "fake"
-_on_cpu: set[str] = set()
-"""Names of the groups that were asked of gloo."""
+Args = tuple[Any, ...]
+_gloo_groups: set[str] = set()
+"""Names of groups that were requested with gloo, whose tensors are on the CPU."""
 
 
 class MessageError(Exception):
-    """A collective that would fail on real ranks, or hang."""
+    """A collective that would fail or hang on real ranks."""
 
 
 def stand_in() -> None:
-    """Replaces process groups by ones of any size that hold this process alone, for good."""
+    """Replaces process groups by fake ones of any size, for the rest of the process."""
     distributed.Backend.backend_capability[FAKE].append(NAME)
     init, new_group = distributed.init_process_group, distributed.new_group
 
     def init_process_group(backend: str | None = None, *args: object, **kwargs: object) -> None:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         init(FAKE, rank=rank, world_size=world, store=FakeStore())
-        _note(distributed.group.WORLD, backend)
+        _record_backend(distributed.group.WORLD, backend)
 
-    def group(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        made = new_group(*args, backend=FAKE, **kwargs)
-        _note(made, backend)
-        return made
+    def fake_group(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        group = new_group(*args, backend=FAKE, **kwargs)
+        _record_backend(group, backend)
+        return group
 
     # Objects would be pickled into tensors, which have no bytes here.
-    def all_gather_object(found: list[Any], value: Any, group: object = None) -> None:
-        found[:] = [value] * len(found)
+    def all_gather_object(outputs: list[Any], value: Any, group: object = None) -> None:
+        outputs[:] = [value] * len(outputs)
 
-    def gather_object(
-        value: Any, found: list[Any] | None = None, *args: object, **kw: object
-    ) -> None:
-        if found is not None:
-            found[:] = [value] * len(found)
+    def gather_object(value: Any, outputs: Any = None, *args: object, **kwargs: object) -> None:
+        if outputs is not None:
+            outputs[:] = [value] * len(outputs)
 
-    distributed.init_process_group, distributed.new_group = init_process_group, group
+    distributed.init_process_group, distributed.new_group = init_process_group, fake_group
     distributed.all_gather_object, distributed.gather_object = all_gather_object, gather_object
     distributed.broadcast_object_list = lambda *args, **kwargs: None
 
 
-def _note(group: Any, backend: str | None) -> None:
+def _record_backend(group: Any, backend: str | None) -> None:
     if backend == "gloo" and isinstance(group, distributed.ProcessGroup):
-        _on_cpu.add(group.group_name)
+        _gloo_groups.add(group.group_name)
 
 
-class Checked(TorchDispatchMode):
-    """Looks at every collective before it is not sent."""
+class MessageChecker(TorchDispatchMode):
+    """Checks every collective, and records messages between two ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,25 +71,25 @@ class Checked(TorchDispatchMode):
         self.expected: list[Message] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Any, types: object, args: Args = (), kwargs: Any = None
     ) -> Any:
         if func.namespace != "c10d":
             return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("c10d::")
         boxed = next(a for a in args if isinstance(a, torch.ScriptObject))
         group = distributed.ProcessGroup.unbox(boxed)
-        tensors = [t for a in args for t in _flat(a)]
-        if name != "barrier" and group.group_name not in _on_cpu:
+        tensors = [t for a in args for t in _tensors(a)]
+        if name != "barrier" and group.group_name not in _gloo_groups:
             _require_device(name, tensors)
         if (check := CHECKS.get(name)) is not None:
             check(name, args, group.size())
         if name in ("send", "recv_"):
-            self._note(name, tensors[0], group, args[2])
-        if name in COALESCED:  # which has no weightless form; its parts have
+            self._record(name, tensors[0], group, args[2])
+        if name in COALESCED:  # only the separate collectives work on fake tensors
             return COALESCED[name](*args)
         return func(*args, **(kwargs or {}))
 
-    def _note(self, name: str, tensor: Tensor, group: Any, peer: int) -> None:
+    def _record(self, name: str, tensor: Tensor, group: Any, peer: int) -> None:
         own, other = distributed.get_rank(), distributed.get_global_rank(group, peer)
         shape, dtype = list(tensor.shape), str(tensor.dtype)
         if name == "send":
@@ -99,21 +98,20 @@ class Checked(TorchDispatchMode):
             self.expected.append(Message(other, own, shape, dtype))
 
 
-def _flat(value: object) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     if isinstance(value, (list, tuple)):
-        return [t for each in value for t in _flat(each)]
+        return [t for each in value for t in _tensors(each)]
     return [value] if isinstance(value, Tensor) else []
 
 
 def _require_device(name: str, tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
-        if tensor.device != DEVICE:
-            raise MessageError(
-                f"{name} of a tensor {list(tensor.shape)} on {tensor.device}: NCCL needs all "
-                "tensors on the GPU"
-            )
-        if not tensor.is_contiguous():
-            raise MessageError(f"{name} of a tensor {list(tensor.shape)} that is not contiguous")
+        _require(
+            name,
+            tensor.device == DEVICE,
+            f"a tensor {list(tensor.shape)} is on {tensor.device}, but NCCL needs all on the GPU",
+        )
+        _require(name, tensor.is_contiguous(), f"{list(tensor.shape)} is not contiguous")
 
 
 def _require(name: str, fits: bool, what: str) -> None:
@@ -121,27 +119,26 @@ def _require(name: str, fits: bool, what: str) -> None:
         raise MessageError(f"{name}: {what}")
 
 
-def _gather_base(name: str, args: tuple[Any, ...], size: int) -> None:
-    whole, part = args[:2]
-    what = f"{list(part.shape)} of each of {size} ranks into {list(whole.shape)}"
-    _require(name, whole.numel() == size * part.numel() and whole.dtype == part.dtype, what)
+def _check_gather_base(name: str, args: Args, size: int) -> None:
+    whole, shard = args[:2]
+    what = f"{list(shard.shape)} of each of {size} ranks into {list(whole.shape)}"
+    _require(name, whole.numel() == size * shard.numel() and whole.dtype == shard.dtype, what)
 
 
-def _scatter_base(name: str, args: tuple[Any, ...], size: int) -> None:
-    part, whole = args[:2]
-    what = f"{list(whole.shape)} over {size} ranks into {list(part.shape)}"
-    _require(name, whole.numel() == size * part.numel() and whole.dtype == part.dtype, what)
+def _check_scatter_base(name: str, args: Args, size: int) -> None:
+    shard, whole = args[:2]
+    what = f"{list(whole.shape)} over {size} ranks into {list(shard.shape)}"
+    _require(name, whole.numel() == size * shard.numel() and whole.dtype == shard.dtype, what)
 
 
-def _gather(name: str, args: tuple[Any, ...], size: int) -> None:
-    outputs, inputs = args[:2]
-    for parts, own in zip(outputs, inputs, strict=True):
-        same = all(part.shape == own.shape and part.dtype == own.dtype for part in parts)
-        what = f"{list(own.shape)} into {[list(p.shape) for p in parts]} of {size} ranks"
-        _require(name, same and len(parts) == size, what)
+def _check_gather(name: str, args: Args, size: int) -> None:
+    for outputs, own in zip(*args[:2], strict=True):
+        fits = all(output.shape == own.shape and output.dtype == own.dtype for output in outputs)
+        what = f"{list(own.shape)} into {[list(o.shape) for o in outputs]} of {size} ranks"
+        _require(name, fits and len(outputs) == size, what)
 
 
-def _all_to_all(name: str, args: tuple[Any, ...], size: int) -> None:
+def _check_all_to_all(name: str, args: Args, size: int) -> None:
     output, own, _, received, sent = args[:5]
     for tensor, split in ((output, received), (own, sent)):
         length = len(tensor)
@@ -149,30 +146,30 @@ def _all_to_all(name: str, args: tuple[Any, ...], size: int) -> None:
         _require(name, fits, f"{list(tensor.shape)} split as {list(split)} over {size} ranks")
 
 
-def _pairs(check: Callable[..., None]) -> Callable[..., None]:
-    def each(name: str, args: tuple[Any, ...], size: int) -> None:
+def _check_pairs(check: Callable[..., None]) -> Callable[..., None]:
+    def check_each(name: str, args: Args, size: int) -> None:
         for pair in zip(*args[:2], strict=True):
             check(name, pair, size)
 
-    return each
+    return check_each
 
 
-CHECKS: dict[str, Callable[[str, tuple[Any, ...], int], None]] = {
-    "_allgather_base_": _gather_base,
-    "_reduce_scatter_base_": _scatter_base,
-    "allgather_": _gather,
-    "alltoall_base_": _all_to_all,
-    "allgather_into_tensor_coalesced_": _pairs(_gather_base),
-    "reduce_scatter_tensor_coalesced_": _pairs(_scatter_base),
+CHECKS: dict[str, Callable[[str, Args, int], None]] = {
+    "_allgather_base_": _check_gather_base,
+    "_reduce_scatter_base_": _check_scatter_base,
+    "allgather_": _check_gather,
+    "alltoall_base_": _check_all_to_all,
+    "allgather_into_tensor_coalesced_": _check_pairs(_check_gather_base),
+    "reduce_scatter_tensor_coalesced_": _check_pairs(_check_scatter_base),
 }
 
 
-def _one_by_one(collective: Callable[..., Any]) -> Callable[..., Any]:
-    def each(outputs: Sequence[Tensor], parts: Sequence[Tensor], *args: Any) -> Any:
-        done = [collective(*pair, *args) for pair in zip(outputs, parts, strict=True)]
-        return done[-1][1]
+def _separately(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def run_each(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any) -> Any:
+        works = [collective(*pair, *args) for pair in zip(outputs, inputs, strict=True)]
+        return works[-1][1]
 
-    return each
+    return run_each
 
 
 def _all_reduce(tensors: Sequence[Tensor], group: Any, operation: Any, *args: Any) -> Any:
@@ -180,7 +177,7 @@ def _all_reduce(tensors: Sequence[Tensor], group: Any, operation: Any, *args: An
 
 
 COALESCED: dict[str, Callable[..., Any]] = {
-    "allgather_into_tensor_coalesced_": _one_by_one(torch.ops.c10d._allgather_base_),
-    "reduce_scatter_tensor_coalesced_": _one_by_one(torch.ops.c10d._reduce_scatter_base_),
+    "allgather_into_tensor_coalesced_": _separately(torch.ops.c10d._allgather_base_),
+    "reduce_scatter_tensor_coalesced_": _separately(torch.ops.c10d._reduce_scatter_base_),
     "allreduce_coalesced_": _all_reduce,
 }

@@ -1,7 +1,7 @@
 """Rehearses ranks of stages: ``python -m recipes.rehearsal.worker JOBS`` (a JSON list of jobs).
 
-Prints a line of JSON for each. The stack is imported once and each rank is a fork: what one leaves
-in the globals of Megatron is not there for the next.
+Prints a line of JSON per job. The libraries are imported once, and each rank runs in a fork, so
+that it does not see what another rank left in Megatron's globals.
 """
 
 from __future__ import annotations
@@ -17,63 +17,66 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from recipes.core.processes import die_with_parent, expect_no_gpu
-from recipes.rehearsal.job import RankJob, Rehearsed
+from pydantic import TypeAdapter
 
-IMPORTED = (
+from recipes.core.processes import die_with_parent, expect_no_gpu
+from recipes.rehearsal.job import RankJob
+from recipes.rehearsal.results import RehearsalResult
+
+PRELOADED = (
     "recipes.distillation.logit_cache_writer",
     "recipes.distillation.trainer",
     "recipes.evaluation.text_quality",
     "recipes.pruning.scoring",
     "recipes.search.measure",
 )
-"""What the stages import when they run, and with it the stack: once, for all forks."""
-Rehearse = Callable[[RankJob], Rehearsed]
+"""Modules that stages import when they run."""
+Rehearse = Callable[[RankJob], RehearsalResult]
 
 
 def main(file: Path) -> None:
-    """Rehearses the jobs of a file, one after the other."""
+    """Rehearses the jobs of a file in order."""
     die_with_parent()
     expect_no_gpu()
-    jobs = [RankJob.of(plain) for plain in json.loads(file.read_text(encoding="utf-8"))]
+    jobs: list[RankJob] = TypeAdapter(list[RankJob]).validate_json(file.read_bytes())
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is for the log
+    os.dup2(2, 1)  # output of libraries goes to standard error
     rehearse = prepare()
     for job in jobs:
         print(json.dumps(asdict(in_fork(rehearse, job))), file=results, flush=True)
 
 
 def prepare() -> Rehearse:
-    """Makes this process one for rehearsals, and imports what they need."""
+    """Replaces the device, and imports what stages need; the process can then only rehearse."""
     from recipes.rehearsal import fake_cuda, files, messages
 
     fake_cuda.stand_in()
     messages.stand_in()
     files.stand_in()
-    # Not before: some of the stack looks for a device, or keeps functions of torch, on import.
-    rank = importlib.import_module("recipes.rehearsal.rank")
-    rank.stand_in()
-    for name in IMPORTED:
+    # Only now: some libraries look for a device, or keep references to torch functions, on import.
+    from recipes.rehearsal import patches, rank
+
+    patches.stand_in()
+    for name in PRELOADED:
         importlib.import_module(name)
-    gc.freeze()  # what was imported stays: no rank has to look through it for garbage
-    rehearse: Rehearse = rank.rehearse
-    return rehearse
+    gc.freeze()  # the garbage collector of each rank then skips what was imported
+    return rank.rehearse
 
 
-def in_fork(rehearse: Rehearse, job: RankJob) -> Rehearsed:
+def in_fork(rehearse: Rehearse, job: RankJob) -> RehearsalResult:
     """Rehearses in a process of its own."""
     context = get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_send, args=(rehearse, job, theirs))
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send, args=(rehearse, job, sender))
     child.start()
-    theirs.close()
+    sender.close()
     try:
-        found: Rehearsed = ours.recv()
+        result: RehearsalResult = receiver.recv()
     except EOFError:
         child.join()
-        found = Rehearsed(error=f"its process ended with {child.exitcode}")
+        result = RehearsalResult(error=f"its process ended with exit code {child.exitcode}")
     child.join()
-    return found
+    return result
 
 
 def _send(rehearse: Rehearse, job: RankJob, pipe: Connection) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from pydantic import TypeAdapter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from recipes.core.manifest import ARTIFACT, WORK
 from recipes.core.metrics import METRICS, steps_of
 from recipes.distillation import model
 from recipes.rehearsal import checkpoints, materials
-from recipes.rehearsal.job import Job
+from recipes.rehearsal.job import RankJob
 from recipes.rehearsal.rank import environment
 
 
@@ -37,7 +38,7 @@ def load_teacher(original: Any) -> Any:
     return load
 
 
-def main(job: Job) -> dict[str, Any]:
+def main(job: RankJob) -> dict[str, Any]:
     """Trains, and says what that took."""
     os.environ.update(environment(job))
     checkpoints.stand_in()
@@ -67,4 +68,4 @@ def main(job: Job) -> dict[str, Any]:
 
 if __name__ == "__main__":
     file, result = map(Path, sys.argv[1:])
-    result.write_text(json.dumps(main(Job.of(json.loads(file.read_text())))))
+    result.write_text(json.dumps(main(TypeAdapter(RankJob).validate_json(file.read_bytes()))))

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from launch.rehearse import KINDS, planned
 from recipes.core.files import REPO_ROOT
 from recipes.planning.estimate import step_seconds
-from recipes.rehearsal.job import Job, Rehearsed
+from recipes.rehearsal.job import RankJob
+from recipes.rehearsal.results import RehearsalResult
 from recipes.stages import distill
 from tests.gpu.small import on_gpu, record
-from tests.support.rehearsals import cut_down
+from tests.support.rehearsals import job_with_layers
 
 LAYERS = (4, 8)
 ONE_GPU = (
@@ -29,10 +31,10 @@ ONE_GPU = (
 STEPS = 6
 
 
-def job_of(layers: int) -> tuple[Any, Job]:
+def job_of(layers: int) -> tuple[Any, RankJob]:
     """The chain, and its distillation: a teacher of so many layers, a student of half of them."""
     recipe = "llama3_1_8b_depth" if on_gpu() else "llama_depth_prune"
-    return cut_down(recipe, "distill", 0, ONE_GPU if on_gpu() else (), layers)
+    return job_with_layers(recipe, "distill", 0, ONE_GPU if on_gpu() else (), layers)
 
 
 def start(module: str, job: Any, *arguments: str, folder: Path) -> str:
@@ -54,7 +56,7 @@ def rehearsed(results: Path, tmp_path: Path) -> dict[int, float]:
     if not file.exists():
         jobs = [asdict(job_of(layers)[1]) for layers in LAYERS]
         lines = start("recipes.rehearsal.worker", jobs, folder=tmp_path).splitlines()
-        found = [Rehearsed.of(json.loads(line)) for line in lines]
+        found = [TypeAdapter(RehearsalResult).validate_json(line) for line in lines]
         for layers, one in zip(LAYERS, found, strict=True):
             assert one.error is None, one.error
         record(

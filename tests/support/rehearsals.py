@@ -1,4 +1,4 @@
-"""Jobs of shipped recipes, of models with few layers: a rehearsal takes as long as one is deep."""
+"""Jobs of recipes for models with few layers, since a rehearsal takes longer with more."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from recipes.planning.chain import Chain
 from recipes.planning.published_configs import CONFIGS, read_config_or_published
 from recipes.rehearsal.job import RankJob, jobs_of
 
-MIXTURE = "Qwen/Qwen3-30B-A3B"
-"""A mixture of experts, a quarter of them, which no shipped recipe starts from."""
-CONFIGS[MIXTURE] = {
+MOE_MODEL = "Qwen/Qwen3-30B-A3B"
+"""An MoE model, here with a quarter of its experts. No recipe uses it."""
+CONFIGS[MOE_MODEL] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "hidden_size": 2048,
     "intermediate_size": 6144,
@@ -39,10 +39,10 @@ CONFIGS[MIXTURE] = {
 
 
 @cache
-def cut_down(
+def job_with_layers(
     recipe: str, stage: str, rank: int = 0, overrides: tuple[str, ...] = (), layers: int = 4
 ) -> tuple[Chain, RankJob]:
-    """A recipe's chain with so many layers of the teacher, and the job of one rank of a stage."""
+    """A recipe's chain whose teacher has this number of layers, and the job of one rank."""
     cfg = compose(f"recipe={recipe}", *overrides)
     if OmegaConf.select(cfg, "stages.prune.target_num_layers") is not None:
         cfg.stages.prune.target_num_layers = layers // 2

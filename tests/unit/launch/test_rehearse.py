@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig
+from pydantic import TypeAdapter
 
 from launch.machine import chain_of
 from launch.plan import typed_stages
@@ -17,7 +18,8 @@ from launch.planned import stage_of
 from launch.rehearse import planned, too_large
 from recipes.planning.chain import Chain
 from recipes.planning.published_configs import read_config_or_published
-from recipes.rehearsal.job import RankJob, Rehearsed, first_ranks, jobs_of
+from recipes.rehearsal.job import RankJob, first_ranks, jobs_of
+from recipes.rehearsal.results import RehearsalResult
 from tests.unit.conftest import Compose
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -74,7 +76,7 @@ def test_settings_are_short_and_shapes_are_not(compose: Compose, tmp_path: Path)
     assert jobs[2].inputs["student"].shape == chain.shape_of("prune").as_dict()
     assert jobs[5].inputs["checkpoint"].shape == chain.shape_of("prune").as_dict()  # distilled
     assert [job.resumed for job in jobs] == [False, False, True, True, False, False]
-    assert RankJob.of(json.loads(json.dumps(asdict(jobs[2])))) == jobs[2]
+    assert TypeAdapter(RankJob).validate_json(json.dumps(asdict(jobs[2]))) == jobs[2]
 
 
 def test_a_halving_is_rehearsed_as_a_training_of_its_largest_candidate(
@@ -105,8 +107,8 @@ def test_a_cached_teacher_is_of_its_own_settings(compose: Compose, tmp_path: Pat
 def test_a_peak_without_room_is_a_mistake(compose: Compose, tmp_path: Path) -> None:
     chain, jobs = prepared(compose("recipe=qwen3_8b_depth"), tmp_path)
     [job] = [job for job in jobs if job.name == "evaluate"]
-    three_in_float32 = Rehearsed(peak={"weights": 81_000_000_000})
-    assert list(too_large([(job, Rehearsed(peak={"weights": 16_000_000_000}))], chain)) == []
+    three_in_float32 = RehearsalResult(peak={"weights": 81_000_000_000})
+    assert list(too_large([(job, RehearsalResult(peak={"weights": 16_000_000_000}))], chain)) == []
     assert list(too_large([(job, three_in_float32)], chain)) == [
         "evaluate: rank 0 takes 89.0 GB at its peak, but a h100 has 80.0 GB"
     ]

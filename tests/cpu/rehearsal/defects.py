@@ -1,4 +1,4 @@
-"""Rehearses jobs, some with a defect planted: ``planted.py JOBS`` (JSON: [job, defect or null])."""
+"""Rehearses jobs with defects: ``defects.py JOBS`` (JSON: a list of [job, defect or null])."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recipes.rehearsal.job import RankJob, Rehearsed
+from pydantic import TypeAdapter
+
+from recipes.rehearsal.job import RankJob
+from recipes.rehearsal.results import RehearsalResult
 from recipes.rehearsal.worker import in_fork, prepare
 
 
 def mix_devices() -> None:
-    """A tensor is made on the CPU, where the logits are on the GPU."""
+    """A tensor is made on the CPU, but the logits are on the GPU."""
     import torch
 
     from recipes.distillation import model
@@ -35,23 +38,23 @@ def gather_too_much() -> None:
 
     from recipes.distillation import losses
 
-    def gather(part: Any, group: Any) -> Any:
-        parts = [part.new_empty(len(part) + 1, part.shape[1]) for _ in range(group.size())]
-        all_gather(parts, part, group)
-        return torch.cat(parts, dim=-1)
+    def gather(shard: Any, group: Any) -> Any:
+        shards = [shard.new_empty(len(shard) + 1, shard.shape[1]) for _ in range(group.size())]
+        all_gather(shards, shard, group)
+        return torch.cat(shards, dim=-1)
 
     losses._gather = gather
 
 
 def match_names() -> None:
-    """Main weights are restored in Megatron's own way, which matches the teacher's names, too."""
+    """Main weights are restored as Megatron does, which also matches the teacher's names."""
     from megatron.core import dist_checkpointing
 
     from recipes.distillation import trainer
 
     def load(core: Any, optimizer: Any, weights: Path) -> None:
-        wanted = core.sharded_state_dict(prefix="module.")
-        optimizer.reload_model_params(dist_checkpointing.load(wanted, str(weights)))
+        state = core.sharded_state_dict(prefix="module.")
+        optimizer.reload_model_params(dist_checkpointing.load(state, str(weights)))
 
     trainer._load_main_weights = load
 
@@ -102,16 +105,16 @@ def index_on_cpu() -> None:
 
 
 def send_half() -> None:
-    """A pipeline stage passes on the student's hidden states without the teacher's."""
-    _pass_on(lambda both: both[..., : both.shape[-1] // 2].contiguous())
+    """A pipeline stage sends the student's hidden states without the teacher's."""
+    _send(lambda both: both[..., : both.shape[-1] // 2].contiguous())
 
 
 def send_wide() -> None:
-    """A pipeline stage passes on hidden states in float32, and the next makes room for bfloat16."""
-    _pass_on(lambda both: both.float())
+    """A pipeline stage sends hidden states in float32, but the next one expects bfloat16."""
+    _send(lambda both: both.float())
 
 
-def _pass_on(change: Callable[[Any], Any]) -> None:
+def _send(change: Callable[[Any], Any]) -> None:
     from recipes.distillation import model
 
     forward = model._forward_both
@@ -124,11 +127,11 @@ def _pass_on(change: Callable[[Any], Any]) -> None:
 
 
 def widen() -> None:
-    """A model is built with a wider feed-forward part than its checkpoint has."""
+    """A model is built with a wider feed-forward layer than its checkpoint has."""
     _restore_with(lambda config: setattr(config, "ffn_hidden_size", config.ffn_hidden_size + 16))
 
 
-def ask_for_more() -> None:
+def add_norms() -> None:
     """A model is built with norms of queries and keys, which its checkpoint does not have."""
     _restore_with(lambda config: setattr(config, "qk_layernorm", True))
 
@@ -154,38 +157,19 @@ def lose_a_row() -> None:
     convert.MergedWeights.__call__ = lambda weights, *where: make(weights, *where)[:-1]
 
 
-def hold_all() -> None:
-    """Models stay once they have read the text, in float32."""
+def keep_all() -> None:
+    """All evaluated models stay in memory, in float32."""
     import torch
 
     from recipes.evaluation import text_quality
 
-    load, held = text_quality.load_transformers, []
+    load, models = text_quality.load_transformers, []
 
     def loaded(checkpoint: Path, dtype: Any) -> Any:
-        held.append(load(checkpoint, torch.float32))
-        return held[-1]
+        models.append(load(checkpoint, torch.float32))
+        return models[-1]
 
     text_quality.load_transformers = loaded
-
-
-DEFECTS: dict[str, Callable[[], None]] = {
-    plant.__name__: plant
-    for plant in (
-        mix_devices,
-        gather_too_much,
-        match_names,
-        leave_on_cpu,
-        count_steps_on_cpu,
-        index_on_cpu,
-        send_half,
-        send_wide,
-        widen,
-        ask_for_more,
-        lose_a_row,
-        hold_all,
-    )
-}
 
 
 def main() -> None:
@@ -193,14 +177,15 @@ def main() -> None:
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     rehearse = prepare()
-    for job, defect in planned:
+    for plain, defect in planned:
 
-        def with_defect(job: RankJob, defect: str | None = defect) -> Rehearsed:
+        def with_defect(job: RankJob, defect: str | None = defect) -> RehearsalResult:
             if defect is not None:
-                DEFECTS[defect]()
+                globals()[defect]()
             return rehearse(job)
 
-        print(json.dumps(asdict(in_fork(with_defect, RankJob.of(job)))), file=results, flush=True)
+        result = in_fork(with_defect, TypeAdapter(RankJob).validate_python(plain))
+        print(json.dumps(asdict(result)), file=results, flush=True)
 
 
 if __name__ == "__main__":
