@@ -49,6 +49,11 @@ class Outcome:
     parameters: int | None = None
     tokenizer_sha256: str | None = None
 
+    @classmethod
+    def of(cls, result: DataclassInstance, source: Manifest) -> Outcome:
+        """Returns the outcome of a stage that wrote the model of ``source`` in another format."""
+        return cls(result, source.architecture, source.parameters, source.tokenizer_sha256)
+
 
 @dataclass
 class Manifest:

@@ -21,7 +21,14 @@ from recipes.core.stage import Input, Inputs
 from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.losses import LogitsLoss
 from recipes.distillation.results import KeptLayers
-from recipes.distillation.settings import CACHED, DRAWN_LOSS, TERMS, DistillConfig
+from recipes.distillation.settings import (
+    CACHE_FIELDS,
+    CACHED,
+    TERMS,
+    CacheLogitsConfig,
+    DistillConfig,
+    cache_mismatches,
+)
 
 Pairs = Sequence[tuple[int, int]]
 """Layers of student and teacher whose outputs are compared, counted from 1."""
@@ -85,30 +92,18 @@ class TeacherSource:
 
 
 def _require_fit(cfg: DistillConfig, cache: TeacherCache, source: Input, data: Input) -> None:
-    """Refuses a cache of other text or settings; a cache of this run is checked before it runs."""
-    if cfg.hidden_weight:
-        raise RecipeError(
-            f"the teacher in {source.directory} is cached, and a cache has no hidden states.",
-            f"use teacher=live, or set stages.{cfg.stage}.hidden_weight=0",
-        )
+    """Checks that a cached teacher has the distillation's settings and text.
+
+    Raises:
+        RecipeError: It was cached with other settings, or for other text.
+    """
+    cached = CacheLogitsConfig(**{name: getattr(cache.index, name) for name in CACHE_FIELDS})
+    problems = list(cache_mismatches(cfg, cached))
     if source.manifest.input_content.get("data") != data.manifest.content():
-        raise RecipeError(
-            f"the teacher in {source.directory} was cached for other text.",
-            "give both stages the same data, and run the one that caches again",
-        )
-    if cache.index.tail_draws and cfg.logits_loss != DRAWN_LOSS:
-        raise RecipeError(
-            f"the teacher in {source.directory} is cached by draws, which only {DRAWN_LOSS} is "
-            "right with.",
-            f"set stages.{cfg.stage}.logits_loss={DRAWN_LOSS}, or cache it with tail_draws=0",
-        )
-    for name in ("seq_length", "temperature", "top_k"):
-        ours, cached = getattr(cfg, name), getattr(cache.index, name)
-        if ours not in (None, cached):
-            raise RecipeError(
-                f"{name}={ours}, but the teacher in {source.directory} was cached at {cached}.",
-                f"set stages.{cfg.stage}.{name}={cached}",
-            )
+        what = f"the teacher in {source.directory} was cached for other text"
+        problems.append((what, "give both stages the same data, and cache the teacher again"))
+    for what, fix in problems:
+        raise RecipeError(f"{what}.", fix)
 
 
 @dataclass(frozen=True)

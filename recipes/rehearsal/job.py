@@ -10,7 +10,12 @@ from omegaconf import OmegaConf
 
 from recipes.core.manifest import manifest_of
 from recipes.core.stage import StageConfig
-from recipes.distillation.settings import CacheLogitsConfig, DistillConfig, TrainingConfig
+from recipes.distillation.settings import (
+    CACHE_FIELDS,
+    CacheLogitsConfig,
+    DistillConfig,
+    TrainingConfig,
+)
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning.chain import Chain
 from recipes.pruning.settings import HealConfig, ScoreConfig
@@ -20,8 +25,6 @@ from recipes.stages.export_hf import ExportConfig
 from recipes.stages.import_hf import ImportConfig
 from recipes.stages.successive_halving import training_of
 
-CACHE_SETTINGS = ("seq_length", "top_k", "tail_draws", "temperature")
-"""Settings of a cached teacher that its reader needs."""
 STEPS = 2
 """Steps of a training; from the second on, the optimizer's states are allocated."""
 
@@ -173,5 +176,5 @@ def _input(chain: Chain, stages: Mapping[str, Stage[Any]], source: str) -> JobIn
     manifest = manifest_of(source) if source not in stages else None
     kind = manifest.kind if manifest is not None else stages[source].kind
     settings = manifest.config if manifest is not None else vars(chain.stages[source])
-    config = {name: settings[name] for name in CACHE_SETTINGS if name in settings}
+    config = {name: settings[name] for name in CACHE_FIELDS if name in settings}
     return JobInput(kind, chain.shape_of(source).as_dict(), config)

@@ -74,11 +74,18 @@ def _stop_by_the_clock(run: Callable[[], object]) -> None:
     RotaryEmbedding.forward.cache_clear()  # it keeps the model
     for callback in CallbackGroup.get_instance().callbacks:  # global in NeMo
         del callback.log, callback.log_dict  # bound methods of the model
-    # A float32 optimizer has views of weights, and hooks of their graph keep the model.
+    _clear_optimizers()
+    gc.collect()
+
+
+def _clear_optimizers() -> None:
+    """Frees models: a float32 optimizer has views of weights, whose graph's hooks keep the model.
+
+    A function of its own, since its loop variable would keep an object alive.
+    """
     for item in gc.get_objects():
         if issubclass(type(item), DistributedOptimizer):
             vars(item).clear()
-    gc.collect()
 
 
 def _error_text() -> str:

@@ -1,4 +1,7 @@
-"""Stores what the teacher says about the training text, so that distillation runs without it."""
+"""Stores the teacher's logits for the training text, so that distillation runs without a teacher.
+
+Reads the teacher and the prepared text. Writes shards of the largest log-probabilities per token.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +18,27 @@ from recipes.planning.workload import Layout, Workload
 from recipes.stages.contract import Stage
 
 SHARDS = "shards"
-"""Directory in the stage's work where finished shards wait for the last one."""
+"""Folder in ``work/`` for complete shards; a resumed stage continues after them."""
 
 
 def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds settings that would fail once the teacher is loaded."""
+    """Yields problems of the settings that would stop the stage later."""
     if cfg.top_k >= chain.teacher.vocab_size:
         yield Problem(
             rules.TOP_K,
-            f"top_k={cfg.top_k} leaves nothing of the vocabulary of {chain.teacher.vocab_size}",
-            "use a small part of it, such as 64",
+            f"top_k={cfg.top_k} is not below the vocabulary's size, {chain.teacher.vocab_size}",
+            "use a small fraction of it, such as 64",
         )
     yield from window_problems(cfg.seq_length, chain)
 
 
 def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
-    """A pass of the teacher over its windows, as a planner sees it; one, if all of the text."""
-    tensor = cfg.tensor_model_parallel_size
-    resources = cfg.resources
-    micro = cfg.micro_batch_size
+    """Returns the forward passes for plans; one step if all of the text is cached."""
+    tensor, micro, resources = (
+        cfg.tensor_model_parallel_size,
+        cfg.micro_batch_size,
+        cfg.resources,
+    )
     layout = Layout(resources.nodes, resources.devices, tensor, micro_batch_size=micro)
     batch = micro * max(1, layout.ranks // tensor)
     return Workload(
@@ -49,19 +54,19 @@ def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
 
 
 def disk_bytes(cfg: CacheLogitsConfig, chain: Chain) -> int:
-    """The cache, where its size does not depend on the text."""
+    """Returns the size of the cache; 0 if it depends on the text."""
     tokens = (cfg.num_windows or 0) * cfg.seq_length
     return tokens * bytes_per_token(chain.teacher.vocab_size, cfg.top_k, cfg.tail_draws)
 
 
 def progress(work: Path) -> str | None:
-    """How many shards an unfinished run has; they would be lost by starting over."""
+    """Returns the number of complete shards of unfinished work."""
     shards = len(list((work / SHARDS).glob("*.safetensors")))
     return f"{shards} shard{'s' * (shards > 1)}" if shards else None
 
 
 def run(cfg: CacheLogitsConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Runs the teacher over the windows that are not stored yet, and publishes all."""
+    """Runs the teacher on all sequences that are not stored yet, and publishes all shards."""
     from nemo_convert import hf, nemo
     from recipes.distillation.logit_cache_writer import cache_logits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig
@@ -16,6 +16,9 @@ from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
 from recipes.planning.reading import Reading
 from recipes.planning.workload import Workload
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 Kind = Literal[
@@ -37,6 +40,20 @@ Kind = Literal[
 ]
 """What a stage makes."""
 Kinds = tuple[Kind, ...]
+
+
+def checkpoint_outcome(result: DataclassInstance | None, checkpoint: Path) -> Outcome:
+    """Returns the outcome of a stage that wrote a NeMo checkpoint.
+
+    Args:
+        result: The stage's result; ``None`` on ranks that have none.
+        checkpoint: A NeMo checkpoint with the architecture and tokenizer of the result.
+    """
+    from nemo_convert import hf, nemo
+
+    arch = nemo.architecture_of(checkpoint)
+    tokenizer = hf.tokenizer_sha256(nemo.side_files(checkpoint))
+    return Outcome(result, arch.as_dict(), arch.parameters(), tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
-"""Teacher correction: fine-tunes the teacher on the distillation data first (arXiv:2408.11796).
+"""Fine-tunes the teacher on the distillation data (teacher correction, arXiv:2408.11796).
 
-A teacher that was trained on other text gives worse targets on this one; a few steps of next-token
-prediction adapt it. The corrected teacher only teaches: quality is still measured against the
-original.
+A teacher that was trained on other data is a worse target on this one; a few steps of next-token
+prediction adapt it. Quality is still measured against the original teacher.
+
+Reads the teacher and the prepared text. Writes the corrected teacher as a NeMo checkpoint.
 """
 
 from __future__ import annotations
@@ -20,25 +21,20 @@ from recipes.distillation.training import (
     training_result,
     training_workload,
 )
-from recipes.stages.contract import Stage
+from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def run(cfg: CorrectTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Trains, and saves the teacher as a checkpoint like the one it came from."""
-    from nemo_convert import hf, nemo
+    """Trains the teacher and saves it in the format of its input."""
+    from nemo_convert import nemo
     from recipes.distillation.objective import Objective
     from recipes.distillation.trainer import train
 
     teacher = nemo.find_checkpoint(inputs["teacher"].artifact)
     objective, log = Objective({"lm": 1.0}), metrics_log(out)
     train(cfg, teacher, objective, inputs["data"], out / teacher.name, log)
-    arch = nemo.architecture_of(teacher)
-    return Outcome(
-        training_result(cfg, metrics_file(out)) if rank() == 0 else None,
-        architecture=arch.as_dict(),
-        parameters=arch.parameters(),
-        tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher)),
-    )
+    result = training_result(cfg, metrics_file(out)) if rank() == 0 else None
+    return checkpoint_outcome(result, teacher)
 
 
 STAGE = Stage(

@@ -1,4 +1,7 @@
-"""Lists the shapes that fit a budget, from the teacher's ``config.json`` alone."""
+"""Lists the architectures within a budget.
+
+Reads the teacher's ``config.json``, and a latency model if there is one. Writes ``shapes.json``.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,22 @@ from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig
 from recipes.search.space import SHAPE_COSTS, Service, limits, name_of
 from recipes.stages.contract import Stage
 
+LOOSEN = "loosen the budget, or raise max_depth_pruning and max_width_pruning in space"
+
 
 def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds a budget that nothing fits, that the teacher itself does, or that says nothing."""
+    """Yields a problem if the budget is empty, excludes everything, or excludes nothing."""
     if chain.teacher.num_moe_experts:
-        yield Problem(rules.BUDGET, "the search has no axes for experts", "search a dense model")
+        yield Problem(rules.BUDGET, "a search cannot prune experts", "search a dense model")
         return
     budget = cfg.budget.limits()
     if not budget:
-        yield Problem(rules.BUDGET, "budget limits nothing", f"set one of {', '.join(SHAPE_COSTS)}")
+        yield Problem(rules.BUDGET, "budget is empty", f"set one of {', '.join(SHAPE_COSTS)}")
     elif not (shapes := cfg.shapes(chain.teacher)):
         yield Problem(
             rules.BUDGET,
-            f"no shape fits {limits(chain.teacher, budget, cfg.service)}",
-            "loosen the budget, or raise max_depth_pruning and max_width_pruning in space",
+            f"no architecture fits {limits(chain.teacher, budget, cfg.service)}",
+            LOOSEN,
         )
     elif shapes == [chain.teacher] and "latency" not in cfg.inputs:
         costs = ", ".join(
@@ -41,8 +46,8 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
         )
         yield Problem(
             rules.BUDGET,
-            f"the teacher itself keeps the budget: {costs}",
-            "tighten it; tokens_per_second is a number of tokens, not a share",
+            f"the teacher is within the budget: {costs}",
+            "lower the budget; tokens_per_second is absolute, not a fraction",
         )
 
 
@@ -53,10 +58,7 @@ def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
     budget = limits(teacher, cfg.budget.limits(), cfg.service)
     shapes = cfg.shapes(teacher)
     if not shapes:
-        raise RecipeError(
-            f"no shape fits {budget}, with latency as measured.",
-            "loosen the budget, or raise max_depth_pruning and max_width_pruning in space",
-        )
+        raise RecipeError(f"no architecture fits {budget} with the measured latency.", LOOSEN)
     write_json(out / SHAPES_FILE, [shape.as_dict() for shape in shapes])
     return Outcome(
         PlanResult({"shapes": len(shapes), **budget}, [table(teacher, shapes, cfg.service)])
@@ -64,11 +66,11 @@ def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def table(teacher: Architecture, shapes: list[Architecture], service: Service) -> Table:
-    """The teacher and the shapes with what each costs."""
+    """Returns the costs of the teacher and of each architecture."""
     rows = [("teacher", teacher), *((name_of(shape), shape) for shape in shapes)]
-    source = "as measured" if service.measured else f"by roofline of {service.device}"
+    source = "measured" if service.measured else f"by roofline of {service.device}"
     return Table(
-        f"Shapes within the budget; latency {source}",
+        f"Architectures within the budget; latency {source}",
         ["shape", *SHAPE_COSTS],
         [[name, *(cost(shape, service) for cost in SHAPE_COSTS.values())] for name, shape in rows],
     )
@@ -79,7 +81,7 @@ STAGE = Stage(
     kind="shapes",
     run=run,
     check=check,
-    one_rank="it only counts",
+    one_rank="it only enumerates",
     optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,
     needs_gpu=lambda config, chain: False,

@@ -1,4 +1,7 @@
-"""The exported model as one GGUF file, with its tokenizer and chat template, for llama.cpp."""
+"""Writes the exported model as a GGUF file for llama.cpp.
+
+Reads a Hugging Face folder. The file includes the tokenizer and chat template.
+"""
 
 from __future__ import annotations
 
@@ -22,35 +25,25 @@ class ExportGgufConfig(StageConfig):
     """Settings of ``export_gguf``."""
 
     type: Annotated[str, one_of(*TYPES)] = "f16"
-    """Of the matrices; ``q8_0`` takes half of ``f16``'s memory."""
+    """Type of the weight matrices; ``q8_0`` takes half the memory of ``f16``."""
 
 
 def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds families that are not written."""
+    """Yields a problem if the writer does not support the model's family."""
     family = chain.teacher.hf_architecture
     if family not in ARCHITECTURES:
         yield Problem(
             rules.FORMAT,
-            f"{cfg.stage} cannot write a {family}",
-            f"use gguf=null; it knows {', '.join(ARCHITECTURES)}",
+            f"{cfg.stage} does not support {family}",
+            f"use gguf=null; supported are {', '.join(ARCHITECTURES)}",
         )
-
-
-def disk_bytes(cfg: ExportGgufConfig, chain: Chain) -> int:
-    """Size of the file, the teacher's in float32 at most."""
-    return 4 * chain.teacher.parameters()
 
 
 def run(cfg: ExportGgufConfig, inputs: Inputs, out: Path) -> Outcome:
     """Writes the file."""
     source, log = inputs["checkpoint"], metrics_log(out)
-    found = write(source.artifact, out / FILE, cfg.type, lambda d, n: log.progress("gguf", d, n))
-    return Outcome(
-        found,
-        architecture=source.manifest.architecture,
-        parameters=source.manifest.parameters,
-        tokenizer_sha256=source.manifest.tokenizer_sha256,
-    )
+    result = write(source.artifact, out / FILE, cfg.type, lambda d, n: log.progress("gguf", d, n))
+    return Outcome.of(result, source.manifest)
 
 
 STAGE = Stage(
@@ -58,10 +51,10 @@ STAGE = Stage(
     kind="gguf",
     run=run,
     check=check,
-    one_rank="a conversion is one process's work",
+    one_rank="a conversion is not split over ranks",
     inputs={"checkpoint": ("checkpoint_hf",)},
     needs_gpu=lambda config, chain: False,
-    disk_bytes=disk_bytes,
+    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),  # at most
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Hugging Face model to NeMo 2 checkpoint, with proof that nothing changed."""
+"""Converts a Hugging Face model to a NeMo 2 checkpoint, and checks that the logits are equal.
+
+Reads the model from a folder, a hub or a Python package. Writes the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.planning.reading import converted
-from recipes.stages.contract import Stage
+from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 @dataclass
@@ -31,24 +34,23 @@ class ImportConfig(StageConfig):
 
 
 def external(cfg: ImportConfig) -> dict[str, Path]:
-    """Local files that the result depends on."""
+    """Returns the model's folder, if it is a local one."""
     return {"hf_path": Path(cfg.hf_path)} if Path(cfg.hf_path).is_dir() else {}
 
 
 def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
-    """The teacher's shape was checked when the chain was read; here it is its weights' names."""
+    """Yields a problem if ``config.json`` contradicts the names of the weights."""
     names = weight_names(Path(cfg.hf_path)) if external(cfg) else frozenset()
     if names and not chain.teacher.tied_embeddings and "lm_head.weight" not in names:
         yield Problem(
             rules.TIED_EMBEDDINGS,
-            f"{cfg.hf_path}: config.json says that the embeddings are not tied, but the weights "
-            "have no lm_head.weight",
-            "set tie_word_embeddings to true in config.json, or save the model with its head",
+            f"{cfg.hf_path} has no lm_head.weight, but tie_word_embeddings is false in config.json",
+            "set tie_word_embeddings to true, or save the model with its output layer",
         )
 
 
 def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Converts, compares, and records what was imported."""
+    """Converts the model and compares the logits of both."""
     from nemo_convert import convert, hf, nemo, parity
 
     parity.multiply_in_float32()
@@ -58,20 +60,14 @@ def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
     checkpoint = out / f"{short_name(cfg.hf_path)}.nemo"
     convert.to_nemo(folder, checkpoint)
     log.progress("import", 1, 3)
-    gate = parity.compare(folder, checkpoint).require(f"{cfg.hf_path} → {checkpoint.name}")
+    equal = parity.compare(folder, checkpoint).require(f"{cfg.hf_path} → {checkpoint.name}")
     log.progress("import", 2, 3)
     if cfg.pack:
         nemo.pack(checkpoint, out / f"{checkpoint.stem}.packed.nemo")
     log.progress("import", 3, 3)
-    arch = nemo.architecture_of(checkpoint)
-    return Outcome(
-        ImportResult(
-            gate.max_logit_difference, gate.tokens, hf.licence(folder), hf.hub_commit(folder)
-        ),
-        architecture=arch.as_dict(),
-        parameters=arch.parameters(),
-        tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(checkpoint)),
-    )
+    licence, commit = hf.licence(folder), hf.hub_commit(folder)
+    result = ImportResult(equal.max_logit_difference, equal.tokens, licence, commit)
+    return checkpoint_outcome(result, checkpoint)
 
 
 STAGE = Stage(
@@ -80,7 +76,7 @@ STAGE = Stage(
     run=run,
     check=check,
     reading=lambda config, chain: converted(chain.teacher, chain.hardware),
-    one_rank="a conversion is one process's work",
+    one_rank="a conversion is not split over ranks",
     external=external,
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters() * (2 if config.pack else 1),
 )

@@ -1,7 +1,8 @@
-"""Times engines of a few shapes, and fits what a decoding step of any shape takes.
+"""Fits a latency model to engines of a few architectures, for the search.
 
-Weights are random: time does not depend on them. The line through the corners of the search space
-is checked on a shape between them, which it has not seen.
+Reads the imported model's config and tokenizer. Builds engines with random weights, since time does
+not depend on them, for the corners of the search space. The model is also compared with an
+architecture in the middle, which is not part of the fit. Writes ``latency.json``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FILE = "latency.json"
 
 
 def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatencyConfig:
-    """What is timed is what the search will ask for."""
+    """Copies search space and service from the stage that enumerates architectures."""
     for search in chain.stages.values():
         if isinstance(search, EnumerateShapesConfig):
             return replace(cfg, space=search.space, service=search.service)
@@ -39,32 +40,32 @@ def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatenc
 
 
 def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds engines that cannot be built, and requests that they cannot answer."""
+    """Yields problems of the engine's settings and of the requests' lengths."""
     yield from engine_problems(cfg.engine, chain)
     if cfg.request().prompt_tokens < 1:
         yield Problem(
             rules.LENGTH,
-            f"new_tokens={cfg.new_tokens} leave no prompt in a context of "
-            f"{cfg.service.context_length}",
+            f"new_tokens={cfg.new_tokens} leaves no prompt in "
+            f"service.context_length={cfg.service.context_length}",
             "lower new_tokens, or raise service.context_length",
         )
     limit = chain.teacher.max_position_embeddings
     if (longest := cfg.service.context_length + cfg.new_tokens // 2) > limit:
         yield Problem(
             rules.LENGTH,
-            f"the context makes {longest} tokens, more than the model's positions, {limit}",
+            f"requests have {longest} tokens, more than the model's {limit} positions",
             "lower service.context_length",
         )
 
 
 def disk_bytes(cfg: MeasureLatencyConfig, chain: Chain) -> int:
-    """Engines and models of every shape, none larger than the teacher."""
+    """Returns the size of engines and models, each at most as large as the teacher."""
     shapes = len(corners(chain.teacher, cfg.space)) + 1
     return shapes * (2 + 4) * chain.teacher.parameters()
 
 
 def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Builds, times and fits."""
+    """Builds and times the engines, and fits the latency model."""
     from nemo_convert import nemo
 
     log = metrics_log(out)
@@ -103,7 +104,7 @@ STAGE = Stage(
     kind="latency_model",
     run=run,
     check=check,
-    one_rank="each engine runs in a process that it starts",
+    one_rank="it starts a process for each engine",
     inputs={"checkpoint": ("checkpoint_nemo",)},
     needs_gpu=lambda config, chain: config.engine.backend != "openvino",
     disk_bytes=disk_bytes,

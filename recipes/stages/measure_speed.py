@@ -1,6 +1,7 @@
-"""Speed of teacher and student as engines, on this machine, in turn, and what it would allow.
+"""Measures the speed of teacher and student as engines on this machine, and the roofline bound.
 
-``recipes/engines/results.py`` says what is measured.
+Reads both models and their engines, which take turns. Writes ``results.json``; its fields are
+described in ``recipes/engines/results.py``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: MeasureSpeedConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds a grid that the models or their engines cannot take."""
+    """Yields problems of requests that the models or their engines do not support."""
     yield from _length_problems(cfg, "the model's positions", chain.teacher.max_position_embeddings)
     for name in ("teacher_engine", "student_engine"):
         engine = chain.stages.get(cfg.inputs.get(name, ""))
@@ -47,7 +48,7 @@ def _length_problems(cfg: MeasureSpeedConfig, limiting: str, limit: int) -> Iter
     if longest > limit:
         yield Problem(
             rules.LENGTH,
-            f"prompt and new tokens make {longest}, more than {limiting}, {limit}",
+            f"prompt_tokens plus new_tokens is {longest}, more than {limiting}, {limit}",
             "lower prompt_tokens or new_tokens",
         )
 
@@ -55,7 +56,7 @@ def _length_problems(cfg: MeasureSpeedConfig, limiting: str, limit: int) -> Iter
 def _engine_problems(
     cfg: MeasureSpeedConfig, name: str, engine: BuildEngineConfig
 ) -> Iterator[Problem]:
-    """Compares the grid with what an engine is built for."""
+    """Compares the requests with the limits of an engine."""
     if engine.max_seq_len:
         yield from _length_problems(cfg, f"max_seq_len of {name}", engine.max_seq_len)
     largest = {
@@ -73,7 +74,7 @@ def _engine_problems(
 
 
 def needs_gpu(cfg: MeasureSpeedConfig, chain: Chain) -> bool:
-    """Whether an engine is TensorRT-LLM's; the engine of another run says so in its manifest."""
+    """Returns whether an engine, of this run or another, is TensorRT-LLM's."""
     for source in (cfg.inputs[f"{role}_engine"] for role in ENGINE_ROLES):
         engine, manifest = chain.stages.get(source), manifest_of(source)
         if isinstance(engine, BuildEngineConfig):
@@ -86,7 +87,7 @@ def needs_gpu(cfg: MeasureSpeedConfig, chain: Chain) -> bool:
 
 
 def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Starts the models, measures them in turn, and compares."""
+    """Starts all models, measures them in turn, and computes the speed-ups."""
     from recipes.engines import machine_rates
 
     contenders = _contenders(cfg, inputs, out.parent)
@@ -102,22 +103,21 @@ def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
         for batch in cfg.batch_sizes
     ]
     rows = measure(contenders, shapes, cfg.repetitions, start, metrics_log(out))
-    compared = speedups(rows, contenders, lambda contender: _roof(machine, contender))
-    results = BenchmarkResults(machine, rows, compared)
+    ratios = speedups(rows, contenders, lambda contender: _roof(machine, contender))
+    results = BenchmarkResults(machine, rows, ratios)
     write_json(out / "results.json", asdict(results))
     return Outcome(results)
 
 
 def _contenders(cfg: MeasureSpeedConfig, inputs: Inputs, scratch: Path) -> list[Contender]:
-    """Teacher and student as engines, then as transformers models."""
+    """Returns teacher and student as engines, then as transformers models."""
     folders = {role: model_folder(inputs[role], scratch / f"{role}_hf") for role in ENGINE_ROLES}
-    found = [_engine(role, inputs[f"{role}_engine"], folders[role]) for role in ENGINE_ROLES]
-    if cfg.baseline:
-        found += [
-            Contender(role, BASELINE, "fp32", folders[role], folders[role], engine.architecture)
-            for role, engine in zip(ENGINE_ROLES, list(found), strict=True)
-        ]
-    return found
+    engines = [_engine(role, inputs[f"{role}_engine"], folders[role]) for role in ENGINE_ROLES]
+    baselines = [
+        Contender(engine.role, BASELINE, "fp32", engine.folder, engine.folder, engine.architecture)
+        for engine in engines
+    ]
+    return [*engines, *(baselines if cfg.baseline else ())]
 
 
 def _engine(role: str, engine: Input, folder: Path) -> Contender:
@@ -135,7 +135,7 @@ def _engine(role: str, engine: Input, folder: Path) -> Contender:
 
 
 def _roof(machine: MachineRates, contender: Contender) -> Machine:
-    """The rates that bound a contender; a compressed one may compute in bfloat16."""
+    """Returns the rates of the roofline; only an engine in ``fp32`` computes in float32."""
     rates = machine.flops_per_second
     fastest = rates["float32"] if contender.precision == "fp32" else max(rates.values())
     return Machine(fastest, machine.bytes_per_second)
@@ -146,7 +146,7 @@ STAGE = Stage(
     kind="speed_results",
     run=run,
     check=check,
-    one_rank="each model runs in a process that it starts",
+    one_rank="it starts a process for each model",
     inputs={
         "teacher": ("checkpoint_hf", "checkpoint_nemo"),
         "student": ("checkpoint_hf", "checkpoint_nemo"),

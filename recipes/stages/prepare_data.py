@@ -1,4 +1,8 @@
-"""Text to Megatron's ``.bin/.idx``, in four parts that share no document."""
+"""Tokenizes text into Megatron's ``.bin/.idx`` files.
+
+Reads the sources and the imported model's tokenizer. Writes four splits (train, validation,
+calibration, heldout) that share no document.
+"""
 
 from __future__ import annotations
 
@@ -24,64 +28,60 @@ from recipes.planning.problems import Problem
 from recipes.stages.contract import Stage
 
 SEED = 1234
-"""Of a teacher's conversations whose source has no seed."""
+"""Default seed of conversations that the teacher writes."""
 PARTS_FOLDER = "parts"
-"""Folder in ``work/`` that a killed process goes on from."""
+"""Folder in ``work/`` from which a killed stage resumes."""
 
 
 def external(cfg: PrepareDataConfig) -> dict[str, Path]:
-    """Local files that the result depends on."""
-    found = (parse_source(source).local_files() for source in cfg.all_sources())
-    return {str(path): path for files in found for path in files}
+    """Returns local files that the result depends on."""
+    sources = (parse_source(source).local_files() for source in cfg.all_sources())
+    return {str(path): path for files in sources for path in files}
 
 
 def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds sources that cannot work, without reading them."""
-    if not cfg.sources:
-        yield Problem(rules.DATA_SOURCES, "no text is given", "set data.sources")
-    for source in cfg.all_sources():
-        if problem := source_problem(source):
-            yield Problem(
-                rules.DATA_SOURCES,
-                f"data.sources: {problem}",
-                "correct it; docs/your_model.md lists what a source may be",
-            )
-    for source in cfg.teacher_sources():
-        if not (parse_source(source).tokens or cfg.max_tokens):
-            yield Problem(
-                rules.DATA_SOURCES,
-                f"'{source}' does not say how many tokens the teacher writes",
-                f"for example {with_option(source, 'tokens', 100000)}",
-            )
-    for source in set(cfg.sources) & set(cfg.heldout_sources):
-        yield Problem(
-            rules.DATA_SOURCES,
-            f"'{source}' is to be trained on and held out",
-            "take it from data.sources or from data.heldout_sources",
-        )
+    """Yields problems of sources and fractions, without reading whole files."""
+    for what, fix in _source_problems(cfg):
+        yield Problem(rules.DATA_SOURCES, what, fix)
     yield from _chat_problems(cfg, chain)
-    if sum(cfg.fractions().values()) >= 1:
+    if (total := sum(cfg.fractions().values())) >= 1:
         yield Problem(
             rules.DATA_PARTS,
-            "fractions of validation, calibration and heldout leave nothing to train on",
-            "keep them well below 1 in total",
+            f"the fractions of validation, calibration and heldout sum to {total:g}",
+            "keep the sum well below 1",
         )
     yield from window_problems(cfg.seq_length, chain)
 
 
+def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with a source, and a fix."""
+    if not cfg.sources:
+        yield "data.sources is empty", "set data.sources"
+    for source in cfg.all_sources():
+        if problem := source_problem(source):
+            yield f"data.sources: {problem}", "see the list of sources in docs/your_model.md"
+    for source in cfg.teacher_sources():
+        if not (parse_source(source).tokens or cfg.max_tokens):
+            example = with_option(source, "tokens", 100000)
+            yield f"'{source}' sets no number of tokens", f"for example {example}"
+    for source in set(cfg.sources) & set(cfg.heldout_sources):
+        what = f"'{source}' is in both data.sources and data.heldout_sources"
+        yield what, "remove it from one of them"
+
+
 def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds conversations that cannot be rendered, from the beginnings of their files."""
+    """Yields problems of conversations, from the model's files and the first lines of sources."""
     chats = cfg.chats()
     if cfg.format == "chat" and not set(chats) & set(cfg.sources):
         yield Problem(
             rules.CHAT,
-            "data.format=chat, but every source to train on is text by its '#text=FIELD'",
+            "data.format=chat, but '#text=FIELD' makes every training source plain text",
             "give conversations: data.sources=[my.jsonl]",
         )
     if chats and has_chat_template(chain.hf_path) is False:
         yield Problem(
             rules.CHAT,
-            f"{chain.hf_path} has no chat template, and '{chats[0]}' is of conversations",
+            f"'{chats[0]}' has conversations, but {chain.hf_path} has no chat template",
             "use an instruct model, or plain text: data.format=text",
         )
     for source in chats:
@@ -90,7 +90,7 @@ def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Tokenizes all sources, each document with the marks of its beginning and end."""
+    """Tokenizes all sources; documents get the begin and end tokens of the tokenizer."""
     from nemo_convert.nemo import find_checkpoint, side_files
     from recipes.data.chat import ChatTokenizer
     from recipes.data.part_writer import LEARNT
@@ -105,29 +105,29 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     folder = out.parent / PARTS_FOLDER
     folder.mkdir(exist_ok=True)
     origins = origins_of(cfg.all_sources(), folder / "origins.json")
-    places = {source: pinned(source, origin) for source, origin in origins.items()}
+    paths = {source: pinned(source, origin) for source, origin in origins.items()}
     if cfg.teacher_sources():
         for source, (file, origin) in _write_chats(cfg, inputs["tokenizer"], out).items():
-            places[source], origins[source] = file, origin
-    done = prepare(cfg, tokenizer, folder, metrics_log(out), chat, places)
-    tokens = {part: size // 4 for part, (size, _) in done.sizes.items()}
-    _require_windows(tokens, cfg.seq_length, done.conversations)
+            paths[source], origins[source] = file, origin
+    prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat, paths)
+    tokens = {part: size // 4 for part, (size, _) in prepared.sizes.items()}
+    _require_sequences(tokens, cfg.seq_length, prepared.conversations)
     endings = ("bin", "idx", LEARNT) if chat else ("bin", "idx")
     for name in (f"{part}.{ending}" for part in PARTS for ending in endings):
         link_or_copy(folder / name, out / name)
     return Outcome(
         DatasetResult(
-            documents={part: documents for part, (_, documents) in done.sizes.items()},
+            documents={part: documents for part, (_, documents) in prepared.sizes.items()},
             tokens=tokens,
             sources=cfg.sources,
             source_tokens={
                 part: [SourceTokens(name, n) for name, n in of_part.items()]
-                for part, of_part in done.sources.items()
+                for part, of_part in prepared.sources.items()
             },
             document_end=tokenizer.end,
             document_begin=tokenizer.begin,
             seq_length=cfg.seq_length if chat else None,
-            conversations=done.conversations,
+            conversations=prepared.conversations,
             origins=origins,
         ),
         tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256,
@@ -170,14 +170,19 @@ def _write_chats(
     return files
 
 
-def _require_windows(
+def _require_sequences(
     tokens: Mapping[str, int], seq_length: int, conversations: Mapping[str, Mapping[str, int]]
 ) -> None:
+    """Checks that each split has at least one sequence.
+
+    Raises:
+        RecipeError: A split has too few tokens.
+    """
     short = [f"{part}: {tokens[part]}" for part in PARTS if tokens[part] <= seq_length]
     if short:
-        became = "".join(f" Of {name}, {in_words(n)}." for name, n in conversations.items())
+        chats = "".join(f" Of {name}, {in_words(n)}." for name, n in conversations.items())
         raise RecipeError(
-            f"too little text for seq_length={seq_length}; tokens in {', '.join(short)}.{became}",
+            f"too little text for seq_length={seq_length}; tokens in {', '.join(short)}.{chats}",
             "give more text, or set data.seq_length lower",
         )
 
@@ -187,7 +192,7 @@ STAGE = Stage(
     kind="dataset",
     run=run,
     check=check,
-    one_rank="its files are written by one process; set processes instead",
+    one_rank="one process writes its files; set processes instead",
     inputs={"tokenizer": ("checkpoint_nemo",)},
     needs_gpu=lambda config, chain: bool(config.teacher_sources()),
     external=external,

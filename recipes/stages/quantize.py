@@ -1,7 +1,8 @@
-"""Quantisation with ModelOpt, calibrated on the run's own calibration text, for TensorRT-LLM.
+"""Quantizes the exported model with ModelOpt for TensorRT-LLM.
 
-Written in ModelOpt's unified Hugging Face format, which TensorRT-LLM, vLLM and SGLang read.
-OpenVINO compresses weights itself when it builds.
+Reads a Hugging Face folder and calibration text. Writes ModelOpt's unified Hugging Face format,
+which TensorRT-LLM, vLLM and SGLang read. OpenVINO needs no such stage; it compresses weights when
+it builds an engine.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds shapes that a format does not fit."""
+    """Yields problems of sizes that the format's kernels do not support."""
     yield from window_problems(cfg.seq_length, chain)
     arch = chain.shape_of(chain.pruned_by(cfg))
     align = SIZE_MULTIPLES[cfg.format]
@@ -28,23 +29,18 @@ def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
         if getattr(arch, name) % align:
             yield Problem(
                 rules.ALIGNMENT,
-                f"{name}={getattr(arch, name)} is not a multiple of {align}, which kernels for "
-                f"{cfg.format} need",
+                f"{name}={getattr(arch, name)} must be a multiple of {align} for {cfg.format}",
                 f"prune to a multiple of {align}, or use another format",
             )
 
 
 def run(cfg: QuantizeConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Calibrates, compares with the model, and writes the folder."""
+    """Calibrates and quantizes, and compares the result with the source."""
     from recipes.engines.quantization import quantize_folder
 
     source = inputs["checkpoint"]
-    return Outcome(
-        quantize_folder(cfg, source.artifact, inputs["calibration"], out, metrics_log(out)),
-        architecture=source.manifest.architecture,
-        parameters=source.manifest.parameters,
-        tokenizer_sha256=source.manifest.tokenizer_sha256,
-    )
+    result = quantize_folder(cfg, source.artifact, inputs["calibration"], out, metrics_log(out))
+    return Outcome.of(result, source.manifest)
 
 
 STAGE = Stage(
@@ -52,7 +48,7 @@ STAGE = Stage(
     kind="checkpoint_hf",
     run=run,
     check=check,
-    one_rank="its model is not split over ranks",
+    one_rank="the model is not split over ranks",
     inputs={"checkpoint": ("checkpoint_hf",), "calibration": ("dataset",)},
     disk_bytes=lambda config, chain: 2 * chain.teacher.parameters(),  # at most
 )

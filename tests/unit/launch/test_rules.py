@@ -261,7 +261,7 @@ def test_each_rule_is_tripped(
     [
         (["data.sources=[TEXT]"], "'TEXT' is not of conversations"),
         (["data.sources=[LINES]"], "line 2: there is no list of messages in 'messages'"),
-        (["data.sources=[CHAT#text=body]"], "every source to train on is text"),
+        (["data.sources=[CHAT#text=body]"], "every training source plain text"),
         (["data.sources=[CHAT]", f"{D}seq_length=128"], "whole in windows of 256"),
         (["data.sources=[CHAT]"], None),
         (["data.sources=[CHAT#format=chat,TEXT]", "data.format=text"], None),
@@ -421,6 +421,7 @@ def test_models_of_another_run_are_planned_as_they_are(
     teacher = read_manifest(cache)
     assert teacher is not None
     teacher.kind = "logit_cache"
+    teacher.config |= {"seq_length": 256, "temperature": 1.0, "top_k": 64, "tail_draws": 0}
     write_manifest(cache, teacher)
     cached = plan(inputs, f"{D}inputs.teacher={cache}").chain.workloads["distill"]
     assert cached.teacher is None

@@ -87,8 +87,8 @@ def test_another_budget_reuses_what_does_not_depend_on_it(
         ("stages.prune.drop_layers=[2]", "has targets, and takes its shape", "~stages.prune"),
         ("stages.prune.inputs.shape=rank_candidates", "has chosen no shape", "successive_halving"),
         ("stages.prune.inputs.shape=OTHER", "has chosen no shape", "run again"),
-        ("budget.parameters=null", "budget limits nothing", "parameters, weight_bytes"),
-        ("budget.parameters=0.01", "no shape fits", "loosen the budget"),
+        ("budget.parameters=null", "budget is empty", "parameters, weight_bytes"),
+        ("budget.parameters=0.01", "no architecture fits", "loosen the budget"),
     ],
 )
 def test_a_shape_that_cannot_be_taken_is_refused(

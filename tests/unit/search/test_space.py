@@ -170,10 +170,10 @@ def test_costs_of_serving() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "limits nothing"),
-        ({"budget": Budget(parameters=10.0)}, "no shape fits"),
-        ({"budget": Budget(tokens_per_second=1e12)}, "no shape fits"),
-        ({"budget": Budget(tokens_per_second=0.7)}, "the teacher itself keeps the budget"),
+        ({}, "is empty"),
+        ({"budget": Budget(parameters=10.0)}, "no architecture fits"),
+        ({"budget": Budget(tokens_per_second=1e12)}, "no architecture fits"),
+        ({"budget": Budget(tokens_per_second=0.7)}, "the teacher is within the budget"),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(

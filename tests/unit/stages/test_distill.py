@@ -1,45 +1,76 @@
-"""The rules of ``distill``: its loss, its pairs of layers, its cached teacher, and its figures."""
+"""Rules of ``distill``: its loss, layer pairs, live or cached teacher, and its result."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError
+from recipes.core.manifest import write_manifest
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Resources
 from recipes.distillation.objective import layer_pairs
 from recipes.distillation.results import DistillationResult
-from recipes.distillation.settings import CacheLogitsConfig, DistillConfig
+from recipes.distillation.settings import CACHE_FIELDS, CacheLogitsConfig, DistillConfig
 from recipes.planning.chain import Chain
 from recipes.planning.hardware import Hardware
 from recipes.pruning.settings import PruneConfig
-from recipes.stages import distill
+from recipes.stages import cache_logits, distill
+from tests.support.manifests import bare_manifest
 
+if TYPE_CHECKING:
+    from launch.plan import Plan
+
+GPU = Hardware("h100", "gpu", memory_bytes=80e9)
 DELAYED = {"fp8_recipe": "delayed", "first_last_layers_bf16": False}
 SELECTIVE = {"recompute_granularity": "selective"}
-ALONE = {"kd_weight": 0.0, "lm_weight": 1.0}
+NO_TEACHER = {"kd_weight": 0.0, "lm_weight": 1.0}
+STOP = {"stop_at_recovered": 0.9, "val_check_interval": 20}
+TEACHERS = {
+    "live": [],
+    "cached": ["cache_logits"],
+    "corrected": ["correct_teacher"],
+    "corrected_cached": ["correct_teacher", "cache_logits"],
+}
 
 
 def rules(cfg: DistillConfig, chain: Chain) -> list[str]:
     return [problem.rule.name for problem in distill.check(cfg, chain)]
 
 
-def test_a_loss_has_a_term(chain: Chain) -> None:
-    assert rules(DistillConfig(kd_weight=0.0), chain) == ["loss"]
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"kd_weight": 0.0}, ["loss"]),
+        (NO_TEACHER, []),
+        ({"hidden_weight": 2.0}, []),
+        ({"hidden_weight": 2.0, "recompute_granularity": "full"}, ["recompute"]),
+        (STOP, []),
+        ({**STOP, "val_check_interval": 100}, ["stop"]),
+        ({**STOP, "kd_weight": 0.0, "hidden_weight": 1.0}, ["stop"]),
+        ({**STOP, **NO_TEACHER}, ["stop"]),
+        ({**STOP, "inputs": {"teacher": "cache_logits"}}, ["stop"]),
+        ({**STOP, "pipeline_model_parallel_size": 2}, ["stop"]),
+    ],
+)
+def test_loss_and_early_stop(chain: Chain, fields: dict[str, Any], expected: list[str]) -> None:
+    stages = {"cache_logits": CacheLogitsConfig(stage="cache_logits")}
+    cfg = DistillConfig(stage="distill", **fields)
+    assert rules(cfg, replace(chain, stages=stages)) == expected
 
 
-@pytest.mark.parametrize("fields", [{"kd_weight": 0.0, "lm_weight": 1.0}, {"hidden_weight": 2.0}])
-def test_any_term_may_be_alone_or_with_others(chain: Chain, fields: dict[str, float]) -> None:
-    assert rules(DistillConfig(**fields), chain) == []
+@pytest.mark.parametrize("fraction", [float("nan"), 0.0, 1.0, 1.5, -0.5, float("inf")])
+def test_the_fraction_to_stop_at_is_between_0_and_1(fraction: float) -> None:
+    assert list(violations(DistillConfig(stage="distill", stop_at_recovered=fraction)))
 
 
 @pytest.mark.parametrize(
-    ("fields", "place", "expected"),
+    ("fields", "context", "expected"),
     [
         ({"max_steps": 100}, {"runs_here": True}, True),
         ({"max_steps": 99}, {"runs_here": True}, False),
@@ -49,24 +80,35 @@ def test_any_term_may_be_alone_or_with_others(chain: Chain, fields: dict[str, fl
         ({"max_steps": 100}, {"runs_here": True, "hardware": Hardware(kind="gpu")}, False),
     ],
 )
-def test_compiles_where_it_pays(
+def test_compiles_if_that_saves_time_and_a_compiler_is_installed(
     chain: Chain,
     fields: dict[str, Any],
-    place: dict[str, Any],
+    context: dict[str, Any],
     expected: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("recipes.distillation.training.missing_compiler", lambda: None)
-    resolve = distill.STAGE.resolve_from_chain
-    assert resolve(DistillConfig(**fields), replace(chain, **place)).compile is expected
-    missing = ("g++", "install it")
-    monkeypatch.setattr("recipes.distillation.training.missing_compiler", lambda: missing)
-    found = resolve(DistillConfig(**fields), replace(chain, **place)).compile
-    assert found is bool(fields.get("compile"))
+    cfg, context_chain = DistillConfig(**fields), replace(chain, **context)
+    for missing, compiles in ((None, expected), (("g++", "install it"), fields.get("compile"))):
+        monkeypatch.setattr("recipes.distillation.training.missing_compiler", lambda m=missing: m)
+        assert distill.STAGE.resolve_from_chain(cfg, context_chain).compile is bool(compiles)
 
 
-def on_two_stages(chain: Chain, pairs: list[list[int]]) -> tuple[DistillConfig, Chain]:
-    """A student of 3 of the teacher's 4 layers; the last stages have 1 and 2 of them."""
+@pytest.mark.parametrize(
+    ("pairs", "named"),
+    [
+        ([[3, 4]], ""),
+        ([[3, 3]], ""),
+        ([[2, 3]], "student's layers [2]"),
+        ([[3, 2], [3, 4]], "teacher's layers [2]"),
+        ([[4, 4]], "student's layers [4]"),
+        ([[0, 4]], "student's layers [0]"),
+        ([[3]], "[[3]]"),
+    ],
+)
+def test_layer_pairs_are_on_the_last_pipeline_stage(
+    chain: Chain, pairs: list[list[int]], named: str
+) -> None:
+    """The last of two stages has one of the student's 3 layers and two of the teacher's 4."""
     student = PruneConfig(stage="prune", target_num_layers=3)
     cfg = DistillConfig(
         stage="distill",
@@ -75,74 +117,23 @@ def on_two_stages(chain: Chain, pairs: list[list[int]]) -> tuple[DistillConfig, 
         pipeline_model_parallel_size=2,
         intermediate_layer_pairs=pairs,
     )
-    return cfg, Chain(chain.hf_path, chain.teacher, {"prune": student, "distill": cfg})
+    planned = replace(chain, stages={"prune": student, "distill": cfg})
+    text = "\n".join(problem.what for problem in distill.check(cfg, planned))
+    assert named in text
+    assert bool(text) == bool(named)
 
 
-@pytest.mark.parametrize(
-    ("pairs", "named"),
-    [
-        ([[3, 4]], ""),
-        ([[3, 3]], ""),
-        ([[2, 3]], "student's layers [2]; its last pipeline stage, where the loss is, has 3 to 3"),
-        ([[3, 2], [3, 4]], "teacher's layers [2]; its last pipeline stage, where the loss is, has"),
-        ([[4, 4]], "student's layers [4]"),
-        ([[0, 4]], "student's layers [0]"),
-        ([[3]], "not a list of [student, teacher] layers"),
-    ],
-)
-def test_pairs_are_on_the_last_pipeline_stage(
-    chain: Chain, pairs: list[list[int]], named: str
-) -> None:
-    found = "\n".join(problem.what for problem in distill.check(*on_two_stages(chain, pairs)))
-    assert named in found
-    assert bool(found) == bool(named)
-
-
-def test_pairs_follow_the_layers_that_were_kept() -> None:
+def test_default_pairs_are_the_layers_that_pruning_kept() -> None:
     assert layer_pairs(DistillConfig(), [1, 3, 6], 3, 6) == [(1, 1), (2, 3), (3, 6)]
+    assert layer_pairs(DistillConfig(), None, 2, 2) == [(1, 1), (2, 2)]
     two = DistillConfig(pipeline_model_parallel_size=2)
     assert layer_pairs(two, [1, 3, 4, 6], 4, 6) == [(3, 4), (4, 6)]
     assert layer_pairs(two, [1, 2, 3, 6], 4, 6) == [(4, 6)]
-    given = DistillConfig(intermediate_layer_pairs=[[2, 5]])
-    assert layer_pairs(given, [1, 3, 6], 3, 6) == [(2, 5)]
-
-
-def test_pairs_of_a_model_that_was_only_narrowed() -> None:
-    assert layer_pairs(DistillConfig(), None, 2, 2) == [(1, 1), (2, 2)]
-
-
-@pytest.mark.parametrize("kept", [None, [1, 2, 3]])
-def test_pairs_that_cannot_be_derived(kept: list[int] | None) -> None:
-    cfg = DistillConfig(pipeline_model_parallel_size=2)
-    with pytest.raises(RecipeError, match="set intermediate_layer_pairs"):
-        layer_pairs(cfg, kept, 3, 6)
-
-
-STOP = {"stop_at_recovered": 0.9, "val_check_interval": 20}
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        (STOP, None),
-        ({**STOP, "val_check_interval": 100}, "no validation before the last"),
-        ({**STOP, "kd_weight": 0.0, "hidden_weight": 1.0}, "a loss on its logits"),
-        ({**STOP, **ALONE}, "none beside the student"),
-        ({**STOP, "inputs": {"teacher": "cache_logits"}}, "none beside the student"),
-        ({**STOP, "pipeline_model_parallel_size": 2}, "pass the student alone"),
-    ],
-)
-def test_what_a_training_stops_by(chain: Chain, fields: dict[str, Any], said: str | None) -> None:
-    cached = {"cache_logits": CacheLogitsConfig(stage="cache_logits")}
-    cfg, whole = DistillConfig(stage="distill", **fields), replace(chain, stages=cached)
-    found = [p.what for p in distill.check(cfg, whole) if p.rule.name == "stop"]
-    assert len(found) == (said is not None)
-    assert (said or "") in "".join(found)
-
-
-@pytest.mark.parametrize("share", [float("nan"), 0.0, 1.0, 1.5, -0.5, float("inf")])
-def test_a_share_to_stop_at_leaves_a_rest(share: float) -> None:
-    assert list(violations(DistillConfig(stage="distill", stop_at_recovered=share)))
+    explicit = DistillConfig(intermediate_layer_pairs=[[2, 5]])
+    assert layer_pairs(explicit, [1, 3, 6], 3, 6) == [(2, 5)]
+    for kept in (None, [1, 2, 3]):
+        with pytest.raises(RecipeError, match="set intermediate_layer_pairs"):
+            layer_pairs(two, kept, 3, 6)
 
 
 @pytest.mark.parametrize(
@@ -150,80 +141,78 @@ def test_a_share_to_stop_at_leaves_a_rest(share: float) -> None:
     [
         ({}, {}, None),
         ({"top_k": 64}, {}, None),
-        ({"temperature": 2.0}, {}, "temperature=2.0, but the cached teacher's is 1.0"),
-        ({"seq_length": 128}, {}, "seq_length=128"),
-        ({"top_k": 32}, {}, "top_k=32, but the cached teacher's is 64"),
-        (
-            {"logits_loss": "jsd"},
-            {"tail_draws": 4},
-            "logits_loss=jsd, but the cached teacher's tail",
-        ),
         ({}, {"tail_draws": 4}, None),
-        ({"hidden_weight": 1.0}, {}, "no hidden states"),
-        ({}, {"seq_length": 64}, "seq_length=256, but the cached teacher's is 64"),
+        ({"temperature": 2.0}, {}, "temperature=2.0"),
+        ({"seq_length": 128}, {}, "seq_length=128"),
+        ({}, {"seq_length": 64}, "seq_length=64"),
+        ({"top_k": 32}, {}, "top_k=32"),
+        ({"logits_loss": "jsd"}, {"tail_draws": 4}, "logits_loss=jsd"),
+        ({"hidden_weight": 1.0}, {}, "hidden_weight"),
+        ({"context_parallel_size": 2}, {}, "context_parallel_size=2"),
     ],
 )
-def test_a_cached_teacher_fits_the_training(
-    chain: Chain, ours: dict[str, Any], cached: dict[str, Any], named: str | None
+def test_a_cached_teacher_must_match(
+    chain: Chain, tmp_path: Path, ours: dict[str, Any], cached: dict[str, Any], named: str | None
 ) -> None:
+    """A teacher cached by this run, and one cached by another run."""
     cache = CacheLogitsConfig(stage="cache_logits", **cached)
-    cfg = DistillConfig(stage="distill", inputs={"teacher": "cache_logits"}, **ours)
-    whole = Chain(chain.hf_path, chain.teacher, {"cache_logits": cache, "distill": cfg})
-    found = [problem.what for problem in distill.check(cfg, whole)]
-    assert len(found) == (named is not None)
-    assert (named or "") in "".join(found)
+    config = {name: getattr(cache, name) for name in CACHE_FIELDS}
+    write_manifest(
+        tmp_path, replace(bare_manifest("cache_logits", "logit_cache", None), config=config)
+    )
+    for teacher in ("cache_logits", str(tmp_path)):
+        cfg = DistillConfig(stage="distill", inputs={"teacher": teacher}, **ours)
+        planned = replace(chain, stages={"cache_logits": cache, "distill": cfg})
+        problems = [p.what for p in distill.check(cfg, planned) if p.rule.name == "cached-teacher"]
+        assert len(problems) == (named is not None)
+        assert (named or "") in "".join(problems)
+        assert distill.workload(cfg, planned).teacher is None
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "rule"),
     [
-        (
-            {"tp_comm_overlap": True, "tensor_model_parallel_size": 1},
-            "tensor_model_parallel_size=1",
-        ),
-        ({"tp_comm_overlap": True}, "a teacher beside the student"),
-        ({"tp_comm_overlap": True, **ALONE}, None),
-        ({"fp8_teacher": True}, "fp8=None"),
+        ({"tp_comm_overlap": True, "tensor_model_parallel_size": 1}, "tp-comm-overlap"),
+        ({"tp_comm_overlap": True}, "tp-comm-overlap"),
+        ({"tp_comm_overlap": True, **NO_TEACHER}, None),
+        ({"fp8_teacher": True}, "fp8"),
         ({"fp8_teacher": True, "fp8": "hybrid"}, None),
-        ({"fp8_teacher": True, "fp8": "hybrid", **DELAYED}, "fp8_recipe=delayed"),
-        ({"fp8_teacher": True, "fp8": "hybrid", **ALONE}, "no teacher beside the student"),
+        ({"fp8_teacher": True, "fp8": "hybrid", **DELAYED}, "fp8"),
+        ({"fp8_teacher": True, "fp8": "hybrid", **NO_TEACHER}, "fp8"),
         ({"cuda_graphs": True}, None),
-        ({"cuda_graphs": True, "recompute_granularity": "selective"}, "=selective"),
-        ({"cuda_graphs": True, "hidden_weight": 1.0}, "no hidden states"),
+        ({"cuda_graphs": True, "recompute_granularity": "selective"}, "cuda-graphs"),
+        ({"cuda_graphs": True, "hidden_weight": 1.0}, "cuda-graphs"),
         ({"recompute_modules": ["core_attn", "mlp"], **SELECTIVE}, None),
-        ({"recompute_modules": ["moe"], **SELECTIVE}, "of this model is mlp"),
+        ({"recompute_modules": ["moe"], **SELECTIVE}, "recompute"),
         ({"recompute_modules": ["moe"]}, None),
     ],
 )
-def test_what_only_some_trainings_on_gpus_can(
-    chain: Chain, fields: dict[str, Any], said: str | None
-) -> None:
-    on_gpu = replace(chain, hardware=Hardware("h100", "gpu", memory_bytes=80e9))
+def test_settings_for_gpus(chain: Chain, fields: dict[str, Any], rule: str | None) -> None:
     split = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-    found = [problem.what for problem in distill.check(DistillConfig(**split | fields), on_gpu)]
-    assert bool(found) == (said is not None)
-    assert (said or "") in "\n".join(found)
+    found = rules(DistillConfig(**split | fields), replace(chain, hardware=GPU))
+    assert set(found) == ({rule} if rule else set())
 
 
-def test_experts_are_not_captured(chain: Chain) -> None:
+@pytest.mark.parametrize(
+    ("fields", "rule", "fix"),
+    [
+        ({"cuda_graphs": True}, "cuda-graphs", ""),
+        ({**SELECTIVE, "recompute_modules": ["moe"]}, None, ""),
+        ({**SELECTIVE, "recompute_modules": ["mlp"]}, "recompute", "recompute_modules=[moe]"),
+    ],
+)
+def test_settings_for_experts(
+    chain: Chain, fields: dict[str, Any], rule: str | None, fix: str
+) -> None:
     experts = replace(chain.teacher, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=32)
-    on_gpu = replace(chain, teacher=experts, hardware=Hardware("h100", "gpu", memory_bytes=80e9))
-    [problem] = distill.check(DistillConfig(cuda_graphs=True), on_gpu)
-    assert problem.rule.name == "cuda-graphs"
-    assert "experts" in problem.what
+    on_gpu = replace(chain, teacher=experts, hardware=GPU)
+    problems = list(distill.check(DistillConfig(**fields), on_gpu))
+    assert [p.rule.name for p in problems] == ([rule] if rule else [])
+    assert all(fix in p.fix for p in problems)
 
 
-def test_experts_are_computed_again_by_their_own_name(chain: Chain) -> None:
-    experts = replace(chain.teacher, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=32)
-    of_experts = replace(chain, teacher=experts)
-    cfg = DistillConfig(**SELECTIVE, recompute_modules=["moe"])
-    assert list(distill.check(cfg, of_experts)) == []
-    [problem] = distill.check(replace(cfg, recompute_modules=["mlp"]), of_experts)
-    assert problem.fix == "recompute_modules=[moe]"
-
-
-def test_summary_is_that_of_all_attempts(tmp_path: Path) -> None:
-    """Killed after its last step, a run resumes with nothing left to do, and still has figures."""
+def test_the_result_covers_all_attempts(tmp_path: Path) -> None:
+    """A run that was killed after its last step resumes with nothing left to train."""
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step, kd in ((1, 4.0), (2, 3.0), (2, 2.5), (3, 2.0)):
         log.progress(
@@ -244,3 +233,49 @@ def test_summary_is_that_of_all_attempts(tmp_path: Path) -> None:
         tokens=64,
         tokens_per_second=27.5,
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"top_k": 32, "num_windows": 10, "seq_length": 100}, 130 * 1000),
+        ({"top_k": 128, "num_windows": 1, "seq_length": 1}, 514),
+        ({}, 0),
+    ],
+)
+def test_size_of_a_cache(chain: Chain, settings: dict[str, int], expected: int) -> None:
+    """Per token ``top_k`` ids of two bytes, and one log-probability more of two bytes."""
+    assert cache_logits.disk_bytes(CacheLogitsConfig(**settings), chain) == expected
+
+
+def test_progress_of_a_cache_counts_complete_shards(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name, progress in (
+        (".shard_00001.safetensors.7.partial", None),
+        ("shard_00000.safetensors", "1 shard"),
+        ("shard_00001.safetensors", "2 shards"),
+    ):
+        (shards / name).touch()
+        assert cache_logits.progress(tmp_path) == progress
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("recipe", ["llama_depth_prune", "llama_width_prune"])
+def test_the_teacher_is_chosen_on_the_command_line(
+    recipe: str, teacher: str, compose: Callable[..., Any], plan: Callable[..., Plan]
+) -> None:
+    cfg = compose(f"recipe={recipe}", f"teacher={teacher}", "stages.distill.temperature=2.5")
+    added = [name for name in cfg.stages if name in ("correct_teacher", "cache_logits")]
+    assert added == TEACHERS[teacher]
+    assert cfg.stages.distill.inputs.teacher == (added or ["import_hf"])[-1]
+    if "cache_logits" in added:
+        cache = cfg.stages.cache_logits
+        expected = "correct_teacher" if "correct_teacher" in added else "import_hf"
+        assert cache.inputs.teacher == expected
+        assert (cache.temperature, cache.seed) == (2.5, cfg.stages.distill.seed)
+        assert (
+            cache.num_windows >= cfg.stages.distill.max_steps * cfg.stages.distill.global_batch_size
+        )
+        names = [stage.name for stage in plan(f"teacher={teacher}").stages]
+        assert names.index("cache_logits") < names.index("distill")
