@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -53,7 +54,7 @@ MEASURED = manifests(EVALUATED, TASKS, replace(BENCHMARK, speedups=SPEEDUPS))
         ("kl_to_teacher <= 4e-1", Gate("kl_to_teacher", "<=", 0.4)),
     ],
 )
-def test_gates_are_read(text: str, gate: Gate) -> None:
+def test_gates_are_parsed(text: str, gate: Gate) -> None:
     assert parse(text) == gate
     assert parse(str(gate)) == gate
 
@@ -76,10 +77,9 @@ def test_gates_are_read(text: str, gate: Gate) -> None:
         "recovered. >= 1",
     ],
 )
-def test_anything_else_is_refused_with_the_form(text: str) -> None:
-    with pytest.raises(RecipeError, match="NAME OP NUMBER") as caught:
+def test_other_text_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="NAME OP NUMBER"):
         parse(text)
-    assert "recovered.sciq >= 0.95" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -102,36 +102,27 @@ def test_anything_else_is_refused_with_the_form(text: str) -> None:
 def test_verdicts(text: str, measured: float | None, passed: bool) -> None:
     [verdict] = judge([parse(text)], MEASURED)
     assert (verdict.measured, verdict.passed) == (measured, passed)
+    assert str(verdict).startswith(text)
 
 
-def test_what_cannot_be_measured_says_why() -> None:
-    [verdict] = judge([parse("recovered.sciq >= 0.95")], MEASURED)
-    assert str(verdict).startswith("recovered.sciq >= 0.95: not measurable")
-    nothing = manifests(replace(BENCHMARK, speedups=[]))
-    assert str(judge([parse("speedup.decode > 1")], nothing)[0]).endswith("> 1: not measured")
-
-
-def test_every_named_figure_can_be_measured() -> None:
-    for name in [*EVALUATION, *(f"{figure}.sciq" for figure in TASK)]:
-        assert len(judge([Gate(name, ">", 0)], MEASURED)) == 1
-
-
-def test_not_a_number_passes_nothing() -> None:
-    nan = manifests(replace(EVALUATED, recovered=float("nan")))
-    assert not any(v.passed for v in judge([parse("recovered > 0"), parse("recovered < 1")], nan))
+def test_what_cannot_be_measured_fails() -> None:
+    without = manifests(replace(BENCHMARK, speedups=[]), replace(EVALUATED, recovered=math.nan))
+    gates = ["speedup.decode > 1", "recovered > 0", "recovered < 1"]
+    assert [v.passed for v in judge(map(parse, gates), without)] == [False, False, False]
+    assert judge([parse("score.sciq > 0")], without) == []
 
 
 @pytest.mark.parametrize(
     ("gate", "words"),
     [
-        ("recoverd >= 1", "does not measure recoverd. Did you mean 'recovered'?"),
+        ("recoverd >= 1", "Did you mean 'recovered'?"),
         ("recovered.piqua >= 1", "Did you mean 'recovered.piqa'?"),
         ("recovered.mmlu >= 1", "does not measure recovered.mmlu"),
         ("speedup.decode >= 1", "does not measure speedup.decode"),
         ("recovered", "NAME OP NUMBER"),
     ],
 )
-def test_preflight_knows_what_a_recipe_measures(
+def test_a_plan_refuses_gates_on_values_that_are_not_measured(
     plan: Callable[..., Plan], gate: str, words: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
@@ -139,18 +130,22 @@ def test_preflight_knows_what_a_recipe_measures(
     assert words in str(caught.value)
 
 
-def test_tasks_are_measured_only_where_there_are_tasks(plan: Callable[..., Plan]) -> None:
-    gates = "gates=['recovered.sciq >= 0.9']"
-    assert [str(gate) for gate in plan(gates, "tasks=quick").gates] == ["recovered.sciq >= 0.9"]
+def test_every_value_of_a_recipe_can_be_a_gate(plan: Callable[..., Plan]) -> None:
+    names = [*EVALUATION, *(f"{value}.sciq" for value in TASK)]
+    gates = ", ".join(f"'{name} > 0'" for name in names)
+    planned = plan(f"gates=[{gates}]", "tasks=quick")
+    assert [gate.name for gate in planned.gates] == names
+    assert len(judge(planned.gates, MEASURED)) == len(names)
+    assert [s.fingerprint for s in planned.stages] == [
+        s.fingerprint for s in plan("tasks=quick").stages
+    ]
+
+
+def test_tasks_are_measured_only_if_there_are_tasks(plan: Callable[..., Plan]) -> None:
     with pytest.raises(RecipeError, match="give a list"):
         plan("gates='recovered.sciq >= 0.9'", "tasks=quick")
     with pytest.raises(RecipeError, match="does not measure"):
-        plan(gates, "tasks=null")
-
-
-def test_gates_change_no_fingerprint(plan: Callable[..., Plan]) -> None:
-    gated = plan("gates=['recovered >= 0.9']").stages
-    assert [s.fingerprint for s in gated] == [s.fingerprint for s in plan().stages]
+        plan("gates=['recovered.sciq >= 0.9']", "tasks=null")
 
 
 def test_failing_gate_ends_a_complete_run_with_1_and_says_what_was_measured(
