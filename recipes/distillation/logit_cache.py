@@ -6,7 +6,7 @@ A directory with ``index.json`` and shards ``00000.safetensors`` …, each with
 - ``indices`` uint16 or int32 [w, seq_length, k]: the k most likely tokens, the likeliest first;
 - ``log_probs`` float16 [w, seq_length, k + 1]: their log-probabilities, and that of all others;
 - where some of the others were drawn, ``draws`` uint16 or int32 [w, seq_length, draws], and
-  ``rest_entropy`` float16 [w, seq_length, 1]: -Σ p·log p over all others.
+  ``tail_entropy`` float16 [w, seq_length, 1]: -Σ p·log p over all others.
 
 With k = 32 and a vocabulary below 65,536 that is 130 bytes a token, with k = 128 it is 514, with 8
 and 6 draws 48. float16 keeps a probability to about 0.05% where it is large and 0.4% where it is
@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from recipes.core.files import read_json, write_json
-from recipes.distillation.losses import TopK
 from recipes.distillation.settings import SMALL_VOCABULARY
+from recipes.distillation.vocabulary import TopK
 
 INDEX, SHARD = "index.json", "{:05d}.safetensors"
 
@@ -48,7 +48,7 @@ class CacheIndex:
         """Type, and numbers a token, of what ``TopK`` has."""
         ids = torch.uint16 if self.vocabulary <= SMALL_VOCABULARY else torch.int32
         likeliest = {"indices": (ids, self.top_k), "log_probs": (torch.float16, self.top_k + 1)}
-        drawn = {"draws": (ids, self.tail_draws), "rest_entropy": (torch.float16, 1)}
+        drawn = {"draws": (ids, self.tail_draws), "tail_entropy": (torch.float16, 1)}
         return likeliest | (drawn if self.tail_draws else {})
 
 

@@ -36,9 +36,10 @@ from recipes.distillation.logit_cache import (
     write_index,
     write_shard,
 )
-from recipes.distillation.losses import TopK, token_cross_entropy, top_k
+from recipes.distillation.losses import token_cross_entropy
 from recipes.distillation.results import CacheResult
 from recipes.distillation.settings import CacheLogitsConfig, bytes_per_token
+from recipes.distillation.vocabulary import TopK, top_k
 from recipes.evaluation.sanity import require_better_than_chance
 
 
@@ -169,7 +170,7 @@ def _teach(
         inputs, labels = batch[:, :-1].to(device), batch[:, 1:].to(device)
         logits = core(inputs, positions.expand_as(inputs), None).flatten(0, 1)
         at = drawn.flatten(0, 1).to(device) if cfg.tail_draws else None
-        parts.append(top_k(logits, cfg.top_k, cfg.temperature, group, places=at))
+        parts.append(top_k(logits, cfg.top_k, cfg.temperature, group, quantiles=at))
         losses.append(token_cross_entropy(logits, labels.flatten(), group))
     shape = (*texts[:, 1:].shape, -1)
     taught = TopK(

@@ -1,381 +1,261 @@
 """Distillation losses on vocabulary-parallel logits: forward and reverse KL, JSD, whole or top-k.
 
-ModelOpt's losses (``modelopt/torch/distill/plugins/megatron.py``) lack the T² factor, hold several
-float32 copies of the whole batch's logits, and renormalise the top-k, so that the mass beyond it
-teaches nothing. Here value and gradient are computed together, a few tokens at a time, so that no
-full-vocabulary float32 tensor of a batch ever exists; and beyond the top-k all tokens are one
-outcome with their whole mass, or a few that were drawn stand for them.
+Value and gradient are computed together, a chunk of tokens at a time, so no float32 tensor of a
+whole batch's logits exists. ModelOpt's losses (``modelopt/torch/distill/plugins/megatron.py``) hold
+several, lack the factor T², and renormalise the top-k, which ignores the mass outside it. Here all
+tokens outside the top-k are one outcome with their whole mass, or a few samples represent them.
 
-Under tensor parallelism every rank of ``group`` holds equally many columns, in the order of ranks,
-as Megatron's output layer gives them; ``None`` stands for whole vocabularies.
+Shapes and ``group`` are those of ``vocabulary``.
+
+Gradients. Let z be the student's logits, T the temperature and q = softmax(z / T). From
+∂q_i / ∂(z_j / T) = q_i·(δ_ij - q_j), a loss f(q) with the partial derivatives g_i = ∂f / ∂q_i has
+
+    ∂f / ∂(z_j / T) = q_j·(g_j - Σ_i q_i·g_i),                                               (1)
+
+where a constant added to all g_i cancels. Each divergence below states its g and the result. The
+loss is T²·f (Hinton et al., arXiv:1503.02531, so that gradients keep their size at any T), hence
+∂(T²·f) / ∂z_j is (1) times T.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.distributed import ProcessGroup, all_gather, all_reduce
+from torch.distributed import ProcessGroup
 from torch.nn.functional import softplus
 
 from recipes.core.compiled import compilable
 from recipes.core.errors import RecipeError
 from recipes.distillation.settings import DRAWN_LOSS
-from recipes.planning.buffers import LOSS_CHUNK_BYTES
-
-CHUNK_BYTES = {"cpu": 4 << 20, "cuda": LOSS_CHUNK_BYTES}
-"""A float32 buffer of a chunk: about what a CPU's cache holds; on a GPU, what is planned with."""
-LOG_ZERO = -1e30
-"""Stands for log 0 where it is multiplied by 0, which -inf would turn into NaN."""
+from recipes.distillation.vocabulary import (
+    LOG_ZERO,
+    TopK,
+    chunks,
+    local_columns,
+    log_softmax,
+    select,
+    split,
+    top_k,
+    total,
+)
 
 
 @dataclass(frozen=True)
 class LogitsLoss:
-    """Which divergence of student q from teacher p, per token and scaled by T².
+    """Which divergence of the student q from the teacher p, per token and scaled by T²."""
 
-    The scale keeps gradients as large at any temperature (Hinton et al., arXiv:1503.02531).
-    """
-
-    kind: str = "forward_kl"
+    divergence: str = "forward_kl"
+    """One of ``LOGITS_LOSSES``."""
     temperature: float = 1.0
-    """Divides the logits of both."""
+    """T, which divides the logits of both models."""
     beta: float = 0.5
-    """For ``jsd``: the teacher's weight in the mixture m = beta·p + (1 - beta)·q. The loss is
+    """For ``jsd``: the teacher's weight in m = beta·p + (1 - beta)·q. The loss is
     beta·KL(p ‖ m) + (1 - beta)·KL(q ‖ m), the generalised JSD of GKD (Agarwal et al.,
     arXiv:2306.13649)."""
     top_k: int | None = None
-    """Tokens of the teacher that count one by one; all others are one outcome."""
+    """Compares this many of the teacher's likeliest tokens one by one, all others as one."""
     chunk_bytes: int | None = None
-    """Size of one float32 buffer; ``None`` suits the device."""
-
-
-class TopK(NamedTuple):
-    """The teacher's likeliest tokens: all that a cache of its logits needs to hold."""
-
-    indices: Tensor
-    """Ids in the whole vocabulary [n, k], int64, likeliest first."""
-    log_probs: Tensor
-    """Log-probabilities [n, k + 1], float32; last, the log of all other tokens' mass together."""
-    draws: Tensor | None = None
-    """Ids [n, draws] of the other tokens, int64, drawn by their probabilities; each stands for an
-    equal part of that mass. Without any, all others are one outcome."""
-    rest_entropy: Tensor | None = None
-    """What the other tokens add to the entropy, -Σ p·log p, [n, 1], float32; of draws."""
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> TopK:
-        """The same of every tensor that is there."""
-        return TopK(*(None if tensor is None else change(tensor) for tensor in self))
-
-
-def _chunks(logits: Tensor, chunk_bytes: int | None) -> Iterator[slice]:
-    """Rows of logits [n, vocabulary/tp] at a time; the same on all ranks, which meet in each."""
-    size = CHUNK_BYTES[logits.device.type] if chunk_bytes is None else chunk_bytes
-    step = max(1, size // (4 * logits.shape[-1]))
-    return (slice(start, start + step) for start in range(0, len(logits), step))
-
-
-def _gather(part: Tensor, group: ProcessGroup) -> Tensor:
-    """Columns of all ranks side by side, on every rank."""
-    parts = [torch.empty_like(part) for _ in range(group.size())]
-    all_gather(parts, part, group)
-    return torch.cat(parts, dim=-1)
-
-
-def _total(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Sum [n, 1] over the outcomes of all ranks."""
-    total = values.sum(dim=-1, keepdim=True)
-    if group is not None:
-        all_reduce(total, group=group)
-    return total
-
-
-def _log_sum_exp(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Log [n, 1] of the mass of all ranks' columns; -inf where there is none."""
-    local = values.logsumexp(dim=-1, keepdim=True)
-    return local if group is None else _gather(local, group).logsumexp(dim=-1, keepdim=True)
-
-
-def _log_softmax(logits: Tensor, temperature: float, group: ProcessGroup | None) -> Tensor:
-    """A new float32 tensor of log-probabilities [n, vocabulary/tp]."""
-    scaled = logits.to(torch.float32, copy=True)
-    if temperature != 1:
-        scaled /= temperature
-    if group is None:
-        return scaled.log_softmax(dim=-1)
-    return scaled.sub_(_log_sum_exp(scaled, group))
-
-
-class _Buckets(NamedTuple):
-    """A distribution seen through chosen tokens; their k + 1 outcomes are alike on all ranks."""
-
-    log_probs: Tensor  # [n, k + 1], the tail last
-    rest: Tensor  # [n, vocabulary/tp] log-probabilities of this rank, -inf for the chosen
-    columns: Tensor  # [n, k] where the chosen are on this rank; anywhere for another rank's
-    here: Tensor  # [n, k] whether this rank has them
-
-
-def _place(indices: Tensor, width: int, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Columns of tokens on this rank, anywhere for another's; and whether each is on this rank."""
-    columns = indices if group is None else indices - group.rank() * width
-    here = (columns >= 0) & (columns < width)
-    return columns.clamp(0, width - 1), here
-
-
-def _gather_columns(
-    values: Tensor, columns: Tensor, here: Tensor, group: ProcessGroup | None
-) -> Tensor:
-    """Values [n, vocabulary/tp] of tokens that each are on one rank, on every rank."""
-    chosen = values.gather(1, columns).masked_fill_(~here, 0)
-    if group is not None:
-        all_reduce(chosen, group=group)
-    return chosen
-
-
-def _bucket(log_probs: Tensor, indices: Tensor, group: ProcessGroup | None) -> _Buckets:
-    """Splits log-probabilities [n, vocabulary/tp], which it overwrites, at the chosen tokens."""
-    columns, here = _place(indices, log_probs.shape[-1], group)
-    chosen = _gather_columns(log_probs, columns, here, group)
-    erase = torch.zeros_like(chosen).masked_fill_(here, -math.inf)
-    rest = log_probs.scatter_add_(1, columns, erase)
-    # Summed over what is left: 1 - sum(chosen) would drown a small tail in rounding.
-    return _Buckets(torch.cat([chosen, _log_sum_exp(rest, group)], 1), rest, columns, here)
-
-
-@torch.no_grad()
-def top_k(
-    logits: Tensor,
-    k: int,
-    temperature: float,
-    group: ProcessGroup | None = None,
-    chunk_bytes: int | None = None,
-    places: Tensor | None = None,
-) -> TopK:
-    """The likeliest tokens of logits [n, vocabulary/tp] of any float type; alike on all ranks.
-
-    With ``places`` [n, draws] in [0, 1), the same on all ranks, also those of the others that are
-    there in the order of the vocabulary, each of them as wide as its probability.
-    """
-    width = logits.shape[-1]
-    vocabulary = width if group is None else width * group.size()
-    if not 1 <= k <= vocabulary:
-        raise RecipeError(f"top_k is {k}.", f"from 1 to the vocabulary, {vocabulary}")
-    indices = torch.empty(len(logits), k, dtype=torch.int64, device=logits.device)
-    log_probs = torch.empty(len(logits), k + 1, dtype=torch.float32, device=logits.device)
-    draws = None if places is None else torch.empty_like(places, dtype=torch.int64)
-    entropy = None if places is None else torch.empty_like(log_probs[:, :1])
-    for rows in _chunks(logits, chunk_bytes):
-        every = _log_softmax(logits[rows], temperature, group)
-        values, ids = every.topk(min(k, width), dim=-1)
-        if group is not None:
-            values, ids = _gather(values, group), _gather(ids + group.rank() * width, group)
-            ids = ids.gather(1, values.topk(k, dim=-1).indices)
-        indices[rows] = ids
-        found = _bucket(every, ids, group)
-        log_probs[rows] = found.log_probs
-        if places is not None and draws is not None and entropy is not None:
-            draws[rows], entropy[rows] = _draw(found.rest, places[rows], group)
-    return TopK(indices, log_probs, draws, entropy)
-
-
-def _draw(rest: Tensor, places: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Ids [n, draws] at places of log-probabilities [n, vocabulary/tp], and -Σ p·log p [n, 1]."""
-    probs = rest.exp()
-    entropy = -_total(probs * rest.clamp(min=LOG_ZERO), group)
-    mass = probs.cumsum(dim=-1)
-    parts = mass[:, -1:] if group is None else _gather(mass[:, -1:].contiguous(), group)
-    ends = parts.cumsum(dim=-1)  # of each rank's columns
-    places = places.to(rest) * ends[:, -1:]
-    owners = torch.searchsorted(ends, places, right=True).clamp_(max=ends.shape[-1] - 1)
-    rank = 0 if group is None else group.rank()
-    # Rounding must not lead past the last token that has a mass.
-    inside = (places - (ends - parts)[:, rank, None]).minimum(parts[:, rank, None] * (1 - 1e-6))
-    ids = torch.searchsorted(mass, inside.clamp_(min=0), right=True).clamp_(max=rest.shape[-1] - 1)
-    ids = (ids + rank * rest.shape[-1]).masked_fill_(owners != rank, 0)
-    if group is not None:
-        all_reduce(ids, group=group)
-    return ids, entropy
+    """Size of one float32 buffer; ``None`` takes the device's."""
 
 
 Divergence = tuple[Tensor, Callable[[], Tensor]]
-"""Divergence [n, 1] of log-probabilities [n, outcomes], without T², and what computes its slope
-[n, outcomes] along each outcome's logit: for a slope g along q, that is q·(g - Σ q·g)."""
+"""A divergence f [n, 1] without T², and a function that computes its gradient (1) [n, outcomes].
+Both work in place on the log-probabilities, so the gradient can be computed once, after f."""
 
 
 def _forward_kl(
     log_p: Tensor, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None
 ) -> Divergence:
+    # f = Σ p·(log p - log q), g = -p / q, Σ q·g = -1: the gradient is q - p.
     p = log_p.exp()
-    value = _total(log_p.sub_(log_q).mul_(p), group)
+    value = total(log_p.sub_(log_q).mul_(p), group)
     return value, lambda: log_q.exp_().sub_(p)
 
 
 def _reverse_kl(
     log_p: Tensor, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None
 ) -> Divergence:
+    # f = Σ q·(log q - log p), g = log(q / p) + 1, Σ q·g = f + 1: q·(log(q / p) - f).
     q = log_q.exp()
     ratio = log_q.sub_(log_p)
-    value = _total(q * ratio, group)
+    value = total(q * ratio, group)
     return value, lambda: ratio.sub_(value).mul_(q)
 
 
 def _jsd(log_p: Tensor, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None) -> Divergence:
+    # f = β·Σ p·log(p / m) + (1 - β)·Σ q·log(q / m). With ∂m/∂q = 1 - β the terms of ∂m add up to a
+    # constant, because (β·p + (1 - β)·q) / m = 1. So g = (1 - β)·log(q / m), and the gradient is
+    # (1 - β)·q·(log(q / m) - KL(q ‖ m)).
     q, p = log_q.exp(), log_p.exp()
     ratio = log_p.sub_(log_q)
-    # log(m / q) = log(beta·p/q + 1 - beta), in a form that neither overflows nor cancels.
+    # log(m / q) = log(β·p/q + 1 - β) = softplus(log(p/q) + logit β) + log(1 - β), which neither
+    # overflows nor cancels.
     logit, offset = math.log(loss.beta) - math.log1p(-loss.beta), math.log1p(-loss.beta)
-    mixed = softplus(ratio + logit).add_(offset)
-    to_student = -_total(q * mixed, group)
-    to_teacher = _total(ratio.sub_(mixed).mul_(p), group)
-    value = loss.beta * to_teacher + (1 - loss.beta) * to_student
-    # g is (1 - beta)·log(q / m).
-    return value, lambda: mixed.add_(to_student).mul_(q).mul_(loss.beta - 1)
+    log_m_q = softplus(ratio + logit).add_(offset)
+    student_kl = -total(q * log_m_q, group)  # KL(q ‖ m)
+    teacher_kl = total(ratio.sub_(log_m_q).mul_(p), group)  # KL(p ‖ m)
+    value = loss.beta * teacher_kl + (1 - loss.beta) * student_kl
+    return value, lambda: log_m_q.add_(student_kl).mul_(q).mul_(loss.beta - 1)
 
 
 DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
-"""What each of ``LOGITS_LOSSES`` computes; all may overwrite the log-probabilities."""
+"""The function of each of ``LOGITS_LOSSES``; all may overwrite the log-probabilities."""
 
 
-def _bucketed(
-    known: TopK, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None
+def _top_k_divergence(
+    teacher: TopK, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None
 ) -> Divergence:
-    """The divergence from the teacher's top-k; slopes of all [n, vocabulary/tp] logits."""
-    student = _bucket(log_q, known.indices, group)
-    log_probs = student.log_probs.clamp(min=LOG_ZERO)
-    tail = log_probs[:, -1:].clone()
-    # The outcomes' own sums need no group: every rank has all outcomes.
-    theirs = known.log_probs.clamp(min=LOG_ZERO)
-    value, outcomes = DIVERGENCES[loss.kind](theirs, log_probs, loss, None)
+    """Computes the divergence over the teacher's top-k and the tail as k + 1 outcomes.
 
-    def slope() -> Tensor:
-        slopes = outcomes()
-        # A token of the tail has the tail's slope times its share of the tail.
-        every = student.rest.sub_(tail).exp_().mul_(slopes[:, -1:])
-        return every.scatter_add_(1, student.columns, slopes[:, :-1] * student.here)
-
-    return value, slope
-
-
-def _drawn(
-    known: TopK, draws: Tensor, rest_entropy: Tensor, log_q: Tensor, group: ProcessGroup | None
-) -> Divergence:
-    """The forward KL from a teacher of whose tail a few tokens were drawn.
-
-    Linear in the teacher's probabilities, so that in the mean over draws value and slope are those
-    of the whole vocabulary (Sparse Logit Sampling, arXiv:2503.16870, draws all tokens; here the
-    likeliest are exact, and only what they leave varies).
+    The gradient is of all logits [n, vocabulary/tp]. The tail's logit is u = log Σ_tail exp(z / T),
+    so ∂u / ∂(z_j / T) = q_j / q_tail: a token of the tail has its part of the tail's gradient.
     """
-    log_p, tail = known.log_probs.clamp(min=LOG_ZERO).split([known.indices.shape[1], 1], dim=1)
+    student = split(log_q, teacher.indices, group)
+    log_probs = student.log_probs.clamp(min=LOG_ZERO)
+    log_tail = log_probs[:, -1:].clone()
+    # Every rank has all k + 1 outcomes, so their sums need no group.
+    teacher_log_probs = teacher.log_probs.clamp(min=LOG_ZERO)
+    divergence = DIVERGENCES[loss.divergence]
+    value, outcome_gradient = divergence(teacher_log_probs, log_probs, loss, None)
+
+    def gradient() -> Tensor:
+        outcomes = outcome_gradient()
+        whole = student.tail.sub_(log_tail).exp_().mul_(outcomes[:, -1:])
+        return whole.scatter_add_(1, student.columns, outcomes[:, :-1] * student.is_local)
+
+    return value, gradient
+
+
+def _sampled_forward_kl(
+    teacher: TopK, draws: Tensor, tail_entropy: Tensor, log_q: Tensor, group: ProcessGroup | None
+) -> Divergence:
+    """Computes the forward KL from a teacher whose tail is represented by samples.
+
+    The samples replace p by an estimate p̂, which is exact for the top-k and gives each sample an
+    equal part of the tail's mass. E[p̂] = p, and -Σ p̂·log q and its gradient q - p̂ are linear in
+    p̂, so both are unbiased. The entropy of p is stored, not estimated. Sparse Logit Sampling
+    (arXiv:2503.16870) samples all tokens; with an exact top-k the variance is lower.
+    """
+    log_p, log_tail = teacher.log_probs.clamp(min=LOG_ZERO).split(
+        [teacher.indices.shape[1], 1], dim=1
+    )
     number = draws.shape[1]
-    p = torch.cat([log_p.exp(), (tail.exp() / number).expand(-1, number)], dim=1)
-    columns, here = _place(torch.cat([known.indices, draws], 1), log_q.shape[-1], group)
-    taught = (p * _gather_columns(log_q, columns, here, group)).sum(dim=-1, keepdim=True)
-    entropy = rest_entropy - (log_p.exp() * log_p).sum(dim=-1, keepdim=True)
-    return -entropy - taught, lambda: log_q.exp_().scatter_add_(1, columns, -p * here)
+    p = torch.cat([log_p.exp(), (log_tail.exp() / number).expand(-1, number)], dim=1)
+    tokens = torch.cat([teacher.indices, draws], 1)
+    columns, is_local = local_columns(tokens, log_q.shape[-1], group)
+    cross = (p * select(log_q, columns, is_local, group)).sum(dim=-1, keepdim=True)  # Σ p̂·log q
+    entropy = tail_entropy - (log_p.exp() * log_p).sum(dim=-1, keepdim=True)
+    return -entropy - cross, lambda: log_q.exp_().scatter_add_(1, columns, -p * is_local)
 
 
 class LossTargets(NamedTuple):
     """Targets of the loss for rows of the student's logits."""
 
     teacher: Tensor | TopK
-    """Its logits [n, vocabulary/tp], or its top-k at the loss's temperature."""
+    """The teacher's logits [n, vocabulary/tp], or its top-k at the loss's temperature."""
     labels: Tensor | None = None
-    """Ids [n] of the next tokens in the vocabulary, where the text counts, too."""
+    """Ids [n] of the next tokens in the vocabulary; ``None`` leaves out the next-token loss."""
     weights: tuple[float, float] = (1.0, 0.0)
-    """Of the divergence from the teacher, and of the next-token loss."""
+    """Weights of the KD loss and of the next-token (LM) loss."""
 
     def at(self, rows: slice) -> LossTargets:
-        """Those of some rows."""
+        """Returns the targets of some rows."""
         take = operator.itemgetter(rows)
         teacher = self.teacher
         return self._replace(
-            teacher=teacher.each(take) if isinstance(teacher, TopK) else take(teacher),
+            teacher=teacher.map(take) if isinstance(teacher, TopK) else take(teacher),
             labels=None if self.labels is None else take(self.labels),
         )
 
 
-def _next_token(
-    log_q: Tensor, labels: Tensor, sloped: bool, group: ProcessGroup | None
+def _lm_loss(
+    log_q: Tensor, labels: Tensor, needs_gradient: bool, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss [n, 1] of log-probabilities [n, vocabulary/tp], and its slope if that is wanted."""
-    columns, here = _place(labels.unsqueeze(1), log_q.shape[-1], group)
-    value = -_gather_columns(log_q, columns, here, group)
-    return value, log_q.exp().scatter_add_(1, columns, -here.to(log_q)) if sloped else None
+    """Computes -log q of the labels [n, 1], and its gradient q - 1 at the label, q elsewhere."""
+    columns, is_local = local_columns(labels.unsqueeze(1), log_q.shape[-1], group)
+    value = -select(log_q, columns, is_local, group)
+    if not needs_gradient:
+        return value, None
+    return value, log_q.exp().scatter_add_(1, columns, -is_local.to(log_q))
 
 
-def _write(
+def _compute_chunk(
     losses: Tensor,
     student: Tensor,
     targets: LossTargets,
     loss: LogitsLoss,
     group: ProcessGroup | None,
-    sloped: bool,
+    needs_gradient: bool,
 ) -> None:
-    """Fills in a chunk's losses [2, n, 1], and the gradient where its logits are.
+    """Writes a chunk's losses [2, n, 1], and overwrites its logits with the gradient.
 
-    On return its buffers are free: in the caller's loop they would live on beside the next ones.
+    A function of its own, so that a chunk's buffers are free before the next chunk begins.
     """
-    # Between ranks a chain is cut by what they send.
-    of_chunk = _fused if group is None else _of_chunk
-    taught, told = of_chunk(student, targets, loss, group, sloped)
-    losses[0] = taught
-    if told is not None:
-        losses[1] = told
+    # A compiled kernel cannot include collectives.
+    chunk_losses = _compiled_chunk_losses if group is None else _chunk_losses
+    kd_loss, lm_loss = chunk_losses(student, targets, loss, group, needs_gradient)
+    losses[0] = kd_loss
+    if lm_loss is not None:
+        losses[1] = lm_loss
 
 
-def _of_chunk(
+def _chunk_losses(
     student: Tensor,
     targets: LossTargets,
     loss: LogitsLoss,
     group: ProcessGroup | None,
-    sloped: bool,
+    needs_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Divergences [n, 1] without T² and next-token losses; logits become the slopes of their sum.
+    """Computes KD losses [n, 1] without T² and LM losses; overwrites the logits with the gradient.
 
-    One tensor is both, or a compiler would have to be told where the two are the same memory.
+    The gradient is that of the weighted sum. It is written into ``student`` itself: with a second
+    argument for it the compiler would have to know whether the two share memory.
     """
     teacher, temperature = targets.teacher, loss.temperature
-    following = following_slope = None
-    log_q = _log_softmax(student, temperature, group)
+    lm_loss = lm_gradient = None
+    log_q = log_softmax(student, temperature, group)
     if targets.labels is not None:
-        own = log_q if temperature == 1 else _log_softmax(student, 1.0, group)
-        following, following_slope = _next_token(own, targets.labels, sloped, group)
-        del own
+        # The LM loss is of the logits without a temperature.
+        unscaled = log_q if temperature == 1 else log_softmax(student, 1.0, group)
+        lm_loss, lm_gradient = _lm_loss(unscaled, targets.labels, needs_gradient, group)
+        del unscaled
     if not isinstance(teacher, TopK) and loss.top_k is not None:
         teacher = top_k(teacher, loss.top_k, temperature, group, loss.chunk_bytes)
     if isinstance(teacher, TopK):
-        if teacher.draws is None or teacher.rest_entropy is None:
-            value, slope = _bucketed(teacher, log_q, loss, group)
+        if teacher.draws is None or teacher.tail_entropy is None:
+            kd_loss, kd_gradient = _top_k_divergence(teacher, log_q, loss, group)
         else:
-            rest = teacher.draws, teacher.rest_entropy
-            value, slope = _drawn(teacher, *rest, log_q, group)
+            samples = teacher.draws, teacher.tail_entropy
+            kd_loss, kd_gradient = _sampled_forward_kl(teacher, *samples, log_q, group)
     else:
-        log_p = _log_softmax(teacher, temperature, group)
-        value, slope = DIVERGENCES[loss.kind](log_p, log_q, loss, group)
-    if not sloped:
-        return value, following
-    taught_weight, told_weight = targets.weights
-    scale = temperature * taught_weight  # of T² the inner derivative, 1/T, leaves T
-    slopes = slope() if scale == 1 else slope().mul_(scale)
-    if following_slope is not None:
-        slopes.add_(following_slope, alpha=told_weight)
-    student.copy_(slopes)
-    return value, following
+        log_p = log_softmax(teacher, temperature, group)
+        kd_loss, kd_gradient = DIVERGENCES[loss.divergence](log_p, log_q, loss, group)
+    if not needs_gradient:
+        return kd_loss, lm_loss
+    kd_weight, lm_weight = targets.weights
+    scale = temperature * kd_weight  # T² of the loss, 1/T of the inner derivative
+    gradient = kd_gradient() if scale == 1 else kd_gradient().mul_(scale)
+    if lm_gradient is not None:
+        gradient.add_(lm_gradient, alpha=lm_weight)
+    student.copy_(gradient)
+    return kd_loss, lm_loss
 
 
-_fused = compilable(_of_chunk)
+_compiled_chunk_losses = compilable(_chunk_losses)
 
 
 @compilable
-def _weigh(gradient: Tensor, weights: Tensor) -> Tensor:
-    """A gradient [n, vocabulary/tp], in place, by what each of its rows counts [n, 1].
+def _scale_rows(gradient: Tensor, weights: Tensor) -> Tensor:
+    """Multiplies each row of a gradient [n, vocabulary/tp] by its weight [n, 1], in place.
 
-    PyTorch's own product in bfloat16 is four times slower on a CPU than memory is.
+    PyTorch's own bfloat16 multiplication takes four times as long as memory traffic on a CPU.
     """
     return gradient.mul_(weights.to(gradient.dtype))
 
@@ -390,26 +270,28 @@ class _Distillation(torch.autograd.Function):
         targets: LossTargets,
         loss: LogitsLoss,
         group: ProcessGroup | None,
-        reuse: bool,
+        reuse_logits: bool,
     ) -> tuple[Tensor, Tensor]:
         losses = torch.zeros(2, len(student), 1, dtype=torch.float32, device=student.device)
-        sloped = ctx.needs_input_grad[0]
-        logits = student.detach().clone() if sloped and not reuse else student.detach()
-        for rows in _chunks(logits, loss.chunk_bytes):
-            _write(losses[:, rows], logits[rows], targets.at(rows), loss, group, sloped)
-        ctx.save_for_backward(logits if sloped else None)
+        needs_gradient = ctx.needs_input_grad[0]
+        copies = needs_gradient and not reuse_logits
+        logits = student.detach().clone() if copies else student.detach()
+        for rows in chunks(logits, loss.chunk_bytes):
+            chunk = losses[:, rows], logits[rows], targets.at(rows)
+            _compute_chunk(*chunk, loss, group, needs_gradient)
+        ctx.save_for_backward(logits if needs_gradient else None)
         losses = losses.squeeze(-1)
         losses[0] *= loss.temperature**2
         ctx.mark_non_differentiable(losses)
-        taught, told = targets.weights
-        return taught * losses[0] + told * losses[1], losses
+        kd_weight, lm_weight = targets.weights
+        return kd_weight * losses[0] + lm_weight * losses[1], losses
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # In place, to hold the logits' gradient once. A second backward is an error of autograd,
-        # which sees that what was saved has changed.
+        # In place, to hold the logits' gradient once. Autograd refuses a second backward pass,
+        # because the saved tensor has changed.
         (gradient,) = ctx.saved_tensors
-        return _weigh(gradient, grads[0].unsqueeze(-1)), None, None, None, None
+        return _scale_rows(gradient, grads[0].unsqueeze(-1)), None, None, None, None
 
 
 def distillation_loss(
@@ -419,12 +301,17 @@ def distillation_loss(
     group: ProcessGroup | None = None,
     reuse_logits: bool = False,
 ) -> Tensor:
-    """Loss per token [n], float32, alike on all ranks of the group; differentiable once.
+    """Computes the KD loss per token [n], float32, equal on all ranks; differentiable once.
 
-    ``student`` are finite logits [n, vocabulary/tp] of any float type, ``teacher`` its logits of
-    the same shape, or its top-k, made at the loss's temperature. ``reuse_logits`` lets the
-    gradient overwrite the student's, to hold one tensor less. Refuses shapes that do not
-    fit.
+    Args:
+        student: Finite logits [n, vocabulary/tp] of any float type.
+        teacher: Its logits of the same shape, or its top-k at the loss's temperature.
+        loss: Which divergence.
+        group: Tensor-parallel ranks.
+        reuse_logits: Overwrites the student's logits with the gradient, to hold one tensor less.
+
+    Raises:
+        RecipeError: The shapes differ.
     """
     return combined_loss(student, LossTargets(teacher), loss, group, reuse_logits)[0]
 
@@ -436,25 +323,29 @@ def combined_loss(
     group: ProcessGroup | None = None,
     reuse_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The divergence from a teacher and the next-token loss, with one gradient of both.
+    """Computes the KD loss and the LM loss with one gradient of both.
 
-    As ``distillation_loss``, but returns the weighted sum per token [n], which alone is
-    differentiable, and the two losses [2, n], of which one that does not count may be 0.
+    Arguments are those of ``distillation_loss``.
+
+    Returns:
+        The weighted sum per token [n], which is differentiable, and both losses [2, n], which are
+        not. A loss without targets or weight may be 0.
     """
     teacher = targets.teacher
     if isinstance(teacher, TopK):
-        if teacher.draws is not None and loss.kind != DRAWN_LOSS:
+        if teacher.draws is not None and loss.divergence != DRAWN_LOSS:
             raise RecipeError(
-                f"{loss.kind} from draws of the teacher would not be what it is in the mean.",
+                f"{loss.divergence} from samples of the teacher's tail would be biased.",
                 f"use {DRAWN_LOSS}, or a teacher without draws",
             )
-        found, wanted = teacher.indices.shape[:1], student.shape[:1]
+        teacher_shape, student_shape = teacher.indices.shape[:1], student.shape[:1]
     else:
         targets = targets._replace(teacher=teacher.detach())
-        found, wanted = teacher.shape, student.shape
-    if found != wanted:
+        teacher_shape, student_shape = teacher.shape, student.shape
+    if teacher_shape != student_shape:
         raise RecipeError(
-            f"the teacher's logits {list(found)} do not fit the student's {list(wanted)}.",
+            f"the teacher's logits {list(teacher_shape)} do not fit the student's "
+            f"{list(student_shape)}.",
             "teacher and student need the same tokens, vocabulary and padding of it",
         )
     both: tuple[Tensor, Tensor] = _Distillation.apply(student, targets, loss, group, reuse_logits)
@@ -468,12 +359,12 @@ def token_cross_entropy(
     chunk_bytes: int | None = None,
     reuse_logits: bool = False,
 ) -> Tensor:
-    """Next-token loss [n], float32, of logits [n, vocabulary/tp] for ids [n] in the vocabulary.
+    """Computes the LM loss per token [n], float32, of logits [n, vocabulary/tp] for labels [n].
 
-    It is the forward KL of a teacher that is sure of the label, with ``distillation_loss``'s way to
-    hold one tensor less.
+    It is the forward KL from a teacher with probability 1 for the label, so that ``reuse_logits``
+    works as in ``distillation_loss``.
     """
     log_probs = torch.tensor([0.0, -math.inf], dtype=torch.float32, device=logits.device)
-    sure = TopK(labels.unsqueeze(1), log_probs.expand(len(labels), 2))
+    teacher = TopK(labels.unsqueeze(1), log_probs.expand(len(labels), 2))
     loss = LogitsLoss(chunk_bytes=chunk_bytes)
-    return distillation_loss(logits, sure, loss, group, reuse_logits)
+    return distillation_loss(logits, teacher, loss, group, reuse_logits)

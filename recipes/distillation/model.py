@@ -33,8 +33,9 @@ from recipes.backend.device import device
 from recipes.backend.local_layers import adapt_config
 from recipes.distillation.data import TEACHER_PREFIX
 from recipes.distillation.hidden_loss import HiddenLoss
-from recipes.distillation.losses import LossTargets, TopK, combined_loss, token_cross_entropy
+from recipes.distillation.losses import LossTargets, combined_loss, token_cross_entropy
 from recipes.distillation.objective import LossReduction, Objective
+from recipes.distillation.vocabulary import TopK
 from recipes.evaluation.sanity import require_better_than_chance
 
 SHARED_SETTINGS = (
@@ -204,7 +205,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         }
         if said:
             # From [batch, sequence, k] to Megatron's order of tokens.
-            self._cached = TopK(**said).each(lambda tensor: tensor.transpose(0, 1).flatten(0, 1))
+            self._cached = TopK(**said).map(lambda tensor: tensor.transpose(0, 1).flatten(0, 1))
         output: Tensor = super().forward_step(batch)
         return output
 

@@ -23,14 +23,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
 from nemo_convert import parity
-from recipes.distillation import losses, objective
+from recipes.distillation import objective, vocabulary
 from recipes.rehearsal import checkpoints, fake_cuda
 
 
 def stand_in() -> None:
     """Replaces all of them for the rest of the process."""
     checkpoints.stand_in()
-    losses.CHUNK_BYTES[fake_cuda.NAME] = losses.CHUNK_BYTES["cuda"]
+    vocabulary.CHUNK_BYTES[fake_cuda.NAME] = vocabulary.CHUNK_BYTES["cuda"]
     _wrap(objective.LossReduction, "__init__", _with_last_losses)
     # Attention with context parallelism needs TransformerEngine.
     _wrap(DotProductAttention, "__init__", _without_context_parallelism)

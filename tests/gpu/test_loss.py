@@ -66,7 +66,7 @@ def defined(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Tensor:
         "forward_kl": lambda: kl(p, q),
         "reverse_kl": lambda: kl(q, p),
         "jsd": lambda: (kl(p, m) + kl(q, m)) / 2,
-    }[loss.kind]()
+    }[loss.divergence]()
     return loss.temperature**2 * value
 
 

@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 from recipes.backend.training_layers import SwiGLU, _RMSNorm
 from recipes.backend.without_cuda import enable
 from recipes.core.compiled import compilable, compilation, missing_compiler
-from recipes.distillation.losses import LogitsLoss, LossTargets, combined_loss, top_k
+from recipes.distillation.losses import LogitsLoss, LossTargets, combined_loss
+from recipes.distillation.vocabulary import top_k
 from tests.support.gradients import inputs, with_gradients
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason="needs a C++ compiler")
@@ -33,9 +34,9 @@ def taught(live: bool) -> Callable[[Tensor], Tensor]:
     """A student's loss on logits and next tokens, from a teacher or from its cache with draws."""
     generator, loss = torch.Generator().manual_seed(1), LogitsLoss(chunk_bytes=CHUNK)
     logits = 3 * torch.randn(TOKENS, VOCABULARY, generator=generator)
-    places = ((torch.arange(5) + 0.3) / 5).expand(TOKENS, -1)
+    quantiles = ((torch.arange(5) + 0.3) / 5).expand(TOKENS, -1)
     targets = LossTargets(
-        logits if live else top_k(logits, 7, 1.0, places=places), LABELS, (1.0, 0.2)
+        logits if live else top_k(logits, 7, 1.0, quantiles=quantiles), LABELS, (1.0, 0.2)
     )
     return lambda student: combined_loss(student, targets, loss)[0]
 

@@ -24,9 +24,9 @@ from recipes.core.metrics import METRICS, MetricsLog, steps_of
 from recipes.core.stage import Input
 from recipes.distillation.logit_cache import CacheIndex, TeacherCache
 from recipes.distillation.logit_cache_writer import cache_logits
-from recipes.distillation.losses import top_k
 from recipes.distillation.objective import _require_fit
 from recipes.distillation.settings import CacheLogitsConfig, DistillConfig
+from recipes.distillation.vocabulary import top_k
 from tests.support.in_process import run_here
 from tests.support.launcher import run_and_kill
 from tests.support.models import EVEN, write_tiny_model
@@ -111,7 +111,7 @@ def test_it_stores_what_transformers_says(
         torch.testing.assert_close(log_probs[:, KEPT].double(), rest, rtol=HALF, atol=1e-4)
         others = expected.scatter(-1, indices, -math.inf)
         entropy = -(others.exp() * others.clamp(min=-1e9)).sum(dim=-1, keepdim=True)
-        torch.testing.assert_close(said["rest_entropy"].double(), entropy, rtol=2 * HALF, atol=1e-4)
+        torch.testing.assert_close(said["tail_entropy"].double(), entropy, rtol=2 * HALF, atol=1e-4)
         # What lies between two draws is what one stands for.
         mass, part = others.exp().cumsum(dim=-1), rest.exp()[:, None] / DRAWS
         assert said["draws"].shape == (LENGTH, DRAWS)
@@ -303,5 +303,5 @@ def test_shards_hold_the_types_they_promise(run: Path) -> None:
         "indices": "uint16",
         "log_probs": "float16",
         "draws": "uint16",
-        "rest_entropy": "float16",
+        "tail_entropy": "float16",
     }

@@ -1,0 +1,174 @@
+"""Vocabulary-parallel logits: log-softmax, sums, the top-k, and samples of the other tokens.
+
+Shapes: n tokens; under tensor parallelism every rank of ``group`` holds vocabulary/tp columns, in
+the order of ranks, as Megatron's output layer does. ``group=None`` means whole vocabularies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, all_gather, all_reduce
+
+from recipes.core.errors import RecipeError
+from recipes.planning.buffers import LOSS_CHUNK_BYTES
+
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": LOSS_CHUNK_BYTES}
+"""Size of one float32 buffer of a chunk: about a CPU's cache; on a GPU, the planned size."""
+LOG_ZERO = -1e30
+"""Replaces log 0 where it is multiplied by 0, because -inf·0 is NaN."""
+
+
+class TopK(NamedTuple):
+    """The teacher's likeliest tokens: all that a cache of its logits stores."""
+
+    indices: Tensor
+    """Ids in the whole vocabulary [n, k], int64, the likeliest first."""
+    log_probs: Tensor
+    """Log-probabilities [n, k + 1], float32; the last is that of all other tokens together."""
+    draws: Tensor | None = None
+    """Ids [n, draws] of samples of the other tokens, int64, each with an equal part of their mass.
+    Without samples all other tokens are one outcome."""
+    tail_entropy: Tensor | None = None
+    """-Σ p·log p over the other tokens, [n, 1], float32; only with samples."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TopK:
+        """Applies a function to every tensor."""
+        return TopK(*(None if tensor is None else function(tensor) for tensor in self))
+
+
+def chunks(logits: Tensor, chunk_bytes: int | None) -> Iterator[slice]:
+    """Yields rows of logits [n, vocabulary/tp]; equal on all ranks, which communicate in each."""
+    size = CHUNK_BYTES[logits.device.type] if chunk_bytes is None else chunk_bytes
+    step = max(1, size // (4 * logits.shape[-1]))
+    return (slice(start, start + step) for start in range(0, len(logits), step))
+
+
+def gather(part: Tensor, group: ProcessGroup) -> Tensor:
+    """Concatenates the columns of all ranks, on every rank."""
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    all_gather(parts, part, group)
+    return torch.cat(parts, dim=-1)
+
+
+def total(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sums [n, columns] over the columns of all ranks, to [n, 1]."""
+    result = values.sum(dim=-1, keepdim=True)
+    if group is not None:
+        all_reduce(result, group=group)
+    return result
+
+
+def log_sum_exp(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Computes log Σ exp over the columns of all ranks, [n, 1]; -inf for no mass."""
+    local = values.logsumexp(dim=-1, keepdim=True)
+    return local if group is None else gather(local, group).logsumexp(dim=-1, keepdim=True)
+
+
+def log_softmax(logits: Tensor, temperature: float, group: ProcessGroup | None) -> Tensor:
+    """Computes log-probabilities [n, vocabulary/tp] in a new float32 tensor."""
+    scaled = logits.to(torch.float32, copy=True)
+    if temperature != 1:
+        scaled /= temperature
+    if group is None:
+        return scaled.log_softmax(dim=-1)
+    return scaled.sub_(log_sum_exp(scaled, group))
+
+
+class Split(NamedTuple):
+    """A distribution as k selected tokens and a tail; ``log_probs`` is equal on all ranks."""
+
+    log_probs: Tensor  # [n, k + 1], the tail last
+    tail: Tensor  # [n, vocabulary/tp] log-probabilities of this rank, -inf for selected tokens
+    columns: Tensor  # [n, k] columns of the selected tokens; arbitrary if not on this rank
+    is_local: Tensor  # [n, k] whether a selected token is on this rank
+
+
+def local_columns(indices: Tensor, width: int, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Returns this rank's columns of tokens, arbitrary for other ranks', and which are local."""
+    columns = indices if group is None else indices - group.rank() * width
+    is_local = (columns >= 0) & (columns < width)
+    return columns.clamp(0, width - 1), is_local
+
+
+def select(values: Tensor, columns: Tensor, is_local: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Returns values [n, vocabulary/tp] of tokens, of which each is on one rank, on every rank."""
+    selected = values.gather(1, columns).masked_fill_(~is_local, 0)
+    if group is not None:
+        all_reduce(selected, group=group)
+    return selected
+
+
+def split(log_probs: Tensor, indices: Tensor, group: ProcessGroup | None) -> Split:
+    """Splits log-probabilities [n, vocabulary/tp], which it overwrites, at selected tokens."""
+    columns, is_local = local_columns(indices, log_probs.shape[-1], group)
+    selected = select(log_probs, columns, is_local, group)
+    erase = torch.zeros_like(selected).masked_fill_(is_local, -math.inf)
+    tail = log_probs.scatter_add_(1, columns, erase)
+    # Summed over the tail itself: 1 - sum(selected) would round a small tail to 0.
+    return Split(torch.cat([selected, log_sum_exp(tail, group)], 1), tail, columns, is_local)
+
+
+@torch.no_grad()
+def top_k(
+    logits: Tensor,
+    k: int,
+    temperature: float,
+    group: ProcessGroup | None = None,
+    chunk_bytes: int | None = None,
+    quantiles: Tensor | None = None,
+) -> TopK:
+    """Finds the k likeliest tokens of logits [n, vocabulary/tp]; the result is equal on all ranks.
+
+    With ``quantiles`` [n, draws] in [0, 1), equal on all ranks, it also samples the other tokens:
+    the tokens at these quantiles of their distribution, in the order of the vocabulary.
+    """
+    width = logits.shape[-1]
+    vocabulary = width if group is None else width * group.size()
+    if not 1 <= k <= vocabulary:
+        raise RecipeError(f"top_k is {k}.", f"from 1 to the vocabulary, {vocabulary}")
+    indices = torch.empty(len(logits), k, dtype=torch.int64, device=logits.device)
+    log_probs = torch.empty(len(logits), k + 1, dtype=torch.float32, device=logits.device)
+    draws = None if quantiles is None else torch.empty_like(quantiles, dtype=torch.int64)
+    entropy = None if quantiles is None else torch.empty_like(log_probs[:, :1])
+    for rows in chunks(logits, chunk_bytes):
+        whole = log_softmax(logits[rows], temperature, group)
+        values, ids = whole.topk(min(k, width), dim=-1)
+        if group is not None:
+            values, ids = gather(values, group), gather(ids + group.rank() * width, group)
+            ids = ids.gather(1, values.topk(k, dim=-1).indices)
+        indices[rows] = ids
+        parts = split(whole, ids, group)
+        log_probs[rows] = parts.log_probs
+        if quantiles is not None and draws is not None and entropy is not None:
+            draws[rows], entropy[rows] = _sample(parts.tail, quantiles[rows], group)
+    return TopK(indices, log_probs, draws, entropy)
+
+
+def _sample(tail: Tensor, quantiles: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Samples log-probabilities [n, vocabulary/tp] at quantiles [n, draws].
+
+    Returns ids [n, draws], and the entropy -Σ p·log p [n, 1]. A quantile is first located on a
+    rank, by the cumulative mass of the ranks, then on a column of that rank.
+    """
+    probs = tail.exp()
+    entropy = -total(probs * tail.clamp(min=LOG_ZERO), group)
+    cumulative = probs.cumsum(dim=-1)
+    local_mass = cumulative[:, -1:]
+    masses = local_mass if group is None else gather(local_mass.contiguous(), group)
+    ends = masses.cumsum(dim=-1)  # cumulative mass at the last column of each rank
+    targets = quantiles.to(tail) * ends[:, -1:]
+    owners = torch.searchsorted(ends, targets, right=True).clamp_(max=ends.shape[-1] - 1)
+    rank = 0 if group is None else group.rank()
+    # Below the rank's mass, or rounding would select a column after the last one with mass.
+    local = (targets - (ends - masses)[:, rank, None]).minimum(masses[:, rank, None] * (1 - 1e-6))
+    ids = torch.searchsorted(cumulative, local.clamp_(min=0), right=True)
+    ids = ids.clamp_(max=tail.shape[-1] - 1)
+    ids = (ids + rank * tail.shape[-1]).masked_fill_(owners != rank, 0)
+    if group is not None:
+        all_reduce(ids, group=group)
+    return ids, entropy
