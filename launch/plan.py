@@ -23,10 +23,10 @@ from recipes.core.fingerprint import external_stamp, result_settings, stage_code
 from recipes.core.manifest import check_artifact
 from recipes.core.stage import StageConfig
 from recipes.planning import rules
-from recipes.planning.budget import budget_problems
 from recipes.planning.chain import Chain
+from recipes.planning.inference_cost import InferenceCost
+from recipes.planning.limits import limit_problems
 from recipes.planning.problems import Problem, require_none
-from recipes.planning.reading import Estimates
 from recipes.planning.rules import ERROR
 from recipes.planning.workload import Workload
 from recipes.report.gates import Gate, known_names, parse, problems
@@ -54,15 +54,14 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     configs = typed_stages(cfg)
     only = None if settings.only is None else known_stages(settings.only, configs, "only")
     force = known_stages(settings.force, configs, "force")
-    order = _order(configs)
-    chain = chain_of(cfg, hf_path, configs, run_dir)
+    order = stage_order(configs)
+    chain = with_shapes(chain_of(cfg, hf_path, configs, run_dir), order)
     gates = _gates(settings, configs)
     wanted = [name for name in order if only is None or name in only]
     notes = require_none(checks(cfg, chain, wanted), settings.skip_rules)
-    chain = replace(chain, workloads=workloads_of(chain), readings=readings_of(chain))
-    if not any(note.rule.severity == ERROR for note in notes):
-        # Else the arithmetic has nothing to stand on.
-        notes += require_none(budget_problems(chain, wanted), settings.skip_rules)
+    chain = replace(chain, workloads=workloads_of(chain), inference_costs=inference_costs_of(chain))
+    if not any(note.rule.severity == ERROR for note in notes):  # skipped errors break estimates
+        notes += require_none(_limit_problems(chain, wanted), settings.skip_rules)
     for name, config in configs.items():
         configs[name] = stage_of(config).resolve_from_chain(config, chain)
     needed = {*wanted, *(s for name in wanted for s in configs[name].inputs.values())}
@@ -91,8 +90,25 @@ def checks(cfg: DictConfig, chain: Chain, wanted: list[str]) -> Iterator[Problem
             yield from stage.problems(config, chain)
 
 
+def _limit_problems(chain: Chain, wanted: list[str]) -> Iterator[Problem]:
+    """Finds stages that need more than there is."""
+    yield from limit_problems(chain, wanted)
+    for name in wanted:
+        config = chain.stages[name]
+        yield from stage_of(config).memory_problems(name, config, chain)
+
+
+def with_shapes(chain: Chain, order: Iterable[str]) -> Chain:
+    """Returns the chain with the shapes of its stages' models; ``order`` has inputs first."""
+    for name in order:
+        config = chain.stages[name]
+        shapes = stage_of(config).shapes(config, chain)
+        chain = replace(chain, shapes={**chain.shapes, name: shapes})
+    return chain
+
+
 def workloads_of(chain: Chain) -> dict[str, Workload]:
-    """Every training of a chain, and every pass of a teacher over its text, by stage."""
+    """Returns each training and each teacher's pass over a text, by stage."""
     return {
         name: workload(config, chain)
         for name, config in chain.stages.items()
@@ -100,13 +116,13 @@ def workloads_of(chain: Chain) -> dict[str, Workload]:
     }
 
 
-def readings_of(chain: Chain) -> dict[str, Estimates]:
-    """What each stage of a chain takes that only runs models forward, with any settings."""
-    found: dict[str, Estimates] = {}
-    for name, config in chain.stages.items():
-        if (reading := stage_of(config).reading) is not None:
-            found[name] = lambda other, estimate=reading: estimate(other, chain)
-    return found
+def inference_costs_of(chain: Chain) -> dict[str, InferenceCost]:
+    """Returns the cost of each stage that runs models and trains none."""
+    return {
+        name: inference_cost(config, chain)
+        for name, config in chain.stages.items()
+        if (inference_cost := stage_of(config).inference_cost) is not None
+    }
 
 
 def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
@@ -149,7 +165,7 @@ def known_stages(names: Iterable[str], configs: Mapping[str, StageConfig], where
     return set(names)
 
 
-def _order(configs: Mapping[str, StageConfig]) -> list[str]:
+def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
     """Stage names, inputs before what needs them; the graph is the inputs themselves."""
     graph: dict[str, set[str]] = {}
     for name, config in configs.items():

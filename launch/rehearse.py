@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launch.machine import chain_of
-from launch.plan import known_stages, typed_stages
+from launch.plan import known_stages, stage_order, typed_stages, with_shapes
 from launch.planned import load_stage, stage_of
 from launch.settings import RunSettings
 from nemo_convert.architecture import Architecture
@@ -25,9 +25,10 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.core.screen import plain_table
 from recipes.planning.chain import Chain
-from recipes.planning.estimate import FRAGMENTATION, Memory, stage_memory
 from recipes.planning.problems import require_none
 from recipes.planning.published_configs import read_config_or_published
+from recipes.planning.training_cost import stage_memory
+from recipes.planning.transformer import FRAGMENTATION, Memory
 from recipes.rehearsal.job import RankJob, jobs_of
 from recipes.rehearsal.results import RehearsalResult, mismatches
 
@@ -42,6 +43,7 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
     only = set(configs) if settings.only is None else settings.only
     wanted = [name for name in configs if name in known_stages(only, configs, "only")]
     chain = chain_of(cfg, settings.hf_path, configs, run_dir)
+    chain = with_shapes(chain, stage_order(configs))
     stages = {name: stage_of(config) for name, config in configs.items()}
     problems = (p for name in wanted for p in stages[name].problems(configs[name], chain))
     require_none(problems, settings.skip_rules)
@@ -173,8 +175,8 @@ def planned(job: RankJob, chain: Chain) -> Memory | None:
     spec = load_stage(job.stage)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(spec.config), job.config))
     chain = replace(chain, hardware=replace(chain.hardware, kind="gpu"))
-    if spec.reading is not None:
-        return spec.reading(config, chain).memory
+    if spec.inference_cost is not None:
+        return spec.inference_cost(config, chain).memory
     if spec.workload is None:
         return None
     workload = spec.workload(config, chain)

@@ -56,13 +56,10 @@ class Architecture:
         layer = self._layer_matrices(self.num_moe_experts) + self._layer_vectors()
         return self.num_layers * layer + vocabulary + self.hidden_size
 
-    def forward_flops_per_token(self) -> int:
-        """Matrix-multiplication FLOPs of one token's forward pass, attention scores left out.
-
-        Of the experts, those that a token goes through count.
-        """
+    def active_weights(self) -> int:
+        """Number of weights that a token is multiplied with; of the experts, those it goes to."""
         layer = self._layer_matrices(self.moe_router_topk)
-        return 2 * (self.num_layers * layer + self.vocab_size * self.hidden_size)
+        return self.num_layers * layer + self.vocab_size * self.hidden_size
 
     def _layer_matrices(self, experts: int) -> int:
         """Counts the parameters of a layer's matrices with a number of its experts."""

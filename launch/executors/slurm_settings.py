@@ -13,8 +13,8 @@ from launch.executors.container import Containers
 from launch.planned import PlannedStage
 from recipes.core.constraints import Count, CountOrZero, Duration, matching, one_of
 from recipes.core.stage import SbatchOption
-from recipes.planning.budget import slurm_seconds
-from recipes.planning.estimate import stopping_seconds
+from recipes.planning.limits import slurm_seconds
+from recipes.planning.training_cost import stopping_seconds
 
 PLAIN = re.compile(r"[\w./@+=-]+")
 LEAST_MARGIN = 300

@@ -181,7 +181,6 @@ def training_workload(
 ) -> Workload:
     """The training as a planner sees it."""
     return Workload(
-        name=cfg.stage,
         trained=trained,
         teacher=teacher,
         layout=layout_of(cfg),

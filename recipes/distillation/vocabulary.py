@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_gather, all_reduce
 
 from recipes.core.errors import RecipeError
-from recipes.planning.buffers import LOSS_CHUNK_BYTES
+from recipes.planning.transformer import LOSS_CHUNK_BYTES
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": LOSS_CHUNK_BYTES}
 """Size of one float32 buffer of a chunk: about a CPU's cache; on a GPU, the planned size."""

@@ -43,7 +43,7 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
         yield from window_problems(cfg.seq_length, chain)
         yield from openvino.problems(cfg)
     else:
-        arch = chain.shape_of(chain.pruned_by(cfg))
+        arch = chain.shape_of(cfg.inputs.get("checkpoint"))
         yield from tensorrt_llm.problems(
             cfg, arch, chain.stages.get(cfg.inputs.get("checkpoint", ""))
         )

@@ -19,9 +19,16 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.processes import cores
 from recipes.engines.results import BenchmarkRow, Speedup
-from recipes.engines.timing import Contender, Timing, Worker, random_prompts, spread
+from recipes.engines.timing import (
+    Contender,
+    RequestShape,
+    Timing,
+    Worker,
+    random_prompts,
+    spread,
+)
 from recipes.engines.trtllm_bench import TensorRtLlmWorker
-from recipes.planning.roofline import Machine, RequestShape, decode_seconds, prefill_seconds
+from recipes.planning.inference_cost import Roofline, decode_seconds, prefill_seconds
 
 ENGINE_ROLES = ("teacher", "student")
 BASELINE = "transformers"
@@ -133,7 +140,7 @@ def row(
 def speedups(
     rows: Sequence[BenchmarkRow],
     contenders: Sequence[Contender],
-    machine: Callable[[Contender], Machine],
+    roofline: Callable[[Contender], Roofline],
 ) -> list[Speedup]:
     """Compares student and teacher in each backend, and their rooflines.
 
@@ -149,11 +156,12 @@ def speedups(
     for fast in sorted(students, key=lambda row: backends.index(row.backend)):
         slow = teachers[fast.backend, fast.setting]
         shape = RequestShape(fast.batch_size, fast.prompt_tokens, fast.new_tokens)
-        pair = [models[fast.backend, role] for role in ENGINE_ROLES]
-        prefill, decode = (
-            [seconds(one.architecture, shape, one.storage, machine(one)) for one in pair]
-            for seconds in (prefill_seconds, decode_seconds)
-        )
+        prefill, decode = [], []
+        for role in ENGINE_ROLES:
+            one = models[fast.backend, role]
+            model, bound = (one.architecture, fast.batch_size), (one.storage, roofline(one))
+            prefill.append(prefill_seconds(*model, fast.prompt_tokens, *bound))
+            decode.append(decode_seconds(*model, shape.context, *bound))
         results.append(
             Speedup(
                 backend=fast.backend,

@@ -11,7 +11,7 @@ from typing import Self
 
 from nemo_convert.architecture import Architecture
 from recipes.engines.results import Spread
-from recipes.planning.roofline import RequestShape, Storage
+from recipes.planning.transformer import Storage
 
 FIRST_ORDINARY_TOKEN = 3
 """The lowest ids are special tokens in most vocabularies."""
@@ -42,6 +42,20 @@ class Contender:
     def disk_bytes(self) -> int:
         """Returns the size of what is loaded."""
         return sum(file.stat().st_size for file in self.model.rglob("*") if file.is_file())
+
+
+@dataclass(frozen=True)
+class RequestShape:
+    """A batch of equal requests."""
+
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def context(self) -> float:
+        """Mean number of tokens before a decoding step."""
+        return self.prompt_tokens + self.new_tokens / 2
 
 
 @dataclass(frozen=True)

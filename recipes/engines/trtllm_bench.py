@@ -11,8 +11,7 @@ from typing import Any
 
 from recipes.core.errors import RecipeError
 from recipes.engines.tensorrt_llm import LLM_OPTIONS
-from recipes.engines.timing import Contender, Timing, Worker
-from recipes.planning.roofline import RequestShape
+from recipes.engines.timing import Contender, RequestShape, Timing, Worker
 
 DATASET, REPORT = "dataset.jsonl", "report.json"
 SAMPLE_SECONDS = 0.2

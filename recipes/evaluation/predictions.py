@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from recipes.core.precision import products_of
 from recipes.data.token_windows import TextWindows
-from recipes.planning.buffers import LOGITS_BYTES
+from recipes.planning.transformer import LOGITS_BYTES
 
 TEACHER = "teacher"
 

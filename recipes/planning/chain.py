@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
@@ -14,39 +13,10 @@ from recipes.core.stage import StageConfig
 from recipes.data.settings import PrepareDataConfig
 from recipes.planning import rules
 from recipes.planning.hardware import Hardware
+from recipes.planning.inference_cost import InferenceCost
 from recipes.planning.problems import Problem
 from recipes.planning.published_configs import read_config_or_published
-from recipes.planning.reading import Estimates
-from recipes.planning.targets import PruneTargets, pruned
 from recipes.planning.workload import Workload
-
-
-@runtime_checkable
-class Prunes(Protocol):
-    """The config of a stage that makes a model smaller."""
-
-    inputs: dict[str, str]
-
-    def targets(self, teacher: Architecture) -> PruneTargets:
-        """What a teacher is pruned to."""
-
-    def on_the_way(self, before: Architecture, student: Architecture) -> Architecture:
-        """What is cut to for a student, of what there is before it."""
-
-
-@runtime_checkable
-class ListsShapes(Protocol):
-    """The config of a stage that lists the shapes within a budget."""
-
-    def shapes(self, teacher: Architecture) -> list[Architecture]:
-        """Those of a teacher, the largest first."""
-
-
-@runtime_checkable
-class ReadsModel(Protocol):
-    """The config of a stage that reads a Hugging Face model."""
-
-    hf_path: str
 
 
 @dataclass(frozen=True)
@@ -57,68 +27,35 @@ class Chain:
     teacher: Architecture
     stages: Mapping[str, StageConfig]
     hardware: Hardware = field(default_factory=Hardware)
-    """What the stages run on."""
     run_dir: Path | None = None
-    """Where results of this chain are, if it has run before."""
+    """Directory with the results of an earlier run of this chain."""
     runs_here: bool = False
-    """Its stages are processes of this machine, in this environment."""
+    """Whether its stages are processes of this machine, in this environment."""
     time_limit: str = ""
-    """What a job may take, as Slurm writes it; none by default."""
+    """Time limit of a job, in Slurm's format; none by default."""
     from_published_config: bool = False
-    """The teacher's shape is the one bundled here, since its config.json is out of reach."""
+    """Whether the teacher's shape is the bundled one, because config.json cannot be read."""
+    shapes: Mapping[str, Sequence[Architecture]] = field(default_factory=dict)
+    """Shapes that the model of each stage may have, the largest first. Empty for a search that
+    measures before it lists them."""
     workloads: Mapping[str, Workload] = field(default_factory=dict)
-    """Every training, and every pass of a teacher over its text, by stage; known once all checks
-    have passed."""
-    readings: Mapping[str, Estimates] = field(default_factory=dict, compare=False)
-    """What stages take that only run models forward; known once all checks have passed."""
+    """Each training and each teacher's pass over a text, by stage, once all checks have passed."""
+    inference_costs: Mapping[str, InferenceCost] = field(default_factory=dict)
+    """Of each other stage that runs models, once all checks have passed."""
 
     def shape_of(self, stage: str | None) -> Architecture:
-        """Shape of the model that a stage makes, of another run's by its manifest."""
-        config = self.stages.get(stage or "")
-        manifest = manifest_of(stage) if config is None else None
-        if manifest is not None and manifest.architecture is not None:
-            return Architecture(**manifest.architecture)
-        if isinstance(config, Prunes):
-            return self.student_of(config)
-        before = self.pruned_by(config) if config is not None else None
-        return self.teacher if before is None else self.shape_of(before)
+        """Returns the shape of a stage's model: the largest where a search is still to choose it.
 
-    def student_of(self, config: Prunes) -> Architecture:
-        """Shape of what a stage prunes with such settings.
-
-        Where a search of this run is still to choose it, that is the largest within its budget, so
-        that what is planned is the most that it may take; where that waits for latencies, the
-        teacher's.
+        The manifest has it for a stage of another run. It is the teacher's where it is not known.
         """
-        search, before = config.inputs.get("shape"), self.shape_of(config.inputs.get("checkpoint"))
-        if search is None:
-            student = pruned(before, config.targets(self.teacher))
-        else:
-            student = next(iter(self.shapes_within(search)), self.shape_of(search))
-        return config.on_the_way(before, student)
-
-    def shapes_within(self, search: str | None) -> list[Architecture]:
-        """Shapes that a search of this run chooses from, as far as they are known before it runs.
-
-        The largest first; none for another run's search, and where latencies are to be measured.
-        """
-        config = self.stages.get(search or "")
-        while config is not None and not isinstance(config, ListsShapes):
-            before = config.inputs.get("candidates") or config.inputs.get("shapes")
-            config = self.stages.get(before or "")
-        if config is None or "latency" in config.inputs:
-            return []
-        return config.shapes(self.teacher)
-
-    def pruned_by(self, config: StageConfig) -> str | None:
-        """The stage that pruned the model which a later stage gets; ``None`` for the teacher."""
-        before: StageConfig | None = config
-        while before is not None:
-            name = before.inputs.get("checkpoint") or before.inputs.get("student")
-            before = self.stages.get(name or "")
-            if isinstance(before, Prunes):
-                return name
-        return None
+        if stage is None:
+            return self.teacher
+        if stage in self.stages:
+            return next(iter(self.shapes.get(stage, ())), self.teacher)
+        manifest = manifest_of(stage)
+        if manifest is None or manifest.architecture is None:
+            return self.teacher
+        return Architecture(**manifest.architecture)
 
 
 def window_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:

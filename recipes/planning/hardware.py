@@ -1,23 +1,32 @@
-"""Hardware profiles: what one device can do, as data from ``conf/hardware``. Torch-free."""
+"""Hardware profiles from ``conf/hardware``, and what is known of this machine. Torch-free."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from recipes.core.constraints import Bytes, Count, PositiveOrZero, Rate, between, one_of
+from recipes.core.files import write_json
+from recipes.core.fingerprint import digest
 from recipes.core.precision import Precision
-from recipes.planning.work import ATTENTION_RATE, PASS_SECONDS, Work
+from recipes.core.versions import installed
+from recipes.core.wheels import cache_dir
+from recipes.planning.transformer import Compute
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
-"""Has an entry for each GPU; reading it takes no time, as ``nvidia-smi`` does."""
+"""Has an entry for each GPU; it is read at once, while ``nvidia-smi`` takes seconds."""
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""What Linux calls bfloat16 products of x86 and Arm processors."""
-
-
+"""Linux's names for bfloat16 GEMMs of x86 and Arm processors."""
+ATTENTION_RATE = 0.6
+"""FLOP/s of blocked attention on a CPU, over those of a float32 linear layer."""
+LAYER_PASS_SECONDS = 4.5e-3
+"""Time to start the operations of a layer's pass on a CPU, which its threads do not share."""
 CPU_PROFILES: dict[bool, dict[str, Any]] = {
     True: {
         "precision": "bf16-mixed",
@@ -32,9 +41,16 @@ CPU_PROFILES: dict[bool, dict[str, Any]] = {
         "bytes_per_second": 2.5e10,
     },
 }
-"""Of two cores of an AMD EPYC with bfloat16 products, and of one without, which emulates them."""
-ANY_CPU: dict[str, Any] = CPU_PROFILES[True] | {"precision": "32"}
-"""For one that is not known: what all can train in, and rates for what its owner knows it has."""
+"""Two cores of an AMD EPYC, by whether they have bfloat16 GEMMs or emulate them."""
+UNKNOWN_CPU: dict[str, Any] = CPU_PROFILES[True] | {"precision": "32"}
+"""For nodes that are not known here: a precision that every CPU trains in."""
+RATES_FOLDER = "machines"
+RATES_FORMAT = 3
+"""To raise when the measurement changes."""
+VARIABLE_INFO = (
+    "processor", "cpu MHz", "core id", "apicid", "initial apicid", "bogomips", "BogoMIPS",
+)  # fmt: skip
+"""Lines of ``/proc/cpuinfo`` that differ between cores or change over time."""
 
 
 @dataclass
@@ -85,20 +101,21 @@ class Hardware:
         return self.kind == "gpu"
 
     def memory_of_rank(self, ranks_on_node: int) -> float:
-        """Bytes that one of so many ranks on a node may use."""
+        """Bytes that one of the ranks on a node may use."""
         memory = physical_memory() if self.memory_bytes is None else self.memory_bytes
         return memory if self.on_gpu else memory / ranks_on_node
 
-    def compute_seconds(self, work: Work, bf16: bool, ranks_on_node: int = 1) -> float:
-        """Time of one of so many ranks on a node for its work, in bfloat16 or in float32."""
+    def compute_seconds(self, compute: Compute, bf16: bool, ranks_on_node: int = 1) -> float:
+        """Time that one of the ranks on a node takes, in bfloat16 or in float32."""
         rate = self.utilisation * (self.flops_per_second if bf16 else self.float32_flops_per_second)
         if self.traffic_share is None:
-            seconds = work.flops / rate
+            seconds = compute.flops / rate
         else:
-            small = self.utilisation * self.float32_flops_per_second * ATTENTION_RATE
-            traffic = work.bytes / (self.bytes_per_second * self.traffic_share)
-            seconds = work.products / rate + work.square / small + traffic
-            seconds += PASS_SECONDS * work.starts
+            attention_rate = self.utilisation * self.float32_flops_per_second * ATTENTION_RATE
+            bandwidth = self.bytes_per_second * self.traffic_share
+            seconds = compute.gemm_flops / rate
+            seconds += compute.blocked_attention_flops / attention_rate
+            seconds += compute.bytes / bandwidth + LAYER_PASS_SECONDS * compute.layer_passes
         return seconds if self.on_gpu else seconds * ranks_on_node
 
 
@@ -111,21 +128,56 @@ def physical_memory() -> int:
 
 
 def cpu_profile(name: str, here: bool = True) -> Any:
-    """Its ``precision`` or a rate, as of this machine's kind of processor.
+    """Returns the ``precision`` or a rate of this machine's type of processor.
 
-    One without bfloat16 products emulates them, a hundred times as slowly: it trains in float32,
-    and so does one that is not known, since stages run elsewhere than ``here``.
+    A processor without bfloat16 GEMMs emulates them a hundred times as slowly, so it trains in
+    float32. Nodes elsewhere than ``here`` are not known, so they do, too.
     """
     if not here:
-        return ANY_CPU[name]
+        return UNKNOWN_CPU[name]
     return CPU_PROFILES[bool(BFLOAT16_FLAGS & set(cpuinfo().split()))][name]
 
 
 def cpuinfo() -> str:
-    """What Linux says of this machine's processors; nothing where it is another system."""
+    """Returns Linux's description of this machine's processors; empty on other systems."""
     return CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
 
 
 def gpus_here() -> int:
-    """GPUs of this machine that NVIDIA's driver knows of."""
+    """Returns the number of GPUs that NVIDIA's driver knows of on this machine."""
     return len(list(DRIVER.iterdir())) if DRIVER.is_dir() else 0
+
+
+@dataclass(frozen=True)
+class MeasuredRates:
+    """Measured rates of all threads together, named as those of ``Hardware``."""
+
+    flops_per_second: float
+    float32_flops_per_second: float
+    bytes_per_second: float
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(rate, float) and 0 < rate < math.inf for rate in vars(self).values()):
+            raise ValueError(f"invalid rates: {self}")
+
+
+def read_rates(threads: int) -> MeasuredRates | None:
+    """Reads the rates of this processor from the user's cache; ``None`` if there are none."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return MeasuredRates(**json.loads(_rates_file(threads).read_text(encoding="utf-8")))
+    return None
+
+
+def write_rates(threads: int, rates: MeasuredRates) -> None:
+    """Writes rates to the user's cache, if it is writable."""
+    file = _rates_file(threads)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, asdict(rates))
+
+
+def _rates_file(threads: int) -> Path:
+    lines = {line for line in cpuinfo().splitlines() if not line.startswith(VARIABLE_INFO)}
+    key = {"processor": "\n".join(sorted(lines)), "cores": os.cpu_count(), "threads": threads}
+    key |= {"torch": installed("torch"), "format": RATES_FORMAT}
+    return cache_dir() / RATES_FOLDER / f"{digest(key)[:32]}.json"

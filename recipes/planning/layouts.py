@@ -6,60 +6,45 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from nemo_convert.architecture import Architecture
-from recipes.planning.estimate import Estimate, estimate, memory
 from recipes.planning.hardware import Hardware
-from recipes.planning.workload import Layout, Workload, split_axes
+from recipes.planning.parallelism import layout_problems
+from recipes.planning.rules import ERROR
+from recipes.planning.training_cost import TrainingCost, peak_memory, training_cost
+from recipes.planning.workload import Layout, Workload
 
 HEADROOM = 0.92
-"""Share of a device's memory that a proposal may take: the estimate is good to a few percent."""
+"""Fraction of a device's memory that a proposal may use: estimates are off by a few percent."""
 PARALLEL_SIZES = (1, 2, 4, 8)
-LONG = 32768
-"""Tokens of a window from which the sequence itself is worth splitting."""
+LONG_SEQUENCE = 32768
+"""Tokens from which context parallelism is worth trying."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A layout, and what the job would cost on it."""
+    """A workload on another layout, and its cost there."""
 
     job: Workload
-    estimate: Estimate
-
-
-def fits_shape(arch: Architecture, layout: Layout) -> bool:
-    """Whether a model can be split that way: what ``parallelism`` has rules for."""
-    return (
-        all(getattr(arch, axis) % layout.tensor == 0 for axis in (*split_axes(arch), "vocab_size"))
-        and arch.num_layers >= layout.pipeline
-        and (layout.expert == 1 or bool(arch.num_moe_experts))
-        and arch.num_moe_experts % layout.expert == 0
-        and layout.data * layout.context % layout.expert == 0
-    )
+    cost: TrainingCost
 
 
 def fits(job: Workload, hardware: Hardware) -> bool:
-    """Whether a job can be built on its layout and has room there."""
-    layout, models = job.layout, [m for m in (job.trained, job.teacher) if m is not None]
-    if layout.data == 0 or job.global_batch_size % (layout.data * layout.micro_batch_size):
+    """Whether a workload can be built on its layout and fits into memory."""
+    layout = job.layout
+    if any(problem.rule.severity == ERROR for problem in layout_problems(job, hardware)):
         return False
-    if job.seq_length % (layout.tensor * 2 * layout.context):
+    if job.seq_length % (2 * layout.tensor * layout.context):
         return False
-    if layout.data * layout.context % (layout.optimizer_instances * layout.expert):
-        return False
-    if not all(fits_shape(arch, layout) for arch in models):
-        return False
-    room = HEADROOM * hardware.memory_of_rank(layout.devices)
-    return memory(job, hardware).total <= room
+    available = HEADROOM * hardware.memory_of_rank(layout.devices)
+    return peak_memory(job, hardware).total <= available
 
 
 def candidates(job: Workload, devices: int, node: int) -> Iterator[Workload]:
-    """The job on every layout of so many devices, ``node`` to a node at most."""
+    """Yields the workload on every layout of ``devices`` devices, at most ``node`` on a node."""
     per_node = min(devices, node)
-    contexts = PARALLEL_SIZES if job.seq_length >= LONG else (1,)
+    contexts = PARALLEL_SIZES if job.seq_length >= LONG_SEQUENCE else (1,)
     moe = job.trained is not None and job.trained.num_moe_experts
     tensors = [size for size in PARALLEL_SIZES if size <= per_node]
-    # Which layers are on the last stage, and whether they hold what is compared, was checked for
-    # the job's own layout alone.
+    # The layers whose hidden states are compared were checked for the given pipeline only.
     pipelines = (job.layout.pipeline,) if job.compares_hidden_states else PARALLEL_SIZES
     recomputed = ("none",) if job.compares_hidden_states else ("none", "full")
     for tensor, pipeline, context, expert, micro, recompute_granularity in product(
@@ -81,22 +66,18 @@ def candidates(job: Workload, devices: int, node: int) -> Iterator[Workload]:
 
 
 def best(job: Workload, hardware: Hardware, devices: int, node: int) -> Proposal | None:
-    """The cheapest layout of so many devices that fits; the simplest of equally cheap ones."""
+    """Returns the cheapest layout of ``devices`` devices that fits, the simplest of equal ones."""
     found = [
-        Proposal(candidate, estimate(candidate, hardware))
+        Proposal(candidate, training_cost(candidate, hardware))
         for candidate in candidates(job, devices, node)
         if fits(candidate, hardware)
     ]
-    return min(found, key=lambda p: round(p.estimate.device_hours, 3), default=None)
+    return min(found, key=lambda p: round(p.cost.device_hours, 3), default=None)
 
 
 def proposals(job: Workload, hardware: Hardware, node: int = 8) -> list[Proposal]:
-    """The best layout of each number of devices up to the job's own, the cheapest first."""
-    most, devices, found = max(job.layout.ranks, node), 1, []
-    while devices <= most:
-        if (proposal := best(job, hardware, devices, node)) is not None:
-            found.append(proposal)
-        devices *= 2
-    if most & (most - 1) and (proposal := best(job, hardware, most, node)) is not None:
-        found.append(proposal)
-    return sorted(found, key=lambda p: p.estimate.dollars)
+    """Returns the best layout of each number of devices up to the workload's, cheapest first."""
+    most = max(job.layout.ranks, node)
+    numbers = sorted({most, *(2**n for n in range(most.bit_length()))})
+    found = [best(job, hardware, devices, node) for devices in numbers]
+    return sorted((p for p in found if p is not None), key=lambda p: p.cost.dollars)

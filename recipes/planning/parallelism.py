@@ -1,4 +1,4 @@
-"""Arithmetic of Megatron's parallel sizes, pipeline stages and batches."""
+"""Checks of Megatron's parallel sizes, pipeline stages and batches."""
 
 from __future__ import annotations
 
@@ -6,39 +6,37 @@ from collections.abc import Iterator
 
 from nemo_convert.architecture import Architecture
 from recipes.planning import rules
-from recipes.planning.chain import Chain
+from recipes.planning.hardware import Hardware
 from recipes.planning.problems import Problem
 from recipes.planning.workload import Layout, Workload, split_axes
 
 FAST_MULTIPLE = 16
-"""What FP8 matrix products of cuBLASLt want every dimension to be a multiple of; bf16 wants 8."""
+"""cuBLASLt's FP8 GEMMs need every dimension to be a multiple of 16; bfloat16 needs 8."""
 
 
-def layout_problems(work: Workload, chain: Chain) -> Iterator[Problem]:
-    """Checks ranks, models and windows against TP and PP, and the batch against what is left."""
-    layout = work.layout
-    yield from _rank_problems(work)
-    yield from _context_problems(work, chain)
-    if layout.sequence_parallel and work.seq_length % layout.tensor:
+def layout_problems(job: Workload, hardware: Hardware) -> Iterator[Problem]:
+    """Checks a layout against the ranks, the models, the sequences and the batch."""
+    layout = job.layout
+    yield from _rank_problems(job)
+    yield from _context_problems(job, hardware)
+    if layout.sequence_parallel and job.seq_length % layout.tensor:
         yield Problem(
             rules.SEQUENCE_PARALLEL,
-            f"seq_length={work.seq_length} is not divisible by TP={layout.tensor}",
+            f"seq_length={job.seq_length} is not divisible by TP={layout.tensor}",
             "set sequence_parallel=false, or another seq_length",
         )
-    if chain.teacher.num_moe_experts and layout.tensor > 1 and not layout.sequence_parallel:
-        yield Problem(
-            rules.SEQUENCE_PARALLEL,
-            f"Megatron does not train experts at TP={layout.tensor} without sequence parallelism",
-            "set sequence_parallel=true",
-        )
-    yield from _shape_problems(layout, "teacher", chain.teacher)
-    if work.trained is not None and work.trained != chain.teacher:
-        yield from _shape_problems(layout, "student", work.trained)
-        yield from _alignment_problems(layout, work.trained)
+    models = {"teacher": job.teacher, "student": job.trained}
+    if job.trained == job.teacher:
+        del models["student"]
+    for role, arch in models.items():
+        if arch is not None:
+            yield from _shape_problems(layout, role, arch)
+    if "student" in models and job.trained is not None:
+        yield from _alignment_problems(layout, job.trained)
 
 
-def _rank_problems(work: Workload) -> Iterator[Problem]:
-    layout, batch = work.layout, work.global_batch_size
+def _rank_problems(job: Workload) -> Iterator[Problem]:
+    layout, batch = job.layout, job.global_batch_size
     if layout.data == 0:
         sizes = f"TP={layout.tensor} x PP={layout.pipeline}"
         sizes += f" x CP={layout.context}" if layout.context > 1 else ""
@@ -65,21 +63,21 @@ def _rank_problems(work: Workload) -> Iterator[Problem]:
         )
 
 
-def _context_problems(work: Workload, chain: Chain) -> Iterator[Problem]:
-    context = work.layout.context
+def _context_problems(job: Workload, hardware: Hardware) -> Iterator[Problem]:
+    context = job.layout.context
     if context == 1:
         return
-    if not chain.hardware.on_gpu:
+    if not hardware.on_gpu:
         yield Problem(
             rules.CONTEXT_PARALLEL,
-            f"context_parallel_size={context} with hardware={chain.hardware.name}: attention over "
-            "several ranks is TransformerEngine's, which needs a GPU",
+            f"context_parallel_size={context} with hardware={hardware.name}: TransformerEngine's "
+            "attention over several ranks needs a GPU",
             "set context_parallel_size=1, or hardware to the GPU that this runs on",
         )
-    if work.seq_length % (2 * context):
+    if job.seq_length % (2 * context):
         yield Problem(
             rules.CONTEXT_PARALLEL,
-            f"seq_length={work.seq_length} cannot be split into two chunks for each of "
+            f"seq_length={job.seq_length} cannot be split into two chunks for each of "
             f"CP={context} ranks",
             f"use a multiple of {2 * context}",
         )
@@ -127,17 +125,23 @@ def _shape_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[
             f"the {role} has {shape.num_layers} layers, fewer than PP={layout.pipeline}",
             f"set pipeline_model_parallel_size to at most {shape.num_layers}",
         )
+    if shape.num_moe_experts and tensor > 1 and not layout.sequence_parallel:
+        yield Problem(
+            rules.SEQUENCE_PARALLEL,
+            f"Megatron does not train experts at TP={tensor} without sequence parallelism",
+            "set sequence_parallel=true",
+        )
     yield from _expert_problems(layout, role, shape)
 
 
 def _alignment_problems(layout: Layout, student: Architecture) -> Iterator[Problem]:
-    """Sizes that a kernel sees: of a rank, for what tensor parallelism splits."""
-    for axis, share in (("hidden_size", 1), (split_axes(student)[-1], layout.tensor)):
+    """Checks the sizes on a rank, which are those of its GEMMs."""
+    for axis, ranks in (("hidden_size", 1), (split_axes(student)[-1], layout.tensor)):
         size = getattr(student, axis)
-        if size % share == 0 and size // share % FAST_MULTIPLE:
-            where = f", {size // share} on each of TP={share} ranks," if share > 1 else ""
+        if size % ranks == 0 and size // ranks % FAST_MULTIPLE:
+            where = f", {size // ranks} on each of TP={ranks} ranks," if ranks > 1 else ""
             yield Problem(
                 rules.SLOW_SIZES,
                 f"the student's {axis}={size}{where} is not a multiple of {FAST_MULTIPLE}",
-                f"prune to a multiple of {FAST_MULTIPLE * share}",
+                f"prune to a multiple of {FAST_MULTIPLE * ranks}",
             )

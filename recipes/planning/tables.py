@@ -1,33 +1,26 @@
-"""A plan as tables and figures, for a terminal and for the report."""
+"""A plan as tables and metrics, for a terminal and for the report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
 
 from nemo_convert.architecture import Architecture
-from recipes.planning.estimate import (
-    Estimate,
-    Memory,
-    Step,
-    estimate,
-    forward_flops,
-    stopping_seconds,
-)
 from recipes.planning.hardware import Hardware
+from recipes.planning.inference_cost import InferenceCost
 from recipes.planning.layouts import proposals
 from recipes.planning.results import Cell, Table
-from recipes.planning.workload import ROLES, Workload
+from recipes.planning.training_cost import TrainingCost, stopping_seconds, training_cost
+from recipes.planning.transformer import forward_flops
+from recipes.planning.workload import Workload
 
-MEMORY_PARTS = [part.name for part in fields(Memory)]
-STEP_PARTS = [part.name for part in fields(Step)]
+Row = dict[str, Cell]
 
 
 def figures(
     jobs: Mapping[str, Workload], hardware: Hardware, from_published_config: bool
 ) -> dict[str, Cell]:
-    """The plan in a few numbers; sums over all jobs, and the memory of the largest."""
-    found = [estimate(job, hardware) for job in jobs.values()]
+    """Returns a plan in a few numbers: sums over all workloads, and the largest memory."""
+    costs = [training_cost(job, hardware) for job in jobs.values()]
     return {
         "hardware": hardware.name,
         "GFLOP/s in bfloat16": round(hardware.flops_per_second / 1e9),
@@ -35,138 +28,135 @@ def figures(
         "GB/s of memory": round(hardware.bytes_per_second / 1e9, 1),
         "utilisation (assumed)": hardware.utilisation,
         "dollars per device-hour (assumed)": hardware.price_per_hour,
-        "shape of the teacher": "bundled copy: config.json out of reach"
+        "shape of the teacher": "bundled copy: config.json cannot be read"
         if from_published_config
         else "its own",
         "tokens": sum(job.tokens for job in jobs.values()),
-        "FLOPs": float(f"{sum(e.flops for e in found):.3g}"),
-        "hours": _rounded(sum(e.hours for e in found)),
-        "device-hours": _rounded(sum(e.device_hours for e in found)),
-        "dollars": _rounded(sum(e.dollars for e in found)),
-        "memory of a rank, GB": round(max((e.memory.total for e in found), default=0) / 1e9, 1),
+        "FLOPs": float(f"{sum(cost.flops for cost in costs):.3g}"),
+        "hours": _rounded(sum(cost.hours for cost in costs)),
+        "device-hours": _rounded(sum(cost.device_hours for cost in costs)),
+        "dollars": _rounded(sum(cost.dollars for cost in costs)),
+        "memory of a rank, GB": round(max((c.memory.total for c in costs), default=0) / 1e9, 1),
         "memory there is, GB": round((hardware.memory_bytes or 0) / 1e9, 1),
     }
 
 
 def tables(jobs: Mapping[str, Workload], hardware: Hardware) -> list[Table]:
-    """Models, memory, time and cost of every job, and cheaper layouts of the last training."""
-    found = {name: (job, estimate(job, hardware)) for name, job in jobs.items()}
-    made = [_models(jobs), _memory(found, hardware), _time(found, hardware), _cost(found, hardware)]
+    """Returns models, memory, time and cost of all workloads, and layouts of the last training."""
+    costs = {name: (job, training_cost(job, hardware)) for name, job in jobs.items()}
+    made = [
+        *_table("Models", _models(jobs)),
+        *_table("Memory of the fullest rank, GB", _memory(costs, hardware)),
+        *_table("Seconds of a step", _time(costs, hardware)),
+        *_table("Time and money", _cost(costs, hardware)),
+    ]
     trainings = [(name, job) for name, job in jobs.items() if job.trained is not None]
     if trainings and hardware.on_gpu:
-        made.append(_layouts(*trainings[-1], hardware))
+        name, job = trainings[-1]
+        made += _table(f"Layouts of {name} that fit, the cheapest first", _layouts(job, hardware))
     return made
 
 
-def readings_table(readings: Mapping[str, tuple[float, float]], hardware: Hardware) -> Table:
-    """Other stages that run models: bytes of the fullest rank, and hours."""
-    rows: list[list[Cell]] = [
-        [
-            name,
-            f"{memory / 1e9:.1f}",
-            f"{hardware.memory_of_rank(1) / 1e9:.1f}",
-            f"{hours:.2f}",
-        ]
-        for name, (memory, hours) in readings.items()
-    ]
-    return Table("Other stages", ["stage", "GB", "there is", "hours"], rows)
+def inference_table(costs: Mapping[str, InferenceCost], hardware: Hardware) -> list[Table]:
+    """Returns memory and time of the stages that train nothing."""
+    available = hardware.memory_of_rank(1)
+    return _table(
+        "Other stages",
+        (
+            {
+                "stage": name,
+                "GB": f"{cost.memory.total / 1e9:.1f}",
+                "there is": f"{available / 1e9:.1f}",
+                "hours": f"{cost.hours(hardware):.2f}",
+            }
+            for name, cost in costs.items()
+        ),
+    )
 
 
-def _models(jobs: Mapping[str, Workload]) -> Table:
-    rows: list[list[Cell]] = []
+def _table(title: str, rows: Iterable[Row]) -> list[Table]:
+    """Returns a table of rows with equal columns, or none without rows."""
+    listed = list(rows)
+    return [Table(title, list(listed[0]), [list(row.values()) for row in listed])] if listed else []
+
+
+def _models(jobs: Mapping[str, Workload]) -> Iterable[Row]:
     seen: list[Architecture] = []
     for name, job in jobs.items():
-        for role in ROLES:
-            arch = getattr(job, role)
+        for role, arch in (("trained", job.trained), ("teacher", job.teacher)):
             if arch is None or arch in seen:
                 continue
             seen.append(arch)
-            rows.append(
-                [
-                    f"{name}: {role}",
-                    arch.num_layers,
-                    arch.hidden_size,
-                    arch.moe_ffn_hidden_size or arch.ffn_hidden_size,
-                    f"{arch.num_attention_heads}/{arch.num_query_groups}",
-                    arch.vocab_size,
-                    _short(arch.parameters()),
-                    f"{2 * arch.parameters() / 1e9:.2f}",
-                    _short(forward_flops(arch, job.seq_length)),
-                ]
-            )
-    columns = ["model", "layers", "hidden", "feed-forward", "heads", "vocabulary", "parameters"]
-    return Table("Models", [*columns, "bf16 GB", "FLOPs/token"], rows)
+            yield {
+                "model": f"{name}: {role}",
+                "layers": arch.num_layers,
+                "hidden": arch.hidden_size,
+                "feed-forward": arch.moe_ffn_hidden_size or arch.ffn_hidden_size,
+                "heads": f"{arch.num_attention_heads}/{arch.num_query_groups}",
+                "vocabulary": arch.vocab_size,
+                "parameters": _short(arch.parameters()),
+                "bf16 GB": f"{2 * arch.parameters() / 1e9:.2f}",
+                "FLOPs/token": _short(forward_flops(arch, job.seq_length)),
+            }
 
 
-def _memory(found: Mapping[str, tuple[Workload, Estimate]], hardware: Hardware) -> Table:
-    rows = [
-        [
-            name,
-            _layout(job),
-            *(f"{getattr(e.memory, part) / 1e9:.2f}" for part in MEMORY_PARTS),
-            f"{e.memory.total / 1e9:.1f}",
-            f"{hardware.memory_of_rank(job.layout.devices) / 1e9:.1f}",
-        ]
-        for name, (job, e) in found.items()
-    ]
-    return Table(
-        "Memory of the fullest rank, GB", ["stage", "layout", *MEMORY_PARTS, "total", "there is"],
-        rows,
-    )  # fmt: skip
+Costs = Mapping[str, tuple[Workload, TrainingCost]]
 
 
-def _time(found: Mapping[str, tuple[Workload, Estimate]], hardware: Hardware) -> Table:
-    rows = [
-        [
-            name,
-            *(f"{getattr(e.step, part):.3g}" for part in STEP_PARTS),
-            f"{e.step.total:.3g}",
-            f"{e.tokens_per_second:,.0f}",
-            f"{stopping_seconds(job, hardware):.3g}",
-        ]
-        for name, (job, e) in found.items()
-    ]
-    parts = [part.replace("_", " ") for part in STEP_PARTS]
-    return Table("Seconds of a step", ["stage", *parts, "total", "tokens/s", "to stop"], rows)
+def _memory(costs: Costs, hardware: Hardware) -> Iterable[Row]:
+    for name, (job, cost) in costs.items():
+        available = hardware.memory_of_rank(job.layout.devices)
+        yield {
+            "stage": name,
+            "layout": _layout(job),
+            **{part: f"{size / 1e9:.2f}" for part, size in vars(cost.memory).items()},
+            "total": f"{cost.memory.total / 1e9:.1f}",
+            "there is": f"{available / 1e9:.1f}",
+        }
 
 
-def _cost(found: Mapping[str, tuple[Workload, Estimate]], hardware: Hardware) -> Table:
-    rows = [
-        [
-            name,
-            f"{hardware.name} × {job.layout.ranks if hardware.on_gpu else job.layout.nodes}",
-            _short(job.tokens),
-            f"{job.steps:,}",
-            f"{e.flops:.3g}",
-            f"{e.hours:.2f}",
-            f"{e.device_hours:,.1f}",
-            f"{e.dollars:,.2f}",
-        ]
-        for name, (job, e) in found.items()
-    ]
-    columns = ["stage", "on", "tokens", "steps", "FLOPs", "hours", "device-hours", "dollars"]
-    return Table("Time and money", columns, rows)
+def _time(costs: Costs, hardware: Hardware) -> Iterable[Row]:
+    for name, (job, cost) in costs.items():
+        parts = {part.replace("_", " "): seconds for part, seconds in vars(cost.step).items()}
+        yield {
+            "stage": name,
+            **{part: f"{seconds:.3g}" for part, seconds in parts.items()},
+            "total": f"{cost.step.total:.3g}",
+            "tokens/s": f"{cost.tokens_per_second:,.0f}",
+            "to stop": f"{stopping_seconds(job, hardware):.3g}",
+        }
 
 
-def _layouts(name: str, job: Workload, hardware: Hardware) -> Table:
-    rows: list[list[Cell]] = [
-        [
-            p.job.layout.ranks,
-            _layout(p.job),
-            f"{p.estimate.memory.total / 1e9:.1f}",
-            f"{p.estimate.tokens_per_second:,.0f}",
-            f"{p.estimate.hours:,.1f}",
-            f"{p.estimate.device_hours:,.0f}",
-            f"{p.estimate.dollars:,.0f}",
-        ]
-        for p in proposals(job, hardware)
-    ]
-    columns = ["devices", "layout", "GB", "tokens/s", "hours", "device-hours", "dollars"]
-    return Table(f"Layouts of {name} that fit, the cheapest first", columns, rows)
+def _cost(costs: Costs, hardware: Hardware) -> Iterable[Row]:
+    for name, (job, cost) in costs.items():
+        yield {
+            "stage": name,
+            "on": f"{hardware.name} × {job.layout.ranks if hardware.on_gpu else job.layout.nodes}",
+            "tokens": _short(job.tokens),
+            "steps": f"{job.steps:,}",
+            "FLOPs": f"{cost.flops:.3g}",
+            "hours": f"{cost.hours:.2f}",
+            "device-hours": f"{cost.device_hours:,.1f}",
+            "dollars": f"{cost.dollars:,.2f}",
+        }
+
+
+def _layouts(job: Workload, hardware: Hardware) -> Iterable[Row]:
+    for proposal in proposals(job, hardware):
+        cost = proposal.cost
+        yield {
+            "devices": proposal.job.layout.ranks,
+            "layout": _layout(proposal.job),
+            "GB": f"{cost.memory.total / 1e9:.1f}",
+            "tokens/s": f"{cost.tokens_per_second:,.0f}",
+            "hours": f"{cost.hours:,.1f}",
+            "device-hours": f"{cost.device_hours:,.0f}",
+            "dollars": f"{cost.dollars:,.0f}",
+        }
 
 
 def _layout(job: Workload) -> str:
-    """TP, PP and so on, as far as they are not 1, with replicas and micro batch."""
+    """Returns the parallel sizes above 1, the replicas and the micro batch."""
     layout = job.layout
     sizes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "EP": layout.expert}
     parts = [f"{name}={size}" for name, size in sizes.items() if size > 1]
@@ -179,12 +169,12 @@ def _layout(job: Workload) -> str:
 
 
 def _rounded(number: float) -> float:
-    """Two digits after the point where they say something."""
+    """Rounds to two decimals, or to an integer from 100."""
     return round(number) if number >= 100 else round(number, 2)
 
 
 def _short(number: float) -> str:
-    """1.23 M, 4.5 B and so on, in three digits."""
+    """Returns three digits and a unit: 1.23 M, 4.5 B."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {unit}"

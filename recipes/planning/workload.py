@@ -1,17 +1,15 @@
-"""One training or pass over text, and the layout that it runs on, as a planner sees them."""
+"""A training, or a teacher's pass over a text, and the layout that it runs on. Torch-free."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from nemo_convert.architecture import Architecture
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a training's ranks are and what each of them holds."""
+    """How the ranks of a training are placed, and what each of them holds."""
 
     nodes: int = 1
     devices: int = 1
@@ -23,13 +21,13 @@ class Layout:
     micro_batch_size: int = 1
     sequence_parallel: bool = False
     recompute_granularity: str = "none"
-    """Of activations in the backward pass: ``none``, ``selective`` or ``full``."""
+    """``none``, ``selective`` or ``full``."""
     recompute_feed_forward: bool = False
-    """Whether ``selective`` is of the feed-forward part."""
+    """Whether ``selective`` recomputes the feed-forward layers."""
 
     @property
     def ranks(self) -> int:
-        """Processes in all."""
+        """All processes."""
         return self.nodes * self.devices
 
     @property
@@ -39,33 +37,17 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Replicas of the model; 0 if they do not come out even."""
+        """Replicas of the model; 0 if the ranks are not divisible."""
         return self.ranks // self.model if self.ranks % self.model == 0 else 0
 
     @property
     def shards(self) -> int:
-        """Ranks that a copy of the optimizer's state is split over."""
+        """Ranks that share a copy of the optimizer's state."""
         return self.data * self.context // self.optimizer_instances
-
-    def sizes(self) -> dict[str, int]:
-        """Its sizes, by what a training's config calls them."""
-        return {name: getattr(self, part) for part, name in LAYOUT_FIELDS.items()}
-
-
-LAYOUT_FIELDS = {
-    "nodes": "resources.nodes",
-    "devices": "resources.devices",
-    "tensor": "tensor_model_parallel_size",
-    "pipeline": "pipeline_model_parallel_size",
-    "context": "context_parallel_size",
-    "expert": "expert_model_parallel_size",
-    "micro_batch_size": "micro_batch_size",
-}
-"""Sizes of a layout, and what a training's config calls them."""
 
 
 def split_axes(arch: Architecture) -> tuple[str, str, str]:
-    """Sizes of layers that tensor parallelism splits, the feed-forward part's last."""
+    """Axes of a layer that tensor parallelism splits; the feed-forward axis is last."""
     feed_forward = "moe_ffn_hidden_size" if arch.num_moe_experts else "ffn_hidden_size"
     return "num_attention_heads", "num_query_groups", feed_forward
 
@@ -76,13 +58,12 @@ CHECKPOINT_BYTES = 14
 
 @dataclass(frozen=True)
 class Workload:
-    """One training, or one pass of a teacher over text."""
+    """A training, or a teacher's pass over a text."""
 
-    name: str
     trained: Architecture | None
-    """The model that learns; ``None`` where a teacher only reads."""
+    """The model that is trained; ``None`` for a teacher's pass."""
     teacher: Architecture | None
-    """The model that runs beside it; ``None`` for a cached teacher, or none."""
+    """The live teacher; ``None`` for a cached one, or without one."""
     layout: Layout
     seq_length: int
     global_batch_size: int
@@ -92,15 +73,15 @@ class Workload:
     validation_batches: int = 0
     """Global batches of a validation."""
     terms: int = 1
-    """Terms of the loss on logits, each of which keeps a gradient as wide as the vocabulary."""
+    """Terms of the loss on logits; each has a gradient of the vocabulary's width."""
     compares_hidden_states: bool = False
-    """Whether the loss is on layers' outputs too."""
-    windows: int | None = None
-    """Windows that there are at most, where a cached teacher knows only some of the text."""
+    """Whether the loss also compares layers' outputs."""
+    cached_sequences: int | None = None
+    """Sequences that a cached teacher has; ``None`` for all of the text."""
 
     @property
     def tokens(self) -> int:
-        """Tokens that are trained on or read."""
+        """Tokens that pass through the models."""
         return self.steps * self.global_batch_size * self.seq_length
 
     @property
@@ -108,15 +89,7 @@ class Workload:
         """Micro batches of a step on each replica."""
         return self.global_batch_size // (self.layout.data * self.layout.micro_batch_size)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, for a stage's config."""
-        return asdict(self)
-
-    @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Workload:
-        """The job that ``as_dict`` made."""
-        shapes = {role: plain[role] and Architecture(**plain[role]) for role in ROLES}
-        return cls(**{**plain, **shapes, "layout": Layout(**plain["layout"])})
-
-
-ROLES = ("trained", "teacher")
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of a value."""
+        return 2 if self.bf16 else 4

@@ -9,7 +9,7 @@ from nemo_convert.architecture import Architecture
 from recipes.core.constraints import Count, CountOrZero, Seed, Share, Size, one_of
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
-from recipes.planning.targets import PruneTargets, absolute, between
+from recipes.pruning.targets import PruneTargets, absolute, between
 
 LAYER_METHODS = ("block_influence", "loss", "block", "greedy")
 TARGET = "target_"

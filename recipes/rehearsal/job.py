@@ -102,7 +102,7 @@ def jobs_of(
         world, pipeline = config.resources.ranks, settings.get("pipeline_model_parallel_size", 1)
         inputs = {role: _input(chain, stages, source) for role, source in config.inputs.items()}
         if isinstance(search := chain.stages[name], SuccessiveHalvingConfig):
-            shapes = chain.shapes_within(search.inputs["candidates"])
+            shapes = chain.shapes.get(search.inputs["candidates"], ())
             largest = next(iter(shapes), chain.teacher)
             inputs["student"] = JobInput("checkpoint_nemo", largest.as_dict())
         resumed = isinstance(config, TrainingConfig)

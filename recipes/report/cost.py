@@ -1,9 +1,9 @@
-"""What a run cost: hours, memory, and the FLOPs of its training."""
+"""What a run cost: hours, memory and FLOPs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from nemo_convert.architecture import Architecture
@@ -11,34 +11,42 @@ from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.stage import Inputs
 from recipes.distillation.results import CacheResult, DistillationResult, TrainingResult
 from recipes.evaluation.results import EvaluationResult
+from recipes.planning.transformer import (
+    BACKWARD,
+    forward_flops,
+    head_flops,
+    least_squares_flops,
+)
 from recipes.pruning.results import HealResult, PruneResult
 
 MAX_FILES = 200
 """Files listed per stage; a large checkpoint has thousands, and its manifest names them all."""
-TRAINING = 3
-"""A training step's FLOPs over its forward pass's: the backward pass costs twice as much."""
+TRAINING = 1 + BACKWARD
+"""FLOPs of a training step over those of its forward pass."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """Tokens that passed through models, and their matrix-multiplication FLOPs."""
+class ModelFlops:
+    """Tokens that passed through models in a stage, and their FLOPs."""
 
     label: str
     tokens: int
-    student: int
+    student: float
     """FLOPs of the model that is made or measured."""
-    teacher: int
+    teacher: float
     seconds: float | None = None
     """Of the passes alone, where it is known."""
 
     @property
-    def flops(self) -> int:
+    def flops(self) -> float:
         """FLOPs of both models."""
         return self.student + self.teacher
 
 
-def costs(inputs: Inputs, before: Mapping[str, Manifest], passes: list[Work]) -> dict[str, object]:
-    """What the templates of cost and provenance show of inputs and the stages ``before`` them."""
+def costs(
+    inputs: Inputs, before: Mapping[str, Manifest], passes: list[ModelFlops]
+) -> dict[str, object]:
+    """Returns what the templates of cost and provenance show."""
     stages = [*before.items(), *((item.directory.name, item.manifest) for item in inputs.values())]
     stages.sort(key=lambda item: item[1].started_at)
     every = [manifest for _, manifest in stages]
@@ -110,47 +118,58 @@ def _resources(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("resources") or {}
 
 
-def flops_per_token(manifest: Manifest) -> int | None:
-    """Forward FLOPs of a token; ``None`` for a stage that made no model."""
-    if manifest.architecture is None:
-        return None
-    known = {spec.name for spec in fields(Architecture)}
-    shape = {name: value for name, value in manifest.architecture.items() if name in known}
-    return Architecture(**shape).forward_flops_per_token()
+def model_flops(
+    manifests: Mapping[str, Manifest], before: Mapping[str, Manifest]
+) -> list[ModelFlops]:
+    """Returns the FLOPs of each stage that runs models and records its tokens.
 
-
-def work(manifests: Mapping[str, Manifest], before: Mapping[str, Manifest]) -> list[Work]:
-    """The passes of a run through its models, as far as their tokens were recorded."""
-    teacher = flops_per_token(manifests["teacher"])
-    student = flops_per_token(manifests["distilled"])
+    Args:
+        manifests: Those of the report's inputs, by name.
+        before: Those of the stages before them, by name.
+    """
+    teacher, student = (_shape(manifests[name]) for name in ("teacher", "distilled"))
     if teacher is None or student is None:
         return []
-    found = []
+    rows = []
     if pruned := manifests["pruned"].result_if("prune", PruneResult):
         tokens = pruned.calibration_tokens
-        found.append(Work("Importance for pruning", tokens, 0, tokens * teacher))
+        forward = forward_flops(teacher, tokens // pruned.calibration_windows)
+        rows.append(ModelFlops("Importance for pruning", tokens, 0, tokens * forward))
     for name, manifest in before.items():
-        if corrected := manifest.result_if("correct_teacher", TrainingResult):
-            tokens = corrected.tokens
-            found.append(Work(name, tokens, 0, TRAINING * tokens * teacher))
-        if cached := manifest.result_if("cache_logits", CacheResult):
-            found.append(Work(name, cached.tokens, 0, cached.tokens * teacher))
-        if healed := manifest.result_if("heal", HealResult):
-            tokens = healed.calibration_tokens
-            passes = tokens * (flops_per_token(manifest) or 0)
-            found.append(Work(name, tokens, passes, tokens * teacher))
-        found += _distillation(name, manifest, before, teacher)
-    found += _distillation("Distillation", manifests["distilled"], before, teacher)
-    tokens = manifests["evaluation"].result(EvaluationResult).tokens
-    # The pruned model has the student's shape.
-    return [*found, Work("Evaluation", tokens, 2 * tokens * student, tokens * teacher)]
+        rows += _earlier_flops(name, manifest, before, teacher)
+    rows += _distillation_flops("Distillation", manifests["distilled"], before, teacher)
+    evaluation = manifests["evaluation"]
+    tokens = evaluation.result(EvaluationResult).tokens
+    ours, theirs = (tokens * _forward_flops(arch, evaluation) for arch in (student, teacher))
+    return [*rows, ModelFlops("Evaluation", tokens, 2 * ours, theirs)]  # pruned and distilled
 
 
-def _distillation(
-    label: str, distilled: Manifest, before: Mapping[str, Manifest], teacher: int
-) -> list[Work]:
-    training = distilled.result_if("distill", DistillationResult)
-    student = flops_per_token(distilled)
+def _earlier_flops(
+    name: str, manifest: Manifest, before: Mapping[str, Manifest], teacher: Architecture
+) -> list[ModelFlops]:
+    """Returns the FLOPs of a stage that is no input of the report."""
+    if corrected := manifest.result_if("correct_teacher", TrainingResult):
+        flops = TRAINING * corrected.tokens * _forward_flops(teacher, manifest)
+        return [ModelFlops(name, corrected.tokens, 0, flops)]
+    if cached := manifest.result_if("cache_logits", CacheResult):
+        flops = cached.tokens * _forward_flops(teacher, manifest)
+        return [ModelFlops(name, cached.tokens, 0, flops)]
+    healed, student = manifest.result_if("heal", HealResult), _shape(manifest)
+    if healed and student:
+        tokens = healed.calibration_tokens
+        ours, theirs = (
+            tokens * (_forward_flops(arch, manifest) - head_flops(arch))
+            for arch in (student, teacher)
+        )
+        fit = tokens * least_squares_flops(teacher, student)
+        return [ModelFlops(name, tokens, ours + fit, theirs)]
+    return _distillation_flops(name, manifest, before, teacher)
+
+
+def _distillation_flops(
+    label: str, distilled: Manifest, before: Mapping[str, Manifest], teacher: Architecture
+) -> list[ModelFlops]:
+    training, student = distilled.result_if("distill", DistillationResult), _shape(distilled)
     if training is None or student is None:
         return []
     tokens = training.tokens
@@ -158,6 +177,15 @@ def _distillation(
         manifest.kind == "logit_cache" and manifest.fingerprint == distilled.inputs.get("teacher")
         for manifest in before.values()
     )
-    live = 0 if cached else tokens * teacher
-    seconds = tokens / training.tokens_per_second
-    return [Work(label, tokens, TRAINING * tokens * student, live, seconds)]
+    ours = TRAINING * tokens * _forward_flops(student, distilled)
+    theirs = 0 if cached else tokens * _forward_flops(teacher, distilled)
+    return [ModelFlops(label, tokens, ours, theirs, tokens / training.tokens_per_second)]
+
+
+def _shape(manifest: Manifest) -> Architecture | None:
+    return Architecture(**manifest.architecture) if manifest.architecture else None
+
+
+def _forward_flops(arch: Architecture, stage: Manifest) -> float:
+    """FLOPs of a token's forward pass in the sequences of a stage."""
+    return forward_flops(arch, stage.config["seq_length"])

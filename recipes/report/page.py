@@ -22,7 +22,7 @@ from recipes.data.results import DatasetResult, in_words
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import HealResult, PruneResult
-from recipes.report.cost import costs, upstream, versions, work
+from recipes.report.cost import costs, model_flops, upstream, versions
 from recipes.report.format import render_template
 from recipes.report.plots import (
     SMOOTHING,
@@ -141,7 +141,7 @@ def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
         "trained": distilled.manifest.result_if("distill", DistillationResult),
         "imported": manifests["teacher"].result_if("import_hf", ImportResult),
         "exported": manifests["exported"].result_if("export_hf", ParityResult),
-        **costs(inputs, earlier, work(manifests, earlier)),
+        **costs(inputs, earlier, model_flops(manifests, earlier)),
         **sections(manifests, evaluation, earlier),
     }
     contents = {n: label for n, label in CONTENTS.items() if n not in OPTIONAL or content[n]}

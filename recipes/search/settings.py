@@ -14,7 +14,7 @@ from recipes.core.precision import Precision
 from recipes.core.stage import Inputs, StageConfig
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.settings import BuildEngineConfig
-from recipes.planning.roofline import RequestShape
+from recipes.engines.timing import RequestShape
 from recipes.pruning.settings import LAYER_METHODS
 from recipes.search.results import LatencyResult
 from recipes.search.space import Budget, Service, Space, enumerate_shapes

@@ -15,8 +15,14 @@ from typing import Annotated, Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.constraints import Count, Positive, PositiveOrZero, Rate, between, one_of
-from recipes.planning import roofline
-from recipes.planning.roofline import WEIGHT_BITS, Machine, Storage
+from recipes.planning.inference_cost import Roofline, decode_seconds
+from recipes.planning.transformer import (
+    WEIGHT_BITS,
+    Storage,
+    decode_traffic,
+    kv_cache_bytes,
+    stored_bytes,
+)
 
 SEARCH_AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
@@ -121,13 +127,13 @@ def prune_settings(sizes: Mapping[str, int], layer_importance: str) -> dict[str,
 
 def weight_bytes(shape: Architecture, service: Service) -> int:
     """All weights, as an engine stores them."""
-    return round(roofline.stored_bytes(shape, service.storage))
+    return round(stored_bytes(shape, service.storage))
 
 
 def cache_bytes(shape: Architecture, service: Service) -> int:
     """Keys and values of full contexts."""
     tokens = service.batch_size * service.context_length
-    return roofline.kv_cache_bytes(shape, tokens, service.storage)
+    return kv_cache_bytes(shape, tokens, service.storage)
 
 
 def memory_bytes(shape: Architecture, service: Service) -> int:
@@ -137,10 +143,10 @@ def memory_bytes(shape: Architecture, service: Service) -> int:
 
 def latency_ms(shape: Architecture, service: Service) -> float:
     """One decoding step at full context: as engines were measured, else by roofline."""
-    serving = roofline.RequestShape(service.batch_size, service.context_length, 0)
     if service.measured is None:
-        machine = Machine(service.flops_per_second, service.bytes_per_second)
-        return 1e3 * roofline.decode_seconds(shape, serving, service.storage, machine)
+        roofline = Roofline(service.flops_per_second, service.bytes_per_second)
+        batch, context = service.batch_size, service.context_length
+        return 1e3 * decode_seconds(shape, batch, context, service.storage, roofline)
     line, read = service.measured, read_gigabytes(shape, service)
     return line.step_ms + line.layer_ms * shape.num_layers + line.gigabyte_ms * read
 
@@ -153,7 +159,7 @@ def tokens_per_second(shape: Architecture, service: Service) -> float:
 def read_gigabytes(shape: Architecture, service: Service) -> float:
     """10⁹ bytes that a decoding step reads at full context: weights and cache."""
     batch, context = service.batch_size, service.context_length
-    return roofline.decode_bytes(shape, batch, context, service.storage) / 1e9
+    return decode_traffic(shape, batch, context, service.storage) / 1e9
 
 
 SHAPE_COSTS: dict[str, Callable[[Architecture, Service], float]] = {

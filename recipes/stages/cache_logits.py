@@ -42,7 +42,6 @@ def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
     layout = Layout(resources.nodes, resources.devices, tensor, micro_batch_size=micro)
     batch = micro * max(1, layout.ranks // tensor)
     return Workload(
-        name=cfg.stage,
         trained=None,
         teacher=chain.teacher,
         layout=layout,

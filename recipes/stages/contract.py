@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig
 from recipes.core.worker import stage_main
 from recipes.planning import rules
 from recipes.planning.chain import Chain
+from recipes.planning.inference_cost import InferenceCost
+from recipes.planning.limits import memory_problem
 from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
-from recipes.planning.reading import Reading
 from recipes.planning.workload import Workload
 
 if TYPE_CHECKING:
@@ -40,6 +42,26 @@ Kind = Literal[
 ]
 """What a stage makes."""
 Kinds = tuple[Kind, ...]
+
+PIPELINE_SIZES = (2, 4, 8)
+
+
+def inherited_shapes(config: StageConfig, chain: Chain) -> Sequence[Architecture]:
+    """Returns the shapes of a stage's input, as far as they are known before it runs."""
+    for search in ("candidates", "shapes"):
+        if search in config.inputs:
+            return chain.shapes.get(config.inputs[search], ())
+    return [chain.shape_of(config.inputs.get("checkpoint") or config.inputs.get("student"))]
+
+
+def smaller_settings(config: StageConfig) -> Iterator[dict[str, Any]]:
+    """Yields settings that take less memory, those that change a stage least first."""
+    one: dict[str, Any] = {"micro_batch_size": 1}
+    half = {"precision": "bf16-mixed"}
+    split = [{"pipeline_model_parallel_size": ranks} for ranks in PIPELINE_SIZES]
+    for change in (one, half, {**half, **one}, *split, *({**s, **one} for s in split)):
+        if all(hasattr(config, name) for name in change):
+            yield change
 
 
 def checkpoint_outcome(result: DataclassInstance | None, checkpoint: Path) -> Outcome:
@@ -87,10 +109,12 @@ class Stage(Generic[ConfigT]):
     """Files from outside of the run that the result depends on."""
     disk_bytes: Callable[[ConfigT, Chain], int] = lambda config, chain: 0
     """What its artifact, and what it keeps meanwhile, take on the disk."""
+    shapes: Callable[[ConfigT, Chain], Sequence[Architecture]] = inherited_shapes
+    """Shapes that its model may have, the largest first; by default those of its input."""
     workload: Callable[[ConfigT, Chain], Workload] | None = None
-    """A training, or a teacher's pass over text, as a planner sees it."""
-    reading: Callable[[ConfigT, Chain], Reading] | None = None
-    """What it takes, as a planner sees it, where it only runs models forward."""
+    """The training or teacher's pass over a text, for plans."""
+    inference_cost: Callable[[ConfigT, Chain], InferenceCost] | None = None
+    """Its cost, for plans, if it runs models and trains none."""
     plans_workloads: bool = False
     """Its result is about the chain's workloads, which are checked with it."""
     resolve_from_chain: Callable[[ConfigT, Chain], ConfigT] = lambda config, chain: config
@@ -111,7 +135,26 @@ class Stage(Generic[ConfigT]):
             )
         yield from self.check(config, chain)
         if self.workload is not None:
-            yield from layout_problems(self.workload(config, chain), chain)
+            yield from layout_problems(self.workload(config, chain), chain.hardware)
+
+    def memory_problems(self, name: str, config: ConfigT, chain: Chain) -> Iterator[Problem]:
+        """Compares the memory of a stage that trains nothing with that of a rank."""
+        if self.inference_cost is None:
+            return
+        hardware, cost = chain.hardware, self.inference_cost
+        available = hardware.memory_of_rank(config.resources.devices)
+        needed = cost(config, chain).memory.total
+        if needed <= available:
+            return
+        for settings in smaller_settings(config):
+            if cost(replace(config, **settings), chain).memory.total <= available:
+                if ranks := settings.get("pipeline_model_parallel_size"):
+                    settings["resources.devices"] = ranks
+                fix = " ".join(f"stages.{name}.{key}={value}" for key, value in settings.items())
+                yield memory_problem(name, needed, available, hardware.name, f"set {fix}")
+                return
+        fix = "use a device with more memory"
+        yield memory_problem(name, needed, available, hardware.name, fix)
 
     def main(self) -> None:
         """Entry point of the stage's own process."""

@@ -10,8 +10,8 @@ from recipes.core.stage import Inputs, metrics_log
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
+from recipes.planning.inference_cost import InferenceCost, Sequences, comparison_cost
 from recipes.planning.problems import Problem
-from recipes.planning.reading import Reading, Text, compared
 from recipes.stages.contract import Stage
 
 
@@ -26,12 +26,12 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
     yield from window_problems(cfg.seq_length, chain)
 
 
-def reading(cfg: EvaluateConfig, chain: Chain) -> Reading:
-    """All models in turn; distillation changes no shape."""
+def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:
+    """Costs all models in turn; the distilled one has the pruned one's shape."""
     pruned = chain.shape_of(cfg.inputs.get("pruned"))
-    text = Text(cfg.num_windows, cfg.seq_length, cfg.micro_batch_size)
+    text = Sequences(cfg.num_windows, cfg.seq_length, cfg.micro_batch_size)
     models = (chain.teacher, pruned, pruned)
-    return compared(models, cfg.precision == "bf16-mixed", text, chain.hardware)
+    return comparison_cost(models, cfg.precision == "bf16-mixed", text, chain.hardware)
 
 
 def run(cfg: EvaluateConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -50,7 +50,7 @@ STAGE = Stage(
     kind="eval_results",
     run=run,
     check=check,
-    reading=reading,
+    inference_cost=inference_cost,
     one_rank="its windows are not split over ranks",
     inputs={
         "teacher": ("checkpoint_nemo",),

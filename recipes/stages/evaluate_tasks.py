@@ -14,8 +14,8 @@ from recipes.evaluation.offline_tasks import NAMES
 from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
+from recipes.planning.inference_cost import InferenceCost, benchmark_cost
 from recipes.planning.problems import Problem
-from recipes.planning.reading import Reading, asked
 from recipes.stages.contract import Stage
 
 INSTALL = 'pip install -e ".[tasks]", or leave the benchmarks out: tasks=null'
@@ -73,8 +73,8 @@ def _check_names(cfg: EvaluateTasksConfig) -> Iterator[Problem]:
         yield Problem(rules.TASKS_NAMES, "a task is given twice", "name each once")
 
 
-def reading(cfg: EvaluateTasksConfig, chain: Chain) -> Reading:
-    """All models in turn on all items, each read once; what they write themselves is left out."""
+def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
+    """Costs one pass of all models over all items; generated tokens are not counted."""
     pruned = chain.shape_of(cfg.inputs.get("pruned"))
     tokens = 0
     for name in cfg.tasks:
@@ -84,7 +84,7 @@ def reading(cfg: EvaluateTasksConfig, chain: Chain) -> Reading:
         examples = cfg.num_fewshot.get(name, 0) * min(items, SUBJECTS.get(name, items))
         tokens += (items + examples) * size
     models, bf16 = (chain.teacher, pruned, pruned), cfg.precision == "bf16-mixed"
-    return asked(models, bf16, tokens, cfg.pack_tokens, chain.hardware)
+    return benchmark_cost(models, bf16, tokens, cfg.pack_tokens, chain.hardware)
 
 
 def run(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -99,7 +99,7 @@ STAGE = Stage(
     kind="task_results",
     run=run,
     check=check,
-    reading=reading,
+    inference_cost=inference_cost,
     one_rank="its items are not split over ranks",
     inputs={
         "teacher": ("checkpoint_nemo",),

@@ -9,7 +9,7 @@ from nemo_convert.results import ParityResult
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
 from recipes.planning.chain import Chain
-from recipes.planning.reading import Reading, converted
+from recipes.planning.inference_cost import InferenceCost, conversion_cost
 from recipes.report.settings import CARD_TEMPLATE
 from recipes.stages.contract import Stage
 
@@ -29,9 +29,9 @@ def disk_bytes(cfg: ExportConfig, chain: Chain) -> int:
     return 4 * chain.teacher.parameters()
 
 
-def reading(cfg: ExportConfig, chain: Chain) -> Reading:
-    """The student as its conversion is proven."""
-    return converted(chain.shape_of(chain.pruned_by(cfg)), chain.hardware)
+def inference_cost(cfg: ExportConfig, chain: Chain) -> InferenceCost:
+    """Costs the conversion and its verification."""
+    return conversion_cost(chain.shape_of(cfg.inputs.get("checkpoint")), chain.hardware)
 
 
 def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -77,7 +77,7 @@ STAGE = Stage(
     },
     external=lambda config: {"card": CARD_TEMPLATE},
     disk_bytes=disk_bytes,
-    reading=reading,
+    inference_cost=inference_cost,
 )
 
 if __name__ == "__main__":

@@ -11,8 +11,14 @@ from recipes.core.stage import Inputs, metrics_log
 from recipes.distillation.results import KeptLayers
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
+from recipes.planning.inference_cost import (
+    InferenceCost,
+    Sequences,
+    comparison_cost,
+    healing_cost,
+)
 from recipes.planning.problems import Problem
-from recipes.planning.reading import Reading, Text, compared, fullest, healed
+from recipes.planning.transformer import largest
 from recipes.pruning.results import HealResult
 from recipes.pruning.settings import HealConfig, PruneConfig
 from recipes.stages.contract import Stage
@@ -45,19 +51,19 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
         )
 
 
-def reading(cfg: HealConfig, chain: Chain) -> Reading:
-    """The student as it is healed, and then beside the teacher as it was and is."""
+def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
+    """Costs the healing, and the comparison of teacher, pruned and healed student."""
     teacher, student = (chain.shape_of(cfg.inputs.get(name)) for name in ("teacher", "checkpoint"))
     calibration, unseen = (
-        Text(windows, cfg.seq_length, cfg.micro_batch_size)
+        Sequences(windows, cfg.seq_length, cfg.micro_batch_size)
         for windows in (cfg.num_calibration_samples, cfg.num_samples)
     )
     bf16 = cfg.precision == "bf16-mixed"
-    fitted = healed(teacher, student, calibration, chain.hardware)
-    measured = compared((teacher, student), bf16, unseen, chain.hardware)
-    work = fitted.work + measured.work + unseen.work(student, bf16)
-    # All of it counts as in float32, as most is.
-    return Reading(fullest(fitted.memory, measured.memory), work, bf16=False)
+    healing = healing_cost(teacher, student, calibration, chain.hardware)
+    comparison = comparison_cost((teacher, student), bf16, unseen, chain.hardware)
+    compute = healing.compute + comparison.compute + unseen.compute(student, bf16)
+    # All of it counts as float32, as most of it is.
+    return InferenceCost(largest(healing.memory, comparison.memory), compute, bf16=False)
 
 
 def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -104,7 +110,7 @@ STAGE = Stage(
     kind="checkpoint_nemo",
     run=run,
     check=check,
-    reading=reading,
+    inference_cost=inference_cost,
     one_rank="it heals one layer at a time",
     inputs={
         "checkpoint": ("checkpoint_nemo",),

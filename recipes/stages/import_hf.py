@@ -18,8 +18,8 @@ from recipes.core.stage import Inputs, StageConfig, metrics_log
 from recipes.core.wheels import short_name
 from recipes.planning import rules
 from recipes.planning.chain import Chain
+from recipes.planning.inference_cost import conversion_cost
 from recipes.planning.problems import Problem
-from recipes.planning.reading import converted
 from recipes.stages.contract import Stage, checkpoint_outcome
 
 
@@ -75,7 +75,7 @@ STAGE = Stage(
     kind="checkpoint_nemo",
     run=run,
     check=check,
-    reading=lambda config, chain: converted(chain.teacher, chain.hardware),
+    inference_cost=lambda config, chain: conversion_cost(chain.teacher, chain.hardware),
     one_rank="a conversion is not split over ranks",
     external=external,
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters() * (2 if config.pack else 1),

@@ -26,11 +26,11 @@ from recipes.engines.bench import (
 )
 from recipes.engines.results import BenchmarkResults, EngineResult, MachineRates
 from recipes.engines.settings import BuildEngineConfig, MeasureSpeedConfig
-from recipes.engines.timing import Contender
+from recipes.engines.timing import Contender, RequestShape
 from recipes.planning import rules
 from recipes.planning.chain import Chain
+from recipes.planning.inference_cost import Roofline
 from recipes.planning.problems import Problem
-from recipes.planning.roofline import Machine, RequestShape
 from recipes.stages.contract import Stage
 
 
@@ -103,7 +103,7 @@ def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
         for batch in cfg.batch_sizes
     ]
     rows = measure(contenders, shapes, cfg.repetitions, start, metrics_log(out))
-    ratios = speedups(rows, contenders, lambda contender: _roof(machine, contender))
+    ratios = speedups(rows, contenders, lambda contender: _roofline(machine, contender))
     results = BenchmarkResults(machine, rows, ratios)
     write_json(out / "results.json", asdict(results))
     return Outcome(results)
@@ -134,11 +134,11 @@ def _engine(role: str, engine: Input, folder: Path) -> Contender:
     )
 
 
-def _roof(machine: MachineRates, contender: Contender) -> Machine:
+def _roofline(machine: MachineRates, contender: Contender) -> Roofline:
     """Returns the rates of the roofline; only an engine in ``fp32`` computes in float32."""
     rates = machine.flops_per_second
     fastest = rates["float32"] if contender.precision == "fp32" else max(rates.values())
-    return Machine(fastest, machine.bytes_per_second)
+    return Roofline(fastest, machine.bytes_per_second)
 
 
 STAGE = Stage(

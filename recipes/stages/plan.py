@@ -6,109 +6,96 @@ import importlib.util
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from recipes.core.files import write_json
 from recipes.core.manifest import Outcome
 from recipes.core.processes import cores
 from recipes.core.stage import Inputs, StageConfig, metrics_log
-from recipes.planning import machine
 from recipes.planning.chain import Chain
-from recipes.planning.estimate import estimate
-from recipes.planning.hardware import Hardware
-from recipes.planning.machine import Rates
+from recipes.planning.hardware import Hardware, MeasuredRates, read_rates, write_rates
+from recipes.planning.inference_cost import InferenceCost
 from recipes.planning.results import PlanResult
-from recipes.planning.tables import figures, readings_table, tables
-from recipes.planning.work import Work
+from recipes.planning.tables import figures, inference_table, tables
+from recipes.planning.training_cost import training_cost
 from recipes.planning.workload import Workload
 from recipes.stages.contract import Stage
 
 FILE = "plan.json"
+T = TypeVar("T")
 
 
 @dataclass
 class PlanConfig(StageConfig):
-    """Settings of ``plan``, all of them put in from the chain."""
+    """Settings of ``plan``. All of them come from the chain, so a change there is a new plan."""
 
     workloads: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Every training, and every pass of a teacher over its text, by stage."""
-    readings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Memory and work of every other stage that runs models."""
+    """Each training and each teacher's pass over a text, by stage."""
+    inference_costs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Costs of the other stages that run models."""
     hardware: dict[str, Any] = field(default_factory=dict)
-    """The profile of the device."""
+    """The hardware profile."""
     from_published_config: bool = False
-    """Shapes are the bundled ones, since the model's config.json is out of reach."""
+    """Whether shapes are the bundled ones, because config.json cannot be read."""
 
 
 def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
-    """What a plan is of, as a part of its own settings: a change there is a new plan."""
+    """Copies what the plan is about from the chain."""
     hardware = replace(chain.hardware, memory_bytes=chain.hardware.memory_of_rank(1))
     return replace(
         cfg,
-        workloads={name: workload.as_dict() for name, workload in chain.workloads.items()},
-        readings={
-            name: {"memory": found.memory.total, "work": asdict(found.work), "bf16": found.bf16}
-            for name, estimates in chain.readings.items()
-            for found in (estimates(chain.stages[name]),)
-        },
+        workloads={name: asdict(workload) for name, workload in chain.workloads.items()},
+        inference_costs={name: asdict(cost) for name, cost in chain.inference_costs.items()},
         hardware=asdict(hardware),
         from_published_config=chain.from_published_config,
     )
 
 
 def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Estimates every workload and searches for layouts that cost less."""
-    workloads = {name: Workload.of(plain) for name, plain in cfg.workloads.items()}
+    """Computes the cost of every stage and searches for cheaper layouts."""
+    workloads = {name: _typed(Workload, plain) for name, plain in cfg.workloads.items()}
+    inference = {name: _typed(InferenceCost, plain) for name, plain in cfg.inference_costs.items()}
     hardware = Hardware(**cfg.hardware)
     if hardware.measure and (rates := _rates()) is not None:
         hardware = replace(hardware, **asdict(rates))
-    jobs = {name: estimate(job, hardware) for name, job in workloads.items()}
-    readings = _readings(cfg, hardware)
-    hours = {
-        **{name: job.hours for name, job in jobs.items()},
-        **{name: taken for name, (_, taken) in readings.items()},
-    }
+    trainings = {name: training_cost(job, hardware) for name, job in workloads.items()}
+    hours = {name: cost.hours for name, cost in trainings.items()}
+    hours |= {name: cost.hours(hardware) for name, cost in inference.items()}
     result = PlanResult(
         figures(workloads, hardware, cfg.from_published_config),
-        [
-            *tables(workloads, hardware),
-            *([readings_table(readings, hardware)] if readings else []),
-        ],
-        {name: job.tokens_per_second for name, job in jobs.items()},
-        {name: 3600 * taken for name, taken in hours.items()},
+        [*tables(workloads, hardware), *inference_table(inference, hardware)],
+        {name: cost.tokens_per_second for name, cost in trainings.items()},
+        {name: 3600 * spent for name, spent in hours.items()},
     )
     write_json(out / FILE, asdict(result))
     metrics_log(out).progress("plan", 1, 1)
     return Outcome(result)
 
 
-def _rates() -> Rates | None:
-    """This machine's, from the cache or measured in seconds; none where there is no torch.
+def _typed(cls: type[T], plain: dict[str, Any]) -> T:
+    """Returns the dataclass that ``asdict`` made plain."""
+    typed: T = TypeAdapter(cls).validate_python(plain)
+    return typed
 
-    What was measured beside other programs is used, but not kept.
+
+def _rates() -> MeasuredRates | None:
+    """Returns this machine's rates, from the cache or measured in seconds; ``None`` without torch.
+
+    Rates that were measured while other programs ran are not cached.
     """
     threads = int(os.environ.get("OMP_NUM_THREADS") or cores())
-    if (rates := machine.kept(threads)) is not None:
+    if (rates := read_rates(threads)) is not None:
         return rates
     if importlib.util.find_spec("torch") is None:
         return None
     from recipes.engines.machine_rates import training_rates
 
-    rates, alone = training_rates(threads)
-    if alone:
-        machine.keep(threads, rates)
+    rates, undisturbed = training_rates(threads)
+    if undisturbed:
+        write_rates(threads, rates)
     return rates
-
-
-def _readings(cfg: PlanConfig, hardware: Hardware) -> dict[str, tuple[float, float]]:
-    """Bytes of memory and hours of each stage."""
-    return {
-        name: (
-            found["memory"],
-            hardware.compute_seconds(Work(**found["work"]), found["bf16"]) / 3600,
-        )
-        for name, found in cfg.readings.items()
-    }
 
 
 STAGE = Stage(

@@ -13,18 +13,26 @@ from recipes.distillation.results import KeptLayers
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
-from recipes.planning.targets import MOST_AT_ONCE, pruned, share_problems, target_problems
 from recipes.pruning.results import PruneResult, ScoreResult
 from recipes.pruning.settings import PruneConfig, ScoreConfig
+from recipes.pruning.targets import MOST_AT_ONCE, pruned, share_problems, target_problems
 from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import name_of
 from recipes.stages.contract import Stage
 
 
+def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
+    """Returns the shape of the pruned model: the largest where a search is still to choose it."""
+    before = chain.shape_of(cfg.inputs.get("checkpoint"))
+    if "shape" in cfg.inputs:
+        return cfg.on_the_way(before, chain.shape_of(cfg.inputs["shape"]))
+    return cfg.on_the_way(before, pruned(before, cfg.targets(chain.teacher)))
+
+
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     """Finds targets that the teacher cannot be pruned to, and scores that would be missing."""
     teacher, before = chain.teacher, chain.shape_of(cfg.inputs.get("checkpoint"))
-    student = chain.student_of(cfg)
+    student = student_of(cfg, chain)
     if "shape" in cfg.inputs:
         yield from _search_problems(cfg, chain, student)
     else:
@@ -52,7 +60,7 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
         )
     search, manifest = chain.stages.get(source), manifest_of(source)
     if isinstance(search, SuccessiveHalvingConfig):
-        shapes = chain.shapes_within(source)
+        shapes = chain.shapes.get(source, ())
         yield Problem(
             rules.SEARCHED_SHAPE,
             f"which shape {source} chooses is not known yet; what is planned and checked is "
@@ -158,7 +166,8 @@ STAGE = Stage(
     one_rank="it copies weights",
     inputs={"checkpoint": ("checkpoint_nemo",), "importance": ("importance",)},
     optional_inputs={"shape": ("search_results",)},
-    disk_bytes=lambda config, chain: 4 * chain.student_of(config).parameters(),
+    shapes=lambda config, chain: [student_of(config, chain)],
+    disk_bytes=lambda config, chain: 4 * student_of(config, chain).parameters(),
     resolve_from_chain=lambda config, chain: config.in_numbers(chain.teacher),
 )
 

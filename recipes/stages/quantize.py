@@ -23,7 +23,7 @@ from recipes.stages.contract import Stage
 def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of sizes that the format's kernels do not support."""
     yield from window_problems(cfg.seq_length, chain)
-    arch = chain.shape_of(chain.pruned_by(cfg))
+    arch = chain.shape_of(cfg.inputs.get("checkpoint"))
     align = SIZE_MULTIPLES[cfg.format]
     for name in ("hidden_size", "ffn_hidden_size"):
         if getattr(arch, name) % align:

@@ -12,8 +12,9 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.core.statistics import pareto_front
 from recipes.planning.chain import Chain, window_problems
+from recipes.planning.inference_cost import InferenceCost, Sequences, healing_cost, ranking_cost
 from recipes.planning.problems import Problem
-from recipes.planning.reading import Reading, Text, fullest, healed, ranked
+from recipes.planning.transformer import Compute, largest
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig, RankCandidatesConfig
 from recipes.search.space import Budget
@@ -25,27 +26,27 @@ def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
     yield from window_problems(cfg.seq_length, chain)
 
 
-def reading(cfg: RankCandidatesConfig, chain: Chain) -> Reading:
-    """The teacher, in its weights every shape within the budget, and shapes that are healed.
+def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
+    """Costs the teacher, each shape as a view of its weights, and the healing of the largest ones.
 
-    The largest count for these. All work counts as in float32 then, as most of it is.
+    All of it counts as float32 if shapes are healed, as most of it is.
     """
-    text = Text(cfg.num_samples, cfg.seq_length, cfg.micro_batch_size)
+    text = Sequences(cfg.num_samples, cfg.seq_length, cfg.micro_batch_size)
+    calibration = replace(text, number=cfg.num_calibration_samples)
     bf16 = cfg.precision == "bf16-mixed"
-    found = ranked(chain.teacher, bf16, text, chain.hardware)
     source = chain.stages.get(cfg.inputs.get("shapes", ""))
     shapes = source.shapes(chain.teacher) if isinstance(source, EnumerateShapesConfig) else []
-    calibration = replace(text, windows=cfg.num_calibration_samples)
-    readings = [
-        healed(chain.teacher, shape, calibration, chain.hardware)
-        for shape in shapes[: cfg.num_healed]
+    costs = [
+        ranking_cost(chain.teacher, bf16, text, chain.hardware),
+        *(
+            healing_cost(chain.teacher, shape, calibration, chain.hardware)
+            for shape in shapes[: cfg.num_healed]
+        ),
     ]
-    work = sum((text.work(shape, bf16) for shape in shapes), found.work)
-    return Reading(
-        fullest(found.memory, *(one.memory for one in readings)),
-        sum((one.work for one in readings), work),
-        bf16 and not readings,
-    )
+    compute = sum((cost.compute for cost in costs), Compute())
+    compute = sum((text.compute(shape, bf16) for shape in shapes), compute)
+    memory = largest(*(cost.memory for cost in costs))
+    return InferenceCost(memory, compute, bf16 and len(costs) == 1)
 
 
 def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -73,7 +74,7 @@ STAGE = Stage(
     kind="search_results",
     run=run,
     check=check,
-    reading=reading,
+    inference_cost=inference_cost,
     one_rank="its windows are not split over ranks",
     inputs={
         "checkpoint": ("checkpoint_nemo",),

@@ -10,8 +10,8 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log, rank
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
+from recipes.planning.inference_cost import InferenceCost, Sequences, scoring_cost
 from recipes.planning.problems import Problem
-from recipes.planning.reading import Reading, Text, scored
 from recipes.pruning.results import ScoreResult
 from recipes.pruning.settings import PruneConfig, ScoreConfig
 from recipes.stages.contract import Stage
@@ -23,9 +23,8 @@ def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
         return cfg
     own = [name for name, config in chain.stages.items() if config is cfg]
     dropped = {
-        chain.shape_of(prune.inputs.get("checkpoint")).num_layers
-        - chain.student_of(prune).num_layers
-        for prune in chain.stages.values()
+        chain.shape_of(prune.inputs.get("checkpoint")).num_layers - chain.shape_of(name).num_layers
+        for name, prune in chain.stages.items()
         if isinstance(prune, PruneConfig)
         and prune.inputs.get("importance") in own
         and prune.layer_importance == "block"
@@ -57,17 +56,17 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
         )
 
 
-def reading(cfg: ScoreConfig, chain: Chain) -> Reading:
-    """The model on calibration text, and again without each layer and block."""
+def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
+    """Costs passes over calibration text, and those without a layer or a block."""
     model = chain.shape_of(cfg.inputs.get("checkpoint"))
     layers, gone = model.num_layers, cfg.num_greedy_layers
     blocks = resolve_from_chain(cfg, chain).block_sizes or []
     losses = layers + sum(layers - size + 1 for size in blocks)
     losses += sum(2 * gone - number for number in range(1, gone))
-    return scored(
+    return scoring_cost(
         model,
         cfg.precision == "bf16-mixed",
-        Text(cfg.num_calibration_samples, cfg.seq_length, cfg.micro_batch_size),
+        Sequences(cfg.num_calibration_samples, cfg.seq_length, cfg.micro_batch_size),
         chain.hardware,
         cfg.pipeline_model_parallel_size,
         cfg.num_loss_samples * losses,
@@ -101,7 +100,7 @@ STAGE = Stage(
     kind="importance",
     run=run,
     check=check,
-    reading=reading,
+    inference_cost=inference_cost,
     resolve_from_chain=resolve_from_chain,
     inputs={"checkpoint": ("checkpoint_nemo",), "calibration": ("dataset",)},
 )

@@ -21,11 +21,11 @@ from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import training_problems, training_workload
 from recipes.planning import rules
 from recipes.planning.chain import Chain
-from recipes.planning.estimate import memory, token_work
+from recipes.planning.inference_cost import InferenceCost, Sequences, comparison_cost
 from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
-from recipes.planning.reading import Reading, Text, compared, fullest
-from recipes.planning.work import Work
+from recipes.planning.training_cost import peak_memory, token_compute
+from recipes.planning.transformer import Compute, largest
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import axes_of, name_of, prune_settings
@@ -58,37 +58,39 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
     else:
         training = training_of(cfg, rounds, 0)
         yield from training_problems(training, chain)
-        yield from layout_problems(training_workload(training, chain.teacher), chain)
+        job = training_workload(training, chain.teacher)
+        yield from layout_problems(job, chain.hardware)
 
 
 def _name_problems(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
     """Compares ``also`` with the shapes within the budget."""
-    shapes = chain.shapes_within(cfg.inputs.get("candidates")) if cfg.also else []
-    if shapes:
+    shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
+    if cfg.also and shapes:
         for what in _unknown(cfg.also, [name_of(shape) for shape in shapes]):
             yield Problem(rules.SEARCH, what, LISTED)
 
 
-def reading(cfg: SuccessiveHalvingConfig, chain: Chain) -> Reading:
-    """Trainings of all rounds, and after each the teacher and its candidates on validation text.
+def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
+    """Costs the trainings of all rounds, and the evaluation of all candidates after each round.
 
-    Candidates count as the largest shape within the budget; the teacher's where it is not known.
+    Candidates count as the largest shape within the budget, or as the teacher if it is not known.
     """
-    largest = next(iter(chain.shapes_within(cfg.inputs.get("candidates"))), chain.teacher)
+    shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
+    candidate = next(iter(shapes), chain.teacher)
     rounds = cfg.rounds(cfg.most())
-    text = Text(cfg.num_samples, cfg.distill.seq_length, cfg.distill.micro_batch_size)
+    text = Sequences(cfg.num_samples, cfg.distill.seq_length, cfg.distill.micro_batch_size)
     bf16 = cfg.precision == "bf16-mixed"
-    measured = compared((chain.teacher, largest), bf16, text, chain.hardware)
+    evaluation = comparison_cost((chain.teacher, candidate), bf16, text, chain.hardware)
     if not rounds:
-        return replace(measured, work=Work())
+        return replace(evaluation, compute=Compute())
     terms = (cfg.distill.kd_weight > 0) + (cfg.distill.lm_weight > 0)
-    job = training_workload(training_of(cfg, rounds, 0), largest, chain.teacher, terms)
-    tokens = sum(training_of(cfg, rounds, n).max_steps * c for n, c in enumerate(rounds))
-    tokens *= job.global_batch_size * job.seq_length
-    read = text.work(chain.teacher, bf16) * len(rounds) + text.work(largest, bf16) * sum(rounds)
-    needs = fullest(measured.memory, memory(job, chain.hardware))
-    work = token_work(job) * tokens + read
-    return Reading(needs, work, job.bf16)
+    job = training_workload(training_of(cfg, rounds, 0), candidate, chain.teacher, terms)
+    steps = sum(training_of(cfg, rounds, n).max_steps * count for n, count in enumerate(rounds))
+    compute = token_compute(job) * (steps * job.global_batch_size * job.seq_length)
+    compute += text.compute(chain.teacher, bf16) * len(rounds)
+    compute += text.compute(candidate, bf16) * sum(rounds)
+    memory = largest(evaluation.memory, peak_memory(job, chain.hardware))
+    return InferenceCost(memory, compute, job.bf16)
 
 
 def _unknown(names: Sequence[str], known: Collection[str]) -> list[str]:
@@ -187,7 +189,7 @@ STAGE = Stage(
     kind="search_results",
     run=run,
     check=check,
-    reading=reading,
+    inference_cost=inference_cost,
     starts=("prune", "distill"),
     inputs={
         "checkpoint": ("checkpoint_nemo",),

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from launch.rehearse import KINDS, planned
 from recipes.core.files import REPO_ROOT
-from recipes.planning.estimate import step_seconds
+from recipes.planning.training_cost import step_time
 from recipes.rehearsal.job import RankJob
 from recipes.rehearsal.results import RehearsalResult
 from recipes.stages import distill
@@ -84,7 +84,7 @@ def test_measured_as_rehearsed(results: Path, tmp_path: Path) -> None:
         start("tests.gpu.measured", asdict(job), str(tmp_path / "found.json"), folder=tmp_path)
         found = json.loads((tmp_path / "found.json").read_text())
         config = replace(chain.stages["distill"], global_batch_size=job.config["global_batch_size"])
-        step = step_seconds(distill.workload(config, chain), chain.hardware)
+        step = step_time(distill.workload(config, chain), chain.hardware)
         tokens = config.global_batch_size * config.seq_length
         figures[f"{layers}"] = {
             "rehearsed_bytes": peaks[layers],

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from launch.machine import chain_of
-from launch.plan import typed_stages
+from launch.plan import stage_order, typed_stages, with_shapes
 from launch.planned import stage_of
 from launch.schema import compose
 from recipes.planning.chain import Chain
@@ -49,6 +49,7 @@ def job_with_layers(
     configs = typed_stages(cfg)
     chain = chain_of(cfg, cfg.model.hf_path, configs, Path("runs"))
     chain = replace(chain, teacher=replace(chain.teacher, num_layers=layers))
+    chain = with_shapes(chain, stage_order(configs))
     stages = {name: stage_of(config) for name, config in configs.items()}
     hf_config, _ = read_config_or_published(chain.hf_path)
     hf_config = {**hf_config, "num_hidden_layers": layers}

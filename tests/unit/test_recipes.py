@@ -14,9 +14,9 @@ from launch.plan import Plan, typed_stages
 from launch.planned import load_stage
 from launch.schema import CONF
 from nemo_convert.hf_config import SUPPORTED
-from recipes.planning.estimate import estimate
 from recipes.planning.layouts import HEADROOM, best
 from recipes.planning.published_configs import CONFIGS
+from recipes.planning.training_cost import training_cost
 from recipes.search.space import name_of
 from recipes.stages.contract import Stage
 from tests.support.miniatures import DISTILL
@@ -206,13 +206,13 @@ def test_large_recipes_pass_preflight_on_their_hardware(
     assert planned.chain.hardware.name == "h100"
     job = planned.chain.workloads["distill"]
     assert job.teacher is not None
-    assert estimate(job, planned.chain.hardware).memory.total < 80e9 * HEADROOM
+    assert training_cost(job, planned.chain.hardware).memory.total < 80e9 * HEADROOM
     assert (job.layout.nodes == 1) == recipe.endswith("_2.5b")
     read = {"import_hf", "score", "evaluate", "export_hf"}
-    assert planned.chain.readings.keys() == read
-    for name, estimates in planned.chain.readings.items():
+    assert planned.chain.inference_costs.keys() == read
+    for name, cost in planned.chain.inference_costs.items():
         config = planned.chain.stages[name]
-        assert estimates(config).memory.total < 80e9 * HEADROOM
+        assert cost.memory.total < 80e9 * HEADROOM
         assert getattr(config, "precision", "bf16-mixed") == "bf16-mixed"
 
 
@@ -250,10 +250,10 @@ def test_qwen3_has_the_cheapest_layout_and_the_published_one_fits_too(
     for overrides in ((), ("stages.distill.tensor_model_parallel_size=8",)):
         planned = large(recipe, plan, *overrides)
         job, hardware = planned.chain.workloads["distill"], planned.chain.hardware
-        costs.append(estimate(job, hardware).device_hours)
+        costs.append(training_cost(job, hardware).device_hours)
     cheapest = best(job, hardware, job.layout.ranks, job.layout.devices)
     assert cheapest is not None
-    assert cheapest.estimate.device_hours == pytest.approx(costs[0], rel=1e-3)
+    assert cheapest.cost.device_hours == pytest.approx(costs[0], rel=1e-3)
     assert costs[0] < 0.97 * costs[1]
 
 

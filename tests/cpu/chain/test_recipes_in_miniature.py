@@ -16,8 +16,8 @@ from launch.schema import CONF
 from nemo_convert.architecture import Architecture
 from recipes.distillation.results import KeptLayers
 from recipes.planning.published_configs import CONFIGS
-from recipes.planning.targets import between
 from recipes.pruning.kept import KeptIndices
+from recipes.pruning.targets import between
 from recipes.search.results import SearchResult
 from tests.support.in_process import run_here
 from tests.support.miniatures import DISTILL

@@ -53,7 +53,7 @@ def test_a_rate_is_that_of_all_products_of_a_model(
         assert len(counted) == 2
         return
     head = 2 * SMOLLM2.vocab_size * SMOLLM2.hidden_size
-    layers = SMOLLM2.forward_flops_per_token() - head
+    layers = 2 * SMOLLM2.active_weights() - head
     assert rates.flops_per_second == pytest.approx((layers + head) / (layers + 2 * head) * rate)
     assert counted[1] % (4 * TOKENS * layers / SMOLLM2.num_layers) == 0
 

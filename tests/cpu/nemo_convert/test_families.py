@@ -23,11 +23,11 @@ from recipes.data.token_windows import TextWindows
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.text_quality import load_transformers
-from recipes.planning.targets import PruneTargets, pruned
 from recipes.pruning.cut_checkpoint import prune_checkpoint
 from recipes.pruning.kept import choose
 from recipes.pruning.scoring import score_checkpoint
 from recipes.pruning.settings import ScoreConfig
+from recipes.pruning.targets import PruneTargets, pruned
 from tests.cpu.nemo_convert.family_ranks import DP, HALVED, LEARNING_RATE, LENGTH, LOGITS, PP, TP
 from tests.support.conversion import (
     assert_same_weights,

@@ -22,12 +22,12 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
 from recipes.data.token_windows import TextWindows
-from recipes.planning.targets import PruneTargets, pruned
 from recipes.pruning.cut_checkpoint import layers_to_keep, prune_checkpoint
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import KeptIndices, choose, cut, student_name
 from recipes.pruning.scoring import calibration_windows, score_checkpoint
 from recipes.pruning.settings import ScoreConfig
+from recipes.pruning.targets import PruneTargets, pruned
 from tests.support.logits import LogitsWatch
 from tests.support.manifests import bare_manifest
 from tests.support.ranks import run_ranks

@@ -15,6 +15,7 @@ from recipes.distillation.results import CacheResult
 from recipes.distillation.settings import CacheLogitsConfig
 from recipes.evaluation.results import Differences, SourceQuality, TaskResults, TextQuality
 from recipes.planning.results import PlanResult
+from recipes.planning.transformer import forward_flops
 from recipes.search.results import SearchResult
 from recipes.search.space import SEARCH_AXES
 from recipes.stages import report
@@ -160,7 +161,7 @@ def test_only_the_best_of_many_candidates_are_named_in_the_plot(
 
 def test_flops_are_tokens_times_those_of_the_models(text: str) -> None:
     tokens = STEPS * 1024
-    teacher, student = (shape.forward_flops_per_token() for shape in (TEACHER, STUDENT))
+    teacher, student = (forward_flops(shape, 256) for shape in (TEACHER, STUDENT))
     total = tokens * (teacher + 3 * student)
     figures = Page(text).figures()
     assert {tokens * teacher, 3 * tokens * student, total, total / (tokens / 1210.4)} <= figures
@@ -178,8 +179,8 @@ def test_a_cached_teacher_counts_in_its_own_stage(tmp_path: Path) -> None:
     stage(run, StageConfig("stranger"), "plan", {"b": 6}, PlanResult({}, []))
     inputs["distilled"].manifest.inputs["teacher"] = cache.manifest.fingerprint
     page = Page(rendered(inputs, tmp_path))
-    assert 777_216 * TEACHER.forward_flops_per_token() in page.figures()
-    assert STEPS * 1024 * TEACHER.forward_flops_per_token() not in page.figures()
+    assert 777_216 * forward_flops(TEACHER, 256) in page.figures()
+    assert STEPS * 1024 * forward_flops(TEACHER, 256) not in page.figures()
     assert cache.manifest.seconds in page.figures()
     assert "cache_logits" in page.text
     assert "stranger" not in page.text

@@ -27,11 +27,11 @@ from recipes.engines.results import BenchmarkRow
 from recipes.evaluation.predictions import Predictor, log_probabilities, read
 from recipes.evaluation.text_quality import load_transformers
 from recipes.planning.results import PlanResult
-from recipes.planning.targets import PruneTargets, pruned
 from recipes.pruning.cut_checkpoint import cut_weights, layers_to_keep
 from recipes.pruning.healing import heal_weights
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import choose
+from recipes.pruning.targets import PruneTargets, pruned
 from recipes.report.settings import REPORT_FILE, SearchReportConfig
 from recipes.search.latency import step_ms
 from recipes.search.measure import SortedModel

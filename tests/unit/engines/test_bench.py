@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from launch.plan import with_shapes
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from recipes.core.metrics import MetricsLog
@@ -16,19 +17,16 @@ from recipes.engines.bench import measure, speedups
 from recipes.engines.results import Spread
 from recipes.engines.settings import BuildEngineConfig as EngineConfig
 from recipes.engines.settings import MeasureSpeedConfig, QuantizeConfig
-from recipes.engines.timing import Contender, Timing, Worker, spread
+from recipes.engines.timing import Contender, RequestShape, Timing, Worker, spread
 from recipes.planning.chain import Chain
-from recipes.planning.roofline import (
-    Machine,
-    RequestShape,
+from recipes.planning.inference_cost import Roofline, decode_seconds, prefill_seconds
+from recipes.planning.transformer import (
     Storage,
-    decode_bytes,
     decode_flops,
-    decode_seconds,
+    decode_traffic,
     kv_cache_bytes,
     prefill_flops,
-    prefill_seconds,
-    weight_bytes,
+    weight_traffic,
 )
 from recipes.pruning.settings import PruneConfig
 from recipes.stages import measure_speed, quantize
@@ -44,17 +42,17 @@ def untied(teacher: Architecture) -> Architecture:
 
 
 def test_weights_are_counted_to_the_byte(teacher: Architecture, untied: Architecture) -> None:
-    assert weight_bytes(teacher, FP32) == 4 * teacher.parameters()
+    assert weight_traffic(teacher, FP32) == 4 * teacher.parameters()
     # Of an untied embedding only the rows of the prompt are read.
-    assert weight_bytes(untied, FP32) == 4 * (untied.parameters() - 512 * 128)
+    assert weight_traffic(untied, FP32) == 4 * (untied.parameters() - 512 * 128)
     layers = teacher.parameters() - 512 * 128
-    assert weight_bytes(teacher, Storage("int4", 64)) == layers * 4.3125 / 8 + 512 * 128
+    assert weight_traffic(teacher, Storage("int4", 64)) == layers * 4.3125 / 8 + 512 * 128
 
 
 def test_kv_cache_is_counted_to_the_byte(teacher: Architecture) -> None:
     assert kv_cache_bytes(teacher, 10, Storage("fp32", kv_bytes=2)) == 10 * 4 * 2 * 4 * 16 * 2
-    plain = weight_bytes(teacher, FP32)
-    assert decode_bytes(teacher, 3, 10, FP32) == plain + 3 * kv_cache_bytes(teacher, 10, FP32)
+    plain = weight_traffic(teacher, FP32)
+    assert decode_traffic(teacher, 3, 10, FP32) == plain + 3 * kv_cache_bytes(teacher, 10, FP32)
 
 
 def test_flops_of_prompt_and_step(teacher: Architecture) -> None:
@@ -66,11 +64,11 @@ def test_flops_of_prompt_and_step(teacher: Architecture) -> None:
 
 
 def test_the_longer_of_two_bounds_counts(teacher: Architecture) -> None:
-    slow_memory, slow_units = Machine(1e15, 1e9), Machine(1e9, 1e15)
-    assert decode_seconds(teacher, SHAPE, FP32, slow_memory) == pytest.approx(
-        decode_bytes(teacher, 2, SHAPE.context, FP32) / 1e9
+    slow_memory, slow_units = Roofline(1e15, 1e9), Roofline(1e9, 1e15)
+    assert decode_seconds(teacher, 2, 105.5, FP32, slow_memory) == pytest.approx(
+        decode_traffic(teacher, 2, 105.5, FP32) / 1e9
     )
-    assert prefill_seconds(teacher, SHAPE, FP32, slow_units) == pytest.approx(
+    assert prefill_seconds(teacher, 2, 100, FP32, slow_units) == pytest.approx(
         prefill_flops(teacher, 2, 100) / 1e9
     )
     assert SHAPE.context == 105.5
@@ -130,11 +128,11 @@ def test_contenders_take_turns_and_the_first_round_is_dropped(pair: list[Contend
     assert rows[0].disk_bytes == 5
     assert rows[0].time_to_first_token_ms == Spread(400, 400, 400)
 
-    found = speedups(rows, pair, lambda _: Machine(1e15, 1e9))
+    found = speedups(rows, pair, lambda _: Roofline(1e15, 1e9))
     assert [f.batch_size for f in found] == [1, 2]
     assert found[0].prefill == pytest.approx(4)
     assert found[0].decode == pytest.approx(4)
-    ratio = decode_bytes(pair[0].architecture, 1, 9.5, FP32) / decode_bytes(
+    ratio = decode_traffic(pair[0].architecture, 1, 9.5, FP32) / decode_traffic(
         pair[1].architecture, 1, 9.5, FP32
     )
     assert found[0].decode_roofline == pytest.approx(ratio)
@@ -196,9 +194,8 @@ def test_quantisation_looks_at_the_pruned_shape() -> None:
         "distill": DistillConfig(stage="distill", inputs={"student": "prune"}),
         "export_hf": export_hf.ExportConfig(stage="export_hf", inputs={"checkpoint": "distill"}),
     }
-    chain = Chain("teacher", teacher, stages)
+    chain = with_shapes(Chain("teacher", teacher, stages), stages)
     cfg = QuantizeConfig(stage="quantize", format="int4_awq", inputs={"checkpoint": "export_hf"})
-    assert chain.pruned_by(cfg) == "prune"
     assert [p.rule.name for p in quantize.check(cfg, chain)] == ["alignment"]
     unpruned = QuantizeConfig(
         stage="quantize", format="int4_awq", inputs={"checkpoint": "import_hf"}

@@ -15,9 +15,8 @@ from recipes.core.errors import RecipeError
 from recipes.engines import tensorrt_llm, trtllm_bench, trtllm_build_worker
 from recipes.engines.backends import engine_problems
 from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
-from recipes.engines.timing import Contender, Timing, random_prompts
+from recipes.engines.timing import Contender, RequestShape, Timing, random_prompts
 from recipes.planning.chain import Chain
-from recipes.planning.roofline import RequestShape
 
 API: dict[str, Any] = json.loads(Path(__file__).with_name("tensorrt_llm_api.json").read_text())
 SHAPE = RequestShape(batch_size=4, prompt_tokens=128, new_tokens=32)

@@ -26,8 +26,8 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.core.stage import Resources
 from recipes.core.wheels import cache_dir
-from recipes.planning.budget import slurm_seconds
-from recipes.planning.estimate import stopping_seconds
+from recipes.planning.limits import slurm_seconds
+from recipes.planning.training_cost import stopping_seconds
 from tests.unit.conftest import planned_words
 
 if TYPE_CHECKING:

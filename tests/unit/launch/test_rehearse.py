@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from pydantic import TypeAdapter
 
 from launch.machine import chain_of
-from launch.plan import typed_stages
+from launch.plan import stage_order, typed_stages, with_shapes
 from launch.planned import stage_of
 from launch.rehearse import planned, too_large
 from recipes.planning.chain import Chain
@@ -45,6 +45,7 @@ def prepared(cfg: DictConfig, run_dir: Path, ranks: list[int] | None = None) -> 
     """A recipe's chain, and what is rehearsed of it."""
     configs = typed_stages(cfg)
     chain = chain_of(cfg, cfg.model.hf_path, configs, run_dir)
+    chain = with_shapes(chain, stage_order(configs))
     stages = {name: stage_of(config) for name, config in configs.items()}
     hf_config, _ = read_config_or_published(chain.hf_path)
     return chain, jobs_of(chain, stages, list(stages), hf_config, ranks)
@@ -86,7 +87,7 @@ def test_a_halving_is_rehearsed_as_a_training_of_its_largest_candidate(
     [job] = [job for job in jobs if job.name == "successive_halving"]
     assert (job.stage, job.world) == ("distill", 8)
     assert job.inputs["teacher"].shape == chain.teacher.as_dict()
-    largest = chain.shapes_within("enumerate_shapes")[0]
+    largest = chain.shapes["enumerate_shapes"][0]
     assert job.inputs["student"].shape == largest.as_dict()
     plan = planned(job, chain)
     assert plan is not None

@@ -10,7 +10,7 @@ import pytest
 from launch.command_line import hydra_words
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
-from recipes.planning.targets import between
+from recipes.pruning.targets import between
 from tests.unit.conftest import MakePlan
 
 if TYPE_CHECKING:

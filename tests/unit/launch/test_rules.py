@@ -24,7 +24,7 @@ from launch.settings import settings_of
 from recipes.core import versions
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest, write_manifest
-from recipes.planning import budget, hardware, rules
+from recipes.planning import hardware, limits, rules
 from recipes.planning.rules import ERROR, REFUSED_FIELDS, RULES, WARNING
 from tests.unit.conftest import LLAMA_CONFIG
 
@@ -49,7 +49,7 @@ Patch = pytest.MonkeyPatch
 
 
 def gpu_is_here(patch: Patch, _: Path) -> None:
-    patch.setattr(budget, "gpus_here", lambda: 8)
+    patch.setattr(limits, "gpus_here", lambda: 8)
 
 
 def torch_is_old(patch: Patch, _: Path) -> None:

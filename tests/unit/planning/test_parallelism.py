@@ -1,15 +1,15 @@
+"""Checks of Megatron's parallel sizes."""
+
 from __future__ import annotations
 
 import dataclasses
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nemo_convert.pipeline import last_stage_layers, pipeline_split
+from launch.plan import with_shapes
 from recipes.core.stage import Resources
 from recipes.distillation.settings import DistillConfig
-from recipes.distillation.training import layout_of
 from recipes.planning.chain import Chain
 from recipes.planning.parallelism import layout_problems
 from recipes.planning.problems import Problem
@@ -33,22 +33,7 @@ def config(
 
 
 def problems(cfg: DistillConfig, chain: Chain) -> list[Problem]:
-    return list(layout_problems(distill.workload(cfg, chain), chain))
-
-
-@pytest.mark.parametrize(
-    ("cfg", "size"),
-    [
-        (config(), 1),
-        (config(devices=8), 8),
-        (config(devices=8, tp=2), 4),
-        (config(devices=4, nodes=2, tp=2, pp=2), 2),
-        (config(devices=3, tp=2), 0),
-        (config(devices=1, tp=2), 0),
-    ],
-)
-def test_data_parallel_size(cfg: DistillConfig, size: int) -> None:
-    assert layout_of(cfg).data == size
+    return list(layout_problems(distill.workload(cfg, chain), chain.hardware))
 
 
 @pytest.mark.parametrize(
@@ -108,17 +93,9 @@ def test_tensor_parallel_axes(teacher: Architecture, axis: str, size: int, rule:
     assert f"{axis}={size} is not divisible by TP=2" in problem.what
 
 
-def test_stage_without_a_student_is_checked_once(chain: Chain) -> None:
-    """A stage that reads the teacher alone has no student input."""
-    cfg = config(devices=5, pp=5)
-    cfg.inputs = {"checkpoint": "import_hf", "data": "prepare_data"}
-    [problem] = problems(cfg, chain)
-    assert problem.what == "the teacher has 4 layers, fewer than PP=5"
-
-
 def test_student_and_teacher_are_both_checked(chain: Chain) -> None:
     student = PruneConfig(stage="prune", target_num_layers=2)
-    whole = dataclasses.replace(chain, stages={"prune": student})
+    whole = with_shapes(dataclasses.replace(chain, stages={"prune": student}), ["prune"])
     cfg = config(devices=5, pp=5)
     cfg.inputs = {"teacher": "import_hf", "student": "prune"}
     whats = [problem.what for problem in problems(cfg, whole)]
@@ -126,44 +103,6 @@ def test_student_and_teacher_are_both_checked(chain: Chain) -> None:
         "the teacher has 4 layers, fewer than PP=5",
         "the student has 2 layers, fewer than PP=5",
     ]
-
-
-@pytest.mark.parametrize(
-    ("layers", "stages", "split"),
-    [
-        (30, 1, [30]),
-        (30, 3, [10, 10, 10]),
-        (3, 2, [2, 1]),
-        (30, 4, [7, 8, 8, 7]),
-        (24, 7, [2, 4, 4, 4, 4, 4, 2]),
-        (9, 8, [2, 1, 1, 1, 1, 1, 1, 1]),
-        (5, 5, [1, 1, 1, 1, 1]),
-    ],
-)
-def test_pipeline_splits(layers: int, stages: int, split: list[int]) -> None:
-    assert pipeline_split(layers, stages) == split
-
-
-def test_every_pipeline_split_can_be_built_and_is_lightest_at_the_end() -> None:
-    for layers, stages in product(range(1, 130), range(1, 130)):
-        if stages > layers:
-            with pytest.raises(ValueError, match="cannot fill"):
-                pipeline_split(layers, stages)
-            continue
-        split = pipeline_split(layers, stages)
-        assert (len(split), sum(split)) == (stages, layers)
-        assert 1 <= split[-1] == min(split)
-        assert len(set(split[1:-1])) <= 1
-        assert len(set(split)) == 1 or layers % stages
-        most = -(-layers // stages)
-        if layers - most * (stages - 2) >= 2:  # else the ends cannot make up for the middle
-            assert max(split) == most
-
-
-def test_layers_of_the_last_stage_end_with_the_last_layer() -> None:
-    assert list(last_stage_layers(30, 4)) == [24, 25, 26, 27, 28, 29, 30]
-    assert list(last_stage_layers(4, 1)) == [1, 2, 3, 4]
-    assert list(last_stage_layers(4, 4)) == [4]
 
 
 def test_experts_are_trained_with_sequence_parallelism(chain: Chain) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from launch.plan import with_shapes
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Resources
@@ -268,7 +269,7 @@ def test_names_that_are_no_candidates_are_refused(chain: Chain) -> None:
     )
     ranking = RankCandidatesConfig(stage="rank_candidates", inputs={"shapes": "shapes"})
     stages = {"shapes": search, "ranking": ranking}
-    chain = dataclasses.replace(chain, stages=stages)
+    chain = with_shapes(dataclasses.replace(chain, stages=stages), stages)
     known = name_of(search.shapes(chain.teacher)[0])
     for also, what in (([known], []), ([known, known[:-1] + "9"], [f"Did you mean '{known}'?"])):
         cfg = SuccessiveHalvingConfig(also=also, inputs={"candidates": "ranking"})
@@ -277,7 +278,8 @@ def test_names_that_are_no_candidates_are_refused(chain: Chain) -> None:
         assert all(words in p.what for words, p in zip(what, problems, strict=True))
     # What fits a budget of measured latency is not known before it was measured.
     timed = dataclasses.replace(search, inputs={"latency": "measure_latency"})
-    chain = dataclasses.replace(chain, stages={**stages, "shapes": timed})
+    stages = {**stages, "shapes": timed}
+    chain = with_shapes(dataclasses.replace(chain, stages=stages), stages)
     assert list(successive_halving.check(cfg, chain)) == []
 
 

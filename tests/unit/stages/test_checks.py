@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
+from launch.plan import with_shapes
 from launch.planned import load_stage
 from launch.schema import CONF
 from recipes.core.errors import RecipeError
@@ -232,8 +233,8 @@ def test_score_measures_the_block_that_is_pruned(
     chain: Chain, settings: dict[str, Any], expected: list[int]
 ) -> None:
     settings = {"target_num_layers": 2, "inputs": {"importance": "score"}, **settings}
-    stages = {"score": ScoreConfig(), "prune": PruneConfig(**settings)}
-    planned = replace(chain, stages=stages)
+    stages = {"score": ScoreConfig("score"), "prune": PruneConfig("prune", **settings)}
+    planned = with_shapes(replace(chain, stages=stages), stages)
     assert score.resolve_from_chain(stages["score"], planned).block_sizes == expected
     explicit = ScoreConfig(block_sizes=[3])
     assert score.resolve_from_chain(explicit, planned) is explicit
@@ -329,7 +330,8 @@ def test_distill_checks_the_students_shape(
     student = PruneConfig(stage="prune", ffn_hidden_size_divisor=1, **target)
     inputs = {"student": "prune"}
     cfg = DistillConfig(stage="distill", inputs=inputs, resources=TWO_RANKS, **{parallel: 2})
-    planned = replace(chain, stages={"prune": student, "distill": cfg})
+    stages = {"prune": student, "distill": cfg}
+    planned = with_shapes(replace(chain, stages=stages), stages)
     assert list(distill.STAGE.problems(cfg, planned))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from launch.plan import with_shapes
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import write_manifest
@@ -117,7 +118,8 @@ def test_layer_pairs_are_on_the_last_pipeline_stage(
         pipeline_model_parallel_size=2,
         intermediate_layer_pairs=pairs,
     )
-    planned = replace(chain, stages={"prune": student, "distill": cfg})
+    stages = {"prune": student, "distill": cfg}
+    planned = with_shapes(replace(chain, stages=stages), stages)
     text = "\n".join(problem.what for problem in distill.check(cfg, planned))
     assert named in text
     assert bool(text) == bool(named)

@@ -10,7 +10,7 @@ import pytest
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from nemo_convert.smollm2 import HF_CONFIG
-from recipes.planning.targets import PruneTargets, absolute, pruned, target_problems
+from recipes.pruning.targets import PruneTargets, absolute, pruned, target_problems
 from tests.unit.nemo_convert.test_architecture import QWEN3_30B_A3B
 
 DIVISORS = {"hidden_size": 64, "ffn_hidden_size": 64}

@@ -1,0 +1,282 @@
+"""What forward passes cost: memory of a rank and time of stages that train nothing, and serving.
+
+- A forward pass keeps nothing for a backward pass. Its activations are those of one layer.
+- Logits exist for a few positions at a time (``recipes.evaluation.predictions``). They come from a
+  float32 copy of the head. Models that are compared keep their heads until all have passed.
+- Importance scores keep the input of every layer. ModelOpt's hooks hold the feed-forward
+  activations in float32, and their absolute values
+  (``modelopt/torch/prune/plugins/mcore_minitron.py``). Of experts they hold the outputs, while
+  Megatron holds the routed inputs twice: as chosen, and in the order of the experts.
+- Serving is bounded by the roofline model (Williams et al. 2009): a pass takes at least its FLOPs
+  over the FLOP/s, and at least its bytes over the bandwidth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from nemo_convert.architecture import Architecture
+from recipes.planning.hardware import Hardware
+from recipes.planning.transformer import (
+    LOGITS_BYTES,
+    Compute,
+    Memory,
+    Storage,
+    decode_flops,
+    decode_traffic,
+    feed_forward_width,
+    head_flops,
+    inference_activation_bytes,
+    largest,
+    least_squares_flops,
+    pass_compute,
+    prefill_flops,
+    rank_parameters,
+    scoring_bytes,
+    weight_traffic,
+)
+from recipes.planning.workload import Layout
+
+COMPARISON_BUFFERS, LOSS_BUFFERS = 4, 2
+"""Tensors of ``LOGITS_BYTES`` at once: where two models are compared, and in one model's loss."""
+PARITY_TOKENS = 128
+"""Tokens that a conversion is verified on (``nemo_convert.parity``)."""
+SCORED_FRACTION = 0.24
+"""Of the tokens of a benchmark's items, those that are scored; the mean of four benchmarks."""
+BENCHMARK_BUFFERS = 3
+"""Logits of all tokens of a pass, their log-probabilities, and what is computed of these."""
+HEALING_BUFFERS = 5
+"""Tensors of the teacher's feed-forward width at once while a layer is healed."""
+ABLATED_PASS = 0.6
+"""Of a forward pass, what is computed behind a layer that is left out, and the head."""
+
+
+@dataclass(frozen=True)
+class InferenceCost:
+    """Cost of a stage that trains nothing."""
+
+    memory: Memory
+    """Of its fullest rank."""
+    compute: Compute
+    """On one device: the ranks of a pipeline compute in turn."""
+    bf16: bool
+    """Whether it computes in bfloat16; else in float32."""
+
+    def hours(self, hardware: Hardware) -> float:
+        """Time on a hardware profile."""
+        return hardware.compute_seconds(self.compute, self.bf16) / 3600
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The text that models pass over."""
+
+    number: float
+    seq_length: int
+    micro_batch_size: int
+    scored_fraction: float = 1.0
+    """Of the tokens, those whose logits are computed."""
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of the text."""
+        return self.number * self.seq_length
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of a forward pass."""
+        return int(min(self.micro_batch_size, self.number)) * self.seq_length
+
+    def compute(self, arch: Architecture, bf16: bool) -> Compute:
+        """What a model's forward passes over all of it take."""
+        token = pass_compute(arch, self.seq_length, 2 if bf16 else 4)
+        token += Compute(
+            gemm_flops=(self.scored_fraction - 1) * head_flops(arch),
+            bytes=self.scored_fraction * scoring_bytes(arch.vocab_size),
+            layer_passes=arch.num_layers / max(1, self.micro_batch_tokens),
+        )
+        return token * self.tokens
+
+
+def comparison_cost(
+    models: Sequence[Architecture], bf16: bool, text: Sequences, hardware: Hardware
+) -> InferenceCost:
+    """Costs models that pass over a text in turn and are then compared with the first of them."""
+    size, reserved, peaks = _bytes(bf16), hardware.reserved_bytes, []
+    heads = states = 0.0  # of earlier models; last hidden states, which a GPU does not hold
+    for arch in models:
+        states += _state_bytes(arch, size, text, hardware)
+        activations = inference_activation_bytes(arch, size, text.micro_batch_tokens)
+        peaks.append(
+            Memory(
+                weights=size * arch.parameters() + heads + _head_bytes(arch, bf16),
+                activations=activations + states,
+                reserved=reserved,
+            )
+        )
+        heads += 4 * arch.vocab_size * arch.hidden_size
+    logits = _logits_bytes(models[0], text.tokens, COMPARISON_BUFFERS)
+    compared = Memory(weights=heads, activations=states, logits=logits, reserved=reserved)
+    return InferenceCost(largest(*peaks, compared), _all_passes(models, bf16, text), bf16)
+
+
+def ranking_cost(
+    teacher: Architecture, bf16: bool, text: Sequences, hardware: Hardware
+) -> InferenceCost:
+    """Costs candidates that are views of the teacher's weights and are compared with it."""
+    size = _bytes(bf16)
+    states = 2 * _state_bytes(teacher, size, text, hardware)
+    held = Memory(
+        weights=size * teacher.parameters() + 2 * _head_bytes(teacher, bf16),
+        activations=states,
+        reserved=hardware.reserved_bytes,
+    )
+    layer = inference_activation_bytes(teacher, size, text.micro_batch_tokens)
+    memory = largest(
+        replace(held, activations=states + layer),
+        replace(held, logits=_logits_bytes(teacher, text.tokens, COMPARISON_BUFFERS)),
+    )
+    return InferenceCost(memory, text.compute(teacher, bf16), bf16)
+
+
+def healing_cost(
+    teacher: Architecture, student: Architecture, text: Sequences, hardware: Hardware
+) -> InferenceCost:
+    """Costs the healing of a student, a layer of both models at a time, in float32.
+
+    It holds the residual streams of both models and their normed inputs for all of the text, the
+    inputs of the student's last projection for all of it, and the teacher's for a micro batch. The
+    embeddings count in equal parts for all layers. A CPU holds both stored models, too.
+    """
+    models = (teacher, student)
+    streams = sum(2 * arch.hidden_size for arch in models) + feed_forward_width(student)
+    current = HEALING_BUFFERS * feed_forward_width(teacher)
+    layers = sum(arch.parameters() / arch.num_layers for arch in models)
+    stored = 0 if hardware.on_gpu else 2 * sum(arch.parameters() for arch in models)
+    memory = Memory(
+        weights=4 * layers + stored,
+        activations=4 * (text.tokens * streams + text.micro_batch_tokens * current),
+        reserved=hardware.reserved_bytes,
+    )
+    fit = Compute(gemm_flops=least_squares_flops(teacher, student)) * text.tokens
+    compute = fit + _all_passes(models, False, replace(text, scored_fraction=0))
+    return InferenceCost(memory, compute, bf16=False)
+
+
+def scoring_cost(
+    arch: Architecture,
+    bf16: bool,
+    text: Sequences,
+    hardware: Hardware,
+    pipeline: int = 1,
+    ablated: float = 0,
+) -> InferenceCost:
+    """Costs the importance scores of a model that is split over ``pipeline`` ranks.
+
+    ``ablated`` is the number of sequences that pass again without a layer or a block, over all of
+    these.
+    """
+    size, tokens = _bytes(bf16), text.micro_batch_tokens
+    layout = Layout(devices=pipeline, pipeline=pipeline)
+    parameters = max(sum(rank_parameters(arch, layout, stage)) for stage in range(pipeline))
+    states = (-(-arch.num_layers // pipeline) + 1) * size * tokens * arch.hidden_size
+    hooked = tokens * 2 * size * arch.hidden_size
+    if arch.num_moe_experts:
+        hooked += tokens * arch.moe_router_topk * (3 * size + 4) * arch.hidden_size
+    else:
+        hooked += tokens * (size + 8) * arch.ffn_hidden_size
+    held = Memory(
+        weights=size * parameters + _head_bytes(arch, bf16),
+        activations=states,
+        reserved=hardware.reserved_bytes,
+    )
+    layer = inference_activation_bytes(arch, size, tokens)
+    memory = largest(
+        replace(held, activations=states + max(layer, hooked)),
+        replace(held, logits=_logits_bytes(arch, tokens, LOSS_BUFFERS)),
+    )
+    again = replace(text, number=ABLATED_PASS * ablated)
+    return InferenceCost(memory, text.compute(arch, bf16) + again.compute(arch, bf16), bf16)
+
+
+def benchmark_cost(
+    models: Sequence[Architecture], bf16: bool, tokens: int, pass_tokens: int, hardware: Hardware
+) -> InferenceCost:
+    """Costs models that answer benchmark items of ``tokens`` tokens in turn.
+
+    Any of the ``pass_tokens`` tokens of a forward pass may be scored.
+    """
+    largest_model = max(models, key=lambda arch: arch.parameters())
+    size = _bytes(bf16)
+    memory = Memory(
+        weights=size * largest_model.parameters() + _head_bytes(largest_model, bf16),
+        activations=inference_activation_bytes(largest_model, size, pass_tokens),
+        logits=BENCHMARK_BUFFERS * 4 * pass_tokens * largest_model.vocab_size,
+        reserved=hardware.reserved_bytes,
+    )
+    text = Sequences(tokens / pass_tokens, pass_tokens, 1, SCORED_FRACTION)
+    return InferenceCost(memory, _all_passes(models, bf16, text), bf16)
+
+
+def conversion_cost(arch: Architecture, hardware: Hardware) -> InferenceCost:
+    """Costs a conversion, which is verified in float32."""
+    memory = Memory(
+        weights=4 * arch.parameters(),
+        logits=4 * PARITY_TOKENS * arch.vocab_size,
+        reserved=hardware.reserved_bytes,
+    )
+    return InferenceCost(memory, Compute(), bf16=False)
+
+
+def _bytes(bf16: bool) -> int:
+    return 2 if bf16 else 4
+
+
+def _all_passes(models: Sequence[Architecture], bf16: bool, text: Sequences) -> Compute:
+    return sum((text.compute(arch, bf16) for arch in models), Compute())
+
+
+def _state_bytes(arch: Architecture, size: int, text: Sequences, hardware: Hardware) -> float:
+    """Last hidden states of the text, which are in the host's memory."""
+    return 0 if hardware.on_gpu else size * text.tokens * arch.hidden_size
+
+
+def _head_bytes(arch: Architecture, bf16: bool) -> int:
+    """A float32 copy of a bfloat16 head."""
+    return 4 * arch.vocab_size * arch.hidden_size if bf16 else 0
+
+
+def _logits_bytes(arch: Architecture, tokens: float, buffers: int) -> float:
+    return buffers * min(LOGITS_BYTES, 4 * tokens * arch.vocab_size)
+
+
+# Serving
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Rates that bound a model's speed."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+    def seconds(self, flops: float, traffic: float) -> float:
+        """Least time for these FLOPs and this memory traffic."""
+        return max(flops / self.flops_per_second, traffic / self.bytes_per_second)
+
+
+def prefill_seconds(
+    arch: Architecture, batch_size: int, prompt_tokens: int, storage: Storage, roofline: Roofline
+) -> float:
+    """Lower bound of the time to the first token of a batch."""
+    flops = prefill_flops(arch, batch_size, prompt_tokens)
+    return roofline.seconds(flops, weight_traffic(arch, storage))
+
+
+def decode_seconds(
+    arch: Architecture, batch_size: int, context: float, storage: Storage, roofline: Roofline
+) -> float:
+    """Lower bound of a decoding step of a batch, after ``context`` tokens of each sequence."""
+    flops = decode_flops(arch, batch_size, context)
+    return roofline.seconds(flops, decode_traffic(arch, batch_size, context, storage))

@@ -1,0 +1,167 @@
+"""Compares a chain with what there is: memory of a rank, a job's time limit, and text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+
+from recipes.core.manifest import Manifest, manifest_of
+from recipes.core.stage import StageConfig
+from recipes.data.results import DatasetResult
+from recipes.data.settings import PrepareDataConfig
+from recipes.data.sources import source_bytes
+from recipes.planning import rules
+from recipes.planning.chain import Chain
+from recipes.planning.hardware import gpus_here
+from recipes.planning.layouts import proposals
+from recipes.planning.problems import Problem
+from recipes.planning.training_cost import peak_memory, training_cost
+from recipes.planning.workload import Layout, Workload
+
+BYTES_PER_TOKEN = 4.0
+"""Of English text in a vocabulary of at least 50,000; only to estimate the number of epochs."""
+NO_TIME_LIMIT = "999999-00:00:00"
+
+
+def limit_problems(chain: Chain, stages: Collection[str]) -> Iterator[Problem]:
+    """Finds limits that the named stages exceed; for a chain whose stages have no errors."""
+    if chain.from_published_config:
+        yield Problem(
+            rules.BUNDLED_CONFIG,
+            f"config.json of {chain.hf_path} cannot be read; the plan is for its published shape",
+            "connect to the hub, set HF_TOKEN for a gated model, or set model.hf_path to a folder",
+        )
+    gpus = gpus_here()
+    if gpus and not chain.hardware.on_gpu:
+        yield Problem(
+            rules.HARDWARE_PROFILE,
+            f"this machine has {gpus} GPU(s), but hardware={chain.hardware.name}",
+            "set hardware to the GPU's profile, such as hardware=h100",
+        )
+    for name, job in chain.workloads.items():
+        if name in stages:
+            yield from _training_memory_problems(name, job, chain)
+            yield from _time_problems(name, job, chain)
+            yield from _text_problems(name, job, chain)
+
+
+def memory_problem(name: str, needed: float, available: float, device: str, fix: str) -> Problem:
+    """Returns the problem of a stage that needs more memory on a rank than there is."""
+    return Problem(
+        rules.MEMORY,
+        f"{name} needs about {needed / 1e9:.0f} GB on a rank, but {device} has "
+        f"{available / 1e9:.0f} GB",
+        fix,
+    )
+
+
+def _training_memory_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
+    hardware = chain.hardware
+    needed = peak_memory(job, hardware).total
+    available = hardware.memory_of_rank(job.layout.devices)
+    if needed > available:
+        fix = _smaller_layout(name, job, chain)
+        yield memory_problem(name, needed, available, hardware.name, fix)
+
+
+def _smaller_layout(name: str, job: Workload, chain: Chain) -> str:
+    """Suggests the cheapest layout that fits, as overrides."""
+    fitting = proposals(job, chain.hardware, max(8, job.layout.devices))
+    same_ranks = [p for p in fitting if p.job.layout.ranks == job.layout.ranks]
+    for proposal in same_ranks or fitting:
+        return f"for example {' '.join(layout_overrides(name, proposal.job.layout))}"
+    return "use devices with more memory, or more of them"
+
+
+def layout_overrides(stage: str, layout: Layout) -> list[str]:
+    """Returns a layout as command-line overrides of a training stage."""
+    values = {
+        "resources.nodes": layout.nodes,
+        "resources.devices": layout.devices,
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "micro_batch_size": layout.micro_batch_size,
+        "sequence_parallel": str(layout.sequence_parallel).lower(),
+        "recompute_granularity": layout.recompute_granularity,
+    }
+    return [f"stages.{stage}.{name}={value}" for name, value in values.items()]
+
+
+def slurm_seconds(limit: str) -> int:
+    """Returns the seconds of a ``Duration``, ``[D-]HH:MM:SS``."""
+    days, _, clock = limit.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _time_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
+    limit = slurm_seconds(chain.stages[name].resources.time or chain.time_limit or NO_TIME_LIMIT)
+    hours = training_cost(job, chain.hardware).hours
+    if hours * 3600 > limit:
+        yield Problem(
+            rules.TIME_LIMIT,
+            f"{name} takes about {hours:.1f} hours, but a job may take {limit / 3600:.1f}: it will "
+            f"be queued {-(-hours * 3600 // limit):.0f} times",
+            "raise the limit, use more devices, or let it resume that often",
+        )
+
+
+def _text_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
+    """Compares a training with its text: an error if no tokenizer could make a batch of it."""
+    if job.trained is None:
+        return
+    expected, most = _train_tokens(chain, chain.stages[name].inputs.get("data", ""))
+    if job.cached_sequences is not None:
+        cached = job.cached_sequences * job.seq_length
+        expected, most = min(expected, cached), min(most, cached)
+    batch = job.global_batch_size * job.seq_length
+    if most < batch:
+        yield Problem(
+            rules.TOKENS,
+            f"{name} trains on batches of {batch:,} tokens, but there are {most:,.0f} at most",
+            "give more text or cached windows, or lower global_batch_size or data.seq_length",
+        )
+    elif job.tokens > expected:
+        yield Problem(
+            rules.EPOCHS,
+            f"{name} trains on {job.tokens:,} tokens; there are about {expected:,.0f}, each of "
+            f"which it sees {job.tokens / expected:.1f} times",
+            "give more text or cached windows, or lower max_steps",
+        )
+
+
+def _train_tokens(chain: Chain, data: str) -> tuple[float, float]:
+    """Returns the expected number of training tokens and an upper bound; infinite if unknown."""
+    config = chain.stages.get(data)
+    if (manifest := _prepared(chain, data, config)) is not None:
+        tokens = float(manifest.result(DatasetResult).tokens["train"])
+        return tokens, tokens
+    if not isinstance(config, PrepareDataConfig) or config.max_documents is not None:
+        return math.inf, math.inf
+    sizes = [source_bytes(source) for source in config.sources]
+    known = [size for size in sizes if size is not None]
+    if not known or len(known) < len(sizes):
+        return math.inf, math.inf
+    budget = config.max_tokens or math.inf
+    expected = sum(min(size / BYTES_PER_TOKEN, budget) for size in known)
+    # A token has at least one byte. Splits are drawn by document, so all may be for training.
+    return expected * (1 - sum(config.fractions().values())), float(sum(known))
+
+
+def _prepared(chain: Chain, data: str, config: StageConfig | None) -> Manifest | None:
+    """Returns the manifest of the text if it was prepared earlier with the same settings."""
+    if not isinstance(config, PrepareDataConfig):
+        return manifest_of(data)
+    manifest = manifest_of(str(chain.run_dir / data)) if chain.run_dir else None
+    settings = {
+        "sources": config.sources,
+        "max_documents": config.max_documents,
+        "max_tokens": config.max_tokens,
+        "text_field": config.text_field,
+        "format": config.format,
+    }
+    if manifest and all(manifest.config.get(key) == value for key, value in settings.items()):
+        return manifest
+    return None

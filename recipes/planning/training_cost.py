@@ -1,0 +1,246 @@
+"""What a training costs on a hardware profile: memory of a rank, time, device-hours and money.
+
+A teacher's pass over a text, which caches its logits, counts as a training without a student.
+
+- Adam keeps float32 main weights and two moments: 12 bytes a parameter, which Megatron's
+  distributed optimizer splits over the replicas.
+- Tensor parallelism needs two all-reduces per layer and pass, or the same volume as all-gather and
+  reduce-scatter with sequence parallelism (arXiv:2205.05198, section 4.2.2).
+- A pipeline of p stages idles (p - 1) / m of a step of m micro batches (arXiv:2104.04473, 2.2.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_convert.architecture import Architecture
+from nemo_convert.pipeline import pipeline_split
+from recipes.planning.hardware import Hardware
+from recipes.planning.transformer import (
+    BACKWARD,
+    Compute,
+    Memory,
+    feed_forward_recompute,
+    forward_flops,
+    head_flops,
+    largest,
+    layer_activation_bytes,
+    loss_bytes,
+    pass_compute,
+    peak_activation_bytes,
+    rank_parameters,
+    scoring_bytes,
+    training_logits_bytes,
+    update_bytes,
+)
+from recipes.planning.workload import CHECKPOINT_BYTES, Workload
+
+OPTIMIZER_TRAFFIC = 30
+"""Bytes that an Adam step on a GPU reads and writes for a parameter."""
+STORAGE_BYTES_PER_SECOND = 5e8
+"""Rate at which all ranks together write a checkpoint to shared storage; an assumption."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step, by what they are spent on."""
+
+    compute: float
+    bubble: float
+    tensor_communication: float
+    expert_communication: float
+    gradient_communication: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """The sum: nothing is assumed to overlap."""
+        total: float = sum(vars(self).values())
+        return total
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """Cost of a workload on a hardware profile."""
+
+    memory: Memory
+    step: StepTime
+    tokens_per_second: float
+    hours: float
+    device_hours: float
+    dollars: float
+    flops: float
+    """Of the whole workload."""
+
+
+def training_cost(job: Workload, hardware: Hardware) -> TrainingCost:
+    """Computes memory, time and money of a workload."""
+    step = step_time(job, hardware)
+    hours = job.steps * step.total / 3600
+    devices = job.layout.ranks if hardware.on_gpu else job.layout.nodes
+    return TrainingCost(
+        memory=peak_memory(job, hardware),
+        step=step,
+        tokens_per_second=job.global_batch_size * job.seq_length / step.total,
+        hours=hours,
+        device_hours=hours * devices,
+        dollars=hours * devices * hardware.price_per_hour,
+        flops=token_compute(job).flops * job.tokens,
+    )
+
+
+def peak_memory(job: Workload, hardware: Hardware) -> Memory:
+    """Memory of the fullest rank of all pipeline stages."""
+    return largest(*(stage_memory(job, hardware, s) for s in range(job.layout.pipeline)))
+
+
+def stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
+    """Memory of a rank of one pipeline stage, counted from 0."""
+    layout, size = job.layout, job.dtype_bytes
+    tokens = layout.micro_batch_size * job.seq_length / layout.context
+    parts: dict[str, float] = {"reserved": hardware.reserved_bytes}
+    if job.trained is not None:
+        dense, experts = rank_parameters(job.trained, layout, stage)
+        expert_shards = max(1, layout.shards // layout.expert)
+        states = 12 if job.bf16 else 8  # float32 needs no main weights
+        kept = peak_activation_bytes(job.trained, job, stage, tokens)
+        parts |= {
+            "weights": size * (dense + experts),
+            "gradients": _gradient_bytes(job, hardware) * (dense + experts),
+            "optimizer": states * (dense / layout.shards + experts / expert_shards),
+            "activations": kept * size / 2,
+        }
+    if job.teacher is not None:
+        parts["teacher"] = size * sum(rank_parameters(job.teacher, layout, stage))
+    if stage == layout.pipeline - 1:
+        parts["logits"] = training_logits_bytes(job, hardware.on_gpu, tokens)
+    if job.trained is None:
+        assert job.teacher is not None
+        layer = size / 2 * layer_activation_bytes(job.teacher, layout, tokens)
+        normed = 2 * size * tokens * job.teacher.hidden_size  # before and after the last norm
+        if layer > normed + parts["logits"]:
+            parts |= {"activations": layer, "logits": 0.0}
+        else:
+            parts["activations"] = normed
+    return Memory(**parts)
+
+
+def _gradient_bytes(job: Workload, hardware: Hardware) -> int:
+    """Bytes of a parameter's gradient; a CPU keeps its type where nothing is added to it."""
+    if not hardware.on_gpu and job.layout.ranks == job.micro_batches == 1:
+        return job.dtype_bytes
+    return job.gradient_bytes if job.bf16 else 4
+
+
+def _passes(job: Workload, backward: int = 1) -> list[tuple[Architecture, int]]:
+    """Models, and passes of a token through each; a backward pass counts ``backward`` times."""
+    recomputed = job.layout.recompute_granularity == "full"
+    passes = [(job.trained, 1 + backward + recomputed), (job.teacher, 1)]
+    return [(arch, number) for arch, number in passes if arch is not None]
+
+
+def token_compute(job: Workload) -> Compute:
+    """Computes what a token takes: both models' passes, recomputation, and the loss."""
+    size, models = job.dtype_bytes, _passes(job, BACKWARD)
+    total = Compute()
+    for arch, passes in models:
+        total += pass_compute(arch, job.seq_length, size, passes)
+    if job.trained is not None:
+        live = job.teacher is not None
+        total += Compute(bytes=loss_bytes(job.trained.vocab_size, size, job.terms, live))
+        if job.layout.recompute_feed_forward:
+            total += feed_forward_recompute(job.trained, size)
+    elif job.teacher is not None:
+        total += Compute(bytes=scoring_bytes(job.teacher.vocab_size))
+    layer_passes = sum(passes * arch.num_layers for arch, passes in models)
+    micro_batch_tokens = job.layout.micro_batch_size * job.seq_length
+    return total + Compute(layer_passes=layer_passes / micro_batch_tokens)
+
+
+def pipeline_imbalance(job: Workload) -> float:
+    """FLOPs of the busiest pipeline stage over those of the mean stage.
+
+    The last stage has the heads. A head with a large vocabulary weighs as much as several layers.
+    """
+    stages = [0.0] * job.layout.pipeline
+    for arch, passes in _passes(job, BACKWARD):
+        head = head_flops(arch)
+        layer = (forward_flops(arch, job.seq_length) - head) / arch.num_layers
+        for stage, layers in enumerate(pipeline_split(arch.num_layers, job.layout.pipeline)):
+            stages[stage] += passes * layer * layers
+        stages[-1] += passes * head
+    return max(stages) * len(stages) / sum(stages)
+
+
+def step_time(job: Workload, hardware: Hardware) -> StepTime:
+    """Computes the time of an optimizer step."""
+    layout = job.layout
+    tokens = job.global_batch_size * job.seq_length
+    token = hardware.compute_seconds(token_compute(job), job.bf16, layout.devices)
+    compute = token * tokens / layout.ranks * pipeline_imbalance(job)
+    replica_tokens = tokens / (layout.data * layout.context)
+    gradients, optimizer = _update_seconds(job, hardware)
+    link = hardware.link_bytes_per_second
+    return StepTime(
+        compute=compute,
+        bubble=compute * (layout.pipeline - 1) / max(1, job.micro_batches),
+        tensor_communication=replica_tokens * _all_reduce_bytes(job) / link,
+        expert_communication=replica_tokens * _all_to_all_bytes(job) / link,
+        gradient_communication=gradients,
+        optimizer=optimizer,
+    )
+
+
+def _all_reduce_bytes(job: Workload) -> float:
+    """Bytes that a rank sends for a token under tensor parallelism."""
+    tensor = job.layout.tensor
+    ring = 2 * (tensor - 1) / tensor
+    layers = sum(2 * passes * arch.num_layers * arch.hidden_size for arch, passes in _passes(job))
+    return layers / job.layout.pipeline * job.dtype_bytes * ring
+
+
+def _all_to_all_bytes(job: Workload) -> float:
+    """Bytes that a rank sends for a token to experts of other ranks, and back."""
+    layout = job.layout
+    layers = sum(
+        2 * passes * arch.num_layers * arch.moe_router_topk * arch.hidden_size * job.dtype_bytes
+        for arch, passes in _passes(job)
+    )
+    return layers / (layout.pipeline * layout.tensor) * (layout.expert - 1) / layout.expert
+
+
+def _update_seconds(job: Workload, hardware: Hardware) -> tuple[float, float]:
+    """Seconds of a step for the communication of gradients and weights, and for the optimizer."""
+    if job.trained is None:
+        return 0.0, 0.0
+    layout = job.layout
+    parameters = max(
+        sum(rank_parameters(job.trained, layout, stage)) for stage in range(layout.pipeline)
+    )
+    shards, copies = layout.shards, layout.optimizer_instances
+    link, network = hardware.link_bytes_per_second, hardware.network_bytes_per_second
+    across = link if layout.nodes == 1 else network
+    # The shards of a copy are neighbours, one tensor-parallel group apart.
+    within = link if copies > 1 and layout.tensor * shards <= layout.devices else across
+    seconds = parameters * (job.gradient_bytes + 2) * (shards - 1) / shards / within
+    seconds += parameters / shards * job.gradient_bytes * 2 * (copies - 1) / copies / across
+    if hardware.traffic_share is None:
+        return seconds, parameters * OPTIMIZER_TRAFFIC / shards / hardware.bytes_per_second
+    # Replicas on a CPU share its bandwidth, so shards save no time.
+    traffic = Compute(bytes=parameters * update_bytes(job.micro_batches, job.dtype_bytes))
+    return seconds, hardware.compute_seconds(traffic, job.bf16)
+
+
+def stopping_seconds(job: Workload, hardware: Hardware) -> float:
+    """Time that a training may take to stop after its time limit.
+
+    It finishes two steps with a validation between them, and saves a checkpoint. A teacher's pass
+    has saved its shards, so it stops at once.
+    """
+    if job.trained is None:
+        return 0.0
+    step = step_time(job, hardware).total
+    forward = sum(forward_flops(arch, job.seq_length) for arch, _ in _passes(job))
+    validation = job.validation_batches * forward / token_compute(job).flops
+    save = CHECKPOINT_BYTES * job.trained.parameters() / STORAGE_BYTES_PER_SECOND
+    return step * (2 + validation) + save

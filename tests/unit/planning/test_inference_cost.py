@@ -1,0 +1,179 @@
+"""Cost of stages that train nothing: by hand, and as measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from launch.planned import load_stage
+from nemo_convert.architecture import Architecture
+from recipes.distillation.settings import CacheLogitsConfig
+from recipes.evaluation.settings import EvaluateConfig
+from recipes.planning.inference_cost import (
+    InferenceCost,
+    Sequences,
+    comparison_cost,
+    conversion_cost,
+    healing_cost,
+    ranking_cost,
+    scoring_cost,
+)
+from recipes.planning.layouts import HEADROOM
+from recipes.planning.training_cost import peak_memory, token_compute
+from recipes.planning.transformer import LOGITS_BYTES, forward_flops
+from recipes.planning.workload import Layout, Workload
+from recipes.pruning.settings import ScoreConfig
+from recipes.stages.contract import smaller_settings
+from tests.unit.planning.models import CPU, H100, LLAMA, published
+
+if TYPE_CHECKING:
+    from recipes.planning.chain import Chain
+    from tests.unit.conftest import MakePlan
+
+TEXT = Sequences(number=40, seq_length=8192, micro_batch_size=4)
+PASS_TOKENS = 4 * 8192
+HEAD = 4 * 128256 * 4096
+LARGE_VOCABULARY = Architecture(
+    "LlamaForCausalLM", 4, 256, 1024, 4, 2, 64, 131072, 1024, tied_embeddings=False
+)
+"""Four layers; in float32, all logits of a micro batch would take 1.1 GB."""
+
+
+def test_a_comparison_holds_one_model_and_the_heads_of_all() -> None:
+    pruned = replace(LLAMA, num_layers=16)
+    found = comparison_cost([LLAMA, pruned, pruned], True, TEXT, H100)
+    assert found.memory.weights == 2 * LLAMA.parameters() + HEAD
+    assert found.memory.activations == 2 * PASS_TOKENS * 3 * (14336 + 4096)
+    # Where the students are as large, the last has two other heads beside it.
+    last = comparison_cost([LLAMA, LLAMA, LLAMA], True, TEXT, H100)
+    assert last.memory.weights == 2 * LLAMA.parameters() + 3 * HEAD
+    # Where all are small, the comparison itself is the peak. It needs only their heads.
+    small = comparison_cost([LARGE_VOCABULARY] * 3, True, TEXT, H100)
+    assert small.memory.weights == 3 * 4 * 131072 * 256
+    assert small.memory.logits == 4 * LOGITS_BYTES
+    one = comparison_cost([LLAMA], False, TEXT, H100)
+    assert one.memory.weights == 4 * LLAMA.parameters()
+    attention = 2 * 8192 * 32 * 128 * 32
+    tokens = 40 * 8192
+    assert one.compute.flops == pytest.approx(tokens * (2 * LLAMA.active_weights() + attention))
+    # A CPU also holds the last hidden states of the text.
+    cpu, gpu = (
+        comparison_cost([LLAMA], False, TEXT, replace(CPU, kind=kind)) for kind in ("cpu", "gpu")
+    )
+    assert cpu.memory.activations - gpu.memory.activations == 4 * tokens * 4096
+
+
+def test_importance_keeps_the_input_of_every_layer() -> None:
+    whole = scoring_cost(LLAMA, True, TEXT, H100)
+    states = 2 * PASS_TOKENS * 4096
+    layer = PASS_TOKENS * ((2 + 8) * 14336 + 2 * 2 * 4096)  # ModelOpt's two copies are in float32
+    assert whole.memory.activations == 33 * states + layer
+    half = scoring_cost(LLAMA, True, TEXT, H100, pipeline=2)
+    assert half.memory.activations == 17 * states + layer
+    assert half.memory.weights == pytest.approx(LLAMA.parameters() + HEAD, rel=0.01)
+    again = scoring_cost(LLAMA, True, TEXT, H100, ablated=40)
+    assert again.compute.flops == pytest.approx(1.6 * whole.compute.flops)
+    assert 3600 * again.hours(H100) == pytest.approx(again.compute.flops / (9.89e14 * 0.35))
+
+
+def test_a_conversion_is_verified_in_float32() -> None:
+    assert conversion_cost(LLAMA, H100).memory.weights == 4 * LLAMA.parameters()
+
+
+def test_candidates_are_views_of_the_teachers_weights() -> None:
+    found = ranking_cost(LLAMA, True, TEXT, H100).memory
+    assert found.weights == 2 * LLAMA.parameters() + 2 * HEAD
+
+
+def test_healing_holds_a_layer_at_a_time_on_a_gpu() -> None:
+    student = replace(LLAMA, hidden_size=3072, ffn_hidden_size=9216)
+    gpu, cpu = (healing_cost(LLAMA, student, TEXT, profile) for profile in (H100, CPU))
+    both = LLAMA.parameters() + student.parameters()
+    assert gpu.memory.weights == 4 * both / 32
+    assert cpu.memory.weights == gpu.memory.weights + 2 * both
+    tokens = 40 * 8192
+    streams = tokens * (2 * (4096 + 3072) + 9216)
+    assert gpu.memory.activations == 4 * (streams + PASS_TOKENS * 5 * 14336)
+    # Behind both norms, of the student's width, and before both projections, of their inputs.
+    normal = 2 * 3072 * (3072 + 4096) + sum(n * (n + 3072) for n in (32 * 128, 9216))
+    headless = replace(TEXT, scored_fraction=0)
+    forward = sum(headless.compute(arch, False).gemm_flops for arch in (LLAMA, student))
+    assert gpu.compute.gemm_flops - forward == pytest.approx(tokens * 32 * 2 * normal)
+
+
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", "mistralai/Mistral-Nemo-Base-2407"])
+def test_large_teachers_fit_a_gpu_by_default(model: str) -> None:
+    """In sequences of 8,192 tokens, at the stages' own micro batches."""
+    teacher, available = published(model), 80e9 * HEADROOM
+    text = replace(TEXT, micro_batch_size=EvaluateConfig().micro_batch_size)
+    layout = Layout(micro_batch_size=CacheLogitsConfig().micro_batch_size)
+    cache = Workload(None, teacher, layout, 8192, layout.micro_batch_size, 1)
+    for memory in (
+        comparison_cost([teacher] * 3, True, text, H100).memory,
+        ranking_cost(teacher, True, text, H100).memory,
+        scoring_cost(teacher, True, text, H100).memory,
+        conversion_cost(teacher, H100).memory,
+        peak_memory(cache, H100),
+    ):
+        assert memory.total < available
+
+
+def test_measured_memory_on_a_cpu() -> None:
+    """Peak memory of the stages' processes, on 8 sequences of 512 tokens, 4 at a time."""
+    text, student = Sequences(8, 512, 4), replace(LARGE_VOCABULARY, num_layers=3)
+    evaluated = comparison_cost([LARGE_VOCABULARY, student, student], False, text, CPU)
+    assert evaluated.memory.total == pytest.approx(1.60e9, rel=0.10)
+    scored = scoring_cost(LARGE_VOCABULARY, False, text, CPU)
+    assert scored.memory.total == pytest.approx(1.40e9, rel=0.10)
+
+
+def test_suggested_settings_come_in_the_order_of_what_they_change() -> None:
+    one, half, *_ = smaller_settings(EvaluateConfig())
+    assert (one, half) == ({"micro_batch_size": 1}, {"precision": "bf16-mixed"})
+    assert list(smaller_settings(ScoreConfig()))[3] == {"pipeline_model_parallel_size": 2}
+
+
+def cost_of(chain: Chain, stage: str, **changes: object) -> InferenceCost:
+    """Cost of a stage of a chain, with changed settings."""
+    config = replace(chain.stages[stage], **changes)  # type: ignore[arg-type]
+    cost = load_stage(config.stage).inference_cost
+    assert cost is not None
+    return cost(config, chain)
+
+
+def test_benchmarks_and_the_export_are_planned(plan: MakePlan) -> None:
+    """The first 100 items of four benchmarks; each passes through all three models."""
+    chain = plan("tasks=quick").chain
+    student = chain.shape_of("prune")
+    assert cost_of(chain, "export_hf").memory.weights == 4 * student.parameters()
+    found = chain.inference_costs["evaluate_tasks"]
+    models = (chain.teacher, student, student)
+    heads = sum(2 * arch.vocab_size * arch.hidden_size for arch in models)
+    each = sum(forward_flops(arch, 512) for arch in models) - 0.76 * heads
+    assert found.compute.flops == pytest.approx(100 * (112 + 60 + 45 + 78) * each)
+    size = 2 if found.bf16 else 4
+    head = 4 * chain.teacher.vocab_size * chain.teacher.hidden_size if found.bf16 else 0
+    assert found.memory.weights == size * chain.teacher.parameters() + head
+    every = cost_of(chain, "evaluate_tasks", limit=None, tasks=["sciq"])
+    assert every.compute.flops == pytest.approx(1000 * 112 * each)
+    shots = {"limit": 10, "tasks": ["mmlu", "piqa"], "num_fewshot": {"mmlu": 5, "piqa": 2}}
+    fewer = cost_of(chain, "evaluate_tasks", **shots)
+    subjects = 57 * (10 + 5) * 95  # whose examples pass once; piqa's are drawn for each item
+    assert fewer.compute.flops == pytest.approx((subjects + 10 * (1 + 2) * 60) * each)
+
+
+def test_a_halving_trains_and_evaluates_its_candidates(plan: MakePlan) -> None:
+    """Four candidates, then two, each round with half of the tokens, then evaluated."""
+    chain = plan(recipe="recipe=llama_search").chain
+    found = chain.inference_costs["successive_halving"]
+    more = cost_of(chain, "successive_halving", num_samples=32)
+    shape = chain.shapes["enumerate_shapes"][0]
+    passes = 256 * (2 * forward_flops(chain.teacher, 256) + 6 * forward_flops(shape, 256))
+    assert more.compute.flops - found.compute.flops == pytest.approx(16 * passes)
+    job = Workload(shape, chain.teacher, Layout(micro_batch_size=4), 256, 4, 1)
+    trained = found.compute.flops - 16 * passes
+    assert trained == pytest.approx(200_000 * token_compute(job).flops, rel=0.02)
+    bf16 = chain.hardware.precision == "bf16-mixed"
+    assert found.memory == peak_memory(replace(job, terms=2, bf16=bf16), chain.hardware)

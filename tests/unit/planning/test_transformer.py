@@ -1,0 +1,104 @@
+"""FLOPs, bytes and memory, counted by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from nemo_convert.architecture import Architecture
+from recipes.planning.transformer import (
+    expert_parameters,
+    feed_forward_recompute,
+    layer_activation_bytes,
+    loss_bytes,
+    pass_compute,
+    rank_parameters,
+    update_bytes,
+)
+from recipes.planning.workload import Layout
+from tests.unit.planning.models import LLAMA, SMOLLM2, published, with_experts
+
+WIDE, QWEN_NAS, MISTRAL = (
+    {"hidden_size": 3072, "ffn_hidden_size": 9216},
+    {"num_layers": 30, "hidden_size": 3584, "ffn_hidden_size": 11776},
+    {"hidden_size": 4096, "ffn_hidden_size": 11520},
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "parameters"),
+    [
+        ("meta-llama/Llama-3.1-8B", {}, 8.03e9),
+        ("meta-llama/Llama-3.1-8B", WIDE, 4.51e9),
+        ("meta-llama/Llama-3.1-8B", {"num_layers": 16}, 4.54e9),
+        ("Qwen/Qwen3-8B", {}, 8.19e9),
+        ("Qwen/Qwen3-8B", QWEN_NAS, 5.99e9),
+        ("mistralai/Mistral-Nemo-Base-2407", {}, 12.25e9),
+        ("mistralai/Mistral-Nemo-Base-2407", MISTRAL, 8.41e9),
+    ],
+)
+def test_bundled_shapes_have_the_published_parameters(
+    model: str, changes: dict[str, int], parameters: float
+) -> None:
+    arch = replace(published(model), **changes)  # type: ignore[arg-type]
+    assert arch.parameters() == pytest.approx(parameters, rel=0.002)
+
+
+def test_memory_traffic_of_a_token() -> None:
+    """One layer of one head of two channels, in sequences of one token, in bfloat16."""
+    tiny = Architecture("", 1, 2, 3, 1, 1, 2, 5, 8, tied_embeddings=True)
+    heads = keys = 2
+    forward = 2 * 2 * (22 + 6) + heads * (24 + 12) + keys * (24 + 4) + 3 * 10
+    backward = 2 * 2 * (68 + 6) + heads * (28 + 12 + 16 + 6) + keys * (28 + 8 + 6)
+    backward += (12 + 18 + 6) + 3 * 22
+    for passes, traffic, attention in (
+        (1, forward, 4 * 2),
+        (3, forward + backward, 14 * 2),
+        (4, 2 * forward + backward, 18 * 2),
+    ):
+        compute = pass_compute(tiny, 1, 2, passes)
+        assert compute.bytes == traffic
+        assert compute.blocked_attention_flops == attention
+        assert compute.gemm_flops == passes * 2 * tiny.active_weights()
+    assert loss_bytes(5, 2, 1, live_teacher=False) == 5 * 60
+    assert loss_bytes(5, 2, 2, live_teacher=True) == 5 * (60 + 32 + 20)
+    assert update_bytes(1, 2) == 2 + 26 + 6
+    assert update_bytes(2, 2) == 10 + 2 + 26 + 6
+
+
+@pytest.mark.parametrize("pipeline", [1, 2, 5])
+@pytest.mark.parametrize("tied", [True, False])
+def test_ranks_hold_the_whole_model(pipeline: int, tied: bool) -> None:
+    """Over all stages and tensor ranks; tied embeddings are on the first and the last stage."""
+    arch = replace(LLAMA, num_layers=20, tied_embeddings=tied)
+    layout = Layout(devices=2 * pipeline, tensor=2, pipeline=pipeline)
+    held = 2 * sum(sum(rank_parameters(arch, layout, stage)) for stage in range(pipeline))
+    twice = arch.vocab_size * arch.hidden_size if tied and pipeline > 1 else 0
+    assert held == pytest.approx(arch.parameters() + twice)
+
+
+def test_activations_of_a_layer() -> None:
+    """One token of Llama 3.1 8B: 4 x 4096, 2 x (32 + 8) x 128 and 3 x 14336 values of 2 bytes."""
+    values = 4 * 4096 + 2 * 40 * 128 + 3 * 14336
+    assert layer_activation_bytes(LLAMA, Layout(), 1) == 2 * values
+    split = 2 * (4 * 4096 + (2 * 40 * 128 + 3 * 14336) / 2)
+    assert layer_activation_bytes(LLAMA, Layout(devices=2, tensor=2), 1) == split
+    whole = Layout(devices=2, tensor=2, sequence_parallel=True)
+    assert layer_activation_bytes(LLAMA, whole, 1) == values
+    recomputed = Layout(recompute_feed_forward=True)
+    assert layer_activation_bytes(LLAMA, recomputed, 1) == 2 * (4 * 4096 + 2 * 40 * 128)
+    assert feed_forward_recompute(LLAMA, 2).flops == 32 * 6 * 4096 * 14336
+
+
+def test_experts_are_split_and_two_of_them_work_on_a_token() -> None:
+    arch = with_experts(SMOLLM2)
+    assert expert_parameters(arch) == 30 * 8 * 3 * 576 * 128
+    _, experts = rank_parameters(arch, Layout(devices=8, expert=4), 0)
+    assert experts == expert_parameters(arch) / 4
+    # Two experts' inputs, four halves or products of each; 9 and 3 heads of 64.
+    values = 4 * 576 + 2 * 576 + 2 * (9 + 3) * 64 + 4 * 2 * 128
+    assert layer_activation_bytes(arch, Layout(), 1) == 2 * values
+    split = (4 * 576 + 2 * (9 + 3) * 64 + 4 * 2 * 128) / 3 + 2 * 576  # inputs are gathered
+    thirds = Layout(devices=3, tensor=3, sequence_parallel=True)
+    assert layer_activation_bytes(arch, thirds, 1) == pytest.approx(2 * split)
