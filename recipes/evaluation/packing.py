@@ -1,4 +1,4 @@
-"""Questions laid out for forward passes: nothing is read twice, and nothing is padding."""
+"""Packs questions into forward passes, without padding and with shared prefixes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 ALIKE = 64
-"""First tokens that two questions share where the same examples stand before both."""
+"""Shared first tokens from which two questions are taken to have the same examples."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A context and the continuations to be scored behind it."""
+    """A context and the continuations to score after it."""
 
     context: tuple[int, ...]
     requests: list[int]
-    """Numbers of the requests that ask for it, one a continuation."""
+    """Number of the request of each continuation."""
     continuations: list[list[int]]
 
     def __len__(self) -> int:
@@ -28,10 +28,10 @@ class Prompt:
 
 
 def group(requests: Iterable[tuple[object, list[int], list[int]]], max_length: int) -> list[Prompt]:
-    """Requests by their context, which is cut at its start where the whole is too long."""
+    """Groups requests by context, truncated at its start where the whole is too long."""
     questions: dict[tuple[int, ...], Prompt] = {}
     for number, (_, context, continuation) in enumerate(requests):
-        # As HFLM does it: the last token is never an input, so one more fits.
+        # As in HFLM: the last token is never an input, so one more fits.
         cut = max(0, len(context) + len(continuation) - max_length - 1)
         key = tuple(context[cut:])
         question = questions.setdefault(key, Prompt(key, [], []))
@@ -43,32 +43,32 @@ def group(requests: Iterable[tuple[object, list[int], list[int]]], max_length: i
 def shared(
     questions: Iterable[Prompt], pass_tokens: int
 ) -> Iterator[tuple[tuple[int, ...], list[Prompt]]]:
-    """What many questions in a row begin with, and what is left of each; last, all others whole.
+    """Yields prefixes of consecutive questions with the remainders, then all other questions.
 
-    Nothing is shared that would not save a pass of ``pass_tokens``.
+    A prefix is shared only if that saves a pass of ``pass_tokens``.
     """
     runs: list[list[Prompt]] = []
     for question in questions:
-        if not runs or len(_beginning([runs[-1][-1], question])) < ALIKE:
+        if not runs or len(_common_prefix([runs[-1][-1], question])) < ALIKE:
             runs.append([])
         runs[-1].append(question)
-    whole: list[Prompt] = []
+    unshared: list[Prompt] = []
     for run in runs:
-        common = _beginning(run)
-        if len(common) * (len(run) - 1) < pass_tokens:
-            whole += run
+        prefix = _common_prefix(run)
+        if len(prefix) * (len(run) - 1) < pass_tokens:
+            unshared += run
             continue
-        yield common, [replace(q, context=q.context[len(common) :]) for q in run]
-    yield (), whole
+        yield prefix, [replace(q, context=q.context[len(prefix) :]) for q in run]
+    yield (), unshared
 
 
-def _beginning(questions: Iterable[Prompt]) -> tuple[int, ...]:
-    """First tokens that are the same in all; each keeps its last, behind which it is scored."""
+def _common_prefix(questions: Iterable[Prompt]) -> tuple[int, ...]:
+    """Returns the common first tokens; each question keeps its last, after which scoring starts."""
     return tuple(commonprefix([question.context[:-1] for question in questions]))
 
 
 def packs(questions: Iterable[Prompt], tokens: int) -> Iterator[list[Prompt]]:
-    """Questions in order, as many together as fit into so many tokens."""
+    """Yields packs of consecutive questions of up to ``tokens`` tokens."""
     pack: list[Prompt] = []
     size = 0
     for question in questions:
@@ -82,11 +82,9 @@ def packs(questions: Iterable[Prompt], tokens: int) -> Iterator[list[Prompt]]:
 
 
 def lay_out(pack: Iterable[Prompt]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Tokens of a pack, the position of each in its own sequence, and what each belongs to.
+    """Returns a pack's tokens, their positions, and pairs of question and segment numbers.
 
-    Returns:
-        Tokens, positions, and pairs of the question's number and the continuation's (0 is the
-        context). The last token of a continuation predicts nothing and is left out.
+    Segment 0 is the context. The last token of a continuation predicts nothing and is left out.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -103,7 +101,7 @@ def lay_out(pack: Iterable[Prompt]) -> tuple[list[int], list[int], list[tuple[in
 
 
 def scored(pack: Iterable[Prompt]) -> tuple[list[int], list[int]]:
-    """Places whose logits are needed, and the token that each must predict."""
+    """Returns the positions whose logits are needed, and their target tokens."""
     rows: list[int] = []
     targets: list[int] = []
     start = 0
@@ -120,10 +118,10 @@ def scored(pack: Iterable[Prompt]) -> tuple[list[int], list[int]]:
 def attention_bias(
     segments: Sequence[tuple[int, int]], dtype: torch.dtype, before: int = 0
 ) -> Tensor:
-    """What is added to attention scores [1, 1, n, before + n]: 0 to see, the least number not to.
+    """Returns the attention bias [1, 1, n, before + n]: 0 where a token attends, else the minimum.
 
-    A token sees what stands before it in its question's context and in its own continuation, and
-    all of the ``before`` tokens that all questions begin with.
+    A token attends to the ``before`` tokens of the shared prefix, and to earlier tokens of its
+    question's context and its own continuation.
     """
     question, piece = torch.tensor(segments).T
     same = (question[:, None] == question) & ((piece[:, None] == piece) | (piece == 0))

@@ -1,7 +1,7 @@
-"""Statistics of figures that were measured on the same items: means, and paired differences.
+"""Compares models on the same items, by means and paired differences.
 
-Two models that answer the same questions mostly fail on the same ones. Differences item by item
-leave that shared part out, so their interval is narrower than two bare means would allow.
+Two models mostly fail on the same questions. Differences item by item exclude what they share, so
+their interval is narrower than that of two separate means.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from recipes.evaluation.results import ROLES, Differences, Item, Score, TaskScor
 def recovered(
     teacher: Sequence[float], pruned: Sequence[float], distilled: Sequence[float]
 ) -> float | None:
-    """Share of what pruning cost that distillation won back: 1 is the teacher, 0 the pruned model.
+    """Returns the fraction of the pruning loss that distillation recovered: 1 equals the teacher.
 
-    Figures are of the same items, and higher ones are better; of losses, give the negative ones.
-
-    ``None`` where pruning cost less than noise, that is, where the 95% interval of its paired
-    difference to the teacher reaches 0: a share of nothing says nothing.
+    Values are of the same items, and higher ones are better; negate losses. ``None`` where the 95%
+    interval of the paired difference between pruned model and teacher reaches 0: there is then no
+    significant loss to recover.
     """
     cost = difference(pruned, teacher)
     if cost.high >= 0:
@@ -29,35 +28,28 @@ def recovered(
 
 
 def compare(metric: str, items: Mapping[str, Sequence[Item]]) -> TaskScores:
-    """A benchmark's figures in a metric of which more is better, with differences to the teacher.
-
-    ``items`` are each role's, the same in the same order.
-    """
+    """Compares each role's items, which are the same in the same order, by a metric."""
     return _compare(metric, {role: [i.metrics[metric] for i in items[role]] for role in ROLES})
 
 
-def answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
-    """Models by the log-likelihoods of the right answers, in nats.
+def compare_answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
+    """Compares models by the log-likelihoods of the right answers, in nats.
 
-    It says more of every item than whether the right answer was the likeliest, so it shows smaller
-    differences on as many items. It is of the answer as it is written, whatever the other choices
-    are: a softmax over the choices is as noisy as the score.
+    They show smaller differences on the same number of items than accuracy does. A softmax over the
+    choices would be as noisy as accuracy, so the answer's own log-likelihood is used.
 
     Returns:
-        ``None`` where an item has no log-likelihoods, as where a model writes its answer.
+        ``None`` where items have no log-likelihoods, because the model writes its answer.
     """
-    values = {role: [right_answer(item) for item in items[role]] for role in ROLES}
-    known = {role: [v for v in each if v is not None] for role, each in values.items()}
-    if known != values:
-        return None
-    return _compare("log-likelihood of the right answer", known)
-
-
-def right_answer(item: Item) -> float | None:
-    """Log-likelihood of what is right, in nats; see ``answers``."""
-    choice = item.target if isinstance(item.target, int) else 0
-    said = item.response[choice] if isinstance(item.response, list) else None
-    return float(said[0]) if isinstance(said, list) else None
+    values: dict[str, list[float]] = {role: [] for role in ROLES}
+    for role in ROLES:
+        for item in items[role]:
+            choice = item.target if isinstance(item.target, int) else 0
+            response = item.response[choice] if isinstance(item.response, list) else None
+            if not isinstance(response, list):
+                return None
+            values[role].append(float(response[0]))
+    return _compare("log-likelihood of the right answer", values)
 
 
 def _compare(metric: str, values: Mapping[str, Sequence[float]]) -> TaskScores:

@@ -1,9 +1,8 @@
-"""What models predict where it counts, compared with a teacher a few positions at a time.
+"""Compares models' predictions with a teacher's, a few positions at a time.
 
-Logits are by far the largest tensor of a model that only reads: four windows of 8,192 tokens over a
-vocabulary of 131,072 take 17 GB in float32, and a comparison holds several such tensors. So a model
-is taken in two parts. What goes into its head is kept for a whole text, in a fraction of the space;
-logits are made of it for a few positions, and are gone again.
+Logits are by far the largest tensor of inference: four windows of 8,192 tokens over a vocabulary of
+131,072 take 17 GB in float32, and a comparison needs several such tensors. So only the last hidden
+states are stored for a whole text; logits are computed from them for a few positions.
 """
 
 from __future__ import annotations
@@ -25,47 +24,47 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model in two parts."""
+    """A model split into its layers and its head."""
 
     states: Callable[[Tensor], Tensor]
-    """Maps tokens [batch, sequence] to what the head reads [batch, sequence, width]."""
+    """Maps tokens [batch, sequence] to hidden states [batch, sequence, width]."""
     head: Callable[[Tensor], Tensor]
     """Maps states [n, width] to logits [n, vocabulary]."""
     vocabulary: int
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Predictor:
-        """A transformers model."""
+        """Splits a transformers model."""
         weight = model.lm_head.weight.detach()
 
         def states(tokens: Tensor) -> Tensor:
-            found: Tensor = model.model(tokens.to(weight.device), use_cache=False).last_hidden_state
-            return found
+            output = model.model(tokens.to(weight.device), use_cache=False)
+            hidden: Tensor = output.last_hidden_state
+            return hidden
 
         return cls(states, float32_head(weight), len(weight))
 
 
 def float32_head(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """Maps states [n, width] to logits [n, vocabulary], by a weight [vocabulary, width].
+    """Returns a head that maps states [n, width] to logits [n, vocabulary] in float32.
 
-    They are in float32 whatever the model is in: bfloat16 logits of about 20 are 0.125 apart, so
-    that many of the likeliest tokens would share their place with others.
+    bfloat16 logits of about 20 are 0.125 apart, so that many likely tokens would tie.
     """
-    stored, whole = weight.dtype, weight.float()
+    float32_weight = weight.float()
 
     def head(states: Tensor) -> Tensor:
-        with products_of(stored):
-            return functional.linear(states.to(whole), whole)
+        with products_of(weight.dtype):
+            return functional.linear(states.to(float32_weight), float32_weight)
 
     return head
 
 
 @dataclass(frozen=True)
 class FinalStates:
-    """The last hidden states of a model on a text, and the head that makes logits of them."""
+    """The last hidden states of a model on a text, and its head."""
 
     states: Tensor
-    """Of the positions whose predictions count [predictions, width], on the CPU."""
+    """At the positions whose predictions count [predictions, width], on the CPU."""
     head: Callable[[Tensor], Tensor]
     vocabulary: int
 
@@ -77,18 +76,18 @@ def read(
     micro_batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> FinalStates:
-    """Runs a model over a text, ``micro_batch_size`` windows at a time."""
-    found = []
+    """Runs a model on a text, ``micro_batch_size`` windows at a time."""
+    states = []
     for start in range(0, len(text), micro_batch_size):
-        part = text[start : start + micro_batch_size]
-        found.append(model.states(part.tokens)[:, :-1].cpu()[part.counted])
-        progress(start + len(part))
-    return FinalStates(torch.cat(found), model.head, model.vocabulary)
+        batch = text[start : start + micro_batch_size]
+        states.append(model.states(batch.tokens)[:, :-1].cpu()[batch.counted])
+        progress(start + len(batch))
+    return FinalStates(torch.cat(states), model.head, model.vocabulary)
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a model's predictions come to, where they count: float32 [predictions], in order."""
+class PredictionMetrics:
+    """Metrics of each prediction that counts, float32 [predictions]."""
 
     losses: Tensor
     """Of the next token, in nats."""
@@ -99,31 +98,31 @@ class Figures:
 
 
 @torch.no_grad()
-def compare(readings: Mapping[str, FinalStates], text: TextWindows) -> dict[str, Figures]:
-    """Figures of each model by role, one of which is the teacher."""
-    found: dict[str, list[Tensor]] = {role: [] for role in readings}
-    targets, teacher = text.targets, readings[TEACHER]
-    for rows in chunks(len(targets), teacher.vocabulary):
+def compare(models: Mapping[str, FinalStates], text: TextWindows) -> dict[str, PredictionMetrics]:
+    """Compares models by role, one of which is the teacher."""
+    chunks_of: dict[str, list[Tensor]] = {role: [] for role in models}
+    teacher, every_target = models[TEACHER], text.targets
+    for rows in chunks(len(every_target), teacher.vocabulary):
         reference = log_probabilities(teacher, rows)
-        chosen = targets[rows, None].to(reference.device)
+        targets = every_target[rows, None].to(reference.device)
         likeliest = reference.argmax(-1)
-        for role, reading in readings.items():
-            scores = reference if role == TEACHER else log_probabilities(reading, rows)
-            losses = -scores.gather(-1, chosen).squeeze(-1)
+        for role, model in models.items():
+            scores = reference if role == TEACHER else log_probabilities(model, rows)
+            losses = -scores.gather(-1, targets).squeeze(-1)
             agreements = (scores.argmax(-1) == likeliest).float()
             kl = torch.zeros_like(losses)
             if role != TEACHER:
                 kl = (reference - scores).mul_(reference.exp()).sum(-1)
-            found[role].append(torch.stack([losses, kl, agreements], dim=1).cpu())
-    return {role: Figures(*torch.cat(parts).unbind(1)) for role, parts in found.items()}
+            chunks_of[role].append(torch.stack([losses, kl, agreements], dim=1).cpu())
+    return {role: PredictionMetrics(*torch.cat(c).unbind(1)) for role, c in chunks_of.items()}
 
 
 def chunks(positions: int, vocabulary: int) -> Iterator[slice]:
-    """So many positions at a time that their float32 logits are no more than ``LOGITS_BYTES``."""
+    """Yields ranges of positions whose float32 logits take at most ``LOGITS_BYTES``."""
     step = max(1, LOGITS_BYTES // (4 * vocabulary))
     return (slice(start, start + step) for start in range(0, positions, step))
 
 
-def log_probabilities(reading: FinalStates, rows: slice) -> Tensor:
-    """Of every next token at some positions, float32 [n, vocabulary]."""
-    return torch.log_softmax(reading.head(reading.states[rows]).float(), dim=-1)
+def log_probabilities(model: FinalStates, rows: slice) -> Tensor:
+    """Returns log-probabilities of the next token at some positions, float32 [n, vocabulary]."""
+    return torch.log_softmax(model.head(model.states[rows]).float(), dim=-1)

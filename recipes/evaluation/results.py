@@ -1,18 +1,18 @@
-"""What evaluations find: quality on text, and scores in tasks. Torch-free."""
+"""Results of evaluations: quality on text, and scores in benchmarks. Torch-free."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from recipes.core.precision import number_type
-from recipes.core.statistics import Difference
+from recipes.core.statistics import Difference, mean
 
 ROLES = ("teacher", "pruned", "distilled")
 
 
 @dataclass(frozen=True)
 class TextQuality:
-    """A model on windows of text; losses and divergences in nats."""
+    """Metrics of a model on windows of text; loss and KL in nats."""
 
     loss: float
     loss_standard_error: float
@@ -23,7 +23,7 @@ class TextQuality:
 
 @dataclass(frozen=True)
 class TokenQuality:
-    """A model beside the teacher, by means over all predictions; the divergence in nats."""
+    """Metrics of a model as means over all predictions; KL in nats."""
 
     perplexity: float
     kl_to_teacher: float
@@ -31,7 +31,7 @@ class TokenQuality:
 
 @dataclass(frozen=True)
 class ModelQuality(TextQuality):
-    """A model on all of the held-out text."""
+    """Metrics of a model on all held-out text."""
 
     parameters: int
 
@@ -45,11 +45,8 @@ class SourceQuality:
     distilled: TextQuality
     windows: int
     tokens: int
-    """That were read."""
     predictions: int
-    """As of the whole."""
     recovered: float | None
-    """Share of the loss that pruning added and distillation took away; see ``paired``."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +58,14 @@ class EvaluationResult:
     distilled: ModelQuality
     windows: int
     tokens: int
-    """That were read."""
     predictions: int
-    """Of a next token that results are means of: all but a sequence's first, and those that follow
-    a document."""
+    """Next-token predictions that count: not of a window's first token or a document's first."""
     recovered: float | None
-    """Share of the loss that pruning added and distillation took away; see ``paired``."""
+    """Fraction of the loss added by pruning that distillation removed; see ``paired``."""
     sources: dict[str, SourceQuality] = field(default_factory=dict)
     """By source of the text, where there is more than one."""
     precision: str = "32"
-    """What the models were held and computed in."""
+    """Of the weights and the computation."""
 
     @property
     def number_type(self) -> str:
@@ -78,13 +73,13 @@ class EvaluationResult:
         return number_type(self.precision)
 
     def models(self) -> dict[str, ModelQuality]:
-        """Every model by its role."""
+        """Returns every model by its role."""
         return {"teacher": self.teacher, "pruned": self.pruned, "distilled": self.distilled}
 
 
 @dataclass(frozen=True)
 class Item:
-    """An item of a task, and what a model made of it."""
+    """An item of a benchmark with a model's response and metrics."""
 
     id: str
     hash: str
@@ -123,43 +118,42 @@ class TaskScores:
     distilled: Score
     differences: Differences
     recovered: float | None
-    """Share of the score that pruning cost and distillation won back; see ``paired``."""
+    """Fraction of the score lost by pruning that distillation recovered; see ``paired``."""
 
     def models(self) -> dict[str, Score]:
-        """Every model by its role."""
+        """Returns every model by its role."""
         return {"teacher": self.teacher, "pruned": self.pruned, "distilled": self.distilled}
 
     @property
     def is_share(self) -> bool:
-        """Whether the scores are shares of the items, as an accuracy is."""
+        """Whether the scores are fractions of the items, as accuracy is."""
         return all(0 <= score.value <= 1 for score in self.models().values())
 
 
 @dataclass(frozen=True)
 class TaskResult(TaskScores):
-    """A task as it was asked."""
+    """All models in one benchmark."""
 
     version: str
     seconds: dict[str, float]
-    """That each model's answers took."""
+    """By role, for its answers."""
     answers: TaskScores | None = None
-    """Log-likelihoods of the right answers, see ``paired.answers``; ``None`` where answers are
-    written freely."""
+    """Log-likelihoods of the right answers, see ``paired.compare_answers``."""
 
 
 @dataclass(frozen=True)
 class TaskResults:
-    """All models in all tasks."""
+    """All models in all benchmarks."""
 
     tasks: dict[str, TaskResult]
     cached: dict[str, list[str]]
-    """Tasks that each model had answered before."""
+    """By role, the tasks whose answers were in the cache."""
     harness: str
     data: str
 
     def means(self) -> dict[str, float]:
-        """Each model's mean over the tasks that are shares; every task counts the same."""
-        shares = [task.models() for task in self.tasks.values() if task.is_share]
-        if not shares:
+        """Returns each model's mean over the tasks whose scores are fractions."""
+        fractions = [task.models() for task in self.tasks.values() if task.is_share]
+        if not fractions:
             return {}
-        return {role: sum(task[role].value for task in shares) / len(shares) for role in ROLES}
+        return {role: mean([task[role].value for task in fractions]) for role in ROLES}

@@ -1,4 +1,4 @@
-"""A teacher can be silently random: its weights were never loaded, or are of another model."""
+"""Detects a teacher with random weights: they were not loaded, or belong to another model."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import math
 
 from recipes.core.errors import RecipeError
 
-RANDOM_SHARE = 0.8
-"""A teacher whose loss is above this share of ln(vocabulary) predicts little better than chance."""
+CHANCE_FRACTION = 0.8
+"""A teacher whose loss is above this fraction of ln(vocabulary) is hardly better than chance."""
 
 
-def require_better_than_chance(loss: float, vocabulary: int) -> None:
-    """Refuses a teacher that knows nothing, by its next-token loss on some text, in nats."""
-    limit = RANDOM_SHARE * math.log(vocabulary)
-    if not loss < limit:
+def require_better_than_chance(loss: float, vocabulary: int, fix: str = "") -> None:
+    """Raises ``RecipeError`` if a teacher's next-token loss, in nats, is near chance."""
+    chance = math.log(vocabulary)
+    if not loss < CHANCE_FRACTION * chance:  # also catches NaN
         raise RecipeError(
-            f"the teacher's loss on the first batch is {loss:.2f}; a working model is well below "
-            f"{limit:.2f} (chance is {limit / RANDOM_SHARE:.2f}).",
-            "its weights are damaged or of another model, or the text is not of its language",
+            f"the teacher's loss is {loss:.2f}, hardly below chance ({chance:.2f}).",
+            "use text of the teacher's language, or correct weights" + fix,
         )

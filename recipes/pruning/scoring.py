@@ -8,7 +8,6 @@ all of them. Layers may be split over pipeline ranks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -37,7 +36,7 @@ from recipes.core.precision import dtype_of
 from recipes.core.stage import Input
 from recipes.data.token_windows import TextWindows, read_windows
 from recipes.evaluation.predictions import chunks, float32_head
-from recipes.evaluation.sanity import RANDOM_SHARE
+from recipes.evaluation.sanity import require_better_than_chance
 from recipes.pruning.importance import Importance
 from recipes.pruning.settings import ScoreConfig
 
@@ -79,23 +78,14 @@ def score_checkpoint(
     skipper = LayerAblation(core, for_loss, cfg.micro_batch_size, log)
     base = skipper.losses([()])[0]
     if cfg.calibration == "text":
-        _require_sense(base, core.vocab_size)
+        require_better_than_chance(
+            base, core.vocab_size, ", or measure on noise: stages.score.calibration=random"
+        )
     layers, blocks, greedy = (
         _loss_scores(cfg, skipper, base) if cfg.num_loss_samples else ({}, {}, [])
     )
     influence, widths = _activations(core, text, cfg.micro_batch_size, log)
     return Importance(base, {"block_influence": influence, **layers}, blocks, greedy, widths)
-
-
-def _require_sense(loss: float, vocabulary: int) -> None:
-    limit = RANDOM_SHARE * math.log(vocabulary)
-    if not loss < limit:
-        raise RecipeError(
-            f"the teacher's loss on the calibration text is {loss:.2f}, hardly below chance "
-            f"({math.log(vocabulary):.2f}): the text is mock data, or the teacher knows nothing.",
-            "calibrate on text of the teacher's language, or ask for noise by name: "
-            "stages.score.calibration=random",
-        )
 
 
 def _loss_scores(

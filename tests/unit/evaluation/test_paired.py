@@ -7,7 +7,7 @@ import math
 import pytest
 
 from recipes.core.statistics import difference, mean, standard_error
-from recipes.evaluation.paired import answers, compare, recovered
+from recipes.evaluation.paired import compare, compare_answers, recovered
 from recipes.evaluation.results import Item
 
 RIGHT, WRONG = [1.0], [0.0]
@@ -107,7 +107,7 @@ def test_right_answers_are_compared_by_their_log_likelihoods() -> None:
         "pruned": [item(1, -5, -6), item(" word", -7)],
         "distilled": [item(1, -1, -3), item(" word", -4)],
     }
-    found = answers(items)
+    found = compare_answers(items)
     assert found is not None
     assert {role: score.value for role, score in found.models().items()} == {
         "teacher": -2.5,
@@ -117,4 +117,4 @@ def test_right_answers_are_compared_by_their_log_likelihoods() -> None:
     assert found.differences.distilled.value == -1
     assert found.recovered == pytest.approx(0.75)
     written = Item("task/0", "hash", {}, "18", ["The answer is 18."], {"exact_match": 1.0})
-    assert answers({role: [written] for role in items}) is None
+    assert compare_answers({role: [written] for role in items}) is None
