@@ -1,10 +1,17 @@
-"""Healing a pruned model in closed form: what is left is refitted to stand in for what is gone.
+"""Reconstructs a pruned model by least squares on calibration text, layer by layer.
 
-Layer by layer, least squares on calibration text change the weights that were cut. Those that read
-the residual stream get out of what is left of it what the teacher's get out of all of it; those
-that write to it bring it to the teacher's, so each layer also makes up for what earlier ones left
-over. Channels are reconstructed so in arXiv:1707.06168. One layer at a time is on the device,
-beside the residual streams of both models, so memory does not depend on depth.
+Weights that read the residual stream are changed to read from the kept channels what the teacher's
+read from all channels. Weights that write to it are changed to reproduce the teacher's stream, so
+each layer also corrects the errors of earlier layers. Channels are reconstructed likewise in
+arXiv:1707.06168. Only one layer is on the device, beside the residual streams of both models, so
+memory does not depend on depth.
+
+The algebra. A weight W [outputs, inputs] reads x_t at token t, and m_t is missing from its output.
+The change D minimises Σ_t ‖m_t - D·x_t‖² + λ·‖D‖². Setting the derivative to 0 gives the normal
+equations D·(G + λ·I) = C with the Gram matrix G = Σ x·xᵀ and C = Σ m·xᵀ. G is symmetric and, with
+λ > 0, positive definite, so Cholesky solves (G + λ·I)·Dᵀ = Cᵀ. λ is stated in tokens: n tokens
+whose channels are independent, of the mean square of all channels, and from whose output nothing is
+missing would add n times that mean square to the diagonal of G.
 """
 
 from __future__ import annotations
@@ -26,10 +33,8 @@ from recipes.backend.device import device
 from recipes.core.metrics import ProgressCallback
 from recipes.pruning.kept import HIDDEN, KeptIndices, cut
 
-"""Takes how many layers are done, and of how many."""
-PULL = 5000.0
-"""Tokens that hold a weight to what it was cut to: they would read each channel by itself, at the
-mean square of all. So what is fitted to little text strays little."""
+RIDGE_TOKENS = 5000.0
+"""Ridge strength, in equivalent calibration tokens. It limits the change from little text."""
 
 
 class LeastSquares:
@@ -41,39 +46,36 @@ class LeastSquares:
         self.tokens = 0
 
     def add(self, inputs: Tensor, missing: Tensor) -> None:
-        """Takes what the weight reads [b, s, inputs], and what it fails to make of it."""
+        """Adds tokens: the weight's inputs [b, s, inputs], and what its outputs miss."""
         inputs, missing = inputs.flatten(0, 1), missing.flatten(0, 1)
         self.tokens += len(inputs)
         self.gram += inputs.T @ inputs
         self.cross += missing.T @ inputs
 
-    def change(self, pull: float) -> Tensor:
-        """What to add to the weight, float32 [outputs, inputs]; no sum of squares gets larger."""
-        return solve(self.gram, self.cross.T, pull / self.tokens).T.float()
+    def change(self, ridge_tokens: float) -> Tensor:
+        """Solves for the change D, float32 [outputs, inputs]; it never misses more than before."""
+        return solve(self.gram, self.cross.T, ridge_tokens / self.tokens).T.float()
 
 
 def solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """Solves for ``right``, with so much of the mean diagonal added to the diagonal."""
+    """Solves (G + λ·I)·X = ``right`` with λ = ``ridge`` times the mean diagonal of G."""
     damping = torch.eye(len(gram)).to(gram) * gram.diagonal().mean() * ridge
     return torch.cholesky_solve(right, torch.linalg.cholesky(gram + damping))
 
 
 class Decoder:
-    """A model as weights, run one layer at a time on the device.
-
-    Weights have their Hugging Face names; those that are set are replaced.
-    """
+    """A model as weights by their Hugging Face names, run one layer at a time on the device."""
 
     def __init__(self, config: Mapping[str, object], weights: dict[str, Tensor]) -> None:
-        known = AutoConfig.for_model(**config)
+        hf_config = AutoConfig.for_model(**config)
         self.device = device()
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(known, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
         self._attention: nn.Module = model.model.layers[0].self_attn
         self._attention.o_proj = nn.Identity()
-        self._rotary = type(model.model.rotary_emb)(config=known).to(self.device)
-        self._eps: float = known.rms_norm_eps
-        self.num_layers: int = known.num_hidden_layers
+        self._rotary = type(model.model.rotary_emb)(config=hf_config).to(self.device)
+        self._eps: float = hf_config.rms_norm_eps
+        self.num_layers: int = hf_config.num_hidden_layers
         self.head_size: int = self._attention.head_dim
         self._weights = weights
 
@@ -86,68 +88,70 @@ class Decoder:
     def __contains__(self, name: str) -> bool:
         return f"{name}.weight" in self._weights
 
-    def embedded(self, tokens: Tensor) -> Tensor:
-        """The residual stream before the first layer [b, s, hidden]."""
-        found = functional.embedding(tokens, self._weights["model.embed_tokens.weight"])
-        return found.to(self.device, torch.float32)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Returns the residual stream before the first layer [b, s, hidden]."""
+        embedding = functional.embedding(tokens, self._weights["model.embed_tokens.weight"])
+        return embedding.to(self.device, torch.float32)
 
-    def normalised(self, norm: str, stream: Tensor) -> Tensor:
-        """What is read of the residual stream."""
+    def normalise(self, norm: str, stream: Tensor) -> Tensor:
+        """Applies an RMSNorm to the residual stream."""
         weight = self[norm]
         return functional.rms_norm(stream, weight.shape, weight, self._eps)
 
-    def attended(self, layer: str, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
-        """What the heads make of normalised inputs, batch by batch."""
+    def attend(self, layer: str, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yields the attention heads' outputs for normalised inputs, batch by batch."""
         start = f"{layer}self_attn."
-        own = {
+        layer_weights = {
             name.removeprefix(start): weight.to(self.device, torch.float32)
             for name, weight in self._weights.items()
             if name.startswith(start) and "o_proj" not in name
         }
-        self._attention.load_state_dict(own, assign=True)
-        for each in inputs:
-            rotary = self._rotary(each, torch.arange(each.shape[1], device=each.device)[None])
-            yield self._attention(each, position_embeddings=rotary, attention_mask=None)[0]
+        self._attention.load_state_dict(layer_weights, assign=True)
+        for batch in inputs:
+            rotary = self._rotary(batch, torch.arange(batch.shape[1], device=batch.device)[None])
+            yield self._attention(batch, position_embeddings=rotary, attention_mask=None)[0]
 
-    def activated(self, layer: str, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
-        """What the feed-forward part makes of normalised inputs, before its last product."""
+    def activate(self, layer: str, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yields the gated activations for normalised inputs, batch by batch."""
         gate, up = self[f"{layer}mlp.gate_proj"], self[f"{layer}mlp.up_proj"]
-        for each in inputs:
-            yield functional.silu(each @ gate.T) * (each @ up.T)
+        for batch in inputs:
+            yield functional.silu(batch @ gate.T) * (batch @ up.T)
 
 
 @dataclass(frozen=True)
-class Half:
-    """A layer's attention, or its feed-forward part."""
+class HalfLayer:
+    """A layer's attention, or its feed-forward network."""
 
     norm: str
     reads: tuple[str, ...]
-    """Weights behind the norm."""
+    """Weights that read the normalised residual stream."""
     between: Callable[[Decoder, str, Sequence[Tensor]], Iterator[Tensor]]
+    """Computes the inputs of ``writes`` from the normalised stream."""
     writes: str
-    """Weight that adds to the residual stream."""
+    """Weight whose output is added to the residual stream."""
 
 
 HALVES = (
-    Half(
+    HalfLayer(
         "input_layernorm",
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        Decoder.attended,
+        Decoder.attend,
         "self_attn.o_proj",
     ),
-    Half(
+    HalfLayer(
         "post_attention_layernorm",
         ("mlp.gate_proj", "mlp.up_proj"),
-        Decoder.activated,
+        Decoder.activate,
         "mlp.down_proj",
     ),
 )
 
 
-class Healing:
-    """Both models and their residual streams on the text, one tensor [b, s, hidden] a batch.
+class Reconstruction:
+    """Both models with their residual streams, one tensor [b, s, hidden] for each batch.
 
-    The student is changed in place; ``batches`` of tokens are [b, s].
+    It changes the student in place. ``batches`` are tokens [b, s]. Names of layers are prefixes of
+    weights: ``theirs`` in the teacher, ``ours`` in the student.
     """
 
     def __init__(
@@ -156,85 +160,108 @@ class Healing:
         student: Decoder,
         kept: KeptIndices,
         batches: Sequence[Tensor],
-        pull: float,
+        ridge_tokens: float,
     ) -> None:
         self._teacher, self._student, self._kept = teacher, student, kept
-        self._pull = pull
-        self._whole = [teacher.embedded(tokens) for tokens in batches]
-        self._left = [student.embedded(tokens) for tokens in batches]
-        self._width = self._whole[0].shape[-1]
+        self._ridge_tokens = ridge_tokens
+        self._teacher_streams = [teacher.embed(tokens) for tokens in batches]
+        self._student_streams = [student.embed(tokens) for tokens in batches]
+        self._width = self._teacher_streams[0].shape[-1]
         self._rows = kept.rows.get(HIDDEN, torch.arange(self._width)).to(teacher.device)
 
-    def pass_by(self, layer: str) -> None:
-        """Goes through a layer that the student has not."""
+    def skip_layer(self, layer: str) -> None:
+        """Runs the teacher's streams through a layer that the student does not have."""
         for half in HALVES:
-            read = [self._teacher.normalised(layer + half.norm, x) for x in self._whole]
+            inputs = [self._teacher.normalise(layer + half.norm, x) for x in self._teacher_streams]
             writes = self._teacher[layer + half.writes]
-            for i, made in enumerate(half.between(self._teacher, layer, read)):
-                self._whole[i] = self._whole[i] + made @ writes.T
+            for i, outputs in enumerate(half.between(self._teacher, layer, inputs)):
+                self._teacher_streams[i] = self._teacher_streams[i] + outputs @ writes.T
 
-    def heal(self, half: Half, theirs: str, ours: str) -> None:
-        """Refits half a layer, and goes through it."""
-        read, seen, fit = self._behind(theirs + half.norm, ours + half.norm)
-        change = self._widened(fit.change(self._pull))
+    def reconstruct(self, half: HalfLayer, theirs: str, ours: str) -> None:
+        """Changes the weights of half a layer, and runs both streams through it.
+
+        The fit D predicts from the student's inputs y what the kept channels E·y miss of the
+        teacher's inputs x, so x ≈ (E + D)·y and W·x ≈ (W·E + W·D)·y for each weight W that reads x.
+        W·E is what pruning kept of W; W·D is added.
+        """
+        teacher_inputs, student_inputs, fit = self._fit_inputs(theirs + half.norm, ours + half.norm)
+        change = self._in_all_columns(fit.change(self._ridge_tokens))
         for name in half.reads:
-            more = cut(
+            added = cut(
                 f"{theirs}{name}.weight",
                 self._teacher[theirs + name] @ change,
                 self._kept,
                 self._teacher.head_size,
             )
-            self._student[ours + name] = self._student[ours + name] + more
-        self._write(half, theirs, ours, read, seen)
+            self._student[ours + name] = self._student[ours + name] + added
+        self._reconstruct_output(half, theirs, ours, teacher_inputs, student_inputs)
 
-    def _write(
-        self, half: Half, theirs: str, ours: str, read: list[Tensor], seen: list[Tensor]
+    def _reconstruct_output(
+        self,
+        half: HalfLayer,
+        theirs: str,
+        ours: str,
+        teacher_inputs: list[Tensor],
+        student_inputs: list[Tensor],
     ) -> None:
-        whole, left = self._teacher[theirs + half.writes], self._student[ours + half.writes]
-        fit = LeastSquares(left)
-        inputs = list(half.between(self._student, ours, seen))
-        for i, made in enumerate(half.between(self._teacher, theirs, read)):
-            self._whole[i] = self._whole[i] + made @ whole.T
-            self._left[i] = self._left[i] + inputs[i] @ left.T
-            # What follows reads the stream normalised, and a few tokens are many times as large.
-            size = self._whole[i].square().mean(-1, keepdim=True).sqrt()
-            missing = self._whole[i][..., self._rows] - self._left[i]
+        """Changes the weight that writes, so that the student's stream approaches the teacher's."""
+        teacher_weight, weight = (
+            self._teacher[theirs + half.writes],
+            self._student[ours + half.writes],
+        )
+        fit = LeastSquares(weight)
+        inputs = list(half.between(self._student, ours, student_inputs))
+        for i, outputs in enumerate(half.between(self._teacher, theirs, teacher_inputs)):
+            self._teacher_streams[i] = self._teacher_streams[i] + outputs @ teacher_weight.T
+            self._student_streams[i] = self._student_streams[i] + inputs[i] @ weight.T
+            # Tokens are weighted by the inverse size of their stream: later layers read it
+            # normalised, and the stream of a few tokens is many times as large.
+            size = self._teacher_streams[i].square().mean(-1, keepdim=True).sqrt()
+            missing = self._teacher_streams[i][..., self._rows] - self._student_streams[i]
             fit.add(inputs[i] / size, missing / size)
-        change = fit.change(self._pull)
-        self._student[ours + half.writes] = left + change
-        for i, made in enumerate(inputs):
-            self._left[i] = self._left[i] + made @ change.T
+        change = fit.change(self._ridge_tokens)
+        self._student[ours + half.writes] = weight + change
+        for i, batch in enumerate(inputs):
+            self._student_streams[i] = self._student_streams[i] + batch @ change.T
 
-    def heal_head(self) -> None:
-        """Refits what is read after the last layer."""
-        _, _, fit = self._behind("model.norm", "model.norm")
+    def reconstruct_head(self) -> None:
+        """Changes what reads the stream after the last layer: the head, or the norm of a tied head.
+
+        A tied head is also the embedding, so only the final norm's weight can change: channel i is
+        scaled by 1 + d_i. With the head H, its kept columns H_r, the student's inputs y and what
+        they miss m, the logits miss H·m - H_r·diag(y)·d. With P = H_rᵀ·H, the normal equations of d
+        are (P_r ∘ G)·d = rowsum(P ∘ Cᵀ), where ∘ is the elementwise product, P_r are the kept
+        columns of P, and G = Σ y·yᵀ and C = Σ m·yᵀ are those of the fit.
+        """
+        _, _, fit = self._fit_inputs("model.norm", "model.norm")
         if "lm_head" in self._student:
-            more = self._teacher["lm_head"] @ fit.change(self._pull)
-            self._student["lm_head"] = self._student["lm_head"] + more
+            added = self._teacher["lm_head"] @ fit.change(self._ridge_tokens)
+            self._student["lm_head"] = self._student["lm_head"] + added
             return
-        # A tied head is what the first layer reads, too: only the size of its inputs can change.
-        # Logits matter up to a constant, so what all words share of a column is left out.
         head = self._teacher["model.embed_tokens"]
+        # A constant added to all logits changes no probability, so each column is centred.
         head = (head - head.mean(dim=0)).double()
-        pull = head[:, self._rows].T @ head
-        gram = pull[:, self._rows] * fit.gram
-        right = (pull * fit.cross.T).sum(dim=1, keepdim=True)
-        scale = 1 + solve(gram, right, self._pull / fit.tokens).squeeze(1).float()
+        product = head[:, self._rows].T @ head
+        gram = product[:, self._rows] * fit.gram
+        right = (product * fit.cross.T).sum(dim=1, keepdim=True)
+        scale = 1 + solve(gram, right, self._ridge_tokens / fit.tokens).squeeze(1).float()
         self._student["model.norm"] = self._student["model.norm"] * scale
 
-    def _behind(self, theirs: str, ours: str) -> tuple[list[Tensor], list[Tensor], LeastSquares]:
-        """What both read of their streams, and how the student's is to be changed for it."""
-        read = [self._teacher.normalised(theirs, x) for x in self._whole]
-        seen = [self._student.normalised(ours, x) for x in self._left]
-        fit = LeastSquares(seen[0].new_empty(self._width, len(self._rows)))
-        for full, part in zip(read, seen, strict=True):
-            missing = full.clone()
+    def _fit_inputs(
+        self, theirs: str, ours: str
+    ) -> tuple[list[Tensor], list[Tensor], LeastSquares]:
+        """Fits the teacher's normalised streams by the student's; returns both and the fit."""
+        teacher_inputs = [self._teacher.normalise(theirs, x) for x in self._teacher_streams]
+        student_inputs = [self._student.normalise(ours, x) for x in self._student_streams]
+        fit = LeastSquares(student_inputs[0].new_empty(self._width, len(self._rows)))
+        for whole, part in zip(teacher_inputs, student_inputs, strict=True):
+            missing = whole.clone()
             missing[..., self._rows] -= part
             fit.add(part, missing)
-        return read, seen, fit
+        return teacher_inputs, student_inputs, fit
 
-    def _widened(self, change: Tensor) -> Tensor:
-        """Columns for all channels, of which those that are gone will be cut again."""
+    def _in_all_columns(self, change: Tensor) -> Tensor:
+        """Returns a change with columns for all channels, as ``cut`` takes weights."""
         wide = change.new_zeros(self._width, self._width)
         wide[:, self._rows] = change
         return wide
@@ -247,29 +274,29 @@ def heal(
     kept: KeptIndices,
     batches: Sequence[Tensor],
     progress: ProgressCallback = lambda done, total: None,
-    pull: float = PULL,
+    ridge_tokens: float = RIDGE_TOKENS,
 ) -> None:
-    """Changes a student's weights so that it makes of a text what its teacher makes.
+    """Changes a student's weights to reproduce its teacher on calibration text.
 
     Args:
         teacher: The whole model.
-        student: What is left of it; its weights are replaced.
-        kept: What that is.
-        batches: Tokens to calibrate on, each [b, s].
-        progress: Told after every layer of the teacher.
-        pull: See ``PULL``.
+        student: The pruned model; its weights are replaced.
+        kept: What pruning kept.
+        batches: Calibration tokens, each [b, s].
+        progress: Called after every layer of the teacher.
+        ridge_tokens: See ``RIDGE_TOKENS``.
     """
-    healing = Healing(teacher, student, kept, batches, pull)
+    reconstruction = Reconstruction(teacher, student, kept, batches, ridge_tokens)
     for number in range(1, teacher.num_layers + 1):
         theirs = f"model.layers.{number - 1}."
         if number in kept.layers:
             ours = f"model.layers.{kept.layers.index(number)}."
             for half in HALVES:
-                healing.heal(half, theirs, ours)
+                reconstruction.reconstruct(half, theirs, ours)
         else:
-            healing.pass_by(theirs)
+            reconstruction.skip_layer(theirs)
         progress(number, teacher.num_layers)
-    healing.heal_head()
+    reconstruction.reconstruct_head()
 
 
 def heal_weights(
@@ -280,9 +307,9 @@ def heal_weights(
     batches: Sequence[Tensor],
     progress: ProgressCallback,
 ) -> None:
-    """Heals what was cut of a NeMo checkpoint, in place.
+    """Heals the pruned weights of a NeMo checkpoint, in place.
 
-    ``weights`` are the student's, by their Hugging Face names; ``batches`` of tokens are [b, s].
+    ``weights`` are the student's, by their Hugging Face names; ``batches`` are tokens [b, s].
     """
     config, whole = nemo.read_config(teacher), nemo.architecture_of(teacher)
     heal(

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from recipes.backend.training_layers import SwiGLU, _RMSNorm
-from recipes.backend.without_cuda import enable
 from recipes.core.compiled import compilable, compilation, missing_compiler
 from recipes.distillation.losses import LogitsLoss, LossTargets, combined_loss
 from recipes.distillation.vocabulary import top_k
@@ -22,16 +21,8 @@ CHUNK = 4 * VOCABULARY * 16  # the last of its chunks is not full
 LABELS = torch.arange(TOKENS) * 7 % VOCABULARY
 
 
-def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    enable()
-    from megatron.core.models.common.embeddings import rope_utils
-
-    rotate: Callable[..., Tensor] = rope_utils._apply_rotary_pos_emb_bshd
-    return rotate(x, angles.detach(), rotary_interleaved=False)
-
-
-def taught(live: bool) -> Callable[[Tensor], Tensor]:
-    """A student's loss on logits and next tokens, from a teacher or from its cache with draws."""
+def loss_of(live: bool) -> Callable[[Tensor], Tensor]:
+    """Returns the KD and LM loss of a student, from a live teacher or from a cache with samples."""
     generator, loss = torch.Generator().manual_seed(1), LogitsLoss(chunk_bytes=CHUNK)
     logits = 3 * torch.randn(TOKENS, VOCABULARY, generator=generator)
     quantiles = ((torch.arange(5) + 0.3) / 5).expand(TOKENS, -1)
@@ -44,9 +35,8 @@ def taught(live: bool) -> Callable[[Tensor], Tensor]:
 CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "norm": (lambda x, w: _RMSNorm.apply(x, w, 1e-5), [(9, 2, 24), (24,)]),
     "swiglu": (lambda x: SwiGLU(None)(x), [(9, 2, 24)]),
-    "rotation": (rotated, [(9, 2, 6, 8), (9, 1, 1, 8)]),
-    "loss, live": (taught(live=True), [(TOKENS, VOCABULARY)]),
-    "loss, drawn": (taught(live=False), [(TOKENS, VOCABULARY)]),
+    "loss, live": (loss_of(live=True), [(TOKENS, VOCABULARY)]),
+    "loss, drawn": (loss_of(live=False), [(TOKENS, VOCABULARY)]),
 }
 
 

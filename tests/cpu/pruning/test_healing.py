@@ -1,4 +1,4 @@
-"""Healing in closed form: what it must not cost, what it must not change, what it must gain."""
+"""Reconstruction by least squares: exact where it can be, and better than pruning alone."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nemo_convert.hf import load_causal_lm
-from recipes.pruning.healing import PULL, Decoder, LeastSquares, heal
+from recipes.pruning.healing import RIDGE_TOKENS, Decoder, LeastSquares, heal
 from recipes.pruning.kept import KeptIndices, cut, student_name
 from tests.support.models import EVEN, FAMILIES
 
 DENSE = [family for family, fields in FAMILIES.items() if "num_experts" not in fields]
-HEAD, LEFT = 16, 32
+HEAD, KEPT = 16, 32
 Weights = dict[str, torch.Tensor]
 
 
 def random_model(family: str, **fields: Any) -> Any:
-    """Two layers of random weights; all that a family normalises or shifts by, too."""
+    """Makes a model of two layers of random weights, norms and biases included."""
     torch.manual_seed(0)
     shape = {**EVEN, **FAMILIES[family], "num_hidden_layers": 2, "initializer_range": 0.1, **fields}
     config = AutoConfig.for_model(family, max_position_embeddings=64, **shape)
@@ -47,10 +47,10 @@ def pruned(
     model: Any,
     kept: KeptIndices,
     shape: dict[str, int],
-    pull: float | None,
+    ridge_tokens: float | None,
     text: torch.Tensor | None = None,
 ) -> Any:
-    """A model cut to what is kept; healed, unless there is no pull to what it was."""
+    """Prunes a model; heals it unless ``ridge_tokens`` is ``None``."""
     config = {**model.config.to_dict(), **shape, "num_hidden_layers": len(kept.layers)}
     config.pop("layer_types", None)
     whole = {n: w for n, w in model.state_dict().items() if n in dict(model.named_parameters())}
@@ -59,10 +59,10 @@ def pruned(
         for source, weight in whole.items()
         if (name := student_name(source, kept)) is not None
     }
-    if pull is not None:
+    if ridge_tokens is not None:
         teacher = Decoder(model.config.to_dict(), whole)
         batches = (tokens() if text is None else text).split(4)
-        heal(teacher, Decoder(config, weights), kept, batches, pull=pull)
+        heal(teacher, Decoder(config, weights), kept, batches, ridge_tokens=ridge_tokens)
     student = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     student.load_state_dict(weights, strict=False)
     student.tie_weights()
@@ -71,16 +71,16 @@ def pruned(
 
 @torch.no_grad()
 def plant_combinations(model: Any) -> tuple[KeptIndices, dict[str, int]]:
-    """Makes half of everything a combination of the other half, which is what to keep.
+    """Makes half of all structure a linear combination of the other half, which is kept.
 
-    Channels that are gone are a rotation of the others, so that a norm over those is one over all.
+    Pruned channels are a rotation of the kept ones, so a norm over those equals one over all.
     """
-    turn = torch.linalg.qr(torch.randn(LEFT, LEFT)).Q
+    turn = torch.linalg.qr(torch.randn(KEPT, KEPT)).Q
     norm, embedding = model.model.norm.weight, model.model.embed_tokens.weight
-    embedding[:, LEFT:] = embedding[:, :LEFT] @ turn.T
+    embedding[:, KEPT:] = embedding[:, :KEPT] @ turn.T
     if model.config.tie_word_embeddings:  # then it is exact only if logits double
         norm.fill_(1.5)
-    rows: Weights = {"hidden_size": torch.arange(LEFT)}
+    rows: Weights = {"hidden_size": torch.arange(KEPT)}
     for number, layer in enumerate(model.model.layers, 1):
         attention, mlp = layer.self_attn, layer.mlp
         mix = torch.randn(HEAD, HEAD)
@@ -92,18 +92,18 @@ def plant_combinations(model: Any) -> tuple[KeptIndices, dict[str, int]]:
         mlp.gate_proj.weight[64:] = mlp.gate_proj.weight[:64]
         mlp.up_proj.weight[64:] = torch.randn(64, 1) * mlp.up_proj.weight[:64]
         for part in (attention.o_proj, mlp.down_proj):
-            part.weight[LEFT:] = turn @ part.weight[:LEFT]
+            part.weight[KEPT:] = turn @ part.weight[:KEPT]
         rows |= {f"layers.{number}.ffn_hidden_size": torch.arange(64)}
         rows |= {f"layers.{number}.num_query_groups": torch.arange(1)}
         rows |= {f"layers.{number}.num_attention_heads": torch.arange(2)}
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    return KeptIndices([1, 2], rows), dict(zip(names, (LEFT, 64, 2, 1), strict=True))
+    return KeptIndices([1, 2], rows), dict(zip(names, (KEPT, 64, 2, 1), strict=True))
 
 
 @pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_is_a_combination_of_what_is_kept_costs_nothing(family: str, tied: bool) -> None:
-    """On text that it was not healed on."""
+def test_pruned_linear_combinations_are_restored(family: str, tied: bool) -> None:
+    """On other text than the calibration text."""
     model = random_model(family, tie_word_embeddings=tied)
     kept, shape = plant_combinations(model)
     unseen = tokens(4, seed=2)
@@ -115,35 +115,35 @@ def test_what_is_a_combination_of_what_is_kept_costs_nothing(family: str, tied: 
 
 
 @pytest.mark.parametrize("family", DENSE)
-def test_a_whole_model_is_not_changed(family: str) -> None:
+def test_an_unpruned_model_does_not_change(family: str) -> None:
     model = random_model(family)
     healed = pruned(model, KeptIndices([1, 2], {}), {}, 1e-3)
     for name, weight in model.state_dict().items():
         assert torch.equal(healed.state_dict()[name], weight), name
 
 
-def test_a_change_never_misses_more() -> None:
-    """With fewer tokens than inputs, and inputs that repeat each other."""
+def test_a_change_never_increases_the_error() -> None:
+    """With fewer tokens than inputs, and duplicate inputs."""
     torch.manual_seed(0)
     inputs, missing = torch.randn(1, 24, 32), torch.randn(1, 24, 8)
     inputs[..., 16:] = inputs[..., :16]
     fit = LeastSquares(torch.zeros(8, 32))
     for part in range(0, 24, 8):
         fit.add(inputs[:, part : part + 8], missing[:, part : part + 8])
-    lost = []
-    for pull in (1e-9, 1e-2, 1.0, 100.0, 1e8):
-        left = missing - inputs @ fit.change(pull).T
-        lost.append(left.square().sum().item())
+    errors = []
+    for ridge_tokens in (1e-9, 1e-2, 1.0, 100.0, 1e8):
+        remainder = missing - inputs @ fit.change(ridge_tokens).T
+        errors.append(remainder.square().sum().item())
     before = missing.square().sum().item()
-    assert lost == sorted(lost)
-    assert lost[0] < lost[1] < 0.5 * before
-    assert lost[-1] == pytest.approx(before, rel=1e-4)
-    assert max(lost) <= before
+    assert errors == sorted(errors)
+    assert errors[0] < errors[1] < 0.5 * before
+    assert errors[-1] == pytest.approx(before, rel=1e-4)
+    assert max(errors) <= before
     exact = torch.linalg.lstsq(inputs[0].double(), missing[0].double(), driver="gelsd").solution
     torch.testing.assert_close(fit.change(1e-9), exact.T.float(), rtol=1e-3, atol=1e-4)
     once = fit.change(100.0)
     fit.add(inputs, missing)
-    torch.testing.assert_close(fit.change(200.0), once)  # a pull is so many tokens
+    torch.testing.assert_close(fit.change(200.0), once)  # the ridge is relative to the tokens
 
 
 PARTS = {
@@ -158,10 +158,10 @@ PARTS = {
 
 
 @pytest.mark.parametrize("names", [*([name] for name in PARTS), list(PARTS)], ids="+".join)
-def test_a_healed_student_is_nearer_to_its_teacher(
+def test_a_healed_student_is_closer_to_its_teacher(
     names: list[str], even_llama: Path, text_file: Path
 ) -> None:
-    """A model that has learnt something; on the text that it is healed on, and on more of it."""
+    """A trained model, on its calibration text and on more text of the same source."""
     ids = AutoTokenizer.from_pretrained(even_llama)(text_file.read_text()[: 1 << 16])["input_ids"]
     windows = torch.tensor(ids[: 40 * 64]).view(40, 64)
     model = load_causal_lm(even_llama)
@@ -176,13 +176,15 @@ def test_a_healed_student_is_nearer_to_its_teacher(
     kept = KeptIndices([1, 2, 4] if "depth" in names else [1, 2, 3, 4], rows)
     for part in (windows[:32], windows[32:]):
         expected = logits(model, part).log_softmax(-1)
-        cut_off, healed = (
+        pruned_kl, healed_kl = (
             functional.kl_div(
-                logits(pruned(model, kept, shape, pull, windows[:32]), part).log_softmax(-1),
+                logits(pruned(model, kept, shape, ridge_tokens, windows[:32]), part).log_softmax(
+                    -1
+                ),
                 expected,
                 log_target=True,
                 reduction="batchmean",
             ).item()
-            for pull in (None, PULL)
+            for ridge_tokens in (None, RIDGE_TOKENS)
         )
-        assert healed < 0.8 * cut_off
+        assert healed_kl < 0.8 * pruned_kl
