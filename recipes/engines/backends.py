@@ -1,4 +1,4 @@
-"""The engine backends: what each accepts, needs and is built by. Torch-free."""
+"""The engine backends: their settings, requirements and builders. Torch-free."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KV_CACHE_DTYPES = {
 
 
 def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds what would fail after the model was trained."""
+    """Finds settings that would fail after the model was trained."""
     for name, choices in (("precision", PRECISIONS), ("kv_cache_dtype", KV_CACHE_DTYPES)):
         if (value := getattr(cfg, name)) not in choices[cfg.backend]:
             elsewhere = [backend for backend in choices if value in choices[backend]]
@@ -67,7 +67,7 @@ def _length_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def require_backend(backend: str) -> None:
-    """Raises ``RecipeError`` unless this machine has what a backend needs."""
+    """Raises ``RecipeError`` unless this machine can run a backend."""
     if backend != "openvino":
         tensorrt_llm.require(backend)
     elif importlib.util.find_spec("openvino_genai") is None:
@@ -85,11 +85,11 @@ BUILDERS: dict[str, Callable[[BuildEngineConfig, Path, Path], None]] = {
 
 
 def model_folder(source: Input, scratch: Path) -> Path:
-    """A checkpoint as a Hugging Face folder, converted into ``scratch`` if it is a NeMo one."""
+    """Returns a checkpoint as a Hugging Face folder; converts a NeMo checkpoint to ``scratch``."""
     if source.manifest.kind == "checkpoint_hf":
         return source.artifact
     from nemo_convert import convert, nemo
 
-    shutil.rmtree(scratch, ignore_errors=True)  # what a kill left of it
+    shutil.rmtree(scratch, ignore_errors=True)  # of a killed process
     convert.to_hf(nemo.find_checkpoint(source.artifact), scratch)
     return scratch

@@ -1,4 +1,4 @@
-"""What became of a model in its engine: the same tokens in float32, and its quality."""
+"""Compares an engine with the model that it was built from."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from recipes.evaluation.text_quality import score
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
 LOGITS_TOLERANCE = 1e-3
-"""Largest difference of a float32 engine's logits from transformers'."""
+"""Largest difference between the logits of a float32 engine and of transformers."""
 NOT_TO_BE_USED = "do without it (engine=null), or install the openvino that is tested: make install"
 
 
 def compare_engine(
     cfg: BuildEngineConfig, folder: Path, engine: Path, data: Input | None, log: MetricsLog
 ) -> EngineComparison:
-    """Measures an engine against the model that it was built from, in float32.
+    """Compares an engine with its model in float32.
 
     Args:
         cfg: The stage's config.
         folder: Hugging Face folder of the model.
         engine: The engine.
-        data: Output of ``prepare_data``; without it no quality on text is measured.
+        data: Output of ``prepare_data``, on whose held-out text quality is measured.
         log: Metrics file.
 
     Raises:
-        RecipeError: The engine is a float32 one and does not give the source's logits and tokens,
-            or a compressed one and is not compressed.
+        RecipeError: A float32 engine does not give the model's logits and tokens, or an engine
+            that should be compressed is not.
     """
     source = load_causal_lm(folder)
     logits = Logits(engine)
     prompt = _fixed_prompt(folder)
     with torch.no_grad():
         difference = (logits(prompt).logits - source(prompt).logits).abs().max().item()
-    written = Pipeline(engine).generate(prompt, NEW_TOKENS).tokens
-    margin = greedy_margin(source, prompt, torch.tensor(written))
+    tokens = Pipeline(engine).generate(prompt, NEW_TOKENS).tokens
+    margin = greedy_margin(source, prompt, torch.tensor(tokens))
     if cfg.precision == "fp32":
         require_same(engine, difference, margin)
     types = require_compressed(cfg, weight_types(engine))
@@ -54,9 +54,9 @@ def compare_engine(
     if data is not None:
         text = read_windows(data, "heldout", cfg.seq_length, cfg.num_windows)
         teacher = Predictor.of(source)
-        # Its head cannot be told from the rest.
-        whole = Predictor(lambda t: logits(t).logits, lambda found: found, teacher.vocabulary)
-        scores = score({TEACHER: teacher, "engine": whole}, text, 1, log)
+        # The engine's head cannot be separated from its layers.
+        predictor = Predictor(lambda t: logits(t).logits, lambda each: each, teacher.vocabulary)
+        scores = score({TEACHER: teacher, "engine": predictor}, text, 1, log)
         quality = EngineQuality(
             scores["engine"].quality(),
             scores[TEACHER].quality(),
@@ -77,31 +77,28 @@ def _fixed_prompt(folder: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, written: torch.Tensor) -> float:
-    """How much less likely than its best the source finds a token that was written, at worst.
+def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, tokens: torch.Tensor) -> float:
+    """Returns by how much a model's best logit exceeds that of a generated token, at most.
 
-    0 where every token [batch, new] is the one that the source itself would have chosen; that two
-    tokens with equal logits may change places is no difference.
-
-    Returns:
-        The largest difference of logits.
+    0 where every token [batch, new] is the model's own greedy choice. Comparing logits instead of
+    tokens accepts either of two tokens with equal logits.
     """
-    scores = source(torch.cat([prompt, written], dim=1)).logits[:, prompt.shape[1] - 1 : -1]
-    chosen = scores.gather(-1, written[..., None]).squeeze(-1)
+    scores = source(torch.cat([prompt, tokens], dim=1)).logits[:, prompt.shape[1] - 1 : -1]
+    chosen = scores.gather(-1, tokens[..., None]).squeeze(-1)
     worst: float = (scores.max(-1).values - chosen).max().item()
     return worst
 
 
 def require_compressed(cfg: BuildEngineConfig, types: dict[str, int]) -> dict[str, int]:
-    """Returns the number of weights by type; layers whose width no group fits stay in 8 bits.
+    """Returns the number of weights by type; layers whose width no group divides stay in 8 bits.
 
     Raises:
-        RecipeError: Nothing was compressed as asked for, which NNCF does not say.
+        RecipeError: No layer was compressed, which NNCF does not report.
     """
-    wanted = STORED.get(cfg.precision, ())
-    if wanted and not any(types.get(name) for name in wanted):
+    expected = STORED.get(cfg.precision, ())
+    if expected and not any(types.get(name) for name in expected):
         raise RecipeError(
-            f"precision={cfg.precision} was asked for, but the engine stores "
+            f"the engine is not compressed to precision={cfg.precision}: it stores "
             f"{', '.join(f'{n:,} {name}' for name, n in types.items())}.",
             f"no layer's width is a multiple of group_size={cfg.group_size}; set one that fits",
         )
@@ -109,7 +106,7 @@ def require_compressed(cfg: BuildEngineConfig, types: dict[str, int]) -> dict[st
 
 
 def require_same(engine: Path, difference: float, margin: float) -> None:
-    """Raises ``RecipeError`` unless both are within what float32 arithmetic leaves open."""
+    """Raises ``RecipeError`` unless both differences are float32 rounding."""
     if not difference <= LOGITS_TOLERANCE:  # also catches NaN
         raise RecipeError(
             f"engine gate failed: {engine}: logits differ from transformers' by {difference:.2e}, "
@@ -118,7 +115,7 @@ def require_same(engine: Path, difference: float, margin: float) -> None:
         )
     if not margin <= 2 * LOGITS_TOLERANCE:
         raise RecipeError(
-            f"engine gate failed: {engine}: it writes a token whose logit is {margin:.2e} below "
-            "the one that transformers would choose.",
+            f"engine gate failed: {engine}: it generates a token whose logit is {margin:.2e} below "
+            "that of transformers' choice.",
             NOT_TO_BE_USED,
         )

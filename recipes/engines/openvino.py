@@ -1,7 +1,7 @@
-"""OpenVINO engines: building them from a Hugging Face folder, and running them on a CPU.
+"""Builds OpenVINO engines from a Hugging Face folder, and runs them on a CPU.
 
-Chosen over ONNX Runtime GenAI, llama.cpp and AOTInductor: it gives transformers' tokens in float32
-for every shape that pruning makes, installs as wheels, and was the fastest of those that do.
+OpenVINO was chosen over ONNX Runtime GenAI, llama.cpp and AOTInductor because it gives
+transformers' tokens in float32 for every pruned shape, installs as wheels, and was the fastest.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ DEVICE = "CPU"
 STORED = {"int8": ("u8", "i8"), "int4": ("u4", "i4")}
 """OpenVINO's types of compressed weights."""
 SETTINGS = "engine.json"
-"""Beside the engine: the properties that it was checked with, and is to be run with."""
+"""File in the engine's folder with the properties to run it with."""
 
 
 def problems(cfg: BuildEngineConfig) -> Iterator[Problem]:
-    """Settings that OpenVINO has no meaning for."""
+    """Finds settings that OpenVINO does not support."""
     if cfg.tensor_parallel_size != 1:
         yield Problem(
             rules.TENSOR_PARALLEL,
@@ -47,28 +47,26 @@ def problems(cfg: BuildEngineConfig) -> Iterator[Problem]:
 
 
 def properties(cfg: BuildEngineConfig) -> dict[str, str]:
-    """How the engine is to be run.
+    """Returns the properties to run an engine with.
 
     A float32 engine computes in float32 throughout: on CPUs with bfloat16 units OpenVINO would
-    otherwise round activations, and keep an 8-bit KV cache. Compressed ones leave that to it.
+    otherwise round activations and use an 8-bit KV cache. Compressed engines use its defaults.
     """
-    found = {"INFERENCE_PRECISION_HINT": "f32"} if cfg.precision == "fp32" else {}
-    kv_cache = "f32" if (cfg.kv_cache_dtype, cfg.precision) == ("auto", "fp32") else None
+    chosen = {}
+    if cfg.precision == "fp32":
+        chosen = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     if cfg.kv_cache_dtype != "auto":
-        kv_cache = cfg.kv_cache_dtype
-    return {**found, **({"KV_CACHE_PRECISION": kv_cache} if kv_cache else {})}
+        chosen["KV_CACHE_PRECISION"] = cfg.kv_cache_dtype
+    return chosen
 
 
 def without_telemetry() -> None:
-    """OpenVINO would write an identity into the home folder when imported, except where CI is set.
-
-    Only this process and its children see the variable.
-    """
+    """Sets ``CI``, without which OpenVINO writes an identity to the home folder when imported."""
     os.environ["CI"] = "true"
 
 
 def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
-    """Converts a Hugging Face folder; the engine and its tokenizer are written to ``out``."""
+    """Converts a Hugging Face folder to an engine with tokenizer, in ``out``."""
     without_telemetry()
     import torch
     from optimum.intel import OVModelForCausalLM
@@ -79,7 +77,7 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
             export=True,
             compile=False,
             trust_remote_code=False,
-            torch_dtype=torch.float32,  # "dtype" is not passed on; bfloat16 weights would stay so
+            torch_dtype=torch.float32,  # "dtype" is ignored, and bfloat16 weights would stay
             **_compression(cfg),
         )
         model.save_pretrained(out)
@@ -90,7 +88,7 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
 
 @contextmanager
 def _full_disk_named(out: Path) -> Iterator[None]:
-    """OpenVINO says ``iostream error`` of a full disk, and has deleted what had filled it."""
+    """Translates OpenVINO's ``iostream error``, after which it deletes its partial file."""
     try:
         yield
     except RuntimeError as error:
@@ -103,8 +101,8 @@ def _full_disk_named(out: Path) -> Iterator[None]:
 def _temporary_files(parent: Path) -> Iterator[None]:
     """Puts temporary files below ``parent``, and deletes them.
 
-    optimum writes the whole engine to one first, which it deletes as the interpreter exits: not
-    where the process was forked, or killed.
+    optimum writes the whole engine to a temporary file and deletes it only when the interpreter
+    exits, which a forked or killed process does not reach.
     """
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(dir=parent) as tempfile.tempdir:
@@ -118,27 +116,27 @@ def _compression(cfg: BuildEngineConfig) -> dict[str, Any]:
     from optimum.intel import OVWeightQuantizationConfig
 
     if cfg.precision == "fp32":
-        return {"load_in_8bit": False}  # which optimum would do to models beyond a size
+        return {"load_in_8bit": False}  # the default for large models
     if cfg.precision == "int8":
         return {"quantization_config": OVWeightQuantizationConfig(bits=8)}
     config = OVWeightQuantizationConfig(
         bits=4,
         group_size=cfg.group_size,
         ratio=1.0,
-        # A pruned width need not be a multiple of the group.
+        # A pruned width may not be a multiple of the group.
         group_size_fallback="adjust",
     )
     return {"quantization_config": config}
 
 
 def _write_tokenizer(folder: Path, out: Path) -> None:
-    """Saves the tokenizer as it was, and compiled, so that the engine takes text by itself."""
+    """Saves the tokenizer, also compiled, so that the engine accepts text."""
     import openvino
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # Of several templates transformers 4.57 makes files of any name, anywhere (CVE-2026-9856).
+    # transformers 4.57 writes several templates to files of any path (CVE-2026-9856).
     several = isinstance(tokenizer.chat_template, dict)
     tokenizer.save_pretrained(out, save_jinja_files=not several)
     models = convert_tokenizer(tokenizer, with_detokenizer=True)
@@ -147,28 +145,24 @@ def _write_tokenizer(folder: Path, out: Path) -> None:
 
 
 def read_properties(engine: Path) -> dict[str, str]:
-    """The properties that an engine was checked with."""
-    settings = read_json(engine / SETTINGS)
-    found: dict[str, str] = settings["properties"]
-    return found
+    """Returns the properties to run an engine with."""
+    stored: dict[str, str] = read_json(engine / SETTINGS)["properties"]
+    return stored
 
 
 def weight_types(engine: Path) -> dict[str, int]:
-    """Number of stored values by type, biggest first; those of norms and constants are a few."""
+    """Returns the number of stored values by type, largest first; norms are a few of them."""
     import openvino
 
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for node in openvino.Core().read_model(engine / "openvino_model.xml").get_ops():
         if node.get_type_name() == "Constant":
-            found[node.get_element_type().get_type_name()] += math.prod(node.get_output_shape(0))
-    return dict(found.most_common())
+            counts[node.get_element_type().get_type_name()] += math.prod(node.get_output_shape(0))
+    return dict(counts.most_common())
 
 
 class Logits:
-    """An engine's graph as something that maps tokens to logits, for measuring its quality.
-
-    The generation pipeline gives no logits of a prompt, so the same graph is run by itself.
-    """
+    """Runs an engine's graph for logits, which the generation pipeline does not return."""
 
     def __init__(self, engine: Path) -> None:
         without_telemetry()
@@ -179,7 +173,7 @@ class Logits:
         )
 
     def __call__(self, tokens: torch.Tensor) -> Any:
-        """Output with ``logits`` [batch, sequence, vocabulary]."""
+        """Returns an output with ``logits`` [batch, sequence, vocabulary]."""
         import torch
 
         return self._model(tokens, attention_mask=torch.ones_like(tokens))

@@ -1,4 +1,4 @@
-"""ModelOpt's post-training quantisation of a Hugging Face folder."""
+"""Quantizes a Hugging Face folder with ModelOpt, after training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ QUANTIZATION_CONFIGS = {"fp8": mtq.FP8_DEFAULT_CFG, "int4_awq": mtq.INT4_AWQ_CFG
 def quantize_folder(
     cfg: QuantizeConfig, folder: Path, data: Input, out: Path, log: MetricsLog
 ) -> QuantizationResult:
-    """Quantises a model and writes it to ``out`` with everything that belongs to it.
+    """Quantizes a model and writes it to ``out``, with tokenizer and card.
 
     Args:
         cfg: The stage's config.
@@ -41,7 +41,7 @@ def quantize_folder(
         log: Metrics file.
 
     Raises:
-        RecipeError: What was written is not quantised as asked for, or is not finite.
+        RecipeError: The result has another format, or its loss is not finite.
     """
     enable("torch")
     text = read_windows(data, "calibration", cfg.seq_length, cfg.num_windows).tokens.to(device())
@@ -77,33 +77,33 @@ def _settings(cfg: QuantizeConfig) -> dict[str, Any]:
 def _quality(
     cfg: QuantizeConfig, folder: Path, model: Any, data: Input, log: MetricsLog
 ) -> QuantizationQuality:
-    """Compares with the model itself, while quantisation is still simulated in its own types."""
+    """Compares with the original while ModelOpt still simulates quantization."""
     text = read_windows(data, "heldout", cfg.seq_length, cfg.num_eval_windows)
     source = load_causal_lm(folder).to(next(model.parameters()).device)
     models = {TEACHER: Predictor.of(source), "quantized": Predictor.of(model)}
     scores = score(models, text, 1, log)
-    found = QuantizationQuality(scores[TEACHER].quality(), scores["quantized"].quality())
-    if not found.quantized.loss < float("inf"):  # also catches NaN
+    quality = QuantizationQuality(scores[TEACHER].quality(), scores["quantized"].quality())
+    if not quality.quantized.loss < float("inf"):  # also catches NaN
         raise RecipeError(
-            f"the model quantised as {cfg.format} gives a loss of {found.quantized.loss}.",
+            f"the model quantized as {cfg.format} has a loss of {quality.quantized.loss}.",
             "use another format",
         )
-    return found
+    return quality
 
 
 def _complete_folder(folder: Path, out: Path) -> None:
-    """Adds what ModelOpt leaves out: tokenizer, templates, card. Its config is kept."""
+    """Adds tokenizer, templates and card, and keeps ModelOpt's config."""
     config = (out / "config.json").read_text(encoding="utf-8")
     copy_side_files(folder, out)
     write_text_atomically(out / "config.json", config)
 
 
 def _require_algorithm(cfg: QuantizeConfig, out: Path) -> str:
-    """The algorithm that the folder declares, which must be the one that was asked for."""
-    found, wanted = quantised_as(out), QUANT_ALGOS[cfg.format]
-    if found != wanted:
+    """Returns the algorithm that the folder declares; refuses any but the configured one."""
+    algorithm, expected = quantised_as(out), QUANT_ALGOS[cfg.format]
+    if algorithm != expected:
         raise RecipeError(
-            f"ModelOpt wrote {found} instead of {wanted} for format={cfg.format}.",
+            f"ModelOpt wrote {algorithm} instead of {expected} for format={cfg.format}.",
             "use another format, or the nvidia-modelopt that pyproject.toml pins",
         )
-    return wanted
+    return expected

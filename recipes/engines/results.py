@@ -1,4 +1,4 @@
-"""What engines are and how fast they run. Torch-free."""
+"""Results of engines: build, quality and speed. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from recipes.evaluation.results import TextQuality
 
 @dataclass(frozen=True)
 class Spread:
-    """Of several repetitions."""
+    """Median and range of several repetitions."""
 
     median: float
     low: float
@@ -18,7 +18,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One model in one form on requests of one shape; memory and sizes in bytes."""
+    """One model in one backend on requests of one shape; memory and sizes in bytes."""
 
     role: str
     backend: str
@@ -35,23 +35,23 @@ class BenchmarkRow:
 
     @property
     def engine(self) -> str:
-        """Backend and precision, which rows differ in besides their setting."""
+        """Backend and precision."""
         return f"{self.backend} {self.precision}"
 
     @property
     def setting(self) -> tuple[int, int]:
-        """Batch and prompt."""
+        """Batch size and prompt length."""
         return self.batch_size, self.prompt_tokens
 
     @property
     def decode_latency_ms(self) -> float | None:
-        """For one more token of one sequence alone, from the median rate."""
+        """Milliseconds per token of a single sequence, from the median rate."""
         return 1000 / self.decode_tokens_per_second.median if self.batch_size == 1 else None
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """How much faster the student is than the teacher, and how much the machine would allow."""
+    """Speed-up of the student over the teacher, measured and by roofline."""
 
     backend: str
     precision: str
@@ -65,10 +65,10 @@ class Speedup:
 
 @dataclass(frozen=True)
 class MachineRates:
-    """The machine, and what it can do at best."""
+    """A machine and its measured peak rates."""
 
     cpu: str
-    """Name of the processor, or of the GPU that does the work."""
+    """Name of the processor or GPU."""
     threads: int
     flops_per_second: dict[str, float]
     """By type."""
@@ -77,7 +77,7 @@ class MachineRates:
 
 @dataclass(frozen=True)
 class BenchmarkResults:
-    """Teacher and student in turn."""
+    """Speed of teacher and student, measured in turn."""
 
     machine: MachineRates
     rows: list[BenchmarkRow]
@@ -86,32 +86,32 @@ class BenchmarkResults:
 
 @dataclass(frozen=True)
 class EngineQuality:
-    """An engine and its source on the same held-out windows."""
+    """Quality of an engine and of its model on the same held-out windows."""
 
     engine: TextQuality
     source: TextQuality
     windows: int
     tokens: int
-    """That were read."""
+    """In all windows."""
     predictions: int
-    """Of a next token that results are means of."""
+    """Next-token predictions that count."""
 
 
 @dataclass(frozen=True)
 class EngineComparison:
-    """An engine against the model that it was built from."""
+    """Comparison of an engine with its model."""
 
     max_logit_difference: float
     greedy_margin: float
     weight_types: dict[str, int]
     """Stored values by type."""
     quality: EngineQuality | None
-    """``None`` where there was no text to measure it on."""
+    """``None`` without text to measure it on."""
 
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What was built; what compares it with its source is missing where its logits are hidden."""
+    """A built engine; without a comparison where the backend does not return logits."""
 
     backend: str
     precision: str
@@ -126,7 +126,7 @@ class EngineResult:
 
 @dataclass(frozen=True)
 class QuantizationQuality:
-    """A model before and after, on the same held-out windows."""
+    """Quality before and after quantization, on the same held-out windows."""
 
     source: TextQuality
     quantized: TextQuality
@@ -134,7 +134,7 @@ class QuantizationQuality:
 
 @dataclass(frozen=True)
 class QuantizationResult:
-    """A quantised folder."""
+    """A quantized Hugging Face folder."""
 
     quant_algo: str
     quality: QuantizationQuality

@@ -12,8 +12,8 @@ from recipes.core.stage import StageConfig
 
 BACKENDS = ("openvino", "tensorrt_llm", "tensorrt_llm_pytorch")
 CALIBRATED = ("fp8", "int4_awq")
-"""Made by ``quantize``; the others are rounded when the engine is built. SmoothQuant is not among
-them: no layer of TensorRT-LLM reads what ModelOpt writes of it."""
+"""Formats of ``quantize``; others are rounded when the engine is built. Without SmoothQuant: no
+layer of TensorRT-LLM reads ModelOpt's tensors for it."""
 Grid = Annotated[list[Count], Field(min_length=1)]
 
 
@@ -22,17 +22,17 @@ class MeasureSpeedConfig(StageConfig):
     """Settings of ``measure_speed``."""
 
     batch_sizes: Grid = field(default_factory=lambda: [1, 4])
-    """Requests at once; each is measured with each prompt."""
+    """Batch sizes; each is measured with each prompt length."""
     prompt_tokens: Grid = field(default_factory=lambda: [128])
     """Lengths of prompts."""
     new_tokens: Annotated[int, whole(2)] = 32
-    """Tokens that are written after each."""
+    """Tokens generated after each prompt."""
     repetitions: Count = 3
-    """Measured runs of every batch size and prompt length, after one that warms up."""
+    """Measured runs of every batch size and prompt length, after one warm-up."""
     baseline: bool = True
-    """Whether transformers (eager, float32, on the CPU) is measured beside the engines."""
+    """Whether transformers (eager, float32, on the CPU) is measured, too."""
     threads: Threads | None = None
-    """CPU threads of each model; by default those that the launcher gives to a process."""
+    """CPU threads of each model; by default the launcher's number for a process."""
 
 
 @dataclass
@@ -42,22 +42,22 @@ class BuildEngineConfig(StageConfig):
     backend: Annotated[str, one_of(*BACKENDS)] = "openvino"
     """``openvino``, ``tensorrt_llm`` or ``tensorrt_llm_pytorch``."""
     precision: str = "fp32"
-    """Of weights. ``int8`` and ``int4`` are compressed here; ``fp8`` and ``int4_awq`` come from a
-    checkpoint that ``quantize`` made."""
+    """Of weights. ``int8`` and ``int4`` are compressed by this stage; ``fp8`` and ``int4_awq`` need
+    a checkpoint of ``quantize``."""
     group_size: Count = 64
     """Weights that share a scale, for OpenVINO's ``int4``."""
     kv_cache_dtype: str = "auto"
-    """Of keys and values: ``auto`` is the engine's own choice, in float32 engines float32."""
+    """Of keys and values: ``auto`` is the backend's default, and float32 in float32 engines."""
     tensor_parallel_size: Count = 1
     """GPUs that share the engine."""
     max_batch_size: Count = 8
-    """This and the lengths below are TensorRT-LLM's; an engine of OpenVINO takes any."""
+    """This and the lengths below are for TensorRT-LLM; OpenVINO accepts any."""
     max_input_len: Count | None = None
-    """Longest prompt; by default what ``max_seq_len`` leaves for one new token."""
+    """Longest prompt; by default ``max_seq_len`` less one new token."""
     max_seq_len: Annotated[int, whole(2)] | None = None
-    """Longest prompt with what is generated; by default all of the model's positions."""
+    """Longest prompt with generated tokens; by default all positions of the model."""
     max_num_tokens: Count = 8192
-    """Tokens of all requests that one step works on."""
+    """Tokens of all requests in one step."""
     seq_length: Count = 256
     """Tokens of a window."""
     num_windows: Count = 8
@@ -65,7 +65,7 @@ class BuildEngineConfig(StageConfig):
 
     @property
     def scale_group(self) -> int | None:
-        """Weights that share a scale; ``None`` if they are not in groups."""
+        """Weights that share a scale; ``None`` without groups."""
         return self.group_size if self.precision == "int4" else None
 
 
@@ -84,4 +84,4 @@ class QuantizeConfig(StageConfig):
     num_eval_windows: Count = 8
     """Held-out windows on which quality is compared."""
     micro_batch_size: Count = field(default=4, metadata={"resource": True})
-    """Windows that are held at once."""
+    """Windows of a forward pass."""

@@ -1,8 +1,8 @@
-"""TensorRT-LLM, called by subprocess in NVIDIA's image: what it accepts, and how it is called.
+"""Checks settings for TensorRT-LLM and calls it as a subprocess in NVIDIA's image.
 
-It cannot share an environment with the pinned stack (it wants other versions of torch, transformers
-and ModelOpt), and the package of this name on PyPI is a placeholder. Nothing here imports it.
-Release 1.2 is the last line that builds engines; 1.3 removed ``trtllm-build`` and the backend.
+It needs other versions of torch, transformers and ModelOpt than the pinned stack, and the package
+of this name on PyPI is a placeholder, so nothing here imports it. Release 1.2 is the last that
+builds engines; 1.3 removed ``trtllm-build`` and the backend.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ IMAGE = f"nvcr.io/nvidia/tensorrt-llm/release:{VERSION}"
 ENGINE_BACKEND_GONE = (1, 3)
 
 DTYPES = {"fp16": "float16"}
-"""Of activations, and of weights that are not quantised; bfloat16 for any other precision. Left to
-itself, TensorRT-LLM would turn float32 into float16."""
+"""Of activations and unquantized weights; bfloat16 for any other precision. TensorRT-LLM's default
+would turn float32 into float16."""
 QUANT_ALGOS = {"int8": "W8A16", "int4": "W4A16", "fp8": "FP8", "int4_awq": "W4A16_AWQ"}
 """TensorRT-LLM's names; ``hf_quant_config.json`` of a quantised checkpoint uses the same."""
 ENGINE_PRECISIONS = ("bf16", "fp16", "int8", "int4", "fp8")
-"""The engine builder looks for AWQ's scales as ``input_quantizer._pre_quant_scale``, ModelOpt
-writes ``pre_quant_scale``: only the PyTorch backend finds them."""
+"""Without AWQ: the engine builder reads its scales as ``input_quantizer._pre_quant_scale``, but
+ModelOpt writes ``pre_quant_scale``, which only the PyTorch backend reads."""
 PYTORCH_PRECISIONS = ("bf16", "fp8", "int4_awq")
 KV_CACHE_DTYPES = ("auto", "fp8")
-"""int8 would need scales, which a checkpoint of ModelOpt's may not have for it."""
+"""int8 would need scales that ModelOpt's checkpoints do not have."""
 
 HEAD_SIZES = (32, 48, 64, 80, 96, 104, 112, 128, 144, 160, 192, 224, 256)
-"""What the masked multi-head attention kernels are compiled for."""
+"""Head sizes of the compiled attention kernels."""
 SIZE_MULTIPLES = {"int8": 64, "int4": 64, "int4_awq": 128, "fp8": 16}
-"""Rows and columns that a rank's quantised matrices must be a multiple of."""
+"""Divisors that rows and columns of a rank's quantized matrices must have."""
 LLM_OPTIONS = "llm_options.yaml"
 QUANTIZATION = "hf_quant_config.json"
 
@@ -53,9 +53,9 @@ QUANTIZATION = "hf_quant_config.json"
 def problems(
     cfg: BuildEngineConfig, arch: Architecture, source: StageConfig | None
 ) -> Iterator[Problem]:
-    """Shapes and settings that the builder or its kernels would refuse.
+    """Finds shapes and settings that the builder or its kernels refuse.
 
-    ``source`` is the stage that the checkpoint is from, if that is of the same chain.
+    ``source`` is the config of the checkpoint's stage, if it is in the same chain.
     """
     if cfg.backend == "tensorrt_llm" and cfg.kv_cache_dtype == "fp8":
         yield from _scale_problems(cfg.precision, source)
@@ -84,7 +84,7 @@ def problems(
 
 
 def _scale_problems(precision: str, source: StageConfig | None) -> Iterator[Problem]:
-    """An fp8 KV cache has scales, which an engine gets from its checkpoint."""
+    """Finds engines with an fp8 KV cache whose checkpoint has no scales for it."""
     if precision != "fp8":
         yield Problem(
             rules.KV_CACHE,
@@ -119,13 +119,13 @@ def _parallel_problems(tensor: int, arch: Architecture) -> Iterator[Problem]:
 
 
 def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError | None:
-    """What this machine, with that version of TensorRT-LLM, lacks, or ``None``."""
+    """Returns what a machine lacks to run a backend, if anything."""
     missing = [] if gpu else ["an NVIDIA GPU"]
     if version is None:
         missing.append("TensorRT-LLM (PyPI's package of that name is only a placeholder)")
     if missing:
         return RecipeError(
-            f"backend={backend} needs {' and '.join(missing)}, which this machine has not.",
+            f"backend={backend} needs {' and '.join(missing)}, which this machine does not have.",
             f"run this stage on a GPU in {IMAGE}, or set engine=openvino for a CPU",
         )
     release = tuple(int(part) for part in str(version).split(".")[:2])
@@ -144,21 +144,21 @@ def require(backend: str) -> None:
 
 
 def quantised_as(folder: Path) -> str | None:
-    """The algorithm that a checkpoint declares; ``None`` if it is not quantised."""
+    """Returns the algorithm that a checkpoint declares; ``None`` if it is not quantized."""
     file = folder / QUANTIZATION
     return read_json(file)["quantization"]["quant_algo"] if file.is_file() else None
 
 
 def require_quantization(folder: Path, precision: str) -> None:
-    """Raises ``RecipeError`` unless a checkpoint is quantised as ``precision`` wants it, or not."""
-    found = quantised_as(folder)
-    wanted = QUANT_ALGOS[precision] if precision in CALIBRATED else None
-    if found != wanted:
+    """Raises ``RecipeError`` unless a checkpoint has the quantization of ``precision``."""
+    algorithm = quantised_as(folder)
+    expected = QUANT_ALGOS[precision] if precision in CALIBRATED else None
+    if algorithm != expected:
         raise RecipeError(
-            f"precision={precision} needs a checkpoint quantised as {wanted or 'nothing'}; "
-            f"{folder} is quantised as {found or 'nothing'}.",
+            f"precision={precision} needs a checkpoint with quantization {expected or 'none'}; "
+            f"{folder} has {algorithm or 'none'}.",
             "point inputs.checkpoint at a quantize stage of that format"
-            if wanted
+            if expected
             else "point inputs.checkpoint at the stage before quantize, or set its precision",
         )
 
@@ -166,10 +166,10 @@ def require_quantization(folder: Path, precision: str) -> None:
 def build_request(
     cfg: BuildEngineConfig, folder: Path, out: Path, positions: int
 ) -> dict[str, Any]:
-    """Keywords for the LLM API, which converts, builds and saves in one go.
+    """Returns keywords for the LLM API, which converts, builds and saves.
 
-    The conversion scripts of TensorRT-LLM's examples are in no package; its LLM class is, and it
-    knows ModelOpt's checkpoints.
+    The conversion scripts of TensorRT-LLM's examples are not packaged; its LLM class is, and it
+    reads ModelOpt's checkpoints.
     """
     longest = cfg.max_seq_len or positions
     quantization: dict[str, Any] = {}
@@ -200,7 +200,7 @@ def build_request(
 
 
 def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
-    """Builds a TensorRT engine, one file a rank, in its own process; refuses another result."""
+    """Builds a TensorRT engine, one file per rank, in a subprocess, and verifies it."""
     require_quantization(folder, cfg.precision)
     request = build_request(cfg, folder, out, _positions(folder))
     file = out.parent / "tensorrt_llm_request.json"
@@ -209,53 +209,54 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     done = subprocess.run(command, check=False)
     if done.returncode:
         raise RecipeError(
-            f"TensorRT-LLM ended with status {done.returncode}; its words are in the stage's log.",
+            f"TensorRT-LLM ended with status {done.returncode}; its output is in the stage's log.",
             "python launch/run.py logs run_dir=DIR shows them",
         )
     require_engine(out, request)
 
 
 def require_engine(engine: Path, request: dict[str, Any]) -> None:
-    """Raises ``RecipeError`` unless the engine is what was asked for, quantisation above all."""
+    """Raises ``RecipeError`` unless the engine has the requested quantization and sizes."""
     config = read_json(engine / "config.json")
     pretrained, built = config["pretrained_config"], config["build_config"]
-    wanted = {
+    expected = {
         "quant_algo": request["quant_config"].get("quant_algo"),
         "max_batch_size": request["build_config"]["max_batch_size"],
         "max_seq_len": request["build_config"]["max_seq_len"],
         "tp_size": request["llm"]["tensor_parallel_size"],
     }
-    found = {
+    actual = {
         "quant_algo": pretrained["quantization"]["quant_algo"],
         "max_batch_size": built["max_batch_size"],
         "max_seq_len": built["max_seq_len"],
         "tp_size": pretrained["mapping"]["tp_size"],
     }
-    wrong = [f"{k}={found[k]} instead of {wanted[k]}" for k in wanted if found[k] != wanted[k]]
+    wrong = [
+        f"{name}={actual[name]} instead of {value}"
+        for name, value in expected.items()
+        if actual[name] != value
+    ]
     ranks = len(list(engine.glob("rank*.engine")))
-    if ranks != wanted["tp_size"]:
-        wrong.append(f"{ranks} rank*.engine files instead of {wanted['tp_size']}")
+    if ranks != expected["tp_size"]:
+        wrong.append(f"{ranks} rank*.engine files instead of {expected['tp_size']}")
     if wrong:
         raise RecipeError(
-            f"the engine is not as asked for: {', '.join(wrong)}.", f"build it in {IMAGE}"
+            f"the engine differs from its config: {', '.join(wrong)}.", f"build it in {IMAGE}"
         )
 
 
 def prepare_pytorch(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
-    """The PyTorch backend runs the checkpoint itself: the artifact is the folder and its options.
-
-    Files are linked where the file system allows it, since nothing edits an artifact.
-    """
+    """Makes the artifact for the PyTorch backend: the checkpoint, linked or copied, and options."""
     require_quantization(folder, cfg.precision)
     shutil.copytree(folder, out, dirs_exist_ok=True, copy_function=link_or_copy)
     write_text_atomically(out / LLM_OPTIONS, llm_options(cfg, _positions(folder)))
 
 
 def llm_options(cfg: BuildEngineConfig, positions: int) -> str:
-    """The file for ``--extra_llm_api_options``; JSON, which is YAML too.
+    """Returns the file for ``--extra_llm_api_options``; JSON is also YAML.
 
-    What it says of the KV cache replaces all that ``trtllm-bench`` would say: without the last two,
-    prompts that its warm-up has left in the cache would cost no time.
+    ``kv_cache_config`` replaces that of ``trtllm-bench`` as a whole: with block reuse, prompts
+    cached by its warm-up would take no time.
     """
     options: dict[str, Any] = {
         "dtype": "bfloat16",

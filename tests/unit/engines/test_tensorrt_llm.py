@@ -288,7 +288,7 @@ def test_a_checkpoint_must_be_quantised_as_asked(tmp_path: Path) -> None:
     require(plain, "int8")
     require(awq, "int4_awq")
     for folder, precision in ((plain, "fp8"), (awq, "fp8"), (awq, "bf16")):
-        with pytest.raises(RecipeError, match="needs a checkpoint quantised as"):
+        with pytest.raises(RecipeError, match="needs a checkpoint with quantization"):
             require(folder, precision)
 
 
