@@ -53,10 +53,10 @@ def quantize_folder(
     )
 
     def calibrate(model: torch.nn.Module) -> None:
-        for start in range(0, len(text), cfg.micro_batch_size):
-            batch = text[start : start + cfg.micro_batch_size]
-            model(batch)
-            log.progress("calibrate", start + len(batch), len(text))
+        # One by one: AWQ's scales depend on how the text is divided into batches.
+        for number, window in enumerate(text.split(1), 1):
+            model(window)
+            log.progress("calibrate", number, len(text))
 
     with torch.no_grad():
         model = mtq.quantize(model, _settings(cfg), calibrate)

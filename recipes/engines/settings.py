@@ -83,5 +83,3 @@ class QuantizeConfig(StageConfig):
     """Calibration windows of ``seq_length`` tokens; fewer if the part is shorter."""
     num_eval_windows: Count = 8
     """Held-out windows on which quality is compared."""
-    micro_batch_size: Count = field(default=4, metadata={"resource": True})
-    """Windows of a forward pass."""

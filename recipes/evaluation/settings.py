@@ -23,7 +23,7 @@ class EvaluateConfig(StageConfig):
     shorter."""
     precision: Precision = "32"
     """Of weights and computation, except heads: ``32``, or ``bf16-mixed``, which halves memory."""
-    micro_batch_size: Count = 4
+    micro_batch_size: Count = field(default=4, metadata={"resource": True})
     """Windows of a forward pass."""
     num_generations: CountOrZero = 3
     """Held-out windows whose first tokens every model continues."""

@@ -96,11 +96,13 @@ class HealConfig(StageConfig):
     """What models are held and computed in when they are measured; healing is in float32."""
     seq_length: Count = 256
     """Tokens of a window."""
-    micro_batch_size: Count = 4
+    micro_batch_size: Count = field(default=4, metadata={"resource": True})
     """Windows that are held at once."""
 
 
 CALIBRATIONS = ("text", "random")
+BASE_LOSS_WINDOWS = 4
+"""Windows of the teacher's own loss where no layer is left out."""
 
 
 @dataclass
@@ -124,7 +126,7 @@ class ScoreConfig(StageConfig):
     """What the model is held and computed in, its head apart."""
     seq_length: Count = 256
     """Tokens of a window."""
-    micro_batch_size: Count = 4
+    micro_batch_size: Count = field(default=4, metadata={"resource": True})
     """Windows that are held at once."""
     seed: Seed = 1234
     """Of ``random`` tokens."""
@@ -134,4 +136,4 @@ class ScoreConfig(StageConfig):
     @property
     def loss_windows(self) -> int:
         """Windows that losses are measured on; the teacher's own always is."""
-        return self.num_loss_samples or self.micro_batch_size
+        return self.num_loss_samples or BASE_LOSS_WINDOWS

@@ -92,7 +92,7 @@ class RankCandidatesConfig(StageConfig):
     """Tokens of a window."""
     precision: Precision = "32"
     """As in ``evaluate``."""
-    micro_batch_size: Count = 4
+    micro_batch_size: Count = field(default=4, metadata={"resource": True})
     """Windows that are held at once."""
 
 

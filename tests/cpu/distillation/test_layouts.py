@@ -50,7 +50,10 @@ LAYOUTS = {
         ],
     ),
     "DP=2": (2, []),
-    "DP=2, two optimizers": (2, ["num_distributed_optimizer_instances=2"]),
+    "DP=2, two optimizers": (
+        2,
+        ["num_distributed_optimizer_instances=2", "micro_batch_size=1"],
+    ),
     "DP=2, Megatron's own": (2, ["cpu_speed_patches=[]"]),
     "DP=1, Megatron's own": (1, ["cpu_speed_patches=[]"]),
 }

@@ -353,6 +353,22 @@ def test_shuffled_calibration_gives_the_same_ranking(
         assert shuffled.layers[method] == pytest.approx(scores, rel=1e-4, abs=1e-6)
 
 
+def test_micro_batches_change_no_score(
+    teacher: Path, calibration: torch.Tensor, importance: Importance
+) -> None:
+    cfg = replace(SCORE, block_sizes=[], num_greedy_layers=0)
+    found = score(teacher, calibration, replace(cfg, micro_batch_size=3))
+    for name, scores in importance.widths.items():
+        torch.testing.assert_close(found.widths[name], scores, rtol=1e-5, atol=1e-6)
+    for method, scores in found.layers.items():
+        assert scores == pytest.approx(importance.layers[method], rel=1e-5, abs=1e-6)
+    base = [
+        score(teacher, calibration, replace(cfg, num_loss_samples=0, micro_batch_size=size))
+        for size in (1, 8)
+    ]
+    assert base[0].teacher_loss == pytest.approx(base[1].teacher_loss, rel=1e-6)
+
+
 def test_noise_and_padding_are_refused_unless_asked_for(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,8 +82,10 @@ def test_stages_keep_the_contract(name: str, chain: Chain) -> None:
     for kinds in [*stage.inputs.values(), *stage.optional_inputs.values()]:
         assert {stage.kind, *kinds} <= set(get_args(Kind))
     assert isinstance(list(stage.problems(stage.config(stage=name), chain)), list)
-    marked = {f.name for f in dataclasses.fields(stage.config) if f.metadata.get("resource")}
+    fields = {f.name: bool(f.metadata.get("resource")) for f in dataclasses.fields(stage.config)}
+    marked = {field for field, resource in fields.items() if resource}
     assert {"resources"} <= marked <= {"resources"} | LAYOUT | OTHER_RESOURCES.get(name, set())
+    assert fields.get("micro_batch_size", True)
 
 
 @pytest.mark.parametrize(
