@@ -40,13 +40,8 @@ def chain_of(
 
 def cluster_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
     """Checks where the stages will run, as far as it can be seen from here."""
-    if cluster.executor == SLURM and not hardware.on_gpu and hardware.precision == "32":
-        yield Problem(
-            rules.CPU_PRECISION,
-            f"hardware={hardware.name}, and the nodes' processors are not known here: training is "
-            "in float32",
-            "set hardware.precision=bf16-mixed if all have bfloat16 products, or name a GPU",
-        )
+    if not hardware.on_gpu:
+        yield from _cpu_problems(cluster, hardware)
     if cluster.executor == LOCAL:
         yield from _stack_problems()
     shared = cluster.executor == SLURM and not cluster.get("exclusive")
@@ -71,6 +66,23 @@ def cluster_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Proble
                 f"cluster.mounts: {path} is not there, or not an absolute path",
                 "give existing folders, such as /data or /data:ro",
             )
+
+
+def _cpu_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
+    """Checks that a plan for a CPU is for jobs that run on CPUs, whose types are known."""
+    if cluster.executor != LOCAL and cluster.get("gpus") is not None:
+        yield Problem(
+            rules.CLUSTER_HARDWARE,
+            f"cluster={cluster.executor} requests GPUs, but hardware={hardware.name} is a CPU",
+            "set the GPU, such as hardware=h100; for nodes without GPUs set cluster.gpus=null",
+        )
+    elif cluster.executor == SLURM and hardware.precision == "32":
+        yield Problem(
+            rules.CPU_PRECISION,
+            f"hardware={hardware.name}, and the nodes' processors are not known here: training is "
+            "in float32",
+            "set hardware.precision=bf16-mixed if all have bfloat16 products, or name a GPU",
+        )
 
 
 def mpi_problems(cluster: DictConfig, chain: Chain, wanted: Iterable[str]) -> Iterator[Problem]:

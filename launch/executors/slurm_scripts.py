@@ -61,7 +61,7 @@ def _sbatch_options(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
         partition = cluster.cpu_partition
     named = {"partition": partition, "account": cluster.account, "qos": cluster.qos}
     yield from (f"--{name}={value}" for name, value in named.items() if value)
-    if cluster.gpus != "none" and stage.needs_gpu:
+    if cluster.gpus and stage.needs_gpu:
         option = "gpus-per-node=" if cluster.gpus == "gpus-per-node" else "gres=gpu:"
         yield f"--{option}{stage.config.resources.devices}"
     if cluster.cpus_per_task:

@@ -19,7 +19,7 @@ from recipes.planning.training_cost import stopping_seconds
 PLAIN = re.compile(r"[\w./@+=-]+")
 LEAST_MARGIN = 300
 """Seconds: what an estimate of a small training leaves out does not get small with it."""
-GPU_OPTIONS = ("gpus-per-node", "gres", "none")
+GPU_OPTIONS = ("gpus-per-node", "gres")
 Name = Annotated[str, matching(r"[\w.,@+=-]+", "a name without spaces")]
 Program = Annotated[str, matching(PLAIN.pattern, "one program, without spaces")]
 
@@ -44,8 +44,9 @@ class SlurmConfig(Containers):
     two steps, a validation and a checkpoint take, and ``LEAST_MARGIN`` at least."""
     max_requeues: CountOrZero = 20
     """How often a stage that was stopped by the clock is started again."""
-    gpus: Annotated[str, one_of(*GPU_OPTIONS)] = "gpus-per-node"
-    """How GPUs are asked for: ``gpus-per-node``, ``gres``, or ``none`` where nodes come whole."""
+    gpus: Annotated[str, one_of(*GPU_OPTIONS)] | None = "gpus-per-node"
+    """How jobs request GPUs: ``gpus-per-node`` or ``gres``; ``null`` if nodes come whole, or have
+    none."""
     cpus_per_task: Count | None = None
     """CPUs of a node's processes, all together."""
     exclusive: bool | None = None

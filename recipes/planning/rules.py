@@ -57,6 +57,10 @@ MPI = Rule(
     "TensorRT-LLM begins with MPI, which ends a job that Slurm has not connected to it",
     severity=WARNING,
 )
+CLUSTER_HARDWARE = Rule(
+    "cluster-hardware",
+    "jobs that get GPUs would train in a CPU's precision, and their memory and time would be wrong",
+)
 CPU_PRECISION = Rule(
     "cpu-precision",
     "bfloat16 products are twice as fast as float32 on CPUs that have them, and emulated on others",

@@ -27,6 +27,7 @@ from tests.support import processes
 
 WORDS = (
     "cluster=slurm",
+    "cluster.gpus=null",
     "cluster.images.default=null",
     f"cluster.python={sys.executable}",
     "cluster.time=01:00:00",

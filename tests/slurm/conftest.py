@@ -93,6 +93,7 @@ def tiny_chain(
         "tasks=null",
         "engine=null",
         "cluster=slurm",
+        "skip_rules=[cluster-hardware]",  # its nodes have files for GPUs
         f"cluster.images.default={image if slurm.has_containers else 'null'}",
         f"cluster.python={sys.executable}",
         "cluster.time=00:20:00",

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 GOLDEN = Path(__file__).with_name("golden")
 RECIPE = "recipe=llama_width_prune"
+SLURM = ("cluster=slurm", "hardware=h100")
+DOCKER = ("cluster=docker", "hardware=h100")
 TWO_NODES = (
     "cluster=slurm",
     'cluster.images.default="registry#nemo:1"',
@@ -125,7 +127,7 @@ def test_job_script_is_the_recorded_one(prepared: Prepared, tmp_path: Path) -> N
 def test_job_script_without_a_container_is_the_recorded_one(
     prepared: Prepared, tmp_path: Path
 ) -> None:
-    plan, cluster = prepared("cluster=slurm", "cluster.gpus=none", "cluster.python=python3.11")
+    plan, cluster = prepared("cluster=slurm", "cluster.gpus=null", "cluster.python=python3.11")
     text = slurm_scripts.job_script(stage_of(plan, "prune"), cluster)
     require_recorded(text, "prune.sbatch", tmp_path)
     assert "container" not in text
@@ -133,7 +135,7 @@ def test_job_script_without_a_container_is_the_recorded_one(
 
 def test_submit_script_is_the_recorded_one(prepared: Prepared, tmp_path: Path) -> None:
     """The cached teacher and the pruned student do not wait for each other."""
-    plan, _ = prepared("cluster=slurm", "teacher=cached", *SHORT)
+    plan, _ = prepared(*SLURM, "teacher=cached", *SHORT)
     text = slurm_scripts.submit_script(plan)
     require_recorded(text, "submit.sh", tmp_path)
     [cache] = [line for line in text.splitlines() if "submit cache_logits" in line]
@@ -143,7 +145,7 @@ def test_submit_script_is_the_recorded_one(prepared: Prepared, tmp_path: Path) -
 
 
 def test_a_stage_without_torch_is_started_without_it(prepared: Prepared) -> None:
-    plan, cluster = prepared("cluster=slurm", "cluster.images.default=null")
+    plan, cluster = prepared(*SLURM, "cluster.images.default=null")
     scripts = {
         name: slurm_scripts.job_script(stage_of(plan, name), cluster)
         for name in ("plan", "prune", "report")
@@ -156,7 +158,7 @@ def test_a_stage_without_torch_is_started_without_it(prepared: Prepared) -> None
 def test_only_stages_that_use_gpus_get_them(prepared: Prepared) -> None:
     """Engines of TensorRT-LLM are built and timed on one, with MPI; OpenVINO's are not."""
     for engine, on_gpu in (("openvino", False), ("tensorrt_llm", True)):
-        site = ("cluster=slurm", "cluster.partition=gpu", "cluster.cpu_partition=cpu")
+        site = (*SLURM, "cluster.partition=gpu", "cluster.cpu_partition=cpu")
         plan, cluster = prepared(*site, f"engine={engine}")
         scripts = {s.name: slurm_scripts.job_script(s, cluster) for s in plan.stages}
         without = {"plan", "prepare_data", "report"}
@@ -166,7 +168,7 @@ def test_only_stages_that_use_gpus_get_them(prepared: Prepared) -> None:
             assert ("--gpus-per-node" in text) == wanted, name
             assert f"--partition={'gpu' if wanted else 'cpu'}\n" in text
             assert ("--mpi=pmix" in text) == (on_gpu and name in engines), name
-    made, docker_cluster = prepared("cluster=docker")
+    made, docker_cluster = prepared(*DOCKER)
     for name, words in (("report", []), ("prune", ["--gpus=all"])):
         assert docker.command(stage_of(made, name), docker_cluster)[1] == words  # type: ignore[arg-type]
 
@@ -182,13 +184,13 @@ def test_engines_of_other_runs_say_what_they_need(
         manifest = json.loads((other / "manifest.json").read_text())
         manifest["config"]["backend"] = backend
         (other / "manifest.json").write_text(json.dumps(manifest))
-        made, _ = prepared("cluster=slurm", *settings)
+        made, _ = prepared(*SLURM, *settings)
         assert stage_of(made, "measure_speed").needs_gpu == on_gpu
 
 
 def test_whole_nodes_are_taken_by_stages_of_several_ranks(prepared: Prepared) -> None:
     for exclusive, whole in (("null", False), ("true", True)):
-        plan, cluster = prepared("cluster=slurm", f"cluster.exclusive={exclusive}")
+        plan, cluster = prepared(*SLURM, f"cluster.exclusive={exclusive}")
         text = slurm_scripts.job_script(stage_of(plan, "distill"), cluster)
         assert ("#SBATCH --exclusive\n#SBATCH --mem=0\n" in text) == whole
         assert any(note.rule.name == "cpus-per-task" for note in plan.notes) != whole
@@ -241,7 +243,7 @@ def docker_environment(stage: PlannedStage, cluster: Containers) -> dict[str, st
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be someone without a name")
 def test_users_without_a_name_have_one_in_a_container(prepared: Prepared) -> None:
     """What Inductor asks for, as the uid that docker is started with."""
-    plan, cluster = prepared("cluster=docker")
+    plan, cluster = prepared(*DOCKER)
     env = container.environment(cluster, stage_of(plan, "distill"))
     asked = ["/usr/bin/env", "python3", "-c", "import getpass; print(getpass.getuser())"]
     path = {"PATH": os.defpath}
@@ -253,7 +255,7 @@ def test_users_without_a_name_have_one_in_a_container(prepared: Prepared) -> Non
 
 def test_gpus_are_asked_for_as_the_site_wants(prepared: Prepared) -> None:
     for gpus, line in (("gres", "--gres=gpu:1"), ("gpus-per-node", "--gpus-per-node=1")):
-        plan, cluster = prepared("cluster=slurm", f"cluster.gpus={gpus}")
+        plan, cluster = prepared(*SLURM, f"cluster.gpus={gpus}")
         assert f"#SBATCH {line}\n" in slurm_scripts.job_script(stage_of(plan, "prune"), cluster)
 
 
@@ -261,8 +263,8 @@ def test_forced_stage_is_complete_only_with_a_new_result(
     prepared: Prepared, plan: MakePlan, complete: Callable[..., None], tmp_path: Path
 ) -> None:
     """The script's own test, run by a real shell."""
-    complete(plan("cluster=slurm"))
-    made, cluster = prepared("cluster=slurm", "force=[report]")
+    complete(plan(*SLURM))
+    made, cluster = prepared(*SLURM, "force=[report]")
     stage = stage_of(made, "report")
     script = slurm_scripts.job_script(stage, cluster)
     asked = script[script.index("stage=") : script.index("if complete")] + "complete"
@@ -287,7 +289,7 @@ def test_forced_stage_is_complete_only_with_a_new_result(
         (["cluster.time=43200"], ["cluster.time=43200 cannot be", "in quotes"]),
         (["cluster.time=00:04:00"], ["not longer than the 300 s before it", "margin_seconds"]),
         (["stages.prune.resources.time=soon"], ["stages.prune.resources.time=soon cannot be"]),
-        (["cluster.gpus=all"], ["cluster.gpus=all", "gpus-per-node, gres, none"]),
+        (["cluster.gpus=all"], ["cluster.gpus=all", "gpus-per-node, gres"]),
         (["cluster.max_requeues=-1"], ["cluster.max_requeues=-1", "use 0 or more"]),
         (["cluster.margin_seconds=0"], ["cluster.margin_seconds=0", "use 1 or more"]),
         (["cluster.cpus_per_task=0"], ["cluster.cpus_per_task=0"]),
@@ -313,7 +315,7 @@ def test_bad_settings_get_one_message(
     prepared: Prepared, overrides: list[str], words: list[str]
 ) -> None:
     with pytest.raises(RecipeError) as caught:
-        prepared("cluster=slurm", *overrides)
+        prepared(*SLURM, *overrides)
     for part in words:
         assert part in str(caught.value)
 
@@ -323,9 +325,9 @@ def test_paths_that_options_cannot_hold_are_refused(
 ) -> None:
     (tmp_path / "my work").mkdir()
     monkeypatch.chdir(tmp_path / "my work")
-    executor, cluster = executor_of(compose(RECIPE, "cluster=slurm").cluster)
+    executor, cluster = executor_of(compose(RECIPE, *SLURM).cluster)
     with pytest.raises(RecipeError, match="my work cannot be mounted"):
-        executor.prepare(plan("cluster=slurm"), cluster)
+        executor.prepare(plan(*SLURM), cluster)
 
 
 def test_times_are_read_as_slurm_reads_them() -> None:
@@ -359,7 +361,7 @@ def test_slurm_that_does_not_answer_is_not_an_empty_queue(
 
 def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
     made, cluster = prepared(
-        "cluster=docker",
+        *DOCKER,
         'cluster.options=["--network=host"]',
         f"cluster.mounts=[{tmp_path}/cache:ro,/usr/share:ro]",
         "stages.distill.resources.devices=4",
@@ -394,7 +396,7 @@ def test_docker_script_starts_exactly_that(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real script, with a docker that only says how it was started."""
-    made, cluster = prepared("cluster=docker", "+cluster.env.AWKWARD='it is \"$HOME\"'")
+    made, cluster = prepared(*DOCKER, "+cluster.env.AWKWARD='it is \"$HOME\"'")
     stage = stage_of(made, "prune")
     put_docker(tmp_path, f'printf "%s\\n" "$@" >>{tmp_path}/said', monkeypatch)
     subprocess.run([docker.write_script(stage, cluster)], check=True, cwd="/")  # type: ignore[arg-type]
@@ -410,11 +412,11 @@ def test_docker_refuses_what_it_cannot_run(prepared: Prepared) -> None:
         (["cluster.options=[host]"], "an option of docker run"),
     ):
         with pytest.raises(RecipeError, match=words):
-            prepared("cluster=docker", *overrides)
+            prepared(*DOCKER, *overrides)
 
 
 def test_each_stage_may_have_an_image_of_its_own(prepared: Prepared) -> None:
-    made, cluster = prepared("cluster=docker", "+cluster.images.prune=special:1")
+    made, cluster = prepared(*DOCKER, "+cluster.images.prune=special:1")
     for name, image in (("prune", "special:1"), ("distill", "nemo-recipes:0.1.0")):
         assert [image] in docker.command(stage_of(made, name), cluster)  # type: ignore[arg-type]
 
@@ -434,7 +436,7 @@ def test_what_a_stage_reads_is_mounted_once_and_protected(
     complete(plan(*model))
     shared = (tmp_path / "run" / "import_hf").rename(tmp_path / "shared")
     made, cluster = prepared(
-        "cluster=docker",
+        *DOCKER,
         *model,
         "only=[import_hf,prepare_data,score,prune]",
         f"stages.prune.inputs.checkpoint={shared}",
@@ -457,6 +459,7 @@ def test_scripts_of_a_dry_run_are_clean_and_without_secrets(
         *(RECIPE, f"cluster={cluster}", "dry_run=true", f"run_dir={tmp_path}/run"),
         "cluster.pass_env=[HF_TOKEN,WANDB_API_KEY,MY_TOKEN]",
         "+cluster.env.WORDS='it is \"$HOME\" `id`'",
+        *([] if cluster == "local" else ["cluster.gpus=null"]),
         *(['cluster.images.default="registry#image:1"'] if cluster == "slurm" else []),
         **secrets,
     )
@@ -476,7 +479,7 @@ def test_scripts_of_a_dry_run_are_clean_and_without_secrets(
 def test_tracker_needs_a_launcher_that_waits(
     launch: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    words = (RECIPE, "cluster=slurm", "dry_run=true", "tracker=tensorboard")
+    words = (RECIPE, *SLURM, "dry_run=true", "tracker=tensorboard")
     refused = launch(*words)
     assert refused.returncode == 1
     assert "add cluster.follow=true" in refused.stderr
@@ -484,7 +487,7 @@ def test_tracker_needs_a_launcher_that_waits(
 
 
 def test_quotes_survive_in_a_job(prepared: Prepared) -> None:
-    made, cluster = prepared("cluster=slurm", "+cluster.env.WORDS='it is \"$HOME\"'")
+    made, cluster = prepared(*SLURM, "+cluster.env.WORDS='it is \"$HOME\"'")
     text = slurm_scripts.job_script(stage_of(made, "prune"), cluster)
     words = shlex.quote('it is "$HOME"')
     assert f"export WORDS={words}\n" in text

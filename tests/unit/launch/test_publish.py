@@ -107,7 +107,11 @@ def test_a_run_that_fails_its_gates_is_not_published(push: Launch, hub: StandInH
         ((), {"HF_TOKEN": "hf_another"}, f"could not publish {NAME}"),
         ((), {"HF_ENDPOINT": "http://127.0.0.1:9"}, f"could not publish {NAME}"),
         (("only=[prune]",), {}, "exports no student"),
-        (("cluster=slurm", "cluster.account=a", "force=[report]"), {}, "cluster.follow=true"),
+        (
+            ("cluster=slurm", "cluster.gpus=null", "cluster.account=a", "force=[report]"),
+            {},
+            "cluster.follow=true",
+        ),
     ],
     ids=["no token", "unknown token", "no hub", "no export", "slurm"],
 )

@@ -101,6 +101,7 @@ TRIPS = {
     "mounts": trip("+cluster.mounts=[/nowhere/data]"),
     "cpus-per-task": trip("cluster.executor=slurm"),
     "mpi": trip("engine=tensorrt_llm", "cluster.executor=slurm", "+cluster.mpi.build_engine=null"),
+    "cluster-hardware": trip("cluster.executor=slurm", "+cluster.gpus=gres"),
     "cpu-precision": trip("cluster.executor=slurm"),
     "hardware-profile": trip(prepare=gpu_is_here),
     "bundled-config": trip("model=llama3_1_8b", "skip_rules=[memory]", prepare=hub_is_away),

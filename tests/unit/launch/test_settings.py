@@ -53,7 +53,12 @@ BAD = (
 )
 FIX = re.compile(r"\n  fix: |Did you mean '")
 CHAINS = [(f"recipe={name}",) for name in schema.recipes()]
-CHAINS += [("recipe=llama_depth_prune", "cluster=slurm", "tracker=mlflow", "teacher=cached")]
+CHAINS += [
+    (
+        *("recipe=llama_depth_prune", "cluster=slurm", "hardware=h100"),
+        *("tracker=mlflow", "teacher=cached"),
+    )
+]
 
 
 def leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
