@@ -279,42 +279,22 @@ def prepare_in_small_steps(
     prepare(cfg, tokenizer, to, PatientLog(to / "metrics.jsonl", lines), chat)
 
 
-def test_killed_work_on_conversations_goes_on_to_the_same_bytes(
-    mixed: tuple[PrepareDataConfig, list[str]],
-    whole_mixed: tuple[Path, PreparationState],
+@pytest.mark.parametrize(("chats", "processes"), [(False, 1), (False, 2), (True, 1)])
+def test_killed_work_resumes_to_the_same_bytes(
+    chats: bool,
+    processes: int,
     tokenizer: DocumentTokenizer,
-    chat: ChatTokenizer,
     tmp_path: Path,
+    request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    process = multiprocessing.get_context("fork").Process(
-        target=prepare_in_small_steps, args=(mixed[0], tokenizer, tmp_path, 30, chat)
-    )
-    process.start()
-    while process.is_alive() and _lines(metrics) < 30:
-        time.sleep(0.001)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed"
-    monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 16)
-    assert prepare(mixed[0], tokenizer, tmp_path, LOG, chat) == whole_mixed[1]
-    assert content(tmp_path).keys() == content(whole_mixed[0]).keys() > {"train.learnt"}
-    assert content(tmp_path) == content(whole_mixed[0])
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_work_goes_on_to_the_same_bytes(
-    cfg: PrepareDataConfig,
-    whole: tuple[Path, PreparationState],
-    tokenizer: DocumentTokenizer,
-    tmp_path: Path,
-    processes: int,
-) -> None:
+    cfg = request.getfixturevalue("mixed")[0] if chats else request.getfixturevalue("cfg")
+    expected = request.getfixturevalue("whole_mixed" if chats else "whole")
+    chat = request.getfixturevalue("chat") if chats else None
     metrics, several = tmp_path / "metrics.jsonl", replace(cfg, processes=processes)
-    for lines in (20, 50):
+    for lines in (30,) if chats else (20, 50):
         process = multiprocessing.get_context("fork").Process(
-            target=prepare_in_small_steps, args=(several, tokenizer, tmp_path, lines)
+            target=prepare_in_small_steps, args=(several, tokenizer, tmp_path, lines, chat)
         )
         process.start()
         while process.is_alive() and _lines(metrics) < lines:
@@ -325,12 +305,13 @@ def test_killed_work_goes_on_to_the_same_bytes(
         _wait_until(lambda: not any(map(_runs, children)))
         assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed"
     with preparation.Ledger(tmp_path / "ledger.sqlite") as ledger:
-        kept = ledger.progress()
-    assert kept is not None
-    assert kept["done"] < 3
-    done = prepare(cfg, tokenizer, tmp_path, LOG)
-    assert done == whole[1]
-    assert content(tmp_path) == content(whole[0])
+        saved = ledger.progress()
+    assert saved is not None
+    assert saved["done"] < 3
+    monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 16)
+    assert prepare(cfg, tokenizer, tmp_path, LOG, chat) == expected[1]
+    assert content(tmp_path) == content(expected[0])
+    assert ("train.learnt" in content(tmp_path)) == chats
 
 
 def _children(pid: int | None) -> list[Path]:
