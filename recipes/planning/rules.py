@@ -136,6 +136,7 @@ LAYER_IMPORTANCE = Rule(
 HEALING = Rule("healing", "weights are refitted on text, and experts see too little of it each")
 CALIBRATION = Rule("calibration", "importance on padding or noise prunes at random")
 BUDGET = Rule("budget", "a search needs a budget that some shape fits")
+REPORT = Rule("report", "a report is about a whole distillation, a search, or both")
 SEARCH = Rule("search", "a ranking or a halving needs candidates, windows and steps")
 SLOW_SIZES = Rule(
     "slow-sizes",

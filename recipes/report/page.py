@@ -33,10 +33,9 @@ from recipes.report.plots import (
     layer_plot,
     line_plot,
 )
-from recipes.report.sections import gates_section, search_section, sections
+from recipes.report.sections import gates_section, sections
 from recipes.report.serving import served
-from recipes.report.settings import ReportConfig, SearchReportConfig
-from recipes.search.results import SearchResult
+from recipes.report.settings import ReportConfig
 
 CONTENTS = {
     "gates": "Gates",
@@ -58,9 +57,10 @@ CONTENTS = {
     "parity": "Conversion check",
     "provenance": "Provenance",
 }
-"""Sections in order, each a template; results come before settings and plan."""
-OPTIONAL = ("gates", "plan", "search", "tasks", "trade_offs", "speed", "engine", "gguf")
-"""Sections that are left out if they have nothing to show."""
+"""Sections in order, each a template; results come before settings and plan.
+
+A section is left out if its variable is empty.
+"""
 TERMS = {
     "kd": ("distillation (logits)", "distilled"),
     "hidden": ("hidden states", "pruned"),
@@ -81,71 +81,63 @@ def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
     render_template("report.html.j2", _content(cfg, inputs), path)
 
 
-def render_search(cfg: SearchReportConfig, inputs: Inputs, path: Path) -> None:
-    """Writes the report of a search: the shapes that were compared, and the chosen one."""
-    search = inputs["search"].manifest.result(SearchResult)
-    earlier = upstream(inputs)
-    manifests = [*(item.manifest for item in inputs.values()), *earlier.values()]
-    content = {
-        **_header(cfg, "Search report"),
-        "teacher": inputs["teacher"].manifest,
-        "chosen": search.chosen(),
-        "versions": versions(manifests),
-        **search_section(search, earlier),
-        **costs(inputs, earlier, []),
-    }
-    render_template("search_report.html.j2", content, path)
-
-
-def _header(cfg: SearchReportConfig, title: str) -> dict[str, object]:
-    return {
-        "title": cfg.title or title,
-        "description": cfg.description,
-        "time": datetime.now(UTC).isoformat(timespec="minutes"),
-    }
-
-
 def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
     """Returns the variables of the report's template."""
+    manifests = {name: item.manifest for name, item in inputs.items()}
+    earlier = upstream(inputs)
+    content: dict[str, object] = {
+        **dict.fromkeys(CONTENTS),
+        "title": cfg.title or "Report",
+        "description": cfg.description,
+        "time": datetime.now(UTC).isoformat(timespec="minutes"),
+        "m": manifests,
+        "versions": versions([*manifests.values(), *earlier.values()]),
+        "gates": gates_section(cfg.gates, manifests),
+        **sections(manifests, earlier),
+        **(_distillation(inputs, earlier) if "evaluation" in inputs else {}),
+        **costs(inputs, earlier, model_flops(manifests, earlier) if "evaluation" in inputs else []),
+        "cost": True,
+        "provenance": True,
+    }
+    contents = {name: label for name, label in CONTENTS.items() if content[name]}
+    return {**content, "contents": contents}
+
+
+def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, object]:
+    """Returns the variables of the sections about a distillation."""
     manifests = {name: item.manifest for name, item in inputs.items()}
     evaluation = manifests["evaluation"].result(EvaluationResult)
     prepared = manifests["data"].result(DatasetResult)
     pruned = manifests["pruned"].result_if("prune", PruneResult)
     before, after = manifests["teacher"].parameters, manifests["distilled"].parameters
-    earlier = upstream(inputs)
     distilled = inputs["distilled"]
     losses = {
         role: [(role, quality.loss, quality.loss_standard_error)]
         for role, quality in evaluation.models().items()
     }
-    content: dict[str, object] = {
-        **_header(cfg, "Distillation report"),
-        "m": manifests,
+    return {
         "prepared": prepared,
         "conversations": {name: in_words(n) for name, n in prepared.conversations.items()},
         "saved": 1 - after / before if before and after else None,
         "quality": evaluation.models(),
         "evaluation": evaluation,
+        "quality_plot": interval_plot("plot-quality", "Loss on held-out text", losses),
+        "architecture": True,
         "generations": _generations(inputs["evaluation"]),
-        "training": _training(distilled),
+        "distillation": _training(distilled),
         "rounds": list(_rounds(distilled, earlier)),
-        "gates": gates_section(cfg.gates, manifests),
-        "pruned": pruned,
         "healed": _healed(distilled.manifest, earlier),
+        "layers": pruned,
         "layers_plot": _layers_plot(pruned) if pruned else None,
         "logarithmic": pruned is not None and is_skewed(pruned.layer_importance.values()),
-        "quality_plot": interval_plot("plot-quality", "Loss on held-out text", losses),
-        "versions": versions(manifests.values()),
-        "served": list(served(inputs)),
-        "train": distilled.manifest.config,
+        "serve": list(served(inputs)),
+        "settings": distilled.manifest.config,
         "trained": distilled.manifest.result_if("distill", DistillationResult),
-        "imported": manifests["teacher"].result_if("import_hf", ImportResult),
-        "exported": manifests["exported"].result_if("export_hf", ParityResult),
-        **costs(inputs, earlier, model_flops(manifests, earlier)),
-        **sections(manifests, evaluation, earlier),
+        "parity": {
+            "Import into NeMo": manifests["teacher"].result_if("import_hf", ImportResult),
+            "Export to Hugging Face": manifests["exported"].result_if("export_hf", ParityResult),
+        },
     }
-    contents = {n: label for n, label in CONTENTS.items() if n not in OPTIONAL or content[n]}
-    return {**content, "contents": contents}
 
 
 def _healed(distilled: Manifest, earlier: Mapping[str, Manifest]) -> HealResult | None:

@@ -36,19 +36,16 @@ MAX_NAMES = 8
 
 
 def sections(
-    manifests: Mapping[str, Manifest], evaluation: EvaluationResult, earlier: Mapping[str, Manifest]
+    manifests: Mapping[str, Manifest], earlier: Mapping[str, Manifest]
 ) -> dict[str, object]:
-    """Returns the template variables of optional sections; ``None`` for a missing input.
+    """Returns the variables of the sections whose inputs are optional.
 
     Args:
         manifests: Manifests of the report's inputs, by name.
-        evaluation: Quality of the models.
         earlier: Manifests of the stages before the inputs, by stage.
     """
     rows: list[BenchmarkRow] = []
-    content: dict[str, object] = dict.fromkeys(
-        ("tasks", "speed", "engine", "gguf", "plan", "search")
-    )
+    content: dict[str, object] = {}
     if "tasks" in manifests:
         content |= tasks_section(manifests["tasks"].result(TaskResults))
     if "speed" in manifests:
@@ -63,11 +60,11 @@ def sections(
         content["plan"] = manifests["plan"].result(PlanResult)
     if "search" in manifests:
         content |= search_section(manifests["search"].result(SearchResult), earlier)
-    return {
-        **content,
-        "trade_offs": list(trade_offs(evaluation, rows)),
-        "engine_numbers": engine_numbers(rows),
-    }
+    if "evaluation" in manifests:
+        evaluation = manifests["evaluation"].result(EvaluationResult)
+        content["trade_offs"] = list(trade_offs(evaluation, rows))
+        content["engine_numbers"] = engine_numbers(rows)
+    return content
 
 
 def tasks_section(results: TaskResults) -> dict[str, object]:

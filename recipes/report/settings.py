@@ -1,4 +1,4 @@
-"""Settings of ``report`` and ``report_search``. Does not import torch."""
+"""Settings of ``report``. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,13 @@ CARD_TEMPLATE = TEMPLATES / "model_card.md.j2"
 
 
 @dataclass
-class SearchReportConfig(StageConfig):
-    """Settings of ``report_search``."""
+class ReportConfig(StageConfig):
+    """Settings of ``report``."""
 
     title: str = ""
     """Name of the recipe."""
     description: str = ""
     """Purpose of the recipe, in one line."""
-
-
-@dataclass
-class ReportConfig(SearchReportConfig):
-    """Settings of ``report``."""
-
     gates: list[str] = field(default_factory=list, metadata={"resource": True})
     """Gates to show with the measured values. The launcher judges them, so a new threshold reruns
     no stage."""

@@ -1,16 +1,35 @@
 """Writes the report of a run as one self-contained HTML file.
 
-Reads the manifests and metrics of its inputs and of the stages before them. Writes ``report.html``.
+Reads the manifests and metrics of its inputs and of the stages before them. Writes ``report.html``,
+about a distillation, a search, or both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
+from recipes.planning import rules
+from recipes.planning.chain import Chain
+from recipes.planning.problems import Problem
 from recipes.report.settings import REPORT_FILE, TEMPLATES, ReportConfig
 from recipes.stages.contract import Stage
+
+DISTILLATION = ("data", "pruned", "distilled", "evaluation", "exported")
+"""Inputs of a report about a distillation."""
+
+
+def check(cfg: ReportConfig, chain: Chain) -> Iterator[Problem]:
+    """Yields a problem if the inputs of a distillation are incomplete."""
+    missing = [name for name in DISTILLATION if name not in cfg.inputs]
+    if missing and ("search" not in cfg.inputs or len(missing) < len(DISTILLATION)):
+        yield Problem(
+            rules.REPORT,
+            f"{cfg.stage} has no input {', '.join(missing)}",
+            f"set stages.{cfg.stage}.inputs.{missing[0]}",
+        )
 
 
 def run(cfg: ReportConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -26,23 +45,21 @@ STAGE = Stage(
     config=ReportConfig,
     kind="report",
     run=run,
+    check=check,
     one_rank="it writes one page",
-    inputs={
-        "teacher": ("checkpoint_nemo",),
+    inputs={"teacher": ("checkpoint_nemo",)},
+    optional_inputs={
+        "search": ("search_results",),
         "data": ("dataset",),
         "pruned": ("checkpoint_nemo",),
         "distilled": ("checkpoint_nemo",),
         "evaluation": ("eval_results",),
         "exported": ("checkpoint_hf",),
-    },
-    # Each adds a section to the page.
-    optional_inputs={
         "tasks": ("task_results",),
         "speed": ("speed_results",),
         "engine": ("engine",),
         "gguf": ("gguf",),
         "plan": ("plan",),
-        "search": ("search_results",),
     },
     needs_torch=False,
     needs_gpu=lambda config, chain: False,

@@ -40,7 +40,7 @@ from tests.support.reports import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-OPTIONAL_INPUTS = tuple(report.STAGE.optional_inputs)
+OPTIONAL_INPUTS = [n for n in report.STAGE.optional_inputs if n not in report.DISTILLATION]
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,13 @@ def test_a_section_appears_with_its_input(
     ids = set(Page(rendered({**chain, name: inputs[name]}, tmp_path)).values("id"))
     assert {*OPTIONAL_INPUTS} & ids == {name}
     assert not {*OPTIONAL_PLOTS} & set(Page(rendered(chain, tmp_path)).values("id"))
+
+
+def test_a_search_has_a_report(inputs: dict[str, Input], tmp_path: Path) -> None:
+    page = Page(rendered({name: inputs[name] for name in ("teacher", "search")}, tmp_path))
+    links = {link.removeprefix("#") for link in page.values("href")}
+    assert links == {"search", "cost", "provenance"}
+    assert "candidate 0 was chosen" in page.text
 
 
 def test_the_plan_is_compared_with_the_run(text: str) -> None:

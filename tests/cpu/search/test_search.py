@@ -32,7 +32,7 @@ from recipes.pruning.healing import heal_weights
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import choose
 from recipes.pruning.targets import PruneTargets, pruned
-from recipes.report.settings import REPORT_FILE, SearchReportConfig
+from recipes.report.settings import REPORT_FILE, ReportConfig
 from recipes.search.latency import step_ms
 from recipes.search.measure import SortedModel
 from recipes.search.results import LatencyResult, SearchResult
@@ -44,7 +44,7 @@ from recipes.stages import (
     measure_latency,
     prepare_data,
     rank_candidates,
-    report_search,
+    report,
     score,
     successive_halving,
 )
@@ -324,7 +324,7 @@ def test_the_report_shows_every_candidate_the_winner_and_what_was_timed(
     (tmp_path / "work").mkdir()
     out = tmp_path / "work" / ARTIFACT
     out.mkdir()
-    report_search.run(SearchReportConfig(title="search"), inputs, out)
+    report.run(ReportConfig(title="search"), inputs, out)
     text = (out / REPORT_FILE).read_text()
     for candidate in result.candidates:
         assert candidate.name in text

@@ -151,6 +151,7 @@ TRIPS = {
     "gates": trip("gates=['recovered.nothing >= 0.5']"),
 }  # fmt: skip
 ELSEWHERE = {
+    "report": "stages/test_checks.py",
     **dict.fromkeys(("budget", "search"), "search/test_space.py"),
     "searched-shape": "search/test_shrink.py",
     "tokenizer": "launch/test_rules.py",

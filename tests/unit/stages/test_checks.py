@@ -21,6 +21,7 @@ from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.pruning.settings import HealConfig, PruneConfig, ScoreConfig
+from recipes.report.settings import ReportConfig
 from recipes.stages import (
     cache_logits,
     distill,
@@ -31,6 +32,7 @@ from recipes.stages import (
     import_hf,
     prepare_data,
     prune,
+    report,
     score,
 )
 from recipes.stages.contract import Kind, Stage
@@ -335,6 +337,24 @@ def test_distill_checks_the_students_shape(
     stages = {"prune": student, "distill": cfg}
     planned = with_shapes(replace(chain, stages=stages), stages)
     assert list(distill.STAGE.problems(cfg, planned))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "complete"),
+    [
+        (("search",), True),
+        (report.DISTILLATION, True),
+        (("search", *report.DISTILLATION), True),
+        ((), False),
+        (report.DISTILLATION[1:], False),
+        (("search", *report.DISTILLATION[1:]), False),
+    ],
+)
+def test_a_report_is_about_a_whole_distillation_or_a_search(
+    chain: Chain, inputs: tuple[str, ...], complete: bool
+) -> None:
+    cfg = ReportConfig(stage="report", inputs={name: name for name in ("teacher", *inputs)})
+    assert rules(report.check(cfg, chain)) == ([] if complete else ["report"])
 
 
 def test_import_depends_on_a_local_folder_only(hf_folder: Path) -> None:
