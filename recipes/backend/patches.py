@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -24,8 +25,8 @@ class Patch:
     reason: str
     """Why the original cannot stay."""
     original: str
-    """``fingerprint`` of the original: if it changes, its patch has to be reviewed. Empty where the
-    replacement does not depend on the original, such as an import that differs by machine."""
+    """``fingerprint`` of the original: if it changes, its patch has to be reviewed. Empty for
+    our own code, and where the replacement does not depend on the original."""
     replace: Replacement
     """Receives the original and returns the replacement."""
 
@@ -38,6 +39,19 @@ def constant(value: Any) -> Replacement:
 def value(new: Any) -> Replacement:
     """Returns a replacement that is ``new`` itself, such as a class or a flag."""
     return lambda original: new
+
+
+def wrap(wrapper: Callable[..., Any]) -> Replacement:
+    """Returns a replacement that calls ``wrapper`` with the original as its first argument."""
+
+    def replace(original: Any) -> Any:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs)
+
+        return wrapped
+
+    return replace
 
 
 def fingerprint(original: Any) -> str:

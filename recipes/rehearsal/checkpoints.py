@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import (
     dict_list_map_inplace,
@@ -34,6 +33,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from nemo_convert import nemo, streaming
 from nemo_convert.families import FAMILIES
+from recipes.backend.patches import Patch, apply, constant, value
 
 Shape = tuple[int, ...]
 OUTPUT_WEIGHT = "output_layer.weight"
@@ -61,15 +61,12 @@ _saved: dict[Path, _Saved] = {}
 
 def stand_in() -> None:
     """Replaces reading and writing for the rest of the process."""
-    dist_checkpointing.load = _load
-    dist_checkpointing.save = _save
-    dist_checkpointing.load_content_metadata = lambda folder, **kwargs: (
-        saved.metadata if (saved := _saved.get(Path(folder))) else None
-    )
-    setattr(streaming, "read_weights", _read_weights)
-    setattr(nemo, "read_description", lambda weights: None)
-    dist_checkpointing.load_tensors_metadata = _metadata
-    dist_checkpointing.load_common_state_dict = lambda *args, **kwargs: {}
+    apply(PATCHES)
+
+
+def _load_content_metadata(folder: str, **kwargs: object) -> Any:
+    saved = _saved.get(Path(folder))
+    return saved.metadata if saved else None
 
 
 def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs: object) -> Any:
@@ -183,3 +180,39 @@ def _require_source(item: ShardedTensor, save: streaming.StreamedSave) -> None:
         shape = tuple(save.source(item.key, index).shape)
         if shape != expected:
             raise CheckpointError(f"{item.key} at {index} is made {shape}, not {expected}")
+
+
+PATCHES = (
+    Patch(
+        "megatron.core.dist_checkpointing:load",
+        "files have no values",
+        "05ca3c94389b",
+        value(_load),
+    ),
+    Patch(
+        "megatron.core.dist_checkpointing:save",
+        "tensors have no values",
+        "977482f07f35",
+        value(_save),
+    ),
+    Patch(
+        "megatron.core.dist_checkpointing:load_content_metadata",
+        "nothing is on the disk",
+        "06ea7b873631",
+        value(_load_content_metadata),
+    ),
+    Patch(
+        "megatron.core.dist_checkpointing:load_tensors_metadata",
+        "nothing is on the disk",
+        "3f26dd3969d3",
+        value(_metadata),
+    ),
+    Patch(
+        "megatron.core.dist_checkpointing:load_common_state_dict",
+        "nothing is on the disk",
+        "6b40653e2673",
+        constant({}),
+    ),
+    Patch("nemo_convert.streaming:read_weights", "files have no values", "", value(_read_weights)),
+    Patch("nemo_convert.nemo:read_description", "nothing is on the disk", "", constant(None)),
+)

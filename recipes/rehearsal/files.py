@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-_safe_open = safetensors.safe_open
-_load_file = safetensors.torch.load_file
+from recipes.backend.patches import Patch, apply, value, wrap
+
 Shapes = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
 
@@ -53,8 +53,11 @@ def stand_in() -> None:
 
     Must run before modules that import the functions by name.
     """
-    safetensors.torch.save_file, safetensors.torch.load_file = _save, _load
-    setattr(safetensors, "safe_open", lambda *args, **kw: _RealFile(_safe_open(*args, **kw)))
+    apply(PATCHES)
+
+
+def _open(original: Any, *args: Any, **kwargs: Any) -> _RealFile:
+    return _RealFile(original(*args, **kwargs))
 
 
 def write_zeros(file: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> None:
@@ -81,7 +84,21 @@ def _save(
     write_zeros(Path(file), {n: (t.dtype, t.shape) for n, t in tensors.items()}, metadata)
 
 
-def _load(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+def _load(original: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     with unset_fake_temporarily():
-        tensors: dict[str, Tensor] = _load_file(*args, **kwargs)
+        tensors: dict[str, Tensor] = original(*args, **kwargs)
     return tensors
+
+
+PATCHES = (
+    Patch("safetensors.torch:save_file", "tensors have no values", "650f051ef93f", value(_save)),
+    Patch(
+        "safetensors.torch:load_file",
+        "real tensors are read in fake mode",
+        "e4dd067a5239",
+        wrap(_load),
+    ),
+    Patch(
+        "safetensors:safe_open", "real tensors are read in fake mode", "bfa8cd9502ef", wrap(_open)
+    ),
+)

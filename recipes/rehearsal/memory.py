@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recipes.backend.patches import Patch, apply, value, wrap
 from recipes.evaluation import predictions
-from recipes.pruning import scoring
 from recipes.rehearsal.fake_cuda import DEVICE
 
 TEMPORARY = ("activations", "logits")
@@ -119,16 +119,15 @@ def label_models(memory: MemoryTracker) -> None:
             memory.reset_peak()  # later steps are like the second one
         has_stepped = True
 
-    load = Optimizer.load_state_dict
-
-    def load_and_label(optimizer: Optimizer, state: Any) -> None:
+    def load_and_label(load: Any, optimizer: Optimizer, state: Any) -> None:
         load(optimizer, state)
         _label_states(memory, optimizer)
 
-    setattr(Optimizer, "load_state_dict", load_and_label)
-    head = _labeled_head(memory, predictions.float32_head)
-    for module in (predictions, scoring):
-        setattr(module, "float32_head", head)
+    target, reason = "torch.optim.optimizer:Optimizer.load_state_dict", "its states get a label"
+    apply([Patch(target, reason, "7f8aa58e98c5", wrap(load_and_label))])
+    head = value(_labeled_head(memory, predictions.float32_head))
+    for module in ("recipes.evaluation.predictions", "recipes.pruning.scoring"):
+        apply([Patch(f"{module}:float32_head", "its weight gets a label", "", head)])
     nn.modules.module.register_module_forward_pre_hook(before_forward)
     register_optimizer_step_post_hook(after_step)
 

@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recipes.backend.patches import Patch, apply, constant, value, wrap
 from recipes.rehearsal.fake_cuda import DEVICE, NAME
 from recipes.rehearsal.results import Message
 
@@ -32,29 +33,30 @@ class MessageError(Exception):
 def stand_in() -> None:
     """Replaces process groups by fake ones of any size, for the rest of the process."""
     distributed.Backend.backend_capability[FAKE].append(NAME)
-    init, new_group = distributed.init_process_group, distributed.new_group
+    apply(PATCHES)
 
-    def init_process_group(backend: str | None = None, *args: object, **kwargs: object) -> None:
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        init(FAKE, rank=rank, world_size=world, store=FakeStore())
-        _record_backend(distributed.group.WORLD, backend)
 
-    def fake_group(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        group = new_group(*args, backend=FAKE, **kwargs)
-        _record_backend(group, backend)
-        return group
+def _init_process_group(
+    original: Any, backend: str | None = None, *args: object, **kwargs: object
+) -> None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    original(FAKE, rank=rank, world_size=world, store=FakeStore())
+    _record_backend(distributed.group.WORLD, backend)
 
-    # Objects would be pickled into tensors, which have no bytes here.
-    def all_gather_object(outputs: list[Any], value: Any, group: object = None) -> None:
+
+def _new_group(original: Any, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+    group = original(*args, backend=FAKE, **kwargs)
+    _record_backend(group, backend)
+    return group
+
+
+def _all_gather_object(outputs: list[Any], value: Any, group: object = None) -> None:
+    outputs[:] = [value] * len(outputs)
+
+
+def _gather_object(value: Any, outputs: Any = None, *args: object, **kwargs: object) -> None:
+    if outputs is not None:
         outputs[:] = [value] * len(outputs)
-
-    def gather_object(value: Any, outputs: Any = None, *args: object, **kwargs: object) -> None:
-        if outputs is not None:
-            outputs[:] = [value] * len(outputs)
-
-    distributed.init_process_group, distributed.new_group = init_process_group, fake_group
-    distributed.all_gather_object, distributed.gather_object = all_gather_object, gather_object
-    distributed.broadcast_object_list = lambda *args, **kwargs: None
 
 
 def _record_backend(group: Any, backend: str | None) -> None:
@@ -181,3 +183,37 @@ COALESCED: dict[str, Callable[..., Any]] = {
     "reduce_scatter_tensor_coalesced_": _separately(torch.ops.c10d._reduce_scatter_base_),
     "allreduce_coalesced_": _all_reduce,
 }
+
+
+PATCHES = (
+    Patch(
+        "torch.distributed:init_process_group",
+        "groups have ranks that are not here",
+        "b26b016e14cc",
+        wrap(_init_process_group),
+    ),
+    Patch(
+        "torch.distributed:new_group",
+        "groups have ranks that are not here",
+        "8c5521f14690",
+        wrap(_new_group),
+    ),
+    Patch(
+        "torch.distributed:all_gather_object",
+        "objects would be pickled into tensors without bytes",
+        "df42d97f87f9",
+        value(_all_gather_object),
+    ),
+    Patch(
+        "torch.distributed:gather_object",
+        "objects would be pickled into tensors without bytes",
+        "a147590828d6",
+        value(_gather_object),
+    ),
+    Patch(
+        "torch.distributed:broadcast_object_list",
+        "objects would be pickled into tensors without bytes",
+        "8dded8659019",
+        constant(None),
+    ),
+)

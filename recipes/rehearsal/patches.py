@@ -12,52 +12,24 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.tensor_parallel import random
-from megatron.core.transformer import cuda_graphs
-from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.moe import token_dispatcher
-from nemo.collections.llm.gpt.data import pre_training
-from nemo.collections.llm.gpt.model import base
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
-from nemo_convert import parity
-from recipes.distillation import objective, vocabulary
+from recipes.backend.patches import Patch, apply, constant, value, wrap
+from recipes.distillation import vocabulary
 from recipes.rehearsal import checkpoints, fake_cuda
 
 
 def stand_in() -> None:
-    """Replaces all of them for the rest of the process."""
+    """Replaces all of them for the rest of the process.
+
+    Raises:
+        RecipeError: A library is not the version that the patches were written for.
+    """
     checkpoints.stand_in()
     vocabulary.CHUNK_BYTES[fake_cuda.NAME] = vocabulary.CHUNK_BYTES["cuda"]
-    _wrap(objective.LossReduction, "__init__", _with_last_losses)
-    # Attention with context parallelism needs TransformerEngine.
-    _wrap(DotProductAttention, "__init__", _without_context_parallelism)
-    for module in (base, pre_training):  # with TransformerEngine, NeMo makes no attention mask
-        setattr(module, "HAVE_TE", True)
-    # CUDA captures graphs, with TransformerEngine's random numbers. Here layers just run.
-    setattr(cuda_graphs._CudagraphGlobalRecord, "create_cudagraphs", lambda: None)
-    _wrap(cuda_graphs.ArgMetadata, "__init__", _with_tensor_type)
-    _wrap(random, "initialize_rng_tracker", _with_graph_safe_rng)
-    # NeMo always makes a mesh of ranks. That needs rank numbers in a tensor, which has no values.
-    setattr(DeviceMesh, "from_group", lambda *args, **kwargs: None)
-    # Transformers runs on the CPU. Without values there is no parity to check.
-    setattr(parity, "load_causal_lm", _load_causal_lm)
-    setattr(parity.Parity, "require", lambda result, what: result)
-    # How many tokens each expert gets depends on values; here all get the same number.
-    _wrap(token_dispatcher.MoEAlltoAllTokenDispatcher, "preprocess", _with_equal_experts)
-    setattr(token_dispatcher, "permute", _permute)
-
-
-def _wrap(owner: object, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replaces a function by ``wrapper``, which gets the original as its first argument."""
-    original = getattr(owner, name)
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
-
-    setattr(owner, name, wrapped)
+    apply(PATCHES)
 
 
 def _with_last_losses(original: Callable[..., None], self: Any, target: Any) -> None:
@@ -89,6 +61,10 @@ def _with_graph_safe_rng(
     original(use_te_rng_tracker, *args, **kwargs)
     if use_te_rng_tracker:
         random._CUDA_RNG_STATE_TRACKER.is_inference_rng_tracker = True
+
+
+def _skip_gate(original: object, parity: Any, what: str) -> Any:
+    return parity
 
 
 def _load_causal_lm(folder: Path) -> PreTrainedModel:
@@ -126,3 +102,79 @@ def _permute(
     indices = routing_map.new_empty(num_out_tokens, dtype=torch.int64)
     row_probs = probs.T.contiguous().flatten().index_select(0, indices)
     return tokens.index_select(0, indices), row_probs, indices
+
+
+PATCHES = (
+    Patch(
+        "recipes.distillation.objective:LossReduction.__init__",
+        "the last pipeline stage is not here",
+        "",
+        wrap(_with_last_losses),
+    ),
+    Patch(
+        "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__",
+        "context parallelism needs TransformerEngine",
+        "cde501e0d411",
+        wrap(_without_context_parallelism),
+    ),
+    Patch(
+        "nemo.collections.llm.gpt.model.base:HAVE_TE",
+        "TransformerEngine needs no mask",
+        "bool",
+        value(True),
+    ),
+    Patch(
+        "nemo.collections.llm.gpt.data.pre_training:HAVE_TE",
+        "TransformerEngine needs no mask",
+        "bool",
+        value(True),
+    ),
+    Patch(
+        "megatron.core.transformer.cuda_graphs:_CudagraphGlobalRecord.create_cudagraphs",
+        "only CUDA captures graphs; layers just run",
+        "e2ccbf416924",
+        constant(None),
+    ),
+    Patch(
+        "megatron.core.transformer.cuda_graphs:ArgMetadata.__init__",
+        "Megatron compares the types of tensors",
+        "a6d80c7c04ed",
+        wrap(_with_tensor_type),
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.random:initialize_rng_tracker",
+        "only TransformerEngine's numbers can be captured",
+        "4bc461df7c7f",
+        wrap(_with_graph_safe_rng),
+    ),
+    Patch(
+        "torch.distributed.device_mesh:DeviceMesh.from_group",
+        "a mesh needs rank numbers, which have no values",
+        "4c1191ab40e9",
+        constant(None),
+    ),
+    Patch(
+        "nemo_convert.parity:load_causal_lm",
+        "Transformers runs on the CPU",
+        "",
+        value(_load_causal_lm),
+    ),
+    Patch(
+        "nemo_convert.parity:Parity.require",
+        "without values there is no parity",
+        "",
+        wrap(_skip_gate),
+    ),
+    Patch(
+        "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.preprocess",
+        "tokens of an expert depend on values; all get as many",
+        "df692d802fdd",
+        wrap(_with_equal_experts),
+    ),
+    Patch(
+        "megatron.core.transformer.moe.token_dispatcher:permute",
+        "the number of rows depends on values",
+        "782a5e8fd925",
+        value(_permute),
+    ),
+)
