@@ -88,6 +88,12 @@ def checks(cfg: DictConfig, chain: Chain, wanted: list[str]) -> Iterator[Problem
         stage = stage_of(config)
         if name in wanted or (planning and stage.workload):
             yield from stage.problems(config, chain)
+        if (hf_path := vars(config).get("hf_path", chain.hf_path)) != chain.hf_path:
+            yield Problem(
+                rules.MODEL,
+                f"stages.{name}.hf_path={hf_path} is not model.hf_path={chain.hf_path}",
+                f"leave it out, or set model.hf_path={hf_path} for all stages",
+            )
 
 
 def _limit_problems(chain: Chain, wanted: list[str]) -> Iterator[Problem]:

@@ -101,6 +101,16 @@ def has_chat_template(hf_path: str) -> bool | None:
     return in_settings or any(folder.glob("chat_template*"))
 
 
+def has_token(hf_path: str, token: str) -> bool | None:
+    """Returns whether a folder's tokenizer has a token; ``None`` if its vocabulary is not known."""
+    file = Path(hf_path) / "tokenizer.json"
+    if not file.is_file():
+        return None
+    tokenizer = read_json(file)
+    added = (one["content"] for one in tokenizer.get("added_tokens", ()))
+    return token in dict(tokenizer["model"].get("vocab", ())) or token in added
+
+
 def weight_names(folder: Path) -> frozenset[str]:
     """Returns the names of a folder's weights; none if a file is not a safetensors file."""
     from safetensors import SafetensorError, safe_open

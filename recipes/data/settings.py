@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from recipes.core.constraints import Count, Share, Tokens, one_of
+from recipes.core.constraints import Count, Share, Tokens, matching, one_of
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
 from recipes.data import corpus
 from recipes.data.sources import CHAT, FORMATS, parse_source
+
+SpecialToken = Annotated[str, matching(r"[<\[].+[>\]]", "a special token such as <|endoftext|>")]
 
 
 @dataclass
@@ -27,7 +29,7 @@ class PrepareDataConfig(StageConfig):
     A source with ``#text=FIELD`` is text."""
     text_field: str = "text"
     """Field with a record's text, unless the source names one."""
-    document_end: str | None = None
+    document_end: SpecialToken | None = None
     """Token between documents; by default the end of text that base and instruct models share."""
     validation_fraction: Share = 0.02
     """Fraction of the documents that validates a training and ranks candidates."""

@@ -78,6 +78,7 @@ BUNDLED_CONFIG = Rule(
 )
 
 # Model
+MODEL = Rule("model", "checks, plan and report are about model.hf_path, whatever a stage reads")
 TIED_EMBEDDINGS = Rule(
     "tied-embeddings",
     "a config that disagrees with the weights on tying gives a model without a head",
@@ -100,6 +101,7 @@ CHAT = Rule(
     "chat",
     "an answer is where the model's own template puts it, and whole, or others are learnt",
 )
+DOCUMENT_END = Rule("document-end", "a token that the tokenizer lacks fails after the import")
 DATA_PARTS = Rule("data-parts", "every part of the text is needed, training included")
 SEQ_LENGTH = Rule(
     "seq-length",

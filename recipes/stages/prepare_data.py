@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from nemo_convert.hub import has_chat_template
+from nemo_convert.hub import has_chat_template, has_token
 from nemo_convert.results import ImportResult
 from recipes.core.errors import RecipeError
 from recipes.core.files import link_or_copy, sha256_of
@@ -44,6 +44,12 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     for what, fix in _source_problems(cfg):
         yield Problem(rules.DATA_SOURCES, what, fix)
     yield from _chat_problems(cfg, chain)
+    if cfg.document_end and has_token(chain.hf_path, cfg.document_end) is False:
+        yield Problem(
+            rules.DOCUMENT_END,
+            f"data.document_end={cfg.document_end} is not in the tokenizer of {chain.hf_path}",
+            "set a token of its vocabulary, or leave it out",
+        )
     if (total := sum(cfg.fractions().values())) >= 1:
         yield Problem(
             rules.DATA_PARTS,

@@ -95,7 +95,7 @@ NAN, INFINITE, LARGE = float("nan"), float("inf"), 10**20
         (Hardware(price_per_hour=-INFINITE), "neither infinite nor nan"),
         (Hardware(bytes_per_second=0.5), "1e+06 or more"),
         (Hardware(memory_bytes=NAN), "memory_bytes=nan"),
-        (SlurmConfig(gpus="all"), "use one of: gpus-per-node, gres, none"),
+        (SlurmConfig(gpus="all"), "use one of: gpus-per-node, gres"),
         (SlurmConfig(time="1e-300"), "HH:MM:SS"),
         (RunSettings(skip_rules=["schedul"]), "Did you mean 'schedule'?"),
         (DockerConfig(options=["host"]), "an option of docker run"),

@@ -78,6 +78,11 @@ def head_is_missing(_: Patch, folder: Path) -> None:
     save_file({"model.embed_tokens.weight": np.zeros(1)}, folder / "model.safetensors")
 
 
+def tokenizer_is_small(_: Patch, folder: Path) -> None:
+    tokens = {"added_tokens": [{"content": "<s>"}], "model": {"vocab": {"a": 0}}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+
+
 @dataclass(frozen=True)
 class Trip:
     """Overrides of the width recipe that break a rule; with ``config``, of another teacher."""
@@ -105,9 +110,11 @@ TRIPS = {
     "cpu-precision": trip("cluster.executor=slurm"),
     "hardware-profile": trip(prepare=gpu_is_here),
     "bundled-config": trip("model=llama3_1_8b", "skip_rules=[memory]", prepare=hub_is_away),
+    "model": trip("stages.import_hf.hf_path=nope"),
     "tied-embeddings": trip(config={"tie_word_embeddings": False}, prepare=head_is_missing),
     "vocabulary": trip(*TP2, config={"vocab_size": 513}),
     "data-sources": trip("data.sources=[nowhere.txt]"),
+    "document-end": trip("data.document_end=<end>", config={}, prepare=tokenizer_is_small),
     "data-parts": trip("stages.prepare_data.heldout_fraction=0.99"),
     "chat": trip("data.format=chat", "data.sources=[CHAT]", *SMALL, config={}),
     "seq-length": trip("data.seq_length=10000"),
