@@ -14,7 +14,6 @@ from launch.command_line import choices, groups
 from launch.planned import stage_names
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError, did_you_mean
-from recipes.planning.rules import REFUSED_FIELDS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -52,8 +51,6 @@ def explain(error: Exception) -> str:
         name = key.group(1) or key.group(2)
         full = re.search(r"full_key: (\S+)", text)
         where = full.group(1) if full else name
-        if rule := REFUSED_FIELDS.get(name):
-            return f"there is no field {where}: {rule.reason}.\n  fix: leave it out   [{rule.name}]"
         return f"there is no field {where}.{_nearest(where, name, error)}"
     said = "\n  ".join(messages[:2])
     return f"{said}\n  fix: {fix_of(said)}"

@@ -22,12 +22,9 @@ from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.losses import LogitsLoss
 from recipes.distillation.results import KeptLayers
 from recipes.distillation.settings import (
-    CACHE_FIELDS,
     CACHED,
     TERMS,
-    CacheLogitsConfig,
     DistillConfig,
-    cache_mismatches,
 )
 
 Pairs = Sequence[tuple[int, int]]
@@ -78,9 +75,8 @@ class TeacherSource:
             return cls()
         source = inputs["teacher"]
         if source.manifest.kind == CACHED:
-            cache = TeacherCache(source.artifact)
-            _require_fit(cfg, cache, source, inputs["data"])
-            return cls(cache=cache)
+            _require_same_text(source, inputs["data"])
+            return cls(cache=TeacherCache(source.artifact))
         checkpoint = nemo.find_checkpoint(source.artifact)
         pairs: Pairs = ()
         if cfg.hidden_weight:
@@ -91,19 +87,13 @@ class TeacherSource:
         return cls(checkpoint, pairs, fp8=cfg.fp8_teacher, validates=validates)
 
 
-def _require_fit(cfg: DistillConfig, cache: TeacherCache, source: Input, data: Input) -> None:
-    """Checks that a cached teacher has the distillation's settings and text.
-
-    Raises:
-        RecipeError: It was cached with other settings, or for other text.
-    """
-    cached = CacheLogitsConfig(**{name: getattr(cache.index, name) for name in CACHE_FIELDS})
-    problems = list(cache_mismatches(cfg, cached))
-    if source.manifest.input_content.get("data") != data.manifest.content():
-        what = f"the teacher in {source.directory} was cached for other text"
-        problems.append((what, "give both stages the same data, and cache the teacher again"))
-    for what, fix in problems:
-        raise RecipeError(f"{what}.", fix)
+def _require_same_text(cache: Input, data: Input) -> None:
+    """Raises ``RecipeError`` if a teacher was cached for other text; a plan checks the settings."""
+    if cache.manifest.input_content.get("data") != data.manifest.content():
+        raise RecipeError(
+            f"the teacher in {cache.directory} was cached for other text.",
+            "give both stages the same data, and cache the teacher again",
+        )
 
 
 @dataclass(frozen=True)

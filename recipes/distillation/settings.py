@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
@@ -257,21 +256,3 @@ class DistillConfig(TrainingConfig):
 
 CACHE_FIELDS = ("seq_length", "temperature", "top_k", "tail_draws")
 """Settings of a cached teacher that a distillation must match."""
-
-
-def cache_mismatches(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[tuple[str, str]]:
-    """Yields what is wrong, and a fix, where a distillation does not match its cached teacher."""
-    for name in ("seq_length", "temperature", "top_k"):
-        ours, cached = getattr(cfg, name), getattr(cache, name)
-        if ours not in (None, cached):
-            what = f"{name}={ours}, but the cached teacher has {name}={cached}"
-            yield what, f"set {name}={cached}, or cache the teacher again"
-    if cfg.context_parallel_size > 1:
-        what = f"context_parallel_size={cfg.context_parallel_size} with a cached teacher"
-        yield what, "use teacher=live, or context_parallel_size=1"
-    if cfg.hidden_weight:
-        what = "hidden_weight is set, but a cached teacher has no hidden states"
-        yield what, "use teacher=live, or hidden_weight=0"
-    if cache.tail_draws and cfg.logits_loss != DRAWN_LOSS:
-        what = f"logits_loss={cfg.logits_loss} with a teacher cached with tail_draws"
-        yield what, f"use {DRAWN_LOSS}, or cache with tail_draws=0"

@@ -23,9 +23,8 @@ from nemo_convert.hf import copy_side_files
 from recipes.backend.cpu_speed import speed_patches
 from recipes.backend.device import COLLECTIVE_TIMEOUT, collective_backend, device, select_gpu
 from recipes.backend.without_cuda import enable
-from recipes.core.compiled import compilation, missing_compiler
+from recipes.core.compiled import compilation
 from recipes.core.deadline import deadline
-from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input, metrics_file, rank, world_size
@@ -57,9 +56,6 @@ def train(
     log: MetricsLog,
 ) -> None:
     """Trains a model and writes it to ``out``; resumes from the last whole checkpoint."""
-    if cfg.compile and device() == "cpu" and (missing := missing_compiler()):
-        what, fix = missing
-        raise RecipeError(f"compile=true, but there is no {what} here.", fix)
     _set_environment(cfg)
     select_gpu()
     enable()

@@ -168,11 +168,6 @@ EXPERT_PARALLEL = Rule("expert-parallel", "experts are split over the replicas",
 OPTIMIZER_INSTANCES = Rule(
     "optimizer-instances", "every copy of the optimizer's state is split over as many replicas"
 )
-INTERLEAVED = Rule(
-    "interleaved",
-    "ModelOpt distils and prunes without an interleaved pipeline schedule",
-    f"{_NEMO}#11531",
-)
 RECOMPUTE = Rule(
     "recompute",
     "recomputed layers show the loss no hidden states; a part that is not there saves nothing",
@@ -233,8 +228,3 @@ GATES = Rule("gates", "a gate that names nothing measured would stop the chain a
 
 RULES = {rule.name: rule for rule in list(vars().values()) if isinstance(rule, Rule)}
 """All of them, in the order above."""
-
-REFUSED_FIELDS = {
-    "virtual_pipeline_model_parallel_size": INTERLEAVED,
-}
-"""Fields that users of NeMo know and look for, and the rule that says why there are none."""

@@ -20,9 +20,9 @@ from recipes.distillation.results import DistillationResult, KeptLayers
 from recipes.distillation.settings import (
     CACHE_FIELDS,
     CACHED,
+    DRAWN_LOSS,
     CacheLogitsConfig,
     DistillConfig,
-    cache_mismatches,
 )
 from recipes.distillation.stopping import INITIAL_KL, stop_reason
 from recipes.distillation.training import (
@@ -50,8 +50,7 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     yield from _loss_problems(cfg)
     yield from _pair_problems(cfg, chain)
     if (cache := _cached_teacher(cfg, chain)) is not None:
-        for what, fix in cache_mismatches(cfg, cache):
-            yield Problem(rules.CACHED_TEACHER, what, fix)
+        yield from _cache_problems(cfg, cache)
     yield from _live_teacher_problems(cfg, live)
     if cfg.stop_at_recovered is not None:
         yield from _stop_problems(cfg, live)
@@ -158,6 +157,36 @@ def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | Non
     if manifest is None or manifest.kind != CACHED:
         return None
     return CacheLogitsConfig(**{name: manifest.config[name] for name in CACHE_FIELDS})
+
+
+def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Problem]:
+    """Checks that a cached teacher has what the distillation needs."""
+    for name in ("seq_length", "temperature", "top_k"):
+        ours, cached = getattr(cfg, name), getattr(cache, name)
+        if ours not in (None, cached):
+            yield Problem(
+                rules.CACHED_TEACHER,
+                f"{name}={ours}, but the cached teacher has {name}={cached}",
+                f"set {name}={cached}, or cache the teacher again",
+            )
+    if cfg.context_parallel_size > 1:
+        yield Problem(
+            rules.CACHED_TEACHER,
+            f"context_parallel_size={cfg.context_parallel_size} with a cached teacher",
+            "use teacher=live, or context_parallel_size=1",
+        )
+    if cfg.hidden_weight:
+        yield Problem(
+            rules.CACHED_TEACHER,
+            "hidden_weight is set, but a cached teacher has no hidden states",
+            "use teacher=live, or hidden_weight=0",
+        )
+    if cache.tail_draws and cfg.logits_loss != DRAWN_LOSS:
+        yield Problem(
+            rules.CACHED_TEACHER,
+            f"logits_loss={cfg.logits_loss} with a teacher cached with tail_draws",
+            f"use {DRAWN_LOSS}, or cache with tail_draws=0",
+        )
 
 
 def workload(cfg: DistillConfig, chain: Chain) -> Workload:
