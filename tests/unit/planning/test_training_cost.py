@@ -9,7 +9,6 @@ import pytest
 
 from nemo_convert.architecture import Architecture
 from recipes.planning.hardware import CPU_PROFILES, LAYER_PASS_SECONDS
-from recipes.planning.tables import figures, tables
 from recipes.planning.training_cost import (
     peak_memory,
     pipeline_imbalance,
@@ -21,6 +20,7 @@ from recipes.planning.training_cost import (
 )
 from recipes.planning.transformer import forward_flops, layer_activation_bytes, loss_bytes
 from recipes.planning.workload import Layout, Workload
+from recipes.stages.plan import figures, tables
 from tests.unit.planning.models import (
     CPU,
     H100,
