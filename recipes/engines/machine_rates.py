@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import linear
 
 from nemo_convert.architecture import Architecture
-from recipes.engines.results import MachineRates
-from recipes.planning.hardware import MeasuredRates, cpuinfo
+from recipes.engines.results import MachineRates, TrainingRates
+from recipes.planning.hardware import cpuinfo
 
 REPEATS, FEWEST = 5, 3
 ENOUGH = 0.5
@@ -140,7 +140,7 @@ def _training_rate(dtype: torch.dtype) -> float:
     return (LAYERS * _flops(LAYER) + PARTS * _flops([HEAD])) / (LAYERS * layer + PARTS * part)
 
 
-def training_rates(threads: int) -> tuple[MeasuredRates, bool]:
+def training_rates(threads: int) -> tuple[TrainingRates, bool]:
     """Rates that trainings are planned with, and whether nothing else ran on the threads' cores.
 
     By the time that the threads had themselves: of what other programs took, little counts.
@@ -153,7 +153,7 @@ def training_rates(threads: int) -> tuple[MeasuredRates, bool]:
         copied = threads * copy_rate(seconds=own_seconds)
         had = time.process_time() - used
         alone = had > ALONE * threads * (time.perf_counter() - began)
-    return MeasuredRates(bfloat16, float32, copied), alone
+    return TrainingRates(bfloat16, float32, copied), alone
 
 
 def measure(arch: Architecture, threads: int, device: str = "cpu") -> MachineRates:

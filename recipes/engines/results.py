@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from recipes.evaluation.results import TextQuality
@@ -61,6 +62,19 @@ class Speedup:
     prefill_roofline: float
     decode: float
     decode_roofline: float
+
+
+@dataclass(frozen=True)
+class TrainingRates:
+    """Measured rates of all threads together, as ``Hardware`` names them."""
+
+    flops_per_second: float
+    float32_flops_per_second: float
+    bytes_per_second: float
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(rate, float) and 0 < rate < math.inf for rate in vars(self).values()):
+            raise ValueError(f"invalid rates: {self}")
 
 
 @dataclass(frozen=True)

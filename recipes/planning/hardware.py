@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from recipes.core.constraints import Bytes, Count, PositiveOrZero, Rate, between, one_of
-from recipes.core.files import write_json
-from recipes.core.fingerprint import digest
 from recipes.core.precision import Precision
-from recipes.core.versions import installed
-from recipes.core.wheels import cache_dir
 from recipes.planning.transformer import Compute
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
@@ -44,13 +37,6 @@ CPU_PROFILES: dict[bool, dict[str, Any]] = {
 """Two cores of an AMD EPYC, by whether they have bfloat16 GEMMs or emulate them."""
 UNKNOWN_CPU: dict[str, Any] = CPU_PROFILES[True] | {"precision": "32"}
 """For nodes that are not known here: a precision that every CPU trains in."""
-RATES_FOLDER = "machines"
-RATES_FORMAT = 3
-"""To raise when the measurement changes."""
-VARIABLE_INFO = (
-    "processor", "cpu MHz", "core id", "apicid", "initial apicid", "bogomips", "BogoMIPS",
-)  # fmt: skip
-"""Lines of ``/proc/cpuinfo`` that differ between cores or change over time."""
 
 
 @dataclass
@@ -146,38 +132,3 @@ def cpuinfo() -> str:
 def gpus_here() -> int:
     """Returns the number of GPUs that NVIDIA's driver knows of on this machine."""
     return len(list(DRIVER.iterdir())) if DRIVER.is_dir() else 0
-
-
-@dataclass(frozen=True)
-class MeasuredRates:
-    """Measured rates of all threads together, named as those of ``Hardware``."""
-
-    flops_per_second: float
-    float32_flops_per_second: float
-    bytes_per_second: float
-
-    def __post_init__(self) -> None:
-        if not all(isinstance(rate, float) and 0 < rate < math.inf for rate in vars(self).values()):
-            raise ValueError(f"invalid rates: {self}")
-
-
-def read_rates(threads: int) -> MeasuredRates | None:
-    """Reads the rates of this processor from the user's cache; ``None`` if there are none."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return MeasuredRates(**json.loads(_rates_file(threads).read_text(encoding="utf-8")))
-    return None
-
-
-def write_rates(threads: int, rates: MeasuredRates) -> None:
-    """Writes rates to the user's cache, if it is writable."""
-    file = _rates_file(threads)
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, asdict(rates))
-
-
-def _rates_file(threads: int) -> Path:
-    lines = {line for line in cpuinfo().splitlines() if not line.startswith(VARIABLE_INFO)}
-    key = {"processor": "\n".join(sorted(lines)), "cores": os.cpu_count(), "threads": threads}
-    key |= {"torch": installed("torch"), "format": RATES_FORMAT}
-    return cache_dir() / RATES_FOLDER / f"{digest(key)[:32]}.json"

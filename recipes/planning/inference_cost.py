@@ -1,14 +1,11 @@
 """What forward passes cost: memory of a rank and time of stages that train nothing, and serving.
 
-- A forward pass keeps nothing for a backward pass. Its activations are those of one layer.
-- Logits exist for a few positions at a time (``recipes.evaluation.predictions``). They come from a
-  float32 copy of the head. Models that are compared keep their heads until all have passed.
+- A forward pass holds one layer's activations. Logits exist for a few positions at a time and come
+  from a float32 copy of the head (``recipes.evaluation.predictions``).
 - Importance scores keep the input of every layer. ModelOpt's hooks hold the feed-forward
-  activations in float32, and their absolute values
-  (``modelopt/torch/prune/plugins/mcore_minitron.py``). Of experts they hold the outputs, while
-  Megatron holds the routed inputs twice: as chosen, and in the order of the experts.
-- Serving is bounded by the roofline model (Williams et al. 2009): a pass takes at least its FLOPs
-  over the FLOP/s, and at least its bytes over the bandwidth.
+  activations in float32, and their absolute values (``modelopt``'s ``mcore_minitron.py``). Of
+  experts they hold the outputs, while Megatron holds the routed inputs twice.
+- Serving is bounded by the roofline model (Williams et al. 2009).
 """
 
 from __future__ import annotations
@@ -145,9 +142,8 @@ def healing_cost(
 ) -> InferenceCost:
     """Costs the healing of a student, a layer of both models at a time, in float32.
 
-    It holds the residual streams of both models and their normed inputs for all of the text, the
-    inputs of the student's last projection for all of it, and the teacher's for a micro batch. The
-    embeddings count in equal parts for all layers. A CPU holds both stored models, too.
+    It holds the residual streams and normed inputs of both models, and the inputs of the student's
+    last projection, for all of the text. A CPU also holds both stored models.
     """
     models = (teacher, student)
     streams = sum(2 * arch.hidden_size for arch in models) + feed_forward_width(student)
@@ -174,8 +170,7 @@ def scoring_cost(
 ) -> InferenceCost:
     """Costs the importance scores of a model that is split over ``pipeline`` ranks.
 
-    ``ablated`` is the number of sequences that pass again without a layer or a block, over all of
-    these.
+    ``ablated`` counts the sequences that pass again, each without a layer or a block.
     """
     size, tokens = _bytes(bf16), text.micro_batch_tokens
     layout = Layout(devices=pipeline, pipeline=pipeline)

@@ -56,21 +56,18 @@ def memory_problem(name: str, needed: float, available: float, device: str, fix:
 
 
 def _training_memory_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
+    """Suggests the cheapest layout that fits, on as many ranks if there is one."""
     hardware = chain.hardware
     needed = peak_memory(job, hardware).total
     available = hardware.memory_of_rank(job.layout.devices)
-    if needed > available:
-        fix = _smaller_layout(name, job, chain)
-        yield memory_problem(name, needed, available, hardware.name, fix)
-
-
-def _smaller_layout(name: str, job: Workload, chain: Chain) -> str:
-    """Suggests the cheapest layout that fits, as overrides."""
-    fitting = proposals(job, chain.hardware, max(8, job.layout.devices))
+    if needed <= available:
+        return
+    fix = "use devices with more memory, or more of them"
+    fitting = proposals(job, hardware, max(8, job.layout.devices))
     same_ranks = [p for p in fitting if p.job.layout.ranks == job.layout.ranks]
-    for proposal in same_ranks or fitting:
-        return f"for example {' '.join(layout_overrides(name, proposal.job.layout))}"
-    return "use devices with more memory, or more of them"
+    for proposal in (same_ranks or fitting)[:1]:
+        fix = f"for example {' '.join(layout_overrides(name, proposal.job.layout))}"
+    yield memory_problem(name, needed, available, hardware.name, fix)
 
 
 def layout_overrides(stage: str, layout: Layout) -> list[str]:

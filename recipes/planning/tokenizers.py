@@ -41,8 +41,5 @@ def tokenizer_of(source: str, chain: Chain) -> str | None:
     if "hf_path" in vars(config):
         folder = Path(vars(config)["hf_path"])
         return tokenizer_sha256(folder) if folder.is_dir() else None
-    for name in SOURCES:
-        upstream = config.inputs.get(name)
-        if upstream is not None and upstream != source:
-            return tokenizer_of(upstream, chain)
-    return None
+    upstream = next((config.inputs[name] for name in SOURCES if name in config.inputs), None)
+    return None if upstream is None else tokenizer_of(upstream, chain)

@@ -1,14 +1,12 @@
 """FLOPs, bytes and memory of a transformer, in closed form and without torch.
 
-- A weight takes 2 FLOPs per token in a forward pass and 4 in a backward pass (Kaplan et al.,
-  arXiv:2001.08361). Causal attention computes half of the scores: 2·s·heads·channels FLOPs per
-  layer and token.
-- Activations are those that Megatron keeps of a layer (Korthikanti et al., arXiv:2205.05198),
-  written out for gated feed-forward layers, RMSNorm and attention that never stores its scores.
-- Memory traffic is what each operation between GEMMs reads and writes, in the order of
-  ``recipes.backend.local_layers``, of Megatron's layers and of ``recipes.distillation.losses``. It
-  matters on a CPU. A GPU's kernels fuse most of these operations.
-- Decoding reads all weights and the KV cache once per step.
+- A weight takes 2 FLOPs per token forward and 4 backward (Kaplan et al., arXiv:2001.08361). Causal
+  attention computes half of the scores: 2·s·heads·channels FLOPs per layer and token.
+- Activations are those that Megatron keeps of a layer (Korthikanti et al., arXiv:2205.05198), for
+  gated feed-forward layers, RMSNorm and attention that never stores its scores.
+- Memory traffic is what the operations between GEMMs read and write in
+  ``recipes.backend.local_layers``, Megatron's layers and ``recipes.distillation.losses``. A GPU's
+  kernels fuse most of them, so it counts only on a CPU.
 """
 
 from __future__ import annotations
@@ -67,11 +65,7 @@ class Compute:
 def pass_compute(arch: Architecture, seq_length: int, dtype_bytes: int, passes: int = 1) -> Compute:
     """Computes what a token's passes through a model take.
 
-    Args:
-        arch: The model.
-        seq_length: Tokens of a sequence.
-        dtype_bytes: Bytes of a value: 2 or 4.
-        passes: 1 forward; 3 with a backward pass; 4 with a forward pass that is recomputed.
+    ``passes`` is 1 forward, 3 with a backward pass, and 4 with a forward pass that is recomputed.
     """
     backward = passes > 1
     forwards = passes - BACKWARD if backward else passes
@@ -228,24 +222,18 @@ def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> tuple[flo
     layers = arch.parameters() - experts - table * (1 if arch.tied_embeddings else 2)
     first, last = stage == 0, stage == layout.pipeline - 1
     tables = first + last - (first and last and arch.tied_embeddings)
-    fraction = _stage_layers(arch, layout, stage) / arch.num_layers
+    fraction = pipeline_split(arch.num_layers, layout.pipeline)[stage] / arch.num_layers
     dense = (layers * fraction + table * tables) / layout.tensor
     return dense, experts * fraction / (layout.tensor * layout.expert)
-
-
-def _stage_layers(arch: Architecture, layout: Layout, stage: int) -> int:
-    return pipeline_split(arch.num_layers, layout.pipeline)[stage]
 
 
 def layer_activation_bytes(arch: Architecture, layout: Layout, tokens: float) -> float:
     """Bytes in bfloat16 that a layer's forward pass keeps for the backward pass.
 
     These are inputs and outputs of both norms, queries, keys, values and attention's output, both
-    halves of the first feed-forward GEMM and their gated product. Models with normalised queries
-    and keys also keep these before the norm. The norms' tensors are whole on every tensor-parallel
-    rank, unless sequence parallelism splits them. Experts keep their tokens, gathered from all
-    parts of a sequence, and the gated product a second time, scaled by the router's probability.
-    A recomputed feed-forward layer keeps its input only.
+    halves of the first feed-forward GEMM and their gated product; also queries and keys before
+    their norm. Only sequence parallelism splits the norms' tensors. Experts keep their tokens,
+    gathered from all parts of a sequence, and a gated product scaled by the router's probability.
     """
     whole = 4 * arch.hidden_size
     heads = 2 * (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
@@ -269,7 +257,7 @@ def peak_activation_bytes(arch: Architecture, job: Workload, stage: int, tokens:
     """
     layout = job.layout
     layer = layer_activation_bytes(arch, layout, tokens)
-    layers = _stage_layers(arch, layout, stage)
+    layers = pipeline_split(arch.num_layers, layout.pipeline)[stage]
     in_flight = min(layout.pipeline - stage, job.micro_batches)
     whole = 2 * tokens * arch.hidden_size
     split = layout.tensor if layout.sequence_parallel else 1
@@ -337,11 +325,6 @@ class Storage:
     kv_bytes: int = 4
     """Bytes of a value in the KV cache."""
 
-    def linear_bits(self) -> float:
-        """Bits of a weight in a linear layer, with its fraction of a scale."""
-        scale = SCALE_BITS / self.group_size if self.group_size else 0.0
-        return WEIGHT_BITS[self.precision] + scale
-
     def table_bits(self) -> float:
         """Bits of a weight in embedding and head: at least 8."""
         return 16.0 if self.precision in BF16_TABLES else max(8.0, WEIGHT_BITS[self.precision])
@@ -351,7 +334,9 @@ def stored_bytes(arch: Architecture, storage: Storage) -> float:
     """Bytes of all weights."""
     tables = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
     layers = arch.parameters() - tables
-    return (layers * storage.linear_bits() + tables * storage.table_bits()) / 8
+    scale = SCALE_BITS / storage.group_size if storage.group_size else 0.0
+    bits = WEIGHT_BITS[storage.precision] + scale
+    return (layers * bits + tables * storage.table_bits()) / 8
 
 
 def weight_traffic(arch: Architecture, storage: Storage) -> float:

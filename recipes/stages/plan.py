@@ -1,8 +1,10 @@
-"""What the chain will take, before it takes it: memory, time and money, and cheaper layouts."""
+"""Plans the chain: memory, time and money of its stages, and cheaper layouts."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,11 +15,15 @@ from pydantic import TypeAdapter
 
 from nemo_convert.architecture import Architecture
 from recipes.core.files import write_json
+from recipes.core.fingerprint import digest
 from recipes.core.manifest import Outcome
 from recipes.core.processes import cores
 from recipes.core.stage import Inputs, StageConfig, metrics_log
+from recipes.core.versions import installed
+from recipes.core.wheels import cache_dir
+from recipes.engines.results import TrainingRates
 from recipes.planning.chain import Chain
-from recipes.planning.hardware import Hardware, MeasuredRates, read_rates, write_rates
+from recipes.planning.hardware import Hardware, cpuinfo
 from recipes.planning.inference_cost import InferenceCost
 from recipes.planning.layouts import proposals
 from recipes.planning.results import Cell, PlanResult, Table
@@ -27,8 +33,16 @@ from recipes.planning.workload import Workload
 from recipes.stages.contract import Stage
 
 FILE = "plan.json"
+RATES_FOLDER = "machines"
+RATES_FORMAT = 3
+"""To raise when the measurement changes."""
+VARIABLE_INFO = (
+    "processor", "cpu MHz", "core id", "apicid", "initial apicid", "bogomips", "BogoMIPS",
+)  # fmt: skip
+"""Lines of ``/proc/cpuinfo`` that differ between cores or change over time."""
 T = TypeVar("T")
 Row = dict[str, Cell]
+Costs = Mapping[str, tuple[Workload, TrainingCost]]
 
 
 @dataclass
@@ -64,13 +78,13 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
     hardware = Hardware(**cfg.hardware)
     if hardware.measure and (rates := _rates()) is not None:
         hardware = replace(hardware, **asdict(rates))
-    trainings = {name: training_cost(job, hardware) for name, job in workloads.items()}
-    hours = {name: cost.hours for name, cost in trainings.items()}
+    costs = {name: (job, training_cost(job, hardware)) for name, job in workloads.items()}
+    hours = {name: cost.hours for name, (_, cost) in costs.items()}
     hours |= {name: cost.hours(hardware) for name, cost in inference.items()}
     result = PlanResult(
-        figures(workloads, hardware, cfg.from_published_config),
-        [*tables(workloads, hardware), *inference_table(inference, hardware)],
-        {name: cost.tokens_per_second for name, cost in trainings.items()},
+        figures(costs, hardware, cfg.from_published_config),
+        [*tables(costs, hardware), *inference_table(inference, hardware)],
+        {name: cost.tokens_per_second for name, (_, cost) in costs.items()},
         {name: 3600 * spent for name, spent in hours.items()},
     )
     write_json(out / FILE, asdict(result))
@@ -84,7 +98,7 @@ def _typed(cls: type[T], plain: dict[str, Any]) -> T:
     return typed
 
 
-def _rates() -> MeasuredRates | None:
+def _rates() -> TrainingRates | None:
     """Returns this machine's rates, from the cache or measured in seconds; ``None`` without torch.
 
     Rates that were measured while other programs ran are not cached.
@@ -102,11 +116,31 @@ def _rates() -> MeasuredRates | None:
     return rates
 
 
-def figures(
-    jobs: Mapping[str, Workload], hardware: Hardware, from_published_config: bool
-) -> dict[str, Cell]:
+def read_rates(threads: int) -> TrainingRates | None:
+    """Reads the rates of this processor from the user's cache; ``None`` if there are none."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return TrainingRates(**json.loads(_rates_file(threads).read_text(encoding="utf-8")))
+    return None
+
+
+def write_rates(threads: int, rates: TrainingRates) -> None:
+    """Writes rates to the user's cache, if it is writable."""
+    file = _rates_file(threads)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, asdict(rates))
+
+
+def _rates_file(threads: int) -> Path:
+    lines = {line for line in cpuinfo().splitlines() if not line.startswith(VARIABLE_INFO)}
+    key = {"processor": "\n".join(sorted(lines)), "cores": os.cpu_count(), "threads": threads}
+    key |= {"torch": installed("torch"), "format": RATES_FORMAT}
+    return cache_dir() / RATES_FOLDER / f"{digest(key)[:32]}.json"
+
+
+def figures(workloads: Costs, hardware: Hardware, from_published_config: bool) -> dict[str, Cell]:
     """Returns a plan in a few numbers: sums over all workloads, and the largest memory."""
-    costs = [training_cost(job, hardware) for job in jobs.values()]
+    costs = [cost for _, cost in workloads.values()]
     return {
         "hardware": hardware.name,
         "GFLOP/s in bfloat16": round(hardware.flops_per_second / 1e9),
@@ -117,7 +151,7 @@ def figures(
         "shape of the teacher": "bundled copy: config.json cannot be read"
         if from_published_config
         else "its own",
-        "tokens": sum(job.tokens for job in jobs.values()),
+        "tokens": sum(job.tokens for job, _ in workloads.values()),
         "FLOPs": float(f"{sum(cost.flops for cost in costs):.3g}"),
         "hours": _rounded(sum(cost.hours for cost in costs)),
         "device-hours": _rounded(sum(cost.device_hours for cost in costs)),
@@ -127,16 +161,15 @@ def figures(
     }
 
 
-def tables(jobs: Mapping[str, Workload], hardware: Hardware) -> list[Table]:
+def tables(costs: Costs, hardware: Hardware) -> list[Table]:
     """Returns models, memory, time and cost of all workloads, and layouts of the last training."""
-    costs = {name: (job, training_cost(job, hardware)) for name, job in jobs.items()}
     made = [
-        *_table("Models", _models(jobs)),
+        *_table("Models", _models(costs)),
         *_table("Memory of the fullest rank, GB", _memory(costs, hardware)),
         *_table("Seconds of a step", _time(costs, hardware)),
         *_table("Time and money", _cost(costs, hardware)),
     ]
-    trainings = [(name, job) for name, job in jobs.items() if job.trained is not None]
+    trainings = [(name, job) for name, (job, _) in costs.items() if job.trained is not None]
     if trainings and hardware.on_gpu:
         name, job = trainings[-1]
         made += _table(f"Layouts of {name} that fit, the cheapest first", _layouts(job, hardware))
@@ -166,9 +199,9 @@ def _table(title: str, rows: Iterable[Row]) -> list[Table]:
     return [Table(title, list(listed[0]), [list(row.values()) for row in listed])] if listed else []
 
 
-def _models(jobs: Mapping[str, Workload]) -> Iterable[Row]:
+def _models(costs: Costs) -> Iterable[Row]:
     seen: list[Architecture] = []
-    for name, job in jobs.items():
+    for name, (job, _) in costs.items():
         for role, arch in (("trained", job.trained), ("teacher", job.teacher)):
             if arch is None or arch in seen:
                 continue
@@ -184,9 +217,6 @@ def _models(jobs: Mapping[str, Workload]) -> Iterable[Row]:
                 "bf16 GB": f"{2 * arch.parameters() / 1e9:.2f}",
                 "FLOPs/token": _short(forward_flops(arch, job.seq_length)),
             }
-
-
-Costs = Mapping[str, tuple[Workload, TrainingCost]]
 
 
 def _memory(costs: Costs, hardware: Hardware) -> Iterable[Row]:

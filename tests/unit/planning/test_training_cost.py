@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +20,6 @@ from recipes.planning.training_cost import (
 )
 from recipes.planning.transformer import forward_flops, layer_activation_bytes, loss_bytes
 from recipes.planning.workload import Layout, Workload
-from recipes.stages.plan import figures, tables
 from tests.unit.planning.models import (
     CPU,
     H100,
@@ -292,17 +291,3 @@ def test_a_teachers_pass_has_no_optimizer() -> None:
     found = training_cost(job, H100)
     assert found.memory.optimizer == found.memory.weights == found.step.optimizer == 0
     assert found.memory.teacher == 2 * LLAMA.parameters()
-
-
-def test_tables_have_a_cell_for_each_column() -> None:
-    jobs = {"distill": distillation(QWEN_DEEP, QWEN)}
-    made = tables(jobs, H100)
-    assert [t.title.split(",")[0] for t in made][-1] == "Layouts of distill that fit"
-    for table in made:
-        assert table.rows
-        assert {len(row) for row in table.rows} == {len(table.columns)}
-    found = figures(jobs, H100, from_published_config=True)
-    assert found["device-hours"] == pytest.approx(5826, abs=2)
-    assert found["dollars"] == pytest.approx(3 * found["device-hours"], rel=0.001)
-    assert tables({}, H100) == []
-    assert asdict(training_cost(jobs["distill"], H100).memory).keys() <= {*made[1].columns}

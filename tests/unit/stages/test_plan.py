@@ -1,0 +1,102 @@
+"""The plan's tables, and the rates that it measures."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from recipes.core.manifest import ARTIFACT
+from recipes.engines.results import TrainingRates
+from recipes.planning import hardware
+from recipes.planning.results import PlanResult
+from recipes.planning.training_cost import training_cost
+from recipes.stages import plan as plan_stage
+from recipes.stages.plan import RATES_FOLDER, figures, read_rates, tables, write_rates
+from tests.unit.planning.models import H100, QWEN, distillation
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.unit.conftest import MakePlan
+
+RATES = TrainingRates(4.0e11, 2.0e11, 3.0e10)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The user's cache, on a processor without bfloat16."""
+    monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("model name : One\ncpu MHz : 2000\nflags : avx2\n")
+    return tmp_path
+
+
+def test_tables_have_a_cell_for_each_column() -> None:
+    job = distillation(replace(QWEN, num_layers=24), QWEN)
+    costs = {"distill": (job, training_cost(job, H100))}
+    made = tables(costs, H100)
+    assert [t.title.split(",")[0] for t in made][-1] == "Layouts of distill that fit"
+    for table in made:
+        assert table.rows
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+    found = figures(costs, H100, from_published_config=True)
+    assert found["device-hours"] == pytest.approx(5826, abs=2)
+    assert found["dollars"] == pytest.approx(3 * found["device-hours"], rel=0.001)
+    assert tables({}, H100) == []
+
+
+def test_rates_are_cached_for_a_processor_and_its_threads(cache: Path) -> None:
+    assert read_rates(2) is None
+    write_rates(2, RATES)
+    assert read_rates(2) == RATES
+    assert read_rates(1) is None
+    (cache / "cpuinfo").write_text("model name : One\ncpu MHz : 3000\nflags : avx2\n")
+    assert read_rates(2) == RATES  # the clock is not part of the key
+    (cache / "cpuinfo").write_text("model name : One\ncpu MHz : 2000\nflags : avx2 amx_bf16\n")
+    assert read_rates(2) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"flops_per_second": 1.0}', "NaN"])
+def test_an_invalid_cache_is_ignored(cache: Path, content: str) -> None:
+    write_rates(2, RATES)
+    [file] = (cache / RATES_FOLDER).iterdir()
+    if content == "NaN":
+        content = file.read_text().replace("200000000000.0", "NaN")
+    file.write_text(content)
+    assert read_rates(2) is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(cache: Path) -> None:
+    (cache / RATES_FOLDER).touch()
+    write_rates(2, RATES)
+    assert read_rates(2) is None
+
+
+def test_a_plan_uses_the_measured_rates(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of the profile, which are part of its settings."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(hardware, "LAYER_PASS_SECONDS", 0.0)  # does not depend on the rates
+    [planned] = [s for s in plan().stages if s.name == "plan"]
+    out = tmp_path / "work" / ARTIFACT
+    out.mkdir(parents=True)
+
+    def result(rates: TrainingRates, **settings: object) -> PlanResult:
+        write_rates(3, rates)
+        config = replace(planned.config, hardware=planned.config.hardware | settings)  # type: ignore[attr-defined]
+        found = plan_stage.run(config, {}, out).result
+        assert isinstance(found, PlanResult)
+        return found
+
+    slow = TrainingRates(*(rate / 100 for rate in asdict(RATES).values()))
+    one, hundred = result(RATES), result(slow)
+    assert one.figures["GFLOP/s in bfloat16"] == 400
+    assert hundred.figures["GFLOP/s in bfloat16"] == 4
+    for name in ("distill", "score"):
+        assert hundred.seconds[name] == pytest.approx(100 * one.seconds[name])
+    speeds = [found.tokens_per_second["distill"] for found in (one, hundred)]
+    assert speeds[0] == pytest.approx(100 * speeds[1])
+    assert result(slow, measure=False).figures != hundred.figures
