@@ -44,10 +44,7 @@ class Chain:
     """Of each other stage that runs models, once all checks have passed."""
 
     def shape_of(self, stage: str | None) -> Architecture:
-        """Returns the shape of a stage's model: the largest where a search is still to choose it.
-
-        The manifest has it for a stage of another run. It is the teacher's where it is not known.
-        """
+        """Returns the largest shape that a stage's model may have; the teacher's if unknown."""
         if stage is None:
             return self.teacher
         if stage in self.stages:

@@ -104,14 +104,19 @@ def _expert_problems(layout: Layout, role: str, shape: Architecture) -> Iterator
 
 def _shape_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[Problem]:
     tensor = layout.tensor
-    for axis in (*split_axes(shape), "vocab_size"):
-        size = getattr(shape, axis)
-        if size % tensor:
+    for axis in split_axes(shape):
+        if (size := getattr(shape, axis)) % tensor:
             yield Problem(
-                rules.VOCABULARY if axis == "vocab_size" else rules.TENSOR_PARALLEL,
+                rules.TENSOR_PARALLEL,
                 f"the {role}'s {axis}={size} is not divisible by TP={tensor}",
                 "lower tensor_model_parallel_size",
             )
+    if shape.vocab_size % tensor:
+        yield Problem(
+            rules.VOCABULARY,
+            f"the {role}'s vocab_size={shape.vocab_size} is not divisible by TP={tensor}",
+            "lower tensor_model_parallel_size",
+        )
     if shape.num_layers < layout.pipeline:
         yield Problem(
             rules.PIPELINE_PARALLEL,
