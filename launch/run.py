@@ -59,7 +59,7 @@ from launch.staleness import SKIP
 from launch.trackers import open_tracker, require_tracker
 from launch.tracking import SafeTracker, tracked_run
 from recipes.core.errors import RecipeError
-from recipes.core.files import remove_partial, storage_explained, write_text_atomically
+from recipes.core.files import explain_storage_errors, remove_partial, write_text_atomically
 from recipes.core.manifest import FORMAT, require_format
 from recipes.core.screen import screen
 from recipes.core.stage import REQUEST, RUN_FILE, asked, discard, left_behind, planned_stages
@@ -109,7 +109,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     to_do = any(stage.action != SKIP for stage in plan.stages)
     require_publishable(plan, settings, not to_do or executor.follows(cluster))
     if to_do:
-        with storage_explained(run_dir):
+        with explain_storage_errors(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             with lock.held(run_dir) as holding:
                 _write_requests(plan, recipe)

@@ -26,7 +26,7 @@ from launch.executors.slurm_settings import SlurmConfig
 from launch.planned import load_stage, stage_names
 from launch.schema import CONF
 from launch.settings import RunSettings
-from recipes.core.constraints import INT32, CountOrShare, Matching, OneOf
+from recipes.core.constraints import INT32, CountOrFraction, Matching, OneOf
 from recipes.core.stage import StageConfig
 from recipes.distillation.settings import TrainingConfig
 from recipes.planning.hardware import Hardware
@@ -162,8 +162,8 @@ def _allowed(mark: object) -> Iterator[str]:
     match mark:
         case AfterValidator(OneOf(names)):
             yield ", ".join(f"`{name}`" for name in names[:LISTED]) + ", …" * (len(names) > LISTED)
-        case AfterValidator(Matching(what=what) | CountOrShare(what=what)):
-            yield what
+        case AfterValidator(Matching(description=words) | CountOrFraction(description=words)):
+            yield words
         case FieldInfo(metadata=marks):
             yield from (word for one in marks for word in _allowed(one))
         case MinLen():

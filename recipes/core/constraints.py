@@ -1,7 +1,7 @@
-"""What a setting may be, declared with its field and checked before anything starts.
+"""Constraints of settings, declared with their fields and checked before anything starts.
 
-A field's type says it: ``max_steps: Count``, ``lr: Positive``. OmegaConf sees the plain type and
-converts what was given; pydantic then holds the values against what is declared.
+The type of a field is its constraint: ``max_steps: Count``, ``lr: Positive``. OmegaConf sees the
+plain type and converts the value; pydantic then checks it.
 """
 
 from __future__ import annotations
@@ -22,110 +22,113 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 INT32 = 2**31 - 1
-"""The most that kernels and file formats count to."""
+"""Largest integer of kernels and file formats."""
+REQUIREMENT = "requirement"
+"""Error type of the requirements in words below."""
 
 
-def whole(least: int, most: int = INT32) -> Any:
-    """A whole number from ``least`` to ``most``."""
+def integer(least: int, most: int = INT32) -> Any:
+    """Declares an integer from ``least`` to ``most``."""
     return Field(ge=least, le=most)
 
 
 def between(least: float, most: float) -> Any:
-    """A number from ``least`` to ``most``."""
+    """Declares a number from ``least`` to ``most``."""
     return Field(ge=least, le=most, allow_inf_nan=False)
+
+
+def _must_be(description: str) -> PydanticCustomError:
+    return PydanticCustomError(REQUIREMENT, "{must}", {"must": f"must be {description}"})
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of some names."""
+    """Accepts certain names."""
 
     names: tuple[str, ...]
 
     def __call__(self, value: str) -> str:
-        """Refuses any other."""
+        """Returns an accepted value."""
         if value not in self.names:
-            fix = f"use one of: {', '.join(self.names)}.{did_you_mean(value, self.names)}"
-            raise PydanticCustomError(FIX, "{fix}", {"fix": fix})
+            near = did_you_mean(value, self.names)
+            raise _must_be(f"one of: {', '.join(self.names)}.{near}")
         return value
 
 
 @dataclass(frozen=True)
 class Matching:
-    """A text of the form of a regular expression, which the error spares its reader."""
+    """Accepts texts that match a regular expression, which errors describe in words."""
 
     pattern: str
-    what: str
+    description: str
 
     def __call__(self, value: str) -> str:
-        """Refuses any other."""
+        """Returns an accepted value."""
         if not re.fullmatch(self.pattern, value):
-            raise PydanticCustomError(FIX, "{fix}", {"fix": f"give {self.what}"})
+            raise _must_be(self.description)
         return value
 
 
 @dataclass(frozen=True)
-class CountOrShare:
-    """A number of things, or a share of those that there are."""
+class CountOrFraction:
+    """Accepts a count, or a fraction of a whole."""
 
-    what: str = "a whole number, 1 or more, or a share below 1, such as 0.75"
+    description: str = "an integer, 1 or more, or a fraction below 1, such as 0.75"
 
     def __call__(self, value: float) -> float:
-        """Refuses any other."""
+        """Returns an accepted value."""
         if not (0 < value < 1 if isinstance(value, float) else 1 <= value <= INT32):
-            raise PydanticCustomError(FIX, "{fix}", {"fix": f"give {self.what}"})
+            raise _must_be(self.description)
         return value
 
 
 def one_of(*names: str) -> AfterValidator:
-    """One of some names."""
+    """Declares a text that is one of some names."""
     return AfterValidator(OneOf(names))
 
 
-def matching(pattern: str, what: str) -> AfterValidator:
-    """A text of the form of a regular expression, and what it is in words."""
-    return AfterValidator(Matching(pattern, what))
+def matching(pattern: str, description: str) -> AfterValidator:
+    """Declares a text that matches a regular expression."""
+    return AfterValidator(Matching(pattern, description))
 
 
-FIX = "fix"
-Count = Annotated[int, whole(1)]
-"""A number of things, of which there is one at least."""
-CountOrZero = Annotated[int, whole(0)]
-Tokens = Annotated[int, whole(1, 10**15)]
-Seed = Annotated[int, whole(0, 2**32 - 1)]
-"""What NumPy takes, the narrowest of those that draw."""
+Count = Annotated[int, integer(1)]
+CountOrZero = Annotated[int, integer(0)]
+Tokens = Annotated[int, integer(1, 10**15)]
+Seed = Annotated[int, integer(0, 2**32 - 1)]
+"""NumPy's range, the narrowest of the libraries that take a seed."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, between(1e-6, 1 - 1e-6)]
-"""A part of something that leaves a rest."""
-
-Size = Annotated[int | float, AfterValidator(CountOrShare())]
-"""Of a model that is made smaller."""
+Fraction = Annotated[float, between(1e-6, 1 - 1e-6)]
+"""Neither nothing nor all."""
+Size = Annotated[int | float, AfterValidator(CountOrFraction())]
+"""Size of a pruned model, or its fraction of the teacher's."""
 Rate = Annotated[float, between(1e6, 1e24)]
-"""FLOPs or bytes in a second: no machine of today is slower than a million."""
+"""FLOPs or bytes per second."""
 Bytes = Annotated[float, Field(ge=1e6)]
-"""Of a memory; it may be infinite, which means unknown."""
-Threads = Annotated[int, whole(1, 4096)]
+"""Size of a memory; infinite if unknown."""
+Threads = Annotated[int, integer(1, 4096)]
 Duration = Annotated[
     str,
     matching(r"(\d+-)?\d{1,2}:[0-5]\d:[0-5]\d", "HH:MM:SS or D-HH:MM:SS, in quotes in a YAML file"),
 ]
-"""As Slurm writes it."""
+"""A time limit in Slurm's format."""
 Variable = Annotated[str, matching(r"[A-Za-z_]\w*", "the name of an environment variable")]
 Environment = dict[Variable, str]
 
-FIXES = {
-    "greater_than": "use a number above {gt}",
-    "greater_than_equal": "use {ge} or more",
-    "less_than": "use a number below {lt}",
-    "less_than_equal": "use {le} or less",
-    "finite_number": "use a number, neither infinite nor nan",
-    "too_short": "give at least one",
-    "list_type": "give a list, such as [a,b]",
-    "string_type": "give a text",
-    "dict_type": "give names with values, such as {a: 1}",
-    FIX: "{fix}",
+MESSAGES = {
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be {le} or less",
+    "finite_number": "must be finite",
+    "too_short": "must not be empty",
+    "list_type": "must be a list, such as [a,b]",
+    "string_type": "must be a text",
+    "dict_type": "must be names with values, such as {{a: 1}}",
+    REQUIREMENT: "{must}",
 }
-"""What to do about each kind of pydantic's errors that a declaration here can lead to."""
+"""Messages by pydantic's type of error."""
 
 
 @cache
@@ -134,16 +137,17 @@ def _adapter(declared: type[DataclassInstance]) -> TypeAdapter[Any]:
 
 
 def violations(settings: DataclassInstance, where: str = "") -> Iterator[str]:
-    """Yields what is wrong with settings at ``where`` in the config, and how to mend it."""
+    """Yields a message for each invalid field of settings at ``where`` in the config."""
     try:
         _adapter(type(settings)).validate_python(asdict(settings))
     except ValidationError as error:
-        yield from (_message(found, where) for found in error.errors())
+        yield from (_message(details, where) for details in error.errors())
 
 
-def _message(found: ErrorDetails, where: str) -> str:
-    name = where + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in found["loc"])
-    context = found.get("ctx", {})
-    shown = {k: f"{v:g}" if isinstance(v, float) else v for k, v in context.items()}
-    fix = FIXES.get(found["type"], found["msg"]).format(**shown)
-    return f"{name.strip('.')}={found['input']} cannot be\n  fix: {fix}"
+def _message(details: ErrorDetails, where: str) -> str:
+    name = where + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in details["loc"])
+    context = details.get("ctx", {})
+    values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in context.items()}
+    message = MESSAGES.get(details["type"])
+    must = message.format(**values) if message else details["msg"]
+    return f"invalid {name.strip('.')}={details['input']}: {must}"

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, hashed, read as JSON, and linked where that can be done."""
+"""Writes files atomically, hashes and links them, and explains errors of the disk."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from recipes.core.errors import RecipeError
 from recipes.core.processes import cores
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
-HASHING_THREADS = 16
-"""At most; beyond, shared storage is the limit."""
-NEARLY_NOTHING = 1 << 20
-"""Bytes below which a disk is full."""
+MAX_HASHING_THREADS = 16
+"""With more, shared storage is the limit."""
+MIN_FREE_BYTES = 1 << 20
+"""A disk with less is taken to be full."""
 STORAGE_FIXES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
@@ -29,13 +29,12 @@ STORAGE_FIXES = {
     errno.EACCES: "give yourself the right to it, or set run_dir to another directory",
     errno.EIO: "look at the disk: the kernel's log (dmesg) says more",
 }
-"""By number of an ``OSError`` that is the disk's."""
-ANEW = "it was cut short or edited: make it, or download it, anew"
-"""The fix of a file that should hold a JSON object."""
+"""How to fix errors of the disk, by ``errno``."""
+JSON_FIX = "it was cut short or edited: make it or download it again"
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Writes ``path`` so that a reader sees the old content or the new one, never a part."""
+    """Writes a file so that readers see either the old content or the new."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -48,45 +47,51 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what writers that were killed left in a folder; nothing may be writing there."""
+    """Removes partial files of killed writers from a folder that nobody writes to."""
     for partial in folder.glob(".*.partial"):
         partial.unlink(missing_ok=True)
 
 
 def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | None:
-    """What is wrong with the disk that a folder is on, if that is why something failed.
+    """Explains an error that is due to the disk of a folder; ``None`` for any other.
+
+    Libraries often hide that the disk is full, so free space is checked as well.
 
     Args:
-        error: What was raised; libraries often hide that the disk is full, so that is looked at,
-            too.
-        folder: Where it was written to.
+        error: The error, or ``None`` to check only free space.
+        folder: Folder that was written to.
     """
     while error is not None:
-        if (number := _number(error)) in STORAGE_FIXES:
-            where = (error.filename if isinstance(error, OSError) else None) or folder
-            return RecipeError(f"{where}: {os.strerror(number)}.", _fix(number))
+        if (code := _errno(error)) in STORAGE_FIXES:
+            path = (error.filename if isinstance(error, OSError) else None) or folder
+            return _storage_error(path, code)
         error = error.__cause__ or error.__context__
     try:
         free = shutil.disk_usage(folder).free
     except OSError:
         return None
-    if free > NEARLY_NOTHING:
+    if free > MIN_FREE_BYTES:
         return None
-    return RecipeError(f"{folder}: No space left on device.", _fix(errno.ENOSPC))
+    return _storage_error(folder, errno.ENOSPC)
 
 
-def _number(error: BaseException) -> int:
-    """What is wrong, which libraries in Rust say in words, as numpy does of a large array."""
+def _errno(error: BaseException) -> int:
+    """Returns an error's ``errno``, or 0; Rust and NumPy give it only in the message."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    if said := re.search(r"\(os error (\d+)\)", str(error)):
-        return int(said[1])
+    if match := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(match[1])
     return errno.ENOSPC if str(error).startswith("Not enough free space to write") else 0
 
 
+def _storage_error(path: object, code: int) -> RecipeError:
+    fix = f"{STORAGE_FIXES[code]}; the same command resumes"
+    return RecipeError(f"{path}: {os.strerror(code)}.", fix)
+
+
 @contextmanager
-def storage_explained(folder: Path) -> Iterator[None]:
-    """Says what is wrong with the disk that a folder is on, where that is why something fails."""
+def explain_storage_errors(folder: Path) -> Iterator[None]:
+    """Replaces errors that are due to the disk of a folder by explained ones."""
     try:
         yield
     except OSError as error:
@@ -95,17 +100,13 @@ def storage_explained(folder: Path) -> Iterator[None]:
         raise problem from error
 
 
-def _fix(number: int) -> str:
-    return f"{STORAGE_FIXES[number]}; the same command resumes"
-
-
 def write_json(path: Path, value: object, indent: int = 1) -> None:
-    """Writes a value as JSON for people to read, whole or not at all."""
+    """Writes a value as indented JSON, atomically."""
     write_text_atomically(path, json.dumps(value, indent=indent) + "\n")
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Gives a file a second name: no second copy, on a file system with hard links."""
+    """Makes a hard link to a file, or a copy on a file system without hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -119,13 +120,13 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_of_each(paths: Sequence[Path]) -> list[str]:
-    """Returns the SHA-256 of every file, read by a thread a core; hashing holds no lock."""
-    with ThreadPoolExecutor(min(HASHING_THREADS, cores())) as pool:
+    """Returns the SHA-256 of each file; hashing releases the GIL, so threads share the work."""
+    with ThreadPoolExecutor(min(MAX_HASHING_THREADS, cores())) as pool:
         return list(pool.map(sha256_of, paths))
 
 
 def digest_files(files: Iterable[Path]) -> str:
-    """One SHA-256 of several files' names and contents."""
+    """Returns one SHA-256 of the names and contents of several files."""
     ordered = sorted(files, key=lambda f: f.name)
     total = hashlib.sha256()
     for file, digest in zip(ordered, sha256_of_each(ordered), strict=True):
@@ -134,11 +135,15 @@ def digest_files(files: Iterable[Path]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object, with a message that names the file when it is none."""
+    """Reads a JSON object.
+
+    Raises:
+        RecipeError: The file has none.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RecipeError(f"{path} is not valid JSON: {error}", ANEW) from error
+        raise RecipeError(f"{path} is not valid JSON: {error}", JSON_FIX) from error
     if not isinstance(data, dict):
-        raise RecipeError(f"{path} holds no JSON object.", ANEW)
+        raise RecipeError(f"{path} holds no JSON object.", JSON_FIX)
     return data

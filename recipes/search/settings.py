@@ -9,7 +9,7 @@ from typing import Annotated
 from omegaconf import MISSING
 
 from nemo_convert.architecture import Architecture
-from recipes.core.constraints import Count, CountOrZero, Threads, Tokens, one_of, whole
+from recipes.core.constraints import Count, CountOrZero, Threads, Tokens, integer, one_of
 from recipes.core.precision import Precision
 from recipes.core.stage import Inputs, StageConfig
 from recipes.distillation.settings import DistillConfig
@@ -60,7 +60,7 @@ class MeasureLatencyConfig(StageConfig):
     """What may become smaller, as in the search."""
     service: Service = field(default_factory=Service)
     """Batch and context that a step is timed at; this and the space are put in from the search."""
-    new_tokens: Annotated[int, whole(2)] = 32
+    new_tokens: Annotated[int, integer(2)] = 32
     """Tokens that are written, whose mean time is a step's."""
     repetitions: Count = 3
     """Measured runs of every shape, after one that warms up."""

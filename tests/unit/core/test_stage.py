@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from launch.logs import reason
 from recipes.core.errors import RecipeError
-from recipes.core.files import NEARLY_NOTHING, storage_problem
+from recipes.core.files import MIN_FREE_BYTES, storage_problem
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, check_artifact, read_manifest
 from recipes.core.metrics import METRICS, MetricsLog, read_records
 from recipes.core.stage import left_behind, metrics_log, unfinished
@@ -217,7 +217,7 @@ def test_a_disk_that_is_not_full_afterwards_was_too_small(
     with small_disk(tmp_path / "small") as disk:
         with pytest.raises(Exception, match="space") as caught:
             write(np.zeros(32 << 20, np.uint8), disk.folder / "array")
-        assert shutil.disk_usage(disk.folder).free > NEARLY_NOTHING
+        assert shutil.disk_usage(disk.folder).free > MIN_FREE_BYTES
         said = str(storage_problem(caught.value, disk.folder))
     assert said.startswith(f"{disk.folder}: No space left on device.")
 

@@ -106,7 +106,7 @@ def test_blocks_are_of_each_rounds_layers(plan: MakePlan) -> None:
 @pytest.mark.parametrize(
     ("words", "recipe", "said"),
     [
-        (["rounds=0"], "llama_width_prune", "use 1 or more"),
+        (["rounds=0"], "llama_width_prune", "must be 1 or more"),
         (["rounds=two"], "llama_width_prune", "use a whole number"),
         (["rounds=2"], "llama_search", "has no prune and no distill"),
         (

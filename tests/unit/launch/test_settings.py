@@ -51,7 +51,7 @@ BAD = (
     {},
     {"a": 1},
 )
-FIX = re.compile(r"\n  fix: |Did you mean '")
+FIX = re.compile(r"\n  fix: |Did you mean '|: must ")
 CHAINS = [(f"recipe={name}",) for name in schema.recipes()]
 CHAINS += [
     (
