@@ -61,11 +61,11 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Contender:
+class DistillMethod:
     """One way to distil.
 
     Attributes:
-        reference: Contender on the same batches, whose first loss it must reproduce.
+        reference: Method on the same batches, whose first loss it must reproduce.
         stages: Stages of our path; none for a loop.
         overrides: Overrides of the launcher besides the inputs and the shape.
     """
@@ -78,25 +78,25 @@ class Contender:
 CACHED = ("plan", "cache_logits", "distill")
 COMPILED = "stages.distill.compile=true"
 CONTENDERS = {
-    "nemo": Contender("nemo-fp32", ("plan", "distill")),
-    "nemo-cached": Contender(None, CACHED, ("teacher=cached",)),
-    "nemo-compiled": Contender("nemo-fp32", ("plan", "distill"), (COMPILED,)),
-    "nemo-cached-compiled": Contender(None, CACHED, ("teacher=cached", COMPILED)),
-    "nemo-fp32": Contender(None, ("plan", "distill"), ("stages.distill.precision='32'",)),
-    "megatron-cached-compiled": Contender(
+    "nemo": DistillMethod("nemo-fp32", ("plan", "distill")),
+    "nemo-cached": DistillMethod(None, CACHED, ("teacher=cached",)),
+    "nemo-compiled": DistillMethod("nemo-fp32", ("plan", "distill"), (COMPILED,)),
+    "nemo-cached-compiled": DistillMethod(None, CACHED, ("teacher=cached", COMPILED)),
+    "nemo-fp32": DistillMethod(None, ("plan", "distill"), ("stages.distill.precision='32'",)),
+    "megatron-cached-compiled": DistillMethod(
         None, CACHED, ("teacher=cached", COMPILED, "stages.distill.cpu_speed_patches=[]")
     ),
-    "loop-fp32": Contender(),
-    "loop-bf16": Contender("loop-fp32"),
-    "modelopt-bf16": Contender("loop-fp32"),
+    "loop-fp32": DistillMethod(),
+    "loop-bf16": DistillMethod("loop-fp32"),
+    "modelopt-bf16": DistillMethod("loop-fp32"),
 }
 
 
-def _without(patch: str) -> Contender:
+def _without(patch: str) -> DistillMethod:
     """Returns our fastest path without one of the sets of patches for CPU speed."""
     others = ",".join(name for name in SPEED_PATCH_NAMES if name != patch)
     overrides = ("teacher=cached", COMPILED, f"stages.distill.cpu_speed_patches=[{others}]")
-    return Contender(None, CACHED, overrides)
+    return DistillMethod(None, CACHED, overrides)
 
 
 CONTENDERS |= {f"without-{patch}": _without(patch) for patch in SPEED_PATCH_NAMES}
@@ -134,7 +134,7 @@ def run_contender(name: str, shape: Shape, run_dir: Path) -> Record:
     return Record(**run_child("benchmarks.loops", *options))
 
 
-def _run_stages(contender: Contender, shape: Shape, run_dir: Path, scratch: Path) -> Record:
+def _run_stages(contender: DistillMethod, shape: Shape, run_dir: Path, scratch: Path) -> Record:
     """Runs the launcher in ``scratch``, on the model and text of ``run_dir``."""
     _, teacher_stage, *_ = contender.stages  # the first stage after plan reads the teacher
     settings = {

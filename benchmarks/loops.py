@@ -36,7 +36,7 @@ LR, BETA1, BETA2, WEIGHT_DECAY, CLIP = 1e-4, 0.9, 0.95, 0.1, 1.0
 
 
 @dataclass(frozen=True)
-class Task:
+class LoopInputs:
     """Input of every baseline; batches are int64 [steps, micro batch, sequence]."""
 
     teacher: Any
@@ -49,7 +49,7 @@ class Task:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
 
 
-def loss_of(task: Task, tokens: Tensor) -> Tensor:
+def loss_of(task: LoopInputs, tokens: Tensor) -> Tensor:
     """Returns KL(teacher ‖ student) of a batch, in float32, as the mean over its tokens."""
     with task.autocast():
         with torch.inference_mode():
@@ -59,7 +59,7 @@ def loss_of(task: Task, tokens: Tensor) -> Tensor:
     return kl_div(scores, targets, log_target=True, reduction="sum") / tokens.numel()
 
 
-def loop(task: Task, record: Record) -> None:
+def loop(task: LoopInputs, record: Record) -> None:
     """Trains in the loop that a user would write."""
     optimizer = torch.optim.AdamW(
         task.student.parameters(),
@@ -78,7 +78,7 @@ def loop(task: Task, record: Record) -> None:
         record.losses.append(loss.item())
 
 
-def modelopt(task: Task, record: Record) -> None:
+def modelopt(task: LoopInputs, record: Record) -> None:
     """Trains with ModelOpt's ``KDTrainer`` on transformers' ``Trainer``, with its own loss.
 
     Raises:
@@ -129,7 +129,7 @@ def modelopt(task: Task, record: Record) -> None:
         trainer.train()
 
 
-LOOPS: dict[str, tuple[Callable[[Task, Record], None], bool]] = {
+LOOPS: dict[str, tuple[Callable[[LoopInputs, Record], None], bool]] = {
     "loop-fp32": (loop, False),
     "loop-bf16": (loop, True),
     "modelopt-bf16": (modelopt, True),
@@ -137,7 +137,7 @@ LOOPS: dict[str, tuple[Callable[[Task, Record], None], bool]] = {
 """What trains a baseline, and whether in bfloat16."""
 
 
-def load(run_dir: Path, shape: tuple[int, int, int], *, bfloat16: bool) -> Task:
+def load(run_dir: Path, shape: tuple[int, int, int], *, bfloat16: bool) -> LoopInputs:
     """Loads teacher, student and training text of a run, as batches of a shape.
 
     Raises:
@@ -150,7 +150,7 @@ def load(run_dir: Path, shape: tuple[int, int, int], *, bfloat16: bool) -> Task:
     teacher = load_transformers(find_checkpoint(run_dir / "import_hf" / ARTIFACT))
     student = load_transformers(find_checkpoint(run_dir / "prune" / ARTIFACT))
     teacher.config.use_cache = student.config.use_cache = False
-    return Task(
+    return LoopInputs(
         teacher.to(torch.bfloat16 if bfloat16 else torch.float32),
         student.train(),
         text.view(shape),

@@ -26,8 +26,8 @@ TIMES = (1, 10)
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Measurement of one preparation; memory in bytes."""
+class PreparationRun:
+    """One preparation; memory in bytes."""
 
     tokens: int
     seconds: float
@@ -57,7 +57,7 @@ def write_text(path: Path, size: int) -> None:
             file.write(json.dumps({"text": text}) + "\n")
 
 
-def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Measurement:
+def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> PreparationRun:
     """Measures a preparation in this process."""
     from recipes.core.metrics import MetricsLog
     from recipes.data import preparation
@@ -77,7 +77,7 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Measu
     with text.open(encoding="utf-8") as file:
         documents = [json.loads(line)["text"] for line in file]
     alone = measured(lambda: tokenizer.encode(documents))
-    return Measurement(
+    return PreparationRun(
         tokens,
         main_process["seconds"],
         main_process["cpu_seconds"],
@@ -87,12 +87,12 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Measu
     )
 
 
-def measure(text: Path, model: Path, processes: int) -> Measurement:
+def measure(text: Path, model: Path, processes: int) -> PreparationRun:
     """Measures a preparation in a process of its own."""
     with tempfile.TemporaryDirectory(dir=text.parent) as folder:
         paths = [f"--text={text}", f"--model={model}", f"--folder={folder}"]
         result = run_child("benchmarks.prepare", *paths, f"--processes={processes}")
-    return Measurement(**result)
+    return PreparationRun(**result)
 
 
 def main() -> None:

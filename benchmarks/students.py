@@ -49,7 +49,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StudentResult:
     """A trained student and its evaluation."""
 
     way: str
@@ -77,7 +77,7 @@ def parse_way(text: str) -> Way:
     return Way(name, overrides)
 
 
-def train(way: Way, seed: int, steps: int, base: Path, student: Path, out: Path) -> Outcome:
+def train(way: Way, seed: int, steps: int, base: Path, student: Path, out: Path) -> StudentResult:
     """Trains and evaluates a student, unless that is complete."""
     teacher, data = base / "import_hf", base / "prepare_data"
     settings: dict[str, object] = {
@@ -101,7 +101,7 @@ def train(way: Way, seed: int, steps: int, base: Path, student: Path, out: Path)
     length = f"data.seq_length={manifest_of(data).config['seq_length']}"
     launch(base, out, stages, settings, length, *way.overrides)
     trained = manifest_of(out / "distill").result(TrainingResult)
-    return Outcome(
+    return StudentResult(
         way.name,
         seed,
         trained.tokens,
@@ -136,7 +136,7 @@ def with_spread(values: Sequence[float], style: str = ".1f") -> str:
     return f"{text} ± {format(stdev(values), style)}" if len(values) > 1 else text
 
 
-def draw(outcomes: Sequence[Outcome]) -> Table:
+def draw(outcomes: Sequence[StudentResult]) -> Table:
     """Makes the table: teacher and pruned model, then a row for each way."""
     first = outcomes[0].evaluation
     table = plain_table(

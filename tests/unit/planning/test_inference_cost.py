@@ -58,6 +58,9 @@ def test_a_comparison_holds_one_model_and_the_heads_of_all() -> None:
     attention = 2 * 8192 * 32 * 128 * 32
     tokens = 40 * 8192
     assert one.compute.flops == pytest.approx(tokens * (2 * LLAMA.active_weights() + attention))
+    ranking = ranking_cost(LLAMA, True, TEXT, H100).memory  # views of the teacher's weights
+    assert ranking.weights == 2 * LLAMA.parameters() + 2 * HEAD
+    assert conversion_cost(LLAMA, H100).memory.weights == 4 * LLAMA.parameters()
     # A CPU also holds the last hidden states of the text.
     cpu, gpu = (
         comparison_cost([LLAMA], False, TEXT, replace(CPU, kind=kind)) for kind in ("cpu", "gpu")
@@ -76,15 +79,6 @@ def test_importance_keeps_the_input_of_every_layer() -> None:
     again = scoring_cost(LLAMA, True, TEXT, H100, ablated=40)
     assert again.compute.flops == pytest.approx(1.6 * whole.compute.flops)
     assert 3600 * again.hours(H100) == pytest.approx(again.compute.flops / (9.89e14 * 0.35))
-
-
-def test_a_conversion_is_verified_in_float32() -> None:
-    assert conversion_cost(LLAMA, H100).memory.weights == 4 * LLAMA.parameters()
-
-
-def test_candidates_are_views_of_the_teachers_weights() -> None:
-    found = ranking_cost(LLAMA, True, TEXT, H100).memory
-    assert found.weights == 2 * LLAMA.parameters() + 2 * HEAD
 
 
 def test_healing_holds_a_layer_at_a_time_on_a_gpu() -> None:

@@ -40,13 +40,9 @@ def problems(cfg: DistillConfig, chain: Chain) -> list[Problem]:
     "cfg",
     [
         config(),
-        config(devices=2, tp=2),
-        config(devices=2, pp=2),
         config(devices=4, nodes=2, global_batch_size=32),
-        config(global_batch_size=12),
         config(devices=3, pp=3),
         config(devices=2, tp=2, sequence_parallel=True),
-        config(sequence_parallel=True, seq_length=255),
         config(devices=2, tp=2, seq_length=255),
     ],
 )

@@ -186,6 +186,11 @@ def test_bytes_of_a_parameter_are_those_of_megatron() -> None:
     assert many.optimizer == 12 * LLAMA.parameters() / 16
     full = peak_memory(replace(job, bf16=False), CPU)
     assert full.weights + full.gradients + full.optimizer == 16 * LLAMA.parameters()
+    split = peak_memory(replace(job, teacher=LLAMA, layout=Layout(devices=4, tensor=4)), H100)
+    assert split.teacher == pytest.approx(2 * LLAMA.parameters() / 4)
+    cache = training_cost(replace(job, trained=None, teacher=LLAMA), H100)
+    assert cache.memory.optimizer == cache.memory.weights == cache.step.optimizer == 0
+    assert cache.memory.teacher == 2 * LLAMA.parameters()
 
 
 @pytest.mark.parametrize(("batches", "ranks", "size"), [(1, 1, 2), (2, 1, 4), (1, 2, 4)])
@@ -200,7 +205,7 @@ def test_a_cpu_keeps_gradients_that_nothing_is_added_to(
 
 
 def test_copies_of_the_optimizer_take_memory_and_spare_the_network() -> None:
-    """A copy on each of two nodes: weights are gathered within it, an eighth of gradients goes."""
+    """A copy on each of two nodes gathers its weights and sends an eighth of the gradients."""
     whole = Layout(nodes=2, devices=8)
     job = distillation(LLAMA, None, layout=whole)
     copied = replace(job, layout=replace(whole, optimizer_instances=2))
@@ -210,11 +215,8 @@ def test_copies_of_the_optimizer_take_memory_and_spare_the_network() -> None:
     link, network = H100.link_bytes_per_second, H100.network_bytes_per_second
     assert seconds[0] == pytest.approx(6 * size * 15 / 16 / network)
     assert seconds[1] == pytest.approx(6 * size * 7 / 8 / link + 4 * size / 8 / network)
-
-
-def test_the_teacher_is_split_as_the_student_is() -> None:
-    job = distillation(replace(LLAMA, num_layers=16), LLAMA, layout=Layout(devices=4, tensor=4))
-    assert peak_memory(job, H100).teacher == pytest.approx(2 * LLAMA.parameters() / 4)
+    experts = distillation(with_experts(SMOLLM2), None, layout=Layout(devices=8, expert=4))
+    assert step_time(experts, H100).expert_communication > 0
 
 
 def test_recomputing_and_sequence_parallelism_save_activations() -> None:
@@ -279,15 +281,3 @@ def test_logits_of_teacher_and_student_are_counted() -> None:
     assert peak_memory(job, H100).logits == 2 * one + 3 * chunk / 2
     assert peak_memory(replace(job, terms=2), H100).logits == 2 * one + 4 * chunk / 2
     assert peak_memory(replace(job, trained=None), CPU).logits == 2 * one  # and a transposed copy
-
-
-def test_tokens_travel_to_their_experts() -> None:
-    job = distillation(with_experts(SMOLLM2), None, layout=Layout(devices=8, expert=4))
-    assert step_time(job, H100).expert_communication > 0
-
-
-def test_a_teachers_pass_has_no_optimizer() -> None:
-    job = replace(distillation(LLAMA, LLAMA, layout=Layout()), trained=None)
-    found = training_cost(job, H100)
-    assert found.memory.optimizer == found.memory.weights == found.step.optimizer == 0
-    assert found.memory.teacher == 2 * LLAMA.parameters()
