@@ -46,22 +46,20 @@ class Hardware:
     name: str = "cpu"
     """For tables."""
     kind: Annotated[str, one_of("cpu", "gpu")] = "cpu"
-    """``cpu``: the ranks of a node share its memory and its peak; ``gpu``: each has its own."""
+    """``gpu``: each rank has a device. ``cpu``: the ranks of a node share its memory and FLOP/s."""
     flops_per_second: Rate = 4.0e11
-    """Dense bfloat16 products: the peak of a GPU; what all cores of a node reach for ``cpu``."""
+    """In dense bfloat16 GEMMs: the peak of a GPU, or what all cores of a CPU node reach."""
     float32_flops_per_second: Rate = 1.9e11
-    """The same of float32, on a GPU without tensor cores. (TransformerEngine multiplies in
-    TensorFloat-32, which is several times as fast.)"""
+    """The same in float32; for a GPU, without tensor cores."""
     measure: bool = False
-    """Whether the plan takes rates that it measures on the machine it runs on, once, instead."""
+    """Whether the plan measures these rates on its machine, once."""
     memory_bytes: Bytes | None = None
-    """Of a device; by default what this machine has."""
+    """Of a device; by default this machine's."""
     bytes_per_second: Rate = 3.3e10
-    """Memory bandwidth: of a copy, each byte read and written, for ``cpu``."""
+    """Memory bandwidth; for ``cpu``, of a copy, whose bytes count as read and as written."""
     traffic_share: Annotated[float, between(0.01, 10)] | None = 1.4
-    """Of it, what operations between products of matrices reach, one after the other: caches hold
-    some of what they read, and what is changed in place is not read before it is written, too.
-    None where they are a part of ``utilisation``."""
+    """Fraction of that bandwidth that operations between GEMMs reach; above 1, because caches hold
+    part of their data. ``null`` if ``utilisation`` includes these operations."""
     link_bytes_per_second: Rate = 1.0e10
     """Between devices of a node, each way."""
     network_bytes_per_second: Rate = 1.0e9
@@ -69,17 +67,16 @@ class Hardware:
     utilisation: Annotated[float, between(0.01, 1)] = 1.0
     """Fraction of the peak that a training reaches while it computes, communication apart."""
     price_per_hour: PositiveOrZero = 0.05
-    """Of a device (of the node for ``cpu``), in dollars: an assumption, override it with yours."""
+    """Dollars for a device, or for a CPU node; an assumption, to be replaced by yours."""
     precision: Precision = "bf16-mixed"
-    """What training is fastest in there; the default of every training stage."""
+    """The fastest precision of a training; the default of all training stages."""
     inference_precision: Precision = "32"
-    """What models are measured in there; the default of every stage that compares them."""
+    """The default precision of all stages that compare models."""
     cuda_device_max_connections: Count | None = None
-    """The variable of that name under tensor or context parallelism. With 1, kernels start in the
-    order they were given, which hides communication before Blackwell; from there on NeMo takes
-    32, so that no stream waits for another."""
+    """The variable of that name, under tensor or context parallelism: 1 before Blackwell, where it
+    hides communication, and 32 from Blackwell on, as in NeMo."""
     reserved_bytes: PositiveOrZero = 0.75e9
-    """What a process takes before it holds a model: libraries, CUDA context, buffers of NCCL."""
+    """Memory of a process without a model: libraries, CUDA context, NCCL buffers."""
 
     @property
     def on_gpu(self) -> bool:

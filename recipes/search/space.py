@@ -1,7 +1,6 @@
 """Shapes that a teacher can be pruned to within a budget. Closed form, without torch.
 
-A shape is listed if no axis can grow by a step without leaving the budget: any other within it is a
-part of one that is listed.
+A shape is listed if no axis can grow by a step within the budget.
 """
 
 from __future__ import annotations
@@ -29,65 +28,65 @@ SEARCH_AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_he
 
 @dataclass
 class Space:
-    """What may become smaller, in which steps, and how far."""
+    """Axes that the search may prune, in which steps, and how far."""
 
     num_layers_divisor: Count = 1
-    """Steps in which layers go."""
+    """Step of the number of layers."""
     hidden_size_divisor: Count = 64
-    """Steps in which the width goes."""
+    """Step of the width."""
     ffn_hidden_size_divisor: Count = 64
-    """Steps in which the feed-forward width goes."""
+    """Step of the feed-forward width."""
     max_depth_pruning: Annotated[float, between(0, 0.99)] = 0.4
-    """Largest share of the layers that may go."""
+    """Largest fraction of the layers to prune."""
     max_width_pruning: Annotated[float, between(0, 0.99)] = 0.4
-    """Largest share of each width that may go."""
+    """Largest fraction of each width to prune."""
     prune_heads: bool = False
-    """Whether attention heads may go, as many from each query group."""
+    """Whether to prune attention heads, as many from each query group."""
     tensor_model_parallel_size: Count = 1
-    """Sizes are multiples of it, so that the student can be split as planned."""
+    """Sizes are multiples of it, so that tensor parallelism can split the student."""
 
 
 @dataclass
 class Budget:
-    """Limits that a shape keeps; of what it costs, up to 1 a share of the teacher's."""
+    """Limits of a shape's costs. Up to 1, a limit is a fraction of the teacher's cost."""
 
     parameters: Positive | None = None
-    """All of them, embeddings included."""
+    """Number of parameters, with embeddings."""
     weight_bytes: Positive | None = None
-    """As an engine stores them; see ``service``."""
+    """Bytes of the weights in an engine; see ``service``."""
     memory_bytes: Positive | None = None
-    """Weights and the cache of keys and values."""
+    """Bytes of weights and KV cache."""
     latency_ms: Positive | None = None
-    """Of one decoding step, by roofline or as ``measure_latency`` found."""
+    """Milliseconds of a decoding step, by roofline or from ``measure_latency``."""
     tokens_per_second: Positive | None = None
-    """At least so many new ones of all ``service.batch_size`` requests together, at
-    ``service.context_length``; from the same step, and never a share."""
+    """Least number of new tokens per second of all ``service.batch_size`` requests together, at
+    ``service.context_length``; never a fraction."""
 
     def limits(self) -> dict[str, float]:
-        """Those that are set."""
+        """Returns the limits that are set."""
         return {name: limit for name, limit in vars(self).items() if limit is not None}
 
 
 @dataclass
 class LatencyFit:
-    """What a decoding step takes, as ``measure_latency`` fits it to timed engines."""
+    """Time of a decoding step, fitted to timed engines by ``measure_latency``."""
 
     step_ms: PositiveOrZero = 0.0
-    """Whatever the shape."""
+    """Independent of the shape."""
     layer_ms: PositiveOrZero = 0.0
-    """More for each layer."""
+    """For each layer."""
     gigabyte_ms: PositiveOrZero = 0.0
-    """More for each 10⁹ bytes read."""
+    """For each 10⁹ bytes that are read."""
 
 
 @dataclass
 class Service:
-    """How the student is to be served, and on what: bfloat16 on one H100 by default."""
+    """How and on what the student is served; by default in bfloat16 on one H100."""
 
     device: str = "h100"
-    """Its name, for tables."""
+    """Name of the device, for tables."""
     flops_per_second: Rate = 9.89e14
-    """Of products in bfloat16."""
+    """Of GEMMs in bfloat16."""
     bytes_per_second: Rate = 3.35e12
     """Bandwidth of its memory."""
     precision: Annotated[str, one_of(*WEIGHT_BITS)] = "bf16"
@@ -95,28 +94,28 @@ class Service:
     group_size: Count = 64
     """Weights that share a scale, for ``int4``."""
     bytes_per_cached_value: Count = 2
-    """Of keys and values."""
+    """Bytes of a value in the KV cache."""
     batch_size: Count = 1
-    """Requests at once."""
+    """Number of simultaneous requests."""
     context_length: Count = 4096
-    """Tokens that a step sees, on average."""
+    """Mean number of tokens before a decoding step."""
     measured: LatencyFit | None = None
-    """Put in from ``measure_latency`` where there is one."""
+    """Set from ``measure_latency``, if the recipe has it."""
 
     @property
     def storage(self) -> Storage:
-        """How weights and cache are kept."""
+        """How the engine stores weights and KV cache."""
         group = self.group_size if self.precision == "int4" else None
         return Storage(self.precision, group, self.bytes_per_cached_value)
 
 
 def axes_of(shape: Architecture) -> dict[str, int]:
-    """Sizes of ``SEARCH_AXES``."""
+    """Returns the sizes of ``SEARCH_AXES``."""
     return {axis: getattr(shape, axis) for axis in SEARCH_AXES}
 
 
 def prune_settings(sizes: Mapping[str, int], layer_importance: str) -> dict[str, Any]:
-    """Settings of ``prune`` for sizes of ``SEARCH_AXES``, with divisors that fit them."""
+    """Returns settings of ``prune`` for sizes of ``SEARCH_AXES``, with divisors that fit them."""
     divisors = {axis: math.gcd(size, 64) for axis, size in sizes.items() if "hidden" in axis}
     return {
         "layer_importance": layer_importance,
@@ -126,23 +125,23 @@ def prune_settings(sizes: Mapping[str, int], layer_importance: str) -> dict[str,
 
 
 def weight_bytes(shape: Architecture, service: Service) -> int:
-    """All weights, as an engine stores them."""
+    """Bytes of all weights in an engine."""
     return round(stored_bytes(shape, service.storage))
 
 
 def cache_bytes(shape: Architecture, service: Service) -> int:
-    """Keys and values of full contexts."""
+    """Bytes of the KV cache of full contexts."""
     tokens = service.batch_size * service.context_length
     return kv_cache_bytes(shape, tokens, service.storage)
 
 
 def memory_bytes(shape: Architecture, service: Service) -> int:
-    """Weights and the cache of keys and values."""
+    """Bytes of weights and KV cache."""
     return weight_bytes(shape, service) + cache_bytes(shape, service)
 
 
 def latency_ms(shape: Architecture, service: Service) -> float:
-    """One decoding step at full context: as engines were measured, else by roofline."""
+    """Time of a decoding step at full context: measured if possible, else by roofline."""
     if service.measured is None:
         roofline = Roofline(service.flops_per_second, service.bytes_per_second)
         batch, context = service.batch_size, service.context_length
@@ -152,7 +151,7 @@ def latency_ms(shape: Architecture, service: Service) -> float:
 
 
 def tokens_per_second(shape: Architecture, service: Service) -> float:
-    """New tokens of all requests at full context, each of which gets one a step."""
+    """New tokens per second of all requests at full context; each gets one per step."""
     return 1e3 * service.batch_size / latency_ms(shape, service)
 
 
@@ -169,15 +168,15 @@ SHAPE_COSTS: dict[str, Callable[[Architecture, Service], float]] = {
     "latency_ms": latency_ms,
     "tokens_per_second": tokens_per_second,
 }
-"""What a budget can limit."""
+"""Costs that a budget can limit."""
 AT_LEAST = ("tokens_per_second",)
-"""Of them, what is not to be less; all others are not to be more."""
+"""Costs with a lower limit; all others have an upper limit."""
 
 
 def limits(
     teacher: Architecture, budget: Mapping[str, float], service: Service
 ) -> dict[str, float]:
-    """A budget in absolute terms: up to 1, costs are shares of the teacher's."""
+    """Returns a budget in absolute numbers: limits up to 1 are fractions of the teacher's cost."""
     return {
         name: limit * SHAPE_COSTS[name](teacher, service)
         if limit <= 1 and name not in AT_LEAST
@@ -189,7 +188,7 @@ def limits(
 def enumerate_shapes(
     teacher: Architecture, space: Space, budget: Mapping[str, float], service: Service
 ) -> list[Architecture]:
-    """All largest shapes within a budget by names of ``SHAPE_COSTS``, the largest first."""
+    """Lists the shapes that cannot grow within a budget of ``SHAPE_COSTS``, the largest first."""
     allowed = limits(teacher, budget, service)
     choices = {axis: _choices(teacher, space, axis) for axis in SEARCH_AXES}
 
@@ -213,7 +212,7 @@ def enumerate_shapes(
         *(choices[axis] for axis in SEARCH_AXES if "ffn" not in axis)
     ):
         base = replace(teacher, num_layers=layers, hidden_size=hidden, num_attention_heads=heads)
-        # Whatever the budget limits, a wider shape costs more of it.
+        # Every cost grows with the width, so the widest shape that fits can be bisected.
         place = bisect(widest, False, key=lambda ffn: fits(replace(base, ffn_hidden_size=ffn)))
         if place < len(widest):
             shape = replace(base, ffn_hidden_size=widest[place])
@@ -223,21 +222,21 @@ def enumerate_shapes(
 
 
 def corners(teacher: Architecture, space: Space) -> list[Architecture]:
-    """The teacher, it with each axis as small as may be, and with all of them so."""
+    """Returns the teacher, the teacher with each axis at its minimum, and with all of them."""
     least: dict[str, Any] = {axis: min(_choices(teacher, space, axis)) for axis in SEARCH_AXES}
     each = (replace(teacher, **{axis: size}) for axis, size in least.items())
     return list(dict.fromkeys([teacher, *each, replace(teacher, **least)]))
 
 
 def middle(teacher: Architecture, space: Space) -> Architecture:
-    """A shape between the corners."""
+    """Returns a shape between the corners."""
     choices = {axis: _choices(teacher, space, axis) for axis in SEARCH_AXES}
     sizes: dict[str, Any] = {axis: found[len(found) // 2] for axis, found in choices.items()}
     return replace(teacher, **sizes)
 
 
 def _choices(teacher: Architecture, space: Space, axis: str) -> list[int]:
-    """Sizes of an axis, the teacher's among them."""
+    """Returns the sizes of an axis, including the teacher's."""
     whole: int = getattr(teacher, axis)
     depth = axis == "num_layers"
     least = whole * (1 - (space.max_depth_pruning if depth else space.max_width_pruning))
@@ -251,7 +250,7 @@ def _choices(teacher: Architecture, space: Space, axis: str) -> list[int]:
 
 
 def name_of(shape: Architecture) -> str:
-    """A short name that tells the sizes."""
+    """Returns a short name that states the sizes."""
     return (
         f"l{shape.num_layers}-h{shape.hidden_size}-f{shape.ffn_hidden_size}"
         f"-a{shape.num_attention_heads}"
