@@ -1,4 +1,4 @@
-"""What is done around every step of a training: logged, guarded, saved at the deadline, traced."""
+"""Callbacks of a training: logging, non-finite gradients, early stop, deadline, profiler."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from recipes.distillation.settings import DistillConfig, TrainingConfig
 from recipes.distillation.stopping import VALIDATE, stop_reason
 
 COLLECT_EVERY = 100
-"""Steps between collections of garbage."""
+"""Steps between garbage collections."""
 
 
 class StepLogger(Callback):
-    """Logs every step, and keeps an update that is not finite from the weights."""
+    """Logs every step, and skips updates with a non-finite gradient."""
 
     def __init__(self, cfg: TrainingConfig, log: MetricsLog) -> None:
         self._cfg, self._log = cfg, log
@@ -37,21 +37,26 @@ class StepLogger(Callback):
         self._skipped = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Starts the clock, and stands guard before the optimizer's update."""
+        """Starts the timer, and wraps the optimizer's update."""
         self._last = time.monotonic()
         optimizer = trainer.optimizers[0].mcore_optimizer
         norm, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
 
         def get_grad_norm() -> float:
             self._norm = float(norm())
-            self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # afterwards it is the next's
+            # Read here: after the update it is the next step's.
+            self._lr = trainer.optimizers[0].param_groups[0]["lr"]
             return self._norm
 
         optimizer.get_grad_norm = get_grad_norm
-        optimizer.step_with_ready_grads = lambda: self._guarded(update, trainer, pl_module)
+        optimizer.step_with_ready_grads = lambda: self._update_if_finite(update, trainer, pl_module)
 
-    def _guarded(self, update: Callable[[], bool], trainer: Any, model: KDModel) -> bool:
-        """Updates unless the gradient's norm is not finite, which every rank sees alike."""
+    def _update_if_finite(self, update: Callable[[], bool], trainer: Any, model: KDModel) -> bool:
+        """Updates if the gradient norm, which all ranks share, is finite.
+
+        Raises:
+            RecipeError: More than ``max_nonfinite_steps`` steps had a non-finite gradient.
+        """
         if math.isfinite(self._norm):
             return update()
         self._skipped += 1
@@ -84,11 +89,11 @@ class StepLogger(Callback):
         self._log.progress(self._cfg.stage, trainer.global_step, self._cfg.max_steps, **values)
 
     def on_validation_batch_end(self, trainer: object, pl_module: KDModel, *args: object) -> None:
-        """Keeps the batch's divergence from the teacher, where it is measured."""
+        """Collects the batch's KL to the teacher, if the teacher validates."""
         self._kds += pl_module.validated_kd()
 
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
-        """Logs the next-token loss on the validation part, and the divergence from the teacher."""
+        """Logs the validation loss, and the KL to the teacher if it was measured."""
         values = {"val_loss": float(trainer.callback_metrics["val_loss"])}
         if self._kds:
             values["val_kd"] = mean(self._kds)
@@ -98,7 +103,7 @@ class StepLogger(Callback):
 
 
 def finish_saving(trainer: Any) -> None:
-    """Waits until checkpoints that are being written are whole, on all ranks."""
+    """Waits on all ranks until asynchronous checkpoints are written."""
     trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
 
 
@@ -113,36 +118,36 @@ class StopAtRecovered(Callback):
         self._cfg, self._metrics = cfg, metrics
 
     def on_train_start(self, trainer: Any, pl_module: object) -> None:
-        """Before another step."""
-        # Rank 0 alone has the records.
+        """Stops before the first step of a restarted training, if the fraction was reached."""
+        # Only rank 0 has the records.
         met = rank() == 0 and stop_reason(self._cfg, self._metrics, trainer.global_step) != ""
         trainer.should_stop |= trainer.strategy.reduce_boolean_decision(met, all=False)
 
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
-        """On all ranks in the same step."""
+        """Stops all ranks in the same step."""
         if not trainer.sanity_checking:
             self.on_train_start(trainer, pl_module)
 
 
-class Clock(Callback):
-    """Saves and stops when the deadline has come.
+class StopAtDeadline(Callback):
+    """Saves a checkpoint and stops when the deadline is reached.
 
-    Not NeMo's own way, a timer that ends the fit as if it were complete: what follows would use a
-    half-trained model. And not a signal: it would have to reach every rank through a container.
+    NeMo's timer would end the fit as if it were complete, and later stages would use a half-trained
+    model. A signal would have to reach every rank through a container.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:
         self._cfg = cfg
 
     def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
-        """Asks all ranks, whose clocks differ, after every step but the last."""
+        """Stops if any rank's clock, which differ, has reached the deadline."""
         step = trainer.global_step
         if step >= self._cfg.max_steps:
             return
         if not trainer.strategy.reduce_boolean_decision(time_is_up(), all=False):
             return
-        saving = trainer.checkpoint_callback
-        saving._save_topk_checkpoint(trainer, saving._monitor_candidates(trainer))
+        checkpoint = trainer.checkpoint_callback
+        checkpoint._save_topk_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
         finish_saving(trainer)
         raise StoppedByClockError(
             f"stopped by the clock at step {step} of {self._cfg.max_steps}; a checkpoint is saved.",
@@ -150,46 +155,47 @@ class Clock(Callback):
         )
 
 
-class Collect(Callback):
-    """Collects garbage on all ranks in the same step: one that does it alone is waited for.
+class CollectGarbage(Callback):
+    """Collects garbage on all ranks in the same step, so that no rank waits for another.
 
-    And gives back what steps leave free before validating and saving, which ask for other pieces.
+    It also returns free memory to the system before validations and checkpoints, which allocate
+    other sizes than steps.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:
         self._cfg = cfg
 
     def on_train_start(self, trainer: object, pl_module: object) -> None:
-        """Leaves it to the steps."""
+        """Disables automatic collection."""
         gc.collect()
         gc.disable()
 
     def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
-        """Collects now and then; a checkpoint is written after it."""
+        """Collects every ``COLLECT_EVERY`` steps, and before a checkpoint returns memory."""
         if trainer.global_step % COLLECT_EVERY == 0:
             gc.collect()
         if trainer.global_step % self._cfg.checkpoint_interval == 0:
             return_free_memory()
 
     def on_validation_start(self, trainer: object, pl_module: object) -> None:
-        """Before it."""
+        """Returns free memory."""
         return_free_memory()
 
     def on_train_end(self, trainer: object, pl_module: object) -> None:
-        """Before the last checkpoint and the result."""
+        """Returns free memory before the last checkpoint and the result."""
         return_free_memory()
 
     def teardown(self, trainer: object, pl_module: object, stage: str) -> None:
-        """Leaves it to Python again."""
+        """Enables automatic collection."""
         gc.enable()
 
     def on_exception(self, *args: object) -> None:
-        """Leaves it to Python again."""
+        """Enables automatic collection."""
         gc.enable()
 
 
 class Profile(Callback):
-    """Writes a trace of the first to the last of some steps, for https://ui.perfetto.dev."""
+    """Writes a profiler trace of a range of steps, for https://ui.perfetto.dev."""
 
     def __init__(self, steps: tuple[int, int], folder: Path) -> None:
         (self._first, self._last), self._folder = steps, folder
@@ -197,13 +203,13 @@ class Profile(Callback):
         self._running = False
 
     def on_train_batch_start(self, trainer: Any, *args: object) -> None:
-        """Begins before the first step, or before a later one where a run is taken up again."""
+        """Starts at the first step of the range, or at the first after a restart."""
         if not self._running and self._first <= trainer.global_step + 1 <= self._last:
             self._profiler.start()
             self._running = True
 
     def on_train_batch_end(self, trainer: Any, *args: object) -> None:
-        """Writes after the last."""
+        """Writes the trace after the last step."""
         if self._running and trainer.global_step == self._last:
             self._profiler.stop()
             self._running = False

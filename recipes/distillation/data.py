@@ -1,4 +1,4 @@
-"""The data of a training stage: fixed windows in NeMo's data module, with what a teacher said."""
+"""The data of a training stage: fixed sequences in NeMo's data module, with a cached teacher."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.settings import TrainingConfig
 
 TEACHER_PREFIX = "teacher_"
-"""Begins the names of what a cached teacher says in a batch."""
+"""Prefix of the names of a cached teacher's tensors in a batch."""
 
 
 @dataclass(eq=False)
 class TokenWindows(Dataset):
-    """Samples of a training, any number of epochs of a part's windows.
+    """Samples of a training: any number of epochs over the sequences of a split.
 
-    Sample i is the window at place i mod n of epoch i // n.
+    Sample i is the sequence at position i mod n of epoch i // n.
     """
 
     tokens: np.ndarray
-    """All tokens of the part, see ``read_tokens``."""
+    """All tokens of the split, see ``read_tokens``."""
     seq_length: int
     num_samples: int
     seed: int | None = None
-    """Of the order of every epoch; ``None`` leaves the windows as they lie."""
+    """Seed of the order of every epoch; ``None`` keeps the order of the text."""
     end: int | None = None
-    """Token after every document, from which nothing is predicted; see ``counts``."""
+    """Token after every document, whose prediction is masked; see ``counted``."""
     learnt: np.ndarray | None = None
-    """Which tokens are to be predicted, see ``read_learnt``."""
+    """Which tokens are predicted, see ``read_learnt``."""
     attention_mask: Tensor | None = None
     cache: TeacherCache | None = None
-    """Restricts the windows to those it has."""
+    """Restricts the sequences to the cached ones."""
     numbers: list[int] | None = None
-    """Restricts the windows to these, in this order."""
+    """Restricts the sequences to these, in this order."""
     ids: np.ndarray = field(init=False)
     _epoch: int = field(init=False, default=-1)
 
@@ -71,12 +71,12 @@ class TokenWindows(Dataset):
         return self.num_samples
 
     def __getitem__(self, sample: int) -> dict[str, Tensor]:
-        """Tensors of one sample, S tokens long.
+        """Returns the tensors of one sample of S tokens.
 
         Returns:
             ``tokens``, ``labels`` and ``position_ids`` int64 [S], ``loss_mask`` float32 [S],
-            ``attention_mask`` if there is one, and from a cache ``TopK``'s, [S, …], as
-            ``teacher_indices`` and so on.
+            ``attention_mask`` if there is one, and with a cache the tensors of ``TopK`` [S, …], as
+            ``teacher_indices`` etc.
         """
         number = self.window_of(sample)
         tokens = torch.from_numpy(window(self.tokens, self.seq_length, number))
@@ -99,21 +99,21 @@ class TokenWindows(Dataset):
         return item
 
     def window_of(self, sample: int) -> int:
-        """Number of a sample's window."""
-        epoch, place = divmod(sample, len(self.ids))
+        """Returns the number of a sample's sequence."""
+        epoch, position = divmod(sample, len(self.ids))
         if self.seed is None:
-            return int(self.ids[place])
-        if epoch != self._epoch:  # samples come in order, so the last one is kept
+            return int(self.ids[position])
+        if epoch != self._epoch:  # samples come in order, so only the last order is stored
             self._order = window_order(self.ids, self._total, self.seed, epoch)
             self._epoch = epoch
-        return int(self._order[place])
+        return int(self._order[position])
 
 
 class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
-    """NeMo's data module over fixed windows instead of ``GPTDataset``'s.
+    """NeMo's data module over fixed sequences instead of ``GPTDataset``'s.
 
-    Those depend on seed and number of steps. Sampling, splitting over data-parallel ranks and
-    resuming at the consumed samples stay NeMo's. Nothing is predicted after the token ``end``.
+    Those of ``GPTDataset`` depend on the seed and the number of steps. NeMo still does the
+    sampling, splits samples over data-parallel ranks, and resumes at the consumed samples.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         validation: list[SourceTokens],
         **settings: Any,
     ) -> None:
-        # The base class wants paths that exist; ``setup`` reads the parts itself.
+        # The base class requires existing paths; ``setup`` reads the splits.
         super().__init__(paths=[str(prefix(artifact, "train"))], num_workers=0, **settings)
         self._artifact, self._end, self._cache = artifact, end, cache
         self._validation = validation
@@ -134,10 +134,10 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
     def of(
         cls, cfg: TrainingConfig, data: Input, tokenizer: Any, cache: TeacherCache | None
     ) -> TrainingData:
-        """The data that a training stage's config asks for.
+        """Returns the data of a training stage.
 
         Raises:
-            RecipeError: Its conversations are whole in windows of another length.
+            RecipeError: The data has conversations of another ``seq_length``.
         """
         require_windows(data, cfg.seq_length)
         text = data.manifest.result(DatasetResult)
@@ -155,25 +155,29 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         )
 
     def setup(self, stage: str = "") -> None:
-        """Opens the parts; called by the trainer. Refuses less than a batch to train on."""
+        """Opens the splits; called by the trainer.
+
+        Raises:
+            RecipeError: There is less than a batch to train on.
+        """
         batch = self.data_sampler.global_batch_size
-        # One batch more than is used: a run killed after its last step resumes at the very end,
-        # and NeMo's sampler refuses to stand there.
+        # One batch more than is used: a run that was killed after its last step resumes at the end,
+        # where NeMo's sampler would fail.
         samples = (self.trainer.max_steps + 1) * batch
         self._train_ds = self._windows("train", samples, seed=self.seed, cache=self._cache)
         self._require_batch(len(self._train_ds.ids), batch)
-        wanted = self.trainer.limit_val_batches * batch
-        spans = spread(self._validation, self.seq_length, wanted).values()
-        # In turn, so that whole batches leave out no source.
-        in_turn = [n for each in zip_longest(*spans) for n in each if n is not None]
-        self._validation_ds = self._windows("validation", 0, numbers=in_turn)
+        count = self.trainer.limit_val_batches * batch
+        by_source = spread(self._validation, self.seq_length, count).values()
+        # Sources alternate, so that whole batches omit none.
+        alternating = [n for each in zip_longest(*by_source) for n in each if n is not None]
+        self._validation_ds = self._windows("validation", 0, numbers=alternating)
         whole = max(1, len(self._validation_ds.ids) // batch)
         steps = max(1, min(self.trainer.limit_val_batches, whole))
         self._validation_ds.num_samples = steps * batch
         self._test_ds = self._validation_ds
 
     def _windows(self, part: str, samples: int, **settings: Any) -> TokenWindows:
-        # NeMo's step demands one where TransformerEngine is missing; our attention reads none.
+        # NeMo's step requires a mask without TransformerEngine; our attention does not read it.
         mask = torch.zeros(1, 1, 1, dtype=torch.bool) if self.create_attention_mask else None
         return TokenWindows(
             read_tokens(self._artifact, part),
@@ -185,14 +189,15 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
             **settings,
         )
 
-    def _require_batch(self, windows: int, batch: int) -> None:
-        if windows >= batch:
+    def _require_batch(self, sequences: int, batch: int) -> None:
+        if sequences >= batch:
             return
-        where, fix = ("the training part has", "give more text, or set data.seq_length")
-        if self._cache is not None:
-            where, fix = ("the cached teacher has", "raise num_windows of cache_logits, or set")
+        if self._cache is None:
+            source, fix = "the training data has", "add text, or lower data.seq_length or"
+        else:
+            source, fix = "the cached teacher has", "raise num_windows of cache_logits, or lower"
         raise RecipeError(
-            f"{where} {windows} windows of {self.seq_length} tokens, less than one batch of "
+            f"{source} {sequences} sequences of {self.seq_length} tokens, less than one batch of "
             f"global_batch_size={batch}.",
-            f"{fix} or global_batch_size lower".replace("set or", "set"),
+            f"{fix} global_batch_size",
         )

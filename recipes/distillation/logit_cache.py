@@ -2,15 +2,15 @@
 
 A directory with ``index.json`` and shards ``00000.safetensors`` …, each with
 
-- ``windows`` int32 [w]: numbers of the windows, see ``data``;
+- ``windows`` int32 [w]: numbers of the sequences, see ``data``;
 - ``indices`` uint16 or int32 [w, seq_length, k]: the k most likely tokens, the likeliest first;
 - ``log_probs`` float16 [w, seq_length, k + 1]: their log-probabilities, and that of all others;
-- where some of the others were drawn, ``draws`` uint16 or int32 [w, seq_length, draws], and
+- if the others were sampled, ``draws`` uint16 or int32 [w, seq_length, draws], and
   ``tail_entropy`` float16 [w, seq_length, 1]: -Σ p·log p over all others.
 
 With k = 32 and a vocabulary below 65,536 that is 130 bytes a token, with k = 128 it is 514, with 8
-and 6 draws 48. float16 keeps a probability to about 0.05% where it is large and 0.4% where it is
-one in 10,000.
+and 6 draws 48. float16 is exact to about 0.05% for a large probability and 0.4% for one in
+10,000.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ INDEX, SHARD = "index.json", "{:05d}.safetensors"
 
 @dataclass(frozen=True)
 class CacheIndex:
-    """What all shards have in common. Lengths in tokens."""
+    """Settings of all shards. Lengths in tokens."""
 
     vocabulary: int
     seq_length: int
@@ -45,11 +45,11 @@ class CacheIndex:
 
     @property
     def tensors(self) -> dict[str, tuple[torch.dtype, int]]:
-        """Type, and numbers a token, of what ``TopK`` has."""
+        """Returns type and numbers per token of each tensor of ``TopK``."""
         ids = torch.uint16 if self.vocabulary <= SMALL_VOCABULARY else torch.int32
         likeliest = {"indices": (ids, self.top_k), "log_probs": (torch.float16, self.top_k + 1)}
-        drawn = {"draws": (ids, self.tail_draws), "tail_entropy": (torch.float16, 1)}
-        return likeliest | (drawn if self.tail_draws else {})
+        samples = {"draws": (ids, self.tail_draws), "tail_entropy": (torch.float16, 1)}
+        return likeliest | (samples if self.tail_draws else {})
 
 
 def write_index(folder: Path, index: CacheIndex) -> None:
@@ -58,25 +58,25 @@ def write_index(folder: Path, index: CacheIndex) -> None:
 
 
 def write_shard(
-    path: Path, index: CacheIndex, windows: list[int], taught: TopK, teacher_loss: float
+    path: Path, index: CacheIndex, windows: list[int], top: TopK, teacher_loss: float
 ) -> None:
-    """Writes one shard, whole or not at all.
+    """Writes one shard atomically.
 
-    ``taught`` is of [windows, seq_length, …]; ``teacher_loss`` is of the next token.
+    ``top`` has the shape [windows, seq_length, …]; ``teacher_loss`` is the LM loss.
     """
     partial = path.with_suffix(".partial")
     tensors = {"windows": torch.tensor(windows, dtype=torch.int32)} | {
-        name: getattr(taught, name).to(dtype).contiguous()
+        name: getattr(top, name).to(dtype).contiguous()
         for name, (dtype, _) in index.tensors.items()
     }
-    tail = taught.log_probs[..., -1].exp().mean().item()
+    tail = top.log_probs[..., -1].exp().mean().item()
     figures = {"teacher_loss": str(teacher_loss), "tail_mass": str(tail)}
     save_file(tensors, partial, metadata=figures)
     partial.replace(path)
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a shard is there with all of its bytes, also after the machine went down."""
+    """Returns whether a shard exists with all of its bytes."""
     try:
         with safe_open(path, framework="pt"):
             return True
@@ -85,7 +85,7 @@ def is_whole(path: Path) -> bool:
 
 
 def cache_figures(folder: Path, index: CacheIndex) -> dict[str, float]:
-    """Means over all windows of what each shard says about itself."""
+    """Computes the means over all sequences of the figures in the shards' metadata."""
     sums: dict[str, float] = {"teacher_loss": 0.0, "tail_mass": 0.0}
     windows = 0
     for shard in range(index.shards):
@@ -107,15 +107,15 @@ class TeacherCache:
         places: list[tuple[int, int]] = []
         numbers: list[int] = []
         for shard in range(self.index.shards):
-            found = self._open(shard).get_tensor("windows").tolist()
-            numbers += found
-            places += [(shard, row) for row in range(len(found))]
+            in_shard = self._open(shard).get_tensor("windows").tolist()
+            numbers += in_shard
+            places += [(shard, row) for row in range(len(in_shard))]
         self.windows = np.array(numbers, dtype=np.int64)
-        """Numbers of the windows that the cache has."""
+        """Numbers of the cached sequences."""
         self._places = dict(zip(numbers, places, strict=True))
 
     def rows(self, window: int) -> dict[str, Tensor]:
-        """What the teacher says about a window: of ``TopK`` what is there, [seq_length, …]."""
+        """Reads the tensors of ``TopK`` of a sequence, [seq_length, …]."""
         shard, row = self._places[window]
         file = self._open(shard)
         return {
@@ -126,6 +126,6 @@ class TeacherCache:
         }
 
     def _open(self, shard: int) -> Any:
-        if shard not in self._files:  # mapped, so an open one costs nothing
+        if shard not in self._files:  # mapped, so an open file costs no memory
             self._files[shard] = safe_open(self._folder / SHARD.format(shard), framework="pt")
         return self._files[shard]

@@ -1,4 +1,4 @@
-"""Runs a teacher over windows of text and keeps its likeliest tokens, shard by shard."""
+"""Runs a teacher over sequences of text and stores its likeliest tokens, shard by shard."""
 
 from __future__ import annotations
 
@@ -46,12 +46,13 @@ from recipes.evaluation.sanity import require_better_than_chance
 def cache_logits(
     cfg: CacheLogitsConfig, teacher: Path, data: Input, shards: Path, out: Path, log: MetricsLog
 ) -> CacheResult | None:
-    """Caches the windows with which training begins; those in ``shards`` are not made again.
+    """Caches the first sequences of a training; complete shards in ``shards`` are kept.
 
-    Returns figures of all shards, on rank 0.
+    Returns:
+        The result over all shards, on rank 0.
 
     Raises:
-        StoppedByClockError: The deadline came before the last shard; on all ranks.
+        StoppedByClockError: The deadline was reached before the last shard; on all ranks.
     """
     parallel = nemo.Parallelism(tensor=cfg.tensor_model_parallel_size)
     nemo.initialize(parallel)
@@ -72,25 +73,25 @@ def cache_logits(
         vocabulary, cfg.seq_length, cfg.top_k, cfg.temperature, len(parts), cfg.tail_draws
     )
     shards.mkdir(exist_ok=True)
-    began = time.monotonic()
-    made, stopped = 0, False
-    for shard in _mine(len(parts)):
+    start = time.monotonic()
+    done, stopped = 0, False
+    for shard in _own_shards(len(parts)):
         if is_whole(path := shards / SHARD.format(shard)):
             continue
         texts = [window(tokens, cfg.seq_length, number) for number in parts[shard]]
         counts = [counted(tokens, learnt, cfg.seq_length, number, end) for number in parts[shard]]
-        found = _teach(
+        written = _evaluate_teacher(
             cfg, core, torch.from_numpy(np.stack(texts)), torch.stack(counts), parts[shard]
         )
-        if stopped := found is None:
+        if stopped := written is None:
             break
-        taught, loss = found
-        if made == 0:
+        top, loss = written
+        if done == 0:
             require_better_than_chance(loss, vocabulary)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
-            write_shard(path, index, parts[shard], taught, loss)
-        made += len(parts[shard])
-        speed = round(made * cfg.seq_length / (time.monotonic() - began), 1)
+            write_shard(path, index, parts[shard], top, loss)
+        done += len(parts[shard])
+        speed = round(done * cfg.seq_length / (time.monotonic() - start), 1)
         log.progress("cache", shard + 1, len(parts), teacher_loss=loss, tokens_per_second=speed)
     torch.distributed.barrier()
     _require_all(stopped, len(parts), next(core.parameters()).device)
@@ -108,19 +109,19 @@ def cache_logits(
     )
 
 
-def _places(cfg: CacheLogitsConfig, number: int) -> NDArray[np.float32]:
-    """Where draws are at each position of a window, whichever rank and run comes to it.
+def _quantiles(cfg: CacheLogitsConfig, number: int) -> NDArray[np.float32]:
+    """Returns the quantiles of the samples of a sequence [seq_length, draws]; equal on all ranks.
 
-    Systematic: equally spaced, the first at a random place. In the mean each token is drawn as
-    often as by independent draws, and its number varies less. [seq_length, draws]
+    Systematic sampling: quantiles are equally spaced, the first is random. Each token is expected
+    as often as with independent samples, with a lower variance.
     """
     first = np.random.default_rng([cfg.seed, number]).random((cfg.seq_length, 1), np.float32)
     draws = np.arange(cfg.tail_draws, dtype=np.float32)
     return (first + draws) / max(1, cfg.tail_draws)
 
 
-def _mine(shards: int) -> range:
-    """Shards of this data-parallel rank."""
+def _own_shards(shards: int) -> range:
+    """Returns the shards of this data-parallel rank."""
     first = parallel_state.get_data_parallel_rank()
     return range(first, shards, parallel_state.get_data_parallel_world_size())
 
@@ -134,46 +135,49 @@ def _require_all(stopped: bool, shards: int, device: torch.device) -> None:
 
 
 def _any(stopping: bool, device: torch.device, group: ProcessGroup | None = None) -> bool:
-    """Whether a rank of a group, of all by default, stops; without a deadline none does.
+    """Returns whether any rank of a group, of all ranks by default, stops at the deadline.
 
-    All ranks must be told: their clocks differ, and one that goes on would wait for the others.
+    All ranks must agree: their clocks differ, and a rank that continues would wait for the others.
     """
     if deadline() is None:
         return False
-    told = torch.tensor(float(stopping), device=device)
-    all_reduce(told, ReduceOp.MAX, group)
-    return bool(told)
+    stops = torch.tensor(float(stopping), device=device)
+    all_reduce(stops, ReduceOp.MAX, group)
+    return bool(stops)
 
 
 @torch.no_grad()
-def _teach(
+def _evaluate_teacher(
     cfg: CacheLogitsConfig,
     core: torch.nn.Module,
     texts: Tensor,
     counts: Tensor,
     numbers: Sequence[int],
 ) -> tuple[TopK, float] | None:
-    """What the teacher says about windows [w, seq_length + 1], and its own mean loss.
+    """Computes the teacher's top-k of sequences [w, seq_length + 1], and its mean LM loss.
 
-    That is of the predictions that count [w, seq_length], as training has it. Draws depend on the
-    windows' numbers. ``None`` if the time is up before it has said all of it.
+    The loss is over the predictions that ``counts`` [w, seq_length] does not mask, as in training.
+    Samples depend on the sequences' numbers.
+
+    Returns:
+        ``None`` if the deadline is reached before the end.
     """
     device = next(core.parameters()).device
     positions = torch.arange(cfg.seq_length, device=device)[None]
     parts, losses = [], []
     split, group = parallel_state.get_tensor_model_parallel_group(), nemo.tensor_group()
     size = cfg.micro_batch_size
-    places = torch.from_numpy(np.stack([_places(cfg, number) for number in numbers]))
-    for batch, drawn in zip(texts.split(size), places.split(size), strict=True):
+    quantiles = torch.from_numpy(np.stack([_quantiles(cfg, number) for number in numbers]))
+    for batch, at in zip(texts.split(size), quantiles.split(size), strict=True):
         if _any(time_is_up(), device, split):
             return None
         inputs, labels = batch[:, :-1].to(device), batch[:, 1:].to(device)
         logits = core(inputs, positions.expand_as(inputs), None).flatten(0, 1)
-        at = drawn.flatten(0, 1).to(device) if cfg.tail_draws else None
-        parts.append(top_k(logits, cfg.top_k, cfg.temperature, group, quantiles=at))
+        rows = at.flatten(0, 1).to(device) if cfg.tail_draws else None
+        parts.append(top_k(logits, cfg.top_k, cfg.temperature, group, quantiles=rows))
         losses.append(token_cross_entropy(logits, labels.flatten(), group))
     shape = (*texts[:, 1:].shape, -1)
-    taught = TopK(
+    top = TopK(
         *(
             None if each[0] is None else torch.cat(each).view(shape)
             for each in zip(*parts, strict=True)
@@ -181,4 +185,4 @@ def _teach(
     )
     weights = counts.flatten().to(device)
     mean = (torch.cat(losses) * weights).sum() / weights.sum().clamp_min(1)
-    return taught, mean.item()
+    return top, mean.item()

@@ -1,9 +1,8 @@
-"""The NeMo model that is trained: a student, and where it has one a teacher beside it.
+"""The NeMo model that is trained: a student, with or without a live teacher.
 
-The losses on logits are computed where Megatron computes its own, in the student's
-``compute_language_model_loss``; losses on hidden states by ModelOpt's ``DistillationModel``. The
-model's output is then one row of per-token losses for each term, and nothing as wide as the
-vocabulary outlives the forward pass.
+The losses on logits replace Megatron's own, in the student's ``compute_language_model_loss``;
+ModelOpt's ``DistillationModel`` computes losses on hidden states. The model's output is one row of
+per-token losses for each term, so no tensor as wide as the vocabulary outlives the forward pass.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ SHARED_SETTINGS = (
     "calculate_per_token_loss",
     "attention_backend",
 )
-"""What the teacher's config must share with the student's. NeMo copies fewer and so would run a
-float32 teacher beside a bfloat16 student."""
+"""Settings of the teacher's config that are copied from the student's. NeMo copies fewer, and would
+run a float32 teacher with a bfloat16 student."""
 
 FP8_SETTINGS = (
     "fp8",
@@ -64,7 +63,7 @@ FP8_SETTINGS = (
     "num_layers_at_start_in_bf16",
     "num_layers_at_end_in_bf16",
 )
-"""What it shares besides, where it multiplies in FP8, too."""
+"""Settings that are also copied for a teacher in FP8."""
 
 
 class KDModel(llm.GPTModel):  # type: ignore[misc]
@@ -83,38 +82,38 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     @property
     def core_module(self) -> Any:
-        """This rank's Megatron model without its wrappers."""
+        """Returns this rank's Megatron model without its wrappers."""
         return unwrap_model(self.module)
 
     @property
     def training_loss_reduction(self) -> LossReduction:
-        """Reduction of training losses."""
+        """Returns the reduction of training losses."""
         return self._reduction
 
     @property
     def validation_loss_reduction(self) -> MegatronLossReduction:
-        """Of the next-token loss; where the teacher validates, also of the divergence from it."""
+        """Returns the reduction of the LM loss, and of the KD loss if the teacher validates."""
         return self._validation if self._teacher.validates else super().validation_loss_reduction
 
     def validated_kd(self) -> list[float]:
-        """The divergence in the last global batch of a validation, if it was measured."""
+        """Returns the KD loss of the last global batch of a validation, if it was measured."""
         return [self._validation.last["kd"]] if self._teacher.validates else []
 
     def share_losses(self) -> dict[str, Any]:
-        """The last step's losses on every rank; only the last pipeline stage has them itself."""
-        found: list[Any] = [self._reduction.last, self._reduction.sizes, self.teacher_loss]
+        """Returns the last step's losses on every rank; the last pipeline stage sends them."""
+        shared: list[Any] = [self._reduction.last, self._reduction.sizes, self.teacher_loss]
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             torch.distributed.broadcast_object_list(
-                found,
+                shared,
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-        losses, self._reduction.sizes, self.teacher_loss = found
-        known = {} if self.teacher_loss is None else {"teacher_loss": self.teacher_loss}
-        return {**losses, **known}
+        losses, self._reduction.sizes, self.teacher_loss = shared
+        teacher_loss = {} if self.teacher_loss is None else {"teacher_loss": self.teacher_loss}
+        return {**losses, **teacher_loss}
 
     def without_loss_modules(self) -> AbstractContextManager[None]:
-        """Leaves the learned parts of the loss out of what is loaded or saved."""
+        """Excludes learned parameters of the loss from loading and saving."""
         core = self.core_module
         hide: AbstractContextManager[None] = (
             core.hide_loss_modules() if isinstance(core, mtd.DistillationModel) else nullcontext()
@@ -122,7 +121,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return hide
 
     def configure_model(self) -> None:
-        """Builds the student, and a teacher that is not cached beside it."""
+        """Builds the student, and a live teacher if there is one."""
         if hasattr(self, "module"):
             return
         nemo.split_pipeline(self.config)
@@ -133,28 +132,28 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         def losses(core: nn.Module, labels: Tensor, logits: Tensor) -> Tensor:
             if core.training:
                 return self._token_losses(core, labels, logits)
-            following = _next_token_loss(logits, labels)
+            lm_loss = _lm_loss(logits, labels)
             if not self._teacher.validates:
-                return following
-            taught = self._combined(core, logits, None, (1.0, 0.0))[0]
-            return torch.stack([following, following, taught])
+                return lm_loss
+            kd_loss = self._combined(core, logits, None, (1.0, 0.0))[0]
+            return torch.stack([lm_loss, lm_loss, kd_loss])
 
         core.compute_language_model_loss = MethodType(losses, core)
         self.module = core
 
     def _with_teacher(self, student: nn.Module, checkpoint: Path) -> Any:
-        """Student and teacher as one ModelOpt ``DistillationModel`` that runs both."""
+        """Combines student and teacher in a ModelOpt ``DistillationModel`` that runs both."""
         config = adapt_config(nemo.restore_model(checkpoint).config, training=True)
         for name in (*SHARED_SETTINGS, *(FP8_SETTINGS if self._teacher.fp8 else ())):
             setattr(config, name, getattr(self.config, name))
         nemo.split_pipeline(config)
-        # Not the student's: initialisation is also what marks a weight as tensor-parallel, and a
-        # gradient norm without those marks counts one rank's half of them.
+        # Not for the student: initialisation also marks weights as tensor-parallel, and a gradient
+        # norm without these marks counts only one rank's shard of them.
         config.perform_initialization = False
         settings = {
             "teacher_model": (_load_teacher, [config, self.tokenizer, checkpoint], {}),
             "criterion": self._hidden_losses(student, config),
-            "loss_balancer": mtd.StaticLossBalancer(1.0),  # demanded; ``Objective`` adds up
+            "loss_balancer": mtd.StaticLossBalancer(1.0),  # required, but ``Objective`` adds up
         }
         core = mtd.convert(student, mode=[("kd_loss", settings)])
         adjust_distillation_model_for_mcore(core, distill_cfg=DistillationConfig())
@@ -167,7 +166,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
     def _hidden_losses(
         self, student: nn.Module, teacher: nn.Module
     ) -> dict[tuple[str, str], HiddenLoss]:
-        """One loss for all pairs of layers, by the modules' names on this pipeline stage."""
+        """Returns one loss module for all pairs, by the names of layers on this pipeline stage."""
         if not self._teacher.pairs or not parallel_state.is_pipeline_last_stage():
             return {}
         loss = HiddenLoss(
@@ -186,57 +185,58 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         }
 
     def data_step(self, dataloader_iter: Any) -> dict[str, Any]:
-        """A micro batch on this rank's device; what a cached teacher says where the loss is."""
-        found = next(dataloader_iter)
-        batch: dict[str, Any] = super().data_step(iter([found]))
+        """Returns a micro batch; on the last pipeline stage with a cached teacher's top-k."""
+        loaded = next(dataloader_iter)
+        batch: dict[str, Any] = super().data_step(iter([loaded]))
         if parallel_state.is_pipeline_last_stage():
-            samples = found[0] if isinstance(found, tuple) else found
+            samples = loaded[0] if isinstance(loaded, tuple) else loaded
             for name in samples:
                 if name.startswith(TEACHER_PREFIX):
                     batch[name] = samples[name].to(device(), non_blocking=True)
         return batch
 
     def forward_step(self, batch: dict[str, Any]) -> Tensor:
-        """Runs the model on a batch; a cached teacher comes with the batch."""
-        said = {
+        """Runs the model on a batch; a cached teacher's top-k is part of the batch."""
+        cached = {
             n.removeprefix(TEACHER_PREFIX): t
             for n, t in batch.items()
             if n.startswith(TEACHER_PREFIX)
         }
-        if said:
+        if cached:
             # From [batch, sequence, k] to Megatron's order of tokens.
-            self._cached = TopK(**said).map(lambda tensor: tensor.transpose(0, 1).flatten(0, 1))
+            self._cached = TopK(**cached).map(lambda tensor: tensor.transpose(0, 1).flatten(0, 1))
         output: Tensor = super().forward_step(batch)
         return output
 
     def _token_losses(self, core: nn.Module, labels: Tensor, logits: Tensor) -> Tensor:
-        """Losses [1 + terms, batch, sequence] of logits [sequence, batch, vocabulary/tp].
+        """Computes losses [1 + terms, batch, sequence] of logits [sequence, batch, vocabulary/tp].
 
-        The first is what is minimised; the terms are for the log.
+        The first is minimised; the terms are logged.
         """
         if self.teacher_loss is None and self._teacher.checkpoint:
             self._check_teacher(core.teacher_logits, labels)
-        weights, found = self._reduction.weights(), {}
+        weights, terms = self._reduction.weights(), {}
         total = logits.new_zeros(labels.shape, dtype=torch.float32)
         if "kd" in weights:
-            text = labels if "lm" in weights else None
-            total, *rows = self._combined(core, logits, text, (weights["kd"], weights.get("lm", 0)))
-            found = dict(zip(("kd", "lm"), rows, strict=True))
+            lm_labels = labels if "lm" in weights else None
+            pair = weights["kd"], weights.get("lm", 0)
+            total, *rows = self._combined(core, logits, lm_labels, pair)
+            terms = dict(zip(("kd", "lm"), rows, strict=True))
         elif "lm" in weights:
-            found["lm"] = _next_token_loss(logits, labels, reuse_logits=True)
-            total = weights["lm"] * found["lm"]
+            terms["lm"] = _lm_loss(logits, labels, reuse_logits=True)
+            total = weights["lm"] * terms["lm"]
         if "hidden" in weights:
-            found["hidden"] = self._hidden_loss(core, labels)
-            total = total + weights["hidden"] * found["hidden"]
+            terms["hidden"] = self._hidden_loss(core, labels)
+            total = total + weights["hidden"] * terms["hidden"]
         core.teacher_logits = None
-        return torch.stack([total, *(found[name].detach() for name in weights)])
+        return torch.stack([total, *(terms[name].detach() for name in weights)])
 
     def _combined(
         self, core: nn.Module, logits: Tensor, labels: Tensor | None, weights: tuple[float, float]
     ) -> tuple[Tensor, ...]:
-        """Divergence from the teacher plus next-token loss, and each, [batch, sequence].
+        """Computes the weighted sum of KD and LM loss, and each of them, [batch, sequence].
 
-        Of logits [sequence, batch, vocabulary/tp] and ids [batch, sequence].
+        ``logits`` are [sequence, batch, vocabulary/tp], ``labels`` [batch, sequence].
         """
         targets = LossTargets(
             self._cached or core.teacher_logits.flatten(0, 1),
@@ -248,13 +248,13 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return tuple(row.view(logits.shape[:2]).t() for row in (total, *parts))
 
     def _hidden_loss(self, core: nn.Module, labels: Tensor) -> Tensor:
-        """Mean over the pairs of layers, [batch, sequence]."""
+        """Computes the mean hidden loss over the pairs of layers, [batch, sequence]."""
         losses = core.compute_kd_loss(skip_balancer=True)
         mean = torch.stack(list(losses.values())).mean(dim=0)
         if not self.config.sequence_parallel:
             return mean
-        # Each rank has a part of the sequence; the sum over ranks of parts in place is the whole,
-        # and Megatron's gives each rank back the gradient of its own part.
+        # Each rank has a part of the sequence. It is padded to the whole sequence, so the sum over
+        # ranks is the whole loss, and Megatron's backward pass returns each rank's own part.
         rank, length = parallel_state.get_tensor_model_parallel_rank(), mean.shape[1]
         before, after = rank * length, labels.shape[1] - (rank + 1) * length
         padded = torch.nn.functional.pad(mean, (before, after))
@@ -262,34 +262,34 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return whole
 
     def _check_teacher(self, logits: Tensor, labels: Tensor) -> None:
-        """Measures the teacher's own loss before anything is learnt from it."""
-        loss = _next_token_loss(logits, labels).mean().item()
+        """Measures the teacher's LM loss, and refuses one that is near chance."""
+        loss = _lm_loss(logits, labels).mean().item()
         require_better_than_chance(loss, self.config.vocab_size)
         self.teacher_loss = loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what the next step balances the terms by."""
+        """Saves the means that balance the next step's terms."""
         checkpoint["loss_sizes"] = self._reduction.sizes
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on with it."""
+        """Loads the means that balance the next step's terms."""
         self._reduction.sizes = checkpoint.get("loss_sizes", {})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loads the student; past ``nn.Module``, whose walk would demand the teacher's weights."""
+        """Loads the student only; ``nn.Module`` would require the teacher's weights."""
         names = {name.replace("module.", ""): value for name, value in state_dict.items()}
         return self.core_module.load_state_dict(names, *args, **kwargs)
 
 
 def _load_teacher(config: Any, tokenizer: Any, checkpoint: Path) -> nn.Module:
-    """This rank's part of the teacher."""
+    """Builds and loads this rank's shard of the teacher."""
     core: nn.Module = config.configure_model(tokenizer)
     nemo.load_weights(core, checkpoint)
     return core
 
 
-def _next_token_loss(logits: Tensor, labels: Tensor, reuse_logits: bool = False) -> Tensor:
-    """Loss [batch, sequence] of logits [sequence, batch, vocabulary/tp]."""
+def _lm_loss(logits: Tensor, labels: Tensor, reuse_logits: bool = False) -> Tensor:
+    """Computes the LM loss [batch, sequence] of logits [sequence, batch, vocabulary/tp]."""
     flat = token_cross_entropy(
         logits.flatten(0, 1),
         labels.t().flatten(),
@@ -300,20 +300,20 @@ def _next_token_loss(logits: Tensor, labels: Tensor, reuse_logits: bool = False)
 
 
 def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """Forward pass of teacher and student; replaces NeMo's, which drops the teacher's logits.
+    """Runs teacher and student; replaces NeMo's forward pass, which drops the teacher's logits.
 
-    Between pipeline stages both hidden states travel as one tensor.
+    Between pipeline stages both hidden states are sent as one tensor.
     """
     if core.training or core.validates:
         for pair in core._layers_to_loss:
             for layer in pair:
-                layer._intermediate_output = None  # left behind by a validation
+                layer._intermediate_output = None  # set by a validation
         with torch.no_grad():
             core.teacher_model.eval()
-            taught = core.teacher_model(*args, **kwargs)
-        core.teacher_logits = taught
+            teacher_output = core.teacher_model(*args, **kwargs)
+        core.teacher_logits = teacher_output
     with core.only_student_forward():
-        learnt: Tensor = type(core).forward(core, *args, **kwargs)
+        student_output: Tensor = type(core).forward(core, *args, **kwargs)
     if core.training and not parallel_state.is_pipeline_last_stage():
-        return torch.cat([learnt, taught], dim=-1)
-    return learnt
+        return torch.cat([student_output, teacher_output], dim=-1)
+    return student_output

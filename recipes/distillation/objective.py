@@ -1,4 +1,4 @@
-"""What a training minimises: the terms of the loss, and where the teacher's knowledge is from."""
+"""The objective of a training: terms of the loss, their weights, and the source of the teacher."""
 
 from __future__ import annotations
 
@@ -28,15 +28,22 @@ from recipes.distillation.settings import (
 )
 
 Pairs = Sequence[tuple[int, int]]
-"""Layers of student and teacher whose outputs are compared, counted from 1."""
+"""(student layer, teacher layer) pairs whose outputs are compared, counted from 1."""
 
 
 def layer_pairs(
     cfg: DistillConfig, kept: Sequence[int] | None, student: int, teacher: int
 ) -> Pairs:
-    """Layers to compare, counted from 1; refuses if none are given and none can be derived.
+    """Returns the pairs of layers to compare.
 
-    ``kept`` are the teacher's layers that the student's were, if it is known.
+    Args:
+        cfg: A distillation, with pairs or without.
+        kept: The teacher's layer of each of the student's, if known.
+        student: Number of the student's layers.
+        teacher: Number of the teacher's layers.
+
+    Raises:
+        RecipeError: No pairs are set, and none can be derived.
     """
     if cfg.intermediate_layer_pairs:
         return [(pair[0], pair[1]) for pair in cfg.intermediate_layer_pairs]
@@ -57,20 +64,20 @@ def layer_pairs(
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """Where the teacher's logits come from: a checkpoint, or a cache."""
+    """Source of the teacher's logits: a checkpoint, or a cache."""
 
     checkpoint: Path | None = None
     pairs: Pairs = ()
-    """Layers whose hidden states are compared."""
+    """Pairs of layers whose hidden states are compared."""
     cache: TeacherCache | None = None
     fp8: bool = False
-    """Whether a live one multiplies in FP8 where the student does."""
+    """Whether a live teacher uses FP8 like the student."""
     validates: bool = False
-    """Whether it runs in validations, too."""
+    """Whether a live teacher also runs in validations."""
 
     @classmethod
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> TeacherSource:
-        """What the config needs of the teacher; nothing where it learns from text alone."""
+        """Returns the teacher that a config requires; none for a next-token loss alone."""
         if cfg.kd_weight == cfg.hidden_weight == 0:
             return cls()
         source = inputs["teacher"]
@@ -98,7 +105,7 @@ def _require_same_text(cache: Input, data: Input) -> None:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: terms in the order of ``TERMS``, how they add up, whom they are from."""
+    """Terms of the loss in the order of ``TERMS``, their weights and balance, and the teacher."""
 
     weights: Mapping[str, float]
     teacher: TeacherSource = TeacherSource()
@@ -108,7 +115,7 @@ class Objective:
 
     @classmethod
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> Objective:
-        """The objective of a distillation."""
+        """Returns the objective of a distillation."""
         weights = {name: getattr(cfg, f"{name}_weight") for name in TERMS}
         chunk = None if cfg.loss_chunk_mb is None else cfg.loss_chunk_mb << 20
         return cls(
@@ -120,70 +127,72 @@ class Objective:
         )
 
     def weights_after(self, means: Mapping[str, float]) -> Mapping[str, float]:
-        """What each term is multiplied by, after a step whose terms had these means.
+        """Returns each term's weight, after a step whose terms had these means.
 
-        Dynamic: hidden states count as much as logits, and both together as much as the next-token
-        loss, whatever their sizes; the weights apply after that. NeMo takes the sizes from each
-        micro batch, which makes the result depend on how many there are; here they are of the
-        global batch before. The first step has none, and takes the weights as they are.
+        If dynamic, the hidden loss is scaled to the size of the KD loss, and their sum to the size
+        of the LM loss; the configured weights apply after that. NeMo takes the sizes from each
+        micro batch, so its result depends on the number of micro batches; here they are of the
+        previous global batch. The first step has the configured weights.
         """
         weights = dict(self.weights)
         if not (self.dynamic and means):
             return weights
         first, *rest = weights
-        taught = means[first]
+        teacher_size = means[first]  # of the terms that the teacher has part in
         if first == "kd" and "hidden" in rest:
             weights["hidden"] *= weights["kd"] * _ratio(means["kd"], means["hidden"])
-            taught += self.weights["hidden"] * means["kd"]
+            teacher_size += self.weights["hidden"] * means["kd"]
         if first != "lm" and "lm" in rest:
             for name in weights.keys() - {"lm"}:
-                weights[name] *= _ratio(means["lm"], taught)
+                weights[name] *= _ratio(means["lm"], teacher_size)
         return weights
 
 
 def _ratio(size: float, mean: float) -> float:
-    """What brings a term of this mean to a size; a term of nothing stays as it is."""
+    """Returns the factor that scales a mean to a size; 1 if the mean is 0."""
     return size / mean if mean > 0 else 1.0
 
 
 class LossReduction(MegatronLossReduction):  # type: ignore[misc]
-    """Masks and sums the terms of a micro batch, and keeps the step's means for logging.
+    """Masks and sums the terms of a micro batch, and stores the step's means for logging.
 
     Megatron divides the gradients by the number of tokens of the global batch
-    (``calculate_per_token_loss``), so that a mean is never one of means.
+    (``calculate_per_token_loss``), so the loss is not a mean of means of micro batches.
     """
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self._objective = objective
         self.last: dict[str, float] = {}
-        """Means of the last step over all tokens of the global batch, on the last stage."""
+        """Means of the last step over the tokens of the global batch, on the last pipeline
+        stage."""
         self.sizes: dict[str, float] = {}
-        """Those of the last step that had finite ones, which the terms are balanced by."""
+        """Means of the last step with finite ones, by which the terms are balanced."""
 
     def weights(self) -> Mapping[str, float]:
-        """What this step's terms are multiplied by."""
+        """Returns the weights of this step's terms."""
         return self._objective.weights_after(self.sizes)
 
     def forward(
         self, batch: dict[str, Tensor], forward_out: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sums [1 + terms, batch, sequence], of which the first is trained on, over a micro batch.
+        """Sums losses [1 + terms, batch, sequence] over the unmasked tokens of a micro batch.
 
-        Returns the loss, the number of tokens it is of, and both with the terms for ``reduce``.
+        Returns:
+            The loss (the first row), the number of tokens, and both with the terms for ``reduce``.
         """
         mask = batch["loss_mask"].float()
         sums = (forward_out * mask).flatten(1).sum(dim=1)
-        # Not a number in the loss must reach the gradients, where all ranks look for it.
+        # A NaN loss must propagate to the gradients, where every rank sees it.
         loss = sums[0] * torch.where(sums[0].detach().isfinite(), 1.0, math.nan)
         tokens = mask.sum()
         report = torch.cat([tokens.view(1), loss.detach().view(1), sums[1:].detach()])
         return loss, tokens.to(torch.int), {"report": report}
 
     def reduce(self, micro_batches: Sequence[dict[str, Tensor]]) -> Tensor:
-        """Means over the tokens of all micro batches and data-parallel ranks."""
+        """Computes means over the tokens of all micro batches and data-parallel ranks."""
         if not micro_batches:
-            return torch.tensor(0.0, device=device())  # of a pipeline stage without a loss
+            return torch.tensor(0.0, device=device())  # a pipeline stage without a loss
         total = torch.stack([each["report"] for each in micro_batches]).sum(dim=0)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(total, group=group)

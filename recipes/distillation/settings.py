@@ -1,4 +1,4 @@
-"""Settings of the stages that train, or that store what a teacher says. Torch-free."""
+"""Settings of the stages that train, or that cache a teacher's logits. Torch-free."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ if TYPE_CHECKING:
 
 RECOMPUTE_GRANULARITIES = ("none", "selective", "full")
 FEED_FORWARD = ("mlp", "moe")
-"""Megatron's names of a layer's feed-forward part: of one that is dense, of one of experts."""
+"""Megatron's names of a layer's feed-forward network: dense, or MoE."""
 ATTENTION_BACKENDS = ("auto", "flash", "fused", "unfused")
 FP8_RECIPES = {"tensorwise": 16, "blockwise": 16, "delayed": 16, "mxfp8": 32}
-"""Ways to scale, and what sizes must be multiples of (``megatron/core/fp8_utils.py``)."""
+"""FP8 scaling recipes, and the number that sizes must be multiples of
+(``megatron/core/fp8_utils.py``)."""
 TERMS = ("kd", "hidden", "lm")
-"""Parts of the loss, each logged on its own."""
+"""Terms of the loss; each is logged."""
 RESOURCE = {"resource": True}
 RecomputeGranularity = Annotated[str, one_of(*RECOMPUTE_GRANULARITIES)]
 RecomputeModule = Annotated[str, one_of("core_attn", *FEED_FORWARD)]
 AttentionBackend = Annotated[str, one_of(*ATTENTION_BACKENDS)]
 SpeedPatch = Annotated[str, one_of(*SPEED_PATCH_NAMES)]
 Temperature = Annotated[float, between(0.01, 1000)]
-"""Beyond these the teacher names one token, or none."""
+"""Outside this range the teacher's distribution is one token, or uniform."""
 Weight = Annotated[float, between(0, 1e6)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-"""Fraction of a moment that a step keeps."""
+"""Decay rate of a moment of Adam."""
 
 
 @dataclass
@@ -49,96 +50,99 @@ class TrainingConfig(StageConfig):
     """Settings of a training stage. Lengths in tokens, batches in sequences."""
 
     seq_length: Count = 256
-    """Tokens of a window."""
+    """Tokens of a sequence."""
     micro_batch_size: Count = field(default=4, metadata=RESOURCE)
-    """Sequences that a rank holds at once. The loss is a mean over the tokens of the global batch,
+    """Sequences of a rank in one pass. The loss is a mean over the tokens of the global batch,
     so this changes memory and speed, not the result."""
     global_batch_size: Count = 4
     """Sequences of a step, over all ranks."""
     max_steps: Count = 100
-    """Steps of the optimizer; tokens are this times batch times length."""
+    """Optimizer steps; the training sees max_steps · global_batch_size · seq_length tokens."""
     warmup_steps: CountOrZero = 10
-    """Steps in which the learning rate rises to ``lr``."""
+    """Steps of linear warm-up to ``lr``."""
     lr: Positive = 1e-4
-    """Peak of the learning rate, from which it falls as a cosine."""
+    """Peak learning rate; it then decays as a cosine."""
     min_lr: PositiveOrZero = 1e-5
-    """Where it ends."""
+    """Learning rate at ``max_steps``."""
     weight_decay: PositiveOrZero = 0.1
-    """AdamW's."""
+    """Weight decay of AdamW."""
     adam_beta1: Beta = 0.9
-    """Fraction of the gradient's mean that a step keeps."""
+    """Decay rate of the gradient's mean."""
     adam_beta2: Beta = 0.95
-    """Fraction of the gradient's mean square that a step keeps."""
+    """Decay rate of the gradient's mean square."""
     clip_grad: Positive = 1.0
-    """Largest norm of a gradient; a larger one is scaled down to it."""
+    """Gradient clipping: the largest norm."""
     mask_document_ends: bool = True
-    """Leaves out predictions of a document's first token from the document before it; beside
-    conversations they are always left out."""
+    """Masks the predictions of a document's first token from the document before it. Conversations
+    are always masked so."""
     precision: Precision = "bf16-mixed"
     """``bf16-mixed`` (float32 main weights in the optimizer) or ``32``."""
     grad_reduce_in_fp32: bool = True
-    """Accumulates gradients in float32; off saves two bytes a parameter."""
+    """Accumulates gradients in float32; ``false`` saves two bytes per parameter."""
     fp8: Annotated[str, one_of("hybrid")] | None = None
-    """``hybrid`` multiplies in FP8 (E4M3 forward, E5M2 backward), with TransformerEngine on GPUs
-    from Hopper on; weights stay in bfloat16, and so does a live teacher (``fp8_teacher``)."""
+    """``hybrid``: matrix multiplications in FP8 (E4M3 forward, E5M2 backward) with
+    TransformerEngine, on GPUs from Hopper on. Weights stay in bfloat16, and so does a live teacher
+    without ``fp8_teacher``."""
     fp8_recipe: Annotated[str, one_of(*FP8_RECIPES)] = "tensorwise"
-    """How it is scaled: ``tensorwise``, ``blockwise``, ``delayed`` or ``mxfp8`` (Blackwell)."""
+    """FP8 scaling: ``tensorwise``, ``blockwise``, ``delayed`` or ``mxfp8`` (Blackwell)."""
     first_last_layers_bf16: bool = True
-    """Leaves the first and the last layer out of ``fp8``; ``delayed`` cannot."""
+    """Computes the first and the last layer in bfloat16; not with ``delayed``."""
     max_nonfinite_steps: CountOrZero = 0
-    """Steps with a loss or gradient that is not finite to skip before the run stops."""
+    """Steps with a NaN or infinite gradient that are skipped before the run stops."""
     seed: Seed = 1234
-    """Of the order of windows."""
+    """Seed of the order of sequences."""
     tensor_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Ranks that share each layer (TP)."""
     pipeline_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
-    """Ranks that the layers are split over, one after the other (PP)."""
+    """Ranks that the layers are split over (PP)."""
     sequence_parallel: bool = field(default=False, metadata=RESOURCE)
     """Splits activations between tensor-parallel regions along the sequence; no effect at TP=1."""
     tp_comm_overlap: bool = field(default=False, metadata=RESOURCE)
-    """Sends the parts of tensor-parallel products while others are computed, from buffers of
-    TransformerEngine's, which one model can have."""
+    """Overlaps tensor-parallel communication with matrix multiplications. It uses buffers of
+    TransformerEngine that only one model can have."""
     context_parallel_size: Count = field(default=1, metadata=RESOURCE)
-    """Splits each window over ranks, attention included; needs TransformerEngine, so GPUs."""
+    """Splits each sequence over ranks, in attention too (CP); needs TransformerEngine, hence
+    GPUs."""
     expert_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
-    """Splits the experts of a mixture over the replicas."""
+    """Splits the experts of an MoE over the data-parallel ranks (EP)."""
     num_distributed_optimizer_instances: Count = field(default=1, metadata=RESOURCE)
-    """Copies of the optimizer's state, each over a part of the replicas, such as those of a node:
-    weights are gathered within a part, and a rank's share of the gradients alone goes beyond it."""
+    """Copies of the optimizer's state, for example one per node: weights are then gathered within a
+    node, and only gradient shards are reduced between nodes."""
     recompute_granularity: RecomputeGranularity = field(default="none", metadata=RESOURCE)
-    """Computes activations again in the backward pass: ``none``, ``selective`` (those of
-    ``recompute_modules``) or ``full`` (keeps a layer's input only)."""
+    """Recomputes activations in the backward pass: ``none``, ``selective`` (those of
+    ``recompute_modules``) or ``full`` (stores only each layer's input)."""
     recompute_modules: Annotated[list[RecomputeModule], Field(min_length=1)] = field(
         default_factory=lambda: ["core_attn"], metadata=RESOURCE
     )
-    """What ``selective`` computes again: ``core_attn`` (attention's scores, which flash attention
-    does not hold anyway), ``mlp`` (the feed-forward part, most of what a layer holds, of which a
-    loss on hidden states sees nothing) or ``moe`` (the same of experts)."""
+    """Modules that ``selective`` recomputes: ``core_attn`` (attention scores, which flash attention
+    never stores), ``mlp`` (the feed-forward network, most of a layer's activations) or ``moe`` (the
+    same for experts). All of them can be combined with a loss on hidden states."""
     attention_backend: AttentionBackend = field(default="auto", metadata=RESOURCE)
-    """TransformerEngine's: ``auto`` (the fastest that it has), ``flash``, ``fused`` (cuDNN) or
-    ``unfused``."""
+    """TransformerEngine's attention: ``auto`` (the fastest available), ``flash``, ``fused`` (cuDNN)
+    or ``unfused``."""
     val_check_interval: Count = 100
     """Steps between validations."""
     limit_val_batches: Count = 4
     """Global batches of a validation."""
     checkpoint_interval: Count = 100
-    """Steps between checkpoints, which a killed run resumes from."""
+    """Steps between checkpoints; a killed run resumes from the last one."""
     keep_checkpoints: Count = 2
-    """The newest that are kept."""
+    """Number of checkpoints that are kept, the newest."""
     compile: bool | None = field(default=None, metadata=RESOURCE)
-    """Makes one kernel of what lies between products, where layers are not TransformerEngine's, and
-    of the loss where one rank has the vocabulary; which takes up to a minute once and, on a CPU, a
-    C++ compiler. By default on this machine's CPU if that has one, from 100 steps on."""
+    """Compiles the operations between matrix multiplications (in layers that are not
+    TransformerEngine's) and the loss (without tensor parallelism). It takes up to a minute once,
+    and a C++ compiler on a CPU. Default: on this machine's CPU with a compiler, from 100 steps
+    on."""
     cpu_speed_patches: list[SpeedPatch] = field(
         default_factory=lambda: list(SPEED_PATCH_NAMES), metadata=RESOURCE
     )
     """Replacements of what is slow on a CPU (``recipes/backend/cpu_speed.py``). No result changes
     beyond rounding, and nothing changes on CUDA. ``[]`` for Megatron's own functions."""
     cuda_graphs: bool = field(default=False, metadata=RESOURCE)
-    """Captures each of the student's layers once and replays it, which saves the launches of its
-    kernels: worthwhile where they are short."""
+    """Captures each of the student's layers as a CUDA graph, which saves kernel launches;
+    worthwhile for short kernels."""
     profile_steps: list[Count] = field(default_factory=list, metadata=RESOURCE)
-    """``[first, last]`` steps to write a trace of, counted from 1, to ``<stage>/profile/``."""
+    """``[first, last]`` step of a profiler trace in ``<stage>/profile/``, counted from 1."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,9 +151,9 @@ class TrainingConfig(StageConfig):
 
     @property
     def recomputes_feed_forward(self) -> bool:
-        """Whether the feed-forward part alone is computed again."""
-        chosen = set(FEED_FORWARD) & set(self.recompute_modules)
-        return self.recompute_granularity == "selective" and bool(chosen)
+        """Whether only the feed-forward network is recomputed."""
+        modules = set(FEED_FORWARD) & set(self.recompute_modules)
+        return self.recompute_granularity == "selective" and bool(modules)
 
     @property
     def splits_sequence(self) -> bool:
@@ -158,7 +162,7 @@ class TrainingConfig(StageConfig):
 
 
 SMALL_VOCABULARY = 1 << 16
-"""Tokens of a vocabulary up to this are stored in two bytes."""
+"""Token ids of a vocabulary up to this size are stored in two bytes."""
 
 
 @dataclass
@@ -166,26 +170,24 @@ class CacheLogitsConfig(StageConfig):
     """Settings of ``cache_logits``."""
 
     top_k: Count = 64
-    """Likeliest tokens to keep one by one."""
+    """Number of likeliest tokens that are stored with their probabilities."""
     tail_draws: CountOrZero = 0
-    """Of all others so many are drawn by their probabilities, and stand for them: in the mean over
-    draws, losses and gradients are those of the whole vocabulary, of ``forward_kl`` alone. With 0
-    only their mass is kept, and they are one outcome."""
+    """Number of samples of the other tokens. Losses and gradients of ``forward_kl`` are then
+    unbiased estimates of those of the whole vocabulary. With 0 the other tokens are one outcome."""
     temperature: Temperature = 1.0
-    """That the teacher's distribution is stored at: the same as in ``distill``."""
+    """Temperature of the stored distribution; must equal that of ``distill``."""
     seq_length: Count = 256
-    """Tokens of a window: the same as in ``distill``."""
+    """Tokens of a sequence; must equal that of ``distill``."""
     num_windows: Count | None = None
-    """Windows of ``seq_length`` tokens, the first that a training of this ``seed`` sees; all by
-    default, and fewer if the text is shorter."""
+    """Number of sequences: the first that a training with this ``seed`` sees. Default: all."""
     seed: Seed = 1234
-    """Of the order of windows: the same as in ``distill``."""
+    """Seed of the order of sequences; must equal that of ``distill``."""
     windows_per_shard: Count = 64
-    """Windows in a file, which is also what a killed run loses at most on each rank."""
+    """Sequences per file; a killed run loses at most one file per rank."""
     precision: Precision = "bf16-mixed"
-    """As in training: ``bf16-mixed`` or ``32``."""
+    """``bf16-mixed`` or ``32``, as in training."""
     micro_batch_size: Count = field(default=4, metadata={"resource": True})
-    """Windows that a rank holds at once."""
+    """Sequences of a rank in one pass."""
     tensor_model_parallel_size: Count = field(default=1, metadata={"resource": True})
     """Ranks that share each layer of the teacher."""
 
@@ -196,7 +198,7 @@ class CacheLogitsConfig(StageConfig):
 
 
 def bytes_per_token(vocabulary: int, top_k: int, draws: int) -> int:
-    """Size of what is stored for one position; see ``logit_cache``."""
+    """Returns the bytes that ``logit_cache`` stores per token."""
     number = 2 if vocabulary <= SMALL_VOCABULARY else 4
     return (top_k + draws) * number + (top_k + 1 + (draws > 0)) * 2
 
@@ -210,7 +212,8 @@ CACHED = "logit_cache"
 LOGITS_LOSSES = ("forward_kl", "reverse_kl", "jsd")
 """Each a function of ``losses.DIVERGENCES``."""
 DRAWN_LOSS = "forward_kl"
-"""What a cached teacher of ``tail_draws`` can teach, being linear in its probabilities."""
+"""The divergence for a teacher cached with ``tail_draws``, because it is linear in the teacher's
+probabilities."""
 HIDDEN_LOSSES = ("cosine", "mse")
 """Each a function of ``hidden_loss.DISTANCES``."""
 LOSS_BALANCERS = ("fixed", "dynamic")
@@ -218,40 +221,40 @@ LOSS_BALANCERS = ("fixed", "dynamic")
 
 @dataclass
 class DistillConfig(TrainingConfig):
-    """Settings of ``distill``: the loss, and what every training stage has."""
+    """Settings of ``distill``: the loss, and the settings of every training stage."""
 
     kd_weight: Weight = 1.0
-    """Weight of the loss on logits; 0 leaves it out."""
+    """Weight of the KD loss on logits; 0 omits it."""
     logits_loss: Annotated[str, one_of(*LOGITS_LOSSES)] = "forward_kl"
     """``forward_kl``, ``reverse_kl``, or ``jsd`` (arXiv:2306.13649)."""
     temperature: Temperature = 1.0
-    """That both distributions are softened by; the loss is multiplied by its square."""
+    """Divides the logits of both models; the loss is multiplied by its square."""
     jsd_beta: Fraction = 0.5
-    """The teacher's share of the mixture in ``jsd``, between 0 and 1."""
+    """The teacher's weight in the mean distribution of ``jsd``, between 0 and 1."""
     top_k: Count | None = None
-    """Compares the teacher's most likely tokens one by one and all others as one; a cached teacher
-    has its own ``top_k``."""
+    """Compares this many of the teacher's likeliest tokens one by one, and all others as one.
+    Default: the whole vocabulary, or the ``top_k`` of a cached teacher."""
     hidden_weight: Weight = 0.0
-    """Weight of the loss on hidden states; 0 leaves it out."""
+    """Weight of the loss on hidden states; 0 omits it."""
     hidden_loss: Annotated[str, one_of(*HIDDEN_LOSSES)] = "cosine"
     """``cosine`` or ``mse``."""
     intermediate_layer_pairs: list[list[Count]] = field(default_factory=list)
-    """``[student layer, teacher layer]`` pairs, counted from 1; by default each layer that pruning
-    kept with the one it was, as far as both are on the last pipeline stage."""
+    """``[student layer, teacher layer]`` pairs, counted from 1. Default: each kept layer with its
+    original, if both are on the last pipeline stage."""
     lm_weight: Weight = 0.0
-    """Weight of the next-token loss; 0 leaves it out."""
+    """Weight of the next-token (LM) loss; 0 omits it."""
     fp8_teacher: bool = False
-    """Multiplies in ``fp8`` in a live teacher, too."""
+    """Uses ``fp8`` in a live teacher, too."""
     loss_balancer: Annotated[str, one_of(*LOSS_BALANCERS)] = "fixed"
-    """``fixed`` weights, or ``dynamic``: the terms are first scaled to equal size, as they were in
+    """``fixed`` weights, or ``dynamic``: terms are first scaled to equal size, by their means of
     the step before."""
     stop_at_recovered: Fraction | None = None
-    """Ends the training at a validation at which so much of the divergence from the teacher is
-    back, of what pruning left on that text; the teacher then runs in validations, too, and there is
-    one before the first step. The learning rate stays what it is on its way to ``max_steps``."""
+    """Stops the training at the first validation that has recovered this fraction of the KL added
+    by pruning. The teacher then runs in validations too, of which one is before the first step. The
+    learning rate does not decay earlier than without it."""
     loss_chunk_mb: Count | None = None
-    """Size of one float32 buffer of the loss, which goes through the vocabulary a few tokens at a
-    time; by default about a CPU's cache, or 512 on a GPU."""
+    """Size of one float32 buffer of the loss, which is computed a chunk of tokens at a time.
+    Default: about a CPU's cache, or 512 on a GPU."""
 
 
 CACHE_FIELDS = ("seq_length", "temperature", "top_k", "tail_draws")

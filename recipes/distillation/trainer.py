@@ -29,7 +29,13 @@ from recipes.core.files import read_json, write_json
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input, metrics_file, rank, world_size
 from recipes.core.wheels import cache_dir
-from recipes.distillation.callbacks import Clock, Collect, Profile, StepLogger, StopAtRecovered
+from recipes.distillation.callbacks import (
+    CollectGarbage,
+    Profile,
+    StepLogger,
+    StopAtDeadline,
+    StopAtRecovered,
+)
 from recipes.distillation.data import TrainingData
 from recipes.distillation.model import KDModel
 from recipes.distillation.objective import Objective
@@ -44,7 +50,7 @@ OVERLAPS = {
     "wgrad_deferral_limit": 0,
     "tp_comm_bootstrap_backend": "nccl",
 }
-"""Of data and pipeline parallelism, as they are without NeMo's callback, which sets these, too."""
+"""Settings that NeMo's overlap callback would otherwise change."""
 
 
 def train(
@@ -55,7 +61,7 @@ def train(
     out: Path,
     log: MetricsLog,
 ) -> None:
-    """Trains a model and writes it to ``out``; resumes from the last whole checkpoint."""
+    """Trains a model and writes it to ``out``; resumes from the last complete checkpoint."""
     _set_environment(cfg)
     select_gpu()
     enable()
@@ -70,14 +76,14 @@ def train(
     model = KDModel(restored, objective)
     with nemo.outside_slurm():
         trainer = _trainer(cfg)
-    # After construction: NeMo copies what it is given.
-    # Memory is given back before the trainer's own callback saves.
-    trainer.callbacks = [Collect(cfg), *trainer.callbacks, StepLogger(cfg, log)]
+    # After construction, because NeMo copies callbacks that it is given. ``CollectGarbage`` is
+    # first because it must return memory before the trainer's own callback saves.
+    trainer.callbacks = [CollectGarbage(cfg), *trainer.callbacks, StepLogger(cfg, log)]
     if objective.teacher.validates and isinstance(cfg, DistillConfig):
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
         trainer.callbacks.append(StopAtRecovered(cfg, metrics_file(out.parent)))
     if deadline() is not None:
-        trainer.callbacks.append(Clock(cfg))
+        trainer.callbacks.append(StopAtDeadline(cfg))
     if cfg.tp_comm_overlap:
         trainer.callbacks.append(MegatronCommOverlapCallback(tp_comm_overlap=True, **OVERLAPS))
     if cfg.profile_steps:
@@ -122,36 +128,36 @@ def _set_environment(cfg: TrainingConfig) -> None:
         defaults["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "torchinductor")
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    if cfg.cuda_graphs:  # whose memory must stay where it is
+    if cfg.cuda_graphs:  # memory of CUDA graphs must not move
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:False"
 
 
 def _save_trained(
     cfg: TrainingConfig, model: KDModel, restored: Any, side: Path, out: Path
 ) -> None:
-    """Writes the model alone, in the type it was trained in, and says so in both configs."""
+    """Writes the model without the optimizer, in its training precision."""
     written = restored.__io__.config
     written.params_dtype, written.bf16 = cfg.dtype, cfg.dtype == torch.bfloat16
     written.fp8, written.first_last_layers_bf16 = None, False
-    # The layout of this training is not the model's.
+    # The checkpoint has no parallel layout.
     written.tensor_model_parallel_size = written.pipeline_model_parallel_size = 1
     written.context_parallel_size = written.expert_model_parallel_size = 1
     written.sequence_parallel = written.tp_comm_overlap = False
     _set_recompute(written, "none")
-    model.module.start_param_sync(force_sync=True)  # the last update is gathered with a next step
-    # In the stage's work, where a kill leaves nothing behind for good.
+    model.module.start_param_sync(force_sync=True)  # else gathered by the next step
+    # Within the stage's work directory, which a restart removes.
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary, model.without_loss_modules():
         staged = Path(temporary) / nemo.SIDE
         copy_side_files(side, staged)
         config = read_json(staged / "config.json")
-        config.pop("dtype", None)  # the newer name of the same
+        config.pop("dtype", None)  # the newer name of torch_dtype
         config["torch_dtype"] = str(cfg.dtype).removeprefix("torch.")
         write_json(staged / "config.json", config, indent=2)
         nemo.save_checkpoint(out, restored, model.core_module, staged, rank())
 
 
 def _set_recompute(config: Any, granularity: str) -> None:
-    """What the backward pass computes again: nothing, attention's scores, or all of a layer."""
+    """Sets activation recomputation in a Megatron config."""
     config.recompute_granularity = None if granularity == "none" else granularity
     full = granularity == "full"
     config.recompute_method = "uniform" if full else None
@@ -159,10 +165,10 @@ def _set_recompute(config: Any, granularity: str) -> None:
 
 
 class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
-    """NeMo's strategy; starts from a checkpoint without what our loss learns, and unrounded."""
+    """NeMo's strategy; loads initial weights without loss modules, and in their full precision."""
 
     def selective_restore(self) -> None:
-        """Loads the weights to start from."""
+        """Loads the initial weights."""
         model, optimizer = self.lightning_module, self.optimizers[0].mcore_optimizer
         start = Path(self.restore_config.path)
         with model.without_loss_modules():
@@ -173,32 +179,33 @@ class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
 
 @torch.no_grad()
 def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
-    """Gives the optimizer's float32 weights what the checkpoint has, where that is more exact.
+    """Loads the optimizer's float32 weights from the checkpoint, if that is more precise.
 
-    Copied from the model's, which are rounded to bfloat16, all would start in the middle of a
-    rounding interval, and a model of small updates would not move for the first steps. Megatron's
-    ``reload_model_params(state)`` looks for names that contain a name, and finds the teacher's too.
+    Copies of the model's bfloat16 weights would start in the middle of a rounding interval, and
+    small updates would not change the model in the first steps. Megatron's
+    ``reload_model_params(state)`` matches names by containment, and so finds the teacher's weights
+    too.
     """
     stored = load_tensors_metadata(str(weights))
     rounded = {}
     for name, item in core.sharded_state_dict(prefix="module.").items():
         if item.key in stored and stored[item.key].dtype.itemsize > item.data.itemsize:
             item.data = torch.empty_like(item.data, dtype=torch.float32, device="cpu")
-            if isinstance(item, ShardedTensor):  # a factory makes its own
+            if isinstance(item, ShardedTensor):  # a factory sets its own
                 item.dtype = torch.float32
             rounded[name] = item
     exact = nemo.read_sharded(rounded, weights) if rounded else {}
-    found = {
-        parameter: whole
+    full_weights = {
+        parameter: full
         for name, parameter in core.named_parameters()
-        if (whole := exact.get(f"module.{name}")) is not None
+        if (full := exact.get(f"module.{name}")) is not None
     }
-    for part in optimizer.chained_optimizers:  # of dense weights, and of experts
+    for part in optimizer.chained_optimizers:  # for dense weights, and for experts
         groups = zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True)
         for parameter, main in chain.from_iterable(zip(*group, strict=True) for group in groups):
-            if parameter in found:
-                mine = part._get_model_param_range_map(parameter)["param"]
-                main.copy_(found[parameter].flatten()[mine.start : mine.end])
+            if parameter in full_weights:
+                shard = part._get_model_param_range_map(parameter)["param"]
+                main.copy_(full_weights[parameter].flatten()[shard.start : shard.end])
 
 
 def _trainer(cfg: TrainingConfig) -> Any:
@@ -218,7 +225,7 @@ def _trainer(cfg: TrainingConfig) -> Any:
         ),
         process_group_backend=collective_backend(),
         use_te_rng_tracker=cfg.cuda_graphs,
-        # NeMo's progress bar gathers on rank 0 only and hangs with several gloo ranks.
+        # NeMo's progress bar gathers on rank 0 only, and hangs with several gloo ranks.
         replace_progress_bar=False,
         ckpt_async_save=True,
         ckpt_assume_constant_structure=True,
@@ -244,7 +251,7 @@ def _trainer(cfg: TrainingConfig) -> Any:
         ),
         max_steps=cfg.max_steps,
         val_check_interval=min(cfg.val_check_interval, cfg.max_steps),
-        check_val_every_n_epoch=None,  # counts steps from the start, also after a restart
+        check_val_every_n_epoch=None,  # counts steps from the start, after a restart too
         limit_val_batches=cfg.limit_val_batches,
         limit_test_batches=0,
         num_sanity_val_steps=0,
@@ -253,7 +260,7 @@ def _trainer(cfg: TrainingConfig) -> Any:
         enable_model_summary=False,
         logger=False,
     )
-    if world_size() == 1:  # else it listens on a port, which another run may have taken meanwhile
+    if world_size() == 1:  # else it listens on a port, which another run may have taken
         trainer.strategy.store = torch.distributed.HashStore()
     return trainer
 
@@ -298,10 +305,10 @@ def _checkpointing(cfg: TrainingConfig, directory: Path) -> Any:
 
 
 def _resume(checkpoints: Path, start: Path) -> Any:
-    """Resumes from the newest whole checkpoint, else starts from the weights of ``start``.
+    """Resumes from the newest complete checkpoint, else starts from the weights of ``start``.
 
-    NeMo gives up when the last checkpoint is unfinished, as it is after a kill while saving; the
-    one before is whole, so that is used instead.
+    NeMo fails if the last checkpoint is incomplete, as after a kill while saving, so this uses the
+    one before.
     """
     whole = whole_checkpoints(checkpoints)
     if rank() == 0:

@@ -1,4 +1,4 @@
-"""What every training stage is configured with, and can be checked for before it starts."""
+"""Checks, planned workload and results of every training stage. Torch-free."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
 Config = TypeVar("Config", bound=TrainingConfig)
 COMPILED_STEPS = 100
-"""From which on kernels are compiled by themselves: so many save about what making them takes."""
+"""Smallest number of steps that is compiled by default: about where compilation pays off."""
 CHECKPOINTS = "checkpoints"
 """Directory in a stage's work that holds the checkpoints it can resume from."""
 UNFINISHED = "-unfinished"
@@ -28,7 +28,7 @@ UNFINISHED = "-unfinished"
 
 
 def resolve_from_chain(cfg: Config, chain: Chain) -> Config:
-    """Decides on ``compile`` where that is left open: if it pays, and is seen to be possible."""
+    """Sets ``compile`` if it is unset: on this machine's CPU, with a compiler, if it pays off."""
     if cfg.compile is not None:
         return cfg
     pays = cfg.max_steps >= COMPILED_STEPS and _on_cpu_here(chain)
@@ -90,14 +90,14 @@ def _compiler_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _recompute_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
-    """Parts that a model has not, of which Megatron says nothing and computes nothing again."""
+    """Finds modules that the model does not have, which Megatron ignores silently."""
     dense, experts = FEED_FORWARD
-    has, has_not = (experts, dense) if _trained(cfg, chain).num_moe_experts else (dense, experts)
-    if cfg.recompute_granularity == "selective" and has_not in cfg.recompute_modules:
+    present, absent = (experts, dense) if _trained(cfg, chain).num_moe_experts else (dense, experts)
+    if cfg.recompute_granularity == "selective" and absent in cfg.recompute_modules:
         yield Problem(
             rules.RECOMPUTE,
-            f"recompute_modules has {has_not}, but the feed-forward part of this model is {has}",
-            f"recompute_modules=[{has}]",
+            f"recompute_modules has {absent}, but this model's feed-forward network is {present}",
+            f"recompute_modules=[{present}]",
         )
 
 
@@ -112,7 +112,7 @@ def _graph_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _trained(cfg: TrainingConfig, chain: Chain) -> Architecture:
-    """The model that learns."""
+    """Returns the shape of the trained model."""
     student = cfg.inputs.get("student")
     return chain.shape_of(student) if student else chain.teacher
 
@@ -134,7 +134,7 @@ def _fp8_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def fp8_size_problems(cfg: TrainingConfig, shape: Architecture, of: str = "") -> Iterator[Problem]:
-    """Finds a model's products of sizes that FP8 cannot take; ``of`` says whose they are."""
+    """Finds matrix multiplications of sizes that FP8 does not support; ``of`` names the model."""
     unit = FP8_RECIPES[cfg.fp8_recipe]
     for name, size in _fp8_sizes(cfg, shape).items():
         if size % unit:
@@ -146,7 +146,7 @@ def fp8_size_problems(cfg: TrainingConfig, shape: Architecture, of: str = "") ->
 
 
 def _fp8_sizes(cfg: TrainingConfig, shape: Architecture) -> dict[str, int]:
-    """Sizes of a rank's products."""
+    """Returns the sizes of a rank's matrix multiplications."""
     tensor = cfg.tensor_model_parallel_size
     ffn = shape.moe_ffn_hidden_size if shape.num_moe_experts else shape.ffn_hidden_size
     heads = shape.num_attention_heads + 2 * shape.num_query_groups
@@ -160,7 +160,7 @@ def _fp8_sizes(cfg: TrainingConfig, shape: Architecture) -> dict[str, int]:
 
 
 def layout_of(cfg: TrainingConfig) -> Layout:
-    """The layout in a planner's terms."""
+    """Returns the layout for the planner."""
     return Layout(
         nodes=cfg.resources.nodes,
         devices=cfg.resources.devices,
@@ -179,7 +179,7 @@ def layout_of(cfg: TrainingConfig) -> Layout:
 def training_workload(
     cfg: TrainingConfig, trained: Architecture, teacher: Architecture | None = None, terms: int = 1
 ) -> Workload:
-    """The training as a planner sees it."""
+    """Returns the training for the planner."""
     return Workload(
         trained=trained,
         teacher=teacher,
@@ -195,31 +195,32 @@ def training_workload(
 
 
 def training_bytes(cfg: TrainingConfig, parameters: int) -> int:
-    """The trained model and its checkpoints, one of them in flight."""
+    """Returns the disk space of the trained model and its checkpoints, one in flight."""
     return parameters * (4 + CHECKPOINT_BYTES * (cfg.keep_checkpoints + 1))
 
 
 def training_progress(work: Path) -> str | None:
-    """How far an unfinished training is: what would be lost by starting over."""
+    """Returns the step of the last checkpoint, which starting over would lose."""
     steps = [steps_in(path) for path in whole_checkpoints(work / CHECKPOINTS)]
     return f"step {max(steps)}" if steps else None
 
 
 def whole_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints that are not being written, or were when the run was killed."""
+    """Returns the checkpoints that were written completely."""
     unfinished = {p.name.removesuffix(UNFINISHED) for p in directory.glob(f"*{UNFINISHED}")}
     return [p for p in directory.glob("step=*") if p.is_dir() and p.name not in unfinished]
 
 
 def steps_in(checkpoint: Path) -> int:
-    """Steps done in a checkpoint, which NeMo names ``step=N`` or ``step=N-last``, from 0."""
+    """Returns the steps of a checkpoint; NeMo names it ``step=N`` or ``step=N-last``, from 0."""
     return int(checkpoint.name.rpartition("=")[2].split("-")[0]) + 1
 
 
 def training_result(cfg: TrainingConfig, file: Path) -> TrainingResult:
-    """What a training came to, from the records of all attempts.
+    """Reads a training's result from the metrics of all attempts.
 
-    Not from memory: a run killed after its last step resumes with nothing left to train.
+    A run that is killed after its last step resumes with no steps to train, so memory has no
+    result.
     """
     steps, validations = steps_of(file, cfg.stage), steps_of(file, "validate")
     last = steps[-1]

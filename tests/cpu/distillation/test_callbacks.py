@@ -14,7 +14,7 @@ import pytest
 from recipes.backend.device import device
 from recipes.core.errors import RecipeError
 from recipes.distillation import callbacks
-from recipes.distillation.callbacks import COLLECT_EVERY, Collect, Profile
+from recipes.distillation.callbacks import COLLECT_EVERY, CollectGarbage, Profile
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.trainer import _set_environment, train
 
@@ -28,7 +28,7 @@ class Cycle:
 
 def test_garbage_is_collected_in_its_step() -> None:
     cfg = DistillConfig(stage="distill", checkpoint_interval=COLLECT_EVERY)
-    collect, trainer = Collect(cfg), SimpleNamespace(global_step=COLLECT_EVERY - 1)
+    collect, trainer = CollectGarbage(cfg), SimpleNamespace(global_step=COLLECT_EVERY - 1)
     try:
         collect.on_train_start(trainer, None)
         assert not gc.isenabled()
@@ -46,7 +46,7 @@ def test_garbage_is_collected_in_its_step() -> None:
 def test_free_memory_is_given_back_before_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
     monkeypatch.setattr(callbacks, "return_free_memory", lambda: given.append(True))
-    collect = Collect(DistillConfig(stage="distill", checkpoint_interval=2))
+    collect = CollectGarbage(DistillConfig(stage="distill", checkpoint_interval=2))
     for step in range(1, 5):
         collect.on_train_batch_end(SimpleNamespace(global_step=step), None)
         assert len(given) == step // 2
