@@ -7,16 +7,13 @@ import os
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
-from recipes.backend.device import device
-from recipes.core.errors import RecipeError
 from recipes.distillation import callbacks
 from recipes.distillation.callbacks import COLLECT_EVERY, CollectGarbage, Profile
 from recipes.distillation.settings import DistillConfig
-from recipes.distillation.trainer import _set_environment, train
+from recipes.distillation.trainer import _set_environment
 
 
 class Cycle:
@@ -74,13 +71,3 @@ def test_the_users_environment_stays(monkeypatch: pytest.MonkeyPatch, tensor: in
     assert environment["TORCH_NCCL_HIGH_PRIORITY"] == "0"
     assert environment["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment
-
-
-@pytest.mark.skipif(device() != "cpu", reason="a GPU's kernels need no C++ compiler")
-def test_without_a_compiler_no_training_begins(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    cfg, nothing = DistillConfig(stage="distill", compile=True), cast(Any, None)
-    with pytest.raises(RecipeError, match="there is no no-such-compiler here"):
-        train(cfg, tmp_path, nothing, nothing, tmp_path, nothing)
