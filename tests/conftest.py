@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from recipes.core.processes import expect_no_gpu
-from tests.support.disks import pretend_room
+from tests.support.disks import large_disks
 from tests.support.text import write_text
 
 LONGEST = (
@@ -25,11 +26,7 @@ LONGEST = (
 
 
 def pytest_configure() -> None:
-    """Nothing that is only planned depends on what this machine's disk has left.
-
-    Files may import Megatron, as stages do.
-    """
-    pretend_room()
+    """Lets tests import Megatron, as stages do."""
     expect_no_gpu()
 
 
@@ -37,6 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Orders files; tests of a file keep their order."""
     order = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture
+def large_disk() -> Iterator[None]:
+    """Plans of any size fit on this machine's disk."""
+    with large_disks():
+        yield
 
 
 @pytest.fixture(scope="session")

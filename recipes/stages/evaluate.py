@@ -1,4 +1,8 @@
-"""Quality of teacher, pruned and distilled model on held-out text, the same windows for all."""
+"""Evaluates teacher, pruned and distilled model on the same held-out text.
+
+Reads the three models and the prepared text. Writes ``results.json`` with the losses of all
+sequences and generated text.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,12 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds prompts that leave nothing to continue."""
+    """Yields problems of lengths."""
     if cfg.prompt_tokens >= cfg.seq_length:
         yield Problem(
             rules.EVALUATE,
-            f"prompt_tokens={cfg.prompt_tokens} leaves nothing of seq_length={cfg.seq_length}",
-            "use prompts that are shorter",
+            f"prompt_tokens={cfg.prompt_tokens} is not below seq_length={cfg.seq_length}",
+            "set prompt_tokens lower",
         )
     yield from window_problems(cfg.seq_length, chain)
 
@@ -35,7 +39,7 @@ def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:
 
 
 def run(cfg: EvaluateConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Measures perplexity, KL to the teacher and top-1 agreement, by source too, and generates."""
+    """Measures perplexity, KL to the teacher and top-1 agreement, in total and by source."""
     from nemo_convert import nemo
     from recipes.evaluation.text_quality import measure
 
@@ -51,7 +55,7 @@ STAGE = Stage(
     run=run,
     check=check,
     inference_cost=inference_cost,
-    one_rank="its windows are not split over ranks",
+    one_rank="the text is not split over ranks",
     inputs={
         "teacher": ("checkpoint_nemo",),
         "pruned": ("checkpoint_nemo",),

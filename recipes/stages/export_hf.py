@@ -1,8 +1,11 @@
-"""NeMo checkpoint to Hugging Face folder, with a model card and proof that nothing changed."""
+"""Converts a NeMo checkpoint to a Hugging Face folder, and checks that the logits are equal.
+
+Reads the checkpoint, and results for the model card. Writes the folder.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_convert.results import ParityResult
@@ -19,14 +22,9 @@ class ExportConfig(StageConfig):
     """Settings of ``export_hf``."""
 
     teacher: str = ""
-    """Model that the student came from, for the card."""
+    """Path or hub id of the teacher, for the model card."""
     recipe: str = ""
-    """What was done, for the card."""
-
-
-def disk_bytes(cfg: ExportConfig, chain: Chain) -> int:
-    """Size of the folder, the teacher's at most."""
-    return 4 * chain.teacher.parameters()
+    """Name of the recipe, for the model card."""
 
 
 def inference_cost(cfg: ExportConfig, chain: Chain) -> InferenceCost:
@@ -35,7 +33,7 @@ def inference_cost(cfg: ExportConfig, chain: Chain) -> InferenceCost:
 
 
 def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Converts, compares with the checkpoint, and writes a card with what was measured."""
+    """Converts the model, compares the logits of both, and writes the model card."""
     from nemo_convert import convert, hf, nemo, parity
     from recipes.report.model_card import write_card
 
@@ -45,28 +43,23 @@ def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
     log.progress("export", 0, 2)
     convert.to_hf(checkpoint, out)
     log.progress("export", 1, 2)
-    gate = parity.compare(out, checkpoint).require(f"{checkpoint.name} → {out}")
-    manifest = inputs["checkpoint"].manifest
-    if "evaluation" in inputs:  # a model that nothing was done to keeps the card that came along
-        write_card(
-            out, cfg.teacher, cfg.recipe, {name: item.manifest for name, item in inputs.items()}
-        )
+    equal = parity.compare(out, checkpoint).require(f"{checkpoint.name} → {out}")
+    if "evaluation" in inputs:  # an unchanged model keeps its own card
+        manifests = {name: item.manifest for name, item in inputs.items()}
+        write_card(out, cfg.teacher, cfg.recipe, manifests)
     log.progress("export", 2, 2)
-    return Outcome(
-        ParityResult(gate.max_logit_difference, gate.tokens),
-        architecture=manifest.architecture,
-        parameters=manifest.parameters,
-        tokenizer_sha256=hf.tokenizer_sha256(out),
-    )
+    result = ParityResult(equal.max_logit_difference, equal.tokens)
+    outcome = Outcome.of(result, inputs["checkpoint"].manifest)
+    return replace(outcome, tokenizer_sha256=hf.tokenizer_sha256(out))
 
 
 STAGE = Stage(
     config=ExportConfig,
     kind="checkpoint_hf",
     run=run,
-    one_rank="a conversion is one process's work",
+    one_rank="a conversion is not split over ranks",
     inputs={"checkpoint": ("checkpoint_nemo",)},
-    # For the card alone. A benchmark cannot be one: it measures what this stage makes.
+    # For the model card. Speed cannot be an input, since it is measured on this stage's result.
     optional_inputs={
         "evaluation": ("eval_results",),
         "teacher": ("checkpoint_nemo",),
@@ -76,7 +69,7 @@ STAGE = Stage(
         "tasks": ("task_results",),
     },
     external=lambda config: {"card": CARD_TEMPLATE},
-    disk_bytes=disk_bytes,
+    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),  # at most
     inference_cost=inference_cost,
 )
 

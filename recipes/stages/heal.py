@@ -1,4 +1,8 @@
-"""Heals a pruned model in closed form: refits it to do on text what its teacher does."""
+"""Reconstructs a pruned model by least squares, so that its layers match the teacher's outputs.
+
+Reads the pruned model, its teacher and calibration text. Writes the reconstructed checkpoint, and
+measures its KL to the teacher on validation text.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +25,17 @@ from recipes.planning.problems import Problem
 from recipes.planning.transformer import largest
 from recipes.pruning.results import HealResult
 from recipes.pruning.settings import HealConfig, PruneConfig
-from recipes.stages.contract import Stage
+from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds models that cannot be healed, and a teacher that the student was not cut from."""
+    """Yields problems of models that cannot be healed, and of a wrong teacher."""
     yield from window_problems(cfg.seq_length, chain)
     if chain.teacher.num_moe_experts:
         yield Problem(
             rules.HEALING,
-            f"{cfg.stage} cannot refit experts",
-            "use heal=null, and distil the model as it is cut",
+            f"{cfg.stage} does not support MoE models",
+            "use heal=null",
         )
     pruned = chain.stages.get(cfg.inputs.get("checkpoint", ""))
     if pruned is None:
@@ -40,13 +44,13 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
     if not isinstance(pruned, PruneConfig):
         yield Problem(
             rules.HEALING,
-            f"{cfg.stage} is given {cfg.inputs['checkpoint']}, which prunes nothing",
-            f"set stages.{cfg.stage}.inputs.checkpoint to a stage that does",
+            f"{cfg.inputs['checkpoint']} is the input of {cfg.stage}, but does not prune",
+            f"set stages.{cfg.stage}.inputs.checkpoint to a stage that prunes",
         )
     elif source != teacher:
         yield Problem(
             rules.HEALING,
-            f"{cfg.stage} heals to {teacher}, but its student was cut from {source}",
+            f"the teacher of {cfg.stage} is {teacher}, but its student was pruned from {source}",
             f"set stages.{cfg.stage}.inputs.teacher={source}",
         )
 
@@ -67,8 +71,8 @@ def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
 
 
 def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Heals, saves the student, and measures what that brought back."""
-    from nemo_convert import hf, nemo
+    """Reconstructs and saves the model, and measures it before and after."""
+    from nemo_convert import nemo
     from nemo_convert.convert import hf_weights
     from recipes.data.token_windows import read_windows
     from recipes.evaluation.text_quality import measure_checkpoints
@@ -92,17 +96,13 @@ def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
     before, after = measure_checkpoints(
         teacher, students, unseen, cfg.precision, cfg.micro_batch_size
     )
-    return Outcome(
-        HealResult(
-            kept_layers=inputs["checkpoint"].manifest.result(KeptLayers).kept_layers,
-            calibration_tokens=text.tokens.numel(),
-            kl_as_cut=before.kl_to_teacher,
-            kl_healed=after.kl_to_teacher,
-        ),
-        architecture=student.as_dict(),
-        parameters=student.parameters(),
-        tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(pruned)),
+    result = HealResult(
+        kept_layers=inputs["checkpoint"].manifest.result(KeptLayers).kept_layers,
+        calibration_tokens=text.tokens.numel(),
+        kl_as_cut=before.kl_to_teacher,
+        kl_healed=after.kl_to_teacher,
     )
+    return checkpoint_outcome(result, pruned)
 
 
 STAGE = Stage(
@@ -111,7 +111,7 @@ STAGE = Stage(
     run=run,
     check=check,
     inference_cost=inference_cost,
-    one_rank="it heals one layer at a time",
+    one_rank="it reconstructs one layer at a time",
     inputs={
         "checkpoint": ("checkpoint_nemo",),
         "teacher": ("checkpoint_nemo",),

@@ -1,4 +1,8 @@
-"""Minitron pruning of width and depth: cuts the weights to what scored highest."""
+"""Prunes width and depth of a model by importance (Minitron, arXiv:2407.14679).
+
+Reads a NeMo checkpoint and its importance scores. Writes the pruned checkpoint and the indices that
+were kept.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from recipes.pruning.settings import PruneConfig, ScoreConfig
 from recipes.pruning.targets import MOST_AT_ONCE, pruned, share_problems, target_problems
 from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import name_of
-from recipes.stages.contract import Stage
+from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
@@ -30,7 +34,7 @@ def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
 
 
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds targets that the teacher cannot be pruned to, and scores that would be missing."""
+    """Yields problems of the targets and of missing importance scores."""
     teacher, before = chain.teacher, chain.shape_of(cfg.inputs.get("checkpoint"))
     student = student_of(cfg, chain)
     if "shape" in cfg.inputs:
@@ -43,58 +47,58 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     elif cfg.part is not None:
         yield Problem(
             rules.PRUNE_TARGET,
-            f"drop_layers={cfg.drop_layers} cannot be gone a part of the way",
-            "set target_num_layers instead, or leave rounds out",
+            f"drop_layers={cfg.drop_layers} cannot be combined with rounds above 1",
+            "set target_num_layers instead, or rounds=1",
         )
     yield from _large_cut_problems(cfg, chain, before, student)
 
 
 def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> Iterator[Problem]:
-    """Whether a search's choice can be taken, and what stands for it until it is known."""
+    """Checks that the input ``shape`` is a search, and warns if it has not run yet."""
     source = cfg.inputs["shape"]
     if cfg.asked() or cfg.drop_layers:
         yield Problem(
             rules.PRUNE_TARGET,
-            f"{cfg.stage} has targets, and takes its shape from {source}",
+            f"{cfg.stage} has both targets and a search ({source})",
             f"leave the targets out, or '~stages.{cfg.stage}.inputs.shape'",
         )
     search, manifest = chain.stages.get(source), manifest_of(source)
     if isinstance(search, SuccessiveHalvingConfig):
         shapes = chain.shapes.get(source, ())
+        largest = f"the largest of {len(shapes)} in the budget" if shapes else "the teacher's"
+        size = f"{name_of(student)} of {student.parameters() / 1e6:,.0f} M parameters"
         yield Problem(
             rules.SEARCHED_SHAPE,
-            f"which shape {source} chooses is not known yet; what is planned and checked is "
-            + (f"the largest of {len(shapes)} within the budget" if shapes else "the teacher's")
-            + f", {name_of(student)} of {student.parameters() / 1e6:,.0f} M parameters",
-            "take what is planned as the most that it may be, and not as what it will be",
+            f"{source} has not run yet; plans and checks are for {largest}, {size}",
+            "read the plan as an upper bound",
         )
     elif search is not None or manifest is None or manifest.architecture is None:
         yield Problem(
             rules.PRUNE_TARGET,
-            f"{source} has chosen no shape",
-            f"set stages.{cfg.stage}.inputs.shape to a successive_halving, run again if it is old",
+            f"{source} has no chosen architecture",
+            f"set stages.{cfg.stage}.inputs.shape to a successive_halving, or run it again",
         )
 
 
 def _large_cut_problems(
     cfg: PruneConfig, chain: Chain, before: Architecture, student: Architecture
 ) -> Iterator[Problem]:
-    """Whether more goes at once than comes back well."""
-    left = student.parameters() / before.parameters()
-    if 1 - left > MOST_AT_ONCE:
-        needed = math.ceil(math.log(left) / math.log(1 - MOST_AT_ONCE))
-        alone = cfg.part is None and before == chain.teacher
+    """Warns of pruning more at once than a distillation recovers well."""
+    kept = student.parameters() / before.parameters()
+    if 1 - kept > MOST_AT_ONCE:
+        rounds = math.ceil(math.log(kept) / math.log(1 - MOST_AT_ONCE))
+        is_only_round = cfg.part is None and before == chain.teacher
         yield Problem(
             rules.LARGE_CUT,
-            f"{1 - left:.0%} of the parameters go at once",
-            f"rounds={needed}: pruned and distilled {needed} times, an equal part of the way each"
-            if alone
-            else "cut less, or raise rounds",
+            f"{1 - kept:.0%} of the parameters are pruned at once",
+            f"rounds={rounds}: prune and distil {rounds} times, by equal ratios"
+            if is_only_round
+            else "prune less, or raise rounds",
         )
 
 
 def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Problem]:
-    """Whether the stage that scores, if it is of this run, measures what is asked for here."""
+    """Checks that the scoring stage of this run measures what ``layer_importance`` needs."""
     name = cfg.inputs.get("importance", "")
     score = chain.stages.get(name)
     if not isinstance(score, ScoreConfig) or drop <= 0:
@@ -107,19 +111,19 @@ def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Probl
         ),
         "greedy": (drop <= score.num_greedy_layers, f"num_greedy_layers={drop}"),
     }
-    has, wanted = needs.get(cfg.layer_importance, (True, ""))
-    if not has:
+    is_measured, setting = needs.get(cfg.layer_importance, (True, ""))
+    if not is_measured:
         yield Problem(
             rules.LAYER_IMPORTANCE,
-            f"layer_importance={cfg.layer_importance} drops {drop} layers by what "
-            f"{name} does not measure",
-            f"set stages.{name}.{wanted}",
+            f"{name} does not measure layer_importance={cfg.layer_importance} for dropping {drop} "
+            "layers",
+            f"set stages.{name}.{setting}",
         )
 
 
 def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Chooses what to keep, cuts, and saves the student and the kept indices."""
-    from nemo_convert import hf, nemo
+    """Chooses layers, channels and heads, and saves the pruned model and their indices."""
+    from nemo_convert import nemo
     from recipes.pruning.cut_checkpoint import layers_to_keep, prune_checkpoint
     from recipes.pruning.importance import Importance
     from recipes.pruning.kept import choose
@@ -137,25 +141,23 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
         layers = layers_to_keep(importance, cfg.layer_importance, student.num_layers)
     kept = choose(importance.widths, whole, student, layers)
 
-    prune_checkpoint(teacher, student, kept, out / teacher.name)
+    checkpoint = out / teacher.name
+    prune_checkpoint(teacher, student, kept, checkpoint)
     kept.save(out)
     scored = inputs["importance"].manifest.result(ScoreResult)
     measure, scores = importance.of_layers(cfg.layer_importance)
+    # Layers have the numbers of the first teacher, also after earlier rounds.
     earlier = inputs["checkpoint"].manifest.result(KeptLayers).kept_layers
     numbers = dict(enumerate(earlier or range(1, whole.num_layers + 1), start=1))
-    return Outcome(
-        PruneResult(
-            kept_layers=[numbers[layer] for layer in kept.layers],
-            layer_importance={numbers[layer]: score for layer, score in scores.items()},
-            layer_measure=measure,
-            calibration_tokens=scored.calibration_tokens,
-            calibration_windows=scored.calibration_windows,
-            teacher_parameters=inputs["checkpoint"].manifest.parameters,
-        ),
-        architecture=student.as_dict(),
-        parameters=student.parameters(),
-        tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher)),
+    result = PruneResult(
+        kept_layers=[numbers[layer] for layer in kept.layers],
+        layer_importance={numbers[layer]: score for layer, score in scores.items()},
+        layer_measure=measure,
+        calibration_tokens=scored.calibration_tokens,
+        calibration_windows=scored.calibration_windows,
+        teacher_parameters=inputs["checkpoint"].manifest.parameters,
     )
+    return checkpoint_outcome(result, checkpoint)
 
 
 STAGE = Stage(
@@ -163,7 +165,7 @@ STAGE = Stage(
     kind="checkpoint_nemo",
     run=run,
     check=check,
-    one_rank="it copies weights",
+    one_rank="it only copies weights",
     inputs={"checkpoint": ("checkpoint_nemo",), "importance": ("importance",)},
     optional_inputs={"shape": ("search_results",)},
     shapes=lambda config, chain: [student_of(config, chain)],

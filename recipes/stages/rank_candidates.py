@@ -1,9 +1,13 @@
-"""Ranks shapes by how well the teacher cut to them still predicts text: healed, but not trained."""
+"""Ranks the architectures of a search by the loss of the pruned teacher, without training.
+
+Reads the teacher, its importance scores, the listed architectures and text. The best are
+reconstructed by least squares before the final ranking. Writes ``candidates.json``, the best first.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,17 +17,11 @@ from recipes.core.stage import Inputs, metrics_log
 from recipes.core.statistics import pareto_front
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.inference_cost import InferenceCost, Sequences, healing_cost, ranking_cost
-from recipes.planning.problems import Problem
 from recipes.planning.transformer import Compute, largest
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig, RankCandidatesConfig
 from recipes.search.space import Budget
 from recipes.stages.contract import Stage
-
-
-def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds windows that are longer than the model's positions."""
-    yield from window_problems(cfg.seq_length, chain)
 
 
 def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
@@ -50,20 +48,20 @@ def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
 
 
 def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Measures every shape, heals the best, and writes ``candidates.json``, the best first."""
+    """Measures every architecture and writes the ranking."""
     from recipes.search.measure import measure_shapes
 
     listed = (inputs["shapes"].artifact / SHAPES_FILE).read_text(encoding="utf-8")
     shapes = [Architecture(**shape) for shape in json.loads(listed)]
     candidates = measure_shapes(cfg, inputs, shapes, metrics_log(out))
-    best_first = ranking(candidates)
-    write_candidates(out, best_first)
+    ranked = ranking(candidates)
+    write_candidates(out, ranked)
     budget = Budget(**inputs["shapes"].manifest.config["budget"]).limits()
-    return Outcome(SearchResult(best_first, budget))
+    return Outcome(SearchResult(ranked, budget))
 
 
 def ranking(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The best first, with those marked that no other beats in both size and proxy."""
+    """Returns the candidates, the best first, and marks those on the front of size and proxy."""
     front = pareto_front([(one.parameters, one.proxy) for one in candidates])
     marked = [replace(one, pareto=i in front) for i, one in enumerate(candidates)]
     return sorted(marked, key=lambda one: (not one.healed, one.proxy))
@@ -73,9 +71,9 @@ STAGE = Stage(
     config=RankCandidatesConfig,
     kind="search_results",
     run=run,
-    check=check,
+    check=lambda config, chain: window_problems(config.seq_length, chain),
     inference_cost=inference_cost,
-    one_rank="its windows are not split over ranks",
+    one_rank="the text is not split over ranks",
     inputs={
         "checkpoint": ("checkpoint_nemo",),
         "importance": ("importance",),

@@ -1,4 +1,8 @@
-"""Scores what can be pruned: channels, heads and layers, by forward passes on calibration text."""
+"""Scores the importance of channels, heads and layers by forward passes.
+
+Reads a NeMo checkpoint and calibration text. Writes ``importance.json`` and
+``importance.safetensors``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from recipes.stages.contract import Stage
 
 
 def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
-    """Which blocks to leave out, where that is left to the stages that drop one."""
+    """Sets ``block_sizes`` to those that stages of this run drop, unless it is set."""
     if cfg.block_sizes is not None:
         return cfg
     own = [name for name, config in chain.stages.items() if config is cfg]
@@ -34,7 +38,7 @@ def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
 
 
 def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds settings that leave nothing to score, and ranks that the layers cannot be split on."""
+    """Yields problems of the layers to leave out and of the ranks."""
     yield from window_problems(cfg.seq_length, chain)
     layers = chain.shape_of(cfg.inputs.get("checkpoint")).num_layers
     blocks = resolve_from_chain(cfg, chain).block_sizes or []
@@ -42,17 +46,17 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
     if wrong or (not cfg.num_loss_samples and (blocks or cfg.num_greedy_layers)):
         yield Problem(
             rules.CALIBRATION,
-            f"block_sizes={blocks}, num_greedy_layers={cfg.num_greedy_layers} cannot be "
-            f"measured on num_loss_samples={cfg.num_loss_samples} windows with {layers} layers",
-            f"leave out fewer than {layers} layers, on at least one window",
+            f"block_sizes={blocks} and num_greedy_layers={cfg.num_greedy_layers} cannot be "
+            f"measured with num_loss_samples={cfg.num_loss_samples} and {layers} layers",
+            f"leave out fewer than {layers} layers, and set num_loss_samples to at least 1",
         )
     ranks, stages = cfg.resources.ranks, cfg.pipeline_model_parallel_size
     if ranks != stages or stages > layers:
         yield Problem(
             rules.RANKS,
-            f"{cfg.stage} has {ranks} rank(s) and pipeline_model_parallel_size={stages} for "
-            f"{layers} layers; ModelOpt scores at TP=1, and windows are not split over ranks",
-            "set both to the same number, at most the layers",
+            f"{cfg.stage} has {ranks} rank(s), pipeline_model_parallel_size={stages} and {layers} "
+            "layers; it only supports pipeline parallelism",
+            f"set ranks and pipeline_model_parallel_size to the same number, at most {layers}",
         )
 
 
@@ -74,7 +78,7 @@ def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
 
 
 def run(cfg: ScoreConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Runs the forward passes and writes ``importance.json`` and ``importance.safetensors``."""
+    """Runs the forward passes and saves the scores."""
     from nemo_convert import nemo
     from recipes.pruning.scoring import calibration_windows, score_checkpoint
 
@@ -83,16 +87,15 @@ def run(cfg: ScoreConfig, inputs: Inputs, out: Path) -> Outcome:
     importance = score_checkpoint(cfg, teacher, text, metrics_log(out))
     if rank() == 0:
         importance.save(out)
-    return Outcome(
-        ScoreResult(
-            calibration=cfg.calibration,
-            calibration_windows=len(text),
-            calibration_tokens=text.tokens.numel(),
-            teacher_loss=importance.teacher_loss,
-            layer_importance=importance.layers,
-            loss_predictions=text.first(cfg.loss_windows).predictions,
-        )
+    result = ScoreResult(
+        calibration=cfg.calibration,
+        calibration_windows=len(text),
+        calibration_tokens=text.tokens.numel(),
+        teacher_loss=importance.teacher_loss,
+        layer_importance=importance.layers,
+        loss_predictions=text.first(cfg.loss_windows).predictions,
     )
+    return Outcome(result)
 
 
 STAGE = Stage(

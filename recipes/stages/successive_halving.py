@@ -1,9 +1,11 @@
-"""Distils the best candidates a little, drops the worse half, and goes on until one is left.
+"""Chooses an architecture by successive halving (arXiv:1502.07943).
 
-Successive halving (Jamieson and Talwalkar, arXiv:1502.07943): each round has the same share of the
-tokens, so fewer candidates get more each. Every pruning and training is a stage of its own below
-``work/``, so a killed halving goes on where it was. Candidates are shared out to the ranks; or
-there is one rank, and each training takes all of the machine's devices.
+Each round distils all remaining candidates on an equal fraction of the tokens and drops the worse
+half. Candidates are distributed over the ranks; or there is one rank, and each training uses all
+devices. Every pruning and training is a stage below ``work/``, so a killed search resumes.
+
+Reads the teacher, its importance scores, text and the ranked candidates. Writes
+``candidates.json``, and the chosen architecture as a recipe, ``recipe.yaml``.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from omegaconf import OmegaConf
 
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.files import write_text_atomically
@@ -32,19 +36,22 @@ from recipes.search.space import axes_of, name_of, prune_settings
 from recipes.stages.contract import Stage
 
 RECIPE = "recipe.yaml"
-LISTED = "only=[enumerate_shapes] lists them"
+LIST_CANDIDATES = "only=[enumerate_shapes] lists them"
 
 
 def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds a halving without candidates or steps, and settings that would fail in training."""
+    """Yields problems of devices, candidates, tokens and of the trainings."""
     if cfg.distill.resources.devices > 1 and cfg.resources.ranks > 1:
         yield Problem(
             rules.SEARCH,
-            f"the stage has {cfg.resources.devices} devices and each of its trainings "
-            f"{cfg.distill.resources.devices}: both have several ranks",
-            "set resources.devices of one of them to 1",
+            f"resources.devices={cfg.resources.devices} and "
+            f"distill.resources.devices={cfg.distill.resources.devices} are both above 1",
+            "set one of them to 1",
         )
-    yield from _name_problems(cfg, chain)
+    shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
+    if shapes:
+        for what in _unknown_candidates(cfg.also, [name_of(shape) for shape in shapes]):
+            yield Problem(rules.SEARCH, what, LIST_CANDIDATES)
     rounds = cfg.rounds(cfg.most())
     if not rounds:
         return
@@ -52,22 +59,14 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
         need = 2 * len(rounds) * rounds[0] * cfg.distill.global_batch_size * cfg.distill.seq_length
         yield Problem(
             rules.SEARCH,
-            f"max_tokens={cfg.max_tokens} leaves {rounds[0]} candidates less than two steps",
-            f"set it to at least {need}, or fewer candidates",
+            f"max_tokens={cfg.max_tokens} is less than two steps for {rounds[0]} candidates",
+            f"set it to at least {need}, or use fewer candidates",
         )
     else:
         training = training_of(cfg, rounds, 0)
         yield from training_problems(training, chain)
         job = training_workload(training, chain.teacher)
         yield from layout_problems(job, chain.hardware)
-
-
-def _name_problems(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
-    """Compares ``also`` with the shapes within the budget."""
-    shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
-    if cfg.also and shapes:
-        for what in _unknown(cfg.also, [name_of(shape) for shape in shapes]):
-            yield Problem(rules.SEARCH, what, LISTED)
 
 
 def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
@@ -93,8 +92,8 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     return InferenceCost(memory, compute, job.bf16)
 
 
-def _unknown(names: Sequence[str], known: Collection[str]) -> list[str]:
-    """What is wrong with names of candidates."""
+def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[str]:
+    """Returns an error message for each name of ``also`` that is no candidate."""
     return [
         f"also={name} is no candidate.{did_you_mean(name, known)}"
         for name in names
@@ -103,9 +102,9 @@ def _unknown(names: Sequence[str], known: Collection[str]) -> list[str]:
 
 
 def training_of(cfg: SuccessiveHalvingConfig, rounds: Sequence[int], number: int) -> DistillConfig:
-    """A training of one round, on windows in an order of its own."""
+    """Returns the training of one round; every round has another order of sequences."""
     steps = cfg.steps(rounds[number], len(rounds))
-    plain = {
+    settings = {
         "stage": "distill",
         "seed": cfg.distill.seed + number,
         "max_steps": steps,
@@ -114,17 +113,17 @@ def training_of(cfg: SuccessiveHalvingConfig, rounds: Sequence[int], number: int
         "checkpoint_interval": max(steps, 1),
         "stop_at_recovered": None,  # candidates are compared at equal tokens
     }
-    return DistillConfig(**{**vars(cfg.distill), **plain})
+    return DistillConfig(**{**vars(cfg.distill), **settings})
 
 
 def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Goes through all rounds, and writes ``candidates.json`` and the winner as ``recipe.yaml``."""
+    """Runs all rounds and writes the candidates and the chosen recipe."""
     from recipes.search.halving import HalvingRun
 
     search = inputs["candidates"].manifest.result(SearchResult)
     ranked = {candidate.name: candidate for candidate in search.candidates}
-    for what in _unknown(cfg.also, ranked):
-        raise RecipeError(what, LISTED)
+    for what in _unknown_candidates(cfg.also, ranked):
+        raise RecipeError(what, LIST_CANDIDATES)
     remaining = [n for i, n in enumerate(ranked) if i < cfg.num_candidates or n in cfg.also]
     method = inputs["candidates"].manifest.config["layer_importance"]
     halving = HalvingRun(cfg, inputs, out.parent / "candidates", method)
@@ -135,9 +134,9 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
         candidates = [ranked[name] for name in remaining]
         halving.train(candidates, number, training)
         tokens = training.max_steps * training.global_batch_size * training.seq_length
-        for candidate, found in zip(candidates, halving.measure(candidates, number), strict=True):
+        for candidate, quality in zip(candidates, halving.measure(candidates, number), strict=True):
             ranked[candidate.name] = replace(
-                candidate, **vars(found), tokens=candidate.tokens + tokens
+                candidate, **vars(quality), tokens=candidate.tokens + tokens
             )
         remaining.sort(key=lambda name: float(getattr(ranked[name], cfg.select_by)))
         log.progress("successive_halving", number + 1, len(rounds), leader=remaining[0])
@@ -154,34 +153,23 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def recipe(cfg: SuccessiveHalvingConfig, inputs: Inputs, winner: Candidate, method: str) -> str:
-    """The winner as a recipe: copied to ``conf/recipe/NAME.yaml`` it runs as ``recipe=NAME``."""
-    teacher = inputs["checkpoint"].manifest.architecture or {}
-    sizes = axes_of(winner.shape)
-    changed = {axis: size for axis, size in sizes.items() if size != teacher[axis]}
-    scored = inputs["importance"].manifest.config
-    return "\n".join(
-        [
-            "# @package _global_",
-            f"# Found by a search for the model {inputs['checkpoint'].manifest.config['hf_path']}",
-            "defaults:",
-            "  - /chain@_global_: prune_distill",
-            "  - _self_",
-            "  - /heal: none",
-            "  - /teacher: live",
-            "",
-            f"description: {winner.name}, {winner.parameters / 1e6:,.1f} M parameters",
-            "stages:",
-            "  score:",
-            *(f"    {n}: {scored[n]}" for n in ("num_loss_samples", "block_sizes")),
-            f"    num_greedy_layers: {scored['num_greedy_layers']}",
-            "  prune:",
-            *(f"    {name}: {value}" for name, value in prune_settings(changed, method).items()),
-            "  distill:",
-            f"    lr: {cfg.distill.lr}",
-            f"    min_lr: {cfg.distill.min_lr}",
-            "",
-        ]
-    )
+    """Returns a recipe of the winner; in ``conf/recipe/NAME.yaml`` it runs as ``recipe=NAME``."""
+    teacher = inputs["checkpoint"].manifest
+    shape, sizes = teacher.architecture or {}, axes_of(winner.shape)
+    changed = {axis: size for axis, size in sizes.items() if size != shape[axis]}
+    score = inputs["importance"].manifest.config
+    score_settings = ("num_loss_samples", "block_sizes", "num_greedy_layers")
+    content = {
+        "defaults": [{"/chain@_global_": "prune_distill"}, "_self_"],
+        "description": f"{winner.name}, {winner.parameters / 1e6:,.1f} M parameters",
+        "stages": {
+            "score": {name: score[name] for name in score_settings},
+            "prune": prune_settings(changed, method),
+            "distill": {"lr": cfg.distill.lr, "min_lr": cfg.distill.min_lr},
+        },
+    }
+    header = f"# @package _global_\n# Chosen by a search for {teacher.config['hf_path']}\n"
+    return header + OmegaConf.to_yaml(content)
 
 
 STAGE = Stage(

@@ -1,34 +1,36 @@
-"""Disks as tests need them: small ones of their own, and plans that do not depend on this one."""
+"""Disks for tests: small ones in memory, and large ones that plans believe in."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-SMALL = 1 << 30
-"""Bytes; a disk of no more is one that was made to be filled."""
-ROOM = 10**15
+SMALL_DISK = 1 << 30
+"""Bytes; a disk of at most this size was mounted by ``small_disk``."""
+FREE = 10**15
+"""Free bytes of a large disk."""
 
 
-def pretend_room() -> None:
-    """From now on this process finds room on every disk that is not small, for plans of any size.
+def large_disks() -> mock._patch[Callable[[Path], object]]:
+    """Patches ``shutil.disk_usage``, so that plans of any size fit on every disk but small ones.
 
-    Most tests plan recipes that would need 13 GB, and run none.
+    For tests that only plan: a recipe may need more space than this machine has.
     """
-    measured = shutil.disk_usage
+    measure = shutil.disk_usage
 
-    def roomy(path: Path) -> object:
-        found = measured(path)
-        return found if found.total <= SMALL else found._replace(free=ROOM)
+    def disk_usage(path: Path) -> object:
+        usage = measure(path)
+        return usage if usage.total <= SMALL_DISK else usage._replace(free=FREE)
 
-    setattr(shutil, "disk_usage", roomy)
+    return mock.patch.object(shutil, "disk_usage", disk_usage)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""The launcher and its stages in the test's own process, which has imported the stack already.
+"""Runs the launcher and its stages in the test's process, which has imported the libraries once.
 
-All is as in ``run_recipe`` but for the processes: composing, planning, messages, exit status. The
-ranks of a stage of several are forked.
+The launcher is the real one: it composes, plans, prints and returns its exit status. Replaced are
+the start of stages (they run here; the ranks of a stage with several are forked) and the free disk
+space. Tests of processes, signals, logs or memory use ``run_recipe`` instead.
 """
 
 from __future__ import annotations
@@ -31,16 +32,18 @@ from recipes.core.stage import REQUEST, StageConfig
 from recipes.core.worker import _run_stage
 from recipes.search import halving
 from recipes.stages.contract import Stage
+from tests.support.disks import large_disks
 from tests.support.launcher import Result
 from tests.support.ranks import stage_ranks
 
 
 def run_here(*overrides: str, cwd: Path) -> Result:
-    """Runs the launcher in a directory, its stages in this process."""
+    """Runs the launcher in a directory, and its stages in this process."""
     output, here = io.StringIO(), replace(local.EXECUTOR, start=_start)
     with (
         mock.patch.dict(EXECUTORS, local=here),
         mock.patch.object(sys, "argv", ["run.py", *overrides]),
+        large_disks(),
         # Hydra's closes every handler of the process, and absl's then closes pytest's stderr.
         mock.patch.object(logging.config, "dictConfig"),
         mock.patch.object(halving, "run_stage", complete),

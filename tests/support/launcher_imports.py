@@ -8,8 +8,8 @@ from launch import run as run  # what it imports
 from launch.plan import make_plan
 from launch.schema import compose
 from launch.settings import settings_of
-from tests.support.disks import pretend_room
+from tests.support.disks import large_disks
 
-pretend_room()
+large_disks().start()  # in every fork, which only plans
 cfg = compose("recipe=llama_width_prune")
 make_plan(cfg, settings_of(cfg), Path("nowhere"))

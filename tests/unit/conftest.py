@@ -121,9 +121,9 @@ Complete = Callable[..., None]
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _versions_read_once() -> Iterator[None]:
-    """Half of a plan is spent on reading which packages are installed."""
+@pytest.fixture(scope="session")
+def versions_read_once() -> Iterator[None]:
+    """Reads the versions of installed packages once, which takes half the time of a plan."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(versions, "installed", cache(versions.installed))
         yield
@@ -172,7 +172,7 @@ def compose() -> Compose:
 
 
 @pytest.fixture
-def plan(compose: Compose, tmp_path: Path) -> MakePlan:
+def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once: None) -> MakePlan:
     """Plans a run of the width recipe, by default without benchmarks and engines."""
 
     def planned(*overrides: str, recipe: str = RECIPE) -> Plan:
@@ -229,7 +229,10 @@ def complete() -> Complete:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """Runs the launcher as a user does, from another directory than the checkout."""
+    """Runs the launcher as a user does, from another directory than the checkout.
+
+    It is forked (``fork_launcher``), and plans of any size fit on its disk.
+    """
     cwd = tmp_path / "cwd"
     cwd.mkdir()
 

@@ -73,7 +73,7 @@ def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) ->
         ("stages.prune.resources.devices=2", "prune runs on one rank"),
         ("stages.distill.resources.devices=3", "not a multiple of DP=3"),
         ("data.seq_length=10000", "the teacher's 8192 positions"),
-        ("data.sources=[]", "no text is given"),
+        ("data.sources=[]", "data.sources is empty"),
         ("data.sources=[nothing.txt]", "there is no file 'nothing.txt'"),
         ("data.sources=[text.csv]", "'text.csv' is not one of"),
         ("data.sources=['pypi://x']", "not of the form pypi://"),
@@ -99,7 +99,7 @@ def test_problems_of_several_stages_are_listed_together(plan: MakePlan) -> None:
     message = refusal(
         plan, "data.sources=[]", "stages.prune.target_hidden_size=640", "data.seq_length=9000"
     )
-    for words in ("no text is given", "larger than the teacher", "9000"):
+    for words in ("data.sources is empty", "larger than the teacher", "9000"):
         assert words in message
 
 

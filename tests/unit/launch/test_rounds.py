@@ -57,7 +57,7 @@ def test_rounds_are_what_a_large_cut_is_told(plan: MakePlan) -> None:
     assert fix.startswith("rounds=2:")
     assert warned(HALF, "rounds=2") == []
     again = warned("stages.prune.target_num_layers=1", "rounds=2")
-    assert again == ["cut less, or raise rounds"]
+    assert again == ["prune less, or raise rounds"]
 
 
 def test_a_round_is_like_the_last_but_for_what_it_is_told(plan: MakePlan) -> None:
@@ -112,7 +112,7 @@ def test_blocks_are_of_each_rounds_layers(plan: MakePlan) -> None:
         (
             ["rounds=2", "stages.prune.drop_layers=[3]"],
             "llama_width_prune",
-            "cannot be gone a part of the way",
+            "cannot be combined with rounds",
         ),
     ],
 )

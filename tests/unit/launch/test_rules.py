@@ -174,7 +174,7 @@ ELSEWHERE = {
 
 
 @pytest.fixture
-def plan(compose: Compose, tmp_path: Path) -> MakePlan:
+def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once: None) -> MakePlan:
     """As the common fixture, but fields are set in one composed config: composing takes longer."""
 
     def planned(*overrides: str, recipe: str = "recipe=llama_width_prune") -> Plan:

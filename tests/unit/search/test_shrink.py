@@ -83,10 +83,14 @@ def test_another_budget_reuses_what_does_not_depend_on_it(
 @pytest.mark.parametrize(
     ("override", "what", "fix"),
     [
-        ("stages.prune.target_num_layers=3", "has targets, and takes its shape", "~stages.prune"),
-        ("stages.prune.drop_layers=[2]", "has targets, and takes its shape", "~stages.prune"),
-        ("stages.prune.inputs.shape=rank_candidates", "has chosen no shape", "successive_halving"),
-        ("stages.prune.inputs.shape=OTHER", "has chosen no shape", "run again"),
+        ("stages.prune.target_num_layers=3", "has both targets and a search", "~stages.prune"),
+        ("stages.prune.drop_layers=[2]", "has both targets and a search", "~stages.prune"),
+        (
+            "stages.prune.inputs.shape=rank_candidates",
+            "has no chosen architecture",
+            "successive_halving",
+        ),
+        ("stages.prune.inputs.shape=OTHER", "has no chosen architecture", "run it again"),
         ("budget.parameters=null", "budget is empty", "parameters, weight_bytes"),
         ("budget.parameters=0.01", "no architecture fits", "loosen the budget"),
     ],

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from launch.plan import with_shapes
+from launch.schema import compose
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
-from recipes.core.stage import Resources
+from recipes.core.stage import Input, Resources
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning.chain import Chain
@@ -44,6 +45,7 @@ from recipes.search.space import (
 )
 from recipes.search.space import enumerate_shapes as shapes_of
 from recipes.stages import enumerate_shapes, measure_latency, rank_candidates, successive_halving
+from tests.support.manifests import bare_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -250,7 +252,7 @@ def test_rounds_halve_the_candidates_under_the_token_budget(chain: Chain) -> Non
                 "resources": Resources(devices=2),
                 "distill": DistillConfig(resources=Resources(devices=2)),
             },
-            "several ranks",
+            "distill.resources.devices=2",
         ),
     ],
 )
@@ -328,7 +330,7 @@ def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better() -> N
 
 def test_a_ranking_that_cannot_be_made_is_refused(chain: Chain) -> None:
     cfg = RankCandidatesConfig(seq_length=2000)
-    assert len(list(rank_candidates.check(cfg, chain))) == 1
+    assert len(list(rank_candidates.STAGE.check(cfg, chain))) == 1
 
 
 def test_a_measured_line_is_found_again_and_keeps_a_budget() -> None:
@@ -390,3 +392,28 @@ def test_latency_that_cannot_be_measured_is_refused(
     cfg = MeasureLatencyConfig(**{"service": Service(context_length=256), **settings})
     [problem] = measure_latency.check(cfg, chain)
     assert problem.rule.name == rule
+
+
+def test_the_chosen_architecture_is_a_recipe(chain: Chain, tmp_path: Path) -> None:
+    teacher = dataclasses.replace(
+        bare_manifest("import_hf", "checkpoint_nemo", None),
+        config={"hf_path": "org/model"},
+        architecture=chain.teacher.as_dict(),
+    )
+    scores = dataclasses.replace(
+        bare_manifest("score", "importance", None),
+        config={"num_loss_samples": 8, "block_sizes": [1], "num_greedy_layers": 0},
+    )
+    inputs = {"checkpoint": Input(tmp_path, teacher), "importance": Input(tmp_path, scores)}
+    shape = dataclasses.replace(chain.teacher, num_layers=3, hidden_size=64)
+    winner = Candidate("name", 10**6, 1.0, 9.0, 0.1, False, 10, True, True, shape)
+    cfg = SuccessiveHalvingConfig(distill=DistillConfig(lr=2e-4))
+    (tmp_path / "recipe").mkdir()
+    file = tmp_path / "recipe" / "chosen.yaml"
+    file.write_text(successive_halving.recipe(cfg, inputs, winner, "block"))
+    stages = compose("recipe=chosen", f"hydra.searchpath=[file://{tmp_path}]").stages
+    assert (stages.prune.target_num_layers, stages.prune.target_hidden_size) == (3, 64)
+    assert stages.prune.target_ffn_hidden_size is None
+    assert stages.prune.layer_importance == "block"
+    assert stages.score.block_sizes == [1]
+    assert stages.distill.lr == 2e-4
