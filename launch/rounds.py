@@ -34,7 +34,7 @@ def in_rounds(cfg: DictConfig) -> Mapping[str, Any]:
     for number in range(1, rounds):
         made: dict[str, dict[str, Any]] = {
             f"prune_{number}": {
-                "part": 1 / (rounds - number + 1),
+                "round_fraction": 1 / (rounds - number + 1),
                 "inputs": {"checkpoint": model, "importance": scores},
             },
             f"distill_{number}": {"inputs": {"student": f"prune_{number}"}},

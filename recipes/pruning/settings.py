@@ -9,7 +9,7 @@ from nemo_convert.architecture import Architecture
 from recipes.core.constraints import Count, CountOrZero, Fraction, Seed, Size, one_of
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
-from recipes.pruning.targets import PruneTargets, absolute, between
+from recipes.pruning.targets import PruneTargets, absolute_sizes, interpolated_shape
 
 LAYER_METHODS = ("block_influence", "loss", "block", "greedy")
 TARGET = "target_"
@@ -20,8 +20,8 @@ TARGET = "target_"
 class PruneConfig(StageConfig):
     """Settings of ``prune``. An axis without a target stays as it is.
 
-    A target is a number, or a share of the teacher's size: ``0.75`` keeps three quarters, rounded
-    to a multiple of the axis' divisor.
+    A target is a number, or a fraction of the teacher's size: ``0.75`` keeps three quarters,
+    rounded to a multiple of the axis' divisor.
     """
 
     target_num_layers: Size | None = None
@@ -45,38 +45,38 @@ class PruneConfig(StageConfig):
     """Experts of a mixture to keep in each layer."""
     target_moe_ffn_hidden_size: Size | None = None
     """Channels of each expert to keep."""
-    part: Fraction | None = None
-    """Goes this part of the way to its targets, or to a search's choice, in equal ratios: 0.5 is to
-    the geometric mean of the sizes. All but the last of several ``rounds`` have one."""
+    round_fraction: Fraction | None = None
+    """Prunes to this fraction of the way to the targets, or to a search's choice: 0.5 is the
+    geometric mean of the sizes. Set for all but the last of several ``rounds``."""
     hidden_size_divisor: Count = 64
     """What the width must be a multiple of, for fast kernels."""
     ffn_hidden_size_divisor: Count = 64
     """Of an expert's width, too."""
 
-    def asked(self) -> dict[str, int | float]:
-        """The targets that are set, by axis; floats are shares."""
+    def explicit_targets(self) -> dict[str, int | float]:
+        """Returns the targets that are set, by axis; floats are fractions."""
         named = {n: v for n, v in vars(self).items() if n.startswith(TARGET) and v is not None}
         return {name.removeprefix(TARGET): value for name, value in named.items()}
 
     def targets(self, teacher: Architecture) -> PruneTargets:
-        """The targets without the rest, in numbers."""
-        sizes = absolute(teacher, self.asked(), self.divisors())
+        """Returns the targets as numbers."""
+        sizes = absolute_sizes(teacher, self.explicit_targets(), self.divisors())
         return PruneTargets(**sizes, drop_layers=tuple(sorted(self.drop_layers)))
 
-    def on_the_way(self, before: Architecture, student: Architecture) -> Architecture:
-        """What is cut to for a student, of what there is before it."""
-        if self.part is None:
+    def intermediate_shape(self, before: Architecture, student: Architecture) -> Architecture:
+        """Returns the shape to prune ``before`` to, on the way to the student's shape."""
+        if self.round_fraction is None:
             return student
-        return between(before, student, self.part, self.divisors())
+        return interpolated_shape(before, student, self.round_fraction, self.divisors())
 
-    def in_numbers(self, teacher: Architecture) -> PruneConfig:
-        """This, with shares of a teacher as numbers: what a result depends on."""
-        sizes = absolute(teacher, self.asked(), self.divisors())
+    def with_absolute_targets(self, teacher: Architecture) -> PruneConfig:
+        """Returns these settings with all targets as numbers."""
+        sizes = absolute_sizes(teacher, self.explicit_targets(), self.divisors())
         numbers: dict[str, Any] = {f"{TARGET}{axis}": size for axis, size in sizes.items()}
         return replace(self, **numbers)
 
     def divisors(self) -> dict[str, int]:
-        """What each axis' target must be a multiple of."""
+        """Returns what each axis' target must be a multiple of."""
         return {
             "hidden_size": self.hidden_size_divisor,
             "ffn_hidden_size": self.ffn_hidden_size_divisor,

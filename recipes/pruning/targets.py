@@ -1,4 +1,4 @@
-"""What a model is to be pruned to, and whether its axes can take that. Torch-free."""
+"""Target sizes of pruning, and checks of them. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from recipes.planning.problems import Problem
 
 DENSE_AXES = ("ffn_hidden_size",)
 EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")
-"""What can be pruned of the feed-forward layers."""
+"""Axes of feed-forward layers that can be pruned."""
 MOST_AT_ONCE = 1 / 3
-"""Of the parameters: what NVIDIA found to come back well in one round."""
+"""Fraction of the parameters that NVIDIA found to be recovered well in one round."""
 
 
 @dataclass(frozen=True)
 class PruneTargets:
-    """What to prune to; ``None`` leaves an axis as it is. ``drop_layers`` counts from 1."""
+    """Target sizes; ``None`` keeps an axis. ``drop_layers`` counts from 1."""
 
     num_layers: int | None = None
     hidden_size: int | None = None
@@ -31,50 +31,51 @@ class PruneTargets:
     drop_layers: tuple[int, ...] = ()
 
     def width(self) -> dict[str, int]:
-        """The width axes that are set, by Megatron's names."""
+        """Returns the width targets that are set, by Megatron's names."""
         heads = ("num_attention_heads", "num_query_groups")
         axes = ("hidden_size", *heads, *DENSE_AXES, *EXPERT_AXES)
         return {axis: value for axis in axes if (value := getattr(self, axis)) is not None}
 
 
-def absolute(
-    teacher: Architecture, asked: Mapping[str, int | float], divisors: Mapping[str, int]
+def absolute_sizes(
+    teacher: Architecture, targets: Mapping[str, int | float], divisors: Mapping[str, int]
 ) -> dict[str, int]:
-    """Sizes by axis in numbers: a share of the teacher's size is rounded to what divides the axis.
+    """Returns targets as sizes: a fraction of the teacher's size is rounded to the axis' divisor.
 
-    Heads come out even over the query groups.
+    Heads are rounded to a multiple of the query groups.
     """
-    found: dict[str, int] = {}
-    # Groups first, which heads are rounded to.
-    for axis, size in sorted(asked.items(), key=lambda one: one[0] == "num_attention_heads"):
+    sizes: dict[str, int] = {}
+    # Groups come first, because heads depend on them.
+    for axis, size in sorted(targets.items(), key=lambda item: item[0] == "num_attention_heads"):
         step = max(1, divisors.get(axis, 1))
         if axis == "num_attention_heads":
-            step = found.get("num_query_groups") or teacher.num_query_groups
-        is_share = isinstance(size, float)
-        found[axis] = round(size * getattr(teacher, axis) / step) * step if is_share else int(size)
-    return found
+            step = sizes.get("num_query_groups") or teacher.num_query_groups
+        if isinstance(size, float):
+            size = round(size * getattr(teacher, axis) / step) * step
+        sizes[axis] = int(size)
+    return sizes
 
 
-def between(
-    teacher: Architecture, student: Architecture, part: float, divisors: Mapping[str, int]
+def interpolated_shape(
+    teacher: Architecture, student: Architecture, fraction: float, divisors: Mapping[str, int]
 ) -> Architecture:
-    """A shape ``part`` of the way to a student, in equal ratios, rounded to the divisors."""
+    """Interpolates two shapes geometrically by ``fraction``, rounded to the divisors."""
     changed: dict[str, Any] = {}
     for axis in ("num_query_groups", "num_layers", "hidden_size", *DENSE_AXES, *EXPERT_AXES):
         before, after = getattr(teacher, axis), getattr(student, axis)
         if before != after:
             step = divisors.get(axis, 1)
-            changed[axis] = round(before * (after / before) ** part / step) * step
+            changed[axis] = round(before * (after / before) ** fraction / step) * step
     groups = changed.get("num_query_groups", teacher.num_query_groups)
     before, after = (a.num_attention_heads / a.num_query_groups for a in (teacher, student))
-    heads = groups * round(before * (after / before) ** part)
+    heads = groups * round(before * (after / before) ** fraction)
     return replace(teacher, **changed, num_attention_heads=heads)
 
 
-def pruned(teacher: Architecture, targets: PruneTargets) -> Architecture:
-    """The student's shape. ``kv_channels`` stays the teacher's: heads go, their size does not.
+def pruned_shape(teacher: Architecture, targets: PruneTargets) -> Architecture:
+    """Returns the student's shape, with the teacher's ``kv_channels``.
 
-    Query groups go with their heads, unless the number of heads is a target, too.
+    Pruned query groups take their heads along, unless the number of heads is a target, too.
     """
     layers = targets.num_layers
     if targets.drop_layers:
@@ -89,7 +90,7 @@ def pruned(teacher: Architecture, targets: PruneTargets) -> Architecture:
 def target_problems(
     teacher: Architecture, targets: PruneTargets, divisors: Mapping[str, int]
 ) -> Iterator[Problem]:
-    """Finds targets that the axes cannot take."""
+    """Yields targets that the teacher cannot be pruned to."""
     if not targets.width() and targets.num_layers is None and not targets.drop_layers:
         yield Problem(
             rules.PRUNE_TARGET, "no target is set", "set at least one target_* field or drop_layers"
@@ -116,19 +117,19 @@ def target_problems(
     yield from _drop_layer_problems(teacher, targets)
 
 
-def share_problems(
-    teacher: Architecture, asked: Mapping[str, int | float], divisors: Mapping[str, int]
+def fraction_problems(
+    teacher: Architecture, targets: Mapping[str, int | float], divisors: Mapping[str, int]
 ) -> Iterator[Problem]:
-    """Finds shares that leave all of an axis, or nothing."""
-    sizes = absolute(teacher, asked, divisors)
-    for axis, share in asked.items():
+    """Yields fractions that keep all of an axis, or nothing."""
+    sizes = absolute_sizes(teacher, targets, divisors)
+    for axis, fraction in targets.items():
         have, size = getattr(teacher, axis), sizes[axis]
-        if isinstance(share, float) and have and not 0 < size < have:
+        if isinstance(fraction, float) and have and not 0 < size < have:
             left = "nothing" if size < 1 else f"{size}, no less than there is"
             yield Problem(
                 rules.PRUNE_TARGET,
-                f"target_{axis}={share:g} of the teacher's {have} comes to {left}",
-                f"use a share between, a number below {have}, or "
+                f"target_{axis}={fraction:g} of the teacher's {have} comes to {left}",
+                f"use another fraction, a number below {have}, or "
                 + ("null" if axis not in divisors else f"a smaller {axis}_divisor, or null"),
             )
 
@@ -156,7 +157,7 @@ def _axis_problems(axis: str, target: int, have: int, divisor: int) -> Iterator[
 
 
 def _head_problems(teacher: Architecture, targets: PruneTargets) -> Iterator[Problem]:
-    """Every group that stays has as many heads as any other, and no more than it had."""
+    """Checks that all groups keep equally many heads, and no more than they had."""
     groups = targets.num_query_groups or teacher.num_query_groups
     heads = targets.num_attention_heads
     most = teacher.num_attention_heads // teacher.num_query_groups * groups

@@ -19,7 +19,7 @@ from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.pruning.results import PruneResult, ScoreResult
 from recipes.pruning.settings import PruneConfig, ScoreConfig
-from recipes.pruning.targets import MOST_AT_ONCE, pruned, share_problems, target_problems
+from recipes.pruning.targets import MOST_AT_ONCE, fraction_problems, pruned_shape, target_problems
 from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import name_of
 from recipes.stages.contract import Stage, checkpoint_outcome
@@ -29,8 +29,8 @@ def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
     """Returns the shape of the pruned model: the largest where a search is still to choose it."""
     before = chain.shape_of(cfg.inputs.get("checkpoint"))
     if "shape" in cfg.inputs:
-        return cfg.on_the_way(before, chain.shape_of(cfg.inputs["shape"]))
-    return cfg.on_the_way(before, pruned(before, cfg.targets(chain.teacher)))
+        return cfg.intermediate_shape(before, chain.shape_of(cfg.inputs["shape"]))
+    return cfg.intermediate_shape(before, pruned_shape(before, cfg.targets(chain.teacher)))
 
 
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
@@ -40,11 +40,11 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     if "shape" in cfg.inputs:
         yield from _search_problems(cfg, chain, student)
     else:
-        wrong = list(share_problems(teacher, cfg.asked(), cfg.divisors()))
+        wrong = list(fraction_problems(teacher, cfg.explicit_targets(), cfg.divisors()))
         yield from wrong or target_problems(before, cfg.targets(teacher), cfg.divisors())
     if not cfg.drop_layers:
         yield from _score_problems(cfg, chain, before.num_layers - student.num_layers)
-    elif cfg.part is not None:
+    elif cfg.round_fraction is not None:
         yield Problem(
             rules.PRUNE_TARGET,
             f"drop_layers={cfg.drop_layers} cannot be combined with rounds above 1",
@@ -56,7 +56,7 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
 def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> Iterator[Problem]:
     """Checks that the input ``shape`` is a search, and warns if it has not run yet."""
     source = cfg.inputs["shape"]
-    if cfg.asked() or cfg.drop_layers:
+    if cfg.explicit_targets() or cfg.drop_layers:
         yield Problem(
             rules.PRUNE_TARGET,
             f"{cfg.stage} has both targets and a search ({source})",
@@ -87,7 +87,7 @@ def _large_cut_problems(
     kept = student.parameters() / before.parameters()
     if 1 - kept > MOST_AT_ONCE:
         rounds = math.ceil(math.log(kept) / math.log(1 - MOST_AT_ONCE))
-        is_only_round = cfg.part is None and before == chain.teacher
+        is_only_round = cfg.round_fraction is None and before == chain.teacher
         yield Problem(
             rules.LARGE_CUT,
             f"{1 - kept:.0%} of the parameters are pruned at once",
@@ -131,10 +131,10 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = Importance.load(inputs["importance"].artifact)
     whole = nemo.architecture_of(teacher)
-    student = pruned(whole, cfg.targets(whole))
+    student = pruned_shape(whole, cfg.targets(whole))
     if "shape" in inputs:
         student = Architecture(**(inputs["shape"].manifest.architecture or {}))
-    student = cfg.on_the_way(whole, student)
+    student = cfg.intermediate_shape(whole, student)
     if cfg.drop_layers:
         layers = sorted(set(range(1, whole.num_layers + 1)) - set(cfg.drop_layers))
     else:
@@ -170,7 +170,7 @@ STAGE = Stage(
     optional_inputs={"shape": ("search_results",)},
     shapes=lambda config, chain: [student_of(config, chain)],
     disk_bytes=lambda config, chain: 4 * student_of(config, chain).parameters(),
-    resolve_from_chain=lambda config, chain: config.in_numbers(chain.teacher),
+    resolve_from_chain=lambda config, chain: config.with_absolute_targets(chain.teacher),
 )
 
 if __name__ == "__main__":

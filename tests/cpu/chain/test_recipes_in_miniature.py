@@ -17,7 +17,7 @@ from nemo_convert.architecture import Architecture
 from recipes.distillation.results import KeptLayers
 from recipes.planning.published_configs import CONFIGS
 from recipes.pruning.kept import KeptIndices
-from recipes.pruning.targets import between
+from recipes.pruning.targets import interpolated_shape
 from recipes.search.results import SearchResult
 from tests.support.in_process import run_here
 from tests.support.miniatures import DISTILL
@@ -120,7 +120,7 @@ def test_a_budget_becomes_a_model(tmp_path: Path, text_file: Path) -> None:
     assert "of the last of 2 rounds" in page
     assert "distill_1" in page[page.index('id="table-rounds"') :].partition("</table>")[0]
     teacher, first, last = (manifest_of(run, n) for n in ("import_hf", "distill_1", "distill"))
-    middle = between(Architecture(**teacher.architecture or {}), winner.shape, 0.5, way)
+    middle = interpolated_shape(Architecture(**teacher.architecture or {}), winner.shape, 0.5, way)
     assert Architecture(**first.architecture or {}) == middle
     assert (first.metrics["steps"], last.metrics["steps"]) == (3, 4)
     before, after = (made.result(KeptLayers).kept_layers or [] for made in (first, last))

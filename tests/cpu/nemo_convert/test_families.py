@@ -27,7 +27,7 @@ from recipes.pruning.cut_checkpoint import prune_checkpoint
 from recipes.pruning.kept import choose
 from recipes.pruning.scoring import score_checkpoint
 from recipes.pruning.settings import ScoreConfig
-from recipes.pruning.targets import PruneTargets, pruned
+from recipes.pruning.targets import PruneTargets, pruned_shape
 from tests.cpu.nemo_convert.family_ranks import DP, HALVED, LEARNING_RATE, LENGTH, LOGITS, PP, TP
 from tests.support.conversion import (
     assert_same_weights,
@@ -82,7 +82,7 @@ def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
     text = TextWindows.of(calibration)
     scores = score_checkpoint(cfg, teacher, text, MetricsLog(None)).widths
     whole = nemo.architecture_of(teacher)
-    student = pruned(whole, PruneTargets(drop_layers=(2,), **TARGETS[family]))
+    student = pruned_shape(whole, PruneTargets(drop_layers=(2,), **TARGETS[family]))
     kept = choose(scores, whole, student, [n for n in range(1, whole.num_layers + 1) if n != 2])
     prune_checkpoint(teacher, student, kept, folder / "pruned.nemo")
 
@@ -178,7 +178,7 @@ def test_a_pruned_model_is_one_for_transformers(family: str, root: Path, tmp_pat
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     teacher = nemo.architecture_of(root / family / "teacher.nemo")
     targets = PruneTargets(num_layers=3, **TARGETS[family])
-    expected = pruned(teacher, targets)
+    expected = pruned_shape(teacher, targets)
     assert read_architecture(config, family) == expected
     assert config["head_dim"] == EVEN["head_dim"]
     assert expected.parameters() == sum(t.numel() for _, t in convert.hf_weights(checkpoint))

@@ -27,7 +27,7 @@ from recipes.pruning.importance import Importance
 from recipes.pruning.kept import KeptIndices, choose, cut, student_name
 from recipes.pruning.scoring import calibration_windows, score_checkpoint
 from recipes.pruning.settings import ScoreConfig
-from recipes.pruning.targets import PruneTargets, pruned
+from recipes.pruning.targets import PruneTargets, pruned_shape
 from tests.support.logits import LogitsWatch
 from tests.support.manifests import bare_manifest
 from tests.support.ranks import run_ranks
@@ -80,7 +80,7 @@ def prune(
     teacher: Path, importance: Importance, out: Path, method: str = "loss", **targets: Any
 ) -> tuple[Path, Architecture, KeptIndices]:
     whole = nemo.architecture_of(teacher)
-    student = pruned(whole, PruneTargets(**targets))
+    student = pruned_shape(whole, PruneTargets(**targets))
     layers = layers_to_keep(importance, method, student.num_layers)
     kept = choose(importance.widths, whole, student, layers)
     prune_checkpoint(teacher, student, kept, out / "even.nemo")

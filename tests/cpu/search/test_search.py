@@ -31,7 +31,7 @@ from recipes.pruning.cut_checkpoint import cut_weights, layers_to_keep
 from recipes.pruning.healing import heal_weights
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import choose
-from recipes.pruning.targets import PruneTargets, pruned
+from recipes.pruning.targets import PruneTargets, pruned_shape
 from recipes.report.settings import REPORT_FILE, ReportConfig
 from recipes.search.latency import step_ms
 from recipes.search.measure import SortedModel
@@ -97,7 +97,7 @@ def test_a_view_of_sorted_weights_says_what_the_pruned_model_says(
     teacher = nemo.find_checkpoint(before / "import_hf" / ARTIFACT)
     scores = Importance.load(before / "score" / ARTIFACT).widths
     whole = nemo.architecture_of(teacher)
-    shape = pruned(whole, PruneTargets(**targets))
+    shape = pruned_shape(whole, PruneTargets(**targets))
     tokens = torch.randint(280, (2, 32), generator=torch.Generator().manual_seed(0))
     layers = [1, 3, 4, 2][: shape.num_layers]
     kept = choose(scores, whole, shape, sorted(layers))
@@ -304,7 +304,7 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
         }
     )
     teacher = nemo.architecture_of(nemo.find_checkpoint(before / "import_hf" / ARTIFACT))
-    assert pruned(teacher, targets) == winner.shape
+    assert pruned_shape(teacher, targets) == winner.shape
 
 
 def test_the_report_shows_every_candidate_the_winner_and_what_was_timed(

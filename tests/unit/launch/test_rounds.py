@@ -10,7 +10,7 @@ import pytest
 from launch.command_line import hydra_words
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
-from recipes.pruning.targets import between
+from recipes.pruning.targets import interpolated_shape
 from tests.unit.conftest import MakePlan
 
 if TYPE_CHECKING:
@@ -124,10 +124,10 @@ def test_what_rounds_cannot_be(plan: MakePlan, words: list[str], recipe: str, sa
 def test_a_shape_between_has_even_heads(teacher: Architecture) -> None:
     """8 heads in 4 groups."""
     groups = replace(teacher, num_query_groups=1, num_attention_heads=2)
-    found = between(teacher, groups, 0.5, {})
+    found = interpolated_shape(teacher, groups, 0.5, {})
     assert (found.num_query_groups, found.num_attention_heads) == (2, 4)
     heads = replace(teacher, num_attention_heads=4, hidden_size=64, ffn_hidden_size=128)
-    found = between(teacher, heads, 0.25, {"hidden_size": 16, "ffn_hidden_size": 64})
+    found = interpolated_shape(teacher, heads, 0.25, {"hidden_size": 16, "ffn_hidden_size": 64})
     assert (found.num_query_groups, found.num_attention_heads) == (4, 8)
     assert (found.hidden_size, found.ffn_hidden_size) == (112, 192)
-    assert between(teacher, teacher, 0.5, {"hidden_size": 100}) == teacher
+    assert interpolated_shape(teacher, teacher, 0.5, {"hidden_size": 100}) == teacher

@@ -10,7 +10,7 @@ import pytest
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from nemo_convert.smollm2 import HF_CONFIG
-from recipes.pruning.targets import PruneTargets, absolute, pruned, target_problems
+from recipes.pruning.targets import PruneTargets, absolute_sizes, pruned_shape, target_problems
 from tests.unit.nemo_convert.test_architecture import QWEN3_30B_A3B
 
 DIVISORS = {"hidden_size": 64, "ffn_hidden_size": 64}
@@ -34,14 +34,14 @@ def test_fractions_are_rounded_to_a_divisor(
     targets: dict[str, float], sizes: tuple[int, ...]
 ) -> None:
     """Of 576 hidden channels in steps of 64, 1536, 30 layers, 9 heads in 3 groups."""
-    assert absolute(SMOLLM2, targets, DIVISORS) == dict(zip(targets, sizes, strict=True))
+    assert absolute_sizes(SMOLLM2, targets, DIVISORS) == dict(zip(targets, sizes, strict=True))
 
 
 def test_experts_are_pruned_by_their_own_targets() -> None:
     moe = read_architecture(QWEN3_30B_A3B, "x")
     good = PruneTargets(num_moe_experts=96, moe_ffn_hidden_size=512)
     assert not list(target_problems(moe, good, DIVISORS))
-    assert pruned(moe, good).num_moe_experts == 96
+    assert pruned_shape(moe, good).num_moe_experts == 96
     [dense] = target_problems(moe, PruneTargets(ffn_hidden_size=512), DIVISORS)
     assert (
         "target_ffn_hidden_size=512 is set, but the teacher's feed-forward layers are experts"
@@ -117,7 +117,7 @@ def test_divisor_that_is_not_positive_is_refused(divisor: int) -> None:
 
 
 def test_pruned_keeps_axes_without_a_target(teacher: Architecture) -> None:
-    student = pruned(teacher, PruneTargets(hidden_size=64, num_layers=2))
+    student = pruned_shape(teacher, PruneTargets(hidden_size=64, num_layers=2))
     assert student == dataclasses.replace(teacher, hidden_size=64, num_layers=2)
     assert student.kv_channels == teacher.kv_channels
 
@@ -131,10 +131,10 @@ def test_pruned_keeps_axes_without_a_target(teacher: Architecture) -> None:
     ],
 )
 def test_pruned_layers(teacher: Architecture, targets: PruneTargets, layers: int) -> None:
-    assert pruned(teacher, targets).num_layers == layers
+    assert pruned_shape(teacher, targets).num_layers == layers
 
 
 def test_fewer_heads_shrink_attention_only(teacher: Architecture) -> None:
-    student = pruned(teacher, PruneTargets(num_attention_heads=4))
+    student = pruned_shape(teacher, PruneTargets(num_attention_heads=4))
     removed = teacher.num_layers * teacher.hidden_size * teacher.kv_channels * 2 * 4
     assert teacher.parameters() - student.parameters() == removed
