@@ -19,7 +19,7 @@ from recipes.report.settings import TEMPLATES
 
 LABELS = {
     "num_layers": "Layers",
-    "ffn_hidden_size": "FFN hidden size",
+    "ffn_hidden_size": "FFN size",
     "num_attention_heads": "Attention heads",
     "num_query_groups": "Query groups",
     "kv_channels": "Head size",

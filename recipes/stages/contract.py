@@ -1,4 +1,4 @@
-"""What a stage is: one description, which the launcher plans by and the worker runs."""
+"""Describes what a stage is, for the launcher that plans it and the worker that runs it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Kind = Literal[
     "search_results",
     "report",
 ]
-"""What a stage makes."""
+"""Type of a stage's result."""
 Kinds = tuple[Kind, ...]
 
 PIPELINE_SIZES = (2, 4, 8)
@@ -80,57 +80,57 @@ def checkpoint_outcome(result: DataclassInstance | None, checkpoint: Path) -> Ou
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Generic[ConfigT]):
-    """A stage: ``STAGE`` of each module beside this one, named as its folder in ``conf/stage``.
+    """A stage. Each module of this package has one as ``STAGE``, and defaults in ``conf/stage``.
 
-    Started as ``[torchrun] -m recipes.stages.<stage> --config <stage directory>/config.yaml``;
-    ranks never compose.
+    It is started as ``[torchrun] -m recipes.stages.<stage> --config
+    <stage directory>/config.yaml``; no rank composes its config.
     """
 
     config: type[ConfigT]
     kind: Kind
-    """What it makes."""
+    """Type of its result."""
     run: Callable[[ConfigT, Inputs, Path], Outcome]
-    """Does the work, on every rank, and writes the artifact below a directory that is empty."""
+    """Runs on every rank, and writes the artifact to a directory that is empty at first."""
     check: Callable[[ConfigT, Chain], Iterable[Problem]] = lambda config, chain: ()
-    """Finds in a second, and without torch, what would fail after an hour."""
+    """Yields problems of the settings, within a second and without torch."""
     one_rank: str = ""
-    """Why it has work for one process only; empty if several can share it."""
+    """Why it needs exactly one rank; empty if it supports several."""
     inputs: Mapping[str, Kinds] = field(default_factory=dict)
-    """Kinds that each input may be of."""
+    """Required inputs, each with the types it may have."""
     optional_inputs: Mapping[str, Kinds] = field(default_factory=dict)
-    """Inputs that a recipe may leave out."""
+    """Optional inputs, each with the types it may have."""
     starts: tuple[str, ...] = ()
-    """Stages that it starts as processes of their own, whose code is then a part of its own."""
+    """Stages that it starts; their code counts as its code in the fingerprint."""
     needs_torch: bool = True
-    """Without it, no torchrun starts the stage where it starts every other one."""
+    """Whether it imports torch; if not, torchrun never starts it."""
     needs_gpu: Callable[[ConfigT, Chain], bool] = lambda config, chain: True
-    """Whether it uses GPUs where there are some; without, its job and its container get none."""
+    """Whether it uses GPUs; if not, its job and its container get none."""
     external: Callable[[ConfigT], Mapping[str, Path]] = lambda config: {}
-    """Files from outside of the run that the result depends on."""
+    """Files outside the run that the result depends on."""
     disk_bytes: Callable[[ConfigT, Chain], int] = lambda config, chain: 0
-    """What its artifact, and what it keeps meanwhile, take on the disk."""
+    """Bytes on disk of its artifact and its temporary files."""
     shapes: Callable[[ConfigT, Chain], Sequence[Architecture]] = inherited_shapes
-    """Shapes that its model may have, the largest first; by default those of its input."""
+    """Architectures that its model may have, the largest first; by default those of its input."""
     workload: Callable[[ConfigT, Chain], Workload] | None = None
     """The training or teacher's pass over a text, for plans."""
     inference_cost: Callable[[ConfigT, Chain], InferenceCost] | None = None
     """Its cost, for plans, if it runs models and trains none."""
     plans_workloads: bool = False
-    """Its result is about the chain's workloads, which are checked with it."""
+    """Whether its result describes the workloads of the whole chain."""
     resolve_from_chain: Callable[[ConfigT, Chain], ConfigT] = lambda config, chain: config
-    """Puts into its settings what its result depends on of others'."""
+    """Copies settings of other stages that the result depends on."""
     progress: Callable[[Path], str | None] = lambda work: None
-    """How far unfinished work has come ("step 50"); ``None`` if there is nothing to lose."""
+    """Progress of unfinished work, such as "step 50"; ``None`` if there is none to lose."""
     require_here: Callable[[ConfigT], None] = lambda config: None
-    """Raises ``RecipeError`` where this machine lacks what the stage needs."""
+    """Raises ``RecipeError`` if this machine lacks what the stage needs."""
 
     def problems(self, config: ConfigT, chain: Chain) -> Iterator[Problem]:
-        """Everything that is wrong with its settings."""
+        """Yields all problems of its settings."""
         ranks = config.resources.ranks
         if self.one_rank and ranks != 1:
             yield Problem(
                 rules.ONE_RANK,
-                f"{config.stage} runs on one rank: {self.one_rank}",
+                f"{config.stage} has {ranks} ranks but needs one: {self.one_rank}",
                 "set its resources.devices and resources.nodes to 1",
             )
         yield from self.check(config, chain)

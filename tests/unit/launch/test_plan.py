@@ -70,7 +70,7 @@ def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) ->
         ("stages.prune.target_ffn_hidden_size=1100", "use 1088 or 1152"),
         ("stages.prune.target_num_attention_heads=7", "query groups"),
         ("stages.prune.drop_layers=[31]", "layers are numbered 1 to 30"),
-        ("stages.prune.resources.devices=2", "prune runs on one rank"),
+        ("stages.prune.resources.devices=2", "prune has 2 ranks but needs one"),
         ("stages.distill.resources.devices=3", "not a multiple of DP=3"),
         ("data.seq_length=10000", "the teacher's 8192 positions"),
         ("data.sources=[]", "data.sources is empty"),
