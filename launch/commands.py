@@ -17,50 +17,48 @@ from launch import doctor, lock
 from launch.compare import compare
 from launch.console import headline
 from launch.executors import slurm_queue
-from launch.logs import newest_log, tail
-from launch.run_status import (
-    COMPLETE,
-    FAILED,
-    RUNNING,
-    StageState,
-    read_run,
-    requests_of,
-    run_left,
-    runs_in,
-)
+from launch.run_status import StageStatus, read_statuses, run_left
 from launch.runs import runs
 from launch.time_left import in_words
 from recipes.core.errors import RecipeError, did_you_mean, require_known
+from recipes.core.run_state import Status
 from recipes.core.screen import plain_table
+from recipes.core.starting import newest_log, tail
+from recipes.report.runs import find_runs
 
-STYLES = {COMPLETE: "green", RUNNING: "bold", FAILED: "red"}
+STYLES = {
+    Status.COMPLETE: "green",
+    Status.RUNNING: "bold",
+    Status.FAILED: "red",
+    Status.HUNG: "red",
+}
 WAIT_SECONDS, ASK_AGAIN_SECONDS = 60.0, 10.0
 Options = Mapping[str, str]
 
 
 def status(options: Options, console: Console) -> None:
     """Shows what has become of each stage."""
-    for run_dir in runs_in(_directory(options)):
+    for run_dir in find_runs([_directory(options)]):
         table = plain_table(str(run_dir), "stage", "state", "job", "")
-        states = read_run(run_dir)
-        for stage in states:
-            style = STYLES.get(stage.state, "dim")
+        statuses = read_statuses(run_dir)
+        for stage in statuses:
+            style = STYLES.get(stage.status, "dim")
             job = stage.job.id if stage.job else ""
-            table.add_row(stage.name, f"[{style}]{stage.state}", job, escape(_detail(stage)))
+            table.add_row(stage.name, f"[{style}]{stage.status}", job, escape(_detail(stage)))
         console.print(table)
-        if left := run_left(run_dir, states):
+        if left := run_left(run_dir, statuses):
             console.print(f"about {in_words(left)} left of the run")
 
 
-def _detail(stage: StageState) -> str:
-    result = headline(stage.manifest) if stage.manifest else ""
+def _detail(stage: StageStatus) -> str:
+    result = headline(stage.result) if stage.result else ""
     return f"{stage.detail}  {result}".strip()
 
 
 def cancel(options: Options, console: Console) -> None:
     """Stops what runs: Slurm jobs, or the launcher that runs stages on this machine."""
     stopped = False
-    for run_dir in runs_in(_directory(options)):
+    for run_dir in find_runs([_directory(options)]):
         active = slurm_queue.active_jobs(run_dir)
         if active:
             slurm_queue.cancel(job for job, _ in active.values())
@@ -93,11 +91,13 @@ def _stop(held: lock.Holder, run_dir: Path) -> None:
 
 def logs(options: Options, console: Console) -> None:
     """Prints the end of a stage's newest log; by default of the one that failed or runs."""
-    [run_dir, *others] = runs_in(_directory(options))
+    [run_dir, *others] = find_runs([_directory(options)])
     if others:
         raise RecipeError(f"{run_dir.parent} is a sweep.", f"give one of it: run_dir={run_dir}")
-    name = options.get("stage") or _interesting(run_dir)
-    require_known(name, requests_of(run_dir), f"{run_dir} has no stage '{name}'")
+    statuses = read_statuses(run_dir)
+    name = options.get("stage") or _interesting(run_dir, statuses)
+    known = [stage.name for stage in statuses]
+    require_known(name, known, f"{run_dir} has no stage '{name}'")
     if (log := newest_log(run_dir / name)) is None:
         raise RecipeError(
             f"{name} has not been started: it has no log.",
@@ -111,13 +111,12 @@ def logs(options: Options, console: Console) -> None:
         console.print(line, markup=False)
 
 
-def _interesting(run_dir: Path) -> str:
-    states = read_run(run_dir)
-    for wanted in (FAILED, RUNNING):
-        for stage in states:
-            if stage.state == wanted:
+def _interesting(run_dir: Path, statuses: Sequence[StageStatus]) -> str:
+    for status in (Status.FAILED, Status.HUNG, Status.RUNNING):
+        for stage in statuses:
+            if stage.status is status:
                 return stage.name
-    started = [s.name for s in states if newest_log(run_dir / s.name)]
+    started = [stage.name for stage in statuses if newest_log(run_dir / stage.name)]
     if not started:
         raise RecipeError(
             f"no stage of {run_dir} has been started.",

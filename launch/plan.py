@@ -13,14 +13,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.hydra_errors import fix_of
 from launch.machine import chain_of, cluster_problems, mpi_problems
-from launch.planned import InputRef, PlannedStage, load_stage, stage_of
+from launch.planned import PlannedStage, load_stage, stage_of
 from launch.rounds import in_rounds
 from launch.settings import RunSettings
 from launch.staleness import ADOPT, SKIP, require_nothing_lost, status
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError, did_you_mean, require_known
-from recipes.core.fingerprint import external_stamp, result_settings, stage_code, stage_fingerprint
+from recipes.core.fingerprint import external_stamp
 from recipes.core.manifest import check_artifact
+from recipes.core.run_state import InputRef, request_of
 from recipes.core.stage import StageConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
@@ -55,6 +56,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     only = None if settings.only is None else known_stages(settings.only, configs, "only")
     force = known_stages(settings.force, configs, "force")
     order = stage_order(configs)
+    configs = {name: configs[name] for name in order}
     chain = with_shapes(chain_of(cfg, hf_path, configs, run_dir), order)
     gates = _gates(settings, configs)
     wanted = [name for name in order if only is None or name in only]
@@ -209,14 +211,14 @@ def _plan_stage(
     chain: Chain,
 ) -> PlannedStage:
     spec = stage_of(config)
-    inputs = _resolve_inputs(name, config, planned)
-    code = stage_code([config.stage, *spec.starts])
-    fingerprint = stage_fingerprint(
-        result_settings(config),
-        code,
-        {key: ref.fingerprint for key, ref in inputs.items()},
-        {key: external_stamp(path) for key, path in spec.external(config).items()},
+    request = request_of(
+        name,
+        config,
+        _resolve_inputs(name, config, planned),
+        starts=spec.starts,
+        external={key: external_stamp(path) for key, path in spec.external(config).items()},
     )
+    inputs, code, fingerprint = request.inputs, request.code, request.fingerprint
     stage = PlannedStage(
         name, directory, config, inputs, code, fingerprint, SKIP, "complete", chain
     )

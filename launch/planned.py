@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from recipes.core.errors import require_known
 from recipes.core.files import REPO_ROOT
-from recipes.core.manifest import Manifest, read_manifest
+from recipes.core.manifest import Manifest
+from recipes.core.run_state import InputRef, Request, StageState, Status, stage_state
 from recipes.core.stage import StageConfig
+from recipes.core.starting import module_of
 from recipes.planning.chain import Chain
 from recipes.planning.workload import Workload
 from recipes.stages.contract import Stage
-
-
-@dataclass(frozen=True)
-class InputRef:
-    """Where an input is, and what it must be."""
-
-    directory: Path
-    kind: str
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -65,22 +56,17 @@ class PlannedStage:
 
     @property
     def made(self) -> Manifest | None:
-        """What it has made, as it is planned; ``None`` where that is not complete."""
-        manifest = read_manifest(self.directory)
-        return manifest if manifest and manifest.fingerprint == self.fingerprint else None
+        """Its result, as it is planned; ``None`` if that is not complete."""
+        state = self.state()
+        return state.result if state.status is Status.COMPLETE else None
 
-    def request(self) -> dict[str, Any]:
-        """Content of the stage's ``config.yaml``."""
-        return {
-            "name": self.name,
-            "fingerprint": self.fingerprint,
-            "code": self.code,
-            "inputs": {
-                name: {**vars(ref), "directory": str(ref.directory)}
-                for name, ref in self.inputs.items()
-            },
-            "config": OmegaConf.to_container(OmegaConf.structured(self.config)),
-        }
+    def state(self) -> StageState:
+        """Reads its state; a result of another fingerprint does not make it complete."""
+        return stage_state(self.directory, self.fingerprint)
+
+    def request(self) -> Request:
+        """What it is started with."""
+        return Request(self.name, self.fingerprint, self.code, self.inputs, asdict(self.config))
 
 
 def stage_names() -> list[str]:
@@ -99,8 +85,3 @@ def load_stage(name: str) -> Stage[Any]:
     require_known(name, stage_names(), f"there is no kind of stage '{name}'")
     stage: Stage[Any] = importlib.import_module(module_of(name)).STAGE
     return stage
-
-
-def module_of(name: str) -> str:
-    """The module of a stage."""
-    return f"recipes.stages.{name}"

@@ -41,7 +41,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from launch import commands, lock, schema, time_left
@@ -59,10 +59,9 @@ from launch.staleness import SKIP
 from launch.trackers import open_tracker, require_tracker
 from launch.tracking import SafeTracker, tracked_run
 from recipes.core.errors import RecipeError
-from recipes.core.files import explain_storage_errors, remove_partial, write_text_atomically
-from recipes.core.manifest import FORMAT, require_format
+from recipes.core.files import explain_storage_errors, remove_partial
+from recipes.core.run_state import LastPlan, discard_work, read_last_plan
 from recipes.core.screen import screen
-from recipes.core.stage import REQUEST, RUN_FILE, asked, discard, left_behind, planned_stages
 
 console = screen()
 
@@ -93,7 +92,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     if settings.rehearse is not False:
         rehearse(cfg, settings, run_dir, console)
         return None
-    _require_same_recipe(run_dir, recipe)
+    before = _last_plan_of(run_dir, recipe)
     require_tracker(settings.tracker_name)
     executor, cluster = executor_of(cfg.cluster)
     if settings.tracker_name is not None and not executor.follows(cluster):
@@ -105,22 +104,16 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     plan = executor.prepare(make_plan(cfg, settings, run_dir), cluster)
     view.print_plan(plan, console)
     view.print_notes(plan, set(settings.skip_rules), console)
-    ended = not settings.dry_run
     to_do = any(stage.action != SKIP for stage in plan.stages)
     require_publishable(plan, settings, not to_do or executor.follows(cluster))
-    if to_do:
-        with explain_storage_errors(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=True)
-            with lock.held(run_dir) as holding:
-                _write_requests(plan, recipe)
-                executor.write_scripts(plan, cluster)
-                if not settings.dry_run:
-                    _tidy(plan)
-                    with open_tracker(tracked_run(cfg, run_dir, recipe)) as tracker:
-                        follow = partial(_follow, tracker, holding, plan)
-                        ended = executor.start(plan, cluster, follow, console)
-    else:
-        _set_right(plan, recipe, settings.dry_run)
+    ended = not settings.dry_run
+    with _recorded(plan, before, settings.dry_run) as holding:
+        if holding is not None:
+            executor.write_scripts(plan, cluster)
+        if holding is not None and not settings.dry_run:
+            with open_tracker(tracked_run(cfg, run_dir, recipe)) as tracker:
+                follow = partial(_follow, tracker, holding, plan)
+                ended = executor.start(plan, cluster, follow, console)
     if settings.dry_run:
         console.print(f"dry run: configs and scripts are in {run_dir}; nothing was started")
         show_files(plan, settings.hub, console)
@@ -156,54 +149,46 @@ def _run_dir(settings: RunSettings, recipe: str) -> Path:
     return Path("runs", recipe).resolve()
 
 
-def _require_same_recipe(run_dir: Path, recipe: str) -> None:
-    file = run_dir / RUN_FILE
-    if not file.exists():
-        return
-    run = OmegaConf.load(file)
-    require_format(OmegaConf.select(run, "format"), file)
-    if (other := OmegaConf.select(run, "recipe")) != recipe:
+def _last_plan_of(run_dir: Path, recipe: str) -> LastPlan:
+    """Returns how a run was planned last; refuses a run of another recipe."""
+    last = read_last_plan(run_dir)
+    if last is not None and last.recipe != recipe:
         raise RecipeError(
-            f"{run_dir} is a run of recipe {other}, not of {recipe}.",
+            f"{run_dir} is a run of recipe {last.recipe}, not of {recipe}.",
             "choose another run_dir, or delete that one",
         )
+    return last or LastPlan(recipe, {})
 
 
-def _tidy(plan: Plan) -> None:
-    """Removes what launchers and stages left that were killed, and what is of no use to any."""
-    for folder in (plan.run_dir, *(stage.directory for stage in plan.todo())):
-        remove_partial(folder)
-    for stage in plan.stages:
-        if stage.action == SKIP and (work := left_behind(stage.directory)):
-            discard(work)
+@contextmanager
+def _recorded(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.Holding | None]:
+    """Records a plan in its run's directory; yields the lock if any stage is to be started.
 
-
-def _asked_otherwise(stage: PlannedStage) -> bool:
-    """Whether a complete stage was planned with other settings since, which then were not run."""
-    return stage.action == SKIP and asked(stage.directory) not in (None, stage.fingerprint)
-
-
-def _set_right(plan: Plan, recipe: str, dry_run: bool) -> None:
-    """Where all is complete: what was requested is again what was run, and no work is left."""
-    left = not dry_run and any(left_behind(stage.directory) for stage in plan.stages)
-    known = planned_stages(plan.run_dir)
-    asks = known is not None and known != set(plan.chain.stages)
-    if left or asks or any(map(_asked_otherwise, plan.stages)):
-        with lock.held(plan.run_dir):
-            _write_requests(plan, recipe)
-            if left:
-                _tidy(plan)
-
-
-def _write_requests(plan: Plan, recipe: str) -> None:
-    """Writes what the stages will be started with, or their results were made with."""
-    plan.run_dir.mkdir(parents=True, exist_ok=True)
-    about = {"format": FORMAT, "recipe": recipe, "stages": list(plan.chain.stages)}
-    write_text_atomically(plan.run_dir / RUN_FILE, OmegaConf.to_yaml(about))
-    for stage in (*plan.todo(), *filter(_asked_otherwise, plan.stages)):
-        stage.directory.mkdir(exist_ok=True)
-        text = OmegaConf.to_yaml(stage.request())
-        write_text_atomically(stage.directory / REQUEST, text)
+    Requests are written of stages that start, or that were planned with other settings since.
+    Work of complete stages is deleted: they were killed before they could do so. Nothing is written
+    where all is as it was.
+    """
+    known = dict(before.stages) | {stage.name: stage.fingerprint for stage in plan.stages}
+    last = LastPlan(before.recipe, {name: known.get(name) for name in plan.chain.stages})
+    complete = [stage.state() for stage in plan.stages if stage.action == SKIP and not dry_run]
+    leftovers = [state.directory for state in complete if state.leftover]
+    starts = any(stage.action != SKIP for stage in plan.stages)
+    if not starts and not leftovers and last == before:
+        yield None
+        return
+    with explain_storage_errors(plan.run_dir):
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
+        with lock.held(plan.run_dir) as holding:
+            for stage in plan.stages:
+                if stage in plan.todo() or before.stages.get(stage.name) != stage.fingerprint:
+                    stage.request().write(stage.directory)
+            last.write(plan.run_dir)
+            if not dry_run:
+                for folder in leftovers:
+                    discard_work(folder)
+                for folder in (plan.run_dir, *(stage.directory for stage in plan.todo())):
+                    remove_partial(folder)
+            yield holding if starts else None
 
 
 def cli() -> int:

@@ -15,20 +15,11 @@ from rich.markup import escape
 from launch import lock
 from launch.console import headline
 from launch.executors.slurm_queue import active_jobs
-from launch.run_status import (
-    COMPLETE,
-    FAILED,
-    PENDING,
-    RUNNING,
-    STOPPED_STATE,
-    StageState,
-    requests_of,
-)
-from launch.run_status import read_run as read_states
+from launch.run_status import StageStatus, read_statuses
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST
+from recipes.core.run_state import REQUEST, RUN_FILE, Status, read_request
 from recipes.core.screen import plain_table
-from recipes.core.stage import RUN_FILE
 from recipes.report.runs import RunRecord, find_runs, read_run
 
 ROOT = Path("runs")
@@ -67,7 +58,7 @@ def _below(root: Path) -> Iterator[Path]:
 def _row(path: Path, root: Path) -> tuple[str, ...]:
     name, disk, age = str(path.relative_to(root)), f"{_size(path) / 1e9:.2f} GB", _age(path)
     try:
-        record, state = read_run(path), _state(read_states(path.resolve()))
+        record, state = read_run(path), _state(read_statuses(path.resolve()))
     except RecipeError:  # of one run, which hides no other
         return name, "", "unreadable: see status", "", "", "", disk, age
     made = record.exported
@@ -81,14 +72,18 @@ def _headline(record: RunRecord, *kinds: str) -> str:
     return next((headline(found) for kind in kinds if (found := record.find(kind))), "")
 
 
-def _state(stages: Sequence[StageState]) -> str:
+def _state(stages: Sequence[StageStatus]) -> str:
     """Where it is, or where it ended."""
-    for state in (RUNNING, FAILED, STOPPED_STATE, PENDING):
+    at = (
+        *(Status.RUNNING, Status.FAILED, Status.HUNG),
+        *(Status.STOPPED, Status.INTERRUPTED, Status.PENDING),
+    )
+    for status in at:
         for stage in stages:
-            if stage.state == state:
-                return f"{state} at {stage.name}"
-    done = sum(stage.state == COMPLETE for stage in stages)
-    return COMPLETE if done == len(stages) else f"{done} of {len(stages)} stages"
+            if stage.status is status:
+                return f"{status} at {stage.name}"
+    done = sum(stage.status is Status.COMPLETE for stage in stages)
+    return Status.COMPLETE if done == len(stages) else f"{done} of {len(stages)} stages"
 
 
 def _age(path: Path) -> str:
@@ -154,8 +149,8 @@ def _others(chosen: Sequence[Path]) -> set[Path]:
 
 
 def _inputs(run: Path) -> Iterator[Path]:
-    for request in requests_of(run).values():
-        yield from (Path(spec["directory"]) for spec in request["inputs"].values())
+    for file in run.glob(f"*/{REQUEST}"):
+        yield from (ref.directory for ref in read_request(file.parent).inputs.values())
 
 
 def _delete(folder: Path) -> None:

@@ -6,11 +6,11 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping
 
-from launch.planned import InputRef, PlannedStage
+from launch.planned import PlannedStage
 from recipes.core.errors import RecipeError
 from recipes.core.fingerprint import result_settings
 from recipes.core.manifest import WORK, Manifest, read_manifest
-from recipes.core.stage import unfinished
+from recipes.core.run_state import InputRef
 
 RUN, RESUME, SKIP = "run", "resume", "skip"
 ADOPT = "adopt"
@@ -28,20 +28,19 @@ def status(stage: PlannedStage, rerun: list[str], *, forced: bool) -> tuple[str,
     reason = "forced" if forced else _reason_to_run(stage, rerun)
     if reason is None:
         return SKIP, "complete"
-    begun = unfinished(stage.directory)
-    if begun is not None and begun["fingerprint"] == stage.fingerprint:
+    begun = stage.state().begun
+    if begun is not None and begun.fingerprint == stage.fingerprint:
         return RESUME, "was interrupted"
     return RUN, reason
 
 
 def require_nothing_lost(stage: PlannedStage) -> None:
     """Refuses to start a stage over when that deletes what an interrupted run of it has done."""
-    begun = unfinished(stage.directory)
+    begun = stage.state().begun
     done = stage.stage.progress(stage.directory / WORK)
     if stage.action != RUN or begun is None or done is None:
         return
-    inputs = {name: spec["fingerprint"] for name, spec in begun["inputs"].items()}
-    fields, others = _changes(stage, begun["config"], inputs, begun["code"])
+    fields, others = _changes(stage, begun)
     changed = [f"{key} changed {old} → {new}" for key, (old, new) in fields.items()]
     changed += [f"its {what} changed" for what in others]
     back = [
@@ -72,7 +71,7 @@ def _reason_to_run(stage: PlannedStage, rerun: list[str]) -> str | None:
 
 def _difference(stage: PlannedStage, manifest: Manifest) -> str:
     """Says in a few words why an existing result is out of date."""
-    fields, others = _changes(stage, manifest.config, manifest.inputs, manifest.code)
+    fields, others = _changes(stage, manifest)
     if not fields:
         return f"{others[0]} changed"
     key, (old, new) = next(iter(fields.items()))
@@ -83,20 +82,22 @@ def _difference(stage: PlannedStage, manifest: Manifest) -> str:
 
 
 def _changes(
-    stage: PlannedStage, config: Mapping[str, object], inputs: Mapping[str, str], code: str
+    stage: PlannedStage, before: Manifest
 ) -> tuple[dict[str, tuple[object, object]], list[str]]:
-    """Fields that differ from what was recorded, with their old and new values; and what else."""
+    """Fields that differ from those of an earlier start, with both values; and what else does."""
     # A field that was not recorded is a new one, and comes with changed code.
     fields = {
         name: values
         for key, now in result_settings(stage.config).items()
-        if key in config
-        for name, values in _differing(key, config[key], now)
+        if key in before.config
+        for name, values in _differing(key, before.config[key], now)
     }
     others = [
-        f"input {name}" for name, ref in stage.inputs.items() if inputs.get(name) != ref.fingerprint
+        f"input {name}"
+        for name, ref in stage.inputs.items()
+        if before.inputs.get(name) != ref.fingerprint
     ]
-    if stage.code != code:
+    if stage.code != before.code:
         others.append("code")
     # The rest of what a fingerprint covers is files from outside the run.
     return fields, others if fields or others else ["source files"]

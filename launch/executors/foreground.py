@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
-import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
 from launch.cluster import Cluster, Follow, layout_variables
 from launch.console import Follower
 from launch.executors.slurm_queue import active_jobs
-from launch.logs import ERROR, LOGS, reason
 from launch.plan import Plan
 from launch.planned import PlannedStage
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT, write_text_atomically
-from recipes.core.manifest import MANIFEST, WORK, read_manifest
-from recipes.core.processes import cores, die_with_parent, ended_by, start_command
-from recipes.core.stage import REQUEST
+from recipes.core.processes import cores
+from recipes.core.run_state import REQUEST
+from recipes.core.starting import run_to_end, start_command, started
 
-POLL_SECONDS = 0.2
-STOP_SECONDS = 40
-"""In which a stage is to end by itself; torchrun gives its ranks 30 of them."""
 SCRIPT = "run.sh"
 
 Begin = Callable[[PlannedStage, IO[bytes]], AbstractContextManager[Callable[[], bool]]]
@@ -86,33 +79,9 @@ def write_script(
     return path
 
 
-@contextmanager
-def by_script(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
+def by_script(stage: PlannedStage, log: IO[bytes]) -> AbstractContextManager[Callable[[], bool]]:
     """Starts a stage by its script."""
-    process = subprocess.Popen(
-        [stage.directory / SCRIPT],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        preexec_fn=die_with_parent,
-    )
-
-    def ended() -> bool:
-        if (status := process.poll()) is not None and (said := ended_by(status)):
-            log.write(f"{said}\n".encode())
-            log.flush()
-        return status is not None
-
-    try:
-        yield ended
-    except BaseException:
-        process.terminate()
-        # A training ends its step, or its validation, first.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=STOP_SECONDS)
-        process.kill()
-        process.wait()
-        raise
+    return started([stage.directory / SCRIPT], log)
 
 
 def run_all(plan: Plan, follow: Follow, begin: Begin = by_script) -> bool:
@@ -124,38 +93,11 @@ def run_all(plan: Plan, follow: Follow, begin: Begin = by_script) -> bool:
 
 
 def run(stage: PlannedStage, follower: Follower, begin: Begin = by_script) -> None:
-    """Runs one stage to its end; it has failed if there is no new manifest of its fingerprint."""
-    before = _manifest_time(stage)
-    logs = stage.directory / LOGS
-    logs.mkdir(parents=True, exist_ok=True)
-    (stage.directory / WORK / ERROR).unlink(missing_ok=True)
-    log = _new_log(logs)
-    with log.open("wb") as output, begin(stage, output) as ended:
-        while not ended():
-            follower.update()
-            time.sleep(POLL_SECONDS)
-    follower.update()
-    # torchrun turns every failure into exit status 1, so only the manifest counts.
-    # A forced stage still has the old one, with the same fingerprint, until it has succeeded.
-    manifest = read_manifest(stage.directory)
-    new = _manifest_time(stage) != before
-    if manifest is None or manifest.fingerprint != stage.fingerprint or not new:
-        raise RecipeError(
-            f"stage {stage.name} failed: {reason(stage.directory, log)}\n  log: {log}",
-            fix="",
-        )
-
-
-def _new_log(logs: Path) -> Path:
-    """A log that is not there, whatever the clock says."""
-    now = time.strftime("%Y-%m-%d_%H-%M-%S")
-    log, starts = logs / f"{now}.log", 1
-    while log.exists():
-        starts += 1
-        log = logs / f"{now}-{starts}.log"
-    return log
-
-
-def _manifest_time(stage: PlannedStage) -> int | None:
-    path = stage.directory / MANIFEST
-    return path.stat().st_mtime_ns if path.exists() else None
+    """Runs one stage to its end; refuses one that leaves no new result."""
+    run_to_end(
+        stage.name,
+        stage.directory,
+        stage.fingerprint,
+        lambda log: begin(stage, log),
+        follower.update,
+    )

@@ -18,7 +18,7 @@ from launch.executors import foreground
 from launch.plan import Plan
 from launch.planned import PlannedStage
 from recipes.core.preloaded import followed, fork_stage, preloaded
-from recipes.core.stage import REQUEST
+from recipes.core.run_state import REQUEST
 
 PRELOADED = (
     "nemo_convert.convert",

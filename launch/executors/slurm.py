@@ -20,12 +20,12 @@ from launch.executors.slurm_queue import (
 )
 from launch.executors.slurm_scripts import job_script, submit_script
 from launch.executors.slurm_settings import SlurmConfig, settings_problems
-from launch.logs import LOGS, newest_log, reason
 from launch.plan import Plan
 from launch.planned import PlannedStage
 from launch.staleness import ADOPT, SKIP
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
+from recipes.core.starting import LOGS, failure, newest_log
 from recipes.core.wheels import cache_dir
 
 SCRIPT = "job.sbatch"
@@ -122,7 +122,7 @@ def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
             why = ENDED_BY_SLURM.get(state.state) if state else None
             raise RecipeError(
                 f"stage {stage.name}, job {job.id}, failed{ended}: "
-                f"{why or reason(stage.directory, log)}\n  log: {log}",
+                f"{why or failure(stage.directory, log)}\n  log: {log}",
                 fix="",
             )
 

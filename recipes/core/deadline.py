@@ -12,8 +12,6 @@ import time
 from recipes.core.errors import RecipeError
 
 DEADLINE = "STAGE_DEADLINE"
-STOPPED = "stopped"
-"""File in ``work/`` of a stage that was stopped by the clock and only needs to be started again."""
 
 
 class StoppedByClockError(RecipeError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 ARTIFACT = "artifact"
 WORK = "work"
+"""In a stage's directory: its unfinished work."""
 FORMAT = 1
 """Of run directories. Increase it when this code can no longer read what it wrote before."""
 ResultT = TypeVar("ResultT", bound="DataclassInstance")
@@ -57,7 +57,10 @@ class Outcome:
 
 @dataclass
 class Manifest:
-    """Content of ``manifest.json``. Sizes in bytes, times in seconds."""
+    """What a result is made of, and the result. Sizes in bytes, times in seconds.
+
+    While a stage runs, its ``work/`` holds one without a result.
+    """
 
     stage: str
     kind: str
@@ -65,19 +68,21 @@ class Manifest:
     config: dict[str, Any]
     code: str
     inputs: dict[str, str]
-    files: dict[str, FileStamp]
-    metrics: dict[str, Any]
-    """The stage's result as plain data; ``result`` reads it back."""
-    architecture: dict[str, Any] | None
-    parameters: int | None
-    tokenizer_sha256: str | None
-    versions: dict[str, str]
-    git_sha: str | None
+    """Fingerprints of the inputs."""
     started_at: str
-    seconds: float
-    peak_rss_bytes: int
+    """Time of the start, to the microsecond, which also tells two starts apart."""
+    versions: dict[str, str] = field(default_factory=dict)
+    git_sha: str | None = None
+    files: dict[str, FileStamp] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """The stage's result as plain data; ``result`` reads it back."""
+    architecture: dict[str, Any] | None = None
+    parameters: int | None = None
+    tokenizer_sha256: str | None = None
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
     input_content: dict[str, str] = field(default_factory=dict)
-    """What each input's files were; a forced rerun can change them under the same fingerprint."""
+    """Hashes of the inputs' files, which a forced rerun changes under the same fingerprint."""
 
     def result(self, of: type[ResultT]) -> ResultT:
         """What the stage measured, as what it was written from, or a part; refuses what differs."""
@@ -126,15 +131,19 @@ def require_format(found: object, path: Path) -> None:
         )
 
 
-def write_manifest(stage_dir: Path, manifest: Manifest) -> None:
-    """Marks the stage in ``stage_dir`` as complete."""
+def write_manifest(stage_dir: Path, manifest: Manifest, name: str = MANIFEST) -> None:
+    """Writes a manifest by atomic rename; in a stage's directory it marks the stage complete."""
     text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1, sort_keys=True)
-    write_text_atomically(stage_dir / MANIFEST, text + "\n")
+    write_text_atomically(stage_dir / name, text + "\n")
 
 
-def read_manifest(stage_dir: Path) -> Manifest | None:
-    """The manifest of a stage, ``None`` if it is not complete; refuses what is no manifest."""
-    path = stage_dir / MANIFEST
+def read_manifest(stage_dir: Path, name: str = MANIFEST) -> Manifest | None:
+    """Returns the manifest of a stage, or ``None`` if it is not complete.
+
+    Raises:
+        RecipeError: The file is damaged.
+    """
+    path = stage_dir / name
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         require_format(data.pop("format", None), path)
@@ -205,15 +214,3 @@ def check_artifact(stage_dir: Path, kind: str | None = None, *, rehash: bool = T
             f"restore the files, or delete {stage_dir / MANIFEST} to make the stage run again",
         )
     return manifest
-
-
-def publish(stage_dir: Path, new_artifact: Path) -> None:
-    """Makes ``new_artifact`` the stage's artifact; killed at any point, none looks whole.
-
-    The old manifest goes first: from then until the new one is written the stage is incomplete.
-    """
-    (stage_dir / MANIFEST).unlink(missing_ok=True)
-    target = stage_dir / ARTIFACT
-    if target.exists():
-        shutil.rmtree(target)
-    new_artifact.rename(target)

@@ -1,4 +1,4 @@
-"""Processes of a stage: how one is started, what it takes, and that none outlives its parent."""
+"""Processes of a stage: that none outlives its parent, how one ended, what it takes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,6 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 NVIDIA_DEVICES = ("/dev/nvidiactl", "/dev/dxg")
 """Of Linux, and of Linux in Windows."""
-
-
-def start_command(module: str, config: Path, devices: int, python: str) -> list[str]:
-    """Starts a stage on one machine; several ranks with torchrun, which takes seconds to import."""
-    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", "-m"]
-    return [python, "-m", *(several if devices > 1 else []), module, "--config", str(config)]
 
 
 def ended_by(status: int | None) -> str | None:

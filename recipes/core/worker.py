@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from recipes.core.deadline import STOPPED, StoppedByClockError
+from recipes.core.deadline import StoppedByClockError
 from recipes.core.errors import RecipeError
-from recipes.core.files import storage_problem, write_text_atomically
-from recipes.core.manifest import (
-    ARTIFACT,
-    WORK,
-    Manifest,
-    Outcome,
-    check_artifact,
-    publish,
-    stamp_files,
-    write_manifest,
-)
-from recipes.core.metrics import METRICS
+from recipes.core.files import storage_problem
+from recipes.core.manifest import ARTIFACT, WORK, Manifest, Outcome, check_artifact, stamp_files
 from recipes.core.processes import (
     children_die_with_this,
     die_with_parent,
@@ -39,18 +27,16 @@ from recipes.core.processes import (
     leave_out_trackers,
     peak_memory_bytes,
 )
-from recipes.core.stage import (
-    BEGUN,
-    Input,
-    Inputs,
-    StageConfig,
-    discard,
-    rank,
-    unfinished,
-    world_size,
+from recipes.core.run_state import (
+    InputRef,
+    begin_work,
+    complete_stage,
+    read_request,
+    record_failure,
 )
+from recipes.core.stage import Input, Inputs, StageConfig, rank, world_size
 from recipes.core.versions import git_sha, installed_versions
-from recipes.core.watchdog import STACKS, watch_for_hangs
+from recipes.core.watchdog import watch_for_hangs
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -81,13 +67,14 @@ def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
             print(message, file=sys.stderr, flush=True)
         summary = message if isinstance(error, RecipeError) else _summary(error, stage_dir)
         with contextlib.suppress(OSError):  # on a full disk the launcher finds it in the log
-            (stage_dir / WORK).mkdir(exist_ok=True)
             # When one rank fails, the others lose their connection, which is not the reason.
-            if isinstance(error, RecipeError) or not (stage_dir / WORK / "error.txt").exists():
-                write_text_atomically(stage_dir / WORK / "error.txt", summary)
-            if isinstance(error, StoppedByClockError):
-                write_text_atomically(stage_dir / WORK / STOPPED, summary)
-                _leave_together()  # all ranks are here; the first to go would end the others
+            certain, stopped = (
+                isinstance(error, RecipeError),
+                isinstance(error, StoppedByClockError),
+            )
+            record_failure(stage_dir, summary, stopped=stopped, certain=certain)
+            if stopped:
+                _leave_together()  # the first rank to leave would end the others
         # A failing rank must not wait in a collective for ranks that will never come.
         os._exit(1)
 
@@ -113,51 +100,50 @@ def _summary(error: BaseException, stage_dir: Path) -> str:
 
 
 def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: Path) -> None:
-    started, began = datetime.now(UTC), time.monotonic()
-    stage_dir = request_file.parent
-    request: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(request_file))  # type: ignore[assignment]
-    merged = OmegaConf.merge(OmegaConf.structured(config_class), request["config"])
+    started, stage_dir = time.monotonic(), request_file.parent
+    request = read_request(stage_dir)
+    merged = OmegaConf.merge(OmegaConf.structured(config_class), request.config)
     cfg: ConfigT = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    store = _shared_store()
+    begun = Manifest(
+        stage=cfg.stage,
+        kind=kind,
+        fingerprint=request.fingerprint,
+        config=dict(request.config),
+        code=request.code,
+        inputs={name: ref.fingerprint for name, ref in request.inputs.items()},
+        started_at=datetime.now(UTC).isoformat(timespec="microseconds"),
+    )
+    out, store = stage_dir / WORK / ARTIFACT, _shared_store()
     with _rank_0_first(store, "work and inputs"):
-        out = prepare_work(stage_dir, request)
-        inputs = {name: _checked(spec) for name, spec in request["inputs"].items()}
+        if rank() == 0:
+            begun = replace(begun, versions=installed_versions(), git_sha=git_sha())
+            begin_work(stage_dir, begun)
+        inputs = {name: _checked(ref) for name, ref in request.inputs.items()}
     with watch_for_hangs(cfg.resources.max_silence, out.parent, rank()):
         outcome = run(cfg, inputs, out)
         peak_rss = _finish_ranks()
     with _rank_0_first(store, "manifest"):
         if rank() == 0:
-            manifest = Manifest(
-                stage=cfg.stage,
-                kind=kind,
-                fingerprint=request["fingerprint"],
-                config=request["config"],
-                code=request["code"],
-                inputs={name: spec["fingerprint"] for name, spec in request["inputs"].items()},
+            manifest = replace(
+                begun,
                 files=stamp_files(out),
                 metrics=asdict(outcome.result) if outcome.result else {},
                 architecture=outcome.architecture,
                 parameters=outcome.parameters,
                 tokenizer_sha256=outcome.tokenizer_sha256,
-                versions=installed_versions(),
-                git_sha=git_sha(),
-                started_at=started.isoformat(timespec="seconds"),
-                seconds=round(time.monotonic() - began, 3),
+                seconds=round(time.monotonic() - started, 3),
                 peak_rss_bytes=peak_rss,
                 input_content={name: item.manifest.content() for name, item in inputs.items()},
             )
-            publish(stage_dir, out)
-            write_manifest(stage_dir, manifest)
-            discard(stage_dir / WORK)
+            complete_stage(stage_dir, manifest)
 
 
-def _checked(spec: Mapping[str, str]) -> Input:
+def _checked(ref: InputRef) -> Input:
     """An input that is as it was planned with. One rank reads every byte; the others must not."""
-    directory = Path(spec["directory"])
-    found = Input(directory, check_artifact(directory, spec["kind"], rehash=rank() == 0))
-    if found.manifest.fingerprint != spec["fingerprint"]:
-        raise RecipeError(f"{directory} changed after this stage was planned.", "run again")
-    return found
+    manifest = check_artifact(ref.directory, ref.kind, rehash=rank() == 0)
+    if manifest.fingerprint != ref.fingerprint:
+        raise RecipeError(f"{ref.directory} changed after this stage was planned.", "run again")
+    return Input(ref.directory, manifest)
 
 
 def _shared_store() -> Store | None:
@@ -183,28 +169,6 @@ def _rank_0_first(store: Store | None, what: str) -> Iterator[None]:
     yield
     if store is not None and rank() == 0:
         store.set(key, "done")
-
-
-def prepare_work(stage_dir: Path, request: Mapping[str, Any]) -> Path:
-    """Makes ``work/`` ready, on rank 0, and returns the directory to write the artifact to.
-
-    Work left by a killed run of the same fingerprint is kept, so that training can resume; any
-    other is deleted.
-    """
-    work = stage_dir / WORK
-    if rank() == 0:
-        found = unfinished(stage_dir)
-        if found is None or found["fingerprint"] != request["fingerprint"]:
-            discard(work)
-            (stage_dir / METRICS).unlink(missing_ok=True)
-        shutil.rmtree(work / ARTIFACT, ignore_errors=True)
-        (work / ARTIFACT).mkdir(parents=True)
-        write_text_atomically(work / BEGUN, json.dumps(request))
-        (work / "error.txt").unlink(missing_ok=True)
-        (work / STOPPED).unlink(missing_ok=True)
-        for stacks in work.glob(STACKS.format("*")):
-            stacks.unlink()
-    return work / ARTIFACT
 
 
 def _finish_ranks() -> int:

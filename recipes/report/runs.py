@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT, WORK, Manifest, read_manifest
-from recipes.core.stage import REQUEST, RUN_FILE, asked, planned_stages
+from recipes.core.manifest import ARTIFACT, Manifest
+from recipes.core.run_state import RUN_FILE, Status, read_last_plan, stage_states
 from recipes.core.statistics import mean, standard_error
 from recipes.evaluation.results import EvaluationResult
 
@@ -100,25 +98,23 @@ def _sorted_below(path: Path) -> list[Path]:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Reads the manifests of a run.
+    """Reads the results of a run.
 
-    A stage is incomplete if it has no manifest, or was requested again with other settings since
-    it ran. A stage that is no longer in the recipe and never started does not count.
+    A stage that was planned with other settings since it ran is incomplete: its results are not of
+    the same run as the others.
+
+    Raises:
+        RecipeError: A manifest is damaged.
     """
-    planned = planned_stages(path)
-    recipe = str(OmegaConf.select(OmegaConf.load(path / RUN_FILE), "recipe"))
-    stages: dict[str, Manifest] = {}
-    incomplete = []
-    for file in sorted(path.glob(f"*/{REQUEST}")):
-        manifest = read_manifest(file.parent)
-        of_run = planned is None or file.parent.name in planned or (file.parent / WORK).exists()
-        if manifest is None and not of_run:
-            continue
-        if manifest is None or asked(file.parent) not in (None, manifest.fingerprint):
-            incomplete.append(file.parent.name)
-        else:
-            stages[file.parent.name] = manifest
-    return RunRecord(path, recipe, stages, tuple(incomplete), _losses(path, stages))
+    plan = read_last_plan(path)
+    states = stage_states(path)
+    stages = {
+        name: state.result
+        for name, state in states.items()
+        if state.result is not None and state.status is Status.COMPLETE
+    }
+    incomplete = tuple(name for name in states if name not in stages)
+    return RunRecord(path, plan.recipe if plan else "", stages, incomplete, _losses(path, stages))
 
 
 def _losses(path: Path, stages: Mapping[str, Manifest]) -> tuple[float, ...]:

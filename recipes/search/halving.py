@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
-
-from recipes.core.errors import RecipeError
-from recipes.core.files import REPO_ROOT, write_text_atomically
-from recipes.core.fingerprint import result_settings, stage_code, stage_fingerprint
+from recipes.core.files import write_text_atomically
 from recipes.core.manifest import read_manifest
-from recipes.core.processes import die_with_parent, start_command
-from recipes.core.stage import REQUEST, Inputs, StageConfig, rank, world_size
+from recipes.core.stage import Inputs, rank, world_size
+from recipes.core.starting import run_child
 from recipes.core.watchdog import pause_watchdog
 from recipes.distillation.settings import DistillConfig
 from recipes.evaluation.results import TokenQuality
@@ -64,7 +56,7 @@ class HalvingRun:
                 "student": student,
                 "data": self._inputs["data"].directory,
             }
-            run_stage(training, place / f"round-{number}", inputs)
+            run_child(training, place / f"round-{number}", inputs)
         for candidate in candidates:  # others have theirs
             _wait_for(self._directory / candidate.name / f"round-{number}")
 
@@ -72,7 +64,7 @@ class HalvingRun:
         settings = prune_settings(axes_of(candidate.shape), self._method)
         config = PruneConfig(stage="prune", **settings)
         inputs = {name: self._inputs[name].directory for name in ("checkpoint", "importance")}
-        run_stage(config, directory, inputs)
+        run_child(config, directory, inputs)
 
     def measure(self, candidates: Sequence[Candidate], number: int) -> list[TokenQuality]:
         """Perplexity and KL to the teacher of every candidate on validation text."""
@@ -93,70 +85,6 @@ class HalvingRun:
             while not found.exists():
                 time.sleep(POLL)
         return [TokenQuality(**one) for one in json.loads(found.read_text(encoding="utf-8"))]
-
-
-def run_stage(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> None:
-    """Runs a stage as the launcher does, on one machine, unless it is complete.
-
-    Raises:
-        RecipeError: It failed.
-    """
-    request = request_of(config, inputs)
-    done = read_manifest(directory)
-    if done is not None and done.fingerprint == request["fingerprint"]:
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    file = directory / REQUEST
-    write_text_atomically(file, OmegaConf.to_yaml(request))
-    devices = config.resources.devices
-    command = start_command(f"recipes.stages.{config.stage}", file, devices, sys.executable)
-    with (directory / "log.txt").open("w", encoding="utf-8") as log, pause_watchdog():
-        subprocess.run(
-            command, cwd=REPO_ROOT, env=_environment(devices), stdout=log, stderr=log,
-            check=False, preexec_fn=die_with_parent,
-        )  # fmt: skip
-    if read_manifest(directory) is None:
-        error = directory / "work" / "error.txt"
-        reason = error.read_text(encoding="utf-8") if error.exists() else "it left no message"
-        raise RecipeError(f"{directory.name} of {directory.parent.name} failed: {reason}", fix="")
-
-
-def request_of(config: StageConfig, inputs: dict[str, Path]) -> dict[str, Any]:
-    """Content of a stage's ``config.yaml``, as the launcher would write it.
-
-    Raises:
-        RecipeError: An input is not complete.
-    """
-    refs = {}
-    for name, source in inputs.items():
-        manifest = read_manifest(source)
-        if manifest is None:
-            raise RecipeError(f"{source} is not complete.", "the same command runs it first")
-        refs[name] = {
-            "directory": str(source),
-            "kind": manifest.kind,
-            "fingerprint": manifest.fingerprint,
-        }
-    code = stage_code([config.stage])
-    prints = {name: ref["fingerprint"] for name, ref in refs.items()}
-    fingerprint = stage_fingerprint(result_settings(config), code, prints, {})
-    return {"config": asdict(config), "inputs": refs, "fingerprint": fingerprint, "code": code}
-
-
-def _environment(devices: int) -> dict[str, str]:
-    """This rank's, without what makes it one of several; for one device, it is the rank's own."""
-    keep = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_"))
-        and name not in ("RANK", "WORLD_SIZE")
-    }
-    keep["PYTHONPATH"] = str(REPO_ROOT)
-    if devices > 1:
-        return keep
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    return {**keep, "CUDA_VISIBLE_DEVICES": visible.split(",")[local] if visible else str(local)}
 
 
 def _wait_for(directory: Path) -> None:

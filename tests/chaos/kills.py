@@ -18,7 +18,7 @@ from launch.lock import LOCK
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, WORK
 from recipes.core.metrics import METRICS
-from recipes.core.stage import BEGUN
+from recipes.core.run_state import BEGUN
 from recipes.distillation.training import CHECKPOINTS, UNFINISHED, steps_in, whole_checkpoints
 from tests.chaos.chain import CHECKPOINT_INTERVAL, STEPS
 from tests.support import processes

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from launch.executors.slurm import SUBMIT
 from launch.executors.slurm_queue import RECORD, active_jobs, read_jobs
 from launch.lock import holder
-from launch.run_status import read_run
+from launch.run_status import read_statuses
 from nemo_convert.convert import hf_weights
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
@@ -34,7 +34,7 @@ UNTRAINED = STAGES[STAGES.index("distill") :]
 
 
 def states(chain: Run) -> dict[str, str]:
-    return {stage.name: stage.state for stage in read_run(chain.directory)}
+    return {stage.name: stage.status for stage in read_statuses(chain.directory)}
 
 
 def job_log(chain: Run, stage: str) -> str:
@@ -95,8 +95,8 @@ def test_stopped_by_the_clock_twice_gives_the_same_weights(
     log = job_log(chain, "distill")
     assert log.count("requeue 1 of 1") == 1
     assert f"stopped by the clock at step 1 of {STEPS}; a checkpoint is saved." in log
-    [distill] = [stage for stage in read_run(chain.directory) if stage.name == "distill"]
-    assert distill.state == "stopped"
+    [distill] = [stage for stage in read_statuses(chain.directory) if stage.name == "distill"]
+    assert distill.status == "stopped"
     assert distill.detail.startswith(f"stopped by the clock at step 2 of {STEPS}")
     assert not (chain.directory / "distill" / MANIFEST).exists()
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from launch import run
@@ -28,7 +27,8 @@ from launch.executor import EXECUTORS
 from launch.executors import foreground, local
 from launch.plan import Plan
 from launch.planned import load_stage
-from recipes.core.stage import REQUEST, StageConfig
+from recipes.core.run_state import REQUEST, InputRef, request_of
+from recipes.core.stage import StageConfig
 from recipes.core.worker import _run_stage
 from recipes.search import halving
 from recipes.stages.contract import Stage
@@ -46,7 +46,7 @@ def run_here(*overrides: str, cwd: Path) -> Result:
         large_disks(),
         # Hydra's closes every handler of the process, and absl's then closes pytest's stderr.
         mock.patch.object(logging.config, "dictConfig"),
-        mock.patch.object(halving, "run_stage", complete),
+        mock.patch.object(halving, "run_child", complete),
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
@@ -70,10 +70,8 @@ def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bo
 
 def complete(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> None:
     """Runs a stage by itself, as a search runs those of its candidates."""
-    directory.mkdir(parents=True)
-    request = directory / REQUEST
-    request.write_text(OmegaConf.to_yaml(halving.request_of(config, inputs)))
-    _run(load_stage(config.stage), request)
+    refs = {name: InputRef.of(source) for name, source in inputs.items()}
+    _run(load_stage(config.stage), request_of(config.stage, config, refs).write(directory))
 
 
 def _run(stage: Stage[Any], request: Path) -> None:

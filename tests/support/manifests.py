@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.core.manifest import Manifest
+from recipes.core.run_state import Request
 from recipes.data.results import DatasetResult, SourceTokens
 
 
@@ -19,13 +20,8 @@ def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
         config={},
         code="c",
         inputs={},
-        files={},
         metrics=asdict(result) if result is not None else {},
-        architecture=None,
-        parameters=None,
         tokenizer_sha256="t",
-        versions={},
-        git_sha=None,
         started_at="2025-01-01T00:00:00+00:00",
         seconds=1.0,
         peak_rss_bytes=10**9,
@@ -43,4 +39,18 @@ def dataset_result(artifact: Path) -> DatasetResult:
         sources=["text"],
         source_tokens={part: [SourceTokens("text", len(ids))] for part, ids in parts.items()},
         document_end=int(next(iter(parts.values()))[-1]),
+    )
+
+
+def begun(request: Request) -> Manifest:
+    """The manifest of a start that has no result yet."""
+    inputs = {name: ref.fingerprint for name, ref in request.inputs.items()}
+    return Manifest(
+        stage=request.config["stage"],
+        kind="kind",
+        fingerprint=request.fingerprint,
+        config=dict(request.config),
+        code=request.code,
+        inputs=inputs,
+        started_at="later",
     )

@@ -12,6 +12,7 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.results import GgufResult, ImportResult, ParityResult
 from recipes.core.manifest import ARTIFACT, FileStamp, Manifest, read_manifest, write_manifest
 from recipes.core.metrics import METRICS, MetricsLog
+from recipes.core.run_state import LastPlan, Request
 from recipes.core.stage import Input, StageConfig
 from recipes.core.statistics import Difference
 from recipes.data.results import DatasetResult, Origin
@@ -442,9 +443,10 @@ def make_run(
     results.write_text(json.dumps(detail))
     for item in inputs.values():
         write_manifest(item.directory, item.manifest)
-        request = f"name: {item.directory.name}\nfingerprint: {item.manifest.fingerprint}\n"
-        (item.directory / "config.yaml").write_text(request)
-    (root / "run.yaml").write_text("recipe: llama_width_prune\n")
+        made = item.manifest
+        Request(item.directory.name, made.fingerprint, made.code, {}, {}).write(item.directory)
+    stages = {item.directory.name: item.manifest.fingerprint for item in inputs.values()}
+    LastPlan("llama_width_prune", stages).write(root)
     return root
 
 

@@ -24,6 +24,7 @@ from nemo_convert.hf_config import read_architecture
 from recipes.core import versions
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, read_manifest, stamp_files, write_manifest
+from recipes.core.run_state import LastPlan
 from recipes.core.statistics import Difference
 from recipes.data.results import DatasetResult
 from recipes.engines.results import (
@@ -196,12 +197,11 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
     artifact = stage.directory / ARTIFACT
     artifact.mkdir(parents=True, exist_ok=True)
     (artifact / "data.bin").write_text(f"{content} of {stage.name}")
-    request = stage.request()
     kind = stage.stage.kind
     manifest = replace(
         bare_manifest(stage.config.stage, kind, RESULTS.get(stage.config.stage, RESULTS.get(kind))),
         fingerprint=stage.fingerprint,
-        config=request["config"],
+        config=dict(stage.request().config),
         code=stage.code,
         inputs={name: ref.fingerprint for name, ref in stage.inputs.items()},
         files=stamp_files(artifact),
@@ -213,6 +213,14 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
         },
     )
     write_manifest(stage.directory, manifest)
+
+
+def record(plan: Plan) -> None:
+    """Writes what the launcher writes of a plan before it starts anything."""
+    for stage in plan.stages:
+        stage.request().write(stage.directory)
+    stages = {stage.name: stage.fingerprint for stage in plan.stages}
+    LastPlan("llama_width_prune", stages).write(plan.run_dir)
 
 
 @pytest.fixture

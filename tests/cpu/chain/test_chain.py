@@ -25,6 +25,7 @@ from nemo_convert.nemo import find_checkpoint
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK
 from recipes.core.metrics import METRICS, steps_of
+from recipes.core.run_state import BEGUN
 from recipes.core.stage import Input
 from recipes.distillation.stopping import initial_kl_fraction
 from recipes.engines.backends import model_folder
@@ -474,14 +475,13 @@ def test_kill_9_then_the_same_command_changes_nothing(
     assert [p.name for p in temporary.iterdir() if not is_of_a_library(p)] == []
 
 
-def test_what_a_kill_initial_kl_fraction_complete_work_is_removed(
+def test_work_that_a_kill_left_beside_its_result_is_removed(
     tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     run_dir = without(tiny_run, tmp_path / "run")
     left = run_dir / "distill" / WORK
     left.mkdir()
-    (left / "request.json").write_text("{}")
-    os.utime(left / "request.json", ns=(1, 1))
+    shutil.copy(run_dir / "distill" / MANIFEST, left / BEGUN)
     result = run_here(*overrides(odd_llama, text_file, run_dir), cwd=tmp_path)
     assert "everything was complete, nothing ran" in result.output
     assert not left.exists()

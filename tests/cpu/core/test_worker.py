@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from recipes.core.files import REPO_ROOT, write_json
+from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, read_manifest, stamp_files, write_manifest
-from recipes.core.processes import start_command
+from recipes.core.run_state import InputRef, Request
+from recipes.core.starting import start_command
 from tests.support.manifests import bare_manifest
 
 SECONDS, PATIENCE = 12, 10
@@ -57,11 +58,9 @@ def test_ranks_wait_for_hashes_longer_than_for_each_other(tmp_path: Path) -> Non
     manifest.files = stamp_files(source / ARTIFACT)
     write_manifest(source, manifest)
     (tmp_path / "a_stage.py").write_text(STAGE)
-    given = {"directory": str(source), "kind": "dataset", "fingerprint": manifest.fingerprint}
-    request = {"fingerprint": "f", "code": "c", "config": {"stage": "a"}, "inputs": {"data": given}}
-    write_json(stage / "config.yaml", request)
+    request = Request("stage", "f", "c", {"data": InputRef.of(source)}, {"stage": "a"})
     done = subprocess.run(
-        start_command("a_stage", stage / "config.yaml", 2, sys.executable),
+        start_command("a_stage", request.write(stage), 2, sys.executable),
         env={**os.environ, "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{tmp_path}"},
         capture_output=True,
         text=True,

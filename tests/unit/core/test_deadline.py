@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import pytest
 
-from recipes.core.deadline import DEADLINE, STOPPED, deadline, time_is_up
+from recipes.core.deadline import DEADLINE, deadline, time_is_up
 from recipes.core.errors import RecipeError
 from recipes.core.fingerprint import result_settings
-from recipes.core.manifest import WORK
 from recipes.core.stage import Resources, StageConfig
-from recipes.core.worker import prepare_work
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from launch.plan import Plan
 
 
 def test_time_is_up_once_the_deadline_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,13 +31,3 @@ def test_deadline_that_is_no_time_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_limits_change_no_fingerprint() -> None:
     limited = StageConfig(stage="s", resources=Resources(time="01:00:00", sbatch=["--mem=0"]))
     assert result_settings(limited) == result_settings(StageConfig(stage="s"))
-
-
-def test_stage_that_goes_on_is_no_longer_stopped(plan: Callable[..., Plan], tmp_path: Path) -> None:
-    stage = plan().stages[0]
-    stage.directory.mkdir(parents=True)
-    prepare_work(stage.directory, stage.request())
-    stopped = stage.directory / WORK / STOPPED
-    stopped.write_text("at step 1")
-    prepare_work(stage.directory, stage.request())
-    assert not stopped.exists()

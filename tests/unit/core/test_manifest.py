@@ -16,7 +16,6 @@ from recipes.core.manifest import (
     Manifest,
     changed_files,
     check_artifact,
-    publish,
     read_manifest,
     stamp_files,
     write_manifest,
@@ -252,22 +251,6 @@ def test_check_names_changed_files(stage_dir: Path) -> None:
     (stage_dir / ARTIFACT / "a.txt").write_text("other")
     with pytest.raises(RecipeError, match=r"a\.txt \(changed\)"):
         check_artifact(stage_dir, "checkpoint_nemo")
-
-
-def test_publish_replaces_the_artifact_and_leaves_no_manifest(stage_dir: Path) -> None:
-    new = stage_dir / "work" / ARTIFACT
-    new.mkdir(parents=True)
-    (new / "c.txt").write_text("new")
-    publish(stage_dir, new)
-    assert list(stamp_files(stage_dir / ARTIFACT)) == ["c.txt"]
-    assert not new.exists()
-    assert read_manifest(stage_dir) is None
-
-
-def test_publish_removes_the_manifest_before_anything_can_fail(stage_dir: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        publish(stage_dir, stage_dir / "work" / ARTIFACT)
-    assert not (stage_dir / MANIFEST).exists()
 
 
 def test_digest_depends_on_names_and_contents_but_not_on_order_or_folder(tmp_path: Path) -> None:

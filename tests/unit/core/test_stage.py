@@ -8,21 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 
-from launch.logs import reason
-from recipes.core.errors import RecipeError
 from recipes.core.files import MIN_FREE_BYTES, storage_problem
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, check_artifact, read_manifest
-from recipes.core.metrics import METRICS, MetricsLog, read_records
-from recipes.core.stage import left_behind, metrics_log, unfinished
+from recipes.core.metrics import METRICS, read_records
+from recipes.core.run_state import InputRef, Request, Status, last_end, stage_state
+from recipes.core.stage import metrics_log
+from recipes.core.starting import failure
 from recipes.core.versions import git_sha, installed_versions
-from recipes.core.worker import _summary, prepare_work
+from recipes.core.worker import _summary
 from tests.support.disks import small_disk
 
 if TYPE_CHECKING:
@@ -102,18 +102,11 @@ class Worker:
         self.program.write_text(STAGE)
 
     def start(
-        self, directory: Path, inputs: dict[str, Any] | None = None, **config: Any
+        self, directory: Path, inputs: dict[str, InputRef] | None = None, **config: Any
     ) -> subprocess.CompletedProcess[str]:
-        directory.mkdir(exist_ok=True)
-        request = {
-            "name": directory.name,
-            "fingerprint": f"fingerprint of {config.get('text', 'hello')}",
-            "code": "c",
-            "inputs": inputs or {},
-            "config": {"stage": "small", **config},
-        }
-        file = directory / "config.yaml"
-        file.write_text(OmegaConf.to_yaml(request))
+        fingerprint = f"fingerprint of {config.get('text', 'hello')}"
+        settings = {"stage": "small", **config}
+        file = Request(directory.name, fingerprint, "c", inputs or {}, settings).write(directory)
         return subprocess.run(
             [sys.executable, str(self.program), "--config", str(file)],
             env={**os.environ, "PYTHONPATH": str(self.root)},
@@ -162,7 +155,7 @@ def test_failed_stage_explains_itself_and_keeps_the_old_result(
     done = worker.start(stage, text="other", fail=fail)
     assert done.returncode == 1
     assert shown in done.stderr
-    assert (stage / WORK / "error.txt").read_text() == summary
+    assert last_end(stage) == (Status.FAILED, summary)
     assert check_artifact(stage) == before
     assert worker.start(stage, text="other").returncode == 0
     assert read_manifest(stage) != before
@@ -176,10 +169,12 @@ def test_killed_stage_is_incomplete_and_keeps_its_work(worker: Worker, tmp_path:
     assert not (stage / MANIFEST).exists()
     assert not (stage / ARTIFACT).exists()
     assert (stage / WORK / "kept" / "state").read_text() == "step 1"
-    request = unfinished(stage)
-    assert request is not None
-    assert request["fingerprint"] == "fingerprint of hello"
-    assert request["config"] == {"stage": "small", "fail": "kill"}
+    state = stage_state(stage)
+    assert state.status is Status.INTERRUPTED
+    assert state.begun is not None
+    assert state.begun.fingerprint == "fingerprint of hello"
+    assert state.begun.config == {"stage": "small", "fail": "kill"}
+    assert [record["task"] for record in state.progress()] == ["write"]
 
 
 def test_stage_that_hangs_says_at_what_and_ends(worker: Worker, tmp_path: Path) -> None:
@@ -187,7 +182,8 @@ def test_stage_that_hangs_says_at_what_and_ends(worker: Worker, tmp_path: Path) 
     stage = tmp_path / "stage"
     done = worker.start(stage, fail="hang", resources={"max_silence": 4})
     assert done.returncode == 1
-    said = reason(stage, None)
+    assert stage_state(stage).status is Status.HUNG
+    said = failure(stage, None)
     assert "it made no progress for as long as resources.max_silence allows" in said
     assert re.search(r"rank 0: .*small_stage\.py, line \d+, in wait_for_nothing\n", said)
     assert (stage / WORK / "kept" / "state").read_text() == "step 1"
@@ -201,9 +197,9 @@ def test_full_disk_is_named_and_the_work_resumes(worker: Worker, tmp_path: Path)
         assert worker.start(stage, fail="bug").returncode == 1
         disk.leave(65536)
         assert worker.start(stage, fail="large").returncode == 1
-        assert f"{stage}" in reason(stage, None)
-        assert "No space left on device" in reason(stage, None)
-        assert "free some space; the same command resumes" in reason(stage, None)
+        assert f"{stage}" in failure(stage, None)
+        assert "No space left on device" in failure(stage, None)
+        assert "free some space; the same command resumes" in failure(stage, None)
         assert not (stage / MANIFEST).exists()
         disk.remount("size=2m")
         assert worker.start(stage, fail="large").returncode == 0
@@ -233,50 +229,20 @@ def test_a_lost_connection_is_the_end_of_another_rank(
     assert str(error) in _summary(error, tmp_path)
 
 
-def test_damaged_request_is_named(tmp_path: Path) -> None:
-    begin(tmp_path, "f")
-    (tmp_path / WORK / "request.json").write_text('{"finger')
-    with pytest.raises(RecipeError, match=r"request\.json is damaged .*") as caught:
-        unfinished(tmp_path)
-    assert f"delete {tmp_path / WORK} to start over" in str(caught.value)
-
-
-def test_work_of_a_result_that_is_there_is_left_behind(worker: Worker, tmp_path: Path) -> None:
-    """As by a kill just after the manifest; that of a later start, by force, is to be resumed."""
-    stage = tmp_path / "stage"
-    begin(stage, "fingerprint of hello")
-    kept = stage / WORK / "request.json"
-    os.utime(kept, ns=(1, 1))
-    assert left_behind(stage) is None
-    assert worker.start(tmp_path / "other").returncode == 0
-    (tmp_path / "other" / MANIFEST).rename(stage / MANIFEST)
-    assert left_behind(stage) == stage / WORK
-    kept.touch()
-    assert left_behind(stage) is None
-    kept.unlink()
-    assert left_behind(stage) == stage / WORK
-
-
 def test_failure_before_the_work_begins_is_explained(worker: Worker, tmp_path: Path) -> None:
     stage = tmp_path / "stage"
     assert worker.start(stage, unknown=1).returncode == 1
-    assert "unknown" in (stage / WORK / "error.txt").read_text()
+    assert "unknown" in stage_state(stage).error
 
 
 @pytest.fixture
-def source(worker: Worker, tmp_path: Path) -> dict[str, Any]:
+def source(worker: Worker, tmp_path: Path) -> InputRef:
     """A complete stage as the input of another."""
     assert worker.start(tmp_path / "source").returncode == 0
-    return {
-        "directory": str(tmp_path / "source"),
-        "kind": "dataset",
-        "fingerprint": "fingerprint of hello",
-    }
+    return InputRef.of(tmp_path / "source")
 
 
-def test_inputs_are_read_and_recorded(
-    worker: Worker, tmp_path: Path, source: dict[str, Any]
-) -> None:
+def test_inputs_are_read_and_recorded(worker: Worker, tmp_path: Path, source: InputRef) -> None:
     assert worker.start(tmp_path / "stage", {"data": source}).returncode == 0
     manifest = read_manifest(tmp_path / "stage")
     assert manifest is not None
@@ -292,15 +258,15 @@ def test_inputs_are_read_and_recorded(
     ],
 )
 def test_input_of_another_kind_or_fingerprint_is_refused(
-    worker: Worker, tmp_path: Path, source: dict[str, Any], change: dict[str, str], words: str
+    worker: Worker, tmp_path: Path, source: InputRef, change: dict[str, str], words: str
 ) -> None:
-    done = worker.start(tmp_path / "stage", {"data": {**source, **change}})
+    done = worker.start(tmp_path / "stage", {"data": replace(source, **change)})
     assert done.returncode == 1
-    assert words in (tmp_path / "stage" / WORK / "error.txt").read_text()
+    assert words in stage_state(tmp_path / "stage").error
 
 
 def test_input_is_hashed_whatever_its_times_say(
-    worker: Worker, tmp_path: Path, source: dict[str, Any]
+    worker: Worker, tmp_path: Path, source: InputRef
 ) -> None:
     file = tmp_path / "source" / ARTIFACT / "sub" / "a.txt"
     stat = file.stat()
@@ -309,54 +275,6 @@ def test_input_is_hashed_whatever_its_times_say(
     done = worker.start(tmp_path / "stage", {"data": source})
     assert done.returncode == 1
     assert "sub/a.txt (changed)" in done.stderr
-
-
-def begin(stage: Path, fingerprint: str) -> Path:
-    """Leaves a run's unfinished work, and returns its checkpoint."""
-    out = prepare_work(stage, {"fingerprint": fingerprint})
-    (out / "half").touch()
-    (stage / WORK / "error.txt").write_text("old")
-    MetricsLog(stage / METRICS).progress("train", 1, 2)
-    checkpoint = out.parent / "checkpoints" / "step_1"
-    checkpoint.parent.mkdir()
-    checkpoint.touch()
-    return checkpoint
-
-
-def test_work_of_the_same_fingerprint_is_kept_without_its_half_artifact(tmp_path: Path) -> None:
-    checkpoint = begin(tmp_path, "f")
-    out = prepare_work(tmp_path, {"fingerprint": "f"})
-    assert out == tmp_path / WORK / ARTIFACT
-    assert list(out.iterdir()) == []
-    assert checkpoint.exists()
-    assert (tmp_path / METRICS).exists()
-    assert not (tmp_path / WORK / "error.txt").exists()
-
-
-def test_work_of_another_fingerprint_is_deleted(tmp_path: Path) -> None:
-    checkpoint = begin(tmp_path, "f")
-    prepare_work(tmp_path, {"fingerprint": "g"})
-    assert not checkpoint.exists()
-    assert not (tmp_path / METRICS).exists()
-    assert unfinished(tmp_path) == {"fingerprint": "g"}
-
-
-def test_work_that_is_half_deleted_cannot_be_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint = begin(tmp_path, "f")
-
-    def killed(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("recipes.core.stage.shutil.rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare_work(tmp_path, {"fingerprint": "g"})
-    assert checkpoint.exists()
-    assert unfinished(tmp_path) is None
-    prepare_work(tmp_path, {"fingerprint": "f"})
-    assert not checkpoint.exists()
 
 
 def test_restart_that_is_killed_goes_on_with_its_own_work(worker: Worker, tmp_path: Path) -> None:
@@ -373,10 +291,8 @@ def test_restart_that_is_killed_goes_on_with_its_own_work(worker: Worker, tmp_pa
 
 
 def test_other_ranks_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = prepare_work(tmp_path, {"fingerprint": "f"})
     monkeypatch.setenv("RANK", "1")
-    assert prepare_work(tmp_path, {"fingerprint": "f"}) == out
-    metrics_log(out).log(loss=1.0)
+    metrics_log(tmp_path / WORK / ARTIFACT).log(loss=1.0)
     assert not (tmp_path / METRICS).exists()
 
 

@@ -16,13 +16,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from omegaconf import OmegaConf
 
 from launch import lock
-from launch.run_status import progress, read_run
+from launch.run_status import progress, read_statuses
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import MANIFEST, WORK
-from recipes.core.worker import prepare_work
+from recipes.core.manifest import MANIFEST
+from recipes.core.run_state import (
+    begin_work,
+    record_failure,
+    stage_state,
+)
+from tests.support.manifests import begun
+from tests.unit.conftest import record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,12 +54,9 @@ def run_dir(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
     """A run that was interrupted in its distillation."""
     made = plan()
     complete(made, *(stage.name for stage in made.stages if stage.name not in ("distill", *AFTER)))
-    for stage in made.stages:
-        stage.directory.mkdir(exist_ok=True)
-        (stage.directory / "config.yaml").write_text(OmegaConf.to_yaml(stage.request()))
-    (tmp_path / "run" / "run.yaml").write_text("recipe: llama_width_prune\n")
+    record(made)
     distill = next(stage for stage in made.stages if stage.name == "distill")
-    prepare_work(distill.directory, distill.request())
+    begin_work(distill.directory, begun(distill.request()))
     log = distill.directory / "logs" / "1.log"
     log.parent.mkdir()
     log.write_text("".join(f"line {n}\n" for n in range(200)))
@@ -64,26 +66,26 @@ def run_dir(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
 
 
 def states(run_dir: Path) -> dict[str, str]:
-    return {stage.name: stage.state for stage in read_run(run_dir)}
+    return {stage.name: stage.status for stage in read_statuses(run_dir)}
 
 
 def test_interrupted_run(run_dir: Path, launch: Launch) -> None:
     found = states(run_dir)
     assert list(found)[-4:] == ["distill", *AFTER]
-    assert list(found.values())[-4:] == ["stopped"] + ["not run"] * 3
+    assert list(found.values())[-4:] == ["interrupted"] + ["not started"] * 3
     assert set(list(found.values())[:-4]) == {"complete"}
     shown = launch("status", f"run_dir={run_dir}")
     assert shown.returncode == 0, shown.stderr
-    assert "distill 3/60, 0:01:54 left; was interrupted" in shown.stdout
+    assert re.search(r"distill +interrupted +distill 3/60, 0:01:54 left *$", shown.stdout, re.M)
     assert re.search(r"^about 0:01:5[67] left of the run$", shown.stdout, re.M)
     assert "1.5 M parameters" in shown.stdout
 
 
 def test_failed_stage_says_why(run_dir: Path, launch: Launch) -> None:
-    (run_dir / "distill" / WORK / "error.txt").write_text("no memory\n  fix: buy some")
+    record_failure(run_dir / "distill", "no memory\n  fix: buy some")
     assert states(run_dir)["distill"] == "failed"
     assert "no memory" in launch("status", f"run_dir={run_dir}").stdout
-    (run_dir / "distill" / WORK / "stopped").write_text("")
+    record_failure(run_dir / "distill", "at step 3", stopped=True)
     assert states(run_dir)["distill"] == "stopped"
 
 
@@ -91,7 +93,7 @@ def test_outdated_result_is_not_complete(run_dir: Path) -> None:
     manifest = run_dir / "prune" / MANIFEST
     data = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**data, "fingerprint": "other"}))
-    assert states(run_dir)["prune"] == "not run"
+    assert states(run_dir)["prune"] == "not started"
 
 
 def test_running_stage_is_the_one_its_launcher_names(run_dir: Path) -> None:
@@ -115,7 +117,7 @@ def test_a_look_at_the_lock_keeps_nobody_from_starting(
 
 
 def test_logs_are_those_of_the_stage_that_failed(run_dir: Path, launch: Launch) -> None:
-    (run_dir / "distill" / WORK / "error.txt").write_text("no memory")
+    record_failure(run_dir / "distill", "no memory")
     shown = launch("logs", f"run_dir={run_dir}", "lines=2")
     assert shown.stdout.splitlines()[1:] == ["line 198", "line 199"]
     assert len(launch("logs", f"run_dir={run_dir}", "stage=distill").stdout.splitlines()) == 51
@@ -133,7 +135,7 @@ def test_runs_are_listed_with_where_they_are_and_what_they_measured(
 ) -> None:
     unfinished = row(launch, run_dir)
     assert "llama_width_prune" in unfinished
-    assert "stopped at distill" in unfinished
+    assert "interrupted at distill" in unfinished
     assert "perplexity" not in unfinished
     complete(plan())
     finished = row(launch, run_dir)
@@ -180,8 +182,8 @@ def test_clean_deletes_runs_but_what_others_need(run_dir: Path, launch: Launch) 
         (["runs", "clean", "nowhere", "--yes"], "is not a directory"),
         (["status"], "which run?"),
         (["status", "run_dri=x"], "Did you mean 'run_dir'?"),
-        (["status", "run_dir=nowhere"], "is not a run"),
-        (["logs", "recipe=none"], "is not a run"),
+        (["status", "run_dir=nowhere"], "is not a directory"),
+        (["logs", "run_dir=."], "is not a run"),
         (["cancel", "stage=distill", "run_dir=x"], "cancel does not know 'stage=distill'"),
     ],
 )
@@ -268,8 +270,8 @@ def test_remaining_time_counts_from_the_last_restart(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     times = [(0, 1), (1, 2), (2, 3), (1000, 3), (1010, 4), (1020, 5)]
     records = [{"time": t, "task": "distill", "done": d, "total": 10} for t, d in times]
-    assert progress(metrics) is None
+    assert progress(stage_state(tmp_path)) == ""
     metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert progress(metrics) == "distill 5/10, 0:00:50 left"
+    assert progress(stage_state(tmp_path)) == "distill 5/10, 0:00:50 left"
     metrics.write_text(json.dumps(records[0]) + "\n")
-    assert progress(metrics) == "distill 1/10"
+    assert progress(stage_state(tmp_path)) == "distill 1/10"

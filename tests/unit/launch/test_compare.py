@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -16,6 +15,7 @@ from launch.compare import compare
 from launch.sweep import best_of
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest
+from recipes.core.run_state import LastPlan, Request, read_last_plan
 from recipes.core.statistics import pareto_front
 from recipes.report.compare import comparison, verdict
 from recipes.report.runs import find_runs, paired_difference, read_run
@@ -107,7 +107,9 @@ def test_incomplete_runs_are_listed(page: Page) -> None:
 
 def test_a_stage_requested_anew_is_not_complete(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    (run / "evaluate" / "config.yaml").write_text("name: evaluate\nfingerprint: 0abc\n")
+    plan = read_last_plan(run)
+    assert plan is not None
+    LastPlan(plan.recipe, {**plan.stages, "evaluate": "0abc"}).write(run)
     record = read_run(run)
     assert record.incomplete == ("evaluate",)
     assert record.evaluation is None
@@ -115,14 +117,14 @@ def test_a_stage_requested_anew_is_not_complete(tmp_path: Path) -> None:
 
 def test_a_stage_that_was_only_planned_and_is_no_longer_is_not_missed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    kept = [file.parent.name for file in run.glob("*/manifest.json")]
+    plan = read_last_plan(run)
+    assert plan is not None
     for name in ("export_gguf", "quantize"):
-        (run / name).mkdir()
-        (run / name / "config.yaml").write_text("fingerprint: 0abc\n")
-    (run / "run.yaml").write_text(json.dumps({"recipe": "r", "stages": [*kept, "quantize"]}))
+        Request(name, "0abc", "c", {}, {}).write(run / name)
+    LastPlan(plan.recipe, {**plan.stages, "quantize": "0abc"}).write(run)
     assert read_run(run).incomplete == ("quantize",)
     (run / "export_gguf" / "work").mkdir()
-    assert read_run(run).incomplete == ("export_gguf", "quantize")
+    assert read_run(run).incomplete == ("quantize", "export_gguf")
 
 
 def test_only_settings_that_differ_are_shown(page: Page) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from launch.console import Follower
 from launch.executors import foreground, local
 from launch.plan import Plan
 from launch.planned import PlannedStage
+from recipes.core import starting
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK
 from recipes.core.processes import cores
+from recipes.core.run_state import record_failure
 from recipes.core.stage import Resources
 
 if TYPE_CHECKING:
@@ -162,6 +165,12 @@ def start(stage: PlannedStage, program: Path, monkeypatch: pytest.MonkeyPatch) -
         foreground.run(stage, follower)
 
 
+def says(stage: PlannedStage, error: str) -> str:
+    """A shell command that leaves the message of a failing stage."""
+    work, outcome = stage.directory / WORK, json.dumps({"stopped": False, "error": error})
+    return f"mkdir '{work}'; printf '{outcome}' > '{work}/outcome.json'"
+
+
 def failure(stage: PlannedStage, program: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     with pytest.raises(RecipeError) as caught:
         start(stage, program, monkeypatch)
@@ -214,7 +223,7 @@ def test_a_stage_that_does_not_stop_is_killed(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training ends its step first, and that may take longer than anyone wants to wait."""
-    monkeypatch.setattr(foreground, "STOP_SECONDS", 0.1)
+    monkeypatch.setattr(starting, "STOP_SECONDS", 0.1)
     program = fake_python(tmp_path, "trap '' TERM; echo $$; while :; do sleep 0.05; done")
     monkeypatch.setattr(sys, "executable", str(program))
     local.write_script(stage, local.LocalConfig())
@@ -243,9 +252,7 @@ def test_a_rank_that_was_killed_is_named(
 ) -> None:
     """As torchrun reports it, whatever the others say of it."""
     report = TORCHRUN.format(when=when)
-    work = stage.directory / WORK
-    program = f'mkdir "{work}"; printf "lost its connection" > "{work}/error.txt"\n'
-    program += f"cat <<'END'\n{report}END\nexit 1"
+    program = f"{says(stage, 'lost its connection')}\ncat <<'END'\n{report}END\nexit 1"
     message = failure(stage, fake_python(tmp_path, program), monkeypatch)
     assert message.startswith(f"stage distill failed: {said}")
 
@@ -254,7 +261,7 @@ def test_every_start_has_its_own_log(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also at one time by the clock, which may have been set back."""
-    monkeypatch.setattr(foreground.time, "strftime", lambda form: "now")
+    monkeypatch.setattr(starting.time, "strftime", lambda form: "now")
     for number in range(3):
         failure(stage, fake_python(tmp_path, f"echo {number}; exit 1"), monkeypatch)
     logs = {log.name: log.read_text() for log in (stage.directory / "logs").iterdir()}
@@ -278,10 +285,7 @@ def test_stage_that_leaves_an_old_manifest_has_failed(
 def test_failed_stage_is_explained_by_its_own_message(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = stage.directory / WORK
-    program = fake_python(
-        tmp_path, f'mkdir "{work}"; printf "no memory" > "{work}/error.txt"; exit 1'
-    )
+    program = fake_python(tmp_path, f"{says(stage, 'no memory')}; exit 1")
     message = failure(stage, program, monkeypatch)
     assert message.startswith("stage distill failed: no memory\n  log: ")
 
@@ -289,8 +293,7 @@ def test_failed_stage_is_explained_by_its_own_message(
 def test_message_of_an_earlier_run_is_not_shown(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (stage.directory / WORK).mkdir()
-    (stage.directory / WORK / "error.txt").write_text("an old problem")
+    record_failure(stage.directory, "an old problem")
     message = failure(stage, fake_python(tmp_path, "echo boom; exit 1"), monkeypatch)
     assert "an old problem" not in message
     assert "boom" in message

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from launch.plan import Plan, make_plan
 from launch.settings import settings_of
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST
+from recipes.core.run_state import InputRef, read_request
 from recipes.stages import score
 from tests.support.runs import STAGES
 
@@ -51,14 +51,15 @@ def test_plan_is_the_same_each_time(plan: MakePlan) -> None:
 
 def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) -> None:
     stage = plan().stages[STAGES.index("distill")]
-    request = stage.request()
-    assert OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(request))) == request
-    assert request["config"]["stage"] == "distill"
-    assert request["fingerprint"] == stage.fingerprint
-    student = request["inputs"]["student"]
-    assert student["directory"] == str(tmp_path / "run" / "prune")
-    assert student["kind"] == "checkpoint_nemo"
-    assert student["fingerprint"] == plan().stages[STAGES.index("prune")].fingerprint
+    stage.request().write(tmp_path)
+    request = read_request(tmp_path)
+    assert request == stage.request()
+    assert request.config["stage"] == "distill"
+    assert request.fingerprint == stage.fingerprint
+    prune = plan().stages[STAGES.index("prune")]
+    assert request.inputs["student"] == InputRef(
+        tmp_path / "run" / "prune", "checkpoint_nemo", prune.fingerprint
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import pytest
 from omegaconf import OmegaConf
 
-from launch.run_status import read_run
+from launch.run_status import read_statuses
 from launch.schema import CONF
 from recipes.core.manifest import FORMAT, MANIFEST
+from recipes.core.run_state import RUN_FILE, begin_work, read_request
 from tests.support.disks import small_disk
+from tests.support.manifests import begun
 from tests.support.runs import STAGES
 
 if TYPE_CHECKING:
@@ -146,21 +148,20 @@ def test_sweep_ends_with_what_compares_its_runs(
 def test_complete_run_starts_nothing_and_keeps_to_its_recipe(
     launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
 ) -> None:
-    complete(plan())
     run = tmp_path / "run"
-    before = files_below(run)
-    done = launch(RECIPE, "engine=null", "tasks=null", f"run_dir={run}")
+    words = (RECIPE, "engine=null", "tasks=null", f"run_dir={run}")
+    assert launch(*words, "dry_run=true").returncode == 0
+    complete(plan())
+    before = {file: (run / file).stat().st_mtime_ns for file in files_below(run)}
+    done = launch(*words)
     assert done.returncode == 0, done.stderr
     assert "everything was complete, nothing ran" in done.stdout
-    assert files_below(run) == before
-    for text, expected in (
-        (f"format: {FORMAT}\nrecipe: llama_width_prune\n", "is a run of recipe llama_width_prune"),
-        (f"format: {FORMAT - 1}\nrecipe: llama_depth_prune\n", "start a new run directory"),
-    ):
-        (run / "run.yaml").write_text(text)
-        message = refused(launch, "recipe=llama_depth_prune", f"run_dir={run}", "dry_run=true")
-        assert expected in message
-        assert files_below(run) == {*before, "run.yaml"}
+    assert {file: (run / file).stat().st_mtime_ns for file in files_below(run)} == before
+    other = ("recipe=llama_depth_prune", f"run_dir={run}", "dry_run=true")
+    assert "is a run of recipe llama_width_prune" in refused(launch, *other)
+    (run / RUN_FILE).write_text(f"format: {FORMAT - 1}\nrecipe: llama_depth_prune\n")
+    assert "start a new run directory" in refused(launch, *other)
+    assert files_below(run) == before.keys()
 
 
 def test_what_was_planned_otherwise_and_not_run_is_forgotten(
@@ -182,22 +183,20 @@ def test_a_stage_that_was_only_planned_is_forgotten_with_its_plan(
     launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
 ) -> None:
     def states() -> dict[str, str]:
-        return {stage.name: stage.state for stage in read_run(run)}
+        return {stage.name: stage.status for stage in read_statuses(run)}
 
     run = tmp_path / "run"
     words = RECIPE, "engine=null", "tasks=null", f"run_dir={run}"
     assert launch(*words, "gguf=f16", "dry_run=true").returncode == 0
-    assert states()["export_gguf"] == "not run"
+    assert states()["export_gguf"] == "not started"
     assert launch(*words, "dry_run=true", "only=[plan]").returncode == 0
     assert states().keys() == set(STAGES)
     assert launch(*words, "gguf=f16", "dry_run=true").returncode == 0
     complete(plan())
     assert launch(*words).returncode == 0  # where nothing is left to do
     assert states() == dict.fromkeys(STAGES, "complete")
-    log = run / "export_gguf" / "logs" / "1.log"
-    log.parent.mkdir()
-    log.touch()
-    assert states()["export_gguf"] == "not run"
+    begin_work(run / "export_gguf", begun(read_request(run / "export_gguf")))
+    assert states()["export_gguf"] == "interrupted"
 
 
 def test_second_launcher_of_a_run_is_refused(launch: Launch, tmp_path: Path) -> None:

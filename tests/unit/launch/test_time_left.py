@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launch.run_status import COMPLETE, RUNNING, STOPPED_STATE, StageState, run_left
+from launch.run_status import read_statuses, run_left
 from launch.time_left import BESIDE, Expected, in_words, of_run, seconds_left
 from recipes.core.manifest import read_manifest, write_manifest
 from recipes.core.metrics import METRICS, MetricsLog
+from recipes.core.run_state import begin_work, read_request
+from tests.support.manifests import begun
+from tests.unit.conftest import record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,27 +70,24 @@ def test_what_follows_a_stage_is_added(plan: Callable[..., Plan], pace: float) -
     assert of_run(made, distill)(33) is None
 
 
-@pytest.mark.parametrize("state", [RUNNING, STOPPED_STATE, "failed"])
-def test_a_stage_that_runs_or_was_stopped_counts_from_where_it_is(
-    plan: Callable[..., Plan], pace: float, state: str
-) -> None:
+def test_unfinished_work_counts_from_where_it_is(plan: Callable[..., Plan], pace: float) -> None:
     made = plan()
-    states = [
-        StageState(stage.name, COMPLETE if stage.made else "not run", manifest=stage.made)
-        for stage in made.stages
-    ]
-    states[len(BEFORE)] = StageState("distill", state)
+    record(made)
+    distill = made.run_dir / "distill"
     expected = pace * (390 + BESIDE + AFTER)
-    assert run_left(made.run_dir, states) == pytest.approx(expected)
-    write_steps(made.run_dir / "distill")
-    if state != "failed":
-        expected = 49 + pace * AFTER
-    assert run_left(made.run_dir, states) == pytest.approx(expected)
-    assert run_left(made.run_dir, states[: len(BEFORE)]) is None
+    assert run_left(made.run_dir, read_statuses(made.run_dir)) == pytest.approx(expected)
+    write_steps(distill)  # of an earlier result
+    assert run_left(made.run_dir, read_statuses(made.run_dir)) == pytest.approx(expected)
+    begin_work(distill, begun(read_request(distill)))
+    write_steps(distill)
+    statuses = read_statuses(made.run_dir)
+    assert run_left(made.run_dir, statuses) == pytest.approx(49 + pace * AFTER)
+    complete = [stage for stage in statuses if stage.result]
+    assert [stage.name for stage in complete] == list(BEFORE)
+    assert run_left(made.run_dir, complete) is None
 
 
 def write_steps(directory: Path) -> None:
-    directory.mkdir()
     log = MetricsLog(directory / METRICS)
-    for record in steps("distill", 2, 3):
-        log.log(**record)
+    for step in steps("distill", 2, 3):
+        log.log(**step)

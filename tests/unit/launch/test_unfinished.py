@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from omegaconf import OmegaConf
 
 from launch.plan import Plan
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import MANIFEST
-from recipes.core.worker import prepare_work
+from recipes.core.manifest import MANIFEST, WORK
+from recipes.core.run_state import begin_work
+from tests.support.manifests import begun
 
 if TYPE_CHECKING:
     import subprocess
@@ -27,9 +27,9 @@ WHY = "(it resumes only with the settings, inputs and code it began with)."
 def interrupt(plan: Plan, name: str, *, checkpoint: bool = True) -> None:
     """Leaves what a stage of ``plan`` leaves when it is killed after a checkpoint, or before."""
     stage = next(stage for stage in plan.stages if stage.name == name)
-    out = prepare_work(stage.directory, stage.request())
+    begin_work(stage.directory, begun(stage.request()))
     if checkpoint:
-        (out.parent / "checkpoints" / "step=49-last").mkdir(parents=True)
+        (stage.directory / WORK / "checkpoints" / "step=49-last").mkdir(parents=True)
 
 
 def statuses(plan: Plan) -> dict[str, tuple[str, str]]:
@@ -127,7 +127,7 @@ def test_progress_is_not_lost_to_changed_code(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(plan(), "distill")
-    monkeypatch.setattr("launch.plan.stage_code", lambda _: "new")
+    monkeypatch.setattr("recipes.core.run_state.stage_code", lambda _: "new")
     what, _ = refusal(plan)
     assert "since then its input teacher changed, its input student changed" in what
     assert "its code changed" in what
@@ -147,7 +147,7 @@ def test_requests_written_later_do_not_hide_what_the_work_began_with(plan: MakeP
     interrupt(plan(), "distill")
     later = plan("stages.distill.seed=1", "force=[distill]")
     stage = next(stage for stage in later.stages if stage.name == "distill")
-    (stage.directory / "config.yaml").write_text(OmegaConf.to_yaml(stage.request()))
+    stage.request().write(stage.directory)
     assert "seed changed 1234 → 1" in refusal(plan, "stages.distill.seed=1")[0]
     assert statuses(plan())["distill"][0] == "resume"
 

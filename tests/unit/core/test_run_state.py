@@ -1,0 +1,196 @@
+"""What the files of a stage and of a run mean together, and in which order they are written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, read_manifest
+from recipes.core.metrics import METRICS, MetricsLog
+from recipes.core.run_state import (
+    BEGUN,
+    OUTCOME,
+    InputRef,
+    LastPlan,
+    Request,
+    Status,
+    begin_work,
+    complete_stage,
+    last_end,
+    read_last_plan,
+    read_request,
+    record_failure,
+    stage_state,
+    stage_states,
+)
+from recipes.core.watchdog import STACKS
+from tests.support.manifests import bare_manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from recipes.core.manifest import Manifest
+
+HUNG = 'Thread 0x1 (most recent call first):\n  File "a.py", line 7 in wait\n'
+
+
+def start(fingerprint: str = "f", at: str = "10:00") -> Manifest:
+    """A start of a stage, which has no result yet."""
+    return replace(bare_manifest("a", "dataset", None), fingerprint=fingerprint, started_at=at)
+
+
+def begin(stage: Path, fingerprint: str = "f", at: str = "10:00") -> Path:
+    """Leaves the unfinished work of a start that failed, and returns its checkpoint."""
+    begin_work(stage, start(fingerprint, at))
+    (stage / WORK / ARTIFACT / "half").touch()
+    record_failure(stage, "old")
+    MetricsLog(stage / METRICS).progress("train", 1, 2)
+    checkpoint = stage / WORK / "checkpoints" / "step_1"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    return checkpoint
+
+
+def finish(stage: Path, fingerprint: str = "f", at: str = "10:00") -> None:
+    begin_work(stage, start(fingerprint, at))
+    complete_stage(stage, start(fingerprint, at))
+
+
+def test_every_state_is_told_from_the_files(tmp_path: Path) -> None:
+    stage, work = tmp_path / "stage", tmp_path / "stage" / WORK
+
+    def status() -> Status:
+        return stage_state(stage, "f").status
+
+    stage.mkdir()
+    assert status() is Status.NOT_STARTED
+    begin_work(stage, start())
+    assert status() is Status.INTERRUPTED
+    record_failure(stage, "no memory")
+    assert (status(), stage_state(stage).error) == (Status.FAILED, "no memory")
+    record_failure(stage, "at step 1", stopped=True)
+    assert (status(), stage_state(stage).error) == (Status.STOPPED, "at step 1")
+    (work / STACKS.format(3)).write_text(HUNG)
+    assert status() is Status.HUNG
+    assert "rank 3: a.py, line 7, in wait" in stage_state(stage).error
+    begin_work(stage, start())
+    assert status() is Status.INTERRUPTED
+    complete_stage(stage, start())
+    assert status() is Status.COMPLETE
+    assert not work.exists()
+    other = stage_state(stage, "g")
+    assert (other.status, other.result) == (Status.NOT_STARTED, read_manifest(stage))
+
+
+def test_a_result_stays_complete_while_another_start_fails(tmp_path: Path) -> None:
+    finish(tmp_path)
+    begin_work(tmp_path, start(at="11:00"))
+    record_failure(tmp_path, "no memory")
+    assert stage_state(tmp_path, "f").status is Status.COMPLETE
+    assert last_end(tmp_path) == (Status.FAILED, "no memory")
+    assert stage_state(tmp_path, "g").status is Status.FAILED
+
+
+def test_the_first_rank_to_fail_gives_the_reason(tmp_path: Path) -> None:
+    begin_work(tmp_path, start())
+    record_failure(tmp_path, "a bug", certain=False)
+    record_failure(tmp_path, "lost its connection", certain=False)
+    assert stage_state(tmp_path).error == "a bug"
+    record_failure(tmp_path, "the text is bad")
+    assert stage_state(tmp_path).error == "the text is bad"
+
+
+def test_work_of_the_same_fingerprint_stays_without_its_half_artifact(tmp_path: Path) -> None:
+    checkpoint = begin(tmp_path)
+    begin_work(tmp_path, start())
+    assert list((tmp_path / WORK / ARTIFACT).iterdir()) == []
+    assert checkpoint.exists()
+    assert (tmp_path / METRICS).exists()
+    assert last_end(tmp_path) is None
+
+
+def test_work_of_another_fingerprint_is_deleted(tmp_path: Path) -> None:
+    checkpoint = begin(tmp_path)
+    begin_work(tmp_path, start("g"))
+    assert not checkpoint.exists()
+    assert not (tmp_path / METRICS).exists()
+    assert stage_state(tmp_path).begun == start("g")
+
+
+def test_work_of_a_result_that_is_there_is_left_over(tmp_path: Path) -> None:
+    """As by a kill just after the manifest; that of a later start, by force, is to be resumed."""
+    checkpoint = begin(tmp_path)
+    os.link(tmp_path / WORK / BEGUN, tmp_path / MANIFEST)
+    state = stage_state(tmp_path, "f")
+    assert (state.status, state.leftover, state.begun) == (Status.COMPLETE, True, None)
+    (tmp_path / WORK / BEGUN).unlink()
+    assert stage_state(tmp_path, "f").leftover
+    begin_work(tmp_path, start(at="11:00"))
+    assert not checkpoint.exists()
+    state = stage_state(tmp_path, "f")
+    assert (state.status, state.leftover) == (Status.COMPLETE, False)
+    assert state.begun == start(at="11:00")
+
+
+def test_work_that_is_half_deleted_cannot_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = begin(tmp_path)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.core.run_state.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            begin_work(tmp_path, start("g"))
+    assert checkpoint.exists()
+    assert stage_state(tmp_path).begun is None
+    begin_work(tmp_path, start())
+    assert not checkpoint.exists()
+
+
+def test_a_result_replaces_the_old_one_whose_manifest_goes_first(tmp_path: Path) -> None:
+    finish(tmp_path)
+    (tmp_path / ARTIFACT / "old").touch()
+    begin_work(tmp_path, start(at="11:00"))
+    (tmp_path / WORK / ARTIFACT / "new").touch()
+    complete_stage(tmp_path, start(at="11:00"))
+    assert [file.name for file in (tmp_path / ARTIFACT).iterdir()] == ["new"]
+    with pytest.raises(FileNotFoundError):  # there is no work to make a result of
+        complete_stage(tmp_path, start())
+    assert not (tmp_path / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("name", [BEGUN, OUTCOME])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+    begin(tmp_path)
+    (tmp_path / WORK / name).write_text('{"finger')
+    with pytest.raises(RecipeError, match=str(tmp_path / WORK / name)):
+        stage_state(tmp_path)
+
+
+def test_a_request_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    ref = InputRef(tmp_path / "source", "dataset", "0123")
+    request = Request("b", "1e5", "c", {"data": ref}, {"stage": "a", "sizes": [1, 2], "to": None})
+    request.write(tmp_path / "run" / "b")
+    assert read_request(tmp_path / "run" / "b") == request
+
+
+def test_a_runs_stages_are_those_of_its_last_plan_and_what_was_started(tmp_path: Path) -> None:
+    assert read_last_plan(tmp_path) is None
+    for name in ("a", "b", "dropped", "started"):
+        Request(name, "f", "c", {}, {}).write(tmp_path / name)
+    finish(tmp_path / "b")
+    finish(tmp_path / "started")
+    plan = LastPlan("r", {"b": "1e5", "a": "f", "never": None})
+    plan.write(tmp_path)
+    assert read_last_plan(tmp_path) == plan
+    found = {name: state.status for name, state in stage_states(tmp_path).items()}
+    expected = {"b": Status.NOT_STARTED, "a": Status.NOT_STARTED, "started": Status.COMPLETE}
+    assert list(found.items()) == list(expected.items())
+    assert "dropped" in stage_states(tmp_path, also=["dropped"])
