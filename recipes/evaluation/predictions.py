@@ -50,10 +50,10 @@ def float32_head(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
     bfloat16 logits of about 20 are 0.125 apart, so that many likely tokens would tie.
     """
-    float32_weight = weight.float()
+    dtype, float32_weight = weight.dtype, weight.float()  # the head must not hold ``weight`` itself
 
     def head(states: Tensor) -> Tensor:
-        with products_of(weight.dtype):
+        with products_of(dtype):
             return functional.linear(states.to(float32_weight), float32_weight)
 
     return head
