@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's errors as one message with the nearest valid name."""
+"""Turns errors of Hydra and OmegaConf into one message with the nearest valid name."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 SHOW_HELP = "recipe=NAME runs a recipe; --help shows recipes, fields and commands"
 SHOW_FIELDS = "--cfg job shows every field and what it is set to"
-NAMES = re.compile(r"(?P<field>.*\.(env|images|mpi|inputs|num_fewshot|revisions))\.(?P<name>.+)")
-"""A field of names that a user chooses, which Hydra takes for a mistake."""
+FREE_KEY = re.compile(r"(?P<field>.*\.(env|images|mpi|inputs|num_fewshot|revisions))\.(?P<name>.+)")
+"""Matches a new key of a field with free keys, which Hydra refuses without ``+``."""
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
 def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> ConfigT:
-    """A config's node, at ``where`` in the whole, as a dataclass; refuses what does not fit it."""
+    """Converts the node at ``where`` in the config to a dataclass.
+
+    Raises:
+        RecipeError: A value has another type or is invalid.
+    """
     try:
         typed: ConfigT = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))  # type: ignore[assignment]
     except OmegaConfBaseException as error:
@@ -57,20 +61,20 @@ def explain(error: Exception) -> str:
 
 
 TYPES = {
-    "Union[int, float]": "use a whole number, or a share such as 0.75",
+    "Union[int, float]": "use a whole number, or a fraction such as 0.75",
     "to Integer": "use a whole number",
     "to Float": "use a number",
     "valid bool": "use true or false",
-    "not Optional": "give a value; null is none",
+    "not Optional": "give a value other than null",
     "to string": "give one text",
     "ListConfig": "give a list, such as [a,b]",
     "Dict": "give names with values, such as {a: 1}",
 }
-"""What OmegaConf says of a value of another type, and what to do about it."""
+"""Parts of OmegaConf's messages on wrong types, and fixes."""
 
 
 def fix_of(said: str) -> str:
-    """How to mend what OmegaConf complains of."""
+    """Returns the fix for a message of OmegaConf."""
     return next((fix for sign, fix in TYPES.items() if sign in said), SHOW_FIELDS)
 
 
@@ -120,15 +124,15 @@ def _nearest(where: str, name: str, error: Exception) -> str:
     ]
     if any(name in parent._get_root() for parent in parents):
         return f" Did you mean '{name}'?"
-    own = NAMES.fullmatch(where)
-    fix = f"'+{own['field']}={{{own['name']}: …}}' adds it" if own else SHOW_FIELDS
+    free = FREE_KEY.fullmatch(where)
+    fix = f"'+{free['field']}={{{free['name']}: …}}' adds it" if free else SHOW_FIELDS
     siblings = [str(key) for parent in parents for key in parent]
     near = did_you_mean(name, [*siblings, *(groups() if where == name else ())])
     return near or f"\n  fix: {fix}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and its causes, the outermost first."""
+    """Yields an error and its causes, the outermost first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

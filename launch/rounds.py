@@ -1,7 +1,7 @@
-"""``rounds=N``: prunes and distils several times as one chain, each time from the last student.
+"""``rounds=N``: prunes and distils N times as one chain, each time from the last student.
 
-The stages that a recipe has are the last round's; those before it are the same with the model, the
-scores and the sizes of their round. All rounds learn from the same teacher.
+A recipe's own stages are those of the last round. Earlier rounds copy them, with their own model,
+scores and sizes. All rounds learn from the same teacher.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from omegaconf import DictConfig, OmegaConf
 from recipes.core.errors import RecipeError
 
 REPEATED = ("prune", "distill", "score")
-HEALS = "heal"
-"""Is repeated, too, in recipes that have it."""
-EARLIER_ROUND = re.compile(rf"stages\.({'|'.join((*REPEATED, HEALS))})_\d+\.")
+HEAL = "heal"
+"""Repeated in recipes that have it."""
+EARLIER_ROUND = re.compile(rf"stages\.({'|'.join((*REPEATED, HEAL))})_\d+\.")
+"""Starts an override of a stage of an earlier round."""
 
 
 def in_rounds(cfg: DictConfig) -> Mapping[str, Any]:
-    """The stage nodes of a composed config, with those of its earlier rounds."""
-    stages, rounds = {str(name): node for name, node in cfg.stages.items()}, cfg.get("rounds", 1)
+    """Returns the stage nodes of a composed config, with those of earlier rounds."""
+    stages: dict[str, Any] = {str(name): node for name, node in cfg.stages.items()}
+    rounds = cfg.get("rounds", 1)
     if rounds == 1:
         return stages
     if missing := [name for name in REPEATED if name not in stages]:
@@ -32,7 +34,7 @@ def in_rounds(cfg: DictConfig) -> Mapping[str, Any]:
         )
     model, scores = (stages["prune"].inputs[name] for name in ("checkpoint", "importance"))
     for number in range(1, rounds):
-        made: dict[str, dict[str, Any]] = {
+        changes: dict[str, dict[str, Any]] = {
             f"prune_{number}": {
                 "round_fraction": 1 / (rounds - number + 1),
                 "inputs": {"checkpoint": model, "importance": scores},
@@ -40,15 +42,15 @@ def in_rounds(cfg: DictConfig) -> Mapping[str, Any]:
             f"distill_{number}": {"inputs": {"student": f"prune_{number}"}},
             f"score_{number + 1}": {"inputs": {"checkpoint": f"distill_{number}"}},
         }
-        if HEALS in stages:
+        if HEAL in stages:
             inputs = {"checkpoint": f"prune_{number}", "teacher": model}
-            made[f"{HEALS}_{number}"] = {"inputs": inputs}
-            made[f"distill_{number}"] = {"inputs": {"student": f"{HEALS}_{number}"}}
-        for name, changed in made.items():
-            alike = stages[name.rpartition("_")[0]]
-            stages[name] = OmegaConf.merge(alike, changed, stages.get(name, {}))
+            changes[f"{HEAL}_{number}"] = {"inputs": inputs}
+            changes[f"distill_{number}"] = {"inputs": {"student": f"{HEAL}_{number}"}}
+        for name, change in changes.items():
+            last_round = stages[name.rpartition("_")[0]]
+            stages[name] = OmegaConf.merge(last_round, change, stages.get(name, {}))
         model, scores = f"distill_{number}", f"score_{number + 1}"
-    last = {"prune": {"checkpoint": model, "importance": scores}, HEALS: {"teacher": model}}
+    last = {"prune": {"checkpoint": model, "importance": scores}, HEAL: {"teacher": model}}
     for name in stages.keys() & last.keys():
         stages[name] = OmegaConf.merge(stages[name], {"inputs": last[name]})
     return stages

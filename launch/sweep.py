@@ -1,4 +1,4 @@
-"""What a sweep (``-m``) says once its last run has ended: which is best, and by which rule."""
+"""Names the best run at the end of a sweep (``-m``)."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from recipes.core.screen import screen
 
 
 class Best(Callback):
-    """Notes the directory that each run of a sweep returns; ``conf/config.yaml`` names it."""
+    """Hydra callback that compares the runs of a sweep; set in ``conf/config.yaml``."""
 
     def __init__(self) -> None:
         self._runs: list[Path] = []
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **more: Any) -> None:
-        """Notes a run; none that was only planned."""
+        """Collects the run's directory, unless it was only planned."""
         if job_return.status is JobStatus.COMPLETED and job_return.return_value is not None:
             self._runs.append(job_return.return_value)
 
     def on_multirun_end(self, config: DictConfig, **more: Any) -> None:
-        """Says which of them is best."""
+        """Prints which run is best."""
         if len(self._runs) > 1:
             screen().print(best_of(self._runs), markup=False)
 
 
 def best_of(run_dirs: Sequence[Path]) -> str:
-    """Which run is best, and what sets them side by side; that alone for runs without figures."""
+    """Returns which run is best, if they are evaluated, and the command that compares them."""
     from recipes.report.compare import comparison, verdict
     from recipes.report.runs import read_run
 

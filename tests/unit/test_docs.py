@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.reference.__main__ import PAGE, page
+from launch.reference import PAGE, page
 from recipes.core.files import REPO_ROOT
 from recipes.planning.rules import RULES
 

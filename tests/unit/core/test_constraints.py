@@ -49,6 +49,7 @@ NAN, INFINITE, LARGE = float("nan"), float("inf"), 10**20
         (DistillConfig(resources=Resources(env={"A B": "c"})), "the name of an environment"),
         (DistillConfig(resources=Resources(sbatch=["-1"])), "sbatch[0]=-1"),
         (PrepareDataConfig(heldout_fraction=NAN), "heldout_fraction=nan"),
+        (PrepareDataConfig(document_end="0.5"), "document_end=0.5: must be a special token"),
         (PruneConfig(target_hidden_size=-64), "target_hidden_size=-64: must be an integer"),
         (PruneConfig(target_hidden_size=1.5), "1 or more, or a fraction below 1"),
         (EvaluateTasksConfig(tasks=[]), "must not be empty"),

@@ -40,6 +40,21 @@ def test_a_recipe_without_its_key_is_recognised(compose: Compose) -> None:
     ]
 
 
+@pytest.mark.parametrize("word", ["cluster=null", "recipe=null", "hardware=[]", "model=org/name"])
+def test_what_is_no_choice_of_a_group_is_refused(word: str) -> None:
+    with pytest.raises(RecipeError, match="names no "):
+        hydra_words([word])
+
+
+def test_null_chooses_nothing_also_in_a_sweep(compose: Compose) -> None:
+    assert hydra_words([RECIPE, "heal=null,least_squares", "-m"]) == [
+        *("-m", RECIPE, "heal=[],least_squares")
+    ]
+    stages = compose(RECIPE, "engine=null", "tracker=null").stages
+    assert "build_engine" not in stages
+    assert "export_hf" in stages
+
+
 def test_a_hub_id_is_no_choice_of_a_group() -> None:
     with pytest.raises(RecipeError, match=r"fix: model.hf_path=Qwen/Qwen3-8B for a folder or a"):
         hydra_words(["model=Qwen/Qwen3-8B"])
@@ -57,6 +72,7 @@ def test_no_near_name_gives_no_hint(compose: Compose) -> None:
         ("model=smollm", "there is no model 'smollm'.", "smollm2_135m"),
         ("data=wikpedia", "no data 'wikpedia'. Did you mean 'wikipedia'?", "wikipedia"),
         ("cluster=locl", "no cluster 'locl'. Did you mean 'local'?", "local"),
+        ("engine=none", "there is no engine 'none'.", "null"),
         ("stage/distill@stages.distill=logit", "Did you mean 'logits'?", "logits"),
     ],
 )
@@ -82,6 +98,12 @@ def test_unknown_option_of_each_group(
         ("model.hf_pth=x", "there is no field model.hf_pth. Did you mean 'hf_path'?"),
         ("distill.lr=1", "there is no field distill. Did you mean 'stages.distill'?"),
         ("dryrun=true", "there is no field dryrun. Did you mean 'dry_run'?"),
+        ("latency=measured", "there is no field latency. Did you mean 'latency_model'?"),
+        (
+            "latency_model=measured",
+            "this recipe has no latency_model.\n  fix: leave out latency_model=…",
+        ),
+        ("stages.only=[prune]", "there is no field stages.only. Did you mean 'only'?"),
         ("stages.distill.resources.device=2", "resources.device. Did you mean 'devices'?"),
         (
             "stages.prune.qqq=1",

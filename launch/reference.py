@@ -1,4 +1,8 @@
-"""Every choice and every field, with type, default and meaning, read from ``conf`` and the code."""
+"""``python -m launch.reference``: writes the tables of ``docs/configuration.md``.
+
+They list every choice of a group and every field, with type, default and meaning, from ``conf`` and
+the code.
+"""
 
 from __future__ import annotations
 
@@ -27,21 +31,29 @@ from launch.planned import load_stage, stage_names
 from launch.schema import CONF
 from launch.settings import RunSettings
 from recipes.core.constraints import INT32, CountOrFraction, Matching, OneOf
+from recipes.core.files import REPO_ROOT, write_text_atomically
 from recipes.core.stage import StageConfig
 from recipes.distillation.settings import TrainingConfig
 from recipes.planning.hardware import Hardware
 
+PAGE = REPO_ROOT / "docs" / "configuration.md"
+MARK = "<!-- From here on: python -m launch.reference -->\n"
 PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 SIGNS: dict[type, str] = {Gt: ">", Ge: "≥", Lt: "<", Le: "≤"}
 LISTED = 12
-"""Names that a type shows of those that it allows."""
+"""Allowed names that the table shows of a type."""
 
 
-def configuration() -> Iterator[str]:
-    """The parts of the page."""
+def page() -> str:
+    """Returns the page with what a person wrote above the mark, and tables from the code below."""
+    above, mark, _ = PAGE.read_text(encoding="utf-8").partition(MARK)
+    return "\n".join([above + mark, *_sections()])
+
+
+def _sections() -> Iterator[str]:
     yield "## Groups\n"
     yield f"{', '.join(f'`{group}=null`' for group in OPTIONAL_GROUPS)} choose nothing.\n"
-    yield table(("choice", "what it is"), _choices())
+    yield _table(("choice", "what it is"), _choices())
     yield "## The run\n"
     yield "At the root.\n"
     yield _fields(RunSettings)
@@ -62,7 +74,7 @@ def configuration() -> Iterator[str]:
 
 
 def _choices() -> Iterator[tuple[str, str]]:
-    """Every file of every group, and the first sentence of its comment."""
+    """Yields every choice of every group, and the first sentence of its file's comment."""
     chosen = (group for group in groups() if group != "recipe")
     for file in sorted(file for group in chosen for file in (CONF / group).glob("*.yaml")):
         comments = re.findall(r"^# (?!@)(.+)", file.read_text(encoding="utf-8"), re.M)
@@ -72,8 +84,7 @@ def _choices() -> Iterator[tuple[str, str]]:
 
 
 def _yaml(name: str) -> dict[str, Any]:
-    found = OmegaConf.to_container(OmegaConf.load(CONF / name))
-    return typing.cast("dict[str, Any]", found)
+    return typing.cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(CONF / name)))
 
 
 def _stage(name: str) -> Iterator[str]:
@@ -83,52 +94,54 @@ def _stage(name: str) -> Iterator[str]:
     yield f"## {name}\n"
     yield f"{about} Makes `{stage.kind}`; inputs: {', '.join(inputs) or 'none'}.\n"
     [file, *_] = sorted((CONF / "stage" / name).glob("*.yaml"))
-    given = _yaml(f"stage/{name}/{file.name}")
+    values = _yaml(f"stage/{name}/{file.name}")
     if not issubclass(stage.config, TrainingConfig):
-        yield _fields(stage.config, given, without=StageConfig)
+        yield _fields(stage.config, values, without=StageConfig)
         return
     common = {f.name for f in fields(TrainingConfig)} - {f.name for f in fields(StageConfig)}
-    values = ", ".join(f"`{key}: {_value(given[key])}`" for key in given if key in common)
-    yield f"The fields of every training, with {values}, and:\n"
-    yield _fields(stage.config, given, without=TrainingConfig)
+    defaults = ", ".join(f"`{key}: {_value(values[key])}`" for key in values if key in common)
+    yield f"The fields of every training, with {defaults}, and:\n"
+    yield _fields(stage.config, values, without=TrainingConfig)
 
 
-def _fields(kind: type, given: Mapping[str, Any] | None = None, without: type | None = None) -> str:
-    """A table of a dataclass's fields, where a file gives defaults with those."""
-    rows = list(_rows(kind, given or {}, without=without))
-    return table(("field", "type", "default", "meaning"), rows) if rows else "No own fields.\n"
+def _fields(
+    kind: type, values: Mapping[str, Any] | None = None, without: type | None = None
+) -> str:
+    """Returns a table of a dataclass's fields; ``values`` of a YAML file replace its defaults."""
+    rows = list(_rows(kind, values or {}, without=without))
+    return _table(("field", "type", "default", "meaning"), rows) if rows else "No own fields.\n"
 
 
 def _rows(
-    kind: type, given: Mapping[str, Any], prefix: str = "", without: type | None = None
+    kind: type, values: Mapping[str, Any], prefix: str = "", without: type | None = None
 ) -> Iterator[tuple[str, ...]]:
-    """Name, type, default and meaning of each field, and of those of fields that have some."""
-    hints, meant = typing.get_type_hints(kind, include_extras=True), _meanings(kind)
+    """Yields name, type, default and meaning of each field, also of nested dataclasses."""
+    hints, meanings = typing.get_type_hints(kind, include_extras=True), _meanings(kind)
     skipped = {field.name for field in fields(without)} if without else set()
     for field in (field for field in fields(kind) if field.name not in skipped):
         hint, name = hints[field.name], prefix + field.name
         if isinstance(hint, type) and is_dataclass(hint) and not issubclass(hint, StageConfig):
-            yield from _rows(hint, given.get(field.name, {}), f"{name}.")
+            yield from _rows(hint, values.get(field.name, {}), f"{name}.")
             continue
         default = field.default
         if default is MISSING and field.default_factory is not MISSING:
             default = field.default_factory()
         mark = " †" if field.metadata.get("resource") else ""
-        value = _value(given.get(field.name, default))
-        yield f"`{name}`{mark}", _type(hint), f"`{value}`", meant[field.name]
+        value = _value(values.get(field.name, default))
+        yield f"`{name}`{mark}", _type(hint), f"`{value}`", meanings[field.name]
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """The text below each field, of its class and those that it inherits from."""
-    found = {}
+    """Returns the docstring of each field, inherited ones included."""
+    meanings = {}
     for base in filter(is_dataclass, reversed(kind.__mro__)):
         [tree] = ast.parse(inspect.getsource(base)).body
         assert isinstance(tree, ast.ClassDef)
         for line in pairwise(tree.body):
             match line:
                 case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                    found[name] = " ".join(text.replace("``", "`").split())
-    return found
+                    meanings[name] = " ".join(text.replace("``", "`").split())
+    return meanings
 
 
 def _value(value: object) -> str:
@@ -138,7 +151,7 @@ def _value(value: object) -> str:
 
 
 def _type(hint: Any) -> str:
-    """A declared type in words."""
+    """Returns a field's type in words."""
     arguments = typing.get_args(hint)
     match typing.get_origin(hint):
         case typing.Annotated:
@@ -158,7 +171,7 @@ def _type(hint: Any) -> str:
 
 
 def _allowed(mark: object) -> Iterator[str]:
-    """What a declaration of ``constraints`` allows, in words."""
+    """Yields what a constraint allows, in words."""
     match mark:
         case AfterValidator(OneOf(names)):
             yield ", ".join(f"`{name}`" for name in names[:LISTED]) + ", …" * (len(names) > LISTED)
@@ -172,8 +185,12 @@ def _allowed(mark: object) -> Iterator[str]:
             yield f"{SIGNS[type(mark)]} {limit:g}"
 
 
-def table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """A table in Markdown."""
+def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Returns a Markdown table."""
     lines = [columns, ("---",) * len(columns), *rows]
     cells = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
     return "".join(f"| {line} |\n" for line in cells)
+
+
+if __name__ == "__main__":
+    write_text_atomically(PAGE, page())
