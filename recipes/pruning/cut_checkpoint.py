@@ -1,4 +1,4 @@
-"""Cutting a NeMo checkpoint to a smaller shape, by scores made before (arXiv:2407.14679)."""
+"""Prunes a NeMo checkpoint to a smaller shape, by importance scores (arXiv:2407.14679)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from recipes.pruning.kept import KeptIndices, cut, student_name
 
 
 def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]:
-    """So many layers to keep, counted from 1; refuses scores that lack what the method needs.
+    """Selects ``count`` layers to keep, counted from 1, by a method of ``layer_importance``.
 
-    ``block_influence`` and ``loss`` keep the layers that score highest; ``block`` all but the block
-    of layers that is missed least; ``greedy`` all but those that are missed least when left out one
-    after the other.
+    Raises:
+        RecipeError: The scores lack what the method needs.
     """
-    every = sorted(importance.layers["block_influence"])
-    drop = len(every) - count
+    layers = sorted(importance.layers["block_influence"])
+    drop = len(layers) - count
     if drop == 0:
-        return every
+        return layers
     if method in ("block", "greedy"):
         measured = (
             drop in importance.blocks if method == "block" else drop <= len(importance.greedy)
@@ -52,12 +51,16 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
         dropped = set(importance.greedy[:drop])
     else:
         scores = importance.layers[method]
-        dropped = set(sorted(every, key=lambda layer: scores[layer])[:drop])
-    return [layer for layer in every if layer not in dropped]
+        dropped = set(sorted(layers, key=lambda layer: scores[layer])[:drop])
+    return [layer for layer in layers if layer not in dropped]
 
 
 def prune_checkpoint(teacher: Path, student: Architecture, kept: KeptIndices, out: Path) -> None:
-    """Cuts ``teacher`` to what is kept, and writes it; refuses what does not fit ``student``."""
+    """Prunes a teacher and writes the student.
+
+    Raises:
+        RecipeError: The pruned weights do not fit the student's shape.
+    """
     weights = cut_weights(teacher, kept, student.kv_channels)
     save_weights(teacher, student, weights, out)
 
@@ -65,13 +68,16 @@ def prune_checkpoint(teacher: Path, student: Architecture, kept: KeptIndices, ou
 def save_weights(
     like: Path, shape: Architecture, weights: dict[str, torch.Tensor], out: Path
 ) -> None:
-    """Writes weights, by their Hugging Face names, as a NeMo checkpoint of the same kind.
+    """Writes weights as a NeMo checkpoint.
 
     Args:
-        like: A checkpoint of such a model.
-        shape: What of its config is other.
-        weights: All of them; refused if they do not fit ``shape``.
+        like: A checkpoint of the same family, whose config and side files are copied.
+        shape: The shape of the new model.
+        weights: All weights by their Hugging Face names.
         out: The new checkpoint.
+
+    Raises:
+        RecipeError: The weights do not fit the shape.
     """
     enable()
     nemo.initialize(nemo.Parallelism())
@@ -92,27 +98,27 @@ def save_weights(
 
 
 class NamedWeights:
-    """A model's weights by their Hugging Face names, looked at as those of a folder are."""
+    """A model's weights in memory, with the interface of ``nemo_convert.hf.Weights``."""
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         self._weights = weights
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor."""
+        """Returns a tensor."""
         return self._weights[name]
 
     def require(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuses a tensor that is not there, or has another shape than the config says."""
-        found = tuple(self._weights[name].shape) if name in self._weights else None
-        if found != shape:
+        """Raises an error if a tensor is missing or has another shape."""
+        actual = tuple(self._weights[name].shape) if name in self._weights else None
+        if actual != shape:
             raise RecipeError(
-                f"pruned weight {name} is {found} but the config says {shape}.",
+                f"pruned weight {name} is {actual} but the config says {shape}.",
                 "convert the teacher again, whose weights are not of its config: force=[import_hf]",
             )
 
 
 def cut_weights(teacher: Path, kept: KeptIndices, head_size: int) -> dict[str, torch.Tensor]:
-    """The student's weights under their Hugging Face names."""
+    """Returns the student's weights by their Hugging Face names."""
     return {
         name: cut(source, weight, kept, head_size)
         for source, weight in hf_weights(teacher)

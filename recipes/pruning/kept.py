@@ -1,8 +1,8 @@
-"""Which rows and columns pruning keeps, and cutting weights to them. Exact: values never change.
+"""Which rows and columns pruning keeps, and the pruning of weights to them, which is exact.
 
-ModelOpt prunes what it has just scored, in memory; its stored scores are a pickle for one pipeline
-size. Here what is kept is data: it can be looked at, checked against the parent's weights, and made
-again for another shape without a forward pass. It keeps whole query groups, too.
+ModelOpt prunes in memory, directly after scoring; its stored scores are a pickle for one pipeline
+size. Here the kept indices are a file: it can be inspected, compared with the teacher's weights,
+and computed for another shape without a forward pass. Whole query groups can be pruned too.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "up_proj.weight": (FFN, HIDDEN),
     "down_proj.weight": (HIDDEN, FFN),
 }
-"""What each dimension of a Hugging Face weight counts, by the end of its name; in an expert
-``ffn_hidden_size`` stands for ``moe_ffn_hidden_size``."""
+"""Axis of each dimension of a Hugging Face weight, by the end of its name; in an expert
+``ffn_hidden_size`` represents ``moe_ffn_hidden_size``."""
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 _LAYER_KEY = re.compile(r"layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -52,20 +52,20 @@ _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class KeptIndices:
-    """What a student keeps of its teacher.
+    """The layers and rows that a student keeps of its teacher.
 
     Attributes:
         layers: Layers, counted from 1, in order.
-        rows: Indices, counted from 0, int64: ``hidden_size``, as ``layers.{i}.AXIS`` those of the
-            teacher's layer i, and as ``layers.{i}.experts.{e}.moe_ffn_hidden_size`` those of its
-            expert e. An axis that stays whole is not there.
+        rows: Indices, counted from 0, int64: ``hidden_size``; ``layers.{i}.AXIS`` of the teacher's
+            layer i; ``layers.{i}.experts.{e}.moe_ffn_hidden_size`` of its expert e. An axis that is
+            not pruned has no entry.
     """
 
     layers: list[int]
     rows: dict[str, Tensor]
 
     def save(self, folder: Path) -> None:
-        """Writes everything as arrays: a rehearsal, whose tensors have no numbers, needs these."""
+        """Writes everything as NumPy arrays, since a rehearsal has only fake tensors."""
         import numpy as np
         from safetensors.numpy import save_file
 
@@ -74,21 +74,21 @@ class KeptIndices:
 
     @classmethod
     def load(cls, folder: Path) -> KeptIndices:
-        """Reads what ``save`` wrote."""
+        """Reads the file that ``save`` wrote."""
         import torch
         from safetensors.numpy import load_file
 
-        found = load_file(folder / FILE)
-        layers: list[int] = found.pop("layers").tolist()
-        return cls(layers, {name: torch.from_numpy(rows).long() for name, rows in found.items()})
+        arrays = load_file(folder / FILE)
+        layers: list[int] = arrays.pop("layers").tolist()
+        return cls(layers, {name: torch.from_numpy(rows).long() for name, rows in arrays.items()})
 
 
 def choose(
     scores: Mapping[str, Tensor], teacher: Architecture, student: Architecture, layers: list[int]
 ) -> KeptIndices:
-    """Keeps the most important rows, by ``Importance.widths``, where the student has fewer.
+    """Selects the most important rows by ``Importance.widths``, on the pruned axes.
 
-    Rows stay in the teacher's order; of equal ones the first is kept. Layers are counted from 1.
+    Rows keep the teacher's order; of equal scores the first is kept. Layers are counted from 1.
     """
     ranked = order(scores, teacher).rows
     rows = {}
@@ -107,9 +107,9 @@ def choose(
 
 
 def order(scores: Mapping[str, Tensor], teacher: Architecture) -> KeptIndices:
-    """Everything, the most important rows first: pruned weights are then the first of them.
+    """Sorts all rows by importance, so that a pruned weight is a prefix of the sorted one.
 
-    Heads stay in their groups, which are sorted, too.
+    Heads stay in their groups, and groups are sorted too.
     """
     layers = list(range(1, teacher.num_layers + 1))
     rows = {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
@@ -124,7 +124,11 @@ def order(scores: Mapping[str, Tensor], teacher: Architecture) -> KeptIndices:
 
 
 def axes_of(name: str) -> tuple[str | None, ...]:
-    """What the dimensions of a Hugging Face weight count; refuses a name that is not known."""
+    """Returns the axes of a Hugging Face weight's dimensions.
+
+    Raises:
+        RecipeError: The name is unknown.
+    """
     end = ".".join(name.split(".")[-2:])
     if end not in AXES:
         raise RecipeError(
@@ -134,7 +138,7 @@ def axes_of(name: str) -> tuple[str | None, ...]:
 
 
 def student_name(name: str, kept: KeptIndices) -> str | None:
-    """A weight's name in the student; ``None`` if its layer or its expert is gone."""
+    """Returns a weight's name in the student; ``None`` if its layer or expert is pruned."""
     match = _LAYER.search(name)
     if not match:
         return name
@@ -143,39 +147,39 @@ def student_name(name: str, kept: KeptIndices) -> str | None:
         return None
     expert, experts = _EXPERT.search(name), kept.rows.get(f"layers.{layer}.{EXPERTS}")
     if expert and experts is not None:
-        left = experts.tolist()
-        if int(expert.group()) not in left:
+        kept_experts = experts.tolist()
+        if int(expert.group()) not in kept_experts:
             return None
-        name = _EXPERT.sub(str(left.index(int(expert.group()))), name)
+        name = _EXPERT.sub(str(kept_experts.index(int(expert.group()))), name)
     return _LAYER.sub(str(kept.layers.index(layer)), name)
 
 
 def cut(name: str, weight: Tensor, kept: KeptIndices, head_size: int) -> Tensor:
-    """The kept rows and columns of a teacher's weight, by its Hugging Face name there."""
+    """Returns the kept rows and columns of a teacher's weight with this Hugging Face name."""
     match, expert = _LAYER.search(name), _EXPERT.search(name)
     layer = f"layers.{int(match.group()) + 1}." if match else ""
     for dim, axis in enumerate(axes_of(name)):
-        place = axis if axis == HIDDEN else f"{layer}{axis}"
+        key = axis if axis == HIDDEN else f"{layer}{axis}"
         if expert and axis == FFN:
-            place = f"{layer}experts.{expert.group()}.{EXPERT_FFN}"
-        rows = kept.rows.get(place)
+            key = f"{layer}experts.{expert.group()}.{EXPERT_FFN}"
+        rows = kept.rows.get(key)
         if rows is not None:
-            rows = _spread(rows, head_size) if axis in (HEADS, GROUPS) else rows
+            rows = _rows_of_heads(rows, head_size) if axis in (HEADS, GROUPS) else rows
             weight = weight.index_select(dim, rows.to(weight.device))
     return weight
 
 
-def _spread(heads: Tensor, size: int) -> Tensor:
-    """Rows of whole heads."""
+def _rows_of_heads(heads: Tensor, size: int) -> Tensor:
+    """Returns the rows of whole heads."""
     import torch
 
     return (heads[:, None] * size + torch.arange(size)).flatten()
 
 
 def prefix(name: str, weight: Tensor, shape: Architecture, whole: Architecture) -> Tensor:
-    """The first rows and columns of a weight that is sorted as ``order`` says, ``whole`` in shape.
+    """Returns the leading rows and columns of a weight of shape ``whole``, sorted by ``order``.
 
-    It is a view, but for heads that leave a group.
+    The result is a view, unless heads are pruned within groups.
     """
     size = whole.kv_channels
     for dim, axis in enumerate(axes_of(name)):

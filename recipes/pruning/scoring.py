@@ -1,9 +1,9 @@
 """Importance of channels, heads and layers, from forward passes of a Megatron model.
 
-Widths are ModelOpt's activations (arXiv:2407.14679). Layers have two scores: block influence, by
-how much one turns what passes through it (arXiv:2403.03853), and the change of the loss when it is
-left out. The second is exact and costs no training: what comes before a layer is computed once for
-all of them. Layers may be split over pipeline ranks.
+Scores of widths are ModelOpt's activations (arXiv:2407.14679). Layers have two scores: block
+influence, 1 - cos of the angle between their input and output (arXiv:2403.03853), and the change of
+the loss without the layer. The hidden states before a layer are computed once for all layers.
+Layers may be split over pipeline ranks.
 """
 
 from __future__ import annotations
@@ -41,77 +41,85 @@ from recipes.pruning.importance import Importance
 from recipes.pruning.settings import ScoreConfig
 
 PADDING_SHARE = 0.5
-"""Calibration in which one token makes up more than this is padding."""
+"""Largest fraction of one token in calibration text; above it the text is padding."""
 
 
 def calibration_windows(cfg: ScoreConfig, data: Input, teacher: Path) -> TextWindows:
-    """What to score on: text that is not mostly one token, or random tokens if so named."""
+    """Returns calibration text, or random tokens if so configured.
+
+    Raises:
+        RecipeError: The text is mostly one token.
+    """
     if cfg.calibration == "random":
         vocabulary = nemo.architecture_of(teacher).vocab_size
         shape = (cfg.num_calibration_samples, cfg.seq_length)
         generator = torch.Generator().manual_seed(cfg.seed)
         return TextWindows.of(torch.randint(vocabulary, shape, generator=generator))
-    found = read_windows(data, "calibration", cfg.seq_length, cfg.num_calibration_samples)
-    share = found.tokens.flatten().bincount().max().item() / found.tokens.numel()
-    if share > PADDING_SHARE:
+    text = read_windows(data, "calibration", cfg.seq_length, cfg.num_calibration_samples)
+    fraction = text.tokens.flatten().bincount().max().item() / text.tokens.numel()
+    if fraction > PADDING_SHARE:
         raise RecipeError(
-            f"{share:.0%} of the calibration text is one token: it is padding or made up.",
+            f"{fraction:.0%} of the calibration text is one token: it is padding or mock data.",
             "calibrate on real text (data.sources)",
         )
-    return found
+    return text
 
 
 def score_checkpoint(
     cfg: ScoreConfig, teacher: Path, text: TextWindows, log: MetricsLog
 ) -> Importance:
-    """Scores a NeMo checkpoint on calibration windows; refuses a model that knows nothing."""
+    """Scores a NeMo checkpoint on calibration sequences.
+
+    Raises:
+        RecipeError: The model's loss on text is near chance.
+    """
     parallel = nemo.Parallelism(pipeline=cfg.pipeline_model_parallel_size)
     enable()
     nemo.initialize(parallel)
     model = nemo.restore_model(teacher)
-    # ModelOpt hooks the norms, which TransformerEngine fuses into the layers behind them.
+    # ModelOpt hooks the norms, which TransformerEngine fuses into the linear layers after them.
     use_local_layers(model.config)
     core = nemo.build_core(model, parallel, dtype_of(cfg.precision))
     nemo.load_weights(core, teacher)
     core.eval()
     for_loss = text.first(cfg.loss_windows)
-    skipper = LayerAblation(core, for_loss, cfg.micro_batch_size, log)
-    base = skipper.losses([()])[0]
+    ablation = LayerAblation(core, for_loss, cfg.micro_batch_size, log)
+    base = ablation.losses([()])[0]
     if cfg.calibration == "text":
         require_better_than_chance(
             base, core.vocab_size, ", or measure on noise: stages.score.calibration=random"
         )
     layers, blocks, greedy = (
-        _loss_scores(cfg, skipper, base) if cfg.num_loss_samples else ({}, {}, [])
+        _loss_scores(cfg, ablation, base) if cfg.num_loss_samples else ({}, {}, [])
     )
     influence, widths = _activations(core, text, cfg.micro_batch_size, log)
     return Importance(base, {"block_influence": influence, **layers}, blocks, greedy, widths)
 
 
 def _loss_scores(
-    cfg: ScoreConfig, skipper: LayerAblation, base: float
+    cfg: ScoreConfig, ablation: LayerAblation, base: float
 ) -> tuple[dict[str, dict[int, float]], dict[int, dict[int, float]], list[int]]:
-    """Change of the loss by layer and by block, and the greedy order."""
+    """Returns the change of the loss by layer and by block, and the greedy order."""
 
     def changes(size: int) -> dict[int, float]:
-        starts = range(1, skipper.num_layers - size + 2)
-        losses = skipper.losses([tuple(range(start, start + size)) for start in starts])
+        starts = range(1, ablation.num_layers - size + 2)
+        losses = ablation.losses([tuple(range(start, start + size)) for start in starts])
         return {start: loss - base for start, loss in zip(starts, losses, strict=True)}
 
     alone = changes(1)
     blocks = {size: changes(size) for size in cfg.block_sizes or ()}
-    # Twice as many as shall go are tried: one that is missed much alone is not missed less later.
-    tried = sorted(alone, key=lambda layer: alone[layer])[: 2 * cfg.num_greedy_layers]
-    gone = tried[:1]
-    while len(gone) < cfg.num_greedy_layers:
-        left = [layer for layer in tried if layer not in gone]
-        losses = skipper.losses([(layer,) for layer in left], gone)
-        gone.append(left[losses.index(min(losses))])
-    return {"loss": alone}, blocks, gone
+    # Twice as many candidates as removals: a layer that matters alone matters later, too.
+    candidates = sorted(alone, key=lambda layer: alone[layer])[: 2 * cfg.num_greedy_layers]
+    removed = candidates[:1]
+    while len(removed) < cfg.num_greedy_layers:
+        remaining = [layer for layer in candidates if layer not in removed]
+        losses = ablation.losses([(layer,) for layer in remaining], removed)
+        removed.append(remaining[losses.index(min(losses))])
+    return {"loss": alone}, blocks, removed
 
 
 class LayerAblation:
-    """Losses of this pipeline rank's Megatron model with some of its layers left out."""
+    """Computes losses of this pipeline rank's Megatron model without some of its layers."""
 
     def __init__(self, core: nn.Module, text: TextWindows, batch: int, log: MetricsLog) -> None:
         self._core, self._text, self._batch, self._log = core, text, batch, log
@@ -127,13 +135,15 @@ class LayerAblation:
             )
 
     @torch.no_grad()
-    def losses(self, blocks: Sequence[Collection[int]], gone: Collection[int] = ()) -> list[float]:
-        """Mean next-token loss in nats without each block of layers, those ``gone`` left out too.
+    def losses(
+        self, blocks: Sequence[Collection[int]], removed: Collection[int] = ()
+    ) -> list[float]:
+        """Computes the mean LM loss in nats without each block of layers; equal on all ranks.
 
-        Layers before the first of a block see what they always see, so their outputs are computed
-        once. Every rank returns the same.
+        Layers in ``removed`` are always left out. The hidden states before the first layer of a
+        block do not depend on the block, so they are computed once.
         """
-        layers = [layer for layer in self._core.decoder.layers if layer.layer_number not in gone]
+        layers = [layer for layer in self._core.decoder.layers if layer.layer_number not in removed]
         sums = torch.zeros(len(blocks), dtype=torch.float64)
         device = next(self._core.parameters()).device
         for done, part in _batches(self._text, self._batch):
@@ -142,7 +152,7 @@ class LayerAblation:
             for number, block in enumerate(blocks):
                 sums[number] += self._loss_without(block, layers, states, tokens, counted)
             self._log.progress(
-                "leave out", done, len(self._text), blocks=len(blocks), gone=len(gone)
+                "leave out", done, len(self._text), blocks=len(blocks), removed=len(removed)
             )
         sums = sums.to(device)
         torch.distributed.broadcast(
@@ -161,7 +171,7 @@ class LayerAblation:
         tokens: Tensor,
         counted: Tensor,
     ) -> float:
-        """Summed loss on the last rank, 0 on others, which pass on what differs from ``states``."""
+        """Returns the summed loss on the last rank, and 0 on others, which send their output."""
         start = next((i for i, x in enumerate(layers) if x.layer_number in block), len(layers))
         hidden = states[start]
         if any(number < self._first for number in block):
@@ -171,13 +181,13 @@ class LayerAblation:
             if layer.layer_number not in block:
                 hidden = _through(layer, hidden, rotary)
         if self._core.post_process:
-            return self._next_token_loss(hidden, tokens, counted)
+            return self._lm_loss(hidden, tokens, counted)
         if any(number <= self._last for number in block):
             _send(hidden)
         return 0.0
 
-    def _next_token_loss(self, hidden: Tensor, tokens: Tensor, counted: Tensor) -> float:
-        """Summed over the predictions that count."""
+    def _lm_loss(self, hidden: Tensor, tokens: Tensor, counted: Tensor) -> float:
+        """Returns the LM loss, summed over the predictions that are not masked."""
         hidden, targets = hidden[:-1][counted.T], tokens.T[1:][counted.T]
         total = 0.0
         for rows in chunks(len(targets), self._core.vocab_size):
@@ -187,7 +197,7 @@ class LayerAblation:
 
 
 def _states(core: nn.Module, layers: Sequence[nn.Module], tokens: Tensor) -> list[Tensor]:
-    """What goes into each of this rank's layers, and what comes out of the last, each [s, b, h]."""
+    """Returns the input of each of this rank's layers, and the output of the last, [s, b, h]."""
     if core.pre_process:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
         states = [core.embedding(input_ids=tokens, position_ids=positions)]
@@ -205,8 +215,8 @@ def _states(core: nn.Module, layers: Sequence[nn.Module], tokens: Tensor) -> lis
 
 
 def _rotary(core: nn.Module, tokens: Tensor) -> Tensor:
-    found: Tensor = core.rotary_pos_emb(tokens.shape[1])
-    return found
+    embedding: Tensor = core.rotary_pos_emb(tokens.shape[1])
+    return embedding
 
 
 def _through(layer: nn.Module, hidden: Tensor, rotary: Tensor) -> Tensor:
@@ -215,9 +225,9 @@ def _through(layer: nn.Module, hidden: Tensor, rotary: Tensor) -> Tensor:
 
 
 def _receive(like: Tensor) -> Tensor:
-    found = torch.empty_like(like)
-    torch.distributed.recv(found, parallel_state.get_pipeline_model_parallel_prev_rank())
-    return found
+    hidden = torch.empty_like(like)
+    torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+    return hidden
 
 
 def _send(hidden: Tensor) -> None:
@@ -228,7 +238,7 @@ def _send(hidden: Tensor) -> None:
 def _activations(
     core: nn.Module, text: TextWindows, batch: int, log: MetricsLog
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
-    """Block influence by layer, and scores of all widths, from one pass."""
+    """Returns block influence by layer, and scores of all widths, from one pass."""
     register_rms_norm()
     divisors = get_mcore_minitron_config(
         hidden_size_divisor=1,
@@ -240,29 +250,29 @@ def _activations(
     restore_fused_attention(core)
     registry = ImportanceEstimatorRegistry(core)
     layers = list(core.decoder.layers)
-    turned = torch.zeros(len(layers), dtype=torch.float64)
+    influences = torch.zeros(len(layers), dtype=torch.float64)
     device = next(core.parameters()).device
     for done, part in _batches(text, batch):
         states = _states(core, layers, part.tokens.to(device))
         for number, (before, after) in enumerate(pairwise(states)):
-            alike = functional.cosine_similarity(before.float(), after.float(), dim=2)
-            turned[number] += (1 - alike).mean(dim=0).sum().item()
+            cosine = functional.cosine_similarity(before.float(), after.float(), dim=2)
+            influences[number] += (1 - cosine).mean(dim=0).sum().item()
         log.progress("calibrate", done, len(text))
     influence = {
         layer.layer_number: float(score) / len(text)
-        for layer, score in zip(layers, turned, strict=True)
+        for layer, score in zip(layers, influences, strict=True)
     }
-    found = _gathered([(influence, _widths(core, layers))])
+    by_rank = _gather_ranks([(influence, _widths(core, layers))])
     registry.cleanup()
     widths: dict[str, Tensor] = {}
-    for _, part_widths in found:
+    for _, part_widths in by_rank:
         hidden = part_widths.pop("hidden_size") + widths.pop("hidden_size", 0)
         widths |= {"hidden_size": hidden, **part_widths}
-    return {n: score for part, _ in found for n, score in part.items()}, widths
+    return {n: score for part, _ in by_rank for n, score in part.items()}, widths
 
 
 def _widths(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """This rank's scores from what ModelOpt's hooks summed: squares of each window's mean."""
+    """Returns this rank's scores, from ModelOpt's sums of squares of each sequence's mean."""
     norms = [squares.sqrt() for squares in core._activations.values()]
     scores = {"hidden_size": torch.stack(norms).sum(dim=0)}
     for layer in layers:
@@ -277,20 +287,20 @@ def _widths(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 
 def _experts(layer: str, experts: nn.Module) -> dict[str, Tensor]:
-    """Mean norm of what each expert adds to a token, and scores of its width."""
+    """Returns the mean norm of each expert's output, and scores of its width."""
     sums = experts._activations
     means = sums["expert_l2_scores"] / sums["expert_sample_counts"].clamp(min=1)
     scores = {f"{layer}.num_moe_experts": means}
     for number, expert in enumerate(experts.local_experts):
-        found = expert._activations
-        if found is None:  # no token came by
-            found = torch.zeros(expert.config.moe_ffn_hidden_size)
-        scores[f"{layer}.experts.{number}.moe_ffn_hidden_size"] = found.sqrt()
+        squares = expert._activations
+        if squares is None:  # no token was routed to it
+            squares = torch.zeros(expert.config.moe_ffn_hidden_size)
+        scores[f"{layer}.experts.{number}.moe_ffn_hidden_size"] = squares.sqrt()
     return scores
 
 
-def _gathered(mine: list[Any]) -> list[Any]:
-    """What every pipeline rank has, in order."""
+def _gather_ranks(mine: list[Any]) -> list[Any]:
+    """Concatenates the lists of all pipeline ranks, in order."""
     group = parallel_state.get_pipeline_model_parallel_group()
     every: list[list[Any]] = [[]] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(every, mine, group)

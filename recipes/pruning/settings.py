@@ -13,7 +13,7 @@ from recipes.pruning.targets import PruneTargets, absolute_sizes, interpolated_s
 
 LAYER_METHODS = ("block_influence", "loss", "block", "greedy")
 TARGET = "target_"
-"""What the fields of targets begin with; then comes Megatron's name of the axis."""
+"""Prefix of the fields with targets; Megatron's name of the axis follows."""
 
 
 @dataclass
@@ -25,33 +25,34 @@ class PruneConfig(StageConfig):
     """
 
     target_num_layers: Size | None = None
-    """Keep this many layers, by ``layer_importance``."""
+    """Number of layers to keep, by ``layer_importance``."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
-    """``loss``: its change without the layer; ``block_influence`` (arXiv:2403.03853): free;
-    ``block``: the neighbouring layers that are missed least together; ``greedy``: one after the
-    other. After distillation, of SmolLM2's 30 layers, ``block`` left the best 24 and ``loss`` the
-    best 20 (docs/results.md)."""
+    """``loss``: drops the layers whose removal changes the loss least, one by one; ``block``: the
+    adjacent layers whose joint removal does; ``greedy``: one after the other, each time the best;
+    ``block_influence`` (arXiv:2403.03853): no extra forward passes. After distillation ``block``
+    was best for 24 of SmolLM2's 30 layers, and ``loss`` for 20 (docs/results.md)."""
     drop_layers: list[Count] = field(default_factory=list)
-    """Drop exactly these layers, counted from 1, instead."""
+    """Drops exactly these layers, counted from 1, instead of ``target_num_layers``."""
     target_hidden_size: Size | None = None
     """Channels of the residual stream to keep."""
     target_ffn_hidden_size: Size | None = None
-    """Channels of each feed-forward layer to keep."""
+    """Channels of each feed-forward network to keep."""
     target_num_attention_heads: Size | None = None
-    """Query heads to keep, as many of each group."""
+    """Query heads to keep, equally many of each group."""
     target_num_query_groups: Size | None = None
-    """Whole groups go, with their heads; by default each that stays keeps all of its heads."""
+    """Query groups to keep, with all of their heads unless ``target_num_attention_heads`` is
+    set."""
     target_num_moe_experts: Size | None = None
-    """Experts of a mixture to keep in each layer."""
+    """Experts of an MoE to keep in each layer."""
     target_moe_ffn_hidden_size: Size | None = None
     """Channels of each expert to keep."""
     round_fraction: Fraction | None = None
     """Prunes to this fraction of the way to the targets, or to a search's choice: 0.5 is the
     geometric mean of the sizes. Set for all but the last of several ``rounds``."""
     hidden_size_divisor: Count = 64
-    """What the width must be a multiple of, for fast kernels."""
+    """The hidden size must be a multiple of this, for fast kernels."""
     ffn_hidden_size_divisor: Count = 64
-    """Of an expert's width, too."""
+    """The feed-forward size, also of an expert, must be a multiple of this."""
 
     def explicit_targets(self) -> dict[str, int | float]:
         """Returns the targets that are set, by axis; floats are fractions."""
@@ -86,23 +87,23 @@ class PruneConfig(StageConfig):
 
 @dataclass
 class HealConfig(StageConfig):
-    """Settings of ``heal``. What it costs is two forward passes and a few normal equations."""
+    """Settings of ``heal``, which costs two forward passes and the solving of normal equations."""
 
     num_calibration_samples: Count = 64
-    """Windows of ``seq_length`` tokens to heal on."""
+    """Calibration sequences to heal on."""
     num_samples: Count = 16
-    """Windows of the validation part, on which it is measured what healing brought back."""
+    """Validation sequences on which the KL is measured before and after healing."""
     precision: Precision = "32"
-    """What models are held and computed in when they are measured; healing is in float32."""
+    """Precision of the KL measurement; healing is in float32."""
     seq_length: Count = 256
-    """Tokens of a window."""
+    """Tokens of a sequence."""
     micro_batch_size: Count = field(default=4, metadata={"resource": True})
-    """Windows that are held at once."""
+    """Sequences in one pass."""
 
 
 CALIBRATIONS = ("text", "random")
 BASE_LOSS_WINDOWS = 4
-"""Windows of the teacher's own loss where no layer is left out."""
+"""Sequences for the teacher's own loss if ``num_loss_samples`` is 0."""
 
 
 @dataclass
@@ -110,30 +111,30 @@ class ScoreConfig(StageConfig):
     """Settings of ``score``. One pass gives widths and block influence; the rest costs more."""
 
     calibration: Annotated[str, one_of(*CALIBRATIONS)] = "text"
-    """``text`` of the input, or ``random`` tokens: only to try out the machinery."""
+    """``text`` of the input, or ``random`` tokens for a trial without text."""
     num_calibration_samples: Count = 64
-    """Windows of ``seq_length`` tokens from the calibration part."""
+    """Sequences from the calibration split."""
     num_loss_samples: CountOrZero = 8
-    """About so many of them, the first of each source, also tell how the loss changes when layers
-    are left out, at about 0.6 of a forward pass a layer; 0 leaves that out."""
+    """Number of these sequences, the first of each source, on which the loss is measured without
+    each layer, at about 0.6 of a forward pass per layer; 0 omits it."""
     block_sizes: list[Count] | None = None
-    """Blocks of so many layers are left out together as well, for ``layer_importance=block``; by
-    default of as many as the stages of this run drop that choose by it."""
+    """Sizes of blocks of adjacent layers to measure for ``layer_importance=block``. Default: the
+    numbers of layers that this run's stages drop by it."""
     num_greedy_layers: CountOrZero = 0
-    """Leaves out so many layers one after the other, each time the one that is missed least, for
-    ``layer_importance=greedy``. Twice as many are tried each time."""
+    """Number of layers to remove one after the other for ``layer_importance=greedy``. Each step
+    tries twice as many candidates."""
     precision: Precision = "32"
-    """What the model is held and computed in, its head apart."""
+    """Precision of the model without its head, which is in float32."""
     seq_length: Count = 256
-    """Tokens of a window."""
+    """Tokens of a sequence."""
     micro_batch_size: Count = field(default=4, metadata={"resource": True})
-    """Windows that are held at once."""
+    """Sequences in one pass."""
     seed: Seed = 1234
-    """Of ``random`` tokens."""
+    """Seed of ``random`` tokens."""
     pipeline_model_parallel_size: Count = field(default=1, metadata={"resource": True})
     """Ranks that the layers are split over; the scores are the same."""
 
     @property
     def loss_windows(self) -> int:
-        """Windows that losses are measured on; the teacher's own always is."""
+        """Returns the number of sequences for losses; the teacher's own is always measured."""
         return self.num_loss_samples or BASE_LOSS_WINDOWS
