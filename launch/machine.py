@@ -34,8 +34,14 @@ def chain_of(
     if hardware.memory_bytes is None and cfg.cluster.executor == SLURM:
         hardware.memory_bytes = math.inf  # a login node's says nothing of where the jobs run
     limit = str(cfg.cluster.get("time", ""))  # not checked yet
-    here = cfg.cluster.executor == LOCAL
-    return replace(chain, hardware=hardware, run_dir=run_dir, runs_here=here, time_limit=limit)
+    return replace(
+        chain,
+        hardware=hardware,
+        run_dir=run_dir,
+        runs_here=cfg.cluster.executor == LOCAL,
+        images=cfg.cluster.get("images") or {},
+        time_limit=limit,
+    )
 
 
 def cluster_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:

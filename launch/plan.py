@@ -217,10 +217,19 @@ def _plan_stage(
         _resolve_inputs(name, config, planned),
         starts=spec.starts,
         external={key: external_stamp(path) for key, path in spec.external(config).items()},
+        in_image=bool(chain.image_of(config.stage)),
     )
-    inputs, code, fingerprint = request.inputs, request.code, request.fingerprint
     stage = PlannedStage(
-        name, directory, config, inputs, code, fingerprint, SKIP, "complete", chain
+        name=name,
+        directory=directory,
+        config=config,
+        inputs=request.inputs,
+        code=request.code,
+        libraries=request.libraries,
+        fingerprint=request.fingerprint,
+        action=SKIP,
+        reason="complete",
+        chain=chain,
     )
     upstream = [planned[s] for s in config.inputs.values() if s in planned]
     rerun = [other.name for other in upstream if other.action != SKIP]

@@ -29,6 +29,7 @@ class PlannedStage:
     config: StageConfig
     inputs: Mapping[str, InputRef]
     code: str
+    libraries: Mapping[str, str]
     fingerprint: str
     action: str
     reason: str
@@ -50,6 +51,11 @@ class PlannedStage:
         return self.chain.workloads.get(self.name)
 
     @property
+    def image(self) -> str | None:
+        """Its image; ``None`` if it runs in none."""
+        return self.chain.image_of(self.config.stage)
+
+    @property
     def needs_gpu(self) -> bool:
         """Whether it uses GPUs where there are some."""
         return self.stage.needs_gpu(self.config, self.chain)
@@ -66,7 +72,8 @@ class PlannedStage:
 
     def request(self) -> Request:
         """What it is started with."""
-        return Request(self.name, self.fingerprint, self.code, self.inputs, asdict(self.config))
+        config = asdict(self.config)
+        return Request(self.name, self.fingerprint, self.code, self.inputs, config, self.libraries)
 
 
 def stage_names() -> list[str]:

@@ -99,6 +99,11 @@ def _changes(
     ]
     if stage.code != before.code:
         others.append("code")
+    others += [
+        f"version of {name} ({before.libraries.get(name, 'unknown')} → {version})"
+        for name, version in stage.libraries.items()
+        if before.libraries.get(name) != version
+    ]
     # The rest of what a fingerprint covers is files from outside the run.
     return fields, others if fields or others else ["source files"]
 

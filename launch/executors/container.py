@@ -42,11 +42,6 @@ class Mount:
         return f"{self.path}:{self.path}" + (":ro" if self.read_only else "")
 
 
-def image_of(stage: PlannedStage, cluster: Containers) -> str | None:
-    """Image that the stage runs in; ``None`` for none."""
-    return cluster.images.get(stage.config.stage, cluster.images.get(DEFAULT))
-
-
 def require_usable(plan: Plan, cluster: Containers) -> None:
     """Refuses images that are for no stage, and paths that cannot be mounted."""
     require_stages("images", cluster.images, DEFAULT)
@@ -100,7 +95,7 @@ def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
     }
     return {
         "PYTHONPATH": str(REPO_ROOT),
-        **(at_home if image_of(stage, cluster) else {}),
+        **(at_home if stage.image else {}),
         "NEMO_RECIPES_CACHE": cache,
         **layout_variables(stage),
         **cluster.env,

@@ -42,7 +42,7 @@ def prepare(plan: Plan, cluster: DockerConfig) -> Plan:
     foreground.require_one_machine(plan, cluster)
     container.require_usable(plan, cluster)
     for stage in plan.todo():
-        if not container.image_of(stage, cluster):
+        if not stage.image:
             raise RecipeError(
                 f"no image is set for stage {stage.name}.", "cluster.images.default=IMAGE"
             )
@@ -68,7 +68,7 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
         *([f"--env={name}={value}"] for name, value in env.items()),
         [f"--env={name}" for name in cluster.pass_env],  # docker takes the value by itself
         list(cluster.options),
-        [str(container.image_of(stage, cluster))],
+        [str(stage.image)],
         foreground.command(stage, cluster.python),
     ]
 

@@ -26,7 +26,7 @@ from launch.staleness import SKIP
 
 def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
     """The text of a stage's job."""
-    image = container.image_of(stage, cluster)
+    image = stage.image
     env = container.environment(cluster, stage)
     return _render(
         "job.sbatch.j2",

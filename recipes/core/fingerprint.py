@@ -1,7 +1,8 @@
 """Fingerprints: what a stage's result depends on, as one SHA-256.
 
 It covers the stage's settings without resources, its inputs' fingerprints, the files it reads from
-outside the run, the pinned dependencies, and the code of every first-party module that it imports.
+outside the run, the versions of five libraries, and the code of every first-party module that it
+imports.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -58,10 +58,8 @@ def external_stamp(path: Path) -> dict[str, object]:
 
 @cache
 def code_fingerprint(*modules: str) -> str:
-    """Fingerprint of modules, of all first-party modules that they import, and of the pins."""
-    with (REPO_ROOT / "pyproject.toml").open("rb") as file:
-        pins = tomllib.load(file)["project"]["dependencies"]
-    return digest({"code": imported_code(REPO_ROOT, modules), "dependencies": pins})
+    """Returns the fingerprint of modules and of all first-party modules that they import."""
+    return digest(imported_code(REPO_ROOT, modules))
 
 
 def stage_code(stages: Iterable[str]) -> str:
@@ -132,10 +130,17 @@ def _is_for_types(statement: ast.AST) -> bool:
 def stage_fingerprint(
     settings: Mapping[str, object],
     code: str,
+    libraries: Mapping[str, str],
     inputs: Mapping[str, str],
     external: Mapping[str, object],
 ) -> str:
     """Fingerprint of one stage; see the module's docstring."""
     return digest(
-        {"settings": settings, "code": code, "inputs": dict(inputs), "external": dict(external)}
+        {
+            "settings": settings,
+            "code": code,
+            "libraries": dict(libraries),
+            "inputs": dict(inputs),
+            "external": dict(external),
+        }
     )

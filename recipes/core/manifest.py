@@ -71,6 +71,8 @@ class Manifest:
     """Fingerprints of the inputs."""
     started_at: str
     """Time of the start, to the microsecond, which also tells two starts apart."""
+    libraries: dict[str, str] = field(default_factory=dict)
+    """Versions that are part of the fingerprint; ``versions`` has those of the stage's process."""
     versions: dict[str, str] = field(default_factory=dict)
     git_sha: str | None = None
     files: dict[str, FileStamp] = field(default_factory=dict)

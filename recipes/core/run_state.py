@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from recipes.core.manifest import (
 )
 from recipes.core.metrics import METRICS, Record, read_records
 from recipes.core.stage import StageConfig
+from recipes.core.versions import result_versions
 from recipes.core.watchdog import STACKS, hang_error
 
 RUN_FILE = "run.yaml"
@@ -68,6 +69,8 @@ class Request:
     code: str
     inputs: Mapping[str, InputRef]
     config: Mapping[str, Any]
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    """Versions that are part of the fingerprint."""
 
     def write(self, stage_dir: Path) -> Path:
         """Writes the request and returns its file."""
@@ -85,6 +88,7 @@ def request_of(
     *,
     starts: Collection[str] = (),
     external: Mapping[str, object] | None = None,
+    in_image: bool = False,
 ) -> Request:
     """Builds the request of a stage.
 
@@ -94,11 +98,13 @@ def request_of(
         inputs: Its inputs.
         starts: Stages that it starts itself, whose code counts as its own.
         external: Stamps of the files that it reads from outside the run.
+        in_image: Whether it runs in an image, not with the libraries that are installed here.
     """
-    code = stage_code([config.stage, *starts])
+    code, libraries = stage_code([config.stage, *starts]), result_versions(in_image)
     prints = {key: ref.fingerprint for key, ref in inputs.items()}
-    fingerprint = stage_fingerprint(result_settings(config), code, prints, external or {})
-    return Request(name, fingerprint, code, inputs, asdict(config))
+    settings = result_settings(config)
+    fingerprint = stage_fingerprint(settings, code, libraries, prints, external or {})
+    return Request(name, fingerprint, code, inputs, asdict(config), libraries)
 
 
 def read_request(stage_dir: Path) -> Request:
@@ -108,7 +114,7 @@ def read_request(stage_dir: Path) -> Request:
         name: InputRef(Path(spec["directory"]), spec["kind"], spec["fingerprint"])
         for name, spec in plain["inputs"].items()
     }
-    return Request(plain["name"], plain["fingerprint"], plain["code"], inputs, plain["config"])
+    return Request(**{**plain, "inputs": inputs})
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
-"""The tested set of libraries, as pyproject.toml pins it, against what is installed. Torch-free."""
+"""Versions of libraries: installed, pinned in pyproject.toml, and locked. Torch-free."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 
 from packaging.requirements import Requirement
@@ -14,6 +16,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from recipes.core.files import REPO_ROOT
+
+RESULT_LIBRARIES = ("torch", "megatron-core", "nemo_toolkit", "nvidia-modelopt", "transformers")
+"""Libraries whose versions are part of a fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -47,28 +52,44 @@ def pins() -> Iterator[Pin]:
         yield Pin(requirement.name, str(requirement.specifier), installed(requirement.name))
 
 
+@cache
 def installed(name: str) -> str | None:
-    """Version of an installed library, without importing it."""
+    """Returns the version of an installed library, without importing it."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 
 
-RECORDED_VERSIONS = (
-    "nemo_toolkit",
-    "megatron-core",
-    "nvidia-modelopt",
-    "transformers",
-    "torch",
-    "numpy",
-    "openvino",
-)
+def result_versions(in_image: bool = False) -> dict[str, str]:
+    """Returns the versions that are part of a fingerprint, by library.
+
+    The installed version counts, or else the locked one: a login node need not have the stack. For
+    a stage in an image the locked version counts, since images are built from the lock and what is
+    installed outside does not matter.
+
+    Build tags such as ``+cpu`` are left out. Builds of one version have the same source, and a plan
+    must be the same on a machine without a GPU as on the nodes.
+    """
+    found = {name: None if in_image else installed(name) for name in RESULT_LIBRARIES}
+    return {
+        name: Version(version).base_version if version else locked(name)
+        for name, version in found.items()
+    }
+
+
+@cache
+def locked(name: str) -> str:
+    """Returns the version of a library in ``requirements``."""
+    pattern = re.compile(rf"^{re.sub('[-_.]', '[-_.]', name)}==([^ ;]+)", re.MULTILINE)
+    texts = ((REPO_ROOT / "requirements" / f).read_text() for f in ("stack.txt", "torch.txt"))
+    return next(match[1] for text in texts if (match := pattern.search(text)))
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the libraries that can change a result."""
-    found = {name: version for name in RECORDED_VERSIONS if (version := installed(name))}
+    """Returns the installed versions that a manifest records."""
+    names = (*RESULT_LIBRARIES, "numpy", "openvino")
+    found = {name: version for name in names if (version := installed(name))}
     return {"python": sys.version.split()[0], **found}
 
 

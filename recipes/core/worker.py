@@ -110,6 +110,7 @@ def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: P
         fingerprint=request.fingerprint,
         config=dict(request.config),
         code=request.code,
+        libraries=dict(request.libraries),
         inputs={name: ref.fingerprint for name, ref in request.inputs.items()},
         started_at=datetime.now(UTC).isoformat(timespec="microseconds"),
     )

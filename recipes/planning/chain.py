@@ -31,6 +31,8 @@ class Chain:
     """Directory with the results of an earlier run of this chain."""
     runs_here: bool = False
     """Whether its stages are processes of this machine, in this environment."""
+    images: Mapping[str, str | None] = field(default_factory=dict)
+    """Image by stage module, ``default`` for all others."""
     time_limit: str = ""
     """Time limit of a job, in Slurm's format; none by default."""
     from_published_config: bool = False
@@ -42,6 +44,10 @@ class Chain:
     """Each training and each teacher's pass over a text, by stage, once all checks have passed."""
     inference_costs: Mapping[str, InferenceCost] = field(default_factory=dict)
     """Of each other stage that runs models, once all checks have passed."""
+
+    def image_of(self, module: str) -> str | None:
+        """Returns the image that a stage module runs in; ``None`` outside of containers."""
+        return self.images.get(module, self.images.get("default"))
 
     def shape_of(self, stage: str | None) -> Architecture:
         """Returns the largest shape that a stage's model may have; the teacher's if unknown."""

@@ -51,6 +51,7 @@ def begun(request: Request) -> Manifest:
         fingerprint=request.fingerprint,
         config=dict(request.config),
         code=request.code,
+        libraries=dict(request.libraries),
         inputs=inputs,
         started_at="later",
     )

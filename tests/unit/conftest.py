@@ -203,6 +203,7 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
         fingerprint=stage.fingerprint,
         config=dict(stage.request().config),
         code=stage.code,
+        libraries=dict(stage.libraries),
         inputs={name: ref.fingerprint for name, ref in stage.inputs.items()},
         files=stamp_files(artifact),
         parameters=SIZE if kind.startswith("checkpoint") else None,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from recipes.core import fingerprint
+from recipes.core import fingerprint, versions
 from recipes.core.files import REPO_ROOT
 from recipes.core.fingerprint import (
     SMALL_FILE,
@@ -18,6 +18,7 @@ from recipes.core.fingerprint import (
     stage_fingerprint,
 )
 from recipes.core.stage import Resources
+from recipes.core.versions import result_versions
 from recipes.distillation.settings import DistillConfig
 from recipes.pruning.settings import PruneConfig
 from recipes.report.settings import ReportConfig
@@ -101,18 +102,28 @@ def test_result_fields_are_result_settings(field: str) -> None:
 
 def test_stage_fingerprint_depends_on_each_part() -> None:
     settings = result_settings(PruneConfig(stage="prune"))
-    base = stage_fingerprint(settings, "code", {"x": "1"}, {"y": "2"})
+    parts = (settings, "code", {"torch": "2.9.0"}, {"x": "1"}, {"y": "2"})
+    base = stage_fingerprint(*parts)
+    changes = ({**settings, "seq_length": 1}, "other", {"torch": "2.9.1"}, {"x": "2"}, {"y": "3"})
     others = {
-        stage_fingerprint({**settings, "seq_length": 1}, "code", {"x": "1"}, {"y": "2"}),
-        stage_fingerprint(settings, "other", {"x": "1"}, {"y": "2"}),
-        stage_fingerprint(settings, "code", {"x": "2"}, {"y": "2"}),
-        stage_fingerprint(settings, "code", {"x": "1"}, {"y": "3"}),
-        base,
+        stage_fingerprint(*(change if i == number else part for i, part in enumerate(parts)))
+        for number, change in enumerate(changes)
     }
-    assert len(others) == 5
-    assert base == stage_fingerprint(
-        dict(reversed(settings.items())), "code", {"x": "1"}, {"y": "2"}
-    )
+    assert len(others | {base}) == 6
+    assert base == stage_fingerprint(dict(reversed(settings.items())), *parts[1:])
+
+
+def test_installed_versions_count_without_build_tags_or_else_the_locked_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = {"torch": "2.9.0a0+nv25.9", "transformers": "4.57.1"}
+    monkeypatch.setattr(versions, "installed", found.get)
+    here = result_versions()
+    assert (here["torch"], here["transformers"]) == ("2.9.0", "4.57.1")
+    assert here.keys() == set(versions.RESULT_LIBRARIES)
+    in_image = result_versions(in_image=True)
+    assert here["nemo_toolkit"] == in_image["nemo_toolkit"] == versions.locked("nemo_toolkit")
+    assert in_image["torch"] == versions.locked("torch") != "2.9.0"
 
 
 @pytest.mark.parametrize("module", ["stage", "lazy", "plain"])
@@ -121,12 +132,9 @@ def test_stage_fingerprint_depends_on_each_part() -> None:
     [
         ("recipes/shared.py", "f(1)", "f(2)"),
         ("nemo_convert/core.py", "return x", "return -x"),
-        ("pyproject.toml", "torch==2", "torch==3"),
     ],
 )
-def test_imported_code_and_pins_count(
-    repo: Path, module: str, file: str, old: str, new: str
-) -> None:
+def test_imported_code_counts(repo: Path, module: str, file: str, old: str, new: str) -> None:
     before = of(module)
     replace_in(repo / file, old, new)
     assert of(module) != before
@@ -140,7 +148,7 @@ def test_imported_code_and_pins_count(
         ("recipes/shared.py", "# a comment", "# another one\n\n"),
         ("recipes/shared.py", "f(1)", "f(\n    1\n)"),
         ("recipes/stage.py", "Runs.", "Runs it."),
-        ("pyproject.toml", "y = 1", "y = 2"),
+        ("pyproject.toml", "torch==2", "torch==3"),
     ],
 )
 def test_comments_format_types_and_unrelated_code_do_not_count(

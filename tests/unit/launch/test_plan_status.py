@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from launch.plan import Plan
+from recipes.core import versions
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, write_manifest
+from recipes.core.versions import result_versions
 from tests.support.runs import STAGES
 
 if TYPE_CHECKING:
@@ -125,6 +127,19 @@ def test_changed_code_is_the_reason(plan: MakePlan, run: Path) -> None:
         "export_hf": "after distill, evaluate, prune",
         "report": "after prune, distill, evaluate, export_hf",
     }
+
+
+@pytest.mark.usefixtures("run")
+def test_another_version_of_a_library_is_the_reason(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = result_versions()
+    changed = {**before, "transformers": "9.0", "numpy": "9.0"}
+    monkeypatch.setattr(versions, "installed", changed.get)
+    reason = f"version of transformers ({before['transformers']} → 9.0) changed"
+    assert todo(plan("skip_rules=[stack-versions]"))["import_hf"] == reason
+    monkeypatch.setattr(versions, "installed", {**before, "numpy": "9.0"}.get)
+    assert todo(plan("skip_rules=[stack-versions]")) == {}
 
 
 def test_changed_data_file_is_the_reason(
