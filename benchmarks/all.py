@@ -3,9 +3,8 @@
     python -m benchmarks.all [--only convert prepare distill tasks]
 
 Each measurement is a ratio of our time to a baseline's, which does the same work in the same run;
-above 1 ours is slower. A ratio regressed if it grew, since the last entry of the same processor and
-number of cores, by more than the spread of either: the range over the repeats. Seconds are CPU time
-of the process, except for distillation, whose steps are measured by the clock.
+above 1 ours is slower. A ratio regressed if it grew by more than its repeats' spread since the
+last entry of the same processor and cores. Seconds are CPU time, but wall-clock for distillation.
 """
 
 from __future__ import annotations
@@ -158,11 +157,6 @@ def previous(new: Entry, history: Iterable[Entry]) -> Entry | None:
     return next((one for one in reversed([*history]) if key(one) == key(new)), None)
 
 
-def is_regression(new: Entry, before: Entry) -> bool:
-    """Returns whether the ratio grew by more than the spread."""
-    return new.ratio - before.ratio > max(new.spread, before.spread)
-
-
 def read_history(path: Path) -> list[Entry]:
     """Reads all entries, the oldest first."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -185,7 +179,9 @@ def main() -> None:
             with args.history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(new)) + "\n")
             before = previous(new, history)
-            regressed = before is not None and is_regression(new, before)
+            regressed = before is not None and (
+                new.ratio - before.ratio > max(new.spread, before.spread)
+            )
             regressions += regressed
             table.add_row(
                 new.figure,

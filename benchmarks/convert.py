@@ -6,8 +6,7 @@
 Every side runs in a process of its own, one after the other; the shortest time and the lowest peak
 of the repeats count. Time excludes imports, and memory is measured above the level after them.
 ``resident`` is the peak of all memory, with pages of mapped files, which the system can drop at any
-time; ``anonymous`` excludes them. ``verify`` compares logits and every weight of both models, in
-float32.
+time; ``anonymous`` excludes them. ``verify`` compares logits and weights of both models.
 
 With ``--billions`` the model is a random Llama with that number of parameters in bfloat16, and the
 baseline is a plain copy of its files. The page cache holds none of the files before a side starts,
@@ -147,14 +146,6 @@ def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[
     return runs
 
 
-def best(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Returns the lowest of each side's measurements over its runs."""
-    return {
-        side: {name: min(run[name] for run in side_runs) for name in side_runs[0]}
-        for side, side_runs in runs.items()
-    }
-
-
 def write_random(folder: Path, like: Path, shape: Mapping[str, int | bool]) -> None:
     """Writes a random Llama in bfloat16, with the tokenizer of ``like``."""
     import torch
@@ -186,8 +177,9 @@ def require_same(folder: Path, back: Path) -> None:
             raise SystemExit(f"error: {name} is another after a conversion to NeMo and back")
 
 
-def table(results: dict[str, dict[str, float]], size: int) -> str:
-    """Formats the measurements, with ratios to the checkpoint's size and the baseline's time."""
+def table(runs: dict[str, list[dict[str, float]]], size: int) -> str:
+    """Formats each side's lowest measurements, with ratios to the size and the baseline's time."""
+    results = {s: {k: min(run[k] for run in each) for k in each[0]} for s, each in runs.items()}
     baseline = next(iter(results))
     rows = [
         f"{'':14}{'seconds':>9}{'x baseline':>12}{'resident':>12}{'x size':>8}{'anonymous':>13}"
@@ -225,7 +217,7 @@ def main() -> None:
             write_random(Path(temporary), folder, {**LAYER, "num_hidden_layers": layers})
             folder = Path(temporary)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        print(table(best(run_sides(folder, args.repeats, bool(args.billions))), size))
+        print(table(run_sides(folder, args.repeats, bool(args.billions)), size))
 
 
 if __name__ == "__main__":

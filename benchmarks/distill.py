@@ -35,9 +35,7 @@ from recipes.planning.results import PlanResult
 WARM_UP_STEPS = 2
 BASELINES = ("loop-fp32", "loop-bf16", "modelopt-bf16")
 LOSS_TOLERANCE = 0.02
-"""Largest relative difference of the first step's loss from the reference's on the same batch: the
-rounding of bfloat16. Later losses are only shown, because small updates of bfloat16 weights are
-rounded away."""
+"""Largest relative difference of first losses on the same batch: the rounding of bfloat16."""
 console = screen()
 
 

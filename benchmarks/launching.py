@@ -63,14 +63,9 @@ def run_child(module: str, *options: str) -> Any:
 def launch(
     base: Path, out: Path, stages: Sequence[str], settings: Mapping[str, object], *overrides: str
 ) -> None:
-    """Runs stages in a run directory of their own, on the model of another run.
+    """Runs stages in the run directory ``out``, on the model of the run ``base``.
 
-    Args:
-        base: Run whose model it is, with ``import_hf`` complete.
-        out: Run directory.
-        stages: What to run.
-        settings: Fields below ``stages``, for example inputs that are in ``base``.
-        overrides: Any others.
+    ``settings`` are fields below ``stages``, for example inputs that are in ``base``.
     """
     hf_path = manifest_of(base / "import_hf").config["hf_path"]
     execute(

@@ -44,14 +44,10 @@ class LoopInputs:
     batches: Tensor
     bfloat16: bool
 
-    def autocast(self) -> torch.autocast:
-        """Returns the context of a forward pass."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
-
 
 def loss_of(task: LoopInputs, tokens: Tensor) -> Tensor:
     """Returns KL(teacher ‖ student) of a batch, in float32, as the mean over its tokens."""
-    with task.autocast():
+    with torch.autocast("cpu", torch.bfloat16, enabled=task.bfloat16):
         with torch.inference_mode():
             target = task.teacher(tokens).logits
         logits = task.student(tokens).logits

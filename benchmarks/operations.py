@@ -101,16 +101,14 @@ def main() -> None:
     """Reads the command line, measures, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=Sizes.tokens, help="of a sequence")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="prefixes of names")
     parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args()
     torch.manual_seed(0)
     table = plain_table("milliseconds", "operation", "forward", "forward and backward", "compiled")
     for name, (function, shapes) in cases(Sizes(tokens=args.tokens)).items():
-        if not args.only or name.startswith(tuple(args.only)):
-            found = measure(function, shapes, args.repeats, not name.startswith("attention"))
-            compiled = "" if found.compiled is None else f"{found.compiled:.2f}"
-            table.add_row(name, f"{found.forward:.2f}", f"{found.both:.2f}", compiled)
+        times = measure(function, shapes, args.repeats, not name.startswith("attention"))
+        compiled = "" if times.compiled is None else f"{times.compiled:.2f}"
+        table.add_row(name, f"{times.forward:.2f}", f"{times.both:.2f}", compiled)
     screen().print(table)
 
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.prepare [--model FOLDER_OR_SOURCE] [--megabytes N] [--processes 1 2]
 
-The text is the recipes' Wikipedia summaries in JSONL, repeated up to the size and to ten times the
-size; a number before each makes all documents different. Every measurement runs in a process of its
-own, one after the other. Time excludes imports. Memory of the main process is the peak above the
-level after imports; memory of a tokenizer process is its peak resident memory, with libraries.
+The text is Wikipedia summaries, repeated up to the size and to ten times the size; a number before
+each makes all documents different. Every measurement runs in a process of its own. Time excludes
+imports. Memory of the main process is the peak above the level after imports; memory of a tokenizer
+process is its peak resident memory, with libraries.
 """
 
 from __future__ import annotations

@@ -92,11 +92,11 @@ def train(way: Way, seed: int, steps: int, base: Path, student: Path, out: Path)
         "evaluate.inputs.pruned": base / "prune",
         "evaluate.inputs.data": data,
     }
+    stages = ["distill", "evaluate"]
     if way.has_own_data:
-        stages = ["prepare_data", "distill", "evaluate"]
+        stages.insert(0, "prepare_data")
         settings["prepare_data.inputs.tokenizer"] = teacher
     else:
-        stages = ["distill", "evaluate"]
         settings["distill.inputs.data"] = data
     length = f"data.seq_length={manifest_of(data).config['seq_length']}"
     launch(base, out, stages, settings, length, *way.overrides)

@@ -3,9 +3,9 @@
     python -m benchmarks.tasks [--model FOLDER_OR_SOURCE] [--tasks NAME ...] [--limit N]
 
 lm-eval gives both the same items, in float32 and in bfloat16, each side in a process of its own,
-one after the other. Time is CPU time of all threads, from the first prompt to the last metric,
-without loading; the shortest of the repeats. ``equal`` counts items with the same value of the
-task's metric, ``nats apart`` is the largest difference of a log-likelihood.
+one after the other. Time is CPU time of all threads without loading, the shortest of the repeats.
+``equal`` counts items with the same score, ``nats apart`` is the largest difference of a
+log-likelihood.
 """
 
 from __future__ import annotations
