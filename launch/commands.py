@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from launch import doctor, lock
-from launch.compare import compare
 from launch.console import headline
 from launch.executors import slurm_queue
-from launch.run_status import StageStatus, read_statuses, run_left
+from launch.run_status import StageStatus, read_statuses, time_left
 from launch.runs import runs
 from launch.time_left import in_words
 from recipes.core.errors import RecipeError, did_you_mean, require_known
@@ -32,27 +31,24 @@ STYLES = {
     Status.FAILED: "red",
     Status.HUNG: "red",
 }
-WAIT_SECONDS, ASK_AGAIN_SECONDS = 60.0, 10.0
+WAIT_SECONDS, REPEAT_SECONDS = 60.0, 10.0
 Options = Mapping[str, str]
 
 
 def status(options: Options, console: Console) -> None:
-    """Shows what has become of each stage."""
+    """Shows the status of each stage."""
     for run_dir in find_runs([_directory(options)]):
-        table = plain_table(str(run_dir), "stage", "state", "job", "")
+        table = plain_table(str(run_dir), "stage", "status", "job", "")
         statuses = read_statuses(run_dir)
         for stage in statuses:
             style = STYLES.get(stage.status, "dim")
             job = stage.job.id if stage.job else ""
-            table.add_row(stage.name, f"[{style}]{stage.status}", job, escape(_detail(stage)))
+            result = headline(stage.result) if stage.result else ""
+            detail = escape(f"{stage.detail}  {result}".strip())
+            table.add_row(stage.name, f"[{style}]{stage.status}", job, detail)
         console.print(table)
-        if left := run_left(run_dir, statuses):
+        if left := time_left(run_dir, statuses):
             console.print(f"about {in_words(left)} left of the run")
-
-
-def _detail(stage: StageStatus) -> str:
-    result = headline(stage.result) if stage.result else ""
-    return f"{stage.detail}  {result}".strip()
 
 
 def cancel(options: Options, console: Console) -> None:
@@ -64,38 +60,38 @@ def cancel(options: Options, console: Console) -> None:
             slurm_queue.cancel(job for job, _ in active.values())
             for stage, (job, _) in active.items():
                 console.print(f"{stage}: job {job.id} cancelled")
-        held = lock.holder(run_dir)
-        if held is not None:
-            _stop(held, run_dir)
-            console.print(f"{run_dir}: stopped at {held.stage}")
-        stopped = stopped or bool(active) or held is not None
+        holder = lock.holder(run_dir)
+        if holder is not None:
+            _stop(holder, run_dir)
+            console.print(f"{run_dir}: stopped at {holder.stage}")
+        stopped = stopped or bool(active) or holder is not None
     console.print("the same command resumes" if stopped else "nothing runs")
 
 
-def _stop(held: lock.Holder, run_dir: Path) -> None:
-    if held.host != socket.gethostname():
+def _stop(holder: lock.Holder, run_dir: Path) -> None:
+    if holder.host != socket.gethostname():
         raise RecipeError(
-            f"{run_dir} is run by process {held.pid} on {held.host}.", "cancel it there"
+            f"{run_dir} is run by process {holder.pid} on {holder.host}.", "cancel it there"
         )
-    deadline, asked = time.monotonic() + WAIT_SECONDS, 0.0
-    while (now := lock.holder(run_dir)) is not None and now.pid == held.pid:
+    deadline, next_signal = time.monotonic() + WAIT_SECONDS, 0.0
+    while (now := lock.holder(run_dir)) is not None and now.pid == holder.pid:
         if time.monotonic() > deadline:
-            raise RecipeError(f"process {held.pid} does not stop.", f"kill -9 {held.pid}")
-        # Again after a while: Python loses an interrupt that comes while it forks a process.
-        if time.monotonic() - asked > ASK_AGAIN_SECONDS:
+            raise RecipeError(f"process {holder.pid} does not stop.", f"kill -9 {holder.pid}")
+        # Repeated: Python loses an interrupt that comes while it forks a process.
+        if time.monotonic() > next_signal:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(held.pid, signal.SIGTERM)
-            asked = time.monotonic()
+                os.kill(holder.pid, signal.SIGTERM)
+            next_signal = time.monotonic() + REPEAT_SECONDS
         time.sleep(0.1)
 
 
 def logs(options: Options, console: Console) -> None:
-    """Prints the end of a stage's newest log; by default of the one that failed or runs."""
+    """Prints the end of a stage's newest log; by default of the stage that failed or runs."""
     [run_dir, *others] = find_runs([_directory(options)])
     if others:
-        raise RecipeError(f"{run_dir.parent} is a sweep.", f"give one of it: run_dir={run_dir}")
+        raise RecipeError(f"{run_dir.parent} is a sweep.", f"choose one run: run_dir={run_dir}")
     statuses = read_statuses(run_dir)
-    name = options.get("stage") or _interesting(run_dir, statuses)
+    name = options.get("stage") or _stage_of_interest(run_dir, statuses)
     known = [stage.name for stage in statuses]
     require_known(name, known, f"{run_dir} has no stage '{name}'")
     if (log := newest_log(run_dir / name)) is None:
@@ -111,7 +107,8 @@ def logs(options: Options, console: Console) -> None:
         console.print(line, markup=False)
 
 
-def _interesting(run_dir: Path, statuses: Sequence[StageStatus]) -> str:
+def _stage_of_interest(run_dir: Path, statuses: Sequence[StageStatus]) -> str:
+    """The stage that failed or runs, or else the last that was started."""
     for status in (Status.FAILED, Status.HUNG, Status.RUNNING):
         for stage in statuses:
             if stage.status is status:
@@ -120,9 +117,29 @@ def _interesting(run_dir: Path, statuses: Sequence[StageStatus]) -> str:
     if not started:
         raise RecipeError(
             f"no stage of {run_dir} has been started.",
-            "give the command that planned it again, without dry_run=true",
+            "repeat the command that planned it, without dry_run=true",
         )
     return started[-1]
+
+
+def compare(words: Sequence[str], console: Console) -> int:
+    """Writes one page about several runs: ``compare RUN1 RUN2 [out=FILE]``."""
+    from recipes.report.compare import render_comparison, verdict
+
+    options = [word for word in words if word.startswith("out=")]
+    paths = [Path(word) for word in words if word not in options]
+    unknown = [word for word in words if word.startswith("-")]
+    if not paths or len(options) > 1 or unknown:
+        raise RecipeError(
+            "compare needs the directories of runs.",
+            "python launch/run.py compare RUN1 RUN2 [out=FILE], or one directory of a sweep",
+        )
+    out = Path(options[0].removeprefix("out=") if options else "compare.html")
+    if out.is_dir() or not out.parent.is_dir():
+        raise RecipeError(f"out={out} cannot be written.", "name a file in a directory that exists")
+    rows = render_comparison(paths, out)
+    console.print(f"{len(rows)} runs compared in {out}\n{verdict(rows)}")
+    return 0
 
 
 RUN_COMMANDS: Mapping[str, tuple[Callable[[Options, Console], None], tuple[str, ...]]] = {
@@ -130,31 +147,24 @@ RUN_COMMANDS: Mapping[str, tuple[Callable[[Options, Console], None], tuple[str, 
     "cancel": (cancel, ("run_dir", "recipe")),
     "logs": (logs, ("run_dir", "recipe", "stage", "lines")),
 }
-"""About one run, with the options that they take."""
-
-
-def _compare(words: Sequence[str], console: Console) -> int:
-    console.print(compare(words))
-    return 0
-
-
-OTHERS: Mapping[str, Callable[[Sequence[str], Console], int]] = {
-    "compare": _compare,
+"""Commands about one run, with their options."""
+OTHER_COMMANDS: Mapping[str, Callable[[Sequence[str], Console], int]] = {
+    "compare": compare,
     "doctor": doctor.run,
     "runs": runs,
 }
-"""With words of their own; they return the exit status."""
+"""Commands that read their words themselves; they return the exit status."""
 
 
 def is_command(words: Sequence[str]) -> bool:
     """Whether a command line is one of these, and not a recipe for Hydra."""
-    return bool(words) and (words[0] in RUN_COMMANDS or words[0] in OTHERS)
+    return bool(words) and (words[0] in RUN_COMMANDS or words[0] in OTHER_COMMANDS)
 
 
 def run(words: Sequence[str], console: Console) -> int:
-    """Runs a command line such as ``status run_dir=DIR``, or refuses it; returns the status."""
-    if words[0] in OTHERS:
-        return OTHERS[words[0]](words[1:], console)
+    """Runs a command line such as ``status run_dir=DIR`` and returns the exit status."""
+    if words[0] in OTHER_COMMANDS:
+        return OTHER_COMMANDS[words[0]](words[1:], console)
     command, known = RUN_COMMANDS[words[0]]
     options = {}
     for word in words[1:]:
@@ -170,8 +180,8 @@ def run(words: Sequence[str], console: Console) -> int:
 
 
 def _directory(options: Options) -> Path:
-    if given := options.get("run_dir"):
-        return Path(given).resolve()
+    if directory := options.get("run_dir"):
+        return Path(directory)
     if recipe := options.get("recipe"):
-        return Path("runs", recipe).resolve()
+        return Path("runs", recipe)
     raise RecipeError("which run?", "add run_dir=DIR, or recipe=NAME for runs/NAME")

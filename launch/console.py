@@ -1,4 +1,4 @@
-"""What a person sees: the plan, progress while stages run, and the summary."""
+"""Prints the plan, the progress of running stages, and the summary."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -18,7 +16,7 @@ from rich.table import Table
 from launch.plan import Plan
 from launch.planned import PlannedStage
 from launch.time_left import RECENT, in_words, seconds_left
-from launch.tracking import Track
+from launch.trackers import Track
 from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.metrics import METRICS, Record
 from recipes.core.screen import plain_table
@@ -32,6 +30,7 @@ from recipes.report.settings import REPORT_FILE
 from recipes.search.results import LatencyResult, SearchResult
 
 PLAIN_INTERVAL = 15.0
+"""Seconds between lines of progress where there is no terminal."""
 SHOWN = ("loss", "val_loss", "val_kd", "tokens_per_second")
 
 
@@ -53,20 +52,19 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(table)
 
 
-def print_notes(plan: Plan, waived: Collection[str], console: Console) -> None:
-    """Shows warnings, and what was waived."""
+def print_notes(plan: Plan, skip_rules: Collection[str], console: Console) -> None:
+    """Shows warnings, and errors of rules that are skipped."""
     for note in plan.notes:
-        how = "waived" if note.rule.name in waived else note.rule.severity
-        console.print(f"{how}: {note}", markup=False, style="dim" if how == "waived" else "yellow")
+        how = "skipped" if note.rule.name in skip_rules else note.rule.severity
+        console.print(f"{how}: {note}", markup=False, style="dim" if how == "skipped" else "yellow")
 
 
 def print_tables(plan: Plan, console: Console) -> None:
-    """Shows the tables that planning stages made, if they ran or are all that was asked for."""
+    """Shows the tables of planning stages, if they ran or are the only stages."""
     for stage in plan.stages:
         manifest = read_manifest(stage.directory)
-        if manifest is None or manifest.kind not in ("plan", "shapes"):
-            continue
-        if stage not in plan.todo() and len(plan.stages) > 1:
+        alone = stage in plan.todo() or len(plan.stages) == 1
+        if manifest is None or manifest.kind not in ("plan", "shapes") or not alone:
             continue
         for made in manifest.result(PlanResult).tables:
             table = plain_table(made.title, *made.columns)
@@ -100,16 +98,12 @@ def print_summary(plan: Plan, seconds: float, console: Console) -> None:
             headline(manifest),
         )
     console.print(table)
-    done = (
-        f"{len(ran)} stage{'s' * (len(ran) != 1)} ran"
-        if ran
-        else "everything was complete, nothing ran"
-    )
-    console.print(f"{done}; {seconds:.1f} s")
+    stages = f"{len(ran)} stage{'s' * (len(ran) != 1)} ran"
+    console.print(f"{stages if ran else 'everything was complete, nothing ran'}; {seconds:.1f} s")
 
 
 def headline(manifest: Manifest) -> str:
-    """The one result of a stage that a person wants to see."""
+    """Returns the most important result of a stage."""
     if manifest.kind in HEADLINES:
         return HEADLINES[manifest.kind](manifest)
     if healed := manifest.result_if("heal", HealResult):
@@ -119,16 +113,17 @@ def headline(manifest: Manifest) -> str:
 
 
 def _tokens(manifest: Manifest) -> str:
-    found = manifest.result(DatasetResult)
-    chats = [f"; of {name}, {conversations_in_words(n)}" for name, n in found.conversations.items()]
-    return f"{sum(found.tokens.values()):,} tokens{''.join(chats)}"
+    data = manifest.result(DatasetResult)
+    chats = [f"; of {name}, {conversations_in_words(n)}" for name, n in data.conversations.items()]
+    return f"{sum(data.tokens.values()):,} tokens{''.join(chats)}"
 
 
 def _perplexities(manifest: Manifest) -> str:
-    found = manifest.result(EvaluationResult)
-    text = " → ".join(f"{quality.perplexity:.1f}" for quality in found.models().values())
-    share = "" if found.recovered is None else f", {found.recovered:.0%} recovered"
-    return f"perplexity {text}{share}"
+    result = manifest.result(EvaluationResult)
+    text = " → ".join(f"{quality.perplexity:.1f}" for quality in result.models().values())
+    share = result.recovered
+    said = "" if share is None else f", recovered {share:.0%} of the loss added by pruning"
+    return f"perplexity {text}{said}"
 
 
 def _mean_score(manifest: Manifest) -> str:
@@ -142,23 +137,23 @@ def _cost(manifest: Manifest) -> str:
     return f"{f['device-hours']:,} device-hours on {f['hardware']}, ${f['dollars']:,}"
 
 
-def _leader(manifest: Manifest) -> str:
-    """Of candidates, the one that successive halving chose, else the first of the ranking."""
-    found = manifest.result(SearchResult)
-    best = found.chosen() or found.candidates[0]
-    return f"{best.name}, KL {best.kl_to_teacher:.3f}, {len(found.candidates)} shapes"
+def _best_candidate(manifest: Manifest) -> str:
+    """Names the candidate that successive halving chose, or else the first of the ranking."""
+    result = manifest.result(SearchResult)
+    best = result.chosen() or result.candidates[0]
+    return f"{best.name}, KL {best.kl_to_teacher:.3f}, {len(result.candidates)} shapes"
 
 
-def _line(manifest: Manifest) -> str:
-    """A fitted line's error on the shapes that it was not fitted to, or else on all."""
+def _latency(manifest: Manifest) -> str:
+    """States the error of a fitted line on shapes that it was not fitted to, or else on all."""
     shapes = manifest.result(LatencyResult).shapes
     error = max(abs(s.error) for s in [s for s in shapes if not s.seen] or shapes)
     return f"teacher {shapes[0].step_ms:.3g} ms a step, fitted within {error:.0%}"
 
 
 def _engine(manifest: Manifest) -> str:
-    found = manifest.result(EngineResult)
-    return f"{found.backend} {found.precision}"
+    result = manifest.result(EngineResult)
+    return f"{result.backend} {result.precision}"
 
 
 def _speedup(manifest: Manifest) -> str:
@@ -176,8 +171,8 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
     "task_results": _mean_score,
     "plan": _cost,
     "shapes": lambda m: f"{m.result(PlanResult).figures['shapes']} shapes",
-    "latency_model": _line,
-    "search_results": _leader,
+    "latency_model": _latency,
+    "search_results": _best_candidate,
     "engine": _engine,
     "speed_results": _speedup,
     "report": lambda m: REPORT_FILE,
@@ -199,10 +194,10 @@ class Follower:
         track: Track = lambda record: None,
         run_left: Callable[[float], float | None] = lambda left: None,
     ) -> None:
-        self._path: Path = stage.directory / METRICS
-        self._stage, self._console, self._track = stage, console, track
-        self._run_left, self._recent = run_left, deque[Record](maxlen=2 * RECENT)
-        # An interrupted stage goes on in the same file, whose old records are not news.
+        self._name, self._path = stage.name, stage.directory / METRICS
+        self._console, self._track, self._run_left = console, track, run_left
+        self._recent = deque[Record](maxlen=2 * RECENT)
+        # A stage that resumes appends to the same file, whose old records are no news.
         self._position = self._path.stat().st_size if self._path.exists() else 0
         self._last_line, self._started = 0.0, time.monotonic()
         self._progress = Progress(
@@ -221,24 +216,22 @@ class Follower:
     def __enter__(self) -> Self:
         self._progress.start()
         if not self._console.is_terminal:
-            self._console.print(f"{self._stage.name}: started")
+            self._console.print(f"{self._name}: started")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._progress.stop()
         if kind is None:
             seconds = time.monotonic() - self._started
-            self._console.print(f"{self._stage.name}: complete in {seconds:.0f} s")
+            self._console.print(f"{self._name}: complete in {seconds:.0f} s")
 
     def update(self) -> None:
-        """Reads what is new and draws it."""
-        if not self._path.exists():
+        """Reads new records and draws them."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size < self._position:  # work of another fingerprint was deleted
             self._position = 0
+        if size == self._position:
             return
-        if self._path.stat().st_size < self._position:
-            self._position = 0
         with self._path.open("rb") as file:
             file.seek(self._position)
             for line in file:
@@ -247,7 +240,7 @@ class Follower:
                 self._position += len(line)
                 try:
                     record = json.loads(line)
-                except ValueError:  # the end of one that a kill, or a full disk, cut short
+                except ValueError:  # a record that a kill, or a full disk, cut short
                     continue
                 if "task" in record:
                     self._track(record)
@@ -261,18 +254,18 @@ class Follower:
             shown: dict[str, Any] = {"left": self._time_left(), "values": values}
             if task not in self._tasks:
                 self._tasks[task] = self._progress.add_task(
-                    task, total=total, stage=self._stage.name, **shown
+                    task, total=total, stage=self._name, **shown
                 )
             self._progress.update(self._tasks[task], completed=done, total=total, **shown)
         elif done == total or time.monotonic() - self._last_line > PLAIN_INTERVAL:
             self._last_line = time.monotonic()
-            how_far = ", ".join(filter(None, (f"{task} {done}/{total}", self._time_left())))
-            self._console.print(f"{self._stage.name}: {how_far}  {values}".rstrip())
+            progress = ", ".join(filter(None, (f"{task} {done}/{total}", self._time_left())))
+            self._console.print(f"{self._name}: {progress}  {values}".rstrip())
 
     def _time_left(self) -> str:
-        """Of the task that the last record is of, and of the whole run."""
+        """Says how long the current task, and the run, will still take."""
         task = seconds_left(self._recent)
-        said = [f"{in_words(task)} left"] if task else []
+        parts = [f"{in_words(task)} left"] if task else []
         if task is not None and (run := self._run_left(task)):
-            said.append(f"about {in_words(run)} of the run")
-        return ", ".join(said)
+            parts.append(f"about {in_words(run)} of the run")
+        return ", ".join(parts)

@@ -70,15 +70,15 @@ def print_rules(console: Console) -> None:
 
 
 def examine() -> Iterator[Check]:
-    """All checks."""
+    """Yields all checks."""
     yield from _libraries()
     yield from _accelerators()
-    yield from _room()
+    yield from _resources()
     yield from _programs()
 
 
-def _check(name: str, found: str, good: object, fix: str, bad: str = FAIL) -> Check:
-    return Check(name, found, OK, "") if good else Check(name, found, bad, fix)
+def _check(name: str, value: str, good: object, fix: str, bad: str = FAIL) -> Check:
+    return Check(name, value, OK, "") if good else Check(name, value, bad, fix)
 
 
 def _libraries() -> Iterator[Check]:
@@ -102,12 +102,10 @@ def _accelerators() -> Iterator[Check]:
 
 
 def _gpus() -> list[str]:
-    if shutil.which("nvidia-smi") is None:
-        return []
     command = ["nvidia-smi", QUERY, "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except subprocess.TimeoutExpired:
+    except (FileNotFoundError, subprocess.TimeoutExpired):
         return []
     return done.stdout.strip().splitlines() if done.returncode == 0 else []
 
@@ -115,34 +113,27 @@ def _gpus() -> list[str]:
 def _cuda_of_torch() -> str | None:
     """CUDA version that torch was built for, read from its files: an import takes seconds."""
     try:
-        files = metadata.files("torch") or []
-    except metadata.PackageNotFoundError:
+        version = metadata.distribution("torch").locate_file("torch/version.py")
+        text = Path(str(version)).read_text(encoding="utf-8")
+    except (metadata.PackageNotFoundError, OSError):
         return None
-    for file in files:
-        if file.as_posix() == "torch/version.py":
-            found = re.search(r"^cuda\b[^=]*= '([\d.]+)'", file.read_text(), re.MULTILINE)
-            return found.group(1) if found else None
-    return None
+    match = re.search(r"^cuda\b[^=]*= '([\d.]+)'", text, re.MULTILINE)
+    return match[1] if match else None
 
 
-def _room() -> Iterator[Check]:
-    for name, have, least, fix in (
-        ("disk here", _free(Path.cwd()), DISK_BYTES, "set run_dir to another disk"),
-        ("memory", physical_memory(), MEMORY_BYTES, "use a smaller model or micro batch"),
-    ):
-        yield _check(name, f"{have / 1e9:.1f} GB", have >= least, fix)
+def _resources() -> Iterator[Check]:
+    disk, fix = shutil.disk_usage(Path.cwd()).free, "set run_dir to another disk"
+    yield _check("disk here", f"{disk / 1e9:.1f} GB", disk >= DISK_BYTES, fix)
+    memory, fix = physical_memory(), "use a smaller model or micro batch"
+    yield _check("memory", f"{memory / 1e9:.1f} GB", memory >= MEMORY_BYTES, fix)
     shm = Path("/dev/shm")
     size = shutil.disk_usage(shm).total if shm.is_dir() else 0
     fix = "NCCL and gloo use it between ranks: docker run --ipc=host"
     yield _check("shared memory", f"{size / 1e9:.1f} GB", size >= SHM_BYTES, fix, bad=WARN)
     cache = cache_dir()
     existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-    fix = "set NEMO_RECIPES_CACHE to a folder that is writable"
+    fix = "set NEMO_RECIPES_CACHE to a writable folder"
     yield _check("cache", str(cache), os.access(existing, os.W_OK), fix)
-
-
-def _free(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
 
 
 def _programs() -> Iterator[Check]:
@@ -154,5 +145,5 @@ def _programs() -> Iterator[Check]:
     ):
         path = shutil.which(program)
         yield _check(program, path or "not here", path, f"for {use}", bad=WARN)
-    found, fix = installed("tensorrt_llm"), "for TensorRT-LLM engines, in an image of its own"
-    yield _check("tensorrt_llm", found or "not here", found, fix, bad=WARN)
+    version, fix = installed("tensorrt_llm"), "for TensorRT-LLM engines, in an image of its own"
+    yield _check("tensorrt_llm", version or "not here", version, fix, bad=WARN)

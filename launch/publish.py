@@ -1,8 +1,8 @@
 """Publishes the exported student on the Hugging Face hub, after the run has passed its gates.
 
 ``hub.push=ORG/NAME`` uploads the folder of ``export_hf`` with its card, the report and the
-export's manifest in one commit. The token, from ``HF_TOKEN`` or ``hf auth login``, is read by the
-hub's client, and written nowhere.
+export's manifest in one commit. The hub's client reads the token, from ``HF_TOKEN`` or ``hf auth
+login``; it is written nowhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.markup import escape
 from launch.plan import Plan
 from launch.planned import PlannedStage
 from launch.settings import Hub, RunSettings
-from launch.tracking import public_text
+from launch.trackers import public_text
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST
 from recipes.core.screen import plain_table
@@ -29,10 +29,13 @@ EXPORT, REPORTS = "export_hf", "report"
 def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> None:
     """Refuses, before anything starts, what could not be published in the end.
 
-    ``follows`` says whether the launcher is there when the last stage ends. A dry run asks no hub.
+    Args:
+        plan: The run.
+        settings: Its settings; a dry run does not contact the hub.
+        follows: Whether the launcher still runs when the last stage ends.
 
     Raises:
-        RecipeError: Nothing is exported, nobody waits for it, or the hub does not let it in.
+        RecipeError: Nothing is exported, the launcher will have returned, or the hub denies access.
     """
     hub = settings.hub
     if hub.push is None:
@@ -40,19 +43,19 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
     if _student(plan) is None:
         raise RecipeError(
             f"hub.push={hub.push}, but this run exports no student.",
-            "take a recipe that does, with export_hf in only, or leave out hub.push",
+            "choose a recipe that does, with export_hf in only, or leave out hub.push",
         )
     if not follows:
         raise RecipeError(
-            f"hub.push={hub.push} is the launcher's, which returns once the jobs are submitted.",
-            "add cluster.follow=true, or give hub.push to the same command when all is complete",
+            f"hub.push={hub.push} needs the launcher, which returns once the jobs are submitted.",
+            "add cluster.follow=true, or add hub.push to the same command when all is complete",
         )
     if not settings.dry_run:
         _require_access(hub.push, hub.private)
 
 
 def show_files(plan: Plan, hub: Hub, console: Console) -> None:
-    """Lists what would be uploaded, as far as it is there."""
+    """Lists what would be uploaded, as far as it exists."""
     student = _student(plan)
     if hub.push is None or student is None:
         return
@@ -61,12 +64,12 @@ def show_files(plan: Plan, hub: Hub, console: Console) -> None:
     for name, path in files.items():
         table.add_row(escape(name), f"{path.stat().st_size / 1e6:.1f} MB")
     if not files:
-        table.add_row(f"what {student.name} makes", "")
+        table.add_row(f"the result of {student.name}", "")
     console.print(table)
 
 
 def publish(plan: Plan, hub: Hub, console: Console) -> None:
-    """Uploads a complete run; what is there already is not sent again."""
+    """Uploads a complete run; files that the hub has already are not sent again."""
     student = _student(plan)
     if hub.push is None or student is None:
         return
@@ -85,8 +88,8 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
     console.print(f"published: {done.commit_url}", highlight=False, soft_wrap=True)
 
 
-def kept(stage: PlannedStage) -> Path | None:
-    """What a stage makes by which others know a run: on the hub, in a tracker."""
+def public_file(stage: PlannedStage) -> Path | None:
+    """Returns the file of a stage that the hub and trackers get: its manifest, or the report."""
     if _exports_student(stage):
         return stage.directory / MANIFEST
     if stage.config.stage == REPORTS:
@@ -99,22 +102,22 @@ def _student(plan: Plan) -> PlannedStage | None:
 
 
 def _exports_student(stage: PlannedStage) -> bool:
-    """Whether it exports what was evaluated; a run may export its teacher, too."""
+    """Whether it exports what was evaluated; a run may also export its teacher."""
     return stage.config.stage == EXPORT and "evaluation" in stage.inputs
 
 
 def _files(plan: Plan, student: PlannedStage) -> dict[str, Path]:
-    """What is uploaded, by its name there; nothing while the export is not complete."""
+    """Returns the files to upload by their names on the hub; none before the export is complete."""
     if student.made is None:
         return {}
     folder = student.directory / ARTIFACT
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    made = (kept(stage) for stage in plan.stages if stage.made is not None)
+    made = (public_file(stage) for stage in plan.stages if stage.made is not None)
     return files | {file.name: file for file in made if file is not None}
 
 
 def _require_access(repository: str, private: bool) -> None:
-    """Whether the hub knows the token, and would not show to all what shall be private."""
+    """Refuses a token that the hub does not know, and a public model that is to be private."""
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -135,13 +138,13 @@ def _require_access(repository: str, private: bool) -> None:
     if private and not found.private:
         raise RecipeError(
             f"{repository} is public, and hub.private is true.",
-            "set hub.private=false if all may see it, or push to another name",
+            "set hub.private=false if everybody may see it, or push to another name",
         )
 
 
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
-    """The hub's and the network's errors as one message."""
+    """Turns errors of the hub and the network into one message."""
     from huggingface_hub.errors import HfHubHTTPError
     from requests import RequestException
 

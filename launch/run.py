@@ -52,12 +52,11 @@ from launch.hydra_errors import explain
 from launch.judge import require_gates
 from launch.plan import Plan, make_plan
 from launch.planned import PlannedStage
-from launch.publish import kept, publish, require_publishable, show_files
+from launch.publish import public_file, publish, require_publishable, show_files
 from launch.rehearse import rehearse
 from launch.settings import RunSettings, require_own_places, settings_of
 from launch.staleness import SKIP
-from launch.trackers import open_tracker, require_tracker
-from launch.tracking import SafeTracker, tracked_run
+from launch.trackers import Tracker, open_tracker, require_tracker, tracked_run
 from recipes.core.errors import RecipeError
 from recipes.core.files import explain_storage_errors, remove_partial
 from recipes.core.run_state import LastPlan, discard_work, read_last_plan
@@ -127,14 +126,14 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
 
 @contextmanager
 def _follow(
-    tracker: SafeTracker, holding: lock.Holding, plan: Plan, stage: PlannedStage
+    tracker: Tracker, holding: lock.Holding, plan: Plan, stage: PlannedStage
 ) -> Iterator[view.Follower]:
     """Shows a stage's progress, gives it to the tracker, and says that it is the one that runs."""
     holding.works_on(stage.name)
     left = time_left.of_run(plan, stage)
     with view.Follower(stage, console, tracker.stage(stage.name), left) as follower:
         yield follower
-    tracker.finish(stage.name, stage.directory, kept(stage))
+    tracker.finish(stage.name, stage.directory, public_file(stage))
 
 
 def _run_dir(settings: RunSettings, recipe: str) -> Path:

@@ -15,7 +15,7 @@ from launch.executors.slurm_queue import (
     job_states,
     read_jobs,
 )
-from launch.time_left import Expected, in_words, planned_seconds, seconds_left
+from launch.time_left import in_words, planned_seconds, run_left, seconds_left
 from recipes.core.manifest import Manifest
 from recipes.core.run_state import StageState, Status, read_last_plan, stage_states
 from recipes.core.starting import failure, newest_log
@@ -124,16 +124,12 @@ def progress(state: StageState) -> str:
     return f"{text}, {in_words(left)} left" if left else text
 
 
-def run_left(run_dir: Path, statuses: Sequence[StageStatus]) -> float | None:
-    """Seconds that a run will still take; ``None`` if it is complete, or no plan knows that."""
-    planned = planned_seconds(run_dir)
-    ahead = [stage for stage in statuses if stage.status is not Status.COMPLETE]
-    if not planned or not ahead:
-        return None
-    expected = Expected(planned, {s.name: s.result.seconds for s in statuses if s.result})
-    left = 0.0
-    for stage in ahead:
-        records = stage.state.progress() if stage.state.begun else []
-        own = seconds_left(records) if records else None
-        left += expected.seconds([stage.name]) if own is None else own
-    return left
+def time_left(run_dir: Path, statuses: Sequence[StageStatus]) -> float | None:
+    """Seconds that a run will still take; ``None`` if it is complete or has no plan."""
+    spent = {stage.name: stage.result.seconds for stage in statuses if stage.result}
+    ahead: dict[str, float | None] = {}
+    for stage in statuses:
+        if not stage.result:
+            records = stage.state.progress() if stage.state.begun else []
+            ahead[stage.name] = seconds_left(records) if records else None
+    return run_left(planned_seconds(run_dir), spent, ahead)

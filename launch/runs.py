@@ -24,9 +24,14 @@ from recipes.report.runs import RunRecord, find_runs, read_run
 
 ROOT = Path("runs")
 PLACES = ("*", "sweeps/*/*")
-"""Where runs are below it."""
+"""Patterns of runs below it."""
 YES = "--yes"
 AGES = (("days", 86400), ("h", 3600), ("min", 60))
+NOT_COMPLETE = (
+    *(Status.RUNNING, Status.FAILED, Status.HUNG),
+    *(Status.STOPPED, Status.INTERRUPTED, Status.PENDING),
+)
+"""Statuses of a stage that a run is reported to be at, the most important first."""
 
 
 def runs(words: Sequence[str], console: Console) -> int:
@@ -73,12 +78,8 @@ def _headline(record: RunRecord, *kinds: str) -> str:
 
 
 def _state(stages: Sequence[StageStatus]) -> str:
-    """Where it is, or where it ended."""
-    at = (
-        *(Status.RUNNING, Status.FAILED, Status.HUNG),
-        *(Status.STOPPED, Status.INTERRUPTED, Status.PENDING),
-    )
-    for status in at:
+    """Says at which stage a run is, or ended."""
+    for status in NOT_COMPLETE:
         for stage in stages:
             if stage.status is status:
                 return f"{status} at {stage.name}"
@@ -87,7 +88,7 @@ def _state(stages: Sequence[StageStatus]) -> str:
 
 
 def _age(path: Path) -> str:
-    """Since a stage was last completed, or the run begun."""
+    """Time since a stage was last completed, or since the run was planned."""
     newest = max(file.stat().st_mtime for file in (path / RUN_FILE, *path.glob(f"*/{MANIFEST}")))
     seconds = time.time() - newest
     for unit, length in AGES:
@@ -97,17 +98,17 @@ def _age(path: Path) -> str:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a folder's files; one that has several names counts once."""
-    found = {}
+    """Bytes of a folder's files; a file with several names counts once."""
+    sizes = {}
     for folder, _, names in os.walk(path):
         for name in names:
             stat = os.lstat(os.path.join(folder, name))
-            found[stat.st_dev, stat.st_ino] = stat.st_size
-    return sum(found.values())
+            sizes[stat.st_dev, stat.st_ino] = stat.st_size
+    return sum(sizes.values())
 
 
 def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
-    """Deletes runs, but for stages that are inputs of others; first it only says what it would."""
+    """Deletes runs, except stages that other runs have as inputs; only shows them at first."""
     if not names:
         raise RecipeError(
             "which runs?", f"runs clean RUN1 RUN2, by the names that runs lists; {YES}"
@@ -117,11 +118,11 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
         if lock.holder(path) or active_jobs(path):
             fix = f"python launch/run.py cancel run_dir={path}"
             raise RecipeError(f"{path} is being run.", fix)
-    kept = {stage: run for run in _others(chosen) for stage in _inputs(run)}
-    doomed = [folder for path in chosen for folder in _doomed(path, kept)]
+    needed = {stage: run for run in _others(chosen) for stage in _inputs(run)}
+    deletable = [folder for path in chosen for folder in _unneeded(path, needed)]
     table = plain_table("clean", "folder", "disk", "")
-    rows = {stage: f"kept for {run}" for stage, run in kept.items() if stage.parent in chosen}
-    rows |= dict.fromkeys(doomed, "deleted" if confirmed else "")
+    rows = {stage: f"kept for {run}" for stage, run in needed.items() if stage.parent in chosen}
+    rows |= dict.fromkeys(deletable, "deleted" if confirmed else "")
     for folder, note in rows.items():
         table.add_row(str(folder), f"{_size(folder) / 1e9:.2f} GB", note)
     console.print(table)
@@ -131,19 +132,19 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
     with ExitStack() as locks:
         for path in chosen:
             locks.enter_context(lock.held(path))
-        for folder in doomed:
+        for folder in deletable:
             _delete(folder)
 
 
-def _doomed(run: Path, kept: Collection[Path]) -> list[Path]:
-    """A whole run, or those of its stages that nothing needs."""
+def _unneeded(run: Path, needed: Collection[Path]) -> list[Path]:
+    """Returns a whole run, or its stages that no other run needs."""
     stages = [folder for folder in sorted(run.iterdir()) if folder.is_dir()]
-    free = [folder for folder in stages if folder not in kept]
+    free = [folder for folder in stages if folder not in needed]
     return free if len(free) < len(stages) else [run]
 
 
 def _others(chosen: Sequence[Path]) -> set[Path]:
-    """Runs that stay, of those in ``runs`` and beside the chosen ones."""
+    """Returns the runs that stay, of those in ``runs`` and beside the chosen ones."""
     places: Iterable[Path] = {ROOT.resolve(), *(path.parent for path in chosen)}
     return {run.resolve() for place in places for run in _below(place)} - set(chosen)
 
@@ -154,7 +155,7 @@ def _inputs(run: Path) -> Iterator[Path]:
 
 
 def _delete(folder: Path) -> None:
-    """Manifests first: killed here, nothing that is left looks complete."""
+    """Deletes manifests first: after a kill, nothing that remains looks complete."""
     for manifest in (*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")):
         manifest.unlink()
     shutil.rmtree(folder)

@@ -1,9 +1,8 @@
-"""How long a stage will still take, by its last records, and a run, by its plan."""
+"""How long a stage will still take, by its records of progress, and a run, by its plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -16,16 +15,13 @@ from recipes.core.metrics import Record
 from recipes.planning.results import PlanResult
 
 RECENT = 50
-"""Records that a speed is taken from."""
+"""Number of records that a speed is measured over."""
 BESIDE = 10.0
-"""Seconds of a stage beside the arithmetic that is planned: imports, files; an assumption."""
+"""Seconds of a stage besides its planned arithmetic, for imports and files; an assumption."""
 
 
 def seconds_left(records: Sequence[Record]) -> int | None:
-    """Seconds that the task of the last record will still take; ``None`` where no speed is known.
-
-    By a mean over the last units of work that followed each other.
-    """
+    """Seconds that the task of the last record will still take; ``None`` without a speed."""
     last = records[-1]
     recent = list(_since_restart([r for r in records if r["task"] == last["task"]]))[-RECENT:]
     if len(recent) < 2:
@@ -36,7 +32,7 @@ def seconds_left(records: Sequence[Record]) -> int | None:
 
 
 def _since_restart(records: Sequence[Record]) -> Iterator[Record]:
-    """Records since work was last taken up again: the time in between was not spent on it."""
+    """Yields the records since the last restart: the time before it was not spent on the work."""
     start = 0
     for place, (before, after) in enumerate(pairwise(records), start=1):
         if after["done"] <= before["done"]:
@@ -44,46 +40,41 @@ def _since_restart(records: Sequence[Record]) -> Iterator[Record]:
     yield from records[start:]
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What stages will take, by the plan and by the pace of those that have ended."""
-
-    planned: Mapping[str, float]
-    """Seconds of arithmetic of each stage that has some."""
-    spent: Mapping[str, float]
-    """Seconds of each that has ended."""
-
-    def seconds(self, stages: Iterable[str]) -> float:
-        """Of some stages, one after the other."""
-        thought = sum(map(self._thought, self.spent))
-        pace = sum(self.spent.values()) / thought if self.spent else 1.0
-        return pace * sum(map(self._thought, stages))
-
-    def _thought(self, stage: str) -> float:
-        return BESIDE + self.planned.get(stage, 0.0)
-
-
 def planned_seconds(run_dir: Path) -> Mapping[str, float]:
-    """What a run's plan says of each stage that computes; nothing without such a plan."""
+    """Seconds of arithmetic of each stage, by the run's plan; empty without one."""
     manifest = read_manifest(run_dir / "plan")
-    found = manifest.result_if("plan", PlanResult) if manifest else None
-    return found.seconds if found else {}
+    result = manifest.result_if("plan", PlanResult) if manifest else None
+    return result.seconds if result else {}
+
+
+def run_left(
+    planned: Mapping[str, float], spent: Mapping[str, float], ahead: Mapping[str, float | None]
+) -> float | None:
+    """Seconds that a run will still take; ``None`` if it is complete or has no plan.
+
+    Args:
+        planned: Seconds by ``planned_seconds``.
+        spent: Seconds of each stage that is complete; they tell how fast this machine is.
+        ahead: Seconds of each other stage by its own records, ``None`` if it has none.
+    """
+    if not planned or not ahead:
+        return None
+
+    def expected(stage: str) -> float:
+        return BESIDE + planned.get(stage, 0.0)
+
+    pace = sum(spent.values()) / sum(map(expected, spent)) if spent else 1.0
+    return sum(pace * expected(name) if own is None else own for name, own in ahead.items())
 
 
 def of_run(plan: Plan, stage: PlannedStage) -> Callable[[float], float | None]:
-    """Gives the seconds that a run will still take for those of its stage that begins.
-
-    ``None`` where no plan says what its stages take.
-    """
+    """Returns what a run will still take, given the seconds left of a stage that starts."""
     planned = planned_seconds(plan.run_dir)
-    if not planned:
-        return lambda left: None
     place = [one.name for one in plan.stages].index(stage.name)
-    ahead = [one.name for one in plan.stages[place + 1 :] if one.action != SKIP]
-    ended = ((one.name, one.made) for one in plan.stages if one.name not in (stage.name, *ahead))
-    expected = Expected(planned, {name: made.seconds for name, made in ended if made})
-    rest = expected.seconds(ahead)
-    return lambda left: left + rest
+    later = [one.name for one in plan.stages[place + 1 :] if one.action != SKIP]
+    others = [one for one in plan.stages if one.name not in (stage.name, *later)]
+    spent = {one.name: made.seconds for one in others if (made := one.made)}
+    return lambda left: run_left(planned, spent, {stage.name: left, **dict.fromkeys(later)})
 
 
 def in_words(seconds: float) -> str:

@@ -1,26 +1,169 @@
-"""The trackers themselves, one context manager each, by its name in ``tracker.name``."""
+"""Experiment trackers: parameters, every record that a stage writes, and its final results.
+
+The launcher feeds a tracker from each stage's ``metrics.jsonl``. A stage knows of no tracker, and
+its own record stays whole whatever happens to one.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import netrc
 import os
+import re
+import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from launch.tracking import FINAL, SafeTracker, TrackedRun, Tracker
+from omegaconf import DictConfig, OmegaConf
+
 from recipes.core.errors import RecipeError, require_known
+from recipes.core.files import read_json, write_json
+from recipes.core.manifest import MANIFEST, Manifest, read_manifest
+from recipes.core.metrics import Record, flat
 from recipes.core.versions import git_sha
 
+IDS = "tracker.json"
+"""In the run directory: the run's id with each tracker, so that a resumed run continues it."""
+SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|key)$", re.IGNORECASE)
+USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
+BOOKKEEPING = ("time", "task", "done", "total")
+FINAL = "final"
+"""Task under which a complete stage's results are logged, by their dotted names."""
 WANDB_HOST = "https://api.wandb.ai"
 MLFLOW_PARAMETERS = 100
-"""The most that one request may hold."""
+"""The most parameters that one request may hold."""
 MLFLOW_LENGTH = 6000
-"""Characters of a parameter."""
+"""The most characters of a parameter."""
+
+Track = Callable[[Record], None]
+Log = Callable[[str, str, Mapping[str, float], int, float], None]
+"""Takes a stage, a task, its numbers at a step, the step, and the time (seconds since 1970)."""
+Keep = Callable[[str, str, str], None]
+"""Takes a stage, and a name and content of a file to store as an artifact of the run."""
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker knows of a run when it starts."""
+
+    run_dir: Path
+    recipe: str
+    settings: Mapping[str, Any]
+    """The tracker's own settings, ``tracker.*``."""
+    parameters: Mapping[str, Any]
+    """The resolved config by dotted names, without secrets."""
+
+    def known_id(self, tracker: str) -> str | None:
+        """The id that an earlier start of this run was given."""
+        return self._ids().get(tracker)
+
+    def remember_id(self, tracker: str, run_id: str) -> None:
+        """Stores the id for the next start."""
+        write_json(self.run_dir / IDS, {**self._ids(), tracker: run_id})
+
+    def _ids(self) -> dict[str, str]:
+        file = self.run_dir / IDS
+        return read_json(file) if file.exists() else {}
+
+
+def tracked_run(cfg: DictConfig, run_dir: Path, recipe: str) -> TrackedRun:
+    """Returns what the chosen tracker will know of a run."""
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    settings = plain.pop("tracker", None) or {}
+    return TrackedRun(run_dir, recipe, settings, dict(public_parameters(plain)))
+
+
+def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yields settings by dotted names; of environments only names, and nothing that is secret."""
+    for name, value in values.items():
+        if name == "env":
+            yield f"{prefix}env", ", ".join(sorted(value or ()))
+        elif isinstance(value, dict):
+            yield from public_parameters(value, f"{prefix}{name}.")
+        elif SECRET.search(str(name)) and value is not None:
+            yield f"{prefix}{name}", "(not shown)"
+        else:
+            yield f"{prefix}{name}", _without_user(value)
+
+
+def public_text(file: Path) -> str:
+    """Returns what others may see of a file; a manifest holds its stage's settings."""
+    text = file.read_text(encoding="utf-8")
+    if file.name != MANIFEST:
+        return text
+    manifest = json.loads(text)
+    return json.dumps({**manifest, "config": dict(public_parameters(manifest["config"]))}, indent=1)
+
+
+def _without_user(value: object) -> object:
+    """Removes passwords from addresses: ``https://user:password@host``."""
+    if isinstance(value, list):
+        return [_without_user(one) for one in value]
+    return USER_INFO.sub("", value) if isinstance(value, str) else value
+
+
+def results_of(manifest: Manifest) -> dict[str, float]:
+    """Returns every number of a manifest, by dotted name."""
+    cost = {
+        "seconds": manifest.seconds,
+        "peak_rss_bytes": manifest.peak_rss_bytes,
+        "bytes": manifest.total_bytes(),
+        "parameters": manifest.parameters,
+    }
+    values = flat({**manifest.metrics, **cost})
+    return {name: float(value) for name, value in values if isinstance(value, int | float)}
+
+
+@dataclass
+class Tracker:
+    """A tracker that cannot stop a run: its first error is reported, and it gets nothing more."""
+
+    name: str
+    log: Log = lambda *_: None
+    keep: Keep = lambda *_: None
+    failed: bool = False
+
+    def stage(self, stage: str) -> Track:
+        """Returns what logs the records of a stage."""
+
+        def track(record: Record) -> None:
+            values = {
+                name: float(value)
+                for name, value in record.items()
+                if name not in BOOKKEEPING and isinstance(value, float | int)
+            }
+            self._try(self.log, stage, record["task"], values, record["done"], record["time"])
+
+        return track
+
+    def finish(self, stage: str, directory: Path, file: Path | None = None) -> None:
+        """Logs the results of a complete stage, and stores a file of it."""
+        manifest = read_manifest(directory)
+        if manifest is not None:
+            self._try(self.log, stage, FINAL, results_of(manifest), 0, time.time())
+            if file is not None:
+                self._try(lambda: self.keep(stage, file.name, public_text(file)))
+
+    def _try(self, act: Callable[..., None], *arguments: Any) -> None:
+        if self.failed:
+            return
+        try:
+            act(*arguments)
+        except Exception as error:
+            self.failed = True
+            warnings.warn(
+                f"tracker {self.name} failed ({type(error).__name__}: {error}); the run continues "
+                "without it",
+                stacklevel=2,
+            )
 
 
 @contextmanager
@@ -40,14 +183,14 @@ def tensorboard(run: TrackedRun) -> Iterator[Tracker]:
 
     writers: dict[str, Any] = {}
     with ExitStack() as stack:
-        yield Tracker(log)
+        yield Tracker("tensorboard", log)
 
 
 @contextmanager
 def wandb(run: TrackedRun) -> Iterator[Tracker]:
-    """Weights & Biases: offline in ``<run>/wandb`` unless ``WANDB_MODE`` or a login says other.
+    """Weights & Biases: offline in ``<run>/wandb`` unless ``WANDB_MODE`` or a login says otherwise.
 
-    Machine facts are not sent: they hold the command line, and that may hold a secret.
+    Facts about the machine are not sent: they include the command line, which may hold a secret.
     """
     import wandb as library
 
@@ -75,7 +218,7 @@ def wandb(run: TrackedRun) -> Iterator[Tracker]:
             return
         place = f"{stage}/{task}"
         if place not in seen:
-            # Each task counts its own steps; the tracker's own would only go up.
+            # Each task counts its own steps; wandb's step can only increase.
             seen.add(place)
             started.define_metric(f"{place}/step", hidden=True)
             started.define_metric(f"{place}/*", step_metric=f"{place}/step")
@@ -90,15 +233,15 @@ def wandb(run: TrackedRun) -> Iterator[Tracker]:
         started.log_artifact(kept)
 
     try:
-        yield Tracker(log, keep)
+        yield Tracker("wandb", log, keep)
     finally:
         started.finish()
 
 
 def wandb_mode() -> Any:
-    """The user's ``WANDB_MODE``; else online where there is a login, and offline elsewhere.
+    """Returns the user's ``WANDB_MODE``, or else online with a login and offline without.
 
-    Not ``wandb.login``, which asks the server and so fails without a network.
+    ``wandb.login`` would ask the server, and fail without a network.
     """
     if chosen := os.environ.get("WANDB_MODE"):
         return chosen
@@ -131,7 +274,7 @@ def mlflow(run: TrackedRun) -> Iterator[Tracker]:
         library.log_text(content, f"{stage}/{name}")
 
     try:
-        yield Tracker(log, keep)
+        yield Tracker("mlflow", log, keep)
         ended = "FINISHED"
     except KeyboardInterrupt:
         ended = "KILLED"
@@ -142,7 +285,7 @@ def mlflow(run: TrackedRun) -> Iterator[Tracker]:
 
 
 def _mlflow_run(run: TrackedRun) -> Any:
-    """The run begun before, if this store has it, or a new one."""
+    """Continues the run of an earlier start if this store has it, or else creates one."""
     import mlflow as library
 
     if known := run.known_id("mlflow"):
@@ -156,7 +299,7 @@ def _mlflow_run(run: TrackedRun) -> Any:
 
 
 def _mlflow_parameters(before: Mapping[str, str], run: TrackedRun) -> None:
-    """Logs parameters; of a resumed run, one that changed becomes a tag, as it cannot be reset."""
+    """Logs parameters; those that changed since an earlier start, which are fixed, become tags."""
     import mlflow as library
 
     wanted = {_mlflow_name(n): str(v)[:MLFLOW_LENGTH] for n, v in run.parameters.items()}
@@ -168,12 +311,12 @@ def _mlflow_parameters(before: Mapping[str, str], run: TrackedRun) -> None:
 
 
 def _mlflow_name(name: str) -> str:
-    """Names may hold letters, digits and a few signs."""
+    """Replaces characters that MLflow does not allow in names."""
     return "".join(c if c.isalnum() or c in "_-. /:" else "_" for c in name)
 
 
 def _links(run: TrackedRun) -> dict[str, str]:
-    """Where the run and its report are, and which code it ran."""
+    """Returns where the run and its report are, and the commit that it ran."""
     report = run.run_dir / "report" / "artifact" / "report.html"
     return {
         "run_dir": str(run.run_dir.resolve()),
@@ -182,32 +325,31 @@ def _links(run: TrackedRun) -> dict[str, str]:
     }
 
 
-TRACKERS: Mapping[
-    str, tuple[Callable[[TrackedRun], AbstractContextManager[Tracker]], tuple[str, ...]]
-] = {
+Open = Callable[[TrackedRun], AbstractContextManager[Tracker]]
+TRACKERS: Mapping[str, tuple[Open, tuple[str, ...]]] = {
     "tensorboard": (tensorboard, ("tensorboard",)),
     "wandb": (wandb, ("wandb",)),
     "mlflow": (mlflow, ("mlflow", "sqlalchemy", "alembic")),
 }
-"""Each with the modules that it needs."""
+"""By name, with the modules that each needs."""
 
 
 @contextmanager
-def open_tracker(run: TrackedRun) -> Iterator[SafeTracker]:
+def open_tracker(run: TrackedRun) -> Iterator[Tracker]:
     """Opens the tracker that the settings name, for the whole run; refuses if it does not start."""
     name = run.settings.get("name")
     if name is None:
-        yield SafeTracker("", Tracker())
+        yield Tracker("")
         return
     with ExitStack() as stack:
         try:
             tracker = stack.enter_context(TRACKERS[name][0](run))
         except Exception as error:
             raise RecipeError(
-                f"tracker={name} did not begin ({type(error).__name__}: {error}).",
+                f"tracker={name} did not start ({type(error).__name__}: {error}).",
                 "check its settings, or tracker=null",
             ) from error
-        yield SafeTracker(name, tracker)
+        yield tracker
 
 
 def require_tracker(name: str | None) -> None:

@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
@@ -73,17 +72,15 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
     ]
 
 
-def write_script(stage: PlannedStage, cluster: DockerConfig) -> Path:
-    """Writes ``run.sh``; a container that a killed launcher left behind is removed first."""
-    groups = [shlex.join(group) for group in command(stage, cluster) if group]
-    remove = f"docker rm --force {container_name(stage)} >/dev/null 2>&1 || true"
-    return foreground.write_script(stage, {}, [remove], " \\\n  ".join(groups))
-
-
 def write_scripts(plan: Plan, cluster: DockerConfig) -> None:
-    """Writes a ``run.sh`` for every stage that is to run."""
+    """Writes a ``run.sh`` for every stage that is to run.
+
+    The script first removes a container that a killed launcher left behind.
+    """
     for stage in plan.todo():
-        write_script(stage, cluster)
+        groups = [shlex.join(group) for group in command(stage, cluster) if group]
+        remove = f"docker rm --force {container_name(stage)} >/dev/null 2>&1 || true"
+        foreground.write_script(stage, " \\\n  ".join(groups), {}, setup=remove)
 
 
 def start(plan: Plan, cluster: DockerConfig, follow: Follow, console: Console) -> bool:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import IO
 
 from launch.cluster import Cluster, Follow, layout_variables
@@ -65,18 +64,17 @@ def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
 
 
 def write_script(
-    stage: PlannedStage, exports: Mapping[str, str], setup: Sequence[str], command: str
-) -> Path:
+    stage: PlannedStage, command: str, exports: Mapping[str, str], setup: str = ""
+) -> None:
     """Writes ``run.sh``, which starts the stage for the launcher, or by hand."""
     lines = ["#!/usr/bin/env bash"]
     lines += ["# shellcheck disable=SC2016 # what stands in single quotes is meant literally"]
     lines += ["set -euo pipefail"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
-    lines += [f"cd {shlex.quote(os.getcwd())}", *setup, f"exec {command}"]
+    lines += [f"cd {shlex.quote(os.getcwd())}", setup, f"exec {command}"]
     path = stage.directory / SCRIPT
-    write_text_atomically(path, "\n".join(lines) + "\n")
+    write_text_atomically(path, "\n".join(filter(None, lines)) + "\n")
     path.chmod(0o755)
-    return path
 
 
 def by_script(stage: PlannedStage, log: IO[bytes]) -> AbstractContextManager[Callable[[], bool]]:

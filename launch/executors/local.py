@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 from rich.console import Console
@@ -48,11 +47,6 @@ def prepare(plan: Plan, cluster: LocalConfig) -> Plan:
     return plan
 
 
-def command(stage: PlannedStage) -> list[str]:
-    """The stage's command line."""
-    return foreground.command(stage, sys.executable)
-
-
 def environment(stage: PlannedStage, cluster: LocalConfig) -> dict[str, str]:
     """Variables that the stage gets besides the caller's own."""
     env = foreground.environment(stage, cluster)
@@ -60,49 +54,35 @@ def environment(stage: PlannedStage, cluster: LocalConfig) -> dict[str, str]:
     return {**env, "PYTHONPATH": os.pathsep.join(path)}
 
 
-def write_script(stage: PlannedStage, cluster: LocalConfig) -> Path:
-    """Writes ``run.sh``."""
-    return foreground.write_script(
-        stage, environment(stage, cluster), [], shlex.join(command(stage))
-    )
-
-
 def write_scripts(plan: Plan, cluster: LocalConfig) -> None:
     """Writes a ``run.sh`` for every stage that is to run."""
     for stage in plan.todo():
-        write_script(stage, cluster)
+        command = shlex.join(foreground.command(stage, sys.executable))
+        foreground.write_script(stage, command, environment(stage, cluster))
 
 
-def shared_environment(plan: Plan, cluster: LocalConfig) -> dict[str, str] | None:
-    """All variables of most stages that one process can preload for; ``None`` below two stages.
+def may_fork(stage: PlannedStage) -> bool:
+    """Whether a preloaded process can become the stage.
 
-    Many are read only when a process starts or imports, so a stage with others starts by itself.
+    Variables of its own are read when a process starts or imports, and so need another process.
     """
-    every = [_all_variables(stage, cluster) for stage in plan.todo() if _may_fork(stage)]
-    shared = max(every, key=every.count, default={})
-    return shared if every.count(shared) > 1 else None
-
-
-def _may_fork(stage: PlannedStage) -> bool:
-    return stage.stage.needs_torch and stage.config.resources.devices == 1
-
-
-def _all_variables(stage: PlannedStage, cluster: LocalConfig) -> dict[str, str]:
-    return {**os.environ, **environment(stage, cluster)}
+    resources = stage.config.resources
+    return stage.stage.needs_torch and resources.devices == 1 and not resources.env
 
 
 def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) -> bool:
-    """Runs the stages to their end; those that can, share one import of the stack."""
-    shared = shared_environment(plan, cluster)
-    if shared is None:
+    """Runs the stages to their end; stages that can be forked share one import of the stack."""
+    forkable = [stage for stage in plan.todo() if may_fork(stage)]
+    if len(forkable) < 2:
         return foreground.run_all(plan, follow)
+    shared = {**os.environ, **environment(forkable[0], cluster)}
     with preloaded(PRELOADED, shared, plan.run_dir / "preload.log") as server:
 
         def begin(
             stage: PlannedStage, log: IO[bytes]
         ) -> AbstractContextManager[Callable[[], bool]]:
             process = None
-            if _may_fork(stage) and _all_variables(stage, cluster) == shared:
+            if may_fork(stage):
                 process = fork_stage(server, stage.module, stage.directory / REQUEST, log)
             if process is None:
                 return foreground.by_script(stage, log)

@@ -6,6 +6,7 @@ torchrun itself starts those of the tests that kill them, of ``tests/cpu/core`` 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from launch.executors import local
+from launch.executors import foreground, local
 from launch.executors.local import PRELOADED, LocalConfig
 from launch.planned import PlannedStage
 from recipes.core.files import REPO_ROOT
@@ -25,7 +26,7 @@ from tests.support.forked import forked
 def stage_ranks(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
     """Starts a stage of several ranks, for ``foreground.run``."""
     environment = {**os.environ, **local.environment(stage, LocalConfig())}
-    with fork_command(local.command(stage), environment, log) as ended:
+    with fork_command(foreground.command(stage, sys.executable), environment, log) as ended:
         yield ended
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from launch.executors.local import LocalConfig, shared_environment
+from launch.executors.local import may_fork
 from recipes.core.preloaded import followed, fork_stage, preloaded
 from recipes.core.processes import ended_by
 from recipes.core.stage import Resources
@@ -163,18 +163,17 @@ def test_without_a_gpu_cuda_does_not_keep_a_process_from_being_forked(
     assert "from C" in (tmp_path / "log.txt").read_text()
 
 
-def test_only_stages_of_one_environment_share(plan: Callable[..., Plan]) -> None:
-    made = plan()
-    shared = shared_environment(made, LocalConfig(env={"THREADS": "1"}))
-    assert shared is not None
-    assert shared["THREADS"] == "1"
-    two = [stage for stage in made.stages if stage.name in ("prune", "distill")]
+def test_stages_of_one_rank_without_variables_of_their_own_are_forked(
+    plan: Callable[..., Plan],
+) -> None:
+    stages = {stage.name: stage for stage in plan().stages}
 
-    def share(**resources: Any) -> bool:
-        changed = replace(two[1].config, resources=Resources(**resources))
-        stages = (two[0], replace(two[1], config=changed))
-        return shared_environment(replace(made, stages=stages), LocalConfig()) is not None
+    def forked(name: str, **resources: Any) -> bool:
+        stage = stages[name]
+        config = replace(stage.config, resources=Resources(**resources))
+        return may_fork(replace(stage, config=config))
 
-    assert share()
-    assert not share(env={"LD_PRELOAD": "a.so"})
-    assert not share(devices=2)
+    assert forked("distill")
+    assert not forked("distill", env={"LD_PRELOAD": "a.so"})
+    assert not forked("distill", devices=2)
+    assert not forked("report")  # which needs no torch

@@ -140,7 +140,7 @@ def test_runs_are_listed_with_where_they_are_and_what_they_measured(
     complete(plan())
     finished = row(launch, run_dir)
     assert " complete " in finished
-    assert "perplexity 10.0 → 30.0 → 15.0, 75% recovered" in finished
+    assert "perplexity 10.0 → 30.0 → 15.0, recovered 75%" in finished
     assert "1.5 M" in finished
     assert finished.rstrip().endswith("now")
     (run_dir / "prune" / MANIFEST).write_text("{")

@@ -7,11 +7,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from launch.compare import compare
+from launch.commands import compare
 from launch.sweep import best_of
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest
@@ -40,7 +42,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(sweep: Path) -> Page:
     out = sweep.parent / "compare.html"
-    first, second = compare([str(sweep), f"out={out}"]).splitlines()
+    console = Console(file=StringIO(), soft_wrap=True)
+    compare([str(sweep), f"out={out}"], console)
+    first, second = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert first == f"4 runs compared in {out}"
     assert second == ("best: sweep/1, the lowest loss on the same held-out text, perplexity 38.47")
     return Page(out.read_text(encoding="utf-8"))
@@ -167,7 +171,7 @@ def test_nothing_to_compare_is_refused(sweep: Path, tmp_path: Path) -> None:
     }
     for message, words in cases.items():
         with pytest.raises(RecipeError, match=message):
-            compare([str(word) for word in words])
+            compare([str(word) for word in words], Console())
 
 
 def test_command_line(launch: Launch, sweep: Path, tmp_path: Path) -> None:

@@ -83,7 +83,13 @@ def test_summary_shows_what_each_stage_produced(
     complete(plan(*chosen))
     print_summary(plan(*chosen), 1.25, screen)
     shown = text_of(screen)
-    for words in ("1,000,200 tokens", "1.5 M parameters", "1.0 GB", "report.html", "75% recovered"):
+    for words in (
+        "1,000,200 tokens",
+        "1.5 M parameters",
+        "1.0 GB",
+        "report.html",
+        "recovered 75% of",
+    ):
         assert words in shown
     assert "everything was complete, nothing ran; 1.2 s" in shown
     for words in (
@@ -103,9 +109,11 @@ def test_summary_marks_incomplete_stages(screen: Console, plan: Callable[..., Pl
 @pytest.mark.parametrize(
     ("recovered", "expected"),
     [
-        (0.75, "perplexity 10.0 → 30.0 → 15.0, 75% recovered"),
+        (0.75, "perplexity 10.0 → 30.0 → 15.0, recovered 75% of the loss added by pruning"),
         (None, "perplexity 10.0 → 30.0 → 15.0"),
-        pytest.param(0.0, "perplexity 10.0 → 30.0 → 15.0, 0% recovered"),
+        pytest.param(
+            0.0, "perplexity 10.0 → 30.0 → 15.0, recovered 0% of the loss added by pruning"
+        ),
     ],
 )
 def test_headline_of_an_evaluation(

@@ -399,7 +399,8 @@ def test_docker_script_starts_exactly_that(
     made, cluster = prepared(*DOCKER, "+cluster.env.AWKWARD='it is \"$HOME\"'")
     stage = stage_of(made, "prune")
     put_docker(tmp_path, f'printf "%s\\n" "$@" >>{tmp_path}/said', monkeypatch)
-    subprocess.run([docker.write_script(stage, cluster)], check=True, cwd="/")  # type: ignore[arg-type]
+    docker.write_scripts(made, cluster)  # type: ignore[arg-type]
+    subprocess.run([stage.directory / foreground.SCRIPT], check=True, cwd="/")
     words = [word for group in docker.command(stage, cluster) for word in group]  # type: ignore[arg-type]
     removal = ["rm", "--force", docker.container_name(stage)]
     assert (tmp_path / "said").read_text().splitlines() == [*removal, *words[1:]]

@@ -66,7 +66,7 @@ def stage(plan: Callable[..., Plan]) -> PlannedStage:
 
 
 def test_command_starts_one_process_a_device(stage: PlannedStage, tmp_path: Path) -> None:
-    command = local.command(stage)
+    command = foreground.command(stage, sys.executable)
     assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in command
     assert "--standalone" in command
@@ -81,7 +81,7 @@ def test_one_process_is_started_without_torchrun(
     alone = replace(stage, config=replace(stage.config, resources=Resources()))
     config = str(tmp_path / "run" / "distill" / "config.yaml")
     expected = [sys.executable, "-m", "recipes.stages.distill", "--config", config]
-    assert local.command(alone) == expected
+    assert foreground.command(alone, sys.executable) == expected
     found = local.environment(alone, local.LocalConfig())
     assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("0", "0", "1")
     assert "WORLD_SIZE" not in local.environment(stage, local.LocalConfig())  # torchrun sets it
@@ -132,10 +132,10 @@ def test_script_does_what_the_launcher_does(
     """The real script, with an interpreter that only says how it was started."""
     python = fake_python(tmp_path, 'printf "%s\\n" "$@"; printf "%s" "$AWKWARD"')
     monkeypatch.setattr(sys, "executable", str(python))
-    script = local.write_script(stage, local.LocalConfig(env={"AWKWARD": AWKWARD}))
+    script = write_script(stage, AWKWARD=AWKWARD)
     assert os.access(script, os.X_OK)
     done = subprocess.run([script], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout == "\n".join([*local.command(stage)[1:], AWKWARD])
+    assert done.stdout == "\n".join([*foreground.command(stage, sys.executable)[1:], AWKWARD])
 
 
 def test_script_runs_where_the_launcher_ran(
@@ -145,9 +145,15 @@ def test_script_runs_where_the_launcher_ran(
     here = tmp_path / "here it is"
     here.mkdir()
     monkeypatch.chdir(here)
-    script = local.write_script(stage, local.LocalConfig())
+    script = write_script(stage)
     done = subprocess.run([script], cwd="/", capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(here.resolve())
+
+
+def write_script(stage: PlannedStage, **env: str) -> Path:
+    plan = Plan(stage.directory.parent, None, (replace(stage, action="run"),))  # type: ignore[arg-type]
+    local.write_scripts(plan, local.LocalConfig(env=env))
+    return stage.directory / foreground.SCRIPT
 
 
 def fake_python(folder: Path, commands: str) -> Path:
@@ -160,7 +166,7 @@ def fake_python(folder: Path, commands: str) -> Path:
 
 def start(stage: PlannedStage, program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(program))
-    local.write_script(stage, local.LocalConfig(env={"GREETING": "hello"}))
+    write_script(stage, GREETING="hello")
     with Follower(stage, Console(file=StringIO())) as follower:
         foreground.run(stage, follower)
 
@@ -226,7 +232,7 @@ def test_a_stage_that_does_not_stop_is_killed(
     monkeypatch.setattr(starting, "STOP_SECONDS", 0.1)
     program = fake_python(tmp_path, "trap '' TERM; echo $$; while :; do sleep 0.05; done")
     monkeypatch.setattr(sys, "executable", str(program))
-    local.write_script(stage, local.LocalConfig())
+    write_script(stage)
     log = tmp_path / "log"
 
     def interrupted() -> None:

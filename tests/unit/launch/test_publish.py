@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from launch.plan import Plan
 from launch.settings import require_own_places
-from launch.tracking import public_text
+from launch.trackers import public_text
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, stamp_files, write_manifest
 from tests.support.hub import StandInHub, settings_for, stand_in_hub

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launch.run_status import read_statuses, run_left
-from launch.time_left import BESIDE, Expected, in_words, of_run, seconds_left
+from launch.run_status import read_statuses, time_left
+from launch.time_left import BESIDE, in_words, of_run, run_left, seconds_left
 from recipes.core.manifest import read_manifest, write_manifest
 from recipes.core.metrics import METRICS, MetricsLog
 from recipes.core.run_state import begin_work, read_request
@@ -41,12 +41,13 @@ def test_a_task_goes_on_at_its_own_speed() -> None:
 
 
 def test_stages_take_what_is_planned_at_the_pace_of_those_that_ended() -> None:
-    planned = {"score": 90.0, "distill": 390.0}
-    assert Expected(planned, {}).seconds(["distill", "report"]) == 390 + 2 * BESIDE
+    planned, ahead = {"score": 90.0, "distill": 390.0}, dict.fromkeys(("distill", "report"))
+    assert run_left(planned, {}, ahead) == 390 + 2 * BESIDE
     pace = 250 / (90 + BESIDE)
-    known = Expected(planned, {"score": 250.0})
-    assert known.seconds(["distill", "report"]) == pytest.approx(pace * (390 + 2 * BESIDE))
-    assert known.seconds([]) == 0
+    left = run_left(planned, {"score": 250.0}, ahead)
+    assert left == pytest.approx(pace * (390 + 2 * BESIDE))
+    assert run_left(planned, {"score": 250.0}, {}) is None
+    assert run_left({}, {"score": 250.0}, ahead) is None
 
 
 @pytest.fixture
@@ -75,16 +76,16 @@ def test_unfinished_work_counts_from_where_it_is(plan: Callable[..., Plan], pace
     record(made)
     distill = made.run_dir / "distill"
     expected = pace * (390 + BESIDE + AFTER)
-    assert run_left(made.run_dir, read_statuses(made.run_dir)) == pytest.approx(expected)
+    assert time_left(made.run_dir, read_statuses(made.run_dir)) == pytest.approx(expected)
     write_steps(distill)  # of an earlier result
-    assert run_left(made.run_dir, read_statuses(made.run_dir)) == pytest.approx(expected)
+    assert time_left(made.run_dir, read_statuses(made.run_dir)) == pytest.approx(expected)
     begin_work(distill, begun(read_request(distill)))
     write_steps(distill)
     statuses = read_statuses(made.run_dir)
-    assert run_left(made.run_dir, statuses) == pytest.approx(49 + pace * AFTER)
+    assert time_left(made.run_dir, statuses) == pytest.approx(49 + pace * AFTER)
     complete = [stage for stage in statuses if stage.result]
     assert [stage.name for stage in complete] == list(BEFORE)
-    assert run_left(made.run_dir, complete) is None
+    assert time_left(made.run_dir, complete) is None
 
 
 def write_steps(directory: Path) -> None:

@@ -17,12 +17,19 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch import lock, trackers, tracking
+from launch import lock, trackers
 from launch.console import Follower
 from launch.plan import Plan
 from launch.run import _follow
-from launch.trackers import open_tracker, require_tracker
-from launch.tracking import IDS, TrackedRun, tracked_run
+from launch.trackers import (
+    IDS,
+    TrackedRun,
+    open_tracker,
+    public_parameters,
+    require_tracker,
+    tracked_run,
+    wandb_mode,
+)
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST
 from recipes.core.metrics import METRICS, MetricsLog
@@ -250,18 +257,18 @@ def test_secrets_stay_out(tracked: Tracked, monkeypatch: pytest.MonkeyPatch, tra
 
 @pytest.mark.parametrize("name", ["hf_token", "password", "api_key", "TOKEN", "client_secret"])
 def test_secret_names(name: str) -> None:
-    assert dict(tracking.public_parameters({"a": {name: "x"}})) == {f"a.{name}": "(not shown)"}
+    assert dict(public_parameters({"a": {name: "x"}})) == {f"a.{name}": "(not shown)"}
 
 
 def test_addresses_lose_their_passwords() -> None:
     given = {"sources": ["https://me:x@example.com/a.txt", "hf://a/b@en:train", "pypi://a==1:b"]}
-    shown = dict(tracking.public_parameters(given))["sources"]
+    shown = dict(public_parameters(given))["sources"]
     assert shown == ["https://example.com/a.txt", *given["sources"][1:]]
 
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "tokenizer", "keep", "max_steps"])
 def test_names_that_hold_no_secret(name: str) -> None:
-    assert dict(tracking.public_parameters({name: 3})) == {name: 3}
+    assert dict(public_parameters({name: 3})) == {name: 3}
 
 
 def test_a_tracker_that_fails_does_not_stop_the_run(
@@ -282,7 +289,7 @@ def test_a_tracker_that_does_not_begin_is_one_message(tracked: Tracked) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed: pip install '.[mlflow]'")
     _, run = tracked("mlflow", "tracker.uri=nonsense://x")
     with (
-        pytest.raises(RecipeError, match=r"(?s)mlflow did not begin.*fix: .*tracker=null"),
+        pytest.raises(RecipeError, match=r"(?s)mlflow did not start.*fix: .*tracker=null"),
         open_tracker(run),
     ):
         pass
@@ -303,8 +310,6 @@ def test_a_tracker_that_does_not_begin_is_one_message(tracked: Tracked) -> None:
 def test_wandb_is_offline_without_a_login(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, env: dict[str, str], netrc: str, mode: str
 ) -> None:
-    from launch.trackers import wandb_mode
-
     (tmp_path / "netrc").write_text(netrc)
     (tmp_path / "netrc").chmod(0o600)
     for name, value in env.items():
@@ -327,8 +332,7 @@ def test_a_missing_package_is_one_message(monkeypatch: pytest.MonkeyPatch) -> No
 def test_trackers_need_no_torch(tmp_path: Path, root: Path) -> None:
     code = (
         "import sys, pathlib\n"
-        "from launch.trackers import open_tracker\n"
-        "from launch.tracking import TrackedRun\n"
+        "from launch.trackers import TrackedRun, open_tracker\n"
         "run = TrackedRun(pathlib.Path(sys.argv[1]), 'r', {'name': 'tensorboard'}, {})\n"
         "with open_tracker(run) as tracker:\n"
         "    tracker.stage('s')({'task': 't', 'done': 1, 'total': 1, 'time': 0.0, 'x': 1.0})\n"
