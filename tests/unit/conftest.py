@@ -27,14 +27,7 @@ from recipes.core.manifest import ARTIFACT, read_manifest, stamp_files, write_ma
 from recipes.core.run_state import LastPlan
 from recipes.core.statistics import Difference
 from recipes.data.results import DatasetResult
-from recipes.engines.results import (
-    BenchmarkResults,
-    BenchmarkRow,
-    EngineResult,
-    MachineRates,
-    Speedup,
-    Spread,
-)
+from recipes.engines.results import EngineResult
 from recipes.evaluation.results import (
     Differences,
     EvaluationResult,
@@ -48,6 +41,7 @@ from recipes.planning.results import PlanResult
 from recipes.pruning.results import HealResult
 from tests.support.launcher import fork_launcher
 from tests.support.manifests import bare_manifest
+from tests.support.reports import speed_results
 
 ROOT = REPO_ROOT
 RECIPE = "recipe=llama_width_prune"
@@ -80,7 +74,6 @@ SCIQ = TaskResult(
     version="1.0",
     seconds={"teacher": 3.0, "pruned": 2.0, "distilled": 2.0},
 )
-SPEED = Spread(20.0, 18.0, 21.0)
 RESULTS = {
     "dataset": DatasetResult(
         {"train": 9}, {"train": 1_000_000, "heldout": 200}, ["text.jsonl"], {}, 0
@@ -101,14 +94,7 @@ RESULTS = {
     ),
     "task_results": TaskResults({"sciq": SCIQ}, {}, "lm_eval", "hub"),
     "engine": EngineResult("openvino", "fp32", None, 3.5, 6_000_000),
-    "speed_results": BenchmarkResults(
-        machine=MachineRates("a processor", 2, {"float32": 1e11}, 1e10),
-        rows=[
-            BenchmarkRow(role, "openvino", "fp32", 1, 128, 32, SPEED, SPEED, SPEED, 10**8, 1.0, 6)
-            for role in ("teacher", "student")
-        ],
-        speedups=[Speedup("openvino", "fp32", 1, 128, 1.25, 1.5, 1.2, 1.4)],
-    ),
+    "speed_results": speed_results(),
     "heal": HealResult([1], calibration_tokens=64, kl_as_cut=0.68, kl_healed=0.4154),
 }
 """What stages are said to have measured, by kind or name."""
