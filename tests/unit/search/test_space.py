@@ -16,11 +16,11 @@ from launch.plan import with_shapes
 from launch.schema import compose
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
+from recipes.core.run_state import request_of
 from recipes.core.stage import Input, Resources
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning.chain import Chain
-from recipes.search.halving import request_of
 from recipes.search.latency import fit
 from recipes.search.results import Candidate
 from recipes.search.settings import (
@@ -286,17 +286,22 @@ def test_names_that_are_no_candidates_are_refused(chain: Chain) -> None:
 
 
 def test_where_a_candidate_is_trained_is_not_what_it_is() -> None:
-    """A halving that goes on with other resources keeps what was trained."""
+    """A halving that resumes with other resources keeps what was trained."""
+    config = DistillConfig(stage="distill")
     small, large = (
         request_of(
-            DistillConfig(stage="distill", micro_batch_size=n, resources=Resources(devices=n)), {}
+            "distill",
+            dataclasses.replace(config, micro_batch_size=n, resources=Resources(devices=n)),
+            {},
         )
         for n in (1, 2)
     )
-    assert small["config"] != large["config"]
-    assert small["fingerprint"] == large["fingerprint"]
-    other = request_of(DistillConfig(stage="distill", lr=1.0), {})
-    assert small["fingerprint"] != other["fingerprint"]
+    assert small.config != large.config
+    assert small.fingerprint == large.fingerprint
+    assert (
+        small.fingerprint
+        != request_of("distill", dataclasses.replace(config, lr=1.0), {}).fingerprint
+    )
 
 
 def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better() -> None:
