@@ -54,8 +54,9 @@ from launch.plan import Plan, make_plan
 from launch.planned import PlannedStage
 from launch.publish import public_file, publish, require_publishable, show_files
 from launch.rehearse import rehearse
-from launch.settings import RunSettings, require_own_places, settings_of
+from launch.settings import RunSettings, settings_of
 from launch.staleness import SKIP
+from launch.sweep import require_separate_results
 from launch.trackers import Tracker, open_tracker, require_tracker, tracked_run
 from recipes.core.errors import RecipeError
 from recipes.core.files import explain_storage_errors, remove_partial
@@ -74,7 +75,7 @@ def main(cfg: DictConfig) -> Path | None:
         raise SystemExit(1)
     try:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            require_own_places(cfg, sys.argv[1:])
+            require_separate_results(cfg, sys.argv[1:])
         return run(cfg, recipe)
     except RecipeError as error:  # past Hydra, which would print the overrides first
         raise SystemExit(_fail(error)) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
@@ -76,28 +75,6 @@ class RunSettings:
         if not self.model.hf_path:
             raise RecipeError("no model is set.", "model=NAME or model.hf_path=DIR_OR_HUB_ID")
         return self.model.hf_path
-
-
-SHARED = {
-    "run_dir": "hydra.sweep.dir=DIR, in which each has a folder",
-    "hub.push": "name each by what is swept: 'hub.push=ORG/NAME-${stages.prune.target_num_layers}'",
-}
-"""Settings that must differ between the runs of a sweep, and how to make them differ."""
-
-
-def require_own_places(cfg: DictConfig, words: Sequence[str]) -> None:
-    """Refuses a sweep whose runs would overwrite each other's results.
-
-    Args:
-        cfg: Config of one run.
-        words: Command line of the sweep.
-    """
-    for name, fix in SHARED.items():
-        group, _, key = name.rpartition(".")
-        swept = any(word.startswith(f"{name}=") and "," in word for word in words)
-        node = cfg[group] if group else cfg
-        if node[key] is not None and not swept and not OmegaConf.is_interpolation(node, key):
-            raise RecipeError(f"all runs of this sweep would have {name}={node[key]}.", fix)
 
 
 def settings_of(cfg: DictConfig) -> RunSettings:

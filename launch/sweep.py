@@ -1,4 +1,4 @@
-"""Names the best run at the end of a sweep (``-m``)."""
+"""Sweeps (``-m``): checks that runs do not share results, and names the best run at the end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,31 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from recipes.core.errors import RecipeError
 from recipes.core.screen import screen
+
+SHARED = {
+    "run_dir": "hydra.sweep.dir=DIR, in which each has a folder",
+    "hub.push": "name each by what is swept: 'hub.push=ORG/NAME-${stages.prune.target_num_layers}'",
+}
+"""Settings that must differ between the runs of a sweep, and how to make them differ."""
+
+
+def require_separate_results(cfg: DictConfig, words: Sequence[str]) -> None:
+    """Refuses a sweep whose runs would overwrite each other's results.
+
+    Args:
+        cfg: Config of one run.
+        words: Command line of the sweep.
+    """
+    for name, fix in SHARED.items():
+        group, _, key = name.rpartition(".")
+        swept = any(word.startswith(f"{name}=") and "," in word for word in words)
+        node = cfg[group] if group else cfg
+        if node[key] is not None and not swept and not OmegaConf.is_interpolation(node, key):
+            raise RecipeError(f"all runs of this sweep would have {name}={node[key]}.", fix)
 
 
 class Best(Callback):

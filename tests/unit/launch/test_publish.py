@@ -13,7 +13,7 @@ import pytest
 from omegaconf import DictConfig
 
 from launch.plan import Plan
-from launch.settings import require_own_places
+from launch.sweep import require_separate_results
 from launch.trackers import public_text
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, stamp_files, write_manifest
@@ -150,7 +150,7 @@ def test_what_a_sweep_keeps_is_told_apart(compose: Compose, word: str, told: boo
     cfg = compose(RUN[0], word.partition(",")[0])
     refused = contextlib.nullcontext() if told else pytest.raises(RecipeError, match="all runs of")
     with refused:
-        require_own_places(cfg, ["-m", *RUN, word])
+        require_separate_results(cfg, ["-m", *RUN, word])
 
 
 def test_a_public_model_is_not_taken_for_a_private_one(push: Launch, hub: StandInHub) -> None:
