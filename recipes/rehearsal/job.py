@@ -177,4 +177,6 @@ def _input(chain: Chain, stages: Mapping[str, Stage[Any]], source: str) -> JobIn
     kind = manifest.kind if manifest is not None else stages[source].kind
     settings = manifest.config if manifest is not None else vars(chain.stages[source])
     config = {name: settings[name] for name in CACHE_FIELDS if name in settings}
-    return JobInput(kind, chain.shape_of(source).as_dict(), config)
+    # A search is rehearsed with the teacher as its candidate: no candidate needs more memory.
+    shape = chain.teacher if kind == "shapes" else chain.shape_of(source)
+    return JobInput(kind, shape.as_dict(), config)
