@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_convert.architecture import Architecture
+from nemo_convert.config_keys import unknown_keys
 from nemo_convert.families import EXPERTS, FAMILIES, QK_NORM, QKV_BIAS, Family
 from recipes.core.errors import RecipeError
 
@@ -14,49 +15,53 @@ SUPPORTED = tuple(FAMILIES)
 DEFAULT_ROPE = {"rope_type": "default"}
 DEFAULT_ROPE_THETA = 10_000.0
 """What transformers takes for every supported family where a config has no ``rope_theta``."""
-ROPE_PARAMETERS, ROPE_THETA, ROPE_SCALING = "rope_parameters", "rope_theta", "rope_scaling"
+TRANSFORMERS_5 = ("rope_parameters", "num_local_experts")
+"""Keys that transformers 4 does not read."""
 
 
 def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns a ``config.json`` with RoPE as transformers 4 and 5 both read it.
+    """Returns a ``config.json`` in a spelling that transformers 4 and 5 both read.
 
-    transformers 5 writes ``rope_parameters: {rope_theta, rope_type, ...}``. transformers 4, which
-    NeMo imports with, ignores that key and takes a ``rope_theta`` of 10,000. transformers 5 reads
-    ``rope_theta`` and ``rope_scaling`` as well. A config without ``rope_parameters`` is returned
-    as it is.
+    transformers 5 writes ``rope_parameters: {rope_theta, rope_type, ...}``, and for some models
+    ``num_local_experts``. transformers 4, which NeMo imports with, ignores both, and would take a
+    ``rope_theta`` of 10,000.
 
     Raises:
         RecipeError: ``rope_parameters`` are incomplete, differ from layer type to layer type, or
-            contradict ``rope_theta`` or ``rope_scaling``.
+            contradict another key.
     """
-    converted = dict(config)
-    parameters = converted.pop(ROPE_PARAMETERS, None)
-    if parameters is None:
-        return converted
-    is_flat = isinstance(parameters, Mapping) and not any(
-        isinstance(value, Mapping) for value in parameters.values()
-    )
-    if not is_flat or ROPE_THETA not in parameters:
-        raise RecipeError(
-            f"{where}: {ROPE_PARAMETERS}={parameters} is not supported.",
-            f"use a model whose {ROPE_PARAMETERS} have one {ROPE_THETA} for all layers",
-        )
-    scaling = {key: value for key, value in parameters.items() if key != ROPE_THETA}
-    scaling = {} if scaling == DEFAULT_ROPE else scaling
-    meanings = ((ROPE_THETA, parameters[ROPE_THETA]), (ROPE_SCALING, scaling or None))
-    for key, value in meanings:
+    renamed: dict[str, Any] = {}
+    if (experts := config.get("num_local_experts")) is not None:
+        renamed["num_experts"] = experts
+    if (rope := config.get("rope_parameters")) is not None:
+        renamed |= _theta_and_scaling(rope, where)
+    for key, value in renamed.items():
         if config.get(key) not in (None, value):
             raise RecipeError(
-                f"{where}: {key}={config[key]} contradicts {ROPE_PARAMETERS}={parameters}.",
-                f"remove the wrong one of {key} and {ROPE_PARAMETERS} from config.json",
+                f"{where}: {key}={config[key]} contradicts {key}={value}, which is written as "
+                "transformers 5 spells it.",
+                f"remove the wrong one from config.json: {key}, or {' and '.join(TRANSFORMERS_5)}",
             )
-        converted[key] = value
-    return converted
+    kept = {key: value for key, value in config.items() if key not in TRANSFORMERS_5}
+    return {**kept, **renamed}
+
+
+def _theta_and_scaling(rope: object, where: str) -> dict[str, Any]:
+    """Returns ``rope_theta`` and ``rope_scaling`` of the ``rope_parameters`` of transformers 5."""
+    is_flat = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
+    if not isinstance(rope, Mapping) or not is_flat or "rope_theta" not in rope:
+        raise RecipeError(
+            f"{where}: rope_parameters={rope} is not supported.",
+            "use a model whose rope_parameters have one rope_theta for all layers",
+        )
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    is_default = scaling in ({}, DEFAULT_ROPE)
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if is_default else scaling}
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
     """Returns the base of RoPE's frequencies in a ``config.json``."""
-    theta = config.get(ROPE_THETA)
+    theta = config.get("rope_theta")
     return DEFAULT_ROPE_THETA if theta is None else float(theta)
 
 
@@ -131,6 +136,12 @@ def _unsupported(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[st
         and config.get("num_experts_per_tok") == 1
     ):
         yield "norm_topk_prob with one expert a token", "use a model of two or more"
+    for key in unknown_keys(config):
+        yield (
+            key,
+            "remove it from config.json if it cannot change what the model computes, and add it to "
+            "nemo_convert/config_keys.py if it never does",
+        )
     yield from _unsupported_positions(family, config)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nemo_convert.config_keys import HARMLESS, NEUTRAL
 from nemo_convert.families import FAMILIES, LLAMA3_ROPE
 from nemo_convert.hf_config import (
     SUPPORTED,
@@ -234,3 +235,28 @@ def test_rope_parameters_that_cannot_be_read_are_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         read_architecture({**LLAMA_8B, **settings}, "8B")
+
+
+def test_experts_of_transformers_5_are_read() -> None:
+    config = {k: v for k, v in QWEN3_30B_A3B.items() if k != "num_experts"}
+    expected = read_architecture(QWEN3_30B_A3B, "MoE")
+    assert read_architecture({**config, "num_local_experts": 128}, "MoE") == expected
+    with pytest.raises(RecipeError, match="num_experts=128 contradicts num_experts=64"):
+        read_architecture({**QWEN3_30B_A3B, "num_local_experts": 64}, "MoE")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"residual_multiplier": 0.2}, {"rope_interleaved": True}, {"partial_rotary_factor": 0.5}],
+)
+def test_a_key_that_may_change_logits_is_refused(setting: dict[str, Any]) -> None:
+    [name] = setting
+    with pytest.raises(RecipeError, match=f"{name}=.* is not supported"):
+        read_architecture({**LLAMA_8B, **setting}, "8B")
+
+
+def test_keys_that_change_no_logit_are_accepted() -> None:
+    neutral = {key: values[0] for key, values in NEUTRAL.items()}
+    harmless = dict.fromkeys(HARMLESS, "anything")
+    config = {**LLAMA_8B, **neutral, **harmless}
+    assert read_architecture(config, "8B") == read_architecture(LLAMA_8B, "8B")

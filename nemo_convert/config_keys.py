@@ -1,0 +1,97 @@
+"""Keys of a ``config.json``: what is read, and what cannot change a logit.
+
+Any other key may change what a model computes. transformers ignores a key that it does not know, so
+it would be ignored on both sides of a parity gate. ``unknown_keys`` finds such keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+READ = frozenset(
+    {
+        "architectures",
+        "attention_bias",
+        "decoder_sparse_step",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "layer_types",
+        "max_position_embeddings",
+        "mlp_bias",
+        "mlp_only_layers",
+        "model_type",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "num_attention_heads",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "quantization_config",
+        "rms_norm_eps",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "tie_word_embeddings",
+        "use_sliding_window",
+        "vocab_size",
+    }
+)
+"""Keys that the converter, transformers or NeMo's importers read for a supported model."""
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "clip_qkv": (None,),
+    "logits_scaling": (None, 1),
+    "partial_rotary_factor": (None, 1),
+    "rope_interleaved": (None, False),
+    "use_mrope": (None, False),
+}
+"""Keys that change logits, and the values with which they do not."""
+HARMLESS: Mapping[str, str] = {
+    "_attn_implementation": "chooses a kernel",
+    "_attn_implementation_autoset": "chooses a kernel",
+    "_name_or_path": "where the model was loaded from",
+    "attention_dropout": "used in training only, where NeMo has its own",
+    "bos_token_id": "used by generation",
+    "do_sample": "used by generation",
+    "dtype": "weights are read in the type that they are stored in",
+    "eos_token_id": "used by generation",
+    "gradient_checkpointing": "trades memory for time in training",
+    "initializer_range": "used before training only",
+    "is_llama_config": "a mark of the SmolLM2 models",
+    "max_length": "used by generation",
+    "max_sequence_length": "read by no library",
+    "max_window_layers": "has a meaning with a sliding window only, which is refused",
+    "num_beams": "used by generation",
+    "output_attentions": "returns more, and changes nothing",
+    "output_hidden_states": "returns more, and changes nothing",
+    "output_router_logits": "returns more, and changes nothing",
+    "pad_token_id": "used by generation",
+    "pretraining_tp": "splits matrix multiplications of Llama 2 without changing them",
+    "repetition_penalty": "used by generation",
+    "return_dict": "form of the output",
+    "router_aux_loss_coef": "used in training only",
+    "temperature": "used by generation",
+    "tokenizer_class": "names the tokenizer",
+    "top_k": "used by generation",
+    "top_p": "used by generation",
+    "torch_dtype": "weights are read in the type that they are stored in",
+    "torchscript": "form of the output",
+    "transformers.js_config": "settings of another library",
+    "transformers_version": "what wrote the file",
+    "unsloth_fixed": "what wrote the file",
+    "unsloth_version": "what wrote the file",
+    "use_bfloat16": "weights are read in the type that they are stored in",
+    "use_cache": "stores keys and values in generation",
+}
+"""Keys that cannot change a logit, each with the reason."""
+
+
+def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yields each key, with its value, that may change a logit and is not understood."""
+    for key, value in config.items():
+        if key in READ or key in HARMLESS or value in NEUTRAL.get(key, ()):
+            continue
+        yield f"{key}={value}"

@@ -1,0 +1,59 @@
+"""Every key that transformers writes for a supported family is understood, in both versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from nemo_convert.config_keys import unknown_keys
+from nemo_convert.hf_config import as_transformers_4, read_architecture, rope_theta
+from tests.support.models import FAMILIES
+from tests.support.newer import transformers_5
+
+WRITE = """
+import json, sys
+from transformers import AutoConfig, PretrainedConfig
+
+def written(name, settings):
+    config = AutoConfig.for_model(name, rope_theta=5000.0, **settings)
+    of_any_model = PretrainedConfig().to_dict()
+    own = {k: v for k, v in config.to_dict().items() if k not in of_any_model}
+    return {**own, **config.to_diff_dict()}
+
+families = json.loads(sys.argv[1])
+print(json.dumps({name: written(name, settings) for name, settings in families.items()}))
+"""
+NAMES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+
+
+@pytest.fixture(scope="module", params=[4, 5])
+def configs(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    """Complete configs by family, as a version of transformers writes them."""
+    env = dict(os.environ)
+    if request.param == 5:
+        env["PYTHONPATH"] = str(transformers_5())
+    command = [sys.executable, "-c", WRITE, json.dumps(FAMILIES)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_is_read_whole(configs: dict[str, dict[str, Any]], family: str) -> None:
+    written = {**configs[family], "architectures": [NAMES[family]]}
+    config = as_transformers_4(written, family)
+    assert list(unknown_keys(config)) == []
+    assert rope_theta(config) == 5000.0
+    shape = read_architecture(written, family)
+    assert shape.num_layers == configs[family]["num_hidden_layers"]
+    assert shape.num_moe_experts == FAMILIES[family].get("num_experts", 0)
