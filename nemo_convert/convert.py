@@ -18,6 +18,10 @@ from nemo_convert.hf_config import as_transformers_4, read_architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+ROTARY_BUFFER = "rotary_emb.inv_freq"
+"""Old checkpoints store it; it follows from the config."""
+
 
 class Readable(Protocol):
     """Weights by their Hugging Face names."""
@@ -65,6 +69,33 @@ def check_vocabulary(folder: Path, arch: Architecture) -> None:
         )
 
 
+def check_names(weights: Weights, arch: Architecture, family: Family) -> None:
+    """Refuses weights that a model of this shape does not have, and a head that is not tied.
+
+    transformers 5 keeps a stored head that differs from a tied embedding; transformers 4 drops it.
+
+    Raises:
+        RecipeError: A weight would be lost.
+    """
+    expected = {name for w, numbers in family.weights_of(arch) for name in w.hf_names(numbers)}
+    extra = {n for n in weights.names() - expected if not n.endswith(ROTARY_BUFFER)}
+    if arch.tied_embeddings and HEAD in extra:
+        extra.remove(HEAD)
+        if not torch.equal(weights.read(HEAD), weights.read(EMBEDDING)):
+            raise RecipeError(
+                f"{weights.folder}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is "
+                "true in config.json.",
+                "set tie_word_embeddings to false in config.json",
+            )
+    if extra:
+        named = ", ".join(sorted(extra)[:3])
+        raise RecipeError(
+            f"{weights.folder} has {len(extra)} weights that {arch.hf_architecture} does not "
+            f"have, such as {named}.",
+            "use the model without them; they would be lost",
+        )
+
+
 def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     """Converts a Hugging Face folder to a NeMo 2 checkpoint directory.
 
@@ -75,7 +106,9 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
 
     arch = read_architecture(read_json(hf_folder / "config.json"), str(hf_folder))
     check_vocabulary(hf_folder, arch)
-    source = MergedWeights(Weights(hf_folder), arch, FAMILIES[arch.hf_architecture])
+    weights, family = Weights(hf_folder), FAMILIES[arch.hf_architecture]
+    check_names(weights, arch, family)
+    source = MergedWeights(weights, arch, family)
     nemo.initialize(nemo.Parallelism())
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as temporary:

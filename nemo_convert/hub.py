@@ -12,6 +12,8 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 from recipes.core.wheels import parse_wheel_file
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""What transformers calls a model's weights in one file, and the index of their shards."""
 HUB_SECONDS = 2.0
 """Time that preflight waits for a hub."""
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
@@ -59,12 +61,32 @@ def _read_hf_config(hf_path: str) -> dict[str, Any]:
         )
     if not (folder / "config.json").is_file():
         raise RecipeError(f"{folder} has no config.json.", "give a Hugging Face model folder")
-    if not any(folder.glob("*.safetensors")):
+    weight_files(folder)
+    return read_json(folder / "config.json")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files that transformers reads weights from; any other file is not a part of it.
+
+    Repositories may have ``consolidated.safetensors`` or an adapter beside the model.
+
+    Raises:
+        RecipeError: There are no weights, or a shard of the index is missing.
+    """
+    if (whole := folder / WEIGHTS).is_file():
+        return [whole]
+    if not (folder / INDEX).is_file():
         raise RecipeError(
-            f"{folder} has no *.safetensors weights.",
+            f"{folder} has neither {WEIGHTS} nor {INDEX}.",
             "save the model with save_pretrained(..., safe_serialization=True)",
         )
-    return read_json(folder / "config.json")
+    files = [folder / name for name in sorted({*read_json(folder / INDEX)["weight_map"].values()})]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise RecipeError(
+            f"{folder}: {', '.join(missing)} of {INDEX} is not there.",
+            "download the model again, or copy all of its shards",
+        )
+    return files
 
 
 def in_reach(hf_path: str) -> bool:
@@ -116,7 +138,7 @@ def weight_names(folder: Path) -> frozenset[str]:
     from safetensors import SafetensorError, safe_open
 
     names: set[str] = set()
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="np") as file:
                 names.update(file.keys())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_convert import nemo
-from nemo_convert.convert import hf_weights
+from nemo_convert.convert import HEAD, ROTARY_BUFFER, hf_weights
 from nemo_convert.families import FAMILIES
 from nemo_convert.hf import Weights, load_causal_lm
 from recipes.core.errors import RecipeError
@@ -122,7 +122,7 @@ def same_weights(hf_folder: Path, checkpoint: Path) -> bool:
         if not torch.equal(source.read(name), tensor):
             return False
     # A folder may also store a tied head, and old ones inv_freq buffers, which are not weights.
-    return not {n for n in names if n != "lm_head.weight" and not n.endswith("inv_freq")}
+    return not {n for n in names if n != HEAD and not n.endswith(ROTARY_BUFFER)}
 
 
 def verify(first: Path, second: Path) -> Parity:

@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nemo_convert import convert, hf, nemo, parity, trust
 from nemo_convert.families import LLAMA3_ROPE
@@ -66,6 +67,68 @@ def test_rope_of_transformers_5_is_read(odd_llama: Path, tmp_path: Path) -> None
     assert parity.compare(odd_llama, checkpoint).max_logit_difference < 1e-4
     assert convert_by_command("to-hf", checkpoint, back) == 0
     assert json.loads((back / "config.json").read_text())["rope_theta"] == theta
+
+
+def test_only_the_files_that_transformers_reads_are_converted(
+    odd_llama: Path, tmp_path: Path
+) -> None:
+    """A repository may have other safetensors files, whose names sort before or after."""
+    folder = tmp_path / "hf"
+    shutil.copytree(odd_llama, folder)
+    other = {name: tensor + 1 for name, tensor in tensors(odd_llama).items()}
+    for name in ("consolidated.safetensors", "zzz.safetensors"):
+        save_file(other, folder / name)
+    assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 0
+    assert convert_by_command("to-hf", tmp_path / "m.nemo", tmp_path / "back") == 0
+    assert_same_weights(odd_llama, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lm_head.weight", "tie_word_embeddings is true"),
+        ("v_head.summary.weight", "1 weights that LlamaForCausalLM does not have, such as v_head"),
+    ],
+)
+def test_a_weight_that_would_be_lost_is_named(
+    odd_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    message: str,
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(odd_llama, folder)
+    weights = tensors(odd_llama)
+    weights[name] = weights["model.embed_tokens.weight"] + 1e-3
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_tied_head_may_be_stored_twice(odd_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(odd_llama, folder)
+    weights = tensors(odd_llama)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 0
+
+
+def test_a_missing_shard_is_named(
+    odd_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(odd_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    hf.write_weights(iter(tensors(odd_llama).items()), folder, shard_bytes=60_000)
+    (folder / "model.safetensors.index.json").rename(tmp_path / "index")
+    assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
+    assert "neither model.safetensors nor model.safetensors.index.json" in capsys.readouterr().err
+    (tmp_path / "index").rename(folder / "model.safetensors.index.json")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
+    assert f"{shard.name} of model.safetensors.index.json is not there" in capsys.readouterr().err
 
 
 def test_code_of_a_tokenizer_does_not_run(

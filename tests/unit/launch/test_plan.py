@@ -105,7 +105,7 @@ def test_recipe_without_stages_is_refused(compose: Callable[..., Any], tmp_path:
 
 def test_model_without_weights_is_refused(plan: MakePlan, hf_folder: Path) -> None:
     (hf_folder / "model.safetensors").unlink()
-    assert f"{hf_folder} has no *.safetensors weights" in refusal(
+    assert f"{hf_folder} has neither model.safetensors nor" in refusal(
         plan, f"model.hf_path={hf_folder}"
     )
 
