@@ -109,3 +109,11 @@ def test_make_sbom_lists_what_is_installed(tmp_path: Path) -> None:
     components = json.loads((tmp_path / "sbom.json").read_text())["components"]
     names = {canonicalize_name(one["name"]) for one in components}
     assert {"torch", "nemo-toolkit", "megatron-core", "pip-licenses"} <= names
+
+
+def test_licences_of_all_packages_are_listed() -> None:
+    command = [Path(sys.prefix, "bin", "pip-licenses"), "--format=json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    licences = {one["Name"]: one["License"] for one in json.loads(done.stdout)}
+    assert "Apache" in licences["transformers"]
+    assert all(licences.values())

@@ -183,6 +183,8 @@ def test_every_command_is_tested() -> None:
         "python -m benchmarks.",  # test_benchmarks.py
         "python -m tests.chaos",  # test_chaos
         "make docs",  # test_docs.py makes the site
+        "make sbom",  # test_requirements.py, as the next one
+        ".venv/bin/pip-licenses",
         ".venv/bin/python -m tests.chaos",
         ".venv/bin/python -m pytest",  # test_contributing.py
     )
