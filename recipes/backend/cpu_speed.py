@@ -241,7 +241,7 @@ def _release_buckets(original: Any) -> Any:
 
 
 SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
-    "unshared_gradients": tuple(
+    "unshared_gradients": tuple(  # 13% of a step, 0.8 GB
         Patch(target, "one rank needs no buffer that ranks add to", original, replace)
         for target, original, replace in (
             (f"{BUFFERS}:_ParamAndGradBuffer.__init__", "351bb840492a", _unshare_gradients),
@@ -261,7 +261,7 @@ SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
             ("megatron.core.optimizer.clip_grads:l2_norm_impl", "01526c55444a", _norm_of_deferred),
         )
     ),
-    "attention_backward": (
+    "attention_backward": (  # 10% of a step
         Patch(
             "recipes.backend.training_layers:attend",
             "PyTorch's backward pass is slow for short sequences",
@@ -269,7 +269,7 @@ SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
             attend_in_blocks,
         ),
     ),
-    "single_rank_gather": (
+    "single_rank_gather": (  # 13% of a step, 0.1 GB
         Patch(
             f"{BUFFERS}:dist_all_gather_func",
             "gloo copies a buffer onto itself",
@@ -277,7 +277,7 @@ SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
             _skip_single_rank_gather,
         ),
     ),
-    "shared_optimizer_state": (
+    "shared_optimizer_state": (  # 2.3 GB
         Patch(
             f"{OPTIMIZER}.get_parameter_state_dp_zero",
             "a checkpoint copies the optimizer's state three times",
@@ -285,7 +285,7 @@ SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
             _share_optimizer_state,
         ),
     ),
-    "released_buckets": (
+    "released_buckets": (  # 0.14 GB
         Patch(
             "megatron.core.dist_checkpointing.strategies.async_utils:TemporalAsyncCaller.schedule_async_call",
             "copies of weights stay while another process writes them",
@@ -294,4 +294,5 @@ SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
         ),
     ),
 }
-"""By name; each set is measured, and stays or goes, as a whole."""
+"""By name, each with what a training of SmolLM2-135M's student loses without it: time, peak memory.
+A set goes if it gains less than 3% of a step and less than 100 MB."""
