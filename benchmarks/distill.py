@@ -1,7 +1,7 @@
 """Speed of distillation: our path, plain PyTorch loops, and ModelOpt's Hugging Face trainer.
 
 ``python -m benchmarks.distill`` gives every contender the same teacher, student, batch and sequence
-length, on the CPU. Each runs in a process of its own with the variables of
+length, on the CPU. Each runs in its own process, with the variables of
 ``conf/cluster/local.yaml``, in rounds A B C A B C, so that a change of the machine's speed affects
 all of them. The time of a step is the time between the ends of two steps; the first steps do not
 count. ``planned`` is the speed that the stage ``plan`` estimates for our path.

