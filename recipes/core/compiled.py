@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+VECTOR_BITS = {"AVX2": 256, "AVX512": 512}
+"""Vector width of the instruction sets that PyTorch distinguishes on x86."""
 P = ParamSpec("P")
 R = TypeVar("R")
 _enabled = False
@@ -48,7 +50,12 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
     def compiled() -> Callable[..., R]:
         import torch
 
-        kernel: Callable[..., R] = torch.compile(function, fullgraph=True)
+        # The key of Inductor's cache lacks the instruction set (PyTorch 2.13). C++ that was
+        # cached for AVX512 reads past its data if it is built for AVX2: wrong losses, no error.
+        # An explicit vector width, the one Inductor would choose anyway, is part of the key.
+        width = VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability())
+        options: dict[str, Any] = {"cpp.simdlen": width}
+        kernel: Callable[..., R] = torch.compile(function, fullgraph=True, options=options)
 
         def run_kernel(*args: Any, **kwargs: Any) -> R:
             if not torch.is_grad_enabled():

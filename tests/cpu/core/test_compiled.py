@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch._dynamo.utils import counters
 
 from recipes.backend.training_layers import SwiGLU, _RMSNorm
 from recipes.core.compiled import compilable, compilation, missing_compiler
+from recipes.core.files import REPO_ROOT
 from recipes.distillation.losses import LogitsLoss, LossTargets, combined_loss
 from recipes.distillation.vocabulary import top_k
 from tests.support.gradients import inputs, with_gradients
@@ -66,3 +71,28 @@ def test_nothing_is_compiled_when_disabled() -> None:
     with compilation(), compilation(False):
         doubled(torch.ones(2))
     assert compiling == [False, False]
+
+
+SOFTMAX_SCRIPT = """
+import torch
+from recipes.core.compiled import compilable, compilation
+
+x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+softmax = lambda x: x.float().softmax(-1)
+with compilation():
+    torch.testing.assert_close(compilable(softmax)(x), softmax(x))
+"""
+
+
+@pytest.mark.skipif(
+    "AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="needs two instruction sets"
+)
+def test_instruction_sets_do_not_share_cached_kernels(tmp_path: Path) -> None:
+    for instruction_set in ("avx512", "avx2"):
+        variables = {
+            "ATEN_CPU_CAPABILITY": instruction_set,
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+            "PYTHONPATH": str(REPO_ROOT),
+        }
+        command = [sys.executable, "-c", SOFTMAX_SCRIPT]
+        subprocess.run(command, env={**os.environ, **variables}, check=True)
