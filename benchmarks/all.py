@@ -56,7 +56,7 @@ class Entry:
     seconds: float
     """Median of the repeats."""
     ratio: float
-    """To the baseline's seconds; median of the repeats."""
+    """Seconds over the baseline's; median of the repeats."""
     spread: float
     """Highest minus lowest ratio of the repeats."""
     repeats: int
@@ -96,18 +96,17 @@ def distillation(model: Path) -> Iterator[Measurement]:
     bfloat16 = cpu_profile("precision") == "bf16-mixed"
     baseline, *others = "loop-bf16" if bfloat16 else "loop-fp32", "nemo", "nemo-cached"
     run_dir, tokens = make_inputs(), STEPS.micro_batch * STEPS.seq_length
-    steps = {}
-    for name in (baseline, *others):
-        record = run_contender(name, STEPS, run_dir)
-        steps[name] = [tokens / speed for speed in distill.speeds(record, STEPS)]
+    seconds = {
+        name: [tokens / s for s in distill.speeds(run_contender(name, STEPS, run_dir), STEPS)]
+        for name in (baseline, *others)
+    }
     for name in others:
-        yield Measurement(f"distill {name}", baseline, steps[name], steps[baseline])
+        yield Measurement(f"distill {name}", baseline, seconds[name], seconds[baseline])
 
 
 def evaluation(model: Path) -> Iterator[Measurement]:
     """Measures five tasks, with one subject of MMLU, against lm-eval's model in float32."""
-    options = [f"--model={model}", f"--limit={ITEMS}", "--parts=1", f"--repeats={REPEATS}"]
-    answers = tasks.measure([*options, "--tasks", *TASKS])
+    answers = tasks.measure(tasks.Settings(model, TASKS, ITEMS, parts=1, repeats=REPEATS))
     seconds = {
         side: [sum(each) for each in zip(*(one.seconds for one in by_task.values()), strict=True)]
         for side, by_task in answers.items()
@@ -134,13 +133,14 @@ def processor_type() -> str:
     return ", ".join(filter(None, names))
 
 
-def entry(figure: Measurement, commit: str | None) -> Entry:
+def entry(measurement: Measurement, commit: str | None) -> Entry:
     """Makes the history's entry of a measurement."""
-    ratios = [a / b for a, b in zip(figure.seconds, figure.baseline_seconds, strict=True)]
+    seconds, baseline_seconds = measurement.seconds, measurement.baseline_seconds
+    ratios = [a / b for a, b in zip(seconds, baseline_seconds, strict=True)]
     return Entry(
-        figure.name,
-        figure.baseline,
-        round(median(figure.seconds), 3),
+        measurement.name,
+        measurement.baseline,
+        round(median(seconds), 3),
         round(median(ratios), 3),
         round(max(ratios) - min(ratios), 3),
         len(ratios),
@@ -149,12 +149,6 @@ def entry(figure: Measurement, commit: str | None) -> Entry:
         processor_type(),
         cores(),
     )
-
-
-def previous(new: Entry, history: Iterable[Entry]) -> Entry | None:
-    """Returns the last entry of the same measurement, processor and number of cores."""
-    key = attrgetter("figure", "baseline", "processor", "cores")
-    return next((one for one in reversed([*history]) if key(one) == key(new)), None)
 
 
 def read_history(path: Path) -> list[Entry]:
@@ -170,15 +164,16 @@ def main() -> None:
     parser.add_argument("--model", help="Hugging Face folder or source; default: SmolLM2")
     parser.add_argument("--history", type=Path, default=HISTORY)
     args = parser.parse_args()
-    history, commit = read_history(args.history), git_sha()
+    commit, comparable = git_sha(), attrgetter("figure", "baseline", "processor", "cores")
+    last = {comparable(one): one for one in read_history(args.history)}
     table = plain_table("", "measurement", "baseline", "seconds", "ratio", "spread", "before", "")
     regressions = 0
     for name in args.only:
-        for figure in SCRIPTS[name](model_folder(args.model)):
-            new = entry(figure, commit)
+        for measurement in SCRIPTS[name](model_folder(args.model)):
+            new = entry(measurement, commit)
             with args.history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(new)) + "\n")
-            before = previous(new, history)
+            before = last.get(comparable(new))
             regressed = before is not None and (
                 new.ratio - before.ratio > max(new.spread, before.spread)
             )

@@ -17,7 +17,6 @@ weights are compared after the round trip. The disk must hold three such models.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -25,9 +24,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from benchmarks.launching import model_folder, run_child, run_main
+from recipes.core.errors import RecipeError
 
 SIDES = ("transformers", "to-nemo", "to-hf", "verify")
 COLD_SIDES = ("copy", "to-nemo", "to-hf")
@@ -42,7 +41,7 @@ LAYER = {
 }
 """Llama 3.1 8B's."""
 LAYER_BILLIONS = 0.218
-"""Its parameters."""
+"""Parameters of such a layer."""
 
 
 def work_of(side: str, folder: Path, scratch: Path) -> Callable[[], object]:
@@ -107,13 +106,15 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
     return {"seconds": seconds, "cpu_seconds": cpu, **rise}
 
 
-def run_side(side: str, folder: Path, scratch: Path, cold: bool) -> dict[str, float]:
-    """Runs a side in a process of its own."""
-    paths = [f"--model={folder}", f"--scratch={scratch}"]
-    result: dict[str, float] = run_child(
-        "benchmarks.convert", f"--side={side}", *paths, *["--cold"] * cold
-    )
-    return result
+def measure_side(side: str, folder: Path, scratch: Path, cold: bool) -> dict[str, float]:
+    """Measures a side in this process; if ``cold``, until its output is on the disk."""
+    work = work_of(side, folder, scratch)
+
+    def work_to_disk() -> None:
+        work()
+        settle(scratch)
+
+    return measured(work_to_disk if cold else work)
 
 
 def settle(folder: Path, forget: bool = False) -> None:
@@ -126,7 +127,7 @@ def settle(folder: Path, forget: bool = False) -> None:
 
 
 def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[dict[str, float]]]:
-    """Measures every side; one run for each repeat."""
+    """Measures every side in a process of its own; one run for each repeat."""
     baseline, *others = COLD_SIDES if cold else SIDES
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in (baseline, *others)}
     for number in range(repeats):
@@ -136,10 +137,13 @@ def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[
                 if cold:
                     settle(folder, forget=True)
                     settle(scratch, forget=True)
-                runs[side].append(run_side(side, folder, scratch, cold))
+                measurement = run_child(
+                    "benchmarks.convert:measure_side", side, folder, scratch, cold
+                )
+                runs[side].append(measurement)
                 os.sync()  # what one side leaves to be written must not slow down the next
                 shutil.rmtree(scratch / "copy", ignore_errors=True)
-                if cold and side == "to-hf":  # or a copy that comes last is a fourth model
+                if cold and side == "to-hf":  # else a copy that comes last is a fourth model
                     shutil.rmtree(scratch / "model.nemo")
             if cold:
                 require_same(folder, scratch / "back")
@@ -171,45 +175,36 @@ def require_same(folder: Path, back: Path) -> None:
 
     first, last = Weights(folder), Weights(back)
     if first.names() != last.names():
-        raise SystemExit(f"error: {back} has other weights than {folder}")
+        raise RecipeError(f"{back} has other weights than {folder}", fix="")
     for name in first.names():
         if not torch.equal(first.read(name).view(torch.int16), last.read(name).view(torch.int16)):
-            raise SystemExit(f"error: {name} is another after a conversion to NeMo and back")
+            raise RecipeError(f"{name} differs after a conversion to NeMo and back", fix="")
 
 
 def table(runs: dict[str, list[dict[str, float]]], size: int) -> str:
     """Formats each side's lowest measurements, with ratios to the size and the baseline's time."""
-    results = {s: {k: min(run[k] for run in each) for k in each[0]} for s, each in runs.items()}
-    baseline = next(iter(results))
+    lowest = {s: {k: min(run[k] for run in each) for k in each[0]} for s, each in runs.items()}
+    baseline = next(iter(lowest.values()))
     rows = [
-        f"{'':14}{'seconds':>9}{'x baseline':>12}{'resident':>12}{'x size':>8}{'anonymous':>13}"
+        f"checkpoint: {size / 1e6:.0f} MB",
+        f"{'':14}{'seconds':>9}{'x baseline':>12}{'resident':>12}{'x size':>8}{'anonymous':>13}",
     ]
-    for side, found in results.items():
-        slower = found["seconds"] / results[baseline]["seconds"]
+    for side, best in lowest.items():
+        slower = best["seconds"] / baseline["seconds"]
         rows.append(
-            f"{side:14}{found['seconds']:9.2f}{slower:12.2f}{found['resident'] / 1e6:9.0f} MB"
-            f"{found['resident'] / size:8.2f}{found['anonymous'] / 1e6:10.0f} MB"
+            f"{side:14}{best['seconds']:9.2f}{slower:12.2f}{best['resident'] / 1e6:9.0f} MB"
+            f"{best['resident'] / size:8.2f}{best['anonymous'] / 1e6:10.0f} MB"
         )
-    return "\n".join([f"checkpoint: {size / 1e6:.0f} MB", *rows])
+    return "\n".join(rows)
 
 
 def main() -> None:
-    """Measures all sides, or one as a child."""
+    """Measures all sides and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert")
     parser.add_argument("--model", help="Hugging Face folder or source; default: SmolLM2")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--billions", type=float, help="parameters of a random model instead")
-    parser.add_argument("--side", choices={*SIDES, *COLD_SIDES}, help=argparse.SUPPRESS)
-    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.side:
-        work = work_of(args.side, Path(args.model), args.scratch)
-        to_the_end = [work, lambda: settle(args.scratch)] if args.cold else [work]
-        result: Any = measured(lambda: [part() for part in to_the_end])
-        args.out.write_text(json.dumps(result))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = model_folder(args.model)
         if args.billions:

@@ -1,14 +1,15 @@
-"""Starts the launcher and child processes of benchmarks, with the launcher's variables."""
+"""Starts the launcher, and functions in processes of their own, with the launcher's variables."""
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -52,12 +53,19 @@ def execute(command: list[str]) -> None:
         raise RecipeError("\n".join(lines[first:]).removeprefix("error: "), fix="")
 
 
-def run_child(module: str, *options: str) -> Any:
-    """Runs a module in a process of its own; returns the JSON that it writes to ``--out``."""
+def run_child(function: str, *args: object) -> Any:
+    """Calls a function, ``MODULE:NAME``, in a process of its own; returns its result."""
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "out.json"
-        execute([sys.executable, "-m", module, *options, f"--out={out}"])
-        return json.loads(out.read_text(encoding="utf-8"))
+        call, result = Path(scratch) / "call", Path(scratch) / "result"
+        call.write_bytes(pickle.dumps((function, args)))
+        execute([sys.executable, "-m", "benchmarks.launching", str(call), str(result)])
+        return pickle.loads(result.read_bytes())
+
+
+def _call(call: Path, result: Path) -> None:
+    """Does what ``run_child`` requested, in the child."""
+    function, args = pickle.loads(call.read_bytes())
+    result.write_bytes(pickle.dumps(resolve_name(function)(*args)))
 
 
 def launch(
@@ -113,3 +121,7 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except RecipeError as error:
         raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    run_main(lambda: _call(*map(Path, sys.argv[1:])))

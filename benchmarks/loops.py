@@ -1,20 +1,17 @@
 """The baselines of ``benchmarks.distill``: PyTorch loops and ModelOpt's Hugging Face trainer.
 
-Started as ``python -m benchmarks.loops NAME``, one baseline to a process. All use transformers
-models with scaled dot-product attention, fused AdamW with float32 weights, and clipped gradients.
-In bfloat16 the student runs in autocast and the teacher has bfloat16 weights.
+All use transformers models with scaled dot-product attention, fused AdamW with float32 weights, and
+clipped gradients. In bfloat16 the student runs in autocast and the teacher has bfloat16 weights.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import resource
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from benchmarks.distill import Record
-from benchmarks.launching import run_main
+from benchmarks.distill import Record, Shape
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT
-from recipes.core.processes import die_with_parent
 from recipes.data.token_windows import windows
 from recipes.evaluation.text_quality import load_transformers
 
@@ -130,45 +125,25 @@ LOOPS: dict[str, tuple[Callable[[LoopInputs, Record], None], bool]] = {
     "loop-bf16": (loop, True),
     "modelopt-bf16": (modelopt, True),
 }
-"""What trains a baseline, and whether in bfloat16."""
+"""Trainer of each baseline, and whether it trains in bfloat16."""
 
 
-def load(run_dir: Path, shape: tuple[int, int, int], *, bfloat16: bool) -> LoopInputs:
-    """Loads teacher, student and training text of a run, as batches of a shape.
+def run_baseline(name: str, shape: Shape, run_dir: Path) -> Record:
+    """Trains a baseline in this process, on teacher, student and text of a run.
 
     Raises:
-        RecipeError: The run has too little text.
+        RecipeError: The run has too little text, or the baseline lacks a library.
     """
-    steps, micro_batch, seq_length = shape
-    text = windows(run_dir / "prepare_data" / ARTIFACT, "train", seq_length, steps * micro_batch)
-    if len(text) < steps * micro_batch:
-        raise RecipeError(f"{run_dir} has text for {len(text)} windows only.", "lower --steps")
+    train, bfloat16 = LOOPS[name]
+    number = shape.steps * shape.micro_batch
+    text = windows(run_dir / "prepare_data" / ARTIFACT, "train", shape.seq_length, number)
+    if len(text) < number:
+        raise RecipeError(f"{run_dir} has text for only {len(text)} sequences.", "lower --steps")
     teacher = load_transformers(find_checkpoint(run_dir / "import_hf" / ARTIFACT))
     student = load_transformers(find_checkpoint(run_dir / "prune" / ARTIFACT))
     teacher.config.use_cache = student.config.use_cache = False
-    return LoopInputs(
-        teacher.to(torch.bfloat16 if bfloat16 else torch.float32),
-        student.train(),
-        text.view(shape),
-        bfloat16,
-    )
-
-
-def main() -> None:
-    """Runs one baseline and writes its record."""
-    die_with_parent()
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name", choices=LOOPS)
-    parser.add_argument("--shape", type=int, nargs=3, required=True)
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    run, bfloat16 = LOOPS[args.name]
+    teacher = teacher.to(torch.bfloat16 if bfloat16 else torch.float32)
     record = Record()
-    run(load(args.run_dir, tuple(args.shape), bfloat16=bfloat16), record)
+    train(LoopInputs(teacher, student.train(), text.view(astuple(shape)), bfloat16), record)
     record.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    args.out.write_text(json.dumps(asdict(record)))
-
-
-if __name__ == "__main__":
-    run_main(main)
+    return record

@@ -14,7 +14,7 @@ import argparse
 import json
 import resource
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from benchmarks.convert import measured
 from benchmarks.launching import model_folder, run_child, run_main
 from recipes.core.files import REPO_ROOT
 
-TIMES = (1, 10)
+SIZE_FACTORS = (1, 10)
 
 
 @dataclass(frozen=True)
@@ -90,40 +90,32 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Prepa
 def measure(text: Path, model: Path, processes: int) -> PreparationRun:
     """Measures a preparation in a process of its own."""
     with tempfile.TemporaryDirectory(dir=text.parent) as folder:
-        paths = [f"--text={text}", f"--model={model}", f"--folder={folder}"]
-        result = run_child("benchmarks.prepare", *paths, f"--processes={processes}")
-    return PreparationRun(**result)
+        args = text, model, processes, Path(folder)
+        run: PreparationRun = run_child("benchmarks.prepare:prepare_once", *args)
+    return run
 
 
 def main() -> None:
-    """Measures all, or one as a child."""
+    """Measures each size with each number of processes and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prepare")
     parser.add_argument("--model", help="Hugging Face folder or source; default: SmolLM2")
     parser.add_argument("--megabytes", type=float, default=8)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--text", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.text:
-        [processes] = args.processes
-        one = prepare_once(args.text, Path(args.model), processes, args.folder)
-        args.out.write_text(json.dumps(asdict(one)))
-        return
     model = model_folder(args.model)
     print(
         "| text | processes | tokens/s | memory | of a tokenizer process |\n|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as scratch:
-        for times in TIMES:
-            text = Path(scratch) / f"{times}.jsonl"
-            write_text(text, int(times * args.megabytes * 1e6))
+        for factor in SIZE_FACTORS:
+            text = Path(scratch) / f"{factor}.jsonl"
+            write_text(text, int(factor * args.megabytes * 1e6))
             for processes in args.processes:
-                one = measure(text, model, processes)
+                run = measure(text, model, processes)
                 print(
-                    f"| {text.stat().st_size / 1e6:.0f} MB, {one.tokens / 1e6:.1f} M tokens "
-                    f"| {processes} | {one.tokens / one.seconds:,.0f} "
-                    f"| {one.anonymous / 1e6:.1f} MB | {one.helper / 1e6:.0f} MB |",
+                    f"| {text.stat().st_size / 1e6:.0f} MB, {run.tokens / 1e6:.1f} M tokens "
+                    f"| {processes} | {run.tokens / run.seconds:,.0f} "
+                    f"| {run.anonymous / 1e6:.1f} MB | {run.helper / 1e6:.0f} MB |",
                     flush=True,
                 )
 

@@ -69,7 +69,8 @@ def parse_way(text: str) -> Way:
     """
     name, *overrides = shlex.split(text) or [""]
     if not name or "=" in name or "/" in name:
-        raise RecipeError(f"invalid --way '{text}': it must begin with a name", "NAME OVERRIDE ...")
+        fix = "write NAME OVERRIDE ..."
+        raise RecipeError(f"invalid --way '{text}': it must begin with a name", fix)
     if any(o.startswith("teacher=") for o in overrides):
         raise RecipeError(
             f"invalid --way '{text}': all ways have the live teacher", "leave teacher= out"
@@ -78,7 +79,16 @@ def parse_way(text: str) -> Way:
 
 
 def train(way: Way, seed: int, steps: int, base: Path, student: Path, out: Path) -> StudentResult:
-    """Trains and evaluates a student, unless that is complete."""
+    """Trains and evaluates a student, unless that is complete.
+
+    Args:
+        way: Losses or data to train with.
+        seed: Seed of the training.
+        steps: Optimizer steps.
+        base: Run with the teacher and the text.
+        student: Directory of the stage that made the student.
+        out: Run directory to write.
+    """
     teacher, data = base / "import_hf", base / "prepare_data"
     settings: dict[str, object] = {
         "distill.inputs.teacher": teacher,
@@ -114,8 +124,8 @@ def train(way: Way, seed: int, steps: int, base: Path, student: Path, out: Path)
 def by_source(result: EvaluationResult, role: str) -> dict[str, TextQuality]:
     """Returns a model's quality by source of the text."""
     sources = result.sources.items()
-    found: dict[str, TextQuality] = {name: getattr(source, role) for name, source in sources}
-    return found or {"text": result.models()[role]}
+    qualities: dict[str, TextQuality] = {name: getattr(source, role) for name, source in sources}
+    return qualities or {"text": result.models()[role]}
 
 
 def cells(results: Sequence[EvaluationResult], role: str) -> list[str]:

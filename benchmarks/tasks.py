@@ -11,10 +11,9 @@ log-likelihood.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -23,7 +22,6 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.launching import model_folder, run_child, run_main
-from recipes.core.files import write_json
 from recipes.core.screen import screen
 from recipes.evaluation.results import Item
 from recipes.planning.hardware import cpu_profile
@@ -41,6 +39,21 @@ SIDES = {
     "packed, bfloat16": (True, "bf16-mixed"),
 }
 """Whether a side is ours, and its precision."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every side answers."""
+
+    model: Path
+    tasks: Sequence[str] = TASKS
+    limit: int = 40
+    """Items of each part of a task."""
+    parts: int = 3
+    """Parts of a task that has several (mmlu)."""
+    pack_tokens: int = 512
+    """Tokens of a pass of our side."""
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ def _likelihoods(item: Item) -> np.ndarray:
     return pairs.T[0]
 
 
-def answer_all(side: str, model: Path, args: argparse.Namespace) -> dict[str, Answers]:
+def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
     """Answers every task in this process."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -83,38 +96,31 @@ def answer_all(side: str, model: Path, args: argparse.Namespace) -> dict[str, An
 
     ours, precision = SIDES[side]
     loaded = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype_of(precision), trust_remote_code=False
+        settings.model, dtype=dtype_of(precision), trust_remote_code=False
     ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    if ours:
-        lm: HFLM = packed_lm.PackedLM(loaded, tokenizer, args.pack_tokens, lambda done, total: None)
-    else:
-        lm = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=BATCH)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
+    lm: HFLM = (
+        packed_lm.PackedLM(loaded, tokenizer, settings.pack_tokens, lambda done, total: None)
+        if ours
+        else HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=BATCH)
+    )
     answers = {}
-    for task in packed_lm.load_tasks(args.tasks, "pypi", SHOTS):
-        some = replace(task, parts=dict(islice(task.parts.items(), args.parts)))
+    for task in packed_lm.load_tasks(settings.tasks, "pypi", SHOTS):
+        some = replace(task, parts=dict(islice(task.parts.items(), settings.parts)))
         seconds = []
-        for _ in range(args.repeats):
+        for _ in range(settings.repeats):
             start = time.process_time()
-            items = packed_lm.answer(lm, some, args.limit, seed=1234)
+            items = packed_lm.answer(lm, some, settings.limit, seed=1234)
             seconds.append(time.process_time() - start)
         answers[task.name] = Answers(seconds, task.metric, items)
     return answers
 
 
-def run_side(side: str, options: Sequence[str]) -> dict[str, Answers]:
-    """Runs a side in a process of its own."""
-    by_task = run_child("benchmarks.tasks", *options, f"--side={side}")
-    return {
-        task: Answers(**{**answers, "items": [Item(**item) for item in answers["items"]]})
-        for task, answers in by_task.items()
-    }
-
-
-def measure(options: Sequence[str]) -> dict[str, dict[str, Answers]]:
-    """Runs every side whose precision this machine supports, one after the other."""
+def measure(settings: Settings) -> dict[str, dict[str, Answers]]:
+    """Runs each side whose precision this machine supports, in turn, in a process of its own."""
     types = ("32", cpu_profile("precision"))
-    return {side: run_side(side, options) for side, (_, p) in SIDES.items() if p in types}
+    sides = [side for side, (_, precision) in SIDES.items() if precision in types]
+    return {side: run_child("benchmarks.tasks:answer_all", side, settings) for side in sides}
 
 
 def draw(sides: Mapping[str, Mapping[str, Answers]]) -> Table:
@@ -145,23 +151,17 @@ def draw(sides: Mapping[str, Mapping[str, Answers]]) -> Table:
 
 
 def main() -> None:
-    """Measures all sides, or one as a child."""
+    """Measures all sides and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks")
     parser.add_argument("--model", help="Hugging Face folder or source; default: SmolLM2")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--limit", type=int, default=40, help="items of each part of a task")
-    parser.add_argument("--parts", type=int, default=3, help="of a task that has several (mmlu)")
-    parser.add_argument("--pack-tokens", type=int, default=512, help="of a pass of ours")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=int, default=Settings.limit, help="items of each part")
+    parser.add_argument("--parts", type=int, default=Settings.parts, help="of a task like mmlu")
+    parser.add_argument("--pack-tokens", type=int, default=Settings.pack_tokens)
+    parser.add_argument("--repeats", type=int, default=Settings.repeats)
     args = parser.parse_args()
-    model = model_folder(args.model)
-    if args.side:
-        answers = answer_all(args.side, model, args)
-        write_json(args.out, {task: asdict(one) for task, one in answers.items()})
-        return
-    screen().print(draw(measure(sys.argv[1:])))
+    settings = Settings(**{**vars(args), "model": model_folder(args.model)})
+    screen().print(draw(measure(settings)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import convert
+from recipes.core.errors import RecipeError
 
 
 def test_conversion_is_measured_beside_transformers(
@@ -19,11 +20,11 @@ def test_conversion_is_measured_beside_transformers(
     """Twice, and the second time the baseline comes last."""
     order: list[str] = []
 
-    def run(side: str, folder: Path, scratch: Path, cold: bool) -> dict[str, float]:
+    def run(_: str, side: str, folder: Path, scratch: Path, cold: bool) -> dict[str, float]:
         order.append(side)
-        return convert.measured(convert.work_of(side, folder, scratch))
+        return convert.measure_side(side, folder, scratch, cold)
 
-    monkeypatch.setattr(convert, "run_side", run)
+    monkeypatch.setattr(convert, "run_child", run)
     first, *others = convert.SIDES
     text = convert.table(convert.run_sides(odd_llama, 2), size=1_000_000)
     assert order == [first, *others, *others, first]
@@ -45,7 +46,7 @@ def test_weights_survive_a_cold_round_trip(odd_llama: Path, tmp_path: Path) -> N
     weights = load_file(back / "model.safetensors")
     weights["model.norm.weight"][0] += 1
     save_file(weights, back / "model.safetensors")
-    with pytest.raises(SystemExit, match=r"model.norm.weight is another"):
+    with pytest.raises(RecipeError, match=r"model.norm.weight differs"):
         convert.require_same(folder, back)
 
 
