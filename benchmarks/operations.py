@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recipes.backend.attention import attend_in_blocks
-from recipes.backend.training_layers import SwiGLU, _RMSNorm, attend
+from recipes.backend.training_layers import SwiGLU, _RMSNorm, attend, attend_in_blocks
 from recipes.core.compiled import compilation, missing_compiler
 from recipes.core.screen import plain_table, screen
 from recipes.distillation.losses import LogitsLoss, LossTargets, combined_loss

@@ -1,4 +1,9 @@
-"""AdamW with TransformerEngine's state, for machines without TransformerEngine."""
+"""AdamW for machines without TransformerEngine, and gradients whose scaling is deferred to it.
+
+Megatron multiplies all gradients by a factor twice per step: by one over the number of tokens, and
+to clip them. Each is a pass over memory. A gradient with the attribute ``pending_scale`` notes the
+factor instead, and ``FusedAdamW`` applies it while it reads the gradient.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,38 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import AdamW, adamw
 
-from recipes.backend.gradients import pending_scale
-
 BLOCK = 1 << 22
 """Elements of a deferred gradient that are converted to float32 at a time: 16 MB."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def pending_scale(gradient: Any) -> float | None:
+    """Returns the factor that a gradient still lacks; ``None`` where nothing is deferred."""
+    return getattr(gradient, "pending_scale", None)
+
+
+def scale_gradient(gradient: Any, factor: float) -> None:
+    """Multiplies a gradient in place, or notes the factor where scaling is deferred."""
+    pending = pending_scale(gradient)
+    if pending is None:
+        gradient.mul_(factor)
+    else:
+        gradient.pending_scale = pending * factor
+
+
+def clip_by_total_norm(original: object) -> Any:
+    """Replaces Megatron's clipping, which accepts ``torch.cuda.FloatTensor`` only."""
+
+    def clip_grad_by_total_norm_fp32(
+        parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
+    ) -> None:
+        coefficient = max_norm / (total_norm + 1.0e-6)  # as in Megatron; false for NaN below
+        if coefficient < 1.0:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    scale_gradient(parameter.grad, coefficient)
+
+    return clip_grad_by_total_norm_fp32
 
 
 class FusedAdamW(AdamW):
@@ -48,14 +80,9 @@ class FusedAdamW(AdamW):
             for weight in deferred:
                 self._update_in_blocks(weight, group)
                 weight.grad = None
-            if len(deferred) < len(weights):
-                self._update([w for w in weights if w.grad is not None], group)
-
-    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        """Updates parameters of one device in one call of the kernel."""
-        moments = [[self.state[weight][name] for weight in weights] for name in MOMENTS]
-        gradients = [weight.grad for weight in weights]
-        _run_kernel(weights, gradients, moments, group)
+            if whole := [weight for weight in weights if weight.grad is not None]:
+                moments = [[self.state[weight][name] for weight in whole] for name in MOMENTS]
+                _run_kernel(whole, [weight.grad for weight in whole], moments, group)
 
     def _update_in_blocks(self, weight: Tensor, group: dict[str, Any]) -> None:
         """Updates a parameter from a gradient that is not scaled yet and may be bfloat16.

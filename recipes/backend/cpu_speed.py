@@ -1,8 +1,8 @@
 """Patches that make training on a CPU faster or smaller, and change no result beyond rounding.
 
 They apply to a training of one rank on a CPU, never on CUDA. ``stages.distill.cpu_speed_patches=
-[]`` switches all of them off. What each of them gains was measured alone, by ``python -m
-benchmarks.distill --only nemo-cached-compiled without-NAME``; see benchmarks/README.md.
+[]`` disables all of them. ``python -m benchmarks.distill --only nemo-cached-compiled without-NAME``
+measured the gain of each; see benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipes.backend.adamw import BLOCK
-from recipes.backend.attention import attend_in_blocks
+from recipes.backend.adamw import BLOCK, pending_scale, scale_gradient
 from recipes.backend.device import device
-from recipes.backend.gradients import pending_scale, scale_gradient
 from recipes.backend.patches import Patch, applied
+from recipes.backend.training_layers import attend_in_blocks
 
 BUFFERS = "megatron.core.distributed.param_and_grad_buffer"
 OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
@@ -62,7 +61,7 @@ def _unshare_gradients(original: Any) -> Any:
 
 
 def _drop_gradients(original: Any) -> Any:
-    """Drops gradients at the start of a step, where Megatron fills their buffer with zeros."""
+    """Drops gradients when a step starts, where Megatron fills their buffer with zeros."""
 
     def reset(self: Any) -> None:
         if not self.unshared:
@@ -117,7 +116,7 @@ def _skip_reduction(original: Any) -> Any:
 
 
 def _defer_scaling(original: Any) -> Any:
-    """Notes what unshared gradients are to be multiplied by, for the optimizer to apply."""
+    """Notes the factor of unshared gradients, which the optimizer applies."""
 
     def scale_gradients(self: Any, factor: float) -> None:
         if not self.unshared:
@@ -132,7 +131,7 @@ def _defer_scaling(original: Any) -> Any:
 
 
 def _hand_over_gradients(original: Any) -> Any:
-    """Hands gradients to the optimizer in the type that they have.
+    """Hands gradients to the optimizer without converting them.
 
     Megatron gives the optimizer float32 copies and keeps its own gradients until the next step.
     """
@@ -154,7 +153,7 @@ def _hand_over_gradients(original: Any) -> Any:
 
 
 def _norm_of_deferred(original: Any) -> Any:
-    """Computes the norm of gradients of any type, with what they are still to be multiplied by."""
+    """Computes the norm of gradients of any type, including their pending scale."""
 
     def l2_norm(size: int, buffer: Tensor, lists: Any, *args: Any) -> tuple[Tensor, None]:
         squares = [
@@ -191,7 +190,7 @@ def _skip_single_rank_gather(original: Any) -> Any:
 class _Concatenation:
     """Optimizer states of one type, indexed as if they were one flat tensor.
 
-    A slice must be the range of one parameter, which is all that Megatron asks for.
+    A slice must be the range of one parameter; Megatron takes no others.
     """
 
     def __init__(self, states: dict[int, dict[str, Tensor]], name: str) -> None:
@@ -226,15 +225,15 @@ def _share_optimizer_state(original: Any) -> Any:
 
 
 def _release_buckets(original: Any) -> Any:
-    """Frees what a checkpoint copies once the process that writes it is forked.
+    """Frees the copies of weights once the process that writes the checkpoint is forked.
 
-    Megatron holds the copies until all of the checkpoint is written, and reads only their number.
+    Megatron holds them until the checkpoint is written, but reads only their number.
     """
 
     def schedule_async_call(self: Any, request: Any) -> None:
         original(self, request)
         if request.async_fn is not None:
-            _, buckets, *_ = request.async_fn_args
+            _, buckets, *_ = request.async_fn_args  # Megatron's own list, so it is emptied in place
             buckets[:] = [None] * len(buckets)
 
     return schedule_async_call
@@ -294,5 +293,5 @@ SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
         ),
     ),
 }
-"""By name, each with what a training of SmolLM2-135M's student loses without it: time, peak memory.
-A set goes if it gains less than 3% of a step and less than 100 MB."""
+"""Comments state the time and peak memory that each set saves in a training of SmolLM2-135M's
+student. A set that saves less than 3% of a step and less than 100 MB is to be removed."""

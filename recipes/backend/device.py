@@ -1,8 +1,6 @@
-"""Which device models run on, and what a rank does to take its own.
+"""The device that models run on, and the selection of a rank's own GPU and cores.
 
-A training runs the same code on a CPU and on GPUs wherever gloo and Megatron's local layers can do
-it. The strict device of a rehearsal shows where a tensor is left behind; what else depends on the
-device asks here.
+Code that depends on the device asks ``device``. All other code is the same on a CPU and on GPUs.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other, for example for the one that writes a model."""
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 QUERIES_AT_ONCE = 128
-"""Queries whose attention the backward pass of ``attention`` computes together."""
+"""Queries whose attention the backward pass of ``attend_in_blocks`` computes together."""
 
 
 def device() -> str:

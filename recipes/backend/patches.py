@@ -54,6 +54,14 @@ def wrap(wrapper: Callable[..., Any]) -> Replacement:
     return replace
 
 
+def patches(prefix: str, *rows: tuple[str, str, str, Replacement]) -> tuple[Patch, ...]:
+    """Returns a patch for each row of a target after ``prefix``, reason, original, replacement."""
+    return tuple(
+        Patch(f"{prefix}{name}", reason, original, replace)
+        for name, reason, original, replace in rows
+    )
+
+
 def fingerprint(original: Any) -> str:
     """Returns what identifies an original: a hash of its source or, without one, its signature.
 

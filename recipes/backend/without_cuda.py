@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from recipes.backend.adamw import clip_by_total_norm
 from recipes.backend.device import device
-from recipes.backend.gradients import clip_by_total_norm
 from recipes.backend.local_layers import WITHOUT_TRANSFORMER_ENGINE, needs_local_layers
-from recipes.backend.patches import Patch, apply, constant, value
+from recipes.backend.patches import Patch, apply, constant, patches, value
 
 CPU = torch.device("cpu")
 _enabled: set[str] = set()
@@ -29,17 +29,14 @@ def enable(*groups: str) -> None:
     Raises:
         RecipeError: An installed library is not the one that the patches were written for.
     """
-    for group, patches in REQUIRED.items():
-        if group in _enabled or (groups and group not in groups) or not _is_needed(group):
+    for group, required in REQUIRED.items():
+        if group in _enabled or (groups and group not in groups):
             continue
-        apply(patches)
-        _enabled.add(group)
-        if group == "torch":
-            limit_other_threads()
-
-
-def _is_needed(group: str) -> bool:
-    return needs_local_layers() if group == "layers" else device() == "cpu"
+        if needs_local_layers() if group == "layers" else device() == "cpu":
+            apply(required)
+            _enabled.add(group)
+            if group == "torch":
+                limit_other_threads()
 
 
 def limit_other_threads() -> None:
@@ -70,6 +67,11 @@ class _Stream:
         return self
 
     def wait(self, *args: object) -> None: ...
+
+
+def _stay(self: Any, *args: object, **kwargs: object) -> Any:
+    """Replaces ``cuda()`` of tensors and modules, which stay where they are."""
+    return self
 
 
 def _create_on_cpu(factory: Any) -> Any:
@@ -136,87 +138,54 @@ def _name_cuda_types(original: Any) -> Any:
 
 REQUIRED: dict[str, tuple[Patch, ...]] = {
     "torch": (
-        Patch(
-            "torch.cuda:current_device", "Megatron allocates on it", "6e9804168a5c", constant(CPU)
+        *patches(
+            "torch.cuda:",
+            ("current_device", "Megatron allocates on it", "6e9804168a5c", constant(CPU)),
+            ("empty_cache", "called after loading", "bce971e6854f", constant(None)),
+            ("synchronize", "called by the checkpoint writer", "7055e6143ffe", constant(None)),
+            ("max_memory_reserved", "logged by NeMo each step", "60af9cdf5dca", constant(0)),
+            ("max_memory_allocated", "logged by NeMo each step", "7d74e1261dc1", constant(0)),
+            (
+                "get_rng_state",
+                "checkpoints hold the random state",
+                "1190f97901d7",
+                value(lambda device=None: torch.get_rng_state()),
+            ),
+            (
+                "set_rng_state",
+                "checkpoints restore the random state",
+                "2aaed350f20b",
+                value(lambda state, device=None: torch.set_rng_state(state)),
+            ),
+            ("manual_seed", "seeds the device", "a71497712eba", value(torch.manual_seed)),
+            ("Stream", "DDP and checkpoint streams", "f5b9547b4660", value(_Stream)),
+            ("Event", "pipeline schedule", "cc34c59c482f", value(_Stream)),
+            (
+                "stream",
+                "DDP communicates on a stream",
+                "a701c622b6f5",
+                value(lambda stream: contextlib.nullcontext()),
+            ),
+            ("current_stream", "DDP waits for it", "ca5387f64ee1", constant(_Stream())),
+            ("default_stream", "DDP waits for it", "b0a2135268c6", constant(_Stream())),
         ),
-        Patch("torch.cuda:empty_cache", "called after loading", "bce971e6854f", constant(None)),
-        Patch(
-            "torch.cuda:synchronize",
-            "called by the checkpoint writer",
-            "7055e6143ffe",
-            constant(None),
-        ),
-        Patch(
-            "torch.cuda:max_memory_reserved",
-            "logged by NeMo each step",
-            "60af9cdf5dca",
-            constant(0),
-        ),
-        Patch(
-            "torch.cuda:max_memory_allocated",
-            "logged by NeMo each step",
-            "7d74e1261dc1",
-            constant(0),
-        ),
-        Patch(
-            "torch.cuda:get_rng_state",
-            "checkpoints hold the random state",
-            "1190f97901d7",
-            value(lambda device=None: torch.get_rng_state()),
-        ),
-        Patch(
-            "torch.cuda:set_rng_state",
-            "checkpoints restore the random state",
-            "2aaed350f20b",
-            value(lambda state, device=None: torch.set_rng_state(state)),
-        ),
-        Patch(
-            "torch.cuda:manual_seed", "seeds the device", "a71497712eba", value(torch.manual_seed)
-        ),
-        Patch("torch.cuda:Stream", "DDP and checkpoint streams", "f5b9547b4660", value(_Stream)),
-        Patch("torch.cuda:Event", "pipeline schedule", "cc34c59c482f", value(_Stream)),
-        Patch(
-            "torch.cuda:stream",
-            "DDP communicates on a stream",
-            "a701c622b6f5",
-            value(lambda stream: contextlib.nullcontext()),
-        ),
-        Patch("torch.cuda:current_stream", "DDP waits for it", "ca5387f64ee1", constant(_Stream())),
-        Patch("torch.cuda:default_stream", "DDP waits for it", "b0a2135268c6", constant(_Stream())),
-        Patch(
-            "torch:Tensor.cuda",
-            "Megatron moves results",
-            "554cb3ab866a",
-            value(lambda self, *a, **k: self),
-        ),
-        Patch(
-            "torch:nn.Module.cuda",
-            "NeMo moves the model",
-            "a3f558ba5849",
-            value(lambda self, *a, **k: self),
-        ),
-        Patch(
-            "torch:Tensor.to",
-            "literal 'cuda' in NeMo's metric logging",
-            "6f7a670dec75",
-            _move_to_cpu,
-        ),
-        *(
-            Patch(
-                f"torch:{name}",
-                "literal device='cuda' in Megatron and NeMo",
-                original,
-                _create_on_cpu,
-            )
-            for name, original in (
-                ("tensor", "44379d32e654"),
-                ("zeros", "94f562353cd6"),
-                ("ones", "572ac599804b"),
-                ("empty", "37c4ae8c7ad9"),
-                ("empty_like", "1d384eb0e768"),
-                ("full", "cddb34bafcba"),
-                ("arange", "23ed02e3959e"),
-            )
+        *patches(
+            "torch:",
+            ("Tensor.cuda", "Megatron moves results", "554cb3ab866a", value(_stay)),
+            ("nn.Module.cuda", "NeMo moves the model", "a3f558ba5849", value(_stay)),
+            ("Tensor.to", "literal 'cuda' in NeMo's metric logging", "6f7a670dec75", _move_to_cpu),
+            *(
+                (name, "literal device='cuda' in Megatron and NeMo", original, _create_on_cpu)
+                for name, original in (
+                    ("tensor", "44379d32e654"),
+                    ("zeros", "94f562353cd6"),
+                    ("ones", "572ac599804b"),
+                    ("empty", "37c4ae8c7ad9"),
+                    ("empty_like", "1d384eb0e768"),
+                    ("full", "cddb34bafcba"),
+                    ("arange", "23ed02e3959e"),
+                )
+            ),
         ),
         Patch(
             "torch.distributed:all_gather_into_tensor",
@@ -225,41 +194,43 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
             _gather_scalar,
         ),
     ),
-    "megatron": (
-        Patch(
-            "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+    "megatron": patches(
+        "megatron.core.",
+        (
+            "tensor_parallel.random:_get_cuda_rng_state",
             "the tracker reads a device generator",
             "aa26caaa069c",
             value(lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()),
         ),
-        Patch(
-            "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+        (
+            "tensor_parallel.random:_set_cuda_rng_state",
             "the tracker writes a device generator",
             "b179c9d95438",
             value(lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)),
         ),
-        Patch(
-            "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",
+        (
+            "optimizer.optimizer:clip_grad_by_total_norm_fp32",
             "accepts torch.cuda.FloatTensor only",
             "8edb9da53650",
             clip_by_total_norm,
         ),
-        Patch(
-            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.__init__",
+        (
+            "optimizer.distrib_optimizer:DistributedOptimizer.__init__",
             "accepts only parameters whose type is named torch.cuda.*",
             "3275f640fc1b",
             _name_cuda_types,
         ),
     ),
-    "nemo": (
-        Patch(
-            "nemo.lightning.io.pl:_fix_tensors_device",
+    "nemo": patches(
+        "nemo.lightning.",
+        (
+            "io.pl:_fix_tensors_device",
             "asks CUDA for the current device when loading",
             "561d518d996e",
             value(lambda checkpoint: checkpoint),
         ),
-        Patch(
-            "nemo.lightning.megatron_init:_set_random_seed",
+        (
+            "megatron_init:_set_random_seed",
             "seeds Megatron's generators only where a GPU is counted",
             "431f155d7863",
             _seed_all,
@@ -267,4 +238,4 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
     ),
     "layers": WITHOUT_TRANSFORMER_ENGINE,
 }
-"""All but ``layers``, which is about TransformerEngine, are applied only without CUDA."""
+"""Groups of patches. ``layers`` is applied without TransformerEngine, all others without CUDA."""

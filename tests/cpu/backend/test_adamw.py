@@ -11,8 +11,7 @@ from torch.optim import AdamW
 
 from nemo_convert import nemo
 from recipes.backend import adamw
-from recipes.backend.adamw import FusedAdamW
-from recipes.backend.gradients import scale_gradient
+from recipes.backend.adamw import FusedAdamW, scale_gradient
 from tests.support.conversion import convert_by_command, core_of
 
 SETTINGS = {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.2, "eps": 1e-3}

@@ -15,8 +15,8 @@ from torch import nn
 
 from nemo_convert import nemo
 from recipes.backend import SPEED_PATCH_NAMES, cpu_speed, without_cuda
+from recipes.backend.adamw import pending_scale
 from recipes.backend.cpu_speed import SPEED_PATCHES, speed_patches
-from recipes.backend.gradients import pending_scale
 from recipes.backend.without_cuda import enable
 
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="active only without CUDA")
