@@ -22,7 +22,7 @@ from launch.time_left import in_words
 from recipes.core.errors import RecipeError, did_you_mean, require_known
 from recipes.core.run_state import Status
 from recipes.core.screen import plain_table
-from recipes.core.starting import newest_log, tail
+from recipes.core.stage_process import newest_log, tail
 from recipes.report.runs import find_runs
 
 STYLES = {

@@ -11,10 +11,10 @@ from typing import Any
 
 from recipes.core.errors import require_known
 from recipes.core.files import REPO_ROOT
+from recipes.core.fingerprint import module_of
 from recipes.core.manifest import Manifest
 from recipes.core.run_state import InputRef, Request, StageState, Status, stage_state
 from recipes.core.stage import StageConfig
-from recipes.core.starting import module_of
 from recipes.planning.chain import Chain
 from recipes.planning.workload import Workload
 from recipes.stages.contract import Stage

@@ -18,7 +18,7 @@ from launch.executors.slurm_queue import (
 from launch.time_left import in_words, planned_seconds, run_left, seconds_left
 from recipes.core.manifest import Manifest
 from recipes.core.run_state import StageState, Status, read_last_plan, stage_states
-from recipes.core.starting import failure, newest_log
+from recipes.core.stage_process import failure, newest_log
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import IO
 
 from launch.cluster import Cluster, Follow, layout_variables
@@ -17,12 +16,12 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT, write_text_atomically
 from recipes.core.processes import cores
 from recipes.core.run_state import REQUEST
-from recipes.core.starting import run_to_end, start_command, started
+from recipes.core.stage_process import RunningStage, run_to_end, start_command, start_process
 
 SCRIPT = "run.sh"
 
-Begin = Callable[[PlannedStage, IO[bytes]], AbstractContextManager[Callable[[], bool]]]
-"""Starts a stage that writes to a log, tells whether it has ended, and stops it on a failure."""
+Start = Callable[[PlannedStage, IO[bytes]], RunningStage]
+"""Starts a stage whose output goes to a log."""
 
 
 def require_one_machine(plan: Plan, cluster: Cluster) -> None:
@@ -77,25 +76,25 @@ def write_script(
     path.chmod(0o755)
 
 
-def by_script(stage: PlannedStage, log: IO[bytes]) -> AbstractContextManager[Callable[[], bool]]:
+def start_script(stage: PlannedStage, log: IO[bytes]) -> RunningStage:
     """Starts a stage by its script."""
-    return started([stage.directory / SCRIPT], log)
+    return start_process([stage.directory / SCRIPT], log)
 
 
-def run_all(plan: Plan, follow: Follow, begin: Begin = by_script) -> bool:
+def run_all(plan: Plan, follow: Follow, start: Start = start_script) -> bool:
     """Runs what is to do, in order; the first failure ends it."""
     for stage in plan.todo():
         with follow(stage) as follower:
-            run(stage, follower, begin)
+            run(stage, follower, start)
     return True
 
 
-def run(stage: PlannedStage, follower: Follower, begin: Begin = by_script) -> None:
+def run(stage: PlannedStage, follower: Follower, start: Start = start_script) -> None:
     """Runs one stage to its end; refuses one that leaves no new result."""
     run_to_end(
         stage.name,
         stage.directory,
         stage.fingerprint,
-        lambda log: begin(stage, log),
+        lambda log: start(stage, log),
         follower.update,
     )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import IO
 
@@ -16,8 +14,10 @@ from launch.cluster import Cluster, Executor, Follow
 from launch.executors import foreground
 from launch.plan import Plan
 from launch.planned import PlannedStage
-from recipes.core.preloaded import followed, fork_stage, preloaded
+from recipes.core.fingerprint import WORKER
+from recipes.core.fork_server import fork_module, fork_server, watch_child
 from recipes.core.run_state import REQUEST
+from recipes.core.stage_process import RunningStage
 
 PRELOADED = (
     "nemo_convert.convert",
@@ -62,7 +62,7 @@ def write_scripts(plan: Plan, cluster: LocalConfig) -> None:
 
 
 def may_fork(stage: PlannedStage) -> bool:
-    """Whether a preloaded process can become the stage.
+    """Whether the fork server can start the stage.
 
     Variables of its own are read when a process starts or imports, and so need another process.
     """
@@ -76,19 +76,18 @@ def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) ->
     if len(forkable) < 2:
         return foreground.run_all(plan, follow)
     shared = {**os.environ, **environment(forkable[0], cluster)}
-    with preloaded(PRELOADED, shared, plan.run_dir / "preload.log") as server:
+    with fork_server(PRELOADED, shared, plan.run_dir / "fork_server.log") as server:
 
-        def begin(
-            stage: PlannedStage, log: IO[bytes]
-        ) -> AbstractContextManager[Callable[[], bool]]:
-            process = None
+        def start_stage(stage: PlannedStage, log: IO[bytes]) -> RunningStage:
+            pidfd = None
             if may_fork(stage):
-                process = fork_stage(server, stage.module, stage.directory / REQUEST, log)
-            if process is None:
-                return foreground.by_script(stage, log)
-            return followed(server, process, log)
+                arguments = [stage.module, str(stage.directory / REQUEST)]
+                pidfd = fork_module(server, WORKER, arguments, log)
+            if pidfd is None:
+                return foreground.start_script(stage, log)
+            return watch_child(server, pidfd, log)
 
-        return foreground.run_all(plan, follow, begin)
+        return foreground.run_all(plan, follow, start_stage)
 
 
 EXECUTOR = Executor(config=LocalConfig, prepare=prepare, write_scripts=write_scripts, start=start)

@@ -25,7 +25,7 @@ from launch.planned import PlannedStage
 from launch.staleness import ADOPT, SKIP
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
-from recipes.core.starting import LOGS, failure, newest_log
+from recipes.core.stage_process import LOGS, failure, newest_log
 from recipes.core.wheels import cache_dir
 
 SCRIPT = "job.sbatch"

@@ -1,8 +1,8 @@
-"""Fingerprints: what a stage's result depends on, as one SHA-256.
+"""Fingerprint of a stage: one SHA-256 of everything that its result depends on.
 
-It covers the stage's settings without resources, its inputs' fingerprints, the files it reads from
-outside the run, the versions of five libraries, and the code of every first-party module that it
-imports.
+It covers the settings without resources, the fingerprints of the inputs, files from outside the
+run, the versions of five libraries, and the code of the worker, of the stage's module and of all
+first-party modules that these import.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from typing import Any
 from recipes.core.files import REPO_ROOT, sha256_of
 
 FIRST_PARTY = ("recipes", "nemo_convert")
-SMALL_FILE = 1 << 20
+WORKER = "recipes.core.worker"
+"""Main module of every stage's process."""
+MAX_HASHED_BYTES = 1 << 20
+"""Larger files from outside the run are not hashed."""
 
 
 def digest(value: object) -> str:
-    """SHA-256 of a JSON-serialisable value, independent of key order."""
+    """Returns the SHA-256 of a JSON-serialisable value, independent of key order."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def result_settings(config: Any) -> dict[str, object]:
-    """A config dataclass as plain data, without fields marked ``metadata={"resource": True}``."""
+    """Returns a config as plain data, without fields marked ``metadata={"resource": True}``."""
     plain: dict[str, object] = {}
     for spec in fields(config):
         value = getattr(config, spec.name)
@@ -39,17 +42,19 @@ def result_settings(config: Any) -> dict[str, object]:
 
 
 def external_stamp(path: Path) -> dict[str, object]:
-    """Identity of a file or folder that is not an artifact of ours.
+    """Returns hashes of the small files in a folder, and size and modification time of large ones.
 
-    Small files are hashed; weights and corpora are known by size and modification time, since
-    hashing 140 GB of weights on every plan would cost minutes.
+    To hash 140 GB of weights for every plan would take minutes.
+
+    Args:
+        path: A file or folder from outside the run.
     """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     stamp: dict[str, object] = {}
     for file in files:
         stat = file.stat()
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
-        if stat.st_size <= SMALL_FILE:
+        if stat.st_size <= MAX_HASHED_BYTES:
             stamp[name] = sha256_of(file)
         else:
             stamp[name] = [stat.st_size, stat.st_mtime_ns]
@@ -62,16 +67,28 @@ def code_fingerprint(*modules: str) -> str:
     return digest(imported_code(REPO_ROOT, modules))
 
 
+def module_of(stage: str) -> str:
+    """Returns the module of a stage."""
+    return f"recipes.stages.{stage}"
+
+
 def stage_code(stages: Iterable[str]) -> str:
-    """Fingerprint of the code of stages."""
-    return code_fingerprint(*(f"recipes.stages.{stage}" for stage in stages))
+    """Returns the fingerprint of the code that runs stages."""
+    return code_fingerprint(WORKER, *map(module_of, stages))
 
 
 def imported_code(root: Path, modules: Iterable[str]) -> dict[str, str]:
-    """Hashes modules and every first-party module that they import, directly or not.
+    """Hashes the source of modules and of every first-party module that they import, transitively.
 
-    Nothing is imported: the source is read. Imports inside functions count, imports for type
-    checkers do not. Comments, docstrings and formatting are not part of a hash.
+    Imports inside functions count, imports for type checkers do not. Comments, docstrings and
+    formatting do not change a hash.
+
+    Args:
+        root: The checkout.
+        modules: Names of modules.
+
+    Returns:
+        Hashes by module name, sorted.
     """
     hashes: dict[str, str] = {}
     queue = list(modules)
@@ -91,7 +108,7 @@ def _read_module(root: Path, module: str) -> tuple[str, frozenset[str]]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
-            node.body = [s for s in body if not (_is_text(s) or _is_for_types(s))]  # type: ignore[attr-defined]
+            node.body = [statement for statement in body if not _is_ignored(statement)]  # type: ignore[attr-defined]
     imports = frozenset(name for name in _imports(path, tree) if _path_of(root, name))
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
 
@@ -107,7 +124,7 @@ def _imports(path: Path, tree: ast.Module) -> Iterator[str]:
 
 
 def _path_of(root: Path, module: str) -> Path | None:
-    """File of a first-party module; ``None`` for anything else."""
+    """Returns the file of a first-party module; ``None`` for anything else."""
     first, *rest = module.split(".")
     base = root.joinpath(first, *rest)
     if first not in FIRST_PARTY:
@@ -115,16 +132,12 @@ def _path_of(root: Path, module: str) -> Path | None:
     return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
 
 
-def _is_text(statement: ast.AST) -> bool:
-    """Whether a statement is only a text: a docstring, below a field too."""
+def _is_ignored(statement: ast.AST) -> bool:
+    """Returns whether a statement is a docstring, also of a field, or only for type checkers."""
     match statement:
-        case ast.Expr(value=ast.Constant(value=str())):
+        case ast.Expr(value=ast.Constant(value=str())) | ast.If(test=ast.Name(id="TYPE_CHECKING")):
             return True
     return False
-
-
-def _is_for_types(statement: ast.AST) -> bool:
-    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
 
 
 def stage_fingerprint(
@@ -134,13 +147,14 @@ def stage_fingerprint(
     inputs: Mapping[str, str],
     external: Mapping[str, object],
 ) -> str:
-    """Fingerprint of one stage; see the module's docstring."""
-    return digest(
-        {
-            "settings": settings,
-            "code": code,
-            "libraries": dict(libraries),
-            "inputs": dict(inputs),
-            "external": dict(external),
-        }
-    )
+    """Returns the fingerprint of a stage.
+
+    Args:
+        settings: Its settings without resources.
+        code: ``stage_code`` of it and of the stages that it starts.
+        libraries: Versions by library.
+        inputs: Fingerprints by input.
+        external: ``external_stamp`` of its files from outside the run, by name.
+    """
+    parts = {"libraries": libraries, "inputs": inputs, "external": external}
+    return digest({"settings": settings, "code": code, **{n: dict(v) for n, v in parts.items()}})

@@ -1,4 +1,4 @@
-"""Processes of a stage: that none outlives its parent, how one ended, what it takes."""
+"""Settings of a stage's processes: they end with their parent; memory, cores, causes of death."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 NVIDIA_DEVICES = ("/dev/nvidiactl", "/dev/dxg")
-"""Of Linux, and of Linux in Windows."""
+"""Device files of NVIDIA's driver on Linux and on Linux in Windows (WSL)."""
 
 
-def ended_by(status: int | None) -> str | None:
-    """What is to be said of a process that a signal ended, by its negative exit status."""
-    if status is None or status >= 0:
+def death_message(exit_status: int | None) -> str | None:
+    """Returns "killed by SIGNAL: ..." for the negative exit status of a killed process."""
+    if exit_status is None or exit_status >= 0:
         return None
-    name = signal.Signals(-status).name
-    if -status == signal.SIGKILL:
+    name = signal.Signals(-exit_status).name
+    if -exit_status == signal.SIGKILL:
         return f"killed by {name}: out of memory (the kernel's log, dmesg, says so), or by someone"
     return f"ended by {name}"
 
@@ -26,75 +26,74 @@ def ended_by(status: int | None) -> str | None:
 def die_with_parent() -> None:
     """Asks Linux to kill this process when its parent dies, so that ``kill -9`` leaves no orphan.
 
-    An orphaned rank would go on writing into the directory that the next run uses.
+    An orphaned rank would continue to write into the directory that the next run uses.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def children_die_with_this() -> None:
-    """The same for every process that is forked from this one or from such a child."""
-    forking = 0
+    """Calls ``die_with_parent`` in every process that is forked from this one or its forks."""
+    parent = 0
 
     def before() -> None:
-        nonlocal forking
-        forking = os.getpid()
+        nonlocal parent
+        parent = os.getpid()
 
     def in_child() -> None:
         die_with_parent()
-        if os.getppid() != forking:  # which died before it could be said
+        if os.getppid() != parent:  # the parent died before the call above
             os._exit(1)
 
     os.register_at_fork(before=before, after_in_child=in_child)
 
 
 def cores() -> int:
-    """Those that this process may use: a container, a job or ``taskset`` may leave it some only."""
+    """Returns the number of cores that a container, a job or ``taskset`` leaves this process."""
     return len(os.sched_getaffinity(0))
 
 
-def leave_out_trackers() -> None:
-    """Keeps Megatron from importing wandb, which it would where that is installed, for nothing.
+def hide_trackers() -> None:
+    """Keeps Megatron from importing wandb, which only the launcher uses.
 
-    Trackers are the launcher's. An import takes time, and makes folders in the temporary one that a
-    process which is killed leaves there.
+    The import takes time and makes temporary folders, which a killed process leaves behind.
     """
     sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
 
 
 def expect_no_gpu() -> None:
-    """Where there is none, names an architecture to compile for, which Megatron asks GPUs for.
+    """Sets the CUDA architecture to compile for on a machine without a GPU.
 
-    It compiles a part of itself when it is imported, and copes if that fails; but with a CUDA build
-    of torch, CUDA's compiler and no GPU it ends with an IndexError before it tries.
+    When Megatron is imported, it compiles an extension and tolerates a failure. But with CUDA's
+    compiler and a CUDA build of torch it asks the missing GPU for its architecture first, which
+    raises an IndexError.
     """
     if not any(Path(device).exists() for device in NVIDIA_DEVICES):
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
 
 
 def return_free_memory() -> None:
-    """Gives back to Linux what glibc holds and nobody uses, wherever in its heap that is.
+    """Returns glibc's free memory to Linux, including pieces in the middle of the heap.
 
-    It keeps pieces that are too small for what is asked for next, and all there is where
-    ``MALLOC_TRIM_THRESHOLD_`` says so, as on a CPU, so that the next step need not ask again.
+    glibc keeps pieces that are too small to be used again; and all free memory, for speed, if
+    ``MALLOC_TRIM_THRESHOLD_`` is set as for stages on a CPU.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-    if trim:
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only glibc has it
         trim(0)
 
 
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this program alone.
+    """Returns the peak resident memory of this program.
 
-    Not ``ru_maxrss``: Linux starts that at the size of the process that started this one.
+    ``ru_maxrss`` does not serve: Linux starts it at the size of the parent process.
     """
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     [kibibytes] = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
     return int(kibibytes) * 1024
 
 
-# Megatron's checkpoint writer starts processes that import the stage's module again; ``kill -9`` of
-# a rank would leave them behind for good.
+# Megatron's checkpoint writer spawns processes, which import the program's main module and with it
+# this one. They too must die with their parent.
 if "--multiprocessing-fork" in sys.orig_argv:
     die_with_parent()
-    leave_out_trackers()
+    hide_trackers()

@@ -1,8 +1,9 @@
-"""What a stage is given: its settings, its inputs, its rank, and where its records go."""
+"""What a stage gets: settings, inputs, rank, deadline, and a file for its metrics."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +12,21 @@ from typing import Annotated
 from omegaconf import MISSING
 
 from recipes.core.constraints import Count, Duration, Environment, matching
+from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.metrics import METRICS, MetricsLog
 
+DEADLINE = "STAGE_DEADLINE"
+"""Variable with the time, in seconds since 1970, when a stage must save its work and stop.
+
+The Slurm executor sets it. Like a resource it does not change the result.
+"""
 SbatchOption = Annotated[str, matching(r"--\S[^\n]*", "an option of sbatch, such as --mem=0")]
 
 
 @dataclass
 class Resources:
-    """Where and how large a stage runs; never changes its result."""
+    """Where a stage runs and on how many devices; does not change its result."""
 
     nodes: Count = 1
     """Machines; more than one needs Slurm."""
@@ -28,7 +35,7 @@ class Resources:
     env: Environment = field(default_factory=dict)
     """Variables of its processes, besides the cluster's."""
     max_silence: Count | None = 7200
-    """Seconds without a record of progress after which a stage is taken to hang: it ends, and says
+    """Seconds without a record of progress after which a stage counts as hanging: it ends and says
     what each rank was doing. ``null`` for no limit."""
     time: Duration | None = None
     """Limit of one Slurm job, ``HH:MM:SS`` or ``D-HH:MM:SS``; by default the cluster's."""
@@ -37,7 +44,7 @@ class Resources:
 
     @property
     def ranks(self) -> int:
-        """Processes in all."""
+        """Number of processes on all nodes."""
         return self.nodes * self.devices
 
 
@@ -46,16 +53,16 @@ class StageConfig:
     """Fields that every stage has."""
 
     stage: str = MISSING
-    """The module in ``recipes/stages`` that does it."""
+    """The module in ``recipes/stages`` that implements it."""
     inputs: dict[str, str] = field(default_factory=dict)
-    """Input name to a stage of this run, or to the directory of another run's stage."""
+    """For each input, a stage of this run or the directory of another run's stage."""
     resources: Resources = field(default_factory=Resources, metadata={"resource": True})
-    """Where and how large it runs."""
+    """Where it runs and on how many devices."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """One input as a stage sees it."""
+    """A complete stage that another stage reads."""
 
     directory: Path
     manifest: Manifest
@@ -69,21 +76,47 @@ class Input:
 Inputs = Mapping[str, Input]
 
 
+class StoppedByDeadlineError(RecipeError):
+    """A stage saved its work at the deadline. All ranks raise it at the same step."""
+
+
 def rank() -> int:
-    """Global rank of this process under torchrun; 0 outside it."""
+    """Returns the global rank of this process under torchrun; 0 outside it."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of ranks of this job; 1 outside torchrun."""
+    """Returns the number of ranks of this job; 1 outside torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def deadline() -> float | None:
+    """Returns the deadline in seconds since 1970; ``None`` without one.
+
+    Raises:
+        RecipeError: The variable is not a number.
+    """
+    text = os.environ.get(DEADLINE)
+    try:
+        return float(text) if text else None
+    except ValueError as error:
+        raise RecipeError(
+            f"invalid {DEADLINE}={text}: must be a number of seconds since 1970",
+            "set it to such a number, or unset it",
+        ) from error
+
+
+def time_is_up() -> bool:
+    """Returns whether the deadline has passed on this machine's clock."""
+    limit = deadline()
+    return limit is not None and time.time() >= limit
+
+
 def metrics_file(out: Path) -> Path:
-    """Where the stage that writes its artifact to ``out`` keeps its metrics."""
+    """Returns the metrics file of the stage that writes its artifact to ``out``."""
     return out.parent.parent / METRICS
 
 
 def metrics_log(out: Path) -> MetricsLog:
-    """The stage's metrics file; silent on ranks other than 0."""
+    """Opens the stage's metrics file; on ranks other than 0 nothing is written."""
     return MetricsLog(metrics_file(out) if rank() == 0 else None)

@@ -1,9 +1,12 @@
-"""A stage's own process: reads its request, runs it, and publishes what it made."""
+"""The process of a stage: reads its request, runs it, and publishes its result.
+
+It is started as ``[torchrun] -m recipes.core.worker MODULE STAGE_DIR/config.yaml``.
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import importlib
 import os
 import sys
 import time
@@ -12,11 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from recipes.core.deadline import StoppedByClockError
 from recipes.core.errors import RecipeError
 from recipes.core.files import storage_problem
 from recipes.core.manifest import ARTIFACT, WORK, Manifest, Outcome, check_artifact, stamp_files
@@ -24,7 +26,7 @@ from recipes.core.processes import (
     children_die_with_this,
     die_with_parent,
     expect_no_gpu,
-    leave_out_trackers,
+    hide_trackers,
     peak_memory_bytes,
 )
 from recipes.core.run_state import (
@@ -34,7 +36,14 @@ from recipes.core.run_state import (
     read_request,
     record_failure,
 )
-from recipes.core.stage import Input, Inputs, StageConfig, rank, world_size
+from recipes.core.stage import (
+    Input,
+    Inputs,
+    StageConfig,
+    StoppedByDeadlineError,
+    rank,
+    world_size,
+)
 from recipes.core.versions import git_sha, installed_versions
 from recipes.core.watchdog import watch_for_hangs
 
@@ -42,40 +51,36 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 POLL_SECONDS = 0.05
-ConfigT = TypeVar("ConfigT", bound=StageConfig)
 Run = Callable[[Any, Inputs, Path], Outcome]
 
 
-def stage_main(run: Run, config_class: type[ConfigT], kind: str) -> None:
-    """Entry point of a stage's worker process."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config", type=Path, required=True)
-    request_file: Path = parser.parse_args().config
-    stage_dir = request_file.parent
+def main() -> None:
+    """Runs the stage of a module; on an error records why and ends with status 1."""
+    module, request_file = sys.argv[1:]
+    stage_dir = Path(request_file).parent
     die_with_parent()
-    leave_out_trackers()
+    hide_trackers()
     expect_no_gpu()
-    children_die_with_this()  # what writes a checkpoint beside training
+    children_die_with_this()  # such as the writers of checkpoints
     try:
-        _run_stage(run, config_class, kind, request_file)
+        stage = importlib.import_module(module).STAGE
+        run_stage(stage.run, stage.config, stage.kind, stage_dir)
         _leave_together()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is not an Exception
-        message = str(error) if isinstance(error, RecipeError) else traceback.format_exc()
+        is_explained = isinstance(error, RecipeError)
+        message = str(error) if is_explained else traceback.format_exc()
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr, flush=True)
-        summary = message if isinstance(error, RecipeError) else _summary(error, stage_dir)
-        with contextlib.suppress(OSError):  # on a full disk the launcher finds it in the log
-            # When one rank fails, the others lose their connection, which is not the reason.
-            certain, stopped = (
-                isinstance(error, RecipeError),
-                isinstance(error, StoppedByClockError),
-            )
-            record_failure(stage_dir, summary, stopped=stopped, certain=certain)
+        summary = message if is_explained else _summary(error, stage_dir)
+        stopped = isinstance(error, StoppedByDeadlineError)
+        with contextlib.suppress(OSError):  # on a full disk the launcher reads the log
+            # The error of a rank that lost its connection must not replace the first rank's error.
+            record_failure(stage_dir, summary, stopped=stopped, certain=is_explained)
             if stopped:
-                _leave_together()  # the first rank to leave would end the others
-        # A failing rank must not wait in a collective for ranks that will never come.
+                _leave_together()  # torchrun kills the others when the first rank ends
+        # Without the exit functions, which would wait in a collective for the other ranks.
         os._exit(1)
 
 
@@ -89,22 +94,30 @@ def _summary(error: BaseException, stage_dir: Path) -> str:
             "killed, perhaps for memory.",
             "the same command resumes from the last whole checkpoint",
         )
-        return str(unwritten)  # the error's own words are a traceback
+        return str(unwritten)  # the message of the exception is a traceback
     if world_size() > 1 and "by peer" in str(error):
         lost = RecipeError(
             f"rank {rank()} lost its connection to another, which was killed or whose node failed.",
-            "its end is in the log, if it had time to say so; the same command resumes",
+            "read the log of the other rank; the same command resumes",
         )
         return f"{lost}\n  {what}"
     return what
 
 
-def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: Path) -> None:
-    started, stage_dir = time.monotonic(), request_file.parent
+def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: Path) -> None:
+    """Runs a stage on this rank and publishes its result.
+
+    Args:
+        run: The stage's function.
+        config_class: Dataclass of its settings.
+        kind: Type of its result.
+        stage_dir: Its directory, with the request.
+    """
+    started = time.monotonic()
     request = read_request(stage_dir)
     merged = OmegaConf.merge(OmegaConf.structured(config_class), request.config)
-    cfg: ConfigT = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    begun = Manifest(
+    cfg: StageConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    manifest = Manifest(
         stage=cfg.stage,
         kind=kind,
         fingerprint=request.fingerprint,
@@ -117,16 +130,16 @@ def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: P
     out, store = stage_dir / WORK / ARTIFACT, _shared_store()
     with _rank_0_first(store, "work and inputs"):
         if rank() == 0:
-            begun = replace(begun, versions=installed_versions(), git_sha=git_sha())
-            begin_work(stage_dir, begun)
+            manifest = replace(manifest, versions=installed_versions(), git_sha=git_sha())
+            begin_work(stage_dir, manifest)
         inputs = {name: _checked(ref) for name, ref in request.inputs.items()}
     with watch_for_hangs(cfg.resources.max_silence, out.parent, rank()):
         outcome = run(cfg, inputs, out)
-        peak_rss = _finish_ranks()
+        peak_rss = _total_peak_memory()
     with _rank_0_first(store, "manifest"):
         if rank() == 0:
-            manifest = replace(
-                begun,
+            complete = replace(
+                manifest,
                 files=stamp_files(out),
                 metrics=asdict(outcome.result) if outcome.result else {},
                 architecture=outcome.architecture,
@@ -136,11 +149,11 @@ def _run_stage(run: Run, config_class: type[ConfigT], kind: str, request_file: P
                 peak_rss_bytes=peak_rss,
                 input_content={name: item.manifest.content() for name, item in inputs.items()},
             )
-            complete_stage(stage_dir, manifest)
+            complete_stage(stage_dir, complete)
 
 
 def _checked(ref: InputRef) -> Input:
-    """An input that is as it was planned with. One rank reads every byte; the others must not."""
+    """Returns an input that has not changed since the plan; only rank 0 reads every byte."""
     manifest = check_artifact(ref.directory, ref.kind, rehash=rank() == 0)
     if manifest.fingerprint != ref.fingerprint:
         raise RecipeError(f"{ref.directory} changed after this stage was planned.", "run again")
@@ -148,7 +161,7 @@ def _checked(ref: InputRef) -> Input:
 
 
 def _shared_store() -> Store | None:
-    """What torchrun's ranks share beside their process group; ``None`` for one rank."""
+    """Returns torchrun's store, which needs no process group; ``None`` for one rank."""
     if world_size() == 1:
         return None
     from torch.distributed.rendezvous import rendezvous
@@ -158,13 +171,13 @@ def _shared_store() -> Store | None:
 
 
 @contextlib.contextmanager
-def _rank_0_first(store: Store | None, what: str) -> Iterator[None]:
-    """The other ranks wait until rank 0 is through, however long it takes.
+def _rank_0_first(store: Store | None, step: str) -> Iterator[None]:
+    """Runs the block on rank 0, and then on the other ranks.
 
-    Not in a collective, whose timeout would count: a terabyte is hashed in many minutes. Should
-    rank 0 fail, torchrun ends them.
+    A collective would not do: hashing a terabyte takes longer than its timeout. If rank 0 fails,
+    torchrun ends the other ranks.
     """
-    key = f"rank 0: {what}"
+    key = f"rank 0: {step}"
     while store is not None and rank() != 0 and not store.check([key]):
         time.sleep(POLL_SECONDS)
     yield
@@ -172,28 +185,31 @@ def _rank_0_first(store: Store | None, what: str) -> Iterator[None]:
         store.set(key, "done")
 
 
-def _finish_ranks() -> int:
-    """Waits for all ranks and returns their peak resident memory in bytes, summed."""
+def _total_peak_memory() -> int:
+    """Waits for all ranks; returns the sum of their peak resident memory in bytes."""
     own = peak_memory_bytes()
     torch = sys.modules.get("torch")
     if world_size() == 1 or torch is None or not torch.distributed.is_initialized():
         return own
-    every: list[int] = [0] * world_size()
-    torch.distributed.all_gather_object(every, own)
-    return sum(every)
+    each: list[int] = [0] * world_size()
+    torch.distributed.all_gather_object(each, own)
+    return sum(each)
 
 
 def _leave_together() -> None:
-    """Ends all ranks at once, after rank 0 has written the manifest.
+    """Makes all ranks end at the same time, after rank 0 has written the manifest.
 
-    A rank that leaves early with gloo's threads still running may abort, and torchrun would then
-    kill rank 0 in the middle of its last work.
+    A rank that ends while gloo's threads run may abort, and torchrun would then kill rank 0.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         if world_size() > 1:
             torch.distributed.barrier()
-        # Groups that outlive their process group abort the interpreter at its exit with gloo.
+        # With gloo, groups that outlive their process group abort the interpreter at its exit.
         if megatron := sys.modules.get("megatron.core.parallel_state"):
             megatron.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

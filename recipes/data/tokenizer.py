@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from recipes.core.errors import RecipeError
-from recipes.core.processes import die_with_parent, ended_by
+from recipes.core.processes import death_message, die_with_parent
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 """Tokens between documents in pretraining; an instruct model's ``eos_token`` ends a turn."""
@@ -107,7 +107,7 @@ def encode_all(
                 yield encoded.result(), item
         except BrokenProcessPool as error:
             raise RecipeError(
-                f"a process that tokenizes was {ended_by(-signal.SIGKILL)}.",
+                f"a process that tokenizes was {death_message(-signal.SIGKILL)}.",
                 "the same command resumes; fewer processes take less memory",
             ) from error
         finally:

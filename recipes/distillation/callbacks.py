@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from recipes.core.deadline import StoppedByClockError, time_is_up
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.processes import return_free_memory
-from recipes.core.stage import rank
+from recipes.core.stage import StoppedByDeadlineError, rank, time_is_up
 from recipes.core.statistics import mean
 from recipes.distillation.model import KDModel
 from recipes.distillation.settings import DistillConfig, TrainingConfig
@@ -149,7 +148,7 @@ class StopAtDeadline(Callback):
         checkpoint = trainer.checkpoint_callback
         checkpoint._save_topk_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
         finish_saving(trainer)
-        raise StoppedByClockError(
+        raise StoppedByDeadlineError(
             f"stopped by the clock at step {step} of {self._cfg.max_steps}; a checkpoint is saved.",
             "run the same command to go on",
         )

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 from nemo_convert import nemo
-from recipes.core.deadline import StoppedByClockError, deadline, time_is_up
 from recipes.core.files import link_or_copy
 from recipes.core.metrics import MetricsLog
-from recipes.core.stage import Input, rank
+from recipes.core.stage import Input, StoppedByDeadlineError, deadline, rank, time_is_up
 from recipes.data.results import DatasetResult
 from recipes.data.token_windows import (
     count_windows,
@@ -52,7 +51,7 @@ def cache_logits(
         The result over all shards, on rank 0.
 
     Raises:
-        StoppedByClockError: The deadline was reached before the last shard; on all ranks.
+        StoppedByDeadlineError: The deadline was reached before the last shard; on all ranks.
     """
     parallel = nemo.Parallelism(tensor=cfg.tensor_model_parallel_size)
     nemo.initialize(parallel)
@@ -128,7 +127,7 @@ def _own_shards(shards: int) -> range:
 
 def _require_all(stopped: bool, shards: int, device: torch.device) -> None:
     if _any(stopped, device):
-        raise StoppedByClockError(
+        raise StoppedByDeadlineError(
             f"stopped by the clock; of {shards} shards those that are whole are kept.",
             "run the same command to go on",
         )

@@ -24,10 +24,9 @@ from recipes.backend.cpu_speed import speed_patches
 from recipes.backend.device import COLLECTIVE_TIMEOUT, collective_backend, device, select_gpu
 from recipes.backend.without_cuda import enable
 from recipes.core.compiled import compilation
-from recipes.core.deadline import deadline
 from recipes.core.files import read_json, write_json
 from recipes.core.metrics import MetricsLog
-from recipes.core.stage import Input, metrics_file, rank, world_size
+from recipes.core.stage import Input, deadline, metrics_file, rank, world_size
 from recipes.core.wheels import cache_dir
 from recipes.distillation.callbacks import (
     CollectGarbage,

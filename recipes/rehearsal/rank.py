@@ -20,8 +20,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from nemo.lightning.callback_group import CallbackGroup
 from omegaconf import OmegaConf
 
-from recipes.core.deadline import DEADLINE, StoppedByClockError
 from recipes.core.manifest import ARTIFACT, WORK
+from recipes.core.stage import DEADLINE, StoppedByDeadlineError
 from recipes.rehearsal import device, materials
 from recipes.rehearsal.job import RankJob
 from recipes.rehearsal.memory import MemoryTracker, label_models
@@ -68,7 +68,7 @@ def rehearse(job: RankJob) -> RehearsalResult:
 def _stop_by_the_clock(run: Callable[[], object]) -> None:
     """Runs a training past its deadline, so it saves after one step; frees all it allocated."""
     os.environ[DEADLINE] = "0"
-    with suppress(StoppedByClockError):
+    with suppress(StoppedByDeadlineError):
         run()
     del os.environ[DEADLINE]
     RotaryEmbedding.forward.cache_clear()  # it keeps the model

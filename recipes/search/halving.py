@@ -11,7 +11,7 @@ from pathlib import Path
 from recipes.core.files import write_text_atomically
 from recipes.core.manifest import read_manifest
 from recipes.core.stage import Inputs, rank, world_size
-from recipes.core.starting import run_child
+from recipes.core.stage_process import run_child
 from recipes.core.watchdog import pause_watchdog
 from recipes.distillation.settings import DistillConfig
 from recipes.evaluation.results import TokenQuality

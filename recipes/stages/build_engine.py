@@ -60,6 +60,3 @@ STAGE = Stage(
     disk_bytes=lambda config, chain: 2 * 4 * chain.teacher.parameters(),
     require_here=lambda config: require_backend(config.backend),
 )
-
-if __name__ == "__main__":
-    STAGE.main()

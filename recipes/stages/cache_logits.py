@@ -85,6 +85,3 @@ STAGE = Stage(
     workload=workload,
     progress=progress,
 )
-
-if __name__ == "__main__":
-    STAGE.main()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig
-from recipes.core.worker import stage_main
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost
@@ -80,11 +79,7 @@ def checkpoint_outcome(result: DataclassInstance | None, checkpoint: Path) -> Ou
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Generic[ConfigT]):
-    """A stage. Each module of this package has one as ``STAGE``, and defaults in ``conf/stage``.
-
-    It is started as ``[torchrun] -m recipes.stages.<stage> --config
-    <stage directory>/config.yaml``; no rank composes its config.
-    """
+    """A stage. Each module of this package has one as ``STAGE``, and defaults in ``conf/stage``."""
 
     config: type[ConfigT]
     kind: Kind
@@ -155,7 +150,3 @@ class Stage(Generic[ConfigT]):
                 return
         fix = "use a device with more memory"
         yield memory_problem(name, needed, available, hardware.name, fix)
-
-    def main(self) -> None:
-        """Entry point of the stage's own process."""
-        stage_main(self.run, self.config, self.kind)

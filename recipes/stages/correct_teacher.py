@@ -48,6 +48,3 @@ STAGE = Stage(
     workload=lambda config, chain: training_workload(config, chain.teacher),
     progress=training_progress,
 )
-
-if __name__ == "__main__":
-    STAGE.main()

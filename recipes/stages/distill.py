@@ -252,6 +252,3 @@ STAGE = Stage(
     workload=workload,
     progress=training_progress,
 )
-
-if __name__ == "__main__":
-    STAGE.main()

@@ -87,6 +87,3 @@ STAGE = Stage(
     needs_torch=False,
     needs_gpu=lambda config, chain: False,
 )
-
-if __name__ == "__main__":
-    STAGE.main()

@@ -63,6 +63,3 @@ STAGE = Stage(
         "data": ("dataset",),
     },
 )
-
-if __name__ == "__main__":
-    STAGE.main()

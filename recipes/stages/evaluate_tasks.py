@@ -103,6 +103,3 @@ STAGE = Stage(
         "distilled": ("checkpoint_nemo",),
     },
 )
-
-if __name__ == "__main__":
-    STAGE.main()

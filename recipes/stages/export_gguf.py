@@ -56,6 +56,3 @@ STAGE = Stage(
     needs_gpu=lambda config, chain: False,
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),  # at most
 )
-
-if __name__ == "__main__":
-    STAGE.main()

@@ -72,6 +72,3 @@ STAGE = Stage(
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),  # at most
     inference_cost=inference_cost,
 )
-
-if __name__ == "__main__":
-    STAGE.main()

@@ -119,6 +119,3 @@ STAGE = Stage(
     },
     disk_bytes=lambda config, chain: 4 * chain.shape_of(config.inputs["checkpoint"]).parameters(),
 )
-
-if __name__ == "__main__":
-    STAGE.main()

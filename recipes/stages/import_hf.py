@@ -80,6 +80,3 @@ STAGE = Stage(
     external=external,
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters() * (2 if config.pack else 1),
 )
-
-if __name__ == "__main__":
-    STAGE.main()

@@ -111,6 +111,3 @@ STAGE = Stage(
     resolve_from_chain=resolve_from_chain,
     require_here=lambda config: require_backend(config.engine.backend),
 )
-
-if __name__ == "__main__":
-    STAGE.main()

@@ -155,6 +155,3 @@ STAGE = Stage(
     },
     needs_gpu=needs_gpu,
 )
-
-if __name__ == "__main__":
-    STAGE.main()

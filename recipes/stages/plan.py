@@ -307,6 +307,3 @@ STAGE = Stage(
     plans_workloads=True,
     resolve_from_chain=resolve_from_chain,
 )
-
-if __name__ == "__main__":
-    STAGE.main()

@@ -203,6 +203,3 @@ STAGE = Stage(
     needs_gpu=lambda config, chain: bool(config.teacher_sources()),
     external=external,
 )
-
-if __name__ == "__main__":
-    STAGE.main()

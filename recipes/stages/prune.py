@@ -172,6 +172,3 @@ STAGE = Stage(
     disk_bytes=lambda config, chain: 4 * student_of(config, chain).parameters(),
     resolve_from_chain=lambda config, chain: config.with_absolute_targets(chain.teacher),
 )
-
-if __name__ == "__main__":
-    STAGE.main()

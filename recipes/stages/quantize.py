@@ -52,6 +52,3 @@ STAGE = Stage(
     inputs={"checkpoint": ("checkpoint_hf",), "calibration": ("dataset",)},
     disk_bytes=lambda config, chain: 2 * chain.teacher.parameters(),  # at most
 )
-
-if __name__ == "__main__":
-    STAGE.main()

@@ -81,6 +81,3 @@ STAGE = Stage(
         "shapes": ("shapes",),
     },
 )
-
-if __name__ == "__main__":
-    STAGE.main()

@@ -65,6 +65,3 @@ STAGE = Stage(
     needs_gpu=lambda config, chain: False,
     external=lambda config: {"templates": TEMPLATES},
 )
-
-if __name__ == "__main__":
-    STAGE.main()

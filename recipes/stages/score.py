@@ -107,6 +107,3 @@ STAGE = Stage(
     resolve_from_chain=resolve_from_chain,
     inputs={"checkpoint": ("checkpoint_nemo",), "calibration": ("dataset",)},
 )
-
-if __name__ == "__main__":
-    STAGE.main()

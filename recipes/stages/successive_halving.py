@@ -186,6 +186,3 @@ STAGE = Stage(
         "candidates": ("search_results",),
     },
 )
-
-if __name__ == "__main__":
-    STAGE.main()

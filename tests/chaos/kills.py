@@ -220,7 +220,7 @@ def roles_of(launcher: int) -> dict[str, list[int]]:
     roles: dict[str, list[int]] = {"launcher": [launcher]}
     for child in children.get(launcher, []):
         command = processes.command(child)
-        starts_others = "recipes.core.preloaded" in command or "torch.distributed.run" in command
+        starts_others = "recipes.core.fork_server" in command or "torch.distributed.run" in command
         stages = children.get(child, []) if starts_others else [child]
         if starts_others:
             roles.setdefault("server", []).append(child)

@@ -9,9 +9,9 @@ from unittest import mock
 
 import pytest
 
-from recipes.core.deadline import DEADLINE
 from recipes.core.manifest import WORK
 from recipes.core.metrics import METRICS
+from recipes.core.stage import DEADLINE
 from recipes.distillation.training import CHECKPOINTS, whole_checkpoints
 from tests.gpu.small import PRECISIONS, Small, farthest, record, steps
 from tests.support.launcher import run_and_kill, run_recipe

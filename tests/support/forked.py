@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO
 
 from recipes.core.files import REPO_ROOT
-from recipes.core.preloaded import followed, fork_stage, preloaded
+from recipes.core.fork_server import fork_module, fork_server, watch_child
 from recipes.core.processes import die_with_parent
 
 PATIENCE = 600
@@ -38,9 +38,9 @@ def _server(*modules: str) -> tuple[socket.socket, Path]:
     """What is forked, one for each process of tests; it ends with it."""
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
-    log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "preload.log"
+    log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "fork_server.log"
     environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
-    return stack.enter_context(preloaded(modules, environment, log)), log
+    return stack.enter_context(fork_server(modules, environment, log)), log
 
 
 @contextmanager
@@ -79,9 +79,9 @@ def forked(
         }
         json.dump(told, request)
         request.flush()
-        process = fork_stage(server, __name__, Path(request.name), output)
+        process = fork_module(server, __name__, [request.name], output)
         assert process is not None, log.read_text()
-        with followed(server, process, output) as ended:
+        with watch_child(server, process, output) as ended:
             yield ended
 
 
@@ -108,8 +108,8 @@ def run_forked(
 
 
 def main() -> None:
-    """What a fork does: ``--config REQUEST``."""
-    told = json.loads(Path(sys.argv[2]).read_text())
+    """Runs the command of a request in this child."""
+    told = json.loads(Path(sys.argv[1]).read_text())
     os.environ.clear()
     os.environ.update(told["environment"])
     os.chdir(told["cwd"])

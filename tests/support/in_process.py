@@ -29,7 +29,7 @@ from launch.plan import Plan
 from launch.planned import load_stage
 from recipes.core.run_state import REQUEST, InputRef, request_of
 from recipes.core.stage import StageConfig
-from recipes.core.worker import _run_stage
+from recipes.core.worker import run_stage
 from recipes.search import halving
 from recipes.stages.contract import Stage
 from tests.support.disks import large_disks
@@ -80,7 +80,7 @@ def _run(stage: Stage[Any], request: Path) -> None:
         from megatron.core import num_microbatches_calculator as batches
 
         batches.unset_num_microbatches_calculator()  # or it keeps the first training's sizes
-    _run_stage(stage.run, stage.config, stage.kind, request)
+    run_stage(stage.run, stage.config, stage.kind, request.parent)
 
 
 @cache

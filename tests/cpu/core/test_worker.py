@@ -10,19 +10,20 @@ from pathlib import Path
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, read_manifest, stamp_files, write_manifest
 from recipes.core.run_state import InputRef, Request
-from recipes.core.starting import start_command
+from recipes.core.stage_process import start_command
 from tests.support.manifests import bare_manifest
 
 SECONDS, PATIENCE = 12, 10
 """That rank 0 takes for its hashes, and that ranks wait for each other: less, but long enough for
 a machine on which one of them does not run for a while."""
 STAGE = f"""
+import sys
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import torch
 
-from recipes.core import worker
 from recipes.core.manifest import Outcome
 from recipes.core.stage import StageConfig, rank
 
@@ -42,9 +43,9 @@ def run(cfg, inputs, out):
     return Outcome()
 
 
+worker = sys.modules["__main__"]
 worker.check_artifact, worker.stamp_files = slow(worker.check_artifact), slow(worker.stamp_files)
-if __name__ == "__main__":
-    worker.stage_main(run, StageConfig, "dataset")
+STAGE = SimpleNamespace(run=run, config=StageConfig, kind="dataset")
 """
 
 

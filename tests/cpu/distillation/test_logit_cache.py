@@ -17,11 +17,10 @@ from safetensors.numpy import load_file
 from nemo_convert import convert
 from nemo_convert.hf import load_causal_lm
 from nemo_convert.nemo import find_checkpoint
-from recipes.core.deadline import DEADLINE
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, WORK, Manifest, read_manifest
 from recipes.core.metrics import METRICS, MetricsLog, steps_of
-from recipes.core.stage import Input
+from recipes.core.stage import DEADLINE, Input
 from recipes.distillation.logit_cache import CacheIndex, TeacherCache
 from recipes.distillation.logit_cache_writer import cache_logits
 from recipes.distillation.objective import _require_same_text

@@ -15,7 +15,7 @@ from torch.nn.functional import kl_div, nll_loss
 
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
-from recipes.core import starting
+from recipes.core import stage_process
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.stage import Input, Resources
@@ -260,16 +260,16 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     out = tmp_path / "successive_halving" / "work" / ARTIFACT
     out.mkdir(parents=True)
     started: list[str] = []  # the first as it is, the others by a fork
-    start = starting.started
+    start = stage_process.start_process
 
     def counted(command: list[str], log: IO[bytes], env: dict[str, str]) -> Any:
         if len(started) == 3 and "killed" not in started:
             started.append("killed")
             raise KeyboardInterrupt
-        started.append(command[command.index("--config") - 1])
+        started.append(command[-2])
         return start(command, log, env) if len(started) == 1 else fork_command(command, env, log)
 
-    monkeypatch.setattr(starting, "started", counted)
+    monkeypatch.setattr(stage_process, "start_process", counted)
     with pytest.raises(RecipeError, match="also=l9-h9 is no candidate"):
         successive_halving.run(replace(cfg, also=["l9-h9"]), inputs, out)
     with pytest.raises(KeyboardInterrupt):

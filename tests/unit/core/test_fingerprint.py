@@ -8,7 +8,7 @@ import pytest
 from recipes.core import fingerprint, versions
 from recipes.core.files import REPO_ROOT
 from recipes.core.fingerprint import (
-    SMALL_FILE,
+    MAX_HASHED_BYTES,
     code_fingerprint,
     digest,
     external_stamp,
@@ -215,9 +215,9 @@ def test_external_stamp_of_a_small_file_is_its_content(tmp_path: Path) -> None:
 def test_external_stamp_of_a_large_file_is_size_and_time(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     with file.open("wb") as handle:
-        handle.truncate(SMALL_FILE + 1)
+        handle.truncate(MAX_HASHED_BYTES + 1)
     os.utime(file, ns=(0, 5))
-    assert external_stamp(file) == {"weights": [SMALL_FILE + 1, 5]}
+    assert external_stamp(file) == {"weights": [MAX_HASHED_BYTES + 1, 5]}
 
 
 def test_external_stamp_of_a_folder_sees_every_file_and_not_where_it_is(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from recipes.core.errors import RecipeError
 from recipes.core.files import MIN_FREE_BYTES, storage_problem
+from recipes.core.fingerprint import result_settings
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, check_artifact, read_manifest
 from recipes.core.metrics import METRICS, read_records
 from recipes.core.run_state import InputRef, Request, Status, last_end, stage_state
-from recipes.core.stage import metrics_log
-from recipes.core.starting import failure
+from recipes.core.stage import DEADLINE, Resources, StageConfig, deadline, metrics_log, time_is_up
+from recipes.core.stage_process import failure, start_command
 from recipes.core.versions import git_sha, installed_versions
 from recipes.core.worker import _summary
 from tests.support.disks import small_disk
@@ -34,10 +37,10 @@ import multiprocessing
 import os
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome
 from recipes.core.stage import StageConfig, metrics_log
-from recipes.core.worker import stage_main
 
 @dataclass
 class Read:
@@ -83,8 +86,7 @@ class CheckpointException(BaseException):
 def wait_for_nothing():
     time.sleep(900)
 
-if __name__ == "__main__":
-    stage_main(run, Config, "dataset")
+STAGE = SimpleNamespace(run=run, config=Config, kind="dataset")
 """
 
 
@@ -98,8 +100,8 @@ class Worker:
     """Starts the stage above as a launcher does."""
 
     def __init__(self, root: Path, folder: Path) -> None:
-        self.root, self.program = root, folder / "small_stage.py"
-        self.program.write_text(STAGE)
+        self.path = f"{root}{os.pathsep}{folder}"
+        (folder / "small_stage.py").write_text(STAGE)
 
     def start(
         self, directory: Path, inputs: dict[str, InputRef] | None = None, **config: Any
@@ -108,8 +110,8 @@ class Worker:
         settings = {"stage": "small", **config}
         file = Request(directory.name, fingerprint, "c", inputs or {}, settings).write(directory)
         return subprocess.run(
-            [sys.executable, str(self.program), "--config", str(file)],
-            env={**os.environ, "PYTHONPATH": str(self.root)},
+            start_command("small_stage", file, 1, sys.executable),
+            env={**os.environ, "PYTHONPATH": self.path},
             capture_output=True,
             text=True,
             timeout=300,
@@ -300,3 +302,24 @@ def test_recorded_facts_are_plain_data() -> None:
     assert json.loads(json.dumps(installed_versions()))["python"] == sys.version.split()[0]
     sha = git_sha()
     assert sha is None or len(sha.removesuffix("-dirty")) == 40
+
+
+def test_time_is_up_once_the_deadline_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(DEADLINE, raising=False)
+    assert deadline() is None
+    assert not time_is_up()
+    monkeypatch.setenv(DEADLINE, str(int(time.time()) + 3600))
+    assert not time_is_up()
+    monkeypatch.setenv(DEADLINE, str(int(time.time()) - 1))
+    assert time_is_up()
+
+
+def test_deadline_that_is_no_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEADLINE, "tomorrow")
+    with pytest.raises(RecipeError, match="invalid STAGE_DEADLINE=tomorrow"):
+        deadline()
+
+
+def test_limits_change_no_fingerprint() -> None:
+    limited = StageConfig(stage="s", resources=Resources(time="01:00:00", sbatch=["--mem=0"]))
+    assert result_settings(limited) == result_settings(StageConfig(stage="s"))

@@ -152,7 +152,7 @@ def test_a_stage_without_torch_is_started_without_it(prepared: Prepared) -> None
     }
     started = {n: "torch.distributed.run" in script for n, script in scripts.items()}
     assert started == {"plan": False, "prune": True, "report": False}
-    assert "-m recipes.stages.plan --config" in scripts["plan"]
+    assert "-m recipes.core.worker recipes.stages.plan" in scripts["plan"]
 
 
 def test_only_stages_that_use_gpus_get_them(prepared: Prepared) -> None:
@@ -388,7 +388,8 @@ def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
         *("--env=HF_TOKEN", "--env=WANDB_API_KEY", "--env=MLFLOW_TRACKING_TOKEN"),
         *("--network=host", "nemo-recipes:0.1.0"),
         *("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"),
-        *("-m", "recipes.stages.distill", "--config", f"{tmp_path}/run/distill/config.yaml"),
+        *("-m", "recipes.core.worker", "recipes.stages.distill"),
+        f"{tmp_path}/run/distill/config.yaml",
     ]
 
 

@@ -17,7 +17,7 @@ from launch.console import Follower
 from launch.executors import foreground, local
 from launch.plan import Plan
 from launch.planned import PlannedStage
-from recipes.core import starting
+from recipes.core import stage_process
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK
 from recipes.core.processes import cores
@@ -33,7 +33,7 @@ and two lines"""
 TORCHRUN = """\
 Global Checkpoint Load : Rank : 0 : Start time : 1795677141.638s : Time spent in load: 0.133s
 ============================================================
-recipes.stages.distill FAILED
+recipes.core.worker FAILED
 ------------------------------------------------------------
 Failures:
 [1]:
@@ -71,7 +71,7 @@ def test_command_starts_one_process_a_device(stage: PlannedStage, tmp_path: Path
     assert "--nproc-per-node=2" in command
     assert "--standalone" in command
     config = str(tmp_path / "run" / "distill" / "config.yaml")
-    assert command[-4:] == ["-m", "recipes.stages.distill", "--config", config]
+    assert command[-4:] == ["-m", "recipes.core.worker", "recipes.stages.distill", config]
 
 
 def test_one_process_is_started_without_torchrun(
@@ -80,7 +80,7 @@ def test_one_process_is_started_without_torchrun(
     monkeypatch.setenv("WORLD_SIZE", "8")  # of the job that the launcher is in
     alone = replace(stage, config=replace(stage.config, resources=Resources()))
     config = str(tmp_path / "run" / "distill" / "config.yaml")
-    expected = [sys.executable, "-m", "recipes.stages.distill", "--config", config]
+    expected = [sys.executable, "-m", "recipes.core.worker", "recipes.stages.distill", config]
     assert foreground.command(alone, sys.executable) == expected
     found = local.environment(alone, local.LocalConfig())
     assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("0", "0", "1")
@@ -229,14 +229,14 @@ def test_a_stage_that_does_not_stop_is_killed(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training ends its step first, and that may take longer than anyone wants to wait."""
-    monkeypatch.setattr(starting, "STOP_SECONDS", 0.1)
+    monkeypatch.setattr(stage_process, "STOP_SECONDS", 0.1)
     program = fake_python(tmp_path, "trap '' TERM; echo $$; while :; do sleep 0.05; done")
     monkeypatch.setattr(sys, "executable", str(program))
     write_script(stage)
     log = tmp_path / "log"
 
     def interrupted() -> None:
-        with log.open("wb") as output, foreground.by_script(stage, output):
+        with log.open("wb") as output, foreground.start_script(stage, output):
             while not log.read_text().endswith("\n"):
                 time.sleep(0.01)
             raise KeyboardInterrupt
@@ -267,7 +267,7 @@ def test_every_start_has_its_own_log(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also at one time by the clock, which may have been set back."""
-    monkeypatch.setattr(starting.time, "strftime", lambda form: "now")
+    monkeypatch.setattr(stage_process.time, "strftime", lambda form: "now")
     for number in range(3):
         failure(stage, fake_python(tmp_path, f"echo {number}; exit 1"), monkeypatch)
     logs = {log.name: log.read_text() for log in (stage.directory / "logs").iterdir()}

@@ -1,6 +1,6 @@
-"""Starts a stage as processes on this machine, waits for its end, and says why it failed.
+"""Starts a stage on this machine, waits until it ends, and explains why it failed.
 
-The launcher starts the stages of a run here, and a search those of its candidates.
+The launcher runs the stages of a run in this way, and a search those of its candidates.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import IO
 
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT, storage_problem
+from recipes.core.fingerprint import WORKER, module_of
 from recipes.core.manifest import read_manifest
-from recipes.core.processes import die_with_parent, ended_by
+from recipes.core.processes import death_message, die_with_parent
 from recipes.core.run_state import (
     InputRef,
     Status,
@@ -34,38 +35,39 @@ from recipes.core.stage import StageConfig
 from recipes.core.watchdog import pause_watchdog
 
 LOGS = "logs"
-"""In a stage's directory: a log of each start."""
+"""Folder in a stage's directory with a log of each start."""
 POLL_SECONDS = 0.2
 STOP_SECONDS = 40
-"""Time for a stage to end after SIGTERM; torchrun gives its ranks 30 of them."""
+"""Time for a stage to end after SIGTERM; torchrun gives its ranks 30 seconds."""
 TAIL_BYTES = 1 << 16
-OF_A_RANK = re.compile(r"(RANK|WORLD_SIZE)$|(TORCHELASTIC|GROUP|ROLE|LOCAL|MASTER)_")
-"""Names of the variables that make a process one of several ranks."""
+RANK_VARIABLE = re.compile(r"(RANK|WORLD_SIZE)$|(TORCHELASTIC|GROUP|ROLE|LOCAL|MASTER)_")
+"""Matches the variables that torchrun sets in a rank."""
 _FAILED_RANK = re.compile(
     r"time +: (?P<time>\d{4}-\d\d-\d\d_[\d:]{8})(?:.*\n)+?.*rank +: (?P<rank>\d+) "
     r"(?:.*\n)+?.*exitcode +: (?P<code>-?\d+)"
 )
-
-Begin = Callable[[IO[bytes]], AbstractContextManager[Callable[[], bool]]]
-"""Starts a stage that writes to a log; yields whether it has ended; stops it on an error."""
-
-
-def module_of(stage: str) -> str:
-    """Module of a stage."""
-    return f"recipes.stages.{stage}"
+RunningStage = AbstractContextManager[Callable[[], bool]]
+"""Yields a function that tells whether the stage has ended; an error in the block stops it."""
 
 
 def start_command(module: str, config: Path, devices: int, python: str) -> list[str]:
-    """Command of a stage on one machine; torchrun, which takes seconds, only for several ranks."""
-    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", "-m"]
-    return [python, "-m", *(several if devices > 1 else []), module, "--config", str(config)]
+    """Returns the command of a stage on one machine.
+
+    Args:
+        module: Module of the stage.
+        config: Its request.
+        devices: Number of ranks. One rank needs no torchrun, which takes seconds.
+        python: The interpreter.
+    """
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", "-m"]
+    return [python, "-m", *(torchrun if devices > 1 else []), WORKER, module, str(config)]
 
 
 @contextmanager
-def started(
+def start_process(
     command: Sequence[str | Path], log: IO[bytes], env: Mapping[str, str] | None = None
 ) -> Iterator[Callable[[], bool]]:
-    """Starts a command that writes to a log; yields whether it has ended."""
+    """Starts a command as a ``RunningStage`` whose output goes to a log."""
     process = subprocess.Popen(
         command,
         stdout=log,
@@ -75,17 +77,18 @@ def started(
         preexec_fn=die_with_parent,
     )
 
-    def ended() -> bool:
-        if (status := process.poll()) is not None and (said := ended_by(status)):
-            log.write(f"{said}\n".encode())
+    def has_ended() -> bool:
+        status = process.poll()
+        if message := death_message(status):
+            log.write(f"{message}\n".encode())
             log.flush()
         return status is not None
 
     try:
-        yield ended
+        yield has_ended
     except BaseException:
         process.terminate()
-        # A training ends its step, or its validation, first.
+        # A training first finishes its step or its validation.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=STOP_SECONDS)
         process.kill()
@@ -97,44 +100,44 @@ def run_to_end(
     name: str,
     stage_dir: Path,
     fingerprint: str,
-    begin: Begin,
+    start: Callable[[IO[bytes]], RunningStage],
     poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs a stage to its end.
+    """Runs a stage until it ends.
 
     Args:
         name: The stage's name in messages.
-        stage_dir: Its directory, which holds its request.
-        fingerprint: That its result must have.
-        begin: Starts it.
-        poll: Is called while it runs, and once afterwards.
+        stage_dir: Its directory, with the request.
+        fingerprint: The fingerprint that its result must have.
+        start: Starts it, with a log for its output.
+        poll: Called repeatedly while it runs, and once afterwards.
 
     Raises:
-        RecipeError: It ended without a new result; says why.
+        RecipeError: It ended without a new result; the message says why.
     """
     before = read_manifest(stage_dir)
     forget_outcome(stage_dir)
     log = _new_log(stage_dir / LOGS)
-    with log.open("wb") as output, begin(output) as ended:
-        while not ended():
+    with log.open("wb") as output, start(output) as has_ended:
+        while not has_ended():
             poll()
             time.sleep(POLL_SECONDS)
     poll()
-    # The exit status says little: torchrun's is always 1. A forced stage keeps its old result, of
-    # the same fingerprint, until it has succeeded.
+    # The manifest counts, not the exit status, which torchrun sets to 1 for any failure. A rerun
+    # with force keeps the old result, of the same fingerprint, until it has succeeded.
     result = read_manifest(stage_dir)
-    new = result is not None and (before is None or result.started_at != before.started_at)
-    if result is None or result.fingerprint != fingerprint or not new:
+    is_new = result is not None and (before is None or result.started_at != before.started_at)
+    if result is None or result.fingerprint != fingerprint or not is_new:
         what = f"stage {name} failed: {failure(stage_dir, log)}\n  log: {log}"
         raise RecipeError(what, fix="")
 
 
 def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) -> None:
-    """Runs a stage that another stage needs, on this rank's device, unless it is complete.
+    """Runs a stage that this stage needs, on this rank's device, unless it is complete.
 
     Args:
         config: Its settings.
-        stage_dir: Its directory, below the ``work/`` of the other.
+        stage_dir: Its directory, below this stage's ``work/``.
         inputs: Directories of complete stages.
 
     Raises:
@@ -151,40 +154,40 @@ def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) 
             f"{stage_dir.name} of {stage_dir.parent.name}",
             stage_dir,
             request.fingerprint,
-            lambda log: started(command, log, _child_environment(devices)),
+            lambda log: start_process(command, log, _child_environment(devices)),
         )
 
 
 def _child_environment(devices: int) -> dict[str, str]:
-    """Variables of this rank without those that make it a rank; one device is the rank's own."""
-    env = {name: value for name, value in os.environ.items() if not OF_A_RANK.match(name)}
+    """Returns this rank's variables but those of torchrun; one device is the rank's own."""
+    env = {name: value for name, value in os.environ.items() if not RANK_VARIABLE.match(name)}
     env["PYTHONPATH"] = str(REPO_ROOT)
     if devices == 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank] if visible else str(local_rank)
     return env
 
 
 def _new_log(logs: Path) -> Path:
-    """Returns a log that does not exist yet, whatever the clock says."""
+    """Returns a path named after the time, with a number if the clock has been set back."""
     logs.mkdir(parents=True, exist_ok=True)
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
-    log, starts = logs / f"{now}.log", 1
+    log, number = logs / f"{now}.log", 1
     while log.exists():
-        starts += 1
-        log = logs / f"{now}-{starts}.log"
+        number += 1
+        log = logs / f"{now}-{number}.log"
     return log
 
 
 def newest_log(stage_dir: Path) -> Path | None:
-    """The log that was written to last."""
-    logs = list((stage_dir / LOGS).glob("*.log"))
-    return max(logs, key=lambda log: log.stat().st_mtime_ns) if logs else None
+    """Returns the log that was written to last; ``None`` if there are no logs."""
+    logs = (stage_dir / LOGS).glob("*.log")
+    return max(logs, key=lambda log: log.stat().st_mtime_ns, default=None)
 
 
 def tail(file: Path, lines: int) -> list[str]:
-    """The last lines of a text file, however large it is."""
+    """Returns the last lines of a text file without reading all of it."""
     with file.open("rb") as opened:
         opened.seek(max(0, file.stat().st_size - TAIL_BYTES - 256 * lines))
         text = opened.read().decode(errors="replace")
@@ -192,7 +195,7 @@ def tail(file: Path, lines: int) -> list[str]:
 
 
 def failure(stage_dir: Path, log: Path | None) -> str:
-    """Says why the last start of a stage failed: in its own words, or the last lines of its log."""
+    """Explains why the last start of a stage failed, if need be by the last lines of its log."""
     if log is not None and (killed := _killed_rank(log)) is not None:
         return killed
     if (end := last_end(stage_dir)) is not None:
@@ -206,14 +209,16 @@ def failure(stage_dir: Path, log: Path | None) -> str:
 
 
 def _killed_rank(log: Path) -> str | None:
-    """Says which rank was killed, by torchrun's report; the others then lost their connection.
+    """Names a rank that was killed, by torchrun's report; the others then lost their connection.
 
-    Ranks that torchrun itself kills, half a minute after another one failed, do not count.
+    Half a minute after a failure torchrun itself kills the other ranks, which do not count.
     """
-    found = [
-        (datetime.strptime(each["time"], "%Y-%m-%d_%H:%M:%S"), each["rank"], int(each["code"]))
-        for each in _FAILED_RANK.finditer("\n".join(tail(log, 200)))
+    failed = [
+        (datetime.strptime(match["time"], "%Y-%m-%d_%H:%M:%S"), match["rank"], int(match["code"]))
+        for match in _FAILED_RANK.finditer("\n".join(tail(log, 200)))
     ]
-    soon = min((when for when, _, _ in found), default=datetime.min) + timedelta(seconds=10)
-    killed = [rank for when, rank, code in found if code == -signal.SIGKILL and when < soon]
-    return f"rank {killed[0]} was {ended_by(-signal.SIGKILL)}" if killed else None
+    first = min((time for time, _, _ in failed), default=datetime.min)
+    for when, rank, code in failed:
+        if code == -signal.SIGKILL and when < first + timedelta(seconds=10):
+            return f"rank {rank} was {death_message(code)}"
+    return None

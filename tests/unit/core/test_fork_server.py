@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from launch.executors.local import may_fork
-from recipes.core.preloaded import followed, fork_stage, preloaded
-from recipes.core.processes import ended_by
+from recipes.core.fork_server import fork_module, fork_server, watch_child
+from recipes.core.processes import death_message
 from recipes.core.stage import Resources
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def environment(tmp_path: Path, root: Path) -> dict[str, str]:
 
 def run(server: socket.socket, module: str, log: Path) -> None:
     with log.open("wb") as output:
-        process = fork_stage(server, module, log.parent / "config.yaml", output)
+        process = fork_module(server, module, [str(log.parent / "config.yaml")], output)
         assert process is not None
-        with followed(server, process, output) as ended:
+        with watch_child(server, process, output) as ended:
             while not ended():
                 time.sleep(0.01)
 
@@ -82,7 +82,7 @@ def is_running(pid: int) -> bool:
 
 def test_stage_starts_as_by_itself(environment: dict[str, str], tmp_path: Path) -> None:
     logs = [tmp_path / "first.txt", tmp_path / "second.txt"]
-    with preloaded(["heavy"], environment, tmp_path / "preload.log") as server:
+    with fork_server(["heavy"], environment, tmp_path / "fork_server.log") as server:
         for log in logs:
             run(server, "a_stage", log)
     for log in logs:
@@ -91,7 +91,7 @@ def test_stage_starts_as_by_itself(environment: dict[str, str], tmp_path: Path) 
         found: dict[str, Any] = json.loads(said)
         assert found.pop("preloaded")
         assert found.pop("peak") < 200e6  # its own
-        arguments = ["--config", str(tmp_path / "config.yaml")]
+        arguments = [str(tmp_path / "config.yaml")]
         assert found == {
             "argv": arguments,
             "orig_argv": ["-m", "a_stage", *arguments],
@@ -100,7 +100,7 @@ def test_stage_starts_as_by_itself(environment: dict[str, str], tmp_path: Path) 
             "stdin": "",
             "directory": os.getcwd(),
         }
-    assert (tmp_path / "preload.log").read_text() == "exit of the import\n"
+    assert (tmp_path / "fork_server.log").read_text() == "exit of the import\n"
 
 
 @pytest.mark.parametrize("victim", ["server", "stage", "follower"])
@@ -109,21 +109,21 @@ def test_all_end_with_whom_they_depend_on(
 ) -> None:
     log = tmp_path / "log.txt"
     with (
-        preloaded(["heavy"], environment, tmp_path / "preload.log") as server,
+        fork_server(["heavy"], environment, tmp_path / "fork_server.log") as server,
         log.open("wb") as output,
     ):
-        process = fork_stage(server, "slow", tmp_path / "config.yaml", output)
+        process = fork_module(server, "slow", [str(tmp_path / "config.yaml")], output)
         assert process is not None
         while not log.read_text().endswith("\n"):
             time.sleep(0.01)
         stage, parent = map(int, log.read_text().split())
         if victim == "follower":
-            with pytest.raises(KeyboardInterrupt), followed(server, process, output):
+            with pytest.raises(KeyboardInterrupt), watch_child(server, process, output):
                 raise KeyboardInterrupt
             assert not is_running(stage)
         else:
             os.kill(parent if victim == "server" else stage, signal.SIGKILL)
-            with followed(server, process, output) as ended:
+            with watch_child(server, process, output) as ended:
                 deadline = time.monotonic() + 120
                 while not ended():
                     assert time.monotonic() < deadline
@@ -132,7 +132,7 @@ def test_all_end_with_whom_they_depend_on(
     assert not is_running(parent)
     said = {
         "server": "killed with the process that it was forked from",
-        "stage": ended_by(-signal.SIGKILL),
+        "stage": death_message(-signal.SIGKILL),
         "follower": "ended by SIGTERM",
     }
     assert log.read_text().splitlines()[1:] == [said[victim]]
@@ -149,16 +149,16 @@ def test_all_end_with_whom_they_depend_on(
 def test_process_that_cannot_be_forked_says_so(
     environment: dict[str, str], tmp_path: Path, module: str, reason: str
 ) -> None:
-    said, log = tmp_path / "preload.log", tmp_path / "log.txt"
-    with preloaded([module], environment, said) as server, log.open("wb") as output:
-        assert fork_stage(server, "a_stage", tmp_path / "config.yaml", output) is None
+    said, log = tmp_path / "fork_server.log", tmp_path / "log.txt"
+    with fork_server([module], environment, said) as server, log.open("wb") as output:
+        assert fork_module(server, "a_stage", [str(tmp_path / "config.yaml")], output) is None
     assert reason in said.read_text()
 
 
 def test_without_a_gpu_cuda_does_not_keep_a_process_from_being_forked(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    with preloaded(["cuda_without_gpu"], environment, tmp_path / "preload.log") as server:
+    with fork_server(["cuda_without_gpu"], environment, tmp_path / "fork_server.log") as server:
         run(server, "a_stage", tmp_path / "log.txt")
     assert "from C" in (tmp_path / "log.txt").read_text()
 

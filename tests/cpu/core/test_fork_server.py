@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch.executors.local import PRELOADED
 from recipes.core.files import REPO_ROOT
-from recipes.core.preloaded import followed, fork_stage, preloaded
+from recipes.core.fork_server import fork_module, fork_server, watch_child
 
 STAGE = """
 import json, os, sys, tempfile
@@ -35,13 +35,13 @@ def test_stack_can_be_forked(tmp_path: Path) -> None:
     given = {"PYTHONPATH": path, "OMP_NUM_THREADS": "2", "TMPDIR": str(temporary)}
     environment = {**os.environ, **given}
     found = []
-    with preloaded(PRELOADED, environment, tmp_path / "preload.log") as server:
+    with fork_server(PRELOADED, environment, tmp_path / "fork_server.log") as server:
         for number in range(2):
             log = tmp_path / f"{number}.txt"
             with log.open("wb") as output:
-                process = fork_stage(server, "a_stage", tmp_path / "config.yaml", output)
-                assert process is not None, (tmp_path / "preload.log").read_text()
-                with followed(server, process, output) as ended:
+                process = fork_module(server, "a_stage", [str(tmp_path / "config.yaml")], output)
+                assert process is not None, (tmp_path / "fork_server.log").read_text()
+                with watch_child(server, process, output) as ended:
                     while not ended():
                         time.sleep(0.01)
             found.append(json.loads(log.read_text()))

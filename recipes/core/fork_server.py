@@ -1,0 +1,211 @@
+"""A process that imports the stack once and then forks stages, each in no time instead of 10 s.
+
+multiprocessing's forkserver cannot replace it: it imports the caller's ``__main__`` into every
+child, its children inherit its own environment, and they outlive it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from recipes.core.processes import death_message, die_with_parent, expect_no_gpu, hide_trackers
+
+STARTED, ENDED = b"s", b"e"
+"""Messages of the server: a child has started (with its pidfd), or has ended."""
+IMPORT_ENVIRONMENT = {
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "NUMEXPR_NUM_THREADS": "1",
+    # Otherwise torch.cuda.is_available() initialises CUDA, which does not survive a fork.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+"""Variables of the server, not of its children: imports start no threads, which a fork loses."""
+STOP_SECONDS = 30
+
+
+@contextmanager
+def fork_server(
+    modules: Sequence[str], environment: Mapping[str, str], log: Path
+) -> Iterator[socket.socket]:
+    """Starts a server and yields the socket to it, without waiting for its imports.
+
+    The server and its child end when the block ends, or this process.
+
+    Args:
+        modules: Modules to import.
+        environment: All environment variables of the children.
+        log: File for what the imports print, and for the reason if the server cannot fork.
+    """
+    client, server = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with client, log.open("wb") as output:
+        with server:
+            process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(server.fileno()), *modules],
+                pass_fds=[server.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                preexec_fn=die_with_parent,
+            )
+        try:
+            yield client
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            client.close()
+            process.wait()
+
+
+def fork_module(
+    server: socket.socket, module: str, arguments: Sequence[str], log: IO[bytes]
+) -> int | None:
+    """Runs ``python -m MODULE ARGUMENTS`` in a child of the server, once its imports are done.
+
+    A server has one child at a time. The child's output goes to ``log``.
+
+    Returns:
+        A pidfd of the child; ``None`` if the server cannot fork.
+    """
+    request = json.dumps([module, *arguments]).encode()
+    try:
+        socket.send_fds(server, [request], [log.fileno()])
+        message = ENDED
+        while message == ENDED:  # about an earlier child that nobody waited for
+            message, pidfds, _, _ = socket.recv_fds(server, 1, 1)
+    except ConnectionError:
+        return None
+    return pidfds[0] if pidfds else None
+
+
+@contextmanager
+def watch_child(server: socket.socket, pidfd: int, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether the child has ended, and closes its pidfd at the end.
+
+    The child is terminated if the block fails. If it was killed, its log says so.
+    """
+    has_ended = False
+
+    def ended(timeout: float = 0) -> bool:
+        nonlocal has_ended
+        if has_ended or not select.select([pidfd], [], [], timeout)[0]:
+            return has_ended
+        has_ended = True
+        with contextlib.suppress(ConnectionError):
+            if server.recv(1):  # sent after the server has written to the log
+                return True
+        log.write(b"killed with the process that it was forked from\n")
+        log.flush()
+        return True
+
+    try:
+        yield ended
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        ended(STOP_SECONDS)
+        raise
+    finally:
+        os.close(pidfd)
+
+
+def main() -> None:
+    """Imports the modules, then forks one child per request until the client is closed."""
+    server = socket.socket(fileno=int(sys.argv[1]))
+    server.set_inheritable(False)
+    environment = dict(os.environ)
+    os.environ |= IMPORT_ENVIRONMENT
+    # Only the child handles Ctrl-C; the client ends this process.
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hide_trackers()
+    expect_no_gpu()
+    for module in sys.argv[2:]:
+        importlib.import_module(module)
+    gc.freeze()  # children need not search the imported objects for garbage
+    _require_forkable()
+
+    def run_child(request: bytes, log: int) -> None:
+        server.close()
+        signal.signal(signal.SIGINT, on_interrupt)
+        os.environ.clear()
+        os.environ.update(environment)
+        _run_module(json.loads(request), log)
+
+    while True:
+        request, logs, _, _ = socket.recv_fds(server, 4096, 1)
+        if not request:
+            return
+        _flush_c_streams()
+        # A multiprocessing process runs its own exit functions, not those of the imports.
+        child = multiprocessing.get_context("fork").Process(target=run_child, args=(request, *logs))
+        child.start()
+        pidfd = os.pidfd_open(child.pid)  # type: ignore[arg-type]
+        socket.send_fds(server, [STARTED], [pidfd])
+        os.close(pidfd)
+        child.join()
+        with open(logs[0], "w", encoding="utf-8") as log:
+            if message := death_message(child.exitcode):
+                log.write(f"{message}\n")
+        server.send(ENDED)
+
+
+def _require_forkable() -> None:
+    """Ends this process with a message if children would lose threads or CUDA.
+
+    The trial fork also makes OpenBLAS end its threads until they are needed again. Without a GPU
+    a CUDA build of torch calls itself initialised, but children lose nothing.
+    """
+    torch: Any = sys.modules.get("torch")
+    pid = os.fork()
+    if pid == 0:
+        os._exit(torch is not None and torch.cuda._is_in_bad_fork())
+    if os.waitpid(pid, 0)[1] and torch.cuda.is_available():
+        sys.exit("not forked: an import has initialised CUDA")
+    if (threads := len(os.listdir("/proc/self/task"))) > 1:
+        sys.exit(f"not forked: imports have started {threads - 1} threads, which a fork would lose")
+
+
+def _run_module(command: list[str], log: int) -> None:
+    """Runs ``python -m COMMAND`` in this process, with its output in the log."""
+    die_with_parent()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    sys.argv = command
+    sys.orig_argv = [sys.executable, "-m", *command]
+    # Without new seeds all children would draw the same numbers; Python's generator gets one.
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+    torch: Any = sys.modules.get("torch")
+    if torch is not None:
+        torch.default_generator.seed()
+    try:
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    finally:
+        _flush_c_streams()
+
+
+def _flush_c_streams() -> None:
+    """Flushes what C code has printed; a fork would lose it or write it twice."""
+    ctypes.CDLL(None).fflush(None)
+
+
+if __name__ == "__main__":
+    main()
