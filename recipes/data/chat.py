@@ -18,7 +18,7 @@ from recipes.data.tokenizer import Encoded
 ANSWERS = "assistant"
 """The role whose words count in the loss."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""Around an answer in a template that marks answers itself."""
+"""Tag around an answer, in templates that mark answers."""
 NO_ANSWER, TEMPLATE, NO_PREFIX, NAMES_MARK, TOO_LONG = (
     "no answer",
     "refused by the template",
@@ -26,8 +26,8 @@ NO_ANSWER, TEMPLATE, NO_PREFIX, NAMES_MARK, TOO_LONG = (
     "names a mark of the template",
     "too long",
 )
-"""Why a conversation is left out. ``NO_PREFIX``: the template renders the turns before an answer
-differently once the answer is there, so the answer's tokens cannot be identified."""
+"""Reasons to leave a conversation out. ``NO_PREFIX``: the template renders the turns before an
+answer differently once the answer is there, so the answer's tokens cannot be identified."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ChatTokenizer:
     """A tokenizer with a chat template, and the length that conversations must fit in."""
 
     folder: Path
-    """Of a Hugging Face model or a NeMo checkpoint."""
+    """Folder of a Hugging Face model or a NeMo checkpoint."""
     end: int
     """Token after every conversation, also used as padding."""
     seq_length: int
@@ -72,55 +72,46 @@ class ChatTokenizer:
             return Encoded.without(TEMPLATE)
         if marked is None:
             return Encoded.without(NO_PREFIX)
-        ids, learnt = np.append(marked[0], self.end), np.append(marked[1], False)
-        learnt[0] = False  # no token predicts it
-        if not learnt.any():
+        ids, loss_mask = np.append(marked[0], self.end), np.append(marked[1], False)
+        loss_mask[0] = False  # no token predicts the first one
+        if not loss_mask.any():
             return Encoded.without(NO_ANSWER)
-        return self._fitted(Encoded(ids.astype(np.int32), learnt))
+        return self._shortened(ids.astype(np.int32), loss_mask)
 
-    def _fitted(self, whole: Encoded) -> Encoded:
+    def _shortened(self, ids: np.ndarray, loss_mask: np.ndarray) -> Encoded:
         """Shortens a conversation that is too long to the last answer that fits."""
-        if len(whole.ids) <= self.seq_length:
-            return whole
-        assert whole.learnt is not None
-        last_of_answer = whole.learnt[:-1] & ~whole.learnt[1:]
+        if len(ids) <= self.seq_length:
+            return Encoded(ids, loss_mask)
+        last_of_answer = loss_mask[:-1] & ~loss_mask[1:]
         stops = np.flatnonzero(last_of_answer[: self.seq_length - 1]) + 1
         if not len(stops):
             return Encoded.without(TOO_LONG)
-        ids = np.append(whole.ids[: stops[-1]], np.int32(self.end))
-        return Encoded(ids, np.append(whole.learnt[: stops[-1]], False), cut=True)
+        ids = np.append(ids[: stops[-1]], np.int32(self.end))
+        return Encoded(ids, np.append(loss_mask[: stops[-1]], False), shortened=True)
 
     def _marked(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]] | None:
         """Returns all tokens and whether each is an answer's; ``None`` where that is unknown."""
+        render = self._tokenizer.apply_chat_template
         if _MARKS.search(self._tokenizer.get_chat_template()):
-            output = self._tokenizer.apply_chat_template(
-                messages, return_dict=True, return_assistant_tokens_mask=True
-            )
+            output = render(messages, return_dict=True, return_assistant_tokens_mask=True)
             return output["input_ids"], [bool(mask) for mask in output["assistant_masks"]]
-        ids = self._rendered(messages)
-        learnt = [False] * len(ids)
+        ids = render(messages)
+        loss_mask = [False] * len(ids)
         for number, message in enumerate(messages):
             if message["role"] != ANSWERS:
                 continue
             if number == 0:  # templates cannot render an empty prompt
                 return None
-            before = self._rendered(messages[:number], add_generation_prompt=True)
-            after = self._rendered(messages[: number + 1])
+            before = render(messages[:number], add_generation_prompt=True)
+            after = render(messages[: number + 1])
             start, stop = len(before), len(after)
             if start > stop or ids[:start] != before or ids[:stop] != after:
                 return None
-            stop = self._turn_end(ids, start, stop)
-            learnt[start:stop] = [True] * (stop - start)
-        return ids, learnt
-
-    def _rendered(self, messages: list[dict[str, Any]], **settings: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.apply_chat_template(messages, **settings)
-        return ids
-
-    def _turn_end(self, ids: list[int], start: int, stop: int) -> int:
-        """Excludes what follows the end-of-turn token, such as a line break of the template."""
-        ends = [n for n in range(start, stop) if ids[n] == self._tokenizer.eos_token_id]
-        return ends[-1] + 1 if ends else stop
+            # What follows the end-of-turn token, such as a line break, is the template's.
+            ends = [n for n in range(start, stop) if ids[n] == self._tokenizer.eos_token_id]
+            stop = ends[-1] + 1 if ends else stop
+            loss_mask[start:stop] = [True] * (stop - start)
+        return ids, loss_mask
 
 
 def pack(
@@ -148,14 +139,9 @@ def pack(
     padding = 0
     for sequence, remainder in zip(sequences, free, strict=True):
         for each in sequence:
-            yield _padded(each, padding, end)
+            assert each.loss_mask is not None
+            ids = np.concatenate([np.full(padding, end, np.int32), each.ids])
+            loss_mask = np.concatenate([np.zeros(padding, bool), each.loss_mask])
+            yield replace(each, ids=ids, loss_mask=loss_mask)
             padding = 0
         padding += remainder
-
-
-def _padded(one: Encoded, padding: int, end: int) -> Encoded:
-    if not padding:
-        return one
-    assert one.learnt is not None
-    ids = np.concatenate([np.full(padding, end, np.int32), one.ids])
-    return replace(one, ids=ids, learnt=np.concatenate([np.zeros(padding, bool), one.learnt]))

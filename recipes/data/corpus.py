@@ -44,13 +44,13 @@ class Document:
 
 
 class Reader(Protocol):
-    """Iterates over the documents of a source, and can be resumed."""
+    """Iterates over the documents of a source; a new reader can resume from its state."""
 
     def __iter__(self) -> Iterator[Document]:
         """Yields the documents after the state that the reader was opened at."""
 
     def state(self) -> Any:
-        """Returns what another reader needs to continue after the last document, as JSON."""
+        """Returns the position after the last document, for a new reader, as JSON."""
 
     def fraction(self) -> float:
         """Returns the fraction of the source that was read; 0 where its size is unknown."""
@@ -79,7 +79,7 @@ def chat_problem(source: str) -> tuple[str, str] | None:
     if parsed.hub or parsed.wheel or not parsed.local_files():
         return None
     if parsed.file_type not in RECORD_TYPES:
-        return f"'{parsed.path}' is not of conversations", f"give {' or '.join(RECORD_TYPES)}"
+        return f"'{parsed.path}' has no conversations", f"give {' or '.join(RECORD_TYPES)}"
     try:
         for _ in islice(read_source(source, "", chat=True), CHECKED_CONVERSATIONS):
             pass
@@ -89,7 +89,7 @@ def chat_problem(source: str) -> tuple[str, str] | None:
 
 
 class _FileReader:
-    """Counts records; a resumed reader skips those of the earlier one."""
+    """Reads files. Its state is the number of records, which a new reader skips."""
 
     def __init__(self, source: Source, text_of: TextOf, state: int | None) -> None:
         self._source, self._text_of, self._skip = source, text_of, state or 0
@@ -103,10 +103,10 @@ class _FileReader:
             with file.open() as self._opened:
                 for record in self._read(file, self._opened):
                     self._records += 1
-                    if self._records > self._skip:
-                        text = self._text_of(record.value, f"{file.name}, {record.where}").strip()
-                        if text:
-                            yield Document(text, self._place(record.offset))
+                    if self._records <= self._skip:
+                        continue
+                    if text := self._text_of(record.value, f"{file.name}, {record.where}").strip():
+                        yield Document(text, self._place(record.offset))
             self._bytes_before, self._opened = self._bytes_before + file.size, None
 
     def _read(self, file: TextFile, opened: IO[bytes]) -> Iterator[_Record]:
@@ -145,9 +145,9 @@ class _FileReader:
 class _Record:
     value: object
     where: str
-    """Its location in the file."""
+    """Location in the file, for messages."""
     offset: int | None = None
-    """Bytes before a paragraph."""
+    """Bytes of the file before a paragraph."""
 
 
 def messages_of(record: object) -> list[dict[str, Any]]:
@@ -180,7 +180,8 @@ def _conversation(record: object, where: str) -> str:
 def _text(field: str, record: object, where: str) -> str:
     text = record
     if isinstance(record, dict):
-        text = record[field] if field in record else _nested(record, field.split("."))
+        for key in [field] if field in record else field.split("."):
+            text = text.get(key) if isinstance(text, dict) else None
     if not isinstance(text, str):
         raise RecipeError(
             f"{where}: no text in field '{field}'.",
@@ -195,12 +196,6 @@ def _column(field: str, row: dict[str, Any], where: str) -> str:
             f"{where} has no field '{field}'; it has {', '.join(row)}.", "set data.text_field"
         )
     return row[field] or ""
-
-
-def _nested(record: object, keys: list[str]) -> object:
-    for key in keys:
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
 
 
 def _paragraphs(file: IO[bytes]) -> Iterator[_Record]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Self
 
 import numpy as np
@@ -17,8 +16,8 @@ from recipes.core.errors import RecipeError
 
 PartSize = tuple[int, int]
 """Bytes and documents."""
-LEARNT = "learnt"
-"""Suffix of a file with one byte per token: whether its prediction counts in the loss."""
+LOSS_MASK = "loss_mask"
+"""Suffix of a file with one byte per token: whether the token's prediction counts in the loss."""
 LENGTHS = "lengths"
 """Suffix of a file with every document's number of tokens (int32), from which the index is made."""
 BLOCK = 1 << 16
@@ -29,7 +28,13 @@ class PartWriter:
     """Writes several parts, one document at a time, in constant memory.
 
     Megatron's ``IndexedDatasetBuilder`` makes the same files, but keeps all lengths in memory and
-    cannot append to files of known ``sizes``. If ``marked``, writes ``LEARNT`` files, too.
+    cannot append to files.
+
+    Args:
+        folder: Folder of the files.
+        parts: Names of the parts.
+        sizes: Sizes of files to append to; none by default.
+        masked: Whether to write ``LOSS_MASK`` files, too.
     """
 
     def __init__(
@@ -38,63 +43,48 @@ class PartWriter:
         parts: Iterable[str],
         sizes: Mapping[str, PartSize] | None = None,
         *,
-        marked: bool = False,
+        masked: bool = False,
     ) -> None:
-        before = sizes or {}
-        self.sizes: dict[str, PartSize] = {p: (*before.get(p, (0, 0)),) for p in parts}
-        """Bytes and documents of each part."""
         self._folder = folder
-        self._files = {
-            part: (
-                _opened(_path(folder, part, "bin"), size),
-                _opened(_path(folder, part, LENGTHS), 4 * documents),
-            )
-            for part, (size, documents) in self.sizes.items()
-        }
-        self._learnt = {
-            part: _opened(_path(folder, part, LEARNT), size // 4)
-            for part, (size, _) in self.sizes.items()
-            if marked
-        }
+        self.sizes: dict[str, PartSize] = {p: (*(sizes or {}).get(p, (0, 0)),) for p in parts}
+        """Bytes and documents of each part."""
+        self._files: dict[tuple[str, str], BinaryIO] = {}
+        """Open files by part and suffix."""
+        for part, (size, documents) in self.sizes.items():
+            ends = {"bin": size, LENGTHS: 4 * documents, LOSS_MASK: size // 4}
+            for suffix, end in ends.items():
+                if masked or suffix != LOSS_MASK:
+                    self._files[part, suffix] = _opened(folder / f"{part}.{suffix}", end)
 
     def add(
-        self, part: str, ids: Sequence[int] | np.ndarray, learnt: np.ndarray | None = None
+        self, part: str, ids: Sequence[int] | np.ndarray, loss_mask: np.ndarray | None = None
     ) -> None:
         """Appends one document; by default the predictions of all tokens but the first count."""
-        tokens, lengths = self._files[part]
-        if part in self._learnt:
-            marks = np.arange(len(ids)) > 0 if learnt is None else learnt
-            self._learnt[part].write(marks.tobytes())
+        if mask_file := self._files.get((part, LOSS_MASK)):
+            mask = np.arange(len(ids)) > 0 if loss_mask is None else loss_mask
+            mask_file.write(mask.tobytes())
         size, documents = self.sizes[part]
-        written = tokens.write(np.asarray(ids, dtype=np.int32).tobytes())
-        lengths.write(struct.pack("<i", len(ids)))
+        written = self._files[part, "bin"].write(np.asarray(ids, dtype=np.int32).tobytes())
+        self._files[part, LENGTHS].write(struct.pack("<i", len(ids)))
         self.sizes[part] = (size + written, documents + 1)
 
     def flush(self) -> None:
         """Writes everything to disk."""
-        for file in self._all():
+        for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-
-    def _all(self) -> Iterator[BinaryIO]:
-        yield from (file for files in self._files.values() for file in files)
-        yield from self._learnt.values()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        for file in self._all():
+        for file in self._files.values():
             file.close()
-        for part in self._files:
-            if kind is None:
-                _write_index(self._folder, part, self.sizes[part][1])
-
-
-def _path(folder: Path, part: str, suffix: str) -> Path:
-    return folder / f"{part}.{suffix}"
+        if kind is None:
+            for part, (_, documents) in self.sizes.items():
+                _write_index(self._folder / f"{part}.idx", documents)
 
 
 def _opened(path: Path, size: int) -> BinaryIO:
@@ -106,10 +96,10 @@ def _opened(path: Path, size: int) -> BinaryIO:
     return path.open("ab")
 
 
-def _write_index(folder: Path, part: str, documents: int) -> None:
+def _write_index(path: Path, documents: int) -> None:
     """Writes ``.idx`` as Megatron's ``_IndexWriter`` does, one block of lengths at a time."""
-    lengths = _path(folder, part, LENGTHS)
-    with _IndexWriter(str(_path(folder, part, "idx")), np.int32) as writer:
+    lengths = path.with_suffix(f".{LENGTHS}")
+    with _IndexWriter(str(path), np.int32) as writer:
         file = writer.idx_writer
         file.write(struct.pack("<QQ", documents, documents + 1))
         with lengths.open("rb") as source:

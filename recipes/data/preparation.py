@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.data.chat import ChatTokenizer, pack
 from recipes.data.corpus import PARTS, Document, Reader, digest, draw_of, part_of, read_source
-from recipes.data.ledger import Ledger
 from recipes.data.part_writer import PartWriter
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import source_names
@@ -23,8 +25,62 @@ from recipes.data.tokenizer import DocumentTokenizer, Encoded, encode_all
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 18
 """Limits of a batch for the tokenizer, whichever is reached first."""
-KEEP_SECONDS = 10.0
-"""Work that a killed process may lose."""
+SAVE_SECONDS = 10.0
+"""Time between two saves: the work that a killed process may lose."""
+
+
+class Ledger:
+    """Stores every document's digest and the state of the work in one transaction.
+
+    It is on disk because a Python set of 10^8 digests takes gigabytes.
+
+    Args:
+        path: SQLite file. It is not locked, since some file systems cannot: the run has a lock.
+
+    Raises:
+        RecipeError: The file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        uri = f"{path.absolute().as_uri()}?nolock=1"
+        self._database = sqlite3.connect(uri, uri=True, isolation_level=None)
+        try:
+            [result] = self._database.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.DatabaseError as error:
+            result = str(error)
+        if result != "ok":
+            raise RecipeError(
+                f"{path} is damaged ({result}): nothing else records the documents written so far.",
+                f"delete {path.parent} to prepare the text again",
+            )
+        self._database.execute("CREATE TABLE IF NOT EXISTS progress (state TEXT)")
+        self._database.execute(
+            "CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID"
+        )
+        self._database.execute("BEGIN")
+
+    def is_new(self, digest: bytes) -> bool:
+        """Adds a document; returns whether it was not there yet."""
+        cursor = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,))
+        return cursor.rowcount == 1
+
+    def progress(self) -> dict[str, Any] | None:
+        """Returns the state that was saved last, if any."""
+        row = self._database.execute("SELECT state FROM progress").fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def save(self, progress: dict[str, Any]) -> None:
+        """Saves the documents added so far and this state."""
+        self._database.execute("DELETE FROM progress")
+        self._database.execute("INSERT INTO progress VALUES (?)", (json.dumps(progress),))
+        self._database.execute("COMMIT")
+        self._database.execute("BEGIN")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._database.close()
 
 
 @dataclass
@@ -53,9 +109,9 @@ def prepare(
     folder: Path,
     log: MetricsLog,
     chat: ChatTokenizer | None = None,
-    places: Mapping[str, str] | None = None,
+    paths: Mapping[str, str] | None = None,
 ) -> PreparationState:
-    """Writes ``.bin`` and ``.idx`` of all parts, resuming what a killed process left.
+    """Writes ``.bin`` and ``.idx`` of all parts; continues the work of a killed process.
 
     Held-out sources come first, so that they keep a document that a training source has, too.
     Duplicates and parts are decided in this process, in the order of the text, so that the number
@@ -67,18 +123,18 @@ def prepare(
         folder: Where to write.
         log: Metrics file.
         chat: For conversations.
-        places: Where to read sources that are stored elsewhere than their name says.
+        paths: By source, where to read it if it is stored elsewhere than its name says.
     """
     names = list(source_names(cfg.all_sources()).items())
     with Ledger(folder / "ledger.sqlite") as ledger:
         state = PreparationState(**(ledger.progress() or {}))
-        with PartWriter(folder, PARTS, state.sizes, marked=chat is not None) as writer:
+        with PartWriter(folder, PARTS, state.sizes, masked=chat is not None) as writer:
             state.sizes = writer.sizes
             store = _Store(ledger, writer, state)
             for name, source in names[state.done :]:
                 encoder = chat if chat and cfg.is_chat(source) else tokenizer
-                place = (places or {}).get(source, source)
-                reader = read_source(place, cfg.text_field, state.state, chat=encoder is chat)
+                path = (paths or {}).get(source, source)
+                reader = read_source(path, cfg.text_field, state.state, chat=encoder is chat)
                 for fraction in _write_source(cfg, name, source, reader, encoder, store):
                     percent = round(100 * (state.done + fraction) / len(names))
                     log.progress("tokenize", percent, 100, source=source)
@@ -98,12 +154,12 @@ class _Store:
     def add(self, source: str, documents: Iterable[tuple[str, Encoded]]) -> None:
         """Appends documents to their parts, in order."""
         for part, document in documents:
-            self.writer.add(part, document.ids, document.learnt)
+            self.writer.add(part, document.ids, document.loss_mask)
             tokens = self.state.sources.setdefault(part, {})
             tokens[source] = tokens.get(source, 0) + len(document.ids)
 
     def save_sometimes(self) -> None:
-        if time.monotonic() - self.saved_at > KEEP_SECONDS:
+        if time.monotonic() - self.saved_at > SAVE_SECONDS:
             self._save()
 
     def finish_source(self) -> None:
@@ -113,7 +169,7 @@ class _Store:
 
     def _save(self) -> None:
         self.writer.flush()
-        self.ledger.keep(asdict(self.state))
+        self.ledger.save(asdict(self.state))
         self.saved_at = time.monotonic()
 
 
@@ -170,15 +226,17 @@ def _packed(
     """Yields the usable conversations of each part, packed into whole sequences."""
     count = Counter(store.state.conversations.get(source, {}))
     for part in PARTS:
-        usable = [each for of, each in conversations if of == part and not each.left_out]
+        usable = [
+            each for its_part, each in conversations if its_part == part and not each.left_out
+        ]
         tokens = sum(len(each.ids) for each in usable)
         position = store.writer.sizes[part][0] // 4
         packed = list(pack(usable, position, chat.seq_length, chat.end))
         count["used"] += len(usable)
-        count["shortened"] += sum(each.cut for each in usable)
+        count["shortened"] += sum(each.shortened for each in usable)
         count["tokens"] += tokens
         count["padding tokens"] += sum(len(each.ids) for each in packed) - tokens
-        count["answer tokens"] += sum(int(np.sum(each.learnt)) for each in usable)
+        count["answer tokens"] += sum(int(np.sum(each.loss_mask)) for each in usable)
         yield from ((part, each) for each in packed)
     count.update(each.left_out for _, each in conversations if each.left_out)
     store.state.conversations[source] = dict(count)
@@ -186,17 +244,15 @@ def _packed(
 
 def _batches(reader: Reader, limit: int | None) -> Iterator[tuple[list[str], _Batch]]:
     """Yields the next documents of a reader in batches, up to a limit, and their texts."""
-    documents: list[Document] = []
-    size = 0
-    for document in islice(reader, limit):
-        documents.append(document)
-        size += len(document.text)
-        if len(documents) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
-            yield _texts(documents), _Batch(documents, reader.state(), reader.fraction())
-            documents, size = [], 0
-    if documents:
-        yield _texts(documents), _Batch(documents, reader.state(), reader.fraction())
-
-
-def _texts(documents: Iterable[Document]) -> list[str]:
-    return [document.text for document in documents]
+    remaining = islice(reader, limit)
+    while True:
+        documents, size = list[Document](), 0
+        for document in remaining:
+            documents.append(document)
+            size += len(document.text)
+            if len(documents) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+                break
+        if not documents:
+            return
+        batch = _Batch(documents, reader.state(), reader.fraction())
+        yield [document.text for document in documents], batch

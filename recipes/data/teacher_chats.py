@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,22 @@ costs nearly the same for one sequence as for many. Other numbers give other con
 MAX_EMPTY_BATCHES = 5
 """Batches without a finished conversation after which the stage fails."""
 BLANK = "\0"
-"""Stands for a user's words, to find what a template has before them."""
+"""Replaces a user's words, to find the text of a template before them."""
 FILE = "chats.jsonl"
 Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """What the teacher shall write; with the teacher it decides every token."""
+    """A request for conversations; with the teacher it determines every token."""
 
     tokens: int
-    """To generate, of the assistant and of invented users."""
+    """Tokens to generate, of the assistant and of invented users."""
     seed: int
     seq_length: int
     """Most tokens of a conversation, all special tokens included."""
     prompts: str | None = None
-    """Source of conversations whose first turns are answered; invented where there is none."""
+    """Source of conversations whose first turns are answered; by default turns are invented."""
 
     def batch_size(self) -> int:
         """Returns conversations per batch, which share one random state."""
@@ -57,7 +57,7 @@ class ChatWriter:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     sha256: str
-    """Of its weights, config and tokenizer."""
+    """SHA-256 of its weights, config and tokenizer."""
 
 
 def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Path:
@@ -69,7 +69,11 @@ def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Pa
     Raises:
         RecipeError: The teacher finishes no turn.
     """
-    folder = cache_dir() / "teacher_chats" / _name(request, writer)
+    prompts = [document.text for document in _documents(request)] if request.prompts else None
+    libraries = [f"{name} {installed(name)}" for name in ("torch", "transformers")]
+    settings = {**asdict(request), "prompts": prompts, "teacher": writer.sha256}
+    key = digest([settings, code_fingerprint(__name__), libraries])[:32]
+    folder = cache_dir() / "teacher_chats" / key
     folder.mkdir(parents=True, exist_ok=True)
     conversations: list[Messages] = []
     tokens = unfinished = 0
@@ -91,24 +95,15 @@ def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Pa
     return folder / FILE
 
 
-def _name(request: ChatRequest, writer: ChatWriter) -> str:
-    """Hashes all that decides the text."""
-    prompts = [document.text for document in _documents(request)] if request.prompts else None
-    libraries = [f"{name} {installed(name)}" for name in ("torch", "transformers")]
-    settings = {**asdict(request), "prompts": prompts, "teacher": writer.sha256}
-    return digest([settings, code_fingerprint(__name__), libraries])[:32]
-
-
 def _documents(request: ChatRequest) -> Iterator[Any]:
     assert request.prompts is not None
     return iter(read_source(request.prompts, "", chat=True))
 
 
 def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator[Mapping[str, Any]]:
-    """Yields batches, those of an earlier process first."""
+    """Yields batches; reads those of an earlier process."""
     openings = _openings(request) if request.prompts else None
-    number = 0
-    while True:
+    for number in count():
         prompts = None if openings is None else list(islice(openings, request.batch_size()))
         if prompts == []:
             return
@@ -118,11 +113,10 @@ def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator
                 torch.manual_seed(int(digest([request.seed, number])[:15], 16))
                 write_json(file, _write_batch(request, writer, prompts))
         yield read_json(file)
-        number += 1
 
 
 def _openings(request: ChatRequest) -> Iterator[Messages]:
-    """Yields what each conversation of the prompts has before its first answer."""
+    """Yields the messages of each conversation before its first answer."""
     for document in _documents(request):
         messages = json.loads(document.text)
         roles = [message["role"] for message in messages]
@@ -158,13 +152,11 @@ def _write_batch(
 
 
 def _user_prefix(writer: ChatWriter) -> list[int]:
-    """Returns what a template has before the words of a user (arXiv:2406.08464)."""
+    """Returns the tokens of a template before the words of a user (arXiv:2406.08464)."""
     turn = [{"role": "user", "content": BLANK}]
     rendered = str(writer.tokenizer.apply_chat_template(turn, tokenize=False))
-    prefix: list[int] = writer.tokenizer(rendered.partition(BLANK)[0], add_special_tokens=False)[
-        "input_ids"
-    ]
-    return prefix or [int(writer.tokenizer.eos_token_id)]
+    encoded = writer.tokenizer(rendered.partition(BLANK)[0], add_special_tokens=False)
+    return list(encoded["input_ids"]) or [int(writer.tokenizer.eos_token_id)]
 
 
 def _write_turns(

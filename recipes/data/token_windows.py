@@ -14,13 +14,8 @@ from torch import Tensor
 
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
-from recipes.data.part_writer import LEARNT
+from recipes.data.part_writer import LOSS_MASK
 from recipes.data.results import DatasetResult, SourceTokens
-
-
-def prefix(artifact: Path, part: str) -> Path:
-    """Returns the path of a part without suffix, as Megatron expects it."""
-    return artifact / part
 
 
 @dataclass(frozen=True)
@@ -59,13 +54,13 @@ class TextWindows:
 
     @classmethod
     def of(
-        cls, tokens: Tensor, end: int | None = None, learnt: Tensor | None = None
+        cls, tokens: Tensor, end: int | None = None, loss_mask: Tensor | None = None
     ) -> TextWindows:
         """Makes windows of tokens that have ``end`` after every document."""
-        return cls(tokens, counts(tokens, end, learnt))
+        return cls(tokens, counts(tokens, end, loss_mask))
 
 
-def counts(tokens: Tensor, end: int | None, learnt: Tensor | None = None) -> Tensor:
+def counts(tokens: Tensor, end: int | None, loss_mask: Tensor | None = None) -> Tensor:
     """Returns which next-token predictions count: all but those from ``end``.
 
     The token after a document's end begins another document and cannot be predicted
@@ -75,13 +70,13 @@ def counts(tokens: Tensor, end: int | None, learnt: Tensor | None = None) -> Ten
     Args:
         tokens: int64 [..., n].
         end: Token after every document, if there is one.
-        learnt: bool [..., n], which tokens count as targets; see ``read_learnt``.
+        loss_mask: bool [..., n], which tokens count as targets; see ``read_loss_mask``.
 
     Returns:
         bool [..., n - 1], by the token that a prediction is made from.
     """
-    if learnt is not None:
-        return learnt[..., 1:]
+    if loss_mask is not None:
+        return loss_mask[..., 1:]
     before = tokens[..., :-1]
     return torch.ones_like(before, dtype=torch.bool) if end is None else before != end
 
@@ -114,9 +109,9 @@ def read_windows(data: Input, part: str, seq_length: int, count: int | None = No
         spans[name] = slice(len(numbers), len(numbers) + len(of_source))
         numbers += of_source
     tokens = _select(read_tokens(data.artifact, part), seq_length, numbers).long()
-    marks = read_learnt(data.artifact, part)
-    learnt = None if marks is None else _select(marks, seq_length, numbers)
-    return replace(TextWindows.of(tokens, text.document_end, learnt), sources=spans)
+    whole_mask = read_loss_mask(data.artifact, part)
+    loss_mask = None if whole_mask is None else _select(whole_mask, seq_length, numbers)
+    return replace(TextWindows.of(tokens, text.document_end, loss_mask), sources=spans)
 
 
 def _select(values: np.ndarray, seq_length: int, numbers: list[int]) -> Tensor:
@@ -148,13 +143,13 @@ def read_tokens(artifact: Path, part: str) -> np.ndarray:
 
     Megatron's ``.bin`` holds documents without gaps (``_IndexWriter._sequence_pointers``).
     """
-    path = prefix(artifact, part)
-    return np.memmap(f"{path}.bin", dtype=IndexedDataset(str(path)).index.dtype, mode="r")
+    path = str(artifact / part)
+    return np.memmap(f"{path}.bin", dtype=IndexedDataset(path).index.dtype, mode="r")
 
 
-def read_learnt(artifact: Path, part: str) -> np.ndarray | None:
+def read_loss_mask(artifact: Path, part: str) -> np.ndarray | None:
     """Returns which tokens of a part count as targets, bool [tokens]; ``None`` without chats."""
-    path = Path(f"{prefix(artifact, part)}.{LEARNT}")
+    path = artifact / f"{part}.{LOSS_MASK}"
     return np.memmap(path, dtype=bool, mode="r") if path.exists() else None
 
 
@@ -171,11 +166,12 @@ def window(tokens: np.ndarray, seq_length: int, number: int) -> np.ndarray:
 
 
 def counted(
-    tokens: np.ndarray, learnt: np.ndarray | None, seq_length: int, number: int, end: int | None
+    tokens: np.ndarray, loss_mask: np.ndarray | None, seq_length: int, number: int, end: int | None
 ) -> Tensor:
     """Returns which predictions of a window count, see ``counts``: bool [seq_length]."""
-    marks = None if learnt is None else torch.from_numpy(window(learnt, seq_length, number)).bool()
-    return counts(torch.from_numpy(window(tokens, seq_length, number)), end, marks)
+    mask = None if loss_mask is None else window(loss_mask, seq_length, number).astype(bool)
+    ids = torch.from_numpy(window(tokens, seq_length, number))
+    return counts(ids, end, None if mask is None else torch.from_numpy(mask))
 
 
 def window_order(ids: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:

@@ -33,12 +33,11 @@ class Encoded:
 
     ids: np.ndarray
     """int32 [n]."""
-    learnt: np.ndarray | None = None
-    """bool [n]: whose predictions count in the loss; ``None`` for all but the first."""
-    cut: bool = False
-    """Whether it was shortened."""
+    loss_mask: np.ndarray | None = None
+    """bool [n]: tokens whose prediction counts in the loss; ``None`` for all but the first."""
+    shortened: bool = False
     left_out: str = ""
-    """Why it is left out and has no tokens; else empty."""
+    """The reason why the document is left out and has no tokens; else empty."""
 
     @classmethod
     def without(cls, reason: str) -> Encoded:
@@ -71,7 +70,7 @@ class DocumentTokenizer:
         tokenizer = Tokenizer.from_str(self.definition)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # their names in a text are text
+        tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
         return tokenizer
 
     def encode(self, texts: list[str]) -> list[Encoded]:

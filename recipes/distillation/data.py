@@ -20,8 +20,7 @@ from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.token_windows import (
     count_windows,
     counted,
-    prefix,
-    read_learnt,
+    read_loss_mask,
     read_tokens,
     require_windows,
     spread,
@@ -50,8 +49,8 @@ class TokenWindows(Dataset):
     """Seed of the order of every epoch; ``None`` keeps the order of the text."""
     end: int | None = None
     """Token after every document, whose prediction is masked; see ``counted``."""
-    learnt: np.ndarray | None = None
-    """Which tokens are predicted, see ``read_learnt``."""
+    loss_mask: np.ndarray | None = None
+    """Which tokens are predicted, see ``read_loss_mask``."""
     attention_mask: Tensor | None = None
     cache: TeacherCache | None = None
     """Restricts the sequences to the cached ones."""
@@ -86,7 +85,7 @@ class TokenWindows(Dataset):
             "labels": tokens[1:],
             "position_ids": self._positions,
             "loss_mask": counted(
-                self.tokens, self.learnt, self.seq_length, number, self.end
+                self.tokens, self.loss_mask, self.seq_length, number, self.end
             ).float(),
         }
         if self.attention_mask is not None:
@@ -126,7 +125,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         **settings: Any,
     ) -> None:
         # The base class requires existing paths; ``setup`` reads the splits.
-        super().__init__(paths=[str(prefix(artifact, "train"))], num_workers=0, **settings)
+        super().__init__(paths=[str(artifact / "train")], num_workers=0, **settings)
         self._artifact, self._end, self._cache = artifact, end, cache
         self._validation = validation
 
@@ -184,7 +183,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
             self.seq_length,
             samples,
             end=self._end,
-            learnt=read_learnt(self._artifact, part),
+            loss_mask=read_loss_mask(self._artifact, part),
             attention_mask=mask,
             **settings,
         )

@@ -21,7 +21,7 @@ from recipes.data.results import DatasetResult
 from recipes.data.token_windows import (
     count_windows,
     counted,
-    read_learnt,
+    read_loss_mask,
     read_tokens,
     require_windows,
     window,
@@ -60,7 +60,7 @@ def cache_logits(
     nemo.load_weights(core, teacher)
     vocabulary = nemo.architecture_of(teacher).vocab_size
     require_windows(data, cfg.seq_length)
-    tokens, learnt = read_tokens(data.artifact, "train"), read_learnt(data.artifact, "train")
+    tokens, loss_mask = read_tokens(data.artifact, "train"), read_loss_mask(data.artifact, "train")
     end = data.manifest.result(DatasetResult).document_end
     total = count_windows(tokens, cfg.seq_length)
     numbers = window_order(np.arange(total), total, cfg.seed, 0)[: cfg.num_windows]
@@ -78,7 +78,9 @@ def cache_logits(
         if is_whole(path := shards / SHARD.format(shard)):
             continue
         texts = [window(tokens, cfg.seq_length, number) for number in parts[shard]]
-        counts = [counted(tokens, learnt, cfg.seq_length, number, end) for number in parts[shard]]
+        counts = [
+            counted(tokens, loss_mask, cfg.seq_length, number, end) for number in parts[shard]
+        ]
         written = _evaluate_teacher(
             cfg, core, torch.from_numpy(np.stack(texts)), torch.stack(counts), parts[shard]
         )

@@ -23,7 +23,6 @@ from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.stage import Input
 from recipes.data.corpus import PARTS
 from recipes.data.results import DatasetResult, SourceTokens
-from recipes.data.token_windows import prefix
 from recipes.distillation.logit_cache import SHARD, CacheIndex, write_index
 from recipes.distillation.settings import CACHED
 from recipes.pruning.importance import Importance
@@ -132,11 +131,11 @@ def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
     sequences = max(config.get(name) or 1 for name in names)
     tokens = (sequences + 1) * config.get("seq_length", 1) + 1
     for part in PARTS:
-        builder = IndexedDatasetBuilder(f"{prefix(artifact, part)}.bin", dtype=np.int32)
+        builder = IndexedDatasetBuilder(f"{artifact / part}.bin", dtype=np.int32)
         builder.sequence_lengths.append(tokens)
         builder.document_indices.append(1)
         builder.data_file.truncate(4 * tokens)
-        builder.finalize(f"{prefix(artifact, part)}.idx")
+        builder.finalize(f"{artifact / part}.idx")
     documents, sizes = dict.fromkeys(PARTS, 1), dict.fromkeys(PARTS, tokens)
     source_tokens = {part: [SourceTokens("rehearsal", tokens)] for part in PARTS}
     return DatasetResult(documents, sizes, ["rehearsal"], source_tokens, document_end=0)

@@ -18,10 +18,15 @@ from recipes.core.precision import dtype_of
 from recipes.core.stage import Input, Inputs, metrics_log
 from recipes.core.wheels import short_name
 from recipes.data.corpus import PARTS, chat_problem
-from recipes.data.origins import origins_of, pinned
 from recipes.data.results import DatasetResult, Origin, SourceTokens, in_words
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import parse_source, source_problem, with_option
+from recipes.data.sources import (
+    origins_of,
+    parse_source,
+    pinned,
+    source_problem,
+    with_option,
+)
 from recipes.planning import rules
 from recipes.planning.chain import Chain, window_problems
 from recipes.planning.problems import Problem
@@ -99,7 +104,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     """Tokenizes all sources; documents get the begin and end tokens of the tokenizer."""
     from nemo_convert.nemo import find_checkpoint, side_files
     from recipes.data.chat import ChatTokenizer
-    from recipes.data.part_writer import LEARNT
+    from recipes.data.part_writer import LOSS_MASK
     from recipes.data.preparation import prepare
     from recipes.data.tokenizer import load_tokenizer
 
@@ -118,7 +123,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat, paths)
     tokens = {part: size // 4 for part, (size, _) in prepared.sizes.items()}
     _require_sequences(tokens, cfg.seq_length, prepared.conversations)
-    endings = ("bin", "idx", LEARNT) if chat else ("bin", "idx")
+    endings = ("bin", "idx", LOSS_MASK) if chat else ("bin", "idx")
     for name in (f"{part}.{ending}" for part in PARTS for ending in endings):
         link_or_copy(folder / name, out / name)
     return Outcome(

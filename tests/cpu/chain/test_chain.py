@@ -290,11 +290,11 @@ def test_what_healing_brought_back_counts(tiny_run: Path) -> None:
 
 
 def test_parts_share_no_document(tiny_run: Path) -> None:
-    from recipes.data.token_windows import IndexedDataset, prefix
+    from recipes.data.token_windows import IndexedDataset
 
     parts = {}
     for part in ("train", "validation", "calibration", "heldout"):
-        dataset = IndexedDataset(str(prefix(tiny_run / "prepare_data" / ARTIFACT, part)))
+        dataset = IndexedDataset(str(tiny_run / "prepare_data" / ARTIFACT / part))
         parts[part] = {tuple(dataset[i]) for i in range(len(dataset))}
         prepared = manifest_of(tiny_run, "prepare_data").metrics
         assert len(parts[part]) == prepared["documents"][part]

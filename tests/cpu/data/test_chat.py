@@ -1,10 +1,9 @@
-"""Conversations by a model's own template: which tokens are learnt, and whole windows of them."""
+"""Conversations in a model's own template: tokens that count in the loss, and packing."""
 
 from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,15 +58,15 @@ def encoded(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> Encoded
 
 
 def spoken(tokenizer: ChatTokenizer, found: Encoded) -> list[str]:
-    """The stretches that are learnt, as text."""
-    assert found.learnt is not None
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], found.learnt, [0]])))
+    """The stretches that count in the loss, as text."""
+    assert found.loss_mask is not None
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], found.loss_mask, [0]])))
     parts = zip(edges[::2], edges[1::2], strict=True)
     return [tokenizer._tokenizer.decode(found.ids[start:stop]) for start, stop in parts]
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
-def test_only_what_the_assistant_says_is_learnt(tmp_path: Path, template: str) -> None:
+def test_only_the_words_of_the_assistant_count_in_the_loss(tmp_path: Path, template: str) -> None:
     tokenizer = saved(tmp_path, template)
     again = {"role": "assistant", "content": "Thus, since ü."}
     found = encoded(tokenizer, [*ASKED, SAID, {"role": "user", "content": "And?"}, again])
@@ -77,7 +76,7 @@ def test_only_what_the_assistant_says_is_learnt(tmp_path: Path, template: str) -
     )
     assert tokenizer._tokenizer.decode(found.ids) == whole
     assert spoken(tokenizer, found) == ["So.<stop>", "Thus, since ü.<stop>"]
-    assert (found.cut, found.left_out) == (False, "")
+    assert (found.shortened, found.left_out) == (False, "")
     copy = pickle.loads(pickle.dumps(tokenizer))  # as to another process
     first = encoded(copy, [*ASKED, SAID]).ids.tolist()
     assert first == [*found.ids.tolist()[: len(first) - 1], END]
@@ -94,7 +93,7 @@ def test_only_what_the_assistant_says_is_learnt(tmp_path: Path, template: str) -
         (PLAIN, [*ASKED, {"role": "assistant", "content": "x" * LONG}], chat.TOO_LONG),
     ],
 )
-def test_what_cannot_be_learnt_from_is_left_out(
+def test_unusable_conversations_are_left_out(
     tmp_path: Path, template: str, messages: list[dict[str, str]], reason: str
 ) -> None:
     found = encoded(saved(tmp_path, template), messages)
@@ -103,7 +102,7 @@ def test_what_cannot_be_learnt_from_is_left_out(
         assert spoken(saved(tmp_path, template), encoded(saved(tmp_path, template), messages[:3]))
 
 
-def test_a_long_conversation_ends_with_its_last_whole_answer(tmp_path: Path) -> None:
+def test_a_long_conversation_is_shortened_to_its_last_whole_answer(tmp_path: Path) -> None:
     turns = [*ASKED, SAID, {"role": "user", "content": "And?"}, SAID]
     whole = encoded(saved(tmp_path, PLAIN), turns)
     for length in range(len(whole.ids) - 1, 63, -1):
@@ -111,15 +110,15 @@ def test_a_long_conversation_ends_with_its_last_whole_answer(tmp_path: Path) -> 
         found = encoded(tokenizer, turns)
         answers = 2 if length >= len(whole.ids) - 1 else 1
         assert spoken(tokenizer, found) == ["So.<stop>"] * answers, length
-        assert found.cut
+        assert found.shortened
         assert len(found.ids) <= length
         assert found.ids[-2:].tolist() == [STOP, END]
     first = len(found.ids)
-    assert encoded(saved(tmp_path, PLAIN, first), turns).cut
+    assert encoded(saved(tmp_path, PLAIN, first), turns).shortened
     assert encoded(saved(tmp_path, PLAIN, first - 1), turns).left_out == chat.TOO_LONG
 
 
-def test_no_conversation_runs_over_the_end_of_a_window() -> None:
+def test_each_conversation_lies_in_one_sequence() -> None:
     generator, length = np.random.default_rng(0), 32
     for _ in range(30):
         sizes = generator.integers(2, length + 1, generator.integers(1, 40))
@@ -127,14 +126,14 @@ def test_no_conversation_runs_over_the_end_of_a_window() -> None:
         position = int(generator.integers(0, 100))
         packed = list(pack(given, position, length, END))
         ids = np.concatenate([each.ids for each in packed])
-        learnt = np.concatenate([each.learnt for each in packed])  # type: ignore[misc]
+        loss_mask = np.concatenate([each.loss_mask for each in packed])  # type: ignore[misc]
         places = position + np.arange(len(ids))
         for i, n in enumerate(sizes):
             [mine] = [places[ids == 5 + i]]
             assert len(mine) == n
             assert mine[0] // length == mine[-1] // length
             assert mine[-1] - mine[0] == n - 1
-        assert not learnt[ids == END].any()
+        assert not loss_mask[ids == END].any()
         windows = -(-(position % length + len(ids)) // length)
         assert windows <= len(_naive(sizes, position % length, length))
 
@@ -155,16 +154,17 @@ def test_a_model_without_a_template_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, PLAIN).require_template()
 
 
-def wrong() -> Iterator[tuple[object, str]]:
-    yield "text", "no list of messages"
-    yield {"text": "a"}, "no list of messages"
-    yield {"messages": []}, "no list of messages"
-    yield {"messages": ["hello"]}, "message 1 has no text as its 'role'"
-    yield {"messages": [{"role": "user", "content": "a"}, {"role": "x"}]}, "message 2 .* 'content'"
-    yield {"messages": [{"role": "user", "content": ["a"]}]}, "message 1 has no text as its 'cont"
-
-
-@pytest.mark.parametrize(("record", "message"), wrong())
-def test_what_is_no_conversation_is_said(record: object, message: str) -> None:
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("text", "no list of messages"),
+        ({"text": "a"}, "no list of messages"),
+        ({"messages": []}, "no list of messages"),
+        ({"messages": ["hello"]}, "message 1 has no text as its 'role'"),
+        ({"messages": [*ASKED, {"role": "x"}]}, "message 3 .* 'content'"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "message 1 has no text as its 'cont"),
+    ],
+)
+def test_records_without_messages_are_refused(record: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         messages_of(record)

@@ -22,7 +22,7 @@ def test_hugging_face_dataset(tmp_path: Path) -> None:
         list(read_source(source, "text"))
 
 
-def test_hugging_face_dataset_is_taken_up_again(tmp_path: Path) -> None:
+def test_reading_a_hugging_face_dataset_resumes(tmp_path: Path) -> None:
     for shard in range(3):
         rows = [json.dumps({"text": f"{shard} {row}"}) for row in range(10)]
         (tmp_path / f"train-{shard}.jsonl").write_text("\n".join(rows))
@@ -35,11 +35,10 @@ def test_hugging_face_dataset_is_taken_up_again(tmp_path: Path) -> None:
     assert begun + list(read_source(source, "text", state)) == whole
 
 
-def test_a_dataset_on_a_hub_is_read_at_its_commit(tmp_path: Path) -> None:
-    """The one that is asked for, or else the newest, which the process names."""
+def test_a_dataset_on_a_hub_is_read_at_its_revision_or_newest_commit(tmp_path: Path) -> None:
     code = """
 from recipes.data.corpus import read_source
-from recipes.data.origins import origin_of, pinned
+from recipes.data.sources import origin_of, pinned
 for source in ("hf://me/notes:train", "hf://me/notes:train#revision={old}"):
     origin = origin_of(source)
     texts = [document.text for document in read_source(pinned(source, origin), "text")]

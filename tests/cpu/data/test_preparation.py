@@ -11,7 +11,7 @@ import signal
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from recipes.data.corpus import PARTS, digest
 from recipes.data.part_writer import PartWriter
 from recipes.data.preparation import PreparationState, prepare
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.token_windows import read_learnt, read_tokens
+from recipes.data.token_windows import read_loss_mask, read_tokens
 from recipes.data.tokenizer import DocumentTokenizer, encode_all, load_tokenizer
 from tests.support.chats import write_chats
 
@@ -81,8 +81,11 @@ def documents(folder: Path, part: str) -> list[tuple[int, ...]]:
     return [tuple(dataset[i].tolist()) for i in range(len(dataset))]
 
 
-def test_every_document_is_taken_once(
-    whole: tuple[Path, PreparationState], tokenizer: DocumentTokenizer, text_file: Path
+def test_every_document_is_in_one_split_and_held_out_sources_in_theirs(
+    cfg: PrepareDataConfig,
+    whole: tuple[Path, PreparationState],
+    tokenizer: DocumentTokenizer,
+    text_file: Path,
 ) -> None:
     folder, done = whole
     found = [document for part in PARTS for document in documents(folder, part)]
@@ -97,17 +100,11 @@ def test_every_document_is_taken_once(
         assert list(of_part) == [n for n in ("apart", "records", "prose") if n in of_part]
         assert ("apart" in of_part) == (part == "heldout")
     assert list(done.sources["train"]) == ["records", "prose"]
-
-
-def test_a_held_out_source_is_held_out_whole(
-    cfg: PrepareDataConfig, whole: tuple[Path, PreparationState], tokenizer: DocumentTokenizer
-) -> None:
     lines = Path(cfg.heldout_sources[0]).read_text().splitlines()
-    apart = [
-        tuple(one.ids.tolist()) for one in tokenizer.encode([json.loads(t).strip() for t in lines])
-    ]
-    assert documents(whole[0], "heldout")[: len(set(apart))] == list(dict.fromkeys(apart))
-    assert whole[1].sources["heldout"]["apart"] == sum(map(len, set(apart)))
+    encoded = tokenizer.encode([json.loads(line).strip() for line in lines])
+    apart = list(dict.fromkeys(tuple(one.ids.tolist()) for one in encoded))
+    assert documents(folder, "heldout")[: len(apart)] == apart
+    assert done.sources["heldout"]["apart"] == sum(map(len, apart))
 
 
 def test_ten_times_the_text_takes_the_same_memory(
@@ -192,27 +189,27 @@ def whole_mixed(
         return folder, prepare(mixed[0], tokenizer, folder, LOG, chat)
 
 
-def test_conversations_are_whole_in_their_windows_and_answers_are_marked(
+def test_conversations_lie_whole_in_sequences_with_masked_answers(
     mixed: tuple[PrepareDataConfig, list[str]],
     whole_mixed: tuple[Path, PreparationState],
     tokenizer: DocumentTokenizer,
     odd_llama: Path,
 ) -> None:
-    """Every one is found in one window, behind what fills the window before it."""
+    """Each lies in one sequence, after the padding of the sequence before."""
     known, (folder, done) = AutoTokenizer.from_pretrained(odd_llama), whole_mixed
     left = Counter(tuple(known(said)["input_ids"]) for said in dict.fromkeys(mixed[1]))
     taken = cut = filling = answers = 0
     for part in PARTS:
-        tokens, learnt = read_tokens(folder, part), read_learnt(folder, part)
-        assert learnt is not None
-        assert len(learnt) == len(tokens)
+        tokens, loss_mask = read_tokens(folder, part), read_loss_mask(folder, part)
+        assert loss_mask is not None
+        assert len(loss_mask) == len(tokens)
         of_part = done.sources[part]
         start = of_part.get("texts", 0)
         stop = start + of_part["chats"]
         assert 4 * sum(of_part.values()) == done.sizes[part][0] == 4 * len(tokens)
         before = np.concatenate([[tokenizer.end], tokens[:-1]])[:start]
-        assert (learnt[:start] == (before != tokenizer.end)).all()
-        for ids, marks in _documents(tokens, learnt, start, stop, tokenizer.end):
+        assert (loss_mask[:start] == (before != tokenizer.end)).all()
+        for ids, marks in _documents(tokens, loss_mask, start, stop, tokenizer.end):
             if left[ids] > 0:
                 left[ids] -= 1
             else:  # only its end is missing; what is left may be another one, whole
@@ -237,7 +234,7 @@ def test_conversations_are_whole_in_their_windows_and_answers_are_marked(
 
 
 def _documents(
-    tokens: np.ndarray, learnt: np.ndarray, start: int, stop: int, end: int
+    tokens: np.ndarray, loss_mask: np.ndarray, start: int, stop: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], list[bool]]]:
     """Conversations of a stretch, taken apart at the two marks that end each, window by window."""
     for window in range(start // LENGTH, -(-stop // LENGTH)):
@@ -245,38 +242,34 @@ def _documents(
         last = min(stop, (window + 1) * LENGTH)
         while place < last:
             if tokens[place] == end:  # fills
-                assert not learnt[place]
+                assert not loss_mask[place]
                 place += 1
                 continue
             ends = tokens[place:last] == end
             size = int(np.flatnonzero(ends[:-1] & ends[1:])[0]) + 1
             inside = slice(place, place + size)
-            yield tuple(tokens[inside].tolist()), learnt[inside].tolist()
+            yield tuple(tokens[inside].tolist()), loss_mask[inside].tolist()
             place += size + 1
 
 
-class PatientLog(MetricsLog):
-    """Waits to be killed a little after the line at which that is to happen."""
-
-    def __init__(self, file: Path, lines: int) -> None:
-        super().__init__(file)
-        self._file_path, self._lines = file, lines
-
-    def log(self, **values: object) -> None:
-        super().log(**values)
-        if _lines(self._file_path) >= self._lines + 4:
-            time.sleep(600)
-
-
-def prepare_in_small_steps(
+def prepare_until_killed(
     cfg: PrepareDataConfig,
     tokenizer: DocumentTokenizer,
     to: Path,
     lines: int,
-    chat: ChatTokenizer | None = None,
+    chat: ChatTokenizer | None,
 ) -> None:
-    preparation.BATCH_DOCUMENTS, preparation.KEEP_SECONDS = 16, 0.01
-    prepare(cfg, tokenizer, to, PatientLog(to / "metrics.jsonl", lines), chat)
+    """Works in small steps, and waits when the log is a few lines longer than ``lines``."""
+    metrics = to / "metrics.jsonl"
+
+    class WaitingLog(MetricsLog):
+        def log(self, **values: object) -> None:
+            super().log(**values)
+            if _lines(metrics) >= lines + 4:
+                time.sleep(600)
+
+    preparation.BATCH_DOCUMENTS, preparation.SAVE_SECONDS = 16, 0.01
+    prepare(cfg, tokenizer, to, WaitingLog(metrics), chat)
 
 
 @pytest.mark.parametrize(("chats", "processes"), [(False, 1), (False, 2), (True, 1)])
@@ -294,15 +287,17 @@ def test_killed_work_resumes_to_the_same_bytes(
     metrics, several = tmp_path / "metrics.jsonl", replace(cfg, processes=processes)
     for lines in (30,) if chats else (20, 50):
         process = multiprocessing.get_context("fork").Process(
-            target=prepare_in_small_steps, args=(several, tokenizer, tmp_path, lines, chat)
+            target=prepare_until_killed, args=(several, tokenizer, tmp_path, lines, chat)
         )
         process.start()
         while process.is_alive() and _lines(metrics) < lines:
             time.sleep(0.001)
-        children = _children(process.pid)
+        children, deadline = _children(process.pid), time.monotonic() + 300
         process.kill()
         process.join()
-        _wait_until(lambda: not any(map(_runs, children)))
+        while any(map(_runs, children)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed"
     with preparation.Ledger(tmp_path / "ledger.sqlite") as ledger:
         saved = ledger.progress()
@@ -311,7 +306,7 @@ def test_killed_work_resumes_to_the_same_bytes(
     monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 16)
     assert prepare(cfg, tokenizer, tmp_path, LOG, chat) == expected[1]
     assert content(tmp_path) == content(expected[0])
-    assert ("train.learnt" in content(tmp_path)) == chats
+    assert ("train.loss_mask" in content(tmp_path)) == chats
 
 
 def _children(pid: int | None) -> list[Path]:
@@ -323,37 +318,31 @@ def _runs(stat: Path) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def _lines(file: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_budget_stops_within_a_source(
-    cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, tmp_path: Path, processes: int
+def test_max_tokens_limits_each_source(
+    cfg: PrepareDataConfig,
+    tokenizer: DocumentTokenizer,
+    text_file: Path,
+    tmp_path: Path,
+    processes: int,
 ) -> None:
     budget = 9000
     limited = replace(cfg, heldout_sources=[], max_tokens=budget, processes=processes)
-    done = prepare(limited, tokenizer, tmp_path, LOG)
-    longest = max(len(document) for part in PARTS for document in documents(tmp_path, part))
-    taken = sum(size for size, _ in done.sizes.values()) // 4
-    assert 2 * budget <= taken < 2 * (budget + longest)
-    alone = replace(limited, sources=cfg.sources[:1])
-    (tmp_path / "one").mkdir()
-    first = prepare(alone, tokenizer, tmp_path / "one", LOG)
-    assert budget <= sum(size for size, _ in first.sizes.values()) // 4 < budget + longest
+    longest = max(len(one.ids) for one in tokenizer.encode(read(text_file)))
+    for number in (1, 2):
+        (folder := tmp_path / str(number)).mkdir()
+        done = prepare(replace(limited, sources=cfg.sources[:number]), tokenizer, folder, LOG)
+        tokens = sum(size for size, _ in done.sizes.values()) // 4
+        assert number * budget <= tokens < number * (budget + longest)
 
 
-def test_documents_can_be_limited(
+def test_max_documents_takes_the_first_of_each_source(
     cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, text_file: Path, tmp_path: Path
 ) -> None:
-    """To the first ones of each source."""
     limited = replace(cfg, heldout_sources=[], max_documents=40)
     done = prepare(limited, tokenizer, tmp_path, LOG)
     assert sum(count for _, count in done.sizes.values()) == 80
@@ -384,7 +373,7 @@ def test_a_damaged_ledger_is_named(tmp_path: Path, damage: str) -> None:
     with preparation.Ledger(path) as ledger:
         for number in range(2000):
             ledger.is_new(digest(str(number)))
-        ledger.keep({})
+        ledger.save({})
     if damage == "cut short":
         os.truncate(path, path.stat().st_size // 2)
     else:
@@ -394,7 +383,7 @@ def test_a_damaged_ledger_is_named(tmp_path: Path, damage: str) -> None:
     assert f"delete {tmp_path} " in str(e.value)
 
 
-def test_lost_files_are_not_made_up(tmp_path: Path) -> None:
+def test_a_file_shorter_than_its_record_is_refused(tmp_path: Path) -> None:
     with PartWriter(tmp_path, ["train"]) as writer:
         writer.add("train", [1, 2, 3])
     (tmp_path / "train.bin").write_bytes(b"")

@@ -101,7 +101,7 @@ def test_conversations_are_invented_and_fit_a_window(teacher: ChatWriter) -> Non
         assert [message["role"] for message in talk["messages"]] == ["user", "assistant"]
         assert all(message["content"] for message in talk["messages"])
     encoded = encoder.encode([json.dumps(talk["messages"]) for talk in talks])
-    assert not any(one.cut or one.left_out for one in encoded)
+    assert not any(one.shortened or one.left_out for one in encoded)
     assert sum(json.loads(b.read_text())["unfinished"] for b in file.parent.glob("0*.json")) > 0
     with pytest.raises(RecipeError, match="finished none of"):
         chats(teacher, replace(CHAT, seq_length=20))

@@ -90,18 +90,18 @@ def test_what_is_told_of_each_token_counts_with_a_cached_teacher_too(
 ) -> None:
     """As of conversations; through the data module, which finds what is told beside the tokens."""
     generator = np.random.default_rng(1)
-    learnt = {}
+    loss_mask = {}
     for part in ("train", "validation"):
         for ending in ("bin", "idx"):
             (tmp_path / f"{part}.{ending}").symlink_to(data / f"{part}.{ending}")
-        learnt[part] = generator.random(len(read_tokens(data, part))) < 0.3
-        (tmp_path / f"{part}.learnt").write_bytes(learnt[part].tobytes())
+        loss_mask[part] = generator.random(len(read_tokens(data, part))) < 0.3
+        (tmp_path / f"{part}.loss_mask").write_bytes(loss_mask[part].tobytes())
     live = training(tmp_path, 2)
     cached = training(tmp_path, 2, cache=Cache(list(range(len(live._train_ds.ids)))))
     for part, dataset in (("train", live._train_ds), ("validation", live._validation_ds)):
         for sample in range(len(dataset)):
             start = dataset.window_of(sample) * LENGTH + 1
-            expected = learnt[part][start : start + LENGTH]
+            expected = loss_mask[part][start : start + LENGTH]
             assert (dataset[sample]["loss_mask"].numpy() > 0).tolist() == expected.tolist()
             if part == "train":
                 same = cached._train_ds[sample]

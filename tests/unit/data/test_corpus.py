@@ -1,8 +1,9 @@
+"""Documents of sources, their splits, and problems of sources."""
+
 from __future__ import annotations
 
 import gzip
 import json
-import random
 from collections import Counter
 from itertools import groupby, islice
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_every_file_type_gives_its_documents(
     assert documents(write(tmp_path, name, content), field) == ["one\nstill one", "two ü"]
 
 
-def test_conversations_are_documents_whole(tmp_path: Path) -> None:
+def test_each_conversation_is_one_document(tmp_path: Path) -> None:
     said = [conversation("Why?", "So."), conversation("ü")]
     lines = "\n\n".join(json.dumps({**one, "id": 3}) for one in said)
     for name, content in (("a.jsonl", lines), ("a.json", json.dumps(said))):
@@ -78,7 +79,7 @@ def test_conversations_are_documents_whole(tmp_path: Path) -> None:
         assert {document.place for document in found} == {None}
 
 
-def test_what_is_wrong_with_a_conversation_is_said_before_it_is_read_whole(tmp_path: Path) -> None:
+def test_the_first_conversations_of_a_file_are_checked(tmp_path: Path) -> None:
     good = json.dumps(conversation("Why?", "So."))
     assert chat_problem(write(tmp_path, "a.jsonl", f"{good}\n" * 200 + "{oops")) is None
     for line, what in (
@@ -95,7 +96,7 @@ def test_what_is_wrong_with_a_conversation_is_said_before_it_is_read_whole(tmp_p
         ) in found[1]
     found = chat_problem(write(tmp_path, "a.txt", "text"))
     assert found is not None
-    assert found[0] == f"'{tmp_path}/a.txt' is not of conversations"
+    assert found[0] == f"'{tmp_path}/a.txt' has no conversations"
 
 
 @pytest.mark.parametrize("record", ['{"body": "x"}', '{"text": 3}', "7", "null", '["x"]'])
@@ -107,94 +108,63 @@ def test_record_without_text_is_numbered(tmp_path: Path, record: str) -> None:
     assert "data.text_field" in str(caught.value)
 
 
-MISSING, BINARY = None, b"\xff\xfe\x00"
-INVALID = (MISSING, BINARY, b"{", b"one\n", b'{"text": "x"} trailing')
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        *(("a.txt", content) for content in (MISSING, BINARY)),
-        *((name, content) for name in ("a.json", "a.jsonl") for content in INVALID),
-    ],
-)
-def test_an_unreadable_file_is_named(tmp_path: Path, name: str, content: bytes | None) -> None:
-    if content is not MISSING:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(RecipeError, match="cannot be read as") as caught:
-        documents(str(tmp_path / name))
-    assert str(tmp_path / name) in str(caught.value)
+BINARY, UNREADABLE = b"\xff\xfe\x00", "cannot be read as"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n{oops\n', "line 3"),
-        *(("a.json", content, r"a\.json") for content in ("3", "null", "true", '"a text"')),
+        *(("a.txt", content, UNREADABLE) for content in (None, BINARY)),
+        *(
+            (name, content, UNREADABLE)
+            for name in ("a.json", "a.jsonl")
+            for content in (None, BINARY, b"{", b"one\n", b'{"text": "x"} trailing')
+        ),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "two"}\n{oops\n', "line 3"),
+        *(("a.json", content, UNREADABLE) for content in (b"3", b"null", b"true", b'"a text"')),
     ],
 )
-def test_json_that_is_not_records_is_refused(
-    tmp_path: Path, name: str, content: str, message: str
+def test_an_unreadable_file_is_named(
+    tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
-    with pytest.raises(RecipeError, match=message):
-        documents(write(tmp_path, name, content))
-
-
-def test_good_sources_have_no_problem(tmp_path: Path) -> None:
-    for name in ("a.txt", "a.json", "a.jsonl"):
-        assert source_problem(write(tmp_path, name, "x")) is None
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "hf://wikitext@wikitext-2-raw-v1:train",
-        "hf://org/data:train[:100]",
-        f"pypi://p/1/p/data.json#sha256={SHA}",
-    ],
-)
-def test_remote_sources_are_not_looked_up(source: str) -> None:
-    assert source_problem(source) is None
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("a.csv", "a.parquet", "a", "hf://no-split", "teacher://text"),
-        f"pypi://p/1/p/data.csv#sha256={SHA}",
-    ],
-)
-def test_unsupported_source_lists_the_supported(name: str) -> None:
-    assert f"'{name}' is not one of .txt, .json, .jsonl" in str(source_problem(name))
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecipeError, match=message) as caught:
+        documents(str(tmp_path / name))
+    assert str(tmp_path / name) in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
+        *((name, None) for name in ("a.txt", "a.json", "a.jsonl")),
+        ("hf://wikitext@wikitext-2-raw-v1:train", None),
+        ("hf://org/data:train[:100]", None),
+        (f"pypi://p/1/p/data.json#sha256={SHA}", None),
+        *(
+            (name, f"'{name}' is not one of .txt, .json, .jsonl")
+            for name in ("a.csv", "a.parquet", "a", "hf://no-split", "teacher://text")
+        ),
+        (f"pypi://p/1/p/data.csv#sha256={SHA}", "is not one of .txt, .json, .jsonl"),
         ("teacher://chat#tokens=100&seed=3", None),
         ("teacher://chat#tokens=many", "tokens=many"),
         ("teacher://chat#seed=-1", "seed=-1"),
         ("teacher://chat#prompts=missing.jsonl", "missing.jsonl"),
         ("hf://org/data:train#tokens=100", "only teacher://chat has"),
+        ("empty.txt", "'empty.txt' is empty"),
+        ("missing.txt", "there is no file 'missing.txt'"),
+        ("folder.txt", "there is no file 'folder.txt'"),
     ],
 )
-def test_options_of_teacher_sources(source: str, problem: str | None) -> None:
+def test_problems_of_sources_are_found_without_reading_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, problem: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "a.json", "a.jsonl"):
+        write(tmp_path, name, "x")
+    write(tmp_path, "empty.txt", "")
+    (tmp_path / "folder.txt").mkdir()
     assert (problem or "None") in str(source_problem(source))
-
-
-def test_empty_missing_and_folder(tmp_path: Path) -> None:
-    assert source_problem(write(tmp_path, "a.txt", "")) == f"'{tmp_path / 'a.txt'}' is empty"
-    missing = str(tmp_path / "b.txt")
-    assert source_problem(missing) == f"there is no file '{missing}'"
-    (tmp_path / "c.txt").mkdir()
-    assert source_problem(str(tmp_path / "c.txt")) == f"there is no file '{tmp_path / 'c.txt'}'"
-
-
-def test_parts_do_not_depend_on_order() -> None:
-    texts = [f"document {i}" for i in range(5000)]
-    first = {text: part(text) for text in texts}
-    random.Random(0).shuffle(texts)
-    assert {text: part(text) for text in texts} == first
 
 
 def test_fractions_hold_and_parts_are_disjoint() -> None:
@@ -224,7 +194,7 @@ def test_part_of_extreme_fractions(fraction: float, name: str) -> None:
 
 
 @pytest.mark.parametrize("stretches", [1, 3])
-def test_paragraphs_of_one_text_fall_into_long_pieces(
+def test_paragraphs_of_a_text_are_split_into_long_pieces(
     tmp_path: Path, stretches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A paragraph that is measured on does not stand between two that were trained on."""
@@ -250,7 +220,7 @@ def test_files_of_a_pattern_are_one_source(tmp_path: Path) -> None:
     assert source_problem(f"{tmp_path}/*.jsonl") == f"there is no file '{tmp_path}/*.jsonl'"
 
 
-def test_a_text_without_blank_lines_is_cut_at_lines(
+def test_a_text_without_blank_lines_is_split_at_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "LONGEST_PARAGRAPH", 10)
@@ -267,7 +237,7 @@ def test_compressed_lines(tmp_path: Path) -> None:
         documents(str(file))
 
 
-def test_a_source_has_options_of_its_own(tmp_path: Path) -> None:
+def test_options_of_sources(tmp_path: Path) -> None:
     nested = write(tmp_path, "a.jsonl", '{"doc": {"body": "one"}, "doc.body": "two"}\n')
     assert documents(f"{nested}#text=doc.body") == ["two"]
     nested = write(tmp_path, "b.jsonl", '{"doc": {"body": "one"}}\n')
@@ -289,7 +259,7 @@ def test_a_source_has_options_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
-def test_a_reader_is_taken_up_again(tmp_path: Path, name: str) -> None:
+def test_a_new_reader_resumes(tmp_path: Path, name: str) -> None:
     texts = [f"document {i}" if i % 3 else "" for i in range(1, 20)]
     content = {"a.txt": "\n\n".join(texts), "a.json": json.dumps(texts)}
     lines = "\n".join(map(json.dumps, texts))

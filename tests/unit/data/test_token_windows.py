@@ -18,20 +18,12 @@ from recipes.data.token_windows import (
 )
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 7])
-def test_an_epoch_has_every_window_once(epoch: int) -> None:
-    order = window_order(np.arange(100), 100, seed=3, epoch=epoch)
-    assert sorted(order) == list(range(100))
-    assert list(order) != sorted(order)
-
-
-def test_epochs_and_seeds_differ() -> None:
-    orders = {
-        tuple(window_order(np.arange(50), 50, seed, epoch)) for seed in (1, 2) for epoch in (0, 1)
-    }
-    assert len(orders) == 4
-    again = window_order(np.arange(50), 50, 1, 0)
-    assert tuple(again) in orders
+def test_each_epoch_and_seed_has_its_own_order_of_all_windows() -> None:
+    keys = [(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 7)]
+    orders = {key: tuple(window_order(np.arange(50), 50, *key)) for key in keys}
+    assert len({*orders.values(), tuple(range(50))}) == len(keys) + 1
+    assert all(sorted(order) == list(range(50)) for order in orders.values())
+    assert tuple(window_order(np.arange(50), 50, 1, 0)) == orders[1, 0]
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
@@ -40,12 +32,6 @@ def test_a_subset_keeps_the_order_of_the_whole(epoch: int) -> None:
     ids = np.random.default_rng(0).choice(200, size=37, replace=False)
     expected = [number for number in whole if number in set(ids)]
     assert list(window_order(ids, 200, seed=5, epoch=epoch)) == expected
-
-
-def test_the_first_windows_of_an_epoch_come_first_again() -> None:
-    """So a cache of them gives the batches of a run that has all."""
-    whole = window_order(np.arange(200), 200, seed=5, epoch=0)
-    assert list(window_order(np.sort(whole[:40]), 200, seed=5, epoch=0)) == list(whole[:40])
 
 
 @pytest.mark.parametrize(("tokens", "windows"), [(9, 2), (8, 1), (5, 1), (4, 0)])
@@ -65,10 +51,10 @@ def test_predictions_from_the_end_of_a_document_do_not_count() -> None:
     assert TextWindows.of(text.tokens).predictions == 6
 
 
-def test_what_is_told_of_each_token_counts() -> None:
-    """Whatever they are predicted from: a turn of a conversation may end as a document does."""
-    learnt = torch.tensor([[True, False, True, True], [True, True, False, False]])
-    text = TextWindows.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), 0, learnt)
+def test_a_loss_mask_decides_which_predictions_count() -> None:
+    """A turn of a conversation may end with the token that ends a document."""
+    loss_mask = torch.tensor([[True, False, True, True], [True, True, False, False]])
+    text = TextWindows.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), 0, loss_mask)
     assert text.counted.tolist() == [[False, True, True], [True, False, False]]
     assert text.targets.tolist() == [6, 7, 8]
 

@@ -263,7 +263,7 @@ def test_each_rule_is_tripped(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.sources=[TEXT]"], "'TEXT' is not of conversations"),
+        (["data.sources=[TEXT]"], "'TEXT' has no conversations"),
         (["data.sources=[LINES]"], "line 2: there is no list of messages in 'messages'"),
         (["data.sources=[CHAT#text=body]"], "every training source plain text"),
         (["data.sources=[CHAT]", f"{D}seq_length=128"], "whole in windows of 256"),

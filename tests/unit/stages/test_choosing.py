@@ -20,7 +20,7 @@ MEASURED = ("eval_results", "task_results")
 """Kinds of results on it."""
 SHOW = ("report", "export_hf")
 """Stages that show such results; gates judge what they show."""
-READERS = ("read_windows", "read_tokens", "read_learnt", "document_end", "sources_of")
+READERS = ("read_windows", "read_tokens", "read_loss_mask", "document_end", "sources_of")
 """Functions by which text is read, a part of it by name."""
 
 
