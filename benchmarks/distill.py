@@ -144,7 +144,7 @@ def _run_stages(contender: DistillMethod, shape: Shape, run_dir: Path, scratch: 
         "distill.limit_val_batches": 1,
     }
     if teacher_stage == "cache_logits":
-        settings["cache_logits.num_windows"] = shape.steps * shape.micro_batch
+        settings["cache_logits.num_sequences"] = shape.steps * shape.micro_batch
     length = f"data.seq_length={shape.seq_length}"
     launch(run_dir, scratch, contender.stages, settings, length, *contender.overrides)
     steps = steps_of(scratch / "distill" / METRICS, "distill")

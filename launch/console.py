@@ -107,7 +107,7 @@ def headline(manifest: Manifest) -> str:
     if manifest.kind in HEADLINES:
         return HEADLINES[manifest.kind](manifest)
     if healed := manifest.result_if("heal", HealResult):
-        return f"KL {healed.kl_as_cut:.3f} → {healed.kl_healed:.3f} on validation text"
+        return f"KL {healed.kl_pruned:.3f} → {healed.kl_healed:.3f} on validation text"
     size = f"{manifest.parameters / 1e6:.1f} M parameters" if manifest.parameters else ""
     return ", ".join(filter(None, (size, manifest.metrics.get("stopped"))))
 

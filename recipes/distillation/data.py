@@ -61,7 +61,7 @@ class TokenWindows(Dataset):
 
     def __post_init__(self) -> None:
         self._total = count_windows(self.tokens, self.seq_length)
-        self.ids = np.arange(self._total) if self.cache is None else self.cache.windows
+        self.ids = np.arange(self._total) if self.cache is None else self.cache.sequences
         if self.numbers is not None:
             self.ids = np.array([n for n in self.numbers if n < self._total])
         self._positions = torch.arange(self.seq_length)
@@ -194,7 +194,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         if self._cache is None:
             source, fix = "the training data has", "add text, or lower data.seq_length or"
         else:
-            source, fix = "the cached teacher has", "raise num_windows of cache_logits, or lower"
+            source, fix = "the cached teacher has", "raise num_sequences of cache_logits, or lower"
         raise RecipeError(
             f"{source} {sequences} sequences of {self.seq_length} tokens, less than one batch of "
             f"global_batch_size={batch}.",

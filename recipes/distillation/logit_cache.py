@@ -1,12 +1,12 @@
-"""A teacher's most likely next tokens, stored for every position of fixed windows.
+"""A teacher's most likely next tokens, stored for every position of a text's sequences.
 
 A directory with ``index.json`` and shards ``00000.safetensors`` …, each with
 
-- ``windows`` int32 [w]: numbers of the sequences, see ``data``;
-- ``indices`` uint16 or int32 [w, seq_length, k]: the k most likely tokens, the likeliest first;
-- ``log_probs`` float16 [w, seq_length, k + 1]: their log-probabilities, and that of all others;
-- if the others were sampled, ``draws`` uint16 or int32 [w, seq_length, draws], and
-  ``tail_entropy`` float16 [w, seq_length, 1]: -Σ p·log p over all others.
+- ``sequences`` int32 [n]: numbers of the sequences, see ``data``;
+- ``indices`` uint16 or int32 [n, seq_length, k]: the k most likely tokens, the likeliest first;
+- ``log_probs`` float16 [n, seq_length, k + 1]: their log-probabilities, and that of all others;
+- if the others were sampled, ``draws`` uint16 or int32 [n, seq_length, draws], and
+  ``tail_entropy`` float16 [n, seq_length, 1]: -Σ p·log p over all others.
 
 With k = 32 and a vocabulary below 65,536 that is 130 bytes a token, with k = 128 it is 514, with 8
 and 6 draws 48. float16 is exact to about 0.05% for a large probability and 0.4% for one in
@@ -58,14 +58,14 @@ def write_index(folder: Path, index: CacheIndex) -> None:
 
 
 def write_shard(
-    path: Path, index: CacheIndex, windows: list[int], top: TopK, teacher_loss: float
+    path: Path, index: CacheIndex, sequences: list[int], top: TopK, teacher_loss: float
 ) -> None:
     """Writes one shard atomically.
 
-    ``top`` has the shape [windows, seq_length, …]; ``teacher_loss`` is the LM loss.
+    ``top`` has the shape [sequences, seq_length, …]; ``teacher_loss`` is the LM loss.
     """
     partial = path.with_suffix(".partial")
-    tensors = {"windows": torch.tensor(windows, dtype=torch.int32)} | {
+    tensors = {"sequences": torch.tensor(sequences, dtype=torch.int32)} | {
         name: getattr(top, name).to(dtype).contiguous()
         for name, (dtype, _) in index.tensors.items()
     }
@@ -87,14 +87,14 @@ def is_whole(path: Path) -> bool:
 def cache_figures(folder: Path, index: CacheIndex) -> dict[str, float]:
     """Computes the means over all sequences of the figures in the shards' metadata."""
     sums: dict[str, float] = {"teacher_loss": 0.0, "tail_mass": 0.0}
-    windows = 0
+    sequences = 0
     for shard in range(index.shards):
         with safe_open(folder / SHARD.format(shard), framework="pt") as file:
-            count = len(file.get_tensor("windows"))
-            windows += count
+            count = len(file.get_tensor("sequences"))
+            sequences += count
             for name in sums:
                 sums[name] += count * float(file.metadata()[name])
-    return {name: total / windows for name, total in sums.items()}
+    return {name: total / sequences for name, total in sums.items()}
 
 
 class TeacherCache:
@@ -107,16 +107,16 @@ class TeacherCache:
         places: list[tuple[int, int]] = []
         numbers: list[int] = []
         for shard in range(self.index.shards):
-            in_shard = self._open(shard).get_tensor("windows").tolist()
+            in_shard = self._open(shard).get_tensor("sequences").tolist()
             numbers += in_shard
             places += [(shard, row) for row in range(len(in_shard))]
-        self.windows = np.array(numbers, dtype=np.int64)
+        self.sequences = np.array(numbers, dtype=np.int64)
         """Numbers of the cached sequences."""
         self._places = dict(zip(numbers, places, strict=True))
 
-    def rows(self, window: int) -> dict[str, Tensor]:
+    def rows(self, sequence: int) -> dict[str, Tensor]:
         """Reads the tensors of ``TopK`` of a sequence, [seq_length, …]."""
-        shard, row = self._places[window]
+        shard, row = self._places[sequence]
         file = self._open(shard)
         return {
             name: file.get_slice(name)[row].to(

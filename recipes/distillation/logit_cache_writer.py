@@ -63,10 +63,10 @@ def cache_logits(
     tokens, loss_mask = read_tokens(data.artifact, "train"), read_loss_mask(data.artifact, "train")
     end = data.manifest.result(DatasetResult).document_end
     total = count_windows(tokens, cfg.seq_length)
-    numbers = window_order(np.arange(total), total, cfg.seed, 0)[: cfg.num_windows]
+    numbers = window_order(np.arange(total), total, cfg.seed, 0)[: cfg.num_sequences]
     parts = [
-        numbers[start : start + cfg.windows_per_shard].tolist()
-        for start in range(0, len(numbers), cfg.windows_per_shard)
+        numbers[start : start + cfg.sequences_per_shard].tolist()
+        for start in range(0, len(numbers), cfg.sequences_per_shard)
     ]
     index = CacheIndex(
         vocabulary, cfg.seq_length, cfg.top_k, cfg.temperature, len(parts), cfg.tail_draws
@@ -102,8 +102,8 @@ def cache_logits(
         link_or_copy(shards / SHARD.format(shard), out / SHARD.format(shard))
     write_index(out, index)
     return CacheResult(
-        windows=len(numbers),
-        windows_of_text=total,
+        sequences=len(numbers),
+        sequences_of_text=total,
         tokens=len(numbers) * cfg.seq_length,
         bytes_per_token=bytes_per_token(vocabulary, cfg.top_k, cfg.tail_draws),
         **cache_figures(out, index),

@@ -42,8 +42,8 @@ class DistillationResult(TrainingResult):
 class CacheResult:
     """A teacher's cache."""
 
-    windows: int
-    windows_of_text: int
+    sequences: int
+    sequences_of_text: int
     """That there are in all."""
     tokens: int
     bytes_per_token: int

@@ -178,11 +178,11 @@ class CacheLogitsConfig(StageConfig):
     """Temperature of the stored distribution; must equal that of ``distill``."""
     seq_length: Count = 256
     """Tokens of a sequence; must equal that of ``distill``."""
-    num_windows: Count | None = None
+    num_sequences: Count | None = None
     """Number of sequences: the first that a training with this ``seed`` sees. Default: all."""
     seed: Seed = 1234
     """Seed of the order of sequences; must equal that of ``distill``."""
-    windows_per_shard: Count = 64
+    sequences_per_shard: Count = 64
     """Sequences per file; a killed run loses at most one file per rank."""
     precision: Precision = "bf16-mixed"
     """``bf16-mixed`` or ``32``, as in training."""

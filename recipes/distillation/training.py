@@ -14,7 +14,7 @@ from recipes.core.metrics import steps_of
 from recipes.distillation.results import TrainingResult
 from recipes.distillation.settings import FEED_FORWARD, FP8_RECIPES, TrainingConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain, window_problems
+from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.problems import Problem
 from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
@@ -63,7 +63,7 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             f"profile_steps={steps} is not the first and last of steps 1 to {cfg.max_steps}",
             "for example [10,12]",
         )
-    yield from window_problems(cfg.seq_length, chain)
+    yield from sequence_problems(cfg.seq_length, chain)
 
 
 def _schedule_problems(cfg: TrainingConfig) -> Iterator[Problem]:

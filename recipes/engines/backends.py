@@ -12,7 +12,7 @@ from recipes.core.stage import Input
 from recipes.engines import openvino, tensorrt_llm
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain, window_problems
+from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.problems import Problem
 
 PRECISIONS = {
@@ -40,7 +40,7 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
             )
     yield from _length_problems(cfg, chain)
     if cfg.backend == "openvino":
-        yield from window_problems(cfg.seq_length, chain)
+        yield from sequence_problems(cfg.seq_length, chain)
         yield from openvino.problems(cfg)
     else:
         arch = chain.shape_of(cfg.inputs.get("checkpoint"))

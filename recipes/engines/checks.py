@@ -52,7 +52,7 @@ def compare_engine(
     types = require_compressed(cfg, weight_types(engine))
     quality = None
     if data is not None:
-        text = read_windows(data, "heldout", cfg.seq_length, cfg.num_windows)
+        text = read_windows(data, "heldout", cfg.seq_length, cfg.num_sequences)
         teacher = Predictor.of(source)
         # The engine's head cannot be separated from its layers.
         predictor = Predictor(lambda t: logits(t).logits, lambda each: each, teacher.vocabulary)

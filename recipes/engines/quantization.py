@@ -44,7 +44,7 @@ def quantize_folder(
         RecipeError: The result has another format, or its loss is not finite.
     """
     enable("torch")
-    text = read_windows(data, "calibration", cfg.seq_length, cfg.num_windows).tokens.to(device())
+    text = read_windows(data, "calibration", cfg.seq_length, cfg.num_sequences).tokens.to(device())
     # bfloat16, since that is what is served beside the quantised weights.
     model = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
@@ -78,7 +78,7 @@ def _quality(
     cfg: QuantizeConfig, folder: Path, model: Any, data: Input, log: MetricsLog
 ) -> QuantizationQuality:
     """Compares with the original while ModelOpt still simulates quantization."""
-    text = read_windows(data, "heldout", cfg.seq_length, cfg.num_eval_windows)
+    text = read_windows(data, "heldout", cfg.seq_length, cfg.num_eval_sequences)
     source = load_causal_lm(folder).to(next(model.parameters()).device)
     models = {TEACHER: Predictor.of(source), "quantized": Predictor.of(model)}
     scores = score(models, text, 1, log)

@@ -100,13 +100,13 @@ class BenchmarkResults:
 
 @dataclass(frozen=True)
 class EngineQuality:
-    """Quality of an engine and of its model on the same held-out windows."""
+    """Quality of an engine and of its model on the same held-out sequences."""
 
     engine: TextQuality
     source: TextQuality
-    windows: int
+    sequences: int
     tokens: int
-    """In all windows."""
+    """In all sequences."""
     predictions: int
     """Next-token predictions that count."""
 
@@ -140,7 +140,7 @@ class EngineResult:
 
 @dataclass(frozen=True)
 class QuantizationQuality:
-    """Quality before and after quantization, on the same held-out windows."""
+    """Quality before and after quantization, on the same held-out sequences."""
 
     source: TextQuality
     quantized: TextQuality

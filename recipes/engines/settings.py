@@ -59,9 +59,9 @@ class BuildEngineConfig(StageConfig):
     max_num_tokens: Count = 8192
     """Tokens of all requests in one step."""
     seq_length: Count = 256
-    """Tokens of a window."""
-    num_windows: Count = 8
-    """Held-out windows of ``seq_length`` tokens on which quality is measured."""
+    """Tokens of a sequence."""
+    num_sequences: Count = 8
+    """Held-out sequences of ``seq_length`` tokens on which quality is measured."""
 
     @property
     def scale_group(self) -> int | None:
@@ -78,8 +78,8 @@ class QuantizeConfig(StageConfig):
     kv_cache_dtype: Annotated[str, one_of("auto", "fp8")] = "auto"
     """``fp8`` also calibrates scales of the KV cache."""
     seq_length: Count = 256
-    """Tokens of a window."""
-    num_windows: Count = 128
-    """Calibration windows of ``seq_length`` tokens; fewer if the part is shorter."""
-    num_eval_windows: Count = 8
-    """Held-out windows on which quality is compared."""
+    """Tokens of a sequence."""
+    num_sequences: Count = 128
+    """Calibration sequences of ``seq_length`` tokens; fewer if the part is shorter."""
+    num_eval_sequences: Count = 8
+    """Held-out sequences on which quality is compared."""

@@ -1,8 +1,9 @@
 """Compares models' predictions with a teacher's, a few positions at a time.
 
-Logits are by far the largest tensor of inference: four windows of 8,192 tokens over a vocabulary of
-131,072 take 17 GB in float32, and a comparison needs several such tensors. So only the last hidden
-states are stored for a whole text; logits are computed from them for a few positions.
+Logits are by far the largest tensor of inference: those of four sequences of 8,192 tokens over a
+vocabulary of 131,072 take 17 GB in float32, and a comparison needs several such tensors. So only
+the last hidden states are stored for a whole text; logits are computed from them for a few
+positions.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def read(
     micro_batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> FinalStates:
-    """Runs a model on a text, ``micro_batch_size`` windows at a time."""
+    """Runs a model on a text, ``micro_batch_size`` sequences at a time."""
     states = []
     for start in range(0, len(text), micro_batch_size):
         batch = text[start : start + micro_batch_size]

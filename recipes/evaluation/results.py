@@ -12,7 +12,7 @@ ROLES = ("teacher", "pruned", "distilled")
 
 @dataclass(frozen=True)
 class TextQuality:
-    """Metrics of a model on windows of text; loss and KL in nats."""
+    """Metrics of a model on sequences of text; loss and KL in nats."""
 
     loss: float
     loss_standard_error: float
@@ -38,12 +38,12 @@ class ModelQuality(TextQuality):
 
 @dataclass(frozen=True)
 class SourceQuality:
-    """All models on the windows of one source."""
+    """All models on the sequences of one source."""
 
     teacher: TextQuality
     pruned: TextQuality
     distilled: TextQuality
-    windows: int
+    sequences: int
     tokens: int
     predictions: int
     recovered: float | None
@@ -51,15 +51,15 @@ class SourceQuality:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """All models on the same held-out windows."""
+    """All models on the same held-out sequences."""
 
     teacher: ModelQuality
     pruned: ModelQuality
     distilled: ModelQuality
-    windows: int
+    sequences: int
     tokens: int
     predictions: int
-    """Next-token predictions that count: not of a window's first token or a document's first."""
+    """Next-token predictions that count: not of a sequence's first token or a document's first."""
     recovered: float | None
     """Fraction of the loss added by pruning that distillation removed; see ``paired``."""
     sources: dict[str, SourceQuality] = field(default_factory=dict)

@@ -17,16 +17,16 @@ class EvaluateConfig(StageConfig):
     """Settings of ``evaluate``."""
 
     seq_length: Count = 256
-    """Tokens of a window."""
-    num_windows: Count = 40
-    """Windows of held-out text, rounded up to equally many of each source; fewer if the text is
+    """Tokens of a sequence."""
+    num_sequences: Count = 40
+    """Sequences of held-out text, rounded up to equally many of each source; fewer if the text is
     shorter."""
     precision: Precision = "32"
     """Of weights and computation, except heads: ``32``, or ``bf16-mixed``, which halves memory."""
     micro_batch_size: Count = field(default=4, metadata={"resource": True})
-    """Windows of a forward pass."""
+    """Sequences of a forward pass."""
     num_generations: CountOrZero = 3
-    """Held-out windows whose first tokens every model continues."""
+    """Held-out sequences whose first tokens every model continues."""
     prompt_tokens: Count = 32
     """Tokens of a prompt."""
     new_tokens: Count = 32

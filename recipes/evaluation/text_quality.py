@@ -1,4 +1,4 @@
-"""Evaluates language models against a teacher on fixed windows of text."""
+"""Evaluates language models against a teacher on fixed sequences of text."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ from recipes.evaluation.settings import EvaluateConfig
 def measure(
     cfg: EvaluateConfig, checkpoints: dict[str, Path], data: Input, out: Path, log: MetricsLog
 ) -> EvaluationResult:
-    """Evaluates NeMo checkpoints, by role, and writes ``results.json`` with losses per window.
+    """Evaluates NeMo checkpoints, by role, and writes ``results.json`` with losses per sequence.
 
     One model is in memory at a time.
     """
-    text = read_windows(data, "heldout", cfg.seq_length, cfg.num_windows)
+    text = read_windows(data, "heldout", cfg.seq_length, cfg.num_sequences)
     tokenizer = AutoTokenizer.from_pretrained(
         nemo.side_files(checkpoints[TEACHER]), trust_remote_code=False
     )
@@ -84,7 +84,7 @@ def measure(
     texts = {name: [tokenizer.decode(ids) for ids in each] for name, each in generations.items()}
     detail = {
         "results": {role: asdict(quality) for role, quality in results.items()},
-        "window_losses": {role: each.losses for role, each in scores.items()},
+        "sequence_losses": {role: each.losses for role, each in scores.items()},
         "generations": [
             dict(zip(texts, each, strict=True)) for each in zip(*texts.values(), strict=True)
         ],
@@ -92,7 +92,7 @@ def measure(
     write_text_atomically(out / "results.json", json.dumps(detail, indent=1, ensure_ascii=False))
     return EvaluationResult(
         **results,
-        windows=len(text),
+        sequences=len(text),
         tokens=text.tokens.numel(),
         predictions=text.predictions,
         precision=cfg.precision,
@@ -103,7 +103,7 @@ def measure(
 
 @dataclass
 class Scores:
-    """Metrics of one model by window, as means over the predictions that count."""
+    """Metrics of one model by sequence, as means over the predictions that count."""
 
     losses: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
@@ -111,18 +111,18 @@ class Scores:
 
     @classmethod
     def of(cls, metrics: PredictionMetrics, text: TextWindows) -> Scores:
-        """Computes the means of a text's windows."""
+        """Computes the means of a text's sequences."""
         sizes = text.counted.sum(dim=1).tolist()
         return cls(
             *([w.mean().item() for w in each.split(sizes)] for each in vars(metrics).values())
         )
 
     def __add__(self, more: Scores) -> Scores:
-        """Appends further windows."""
+        """Appends further sequences."""
         return Scores(*(mine + vars(more)[name] for name, mine in vars(self).items()))
 
     def quality(self, chosen: slice = slice(None)) -> TextQuality:
-        """Means over the windows, or some of them."""
+        """Means over the sequences, or some of them."""
         losses = self.losses[chosen]
         return TextQuality(
             loss=mean(losses),
@@ -169,11 +169,11 @@ def measure_checkpoints(
 
 
 def _by_source(scores: Mapping[str, Scores], text: TextWindows) -> dict[str, SourceQuality]:
-    """Returns the metrics of each source's windows."""
+    """Returns the metrics of each source's sequences."""
     return {
         source: SourceQuality(
             **{role: scores[role].quality(span) for role in ROLES},
-            windows=len(text[span]),
+            sequences=len(text[span]),
             tokens=text[span].tokens.numel(),
             predictions=text[span].predictions,
             recovered=_recovered(scores, span),

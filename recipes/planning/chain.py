@@ -61,7 +61,7 @@ class Chain:
         return Architecture(**manifest.architecture)
 
 
-def window_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
+def sequence_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
     """Checks a window's length against the teacher's positions, and against conversations."""
     limit = chain.teacher.max_position_embeddings
     if not 1 <= seq_length <= limit:

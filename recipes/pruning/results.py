@@ -10,7 +10,7 @@ class ScoreResult:
     """What a teacher's layers are worth."""
 
     calibration: str
-    calibration_windows: int
+    calibration_sequences: int
     calibration_tokens: int
     teacher_loss: float
     layer_importance: dict[str, dict[int, float]]
@@ -27,7 +27,7 @@ class PruneResult:
     layer_importance: dict[int, float]
     layer_measure: str
     calibration_tokens: int
-    calibration_windows: int
+    calibration_sequences: int
     teacher_parameters: int | None
 
     def dropped_layers(self) -> list[int]:
@@ -42,11 +42,11 @@ class HealResult:
     kept_layers: list[int] | None
     """As of the pruned model."""
     calibration_tokens: int
-    kl_as_cut: float
+    kl_pruned: float
     """To the teacher on validation text, in nats, before."""
     kl_healed: float
 
     @property
     def remaining_kl(self) -> float:
         """Fraction of the pruned model's KL to the teacher that remains after healing."""
-        return self.kl_healed / self.kl_as_cut if self.kl_as_cut else 1.0
+        return self.kl_healed / self.kl_pruned if self.kl_pruned else 1.0

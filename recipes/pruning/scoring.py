@@ -44,7 +44,7 @@ PADDING_SHARE = 0.5
 """Largest fraction of one token in calibration text; above it the text is padding."""
 
 
-def calibration_windows(cfg: ScoreConfig, data: Input, teacher: Path) -> TextWindows:
+def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextWindows:
     """Returns calibration text, or random tokens if so configured.
 
     Raises:
@@ -82,7 +82,7 @@ def score_checkpoint(
     core = nemo.build_core(model, parallel, dtype_of(cfg.precision))
     nemo.load_weights(core, teacher)
     core.eval()
-    for_loss = text.first(cfg.loss_windows)
+    for_loss = text.first(cfg.loss_sequences)
     ablation = LayerAblation(core, for_loss, cfg.micro_batch_size, log)
     base = ablation.losses([()])[0]
     if cfg.calibration == "text":

@@ -102,7 +102,7 @@ class HealConfig(StageConfig):
 
 
 CALIBRATIONS = ("text", "random")
-BASE_LOSS_WINDOWS = 4
+BASE_LOSS_SEQUENCES = 4
 """Sequences for the teacher's own loss if ``num_loss_samples`` is 0."""
 
 
@@ -135,6 +135,6 @@ class ScoreConfig(StageConfig):
     """Ranks that the layers are split over; the scores are the same."""
 
     @property
-    def loss_windows(self) -> int:
+    def loss_sequences(self) -> int:
         """Returns the number of sequences for losses; the teacher's own is always measured."""
-        return self.num_loss_samples or BASE_LOSS_WINDOWS
+        return self.num_loss_samples or BASE_LOSS_SEQUENCES

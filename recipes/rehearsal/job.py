@@ -139,12 +139,12 @@ def _short_settings(config: StageConfig) -> dict[str, Any] | None:
         settings |= _short_training(config)
     elif isinstance(config, CacheLogitsConfig):
         replicas = config.resources.ranks // config.tensor_model_parallel_size
-        settings |= {"num_windows": replicas * micro, "windows_per_shard": micro}
+        settings |= {"num_sequences": replicas * micro, "sequences_per_shard": micro}
     elif isinstance(config, ScoreConfig):
         settings |= {"block_sizes": [], "num_greedy_layers": 0, "num_calibration_samples": micro}
         settings |= {"num_loss_samples": min(micro, config.num_loss_samples)}
     elif isinstance(config, EvaluateConfig):
-        settings |= {"num_windows": micro, "num_generations": 1, "new_tokens": 1}
+        settings |= {"num_sequences": micro, "num_generations": 1, "new_tokens": 1}
     elif isinstance(config, (HealConfig, RankCandidatesConfig)):
         settings |= {"num_samples": micro}
     elif not isinstance(config, (ImportConfig, ExportConfig)):

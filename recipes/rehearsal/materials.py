@@ -127,7 +127,7 @@ def _write_side_files(config: Mapping[str, Any], folder: Path) -> None:
 
 def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
     """Writes sparse files of zeros, with text for one batch or all sequences in each split."""
-    names = ("global_batch_size", "num_windows", "num_calibration_samples", "num_samples")
+    names = ("global_batch_size", "num_sequences", "num_calibration_samples", "num_samples")
     sequences = max(config.get(name) or 1 for name in names)
     tokens = (sequences + 1) * config.get("seq_length", 1) + 1
     for part in PARTS:
@@ -149,7 +149,7 @@ def _write_logit_cache(source: JobInput, sequences: int, artifact: Path) -> None
         name: (dtype, [sequences, index.seq_length, size])
         for name, (dtype, size) in index.tensors.items()
     }
-    shard = {"windows": (torch.int32, [sequences]), **tensors}
+    shard = {"sequences": (torch.int32, [sequences]), **tensors}
     write_zeros(artifact / SHARD.format(0), shard)
 
 

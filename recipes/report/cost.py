@@ -133,7 +133,7 @@ def model_flops(
     rows = []
     if pruned := manifests["pruned"].result_if("prune", PruneResult):
         tokens = pruned.calibration_tokens
-        forward = forward_flops(teacher, tokens // pruned.calibration_windows)
+        forward = forward_flops(teacher, tokens // pruned.calibration_sequences)
         rows.append(ModelFlops("Importance for pruning", tokens, 0, tokens * forward))
     for name, manifest in before.items():
         rows += _earlier_flops(name, manifest, before, teacher)

@@ -61,7 +61,7 @@ class RunRecord:
         return (
             heldout.sha256 if heldout else content,
             evaluation.config.get("seq_length"),
-            self.evaluation.windows,
+            self.evaluation.sequences,
             self.evaluation.predictions,
             self.evaluation.precision,
         )
@@ -122,7 +122,7 @@ def _losses(path: Path, stages: Mapping[str, Manifest]) -> tuple[float, ...]:
         file = path / name / ARTIFACT / "results.json"
         if manifest.kind == "eval_results" and file.is_file():
             results = json.loads(file.read_text(encoding="utf-8"))
-            return tuple(results.get("window_losses", {}).get("distilled", ()))
+            return tuple(results.get("sequence_losses", {}).get("distilled", ()))
     return ()
 
 

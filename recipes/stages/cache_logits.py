@@ -12,7 +12,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.distillation.settings import CacheLogitsConfig, bytes_per_token
 from recipes.planning import rules
-from recipes.planning.chain import Chain, window_problems
+from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.problems import Problem
 from recipes.planning.workload import Layout, Workload
 from recipes.stages.contract import Stage
@@ -29,7 +29,7 @@ def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
             f"top_k={cfg.top_k} is not below the vocabulary's size, {chain.teacher.vocab_size}",
             "use a small fraction of it, such as 64",
         )
-    yield from window_problems(cfg.seq_length, chain)
+    yield from sequence_problems(cfg.seq_length, chain)
 
 
 def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
@@ -47,14 +47,14 @@ def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
         layout=layout,
         seq_length=cfg.seq_length,
         global_batch_size=batch,
-        steps=max(1, (cfg.num_windows or 1) // batch),
+        steps=max(1, (cfg.num_sequences or 1) // batch),
         bf16=cfg.precision == "bf16-mixed",
     )
 
 
 def disk_bytes(cfg: CacheLogitsConfig, chain: Chain) -> int:
     """Returns the size of the cache; 0 if it depends on the text."""
-    tokens = (cfg.num_windows or 0) * cfg.seq_length
+    tokens = (cfg.num_sequences or 0) * cfg.seq_length
     return tokens * bytes_per_token(chain.teacher.vocab_size, cfg.top_k, cfg.tail_draws)
 
 

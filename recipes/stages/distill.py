@@ -198,7 +198,7 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
     return replace(
         training_workload(cfg, student, chain.teacher if uses_teacher else None, terms),
         compares_hidden_states=cfg.hidden_weight > 0,
-        cached_sequences=cache.num_windows if cache else None,
+        cached_sequences=cache.num_sequences if cache else None,
     )
 
 

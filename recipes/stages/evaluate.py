@@ -13,7 +13,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning import rules
-from recipes.planning.chain import Chain, window_problems
+from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.inference_cost import InferenceCost, Sequences, comparison_cost
 from recipes.planning.problems import Problem
 from recipes.stages.contract import Stage
@@ -27,13 +27,13 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
             f"prompt_tokens={cfg.prompt_tokens} is not below seq_length={cfg.seq_length}",
             "set prompt_tokens lower",
         )
-    yield from window_problems(cfg.seq_length, chain)
+    yield from sequence_problems(cfg.seq_length, chain)
 
 
 def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:
     """Costs all models in turn; the distilled one has the pruned one's shape."""
     pruned = chain.shape_of(cfg.inputs.get("pruned"))
-    text = Sequences(cfg.num_windows, cfg.seq_length, cfg.micro_batch_size)
+    text = Sequences(cfg.num_sequences, cfg.seq_length, cfg.micro_batch_size)
     models = (chain.teacher, pruned, pruned)
     return comparison_cost(models, cfg.precision == "bf16-mixed", text, chain.hardware)
 

@@ -14,7 +14,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.distillation.results import KeptLayers
 from recipes.planning import rules
-from recipes.planning.chain import Chain, window_problems
+from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.inference_cost import (
     InferenceCost,
     Sequences,
@@ -30,7 +30,7 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of models that cannot be healed, and of a wrong teacher."""
-    yield from window_problems(cfg.seq_length, chain)
+    yield from sequence_problems(cfg.seq_length, chain)
     if chain.teacher.num_moe_experts:
         yield Problem(
             rules.HEALING,
@@ -59,8 +59,8 @@ def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
     """Costs the healing, and the comparison of teacher, pruned and healed student."""
     teacher, student = (chain.shape_of(cfg.inputs.get(name)) for name in ("teacher", "checkpoint"))
     calibration, unseen = (
-        Sequences(windows, cfg.seq_length, cfg.micro_batch_size)
-        for windows in (cfg.num_calibration_samples, cfg.num_samples)
+        Sequences(count, cfg.seq_length, cfg.micro_batch_size)
+        for count in (cfg.num_calibration_samples, cfg.num_samples)
     )
     bf16 = cfg.precision == "bf16-mixed"
     healing = healing_cost(teacher, student, calibration, chain.hardware)
@@ -99,7 +99,7 @@ def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
     result = HealResult(
         kept_layers=inputs["checkpoint"].manifest.result(KeptLayers).kept_layers,
         calibration_tokens=text.tokens.numel(),
-        kl_as_cut=before.kl_to_teacher,
+        kl_pruned=before.kl_to_teacher,
         kl_healed=after.kl_to_teacher,
     )
     return checkpoint_outcome(result, pruned)

@@ -28,7 +28,7 @@ from recipes.data.sources import (
     with_option,
 )
 from recipes.planning import rules
-from recipes.planning.chain import Chain, window_problems
+from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.problems import Problem
 from recipes.stages.contract import Stage
 
@@ -61,7 +61,7 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
             f"the fractions of validation, calibration and heldout sum to {total:g}",
             "keep the sum well below 1",
         )
-    yield from window_problems(cfg.seq_length, chain)
+    yield from sequence_problems(cfg.seq_length, chain)
 
 
 def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:

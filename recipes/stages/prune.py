@@ -154,7 +154,7 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
         layer_importance={numbers[layer]: score for layer, score in scores.items()},
         layer_measure=measure,
         calibration_tokens=scored.calibration_tokens,
-        calibration_windows=scored.calibration_windows,
+        calibration_sequences=scored.calibration_sequences,
         teacher_parameters=inputs["checkpoint"].manifest.parameters,
     )
     return checkpoint_outcome(result, checkpoint)

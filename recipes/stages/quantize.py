@@ -15,14 +15,14 @@ from recipes.core.stage import Inputs, metrics_log
 from recipes.engines.settings import QuantizeConfig
 from recipes.engines.tensorrt_llm import SIZE_MULTIPLES
 from recipes.planning import rules
-from recipes.planning.chain import Chain, window_problems
+from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.problems import Problem
 from recipes.stages.contract import Stage
 
 
 def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of sizes that the format's kernels do not support."""
-    yield from window_problems(cfg.seq_length, chain)
+    yield from sequence_problems(cfg.seq_length, chain)
     arch = chain.shape_of(cfg.inputs.get("checkpoint"))
     align = SIZE_MULTIPLES[cfg.format]
     for name in ("hidden_size", "ffn_hidden_size"):

@@ -15,7 +15,7 @@ from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.core.statistics import pareto_front
-from recipes.planning.chain import Chain, window_problems
+from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.inference_cost import InferenceCost, Sequences, healing_cost, ranking_cost
 from recipes.planning.transformer import Compute, largest
 from recipes.search.results import Candidate, SearchResult, write_candidates
@@ -71,7 +71,7 @@ STAGE = Stage(
     config=RankCandidatesConfig,
     kind="search_results",
     run=run,
-    check=lambda config, chain: window_problems(config.seq_length, chain),
+    check=lambda config, chain: sequence_problems(config.seq_length, chain),
     inference_cost=inference_cost,
     one_rank="the text is not split over ranks",
     inputs={

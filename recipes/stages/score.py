@@ -13,7 +13,7 @@ from pathlib import Path
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log, rank
 from recipes.planning import rules
-from recipes.planning.chain import Chain, window_problems
+from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.inference_cost import InferenceCost, Sequences, scoring_cost
 from recipes.planning.problems import Problem
 from recipes.pruning.results import ScoreResult
@@ -39,7 +39,7 @@ def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
 
 def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the layers to leave out and of the ranks."""
-    yield from window_problems(cfg.seq_length, chain)
+    yield from sequence_problems(cfg.seq_length, chain)
     layers = chain.shape_of(cfg.inputs.get("checkpoint")).num_layers
     blocks = resolve_from_chain(cfg, chain).block_sizes or []
     wrong = [n for n in (*blocks, cfg.num_greedy_layers + 1) if n >= layers]
@@ -80,20 +80,20 @@ def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
 def run(cfg: ScoreConfig, inputs: Inputs, out: Path) -> Outcome:
     """Runs the forward passes and saves the scores."""
     from nemo_convert import nemo
-    from recipes.pruning.scoring import calibration_windows, score_checkpoint
+    from recipes.pruning.scoring import calibration_text, score_checkpoint
 
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
-    text = calibration_windows(cfg, inputs["calibration"], teacher)
+    text = calibration_text(cfg, inputs["calibration"], teacher)
     importance = score_checkpoint(cfg, teacher, text, metrics_log(out))
     if rank() == 0:
         importance.save(out)
     result = ScoreResult(
         calibration=cfg.calibration,
-        calibration_windows=len(text),
+        calibration_sequences=len(text),
         calibration_tokens=text.tokens.numel(),
         teacher_loss=importance.teacher_loss,
         layer_importance=importance.layers,
-        loss_predictions=text.first(cfg.loss_windows).predictions,
+        loss_predictions=text.first(cfg.loss_sequences).predictions,
     )
     return Outcome(result)
 

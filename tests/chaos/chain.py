@@ -24,8 +24,8 @@ SPEED = re.compile(rf"{_FIGURE}(?= tokens per second|: the plan is)|(?<=: the pl
 SECTION = re.compile(r'<section id="(\w+)">.*?</section>', re.DOTALL)
 
 SMALL_ENGINES = (
-    *settings("build_engine", num_windows=2),
-    *settings("build_teacher_engine", num_windows=2),
+    *settings("build_engine", num_sequences=2),
+    *settings("build_teacher_engine", num_sequences=2),
     *settings("measure_speed", batch_sizes="[1,3]", prompt_tokens="[40]", new_tokens=6),
     *settings("measure_speed", repetitions=2),
 )
@@ -50,7 +50,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "openvi
         "stages.distill.warmup_steps=2",
         f"stages.distill.checkpoint_interval={CHECKPOINT_INTERVAL}",
         "stages.distill.val_check_interval=12",
-        "stages.evaluate.num_windows=8",
+        "stages.evaluate.num_sequences=8",
         "stages.evaluate.new_tokens=8",
         *(["gguf=q8_0", *SMALL_ENGINES] if engine == "openvino" else []),
     ]

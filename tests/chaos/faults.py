@@ -38,7 +38,7 @@ OTHERS = (
     "tasks=quick",
     *settings("evaluate_tasks", tasks="[sciq,piqa]", limit=4),
     "+stage/quantize@stages.quantize=default",
-    *settings("quantize", num_windows=4, num_eval_windows=2),
+    *settings("quantize", num_sequences=4, num_eval_sequences=2),
     "skip_rules=[alignment]",  # of kernels that nothing here runs
 )
 """Makes engines, a file for llama.cpp and a quantised copy of the student, and does benchmarks."""

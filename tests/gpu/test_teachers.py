@@ -11,7 +11,7 @@ CACHED = (
     "teacher=cached",
     "only=[cache_logits,distill]",
     "stages.cache_logits.top_k=280",  # nearly all of its tokens
-    f"stages.cache_logits.num_windows={DISTILL['global_batch_size'] * STEPS}",
+    f"stages.cache_logits.num_sequences={DISTILL['global_batch_size'] * STEPS}",
 )
 HIDDEN = (ONLY, "stages.distill.hidden_weight=1", "stages.distill.loss_balancer=dynamic")
 

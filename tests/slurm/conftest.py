@@ -13,7 +13,7 @@ import pytest
 
 from launch.executors.slurm_queue import active_jobs
 from tests.slurm.cluster import Cluster, wait_for, without_slurm
-from tests.support.in_process import run_here
+from tests.support.in_process import run_in_process
 from tests.support.launcher import Result, run_recipe
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import settings
@@ -53,7 +53,7 @@ class Run:
 
     def submit(self, *more: str) -> Result:
         """Runs the launcher."""
-        return run_here(*self.words(*more), cwd=self.directory.parent)
+        return run_in_process(*self.words(*more), cwd=self.directory.parent)
 
     def words(self, *more: str) -> tuple[str, ...]:
         """What stands on its command line."""
@@ -61,7 +61,7 @@ class Run:
 
     def command(self, name: str, *more: str) -> Result:
         """Runs ``status`` and the like."""
-        return run_here(name, f"run_dir={self.directory}", *more, cwd=self.directory.parent)
+        return run_in_process(name, f"run_dir={self.directory}", *more, cwd=self.directory.parent)
 
     def wait(self, seconds: float = 600) -> None:
         """Waits until no job of it runs or waits."""
@@ -107,7 +107,7 @@ def tiny_chain(
         "data.seq_length=64",
         "stages.prune.target_num_layers=3",
         *settings("distill", **DISTILL),
-        "stages.evaluate.num_windows=4",
+        "stages.evaluate.num_sequences=4",
         "stages.evaluate.new_tokens=4",
     )
     run = Run(folder / "run", overrides)

@@ -24,7 +24,7 @@ from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
 from recipes.core.metrics import METRICS, steps_of
 from tests.slurm.cluster import Cluster, run, wait_for
 from tests.slurm.conftest import SECRET, STEPS, Run
-from tests.support.in_process import run_here
+from tests.support.in_process import run_in_process
 from tests.support.launcher import Result
 from tests.support.runs import STAGES as ALL
 
@@ -116,7 +116,7 @@ def trained_here(original: Run, folder: Path) -> Path:
     words = [word for word in original.overrides if not word.startswith("cluster")]
     # On Slurm a CPU's precision is float32, since nothing is known of the nodes.
     layout = ("stages.distill.resources.nodes=1", "hardware.precision='32'")
-    done = run_here(*words, *layout, "only=[distill]", f"run_dir={copy}", cwd=folder)
+    done = run_in_process(*words, *layout, "only=[distill]", f"run_dir={copy}", cwd=folder)
     assert done.code == 0, done.output
     return copy
 
@@ -216,7 +216,7 @@ def test_second_submission_adopts_and_cancel_ends_all(
     assert other.code == 1
     assert f"job {jobs['distill'].id} is pending for distill with other settings" in other.output
     here = [word for word in chain.overrides if not word.startswith("cluster")]
-    local = run_here(
+    local = run_in_process(
         *here, f"run_dir={chain.directory}", "stages.distill.resources.nodes=1", cwd=tmp_path
     )
     assert local.code == 1
@@ -271,13 +271,13 @@ def test_sweep_of_three_shares_what_it_reads(
     inputs = OmegaConf.load(original.directory / "report" / "config.yaml").config.inputs
     shared = [f"stages.report.inputs.{k}={original.directory / v}" for k, v in inputs.items()]
     words = ("only=[report]", *shared, "stages.report.title=one,two,three")
-    done = run_here("-m", *original.overrides, *words, cwd=tmp_path)
+    done = run_in_process("-m", *original.overrides, *words, cwd=tmp_path)
     assert done.code == 0, done.output
     [sweep] = (tmp_path / "runs" / "sweeps").iterdir()
     runs = sorted(path for path in sweep.iterdir() if path.is_dir())
     assert len(runs) == 3
     wait_for(lambda: not any(active_jobs(directory) for directory in runs), 300)
-    shown = run_here("status", f"run_dir={sweep}", cwd=tmp_path)
+    shown = run_in_process("status", f"run_dir={sweep}", cwd=tmp_path)
     assert shown.output.count("complete") == 3, shown.output
     titles = [read_manifest(directory / "report").config["title"] for directory in runs]  # type: ignore[union-attr]
     assert titles == ["one", "two", "three"]

@@ -37,7 +37,7 @@ from tests.support.launcher import Result
 from tests.support.ranks import stage_ranks
 
 
-def run_here(*overrides: str, cwd: Path) -> Result:
+def run_in_process(*overrides: str, cwd: Path) -> Result:
     """Runs the launcher in a directory, and its stages in this process."""
     output, here = io.StringIO(), replace(local.EXECUTOR, start=_start)
     with (

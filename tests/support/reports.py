@@ -89,7 +89,7 @@ def quality() -> EvaluationResult:
         teacher=model(3.0214, 0.0412, 0.0, 1.0, shape=TEACHER),
         pruned=model(6.8437, 0.0655, 3.9106, 0.1817, shape=STUDENT),
         distilled=model(3.8125, 0.0467, 0.7231, 0.6042, shape=STUDENT),
-        windows=40,
+        sequences=40,
         tokens=10240,
         predictions=10098,
         recovered=0.7930616922,
@@ -364,7 +364,7 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
                 layer_importance=importance,
                 layer_measure="block_influence",
                 calibration_tokens=16384,
-                calibration_windows=64,
+                calibration_sequences=64,
                 teacher_parameters=TEACHER.parameters(),
             ),
             STUDENT,
@@ -409,7 +409,7 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
         role: [model.loss + 0.2 * wobble(n) for n in range(40)]
         for role, model in quality().models().items()
     }
-    detail = {"window_losses": windows, "generations": generations()}
+    detail = {"sequence_losses": windows, "generations": generations()}
     (made["evaluation"].artifact / "results.json").write_text(json.dumps(detail))
     return made
 
@@ -436,8 +436,8 @@ def make_run(
     distilled.config.update(settings)
     results = inputs["evaluation"].artifact / "results.json"
     detail = json.loads(results.read_text())
-    losses = detail["window_losses"]["distilled"]
-    detail["window_losses"]["distilled"] = [
+    losses = detail["sequence_losses"]["distilled"]
+    detail["sequence_losses"]["distilled"] = [
         value + shift + 0.05 * wobble(n + round(1000 * loss)) for n, value in enumerate(losses)
     ]
     results.write_text(json.dumps(detail))

@@ -82,7 +82,7 @@ RESULTS = {
         teacher=quality(10.0, 0.0, 1.0),
         pruned=quality(30.0, 1.25, 0.5),
         distilled=quality(15.0, 0.4, 0.7),
-        windows=8,
+        sequences=8,
         tokens=2048,
         predictions=2040,
         recovered=0.75,
@@ -95,7 +95,7 @@ RESULTS = {
     "task_results": TaskResults({"sciq": SCIQ}, {}, "lm_eval", "hub"),
     "engine": EngineResult("openvino", "fp32", None, 3.5, 6_000_000),
     "speed_results": speed_results(),
-    "heal": HealResult([1], calibration_tokens=64, kl_as_cut=0.68, kl_healed=0.4154),
+    "heal": HealResult([1], calibration_tokens=64, kl_pruned=0.68, kl_healed=0.4154),
 }
 """What stages are said to have measured, by kind or name."""
 

@@ -30,7 +30,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.core.processes import cores
 from tests.support.forked import run_forked
-from tests.support.in_process import run_here
+from tests.support.in_process import run_in_process
 from tests.support.runs import tiny
 
 STEPS, MICRO_BATCH, SEQ_LENGTH = 3, 4, 64
@@ -56,7 +56,7 @@ start = launching.execute
 def execute(command: list[str]) -> None:
     """Runs the launcher in this process and children in forks; one child for real."""
     if tuple(command[: len(launching.LAUNCHER)]) == launching.LAUNCHER:
-        done = run_here(*command[len(launching.LAUNCHER) :], cwd=REPO_ROOT)
+        done = run_in_process(*command[len(launching.LAUNCHER) :], cwd=REPO_ROOT)
         assert done.code == 0, done.output
     elif b"loop-fp32" in Path(command[-2]).read_bytes():
         start(command)
@@ -71,7 +71,7 @@ def execute(command: list[str]) -> None:
 def tiny_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Teacher, student and text, as the launcher makes them."""
     run_dir = tmp_path_factory.mktemp("benchmarks") / "run"
-    result = run_here(
+    result = run_in_process(
         "recipe=llama_depth_prune",
         *tiny(even_llama, text_file, run_dir, SEQ_LENGTH),
         f"only=[{','.join(INPUTS)}]",
@@ -157,7 +157,7 @@ def test_students_are_trained_with_other_losses_and_data(
     own_text = f"own_text data.sources=[{half}] data.heldout_sources=[] data.text_field=text"
     ways = ["recipe", "kl stages.distill.lm_weight=0", own_text]
     for way in ways:
-        options += ["--way", f"{way} stages.evaluate.num_windows=4"]
+        options += ["--way", f"{way} stages.evaluate.num_sequences=4"]
     output = run_benchmark(students, *options)
     manifest = out / "recipe-1234" / "evaluate" / "manifest.json"
     before = manifest.stat().st_mtime_ns

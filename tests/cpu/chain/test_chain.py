@@ -35,7 +35,7 @@ from recipes.pruning.results import HealResult
 from tests.chaos.chain import STEPS, differences, is_of_a_library, overrides
 from tests.chaos.kills import Disturbed, Kill
 from tests.support.generation import NEW_TOKENS, SECOND, said_by, said_in
-from tests.support.in_process import run_here
+from tests.support.in_process import run_in_process
 from tests.support.launcher import run_recipe
 from tests.support.llama_cpp import require_near_words
 from tests.support.newer import transformers_5
@@ -192,7 +192,7 @@ def test_model_card_has_the_figures_of_the_manifests(tiny_run: Path, odd_llama: 
     (dropped,) = set(range(1, 6)) - set(manifest_of(tiny_run, "prune").metrics["kept_layers"])
     assert f"Layers dropped, counted from 1: {dropped}." in card
     healed = manifest_of(tiny_run, "heal").metrics
-    assert f"KL to the teacher {healed['kl_as_cut']:.3f} → {healed['kl_healed']:.3f}" in card
+    assert f"KL to the teacher {healed['kl_pruned']:.3f} → {healed['kl_healed']:.3f}" in card
     assert f"{manifest_of(tiny_run, 'distill').metrics['tokens']:,} tokens in {STEPS} steps" in card
     assert "`topics.jsonl`" in card
     assert "llama_width_prune" in card
@@ -281,7 +281,7 @@ def test_what_was_cut_is_healed(tiny_run: Path) -> None:
 
 def test_what_healing_brought_back_counts(tiny_run: Path) -> None:
     healed = manifest_of(tiny_run, "heal").result(HealResult)
-    assert 0 < healed.kl_healed < healed.kl_as_cut
+    assert 0 < healed.kl_healed < healed.kl_pruned
     assert initial_kl_fraction(tiny_run / "distill" / METRICS) == healed.remaining_kl
     page = (tiny_run / "report" / ARTIFACT / "report.html").read_text()
     assert f"removed {1 - healed.remaining_kl:.1%} of" in " ".join(
@@ -381,13 +381,13 @@ def test_the_teacher_is_exported_for_images_without_nemo(
     """With no evaluation to show, the card is the one that came along, or none."""
     run_dir = without(tiny_run, tmp_path / "run")
     command = overrides(odd_llama, text_file, run_dir, engine="tensorrt_llm")
-    result = run_here(*command, "only=[export_teacher]", cwd=tmp_path)
+    result = run_in_process(*command, "only=[export_teacher]", cwd=tmp_path)
     assert result.code == 0, result.output
     folder = run_dir / "export_teacher" / ARTIFACT
     assert not (folder / "README.md").exists()
     before, after = Weights(odd_llama), Weights(folder)
     assert all(torch.equal(before.read(n), after.read(n)) for n in after.names())
-    refused = run_here(*command, "only=[build_teacher_engine]", cwd=tmp_path)
+    refused = run_in_process(*command, "only=[build_teacher_engine]", cwd=tmp_path)
     assert refused.code == 1
     assert "head size of 10" in refused.output
 
@@ -405,7 +405,7 @@ def test_a_machine_without_a_gpu_is_told_before_anything_runs(
         for setting in ("backend=tensorrt_llm_pytorch", "max_seq_len=256", "max_input_len=200")
     ]
     grid = ["stages.measure_speed.prompt_tokens=[64]", "stages.measure_speed.new_tokens=16"]
-    result = run_here(*command, *second, *grid, cwd=tmp_path)
+    result = run_in_process(*command, *second, *grid, cwd=tmp_path)
     assert result.code == 1
     assert "needs an NVIDIA GPU and TensorRT-LLM" in result.output
     assert "nvcr.io/nvidia/tensorrt-llm/release:" in result.output
@@ -420,17 +420,17 @@ def test_changed_field_and_force_rerun_what_follows(
     kept = manifest_of(run_dir, "prune").started_at
     first = manifest_of(run_dir, "distill")
     changed = [*base, "stages.distill.lr=5e-4"]
-    result = run_here(*changed, "only=[distill]", cwd=tmp_path)
+    result = run_in_process(*changed, "only=[distill]", cwd=tmp_path)
     assert result.code == 0, result.output
     assert "lr 0.0003 → 0.0005" in result.output
     changed.append("only=[distill,evaluate]")
-    followed = run_here(*changed, cwd=tmp_path)
+    followed = run_in_process(*changed, cwd=tmp_path)
     assert followed.code == 0, followed.output
     assert "1 stage ran" in followed.output
     assert manifest_of(run_dir, "prune").started_at == kept
     assert manifest_of(run_dir, "distill").fingerprint != first.fingerprint
     assert manifest_of(run_dir, "evaluate").metrics != manifest_of(tiny_run, "evaluate").metrics
-    forced = run_here(*changed, "force=[evaluate]", cwd=tmp_path)
+    forced = run_in_process(*changed, "force=[evaluate]", cwd=tmp_path)
     assert forced.code == 0, forced.output
     assert "1 stage ran" in forced.output
 
@@ -482,7 +482,7 @@ def test_work_that_a_kill_left_beside_its_result_is_removed(
     left = run_dir / "distill" / WORK
     left.mkdir()
     shutil.copy(run_dir / "distill" / MANIFEST, left / BEGUN)
-    result = run_here(*overrides(odd_llama, text_file, run_dir), cwd=tmp_path)
+    result = run_in_process(*overrides(odd_llama, text_file, run_dir), cwd=tmp_path)
     assert "everything was complete, nothing ran" in result.output
     assert not left.exists()
 
@@ -493,7 +493,7 @@ def test_changed_artifact_stops_the_chain(
     run_dir = without(tiny_run, tmp_path / "run", "report")
     victim = run_dir / "evaluate" / ARTIFACT / "results.json"
     victim.write_text(victim.read_text().replace("0.", "1."))
-    result = run_here(*overrides(odd_llama, text_file, run_dir), cwd=tmp_path)
+    result = run_in_process(*overrides(odd_llama, text_file, run_dir), cwd=tmp_path)
     assert result.code == 1
     assert "does not match its manifest: results.json (changed)" in result.output
     assert not (run_dir / "report").exists()
@@ -505,7 +505,8 @@ def test_too_little_text_stops_before_training(
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "one"}\n{"text": "two"}\n')
     run_dir = without(tiny_run, tmp_path / "run", *HEALING[2:])
-    result = run_here(*overrides(odd_llama, short, run_dir), "skip_rules=[tokens]", cwd=tmp_path)
+    command = overrides(odd_llama, short, run_dir)
+    result = run_in_process(*command, "skip_rules=[tokens]", cwd=tmp_path)
     assert result.code == 1
     assert "too little text for seq_length=64" in result.output
     assert "data.seq_length lower" in result.output

@@ -16,7 +16,7 @@ import pytest
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import read_manifest
 from tests.support.conversion import convert_by_command
-from tests.support.in_process import run_here
+from tests.support.in_process import run_in_process
 
 FENCED = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PLACES = ("README.md", "benchmarks/*.md", "docs/*.md")
@@ -56,8 +56,8 @@ SMALL = (
     "data.seq_length=128 stages.distill.max_steps=4 stages.distill.warmup_steps=1 "
     "stages.distill.val_check_interval=4 stages.distill.limit_val_batches=1 "
     "stages.score.num_calibration_samples=8 stages.score.num_loss_samples=1 "
-    "stages.evaluate.num_windows=8 stages.evaluate.new_tokens=8 stages.evaluate_tasks.limit=2 "
-    "stages.build_engine.num_windows=2 stages.build_teacher_engine.num_windows=2 "
+    "stages.evaluate.num_sequences=8 stages.evaluate.new_tokens=8 stages.evaluate_tasks.limit=2 "
+    "stages.build_engine.num_sequences=2 stages.build_teacher_engine.num_sequences=2 "
     "stages.measure_speed.batch_sizes=[1] stages.measure_speed.prompt_tokens=[32] "
     "stages.measure_speed.repetitions=1 stages.measure_speed.new_tokens=8"
 )
@@ -116,7 +116,7 @@ def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
     (tmp_path / "my.jsonl").write_text('{"text": "one document of a few words"}\n' * 200_000)
     said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
     (tmp_path / "my_chats.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 20_000)
-    result = run_here(*extra, *arguments, cwd=tmp_path)
+    result = run_in_process(*extra, *arguments, cwd=tmp_path)
     if "only=[distill]" in arguments:
         assert "whose result is needed but not there" in result.output  # a fresh directory
     else:

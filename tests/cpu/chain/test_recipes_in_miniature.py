@@ -19,7 +19,7 @@ from recipes.planning.published_configs import CONFIGS
 from recipes.pruning.kept import KeptIndices
 from recipes.pruning.targets import interpolated_shape
 from recipes.search.results import SearchResult
-from tests.support.in_process import run_here
+from tests.support.in_process import run_in_process
 from tests.support.miniatures import DISTILL
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import manifest_of, settings, tiny
@@ -57,14 +57,14 @@ def family_of(recipe: str) -> str:
 def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Path) -> None:
     kind = recipe.rpartition("_")[2]
     model = write_tiny_model(tmp_path / "model", text_file, family_of(recipe), **EVEN)
-    done = run_here(
+    done = run_in_process(
         f"recipe={recipe}",
         *tiny(model, text_file, tmp_path / "run"),
         "hardware=cpu",
         "stages.prepare_data.processes=1",
         *settings("prune", **TARGETS[kind]),
         *settings("distill", **DISTILL),
-        *settings("evaluate", num_windows=8, new_tokens=8),
+        *settings("evaluate", num_sequences=8, new_tokens=8),
         cwd=tmp_path,
     )
     assert done.code == 0, done.output
@@ -100,9 +100,9 @@ def test_a_budget_becomes_a_model(tmp_path: Path, text_file: Path) -> None:
         *settings("prune", **{f"{axis}_divisor": size for axis, size in way.items()}),
         *settings("distill", **DISTILL, hidden_weight=0.5),
         "stages.distill_1.max_steps=3",
-        *settings("evaluate", num_windows=8, new_tokens=8),
+        *settings("evaluate", num_sequences=8, new_tokens=8),
     ]
-    done = run_here(*words, cwd=tmp_path)
+    done = run_in_process(*words, cwd=tmp_path)
     assert done.code == 0, done.output
     run = tmp_path / "run"
     search, exported = (manifest_of(run, name) for name in ("successive_halving", "export_hf"))
@@ -126,7 +126,7 @@ def test_a_budget_becomes_a_model(tmp_path: Path, text_file: Path) -> None:
     before, after = (made.result(KeptLayers).kept_layers or [] for made in (first, last))
     assert before == KeptIndices.load(run / "prune_1" / "artifact").layers
     assert after == [before[n - 1] for n in KeptIndices.load(run / "prune" / "artifact").layers]
-    done = run_here(*words, "budget.parameters=0.5", "dry_run=true", cwd=tmp_path)
+    done = run_in_process(*words, "budget.parameters=0.5", "dry_run=true", cwd=tmp_path)
     assert done.code == 0, done.output
     for stage, action in (("score", "skip"), ("prepare_data", "skip"), ("prune", "run")):
         assert re.search(rf"{stage} +{action}", done.output), done.output

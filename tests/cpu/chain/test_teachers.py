@@ -13,7 +13,7 @@ from recipes.core.files import sha256_of
 from recipes.core.metrics import METRICS, steps_of
 from recipes.data.results import DatasetResult
 from tests.support.chats import write_chats
-from tests.support.in_process import run_here
+from tests.support.in_process import run_in_process
 from tests.support.launcher import Result
 from tests.support.runs import manifest_of, settings, tiny, without
 
@@ -30,7 +30,7 @@ def run_teacher(model: Path, texts: str, run_dir: Path, *more: str) -> Result:
         "warmup_steps": 1,
         "val_check_interval": STEPS,
     }
-    return run_here(
+    return run_in_process(
         "recipe=llama_depth_prune",
         *tiny(model, texts, run_dir),
         "stages.prune.target_num_layers=2",  # further from its teacher than float16 rounds
@@ -94,7 +94,7 @@ def test_a_cached_teacher_gives_the_live_ones_losses(
         "only=[cache_logits,distill]",
         "stages.cache_logits.top_k=250",
         "stages.cache_logits.precision=32",
-        f"stages.cache_logits.num_windows={BATCH * (STEPS - 4)}",
+        f"stages.cache_logits.num_sequences={BATCH * (STEPS - 4)}",
     )
     assert result.code == 0, result.output
     expected = steps_of(live / "distill" / METRICS, "distill")

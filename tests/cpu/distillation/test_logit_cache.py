@@ -26,7 +26,7 @@ from recipes.distillation.logit_cache_writer import cache_logits
 from recipes.distillation.objective import _require_same_text
 from recipes.distillation.settings import CacheLogitsConfig, DistillConfig
 from recipes.distillation.vocabulary import top_k
-from tests.support.in_process import run_here
+from tests.support.in_process import run_in_process
 from tests.support.launcher import run_and_kill
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import tiny, without
@@ -47,8 +47,8 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
         f"stages.distill.temperature={TEMPERATURE}",
         f"stages.cache_logits.top_k={KEPT}",
         f"stages.cache_logits.tail_draws={DRAWS}",
-        f"stages.cache_logits.num_windows={WINDOWS}",
-        f"stages.cache_logits.windows_per_shard={PER_SHARD}",
+        f"stages.cache_logits.num_sequences={WINDOWS}",
+        f"stages.cache_logits.sequences_per_shard={PER_SHARD}",
         "stages.cache_logits.micro_batch_size=3",
         "stages.cache_logits.precision=32",
     ]
@@ -71,7 +71,7 @@ def opened(run_dir: Path) -> TeacherCache:
 @pytest.fixture(scope="module")
 def run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("cached") / "run"
-    result = run_here(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
+    result = run_in_process(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
     assert result.code == 0, result.output
     return run_dir
 
@@ -81,7 +81,7 @@ def truth(run: Path, even_llama: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [windows, S + 1] and log-probabilities [windows, S, vocabulary] by transformers."""
     part = IndexedDataset(str(run / "prepare_data" / ARTIFACT / "train"))
     text = np.concatenate([part[i] for i in range(len(part))]).astype(np.int64)
-    rows = [text[w * LENGTH : (w + 1) * LENGTH + 1] for w in opened(run).windows]
+    rows = [text[w * LENGTH : (w + 1) * LENGTH + 1] for w in opened(run).sequences]
     tokens = torch.from_numpy(np.stack(rows))
     with torch.no_grad():
         logits = load_causal_lm(even_llama)(tokens[:, :-1]).logits.double()
@@ -92,9 +92,9 @@ def test_it_stores_what_transformers_says(
     run: Path, truth: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     cache, (_, logits) = opened(run), truth
-    assert len(cache.windows) == len(set(cache.windows.tolist())) == WINDOWS
+    assert len(cache.sequences) == len(set(cache.sequences.tolist())) == WINDOWS
     for number, expected in zip(
-        cache.windows, (logits / TEMPERATURE).log_softmax(dim=-1), strict=True
+        cache.sequences, (logits / TEMPERATURE).log_softmax(dim=-1), strict=True
     ):
         said = cache.rows(int(number))
         indices, log_probs = said["indices"], said["log_probs"]
@@ -132,7 +132,7 @@ def test_the_manifest_has_the_teachers_own_figures(
     soft = (logits / TEMPERATURE).softmax(dim=-1)
     rest = 1 - soft.topk(KEPT, dim=-1).values.sum(dim=-1)
     assert metrics["tail_mass"] == pytest.approx(rest.mean().item(), rel=1e-4)
-    assert metrics["windows"] == WINDOWS < metrics["windows_of_text"]
+    assert metrics["sequences"] == WINDOWS < metrics["sequences_of_text"]
     assert metrics["tokens"] == WINDOWS * LENGTH
     assert metrics["bytes_per_token"] == 2 * KEPT + 2 * (KEPT + 1) + 2 * (DRAWS + 1)
     size = stage_of(run, "cache_logits").manifest.total_bytes() / metrics["tokens"]
@@ -171,14 +171,14 @@ def test_killed_and_stopped_by_the_clock_it_resumes_to_the_same(
     del before[cut.name]
 
     monkeypatch.setenv(DEADLINE, "1")
-    late = run_here(*arguments, cwd=tmp_path)
+    late = run_in_process(*arguments, cwd=tmp_path)
     assert late.code == 1
     assert f"stopped by the clock; of {len(expected)} shards" in late.output
     left = list((stage / WORK / "shards").glob("*.safetensors"))
     assert len(left) == len(before) + 1  # the cut one, which it had no time for
     monkeypatch.delenv(DEADLINE)
 
-    result = run_here(*arguments, cwd=tmp_path)
+    result = run_in_process(*arguments, cwd=tmp_path)
     assert result.code == 0, result.output
     for name, time in before.items():
         assert (stage / ARTIFACT / name).stat().st_mtime_ns == time, f"{name} was made again"
@@ -198,7 +198,7 @@ def test_two_ranks_say_the_same(
     run: Path, even_llama: Path, text_file: Path, tmp_path: Path, tensor: int
 ) -> None:
     copy = without(run, tmp_path / "run", "cache_logits")
-    result = run_here(
+    result = run_in_process(
         *overrides(even_llama, text_file, copy),
         "stages.cache_logits.resources.devices=2",
         f"stages.cache_logits.tensor_model_parallel_size={tensor}",
@@ -209,7 +209,7 @@ def test_two_ranks_say_the_same(
     assert one.keys() == two.keys()
     for name, (expected, figures) in one.items():
         found, other = two[name]
-        assert np.array_equal(found["windows"], expected["windows"])
+        assert np.array_equal(found["sequences"], expected["sequences"])
         # The order of equal tokens is free, and sums over ranks round differently.
         for ids in ("indices", "draws"):
             assert (found[ids] == expected[ids]).mean() > 0.99, (name, ids)
@@ -232,7 +232,7 @@ def test_a_cache_of_other_text_is_refused(run: Path) -> None:
 
 def test_a_window_that_is_not_cached_is_an_error(run: Path) -> None:
     cache = opened(run)
-    missing = next(w for w in range(10_000) if w not in set(cache.windows))
+    missing = next(w for w in range(10_000) if w not in set(cache.sequences))
     with pytest.raises(KeyError):
         cache.rows(missing)
 
@@ -244,7 +244,7 @@ def test_a_teacher_that_knows_nothing_is_refused(
         write_tiny_model(tmp_path / "hf", text_file, train=False, **EVEN), tmp_path / "random.nemo"
     )
     cfg, data = (
-        CacheLogitsConfig(seq_length=LENGTH, num_windows=8),
+        CacheLogitsConfig(seq_length=LENGTH, num_sequences=8),
         stage_of(run, "prepare_data"),
     )
     with pytest.raises(RecipeError, match="hardly below chance"):
@@ -261,8 +261,8 @@ def test_an_odd_text_does_not_stop_a_teacher_that_knows_something(
     cfg = CacheLogitsConfig(
         top_k=KEPT,
         seq_length=LENGTH,
-        num_windows=WINDOWS,
-        windows_per_shard=1,
+        num_sequences=WINDOWS,
+        sequences_per_shard=1,
         precision="32",
     )
     data = stage_of(run, "prepare_data")
@@ -290,7 +290,7 @@ def test_ids_take_two_bytes_as_long_as_they_fit() -> None:
 def test_shards_hold_the_types_they_promise(run: Path) -> None:
     shard = load_file(run / "cache_logits" / ARTIFACT / "00000.safetensors")
     assert {name: str(tensor.dtype) for name, tensor in shard.items()} == {
-        "windows": "int32",
+        "sequences": "int32",
         "indices": "uint16",
         "log_probs": "float16",
         "draws": "uint16",

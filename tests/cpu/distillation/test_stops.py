@@ -24,7 +24,7 @@ from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.sanity import require_better_than_chance
-from tests.support.in_process import run_here
+from tests.support.in_process import run_in_process
 from tests.support.launcher import run_recipe
 from tests.support.runs import manifest_of, settings, tiny, without
 
@@ -101,7 +101,7 @@ def untrained(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPa
     run_dir = tmp_path_factory.mktemp("untrained") / "run"
     command = training(even_llama, text_file, run_dir)
     only = "only=[import_hf,prepare_data,score,prune]"
-    result = run_here(*command, only, cwd=run_dir.parent)
+    result = run_in_process(*command, only, cwd=run_dir.parent)
     assert result.code == 0, result.output
     return run_dir
 
@@ -125,11 +125,11 @@ def test_what_is_not_a_number_once_is_not_trained_on_and_the_same_command_goes_o
 
     with monkeypatch.context() as patch:
         patch.setattr(LossReduction, "forward", planted)
-        stopped = run_here(*distilling, cwd=tmp_path)
+        stopped = run_in_process(*distilling, cwd=tmp_path)
     assert stopped.code == 1
     assert "step 4: the gradient is not finite" in stopped.output
     assert "the last checkpoint is good" in stopped.output
-    result = run_here(*distilling, cwd=tmp_path)
+    result = run_in_process(*distilling, cwd=tmp_path)
     assert result.code == 0, result.output
     records = list(read_records(tmp_path / "run" / "distill" / METRICS))
     done = [record["done"] for record in records if record["task"] == "distill"]
@@ -150,9 +150,9 @@ def test_a_training_that_has_brought_back_enough_is_complete(
     command = [*distilling, *learning, "stages.distill.stop_at_recovered=0.7"]
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "_save_trained", interrupted)
-        assert run_here(*command, cwd=tmp_path).code == 130
+        assert run_in_process(*command, cwd=tmp_path).code == 130
     for said in ("resume", "skip"):
-        result = run_here(*command, cwd=tmp_path)
+        result = run_in_process(*command, cwd=tmp_path)
         assert result.code == 0, result.output
         assert re.search(rf"distill +{said}", result.output)
     records = list(read_records(run_dir / "distill" / METRICS))

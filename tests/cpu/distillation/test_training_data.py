@@ -46,7 +46,7 @@ class Cache:
     """Some windows, each with rows that tell it from the others."""
 
     def __init__(self, windows: list[int]) -> None:
-        self.windows = np.array(windows)
+        self.sequences = np.array(windows)
 
     def rows(self, window: int) -> dict[str, Any]:
         return {
@@ -210,5 +210,5 @@ def test_nemo_gets_a_mask_where_it_demands_one(data: Path) -> None:
 def test_too_little_for_a_batch_is_refused(data: Path) -> None:
     with pytest.raises(RecipeError, match=r"the training data has .* less than one batch"):
         training(data, 1, global_batch_size=1000)
-    with pytest.raises(RecipeError, match="raise num_windows of cache_logits"):
+    with pytest.raises(RecipeError, match="raise num_sequences of cache_logits"):
         training(data, 1, cache=Cache([1, 2, 3]))

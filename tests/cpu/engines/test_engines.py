@@ -73,7 +73,7 @@ def build(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
             "checkpoint": as_input(folder, "checkpoint_hf", stage / "checkpoint"),
             "data": as_input(data, "dataset", stage / "data"),
         }
-        cfg = BuildEngineConfig(stage="build_engine", seq_length=64, num_windows=4, **settings)
+        cfg = BuildEngineConfig(stage="build_engine", seq_length=64, num_sequences=4, **settings)
         outcome = build_engine.run(cfg, inputs, out)
         assert [path.name for folder in (temporary, out.parent) for path in folder.iterdir()] == [
             ARTIFACT
@@ -164,8 +164,8 @@ def test_compressed_engines_report_what_they_lost(build: Build, odd_llama: Path)
             assert all(math.isfinite(value) for value in astuple(figures))
         assert quality.source.kl_to_teacher == 0
         assert quality.engine.kl_to_teacher > 0
-        assert quality.windows == 4
-        assert 0 < quality.predictions < quality.tokens - quality.windows
+        assert quality.sequences == 4
+        assert 0 < quality.predictions < quality.tokens - quality.sequences
         assert result.precision == precision
     kl = {p: result.quality.engine.kl_to_teacher for p, result in found.items()}
     assert kl["int8"] < kl["int4"]
@@ -252,8 +252,8 @@ def test_quantised_checkpoints(
         format=name,
         kv_cache_dtype="fp8" if name == "fp8" else "auto",
         seq_length=64,
-        num_windows=4,
-        num_eval_windows=2,
+        num_sequences=4,
+        num_eval_sequences=2,
     )
     result = quantize.run(cfg, inputs, out).result
     assert result.quant_algo == algorithm

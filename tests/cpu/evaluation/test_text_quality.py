@@ -30,7 +30,7 @@ from tests.support.manifests import bare_manifest
 from tests.support.runs import stage_dir
 
 LENGTH, VOCABULARY = 32, 293
-CONFIG = EvaluateConfig(seq_length=LENGTH, num_windows=9, prompt_tokens=8, new_tokens=2)
+CONFIG = EvaluateConfig(seq_length=LENGTH, num_sequences=9, prompt_tokens=8, new_tokens=2)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def test_quality_is_measured_by_source(
     for part, lengths in result.source_tokens.items():
         assert [entry.source for entry in lengths] == ["prose", "numbers"]
         assert sum(entry.tokens for entry in lengths) == result.tokens[part]
-    assert found.windows == 10
-    assert {name: source.windows for name, source in found.sources.items()} == {
+    assert found.sequences == 10
+    assert {name: source.sequences for name, source in found.sources.items()} == {
         "prose": 5,
         "numbers": 5,
     }
@@ -91,7 +91,7 @@ def test_quality_is_measured_by_source(
     whole = {"heldout": [SourceTokens("all", result.tokens["heldout"])]}
     one_source = bare_manifest("prepare_data", "dataset", replace(result, source_tokens=whole))
     one = evaluated(models, Input(data.directory, one_source), tmp_path)
-    assert (one.windows, one.sources) == (9, {})
+    assert (one.sequences, one.sources) == (9, {})
 
 
 def test_what_follows_a_document_is_not_measured(
@@ -105,7 +105,7 @@ def test_what_follows_a_document_is_not_measured(
     starts = [LENGTH * (first + n) for first in (0, second) for n in range(5)]
     windows = torch.stack([tokens[start : start + LENGTH] for start in starts])
     counted = windows[:, :-1] != end
-    assert found.predictions == counted.sum() < counted.numel() == found.tokens - found.windows
+    assert found.predictions == counted.sum() < counted.numel() == found.tokens - found.sequences
     for role, quality in found.models().items():
         figures = [quality.loss, quality.kl_to_teacher, quality.top1_agreement]
         expected = exact_metrics(models, windows, counted, role)
@@ -157,8 +157,8 @@ def test_of_conversations_only_answers_are_measured(
                 turn = 0 if place == 0 or window[place - 1] == end else turn + 1
                 marks[place] &= turn != 0
     counted = learnt[:, 1:]
-    found = evaluated(models, data, tmp_path, replace(CONFIG, num_windows=8)).sources["chats"]
-    assert (found.windows, found.predictions) == (4, counted.sum())
+    found = evaluated(models, data, tmp_path, replace(CONFIG, num_sequences=8)).sources["chats"]
+    assert (found.sequences, found.predictions) == (4, counted.sum())
     assert 0.3 < counted.float().mean() < 0.9
     for role in ROLES:
         quality = getattr(found, role)

@@ -25,7 +25,7 @@ from recipes.data.token_windows import TextWindows
 from recipes.pruning.cut_checkpoint import layers_to_keep, prune_checkpoint
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import KeptIndices, choose, cut, student_name
-from recipes.pruning.scoring import calibration_windows, score_checkpoint
+from recipes.pruning.scoring import calibration_text, score_checkpoint
 from recipes.pruning.settings import ScoreConfig
 from recipes.pruning.targets import PruneTargets, pruned_shape
 from tests.support.logits import LogitsWatch
@@ -374,15 +374,15 @@ def test_noise_and_padding_are_refused_unless_asked_for(
 ) -> None:
     noise = replace(SCORE, calibration="random", num_calibration_samples=4, seq_length=32)
     data = Input(tmp_path, bare_manifest("prepare_data", "dataset", None))
-    tokens = calibration_windows(noise, data, teacher).tokens
-    assert torch.equal(tokens, calibration_windows(noise, data, teacher).tokens)
+    tokens = calibration_text(noise, data, teacher).tokens
+    assert torch.equal(tokens, calibration_text(noise, data, teacher).tokens)
     with pytest.raises(RecipeError, match="hardly below chance"):
         score(teacher, tokens, replace(noise, calibration="text"))
     assert score(teacher, tokens, replace(noise, block_sizes=[], num_greedy_layers=0)).widths
     padded = torch.cat([tokens[:1], torch.zeros(3, 32, dtype=torch.int64)])
     monkeypatch.setattr("recipes.pruning.scoring.read_windows", lambda *_: TextWindows.of(padded))
     with pytest.raises(RecipeError, match="is one token"):
-        calibration_windows(replace(noise, calibration="text"), data, teacher)
+        calibration_text(replace(noise, calibration="text"), data, teacher)
 
 
 def test_weights_that_do_not_match_the_config_are_refused(teacher: Path, tmp_path: Path) -> None:

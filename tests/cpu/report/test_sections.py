@@ -60,7 +60,7 @@ def test_names_from_outside_are_escaped(inputs: dict[str, Input], tmp_path: Path
     hostile = deepcopy(inputs)
     metrics = {name: item.manifest.metrics for name, item in hostile.items()}
     metrics["data"]["sources"] = [NASTY]
-    fields = ("teacher", "pruned", "distilled", "windows", "tokens", "predictions", "recovered")
+    fields = ("teacher", "pruned", "distilled", "sequences", "tokens", "predictions", "recovered")
     source = {name: metrics["evaluation"][name] for name in fields}
     metrics["evaluation"]["sources"] = {NASTY: source}
     tasks = metrics["tasks"]["tasks"].values()

@@ -63,7 +63,7 @@ def test_distill_field_reruns_distill_and_what_follows(plan: MakePlan) -> None:
         ("model.hf_path=HF", STAGES),
         ("stages.prepare_data.max_documents=5", STAGES[2:]),
         ("stages.prune.target_hidden_size=448", ["plan", *STAGES[4:]]),
-        ("stages.evaluate.num_windows=2", ["plan", "evaluate", "export_hf", "report"]),
+        ("stages.evaluate.num_sequences=2", ["plan", "evaluate", "export_hf", "report"]),
         ("stages.export_hf.recipe=x", ["export_hf", "report"]),
         ("stages.report.title=x", ["report"]),
     ],

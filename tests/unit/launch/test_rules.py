@@ -389,7 +389,7 @@ def test_a_cached_teacher_knows_no_more_than_its_windows(plan: MakePlan) -> None
     """The recipe trains on 400 windows, in batches of 4; its text has thousands."""
 
     def cached(windows: int) -> Plan:
-        return plan("teacher=cached", f"stages.cache_logits.num_windows={windows}")
+        return plan("teacher=cached", f"stages.cache_logits.num_sequences={windows}")
 
     with pytest.raises(RecipeError, match="batches of 1,024 tokens, but there are 512 at most"):
         cached(2)

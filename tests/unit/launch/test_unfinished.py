@@ -59,7 +59,7 @@ def test_interrupted_stage_without_progress_starts_anew(plan: MakePlan) -> None:
 
 def test_stages_that_do_not_say_how_far_they_are_start_anew(plan: MakePlan) -> None:
     interrupt(plan(), "evaluate")
-    assert statuses(plan("stages.evaluate.num_windows=2"))["evaluate"] == ("run", "not run yet")
+    assert statuses(plan("stages.evaluate.num_sequences=2"))["evaluate"] == ("run", "not run yet")
 
 
 def test_progress_is_not_lost_to_a_changed_field(plan: MakePlan) -> None:

@@ -240,8 +240,8 @@ def test_the_result_covers_all_attempts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"top_k": 32, "num_windows": 10, "seq_length": 100}, 130 * 1000),
-        ({"top_k": 128, "num_windows": 1, "seq_length": 1}, 514),
+        ({"top_k": 32, "num_sequences": 10, "seq_length": 100}, 130 * 1000),
+        ({"top_k": 128, "num_sequences": 1, "seq_length": 1}, 514),
         ({}, 0),
     ],
 )
@@ -276,8 +276,7 @@ def test_the_teacher_is_chosen_on_the_command_line(
         expected = "correct_teacher" if "correct_teacher" in added else "import_hf"
         assert cache.inputs.teacher == expected
         assert (cache.temperature, cache.seed) == (2.5, cfg.stages.distill.seed)
-        assert (
-            cache.num_windows >= cfg.stages.distill.max_steps * cfg.stages.distill.global_batch_size
-        )
+        distill = cfg.stages.distill
+        assert cache.num_sequences >= distill.max_steps * distill.global_batch_size
         names = [stage.name for stage in plan(f"teacher={teacher}").stages]
         assert names.index("cache_logits") < names.index("distill")
