@@ -106,7 +106,7 @@ def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
     )
     answers = {}
     for task in packed_lm.load_tasks(settings.tasks, "pypi", SHOTS):
-        some = replace(task, parts=dict(islice(task.parts.items(), settings.parts)))
+        some = replace(task, subtasks=dict(islice(task.subtasks.items(), settings.parts)))
         seconds = []
         for _ in range(settings.repeats):
             start = time.process_time()

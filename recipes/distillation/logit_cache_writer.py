@@ -39,7 +39,7 @@ from recipes.distillation.losses import token_cross_entropy
 from recipes.distillation.results import CacheResult
 from recipes.distillation.settings import CacheLogitsConfig, bytes_per_token
 from recipes.distillation.vocabulary import TopK, top_k
-from recipes.evaluation.sanity import require_better_than_chance
+from recipes.evaluation.predictions import require_better_than_chance
 
 
 def cache_logits(

@@ -35,7 +35,7 @@ from recipes.distillation.hidden_loss import HiddenLoss
 from recipes.distillation.losses import LossTargets, combined_loss, token_cross_entropy
 from recipes.distillation.objective import LossReduction, Objective
 from recipes.distillation.vocabulary import TopK
-from recipes.evaluation.sanity import require_better_than_chance
+from recipes.evaluation.predictions import require_better_than_chance
 
 SHARED_SETTINGS = (
     "tensor_model_parallel_size",

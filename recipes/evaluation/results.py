@@ -74,7 +74,7 @@ class EvaluationResult:
 
     def models(self) -> dict[str, ModelQuality]:
         """Returns every model by its role."""
-        return {"teacher": self.teacher, "pruned": self.pruned, "distilled": self.distilled}
+        return {role: getattr(self, role) for role in ROLES}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class TaskScores:
 
     def models(self) -> dict[str, Score]:
         """Returns every model by its role."""
-        return {"teacher": self.teacher, "pruned": self.pruned, "distilled": self.distilled}
+        return {role: getattr(self, role) for role in ROLES}
 
     @property
     def is_share(self) -> bool:

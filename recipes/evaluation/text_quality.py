@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,7 +70,10 @@ def measure(
     states, parameters = {}, {}
     for number, (role, path) in enumerate(checkpoints.items()):
         model = load_transformers(path, dtype_of(cfg.precision))
-        progress = partial(_progress, log, number * len(text), len(checkpoints) * len(text))
+
+        def progress(done: int, before: int = number * len(text)) -> None:
+            log.progress("evaluate", before + done, len(checkpoints) * len(text))
+
         states[role] = read(Predictor.of(model), text, cfg.micro_batch_size, progress)
         parameters[role] = sum(p.numel() for p in model.parameters())
         generations[role] = _generate(cfg, model, prompts, tokenizer.eos_token_id)
@@ -238,7 +240,3 @@ def _generate(cfg: EvaluateConfig, model: PreTrainedModel, prompts: Tensor, pad:
         pad_token_id=pad,
     )
     return output[:, cfg.prompt_tokens :]
-
-
-def _progress(log: MetricsLog, before: int, total: int, done: int) -> None:
-    log.progress("evaluate", before + done, total)

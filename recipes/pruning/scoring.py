@@ -35,8 +35,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Input
 from recipes.data.token_windows import TextWindows, read_windows
-from recipes.evaluation.predictions import chunks, float32_head
-from recipes.evaluation.sanity import require_better_than_chance
+from recipes.evaluation.predictions import chunks, float32_head, require_better_than_chance
 from recipes.pruning.importance import Importance
 from recipes.pruning.settings import ScoreConfig
 

