@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from nemo_convert.hf import load_causal_lm
 from nemo_convert.parity import TEXT
@@ -21,7 +22,7 @@ from recipes.evaluation.text_quality import score
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
 LOGITS_TOLERANCE = 1e-3
 """Largest difference between the logits of a float32 engine and of transformers."""
-NOT_TO_BE_USED = "do without it (engine=null), or install the openvino that is tested: make install"
+ENGINE_FIX = "do without it (engine=null), or install the openvino that is tested: make install"
 
 
 def compare_engine(
@@ -42,7 +43,8 @@ def compare_engine(
     """
     source = load_causal_lm(folder)
     logits = Logits(engine)
-    prompt = _fixed_prompt(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    prompt = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :PROMPT_TOKENS]
     with torch.no_grad():
         difference = (logits(prompt).logits - source(prompt).logits).abs().max().item()
     tokens = Pipeline(engine).generate(prompt, NEW_TOKENS).tokens
@@ -67,21 +69,12 @@ def compare_engine(
     return EngineComparison(difference, margin, types, quality)
 
 
-def _fixed_prompt(folder: Path) -> torch.Tensor:
-    from transformers import AutoTokenizer
-
-    ids: torch.Tensor = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(
-        TEXT, return_tensors="pt"
-    )["input_ids"]
-    return ids[:, :PROMPT_TOKENS]
-
-
 @torch.no_grad()
 def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Returns by how much a model's best logit exceeds that of a generated token, at most.
+    """Returns the largest difference between a model's best logit and that of a generated token.
 
-    0 where every token [batch, new] is the model's own greedy choice. Comparing logits instead of
-    tokens accepts either of two tokens with equal logits.
+    It is 0 if every token [batch, new] is the model's greedy choice. A comparison of logits, not of
+    tokens, accepts either of two tokens with equal logits.
     """
     scores = source(torch.cat([prompt, tokens], dim=1)).logits[:, prompt.shape[1] - 1 : -1]
     chosen = scores.gather(-1, tokens[..., None]).squeeze(-1)
@@ -90,7 +83,7 @@ def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, tokens: torch.T
 
 
 def require_compressed(cfg: BuildEngineConfig, types: dict[str, int]) -> dict[str, int]:
-    """Returns the number of weights by type; layers whose width no group divides stay in 8 bits.
+    """Returns the number of weights by type; layers without a fitting group size keep 8 bits.
 
     Raises:
         RecipeError: No layer was compressed, which NNCF does not report.
@@ -107,15 +100,12 @@ def require_compressed(cfg: BuildEngineConfig, types: dict[str, int]) -> dict[st
 
 def require_same(engine: Path, difference: float, margin: float) -> None:
     """Raises ``RecipeError`` unless both differences are float32 rounding."""
+    problem = ""
     if not difference <= LOGITS_TOLERANCE:  # also catches NaN
-        raise RecipeError(
-            f"engine gate failed: {engine}: logits differ from transformers' by {difference:.2e}, "
-            f"more than {LOGITS_TOLERANCE:.0e}.",
-            NOT_TO_BE_USED,
-        )
-    if not margin <= 2 * LOGITS_TOLERANCE:
-        raise RecipeError(
-            f"engine gate failed: {engine}: it generates a token whose logit is {margin:.2e} below "
-            "that of transformers' choice.",
-            NOT_TO_BE_USED,
-        )
+        problem = f"logits differ from transformers' by {difference:.2e}, more than "
+        problem += f"{LOGITS_TOLERANCE:.0e}"
+    elif not margin <= 2 * LOGITS_TOLERANCE:
+        problem = f"it generates a token whose logit is {margin:.2e} below that of transformers'"
+        problem += " choice"
+    if problem:
+        raise RecipeError(f"engine gate failed: {engine}: {problem}.", ENGINE_FIX)

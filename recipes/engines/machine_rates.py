@@ -1,4 +1,4 @@
-"""What the machine can do at best: matrix products and copies, by timing them."""
+"""Measures what this machine reaches at best in GEMMs and copies."""
 
 from __future__ import annotations
 
@@ -13,15 +13,23 @@ from nemo_convert.architecture import Architecture
 from recipes.engines.results import MachineRates, TrainingRates
 from recipes.planning.hardware import cpuinfo
 
-REPEATS, FEWEST = 5, 3
-ENOUGH = 0.5
-"""Seconds after which nothing is repeated again: a type that the processor has not takes long."""
+REPEATS, MIN_REPEATS = 5, 3
+ENOUGH_SECONDS = 0.5
+"""Total time after which nothing is repeated: types that the processor emulates are slow."""
 TOKENS = 1024
-"""Rows of the matrix product that FLOP/s are measured with."""
-ALONE = 0.8
-"""Share of its threads' time that a measurement must have had to be kept."""
+"""Rows of the GEMMs."""
+UNDISTURBED = 0.8
+"""Fraction of its threads' time that a measurement must have had to be stored."""
 COPY_BYTES = 1 << 28
 """Well beyond any cache."""
+
+LAYERS, COPIES = 30, 2
+"""Layers of the embedded teacher, and copies of one that are multiplied in turn, so that no cache
+holds them."""
+LAYER = ((576, 960), (576, 576), (576, 3072), (1536, 576))
+"""Inputs and outputs of a layer's GEMMs."""
+HEAD, HEAD_SHARDS = (576, 6144), 8
+"""Inputs and outputs of a shard of the head, and the number of shards."""
 
 
 def best_seconds(
@@ -30,58 +38,43 @@ def best_seconds(
     clock: Callable[[], float] = time.perf_counter,
     repeats: int = REPEATS,
 ) -> float:
-    """Shortest of several runs, after one that warms up; other programs only make it longer.
+    """Returns the shortest time of several runs, after one that warms up.
 
-    As many as asked for, or as few as ``FEWEST`` if they take ``ENOUGH``.
+    Other programs only make a run longer. After ``ENOUGH_SECONDS``, ``MIN_REPEATS`` runs suffice.
     """
 
     def run() -> float:
-        began = clock()
+        start = clock()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        return clock() - began
+        return clock() - start
 
     run()
-    found = [run()]
-    while len(found) < repeats and (len(found) < FEWEST or sum(found) < ENOUGH):
-        found.append(run())
-    return min(found)
+    times = [run()]
+    while len(times) < repeats and (len(times) < MIN_REPEATS or sum(times) < ENOUGH_SECONDS):
+        times.append(run())
+    return min(times)
 
 
-def own_seconds(work: Callable[[], object], device: str = "cpu") -> float:
-    """The same in CPU time, of all threads together."""
+def best_cpu_seconds(work: Callable[[], object], device: str = "cpu") -> float:
+    """Returns the shortest CPU time, of all threads together."""
     return best_seconds(work, device, time.process_time, 3 * REPEATS)
 
 
-def linear_rate(
-    tokens: int,
-    inputs: int,
-    outputs: int,
-    dtype: torch.dtype,
-    device: str = "cpu",
-) -> float:
-    """FLOP/s of a linear layer [tokens, inputs] → [tokens, outputs]."""
-    x = torch.randn(tokens, inputs, dtype=dtype, device=device)
-    weight = torch.randn(outputs, inputs, dtype=dtype, device=device)
-    return 2 * tokens * inputs * outputs / best_seconds(lambda: linear(x, weight), device)
-
-
 def copy_rate(device: str = "cpu", seconds: Callable[..., float] = best_seconds) -> float:
-    """Bytes per second of a copy, each byte counted as read and as written."""
+    """Returns the bytes per second of a copy; each byte counts as read and as written."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / seconds(lambda: target.copy_(source), device)
 
 
 def processor_name(device: str = "cpu") -> str:
-    """Name of the GPU, or of the CPU as Linux gives it."""
+    """Returns the name of the GPU, or Linux's name of the CPU."""
     if device == "cuda":
         return str(torch.cuda.get_device_name())
-    for line in cpuinfo().splitlines():
-        if line.lower().startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown"
+    names = (line for line in cpuinfo().splitlines() if line.lower().startswith("model name"))
+    return next(names, ": unknown").partition(":")[2].strip()
 
 
 @contextmanager
@@ -92,80 +85,73 @@ def _threads(number: int) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-LAYERS, COPIES = 30, 2
-"""Of the embedded teacher, and how many are multiplied in turn, so that no cache holds them."""
-LAYER = ((576, 960), (576, 576), (576, 3072), (1536, 576))
-"""Inputs and outputs of a layer's products."""
-HEAD, PARTS = (576, 6144), 8
-"""The same of a part of the head, and its parts."""
+def _gemms(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> tuple[Callable[[], None], int]:
+    """Returns the GEMMs of a distillation step in linear layers, and their FLOPs.
 
-
-def _products(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Callable[[], None]:
-    """A distillation's products of linear layers: a teacher's forward, a student's, and its back.
-
-    On a processor with AMX those of the way back are half as fast as those forward.
+    They are a teacher's forward pass, and a student's forward and backward pass. On a processor
+    with AMX, those of the backward pass are half as fast as those of the forward pass.
     """
-    made = [
+    matrices = [
         [torch.randn(*shape, dtype=dtype) for shape in ((TOKENS, i), (o, i), (TOKENS, o))]
         for i, o in shapes
     ]
 
     def step() -> None:
-        for x, weight, grad in made:
+        for x, weight, grad in matrices:
             x @ weight.t()
             x @ weight.t()
             grad @ weight
             grad.t() @ x
 
-    return step
-
-
-def _flops(shapes: Sequence[tuple[int, int]]) -> int:
-    """Of their products."""
-    return sum(4 * 2 * TOKENS * inputs * outputs for inputs, outputs in shapes)
+    return step, sum(4 * 2 * TOKENS * inputs * outputs for inputs, outputs in shapes)
 
 
 def _training_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a thread in a distillation's products, where all threads are at work.
+    """Returns the FLOP/s of a thread in a distillation's GEMMs while all threads are busy.
 
-    In a step each of them finds its matrices in memory; one that is repeated alone finds them in a
-    cache, and with AMX is twice as fast. Threads share more than memory there: two do not reach
-    twice what one does.
+    In a training step, threads read their matrices from memory. A single repeated GEMM would read
+    them from a cache, and with AMX be twice as fast. Threads also share other resources: two do not
+    reach twice the rate of one.
     """
-    smallest = min(LAYER)
-    if (once := own_seconds(_products([smallest], dtype))) > ENOUGH:
-        return _flops([smallest]) / once
-    layer = own_seconds(_products(LAYER * COPIES, dtype)) / COPIES
-    part = own_seconds(_products([HEAD], dtype))
-    return (LAYERS * _flops(LAYER) + PARTS * _flops([HEAD])) / (LAYERS * layer + PARTS * part)
+    smallest, flops = _gemms([min(LAYER)], dtype)
+    if (once := best_cpu_seconds(smallest)) > ENOUGH_SECONDS:
+        return flops / once
+    layers, layers_flops = _gemms(LAYER * COPIES, dtype)
+    head, head_flops = _gemms([HEAD], dtype)
+    seconds = LAYERS / COPIES * best_cpu_seconds(layers) + HEAD_SHARDS * best_cpu_seconds(head)
+    return (LAYERS / COPIES * layers_flops + HEAD_SHARDS * head_flops) / seconds
 
 
 def training_rates(threads: int) -> tuple[TrainingRates, bool]:
-    """Rates that trainings are planned with, and whether nothing else ran on the threads' cores.
+    """Returns the rates for planning trainings, and whether nothing else used the threads' cores.
 
-    By the time that the threads had themselves: of what other programs took, little counts.
+    Rates are measured in CPU time, on which other programs have little influence.
     """
     with _threads(threads):
-        began, used = time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), time.process_time()
         bfloat16, float32 = (
             threads * _training_rate(dtype) for dtype in (torch.bfloat16, torch.float32)
         )
-        copied = threads * copy_rate(seconds=own_seconds)
-        had = time.process_time() - used
-        alone = had > ALONE * threads * (time.perf_counter() - began)
-    return TrainingRates(bfloat16, float32, copied), alone
+        bandwidth = threads * copy_rate(seconds=best_cpu_seconds)
+        cpu_seconds = time.process_time() - cpu_start
+        undisturbed = cpu_seconds > UNDISTURBED * threads * (time.perf_counter() - start)
+    return TrainingRates(bfloat16, float32, bandwidth), undisturbed
 
 
 def measure(arch: Architecture, threads: int, device: str = "cpu") -> MachineRates:
-    """Rates of a model's feed-forward layer and of memory."""
-    shape = (TOKENS, arch.hidden_size, arch.ffn_hidden_size)
+    """Measures the rates of a model's feed-forward layer and of memory."""
+
+    def linear_rate(dtype: torch.dtype) -> float:
+        x = torch.randn(TOKENS, arch.hidden_size, dtype=dtype, device=device)
+        weight = torch.randn(arch.ffn_hidden_size, arch.hidden_size, dtype=dtype, device=device)
+        flops: int = 2 * TOKENS * weight.numel()
+        return flops / best_seconds(lambda: linear(x, weight), device)
+
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     with _threads(threads):
         return MachineRates(
             cpu=processor_name(device),
             threads=threads,
-            flops_per_second={
-                f"{dtype}".removeprefix("torch."): linear_rate(*shape, dtype, device)
-                for dtype in (torch.float32, torch.bfloat16)
-            },
+            flops_per_second={name: linear_rate(dtype) for name, dtype in types.items()},
             bytes_per_second=copy_rate(device),
         )

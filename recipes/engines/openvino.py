@@ -52,12 +52,12 @@ def properties(cfg: BuildEngineConfig) -> dict[str, str]:
     A float32 engine computes in float32 throughout: on CPUs with bfloat16 units OpenVINO would
     otherwise round activations and use an 8-bit KV cache. Compressed engines use its defaults.
     """
-    chosen = {}
+    values = {}
     if cfg.precision == "fp32":
-        chosen = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+        values = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     if cfg.kv_cache_dtype != "auto":
-        chosen["KV_CACHE_PRECISION"] = cfg.kv_cache_dtype
-    return chosen
+        values["KV_CACHE_PRECISION"] = cfg.kv_cache_dtype
+    return values
 
 
 def without_telemetry() -> None:
@@ -117,16 +117,11 @@ def _compression(cfg: BuildEngineConfig) -> dict[str, Any]:
 
     if cfg.precision == "fp32":
         return {"load_in_8bit": False}  # the default for large models
-    if cfg.precision == "int8":
-        return {"quantization_config": OVWeightQuantizationConfig(bits=8)}
-    config = OVWeightQuantizationConfig(
-        bits=4,
-        group_size=cfg.group_size,
-        ratio=1.0,
-        # A pruned width may not be a multiple of the group.
-        group_size_fallback="adjust",
-    )
-    return {"quantization_config": config}
+    settings: dict[str, Any] = {"bits": 8}
+    if cfg.precision == "int4":  # a pruned width may not be a multiple of the group
+        settings = {"bits": 4, "ratio": 1.0, "group_size_fallback": "adjust"}
+        settings["group_size"] = cfg.group_size
+    return {"quantization_config": OVWeightQuantizationConfig(**settings)}
 
 
 def _write_tokenizer(folder: Path, out: Path) -> None:
@@ -151,7 +146,7 @@ def read_properties(engine: Path) -> dict[str, str]:
 
 
 def weight_types(engine: Path) -> dict[str, int]:
-    """Returns the number of stored values by type, largest first; norms are a few of them."""
+    """Returns the number of stored values by type, the most frequent first; includes norms."""
     import openvino
 
     counts: Counter[str] = Counter()

@@ -45,7 +45,7 @@ def quantize_folder(
     """
     enable("torch")
     text = read_windows(data, "calibration", cfg.seq_length, cfg.num_sequences).tokens.to(device())
-    # bfloat16, since that is what is served beside the quantised weights.
+    # Weights that are not quantized are served in bfloat16.
     model = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
         .to(device())
@@ -58,20 +58,24 @@ def quantize_folder(
             model(window)
             log.progress("calibrate", number, len(text))
 
-    with torch.no_grad():
-        model = mtq.quantize(model, _settings(cfg), calibrate)
-    quality = _quality(cfg, folder, model, data, log)
-    with torch.no_grad():
-        export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out)
-    _complete_folder(folder, out)
-    return QuantizationResult(_require_algorithm(cfg, out), quality)
-
-
-def _settings(cfg: QuantizeConfig) -> dict[str, Any]:
     settings: dict[str, Any] = copy.deepcopy(QUANTIZATION_CONFIGS[cfg.format])
     if cfg.kv_cache_dtype == "fp8":
         settings["quant_cfg"].update(copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"]))
-    return settings
+    with torch.no_grad():
+        model = mtq.quantize(model, settings, calibrate)
+    quality = _quality(cfg, folder, model, data, log)
+    with torch.no_grad():
+        export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out)
+    config = (out / "config.json").read_text(encoding="utf-8")
+    copy_side_files(folder, out)  # tokenizer, templates and card, and the source's config
+    write_text_atomically(out / "config.json", config)
+    algorithm, expected = quantised_as(out), QUANT_ALGOS[cfg.format]
+    if algorithm != expected:
+        raise RecipeError(
+            f"ModelOpt wrote {algorithm} instead of {expected} for format={cfg.format}.",
+            "use another format, or the nvidia-modelopt that pyproject.toml pins",
+        )
+    return QuantizationResult(expected, quality)
 
 
 def _quality(
@@ -89,21 +93,3 @@ def _quality(
             "use another format",
         )
     return quality
-
-
-def _complete_folder(folder: Path, out: Path) -> None:
-    """Adds tokenizer, templates and card, and keeps ModelOpt's config."""
-    config = (out / "config.json").read_text(encoding="utf-8")
-    copy_side_files(folder, out)
-    write_text_atomically(out / "config.json", config)
-
-
-def _require_algorithm(cfg: QuantizeConfig, out: Path) -> str:
-    """Returns the algorithm that the folder declares; refuses any but the configured one."""
-    algorithm, expected = quantised_as(out), QUANT_ALGOS[cfg.format]
-    if algorithm != expected:
-        raise RecipeError(
-            f"ModelOpt wrote {algorithm} instead of {expected} for format={cfg.format}.",
-            "use another format, or the nvidia-modelopt that pyproject.toml pins",
-        )
-    return expected

@@ -66,7 +66,7 @@ class Speedup:
 
 @dataclass(frozen=True)
 class TrainingRates:
-    """Measured rates of all threads together, as ``Hardware`` names them."""
+    """Measured rates of all threads together, with the field names of ``Hardware``."""
 
     flops_per_second: float
     float32_flops_per_second: float
@@ -85,7 +85,7 @@ class MachineRates:
     """Name of the processor or GPU."""
     threads: int
     flops_per_second: dict[str, float]
-    """By type."""
+    """By dtype."""
     bytes_per_second: float
 
 
@@ -106,7 +106,7 @@ class EngineQuality:
     source: TextQuality
     sequences: int
     tokens: int
-    """In all sequences."""
+    """Tokens in all sequences."""
     predictions: int
     """Next-token predictions that count."""
 

@@ -119,7 +119,7 @@ def _parallel_problems(tensor: int, arch: Architecture) -> Iterator[Problem]:
 
 
 def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError | None:
-    """Returns what a machine lacks to run a backend, if anything."""
+    """Returns the problem of a machine that cannot run a backend, if it cannot."""
     missing = [] if gpu else ["an NVIDIA GPU"]
     if version is None:
         missing.append("TensorRT-LLM (PyPI's package of that name is only a placeholder)")
@@ -166,7 +166,7 @@ def require_quantization(folder: Path, precision: str) -> None:
 def build_request(
     cfg: BuildEngineConfig, folder: Path, out: Path, positions: int
 ) -> dict[str, Any]:
-    """Returns keywords for the LLM API, which converts, builds and saves.
+    """Returns arguments of the LLM API, which converts, builds and saves.
 
     The conversion scripts of TensorRT-LLM's examples are not packaged; its LLM class is, and it
     reads ModelOpt's checkpoints.
@@ -219,27 +219,16 @@ def require_engine(engine: Path, request: dict[str, Any]) -> None:
     """Raises ``RecipeError`` unless the engine has the requested quantization and sizes."""
     config = read_json(engine / "config.json")
     pretrained, built = config["pretrained_config"], config["build_config"]
-    expected = {
-        "quant_algo": request["quant_config"].get("quant_algo"),
-        "max_batch_size": request["build_config"]["max_batch_size"],
-        "max_seq_len": request["build_config"]["max_seq_len"],
-        "tp_size": request["llm"]["tensor_parallel_size"],
-    }
-    actual = {
-        "quant_algo": pretrained["quantization"]["quant_algo"],
-        "max_batch_size": built["max_batch_size"],
-        "max_seq_len": built["max_seq_len"],
-        "tp_size": pretrained["mapping"]["tp_size"],
-    }
-    wrong = [
-        f"{name}={actual[name]} instead of {value}"
-        for name, value in expected.items()
-        if actual[name] != value
-    ]
-    ranks = len(list(engine.glob("rank*.engine")))
-    if ranks != expected["tp_size"]:
-        wrong.append(f"{ranks} rank*.engine files instead of {expected['tp_size']}")
-    if wrong:
+    requested, ranks = request["build_config"], request["llm"]["tensor_parallel_size"]
+    algorithm = request["quant_config"].get("quant_algo")
+    values = (
+        ("quant_algo=", pretrained["quantization"]["quant_algo"], algorithm),
+        ("max_batch_size=", built["max_batch_size"], requested["max_batch_size"]),
+        ("max_seq_len=", built["max_seq_len"], requested["max_seq_len"]),
+        ("tp_size=", pretrained["mapping"]["tp_size"], ranks),
+        ("rank*.engine files: ", len(list(engine.glob("rank*.engine"))), ranks),
+    )
+    if wrong := [f"{name}{a} instead of {b}" for name, a, b in values if a != b]:
         raise RecipeError(
             f"the engine differs from its config: {', '.join(wrong)}.", f"build it in {IMAGE}"
         )

@@ -75,15 +75,10 @@ def build(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
         }
         cfg = BuildEngineConfig(stage="build_engine", seq_length=64, num_sequences=4, **settings)
         outcome = build_engine.run(cfg, inputs, out)
-        assert [path.name for folder in (temporary, out.parent) for path in folder.iterdir()] == [
-            ARTIFACT
-        ]
-        assert [r["done"] for r in read_records(stage / METRICS) if r["task"] == "engine"] == [
-            0,
-            1,
-            2,
-            3,
-        ]
+        files = [path.name for folder in (temporary, out.parent) for path in folder.iterdir()]
+        assert files == [ARTIFACT]
+        records = (r for r in read_records(stage / METRICS) if r["task"] == "engine")
+        assert [record["done"] for record in records] == [0, 1, 2, 3]
         return out, outcome
 
     return built
@@ -131,7 +126,7 @@ def test_float32_engines_write_the_tokens_of_transformers(
     result = outcome.result
     assert result.max_logit_difference < 1e-4
     assert result.greedy_margin < 1e-4
-    # Whatever the checkpoint's type: a teacher and its student must not differ in what is read.
+    # For any dtype of the checkpoint, since teacher and student must read the same dtype.
     assert not {"bf16", "f16"} & result.weight_types.keys()
     assert result.quality.engine.kl_to_teacher < 1e-6
     assert read_properties(engine)["INFERENCE_PRECISION_HINT"] == "f32"
@@ -140,7 +135,7 @@ def test_float32_engines_write_the_tokens_of_transformers(
     found = Pipeline(engine).generate(prompts, 24)
     written = torch.tensor(found.tokens)
     assert written.shape == (3, 24)
-    # By how likely they are: of two that are as likely, processors choose differently.
+    # Of two tokens with equal probability, processors choose differently.
     assert greedy_margin(source, prompts, written) < 1e-4
     assert 0 < found.timing.first_seconds < found.timing.total_seconds
     for pattern in TOKENIZER_FILES:
@@ -201,7 +196,7 @@ def test_a_disk_too_small_for_an_engine_is_named(
 
 
 def test_compression_that_did_nothing_is_refused(build: Build, odd_llama: Path) -> None:
-    """No width is a multiple of 64: NNCF would keep 8 bits everywhere without a word."""
+    """No width is a multiple of 64, so NNCF silently keeps 8 bits everywhere."""
     with pytest.raises(RecipeError, match="set one that fits"):
         build(odd_llama, precision="int4", group_size=64)
 

@@ -84,19 +84,19 @@ def test_rates_follow_from_seconds() -> None:
 class Scripted(Worker):
     """A worker with given timings, which records its requests."""
 
-    asked: ClassVar[list[tuple[str, int, list[list[int]]]]] = []
+    requests: ClassVar[list[tuple[str, int, list[list[int]]]]] = []
 
     def __init__(self, contender: Contender, seconds: float) -> None:
         self.name, self.seconds = contender.role, seconds
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
-        cold = not any(asked[:2] == (self.name, len(prompts)) for asked in self.asked)
-        self.asked.append((self.name, len(prompts), prompts))
+        cold = not any(r[:2] == (self.name, len(prompts)) for r in self.requests)
+        self.requests.append((self.name, len(prompts), prompts))
         seconds = self.seconds * (10 if cold else 1)
         return Timing(seconds, 3 * seconds)
 
     def __exit__(self, *_: object) -> None:
-        self.asked.append((self.name, 0, []))
+        self.requests.append((self.name, 0, []))
 
 
 @pytest.fixture
@@ -110,15 +110,15 @@ def pair(teacher: Architecture, tmp_path: Path) -> list[Contender]:
 
 
 def test_contenders_take_turns_and_the_first_round_is_dropped(pair: list[Contender]) -> None:
-    Scripted.asked.clear()
+    Scripted.requests.clear()
     shapes = [RequestShape(1, 8, 3), RequestShape(2, 8, 3)]
     seconds = {"teacher": 0.4, "student": 0.1}
     rows = measure(pair, shapes, 2, lambda c: Scripted(c, seconds[c.role]), MetricsLog(None))
-    order = [name for name, batch, _ in Scripted.asked if batch]
+    order = [name for name, batch, _ in Scripted.requests if batch]
     assert order == ["teacher", "student"] * 6
-    assert Scripted.asked[-2:] == [("student", 0, []), ("teacher", 0, [])]
-    prompts = [str(asked) for name, _, asked in Scripted.asked if name == "teacher"][:-1]
-    assert len(set(prompts)) == 6  # a prompt that was seen before would be answered from a cache
+    assert Scripted.requests[-2:] == [("student", 0, []), ("teacher", 0, [])]
+    prompts = [str(tokens) for name, _, tokens in Scripted.requests if name == "teacher"][:-1]
+    assert len(set(prompts)) == 6  # an engine would answer a known prompt from a cache
     assert [(r.role, r.batch_size) for r in rows] == [
         ("teacher", 1),
         ("student", 1),
@@ -128,14 +128,14 @@ def test_contenders_take_turns_and_the_first_round_is_dropped(pair: list[Contend
     assert rows[0].disk_bytes == 5
     assert rows[0].time_to_first_token_ms == Spread(400, 400, 400)
 
-    found = speedups(rows, pair, lambda _: Roofline(1e15, 1e9))
-    assert [f.batch_size for f in found] == [1, 2]
-    assert found[0].prefill == pytest.approx(4)
-    assert found[0].decode == pytest.approx(4)
+    results = speedups(rows, pair, lambda _: Roofline(1e15, 1e9))
+    assert [r.batch_size for r in results] == [1, 2]
+    assert results[0].prefill == pytest.approx(4)
+    assert results[0].decode == pytest.approx(4)
     ratio = decode_traffic(pair[0].architecture, 1, 9.5, FP32) / decode_traffic(
         pair[1].architecture, 1, 9.5, FP32
     )
-    assert found[0].decode_roofline == pytest.approx(ratio)
+    assert results[0].decode_roofline == pytest.approx(ratio)
     assert 1 < ratio < 2  # half of the layers, but all of the vocabulary
 
 
@@ -172,8 +172,8 @@ def test_the_grid_is_checked(
     assert found == rules
 
 
-def test_quantisation_looks_at_the_pruned_shape() -> None:
-    """The pruned width is what its kernels get, however far up the chain it was pruned."""
+def test_quantize_checks_the_pruned_shape() -> None:
+    """Its kernels get the pruned width, also if several stages lie between."""
     from recipes.stages import export_hf
 
     teacher = read_architecture(

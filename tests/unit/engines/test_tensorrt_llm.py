@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
-from recipes.engines import tensorrt_llm, trtllm_bench, trtllm_build_worker
+from recipes.engines import bench, tensorrt_llm, trtllm_build_worker
 from recipes.engines.backends import engine_problems
 from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
 from recipes.engines.timing import Contender, RequestShape, Timing, random_prompts
@@ -21,56 +22,16 @@ from recipes.planning.chain import Chain
 API: dict[str, Any] = json.loads(Path(__file__).with_name("tensorrt_llm_api.json").read_text())
 SHAPE = RequestShape(batch_size=4, prompt_tokens=128, new_tokens=32)
 REPORT: dict[str, Any] = {
-    "engine": {
-        "model": "artifact",
-        "model_path": "/run/export_hf/artifact",
-        "engine_dir": "/run/build_engine/artifact",
-        "version": "1.2.0",
-        "backend": "TRT",
-        "dtype": "bfloat16",
-        "kv_cache_dtype": None,
-        "quantization": None,
-        "max_input_length": 1024,
-        "max_sequence_length": 2048,
-    },
-    "world_info": {
-        "tp_size": 1,
-        "pp_size": 1,
-        "ep_size": -1,
-        "world_size": 1,
-        "max_batch_size": 32,
-        "max_num_tokens": 8192,
-        "scheduling_policy": "GUARANTEED_NO_EVICT",
-        "kv_cache_percentage": 0.9,
-        "issue_rate": 51234.5,
-    },
-    "request_info": {
-        "num_requests": 4,
-        "avg_num_concurrent_requests": 3.97,
-        "avg_input_length": 128.0,
-        "avg_output_length": 32.0,
-    },
-    "performance": {
-        "total_latency_ms": 250.0,
-        "avg_request_latency_ms": 248.1,
-        "request_throughput_req_s": 16.0,
-        "system_output_throughput_tok_s": 512.0,
-        "system_total_throughput_tok_s": 2560.0,
-        "output_throughput_per_user_tok_s": 129.0,
-        "output_throughput_per_gpu_tok_s": 512.0,
-        "request_latency_percentiles_ms": {"p50": 248.0, "minimum": 247.0, "maximum": 250.0},
-    },
-    "streaming_metrics": {
-        "token_output_speed_tok_s": 140.0,
-        "avg_ttft_ms": 26.0,
-        "avg_tpot_ms": 7.1,
-        "tpot_percentiles": {"p50": 7.1},
-        "ttft_percentiles": {"p50": 26.0},
-        "gen_tps_percentiles": {"p50": 140.0},
-    },
-    "dataset": {"isl_stats": {}, "osl_stats": {}},
+    section: dict.fromkeys(API["report"][section], 1.0)
+    for section in ("engine", "world_info", "request_info", "performance", "streaming_metrics")
 }
-"""Figures are made up; keys are those that its source writes, which a test below compares."""
+"""A report with the recorded keys, so a key that we read and TensorRT-LLM lacks is an error."""
+REPORT["request_info"] |= {"num_requests": 4, "avg_input_length": 128.0, "avg_output_length": 32.0}
+REPORT["performance"] |= {
+    "total_latency_ms": 250.0,
+    "system_total_throughput_tok_s": 2560.0,
+}
+REPORT["streaming_metrics"]["avg_ttft_ms"] = 26.0
 
 
 def config(**settings: Any) -> BuildEngineConfig:
@@ -86,7 +47,7 @@ def rules(cfg: BuildEngineConfig, chain: Chain) -> list[str]:
 def test_every_option_of_the_benchmark_exists(backend: str, teacher: Architecture) -> None:
     engine, folder = Path("/engine"), Path("/hf/model")
     contender = Contender("student", backend, "bf16", engine, folder, teacher, None, 2)
-    argv = trtllm_bench.command(contender, SHAPE, Path("/scratch"))
+    argv = bench.trtllm_command(contender, SHAPE, Path("/scratch"))
     assert argv[0] == "trtllm-bench"
     split = argv.index("throughput")
     for words, command in (
@@ -119,6 +80,8 @@ def test_every_keyword_of_the_builder_exists(precision: str) -> None:
     assert algorithms <= set(API["QuantAlgo"]["members"])
     assert bool(algorithms) == (precision not in ("bf16", "fp16"))
     assert request["llm"]["dtype"] in ("bfloat16", "float16")  # never "auto": see DTYPES
+    assert request["build_config"]["max_seq_len"] == 2048
+    assert request["build_config"]["max_input_len"] == 2047
 
 
 def test_the_builder_imports_and_calls_what_exists() -> None:
@@ -151,22 +114,11 @@ def test_options_of_the_pytorch_backend_exist() -> None:
     assert options["max_seq_len"] == 1024
 
 
-def test_lengths_default_to_all_positions() -> None:
-    built = tensorrt_llm.build_request(config(), Path("/hf"), Path("/out"), 2048)
-    assert built["build_config"]["max_seq_len"] == 2048
-    assert built["build_config"]["max_input_len"] == 2047
-
-
-def test_the_sample_report_has_the_documented_keys() -> None:
-    for part in ("engine", "world_info", "request_info", "performance", "streaming_metrics"):
-        assert set(REPORT[part]) == set(API["report"][part])
-
-
 def test_report_is_read() -> None:
-    timing = trtllm_bench.parse_report(json.dumps(REPORT), SHAPE)
+    timing = bench.parse_trtllm_report(json.dumps(REPORT), SHAPE)
     assert timing == Timing(0.026, 0.25)
     assert timing.decode_rate(SHAPE) == pytest.approx(4 * 31 / 0.224)
-    # The report's own figure is of the same definition.
+    # The report defines its own throughput in the same way.
     assert timing.throughput(SHAPE) == REPORT["performance"]["system_total_throughput_tok_s"]
 
 
@@ -180,14 +132,14 @@ def test_report_is_read() -> None:
 )
 def test_other_reports_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        trtllm_bench.parse_report(json.dumps({**REPORT, **change}), SHAPE)
+        bench.parse_trtllm_report(json.dumps({**REPORT, **change}), SHAPE)
     with pytest.raises(RecipeError, match="report of another form"):
-        trtllm_bench.parse_report("Traceback", SHAPE)
+        bench.parse_trtllm_report("Traceback", SHAPE)
 
 
-def test_requests_are_of_the_asked_size_and_differ() -> None:
+def test_requests_have_the_requested_size_and_differ() -> None:
     lines, others = (
-        trtllm_bench.dataset(random_prompts(SHAPE, 512, seed), 32).splitlines() for seed in (1, 2)
+        bench.trtllm_dataset(random_prompts(SHAPE, 512, seed), 32).splitlines() for seed in (1, 2)
     )
     requests = [json.loads(line) for line in lines]
     assert [r["task_id"] for r in requests] == [0, 1, 2, 3]
@@ -197,12 +149,23 @@ def test_requests_are_of_the_asked_size_and_differ() -> None:
     assert others != lines
 
 
-def test_gpu_memory_is_summed() -> None:
-    assert trtllm_bench.used_memory("1024\n512\n") == 1536 << 20
-    assert trtllm_bench.used_memory("[N/A]\n") == 0
+@pytest.mark.parametrize(("listing", "mebibytes"), [("1024\\n512", 1536), ("[N/A]", 0)])
+def test_gpu_memory_is_summed(
+    listing: str, mebibytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{listing}\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(bench, "SAMPLE_SECONDS", 0.001)
+    with bench.gpu_memory_samples() as samples:
+        deadline = time.monotonic() + 60
+        while len(samples) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert samples[1] == mebibytes << 20
 
 
-def test_what_a_machine_lacks_is_named() -> None:
+def test_missing_requirements_of_a_machine_are_named() -> None:
     problem = tensorrt_llm.machine_problem
     assert problem("tensorrt_llm", "1.2.0", gpu=True) is None
     assert problem("tensorrt_llm_pytorch", "1.3.0rc20", gpu=True) is None
@@ -256,7 +219,7 @@ def test_settings_are_checked(settings: dict[str, Any], rule: str, teacher: Arch
     assert rules(config(**settings), chain) == [rule]
 
 
-def test_what_the_engine_builder_cannot_take_the_other_backend_can(teacher: Architecture) -> None:
+def test_formats_that_only_one_backend_supports(teacher: Architecture) -> None:
     chain = Chain("teacher", replace(teacher, kv_channels=64, hidden_size=128), {})
     [awq] = engine_problems(config(precision="int4_awq"), chain)
     assert "or backend=tensorrt_llm_pytorch" in awq.fix
@@ -281,7 +244,7 @@ def quantised(folder: Path, algorithm: str | None) -> Path:
     return folder
 
 
-def test_a_checkpoint_must_be_quantised_as_asked(tmp_path: Path) -> None:
+def test_a_checkpoint_must_have_the_configured_quantization(tmp_path: Path) -> None:
     require = tensorrt_llm.require_quantization
     plain, awq = quantised(tmp_path / "plain", None), quantised(tmp_path / "awq", "W4A16_AWQ")
     require(plain, "bf16")
@@ -292,7 +255,7 @@ def test_a_checkpoint_must_be_quantised_as_asked(tmp_path: Path) -> None:
             require(folder, precision)
 
 
-def test_an_engine_must_be_what_was_asked_for(tmp_path: Path) -> None:
+def test_an_engine_must_match_its_config(tmp_path: Path) -> None:
     request = tensorrt_llm.build_request(
         config(precision="int8", max_batch_size=4), Path("/hf"), tmp_path, 1024
     )
@@ -301,7 +264,7 @@ def test_an_engine_must_be_what_was_asked_for(tmp_path: Path) -> None:
         "build_config": {"max_batch_size": 4, "max_seq_len": 1024},
     }
     (tmp_path / "config.json").write_text(json.dumps(engine))
-    with pytest.raises(RecipeError, match=r"0 rank\*.engine files"):
+    with pytest.raises(RecipeError, match=r"rank\*.engine files: 0 instead of 1"):
         tensorrt_llm.require_engine(tmp_path, request)
     (tmp_path / "rank0.engine").write_bytes(b"engine")
     tensorrt_llm.require_engine(tmp_path, request)
