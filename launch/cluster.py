@@ -1,20 +1,17 @@
-"""Where stages run: what ``conf/cluster`` sets, and what an executor is."""
+"""Where stages run: the settings that all clusters in ``conf/cluster`` have."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
-from rich.console import Console
-
-from launch.console import Follower
-from launch.plan import Plan
 from launch.planned import PlannedStage
+from launch.progress import Follower
 from recipes.core.constraints import Environment, Variable
 
 Follow = Callable[[PlannedStage], AbstractContextManager[Follower]]
+"""Shows the progress of a stage while it runs."""
 
 
 @dataclass
@@ -28,29 +25,16 @@ class Cluster:
     pass_env: list[Variable] = field(default_factory=list)
     """Names of variables to pass on, for secrets: their values are never written anywhere."""
 
-
-def layout_variables(stage: PlannedStage) -> dict[str, str]:
-    """What the layout of a stage's model wants, unless the user says otherwise."""
-    connections = stage.chain.hardware.cuda_device_max_connections
-    if connections is None or stage.workload is None:
-        return {}
-    split = max(stage.workload.layout.tensor, stage.workload.layout.context) > 1
-    return {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)} if split else {}
+    @property
+    def follow(self) -> bool:
+        """Whether the launcher waits until the stages have ended."""
+        return True
 
 
-ClusterT = TypeVar("ClusterT", bound=Cluster)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Executor(Generic[ClusterT]):
-    """What starts stages: ``EXECUTOR`` of each module in ``launch/executors``."""
-
-    config: type[ClusterT]
-    prepare: Callable[[Plan, ClusterT], Plan]
-    """Refuses what cannot run there, before anything is written, and sees what still runs."""
-    write_scripts: Callable[[Plan, ClusterT], None]
-    """Leaves in the run directory what starts each stage, to be read, edited, run by hand."""
-    start: Callable[[Plan, ClusterT, Follow, Console], bool]
-    """Starts the stages; true if they have all ended, and well."""
-    follows: Callable[[ClusterT], bool] = lambda cluster: True
-    """Whether the launcher sees what the stages record."""
+def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
+    """Variables that a stage gets on every cluster: for its layout, and the user's."""
+    connections, workload = stage.chain.hardware.cuda_device_max_connections, stage.workload
+    split = workload and max(workload.layout.tensor, workload.layout.context) > 1
+    ordered = split and connections is not None  # kernels must start in the order of their calls
+    layout = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)} if ordered else {}
+    return {**layout, **cluster.env, **stage.config.resources.env}

@@ -1,4 +1,4 @@
-"""The words of a command line, checked and translated for Hydra."""
+"""Checks the words of a command line and translates them for Hydra; the text of ``--help``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 
 OPTIONAL_GROUPS = ("engine", "gguf", "heal", "tasks", "tracker")
-"""Groups from which a run may choose nothing: ``GROUP=null``."""
+"""Config groups that a run can leave out: ``GROUP=null``."""
 CHOICE = re.compile(r"[a-z][\w.]*", re.IGNORECASE)
 VALUES = ("null", "true", "false", "nan", "inf")
-"""Words that Hydra reads as values, not as names."""
+"""Words that Hydra parses as values, not as names."""
 
 HELP = """\
 Turns a Hugging Face LLM into a smaller, faster one and proves that it kept its quality.
@@ -25,7 +25,7 @@ usage: python launch/run.py recipe=NAME [model=NAME | model.hf_path=DIR_OR_HUB_I
   stages.prune.target_ffn_hidden_size=N    set any field (--cfg job shows them all)
   'only=[prune]'                           run only these stages
   'force=[distill]'                        run a stage again, and what follows
-  rounds=2                                 prune and distil twice, half of the way each time
+  rounds=2                                 prune and distil twice, half of the reduction each time
   dry_run=true                             write configs and scripts, start nothing
   rehearse=true                            check shapes and memory at full size without a GPU
   'skip_rules=[memory]'                    run although a rule says no
@@ -50,22 +50,21 @@ def groups() -> list[str]:
 
 
 def choices(group: str) -> list[str]:
-    """Returns what a user may choose from a group; empty for what is not a group."""
+    """Returns the names that a user can choose from a group; empty for an unknown group."""
     names = sorted(file.stem for file in (REPO_ROOT / "conf" / group).glob("*.yaml"))
     return [*names, "null"] if group in OPTIONAL_GROUPS else names
 
 
 def help_text() -> str:
-    """Returns what ``--help`` shows: commands, and every choice of every group."""
-    listed = (f"{group}: {', '.join(choices(group))}" for group in groups())
-    return HELP + "\n".join(listed)
+    """Returns the text of ``--help``: commands, and every choice of every group."""
+    return HELP + "\n".join(f"{group}: {', '.join(choices(group))}" for group in groups())
 
 
 def hydra_words(words: Iterable[str]) -> list[str]:
-    """Translates a command line to what Hydra accepts.
+    """Translates the words of a command line to Hydra's syntax.
 
     Raises:
-        RecipeError: A group is set to something that cannot be a name of a choice.
+        RecipeError: A group is set to something that cannot be the name of a choice.
     """
     # Hydra's parser stops at overrides on both sides of a flag: `recipe=R -m x=1,2`.
     ordered = sorted(words, key=lambda word: word not in ("-m", "--multirun"))
@@ -74,11 +73,11 @@ def hydra_words(words: Iterable[str]) -> list[str]:
 
 def _hydra_word(word: str) -> str:
     if EARLIER_ROUND.match(word):
-        return f"++{word}"  # no file has settings of earlier rounds
+        return f"++{word}"  # no config file has stages of earlier rounds
     group, equals, value = word.partition("=")
     if not equals or group not in groups():
         return word
-    names = value.split(",")  # several for a sweep
+    names = value.split(",")  # a sweep has several
     for name in names:
         allowed = name == "null" and group in OPTIONAL_GROUPS
         if not allowed and (name.lower() in VALUES or not CHOICE.fullmatch(name)):

@@ -1,4 +1,4 @@
-"""Commands beside running a recipe: ``python launch/run.py status run_dir=DIR``."""
+"""Commands about existing runs and this machine: ``python launch/run.py status run_dir=DIR``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rich.markup import escape
 from launch import doctor, lock
 from launch.console import headline
 from launch.executors import slurm_queue
+from launch.progress import format_seconds
 from launch.run_status import StageStatus, read_statuses, time_left
 from launch.runs import runs
-from launch.time_left import in_words
 from recipes.core.errors import RecipeError, did_you_mean, require_known
 from recipes.core.run_state import Status
 from recipes.core.screen import plain_table
@@ -31,7 +31,8 @@ STYLES = {
     Status.FAILED: "red",
     Status.HUNG: "red",
 }
-WAIT_SECONDS, REPEAT_SECONDS = 60.0, 10.0
+STOP_SECONDS, SIGNAL_SECONDS = 60.0, 10.0
+"""Time that a launcher has to stop, and time between two signals to it."""
 Options = Mapping[str, str]
 
 
@@ -48,11 +49,11 @@ def status(options: Options, console: Console) -> None:
             table.add_row(stage.name, f"[{style}]{stage.status}", job, detail)
         console.print(table)
         if left := time_left(run_dir, statuses):
-            console.print(f"about {in_words(left)} left of the run")
+            console.print(f"about {format_seconds(left)} left of the run")
 
 
 def cancel(options: Options, console: Console) -> None:
-    """Stops what runs: Slurm jobs, or the launcher that runs stages on this machine."""
+    """Cancels a run's Slurm jobs, and stops the launcher that runs its stages on this machine."""
     stopped = False
     for run_dir in find_runs([_directory(options)]):
         active = slurm_queue.active_jobs(run_dir)
@@ -60,7 +61,7 @@ def cancel(options: Options, console: Console) -> None:
             slurm_queue.cancel(job for job, _ in active.values())
             for stage, (job, _) in active.items():
                 console.print(f"{stage}: job {job.id} cancelled")
-        holder = lock.holder(run_dir)
+        holder = lock.read_holder(run_dir)
         if holder is not None:
             _stop(holder, run_dir)
             console.print(f"{run_dir}: stopped at {holder.stage}")
@@ -73,15 +74,15 @@ def _stop(holder: lock.Holder, run_dir: Path) -> None:
         raise RecipeError(
             f"{run_dir} is run by process {holder.pid} on {holder.host}.", "cancel it there"
         )
-    deadline, next_signal = time.monotonic() + WAIT_SECONDS, 0.0
-    while (now := lock.holder(run_dir)) is not None and now.pid == holder.pid:
+    deadline, next_signal = time.monotonic() + STOP_SECONDS, 0.0
+    while (now := lock.read_holder(run_dir)) is not None and now.pid == holder.pid:
         if time.monotonic() > deadline:
             raise RecipeError(f"process {holder.pid} does not stop.", f"kill -9 {holder.pid}")
-        # Repeated: Python loses an interrupt that comes while it forks a process.
+        # Python loses a signal that arrives while it forks a process, so send more.
         if time.monotonic() > next_signal:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(holder.pid, signal.SIGTERM)
-            next_signal = time.monotonic() + REPEAT_SECONDS
+            next_signal = time.monotonic() + SIGNAL_SECONDS
         time.sleep(0.1)
 
 
@@ -91,7 +92,7 @@ def logs(options: Options, console: Console) -> None:
     if others:
         raise RecipeError(f"{run_dir.parent} is a sweep.", f"choose one run: run_dir={run_dir}")
     statuses = read_statuses(run_dir)
-    name = options.get("stage") or _stage_of_interest(run_dir, statuses)
+    name = options.get("stage") or _default_stage(run_dir, statuses)
     known = [stage.name for stage in statuses]
     require_known(name, known, f"{run_dir} has no stage '{name}'")
     if (log := newest_log(run_dir / name)) is None:
@@ -107,8 +108,7 @@ def logs(options: Options, console: Console) -> None:
         console.print(line, markup=False)
 
 
-def _stage_of_interest(run_dir: Path, statuses: Sequence[StageStatus]) -> str:
-    """The stage that failed or runs, or else the last that was started."""
+def _default_stage(run_dir: Path, statuses: Sequence[StageStatus]) -> str:
     for status in (Status.FAILED, Status.HUNG, Status.RUNNING):
         for stage in statuses:
             if stage.status is status:
@@ -147,32 +147,33 @@ RUN_COMMANDS: Mapping[str, tuple[Callable[[Options, Console], None], tuple[str, 
     "cancel": (cancel, ("run_dir", "recipe")),
     "logs": (logs, ("run_dir", "recipe", "stage", "lines")),
 }
-"""Commands about one run, with their options."""
+"""Commands about one run or sweep, with their options."""
 OTHER_COMMANDS: Mapping[str, Callable[[Sequence[str], Console], int]] = {
     "compare": compare,
     "doctor": doctor.run,
     "runs": runs,
 }
-"""Commands that read their words themselves; they return the exit status."""
+"""Commands that parse their own words and return the exit status."""
 
 
-def is_command(words: Sequence[str]) -> bool:
-    """Whether a command line is one of these, and not a recipe for Hydra."""
-    return bool(words) and (words[0] in RUN_COMMANDS or words[0] in OTHER_COMMANDS)
+def run(words: Sequence[str], console: Console) -> int | None:
+    """Runs a command such as ``status run_dir=DIR`` and returns the exit status.
 
-
-def run(words: Sequence[str], console: Console) -> int:
-    """Runs a command line such as ``status run_dir=DIR`` and returns the exit status."""
-    if words[0] in OTHER_COMMANDS:
-        return OTHER_COMMANDS[words[0]](words[1:], console)
-    command, known = RUN_COMMANDS[words[0]]
+    Returns ``None`` if the words are not a command but overrides for Hydra.
+    """
+    name = words[0] if words else ""
+    if name in OTHER_COMMANDS:
+        return OTHER_COMMANDS[name](words[1:], console)
+    if name not in RUN_COMMANDS:
+        return None
+    command, known = RUN_COMMANDS[name]
     options = {}
     for word in words[1:]:
         key, equals, value = word.partition("=")
         if not equals or key not in known:
             raise RecipeError(
-                f"{words[0]} does not know '{word}'.{did_you_mean(key, known)}",
-                f"it takes {', '.join(f'{name}=…' for name in known)}",
+                f"{name} does not know '{word}'.{did_you_mean(key, known)}",
+                f"it takes {', '.join(f'{option}=…' for option in known)}",
             )
         options[key] = value
     command(options, console)

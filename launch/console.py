@@ -1,37 +1,26 @@
-"""Prints the plan, the progress of running stages, and the summary."""
+"""Prints the plan, the tables, the summary and the gates of a run."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from launch.plan import Plan
-from launch.planned import PlannedStage
-from launch.time_left import RECENT, in_words, seconds_left
-from launch.trackers import Track
+from launch.planned import SKIP
+from recipes.core.errors import RecipeError
 from recipes.core.manifest import Manifest, read_manifest
-from recipes.core.metrics import METRICS, Record
 from recipes.core.screen import plain_table
-from recipes.data.results import DatasetResult
-from recipes.data.results import in_words as conversations_in_words
+from recipes.data.results import DatasetResult, in_words
 from recipes.engines.results import BenchmarkResults, EngineResult
 from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
 from recipes.planning.results import Cell, PlanResult
 from recipes.pruning.results import HealResult
+from recipes.report.gates import judge
 from recipes.report.settings import REPORT_FILE
 from recipes.search.results import LatencyResult, SearchResult
-
-PLAIN_INTERVAL = 15.0
-"""Seconds between lines of progress where there is no terminal."""
-SHOWN = ("loss", "val_loss", "val_kd", "tokens_per_second")
 
 
 def print_recipes(recipes: Mapping[str, str], console: Console) -> None:
@@ -44,44 +33,43 @@ def print_recipes(recipes: Mapping[str, str], console: Console) -> None:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Shows what will run and why, before anything does."""
+    """Shows what will run, and why."""
     table = plain_table(f"plan for {plan.run_dir}", "stage", "action", "why")
     for stage in plan.stages:
-        style = "dim" if stage.action == "skip" else "bold"
+        style = "dim" if stage.action == SKIP else "bold"
         table.add_row(f"[{style}]{stage.name}", stage.action, escape(stage.reason))
     console.print(table)
 
 
 def print_notes(plan: Plan, skip_rules: Collection[str], console: Console) -> None:
-    """Shows warnings, and errors of rules that are skipped."""
+    """Shows warnings, and errors of skipped rules."""
     for note in plan.notes:
         how = "skipped" if note.rule.name in skip_rules else note.rule.severity
         console.print(f"{how}: {note}", markup=False, style="dim" if how == "skipped" else "yellow")
 
 
 def print_tables(plan: Plan, console: Console) -> None:
-    """Shows the tables of planning stages, if they ran or are the only stages."""
+    """Shows the tables of planning stages that ran, or that are the only stage of the plan."""
     for stage in plan.stages:
         manifest = read_manifest(stage.directory)
-        alone = stage in plan.todo() or len(plan.stages) == 1
-        if manifest is None or manifest.kind not in ("plan", "shapes") or not alone:
+        shown = stage in plan.todo() or len(plan.stages) == 1
+        if manifest is None or manifest.kind not in ("plan", "shapes") or not shown:
             continue
-        for made in manifest.result(PlanResult).tables:
-            table = plain_table(made.title, *made.columns)
-            for row in made.rows:
-                table.add_row(*(escape(cell_text(cell)) for cell in row))
+        for content in manifest.result(PlanResult).tables:
+            table = plain_table(content.title, *content.columns)
+            for row in content.rows:
+                table.add_row(*(escape(_cell_text(cell)) for cell in row))
             console.print(table)
 
 
-def cell_text(cell: Cell) -> str:
-    """A table's value: whole numbers in full, others in four digits."""
+def _cell_text(cell: Cell) -> str:
     if isinstance(cell, int):
         return f"{cell:,}"
     return f"{cell:,.4g}" if isinstance(cell, float) else str(cell)
 
 
 def print_summary(plan: Plan, seconds: float, console: Console) -> None:
-    """Shows what every stage cost and produced."""
+    """Shows the cost and the main result of every stage."""
     ran = {stage.name for stage in plan.todo()}
     table = plain_table("summary", "stage", "", "time", "peak memory", "size", "result")
     for stage in plan.stages:
@@ -106,24 +94,24 @@ def headline(manifest: Manifest) -> str:
     """Returns the most important result of a stage."""
     if manifest.kind in HEADLINES:
         return HEADLINES[manifest.kind](manifest)
-    if healed := manifest.result_if("heal", HealResult):
-        return f"KL {healed.kl_pruned:.3f} → {healed.kl_healed:.3f} on validation text"
+    if result := manifest.result_if("heal", HealResult):
+        return f"KL {result.kl_pruned:.3f} → {result.kl_healed:.3f} on validation text"
     size = f"{manifest.parameters / 1e6:.1f} M parameters" if manifest.parameters else ""
     return ", ".join(filter(None, (size, manifest.metrics.get("stopped"))))
 
 
 def _tokens(manifest: Manifest) -> str:
     data = manifest.result(DatasetResult)
-    chats = [f"; of {name}, {conversations_in_words(n)}" for name, n in data.conversations.items()]
+    chats = [f"; of {name}, {in_words(n)}" for name, n in data.conversations.items()]
     return f"{sum(data.tokens.values()):,} tokens{''.join(chats)}"
 
 
 def _perplexities(manifest: Manifest) -> str:
     result = manifest.result(EvaluationResult)
     text = " → ".join(f"{quality.perplexity:.1f}" for quality in result.models().values())
-    share = result.recovered
-    said = "" if share is None else f", recovered {share:.0%} of the loss added by pruning"
-    return f"perplexity {text}{said}"
+    if result.recovered is not None:
+        text += f", recovered {result.recovered:.0%} of the loss added by pruning"
+    return f"perplexity {text}"
 
 
 def _mean_score(manifest: Manifest) -> str:
@@ -132,32 +120,27 @@ def _mean_score(manifest: Manifest) -> str:
     return f"mean score {' → '.join(f'{value:.3f}' for value in means)}"
 
 
-def _cost(manifest: Manifest) -> str:
+def _planned_cost(manifest: Manifest) -> str:
     f = manifest.result(PlanResult).figures
     return f"{f['device-hours']:,} device-hours on {f['hardware']}, ${f['dollars']:,}"
 
 
 def _best_candidate(manifest: Manifest) -> str:
-    """Names the candidate that successive halving chose, or else the first of the ranking."""
+    """Describes the candidate that successive halving chose, or else the first of the ranking."""
     result = manifest.result(SearchResult)
     best = result.chosen() or result.candidates[0]
     return f"{best.name}, KL {best.kl_to_teacher:.3f}, {len(result.candidates)} shapes"
 
 
 def _latency(manifest: Manifest) -> str:
-    """States the error of a fitted line on shapes that it was not fitted to, or else on all."""
+    """States the largest error on shapes that the line was not fitted to, or else on all."""
     shapes = manifest.result(LatencyResult).shapes
-    error = max(abs(s.error) for s in [s for s in shapes if not s.seen] or shapes)
+    unseen = [shape for shape in shapes if not shape.seen]
+    error = max(abs(shape.error) for shape in unseen or shapes)
     return f"teacher {shapes[0].step_ms:.3g} ms a step, fitted within {error:.0%}"
 
 
-def _engine(manifest: Manifest) -> str:
-    result = manifest.result(EngineResult)
-    return f"{result.backend} {result.precision}"
-
-
 def _speedup(manifest: Manifest) -> str:
-    """Returns the student's speed-up in the first cell of the grid."""
     first = manifest.result(BenchmarkResults).speedups[0]
     return (
         f"{first.prefill:.2f} × prefill, {first.decode:.2f} × decode "
@@ -169,103 +152,40 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
     "dataset": _tokens,
     "eval_results": _perplexities,
     "task_results": _mean_score,
-    "plan": _cost,
+    "plan": _planned_cost,
     "shapes": lambda m: f"{m.result(PlanResult).figures['shapes']} shapes",
     "latency_model": _latency,
     "search_results": _best_candidate,
-    "engine": _engine,
+    "engine": lambda m: "{0.backend} {0.precision}".format(m.result(EngineResult)),
     "speed_results": _speedup,
     "report": lambda m: REPORT_FILE,
 }
-"""By kind of artifact."""
+"""Functions that format a stage's main result, by kind of artifact."""
 
 
-class Follower:
-    """Draws the progress that a stage writes to its ``metrics.jsonl``.
+def require_gates(plan: Plan, console: Console) -> None:
+    """Shows the measured value of each gate; raises ``RecipeError`` if a gate failed.
 
-    A bar on a terminal, a line every few seconds elsewhere, both with the remaining time; a tracker
-    gets every record.
+    No stage judges gates. So a failed gate keeps all results, and the same command with another
+    threshold runs nothing again. A gate is skipped if its stage is incomplete or not in ``only``.
     """
-
-    def __init__(
-        self,
-        stage: PlannedStage,
-        console: Console,
-        track: Track = lambda record: None,
-        run_left: Callable[[float], float | None] = lambda left: None,
-    ) -> None:
-        self._name, self._path = stage.name, stage.directory / METRICS
-        self._console, self._track, self._run_left = console, track, run_left
-        self._recent = deque[Record](maxlen=2 * RECENT)
-        # A stage that resumes appends to the same file, whose old records are no news.
-        self._position = self._path.stat().st_size if self._path.exists() else 0
-        self._last_line, self._started = 0.0, time.monotonic()
-        self._progress = Progress(
-            TextColumn("[bold]{task.fields[stage]}"),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[values]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
+    if not plan.gates:
+        return
+    # The last evaluation of a run, which measures the final model, replaces earlier ones.
+    results = {result.kind: result for stage in plan.stages if (result := stage.result)}
+    verdicts = judge(plan.gates, results)
+    table = plain_table("gates", "gate", "measured", "")
+    for verdict in verdicts:
+        value = "not measurable" if verdict.measured is None else f"{verdict.measured:.4g}"
+        table.add_row(str(verdict.gate), value, "passed" if verdict.passed else "[bold]FAILED")
+    judged = [verdict.gate for verdict in verdicts]
+    for gate in plan.gates:
+        if gate not in judged:
+            table.add_row(str(gate), "not measured in this run", "not judged")
+    console.print(table)
+    if failed := [verdict for verdict in verdicts if not verdict.passed]:
+        raise RecipeError(
+            f"{len(failed)} of {len(plan.gates)} gates failed: {'; '.join(map(str, failed))}.",
+            f"the results are in {plan.run_dir}; distil longer, prune less, or change the gates "
+            "(for benchmarks with few items, difference_low.TASK is safer than recovered.TASK)",
         )
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        if not self._console.is_terminal:
-            self._console.print(f"{self._name}: started")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._progress.stop()
-        if kind is None:
-            seconds = time.monotonic() - self._started
-            self._console.print(f"{self._name}: complete in {seconds:.0f} s")
-
-    def update(self) -> None:
-        """Reads new records and draws them."""
-        size = self._path.stat().st_size if self._path.exists() else 0
-        if size < self._position:  # work of another fingerprint was deleted
-            self._position = 0
-        if size == self._position:
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._position)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._position += len(line)
-                try:
-                    record = json.loads(line)
-                except ValueError:  # a record that a kill, or a full disk, cut short
-                    continue
-                if "task" in record:
-                    self._track(record)
-                    self._draw(record)
-
-    def _draw(self, record: Record) -> None:
-        task, done, total = record["task"], record["done"], record["total"]
-        self._recent.append(record)
-        values = "  ".join(f"{k} {record[k]:.4g}" for k in SHOWN if record.get(k) is not None)
-        if self._console.is_terminal:
-            shown: dict[str, Any] = {"left": self._time_left(), "values": values}
-            if task not in self._tasks:
-                self._tasks[task] = self._progress.add_task(
-                    task, total=total, stage=self._name, **shown
-                )
-            self._progress.update(self._tasks[task], completed=done, total=total, **shown)
-        elif done == total or time.monotonic() - self._last_line > PLAIN_INTERVAL:
-            self._last_line = time.monotonic()
-            progress = ", ".join(filter(None, (f"{task} {done}/{total}", self._time_left())))
-            self._console.print(f"{self._name}: {progress}  {values}".rstrip())
-
-    def _time_left(self) -> str:
-        """Says how long the current task, and the run, will still take."""
-        task = seconds_left(self._recent)
-        parts = [f"{in_words(task)} left"] if task else []
-        if task is not None and (run := self._run_left(task)):
-            parts.append(f"about {in_words(run)} of the run")
-        return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""``python launch/run.py doctor``: what this machine has and lacks. ``doctor rules``: all rules."""
+"""``python launch/run.py doctor`` checks this machine; ``doctor rules`` lists all rules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from recipes.planning.rules import RULES
 OK, WARN, FAIL = "ok", "warn", "fail"
 STYLES = {OK: "green", WARN: "yellow", FAIL: "red"}
 DISK_BYTES, MEMORY_BYTES, SHM_BYTES = 9e9, 5e9, 1e9
-"""What the demo is planned with: disk once the stack is there, memory, and shared memory."""
+"""Needs of the demo: disk after the installation, memory, and shared memory."""
 QUERY = "--query-gpu=name,memory.total,driver_version"
 
 
@@ -39,9 +39,12 @@ class Check:
 
 
 def run(words: Sequence[str], console: Console) -> int:
-    """Prints the table of checks, or that of ``rules``; 1 if every recipe is impossible here."""
+    """Prints all checks, or all ``rules``; returns 1 if no recipe can run here."""
     if list(words) == ["rules"]:
-        print_rules(console)
+        table = plain_table("rules", "rule", "severity", "reason", "reference")
+        for rule in RULES.values():
+            table.add_row(rule.name, rule.severity, escape(rule.reason), escape(rule.reference))
+        console.print(table)
         return 0
     if words:
         raise RecipeError(
@@ -61,17 +64,11 @@ def run(words: Sequence[str], console: Console) -> int:
     return 1 if failed else 0
 
 
-def print_rules(console: Console) -> None:
-    """Prints every rule of preflight."""
-    table = plain_table("rules", "rule", "severity", "reason", "reference")
-    for rule in RULES.values():
-        table.add_row(rule.name, rule.severity, escape(rule.reason), escape(rule.reference))
-    console.print(table)
-
-
 def examine() -> Iterator[Check]:
     """Yields all checks."""
-    yield from _libraries()
+    fix = "./install.sh, then .venv/bin/python launch/run.py doctor"
+    for pin in pins():
+        yield _check(f"{pin.name} {pin.wanted}", pin.found or "missing", pin.holds, fix)
     yield from _accelerators()
     yield from _resources()
     yield from _programs()
@@ -81,17 +78,10 @@ def _check(name: str, value: str, good: object, fix: str, bad: str = FAIL) -> Ch
     return Check(name, value, OK, "") if good else Check(name, value, bad, fix)
 
 
-def _libraries() -> Iterator[Check]:
-    fix = "./install.sh, then .venv/bin/python launch/run.py doctor"
-    for pin in pins():
-        yield _check(f"{pin.name} {pin.wanted}", pin.found or "missing", pin.holds, fix)
-
-
 def _accelerators() -> Iterator[Check]:
     gpus, cuda = _gpus(), _cuda_of_torch()
-    built = f"CUDA {cuda}" if cuda else "for CPU"
     fix = "install a CUDA build of torch: this machine has a GPU"
-    yield _check("build of torch", built, cuda or not gpus, fix)
+    yield _check("build of torch", f"CUDA {cuda}" if cuda else "for CPU", cuda or not gpus, fix)
     for gpu in gpus:
         yield Check("GPU", gpu, OK)
     if not gpus:
@@ -111,7 +101,7 @@ def _gpus() -> list[str]:
 
 
 def _cuda_of_torch() -> str | None:
-    """CUDA version that torch was built for, read from its files: an import takes seconds."""
+    """Returns the CUDA version of torch's build, from its files: importing it takes seconds."""
     try:
         version = metadata.distribution("torch").locate_file("torch/version.py")
         text = Path(str(version)).read_text(encoding="utf-8")
@@ -145,5 +135,5 @@ def _programs() -> Iterator[Check]:
     ):
         path = shutil.which(program)
         yield _check(program, path or "not here", path, f"for {use}", bad=WARN)
-    version, fix = installed("tensorrt_llm"), "for TensorRT-LLM engines, in an image of its own"
+    version, fix = installed("tensorrt_llm"), "for TensorRT-LLM engines; it needs its own image"
     yield _check("tensorrt_llm", version or "not here", version, fix, bad=WARN)

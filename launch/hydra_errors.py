@@ -1,4 +1,4 @@
-"""Turns errors of Hydra and OmegaConf into one message with the nearest valid name."""
+"""Turns errors of Hydra and OmegaConf into one message with a fix."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 SHOW_HELP = "recipe=NAME runs a recipe; --help shows recipes, fields and commands"
 SHOW_FIELDS = "--cfg job shows every field and what it is set to"
-FREE_KEY = re.compile(r"(?P<field>.*\.(env|images|mpi|inputs|num_fewshot|revisions))\.(?P<name>.+)")
-"""Matches a new key of a field with free keys, which Hydra refuses without ``+``."""
+DICT_KEY = re.compile(r"(?P<field>.*\.(env|images|mpi|inputs|num_fewshot|revisions))\.(?P<key>.+)")
+"""Matches a new key of a dict field, which Hydra refuses without ``+``."""
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
@@ -35,16 +35,16 @@ def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> Config
         typed: ConfigT = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
-        name, said = f"{where}.{key}".strip("."), str(error).splitlines()[0]
-        near = did_you_mean(key, {part.name for part in fields(schema)} - {key})
-        raise RecipeError(f"{name}: {said.rstrip('.')}.{near}", fix_of(said)) from error
-    if wrong := list(violations(typed, where)):
-        raise RecipeError("\n".join(wrong), fix="")
+        name, message = f"{where}.{key}".strip("."), str(error).splitlines()[0]
+        hint = did_you_mean(key, {field.name for field in fields(schema)} - {key})
+        raise RecipeError(f"{name}: {message.rstrip('.')}.{hint}", fix_of(message)) from error
+    if invalid := list(violations(typed, where)):
+        raise RecipeError("\n".join(invalid), fix="")
     return typed
 
 
 def explain(error: Exception) -> str:
-    """Returns what to tell the user about an error."""
+    """Returns the message for the user about an error."""
     if isinstance(error, RecipeError):
         return str(error)
     messages = [str(cause) for cause in _causes(error)]
@@ -56,11 +56,11 @@ def explain(error: Exception) -> str:
         full = re.search(r"full_key: (\S+)", text)
         where = full.group(1) if full else name
         return f"there is no field {where}.{_nearest(where, name, error)}"
-    said = "\n  ".join(messages[:2])
-    return f"{said}\n  fix: {fix_of(said)}"
+    message = "\n  ".join(messages[:2])
+    return f"{message}\n  fix: {fix_of(message)}"
 
 
-TYPES = {
+TYPE_FIXES = {
     "Union[int, float]": "use a whole number, or a fraction such as 0.75",
     "to Integer": "use a whole number",
     "to Float": "use a number",
@@ -70,24 +70,25 @@ TYPES = {
     "ListConfig": "give a list, such as [a,b]",
     "Dict": "give names with values, such as {a: 1}",
 }
-"""Parts of OmegaConf's messages on wrong types, and fixes."""
+"""Fixes for wrong types, by a part of OmegaConf's message."""
 
 
-def fix_of(said: str) -> str:
+def fix_of(message: str) -> str:
     """Returns the fix for a message of OmegaConf."""
-    return next((fix for sign, fix in TYPES.items() if sign in said), SHOW_FIELDS)
+    return next((fix for part, fix in TYPE_FIXES.items() if part in message), SHOW_FIELDS)
 
 
 def _malformed_word(text: str) -> str | None:
     """Explains a word of the command line that Hydra cannot parse; ``None`` for other errors."""
     if bare := re.search(r"Error parsing override '([^'=]+)'\nmissing EQUAL", text):
-        hint = did_you_mean(f"recipe={bare.group(1)}", [f"recipe={r}" for r in choices("recipe")])
-        return f"'{bare.group(1)}' is neither FIELD=VALUE nor a command.{hint}\n  fix: {SHOW_HELP}"
+        word = bare.group(1)
+        hint = did_you_mean(f"recipe={word}", [f"recipe={name}" for name in choices("recipe")])
+        return f"'{word}' is neither FIELD=VALUE nor a command.{hint}\n  fix: {SHOW_HELP}"
     if value := re.search(r"LexerNoViableAltException: ([\w.]+)=(.*)", text):
-        name, given = value.groups()
+        name, text = value.groups()
         return (
-            f"the value of {name} cannot be read: {given}\n"
-            f"  fix: quote each text that has signs in it, such as '{name}=[\"a >= 1\"]'"
+            f"the value of {name} cannot be parsed: {text}\n"
+            f"  fix: quote text with special characters, such as '{name}=[\"a >= 1\"]'"
         )
     return None
 
@@ -114,7 +115,7 @@ def _unknown_group(group: str) -> str:
 
 
 def _nearest(where: str, name: str, error: Exception) -> str:
-    """Names what an unknown field may have been meant to be."""
+    """Suggests the field that the user may have meant."""
     if where in stage_names():
         return f" Did you mean 'stages.{where}'?"
     parents = [
@@ -124,11 +125,11 @@ def _nearest(where: str, name: str, error: Exception) -> str:
     ]
     if any(name in parent._get_root() for parent in parents):
         return f" Did you mean '{name}'?"
-    free = FREE_KEY.fullmatch(where)
-    fix = f"'+{free['field']}={{{free['name']}: …}}' adds it" if free else SHOW_FIELDS
+    new = DICT_KEY.fullmatch(where)
+    fix = f"'+{new['field']}={{{new['key']}: …}}' adds it" if new else SHOW_FIELDS
     siblings = [str(key) for parent in parents for key in parent]
-    near = did_you_mean(name, [*siblings, *(groups() if where == name else ())])
-    return near or f"\n  fix: {fix}"
+    hint = did_you_mean(name, [*siblings, *(groups() if where == name else ())])
+    return hint or f"\n  fix: {fix}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,4 +1,4 @@
-"""The lock of a run directory, and who holds it."""
+"""The lock of a run directory, which one launcher at a time may write, and its holder."""
 
 from __future__ import annotations
 
@@ -7,73 +7,66 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from recipes.core.errors import RecipeError
 
 LOCK = ".lock"
-LOOK_SECONDS = 0.5
-"""In which ``holder`` has long looked: it holds the lock for a moment, and is no launcher."""
+WAIT_SECONDS = 0.5
+"""How long to wait for the lock. ``read_holder`` takes it for a moment, to see if it is free."""
+SetStage = Callable[[str | None], None]
+"""Records in the lock which stage runs, for ``status``."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A launcher that works on a run, and the stage it is at."""
+    """The launcher that holds the lock, and the stage that it runs."""
 
     host: str
     pid: int
     stage: str | None
 
 
-class Holding:
-    """A lock that this process holds."""
-
-    def __init__(self, file: IO[str]) -> None:
-        self._file = file
-
-    def works_on(self, stage: str | None) -> None:
-        """Says which stage runs, for ``status``."""
-        self._file.seek(0)
-        self._file.truncate()
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "stage": stage}, self._file)
-        self._file.flush()
-
-
 @contextmanager
-def held(run_dir: Path) -> Iterator[Holding]:
-    """Refuses a run that another launcher writes; the kernel frees it however that one dies."""
+def acquire(run_dir: Path) -> Iterator[SetStage]:
+    """Locks a run. The kernel frees the lock when this process ends, however it ends.
+
+    Raises:
+        RecipeError: Another launcher holds the lock.
+    """
     with (run_dir / LOCK).open("a", encoding="utf-8") as file:
-        deadline = time.monotonic() + LOOK_SECONDS
-        while not _taken(file):
-            if time.monotonic() > deadline:
-                raise RecipeError(
-                    f"another process is running {run_dir}.",
-                    "wait for it, or choose another run_dir",
-                )
-            time.sleep(0.02)
-        holding = Holding(file)
-        holding.works_on(None)
-        yield holding
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RecipeError(
+                        f"another process is running {run_dir}.",
+                        "wait for it, or choose another run_dir",
+                    ) from None
+                time.sleep(0.02)
+
+        def set_stage(stage: str | None) -> None:
+            file.seek(0)
+            file.truncate()
+            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "stage": stage}, file)
+            file.flush()
+
+        set_stage(None)
+        yield set_stage
 
 
-def _taken(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def holder(run_dir: Path) -> Holder | None:
-    """The process that holds the lock; ``None`` when nobody does."""
+def read_holder(run_dir: Path) -> Holder | None:
+    """Returns the holder of the lock; ``None`` if the lock is free."""
     try:
         with (run_dir / LOCK).open(encoding="utf-8") as file:
             try:
-                # Shared: two that look at the same time do not see each other.
+                # Shared, so that two readers do not take each other for a launcher.
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 text = file.read()

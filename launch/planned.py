@@ -1,28 +1,36 @@
-"""A stage as it is planned: resolved, with its fingerprint and what is to be done with it."""
+"""A stage as planned: its resolved settings and inputs, whether it must run, and why."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import json
+import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from recipes.core.errors import require_known
+from recipes.core.errors import RecipeError, require_known
 from recipes.core.files import REPO_ROOT
-from recipes.core.fingerprint import module_of
-from recipes.core.manifest import Manifest
+from recipes.core.fingerprint import module_of, result_settings
+from recipes.core.manifest import WORK, Manifest, read_manifest
 from recipes.core.run_state import InputRef, Request, StageState, Status, stage_state
 from recipes.core.stage import StageConfig
 from recipes.planning.chain import Chain
 from recipes.planning.workload import Workload
 from recipes.stages.contract import Stage
 
+RUN, RESUME, SKIP = "run", "resume", "skip"
+ADOPT = "adopt"
+"""A Slurm job that an earlier command submitted runs the stage, or will."""
+REASON_CHARACTERS = 80
+"""Longest reason that shows values; a longer one only names the setting."""
+
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage, resolved: what to start, and whether to."""
+    """A stage of a plan."""
 
     name: str
     directory: Path
@@ -32,17 +40,18 @@ class PlannedStage:
     libraries: Mapping[str, str]
     fingerprint: str
     action: str
+    """``RUN``, ``RESUME``, ``SKIP`` or ``ADOPT``."""
     reason: str
     chain: Chain = field(repr=False, compare=False)
 
     @property
     def stage(self) -> Stage[Any]:
-        """What it is."""
+        """The stage's definition."""
         return stage_of(self.config)
 
     @property
     def module(self) -> str:
-        """What is started."""
+        """The module that its process runs."""
         return module_of(self.config.stage)
 
     @property
@@ -52,43 +61,151 @@ class PlannedStage:
 
     @property
     def image(self) -> str | None:
-        """Its image; ``None`` if it runs in none."""
+        """Its container image; ``None`` without a container."""
         return self.chain.image_of(self.config.stage)
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether it uses GPUs where there are some."""
+        """Whether it uses GPUs if the hardware has GPUs."""
         return self.stage.needs_gpu(self.config, self.chain)
 
     @property
-    def made(self) -> Manifest | None:
-        """Its result, as it is planned; ``None`` if that is not complete."""
+    def result(self) -> Manifest | None:
+        """Its result; ``None`` unless there is a complete one with the planned fingerprint."""
         state = self.state()
         return state.result if state.status is Status.COMPLETE else None
 
     def state(self) -> StageState:
-        """Reads its state; a result of another fingerprint does not make it complete."""
+        """Reads its state; a result with another fingerprint does not make it complete."""
         return stage_state(self.directory, self.fingerprint)
 
     def request(self) -> Request:
-        """What it is started with."""
+        """Returns the request that its process is started with."""
         config = asdict(self.config)
         return Request(self.name, self.fingerprint, self.code, self.inputs, config, self.libraries)
 
 
 def stage_names() -> list[str]:
-    """Every kind of stage: the folders of ``conf/stage``, each a module of ``recipes.stages``."""
+    """Returns all stage modules: the folders of ``conf/stage``."""
     return sorted(folder.name for folder in (REPO_ROOT / "conf" / "stage").iterdir())
 
 
 def stage_of(config: StageConfig) -> Stage[Any]:
-    """The stage that a config is for."""
+    """Returns the stage that a config belongs to."""
     return load_stage(config.stage)
 
 
 @cache
 def load_stage(name: str) -> Stage[Any]:
-    """Imports a stage, or refuses its name; none of them imports torch at its top."""
+    """Imports a stage's module, which does not import torch; refuses an unknown name."""
     require_known(name, stage_names(), f"there is no kind of stage '{name}'")
     stage: Stage[Any] = importlib.import_module(module_of(name)).STAGE
     return stage
+
+
+def choose_action(stage: PlannedStage, rerun: list[str], *, forced: bool) -> tuple[str, str]:
+    """Returns what to do with a stage, and why.
+
+    Unfinished work with the stage's fingerprint is resumed even if the stage is forced: the command
+    may be the repetition of one that was killed.
+
+    Args:
+        stage: The stage, whose own action is not known yet.
+        rerun: Stages among its inputs that run before it.
+        forced: Whether ``force`` names the stage.
+    """
+    reason = "forced" if forced else _reason_to_run(stage, rerun)
+    if reason is None:
+        return SKIP, "complete"
+    begun = stage.state().begun
+    if begun is not None and begun.fingerprint == stage.fingerprint:
+        return RESUME, "was interrupted"
+    return RUN, reason
+
+
+def require_no_lost_work(stage: PlannedStage) -> None:
+    """Refuses to start a stage anew if that deletes the progress of an interrupted start."""
+    begun = stage.state().begun
+    progress = stage.stage.progress(stage.directory / WORK)
+    if stage.action != RUN or begun is None or progress is None:
+        return
+    fields, others = _changes(stage, begun)
+    changed = [f"{key} changed {old} → {new}" for key, (old, new) in fields.items()]
+    changed += [f"its {what} changed" for what in others]
+    old_values = [
+        f"stages.{stage.name}.{key}={old if isinstance(old, str) else json.dumps(old)}"
+        for key, (old, _) in fields.items()
+    ]
+    raise RecipeError(
+        f"{stage.name} was interrupted at {progress}, and since then {', '.join(changed)} "
+        "(it resumes only with the settings, inputs and code that it was started with).",
+        f"{'undo that' if others else f'set {shlex.join(old_values)}'} to resume, "
+        f"or force=[{stage.name}] to start over",
+    )
+
+
+def _reason_to_run(stage: PlannedStage, rerun: list[str]) -> str | None:
+    manifest = read_manifest(stage.directory)
+    if manifest is None:
+        return "not run yet"
+    if manifest.fingerprint != stage.fingerprint:
+        fields, others = _changes(stage, manifest)
+        if not fields:
+            return f"{others[0]} changed"
+        key, (old, new) = next(iter(fields.items()))
+        reason = f"{key} {old} → {new}"
+        if len(reason) > REASON_CHARACTERS:
+            reason = f"{key} changed"
+        return reason if len(fields) == 1 else f"{reason} and {len(fields) - 1} more"
+    if rerun:
+        return f"after {', '.join(rerun)}"
+    # An input may have been computed again with the same fingerprint, but other content.
+    replaced = [
+        name
+        for name, ref in stage.inputs.items()
+        if (new := read_manifest(ref.directory)) is not None
+        and manifest.input_content.get(name) not in (None, new.content())
+    ]
+    return f"input {', '.join(replaced)} was replaced" if replaced else None
+
+
+def _changes(
+    stage: PlannedStage, before: Manifest
+) -> tuple[dict[str, tuple[object, object]], list[str]]:
+    """Compares a stage with an earlier start.
+
+    Returns:
+        The old and the new value of each setting that changed; and names of other changes.
+    """
+    # A setting that the earlier start did not record is new, so the code has changed as well.
+    fields = {
+        name: values
+        for key, now in result_settings(stage.config).items()
+        if key in before.config
+        for name, values in _differences(key, before.config[key], now)
+    }
+    others = [
+        f"input {name}"
+        for name, ref in stage.inputs.items()
+        if before.inputs.get(name) != ref.fingerprint
+    ]
+    if stage.code != before.code:
+        others.append("code")
+    others += [
+        f"version of {name} ({before.libraries.get(name, 'unknown')} → {version})"
+        for name, version in stage.libraries.items()
+        if before.libraries.get(name) != version
+    ]
+    # The fingerprint also covers files from outside the run.
+    return fields, others if fields or others else ["source files"]
+
+
+def _differences(
+    name: str, old: object, new: object
+) -> Iterator[tuple[str, tuple[object, object]]]:
+    """Yields the settings that differ; of mappings the single values, ``budget.parameters``."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and old.keys() == new.keys():
+        for key in new:
+            yield from _differences(f"{name}.{key}", old[key], new[key])
+    elif old != new:
+        yield name, (old, new)

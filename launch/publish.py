@@ -1,8 +1,8 @@
 """Publishes the exported student on the Hugging Face hub, after the run has passed its gates.
 
-``hub.push=ORG/NAME`` uploads the folder of ``export_hf`` with its card, the report and the
-export's manifest in one commit. The hub's client reads the token, from ``HF_TOKEN`` or ``hf auth
-login``; it is written nowhere.
+``hub.push=ORG/NAME`` uploads the folder of ``export_hf`` with its model card, the report and the
+export's manifest in one commit. The hub's client reads the token from ``HF_TOKEN`` or ``hf auth
+login``; it is never written to a file.
 """
 
 from __future__ import annotations
@@ -27,15 +27,12 @@ EXPORT, REPORTS = "export_hf", "report"
 
 
 def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> None:
-    """Refuses, before anything starts, what could not be published in the end.
+    """Refuses, before anything starts, a run that could not be published in the end.
 
     Args:
         plan: The run.
         settings: Its settings; a dry run does not contact the hub.
         follows: Whether the launcher still runs when the last stage ends.
-
-    Raises:
-        RecipeError: Nothing is exported, the launcher will have returned, or the hub denies access.
     """
     hub = settings.hub
     if hub.push is None:
@@ -55,7 +52,7 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
 
 
 def show_files(plan: Plan, hub: Hub, console: Console) -> None:
-    """Lists what would be uploaded, as far as it exists."""
+    """Lists the files that would be uploaded, as far as they exist."""
     student = _student(plan)
     if hub.push is None or student is None:
         return
@@ -69,27 +66,27 @@ def show_files(plan: Plan, hub: Hub, console: Console) -> None:
 
 
 def publish(plan: Plan, hub: Hub, console: Console) -> None:
-    """Uploads a complete run; files that the hub has already are not sent again."""
+    """Uploads a complete run; files that the hub already has are not sent again."""
     student = _student(plan)
     if hub.push is None or student is None:
         return
     from huggingface_hub import CommitOperationAdd, HfApi
 
     files = _files(plan, student)
-    _require_access(hub.push, hub.private)  # hours may have passed
-    with _explained(hub.push):
+    _require_access(hub.push, hub.private)  # again, as hours may have passed
+    with _explained_errors(hub.push):
         api = HfApi()
         api.create_repo(hub.push, private=hub.private, exist_ok=True)
-        added = [
+        operations = [
             CommitOperationAdd(name, public_text(path).encode() if name == MANIFEST else path)
             for name, path in files.items()
         ]
-        done = api.create_commit(hub.push, added, commit_message=plan.run_dir.name)
-    console.print(f"published: {done.commit_url}", highlight=False, soft_wrap=True)
+        commit = api.create_commit(hub.push, operations, commit_message=plan.run_dir.name)
+    console.print(f"published: {commit.commit_url}", highlight=False, soft_wrap=True)
 
 
 def public_file(stage: PlannedStage) -> Path | None:
-    """Returns the file of a stage that the hub and trackers get: its manifest, or the report."""
+    """Returns the file that the hub and trackers get: the export's manifest, or the report."""
     if _exports_student(stage):
         return stage.directory / MANIFEST
     if stage.config.stage == REPORTS:
@@ -102,22 +99,22 @@ def _student(plan: Plan) -> PlannedStage | None:
 
 
 def _exports_student(stage: PlannedStage) -> bool:
-    """Whether it exports what was evaluated; a run may also export its teacher."""
+    """Whether a stage exports the evaluated model; a run may also export its teacher."""
     return stage.config.stage == EXPORT and "evaluation" in stage.inputs
 
 
 def _files(plan: Plan, student: PlannedStage) -> dict[str, Path]:
-    """Returns the files to upload by their names on the hub; none before the export is complete."""
-    if student.made is None:
+    """Returns the files to upload, by their names on the hub; none if the export is incomplete."""
+    if student.result is None:
         return {}
     folder = student.directory / ARTIFACT
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    made = (public_file(stage) for stage in plan.stages if stage.made is not None)
-    return files | {file.name: file for file in made if file is not None}
+    public = (public_file(stage) for stage in plan.stages if stage.result is not None)
+    return files | {file.name: file for file in public if file is not None}
 
 
 def _require_access(repository: str, private: bool) -> None:
-    """Refuses a token that the hub does not know, and a public model that is to be private."""
+    """Refuses a token that the hub does not know, and a public model if ``private`` is set."""
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -128,14 +125,14 @@ def _require_access(repository: str, private: bool) -> None:
             f"hub.push={repository} needs a token of the hub.",
             "set HF_TOKEN to one that may write, or run hf auth login",
         )
-    with _explained(repository):
+    with _explained_errors(repository):
         api = HfApi()
         api.whoami()
         try:
-            found = api.model_info(repository)
+            model = api.model_info(repository)
         except RepositoryNotFoundError:
             return
-    if private and not found.private:
+    if private and not model.private:
         raise RecipeError(
             f"{repository} is public, and hub.private is true.",
             "set hub.private=false if everybody may see it, or push to another name",
@@ -143,7 +140,7 @@ def _require_access(repository: str, private: bool) -> None:
 
 
 @contextmanager
-def _explained(repository: str) -> Iterator[None]:
+def _explained_errors(repository: str) -> Iterator[None]:
     """Turns errors of the hub and the network into one message."""
     from huggingface_hub.errors import HfHubHTTPError
     from requests import RequestException
@@ -154,6 +151,6 @@ def _explained(repository: str) -> Iterator[None]:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise RecipeError(
             f"could not publish {repository}: {reason[-1]}",
-            "check HF_TOKEN, the name and the network; what is complete is kept, and the same "
-            "command tries again",
+            "check HF_TOKEN, the name and the network; the same command tries again and runs no "
+            "complete stage again",
         ) from error

@@ -26,7 +26,7 @@ from pydantic.fields import FieldInfo
 from launch.command_line import OPTIONAL_GROUPS, groups
 from launch.executors.docker import DockerConfig
 from launch.executors.local import LocalConfig
-from launch.executors.slurm_settings import SlurmConfig
+from launch.executors.slurm_jobs import SlurmConfig
 from launch.planned import load_stage, stage_names
 from launch.schema import CONF
 from launch.settings import RunSettings

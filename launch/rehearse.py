@@ -1,4 +1,4 @@
-"""Rehearses a recipe's stages at full size on this machine: ``rehearse=true``, or ranks."""
+"""``rehearse=true``: rehearses a recipe's stages at full size, but on fake tensors, here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.core.screen import plain_table
+from recipes.core.stage_process import tail
 from recipes.planning.chain import Chain
 from recipes.planning.problems import require_none
 from recipes.planning.published_configs import read_config_or_published
@@ -37,22 +38,26 @@ Results = list[tuple[RankJob, RehearsalResult]]
 
 
 def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Console) -> None:
-    """Rehearses stages that compute on a device, and shows their memory beside the plan's."""
+    """Rehearses the stages that compute on a device; compares their memory with the planned memory.
+
+    Raises:
+        RecipeError: A stage failed, ranks disagree, or a device has too little memory.
+    """
     ranks = _ranks(settings.rehearse)
     configs = typed_stages(cfg)
     only = set(configs) if settings.only is None else settings.only
-    wanted = [name for name in configs if name in known_stages(only, configs, "only")]
+    selected = [name for name in configs if name in known_stages(only, configs, "only")]
     chain = chain_of(cfg, settings.hf_path, configs, run_dir)
     chain = with_shapes(chain, stage_order(configs))
     stages = {name: stage_of(config) for name, config in configs.items()}
-    problems = (p for name in wanted for p in stages[name].problems(configs[name], chain))
+    problems = (p for name in selected for p in stages[name].problems(configs[name], chain))
     require_none(problems, settings.skip_rules)
     hf_config, _ = read_config_or_published(chain.hf_path)
-    jobs = jobs_of(chain, stages, wanted, hf_config, ranks)
+    jobs = jobs_of(chain, stages, selected, hf_config, ranks)
     if not jobs:
-        said = "any rank" if ranks is None else f"rank {' or '.join(map(str, ranks))}"
+        missing = "any rank" if ranks is None else f"rank {' or '.join(map(str, ranks))}"
         raise RecipeError(
-            f"there is nothing to rehearse: no stage computes on a device and has {said}.",
+            f"there is nothing to rehearse: no stage computes on a device and has {missing}.",
             "rehearse=true, and leave out only",
         )
     if settings.dry_run:
@@ -60,43 +65,44 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
             console.print(f"would rehearse {job.name}, rank {job.rank} of {job.world}")
         return
     results: Results = []
-    for job, one in zip(jobs, _run(jobs), strict=True):
-        state = "failed" if one.error else "done"
-        console.print(f"{job.name}, rank {job.rank} of {job.world}: {state} in {one.seconds:.0f} s")
-        if one.error:
-            console.print(one.error, markup=False, style="red")
-        results.append((job, one))
+    for job, result in zip(jobs, _run(jobs), strict=True):
+        console.print(
+            f"{job.name}, rank {job.rank} of {job.world}: "
+            f"{'failed' if result.error else 'done'} in {result.seconds:.0f} s"
+        )
+        if result.error:
+            console.print(result.error, markup=False, style="red")
+        results.append((job, result))
     console.print(_table(results, chain))
-    mistakes = [*mismatches(results), *too_large(results, chain)]
+    mistakes = [*mismatches(results), *memory_mistakes(results, chain)]
     for mistake in mistakes:
         console.print(mistake, markup=False, style="red")
-    failed = sum(one.error is not None for _, one in results) + len(mistakes)
-    if failed:
+    count = sum(result.error is not None for _, result in results) + len(mistakes)
+    if count:
         raise RecipeError(
-            f"the rehearsal found {failed} mistake(s); see above.",
-            "where memory is short, lower micro_batch_size or split the model over more ranks; any "
-            "other would be made on the device, too",
+            f"the rehearsal found {count} mistake(s); see above.",
+            "for lack of memory, lower micro_batch_size or split the model over more ranks; other "
+            "mistakes would also happen on the device",
         )
 
 
-def _ranks(given: object) -> list[int] | None:
-    """Ranks that were asked for; ``None`` for the usual ones."""
-    if given is True:
+def _ranks(value: object) -> list[int] | None:
+    """Parses ``rehearse``: a list of ranks, or ``None`` for one rank of each pipeline stage."""
+    if value is True:
         return None
-    listed = list(given) if isinstance(given, (list, ListConfig)) else [given]
-    if not all(type(rank) is int and rank >= 0 for rank in listed):
+    ranks = list(value) if isinstance(value, (list, ListConfig)) else [value]
+    if not all(type(rank) is int and rank >= 0 for rank in ranks):
         raise RecipeError(
-            f"rehearse={given} is not true, and no list of ranks.",
+            f"invalid rehearse={value}: must be true or a list of ranks.",
             "rehearse=true, or 'rehearse=[0,767]'",
         )
-    return listed
+    return ranks
 
 
 def _run(jobs: Sequence[RankJob]) -> Iterator[RehearsalResult]:
-    """Rehearses in another process, which is good for nothing else afterwards."""
+    """Rehearses in another process, because a rehearsal patches the libraries."""
     from pydantic import TypeAdapter  # slow to import
 
-    parse: Callable[[str], RehearsalResult] = TypeAdapter(RehearsalResult).validate_json
     with tempfile.TemporaryDirectory() as temporary:
         file, log = Path(temporary) / "jobs.json", Path(temporary) / "log"
         file.write_text(json.dumps([asdict(job) for job in jobs]), encoding="utf-8")
@@ -115,72 +121,67 @@ def _run(jobs: Sequence[RankJob]) -> Iterator[RehearsalResult]:
             done = 0
             for line in worker.stdout:
                 done += 1
-                yield parse(line)
+                yield TypeAdapter(RehearsalResult).validate_json(line)
         if done < len(jobs):
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-10:])
+            end = "\n".join(tail(log, 10))
             raise RecipeError(
-                f"the rehearsal ended early:\n{tail}",
+                f"the rehearsal ended early:\n{end}",
                 "if it was killed, free memory of this machine, or rehearse fewer: 'rehearse=[0]'",
             )
 
 
-def too_large(results: Results, chain: Chain) -> Iterator[str]:
-    """Peaks that the devices, if they are known, have no room for."""
+def memory_mistakes(results: Results, chain: Chain) -> Iterator[str]:
+    """Yields peaks that exceed the memory of the device, if its memory is known."""
     hardware = chain.hardware
-    for job, one in results:
-        held = sum(one.peak.values()) * FRAGMENTATION + hardware.reserved_bytes
-        room = hardware.memory_of_rank(job.devices)
-        if hardware.on_gpu and held > room:
+    for job, result in results:
+        needed = sum(result.peak.values()) * FRAGMENTATION + hardware.reserved_bytes
+        available = hardware.memory_of_rank(job.devices)
+        if hardware.on_gpu and needed > available:
             yield (
-                f"{job.name}: rank {job.rank} takes {held / 1e9:.1f} GB at its peak, but a "
-                f"{hardware.name} has {room / 1e9:.1f} GB"
+                f"{job.name}: rank {job.rank} takes {needed / 1e9:.1f} GB at its peak, but a "
+                f"{hardware.name} has {available / 1e9:.1f} GB"
             )
 
 
 def _table(results: Results, chain: Chain) -> Table:
-    """Peak memory by kind: as rehearsed / as planned."""
     title = "Memory at the peak, GB: rehearsed / planned"
     table = plain_table(title, "stage", "rank", *KINDS, "total", "difference")
-    for job, one in results:
-        if one.error:
+    for job, result in results:
+        if result.error:
             continue
-        plan = planned(job, chain)
-        peak = by_kind(one, plan)
-        if plan is None:
-            cells = [f"{peak[kind] / 1e9:.2f}" for kind in KINDS]
-            rest = [f"{sum(peak.values()) / 1e9:.2f}", ""]
-        else:
-            cells = [_both(peak[kind], getattr(plan, kind)) for kind in KINDS]
-            total, thought = sum(peak.values()), sum(getattr(plan, kind) for kind in KINDS)
-            rest = [_both(total, thought), f"{total / thought - 1:+.0%}"]
-        row = [job.name, f"{job.rank}", *cells, *rest]
-        table.add_row(*map(escape, row))
+        plan = planned_memory(job, chain)
+        peak = peak_by_kind(result, plan)
+        cells = {kind: f"{peak[kind] / 1e9:.2f}" for kind in KINDS}
+        total, difference = sum(peak.values()), ""
+        cells["total"] = f"{total / 1e9:.2f}"
+        if plan is not None:
+            planned = {kind: getattr(plan, kind) for kind in KINDS}
+            planned["total"] = sum(planned.values())
+            cells = {kind: f"{cell} / {planned[kind] / 1e9:.2f}" for kind, cell in cells.items()}
+            difference = f"{total / planned['total'] - 1:+.0%}"
+        table.add_row(*map(escape, (job.name, f"{job.rank}", *cells.values(), difference)))
     return table
 
 
-def by_kind(one: RehearsalResult, plan: Memory | None) -> dict[str, int]:
-    """Bytes at the peak of every kind that a plan knows."""
-    peak = {kind: one.peak.get(kind, 0) for kind in KINDS}
-    if plan and plan.teacher and not plan.weights:  # a model that only reads is the teacher
+def peak_by_kind(result: RehearsalResult, plan: Memory | None) -> dict[str, int]:
+    """Returns the bytes at the peak of every kind of tensor that a plan distinguishes."""
+    peak = {kind: result.peak.get(kind, 0) for kind in KINDS}
+    if plan and plan.teacher and not plan.weights:  # the only model, not trained, is the teacher
         peak["teacher"], peak["weights"] = peak["weights"], 0
     return peak
 
 
-def _both(rehearsed: float, plan: float) -> str:
-    return f"{rehearsed / 1e9:.2f} / {plan / 1e9:.2f}"
-
-
-def planned(job: RankJob, chain: Chain) -> Memory | None:
-    """What the planner says of a job's pipeline stage; ``None`` where it has no model of it."""
-    spec = load_stage(job.stage)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(spec.config), job.config))
+def planned_memory(job: RankJob, chain: Chain) -> Memory | None:
+    """Returns the planned memory of a rank; ``None`` for stages that the planner does not cover."""
+    stage = load_stage(job.stage)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(stage.config), job.config))
     chain = replace(chain, hardware=replace(chain.hardware, kind="gpu"))
-    if spec.inference_cost is not None:
-        return spec.inference_cost(config, chain).memory
-    if spec.workload is None:
+    if stage.inference_cost is not None:
+        return stage.inference_cost(config, chain).memory
+    if stage.workload is None:
         return None
-    workload = spec.workload(config, chain)
-    if (student := job.inputs.get("student")) is not None:  # a halving's is no stage's
+    workload = stage.workload(config, chain)
+    if (student := job.inputs.get("student")) is not None:  # of a search, not of another stage
         workload = replace(workload, trained=Architecture(**student.shape))
-    stage = job.rank // (job.world // workload.layout.pipeline)
-    return stage_memory(workload, chain.hardware, stage)
+    pipeline_stage = job.rank // (job.world // workload.layout.pipeline)
+    return stage_memory(workload, chain.hardware, pipeline_stage)

@@ -1,7 +1,7 @@
-"""``rounds=N``: prunes and distils N times as one chain, each time from the last student.
+"""``rounds=N``: prunes and distils N times in one chain, each time from the previous student.
 
-A recipe's own stages are those of the last round. Earlier rounds copy them, with their own model,
-scores and sizes. All rounds learn from the same teacher.
+The recipe's own stages form the last round. Earlier rounds have copies of them, ``prune_1`` and so
+on, with other inputs and sizes. All rounds distil from the same teacher.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from recipes.core.errors import RecipeError
 
 REPEATED = ("prune", "distill", "score")
 HEAL = "heal"
-"""Repeated in recipes that have it."""
+"""Optional stage, which is also repeated."""
 EARLIER_ROUND = re.compile(rf"stages\.({'|'.join((*REPEATED, HEAL))})_\d+\.")
-"""Starts an override of a stage of an earlier round."""
+"""Matches the start of an override for a stage of an earlier round."""
 
 
-def in_rounds(cfg: DictConfig) -> Mapping[str, Any]:
-    """Returns the stage nodes of a composed config, with those of earlier rounds."""
+def with_rounds(cfg: DictConfig) -> Mapping[str, Any]:
+    """Returns the stage nodes of a composed config and their copies for earlier rounds."""
     stages: dict[str, Any] = {str(name): node for name, node in cfg.stages.items()}
     rounds = cfg.get("rounds", 1)
     if rounds == 1:

@@ -13,28 +13,28 @@ from functools import partial
 from pathlib import Path
 
 
-def interrupted_by(handler: Callable[..., object]) -> None:
-    """Sets what Ctrl-C and SIGTERM do; what ignores one, such as ``nohup``, goes on doing so."""
+def on_interrupt(handler: Callable[..., object]) -> None:
+    """Sets the handler of Ctrl-C and SIGTERM, except where ``nohup`` or a shell ignores them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
 
 
-def leave(*_: object) -> None:
-    """Ends at once: an exception would show where an import was, or be lost in it."""
+def exit_now(*_: object) -> None:
+    """Exits without an exception, which an import could swallow or show as a traceback."""
     os.write(1, b"interrupted\n")
     os._exit(130)
 
 
 if __name__ == "__main__":
-    interrupted_by(leave)
-# `python launch/run.py` puts only launch/ on the path; the repository is what holds the packages.
+    on_interrupt(exit_now)
+# `python launch/run.py` puts launch/ on the path, but the packages are in its parent.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if importlib.util.find_spec("hydra") is None:
     sys.exit(
-        f"error: {sys.executable} has not what recipes need.\n"
-        "  fix: source .venv/bin/activate; make install makes it if it is not there"
+        f"error: the recipes' dependencies are not installed for {sys.executable}.\n"
+        "  fix: source .venv/bin/activate; if that does not exist, make install creates it"
     )
 
 import hydra
@@ -44,18 +44,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from launch import commands, lock, schema, time_left
+from launch import commands, lock, schema
 from launch import console as view
 from launch.command_line import help_text, hydra_words
-from launch.executor import executor_of
+from launch.executors import executor_of
 from launch.hydra_errors import explain
-from launch.judge import require_gates
 from launch.plan import Plan, make_plan
-from launch.planned import PlannedStage
+from launch.planned import SKIP, PlannedStage
+from launch.progress import Follower, run_estimate
 from launch.publish import public_file, publish, require_publishable, show_files
 from launch.rehearse import rehearse
 from launch.settings import RunSettings, settings_of
-from launch.staleness import SKIP
 from launch.sweep import require_separate_results
 from launch.trackers import Tracker, open_tracker, require_tracker, tracked_run
 from recipes.core.errors import RecipeError
@@ -68,7 +67,7 @@ console = screen()
 
 @hydra.main(version_base="1.3", config_path=str(schema.CONF), config_name="config")
 def main(cfg: DictConfig) -> Path | None:
-    """Composes, plans, runs; returns what ``run`` does, which a sweep asks for."""
+    """Runs one config; returns the run's directory, which Hydra passes to a sweep's callback."""
     recipe = HydraConfig.get().runtime.choices.get("recipe")
     if recipe is None:
         view.print_recipes(schema.recipes(), console)
@@ -77,25 +76,29 @@ def main(cfg: DictConfig) -> Path | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             require_separate_results(cfg, sys.argv[1:])
         return run(cfg, recipe)
-    except RecipeError as error:  # past Hydra, which would print the overrides first
+    except RecipeError as error:  # Hydra would print the overrides before the message
         raise SystemExit(_fail(error)) from error
 
 
 def run(cfg: DictConfig, recipe: str) -> Path | None:
-    """Plans and runs a composed config; a ``RecipeError`` is what the user can fix.
+    """Plans and runs a composed config.
 
-    Returns the run's directory, if it was more than planned.
+    Returns:
+        The run's directory; ``None`` if nothing was to be started.
+
+    Raises:
+        RecipeError: The user has to change something; nothing that is complete is lost.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     settings = settings_of(cfg)
     run_dir = _run_dir(settings, recipe)
     if settings.rehearse is not False:
         rehearse(cfg, settings, run_dir, console)
         return None
-    before = _last_plan_of(run_dir, recipe)
+    before = _last_plan(run_dir, recipe)
     require_tracker(settings.tracker_name)
     executor, cluster = executor_of(cfg.cluster)
-    if settings.tracker_name is not None and not executor.follows(cluster):
+    if settings.tracker_name is not None and not cluster.follow:
         raise RecipeError(
             f"tracker={settings.tracker_name} is fed by the launcher, which returns once the jobs "
             "are submitted.",
@@ -104,35 +107,34 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     plan = executor.prepare(make_plan(cfg, settings, run_dir), cluster)
     view.print_plan(plan, console)
     view.print_notes(plan, set(settings.skip_rules), console)
-    to_do = any(stage.action != SKIP for stage in plan.stages)
-    require_publishable(plan, settings, not to_do or executor.follows(cluster))
-    ended = not settings.dry_run
-    with _recorded(plan, before, settings.dry_run) as holding:
-        if holding is not None:
+    complete = all(stage.action == SKIP for stage in plan.stages)
+    require_publishable(plan, settings, complete or cluster.follow)
+    with _recorded(plan, before, settings.dry_run) as set_stage:
+        if set_stage is not None:
             executor.write_scripts(plan, cluster)
-        if holding is not None and not settings.dry_run:
+        if set_stage is not None and not settings.dry_run:
             with open_tracker(tracked_run(cfg, run_dir, recipe)) as tracker:
-                follow = partial(_follow, tracker, holding, plan)
-                ended = executor.start(plan, cluster, follow, console)
+                follow = partial(_follow, tracker, set_stage, plan)
+                complete = executor.start(plan, cluster, follow, console)
     if settings.dry_run:
         console.print(f"dry run: configs and scripts are in {run_dir}; nothing was started")
         show_files(plan, settings.hub, console)
-    elif ended:
+        return None
+    if complete:
         view.print_tables(plan, console)
-        view.print_summary(plan, time.monotonic() - began, console)
-        require_gates(plan, console)
+        view.print_summary(plan, time.monotonic() - start_time, console)
+        view.require_gates(plan, console)
         publish(plan, settings.hub, console)
-    return None if settings.dry_run else run_dir
+    return run_dir
 
 
 @contextmanager
 def _follow(
-    tracker: Tracker, holding: lock.Holding, plan: Plan, stage: PlannedStage
-) -> Iterator[view.Follower]:
-    """Shows a stage's progress, gives it to the tracker, and says that it is the one that runs."""
-    holding.works_on(stage.name)
-    left = time_left.of_run(plan, stage)
-    with view.Follower(stage, console, tracker.stage(stage.name), left) as follower:
+    tracker: Tracker, set_stage: lock.SetStage, plan: Plan, stage: PlannedStage
+) -> Iterator[Follower]:
+    """Shows a stage's progress, sends it to the tracker, and records that the stage runs."""
+    set_stage(stage.name)
+    with Follower(stage, console, tracker.stage(stage.name), run_estimate(plan, stage)) as follower:
         yield follower
     tracker.finish(stage.name, stage.directory, public_file(stage))
 
@@ -149,8 +151,8 @@ def _run_dir(settings: RunSettings, recipe: str) -> Path:
     return Path("runs", recipe).resolve()
 
 
-def _last_plan_of(run_dir: Path, recipe: str) -> LastPlan:
-    """Returns how a run was planned last; refuses a run of another recipe."""
+def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
+    """Returns the last plan of a run; refuses a run of another recipe."""
     last = read_last_plan(run_dir)
     if last is not None and last.recipe != recipe:
         raise RecipeError(
@@ -161,24 +163,26 @@ def _last_plan_of(run_dir: Path, recipe: str) -> LastPlan:
 
 
 @contextmanager
-def _recorded(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.Holding | None]:
-    """Records a plan in its run's directory; yields the lock if any stage is to be started.
+def _recorded(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.SetStage | None]:
+    """Writes a plan to its run's directory; if a stage must run, yields while it holds the lock.
 
-    Requests are written of stages that start, or that were planned with other settings since.
-    Work of complete stages is deleted: they were killed before they could do so. Nothing is written
-    where all is as it was.
+    Writes the requests of stages that will run or whose fingerprint changed since the last plan.
+    Deletes unfinished work of complete stages, which a kill left. Without changes writes nothing.
+
+    Yields:
+        What records the running stage in the lock; ``None`` if no stage must run.
     """
-    known = dict(before.stages) | {stage.name: stage.fingerprint for stage in plan.stages}
-    last = LastPlan(before.recipe, {name: known.get(name) for name in plan.chain.stages})
-    complete = [stage.state() for stage in plan.stages if stage.action == SKIP and not dry_run]
-    leftovers = [state.directory for state in complete if state.leftover]
+    fingerprints = dict(before.stages) | {stage.name: stage.fingerprint for stage in plan.stages}
+    last = LastPlan(before.recipe, {name: fingerprints.get(name) for name in plan.chain.stages})
+    skipped = [stage.state() for stage in plan.stages if stage.action == SKIP and not dry_run]
+    leftovers = [state.directory for state in skipped if state.leftover]
     starts = any(stage.action != SKIP for stage in plan.stages)
     if not starts and not leftovers and last == before:
         yield None
         return
     with explain_storage_errors(plan.run_dir):
         plan.run_dir.mkdir(parents=True, exist_ok=True)
-        with lock.held(plan.run_dir) as holding:
+        with lock.acquire(plan.run_dir) as set_stage:
             for stage in plan.stages:
                 if stage in plan.todo() or before.stages.get(stage.name) != stage.fingerprint:
                     stage.request().write(stage.directory)
@@ -188,25 +192,25 @@ def _recorded(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.Hold
                     discard_work(folder)
                 for folder in (plan.run_dir, *(stage.directory for stage in plan.todo())):
                     remove_partial(folder)
-            yield holding if starts else None
+            yield set_stage if starts else None
 
 
 def cli() -> int:
-    """Runs ``main`` and turns every expected failure into one message and an exit status."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the message is ours
+    """Runs a command line; turns every expected error into one message and an exit status."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     words = sys.argv[1:]
     try:
-        interrupted_by(signal.default_int_handler)  # from now on it stops what was started
+        on_interrupt(signal.default_int_handler)  # KeyboardInterrupt, which stops the stages
         if {"-h", "--help"} & set(words):
             console.print(help_text(), markup=False, soft_wrap=True)
-        elif commands.is_command(words):
-            return commands.run(words, console)
+        elif (status := commands.run(words, console)) is not None:
+            return status
         elif any(word.startswith("-") for word in words):
             sys.argv[1:] = hydra_words(words)
             schema.register()
             main()  # with Hydra's flags, such as -m and --cfg
         else:
-            main(schema.compose(*words))  # which Hydra's main does twice
+            main(schema.compose(*words))  # faster: Hydra's main composes twice
     except KeyboardInterrupt:
         console.print("interrupted; the same command resumes")
         return 130

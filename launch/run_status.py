@@ -1,21 +1,26 @@
-"""What has become of each stage of a run, by its files, its launcher's lock and Slurm's queue."""
+"""The status of each stage of a run, from its files, the run's lock and Slurm's queue."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch import lock
 from launch.executors.slurm_queue import (
-    ENDED_BY_SLURM,
+    STATE_REASONS,
     JobState,
     SlurmJob,
     final_state,
     job_states,
     read_jobs,
 )
-from launch.time_left import in_words, planned_seconds, run_left, seconds_left
+from launch.progress import (
+    format_seconds,
+    planned_seconds,
+    remaining_run_seconds,
+    remaining_seconds,
+)
 from recipes.core.manifest import Manifest
 from recipes.core.run_state import StageState, Status, read_last_plan, stage_states
 from recipes.core.stage_process import failure, newest_log
@@ -23,7 +28,7 @@ from recipes.core.stage_process import failure, newest_log
 
 @dataclass(frozen=True)
 class StageStatus:
-    """A stage's status, what there is to say about it, and its Slurm job, if it had one."""
+    """A stage's status, details for the user, and its Slurm job, if it had one."""
 
     state: StageState
     status: Status
@@ -49,31 +54,30 @@ def read_statuses(run_dir: Path) -> list[StageStatus]:
     """
     jobs = read_jobs(run_dir)
     queue = job_states(jobs.values())
-    holder = lock.holder(run_dir)
+    holder = lock.read_holder(run_dir)
     plan = read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
     statuses = []
     for name, state in stage_states(run_dir, also=jobs).items():
         job = jobs.get(name)
-        statuses.append(
-            _at_work(state, job, queue, holder)
-            or _ended(state, job if job and job.fingerprint == planned.get(name) else None, queue)
-        )
+        queued = queue.get(job.id) if job else None
+        status = _active_status(state, job, queued, holder)
+        if status is None:
+            current = job if job and job.fingerprint == planned.get(name) else None
+            status = _ended_status(state, current, queued)
+        statuses.append(status)
     return statuses
 
 
-def _at_work(
-    state: StageState,
-    job: SlurmJob | None,
-    queue: Mapping[str, JobState],
-    holder: lock.Holder | None,
+def _active_status(
+    state: StageState, job: SlurmJob | None, queued: JobState | None, holder: lock.Holder | None
 ) -> StageStatus | None:
-    """The status of a stage that runs, or will; ``None`` of any other."""
-    name, queued = state.directory.name, queue.get(job.id) if job else None
+    """Returns the status of a stage that runs or waits; ``None`` for any other stage."""
+    name = state.directory.name
     if queued and queued.active:
         if queued.state == "PENDING":
-            why = queued.reason if queued.reason not in ("", "None") else "is about to start"
-            return StageStatus(state, Status.PENDING, _with_progress(state, why), job)
+            reason = queued.reason if queued.reason not in ("", "None") else "is about to start"
+            return StageStatus(state, Status.PENDING, _with_progress(state, reason), job)
         limit = f"{queued.time_left} to its limit on {queued.nodes}"
         return StageStatus(state, Status.RUNNING, _with_progress(state, limit), job)
     if holder and holder.stage == name:
@@ -83,53 +87,52 @@ def _at_work(
     return None
 
 
-def _ended(state: StageState, job: SlurmJob | None, queue: Mapping[str, JobState]) -> StageStatus:
-    """The status of a stage that nothing works on."""
+def _ended_status(state: StageState, job: SlurmJob | None, queued: JobState | None) -> StageStatus:
+    """Returns the status of a stage that neither runs nor waits."""
     if state.status is Status.COMPLETE and state.result is not None:
         return StageStatus(state, Status.COMPLETE, f"{state.result.seconds:.0f} s", job)
     if state.status is Status.STOPPED:
         return StageStatus(state, Status.STOPPED, state.error, job)
-    queued = queue.get(job.id) if job else None
-    by_slurm = (queued.state if queued else final_state(job)) or "" if job else ""
-    if by_slurm.startswith("CANCELLED"):
+    job_state = (queued.state if queued else final_state(job)) or "" if job else ""
+    if job_state.startswith("CANCELLED"):
         return StageStatus(state, Status.CANCELLED, "the same command submits it again", job)
-    if why := ENDED_BY_SLURM.get(by_slurm.rstrip("+")):
-        return StageStatus(state, Status.FAILED, f"{by_slurm}: {why}", job)
+    if reason := STATE_REASONS.get(job_state.rstrip("+")):
+        return StageStatus(state, Status.FAILED, f"{job_state}: {reason}", job)
     log = newest_log(state.directory)
     if state.error or (job and log and log.stem == job.id):
         status = state.status if state.error else Status.FAILED
-        said = (by_slurm, failure(state.directory, log))
-        return StageStatus(state, status, ": ".join(filter(None, said)), job)
+        parts = (job_state, failure(state.directory, log))
+        return StageStatus(state, status, ": ".join(filter(None, parts)), job)
     if job:
-        # With --kill-on-invalid-dep Slurm removes what waits for a job that failed, and forgets it.
-        note = "its job never started: cancelled, or a stage before it did not succeed"
-        return StageStatus(state, Status.CANCELLED, note, job)
+        # When a job fails, Slurm removes the jobs that depend on it, and forgets them.
+        detail = "its job never started: cancelled, or a stage before it failed"
+        return StageStatus(state, Status.CANCELLED, detail, job)
     if state.status is Status.INTERRUPTED:
         return StageStatus(state, state.status, _with_progress(state))
-    other = "its result is of other settings, inputs or code" if state.result else ""
-    return StageStatus(state, state.status, other)
+    detail = "its result has other settings, inputs or code" if state.result else ""
+    return StageStatus(state, state.status, detail)
 
 
-def _with_progress(state: StageState, note: str = "") -> str:
-    return "; ".join(filter(None, (progress(state), note)))
+def _with_progress(state: StageState, detail: str = "") -> str:
+    return "; ".join(filter(None, (progress_text(state), detail)))
 
 
-def progress(state: StageState) -> str:
-    """How far a stage is and how long it will still take, by its records; empty without any."""
+def progress_text(state: StageState) -> str:
+    """Returns a stage's last progress and its remaining time; empty without progress."""
     records = state.progress()
     if not records:
         return ""
-    last, left = records[-1], seconds_left(records)
+    last, left = records[-1], remaining_seconds(records)
     text = f"{last['task']} {last['done']}/{last['total']}"
-    return f"{text}, {in_words(left)} left" if left else text
+    return f"{text}, {format_seconds(left)} left" if left else text
 
 
 def time_left(run_dir: Path, statuses: Sequence[StageStatus]) -> float | None:
-    """Seconds that a run will still take; ``None`` if it is complete or has no plan."""
+    """Returns how many seconds a run will still take; ``None`` if it is complete or unplanned."""
     spent = {stage.name: stage.result.seconds for stage in statuses if stage.result}
     ahead: dict[str, float | None] = {}
     for stage in statuses:
         if not stage.result:
             records = stage.state.progress() if stage.state.begun else []
-            ahead[stage.name] = seconds_left(records) if records else None
-    return run_left(planned_seconds(run_dir), spent, ahead)
+            ahead[stage.name] = remaining_seconds(records) if records else None
+    return remaining_run_seconds(planned_seconds(run_dir), spent, ahead)

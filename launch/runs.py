@@ -1,11 +1,11 @@
-"""``python launch/run.py runs [DIR]`` lists runs, ``runs clean RUN`` deletes what nothing needs."""
+"""``python launch/run.py runs [DIR]`` lists runs; ``runs clean RUN`` deletes runs."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,19 +23,20 @@ from recipes.core.screen import plain_table
 from recipes.report.runs import RunRecord, find_runs, read_run
 
 ROOT = Path("runs")
-PLACES = ("*", "sweeps/*/*")
-"""Patterns of runs below it."""
+RUN_PATTERNS = ("*", "sweeps/*/*")
+"""Patterns of run directories in ``ROOT``."""
 YES = "--yes"
-AGES = (("days", 86400), ("h", 3600), ("min", 60))
-NOT_COMPLETE = (
+AGE_UNITS = (("days", 86400), ("h", 3600), ("min", 60))
+"""Units with their seconds."""
+INCOMPLETE = (
     *(Status.RUNNING, Status.FAILED, Status.HUNG),
     *(Status.STOPPED, Status.INTERRUPTED, Status.PENDING),
 )
-"""Statuses of a stage that a run is reported to be at, the most important first."""
+"""Statuses of a stage that are shown for its run, the most important first."""
 
 
 def runs(words: Sequence[str], console: Console) -> int:
-    """Lists the runs of a directory, or deletes those that are named after ``clean``."""
+    """Lists the runs of a directory, or deletes the runs that follow ``clean``."""
     if list(words[:1]) == ["clean"]:
         _clean([word for word in words[1:] if word != YES], YES in words, console)
         return 0
@@ -44,42 +45,41 @@ def runs(words: Sequence[str], console: Console) -> int:
             f"runs does not know '{' '.join(words)}'.", "runs [DIR], or runs clean RUN"
         )
     root = Path(*words) if words else ROOT
-    table = plain_table(
-        str(root), "run", "recipe", "state", "quality", "speed", "parameters", "disk", "age"
-    )
-    for path in (found := list(_below(root))):
-        table.add_row(*map(escape, _row(path, root)))
-    if not found:
+    paths = _find_runs(root)
+    if not paths:
         raise RecipeError(f"there is no run in {root.resolve()}.", "runs DIR")
+    columns = ("run", "recipe", "state", "quality", "speed", "parameters", "disk", "age")
+    table = plain_table(str(root), *columns)
+    for path in paths:
+        table.add_row(*map(escape, _row(path, root)))
     console.print(table)
     return 0
 
 
-def _below(root: Path) -> Iterator[Path]:
-    for place in PLACES:
-        yield from (file.parent for file in sorted(root.glob(f"{place}/{RUN_FILE}")))
+def _find_runs(root: Path) -> list[Path]:
+    files = (sorted(root.glob(f"{pattern}/{RUN_FILE}")) for pattern in RUN_PATTERNS)
+    return [file.parent for group in files for file in group]
 
 
 def _row(path: Path, root: Path) -> tuple[str, ...]:
     name, disk, age = str(path.relative_to(root)), f"{_size(path) / 1e9:.2f} GB", _age(path)
     try:
         record, state = read_run(path), _state(read_statuses(path.resolve()))
-    except RecipeError:  # of one run, which hides no other
+    except RecipeError:  # the other runs are still listed
         return name, "", "unreadable: see status", "", "", "", disk, age
-    made = record.exported
-    parameters = f"{made.parameters / 1e6:.1f} M" if made and made.parameters else ""
+    exported = record.exported
+    parameters = f"{exported.parameters / 1e6:.1f} M" if exported and exported.parameters else ""
     quality = _headline(record, "eval_results", "search_results")
     speed = _headline(record, "speed_results")
     return name, record.recipe, state, quality, speed, parameters, disk, age
 
 
 def _headline(record: RunRecord, *kinds: str) -> str:
-    return next((headline(found) for kind in kinds if (found := record.find(kind))), "")
+    return next((headline(result) for kind in kinds if (result := record.find(kind))), "")
 
 
 def _state(stages: Sequence[StageStatus]) -> str:
-    """Says at which stage a run is, or ended."""
-    for status in NOT_COMPLETE:
+    for status in INCOMPLETE:
         for stage in stages:
             if stage.status is status:
                 return f"{status} at {stage.name}"
@@ -88,17 +88,16 @@ def _state(stages: Sequence[StageStatus]) -> str:
 
 
 def _age(path: Path) -> str:
-    """Time since a stage was last completed, or since the run was planned."""
+    """Returns the time since the run was planned, or since its last stage was completed."""
     newest = max(file.stat().st_mtime for file in (path / RUN_FILE, *path.glob(f"*/{MANIFEST}")))
-    seconds = time.time() - newest
-    for unit, length in AGES:
-        if seconds >= length:
-            return f"{seconds // length:.0f} {unit}"
-    return "now"
+    age = time.time() - newest
+    return next(
+        (f"{age // length:.0f} {unit}" for unit, length in AGE_UNITS if age >= length), "now"
+    )
 
 
 def _size(path: Path) -> int:
-    """Bytes of a folder's files; a file with several names counts once."""
+    """Returns the bytes of a folder's files; hard links to one file count once."""
     sizes = {}
     for folder, _, names in os.walk(path):
         for name in names:
@@ -108,54 +107,55 @@ def _size(path: Path) -> int:
 
 
 def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
-    """Deletes runs, except stages that other runs have as inputs; only shows them at first."""
+    """Deletes runs, but not stages that other runs need; without ``--yes`` only lists them."""
     if not names:
         raise RecipeError(
             "which runs?", f"runs clean RUN1 RUN2, by the names that runs lists; {YES}"
         )
     chosen = find_runs(ROOT / name if (ROOT / name).is_dir() else Path(name) for name in names)
     for path in chosen:
-        if lock.holder(path) or active_jobs(path):
+        if lock.read_holder(path) or active_jobs(path):
             fix = f"python launch/run.py cancel run_dir={path}"
             raise RecipeError(f"{path} is being run.", fix)
-    needed = {stage: run for run in _others(chosen) for stage in _inputs(run)}
-    deletable = [folder for path in chosen for folder in _unneeded(path, needed)]
-    table = plain_table("clean", "folder", "disk", "")
+    needed = _inputs_of_other_runs(chosen)
     rows = {stage: f"kept for {run}" for stage, run in needed.items() if stage.parent in chosen}
+    deletable = [folder for run in chosen for folder in _deletable(run, needed)]
     rows |= dict.fromkeys(deletable, "deleted" if confirmed else "")
+    table = plain_table("clean", "folder", "disk", "")
     for folder, note in rows.items():
         table.add_row(str(folder), f"{_size(folder) / 1e9:.2f} GB", note)
     console.print(table)
     if not confirmed:
-        console.print(f"nothing was deleted; {YES} deletes what has no remark")
+        console.print(f"nothing was deleted; {YES} deletes the folders without a remark")
         return
     with ExitStack() as locks:
         for path in chosen:
-            locks.enter_context(lock.held(path))
+            locks.enter_context(lock.acquire(path))
         for folder in deletable:
             _delete(folder)
 
 
-def _unneeded(run: Path, needed: Collection[Path]) -> list[Path]:
+def _delete(folder: Path) -> None:
+    """Deletes manifests first: if this is killed, nothing that remains looks complete."""
+    for manifest in (*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")):
+        manifest.unlink()
+    shutil.rmtree(folder)
+
+
+def _deletable(run: Path, needed: Collection[Path]) -> list[Path]:
     """Returns a whole run, or its stages that no other run needs."""
     stages = [folder for folder in sorted(run.iterdir()) if folder.is_dir()]
-    free = [folder for folder in stages if folder not in needed]
-    return free if len(free) < len(stages) else [run]
+    unneeded = [folder for folder in stages if folder not in needed]
+    return unneeded if len(unneeded) < len(stages) else [run]
 
 
-def _others(chosen: Sequence[Path]) -> set[Path]:
-    """Returns the runs that stay, of those in ``runs`` and beside the chosen ones."""
-    places: Iterable[Path] = {ROOT.resolve(), *(path.parent for path in chosen)}
-    return {run.resolve() for place in places for run in _below(place)} - set(chosen)
+def _inputs_of_other_runs(chosen: Sequence[Path]) -> dict[Path, Path]:
+    """Returns stage directories that other runs, here or in ``runs``, need; with such a run."""
+    roots = {ROOT.resolve(), *(path.parent for path in chosen)}
+    others = {run.resolve() for root in roots for run in _find_runs(root)} - set(chosen)
+    return {stage: run for run in others for stage in _inputs(run)}
 
 
 def _inputs(run: Path) -> Iterator[Path]:
     for file in run.glob(f"*/{REQUEST}"):
         yield from (ref.directory for ref in read_request(file.parent).inputs.values())
-
-
-def _delete(folder: Path) -> None:
-    """Deletes manifests first: after a kill, nothing that remains looks complete."""
-    for manifest in (*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")):
-        manifest.unlink()
-    shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""The config: the schema of each stage, composition, and the list of recipes."""
+"""Composes configs with Hydra, and lists the recipes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from launch.command_line import hydra_words
-from launch.machine import SLURM
 from launch.planned import load_stage, stage_names
 from recipes.core.files import REPO_ROOT
 from recipes.planning.hardware import cpu_profile
@@ -30,12 +29,12 @@ def register() -> None:
 
 
 def _cpu(name: str, *, _root_: DictConfig) -> Any:
-    """Returns a value of this machine's CPU profile, or of any CPU's for jobs on other nodes."""
-    return cpu_profile(name, here=OmegaConf.select(_root_, "cluster.executor") != SLURM)
+    """Returns a value of this machine's CPU profile; or any CPU's, for Slurm's nodes."""
+    return cpu_profile(name, here=OmegaConf.select(_root_, "cluster.executor") != "slurm")
 
 
 def compose(*words: str) -> DictConfig:
-    """Composes a config from the words of a command line, such as in a notebook."""
+    """Composes a config from the words of a command line."""
     register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("config", hydra_words(words), return_hydra_config=True)

@@ -52,7 +52,7 @@ class RunSettings:
     skip_rules: list[Annotated[str, one_of(*RULES)]] = field(default_factory=list)
     """Rules whose errors do not stop the run."""
     force: list[str] = field(default_factory=list)
-    """Stages to run again, with those that follow."""
+    """Stages to run again, with the stages that depend on them."""
     only: list[str] | None = None
     """Runs only these stages; their inputs must be complete."""
     hub: Hub = field(default_factory=Hub)
@@ -67,11 +67,7 @@ class RunSettings:
 
     @property
     def hf_path(self) -> str:
-        """The teacher.
-
-        Raises:
-            RecipeError: None is set.
-        """
+        """The teacher; raises ``RecipeError`` if none is set."""
         if not self.model.hf_path:
             raise RecipeError("no model is set.", "model=NAME or model.hf_path=DIR_OR_HUB_ID")
         return self.model.hf_path
@@ -86,19 +82,17 @@ def settings_of(cfg: DictConfig) -> RunSettings:
     for group in ("model", "stages", "hardware", "cluster", "hub"):
         if not isinstance(cfg.get(group), DictConfig):
             raise RecipeError(f"{group}={cfg.get(group)} is not a group.", f"leave out {group}")
-    names = (part.name for part in fields(RunSettings))
+    root: dict[str, Any] = {}
     try:
-        root = {name: _plain(cfg[name]) for name in names if name in cfg}
+        for name in (part.name for part in fields(RunSettings) if part.name in cfg):
+            value = cfg[name]  # interpolations are resolved here, where they find the whole config
+            container = OmegaConf.is_config(value)
+            root[name] = OmegaConf.to_container(value, resolve=True) if container else value
         root["tracker"] = root.get("tracker") or {}
     except OmegaConfBaseException as error:
-        said = f"{error.full_key}: {str(error).splitlines()[0]}."
-        raise RecipeError(said, SHOW_FIELDS) from error
+        message = f"{error.full_key}: {str(error).splitlines()[0]}."
+        raise RecipeError(message, SHOW_FIELDS) from error
     for name in ("skip_rules", "force", "only", "gates"):
         if not isinstance(root.get(name), list | None):
             root[name] = [root[name]]
     return as_typed(RunSettings, OmegaConf.create(root))
-
-
-def _plain(value: Any) -> Any:
-    """Returns a value with its interpolations resolved, which need the rest of the config."""
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

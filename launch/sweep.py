@@ -1,4 +1,4 @@
-"""Sweeps (``-m``): checks that runs do not share results, and names the best run at the end."""
+"""Sweeps (``-m``): checks that runs do not share results, and names the best run in the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recipes.core.screen import screen
 
 SHARED = {
     "run_dir": "hydra.sweep.dir=DIR, in which each has a folder",
-    "hub.push": "name each by what is swept: 'hub.push=ORG/NAME-${stages.prune.target_num_layers}'",
+    "hub.push": "include the swept field: 'hub.push=ORG/NAME-${stages.prune.target_num_layers}'",
 }
 """Settings that must differ between the runs of a sweep, and how to make them differ."""
 
@@ -44,23 +44,23 @@ class Best(Callback):
         self._runs: list[Path] = []
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **more: Any) -> None:
-        """Collects the run's directory, unless it was only planned."""
+        """Collects the directory that ``main`` returned; a dry run returns none."""
         if job_return.status is JobStatus.COMPLETED and job_return.return_value is not None:
             self._runs.append(job_return.return_value)
 
     def on_multirun_end(self, config: DictConfig, **more: Any) -> None:
-        """Prints which run is best."""
+        """Prints the best run."""
         if len(self._runs) > 1:
             screen().print(best_of(self._runs), markup=False)
 
 
 def best_of(run_dirs: Sequence[Path]) -> str:
-    """Returns which run is best, if they are evaluated, and the command that compares them."""
+    """Returns text with the best run, if two are evaluated, and the command that compares them."""
     from recipes.report.compare import comparison, verdict
     from recipes.report.runs import read_run
 
-    places = shlex.join(os.path.relpath(path) for path in run_dirs)
-    command = f"python launch/run.py compare {places}"
+    paths = shlex.join(os.path.relpath(path) for path in run_dirs)
+    command = f"python launch/run.py compare {paths}"
     try:
         rows = comparison([read_run(path) for path in run_dirs])["rows"]
     except RecipeError:

@@ -1,7 +1,7 @@
-"""Experiment trackers: parameters, every record that a stage writes, and its final results.
+"""Experiment trackers get a run's settings, every record of its stages, and their final results.
 
-The launcher feeds a tracker from each stage's ``metrics.jsonl``. A stage knows of no tracker, and
-its own record stays whole whatever happens to one.
+The launcher reads the records from each stage's ``metrics.jsonl``. Stages do not know the tracker,
+so an error of a tracker affects neither them nor their records.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import netrc
 import os
 import re
 import time
@@ -20,39 +19,37 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 
 from recipes.core.errors import RecipeError, require_known
 from recipes.core.files import read_json, write_json
-from recipes.core.manifest import MANIFEST, Manifest, read_manifest
+from recipes.core.manifest import MANIFEST, read_manifest
 from recipes.core.metrics import Record, flat
 from recipes.core.versions import git_sha
 
 IDS = "tracker.json"
-"""In the run directory: the run's id with each tracker, so that a resumed run continues it."""
+"""File in the run directory with the run's id in each tracker, for the next start."""
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|key)$", re.IGNORECASE)
 USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 BOOKKEEPING = ("time", "task", "done", "total")
 FINAL = "final"
-"""Task under which a complete stage's results are logged, by their dotted names."""
-WANDB_HOST = "https://api.wandb.ai"
-MLFLOW_PARAMETERS = 100
-"""The most parameters that one request may hold."""
-MLFLOW_LENGTH = 6000
-"""The most characters of a parameter."""
+"""Task name under which the results of a complete stage are logged."""
+MLFLOW_BATCH = 100
+"""Largest number of parameters in one request to MLflow."""
+MLFLOW_CHARACTERS = 6000
+"""Greatest length of a parameter in MLflow."""
 
 Track = Callable[[Record], None]
 Log = Callable[[str, str, Mapping[str, float], int, float], None]
-"""Takes a stage, a task, its numbers at a step, the step, and the time (seconds since 1970)."""
-Keep = Callable[[str, str, str], None]
-"""Takes a stage, and a name and content of a file to store as an artifact of the run."""
+"""Logs values; takes stage, task, values by name, step, and time in seconds since 1970."""
+Store = Callable[[str, str, str], None]
+"""Stores a file as an artifact; takes stage, file name and content."""
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker knows of a run when it starts."""
+    """What a tracker gets about a run when it starts."""
 
     run_dir: Path
     recipe: str
@@ -61,28 +58,34 @@ class TrackedRun:
     parameters: Mapping[str, Any]
     """The resolved config by dotted names, without secrets."""
 
-    def known_id(self, tracker: str) -> str | None:
-        """The id that an earlier start of this run was given."""
-        return self._ids().get(tracker)
-
-    def remember_id(self, tracker: str, run_id: str) -> None:
-        """Stores the id for the next start."""
-        write_json(self.run_dir / IDS, {**self._ids(), tracker: run_id})
-
-    def _ids(self) -> dict[str, str]:
+    def read_ids(self) -> dict[str, str]:
+        """Returns the ids that this run got from trackers at an earlier start."""
         file = self.run_dir / IDS
         return read_json(file) if file.exists() else {}
 
+    def save_id(self, tracker: str, run_id: str) -> None:
+        """Saves an id for the next start."""
+        write_json(self.run_dir / IDS, {**self.read_ids(), tracker: run_id})
+
+    def links(self) -> dict[str, str]:
+        """Returns the addresses of the run and its report, and the repository's commit."""
+        report = self.run_dir / "report" / "artifact" / "report.html"
+        return {
+            "run_dir": str(self.run_dir.resolve()),
+            "report": report.resolve().as_uri(),
+            "commit": git_sha() or "unknown",
+        }
+
 
 def tracked_run(cfg: DictConfig, run_dir: Path, recipe: str) -> TrackedRun:
-    """Returns what the chosen tracker will know of a run."""
+    """Returns what the configured tracker gets about a run."""
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     settings = plain.pop("tracker", None) or {}
     return TrackedRun(run_dir, recipe, settings, dict(public_parameters(plain)))
 
 
 def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yields settings by dotted names; of environments only names, and nothing that is secret."""
+    """Yields settings by dotted names, without secrets; of ``env`` only the variables' names."""
     for name, value in values.items():
         if name == "env":
             yield f"{prefix}env", ", ".join(sorted(value or ()))
@@ -94,8 +97,15 @@ def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[t
             yield f"{prefix}{name}", _without_user(value)
 
 
+def _without_user(value: object) -> object:
+    """Removes passwords from addresses: ``https://user:password@host``."""
+    if isinstance(value, list):
+        return [_without_user(item) for item in value]
+    return USER_INFO.sub("", value) if isinstance(value, str) else value
+
+
 def public_text(file: Path) -> str:
-    """Returns what others may see of a file; a manifest holds its stage's settings."""
+    """Returns the content of a file; of a manifest, which has settings, without secrets."""
     text = file.read_text(encoding="utf-8")
     if file.name != MANIFEST:
         return text
@@ -103,36 +113,17 @@ def public_text(file: Path) -> str:
     return json.dumps({**manifest, "config": dict(public_parameters(manifest["config"]))}, indent=1)
 
 
-def _without_user(value: object) -> object:
-    """Removes passwords from addresses: ``https://user:password@host``."""
-    if isinstance(value, list):
-        return [_without_user(one) for one in value]
-    return USER_INFO.sub("", value) if isinstance(value, str) else value
-
-
-def results_of(manifest: Manifest) -> dict[str, float]:
-    """Returns every number of a manifest, by dotted name."""
-    cost = {
-        "seconds": manifest.seconds,
-        "peak_rss_bytes": manifest.peak_rss_bytes,
-        "bytes": manifest.total_bytes(),
-        "parameters": manifest.parameters,
-    }
-    values = flat({**manifest.metrics, **cost})
-    return {name: float(value) for name, value in values if isinstance(value, int | float)}
-
-
 @dataclass
 class Tracker:
-    """A tracker that cannot stop a run: its first error is reported, and it gets nothing more."""
+    """Passes records to a tracker. Its first error is shown as a warning and ends the tracking."""
 
     name: str
     log: Log = lambda *_: None
-    keep: Keep = lambda *_: None
+    store: Store = lambda *_: None
     failed: bool = False
 
     def stage(self, stage: str) -> Track:
-        """Returns what logs the records of a stage."""
+        """Returns a function that logs a record of a stage."""
 
         def track(record: Record) -> None:
             values = {
@@ -145,12 +136,21 @@ class Tracker:
         return track
 
     def finish(self, stage: str, directory: Path, file: Path | None = None) -> None:
-        """Logs the results of a complete stage, and stores a file of it."""
+        """Logs all numbers in the manifest of a complete stage, and stores one of its files."""
         manifest = read_manifest(directory)
-        if manifest is not None:
-            self._try(self.log, stage, FINAL, results_of(manifest), 0, time.time())
-            if file is not None:
-                self._try(lambda: self.keep(stage, file.name, public_text(file)))
+        if manifest is None:
+            return
+        cost = {
+            "seconds": manifest.seconds,
+            "peak_rss_bytes": manifest.peak_rss_bytes,
+            "bytes": manifest.total_bytes(),
+            "parameters": manifest.parameters,
+        }
+        results = flat({**manifest.metrics, **cost})
+        values = {name: float(value) for name, value in results if isinstance(value, int | float)}
+        self._try(self.log, stage, FINAL, values, 0, time.time())
+        if file is not None:
+            self._try(lambda: self.store(stage, file.name, public_text(file)))
 
     def _try(self, act: Callable[..., None], *arguments: Any) -> None:
         if self.failed:
@@ -168,7 +168,7 @@ class Tracker:
 
 @contextmanager
 def tensorboard(run: TrackedRun) -> Iterator[Tracker]:
-    """Scalars of each stage in ``<run>/tensorboard/<stage>``."""
+    """Writes scalars of each stage to ``<run>/tensorboard/<stage>``."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -188,109 +188,94 @@ def tensorboard(run: TrackedRun) -> Iterator[Tracker]:
 
 @contextmanager
 def wandb(run: TrackedRun) -> Iterator[Tracker]:
-    """Weights & Biases: offline in ``<run>/wandb`` unless ``WANDB_MODE`` or a login says otherwise.
+    """Weights & Biases: offline in ``<run>/wandb`` unless ``WANDB_MODE`` is set or a login exists.
 
-    Facts about the machine are not sent: they include the command line, which may hold a secret.
+    Facts about the machine are not sent: they include the command line, which may have a secret.
     """
     import wandb as library
 
-    run_id = run.known_id("wandb") or uuid.uuid4().hex[:8]
-    started = library.init(
+    login = bool(os.environ.get("WANDB_MODE")) or library.login(prompt=False, verify=False)
+    run_id = run.read_ids().get("wandb") or uuid.uuid4().hex[:8]
+    wandb_run = library.init(
         project=run.settings["project"],
         entity=run.settings["entity"],
         name=run.run_dir.name,
         id=run_id,
         resume="allow",
         dir=str(run.run_dir),
-        mode=wandb_mode(),
+        mode=None if login else "offline",  # without a mode, WANDB_MODE or else online
         tags=[run.recipe],
-        config={**run.parameters, **_links(run)},
+        config={**run.parameters, **run.links()},
         settings=library.Settings(
             silent=True, console="off", x_disable_meta=True, disable_git=True, save_code=False
         ),
     )
-    run.remember_id("wandb", run_id)
-    seen: set[str] = set()
+    run.save_id("wandb", run_id)
+    tasks: set[str] = set()
 
     def log(stage: str, task: str, values: Mapping[str, float], step: int, at: float) -> None:
         if task == FINAL:
-            started.summary.update({f"{stage}.{name}": value for name, value in values.items()})
+            wandb_run.summary.update({f"{stage}.{name}": value for name, value in values.items()})
             return
-        place = f"{stage}/{task}"
-        if place not in seen:
-            # Each task counts its own steps; wandb's step can only increase.
-            seen.add(place)
-            started.define_metric(f"{place}/step", hidden=True)
-            started.define_metric(f"{place}/*", step_metric=f"{place}/step")
+        prefix = f"{stage}/{task}"
+        if prefix not in tasks:
+            # Each task counts its own steps, but the step of wandb itself can only increase.
+            tasks.add(prefix)
+            wandb_run.define_metric(f"{prefix}/step", hidden=True)
+            wandb_run.define_metric(f"{prefix}/*", step_metric=f"{prefix}/step")
         if values:
-            named = {f"{place}/{name}": value for name, value in values.items()}
-            started.log({**named, f"{place}/step": step})
+            named = {f"{prefix}/{name}": value for name, value in values.items()}
+            wandb_run.log({**named, f"{prefix}/step": step})
 
-    def keep(stage: str, name: str, content: str) -> None:
-        kept = library.Artifact(f"{stage}-{run_id}", name.partition(".")[0])
-        with kept.new_file(name, encoding="utf-8") as file:
+    def store(stage: str, name: str, content: str) -> None:
+        artifact = library.Artifact(f"{stage}-{run_id}", name.partition(".")[0])
+        with artifact.new_file(name, encoding="utf-8") as file:
             file.write(content)
-        started.log_artifact(kept)
+        wandb_run.log_artifact(artifact)
 
     try:
-        yield Tracker("wandb", log, keep)
+        yield Tracker("wandb", log, store)
     finally:
-        started.finish()
-
-
-def wandb_mode() -> Any:
-    """Returns the user's ``WANDB_MODE``, or else online with a login and offline without.
-
-    ``wandb.login`` would ask the server, and fail without a network.
-    """
-    if chosen := os.environ.get("WANDB_MODE"):
-        return chosen
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_HOST)).hostname or ""
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        if netrc.netrc(os.environ.get("NETRC") or None).authenticators(host):
-            return "online"
-    return "offline"
+        wandb_run.finish()
 
 
 @contextmanager
 def mlflow(run: TrackedRun) -> Iterator[Tracker]:
-    """MLflow: ``MLFLOW_TRACKING_URI`` or ``tracker.uri``, else ``<run>/mlflow.db``."""
+    """MLflow: at ``tracker.uri`` or ``MLFLOW_TRACKING_URI``, else in ``<run>/mlflow.db``."""
     import mlflow as library
 
     local = f"sqlite:///{run.run_dir.resolve() / 'mlflow.db'}"
     library.set_tracking_uri(run.settings["uri"] or os.environ.get("MLFLOW_TRACKING_URI") or local)
-    started = _mlflow_run(run)
-    run.remember_id("mlflow", started.info.run_id)
-    _mlflow_parameters(started.data.params, run)
-    ended = "FAILED"
+    mlflow_run = _start_mlflow_run(run)
+    run.save_id("mlflow", mlflow_run.info.run_id)
+    _log_mlflow_parameters(run, mlflow_run.data.params)
+    status = "FAILED"
 
     def log(stage: str, task: str, values: Mapping[str, float], step: int, at: float) -> None:
         named = {_mlflow_name(f"{stage}/{task}/{name}"): value for name, value in values.items()}
         library.log_metrics(named, step, timestamp=int(at * 1000))
 
-    def keep(stage: str, name: str, content: str) -> None:
+    def store(stage: str, name: str, content: str) -> None:
         library.log_text(content, f"{stage}/{name}")
 
     try:
-        yield Tracker("mlflow", log, keep)
-        ended = "FINISHED"
+        yield Tracker("mlflow", log, store)
+        status = "FINISHED"
     except KeyboardInterrupt:
-        ended = "KILLED"
+        status = "KILLED"
         raise
     finally:
-        with contextlib.suppress(library.MlflowException):  # the result does not hang on a server
-            library.end_run(ended)
+        with contextlib.suppress(library.MlflowException):  # a lost server must not fail the run
+            library.end_run(status)
 
 
-def _mlflow_run(run: TrackedRun) -> Any:
-    """Continues the run of an earlier start if this store has it, or else creates one."""
+def _start_mlflow_run(run: TrackedRun) -> Any:
+    """Resumes the run of an earlier start if this server has it, or else creates a run."""
     import mlflow as library
 
-    if known := run.known_id("mlflow"):
-        with contextlib.suppress(library.MlflowException):  # another store than the last time
-            return library.start_run(run_id=known)
+    if run_id := run.read_ids().get("mlflow"):
+        with contextlib.suppress(library.MlflowException):  # the earlier server was another one
+            return library.start_run(run_id=run_id)
     name = run.settings["experiment"]
     if library.get_experiment_by_name(name) is None:
         library.create_experiment(name, (run.run_dir / "mlflow").resolve().as_uri())
@@ -298,31 +283,21 @@ def _mlflow_run(run: TrackedRun) -> Any:
     return library.start_run(run_name=run.run_dir.name)
 
 
-def _mlflow_parameters(before: Mapping[str, str], run: TrackedRun) -> None:
-    """Logs parameters; those that changed since an earlier start, which are fixed, become tags."""
+def _log_mlflow_parameters(run: TrackedRun, before: Mapping[str, str]) -> None:
+    """Logs parameters. MLflow cannot change those of an earlier start: changes become tags."""
     import mlflow as library
 
-    wanted = {_mlflow_name(n): str(v)[:MLFLOW_LENGTH] for n, v in run.parameters.items()}
-    new = [(name, value) for name, value in wanted.items() if name not in before]
-    for start in range(0, len(new), MLFLOW_PARAMETERS):
-        library.log_params(dict(new[start : start + MLFLOW_PARAMETERS]))
-    changed = {f"now.{n}": v for n, v in wanted.items() if before.get(n, v) != v}
-    library.set_tags({**_links(run), "recipe": run.recipe, **changed})
+    values = {_mlflow_name(n): str(v)[:MLFLOW_CHARACTERS] for n, v in run.parameters.items()}
+    new = [(name, value) for name, value in values.items() if name not in before]
+    for start in range(0, len(new), MLFLOW_BATCH):
+        library.log_params(dict(new[start : start + MLFLOW_BATCH]))
+    changed = {f"now.{n}": v for n, v in values.items() if before.get(n, v) != v}
+    library.set_tags({**run.links(), "recipe": run.recipe, **changed})
 
 
 def _mlflow_name(name: str) -> str:
     """Replaces characters that MLflow does not allow in names."""
-    return "".join(c if c.isalnum() or c in "_-. /:" else "_" for c in name)
-
-
-def _links(run: TrackedRun) -> dict[str, str]:
-    """Returns where the run and its report are, and the commit that it ran."""
-    report = run.run_dir / "report" / "artifact" / "report.html"
-    return {
-        "run_dir": str(run.run_dir.resolve()),
-        "report": report.resolve().as_uri(),
-        "commit": git_sha() or "unknown",
-    }
+    return re.sub(r"[^\w\-. /:]", "_", name)
 
 
 Open = Callable[[TrackedRun], AbstractContextManager[Tracker]]
@@ -331,12 +306,12 @@ TRACKERS: Mapping[str, tuple[Open, tuple[str, ...]]] = {
     "wandb": (wandb, ("wandb",)),
     "mlflow": (mlflow, ("mlflow", "sqlalchemy", "alembic")),
 }
-"""By name, with the modules that each needs."""
+"""Trackers by name, with the modules that each needs."""
 
 
 @contextmanager
 def open_tracker(run: TrackedRun) -> Iterator[Tracker]:
-    """Opens the tracker that the settings name, for the whole run; refuses if it does not start."""
+    """Opens the configured tracker for the whole run; raises ``RecipeError`` if it cannot start."""
     name = run.settings.get("name")
     if name is None:
         yield Tracker("")
@@ -353,12 +328,12 @@ def open_tracker(run: TrackedRun) -> Iterator[Tracker]:
 
 
 def require_tracker(name: str | None) -> None:
-    """Raises ``RecipeError`` for an unknown tracker, or one whose package is not installed."""
+    """Raises ``RecipeError`` for an unknown tracker, or one whose packages are not installed."""
     if name is None:
         return
     require_known(name, TRACKERS, f"tracker.name={name} is not known")
-    _, needed = TRACKERS[name]
-    missing = [module for module in needed if importlib.util.find_spec(module) is None]
+    _, modules = TRACKERS[name]
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise RecipeError(
             f"tracker={name} needs {', '.join(missing)}, which is not installed here.",

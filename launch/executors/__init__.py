@@ -1,1 +1,31 @@
-"""Ways of starting a stage, one module each."""
+"""Executors start stages. Each is a module.
+
+``CONFIG`` is the dataclass of its ``cluster`` settings.
+``prepare(plan, cluster)`` refuses a plan that cannot run there, before anything is written.
+``write_scripts(plan, cluster)`` writes scripts that start the stages, also by hand.
+``start(plan, cluster, follow, console)`` starts the stages; returns whether it waited for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from launch.cluster import Cluster
+from launch.executors import docker, local, slurm
+from launch.hydra_errors import as_typed
+from recipes.core.errors import require_known
+
+EXECUTORS: dict[str, Any] = {"local": local, "docker": docker, "slurm": slurm}
+
+
+def executor_of(cfg: DictConfig) -> tuple[Any, Cluster]:
+    """Returns the executor module that ``cluster.executor`` names, and its typed settings.
+
+    Raises:
+        RecipeError: The executor is unknown or a setting is invalid.
+    """
+    name = str(cfg.executor)
+    require_known(name, EXECUTORS, f"cluster.executor={name} is not known")
+    return EXECUTORS[name], as_typed(EXECUTORS[name].CONFIG, cfg, "cluster")

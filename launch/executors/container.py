@@ -1,6 +1,6 @@
-"""What a container needs to see: images, mounts and variables, for docker and for Pyxis.
+"""Images, mounts and variables of stages in containers, for docker and for Pyxis.
 
-Everything is mounted where it is outside, so that no path has to be translated.
+Every path is the same inside a container and outside.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.cluster import Cluster, layout_variables
+from launch.cluster import Cluster, stage_variables
 from launch.plan import Plan
 from launch.planned import PlannedStage, stage_names
 from recipes.core.errors import RecipeError, require_known
@@ -28,12 +28,12 @@ class Containers(Cluster):
     images: dict[str, str | None] = field(default_factory=dict)
     """Image by stage module, such as ``build_engine``; ``default`` for all others."""
     mounts: list[str] = field(default_factory=list)
-    """Folders to mount besides those that a stage is known to need; ``:ro`` at the end protects."""
+    """Folders to mount in addition to those that stages need; ``:ro`` at the end for read-only."""
 
 
 @dataclass(frozen=True)
 class Mount:
-    """A path that is the same inside and outside."""
+    """A path that is mounted at the same path in the container."""
 
     path: Path
     read_only: bool
@@ -43,7 +43,7 @@ class Mount:
 
 
 def require_usable(plan: Plan, cluster: Containers) -> None:
-    """Refuses images that are for no stage, and paths that cannot be mounted."""
+    """Refuses images of unknown stages, and paths that cannot be mounted."""
     require_stages("images", cluster.images, DEFAULT)
     for stage in plan.todo():
         for mount in mounts_of(stage, cluster):
@@ -56,17 +56,17 @@ def require_usable(plan: Plan, cluster: Containers) -> None:
 
 
 def require_stages(setting: str, names: Iterable[str], *others: str) -> None:
-    """Raises ``RecipeError`` if a setting by stage is for none."""
+    """Raises ``RecipeError`` if a setting has a value for an unknown stage."""
     for name in names:
         where = f"cluster.{setting}.{name}"
         require_known(name, [*others, *stage_names()], f"{where} is for no stage")
 
 
 def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
-    """Everything that the stage reads or writes, parents first.
+    """Returns the mounts of all paths that a stage reads or writes, parents first.
 
-    The checkout, the directory that the launcher was called in (relative paths start there), the
-    run, the cache; inputs from other runs and files of the user's read-only.
+    Writable are the checkout, the current directory (where relative paths start), the run and the
+    cache. Inputs from other runs and the user's files are read-only.
     """
     writable = {REPO_ROOT, Path.cwd(), stage.directory.parent, cache_dir().absolute()}
     external = stage.stage.external(stage.config)
@@ -75,29 +75,27 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     }
     for text in cluster.mounts:
         (readable if text.endswith(":ro") else writable).add(Path(text.removesuffix(":ro")))
-    found: list[Mount] = []
+    mounts: list[Mount] = []
     for path in sorted(writable | readable):
-        # A read-only mount may hide nothing writable: what is below a mount of its kind is there.
-        above = [m for m in found if path.is_relative_to(m.path)]
+        # A mounted parent contains the path, but a writable path needs a writable parent.
+        above = [m for m in mounts if path.is_relative_to(m.path)]
         if not above or (path in writable and all(m.read_only for m in above)):
-            found.append(Mount(path, path not in writable))
-    return found
+            mounts.append(Mount(path, path not in writable))
+    return mounts
 
 
 def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
-    """Variables in the container: a home that is writable and kept between runs, and the user's."""
+    """Returns the variables in a container: a writable home that is kept, and the user's own."""
     cache = str(cache_dir().absolute())
-    at_home = {
+    home = {
         "HOME": cache,
-        # Inductor asks for the name of its user, whom the image need not know.
+        # Inductor looks up the name of its user, whom the image may not know.
         "USER": "nemo-recipes",
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/torchinductor",
     }
     return {
         "PYTHONPATH": str(REPO_ROOT),
-        **(at_home if stage.image else {}),
+        **(home if stage.image else {}),
         "NEMO_RECIPES_CACHE": cache,
-        **layout_variables(stage),
-        **cluster.env,
-        **stage.config.resources.env,
+        **stage_variables(stage, cluster),
     }

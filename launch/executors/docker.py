@@ -11,9 +11,8 @@ from typing import Annotated
 
 from rich.console import Console
 
-from launch.cluster import Executor, Follow
-from launch.executors import container, foreground
-from launch.executors.container import Containers
+from launch.cluster import Follow
+from launch.executors import container, local
 from launch.plan import Plan
 from launch.planned import PlannedStage
 from recipes.core.constraints import matching
@@ -24,7 +23,7 @@ Option = Annotated[str, matching(r"-.*", "an option of docker run, such as --net
 
 
 @dataclass
-class DockerConfig(Containers):
+class DockerConfig(container.Containers):
     """Settings of ``cluster=docker``."""
 
     executor: str = "docker"
@@ -36,9 +35,12 @@ class DockerConfig(Containers):
     """Further options of ``docker run``."""
 
 
+CONFIG = DockerConfig
+
+
 def prepare(plan: Plan, cluster: DockerConfig) -> Plan:
-    """Refuses what needs several machines, an image that is not given, a path without a mount."""
-    foreground.require_one_machine(plan, cluster)
+    """Refuses stages of several nodes or without an image, and paths that cannot be mounted."""
+    local.require_one_machine(plan, cluster)
     container.require_usable(plan, cluster)
     for stage in plan.todo():
         if not stage.image:
@@ -49,46 +51,43 @@ def prepare(plan: Plan, cluster: DockerConfig) -> Plan:
 
 
 def container_name(stage: PlannedStage) -> str:
-    """One name for a stage of a run, so that no two containers can write it."""
+    """Returns the only name for a stage of a run: docker then refuses a second container of it."""
     run = hashlib.sha256(str(stage.directory.parent).encode()).hexdigest()[:8]
     return f"nemo-recipes-{run}-{stage.name}"
 
 
 def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
-    """The stage's command line, in groups of words that belong together."""
-    env = {**foreground.environment(stage, cluster), **container.environment(cluster, stage)}
+    """Returns the stage's command line; each inner list is a line of the script."""
+    env = {**local.environment(stage, cluster), **container.environment(cluster, stage)}
     return [
         ["docker", "run", "--rm", f"--name={container_name(stage)}"],
         [f"--gpus={cluster.gpus}"] if cluster.gpus and stage.needs_gpu else [],
-        # Data loaders and NCCL share memory; NCCL pins some, and CUDA needs the stack.
+        # Data loaders and NCCL share memory; NCCL pins memory, and CUDA needs a large stack.
         ["--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"],
         [f"--user={os.getuid()}:{os.getgid()}", f"--workdir={os.getcwd()}"],
         *([f"--volume={mount}"] for mount in container.mounts_of(stage, cluster)),
         *([f"--env={name}={value}"] for name, value in env.items()),
-        [f"--env={name}" for name in cluster.pass_env],  # docker takes the value by itself
+        [f"--env={name}" for name in cluster.pass_env],  # docker itself reads the value
         list(cluster.options),
         [str(stage.image)],
-        foreground.command(stage, cluster.python),
+        local.command(stage, cluster.python),
     ]
 
 
 def write_scripts(plan: Plan, cluster: DockerConfig) -> None:
-    """Writes a ``run.sh`` for every stage that is to run.
+    """Writes ``run.sh`` of every stage that will run.
 
-    The script first removes a container that a killed launcher left behind.
+    The script first removes the container that a killed launcher may have left.
     """
     for stage in plan.todo():
         groups = [shlex.join(group) for group in command(stage, cluster) if group]
         remove = f"docker rm --force {container_name(stage)} >/dev/null 2>&1 || true"
-        foreground.write_script(stage, " \\\n  ".join(groups), {}, setup=remove)
+        local.write_script(stage, " \\\n  ".join(groups), {}, setup=remove)
 
 
 def start(plan: Plan, cluster: DockerConfig, follow: Follow, console: Console) -> bool:
     """Runs the stages to their end."""
     if shutil.which("docker") is None:
         raise RecipeError("there is no docker on this machine.", "install it, or use cluster=local")
-    cache_dir().mkdir(parents=True, exist_ok=True)  # docker would make it, as root
-    return foreground.run_all(plan, follow)
-
-
-EXECUTOR = Executor(config=DockerConfig, prepare=prepare, write_scripts=write_scripts, start=start)
+    cache_dir().mkdir(parents=True, exist_ok=True)  # or docker makes it, owned by root
+    return local.run_all(plan, follow)

@@ -1,24 +1,30 @@
-"""Runs stages on this machine, in the launcher's own environment."""
+"""Runs stages on this machine, one after the other, in the launcher's environment."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO
 
 from rich.console import Console
 
-from launch.cluster import Cluster, Executor, Follow
-from launch.executors import foreground
+from launch.cluster import Cluster, Follow, stage_variables
+from launch.executors.slurm_queue import active_jobs
 from launch.plan import Plan
 from launch.planned import PlannedStage
+from launch.progress import Follower
+from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT, write_text_atomically
 from recipes.core.fingerprint import WORKER
 from recipes.core.fork_server import fork_module, fork_server, watch_child
+from recipes.core.processes import cores
 from recipes.core.run_state import REQUEST
-from recipes.core.stage_process import RunningStage
+from recipes.core.stage_process import RunningStage, run_to_end, start_command, start_process
 
+SCRIPT = "run.sh"
 PRELOADED = (
     "nemo_convert.convert",
     "nemo_convert.parity",
@@ -28,7 +34,9 @@ PRELOADED = (
     "recipes.pruning.scoring",
     "recipes.stages.contract",
 )
-"""What the stages that need torch import, and with it torch, transformers, NeMo and ModelOpt."""
+"""Imports of the stages that need torch: with them come torch, transformers, NeMo and ModelOpt."""
+Start = Callable[[PlannedStage, IO[bytes]], RunningStage]
+"""Starts a stage whose output goes to a log."""
 
 
 @dataclass
@@ -38,43 +46,88 @@ class LocalConfig(Cluster):
     executor: str = "local"
 
 
+CONFIG = LocalConfig
+
+
 def prepare(plan: Plan, cluster: LocalConfig) -> Plan:
-    """Refuses what needs several machines, or what this one lacks."""
-    foreground.require_one_machine(plan, cluster)
+    """Refuses stages that need several machines, or a library that is missing here."""
+    require_one_machine(plan, cluster)
     for stage in plan.todo():
-        # What only this kind of machine lacks must not come out after hours of training.
         stage.stage.require_here(stage.config)
     return plan
 
 
-def environment(stage: PlannedStage, cluster: LocalConfig) -> dict[str, str]:
-    """Variables that the stage gets besides the caller's own."""
-    env = foreground.environment(stage, cluster)
-    path = filter(None, [env["PYTHONPATH"], os.environ.get("PYTHONPATH")])
-    return {**env, "PYTHONPATH": os.pathsep.join(path)}
+def require_one_machine(plan: Plan, cluster: Cluster) -> None:
+    """Refuses stages of several nodes, and a run that has jobs in Slurm's queue."""
+    for name, (job, state) in active_jobs(plan.run_dir).items():
+        raise RecipeError(
+            f"job {job.id} is {state.state.lower()} for {name} of this run.",
+            f"wait for it, or: python launch/run.py cancel run_dir={plan.run_dir}",
+        )
+    for stage in plan.todo():
+        if stage.config.resources.nodes != 1:
+            raise RecipeError(
+                f"stages.{stage.name}.resources.nodes={stage.config.resources.nodes}, but "
+                f"cluster={cluster.executor} is one machine.",
+                "set it to 1, or use cluster=slurm",
+            )
+
+
+def command(stage: PlannedStage, python: str) -> list[str]:
+    """Returns a stage's command line on one machine."""
+    devices = stage.config.resources.devices
+    return start_command(stage.module, stage.directory / REQUEST, devices, python)
+
+
+def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
+    """Returns the variables that a stage gets in addition to the caller's."""
+    devices = stage.config.resources.devices
+    # The launcher may itself run as a rank of a job; its stage must not believe to be that rank.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if devices == 1 else {}
+    path = filter(None, [str(REPO_ROOT), os.environ.get("PYTHONPATH")])
+    return {
+        "PYTHONPATH": os.pathsep.join(path),
+        "OMP_NUM_THREADS": str(max(1, cores() // devices)),
+        **alone,
+        **stage_variables(stage, cluster),
+    }
 
 
 def write_scripts(plan: Plan, cluster: LocalConfig) -> None:
-    """Writes a ``run.sh`` for every stage that is to run."""
+    """Writes ``run.sh`` of every stage that will run."""
     for stage in plan.todo():
-        command = shlex.join(foreground.command(stage, sys.executable))
-        foreground.write_script(stage, command, environment(stage, cluster))
+        line = shlex.join(command(stage, sys.executable))
+        write_script(stage, line, environment(stage, cluster))
+
+
+def write_script(
+    stage: PlannedStage, command: str, exports: Mapping[str, str], setup: str = ""
+) -> None:
+    """Writes ``run.sh``, which starts the stage for the launcher, or by hand."""
+    lines = ["#!/usr/bin/env bash"]
+    lines += ["# shellcheck disable=SC2016 # text in single quotes must not be expanded"]
+    lines += ["set -euo pipefail"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
+    lines += [f"cd {shlex.quote(os.getcwd())}", setup, f"exec {command}"]
+    path = stage.directory / SCRIPT
+    write_text_atomically(path, "\n".join(filter(None, lines)) + "\n")
+    path.chmod(0o755)
 
 
 def may_fork(stage: PlannedStage) -> bool:
     """Whether the fork server can start the stage.
 
-    Variables of its own are read when a process starts or imports, and so need another process.
+    Libraries read variables when they are imported, so a stage with its own needs a new process.
     """
     resources = stage.config.resources
     return stage.stage.needs_torch and resources.devices == 1 and not resources.env
 
 
 def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) -> bool:
-    """Runs the stages to their end; stages that can be forked share one import of the stack."""
+    """Runs the stages; those that can be forked share one import of the libraries."""
     forkable = [stage for stage in plan.todo() if may_fork(stage)]
     if len(forkable) < 2:
-        return foreground.run_all(plan, follow)
+        return run_all(plan, follow)
     shared = {**os.environ, **environment(forkable[0], cluster)}
     with fork_server(PRELOADED, shared, plan.run_dir / "fork_server.log") as server:
 
@@ -84,10 +137,35 @@ def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) ->
                 arguments = [stage.module, str(stage.directory / REQUEST)]
                 pidfd = fork_module(server, WORKER, arguments, log)
             if pidfd is None:
-                return foreground.start_script(stage, log)
+                return start_script(stage, log)
             return watch_child(server, pidfd, log)
 
-        return foreground.run_all(plan, follow, start_stage)
+        return run_all(plan, follow, start_stage)
 
 
-EXECUTOR = Executor(config=LocalConfig, prepare=prepare, write_scripts=write_scripts, start=start)
+def start_script(stage: PlannedStage, log: IO[bytes]) -> RunningStage:
+    """Starts a stage by its ``run.sh``."""
+    return start_process([stage.directory / SCRIPT], log)
+
+
+def run_all(plan: Plan, follow: Follow, start: Start = start_script) -> bool:
+    """Runs all stages that must run, in order, until one fails."""
+    for stage in plan.todo():
+        with follow(stage) as follower:
+            run(stage, follower, start)
+    return True
+
+
+def run(stage: PlannedStage, follower: Follower, start: Start = start_script) -> None:
+    """Runs one stage to its end.
+
+    Raises:
+        RecipeError: It left no new result.
+    """
+    run_to_end(
+        stage.name,
+        stage.directory,
+        stage.fingerprint,
+        lambda log: start(stage, log),
+        follower.update,
+    )

@@ -1,4 +1,4 @@
-"""Submits a chain to Slurm: one job a stage, each after the jobs of its inputs."""
+"""Submits a chain to Slurm: one job for each stage, which waits for the jobs of its inputs."""
 
 from __future__ import annotations
 
@@ -8,44 +8,38 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from launch.cluster import Executor, Follow
+from launch.cluster import Follow
 from launch.executors import container
+from launch.executors.slurm_jobs import SlurmConfig, job_script, settings_problems, submit_script
 from launch.executors.slurm_queue import (
-    ENDED_BY_SLURM,
+    STATE_REASONS,
     JobState,
     SlurmJob,
     active_jobs,
     job_states,
     read_jobs,
 )
-from launch.executors.slurm_scripts import job_script, submit_script
-from launch.executors.slurm_settings import SlurmConfig, settings_problems
 from launch.plan import Plan
-from launch.planned import PlannedStage
-from launch.staleness import ADOPT, SKIP
+from launch.planned import ADOPT, SKIP, PlannedStage
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
 from recipes.core.stage_process import LOGS, failure, newest_log
 from recipes.core.wheels import cache_dir
 
+CONFIG = SlurmConfig
 SCRIPT = "job.sbatch"
 SUBMIT = "submit.sh"
 POLL_SECONDS = 2.0
 RESTART_SECONDS = 900.0
-"""In which a controller that is being restarted must answer again."""
+"""Longest restart of Slurm's controller, which does not answer meanwhile."""
 
 
 def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
-    """Refuses bad settings, and takes over the jobs of this run that still run or wait."""
+    """Refuses invalid settings; leaves stages to the jobs that already run or wait for them."""
     container.require_usable(plan, cluster)
     container.require_stages("mpi", cluster.mpi)
     if problems := list(settings_problems(plan.todo(), cluster)):
         raise RecipeError("\n".join(problems), fix="")
-    return _adopt(plan)
-
-
-def _adopt(plan: Plan) -> Plan:
-    """Leaves stages to the jobs that were submitted for them; refuses jobs of another result."""
     active = active_jobs(plan.run_dir)
     stages = []
     for stage in plan.stages:
@@ -53,21 +47,20 @@ def _adopt(plan: Plan) -> Plan:
             stages.append(stage)
             continue
         job, state = active[stage.name]
+        reason = f"job {job.id} is {state.state.lower()}"
         if job.fingerprint != stage.fingerprint:
             raise RecipeError(
-                f"job {job.id} is {state.state.lower()} for {stage.name} with other settings, "
-                "inputs or code.",
+                f"{reason} for {stage.name} with other settings, inputs or code.",
                 f"wait for it, or: python launch/run.py cancel run_dir={plan.run_dir}",
             )
-        note = f"job {job.id} is {state.state.lower()}"
-        stages.append(replace(stage, action=ADOPT, reason=note))
+        stages.append(replace(stage, action=ADOPT, reason=reason))
     return replace(plan, stages=tuple(stages))
 
 
 def write_scripts(plan: Plan, cluster: SlurmConfig) -> None:
-    """Writes a job script for every stage that is to run, and one that submits them all."""
+    """Writes a job script for every stage that will run, and a script that submits all of them."""
     for stage in plan.todo():
-        (stage.directory / LOGS).mkdir(exist_ok=True)  # Slurm makes none
+        (stage.directory / LOGS).mkdir(exist_ok=True)  # Slurm does not create it
         write_text_atomically(stage.directory / SCRIPT, job_script(stage, cluster))
     path = plan.run_dir / SUBMIT
     write_text_atomically(path, submit_script(plan))
@@ -75,7 +68,7 @@ def write_scripts(plan: Plan, cluster: SlurmConfig) -> None:
 
 
 def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) -> bool:
-    """Submits the jobs; follows them, and refuses one that fails, only if asked."""
+    """Submits the jobs. With ``cluster.follow``, waits for them and raises if one fails."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     todo = plan.todo()
     if todo:
@@ -93,15 +86,14 @@ def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) ->
 
 
 def _submit(plan: Plan) -> None:
-    """Submits the jobs of all that is to do; names the first one that Slurm refuses."""
     script, before = plan.run_dir / SUBMIT, read_jobs(plan.run_dir)
     done = subprocess.run([script], capture_output=True, text=True, check=False)
     if done.returncode:
         jobs = read_jobs(plan.run_dir)
         refused, *_ = [s.name for s in plan.todo() if jobs.get(s.name) == before.get(s.name)]
         raise RecipeError(
-            f"the job of {refused} was refused: {done.stderr.strip()}\n"
-            "  what was submitted before it stays",
+            f"Slurm refused the job of {refused}: {done.stderr.strip()}\n"
+            "  the jobs submitted before it stay in the queue",
             f"correct cluster=slurm's settings and run the same command, or run {script}",
         )
 
@@ -115,11 +107,11 @@ def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
             follower.update()
             state = _state(job)
         follower.update()
-        # The result that a forced stage replaces has the same fingerprint.
-        if stage.made is None or (state is not None and state.state != "COMPLETED"):
+        # A forced stage may still have its old result, whose fingerprint is the same.
+        if stage.result is None or (state is not None and state.state != "COMPLETED"):
             ended = f" ({state.state})" if state else ""
             log = newest_log(stage.directory)
-            why = ENDED_BY_SLURM.get(state.state) if state else None
+            why = STATE_REASONS.get(state.state) if state else None
             raise RecipeError(
                 f"stage {stage.name}, job {job.id}, failed{ended}: "
                 f"{why or failure(stage.directory, log)}\n  log: {log}",
@@ -128,7 +120,7 @@ def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
 
 
 def _state(job: SlurmJob) -> JobState | None:
-    """What Slurm says of a job, whose node does not need its controller to go on."""
+    """Returns a job's state; waits while the controller restarts, as the job continues."""
     deadline = time.monotonic() + RESTART_SECONDS
     while True:
         try:
@@ -137,12 +129,3 @@ def _state(job: SlurmJob) -> JobState | None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(POLL_SECONDS)
-
-
-EXECUTOR = Executor(
-    config=SlurmConfig,
-    prepare=prepare,
-    write_scripts=write_scripts,
-    start=start,
-    follows=lambda cluster: cluster.follow,
-)

@@ -1,4 +1,4 @@
-"""The jobs of a run, and what Slurm says of them."""
+"""The jobs of a run, and their states in Slurm."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 from recipes.core.errors import RecipeError
 
 RECORD = "jobs.txt"
-"""In the run directory: a line ``STAGE JOB FINGERPRINT`` for every job submitted."""
+"""File in the run directory with a line ``STAGE JOB FINGERPRINT`` for every submitted job."""
 ENDED = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
 ) | {"PREEMPTED", "REVOKED", "TIMEOUT"}
-ENDED_BY_SLURM = {
+STATE_REASONS = {
     "CANCELLED": "it was cancelled; the same command submits it again",
-    "NODE_FAIL": "a node that it ran on failed; the same command submits it again",
-    "OUT_OF_MEMORY": "it took more memory than it asked for: see cluster.sbatch",
+    "NODE_FAIL": "one of its nodes failed; the same command submits it again",
+    "OUT_OF_MEMORY": "it took more memory than it requested: see cluster.sbatch",
     "PREEMPTED": "another job took its nodes; the same command submits it again",
-    "TIMEOUT": "its time limit was over; the same command submits it again, and it goes on",
+    "TIMEOUT": "it reached its time limit; the same command submits it again, and it resumes",
 }
-"""Why a job has ended that Slurm ended; its processes then say only that they lost each other."""
+"""Why Slurm ended a job. Logs do not tell: the job's ranks only lost their connections."""
 TIMEOUT_SECONDS = 60
 
 
@@ -37,7 +37,7 @@ class SlurmJob:
 
 @dataclass(frozen=True)
 class JobState:
-    """What the queue says of a job: its state, why it waits, the time that is left, its nodes."""
+    """A job in Slurm's queue; ``reason`` is why it waits, ``time_left`` the time to its limit."""
 
     state: str
     reason: str = ""
@@ -51,7 +51,7 @@ class JobState:
 
 
 def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
-    """The newest job of every stage that was ever submitted."""
+    """Returns the newest job of every stage for which one was submitted."""
     try:
         text = (run_dir / RECORD).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -61,13 +61,17 @@ def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
 
 
 def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
-    """States by job id, without jobs that Slurm has forgotten; refuses if it does not answer."""
+    """Returns the states of the jobs that Slurm still remembers, by job id.
+
+    Raises:
+        RecipeError: Slurm does not answer.
+    """
     ids = [job.id for job in jobs]
     if not ids or shutil.which("squeue") is None:  # a run copied to a machine without Slurm
         return {}
-    # Slurm forgets a job minutes after its end, and then refuses a list of one unknown id.
+    # Slurm forgets a job minutes after its end. A list of one unknown id is then an error.
     columns = "--format=%i|%T|%r|%L|%N"
-    done = _ask("squeue", "--noheader", "--states=all", columns, f"--jobs={','.join(ids)}")
+    done = _query("squeue", "--noheader", "--states=all", columns, f"--jobs={','.join(ids)}")
     if done.returncode and "Invalid job id" not in done.stderr:
         raise RecipeError(
             f"squeue does not answer: {done.stderr.strip()}", "try again once Slurm is up"
@@ -77,14 +81,14 @@ def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
 
 
 def final_state(job: SlurmJob) -> str | None:
-    """How a job that the queue has forgotten ended, where accounting keeps that."""
-    done = _ask("sacct", "--noheader", "--parsable2", "-X", "--format=State", f"--jobs={job.id}")
+    """Returns the last state of a job that left the queue; ``None`` without Slurm's accounting."""
+    done = _query("sacct", "--noheader", "--parsable2", "-X", "--format=State", f"--jobs={job.id}")
     states = done.stdout.split()
     return states[0] if done.returncode == 0 and states else None
 
 
 def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
-    """Jobs of the run that run or will run, by stage."""
+    """Returns the jobs of a run that run or wait, by stage."""
     jobs = read_jobs(run_dir)
     states = job_states(jobs.values())
     return {
@@ -95,17 +99,17 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
 
 
 def cancel(jobs: Iterable[SlurmJob]) -> None:
-    """Cancels jobs, or refuses as Slurm does."""
-    numbers = [job.id for job in jobs]
-    done = _ask("scancel", *numbers)
+    """Cancels jobs; raises ``RecipeError`` if Slurm refuses."""
+    ids = [job.id for job in jobs]
+    done = _query("scancel", *ids)
     if done.returncode:
         raise RecipeError(
             f"scancel failed: {done.stderr.strip()}",
-            f"as the user who submitted them: scancel {' '.join(numbers)}",
+            f"as the user who submitted them: scancel {' '.join(ids)}",
         )
 
 
-def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+def _query(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
@@ -113,4 +117,4 @@ def _ask(*command: str) -> subprocess.CompletedProcess[str]:
     except FileNotFoundError:
         return subprocess.CompletedProcess(command, 127, "", f"there is no {command[0]} here")
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 124, "", f"{command[0]} gave no answer")
+        return subprocess.CompletedProcess(command, 124, "", f"{command[0]} did not answer")

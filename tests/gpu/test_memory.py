@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from launch.rehearse import KINDS, planned
+from launch.rehearse import KINDS, planned_memory
 from recipes.core.files import REPO_ROOT
 from recipes.planning.training_cost import step_time
 from recipes.rehearsal.job import RankJob
@@ -69,7 +69,7 @@ def rehearsed(results: Path, tmp_path: Path) -> dict[int, float]:
 def test_rehearsed_as_planned(results: Path, tmp_path: Path) -> None:
     for layers, peak in rehearsed(results, tmp_path).items():
         chain, job = job_of(layers)
-        plan = planned(job, chain)
+        plan = planned_memory(job, chain)
         assert peak == pytest.approx(sum(getattr(plan, kind) for kind in KINDS), rel=0.1)
 
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from launch.executors.slurm import SUBMIT
 from launch.executors.slurm_queue import RECORD, active_jobs, read_jobs
-from launch.lock import holder
+from launch.lock import read_holder
 from launch.run_status import read_statuses
 from nemo_convert.convert import hf_weights
 from nemo_convert.nemo import find_checkpoint
@@ -254,7 +254,7 @@ def test_what_slurm_refuses_is_said_and_what_it_took_before_stays(
 
     def cancel_what_is_followed() -> None:
         # Not after some seconds: a job that ended before the launcher saw it is submitted anew.
-        wait_for(lambda: (seen := holder(chain.directory)) and seen.stage == "distill", 300)
+        wait_for(lambda: (seen := read_holder(chain.directory)) and seen.stage == "distill", 300)
         run("scancel", taken["distill"].id)
 
     threading.Thread(target=cancel_what_is_followed).start()

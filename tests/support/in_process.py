@@ -13,7 +13,6 @@ import importlib
 import io
 import logging.config
 import sys
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from rich.console import Console
 
 from launch import run
 from launch.cluster import Cluster, Follow
-from launch.executor import EXECUTORS
-from launch.executors import foreground, local
+from launch.executors import local
 from launch.plan import Plan
 from launch.planned import load_stage
 from recipes.core.run_state import REQUEST, InputRef, request_of
@@ -39,9 +37,9 @@ from tests.support.ranks import stage_ranks
 
 def run_in_process(*overrides: str, cwd: Path) -> Result:
     """Runs the launcher in a directory, and its stages in this process."""
-    output, here = io.StringIO(), replace(local.EXECUTOR, start=_start)
+    output = io.StringIO()
     with (
-        mock.patch.dict(EXECUTORS, local=here),
+        mock.patch.object(local, "start", _start),
         mock.patch.object(sys, "argv", ["run.py", *overrides]),
         large_disks(),
         # Hydra's closes every handler of the process, and absl's then closes pytest's stderr.
@@ -62,7 +60,7 @@ def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bo
     for stage in plan.todo():
         with follow(stage) as follower:
             if stage.config.resources.devices > 1:
-                foreground.run(stage, follower, stage_ranks)
+                local.run(stage, follower, stage_ranks)
             else:
                 _run(stage.stage, stage.directory / REQUEST)
     return True

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from launch.executors import foreground, local
+from launch.executors import local
 from launch.executors.local import PRELOADED, LocalConfig
 from launch.planned import PlannedStage
 from recipes.core.files import REPO_ROOT
@@ -24,9 +24,9 @@ from tests.support.forked import forked
 
 @contextmanager
 def stage_ranks(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
-    """Starts a stage of several ranks, for ``foreground.run``."""
+    """Starts a stage of several ranks, for ``local.run``."""
     environment = {**os.environ, **local.environment(stage, LocalConfig())}
-    with fork_command(foreground.command(stage, sys.executable), environment, log) as ended:
+    with fork_command(local.command(stage, sys.executable), environment, log) as ended:
         yield ended
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 from pydantic import TypeAdapter
 
-from launch.rehearse import KINDS, by_kind, planned, too_large
+from launch.rehearse import KINDS, memory_mistakes, peak_by_kind, planned_memory
 from recipes.core.files import REPO_ROOT
 from recipes.rehearsal.job import RankJob
 from recipes.rehearsal.results import RehearsalResult, mismatches
@@ -134,9 +134,9 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def test_sound_stages_complete_within_the_planned_memory(case: Case, rehearsed: Results) -> None:
     job, result = rehearsed[case]
     assert result.error is None, result.error
-    plan = planned(job, job_with_layers(*case[:5])[0])
+    plan = planned_memory(job, job_with_layers(*case[:5])[0])
     assert plan is not None
-    peak, total = by_kind(result, plan), sum(getattr(plan, kind) for kind in KINDS)
+    peak, total = peak_by_kind(result, plan), sum(getattr(plan, kind) for kind in KINDS)
     # Recomputed modules, and the checkpoint that a training resumes from, must not stay in memory.
     is_tight = case in (RESUMED, RECOMPUTED)
     for kind in KINDS:
@@ -161,7 +161,7 @@ def test_models_that_do_not_fit_together_are_reported(
     case: Case, count: int, rehearsed: Results
 ) -> None:
     assert rehearsed[case][1].error is None
-    assert len(list(too_large([rehearsed[case]], job_with_layers(*case[:5])[0]))) == count
+    assert len(list(memory_mistakes([rehearsed[case]], job_with_layers(*case[:5])[0]))) == count
 
 
 def test_every_recipe_is_rehearsed() -> None:

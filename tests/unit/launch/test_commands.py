@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from launch import lock
-from launch.run_status import progress, read_statuses
+from launch.run_status import progress_text, read_statuses
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST
 from recipes.core.run_state import (
@@ -97,23 +97,23 @@ def test_outdated_result_is_not_complete(run_dir: Path) -> None:
 
 
 def test_running_stage_is_the_one_its_launcher_names(run_dir: Path) -> None:
-    with lock.held(run_dir) as holding:
-        holding.works_on("distill")
+    with lock.acquire(run_dir) as set_stage:
+        set_stage("distill")
         assert list(states(run_dir).values())[-4:] == ["running"] + ["pending"] * 3
-        with pytest.raises(RecipeError, match="another process is running"), lock.held(run_dir):
+        with pytest.raises(RecipeError, match="another process is running"), lock.acquire(run_dir):
             pass
-    assert lock.holder(run_dir) is None
+    assert lock.read_holder(run_dir) is None
 
 
 def test_a_look_at_the_lock_keeps_nobody_from_starting(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "LOOK_SECONDS", 60)
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 60)
     with (run_dir / lock.LOCK).open("a") as looks:
         fcntl.flock(looks, fcntl.LOCK_SH)
         threading.Timer(0.1, lambda: fcntl.flock(looks, fcntl.LOCK_UN)).start()
-        with lock.held(run_dir):
-            assert lock.holder(run_dir) is not None
+        with lock.acquire(run_dir):
+            assert lock.read_holder(run_dir) is not None
 
 
 def test_logs_are_those_of_the_stage_that_failed(run_dir: Path, launch: Launch) -> None:
@@ -160,7 +160,7 @@ def test_clean_deletes_runs_but_what_others_need(run_dir: Path, launch: Launch) 
     assert "nothing was deleted" in asked.stdout
     assert re.search(rf"{run_dir}/import_hf .* kept for {other}", asked.stdout)
     assert sorted(run_dir.rglob("[!.]*")) == before
-    with lock.held(run_dir):
+    with lock.acquire(run_dir):
         assert "is being run" in launch("runs", "clean", str(run_dir), "--yes").stderr
     assert sorted(run_dir.rglob("[!.]*")) == before
     rest = sorted(other.rglob("*"))
@@ -210,8 +210,8 @@ def test_cancel_stops_the_launcher_and_what_it_started(
         "from pathlib import Path\n"
         "from launch import run, lock\n"
         "run.signal.signal(run.signal.SIGTERM, run.signal.default_int_handler)\n"
-        f"with lock.held(Path({str(run_dir)!r})) as holding:\n"
-        "    holding.works_on('distill')\n"
+        f"with lock.acquire(Path({str(run_dir)!r})) as set_stage:\n"
+        "    set_stage('distill')\n"
         "    try:\n"
         "        print('ready', flush=True)\n"
         "        time.sleep(600)\n"
@@ -235,7 +235,7 @@ def test_cancelled_launcher_ends_as_with_ctrl_c(
     command += ["stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128"]
     launcher = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
-    while (held := lock.holder(tmp_path / "run")) is None or held.stage is None:
+    while (held := lock.read_holder(tmp_path / "run")) is None or held.stage is None:
         assert time.monotonic() < deadline
         assert launcher.poll() is None
         time.sleep(0.05)
@@ -244,7 +244,7 @@ def test_cancelled_launcher_ends_as_with_ctrl_c(
     output, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 130
     assert "interrupted; the same command resumes" in output
-    assert lock.holder(tmp_path / "run") is None
+    assert lock.read_holder(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -270,8 +270,8 @@ def test_remaining_time_counts_from_the_last_restart(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     times = [(0, 1), (1, 2), (2, 3), (1000, 3), (1010, 4), (1020, 5)]
     records = [{"time": t, "task": "distill", "done": d, "total": 10} for t, d in times]
-    assert progress(stage_state(tmp_path)) == ""
+    assert progress_text(stage_state(tmp_path)) == ""
     metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert progress(stage_state(tmp_path)) == "distill 5/10, 0:00:50 left"
+    assert progress_text(stage_state(tmp_path)) == "distill 5/10, 0:00:50 left"
     metrics.write_text(json.dumps(records[0]) + "\n")
-    assert progress(stage_state(tmp_path)) == "distill 1/10"
+    assert progress_text(stage_state(tmp_path)) == "distill 1/10"

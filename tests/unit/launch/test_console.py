@@ -9,13 +9,12 @@ import pytest
 from rich.console import Console
 
 from launch.console import (
-    PLAIN_INTERVAL,
-    Follower,
     headline,
     print_plan,
     print_recipes,
     print_summary,
 )
+from launch.progress import LINE_SECONDS, Follower
 from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.metrics import METRICS, MetricsLog
 
@@ -133,7 +132,7 @@ def test_headline_of_an_evaluation(
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The follower's time, which stands until it is set."""
     now = [100.0]
-    monkeypatch.setattr("launch.console.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("launch.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 
@@ -162,9 +161,9 @@ def test_follower_says_how_long_stage_and_run_will_take(
 ) -> None:
     screen = Console(file=StringIO(), width=200, force_terminal=terminal, highlight=False)
     log = MetricsLog(stage.directory / METRICS)
-    with Follower(stage, screen, run_left=lambda left: left + 3600) as follower:
+    with Follower(stage, screen, run_estimate=lambda left: left + 3600) as follower:
         for step in (1, 2, 5):
-            clock[0] += 2 * PLAIN_INTERVAL
+            clock[0] += 2 * LINE_SECONDS
             log.log(time=10.0 * step, task="train", done=step, total=5, loss=2.5)
             follower.update()
     if terminal:
@@ -191,7 +190,7 @@ def test_follower_holds_back_unfinished_work(
     log = MetricsLog(stage.directory / METRICS)
     with Follower(stage, screen) as follower:
         for step in range(1, 51):
-            clock[0] += PLAIN_INTERVAL / 20
+            clock[0] += LINE_SECONDS / 20
             log.progress("train", step, 50)
             follower.update()
     shown = [line.split()[2] for line in lines_of(screen) if "train" in line]

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from launch.console import Follower
-from launch.executors import foreground, local
+from launch.executors import local
 from launch.plan import Plan
 from launch.planned import PlannedStage
+from launch.progress import Follower
 from recipes.core import stage_process
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK
@@ -66,7 +66,7 @@ def stage(plan: Callable[..., Plan]) -> PlannedStage:
 
 
 def test_command_starts_one_process_a_device(stage: PlannedStage, tmp_path: Path) -> None:
-    command = foreground.command(stage, sys.executable)
+    command = local.command(stage, sys.executable)
     assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in command
     assert "--standalone" in command
@@ -81,7 +81,7 @@ def test_one_process_is_started_without_torchrun(
     alone = replace(stage, config=replace(stage.config, resources=Resources()))
     config = str(tmp_path / "run" / "distill" / "config.yaml")
     expected = [sys.executable, "-m", "recipes.core.worker", "recipes.stages.distill", config]
-    assert foreground.command(alone, sys.executable) == expected
+    assert local.command(alone, sys.executable) == expected
     found = local.environment(alone, local.LocalConfig())
     assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("0", "0", "1")
     assert "WORLD_SIZE" not in local.environment(stage, local.LocalConfig())  # torchrun sets it
@@ -135,7 +135,7 @@ def test_script_does_what_the_launcher_does(
     script = write_script(stage, AWKWARD=AWKWARD)
     assert os.access(script, os.X_OK)
     done = subprocess.run([script], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout == "\n".join([*foreground.command(stage, sys.executable)[1:], AWKWARD])
+    assert done.stdout == "\n".join([*local.command(stage, sys.executable)[1:], AWKWARD])
 
 
 def test_script_runs_where_the_launcher_ran(
@@ -153,7 +153,7 @@ def test_script_runs_where_the_launcher_ran(
 def write_script(stage: PlannedStage, **env: str) -> Path:
     plan = Plan(stage.directory.parent, None, (replace(stage, action="run"),))  # type: ignore[arg-type]
     local.write_scripts(plan, local.LocalConfig(env=env))
-    return stage.directory / foreground.SCRIPT
+    return stage.directory / local.SCRIPT
 
 
 def fake_python(folder: Path, commands: str) -> Path:
@@ -168,7 +168,7 @@ def start(stage: PlannedStage, program: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "executable", str(program))
     write_script(stage, GREETING="hello")
     with Follower(stage, Console(file=StringIO())) as follower:
-        foreground.run(stage, follower)
+        local.run(stage, follower)
 
 
 def says(stage: PlannedStage, error: str) -> str:
@@ -236,7 +236,7 @@ def test_a_stage_that_does_not_stop_is_killed(
     log = tmp_path / "log"
 
     def interrupted() -> None:
-        with log.open("wb") as output, foreground.start_script(stage, output):
+        with log.open("wb") as output, local.start_script(stage, output):
             while not log.read_text().endswith("\n"):
                 time.sleep(0.01)
             raise KeyboardInterrupt

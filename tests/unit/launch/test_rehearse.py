@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from launch.machine import chain_of
 from launch.plan import stage_order, typed_stages, with_shapes
 from launch.planned import stage_of
-from launch.rehearse import planned, too_large
+from launch.rehearse import memory_mistakes, planned_memory
 from recipes.planning.chain import Chain
 from recipes.planning.published_configs import read_config_or_published
 from recipes.rehearsal.job import RankJob, first_ranks, jobs_of
@@ -29,8 +29,8 @@ Prepared = tuple[Chain, list[RankJob]]
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("rehearse=soon", "rehearse=soon is not true, and no list of ranks"),
-        ("rehearse=[0,-1]", "rehearse=[0, -1] is not true, and no list of ranks"),
+        ("rehearse=soon", "invalid rehearse=soon: must be true or a list"),
+        ("rehearse=[0,-1]", "invalid rehearse=[0, -1]: must be true or a list"),
         ("rehearse=[4]", "no stage computes on a device and has rank 4"),
     ],
 )
@@ -89,7 +89,7 @@ def test_a_halving_is_rehearsed_as_a_training_of_its_largest_candidate(
     assert job.inputs["teacher"].shape == chain.teacher.as_dict()
     largest = chain.shapes["enumerate_shapes"][0]
     assert job.inputs["student"].shape == largest.as_dict()
-    plan = planned(job, chain)
+    plan = planned_memory(job, chain)
     assert plan is not None
     assert plan.weights == largest.parameters()  # two bytes of each, over two ranks
     assert job.config["global_batch_size"] == 16  # 4 replicas of 2 windows, two micro batches
@@ -109,7 +109,10 @@ def test_a_peak_without_room_is_a_mistake(compose: Compose, tmp_path: Path) -> N
     chain, jobs = prepared(compose("recipe=qwen3_8b_depth"), tmp_path)
     [job] = [job for job in jobs if job.name == "evaluate"]
     three_in_float32 = RehearsalResult(peak={"weights": 81_000_000_000})
-    assert list(too_large([(job, RehearsalResult(peak={"weights": 16_000_000_000}))], chain)) == []
-    assert list(too_large([(job, three_in_float32)], chain)) == [
+    assert (
+        list(memory_mistakes([(job, RehearsalResult(peak={"weights": 16_000_000_000}))], chain))
+        == []
+    )
+    assert list(memory_mistakes([(job, three_in_float32)], chain)) == [
         "evaluate: rank 0 takes 89.0 GB at its peak, but a h100 has 80.0 GB"
     ]

@@ -173,7 +173,7 @@ def test_what_was_planned_otherwise_and_not_run_is_forgotten(
     complete(plan())
     assert launch(*words, "dry_run=true", "stages.distill.lr=2e-4").returncode == 0
     states = launch("status", f"run_dir={run}").stdout
-    assert states.count("its result is of other settings, inputs or code") == 4
+    assert states.count("its result has other settings, inputs or code") == 4
     assert launch(*words).returncode == 0
     states = launch("status", f"run_dir={run}").stdout
     assert states.count("complete") == len(STAGES)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch import schema
-from launch.executor import executor_of
+from launch.executors import executor_of
 from launch.hydra_errors import explain
 from launch.plan import make_plan
 from launch.settings import settings_of

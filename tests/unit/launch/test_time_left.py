@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from launch.progress import (
+    OVERHEAD_SECONDS,
+    format_seconds,
+    remaining_run_seconds,
+    remaining_seconds,
+    run_estimate,
+)
 from launch.run_status import read_statuses, time_left
-from launch.time_left import BESIDE, in_words, of_run, run_left, seconds_left
 from recipes.core.manifest import read_manifest, write_manifest
 from recipes.core.metrics import METRICS, MetricsLog
 from recipes.core.run_state import begin_work, read_request
@@ -24,7 +30,7 @@ if TYPE_CHECKING:
 
 BEFORE = ("plan", "import_hf", "prepare_data", "score", "prune")
 """Stages before the distillation."""
-AFTER = 40 + 3 * BESIDE
+AFTER = 40 + 3 * OVERHEAD_SECONDS
 """Seconds of evaluate, export_hf and report, by the plan."""
 
 
@@ -33,21 +39,21 @@ def steps(task: str, *done: int, total: int = 10, each: float = 7.0) -> list[Rec
 
 
 def test_a_task_goes_on_at_its_own_speed() -> None:
-    assert seconds_left(steps("train", 2)) is None
-    assert seconds_left(steps("train", 2, 3)) == 49
-    assert seconds_left([*steps("train", 2, 3), *steps("validate", 1)]) is None
-    assert seconds_left(steps("train", 9, 10)) == 0
-    assert in_words(3725.4) == "1:02:05"
+    assert remaining_seconds(steps("train", 2)) is None
+    assert remaining_seconds(steps("train", 2, 3)) == 49
+    assert remaining_seconds([*steps("train", 2, 3), *steps("validate", 1)]) is None
+    assert remaining_seconds(steps("train", 9, 10)) == 0
+    assert format_seconds(3725.4) == "1:02:05"
 
 
 def test_stages_take_what_is_planned_at_the_pace_of_those_that_ended() -> None:
     planned, ahead = {"score": 90.0, "distill": 390.0}, dict.fromkeys(("distill", "report"))
-    assert run_left(planned, {}, ahead) == 390 + 2 * BESIDE
-    pace = 250 / (90 + BESIDE)
-    left = run_left(planned, {"score": 250.0}, ahead)
-    assert left == pytest.approx(pace * (390 + 2 * BESIDE))
-    assert run_left(planned, {"score": 250.0}, {}) is None
-    assert run_left({}, {"score": 250.0}, ahead) is None
+    assert remaining_run_seconds(planned, {}, ahead) == 390 + 2 * OVERHEAD_SECONDS
+    pace = 250 / (90 + OVERHEAD_SECONDS)
+    left = remaining_run_seconds(planned, {"score": 250.0}, ahead)
+    assert left == pytest.approx(pace * (390 + 2 * OVERHEAD_SECONDS))
+    assert remaining_run_seconds(planned, {"score": 250.0}, {}) is None
+    assert remaining_run_seconds({}, {"score": 250.0}, ahead) is None
 
 
 @pytest.fixture
@@ -59,23 +65,23 @@ def pace(plan: Callable[..., Plan], complete: Callable[..., None]) -> float:
         manifest = read_manifest(stage.directory)
         assert manifest is not None
         write_manifest(stage.directory, replace(manifest, seconds=56.0))
-    return len(BEFORE) * 56 / (90 + len(BEFORE) * BESIDE)
+    return len(BEFORE) * 56 / (90 + len(BEFORE) * OVERHEAD_SECONDS)
 
 
 def test_what_follows_a_stage_is_added(plan: Callable[..., Plan], pace: float) -> None:
     made = plan()
     [distill] = [stage for stage in made.stages if stage.name == "distill"]
-    assert of_run(made, distill)(33) == pytest.approx(33 + pace * AFTER)
-    assert of_run(made, made.stages[-1])(33) == 33
+    assert run_estimate(made, distill)(33) == pytest.approx(33 + pace * AFTER)
+    assert run_estimate(made, made.stages[-1])(33) == 33
     (made.run_dir / "plan" / "manifest.json").unlink()
-    assert of_run(made, distill)(33) is None
+    assert run_estimate(made, distill)(33) is None
 
 
 def test_unfinished_work_counts_from_where_it_is(plan: Callable[..., Plan], pace: float) -> None:
     made = plan()
     record(made)
     distill = made.run_dir / "distill"
-    expected = pace * (390 + BESIDE + AFTER)
+    expected = pace * (390 + OVERHEAD_SECONDS + AFTER)
     assert time_left(made.run_dir, read_statuses(made.run_dir)) == pytest.approx(expected)
     write_steps(distill)  # of an earlier result
     assert time_left(made.run_dir, read_statuses(made.run_dir)) == pytest.approx(expected)

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch import lock, trackers
-from launch.console import Follower
 from launch.plan import Plan
+from launch.progress import Follower
 from launch.run import _follow
 from launch.trackers import (
     IDS,
@@ -28,7 +29,6 @@ from launch.trackers import (
     public_parameters,
     require_tracker,
     tracked_run,
-    wandb_mode,
 )
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST
@@ -212,10 +212,10 @@ def test_mlflow_in_a_file_and_resumed(tracked: Tracked) -> None:
     assert history("distill/kd") == [(1, 1.5), (2, 0.5)]
     assert history("validate/val_loss") == [(2, 1.25)]
     assert found.data.metrics["distill/final/parameters"] == 1_500_000
-    with lock.held(planned.run_dir) as holding, open_tracker(run) as tracker:
+    with lock.acquire(planned.run_dir) as set_stage, open_tracker(run) as tracker:
         for stage in planned.stages:
             (stage.directory / ARTIFACT / "report.html").write_text("<p>a page")
-            with _follow(tracker, holding, planned, stage):
+            with _follow(tracker, set_stage, planned, stage):
                 pass
     assert sorted(file.path for file in client.list_artifacts(known)) == [
         STAGE,
@@ -296,25 +296,28 @@ def test_a_tracker_that_does_not_begin_is_one_message(tracked: Tracked) -> None:
 
 
 @pytest.mark.parametrize(
-    ("env", "netrc", "mode"),
-    [
-        ({}, "", "offline"),
-        ({"WANDB_MODE": "disabled", "WANDB_API_KEY": "k"}, "", "disabled"),
-        ({"WANDB_API_KEY": "k"}, "", "online"),
-        ({}, "machine api.wandb.ai login user password k", "online"),
-        ({}, "machine example.com login user password k", "offline"),
-        ({"WANDB_BASE_URL": "https://w.example.com"}, "machine w.example.com login u password k",
-         "online"),
-    ],
-)  # fmt: skip
+    ("env", "login", "mode"),
+    [({}, False, "offline"), ({}, True, None), ({"WANDB_MODE": "disabled"}, False, None)],
+)
 def test_wandb_is_offline_without_a_login(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, env: dict[str, str], netrc: str, mode: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    env: dict[str, str],
+    login: bool,
+    mode: str | None,
 ) -> None:
-    (tmp_path / "netrc").write_text(netrc)
-    (tmp_path / "netrc").chmod(0o600)
+    """Without a mode, wandb itself reads ``WANDB_MODE``."""
+    import wandb
+
+    init = mock.Mock()
+    monkeypatch.setattr(wandb, "login", lambda **_: login)
+    monkeypatch.setattr(wandb, "init", init)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert wandb_mode() == mode
+    settings = {"name": "wandb", "project": "p", "entity": None}
+    with open_tracker(TrackedRun(tmp_path, "r", settings, {})):
+        pass
+    assert init.call_args.kwargs["mode"] == mode
 
 
 def test_an_unknown_tracker_names_the_nearest() -> None:

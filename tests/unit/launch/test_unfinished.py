@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MakePlan = Callable[..., Plan]
 Complete = Callable[..., None]
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
-WHY = "(it resumes only with the settings, inputs and code it began with)."
+WHY = "(it resumes only with the settings, inputs and code that it was started with)."
 
 
 def interrupt(plan: Plan, name: str, *, checkpoint: bool = True) -> None:
@@ -69,7 +69,7 @@ def test_progress_is_not_lost_to_a_changed_field(plan: MakePlan) -> None:
         f"distill was interrupted at step 50, and since then global_batch_size changed 4 → 8 {WHY}"
     )
     assert fix == (
-        "set stages.distill.global_batch_size=4 to go on, or force=[distill] to start over"
+        "set stages.distill.global_batch_size=4 to resume, or force=[distill] to start over"
     )
     back = fix.split()[1]
     assert statuses(plan("stages.distill.global_batch_size=8", back))["distill"][0] == "resume"
@@ -105,7 +105,7 @@ def test_every_changed_field_is_named_and_set_back(plan: MakePlan) -> None:
     assert "min_lr changed 3e-05 → 1e-06" in what
     assert "lr changed 0.0003 → 1e-05" in what
     assert "precision changed 32 → bf16-mixed" in what
-    words = shlex.split(fix.removeprefix("set ").partition(" to go on")[0])
+    words = shlex.split(fix.removeprefix("set ").partition(" to resume")[0])
     assert sorted(words) == [
         "stages.distill.lr=0.0003",
         "stages.distill.min_lr=3e-05",
@@ -118,7 +118,7 @@ def test_progress_is_not_lost_to_a_changed_input(plan: MakePlan) -> None:
     interrupt(plan(), "distill")
     what, fix = refusal(plan, "stages.prune.target_hidden_size=448")
     assert f"since then its input student changed {WHY}" in what
-    assert fix == "undo that to go on, or force=[distill] to start over"
+    assert fix == "undo that to resume, or force=[distill] to start over"
     what, _ = refusal(plan, "stages.prune.target_hidden_size=448", "stages.distill.seed=1")
     assert "since then seed changed 1234 → 1, its input student changed (" in what
 
@@ -139,7 +139,7 @@ def test_layout_may_change_between_interruption_and_resumption(plan: MakePlan) -
     assert statuses(plan(*layout))["distill"] == ("resume", "was interrupted")
     what, fix = refusal(plan, *layout, "stages.distill.seed=1")
     assert what.count("changed") == 1
-    assert fix.startswith("set stages.distill.seed=1234 to go on")
+    assert fix.startswith("set stages.distill.seed=1234 to resume")
 
 
 def test_requests_written_later_do_not_hide_what_the_work_began_with(plan: MakePlan) -> None:

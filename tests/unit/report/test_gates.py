@@ -173,9 +173,7 @@ def test_failing_gate_ends_a_complete_run_with_1_and_says_what_was_measured(
 def test_an_unquoted_gate_is_told_to_be_quoted(launch: Launch) -> None:
     done = launch("recipe=llama_width_prune", "gates=[recovered >= 0.75]")
     assert done.returncode == 1
-    assert (
-        """fix: quote each text that has signs in it, such as 'gates=["a >= 1"]'""" in done.stderr
-    )
+    assert """fix: quote text with special characters, such as 'gates=["a >= 1"]'""" in done.stderr
 
 
 def test_a_gate_is_not_judged_on_what_is_not_measured_yet(

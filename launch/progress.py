@@ -1,0 +1,176 @@
+"""Progress of running stages, and how long they and the run will still take."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from launch.plan import Plan
+from launch.planned import SKIP, PlannedStage
+from launch.trackers import Track
+from recipes.core.manifest import read_manifest
+from recipes.core.metrics import METRICS, Record
+from recipes.planning.results import PlanResult
+
+SPEED_RECORDS = 50
+"""Number of records over which the speed is measured."""
+OVERHEAD_SECONDS = 10.0
+"""Assumed time of a stage for imports and files, in addition to its planned arithmetic."""
+LINE_SECONDS = 15.0
+"""Time between lines of progress where there is no terminal."""
+SHOWN = ("loss", "val_loss", "val_kd", "tokens_per_second")
+
+
+def remaining_seconds(records: Sequence[Record]) -> int | None:
+    """Returns how long the last record's task will still take; ``None`` if its speed is unknown."""
+    last = records[-1]
+    recent: list[Record] = []
+    for record in records:
+        if record["task"] == last["task"]:
+            if recent and record["done"] <= recent[-1]["done"]:
+                recent.clear()  # a restart; the time before it was not spent on the task
+            recent.append(record)
+    recent = recent[-SPEED_RECORDS:]
+    if len(recent) < 2:
+        return None
+    spent, done = (recent[-1][key] - recent[0][key] for key in ("time", "done"))
+    seconds: int = round(spent / done * (last["total"] - last["done"]))
+    return seconds
+
+
+def planned_seconds(run_dir: Path) -> Mapping[str, float]:
+    """Returns the planned seconds of each stage; empty if the run has no result of ``plan``."""
+    manifest = read_manifest(run_dir / "plan")
+    result = manifest.result_if("plan", PlanResult) if manifest else None
+    return result.seconds if result else {}
+
+
+def remaining_run_seconds(
+    planned: Mapping[str, float], spent: Mapping[str, float], ahead: Mapping[str, float | None]
+) -> float | None:
+    """Returns how long a run will still take; ``None`` if it is complete or has no plan.
+
+    Args:
+        planned: Seconds by ``planned_seconds``.
+        spent: Seconds of each complete stage. They show how fast this machine is.
+        ahead: Remaining seconds of each other stage; ``None`` if it has no progress yet.
+    """
+    if not planned or not ahead:
+        return None
+    expected = {s: OVERHEAD_SECONDS + planned.get(s, 0.0) for s in (*spent, *ahead)}
+    pace = sum(spent.values()) / sum(expected[s] for s in spent) if spent else 1.0
+    return sum(pace * expected[s] if own is None else own for s, own in ahead.items())
+
+
+def run_estimate(plan: Plan, stage: PlannedStage) -> Callable[[float], float | None]:
+    """Returns a function from a running stage's remaining seconds to those of its run."""
+    planned = planned_seconds(plan.run_dir)
+    index = plan.stages.index(stage)
+    later = [other.name for other in plan.stages[index + 1 :] if other.action != SKIP]
+    others = [other for other in plan.stages if other.name not in (stage.name, *later)]
+    spent = {other.name: result.seconds for other in others if (result := other.result)}
+    return lambda left: remaining_run_seconds(
+        planned, spent, {stage.name: left, **dict.fromkeys(later)}
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    """Returns hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+class Follower:
+    """Shows the progress that a stage writes to its ``metrics.jsonl``, and its remaining time.
+
+    On a terminal it is a bar, elsewhere a line every few seconds. A tracker gets every record.
+    """
+
+    def __init__(
+        self,
+        stage: PlannedStage,
+        console: Console,
+        track: Track = lambda record: None,
+        run_estimate: Callable[[float], float | None] = lambda left: None,
+    ) -> None:
+        self._name, self._path = stage.name, stage.directory / METRICS
+        self._console, self._track, self._run_estimate = console, track, run_estimate
+        self._recent = deque[Record](maxlen=2 * SPEED_RECORDS)
+        # A resumed stage appends to its file, whose old records were shown before.
+        self._position = self._path.stat().st_size if self._path.exists() else 0
+        self._last_line, self._started = 0.0, time.monotonic()
+        self._progress = Progress(
+            TextColumn("[bold]{task.fields[stage]}"),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[values]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        if not self._console.is_terminal:
+            self._console.print(f"{self._name}: started")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._progress.stop()
+        if kind is None:
+            seconds = time.monotonic() - self._started
+            self._console.print(f"{self._name}: complete in {seconds:.0f} s")
+
+    def update(self) -> None:
+        """Reads the new records and shows them."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size < self._position:  # the stage has started anew and deleted its old records
+            self._position = 0
+        if size == self._position:
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._position += len(line)
+                try:
+                    record = json.loads(line)
+                except ValueError:  # a kill or a full disk truncated the record
+                    continue
+                if "task" in record:
+                    self._track(record)
+                    self._show(record)
+
+    def _show(self, record: Record) -> None:
+        task, done, total = record["task"], record["done"], record["total"]
+        self._recent.append(record)
+        values = "  ".join(f"{k} {record[k]:.4g}" for k in SHOWN if record.get(k) is not None)
+        if self._console.is_terminal:
+            shown: dict[str, Any] = {"left": self._time_left(), "values": values}
+            if task not in self._tasks:
+                self._tasks[task] = self._progress.add_task(
+                    task, total=total, stage=self._name, **shown
+                )
+            self._progress.update(self._tasks[task], completed=done, total=total, **shown)
+        elif done == total or time.monotonic() - self._last_line > LINE_SECONDS:
+            self._last_line = time.monotonic()
+            progress = ", ".join(filter(None, (f"{task} {done}/{total}", self._time_left())))
+            self._console.print(f"{self._name}: {progress}  {values}".rstrip())
+
+    def _time_left(self) -> str:
+        task = remaining_seconds(self._recent)
+        parts = [f"{format_seconds(task)} left"] if task else []
+        if task is not None and (run := self._run_estimate(task)):
+            parts.append(f"about {format_seconds(run)} of the run")
+        return ", ".join(parts)
