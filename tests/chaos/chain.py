@@ -1,4 +1,4 @@
-"""A tiny chain that a campaign disturbs, and what an undisturbed run of it left."""
+"""A tiny chain that tests kill, and the comparison of two runs of it."""
 
 from __future__ import annotations
 
@@ -18,46 +18,40 @@ TIMED = re.compile(
     r"(seconds|_per_second|_ms|^time|_at|rss_bytes|peak_memory_bytes"
     r"|^speedup|^(prefill|decode)(_roofline)?|^cached)$"
 )
-"""Figures that no two runs share, and which answers were there before."""
+"""Matches metrics that differ between any two runs: times, memory, and the use of caches."""
 _FIGURE = r"<data[^>]*>[^<]*</data>"
 SPEED = re.compile(rf"{_FIGURE}(?= tokens per second|: the plan is)|(?<=: the plan is ){_FIGURE}")
 SECTION = re.compile(r'<section id="(\w+)">.*?</section>', re.DOTALL)
 
-SMALL_ENGINES = (
-    *settings("build_engine", num_sequences=2),
-    *settings("build_teacher_engine", num_sequences=2),
-    *settings("measure_speed", batch_sizes="[1,3]", prompt_tokens="[40]", new_tokens=6),
-    *settings("measure_speed", repetitions=2),
-)
-
 
 def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "openvino") -> list[str]:
-    """Width and depth together, every size odd."""
+    """Returns the overrides of a chain that prunes width and depth to odd sizes."""
+    engines = [
+        "gguf=q8_0",
+        *settings("build_engine", num_sequences=2),
+        *settings("build_teacher_engine", num_sequences=2),
+        *settings("measure_speed", batch_sizes="[1,3]", prompt_tokens="[40]"),
+        *settings("measure_speed", new_tokens=6, repetitions=2),
+    ]
     return [
         "recipe=llama_width_prune",
         "tasks=null",
         "heal=least_squares",
         f"engine={engine}",
         *tiny(model, text_file, run_dir),
-        "stages.prune.target_hidden_size=40",
-        "stages.prune.hidden_size_divisor=8",
-        "stages.prune.target_ffn_hidden_size=72",
-        "stages.prune.ffn_hidden_size_divisor=8",
-        "stages.prune.target_num_attention_heads=5",
-        "stages.prune.target_num_layers=4",
-        "stages.distill.precision=bf16-mixed",  # whatever the processor is best at
-        f"stages.distill.max_steps={STEPS}",
-        "stages.distill.warmup_steps=2",
-        f"stages.distill.checkpoint_interval={CHECKPOINT_INTERVAL}",
-        "stages.distill.val_check_interval=12",
-        "stages.evaluate.num_sequences=8",
-        "stages.evaluate.new_tokens=8",
-        *(["gguf=q8_0", *SMALL_ENGINES] if engine == "openvino" else []),
+        *settings("prune", target_hidden_size=40, hidden_size_divisor=8),
+        *settings("prune", target_ffn_hidden_size=72, ffn_hidden_size_divisor=8),
+        *settings("prune", target_num_attention_heads=5, target_num_layers=4),
+        *settings("distill", precision="bf16-mixed"),  # by default it depends on the processor
+        *settings("distill", max_steps=STEPS, warmup_steps=2, val_check_interval=12),
+        *settings("distill", checkpoint_interval=CHECKPOINT_INTERVAL),
+        *settings("evaluate", num_sequences=8, new_tokens=8),
+        *(engines if engine == "openvino" else []),
     ]
 
 
 def differences(expected: Path, found: Path) -> list[str]:
-    """Everything in which two runs differ that should not: results, records, files, the report."""
+    """Lists differences of two runs in results, records, files and reports, apart from times."""
     stages = sorted(file.parent.name for file in expected.glob(f"*/{MANIFEST}"))
     found_stages = sorted(file.parent.name for file in found.glob(f"*/{MANIFEST}"))
     if stages != found_stages:
@@ -79,7 +73,7 @@ def _stage_differences(expected: Path, found: Path, stage: str) -> Iterator[str]
         if getattr(one, name) != getattr(two, name):
             yield name
     if timeless(one.metrics) != timeless(two.metrics):
-        yield f"figures {timeless(one.metrics)} became {timeless(two.metrics)}"
+        yield f"metrics {timeless(one.metrics)} became {timeless(two.metrics)}"
     steps = [_steps(run / stage / METRICS) for run in (expected, found)]
     if steps[0] != steps[1]:
         yield "records of progress"
@@ -90,9 +84,10 @@ def _stage_differences(expected: Path, found: Path, stage: str) -> Iterator[str]
 
 
 def _steps(file: Path) -> dict[tuple[str, int], Any]:
-    """The last record of every unit of work, without times, and what each start measures once.
+    """Returns the last record of each unit of work, without times.
 
-    Nor those of questions to a model, which answers each only once.
+    Left out are the teacher's loss, which each start measures anew, and requests to a model, which
+    are not repeated.
     """
     every = [{k: v for k, v in r.items() if k != "teacher_loss"} for r in read_records(file)]
     units = [r for r in every if "task" in r and not r["task"].startswith("requests")]
@@ -100,14 +95,14 @@ def _steps(file: Path) -> dict[tuple[str, int], Any]:
 
 
 def timeless(value: Any) -> Any:
-    """A value without what is measured with a clock, or of memory."""
+    """Returns plain data without ``TIMED`` metrics."""
     if isinstance(value, dict):
         return {k: timeless(v) for k, v in value.items() if not TIMED.search(str(k))}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 def content(file: Path) -> object:
-    """What a file says, without the times in it."""
+    """Returns the content of a file, without times if it has any."""
     if file.suffix == ".html":
         text = SPEED.sub("", file.read_text(encoding="utf-8"))
         sections = {m[1]: m[0] for m in SECTION.finditer(text)}
@@ -120,7 +115,7 @@ def content(file: Path) -> object:
 
 
 def _weights(checkpoint: Path) -> dict[str, str]:
-    """A hash of each weight of a NeMo checkpoint; Megatron orders them as writers finish."""
+    """Returns a hash of each weight of a NeMo checkpoint, whose order in the files varies."""
     import torch
 
     from nemo_convert.convert import hf_weights
@@ -132,9 +127,9 @@ def _weights(checkpoint: Path) -> dict[str, str]:
 
 
 def is_of_a_library(folder: Path) -> bool:
-    """Whether it is torch's cache, or of multiprocessing and has no file.
+    """Returns whether a temporary folder is torch's cache, or multiprocessing's with only sockets.
 
-    A process of Megatron's writer that is killed leaves the socket that it listened to.
+    A killed process of Megatron's checkpoint writer leaves its socket.
     """
     if folder.name.startswith("torchinductor_"):
         return True

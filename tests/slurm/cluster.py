@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from tests.support import processes
-
 FIRST_PORT = 10000
 CONF = """\
 ClusterName=test
@@ -39,7 +37,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000,batch_sched_delay=0
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout={slurmd_timeout}
+SlurmdTimeout=300
 MpiDefault=none
 SwitchType=switch/none
 PlugStackConfig={dir}/plugstack.conf
@@ -58,22 +56,19 @@ PartitionName=batch Nodes=ALL Default=YES MaxTime=1-00:00:00 DefaultTime=10 Stat
 
 
 class Cluster:
-    """A running Slurm, its files in a directory with a short path.
+    """A running Slurm, its files in a directory with a short path."""
 
-    A node that does not answer for ``slurmd_timeout`` seconds is down.
-    """
-
-    def __init__(self, directory: Path, nodes: int = 2, slurmd_timeout: int = 300) -> None:
-        self.directory, self._slurmd_timeout = directory, slurmd_timeout
+    def __init__(self, directory: Path, nodes: int = 2) -> None:
+        self.directory = directory
         self._nodes = [f"n{number + 1}" for number in range(nodes)]
         self.pyxis_log = directory / "pyxis.log"
         self.has_containers = False
 
     @classmethod
     @contextlib.contextmanager
-    def running(cls, *how: int) -> Iterator[Self]:
+    def running(cls) -> Iterator[Self]:
         """One that is stopped again."""
-        cluster = cls(Path(tempfile.mkdtemp(prefix="slurm")), *how)
+        cluster = cls(Path(tempfile.mkdtemp(prefix="slurm")))
         cluster.directory.chmod(0o755)
         try:
             cluster.start()
@@ -103,26 +98,6 @@ class Cluster:
         every = ["idle"] * len(self._nodes)
         wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == every, 300)
 
-    def lose_node(self, name: str) -> None:
-        """Kills all that runs on a node, so that nothing of it says how it ended, for good."""
-        file = self.directory / f"slurmd.{name}.pid"
-        daemon = int(file.read_text())
-        tasks = processes.with_variable("SLURMD_NODENAME", name)
-        parents = {processes.parent(task) for task in tasks} - {None}
-        steps = [p for p in parents if processes.command(p).startswith("slurmstepd")]
-        for pid in (daemon, *steps, *tasks):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        file.unlink()
-
-    def restart_controller(self, seconds: float) -> None:
-        """Ends it, and starts it again after a while in which it does not answer."""
-        pid = int((self.directory / "slurmctld.pid").read_text())
-        os.kill(pid, signal.SIGTERM)
-        wait_for(lambda: not Path("/proc", str(pid)).exists(), 60)
-        time.sleep(seconds)
-        run("slurmctld")
-
     def stop(self) -> None:
         """Ends every job and daemon of this cluster, by their process ids."""
         with contextlib.suppress(Exception):
@@ -140,7 +115,6 @@ class Cluster:
         d, nodes = self.directory, len(self._nodes)
         port = free_port(nodes + 1)
         values = {"nodes": nodes, "node_first": port + 1, "node_last": port + nodes}
-        values |= {"slurmd_timeout": self._slurmd_timeout}
         values |= {"srun_first": port + 100, "srun_last": port + 400}
         text = CONF.format(dir=d, host=socket.gethostname().split(".")[0], port=port, **values)
         (d / "slurm.conf").write_text(text)

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from recipes.core.files import REPO_ROOT
-from tests.support import processes
 from tests.support.forked import run_forked
 
 LAUNCHER = str(REPO_ROOT / "launch" / "run.py")
@@ -76,11 +76,9 @@ def run_and_kill(
 
 
 def wait_until_none_works_in(directory: Path) -> None:
-    """A stage's processes, also those that its libraries start, must die with the launcher."""
+    """Waits until no process works in a directory: all must die with the launcher."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        found = processes.working_in(directory)
-        if not found:
-            return
+    while running := [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(directory)]:
+        if time.monotonic() > deadline:
+            pytest.fail(f"still running: {running}")
         time.sleep(0.1)
-    pytest.fail(f"still running: {found}")

@@ -33,7 +33,7 @@ from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.kept import KeptIndices, cut, student_name
 from recipes.pruning.results import HealResult
 from tests.chaos.chain import STEPS, differences, is_of_a_library, overrides
-from tests.chaos.kills import Disturbed, Kill
+from tests.chaos.kills import Kill, RunCommand
 from tests.support.generation import NEW_TOKENS, SECOND, said_by, said_in
 from tests.support.in_process import run_in_process
 from tests.support.launcher import run_recipe
@@ -449,12 +449,12 @@ def test_kill_9_then_the_same_command_changes_nothing(
     run_dir = without(tiny_run, tmp_path / "run", "score", "distill")
     words = [*overrides(odd_llama, text_file, run_dir), "only=[score,prune,heal,distill]"]
     seconds = {stage: manifest_of(tiny_run, stage).seconds for stage in ("score", "distill")}
-    command = Disturbed(words, run_dir, tmp_path, seconds, {"TMPDIR": str(temporary)})
+    command = RunCommand(words, run_dir, seconds, {"TMPDIR": str(temporary)})
 
     # At once: what scoring takes here may be a tenth of what it took in the other run.
-    hit = command.kill(Kill("score", "stage", share=0.0))
+    hit = command.kill(Kill("score", "stage", fraction=0.0))
     assert hit is not None
-    assert (hit.stage, hit.victim, hit.code) == ("score", "stage", 1)
+    assert (hit.stage, hit.victim, hit.exit_status) == ("score", "stage", 1)
     assert "Traceback" not in hit.output
     assert "score failed: it ended without a message" in hit.output
     assert "killed by SIGKILL: out of memory" in hit.output
