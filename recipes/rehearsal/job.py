@@ -125,7 +125,7 @@ def _rehearsed_config(config: StageConfig) -> StageConfig:
         return replace(config, inputs={"checkpoint": config.inputs["checkpoint"]})
     if not isinstance(config, SuccessiveHalvingConfig):
         return config
-    training = training_of(config, config.rounds(config.most()) or [1], 0)
+    training = training_of(config, config.rounds(config.max_candidates()) or [1], 0)
     model = config.inputs["checkpoint"]
     inputs = {"teacher": model, "student": model, "data": config.inputs["data"]}
     return replace(training, inputs=inputs)

@@ -1,15 +1,16 @@
-"""Successive halving: prunes, trains and measures candidates, each as a stage of its own."""
+"""Successive halving: prunes, trains and measures candidates, each in stages of its own."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from recipes.core.files import write_text_atomically
-from recipes.core.manifest import read_manifest
+from recipes.core.manifest import ARTIFACT, read_manifest
 from recipes.core.stage import Inputs, rank, world_size
 from recipes.core.stage_process import run_child
 from recipes.core.watchdog import pause_watchdog
@@ -20,75 +21,76 @@ from recipes.search.results import Candidate
 from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import axes_of, prune_settings
 
-POLL = 0.5
-"""Seconds between looks at what other ranks have finished."""
+POLL_SECONDS = 0.5
+"""Time between checks whether another rank has finished."""
 
 
 class HalvingRun:
-    """Where candidates compete: ``NAME/prune``, ``NAME/round-0``, … below a directory.
+    """Prunes and trains candidates in ``NAME/prune``, ``NAME/round-0``, … below a directory.
 
     Args:
         cfg: The stage's config.
         inputs: Its inputs.
-        directory: Kept while the stage is unfinished.
-        method: How ``prune`` chooses layers.
+        directory: Stays until the stage is finished, so that a killed search resumes.
+        layer_importance: The setting of ``prune``.
     """
 
     def __init__(
-        self, cfg: SuccessiveHalvingConfig, inputs: Inputs, directory: Path, method: str
+        self, cfg: SuccessiveHalvingConfig, inputs: Inputs, directory: Path, layer_importance: str
     ) -> None:
-        self._cfg, self._inputs, self._directory, self._method = cfg, inputs, directory, method
+        self._cfg, self._inputs, self._directory = cfg, inputs, directory
+        self._layer_importance = layer_importance
 
     def train(self, candidates: Sequence[Candidate], number: int, training: DistillConfig) -> None:
-        """Trains every candidate for one round; each rank takes its share.
+        """Trains every candidate for one round; the candidates are distributed over the ranks.
 
         Raises:
             RecipeError: A stage failed; the message says where its log is.
         """
         for candidate in candidates[rank() :: world_size()]:
-            place = self._directory / candidate.name
-            pruned = place / "prune"
-            if number == 0:
-                self._prune(candidate, pruned)
-            student = place / f"round-{number - 1}" if number else pruned
+            first = number == 0
             inputs = {
                 "teacher": self._inputs["checkpoint"].directory,
-                "student": student,
+                "student": self._prune(candidate) if first else self._round(candidate, number - 1),
                 "data": self._inputs["data"].directory,
             }
-            run_child(training, place / f"round-{number}", inputs)
-        for candidate in candidates:  # others have theirs
-            _wait_for(self._directory / candidate.name / f"round-{number}")
+            run_child(training, self._round(candidate, number), inputs)
+        for candidate in candidates:
+            _wait_until(partial(read_manifest, self._round(candidate, number)))
 
-    def _prune(self, candidate: Candidate, directory: Path) -> None:
-        settings = prune_settings(axes_of(candidate.shape), self._method)
-        config = PruneConfig(stage="prune", **settings)
+    def _round(self, candidate: Candidate, number: int) -> Path:
+        return self._directory / candidate.name / f"round-{number}"
+
+    def _prune(self, candidate: Candidate) -> Path:
+        settings = prune_settings(axes_of(candidate.shape), self._layer_importance)
         inputs = {name: self._inputs[name].directory for name in ("checkpoint", "importance")}
-        run_child(config, directory, inputs)
+        directory = self._directory / candidate.name / "prune"
+        run_child(PruneConfig(stage="prune", **settings), directory, inputs)
+        return directory
 
     def measure(self, candidates: Sequence[Candidate], number: int) -> list[TokenQuality]:
-        """Perplexity and KL to the teacher of every candidate on validation text."""
+        """Measures every candidate on validation text after a round; rank 0 does it for all."""
         from nemo_convert import nemo
         from recipes.data.token_windows import read_windows
         from recipes.evaluation.text_quality import measure_checkpoints
 
-        places = [self._directory / c.name / f"round-{number}" for c in candidates]
-        found = self._directory / f"round-{number}.json"
-        if rank() == 0 and not found.exists():
+        results = self._directory / f"round-{number}.json"
+        if rank() == 0 and not results.exists():
             length, size = self._cfg.distill.seq_length, self._cfg.distill.micro_batch_size
             text = read_windows(self._inputs["data"], "validation", length, self._cfg.num_samples)
             teacher = nemo.find_checkpoint(self._inputs["checkpoint"].artifact)
-            students = [nemo.find_checkpoint(place / "artifact") for place in places]
-            figures = measure_checkpoints(teacher, students, text, self._cfg.precision, size)
-            write_text_atomically(found, json.dumps([asdict(one) for one in figures]))
-        with pause_watchdog():
-            while not found.exists():
-                time.sleep(POLL)
-        return [TokenQuality(**one) for one in json.loads(found.read_text(encoding="utf-8"))]
+            students = [
+                nemo.find_checkpoint(self._round(candidate, number) / ARTIFACT)
+                for candidate in candidates
+            ]
+            qualities = measure_checkpoints(teacher, students, text, self._cfg.precision, size)
+            write_text_atomically(results, json.dumps([asdict(one) for one in qualities]))
+        _wait_until(results.exists)
+        return [TokenQuality(**one) for one in json.loads(results.read_text(encoding="utf-8"))]
 
 
-def _wait_for(directory: Path) -> None:
-    """Another rank that fails ends this one, too: torchrun sees to that."""
+def _wait_until(finished: Callable[[], object]) -> None:
+    """Waits for another rank; if that one fails, torchrun ends this process."""
     with pause_watchdog():
-        while read_manifest(directory) is None:
-            time.sleep(POLL)
+        while not finished():
+            time.sleep(POLL_SECONDS)

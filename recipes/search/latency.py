@@ -1,4 +1,4 @@
-"""What a decoding step of any shape takes: a line fitted to engines that were timed."""
+"""Latency of a decoding step by shape: a line fitted to timed engines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ def build_random_engine(
     shape: Architecture,
     scratch: Path,
 ) -> Contender:
-    """An engine of random weights."""
+    """Builds an engine with random weights.
+
+    Args:
+        cfg: The stage's config.
+        side: Folder of the teacher's tokenizer and other side files.
+        config: Hugging Face config of ``shape``.
+        shape: Shape of the engine.
+        scratch: Folder for the model and the engine.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -51,25 +59,31 @@ def build_random_engine(
 
 
 def step_ms(row: BenchmarkRow) -> float:
-    """Milliseconds of one decoding step of the whole batch, by the median rate."""
+    """Returns the milliseconds of a decoding step of the whole batch, by the median rate."""
     return 1e3 * row.batch_size / row.decode_tokens_per_second.median
 
 
 def fit(shapes: Sequence[Architecture], steps: Sequence[float], service: Service) -> LatencyFit:
-    """The line of least squares of relative errors; nothing takes less than no time.
+    """Fits the line by least squares of the relative errors, with coefficients of at least 0.
 
-    ``steps`` are the milliseconds that each shape took, at least two of which differ in size; that
-    size makes no difference is refused, since no budget could be kept by it.
+    Args:
+        shapes: Timed shapes, at least two of which differ in size.
+        steps: Milliseconds of a decoding step of each.
+        service: How the steps were served.
+
+    Raises:
+        RecipeError: The time does not depend on the size.
     """
     import numpy as np
     from scipy.optimize import nnls
 
+    # Each equation is divided by its time, so that the right sides are 1 and errors are relative.
     rows = [
         [1 / step, shape.num_layers / step, read_gigabytes(shape, service) / step]
         for shape, step in zip(shapes, steps, strict=True)
     ]
-    found, _ = nnls(np.array(rows), np.ones(len(rows)))
-    line = LatencyFit(*(float(value) for value in found))
+    coefficients, _ = nnls(np.array(rows), np.ones(len(rows)))
+    line = LatencyFit(*coefficients.tolist())
     if not line.layer_ms and not line.gigabyte_ms:
         raise RecipeError(
             f"smaller engines were not faster: {', '.join(f'{s:.3g}' for s in steps)} ms a step.",

@@ -1,4 +1,4 @@
-"""Measuring candidate shapes: as views of one model whose weights are sorted, and healed."""
+"""Measures candidate shapes, as views of one model whose weights are sorted by importance."""
 
 from __future__ import annotations
 
@@ -31,14 +31,7 @@ from recipes.search.space import name_of
 def measure_shapes(
     cfg: RankCandidatesConfig, inputs: Inputs, shapes: list[Architecture], log: MetricsLog
 ) -> list[Candidate]:
-    """Perplexity and KL to the teacher of every shape as it is cut, and of the best once healed.
-
-    Args:
-        cfg: The stage's config.
-        inputs: Its inputs.
-        shapes: Shapes to measure.
-        log: Metrics file.
-    """
+    """Measures every pruned shape, and the best again after reconstruction by least squares."""
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = Importance.load(inputs["importance"].artifact)
     text = read_windows(inputs["data"], "validation", cfg.seq_length, cfg.num_samples)
@@ -46,24 +39,20 @@ def measure_shapes(
         inputs["data"], "calibration", cfg.seq_length, cfg.num_calibration_samples
     )
     batches = calibration.tokens.split(cfg.micro_batch_size)
-    reference, found = _as_cut(cfg, teacher, importance, shapes, text, log)
-    best = sorted(found, key=lambda one: one.proxy)[: cfg.num_healed]
+    reference, candidates = _measure_pruned(cfg, teacher, importance, shapes, text, log)
+    best = sorted(candidates, key=lambda one: one.proxy)[: cfg.num_healed]
     for number, one in enumerate(best):
 
         def progress(done: int, total: int, before: int = number) -> None:
             log.progress("heal", before * total + done, len(best) * total)
 
-        reading = read(
-            Predictor.of(_healed(cfg, teacher, importance, one.shape, batches, progress)),
-            text,
-            cfg.micro_batch_size,
-        )
-        quality = beside(reference, reading, text)
-        found[found.index(one)] = _candidate(cfg, one.shape, quality, healed=True)
-    return found
+        healed = Predictor.of(_heal(cfg, teacher, importance, one.shape, batches, progress))
+        quality = beside(reference, read(healed, text, cfg.micro_batch_size), text)
+        candidates[candidates.index(one)] = _candidate(cfg, one.shape, quality, healed=True)
+    return candidates
 
 
-def _as_cut(
+def _measure_pruned(
     cfg: RankCandidatesConfig,
     teacher: Path,
     importance: Importance,
@@ -71,28 +60,22 @@ def _as_cut(
     text: TextWindows,
     log: MetricsLog,
 ) -> tuple[FinalStates, list[Candidate]]:
-    """What the teacher makes of the text, and every shape beside it.
-
-    The model is in memory once: its weights are sorted by importance, and a candidate is their
-    first rows and columns.
-    """
+    """Returns the teacher's hidden states on the text, and the quality of every pruned shape."""
     whole = nemo.architecture_of(teacher)
     model = load_transformers(teacher, dtype_of(cfg.precision))
     view = SortedModel(model, whole, importance.widths)
-    reference = read(
-        view.predictor(whole, range(1, whole.num_layers + 1)), text, cfg.micro_batch_size
-    )
-    found = []
+    all_layers = range(1, whole.num_layers + 1)
+    reference = read(view.predictor(whole, all_layers), text, cfg.micro_batch_size)
+    candidates = []
     for number, shape in enumerate(shapes, 1):
         layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
-        reading = read(view.predictor(shape, layers), text, cfg.micro_batch_size)
-        quality = beside(reference, reading, text)
-        found.append(_candidate(cfg, shape, quality, healed=False))
+        states = read(view.predictor(shape, layers), text, cfg.micro_batch_size)
+        candidates.append(_candidate(cfg, shape, beside(reference, states, text), healed=False))
         log.progress("rank", number, len(shapes))
-    return reference, found
+    return reference, candidates
 
 
-def _healed(
+def _heal(
     cfg: RankCandidatesConfig,
     teacher: Path,
     importance: Importance,
@@ -100,7 +83,7 @@ def _healed(
     batches: Sequence[Tensor],
     progress: ProgressCallback,
 ) -> PreTrainedModel:
-    """What ``prune`` and ``heal`` make of a shape."""
+    """Prunes the teacher to a shape and reconstructs it, as ``prune`` and ``heal`` do."""
     layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
     kept = choose(importance.widths, nemo.architecture_of(teacher), shape, layers)
     weights = cut_weights(teacher, kept, shape.kv_channels)
@@ -115,21 +98,20 @@ def _candidate(
     return Candidate(
         name=name_of(shape),
         parameters=shape.parameters(),
+        shape=shape,
         proxy=getattr(quality, cfg.proxy),
         **vars(quality),
         healed=healed,
-        tokens=0,
-        chosen=False,
-        pareto=False,
-        shape=shape,
     )
 
 
 class SortedModel:
     """A transformers model that takes any smaller shape without a copy of its weights.
 
+    Its weights are sorted by importance, so a pruned weight is the first rows and columns of it.
+
     Args:
-        model: The teacher, changed in place.
+        model: The teacher; its weights and layers are replaced in place.
         whole: Its shape.
         scores: Importance of its widths.
     """
@@ -140,13 +122,16 @@ class SortedModel:
         self._model, self._whole = model, whole
         self._layers = list(model.model.layers)
         self._weights: list[tuple[str, torch.nn.Parameter, Tensor]] = []
-        everything = order(scores, whole)
+        sorted_rows = order(scores, whole)
         for name, parameter in model.named_parameters():
-            parameter.data = cut(name, parameter.data, everything, whole.kv_channels)
+            parameter.data = cut(name, parameter.data, sorted_rows, whole.kv_channels)
             self._weights.append((name, parameter, parameter.data))
 
     def predictor(self, shape: Architecture, layers: Iterable[int]) -> Predictor:
-        """The model in a shape, of only these layers, from 1; until it is given another."""
+        """Returns the model in a shape, with only these layers, counted from 1.
+
+        The next call changes the same model, so the earlier predictor must not be used any more.
+        """
         for name, parameter, weight in self._weights:
             parameter.data = prefix(name, weight, shape, self._whole)
         kept = [self._layers[layer - 1] for layer in layers]

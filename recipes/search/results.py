@@ -1,4 +1,4 @@
-"""What a search finds: candidates, the one it chose, and latency by shape. Torch-free."""
+"""Results of a search: candidates, the chosen one, and latency by shape. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ CANDIDATES_FILE = "candidates.json"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A shape, and what is known of its quality."""
+    """A shape with its measured quality."""
 
     name: str
     parameters: int
+    shape: Architecture
     proxy: float
-    """What it was ranked by; the lower, the better."""
+    """The metric that ranks it; lower is better."""
     perplexity: float
     kl_to_teacher: float
-    healed: bool
-    """Whether it was healed before it was measured."""
-    tokens: int
-    """That it was trained on before it was measured."""
-    chosen: bool
-    pareto: bool
-    """Whether no other beats it in both size and proxy."""
-    shape: Architecture
+    healed: bool = False
+    """Whether it was reconstructed by least squares before the measurement."""
+    tokens: int = 0
+    """Tokens it was trained on before the measurement."""
+    chosen: bool = False
+    """Whether training chose it."""
+    pareto: bool = False
+    """Whether no other candidate is both smaller and better."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,14 @@ class SearchResult:
 
     candidates: list[Candidate]
     budget: dict[str, float]
-    winner: str | None = None
-    """Name of the one that was chosen by training."""
 
     def chosen(self) -> Candidate | None:
-        """The one that was chosen by training."""
+        """Returns the candidate that training chose, if there was a training."""
         return next((one for one in self.candidates if one.chosen), None)
 
 
 def write_candidates(out: Path, candidates: Sequence[Candidate]) -> None:
-    """Writes them for a person to read, as in the manifest."""
+    """Writes the manifest's candidates to a file of their own, for people."""
     write_json(out / CANDIDATES_FILE, [asdict(one) for one in candidates])
 
 
@@ -60,20 +59,12 @@ class TimedShape:
     step_ms: float
     fitted_ms: float
     seen: bool
-    """Whether it is a part of the fit."""
+    """Whether the line was fitted to it."""
 
     @property
     def error(self) -> float:
-        """How far the fitted line is from it, as a share."""
+        """Returns the relative error of the fitted line."""
         return self.fitted_ms / self.step_ms - 1
-
-
-@dataclass(frozen=True)
-class TimedEngine:
-    """How the timed engines were built."""
-
-    backend: str
-    precision: str
 
 
 @dataclass(frozen=True)
@@ -82,5 +73,6 @@ class LatencyResult:
 
     measured: LatencyFit
     threads: int
-    engine: TimedEngine
+    backend: str
+    precision: str
     shapes: list[TimedShape]

@@ -30,18 +30,18 @@ class EnumerateShapesConfig(StageConfig):
     hf_path: str = MISSING
     """Folder, hub id, or ``pypi://`` source of the teacher."""
     budget: Budget = field(default_factory=Budget)
-    """What a shape may cost."""
+    """Limits of a shape's costs."""
     space: Space = field(default_factory=Space)
-    """What may become smaller."""
+    """Axes that may be pruned, and how far."""
     service: Service = field(default_factory=Service)
-    """How it is to be served."""
+    """How the student is served."""
 
     def shapes(self, teacher: Architecture) -> list[Architecture]:
-        """Shapes within the budget, the largest first."""
+        """Returns the shapes within the budget, the largest first."""
         return enumerate_shapes(teacher, self.space, self.budget.limits(), self.service)
 
-    def as_measured(self, inputs: Inputs) -> EnumerateShapesConfig:
-        """This, with latency as it was measured, where it was."""
+    def with_measured_latency(self, inputs: Inputs) -> EnumerateShapesConfig:
+        """Returns these settings with the latency model of the inputs, if there is one."""
         if "latency" not in inputs:
             return self
         line = inputs["latency"].manifest.result(LatencyResult).measured
@@ -50,25 +50,25 @@ class EnumerateShapesConfig(StageConfig):
 
 @dataclass
 class MeasureLatencyConfig(StageConfig):
-    """Settings of ``measure_latency``."""
+    """Settings of ``measure_latency``; ``space`` and ``service`` are copied from the search."""
 
     engine: BuildEngineConfig = field(
         default_factory=lambda: BuildEngineConfig(stage="build_engine")
     )
     """How engines are built."""
     space: Space = field(default_factory=Space)
-    """What may become smaller, as in the search."""
+    """The search's space, whose corners are timed."""
     service: Service = field(default_factory=Service)
-    """Batch and context that a step is timed at; this and the space are put in from the search."""
+    """The search's service, with the batch and the context of a timed step."""
     new_tokens: Annotated[int, integer(2)] = 32
-    """Tokens that are written, whose mean time is a step's."""
+    """Generated tokens, whose mean time is that of a step."""
     repetitions: Count = 3
-    """Measured runs of every shape, after one that warms up."""
+    """Measured runs of every shape, after one warm-up run."""
     threads: Threads | None = None
     """CPU threads; by default those that the launcher gives to a process."""
 
     def request(self) -> RequestShape:
-        """What is timed: its steps see the service's context on average."""
+        """Returns the timed request: its steps have the service's context on average."""
         prompt = self.service.context_length - self.new_tokens // 2
         return RequestShape(self.service.batch_size, prompt, self.new_tokens)
 
@@ -78,22 +78,24 @@ class RankCandidatesConfig(StageConfig):
     """Settings of ``rank_candidates``."""
 
     proxy: Annotated[str, one_of(*PROXIES)] = "kl_to_teacher"
-    """``kl_to_teacher`` or ``perplexity`` without training; the lower, the better."""
+    """Metric without training that ranks candidates: ``kl_to_teacher`` or ``perplexity``; lower is
+    better."""
     num_healed: CountOrZero = 8
-    """So many of the best as cut are healed, and ranked before all others by what they are then, as
-    training would more likely have them (docs/results.md)."""
+    """Number of the best pruned shapes that are then reconstructed by least squares. Their new
+    metrics rank them, before all others, because this predicts the order after training better
+    (docs/results.md)."""
     num_calibration_samples: Count = 16
-    """Windows of the calibration part to heal on."""
+    """Calibration sequences for the reconstruction."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
     """As in ``prune``."""
     num_samples: Count = 8
-    """Windows of ``seq_length`` tokens from the validation part."""
+    """Validation sequences of ``seq_length`` tokens."""
     seq_length: Count = 256
-    """Tokens of a window."""
+    """Tokens of a sequence."""
     precision: Precision = "32"
     """As in ``evaluate``."""
     micro_batch_size: Count = field(default=4, metadata={"resource": True})
-    """Windows that are held at once."""
+    """Sequences of a forward pass."""
 
 
 @dataclass
@@ -101,34 +103,34 @@ class SuccessiveHalvingConfig(StageConfig):
     """Settings of ``successive_halving``."""
 
     num_candidates: Count = 4
-    """Best-ranked candidates that take part; the number left is halved each round. One alone wins
-    by its rank, untrained."""
+    """Best-ranked candidates of the first round; every round drops half of them. A single candidate
+    is chosen without training."""
     also: list[str] = field(default_factory=list)
-    """Names of candidates that take part, too, whatever their rank."""
+    """Names of further candidates of the first round, whatever their rank."""
     max_tokens: Tokens = 200_000
-    """Tokens that all trainings together may use."""
+    """Tokens of all trainings together."""
     select_by: Annotated[str, one_of(*PROXIES)] = "kl_to_teacher"
-    """``kl_to_teacher`` or ``perplexity`` on validation text; the lower, the better."""
+    """``kl_to_teacher`` or ``perplexity`` on validation text; lower is better."""
     num_samples: Count = 16
-    """Windows of validation text that each is measured on after a round."""
+    """Validation sequences on which candidates are measured after a round."""
     precision: Precision = "32"
-    """What they are measured in, as in ``evaluate``."""
+    """Precision of these measurements, as in ``evaluate``."""
     distill: DistillConfig = field(default_factory=DistillConfig)
-    """How candidates are trained; steps follow from the tokens."""
+    """How candidates are trained; the number of steps follows from ``max_tokens``."""
 
-    def rounds(self, count: int) -> list[int]:
-        """Candidates in each round, of so many in the first."""
+    def rounds(self, candidates: int) -> list[int]:
+        """Returns the number of candidates in each round."""
         numbers = []
-        while count > 1:
-            numbers.append(count)
-            count = math.ceil(count / 2)
+        while candidates > 1:
+            numbers.append(candidates)
+            candidates = math.ceil(candidates / 2)
         return numbers
 
-    def most(self) -> int:
-        """Candidates in the first round, should no name in ``also`` be among the best anyway."""
+    def max_candidates(self) -> int:
+        """Returns the candidates of the first round if ``also`` names none of the best-ranked."""
         return self.num_candidates + len(set(self.also))
 
     def steps(self, candidates: int, rounds: int) -> int:
-        """Steps that each of so many candidates may take in one of so many rounds."""
+        """Returns the steps of each of a round's candidates, if every round has equal tokens."""
         tokens = self.max_tokens / rounds / candidates
         return int(tokens / (self.distill.global_batch_size * self.distill.seq_length))

@@ -72,11 +72,11 @@ class LatencyFit:
     """Time of a decoding step, fitted to timed engines by ``measure_latency``."""
 
     step_ms: PositiveOrZero = 0.0
-    """Independent of the shape."""
+    """Milliseconds of every step, whatever the shape."""
     layer_ms: PositiveOrZero = 0.0
-    """For each layer."""
+    """Milliseconds per layer."""
     gigabyte_ms: PositiveOrZero = 0.0
-    """For each 10⁹ bytes that are read."""
+    """Milliseconds per 10⁹ bytes that a step reads."""
 
 
 @dataclass
@@ -86,11 +86,11 @@ class Service:
     device: str = "h100"
     """Name of the device, for tables."""
     flops_per_second: Rate = 9.89e14
-    """Of GEMMs in bfloat16."""
+    """Speed of GEMMs in bfloat16."""
     bytes_per_second: Rate = 3.35e12
-    """Bandwidth of its memory."""
+    """Memory bandwidth."""
     precision: Annotated[str, one_of(*WEIGHT_BITS)] = "bf16"
-    """Of weights, as in ``build_engine``."""
+    """Precision of weights, as in ``build_engine``."""
     group_size: Count = 64
     """Weights that share a scale, for ``int4``."""
     bytes_per_cached_value: Count = 2
@@ -125,38 +125,38 @@ def prune_settings(sizes: Mapping[str, int], layer_importance: str) -> dict[str,
 
 
 def weight_bytes(shape: Architecture, service: Service) -> int:
-    """Bytes of all weights in an engine."""
+    """Returns the bytes of all weights in an engine."""
     return round(stored_bytes(shape, service.storage))
 
 
 def cache_bytes(shape: Architecture, service: Service) -> int:
-    """Bytes of the KV cache of full contexts."""
+    """Returns the bytes of the KV cache of full contexts."""
     tokens = service.batch_size * service.context_length
     return kv_cache_bytes(shape, tokens, service.storage)
 
 
 def memory_bytes(shape: Architecture, service: Service) -> int:
-    """Bytes of weights and KV cache."""
+    """Returns the bytes of weights and KV cache."""
     return weight_bytes(shape, service) + cache_bytes(shape, service)
 
 
 def latency_ms(shape: Architecture, service: Service) -> float:
-    """Time of a decoding step at full context: measured if possible, else by roofline."""
+    """Returns the time of a decoding step at full context, by ``measured`` or by roofline."""
     if service.measured is None:
         roofline = Roofline(service.flops_per_second, service.bytes_per_second)
         batch, context = service.batch_size, service.context_length
         return 1e3 * decode_seconds(shape, batch, context, service.storage, roofline)
-    line, read = service.measured, read_gigabytes(shape, service)
-    return line.step_ms + line.layer_ms * shape.num_layers + line.gigabyte_ms * read
+    line, gigabytes = service.measured, read_gigabytes(shape, service)
+    return line.step_ms + line.layer_ms * shape.num_layers + line.gigabyte_ms * gigabytes
 
 
 def tokens_per_second(shape: Architecture, service: Service) -> float:
-    """New tokens per second of all requests at full context; each gets one per step."""
+    """Returns the new tokens per second of all requests; each gets one per step."""
     return 1e3 * service.batch_size / latency_ms(shape, service)
 
 
 def read_gigabytes(shape: Architecture, service: Service) -> float:
-    """10⁹ bytes that a decoding step reads at full context: weights and cache."""
+    """Returns the 10⁹ bytes of weights and cache that a step at full context reads."""
     batch, context = service.batch_size, service.context_length
     return decode_traffic(shape, batch, context, service.storage) / 1e9
 
@@ -203,36 +203,38 @@ def enumerate_shapes(
         for axis, values in choices.items():
             above = [value for value in values if value > getattr(shape, axis)]
             if above:
-                step: dict[str, Any] = {axis: min(above)}
-                yield replace(shape, **step)
+                yield _resize(shape, {axis: min(above)})
 
-    found = []
-    widest = sorted(choices["ffn_hidden_size"], reverse=True)
+    shapes = []
+    ffn_sizes = sorted(choices["ffn_hidden_size"], reverse=True)
     for layers, hidden, heads in product(
         *(choices[axis] for axis in SEARCH_AXES if "ffn" not in axis)
     ):
         base = replace(teacher, num_layers=layers, hidden_size=hidden, num_attention_heads=heads)
         # Every cost grows with the width, so the widest shape that fits can be bisected.
-        place = bisect(widest, False, key=lambda ffn: fits(replace(base, ffn_hidden_size=ffn)))
-        if place < len(widest):
-            shape = replace(base, ffn_hidden_size=widest[place])
+        index = bisect(ffn_sizes, False, key=lambda ffn: fits(replace(base, ffn_hidden_size=ffn)))
+        if index < len(ffn_sizes):
+            shape = replace(base, ffn_hidden_size=ffn_sizes[index])
             if not any(fits(other) for other in larger(shape)):
-                found.append(shape)
-    return sorted(found, key=lambda shape: -shape.parameters())
+                shapes.append(shape)
+    return sorted(shapes, key=lambda shape: -shape.parameters())
 
 
 def corners(teacher: Architecture, space: Space) -> list[Architecture]:
     """Returns the teacher, the teacher with each axis at its minimum, and with all of them."""
-    least: dict[str, Any] = {axis: min(_choices(teacher, space, axis)) for axis in SEARCH_AXES}
-    each = (replace(teacher, **{axis: size}) for axis, size in least.items())
-    return list(dict.fromkeys([teacher, *each, replace(teacher, **least)]))
+    smallest = {axis: min(_choices(teacher, space, axis)) for axis in SEARCH_AXES}
+    each = (_resize(teacher, {axis: size}) for axis, size in smallest.items())
+    return list(dict.fromkeys([teacher, *each, _resize(teacher, smallest)]))
 
 
 def middle(teacher: Architecture, space: Space) -> Architecture:
     """Returns a shape between the corners."""
     choices = {axis: _choices(teacher, space, axis) for axis in SEARCH_AXES}
-    sizes: dict[str, Any] = {axis: found[len(found) // 2] for axis, found in choices.items()}
-    return replace(teacher, **sizes)
+    return _resize(teacher, {axis: sizes[len(sizes) // 2] for axis, sizes in choices.items()})
+
+
+def _resize(shape: Architecture, sizes: Mapping[str, Any]) -> Architecture:
+    return replace(shape, **sizes)
 
 
 def _choices(teacher: Architecture, space: Space, axis: str) -> list[int]:

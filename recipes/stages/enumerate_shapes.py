@@ -54,7 +54,7 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
 def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
     """Writes ``shapes.json`` and a table."""
     teacher = read_architecture(read_hf_config(cfg.hf_path), cfg.hf_path)
-    cfg = cfg.as_measured(inputs)
+    cfg = cfg.with_measured_latency(inputs)
     budget = limits(teacher, cfg.budget.limits(), cfg.service)
     shapes = cfg.shapes(teacher)
     if not shapes:

@@ -23,7 +23,7 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.problems import Problem
 from recipes.search.latency import build_random_engine, fit, step_ms
-from recipes.search.results import LatencyResult, TimedEngine, TimedShape
+from recipes.search.results import LatencyResult, TimedShape
 from recipes.search.settings import EnumerateShapesConfig, MeasureLatencyConfig
 from recipes.search.space import corners, latency_ms, middle, name_of
 from recipes.stages.contract import Stage
@@ -89,7 +89,8 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
     result = LatencyResult(
         measured=line,
         threads=threads,
-        engine=TimedEngine(cfg.engine.backend, cfg.engine.precision),
+        backend=cfg.engine.backend,
+        precision=cfg.engine.precision,
         shapes=[
             TimedShape(name_of(shape), step, latency_ms(shape, service), shape in fitted)
             for shape, step in zip(shapes, steps, strict=True)

@@ -52,7 +52,7 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
     if shapes:
         for what in _unknown_candidates(cfg.also, [name_of(shape) for shape in shapes]):
             yield Problem(rules.SEARCH, what, LIST_CANDIDATES)
-    rounds = cfg.rounds(cfg.most())
+    rounds = cfg.rounds(cfg.max_candidates())
     if not rounds:
         return
     if cfg.steps(rounds[0], len(rounds)) < 2:
@@ -76,7 +76,7 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     """
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
     candidate = next(iter(shapes), chain.teacher)
-    rounds = cfg.rounds(cfg.most())
+    rounds = cfg.rounds(cfg.max_candidates())
     text = Sequences(cfg.num_samples, cfg.distill.seq_length, cfg.distill.micro_batch_size)
     bf16 = cfg.precision == "bf16-mixed"
     evaluation = comparison_cost((chain.teacher, candidate), bf16, text, chain.hardware)
@@ -146,7 +146,7 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
         write_candidates(out, list(ranked.values()))
         write_text_atomically(out / RECIPE, recipe(cfg, inputs, winner, method))
     return Outcome(
-        SearchResult(list(ranked.values()), search.budget, winner.name),
+        SearchResult(list(ranked.values()), search.budget),
         architecture=winner.shape.as_dict(),
         parameters=winner.parameters,
     )

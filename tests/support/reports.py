@@ -202,7 +202,7 @@ def search_results() -> SearchResult:
         )
         for number, ((n, h, f), (perplexity, kl)) in enumerate(zip(shapes, measured, strict=True))
     ]
-    return SearchResult(candidates, {"parameters": 113_500_000}, "candidate 0")
+    return SearchResult(candidates, {"parameters": 113_500_000})
 
 
 def plan_figures() -> PlanResult:

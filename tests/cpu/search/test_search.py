@@ -234,7 +234,7 @@ def test_engines_are_timed_and_keep_a_budget_of_latency(before: Path, timed: Man
     cfg = EnumerateShapesConfig(budget=Budget(latency_ms=0.8), space=SPACE, service=SERVICE)
     inputs = {"latency": Input(before, timed)}
     shape = nemo.architecture_of(nemo.find_checkpoint(before / "import_hf" / ARTIFACT))
-    measured = cfg.as_measured(inputs)
+    measured = cfg.with_measured_latency(inputs)
     assert measured.service.measured is not None
     assert measured.shapes(shape) != cfg.shapes(shape) != []
 
@@ -287,7 +287,6 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
         assert candidate.kl_to_teacher < as_cut
         assert candidate.proxy == untrained.proxy
     [winner] = [c for c in result.candidates if c.chosen]
-    assert winner.name == result.winner
     assert winner.kl_to_teacher == min(c.kl_to_teacher for c in played)
     recipe = OmegaConf.load(out / "recipe.yaml")
     targets = PruneTargets(

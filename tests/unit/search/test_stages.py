@@ -1,0 +1,326 @@
+"""The stages of a search: what is planned, what is refused, and the chosen recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from launch.plan import with_shapes
+from launch.schema import compose
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import write_manifest
+from recipes.core.stage import Input, Resources
+from recipes.distillation.settings import DistillConfig
+from recipes.engines.settings import BuildEngineConfig
+from recipes.planning.chain import Chain
+from recipes.search.results import Candidate
+from recipes.search.settings import (
+    EnumerateShapesConfig,
+    MeasureLatencyConfig,
+    RankCandidatesConfig,
+    SuccessiveHalvingConfig,
+)
+from recipes.search.space import Budget, Service, Space, name_of
+from recipes.stages import enumerate_shapes, measure_latency, rank_candidates, successive_halving
+from tests.support.manifests import bare_manifest
+from tests.support.runs import settings
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import Complete, Launch, MakePlan
+
+RECIPE = "recipe=shrink"
+LARGE = [
+    "model=llama3_1_8b",
+    "hardware=h100",
+    *settings("enumerate_shapes.space", tensor_model_parallel_size=4),
+    *(
+        word
+        for stage in ("distill", "successive_halving.distill")
+        for word in settings(stage, **{"tensor_model_parallel_size": 4, "resources.devices": 4})
+    ),
+]
+"""Llama 3.1 8B, with trainings on four H100."""
+
+
+@pytest.fixture
+def tiny(hf_folder: Path) -> list[str]:
+    """Overrides for a model of four layers."""
+    steps = "stages.enumerate_shapes.space={hidden_size_divisor: 32, ffn_hidden_size_divisor: 32}"
+    return [f"model.hf_path={hf_folder}", steps, "data.seq_length=64"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "least", "most"),
+    [
+        ("parameters=0.7", 0.69, 0.7),
+        ("latency_ms=0.7 budget.parameters=null", 0.6, 0.75),
+        ("tokens_per_second=305 budget.parameters=null", 0.6, 0.75),
+    ],
+)
+def test_the_plan_assumes_the_largest_shape_within_the_budget(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch, budget: str, least: float, most: float
+) -> None:
+    """Torch is not imported: a login node may not have it."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
+    planned = plan(*LARGE, *f"budget.{budget}".split(), recipe=RECIPE)
+    chain = planned.chain
+    student = chain.shape_of("prune")
+    whole = chain.teacher.parameters()
+    assert least * whole < student.parameters() <= most * whole
+    [note] = [note for note in planned.notes if note.rule.name == "searched-shape"]
+    assert name_of(student) in note.what
+    assert chain.workloads["distill"].trained == student
+    search: Any = chain.stages["enumerate_shapes"]
+    assert student == max(search.shapes(chain.teacher), key=lambda s: s.parameters())
+    [prune] = [stage for stage in planned.stages if stage.name == "prune"]
+    assert prune.inputs["shape"].kind == "search_results"
+    names = [stage.name for stage in planned.stages]
+    assert names.index("successive_halving") < names.index("prune") < names.index("distill")
+
+
+def test_another_budget_reuses_what_does_not_depend_on_it(
+    plan: MakePlan, complete: Complete, tiny: list[str]
+) -> None:
+    complete(plan(*tiny, recipe=RECIPE))
+    assert plan(*tiny, recipe=RECIPE).todo() == []
+    again = {s.name: s.reason for s in plan(*tiny, "budget.parameters=0.6", recipe=RECIPE).todo()}
+    assert not {"import_hf", "prepare_data", "score"} & again.keys()
+    assert again["rank_candidates"] == "input shapes changed"
+    assert again["prune"] == "input shape changed"
+    assert again["distill"] == "input student changed"
+
+
+@pytest.mark.parametrize(
+    ("override", "what", "fix"),
+    [
+        ("stages.prune.target_num_layers=3", "has both targets and a search", "~stages.prune"),
+        ("stages.prune.drop_layers=[2]", "has both targets and a search", "~stages.prune"),
+        (
+            "stages.prune.inputs.shape=rank_candidates",
+            "has no chosen architecture",
+            "successive_halving",
+        ),
+        ("stages.prune.inputs.shape=OTHER", "has no chosen architecture", "run it again"),
+        ("budget.parameters=null", "budget is empty", "parameters, weight_bytes"),
+        ("budget.parameters=0.01", "no architecture fits", "loosen the budget"),
+    ],
+)
+def test_an_impossible_input_of_prune_is_refused(
+    plan: MakePlan, tiny: list[str], tmp_path: Path, override: str, what: str, fix: str
+) -> None:
+    other = tmp_path / "other"
+    (other / "artifact").mkdir(parents=True)
+    write_manifest(other, bare_manifest("successive_halving", "search_results", None))
+    with pytest.raises(RecipeError) as caught:
+        plan(*tiny, override.replace("OTHER", str(other)), recipe=RECIPE)
+    assert what in str(caught.value)
+    assert fix in str(caught.value)
+
+
+def test_any_recipe_can_use_the_shape_that_another_run_chose(
+    plan: MakePlan, tiny: list[str], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    (other / "artifact").mkdir(parents=True)
+    search = bare_manifest("successive_halving", "search_results", None)
+    shape = plan(*tiny, recipe=RECIPE).chain.shape_of("prune")
+    search.architecture = shape.as_dict() | {"num_layers": 3, "ffn_hidden_size": 160}
+    write_manifest(other, search)
+    overrides = [f"+stages.prune.inputs.shape={other}", "stages.prune.target_num_layers=null"]
+    planned = plan(*tiny[::2], *overrides, recipe="recipe=llama_depth_prune")
+    student = planned.chain.shape_of("prune")
+    assert (student.num_layers, student.ffn_hidden_size) == (3, 160)
+    assert "searched-shape" not in {note.rule.name for note in planned.notes}
+
+
+def test_the_launcher_prints_the_shapes(launch: Launch, hf_folder: Path) -> None:
+    done = launch(
+        "recipe=llama_search",
+        "only=[enumerate_shapes]",
+        f"model.hf_path={hf_folder}",
+        "stages.enumerate_shapes.space={hidden_size_divisor: 32, ffn_hidden_size_divisor: 64}",
+        "data.seq_length=64",
+        "run_dir=run",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"l\d-h\d+-f\d+-a8", done.stdout)) == 2
+    assert "latency by roofline of cpu" in done.stdout
+    assert re.search(r"enumerate_shapes +ran .* \d+ shapes", done.stdout)
+
+
+@pytest.mark.parametrize("recipe", ["llama_search", "shrink"])
+def test_measured_latency_is_of_the_search_space(plan: MakePlan, recipe: str) -> None:
+    space = "stages.enumerate_shapes.space.hidden_size_divisor=32"
+    service = "stages.enumerate_shapes.service.batch_size=4"
+    planned = plan("latency_model=measured", space, service, recipe=f"recipe={recipe}")
+    stages = {stage.name: stage for stage in planned.stages}
+    measured: Any = stages["measure_latency"].config
+    search: Any = stages["enumerate_shapes"].config
+    assert (measured.space, measured.service) == (search.space, search.service)
+    assert (search.space.hidden_size_divisor, search.service.batch_size) == (32, 4)
+    assert search.service.precision == measured.engine.precision == "fp32"
+    assert stages["enumerate_shapes"].inputs["latency"].kind == "latency_model"
+
+
+TWO_DEVICES = Resources(devices=2)
+SHORT = Service(context_length=256)
+
+
+@pytest.mark.parametrize(
+    ("stage", "config", "rule", "message"),
+    [
+        (enumerate_shapes, EnumerateShapesConfig(), "budget", "is empty"),
+        (
+            enumerate_shapes,
+            EnumerateShapesConfig(budget=Budget(parameters=10.0)),
+            "budget",
+            "no architecture fits",
+        ),
+        (
+            enumerate_shapes,
+            EnumerateShapesConfig(budget=Budget(tokens_per_second=1e12)),
+            "budget",
+            "no architecture fits",
+        ),
+        (
+            enumerate_shapes,
+            EnumerateShapesConfig(budget=Budget(tokens_per_second=0.7)),
+            "budget",
+            "the teacher is within the budget",
+        ),
+        (
+            measure_latency,
+            MeasureLatencyConfig(service=Service(context_length=8)),
+            "length",
+            "leaves no prompt",
+        ),
+        (
+            measure_latency,
+            MeasureLatencyConfig(service=Service(context_length=2000)),
+            "length",
+            "more than the model's",
+        ),
+        (
+            measure_latency,
+            MeasureLatencyConfig(service=SHORT, engine=BuildEngineConfig(precision="int3")),
+            "format",
+            "int3",
+        ),
+        (rank_candidates, RankCandidatesConfig(seq_length=2000), "seq-length", "2000"),
+        (
+            successive_halving,
+            SuccessiveHalvingConfig(max_tokens=9000),
+            "search",
+            "less than two steps",
+        ),
+        (
+            successive_halving,
+            SuccessiveHalvingConfig(
+                num_candidates=1,
+                resources=TWO_DEVICES,
+                distill=DistillConfig(resources=TWO_DEVICES),
+            ),
+            "search",
+            "distill.resources.devices=2",
+        ),
+    ],
+)
+def test_impossible_settings_are_refused(
+    chain: Chain, stage: Any, config: Any, rule: str, message: str
+) -> None:
+    [problem] = stage.STAGE.check(config, chain)
+    assert problem.rule.name == rule
+    assert message in str(problem)
+
+
+def test_a_search_of_an_moe_is_refused(chain: Chain) -> None:
+    moe = dataclasses.replace(chain.teacher, num_moe_experts=8)
+    cfg = EnumerateShapesConfig(budget=Budget(parameters=0.5))
+    [problem] = enumerate_shapes.check(cfg, dataclasses.replace(chain, teacher=moe))
+    assert "experts" in problem.what
+
+
+def test_rounds_halve_the_candidates_within_the_token_budget(chain: Chain) -> None:
+    cfg = SuccessiveHalvingConfig(num_candidates=4, also=["x"], max_tokens=120_000)
+    rounds = cfg.rounds(cfg.max_candidates())
+    assert rounds == [5, 3, 2]
+    trainings = [successive_halving.training_of(cfg, rounds, number) for number in range(3)]
+    used = sum(n * t.max_steps * 4 * 256 for n, t in zip(rounds, trainings, strict=True))
+    assert 0.9 * cfg.max_tokens < used <= cfg.max_tokens
+    assert len({training.seed for training in trainings}) == 3, "a round repeats sequences"
+    assert list(successive_halving.check(cfg, chain)) == []
+    single = SuccessiveHalvingConfig(num_candidates=1, max_tokens=0)
+    assert single.rounds(single.max_candidates()) == []
+    assert list(successive_halving.check(single, chain)) == []
+
+
+def test_unknown_names_of_candidates_are_refused(chain: Chain) -> None:
+    space = Space(hidden_size_divisor=32, ffn_hidden_size_divisor=64)
+    search = EnumerateShapesConfig(
+        stage="enumerate_shapes", budget=Budget(parameters=0.75), space=space
+    )
+    ranking = RankCandidatesConfig(stage="rank_candidates", inputs={"shapes": "shapes"})
+    stages = {"shapes": search, "ranking": ranking}
+    chain = with_shapes(dataclasses.replace(chain, stages=stages), stages)
+    known = name_of(search.shapes(chain.teacher)[0])
+    for also, what in (([known], []), ([known, known[:-1] + "9"], [f"Did you mean '{known}'?"])):
+        cfg = SuccessiveHalvingConfig(also=also, inputs={"candidates": "ranking"})
+        problems = list(successive_halving.check(cfg, chain))
+        assert [p.rule.name for p in problems] == ["search"] * len(what)
+        assert all(message in p.what for message, p in zip(what, problems, strict=True))
+    # The candidates of a budget of measured latency are unknown before the measurement.
+    timed = dataclasses.replace(search, inputs={"latency": "measure_latency"})
+    stages = {**stages, "shapes": timed}
+    chain = with_shapes(dataclasses.replace(chain, stages=stages), stages)
+    assert list(successive_halving.check(cfg, chain)) == []
+
+
+def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better(
+    chain: Chain,
+) -> None:
+    sizes = {
+        "a": (10, 1.0),
+        "b": (9, 2.0),
+        "c": (9, 3.0),
+        "d": (11, 1.0),
+        "e": (8, 2.5),
+        "f": (12, 0.5),  # the only one that is not healed
+    }
+    shape, candidates = chain.teacher, []
+    for name, (parameters, proxy) in sizes.items():
+        healed = name != "f"
+        candidates.append(Candidate(name, parameters, shape, proxy, 9.0, proxy, healed=healed))
+    ranked = rank_candidates.ranking(candidates)
+    assert [c.name for c in ranked] == ["a", "d", "b", "e", "c", "f"]
+    assert [c.name for c in ranked if c.pareto] == ["a", "b", "e", "f"]
+
+
+def test_the_chosen_architecture_is_a_recipe(chain: Chain, tmp_path: Path) -> None:
+    teacher = dataclasses.replace(
+        bare_manifest("import_hf", "checkpoint_nemo", None),
+        config={"hf_path": "org/model"},
+        architecture=chain.teacher.as_dict(),
+    )
+    scores = dataclasses.replace(
+        bare_manifest("score", "importance", None),
+        config={"num_loss_samples": 8, "block_sizes": [1], "num_greedy_layers": 0},
+    )
+    inputs = {"checkpoint": Input(tmp_path, teacher), "importance": Input(tmp_path, scores)}
+    shape = dataclasses.replace(chain.teacher, num_layers=3, hidden_size=64)
+    winner = Candidate("name", 10**6, shape, 1.0, 9.0, 0.1, tokens=10, chosen=True)
+    cfg = SuccessiveHalvingConfig(distill=DistillConfig(lr=2e-4))
+    (tmp_path / "recipe").mkdir()
+    file = tmp_path / "recipe" / "chosen.yaml"
+    file.write_text(successive_halving.recipe(cfg, inputs, winner, "block"))
+    stages = compose("recipe=chosen", f"hydra.searchpath=[file://{tmp_path}]").stages
+    assert (stages.prune.target_num_layers, stages.prune.target_hidden_size) == (3, 64)
+    assert stages.prune.target_ffn_hidden_size is None
+    assert stages.prune.layer_importance == "block"
+    assert stages.score.block_sizes == [1]
+    assert stages.distill.lr == 2e-4
