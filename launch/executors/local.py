@@ -30,7 +30,7 @@ PRELOADED = (
     "nemo_convert.parity",
     "recipes.distillation.trainer",
     "recipes.evaluation.text_quality",
-    "recipes.pruning.cut_checkpoint",
+    "recipes.pruning.pruned_checkpoint",
     "recipes.pruning.scoring",
     "recipes.stages.contract",
 )

@@ -1,1 +1,1 @@
-"""What of a model matters least, and cutting it away."""
+"""Importance of a model's parts, and their pruning."""

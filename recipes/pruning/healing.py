@@ -31,7 +31,7 @@ from nemo_convert.convert import hf_weights
 from nemo_convert.hf_config import with_shape
 from recipes.backend.device import device
 from recipes.core.metrics import ProgressCallback
-from recipes.pruning.kept import HIDDEN, KeptIndices, cut
+from recipes.pruning.kept import HIDDEN, KeptIndices, prune_weight
 
 RIDGE_TOKENS = 5000.0
 """Ridge strength, in equivalent calibration tokens. It limits the change from little text."""
@@ -185,9 +185,11 @@ class Reconstruction:
         W·E is what pruning kept of W; W·D is added.
         """
         teacher_inputs, student_inputs, fit = self._fit_inputs(theirs + half.norm, ours + half.norm)
-        change = self._in_all_columns(fit.change(self._ridge_tokens))
+        # D with columns for all of the teacher's channels: ``prune_weight`` takes whole weights.
+        change = self._rows.new_zeros(self._width, self._width, dtype=torch.float32)
+        change[:, self._rows] = fit.change(self._ridge_tokens)
         for name in half.reads:
-            added = cut(
+            added = prune_weight(
                 f"{theirs}{name}.weight",
                 self._teacher[theirs + name] @ change,
                 self._kept,
@@ -205,10 +207,8 @@ class Reconstruction:
         student_inputs: list[Tensor],
     ) -> None:
         """Changes the weight that writes, so that the student's stream approaches the teacher's."""
-        teacher_weight, weight = (
-            self._teacher[theirs + half.writes],
-            self._student[ours + half.writes],
-        )
+        teacher_weight = self._teacher[theirs + half.writes]
+        weight = self._student[ours + half.writes]
         fit = LeastSquares(weight)
         inputs = list(half.between(self._student, ours, student_inputs))
         for i, outputs in enumerate(half.between(self._teacher, theirs, teacher_inputs)):
@@ -254,17 +254,11 @@ class Reconstruction:
         teacher_inputs = [self._teacher.normalise(theirs, x) for x in self._teacher_streams]
         student_inputs = [self._student.normalise(ours, x) for x in self._student_streams]
         fit = LeastSquares(student_inputs[0].new_empty(self._width, len(self._rows)))
-        for whole, part in zip(teacher_inputs, student_inputs, strict=True):
-            missing = whole.clone()
-            missing[..., self._rows] -= part
-            fit.add(part, missing)
+        for whole, kept in zip(teacher_inputs, student_inputs, strict=True):
+            missing = whole.clone()  # the teacher's inputs are also needed unchanged
+            missing[..., self._rows] -= kept
+            fit.add(kept, missing)
         return teacher_inputs, student_inputs, fit
-
-    def _in_all_columns(self, change: Tensor) -> Tensor:
-        """Returns a change with columns for all channels, as ``cut`` takes weights."""
-        wide = change.new_zeros(self._width, self._width)
-        wide[:, self._rows] = change
-        return wide
 
 
 @torch.no_grad()

@@ -154,7 +154,7 @@ def student_name(name: str, kept: KeptIndices) -> str | None:
     return _LAYER.sub(str(kept.layers.index(layer)), name)
 
 
-def cut(name: str, weight: Tensor, kept: KeptIndices, head_size: int) -> Tensor:
+def prune_weight(name: str, weight: Tensor, kept: KeptIndices, head_size: int) -> Tensor:
     """Returns the kept rows and columns of a teacher's weight with this Hugging Face name."""
     match, expert = _LAYER.search(name), _EXPERT.search(name)
     layer = f"layers.{int(match.group()) + 1}." if match else ""

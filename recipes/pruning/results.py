@@ -1,4 +1,4 @@
-"""What scoring and pruning find of layers, which are counted from 1. Torch-free."""
+"""Results of scoring, pruning and healing. Layers are counted from 1. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What a teacher's layers are worth."""
+    """Importance of a teacher's layers."""
 
     calibration: str
     calibration_sequences: int
     calibration_tokens: int
     teacher_loss: float
     layer_importance: dict[str, dict[int, float]]
-    """By measure and layer."""
+    """By method and layer."""
     loss_predictions: int
-    """Of a next token that losses are means of."""
+    """Number of next-token predictions in each mean loss."""
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What was kept of a teacher; layers have its numbers, also where others went before."""
+    """The kept layers of a teacher, by its own numbers, also after earlier rounds."""
 
     kept_layers: list[int]
     layer_importance: dict[int, float]
@@ -31,19 +31,19 @@ class PruneResult:
     teacher_parameters: int | None
 
     def dropped_layers(self) -> list[int]:
-        """The teacher's layers that went."""
+        """Returns the teacher's layers that were dropped."""
         return sorted(self.layer_importance.keys() - set(self.kept_layers))
 
 
 @dataclass(frozen=True)
 class HealResult:
-    """What healing brought back, without training."""
+    """KL to the teacher before and after healing, without training."""
 
     kept_layers: list[int] | None
-    """As of the pruned model."""
+    """Those of the pruned model."""
     calibration_tokens: int
     kl_pruned: float
-    """To the teacher on validation text, in nats, before."""
+    """KL of the pruned model to the teacher on validation text, in nats."""
     kl_healed: float
 
     @property

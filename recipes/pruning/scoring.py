@@ -39,8 +39,8 @@ from recipes.evaluation.predictions import chunks, float32_head, require_better_
 from recipes.pruning.importance import Importance
 from recipes.pruning.settings import ScoreConfig
 
-PADDING_SHARE = 0.5
-"""Largest fraction of one token in calibration text; above it the text is padding."""
+MAX_TOKEN_FRACTION = 0.5
+"""Largest fraction of a single token in calibration text; above it the text is padding."""
 
 
 def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextWindows:
@@ -56,7 +56,7 @@ def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextWindow
         return TextWindows.of(torch.randint(vocabulary, shape, generator=generator))
     text = read_windows(data, "calibration", cfg.seq_length, cfg.num_calibration_samples)
     fraction = text.tokens.flatten().bincount().max().item() / text.tokens.numel()
-    if fraction > PADDING_SHARE:
+    if fraction > MAX_TOKEN_FRACTION:
         raise RecipeError(
             f"{fraction:.0%} of the calibration text is one token: it is padding or mock data.",
             "calibrate on real text (data.sources)",
@@ -127,11 +127,8 @@ class LayerAblation:
         self.num_layers = core.config.num_layers
         if core.post_process:
             tied = core.share_embeddings_and_output_weights
-            self._head = float32_head(
-                (
-                    core.shared_embedding_or_output_weight() if tied else core.output_layer.weight
-                ).detach()
-            )
+            weight = core.shared_embedding_or_output_weight() if tied else core.output_layer.weight
+            self._head = float32_head(weight.detach())
 
     @torch.no_grad()
     def losses(
@@ -139,9 +136,11 @@ class LayerAblation:
     ) -> list[float]:
         """Computes the mean LM loss in nats without each block of layers; equal on all ranks.
 
-        Layers in ``removed`` are always left out. The hidden states before the first layer of a
-        block do not depend on the block, so they are computed once.
+        Args:
+            blocks: The result has a loss for each.
+            removed: Layers that are left out every time.
         """
+        # Hidden states before the first layer of a block do not depend on it: computed once.
         layers = [layer for layer in self._core.decoder.layers if layer.layer_number not in removed]
         sums = torch.zeros(len(blocks), dtype=torch.float64)
         device = next(self._core.parameters()).device
@@ -175,7 +174,7 @@ class LayerAblation:
         hidden = states[start]
         if any(number < self._first for number in block):
             start, hidden = 0, _receive(states[0])
-        rotary = _rotary(self._core, tokens)
+        rotary = self._core.rotary_pos_emb(tokens.shape[1])
         for layer in layers[start:]:
             if layer.layer_number not in block:
                 hidden = _through(layer, hidden, rotary)
@@ -202,20 +201,14 @@ def _states(core: nn.Module, layers: Sequence[nn.Module], tokens: Tensor) -> lis
         states = [core.embedding(input_ids=tokens, position_ids=positions)]
     else:
         shape = (tokens.shape[1], tokens.shape[0], core.config.hidden_size)
-        states = [
-            _receive(torch.empty(shape, dtype=core.config.params_dtype, device=tokens.device))
-        ]
-    rotary = _rotary(core, tokens)
+        like = torch.empty(shape, dtype=core.config.params_dtype, device=tokens.device)
+        states = [_receive(like)]
+    rotary = core.rotary_pos_emb(tokens.shape[1])
     for layer in layers:
         states.append(_through(layer, states[-1], rotary))
     if not core.post_process:
         _send(states[-1])
     return states
-
-
-def _rotary(core: nn.Module, tokens: Tensor) -> Tensor:
-    embedding: Tensor = core.rotary_pos_emb(tokens.shape[1])
-    return embedding
 
 
 def _through(layer: nn.Module, hidden: Tensor, rotary: Tensor) -> Tensor:
@@ -237,7 +230,7 @@ def _send(hidden: Tensor) -> None:
 def _activations(
     core: nn.Module, text: TextWindows, batch: int, log: MetricsLog
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
-    """Returns block influence by layer, and scores of all widths, from one pass."""
+    """Computes block influence by layer, and scores of all widths, in one pass over the text."""
     register_rms_norm()
     divisors = get_mcore_minitron_config(
         hidden_size_divisor=1,
@@ -261,13 +254,13 @@ def _activations(
         layer.layer_number: float(score) / len(text)
         for layer, score in zip(layers, influences, strict=True)
     }
-    by_rank = _gather_ranks([(influence, _widths(core, layers))])
+    by_rank = _gather_ranks((influence, _widths(core, layers)))
     registry.cleanup()
     widths: dict[str, Tensor] = {}
-    for _, part_widths in by_rank:
-        hidden = part_widths.pop("hidden_size") + widths.pop("hidden_size", 0)
-        widths |= {"hidden_size": hidden, **part_widths}
-    return {n: score for part, _ in by_rank for n, score in part.items()}, widths
+    for _, of_rank in by_rank:
+        hidden = of_rank.pop("hidden_size") + widths.pop("hidden_size", 0)
+        widths |= {"hidden_size": hidden, **of_rank}
+    return {layer: score for of_rank, _ in by_rank for layer, score in of_rank.items()}, widths
 
 
 def _widths(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
@@ -298,12 +291,12 @@ def _experts(layer: str, experts: nn.Module) -> dict[str, Tensor]:
     return scores
 
 
-def _gather_ranks(mine: list[Any]) -> list[Any]:
-    """Concatenates the lists of all pipeline ranks, in order."""
+def _gather_ranks(value: Any) -> list[Any]:
+    """Returns the values of all pipeline ranks, in order."""
     group = parallel_state.get_pipeline_model_parallel_group()
-    every: list[list[Any]] = [[]] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(every, mine, group)
-    return [item for items in every for item in items]
+    values = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group)
+    return values
 
 
 def _batches(text: TextWindows, size: int) -> Iterator[tuple[int, TextWindows]]:

@@ -47,7 +47,7 @@ def absolute_sizes(
     sizes: dict[str, int] = {}
     # Groups come first, because heads depend on them.
     for axis, size in sorted(targets.items(), key=lambda item: item[0] == "num_attention_heads"):
-        step = max(1, divisors.get(axis, 1))
+        step = divisors.get(axis, 1)
         if axis == "num_attention_heads":
             step = sizes.get("num_query_groups") or teacher.num_query_groups
         if isinstance(size, float):
@@ -87,20 +87,21 @@ def pruned_shape(teacher: Architecture, targets: PruneTargets) -> Architecture:
     return replace(teacher, num_layers=layers or teacher.num_layers, **width)
 
 
+def _problem(what: str, fix: str) -> Problem:
+    return Problem(rules.PRUNE_TARGET, what, fix)
+
+
 def target_problems(
     teacher: Architecture, targets: PruneTargets, divisors: Mapping[str, int]
 ) -> Iterator[Problem]:
     """Yields targets that the teacher cannot be pruned to."""
     if not targets.width() and targets.num_layers is None and not targets.drop_layers:
-        yield Problem(
-            rules.PRUNE_TARGET, "no target is set", "set at least one target_* field or drop_layers"
-        )
+        yield _problem("no target is set", "set at least one target_* field or drop_layers")
     wrong = DENSE_AXES if teacher.num_moe_experts else EXPERT_AXES
     for axis, target in {**targets.width(), "num_layers": targets.num_layers}.items():
         if axis in wrong:
             kind, axes = ("experts", EXPERT_AXES) if axis in DENSE_AXES else ("dense", DENSE_AXES)
-            yield Problem(
-                rules.PRUNE_TARGET,
+            yield _problem(
                 f"target_{axis}={target} is set, but the teacher's feed-forward layers are {kind}",
                 f"set {' or '.join(f'target_{a}' for a in axes)}",
             )
@@ -108,8 +109,7 @@ def target_problems(
             yield from _axis_problems(axis, target, getattr(teacher, axis), divisors.get(axis, 1))
     yield from _head_problems(teacher, targets)
     if 0 < (targets.num_moe_experts or 0) < teacher.moe_router_topk:
-        yield Problem(
-            rules.PRUNE_TARGET,
+        yield _problem(
             f"target_num_moe_experts={targets.num_moe_experts} is less than the "
             f"{teacher.moe_router_topk} that each token goes through",
             f"use at least {teacher.moe_router_topk}",
@@ -125,10 +125,9 @@ def fraction_problems(
     for axis, fraction in targets.items():
         have, size = getattr(teacher, axis), sizes[axis]
         if isinstance(fraction, float) and have and not 0 < size < have:
-            left = "nothing" if size < 1 else f"{size}, no less than there is"
-            yield Problem(
-                rules.PRUNE_TARGET,
-                f"target_{axis}={fraction:g} of the teacher's {have} comes to {left}",
+            result = "nothing" if size < 1 else f"{size}, no less than there is"
+            yield _problem(
+                f"target_{axis}={fraction:g} of the teacher's {have} comes to {result}",
                 f"use another fraction, a number below {have}, or "
                 + ("null" if axis not in divisors else f"a smaller {axis}_divisor, or null"),
             )
@@ -136,21 +135,12 @@ def fraction_problems(
 
 def _axis_problems(axis: str, target: int, have: int, divisor: int) -> Iterator[Problem]:
     name = f"target_{axis}={target}"
-    if divisor < 1:
-        yield Problem(
-            rules.PRUNE_TARGET, f"{axis}_divisor={divisor} is not positive", "use 1 or more"
-        )
-    elif target > have:
-        yield Problem(
-            rules.PRUNE_TARGET, f"{name} is larger than the teacher's {have}", f"use at most {have}"
-        )
-    elif target < 1:
-        yield Problem(rules.PRUNE_TARGET, f"{name} is not positive", f"use 1 to {have}")
+    if target > have:
+        yield _problem(f"{name} is larger than the teacher's {have}", f"use at most {have}")
     elif target != have and target % divisor:
         low = target // divisor * divisor
         choices = " or ".join(str(c) for c in (low, low + divisor) if 0 < c <= have)
-        yield Problem(
-            rules.PRUNE_TARGET,
+        yield _problem(
             f"{name} is not a multiple of {axis}_divisor={divisor}",
             f"use {choices}, or a divisor of {target}" if choices else f"set a divisor of {target}",
         )
@@ -161,41 +151,27 @@ def _head_problems(teacher: Architecture, targets: PruneTargets) -> Iterator[Pro
     groups = targets.num_query_groups or teacher.num_query_groups
     heads = targets.num_attention_heads
     most = teacher.num_attention_heads // teacher.num_query_groups * groups
-    if heads is None or not 0 < heads <= teacher.num_attention_heads or groups < 1:
+    if heads is None or heads > teacher.num_attention_heads:
         return
+    name = f"target_num_attention_heads={heads}"
     if heads % groups:
-        yield Problem(
-            rules.PRUNE_TARGET,
-            f"target_num_attention_heads={heads} is not a multiple of the {groups} query groups",
-            f"use a multiple of {groups}",
+        yield _problem(
+            f"{name} is not a multiple of the {groups} query groups", f"use a multiple of {groups}"
         )
     elif heads > most:
-        yield Problem(
-            rules.PRUNE_TARGET,
-            f"target_num_attention_heads={heads} is more than the {most} heads that the teacher "
-            f"has in {groups} query groups",
+        yield _problem(
+            f"{name} is more than the {most} heads that the teacher has in {groups} query groups",
             f"use at most {most}",
         )
 
 
 def _drop_layer_problems(teacher: Architecture, targets: PruneTargets) -> Iterator[Problem]:
-    drop = targets.drop_layers
+    drop, layers = targets.drop_layers, teacher.num_layers
     if drop and targets.num_layers is not None:
-        yield Problem(
-            rules.PRUNE_TARGET, "drop_layers and target_num_layers are both set", "set one of them"
-        )
-    wrong = [layer for layer in drop if not 1 <= layer <= teacher.num_layers]
-    if wrong:
-        yield Problem(
-            rules.PRUNE_TARGET,
-            f"drop_layers has {wrong}",
-            f"layers are numbered 1 to {teacher.num_layers}",
-        )
+        yield _problem("drop_layers and target_num_layers are both set", "set one of them")
+    if wrong := [layer for layer in drop if not 1 <= layer <= layers]:
+        yield _problem(f"drop_layers has {wrong}", f"layers are numbered 1 to {layers}")
     if len(set(drop)) != len(drop):
-        yield Problem(
-            rules.PRUNE_TARGET,
-            f"drop_layers={list(drop)} names a layer twice",
-            "name each layer once",
-        )
-    if len(set(drop)) >= teacher.num_layers:
-        yield Problem(rules.PRUNE_TARGET, "drop_layers leaves no layer", "keep at least one layer")
+        yield _problem(f"drop_layers={list(drop)} names a layer twice", "name each layer once")
+    if len(set(drop)) >= layers:
+        yield _problem("drop_layers leaves no layer", "keep at least one layer")

@@ -19,10 +19,10 @@ from recipes.data.token_windows import TextWindows, read_windows
 from recipes.evaluation.predictions import FinalStates, Predictor, read
 from recipes.evaluation.results import TokenQuality
 from recipes.evaluation.text_quality import beside, load_transformers, with_weights
-from recipes.pruning.cut_checkpoint import cut_weights, layers_to_keep
 from recipes.pruning.healing import heal_weights
 from recipes.pruning.importance import Importance
-from recipes.pruning.kept import choose, cut, order, prefix
+from recipes.pruning.kept import choose, order, prefix, prune_weight
+from recipes.pruning.pruned_checkpoint import layers_to_keep, prune_weights
 from recipes.search.results import Candidate
 from recipes.search.settings import RankCandidatesConfig
 from recipes.search.space import name_of
@@ -86,7 +86,7 @@ def _heal(
     """Prunes the teacher to a shape and reconstructs it, as ``prune`` and ``heal`` do."""
     layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
     kept = choose(importance.widths, nemo.architecture_of(teacher), shape, layers)
-    weights = cut_weights(teacher, kept, shape.kv_channels)
+    weights = prune_weights(teacher, kept, shape.kv_channels)
     heal_weights(teacher, shape, kept, weights, batches, progress)
     config = AutoConfig.for_model(**with_shape(nemo.read_config(teacher), shape))
     return with_weights(config, weights.items(), dtype_of(cfg.precision))
@@ -124,7 +124,7 @@ class SortedModel:
         self._weights: list[tuple[str, torch.nn.Parameter, Tensor]] = []
         sorted_rows = order(scores, whole)
         for name, parameter in model.named_parameters():
-            parameter.data = cut(name, parameter.data, sorted_rows, whole.kv_channels)
+            parameter.data = prune_weight(name, parameter.data, sorted_rows, whole.kv_channels)
             self._weights.append((name, parameter, parameter.data))
 
     def predictor(self, shape: Architecture, layers: Iterable[int]) -> Predictor:

@@ -76,9 +76,9 @@ def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
     from nemo_convert.convert import hf_weights
     from recipes.data.token_windows import read_windows
     from recipes.evaluation.text_quality import measure_checkpoints
-    from recipes.pruning.cut_checkpoint import save_weights
     from recipes.pruning.healing import heal_weights
     from recipes.pruning.kept import KeptIndices
+    from recipes.pruning.pruned_checkpoint import save_weights
 
     teacher, pruned = (
         nemo.find_checkpoint(inputs[name].artifact) for name in ("teacher", "checkpoint")

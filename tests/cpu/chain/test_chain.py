@@ -30,7 +30,7 @@ from recipes.core.stage import Input
 from recipes.distillation.stopping import initial_kl_fraction
 from recipes.engines.backends import model_folder
 from recipes.evaluation.results import EvaluationResult
-from recipes.pruning.kept import KeptIndices, cut, student_name
+from recipes.pruning.kept import KeptIndices, prune_weight, student_name
 from recipes.pruning.results import HealResult
 from tests.chaos.chain import STEPS, differences, is_of_a_library, overrides
 from tests.chaos.kills import Kill, RunCommand
@@ -271,7 +271,7 @@ def test_what_was_cut_is_healed(tiny_run: Path) -> None:
     kept = KeptIndices.load(tiny_run / "prune" / ARTIFACT)
     for name, weight in teacher.items():
         if ours := student_name(name, kept):
-            assert as_cut[ours].equal(cut(name, weight, kept, 10))
+            assert as_cut[ours].equal(prune_weight(name, weight, kept, 10))
     changed = {name for name, weight in as_cut.items() if not student[name].equal(weight)}
     assert {name.split(".")[-2] for name in changed} == {
         *(f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")),

@@ -23,8 +23,8 @@ from recipes.data.token_windows import TextWindows
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.text_quality import load_transformers
-from recipes.pruning.cut_checkpoint import prune_checkpoint
 from recipes.pruning.kept import choose
+from recipes.pruning.pruned_checkpoint import prune_checkpoint
 from recipes.pruning.scoring import score_checkpoint
 from recipes.pruning.settings import ScoreConfig
 from recipes.pruning.targets import PruneTargets, pruned_shape

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nemo_convert.hf import load_causal_lm
 from recipes.pruning.healing import RIDGE_TOKENS, Decoder, LeastSquares, heal
-from recipes.pruning.kept import KeptIndices, cut, student_name
+from recipes.pruning.kept import KeptIndices, prune_weight, student_name
 from tests.support.models import EVEN, FAMILIES
 
 DENSE = [family for family, fields in FAMILIES.items() if "num_experts" not in fields]
@@ -55,7 +55,7 @@ def pruned(
     config.pop("layer_types", None)
     whole = {n: w for n, w in model.state_dict().items() if n in dict(model.named_parameters())}
     weights = {
-        name: cut(source, weight, kept, HEAD)
+        name: prune_weight(source, weight, kept, HEAD)
         for source, weight in whole.items()
         if (name := student_name(source, kept)) is not None
     }

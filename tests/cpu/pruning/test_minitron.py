@@ -22,9 +22,9 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
 from recipes.data.token_windows import TextWindows
-from recipes.pruning.cut_checkpoint import layers_to_keep, prune_checkpoint
 from recipes.pruning.importance import Importance
-from recipes.pruning.kept import KeptIndices, choose, cut, student_name
+from recipes.pruning.kept import KeptIndices, choose, prune_weight, student_name
+from recipes.pruning.pruned_checkpoint import layers_to_keep, prune_checkpoint
 from recipes.pruning.scoring import calibration_text, score_checkpoint
 from recipes.pruning.settings import ScoreConfig
 from recipes.pruning.targets import PruneTargets, pruned_shape
@@ -239,7 +239,7 @@ def test_weights_on_a_gpu_are_cut_by_scores_on_the_cpu() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         for name, shape in (("mlp.up_proj", (128, 64)), ("self_attn.q_proj", (64, 64))):
             weight = torch.empty(shape, device="xpu:0")  # the CPU backend redirects "cuda"
-            found = cut(f"model.layers.0.{name}.weight", weight, kept, whole.kv_channels)
+            found = prune_weight(f"model.layers.0.{name}.weight", weight, kept, whole.kv_channels)
             assert found.device.type == "xpu"
             assert found.shape[1] == 40
 
@@ -394,7 +394,7 @@ def test_weights_that_do_not_match_the_config_are_refused(teacher: Path, tmp_pat
 
 def test_unknown_weights_are_refused() -> None:
     with pytest.raises(RecipeError, match="add its axes to AXES"):
-        cut("model.layers.0.mlp.router.weight", torch.ones(2, 2), KeptIndices([1], {}), 16)
+        prune_weight("model.layers.0.mlp.router.weight", torch.ones(2, 2), KeptIndices([1], {}), 16)
     assert student_name("model.layers.3.mlp.up_proj.weight", KeptIndices([1, 2], {})) is None
 
 

@@ -96,12 +96,12 @@ def index_on_cpu() -> None:
 
     from recipes.search import measure
 
-    cut = measure.cut
+    prune_weight = measure.prune_weight
 
-    def cut_all(name: str, tensor: Any, *args: Any) -> Any:
-        return cut(name, tensor.index_select(0, torch.arange(len(tensor))), *args)
+    def indexed(name: str, tensor: Any, *args: Any) -> Any:
+        return prune_weight(name, tensor.index_select(0, torch.arange(len(tensor))), *args)
 
-    measure.cut = cut_all
+    measure.prune_weight = indexed
 
 
 def send_half() -> None:

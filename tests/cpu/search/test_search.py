@@ -26,10 +26,10 @@ from recipes.engines.results import BenchmarkRow
 from recipes.evaluation.predictions import Predictor, log_probabilities, read
 from recipes.evaluation.text_quality import load_transformers
 from recipes.planning.results import PlanResult
-from recipes.pruning.cut_checkpoint import cut_weights, layers_to_keep
 from recipes.pruning.healing import heal_weights
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import choose
+from recipes.pruning.pruned_checkpoint import layers_to_keep, prune_weights
 from recipes.pruning.targets import PruneTargets, pruned_shape
 from recipes.report.settings import REPORT_FILE, ReportConfig
 from recipes.search.latency import step_ms
@@ -105,7 +105,7 @@ def test_a_view_of_sorted_weights_says_what_the_pruned_model_says(
     found = said_by(view.predictor(shape, kept.layers), tokens)
     if "num_attention_heads" not in targets:
         assert {p.untyped_storage().data_ptr() for p in view._model.parameters()} <= memory
-    expected = as_transformers(teacher, shape, cut_weights(teacher, kept, whole.kv_channels))
+    expected = as_transformers(teacher, shape, prune_weights(teacher, kept, whole.kv_channels))
     torch.testing.assert_close(found, said(expected, tokens), rtol=1e-4, atol=1e-4)
     again = said_by(view.predictor(whole, [1, 2, 3, 4]), tokens)
     whole_model = load_transformers(teacher)
@@ -164,7 +164,7 @@ def test_candidates_are_ranked_where_training_counts(before: Path, healed: bool)
     whole = nemo.architecture_of(teacher)
     layers = layers_to_keep(importance, "loss", candidate.shape.num_layers)
     kept = choose(importance.widths, whole, candidate.shape, layers)
-    weights = cut_weights(teacher, kept, whole.kv_channels)
+    weights = prune_weights(teacher, kept, whole.kv_channels)
     if healed:
         text = windows(before / "prepare_data" / ARTIFACT, "calibration", 64, 8)
         heal_weights(teacher, candidate.shape, kept, weights, text.split(4), lambda *done: None)

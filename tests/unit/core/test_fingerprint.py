@@ -178,7 +178,7 @@ def test_a_module_that_is_not_there_is_refused(repo: Path, module: str) -> None:
     [
         ("import_hf", "nemo_convert.convert"),
         ("prepare_data", "recipes.data.part_writer"),
-        ("prune", "recipes.pruning.cut_checkpoint"),
+        ("prune", "recipes.pruning.pruned_checkpoint"),
         ("heal", "recipes.pruning.healing"),
         ("distill", "recipes.distillation.losses"),
         ("distill", "recipes.backend.training_layers"),

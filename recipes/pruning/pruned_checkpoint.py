@@ -18,7 +18,7 @@ from recipes.backend.without_cuda import enable
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_json
 from recipes.pruning.importance import Importance
-from recipes.pruning.kept import KeptIndices, cut, student_name
+from recipes.pruning.kept import KeptIndices, prune_weight, student_name
 
 
 def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]:
@@ -61,7 +61,7 @@ def prune_checkpoint(teacher: Path, student: Architecture, kept: KeptIndices, ou
     Raises:
         RecipeError: The pruned weights do not fit the student's shape.
     """
-    weights = cut_weights(teacher, kept, student.kv_channels)
+    weights = prune_weights(teacher, kept, student.kv_channels)
     save_weights(teacher, student, weights, out)
 
 
@@ -117,10 +117,10 @@ class NamedWeights:
             )
 
 
-def cut_weights(teacher: Path, kept: KeptIndices, head_size: int) -> dict[str, torch.Tensor]:
+def prune_weights(teacher: Path, kept: KeptIndices, head_size: int) -> dict[str, torch.Tensor]:
     """Returns the student's weights by their Hugging Face names."""
     return {
-        name: cut(source, weight, kept, head_size)
+        name: prune_weight(source, weight, kept, head_size)
         for source, weight in hf_weights(teacher)
         if (name := student_name(source, kept)) is not None
     }
