@@ -25,6 +25,12 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 STYLES = {OK: "green", WARN: "yellow", FAIL: "red"}
 DISK_BYTES, MEMORY_BYTES, SHM_BYTES = 9e9, 5e9, 1e9
 """Needs of the demo: disk after the installation, memory, and shared memory."""
+PROGRAMS = {
+    "docker": "cluster=docker",
+    "sbatch": "cluster=slurm",
+    "enroot": "images on Slurm",
+    "trtllm-build": "TensorRT-LLM engines",
+}
 QUERY = "--query-gpu=name,memory.total,driver_version"
 
 
@@ -54,10 +60,8 @@ def run(words: Sequence[str], console: Console) -> int:
     checks = list(examine())
     table = plain_table("doctor", "check", "found", "", "fix")
     for check in checks:
-        style = STYLES[check.result]
-        table.add_row(
-            check.name, escape(check.found), f"[{style}]{check.result}", escape(check.fix)
-        )
+        result = f"[{STYLES[check.result]}]{check.result}"
+        table.add_row(check.name, escape(check.found), result, escape(check.fix))
     console.print(table)
     failed = [check.name for check in checks if check.result == FAIL]
     console.print(f"impossible here: {', '.join(failed)}" if failed else "recipes can run here")
@@ -127,12 +131,7 @@ def _resources() -> Iterator[Check]:
 
 
 def _programs() -> Iterator[Check]:
-    for program, use in (
-        ("docker", "cluster=docker"),
-        ("sbatch", "cluster=slurm"),
-        ("enroot", "images on Slurm"),
-        ("trtllm-build", "TensorRT-LLM engines"),
-    ):
+    for program, use in PROGRAMS.items():
         path = shutil.which(program)
         yield _check(program, path or "not here", path, f"for {use}", bad=WARN)
     version, fix = installed("tensorrt_llm"), "for TensorRT-LLM engines; it needs its own image"

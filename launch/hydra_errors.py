@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.command_line import choices, groups
 from launch.planned import stage_names
+from launch.schema import choices, groups
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError, did_you_mean
 
@@ -26,11 +26,7 @@ ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
 def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> ConfigT:
-    """Converts the node at ``where`` in the config to a dataclass.
-
-    Raises:
-        RecipeError: A value has another type or is invalid.
-    """
+    """Converts the node at ``where`` in the config to a dataclass; refuses invalid values."""
     try:
         typed: ConfigT = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))  # type: ignore[assignment]
     except OmegaConfBaseException as error:

@@ -32,11 +32,7 @@ class Holder:
 
 @contextmanager
 def acquire(run_dir: Path) -> Iterator[SetStage]:
-    """Locks a run. The kernel frees the lock when this process ends, however it ends.
-
-    Raises:
-        RecipeError: Another launcher holds the lock.
-    """
+    """Locks a run, or refuses; the kernel frees the lock however this process ends."""
     with (run_dir / LOCK).open("a", encoding="utf-8") as file:
         deadline = time.monotonic() + WAIT_SECONDS
         while True:

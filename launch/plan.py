@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,7 +23,6 @@ from launch.planned import (
     require_no_lost_work,
     stage_of,
 )
-from launch.rounds import with_rounds
 from launch.settings import RunSettings
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError, did_you_mean, require_known
@@ -36,6 +36,10 @@ from recipes.planning.limits import limit_problems
 from recipes.planning.problems import Problem, require_none
 from recipes.planning.rules import ERROR
 from recipes.report.gates import Gate, known_names, parse, problems
+
+REPEATED = ("prune", "distill", "score")
+HEAL = "heal"
+"""Optional stage, which is also repeated."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,7 @@ class Plan:
 
 
 def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
-    """Checks a run as far as possible without running it, and decides which stages must run.
-
-    Raises:
-        RecipeError: A check failed that ``skip_rules`` does not name.
-    """
+    """Decides which stages must run; refuses a run that fails a check, but for ``skip_rules``."""
     hf_path = settings.hf_path  # first, because its error is clearer than those of the stages
     configs = typed_stages(cfg)
     only = None if settings.only is None else known_stages(settings.only, configs, "only")
@@ -146,14 +146,10 @@ def _with_costs(chain: Chain) -> Chain:
 
 
 def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
-    """Converts the stages of a composed config to their dataclasses.
-
-    Raises:
-        RecipeError: A setting is unknown, has another type, or is invalid.
-    """
+    """Converts the stages of a composed config to their dataclasses; refuses invalid settings."""
     typed: dict[str, StageConfig] = {}
     invalid: list[str] = []
-    for name, node in with_rounds(cfg).items():
+    for name, node in _with_rounds(cfg).items():
         where = f"stages.{name}"
         if not issubclass(OmegaConf.get_type(node) or dict, StageConfig):
             raise RecipeError(f"{where}={node} is not a stage.", f"leave it out: '~{where}'")
@@ -174,6 +170,46 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
     return typed
 
 
+def _with_rounds(cfg: DictConfig) -> Mapping[str, Any]:
+    """Returns the stage nodes of a composed config and, for ``rounds=N``, those of earlier rounds.
+
+    The chain prunes and distils N times, each time from the previous student. The recipe's own
+    stages form the last round. Earlier rounds have copies of them, ``prune_1`` and so on, with
+    other inputs and sizes. All rounds distil from the same teacher.
+    """
+    stages: dict[str, Any] = {str(name): node for name, node in cfg.stages.items()}
+    rounds = cfg.get("rounds", 1)
+    if rounds == 1:
+        return stages
+    if missing := [name for name in REPEATED if name not in stages]:
+        raise RecipeError(
+            f"rounds={rounds}, but this recipe has no {' and no '.join(missing)}.",
+            "leave rounds out, or choose a recipe that prunes and distils",
+        )
+    model, scores = (stages["prune"].inputs[name] for name in ("checkpoint", "importance"))
+    for number in range(1, rounds):
+        changes: dict[str, dict[str, Any]] = {
+            f"prune_{number}": {
+                "round_fraction": 1 / (rounds - number + 1),
+                "inputs": {"checkpoint": model, "importance": scores},
+            },
+            f"distill_{number}": {"inputs": {"student": f"prune_{number}"}},
+            f"score_{number + 1}": {"inputs": {"checkpoint": f"distill_{number}"}},
+        }
+        if HEAL in stages:
+            inputs = {"checkpoint": f"prune_{number}", "teacher": model}
+            changes[f"{HEAL}_{number}"] = {"inputs": inputs}
+            changes[f"distill_{number}"] = {"inputs": {"student": f"{HEAL}_{number}"}}
+        for name, change in changes.items():
+            last_round = stages[name.rpartition("_")[0]]
+            stages[name] = OmegaConf.merge(last_round, change, stages.get(name, {}))
+        model, scores = f"distill_{number}", f"score_{number + 1}"
+    last = {"prune": {"checkpoint": model, "importance": scores}, HEAL: {"teacher": model}}
+    for name in stages.keys() & last.keys():
+        stages[name] = OmegaConf.merge(stages[name], {"inputs": last[name]})
+    return stages
+
+
 def _gates(settings: RunSettings, configs: Mapping[str, StageConfig]) -> tuple[Gate, ...]:
     """Parses the recipe's gates; refuses gates on values that no stage measures."""
     gates = tuple(map(parse, settings.gates))
@@ -190,11 +226,7 @@ def known_stages(names: Iterable[str], configs: Mapping[str, StageConfig], where
 
 
 def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
-    """Returns the stage names, each after the stages of its inputs.
-
-    Raises:
-        RecipeError: An input is unknown, or stages need each other.
-    """
+    """Returns the stage names, each after its inputs; refuses unknown inputs and cycles."""
     graph: dict[str, set[str]] = {}
     for name, config in configs.items():
         for key, source in config.inputs.items():
@@ -206,20 +238,16 @@ def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
                 )
         graph[name] = {source for source in config.inputs.values() if source in configs}
     try:
-        # Stages that are ready together keep the recipe's order.
-        sorter = graphlib.TopologicalSorter(graph)
-        sorter.prepare()
-        order: list[str] = []
-        while sorter.is_active():
-            ready = sorted(sorter.get_ready(), key=list(configs).index)
-            order += ready
-            sorter.done(*ready)
-        return order
+        graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         raise RecipeError(
             f"stages feed each other in a circle: {' → '.join(error.args[1])}.",
             "give one of them another input: stages.NAME.inputs",
         ) from error
+    order: list[str] = []
+    while len(order) < len(graph):
+        order += [name for name in graph if name not in order and graph[name] <= set(order)]
+    return order
 
 
 def _plan_stage(

@@ -77,9 +77,8 @@ def run_estimate(plan: Plan, stage: PlannedStage) -> Callable[[float], float | N
     later = [other.name for other in plan.stages[index + 1 :] if other.action != SKIP]
     others = [other for other in plan.stages if other.name not in (stage.name, *later)]
     spent = {other.name: result.seconds for other in others if (result := other.result)}
-    return lambda left: remaining_run_seconds(
-        planned, spent, {stage.name: left, **dict.fromkeys(later)}
-    )
+    ahead = dict.fromkeys(later)
+    return lambda left: remaining_run_seconds(planned, spent, {stage.name: left, **ahead})
 
 
 def format_seconds(seconds: float) -> str:

@@ -23,12 +23,11 @@ from omegaconf import OmegaConf
 from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
-from launch.command_line import OPTIONAL_GROUPS, groups
 from launch.executors.docker import DockerConfig
 from launch.executors.local import LocalConfig
-from launch.executors.slurm_jobs import SlurmConfig
+from launch.executors.slurm import SlurmConfig
 from launch.planned import load_stage, stage_names
-from launch.schema import CONF
+from launch.schema import CONF, OPTIONAL_GROUPS, groups
 from launch.settings import RunSettings
 from recipes.core.constraints import INT32, CountOrFraction, Matching, OneOf
 from recipes.core.files import REPO_ROOT, write_text_atomically

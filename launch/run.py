@@ -46,7 +46,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch import commands, lock, schema
 from launch import console as view
-from launch.command_line import help_text, hydra_words
 from launch.executors import executor_of
 from launch.hydra_errors import explain
 from launch.plan import Plan, make_plan
@@ -81,14 +80,7 @@ def main(cfg: DictConfig) -> Path | None:
 
 
 def run(cfg: DictConfig, recipe: str) -> Path | None:
-    """Plans and runs a composed config.
-
-    Returns:
-        The run's directory; ``None`` if nothing was to be started.
-
-    Raises:
-        RecipeError: The user has to change something; nothing that is complete is lost.
-    """
+    """Plans and runs a composed config; returns the run's directory unless it is a dry run."""
     start_time = time.monotonic()
     settings = settings_of(cfg)
     run_dir = _run_dir(settings, recipe)
@@ -202,11 +194,11 @@ def cli() -> int:
     try:
         on_interrupt(signal.default_int_handler)  # KeyboardInterrupt, which stops the stages
         if {"-h", "--help"} & set(words):
-            console.print(help_text(), markup=False, soft_wrap=True)
+            console.print(schema.help_text(), markup=False, soft_wrap=True)
         elif (status := commands.run(words, console)) is not None:
             return status
         elif any(word.startswith("-") for word in words):
-            sys.argv[1:] = hydra_words(words)
+            sys.argv[1:] = schema.hydra_words(words)
             schema.register()
             main()  # with Hydra's flags, such as -m and --cfg
         else:

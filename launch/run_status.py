@@ -47,11 +47,7 @@ class StageStatus:
 
 
 def read_statuses(run_dir: Path) -> list[StageStatus]:
-    """Returns the status of every stage of a run.
-
-    Raises:
-        RecipeError: Slurm has jobs of the run and does not answer.
-    """
+    """Returns the status of every stage of a run."""
     jobs = read_jobs(run_dir)
     queue = job_states(jobs.values())
     holder = lock.read_holder(run_dir)

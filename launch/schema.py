@@ -1,7 +1,9 @@
-"""Composes configs with Hydra, and lists the recipes."""
+"""Composes configs with Hydra from the words of a command line; lists recipes and choices."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -10,12 +12,45 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from launch.command_line import hydra_words
 from launch.planned import load_stage, stage_names
+from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.planning.hardware import cpu_profile
 
 CONF = REPO_ROOT / "conf"
+OPTIONAL_GROUPS = ("engine", "gguf", "heal", "tasks", "tracker")
+"""Config groups that a run can leave out: ``GROUP=null``."""
+CHOICE = re.compile(r"[a-z][\w.]*", re.IGNORECASE)
+EARLIER_ROUND = re.compile(r"stages\.\w+_\d+\.")
+"""Matches the start of an override for a stage of an earlier round, such as ``prune_1``."""
+VALUES = ("null", "true", "false", "nan", "inf")
+"""Words that Hydra parses as values, not as names."""
+
+HELP = """\
+Turns a Hugging Face LLM into a smaller, faster one and proves that it kept its quality.
+
+usage: python launch/run.py recipe=NAME [model=NAME | model.hf_path=DIR_OR_HUB_ID] [FIELD=VALUE ...]
+
+  recipe=llama_width_prune                 run or resume the recipe in runs/llama_width_prune
+  run_dir=DIR                              keep the run elsewhere
+  stages.prune.target_ffn_hidden_size=N    set any field (--cfg job shows them all)
+  'only=[prune]'                           run only these stages
+  'force=[distill]'                        run a stage again, and what follows
+  rounds=2                                 prune and distil twice, half of the reduction each time
+  dry_run=true                             write configs and scripts, start nothing
+  rehearse=true                            check shapes and memory at full size without a GPU
+  'skip_rules=[memory]'                    run although a rule says no
+  -m stages.prune.target_num_layers=20,24  sweep
+  cluster=docker | slurm                   run elsewhere
+
+  status, cancel or logs run_dir=DIR       about one run
+  compare RUN1 RUN2 (or a sweep)           runs side by side
+  runs [DIR], runs clean RUN               list runs, delete one
+  doctor, doctor rules                     what this machine lacks; all rules
+  (nothing)                                list the recipes
+
+Groups; GROUP=NAME chooses:
+"""
 
 
 @cache
@@ -43,6 +78,47 @@ def compose(*words: str) -> DictConfig:
     del cfg["hydra"]
     OmegaConf.set_struct(cfg, True)
     return cfg
+
+
+def groups() -> list[str]:
+    """Returns the groups that a user chooses from."""
+    internal = ("chain", "stage")
+    folders = (path.name for path in CONF.iterdir() if path.is_dir())
+    return sorted(name for name in folders if name not in internal)
+
+
+def choices(group: str) -> list[str]:
+    """Returns the names that a user can choose from a group; empty for an unknown group."""
+    names = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    return [*names, "null"] if group in OPTIONAL_GROUPS else names
+
+
+def help_text() -> str:
+    """Returns the text of ``--help``: commands, and every choice of every group."""
+    return HELP + "\n".join(f"{group}: {', '.join(choices(group))}" for group in groups())
+
+
+def hydra_words(words: Iterable[str]) -> list[str]:
+    """Translates a command line to Hydra's syntax; refuses values that no choice can be named."""
+    # Hydra's parser stops at overrides on both sides of a flag: `recipe=R -m x=1,2`.
+    ordered = sorted(words, key=lambda word: word not in ("-m", "--multirun"))
+    return [_hydra_word(word) for word in ordered]
+
+
+def _hydra_word(word: str) -> str:
+    if EARLIER_ROUND.match(word):
+        return f"++{word}"  # no config file has stages of earlier rounds
+    group, equals, value = word.partition("=")
+    if not equals or group not in groups():
+        return word
+    names = value.split(",")  # a sweep has several
+    for name in names:
+        allowed = name == "null" and group in OPTIONAL_GROUPS
+        if not allowed and (name.lower() in VALUES or not CHOICE.fullmatch(name)):
+            other = f"model.hf_path={value} for a folder or a hub id; " if group == "model" else ""
+            raise RecipeError(f"{word} names no {group}.", f"{other}--help lists them all")
+    # Hydra accepts null in files only; on the command line the empty list has the same effect.
+    return f"{group}={','.join('[]' if name == 'null' else name for name in names)}"
 
 
 def recipes() -> dict[str, str]:

@@ -21,11 +21,7 @@ EXECUTORS: dict[str, Any] = {"local": local, "docker": docker, "slurm": slurm}
 
 
 def executor_of(cfg: DictConfig) -> tuple[Any, Cluster]:
-    """Returns the executor module that ``cluster.executor`` names, and its typed settings.
-
-    Raises:
-        RecipeError: The executor is unknown or a setting is invalid.
-    """
+    """Returns the executor that ``cluster.executor`` names, and its typed settings."""
     name = str(cfg.executor)
     require_known(name, EXECUTORS, f"cluster.executor={name} is not known")
     return EXECUTORS[name], as_typed(EXECUTORS[name].CONFIG, cfg, "cluster")

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import IO
 
 from rich.console import Console
@@ -157,15 +158,6 @@ def run_all(plan: Plan, follow: Follow, start: Start = start_script) -> bool:
 
 
 def run(stage: PlannedStage, follower: Follower, start: Start = start_script) -> None:
-    """Runs one stage to its end.
-
-    Raises:
-        RecipeError: It left no new result.
-    """
-    run_to_end(
-        stage.name,
-        stage.directory,
-        stage.fingerprint,
-        lambda log: start(stage, log),
-        follower.update,
-    )
+    """Runs one stage to its end; raises ``RecipeError`` if it leaves no new result."""
+    started = partial(start, stage)
+    run_to_end(stage.name, stage.directory, stage.fingerprint, started, follower.update)

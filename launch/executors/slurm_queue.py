@@ -61,11 +61,7 @@ def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
 
 
 def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
-    """Returns the states of the jobs that Slurm still remembers, by job id.
-
-    Raises:
-        RecipeError: Slurm does not answer.
-    """
+    """Returns the states of jobs that Slurm remembers, by job id; raises if it does not answer."""
     ids = [job.id for job in jobs]
     if not ids or shutil.which("squeue") is None:  # a run copied to a machine without Slurm
         return {}
@@ -98,7 +94,7 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
     }
 
 
-def cancel(jobs: Iterable[SlurmJob]) -> None:
+def cancel_jobs(jobs: Iterable[SlurmJob]) -> None:
     """Cancels jobs; raises ``RecipeError`` if Slurm refuses."""
     ids = [job.id for job in jobs]
     done = _query("scancel", *ids)

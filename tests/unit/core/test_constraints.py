@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import pytest
 
 from launch.executors.docker import DockerConfig
-from launch.executors.slurm_jobs import SlurmConfig
+from launch.executors.slurm import SlurmConfig
 from launch.planned import load_stage, stage_names
 from launch.settings import RunSettings
 from recipes.core.constraints import violations

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launch.executors import container, docker, executor_of, local, slurm_jobs
+from launch.executors import container, docker, executor_of, local, slurm
 from launch.executors.container import Containers, mounts_of
-from launch.executors.slurm_jobs import MIN_MARGIN_SECONDS, SlurmConfig
+from launch.executors.slurm import MIN_MARGIN_SECONDS, SlurmConfig
 from launch.executors.slurm_queue import SlurmJob, job_states, read_jobs
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError
@@ -119,7 +119,7 @@ def require_recorded(text: str, name: str, tmp_path: Path) -> None:
 
 def test_job_script_is_the_recorded_one(prepared: Prepared, tmp_path: Path) -> None:
     plan, cluster = prepared(*TWO_NODES)
-    text = slurm_jobs.job_script(stage_of(plan, "distill"), cluster)
+    text = slurm.job_script(stage_of(plan, "distill"), cluster)
     require_recorded(text, "distill.sbatch", tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_job_script_without_a_container_is_the_recorded_one(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     plan, cluster = prepared("cluster=slurm", "cluster.gpus=null", "cluster.python=python3.11")
-    text = slurm_jobs.job_script(stage_of(plan, "prune"), cluster)
+    text = slurm.job_script(stage_of(plan, "prune"), cluster)
     require_recorded(text, "prune.sbatch", tmp_path)
     assert "container" not in text
 
@@ -135,7 +135,7 @@ def test_job_script_without_a_container_is_the_recorded_one(
 def test_submit_script_is_the_recorded_one(prepared: Prepared, tmp_path: Path) -> None:
     """The cached teacher and the pruned student do not wait for each other."""
     plan, _ = prepared(*SLURM, "teacher=cached", *SHORT)
-    text = slurm_jobs.submit_script(plan)
+    text = slurm.submit_script(plan)
     require_recorded(text, "submit.sh", tmp_path)
     [cache] = [line for line in text.splitlines() if "submit cache_logits" in line]
     [prune] = [line for line in text.splitlines() if "submit prune" in line]
@@ -146,7 +146,7 @@ def test_submit_script_is_the_recorded_one(prepared: Prepared, tmp_path: Path) -
 def test_a_stage_without_torch_is_started_without_it(prepared: Prepared) -> None:
     plan, cluster = prepared(*SLURM, "cluster.images.default=null")
     scripts = {
-        name: slurm_jobs.job_script(stage_of(plan, name), cluster)
+        name: slurm.job_script(stage_of(plan, name), cluster)
         for name in ("plan", "prune", "report")
     }
     started = {n: "torch.distributed.run" in script for n, script in scripts.items()}
@@ -159,7 +159,7 @@ def test_only_stages_that_use_gpus_get_them(prepared: Prepared) -> None:
     for engine, on_gpu in (("openvino", False), ("tensorrt_llm", True)):
         site = (*SLURM, "cluster.partition=gpu", "cluster.cpu_partition=cpu")
         plan, cluster = prepared(*site, f"engine={engine}")
-        scripts = {s.name: slurm_jobs.job_script(s, cluster) for s in plan.stages}
+        scripts = {s.name: slurm.job_script(s, cluster) for s in plan.stages}
         without = {"plan", "prepare_data", "report"}
         engines = {"build_engine", "build_teacher_engine", "measure_speed"}
         for name, text in scripts.items():
@@ -190,7 +190,7 @@ def test_engines_of_other_runs_say_what_they_need(
 def test_whole_nodes_are_taken_by_stages_of_several_ranks(prepared: Prepared) -> None:
     for exclusive, whole in (("null", False), ("true", True)):
         plan, cluster = prepared(*SLURM, f"cluster.exclusive={exclusive}")
-        text = slurm_jobs.job_script(stage_of(plan, "distill"), cluster)
+        text = slurm.job_script(stage_of(plan, "distill"), cluster)
         assert ("#SBATCH --exclusive\n#SBATCH --mem=0\n" in text) == whole
         assert any(note.rule.name == "cpus-per-task" for note in plan.notes) != whole
 
@@ -210,7 +210,7 @@ def test_training_stops_early_enough_for_what_it_has_to_do(prepared: Prepared) -
         assert (planned > MIN_MARGIN_SECONDS) == (flops < 1e14)
         expected = {"distill": max(MIN_MARGIN_SECONDS, planned), "prune": MIN_MARGIN_SECONDS}
         for name, seconds in expected.items():
-            text = slurm_jobs.job_script(stage_of(plan, name), cluster)
+            text = slurm.job_script(stage_of(plan, name), cluster)
             wanted = seconds if margin == "null" else 30
             assert f"export STAGE_DEADLINE=$((end - {wanted}))" in text, name
 
@@ -255,7 +255,7 @@ def test_users_without_a_name_have_one_in_a_container(prepared: Prepared) -> Non
 def test_gpus_are_asked_for_as_the_site_wants(prepared: Prepared) -> None:
     for gpus, line in (("gres", "--gres=gpu:1"), ("gpus-per-node", "--gpus-per-node=1")):
         plan, cluster = prepared(*SLURM, f"cluster.gpus={gpus}")
-        assert f"#SBATCH {line}\n" in slurm_jobs.job_script(stage_of(plan, "prune"), cluster)
+        assert f"#SBATCH {line}\n" in slurm.job_script(stage_of(plan, "prune"), cluster)
 
 
 def test_forced_stage_is_complete_only_with_a_new_result(
@@ -265,7 +265,7 @@ def test_forced_stage_is_complete_only_with_a_new_result(
     complete(plan(*SLURM))
     made, cluster = prepared(*SLURM, "force=[report]")
     stage = stage_of(made, "report")
-    script = slurm_jobs.job_script(stage, cluster)
+    script = slurm.job_script(stage, cluster)
     asked = script[script.index("stage=") : script.index("if complete")] + "complete"
     manifest = stage.directory / "manifest.json"
 
@@ -489,6 +489,6 @@ def test_tracker_needs_a_launcher_that_waits(
 
 def test_quotes_survive_in_a_job(prepared: Prepared) -> None:
     made, cluster = prepared(*SLURM, "+cluster.env.WORDS='it is \"$HOME\"'")
-    text = slurm_jobs.job_script(stage_of(made, "prune"), cluster)
+    text = slurm.job_script(stage_of(made, "prune"), cluster)
     words = shlex.quote('it is "$HOME"')
     assert f"export WORDS={words}\n" in text

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 from hydra.errors import HydraException
 
-from launch.command_line import hydra_words
 from launch.hydra_errors import SHOW_FIELDS, SHOW_HELP, explain
-from launch.schema import recipes
+from launch.schema import hydra_words, recipes
 from recipes.core.errors import RecipeError
 
 RECIPE = "recipe=llama_width_prune"

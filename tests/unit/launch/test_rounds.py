@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launch.command_line import hydra_words
+from launch.schema import hydra_words
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.pruning.targets import interpolated_shape
