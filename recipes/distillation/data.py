@@ -35,7 +35,7 @@ TEACHER_PREFIX = "teacher_"
 
 
 @dataclass(eq=False)
-class TokenWindows(Dataset):
+class TextSequences(Dataset):
     """Samples of a training: any number of epochs over the sequences of a split.
 
     Sample i is the sequence at position i mod n of epoch i // n.
@@ -73,31 +73,28 @@ class TokenWindows(Dataset):
         """Returns the tensors of one sample of S tokens.
 
         Returns:
-            ``tokens``, ``labels`` and ``position_ids`` int64 [S], ``loss_mask`` float32 [S],
-            ``attention_mask`` if there is one, and with a cache the tensors of ``TopK`` [S, …], as
-            ``teacher_indices`` etc.
+            Those of ``sequence``; ``attention_mask`` if there is one; and with a cache the tensors
+            of ``TopK`` [S, …], as ``teacher_indices`` etc.
         """
-        number = self.window_of(sample)
-        tokens = torch.from_numpy(window(self.tokens, self.seq_length, number))
-        inputs = tokens[:-1]
-        item = {
-            "tokens": inputs,
-            "labels": tokens[1:],
-            "position_ids": self._positions,
-            "loss_mask": counted(
-                self.tokens, self.loss_mask, self.seq_length, number, self.end
-            ).float(),
-        }
+        number = self.number_of(sample)
+        item = self.sequence(number)
         if self.attention_mask is not None:
             item["attention_mask"] = self.attention_mask
-        if self.cache is not None:
-            item |= {
-                f"{TEACHER_PREFIX}{name}": tensor
-                for name, tensor in self.cache.rows(number).items()
-            }
-        return item
+        cached = {} if self.cache is None else self.cache.rows(number)
+        return item | {f"{TEACHER_PREFIX}{name}": tensor for name, tensor in cached.items()}
 
-    def window_of(self, sample: int) -> int:
+    def sequence(self, number: int) -> dict[str, Tensor]:
+        """Returns ``tokens``, ``labels``, ``position_ids`` int64 [S], ``loss_mask`` float32 [S]."""
+        tokens = torch.from_numpy(window(self.tokens, self.seq_length, number))
+        mask = counted(self.tokens, self.loss_mask, self.seq_length, number, self.end)
+        return {
+            "tokens": tokens[:-1],
+            "labels": tokens[1:],
+            "position_ids": self._positions,
+            "loss_mask": mask.float(),
+        }
+
+    def number_of(self, sample: int) -> int:
         """Returns the number of a sample's sequence."""
         epoch, position = divmod(sample, len(self.ids))
         if self.seed is None:
@@ -175,10 +172,10 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         self._validation_ds.num_samples = steps * batch
         self._test_ds = self._validation_ds
 
-    def _windows(self, part: str, samples: int, **settings: Any) -> TokenWindows:
+    def _windows(self, part: str, samples: int, **settings: Any) -> TextSequences:
         # NeMo's step requires a mask without TransformerEngine; our attention does not read it.
         mask = torch.zeros(1, 1, 1, dtype=torch.bool) if self.create_attention_mask else None
-        return TokenWindows(
+        return TextSequences(
             read_tokens(self._artifact, part),
             self.seq_length,
             samples,

@@ -70,8 +70,8 @@ def write_shard(
         for name, (dtype, _) in index.tensors.items()
     }
     tail = top.log_probs[..., -1].exp().mean().item()
-    figures = {"teacher_loss": str(teacher_loss), "tail_mass": str(tail)}
-    save_file(tensors, partial, metadata=figures)
+    metrics = {"teacher_loss": str(teacher_loss), "tail_mass": str(tail)}
+    save_file(tensors, partial, metadata=metrics)
     partial.replace(path)
 
 
@@ -84,8 +84,8 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def cache_figures(folder: Path, index: CacheIndex) -> dict[str, float]:
-    """Computes the means over all sequences of the figures in the shards' metadata."""
+def cache_metrics(folder: Path, index: CacheIndex) -> dict[str, float]:
+    """Computes the means over all sequences of the metrics in the shards' metadata."""
     sums: dict[str, float] = {"teacher_loss": 0.0, "tail_mass": 0.0}
     sequences = 0
     for shard in range(index.shards):
@@ -104,19 +104,17 @@ class TeacherCache:
         self._folder = folder
         self.index = CacheIndex(**read_json(folder / INDEX))
         self._files: dict[int, Any] = {}
-        places: list[tuple[int, int]] = []
-        numbers: list[int] = []
-        for shard in range(self.index.shards):
-            in_shard = self._open(shard).get_tensor("sequences").tolist()
-            numbers += in_shard
-            places += [(shard, row) for row in range(len(in_shard))]
-        self.sequences = np.array(numbers, dtype=np.int64)
+        self._rows = {
+            number: (shard, row)
+            for shard in range(self.index.shards)
+            for row, number in enumerate(self._open(shard).get_tensor("sequences").tolist())
+        }
+        self.sequences = np.array(list(self._rows), dtype=np.int64)
         """Numbers of the cached sequences."""
-        self._places = dict(zip(numbers, places, strict=True))
 
     def rows(self, sequence: int) -> dict[str, Tensor]:
         """Reads the tensors of ``TopK`` of a sequence, [seq_length, …]."""
-        shard, row = self._places[sequence]
+        shard, row = self._rows[sequence]
         file = self._open(shard)
         return {
             name: file.get_slice(name)[row].to(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+from torch.utils.data import default_collate
 
 from nemo_convert import nemo
 from recipes.core.files import link_or_copy
@@ -20,17 +20,16 @@ from recipes.core.stage import Input, StoppedByDeadlineError, deadline, rank, ti
 from recipes.data.results import DatasetResult
 from recipes.data.token_windows import (
     count_windows,
-    counted,
     read_loss_mask,
     read_tokens,
     require_windows,
-    window,
     window_order,
 )
+from recipes.distillation.data import TextSequences
 from recipes.distillation.logit_cache import (
     SHARD,
     CacheIndex,
-    cache_figures,
+    cache_metrics,
     is_whole,
     write_index,
     write_shard,
@@ -55,62 +54,82 @@ def cache_logits(
     """
     parallel = nemo.Parallelism(tensor=cfg.tensor_model_parallel_size)
     nemo.initialize(parallel)
-    model = nemo.restore_model(teacher)
-    core = nemo.build_core(model, parallel, cfg.dtype, training=True).eval()
+    core = nemo.build_core(nemo.restore_model(teacher), parallel, cfg.dtype, training=True).eval()
     nemo.load_weights(core, teacher)
-    vocabulary = nemo.architecture_of(teacher).vocab_size
     require_windows(data, cfg.seq_length)
-    tokens, loss_mask = read_tokens(data.artifact, "train"), read_loss_mask(data.artifact, "train")
-    end = data.manifest.result(DatasetResult).document_end
+    tokens = read_tokens(data.artifact, "train")
     total = count_windows(tokens, cfg.seq_length)
-    numbers = window_order(np.arange(total), total, cfg.seed, 0)[: cfg.num_sequences]
-    parts = [
-        numbers[start : start + cfg.sequences_per_shard].tolist()
-        for start in range(0, len(numbers), cfg.sequences_per_shard)
-    ]
+    text = TextSequences(
+        tokens,
+        cfg.seq_length,
+        num_samples=0,
+        end=data.manifest.result(DatasetResult).document_end,
+        loss_mask=read_loss_mask(data.artifact, "train"),
+        numbers=window_order(np.arange(total), total, cfg.seed, 0)[: cfg.num_sequences].tolist(),
+    )
+    vocabulary = nemo.architecture_of(teacher).vocab_size
+    count = math.ceil(len(text.ids) / cfg.sequences_per_shard)
     index = CacheIndex(
-        vocabulary, cfg.seq_length, cfg.top_k, cfg.temperature, len(parts), cfg.tail_draws
+        vocabulary, cfg.seq_length, cfg.top_k, cfg.temperature, count, cfg.tail_draws
     )
     shards.mkdir(exist_ok=True)
-    start = time.monotonic()
-    done, stopped = 0, False
-    for shard in _own_shards(len(parts)):
-        if is_whole(path := shards / SHARD.format(shard)):
-            continue
-        texts = [window(tokens, cfg.seq_length, number) for number in parts[shard]]
-        counts = [
-            counted(tokens, loss_mask, cfg.seq_length, number, end) for number in parts[shard]
-        ]
-        written = _evaluate_teacher(
-            cfg, core, torch.from_numpy(np.stack(texts)), torch.stack(counts), parts[shard]
-        )
-        if stopped := written is None:
-            break
-        top, loss = written
-        if done == 0:
-            require_better_than_chance(loss, vocabulary)
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            write_shard(path, index, parts[shard], top, loss)
-        done += len(parts[shard])
-        speed = round(done * cfg.seq_length / (time.monotonic() - start), 1)
-        log.progress("cache", shard + 1, len(parts), teacher_loss=loss, tokens_per_second=speed)
+    complete = _write_shards(cfg, core, text, index, shards, log)
     torch.distributed.barrier()
-    _require_all(stopped, len(parts), next(core.parameters()).device)
+    if _any(not complete, next(core.parameters()).device):
+        raise StoppedByDeadlineError(
+            f"stopped by the clock; of {count} shards those that are whole are kept.",
+            "run the same command to go on",
+        )
     if rank() != 0:
         return None
-    for shard in range(len(parts)):
+    for shard in range(count):
         link_or_copy(shards / SHARD.format(shard), out / SHARD.format(shard))
     write_index(out, index)
     return CacheResult(
-        sequences=len(numbers),
+        sequences=len(text.ids),
         sequences_of_text=total,
-        tokens=len(numbers) * cfg.seq_length,
+        tokens=len(text.ids) * cfg.seq_length,
         bytes_per_token=bytes_per_token(vocabulary, cfg.top_k, cfg.tail_draws),
-        **cache_figures(out, index),
+        **cache_metrics(out, index),
     )
 
 
-def _quantiles(cfg: CacheLogitsConfig, number: int) -> NDArray[np.float32]:
+def _write_shards(
+    cfg: CacheLogitsConfig,
+    core: torch.nn.Module,
+    text: TextSequences,
+    index: CacheIndex,
+    folder: Path,
+    log: MetricsLog,
+) -> bool:
+    """Writes this data-parallel rank's missing shards of the sequences of ``text``.
+
+    Returns:
+        ``False`` if the deadline was reached before the last.
+    """
+    start, done = time.monotonic(), 0
+    first = parallel_state.get_data_parallel_rank()
+    step = parallel_state.get_data_parallel_world_size()
+    for shard in range(first, index.shards, step):
+        path = folder / SHARD.format(shard)
+        if is_whole(path):
+            continue
+        numbers = text.ids[shard * cfg.sequences_per_shard :][: cfg.sequences_per_shard].tolist()
+        outputs = _evaluate_teacher(cfg, core, text, numbers)
+        if outputs is None:
+            return False
+        top, loss = outputs
+        if done == 0:
+            require_better_than_chance(loss, index.vocabulary)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            write_shard(path, index, numbers, top, loss)
+        done += len(numbers)
+        speed = round(done * cfg.seq_length / (time.monotonic() - start), 1)
+        log.progress("cache", shard + 1, index.shards, teacher_loss=loss, tokens_per_second=speed)
+    return True
+
+
+def _quantiles(cfg: CacheLogitsConfig, number: int) -> Tensor:
     """Returns the quantiles of the samples of a sequence [seq_length, draws]; equal on all ranks.
 
     Systematic sampling: quantiles are equally spaced, the first is random. Each token is expected
@@ -118,21 +137,7 @@ def _quantiles(cfg: CacheLogitsConfig, number: int) -> NDArray[np.float32]:
     """
     first = np.random.default_rng([cfg.seed, number]).random((cfg.seq_length, 1), np.float32)
     draws = np.arange(cfg.tail_draws, dtype=np.float32)
-    return (first + draws) / max(1, cfg.tail_draws)
-
-
-def _own_shards(shards: int) -> range:
-    """Returns the shards of this data-parallel rank."""
-    first = parallel_state.get_data_parallel_rank()
-    return range(first, shards, parallel_state.get_data_parallel_world_size())
-
-
-def _require_all(stopped: bool, shards: int, device: torch.device) -> None:
-    if _any(stopped, device):
-        raise StoppedByDeadlineError(
-            f"stopped by the clock; of {shards} shards those that are whole are kept.",
-            "run the same command to go on",
-        )
+    return torch.from_numpy((first + draws) / cfg.tail_draws)
 
 
 def _any(stopping: bool, device: torch.device, group: ProcessGroup | None = None) -> bool:
@@ -149,41 +154,38 @@ def _any(stopping: bool, device: torch.device, group: ProcessGroup | None = None
 
 @torch.no_grad()
 def _evaluate_teacher(
-    cfg: CacheLogitsConfig,
-    core: torch.nn.Module,
-    texts: Tensor,
-    counts: Tensor,
-    numbers: Sequence[int],
+    cfg: CacheLogitsConfig, core: torch.nn.Module, text: TextSequences, numbers: list[int]
 ) -> tuple[TopK, float] | None:
-    """Computes the teacher's top-k of sequences [w, seq_length + 1], and its mean LM loss.
+    """Computes the teacher's top-k [n, seq_length, …] of sequences, and its mean LM loss.
 
-    The loss is over the predictions that ``counts`` [w, seq_length] does not mask, as in training.
-    Samples depend on the sequences' numbers.
+    The loss is over the predictions that are not masked, as in training. Samples of the tail depend
+    on a sequence's number, not on its shard.
 
     Returns:
         ``None`` if the deadline is reached before the end.
     """
     device = next(core.parameters()).device
-    positions = torch.arange(cfg.seq_length, device=device)[None]
-    parts, losses = [], []
-    split, group = parallel_state.get_tensor_model_parallel_group(), nemo.tensor_group()
-    size = cfg.micro_batch_size
-    quantiles = torch.from_numpy(np.stack([_quantiles(cfg, number) for number in numbers]))
-    for batch, at in zip(texts.split(size), quantiles.split(size), strict=True):
-        if _any(time_is_up(), device, split):
+    tensor_ranks, group = parallel_state.get_tensor_model_parallel_group(), nemo.tensor_group()
+    tops, losses, masks = [], [], []
+    for start in range(0, len(numbers), cfg.micro_batch_size):
+        if _any(time_is_up(), device, tensor_ranks):
             return None
-        inputs, labels = batch[:, :-1].to(device), batch[:, 1:].to(device)
-        logits = core(inputs, positions.expand_as(inputs), None).flatten(0, 1)
-        rows = at.flatten(0, 1).to(device) if cfg.tail_draws else None
-        parts.append(top_k(logits, cfg.top_k, cfg.temperature, group, quantiles=rows))
-        losses.append(token_cross_entropy(logits, labels.flatten(), group))
-    shape = (*texts[:, 1:].shape, -1)
+        some = numbers[start : start + cfg.micro_batch_size]
+        batch = default_collate([text.sequence(number) for number in some])
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        logits = core(batch["tokens"], batch["position_ids"], None).flatten(0, 1)
+        quantiles = None
+        if cfg.tail_draws:
+            quantiles = torch.cat([_quantiles(cfg, number) for number in some]).to(device)
+        tops.append(top_k(logits, cfg.top_k, cfg.temperature, group, quantiles=quantiles))
+        losses.append(token_cross_entropy(logits, batch["labels"].flatten(), group))
+        masks.append(batch["loss_mask"].flatten())
     top = TopK(
         *(
-            None if each[0] is None else torch.cat(each).view(shape)
-            for each in zip(*parts, strict=True)
+            None if each[0] is None else torch.cat(each).view(len(numbers), cfg.seq_length, -1)
+            for each in zip(*tops, strict=True)
         )
     )
-    weights = counts.flatten().to(device)
-    mean = (torch.cat(losses) * weights).sum() / weights.sum().clamp_min(1)
+    mask = torch.cat(masks)
+    mean = (torch.cat(losses) * mask).sum() / mask.sum().clamp_min(1)
     return top, mean.item()

@@ -16,7 +16,7 @@ from recipes.core.errors import RecipeError
 from recipes.data.part_writer import PartWriter
 from recipes.data.results import SourceTokens
 from recipes.data.token_windows import read_tokens
-from recipes.distillation.data import TokenWindows, TrainingData
+from recipes.distillation.data import TextSequences, TrainingData
 
 LENGTH, END, SEED, BATCH = 8, 0, 7, 4
 
@@ -55,8 +55,8 @@ class Cache:
         }
 
 
-def windows_of(data: Path, samples: int, **settings: Any) -> TokenWindows:
-    return TokenWindows(read_tokens(data, "train"), LENGTH, samples, **settings)
+def windows_of(data: Path, samples: int, **settings: Any) -> TextSequences:
+    return TextSequences(read_tokens(data, "train"), LENGTH, samples, **settings)
 
 
 def test_windows_are_those_of_the_documents_put_together(data: Path, naive: list[int]) -> None:
@@ -100,7 +100,7 @@ def test_what_is_told_of_each_token_counts_with_a_cached_teacher_too(
     cached = training(tmp_path, 2, cache=Cache(list(range(len(live._train_ds.ids)))))
     for part, dataset in (("train", live._train_ds), ("validation", live._validation_ds)):
         for sample in range(len(dataset)):
-            start = dataset.window_of(sample) * LENGTH + 1
+            start = dataset.number_of(sample) * LENGTH + 1
             expected = loss_mask[part][start : start + LENGTH]
             assert (dataset[sample]["loss_mask"].numpy() > 0).tolist() == expected.tolist()
             if part == "train":
@@ -112,12 +112,12 @@ def test_what_is_told_of_each_token_counts_with_a_cached_teacher_too(
 def test_every_epoch_has_every_window_once_in_another_order(data: Path) -> None:
     count = len(windows_of(data, 0).ids)
     dataset = windows_of(data, 3 * count, seed=SEED)
-    order = [dataset.window_of(i) for i in range(3 * count)]
+    order = [dataset.number_of(i) for i in range(3 * count)]
     epochs = [order[e * count : (e + 1) * count] for e in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(count))] * 3
     assert epochs[0] != epochs[1] != epochs[2]
     # Asked in any order, a sample is the same.
-    assert [windows_of(data, 1, seed=SEED).window_of(i) for i in (2 * count, 0)] == [
+    assert [windows_of(data, 1, seed=SEED).number_of(i) for i in (2 * count, 0)] == [
         order[2 * count],
         order[0],
     ]
@@ -125,12 +125,12 @@ def test_every_epoch_has_every_window_once_in_another_order(data: Path) -> None:
 
 def test_a_cache_of_the_first_windows_gives_the_batches_of_a_live_run(data: Path) -> None:
     live = windows_of(data, 12, seed=SEED)
-    first = [live.window_of(i) for i in range(12)]
+    first = [live.number_of(i) for i in range(12)]
     cached = windows_of(data, 24, seed=SEED, cache=Cache(sorted(first)))
-    assert [cached.window_of(i) for i in range(12)] == first
-    assert sorted(cached.window_of(i) for i in range(12, 24)) == sorted(first)
+    assert [cached.number_of(i) for i in range(12)] == first
+    assert sorted(cached.number_of(i) for i in range(12, 24)) == sorted(first)
     for sample in range(24):
-        item, window = cached[sample], cached.window_of(sample)
+        item, window = cached[sample], cached.number_of(sample)
         assert torch.equal(item["teacher_indices"], torch.full((LENGTH, 2), window))
         assert torch.equal(item["teacher_log_probs"], torch.full((LENGTH, 3), float(-window)))
         assert torch.equal(item["tokens"], windows_of(data, 99)[window]["tokens"])
