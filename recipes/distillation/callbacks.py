@@ -19,7 +19,7 @@ from recipes.core.stage import StoppedByDeadlineError, rank, time_is_up
 from recipes.core.statistics import mean
 from recipes.distillation.model import KDModel
 from recipes.distillation.settings import DistillConfig, TrainingConfig
-from recipes.distillation.stopping import VALIDATE, stop_reason
+from recipes.distillation.training import VALIDATE, stop_reason
 
 COLLECT_EVERY = 100
 """Steps between garbage collections."""
@@ -75,11 +75,7 @@ class StepLogger(Callback):
         """Logs the step's losses, gradient norm, learning rate and speed."""
         now = time.monotonic()
         tokens = self._cfg.global_batch_size * self._cfg.seq_length
-        values = {
-            **pl_module.share_losses(),
-            "grad_norm": self._norm,
-            "lr": self._lr,
-        }
+        values = {**pl_module.share_losses(), "grad_norm": self._norm, "lr": self._lr}
         if not math.isfinite(self._norm):
             values = {name: v if math.isfinite(v) else None for name, v in values.items()}
             values["skipped"] = True

@@ -291,10 +291,7 @@ def _load_teacher(config: Any, tokenizer: Any, checkpoint: Path) -> nn.Module:
 def _lm_loss(logits: Tensor, labels: Tensor, reuse_logits: bool = False) -> Tensor:
     """Computes the LM loss [batch, sequence] of logits [sequence, batch, vocabulary/tp]."""
     flat = token_cross_entropy(
-        logits.flatten(0, 1),
-        labels.t().flatten(),
-        nemo.tensor_group(),
-        reuse_logits=reuse_logits,
+        logits.flatten(0, 1), labels.t().flatten(), nemo.tensor_group(), reuse_logits=reuse_logits
     )
     return flat.view(logits.shape[:2]).t().contiguous()
 

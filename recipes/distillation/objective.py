@@ -21,11 +21,7 @@ from recipes.core.stage import Input, Inputs
 from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.losses import LogitsLoss
 from recipes.distillation.results import KeptLayers
-from recipes.distillation.settings import (
-    CACHED,
-    TERMS,
-    DistillConfig,
-)
+from recipes.distillation.settings import CACHED, TERMS, DistillConfig
 
 Pairs = Sequence[tuple[int, int]]
 """(student layer, teacher layer) pairs whose outputs are compared, counted from 1."""

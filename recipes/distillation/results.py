@@ -1,4 +1,4 @@
-"""What trainings and caches come to. Losses in nats. Torch-free."""
+"""Results of trainings and of cached teachers. Losses in nats. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """A training; a term of the loss that it has not is ``None``."""
+    """A training; terms that its loss does not have are ``None``."""
 
     final_loss: float
     final_kd: float | None
@@ -22,31 +22,31 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class KeptLayers:
-    """Which of the teacher's layers a model has, where it was pruned; counted from 1."""
+    """The teacher's layers that a pruned model has, counted from 1."""
 
     kept_layers: list[int] | None = None
 
 
 @dataclass(frozen=True)
 class DistillationResult(TrainingResult):
-    """A training that a teacher took part in."""
+    """A training with a teacher."""
 
     teacher_loss: float | None
     stopped: str = ""
-    """At which step and why, if before its last."""
+    """Reason and step of an early stop."""
     kept_layers: list[int] | None = None
-    """The student's, for what prunes it again."""
+    """The student's, for a further pruning."""
 
 
 @dataclass(frozen=True)
 class CacheResult:
-    """A teacher's cache."""
+    """A cached teacher."""
 
     sequences: int
     sequences_of_text: int
-    """That there are in all."""
+    """Number of all sequences of the text."""
     tokens: int
     bytes_per_token: int
     teacher_loss: float
     tail_mass: float
-    """Mean probability of all tokens that are not kept."""
+    """Mean probability of all tokens that are not stored."""

@@ -73,8 +73,8 @@ class TrainingConfig(StageConfig):
     clip_grad: Positive = 1.0
     """Gradient clipping: the largest norm."""
     mask_document_ends: bool = True
-    """Masks the predictions of a document's first token from the document before it. Conversations
-    are always masked so."""
+    """Masks the prediction of each document's first token from the document before it.
+    Conversations always mask it."""
     precision: Precision = "bf16-mixed"
     """``bf16-mixed`` (float32 main weights in the optimizer) or ``32``."""
     grad_reduce_in_fp32: bool = True

@@ -53,12 +53,7 @@ OVERLAPS = {
 
 
 def train(
-    cfg: TrainingConfig,
-    start: Path,
-    objective: Objective,
-    data: Input,
-    out: Path,
-    log: MetricsLog,
+    cfg: TrainingConfig, start: Path, objective: Objective, data: Input, out: Path, log: MetricsLog
 ) -> None:
     """Trains a model and writes it to ``out``; resumes from the last complete checkpoint."""
     _set_environment(cfg)

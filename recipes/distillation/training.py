@@ -10,9 +10,14 @@ from typing import TypeVar
 
 from nemo_convert.architecture import Architecture
 from recipes.core.compiled import missing_compiler
-from recipes.core.metrics import steps_of
+from recipes.core.metrics import read_records, steps_of
 from recipes.distillation.results import TrainingResult
-from recipes.distillation.settings import FEED_FORWARD, FP8_RECIPES, TrainingConfig
+from recipes.distillation.settings import (
+    FEED_FORWARD,
+    FP8_RECIPES,
+    DistillConfig,
+    TrainingConfig,
+)
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.problems import Problem
@@ -23,6 +28,10 @@ COMPILED_STEPS = 100
 """Smallest number of steps that is compiled by default: about where compilation pays off."""
 CHECKPOINTS = "checkpoints"
 """Directory in a stage's work that holds the checkpoints it can resume from."""
+VALIDATE = "validate"
+"""Task name of validations in a training's records."""
+INITIAL_KL = "initial_kl_fraction"
+"""Key of a record: the fraction of the KL added by pruning that remained after healing."""
 UNFINISHED = "-unfinished"
 """Suffix of the marker that NeMo keeps beside a checkpoint while it is being written."""
 
@@ -222,7 +231,7 @@ def training_result(cfg: TrainingConfig, file: Path) -> TrainingResult:
     A run that is killed after its last step resumes with no steps to train, so memory has no
     result.
     """
-    steps, validations = steps_of(file, cfg.stage), steps_of(file, "validate")
+    steps, validations = steps_of(file, cfg.stage), steps_of(file, VALIDATE)
     last = steps[-1]
     return TrainingResult(
         final_loss=last["loss"],
@@ -235,3 +244,30 @@ def training_result(cfg: TrainingConfig, file: Path) -> TrainingResult:
         tokens=last["done"] * cfg.global_batch_size * cfg.seq_length,
         tokens_per_second=median(step["tokens_per_second"] for step in steps),
     )
+
+
+def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
+    """Returns why a distillation stops after ``step``, or "" if it continues.
+
+    It stops once it has recovered enough of the KL added by pruning. The KL to the teacher is
+    measured on the same validation sequences before the first step and at every validation. KL that
+    healing recovered before counts as recovered. Only the records in ``file`` up to ``step`` count,
+    so a restarted training decides alike.
+    """
+    validations = [r for r in steps_of(file, VALIDATE) if r["done"] <= step and "val_kd" in r]
+    if cfg.stop_at_recovered is None or len(validations) < 2 or step >= cfg.max_steps:
+        return ""  # even if healing alone recovered enough: a training has at least one step
+    first, last = validations[0], validations[-1]
+    ratio = last["val_kd"] / first["val_kd"] if first["val_kd"] else 0.0
+    recovered = 1 - initial_kl_fraction(file) * ratio
+    if recovered < cfg.stop_at_recovered:
+        return ""
+    return (
+        f"stopped at step {last['done']} of {cfg.max_steps}: recovered {recovered:.0%} of the KL "
+        f"added by pruning (stop_at_recovered={cfg.stop_at_recovered:g})"
+    )
+
+
+def initial_kl_fraction(file: Path) -> float:
+    """Reads the fraction of the pruned model's KL before training: 1 unless it was healed."""
+    return next((float(r[INITIAL_KL]) for r in read_records(file) if INITIAL_KL in r), 1.0)

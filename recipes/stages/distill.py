@@ -24,10 +24,11 @@ from recipes.distillation.settings import (
     CacheLogitsConfig,
     DistillConfig,
 )
-from recipes.distillation.stopping import INITIAL_KL, stop_reason
 from recipes.distillation.training import (
+    INITIAL_KL,
     fp8_size_problems,
     resolve_from_chain,
+    stop_reason,
     training_bytes,
     training_problems,
     training_progress,

@@ -27,7 +27,7 @@ from recipes.core.manifest import ARTIFACT, MANIFEST, WORK
 from recipes.core.metrics import METRICS, steps_of
 from recipes.core.run_state import BEGUN
 from recipes.core.stage import Input
-from recipes.distillation.stopping import initial_kl_fraction
+from recipes.distillation.training import initial_kl_fraction
 from recipes.engines.backends import model_folder
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.kept import KeptIndices, prune_weight, student_name

@@ -35,11 +35,7 @@ LAYOUTS = {
     "TP=2": (2, ["tensor_model_parallel_size=2"]),
     "TP=2, sequence": (
         2,
-        [
-            "tensor_model_parallel_size=2",
-            "sequence_parallel=true",
-            "stop_at_recovered=0.9",
-        ],
+        ["tensor_model_parallel_size=2", "sequence_parallel=true", "stop_at_recovered=0.9"],
     ),
     "PP=2": (
         2,
@@ -50,10 +46,7 @@ LAYOUTS = {
         ],
     ),
     "DP=2": (2, []),
-    "DP=2, two optimizers": (
-        2,
-        ["num_distributed_optimizer_instances=2", "micro_batch_size=1"],
-    ),
+    "DP=2, two optimizers": (2, ["num_distributed_optimizer_instances=2", "micro_batch_size=1"]),
     "DP=2, Megatron's own": (2, ["cpu_speed_patches=[]"]),
     "DP=1, Megatron's own": (1, ["cpu_speed_patches=[]"]),
 }
@@ -155,12 +148,7 @@ def test_steps_are_traced(one_rank: Path) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_gives_the_losses_of_one_rank(
-    one_rank: Path,
-    perturbed: Path,
-    even_llama: Path,
-    text_file: Path,
-    tmp_path: Path,
-    name: str,
+    one_rank: Path, perturbed: Path, even_llama: Path, text_file: Path, tmp_path: Path, name: str
 ) -> None:
     run_dir = without(one_rank, tmp_path / "run", "distill")
     command = [*overrides(even_llama, text_file, run_dir), *layout(name)]

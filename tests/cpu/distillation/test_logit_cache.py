@@ -146,11 +146,7 @@ def shards_of(run_dir: Path) -> dict[str, tuple[dict[str, Any], dict[str, str]]]
 
 
 def test_killed_and_stopped_by_the_clock_it_resumes_to_the_same(
-    run: Path,
-    even_llama: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Path, even_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before: dict[str, int] = {}
     for attempt in range(5):  # on a busy machine it may end before it is seen
@@ -259,11 +255,7 @@ def test_an_odd_text_does_not_stop_a_teacher_that_knows_something(
 ) -> None:
     """With one window a shard, some are above the limit that the mean is well below."""
     cfg = CacheLogitsConfig(
-        top_k=KEPT,
-        seq_length=LENGTH,
-        num_sequences=WINDOWS,
-        sequences_per_shard=1,
-        precision="32",
+        top_k=KEPT, seq_length=LENGTH, num_sequences=WINDOWS, sequences_per_shard=1, precision="32"
     )
     data = stage_of(run, "prepare_data")
     teacher = find_checkpoint(run / "import_hf" / ARTIFACT)

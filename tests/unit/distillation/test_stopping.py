@@ -9,7 +9,7 @@ import pytest
 
 from recipes.core.metrics import METRICS, MetricsLog
 from recipes.distillation.settings import DistillConfig
-from recipes.distillation.stopping import INITIAL_KL, stop_reason
+from recipes.distillation.training import INITIAL_KL, stop_reason
 
 STEPS = 300
 

@@ -281,9 +281,7 @@ def test_unknown_names_of_candidates_are_refused(chain: Chain) -> None:
     assert list(successive_halving.check(cfg, chain)) == []
 
 
-def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better(
-    chain: Chain,
-) -> None:
+def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better(chain: Chain) -> None:
     sizes = {
         "a": (10, 1.0),
         "b": (9, 2.0),
