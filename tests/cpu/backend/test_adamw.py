@@ -17,7 +17,7 @@ from tests.support.conversion import convert_by_command, core_of
 SETTINGS = {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.2, "eps": 1e-3}
 
 
-def test_updates_are_those_of_adamw_and_go_on_from_a_saved_state() -> None:
+def test_updates_equal_adamw_and_continue_from_a_saved_state() -> None:
     torch.manual_seed(0)
     shapes = ((5,), (3, 4), (2,))
     ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
@@ -65,7 +65,7 @@ def test_coupled_weight_decay_is_refused() -> None:
 
 
 def test_megatron_builds_it(odd_llama: Path, tmp_path: Path) -> None:
-    """Its own fallback is PyTorch's unfused AdamW, which takes five times as long."""
+    """Megatron's fallback would be PyTorch's unfused AdamW, which takes five times as long."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 

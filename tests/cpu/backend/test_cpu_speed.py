@@ -86,7 +86,7 @@ def expected_gradients(model: nn.Module, batches: list[Batch]) -> dict[str, torc
 def test_each_step_has_its_own_gradients(
     wrap: Wrap, micro_batches: list[bool], distributed: bool, overlap: bool
 ) -> None:
-    """Whatever the step before left. Micro-batches are added in float32, and scaled at the end."""
+    """Micro-batches are added in float32, scaled at the end, and independent of the last step."""
     settings = {"use_distributed_optimizer": distributed, "overlap_grad_reduce": overlap}
     wrapped = wrap(grad_reduce_in_fp32=True, **settings)
     for _ in range(2):
@@ -105,7 +105,7 @@ def test_each_step_has_its_own_gradients(
 
 
 @needs_no_cuda
-def test_unshared_gradients_take_no_memory_before_they_are_made(wrap: Wrap) -> None:
+def test_unshared_gradients_take_no_memory_before_the_backward_pass(wrap: Wrap) -> None:
     wrapped = wrap(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     [buffer] = wrapped.buffers
     assert buffer.grad_data.untyped_storage().nbytes() == 0
@@ -135,7 +135,7 @@ def test_unshared_gradients_take_no_memory_before_they_are_made(wrap: Wrap) -> N
 
 
 @needs_no_cuda
-def test_gradients_of_several_ranks_stay_megatrons(
+def test_gradients_of_several_ranks_stay_in_the_buffer(
     wrap: Wrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
@@ -149,8 +149,7 @@ def test_gradients_of_several_ranks_stay_megatrons(
 
 
 @needs_no_cuda
-def test_a_forked_writer_has_the_buckets_that_are_released(wrap: Wrap) -> None:
-    """Megatron's own caller, whose process writes tensors that this one no longer has."""
+def test_a_forked_writer_still_has_released_buckets(wrap: Wrap) -> None:
     from megatron.core.dist_checkpointing.strategies.async_utils import (
         AsyncRequest,
         TemporalAsyncCaller,
@@ -172,7 +171,7 @@ def test_a_forked_writer_has_the_buckets_that_are_released(wrap: Wrap) -> None:
 
 @pytest.mark.parametrize(("ranks", "calls"), [(1, 0), (2, 1)])
 def test_a_gather_in_a_group_of_one_rank_is_skipped(ranks: int, calls: int) -> None:
-    """Megatron's buffer of one rank is its own shard, in place."""
+    """The buffer of one rank is its own shard."""
     made, buffer = list[torch.Tensor](), torch.arange(4.0)
     group = SimpleNamespace(size=lambda: ranks)
     gather = cpu_speed._skip_single_rank_gather(lambda *args, **_: made.append(*args[:1]))
@@ -188,7 +187,6 @@ def test_a_gather_in_a_group_of_one_rank_is_skipped(ranks: int, calls: int) -> N
 def test_gradients_are_clipped_to_the_norm(
     deferred: bool, wrap: Wrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In any type, whether or not their scaling is deferred."""
     from megatron.core.optimizer import optimizer
 
     monkeypatch.setattr(cpu_speed, "BLOCK", 3)
@@ -214,7 +212,7 @@ def test_gradients_are_clipped_to_the_norm(
 
 
 @needs_no_cuda
-def test_type_names_are_cudas_only_while_the_optimizer_looks() -> None:
+def test_tensor_types_have_cuda_names_only_while_the_optimizer_is_built() -> None:
     names = []
 
     class Optimizer:
@@ -227,14 +225,11 @@ def test_type_names_are_cudas_only_while_the_optimizer_looks() -> None:
     assert torch.zeros(1).type() == "torch.FloatTensor"
 
 
-def test_settings_name_every_speed_patch() -> None:
-    assert set(SPEED_PATCH_NAMES) == SPEED_PATCHES.keys()
-
-
 def test_no_speed_patch_is_active_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     from megatron.core.distributed import DistributedDataParallel
 
+    assert set(SPEED_PATCH_NAMES) == SPEED_PATCHES.keys()
     before = DistributedDataParallel._make_backward_post_hook
-    with speed_patches(SPEED_PATCHES):
+    with speed_patches(SPEED_PATCH_NAMES):
         assert DistributedDataParallel._make_backward_post_hook is before

@@ -11,18 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
-from recipes.backend.cpu_speed import SPEED_PATCHES
 from recipes.backend.patches import Patch, applied, apply, constant, fingerprint, value
-from recipes.backend.without_cuda import REQUIRED
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 
-PATCHES = [
-    pytest.param(patch, id=patch.target)
-    for group in (*REQUIRED.values(), *SPEED_PATCHES.values())
-    for patch in group
-]
 CHECK = """
 from recipes.backend.patches import _find
 from recipes.backend.cpu_speed import SPEED_PATCHES
@@ -49,23 +43,13 @@ def patch_of(library: Any, name: str, **fields: Any) -> Patch:
     return replace(patch, **fields)
 
 
-@pytest.mark.parametrize("patch", PATCHES)
-def test_each_patch_has_a_reason(patch: Patch) -> None:
-    assert len(patch.reason) > 10
-
-
 def test_all_originals_are_what_their_patches_were_written_for() -> None:
-    """In a process of its own, where nothing has been replaced yet."""
+    """In a new process; importing the patches must not replace anything."""
     subprocess.run([sys.executable, "-c", CHECK], cwd=REPO_ROOT, check=True)
 
 
-def test_importing_replaces_nothing() -> None:
-    code = (
-        "import torch; before = torch.zeros, torch.Tensor.to, torch.cuda.current_device\n"
-        "from recipes.backend import cpu_speed, without_cuda\n"
-        "assert before == (torch.zeros, torch.Tensor.to, torch.cuda.current_device)"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=REPO_ROOT, check=True)
+def test_functions_in_c_are_distinguished_by_signature() -> None:
+    assert fingerprint(torch.mm) != fingerprint(torch.bmm)
 
 
 def test_a_patch_stays(library: Any) -> None:
@@ -101,9 +85,3 @@ def test_a_failed_block_restores_what_it_had_replaced(library: Any) -> None:
     with pytest.raises(RecipeError), applied(patches):
         pytest.fail("the block must not start")
     assert library.rate is before
-
-
-def test_fingerprints_tell_functions_in_c_by_their_signature() -> None:
-    import torch
-
-    assert fingerprint(torch.mm) != fingerprint(torch.bmm)

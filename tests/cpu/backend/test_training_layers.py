@@ -1,4 +1,4 @@
-"""Local layers against those that they replace: values and gradients, in float64."""
+"""Local layers have the values and gradients of plain PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def gated(x: Tensor) -> Tensor:
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Written out: scores, causal mask, softmax, with keys and values repeated for each head."""
+    """Computes scores, causal mask and softmax, with keys and values repeated for each head."""
     length = len(query)
     q, k, v = (
         t.repeat_interleave(HEADS // t.shape[2], dim=2).permute(1, 2, 0, 3)
@@ -65,8 +65,9 @@ def test_values_and_gradients(name: str, dtype: torch.dtype, tolerance: float) -
         assert (one.double() - other).norm() < tolerance * other.norm()
 
 
-def test_a_model_of_these_layers_is_the_same_model(odd_llama: Path, tmp_path: Path) -> None:
-    """Logits and every weight's gradient, with an odd number of everything."""
+def test_a_model_of_these_layers_has_the_same_logits_and_gradients(
+    odd_llama: Path, tmp_path: Path
+) -> None:
     checkpoint = tmp_path / "odd.nemo"
     assert convert_by_command("to-nemo", odd_llama, checkpoint) == 0
     nemo.initialize(nemo.Parallelism())
