@@ -22,7 +22,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import stdev
+from statistics import fmean, stdev
 
 from rich.table import Table
 
@@ -30,7 +30,6 @@ from benchmarks.launching import RECIPE, launch, make_inputs, manifest_of, run_m
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_json
 from recipes.core.screen import plain_table, screen
-from recipes.core.statistics import mean
 from recipes.distillation.results import TrainingResult
 from recipes.evaluation.results import ROLES, EvaluationResult, TextQuality
 
@@ -131,8 +130,8 @@ def by_source(result: EvaluationResult, role: str) -> dict[str, TextQuality]:
 def cells(results: Sequence[EvaluationResult], role: str) -> list[str]:
     """Returns perplexity (geometric mean over sources, then each) and KL, over the seeds."""
     models = [by_source(result, role) for result in results]
-    losses = [mean([q.loss for q in model.values()]) for model in models]
-    kls = [mean([q.kl_to_teacher for q in model.values()]) for model in models]
+    losses = [fmean([q.loss for q in model.values()]) for model in models]
+    kls = [fmean([q.kl_to_teacher for q in model.values()]) for model in models]
     return [
         with_spread([math.exp(loss) for loss in losses]),
         *(with_spread([model[name].perplexity for model in models]) for name in models[0]),
@@ -142,7 +141,7 @@ def cells(results: Sequence[EvaluationResult], role: str) -> list[str]:
 
 def with_spread(values: Sequence[float], style: str = ".1f") -> str:
     """Formats a mean and the standard deviation over seeds."""
-    text = format(mean(values), style)
+    text = format(fmean(values), style)
     return f"{text} ± {format(stdev(values), style)}" if len(values) > 1 else text
 
 

@@ -72,7 +72,9 @@ def examine() -> Iterator[Check]:
     """Yields all checks."""
     fix = "./install.sh, then .venv/bin/python launch/run.py doctor"
     for pin in pins():
-        yield _check(f"{pin.name} {pin.wanted}", pin.found or "missing", pin.holds, fix)
+        yield _check(
+            f"{pin.name} {pin.required}", pin.installed or "missing", pin.is_satisfied, fix
+        )
     yield from _accelerators()
     yield from _resources()
     yield from _programs()

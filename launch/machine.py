@@ -72,9 +72,9 @@ def cluster_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Proble
 
 
 def _stack_problems() -> Iterator[Problem]:
-    wrong = [pin for pin in pins() if not pin.holds]
+    wrong = [pin for pin in pins() if not pin.is_satisfied]
     if wrong:
-        listed = ", ".join(f"{p.name} {p.found or 'missing'} ({p.wanted})" for p in wrong)
+        listed = ", ".join(f"{p.name} {p.installed or 'missing'} ({p.required})" for p in wrong)
         yield Problem(
             rules.STACK_VERSIONS,
             f"not the tested versions: {listed}",

@@ -29,7 +29,7 @@ from launch.executors.slurm import SlurmConfig
 from launch.planned import load_stage, stage_names
 from launch.schema import CONF, OPTIONAL_GROUPS, groups
 from launch.settings import RunSettings
-from recipes.core.constraints import INT32, CountOrFraction, Matching, OneOf
+from recipes.core.constraints import INT32, Requirement
 from recipes.core.files import REPO_ROOT, write_text_atomically
 from recipes.core.stage import StageConfig
 from recipes.distillation.settings import TrainingConfig
@@ -172,9 +172,9 @@ def _type(hint: Any) -> str:
 def _allowed(mark: object) -> Iterator[str]:
     """Yields what a constraint allows, in words."""
     match mark:
-        case AfterValidator(OneOf(names)):
+        case AfterValidator(Requirement(names=names)) if names:
             yield ", ".join(f"`{name}`" for name in names[:LISTED]) + ", …" * (len(names) > LISTED)
-        case AfterValidator(Matching(description=words) | CountOrFraction(description=words)):
+        case AfterValidator(Requirement(description=words)):
             yield words
         case FieldInfo(metadata=marks):
             yield from (word for one in marks for word in _allowed(one))

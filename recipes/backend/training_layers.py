@@ -19,7 +19,7 @@ from torch.autograd.function import FunctionCtx
 
 from recipes.backend.device import QUERIES_AT_ONCE
 from recipes.core.compiled import compilable
-from recipes.core.precision import products_of
+from recipes.core.precision import float32_matmul_of
 
 LONG = 1024
 """Sequence length above which one layer's scores, which grow with its square, are too large to hold
@@ -161,7 +161,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, context = ctx.saved_tensors
-        with products_of(query.dtype):  # for the scores, which are multiplied in float32
+        with float32_matmul_of(query.dtype):  # for the scores, which are multiplied in float32
             gradients = _attention_backward(query, key, value, context, grads[0], ctx.scale)
         return *gradients, None, None
 

@@ -1,1 +1,1 @@
-"""What every room stands on: errors, files, manifests, fingerprints, a stage's worker."""
+"""Errors, files, manifests, fingerprints, and the process of a stage."""

@@ -1,13 +1,12 @@
-"""Constraints of settings, declared with their fields and checked before anything starts.
+"""Types of settings with constraints, such as ``max_steps: Count`` or ``lr: Positive``.
 
-The type of a field is its constraint: ``max_steps: Count``, ``lr: Positive``. OmegaConf sees the
-plain type and converts the value; pydantic then checks it.
+OmegaConf converts a value to the plain type. Before anything starts, pydantic checks it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 INT32 = 2**31 - 1
 """Largest integer of kernels and file formats."""
 REQUIREMENT = "requirement"
-"""Error type of the requirements in words below."""
+"""Type of the errors that ``Requirement`` raises."""
 
 
 def integer(least: int, most: int = INT32) -> Any:
@@ -37,71 +36,54 @@ def between(least: float, most: float) -> Any:
     return Field(ge=least, le=most, allow_inf_nan=False)
 
 
-def _must_be(description: str) -> PydanticCustomError:
-    return PydanticCustomError(REQUIREMENT, "{must}", {"must": f"must be {description}"})
-
-
 @dataclass(frozen=True)
-class OneOf:
-    """Accepts certain names."""
+class Requirement:
+    """Accepts the values that pass a test. Errors and the reference of all fields describe them."""
 
-    names: tuple[str, ...]
-
-    def __call__(self, value: str) -> str:
-        """Returns an accepted value."""
-        if value not in self.names:
-            near = did_you_mean(value, self.names)
-            raise _must_be(f"one of: {', '.join(self.names)}.{near}")
-        return value
-
-
-@dataclass(frozen=True)
-class Matching:
-    """Accepts texts that match a regular expression, which errors describe in words."""
-
-    pattern: str
+    test: Callable[[Any], bool]
     description: str
+    names: tuple[str, ...] = ()
+    """All accepted values, if these are names."""
 
-    def __call__(self, value: str) -> str:
+    def __call__(self, value: Any) -> Any:
         """Returns an accepted value."""
-        if not re.fullmatch(self.pattern, value):
-            raise _must_be(self.description)
-        return value
-
-
-@dataclass(frozen=True)
-class CountOrFraction:
-    """Accepts a count, or a fraction of a whole."""
-
-    description: str = "an integer, 1 or more, or a fraction below 1, such as 0.75"
-
-    def __call__(self, value: float) -> float:
-        """Returns an accepted value."""
-        if not (0 < value < 1 if isinstance(value, float) else 1 <= value <= INT32):
-            raise _must_be(self.description)
+        if not self.test(value):
+            near = did_you_mean(value, self.names) if self.names else ""
+            message = f"must be {self.description}{near}"
+            raise PydanticCustomError(REQUIREMENT, "{must}", {"must": message})
         return value
 
 
 def one_of(*names: str) -> AfterValidator:
     """Declares a text that is one of some names."""
-    return AfterValidator(OneOf(names))
+    return AfterValidator(Requirement(names.__contains__, f"one of: {', '.join(names)}.", names))
 
 
 def matching(pattern: str, description: str) -> AfterValidator:
-    """Declares a text that matches a regular expression."""
-    return AfterValidator(Matching(pattern, description))
+    """Declares a text that matches a regular expression, which errors describe in words."""
+    regex = re.compile(pattern)
+    return AfterValidator(Requirement(lambda text: bool(regex.fullmatch(text)), description))
+
+
+def _is_size(value: float) -> bool:
+    return 0 < value < 1 if isinstance(value, float) else 1 <= value <= INT32
 
 
 Count = Annotated[int, integer(1)]
 CountOrZero = Annotated[int, integer(0)]
 Tokens = Annotated[int, integer(1, 10**15)]
 Seed = Annotated[int, integer(0, 2**32 - 1)]
-"""NumPy's range, the narrowest of the libraries that take a seed."""
+"""NumPy has the smallest range of the libraries that take a seed."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, between(1e-6, 1 - 1e-6)]
-"""Neither nothing nor all."""
-Size = Annotated[int | float, AfterValidator(CountOrFraction())]
+"""More than 0 and less than 1."""
+Size = Annotated[
+    int | float,
+    AfterValidator(
+        Requirement(_is_size, "an integer, 1 or more, or a fraction below 1, such as 0.75")
+    ),
+]
 """Size of a pruned model, or its fraction of the teacher's."""
 Rate = Annotated[float, between(1e6, 1e24)]
 """FLOPs or bytes per second."""
@@ -128,7 +110,7 @@ MESSAGES = {
     "dict_type": "must be names with values, such as {{a: 1}}",
     REQUIREMENT: "{must}",
 }
-"""Messages by pydantic's type of error."""
+"""Messages by pydantic's types of errors."""
 
 
 @cache

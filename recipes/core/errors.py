@@ -1,4 +1,4 @@
-"""The one error a user sees: what is wrong, where, and how to fix it."""
+"""The error that users see: what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class RecipeError(Exception):
-    """Bad input or a failed check. The message is shown as it is, without a traceback.
+    """Bad input or a failed check. Users see its message without a traceback.
 
     Args:
         what: What is wrong.
-        fix: How to fix it; empty only where ``what`` already says so.
+        fix: How to fix it; empty only if ``what`` already says so.
     """
 
     def __init__(self, what: str, fix: str) -> None:
@@ -26,7 +26,16 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def require_known(name: str, known: Iterable[str], what: str) -> None:
-    """Raises ``RecipeError`` with the nearest name unless a name is one of those that are known."""
+    """Checks that a name is known.
+
+    Args:
+        name: The name.
+        known: All names.
+        what: What is wrong if it is not one of them, without a full stop.
+
+    Raises:
+        RecipeError: It is unknown; the message has the nearest known name.
+    """
     if name not in (choices := list(known)):
         raise RecipeError(
             f"{what}.{did_you_mean(name, choices)}", f"use one of: {', '.join(choices)}"

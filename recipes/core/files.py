@@ -1,4 +1,4 @@
-"""Writes files atomically, hashes and links them, and explains errors of the disk."""
+"""Atomic writes, hashes and links of files; explanations of disk errors."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from recipes.core.processes import cores
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 MAX_HASHING_THREADS = 16
-"""With more, shared storage is the limit."""
+"""With more threads shared storage is the limit."""
 MIN_FREE_BYTES = 1 << 20
-"""A disk with less is taken to be full."""
+"""A disk with less counts as full."""
 STORAGE_FIXES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
     errno.EROFS: "make it writable, or set run_dir to another directory",
-    errno.EACCES: "give yourself the right to it, or set run_dir to another directory",
-    errno.EIO: "look at the disk: the kernel's log (dmesg) says more",
+    errno.EACCES: "make it writable for you, or set run_dir to another directory",
+    errno.EIO: "check the disk; the kernel's log (dmesg) says more",
 }
-"""How to fix errors of the disk, by ``errno``."""
-JSON_FIX = "it was cut short or edited: make it or download it again"
+"""Fixes of disk errors, by ``errno``."""
+JSON_FIX = "it was truncated or edited: write it or download it again"
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a file so that readers see either the old content or the new."""
+    """Writes a file so that readers see the old content or the new, never a part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -47,19 +47,19 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes partial files of killed writers from a folder that nobody writes to."""
+    """Removes files of killed writers from a folder that no process writes to."""
     for partial in folder.glob(".*.partial"):
         partial.unlink(missing_ok=True)
 
 
 def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | None:
-    """Explains an error that is due to the disk of a folder; ``None`` for any other.
+    """Explains an error that the disk of a folder caused; returns ``None`` for other errors.
 
     Libraries often hide that the disk is full, so free space is checked as well.
 
     Args:
         error: The error, or ``None`` to check only free space.
-        folder: Folder that was written to.
+        folder: The folder that was written to.
     """
     while error is not None:
         if (code := _errno(error)) in STORAGE_FIXES:
@@ -91,7 +91,7 @@ def _storage_error(path: object, code: int) -> RecipeError:
 
 @contextmanager
 def explain_storage_errors(folder: Path) -> Iterator[None]:
-    """Replaces errors that are due to the disk of a folder by explained ones."""
+    """Replaces errors that the disk of a folder caused by explained ones."""
     try:
         yield
     except OSError as error:
@@ -106,7 +106,7 @@ def write_json(path: Path, value: object, indent: int = 1) -> None:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Makes a hard link to a file, or a copy on a file system without hard links."""
+    """Makes a hard link to a file, or a copy if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -120,7 +120,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_of_each(paths: Sequence[Path]) -> list[str]:
-    """Returns the SHA-256 of each file; hashing releases the GIL, so threads share the work."""
+    """Returns the SHA-256 of each file. Threads share the work, since hashing releases the GIL."""
     with ThreadPoolExecutor(min(MAX_HASHING_THREADS, cores())) as pool:
         return list(pool.map(sha256_of, paths))
 
@@ -138,12 +138,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        RecipeError: The file has none.
+        RecipeError: The file does not contain a JSON object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecipeError(f"{path} is not valid JSON: {error}", JSON_FIX) from error
     if not isinstance(data, dict):
-        raise RecipeError(f"{path} holds no JSON object.", JSON_FIX)
+        raise RecipeError(f"{path} does not contain a JSON object.", JSON_FIX)
     return data

@@ -1,7 +1,7 @@
-"""Manifests: the record that a stage is complete, and what it is made of.
+"""Manifest of a complete stage: its settings, inputs, files and result.
 
-A manifest is written last, by atomic rename. Present means complete; absent means there is nothing
-to use. Torch-free, so that a login node can read and check a run.
+It is written last, by an atomic rename. Without a manifest a stage is not complete. Torch-free, so
+that a login node can read and check a run.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 ARTIFACT = "artifact"
 WORK = "work"
-"""In a stage's directory: its unfinished work."""
+"""Folder in a stage's directory with unfinished work."""
 FORMAT = 1
-"""Of run directories. Increase it when this code can no longer read what it wrote before."""
+"""Version of the files in a run directory. Increase it when the code cannot read older ones."""
 ResultT = TypeVar("ResultT", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
 class FileStamp:
-    """Identity of one artifact file. ``mtime_ns`` only lets an unchanged file skip rehashing."""
+    """Identity of an artifact's file; with an equal ``mtime_ns`` it need not be hashed again."""
 
     size: int
     sha256: str
@@ -41,26 +41,23 @@ class FileStamp:
 
 @dataclass
 class Outcome:
-    """What a stage function returns about the artifact it wrote."""
+    """What a stage's ``run`` returns about the artifact that it wrote."""
 
     result: DataclassInstance | None = None
-    """What it measured, a dataclass of its room's ``results.py``; on rank 0 at least."""
+    """Its measurements, a dataclass; may be ``None`` on ranks other than 0."""
     architecture: dict[str, Any] | None = None
     parameters: int | None = None
     tokenizer_sha256: str | None = None
 
     @classmethod
     def of(cls, result: DataclassInstance, source: Manifest) -> Outcome:
-        """Returns the outcome of a stage that wrote the model of ``source`` in another format."""
+        """Returns the outcome of a stage that wrote the source's model in another format."""
         return cls(result, source.architecture, source.parameters, source.tokenizer_sha256)
 
 
 @dataclass
 class Manifest:
-    """What a result is made of, and the result. Sizes in bytes, times in seconds.
-
-    While a stage runs, its ``work/`` holds one without a result.
-    """
+    """Record of a stage. While the stage runs, ``work/`` has one without files and result."""
 
     stage: str
     kind: str
@@ -70,25 +67,32 @@ class Manifest:
     inputs: dict[str, str]
     """Fingerprints of the inputs."""
     started_at: str
-    """Time of the start, to the microsecond, which also tells two starts apart."""
+    """Time to the microsecond, which also identifies the start."""
     libraries: dict[str, str] = field(default_factory=dict)
-    """Versions that are part of the fingerprint; ``versions`` has those of the stage's process."""
+    """Versions in the fingerprint; ``versions`` has those of the stage's process."""
     versions: dict[str, str] = field(default_factory=dict)
     git_sha: str | None = None
     files: dict[str, FileStamp] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
-    """The stage's result as plain data; ``result`` reads it back."""
+    """The result as plain data; ``result`` returns it as a dataclass."""
     architecture: dict[str, Any] | None = None
     parameters: int | None = None
     tokenizer_sha256: str | None = None
     seconds: float = 0.0
     peak_rss_bytes: int = 0
     input_content: dict[str, str] = field(default_factory=dict)
-    """Hashes of the inputs' files, which a forced rerun changes under the same fingerprint."""
+    """A hash of each input's files; a forced rerun changes it, but not the input's fingerprint."""
 
     def result(self, of: type[ResultT]) -> ResultT:
-        """What the stage measured, as what it was written from, or a part; refuses what differs."""
-        from pydantic import ValidationError  # which takes a tenth of a second to import
+        """Returns the stage's result.
+
+        Args:
+            of: The dataclass of the result, or one with some of its fields.
+
+        Raises:
+            RecipeError: The result has other fields.
+        """
+        from pydantic import ValidationError  # the import takes 0.1 s
 
         try:
             result: ResultT = _adapter(of).validate_python(self.metrics)
@@ -103,16 +107,16 @@ class Manifest:
         return result
 
     def result_if(self, stage: str, of: type[ResultT]) -> ResultT | None:
-        """The same where ``stage`` made it; ``None`` where another stage made one of its kind."""
+        """Returns the result if ``stage`` made it; ``None`` if another stage of its type did."""
         return self.result(of) if self.stage == stage else None
 
     def content(self) -> str:
-        """One hash of the artifact's files."""
+        """Returns one hash of all files of the artifact."""
         names = "".join(f"{name} {stamp.sha256}\n" for name, stamp in sorted(self.files.items()))
         return hashlib.sha256(names.encode()).hexdigest()
 
     def total_bytes(self) -> int:
-        """Size of the artifact on disk."""
+        """Returns the size of the artifact."""
         return sum(stamp.size for stamp in self.files.values())
 
 
@@ -123,18 +127,18 @@ def _adapter(of: type[ResultT]) -> TypeAdapter[ResultT]:
     return TypeAdapter(of)
 
 
-def require_format(found: object, path: Path) -> None:
-    """Raises ``RecipeError`` unless a file of a run directory has this version's format."""
-    if found != FORMAT:
+def require_format(version: object, path: Path) -> None:
+    """Raises ``RecipeError`` if a file in a run directory has another format."""
+    if version != FORMAT:
         raise RecipeError(
-            f"{path} was written by another version of this repository (format {found}, "
+            f"{path} was written by another version of this repository (format {version}, "
             f"not {FORMAT}).",
             "start a new run directory: run_dir=DIR",
         )
 
 
 def write_manifest(stage_dir: Path, manifest: Manifest, name: str = MANIFEST) -> None:
-    """Writes a manifest by atomic rename; in a stage's directory it marks the stage complete."""
+    """Writes a manifest by an atomic rename, which makes the stage complete."""
     text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1, sort_keys=True)
     write_text_atomically(stage_dir / name, text + "\n")
 
@@ -161,7 +165,7 @@ def read_manifest(stage_dir: Path, name: str = MANIFEST) -> Manifest | None:
 
 
 def manifest_of(source: str | None) -> Manifest | None:
-    """The manifest of another run's stage, given as its directory; ``None`` for anything else."""
+    """Returns the manifest in a stage's directory; ``None`` if the source is no directory."""
     return read_manifest(Path(source)) if source and Path(source).is_dir() else None
 
 
@@ -178,10 +182,13 @@ def stamp_files(root: Path) -> dict[str, FileStamp]:
 def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) -> list[str]:
     """Lists files that are missing, added, or differ from their stamps.
 
-    Without ``rehash`` a file whose size and mtime are unchanged is trusted, which keeps a rerun of
-    a finished chain at a fraction of a second.
+    Args:
+        root: Folder of the files.
+        stamps: Expected files by relative path.
+        rehash: Hash every file. Otherwise files of the same size and time count as unchanged, and
+            a plan of a complete chain takes a fraction of a second.
     """
-    changed, doubtful = [], []
+    changed, to_hash = [], []
     present = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
     for name, stamp in stamps.items():
         if name not in present:
@@ -191,23 +198,30 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
         if stat.st_size != stamp.size:
             changed.append(f"{name} (changed)")
         elif rehash or stat.st_mtime_ns != stamp.mtime_ns:
-            doubtful.append(name)
-    digests = sha256_of_each([root / name for name in doubtful])
-    pairs = zip(doubtful, digests, strict=True)
-    changed += [f"{name} (changed)" for name, digest in pairs if digest != stamps[name].sha256]
+            to_hash.append(name)
+    digests = sha256_of_each([root / name for name in to_hash])
+    changed += [
+        f"{name} (changed)"
+        for name, digest in zip(to_hash, digests, strict=True)
+        if digest != stamps[name].sha256
+    ]
     changed += [f"{name} (added)" for name in sorted(present - stamps.keys())]
     return changed
 
 
 def check_artifact(stage_dir: Path, kind: str | None = None, *, rehash: bool = True) -> Manifest:
-    """The manifest of a stage; refuses one that is incomplete, of another kind, or was changed."""
+    """Returns the manifest of a stage.
+
+    Raises:
+        RecipeError: The stage is not complete or of another type, or its files have changed.
+    """
     manifest = read_manifest(stage_dir)
     if manifest is None:
         raise RecipeError(f"{stage_dir} has no {MANIFEST}: it is not complete.", "run it first")
     if kind is not None and manifest.kind != kind:
         raise RecipeError(
-            f"{stage_dir} holds a {manifest.kind}, but a {kind} is needed here.",
-            "point the input at a stage of that kind",
+            f"{stage_dir} contains a {manifest.kind}, but the input must be a {kind}.",
+            "use a stage of that type as the input",
         )
     changed = changed_files(stage_dir / ARTIFACT, manifest.files, rehash=rehash)
     if changed:

@@ -1,7 +1,7 @@
-"""Progress and metrics of a running stage, as JSON lines that anything can follow.
+"""Progress and metrics of a running stage, as JSON lines.
 
-The stage appends; the launcher, on this machine or another, tails the file and draws. So a bar, a
-plain log and a plot in the report all come from one record.
+The stage appends records. The launcher, on this machine or another, follows the file for progress
+bars and logs; the report plots it.
 """
 
 from __future__ import annotations
@@ -18,36 +18,34 @@ METRICS = "metrics.jsonl"
 ProgressCallback = Callable[[int, int], None]
 """Takes the units of work that are done, and their total."""
 Record = dict[str, Any]
-"""One line of it."""
+"""One line of a metrics file."""
 
 
 class MetricsLog:
-    """Appends records to ``metrics.jsonl``. Rank 0 only; other ranks pass ``path=None``."""
+    """Appends records to a metrics file.
+
+    Args:
+        path: The file; ``None`` on ranks other than 0, which write nothing.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1) if path else None
-        if self._file and _cut_short(path):
-            self._file.write("\n")
+        if self._file and path and path.read_bytes()[-1:] not in (b"", b"\n"):
+            self._file.write("\n")  # a kill truncated the last line
 
     def log(self, **values: object) -> None:
-        """Appends one record, stamped with the time."""
+        """Appends a record with the time."""
         report_progress()
         if self._file:
             self._file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
 
     def progress(self, task: str, done: int, total: int, **values: object) -> None:
-        """Appends a record of work done: ``done`` of ``total`` units of ``task``."""
+        """Appends a record of progress: ``done`` of ``total`` units of ``task``."""
         self.log(task=task, done=done, total=total, **values)
 
 
-def _cut_short(path: Path | None) -> bool:
-    """Whether a killed process left the last line unfinished."""
-    content = path.read_bytes() if path else b""
-    return bool(content) and not content.endswith(b"\n")
-
-
 def read_records(path: Path) -> Iterator[Record]:
-    """Yields the records of a metrics file; a last line cut short by a kill is passed over."""
+    """Yields the records of a metrics file without lines that a kill truncated."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -58,13 +56,13 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def steps_of(path: Path, task: str) -> list[Record]:
-    """Records of ``task``, one per step; of a step done again after a restart, the last counts."""
+    """Returns the records of a task, one per step: the last, if a restart repeated the step."""
     latest = {r["done"]: r for r in read_records(path) if r.get("task") == task}
     return [latest[step] for step in sorted(latest)]
 
 
 def flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Nested values by dotted name."""
+    """Yields nested values with their dotted names."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}.")

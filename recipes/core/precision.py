@@ -1,4 +1,4 @@
-"""The numbers that models are held and computed in. Torch-free until a type is asked for."""
+"""Precisions of weights and activations. Imports torch only when needed."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ Precision = Annotated[str, one_of(*PRECISIONS)]
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """Type of weights and activations."""
+    """Returns the dtype of weights and activations."""
     import torch
 
     return torch.bfloat16 if precision == "bf16-mixed" else torch.float32
 
 
-def number_type(precision: str) -> str:
-    """Its name for people."""
+def dtype_name(precision: str) -> str:
+    """Returns the name of the dtype, for reports."""
     return "float32" if precision == "32" else "bfloat16"
 
 
 @contextmanager
-def products_of(dtype: torch.dtype) -> Iterator[None]:
-    """Float32 matrix products of numbers that are of ``dtype``: exact, and faster for bfloat16.
+def float32_matmul_of(dtype: torch.dtype) -> Iterator[None]:
+    """Speeds up a CPU's float32 GEMMs if their inputs were converted from bfloat16.
 
-    A CPU's alone; CUDA's are as exact as ``NVIDIA_TF32_OVERRIDE`` and PyTorch's defaults make them.
+    Such GEMMs are as exact in bfloat16. On CUDA nothing changes: ``NVIDIA_TF32_OVERRIDE`` and
+    PyTorch's defaults decide.
+
+    Args:
+        dtype: The dtype of the inputs before their conversion to float32.
     """
     import torch
 

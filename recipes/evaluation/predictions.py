@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from recipes.core.errors import RecipeError
-from recipes.core.precision import products_of
+from recipes.core.precision import float32_matmul_of
 from recipes.data.token_windows import TextWindows
 from recipes.planning.transformer import LOGITS_BYTES
 
@@ -58,7 +58,7 @@ def float32_head(weight: Tensor) -> Callable[[Tensor], Tensor]:
     dtype, float32_weight = weight.dtype, weight.float()  # the head must not hold ``weight`` itself
 
     def head(states: Tensor) -> Tensor:
-        with products_of(dtype):
+        with float32_matmul_of(dtype):
             return functional.linear(states.to(float32_weight), float32_weight)
 
     return head

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import fmean
 
-from recipes.core.precision import number_type
-from recipes.core.statistics import Difference, mean
+from recipes.core.precision import dtype_name
+from recipes.core.statistics import Difference
 
 ROLES = ("teacher", "pruned", "distilled")
 
@@ -68,9 +69,9 @@ class EvaluationResult:
     """Of the weights and the computation."""
 
     @property
-    def number_type(self) -> str:
+    def dtype_name(self) -> str:
         """The precision's name for people."""
-        return number_type(self.precision)
+        return dtype_name(self.precision)
 
     def models(self) -> dict[str, ModelQuality]:
         """Returns every model by its role."""
@@ -156,4 +157,4 @@ class TaskResults:
         fractions = [task.models() for task in self.tasks.values() if task.is_share]
         if not fractions:
             return {}
-        return {role: mean([task[role].value for task in fractions]) for role in ROLES}
+        return {role: fmean([task[role].value for task in fractions]) for role in ROLES}

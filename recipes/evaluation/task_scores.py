@@ -17,7 +17,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import code_fingerprint
 from recipes.core.metrics import MetricsLog
-from recipes.core.precision import dtype_of, number_type
+from recipes.core.precision import dtype_name, dtype_of
 from recipes.core.stage import Input, Inputs
 from recipes.core.versions import installed
 from recipes.evaluation import packed_lm
@@ -55,7 +55,7 @@ def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) 
             answers=compare_answers(items),
         )
     data = ", ".join(dict.fromkeys(task.data for task in tasks))
-    return TaskResults(results, cached, f"lm_eval {HARNESS}, {number_type(cfg.precision)}", data)
+    return TaskResults(results, cached, f"lm_eval {HARNESS}, {dtype_name(cfg.precision)}", data)
 
 
 def _answers(

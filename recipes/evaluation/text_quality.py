@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from recipes.core.fingerprint import digest
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Input
-from recipes.core.statistics import mean, standard_error
+from recipes.core.statistics import standard_error
 from recipes.data.token_windows import TextWindows, read_windows
 from recipes.evaluation.paired import recovered
 from recipes.evaluation.predictions import (
@@ -127,11 +128,11 @@ class Scores:
         """Means over the sequences, or some of them."""
         losses = self.losses[chosen]
         return TextQuality(
-            loss=mean(losses),
+            loss=fmean(losses),
             loss_standard_error=standard_error(losses),
-            perplexity=math.exp(mean(losses)),
-            kl_to_teacher=mean(self.divergences[chosen]),
-            top1_agreement=mean(self.agreements[chosen]),
+            perplexity=math.exp(fmean(losses)),
+            kl_to_teacher=fmean(self.divergences[chosen]),
+            top1_agreement=fmean(self.agreements[chosen]),
         )
 
 

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.run_state import RUN_FILE, Status, read_last_plan, stage_states
-from recipes.core.statistics import mean, standard_error
+from recipes.core.statistics import standard_error
 from recipes.evaluation.results import EvaluationResult
 
 IGNORED = ("stage", "inputs", "resources", "title", "description", "recipe")
@@ -142,7 +143,7 @@ def paired_difference(
     if len(ours) != len(reference) or len(ours) < 2:
         return None
     gaps = [a - b for a, b in zip(ours, reference, strict=True)]
-    return mean(gaps), standard_error(gaps)
+    return fmean(gaps), standard_error(gaps)
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[object]]]:

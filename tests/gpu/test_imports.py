@@ -25,5 +25,5 @@ def test_every_module_imports(results: Path) -> None:
         modules=len(imported),
         machine=platform.machine(),
         commit=git_sha(),
-        versions={pin.name: pin.found for pin in pins()},
+        versions={pin.name: pin.installed for pin in pins()},
     )

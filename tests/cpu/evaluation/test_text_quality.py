@@ -199,7 +199,7 @@ def test_bfloat16_changes_figures_little(
     found: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
 ) -> None:
     halved = evaluated(models, data, tmp_path, replace(CONFIG, precision="bf16-mixed"))
-    assert (halved.number_type, halved.predictions) == ("bfloat16", found.predictions)
+    assert (halved.dtype_name, halved.predictions) == ("bfloat16", found.predictions)
     assert halved.teacher.kl_to_teacher == 0
     for role in ROLES:
         exact, near = found.models()[role], halved.models()[role]

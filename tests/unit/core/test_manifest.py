@@ -236,7 +236,7 @@ def test_check_returns_the_manifest(stage_dir: Path) -> None:
 
 
 def test_check_refuses_another_kind(stage_dir: Path) -> None:
-    with pytest.raises(RecipeError, match="holds a checkpoint_nemo, but a dataset is needed"):
+    with pytest.raises(RecipeError, match="a checkpoint_nemo, but the input must be a dataset"):
         check_artifact(stage_dir, "dataset")
 
 

@@ -255,7 +255,7 @@ def test_inputs_are_read_and_recorded(worker: Worker, tmp_path: Path, source: In
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kind": "report"}, "holds a dataset, but a report is needed"),
+        ({"kind": "report"}, "contains a dataset, but the input must be a report"),
         ({"fingerprint": "other"}, "changed after this stage was planned"),
     ],
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 import pytest
 
-from recipes.core.statistics import difference, mean, standard_error
+from recipes.core.statistics import difference, standard_error
 from recipes.evaluation.paired import compare, compare_answers, recovered
 from recipes.evaluation.results import Item
 
@@ -16,7 +17,7 @@ RIGHT, WRONG = [1.0], [0.0]
 def test_mean_and_standard_error() -> None:
     # Sample variance of 2, 4, 4, 4, 5, 5, 7, 9 is 32/7, so its mean has √(32/7/8) = 0.7559.
     values = [2.0, 4, 4, 4, 5, 5, 7, 9]
-    assert mean(values) == 5
+    assert fmean(values) == 5
     assert standard_error(values) == pytest.approx(math.sqrt(32 / 7 / 8))
     assert standard_error([3.0]) == 0
 

@@ -87,7 +87,7 @@ def test_a_wrong_or_missing_library_makes_recipes_impossible(
     ],
 )
 def test_pins(wanted: str, found: str | None, holds: bool) -> None:
-    assert Pin("x", wanted, found).holds is holds
+    assert Pin("x", wanted, found).is_satisfied is holds
 
 
 def test_a_gpu_needs_a_torch_that_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
