@@ -1,4 +1,4 @@
-"""Converts checkpoints: ``python -m nemo_convert to-nemo SRC DST | to-hf SRC DST | verify A B``."""
+"""Converts checkpoints: ``python -m nemo_convert check SRC | to-nemo SRC DST | …``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from nemo_convert.hf_config import SUPPORTED
+from nemo_convert.preflight import check_model
 from nemo_convert.trust import TRUST
 from recipes.core.errors import RecipeError
 from recipes.core.processes import expect_no_gpu
@@ -21,6 +22,8 @@ def main() -> int:
         prog="python -m nemo_convert", description=__doc__, epilog=epilog
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="check a Hugging Face model without converting it")
+    check.add_argument("source", help="folder or hub id; of a hub model only headers are read")
     to_nemo = commands.add_parser("to-nemo", help="Hugging Face folder or hub id to NeMo 2")
     to_nemo.add_argument("source")
     to_nemo.add_argument("target", type=Path)
@@ -38,21 +41,28 @@ def main() -> int:
     arguments = parser.parse_args()
     if "trust" in arguments and arguments.trust:
         os.environ[TRUST] = "1"
-    expect_no_gpu()
-    from nemo_convert.parity import multiply_in_float32
-
-    multiply_in_float32()
+    run = {"check": _check, "to-nemo": _to_nemo, "to-hf": _to_hf, "verify": _verify}
     try:
-        {"to-nemo": _to_nemo, "to-hf": _to_hf, "verify": _verify}[arguments.command](arguments)
+        run[arguments.command](arguments)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    findings = list(check_model(arguments.source))
+    for finding in findings:
+        print(finding)
+    if any(finding.is_error for finding in findings):
+        raise RecipeError(f"{arguments.source} cannot be converted as it is.", "see above")
+    print(f"{arguments.source} can be converted.")
+
+
 def _to_nemo(arguments: argparse.Namespace) -> None:
     from nemo_convert import convert, hf, nemo, parity
 
+    _prepare()
     target: Path = arguments.target
     if target.exists():
         raise RecipeError(f"{target} exists.", "choose another target")
@@ -68,9 +78,18 @@ def _to_nemo(arguments: argparse.Namespace) -> None:
             checkpoint.rename(target)
 
 
+def _prepare() -> None:
+    """Sets up this process for the comparison of logits, before torch is used."""
+    from nemo_convert.parity import multiply_in_float32
+
+    expect_no_gpu()
+    multiply_in_float32()
+
+
 def _to_hf(arguments: argparse.Namespace) -> None:
     from nemo_convert import convert, hf, nemo, parity
 
+    _prepare()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = nemo.open_checkpoint(arguments.source, Path(scratch))
         convert.to_hf(checkpoint, arguments.target)
@@ -86,6 +105,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from nemo_convert import parity
 
+    _prepare()
     result = parity.verify(arguments.first, arguments.second)
     print(result)
     result.require(f"{arguments.first} and {arguments.second}")

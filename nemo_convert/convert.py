@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,12 +16,10 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES, Family
 from nemo_convert.hf import Weights, copy_side_files, write_weights
 from nemo_convert.hf_config import as_transformers_4, read_architecture
+from nemo_convert.preflight import model_dtype, require_convertible
+from nemo_convert.tokenizer_files import convert_tokenizer
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
-
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-ROTARY_BUFFER = "rotary_emb.inv_freq"
-"""Old checkpoints store it; it follows from the config."""
 
 
 class Readable(Protocol):
@@ -29,9 +28,6 @@ class Readable(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor."""
 
-    def require(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuses a tensor that is missing or of another shape."""
-
 
 class MergedWeights:
     """Makes Megatron weights on demand from Hugging Face ones, by key and (layer, expert)."""
@@ -39,10 +35,6 @@ class MergedWeights:
     def __init__(self, weights: Readable, arch: Architecture, family: Family) -> None:
         self._weights, self._arch = weights, arch
         self._rows = {f"module.{weight.stored}": weight for weight in family.weights}
-        for weight, numbers in family.weights_of(arch):
-            whole = torch.empty(weight.shape(arch), device="meta")
-            for name, part in zip(weight.hf_names(numbers), weight.split(arch, whole), strict=True):
-                weights.require(name, tuple(part.shape))
 
     def __call__(self, key: str, index: tuple[int, ...]) -> torch.Tensor:
         """Returns the weight of a key at a layer and expert."""
@@ -51,72 +43,50 @@ class MergedWeights:
         return weight.merge(self._arch, [self._weights.read(n) for n in weight.hf_names(numbers)])
 
 
-def check_vocabulary(folder: Path, arch: Architecture) -> None:
-    """Refuses a tokenizer with more tokens than the model has embeddings."""
-    from transformers import AutoTokenizer
+@dataclass(frozen=True)
+class FiniteWeights:
+    """Weights that refuse NaN and infinity."""
 
-    try:
-        size = len(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise RecipeError(
-            f"{folder} has no usable tokenizer: {reason}", "save the tokenizer beside the model"
-        ) from error
-    if size > arch.vocab_size:
-        raise RecipeError(
-            f"{folder}: the tokenizer has {size} tokens, the model's vocabulary {arch.vocab_size}.",
-            "use the tokenizer that the model was trained with",
-        )
+    weights: Readable
 
-
-def check_names(weights: Weights, arch: Architecture, family: Family) -> None:
-    """Refuses weights that a model of this shape does not have, and a head that is not tied.
-
-    transformers 5 keeps a stored head that differs from a tied embedding; transformers 4 drops it.
-
-    Raises:
-        RecipeError: A weight would be lost.
-    """
-    expected = {name for w, numbers in family.weights_of(arch) for name in w.hf_names(numbers)}
-    extra = {n for n in weights.names() - expected if not n.endswith(ROTARY_BUFFER)}
-    if arch.tied_embeddings and HEAD in extra:
-        extra.remove(HEAD)
-        if not torch.equal(weights.read(HEAD), weights.read(EMBEDDING)):
+    def read(self, name: str) -> torch.Tensor:
+        """Reads one tensor."""
+        tensor = self.weights.read(name)
+        if not all(value.isfinite() for value in tensor.aminmax()):  # a NaN is both
             raise RecipeError(
-                f"{weights.folder}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is "
-                "true in config.json.",
-                "set tie_word_embeddings to false in config.json",
+                f"weight {name} has NaN or infinite values.", "the model is damaged; use another"
             )
-    if extra:
-        named = ", ".join(sorted(extra)[:3])
-        raise RecipeError(
-            f"{weights.folder} has {len(extra)} weights that {arch.hf_architecture} does not "
-            f"have, such as {named}.",
-            "use the model without them; they would be lost",
-        )
+        return tensor
 
 
 def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     """Converts a Hugging Face folder to a NeMo 2 checkpoint directory.
 
+    Weights of several types become float32, which holds all of them exactly.
+
     Two weights are in memory at a time: the one being written and the next. Megatron's model is
     built only for its plan of the checkpoint; the memory of its weights is never touched.
+
+    Raises:
+        RecipeError: ``check_model`` finds an error, or a weight is NaN or infinite.
     """
     from nemo_convert.streaming import StreamedSave
 
-    arch = read_architecture(read_json(hf_folder / "config.json"), str(hf_folder))
-    check_vocabulary(hf_folder, arch)
-    weights, family = Weights(hf_folder), FAMILIES[arch.hf_architecture]
-    check_names(weights, arch, family)
-    source = MergedWeights(weights, arch, family)
+    require_convertible(str(hf_folder))
+    weights = Weights(hf_folder)
+    hf_config = read_json(hf_folder / "config.json")
+    config = as_transformers_4(hf_config, str(hf_folder))
+    config["torch_dtype"] = model_dtype(weights.headers)
+    arch = read_architecture(config, str(hf_folder))
+    source = MergedWeights(FiniteWeights(weights), arch, FAMILIES[arch.hf_architecture])
     nemo.initialize(nemo.Parallelism())
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as temporary:
         side = Path(temporary) / nemo.SIDE
         copy_side_files(hf_folder, side)
-        hf_config = read_json(side / "config.json")
-        if (converted := as_transformers_4(hf_config, str(hf_folder))) != hf_config:
-            write_json(side / "config.json", converted, indent=2)
+        convert_tokenizer(side)
+        if config != hf_config:
+            write_json(side / "config.json", config, indent=2)
         model = nemo.new_model(side)
         core = nemo.build_core(model, nemo.Parallelism())
         strategy = StreamedSave(source, nemo.leading_axes(arch))

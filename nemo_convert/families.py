@@ -28,6 +28,8 @@ class Weight:
     shape: Callable[[Architecture], tuple[int, ...]]
     merge: Callable[[Architecture, list[torch.Tensor]], torch.Tensor]
     split: Callable[[Architecture, torch.Tensor], list[torch.Tensor]]
+    hf_rows: Callable[[Architecture], tuple[int, ...]] | None = None
+    """Rows of each Hugging Face weight; ``None`` if all have the same number."""
 
     @property
     def stored(self) -> str:
@@ -44,12 +46,21 @@ class Weight:
         """Returns the Hugging Face names for one layer and expert."""
         return [name.format(**numbers) for name in self.hf]
 
+    def hf_shapes(self, architecture: Architecture) -> list[tuple[int, ...]]:
+        """Returns the shapes of the Hugging Face weights, in the order of ``hf``."""
+        rows, *columns = self.shape(architecture)
+        parts = len(self.hf)
+        sizes = self.hf_rows(architecture) if self.hf_rows else (rows // parts,) * parts
+        return [(size, *columns) for size in sizes]
+
 
 @dataclass(frozen=True)
 class Family:
     """One model family."""
 
     hf_architecture: str
+    model_type: str
+    """Name in ``config.json`` that transformers chooses the class by."""
     importer: str
     """NeMo's importer class (module:name). Only its NeMo config is used: NeMo's own conversion of
     weights loads the model twice and drops the chat template."""
@@ -116,6 +127,11 @@ def _qkv_rows(arch: Architecture) -> int:
     return (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.kv_channels
 
 
+def _rows_of_q_k_v(arch: Architecture) -> tuple[int, ...]:
+    keys = arch.num_query_groups * arch.kv_channels
+    return arch.num_attention_heads * arch.kv_channels, keys, keys
+
+
 def _merge_qkv(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
     """Interleaves by query group, as Megatron stores them: [q … q, k, v] per group."""
     import torch
@@ -157,6 +173,7 @@ _ATTENTION = (
         lambda a: (_qkv_rows(a), a.hidden_size),
         _merge_qkv,
         _split_qkv,
+        _rows_of_q_k_v,
     ),
     _same(
         f"{_LAYER}self_attention.linear_proj.weight",
@@ -173,6 +190,7 @@ QKV_BIAS = (
         lambda a: (_qkv_rows(a),),
         _merge_qkv,
         _split_qkv,
+        _rows_of_q_k_v,
     ),
 )
 QK_NORM = tuple(
@@ -243,6 +261,7 @@ FAMILIES = {
     for family in (
         Family(
             "LlamaForCausalLM",
+            "llama",
             f"{_NEMO}.llama:HFLlamaImporter",
             f"{_NEMO}.llama:LlamaModel",
             _ATTENTION + _FEED_FORWARD,
@@ -250,6 +269,7 @@ FAMILIES = {
         ),
         Family(
             "MistralForCausalLM",
+            "mistral",
             f"{_NEMO}.mistral:HFMistralImporter",
             f"{_NEMO}.mistral:MistralModel",
             _ATTENTION + _FEED_FORWARD,
@@ -258,6 +278,7 @@ FAMILIES = {
         ),
         Family(
             "Qwen2ForCausalLM",
+            "qwen2",
             f"{_NEMO}.qwen2:HFQwen2Importer",
             f"{_NEMO}.qwen2:Qwen2Model",
             _ATTENTION + QKV_BIAS + _FEED_FORWARD,
@@ -265,6 +286,7 @@ FAMILIES = {
         ),
         Family(
             "Qwen3ForCausalLM",
+            "qwen3",
             f"{_NEMO}.qwen3:HFQwen3Importer",
             f"{_NEMO}.qwen3:Qwen3Model",
             _ATTENTION + QK_NORM + _FEED_FORWARD,
@@ -272,6 +294,7 @@ FAMILIES = {
         ),
         Family(
             "Qwen3MoeForCausalLM",
+            "qwen3_moe",
             f"{_NEMO}.qwen3:HFQwen3Importer",
             f"{_NEMO}.qwen3:Qwen3Model",
             _ATTENTION + QK_NORM + EXPERTS,

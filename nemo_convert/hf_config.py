@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,19 +13,34 @@ from recipes.core.errors import RecipeError
 
 SUPPORTED = tuple(FAMILIES)
 """Hugging Face architectures that can be converted."""
+DTYPES = ("bfloat16", "float16", "float32")
 DEFAULT_ROPE = {"rope_type": "default"}
-DEFAULT_ROPE_THETA = 10_000.0
-"""What transformers takes for every supported family where a config has no ``rope_theta``."""
-TRANSFORMERS_5 = ("rope_parameters", "num_local_experts")
-"""Keys that transformers 4 does not read."""
+DEFAULT_ROPE_THETA, DEFAULT_RMS_NORM_EPS = 10_000.0, 1e-6
+"""What transformers takes for every supported family where a config has no value."""
+TRANSFORMERS_5 = ("rope_parameters", "num_local_experts", "dtype")
+"""Keys that transformers 4 does not read, or does not write."""
+SIZES = (
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
+"""Keys whose value is a positive integer, or null for what follows from another key."""
 
 
 def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns a ``config.json`` in a spelling that transformers 4 and 5 both read.
 
-    transformers 5 writes ``rope_parameters: {rope_theta, rope_type, ...}``, and for some models
-    ``num_local_experts``. transformers 4, which NeMo imports with, ignores both, and would take a
-    ``rope_theta`` of 10,000.
+    transformers 5 writes ``rope_parameters: {rope_theta, rope_type, ...}``, ``dtype``, and for some
+    models ``num_local_experts``. transformers 4, which NeMo imports with, ignores the first and the
+    last of these, and would take a ``rope_theta`` of 10,000. Equivalent spellings become one.
 
     Raises:
         RecipeError: ``rope_parameters`` are incomplete, differ from layer type to layer type, or
@@ -35,6 +51,8 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         renamed["num_experts"] = experts
     if (rope := config.get("rope_parameters")) is not None:
         renamed |= _theta_and_scaling(rope, where)
+    if (scaling := config.get("rope_scaling")) is not None:
+        config = {**config, "rope_scaling": _plain_scaling(scaling, where)}
     for key, value in renamed.items():
         if config.get(key) not in (None, value):
             raise RecipeError(
@@ -42,12 +60,18 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
                 "transformers 5 spells it.",
                 f"remove the wrong one from config.json: {key}, or {' and '.join(TRANSFORMERS_5)}",
             )
-    kept = {key: value for key, value in config.items() if key not in TRANSFORMERS_5}
-    return {**kept, **renamed}
+    dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
+    if dtype in DTYPES:
+        renamed["torch_dtype"] = dtype
+    dropped = {*TRANSFORMERS_5, "torch_dtype"}
+    return {**{key: value for key, value in config.items() if key not in dropped}, **renamed}
 
 
 def _theta_and_scaling(rope: object, where: str) -> dict[str, Any]:
     """Returns ``rope_theta`` and ``rope_scaling`` of the ``rope_parameters`` of transformers 5."""
+    of_types = [*rope.values()] if isinstance(rope, Mapping) else []
+    if of_types and all(isinstance(one, Mapping) and one == of_types[0] for one in of_types):
+        rope = of_types[0]  # the same for each layer type
     is_flat = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
     if not isinstance(rope, Mapping) or not is_flat or "rope_theta" not in rope:
         raise RecipeError(
@@ -55,8 +79,19 @@ def _theta_and_scaling(rope: object, where: str) -> dict[str, Any]:
             "use a model whose rope_parameters have one rope_theta for all layers",
         )
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    is_default = scaling in ({}, DEFAULT_ROPE)
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if is_default else scaling}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": _plain_scaling(scaling, where)}
+
+
+def _plain_scaling(scaling: object, where: str) -> dict[str, Any] | None:
+    """Returns a RoPE scaling in its newest spelling; ``None`` for one that changes nothing."""
+    if not isinstance(scaling, Mapping):
+        raise RecipeError(f"{where}: rope_scaling={scaling} is not an object.", "use null")
+    plain = {key: value for key, value in scaling.items() if key != "type"}
+    plain.setdefault("rope_type", scaling.get("type", "default"))
+    if plain.get("partial_rotary_factor") == 1:
+        del plain["partial_rotary_factor"]
+    is_unscaled = plain == {"rope_type": "linear", "factor": 1}
+    return None if is_unscaled or plain == DEFAULT_ROPE else plain
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
@@ -65,10 +100,16 @@ def rope_theta(config: Mapping[str, Any]) -> float:
     return DEFAULT_ROPE_THETA if theta is None else float(theta)
 
 
+def rms_norm_eps(config: Mapping[str, Any]) -> float:
+    """Returns the term that RMSNorm adds to the mean square in a ``config.json``."""
+    eps = config.get("rms_norm_eps")
+    return DEFAULT_RMS_NORM_EPS if eps is None else float(eps)
+
+
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     """The shape in a ``config.json`` from ``where``; refuses what is missing or not supported."""
     config = as_transformers_4(config, where)
-    name = (config.get("architectures") or ["none"])[0]
+    name = _architecture_name(config, where)
     if name not in FAMILIES:
         raise RecipeError(
             f"{where}: architecture {name} is not supported.",
@@ -76,6 +117,7 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
         )
     family = FAMILIES[name]
     config = {**family.defaults, **config}
+    _require_numbers(config, where)
     for what, fix in _unsupported(family, config):
         raise RecipeError(f"{where}: {what} is not supported for {name}.", fix)
     try:
@@ -99,6 +141,41 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
         raise RecipeError(
             f"{where}: config.json has no {error}.", "transformers' save_pretrained writes it"
         ) from error
+
+
+def _architecture_name(config: Mapping[str, Any], where: str) -> str:
+    """Returns the class of a model; transformers chooses it by ``model_type`` alone."""
+    model_type = config.get("model_type")
+    names = {family.model_type: name for name, family in FAMILIES.items()}
+    name = (config.get("architectures") or [names.get(str(model_type), "none")])[0]
+    if name in FAMILIES and model_type not in (None, FAMILIES[name].model_type):
+        raise RecipeError(
+            f"{where}: model_type={model_type} contradicts architectures={name}.",
+            "correct config.json: transformers chooses the class by model_type",
+        )
+    return str(name)
+
+
+def _require_numbers(config: Mapping[str, Any], where: str) -> None:
+    """Refuses a size that is no positive integer, and a constant that is no positive number."""
+    for key in SIZES:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value <= 0):
+            raise RecipeError(
+                f"{where}: invalid {key}={value!r} in config.json: must be a positive integer.",
+                "download config.json again, or correct it",
+            )
+    scaling = config.get("rope_scaling") or {}
+    constants: dict[str, Any] = {key: config.get(key) for key in ("rope_theta", "rms_norm_eps")}
+    if "factor" in scaling or scaling.get("rope_type") == "llama3":
+        constants["rope_scaling.factor"] = scaling.get("factor", "missing")
+    for key, value in constants.items():
+        is_number = type(value) in (int, float) and math.isfinite(value)
+        if value is not None and not (is_number and value > 0):
+            raise RecipeError(
+                f"{where}: invalid {key}={value!r} in config.json: must be a positive number.",
+                "download config.json again, or correct it",
+            )
 
 
 def with_shape(config: Mapping[str, Any], shape: Architecture) -> dict[str, Any]:
@@ -146,9 +223,9 @@ def _unsupported(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    scaling, known = config.get("rope_scaling") or DEFAULT_ROPE, family.rope_scaling
-    same = known and {**known, **scaling, "factor": None} == {**known, "factor": None}
-    if scaling != DEFAULT_ROPE and not same:
+    scaling, known = config.get("rope_scaling"), family.rope_scaling
+    is_known = scaling is not None and {**scaling, "factor": None} == {**known, "factor": None}
+    if scaling and not is_known:
         builds = f"{known}, with any factor" if known else "none"
         yield f"rope_scaling={scaling}", f"NeMo builds {builds}"
     positions, window = config.get("max_position_embeddings", 2048), config.get("sliding_window")

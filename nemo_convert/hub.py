@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,18 @@ from recipes.core.files import read_json
 from recipes.core.wheels import parse_wheel_file
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-"""What transformers calls a model's weights in one file, and the index of their shards."""
+"""transformers' names of a model's weights in one file, and of the index of its shards."""
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+)
+SIDE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "LICENSE*", "README.md")
+"""Files of a model other than weights, which every conversion copies."""
 HUB_SECONDS = 2.0
 """Time that preflight waits for a hub."""
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
@@ -61,34 +73,57 @@ def _read_hf_config(hf_path: str) -> dict[str, Any]:
         )
     if not (folder / "config.json").is_file():
         raise RecipeError(f"{folder} has no config.json.", "give a Hugging Face model folder")
-    weight_files(folder)
     return read_json(folder / "config.json")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the files that transformers reads weights from; any other file is not a part of it.
-
-    Repositories may have ``consolidated.safetensors`` or an adapter beside the model.
+def small_files(hf_path: str) -> Path:
+    """Returns a folder with a model's files other than weights; downloads those of a hub model.
 
     Raises:
-        RecipeError: There are no weights, or a shard of the index is missing.
+        RecipeError: The hub does not have the model, or cannot be reached.
     """
-    if (whole := folder / WEIGHTS_FILE).is_file():
-        return [whole]
-    if not (folder / INDEX_FILE).is_file():
-        raise RecipeError(
-            f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}.",
-            "save the model with save_pretrained(..., safe_serialization=True)",
-        )
-    files = [
-        folder / name for name in sorted({*read_json(folder / INDEX_FILE)["weight_map"].values()})
-    ]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise RecipeError(
-            f"{folder}: {', '.join(missing)} of {INDEX_FILE} is not there.",
-            "download the model again, or copy all of its shards",
-        )
-    return files
+    if not is_hub_id(hf_path):
+        return Path(hf_path)
+    return _download(hf_path, [*SIDE_FILES, INDEX_FILE, "adapter_config.json"])
+
+
+def cached_model(hf_path: str) -> Path | None:
+    """Returns the snapshot of a hub model in the local cache, complete or not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(local_files_only=True, **hub_model(hf_path)))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def is_offline() -> bool:
+    """Returns whether ``HF_HUB_OFFLINE`` forbids requests to the hub."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def download(hf_path: str) -> Path:
+    """Returns the snapshot of a hub model with exactly the files that transformers reads.
+
+    Raises:
+        RecipeError: The hub does not have the model, or cannot be reached.
+    """
+    folder = small_files(hf_path)
+    index = folder / INDEX_FILE
+    shards = set(read_json(index)["weight_map"].values()) if index.is_file() else set()
+    return _download(hf_path, [WEIGHTS_FILE, *shards])
+
+
+def _download(hf_path: str, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(allow_patterns=[*patterns], **hub_model(hf_path)))
+    except Exception as error:
+        raise _unreachable(hf_path, "files", error) from error
 
 
 def in_reach(hf_path: str) -> bool:
@@ -121,7 +156,7 @@ def has_chat_template(hf_path: str) -> bool | None:
     if not folder.is_dir():
         return None
     tokenizer = folder / "tokenizer_config.json"
-    in_settings = tokenizer.is_file() and "chat_template" in read_json(tokenizer)
+    in_settings = tokenizer.is_file() and bool(read_json(tokenizer).get("chat_template"))
     return in_settings or any(folder.glob("chat_template*"))
 
 
@@ -135,27 +170,17 @@ def has_token(hf_path: str, token: str) -> bool | None:
     return token in dict(tokenizer["model"].get("vocab", ())) or token in added
 
 
-def weight_names(folder: Path) -> frozenset[str]:
-    """Returns the names of a folder's weights; none if a file is not a safetensors file."""
-    from safetensors import SafetensorError, safe_open
-
-    names: set[str] = set()
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="np") as file:
-                names.update(file.keys())
-        except SafetensorError:
-            return frozenset()
-    return frozenset(names)
-
-
 def _hub_file(hf_path: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(filename=name, **hub_model(hf_path)))
     except Exception as error:
-        raise RecipeError(
-            f"could not read {name} of '{hf_path}' from the Hugging Face hub: {error}",
-            "check the id, the network, and HF_TOKEN for a gated model",
-        ) from error
+        raise _unreachable(hf_path, name, error) from error
+
+
+def _unreachable(hf_path: str, name: str, error: Exception) -> RecipeError:
+    return RecipeError(
+        f"could not read {name} of '{hf_path}' from the Hugging Face hub: {error}",
+        "check the id, the network, and HF_TOKEN for a gated model",
+    )

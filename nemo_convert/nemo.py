@@ -28,7 +28,7 @@ from recipes.backend.device import COLLECTIVE_TIMEOUT, collective_backend, devic
 from recipes.backend.local_layers import adapt_config
 from recipes.backend.without_cuda import enable
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json
+from recipes.core.files import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 WEIGHTS, CONTEXT, SIDE = "weights", "context", "hf"
 EXTRA_STATE = "_extra_state"
 SEED = 1234
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Settings of generation that have a meaning with ``do_sample`` only."""
 
 
 @dataclass(frozen=True)
@@ -172,16 +174,26 @@ def _record_arguments() -> None:
 
 @contextmanager
 def _generation_config(hf_folder: Path) -> Iterator[None]:
-    """Adds an empty generation config where a base model has none: most NeMo importers need one."""
+    """Replaces the generation config, while the block runs, by one that NeMo can read and write.
+
+    Most importers need one, which base models do not have. transformers refuses to write one that
+    samples without ``do_sample``, as those of Llama 2 do.
+    """
     file = hf_folder / "generation_config.json"
-    missing = not file.exists()
-    if missing:
-        file.write_text("{}")
+    original = file.read_bytes() if file.exists() else None
+    settings = read_json(file) if original else {}
+    if not settings.get("do_sample"):
+        settings = {key: value for key, value in settings.items() if key not in SAMPLING}
+    if (settings.get("pad_token_id") or 0) < 0:
+        del settings["pad_token_id"]
+    write_json(file, settings)
     try:
         yield
     finally:
-        if missing:
+        if original is None:
             file.unlink()
+        else:
+            file.write_bytes(original)
 
 
 def _explicit(arch: Architecture) -> dict[str, Any]:

@@ -1,18 +1,31 @@
-"""Parity gates: a converted model has the same weights and logits."""
+"""Parity gates: a converted model has the same weights and logits.
+
+The reference is a forward pass of our own, which executes the config as the strict reader
+understood it. NeMo and transformers must both agree with it: they read configs with the same
+version of transformers, so that their agreement alone proves nothing.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from nemo_convert import nemo
-from nemo_convert.convert import HEAD, ROTARY_BUFFER, hf_weights
+from nemo_convert.convert import hf_weights
 from nemo_convert.families import FAMILIES
 from nemo_convert.hf import Weights, load_causal_lm
+from nemo_convert.hf_config import as_transformers_4, read_architecture
+from nemo_convert.preflight import HEAD, ROTARY_BUFFER
+from nemo_convert.reference import reference_logits
 from recipes.core.errors import RecipeError
+from recipes.core.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +33,11 @@ if TYPE_CHECKING:
 LOGITS_TOLERANCE = 1e-3
 """Largest logit difference in float32, as a fraction of the logits' standard deviation. Rounding
 gives about 1e-5 of it, a wrong conversion a tenth or more."""
-WINDOW = 128
+TOKENS = 128
+"""Tokens of ``TEXT`` that are compared."""
+ADJACENT = 64
+"""Tokens at positions 0, 1, 2, …; the others are spread up to ``LAST_POSITION``."""
+LAST_POSITION = 2047
 TEXT = """\
 A lighthouse keeper wrote down the weather every evening for forty-one years. On most nights the
 entry was a single word, and the word was "wind". In 1893, however, a visiting surveyor found that
@@ -37,29 +54,43 @@ every part of a tokenizer is used.
 
 @dataclass(frozen=True)
 class Parity:
-    """Comparison of two models on the same tokens."""
+    """Comparison of two models with the reference on the same tokens."""
 
-    max_logit_difference: float
+    nemo_difference: float
+    """Largest difference of a logit between NeMo and the reference."""
+    transformers_difference: float
+    """Largest difference of a logit between transformers and the reference."""
     logit_spread: float
-    """Standard deviation of the expected logits."""
+    """Standard deviation of the reference's logits."""
     tokens: int
-    weights_equal: bool
+    different_weight: str | None
+    """A weight that the checkpoint does not have, or has with other values."""
+
+    @property
+    def max_logit_difference(self) -> float:
+        """The larger of both differences; NaN if one of them is."""
+        return float(np.maximum(self.nemo_difference, self.transformers_difference))
 
     def require(self, what: str) -> Parity:
         """Raises ``RecipeError`` unless the models are equal; returns itself."""
-        if not self.weights_equal:
+        if self.different_weight is not None:
             raise RecipeError(
-                f"parity gate failed: {what}: weights differ after the round trip.",
-                "if one of both was changed since, convert it again; do not use it as it is",
+                f"parity gate failed: {what}: {self.different_weight} differs after the round "
+                "trip.",
+                "if either was changed since, convert it again; do not use it as it is",
             )
         tolerance = LOGITS_TOLERANCE * self.logit_spread
-        if not self.max_logit_difference <= tolerance:  # also catches NaN
-            raise RecipeError(
-                f"parity gate failed: {what}: logits differ by {self.max_logit_difference:.2e}, "
-                f"more than {tolerance:.0e}, {LOGITS_TOLERANCE:.0e} of their spread.",
-                "do not use it: its config.json asks for what NeMo's class of this family, which "
-                "nemo_convert/families.py names, does not compute",
-            )
+        for reader, difference in (
+            ("NeMo", self.nemo_difference),
+            ("transformers", self.transformers_difference),
+        ):
+            if not difference <= tolerance:  # also catches NaN
+                raise RecipeError(
+                    f"parity gate failed: {what}: logits of {reader} differ by {difference:.2e} "
+                    f"from those that config.json implies, more than {tolerance:.0e}, "
+                    f"{LOGITS_TOLERANCE:.0e} of their standard deviation.",
+                    f"do not use it: {reader} computes something else than config.json says",
+                )
         return self
 
 
@@ -76,7 +107,7 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     """Compares a Hugging Face folder with a NeMo checkpoint, one model in memory after the other.
 
     Logits are compared on ``TEXT`` in float32. Weights are read back from the checkpoint's files
-    and compared for equality.
+    and compared for equality, every row of the vocabulary included.
 
     Args:
         hf_folder: Hugging Face folder.
@@ -86,43 +117,95 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     import torch
     from transformers import AutoTokenizer
 
-    tokens = AutoTokenizer.from_pretrained(hf_folder, trust_remote_code=False)(
-        TEXT, return_tensors="pt"
-    )["input_ids"]
-    tokens = tokens[:, :WINDOW]
+    config = as_transformers_4(read_json(hf_folder / "config.json"), str(hf_folder))
+    tokenizer = AutoTokenizer.from_pretrained(nemo.side_files(checkpoint), trust_remote_code=False)
+    tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :TOKENS]
+    last = min(LAST_POSITION, read_architecture(config, str(hf_folder)).max_position_embeddings - 1)
+    positions = spread_positions(tokens.shape[1], last)
     with torch.no_grad():
-        expected = load_causal_lm(hf_folder)(tokens).logits
-    logits = core_logits(load_core(checkpoint) if core is None else core, tokens)
-    difference = (expected - logits).abs().max().item()
-    spread, equal = expected.std().item(), same_weights(hf_folder, checkpoint)
-    return Parity(difference, spread, tokens.numel(), equal)
+        expected = reference_logits(config, Weights(hf_folder).read, tokens, positions)
+        transformers = load_causal_lm(hf_folder)(
+            tokens,
+            # Without a mask, transformers takes each jump of the positions for a new document.
+            attention_mask=torch.ones_like(tokens),
+            position_ids=positions[None],
+        ).logits
+    logits = core_logits(load_core(checkpoint) if core is None else core, tokens, positions)
+    return Parity(
+        nemo_difference=(expected - logits).abs().max().item(),
+        transformers_difference=(expected - transformers).abs().max().item(),
+        logit_spread=expected.std().item(),
+        tokens=tokens.numel(),
+        different_weight=different_weight(hf_folder, checkpoint),
+    )
 
 
-def core_logits(core: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Computes logits [batch, sequence, vocabulary] of a Megatron model at TP=PP=1, in float32."""
+def spread_positions(tokens: int, last: int) -> torch.Tensor:
+    """Returns increasing RoPE positions [tokens]: ``ADJACENT`` ones, then some up to ``last``.
+
+    So few tokens cover the positions of a long text. RoPE depends on positions only.
+    """
+    import torch
+
+    if tokens > last:
+        return torch.arange(tokens)
+    near = min(ADJACENT, tokens)
+    far = torch.linspace(near - 1, last, tokens - near + 1)[1:].round().long()
+    return torch.cat([torch.arange(near), far])
+
+
+def core_logits(
+    core: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Computes logits [batch, sequence, vocabulary] of a Megatron model at TP=PP=1, in float32.
+
+    Args:
+        core: Megatron's ``GPTModel``.
+        tokens: Token ids [batch, sequence].
+        positions: RoPE position of each token [sequence]; by default 0, 1, 2, …
+    """
     import torch
 
     core.float().eval()
     core.config.params_dtype = torch.float32
     tokens = tokens.to(next(core.parameters()).device)
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
-    with torch.no_grad():
-        logits: torch.Tensor = core(tokens, positions, None).cpu()
+    if positions is None:
+        positions = torch.arange(tokens.shape[1])
+    with torch.no_grad(), _rope_at(core, positions):
+        logits: torch.Tensor = core(tokens, positions[None].to(tokens), None).cpu()
     return logits
 
 
-def same_weights(hf_folder: Path, checkpoint: Path) -> bool:
-    """Returns whether a checkpoint has exactly the weights of a folder."""
+@contextmanager
+def _rope_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
+    """Makes a Megatron model rotate its tokens by the angles of other positions.
+
+    Megatron takes angles [sequence, 1, 1, dim] for positions 0, 1, 2, … whatever it is told.
+    """
+
+    def select(rope: Any, arguments: Any, angles: torch.Tensor) -> torch.Tensor:
+        return rope.forward(int(positions[-1]) + 1)[positions.to(angles.device)]
+
+    hook = core.rotary_pos_emb.register_forward_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def different_weight(hf_folder: Path, checkpoint: Path) -> str | None:
+    """Returns the name of a weight that a folder and a checkpoint do not have in common."""
     import torch
 
     source = Weights(hf_folder)
     names = source.names()
     for name, tensor in hf_weights(checkpoint):
         names.discard(name)
-        if not torch.equal(source.read(name), tensor):
-            return False
+        # The types differ where the folder has several: the widest holds them exactly.
+        if not torch.equal(source.read(name).to(tensor.dtype), tensor):
+            return name
     # A folder may also store a tied head, and old ones inv_freq buffers, which are not weights.
-    return not {n for n in names if n != HEAD and not n.endswith(ROTARY_BUFFER)}
+    return min((n for n in names if n != HEAD and not n.endswith(ROTARY_BUFFER)), default=None)
 
 
 def verify(first: Path, second: Path) -> Parity:

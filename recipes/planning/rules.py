@@ -63,11 +63,13 @@ BUNDLED_CONFIG = _warning(
 
 # Model
 MODEL = Rule("model", "checks, plan and report use model.hf_path, whatever a stage imports")
-TIED_EMBEDDINGS = Rule(
-    "tied-embeddings",
-    "a config that says untied, with weights that are tied, gives a model without a head",
+CHECKPOINT = Rule(
+    "checkpoint",
+    "weights, tokenizer and generation config must fit config.json; what does not fit fails late, "
+    "or changes the model silently",
     f"{_NEMO}#12497, #12545; {_BRIDGE}#1420",
 )
+CHECKPOINT_NOTE = _warning("checkpoint-note", "the converted model differs from its config.json")
 VOCABULARY = Rule(
     "vocabulary",
     "tensor parallelism splits the vocabulary, and its padding gets into export and loss",

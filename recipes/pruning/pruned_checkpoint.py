@@ -87,6 +87,7 @@ def save_weights(
         setattr(model.config, megatron, getattr(shape, megatron))
         setattr(model.__io__.config, megatron, getattr(shape, megatron))
     core = nemo.build_core(model, nemo.Parallelism())
+    _require_shapes(weights, shape)
     source = MergedWeights(NamedWeights(weights), shape, FAMILIES[shape.hf_architecture])
     strategy = StreamedSave(source, nemo.leading_axes(shape))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -107,14 +108,18 @@ class NamedWeights:
         """Returns a tensor."""
         return self._weights[name]
 
-    def require(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises an error if a tensor is missing or has another shape."""
-        actual = tuple(self._weights[name].shape) if name in self._weights else None
-        if actual != shape:
-            raise RecipeError(
-                f"pruned weight {name} is {actual} but the config says {shape}.",
-                "convert the teacher again, whose weights are not of its config: force=[import_hf]",
-            )
+
+def _require_shapes(weights: dict[str, torch.Tensor], shape: Architecture) -> None:
+    family = FAMILIES[shape.hf_architecture]
+    for weight, numbers in family.weights_of(shape):
+        for name, size in zip(weight.hf_names(numbers), weight.hf_shapes(shape), strict=True):
+            actual = tuple(weights[name].shape) if name in weights else None
+            if actual != size:
+                raise RecipeError(
+                    f"pruned weight {name} is {actual} but the config says {size}.",
+                    "convert the teacher again; its weights are not of its config: "
+                    "force=[import_hf]",
+                )
 
 
 def prune_weights(teacher: Path, kept: KeptIndices, head_size: int) -> dict[str, torch.Tensor]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from nemo_convert.hub import weight_names
+from nemo_convert.hub import in_reach, is_hub_id
+from nemo_convert.preflight import check_model
 from nemo_convert.results import ImportResult
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
@@ -39,14 +40,15 @@ def external(cfg: ImportConfig) -> dict[str, Path]:
 
 
 def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem if ``config.json`` contradicts the names of the weights."""
-    names = weight_names(Path(cfg.hf_path)) if external(cfg) else frozenset()
-    if names and not chain.teacher.tied_embeddings and "lm_head.weight" not in names:
-        yield Problem(
-            rules.TIED_EMBEDDINGS,
-            f"{cfg.hf_path} has no lm_head.weight, but tie_word_embeddings is false in config.json",
-            "set tie_word_embeddings to true, or save the model with its output layer",
-        )
+    """Yields what is wrong with the model's files, as far as they can be reached."""
+    reachable = in_reach(cfg.hf_path) if is_hub_id(cfg.hf_path) else Path(cfg.hf_path).is_dir()
+    if not reachable:
+        return
+    for finding in check_model(cfg.hf_path):
+        if finding.is_error:
+            yield Problem(rules.CHECKPOINT, finding.what, finding.fix)
+        else:
+            yield Problem(rules.CHECKPOINT_NOTE, finding.what, finding.fix)
 
 
 def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:

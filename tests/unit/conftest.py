@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 from collections.abc import Callable, Iterator
@@ -39,6 +38,7 @@ from recipes.evaluation.results import (
 from recipes.planning.chain import Chain
 from recipes.planning.results import PlanResult
 from recipes.pruning.results import HealResult
+from tests.support.folders import write_folder
 from tests.support.launcher import fork_launcher
 from tests.support.manifests import bare_manifest
 from tests.support.reports import speed_results
@@ -137,11 +137,7 @@ def chain(teacher: Architecture) -> Chain:
 @pytest.fixture
 def hf_folder(tmp_path: Path) -> Path:
     """A Hugging Face folder as far as a plan looks into it."""
-    folder = tmp_path / "hf_model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LLAMA_CONFIG))
-    (folder / "model.safetensors").write_bytes(b"weights")
-    return folder
+    return write_folder(tmp_path / "hf_model", LLAMA_CONFIG)
 
 
 @pytest.fixture

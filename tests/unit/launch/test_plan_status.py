@@ -167,7 +167,7 @@ def test_changed_model_folder_is_the_reason(
     )
     complete(plan(*overrides))
     assert todo(plan(*overrides)) == {}
-    (hf_folder / "model.safetensors").write_bytes(b"WEIGHTS")
+    (hf_folder / "LICENSE").write_text("another")
     found = todo(plan(*overrides))
     assert list(found) == STAGES[1:]
     assert found["import_hf"] == "source files changed"

@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import yaml
 from omegaconf import OmegaConf
-from safetensors.numpy import save_file
 
 from launch.plan import Plan, make_plan
 from launch.settings import settings_of
@@ -25,6 +23,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest, write_manifest
 from recipes.planning import hardware, limits, rules
 from recipes.planning.rules import ERROR, RULES, WARNING
+from tests.support.folders import expected_shapes, write_folder, write_sparse_weights
 from tests.unit.conftest import LLAMA_CONFIG
 
 if TYPE_CHECKING:
@@ -74,12 +73,15 @@ def compiler_is_missing(patch: Patch, _: Path) -> None:
 
 
 def head_is_missing(_: Patch, folder: Path) -> None:
-    save_file({"model.embed_tokens.weight": np.zeros(1)}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    shapes = expected_shapes(config)
+    del shapes["lm_head.weight"]
+    write_sparse_weights(folder / "model.safetensors", shapes)
 
 
-def tokenizer_is_small(_: Patch, folder: Path) -> None:
-    tokens = {"added_tokens": [{"content": "<s>"}], "model": {"vocab": {"a": 0}}}
-    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+def config_says_float32(_: Patch, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,11 @@ TRIPS = {
     "hardware-profile": trip(prepare=gpu_is_here),
     "bundled-config": trip("model=llama3_1_8b", "skip_rules=[memory]", prepare=hub_is_away),
     "model": trip("stages.import_hf.hf_path=nope"),
-    "tied-embeddings": trip(config={"tie_word_embeddings": False}, prepare=head_is_missing),
+    "checkpoint": trip(config={"tie_word_embeddings": False}, prepare=head_is_missing),
+    "checkpoint-note": trip(config={}, prepare=config_says_float32),
     "vocabulary": trip(*TP2, config={"vocab_size": 513}),
     "data-sources": trip("data.sources=[nowhere.txt]"),
-    "document-end": trip("data.document_end=<end>", config={}, prepare=tokenizer_is_small),
+    "document-end": trip("data.document_end=<end>", config={}),
     "data-parts": trip("stages.prepare_data.heldout_fraction=0.99"),
     "chat": trip("data.format=chat", "data.sources=[CHAT]", *SMALL, config={}),
     "seq-length": trip("data.seq_length=10000"),
@@ -244,7 +247,7 @@ def test_each_rule_is_tripped(
     case = TRIPS[rule]
     overrides = [o.replace("TEXT", str(text)).replace("CHAT", str(chats)) for o in case.overrides]
     if case.config is not None:
-        (hf_folder / "config.json").write_text(json.dumps(LLAMA_CONFIG | case.config))
+        write_folder(hf_folder, LLAMA_CONFIG | case.config)
         overrides += [f"model.hf_path={hf_folder}", *SMALL]
     if case.prepare is not None:
         case.prepare(monkeypatch, hf_folder)

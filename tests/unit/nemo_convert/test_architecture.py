@@ -223,7 +223,7 @@ def test_rope_parameters_become_theta_and_scaling(
     ("settings", "message"),
     [
         ({"rope_parameters": {"rope_type": "default"}}, "not supported"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "not supported"),
+        ({"rope_parameters": {"a": {"rope_theta": 1.0}, "b": {"rope_theta": 2.0}}}, "not supp"),
         ({"rope_parameters": []}, "not supported"),
         ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}}, "rope_scaling"),
         ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4}, "contradicts"),

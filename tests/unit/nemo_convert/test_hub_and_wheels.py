@@ -138,14 +138,10 @@ def test_other_wheel_files_are_no_models() -> None:
         read_hf_config(WHEEL)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_folder_without_config_or_weights(hf_folder: Path, name: str) -> None:
-    (hf_folder / name).unlink()
-    with pytest.raises(RecipeError) as caught:
+def test_folder_without_config(hf_folder: Path) -> None:
+    (hf_folder / "config.json").unlink()
+    with pytest.raises(RecipeError, match=f"{hf_folder} has no config.json"):
         read_hf_config(str(hf_folder))
-    assert str(hf_folder) in str(caught.value)
-    assert name in str(caught.value)
-    assert Path(name).suffix.removeprefix(".") in str(caught.value)
 
 
 def test_folder_that_does_not_exist(tmp_path: Path) -> None:

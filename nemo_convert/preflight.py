@@ -1,0 +1,244 @@
+"""Checks a Hugging Face model before anything runs, from headers and small files. Torch-free.
+
+``python -m nemo_convert check MODEL`` prints the results; a plan includes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_convert.architecture import Architecture
+from nemo_convert.families import FAMILIES
+from nemo_convert.headers import (
+    Headers,
+    read_headers,
+    read_index,
+    same_bytes,
+    weight_files,
+)
+from nemo_convert.hf_config import as_transformers_4, read_architecture
+from nemo_convert.hub import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    cached_model,
+    is_hub_id,
+    is_offline,
+    small_files,
+)
+from nemo_convert.tokenizer_files import read_vocabulary
+from recipes.core.errors import RecipeError
+from recipes.core.files import read_json
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+ROTARY_BUFFER = "rotary_emb.inv_freq"
+"""Old checkpoints store this buffer, which follows from the config."""
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Types of weights that can be converted, as safetensors and as PyTorch spell them."""
+ADAPTER = "adapter_config.json"
+GENERATION_CONFIG = "generation_config.json"
+NAMED = 3
+"""Weights that a message names; it counts the others."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault of a model, or with ``is_error=False`` something that the user should know."""
+
+    what: str
+    fix: str
+    is_error: bool = True
+
+    def __str__(self) -> str:
+        return f"{'error' if self.is_error else 'note'}: {self.what}\n  fix: {self.fix}"
+
+
+def check_model(hf_path: str) -> Iterator[Finding]:
+    """Yields what is wrong with a model folder or hub model.
+
+    Only headers and small files are read, except where a head and a tied embedding are both in a
+    local folder: their bytes are compared.
+
+    Raises:
+        RecipeError: The config cannot be read, or the hub cannot be reached.
+    """
+    if is_hub_id(hf_path) and is_offline():
+        folder = cached_model(hf_path)
+        if folder is None or not _has_weights(folder):
+            yield Finding(
+                f"the weights of {hf_path} are not checked: HF_HUB_OFFLINE is set, and they are "
+                "not in the cache.",
+                f"download the model first (hf download {hf_path}), or allow requests to the hub",
+                is_error=False,
+            )
+            return
+        hf_path = str(folder)
+    folder = small_files(hf_path)
+    config = as_transformers_4(read_json(folder / "config.json"), hf_path)
+    shape = read_architecture(config, hf_path)
+    if (folder / ADAPTER).exists():
+        yield Finding(
+            f"{hf_path} has {ADAPTER}, so transformers would load an adapter on another model.",
+            "merge the adapter (peft's merge_and_unload) and save the model, or remove the file",
+        )
+    try:
+        headers = read_headers(hf_path)
+    except RecipeError as error:
+        yield Finding(error.what, error.fix)
+        return
+    yield from _index_findings(folder, headers)
+    yield from _tensor_findings(hf_path, headers, shape)
+    if not is_hub_id(hf_path):
+        yield from _tied_head_findings(folder, headers, shape)
+    yield from _dtype_findings(hf_path, headers, config)
+    yield from _generation_findings(folder, shape)
+    yield from _tokenizer_findings(folder, hf_path, shape)
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        return bool(weight_files(folder))
+    except RecipeError:
+        return False
+
+
+def require_convertible(hf_path: str) -> None:
+    """Raises ``RecipeError`` for a model that ``check_model`` finds an error in."""
+    errors = [finding for finding in check_model(hf_path) if finding.is_error]
+    if errors:
+        raise RecipeError("\n".join(error.what for error in errors), errors[0].fix)
+
+
+def model_dtype(headers: Headers) -> str:
+    """Returns the PyTorch type that holds all weights exactly: float32 if they differ."""
+    types = {DTYPES[tensor.dtype] for tensor in headers.values()}
+    return types.pop() if len(types) == 1 else "float32"
+
+
+def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
+    """Compares the index of the shards, if there is one, with the shards."""
+    files = {tensor.file for tensor in headers.values()}
+    if not (folder / INDEX_FILE).is_file() or files == {WEIGHTS_FILE}:
+        return
+    index = read_index(folder)
+    wrong = [name for name, file in index.items() if name in headers and headers[name].file != file]
+    wrong += sorted(index.keys() ^ headers.keys())
+    if wrong:
+        yield Finding(
+            f"{INDEX_FILE} and the shards differ about {_named(wrong)}.",
+            "download the model again, or save it with save_pretrained",
+        )
+
+
+def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Iterator[Finding]:
+    """Compares names and shapes with those that follow from the config."""
+    family = FAMILIES[shape.hf_architecture]
+    expected = {
+        name: size
+        for weight, numbers in family.weights_of(shape)
+        for name, size in zip(weight.hf_names(numbers), weight.hf_shapes(shape), strict=True)
+    }
+    missing = expected.keys() - headers.keys()
+    if missing == {HEAD}:
+        yield Finding(
+            f"{hf_path} has no {HEAD}, but tie_word_embeddings is false in config.json.",
+            "set tie_word_embeddings to true, or save the model with its output layer",
+        )
+    elif missing:
+        yield Finding(
+            f"{hf_path} has no {_named(missing)}, which config.json implies.",
+            "the weights are incomplete or of another model: download it again",
+        )
+    for name in sorted(expected.keys() & headers.keys()):
+        if headers[name].shape != expected[name]:
+            yield Finding(
+                f"{name} is {[*headers[name].shape]} in {headers[name].file}, but "
+                f"{[*expected[name]]} by config.json.",
+                "config.json and weights are of different models, or vocab_size is wrong",
+            )
+            return
+    extra = {name for name in headers.keys() - expected.keys() if not name.endswith(ROTARY_BUFFER)}
+    if shape.tied_embeddings:
+        extra.discard(HEAD)
+    if extra:
+        yield Finding(
+            f"{hf_path} has {_named(extra)}, which {shape.hf_architecture} does not have.",
+            "save the model without these weights; a conversion would lose them",
+        )
+
+
+def _tied_head_findings(folder: Path, headers: Headers, shape: Architecture) -> Iterator[Finding]:
+    """Compares a stored head with the tied embedding.
+
+    transformers 5 keeps a stored head that differs; transformers 4 drops it.
+    """
+    if not shape.tied_embeddings or not {HEAD, EMBEDDING} <= headers.keys():
+        return
+    if not same_bytes(folder, headers[HEAD], headers[EMBEDDING]):
+        yield Finding(
+            f"{HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true in config.json.",
+            "set tie_word_embeddings to false in config.json",
+        )
+
+
+def _dtype_findings(hf_path: str, headers: Headers, config: Mapping[str, Any]) -> Iterator[Finding]:
+    if unsupported := {tensor.dtype for tensor in headers.values()} - DTYPES.keys():
+        yield Finding(
+            f"{hf_path} has weights of type {', '.join(sorted(unsupported))}.",
+            f"use the model before quantization, with weights in {', '.join(DTYPES)}",
+        )
+        return
+    stored = sorted({DTYPES[tensor.dtype] for tensor in headers.values()})
+    if (configured := config.get("torch_dtype")) not in (None, *stored[: len(stored) == 1]):
+        yield Finding(
+            f"the weights of {hf_path} are {' and '.join(stored)}, config.json says {configured}.",
+            f"none needed: {model_dtype(headers)} is used, which holds every weight exactly",
+            is_error=False,
+        )
+
+
+def _generation_findings(folder: Path, shape: Architecture) -> Iterator[Finding]:
+    file = folder / GENERATION_CONFIG
+    if not file.is_file():
+        return
+    try:
+        config = read_json(file)
+    except RecipeError as error:
+        yield Finding(error.what, error.fix)
+        return
+    ids = [i for key in ("bos_token_id", "eos_token_id") for i in _as_list(config.get(key))]
+    if wrong := [i for i in ids if not isinstance(i, int) or not 0 <= i < shape.vocab_size]:
+        yield Finding(
+            f"{GENERATION_CONFIG} has the token {wrong[0]!r}, which is not an id of the "
+            f"{shape.vocab_size} tokens of the vocabulary.",
+            "correct bos_token_id and eos_token_id",
+        )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _tokenizer_findings(folder: Path, hf_path: str, shape: Architecture) -> Iterator[Finding]:
+    try:
+        vocabulary = read_vocabulary(folder)
+    except RecipeError as error:
+        yield Finding(error.what, error.fix)
+        return
+    if too_large := {token: i for token, i in vocabulary.items() if i >= shape.vocab_size}:
+        token = min(too_large, key=lambda name: too_large[name])
+        yield Finding(
+            f"the tokenizer of {hf_path} has {len(too_large)} tokens without an embedding, the "
+            f"first {token!r} with id {too_large[token]} (vocab_size is {shape.vocab_size}).",
+            "use the tokenizer that the model was trained with, or resize the embeddings "
+            "(resize_token_embeddings) and save the model",
+        )
+
+
+def _named(names: Iterator[str] | set[str] | list[str]) -> str:
+    """Returns a few names, and the number of the others."""
+    ordered = sorted(names)
+    others = len(ordered) - NAMED
+    return ", ".join(ordered[:NAMED]) + (f" and {others} other weights" if others > 0 else "")

@@ -1,0 +1,54 @@
+"""Hugging Face folders of which everything is real but the values of the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_convert.families import FAMILIES
+from nemo_convert.hf_config import read_architecture
+
+BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+TOKENS = {"<unk>": 0, "a": 1, "b": 2}
+
+
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that a config implies, by name."""
+    shape = read_architecture(config, "test")
+    return {
+        name: size
+        for weight, numbers in FAMILIES[shape.hf_architecture].weights_of(shape)
+        for name, size in zip(weight.hf_names(numbers), weight.hf_shapes(shape), strict=True)
+    }
+
+
+def write_sparse_weights(
+    file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "BF16"
+) -> None:
+    """Writes zeros, of which only the header takes disk space."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as output:
+        output.write(len(text).to_bytes(8, "little") + text)
+        output.truncate(8 + len(text) + end)
+
+
+def write_folder(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Writes config, weights and a tokenizer of three tokens."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_sparse_weights(folder / "model.safetensors", expected_shapes(config))
+    write_tokenizer(folder, TOKENS)
+    return folder
+
+
+def write_tokenizer(folder: Path, vocabulary: Mapping[str, int]) -> None:
+    """Writes a tokenizer of words."""
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": next(iter(vocabulary))}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
