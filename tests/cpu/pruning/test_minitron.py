@@ -1,4 +1,4 @@
-"""Pruning itself: what is scored, that the right rows are kept, and that kept ones are exact."""
+"""Scores, the selection of rows, and pruned weights, on a tiny model and against ModelOpt."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SCORE = ScoreConfig(num_loss_samples=8, block_sizes=[2], num_greedy_layers=2)
 
 @pytest.fixture(scope="module")
 def calibration(even_llama: Path, text_file: Path) -> torch.Tensor:
-    """Text, as the model was trained on: it refuses noise."""
+    """Text that the model was trained on; scoring refuses noise."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(even_llama)
@@ -50,7 +50,7 @@ def calibration(even_llama: Path, text_file: Path) -> torch.Tensor:
 
 
 def planted(folder: Path, even_llama: Path, plant: Plant = lambda _: None) -> Path:
-    """A checkpoint of the tiny model, changed before."""
+    """Converts the tiny model after a change of its weights."""
     from transformers import AutoTokenizer
 
     model = load_causal_lm(even_llama)
@@ -103,7 +103,7 @@ ALL_AXES = {
 def test_pruned_weights_are_the_parents_at_the_recorded_indices(
     teacher: Path, importance: Importance, tmp_path: Path
 ) -> None:
-    """Indexed here by hand, from the file that the stage leaves, not by the code that cut."""
+    """Rows are selected here from the saved file, not by the code that prunes."""
     student, shape, kept = prune(teacher, importance, tmp_path, **ALL_AXES)
     kept.save(tmp_path)
     assert vars(KeptIndices.load(tmp_path))["layers"] == kept.layers
@@ -141,10 +141,10 @@ def test_pruned_weights_are_the_parents_at_the_recorded_indices(
         assert torch.equal(found, whole[hidden])
 
 
-def test_the_same_shape_as_modelopts_own_pruning_gives_the_same_model(
+def test_pruning_gives_the_logits_of_modelopts_own_pruning(
     teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path
 ) -> None:
-    """ModelOpt orders channels by importance, we keep the parent's order: logits are the same."""
+    """Only the order of channels differs: ModelOpt sorts them by importance."""
     targets = {name: value for name, value in ALL_AXES.items() if name != "num_query_groups"}
     student, _, _ = prune(teacher, importance, tmp_path, "block_influence", **targets)
     register_rms_norm()
@@ -168,19 +168,8 @@ def test_the_same_shape_as_modelopts_own_pruning_gives_the_same_model(
     torch.testing.assert_close(logits(student, calibration), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_depth_pruned_model_is_the_parent_without_those_layers(
-    teacher: Path, even_llama: Path, calibration: torch.Tensor, tmp_path: Path
-) -> None:
-    kept = KeptIndices([1, 2, 4], {})
-    whole = nemo.architecture_of(teacher)
-    prune_checkpoint(teacher, replace(whole, num_layers=3), kept, tmp_path / "even.nemo")
-    expected = without(even_llama, [3], calibration)
-    found = logits(tmp_path / "even.nemo", calibration)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
 def without(folder: Path, dropped: list[int], tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of a Hugging Face model without some layers."""
+    """Returns the logits of a Hugging Face model without some layers."""
     model = load_causal_lm(folder)
     kept = [x for n, x in enumerate(model.model.layers, 1) if n not in dropped]
     for number, layer in enumerate(kept):
@@ -192,15 +181,15 @@ def without(folder: Path, dropped: list[int], tokens: torch.Tensor) -> torch.Ten
     return found
 
 
-def test_change_of_the_loss_is_that_of_a_model_without_the_layers(
+def test_loss_scores_equal_the_loss_of_a_model_without_the_layers(
     even_llama: Path, calibration: torch.Tensor, importance: Importance
 ) -> None:
     tokens = calibration[:8]
     counted = tokens[:, :-1] != END
-    assert 0 < (~counted).sum() < counted.sum()
+    assert 0 < (~counted).sum() < counted.sum(), "some predictions must be masked"
 
     def loss(*dropped: int) -> float:
-        """Without what is predicted from the end of a document, as training counts."""
+        """Returns the loss of the predictions that training counts."""
         scores = without(even_llama, list(dropped), tokens)[:, :-1][counted]
         return torch.nn.functional.cross_entropy(scores, tokens[:, 1:][counted]).item()
 
@@ -216,21 +205,8 @@ def test_change_of_the_loss_is_that_of_a_model_without_the_layers(
     assert others[second] == min(others.values())
 
 
-def test_logits_of_few_positions_exist_at_once(
-    teacher: Path,
-    calibration: torch.Tensor,
-    importance: Importance,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("recipes.evaluation.predictions.LOGITS_BYTES", 4 * 294 * 50)
-    with LogitsWatch(294) as watch:
-        found = score(teacher, calibration, replace(SCORE, block_sizes=[], num_greedy_layers=0))
-    assert watch.positions == 50
-    assert found.layers["loss"] == pytest.approx(importance.layers["loss"], rel=1e-5, abs=1e-6)
-
-
-def test_weights_on_a_gpu_are_cut_by_scores_on_the_cpu() -> None:
-    """Devices are told apart without one; every axis, heads in their groups too."""
+def test_weights_on_a_gpu_are_pruned_by_scores_on_the_cpu() -> None:
+    """A fake device replaces the GPU."""
     whole = Architecture("", 1, 64, 128, 4, 2, 16, 294, 256, tied_embeddings=True)
     sizes = {"hidden_size": 64}
     sizes |= {"layers.1.ffn_hidden_size": 128, "layers.1.num_attention_heads": 4}
@@ -261,18 +237,11 @@ def test_layers_are_chosen_by_the_method(importance: Importance) -> None:
         layers_to_keep(replace(importance, layers={"block_influence": alone}), "loss", 2)
 
 
-def test_saved_scores_are_what_was_measured(importance: Importance, tmp_path: Path) -> None:
-    importance.save(tmp_path)
-    found = Importance.load(tmp_path)
-    assert replace(found, widths={}) == replace(importance, widths={})
-    assert all(torch.equal(found.widths[name], x) for name, x in importance.widths.items())
-
-
 DEAD_NEURONS, DEAD_GROUP, DEAD_LAYER, DEAD_CHANNELS = [3, 50, 127], 1, 2, [5, 40]
 
 
 def plant_dead(model: Any) -> None:
-    """Structure that does nothing, though its other weights are as large as any."""
+    """Zeroes the effect of some structure, but not all of its weights."""
     layers = model.model.layers
     for layer in layers:
         layer.mlp.up_proj.weight[DEAD_NEURONS] = 0
@@ -281,7 +250,7 @@ def plant_dead(model: Any) -> None:
     layers[DEAD_LAYER - 1].mlp.down_proj.weight[:] = 0
 
 
-def test_planted_dead_structure_is_found_and_is_not_missed(
+def test_planted_dead_structure_is_pruned_without_effect(
     even_llama: Path, calibration: torch.Tensor, tmp_path: Path
 ) -> None:
     checkpoint = planted(tmp_path / "whole", even_llama, plant_dead)
@@ -298,10 +267,10 @@ def test_planted_dead_structure_is_found_and_is_not_missed(
     torch.testing.assert_close(logits(student, calibration), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_planted_dead_head_and_channels_are_found(
+def test_planted_dead_head_and_channels_have_the_lowest_scores(
     even_llama: Path, calibration: torch.Tensor, tmp_path: Path
 ) -> None:
-    """A head that averages everything away beside one that looks at single tokens."""
+    """The dead head averages over all tokens; the other attends to single tokens."""
 
     def plant(model: Any) -> None:
         for layer in model.model.layers:
@@ -331,18 +300,10 @@ def test_planted_dead_head_and_channels_are_found(
     assert scores["hidden_size"][DEAD_CHANNELS].max() == 0
 
 
-def test_the_same_seed_gives_the_same_scores(
-    teacher: Path, calibration: torch.Tensor, importance: Importance
-) -> None:
-    again = score(teacher, calibration)
-    assert replace(again, widths={}) == replace(importance, widths={})
-    assert all(torch.equal(again.widths[name], x) for name, x in importance.widths.items())
-
-
 def test_shuffled_calibration_gives_the_same_ranking(
     teacher: Path, calibration: torch.Tensor, importance: Importance
 ) -> None:
-    """Sums over windows in another order: rank correlation above 0.999, and the same layers."""
+    """Sums in another order: rank correlation above 0.999, and the same layers."""
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
     cfg = replace(SCORE, num_loss_samples=16)
     straight, shuffled = score(teacher, calibration, cfg), score(teacher, calibration[order], cfg)
@@ -353,15 +314,27 @@ def test_shuffled_calibration_gives_the_same_ranking(
         assert shuffled.layers[method] == pytest.approx(scores, rel=1e-4, abs=1e-6)
 
 
-def test_micro_batches_change_no_score(
-    teacher: Path, calibration: torch.Tensor, importance: Importance
+def assert_same_scores(scores: Importance, expected: Importance) -> None:
+    assert scores.teacher_loss == pytest.approx(expected.teacher_loss, rel=1e-6)
+    for method, values in expected.layers.items():
+        assert scores.layers[method] == pytest.approx(values, rel=1e-5, abs=1e-6)
+    assert scores.widths.keys() == expected.widths.keys()
+    for name, values in expected.widths.items():
+        torch.testing.assert_close(scores.widths[name], values, rtol=1e-5, atol=1e-6)
+
+
+def test_micro_batches_and_chunks_of_logits_change_no_score(
+    teacher: Path,
+    calibration: torch.Tensor,
+    importance: Importance,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cfg = replace(SCORE, block_sizes=[], num_greedy_layers=0)
-    found = score(teacher, calibration, replace(cfg, micro_batch_size=3))
-    for name, scores in importance.widths.items():
-        torch.testing.assert_close(found.widths[name], scores, rtol=1e-5, atol=1e-6)
-    for method, scores in found.layers.items():
-        assert scores == pytest.approx(importance.layers[method], rel=1e-5, abs=1e-6)
+    monkeypatch.setattr("recipes.evaluation.predictions.LOGITS_BYTES", 4 * 294 * 50)
+    with LogitsWatch(294) as watch:
+        scores = score(teacher, calibration, replace(cfg, micro_batch_size=3))
+    assert watch.positions == 50
+    assert_same_scores(scores, importance)
     base = [
         score(teacher, calibration, replace(cfg, num_loss_samples=0, micro_batch_size=size))
         for size in (1, 8)
@@ -369,7 +342,7 @@ def test_micro_batches_change_no_score(
     assert base[0].teacher_loss == pytest.approx(base[1].teacher_loss, rel=1e-6)
 
 
-def test_noise_and_padding_are_refused_unless_asked_for(
+def test_noise_and_padding_are_refused_unless_configured(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise = replace(SCORE, calibration="random", num_calibration_samples=4, seq_length=32)
@@ -422,12 +395,7 @@ def test_two_pipeline_ranks_give_the_scores_of_one(
     (tmp_path / "ranks.py").write_text(f"END = {END}{RANK}")
     torch.save(calibration, tmp_path / "tokens.pt")
     run_ranks(*map(str, (tmp_path / "ranks.py", teacher, tmp_path / "tokens.pt", tmp_path)))
-    found = Importance.load(tmp_path)
-    assert found.greedy == importance.greedy
-    assert found.teacher_loss == pytest.approx(importance.teacher_loss, rel=1e-6)
-    for method, scores in importance.layers.items():
-        assert found.layers[method] == pytest.approx(scores, rel=1e-5, abs=1e-6)
-    assert found.blocks[2] == pytest.approx(importance.blocks[2], rel=1e-5, abs=1e-6)
-    assert found.widths.keys() == importance.widths.keys()
-    for name, scores in importance.widths.items():
-        torch.testing.assert_close(found.widths[name], scores, rtol=1e-5, atol=1e-6)
+    scores = Importance.load(tmp_path)
+    assert scores.greedy == importance.greedy
+    assert scores.blocks[2] == pytest.approx(importance.blocks[2], rel=1e-5, abs=1e-6)
+    assert_same_scores(scores, importance)
