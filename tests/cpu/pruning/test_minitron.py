@@ -371,28 +371,23 @@ def test_unknown_weights_are_refused() -> None:
     assert student_name("model.layers.3.mlp.up_proj.weight", KeptIndices([1, 2], {})) is None
 
 
-RANK = """
+RANK_SCRIPT = """
 import sys, torch
+from dataclasses import replace
 from pathlib import Path
-from recipes.pruning.importance import Importance
-from recipes.core.metrics import MetricsLog
-from recipes.pruning.settings import ScoreConfig as Config
-from recipes.pruning.scoring import score_checkpoint
 from recipes.core.stage import rank
-from recipes.data.token_windows import TextWindows
-scores = {"num_loss_samples": 8, "block_sizes": [2], "num_greedy_layers": 2}
-cfg = Config(**scores, pipeline_model_parallel_size=2)
-text = TextWindows.of(torch.load(sys.argv[2], weights_only=True), END)
-found = score_checkpoint(cfg, Path(sys.argv[1]), text, MetricsLog(None))
+from tests.cpu.pruning.test_minitron import SCORE, score
+tokens = torch.load(sys.argv[2], weights_only=True)
+scores = score(Path(sys.argv[1]), tokens, replace(SCORE, pipeline_model_parallel_size=2))
 if rank() == 0:
-    found.save(Path(sys.argv[3]))
+    scores.save(Path(sys.argv[3]))
 """
 
 
 def test_two_pipeline_ranks_give_the_scores_of_one(
     teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path
 ) -> None:
-    (tmp_path / "ranks.py").write_text(f"END = {END}{RANK}")
+    (tmp_path / "ranks.py").write_text(RANK_SCRIPT)
     torch.save(calibration, tmp_path / "tokens.pt")
     run_ranks(*map(str, (tmp_path / "ranks.py", teacher, tmp_path / "tokens.pt", tmp_path)))
     scores = Importance.load(tmp_path)

@@ -1,16 +1,20 @@
-"""What can be said of a training without torch."""
+"""Checks, progress and early stop of a training. Torch-free."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from recipes.distillation.settings import CorrectTeacherConfig
+from recipes.core.metrics import METRICS, MetricsLog
+from recipes.distillation.settings import CorrectTeacherConfig, DistillConfig
 from recipes.distillation.training import (
     CHECKPOINTS,
+    INITIAL_KL,
     steps_in,
+    stop_reason,
     training_progress,
     whole_checkpoints,
 )
@@ -19,11 +23,11 @@ from recipes.planning.hardware import Hardware
 from recipes.stages.correct_teacher import STAGE
 
 
-def test_progress_is_the_last_whole_checkpoint(tmp_path: Path) -> None:
+def test_progress_is_the_last_complete_checkpoint(tmp_path: Path) -> None:
     assert training_progress(tmp_path) is None
     for name in ("step=9", "step=19-last", "step=29"):
         (tmp_path / CHECKPOINTS / name).mkdir(parents=True)
-    (tmp_path / CHECKPOINTS / "step=29-unfinished").touch()  # NeMo's mark while it writes
+    (tmp_path / CHECKPOINTS / "step=29-unfinished").touch()  # NeMo's marker while it writes
     assert training_progress(tmp_path) == "step 20"
     assert {steps_in(path) for path in whole_checkpoints(tmp_path / CHECKPOINTS)} == {10, 20}
 
@@ -31,17 +35,19 @@ def test_progress_is_the_last_whole_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "rule"),
     [
+        ({}, None),
         ({"max_steps": 5}, "schedule"),
         ({"seq_length": 4096}, "seq-length"),
         ({"sequence_parallel": True, "tensor_model_parallel_size": 2}, "ranks"),
     ],
 )
-def test_rules_of_every_training(chain: Chain, fields: dict[str, float], rule: str) -> None:
-    assert [p.rule.name for p in STAGE.problems(CorrectTeacherConfig(**fields), chain)] == [rule]  # type: ignore[arg-type]
+def test_rules_of_every_training(chain: Chain, fields: dict[str, Any], rule: str | None) -> None:
+    problems = STAGE.problems(CorrectTeacherConfig(**fields), chain)
+    assert [problem.rule.name for problem in problems] == ([rule] if rule else [])
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "messages"),
     [
         ({}, []),
         ({"fp8_recipe": "delayed"}, ["scales all layers together"]),
@@ -50,13 +56,41 @@ def test_rules_of_every_training(chain: Chain, fields: dict[str, float], rule: s
         ({"micro_batch_size": 1, "seq_length": 40}, ["a micro batch is 40"]),
     ],
 )
-def test_what_multiplies_in_fp8(chain: Chain, fields: dict[str, object], said: list[str]) -> None:
+def test_rules_of_fp8(chain: Chain, fields: dict[str, Any], messages: list[str]) -> None:
     on_gpu = replace(chain, hardware=Hardware("h100", "gpu", memory_bytes=80e9))
-    found = list(STAGE.problems(CorrectTeacherConfig(fp8="hybrid", **fields), on_gpu))  # type: ignore[arg-type]
-    assert {p.rule.name for p in found} == ({"fp8"} if said else set())
-    assert len(found) == len(said)
-    assert all(words in problem.what for words, problem in zip(said, found, strict=True))
+    problems = list(STAGE.problems(CorrectTeacherConfig(fp8="hybrid", **fields), on_gpu))
+    assert {problem.rule.name for problem in problems} == ({"fp8"} if messages else set())
+    assert all(message in p.what for message, p in zip(messages, problems, strict=True))
 
 
-def test_a_teacher_is_corrected_by_default(chain: Chain) -> None:
-    assert list(STAGE.problems(CorrectTeacherConfig(), chain)) == []
+STEPS = 300
+HEALED = 0.5
+"""Fraction of the KL that healing leaves."""
+
+
+@pytest.mark.parametrize(
+    ("fields", "healed", "step", "reason"),
+    [
+        ({}, None, 200, ""),
+        ({"stop_at_recovered": 0.8}, None, 0, ""),
+        ({"stop_at_recovered": 0.8}, None, 100, ""),
+        ({"stop_at_recovered": 0.7}, None, 199, "step 100 of 300: recovered 75%"),
+        ({"stop_at_recovered": 0.8}, None, 200, "step 200 of 300: recovered 85%"),
+        ({"stop_at_recovered": 0.8, "max_steps": 200}, None, 200, ""),  # it is complete
+        ({"stop_at_recovered": 0.8}, HEALED, 100, "step 100 of 300: recovered 88%"),
+        ({"stop_at_recovered": 0.9}, HEALED, 100, ""),
+        ({"stop_at_recovered": 0.4}, HEALED, 0, ""),  # a training has at least one step
+    ],
+)
+def test_training_stops_at_the_recovered_fraction(
+    tmp_path: Path, fields: dict[str, Any], healed: float | None, step: int, reason: str
+) -> None:
+    log = MetricsLog(tmp_path / METRICS)
+    if healed:
+        log.progress("student", 1, 1, **{INITIAL_KL: healed})
+    for done, kd in {0: 0.8, 100: 0.2, 200: 0.12}.items():
+        log.progress("validate", done, STEPS, val_kd=kd)
+    cfg = DistillConfig(stage="distill", **{"max_steps": STEPS, **fields})
+    stopped = stop_reason(cfg, tmp_path / METRICS, step)
+    assert reason in stopped
+    assert bool(reason) == bool(stopped)
