@@ -1,10 +1,10 @@
-"""The search: views are what pruning gives, and the whole search as a user runs it."""
+"""A search from the ranking to the chosen recipe, with real prunings, trainings and engines."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,7 +48,6 @@ from recipes.stages import (
     successive_halving,
 )
 from tests.support.in_process import complete
-from tests.support.logits import LogitsWatch
 from tests.support.ranks import fork_command
 from tests.support.rounding import by_one_ulp
 from tests.support.runs import manifest_of, stage_dir
@@ -62,19 +61,21 @@ SHAPES: list[dict[str, Any]] = [
 
 
 def run_stage(module: Any, run_dir: Path, inputs: dict[str, str], **settings: Any) -> None:
-    """Runs a stage of a run in this process, with what other stages of it left."""
+    """Runs a stage of a run in this process, on the outputs of earlier stages."""
     name = module.__name__.rpartition(".")[2]
     config = module.STAGE.config(stage=name, inputs=inputs, **settings)
     complete(config, run_dir / name, {key: run_dir / source for key, source in inputs.items()})
 
 
+ROUNDINGS = 10
+"""Multiple of the change of a KL when log-probabilities change by one ulp."""
 TEACHER = {"checkpoint": "import_hf", "importance": "score"}
 RANKED = {"num_samples": 4, "num_healed": 2, "num_calibration_samples": 8}
 
 
 @pytest.fixture(scope="module")
 def before(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A search up to its halving."""
+    """Runs a search up to its ranking."""
     run, length = tmp_path_factory.mktemp("search"), {"seq_length": 64}
     model, steps = {"hf_path": str(even_llama)}, Space(1, 8, 8)
     run_stage(import_hf, run, {}, **model)
@@ -90,7 +91,7 @@ def before(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("targets", SHAPES)
-def test_a_view_of_sorted_weights_says_what_the_pruned_model_says(
+def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
     before: Path, targets: dict[str, Any]
 ) -> None:
     teacher = nemo.find_checkpoint(before / "import_hf" / ARTIFACT)
@@ -102,24 +103,24 @@ def test_a_view_of_sorted_weights_says_what_the_pruned_model_says(
     kept = choose(scores, whole, shape, sorted(layers))
     view = SortedModel(load_transformers(teacher), whole, scores)
     memory = {p.untyped_storage().data_ptr() for p in view._model.parameters()}
-    found = said_by(view.predictor(shape, kept.layers), tokens)
+    found = read_log_probs(view.predictor(shape, kept.layers), tokens)
     if "num_attention_heads" not in targets:
         assert {p.untyped_storage().data_ptr() for p in view._model.parameters()} <= memory
     expected = as_transformers(teacher, shape, prune_weights(teacher, kept, whole.kv_channels))
-    torch.testing.assert_close(found, said(expected, tokens), rtol=1e-4, atol=1e-4)
-    again = said_by(view.predictor(whole, [1, 2, 3, 4]), tokens)
-    whole_model = load_transformers(teacher)
-    torch.testing.assert_close(again, said(whole_model, tokens), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, log_probs(expected, tokens), rtol=1e-4, atol=1e-4)
+    again = read_log_probs(view.predictor(whole, [1, 2, 3, 4]), tokens)
+    exact = log_probs(load_transformers(teacher), tokens)
+    torch.testing.assert_close(again, exact, rtol=1e-4, atol=1e-4)
 
 
-def said_by(model: Predictor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of every next token but a window's first."""
+def read_log_probs(model: Predictor, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the log-probabilities of every next token, by our own code."""
     return log_probabilities(read(model, TextWindows.of(tokens), 1), slice(None))
 
 
 @torch.no_grad()
-def said(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """The same, by transformers alone."""
+def log_probs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the same, by transformers alone."""
     logits: torch.Tensor = model(tokens, use_cache=False).logits
     return logits[:, :-1].flatten(0, 1).log_softmax(-1)
 
@@ -155,8 +156,8 @@ def test_candidates_are_ranked_and_counted(before: Path) -> None:
 
 
 @pytest.mark.parametrize("healed", [True, False])
-def test_candidates_are_ranked_where_training_counts(before: Path, healed: bool) -> None:
-    """What one of them says, cut and healed for real and compared with whole logits."""
+def test_candidates_have_the_metrics_of_real_prunings(before: Path, healed: bool) -> None:
+    """One is pruned, healed and compared with whole logits, on the predictions that count."""
     candidates = manifest_of(before, "rank_candidates").result(SearchResult).candidates
     candidate = next(one for one in candidates if one.healed == healed)
     teacher = nemo.find_checkpoint(before / "import_hf" / ARTIFACT)
@@ -172,8 +173,8 @@ def test_candidates_are_ranked_where_training_counts(before: Path, healed: bool)
     end = manifest_of(before, "prepare_data").result(DatasetResult).document_end
     counted = (tokens[:, :-1] != end).flatten()
     assert (~counted).sum() > 0
-    expected = said(load_transformers(teacher), tokens)[counted]
-    found = said(as_transformers(teacher, candidate.shape, weights), tokens)[counted]
+    expected = log_probs(load_transformers(teacher), tokens)[counted]
+    found = log_probs(as_transformers(teacher, candidate.shape, weights), tokens)[counted]
 
     def kl_to_teacher(log_probabilities: torch.Tensor) -> float:
         kl = kl_div(log_probabilities, expected, log_target=True, reduction="batchmean")
@@ -186,35 +187,18 @@ def test_candidates_are_ranked_where_training_counts(before: Path, healed: bool)
     assert math.log(candidate.perplexity) == pytest.approx(loss, rel=1e-4)
 
 
-def test_candidates_are_ranked_with_logits_of_few_positions(
-    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ranked = manifest_of(before, "rank_candidates")
-    monkeypatch.setattr("recipes.evaluation.predictions.LOGITS_BYTES", 4 * 294 * 50)
-    names = {**TEACHER, "data": "prepare_data", "shapes": "enumerate_shapes"}
-    inputs = {n: Input(before / s, manifest_of(before, s)) for n, s in names.items()}
-    cfg = rank_candidates.STAGE.config(**RANKED, seq_length=64)
-    with LogitsWatch(294) as watch:
-        again = rank_candidates.run(cfg, inputs, stage_dir(tmp_path, "rank_candidates")).result
-    assert watch.positions == 50
-    proxies = [one.proxy for one in ranked.result(SearchResult).candidates]
-    assert [one.proxy for one in again.candidates] == pytest.approx(proxies, abs=2e-9)
-
-
-ROUNDINGS = 10
-"""Of what one ulp in the log-probabilities changes in a divergence."""
 SPACE = Space(1, 8, 8, max_depth_pruning=0.75)
 SERVICE = Service(precision="fp32", bytes_per_cached_value=4, context_length=64)
 
 
 @pytest.fixture(scope="module")
 def timed(before: Path) -> Manifest:
-    """Engines, each by its fastest repetition: others work on this machine, too."""
+    """Times engines by their fastest repetition, as other processes disturb the median."""
 
     def fastest(row: BenchmarkRow) -> float:
-        found = 1e3 * row.batch_size / row.decode_tokens_per_second.high
-        assert found <= step_ms(row)
-        return found
+        milliseconds = 1e3 * row.batch_size / row.decode_tokens_per_second.high
+        assert milliseconds <= step_ms(row)
+        return milliseconds
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure_latency, "step_ms", fastest)
@@ -225,7 +209,7 @@ def timed(before: Path) -> Manifest:
     return manifest_of(before, "measure_latency")
 
 
-def test_engines_are_timed_and_keep_a_budget_of_latency(before: Path, timed: Manifest) -> None:
+def test_measured_latency_changes_the_shapes_of_a_budget(before: Path, timed: Manifest) -> None:
     found = timed.result(LatencyResult)
     assert [shape.seen for shape in found.shapes] == [True] * 5 + [False]
     teacher, smallest = found.shapes[0], found.shapes[4]
@@ -239,7 +223,7 @@ def test_engines_are_timed_and_keep_a_budget_of_latency(before: Path, timed: Man
     assert measured.shapes(shape) != cfg.shapes(shape) != []
 
 
-def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
+def test_a_killed_halving_resumes_and_writes_the_winner_as_a_recipe(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranked = manifest_of(before, "rank_candidates").result(SearchResult).candidates
@@ -249,7 +233,7 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     )  # fmt: skip
     cfg = SuccessiveHalvingConfig(
         num_candidates=2,
-        also=[ranked[1].name],  # which it would be anyway
+        also=[ranked[1].name],  # it is among the best-ranked anyway
         num_samples=4,
         max_tokens=4096,
         distill=training,
@@ -259,7 +243,7 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     inputs = {n: Input(before / s, manifest_of(before, s)) for n, s in names.items()}
     out = tmp_path / "successive_halving" / "work" / ARTIFACT
     out.mkdir(parents=True)
-    started: list[str] = []  # the first as it is, the others by a fork
+    started: list[str] = []  # the first in a new process, the others by a fork
     start = stage_process.start_process
 
     def counted(command: list[str], log: IO[bytes], env: dict[str, str]) -> Any:
@@ -279,15 +263,15 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     prune, train = "recipes.stages.prune", "recipes.stages.distill"
     assert started == [prune, train, prune, "killed", train]
 
-    played = [c for c in result.candidates if c.tokens]
-    assert [c.name for c in played] == [c.name for c in ranked[:2]]
-    assert {c.tokens for c in played} == {2048}
-    as_cut = min(c.kl_to_teacher for c in ranked if not c.healed)
-    for candidate, untrained in zip(played, ranked, strict=False):
-        assert candidate.kl_to_teacher < as_cut
+    trained = [c for c in result.candidates if c.tokens]
+    assert [c.name for c in trained] == [c.name for c in ranked[:2]]
+    assert {c.tokens for c in trained} == {2048}
+    pruned_kl = min(c.kl_to_teacher for c in ranked if not c.healed)
+    for candidate, untrained in zip(trained, ranked, strict=False):
+        assert candidate.kl_to_teacher < pruned_kl
         assert candidate.proxy == untrained.proxy
     [winner] = [c for c in result.candidates if c.chosen]
-    assert winner.kl_to_teacher == min(c.kl_to_teacher for c in played)
+    assert winner.kl_to_teacher == min(c.kl_to_teacher for c in trained)
     recipe = OmegaConf.load(out / "recipe.yaml")
     targets = PruneTargets(
         **{
@@ -300,31 +284,16 @@ def test_a_tournament_that_was_stopped_goes_on_and_its_winner_is_a_recipe(
     assert pruned_shape(teacher, targets) == winner.shape
 
 
-def test_the_report_shows_every_candidate_the_winner_and_what_was_timed(
-    before: Path, timed: Manifest, tmp_path: Path
-) -> None:
-    """Of a ranking alone, whose first is taken; numbers are the manifests'."""
-    result = manifest_of(before, "rank_candidates").result(SearchResult)
-    winner = replace(result.candidates[0], chosen=True)
-    chosen = replace(result, candidates=[winner, *result.candidates[1:]])
+def test_the_report_shows_timed_shapes(before: Path, timed: Manifest, tmp_path: Path) -> None:
     ranked = manifest_of(before, "rank_candidates")
-    sources = {**ranked.inputs, "latency": timed.fingerprint}
-    search = replace(ranked, metrics=asdict(chosen), inputs=sources)
+    search = replace(ranked, inputs={**ranked.inputs, "latency": timed.fingerprint})
     inputs = {
         "teacher": Input(before / "import_hf", manifest_of(before, "import_hf")),
         "search": Input(before / "rank_candidates", search),
     }
-    (tmp_path / "work").mkdir()
-    out = tmp_path / "work" / ARTIFACT
-    out.mkdir()
+    out = stage_dir(tmp_path, "report")
     report.run(ReportConfig(title="search"), inputs, out)
     text = (out / REPORT_FILE).read_text()
-    for candidate in result.candidates:
-        assert candidate.name in text
-        assert f'value="{json.dumps(candidate.kl_to_teacher)}"' in text
-    assert f"<b>{winner.name}</b> was chosen" in text
-    assert 'id="plot-search"' in text
-    assert "enumerate_shapes" in text
     table = text[text.index('id="table-latency"') :].partition("</table>")[0]
     for shape in timed.result(LatencyResult).shapes:
         assert f">{shape.name}</th>" in table
