@@ -51,8 +51,10 @@ def reference(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Tensor:
     p, q = (teacher / loss.temperature).softmax(-1), (student / loss.temperature).softmax(-1)
     if loss.top_k not in (None, VOCABULARY):  # with the whole vocabulary the tail is empty
         ids = teacher.topk(loss.top_k).indices
-        left = torch.ones_like(teacher).scatter(1, ids, 0)
-        p, q = (torch.cat([x.gather(1, ids), (x * left).sum(-1, keepdim=True)], 1) for x in (p, q))
+        others = torch.ones_like(teacher).scatter(1, ids, 0)
+        p, q = (
+            torch.cat([x.gather(1, ids), (x * others).sum(-1, keepdim=True)], 1) for x in (p, q)
+        )
     m = loss.beta * p + (1 - loss.beta) * q
     value = {
         "forward_kl": lambda: kl(p, q),
@@ -62,10 +64,10 @@ def reference(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Tensor:
     return loss.temperature**2 * value
 
 
-def both(
+def with_reference(
     student: Tensor, teacher: Tensor, loss: LogitsLoss, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses and weighted gradients: ours of ``dtype``, the reference's of the same numbers."""
+    """Returns loss, reference, gradient and reference's gradient, of logits in ``dtype``."""
     student, teacher = student.to(dtype), teacher.to(dtype)
     ours, exact = student.clone().requires_grad_(), student.double().requires_grad_()
     losses = distillation_loss(ours, teacher, loss)
@@ -87,35 +89,37 @@ def test_values_and_gradients_equal_the_definition(
 ) -> None:
     for beta in (1e-3, 0.3, 0.5) if kind == "jsd" else (0.5,):
         loss = LogitsLoss(kind, temperature, beta, top, CHUNK)
-        losses, expected, gradient, slope = both(make_logits(2), make_logits(1), loss)
+        losses, expected, gradient, slope = with_reference(make_logits(2), make_logits(1), loss)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-6)
 
 
 @EACH_LOSS
 @EACH_TOP
-def test_bfloat16_logits_lose_only_their_own_rounding(kind: str, top: int | None) -> None:
-    """The value is as exact as in float32; gradient and weights are rounded to bfloat16."""
+def test_only_gradients_of_bfloat16_logits_are_rounded(kind: str, top: int | None) -> None:
     # Rounded random logits would have ties, and with them more than one top-k.
     steps = torch.arange(VOCABULARY, dtype=torch.float64) / 8 - 6
     order = torch.rand(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(1)).argsort(1)
     loss = LogitsLoss(kind, 2.0, top_k=top, chunk_bytes=CHUNK)
-    found = both(make_logits(2), steps[order], loss, torch.bfloat16)
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found[2], found[3], rtol=1.5e-2, atol=1e-6)
+    losses, expected, gradient, slope = with_reference(
+        make_logits(2), steps[order], loss, torch.bfloat16
+    )
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, slope, rtol=1.5e-2, atol=1e-6)
 
 
 @EACH_LOSS
 @EACH_TOP
 def test_extreme_logits_stay_finite_and_exact(kind: str, top: int | None) -> None:
     student, teacher = (80 * make_logits(seed).sign() for seed in (2, 1))
-    # Distinct, so that there is one top-k.
+    # Distinct values, so that there is only one top-k.
     teacher = teacher - torch.arange(VOCABULARY) / 64
     for temperature in (1.0, 0.5):
-        found = both(student, teacher, LogitsLoss(kind, temperature, top_k=top, chunk_bytes=CHUNK))
-        assert all(part.isfinite().all() for part in found)
-        torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(found[2], found[3], rtol=1e-4, atol=1e-4)
+        loss = LogitsLoss(kind, temperature, top_k=top, chunk_bytes=CHUNK)
+        losses, expected, gradient, slope = with_reference(student, teacher, loss)
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-4)
+        assert gradient.isfinite().all()
 
 
 @EACH_LOSS
@@ -135,7 +139,7 @@ def test_a_cached_top_k_equals_a_computed_one(kind: str) -> None:
 
 
 def test_samples_of_the_tail_are_unbiased() -> None:
-    """Over all quantiles that the first of equally spaced draws may be at."""
+    """Takes the mean over all quantiles of the first of the equally spaced draws."""
     draws, starts, loss = 3, 20_000, LogitsLoss(temperature=2.0)
     teacher, student = make_logits(1)[:1], make_logits(2)[:1]
     first = (torch.arange(starts) + 0.5) / starts
@@ -148,16 +152,17 @@ def test_samples_of_the_tail_are_unbiased() -> None:
     expected = reference(exact, teacher, loss)
     expected.sum().backward()
     assert exact.grad is not None
-    found = []
-    for known in (cached, TopK(cached.indices, cached.log_probs)):
+    means = []
+    for source in (cached, TopK(cached.indices, cached.log_probs)):
         ours = student.float().expand(starts, -1).clone().requires_grad_()
-        losses = distillation_loss(ours, known, loss)
+        losses = distillation_loss(ours, source, loss)
         losses.sum().backward()
         assert ours.grad is not None
-        found.append((losses.double().mean(), ours.grad.double().mean(dim=0)))
-    torch.testing.assert_close(found[0][0], expected[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found[0][1], exact.grad[0], rtol=0, atol=2e-4)
-    assert (found[1][1] - exact.grad[0]).abs().max() > 2e-2, "one outcome should be biased"
+        means.append((losses.double().mean(), ours.grad.double().mean(dim=0)))
+    (sampled, gradient), (_, biased) = means
+    torch.testing.assert_close(sampled, expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, exact.grad[0], rtol=0, atol=2e-4)
+    assert (biased - exact.grad[0]).abs().max() > 2e-2, "one outcome should be biased"
     with pytest.raises(RecipeError, match="use forward_kl"):
         distillation_loss(student.float(), cached.map(lambda t: t[:1]), LogitsLoss("jsd"))
 
@@ -167,11 +172,11 @@ def test_a_tiny_tail_is_exact() -> None:
     logits = make_logits(1)
     logits[:, 3] += 90
     cached = top_k(logits.float(), 1, 1.0)
-    left = logits.float().double().log_softmax(-1)
-    left[:, 3] = -torch.inf
+    tail = logits.float().double().log_softmax(-1)
+    tail[:, 3] = -torch.inf
     assert (cached.indices == 3).all()
     torch.testing.assert_close(
-        cached.log_probs[:, 1].double(), left.logsumexp(-1), rtol=1e-6, atol=0
+        cached.log_probs[:, 1].double(), tail.logsumexp(-1), rtol=1e-6, atol=0
     )
 
 
@@ -199,10 +204,8 @@ def test_the_combined_loss_is_the_weighted_sum(
     teacher, counts = make_logits(1).float(), make_weights().float()
     ours, theirs = (make_logits(2).float().requires_grad_() for _ in range(2))
     total, parts = combined_loss(ours, LossTargets(teacher, labels, (0.5, 3.0)), loss)
-    kd_loss, lm_loss = (
-        distillation_loss(theirs, teacher, loss),
-        token_cross_entropy(theirs, labels),
-    )
+    kd_loss = distillation_loss(theirs, teacher, loss)
+    lm_loss = token_cross_entropy(theirs, labels)
     (total * counts).sum().backward()
     ((0.5 * kd_loss + 3 * lm_loss) * counts).sum().backward()
     torch.testing.assert_close(parts, torch.stack([kd_loss, lm_loss]))
@@ -219,7 +222,7 @@ def test_a_second_backward_is_refused() -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """Numbers in the largest tensor of each type that any operation allocates."""
+    """Records the number of elements of the largest new tensor of each type."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,12 +230,12 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        there = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
-        found = func(*args, **kwargs)
-        for part in tensors(found):
-            if part.untyped_storage().data_ptr() not in there:  # neither a view nor in place
-                self.largest[part.dtype] = max(self.largest.get(part.dtype, 0), part.numel())
-        return found
+        existing = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
+        outputs = func(*args, **kwargs)
+        for tensor in tensors(outputs):
+            if tensor.untyped_storage().data_ptr() not in existing:  # neither a view nor in place
+                self.largest[tensor.dtype] = max(self.largest.get(tensor.dtype, 0), tensor.numel())
+        return outputs
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -245,14 +248,16 @@ def tensors(tree: Any) -> list[Tensor]:
 def test_no_full_size_float32_tensor_exists(trained: bool, kind: str, top: int | None) -> None:
     student = make_logits(2).bfloat16().requires_grad_(trained)
     teacher, labels = make_logits(1).bfloat16(), torch.zeros(TOKENS, dtype=torch.int64)
-    with Allocations() as seen:
+    with Allocations() as allocations:
         loss = LogitsLoss(kind, 2.0, 0.5, top, CHUNK)
         losses, _ = combined_loss(student, LossTargets(teacher, labels, (1.0, 1.0)), loss)
         losses = losses + token_cross_entropy(student, labels, chunk_bytes=CHUNK)
         if trained:
             losses.mean().backward()
-    assert 0 < seen.largest[torch.float32] <= CHUNK // 4
-    assert seen.largest[torch.bfloat16] == (TOKENS * VOCABULARY if trained else 0)  # the gradient
+    assert 0 < allocations.largest[torch.float32] <= CHUNK // 4
+    assert allocations.largest[torch.bfloat16] == (
+        TOKENS * VOCABULARY if trained else 0
+    )  # the gradient
 
 
 def test_bad_shapes_are_refused() -> None:
@@ -333,7 +338,7 @@ def test_vocabulary_split_over_two_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_reused_logits_give_the_same_gradient(compiled: bool) -> None:
-    found = []
+    results = []
     for reuse in (False, True):
         torch.compiler.reset()  # kernels of other tests count towards Dynamo's limit
         student, teacher = (make_logits(seed)[:64, :64].contiguous().bfloat16() for seed in (2, 1))
@@ -345,5 +350,5 @@ def test_reused_logits_give_the_same_gradient(compiled: bool) -> None:
             assert torch.equal(student, before) != reuse
             losses.sum().backward()
         assert student.grad is not None
-        found.append((losses, student.grad.clone()))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        results.append((losses, student.grad.clone()))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

@@ -21,7 +21,6 @@ from recipes.planning.chain import Chain
 from recipes.search.results import Candidate
 from recipes.search.settings import (
     EnumerateShapesConfig,
-    MeasureLatencyConfig,
     RankCandidatesConfig,
     SuccessiveHalvingConfig,
 )
@@ -168,73 +167,39 @@ def test_measured_latency_is_of_the_search_space(plan: MakePlan, recipe: str) ->
     assert stages["enumerate_shapes"].inputs["latency"].kind == "latency_model"
 
 
-TWO_DEVICES = Resources(devices=2)
+TWO = Resources(devices=2)
 SHORT = Service(context_length=256)
+INT3 = BuildEngineConfig(precision="int3")
 
 
 @pytest.mark.parametrize(
-    ("stage", "config", "rule", "message"),
+    ("stage", "settings", "rule", "message"),
     [
-        (enumerate_shapes, EnumerateShapesConfig(), "budget", "is empty"),
+        (enumerate_shapes, {}, "budget", "is empty"),
+        (enumerate_shapes, {"budget": Budget(parameters=10.0)}, "budget", "no architecture fits"),
         (
             enumerate_shapes,
-            EnumerateShapesConfig(budget=Budget(parameters=10.0)),
-            "budget",
-            "no architecture fits",
-        ),
-        (
-            enumerate_shapes,
-            EnumerateShapesConfig(budget=Budget(tokens_per_second=1e12)),
-            "budget",
-            "no architecture fits",
-        ),
-        (
-            enumerate_shapes,
-            EnumerateShapesConfig(budget=Budget(tokens_per_second=0.7)),
+            {"budget": Budget(tokens_per_second=0.7)},
             "budget",
             "the teacher is within the budget",
         ),
-        (
-            measure_latency,
-            MeasureLatencyConfig(service=Service(context_length=8)),
-            "length",
-            "leaves no prompt",
-        ),
-        (
-            measure_latency,
-            MeasureLatencyConfig(service=Service(context_length=2000)),
-            "length",
-            "more than the model's",
-        ),
-        (
-            measure_latency,
-            MeasureLatencyConfig(service=SHORT, engine=BuildEngineConfig(precision="int3")),
-            "format",
-            "int3",
-        ),
-        (rank_candidates, RankCandidatesConfig(seq_length=2000), "seq-length", "2000"),
+        (measure_latency, {"service": Service(context_length=8)}, "length", "leaves no prompt"),
+        (measure_latency, {"service": Service(context_length=2000)}, "length", "more than the"),
+        (measure_latency, {"service": SHORT, "engine": INT3}, "format", "int3"),
+        (rank_candidates, {"seq_length": 2000}, "seq-length", "2000"),
+        (successive_halving, {"max_tokens": 9000}, "search", "less than two steps"),
         (
             successive_halving,
-            SuccessiveHalvingConfig(max_tokens=9000),
-            "search",
-            "less than two steps",
-        ),
-        (
-            successive_halving,
-            SuccessiveHalvingConfig(
-                num_candidates=1,
-                resources=TWO_DEVICES,
-                distill=DistillConfig(resources=TWO_DEVICES),
-            ),
+            {"num_candidates": 1, "resources": TWO, "distill": DistillConfig(resources=TWO)},
             "search",
             "distill.resources.devices=2",
         ),
     ],
 )
 def test_impossible_settings_are_refused(
-    chain: Chain, stage: Any, config: Any, rule: str, message: str
+    chain: Chain, stage: Any, settings: dict[str, Any], rule: str, message: str
 ) -> None:
-    [problem] = stage.STAGE.check(config, chain)
+    [problem] = stage.STAGE.check(stage.STAGE.config(**settings), chain)
     assert problem.rule.name == rule
     assert message in str(problem)
 
