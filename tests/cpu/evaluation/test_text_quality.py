@@ -1,4 +1,4 @@
-"""Quality on text: which predictions count, and what is said of each source."""
+"""Quality on text: the predictions that count, metrics by source, and memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONFIG = EvaluateConfig(seq_length=LENGTH, num_sequences=9, prompt_tokens=8, new
 def data(
     models: dict[str, Any], text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Input:
-    """Prose and numbers, as ``prepare_data`` leaves them."""
+    """Prepares prose and numbers."""
     folder = tmp_path_factory.mktemp("data")
     paragraphs = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     (folder / "prose.txt").write_text("\n\n".join(text[:80] for text in paragraphs[:400]))
@@ -64,28 +64,28 @@ def evaluated(
 
 
 @pytest.fixture(scope="module")
-def found(
+def quality(
     models: dict[str, Any], data: Input, tmp_path_factory: pytest.TempPathFactory
 ) -> EvaluationResult:
     return evaluated(models, data, tmp_path_factory.mktemp("evaluated"))
 
 
 def test_quality_is_measured_by_source(
-    found: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
+    quality: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
 ) -> None:
     result = data.manifest.result(DatasetResult)
     for part, lengths in result.source_tokens.items():
         assert [entry.source for entry in lengths] == ["prose", "numbers"]
         assert sum(entry.tokens for entry in lengths) == result.tokens[part]
-    assert found.sequences == 10
-    assert {name: source.sequences for name, source in found.sources.items()} == {
+    assert quality.sequences == 10
+    assert {name: source.sequences for name, source in quality.sources.items()} == {
         "prose": 5,
         "numbers": 5,
     }
-    assert found.predictions == sum(s.predictions for s in found.sources.values())
+    assert quality.predictions == sum(s.predictions for s in quality.sources.values())
     for role in ROLES:
-        losses = [getattr(found.sources[name], role).loss for name in ("prose", "numbers")]
-        assert found.models()[role].loss == pytest.approx(sum(losses) / 2)
+        losses = [getattr(quality.sources[name], role).loss for name in ("prose", "numbers")]
+        assert quality.models()[role].loss == pytest.approx(sum(losses) / 2)
         assert abs(losses[0] - losses[1]) > 0.1
 
     whole = {"heldout": [SourceTokens("all", result.tokens["heldout"])]}
@@ -94,39 +94,39 @@ def test_quality_is_measured_by_source(
     assert (one.sequences, one.sources) == (9, {})
 
 
-def test_what_follows_a_document_is_not_measured(
-    found: EvaluationResult, models: dict[str, Any], data: Input
+def test_predictions_across_documents_do_not_count(
+    quality: EvaluationResult, models: dict[str, Any], data: Input
 ) -> None:
-    """Window by window and with whole logits, as training counts."""
+    """Compares with metrics from whole logits, sequence by sequence."""
     result = data.manifest.result(DatasetResult)
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
     end = tokens[-1]
     second = -(-result.source_tokens["heldout"][0].tokens // LENGTH)
     starts = [LENGTH * (first + n) for first in (0, second) for n in range(5)]
-    windows = torch.stack([tokens[start : start + LENGTH] for start in starts])
-    counted = windows[:, :-1] != end
-    assert found.predictions == counted.sum() < counted.numel() == found.tokens - found.sequences
-    for role, quality in found.models().items():
-        figures = [quality.loss, quality.kl_to_teacher, quality.top1_agreement]
-        expected = exact_metrics(models, windows, counted, role)
-        assert figures == pytest.approx(expected, abs=1e-5)
+    sequences = torch.stack([tokens[start : start + LENGTH] for start in starts])
+    counted = sequences[:, :-1] != end
+    assert counted.numel() == quality.tokens - quality.sequences
+    assert quality.predictions == counted.sum() < counted.numel()
+    for role, model in quality.models().items():
+        metrics = [model.loss, model.kl_to_teacher, model.top1_agreement]
+        assert metrics == pytest.approx(exact_metrics(models, sequences, counted, role), abs=1e-5)
 
 
 def exact_metrics(
-    models: dict[str, Any], windows: torch.Tensor, counted: torch.Tensor, role: str
+    models: dict[str, Any], sequences: torch.Tensor, counted: torch.Tensor, role: str
 ) -> list[float]:
-    """Loss, KL and agreement as means over windows, from whole logits."""
+    """Loss, KL and agreement as means over sequences, from whole logits."""
     metrics = []
     with torch.no_grad():
         ours, teacher = (
-            load_causal_lm(models[name].hf)(windows).logits[:, :-1] for name in (role, "teacher")
+            load_causal_lm(models[name].hf)(sequences).logits[:, :-1] for name in (role, "teacher")
         )
     for number, mask in enumerate(counted):
         scores, reference = ours[number][mask], teacher[number][mask]
         target = reference.log_softmax(-1)
         metrics.append(
             [
-                cross_entropy(scores, windows[number, 1:][mask]),
+                cross_entropy(scores, sequences[number, 1:][mask]),
                 kl_div(scores.log_softmax(-1), target, log_target=True, reduction="batchmean"),
                 (scores.argmax(-1) == reference.argmax(-1)).float().mean(),
             ]
@@ -135,10 +135,10 @@ def exact_metrics(
     return means
 
 
-def test_of_conversations_only_answers_are_measured(
+def test_only_answers_of_conversations_count(
     models: dict[str, Any], text_file: Path, tmp_path: Path
 ) -> None:
-    """By whole logits; an end that follows another is of a conversation, any other of a turn."""
+    """An end token after another ends a conversation, any other a turn."""
     (tmp_path / "prose.txt").write_text("\n\n".join(f"a line, the {n}th" for n in range(99)))
     chats = write_chats(tmp_path / "chats.jsonl", text_file, letters=4)
     data = prepared(models, tmp_path, [chats], heldout_sources=[str(tmp_path / "prose.txt")])
@@ -147,30 +147,30 @@ def test_of_conversations_only_answers_are_measured(
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
     first = -(-prose.tokens // LENGTH)
     whole = tokens[first * LENGTH : (prose.tokens + said.tokens) // LENGTH * LENGTH]
-    windows = whole.view(-1, LENGTH)[:4]
-    learnt = torch.zeros_like(windows, dtype=torch.bool)
-    for window, marks in zip(windows, learnt, strict=True):
+    sequences = whole.view(-1, LENGTH)[:4]
+    answers = torch.zeros_like(sequences, dtype=torch.bool)
+    for sequence, marks in zip(sequences, answers, strict=True):
         turn = 0
-        for place, token in enumerate(window):
+        for place, token in enumerate(sequence):
             marks[place] = turn % 2 == 1
             if token == end:
-                turn = 0 if place == 0 or window[place - 1] == end else turn + 1
+                turn = 0 if place == 0 or sequence[place - 1] == end else turn + 1
                 marks[place] &= turn != 0
-    counted = learnt[:, 1:]
-    found = evaluated(models, data, tmp_path, replace(CONFIG, num_sequences=8)).sources["chats"]
-    assert (found.sequences, found.predictions) == (4, counted.sum())
+    counted = answers[:, 1:]
+    cfg = replace(CONFIG, num_sequences=8)
+    chats_quality = evaluated(models, data, tmp_path, cfg).sources["chats"]
+    assert (chats_quality.sequences, chats_quality.predictions) == (4, counted.sum())
     assert 0.3 < counted.float().mean() < 0.9
     for role in ROLES:
-        quality = getattr(found, role)
-        figures = [quality.loss, quality.kl_to_teacher, quality.top1_agreement]
-        expected = exact_metrics(models, windows, counted, role)
-        assert figures == pytest.approx(expected, abs=1e-5)
+        model = getattr(chats_quality, role)
+        metrics = [model.loss, model.kl_to_teacher, model.top1_agreement]
+        assert metrics == pytest.approx(exact_metrics(models, sequences, counted, role), abs=1e-5)
     with pytest.raises(RecipeError, match=f"whole in windows of {LENGTH}"):
         evaluated(models, data, tmp_path / "shorter", replace(CONFIG, seq_length=16))
 
 
-def test_one_model_is_in_memory_at_a_time_and_logits_of_few_positions(
-    found: EvaluationResult,
+def test_memory_holds_one_model_and_logits_of_few_positions(
+    quality: EvaluationResult,
     models: dict[str, Any],
     data: Input,
     tmp_path: Path,
@@ -191,25 +191,25 @@ def test_one_model_is_in_memory_at_a_time_and_logits_of_few_positions(
         again = evaluated(models, data, tmp_path)
     assert (len(loaded), watch.positions) == (3, 50)
     for role in ROLES:
-        whole, parts = (asdict(each.models()[role]) for each in (found, again))
+        whole, parts = (asdict(each.models()[role]) for each in (quality, again))
         assert parts == pytest.approx(whole, abs=1e-6, rel=1e-6)
 
 
-def test_bfloat16_changes_figures_little(
-    found: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
+def test_bfloat16_changes_metrics_little(
+    quality: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
 ) -> None:
     halved = evaluated(models, data, tmp_path, replace(CONFIG, precision="bf16-mixed"))
-    assert (halved.dtype_name, halved.predictions) == ("bfloat16", found.predictions)
+    assert (halved.dtype_name, halved.predictions) == ("bfloat16", quality.predictions)
     assert halved.teacher.kl_to_teacher == 0
     for role in ROLES:
-        exact, near = found.models()[role], halved.models()[role]
+        exact, near = quality.models()[role], halved.models()[role]
         assert 0 < abs(near.loss - exact.loss) < 0.01
         assert near.kl_to_teacher == pytest.approx(exact.kl_to_teacher, abs=0.01)
         assert near.top1_agreement == pytest.approx(exact.top1_agreement, abs=0.03)
 
 
-def test_loss_is_recovered_only_where_pruning_cost_more_than_noise() -> None:
+def test_a_lower_loss_counts_as_recovered() -> None:
     losses = {"teacher": [3.0, 3.25, 2.75], "distilled": [3.25, 3.5, 3.0]}
-    for pruned, share in (([4.0, 4.25, 3.75], 0.75), ([3.5, 3.125, 2.875], None)):
+    for pruned, fraction in (([4.0, 4.25, 3.75], 0.75), ([3.5, 3.125, 2.875], None)):
         scores = {role: Scores(each) for role, each in {**losses, "pruned": pruned}.items()}
-        assert text_quality._recovered(scores) == share
+        assert text_quality._recovered(scores) == fraction
