@@ -23,7 +23,7 @@ from benchmarks.distill import Record, Shape
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT
-from recipes.data.token_windows import windows
+from recipes.data.token_sequences import first_sequences
 from recipes.evaluation.text_quality import load_transformers
 
 LR, BETA1, BETA2, WEIGHT_DECAY, CLIP = 1e-4, 0.9, 0.95, 0.1, 1.0
@@ -136,7 +136,7 @@ def run_baseline(name: str, shape: Shape, run_dir: Path) -> Record:
     """
     train, bfloat16 = LOOPS[name]
     number = shape.steps * shape.micro_batch
-    text = windows(run_dir / "prepare_data" / ARTIFACT, "train", shape.seq_length, number)
+    text = first_sequences(run_dir / "prepare_data" / ARTIFACT, "train", shape.seq_length, number)
     if len(text) < number:
         raise RecipeError(f"{run_dir} has text for only {len(text)} sequences.", "lower --steps")
     teacher = load_transformers(find_checkpoint(run_dir / "import_hf" / ARTIFACT))

@@ -1,1 +1,1 @@
-"""Text: documents from any source, and fixed windows of tokens."""
+"""Text: documents from any source, and fixed sequences of tokens."""

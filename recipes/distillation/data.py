@@ -17,15 +17,15 @@ from recipes.backend.device import device
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
 from recipes.data.results import DatasetResult, SourceTokens
-from recipes.data.token_windows import (
-    count_windows,
+from recipes.data.token_sequences import (
+    count_sequences,
     counted,
     read_loss_mask,
     read_tokens,
-    require_windows,
+    require_seq_length,
+    sequence_order,
+    sequence_tokens,
     spread,
-    window,
-    window_order,
 )
 from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.settings import TrainingConfig
@@ -35,7 +35,7 @@ TEACHER_PREFIX = "teacher_"
 
 
 @dataclass(eq=False)
-class TextSequences(Dataset):
+class TrainingSequences(Dataset):
     """Samples of a training: any number of epochs over the sequences of a split.
 
     Sample i is the sequence at position i mod n of epoch i // n.
@@ -60,7 +60,7 @@ class TextSequences(Dataset):
     _epoch: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:
-        self._total = count_windows(self.tokens, self.seq_length)
+        self._total = count_sequences(self.tokens, self.seq_length)
         self.ids = np.arange(self._total) if self.cache is None else self.cache.sequences
         if self.numbers is not None:
             self.ids = np.array([n for n in self.numbers if n < self._total])
@@ -85,7 +85,7 @@ class TextSequences(Dataset):
 
     def sequence(self, number: int) -> dict[str, Tensor]:
         """Returns ``tokens``, ``labels``, ``position_ids`` int64 [S], ``loss_mask`` float32 [S]."""
-        tokens = torch.from_numpy(window(self.tokens, self.seq_length, number))
+        tokens = torch.from_numpy(sequence_tokens(self.tokens, self.seq_length, number))
         mask = counted(self.tokens, self.loss_mask, self.seq_length, number, self.end)
         return {
             "tokens": tokens[:-1],
@@ -100,7 +100,7 @@ class TextSequences(Dataset):
         if self.seed is None:
             return int(self.ids[position])
         if epoch != self._epoch:  # samples come in order, so only the last order is stored
-            self._order = window_order(self.ids, self._total, self.seed, epoch)
+            self._order = sequence_order(self.ids, self._total, self.seed, epoch)
             self._epoch = epoch
         return int(self._order[position])
 
@@ -135,7 +135,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         Raises:
             RecipeError: The data has conversations of another ``seq_length``.
         """
-        require_windows(data, cfg.seq_length)
+        require_seq_length(data, cfg.seq_length)
         text = data.manifest.result(DatasetResult)
         return cls(
             data.artifact,
@@ -160,22 +160,22 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         # One batch more than is used: a run that was killed after its last step resumes at the end,
         # where NeMo's sampler would fail.
         samples = (self.trainer.max_steps + 1) * batch
-        self._train_ds = self._windows("train", samples, seed=self.seed, cache=self._cache)
+        self._train_ds = self._sequences("train", samples, seed=self.seed, cache=self._cache)
         self._require_batch(len(self._train_ds.ids), batch)
         count = self.trainer.limit_val_batches * batch
         by_source = spread(self._validation, self.seq_length, count).values()
         # Sources alternate, so that whole batches omit none.
         alternating = [n for each in zip_longest(*by_source) for n in each if n is not None]
-        self._validation_ds = self._windows("validation", 0, numbers=alternating)
+        self._validation_ds = self._sequences("validation", 0, numbers=alternating)
         whole = max(1, len(self._validation_ds.ids) // batch)
         steps = max(1, min(self.trainer.limit_val_batches, whole))
         self._validation_ds.num_samples = steps * batch
         self._test_ds = self._validation_ds
 
-    def _windows(self, part: str, samples: int, **settings: Any) -> TextSequences:
+    def _sequences(self, part: str, samples: int, **settings: Any) -> TrainingSequences:
         # NeMo's step requires a mask without TransformerEngine; our attention does not read it.
         mask = torch.zeros(1, 1, 1, dtype=torch.bool) if self.create_attention_mask else None
-        return TextSequences(
+        return TrainingSequences(
             read_tokens(self._artifact, part),
             self.seq_length,
             samples,

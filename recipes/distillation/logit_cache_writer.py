@@ -18,14 +18,14 @@ from recipes.core.files import link_or_copy
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input, StoppedByDeadlineError, deadline, rank, time_is_up
 from recipes.data.results import DatasetResult
-from recipes.data.token_windows import (
-    count_windows,
+from recipes.data.token_sequences import (
+    count_sequences,
     read_loss_mask,
     read_tokens,
-    require_windows,
-    window_order,
+    require_seq_length,
+    sequence_order,
 )
-from recipes.distillation.data import TextSequences
+from recipes.distillation.data import TrainingSequences
 from recipes.distillation.logit_cache import (
     SHARD,
     CacheIndex,
@@ -56,16 +56,16 @@ def cache_logits(
     nemo.initialize(parallel)
     core = nemo.build_core(nemo.restore_model(teacher), parallel, cfg.dtype, training=True).eval()
     nemo.load_weights(core, teacher)
-    require_windows(data, cfg.seq_length)
+    require_seq_length(data, cfg.seq_length)
     tokens = read_tokens(data.artifact, "train")
-    total = count_windows(tokens, cfg.seq_length)
-    text = TextSequences(
+    total = count_sequences(tokens, cfg.seq_length)
+    text = TrainingSequences(
         tokens,
         cfg.seq_length,
         num_samples=0,
         end=data.manifest.result(DatasetResult).document_end,
         loss_mask=read_loss_mask(data.artifact, "train"),
-        numbers=window_order(np.arange(total), total, cfg.seed, 0)[: cfg.num_sequences].tolist(),
+        numbers=sequence_order(np.arange(total), total, cfg.seed, 0)[: cfg.num_sequences].tolist(),
     )
     vocabulary = nemo.architecture_of(teacher).vocab_size
     count = math.ceil(len(text.ids) / cfg.sequences_per_shard)
@@ -97,7 +97,7 @@ def cache_logits(
 def _write_shards(
     cfg: CacheLogitsConfig,
     core: torch.nn.Module,
-    text: TextSequences,
+    text: TrainingSequences,
     index: CacheIndex,
     folder: Path,
     log: MetricsLog,
@@ -154,7 +154,7 @@ def _any(stopping: bool, device: torch.device, group: ProcessGroup | None = None
 
 @torch.no_grad()
 def _evaluate_teacher(
-    cfg: CacheLogitsConfig, core: torch.nn.Module, text: TextSequences, numbers: list[int]
+    cfg: CacheLogitsConfig, core: torch.nn.Module, text: TrainingSequences, numbers: list[int]
 ) -> tuple[TopK, float] | None:
     """Computes the teacher's top-k [n, seq_length, …] of sequences, and its mean LM loss.
 

@@ -12,7 +12,7 @@ from nemo_convert.parity import TEXT
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
-from recipes.data.token_windows import read_windows
+from recipes.data.token_sequences import read_sequences
 from recipes.engines.openvino import STORED, Logits, Pipeline, weight_types
 from recipes.engines.results import EngineComparison, EngineQuality
 from recipes.engines.settings import BuildEngineConfig
@@ -54,7 +54,7 @@ def compare_engine(
     types = require_compressed(cfg, weight_types(engine))
     quality = None
     if data is not None:
-        text = read_windows(data, "heldout", cfg.seq_length, cfg.num_sequences)
+        text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
         teacher = Predictor.of(source)
         # The engine's head cannot be separated from its layers.
         predictor = Predictor(lambda t: logits(t).logits, lambda each: each, teacher.vocabulary)

@@ -18,7 +18,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
-from recipes.data.token_windows import read_windows
+from recipes.data.token_sequences import read_sequences
 from recipes.engines.results import QuantizationQuality, QuantizationResult
 from recipes.engines.settings import QuantizeConfig
 from recipes.engines.tensorrt_llm import QUANT_ALGOS, quantised_as
@@ -44,7 +44,8 @@ def quantize_folder(
         RecipeError: The result has another format, or its loss is not finite.
     """
     enable("torch")
-    text = read_windows(data, "calibration", cfg.seq_length, cfg.num_sequences).tokens.to(device())
+    calibration = read_sequences(data, "calibration", cfg.seq_length, cfg.num_sequences)
+    text = calibration.tokens.to(device())
     # Weights that are not quantized are served in bfloat16.
     model = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
@@ -54,8 +55,8 @@ def quantize_folder(
 
     def calibrate(model: torch.nn.Module) -> None:
         # One by one: AWQ's scales depend on how the text is divided into batches.
-        for number, window in enumerate(text.split(1), 1):
-            model(window)
+        for number, sequence in enumerate(text.split(1), 1):
+            model(sequence)
             log.progress("calibrate", number, len(text))
 
     settings: dict[str, Any] = copy.deepcopy(QUANTIZATION_CONFIGS[cfg.format])
@@ -82,7 +83,7 @@ def _quality(
     cfg: QuantizeConfig, folder: Path, model: Any, data: Input, log: MetricsLog
 ) -> QuantizationQuality:
     """Compares with the original while ModelOpt still simulates quantization."""
-    text = read_windows(data, "heldout", cfg.seq_length, cfg.num_eval_sequences)
+    text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_eval_sequences)
     source = load_causal_lm(folder).to(next(model.parameters()).device)
     models = {TEACHER: Predictor.of(source), "quantized": Predictor.of(model)}
     scores = score(models, text, 1, log)

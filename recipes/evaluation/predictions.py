@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from recipes.core.errors import RecipeError
 from recipes.core.precision import float32_matmul_of
-from recipes.data.token_windows import TextWindows
+from recipes.data.token_sequences import TextSequences
 from recipes.planning.transformer import LOGITS_BYTES
 
 TEACHER = "teacher"
@@ -77,7 +77,7 @@ class FinalStates:
 @torch.no_grad()
 def read(
     model: Predictor,
-    text: TextWindows,
+    text: TextSequences,
     micro_batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> FinalStates:
@@ -103,7 +103,7 @@ class PredictionMetrics:
 
 
 @torch.no_grad()
-def compare(models: Mapping[str, FinalStates], text: TextWindows) -> dict[str, PredictionMetrics]:
+def compare(models: Mapping[str, FinalStates], text: TextSequences) -> dict[str, PredictionMetrics]:
     """Compares models by role, one of which is the teacher."""
     chunks_of: dict[str, list[Tensor]] = {role: [] for role in models}
     teacher, every_target = models[TEACHER], text.targets

@@ -31,7 +31,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Input
 from recipes.core.statistics import standard_error
-from recipes.data.token_windows import TextWindows, read_windows
+from recipes.data.token_sequences import TextSequences, read_sequences
 from recipes.evaluation.paired import recovered
 from recipes.evaluation.predictions import (
     TEACHER,
@@ -59,7 +59,7 @@ def measure(
 
     One model is in memory at a time.
     """
-    text = read_windows(data, "heldout", cfg.seq_length, cfg.num_sequences)
+    text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
     tokenizer = AutoTokenizer.from_pretrained(
         nemo.side_files(checkpoints[TEACHER]), trust_remote_code=False
     )
@@ -113,7 +113,7 @@ class Scores:
     agreements: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, metrics: PredictionMetrics, text: TextWindows) -> Scores:
+    def of(cls, metrics: PredictionMetrics, text: TextSequences) -> Scores:
         """Computes the means of a text's sequences."""
         sizes = text.counted.sum(dim=1).tolist()
         return cls(
@@ -137,7 +137,7 @@ class Scores:
 
 
 def score(
-    models: Mapping[str, Predictor], text: TextWindows, micro_batch_size: int, log: MetricsLog
+    models: Mapping[str, Predictor], text: TextSequences, micro_batch_size: int, log: MetricsLog
 ) -> dict[str, Scores]:
     """Compares models in memory with the one whose role is the teacher."""
     scores = {role: Scores() for role in models}
@@ -150,7 +150,7 @@ def score(
     return scores
 
 
-def beside(teacher: FinalStates, student: FinalStates, text: TextWindows) -> TokenQuality:
+def beside(teacher: FinalStates, student: FinalStates, text: TextSequences) -> TokenQuality:
     """Compares a student with its teacher."""
     metrics = compare({TEACHER: teacher, "student": student}, text)["student"]
     loss, kl = (each.double().mean().item() for each in (metrics.losses, metrics.divergences))
@@ -158,7 +158,7 @@ def beside(teacher: FinalStates, student: FinalStates, text: TextWindows) -> Tok
 
 
 def measure_checkpoints(
-    teacher: Path, students: Sequence[Path], text: TextWindows, precision: str, size: int
+    teacher: Path, students: Sequence[Path], text: TextSequences, precision: str, size: int
 ) -> list[TokenQuality]:
     """Compares NeMo checkpoints with a teacher's, one in memory at a time."""
 
@@ -171,7 +171,7 @@ def measure_checkpoints(
     return [beside(reference, states(student), text) for student in students]
 
 
-def _by_source(scores: Mapping[str, Scores], text: TextWindows) -> dict[str, SourceQuality]:
+def _by_source(scores: Mapping[str, Scores], text: TextSequences) -> dict[str, SourceQuality]:
     """Returns the metrics of each source's sequences."""
     return {
         source: SourceQuality(

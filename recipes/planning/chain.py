@@ -62,7 +62,7 @@ class Chain:
 
 
 def sequence_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
-    """Checks a window's length against the teacher's positions, and against conversations."""
+    """Checks a sequence's length against the teacher's positions, and against conversations."""
     limit = chain.teacher.max_position_embeddings
     if not 1 <= seq_length <= limit:
         yield Problem(
@@ -76,7 +76,7 @@ def sequence_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
         if config.seq_length != seq_length:
             yield Problem(
                 rules.CHAT,
-                f"seq_length={seq_length}, but {name} keeps conversations whole in windows of "
+                f"seq_length={seq_length}, but {name} keeps conversations whole in sequences of "
                 f"{config.seq_length}",
                 "set data.seq_length, which all stages take",
             )

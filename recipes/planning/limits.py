@@ -118,14 +118,14 @@ def _text_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
         yield Problem(
             rules.TOKENS,
             f"{name} trains on batches of {batch:,} tokens, but there are {most:,.0f} at most",
-            "give more text or cached windows, or lower global_batch_size or data.seq_length",
+            "give more text or cached sequences, or lower global_batch_size or data.seq_length",
         )
     elif job.tokens > expected:
         yield Problem(
             rules.EPOCHS,
             f"{name} trains on {job.tokens:,} tokens; there are about {expected:,.0f}, each of "
             f"which it sees {job.tokens / expected:.1f} times",
-            "give more text or cached windows, or lower max_steps",
+            "give more text or cached sequences, or lower max_steps",
         )
 
 

@@ -34,7 +34,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Input
-from recipes.data.token_windows import TextWindows, read_windows
+from recipes.data.token_sequences import TextSequences, read_sequences
 from recipes.evaluation.predictions import chunks, float32_head, require_better_than_chance
 from recipes.pruning.importance import Importance
 from recipes.pruning.settings import ScoreConfig
@@ -43,7 +43,7 @@ MAX_TOKEN_FRACTION = 0.5
 """Largest fraction of a single token in calibration text; above it the text is padding."""
 
 
-def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextWindows:
+def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextSequences:
     """Returns calibration text, or random tokens if so configured.
 
     Raises:
@@ -53,8 +53,8 @@ def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextWindow
         vocabulary = nemo.architecture_of(teacher).vocab_size
         shape = (cfg.num_calibration_samples, cfg.seq_length)
         generator = torch.Generator().manual_seed(cfg.seed)
-        return TextWindows.of(torch.randint(vocabulary, shape, generator=generator))
-    text = read_windows(data, "calibration", cfg.seq_length, cfg.num_calibration_samples)
+        return TextSequences.of(torch.randint(vocabulary, shape, generator=generator))
+    text = read_sequences(data, "calibration", cfg.seq_length, cfg.num_calibration_samples)
     fraction = text.tokens.flatten().bincount().max().item() / text.tokens.numel()
     if fraction > MAX_TOKEN_FRACTION:
         raise RecipeError(
@@ -65,7 +65,7 @@ def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextWindow
 
 
 def score_checkpoint(
-    cfg: ScoreConfig, teacher: Path, text: TextWindows, log: MetricsLog
+    cfg: ScoreConfig, teacher: Path, text: TextSequences, log: MetricsLog
 ) -> Importance:
     """Scores a NeMo checkpoint on calibration sequences.
 
@@ -120,7 +120,7 @@ def _loss_scores(
 class LayerAblation:
     """Computes losses of this pipeline rank's Megatron model without some of its layers."""
 
-    def __init__(self, core: nn.Module, text: TextWindows, batch: int, log: MetricsLog) -> None:
+    def __init__(self, core: nn.Module, text: TextSequences, batch: int, log: MetricsLog) -> None:
         self._core, self._text, self._batch, self._log = core, text, batch, log
         numbers = [layer.layer_number for layer in core.decoder.layers]
         self._first, self._last = numbers[0], numbers[-1]
@@ -228,7 +228,7 @@ def _send(hidden: Tensor) -> None:
 
 @torch.no_grad()
 def _activations(
-    core: nn.Module, text: TextWindows, batch: int, log: MetricsLog
+    core: nn.Module, text: TextSequences, batch: int, log: MetricsLog
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
     """Computes block influence by layer, and scores of all widths, in one pass over the text."""
     register_rms_norm()
@@ -299,7 +299,7 @@ def _gather_ranks(value: Any) -> list[Any]:
     return values
 
 
-def _batches(text: TextWindows, size: int) -> Iterator[tuple[int, TextWindows]]:
+def _batches(text: TextSequences, size: int) -> Iterator[tuple[int, TextSequences]]:
     for start in range(0, len(text), size):
         part = text[start : start + size]
         yield start + len(part), part

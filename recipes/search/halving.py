@@ -71,13 +71,13 @@ class HalvingRun:
     def measure(self, candidates: Sequence[Candidate], number: int) -> list[TokenQuality]:
         """Measures every candidate on validation text after a round; rank 0 does it for all."""
         from nemo_convert import nemo
-        from recipes.data.token_windows import read_windows
+        from recipes.data.token_sequences import read_sequences
         from recipes.evaluation.text_quality import measure_checkpoints
 
         results = self._directory / f"round-{number}.json"
         if rank() == 0 and not results.exists():
             length, size = self._cfg.distill.seq_length, self._cfg.distill.micro_batch_size
-            text = read_windows(self._inputs["data"], "validation", length, self._cfg.num_samples)
+            text = read_sequences(self._inputs["data"], "validation", length, self._cfg.num_samples)
             teacher = nemo.find_checkpoint(self._inputs["checkpoint"].artifact)
             students = [
                 nemo.find_checkpoint(self._round(candidate, number) / ARTIFACT)

@@ -15,7 +15,7 @@ from nemo_convert.hf_config import with_shape
 from recipes.core.metrics import MetricsLog, ProgressCallback
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Inputs
-from recipes.data.token_windows import TextWindows, read_windows
+from recipes.data.token_sequences import TextSequences, read_sequences
 from recipes.evaluation.predictions import FinalStates, Predictor, read
 from recipes.evaluation.results import TokenQuality
 from recipes.evaluation.text_quality import beside, load_transformers, with_weights
@@ -34,8 +34,8 @@ def measure_shapes(
     """Measures every pruned shape, and the best again after reconstruction by least squares."""
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = Importance.load(inputs["importance"].artifact)
-    text = read_windows(inputs["data"], "validation", cfg.seq_length, cfg.num_samples)
-    calibration = read_windows(
+    text = read_sequences(inputs["data"], "validation", cfg.seq_length, cfg.num_samples)
+    calibration = read_sequences(
         inputs["data"], "calibration", cfg.seq_length, cfg.num_calibration_samples
     )
     batches = calibration.tokens.split(cfg.micro_batch_size)
@@ -57,7 +57,7 @@ def _measure_pruned(
     teacher: Path,
     importance: Importance,
     shapes: list[Architecture],
-    text: TextWindows,
+    text: TextSequences,
     log: MetricsLog,
 ) -> tuple[FinalStates, list[Candidate]]:
     """Returns the teacher's hidden states on the text, and the quality of every pruned shape."""

@@ -74,7 +74,7 @@ def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
     """Reconstructs and saves the model, and measures it before and after."""
     from nemo_convert import nemo
     from nemo_convert.convert import hf_weights
-    from recipes.data.token_windows import read_windows
+    from recipes.data.token_sequences import read_sequences
     from recipes.evaluation.text_quality import measure_checkpoints
     from recipes.pruning.healing import heal_weights
     from recipes.pruning.kept import KeptIndices
@@ -84,14 +84,15 @@ def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
         nemo.find_checkpoint(inputs[name].artifact) for name in ("teacher", "checkpoint")
     )
     student, weights = nemo.architecture_of(pruned), dict(hf_weights(pruned))
-    text = read_windows(inputs["data"], "calibration", cfg.seq_length, cfg.num_calibration_samples)
+    data, length = inputs["data"], cfg.seq_length
+    text = read_sequences(data, "calibration", length, cfg.num_calibration_samples)
     batches = text.tokens.split(cfg.micro_batch_size)
     kept = KeptIndices.load(inputs["checkpoint"].artifact)
     progress = partial(metrics_log(out).progress, "heal")
     heal_weights(teacher, student, kept, weights, batches, progress)
     save_weights(pruned, student, weights, out / pruned.name)
     del weights
-    unseen = read_windows(inputs["data"], "validation", cfg.seq_length, cfg.num_samples)
+    unseen = read_sequences(data, "validation", length, cfg.num_samples)
     students = [pruned, out / pruned.name]
     before, after = measure_checkpoints(
         teacher, students, unseen, cfg.precision, cfg.micro_batch_size

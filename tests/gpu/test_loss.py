@@ -1,4 +1,4 @@
-"""The loss on logits of a whole window and vocabulary."""
+"""The loss on logits of a whole sequence and vocabulary."""
 
 from __future__ import annotations
 

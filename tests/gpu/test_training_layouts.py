@@ -1,6 +1,6 @@
 """Context parallelism and recomputed activations on GPUs: the losses of one that has neither.
 
-Windows that are split over ranks need TransformerEngine.
+Sequences that are split over ranks need TransformerEngine.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
 
 def dataset_result(artifact: Path) -> DatasetResult:
     """Describes parts that ``PartWriter`` wrote as text of one source."""
-    from recipes.data.token_windows import read_tokens
+    from recipes.data.token_sequences import read_tokens
 
     parts = {file.stem: read_tokens(artifact, file.stem) for file in artifact.glob("*.bin")}
     return DatasetResult(

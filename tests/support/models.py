@@ -101,8 +101,8 @@ def _lines(text_file: Path) -> list[str]:
 
 
 @cache
-def _windows(text_file: Path) -> Any:
-    """Ids [windows, 64] of the text."""
+def _sequences(text_file: Path) -> Any:
+    """Ids [sequences, 64] of the text."""
     import torch
 
     tokenizer = _tokenizer(text_file)
@@ -114,10 +114,10 @@ def _train(model: Any, text_file: Path) -> None:
     """A few steps on the text: distillation refuses a teacher that knows nothing."""
     import torch
 
-    windows = _windows(text_file)
+    sequences = _sequences(text_file)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(30):
-        batch = windows[torch.randint(len(windows), (8,))]
+        batch = sequences[torch.randint(len(sequences), (8,))]
         model(batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

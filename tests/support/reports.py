@@ -405,11 +405,11 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
         ),
     }  # fmt: skip
     log_training(made["distilled"].directory, lm_weight)
-    windows = {
+    sequences = {
         role: [model.loss + 0.2 * wobble(n) for n in range(40)]
         for role, model in quality().models().items()
     }
-    detail = {"sequence_losses": windows, "generations": generations()}
+    detail = {"sequence_losses": sequences, "generations": generations()}
     (made["evaluation"].artifact / "results.json").write_text(json.dumps(detail))
     return made
 

@@ -290,7 +290,7 @@ def test_what_healing_brought_back_counts(tiny_run: Path) -> None:
 
 
 def test_parts_share_no_document(tiny_run: Path) -> None:
-    from recipes.data.token_windows import IndexedDataset
+    from recipes.data.token_sequences import IndexedDataset
 
     parts = {}
     for part in ("train", "validation", "calibration", "heldout"):

@@ -85,7 +85,7 @@ def test_the_teacher_wrote_a_part_of_the_text(live: Path) -> None:
 def test_a_cached_teacher_gives_the_live_ones_losses(
     live: Path, teacher: Path, texts: str, tmp_path: Path
 ) -> None:
-    """With nearly the whole vocabulary cached, on the same windows, and as further epochs."""
+    """With nearly the whole vocabulary cached, on the same sequences, and as further epochs."""
     result = run_teacher(
         teacher,
         texts,

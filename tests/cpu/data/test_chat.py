@@ -134,18 +134,18 @@ def test_each_conversation_lies_in_one_sequence() -> None:
             assert mine[0] // length == mine[-1] // length
             assert mine[-1] - mine[0] == n - 1
         assert not loss_mask[ids == END].any()
-        windows = -(-(position % length + len(ids)) // length)
-        assert windows <= len(_naive(sizes, position % length, length))
+        sequences = -(-(position % length + len(ids)) // length)
+        assert sequences <= len(_naive(sizes, position % length, length))
 
 
 def _naive(sizes: np.ndarray, begun: int, length: int) -> list[int]:
-    """Windows where each conversation follows the one before it."""
-    windows = [begun]
+    """Sequences where each conversation follows the one before it."""
+    sequences = [begun]
     for size in sizes:
-        if windows[-1] + size > length:
-            windows.append(0)
-        windows[-1] += int(size)
-    return windows
+        if sequences[-1] + size > length:
+            sequences.append(0)
+        sequences[-1] += int(size)
+    return sequences
 
 
 def test_a_model_without_a_template_is_refused(tmp_path: Path) -> None:

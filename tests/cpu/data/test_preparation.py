@@ -29,7 +29,7 @@ from recipes.data.corpus import PARTS, digest
 from recipes.data.part_writer import PartWriter
 from recipes.data.preparation import PreparationState, prepare
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.token_windows import read_loss_mask, read_tokens
+from recipes.data.token_sequences import read_loss_mask, read_tokens
 from recipes.data.tokenizer import DocumentTokenizer, encode_all, load_tokenizer
 from tests.support.chats import write_chats
 
@@ -236,10 +236,10 @@ def test_conversations_lie_whole_in_sequences_with_masked_answers(
 def _documents(
     tokens: np.ndarray, loss_mask: np.ndarray, start: int, stop: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], list[bool]]]:
-    """Conversations of a stretch, taken apart at the two marks that end each, window by window."""
-    for window in range(start // LENGTH, -(-stop // LENGTH)):
-        place = max(start, window * LENGTH)
-        last = min(stop, (window + 1) * LENGTH)
+    """Splits each sequence at the two end tokens that follow a conversation."""
+    for sequence in range(start // LENGTH, -(-stop // LENGTH)):
+        place = max(start, sequence * LENGTH)
+        last = min(stop, (sequence + 1) * LENGTH)
         while place < last:
             if tokens[place] == end:  # fills
                 assert not loss_mask[place]

@@ -94,7 +94,7 @@ def test_an_interrupted_request_resumes_after_its_last_batch(teacher: ChatWriter
     assert batches[0].stat().st_mtime_ns == modified
 
 
-def test_conversations_are_invented_and_fit_a_window(teacher: ChatWriter) -> None:
+def test_conversations_are_invented_and_fit_a_sequence(teacher: ChatWriter) -> None:
     talks, file = chats(teacher, CHAT)
     encoder = ChatTokenizer(Path(teacher.tokenizer.name_or_path), END, CHAT.seq_length)
     for talk in talks:

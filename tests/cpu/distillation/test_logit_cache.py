@@ -30,7 +30,7 @@ from tests.support.launcher import run_and_kill
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import tiny, without
 
-LENGTH, KEPT, DRAWS, TEMPERATURE, WINDOWS, PER_SHARD = 48, 16, 5, 1.5, 130, 12
+LENGTH, KEPT, DRAWS, TEMPERATURE, SEQUENCES, PER_SHARD = 48, 16, 5, 1.5, 130, 12
 MADE_WITH = {"seq_length": LENGTH, "temperature": TEMPERATURE}
 HALF = 2.0**-11
 """float16 keeps 11 significant bits."""
@@ -46,7 +46,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
         f"stages.distill.temperature={TEMPERATURE}",
         f"stages.cache_logits.top_k={KEPT}",
         f"stages.cache_logits.tail_draws={DRAWS}",
-        f"stages.cache_logits.num_sequences={WINDOWS}",
+        f"stages.cache_logits.num_sequences={SEQUENCES}",
         f"stages.cache_logits.sequences_per_shard={PER_SHARD}",
         "stages.cache_logits.micro_batch_size=3",
         "stages.cache_logits.precision=32",
@@ -77,7 +77,7 @@ def run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def truth(run: Path, even_llama: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [windows, S + 1] and log-probabilities [windows, S, vocabulary] by transformers."""
+    """Tokens [n, S + 1] and logits [n, S, vocabulary] by transformers."""
     part = IndexedDataset(str(run / "prepare_data" / ARTIFACT / "train"))
     text = np.concatenate([part[i] for i in range(len(part))]).astype(np.int64)
     rows = [text[w * LENGTH : (w + 1) * LENGTH + 1] for w in opened(run).sequences]
@@ -91,7 +91,7 @@ def test_it_stores_what_transformers_says(
     run: Path, truth: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     cache, (_, logits) = opened(run), truth
-    assert len(cache.sequences) == len(set(cache.sequences.tolist())) == WINDOWS
+    assert len(cache.sequences) == len(set(cache.sequences.tolist())) == SEQUENCES
     for number, expected in zip(
         cache.sequences, (logits / TEMPERATURE).log_softmax(dim=-1), strict=True
     ):
@@ -131,8 +131,8 @@ def test_the_manifest_has_the_teachers_own_figures(
     soft = (logits / TEMPERATURE).softmax(dim=-1)
     rest = 1 - soft.topk(KEPT, dim=-1).values.sum(dim=-1)
     assert metrics["tail_mass"] == pytest.approx(rest.mean().item(), rel=1e-4)
-    assert metrics["sequences"] == WINDOWS < metrics["sequences_of_text"]
-    assert metrics["tokens"] == WINDOWS * LENGTH
+    assert metrics["sequences"] == SEQUENCES < metrics["sequences_of_text"]
+    assert metrics["tokens"] == SEQUENCES * LENGTH
     assert metrics["bytes_per_token"] == 2 * KEPT + 2 * (KEPT + 1) + 2 * (DRAWS + 1)
     size = stage_of(run, "cache_logits").manifest.total_bytes() / metrics["tokens"]
     assert metrics["bytes_per_token"] < size < 1.15 * metrics["bytes_per_token"]
@@ -160,7 +160,7 @@ def test_killed_and_stopped_by_the_clock_it_resumes_to_the_same(
             for path in (stage / WORK / "shards").glob("*.safetensors")
         }
     expected = shards_of(run)
-    assert 2 <= len(before) < len(expected) == -(-WINDOWS // PER_SHARD)
+    assert 2 <= len(before) < len(expected) == -(-SEQUENCES // PER_SHARD)
     cut = stage / WORK / "shards" / min(before)
     os.truncate(cut, cut.stat().st_size - 1)  # as when the machine goes down: it is made again
     del before[cut.name]
@@ -245,9 +245,13 @@ def test_a_teacher_that_knows_nothing_is_refused(
 def test_an_odd_text_does_not_stop_a_teacher_that_knows_something(
     run: Path, tmp_path: Path
 ) -> None:
-    """With one window a shard, some are above the limit that the mean is well below."""
+    """With one sequence a shard, some are above the limit that the mean is well below."""
     cfg = CacheLogitsConfig(
-        top_k=KEPT, seq_length=LENGTH, num_sequences=WINDOWS, sequences_per_shard=1, precision="32"
+        top_k=KEPT,
+        seq_length=LENGTH,
+        num_sequences=SEQUENCES,
+        sequences_per_shard=1,
+        precision="32",
     )
     data = stage_of(run, "prepare_data")
     teacher = find_checkpoint(run / "import_hf" / ARTIFACT)

@@ -48,7 +48,7 @@ def test_a_term_of_nothing_is_left_as_it_is() -> None:
 
 
 def test_gradients_do_not_depend_on_the_micro_batch() -> None:
-    """One micro batch of four windows, and four of one."""
+    """One micro batch of four sequences, and four of one."""
     outputs = torch.rand(4, 4, 7, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(4, 7)
     mask[1:3, 2:] = 0

@@ -1,4 +1,4 @@
-"""Samples of a training: windows, masks, epochs, ranks, and where a resumed run goes on."""
+"""Samples of a training: sequences, masks, epochs, ranks, and where a resumed run goes on."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from nemo_convert import nemo
 from recipes.core.errors import RecipeError
 from recipes.data.part_writer import PartWriter
 from recipes.data.results import SourceTokens
-from recipes.data.token_windows import read_tokens
-from recipes.distillation.data import TextSequences, TrainingData
+from recipes.data.token_sequences import read_tokens
+from recipes.distillation.data import TrainingData, TrainingSequences
 
 LENGTH, END, SEED, BATCH = 8, 0, 7, 4
 
@@ -43,25 +43,25 @@ def naive(data: Path) -> list[int]:
 
 
 class Cache:
-    """Some windows, each with rows that tell it from the others."""
+    """Some sequences, each with rows that tell it from the others."""
 
-    def __init__(self, windows: list[int]) -> None:
-        self.sequences = np.array(windows)
+    def __init__(self, sequences: list[int]) -> None:
+        self.sequences = np.array(sequences)
 
-    def rows(self, window: int) -> dict[str, Any]:
+    def rows(self, sequence: int) -> dict[str, Any]:
         return {
-            "indices": torch.full((LENGTH, 2), window),
-            "log_probs": torch.full((LENGTH, 3), float(-window)),
+            "indices": torch.full((LENGTH, 2), sequence),
+            "log_probs": torch.full((LENGTH, 3), float(-sequence)),
         }
 
 
-def windows_of(data: Path, samples: int, **settings: Any) -> TextSequences:
-    return TextSequences(read_tokens(data, "train"), LENGTH, samples, **settings)
+def sequences_of(data: Path, samples: int, **settings: Any) -> TrainingSequences:
+    return TrainingSequences(read_tokens(data, "train"), LENGTH, samples, **settings)
 
 
-def test_windows_are_those_of_the_documents_put_together(data: Path, naive: list[int]) -> None:
+def test_sequences_are_those_of_the_documents_put_together(data: Path, naive: list[int]) -> None:
     total = (len(naive) - 1) // LENGTH
-    dataset = windows_of(data, total)
+    dataset = sequences_of(data, total)
     assert len(dataset) == len(dataset.ids) == total > 2 * BATCH
     for number in range(total):
         item, start = dataset[number], number * LENGTH
@@ -74,7 +74,7 @@ def test_windows_are_those_of_the_documents_put_together(data: Path, naive: list
 
 
 def test_what_follows_a_document_counts_for_nothing(data: Path) -> None:
-    dataset = windows_of(data, 20, end=END)
+    dataset = sequences_of(data, 20, end=END)
     masked = 0
     for number in range(20):
         item = dataset[number]
@@ -109,31 +109,31 @@ def test_what_is_told_of_each_token_counts_with_a_cached_teacher_too(
                 assert "teacher_indices" in same
 
 
-def test_every_epoch_has_every_window_once_in_another_order(data: Path) -> None:
-    count = len(windows_of(data, 0).ids)
-    dataset = windows_of(data, 3 * count, seed=SEED)
+def test_every_epoch_has_every_sequence_once_in_another_order(data: Path) -> None:
+    count = len(sequences_of(data, 0).ids)
+    dataset = sequences_of(data, 3 * count, seed=SEED)
     order = [dataset.number_of(i) for i in range(3 * count)]
     epochs = [order[e * count : (e + 1) * count] for e in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(count))] * 3
     assert epochs[0] != epochs[1] != epochs[2]
     # Asked in any order, a sample is the same.
-    assert [windows_of(data, 1, seed=SEED).number_of(i) for i in (2 * count, 0)] == [
+    assert [sequences_of(data, 1, seed=SEED).number_of(i) for i in (2 * count, 0)] == [
         order[2 * count],
         order[0],
     ]
 
 
-def test_a_cache_of_the_first_windows_gives_the_batches_of_a_live_run(data: Path) -> None:
-    live = windows_of(data, 12, seed=SEED)
+def test_a_cache_of_the_first_sequences_gives_the_batches_of_a_live_run(data: Path) -> None:
+    live = sequences_of(data, 12, seed=SEED)
     first = [live.number_of(i) for i in range(12)]
-    cached = windows_of(data, 24, seed=SEED, cache=Cache(sorted(first)))
+    cached = sequences_of(data, 24, seed=SEED, cache=Cache(sorted(first)))
     assert [cached.number_of(i) for i in range(12)] == first
     assert sorted(cached.number_of(i) for i in range(12, 24)) == sorted(first)
     for sample in range(24):
-        item, window = cached[sample], cached.number_of(sample)
-        assert torch.equal(item["teacher_indices"], torch.full((LENGTH, 2), window))
-        assert torch.equal(item["teacher_log_probs"], torch.full((LENGTH, 3), float(-window)))
-        assert torch.equal(item["tokens"], windows_of(data, 99)[window]["tokens"])
+        item, sequence = cached[sample], cached.number_of(sample)
+        assert torch.equal(item["teacher_indices"], torch.full((LENGTH, 2), sequence))
+        assert torch.equal(item["teacher_log_probs"], torch.full((LENGTH, 3), float(-sequence)))
+        assert torch.equal(item["tokens"], sequences_of(data, 99)[sequence]["tokens"])
 
 
 def training(data: Path, steps: int, cache: Any = None, **settings: Any) -> TrainingData:
@@ -191,7 +191,7 @@ def test_validation_is_always_the_same_whole_batches(data: Path) -> None:
 
 
 def test_validation_sees_every_source(data: Path) -> None:
-    """As many windows of each, in turn; none runs over from one source to the next."""
+    """As many sequences of each, in turn; none runs over from one source to the next."""
     text = read_tokens(data, "validation")
     first = 3 * LENGTH + 3
     sources = [SourceTokens("one", first), SourceTokens("two", len(text) - first)]

@@ -18,7 +18,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
 from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.token_windows import read_tokens
+from recipes.data.token_sequences import read_tokens
 from recipes.evaluation import predictions, text_quality
 from recipes.evaluation.results import ROLES, EvaluationResult
 from recipes.evaluation.settings import EvaluateConfig
@@ -165,7 +165,7 @@ def test_only_answers_of_conversations_count(
         model = getattr(chats_quality, role)
         metrics = [model.loss, model.kl_to_teacher, model.top1_agreement]
         assert metrics == pytest.approx(exact_metrics(models, sequences, counted, role), abs=1e-5)
-    with pytest.raises(RecipeError, match=f"whole in windows of {LENGTH}"):
+    with pytest.raises(RecipeError, match=f"whole in sequences of {LENGTH}"):
         evaluated(models, data, tmp_path / "shorter", replace(CONFIG, seq_length=16))
 
 

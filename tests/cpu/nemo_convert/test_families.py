@@ -19,7 +19,7 @@ from recipes.backend.training_layers import RMSNorm
 from recipes.core.metrics import METRICS, MetricsLog, steps_of
 from recipes.data.corpus import PARTS
 from recipes.data.part_writer import PartWriter
-from recipes.data.token_windows import TextWindows
+from recipes.data.token_sequences import TextSequences
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.text_quality import load_transformers
@@ -65,21 +65,21 @@ def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
     texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     ids = [i for text in texts for i in tokenizer(text)["input_ids"]]
-    windows = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
-    save_file({"tokens": windows[:2].clone()}, root / "tokens.safetensors")
+    sequences = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+    save_file({"tokens": sequences[:2].clone()}, root / "tokens.safetensors")
     (root / "data").mkdir()
     with PartWriter(root / "data", PARTS) as writer:
         for part in PARTS:
             writer.add(part, ids)
     for family in FAMILIES:
-        prune(family, root / family, windows[:8])
+        prune(family, root / family, sequences[:8])
     return root
 
 
 def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
     teacher = folder / "teacher.nemo"
     cfg = ScoreConfig(calibration="random", num_loss_samples=0)
-    text = TextWindows.of(calibration)
+    text = TextSequences.of(calibration)
     scores = score_checkpoint(cfg, teacher, text, MetricsLog(None)).widths
     whole = nemo.architecture_of(teacher)
     student = pruned_shape(whole, PruneTargets(drop_layers=(2,), **TARGETS[family]))

@@ -32,9 +32,9 @@ def random_model(family: str, **fields: Any) -> Any:
     return model
 
 
-def tokens(windows: int = 16, seed: int = 1) -> torch.Tensor:
+def tokens(sequences: int = 16, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(EVEN["vocab_size"], (windows, 32), generator=generator)
+    return torch.randint(EVEN["vocab_size"], (sequences, 32), generator=generator)
 
 
 @torch.no_grad()
@@ -163,7 +163,7 @@ def test_a_healed_student_is_closer_to_its_teacher(
 ) -> None:
     """A trained model, on its calibration text and on more text of the same source."""
     ids = AutoTokenizer.from_pretrained(even_llama)(text_file.read_text()[: 1 << 16])["input_ids"]
-    windows = torch.tensor(ids[: 40 * 64]).view(40, 64)
+    sequences = torch.tensor(ids[: 40 * 64]).view(40, 64)
     model = load_causal_lm(even_llama)
     shape: dict[str, int] = {}
     rows: Weights = {}
@@ -174,11 +174,11 @@ def test_a_healed_student_is_closer_to_its_teacher(
             layers = [""] if axis == "hidden_size" else [f"layers.{n}." for n in range(1, 5)]
             rows |= {f"{layer}{axis}": torch.arange(count) for layer in layers}
     kept = KeptIndices([1, 2, 4] if "depth" in names else [1, 2, 3, 4], rows)
-    for part in (windows[:32], windows[32:]):
+    for part in (sequences[:32], sequences[32:]):
         expected = logits(model, part).log_softmax(-1)
         pruned_kl, healed_kl = (
             functional.kl_div(
-                logits(pruned(model, kept, shape, ridge_tokens, windows[:32]), part).log_softmax(
+                logits(pruned(model, kept, shape, ridge_tokens, sequences[:32]), part).log_softmax(
                     -1
                 ),
                 expected,

@@ -21,7 +21,7 @@ from recipes.backend.local_layers import register_rms_norm
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
-from recipes.data.token_windows import TextWindows
+from recipes.data.token_sequences import TextSequences
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import KeptIndices, choose, prune_weight, student_name
 from recipes.pruning.pruned_checkpoint import layers_to_keep, prune_checkpoint
@@ -68,7 +68,7 @@ def teacher(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score(checkpoint: Path, tokens: torch.Tensor, cfg: ScoreConfig = SCORE) -> Importance:
-    return score_checkpoint(cfg, checkpoint, TextWindows.of(tokens, END), MetricsLog(None))
+    return score_checkpoint(cfg, checkpoint, TextSequences.of(tokens, END), MetricsLog(None))
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +353,9 @@ def test_noise_and_padding_are_refused_unless_configured(
         score(teacher, tokens, replace(noise, calibration="text"))
     assert score(teacher, tokens, replace(noise, block_sizes=[], num_greedy_layers=0)).widths
     padded = torch.cat([tokens[:1], torch.zeros(3, 32, dtype=torch.int64)])
-    monkeypatch.setattr("recipes.pruning.scoring.read_windows", lambda *_: TextWindows.of(padded))
+    monkeypatch.setattr(
+        "recipes.pruning.scoring.read_sequences", lambda *_: TextSequences.of(padded)
+    )
     with pytest.raises(RecipeError, match="is one token"):
         calibration_text(replace(noise, calibration="text"), data, teacher)
 

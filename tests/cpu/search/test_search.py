@@ -20,7 +20,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.stage import Input, Resources
 from recipes.data.results import DatasetResult
-from recipes.data.token_windows import TextWindows, windows
+from recipes.data.token_sequences import TextSequences, first_sequences
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.results import BenchmarkRow
 from recipes.evaluation.predictions import Predictor, log_probabilities, read
@@ -115,7 +115,7 @@ def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
 
 def read_log_probs(model: Predictor, tokens: torch.Tensor) -> torch.Tensor:
     """Returns the log-probabilities of every next token, by our own code."""
-    return log_probabilities(read(model, TextWindows.of(tokens), 1), slice(None))
+    return log_probabilities(read(model, TextSequences.of(tokens), 1), slice(None))
 
 
 @torch.no_grad()
@@ -167,9 +167,9 @@ def test_candidates_have_the_metrics_of_real_prunings(before: Path, healed: bool
     kept = choose(importance.widths, whole, candidate.shape, layers)
     weights = prune_weights(teacher, kept, whole.kv_channels)
     if healed:
-        text = windows(before / "prepare_data" / ARTIFACT, "calibration", 64, 8)
+        text = first_sequences(before / "prepare_data" / ARTIFACT, "calibration", 64, 8)
         heal_weights(teacher, candidate.shape, kept, weights, text.split(4), lambda *done: None)
-    tokens = windows(before / "prepare_data" / ARTIFACT, "validation", 64, 4)
+    tokens = first_sequences(before / "prepare_data" / ARTIFACT, "validation", 64, 4)
     end = manifest_of(before, "prepare_data").result(DatasetResult).document_end
     counted = (tokens[:, :-1] != end).flatten()
     assert (~counted).sum() > 0

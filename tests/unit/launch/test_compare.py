@@ -97,7 +97,7 @@ def test_other_text_is_flagged_and_in_no_plot(page: Page, sweep: Path) -> None:
     assert all(">4<" not in plot["plot"] for plot in content["plots"])
 
 
-def test_other_windows_of_the_same_text_are_flagged(tmp_path: Path) -> None:
+def test_other_sequences_of_the_same_text_are_flagged(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / name)) for name in ("a", "b", "c")]
     runs[2].stages["evaluate"].metrics["sequences"] = 20
     assert [row.comparable for row in comparison(runs)["rows"]] == [True, True, False]

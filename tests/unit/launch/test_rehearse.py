@@ -69,7 +69,7 @@ def test_settings_are_short_and_shapes_are_not(compose: Compose, tmp_path: Path)
         ("export_hf", 0),
     ]
     config = jobs[2].config
-    # 192 replicas of 2 windows, two micro batches, two steps.
+    # 192 replicas of 2 sequences, two micro batches, two steps.
     assert (config["global_batch_size"], config["max_steps"]) == (768, 2)
     assert config["profile_steps"] == []
     assert (config["seq_length"], config["tensor_model_parallel_size"]) == (4096, 4)
@@ -92,7 +92,7 @@ def test_a_halving_is_rehearsed_as_a_training_of_its_largest_candidate(
     plan = planned_memory(job, chain)
     assert plan is not None
     assert plan.weights == largest.parameters()  # two bytes of each, over two ranks
-    assert job.config["global_batch_size"] == 16  # 4 replicas of 2 windows, two micro batches
+    assert job.config["global_batch_size"] == 16  # 4 replicas of 2 sequences, two micro batches
 
 
 def test_a_cached_teacher_is_of_its_own_settings(compose: Compose, tmp_path: Path) -> None:

@@ -160,8 +160,7 @@ TRIPS = {
 }  # fmt: skip
 ELSEWHERE = {
     "report": "stages/test_checks.py",
-    **dict.fromkeys(("budget", "search"), "search/test_space.py"),
-    "searched-shape": "search/test_shrink.py",
+    **dict.fromkeys(("budget", "search", "searched-shape"), "search/test_stages.py"),
     "tokenizer": "launch/test_rules.py",
     "max-seq-len": "engines/test_tensorrt_llm.py",
     "max-input-len": "engines/test_tensorrt_llm.py",
@@ -268,7 +267,7 @@ def test_each_rule_is_tripped(
         (["data.sources=[TEXT]"], "'TEXT' has no conversations"),
         (["data.sources=[LINES]"], "line 2: there is no list of messages in 'messages'"),
         (["data.sources=[CHAT#text=body]"], "every training source plain text"),
-        (["data.sources=[CHAT]", f"{D}seq_length=128"], "whole in windows of 256"),
+        (["data.sources=[CHAT]", f"{D}seq_length=128"], "whole in sequences of 256"),
         (["data.sources=[CHAT]"], None),
         (["data.sources=[CHAT#format=chat,TEXT]", "data.format=text"], None),
     ],
@@ -386,11 +385,11 @@ def test_a_text_that_was_prepared_is_counted_exactly(
     assert "epochs" not in {n.rule.name for n in plan(*overrides).notes}
 
 
-def test_a_cached_teacher_knows_no_more_than_its_windows(plan: MakePlan) -> None:
-    """The recipe trains on 400 windows, in batches of 4; its text has thousands."""
+def test_a_cached_teacher_knows_no_more_than_its_sequences(plan: MakePlan) -> None:
+    """The recipe trains on 400 sequences, in batches of 4; its text has thousands."""
 
-    def cached(windows: int) -> Plan:
-        return plan("teacher=cached", f"stages.cache_logits.num_sequences={windows}")
+    def cached(sequences: int) -> Plan:
+        return plan("teacher=cached", f"stages.cache_logits.num_sequences={sequences}")
 
     with pytest.raises(RecipeError, match="batches of 1,024 tokens, but there are 512 at most"):
         cached(2)

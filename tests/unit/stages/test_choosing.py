@@ -20,7 +20,7 @@ MEASURED = ("eval_results", "task_results")
 """Kinds of results on it."""
 SHOW = ("report", "export_hf")
 """Stages that show such results; gates judge what they show."""
-READERS = ("read_windows", "read_tokens", "read_loss_mask", "document_end", "sources_of")
+READERS = ("read_sequences", "read_tokens", "read_loss_mask", "document_end", "sources_of")
 """Functions by which text is read, a part of it by name."""
 
 
@@ -73,7 +73,7 @@ def test_a_part_of_the_text_is_read_by_its_name(root: Path) -> None:
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in READERS:
                 part = node.args[1]
                 given = isinstance(part, ast.Name) and part.id == "part"
-                helper = file.endswith(("token_windows.py", "data.py"))
+                helper = file.endswith(("token_sequences.py", "data.py"))
                 assert isinstance(part, ast.Constant) or (given and helper), f"{file}:{node.lineno}"
                 calls += 1
     assert calls > 10

@@ -1,4 +1,4 @@
-"""The order of training windows, and which predictions count."""
+"""The order of training sequences, and which predictions count."""
 
 from __future__ import annotations
 
@@ -9,58 +9,58 @@ import pytest
 import torch
 
 from recipes.data.results import SourceTokens
-from recipes.data.token_windows import (
-    TextWindows,
-    count_windows,
+from recipes.data.token_sequences import (
+    TextSequences,
+    count_sequences,
+    sequence_order,
+    sequence_tokens,
     spread,
-    window,
-    window_order,
 )
 
 
-def test_each_epoch_and_seed_has_its_own_order_of_all_windows() -> None:
+def test_each_epoch_and_seed_has_its_own_order_of_all_sequences() -> None:
     keys = [(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 7)]
-    orders = {key: tuple(window_order(np.arange(50), 50, *key)) for key in keys}
+    orders = {key: tuple(sequence_order(np.arange(50), 50, *key)) for key in keys}
     assert len({*orders.values(), tuple(range(50))}) == len(keys) + 1
     assert all(sorted(order) == list(range(50)) for order in orders.values())
-    assert tuple(window_order(np.arange(50), 50, 1, 0)) == orders[1, 0]
+    assert tuple(sequence_order(np.arange(50), 50, 1, 0)) == orders[1, 0]
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_subset_keeps_the_order_of_the_whole(epoch: int) -> None:
-    whole = window_order(np.arange(200), 200, seed=5, epoch=epoch)
+    whole = sequence_order(np.arange(200), 200, seed=5, epoch=epoch)
     ids = np.random.default_rng(0).choice(200, size=37, replace=False)
     expected = [number for number in whole if number in set(ids)]
-    assert list(window_order(ids, 200, seed=5, epoch=epoch)) == expected
+    assert list(sequence_order(ids, 200, seed=5, epoch=epoch)) == expected
 
 
-@pytest.mark.parametrize(("tokens", "windows"), [(9, 2), (8, 1), (5, 1), (4, 0)])
-def test_a_window_needs_the_label_of_its_last_token(tokens: int, windows: int) -> None:
+@pytest.mark.parametrize(("tokens", "sequences"), [(9, 2), (8, 1), (5, 1), (4, 0)])
+def test_a_sequence_needs_the_label_of_its_last_token(tokens: int, sequences: int) -> None:
     text = np.arange(tokens, dtype=np.int32)
-    assert count_windows(text, 4) == windows
-    for number in range(windows):
-        assert list(window(text, 4, number)) == list(range(number * 4, number * 4 + 5))
+    assert count_sequences(text, 4) == sequences
+    for number in range(sequences):
+        assert list(sequence_tokens(text, 4, number)) == list(range(number * 4, number * 4 + 5))
 
 
 def test_predictions_from_the_end_of_a_document_do_not_count() -> None:
-    """The end itself is to be predicted, and a window's first token is not."""
-    text = TextWindows.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), end=0)
+    """The end itself is to be predicted, and a sequence's first token is not."""
+    text = TextSequences.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), end=0)
     assert text.counted.tolist() == [[True, False, True], [False, True, True]]
     assert (text.predictions, text.targets.tolist()) == (4, [0, 7, 9, 0])
     assert text[1:].targets.tolist() == [9, 0]
-    assert TextWindows.of(text.tokens).predictions == 6
+    assert TextSequences.of(text.tokens).predictions == 6
 
 
 def test_a_loss_mask_decides_which_predictions_count() -> None:
     """A turn of a conversation may end with the token that ends a document."""
     loss_mask = torch.tensor([[True, False, True, True], [True, True, False, False]])
-    text = TextWindows.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), 0, loss_mask)
+    text = TextSequences.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), 0, loss_mask)
     assert text.counted.tolist() == [[False, True, True], [True, False, False]]
     assert text.targets.tolist() == [6, 7, 8]
 
 
-def test_windows_are_spread_over_the_sources() -> None:
-    """Tokens 0 to 9, 10 and 11, and 12 to 25, in windows of 4."""
+def test_sequences_are_spread_over_the_sources() -> None:
+    """Tokens 0 to 9, 10 and 11, and 12 to 25, in sequences of 4."""
     sources = [SourceTokens("a", 10), SourceTokens("short", 2), SourceTokens("b", 14)]
     assert spread(sources, 4) == {"a": range(2), "b": range(3, 6)}
     assert spread(sources, 4, 3) == {"a": range(2), "b": range(3, 5)}
@@ -69,8 +69,8 @@ def test_windows_are_spread_over_the_sources() -> None:
     assert spread(sources[1:2], 4, 2) == {}
 
 
-def test_the_first_windows_are_those_of_each_source() -> None:
+def test_the_first_sequences_are_those_of_each_source() -> None:
     tokens = torch.arange(10)[:, None].expand(10, 4)
-    text = replace(TextWindows.of(tokens), sources={"a": slice(0, 6), "b": slice(6, 10)})
+    text = replace(TextSequences.of(tokens), sources={"a": slice(0, 6), "b": slice(6, 10)})
     assert text.first(3).tokens[:, 0].tolist() == [0, 1, 6, 7]
-    assert TextWindows.of(tokens).first(3).tokens[:, 0].tolist() == [0, 1, 2]
+    assert TextSequences.of(tokens).first(3).tokens[:, 0].tolist() == [0, 1, 2]

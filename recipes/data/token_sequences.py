@@ -1,4 +1,4 @@
-"""Sequences of tokens ("windows" of a part), read from Megatron's indexed datasets."""
+"""Sequences of tokens, read from Megatron's indexed datasets."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from recipes.data.results import DatasetResult, SourceTokens
 
 
 @dataclass(frozen=True)
-class TextWindows:
-    """Windows of text on which models are compared."""
+class TextSequences:
+    """Sequences of text on which models are compared."""
 
     tokens: Tensor
-    """int64 [windows, sequence]."""
+    """int64 [sequences, seq_length]."""
     counted: Tensor
-    """bool [windows, sequence - 1]: which next-token predictions count, see ``counts``."""
+    """bool [sequences, seq_length - 1]: which next-token predictions count, see ``counts``."""
     sources: dict[str, slice] = field(default_factory=dict)
-    """The windows of each source."""
+    """The sequences of each source."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, chosen: slice | list[int]) -> TextWindows:
-        """Selects windows."""
-        return TextWindows(self.tokens[chosen], self.counted[chosen])
+    def __getitem__(self, chosen: slice | list[int]) -> TextSequences:
+        """Selects sequences."""
+        return TextSequences(self.tokens[chosen], self.counted[chosen])
 
-    def first(self, count: int) -> TextWindows:
-        """Selects about ``count`` windows, the first of each source."""
+    def first(self, count: int) -> TextSequences:
+        """Selects about ``count`` sequences, the first of each source."""
         spans = list(self.sources.values()) or [slice(0, len(self))]
         each = math.ceil(count / len(spans))
         return self[[n for span in spans for n in range(span.start, span.stop)[:each]]]
@@ -55,8 +55,8 @@ class TextWindows:
     @classmethod
     def of(
         cls, tokens: Tensor, end: int | None = None, loss_mask: Tensor | None = None
-    ) -> TextWindows:
-        """Makes windows of tokens that have ``end`` after every document."""
+    ) -> TextSequences:
+        """Makes sequences of tokens that have ``end`` after every document."""
         return cls(tokens, counts(tokens, end, loss_mask))
 
 
@@ -84,11 +84,11 @@ def counts(tokens: Tensor, end: int | None, loss_mask: Tensor | None = None) -> 
 def spread(
     sources: Sequence[SourceTokens], seq_length: int, count: int | None = None
 ) -> dict[str, range]:
-    """Returns the numbers of the first windows of each source of a part, equally many of each.
+    """Returns the numbers of the first sequences of each source of a part, equally many of each.
 
-    A part holds its sources one after the other, and window n starts at token n · seq_length.
-    Windows across two sources, and sources without a whole window, are left out. ``count`` is
-    rounded up to equally many of each source; all windows by default.
+    A part holds its sources one after the other, and sequence n starts at token n · seq_length.
+    Sequences across two sources, and sources without a whole sequence, are left out. ``count`` is
+    rounded up to equally many of each source; all sequences by default.
     """
     spans, start = {}, 0
     for entry in sources:
@@ -100,9 +100,11 @@ def spread(
     return {name: numbers[:each] for name, numbers in spans.items()}
 
 
-def read_windows(data: Input, part: str, seq_length: int, count: int | None = None) -> TextWindows:
-    """Reads windows of a part of ``prepare_data``'s output, chosen as by ``spread``."""
-    require_windows(data, seq_length)
+def read_sequences(
+    data: Input, part: str, seq_length: int, count: int | None = None
+) -> TextSequences:
+    """Reads sequences of a part of ``prepare_data``'s output, chosen as by ``spread``."""
+    require_seq_length(data, seq_length)
     text = data.manifest.result(DatasetResult)
     spans, numbers = {}, list[int]()
     for name, of_source in spread(text.source_tokens[part], seq_length, count).items():
@@ -111,28 +113,28 @@ def read_windows(data: Input, part: str, seq_length: int, count: int | None = No
     tokens = _select(read_tokens(data.artifact, part), seq_length, numbers).long()
     whole_mask = read_loss_mask(data.artifact, part)
     loss_mask = None if whole_mask is None else _select(whole_mask, seq_length, numbers)
-    return replace(TextWindows.of(tokens, text.document_end, loss_mask), sources=spans)
+    return replace(TextSequences.of(tokens, text.document_end, loss_mask), sources=spans)
 
 
 def _select(values: np.ndarray, seq_length: int, numbers: list[int]) -> Tensor:
-    """Returns windows of a part's values, [windows, seq_length]."""
-    windows = values[: len(values) // seq_length * seq_length].reshape(-1, seq_length)
-    return torch.from_numpy(windows[numbers])
+    """Returns sequences of a part's values, [sequences, seq_length]."""
+    sequences = values[: len(values) // seq_length * seq_length].reshape(-1, seq_length)
+    return torch.from_numpy(sequences[numbers])
 
 
-def require_windows(data: Input, seq_length: int) -> None:
+def require_seq_length(data: Input, seq_length: int) -> None:
     """Raises ``RecipeError`` if the text has conversations packed for another length."""
     packed = data.manifest.result(DatasetResult).seq_length
     if packed not in (None, seq_length):
         raise RecipeError(
             f"seq_length={seq_length}, but the conversations in {data.directory} are whole in "
-            f"windows of {packed}.",
+            f"sequences of {packed}.",
             f"use seq_length={packed}, or prepare the text again",
         )
 
 
-def windows(artifact: Path, part: str, seq_length: int, count: int | None = None) -> Tensor:
-    """Returns the first windows of a part, int64 [windows, seq_length], documents running on."""
+def first_sequences(artifact: Path, part: str, seq_length: int, count: int | None = None) -> Tensor:
+    """Returns a part's first sequences, int64 [sequences, seq_length], across documents."""
     ids = read_tokens(artifact, part)
     fit = min(len(ids) // seq_length, len(ids) if count is None else count)
     return torch.from_numpy(ids[: fit * seq_length].astype(np.int64)).view(fit, seq_length)
@@ -153,13 +155,13 @@ def read_loss_mask(artifact: Path, part: str) -> np.ndarray | None:
     return np.memmap(path, dtype=bool, mode="r") if path.exists() else None
 
 
-def count_windows(tokens: np.ndarray, seq_length: int) -> int:
-    """Returns the number of windows in a part, each with the label of its last token."""
+def count_sequences(tokens: np.ndarray, seq_length: int) -> int:
+    """Returns the number of sequences in a part, each with the label of its last token."""
     return (len(tokens) - 1) // seq_length
 
 
-def window(tokens: np.ndarray, seq_length: int, number: int) -> np.ndarray:
-    """Returns the tokens of a window and the one after it, int64 [seq_length + 1]."""
+def sequence_tokens(tokens: np.ndarray, seq_length: int, number: int) -> np.ndarray:
+    """Returns the tokens of a sequence and the one after it, int64 [seq_length + 1]."""
     start = number * seq_length
     ids: np.ndarray = tokens[start : start + seq_length + 1].astype(np.int64)
     return ids
@@ -168,17 +170,19 @@ def window(tokens: np.ndarray, seq_length: int, number: int) -> np.ndarray:
 def counted(
     tokens: np.ndarray, loss_mask: np.ndarray | None, seq_length: int, number: int, end: int | None
 ) -> Tensor:
-    """Returns which predictions of a window count, see ``counts``: bool [seq_length]."""
-    mask = None if loss_mask is None else window(loss_mask, seq_length, number).astype(bool)
-    ids = torch.from_numpy(window(tokens, seq_length, number))
-    return counts(ids, end, None if mask is None else torch.from_numpy(mask))
+    """Returns which predictions of a sequence count, see ``counts``: bool [seq_length]."""
+    ids, mask = (
+        None if values is None else torch.from_numpy(sequence_tokens(values, seq_length, number))
+        for values in (tokens, loss_mask)
+    )
+    return counts(ids, end, None if mask is None else mask.bool())
 
 
-def window_order(ids: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutes windows, int64 [n] of ``total``, for an epoch, counted from 0.
+def sequence_order(ids: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
+    """Permutes sequences, int64 [n] of ``total``, for an epoch, counted from 0.
 
-    A subset keeps the order that it has among all windows, so a cache of the first windows of an
-    epoch gives the same batches as no cache.
+    A subset keeps its order among all sequences, so a cache of an epoch's first sequences gives the
+    same batches as no cache.
     """
     ranks = np.random.default_rng([seed, epoch]).random(total)
     ordered: np.ndarray = ids[np.argsort(ranks[ids], kind="stable")]
