@@ -30,8 +30,7 @@ from recipes.planning.problems import require_none
 from recipes.planning.published_configs import read_config_or_published
 from recipes.planning.training_cost import stage_memory
 from recipes.planning.transformer import FRAGMENTATION, Memory
-from recipes.rehearsal.job import RankJob, jobs_of
-from recipes.rehearsal.results import RehearsalResult, mismatches
+from recipes.rehearsal.job import RankJob, RehearsalResult, jobs_of, mismatches
 
 KINDS = tuple(part.name for part in fields(Memory) if part.name != "reserved")
 Results = list[tuple[RankJob, RehearsalResult]]

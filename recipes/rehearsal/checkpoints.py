@@ -33,7 +33,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from nemo_convert import nemo, streaming
 from nemo_convert.families import FAMILIES
-from recipes.backend.patches import Patch, apply, constant, value
+from recipes.backend.patches import Patch, apply, constant, patches, value
 
 Shape = tuple[int, ...]
 OUTPUT_WEIGHT = "output_layer.weight"
@@ -182,37 +182,16 @@ def _require_source(item: ShardedTensor, save: streaming.StreamedSave) -> None:
             raise CheckpointError(f"{item.key} at {index} is made {shape}, not {expected}")
 
 
+NO_VALUES, NO_FILES = "tensors have no values", "nothing is on the disk"
 PATCHES = (
-    Patch(
-        "megatron.core.dist_checkpointing:load",
-        "files have no values",
-        "05ca3c94389b",
-        value(_load),
+    *patches(
+        "megatron.core.dist_checkpointing:",
+        ("load", NO_VALUES, "05ca3c94389b", value(_load)),
+        ("save", NO_VALUES, "977482f07f35", value(_save)),
+        ("load_content_metadata", NO_FILES, "06ea7b873631", value(_load_content_metadata)),
+        ("load_tensors_metadata", NO_FILES, "3f26dd3969d3", value(_metadata)),
+        ("load_common_state_dict", NO_FILES, "6b40653e2673", constant({})),
     ),
-    Patch(
-        "megatron.core.dist_checkpointing:save",
-        "tensors have no values",
-        "977482f07f35",
-        value(_save),
-    ),
-    Patch(
-        "megatron.core.dist_checkpointing:load_content_metadata",
-        "nothing is on the disk",
-        "06ea7b873631",
-        value(_load_content_metadata),
-    ),
-    Patch(
-        "megatron.core.dist_checkpointing:load_tensors_metadata",
-        "nothing is on the disk",
-        "3f26dd3969d3",
-        value(_metadata),
-    ),
-    Patch(
-        "megatron.core.dist_checkpointing:load_common_state_dict",
-        "nothing is on the disk",
-        "6b40653e2673",
-        constant({}),
-    ),
-    Patch("nemo_convert.streaming:read_weights", "files have no values", "", value(_read_weights)),
-    Patch("nemo_convert.nemo:read_description", "nothing is on the disk", "", constant(None)),
+    Patch("nemo_convert.streaming:read_weights", NO_VALUES, "", value(_read_weights)),
+    Patch("nemo_convert.nemo:read_description", NO_FILES, "", constant(None)),
 )

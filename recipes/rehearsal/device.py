@@ -1,7 +1,7 @@
 """Fake tensors on a device that replaces CUDA: shapes, types and devices, without memory.
 
-``FakeTensorMode`` refuses to mix devices, and ``_require_one_device`` what it lets pass. Functions
-that need values, or that have no fake form, are redirected here, each with its reason.
+``FakeTensorMode`` and ``_require_one_device`` refuse to mix devices. Functions that need values, or
+that fake tensors do not support, are redirected here.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ aten = torch.ops.aten
 
 @contextmanager
 def weightless() -> Iterator[None]:
-    """Makes tensors without weight, and sends what is meant for CUDA to the device."""
+    """Makes all tensors fake, and replaces the device CUDA by the fake device."""
     with ExitStack() as stack:
-        for mode in (FakeTensorMode(allow_non_fake_inputs=True), _Answers(), _Redirect()):
+        for mode in (FakeTensorMode(allow_non_fake_inputs=True), _Values(), _Redirect()):
             stack.enter_context(mode)
         yield
 
@@ -37,13 +37,13 @@ def _is_cuda(device: object) -> bool:
 
 
 class _Redirect(TorchFunctionMode):
-    """CUDA by its name, in factories and moves; and what has no weightless form."""
+    """Redirects functions to ``REDIRECTED``, and factories from CUDA to the fake device."""
 
     def __torch_function__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        kwargs.pop("pin_memory", None)  # which needs a driver
+        kwargs.pop("pin_memory", None)  # needs a driver
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = DEVICE
         if (other := REDIRECTED.get(func)) is not None:
@@ -62,29 +62,29 @@ def _to_device(func: object, tensor: Tensor, *args: object, **kwargs: object) ->
 
 
 def _tensor(func: Any, data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-    """Of numbers: made on the CPU, and moved."""
+    """Makes a tensor of numbers on the CPU, and then moves it."""
     if isinstance(data, (list, tuple)):
         data = tree_map_only(Tensor, Tensor.item, data)
-    made: Tensor = func(data, *args, **kwargs)
-    return made if device is None or torch.device(device).type == "cpu" else made.to(DEVICE)
+    tensor: Tensor = func(data, *args, **kwargs)
+    return tensor if device is None or torch.device(device).type == "cpu" else tensor.to(DEVICE)
 
 
 def _copy(func: object, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    """Not of its attributes, one of which is what it is made of."""
-    made = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-    memo[id(tensor)] = made
-    return made
+    """Copies a tensor without its Python attributes, some of which cannot be copied."""
+    copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    memo[id(tensor)] = copy
+    return copy
 
 
 def _split(func: Any, tensor: Tensor, sizes: Any, dim: int = 0) -> Any:
-    """In equal parts where the sizes were read from the device, which knows none."""
+    """Splits into equal parts if the sizes were read from the device, which has no values."""
     if isinstance(sizes, (list, tuple)) and sum(sizes) != tensor.shape[dim]:
         return tensor.tensor_split(len(sizes), dim)
     return func(tensor, sizes, dim)
 
 
 def _set_item(func: Any, tensor: Tensor, index: Any, value: Any) -> None:
-    """A number assigned by a mask would become a scalar on real CUDA."""
+    """Fills masked elements directly; else PyTorch would make a scalar on a real CUDA device."""
     if isinstance(value, (int, float)) and isinstance(index, Tensor) and index.dtype == torch.bool:
         while index.dim() < tensor.dim():
             index = index.unsqueeze(-1)
@@ -96,19 +96,19 @@ def _set_item(func: Any, tensor: Tensor, index: Any, value: Any) -> None:
 def _attention(
     func: object, query: Tensor, key: Tensor, value: Tensor, *args: object, **kw: object
 ) -> Any:
-    """Fused attention, which PyTorch would compose of others on a device that it does not know."""
+    """Runs fused attention; on an unknown device, PyTorch would compose it of other operations."""
     return _FusedAttention.apply(query, key, value)
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what flash attention keeps: its inputs, its output, and one number per query."""
+    """Stores the tensors of flash attention: inputs, output, and one number per query."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
         shape = (*query.shape[:-1], value.shape[-1])
         if key.shape[-2] != value.shape[-2] or query.shape[-1] != key.shape[-1]:
             raise ValueError(f"attention of {query.shape} to {key.shape}, {value.shape}")
-        # In memory as the kernel has it: tokens before heads.
+        # The kernel's memory layout has tokens before heads.
         context = query.new_empty(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
         ctx.save_for_backward(query, key, value, context, query.new_empty(shape[:-1]).float())
         return context
@@ -120,7 +120,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _log_sum_exp(func: object, tensor: Tensor, dim: int, keepdim: bool = False) -> Tensor:
-    """With the exponentials, which PyTorch's kernel holds (``aten/native/ReduceOps.cpp``)."""
+    """Allocates the exponentials, as PyTorch's kernel does (``aten/native/ReduceOps.cpp``)."""
     return (tensor - tensor.amax(dim, keepdim=True)).exp_().sum(dim, keepdim).log_()
 
 
@@ -145,23 +145,23 @@ REDIRECTED: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _number(known: Tensor) -> Any:
+def _number(real: Tensor) -> Any:
     with unset_fake_temporarily():
-        return known.item()
+        return real.item()
 
 
-def _every(index: Tensor | None) -> list[Tensor | None]:
-    """A mask as the indices of all that it could choose, which is how many may be needed."""
+def _all_indices(index: Tensor | None) -> list[Tensor | None]:
+    """Replaces a mask by indices of all its elements, the most that it could select."""
     if index is None or index.dtype != torch.bool:
         return [index]
     return [index.new_empty(index.numel(), dtype=torch.int64)] * index.dim()
 
 
 def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
-    """Refuses devices that CUDA's kernels refuse to mix and FakeTensor lets pass.
+    """Refuses mixed devices that CUDA's kernels refuse and ``FakeTensor`` accepts.
 
-    FakeTensor takes any 0-dimensional CPU tensor for a number. Fused optimizers take none, and
-    foreach kernels only beside a list. An index on the GPU cannot select from a CPU tensor.
+    ``FakeTensor`` accepts any 0-dimensional CPU tensor as a number. Fused optimizers accept none,
+    and foreach kernels only beside a list. An index on the GPU cannot select from a CPU tensor.
 
     Raises:
         RuntimeError: As PyTorch on CUDA.
@@ -179,15 +179,15 @@ def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
         raise RuntimeError(f"{name}: expected all tensors on one device, got {devices}")
 
 
-class _Answers(TorchDispatchMode):
-    """Answers where code reads a number: what has no weight has no value either.
+class _Values(TorchDispatchMode):
+    """Returns a value where code reads a number from a fake tensor.
 
-    A number that was put on the device is what the other ranks say of it, too.
+    It is the number that was copied to the device, if there was one, also after collectives.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._known = WeakIdKeyDictionary()
+        self._numbers = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -201,22 +201,22 @@ class _Answers(TorchDispatchMode):
         if func is aten._to_copy.default and kwargs.get("device") == DEVICE:
             return self._move(func, args[0], kwargs)
         if func is aten.index.Tensor:
-            args = (args[0], [i for index in args[1] for i in _every(index)])
+            args = (args[0], [i for index in args[1] for i in _all_indices(index)])
         if func._schema.is_mutable and func.namespace == "aten" and isinstance(args[0], Tensor):
-            self._known.pop(args[0], None)
+            self._numbers.pop(args[0], None)
         return func(*args, **kwargs)
 
     def _value(self, tensor: FakeTensor) -> Any:
         if tensor.constant is not None:
             return _number(tensor.constant)
-        if tensor in self._known:
-            return self._known[tensor]
+        if tensor in self._numbers:
+            return self._numbers[tensor]
         return True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
 
     def _move(self, func: Any, tensor: FakeTensor, kwargs: Any) -> Tensor:
-        """Without what it is known to be made of, which would be moved for real."""
-        known, tensor.constant = tensor.constant, None
+        """Moves a tensor without its real constant, which PyTorch would move to a real device."""
+        constant, tensor.constant = tensor.constant, None
         moved: Tensor = func(tensor, **kwargs)
-        if known is not None and known.numel() == 1:
-            self._known[moved] = _number(known)
+        if constant is not None and constant.numel() == 1:
+            self._numbers[moved] = _number(constant)
         return moved

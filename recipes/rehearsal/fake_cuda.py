@@ -1,4 +1,4 @@
-"""CUDA's functions without CUDA: they answer for idle GPUs, or do nothing."""
+"""Replaces CUDA's functions: they describe idle GPUs, or do nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recipes.backend.patches import Patch, apply, constant, value
 
 NAME = "fakecuda"
 DEVICE = torch.device("privateuseone:0")
-"""Called ``NAME`` once ``stand_in`` has been called."""
+"""Has the name ``NAME`` after ``stand_in``."""
 CAPABILITY = (9, 0)
 MEMORY_BYTES = 80 << 30
 PROPERTIES = SimpleNamespace(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from recipes.backend.patches import Patch, apply, value, wrap
+from recipes.backend.patches import apply, patches, value, wrap
 
 Shapes = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
@@ -44,7 +44,7 @@ class _RealFile:
         return tensor
 
     def get_slice(self, name: str) -> _RealFile:
-        """Returns a tensor that is read in parts."""
+        """Returns a tensor whose slices are read on access."""
         return _RealFile(self._file.get_slice(name))
 
 
@@ -90,15 +90,10 @@ def _load(original: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     return tensors
 
 
-PATCHES = (
-    Patch("safetensors.torch:save_file", "tensors have no values", "650f051ef93f", value(_save)),
-    Patch(
-        "safetensors.torch:load_file",
-        "real tensors are read in fake mode",
-        "e4dd067a5239",
-        wrap(_load),
-    ),
-    Patch(
-        "safetensors:safe_open", "real tensors are read in fake mode", "bfa8cd9502ef", wrap(_open)
-    ),
+NO_VALUES, FAKE_MODE = "tensors have no values", "real tensors are read in fake mode"
+PATCHES = patches(
+    "safetensors",
+    (".torch:save_file", NO_VALUES, "650f051ef93f", value(_save)),
+    (".torch:load_file", FAKE_MODE, "e4dd067a5239", wrap(_load)),
+    (":safe_open", FAKE_MODE, "bfa8cd9502ef", wrap(_open)),
 )

@@ -1,9 +1,10 @@
-"""Jobs of a rehearsal: ranks of stages, with short settings. Does not import torch."""
+"""Jobs of a rehearsal, which are ranks of stages, and their results. Does not import torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -180,3 +181,65 @@ def _input(chain: Chain, stages: Mapping[str, Stage[Any]], source: str) -> JobIn
     # A search is rehearsed with the teacher as its candidate: no candidate needs more memory.
     shape = chain.teacher if kind == "shapes" else chain.shape_of(source)
     return JobInput(kind, shape.as_dict(), config)
+
+
+# Results
+
+
+@dataclass(frozen=True)
+class Message:
+    """A tensor that a rank sends to another rank, or receives from it."""
+
+    source: int
+    destination: int
+    shape: list[int]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class RehearsalResult:
+    """What one rank of a stage did in a rehearsal."""
+
+    seconds: float = 0
+    error: str | None = None
+    """End of the traceback, if the stage failed."""
+    peak: dict[str, int] = field(default_factory=dict)
+    """Bytes of each kind of tensor when the total was highest."""
+    sent: list[Message] = field(default_factory=list)
+    expected: list[Message] = field(default_factory=list)
+    """Messages that the rank waits for."""
+
+
+def mismatches(results: Sequence[tuple[RankJob, RehearsalResult]]) -> Iterator[str]:
+    """Compares the messages of each rehearsed pipeline stage with those of the next one.
+
+    The two need not be neighbours, since all stages pass on tensors of the same shape. Messages
+    between the first and the last of several stages are not compared.
+    """
+    complete = [(job, result) for job, result in results if result.error is None]
+    for (job, result), (next_job, next_result) in pairwise(complete):
+        ranks = job.world // job.config.get("pipeline_model_parallel_size", 1)
+        if job.name != next_job.name or job.rank // ranks == next_job.rank // ranks:
+            continue
+        forward = (job, result.sent, next_job, next_result.expected, ranks)
+        backward = (next_job, next_result.sent, job, result.expected, -ranks)
+        for sender, sent, receiver, expected, distance in (forward, backward):
+            sent_types, expected_types = _types(sent, distance), _types(expected, distance)
+            if sent_types != expected_types:
+                yield (
+                    f"{job.name}: rank {sender.rank} sends {_summary(sent_types)}, but rank "
+                    f"{receiver.rank} expects {_summary(expected_types)}"
+                )
+
+
+def _types(messages: Sequence[Message], distance: int) -> list[str]:
+    """Returns shape and dtype of the messages to the rank at this distance."""
+    return [
+        f"{m.shape} {m.dtype.removeprefix('torch.')}"
+        for m in messages
+        if m.destination - m.source == distance
+    ]
+
+
+def _summary(types: Sequence[str]) -> str:
+    return f"{len(types)} of {' and '.join(sorted({*types}))}" if types else "nothing"

@@ -16,9 +16,9 @@ from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.backend.patches import Patch, apply, constant, value, wrap
+from recipes.backend.patches import apply, constant, patches, value, wrap
 from recipes.rehearsal.fake_cuda import DEVICE, NAME
-from recipes.rehearsal.results import Message
+from recipes.rehearsal.job import Message
 
 FAKE = "fake"
 Args = tuple[Any, ...]
@@ -123,14 +123,12 @@ def _require(name: str, fits: bool, what: str) -> None:
 
 def _check_gather_base(name: str, args: Args, size: int) -> None:
     whole, shard = args[:2]
-    what = f"{list(shard.shape)} of each of {size} ranks into {list(whole.shape)}"
+    what = f"{list(whole.shape)} for {size} ranks with {list(shard.shape)} each"
     _require(name, whole.numel() == size * shard.numel() and whole.dtype == shard.dtype, what)
 
 
 def _check_scatter_base(name: str, args: Args, size: int) -> None:
-    shard, whole = args[:2]
-    what = f"{list(whole.shape)} over {size} ranks into {list(shard.shape)}"
-    _require(name, whole.numel() == size * shard.numel() and whole.dtype == shard.dtype, what)
+    _check_gather_base(name, (args[1], args[0]), size)
 
 
 def _check_gather(name: str, args: Args, size: int) -> None:
@@ -185,35 +183,13 @@ COALESCED: dict[str, Callable[..., Any]] = {
 }
 
 
-PATCHES = (
-    Patch(
-        "torch.distributed:init_process_group",
-        "groups have ranks that are not here",
-        "b26b016e14cc",
-        wrap(_init_process_group),
-    ),
-    Patch(
-        "torch.distributed:new_group",
-        "groups have ranks that are not here",
-        "8c5521f14690",
-        wrap(_new_group),
-    ),
-    Patch(
-        "torch.distributed:all_gather_object",
-        "objects would be pickled into tensors without bytes",
-        "df42d97f87f9",
-        value(_all_gather_object),
-    ),
-    Patch(
-        "torch.distributed:gather_object",
-        "objects would be pickled into tensors without bytes",
-        "a147590828d6",
-        value(_gather_object),
-    ),
-    Patch(
-        "torch.distributed:broadcast_object_list",
-        "objects would be pickled into tensors without bytes",
-        "8dded8659019",
-        constant(None),
-    ),
+GROUPS = "groups have ranks that are not here"
+PICKLED = "objects would be pickled into tensors without bytes"
+PATCHES = patches(
+    "torch.distributed:",
+    ("init_process_group", GROUPS, "b26b016e14cc", wrap(_init_process_group)),
+    ("new_group", GROUPS, "8c5521f14690", wrap(_new_group)),
+    ("all_gather_object", PICKLED, "df42d97f87f9", value(_all_gather_object)),
+    ("gather_object", PICKLED, "a147590828d6", value(_gather_object)),
+    ("broadcast_object_list", PICKLED, "8dded8659019", constant(None)),
 )

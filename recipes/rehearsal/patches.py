@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
-from recipes.backend.patches import Patch, apply, constant, value, wrap
+from recipes.backend.patches import Patch, apply, constant, patches, value, wrap
 from recipes.distillation import vocabulary
 from recipes.rehearsal import checkpoints, fake_cuda
 
@@ -104,48 +104,51 @@ def _permute(
     return tokens.index_select(0, indices), row_probs, indices
 
 
+NO_MASK = "TransformerEngine needs no mask"
 PATCHES = (
-    Patch(
-        "recipes.distillation.objective:LossReduction.__init__",
-        "the last pipeline stage is not here",
-        "",
-        wrap(_with_last_losses),
+    *patches(
+        "megatron.core.",
+        (
+            "transformer.dot_product_attention:DotProductAttention.__init__",
+            "context parallelism needs TransformerEngine",
+            "cde501e0d411",
+            wrap(_without_context_parallelism),
+        ),
+        (
+            "transformer.cuda_graphs:_CudagraphGlobalRecord.create_cudagraphs",
+            "only CUDA captures graphs; layers just run",
+            "e2ccbf416924",
+            constant(None),
+        ),
+        (
+            "transformer.cuda_graphs:ArgMetadata.__init__",
+            "Megatron compares the types of tensors",
+            "a6d80c7c04ed",
+            wrap(_with_tensor_type),
+        ),
+        (
+            "tensor_parallel.random:initialize_rng_tracker",
+            "only TransformerEngine's random numbers can be captured",
+            "4bc461df7c7f",
+            wrap(_with_graph_safe_rng),
+        ),
+        (
+            "transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.preprocess",
+            "tokens of an expert depend on values; here all experts get equally many",
+            "df692d802fdd",
+            wrap(_with_equal_experts),
+        ),
+        (
+            "transformer.moe.token_dispatcher:permute",
+            "the number of rows depends on values",
+            "782a5e8fd925",
+            value(_permute),
+        ),
     ),
-    Patch(
-        "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__",
-        "context parallelism needs TransformerEngine",
-        "cde501e0d411",
-        wrap(_without_context_parallelism),
-    ),
-    Patch(
-        "nemo.collections.llm.gpt.model.base:HAVE_TE",
-        "TransformerEngine needs no mask",
-        "bool",
-        value(True),
-    ),
-    Patch(
-        "nemo.collections.llm.gpt.data.pre_training:HAVE_TE",
-        "TransformerEngine needs no mask",
-        "bool",
-        value(True),
-    ),
-    Patch(
-        "megatron.core.transformer.cuda_graphs:_CudagraphGlobalRecord.create_cudagraphs",
-        "only CUDA captures graphs; layers just run",
-        "e2ccbf416924",
-        constant(None),
-    ),
-    Patch(
-        "megatron.core.transformer.cuda_graphs:ArgMetadata.__init__",
-        "Megatron compares the types of tensors",
-        "a6d80c7c04ed",
-        wrap(_with_tensor_type),
-    ),
-    Patch(
-        "megatron.core.tensor_parallel.random:initialize_rng_tracker",
-        "only TransformerEngine's numbers can be captured",
-        "4bc461df7c7f",
-        wrap(_with_graph_safe_rng),
+    *patches(
+        "nemo.collections.llm.gpt.",
+        ("model.base:HAVE_TE", NO_MASK, "bool", value(True)),
+        ("data.pre_training:HAVE_TE", NO_MASK, "bool", value(True)),
     ),
     Patch(
         "torch.distributed.device_mesh:DeviceMesh.from_group",
@@ -154,27 +157,14 @@ PATCHES = (
         constant(None),
     ),
     Patch(
-        "nemo_convert.parity:load_causal_lm",
-        "Transformers runs on the CPU",
+        "recipes.distillation.objective:LossReduction.__init__",
+        "the last pipeline stage is not here",
         "",
-        value(_load_causal_lm),
+        wrap(_with_last_losses),
     ),
-    Patch(
-        "nemo_convert.parity:Parity.require",
-        "without values there is no parity",
-        "",
-        wrap(_skip_gate),
-    ),
-    Patch(
-        "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.preprocess",
-        "tokens of an expert depend on values; all get as many",
-        "df692d802fdd",
-        wrap(_with_equal_experts),
-    ),
-    Patch(
-        "megatron.core.transformer.moe.token_dispatcher:permute",
-        "the number of rows depends on values",
-        "782a5e8fd925",
-        value(_permute),
+    *patches(
+        "nemo_convert.parity:",
+        ("load_causal_lm", "transformers runs on the CPU", "", value(_load_causal_lm)),
+        ("Parity.require", "without values there is no parity", "", wrap(_skip_gate)),
     ),
 )

@@ -23,10 +23,9 @@ from omegaconf import OmegaConf
 from recipes.core.manifest import ARTIFACT, WORK
 from recipes.core.stage import DEADLINE, StoppedByDeadlineError
 from recipes.rehearsal import device, materials
-from recipes.rehearsal.job import RankJob
+from recipes.rehearsal.job import RankJob, RehearsalResult
 from recipes.rehearsal.memory import MemoryTracker, label_models
 from recipes.rehearsal.messages import MessageChecker
-from recipes.rehearsal.results import RehearsalResult
 from recipes.stages.contract import Stage
 
 MAX_FRAMES = 5

@@ -20,8 +20,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from recipes.core.processes import die_with_parent, expect_no_gpu
-from recipes.rehearsal.job import RankJob
-from recipes.rehearsal.results import RehearsalResult
+from recipes.rehearsal.job import RankJob, RehearsalResult
 
 PRELOADED = (
     "recipes.distillation.logit_cache_writer",

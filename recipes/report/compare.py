@@ -15,6 +15,7 @@ from recipes.engines.results import BenchmarkResults
 from recipes.evaluation.results import EvaluationResult, TaskResults
 from recipes.report.cost import machine_hours
 from recipes.report.format import any_value, render_template
+from recipes.report.plots import Dimension, Mark, trade_off_plot
 from recipes.report.runs import (
     RunRecord,
     common_text,
@@ -33,12 +34,11 @@ from recipes.report.sections import (
     quality_mark,
     smallest_setting,
 )
-from recipes.report.trade_offs import Dimension, Mark, trade_off_plot
 
 
 @dataclass(frozen=True)
 class LatencySetting:
-    """What a latency was measured with: engine, request and machine."""
+    """Engine, request and machine of a measured latency."""
 
     engine: str
     batch_size: int
@@ -72,13 +72,13 @@ class RunRow:
     """Machine hours."""
 
 
-Figure = Callable[[RunRow], float | None]
-QUALITIES: dict[str, tuple[Dimension, Figure]] = {
+Metric = Callable[[RunRow], float | None]
+QUALITIES: dict[str, tuple[Dimension, Metric]] = {
     "perplexity": (PERPLEXITY, lambda row: row.evaluation.distilled.perplexity),
     "kl": (DIVERGENCE, lambda row: row.evaluation.distilled.kl_to_teacher),
     "tasks": (ACCURACY, lambda row: row.tasks.get("distilled")),
 }
-COSTS: dict[str, tuple[Dimension, Figure]] = {
+COSTS: dict[str, tuple[Dimension, Metric]] = {
     "parameters": (PARAMETERS, lambda row: row.evaluation.distilled.parameters),
     "disk": (DISK, lambda row: row.disk),
     "latency": (LATENCY, lambda row: row.latency),
@@ -120,7 +120,9 @@ def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
         )
     names = _names(runs)
     best = min(same, key=lambda run: _evaluation(run).distilled.loss)
-    latency = _common_latency(same)
+    # Latencies are compared in the fastest setting of the first run that has any.
+    latencies = next(filter(None, (dict(_latencies(run)) for run in same)), {})
+    latency = min(latencies, key=lambda setting: latencies[setting], default=None)
     rows = [
         _row(str(number), names[run.path], run, best if run in same else None, latency)
         for number, run in enumerate(evaluated, 1)
@@ -191,14 +193,6 @@ def _latencies(run: RunRecord) -> Iterator[tuple[LatencySetting, float]]:
         latency = row.decode_latency_ms
         if row.role == "student" and row.setting == setting and latency is not None:
             yield LatencySetting(row.engine, *setting, machine.cpu, machine.threads), latency
-
-
-def _common_latency(runs: Sequence[RunRecord]) -> LatencySetting | None:
-    """Returns the setting of the compared latencies: the fastest of the first run with any."""
-    for run in runs:
-        if latencies := dict(_latencies(run)):
-            return min(latencies, key=lambda setting: latencies[setting])
-    return None
 
 
 def _plots(rows: Sequence[RunRow]) -> Iterator[dict[str, str]]:

@@ -21,7 +21,7 @@ from recipes.pruning.results import HealResult, PruneResult
 
 MAX_FILES = 200
 """Files listed per stage; a large checkpoint has thousands, and its manifest names them all."""
-TRAINING = 1 + BACKWARD
+TRAINING_FACTOR = 1 + BACKWARD
 """FLOPs of a training step over those of its forward pass."""
 
 
@@ -32,10 +32,10 @@ class ModelFlops:
     label: str
     tokens: int
     student: float
-    """FLOPs of the model that is made or measured."""
+    """FLOPs of the student."""
     teacher: float
     seconds: float | None = None
-    """Of the passes alone, where it is known."""
+    """Time of these passes without the rest of the stage; ``None`` if unknown."""
 
     @property
     def flops(self) -> float:
@@ -44,22 +44,24 @@ class ModelFlops:
 
 
 def costs(
-    inputs: Inputs, before: Mapping[str, Manifest], passes: list[ModelFlops]
+    inputs: Inputs, earlier: Mapping[str, Manifest], passes: list[ModelFlops]
 ) -> dict[str, object]:
-    """Returns what the templates of cost and provenance show."""
-    stages = [*before.items(), *((item.directory.name, item.manifest) for item in inputs.values())]
+    """Returns the variables of the sections about cost and provenance."""
+    stages = [*earlier.items(), *((item.directory.name, item.manifest) for item in inputs.values())]
     stages.sort(key=lambda item: item[1].started_at)
-    every = [manifest for _, manifest in stages]
+    manifests = [manifest for _, manifest in stages]
     return {
         "stages": [(name, manifest, machine_hours(manifest)) for name, manifest in stages],
-        "seconds": sum(m.seconds for m in every),
-        "hours": sum(map(machine_hours, every)),
-        "processes": max(_processes(m.config) for m in every),
+        "seconds": sum(m.seconds for m in manifests),
+        "hours": sum(map(machine_hours, manifests)),
+        "processes": max(
+            _resource(m.config, "nodes") * _resource(m.config, "devices") for m in manifests
+        ),
         "work": passes,
         "largest": {
-            "bytes": max(m.total_bytes() for m in every) or 1,
-            "seconds": max(m.seconds for m in every) or 1,
-            "peak": max(m.peak_rss_bytes for m in every) or 1,
+            "bytes": max(m.total_bytes() for m in manifests) or 1,
+            "seconds": max(m.seconds for m in manifests) or 1,
+            "peak": max(m.peak_rss_bytes for m in manifests) or 1,
             "flops": max((one.flops for one in passes), default=0) or 1,
         },
         "max_files": MAX_FILES,
@@ -67,65 +69,54 @@ def costs(
 
 
 def versions(manifests: Iterable[Manifest]) -> dict[str, list[str]]:
-    """Each library's versions; more than one where stages ran in different environments."""
-    found: dict[str, list[str]] = {}
+    """Returns each library's versions; several if stages ran in different environments."""
+    by_library: dict[str, dict[str, None]] = {}
     for manifest in manifests:
         for library, version in manifest.versions.items():
-            known = found.setdefault(library, [])
-            if version not in known:
-                known.append(version)
-    return found
+            by_library.setdefault(library, {})[version] = None
+    return {library: list(numbers) for library, numbers in by_library.items()}
 
 
 def upstream(inputs: Inputs) -> dict[str, Manifest]:
-    """Stages that the inputs were made from and that are no inputs of the report themselves.
+    """Returns the stages that the inputs were made from, without the inputs themselves.
 
-    They are looked for beside the inputs and known by their fingerprints, so a stage of an older
-    run of the same directory is not taken for one.
+    They are directories beside the inputs. Their fingerprints identify them, so a stage of an
+    older run in the same directory does not count.
     """
-    found: dict[str, Manifest] = {}
-    known = {item.manifest.fingerprint for item in inputs.values()}
-    wanted = {f for item in inputs.values() for f in item.manifest.inputs.values()} - known
     run_dirs = {item.directory.parent for item in inputs.values()}
     folders = [path for run in run_dirs for path in sorted(run.iterdir()) if path.is_dir()]
     complete = ((path.name, read_manifest(path)) for path in folders)
     beside = {m.fingerprint: (name, m) for name, m in complete if m is not None}
-    while wanted:
-        fingerprint = wanted.pop()
-        known.add(fingerprint)
-        if fingerprint in beside:
+    visited = {item.manifest.fingerprint for item in inputs.values()}
+    queue = [f for item in inputs.values() for f in item.manifest.inputs.values()]
+    stages: dict[str, Manifest] = {}
+    while queue:
+        fingerprint = queue.pop()
+        if fingerprint not in visited and fingerprint in beside:
             name, manifest = beside[fingerprint]
-            found[name] = manifest
-            wanted |= set(manifest.inputs.values()) - known
-    return found
+            stages[name] = manifest
+            queue += manifest.inputs.values()
+        visited.add(fingerprint)
+    return stages
 
 
 def machine_hours(manifest: Manifest) -> float:
-    """Hours times machines."""
-    return manifest.seconds / 3600 * _nodes(manifest.config)
+    """Returns hours times machines."""
+    return manifest.seconds / 3600 * _resource(manifest.config, "nodes")
 
 
-def _processes(config: Mapping[str, Any]) -> int:
-    """Ranks: one per GPU, or per gloo process."""
-    return _nodes(config) * int(_resources(config).get("devices", 1))
-
-
-def _nodes(config: Mapping[str, Any]) -> int:
-    return int(_resources(config).get("nodes", 1))
-
-
-def _resources(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("resources") or {}
+def _resource(config: Mapping[str, Any], name: str) -> int:
+    return int((config.get("resources") or {}).get(name, 1))
 
 
 def model_flops(
-    manifests: Mapping[str, Manifest], before: Mapping[str, Manifest]
+    manifests: Mapping[str, Manifest], earlier: Mapping[str, Manifest]
 ) -> list[ModelFlops]:
     """Returns the FLOPs of each stage that runs models and records its tokens.
 
     Args:
-        manifests: Those of the report's inputs, by name.
-        before: Those of the stages before them, by name.
+        manifests: Manifests of the report's inputs, by name.
+        earlier: Manifests of the stages before the inputs, by stage.
     """
     teacher, student = (_shape(manifests[name]) for name in ("teacher", "distilled"))
     if teacher is None or student is None:
@@ -135,9 +126,9 @@ def model_flops(
         tokens = pruned.calibration_tokens
         forward = forward_flops(teacher, tokens // pruned.calibration_sequences)
         rows.append(ModelFlops("Importance for pruning", tokens, 0, tokens * forward))
-    for name, manifest in before.items():
-        rows += _earlier_flops(name, manifest, before, teacher)
-    rows += _distillation_flops("Distillation", manifests["distilled"], before, teacher)
+    for name, manifest in earlier.items():
+        rows += _earlier_flops(name, manifest, earlier, teacher)
+    rows += _distillation_flops("Distillation", manifests["distilled"], earlier, teacher)
     evaluation = manifests["evaluation"]
     tokens = evaluation.result(EvaluationResult).tokens
     ours, theirs = (tokens * _forward_flops(arch, evaluation) for arch in (student, teacher))
@@ -145,11 +136,11 @@ def model_flops(
 
 
 def _earlier_flops(
-    name: str, manifest: Manifest, before: Mapping[str, Manifest], teacher: Architecture
+    name: str, manifest: Manifest, earlier: Mapping[str, Manifest], teacher: Architecture
 ) -> list[ModelFlops]:
     """Returns the FLOPs of a stage that is no input of the report."""
     if corrected := manifest.result_if("correct_teacher", TrainingResult):
-        flops = TRAINING * corrected.tokens * _forward_flops(teacher, manifest)
+        flops = TRAINING_FACTOR * corrected.tokens * _forward_flops(teacher, manifest)
         return [ModelFlops(name, corrected.tokens, 0, flops)]
     if cached := manifest.result_if("cache_logits", CacheResult):
         flops = cached.tokens * _forward_flops(teacher, manifest)
@@ -163,11 +154,11 @@ def _earlier_flops(
         )
         fit = tokens * least_squares_flops(teacher, student)
         return [ModelFlops(name, tokens, ours + fit, theirs)]
-    return _distillation_flops(name, manifest, before, teacher)
+    return _distillation_flops(name, manifest, earlier, teacher)
 
 
 def _distillation_flops(
-    label: str, distilled: Manifest, before: Mapping[str, Manifest], teacher: Architecture
+    label: str, distilled: Manifest, earlier: Mapping[str, Manifest], teacher: Architecture
 ) -> list[ModelFlops]:
     training, student = distilled.result_if("distill", DistillationResult), _shape(distilled)
     if training is None or student is None:
@@ -175,9 +166,9 @@ def _distillation_flops(
     tokens = training.tokens
     cached = any(
         manifest.kind == "logit_cache" and manifest.fingerprint == distilled.inputs.get("teacher")
-        for manifest in before.values()
+        for manifest in earlier.values()
     )
-    ours = TRAINING * tokens * _forward_flops(student, distilled)
+    ours = TRAINING_FACTOR * tokens * _forward_flops(student, distilled)
     theirs = 0 if cached else tokens * _forward_flops(teacher, distilled)
     return [ModelFlops(label, tokens, ours, theirs, tokens / training.tokens_per_second)]
 

@@ -1,4 +1,4 @@
-"""Writes the exported model's card: what the model is, its measured quality, code that runs it."""
+"""Writes the exported model's card: its origin, its measured quality, and code that runs it."""
 
 from __future__ import annotations
 
@@ -53,9 +53,8 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         "licence": model_licence,
         "model": model,
         "shapes": {
-            role: inputs[key]
-            for role, key in (("teacher", "teacher"), ("this model", "checkpoint"))
-            if key in inputs
+            **({"teacher": inputs["teacher"]} if "teacher" in inputs else {}),
+            "this model": model,
         },
         "dropped": _dropped_layers(inputs),
         "healed": inputs["healed"].result_if("heal", HealResult) if "healed" in inputs else None,

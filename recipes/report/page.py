@@ -24,6 +24,7 @@ from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import HealResult, PruneResult
 from recipes.report.cost import costs, model_flops, upstream, versions
 from recipes.report.format import render_template
+from recipes.report.gates import judge, parse
 from recipes.report.plots import (
     SMOOTHING,
     Point,
@@ -33,7 +34,7 @@ from recipes.report.plots import (
     layer_plot,
     line_plot,
 )
-from recipes.report.sections import gates_section, sections
+from recipes.report.sections import sections
 from recipes.report.serving import served
 from recipes.report.settings import ReportConfig
 
@@ -78,11 +79,6 @@ CURVES = {
 
 def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
     """Writes the report as one HTML file that loads nothing else."""
-    render_template("report.html.j2", _content(cfg, inputs), path)
-
-
-def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
-    """Returns the variables of the report's template."""
     manifests = {name: item.manifest for name, item in inputs.items()}
     earlier = upstream(inputs)
     content: dict[str, object] = {
@@ -92,15 +88,15 @@ def _content(cfg: ReportConfig, inputs: Inputs) -> dict[str, object]:
         "time": datetime.now(UTC).isoformat(timespec="minutes"),
         "m": manifests,
         "versions": versions([*manifests.values(), *earlier.values()]),
-        "gates": gates_section(cfg.gates, manifests),
+        "gates": judge(map(parse, cfg.gates), {m.kind: m for m in manifests.values()}),
         **sections(manifests, earlier),
         **(_distillation(inputs, earlier) if "evaluation" in inputs else {}),
         **costs(inputs, earlier, model_flops(manifests, earlier) if "evaluation" in inputs else []),
         "cost": True,
         "provenance": True,
     }
-    contents = {name: label for name, label in CONTENTS.items() if content[name]}
-    return {**content, "contents": contents}
+    content["contents"] = {name: label for name, label in CONTENTS.items() if content[name]}
+    render_template("report.html.j2", content, path)
 
 
 def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, object]:
@@ -127,9 +123,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
         "distillation": _training(distilled),
         "rounds": list(_rounds(distilled, earlier)),
         "healed": _healed(distilled.manifest, earlier),
-        "layers": pruned,
-        "layers_plot": _layers_plot(pruned) if pruned else None,
-        "logarithmic": pruned is not None and is_skewed(pruned.layer_importance.values()),
+        **(_layers(pruned) if pruned else {}),
         "serve": list(served(inputs)),
         "settings": distilled.manifest.config,
         "trained": distilled.manifest.result_if("distill", DistillationResult),
@@ -147,7 +141,7 @@ def _healed(distilled: Manifest, earlier: Mapping[str, Manifest]) -> HealResult 
 
 
 def _generations(evaluation: Input) -> list[dict[str, str]]:
-    """Returns prompts, each with its continuation by every model."""
+    """Returns prompts, each with the continuations of all models."""
     path = evaluation.artifact / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     generations: list[dict[str, str]] = results.get("generations", [])
@@ -158,7 +152,8 @@ def _training(distilled: Input) -> dict[str, Any]:
     """Returns the plots of the distillation; a plot is left out if its values were not logged."""
     log = distilled.directory / METRICS
     steps = steps_of(log, "distill")
-    terms, small = list(_terms(steps)), []
+    terms = list(_terms(steps))
+    small: list[tuple[str, Markup]] = []
     for key, (title, style) in CURVES.items():
         points = _points(steps_of(log, "validate") if key == "val_loss" else steps, key)
         if points:
@@ -179,11 +174,10 @@ def _rounds(
 ) -> Iterator[tuple[str, Manifest, DistillationResult]]:
     """Yields the distillation of every round, if there were several."""
     stages = {**earlier, distilled.directory.name: distilled.manifest}
-    trained = [
-        (n, m, t) for n, m in stages.items() if (t := m.result_if("distill", DistillationResult))
-    ]
-    if len(trained) > 1:
-        yield from sorted(trained, key=lambda one: one[1].started_at)
+    results = [(n, m, m.result_if("distill", DistillationResult)) for n, m in stages.items()]
+    rounds = [(name, manifest, result) for name, manifest, result in results if result]
+    if len(rounds) > 1:
+        yield from sorted(rounds, key=lambda one: one[1].started_at)
 
 
 def _terms(steps: list[Record]) -> Iterator[Series]:
@@ -200,7 +194,12 @@ def _points(steps: list[Record], key: str) -> list[Point]:
     return [(float(s["done"]), float(s[key])) for s in steps if s.get(key) is not None]
 
 
-def _layers_plot(pruned: PruneResult) -> Markup:
+def _layers(pruned: PruneResult) -> dict[str, object]:
+    """Returns the variables of the section about layer importance."""
     scores = pruned.layer_importance
     title = f"Importance of {len(scores)} layers; dropped: {pruned.dropped_layers() or 'none'}"
-    return layer_plot("plot-layers", title, scores, set(pruned.kept_layers))
+    return {
+        "layers": pruned,
+        "layers_plot": layer_plot("plot-layers", title, scores, set(pruned.kept_layers)),
+        "logarithmic": is_skewed(scores.values()),
+    }

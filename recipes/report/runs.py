@@ -25,7 +25,7 @@ Text = tuple[str, object, int, int | None, str]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run directory, with the manifests of its complete stages by name."""
+    """A run directory, with the manifests of its complete stages by name."""
 
     path: Path
     recipe: str
@@ -52,7 +52,7 @@ class RunRecord:
         return manifest.result(EvaluationResult) if manifest else None
 
     def text(self) -> Text | None:
-        """Returns what two runs must share for their perplexities to be comparable."""
+        """Returns the text of the evaluation, which comparable perplexities have in common."""
         evaluation = self.find("eval_results")
         if evaluation is None or self.evaluation is None:
             return None
@@ -72,7 +72,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     """Returns the run directories among the paths and below them, in order, without duplicates.
 
     Raises:
-        RecipeError: A path is no directory, or has no run.
+        RecipeError: A path is not a directory, or contains no run.
     """
     run_dirs: dict[Path, None] = {}
     for path in paths:
@@ -101,8 +101,8 @@ def _sorted_below(path: Path) -> list[Path]:
 def read_run(path: Path) -> RunRecord:
     """Reads the results of a run.
 
-    A stage that was planned with other settings since it ran is incomplete: its results are not of
-    the same run as the others.
+    A stage that was planned with other settings after it ran is incomplete, since its results do
+    not belong to the others.
 
     Raises:
         RecipeError: A manifest is damaged.

@@ -18,9 +18,7 @@ from recipes.engines.results import BenchmarkResults, BenchmarkRow, EngineResult
 from recipes.evaluation.results import EvaluationResult, TaskResults, TextQuality
 from recipes.planning.results import PlanResult
 from recipes.report.format import scaled
-from recipes.report.gates import Verdict, judge, parse
-from recipes.report.plots import interval_plot
-from recipes.report.trade_offs import Dimension, Mark, trade_off_plot
+from recipes.report.plots import Dimension, Mark, interval_plot, trade_off_plot
 from recipes.search.results import LatencyResult, SearchResult
 
 PARAMETERS = Dimension("parameters", lambda v: scaled(v, "KMBT").replace(".0 ", " "))
@@ -79,22 +77,16 @@ def tasks_section(results: TaskResults) -> dict[str, object]:
     return {"tasks": results, "tasks_plot": plot}
 
 
-def gates_section(texts: Sequence[str], manifests: Mapping[str, Manifest]) -> list[Verdict]:
-    """Returns the verdicts on gates whose values are in the report's inputs."""
-    return judge(map(parse, texts), {manifest.kind: manifest for manifest in manifests.values()})
-
-
 def speed_section(results: BenchmarkResults) -> dict[str, object]:
     """Returns the measurements, the scale of the bars, and the engine with the best speed-up."""
-    every = results.speedups
-    values = [
-        v for s in every for v in (s.prefill, s.prefill_roofline, s.decode, s.decode_roofline)
-    ]
-    # The baseline (transformers) is only a reference; an engine is what gets deployed.
-    engines = [one for one in every if one.backend != BASELINE] or every
+    values = [1.0]
+    for one in results.speedups:
+        values += [one.prefill, one.prefill_roofline, one.decode, one.decode_roofline]
+    # The baseline (transformers) is only a reference, since engines are deployed.
+    engines = [one for one in results.speedups if one.backend != BASELINE] or results.speedups
     return {
         "speed": results,
-        "largest_speedup": 1.08 * max([1.0, *values]),
+        "largest_speedup": 1.08 * max(values),
         "fastest": max(engines, key=lambda one: one.decode, default=None),
     }
 

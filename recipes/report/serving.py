@@ -6,7 +6,6 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.gguf_file import ARCHITECTURES, FILE, architecture_name
@@ -54,15 +53,19 @@ def converted(folder: str, shape: Architecture) -> Iterator[Served]:
 def served(inputs: Mapping[str, Input]) -> Iterator[Served]:
     """Yields all servers of the inputs of a report; paths are relative to the run's directory."""
     run_dir = inputs["exported"].directory.parent
-    paths = {name: _relative(item.artifact, run_dir) for name, item in inputs.items()}
+    paths = {
+        name: str(path.relative_to(run_dir) if path.is_relative_to(run_dir) else path)
+        for name, path in ((name, item.artifact) for name, item in inputs.items())
+    }
     if "engine" in inputs:
         engine, backend = paths["engine"], inputs["engine"].manifest.result(EngineResult).backend
         if backend == "openvino":
             yield _genai(engine)
         else:
-            of_engine = ("--backend", "tensorrt", "--tokenizer", paths["exported"])
-            options = of_engine if backend == "tensorrt_llm" else ()
-            yield Served("TensorRT-LLM", shlex.join(["trtllm-serve", engine, *options]))
+            words = ["trtllm-serve", engine]
+            if backend == "tensorrt_llm":
+                words += ["--backend", "tensorrt", "--tokenizer", paths["exported"]]
+            yield Served("TensorRT-LLM", shlex.join(words))
     if "gguf" in inputs:
         yield _llama_server(f"{paths['gguf']}/{FILE}")
     yield from servers(paths["exported"])
@@ -75,7 +78,3 @@ def _genai(engine: str) -> Served:
 
 def _llama_server(file: str) -> Served:
     return Served("llama.cpp", shlex.join(["llama-server", "-m", file]))
-
-
-def _relative(artifact: Path, run_dir: Path) -> str:
-    return str(artifact.relative_to(run_dir) if artifact.is_relative_to(run_dir) else artifact)

@@ -16,8 +16,7 @@ from pydantic import TypeAdapter
 from launch.rehearse import KINDS, planned_memory
 from recipes.core.files import REPO_ROOT
 from recipes.planning.training_cost import step_time
-from recipes.rehearsal.job import RankJob
-from recipes.rehearsal.results import RehearsalResult
+from recipes.rehearsal.job import RankJob, RehearsalResult
 from recipes.stages import distill
 from tests.gpu.small import on_gpu, record
 from tests.support.rehearsals import job_with_layers

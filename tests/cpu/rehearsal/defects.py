@@ -12,8 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from recipes.rehearsal.job import RankJob
-from recipes.rehearsal.results import RehearsalResult
+from recipes.rehearsal.job import RankJob, RehearsalResult
 from recipes.rehearsal.worker import in_fork, prepare
 
 

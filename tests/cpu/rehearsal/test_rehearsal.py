@@ -14,8 +14,7 @@ from pydantic import TypeAdapter
 
 from launch.rehearse import KINDS, memory_mistakes, peak_by_kind, planned_memory
 from recipes.core.files import REPO_ROOT
-from recipes.rehearsal.job import RankJob
-from recipes.rehearsal.results import RehearsalResult, mismatches
+from recipes.rehearsal.job import RankJob, RehearsalResult, mismatches
 from tests.cpu.rehearsal import defects
 from tests.support.rehearsals import MOE_MODEL, job_with_layers
 

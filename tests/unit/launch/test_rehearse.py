@@ -18,8 +18,7 @@ from launch.planned import stage_of
 from launch.rehearse import memory_mistakes, planned_memory
 from recipes.planning.chain import Chain
 from recipes.planning.published_configs import read_config_or_published
-from recipes.rehearsal.job import RankJob, first_ranks, jobs_of
-from recipes.rehearsal.results import RehearsalResult
+from recipes.rehearsal.job import RankJob, RehearsalResult, first_ranks, jobs_of
 from tests.unit.conftest import Compose
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
