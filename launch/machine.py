@@ -18,7 +18,7 @@ from recipes.core.versions import pins
 from recipes.planning import rules
 from recipes.planning.chain import Chain, read_chain
 from recipes.planning.hardware import Hardware
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 
 
 def chain_of(

@@ -33,8 +33,7 @@ from recipes.core.stage import StageConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.limits import limit_problems
-from recipes.planning.problems import Problem, require_none
-from recipes.planning.rules import ERROR
+from recipes.planning.rules import ERROR, Problem, require_none
 from recipes.report.gates import Gate, known_names, parse, problems
 
 REPEATED = ("prune", "distill", "score")

@@ -25,9 +25,8 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.core.screen import plain_table
 from recipes.core.stage_process import tail
-from recipes.planning.chain import Chain
-from recipes.planning.problems import require_none
-from recipes.planning.published_configs import read_config_or_published
+from recipes.planning.chain import Chain, read_config_or_published
+from recipes.planning.rules import require_none
 from recipes.planning.training_cost import stage_memory
 from recipes.planning.transformer import FRAGMENTATION, Memory
 from recipes.rehearsal.job import RankJob, RehearsalResult, jobs_of, mismatches

@@ -20,7 +20,7 @@ from recipes.distillation.settings import (
 )
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
 Config = TypeVar("Config", bound=TrainingConfig)

@@ -13,7 +13,7 @@ from recipes.engines import openvino, tensorrt_llm
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 
 PRECISIONS = {
     "openvino": openvino.PRECISIONS,

@@ -21,7 +21,7 @@ from recipes.core.files import read_json, write_json
 from recipes.engines.settings import BuildEngineConfig
 from recipes.engines.timing import Generation, Timing
 from recipes.planning import rules
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 
 if TYPE_CHECKING:
     import torch

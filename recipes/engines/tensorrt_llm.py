@@ -24,7 +24,7 @@ from recipes.engines import trtllm_build_worker
 from recipes.engines.settings import CALIBRATED, BuildEngineConfig, QuantizeConfig
 from recipes.planning import rules
 from recipes.planning.hardware import gpus_here
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 
 VERSION = "1.2.0"
 IMAGE = f"nvcr.io/nvidia/tensorrt-llm/release:{VERSION}"

@@ -1,22 +1,34 @@
-"""What a stage's ``check`` sees: the whole chain before anything runs. Torch-free."""
+"""The whole chain before anything runs, as the ``check`` of a stage sees it. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nemo_convert.architecture import Architecture
+from nemo_convert.hf import tokenizer_sha256
 from nemo_convert.hf_config import read_architecture
+from nemo_convert.hub import hub_model, in_reach, is_hub_id, read_hf_config
+from recipes.core.files import read_json
 from recipes.core.manifest import manifest_of
 from recipes.core.stage import StageConfig
 from recipes.data.settings import PrepareDataConfig
 from recipes.planning import rules
 from recipes.planning.hardware import Hardware
 from recipes.planning.inference_cost import InferenceCost
-from recipes.planning.problems import Problem
-from recipes.planning.published_configs import read_config_or_published
+from recipes.planning.rules import Problem
 from recipes.planning.workload import Workload
+
+CONFIGS: dict[str, dict[str, Any]] = read_json(Path(__file__).with_name("published_configs.json"))
+"""Shapes of the models of the shipped recipes by hub id, for plans without a hub.
+
+They are the fields of each public ``config.json`` that a plan needs. Tests compare them with the
+published numbers of parameters.
+"""
+TOKENIZER_INPUTS = ("tokenizer", "checkpoint", "student", "teacher")
+"""Inputs whose tokenizer a stage takes over, in order of precedence."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Chain:
     workloads: Mapping[str, Workload] = field(default_factory=dict)
     """Each training and each teacher's pass over a text, by stage, once all checks have passed."""
     inference_costs: Mapping[str, InferenceCost] = field(default_factory=dict)
-    """Of each other stage that runs models, once all checks have passed."""
+    """Cost of each other stage that runs models, once all checks have passed."""
 
     def image_of(self, module: str) -> str | None:
         """Returns the image that a stage module runs in; ``None`` outside of containers."""
@@ -87,3 +99,46 @@ def read_chain(hf_path: str, stages: Mapping[str, StageConfig]) -> Chain:
     config, published = read_config_or_published(hf_path)
     shape = read_architecture(config, hf_path)
     return Chain(hf_path, shape, stages, from_published_config=published)
+
+
+def read_config_or_published(hf_path: str) -> tuple[dict[str, Any], bool]:
+    """Reads a model's ``config.json``; without a hub, uses the bundled copy of a shipped recipe.
+
+    Returns:
+        The config, and whether it is the bundled copy.
+    """
+    published = CONFIGS.get(str(hub_model(hf_path)["repo_id"])) if is_hub_id(hf_path) else None
+    if published is not None and not in_reach(hf_path):
+        return published, True
+    return read_hf_config(hf_path), False
+
+
+def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
+    """Compares the tokenizers of a stage's inputs whose files are on this machine.
+
+    The stage itself compares the others when it starts.
+    """
+    sources = ((name, tokenizer_of(source, chain)) for name, source in cfg.inputs.items())
+    hashes = {name: sha for name, sha in sources if sha is not None}
+    if len(set(hashes.values())) > 1:
+        listed = ", ".join(f"{name} {sha[:12]}" for name, sha in hashes.items())
+        yield Problem(
+            rules.TOKENIZER,
+            f"the inputs of {cfg.stage} have different tokenizers: {listed}",
+            "use models of one vocabulary, and data tokenized with it",
+        )
+
+
+def tokenizer_of(source: str, chain: Chain) -> str | None:
+    """Returns the SHA-256 of the tokenizer of a stage or stage directory; ``None`` if unknown."""
+    config = chain.stages.get(source)
+    if config is None:
+        manifest = manifest_of(source)
+        return manifest.tokenizer_sha256 if manifest else None
+    if "hf_path" in vars(config):
+        folder = Path(vars(config)["hf_path"])
+        return tokenizer_sha256(folder) if folder.is_dir() else None
+    upstream = next(
+        (config.inputs[name] for name in TOKENIZER_INPUTS if name in config.inputs), None
+    )
+    return None if upstream is None else tokenizer_of(upstream, chain)

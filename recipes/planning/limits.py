@@ -14,7 +14,7 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.hardware import gpus_here
 from recipes.planning.layouts import proposals
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.planning.training_cost import peak_memory, training_cost
 from recipes.planning.workload import Layout, Workload
 

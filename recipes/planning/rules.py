@@ -5,8 +5,11 @@ The checks are where the settings are, in each stage's ``check``.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
+
+from recipes.core.errors import RecipeError
 
 ERROR, WARNING = "error", "warning"
 
@@ -20,6 +23,28 @@ class Rule:
     reference: str = ""
     """Issues of other projects, or a paper."""
     severity: str = ERROR
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A rule that a recipe breaks, what is wrong, and how to fix it."""
+
+    rule: Rule
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        see = f"\n  see: {self.rule.reference}" if self.rule.reference else ""
+        return f"{self.what}\n  fix: {self.fix}   [{self.rule.name}]{see}"
+
+
+def require_none(problems: Iterable[Problem], skipped: Collection[str] = ()) -> tuple[Problem, ...]:
+    """What was found; refuses an error among it, unless its rule is ``skipped``."""
+    found = tuple(dict.fromkeys(problems))
+    stopping = [str(p) for p in found if p.rule.severity == ERROR and p.rule.name not in skipped]
+    if stopping:
+        raise RecipeError("\n".join(stopping), fix="")
+    return found
 
 
 _warning = partial(Rule, severity=WARNING)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_convert.architecture import Architecture
 from recipes.planning import rules
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 
 DENSE_AXES = ("ffn_hidden_size",)
 EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")

@@ -17,7 +17,7 @@ from recipes.core.stage import StageConfig
 from recipes.engines.results import BenchmarkResults, Speedup
 from recipes.evaluation.results import EvaluationResult, TaskResults, TaskScores
 from recipes.planning import rules
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,

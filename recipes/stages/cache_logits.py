@@ -13,7 +13,7 @@ from recipes.core.stage import Inputs, metrics_log
 from recipes.distillation.settings import CacheLogitsConfig, bytes_per_token
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.planning.workload import Layout, Workload
 from recipes.stages.contract import Stage
 

@@ -13,9 +13,9 @@ from recipes.core.stage import Inputs, StageConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost
+from recipes.planning.layouts import layout_problems
 from recipes.planning.limits import memory_problem
-from recipes.planning.parallelism import layout_problems
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.planning.workload import Workload
 
 if TYPE_CHECKING:

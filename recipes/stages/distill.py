@@ -36,9 +36,8 @@ from recipes.distillation.training import (
     training_workload,
 )
 from recipes.planning import rules
-from recipes.planning.chain import Chain
-from recipes.planning.problems import Problem
-from recipes.planning.tokenizers import tokenizer_problems
+from recipes.planning.chain import Chain, tokenizer_problems
+from recipes.planning.rules import Problem
 from recipes.planning.workload import Workload
 from recipes.pruning.results import HealResult
 from recipes.stages.contract import Stage, checkpoint_outcome

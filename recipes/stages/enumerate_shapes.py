@@ -17,8 +17,8 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs
 from recipes.planning import rules
 from recipes.planning.chain import Chain
-from recipes.planning.problems import Problem
 from recipes.planning.results import PlanResult, Table
+from recipes.planning.rules import Problem
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig
 from recipes.search.space import SHAPE_COSTS, Service, limits, name_of
 from recipes.stages.contract import Stage

@@ -15,7 +15,7 @@ from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.inference_cost import InferenceCost, Sequences, comparison_cost
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
 
 

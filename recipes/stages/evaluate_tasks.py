@@ -18,7 +18,7 @@ from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost, benchmark_cost
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
 
 INSTALL = 'pip install -e ".[tasks]", or leave the benchmarks out: tasks=null'

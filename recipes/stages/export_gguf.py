@@ -16,7 +16,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
 from recipes.planning import rules
 from recipes.planning.chain import Chain
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
 
 

@@ -21,7 +21,7 @@ from recipes.planning.inference_cost import (
     comparison_cost,
     healing_cost,
 )
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.planning.transformer import largest
 from recipes.pruning.results import HealResult
 from recipes.pruning.settings import HealConfig, PruneConfig

@@ -20,7 +20,7 @@ from recipes.core.wheels import short_name
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import conversion_cost
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage, checkpoint_outcome
 
 

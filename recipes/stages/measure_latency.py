@@ -21,7 +21,7 @@ from recipes.engines.backends import engine_problems, require_backend
 from recipes.engines.bench import cpu_threads, measure, start_worker
 from recipes.planning import rules
 from recipes.planning.chain import Chain
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.search.latency import build_random_engine, fit, step_ms
 from recipes.search.results import LatencyResult, TimedShape
 from recipes.search.settings import EnumerateShapesConfig, MeasureLatencyConfig

@@ -30,7 +30,7 @@ from recipes.engines.timing import Contender, RequestShape
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import Roofline
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
 
 

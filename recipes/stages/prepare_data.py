@@ -29,7 +29,7 @@ from recipes.data.sources import (
 )
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
 
 SEED = 1234

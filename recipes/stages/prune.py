@@ -16,7 +16,7 @@ from recipes.core.stage import Inputs
 from recipes.distillation.results import KeptLayers
 from recipes.planning import rules
 from recipes.planning.chain import Chain
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.pruning.results import PruneResult, ScoreResult
 from recipes.pruning.settings import PruneConfig, ScoreConfig
 from recipes.pruning.targets import MOST_AT_ONCE, fraction_problems, pruned_shape, target_problems

@@ -16,7 +16,7 @@ from recipes.engines.settings import QuantizeConfig
 from recipes.engines.tensorrt_llm import SIZE_MULTIPLES
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
 
 

@@ -15,7 +15,7 @@ from recipes.core.stage import Inputs, metrics_log, rank
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.inference_cost import InferenceCost, Sequences, scoring_cost
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.pruning.results import ScoreResult
 from recipes.pruning.settings import PruneConfig, ScoreConfig
 from recipes.stages.contract import Stage

@@ -26,8 +26,8 @@ from recipes.distillation.training import training_problems, training_workload
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost, Sequences, comparison_cost
-from recipes.planning.parallelism import layout_problems
-from recipes.planning.problems import Problem
+from recipes.planning.layouts import layout_problems
+from recipes.planning.rules import Problem
 from recipes.planning.training_cost import peak_memory, token_compute
 from recipes.planning.transformer import Compute, largest
 from recipes.search.results import Candidate, SearchResult, write_candidates

@@ -12,8 +12,7 @@ from launch.machine import chain_of
 from launch.plan import stage_order, typed_stages, with_shapes
 from launch.planned import stage_of
 from launch.schema import compose
-from recipes.planning.chain import Chain
-from recipes.planning.published_configs import CONFIGS, read_config_or_published
+from recipes.planning.chain import CONFIGS, Chain, read_config_or_published
 from recipes.rehearsal.job import RankJob, jobs_of
 
 MOE_MODEL = "Qwen/Qwen3-30B-A3B"

@@ -13,8 +13,8 @@ from launch.plan import Plan, typed_stages
 from launch.planned import load_stage
 from launch.schema import CONF
 from nemo_convert.hf_config import SUPPORTED
+from recipes.planning.chain import CONFIGS
 from recipes.planning.layouts import HEADROOM, best
-from recipes.planning.published_configs import CONFIGS
 from recipes.planning.training_cost import training_cost
 from recipes.search.space import name_of
 from tests.support.miniatures import DISTILL
@@ -75,7 +75,7 @@ def test_recipes_prune_by_a_fraction_of_any_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its stages see numbers: a result is the same however its size was asked for."""
-    monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
+    monkeypatch.setattr("recipes.planning.chain.in_reach", lambda _: False)
     words = [f"model={model}", "skip_rules=[memory,bundled-config]"]
     planned = plan(*words, recipe=f"recipe={recipe}")
     student = planned.chain.shape_of("prune")
@@ -200,7 +200,7 @@ def test_large_recipes_pass_preflight_on_their_hardware(
     recipe: str, plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even a warning, but that the hub was not asked, and that NVIDIA cut much at once."""
-    monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
+    monkeypatch.setattr("recipes.planning.chain.in_reach", lambda _: False)
     planned = large(recipe, plan)
     half = {"large-cut"} if recipe.startswith("llama3_1_8b") else set()
     assert {note.rule.name for note in planned.notes} - {"bundled-config"} == half
@@ -234,7 +234,7 @@ def test_large_recipes_are_the_published_ones(
     plan: Callable[..., Plan],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
+    monkeypatch.setattr("recipes.planning.chain.in_reach", lambda _: False)
     for name, budget in ((recipe, tokens), (f"{recipe}_2.5b", 2.5e9)):
         job = large(name, plan).chain.workloads["distill"]
         assert job.trained is not None
@@ -246,7 +246,7 @@ def test_large_recipes_are_the_published_ones(
 def test_qwen3_has_the_cheapest_layout_and_the_published_one_fits_too(
     recipe: str, plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
+    monkeypatch.setattr("recipes.planning.chain.in_reach", lambda _: False)
     costs = []
     for overrides in ((), ("stages.distill.tensor_model_parallel_size=8",)):
         planned = large(recipe, plan, *overrides)
@@ -261,7 +261,7 @@ def test_qwen3_has_the_cheapest_layout_and_the_published_one_fits_too(
 def test_the_search_of_a_large_model_lists_the_published_shape(
     plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.planning.published_configs.in_reach", lambda _: False)
+    monkeypatch.setattr("recipes.planning.chain.in_reach", lambda _: False)
     planned = plan(recipe="recipe=qwen3_8b_search")
     assert {note.rule.name for note in planned.notes} <= {"bundled-config"}
     stages: dict[str, Any] = dict(planned.chain.stages)

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from launch.schema import CONF
 from nemo_convert.architecture import Architecture
 from recipes.distillation.results import KeptLayers
-from recipes.planning.published_configs import CONFIGS
+from recipes.planning.chain import CONFIGS
 from recipes.pruning.kept import KeptIndices
 from recipes.pruning.targets import interpolated_shape
 from recipes.search.results import SearchResult

@@ -16,8 +16,7 @@ from launch.machine import chain_of
 from launch.plan import stage_order, typed_stages, with_shapes
 from launch.planned import stage_of
 from launch.rehearse import memory_mistakes, planned_memory
-from recipes.planning.chain import Chain
-from recipes.planning.published_configs import read_config_or_published
+from recipes.planning.chain import Chain, read_config_or_published
 from recipes.rehearsal.job import RankJob, RehearsalResult, first_ranks, jobs_of
 from tests.unit.conftest import Compose
 

@@ -12,8 +12,8 @@ from launch.schema import CONF
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from nemo_convert.smollm2 import HF_CONFIG
+from recipes.planning.chain import CONFIGS
 from recipes.planning.hardware import Hardware
-from recipes.planning.published_configs import CONFIGS
 from recipes.planning.workload import Layout, Workload
 
 

@@ -11,8 +11,8 @@ from launch.plan import with_shapes
 from recipes.core.stage import Resources
 from recipes.distillation.settings import DistillConfig
 from recipes.planning.chain import Chain
-from recipes.planning.parallelism import layout_problems
-from recipes.planning.problems import Problem
+from recipes.planning.layouts import layout_problems
+from recipes.planning.rules import Problem
 from recipes.pruning.settings import PruneConfig
 from recipes.stages import distill
 

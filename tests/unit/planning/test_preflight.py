@@ -8,7 +8,7 @@ import pytest
 from recipes.core.errors import RecipeError
 from recipes.planning import rules
 from recipes.planning.chain import read_chain
-from recipes.planning.problems import Problem, require_none
+from recipes.planning.rules import Problem, require_none
 
 if TYPE_CHECKING:
     from pathlib import Path

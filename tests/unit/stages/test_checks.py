@@ -19,7 +19,7 @@ from recipes.data.settings import PrepareDataConfig
 from recipes.distillation.settings import CacheLogitsConfig, DistillConfig
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning.chain import Chain
-from recipes.planning.problems import Problem
+from recipes.planning.rules import Problem
 from recipes.pruning.settings import HealConfig, PruneConfig, ScoreConfig
 from recipes.report.settings import ReportConfig
 from recipes.stages import (
