@@ -1,8 +1,8 @@
-"""Half an hour on one GPU, step by step: ``make test-gpu``.
+"""Half an hour of tests on one GPU, step by step: ``make test-gpu``.
 
-For a machine with plain PyTorch, without a network and without TransformerEngine. A step is a test
-of this folder in a process of its own, which ends at its limit; one that fails stops only those
-that stand on it. What each measured, printed and traced stays in a folder, with the table.
+The machine needs neither a network nor TransformerEngine. A step runs tests of this folder in a
+process of its own with a time limit. After a failure, only the steps that depend on it are skipped.
+Outputs, results, traces and a table stay in a folder.
 """
 
 from __future__ import annotations
@@ -27,77 +27,90 @@ from rich.table import Table
 HERE = Path(__file__).parent
 MINUTES = 30.0
 RESULTS, ON_CPU = "GPU_TESTS_RESULTS", "GPU_TESTS_ON_CPU"
-"""Variables: the folder of results, with which no test is skipped; whether a CPU will do."""
-PASSED, FAILED, TOO_LONG, NOT_REACHED = "passed", "failed", "too long", "not reached"
+"""Environment variables: the folder of results (if set, no test is skipped); tests run on a CPU."""
+PASSED, FAILED, TIMEOUT, SKIPPED = "passed", "failed", "timeout", "skipped"
 DEVICE = "device"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One test."""
+    """Tests in a process of their own."""
 
     name: str
-    test: str
-    """Below this folder."""
+    tests: str
+    """``FILE::NAME`` without the prefixes ``test_``, separated by spaces."""
     minutes: float
-    """It may take."""
+    """Time limit."""
     shows: str
     after: tuple[str, ...] = (DEVICE,)
-    """Steps that it stands on."""
+    """Steps that it depends on."""
+
+    def nodes(self) -> list[str]:
+        """Returns the tests as pytest's node ids below this folder."""
+        pairs = (test.split("::") for test in self.tests.split())
+        return [f"test_{file}.py::test_{name}" for file, name in pairs]
 
 
-CHAIN = (DEVICE, "reference")
-_TRAINING = "test_training.py::test_"
-_MEMORY = "test_memory.py::test_"
+REFERENCE, TRAINING = (DEVICE, "reference"), (DEVICE, "reference", "training")
 STEPS = (
-    Step("imports", "test_imports.py", 2, "every module imports; versions", ()),
-    Step("reference", "test_reference.py", 4, "a small model's chain on the CPU", ("imports",)),
-    Step("rehearsal", f"{_MEMORY}rehearsed_as_planned", 2, "8B's layers, weightless", ("imports",)),
-    Step(DEVICE, "test_device.py", 1, "CUDA, and a kernel compiled with Triton", ("imports",)),
-    Step("loss", "test_loss.py", 3, "exact in bfloat16; time and memory beside NeMo's"),
-    Step("conversion", "test_conversion.py", 3, "an import proves itself; TF32 off and on", CHAIN),
-    Step("scores", "test_scores.py", 3, "importance and ranking are the CPU's", CHAIN),
-    Step("training", f"{_TRAINING}losses_are_the_cpus", 4, "20 steps, traced", CHAIN),
-    Step("killed", f"{_TRAINING}killed_it_goes_on", 2, "to the same end", (*CHAIN, "training")),
-    Step("clock", f"{_TRAINING}clock_stops_it", 2, "and it goes on", (*CHAIN, "training")),
-    Step("teachers", "test_teachers.py", 3, "cached; hidden states, with a projection", CHAIN),
-    Step("layouts", "test_training_layouts.py", 4, "recomputed activations; CP=2 on two", CHAIN),
-    Step("memory", f"{_MEMORY}measured_as_rehearsed", 5, "8B's layers: memory and time of a step",
+    Step("imports", "device::every_module_imports", 2, "every module imports; versions", ()),
+    Step("reference", "chain::cpu_reference_learns", 4, "a small model's chain on the CPU",
+         ("imports",)),
+    Step("rehearsal", "memory::rehearsed_as_planned", 2, "8B's layers, on fake tensors",
+         ("imports",)),
+    Step(DEVICE, "device::a_device_computes device::triton_compiles", 1,
+         "CUDA, and a kernel compiled with Triton", ("imports",)),
+    Step("loss", "loss::it_is_its_definition loss::it_takes_no_more_than_nemos", 3,
+         "exact in bfloat16; time and memory beside NeMo's"),
+    Step("conversion", "conversion::an_import_proves_itself", 3,
+         "an import passes its gates; TF32 off and on", REFERENCE),
+    Step("scores", "chain::importance_and_ranking_match_the_cpu", 3,
+         "importance and ranking match the CPU", REFERENCE),
+    Step("training", "chain::losses_match_the_cpu", 4, "20 steps, traced", REFERENCE),
+    Step("killed", "chain::killed_training_resumes", 2, "a killed training resumes", TRAINING),
+    Step("clock", "chain::training_stopped_by_the_clock_resumes", 2,
+         "a training at its time limit resumes", TRAINING),
+    Step("teachers", "chain::cached_teacher_gives_the_losses_of_a_live_one "
+         "chain::hidden_states_with_a_projection_match_the_cpu", 3,
+         "cached; hidden states, with a projection", REFERENCE),
+    Step("layouts", "chain::each_layout_has_the_losses_of_the_cpu", 4,
+         "recomputed activations; CP=2 on two GPUs", REFERENCE),
+    Step("memory", "memory::measured_as_rehearsed", 5, "8B's layers: memory and time of a step",
          (DEVICE, "rehearsal")),
-    Step("formats", "test_formats.py", 4, "evaluate in bfloat16, export, FP8",
-         (*CHAIN, "training")),
+    Step("formats", "chain::a_distilled_model_is_evaluated_exported_and_quantized", 4,
+         "evaluate in bfloat16, export, FP8", TRAINING),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Done:
-    """How a step ended."""
+class StepResult:
+    """Outcome of a step."""
 
     name: str
-    result: str
+    status: str
     seconds: float = 0.0
-    why: str = ""
-    """It did not pass, in a line."""
+    reason: str = ""
+    """Reason why it did not pass, in a line."""
 
 
 Command = Callable[[Step], Sequence[str]]
 
 
 def pytest_command(step: Step) -> list[str]:
-    """What runs a step."""
+    """Returns the command that runs a step."""
     options = ["-q", "-rs", "--tb=short", "-p", "no:cacheprovider"]
-    return [sys.executable, "-m", "pytest", *options, str(HERE / step.test)]
+    return [sys.executable, "-m", "pytest", *options, *(str(HERE / n) for n in step.nodes())]
 
 
-def chosen(names: Sequence[str], steps: Sequence[Step] = STEPS) -> list[Step]:
-    """The steps of these names, and those that they stand on, in order; all without a name."""
-    known = {step.name: step for step in steps}
-    wanted = list(names or known)
-    for name in wanted:
-        if name not in known:
-            raise SystemExit(f"there is no step '{name}': {', '.join(known)}")
-        wanted += [before for before in known[name].after if before not in wanted]
-    return [step for step in steps if step.name in wanted]
+def with_dependencies(names: Sequence[str], steps: Sequence[Step] = STEPS) -> list[Step]:
+    """Returns the named steps (all by default) and those that they depend on, in order."""
+    by_name = {step.name: step for step in steps}
+    selected = list(names or by_name)
+    for name in selected:
+        if name not in by_name:
+            raise SystemExit(f"there is no step '{name}': {', '.join(by_name)}")
+        selected += [before for before in by_name[name].after if before not in selected]
+    return [step for step in steps if step.name in selected]
 
 
 def run(
@@ -106,37 +119,35 @@ def run(
     command: Command = pytest_command,
     minutes: float = MINUTES,
     env: Mapping[str, str] | None = None,
-) -> Iterator[Done]:
+) -> Iterator[StepResult]:
     """Runs steps in order.
 
     Args:
-        steps: What to run. Of those that a step stands on, the ones that are listed must have
-            passed.
-        folder: For the output of each, and what else it leaves.
-        command: What runs a step.
-        minutes: All of them may take.
-        env: Variables beside this process's own.
+        steps: Steps to run. A step needs those of its dependencies that are listed to have passed.
+        folder: Folder for the output of each step.
+        command: Returns the command of a step.
+        minutes: Time limit of all steps together.
+        env: Variables in addition to this process's own.
     """
     end = time.monotonic() + 60 * minutes
-    results: dict[str, str] = {}
-    listed = {step.name for step in steps}
+    statuses: dict[str, str] = {}
     for step in steps:
-        missing = [n for n in step.after if n in listed and results[n] != PASSED]
-        left = min(60 * step.minutes, end - time.monotonic())
+        missing = [name for name in step.after if statuses.get(name, PASSED) != PASSED]
+        limit = min(60 * step.minutes, end - time.monotonic())
         if missing:
-            done = Done(step.name, NOT_REACHED, why=f"stands on {missing[0]}")
-        elif left <= 0:
-            done = Done(step.name, NOT_REACHED, why=f"the {minutes:g} minutes were over")
+            result = StepResult(step.name, SKIPPED, reason=f"depends on {missing[0]}")
+        elif limit <= 0:
+            result = StepResult(step.name, SKIPPED, reason=f"the {minutes:g} minutes were over")
         else:
-            done = _run(step, command(step), folder / f"{step.name}.log", left, env or {})
-        results[step.name] = done.result
-        yield done
+            result = _run(step, command(step), folder / f"{step.name}.log", limit, env or {})
+        statuses[step.name] = result.status
+        yield result
 
 
 def _run(
     step: Step, command: Sequence[str], log: Path, seconds: float, env: Mapping[str, str]
-) -> Done:
-    began = time.monotonic()
+) -> StepResult:
+    start = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
             command,
@@ -151,62 +162,63 @@ def _run(
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            with suppress(ProcessLookupError):  # what it started, too
+            with suppress(ProcessLookupError):  # also kills its children
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    took = round(time.monotonic() - began, 1)
+    duration = round(time.monotonic() - start, 1)
     if code == 0:
-        return Done(step.name, PASSED, took)
+        return StepResult(step.name, PASSED, duration)
     if code is None:
-        return Done(step.name, TOO_LONG, took, f"ended after {seconds:.0f} s")
-    return Done(step.name, FAILED, took, _reason(log.read_text(errors="replace"), code))
+        return StepResult(step.name, TIMEOUT, duration, f"ended after {seconds:.0f} s")
+    reason = _reason(log.read_text(errors="replace"), code)
+    return StepResult(step.name, FAILED, duration, reason)
 
 
 def _reason(text: str, code: int) -> str:
-    """What pytest says went wrong, or else the last line."""
-    said = re.search(r"^E +(.+)|^(no CUDA device.*)", text, re.MULTILINE)
-    lines = text.split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "no output")
-    return next(filter(None, said.groups())) if said else f"exit status {code}: {last}"
+    """Returns pytest's first error message, or else the last line."""
+    error = re.search(r"^E +(.+)|^(no CUDA device.*)", text, re.MULTILINE)
+    if error:
+        return error[1] or error[2]
+    *_, last = text.strip().splitlines() or ["no output"]
+    return f"exit status {code}: {last}"
 
 
-def table(steps: Sequence[Step], results: Sequence[Done]) -> Table:
-    """What passed, failed and was not reached."""
-    found = Table(box=None)
-    for column in ("step", "result", "seconds", "of", "shows, or why not"):
-        found.add_column(column)
-    for step, done in zip(steps, results, strict=True):
-        times = f"{done.seconds:.0f}" if done.seconds else "", f"{60 * step.minutes:.0f}"
-        found.add_row(step.name, done.result, *times, escape(done.why or step.shows))
-    return found
+def table(steps: Sequence[Step], results: Sequence[StepResult]) -> Table:
+    """Returns a table with a row for each step."""
+    rows = Table("step", "result", "seconds", "of", "shows, or why not", box=None)
+    for step, result in zip(steps, results, strict=True):
+        seconds = f"{result.seconds:.0f}" if result.seconds else ""
+        text = escape(result.reason or step.shows)
+        rows.add_row(step.name, result.status, seconds, f"{60 * step.minutes:.0f}", text)
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the plan; returns 0 if all of it passed."""
+    """Runs the plan; returns 0 if all steps passed."""
     parser = argparse.ArgumentParser(description=__doc__, prog="make test-gpu ARGS=")
-    parser.add_argument("steps", nargs="*", help="only these, and what they stand on")
+    parser.add_argument("steps", nargs="*", help="only these, and what they depend on")
     parser.add_argument("--out", type=Path, default=Path("runs/test-gpu"))
     parser.add_argument("--minutes", type=float, default=MINUTES)
-    parser.add_argument("--on-cpu", action="store_true", help="tries the tests themselves, small")
+    parser.add_argument("--on-cpu", action="store_true", help="tests the tests, with small sizes")
     args = parser.parse_args(arguments)
     folder = args.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    steps, env = chosen(args.steps), {RESULTS: str(folder)}
+    steps, env = with_dependencies(args.steps), {RESULTS: str(folder)}
     if args.on_cpu:
         steps = [step for step in steps if step.name != DEVICE]
         env |= {ON_CPU: "1", "CUDA_VISIBLE_DEVICES": ""}
     screen = Console(soft_wrap=True)
     results = []
-    for done in run(steps, folder, minutes=args.minutes, env=env):
-        results.append(done)
-        screen.print(f"{done.name}: {done.result} {escape(done.why)}".rstrip())
+    for result in run(steps, folder, minutes=args.minutes, env=env):
+        results.append(result)
+        screen.print(f"{result.name}: {result.status} {escape(result.reason)}".rstrip())
     screen.print(table(steps, results))
     with (folder / "table.txt").open("w") as file:
         Console(file=file, width=160).print(table(steps, results))
-    listed = [asdict(done) for done in results]
-    (folder / "results.json").write_text(json.dumps(listed, indent=1))
-    screen.print(f"outputs, figures and traces: {folder}")
-    return int(any(done.result != PASSED for done in results))
+    text = json.dumps([asdict(result) for result in results], indent=1)
+    (folder / "results.json").write_text(text)
+    screen.print(f"outputs, results and traces: {folder}")
+    return int(any(result.status != PASSED for result in results))
 
 
 if __name__ == "__main__":

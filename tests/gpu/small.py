@@ -1,4 +1,4 @@
-"""A small model's chain: run on the CPU once, and then on the GPU by parts."""
+"""A small model's chain, which runs once on the CPU, and then stage by stage on the GPU."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ DISTILL = {
 
 
 def on_gpu() -> bool:
-    """Whether the device under test is a GPU; else the tests themselves are tried."""
+    """Whether the device under test is a GPU; else the tests themselves are tested."""
     return ON_CPU not in os.environ
 
 
 @contextmanager
 def without_gpu() -> Iterator[None]:
-    """Hides the GPU from what is started."""
+    """Hides the GPU from child processes."""
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
         yield
 
 
 def record(results: Path, name: str, **figures: object) -> None:
-    """Leaves figures in ``NAME.json``, and prints them."""
+    """Writes results to ``NAME.json``, and prints them."""
     text = json.dumps(figures, indent=1)
     (results / f"{name}.json").write_text(text)
     print(text)
@@ -90,8 +90,8 @@ class Small:
             *more,
         ]
 
-    def again(self, name: str, precision: str, *stages: str) -> Path:
-        """A copy of the CPU's run in which some stages are still to be done, by a name."""
+    def copy_of_reference(self, name: str, precision: str, *stages: str) -> Path:
+        """Copies the CPU's run without some stages; returns the copy."""
         run_dir = self.folder / name
         shutil.rmtree(run_dir, ignore_errors=True)
         return without(self.reference(precision), run_dir, *stages)
@@ -101,7 +101,7 @@ PRUNE = {"target_num_layers": 3, "target_hidden_size": 192}
 
 
 def reference(results: Path, text_file: Path) -> Small:
-    """The small model; made, and distilled on the CPU, where that has not been done."""
+    """Makes the small model and distils it on the CPU, unless that is done."""
     folder = results / "small"
     small = Small(folder, folder / "model", folder / "text.jsonl")
     if not small.text.exists():
@@ -112,18 +112,18 @@ def reference(results: Path, text_file: Path) -> Small:
         for precision in PRECISIONS:
             run_dir = small.reference(precision)
             if precision != PRECISIONS[0] and not run_dir.exists():
-                small.again(run_dir.name, PRECISIONS[0], "distill")
+                small.copy_of_reference(run_dir.name, PRECISIONS[0], "distill")
             small.start(run_dir, BEFORE, f"stages.distill.precision={precision}")
     return small
 
 
 def steps(run_dir: Path) -> list[Record]:
-    """What a distillation logged of every step."""
+    """Returns the records of all steps of a distillation."""
     return steps_of(run_dir / "distill" / METRICS, "distill")
 
 
-def farthest(expected: Path, found: Path, term: str = "loss") -> float:
-    """The largest difference of a term between two distillations at any step, relative."""
-    pairs = list(zip(steps(expected), steps(found), strict=True))
+def largest_difference(expected: Path, run_dir: Path, term: str = "loss") -> float:
+    """Returns the largest relative difference of a term between two distillations at any step."""
+    pairs = list(zip(steps(expected), steps(run_dir), strict=True))
     assert len(pairs) == STEPS
     return max(abs(two[term] / one[term] - 1) for one, two in pairs)

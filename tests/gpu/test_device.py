@@ -1,16 +1,38 @@
-"""The first CUDA call, and what the device is."""
+"""The machine: all modules import, the device computes, and Triton compiles."""
 
 from __future__ import annotations
 
+import importlib
+import platform
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from recipes.core.files import REPO_ROOT
+from recipes.core.versions import git_sha, pins
 from tests.gpu.small import record
 
 SIZE, REPEATS = 8192, 10
+
+
+def test_every_module_imports(results: Path) -> None:
+    imported = []
+    for root in ("nemo_convert", "recipes", "launch"):
+        for file in sorted((REPO_ROOT / root).rglob("*.py")):
+            name = ".".join(file.relative_to(REPO_ROOT).with_suffix("").parts)
+            if not name.endswith(("__init__", "__main__")):
+                importlib.import_module(name)
+                imported.append(name)
+    record(
+        results,
+        "versions",
+        modules=len(imported),
+        machine=platform.machine(),
+        commit=git_sha(),
+        versions={pin.name: pin.installed for pin in pins()},
+    )
 
 
 def test_a_device_computes(results: Path) -> None:
@@ -41,7 +63,7 @@ def test_a_device_computes(results: Path) -> None:
 
 
 def test_triton_compiles() -> None:
-    """Megatron compiles its fused functions with it."""
+    """Megatron compiles its fused functions with Triton."""
     x = torch.randn(1000, device="cuda")
     compiled = torch.compile(lambda x: torch.nn.functional.silu(x) * x + 1)
     torch.testing.assert_close(compiled(x), torch.nn.functional.silu(x) * x + 1)

@@ -1,4 +1,4 @@
-"""Hardware profiles, and what is read of the machine itself."""
+"""Hardware profiles, and the detection of this machine's processor."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ PROFILES = sorted(path.stem for path in (CONF / "hardware").glob("*.yaml"))
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_profiles_are_complete_and_plausible(name: str) -> None:
-    found = profile(name)
-    assert found.name == name
-    assert found.on_gpu == (name != "cpu")
-    assert 0 < found.utilisation <= 1
-    assert found.on_gpu == (found.traffic_share is None)
-    assert found.on_gpu != found.measure
-    assert found.memory_of_rank(1) > 1e9
+    device = profile(name)
+    assert device.name == name
+    assert device.on_gpu == (name != "cpu") == (device.traffic_share is None) != device.measure
+    assert 0 < device.utilisation <= 1
+    assert device.memory_of_rank(1) > 1e9
     assert (CONF / "hardware" / f"{name}.yaml").read_text().startswith("# ")
 
 

@@ -1,20 +1,157 @@
-"""Cheaper layouts of a training."""
+"""Problems of a plan: their message, the teacher, Megatron's parallel sizes, and proposals."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from recipes.planning.layouts import best, fits, proposals
+import pytest
+
+from launch.plan import with_shapes
+from recipes.core.errors import RecipeError
+from recipes.core.stage import Resources
+from recipes.distillation.settings import DistillConfig
+from recipes.planning.chain import Chain, read_chain
+from recipes.planning.layouts import best, fits, layout_problems, proposals
+from recipes.planning.rules import Problem, Rule, require_none
 from recipes.planning.workload import Layout
+from recipes.pruning.settings import PruneConfig
+from recipes.stages import distill
 from tests.unit.planning.models import H100, LLAMA, distillation, with_experts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nemo_convert.architecture import Architecture
+
+
+def config(
+    devices: int = 1, nodes: int = 1, tp: int = 1, pp: int = 1, **fields: Any
+) -> DistillConfig:
+    return DistillConfig(
+        stage="distill",
+        resources=Resources(nodes=nodes, devices=devices),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        **fields,
+    )
+
+
+def problems(cfg: DistillConfig, chain: Chain) -> list[Problem]:
+    return list(layout_problems(distill.workload(cfg, chain), chain.hardware))
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        config(),
+        config(devices=4, nodes=2, global_batch_size=32),
+        config(devices=3, pp=3),
+        config(devices=2, tp=2, sequence_parallel=True),
+        config(devices=2, tp=2, seq_length=255),
+    ],
+)
+def test_layouts_that_fit(cfg: DistillConfig, chain: Chain) -> None:
+    assert problems(cfg, chain) == []
+
+
+@pytest.mark.parametrize(
+    ("cfg", "rule", "what", "fix"),
+    [
+        (config(devices=3, tp=2), "ranks", "3 rank(s) cannot be split into TP=2 x PP=1", "of 2"),
+        (config(tp=2, pp=2), "ranks", "1 rank(s)", "a multiple of 4"),
+        (config(global_batch_size=6), "batch", "global_batch_size=6 is not", "multiple of 4"),
+        (config(devices=4), "batch", "DP=4 x micro_batch_size=4", "multiple of 16"),
+        (config(devices=5, pp=5), "pipeline-parallel", "teacher has 4 layers, fewer", "most 4"),
+        (
+            config(devices=2, tp=2, sequence_parallel=True, seq_length=255),
+            "sequence-parallel",
+            "seq_length=255 is not divisible by TP=2",
+            "sequence_parallel=false",
+        ),
+    ],
+)
+def test_each_rule(cfg: DistillConfig, rule: str, what: str, fix: str, chain: Chain) -> None:
+    [problem] = problems(cfg, chain)
+    assert problem.rule.name == rule
+    assert what in problem.what
+    assert fix in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("axis", "size", "rule"),
+    [
+        ("num_attention_heads", 9, "tensor-parallel"),
+        ("num_query_groups", 1, "tensor-parallel"),
+        ("ffn_hidden_size", 255, "tensor-parallel"),
+        ("vocab_size", 513, "vocabulary"),
+    ],
+)
+def test_tensor_parallel_axes(teacher: Architecture, axis: str, size: int, rule: str) -> None:
+    chain = Chain("x", replace(teacher, **{axis: size}), {})
+    [problem] = problems(config(devices=2, tp=2), chain)
+    assert problem.rule.name == rule
+    assert f"{axis}={size} is not divisible by TP=2" in problem.what
+
+
+def test_student_and_teacher_are_both_checked(chain: Chain) -> None:
+    student = PruneConfig(stage="prune", target_num_layers=2)
+    whole = with_shapes(replace(chain, stages={"prune": student}), ["prune"])
+    cfg = config(devices=5, pp=5)
+    cfg.inputs = {"teacher": "import_hf", "student": "prune"}
+    whats = [problem.what for problem in problems(cfg, whole)]
+    assert whats == [
+        "the teacher has 4 layers, fewer than PP=5",
+        "the student has 2 layers, fewer than PP=5",
+    ]
+
+
+def test_experts_are_trained_with_sequence_parallelism(chain: Chain) -> None:
+    """Their own width must divide, not the one that dense layers would have."""
+    experts = replace(chain.teacher, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=66)
+    moe = replace(chain, teacher=experts)
+    [problem] = problems(config(devices=2, tp=2), moe)
+    assert "sequence_parallel=true" in problem.fix
+    whole = config(devices=2, tp=2, sequence_parallel=True)
+    assert problems(whole, moe) == []
+    odd = replace(experts, moe_ffn_hidden_size=65)
+    [problem] = problems(whole, replace(moe, teacher=odd))
+    assert "moe_ffn_hidden_size=65" in problem.what
+
+
+def test_all_problems_are_in_one_error() -> None:
+    problems = [
+        Problem(Rule("r1", ""), "first is wrong", "mend it"),
+        Problem(Rule("r2", ""), "second", "drop it"),
+    ]
+    assert require_none(iter(())) == ()
+    with pytest.raises(RecipeError) as caught:
+        require_none(iter(problems))
+    assert str(caught.value).splitlines() == [
+        "first is wrong",
+        "  fix: mend it   [r1]",
+        "second",
+        "  fix: drop it   [r2]",
+    ]
+
+
+def test_a_chain_reads_its_teacher(hf_folder: Path, teacher: Architecture) -> None:
+    assert read_chain(str(hf_folder), {}).teacher == teacher
+    config = json.loads((hf_folder / "config.json").read_text())
+    config["architectures"] = ["MixtralForCausalLM"]
+    (hf_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="MixtralForCausalLM is not supported") as caught:
+        read_chain(str(hf_folder), {})
+    assert str(hf_folder) in str(caught.value)
 
 
 def test_proposals_fit_and_the_first_is_the_cheapest() -> None:
     job = distillation(replace(LLAMA, num_layers=16), LLAMA, layout=Layout(devices=8), steps=100)
-    found = proposals(job, H100)
-    assert found
-    assert all(fits(p.job, H100) for p in found)
-    dollars = [p.cost.dollars for p in found]
+    layouts = proposals(job, H100)
+    assert layouts
+    assert all(fits(p.job, H100) for p in layouts)
+    dollars = [p.cost.dollars for p in layouts]
     assert dollars == sorted(dollars)
     assert best(job, replace(H100, memory_bytes=8e9), 8, 8) is None
     small = best(job, replace(H100, memory_bytes=24e9), 8, 8)
@@ -32,14 +169,14 @@ def test_a_layout_must_split_the_width_of_the_experts() -> None:
     assert not fits(replace(job, layout=replace(layout, tensor=1, expert=3, devices=3)), H100)
 
 
-def test_what_a_loss_on_hidden_states_refuses_is_not_proposed() -> None:
-    """Where only recomputation fits into memory, nothing is left to propose."""
+def test_proposals_are_valid_for_a_loss_on_hidden_states() -> None:
+    """If only recomputation fits into memory, there is no proposal."""
     layout, shape = Layout(devices=8), replace(LLAMA, num_layers=16)
     job = distillation(shape, LLAMA, layout=layout, seq_length=8192, steps=100)
     small = replace(H100, memory_bytes=22e9)
-    found = best(job, small, 8, 8)
-    assert found is not None
-    assert found.job.layout.recompute_granularity == "full"
+    cheapest = best(job, small, 8, 8)
+    assert cheapest is not None
+    assert cheapest.job.layout.recompute_granularity == "full"
     hidden = replace(job, compares_hidden_states=True)
     assert best(hidden, small, 8, 8) is None
     every = proposals(hidden, H100)

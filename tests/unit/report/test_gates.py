@@ -62,19 +62,9 @@ def test_gates_are_parsed(text: str, gate: Gate) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "recovered",
-        "recovered >=",
-        "recovered => 1",
-        "recovered == 1",
-        "0.95 <= recovered",
-        "recovered >= high",
-        "recovered >= nan",
-        "recovered >= 1 2",
-        "recovered >= 1; rm",
-        "__import__('os') >= 1",
-        "a.b.c >= 1",
-        "recovered. >= 1",
+        *("", "recovered", "recovered >=", "recovered => 1", "recovered == 1", "0.95 <= recovered"),
+        *("recovered >= high", "recovered >= nan", "recovered >= 1 2", "recovered >= 1; rm"),
+        *("__import__('os') >= 1", "a.b.c >= 1", "recovered. >= 1"),
     ],
 )
 def test_other_text_is_refused(text: str) -> None:
@@ -105,7 +95,7 @@ def test_verdicts(text: str, measured: float | None, passed: bool) -> None:
     assert str(verdict).startswith(text)
 
 
-def test_what_cannot_be_measured_fails() -> None:
+def test_unmeasurable_values_fail() -> None:
     without = manifests(replace(BENCHMARK, speedups=[]), replace(EVALUATED, recovered=math.nan))
     gates = ["speedup.decode > 1", "recovered > 0", "recovered < 1"]
     assert [v.passed for v in judge(map(parse, gates), without)] == [False, False, False]
@@ -122,7 +112,7 @@ def test_what_cannot_be_measured_fails() -> None:
         ("recovered", "NAME OP NUMBER"),
     ],
 )
-def test_a_plan_refuses_gates_on_values_that_are_not_measured(
+def test_a_plan_refuses_gates_on_unmeasured_values(
     plan: Callable[..., Plan], gate: str, words: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
@@ -148,7 +138,7 @@ def test_tasks_are_measured_only_if_there_are_tasks(plan: Callable[..., Plan]) -
         plan("gates=['recovered.sciq >= 0.9']", "tasks=null")
 
 
-def test_failing_gate_ends_a_complete_run_with_1_and_says_what_was_measured(
+def test_a_failing_gate_ends_a_complete_run_with_status_1(
     launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
 ) -> None:
     complete(plan("stages.evaluate_tasks.tasks=[sciq]", "tasks=quick"))
@@ -170,13 +160,13 @@ def test_failing_gate_ends_a_complete_run_with_1_and_says_what_was_measured(
     assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()} == before
 
 
-def test_an_unquoted_gate_is_told_to_be_quoted(launch: Launch) -> None:
+def test_an_unquoted_gate_must_be_quoted(launch: Launch) -> None:
     done = launch("recipe=llama_width_prune", "gates=[recovered >= 0.75]")
     assert done.returncode == 1
     assert """fix: quote text with special characters, such as 'gates=["a >= 1"]'""" in done.stderr
 
 
-def test_a_gate_is_not_judged_on_what_is_not_measured_yet(
+def test_a_gate_is_not_judged_before_its_value_is_measured(
     launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
 ) -> None:
     complete(plan("tasks=quick"))

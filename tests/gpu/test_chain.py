@@ -1,0 +1,209 @@
+"""The small model's chain on the GPU, compared with the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from recipes.core.manifest import ARTIFACT, WORK
+from recipes.core.metrics import METRICS
+from recipes.core.stage import DEADLINE
+from recipes.distillation.training import CHECKPOINTS, whole_checkpoints
+from recipes.engines.results import QuantizationResult
+from recipes.evaluation.results import EvaluationResult
+from recipes.pruning.results import ScoreResult
+from recipes.search.results import CANDIDATES_FILE
+from tests.gpu.small import (
+    DISTILL,
+    PRECISIONS,
+    STEPS,
+    Small,
+    largest_difference,
+    on_gpu,
+    record,
+    steps,
+    without_gpu,
+)
+from tests.support.launcher import run_and_kill, run_recipe
+from tests.support.runs import manifest_of, without
+
+LOSS_TOLERANCE = {"32": 1e-3, "bf16-mixed": 2e-2}
+SUM_TOLERANCE = 1e-3
+"""Relative difference of sums whose order changes between runs on a GPU."""
+ONLY = "only=[distill]"
+PRECISION = "stages.distill.precision="
+SEARCH = (
+    "only=[import_hf,prepare_data,enumerate_shapes,score,rank_candidates]",
+    "stages.rank_candidates.precision=32",
+)
+CACHED = (
+    "teacher=cached",
+    "only=[cache_logits,distill]",
+    "stages.cache_logits.top_k=280",  # nearly the whole vocabulary
+    f"stages.cache_logits.num_sequences={DISTILL['global_batch_size'] * STEPS}",
+)
+HIDDEN = (ONLY, "stages.distill.hidden_weight=1", "stages.distill.loss_balancer=dynamic")
+LAYOUTS = {
+    "recompute selective": (
+        1,
+        ["recompute_granularity=selective", "recompute_modules=[core_attn,mlp]"],
+    ),
+    "recompute full": (1, ["recompute_granularity=full"]),
+    "CP=2": (2, ["context_parallel_size=2"]),
+    "CP=2, recompute full": (2, ["context_parallel_size=2", "recompute_granularity=full"]),
+}
+ENGINE = (
+    "stages.build_engine.max_seq_len=256",
+    "stages.build_engine.max_input_len=128",
+    "stages.measure_speed.prompt_tokens=[64]",
+    "stages.measure_speed.new_tokens=32",
+)
+"""Engines are planned, but not built; these sizes fit the small model."""
+
+
+def gpu_run(small: Small, precision: str) -> Path:
+    """The undisturbed run on the GPU."""
+    return small.folder / f"gpu-{precision}"
+
+
+def test_cpu_reference_learns(small: Small) -> None:
+    for precision in PRECISIONS:
+        records = steps(small.reference(precision))
+        assert len(records) == STEPS
+        assert records[-1]["kd"] < 0.8 * records[0]["kd"]
+
+
+def test_importance_and_ranking_match_the_cpu(small: Small, results: Path) -> None:
+    cpu, gpu = small.folder / "search-cpu", small.folder / "search-gpu"
+    shutil.rmtree(gpu, ignore_errors=True)
+    with without_gpu():
+        small.start(cpu, *SEARCH, recipe="llama_search")
+    without(cpu, gpu, "score", "rank_candidates")
+    small.start(gpu, *SEARCH, recipe="llama_search")
+    expected, scores = (manifest_of(run, "score").result(ScoreResult) for run in (cpu, gpu))
+    assert scores.teacher_loss == pytest.approx(expected.teacher_loss, rel=1e-3)
+    for method, layers in expected.layer_importance.items():
+        assert scores.layer_importance[method] == pytest.approx(layers, rel=2e-2, abs=1e-4), method
+    expected_kl, kl = (
+        {c["name"]: c["kl_to_teacher"] for c in json.loads(file.read_text())}
+        for file in (run / "rank_candidates" / ARTIFACT / CANDIDATES_FILE for run in (cpu, gpu))
+    )
+    assert kl == pytest.approx(expected_kl, rel=2e-2)
+    record(results, "scores", cpu=expected_kl, gpu=kl)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_losses_match_the_cpu(precision: str, small: Small, results: Path) -> None:
+    """From a float32 checkpoint, with main weights that are not rounded, and a trace."""
+    run_dir = small.copy_of_reference(gpu_run(small, precision).name, precision, "distill")
+    small.start(run_dir, ONLY, PRECISION + precision, "stages.distill.profile_steps=[10,12]")
+    expected = small.reference(precision)
+    terms = ("loss", "kd", "lm", "grad_norm")
+    differences = {term: largest_difference(expected, run_dir, term) for term in terms}
+    [trace] = (run_dir / "distill" / "profile").iterdir()
+    trace.replace(results / f"training-{precision}-{trace.name}")
+    speed = [step["tokens_per_second"] for step in steps(run_dir)]
+    record(results, f"training-{precision}", differences=differences, tokens_per_second=speed)
+    assert differences["loss"] < LOSS_TOLERANCE[precision]
+    assert differences["kd"] < 2 * LOSS_TOLERANCE[precision]
+
+
+def test_killed_training_resumes(small: Small) -> None:
+    """A checkpoint is saved every other step, so a GPU is not done before the kill."""
+    run_dir, often = small.copy_of_reference("killed", "32", "distill"), "checkpoint_interval=2"
+    arguments = ONLY, PRECISION + "32", f"stages.distill.{often}"
+    stage = run_dir / "distill"
+    run_and_kill(
+        *small.command(run_dir, *arguments),
+        cwd=small.folder,
+        metrics=stage / METRICS,
+        records=3,
+        ready=lambda: whole_checkpoints(stage / WORK / CHECKPOINTS),
+    )
+    assert "resume" in small.start(run_dir, *arguments)
+    assert largest_difference(gpu_run(small, "32"), run_dir) < SUM_TOLERANCE
+
+
+def test_training_stopped_by_the_clock_resumes(small: Small) -> None:
+    """The deadline has passed after the first step."""
+    run_dir = small.copy_of_reference("stopped", "32", "distill")
+    command = small.command(run_dir, ONLY, PRECISION + "32")
+    with mock.patch.dict(os.environ, {DEADLINE: str(time.time())}):
+        stopped = run_recipe(*command, cwd=small.folder)
+    assert stopped.code != 0
+    assert "stopped by the clock at step 1 of" in stopped.output
+    assert "resume" in small.start(run_dir, ONLY, PRECISION + "32")
+    assert largest_difference(gpu_run(small, "32"), run_dir) < SUM_TOLERANCE
+
+
+def test_cached_teacher_gives_the_losses_of_a_live_one(small: Small, results: Path) -> None:
+    run_dir = small.copy_of_reference("cached", "32", "distill")
+    small.start(run_dir, *CACHED, PRECISION + "32")
+    difference = largest_difference(small.reference("32"), run_dir, "kd")
+    record(results, "cached", difference=difference)
+    assert difference < 2e-2
+
+
+def test_hidden_states_with_a_projection_match_the_cpu(small: Small, results: Path) -> None:
+    """Widths differ, so a projection is learned."""
+    cpu, gpu = (
+        small.copy_of_reference(f"hidden-{device}", "32", "distill") for device in ("cpu", "gpu")
+    )
+    with without_gpu():
+        small.start(cpu, *HIDDEN, PRECISION + "32")
+    small.start(gpu, *HIDDEN, PRECISION + "32")
+    differences = {term: largest_difference(cpu, gpu, term) for term in ("loss", "kd", "hidden")}
+    record(results, "hidden", differences=differences)
+    assert differences["loss"] < 1e-2
+    assert differences["hidden"] < 2e-2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_has_the_losses_of_the_cpu(layout: str, small: Small, results: Path) -> None:
+    """Sequences that are split over ranks need TransformerEngine."""
+    devices, settings = LAYOUTS[layout]
+    if devices > 1:
+        pytest.importorskip("transformer_engine")
+        if not on_gpu() or torch.cuda.device_count() < devices:
+            pytest.skip(f"needs {devices} GPUs")
+    name = f"layout-{list(LAYOUTS).index(layout)}"
+    run_dir = small.copy_of_reference(name, "bf16-mixed", "distill")
+    fields = f"resources.devices={devices}", *settings
+    overrides = (f"stages.distill.{field}" for field in fields)
+    small.start(run_dir, ONLY, PRECISION + "bf16-mixed", *overrides)
+    difference = largest_difference(small.reference("bf16-mixed"), run_dir)
+    record(results, name, layout=layout, difference=difference)
+    assert difference < 2e-2
+
+
+def test_a_distilled_model_is_evaluated_exported_and_quantized(small: Small, results: Path) -> None:
+    run_dir = small.folder / "formats"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    shutil.copytree(gpu_run(small, "bf16-mixed"), run_dir)
+    small.start(
+        run_dir,
+        "only=[evaluate,export_hf,quantize]",
+        PRECISION + "bf16-mixed",
+        "stages.distill.profile_steps=[10,12]",
+        "stages.evaluate.precision=bf16-mixed",
+        *ENGINE,
+        engine="tensorrt_llm_quantized",
+    )
+    quality = manifest_of(run_dir, "evaluate").result(EvaluationResult)
+    quantized = manifest_of(run_dir, "quantize").result(QuantizationResult)
+    # The tiny teacher knows little more than word frequencies, which its student learns as well.
+    assert quality.distilled.perplexity < quality.pruned.perplexity
+    assert quality.distilled.kl_to_teacher < quality.pruned.kl_to_teacher
+    assert quantized.quant_algo == "FP8"
+    assert quantized.quality.quantized.kl_to_teacher < 0.1
+    source = quantized.quality.source.perplexity
+    assert source == pytest.approx(quality.distilled.perplexity, rel=2e-2)
+    models = {role: model.perplexity for role, model in quality.models().items()}
+    record(results, "formats", **models, fp8=quantized.quality.quantized.perplexity)
