@@ -34,7 +34,7 @@ class Resources:
     """Processes per node: one per GPU, or gloo ranks on a CPU."""
     env: Environment = field(default_factory=dict)
     """Variables of its processes, besides the cluster's."""
-    max_silence: Count | None = 7200
+    hang_timeout: Count | None = 7200
     """Seconds without a record of progress after which a stage counts as hanging: it ends and says
     what each rank was doing. ``null`` for no limit."""
     time: Duration | None = None

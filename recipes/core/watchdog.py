@@ -72,8 +72,8 @@ def hang_error(work: Path) -> RecipeError | None:
     if not positions:
         return None
     return RecipeError(
-        f"it made no progress for as long as resources.max_silence allows; it was at{positions}",
-        f"read {work}/{STACKS.format('*')}; the same command resumes, or set max_silence higher",
+        f"it made no progress for resources.hang_timeout seconds; it was at{positions}",
+        f"read {work}/{STACKS.format('*')}; the same command resumes, or set hang_timeout higher",
     )
 
 

@@ -133,7 +133,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
             manifest = replace(manifest, versions=installed_versions(), git_sha=git_sha())
             begin_work(stage_dir, manifest)
         inputs = {name: _checked(ref) for name, ref in request.inputs.items()}
-    with watch_for_hangs(cfg.resources.max_silence, out.parent, rank()):
+    with watch_for_hangs(cfg.resources.hang_timeout, out.parent, rank()):
         outcome = run(cfg, inputs, out)
         peak_rss = _total_peak_memory()
     with _rank_0_first(store, "manifest"):

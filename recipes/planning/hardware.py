@@ -57,7 +57,7 @@ class Hardware:
     """Of a device; by default this machine's."""
     bytes_per_second: Rate = 3.3e10
     """Memory bandwidth; for ``cpu``, of a copy, whose bytes count as read and as written."""
-    traffic_share: Annotated[float, between(0.01, 10)] | None = 1.4
+    bandwidth_fraction: Annotated[float, between(0.01, 10)] | None = 1.4
     """Fraction of that bandwidth that operations between GEMMs reach; above 1, because caches hold
     part of their data. ``null`` if ``utilisation`` includes these operations."""
     link_bytes_per_second: Rate = 1.0e10
@@ -91,11 +91,11 @@ class Hardware:
     def compute_seconds(self, compute: Compute, bf16: bool, ranks_on_node: int = 1) -> float:
         """Time that one of the ranks on a node takes, in bfloat16 or in float32."""
         rate = self.utilisation * (self.flops_per_second if bf16 else self.float32_flops_per_second)
-        if self.traffic_share is None:
+        if self.bandwidth_fraction is None:
             seconds = compute.flops / rate
         else:
             attention_rate = self.utilisation * self.float32_flops_per_second * ATTENTION_RATE
-            bandwidth = self.bytes_per_second * self.traffic_share
+            bandwidth = self.bytes_per_second * self.bandwidth_fraction
             seconds = compute.gemm_flops / rate
             seconds += compute.blocked_attention_flops / attention_rate
             seconds += compute.bytes / bandwidth + LAYER_PASS_SECONDS * compute.layer_passes

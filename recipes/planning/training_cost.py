@@ -224,7 +224,7 @@ def _update_seconds(job: Workload, hardware: Hardware) -> tuple[float, float]:
     within = link if copies > 1 and layout.tensor * shards <= layout.devices else across
     seconds = parameters * (job.gradient_bytes + 2) * (shards - 1) / shards / within
     seconds += parameters / shards * job.gradient_bytes * 2 * (copies - 1) / copies / across
-    if hardware.traffic_share is None:
+    if hardware.bandwidth_fraction is None:
         return seconds, parameters * OPTIMIZER_TRAFFIC / shards / hardware.bytes_per_second
     # Replicas on a CPU share its bandwidth, so shards save no time.
     traffic = Compute(bytes=parameters * update_bytes(job.micro_batches, job.dtype_bytes))

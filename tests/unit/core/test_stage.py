@@ -67,7 +67,7 @@ def run(cfg, inputs, out):
         (out / "large").write_bytes(bytes(300_000))
     if cfg.fail == "hang":
         began = time.monotonic()
-        while time.monotonic() - began < 1.2 * cfg.resources.max_silence:
+        while time.monotonic() - began < 1.2 * cfg.resources.hang_timeout:
             time.sleep(0.1)
             metrics_log(out).log(step=1)
         wait_for_nothing()
@@ -182,11 +182,11 @@ def test_killed_stage_is_incomplete_and_keeps_its_work(worker: Worker, tmp_path:
 def test_stage_that_hangs_says_at_what_and_ends(worker: Worker, tmp_path: Path) -> None:
     """Not while it records progress, though that takes longer than it may be silent."""
     stage = tmp_path / "stage"
-    done = worker.start(stage, fail="hang", resources={"max_silence": 4})
+    done = worker.start(stage, fail="hang", resources={"hang_timeout": 4})
     assert done.returncode == 1
     assert stage_state(stage).status is Status.HUNG
     said = failure(stage, None)
-    assert "it made no progress for as long as resources.max_silence allows" in said
+    assert "it made no progress for resources.hang_timeout seconds" in said
     assert re.search(r"rank 0: .*small_stage\.py, line \d+, in wait_for_nothing\n", said)
     assert (stage / WORK / "kept" / "state").read_text() == "step 1"
     assert worker.start(stage).returncode == 0

@@ -20,7 +20,7 @@ PROFILES = sorted(path.stem for path in (CONF / "hardware").glob("*.yaml"))
 def test_profiles_are_complete_and_plausible(name: str) -> None:
     device = profile(name)
     assert device.name == name
-    assert device.on_gpu == (name != "cpu") == (device.traffic_share is None) != device.measure
+    assert device.on_gpu == (name != "cpu") == (device.bandwidth_fraction is None) != device.measure
     assert 0 < device.utilisation <= 1
     assert device.memory_of_rank(1) > 1e9
     assert (CONF / "hardware" / f"{name}.yaml").read_text().startswith("# ")

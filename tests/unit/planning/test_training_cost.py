@@ -156,7 +156,7 @@ def test_a_cpus_step_by_hand() -> None:
     tiny = Architecture("", 1, 2, 3, 1, 1, 2, 5, 8, tied_embeddings=True)
     job = distillation(tiny, None, layout=Layout(), seq_length=1, global_batch_size=1)
     rates = {"flops_per_second": 10.0, "float32_flops_per_second": 5.0, "bytes_per_second": 4.0}
-    cpu = replace(CPU, **rates, traffic_share=0.5)
+    cpu = replace(CPU, **rates, bandwidth_fraction=0.5)
     step = step_time(job, cpu)
     gemms = 3 * 2 * tiny.active_weights() / 10 + 14 * 2 / (0.6 * 5)  # attention is in float32
     traffic = token_compute(job).bytes
