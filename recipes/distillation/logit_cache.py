@@ -104,13 +104,14 @@ class TeacherCache:
         self._folder = folder
         self.index = CacheIndex(**read_json(folder / INDEX))
         self._files: dict[int, Any] = {}
+        shards = [self._open(n).get_tensor("sequences").tolist() for n in range(self.index.shards)]
         self._rows = {
             number: (shard, row)
-            for shard in range(self.index.shards)
-            for row, number in enumerate(self._open(shard).get_tensor("sequences").tolist())
+            for shard, numbers in enumerate(shards)
+            for row, number in enumerate(numbers)
         }
-        self.sequences = np.array(list(self._rows), dtype=np.int64)
-        """Numbers of the cached sequences."""
+        self.sequences = np.concatenate(shards).astype(np.int64)
+        """Numbers of the cached sequences; all are 0 in a rehearsal."""
 
     def rows(self, sequence: int) -> dict[str, Tensor]:
         """Reads the tensors of ``TopK`` of a sequence, [seq_length, …]."""

@@ -39,12 +39,16 @@ class Problem:
 
 
 def require_none(problems: Iterable[Problem], skipped: Collection[str] = ()) -> tuple[Problem, ...]:
-    """What was found; refuses an error among it, unless its rule is ``skipped``."""
-    found = tuple(dict.fromkeys(problems))
-    stopping = [str(p) for p in found if p.rule.severity == ERROR and p.rule.name not in skipped]
-    if stopping:
-        raise RecipeError("\n".join(stopping), fix="")
-    return found
+    """Returns the problems without duplicates.
+
+    Raises:
+        RecipeError: One of them is an error whose rule is not ``skipped``.
+    """
+    unique = tuple(dict.fromkeys(problems))
+    errors = [str(p) for p in unique if p.rule.severity == ERROR and p.rule.name not in skipped]
+    if errors:
+        raise RecipeError("\n".join(errors), fix="")
+    return unique
 
 
 _warning = partial(Rule, severity=WARNING)
