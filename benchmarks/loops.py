@@ -27,7 +27,7 @@ from recipes.data.token_sequences import first_sequences
 from recipes.evaluation.text_quality import load_transformers
 
 LR, BETA1, BETA2, WEIGHT_DECAY, CLIP = 1e-4, 0.9, 0.95, 0.1, 1.0
-"""Those of our stage, at a constant learning rate."""
+"""Settings of the stage ``distill``, at a constant learning rate."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class PreparationRun:
     tokens: int
     seconds: float
     cpu_seconds: float
-    """Of the main process, which reads, splits and writes."""
+    """CPU time of the main process, which reads, splits and writes."""
     tokenizer_seconds: float
     """CPU seconds of the tokenizer alone on the same text."""
     anonymous: float

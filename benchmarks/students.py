@@ -55,7 +55,7 @@ class StudentResult:
     seed: int
     tokens: int
     seconds: float
-    """Of the training steps alone."""
+    """Time of the training steps."""
     validation_loss: float | None
     evaluation: EvaluationResult
 

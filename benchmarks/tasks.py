@@ -28,7 +28,7 @@ from recipes.planning.hardware import cpu_profile
 
 TASKS = ("sciq", "piqa", "arc_easy", "hellaswag", "lambada_openai", "mmlu")
 SHOTS = {"mmlu": 5}
-"""As in ``conf/tasks/full.yaml``."""
+"""Examples per item, as in ``conf/tasks/full.yaml``."""
 BATCH = 8
 """Batch size of lm-eval's model."""
 BASELINE = "lm-eval, float32"
@@ -43,7 +43,7 @@ SIDES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What every side answers."""
+    """Benchmarks and model that all sides evaluate."""
 
     model: Path
     tasks: Sequence[str] = TASKS
@@ -61,7 +61,7 @@ class Answers:
     """A side's answers to a task."""
 
     seconds: list[float]
-    """Of each repeat."""
+    """CPU time of each repeat."""
     metric: str
     items: list[Item]
 

@@ -37,7 +37,7 @@ class Document:
     """A text and its position."""
 
     text: str
-    """Of a conversation, the JSON of its messages."""
+    """The text, or the JSON of a conversation's messages."""
     place: float | None = None
     """Start of a paragraph within its stretch of the source, from 0 to below 1. Records have none,
     since neighbours may be unrelated."""

@@ -19,7 +19,7 @@ PartSize = tuple[int, int]
 LOSS_MASK = "loss_mask"
 """Suffix of a file with one byte per token: whether the token's prediction counts in the loss."""
 LENGTHS = "lengths"
-"""Suffix of a file with every document's number of tokens (int32), from which the index is made."""
+"""Suffix of a file with the number of tokens of each document (int32), the source of the index."""
 BLOCK = 1 << 16
 """Documents per block while an index is written."""
 

@@ -85,7 +85,7 @@ class Ledger:
 
 @dataclass
 class PreparationState:
-    """What was written, and where the next document is."""
+    """Written tokens and documents, and the position of the next document."""
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Bytes and documents of each part."""
@@ -100,7 +100,7 @@ class PreparationState:
     tokens: int = 0
     """Tokens written of the current source."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By source of conversations, how many were written, shortened and left out, and why."""
+    """By source of conversations: numbers of written, shortened and left-out ones, by reason."""
 
 
 def prepare(
@@ -177,7 +177,7 @@ class _Store:
 class _Batch:
     documents: list[Document]
     state: Any
-    """Of the reader, after them."""
+    """State of the reader after these documents."""
     fraction: float
 
 

@@ -16,14 +16,14 @@ class SourceTokens:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a source's text comes from."""
+    """Origin of a source's text."""
 
     licence: str | None = None
-    """From its options or its card on the hub."""
+    """Licence from the source's options, or from its card on the hub."""
     commit: str | None = None
-    """Of a dataset on a hub: the newest, or its configured revision."""
+    """Commit of a dataset on a hub: the newest, or its configured revision."""
     sha256: str | None = None
-    """Of the file that the teacher wrote."""
+    """SHA-256 of a file that the teacher wrote."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,21 @@ class DatasetResult:
     """Text in parts that share no document."""
 
     documents: dict[str, int]
-    """By part."""
+    """Documents by part."""
     tokens: dict[str, int]
     sources: list[str]
     source_tokens: dict[str, list[SourceTokens]]
-    """By part, in the order in which they lie in it."""
+    """Sources of each part, in the order of the text."""
     document_end: int
     """Token after every document; predictions of what follows it are not counted."""
     document_begin: int | None = None
     """Token before every document, if there is one."""
     seq_length: int | None = None
-    """Of the sequences that conversations were packed into; ``None`` without conversations."""
+    """Length of packed sequences; ``None`` without conversations."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By source of conversations: how many were used, shortened and left out, and their tokens."""
+    """By source of conversations: numbers of used, shortened and left-out ones, and of tokens."""
     origins: dict[str, Origin] = field(default_factory=dict)
-    """By source, as written in the settings."""
+    """Origins by source, as written in the settings."""
 
     def licence(self, source: str) -> str:
         """Returns a source's licence, in words."""

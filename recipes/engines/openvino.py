@@ -203,8 +203,8 @@ class Pipeline:
         inputs = openvino_genai.TokenizedInputs(
             openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids))
         )
-        began = time.perf_counter()
+        start = time.perf_counter()
         result = self._pipeline.generate(inputs, config)
-        total = time.perf_counter() - began
+        total = time.perf_counter() - start
         first = result.perf_metrics.get_ttft().mean / 1000
         return Generation([list(ids) for ids in result.tokens], Timing(first, total))

@@ -85,7 +85,7 @@ class MachineRates:
     """Name of the processor or GPU."""
     threads: int
     flops_per_second: dict[str, float]
-    """By dtype."""
+    """FLOP/s by dtype."""
     bytes_per_second: float
 
 

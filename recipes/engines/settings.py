@@ -42,12 +42,12 @@ class BuildEngineConfig(StageConfig):
     backend: Annotated[str, one_of(*BACKENDS)] = "openvino"
     """``openvino``, ``tensorrt_llm`` or ``tensorrt_llm_pytorch``."""
     precision: str = "fp32"
-    """Of weights. ``int8`` and ``int4`` are compressed by this stage; ``fp8`` and ``int4_awq`` need
+    """Weights' type. This stage compresses to ``int8`` and ``int4``; ``fp8`` and ``int4_awq`` need
     a checkpoint of ``quantize``."""
     group_size: Count = 64
     """Weights that share a scale, for OpenVINO's ``int4``."""
     kv_cache_dtype: str = "auto"
-    """Of keys and values: ``auto`` is the backend's default, and float32 in float32 engines."""
+    """Type of keys and values; ``auto``: the backend's default, float32 in float32 engines."""
     tensor_parallel_size: Count = 1
     """GPUs that share the engine."""
     max_batch_size: Count = 8

@@ -31,12 +31,12 @@ IMAGE = f"nvcr.io/nvidia/tensorrt-llm/release:{VERSION}"
 ENGINE_BACKEND_GONE = (1, 3)
 
 DTYPES = {"fp16": "float16"}
-"""Of activations and unquantized weights; bfloat16 for any other precision. TensorRT-LLM's default
-would turn float32 into float16."""
+"""Type of activations and unquantized weights by precision; bfloat16 for any other precision.
+TensorRT-LLM's default would turn float32 into float16."""
 QUANT_ALGOS = {"int8": "W8A16", "int4": "W4A16", "fp8": "FP8", "int4_awq": "W4A16_AWQ"}
 """TensorRT-LLM's names; ``hf_quant_config.json`` of a quantised checkpoint uses the same."""
 ENGINE_PRECISIONS = ("bf16", "fp16", "int8", "int4", "fp8")
-"""Without AWQ: the engine builder reads its scales as ``input_quantizer._pre_quant_scale``, but
+"""AWQ is missing: the engine builder reads its scales as ``input_quantizer._pre_quant_scale``, but
 ModelOpt writes ``pre_quant_scale``, which only the PyTorch backend reads."""
 PYTORCH_PRECISIONS = ("bf16", "fp8", "int4_awq")
 KV_CACHE_DTYPES = ("auto", "fp8")

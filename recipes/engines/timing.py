@@ -25,7 +25,7 @@ class Contender:
     backend: str
     precision: str
     model: Path
-    """What is loaded: an engine, or a Hugging Face folder."""
+    """Engine or Hugging Face folder that is loaded."""
     folder: Path
     """Hugging Face folder of the same model."""
     architecture: Architecture
@@ -34,13 +34,13 @@ class Contender:
 
     @property
     def storage(self) -> Storage:
-        """How the backend stores weights and KV cache by default."""
+        """The backend's default types of weights and KV cache."""
         compressed = 1 if self.backend == "openvino" else 2
         kv_bytes = 4 if self.precision == "fp32" else compressed
         return Storage(self.precision, self.group_size, kv_bytes)
 
     def disk_bytes(self) -> int:
-        """Returns the size of what is loaded."""
+        """Returns the size of the loaded files."""
         return sum(file.stat().st_size for file in self.model.rglob("*") if file.is_file())
 
 
@@ -63,9 +63,9 @@ class Timing:
     """Seconds of a batch of requests that start and end together."""
 
     first_seconds: float
-    """To the first new token."""
+    """Time to the first new token."""
     total_seconds: float
-    """To the last one."""
+    """Time to the last new token."""
 
     def decode_rate(self, shape: RequestShape) -> float:
         """Returns new tokens per second after the first, of the whole batch."""
@@ -88,7 +88,7 @@ class Generation:
 
 
 class Worker:
-    """Runs one contender; a context manager that stops what it has started."""
+    """Runs one contender; a context manager that stops the contender's processes."""
 
     load_seconds: float = 0.0
     peak_memory_bytes: int = 0

@@ -1,1 +1,1 @@
-"""What can be told before anything runs, without torch: rules, memory, time, money."""
+"""Checks and estimates before anything runs, without torch: rules, memory, time, money."""

@@ -1,4 +1,4 @@
-"""Hardware profiles from ``conf/hardware``, and what is known of this machine. Torch-free."""
+"""Hardware profiles from ``conf/hardware``, and detection of this machine's. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recipes.core.precision import Precision
 from recipes.planning.transformer import Compute
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
-"""Has an entry for each GPU; it is read at once, while ``nvidia-smi`` takes seconds."""
+"""Folder with an entry for each GPU; listing it is fast, while ``nvidia-smi`` takes seconds."""
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Linux's names for bfloat16 GEMMs of x86 and Arm processors."""
@@ -48,13 +48,13 @@ class Hardware:
     kind: Annotated[str, one_of("cpu", "gpu")] = "cpu"
     """``gpu``: each rank has a device. ``cpu``: the ranks of a node share its memory and FLOP/s."""
     flops_per_second: Rate = 4.0e11
-    """In dense bfloat16 GEMMs: the peak of a GPU, or what all cores of a CPU node reach."""
+    """FLOP/s of dense bfloat16 GEMMs: a GPU's peak, or the measured rate of a CPU's cores."""
     float32_flops_per_second: Rate = 1.9e11
-    """The same in float32; for a GPU, without tensor cores."""
+    """FLOP/s of float32 GEMMs; for a GPU, without tensor cores."""
     measure: bool = False
     """Whether the plan measures these rates on its machine, once."""
     memory_bytes: Bytes | None = None
-    """Of a device; by default this machine's."""
+    """Memory of a device; by default this machine's."""
     bytes_per_second: Rate = 3.3e10
     """Memory bandwidth; for ``cpu``, of a copy, whose bytes count as read and as written."""
     bandwidth_fraction: Annotated[float, between(0.01, 10)] | None = 1.4
@@ -114,7 +114,7 @@ def cpu_profile(name: str, here: bool = True) -> Any:
     """Returns the ``precision`` or a rate of this machine's type of processor.
 
     A processor without bfloat16 GEMMs emulates them a hundred times as slowly, so it trains in
-    float32. Nodes elsewhere than ``here`` are not known, so they do, too.
+    float32. So do other machines (``here=False``), whose processors are unknown.
     """
     if not here:
         return UNKNOWN_CPU[name]

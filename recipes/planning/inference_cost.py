@@ -1,4 +1,4 @@
-"""What forward passes cost: memory of a rank and time of stages that train nothing, and serving.
+"""Cost of forward passes: memory of a rank and time of stages that do not train, and serving.
 
 - A forward pass holds one layer's activations. Logits exist for a few positions at a time and come
   from a float32 copy of the head (``recipes.evaluation.predictions``).
@@ -40,23 +40,23 @@ COMPARISON_BUFFERS, LOSS_BUFFERS = 4, 2
 PARITY_TOKENS = 128
 """Tokens that a conversion is verified on (``nemo_convert.parity``)."""
 SCORED_FRACTION = 0.24
-"""Of the tokens of a benchmark's items, those that are scored; the mean of four benchmarks."""
+"""Fraction of a benchmark's tokens that are scored; the mean of four benchmarks."""
 BENCHMARK_BUFFERS = 3
-"""Logits of all tokens of a pass, their log-probabilities, and what is computed of these."""
+"""Tensors of the logits' size at once: logits, log-probabilities, and a temporary one."""
 HEALING_BUFFERS = 5
 """Tensors of the teacher's feed-forward width at once while a layer is healed."""
 ABLATED_PASS = 0.6
-"""Of a forward pass, what is computed behind a layer that is left out, and the head."""
+"""Fraction of a forward pass that is computed again if a layer is left out."""
 
 
 @dataclass(frozen=True)
 class InferenceCost:
-    """Cost of a stage that trains nothing."""
+    """Cost of a stage that does not train."""
 
     memory: Memory
-    """Of its fullest rank."""
+    """Memory of its fullest rank."""
     compute: Compute
-    """On one device: the ranks of a pipeline compute in turn."""
+    """Work of one device, since the ranks of a pipeline compute in turn."""
     bf16: bool
     """Whether it computes in bfloat16; else in float32."""
 
@@ -73,7 +73,7 @@ class Sequences:
     seq_length: int
     micro_batch_size: int
     scored_fraction: float = 1.0
-    """Of the tokens, those whose logits are computed."""
+    """Fraction of the tokens whose logits are computed."""
 
     @property
     def tokens(self) -> float:
@@ -86,7 +86,7 @@ class Sequences:
         return int(min(self.micro_batch_size, self.number)) * self.seq_length
 
     def compute(self, arch: Architecture, bf16: bool) -> Compute:
-        """What a model's forward passes over all of it take."""
+        """Returns the work of a model's forward passes over all sequences."""
         token = pass_compute(arch, self.seq_length, 2 if bf16 else 4)
         token += Compute(
             gemm_flops=(self.scored_fraction - 1) * head_flops(arch),

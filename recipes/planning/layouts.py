@@ -216,5 +216,5 @@ def proposals(job: Workload, hardware: Hardware, node: int = 8) -> list[Proposal
     """Returns the best layout of each number of devices up to the workload's, cheapest first."""
     most = max(job.layout.ranks, node)
     numbers = sorted({most, *(2**n for n in range(most.bit_length()))})
-    found = [best(job, hardware, devices, node) for devices in numbers]
-    return sorted((p for p in found if p is not None), key=lambda p: p.cost.dollars)
+    cheapest = [best(job, hardware, devices, node) for devices in numbers]
+    return sorted((p for p in cheapest if p is not None), key=lambda p: p.cost.dollars)

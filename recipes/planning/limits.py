@@ -1,4 +1,4 @@
-"""Compares a chain with what there is: memory of a rank, a job's time limit, and text."""
+"""Compares a chain with its limits: memory of a rank, time limit of a job, and amount of text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recipes.planning.training_cost import peak_memory, training_cost
 from recipes.planning.workload import Layout, Workload
 
 BYTES_PER_TOKEN = 4.0
-"""Of English text in a vocabulary of at least 50,000; only to estimate the number of epochs."""
+"""For English text and a vocabulary of at least 50,000; only estimates the number of epochs."""
 NO_TIME_LIMIT = "999999-00:00:00"
 
 
@@ -138,13 +138,13 @@ def _train_tokens(chain: Chain, data: str) -> tuple[float, float]:
     if not isinstance(config, PrepareDataConfig) or config.max_documents is not None:
         return math.inf, math.inf
     sizes = [source_bytes(source) for source in config.sources]
-    known = [size for size in sizes if size is not None]
-    if not known or len(known) < len(sizes):
+    bytes_of = [size for size in sizes if size is not None]
+    if not bytes_of or len(bytes_of) < len(sizes):
         return math.inf, math.inf
     budget = config.max_tokens or math.inf
-    expected = sum(min(size / BYTES_PER_TOKEN, budget) for size in known)
-    # A token has at least one byte. Splits are drawn by document, so all may be for training.
-    return expected * (1 - sum(config.fractions().values())), float(sum(known))
+    expected = sum(min(size / BYTES_PER_TOKEN, budget) for size in bytes_of)
+    # A token has at least one byte. Splits are random, so all text may be for training.
+    return expected * (1 - sum(config.fractions().values())), float(sum(bytes_of))
 
 
 def _prepared(chain: Chain, data: str, config: StageConfig | None) -> Manifest | None:

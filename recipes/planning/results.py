@@ -1,4 +1,4 @@
-"""What a plan says: figures, and tables for a terminal and for the report."""
+"""Results of a plan: figures, and tables for a terminal and for the report."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ class PlanResult:
     figures: dict[str, Cell]
     tables: list[Table]
     tokens_per_second: dict[str, float] = field(default_factory=dict)
-    """Of each training, by stage."""
+    """Speed of each training, by stage."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of the computation of each stage that runs models."""
+    """Computing time of each stage that runs models."""

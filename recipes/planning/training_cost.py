@@ -1,4 +1,4 @@
-"""What a training costs on a hardware profile: memory of a rank, time, device-hours and money.
+"""Cost of a training on a hardware profile: memory of a rank, time, device-hours and money.
 
 A teacher's pass over a text, which caches its logits, counts as a training without a student.
 
@@ -70,7 +70,7 @@ class TrainingCost:
     device_hours: float
     dollars: float
     flops: float
-    """Of the whole workload."""
+    """FLOPs of the whole workload."""
 
 
 def training_cost(job: Workload, hardware: Hardware) -> TrainingCost:
@@ -103,12 +103,12 @@ def stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
         dense, experts = rank_parameters(job.trained, layout, stage)
         expert_shards = max(1, layout.shards // layout.expert)
         states = 12 if job.bf16 else 8  # float32 needs no main weights
-        kept = peak_activation_bytes(job.trained, job, stage, tokens)
+        activations = peak_activation_bytes(job.trained, job, stage, tokens)
         parts |= {
             "weights": size * (dense + experts),
             "gradients": _gradient_bytes(job, hardware) * (dense + experts),
             "optimizer": states * (dense / layout.shards + experts / expert_shards),
-            "activations": kept * size / 2,
+            "activations": activations * size / 2,
         }
     if job.teacher is not None:
         parts["teacher"] = size * sum(rank_parameters(job.teacher, layout, stage))

@@ -34,7 +34,7 @@ TWO_MODEL_BUFFERS, ONE_MODEL_BUFFERS = 3, 2
 
 @dataclass(frozen=True)
 class Compute:
-    """What a device computes for one token, or for many."""
+    """Work of a device for one token, or for many."""
 
     gemm_flops: float = 0
     """FLOPs of linear layers."""
@@ -93,7 +93,7 @@ def head_flops(arch: Architecture) -> int:
 
 
 def feed_forward_recompute(arch: Architecture, dtype_bytes: int) -> Compute:
-    """What it takes to recompute a token's feed-forward activations."""
+    """Returns the work to recompute a token's feed-forward activations."""
     width = arch.num_layers * feed_forward_width(arch)
     return Compute(gemm_flops=6 * arch.hidden_size * width, bytes=5 * dtype_bytes * width)
 
@@ -317,7 +317,7 @@ BF16_TABLES = ("fp8", "int4_awq")
 
 @dataclass(frozen=True)
 class Storage:
-    """How an engine stores weights and the KV cache."""
+    """Types of an engine's weights and KV cache."""
 
     precision: str
     group_size: int | None = None

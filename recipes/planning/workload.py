@@ -9,7 +9,7 @@ from nemo_convert.architecture import Architecture
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks of a training are placed, and what each of them holds."""
+    """Ranks of a training, and the shard of the model and batch on each of them."""
 
     nodes: int = 1
     devices: int = 1
@@ -53,7 +53,7 @@ def split_axes(arch: Architecture) -> tuple[str, str, str]:
 
 
 CHECKPOINT_BYTES = 14
-"""Of a parameter in a checkpoint to resume from: bfloat16, main weights and Adam's two moments."""
+"""Bytes of a parameter in a training checkpoint: bfloat16, main weights, Adam's two moments."""
 
 
 @dataclass(frozen=True)

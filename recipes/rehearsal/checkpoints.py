@@ -46,10 +46,10 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class _Saved:
-    """What a training saved."""
+    """Checkpoint of a training."""
 
     metadata: Any
-    """How the optimizer's state is sharded."""
+    """Sharding of the optimizer's state."""
     common: Any
     """State that is the same on all ranks."""
     shapes: Mapping[str, Shape]

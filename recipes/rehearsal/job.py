@@ -198,7 +198,7 @@ class Message:
 
 @dataclass(frozen=True)
 class RehearsalResult:
-    """What one rank of a stage did in a rehearsal."""
+    """Result of the rehearsal of one rank of a stage."""
 
     seconds: float = 0
     error: str | None = None

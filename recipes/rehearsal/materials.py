@@ -46,7 +46,7 @@ def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
 
 
 def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
-    """Returns a job's settings; a path of a Hugging Face model is replaced by one that is made."""
+    """Returns a job's settings; replaces the path of a Hugging Face model by a generated model."""
     if "hf_path" not in job.config:
         return job.config
     return {**job.config, "hf_path": str(_hf_folder(job.hf_config, run_dir / "model"))}

@@ -1,1 +1,1 @@
-"""What people read: pages, plots, model cards, gates, comparisons of runs."""
+"""Report pages, plots, model cards, gates, and comparisons of runs."""

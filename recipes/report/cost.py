@@ -1,4 +1,4 @@
-"""What a run cost: hours, memory and FLOPs."""
+"""The cost of a run: hours, memory and FLOPs."""
 
 from __future__ import annotations
 

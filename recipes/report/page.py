@@ -182,11 +182,11 @@ def _rounds(
 
 def _terms(steps: list[Record]) -> Iterator[Series]:
     """Yields the loss terms in use; the total is left out if it equals the only term."""
-    drawn: list[list[Point]] = []
+    previous: list[list[Point]] = []
     for key, (label, style) in TERMS.items():
         points = _points(steps, key)
-        if any(y for _, y in points) and points not in drawn:
-            drawn.append(points)
+        if any(y for _, y in points) and points not in previous:
+            previous.append(points)
             yield Series(label, style, points)
 
 

@@ -291,7 +291,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Dimension:
-    """What an axis shows and how its values are written."""
+    """Title and number format of an axis."""
 
     title: str
     write: Callable[[float], str] = number
