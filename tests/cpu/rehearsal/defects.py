@@ -10,180 +10,147 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 
+from recipes.backend.patches import Patch, apply, value, wrap
 from recipes.rehearsal.job import RankJob, RehearsalResult
 from recipes.rehearsal.worker import in_fork, prepare
 
 
-def mix_devices() -> None:
-    """A tensor is made on the CPU, but the logits are on the GPU."""
-    import torch
-
-    from recipes.distillation import model
-
-    loss = model.combined_loss
-
-    def mixed(student: Any, *args: Any) -> Any:
-        return loss(student * torch.ones(student.shape[-1]), *args)
-
-    model.combined_loss = mixed
+def gather_too_much(shard: Any, group: Any) -> Any:
+    shards = [shard.new_empty(len(shard) + 1, shard.shape[1]) for _ in range(group.size())]
+    torch.distributed.all_gather(shards, shard, group)
+    return torch.cat(shards, dim=-1)
 
 
-def gather_too_much() -> None:
-    """Ranks gather one row more than each of them has."""
-    import torch
-    from torch.distributed import all_gather
-
-    from recipes.distillation import vocabulary
-
-    def gather(shard: Any, group: Any) -> Any:
-        shards = [shard.new_empty(len(shard) + 1, shard.shape[1]) for _ in range(group.size())]
-        all_gather(shards, shard, group)
-        return torch.cat(shards, dim=-1)
-
-    vocabulary.gather = gather
-
-
-def match_names() -> None:
-    """Main weights are restored as Megatron does, which also matches the teacher's names."""
+def load_as_megatron(core: Any, optimizer: Any, weights: Path) -> None:
     from megatron.core import dist_checkpointing
 
-    from recipes.distillation import trainer
-
-    def load(core: Any, optimizer: Any, weights: Path) -> None:
-        state = core.sharded_state_dict(prefix="module.")
-        optimizer.reload_model_params(dist_checkpointing.load(state, str(weights)))
-
-    trainer._load_main_weights = load
+    state = core.sharded_state_dict(prefix="module.")
+    optimizer.reload_model_params(dist_checkpointing.load(state, str(weights)))
 
 
-def leave_on_cpu() -> None:
-    """A model is cast but not moved, and Megatron makes its local norms on the CPU."""
-    from nemo_convert import nemo
-
-    build = nemo.build_core
-
-    def built(*args: Any, **kwargs: Any) -> Any:
-        core = build(*args, **kwargs)
-        for layer in core.decoder.layers:
-            layer.input_layernorm.cpu()
-        return core
-
-    nemo.build_core = built
+def build_with_norms_on_cpu(build: Any, *args: Any, **kwargs: Any) -> Any:
+    core = build(*args, **kwargs)
+    for layer in core.decoder.layers:
+        layer.input_layernorm.cpu()
+    return core
 
 
-def count_steps_on_cpu() -> None:
-    """The step counts and the scale of the fused optimizer are on the CPU."""
-    import torch
-
-    from recipes.backend import adamw
-
-    update = adamw.adamw
-
-    def updated(weights: Any, gradients: Any, *states: Any, **settings: Any) -> None:
-        *moments, maxima, steps = states
-        steps = [torch.tensor(1.0) for _ in steps]
-        update(weights, gradients, *moments, maxima, steps, **settings)
-
-    adamw.adamw = updated
+def update_with_steps_on_cpu(update: Any, *tensors: Any, **settings: Any) -> None:
+    *others, steps = tensors
+    update(*others, [torch.tensor(1.0) for _ in steps], **settings)
 
 
-def index_on_cpu() -> None:
-    """Rows of a weight on the GPU are chosen by an index on the CPU."""
-    import torch
-
-    from recipes.search import measure
-
-    prune_weight = measure.prune_weight
-
-    def indexed(name: str, tensor: Any, *args: Any) -> Any:
-        return prune_weight(name, tensor.index_select(0, torch.arange(len(tensor))), *args)
-
-    measure.prune_weight = indexed
+def prune_by_index_on_cpu(prune: Any, name: str, tensor: Any, *args: Any) -> Any:
+    return prune(name, tensor.index_select(0, torch.arange(len(tensor))), *args)
 
 
-def send_half() -> None:
-    """A pipeline stage sends the student's hidden states without the teacher's."""
-    _send(lambda both: both[..., : both.shape[-1] // 2].contiguous())
-
-
-def send_wide() -> None:
-    """A pipeline stage sends hidden states in float32, but the next one expects bfloat16."""
-    _send(lambda both: both.float())
-
-
-def _send(change: Callable[[Any], Any]) -> None:
-    from recipes.distillation import model
-
-    forward = model._forward_both
-
-    def changed(core: Any, *args: Any, **kwargs: Any) -> Any:
+def send_changed(change: Callable[[Any], Any]) -> Callable[..., Any]:
+    def changed(forward: Any, core: Any, *args: Any, **kwargs: Any) -> Any:
         both = forward(core, *args, **kwargs)
         return change(both) if core.training and os.environ["RANK"] == "0" else both
 
-    model._forward_both = changed
+    return wrap(changed)
 
 
-def widen() -> None:
-    """A model is built with a wider feed-forward layer than its checkpoint has."""
-    _restore_with(lambda config: setattr(config, "ffn_hidden_size", config.ffn_hidden_size + 16))
-
-
-def add_norms() -> None:
-    """A model is built with norms of queries and keys, which its checkpoint does not have."""
-    _restore_with(lambda config: setattr(config, "qk_layernorm", True))
-
-
-def _restore_with(change: Callable[[Any], None]) -> None:
-    from nemo_convert import nemo
-
-    restore = nemo.restore_model
-
-    def restored(checkpoint: Path) -> Any:
+def restore_with(change: Callable[[Any], None]) -> Callable[..., Any]:
+    def restored(restore: Any, checkpoint: Path) -> Any:
         model = restore(checkpoint)
         change(model.config)
         return model
 
-    nemo.restore_model = restored
+    return wrap(restored)
 
 
-def lose_a_row() -> None:
-    """A conversion makes weights without their last row."""
-    from nemo_convert import convert
-
-    make = convert.MergedWeights.__call__
-    convert.MergedWeights.__call__ = lambda weights, *where: make(weights, *where)[:-1]
+_models: list[Any] = []
 
 
-def keep_all() -> None:
-    """All evaluated models stay in memory, in float32."""
-    import torch
+def keep_in_float32(load: Any, checkpoint: Path, dtype: Any) -> Any:
+    _models.append(load(checkpoint, torch.float32))
+    return _models[-1]
 
-    from recipes.evaluation import text_quality
 
-    load, models = text_quality.load_transformers, []
-
-    def loaded(checkpoint: Path, dtype: Any) -> Any:
-        models.append(load(checkpoint, torch.float32))
-        return models[-1]
-
-    text_quality.load_transformers = loaded
+DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
+    "mix_devices": (
+        "recipes.distillation.model:combined_loss",
+        "A tensor is made on the CPU, but the logits are on the GPU.",
+        wrap(lambda loss, logits, *args: loss(logits * torch.ones(logits.shape[-1]), *args)),
+    ),
+    "gather_too_much": (
+        "recipes.distillation.vocabulary:gather",
+        "Ranks gather one row more than each of them has.",
+        value(gather_too_much),
+    ),
+    "match_names": (
+        "recipes.distillation.trainer:_load_main_weights",
+        "Main weights are restored as in Megatron, which also matches the teacher's names.",
+        value(load_as_megatron),
+    ),
+    "leave_on_cpu": (
+        "nemo_convert.nemo:build_core",
+        "A model is cast but not moved, and Megatron makes its local norms on the CPU.",
+        wrap(build_with_norms_on_cpu),
+    ),
+    "count_steps_on_cpu": (
+        "recipes.backend.adamw:adamw",
+        "The step counts of the fused optimizer are on the CPU.",
+        wrap(update_with_steps_on_cpu),
+    ),
+    "index_on_cpu": (
+        "recipes.search.measure:prune_weight",
+        "Rows of a weight on the GPU are selected by an index on the CPU.",
+        wrap(prune_by_index_on_cpu),
+    ),
+    "send_half": (
+        "recipes.distillation.model:_forward_both",
+        "A pipeline stage sends the student's hidden states without the teacher's.",
+        send_changed(lambda both: both[..., : both.shape[-1] // 2].contiguous()),
+    ),
+    "send_wide": (
+        "recipes.distillation.model:_forward_both",
+        "A pipeline stage sends hidden states in float32, but the next one expects bfloat16.",
+        send_changed(lambda both: both.float()),
+    ),
+    "widen": (
+        "nemo_convert.nemo:restore_model",
+        "A model is built with a wider feed-forward layer than its checkpoint has.",
+        restore_with(lambda c: setattr(c, "ffn_hidden_size", c.ffn_hidden_size + 16)),
+    ),
+    "add_norms": (
+        "nemo_convert.nemo:restore_model",
+        "A model is built with norms of queries and keys, which its checkpoint does not have.",
+        restore_with(lambda config: setattr(config, "qk_layernorm", True)),
+    ),
+    "lose_a_row": (
+        "nemo_convert.convert:MergedWeights.__call__",
+        "A conversion makes weights without their last row.",
+        wrap(lambda make, *args: make(*args)[:-1]),
+    ),
+    "keep_all": (
+        "recipes.evaluation.text_quality:load_transformers",
+        "All evaluated models stay in memory, in float32.",
+        wrap(keep_in_float32),
+    ),
+}
+"""By name: the replaced function, the defect, and the replacement."""
 
 
 def main() -> None:
-    planned = json.loads(Path(sys.argv[1]).read_text())
+    jobs = json.loads(Path(sys.argv[1]).read_text())
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     rehearse = prepare()
-    for plain, defect in planned:
+    for job, defect in jobs:
 
         def with_defect(job: RankJob, defect: str | None = defect) -> RehearsalResult:
             if defect is not None:
-                globals()[defect]()
+                target, what, replace = DEFECTS[defect]
+                apply([Patch(target, what, "", replace)])
             return rehearse(job)
 
-        result = in_fork(with_defect, TypeAdapter(RankJob).validate_python(plain))
+        result = in_fork(with_defect, TypeAdapter(RankJob).validate_python(job))
         print(json.dumps(asdict(result)), file=results, flush=True)
 
 
