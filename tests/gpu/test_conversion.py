@@ -1,4 +1,4 @@
-"""A model is imported on the GPU, whose TensorFloat-32 would make another one of it."""
+"""A model is imported on the GPU. TensorFloat-32 would change its logits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,22 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT
 from tests.gpu.small import Small, on_gpu, record
 
+LOGIT_DIFFERENCE = """
+import sys, torch
+from pathlib import Path
+from nemo_convert.parity import compare, multiply_in_float32
+folder, checkpoint, *tf32 = sys.argv[1:]
+torch.backends.cuda.matmul.allow_tf32 = True  # as TransformerEngine sets it
+if not tf32:
+    multiply_in_float32()
+parity = compare(Path(folder), Path(checkpoint))
+print(parity.max_logit_difference / parity.logit_spread)
+"""
+"""Prints the relative difference of logits; in its own process, since cuBLAS reads TF32 once."""
+
 
 def difference(*arguments: str) -> float:
-    """What ``logit_difference`` finds, in a process of its own: cuBLAS asks once for its type."""
-    command = [sys.executable, str(Path(__file__).with_name("logit_difference.py")), *arguments]
+    command = [sys.executable, "-c", LOGIT_DIFFERENCE, *arguments]
     env = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
+import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -284,3 +287,88 @@ def test_the_pytorch_backend_gets_the_checkpoint_and_its_options(tmp_path: Path)
     tensorrt_llm.prepare_pytorch(cfg, folder, out)
     assert (out / "model.safetensors").read_bytes() == b"weights"
     assert json.loads((out / "llm_options.yaml").read_text())["max_seq_len"] == 512
+
+
+# The recorded names, compared with the package itself
+
+
+def package_folder() -> Path | None:
+    """Returns the folder of the package: in NVIDIA's image, or ``TENSORRT_LLM_SOURCE``."""
+    if named := os.environ.get("TENSORRT_LLM_SOURCE"):
+        return Path(named)
+    spec = importlib.util.find_spec("tensorrt_llm")
+    return Path(spec.origin).parent.parent if spec and spec.origin else None
+
+
+def words(tree: ast.AST) -> Iterator[str]:
+    """Yields all names of a module: options, keys, fields, parameters, attributes."""
+    for node in ast.walk(tree):
+        for name in ("id", "attr", "arg", "name", "value"):
+            if isinstance(word := getattr(node, name, None), str):
+                yield word
+
+
+def fields(tree: ast.AST, cls: str) -> set[str]:
+    """Returns the annotated fields of a class."""
+    return {
+        item.target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name == cls
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    }
+
+
+def maps_tensors(tree: ast.AST, cls: str) -> bool:
+    """Returns whether a layer maps the names of a checkpoint's tensors."""
+    return any(
+        isinstance(node, ast.ClassDef)
+        and node.name == cls
+        and "tllm_to_externel_key_dict" in set(words(node))
+        for node in ast.walk(tree)
+    )
+
+
+def leaves(entry: Any) -> Iterator[str]:
+    """Yields the recorded names."""
+    if isinstance(entry, str):
+        yield entry
+    elif isinstance(entry, list):
+        for item in entry:
+            yield from leaves(item)
+    else:
+        for key, item in entry.items():
+            if key not in ("file", "commit", "what", "imports"):
+                yield from leaves(item)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def differences(root: Path) -> list[str]:
+    """Returns recorded names that the package does not have. Its modules are only parsed."""
+    missing = []
+    for title, entry in API.items():
+        if title == "what":
+            continue
+        trees = [parse(root / file) for file in entry["file"].split(" and ")]
+        names_of_package = {word for tree in trees for word in words(tree)}
+        missing += [f"{title}: {name}" for name in leaves(entry) if name not in names_of_package]
+        for module, names in entry.get("imports", {}).items():
+            path = root / module.replace(".", "/")
+            path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            defined = set(words(parse(path))) if path.exists() else set()
+            missing += [f"{module}: {name}" for name in names if name not in defined]
+    tensors = API["ModelOpt's tensors in engines"]
+    layers = parse(root / tensors["file"])
+    missing += [f"{cls}: is mapped" for cls in tensors["unmapped"] if maps_tensors(layers, cls)]
+    declared = fields(parse(root / API["BuildConfig"]["file"]), "BuildConfig")
+    return missing + [f"BuildConfig.{f}" for f in API["BuildConfig"]["fields"] if f not in declared]
+
+
+@pytest.mark.skipif(package_folder() is None, reason="needs TensorRT-LLM, which is on no index")
+def test_the_package_has_every_recorded_name() -> None:
+    folder = package_folder()
+    assert folder is not None
+    assert differences(folder) == []
