@@ -3,7 +3,7 @@
     python -m benchmarks.convert [--model FOLDER_OR_SOURCE] [--repeats N]
     python -m benchmarks.convert --billions 7
 
-Every side runs in a process of its own, one after the other; the shortest time and the lowest peak
+Every side runs in its own process, one after the other; the shortest time and the lowest peak
 of the repeats count. Time excludes imports, and memory is measured above the level after them.
 ``resident`` is the peak of all memory, with pages of mapped files, which the system can drop at any
 time; ``anonymous`` excludes them. ``verify`` compares logits and weights of both models.
@@ -127,7 +127,7 @@ def settle(folder: Path, forget: bool = False) -> None:
 
 
 def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[dict[str, float]]]:
-    """Measures every side in a process of its own; one run for each repeat."""
+    """Measures every side in its own process; one run for each repeat."""
     baseline, *others = COLD_SIDES if cold else SIDES
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in (baseline, *others)}
     for number in range(repeats):

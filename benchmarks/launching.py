@@ -54,7 +54,7 @@ def execute(command: list[str]) -> None:
 
 
 def run_child(function: str, *args: object) -> Any:
-    """Calls a function, ``MODULE:NAME``, in a process of its own; returns its result."""
+    """Calls a function, ``MODULE:NAME``, in its own process; returns its result."""
     with tempfile.TemporaryDirectory() as scratch:
         call, result = Path(scratch) / "call", Path(scratch) / "result"
         call.write_bytes(pickle.dumps((function, args)))

@@ -3,7 +3,7 @@
     python -m benchmarks.prepare [--model FOLDER_OR_SOURCE] [--megabytes N] [--processes 1 2]
 
 The text is Wikipedia summaries, repeated up to the size and to ten times the size; a number before
-each makes all documents different. Every measurement runs in a process of its own. Time excludes
+each makes all documents different. Every measurement runs in its own process. Time excludes
 imports. Memory of the main process is the peak above the level after imports; memory of a tokenizer
 process is its peak resident memory, with libraries.
 """
@@ -88,7 +88,7 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Prepa
 
 
 def measure(text: Path, model: Path, processes: int) -> PreparationRun:
-    """Measures a preparation in a process of its own."""
+    """Measures a preparation in its own process."""
     with tempfile.TemporaryDirectory(dir=text.parent) as folder:
         args = text, model, processes, Path(folder)
         run: PreparationRun = run_child("benchmarks.prepare:prepare_once", *args)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tasks [--model FOLDER_OR_SOURCE] [--tasks NAME ...] [--limit N]
 
-lm-eval gives both the same items, in float32 and in bfloat16, each side in a process of its own,
+lm-eval gives both the same items, in float32 and in bfloat16, each side in its own process,
 one after the other. Time is CPU time of all threads without loading, the shortest of the repeats.
 ``equal`` counts items with the same score, ``nats apart`` is the largest difference of a
 log-likelihood.
@@ -117,7 +117,7 @@ def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
 
 
 def measure(settings: Settings) -> dict[str, dict[str, Answers]]:
-    """Runs each side whose precision this machine supports, in turn, in a process of its own."""
+    """Runs each side whose precision this machine supports, in turn, in its own process."""
     types = ("32", cpu_profile("precision"))
     sides = [side for side, (_, precision) in SIDES.items() if precision in types]
     return {side: run_child("benchmarks.tasks:answer_all", side, settings) for side in sides}

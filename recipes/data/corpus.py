@@ -38,7 +38,7 @@ class Document:
 
     text: str
     """The text, or the JSON of a conversation's messages."""
-    place: float | None = None
+    position: float | None = None
     """Start of a paragraph within its stretch of the source, from 0 to below 1. Records have none,
     since neighbours may be unrelated."""
 
@@ -106,7 +106,7 @@ class _FileReader:
                     if self._records <= self._skip:
                         continue
                     if text := self._text_of(record.value, f"{file.name}, {record.where}").strip():
-                        yield Document(text, self._place(record.offset))
+                        yield Document(text, self._position(record.offset))
             self._bytes_before, self._opened = self._bytes_before + file.size, None
 
     def _read(self, file: TextFile, opened: IO[bytes]) -> Iterator[_Record]:
@@ -127,7 +127,7 @@ class _FileReader:
                 "correct the file, or leave it out",
             ) from error
 
-    def _place(self, offset: int | None) -> float | None:
+    def _position(self, offset: int | None) -> float | None:
         if offset is None:
             return None
         stretches = max(1, round(self._total_bytes / STRETCH))
@@ -269,12 +269,12 @@ def digest(text: str) -> bytes:
 def draw_of(document: Document, document_digest: bytes) -> float:
     """Returns the number from 0 to below 1 that decides a document's part.
 
-    For a paragraph it is its place: a part is then a few long pieces of a text, and evaluation
+    For a paragraph it is its position: a part is then a few long pieces of a text, and evaluation
     text does not lie between training text. For a record it is its hash, which does not depend on
     the order or a seed.
     """
-    if document.place is not None:
-        return document.place
+    if document.position is not None:
+        return document.position
     return int.from_bytes(document_digest[:8], "big") / 2**64
 
 

@@ -1,6 +1,6 @@
 """Measures contenders in turn and compares their speed-up with the roofline's. Torch-free.
 
-Each contender runs in a process of its own, so that its memory can be measured. They take turns
+Each contender runs in its own process, so that its memory can be measured. They take turns
 request by request (A B A B …), so that a change of the machine's speed affects all alike.
 """
 

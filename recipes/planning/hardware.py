@@ -80,7 +80,7 @@ class Hardware:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a rank has a device of its own."""
+        """Whether a rank has its own device."""
         return self.kind == "gpu"
 
     def memory_of_rank(self, ranks_on_node: int) -> float:

@@ -63,7 +63,7 @@ def prepare() -> Rehearse:
 
 
 def in_fork(rehearse: Rehearse, job: RankJob) -> RehearsalResult:
-    """Rehearses in a process of its own."""
+    """Rehearses in its own process."""
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_send, args=(rehearse, job, sender))

@@ -87,7 +87,7 @@ def test_each_conversation_is_one_document(tmp_path: Path) -> None:
     for name, content in (("a.jsonl", lines), ("a.json", json.dumps(said))):
         found = list(read_source(write(tmp_path, name, content), "text", chat=True))
         assert [json.loads(document.text) for document in found] == [s["messages"] for s in said]
-        assert {document.place for document in found} == {None}
+        assert {document.position for document in found} == {None}
 
 
 def test_the_first_conversations_of_a_file_are_checked(tmp_path: Path) -> None:
@@ -225,8 +225,8 @@ def test_files_of_a_pattern_are_one_source(tmp_path: Path) -> None:
     source = f"{tmp_path}/*.txt"
     assert source_problem(source) is None
     assert documents(source) == ["one", "two", "three", "four"]
-    places = [document.place for document in read_source(source, "text")]
-    assert places == [0, 5 / 19, 8 / 19, 15 / 19]
+    positions = [document.position for document in read_source(source, "text")]
+    assert positions == [0, 5 / 19, 8 / 19, 15 / 19]
     assert source_bytes(source) == 19
     assert source_problem(f"{tmp_path}/*.jsonl") == f"there is no file '{tmp_path}/*.jsonl'"
 
