@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,24 +23,11 @@ from recipes.core import versions
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, read_manifest, stamp_files, write_manifest
 from recipes.core.run_state import LastPlan
-from recipes.core.statistics import Difference
-from recipes.data.results import DatasetResult
-from recipes.engines.results import EngineResult
-from recipes.evaluation.results import (
-    Differences,
-    EvaluationResult,
-    ModelQuality,
-    Score,
-    TaskResult,
-    TaskResults,
-)
 from recipes.planning.chain import Chain
-from recipes.planning.results import PlanResult
-from recipes.pruning.results import HealResult
 from tests.support.folders import write_folder
 from tests.support.launcher import fork_launcher
 from tests.support.manifests import bare_manifest
-from tests.support.reports import speed_results
+from tests.support.results import RESULTS, STUDENT
 
 ROOT = REPO_ROOT
 RECIPE = "recipe=llama_width_prune"
@@ -56,49 +42,6 @@ LLAMA_CONFIG: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
-SIZE = 1_500_000
-
-
-def quality(perplexity: float, kl: float, agreement: float) -> ModelQuality:
-    return ModelQuality(math.log(perplexity), 0.01, perplexity, kl, agreement, SIZE)
-
-
-SCIQ = TaskResult(
-    metric="acc",
-    items=200,
-    teacher=Score(0.8, 0.03),
-    pruned=Score(0.5, 0.04),
-    distilled=Score(0.7, 0.03),
-    differences=Differences(Difference(-0.1, -0.15, -0.05), Difference(-0.3, -0.37, -0.23)),
-    recovered=0.6667,
-    version="1.0",
-    seconds={"teacher": 3.0, "pruned": 2.0, "distilled": 2.0},
-)
-RESULTS = {
-    "dataset": DatasetResult(
-        {"train": 9}, {"train": 1_000_000, "heldout": 200}, ["text.jsonl"], {}, 0
-    ),
-    "eval_results": EvaluationResult(
-        teacher=quality(10.0, 0.0, 1.0),
-        pruned=quality(30.0, 1.25, 0.5),
-        distilled=quality(15.0, 0.4, 0.7),
-        sequences=8,
-        tokens=2048,
-        predictions=2040,
-        recovered=0.75,
-    ),
-    "plan": PlanResult(
-        {"device-hours": 2, "hardware": "cpu", "dollars": 1},
-        [],
-        seconds={"score": 90.0, "distill": 390.0, "evaluate": 40.0},
-    ),
-    "task_results": TaskResults({"sciq": SCIQ}, {}, "lm_eval", "hub"),
-    "engine": EngineResult("openvino", "fp32", None, 3.5, 6_000_000),
-    "speed_results": speed_results(),
-    "heal": HealResult([1], calibration_tokens=64, kl_pruned=0.68, kl_healed=0.4154),
-}
-"""What stages are said to have measured, by kind or name."""
-
 COMPOSED: dict[tuple[str, ...], tuple[DictConfig, DictConfig | None]] = {}
 """Composed configs, which nothing changes, with Hydra's; composing one takes longer than a plan."""
 
@@ -181,14 +124,14 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
     (artifact / "data.bin").write_text(f"{content} of {stage.name}")
     kind = stage.stage.kind
     manifest = replace(
-        bare_manifest(stage.config.stage, kind, RESULTS.get(stage.config.stage, RESULTS.get(kind))),
+        bare_manifest(stage.config.stage, kind, RESULTS.get(stage.config.stage)),
         fingerprint=stage.fingerprint,
         config=dict(stage.request().config),
         code=stage.code,
         libraries=dict(stage.libraries),
         inputs={name: ref.fingerprint for name, ref in stage.inputs.items()},
         files=stamp_files(artifact),
-        parameters=SIZE if kind.startswith("checkpoint") else None,
+        parameters=STUDENT.parameters() if kind.startswith("checkpoint") else None,
         input_content={
             name: found.content()
             for name, ref in stage.inputs.items()

@@ -17,14 +17,8 @@ import pytest
 from recipes.report.compare import render_comparison
 from recipes.report.page import render
 from recipes.report.settings import REPORT_FILE
-from tests.support.reports import (
-    CONFIG,
-    OPTIONAL_PLOTS,
-    PLOTS,
-    make_inputs,
-    make_run,
-    optional_inputs,
-)
+from tests.support.pages import OPTIONAL_PLOTS, PLOTS
+from tests.support.reports import CONFIG, make_inputs, make_run, optional_inputs
 
 if TYPE_CHECKING:
     from pathlib import Path

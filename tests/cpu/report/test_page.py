@@ -15,23 +15,9 @@ from recipes.pruning.results import PruneResult
 from recipes.pruning.settings import PruneConfig
 from recipes.report.plots import Axis, Series, layer_plot, line_plot
 from recipes.report.settings import ReportConfig
-from tests.support.reports import (
-    CONFIG,
-    DROPPED,
-    LAYERS,
-    NASTY,
-    PLOTS,
-    STUDENT,
-    TEACHER,
-    Page,
-    changed,
-    every_number,
-    make_inputs,
-    quality,
-    rendered,
-    section,
-    wobble,
-)
+from tests.support.pages import PLOTS, Page, every_number, section
+from tests.support.reports import CONFIG, changed, make_inputs, rendered
+from tests.support.results import DROPPED, LAYERS, NASTY, RESULTS, STUDENT, TEACHER, wobble
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,7 +119,7 @@ def test_early_stop_is_reported(inputs: dict[str, Input], tmp_path: Path) -> Non
 def test_recovered_may_be_unknown_or_outside_0_to_1(
     inputs: dict[str, Input], tmp_path: Path, fraction: float | None
 ) -> None:
-    evaluation = changed(inputs["evaluation"], replace(quality(), recovered=fraction))
+    evaluation = changed(inputs["evaluation"], replace(RESULTS["evaluate"], recovered=fraction))
     text = rendered({**inputs, "evaluation": evaluation}, tmp_path)
     assert fraction is None or fraction in Page(text).figures()
     assert "None" not in text

@@ -19,23 +19,9 @@ from recipes.planning.transformer import forward_flops
 from recipes.search.results import SearchResult
 from recipes.search.space import SEARCH_AXES
 from recipes.stages import report
-from tests.support.reports import (
-    CONFIG,
-    NASTY,
-    OPTIONAL_PLOTS,
-    STEPS,
-    STUDENT,
-    TEACHER,
-    Page,
-    changed,
-    every_number,
-    make_inputs,
-    optional_inputs,
-    quality,
-    rendered,
-    section,
-    stage,
-)
+from tests.support.pages import OPTIONAL_PLOTS, Page, every_number, section
+from tests.support.reports import CONFIG, changed, make_inputs, optional_inputs, rendered, stage
+from tests.support.results import NASTY, RESULTS, STEPS, STUDENT, TEACHER
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,6 +73,7 @@ def test_sections_have_all_numbers_of_their_stages(inputs: dict[str, Input], tex
             task[role]["standard_error"] *= 1.96  # shown as an interval
             if task["answers"]:  # only their differences have intervals
                 del task["answers"][role]["standard_error"]
+    del metrics["plan"]["seconds"]
     page = Page(text)
     assert every_number(metrics) <= page.figures()
     assert set(OPTIONAL_PLOTS) <= set(page.values("id"))
@@ -143,7 +130,9 @@ def test_gates_are_shown_with_the_measured_values(inputs: dict[str, Input], tmp_
 def test_quality_by_data_source(inputs: dict[str, Input], tmp_path: Path) -> None:
     model = TextQuality(3.0265, 0.05, 20.625, 0.375, 0.6875)
     crawl = SourceQuality(model, model, model, 20, 5120, 5100, None)
-    evaluation = changed(inputs["evaluation"], replace(quality(), sources={"a web crawl": crawl}))
+    evaluation = changed(
+        inputs["evaluation"], replace(RESULTS["evaluate"], sources={"a web crawl": crawl})
+    )
     page = Page(rendered({**inputs, "evaluation": evaluation}, tmp_path))
     assert {20.625, 0.375} <= page.figures()
     assert "a web crawl" in page.text

@@ -78,7 +78,7 @@ def test_interrupted_run(run_dir: Path, launch: Launch) -> None:
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"distill +interrupted +distill 3/60, 0:01:54 left *$", shown.stdout, re.M)
     assert re.search(r"^about 0:01:5[67] left of the run$", shown.stdout, re.M)
-    assert "1.5 M parameters" in shown.stdout
+    assert "86.5 M parameters" in shown.stdout
 
 
 def test_failed_stage_says_why(run_dir: Path, launch: Launch) -> None:
@@ -140,8 +140,8 @@ def test_runs_are_listed_with_where_they_are_and_what_they_measured(
     complete(plan())
     finished = row(launch, run_dir)
     assert " complete " in finished
-    assert "perplexity 10.0 → 30.0 → 15.0, recovered 75%" in finished
-    assert "1.5 M" in finished
+    assert "perplexity 20.5 → 938.0 → 45.3, recovered 79%" in finished
+    assert "86.5 M" in finished
     assert finished.rstrip().endswith("now")
     (run_dir / "prune" / MANIFEST).write_text("{")
     assert "unreadable: see status" in row(launch, run_dir)

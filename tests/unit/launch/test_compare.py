@@ -21,7 +21,8 @@ from recipes.core.run_state import LastPlan, Request, read_last_plan
 from recipes.core.statistics import pareto_front
 from recipes.report.compare import comparison, verdict
 from recipes.report.runs import find_runs, paired_difference, read_run
-from tests.support.reports import Page, make_run
+from tests.support.pages import Page
+from tests.support.reports import make_run
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -83,16 +83,16 @@ def test_summary_shows_what_each_stage_produced(
     print_summary(plan(*chosen), 1.25, screen)
     shown = text_of(screen)
     for words in (
-        "1,000,200 tokens",
-        "1.5 M parameters",
+        "897,123 tokens",
+        "86.5 M parameters",
         "1.0 GB",
         "report.html",
-        "recovered 75% of",
+        "recovered 79% of",
     ):
         assert words in shown
     assert "everything was complete, nothing ran; 1.2 s" in shown
     for words in (
-        "openvino fp32",
+        "openvino int8",
         "KL 0.680 → 0.415 on validation text",
         "1.38 × prefill, 1.31 × decode (transformers, batch 1)",
     ):
@@ -108,10 +108,10 @@ def test_summary_marks_incomplete_stages(screen: Console, plan: Callable[..., Pl
 @pytest.mark.parametrize(
     ("recovered", "expected"),
     [
-        (0.75, "perplexity 10.0 → 30.0 → 15.0, recovered 75% of the loss added by pruning"),
-        (None, "perplexity 10.0 → 30.0 → 15.0"),
+        (0.75, "perplexity 20.5 → 938.0 → 45.3, recovered 75% of the loss added by pruning"),
+        (None, "perplexity 20.5 → 938.0 → 45.3"),
         pytest.param(
-            0.0, "perplexity 10.0 → 30.0 → 15.0, recovered 0% of the loss added by pruning"
+            0.0, "perplexity 20.5 → 938.0 → 45.3, recovered 0% of the loss added by pruning"
         ),
     ],
 )

@@ -142,7 +142,7 @@ def test_sweep_ends_with_what_compares_its_runs(
     assert done.returncode == 0, done.stderr
     command = "python launch/run.py compare ../run ../other"
     last = done.stdout.splitlines()[-1]
-    assert last == f"which is best, once two of them are evaluated: {command}"
+    assert last == f"side by side: {command}"
 
 
 def test_complete_run_starts_nothing_and_keeps_to_its_recipe(

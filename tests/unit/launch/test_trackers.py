@@ -33,6 +33,7 @@ from launch.trackers import (
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST
 from recipes.core.metrics import METRICS, MetricsLog
+from tests.support.results import STUDENT
 
 SECRET = "hf_VerySecretToken"
 STAGE = "distill"
@@ -95,7 +96,7 @@ def test_tensorboard_has_every_term_of_every_step(tracked: Tracked) -> None:
         "distill/skipped": [(2, 1.0)],
         "validate/val_loss": [(2, 1.25)],
     }
-    assert final["final/parameters"] == [(0, 1_500_000.0)]
+    assert final["final/parameters"] == [(0, STUDENT.parameters())]
     assert not math.isnan(board.Scalars("distill/loss")[0].wall_time)
 
 
@@ -176,7 +177,7 @@ def test_wandb_offline_and_resumed(tracked: Tracked) -> None:
     ids = {r.run.run_id for records in (first, second) for r in records if r.HasField("run")}
     assert ids == {json.loads((planned.run_dir / IDS).read_text())["wandb"]}
     summary = wandb_items(first, "summary", lambda r: r.summary.update)
-    assert summary["distill.parameters"] == 1_500_000
+    assert summary["distill.parameters"] == STUDENT.parameters()
     [artifact] = [r.artifact for r in first if r.WhichOneof("record_type") == "artifact"]
     assert artifact.name == f"{STAGE}-{ids.pop()}"
     assert [entry.path for entry in artifact.manifest.contents] == [MANIFEST]
@@ -211,7 +212,7 @@ def test_mlflow_in_a_file_and_resumed(tracked: Tracked) -> None:
     assert history("distill/loss") == [(1, 2.0), (3, 1.0)]
     assert history("distill/kd") == [(1, 1.5), (2, 0.5)]
     assert history("validate/val_loss") == [(2, 1.25)]
-    assert found.data.metrics["distill/final/parameters"] == 1_500_000
+    assert found.data.metrics["distill/final/parameters"] == STUDENT.parameters()
     with lock.acquire(planned.run_dir) as set_stage, open_tracker(run) as tracker:
         for stage in planned.stages:
             (stage.directory / ARTIFACT / "report.html").write_text("<p>a page")

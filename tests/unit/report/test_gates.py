@@ -11,11 +11,12 @@ import pytest
 
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, Manifest
+from recipes.core.statistics import Difference
 from recipes.engines.results import BenchmarkResults
-from recipes.evaluation.results import EvaluationResult, TaskResults
+from recipes.evaluation.results import Differences, EvaluationResult, Score, TaskResults
 from recipes.report.gates import EVALUATION, TASK, Gate, judge, parse
 from tests.support.manifests import bare_manifest
-from tests.unit.conftest import RESULTS, SCIQ
+from tests.support.results import RESULTS
 
 if TYPE_CHECKING:
     import subprocess
@@ -23,9 +24,21 @@ if TYPE_CHECKING:
 
     from launch.plan import Plan
 
-EVALUATED: EvaluationResult = RESULTS["eval_results"]
-TASKS = replace(RESULTS["task_results"], tasks={"sciq": replace(SCIQ, recovered=None)})
-BENCHMARK: BenchmarkResults = RESULTS["speed_results"]
+QUALITY: EvaluationResult = RESULTS["evaluate"]
+EVALUATED = replace(
+    QUALITY,
+    teacher=replace(QUALITY.teacher, perplexity=10.0),
+    distilled=replace(QUALITY.distilled, perplexity=15.0, kl_to_teacher=0.4, top1_agreement=0.7),
+    recovered=0.75,
+)
+SCIQ = replace(
+    RESULTS["evaluate_tasks"].tasks["sciq"],
+    distilled=Score(0.7, 0.03),
+    differences=Differences(Difference(-0.1, -0.15, -0.05), Difference(-0.3, -0.37, -0.23)),
+    recovered=None,
+)
+TASKS = replace(RESULTS["evaluate_tasks"], tasks={"sciq": SCIQ})
+BENCHMARK: BenchmarkResults = RESULTS["measure_speed"]
 SPEEDUPS = [
     replace(BENCHMARK.speedups[0], prefill=prefill, decode=decode)
     for prefill, decode in ((1.4, 1.3), (1.2, 1.25))
@@ -153,7 +166,7 @@ def test_a_failing_gate_ends_a_complete_run_with_status_1(
     for _ in range(2):  # again with nothing changed: the same answer, nothing computed
         failing = launch(*base, "gates=['recovered >= 0.5', 'recovered.sciq >= 0.95']")
         assert failing.returncode == 1
-        assert "1 of 2 gates failed: recovered.sciq >= 0.95: measured 0.6667." in failing.stderr
+        assert "1 of 2 gates failed: recovered.sciq >= 0.95: measured 0.8721." in failing.stderr
         assert "Traceback" not in failing.stderr
         assert "everything was complete, nothing ran" in failing.stdout
         assert "FAILED" in failing.stdout

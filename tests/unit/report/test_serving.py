@@ -11,7 +11,8 @@ import pytest
 from nemo_convert.architecture import Architecture
 from recipes.core.stage import Input
 from recipes.report.serving import converted, served
-from tests.support.reports import STUDENT, changed, engine_figures, make_inputs, optional_inputs
+from tests.support.reports import changed, make_inputs, optional_inputs
+from tests.support.results import RESULTS, STUDENT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +46,7 @@ def test_each_artifact_adds_its_server(inputs: dict[str, Input]) -> None:
 def test_tensorrt_llm_serves_its_engines(
     inputs: dict[str, Input], backend: str, options: str
 ) -> None:
-    engine = changed(inputs["engine"], replace(engine_figures(), backend=backend))
+    engine = changed(inputs["engine"], replace(RESULTS["build_engine"], backend=backend))
     first, *_ = served({"exported": inputs["exported"], "engine": engine})
     assert first.line == f"trtllm-serve engine/artifact{options}"
 

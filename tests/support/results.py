@@ -1,0 +1,236 @@
+"""Results as stages measure them, for tests of what reads them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from nemo_convert.architecture import Architecture
+from nemo_convert.results import GgufResult, ImportResult, ParityResult
+from recipes.core.statistics import Difference
+from recipes.data.results import DatasetResult, Origin
+from recipes.distillation.results import DistillationResult
+from recipes.engines.results import (
+    BenchmarkResults,
+    BenchmarkRow,
+    EngineQuality,
+    EngineResult,
+    MachineRates,
+    Speedup,
+    Spread,
+)
+from recipes.evaluation.results import (
+    Differences,
+    EvaluationResult,
+    ModelQuality,
+    Score,
+    TaskResult,
+    TaskResults,
+    TextQuality,
+)
+from recipes.planning.results import Cell, PlanResult, Table
+from recipes.pruning.results import HealResult, PruneResult
+from recipes.search.results import Candidate, SearchResult
+
+LAYERS, DROPPED = 30, (9, 12, 13, 17, 20, 21)
+TEACHER = Architecture("LlamaForCausalLM", LAYERS, 576, 1536, 9, 3, 64, 49152, 8192, True)
+STUDENT = replace(TEACHER, num_layers=LAYERS - len(DROPPED), hidden_size=512, ffn_hidden_size=1152)
+STEPS = 400
+SOURCE = "hf://some/corpus@en:train"
+TOKENS = {"train": 812_345, "validation": 17_001, "calibration": 34_567, "heldout": 33_210}
+NASTY = "<script>document.title = 'owned'</script> & <b>bold</b>"
+
+
+def wobble(step: int) -> float:
+    return math.sin(step * 12.9898) * 0.5 + math.sin(step * 4.1414) * 0.5
+
+
+def quality() -> EvaluationResult:
+    def model(*figures: float, shape: Architecture) -> ModelQuality:
+        loss, error, kl, agreement = figures
+        return ModelQuality(loss, error, math.exp(loss), kl, agreement, shape.parameters())
+
+    return EvaluationResult(
+        teacher=model(3.0214, 0.0412, 0.0, 1.0, shape=TEACHER),
+        pruned=model(6.8437, 0.0655, 3.9106, 0.1817, shape=STUDENT),
+        distilled=model(3.8125, 0.0467, 0.7231, 0.6042, shape=STUDENT),
+        sequences=40,
+        tokens=10240,
+        predictions=10098,
+        recovered=0.7930616922,
+    )
+
+
+def task(metric: str, values: tuple[float, float, float], items: int) -> TaskResult:
+    teacher, pruned, distilled = values
+
+    def score(value: float) -> Score:
+        return Score(value, math.sqrt(value * (1 - value) / items))
+
+    def against(value: float) -> Difference:
+        gap, half = value - teacher, 1.2 / math.sqrt(items)
+        return Difference(gap, gap - half, gap + half)
+
+    return TaskResult(
+        metric=metric,
+        items=items,
+        teacher=score(teacher),
+        pruned=score(pruned),
+        distilled=score(distilled),
+        differences=Differences(against(distilled), against(pruned)),
+        recovered=(distilled - pruned) / (teacher - pruned),
+        version="1.0",
+        seconds={},
+    )
+
+
+def task_results() -> TaskResults:
+    lambada = replace(
+        task("perplexity", (0.5, 0.5 / 3, 0.4), 200),
+        teacher=Score(31.25, 31.25 / 12),
+        pruned=Score(412.5, 412.5 / 12),
+        distilled=Score(52.75, 52.75 / 12),
+    )
+    tasks = {
+        "sciq": replace(
+            task("acc", (0.845, 0.415, 0.79), 200),
+            answers=task("log-likelihood", (0.8, 0.4, 0.7), 200),
+        ),
+        "arc_easy": task("acc_norm", (0.585, 0.33, 0.515), 200),
+        "piqa": task("acc", (0.68, 0.55, 0.645), 200),
+        "lambada": lambada,
+    }
+    return TaskResults(tasks, {}, "lm_eval 0.4.13", "hub")
+
+
+def speed_results(speed: float = 1.0) -> BenchmarkResults:
+    def about(value: float) -> Spread:
+        return Spread(value, 0.93 * value, 1.05 * value)
+
+    rows = [
+        BenchmarkRow(
+            role=role,
+            backend=backend,
+            precision=precision,
+            batch_size=batch,
+            prompt_tokens=512,
+            new_tokens=128,
+            time_to_first_token_ms=about(812.5 * batch / fast / gain),
+            decode_tokens_per_second=about(21.75 * fast * gain * speed),
+            throughput_tokens_per_second=about(17.25 * fast * gain * batch),
+            peak_memory_bytes=901_234_567 + int(1e8 * fast),
+            load_seconds=1.75 * fast,
+            disk_bytes=int(size * shape.parameters()),
+        )
+        for backend, precision, gain, size in (
+            ("transformers", "fp32", 1.0, 4),
+            ("openvino", "fp32", 2.6, 4),
+            ("openvino", "int8", 4.1, 1),
+        )
+        for batch in (1, 4)
+        for role, fast, shape in (("teacher", 1.0, TEACHER), ("student", 1.375, STUDENT))
+    ]
+    speedups = [
+        Speedup(
+            backend=row.backend,
+            precision=row.precision,
+            batch_size=row.batch_size,
+            prompt_tokens=512,
+            prefill=1.375,
+            prefill_roofline=1.6125,
+            decode=1.375 - 0.0625 * row.batch_size,
+            decode_roofline=1.5375,
+        )
+        for row in rows
+        if row.role == "student"
+    ]
+    rates = {"float32": 2.2e11, "bfloat16": 9.9e11}
+    machine = MachineRates("AMD EPYC 9B14", 2, rates, 3.1e10)
+    return BenchmarkResults(machine, rows, speedups)
+
+
+def search_result() -> SearchResult:
+    shapes = [(24, 576, 1536), (30, 512, 1152), (28, 512, 1280), (22, 576, 1408)]
+    measured = [(41.25, 0.8125), (52.5, 0.9375), (44.75, 0.875), (60.5, 1.25)]
+    candidates = [
+        Candidate(
+            name=f"candidate {number}",
+            parameters=113_000_000 - 4_500_000 * number,
+            proxy=2.125 + 0.25 * number,
+            perplexity=perplexity,
+            kl_to_teacher=kl,
+            healed=number < 3,
+            tokens=20480 if number < 3 else 0,
+            chosen=number == 0,
+            pareto=number in (0, 1, 2),
+            shape=replace(TEACHER, num_layers=n, hidden_size=h, ffn_hidden_size=f),
+        )
+        for number, ((n, h, f), (perplexity, kl)) in enumerate(zip(shapes, measured, strict=True))
+    ]
+    return SearchResult(candidates, {"parameters": 113_500_000})
+
+
+def plan_result() -> PlanResult:
+    rows: list[list[Cell]] = [["prune", 3_100_000_000, True], ["distill", 4_400_000_000, None]]
+    table = Table("Memory by stage", ["stage", "peak bytes", "fits"], rows)
+    figures: dict[str, Cell] = {"hardware": "cpu", "device-hours": 1.375, "dollars": 1}
+    seconds = {"score": 90.0, "distill": 390.0, "evaluate": 40.0}
+    return PlanResult(figures, [table], {"distill": 1331.44}, seconds)
+
+
+def engine_result() -> EngineResult:
+    text = TextQuality(3.8203, 0.0469, 45.625, 0.0078, 0.9531)
+    return EngineResult(
+        backend="openvino",
+        precision="int8",
+        group_size=None,
+        build_seconds=47.25,
+        bytes=101_222_333,
+        max_logit_difference=0.03125,
+        greedy_margin=0.015625,
+        weight_types={"u8": 86_000_000, "f32": 1152},
+        quality=EngineQuality(text, replace(text, kl_to_teacher=0.0), 8, 2048, 2040),
+    )
+
+
+RESULTS = {
+    "import_hf": ImportResult(0.00011444091796875, 128, "apache-2.0"),
+    "prepare_data": DatasetResult(
+        documents={split: tokens // 90 for split, tokens in TOKENS.items()},
+        tokens=TOKENS,
+        sources=[SOURCE],
+        source_tokens={},
+        document_end=0,
+        origins={SOURCE: Origin("CC-BY-4.0")},
+    ),
+    "prune": PruneResult(
+        kept_layers=[n for n in range(1, LAYERS + 1) if n not in DROPPED],
+        layer_importance={n: 0.07 + 0.3 / n + 0.02 * wobble(n) for n in range(1, LAYERS + 1)},
+        layer_measure="block_influence",
+        calibration_tokens=16384,
+        calibration_sequences=64,
+        teacher_parameters=TEACHER.parameters(),
+    ),
+    "heal": HealResult([1], calibration_tokens=64, kl_pruned=0.68, kl_healed=0.4154),
+    "distill": DistillationResult(
+        final_loss=0.72,
+        final_kd=0.72,
+        final_hidden=None,
+        final_lm=None,
+        val_loss=3.77,
+        steps=STEPS,
+        skipped_steps=0,
+        tokens=STEPS * 1024,
+        tokens_per_second=1210.4,
+        teacher_loss=3.02,
+    ),
+    "evaluate": quality(),
+    "evaluate_tasks": task_results(),
+    "export_hf": ParityResult(9.1552734375e-05, 128),
+    "export_gguf": GgufResult("llama", "f16", 219, 231_000_111),
+    "build_engine": engine_result(),
+    "measure_speed": speed_results(),
+    "plan": plan_result(),
+    "successive_halving": search_result(),
+}
+"""By stage."""
