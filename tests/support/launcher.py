@@ -49,6 +49,14 @@ def fork_launcher(*words: str, cwd: Path, **env: str) -> subprocess.CompletedPro
     return run_forked(imports, [LAUNCHER, *words], environment, cwd)
 
 
+def write_program(file: Path, commands: str) -> Path:
+    """Writes an executable shell script, and the folder that it is in."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"#!/usr/bin/env bash\n{commands}\n")
+    file.chmod(0o755)
+    return file
+
+
 def run_and_kill(
     *overrides: str,
     cwd: Path,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from recipes.core.manifest import Manifest
+from recipes.core.manifest import Manifest, read_manifest, write_manifest
 from recipes.core.run_state import Request
 from recipes.data.results import DatasetResult, SourceTokens
 
@@ -40,6 +40,13 @@ def dataset_result(artifact: Path) -> DatasetResult:
         source_tokens={part: [SourceTokens("text", len(ids))] for part, ids in parts.items()},
         document_end=int(next(iter(parts.values()))[-1]),
     )
+
+
+def edit_manifest(stage_dir: Path, **changes: Any) -> None:
+    """Replaces values in the manifest of a complete stage."""
+    manifest = read_manifest(stage_dir)
+    assert manifest is not None
+    write_manifest(stage_dir, replace(manifest, **changes))
 
 
 def begun(request: Request) -> Manifest:

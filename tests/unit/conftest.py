@@ -117,6 +117,10 @@ def planned_words(recipe: str, overrides: tuple[str, ...]) -> list[str]:
     return [recipe, *absent, *overrides]
 
 
+def stage_named(plan: Plan, name: str) -> PlannedStage:
+    return next(stage for stage in plan.stages if stage.name == name)
+
+
 def write_complete(stage: PlannedStage, content: str = "result") -> None:
     """Writes what a stage leaves behind when it is complete."""
     artifact = stage.directory / ARTIFACT

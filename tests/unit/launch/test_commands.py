@@ -1,4 +1,4 @@
-"""``status``, ``cancel`` and ``logs`` of runs on this machine; those on Slurm have tests there."""
+"""Commands about runs on this machine; ``tests/slurm`` has those about jobs of Slurm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,22 +20,15 @@ from launch import lock
 from launch.run_status import progress_text, read_statuses
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST
-from recipes.core.run_state import (
-    begin_work,
-    record_failure,
-    stage_state,
-)
-from tests.support.manifests import begun
-from tests.unit.conftest import record
+from recipes.core.run_state import begin_work, record_failure, stage_state
+from tests.support.manifests import begun, edit_manifest
+from tests.unit.conftest import record, stage_named
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from launch.plan import Plan
+    from tests.unit.conftest import Complete, Launch, MakePlan
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
-MakePlan = Callable[..., "Plan"]
-Complete = Callable[..., None]
 AFTER = ["evaluate", "export_hf", "report"]
 """Stages that follow the distillation."""
 SLOW_IMPORT = """\
@@ -55,7 +47,7 @@ def run_dir(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
     made = plan()
     complete(made, *(stage.name for stage in made.stages if stage.name not in ("distill", *AFTER)))
     record(made)
-    distill = next(stage for stage in made.stages if stage.name == "distill")
+    distill = stage_named(made, "distill")
     begin_work(distill.directory, begun(distill.request()))
     log = distill.directory / "logs" / "1.log"
     log.parent.mkdir()
@@ -81,18 +73,19 @@ def test_interrupted_run(run_dir: Path, launch: Launch) -> None:
     assert "86.5 M parameters" in shown.stdout
 
 
-def test_failed_stage_says_why(run_dir: Path, launch: Launch) -> None:
+def test_failed_stage_says_why_and_its_log_is_shown(run_dir: Path, launch: Launch) -> None:
     record_failure(run_dir / "distill", "no memory\n  fix: buy some")
     assert states(run_dir)["distill"] == "failed"
     assert "no memory" in launch("status", f"run_dir={run_dir}").stdout
+    shown = launch("logs", f"run_dir={run_dir}", "lines=2")
+    assert shown.stdout.splitlines()[1:] == ["line 198", "line 199"]
+    assert len(launch("logs", f"run_dir={run_dir}", "stage=distill").stdout.splitlines()) == 51
     record_failure(run_dir / "distill", "at step 3", stopped=True)
     assert states(run_dir)["distill"] == "stopped"
 
 
-def test_outdated_result_is_not_complete(run_dir: Path) -> None:
-    manifest = run_dir / "prune" / MANIFEST
-    data = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**data, "fingerprint": "other"}))
+def test_result_with_another_fingerprint_is_not_complete(run_dir: Path) -> None:
+    edit_manifest(run_dir / "prune", fingerprint="other")
     assert states(run_dir)["prune"] == "not started"
 
 
@@ -105,32 +98,24 @@ def test_running_stage_is_the_one_its_launcher_names(run_dir: Path) -> None:
     assert lock.read_holder(run_dir) is None
 
 
-def test_a_look_at_the_lock_keeps_nobody_from_starting(
+def test_reading_the_holder_does_not_keep_a_launcher_from_starting(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "WAIT_SECONDS", 60)
-    with (run_dir / lock.LOCK).open("a") as looks:
-        fcntl.flock(looks, fcntl.LOCK_SH)
-        threading.Timer(0.1, lambda: fcntl.flock(looks, fcntl.LOCK_UN)).start()
+    with (run_dir / lock.LOCK).open("a") as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        threading.Timer(0.1, lambda: fcntl.flock(reader, fcntl.LOCK_UN)).start()
         with lock.acquire(run_dir):
             assert lock.read_holder(run_dir) is not None
-
-
-def test_logs_are_those_of_the_stage_that_failed(run_dir: Path, launch: Launch) -> None:
-    record_failure(run_dir / "distill", "no memory")
-    shown = launch("logs", f"run_dir={run_dir}", "lines=2")
-    assert shown.stdout.splitlines()[1:] == ["line 198", "line 199"]
-    assert len(launch("logs", f"run_dir={run_dir}", "stage=distill").stdout.splitlines()) == 51
 
 
 def row(launch: Launch, run_dir: Path) -> str:
     shown = launch("runs", str(run_dir.parent))
     assert shown.returncode == 0, shown.stderr
-    _, _, found = shown.stdout.splitlines()
-    return found
+    return shown.stdout.splitlines()[2]
 
 
-def test_runs_are_listed_with_where_they_are_and_what_they_measured(
+def test_runs_are_listed_with_their_state_and_results(
     run_dir: Path, plan: MakePlan, complete: Complete, launch: Launch
 ) -> None:
     unfinished = row(launch, run_dir)
@@ -148,8 +133,8 @@ def test_runs_are_listed_with_where_they_are_and_what_they_measured(
     assert "is not a readable manifest" in launch("status", f"run_dir={run_dir}").stderr
 
 
-def test_clean_deletes_runs_but_what_others_need(run_dir: Path, launch: Launch) -> None:
-    """Nothing before it is confirmed, and nothing that runs."""
+def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launch) -> None:
+    """And nothing without ``--yes``, or while the run is running."""
     other = run_dir.with_name("other")
     shutil.copytree(run_dir, other)
     for request in other.glob("*/config.yaml"):
@@ -185,71 +170,45 @@ def test_clean_deletes_runs_but_what_others_need(run_dir: Path, launch: Launch) 
         (["status", "run_dir=nowhere"], "is not a directory"),
         (["logs", "run_dir=."], "is not a run"),
         (["cancel", "stage=distill", "run_dir=x"], "cancel does not know 'stage=distill'"),
+        (["logs", "run_dir=RUN", "stage=distil"], "Did you mean 'distill'?"),
+        (["logs", "run_dir=RUN", "stage=report"], "it has no log"),
+        (["logs", "run_dir=RUN", "lines=x"], "not a number"),
     ],
 )
-def test_commands_that_cannot_be_done(launch: Launch, words: list[str], message: str) -> None:
-    refused = launch(*words)
+def test_invalid_commands_are_refused(
+    run_dir: Path, launch: Launch, words: list[str], message: str
+) -> None:
+    refused = launch(*(word.replace("RUN", str(run_dir)) for word in words))
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ")
     assert message in refused.stderr
 
 
-def test_logs_of_no_such_stage(run_dir: Path, launch: Launch) -> None:
-    assert "Did you mean 'distill'?" in launch("logs", f"run_dir={run_dir}", "stage=distil").stderr
-    assert "it has no log" in launch("logs", f"run_dir={run_dir}", "stage=report").stderr
-    assert "not a number" in launch("logs", f"run_dir={run_dir}", "lines=x").stderr
-
-
-def test_cancel_stops_the_launcher_and_what_it_started(
-    run_dir: Path, launch: Launch, root: Path, hf_folder: Path
+def test_cancelled_launcher_stops_as_with_ctrl_c(
+    root: Path, tmp_path: Path, hf_folder: Path, run_dir: Path, launch: Launch
 ) -> None:
-    """A real launcher, whose stage is a script that would not end."""
     assert "nothing runs" in launch("cancel", f"run_dir={run_dir}").stdout
-    program = (
-        "import sys, time, subprocess\n"
-        "from pathlib import Path\n"
-        "from launch import run, lock\n"
-        "run.signal.signal(run.signal.SIGTERM, run.signal.default_int_handler)\n"
-        f"with lock.acquire(Path({str(run_dir)!r})) as set_stage:\n"
-        "    set_stage('distill')\n"
-        "    try:\n"
-        "        print('ready', flush=True)\n"
-        "        time.sleep(600)\n"
-        "    except KeyboardInterrupt:\n"
-        "        sys.exit(130)\n"
-    )
-    launcher = subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE)
-    assert launcher.stdout
-    assert launcher.stdout.readline() == b"ready\n"
-    done = launch("cancel", f"run_dir={run_dir}")
-    assert done.returncode == 0, done.stderr
-    assert f"{run_dir}: stopped at distill" in done.stdout
-    assert launcher.wait(timeout=120) == 130
-
-
-def test_cancelled_launcher_ends_as_with_ctrl_c(
-    root: Path, tmp_path: Path, hf_folder: Path, launch: Launch
-) -> None:
+    run_dir = tmp_path / "cancelled"
     command = [sys.executable, str(root / "launch" / "run.py"), "recipe=llama_width_prune"]
-    command += [f"run_dir={tmp_path}/run", f"model.hf_path={hf_folder}"]
+    command += [f"run_dir={run_dir}", f"model.hf_path={hf_folder}"]
     command += ["stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128"]
     launcher = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
-    while (held := lock.read_holder(tmp_path / "run")) is None or held.stage is None:
+    while (holder := lock.read_holder(run_dir)) is None or holder.stage is None:
         assert time.monotonic() < deadline
         assert launcher.poll() is None
         time.sleep(0.05)
-    cancelled = launch("cancel", f"run_dir={tmp_path}/run")
-    assert "run: stopped at " in cancelled.stdout, cancelled.stderr
+    cancelled = launch("cancel", f"run_dir={run_dir}")
+    assert f"{run_dir}: stopped at " in cancelled.stdout, cancelled.stderr
     output, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 130
     assert "interrupted; the same command resumes" in output
-    assert lock.read_holder(tmp_path / "run") is None
+    assert lock.read_holder(run_dir) is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_while_it_imports(root: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """Stopped in the import of Hydra, which is slow and hides what is raised in it."""
+    """Importing Hydra is slow, and hides exceptions that are raised meanwhile."""
     (tmp_path / "hydra.py").write_text(SLOW_IMPORT)
     launcher = subprocess.Popen(
         [sys.executable, str(root / "launch" / "run.py")],

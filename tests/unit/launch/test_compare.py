@@ -1,11 +1,10 @@
-"""Runs side by side: what is compared, what is refused, and what the page says."""
+"""Comparison of runs: the page, the best run, and runs that cannot be compared."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -82,6 +81,7 @@ def test_the_front_is_what_no_other_run_beats(sweep: Path) -> None:
     # Same size: only the best perplexity is on the front. Latency: the worse, the faster.
     assert fronts[0] == ["2"]
     assert fronts[2] == ["1", "2", "3"]
+    assert pareto_front([(1, 1), (1, 1), (2, 1), (2, 2)]) == {0, 1}, "of equal runs both"
 
 
 def test_runs_that_chance_may_have_put_behind_are_named(tmp_path: Path) -> None:
@@ -149,18 +149,6 @@ def test_paired_difference_is_sharper_than_two_errors() -> None:
     assert paired_difference([1.0], reference) is None
 
 
-@pytest.mark.parametrize(
-    ("points", "front"),
-    [
-        ([(1, 3), (2, 2), (3, 1)], {0, 1, 2}),
-        ([(1, 1), (2, 2), (1, 2)], {0}),
-        ([(1, 1), (1, 1), (2, 1)], {0, 1}),
-    ],
-)
-def test_pareto_front(points: list[tuple[float, float]], front: set[int]) -> None:
-    assert pareto_front(points) == front
-
-
 def test_nothing_to_compare_is_refused(sweep: Path, tmp_path: Path) -> None:
     cases = {
         "there is nothing to compare": [sweep / "0"],
@@ -183,8 +171,3 @@ def test_command_line(launch: Launch, sweep: Path, tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ")
     assert "fix: " in failed.stderr
-
-
-def test_comparing_needs_no_torch(root: Path) -> None:
-    code = "import sys, recipes.report.compare; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

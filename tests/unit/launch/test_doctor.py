@@ -1,9 +1,11 @@
-"""``doctor``: what it finds here, and on machines that lack something."""
+"""``doctor`` on this machine, and on machines that lack something."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from launch import doctor
 from recipes.core import versions
 from recipes.core.versions import Pin
 from recipes.planning.rules import RULES
+from tests.support.launcher import write_program
 
 if TYPE_CHECKING:
     from tests.unit.conftest import Launch
@@ -39,29 +42,20 @@ def test_doctor_says_that_recipes_can_run_here(launch: Launch) -> None:
         assert word in done.stdout
 
 
-def test_every_rule_is_listed() -> None:
+def test_every_rule_is_listed(launch: Launch) -> None:
     status, text = shown("rules")
     assert status == 0
-    for rule in RULES.values():
-        assert rule.name in text
+    assert all(rule.name in text for rule in RULES.values())
     assert "NVIDIA/Model-Optimizer#2489" in text
-
-
-def test_unknown_words_are_refused(launch: Launch) -> None:
     refused = launch("doctor", "rule")
     assert refused.returncode == 1
     assert "Did you mean 'rules'" in refused.stderr
 
 
 def test_doctor_imports_no_torch(root: Path) -> None:
-    program = (
-        "import sys\nfrom launch import doctor\nlist(doctor.examine())\n"
-        "print('torch' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "False"
+    program = "import sys; from launch import doctor; list(doctor.examine())"
+    program += "; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
 
 
 def test_a_wrong_or_missing_library_makes_recipes_impossible(
@@ -90,33 +84,27 @@ def test_pins(wanted: str, found: str | None, holds: bool) -> None:
     assert Pin("x", wanted, found).is_satisfied is holds
 
 
-def test_a_gpu_needs_a_torch_that_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program in place of nvidia-smi."""
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB, 570.86'\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(doctor, "_cuda_of_torch", lambda: None)
-    assert (results()["build"], results()["GPU"]) == ("fail", "ok")
-    monkeypatch.setattr(doctor, "_cuda_of_torch", lambda: "12.8")
-    assert results()["build"] == "ok"
+def test_a_gpu_needs_a_cuda_build_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = "echo 'NVIDIA H100 80GB HBM3, 81559 MiB, 570.86'"
+    write_program(tmp_path / "bin" / "nvidia-smi", gpu)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
+    for cuda, result in ((None, "fail"), ("12.8", "ok")):
+        monkeypatch.setattr(doctor, "_cuda_of_torch", lambda cuda=cuda: cuda)
+        assert (results()["build"], results()["GPU"]) == (result, "ok")
 
 
-def test_the_cuda_version_is_read_without_importing_torch() -> None:
-    from importlib.metadata import version
-
+def test_the_cuda_version_is_read_from_the_files_of_torch() -> None:
     assert (doctor._cuda_of_torch() is None) == version("torch").endswith("+cpu")
 
 
-def test_too_little_memory_or_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_or_disk_or_a_read_only_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache" / "deeper"))
+    names = ("memory", "disk", "cache")
+    assert [results()[name] for name in names] == ["ok"] * 3
     monkeypatch.setattr(doctor, "physical_memory", lambda: 10**9)
     usage = SimpleNamespace(free=10**9, total=10**12)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
-    assert (results()["memory"], results()["disk"]) == ("fail", "fail")
-
-
-def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache" / "deeper"))
-    assert results()["cache"] == "ok"
     monkeypatch.setattr("os.access", lambda *_: False)
-    assert results()["cache"] == "fail"
+    assert [results()[name] for name in names] == ["fail"] * 3

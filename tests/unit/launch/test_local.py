@@ -1,3 +1,5 @@
+"""Stages as processes of this machine: how they are started, and how their failure is explained."""
+
 from __future__ import annotations
 
 import json
@@ -5,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -23,9 +26,11 @@ from recipes.core.manifest import MANIFEST, WORK
 from recipes.core.processes import cores
 from recipes.core.run_state import record_failure
 from recipes.core.stage import Resources
+from tests.support.launcher import write_program
+from tests.unit.conftest import stage_named
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from tests.unit.conftest import Complete, MakePlan
 
 AWKWARD = """it's "quoted" $HOME `id`
 and two lines"""
@@ -56,183 +61,179 @@ Root Cause (first observed failure):
 """
 
 
+RunStage = Callable[[str], str]
+
+
 @pytest.fixture
-def stage(plan: Callable[..., Plan]) -> PlannedStage:
-    """The distillation on two devices, its directory made."""
-    stage = next(s for s in plan().stages if s.name == "distill")
+def stage(plan: MakePlan) -> PlannedStage:
+    """The distillation on two devices; its directory exists."""
+    stage = stage_named(plan(), "distill")
     stage.directory.mkdir(parents=True)
-    resources = Resources(devices=2, env={"FROM_STAGE": "s", "BOTH": "stage"})
-    return replace(stage, config=replace(stage.config, resources=resources))
+    return with_resources(stage, devices=2, env={"FROM_STAGE": "s", "BOTH": "stage"})
 
 
-def test_command_starts_one_process_a_device(stage: PlannedStage, tmp_path: Path) -> None:
-    command = local.command(stage, sys.executable)
-    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    assert "--nproc-per-node=2" in command
-    assert "--standalone" in command
-    config = str(tmp_path / "run" / "distill" / "config.yaml")
-    assert command[-4:] == ["-m", "recipes.core.worker", "recipes.stages.distill", config]
+def with_resources(stage: PlannedStage, **resources: object) -> PlannedStage:
+    config = replace(stage.config, resources=Resources(**resources))  # type: ignore[arg-type]
+    return replace(stage, config=config)
 
 
-def test_one_process_is_started_without_torchrun(
-    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "8")  # of the job that the launcher is in
-    alone = replace(stage, config=replace(stage.config, resources=Resources()))
-    config = str(tmp_path / "run" / "distill" / "config.yaml")
-    expected = [sys.executable, "-m", "recipes.core.worker", "recipes.stages.distill", config]
-    assert local.command(alone, sys.executable) == expected
-    found = local.environment(alone, local.LocalConfig())
-    assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("0", "0", "1")
-    assert "WORLD_SIZE" not in local.environment(stage, local.LocalConfig())  # torchrun sets it
+def plan_of(stage: PlannedStage) -> Plan:
+    return Plan(stage.directory.parent, None, (stage,))  # type: ignore[arg-type]
 
 
-def environment(stage: PlannedStage, env: dict[str, str]) -> dict[str, str]:
+def environment(stage: PlannedStage, **env: str) -> dict[str, str]:
     return local.environment(stage, local.LocalConfig(env=env))
 
 
-def test_environment_shares_the_cores(
-    stage: PlannedStage, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", "/mine")
-    found = environment(stage, {"FROM_CLUSTER": "c", "BOTH": "cluster"})
-    assert found["OMP_NUM_THREADS"] == str(max(1, cores() // 2))
-    assert found["PYTHONPATH"] == f"{root}{os.pathsep}/mine"
-    assert found["FROM_CLUSTER"] == "c"
-    assert found["FROM_STAGE"] == "s"
-    assert found["BOTH"] == "stage"
-
-
-def test_only_cores_that_the_launcher_may_use_are_shared(stage: PlannedStage) -> None:
-    allowed = os.sched_getaffinity(0)
-    alone = replace(stage, config=replace(stage.config, resources=Resources()))
-    os.sched_setaffinity(0, {min(allowed)})
-    try:
-        assert environment(alone, {})["OMP_NUM_THREADS"] == "1"
-    finally:
-        os.sched_setaffinity(0, allowed)
-
-
-def test_environment_leaves_a_thread_to_each_of_many_devices(
-    stage: PlannedStage, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    many = replace(stage, config=replace(stage.config, resources=Resources(devices=4096)))
-    found = environment(many, {})
-    assert found == {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-
-
-def test_cluster_may_set_the_threads(stage: PlannedStage) -> None:
-    assert environment(stage, {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
-
-
-def test_script_does_what_the_launcher_does(
-    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The real script, with an interpreter that only says how it was started."""
-    python = fake_python(tmp_path, 'printf "%s\\n" "$@"; printf "%s" "$AWKWARD"')
-    monkeypatch.setattr(sys, "executable", str(python))
-    script = write_script(stage, AWKWARD=AWKWARD)
-    assert os.access(script, os.X_OK)
-    done = subprocess.run([script], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout == "\n".join([*local.command(stage, sys.executable)[1:], AWKWARD])
-
-
-def test_script_runs_where_the_launcher_ran(
-    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "executable", str(fake_python(tmp_path, "pwd -P")))
-    here = tmp_path / "here it is"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    script = write_script(stage)
-    done = subprocess.run([script], cwd="/", capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(here.resolve())
-
-
-def write_script(stage: PlannedStage, **env: str) -> Path:
-    plan = Plan(stage.directory.parent, None, (replace(stage, action="run"),))  # type: ignore[arg-type]
-    local.write_scripts(plan, local.LocalConfig(env=env))
+def write_script(stage: PlannedStage, commands: str, patch: pytest.MonkeyPatch, **env: str) -> Path:
+    """Writes the stage's ``run.sh`` with a shell script in place of the interpreter."""
+    program = write_program(stage.directory / "bin" / "python", commands)
+    patch.setattr(sys, "executable", str(program))
+    local.write_scripts(plan_of(replace(stage, action="run")), local.LocalConfig(env=env))
     return stage.directory / local.SCRIPT
 
 
-def fake_python(folder: Path, commands: str) -> Path:
-    """A program to start in place of torchrun."""
-    program = folder / "python"
-    program.write_text(f"#!/usr/bin/env bash\n{commands}\n")
-    program.chmod(0o755)
-    return program
+@pytest.fixture
+def run(stage: PlannedStage, monkeypatch: pytest.MonkeyPatch) -> RunStage:
+    """Runs the stage with shell commands in place of its process; returns its error message."""
+
+    def run(commands: str) -> str:
+        write_script(stage, commands, monkeypatch, GREETING="hello")
+        try:
+            with Follower(stage, Console(file=StringIO())) as follower:
+                local.run(stage, follower)
+        except RecipeError as error:
+            return str(error)
+        return ""
+
+    return run
 
 
-def start(stage: PlannedStage, program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", str(program))
-    write_script(stage, GREETING="hello")
-    with Follower(stage, Console(file=StringIO())) as follower:
-        local.run(stage, follower)
-
-
-def says(stage: PlannedStage, error: str) -> str:
-    """A shell command that leaves the message of a failing stage."""
+def failing(stage: PlannedStage, error: str) -> str:
+    """Returns a shell command that writes the error message of a failing stage."""
     work, outcome = stage.directory / WORK, json.dumps({"stopped": False, "error": error})
     return f"mkdir '{work}'; printf '{outcome}' > '{work}/outcome.json'"
 
 
-def failure(stage: PlannedStage, program: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    with pytest.raises(RecipeError) as caught:
-        start(stage, program, monkeypatch)
-    return str(caught.value)
+def test_only_several_ranks_are_started_by_torchrun(
+    stage: PlannedStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = str(stage.directory / "config.yaml")
+    worker = ["-m", "recipes.core.worker", "recipes.stages.distill", config]
+    command = local.command(stage, "python")
+    assert command[:3] == ["python", "-m", "torch.distributed.run"]
+    assert {"--nproc-per-node=2", "--standalone"} <= {*command}
+    assert command[-4:] == worker
+    monkeypatch.setenv("WORLD_SIZE", "8")  # of the job that the launcher is in
+    alone = with_resources(stage)
+    assert local.command(alone, "python") == ["python", *worker]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    assert ranks.items() <= environment(alone).items()
+    assert not ranks.keys() & environment(stage).keys()
+
+
+def test_environment_has_the_users_variables_and_divides_the_cores(
+    stage: PlannedStage, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    assert environment(stage, FROM_CLUSTER="c", BOTH="cluster") == {
+        "PYTHONPATH": f"{root}{os.pathsep}/mine",
+        "OMP_NUM_THREADS": str(max(1, cores() // 2)),
+        "FROM_CLUSTER": "c",
+        "FROM_STAGE": "s",
+        "BOTH": "stage",
+    }
+    assert environment(stage, OMP_NUM_THREADS="3")["OMP_NUM_THREADS"] == "3"
+    monkeypatch.delenv("PYTHONPATH")
+    many = environment(with_resources(stage, devices=4096))
+    assert many == {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert environment(with_resources(stage))["OMP_NUM_THREADS"] == "1"
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_script_starts_the_command_in_the_launchers_directory(
+    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real script, with an interpreter that only prints its arguments."""
+    (tmp_path / "here it is").mkdir()
+    monkeypatch.chdir(tmp_path / "here it is")
+    commands = 'pwd -P; printf "%s\\n" "$@"; printf "%s" "$AWKWARD"'
+    script = write_script(stage, commands, monkeypatch, AWKWARD=AWKWARD)
+    done = subprocess.run([script], cwd="/", capture_output=True, text=True, check=True)
+    expected = [os.path.realpath("."), *local.command(stage, sys.executable)[1:], AWKWARD]
+    assert done.stdout == "\n".join(expected)
 
 
 def test_stage_that_writes_its_manifest_has_succeeded(
-    stage: PlannedStage,
-    complete: Callable[..., None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stage: PlannedStage, complete: Complete, run: RunStage
 ) -> None:
-    complete(Plan(stage.directory.parent, None, (stage,)))  # type: ignore[arg-type]
-    (stage.directory / MANIFEST).rename(tmp_path / "written")
-    program = fake_python(
-        tmp_path,
-        f'mv "{tmp_path}/written" "{stage.directory / MANIFEST}"\n'
-        'echo "$GREETING $0"\necho bad >&2',
-    )
-    start(stage, program, monkeypatch)
+    complete(plan_of(stage))
+    manifest = stage.directory / MANIFEST
+    manifest.rename(stage.directory / "new")
+    assert run(f'mv "{stage.directory}/new" "{manifest}"; echo "$GREETING"; echo bad >&2') == ""
     [log] = (stage.directory / "logs").iterdir()
-    assert log.read_text().splitlines() == [f"hello {program}", "bad"]
+    assert log.read_text().splitlines() == ["hello", "bad"]
 
 
-@pytest.mark.parametrize("status", [0, 1, 7])
+@pytest.mark.parametrize("status", [0, 7])
 def test_stage_without_a_manifest_has_failed(
-    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+    stage: PlannedStage, run: RunStage, status: int
 ) -> None:
-    program = fake_python(tmp_path, f"seq 1 9; echo boom >&2; exit {status}")
-    message = failure(stage, program, monkeypatch)
+    """The end of its log is shown, and not the message of an earlier start."""
+    record_failure(stage.directory, "an old problem")
+    message = run(f"seq 1 9; echo boom >&2; exit {status}")
     assert message.startswith("stage distill failed: it ended without a message")
     shown = [line.strip() for line in message.splitlines()]
-    assert shown[1:6] == ["6", "7", "8", "9", "boom"]
     [log] = (stage.directory / "logs").iterdir()
-    assert shown[6] == f"log: {log}"
+    assert shown[1:] == ["6", "7", "8", "9", "boom", f"log: {log}"]
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_stage_that_leaves_an_old_manifest_has_failed(
+    stage: PlannedStage, complete: Complete, run: RunStage, forced: bool
+) -> None:
+    """One of other settings; or of the same settings, if the stage was forced to run again."""
+    complete(plan_of(stage if forced else replace(stage, fingerprint="old")))
+    assert "distill failed" in run("exit 0")
+
+
+def test_failed_stage_is_explained_by_its_own_message(stage: PlannedStage, run: RunStage) -> None:
+    message = run(f"{failing(stage, 'no memory')}; exit 1")
+    assert message.startswith("stage distill failed: no memory\n  log: ")
 
 
 @pytest.mark.parametrize(
-    ("signal", "said"),
+    ("signal", "words"),
     [("KILL", "killed by SIGKILL: out of memory (the kernel's log"), ("TERM", "ended by SIGTERM")],
 )
-def test_stage_that_a_signal_ended_says_so(
-    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal: str, said: str
-) -> None:
-    message = failure(stage, fake_python(tmp_path, f"kill -{signal} $$"), monkeypatch)
-    assert said in message
+def test_signal_that_ended_a_stage_is_named(run: RunStage, signal: str, words: str) -> None:
+    assert words in run(f"kill -{signal} $$")
 
 
-def test_a_stage_that_does_not_stop_is_killed(
+@pytest.mark.parametrize(
+    ("when", "words"),
+    [
+        ("06:00:01", "rank 1 was killed by SIGKILL: out of memory"),
+        ("06:00:31", "lost its connection"),  # torchrun killed it, because it did not end
+    ],
+)
+def test_killed_rank_is_named(stage: PlannedStage, run: RunStage, when: str, words: str) -> None:
+    """By torchrun's report; the messages of the other ranks only name the consequence."""
+    report = TORCHRUN.format(when=when)
+    message = run(f"{failing(stage, 'lost its connection')}\ncat <<'END'\n{report}END\nexit 1")
+    assert message.startswith(f"stage distill failed: {words}")
+
+
+def test_stage_that_does_not_stop_is_killed(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A training ends its step first, and that may take longer than anyone wants to wait."""
+    """After the time that a training has to end its step."""
     monkeypatch.setattr(stage_process, "STOP_SECONDS", 0.1)
-    program = fake_python(tmp_path, "trap '' TERM; echo $$; while :; do sleep 0.05; done")
-    monkeypatch.setattr(sys, "executable", str(program))
-    write_script(stage)
+    write_script(stage, "trap '' TERM; echo $$; while :; do sleep 0.05; done", monkeypatch)
     log = tmp_path / "log"
 
     def interrupted() -> None:
@@ -246,60 +247,12 @@ def test_a_stage_that_does_not_stop_is_killed(
     assert not Path("/proc", log.read_text().strip()).exists()
 
 
-@pytest.mark.parametrize(
-    ("when", "said"),
-    [
-        ("06:00:01", "rank 1 was killed by SIGKILL: out of memory"),
-        ("06:00:31", "lost its connection"),  # by torchrun, since it did not end by itself
-    ],
-)
-def test_a_rank_that_was_killed_is_named(
-    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, said: str
-) -> None:
-    """As torchrun reports it, whatever the others say of it."""
-    report = TORCHRUN.format(when=when)
-    program = f"{says(stage, 'lost its connection')}\ncat <<'END'\n{report}END\nexit 1"
-    message = failure(stage, fake_python(tmp_path, program), monkeypatch)
-    assert message.startswith(f"stage distill failed: {said}")
-
-
 def test_every_start_has_its_own_log(
-    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: PlannedStage, run: RunStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also at one time by the clock, which may have been set back."""
+    """Also if the clock, which may have been set back, shows the same time."""
     monkeypatch.setattr(stage_process.time, "strftime", lambda form: "now")
     for number in range(3):
-        failure(stage, fake_python(tmp_path, f"echo {number}; exit 1"), monkeypatch)
+        run(f"echo {number}; exit 1")
     logs = {log.name: log.read_text() for log in (stage.directory / "logs").iterdir()}
     assert logs == {"now.log": "0\n", "now-2.log": "1\n", "now-3.log": "2\n"}
-
-
-@pytest.mark.parametrize("forced", [False, True])
-def test_stage_that_leaves_an_old_manifest_has_failed(
-    stage: PlannedStage,
-    complete: Callable[..., None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    forced: bool,
-) -> None:
-    """Of other settings, or, when it was forced to run again, of the same."""
-    old = stage if forced else replace(stage, fingerprint="old")
-    complete(Plan(stage.directory.parent, None, (old,)))  # type: ignore[arg-type]
-    assert "distill failed" in failure(stage, fake_python(tmp_path, "exit 0"), monkeypatch)
-
-
-def test_failed_stage_is_explained_by_its_own_message(
-    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = fake_python(tmp_path, f"{says(stage, 'no memory')}; exit 1")
-    message = failure(stage, program, monkeypatch)
-    assert message.startswith("stage distill failed: no memory\n  log: ")
-
-
-def test_message_of_an_earlier_run_is_not_shown(
-    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record_failure(stage.directory, "an old problem")
-    message = failure(stage, fake_python(tmp_path, "echo boom; exit 1"), monkeypatch)
-    assert "an old problem" not in message
-    assert "boom" in message

@@ -1,11 +1,10 @@
-"""What a plan refuses, and what it is made of. ``test_plan_status`` says what must run."""
+"""What a plan refuses, and what it consists of; ``test_plan_status`` tests what must run."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,12 +15,12 @@ from recipes.core.manifest import ARTIFACT, MANIFEST
 from recipes.core.run_state import InputRef, read_request
 from recipes.stages import score
 from tests.support.runs import STAGES
+from tests.unit.conftest import stage_named
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-MakePlan = Callable[..., Plan]
-Complete = Callable[..., None]
+    from tests.unit.conftest import Complete, Compose, MakePlan
 
 
 def refusal(plan: MakePlan, *overrides: str) -> str:
@@ -33,33 +32,26 @@ def refusal(plan: MakePlan, *overrides: str) -> str:
 def test_stages_are_in_the_order_of_their_inputs(plan: MakePlan) -> None:
     stages = plan().stages
     assert [stage.name for stage in stages] == STAGES
-    place = {stage.name: i for i, stage in enumerate(stages)}
-    for stage in stages:
-        assert all(place[source] < place[stage.name] for source in stage.config.inputs.values())
+    for index, stage in enumerate(stages):
+        assert {*stage.config.inputs.values()} <= {*STAGES[:index]}
 
 
-def test_planning_writes_nothing(plan: MakePlan, tmp_path: Path) -> None:
-    plan()
-    assert os.listdir(tmp_path) == []
-
-
-def test_plan_is_the_same_each_time(plan: MakePlan) -> None:
+def test_planning_writes_nothing_and_gives_equal_plans(plan: MakePlan, tmp_path: Path) -> None:
     first, second = plan(), plan()
     assert first == second
     assert len({stage.fingerprint for stage in first.stages}) == len(STAGES)
+    assert os.listdir(tmp_path) == []
 
 
 def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) -> None:
-    stage = plan().stages[STAGES.index("distill")]
+    stage = stage_named(plan(), "distill")
     stage.request().write(tmp_path)
     request = read_request(tmp_path)
     assert request == stage.request()
-    assert request.config["stage"] == "distill"
-    assert request.fingerprint == stage.fingerprint
-    prune = plan().stages[STAGES.index("prune")]
-    assert request.inputs["student"] == InputRef(
-        tmp_path / "run" / "prune", "checkpoint_nemo", prune.fingerprint
-    )
+    assert (request.config["stage"], request.fingerprint) == ("distill", stage.fingerprint)
+    prune = stage_named(plan(), "prune")
+    student = InputRef(tmp_path / "run" / "prune", "checkpoint_nemo", prune.fingerprint)
+    assert request.inputs["student"] == student
 
 
 @pytest.mark.parametrize(
@@ -97,24 +89,26 @@ def test_problems_of_several_stages_are_listed_together(plan: MakePlan) -> None:
         assert words in message
 
 
-def test_recipe_without_stages_is_refused(compose: Callable[..., Any], tmp_path: Path) -> None:
+def test_recipe_without_stages_is_refused(compose: Compose, tmp_path: Path) -> None:
     cfg = compose()
     with pytest.raises(RecipeError, match="the recipe has no stages"):
         make_plan(cfg, settings_of(cfg), tmp_path)
 
 
-def test_model_without_weights_is_refused(plan: MakePlan, hf_folder: Path) -> None:
-    (hf_folder / "model.safetensors").unlink()
-    assert f"{hf_folder} has neither model.safetensors nor" in refusal(
-        plan, f"model.hf_path={hf_folder}"
-    )
-
-
-def test_model_of_another_architecture_is_refused(plan: MakePlan, hf_folder: Path) -> None:
-    (hf_folder / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
-    message = refusal(plan, f"model.hf_path={hf_folder}")
-    assert "GPT2LMHeadModel is not supported" in message
-    assert "LlamaForCausalLM" in message
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ("model.safetensors", "hf_model has neither model.safetensors nor"),
+        ("config.json", "GPT2LMHeadModel is not supported"),
+    ],
+)
+def test_unusable_models_are_refused(
+    plan: MakePlan, hf_folder: Path, broken: str, words: str
+) -> None:
+    (hf_folder / broken).unlink()
+    if broken == "config.json":
+        (hf_folder / broken).write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
+    assert words in refusal(plan, f"model.hf_path={hf_folder}")
 
 
 @pytest.mark.parametrize("name", ["only", "force"])
@@ -122,34 +116,22 @@ def test_one_name_is_accepted_as_a_list(plan: MakePlan, name: str) -> None:
     assert plan(f"{name}=import_hf") == plan(f"{name}=[import_hf]")
 
 
-def test_left_out_stage_that_is_needed_is_refused(plan: MakePlan) -> None:
+def test_only_needs_complete_inputs(plan: MakePlan, complete: Complete) -> None:
     message = refusal(plan, "only=[prune]")
-    assert "leaves out import_hf" in message
-    assert "not run yet" in message
-    assert "add import_hf to only" in message
-
-
-def test_left_out_stages_are_not_checked_and_not_planned(plan: MakePlan) -> None:
-    planned = plan("only=[import_hf]", "stages.prune.target_hidden_size=640")
-    assert [stage.name for stage in planned.stages] == ["import_hf"]
-
-
-def test_only_runs_on_complete_inputs(plan: MakePlan, complete: Complete) -> None:
+    for words in ("leaves out import_hf", "not run yet", "add import_hf to only"):
+        assert words in message
     complete(plan(), "import_hf", "prepare_data", "score")
     planned = plan("only=[prune]", "stages.prune.target_hidden_size=448")
     assert [(stage.name, stage.action) for stage in planned.stages] == [("prune", "run")]
-
-
-def test_only_refuses_inputs_that_are_out_of_date(plan: MakePlan, complete: Complete) -> None:
     complete(plan())
     message = refusal(plan, "only=[distill]", "stages.prune.target_hidden_size=448")
     assert "leaves out prune" in message
     assert "target_hidden_size 512 → 448" in message
 
 
-def test_only_does_not_look_at_stages_that_are_not_needed(
-    plan: MakePlan, complete: Complete, tmp_path: Path
-) -> None:
+def test_only_ignores_the_other_stages(plan: MakePlan, complete: Complete, tmp_path: Path) -> None:
+    planned = plan("only=[import_hf]", "stages.prune.target_hidden_size=640")
+    assert [stage.name for stage in planned.stages] == ["import_hf"]
     complete(plan())
     (tmp_path / "run" / "report" / ARTIFACT / "data.bin").write_text("edited")
     assert plan("only=[prune]").todo() == []
@@ -163,13 +145,12 @@ def test_input_from_another_run(plan: MakePlan, complete: Complete, tmp_path: Pa
     complete(plan())
     other = (tmp_path / "run").rename(tmp_path / "other")
     planned = external(plan, other / "import_hf")
-    reference = planned.stages[STAGES.index("prune")].inputs["checkpoint"]
+    reference = stage_named(planned, "prune").inputs["checkpoint"]
     manifest = json.loads((other / "import_hf" / MANIFEST).read_text())
     assert reference.directory == other / "import_hf"
     assert reference.fingerprint == manifest["fingerprint"]
     healed = plan(f"stages.prune.inputs.checkpoint={other}/import_hf", "heal=least_squares")
-    [heal] = [stage for stage in healed.stages if stage.name == "heal"]
-    assert heal.inputs["teacher"] == reference  # what it was cut from
+    assert stage_named(healed, "heal").inputs["teacher"] == reference  # the unpruned model
 
 
 def test_input_may_be_of_several_kinds(
@@ -178,7 +159,7 @@ def test_input_may_be_of_several_kinds(
     monkeypatch.setitem(score.STAGE.inputs, "calibration", ("dataset", "checkpoint_nemo"))  # type: ignore[arg-type]
 
     def kind(*overrides: str) -> str:
-        return plan(*overrides).stages[STAGES.index("score")].inputs["calibration"].kind
+        return stage_named(plan(*overrides), "score").inputs["calibration"].kind
 
     assert kind() == "dataset"
     assert kind("stages.score.inputs.calibration=import_hf") == "checkpoint_nemo"

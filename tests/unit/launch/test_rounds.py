@@ -24,7 +24,7 @@ def order(plan: Plan) -> list[str]:
     return [s.name for s in plan.stages if s.name.startswith(("score", "prune", "heal", "distill"))]
 
 
-def test_rounds_go_equal_parts_of_the_way(plan: MakePlan) -> None:
+def test_each_round_removes_an_equal_fraction(plan: MakePlan) -> None:
     once, twice, thrice = plan(HALF), plan(HALF, "rounds=2"), plan(HALF, "rounds=3")
     assert order(once) == ["score", "prune", "distill"]
     first = ["score", "prune_1", "distill_1", "score_2"]
@@ -46,7 +46,7 @@ def test_rounds_go_equal_parts_of_the_way(plan: MakePlan) -> None:
         assert many.chain.workloads.keys() == {n for n in order(many) if n.startswith("distill")}
 
 
-def test_rounds_are_what_a_large_cut_is_told(plan: MakePlan) -> None:
+def test_a_large_reduction_is_advised_to_use_rounds(plan: MakePlan) -> None:
     """Half of the layers are 39% of SmolLM2."""
 
     def warned(*words: str) -> list[str]:
@@ -60,7 +60,7 @@ def test_rounds_are_what_a_large_cut_is_told(plan: MakePlan) -> None:
     assert again == ["prune less, or raise rounds"]
 
 
-def test_a_round_is_like_the_last_but_for_what_it_is_told(plan: MakePlan) -> None:
+def test_earlier_rounds_have_the_settings_of_the_last_and_their_own(plan: MakePlan) -> None:
     words = hydra_words(["stages.distill.lr=5e-4", "stages.distill_1.max_steps=50"])
     assert words[1] == "++stages.distill_1.max_steps=50"
     stages = plan(HALF, "rounds=2", HEALS, "teacher=cached", *words).chain.stages
@@ -80,20 +80,16 @@ def test_a_round_is_like_the_last_but_for_what_it_is_told(plan: MakePlan) -> Non
     assert stages["prune"].inputs["importance"] == "score_2"
 
 
-def test_a_search_is_gone_to_in_rounds(plan: MakePlan) -> None:
+def test_rounds_approach_the_result_of_a_search(plan: MakePlan) -> None:
     planned = plan("rounds=2", "budget.parameters=0.6", recipe="recipe=shrink")
     sizes = [planned.chain.shape_of(n).parameters() for n in ("import_hf", "prune_1", "prune")]
     assert sizes[0] > sizes[1] > sizes[2]
     assert sizes[1] ** 2 == pytest.approx(sizes[0] * sizes[2], rel=0.05)
 
 
-def test_blocks_are_of_each_rounds_layers(plan: MakePlan) -> None:
-    words = (
-        HALF,
-        "rounds=2",
-        "stages.prune.layer_importance=block",
-        "stages.score.num_loss_samples=8",
-    )
+def test_block_sizes_are_those_of_each_rounds_layers(plan: MakePlan) -> None:
+    block = ("stages.prune.layer_importance=block", "stages.score.num_loss_samples=8")
+    words = (HALF, "rounds=2", *block)
     stages = {stage.name: stage.config for stage in plan(*words).stages}
     assert (stages["score"].block_sizes, stages["score_2"].block_sizes) == ([9], [6])  # type: ignore[attr-defined]
     plan(*words, "stages.score.block_sizes=[9,6]")
@@ -104,21 +100,17 @@ def test_blocks_are_of_each_rounds_layers(plan: MakePlan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "recipe", "said"),
+    ("words", "recipe", "message"),
     [
-        (["rounds=0"], "llama_width_prune", "must be 1 or more"),
-        (["rounds=two"], "llama_width_prune", "use a whole number"),
-        (["rounds=2"], "llama_search", "has no prune and no distill"),
-        (
-            ["rounds=2", "stages.prune.drop_layers=[3]"],
-            "llama_width_prune",
-            "cannot be combined with rounds",
-        ),
+        ("rounds=0", "llama_width_prune", "must be 1 or more"),
+        ("rounds=two", "llama_width_prune", "use a whole number"),
+        ("rounds=2", "llama_search", "has no prune and no distill"),
+        ("rounds=2 stages.prune.drop_layers=[3]", "llama_width_prune", "combined with rounds"),
     ],
 )
-def test_what_rounds_cannot_be(plan: MakePlan, words: list[str], recipe: str, said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
-        plan(*words, recipe=f"recipe={recipe}")
+def test_invalid_rounds_are_refused(plan: MakePlan, words: str, recipe: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan(*words.split(), recipe=f"recipe={recipe}")
 
 
 def test_a_shape_between_has_even_heads(teacher: Architecture) -> None:

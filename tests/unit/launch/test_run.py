@@ -1,4 +1,4 @@
-"""The command line as a user types it, in another directory than the checkout."""
+"""The command line, run in another directory than the checkout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import fcntl
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,32 +14,36 @@ from omegaconf import OmegaConf
 
 from launch.run_status import read_statuses
 from launch.schema import CONF
-from recipes.core.manifest import FORMAT, MANIFEST
+from recipes.core.manifest import FORMAT
 from recipes.core.run_state import RUN_FILE, begin_work, read_request
 from tests.support.disks import small_disk
 from tests.support.manifests import begun
 from tests.support.runs import STAGES
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from launch.plan import Plan
+    from tests.unit.conftest import Complete, Launch, MakePlan
 
 RECIPE = "recipe=llama_width_prune"
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*_prune.yaml"))
 EXPORT = STAGES.index("export_hf")
 ORDER = [*STAGES[:EXPORT], "evaluate_tasks", *STAGES[EXPORT:]]
 SECRET = "hf_secret_that_nobody_may_see"
-Launch = Callable[..., subprocess.CompletedProcess[str]]
+WORDS = (RECIPE, "engine=null", "tasks=null", "run_dir=../run")
 
 
-def refused(launch: Launch, *args: str) -> str:
-    """Runs what must fail, and returns its one message."""
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The directory of runs with ``WORDS``, and of the common fixture ``plan``."""
+    return tmp_path / "run"
+
+
+def refused(launch: Launch, *args: str, planned: bool = False) -> str:
+    """Runs a command that must fail, before or after its plan is shown; returns the message."""
     done = launch(*args)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert done.stderr.startswith("error: ")
-    assert done.stdout == ""
+    assert bool(done.stdout) == planned
     return done.stderr
 
 
@@ -47,21 +51,15 @@ def files_below(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_no_recipe_lists_the_recipes(launch: Launch, tmp_path: Path) -> None:
-    done = launch()
-    assert done.returncode == 1
+def test_without_a_recipe_the_recipes_are_listed(launch: Launch, tmp_path: Path) -> None:
+    done, helped = launch(), launch("--help")
+    assert (done.returncode, done.stderr, helped.returncode) == (1, "", 0)
     for recipe in RECIPES:
         assert recipe in done.stdout
+        assert recipe in helped.stdout
     assert "recipe=NAME" in done.stdout
-    assert done.stderr == ""
+    assert "usage: python launch/run.py recipe=NAME" in helped.stdout
     assert files_below(tmp_path) == set()
-
-
-def test_help(launch: Launch) -> None:
-    done = launch("--help")
-    assert done.returncode == 0
-    for words in ("usage: python launch/run.py recipe=NAME", "dry_run=true", *RECIPES):
-        assert words in done.stdout
 
 
 def test_config_can_be_shown(launch: Launch, tmp_path: Path) -> None:
@@ -81,18 +79,18 @@ def test_config_can_be_shown(launch: Launch, tmp_path: Path) -> None:
         ([RECIPE, "stages.distill.max_steps=x"], ["'x'", "Integer", "stages.distill.max_steps"]),
         (
             [RECIPE, "stages.prune.target_hidden_size=640", "data.sources=[no.txt]"],
-            [
-                "larger than the teacher's 576",
-                "[prune-target]",
-                "there is no file 'no.txt'",
-                "fix:",
-            ],
+            ["larger than the teacher's 576", "[prune-target]", "no file 'no.txt'", "fix:"],
         ),
         ([RECIPE, "only=[prune]"], ["leaves out import_hf"]),
+        (
+            [RECIPE, "stages.distill.resources.nodes=2", "stages.distill.global_batch_size=8"],
+            ["cluster=local is one machine"],
+        ),
+        ([RECIPE, f"run_dir={__file__}"], [f"run_dir={__file__} is a file"]),
     ],
-    ids=["recipe", "field", "type", "check", "only"],
+    ids=["recipe", "field", "type", "check", "only", "nodes", "file"],
 )
-def test_mistakes_get_one_message_and_leave_no_trace(
+def test_mistakes_get_one_message_and_leave_no_files(
     launch: Launch, tmp_path: Path, args: list[str], words: list[str]
 ) -> None:
     message = refused(launch, *args)
@@ -113,6 +111,7 @@ def test_dry_run_writes_configs_and_scripts_and_starts_nothing(
     run = tmp_path / "cwd" / "runs" / recipe
     requests = {f"{stage}/{file}" for stage in ORDER for file in ("config.yaml", "run.sh")}
     assert files_below(run) == {"run.yaml", ".lock", *requests}
+    assert launch(*words).stdout.count("not run yet") == len(ORDER)
     for stage in ORDER:
         subprocess.run(["bash", "-n", run / stage / "run.sh"], check=True)
         assert "export WORD='a b'" in (run / stage / "run.sh").read_text()
@@ -130,30 +129,26 @@ def test_sweep_gives_each_point_its_own_run(launch: Launch, tmp_path: Path) -> N
     assert "which is best" not in done.stdout
 
 
-def test_sweep_ends_with_what_compares_its_runs(
-    launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
+def test_sweep_ends_with_the_command_that_compares_its_runs(
+    launch: Launch, plan: MakePlan, complete: Complete, run: Path
 ) -> None:
-    first, second = tmp_path / "run", tmp_path / "other"
-    words = RECIPE, "engine=null", "tasks=null", "skip_rules=[disk]"
-    assert launch(*words, "dry_run=true", f"run_dir={first}").returncode == 0
+    assert launch(*WORDS, "dry_run=true").returncode == 0
     complete(plan())
-    shutil.copytree(first, second)
-    done = launch("-m", *words, f"run_dir={first},{second}")
+    shutil.copytree(run, run.with_name("other"))
+    done = launch("-m", *WORDS[:-1], "skip_rules=[disk]", "run_dir=../run,../other")
     assert done.returncode == 0, done.stderr
     command = "python launch/run.py compare ../run ../other"
     last = done.stdout.splitlines()[-1]
     assert last == f"side by side: {command}"
 
 
-def test_complete_run_starts_nothing_and_keeps_to_its_recipe(
-    launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
+def test_complete_run_starts_nothing_and_keeps_its_recipe(
+    launch: Launch, plan: MakePlan, complete: Complete, run: Path
 ) -> None:
-    run = tmp_path / "run"
-    words = (RECIPE, "engine=null", "tasks=null", f"run_dir={run}")
-    assert launch(*words, "dry_run=true").returncode == 0
+    assert launch(*WORDS, "dry_run=true").returncode == 0
     complete(plan())
     before = {file: (run / file).stat().st_mtime_ns for file in files_below(run)}
-    done = launch(*words)
+    done = launch(*WORDS)
     assert done.returncode == 0, done.stderr
     assert "everything was complete, nothing ran" in done.stdout
     assert {file: (run / file).stat().st_mtime_ns for file in files_below(run)} == before
@@ -164,59 +159,38 @@ def test_complete_run_starts_nothing_and_keeps_to_its_recipe(
     assert files_below(run) == before.keys()
 
 
-def test_what_was_planned_otherwise_and_not_run_is_forgotten(
-    launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
+def test_status_shows_the_last_plan_only(
+    launch: Launch, plan: MakePlan, complete: Complete, run: Path
 ) -> None:
-    run = tmp_path / "run"
-    words = RECIPE, "engine=null", "tasks=null", f"run_dir={run}"
-    assert launch(*words, "dry_run=true").returncode == 0
-    complete(plan())
-    assert launch(*words, "dry_run=true", "stages.distill.lr=2e-4").returncode == 0
-    states = launch("status", f"run_dir={run}").stdout
-    assert states.count("its result has other settings, inputs or code") == 4
-    assert launch(*words).returncode == 0
-    states = launch("status", f"run_dir={run}").stdout
-    assert states.count("complete") == len(STAGES)
+    """Stages and settings of earlier dry runs are forgotten, unless they have been started."""
 
-
-def test_a_stage_that_was_only_planned_is_forgotten_with_its_plan(
-    launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
-) -> None:
     def states() -> dict[str, str]:
         return {stage.name: stage.status for stage in read_statuses(run)}
 
-    run = tmp_path / "run"
-    words = RECIPE, "engine=null", "tasks=null", f"run_dir={run}"
-    assert launch(*words, "gguf=f16", "dry_run=true").returncode == 0
+    assert launch(*WORDS, "gguf=f16", "dry_run=true").returncode == 0
     assert states()["export_gguf"] == "not started"
-    assert launch(*words, "dry_run=true", "only=[plan]").returncode == 0
+    assert launch(*WORDS, "dry_run=true", "only=[plan]").returncode == 0
     assert states().keys() == set(STAGES)
-    assert launch(*words, "gguf=f16", "dry_run=true").returncode == 0
+    assert launch(*WORDS, "gguf=f16", "dry_run=true").returncode == 0
     complete(plan())
-    assert launch(*words).returncode == 0  # where nothing is left to do
+    assert launch(*WORDS, "dry_run=true", "stages.distill.lr=2e-4").returncode == 0
+    shown = launch("status", f"run_dir={run}").stdout
+    assert shown.count("its result has other settings, inputs or code") == 4
+    assert launch(*WORDS).returncode == 0  # which starts nothing
     assert states() == dict.fromkeys(STAGES, "complete")
     begin_work(run / "export_gguf", begun(read_request(run / "export_gguf")))
     assert states()["export_gguf"] == "interrupted"
 
 
-def test_second_launcher_of_a_run_is_refused(launch: Launch, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    with (run / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = launch(RECIPE, f"run_dir={run}")
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: another process is running {run}.")
-    assert files_below(run) == {".lock"}
-
-
-def test_dry_run_does_not_touch_a_run_in_progress(launch: Launch, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    launch(RECIPE, f"run_dir={run}", "dry_run=true")
+def test_second_launcher_of_a_run_is_refused(launch: Launch, run: Path) -> None:
+    """Also a dry run, which would write other requests."""
+    launch(*WORDS, "dry_run=true")
     before = (run / "distill" / "config.yaml").read_text()
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        launch(RECIPE, f"run_dir={run}", "dry_run=true", "stages.distill.max_steps=77")
+        for words in ((), ("dry_run=true", "stages.distill.max_steps=77")):
+            message = refused(launch, *WORDS, *words, planned=True)
+            assert message.startswith(f"error: another process is running {run}.")
     assert (run / "distill" / "config.yaml").read_text() == before
 
 
@@ -225,22 +199,9 @@ def test_run_dir_may_be_a_number(launch: Launch, tmp_path: Path) -> None:
     assert (tmp_path / "cwd" / "7" / "run.yaml").is_file()
 
 
-def test_run_dir_that_is_a_file_is_refused(launch: Launch, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert str(tmp_path / "file") in refused(launch, RECIPE, f"run_dir={tmp_path}/file")
-
-
-@pytest.mark.parametrize(
-    "override", ["stages.distill.resources.nodes=2", "cluster.executor=elsewhere"]
-)
-def test_what_the_local_executor_cannot_do_is_refused(launch: Launch, override: str) -> None:
-    batch = "stages.distill.global_batch_size=8"
-    assert launch(RECIPE, "dry_run=true", batch, override).returncode == 1
-
-
 def test_launcher_imports_nothing_heavy(root: Path, tmp_path: Path) -> None:
     program = (
-        "import sys, launch.run\n"
+        "import sys, launch.run, recipes.report.compare\n"
         "launch.run.schema.register()\n"
         "heavy = ('torch', 'transformers', 'nemo', 'megatron', 'modelopt', 'datasets', 'numpy')\n"
         "print([name for name in heavy if name in sys.modules])\n"
@@ -251,14 +212,6 @@ def test_launcher_imports_nothing_heavy(root: Path, tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_nothing_of_a_dry_run_counts_as_a_result(launch: Launch, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    launch(RECIPE, "engine=null", f"run_dir={run}", "dry_run=true")
-    again = launch(RECIPE, "engine=null", f"run_dir={run}", "dry_run=true")
-    assert not list(run.rglob(MANIFEST))
-    assert again.stdout.count("not run yet") == len(ORDER)
-
-
 def test_disk_that_is_too_small_is_refused(launch: Launch, tmp_path: Path) -> None:
     with small_disk(tmp_path / "small") as disk:
         message = refused(launch, RECIPE, f"run_dir={disk.folder}/run")
@@ -267,27 +220,18 @@ def test_disk_that_is_too_small_is_refused(launch: Launch, tmp_path: Path) -> No
         assert not (disk.folder / "run").exists()
 
 
-def stopped(launch: Launch, *args: str) -> str:
-    """Runs what must fail after its plan was shown, and returns its one message."""
-    done = launch(*args)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert done.stderr.startswith("error: ")
-    return done.stderr
-
-
 def test_disk_that_cannot_be_written_is_named(launch: Launch, tmp_path: Path) -> None:
-    """Read-only, then full: a message with a fix, and nothing but that is needed to go on."""
+    """Read-only, then full; the run resumes after the fix."""
     with small_disk(tmp_path / "small") as disk:
         words = (RECIPE, "engine=null", f"run_dir={disk.folder}/run", "dry_run=true")
         words = (*words, "skip_rules=[disk]")
         disk.remount("ro")
-        message = stopped(launch, *words)
+        message = refused(launch, *words, planned=True)
         assert f"{disk.folder}/run: Read-only file system." in message
         assert "set run_dir to another directory; the same command resumes" in message
         disk.remount("rw")
         disk.leave(8192)
-        message = stopped(launch, *words)
+        message = refused(launch, *words, planned=True)
         assert "No space left on device." in message
         assert "free some space; the same command resumes" in message
         disk.remount("size=2m")

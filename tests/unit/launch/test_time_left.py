@@ -1,8 +1,7 @@
-"""What is left of a stage and of a run, in arithmetic."""
+"""The remaining time of a stage and of a run."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,11 +14,10 @@ from launch.progress import (
     run_estimate,
 )
 from launch.run_status import read_statuses, time_left
-from recipes.core.manifest import read_manifest, write_manifest
 from recipes.core.metrics import METRICS, MetricsLog
 from recipes.core.run_state import begin_work, read_request
-from tests.support.manifests import begun
-from tests.unit.conftest import record
+from tests.support.manifests import begun, edit_manifest
+from tests.unit.conftest import record, stage_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +36,7 @@ def steps(task: str, *done: int, total: int = 10, each: float = 7.0) -> list[Rec
     return [{"time": each * n, "task": task, "done": n, "total": total} for n in done]
 
 
-def test_a_task_goes_on_at_its_own_speed() -> None:
+def test_a_task_continues_at_its_own_speed() -> None:
     assert remaining_seconds(steps("train", 2)) is None
     assert remaining_seconds(steps("train", 2, 3)) == 49
     assert remaining_seconds([*steps("train", 2, 3), *steps("validate", 1)]) is None
@@ -46,7 +44,7 @@ def test_a_task_goes_on_at_its_own_speed() -> None:
     assert format_seconds(3725.4) == "1:02:05"
 
 
-def test_stages_take_what_is_planned_at_the_pace_of_those_that_ended() -> None:
+def test_planned_seconds_are_scaled_by_the_pace_of_complete_stages() -> None:
     planned, ahead = {"score": 90.0, "distill": 390.0}, dict.fromkeys(("distill", "report"))
     assert remaining_run_seconds(planned, {}, ahead) == 390 + 2 * OVERHEAD_SECONDS
     pace = 250 / (90 + OVERHEAD_SECONDS)
@@ -58,26 +56,24 @@ def test_stages_take_what_is_planned_at_the_pace_of_those_that_ended() -> None:
 
 @pytest.fixture
 def pace(plan: Callable[..., Plan], complete: Callable[..., None]) -> float:
-    """Of a run whose next stage is the distillation."""
+    """Completes the stages before the distillation; returns their time, relative to the plan."""
     made = plan()
     complete(made, *BEFORE)
     for stage in made.stages[: len(BEFORE)]:
-        manifest = read_manifest(stage.directory)
-        assert manifest is not None
-        write_manifest(stage.directory, replace(manifest, seconds=56.0))
+        edit_manifest(stage.directory, seconds=56.0)
     return len(BEFORE) * 56 / (90 + len(BEFORE) * OVERHEAD_SECONDS)
 
 
-def test_what_follows_a_stage_is_added(plan: Callable[..., Plan], pace: float) -> None:
+def test_later_stages_are_added(plan: Callable[..., Plan], pace: float) -> None:
     made = plan()
-    [distill] = [stage for stage in made.stages if stage.name == "distill"]
+    distill = stage_named(made, "distill")
     assert run_estimate(made, distill)(33) == pytest.approx(33 + pace * AFTER)
     assert run_estimate(made, made.stages[-1])(33) == 33
     (made.run_dir / "plan" / "manifest.json").unlink()
     assert run_estimate(made, distill)(33) is None
 
 
-def test_unfinished_work_counts_from_where_it_is(plan: Callable[..., Plan], pace: float) -> None:
+def test_unfinished_work_counts_by_its_own_progress(plan: Callable[..., Plan], pace: float) -> None:
     made = plan()
     record(made)
     distill = made.run_dir / "distill"

@@ -1,32 +1,30 @@
-"""What becomes of unfinished work: resumed, started over, or refused."""
+"""Unfinished work is resumed or started over, or the plan is refused."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
 
-from launch.plan import Plan
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK
 from recipes.core.run_state import begin_work
 from tests.support.manifests import begun
+from tests.unit.conftest import stage_named
 
 if TYPE_CHECKING:
-    import subprocess
     from pathlib import Path
 
-MakePlan = Callable[..., Plan]
-Complete = Callable[..., None]
-Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+    from launch.plan import Plan
+    from tests.unit.conftest import Complete, Launch, MakePlan
+
 WHY = "(it resumes only with the settings, inputs and code that it was started with)."
 
 
 def interrupt(plan: Plan, name: str, *, checkpoint: bool = True) -> None:
-    """Leaves what a stage of ``plan`` leaves when it is killed after a checkpoint, or before."""
-    stage = next(stage for stage in plan.stages if stage.name == name)
+    """Writes the unfinished work of a stage that was killed, with a checkpoint or without."""
+    stage = stage_named(plan, name)
     begin_work(stage.directory, begun(stage.request()))
     if checkpoint:
         (stage.directory / WORK / "checkpoints" / "step=49-last").mkdir(parents=True)
@@ -37,7 +35,7 @@ def statuses(plan: Plan) -> dict[str, tuple[str, str]]:
 
 
 def refusal(plan: MakePlan, *overrides: str) -> list[str]:
-    """The message, and the fix, of a plan that is refused."""
+    """Returns the message and the fix of a plan that is refused."""
     with pytest.raises(RecipeError) as caught:
         plan(*overrides)
     return str(caught.value).split("\n  fix: ")
@@ -52,14 +50,12 @@ def test_interrupted_stage_is_resumed(plan: MakePlan, complete: Complete, tmp_pa
     assert actions["evaluate"] == ("run", "after distill")
 
 
-def test_interrupted_stage_without_progress_starts_anew(plan: MakePlan) -> None:
+def test_interrupted_stages_without_progress_start_anew(plan: MakePlan) -> None:
+    """A training without a checkpoint, and a stage that records no progress."""
     interrupt(plan(), "distill", checkpoint=False)
-    assert statuses(plan("stages.distill.seed=1"))["distill"] == ("run", "not run yet")
-
-
-def test_stages_that_do_not_say_how_far_they_are_start_anew(plan: MakePlan) -> None:
     interrupt(plan(), "evaluate")
-    assert statuses(plan("stages.evaluate.num_sequences=2"))["evaluate"] == ("run", "not run yet")
+    actions = statuses(plan("stages.distill.seed=1", "stages.evaluate.num_sequences=2"))
+    assert actions["distill"] == actions["evaluate"] == ("run", "not run yet")
 
 
 def test_progress_is_not_lost_to_a_changed_field(plan: MakePlan) -> None:
@@ -73,10 +69,8 @@ def test_progress_is_not_lost_to_a_changed_field(plan: MakePlan) -> None:
     )
     back = fix.split()[1]
     assert statuses(plan("stages.distill.global_batch_size=8", back))["distill"][0] == "resume"
-    assert statuses(plan("stages.distill.global_batch_size=8", "force=[distill]"))["distill"] == (
-        "run",
-        "forced",
-    )
+    forced = plan("stages.distill.global_batch_size=8", "force=[distill]")
+    assert statuses(forced)["distill"] == ("run", "forced")
 
 
 def test_dry_run_is_refused_as_the_run_would_be(
@@ -114,19 +108,15 @@ def test_every_changed_field_is_named_and_set_back(plan: MakePlan) -> None:
     assert statuses(plan(*words))["distill"][0] == "resume"
 
 
-def test_progress_is_not_lost_to_a_changed_input(plan: MakePlan) -> None:
+def test_progress_is_not_lost_to_changed_inputs_or_code(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interrupt(plan(), "distill")
     what, fix = refusal(plan, "stages.prune.target_hidden_size=448")
     assert f"since then its input student changed {WHY}" in what
     assert fix == "undo that to resume, or force=[distill] to start over"
     what, _ = refusal(plan, "stages.prune.target_hidden_size=448", "stages.distill.seed=1")
     assert "since then seed changed 1234 → 1, its input student changed (" in what
-
-
-def test_progress_is_not_lost_to_changed_code(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupt(plan(), "distill")
     monkeypatch.setattr("recipes.core.run_state.stage_code", lambda _: "new")
     what, _ = refusal(plan)
     assert "since then its input teacher changed, its input student changed" in what
@@ -142,20 +132,18 @@ def test_layout_may_change_between_interruption_and_resumption(plan: MakePlan) -
     assert fix.startswith("set stages.distill.seed=1234 to resume")
 
 
-def test_requests_written_later_do_not_hide_what_the_work_began_with(plan: MakePlan) -> None:
-    """As a dry run with ``force`` writes them, or a forced run that failed in an earlier stage."""
+def test_work_is_compared_with_its_own_start_and_not_with_later_requests(plan: MakePlan) -> None:
+    """A dry run with ``force`` writes requests, as does a run that fails in an earlier stage."""
     interrupt(plan(), "distill")
-    later = plan("stages.distill.seed=1", "force=[distill]")
-    stage = next(stage for stage in later.stages if stage.name == "distill")
+    stage = stage_named(plan("stages.distill.seed=1", "force=[distill]"), "distill")
     stage.request().write(stage.directory)
     assert "seed changed 1234 → 1" in refusal(plan, "stages.distill.seed=1")[0]
     assert statuses(plan())["distill"][0] == "resume"
 
 
-def test_stages_that_are_not_wanted_or_not_run_are_not_refused(
+def test_unfinished_reruns_of_complete_or_unselected_stages_are_ignored(
     plan: MakePlan, complete: Complete
 ) -> None:
-    """The unfinished work is that of a rerun with other settings, whose old result is there."""
     complete(plan())
     interrupt(plan("stages.distill.seed=1"), "distill")
     assert statuses(plan()) == {}
@@ -175,7 +163,7 @@ def test_forced_restart_that_is_killed_is_resumed(plan: MakePlan) -> None:
 def test_forced_rerun_of_a_complete_stage_is_resumed_by_the_same_command(
     plan: MakePlan, complete: Complete
 ) -> None:
-    """Without ``force`` the complete result stands, and with it all that was made of it."""
+    """Without ``force`` the complete result is used."""
     complete(plan())
     interrupt(plan("force=[distill]"), "distill")
     assert statuses(plan("force=[distill]"))["distill"] == ("resume", "was interrupted")
