@@ -63,7 +63,10 @@ def read_index(folder: Path) -> dict[str, str]:
     Raises:
         RecipeError: The index is damaged.
     """
-    files = read_json(folder / INDEX_FILE).get("weight_map")
+    index = read_json(folder / INDEX_FILE)
+    if "metadata" not in index:  # transformers 4 reads it
+        raise RecipeError(f"{folder / INDEX_FILE} has no metadata.", 'add "metadata": {} to it')
+    files = index.get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise RecipeError(f"{folder / INDEX_FILE} has no weight_map.", "download the model again")
     return files

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_convert.architecture import Architecture
-from nemo_convert.config_keys import unknown_keys
+from nemo_convert.config_keys import NEUTRAL, unknown_keys
 from nemo_convert.families import EXPERTS, FAMILIES, QK_NORM, QKV_BIAS, Family
 from recipes.core.errors import RecipeError
 
@@ -63,15 +63,14 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
     if dtype in DTYPES:
         renamed["torch_dtype"] = dtype
-    dropped = {*TRANSFORMERS_5, "torch_dtype"}
+    # A kernel may not be installed here. transformers multiplies by a null partial_rotary_factor.
+    unset = {key for key in NEUTRAL if config.get(key) is None}
+    dropped = {*TRANSFORMERS_5, *unset, "torch_dtype", "_attn_implementation"}
     return {**{key: value for key, value in config.items() if key not in dropped}, **renamed}
 
 
 def _theta_and_scaling(rope: object, where: str) -> dict[str, Any]:
     """Returns ``rope_theta`` and ``rope_scaling`` of the ``rope_parameters`` of transformers 5."""
-    of_types = [*rope.values()] if isinstance(rope, Mapping) else []
-    if of_types and all(isinstance(one, Mapping) and one == of_types[0] for one in of_types):
-        rope = of_types[0]  # the same for each layer type
     is_flat = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
     if not isinstance(rope, Mapping) or not is_flat or "rope_theta" not in rope:
         raise RecipeError(

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 WEIGHTS, CONTEXT, SIDE = "weights", "context", "hf"
 EXTRA_STATE = "_extra_state"
 SEED = 1234
+CHAT_TEMPLATES = "additional_chat_templates"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Settings of generation that have a meaning with ``do_sample`` only."""
 
@@ -329,6 +330,7 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as temporary:
         staged = Path(temporary) / SIDE
         copy_side_files(side, staged)
+        shutil.rmtree(staged / CHAT_TEMPLATES, ignore_errors=True)  # NeMo copies files only
         tokenizer = AutoTokenizer(str(staged))
         model.tokenizer = tokenizer
         model.__io__.tokenizer = tokenizer.__io__
@@ -337,6 +339,7 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
         context = TrainerContext(model=model, trainer=trainer, extra={})
         shutil.rmtree(checkpoint / CONTEXT, ignore_errors=True)
         context.io_dump(checkpoint / CONTEXT, yaml_attrs=["model"])
+        copy_side_files(side, side_files(checkpoint))
 
 
 @contextmanager

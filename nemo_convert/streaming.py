@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -58,7 +58,12 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         with _without_checksums(), closing(_SourcePlanner(self.source, self.leading)) as planner:
             # Copying ahead, which needs a GPU, would change the order of the weights.
             writer = FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0)
-            dcp.save(mcore_to_pyt_state_dict(plan, False), storage_writer=writer, planner=planner)
+            tensors = mcore_to_pyt_state_dict(plan, False)
+            try:
+                dcp.save(tensors, storage_writer=writer, planner=planner)
+            except CheckpointException as error:  # hides what the source raised
+                cause, _ = error.failures[0]
+                raise cause from error
 
 
 @contextmanager

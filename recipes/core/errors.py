@@ -18,6 +18,10 @@ class RecipeError(Exception):
         self.what, self.fix = what, fix
         super().__init__(f"{what}\n  fix: {fix}" if fix else what)
 
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[str, str]]:
+        """Makes the error survive pickling, by which it crosses processes and threads."""
+        return RecipeError, (self.what, self.fix)
+
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Returns ``" Did you mean 'x'?"``, or an empty string when nothing is close."""

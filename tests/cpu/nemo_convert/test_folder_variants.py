@@ -1,0 +1,139 @@
+"""Hugging Face folders as users have them are converted exactly, or refused by the dry run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from nemo_convert import convert, hf, parity
+from nemo_convert.hf_config import as_transformers_4
+from nemo_convert.hub import read_hf_config
+from nemo_convert.preflight import check_model, require_convertible
+from nemo_convert.reference import reference_logits
+from recipes.core.errors import RecipeError
+from tests.support.folder_changes import Variant
+from tests.support.models import EVEN, FAMILIES, write_tiny_model
+from tests.support.newer import transformers_5
+from tests.support.variants import variants
+
+VARIANTS = {f"{variant.base}: {variant.name}": variant for variant in variants()}
+EXACT = {name: variant for name, variant in VARIANTS.items() if not variant.refused}
+REFUSED_BY_TRANSFORMERS_5 = {
+    *(f"llama: {k} {v}" for k in ("torch_dtype", "dtype") for v in ("auto", "torch.bfloat16")),
+    "llama: harmless _attn_implementation",  # flash_attention_2, which is not installed
+}
+"""Exact variants that transformers 5 cannot load."""
+TEXT = "A quick brown fox, 3.14 lazy dogs, and 東京."
+RESAVE = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for folder in sys.argv[1:]:
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder + "-5")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder + "-5")
+"""
+LOGITS = """
+import sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+results = {}
+for folder in sys.argv[3:]:
+    try:
+        ids = AutoTokenizer.from_pretrained(folder)(sys.argv[2], return_tensors="pt")["input_ids"]
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except Exception:
+        continue
+    with torch.no_grad():
+        results[folder + " logits"] = model(ids).logits.contiguous()
+    results[folder + " ids"] = ids
+save_file(results, sys.argv[1])
+"""
+
+
+def run_transformers_5(code: str, *arguments: str | Path) -> None:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(transformers_5()), "HF_HUB_OFFLINE": "1"}
+    env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A folder of each family, and with ``-5`` in its name the same as transformers 5 saves it."""
+    root = tmp_path_factory.mktemp("bases")
+    shape = {**EVEN, "num_hidden_layers": 2, "train": False}
+    folders = [write_tiny_model(root / name, text_file, name, **shape) for name in FAMILIES]
+    run_transformers_5(RESAVE, *folders)
+    return root
+
+
+def make(variant: Variant, bases: Path, folder: Path) -> Path:
+    shutil.copytree(bases / variant.base, folder)
+    variant.change(folder)
+    return folder
+
+
+def convert_it(folder: Path, checkpoint: Path) -> None:
+    convert.to_nemo(folder, checkpoint)
+
+
+def check_it(folder: Path, _: Path) -> None:
+    """As a dry run: the config first, then the files."""
+    read_hf_config(str(folder))
+    require_convertible(str(folder))
+
+
+def test_the_corpus_is_large() -> None:
+    assert len(VARIANTS) == len(list(variants())), "names must be unique"
+    assert len(VARIANTS) >= 200
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_exact_or_refused(name: str, bases: Path, tmp_path: Path) -> None:
+    variant = VARIANTS[name]
+    folder, checkpoint = make(variant, bases, tmp_path / "hf"), tmp_path / "m.nemo"
+    if not variant.refused:
+        assert not [str(finding) for finding in check_model(str(folder)) if finding.is_error]
+        convert.to_nemo(folder, checkpoint)
+        parity.compare(folder, checkpoint).require(name)
+        return
+    with pytest.raises(RecipeError) as refused:
+        (convert_it if variant.reads_weights else check_it)(folder, checkpoint)
+    assert re.search(variant.refused, str(refused.value))
+    assert "  fix: " in str(refused.value)
+
+
+def test_transformers_5_agrees_about_every_exact_variant(bases: Path, tmp_path: Path) -> None:
+    """With the reference on what users have, and with version 4 on what is exported."""
+    folders = [make(variant, bases, tmp_path / f"{n}") for n, variant in enumerate(EXACT.values())]
+    exports = []
+    for n, name in enumerate(EXACT):
+        if "as written" in name or "sentencepiece" in name:
+            convert.to_nemo(folders[n], tmp_path / f"{n}.nemo")
+            convert.to_hf(tmp_path / f"{n}.nemo", tmp_path / f"{n}.export")
+            exports.append(tmp_path / f"{n}.export")
+    run_transformers_5(LOGITS, tmp_path / "results", TEXT, *folders, *exports)
+    results = load_file(tmp_path / "results")
+    for folder, name in [*zip(folders, EXACT, strict=True), *((e, e.name) for e in exports)]:
+        ids = results.get(f"{folder} ids")
+        assert (ids is None) == (name in REFUSED_BY_TRANSFORMERS_5), name
+        if ids is None:
+            continue
+        config = as_transformers_4(json.loads((folder / "config.json").read_text()), name)
+        positions = torch.arange(ids.shape[1])
+        logits = reference_logits(config, hf.Weights(folder).read, ids, positions)
+        difference = (logits - results[f"{folder} logits"]).abs().max()
+        assert difference <= parity.LOGITS_TOLERANCE * logits.std(), name
+    for export in exports:
+        ids = AutoTokenizer.from_pretrained(export)(TEXT, return_tensors="pt")["input_ids"]
+        assert torch.equal(ids, results[f"{export} ids"]), export

@@ -1,0 +1,134 @@
+"""The parity gate sees every planted fault, on either side."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_convert import convert, hf, nemo, parity
+from nemo_convert.families import LLAMA3_ROPE
+from recipes.core.errors import RecipeError
+from tests.support.conversion import tensors
+from tests.support.folder_changes import EMBEDDING, untied, weights
+from tests.support.models import EVEN, write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """``hf`` with scaled RoPE and an untied head, and its checkpoint ``m.nemo``."""
+    root = tmp_path_factory.mktemp("parity")
+    scaling = {**LLAMA3_ROPE, "factor": 8.0}
+    write_tiny_model(root / "hf", text_file, **EVEN, rope_scaling=scaling, train=False)
+    convert.to_nemo(root / "hf", root / "m.nemo")
+    return root
+
+
+def core_with(source: Path, **settings: Any) -> Any:
+    """Returns the Megatron model of the checkpoint with other settings of its NeMo config."""
+    model = nemo.restore_model(source / "m.nemo")
+    for name, value in settings.items():
+        assert getattr(model.config, name) != value
+        setattr(model.config, name, value)
+    return parity.load_core(source / "m.nemo", model)
+
+
+def swapped_gate_and_up(source: Path) -> Any:
+    core = core_with(source)
+    weight = core.decoder.layers[1].mlp.linear_fc1.weight.data
+    weight.copy_(torch.cat([*reversed(weight.chunk(2))]))
+    return core
+
+
+def rolled_queries(source: Path) -> Any:
+    core = core_with(source)
+    weight = core.decoder.layers[1].self_attention.linear_qkv.weight.data
+    weight.copy_(weight.roll(EVEN["head_dim"], 0))
+    return core
+
+
+def tied_head(source: Path) -> Any:
+    core = core_with(source)
+    core.output_layer.weight.data.copy_(core.embedding.word_embeddings.weight)
+    return core
+
+
+PLANTED: dict[str, Callable[[Path], Any]] = {
+    "theta": lambda source: core_with(source, rotary_base=10_000),
+    "scaling factor": lambda source: core_with(source, scale_factor=32.0),
+    "norm eps": lambda source: core_with(source, layernorm_epsilon=1e-3),
+    "gate and up": swapped_gate_and_up,
+    "queries": rolled_queries,
+    "tied head": tied_head,
+}
+
+
+def test_the_checkpoint_passes(source: Path) -> None:
+    parity.compare(source / "hf", source / "m.nemo", core_with(source)).require("test")
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_fault_of_nemos_model_is_seen(fault: str, source: Path) -> None:
+    result = parity.compare(source / "hf", source / "m.nemo", PLANTED[fault](source))
+    with pytest.raises(RecipeError, match="logits of NeMo differ"):
+        result.require("test")
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rope_scaling", "rms_norm_eps"])
+def test_a_key_that_transformers_does_not_read_is_seen(
+    source: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers 4 ignores ``rope_parameters``."""
+    values = {"rope_theta": 10_000.0, "rope_scaling": None, "rms_norm_eps": 1e-3}
+
+    def load(folder: Path) -> Any:
+        model = hf.load_causal_lm(folder)
+        setattr(model.config, key, values[key])
+        other = type(model)(model.config)
+        other.load_state_dict(model.state_dict())
+        return other.eval()
+
+    monkeypatch.setattr(parity, "load_causal_lm", load)
+    with pytest.raises(RecipeError, match="logits of transformers differ"):
+        parity.compare(source / "hf", source / "m.nemo").require("test")
+
+
+@pytest.mark.parametrize("row", [7, EVEN["vocab_size"] - 1])
+def test_one_row_of_the_embedding_is_seen(source: Path, row: int, tmp_path: Path) -> None:
+    """The last row has no token, so that no logit of the text depends on its embedding."""
+    shutil.copytree(source / "hf", tmp_path / "hf")
+    weights(lambda tensors: tensors[EMBEDDING][row].add_(1e-3))(tmp_path / "hf")
+    result = parity.compare(tmp_path / "hf", source / "m.nemo")
+    assert result.different_weight == EMBEDDING
+    with pytest.raises(RecipeError, match=f"{EMBEDDING} differs"):
+        result.require("test")
+
+
+def test_a_head_that_is_not_tied_is_seen(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source / "hf", tmp_path / "hf")
+    weights(untied)(tmp_path / "hf")
+    assert parity.compare(tmp_path / "hf", source / "m.nemo").different_weight == "lm_head.weight"
+    assert "lm_head.weight" in tensors(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(("difference", "spread"), [(float("nan"), 1), (2e-3, 1), (2e-3, 0.1)])
+def test_the_gate_stops(difference: float, spread: float) -> None:
+    for nemo_difference, transformers_difference in ((difference, 0), (0, difference)):
+        with pytest.raises(RecipeError, match="differ by"):
+            parity.Parity(nemo_difference, transformers_difference, spread, 1, None).require("test")
+
+
+def test_the_tolerance_is_a_fraction_of_the_logits_deviation() -> None:
+    parity.Parity(2e-3, 2e-3, 10, 1, None).require("test")
+
+
+@pytest.mark.parametrize(("tokens", "last"), [(128, 2047), (128, 255), (128, 60), (5, 2047)])
+def test_positions_increase_up_to_the_last(tokens: int, last: int) -> None:
+    positions = parity.spread_positions(tokens, last)
+    assert len(positions) == tokens
+    assert (positions.diff() > 0).all()
+    assert positions[-1] == max(last, tokens - 1) or tokens <= parity.ADJACENT

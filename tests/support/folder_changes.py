@@ -1,0 +1,209 @@
+"""Changes of Hugging Face folders, from which the corpus of variants is made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Change = Callable[[Path], None]
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+class Absent(Enum):
+    """Value of a key that a config does not have."""
+
+    ABSENT = "absent"
+
+
+ABSENT = Absent.ABSENT
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A change of a folder, and what must come of it."""
+
+    name: str
+    change: Change
+    refused: str = ""
+    """A regular expression that the message matches; empty if the conversion is exact."""
+    base: str = "llama"
+    """Folder that is changed: a family, with ``-5`` as transformers 5 writes it."""
+    reads_weights: bool = False
+    """Whether the fault is in the values, which only a conversion reads."""
+
+
+def edit(file: str, **values: Any) -> Change:
+    """Changes keys of a JSON file."""
+
+    def change(folder: Path) -> None:
+        old = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+        new = {key: value for key, value in (old | values).items() if value is not ABSENT}
+        (folder / file).write_text(json.dumps(new))
+
+    return change
+
+
+def config(**values: Any) -> Change:
+    """Changes keys of ``config.json``."""
+    return edit("config.json", **values)
+
+
+def weights(change: Callable[[dict[str, Tensor]], object]) -> Change:
+    """Changes a dictionary of all weights in place."""
+
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+    return apply
+
+
+def add(name: str, *shape: int) -> Change:
+    """Adds a weight."""
+    return weights(lambda tensors: tensors.update({name: torch.ones(*shape)}))
+
+
+def drop(name: str) -> Change:
+    """Removes a weight."""
+    return weights(lambda tensors: tensors.pop(name))
+
+
+def cast(dtype: torch.dtype, part: str = "") -> Change:
+    """Casts the weights whose names contain a word."""
+    return weights(
+        lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items() if part in n})
+    )
+
+
+def content(file: str, text: str | bytes) -> Change:
+    """Writes a file, and the directories that it is in."""
+
+    def change(folder: Path) -> None:
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    return change
+
+
+def remove(*files: str) -> Change:
+    """Removes files."""
+    return lambda folder: [(folder / file).unlink(missing_ok=True) for file in files] and None
+
+
+def all_of(*changes: Change) -> Change:
+    """Makes several changes."""
+
+    def change(folder: Path) -> None:
+        for one in changes:
+            one(folder)
+
+    return change
+
+
+def shards(names: tuple[str, str], extra: Mapping[str, str] | None = None) -> Change:
+    """Splits the weights into two files with an index, which also lists ``extra``."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        (folder / WEIGHTS).unlink()
+        index = {}
+        for number, file in enumerate(names):
+            part = dict(list(tensors.items())[number::2])
+            save_file(part, folder / file, {"format": "pt"})
+            index |= dict.fromkeys(part, file)
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": {}, "weight_map": {**index, **(extra or {})}})
+        )
+
+    return change
+
+
+def other_weights(file: str) -> Change:
+    """Writes the weights, changed, under another name as well."""
+
+    def change(folder: Path) -> None:
+        (folder / file).parent.mkdir(exist_ok=True)
+        save_file({n: t + 1 for n, t in load_file(folder / WEIGHTS).items()}, folder / file)
+
+    return change
+
+
+def untied(tensors: dict[str, Tensor]) -> None:
+    """Stores a head that differs from the embedding in one row."""
+    tensors[HEAD] = tensors[EMBEDDING].clone()
+    tensors[HEAD][7] += 0.01
+
+
+def poison(value: float) -> Change:
+    """Puts a value into the embedding of a token that the text of the gate does not have."""
+    return weights(lambda tensors: tensors[EMBEDDING][-1].fill_(value))
+
+
+def sentencepiece(folder: Path) -> None:
+    """Replaces the tokenizer by a sentencepiece model."""
+    from sentencepiece import SentencePieceTrainer
+
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(
+            ["the hat on that hen", "ten tan ants eat a note", "o no, not the tea"] * 99
+        ),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=290,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    edit("tokenizer_config.json", tokenizer_class="LlamaTokenizer", add_bos_token=True)(folder)
+
+
+def vocabulary_and_merges(folder: Path) -> None:
+    """Replaces the tokenizer by the two files of GPT-2's."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    edit("tokenizer_config.json", tokenizer_class="GPT2Tokenizer", unk_token="<eos>")(folder)
+
+
+def added_tokens(folder: Path) -> None:
+    """Adds ten tokens, for the last of which there is no row in the embedding."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    [token] = tokenizer["added_tokens"]
+    tokenizer["added_tokens"] += [
+        {**token, "id": 288 + n, "content": f"<new{n}>"} for n in range(10)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def linked(folder: Path) -> None:
+    """Replaces the weights by a link, as a hub's cache does."""
+    blob = folder.with_name(folder.name + ".blob")
+    shutil.move(folder / WEIGHTS, blob)
+    (folder / WEIGHTS).symlink_to(blob)
+
+
+def cut_short(folder: Path) -> None:
+    """Removes the last bytes of the weights."""
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:-7])
+
+
+def nothing(folder: Path) -> None:
+    """Changes nothing."""

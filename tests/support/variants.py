@@ -1,0 +1,345 @@
+"""Variants of Hugging Face folders as users have them: converted exactly, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import torch
+
+from nemo_convert.config_keys import HARMLESS, NEUTRAL
+from nemo_convert.families import LLAMA3_ROPE
+from tests.support.folder_changes import (
+    ABSENT,
+    EMBEDDING,
+    HEAD,
+    INDEX,
+    WEIGHTS,
+    Variant,
+    add,
+    added_tokens,
+    all_of,
+    cast,
+    config,
+    content,
+    cut_short,
+    drop,
+    edit,
+    linked,
+    nothing,
+    other_weights,
+    poison,
+    remove,
+    sentencepiece,
+    shards,
+    untied,
+    vocabulary_and_merges,
+    weights,
+)
+
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+LLAMA3 = {**LLAMA3_ROPE, "factor": 8.0}
+
+
+def variants() -> Iterator[Variant]:
+    """Yields all variants."""
+    for family in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"):
+        for base in (family, f"{family}-5"):
+            yield Variant("as written", nothing, base=base)
+    yield from _exact_types_and_rope()
+    yield from _exact_keys()
+    yield from _exact_files()
+    yield from _exact_settings()
+    yield from _unsupported_configs()
+    yield from _invalid_configs()
+    yield from _refused_weights()
+    yield from _refused_settings()
+
+
+def _exact_types_and_rope() -> Iterator[Variant]:
+    theta = {"rope_theta": 5000.0}
+    for value in (ABSENT, None, "auto", "torch.bfloat16", "float16", "float64", "float32"):
+        yield Variant(f"torch_dtype {value}", config(dtype=ABSENT, torch_dtype=value))
+        yield Variant(f"dtype {value}", config(dtype=value))
+    for parameters in ({"rope_type": "default"}, {}, {"partial_rotary_factor": 1.0}, LLAMA3):
+        rope = {"rope_parameters": {**theta, **parameters}, "rope_scaling": ABSENT}
+        yield Variant(f"rope {parameters}", config(**rope, rope_theta=ABSENT))
+        yield Variant(f"rope and theta {parameters}", config(**rope))
+    for scaling in (
+        ABSENT,
+        None,
+        {"rope_type": "default"},
+        {"type": "default"},
+        {"rope_type": "linear", "factor": 1.0},
+        LLAMA3,
+        {**LLAMA3, "factor": 32},
+        {"type": "llama3", **{k: v for k, v in LLAMA3.items() if k != "rope_type"}},
+        {"type": "llama3", **LLAMA3},
+    ):
+        yield Variant(f"rope_scaling {scaling}", config(rope_scaling=scaling))
+
+
+def _exact_keys() -> Iterator[Variant]:
+    for key, value in (
+        ("head_dim", None),
+        ("head_dim", ABSENT),
+        ("architectures", None),
+        ("architectures", []),
+        ("rms_norm_eps", ABSENT),
+        ("rms_norm_eps", 1e-2),
+        ("rope_theta", ABSENT),
+        ("rope_theta", 1_000_000),
+        ("attention_bias", ABSENT),
+        ("hidden_act", "silu"),
+        ("layer_types", ["full_attention"] * 2),
+        ("tie_word_embeddings", ABSENT),
+    ):
+        yield Variant(f"{key} {value}", config(**{key: value}))
+    for window in (None, 256, 4096):
+        yield Variant(f"sliding_window {window}", config(sliding_window=window), base="mistral")
+    unused = config(use_sliding_window=False, sliding_window=16)
+    yield Variant("window that is not used", unused, base="qwen2")
+    yield Variant("norm_topk_prob", config(norm_topk_prob=False), base="qwen3_moe")
+    for key, values in NEUTRAL.items():
+        for value in values:
+            yield Variant(f"neutral {key} {value}", config(**{key: value}))
+    valid = {"tokenizer_class": None, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 2}
+    valid |= {"_attn_implementation": "flash_attention_2", "_attn_implementation_autoset": True}
+    valid |= {"initializer_range": 0.02, "use_cache": True}
+    valid |= {"dtype": "float32", "torch_dtype": "float32", "transformers_version": "4.31.0"}
+    for key in HARMLESS:
+        yield Variant(f"harmless {key}", config(**{key: valid.get(key, 1)}))
+
+
+def _exact_files() -> Iterator[Variant]:
+    for name, part, dtype in (
+        ("all", "", torch.bfloat16),
+        ("all", "", torch.float16),
+        ("norms", "norm", torch.bfloat16),
+        ("queries", "q_proj", torch.bfloat16),
+        ("embedding", "embed", torch.float16),
+    ):
+        yield Variant(f"{name} in {dtype}", cast(dtype, part))
+    mixed = all_of(cast(torch.bfloat16, "proj"), cast(torch.float16, "norm"))
+    yield Variant("three types", mixed)
+    tied = config(tie_word_embeddings=True)
+    yield Variant("tied without a head", all_of(tied, drop(HEAD)))
+    equal = weights(lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
+    yield Variant("tied with an equal head", all_of(tied, equal))
+    for file in ("consolidated.safetensors", "zzz.safetensors", "a.safetensors"):
+        yield Variant(f"weights in {file}", other_weights(file))
+    for folder in ("onnx", "checkpoint-10"):
+        yield Variant(f"weights in {folder}", other_weights(f"{folder}/{WEIGHTS}"))
+    for file, text in (
+        (f"._{WEIGHTS}", b"\0\5\26\7"),
+        ("params.json", "{}"),
+        ("tekken.json", "{}"),
+        ("pytorch_model.bin", "weights"),
+        ("training_args.bin", "settings"),
+        ("LICENSE/apache.txt", "text"),
+        ("tokenizer_files/a.txt", "text"),
+        ("additional_chat_templates/rag.jinja", "{{ messages }}"),
+        ("chat_template.jinja", "{{ messages }}"),
+        ("README.md", ""),
+        ("README.md", "---\nlicense: mit\n---\n"),
+        ("README.md", "no header"),
+        (INDEX, json.dumps({"weight_map": {"a": "of-another-model.safetensors"}})),
+        ("hf_quant_config.json", "{}"),
+    ):
+        yield Variant(f"{file} {text[:9]!r}", content(file, text))
+    for file in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        yield Variant(f"no {file}", remove(file))
+
+
+def _exact_settings() -> Iterator[Variant]:
+    for values in (
+        {"do_sample": ABSENT, "temperature": 0.9, "top_p": 0.6},
+        {"do_sample": False, "temperature": 0.9, "top_k": 3},
+        {"do_sample": True, "temperature": 0.9},
+        {"pad_token_id": -1},
+        {"eos_token_id": [0, 1]},
+        {"eos_token_id": None, "bos_token_id": None},
+    ):
+        yield Variant(f"generation {values}", edit("generation_config.json", **values))
+    yield Variant("empty generation config", content("generation_config.json", "{}"))
+    tokenizer = "tokenizer_config.json"
+    yield Variant("no template", edit(tokenizer, chat_template=None))
+    yield Variant(
+        "templates by name",
+        edit(
+            tokenizer,
+            chat_template=[
+                {"name": "default", "template": "{{ messages }}"},
+                {"name": "rag", "template": "x"},
+            ],
+        ),
+    )
+    yield Variant("special tokens of version 5", edit(tokenizer, extra_special_tokens=["<eos>"]))
+    backend = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
+    yield Variant("class of version 5", edit(tokenizer, **backend))
+    yield Variant("sentencepiece", sentencepiece)
+    yield Variant(
+        "sentencepiece without settings",
+        all_of(sentencepiece, edit(tokenizer, add_bos_token=ABSENT)),
+    )
+    yield Variant("vocab.json and merges.txt", vocabulary_and_merges)
+    yield Variant("two shards", shards(("model-1-of-2.safetensors", "model-2-of-2.safetensors")))
+    yield Variant("shards with odd names", shards(("b.safetensors", "a.safetensors")))
+    yield Variant("old rotary buffer", add("model.layers.0.self_attn.rotary_emb.inv_freq", 8))
+    yield Variant("linked weights", linked)
+
+
+def _unsupported_configs() -> Iterator[Variant]:
+    for name in ("GemmaForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "GPT2LMHeadModel"):
+        refused = f"architecture {name} is not supported"
+        yield Variant(name, config(architectures=[name]), refused)
+    yield Variant("wrong model_type", config(model_type="qwen2"), "contradicts architectures")
+    for key in (
+        "residual_multiplier",
+        "attention_multiplier",
+        "embedding_multiplier",
+        "logit_scale",
+        "final_logit_softcapping",
+        "attn_logit_softcapping",
+        "query_pre_attn_scalar",
+        "no_rope_layers",
+        "rope_local_base_freq",
+        "use_qk_norm",
+        "num_nextn_predict_layers",
+        "attn_temperature_tuning",
+        "block_auto_adjust_ff_dim",
+    ):
+        yield Variant(f"unknown {key}", config(**{key: 2}), f"{key}=2 is not supported")
+    for values in (
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"partial_rotary_factor": 0.5},
+        {"rope_interleaved": True},
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0}},
+    ):
+        [key] = values
+        yield Variant(f"{values}", config(**values), f"{key}=.* is not supported")
+    yield Variant(
+        "yarn of version 5",
+        config(
+            rope_theta=ABSENT,
+            rope_parameters={"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0},
+        ),
+        "rope_scaling=.* is not supported",
+    )
+    yield Variant("two thetas", config(rope_parameters={"rope_theta": 1e6}), "contradicts")
+    nested = {"full_attention": {"rope_theta": 1e4, "rope_type": "default"}}
+    yield Variant("rope of layer types", config(rope_parameters=nested), "is not supported")
+    yield Variant("no theta", config(rope_parameters={"rope_type": "default"}), "not supported")
+    yield Variant("window", config(sliding_window=16), "sliding_window=16", base="mistral")
+    moe = {"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}
+    for values in moe:
+        [key] = values
+        yield Variant(f"{values}", config(**values), f"{key}=.* is not supported", "qwen3_moe")
+
+
+def _invalid_configs() -> Iterator[Variant]:
+    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+        yield Variant(f"no {key}", config(**{key: ABSENT}), f"no '{key}'")
+        for value in (0, -1, "64", 1.5, True, [64]):
+            yield Variant(f"{key} {value!r}", config(**{key: value}), f"invalid {key}=")
+    for key in ("rope_theta", "rms_norm_eps"):
+        for value in (0, -1.0, float("nan"), float("inf"), "1e4"):
+            yield Variant(f"{key} {value!r}", config(**{key: value}), f"invalid {key}=")
+    missing = {k: v for k, v in LLAMA3.items() if k != "factor"}
+    for scaling in (missing, {**LLAMA3, "factor": 0}, {**LLAMA3, "factor": "8"}):
+        yield Variant(f"{scaling}", config(rope_scaling=scaling), "invalid rope_scaling.factor")
+    yield Variant("rope_scaling is a list", config(rope_scaling=[]), "rope_scaling")
+    for name, text, refused in (
+        ("empty", "", "is not valid JSON"),
+        ("a list", "[]", "not contain a JSON object"),
+        ("UTF-16", "{}".encode("utf-16"), "is not valid JSON"),
+    ):
+        yield Variant(f"config is {name}", content("config.json", text), refused)
+    yield Variant("no config", remove("config.json"), "has no config.json")
+
+
+def _refused_weights() -> Iterator[Variant]:
+    yield Variant("no weights", remove(WEIGHTS), "has neither model.safetensors nor")
+    two = ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
+    yield Variant("no shard", all_of(shards(two), remove(two[1])), f"{two[1]} .*is missing")
+    yield Variant("no index", all_of(shards(two), remove(INDEX)), "has neither")
+    damaged = all_of(shards(two), content(INDEX, "{"))
+    yield Variant("damaged index", damaged, "is not valid JSON")
+    yield Variant(
+        "empty index", all_of(shards(two), content(INDEX, '{"metadata": {}}')), "has no weight_map"
+    )
+    without = all_of(shards(two), edit(INDEX, metadata=ABSENT))
+    yield Variant("index without metadata", without, "has no metadata")
+    listed = shards(two, {"model.extra": two[0]})
+    yield Variant("index with another tensor", listed, "the shards differ about model.extra")
+    moved = shards(two, {QUERY: two[0], EMBEDDING: two[1]})
+    yield Variant("index with wrong shards", moved, "the shards differ about")
+    for name, text, refused in (
+        ("an LFS pointer", "version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        ("empty", "", "is empty"),
+        ("no safetensors file", "x" * 100, "is damaged"),
+    ):
+        yield Variant(f"weights are {name}", content(WEIGHTS, text), refused)
+    yield Variant("weights are cut short", cut_short, "is damaged: .*not fully covered")
+    for name in (QUERY, EMBEDDING, "model.norm.weight"):
+        yield Variant(f"no {name}", drop(name), f"has no {name}")
+    yield Variant("no head", drop(HEAD), "tie_word_embeddings is false")
+    for name, shape in (
+        ("v_head.summary.weight", (1, 64)),
+        ("model.layers.0.self_attn.k_proj.k_scale", (1,)),
+        ("model.layers.0.self_attn.q_proj.bias", (64,)),
+        ("model.layers.2.mlp.up_proj.weight", (128, 64)),
+        ("model.layers.0.mlp.shared_expert.up_proj.weight", (128, 64)),
+        ("mtp.norm.weight", (64,)),
+    ):
+        yield Variant(f"extra {name}", add(name, *shape), f"has {name}, which LlamaForCausalLM")
+    for name, shape in ((QUERY, (32, 64)), (EMBEDDING, (300, 64)), ("model.norm.weight", (32,))):
+        yield Variant(f"shape of {name}", add(name, *shape), f"{name} is .* by config.json")
+    for key, value in (("vocab_size", 300), ("intermediate_size", 96), ("head_dim", 8)):
+        yield Variant(f"other {key}", config(**{key: value}), "by config.json")
+    yield Variant("fewer layers", config(num_hidden_layers=1), "model.layers.1")
+    yield Variant("more layers", config(num_hidden_layers=3), "has no model.layers.2")
+    tied = config(tie_word_embeddings=True)
+    yield Variant("tied with another head", tied, "differs from model.embed_tokens")
+    yield Variant("tied but one row", all_of(tied, weights(untied)), "differs from model.embed")
+    for dtype in (torch.float8_e4m3fn, torch.int8, torch.float64):
+        yield Variant(f"weights in {dtype}", cast(dtype, "q_proj"), "has weights of type")
+    for value in (float("nan"), float("inf")):
+        yield Variant(f"{value}", poison(value), "NaN or infinite", reads_weights=True)
+
+
+def _refused_settings() -> Iterator[Variant]:
+    yield Variant("adapter", content("adapter_config.json", "{}"), "has adapter_config.json")
+    generation = "generation_config.json"
+    yield Variant("no JSON in generation", content(generation, "{,"), "is not valid JSON")
+    yield Variant("list in generation", content(generation, "[]"), "not contain a JSON object")
+    for value in (999, -5, "</s>", [0, 999]):
+        change = edit(generation, eos_token_id=value)
+        yield Variant(f"eos {value!r}", change, "which is not an id of the")
+    tokenizer = "tokenizer_config.json"
+    none = remove("tokenizer.json", tokenizer, "special_tokens_map.json")
+    yield Variant("no tokenizer", none, "has no tokenizer")
+    yield Variant("tekken alone", all_of(none, content("tekken.json", "{}")), "has no tokenizer")
+    own = edit(tokenizer, tokenizer_class="Own", auto_map={"AutoTokenizer": [None, "own.Own"]})
+    yield Variant("code of the tokenizer", own, "names the class Own")
+    yield Variant("unknown class", edit(tokenizer, tokenizer_class="BertTokenizer"), "names the")
+    yield Variant("damaged tokenizer", content("tokenizer.json", "{}"), "is not a tokenizer")
+    broken = all_of(sentencepiece, content("tokenizer.model", "x"))
+    yield Variant("damaged sentencepiece", broken, "is not a sentencepiece model")
+    yield Variant("a token without embedding", added_tokens, "'<new6>' with id 294")
+    small = all_of(
+        config(vocab_size=100),
+        weights(
+            lambda tensors: tensors.update(
+                {name: tensors[name][:100].clone() for name in (EMBEDDING, HEAD)}
+            )
+        ),
+    )
+    yield Variant("small vocabulary", small, "tokens without an embedding")
