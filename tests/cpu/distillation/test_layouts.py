@@ -1,4 +1,4 @@
-"""Every layout of a distillation gives what one rank gives, and resumes in another layout.
+"""Every layout of a distillation has the losses of one rank, and resumes in another layout.
 
 Every term of the loss is on, widths differ, so that a learned projection is trained, pipeline
 stages are uneven, and micro batches have different numbers of masked tokens.
@@ -27,10 +27,10 @@ from tests.support.rounding import ULP, by_one_ulp, growth
 from tests.support.runs import manifest_of, settings, tiny, without
 
 MULTIPLE = 100
-"""Of what one ulp in the logits changes. Every operation of another layout may round differently:
-up to 12 times as much was measured."""
+"""Multiple of the change by one ulp in the logits. Every operation of another layout may round
+differently; the largest measured multiple was 12."""
 STEPS, CHECKPOINT_INTERVAL = 21, 4
-"""Nothing follows the last step that would gather what each data-parallel rank updated."""
+"""The training ends with a step, so no validation gathers what each data-parallel rank updated."""
 LAYOUTS = {
     "TP=2": (2, ["tensor_model_parallel_size=2"]),
     "TP=2, sequence": (
@@ -112,7 +112,7 @@ def perturbed(
 
 
 def require_same_training(expected: Path, perturbed: Path, found: Path, last: int = STEPS) -> None:
-    """Every step's terms and the final weights differ by rounding alone, as it grows here."""
+    """Compares terms of all steps and final weights; tolerances follow from ``perturbed``."""
     first, other, second = (
         steps_of(d / "distill" / METRICS, "distill") for d in (expected, perturbed, found)
     )
@@ -133,7 +133,7 @@ def require_same_training(expected: Path, perturbed: Path, found: Path, last: in
         assert (theirs[name] - tensor).abs().max() <= MULTIPLE * by, name
 
 
-def test_the_teacher_is_learnt_from(one_rank: Path) -> None:
+def test_losses_of_the_teacher_fall(one_rank: Path) -> None:
     steps = steps_of(one_rank / "distill" / METRICS, "distill")
     for term in ("kd", "hidden"):
         assert steps[-1][term] < 0.8 * steps[0][term]
@@ -147,7 +147,7 @@ def test_steps_are_traced(one_rank: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_gives_the_losses_of_one_rank(
+def test_every_layout_has_the_losses_of_one_rank(
     one_rank: Path, perturbed: Path, even_llama: Path, text_file: Path, tmp_path: Path, name: str
 ) -> None:
     run_dir = without(one_rank, tmp_path / "run", "distill")
@@ -161,29 +161,29 @@ def test_every_layout_gives_the_losses_of_one_rank(
     assert [one["done"] for one in validated] == ([0, STEPS - 1] if stops else [STEPS - 1])
 
 
-@pytest.mark.parametrize(("began", "ended"), [("TP=2", "PP=2"), ("DP=2", "DP=2, two optimizers")])
-def test_killed_in_one_layout_goes_on_in_another(
+@pytest.mark.parametrize(("first", "second"), [("TP=2", "PP=2"), ("DP=2", "DP=2, two optimizers")])
+def test_a_killed_training_resumes_in_another_layout(
     one_rank: Path,
     perturbed: Path,
     even_llama: Path,
     text_file: Path,
     tmp_path: Path,
-    began: str,
-    ended: str | None,
+    first: str,
+    second: str,
 ) -> None:
-    """The projection's weights and its optimizer state are moved, too, which DP=2 has in halves."""
+    """The projection and its optimizer state, which DP=2 has in halves, are resharded too."""
     run_dir = without(one_rank, tmp_path / "run", "distill")
     command = overrides(even_llama, text_file, run_dir)
     metrics = run_dir / "distill" / METRICS
     run_and_kill(
         *command,
-        *layout(began),
+        *layout(first),
         cwd=tmp_path,
         metrics=metrics,
         records=CHECKPOINT_INTERVAL + 2,
         ready=lambda: whole_checkpoints(metrics.parent / WORK / CHECKPOINTS),
     )
-    result = run_in_process(*command, *(layout(ended) if ended else []), cwd=tmp_path)
+    result = run_in_process(*command, *layout(second), cwd=tmp_path)
     assert result.code == 0, result.output
     assert "resume" in result.output
     records = [json.loads(line) for line in metrics.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""A cached teacher says what the teacher says, however it was made."""
+"""A cached teacher has the teacher's probabilities, in every layout and after a restart."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def truth(run: Path, even_llama: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, logits
 
 
-def test_it_stores_what_transformers_says(
+def test_cached_probabilities_equal_those_of_transformers(
     run: Path, truth: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     cache, (_, logits) = opened(run), truth
@@ -95,13 +95,13 @@ def test_it_stores_what_transformers_says(
     for number, expected in zip(
         cache.sequences, (logits / TEMPERATURE).log_softmax(dim=-1), strict=True
     ):
-        said = cache.rows(int(number))
-        indices, log_probs = said["indices"], said["log_probs"]
+        rows = cache.rows(int(number))
+        indices, log_probs = rows["indices"], rows["log_probs"]
         assert indices.shape == (LENGTH, KEPT)
         assert log_probs.shape == (LENGTH, KEPT + 1)
         assert len(set(indices[0].tolist())) == KEPT
         best = expected.topk(KEPT, dim=-1).values
-        # By value: two tokens of one probability may stand either way.
+        # Compared by value, because the order of equal tokens is arbitrary.
         found = expected.gather(-1, indices)
         torch.testing.assert_close(found, best, rtol=0, atol=1e-4)
         torch.testing.assert_close(log_probs[:, :KEPT].double(), found, rtol=HALF, atol=1e-4)
@@ -109,21 +109,21 @@ def test_it_stores_what_transformers_says(
         torch.testing.assert_close(log_probs[:, KEPT].double(), rest, rtol=HALF, atol=1e-4)
         others = expected.scatter(-1, indices, -math.inf)
         entropy = -(others.exp() * others.clamp(min=-1e9)).sum(dim=-1, keepdim=True)
-        torch.testing.assert_close(said["tail_entropy"].double(), entropy, rtol=2 * HALF, atol=1e-4)
-        # What lies between two draws is what one stands for.
+        torch.testing.assert_close(rows["tail_entropy"].double(), entropy, rtol=2 * HALF, atol=1e-4)
+        # Each draw represents an equal part of the others' mass.
         mass, part = others.exp().cumsum(dim=-1), rest.exp()[:, None] / DRAWS
-        assert said["draws"].shape == (LENGTH, DRAWS)
-        ends = mass.gather(-1, said["draws"])
-        starts = ends - others.exp().gather(-1, said["draws"])
+        assert rows["draws"].shape == (LENGTH, DRAWS)
+        ends = mass.gather(-1, rows["draws"])
+        starts = ends - others.exp().gather(-1, rows["draws"])
         places = torch.arange(DRAWS) * part
         assert (ends > places - 1e-5).all()
         assert (starts < places + part + 1e-5).all()
 
 
-def test_the_manifest_has_the_teachers_own_figures(
+def test_the_manifest_has_the_teachers_loss_and_tail(
     run: Path, truth: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    """Its loss is of what training counts: nothing that follows the end of a document."""
+    """The loss is over the predictions that training counts."""
     (tokens, logits), metrics = truth, stage_of(run, "cache_logits").manifest.metrics
     counted = tokens[:, :-1] != stage_of(run, "prepare_data").manifest.metrics["document_end"]
     loss = torch.nn.functional.cross_entropy(logits[counted], tokens[:, 1:][counted])
@@ -139,16 +139,16 @@ def test_the_manifest_has_the_teachers_own_figures(
 
 
 def shards_of(run_dir: Path) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
-    """Tensors and figures of every shard, by its file's name."""
+    """Returns tensors and metadata of every shard, by file name."""
     files = sorted((run_dir / "cache_logits" / ARTIFACT).glob("*.safetensors"))
     return {file.name: (load_file(file), safe_open(file, "np").metadata()) for file in files}
 
 
-def test_killed_and_stopped_by_the_clock_it_resumes_to_the_same(
+def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
     run: Path, even_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before: dict[str, int] = {}
-    for attempt in range(5):  # on a busy machine it may end before it is seen
+    for attempt in range(5):  # on a busy machine it may end before it is killed
         if before:
             break
         copy = without(run, tmp_path / f"run-{attempt}", "cache_logits")
@@ -162,7 +162,7 @@ def test_killed_and_stopped_by_the_clock_it_resumes_to_the_same(
     expected = shards_of(run)
     assert 2 <= len(before) < len(expected) == -(-SEQUENCES // PER_SHARD)
     cut = stage / WORK / "shards" / min(before)
-    os.truncate(cut, cut.stat().st_size - 1)  # as when the machine goes down: it is made again
+    os.truncate(cut, cut.stat().st_size - 1)  # as after a crash of the machine; it is written again
     del before[cut.name]
 
     monkeypatch.setenv(DEADLINE, "1")
@@ -170,13 +170,13 @@ def test_killed_and_stopped_by_the_clock_it_resumes_to_the_same(
     assert late.code == 1
     assert f"stopped by the clock; of {len(expected)} shards" in late.output
     left = list((stage / WORK / "shards").glob("*.safetensors"))
-    assert len(left) == len(before) + 1  # the cut one, which it had no time for
+    assert len(left) == len(before) + 1  # and the truncated one
     monkeypatch.delenv(DEADLINE)
 
     result = run_in_process(*arguments, cwd=tmp_path)
     assert result.code == 0, result.output
     for name, time in before.items():
-        assert (stage / ARTIFACT / name).stat().st_mtime_ns == time, f"{name} was made again"
+        assert (stage / ARTIFACT / name).stat().st_mtime_ns == time, f"{name} was written again"
     found = shards_of(copy)
     assert found.keys() == expected.keys()
     for name, (tensors, figures) in expected.items():
@@ -189,7 +189,7 @@ def test_killed_and_stopped_by_the_clock_it_resumes_to_the_same(
 
 
 @pytest.mark.parametrize("tensor", [1, 2], ids=["DP=2", "TP=2"])
-def test_two_ranks_say_the_same(
+def test_two_ranks_write_the_same_cache(
     run: Path, even_llama: Path, text_file: Path, tmp_path: Path, tensor: int
 ) -> None:
     copy = without(run, tmp_path / "run", "cache_logits")
@@ -225,9 +225,7 @@ def test_a_cache_of_other_text_is_refused(run: Path) -> None:
         _require_same_text(cache, stage_of(run, "import_hf"))
 
 
-def test_a_teacher_that_knows_nothing_is_refused(
-    run: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_random_teacher_is_refused(run: Path, text_file: Path, tmp_path: Path) -> None:
     convert.to_nemo(
         write_tiny_model(tmp_path / "hf", text_file, train=False, **EVEN), tmp_path / "random.nemo"
     )
@@ -242,10 +240,8 @@ def test_a_teacher_that_knows_nothing_is_refused(
     assert not list((tmp_path / "s").iterdir())
 
 
-def test_an_odd_text_does_not_stop_a_teacher_that_knows_something(
-    run: Path, tmp_path: Path
-) -> None:
-    """With one sequence a shard, some are above the limit that the mean is well below."""
+def test_single_sequences_with_a_high_loss_are_accepted(run: Path, tmp_path: Path) -> None:
+    """With one sequence per shard, some shards are above the limit of the mean."""
     cfg = CacheLogitsConfig(
         top_k=KEPT,
         seq_length=LENGTH,

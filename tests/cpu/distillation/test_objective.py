@@ -1,4 +1,4 @@
-"""How the terms of the loss add up."""
+"""Weights and sums of the terms of the loss."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from recipes.distillation.objective import LossReduction, Objective
 TERMS = {"kd": 2.0, "hidden": 8.0, "lm": 6.0}
 
 
-def shares_of(weights: dict[str, float], dynamic: bool) -> dict[str, float]:
-    """How much of the loss each term is, if a step's terms are as large as those before."""
+def weighted_terms(weights: dict[str, float], dynamic: bool) -> dict[str, float]:
+    """Returns each term of a step, weighted by means of the step before that are as large."""
     after = Objective(weights, dynamic=dynamic).weights_after(TERMS)
     return {name: weight * TERMS[name] for name, weight in after.items()}
 
 
 def test_fixed_weights() -> None:
-    shares = shares_of({"kd": 0.5, "hidden": 0.25, "lm": 2.0}, dynamic=False)
-    assert shares == pytest.approx({"kd": 1, "hidden": 2, "lm": 12})
+    terms = weighted_terms({"kd": 0.5, "hidden": 0.25, "lm": 2.0}, dynamic=False)
+    assert terms == pytest.approx({"kd": 1, "hidden": 2, "lm": 12})
 
 
 @pytest.mark.parametrize(
-    ("weights", "shares"),
+    ("weights", "terms"),
     [
         ({"kd": 1.0}, {"kd": 2}),
         ({"lm": 3.0}, {"lm": 18}),
@@ -38,17 +38,17 @@ def test_fixed_weights() -> None:
         ({"hidden": 1.0, "lm": 2.0}, {"hidden": 6, "lm": 12}),
     ],
 )
-def test_dynamic_scales(weights: dict[str, float], shares: dict[str, float]) -> None:
-    assert shares_of(weights, dynamic=True) == pytest.approx(shares)
+def test_dynamic_weights(weights: dict[str, float], terms: dict[str, float]) -> None:
+    assert weighted_terms(weights, dynamic=True) == pytest.approx(terms)
 
 
-def test_a_term_of_nothing_is_left_as_it_is() -> None:
+def test_a_term_of_zero_is_not_scaled() -> None:
     objective = Objective({"kd": 1.0, "hidden": 0.5}, dynamic=True)
     assert objective.weights_after({"kd": 1.0, "hidden": 0.0}) == {"kd": 1.0, "hidden": 0.5}
 
 
 def test_gradients_do_not_depend_on_the_micro_batch() -> None:
-    """One micro batch of four sequences, and four of one."""
+    """Compares one micro batch of four sequences with four of one."""
     outputs = torch.rand(4, 4, 7, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(4, 7)
     mask[1:3, 2:] = 0

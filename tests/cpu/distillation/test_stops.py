@@ -1,4 +1,4 @@
-"""What stops a training: a teacher that knows nothing, a gradient that is not a number."""
+"""A training stops at a non-finite gradient, and once it has recovered enough."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_teacher_of_chance_level_is_refused() -> None:
 
 
 class Training:
-    """A trainer whose gradient norms are given, with the parts of it that the guard touches."""
+    """A fake trainer, optimizer and model with given gradient norms."""
 
     def __init__(self, norms: list[float]) -> None:
         self.waited = False
@@ -69,7 +69,7 @@ class Training:
             progress.on_train_batch_end(self, self)
 
 
-def test_a_bounded_number_of_bad_steps_is_skipped(tmp_path: Path) -> None:
+def test_a_limited_number_of_nonfinite_steps_is_skipped(tmp_path: Path) -> None:
     nan = float("nan")
     training = Training([1.0, nan, 1.0, float("inf"), nan])
     log = MetricsLog(tmp_path / METRICS)
@@ -84,7 +84,7 @@ def test_a_bounded_number_of_bad_steps_is_skipped(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"step 5: .* not finite .* 2 such step"):
         training.steps(progress, 1)
     assert training.updates == 2
-    assert training.waited  # for a checkpoint that is being written
+    assert training.waited  # for the checkpoint that is being written
 
 
 def training(model: Path, text_file: Path, run_dir: Path) -> list[str]:
@@ -108,23 +108,22 @@ def untrained(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def distilling(untrained: Path, even_llama: Path, text_file: Path, tmp_path: Path) -> list[str]:
-    """The command that goes on with a copy of it, in ``run``."""
+    """Returns the command that continues a copy of the run."""
     run_dir = without(untrained, tmp_path / "run")
     return [*training(even_llama, text_file, run_dir), "only=[distill]"]
 
 
-def test_what_is_not_a_number_once_is_not_trained_on_and_the_same_command_goes_on(
+def test_a_nan_loss_stops_before_the_update_and_the_same_command_resumes(
     distilling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of a product that went wrong in the fourth step."""
     forward, calls = LossReduction.forward, count(1)
 
-    def planted(*args: Any) -> tuple[Any, ...]:
+    def nan_in_step_4(*args: Any) -> tuple[Any, ...]:
         loss, *others = forward(*args)
         return (loss * math.nan if next(calls) == 4 else loss, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LossReduction, "forward", planted)
+        patch.setattr(LossReduction, "forward", nan_in_step_4)
         stopped = run_in_process(*distilling, cwd=tmp_path)
     assert stopped.code == 1
     assert "step 4: the gradient is not finite" in stopped.output
@@ -141,42 +140,43 @@ def interrupted(*args: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_training_that_has_brought_back_enough_is_complete(
+def test_a_training_that_has_recovered_enough_is_complete(
     distilling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where it is killed between its last step and its result."""
+    """Also if it is killed between its last step and its result."""
     run_dir = tmp_path / "run"
     learning = settings("distill", lr=1e-3, lm_weight=0, val_check_interval=1)
     command = [*distilling, *learning, "stages.distill.stop_at_recovered=0.7"]
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "_save_trained", interrupted)
         assert run_in_process(*command, cwd=tmp_path).code == 130
-    for said in ("resume", "skip"):
-        result = run_in_process(*command, cwd=tmp_path)
-        assert result.code == 0, result.output
-        assert re.search(rf"distill +{said}", result.output)
+    for action in ("resume", "skip"):
+        again = run_in_process(*command, cwd=tmp_path)
+        assert again.code == 0, again.output
+        assert re.search(rf"distill +{action}", again.output)
     records = list(read_records(run_dir / "distill" / METRICS))
     done = [record["done"] for record in records if record["task"] == "distill"]
     kds = [record["val_kd"] for record in records if record["task"] == "validate"]
     assert done == [*range(1, len(kds))]
     assert len(done) < 6
-    shares = [1 - kd / kds[0] for kd in kds]
-    assert [share >= 0.7 for share in shares] == [False] * len(done) + [True]
-    # The divergence of the pruned model is the same on two texts of one kind, but for their noise.
+    recovered = [1 - kd / kds[0] for kd in kds]
+    assert [fraction >= 0.7 for fraction in recovered] == [False] * len(done) + [True]
+    # Training and validation text are of one source, so the KL differs only by noise.
     first = steps_of(run_dir / "distill" / METRICS, "distill")[0]["kd"]
     assert kds[0] == pytest.approx(first, rel=0.3)
-    made = manifest_of(run_dir, "distill").result(DistillationResult)
-    assert (made.steps, made.tokens) == (len(done), len(done) * 4 * 64)
-    assert made.stopped.startswith(f"stopped at step {len(done)} of 6: recovered {shares[-1]:.0%}")
+    result = manifest_of(run_dir, "distill").result(DistillationResult)
+    assert (result.steps, result.tokens) == (len(done), len(done) * 4 * 64)
+    reason = f"stopped at step {len(done)} of 6: recovered {recovered[-1]:.0%}"
+    assert result.stopped.startswith(reason)
     console = Console(record=True, width=200)
     status({"run_dir": str(run_dir)}, console)
-    assert made.stopped in console.export_text()
+    assert result.stopped in console.export_text()
 
 
-def test_a_run_that_diverges_stops_before_its_weights_do(
+def test_a_diverging_run_stops_before_its_weights_are_lost(
     distilling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A learning rate that overflows float32 at the first update; and one rank needs no port."""
+    """The first update overflows float32. The port is taken, as one rank needs none."""
     with socket.create_server(("localhost", 0)) as taken:
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         result = run_recipe(*distilling, "stages.distill.lr=1e38", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Samples of a training: sequences, masks, epochs, ranks, and where a resumed run goes on."""
+"""Samples of a training: sequences, masks, epochs, and the position of a resumed run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def naive(data: Path) -> list[int]:
 
 
 class Cache:
-    """Some sequences, each with rows that tell it from the others."""
+    """A cached teacher whose rows state the number of their sequence."""
 
     def __init__(self, sequences: list[int]) -> None:
         self.sequences = np.array(sequences)
@@ -59,7 +59,7 @@ def sequences_of(data: Path, samples: int, **settings: Any) -> TrainingSequences
     return TrainingSequences(read_tokens(data, "train"), LENGTH, samples, **settings)
 
 
-def test_sequences_are_those_of_the_documents_put_together(data: Path, naive: list[int]) -> None:
+def test_sequences_are_those_of_the_concatenated_documents(data: Path, naive: list[int]) -> None:
     total = (len(naive) - 1) // LENGTH
     dataset = sequences_of(data, total)
     assert len(dataset) == len(dataset.ids) == total > 2 * BATCH
@@ -73,14 +73,14 @@ def test_sequences_are_those_of_the_documents_put_together(data: Path, naive: li
         assert item["loss_mask"].dtype == torch.float32
 
 
-def test_what_follows_a_document_counts_for_nothing(data: Path) -> None:
+def test_predictions_after_the_end_of_a_document_are_masked(data: Path) -> None:
     dataset = sequences_of(data, 20, end=END)
     masked = 0
     for number in range(20):
         item = dataset[number]
         assert torch.equal(item["loss_mask"] == 0, item["tokens"] == END)
         masked += int((item["loss_mask"] == 0).sum())
-        # The end of a document itself is predicted.
+        # The end token itself is predicted.
         assert item["loss_mask"][:-1][item["labels"][:-1] == END].all()
     assert masked > 5
 
@@ -116,14 +116,14 @@ def test_every_epoch_has_every_sequence_once_in_another_order(data: Path) -> Non
     epochs = [order[e * count : (e + 1) * count] for e in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(count))] * 3
     assert epochs[0] != epochs[1] != epochs[2]
-    # Asked in any order, a sample is the same.
+    # A sample does not depend on earlier ones.
     assert [sequences_of(data, 1, seed=SEED).number_of(i) for i in (2 * count, 0)] == [
         order[2 * count],
         order[0],
     ]
 
 
-def test_a_cache_of_the_first_sequences_gives_the_batches_of_a_live_run(data: Path) -> None:
+def test_a_cache_of_the_first_sequences_gives_the_batches_of_a_live_teacher(data: Path) -> None:
     live = sequences_of(data, 12, seed=SEED)
     first = [live.number_of(i) for i in range(12)]
     cached = sequences_of(data, 24, seed=SEED, cache=Cache(sorted(first)))
@@ -137,7 +137,7 @@ def test_a_cache_of_the_first_sequences_gives_the_batches_of_a_live_run(data: Pa
 
 
 def training(data: Path, steps: int, cache: Any = None, **settings: Any) -> TrainingData:
-    """The data module as the trainer holds it after ``setup``."""
+    """Returns the data module after ``setup``."""
     nemo.initialize(nemo.Parallelism())
     arguments = {
         "tokenizer": SimpleNamespace(eos_id=END),
@@ -156,14 +156,14 @@ def training(data: Path, steps: int, cache: Any = None, **settings: Any) -> Trai
 
 
 def micro_batches(module: TrainingData, mode: str, consumed: int = 0) -> list[Any]:
-    """First token of every row of every micro batch, through NeMo's sampler."""
+    """Returns the first token of every row of every micro batch, through NeMo's sampler."""
     module.data_sampler.init_consumed_samples = consumed
     loader = module.train_dataloader() if mode == "train" else module.val_dataloader()
     transformed = module.data_sampler.transform_dataloader(loader)
     return [batch["tokens"][:, 0].tolist() for batch in transformed]
 
 
-def test_a_resumed_run_goes_on_where_it_was(data: Path) -> None:
+def test_a_resumed_run_continues_at_its_step(data: Path) -> None:
     steps = 40  # more than an epoch
     module = training(data, steps)
     assert steps * BATCH > len(module._train_ds.ids)
@@ -171,43 +171,43 @@ def test_a_resumed_run_goes_on_where_it_was(data: Path) -> None:
     assert len(whole) >= steps * 2
     for step in (1, 7, 33):
         assert micro_batches(training(data, steps), "train", step * BATCH) == whole[step * 2 :]
-    # Killed after its last step, a run resumes with nothing left to do.
+    # A run that is killed after its last step resumes without a step.
     micro_batches(training(data, steps), "train", steps * BATCH)
 
 
-def test_a_longer_run_begins_alike(data: Path) -> None:
+def test_a_longer_run_starts_with_the_same_batches(data: Path) -> None:
     short, long = (micro_batches(training(data, steps), "train") for steps in (5, 30))
     assert long[: len(short)] == short
 
 
-def test_validation_is_always_the_same_whole_batches(data: Path) -> None:
+def test_validation_always_has_the_same_whole_batches(data: Path) -> None:
     module = training(data, 5)
     text = read_tokens(data, "validation")
     count = (len(text) - 1) // LENGTH
     expected = [int(text[number * LENGTH]) for number in range(min(3, count // BATCH) * BATCH)]
     for _ in range(2):
-        found = [token for batch in micro_batches(module, "validation") for token in batch]
-        assert found == expected
+        first = [token for batch in micro_batches(module, "validation") for token in batch]
+        assert first == expected
 
 
 def test_validation_sees_every_source(data: Path) -> None:
-    """As many sequences of each, in turn; none runs over from one source to the next."""
+    """Sources alternate, and no sequence is across two of them."""
     text = read_tokens(data, "validation")
     first = 3 * LENGTH + 3
     sources = [SourceTokens("one", first), SourceTokens("two", len(text) - first)]
     module = training(data, 5, validation=sources, micro_batch_size=1, global_batch_size=2)
-    found = [token for batch in micro_batches(module, "validation") for token in batch]
-    assert found == [int(text[number * LENGTH]) for number in (0, 4, 1, 5, 2, 6)]
+    tokens = [token for batch in micro_batches(module, "validation") for token in batch]
+    assert tokens == [int(text[number * LENGTH]) for number in (0, 4, 1, 5, 2, 6)]
 
 
-def test_nemo_gets_a_mask_where_it_demands_one(data: Path) -> None:
+def test_nemo_gets_the_attention_mask_that_it_requires(data: Path) -> None:
     module = training(data, 1)
     assert module.create_attention_mask  # no TransformerEngine here
     batch = next(iter(module.data_sampler.transform_dataloader(module.train_dataloader())))
     assert batch["attention_mask"].shape == (2, 1, 1, 1)
 
 
-def test_too_little_for_a_batch_is_refused(data: Path) -> None:
+def test_less_than_a_batch_is_refused(data: Path) -> None:
     with pytest.raises(RecipeError, match=r"the training data has .* less than one batch"):
         training(data, 1, global_batch_size=1000)
     with pytest.raises(RecipeError, match="raise num_sequences of cache_logits"):
