@@ -7,7 +7,6 @@ import re
 import socket
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +15,10 @@ from rich.console import Console
 from launch.commands import status
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import WORK
-from recipes.core.metrics import METRICS, MetricsLog, read_records, steps_of
+from recipes.core.metrics import METRICS, read_records, steps_of
 from recipes.distillation import trainer
-from recipes.distillation.callbacks import StepLogger
 from recipes.distillation.objective import LossReduction
 from recipes.distillation.results import DistillationResult
-from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.predictions import require_better_than_chance
 from tests.support.in_process import run_in_process
@@ -35,56 +32,6 @@ def test_a_teacher_of_chance_level_is_refused() -> None:
     with pytest.raises(RecipeError):
         require_better_than_chance(float("nan"), 300)
     require_better_than_chance(4.0, 300)
-
-
-class Training:
-    """A fake trainer, optimizer and model with given gradient norms."""
-
-    def __init__(self, norms: list[float]) -> None:
-        self.waited = False
-        self.global_step, self.updates = 0, 0
-        self.norms = iter(norms)
-        self.strategy = SimpleNamespace(checkpoint_io=self)
-        self.optimizers = [SimpleNamespace(mcore_optimizer=self, param_groups=[{"lr": 0.1}])]
-
-    def get_grad_norm(self) -> float:
-        return next(self.norms)
-
-    def step_with_ready_grads(self) -> bool:
-        self.updates += 1
-        return True
-
-    def maybe_finalize_save_checkpoint(self, blocking: bool) -> None:
-        self.waited = blocking
-
-    def share_losses(self) -> dict[str, float]:
-        return {"loss": float("nan")}
-
-    def steps(self, progress: StepLogger, number: int) -> None:
-        for _ in range(number):
-            self.get_grad_norm()
-            self.step_with_ready_grads()
-            self.optimizers[0].param_groups[0]["lr"] /= 2  # as a schedule does
-            self.global_step += 1
-            progress.on_train_batch_end(self, self)
-
-
-def test_a_limited_number_of_nonfinite_steps_is_skipped(tmp_path: Path) -> None:
-    nan = float("nan")
-    training = Training([1.0, nan, 1.0, float("inf"), nan])
-    log = MetricsLog(tmp_path / METRICS)
-    progress = StepLogger(DistillConfig(stage="distill", max_nonfinite_steps=2), log)
-    progress.on_train_start(training, training)
-    training.steps(progress, 4)
-    assert training.updates == 2
-    skipped = [bool(s.get("skipped")) for s in steps_of(tmp_path / METRICS, "distill")]
-    assert skipped == [False, True, False, True]
-    used = [step["lr"] for step in steps_of(tmp_path / METRICS, "distill")]
-    assert used == [0.1, 0.05, 0.025, 0.0125]
-    with pytest.raises(RecipeError, match=r"step 5: .* not finite .* 2 such step"):
-        training.steps(progress, 1)
-    assert training.updates == 2
-    assert training.waited  # for the checkpoint that is being written
 
 
 def training(model: Path, text_file: Path, run_dir: Path) -> list[str]:
@@ -113,27 +60,29 @@ def distilling(untrained: Path, even_llama: Path, text_file: Path, tmp_path: Pat
     return [*training(even_llama, text_file, run_dir), "only=[distill]"]
 
 
-def test_a_nan_loss_stops_before_the_update_and_the_same_command_resumes(
+def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
     distilling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, calls = LossReduction.forward, count(1)
 
-    def nan_in_step_4(*args: Any) -> tuple[Any, ...]:
+    def nan_in_steps_4_and_5(*args: Any) -> tuple[Any, ...]:
         loss, *others = forward(*args)
-        return (loss * math.nan if next(calls) == 4 else loss, *others)
+        return (loss * math.nan if next(calls) in (4, 5) else loss, *others)
 
+    fields = settings("distill", max_nonfinite_steps=1, lr=1e-4, min_lr=1e-5)
+    command = [*distilling, *fields]
     with monkeypatch.context() as patch:
-        patch.setattr(LossReduction, "forward", nan_in_step_4)
-        stopped = run_in_process(*distilling, cwd=tmp_path)
+        patch.setattr(LossReduction, "forward", nan_in_steps_4_and_5)
+        stopped = run_in_process(*command, cwd=tmp_path)
     assert stopped.code == 1
-    assert "step 4: the gradient is not finite" in stopped.output
+    assert re.search(r"step 5: .* not finite .* 1 such step", stopped.output)
     assert "the last checkpoint is good" in stopped.output
-    result = run_in_process(*distilling, cwd=tmp_path)
+    result = run_in_process(*command, cwd=tmp_path)
     assert result.code == 0, result.output
-    records = list(read_records(tmp_path / "run" / "distill" / METRICS))
-    done = [record["done"] for record in records if record["task"] == "distill"]
-    assert done == [1, 2, 3, 4, 5, 6]
-    assert not any(record.get("skipped") for record in records)
+    steps = steps_of(tmp_path / "run" / "distill" / METRICS, "distill")
+    assert [step["done"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert [bool(step.get("skipped")) for step in steps] == [False] * 3 + [True] + [False] * 2
+    assert steps[-1]["lr"] > 2e-5, "the learning rate after the last step was logged"
 
 
 def interrupted(*args: object) -> None:

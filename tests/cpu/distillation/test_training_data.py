@@ -175,11 +175,6 @@ def test_a_resumed_run_continues_at_its_step(data: Path) -> None:
     micro_batches(training(data, steps), "train", steps * BATCH)
 
 
-def test_a_longer_run_starts_with_the_same_batches(data: Path) -> None:
-    short, long = (micro_batches(training(data, steps), "train") for steps in (5, 30))
-    assert long[: len(short)] == short
-
-
 def test_validation_always_has_the_same_whole_batches(data: Path) -> None:
     module = training(data, 5)
     text = read_tokens(data, "validation")
@@ -198,13 +193,6 @@ def test_validation_sees_every_source(data: Path) -> None:
     module = training(data, 5, validation=sources, micro_batch_size=1, global_batch_size=2)
     tokens = [token for batch in micro_batches(module, "validation") for token in batch]
     assert tokens == [int(text[number * LENGTH]) for number in (0, 4, 1, 5, 2, 6)]
-
-
-def test_nemo_gets_the_attention_mask_that_it_requires(data: Path) -> None:
-    module = training(data, 1)
-    assert module.create_attention_mask  # no TransformerEngine here
-    batch = next(iter(module.data_sampler.transform_dataloader(module.train_dataloader())))
-    assert batch["attention_mask"].shape == (2, 1, 1, 1)
 
 
 def test_less_than_a_batch_is_refused(data: Path) -> None:

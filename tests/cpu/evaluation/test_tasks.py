@@ -137,38 +137,6 @@ def test_examples_before_all_questions_are_processed_once(models: dict[str, Any]
         torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-3)
 
 
-def test_a_prefix_is_shared_if_that_saves_a_pass() -> None:
-    same = list(range(packed_lm.MIN_SHARED_TOKENS))
-    related = [("", [*same, 7, n], [1]) for n in range(3)]
-    requests = [("", [9, 9], [1]), *related, ("", same, [1])]
-    questions = packed_lm.group_by_context(requests, max_length=LENGTH)
-    [(start, rest), (nothing_alike, others)] = packed_lm.share_prefixes(questions, 2 * len(same))
-    assert start == (*same, 7)
-    assert [(q.context, q.requests) for q in rest] == [((n,), [1 + n]) for n in range(3)]
-    assert nothing_alike == ()
-    assert others == [questions[0], questions[-1]]  # one token of the last would be left over
-    assert list(packed_lm.share_prefixes(questions, 2 * len(same) + 3)) == [((), questions)]
-    sees = packed_lm.attention_bias([(0, 0), (1, 0)], torch.float32, before=2)[0, 0] == 0
-    assert sees.tolist() == [[True, True, True, False], [True, True, False, True]]
-
-
-def test_a_mask_keeps_questions_and_continuations_apart() -> None:
-    prompts = packed_lm.group_by_context(
-        [("", [1, 2, 3], [7, 8]), ("", [1, 2, 3], [9]), ("", [4], [5, 6, 7])], max_length=LENGTH
-    )
-    assert [p.requests for p in prompts] == [[0, 1], [2]]
-    tokens, positions, segments = packed_lm.lay_out(prompts)
-    assert tokens == [1, 2, 3, 7, 4, 5, 6]
-    assert positions == [0, 1, 2, 3, 0, 1, 2]
-    rows, targets = packed_lm.scored_positions(prompts)
-    assert list(zip(rows, targets, strict=True)) == [(2, 7), (3, 8), (2, 9), (4, 5), (5, 6), (6, 7)]
-    sees = packed_lm.attention_bias(segments, torch.float32)[0, 0] == 0
-    assert sees.tolist()[3] == [True] * 4 + [False] * 3
-    assert sees.tolist()[5] == [False] * 4 + [True] * 2 + [False]
-    assert [len(pack) for pack in packed_lm.split_into_packs(prompts, 4)] == [1, 1]
-    assert [len(pack) for pack in packed_lm.split_into_packs(prompts, 7)] == [2]
-
-
 def test_models_answer_the_same_items_once(
     models: dict[str, Any], cached_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
