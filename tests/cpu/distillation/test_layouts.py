@@ -32,23 +32,20 @@ differently; the largest measured multiple was 12."""
 STEPS, CHECKPOINT_INTERVAL = 21, 4
 """The training ends with a step, so no validation gathers what each data-parallel rank updated."""
 LAYOUTS = {
-    "TP=2": (2, ["tensor_model_parallel_size=2"]),
+    "TP=2": (2, "tensor_model_parallel_size=2"),
     "TP=2, sequence": (
         2,
-        ["tensor_model_parallel_size=2", "sequence_parallel=true", "stop_at_recovered=0.9"],
+        "tensor_model_parallel_size=2 sequence_parallel=true stop_at_recovered=0.9",
     ),
     "PP=2": (
         2,
-        [
-            "pipeline_model_parallel_size=2",
-            "recompute_granularity=selective",
-            "recompute_modules=[core_attn,mlp]",
-        ],
+        "pipeline_model_parallel_size=2 recompute_granularity=selective "
+        "recompute_modules=[core_attn,mlp]",
     ),
-    "DP=2": (2, []),
-    "DP=2, two optimizers": (2, ["num_distributed_optimizer_instances=2", "micro_batch_size=1"]),
-    "DP=2, Megatron's own": (2, ["cpu_speed_patches=[]"]),
-    "DP=1, Megatron's own": (1, ["cpu_speed_patches=[]"]),
+    "DP=2": (2, ""),
+    "DP=2, two optimizers": (2, "num_distributed_optimizer_instances=2 micro_batch_size=1"),
+    "DP=2, Megatron's own": (2, "cpu_speed_patches=[]"),
+    "DP=1, Megatron's own": (1, "cpu_speed_patches=[]"),
 }
 """Number of ranks, and settings of the stage."""
 
@@ -83,7 +80,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
 
 def layout(name: str) -> list[str]:
     ranks, fields = LAYOUTS[name]
-    return [f"stages.distill.{field}" for field in (f"resources.devices={ranks}", *fields)]
+    return [f"stages.distill.{field}" for field in (f"resources.devices={ranks}", *fields.split())]
 
 
 @pytest.fixture(scope="module")
