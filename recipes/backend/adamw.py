@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.adamw import AdamW, adamw
 
 BLOCK = 1 << 22
-"""Elements of a deferred gradient that are converted to float32 at a time: 16 MB."""
+"""Elements of a deferred gradient that are converted to float32 at once: 16 MB."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -106,8 +106,8 @@ def _run_kernel(
 ) -> None:
     """Runs PyTorch's fused kernel, which writes into ``weights`` and ``moments``.
 
-    The kernel increments the step counts that it is given, and on CUDA they must be on the GPU. So
-    each call gets new ones. ``inverse_scale`` divides the gradients.
+    The kernel increments step counts in place, and on CUDA they must be on the GPU. So each call
+    gets new ones. ``inverse_scale`` divides the gradients.
     """
     count, device = group["step"] - 1.0, weights[0].device
     adamw(

@@ -1,7 +1,7 @@
-"""What Megatron-Core needs to run without TransformerEngine, on a CPU and on CUDA.
+"""Layers, configs and patches for Megatron-Core without TransformerEngine, on a CPU and on CUDA.
 
-``adapt_config`` sets what a model's config must be, in memory only: what a checkpoint says stays
-what TransformerEngine wants.
+``adapt_config`` changes a model's config in memory only: checkpoints keep the config for
+TransformerEngine.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def adapt_config(config: Any, training: bool = False) -> Any:
         use_local_layers(config)
         if training:
             config.transformer_layer_spec = training_block_spec
-        config.use_te_activation_func = training  # means: the spec has a module for the activation
+        config.use_te_activation_func = training  # the spec has a module for the activation
         config.use_cpu_initialization = device() == "cpu"
     return config
 
 
 def use_local_layers(config: Any) -> None:
-    """Selects Megatron's local layers on any device, in place: scoring has to see inside them."""
+    """Selects Megatron's local layers in place, on any device: scoring hooks their parts."""
     config.transformer_layer_spec = local_layer_spec
     for fusion in FUSIONS:
         setattr(config, fusion, False)
@@ -99,9 +99,9 @@ def training_block_spec(config: Any) -> Any:
 
 
 def restore_fused_attention(core: nn.Module) -> None:
-    """Gives a model that ModelOpt has converted its fused attention back, in place.
+    """Restores the fused attention of a model that ModelOpt has converted, in place.
 
-    ModelOpt turns it into Megatron's own attention, which holds every score of every head.
+    ModelOpt replaces it by Megatron's own attention, which holds every score of every head.
     """
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
@@ -130,7 +130,7 @@ def register_rms_norm() -> None:
 
 
 def _skip_fusion_checks(original: Any) -> Any:
-    """Lets a config ask for fusions; ``adapt_config`` turns them off before a model is built."""
+    """Accepts configs with fusions; ``adapt_config`` disables them before a model is built."""
 
     def __post_init__(self: Any) -> None:  # noqa: N807
         fusions = ("apply_rope_fusion", "moe_permute_fusion")

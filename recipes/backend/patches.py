@@ -1,4 +1,4 @@
-"""Replaces attributes of libraries, each only where it still is what its patch was written for."""
+"""Replaces attributes of libraries, if the original is the one that the patch was written for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Patch:
     target: str
     """``module:attribute`` or ``module:Class.attribute``."""
     reason: str
-    """Why the original cannot stay."""
+    """Why the original does not work here."""
     original: str
     """``fingerprint`` of the original: if it changes, its patch has to be reviewed. Empty for
     our own code, and where the replacement does not depend on the original."""
@@ -63,10 +63,10 @@ def patches(prefix: str, *rows: tuple[str, str, str, Replacement]) -> tuple[Patc
 
 
 def fingerprint(original: Any) -> str:
-    """Returns what identifies an original: a hash of its source or, without one, its signature.
+    """Hashes the source of a function or class; a flag's fingerprint is its type.
 
-    Functions in C have no source. PyTorch states their signature in the first line of the
-    docstring. Of a flag the fingerprint is its type.
+    Functions in C have no source. Their signature is hashed, which PyTorch states in the first line
+    of the docstring.
     """
     if not callable(original):
         return type(original).__name__

@@ -1,4 +1,4 @@
-"""Layers for models without TransformerEngine, where Megatron's own are slow or refuse to be split.
+"""Layers for models without TransformerEngine that replace slow or unsplittable ones of Megatron.
 
 PyTorch composes RMSNorm and SwiGLU of many small operations, each of which saves its input for the
 backward pass, and Megatron's local norm refuses sequence parallelism. The functions here save the

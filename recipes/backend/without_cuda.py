@@ -1,4 +1,4 @@
-"""What Megatron-Core, NeMo and ModelOpt need to run without CUDA.
+"""Patches with which Megatron-Core, NeMo and ModelOpt run without CUDA.
 
 ``enable()`` applies the patches that this machine needs: those listed here without CUDA, and those
 of ``local_layers`` without TransformerEngine. Patches that only make a CPU faster are in
@@ -40,14 +40,14 @@ def enable(*groups: str) -> None:
 
 
 def limit_other_threads() -> None:
-    """Lets this thread compute on all cores, and every thread that starts later on one.
+    """Lets this thread compute on all cores, and every later thread on one.
 
-    gloo's threads copy what they send. With OpenMP helpers for each of them there would be more
-    threads than cores; OpenMP then puts all of them to sleep between any two operations, and a step
-    of distillation takes a quarter longer.
+    gloo's threads copy the tensors that they send. With OpenMP helpers for each of them there would
+    be more threads than cores. OpenMP would then put all of them to sleep between operations, and a
+    step of distillation would take a quarter longer.
     """
-    torch.get_num_threads()  # fixes the number of this thread
-    other = threading.Thread(target=torch.set_num_threads, args=(1,))  # sets it for later threads
+    torch.get_num_threads()  # fixes the number for this thread
+    other = threading.Thread(target=torch.set_num_threads, args=(1,))  # sets it for later ones
     other.start()
     other.join()
 
@@ -101,7 +101,7 @@ def _move_to_cpu(original: Any) -> Any:
 
 
 def _gather_scalar(original: Any) -> Any:
-    """Gives a 0-dimensional input one dimension, as NCCL does and gloo does not."""
+    """Reshapes a 0-dimensional input to one dimension, as NCCL does and gloo does not."""
 
     @functools.wraps(original)  # Megatron holds it under another name, whose patch is checked
     def all_gather_into_tensor(output: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ def _gather_scalar(original: Any) -> Any:
 
 
 def _seed_all(original: Any) -> Any:
-    """Seeds Megatron's generators as well, which NeMo does only where it counts a GPU."""
+    """Also seeds Megatron's generators, which NeMo does only if it finds a GPU."""
 
     def _set_random_seed(seed: int, *args: Any, **kwargs: Any) -> None:
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -123,7 +123,7 @@ def _seed_all(original: Any) -> Any:
 
 
 def _name_cuda_types(original: Any) -> Any:
-    """Names tensor types as CUDA would while the original runs, which compares the names."""
+    """Gives tensor types their CUDA names while the original runs, which compares the names."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         type_of = torch.Tensor.type

@@ -43,7 +43,7 @@ class StepLogger(Callback):
 
         def get_grad_norm() -> float:
             self._norm = float(norm())
-            # Read here: after the update it is the next step's.
+            # Read before the update, which sets the next step's.
             self._lr = trainer.optimizers[0].param_groups[0]["lr"]
             return self._norm
 
@@ -105,8 +105,8 @@ def finish_saving(trainer: Any) -> None:
 class StopAtRecovered(Callback):
     """Stops a training that has recovered ``stop_at_recovered`` of the KL added by pruning.
 
-    A training that is killed while it saves its result decides the same when it restarts, because
-    it reads the same records; it takes no further step.
+    The decision depends only on the records. So a training that is killed while it saves its result
+    stops again when it restarts, without another step.
     """
 
     def __init__(self, cfg: DistillConfig, metrics: Path) -> None:
@@ -127,8 +127,8 @@ class StopAtRecovered(Callback):
 class StopAtDeadline(Callback):
     """Saves a checkpoint and stops when the deadline is reached.
 
-    NeMo's timer would end the fit as if it were complete, and later stages would use a half-trained
-    model. A signal would have to reach every rank through a container.
+    After NeMo's own timer the training would count as complete, and later stages would use a
+    half-trained model. A signal would have to reach every rank through a container.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:
@@ -146,15 +146,15 @@ class StopAtDeadline(Callback):
         finish_saving(trainer)
         raise StoppedByDeadlineError(
             f"stopped by the clock at step {step} of {self._cfg.max_steps}; a checkpoint is saved.",
-            "run the same command to go on",
+            "run the same command to resume",
         )
 
 
 class CollectGarbage(Callback):
     """Collects garbage on all ranks in the same step, so that no rank waits for another.
 
-    It also returns free memory to the system before validations and checkpoints, which allocate
-    other sizes than steps.
+    Before validations and checkpoints, whose allocations have other sizes than those of steps, it
+    also returns free memory to the system.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:

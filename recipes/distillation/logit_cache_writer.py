@@ -78,7 +78,7 @@ def cache_logits(
     if _any(not complete, next(core.parameters()).device):
         raise StoppedByDeadlineError(
             f"stopped by the clock; of {count} shards those that are whole are kept.",
-            "run the same command to go on",
+            "run the same command to resume",
         )
     if rank() != 0:
         return None

@@ -196,7 +196,7 @@ def _compute_chunk(
 ) -> None:
     """Writes a chunk's losses [2, n, 1], and overwrites its logits with the gradient.
 
-    A function of its own, so that a chunk's buffers are free before the next chunk begins.
+    A separate function, so that a chunk's buffers are freed before the next chunk.
     """
     # A compiled kernel cannot include collectives.
     chunk_losses = _compiled_chunk_losses if group is None else _chunk_losses

@@ -58,8 +58,8 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             rules.TP_COMM_OVERLAP,
             f"tp_comm_overlap with hardware={chain.hardware.name}, "
             f"tensor_model_parallel_size={cfg.tensor_model_parallel_size} and "
-            f"sequence_parallel={str(cfg.sequence_parallel).lower()} would be left out by NeMo",
-            "leave it out; or split over GPUs, with sequence_parallel=true",
+            f"sequence_parallel={str(cfg.sequence_parallel).lower()} has no effect in NeMo",
+            "remove it; or split over GPUs, with sequence_parallel=true",
         )
     if cfg.cuda_graphs:
         yield from _graph_problems(cfg, chain)

@@ -1,6 +1,6 @@
 """Runs lm-eval's tasks on a model in memory, with questions packed into shared sequences.
 
-lm-eval scores each choice of a question in a sequence of its own and computes logits at every
+lm-eval scores each choice of a question in a separate sequence and computes logits at every
 position: a question with four choices is processed four times. ``PackedLM`` processes it once,
 followed by all its choices, and puts several questions in one sequence with a mask between them.
 Examples that precede all questions of a task are processed once. The log-likelihoods are the same.

@@ -75,7 +75,7 @@ class FinalStates:
 
 
 @torch.no_grad()
-def read(
+def compute_states(
     model: Predictor,
     text: TextSequences,
     micro_batch_size: int,

@@ -111,7 +111,7 @@ def _require_same_items(task: str, items: dict[str, list[Item]]) -> None:
     hashes = {tuple((item.id, item.hash) for item in each) for each in items.values()}
     if len(hashes) != 1:
         raise RecipeError(
-            f"the models were not asked the same items of {task}.",
+            f"the models answered different items of {task}.",
             "its data changed between two evaluations; delete the folder evaluations in the cache",
         )
 

@@ -39,7 +39,7 @@ from recipes.evaluation.predictions import (
     PredictionMetrics,
     Predictor,
     compare,
-    read,
+    compute_states,
 )
 from recipes.evaluation.results import (
     ROLES,
@@ -75,7 +75,7 @@ def measure(
         def progress(done: int, before: int = number * len(text)) -> None:
             log.progress("evaluate", before + done, len(checkpoints) * len(text))
 
-        states[role] = read(Predictor.of(model), text, cfg.micro_batch_size, progress)
+        states[role] = compute_states(Predictor.of(model), text, cfg.micro_batch_size, progress)
         parameters[role] = sum(p.numel() for p in model.parameters())
         generations[role] = _generate(cfg, model, prompts, tokenizer.eos_token_id)
         del model
@@ -143,14 +143,14 @@ def score(
     scores = {role: Scores() for role in models}
     for start in range(0, len(text), micro_batch_size):
         batch = text[start : start + micro_batch_size]
-        states = {role: read(model, batch, micro_batch_size) for role, model in models.items()}
+        states = {role: compute_states(each, batch, len(batch)) for role, each in models.items()}
         for role, metrics in compare(states, batch).items():
             scores[role] += Scores.of(metrics, batch)
         log.progress("evaluate", start + len(batch), len(text))
     return scores
 
 
-def beside(teacher: FinalStates, student: FinalStates, text: TextSequences) -> TokenQuality:
+def token_quality(teacher: FinalStates, student: FinalStates, text: TextSequences) -> TokenQuality:
     """Compares a student with its teacher."""
     metrics = compare({TEACHER: teacher, "student": student}, text)["student"]
     loss, kl = (each.double().mean().item() for each in (metrics.losses, metrics.divergences))
@@ -164,11 +164,11 @@ def measure_checkpoints(
 
     def states(checkpoint: Path) -> FinalStates:
         model = Predictor.of(load_transformers(checkpoint, dtype_of(precision)))
-        final: FinalStates = read(model, text, size)
+        final: FinalStates = compute_states(model, text, size)
         return final
 
     reference = states(teacher)
-    return [beside(reference, states(student), text) for student in students]
+    return [token_quality(reference, states(student), text) for student in students]
 
 
 def _by_source(scores: Mapping[str, Scores], text: TextSequences) -> dict[str, SourceQuality]:

@@ -138,7 +138,7 @@ class LayerAblation:
 
         Args:
             blocks: The result has a loss for each.
-            removed: Layers that are left out every time.
+            removed: Layers without which every loss is computed.
         """
         # Hidden states before the first layer of a block do not depend on it: computed once.
         layers = [layer for layer in self._core.decoder.layers if layer.layer_number not in removed]

@@ -1,4 +1,4 @@
-"""Successive halving: prunes, trains and measures candidates, each in stages of its own."""
+"""Successive halving: prunes, trains and measures candidates, in stages below ``work``."""
 
 from __future__ import annotations
 

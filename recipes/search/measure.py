@@ -16,9 +16,9 @@ from recipes.core.metrics import MetricsLog, ProgressCallback
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Inputs
 from recipes.data.token_sequences import TextSequences, read_sequences
-from recipes.evaluation.predictions import FinalStates, Predictor, read
+from recipes.evaluation.predictions import FinalStates, Predictor, compute_states
 from recipes.evaluation.results import TokenQuality
-from recipes.evaluation.text_quality import beside, load_transformers, with_weights
+from recipes.evaluation.text_quality import load_transformers, token_quality, with_weights
 from recipes.pruning.healing import heal_weights
 from recipes.pruning.importance import Importance
 from recipes.pruning.kept import choose, order, prefix, prune_weight
@@ -47,7 +47,7 @@ def measure_shapes(
             log.progress("heal", before * total + done, len(best) * total)
 
         healed = Predictor.of(_heal(cfg, teacher, importance, one.shape, batches, progress))
-        quality = beside(reference, read(healed, text, cfg.micro_batch_size), text)
+        quality = token_quality(reference, compute_states(healed, text, cfg.micro_batch_size), text)
         candidates[candidates.index(one)] = _candidate(cfg, one.shape, quality, healed=True)
     return candidates
 
@@ -65,12 +65,13 @@ def _measure_pruned(
     model = load_transformers(teacher, dtype_of(cfg.precision))
     view = SortedModel(model, whole, importance.widths)
     all_layers = range(1, whole.num_layers + 1)
-    reference = read(view.predictor(whole, all_layers), text, cfg.micro_batch_size)
+    reference = compute_states(view.predictor(whole, all_layers), text, cfg.micro_batch_size)
     candidates = []
     for number, shape in enumerate(shapes, 1):
         layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
-        states = read(view.predictor(shape, layers), text, cfg.micro_batch_size)
-        candidates.append(_candidate(cfg, shape, beside(reference, states, text), healed=False))
+        states = compute_states(view.predictor(shape, layers), text, cfg.micro_batch_size)
+        quality = token_quality(reference, states, text)
+        candidates.append(_candidate(cfg, shape, quality, healed=False))
         log.progress("rank", number, len(shapes))
     return reference, candidates
 

@@ -23,7 +23,7 @@ from recipes.data.results import DatasetResult
 from recipes.data.token_sequences import TextSequences, first_sequences
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.results import BenchmarkRow
-from recipes.evaluation.predictions import Predictor, log_probabilities, read
+from recipes.evaluation.predictions import Predictor, compute_states, log_probabilities
 from recipes.evaluation.text_quality import load_transformers
 from recipes.planning.results import PlanResult
 from recipes.pruning.healing import heal_weights
@@ -115,7 +115,7 @@ def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
 
 def read_log_probs(model: Predictor, tokens: torch.Tensor) -> torch.Tensor:
     """Returns the log-probabilities of every next token, by our own code."""
-    return log_probabilities(read(model, TextSequences.of(tokens), 1), slice(None))
+    return log_probabilities(compute_states(model, TextSequences.of(tokens), 1), slice(None))
 
 
 @torch.no_grad()
