@@ -126,7 +126,7 @@ class TaskScores:
         return {role: getattr(self, role) for role in ROLES}
 
     @property
-    def is_share(self) -> bool:
+    def has_fractions(self) -> bool:
         """Whether the scores are fractions of the items, as accuracy is."""
         return all(0 <= score.value <= 1 for score in self.models().values())
 
@@ -154,7 +154,7 @@ class TaskResults:
 
     def means(self) -> dict[str, float]:
         """Returns each model's mean over the tasks whose scores are fractions."""
-        fractions = [task.models() for task in self.tasks.values() if task.is_share]
+        fractions = [task.models() for task in self.tasks.values() if task.has_fractions]
         if not fractions:
             return {}
         return {role: fmean([task[role].value for task in fractions]) for role in ROLES}

@@ -70,7 +70,7 @@ def tasks_section(results: TaskResults) -> dict[str, object]:
     rows = {
         name: [(role, score.value, score.standard_error) for role, score in task.models().items()]
         for name, task in results.tasks.items()
-        if task.is_share
+        if task.has_fractions
     }
     title = "Score by task and model"
     plot = interval_plot("plot-tasks", title, rows, "{:.1%}".format) if rows else None
