@@ -89,6 +89,7 @@ def _keep_first_gradient(original: Any) -> Any:
                 else:
                     if self.ddp_config.grad_reduce_in_fp32:
                         weight.main_grad = weight.main_grad.float()
+                    # In place: the first gradient, or its float32 copy, is this weight's alone.
                     weight.main_grad.add_(weight.grad)
                 weight.grad_added_to_main_grad = True
             hook(*unused)

@@ -244,7 +244,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             weights,
         )
         loss, group = self._objective.logits, nemo.tensor_group()
-        total, parts = combined_loss(logits.flatten(0, 1), targets, loss, group, True)
+        # In training the gradient overwrites the logits, which nothing reads after the loss.
+        flat = logits.flatten(0, 1)
+        total, parts = combined_loss(flat, targets, loss, group, reuse_logits=True)
         return tuple(row.view(logits.shape[:2]).t() for row in (total, *parts))
 
     def _hidden_loss(self, core: nn.Module, labels: Tensor) -> Tensor:

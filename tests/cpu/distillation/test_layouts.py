@@ -99,8 +99,8 @@ def perturbed(
     run_dir = without(one_rank, tmp_path_factory.mktemp("perturbed") / "run", "distill")
     loss = model.combined_loss
 
-    def perturbed_loss(logits: torch.Tensor, *args: Any) -> Any:
-        return loss(by_one_ulp(logits), *args)
+    def perturbed_loss(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return loss(by_one_ulp(logits), *args, **kwargs)
 
     with mock.patch.object(model, "combined_loss", perturbed_loss):
         result = run_in_process(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
