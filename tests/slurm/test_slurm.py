@@ -24,7 +24,7 @@ from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
 from recipes.core.metrics import METRICS, steps_of
 from tests.slurm.cluster import Cluster, run, wait_for
 from tests.slurm.conftest import SECRET, STEPS, Run
-from tests.support.in_process import run_in_process
+from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import Result
 from tests.support.runs import STAGES as ALL
 
@@ -116,8 +116,7 @@ def trained_here(original: Run, folder: Path) -> Path:
     words = [word for word in original.overrides if not word.startswith("cluster")]
     # On Slurm a CPU's precision is float32, since nothing is known of the nodes.
     layout = ("stages.distill.resources.nodes=1", "hardware.precision='32'")
-    done = run_in_process(*words, *layout, "only=[distill]", f"run_dir={copy}", cwd=folder)
-    assert done.code == 0, done.output
+    run_successfully(*words, *layout, "only=[distill]", f"run_dir={copy}", cwd=folder)
     return copy
 
 
@@ -271,8 +270,7 @@ def test_sweep_of_three_shares_what_it_reads(
     inputs = OmegaConf.load(original.directory / "report" / "config.yaml").config.inputs
     shared = [f"stages.report.inputs.{k}={original.directory / v}" for k, v in inputs.items()]
     words = ("only=[report]", *shared, "stages.report.title=one,two,three")
-    done = run_in_process("-m", *original.overrides, *words, cwd=tmp_path)
-    assert done.code == 0, done.output
+    run_successfully("-m", *original.overrides, *words, cwd=tmp_path)
     [sweep] = (tmp_path / "runs" / "sweeps").iterdir()
     runs = sorted(path for path in sweep.iterdir() if path.is_dir())
     assert len(runs) == 3

@@ -56,6 +56,13 @@ def run_in_process(*overrides: str, cwd: Path) -> Result:
     return Result(code, output.getvalue())
 
 
+def run_successfully(*overrides: str, cwd: Path) -> Result:
+    """Runs the launcher as ``run_in_process`` does, and requires that it succeeds."""
+    result = run_in_process(*overrides, cwd=cwd)
+    assert result.code == 0, result.output
+    return result
+
+
 def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bool:
     for stage in plan.todo():
         with follow(stage) as follower:

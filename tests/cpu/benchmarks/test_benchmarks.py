@@ -30,7 +30,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.core.processes import cores
 from tests.support.forked import run_forked
-from tests.support.in_process import run_in_process
+from tests.support.in_process import run_successfully
 from tests.support.runs import tiny
 
 STEPS, MICRO_BATCH, SEQ_LENGTH = 3, 4, 64
@@ -56,8 +56,7 @@ start = launching.execute
 def execute(command: list[str]) -> None:
     """Runs the launcher in this process and children in forks; one child for real."""
     if tuple(command[: len(launching.LAUNCHER)]) == launching.LAUNCHER:
-        done = run_in_process(*command[len(launching.LAUNCHER) :], cwd=REPO_ROOT)
-        assert done.code == 0, done.output
+        run_successfully(*command[len(launching.LAUNCHER) :], cwd=REPO_ROOT)
     elif b"loop-fp32" in Path(command[-2]).read_bytes():
         start(command)
     else:
@@ -71,14 +70,13 @@ def execute(command: list[str]) -> None:
 def tiny_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Teacher, student and text, as the launcher makes them."""
     run_dir = tmp_path_factory.mktemp("benchmarks") / "run"
-    result = run_in_process(
+    run_successfully(
         "recipe=llama_depth_prune",
         *tiny(even_llama, text_file, run_dir, SEQ_LENGTH),
         f"only=[{','.join(INPUTS)}]",
         "stages.prune.target_num_layers=2",
         cwd=run_dir.parent,
     )
-    assert result.code == 0, result.output
     return run_dir
 
 

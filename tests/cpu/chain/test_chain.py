@@ -35,7 +35,7 @@ from recipes.pruning.results import HealResult
 from tests.chaos.chain import STEPS, differences, is_of_a_library, overrides
 from tests.chaos.kills import Kill, RunCommand
 from tests.support.generation import NEW_TOKENS, SECOND, said_by, said_in
-from tests.support.in_process import run_in_process
+from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import run_recipe
 from tests.support.llama_cpp import require_near_words
 from tests.support.newer import transformers_5
@@ -381,8 +381,7 @@ def test_the_teacher_is_exported_for_images_without_nemo(
     """With no evaluation to show, the card is the one that came along, or none."""
     run_dir = without(tiny_run, tmp_path / "run")
     command = overrides(odd_llama, text_file, run_dir, engine="tensorrt_llm")
-    result = run_in_process(*command, "only=[export_teacher]", cwd=tmp_path)
-    assert result.code == 0, result.output
+    run_successfully(*command, "only=[export_teacher]", cwd=tmp_path)
     folder = run_dir / "export_teacher" / ARTIFACT
     assert not (folder / "README.md").exists()
     before, after = Weights(odd_llama), Weights(folder)
@@ -420,18 +419,15 @@ def test_changed_field_and_force_rerun_what_follows(
     kept = manifest_of(run_dir, "prune").started_at
     first = manifest_of(run_dir, "distill")
     changed = [*base, "stages.distill.lr=5e-4"]
-    result = run_in_process(*changed, "only=[distill]", cwd=tmp_path)
-    assert result.code == 0, result.output
+    result = run_successfully(*changed, "only=[distill]", cwd=tmp_path)
     assert "lr 0.0003 → 0.0005" in result.output
     changed.append("only=[distill,evaluate]")
-    followed = run_in_process(*changed, cwd=tmp_path)
-    assert followed.code == 0, followed.output
+    followed = run_successfully(*changed, cwd=tmp_path)
     assert "1 stage ran" in followed.output
     assert manifest_of(run_dir, "prune").started_at == kept
     assert manifest_of(run_dir, "distill").fingerprint != first.fingerprint
     assert manifest_of(run_dir, "evaluate").metrics != manifest_of(tiny_run, "evaluate").metrics
-    forced = run_in_process(*changed, "force=[evaluate]", cwd=tmp_path)
-    assert forced.code == 0, forced.output
+    forced = run_successfully(*changed, "force=[evaluate]", cwd=tmp_path)
     assert "1 stage ran" in forced.output
 
 

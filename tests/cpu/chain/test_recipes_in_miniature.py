@@ -19,7 +19,7 @@ from recipes.planning.chain import CONFIGS
 from recipes.pruning.kept import KeptIndices
 from recipes.pruning.targets import interpolated_shape
 from recipes.search.results import SearchResult
-from tests.support.in_process import run_in_process
+from tests.support.in_process import run_successfully
 from tests.support.miniatures import DISTILL
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import manifest_of, settings, tiny
@@ -57,7 +57,7 @@ def family_of(recipe: str) -> str:
 def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Path) -> None:
     kind = recipe.rpartition("_")[2]
     model = write_tiny_model(tmp_path / "model", text_file, family_of(recipe), **EVEN)
-    done = run_in_process(
+    run_successfully(
         f"recipe={recipe}",
         *tiny(model, text_file, tmp_path / "run"),
         "hardware=cpu",
@@ -67,7 +67,6 @@ def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Pat
         *settings("evaluate", num_sequences=8, new_tokens=8),
         cwd=tmp_path,
     )
-    assert done.code == 0, done.output
     plan, exported = (manifest_of(tmp_path / "run", stage) for stage in ("plan", "export_hf"))
     shape = exported.architecture
     assert shape is not None
@@ -102,8 +101,7 @@ def test_a_budget_becomes_a_model(tmp_path: Path, text_file: Path) -> None:
         "stages.distill_1.max_steps=3",
         *settings("evaluate", num_sequences=8, new_tokens=8),
     ]
-    done = run_in_process(*words, cwd=tmp_path)
-    assert done.code == 0, done.output
+    done = run_successfully(*words, cwd=tmp_path)
     run = tmp_path / "run"
     search, exported = (manifest_of(run, name) for name in ("successive_halving", "export_hf"))
     found = search.result(SearchResult)
@@ -126,7 +124,6 @@ def test_a_budget_becomes_a_model(tmp_path: Path, text_file: Path) -> None:
     before, after = (made.result(KeptLayers).kept_layers or [] for made in (first, last))
     assert before == KeptIndices.load(run / "prune_1" / "artifact").layers
     assert after == [before[n - 1] for n in KeptIndices.load(run / "prune" / "artifact").layers]
-    done = run_in_process(*words, "budget.parameters=0.5", "dry_run=true", cwd=tmp_path)
-    assert done.code == 0, done.output
+    done = run_successfully(*words, "budget.parameters=0.5", "dry_run=true", cwd=tmp_path)
     for stage, action in (("score", "skip"), ("prepare_data", "skip"), ("prune", "run")):
         assert re.search(rf"{stage} +{action}", done.output), done.output

@@ -21,7 +21,7 @@ from recipes.core.manifest import ARTIFACT, WORK
 from recipes.core.metrics import METRICS, steps_of
 from recipes.distillation import model
 from recipes.distillation.training import CHECKPOINTS, whole_checkpoints
-from tests.support.in_process import run_in_process
+from tests.support.in_process import run_successfully
 from tests.support.launcher import run_and_kill
 from tests.support.rounding import ULP, by_one_ulp, growth
 from tests.support.runs import manifest_of, settings, tiny, without
@@ -86,8 +86,7 @@ def layout(name: str) -> list[str]:
 @pytest.fixture(scope="module")
 def one_rank(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("one") / "run"
-    result = run_in_process(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
-    assert result.code == 0, result.output
+    run_successfully(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
     return run_dir
 
 
@@ -103,8 +102,7 @@ def perturbed(
         return loss(by_one_ulp(logits), *args, **kwargs)
 
     with mock.patch.object(model, "combined_loss", perturbed_loss):
-        result = run_in_process(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
-    assert result.code == 0, result.output
+        run_successfully(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
     return run_dir
 
 
@@ -149,8 +147,7 @@ def test_every_layout_has_the_losses_of_one_rank(
 ) -> None:
     run_dir = without(one_rank, tmp_path / "run", "distill")
     command = [*overrides(even_llama, text_file, run_dir), *layout(name)]
-    result = run_in_process(*command, cwd=tmp_path)
-    assert result.code == 0, result.output
+    run_successfully(*command, cwd=tmp_path)
     stops = "stop_at_recovered=0.9" in LAYOUTS[name][1]  # at the one validation before the end
     require_same_training(one_rank, perturbed, run_dir, STEPS - 1 if stops else STEPS)
     assert bool(manifest_of(run_dir, "distill").metrics["stopped"]) == stops
@@ -180,8 +177,7 @@ def test_a_killed_training_resumes_in_another_layout(
         records=CHECKPOINT_INTERVAL + 2,
         ready=lambda: whole_checkpoints(metrics.parent / WORK / CHECKPOINTS),
     )
-    result = run_in_process(*command, *layout(second), cwd=tmp_path)
-    assert result.code == 0, result.output
+    result = run_successfully(*command, *layout(second), cwd=tmp_path)
     assert "resume" in result.output
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert sum(r["task"] == "distill" and r["done"] == 1 for r in records) == 1

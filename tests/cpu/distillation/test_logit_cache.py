@@ -25,7 +25,7 @@ from recipes.distillation.logit_cache import CacheIndex, TeacherCache
 from recipes.distillation.logit_cache_writer import cache_logits
 from recipes.distillation.objective import _require_same_text
 from recipes.distillation.settings import CacheLogitsConfig, DistillConfig
-from tests.support.in_process import run_in_process
+from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import run_and_kill
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import tiny, without
@@ -70,8 +70,7 @@ def opened(run_dir: Path) -> TeacherCache:
 @pytest.fixture(scope="module")
 def run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("cached") / "run"
-    result = run_in_process(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
-    assert result.code == 0, result.output
+    run_successfully(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
     return run_dir
 
 
@@ -173,8 +172,7 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
     assert len(left) == len(before) + 1  # and the truncated one
     monkeypatch.delenv(DEADLINE)
 
-    result = run_in_process(*arguments, cwd=tmp_path)
-    assert result.code == 0, result.output
+    run_successfully(*arguments, cwd=tmp_path)
     for name, time in before.items():
         assert (stage / ARTIFACT / name).stat().st_mtime_ns == time, f"{name} was written again"
     found = shards_of(copy)
@@ -193,13 +191,12 @@ def test_two_ranks_write_the_same_cache(
     run: Path, even_llama: Path, text_file: Path, tmp_path: Path, tensor: int
 ) -> None:
     copy = without(run, tmp_path / "run", "cache_logits")
-    result = run_in_process(
+    run_successfully(
         *overrides(even_llama, text_file, copy),
         "stages.cache_logits.resources.devices=2",
         f"stages.cache_logits.tensor_model_parallel_size={tensor}",
         cwd=tmp_path,
     )
-    assert result.code == 0, result.output
     one, two = shards_of(run), shards_of(copy)
     assert one.keys() == two.keys()
     for name, (expected, figures) in one.items():

@@ -21,7 +21,7 @@ from recipes.distillation.objective import LossReduction
 from recipes.distillation.results import DistillationResult
 from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.predictions import require_better_than_chance
-from tests.support.in_process import run_in_process
+from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import run_recipe
 from tests.support.runs import manifest_of, settings, tiny, without
 
@@ -48,8 +48,7 @@ def untrained(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPa
     run_dir = tmp_path_factory.mktemp("untrained") / "run"
     command = training(even_llama, text_file, run_dir)
     only = "only=[import_hf,prepare_data,score,prune]"
-    result = run_in_process(*command, only, cwd=run_dir.parent)
-    assert result.code == 0, result.output
+    run_successfully(*command, only, cwd=run_dir.parent)
     return run_dir
 
 
@@ -77,8 +76,7 @@ def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
     assert stopped.code == 1
     assert re.search(r"step 5: .* not finite .* 1 such step", stopped.output)
     assert "the last checkpoint is good" in stopped.output
-    result = run_in_process(*command, cwd=tmp_path)
-    assert result.code == 0, result.output
+    run_successfully(*command, cwd=tmp_path)
     steps = steps_of(tmp_path / "run" / "distill" / METRICS, "distill")
     assert [step["done"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert [bool(step.get("skipped")) for step in steps] == [False] * 3 + [True] + [False] * 2
@@ -100,8 +98,7 @@ def test_a_training_that_has_recovered_enough_is_complete(
         patch.setattr(trainer, "_save_trained", interrupted)
         assert run_in_process(*command, cwd=tmp_path).code == 130
     for action in ("resume", "skip"):
-        again = run_in_process(*command, cwd=tmp_path)
-        assert again.code == 0, again.output
+        again = run_successfully(*command, cwd=tmp_path)
         assert re.search(rf"distill +{action}", again.output)
     records = list(read_records(run_dir / "distill" / METRICS))
     done = [record["done"] for record in records if record["task"] == "distill"]
