@@ -135,20 +135,6 @@ def test_unshared_gradients_take_no_memory_before_the_backward_pass(wrap: Wrap) 
 
 
 @needs_no_cuda
-def test_gradients_of_several_ranks_stay_in_the_buffer(
-    wrap: Wrap, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
-    wrapped = wrap(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    wrapped.zero_grad_buffer()
-    wrapped(torch.randn(3, 5, dtype=torch.bfloat16), True).backward()
-    [buffer] = wrapped.buffers
-    for weight in wrapped.module.parameters():
-        assert weight.main_grad.dtype == torch.float32
-        assert weight.main_grad.untyped_storage().data_ptr() == buffer.grad_data.data_ptr()
-
-
-@needs_no_cuda
 def test_a_forked_writer_still_has_released_buckets(wrap: Wrap) -> None:
     from megatron.core.dist_checkpointing.strategies.async_utils import (
         AsyncRequest,

@@ -1,19 +1,146 @@
-"""Garbage collection, profiles and environment variables of a training."""
+"""Callbacks of a training: early stops, garbage collection and profiles."""
 
 from __future__ import annotations
 
 import gc
+import math
 import os
+import re
+import socket
 import weakref
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from rich.console import Console
 
-from recipes.distillation import callbacks
+from launch.commands import status
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import WORK
+from recipes.core.metrics import METRICS, read_records, steps_of
+from recipes.distillation import callbacks, trainer
 from recipes.distillation.callbacks import COLLECT_EVERY, CollectGarbage, Profile
+from recipes.distillation.objective import LossReduction
+from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.trainer import _set_environment
+from recipes.distillation.training import CHECKPOINTS
+from recipes.evaluation.predictions import require_better_than_chance
+from tests.support.in_process import run_in_process, run_successfully
+from tests.support.launcher import run_recipe
+from tests.support.runs import manifest_of, settings, tiny, without
+
+
+def test_a_teacher_of_chance_level_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"5\.70"):
+        require_better_than_chance(5.70, 300)
+    with pytest.raises(RecipeError):
+        require_better_than_chance(float("nan"), 300)
+    require_better_than_chance(4.0, 300)
+
+
+def training(model: Path, text_file: Path, run_dir: Path) -> list[str]:
+    return [
+        "recipe=llama_depth_prune",
+        *tiny(model, text_file, run_dir),
+        "stages.prune.target_num_layers=2",
+        *settings("distill", precision=32, warmup_steps=1, max_steps=6, checkpoint_interval=1),
+    ]
+
+
+@pytest.fixture(scope="module")
+def untrained(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("untrained") / "run"
+    command = training(even_llama, text_file, run_dir)
+    only = "only=[import_hf,prepare_data,score,prune]"
+    run_successfully(*command, only, cwd=run_dir.parent)
+    return run_dir
+
+
+@pytest.fixture
+def distilling(untrained: Path, even_llama: Path, text_file: Path, tmp_path: Path) -> list[str]:
+    """Returns the command that continues a copy of the run."""
+    run_dir = without(untrained, tmp_path / "run")
+    return [*training(even_llama, text_file, run_dir), "only=[distill]"]
+
+
+def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
+    distilling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = LossReduction.forward, count(1)
+
+    def nan_in_steps_4_and_5(*args: Any) -> tuple[Any, ...]:
+        loss, *others = forward(*args)
+        return (loss * math.nan if next(calls) in (4, 5) else loss, *others)
+
+    fields = settings("distill", max_nonfinite_steps=1, lr=1e-4, min_lr=1e-5)
+    command = [*distilling, *fields]
+    with monkeypatch.context() as patch:
+        patch.setattr(LossReduction, "forward", nan_in_steps_4_and_5)
+        stopped = run_in_process(*command, cwd=tmp_path)
+    assert stopped.code == 1
+    assert re.search(r"step 5: .* not finite .* 1 such step", stopped.output)
+    assert "the last checkpoint is good" in stopped.output
+    run_successfully(*command, cwd=tmp_path)
+    steps = steps_of(tmp_path / "run" / "distill" / METRICS, "distill")
+    assert [step["done"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert [bool(step.get("skipped")) for step in steps] == [False] * 3 + [True] + [False] * 2
+    assert steps[-1]["lr"] > 1.5e-5, "min_lr, which follows the last step, was logged"
+
+
+def interrupted(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_training_that_has_recovered_enough_is_complete(
+    distilling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it is killed between its last step and its result."""
+    run_dir = tmp_path / "run"
+    learning = settings("distill", lr=1e-3, lm_weight=0, val_check_interval=1)
+    command = [*distilling, *learning, "stages.distill.stop_at_recovered=0.7"]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_save_trained", interrupted)
+        assert run_in_process(*command, cwd=tmp_path).code == 130
+    for action in ("resume", "skip"):
+        again = run_successfully(*command, cwd=tmp_path)
+        assert re.search(rf"distill +{action}", again.output)
+    records = list(read_records(run_dir / "distill" / METRICS))
+    done = [record["done"] for record in records if record["task"] == "distill"]
+    kds = [record["val_kd"] for record in records if record["task"] == "validate"]
+    assert done == [*range(1, len(kds))]
+    assert len(done) < 6
+    recovered = [1 - kd / kds[0] for kd in kds]
+    assert [fraction >= 0.7 for fraction in recovered] == [False] * len(done) + [True]
+    # Training and validation text are of one source, so the KL differs only by noise.
+    first = steps_of(run_dir / "distill" / METRICS, "distill")[0]["kd"]
+    assert kds[0] == pytest.approx(first, rel=0.3)
+    result = manifest_of(run_dir, "distill").result(DistillationResult)
+    assert (result.steps, result.tokens) == (len(done), len(done) * 4 * 64)
+    reason = f"stopped at step {len(done)} of 6: recovered {recovered[-1]:.0%}"
+    assert result.stopped.startswith(reason)
+    console = Console(record=True, width=200)
+    status({"run_dir": str(run_dir)}, console)
+    assert result.stopped in console.export_text()
+
+
+def test_a_diverging_run_stops_before_its_weights_are_lost(
+    distilling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first update overflows float32. The port is taken, as one rank needs none."""
+    with socket.create_server(("localhost", 0)) as taken:
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        result = run_recipe(*distilling, "stages.distill.lr=1e38", cwd=tmp_path)
+    assert result.code == 1
+    assert "the gradient is not finite" in result.output
+    stage = tmp_path / "run" / "distill"
+    done = [step["done"] for step in steps_of(stage / METRICS, "distill")]
+    assert f"step {done[-1] + 1}: the gradient is not finite" in result.output
+    assert "lower stages.distill.lr" in result.output
+    assert "Traceback" not in result.output
+    assert (stage / WORK / CHECKPOINTS / f"step={done[-1] - 1}").is_dir()
 
 
 class Cycle:

@@ -92,10 +92,3 @@ def test_every_rank_draws_the_same_projection() -> None:
         weights.append(projection.weight.detach())
     assert torch.equal(weights[0], weights[1])
     assert weights[0].float().std().item() == pytest.approx(400**-0.5, rel=0.02)
-
-
-@pytest.mark.parametrize("parallel", [True, False])
-def test_the_projection_is_marked_for_sequence_parallelism(parallel: bool) -> None:
-    projection = HiddenLoss("mse", 24, SIZE, sequence_parallel=parallel).projection
-    assert projection is not None
-    assert getattr(projection.weight, "sequence_parallel", False) is parallel
