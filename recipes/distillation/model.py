@@ -31,9 +31,8 @@ from nemo_convert.pipeline import pipeline_split
 from recipes.backend.device import device
 from recipes.backend.local_layers import adapt_config
 from recipes.distillation.data import TEACHER_PREFIX
-from recipes.distillation.hidden_loss import HiddenLoss
 from recipes.distillation.losses import LossTargets, combined_loss, token_cross_entropy
-from recipes.distillation.objective import LossReduction, Objective
+from recipes.distillation.objective import HiddenLoss, LossReduction, Objective
 from recipes.distillation.vocabulary import TopK
 from recipes.evaluation.predictions import require_better_than_chance
 

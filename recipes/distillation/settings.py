@@ -215,7 +215,7 @@ DRAWN_LOSS = "forward_kl"
 """The divergence for a teacher cached with ``tail_draws``, because it is linear in the teacher's
 probabilities."""
 HIDDEN_LOSSES = ("cosine", "mse")
-"""Each a function of ``hidden_loss.DISTANCES``."""
+"""Each a function of ``objective.DISTANCES``."""
 LOSS_BALANCERS = ("fixed", "dynamic")
 
 

@@ -1,12 +1,17 @@
-"""Results of evaluations: quality on text, and scores in benchmarks. Torch-free."""
+"""Results of evaluations on text and benchmarks, and paired comparisons of models. Torch-free.
+
+Two models mostly fail on the same questions. Differences item by item exclude what they share, so
+their interval is narrower than that of two separate means.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
 from recipes.core.precision import dtype_name
-from recipes.core.statistics import Difference
+from recipes.core.statistics import Difference, difference, standard_error
 
 ROLES = ("teacher", "pruned", "distilled")
 
@@ -62,7 +67,7 @@ class EvaluationResult:
     predictions: int
     """Next-token predictions that count: not of a sequence's first token or a document's first."""
     recovered: float | None
-    """Fraction of the loss added by pruning that distillation removed; see ``paired``."""
+    """Fraction of the loss added by pruning that distillation removed; see ``recovered``."""
     sources: dict[str, SourceQuality] = field(default_factory=dict)
     """By source of the text, where there is more than one."""
     precision: str = "32"
@@ -119,7 +124,7 @@ class TaskScores:
     distilled: Score
     differences: Differences
     recovered: float | None
-    """Fraction of the score lost by pruning that distillation recovered; see ``paired``."""
+    """Fraction of the score lost by pruning that distillation recovered; see ``recovered``."""
 
     def models(self) -> dict[str, Score]:
         """Returns every model by its role."""
@@ -139,7 +144,7 @@ class TaskResult(TaskScores):
     seconds: dict[str, float]
     """By role, for its answers."""
     answers: TaskScores | None = None
-    """Log-likelihoods of the right answers, see ``paired.compare_answers``."""
+    """Log-likelihoods of the right answers, see ``compare_answers``."""
 
 
 @dataclass(frozen=True)
@@ -158,3 +163,54 @@ class TaskResults:
         if not fractions:
             return {}
         return {role: fmean([task[role].value for task in fractions]) for role in ROLES}
+
+
+def recovered(
+    teacher: Sequence[float], pruned: Sequence[float], distilled: Sequence[float]
+) -> float | None:
+    """Returns the fraction of the pruning loss that distillation recovered: 1 equals the teacher.
+
+    Values are of the same items, and higher ones are better; negate losses. ``None`` where the 95%
+    interval of the paired difference between pruned model and teacher reaches 0: there is then no
+    significant loss to recover.
+    """
+    cost = difference(pruned, teacher)
+    if cost.high >= 0:
+        return None
+    return (fmean(distilled) - fmean(pruned)) / -cost.value
+
+
+def compare(metric: str, items: Mapping[str, Sequence[Item]]) -> TaskScores:
+    """Compares each role's items, which are the same in the same order, by a metric."""
+    return _compare(metric, {role: [i.metrics[metric] for i in items[role]] for role in ROLES})
+
+
+def compare_answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
+    """Compares models by the log-likelihoods of the right answers, in nats.
+
+    They show smaller differences on the same number of items than accuracy does. A softmax over the
+    choices would be as noisy as accuracy, so the answer's own log-likelihood is used.
+
+    Returns:
+        ``None`` where items have no log-likelihoods, because the model writes its answer.
+    """
+    values: dict[str, list[float]] = {role: [] for role in ROLES}
+    for role in ROLES:
+        for item in items[role]:
+            choice = item.target if isinstance(item.target, int) else 0
+            response = item.response[choice] if isinstance(item.response, list) else None
+            if not isinstance(response, list):
+                return None
+            values[role].append(float(response[0]))
+    return _compare("log-likelihood of the right answer", values)
+
+
+def _compare(metric: str, values: Mapping[str, Sequence[float]]) -> TaskScores:
+    teacher, pruned, distilled = (values[role] for role in ROLES)
+    return TaskScores(
+        metric,
+        len(teacher),
+        **{role: Score(fmean(each), standard_error(each)) for role, each in values.items()},
+        differences=Differences(difference(distilled, teacher), difference(pruned, teacher)),
+        recovered=recovered(teacher, pruned, distilled),
+    )

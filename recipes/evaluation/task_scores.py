@@ -21,8 +21,14 @@ from recipes.core.precision import dtype_name, dtype_of
 from recipes.core.stage import Input, Inputs
 from recipes.core.versions import installed
 from recipes.evaluation import packed_lm
-from recipes.evaluation.paired import compare, compare_answers
-from recipes.evaluation.results import ROLES, Item, TaskResult, TaskResults
+from recipes.evaluation.results import (
+    ROLES,
+    Item,
+    TaskResult,
+    TaskResults,
+    compare,
+    compare_answers,
+)
 from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
 from recipes.evaluation.task_cache import Answer, look_up, store
 from recipes.evaluation.text_quality import load_transformers, model_sha256

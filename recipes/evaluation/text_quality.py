@@ -32,7 +32,6 @@ from recipes.core.precision import dtype_of
 from recipes.core.stage import Input
 from recipes.core.statistics import standard_error
 from recipes.data.token_sequences import TextSequences, read_sequences
-from recipes.evaluation.paired import recovered
 from recipes.evaluation.predictions import (
     TEACHER,
     FinalStates,
@@ -48,6 +47,7 @@ from recipes.evaluation.results import (
     SourceQuality,
     TextQuality,
     TokenQuality,
+    recovered,
 )
 from recipes.evaluation.settings import EvaluateConfig
 

@@ -8,8 +8,7 @@ from statistics import fmean
 import pytest
 
 from recipes.core.statistics import difference, standard_error
-from recipes.evaluation.paired import compare, compare_answers, recovered
-from recipes.evaluation.results import Item
+from recipes.evaluation.results import Item, compare, compare_answers, recovered
 
 RIGHT, WRONG = [1.0], [0.0]
 
