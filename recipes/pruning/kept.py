@@ -1,4 +1,4 @@
-"""Which rows and columns pruning keeps, and the pruning of weights to them, which is exact.
+"""Importance scores, the layers, rows and columns that pruning keeps, and exact pruning to them.
 
 ModelOpt prunes in memory, directly after scoring; its stored scores are a pickle for one pipeline
 size. Here the kept indices are a file: it can be inspected, compared with the teacher's weights,
@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
+from recipes.core.files import read_json, write_json
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-FILE = "kept.safetensors"
+IMPORTANCE_FILE, WIDTHS_FILE = "importance.json", "importance.safetensors"
+KEPT_FILE = "kept.safetensors"
 HIDDEN, FFN = "hidden_size", "ffn_hidden_size"
 HEADS, GROUPS = "num_attention_heads", "num_query_groups"
 EXPERTS, EXPERT_FFN = "num_moe_experts", "moe_ffn_hidden_size"
@@ -51,6 +56,85 @@ _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
+class Importance:
+    """Importance scores. Layers are counted from 1."""
+
+    teacher_loss: float
+    """LM loss of the whole model, in nats."""
+    layers: dict[str, dict[int, float]]
+    """Scores by method: ``block_influence``, and ``loss`` (its change without the layer, in
+    nats)."""
+    blocks: dict[int, dict[int, float]] = field(default_factory=dict)
+    """Change of the loss without a block of adjacent layers, by its size and first layer."""
+    greedy: list[int] = field(default_factory=list)
+    """Layers in the order in which the greedy method removes them."""
+    widths: dict[str, Tensor] = field(default_factory=dict)
+    """Scores of ``hidden_size`` [hidden] and, as ``layers.{i}.AXIS``, of ``ffn_hidden_size`` [ffn]
+    and ``num_attention_heads`` [heads]."""
+
+    def of_layers(self, method: str) -> tuple[str, dict[int, float]]:
+        """Returns a method and its scores; block influence if ``method`` has no layer scores."""
+        measure = method if method in self.layers else "block_influence"
+        return measure, self.layers[measure]
+
+    def save(self, folder: Path) -> None:
+        """Writes layer scores as JSON, and width scores as tensors."""
+        save_file(self.widths, folder / WIDTHS_FILE)
+        plain = {name: value for name, value in vars(self).items() if name != "widths"}
+        write_json(folder / IMPORTANCE_FILE, plain)
+
+    @classmethod
+    def load(cls, folder: Path) -> Importance:
+        """Reads the files that ``save`` wrote."""
+        content = read_json(folder / IMPORTANCE_FILE)
+
+        def numbered(values: dict[str, Any]) -> dict[int, Any]:
+            return {int(number): value for number, value in values.items()}
+
+        return cls(
+            teacher_loss=content["teacher_loss"],
+            layers={method: numbered(scores) for method, scores in content["layers"].items()},
+            blocks={n: numbered(scores) for n, scores in numbered(content["blocks"]).items()},
+            greedy=content["greedy"],
+            widths=load_file(folder / WIDTHS_FILE),
+        )
+
+
+def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]:
+    """Selects ``count`` layers to keep, counted from 1, by a method of ``layer_importance``.
+
+    Raises:
+        RecipeError: The scores lack what the method needs.
+    """
+    layers = sorted(importance.layers["block_influence"])
+    drop = len(layers) - count
+    if drop == 0:
+        return layers
+    if method in ("block", "greedy"):
+        measured = (
+            drop in importance.blocks if method == "block" else drop <= len(importance.greedy)
+        )
+        setting = f"block_sizes=[{drop}]" if method == "block" else f"num_greedy_layers={drop}"
+    else:
+        measured, setting = method in importance.layers, "num_loss_samples=8"
+    if not measured:
+        raise RecipeError(
+            f"layer_importance={method}: the scores do not say which {drop} layers to drop.",
+            f"set stages.score.{setting}",
+        )
+    if method == "block":
+        starts = importance.blocks[drop]
+        first = min(starts, key=lambda start: starts[start])
+        dropped = set(range(first, first + drop))
+    elif method == "greedy":
+        dropped = set(importance.greedy[:drop])
+    else:
+        scores = importance.layers[method]
+        dropped = set(sorted(layers, key=lambda layer: scores[layer])[:drop])
+    return [layer for layer in layers if layer not in dropped]
+
+
+@dataclass(frozen=True)
 class KeptIndices:
     """The layers and rows that a student keeps of its teacher.
 
@@ -66,19 +150,14 @@ class KeptIndices:
 
     def save(self, folder: Path) -> None:
         """Writes everything as NumPy arrays, since a rehearsal has only fake tensors."""
-        import numpy as np
-        from safetensors.numpy import save_file
-
         rows = {name: rows.int().numpy() for name, rows in self.rows.items()}
-        save_file({"layers": np.array(self.layers, np.int32), **rows}, folder / FILE)
+        arrays = {"layers": np.array(self.layers, np.int32), **rows}
+        safetensors.numpy.save_file(arrays, folder / KEPT_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> KeptIndices:
         """Reads the file that ``save`` wrote."""
-        import torch
-        from safetensors.numpy import load_file
-
-        arrays = load_file(folder / FILE)
+        arrays = safetensors.numpy.load_file(folder / KEPT_FILE)
         layers: list[int] = arrays.pop("layers").tolist()
         return cls(layers, {name: torch.from_numpy(rows).long() for name, rows in arrays.items()})
 
@@ -171,8 +250,6 @@ def prune_weight(name: str, weight: Tensor, kept: KeptIndices, head_size: int) -
 
 def _rows_of_heads(heads: Tensor, size: int) -> Tensor:
     """Returns the rows of whole heads."""
-    import torch
-
     return (heads[:, None] * size + torch.arange(size)).flatten()
 
 

@@ -17,42 +17,7 @@ from nemo_convert.streaming import StreamedSave
 from recipes.backend.without_cuda import enable
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_json
-from recipes.pruning.importance import Importance
 from recipes.pruning.kept import KeptIndices, prune_weight, student_name
-
-
-def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]:
-    """Selects ``count`` layers to keep, counted from 1, by a method of ``layer_importance``.
-
-    Raises:
-        RecipeError: The scores lack what the method needs.
-    """
-    layers = sorted(importance.layers["block_influence"])
-    drop = len(layers) - count
-    if drop == 0:
-        return layers
-    if method in ("block", "greedy"):
-        measured = (
-            drop in importance.blocks if method == "block" else drop <= len(importance.greedy)
-        )
-        setting = f"block_sizes=[{drop}]" if method == "block" else f"num_greedy_layers={drop}"
-    else:
-        measured, setting = method in importance.layers, "num_loss_samples=8"
-    if not measured:
-        raise RecipeError(
-            f"layer_importance={method}: the scores do not say which {drop} layers to drop.",
-            f"set stages.score.{setting}",
-        )
-    if method == "block":
-        starts = importance.blocks[drop]
-        first = min(starts, key=lambda start: starts[start])
-        dropped = set(range(first, first + drop))
-    elif method == "greedy":
-        dropped = set(importance.greedy[:drop])
-    else:
-        scores = importance.layers[method]
-        dropped = set(sorted(layers, key=lambda layer: scores[layer])[:drop])
-    return [layer for layer in layers if layer not in dropped]
 
 
 def prune_checkpoint(teacher: Path, student: Architecture, kept: KeptIndices, out: Path) -> None:

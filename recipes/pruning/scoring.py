@@ -36,7 +36,7 @@ from recipes.core.precision import dtype_of
 from recipes.core.stage import Input
 from recipes.data.token_sequences import TextSequences, read_sequences
 from recipes.evaluation.predictions import chunks, float32_head, require_better_than_chance
-from recipes.pruning.importance import Importance
+from recipes.pruning.kept import Importance
 from recipes.pruning.settings import ScoreConfig
 
 MAX_TOKEN_FRACTION = 0.5

@@ -25,8 +25,7 @@ from recipes.data.corpus import PARTS
 from recipes.data.results import DatasetResult, SourceTokens
 from recipes.distillation.logit_cache import SHARD, CacheIndex, write_index
 from recipes.distillation.settings import CACHED
-from recipes.pruning.importance import Importance
-from recipes.pruning.kept import choose
+from recipes.pruning.kept import Importance, choose
 from recipes.pruning.settings import LAYER_METHODS
 from recipes.rehearsal.files import write_zeros
 from recipes.rehearsal.job import JobInput, RankJob

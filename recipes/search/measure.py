@@ -20,9 +20,8 @@ from recipes.evaluation.predictions import FinalStates, Predictor, compute_state
 from recipes.evaluation.results import TokenQuality
 from recipes.evaluation.text_quality import load_transformers, token_quality, with_weights
 from recipes.pruning.healing import heal_weights
-from recipes.pruning.importance import Importance
-from recipes.pruning.kept import choose, order, prefix, prune_weight
-from recipes.pruning.pruned_checkpoint import layers_to_keep, prune_weights
+from recipes.pruning.kept import Importance, choose, layers_to_keep, order, prefix, prune_weight
+from recipes.pruning.pruned_checkpoint import prune_weights
 from recipes.search.results import Candidate
 from recipes.search.settings import RankCandidatesConfig
 from recipes.search.space import name_of

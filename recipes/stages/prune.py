@@ -124,9 +124,8 @@ def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Probl
 def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     """Chooses layers, channels and heads, and saves the pruned model and their indices."""
     from nemo_convert import nemo
-    from recipes.pruning.importance import Importance
-    from recipes.pruning.kept import choose
-    from recipes.pruning.pruned_checkpoint import layers_to_keep, prune_checkpoint
+    from recipes.pruning.kept import Importance, choose, layers_to_keep
+    from recipes.pruning.pruned_checkpoint import prune_checkpoint
 
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = Importance.load(inputs["importance"].artifact)

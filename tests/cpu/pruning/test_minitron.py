@@ -20,9 +20,15 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
 from recipes.data.token_sequences import TextSequences
-from recipes.pruning.importance import Importance
-from recipes.pruning.kept import KeptIndices, choose, prune_weight, student_name
-from recipes.pruning.pruned_checkpoint import layers_to_keep, prune_checkpoint
+from recipes.pruning.kept import (
+    Importance,
+    KeptIndices,
+    choose,
+    layers_to_keep,
+    prune_weight,
+    student_name,
+)
+from recipes.pruning.pruned_checkpoint import prune_checkpoint
 from recipes.pruning.scoring import calibration_text, score_checkpoint
 from recipes.pruning.settings import ScoreConfig
 from recipes.pruning.targets import PruneTargets, pruned_shape

@@ -27,9 +27,8 @@ from recipes.evaluation.predictions import Predictor, compute_states, log_probab
 from recipes.evaluation.text_quality import load_transformers
 from recipes.planning.results import PlanResult
 from recipes.pruning.healing import heal_weights
-from recipes.pruning.importance import Importance
-from recipes.pruning.kept import choose
-from recipes.pruning.pruned_checkpoint import layers_to_keep, prune_weights
+from recipes.pruning.kept import Importance, choose, layers_to_keep
+from recipes.pruning.pruned_checkpoint import prune_weights
 from recipes.pruning.targets import PruneTargets, pruned_shape
 from recipes.report.settings import REPORT_FILE, ReportConfig
 from recipes.search.latency import step_ms
