@@ -25,7 +25,7 @@ from recipes.core.manifest import MANIFEST
 from recipes.core.run_state import REQUEST, RUN_FILE, Status, read_request
 from recipes.core.screen import plain_table
 from recipes.core.stage_process import newest_log, tail
-from recipes.report.runs import RunRecord, find_runs, read_run
+from recipes.report.runs import find_runs, read_run
 
 STYLES = {
     Status.COMPLETE: "green",
@@ -189,13 +189,10 @@ def _row(path: Path, root: Path) -> tuple[str, ...]:
         return name, "", "unreadable: see status", "", "", "", disk, age
     exported = record.exported
     parameters = f"{exported.parameters / 1e6:.1f} M" if exported and exported.parameters else ""
-    quality = _headline(record, "eval_results", "search_results")
-    speed = _headline(record, "speed_results")
+    results = [record.find(kind) for kind in ("eval_results", "search_results")]
+    quality = next((headline(result) for result in results if result), "")
+    speed = headline(measured) if (measured := record.find("speed_results")) else ""
     return name, record.recipe, state, quality, speed, parameters, disk, age
-
-
-def _headline(record: RunRecord, *kinds: str) -> str:
-    return next((headline(result) for kind in kinds if (result := record.find(kind))), "")
 
 
 def _state(stages: Sequence[StageStatus]) -> str:
@@ -237,7 +234,9 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
         if lock.read_holder(path) or active_jobs(path):
             fix = f"python launch/run.py cancel run_dir={path}"
             raise RecipeError(f"{path} is being run.", fix)
-    needed = _inputs_of_other_runs(chosen)
+    roots = {ROOT.resolve(), *(path.parent for path in chosen)}
+    others = {run.resolve() for root in roots for run in _find_runs(root)} - set(chosen)
+    needed = {stage: run for run in others for stage in _inputs(run)}
     rows = {stage: f"kept for {run}" for stage, run in needed.items() if stage.parent in chosen}
     deletable = [folder for run in chosen for folder in _deletable(run, needed)]
     rows |= dict.fromkeys(deletable, "deleted" if confirmed else "")
@@ -267,13 +266,6 @@ def _deletable(run: Path, needed: Collection[Path]) -> list[Path]:
     stages = [folder for folder in sorted(run.iterdir()) if folder.is_dir()]
     unneeded = [folder for folder in stages if folder not in needed]
     return unneeded if len(unneeded) < len(stages) else [run]
-
-
-def _inputs_of_other_runs(chosen: Sequence[Path]) -> dict[Path, Path]:
-    """Returns stage directories that other runs, here or in ``runs``, need; with such a run."""
-    roots = {ROOT.resolve(), *(path.parent for path in chosen)}
-    others = {run.resolve() for root in roots for run in _find_runs(root)} - set(chosen)
-    return {stage: run for run in others for stage in _inputs(run)}
 
 
 def _inputs(run: Path) -> Iterator[Path]:

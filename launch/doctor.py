@@ -122,13 +122,11 @@ def _resources() -> Iterator[Check]:
     yield _check("disk here", f"{disk / 1e9:.1f} GB", disk >= DISK_BYTES, fix)
     memory, fix = physical_memory(), "use a smaller model or micro batch"
     yield _check("memory", f"{memory / 1e9:.1f} GB", memory >= MEMORY_BYTES, fix)
-    shm = Path("/dev/shm")
+    shm, fix = Path("/dev/shm"), "NCCL and gloo use it between ranks: docker run --ipc=host"
     size = shutil.disk_usage(shm).total if shm.is_dir() else 0
-    fix = "NCCL and gloo use it between ranks: docker run --ipc=host"
     yield _check("shared memory", f"{size / 1e9:.1f} GB", size >= SHM_BYTES, fix, bad=WARN)
-    cache = cache_dir()
+    cache, fix = cache_dir(), "set NEMO_RECIPES_CACHE to a writable folder"
     existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-    fix = "set NEMO_RECIPES_CACHE to a writable folder"
     yield _check("cache", str(cache), os.access(existing, os.W_OK), fix)
 
 

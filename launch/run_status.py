@@ -48,20 +48,16 @@ class StageStatus:
 
 def read_statuses(run_dir: Path) -> list[StageStatus]:
     """Returns the status of every stage of a run."""
-    jobs = read_jobs(run_dir)
-    queue = job_states(jobs.values())
-    holder = lock.read_holder(run_dir)
-    plan = read_last_plan(run_dir)
+    jobs, holder = read_jobs(run_dir), lock.read_holder(run_dir)
+    queue, plan = job_states(jobs.values()), read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
     statuses = []
     for name, state in stage_states(run_dir, also=jobs).items():
         job = jobs.get(name)
         queued = queue.get(job.id) if job else None
-        status = _active_status(state, job, queued, holder)
-        if status is None:
-            current = job if job and job.fingerprint == planned.get(name) else None
-            status = _ended_status(state, current, queued)
-        statuses.append(status)
+        current = job if job and job.fingerprint == planned.get(name) else None
+        active = _active_status(state, job, queued, holder)
+        statuses.append(active or _ended_status(state, current, queued))
     return statuses
 
 
@@ -73,11 +69,11 @@ def _active_status(
     if queued and queued.active:
         if queued.state == "PENDING":
             reason = queued.reason if queued.reason not in ("", "None") else "is about to start"
-            return StageStatus(state, Status.PENDING, _with_progress(state, reason), job)
+            return StageStatus(state, Status.PENDING, progress_text(state, reason), job)
         limit = f"{queued.time_left} to its limit on {queued.nodes}"
-        return StageStatus(state, Status.RUNNING, _with_progress(state, limit), job)
+        return StageStatus(state, Status.RUNNING, progress_text(state, limit), job)
     if holder and holder.stage == name:
-        return StageStatus(state, Status.RUNNING, _with_progress(state))
+        return StageStatus(state, Status.RUNNING, progress_text(state))
     if holder and holder.stage and state.status is not Status.COMPLETE:
         return StageStatus(state, Status.PENDING, f"after {holder.stage}")
     return None
@@ -104,23 +100,19 @@ def _ended_status(state: StageState, job: SlurmJob | None, queued: JobState | No
         detail = "its job never started: cancelled, or a stage before it failed"
         return StageStatus(state, Status.CANCELLED, detail, job)
     if state.status is Status.INTERRUPTED:
-        return StageStatus(state, state.status, _with_progress(state))
+        return StageStatus(state, state.status, progress_text(state))
     detail = "its result has other settings, inputs or code" if state.result else ""
     return StageStatus(state, state.status, detail)
 
 
-def _with_progress(state: StageState, detail: str = "") -> str:
-    return "; ".join(filter(None, (progress_text(state), detail)))
-
-
-def progress_text(state: StageState) -> str:
-    """Returns a stage's last progress and its remaining time; empty without progress."""
-    records = state.progress()
-    if not records:
-        return ""
-    last, left = records[-1], remaining_seconds(records)
-    text = f"{last['task']} {last['done']}/{last['total']}"
-    return f"{text}, {format_seconds(left)} left" if left else text
+def progress_text(state: StageState, detail: str = "") -> str:
+    """Returns a stage's last progress, its remaining time, and a detail, as far as they exist."""
+    parts = [detail] if detail else []
+    if records := state.progress():
+        last, left = records[-1], remaining_seconds(records)
+        text = f"{last['task']} {last['done']}/{last['total']}"
+        parts.insert(0, f"{text}, {format_seconds(left)} left" if left else text)
+    return "; ".join(parts)
 
 
 def time_left(run_dir: Path, statuses: Sequence[StageStatus]) -> float | None:

@@ -120,9 +120,9 @@ def _settings_problems(stages: Iterable[PlannedStage], cluster: SlurmConfig) -> 
     if not PLAIN.fullmatch(os.getcwd()):
         yield f"{os.getcwd()} has a character that job options cannot hold\n  fix: work elsewhere"
     for stage in stages:
-        own = stage.config.resources.time is not None
+        own = stage.config.resources.time
         key = f"stages.{stage.name}.resources.time" if own else "cluster.time"
-        limit, margin = _time_limit(stage, cluster), _margin_seconds(stage, cluster)
+        limit, margin = own or cluster.time, _margin_seconds(stage, cluster)
         if slurm_seconds(limit) <= margin:
             yield (
                 f"{key}={limit} is too short: {stage.name} stops {margin} s before it\n"
@@ -133,10 +133,6 @@ def _settings_problems(stages: Iterable[PlannedStage], cluster: SlurmConfig) -> 
                 f"{stage.directory} has a character that job options cannot hold\n"
                 "  fix: set run_dir to a path of letters, digits and ./@+=_-"
             )
-
-
-def _time_limit(stage: PlannedStage, cluster: SlurmConfig) -> str:
-    return cluster.time if stage.config.resources.time is None else stage.config.resources.time
 
 
 def _margin_seconds(stage: PlannedStage, cluster: SlurmConfig) -> int:
@@ -172,7 +168,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8],
         replaces=made.started_at if (made := stage.result) else None,
         cwd=os.getcwd(),
-        time=_time_limit(stage, cluster),
+        time=stage.config.resources.time or cluster.time,
         sbatch=list(_sbatch_options(stage, cluster)),
         env=env,
         image=image,
@@ -208,20 +204,13 @@ def submit_script(plan: Plan) -> str:
     """Returns the text of ``submit.sh``, where each job depends on the jobs of its inputs."""
     pending = [stage for stage in plan.stages if stage.action != SKIP]
     variables = {stage.directory: "job_" + re.sub(r"\W", "_", stage.name) for stage in pending}
-    rows = []
+    jobs = []
     for stage in pending:
         inputs = {ref.directory for ref in stage.inputs.values()}
         needed = sorted(variables[directory] for directory in inputs & variables.keys())
         after = "afterok" + "".join(f":${name}" for name in needed) + "," if needed else ""
-        rows.append(
-            {
-                "name": stage.name,
-                "variable": variables[stage.directory],
-                "fingerprint": stage.fingerprint,
-                "dependency": f"{after}singleton",
-            }
-        )
-    return _render("submit.sh.j2", run_dir=plan.run_dir, record=RECORD, stages=rows)
+        jobs.append((stage, variables[stage.directory], f"{after}singleton"))
+    return _render("submit.sh.j2", run_dir=plan.run_dir, record=RECORD, jobs=jobs)
 
 
 def _render(template: str, **values: Any) -> str:

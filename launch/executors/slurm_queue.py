@@ -87,11 +87,8 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
     """Returns the jobs of a run that run or wait, by stage."""
     jobs = read_jobs(run_dir)
     states = job_states(jobs.values())
-    return {
-        stage: (job, states[job.id])
-        for stage, job in jobs.items()
-        if job.id in states and states[job.id].active
-    }
+    found = {name: (job, states[job.id]) for name, job in jobs.items() if job.id in states}
+    return {name: (job, state) for name, (job, state) in found.items() if state.active}
 
 
 def cancel_jobs(jobs: Iterable[SlurmJob]) -> None:
