@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
@@ -22,8 +20,7 @@ from recipes.report.compare import comparison, verdict
 from recipes.report.runs import find_runs, paired_difference, read_run
 from tests.support.pages import Page
 from tests.support.reports import make_run
-
-Launch = Callable[..., subprocess.CompletedProcess[str]]
+from tests.unit.conftest import Launch
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +47,7 @@ def page(sweep: Path) -> Page:
     return Page(out.read_text(encoding="utf-8"))
 
 
-def test_a_sweep_says_at_its_end_which_run_is_best(sweep: Path) -> None:
+def test_a_sweep_names_the_best_run_and_the_command_that_compares(sweep: Path) -> None:
     best, command = best_of(find_runs([sweep])).splitlines()
     assert best == "best: sweep/1, the lowest loss on the same held-out text, perplexity 38.47"
     words = shlex.split(command.removeprefix("side by side: python launch/run.py compare "))
@@ -63,7 +60,7 @@ def test_runs_of_a_sweep_are_found_in_the_order_of_their_numbers(sweep: Path) ->
     assert len(find_runs([sweep / "2", sweep])) == 5
 
 
-def test_figures_are_the_manifests(page: Page, sweep: Path) -> None:
+def test_numbers_are_those_of_the_manifests(page: Page, sweep: Path) -> None:
     shown = page.figures()
     for number in ("0", "1", "2", "10"):
         evaluation = read_manifest(sweep / number / "evaluate")
@@ -75,7 +72,7 @@ def test_figures_are_the_manifests(page: Page, sweep: Path) -> None:
         assert exported.total_bytes() in shown
 
 
-def test_the_front_is_what_no_other_run_beats(sweep: Path) -> None:
+def test_pareto_fronts_have_the_runs_that_no_other_beats(sweep: Path) -> None:
     plots = comparison([read_run(run) for run in find_runs([sweep])])["plots"]
     fronts = [re.findall(r"<title>(\d): [^<]*on the Pareto front", plot["plot"]) for plot in plots]
     # Same size: only the best perplexity is on the front. Latency: the worse, the faster.
@@ -84,7 +81,7 @@ def test_the_front_is_what_no_other_run_beats(sweep: Path) -> None:
     assert pareto_front([(1, 1), (1, 1), (2, 1), (2, 2)]) == {0, 1}, "of equal runs both"
 
 
-def test_runs_that_chance_may_have_put_behind_are_named(tmp_path: Path) -> None:
+def test_runs_within_chance_of_the_best_are_named(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, loss=loss) for name, loss in (("a", 3.65), ("b", 3.652))]
     rows = comparison([read_run(run) for run in runs])["rows"]
     assert verdict(rows).endswith("at 95%: b")
@@ -110,7 +107,8 @@ def test_incomplete_runs_are_listed(page: Page) -> None:
     assert "not evaluated: sweep/11." in text
 
 
-def test_a_stage_requested_anew_is_not_complete(tmp_path: Path) -> None:
+def test_stages_of_the_last_plan_must_be_complete(tmp_path: Path) -> None:
+    """With its fingerprint; stages of earlier plans only if they have been started."""
     run = make_run(tmp_path / "run")
     plan = read_last_plan(run)
     assert plan is not None
@@ -118,12 +116,6 @@ def test_a_stage_requested_anew_is_not_complete(tmp_path: Path) -> None:
     record = read_run(run)
     assert record.incomplete == ("evaluate",)
     assert record.evaluation is None
-
-
-def test_a_stage_that_was_only_planned_and_is_no_longer_is_not_missed(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    plan = read_last_plan(run)
-    assert plan is not None
     for name in ("export_gguf", "quantize"):
         Request(name, "0abc", "c", {}, {}).write(run / name)
     LastPlan(plan.recipe, {**plan.stages, "quantize": "0abc"}).write(run)

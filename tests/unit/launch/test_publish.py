@@ -1,30 +1,31 @@
-"""A student goes to the hub once its gates have passed: to a stand-in of it, on loopback."""
+"""Publishing a student to a stand-in for the hub, on loopback."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-from omegaconf import DictConfig
 
-from launch.plan import Plan
 from launch.sweep import require_separate_results
 from launch.trackers import public_text
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, stamp_files, write_manifest
+from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, stamp_files
 from tests.support.hub import StandInHub, settings_for, stand_in_hub
+from tests.support.manifests import edit_manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.unit.conftest import Complete, Compose, Launch, MakePlan
 
 TOKEN = "hf_a_token_of_the_stand_in"
 NAME = "me/small"
 HIDDEN = "a password in a stage's environment"
 RUN = ("recipe=llama_width_prune", "engine=null", "tasks=null")
-Launch = Callable[..., subprocess.CompletedProcess[str]]
-Compose = Callable[..., DictConfig]
 
 
 @pytest.fixture
@@ -34,29 +35,26 @@ def hub() -> Iterator[StandInHub]:
 
 
 @pytest.fixture
-def run(plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path) -> Path:
-    """A complete one, whose export has weights and whose report is a page."""
+def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
+    """A complete run; the export has weights, and secrets in its settings."""
     planned = plan()
     complete(planned)
-    run_dir = tmp_path / "run"
     files = {
         "export_hf": {"model.safetensors": b"weights" * 1000, "README.md": b"# a card"},
         "report": {"report.html": b"<p>a page"},
     }
-    for stage in (one for one in planned.stages if one.name in files):
+    for stage in (stage for stage in planned.stages if stage.name in files):
         for name, content in files[stage.name].items():
             (stage.directory / ARTIFACT / name).write_bytes(content)
-        manifest = read_manifest(stage.directory)
-        assert manifest is not None
         inputs = {name: read_manifest(ref.directory) for name, ref in stage.inputs.items()}
-        manifest = replace(
-            manifest,
-            config={**manifest.config, "resources": {"env": {"PROXY": HIDDEN}}},
+        config = {**stage.request().config, "resources": {"env": {"PROXY": HIDDEN}}}
+        edit_manifest(
+            stage.directory,
+            config=config,
             files=stamp_files(stage.directory / ARTIFACT),
             input_content={name: found.content() for name, found in inputs.items() if found},
         )
-        write_manifest(stage.directory, manifest)
-    return run_dir
+    return tmp_path / "run"
 
 
 @pytest.fixture
@@ -85,7 +83,7 @@ def test_a_complete_run_is_published_private(push: Launch, run: Path, hub: Stand
     assert not [file for file in kept if TOKEN.encode() in file.read_bytes()]
 
 
-def test_a_dry_run_lists_what_would_be_sent(push: Launch, hub: StandInHub) -> None:
+def test_a_dry_run_lists_the_files(push: Launch, hub: StandInHub) -> None:
     done = push("dry_run=true", HF_TOKEN="")
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("model.safetensors", "README.md", "report.html", MANIFEST):
@@ -115,7 +113,7 @@ def test_a_run_that_fails_its_gates_is_not_published(push: Launch, hub: StandInH
     ],
     ids=["no token", "unknown token", "no hub", "no export", "slurm"],
 )
-def test_what_cannot_be_published_is_refused_first(
+def test_runs_that_cannot_be_published_are_refused_before_they_start(
     push: Launch, hub: StandInHub, words: tuple[str, ...], env: dict[str, str], message: str
 ) -> None:
     done = push(*words, **env)
@@ -138,7 +136,7 @@ def test_runs_of_a_sweep_are_not_pushed_to_one_repository(launch: Launch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "separate"),
     [
         ("run_dir=both", False),
         ("run_dir=runs/${hydra:job.num}", True),
@@ -146,14 +144,14 @@ def test_runs_of_a_sweep_are_not_pushed_to_one_repository(launch: Launch, tmp_pa
         (f"hub.push={NAME}-1,{NAME}-2", True),
     ],
 )
-def test_what_a_sweep_keeps_is_told_apart(compose: Compose, word: str, told: bool) -> None:
+def test_runs_of_a_sweep_need_separate_results(compose: Compose, word: str, separate: bool) -> None:
     cfg = compose(RUN[0], word.partition(",")[0])
-    refused = contextlib.nullcontext() if told else pytest.raises(RecipeError, match="all runs of")
-    with refused:
+    raises = pytest.raises(RecipeError, match="all runs of")
+    with contextlib.nullcontext() if separate else raises:
         require_separate_results(cfg, ["-m", *RUN, word])
 
 
-def test_a_public_model_is_not_taken_for_a_private_one(push: Launch, hub: StandInHub) -> None:
+def test_a_public_model_is_refused_unless_it_may_be_public(push: Launch, hub: StandInHub) -> None:
     hub.models[NAME], hub.private[NAME] = {}, False
     done = push()
     assert done.returncode == 1

@@ -1,10 +1,8 @@
-"""Asking for a rehearsal; what it finds is in ``tests/cpu/rehearsal``."""
+"""Which ranks are rehearsed with which settings; ``tests/cpu/rehearsal`` rehearses them."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,29 +16,28 @@ from launch.planned import stage_of
 from launch.rehearse import memory_mistakes, planned_memory
 from recipes.planning.chain import Chain, read_config_or_published
 from recipes.rehearsal.job import RankJob, RehearsalResult, first_ranks, jobs_of
-from tests.unit.conftest import Compose
+from tests.unit.conftest import Compose, Launch
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 Prepared = tuple[Chain, list[RankJob]]
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("override", "words"),
     [
         ("rehearse=soon", "invalid rehearse=soon: must be true or a list"),
         ("rehearse=[0,-1]", "invalid rehearse=[0, -1]: must be true or a list"),
         ("rehearse=[4]", "no stage computes on a device and has rank 4"),
     ],
 )
-def test_what_cannot_be_rehearsed_is_refused(launch: Launch, given: str, words: str) -> None:
-    done = launch("recipe=llama_depth_prune", given)
+def test_invalid_rehearsals_are_refused(launch: Launch, override: str, words: str) -> None:
+    done = launch("recipe=llama_depth_prune", override)
     assert done.returncode == 1
     assert words in done.stderr
     assert done.stderr.count("\n") <= 2
 
 
 def prepared(cfg: DictConfig, run_dir: Path, ranks: list[int] | None = None) -> Prepared:
-    """A recipe's chain, and what is rehearsed of it."""
+    """Returns a recipe's chain and the jobs of its rehearsal."""
     configs = typed_stages(cfg)
     chain = chain_of(cfg, cfg.model.hf_path, configs, run_dir)
     chain = with_shapes(chain, stage_order(configs))
@@ -55,7 +52,7 @@ def test_first_middle_and_last_pipeline_stage() -> None:
     assert first_ranks(768, 4) == [0, 384, 576]
 
 
-def test_settings_are_short_and_shapes_are_not(compose: Compose, tmp_path: Path) -> None:
+def test_jobs_have_few_steps_and_full_shapes(compose: Compose, tmp_path: Path) -> None:
     given = ("recipe=qwen3_8b_depth", "stages.distill.profile_steps=[1,2]")
     chain, jobs = prepared(compose(*given), tmp_path, [0, 767])
     assert [(job.name, job.rank) for job in jobs] == [
@@ -78,7 +75,7 @@ def test_settings_are_short_and_shapes_are_not(compose: Compose, tmp_path: Path)
     assert TypeAdapter(RankJob).validate_json(json.dumps(asdict(jobs[2]))) == jobs[2]
 
 
-def test_a_halving_is_rehearsed_as_a_training_of_its_largest_candidate(
+def test_successive_halving_is_rehearsed_by_training_its_largest_candidate(
     compose: Compose, tmp_path: Path
 ) -> None:
     chain, jobs = prepared(compose("recipe=qwen3_8b_search"), tmp_path)
@@ -93,7 +90,7 @@ def test_a_halving_is_rehearsed_as_a_training_of_its_largest_candidate(
     assert job.config["global_batch_size"] == 16  # 4 replicas of 2 sequences, two micro batches
 
 
-def test_a_cached_teacher_is_of_its_own_settings(compose: Compose, tmp_path: Path) -> None:
+def test_a_cached_teacher_has_the_settings_of_its_stage(compose: Compose, tmp_path: Path) -> None:
     given = ("recipe=qwen3_8b_depth", "teacher=cached", "stages.cache_logits.top_k=8")
     _, jobs = prepared(compose(*given), tmp_path)
     [job] = [job for job in jobs if job.name == "distill"]
@@ -103,7 +100,7 @@ def test_a_cached_teacher_is_of_its_own_settings(compose: Compose, tmp_path: Pat
     assert teacher.config == said
 
 
-def test_a_peak_without_room_is_a_mistake(compose: Compose, tmp_path: Path) -> None:
+def test_a_peak_above_the_devices_memory_is_a_mistake(compose: Compose, tmp_path: Path) -> None:
     chain, jobs = prepared(compose("recipe=qwen3_8b_depth"), tmp_path)
     [job] = [job for job in jobs if job.name == "evaluate"]
     three_in_float32 = RehearsalResult(peak={"weights": 81_000_000_000})
