@@ -12,7 +12,7 @@ from tests.gpu.small import Small, reference
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what is here. The plan runs a step that needs no GPU on a machine that has none."""
+    """Marks GPU tests; without a GPU they are skipped, unless the plan runs them."""
     import torch
 
     for item in items:
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where figures and traces are left, and the small model is."""
+    """Folder of results, traces and the small model."""
     return Path(os.environ.get(RESULTS) or tmp_path_factory.mktemp("gpu"))
 
 

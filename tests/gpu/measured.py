@@ -27,7 +27,7 @@ from recipes.rehearsal.rank import environment
 
 
 def load_teacher(original: Any) -> Any:
-    """Gives the teacher, whose memory is not touched, numbers that are none of what was there."""
+    """Gives the teacher random weights, since its memory is not initialised."""
 
     def load(*args: Any) -> torch.nn.Module:
         core: torch.nn.Module = original(*args)
@@ -39,7 +39,7 @@ def load_teacher(original: Any) -> Any:
 
 
 def main(job: RankJob) -> dict[str, Any]:
-    """Trains, and says what that took."""
+    """Trains, and returns peak memory and speed."""
     os.environ.update(environment(job))
     checkpoints.stand_in()
     setattr(model, "_load_teacher", load_teacher(model._load_teacher))

@@ -36,7 +36,7 @@ def difference(*arguments: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def test_an_import_proves_itself(small: Small, results: Path) -> None:
+def test_an_import_passes_its_gates(small: Small, results: Path) -> None:
     run_dir = small.folder / "import"
     shutil.rmtree(run_dir, ignore_errors=True)
     small.start(run_dir, "only=[import_hf]")

@@ -28,7 +28,7 @@ LOSSES = {
 
 
 def logits(vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Student's and teacher's, bfloat16; of the teacher's 64 largest no two are alike."""
+    """Returns student's and teacher's in bfloat16; the teacher's 64 largest are distinct."""
     generator = torch.Generator(device()).manual_seed(vocabulary)
     shape = (TOKENS, vocabulary)
     student = 3 * torch.randn(shape, device=device(), generator=generator)
@@ -41,7 +41,7 @@ def logits(vocabulary: int) -> tuple[Tensor, Tensor]:
 
 
 def reference(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> tuple[Tensor, Tensor]:
-    """Losses and gradients by their definition in float64, some rows at a time."""
+    """Computes losses and gradients in float64 by their definition, some rows at a time."""
     values, gradients = [], []
     for start in range(0, TOKENS, ROWS):
         q_logits = student[start : start + ROWS].double().requires_grad_()
@@ -55,7 +55,7 @@ def reference(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> tuple[Tenso
 
 
 def defined(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Tensor:
-    """A loss per token."""
+    """Computes the loss per token by its definition."""
     p, q = ((x / loss.temperature).softmax(-1) for x in (teacher, student))
     if loss.top_k is not None:
         ids = teacher.topk(loss.top_k).indices
@@ -76,7 +76,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("name", LOSSES)
-def test_it_is_its_definition(name: str, vocabulary: int) -> None:
+def test_losses_and_gradients_match_their_definition(name: str, vocabulary: int) -> None:
     student, teacher = logits(vocabulary)
     ours = student.clone().requires_grad_()
     found = distillation_loss(ours, teacher.clone(), LOSSES[name])
@@ -89,7 +89,7 @@ def test_it_is_its_definition(name: str, vocabulary: int) -> None:
 
 @pytest.mark.skipif(not on_gpu(), reason="times and memory are a GPU's")
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
-def test_it_takes_no_more_than_nemos(vocabulary: int, results: Path) -> None:
+def test_memory_is_below_that_of_nemos_loss(vocabulary: int, results: Path) -> None:
     from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
 
     student, teacher = logits(vocabulary)
@@ -108,7 +108,7 @@ def test_it_takes_no_more_than_nemos(vocabulary: int, results: Path) -> None:
 
 
 def measured(loss: Callable[[Tensor], Tensor], student: Tensor) -> dict[str, float]:
-    """Seconds of forward and backward, and bytes beyond the logits at the peak."""
+    """Returns seconds of forward and backward pass, and peak bytes in addition to the logits."""
     seconds = []
     for _ in range(4):
         given = student.detach().requires_grad_()

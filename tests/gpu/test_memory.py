@@ -31,13 +31,13 @@ STEPS = 6
 
 
 def job_of(layers: int) -> tuple[Any, RankJob]:
-    """The chain, and its distillation: a teacher of so many layers, a student of half of them."""
+    """Returns a chain and the job of its distillation; the student has half of the layers."""
     recipe = "llama3_1_8b_depth" if on_gpu() else "llama_depth_prune"
     return job_with_layers(recipe, "distill", 0, ONE_GPU if on_gpu() else (), layers)
 
 
 def start(module: str, job: Any, *arguments: str, folder: Path) -> str:
-    """Gives a job to a module; returns what it prints."""
+    """Runs a module on a job; returns its output."""
     file = folder / "jobs.json"
     file.write_text(json.dumps(job))
     done = subprocess.run(
@@ -50,7 +50,7 @@ def start(module: str, job: Any, *arguments: str, folder: Path) -> str:
 
 
 def rehearsed(results: Path, tmp_path: Path) -> dict[int, float]:
-    """Bytes at the peak, by layers; rehearsed once."""
+    """Returns the peak bytes by number of layers; rehearses once."""
     file = results / "rehearsal.json"
     if not file.exists():
         jobs = [asdict(job_of(layers)[1]) for layers in LAYERS]
@@ -65,14 +65,14 @@ def rehearsed(results: Path, tmp_path: Path) -> dict[int, float]:
     return {layers: sum(peaks[f"{layers}"].values()) for layers in LAYERS}
 
 
-def test_rehearsed_as_planned(results: Path, tmp_path: Path) -> None:
+def test_rehearsed_memory_matches_the_plan(results: Path, tmp_path: Path) -> None:
     for layers, peak in rehearsed(results, tmp_path).items():
         chain, job = job_of(layers)
         plan = planned_memory(job, chain)
         assert peak == pytest.approx(sum(getattr(plan, kind) for kind in KINDS), rel=0.1)
 
 
-def test_measured_as_rehearsed(results: Path, tmp_path: Path) -> None:
+def test_measured_memory_matches_the_rehearsal(results: Path, tmp_path: Path) -> None:
     peaks, figures = rehearsed(results, tmp_path), {}
     for layers in LAYERS:
         chain, job = job_of(layers)

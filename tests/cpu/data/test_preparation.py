@@ -43,7 +43,7 @@ def tokenizer(odd_llama: Path) -> DocumentTokenizer:
 
 
 def read(text_file: Path) -> list[str]:
-    """Its texts, without blank lines in them."""
+    """Reads the texts of a file, without blank lines in them."""
     texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     return [re.sub(r"\s*\n\s*", "\n", text).strip() for text in texts]
 
@@ -66,7 +66,7 @@ def cfg(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PrepareDat
 def whole(
     cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, PreparationState]:
-    """All of it, undisturbed, in one process."""
+    """The result of an undisturbed preparation in one process."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, prepare(cfg, tokenizer, folder, LOG)
 
@@ -110,7 +110,7 @@ def test_every_document_is_in_one_split_and_held_out_sources_in_theirs(
 def test_ten_times_the_text_takes_the_same_memory(
     tokenizer: DocumentTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all that Python and NumPy hold: texts, digests, tokens and lengths of documents."""
+    """Counts all memory of Python and NumPy: texts, digests, tokens and lengths of documents."""
     monkeypatch.setattr(part_writer, "BLOCK", 512)
     peaks = []
     for number in (2_000, 2_000, 20_000):  # what is made once and stays is not the text's
@@ -165,7 +165,7 @@ def chat(odd_llama: Path, tokenizer: DocumentTokenizer) -> ChatTokenizer:
 def mixed(
     text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PrepareDataConfig, list[str]]:
-    """Conversations between texts, and all that is said in them."""
+    """Settings with conversations between texts, and the text of each conversation."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "texts.jsonl").write_text("".join(text_file.read_text().splitlines(True)[:100]))
     chats = write_chats(folder / "chats.jsonl", text_file, 700)
@@ -182,7 +182,7 @@ def whole_mixed(
     chat: ChatTokenizer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, PreparationState]:
-    """In batches of 16, as where they are interrupted."""
+    """The result in batches of 16, the size in the test that kills the process."""
     folder = tmp_path_factory.mktemp("whole_mixed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "BATCH_DOCUMENTS", 16)

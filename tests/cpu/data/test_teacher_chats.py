@@ -17,7 +17,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.data import teacher_chats
 from recipes.data.chat import ChatTokenizer
 from recipes.data.teacher_chats import ChatRequest, ChatWriter, write_chats
-from tests.cpu.data.test_chat import END, PLAIN, STOP, saved
+from tests.cpu.data.test_tokenizer import END, PLAIN, STOP, saved
 
 CHAT = ChatRequest(tokens=700, seed=1, seq_length=100)
 

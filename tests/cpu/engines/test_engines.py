@@ -1,4 +1,4 @@
-"""Real engines of tiny models: same tokens in float32, quality when compressed, quantisation."""
+"""Engines of tiny models: tokens in float32, quality when compressed, quantization; GEMM rates."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from nemo_convert.architecture import Architecture
 from nemo_convert.hf import TOKENIZER_FILES, Weights, copy_side_files, load_causal_lm
 from nemo_convert.hf_config import read_architecture
 from recipes.core.errors import RecipeError
@@ -24,8 +26,15 @@ from recipes.core.metrics import METRICS, MetricsLog, read_records
 from recipes.core.stage import Input
 from recipes.data.part_writer import PartWriter
 from recipes.data.tokenizer import load_tokenizer
-from recipes.engines import openvino
+from recipes.engines import machine_rates, openvino
 from recipes.engines.checks import compare_engine, greedy_margin
+from recipes.engines.machine_rates import (
+    ENOUGH_SECONDS,
+    MIN_REPEATS,
+    TOKENS,
+    best_seconds,
+    training_rates,
+)
 from recipes.engines.openvino import Pipeline, read_properties
 from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
 from recipes.search.space import Service, weight_bytes
@@ -143,7 +152,7 @@ def test_float32_engines_write_the_tokens_of_transformers(
             assert (engine / file.name).exists()
 
 
-def test_compressed_engines_report_what_they_lost(build: Build, odd_llama: Path) -> None:
+def test_compressed_engines_report_their_loss(build: Build, odd_llama: Path) -> None:
     """Attention's width of 70 is no multiple of a group of 8; the other widths are."""
     built = {p: build(odd_llama, precision=p, group_size=8) for p in ("int8", "int4")}
     found = {precision: outcome.result for precision, (_, outcome) in built.items()}
@@ -170,7 +179,7 @@ def test_compressed_engines_report_what_they_lost(build: Build, odd_llama: Path)
     assert found["int4"].weight_types["u4"] >= layers * 3 * width * ffn
 
 
-def test_a_template_of_a_model_writes_no_file_outside(odd_llama: Path, tmp_path: Path) -> None:
+def test_a_chat_template_writes_no_file_outside_the_engine(odd_llama: Path, tmp_path: Path) -> None:
     model, out = tmp_path / "model", tmp_path / "run" / "engine"
     shutil.copytree(odd_llama, model, ignore=shutil.ignore_patterns("*.safetensors", "*.jinja"))
     settings = json.loads((model / "tokenizer_config.json").read_text())
@@ -186,7 +195,7 @@ def test_a_template_of_a_model_writes_no_file_outside(odd_llama: Path, tmp_path:
 def test_a_disk_too_small_for_an_engine_is_named(
     megabytes: int, aligned: Path, tmp_path: Path
 ) -> None:
-    """It fills while the model is exported, or while the engine is saved; both leave room again."""
+    """The disk is full during the export, or while the engine is saved; both free their files."""
     with small_disk(tmp_path / "disk", f"{megabytes}m") as disk:
         out = stage_dir(disk.folder, "build_engine")
         with pytest.raises(OSError, match="No space left on device") as caught:
@@ -195,7 +204,7 @@ def test_a_disk_too_small_for_an_engine_is_named(
         assert str(problem).endswith("fix: free some space; the same command resumes")
 
 
-def test_compression_that_did_nothing_is_refused(build: Build, odd_llama: Path) -> None:
+def test_ineffective_compression_is_refused(build: Build, odd_llama: Path) -> None:
     """No width is a multiple of 64, so NNCF silently keeps 8 bits everywhere."""
     with pytest.raises(RecipeError, match="set one that fits"):
         build(odd_llama, precision="int4", group_size=64)
@@ -232,10 +241,10 @@ def aligned(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "algorithm"), [("fp8", "FP8"), ("int4_awq", "W4A16_AWQ")])
-def test_quantised_checkpoints(
+def test_quantized_checkpoints(
     name: str, algorithm: str, aligned: Path, data: Path, tmp_path: Path
 ) -> None:
-    """In ModelOpt's format, with weights that are the model's own within the format's steps."""
+    """They have ModelOpt's format, and the model's weights within the format's step size."""
     out = tmp_path / "work" / ARTIFACT
     out.mkdir(parents=True)
     inputs = {
@@ -271,3 +280,62 @@ def test_quantised_checkpoints(
         assert {n.split(".")[-1] for n in after.names() if "quant" in n} == {"pre_quant_scale"}
         assert weight.numel() * 2 == before.numel()
         assert scale.numel() * 128 == before.numel()
+
+
+SMOLLM2 = Architecture(
+    "LlamaForCausalLM", 30, 576, 1536, 9, 3, 64, 49152, 8192, tied_embeddings=True
+)
+
+
+def test_rates_are_those_of_a_processor() -> None:
+    """Of one thread: above what a core without vector units does, below what any core can."""
+    before = torch.get_num_threads()
+    rates, _ = training_rates(1)
+    assert 1e9 < rates.float32_flops_per_second < 1e12
+    assert 1e8 < rates.flops_per_second < 1e13
+    assert 5e8 < rates.bytes_per_second < 1e12
+    assert torch.get_num_threads() == before
+    # The time of helper threads is counted late: GEMMs of a millisecond seemed twice as fast.
+    both, _ = training_rates(2)
+    assert both.float32_flops_per_second < 3 * rates.float32_flops_per_second
+    assert both.flops_per_second < 3 * rates.flops_per_second
+
+
+@pytest.mark.parametrize("rate", [4e11, 4e8])
+def test_a_rate_is_the_mean_over_all_gemms_of_a_model(
+    rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor that is slower in the head, or that emulates the type, which shows at once."""
+    counted = []
+
+    def seconds(work: Callable[[], object], device: str = "cpu") -> float:
+        if "copy" in work.__qualname__:
+            return 1.0
+        with FlopCounterMode(display=False) as counter:
+            work()
+        counted.append(flops := counter.get_total_flops())
+        return flops / (rate / 2 if len(counted) % 3 == 0 else rate)
+
+    monkeypatch.setattr(machine_rates, "best_cpu_seconds", seconds)
+    rates, _ = training_rates(1)
+    if rate < 1e9:
+        assert rates.flops_per_second == rates.float32_flops_per_second == rate
+        assert len(counted) == 2
+        return
+    head = 2 * SMOLLM2.vocab_size * SMOLLM2.hidden_size
+    layers = 2 * SMOLLM2.active_weights() - head
+    assert rates.flops_per_second == pytest.approx((layers + head) / (layers + 2 * head) * rate)
+    assert counted[1] % (4 * TOKENS * layers / SMOLLM2.num_layers) == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "runs"), [(ENOUGH_SECONDS / 100, 9), (ENOUGH_SECONDS / 4, 4), (9.0, MIN_REPEATS)]
+)
+def test_slow_operations_are_repeated_less_often(seconds: float, runs: int) -> None:
+    now = [0.0]
+
+    def work() -> None:
+        now.append(now[-1] + seconds)
+
+    assert best_seconds(work, clock=lambda: now[-1], repeats=9) == pytest.approx(seconds)
+    assert len(now) - 2 == runs  # the start, and a run that warms up

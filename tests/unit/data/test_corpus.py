@@ -208,7 +208,7 @@ def test_part_of_extreme_fractions(fraction: float, name: str) -> None:
 def test_paragraphs_of_a_text_are_split_into_long_pieces(
     tmp_path: Path, stretches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A paragraph that is measured on does not stand between two that were trained on."""
+    """So a paragraph for evaluation does not lie between two for training."""
     paragraphs = [f"paragraph {i:4}" for i in range(3000)]
     source = write(tmp_path, "a.txt", "\n\n".join(paragraphs))
     monkeypatch.setattr(corpus, "STRETCH", Path(source).stat().st_size / stretches)

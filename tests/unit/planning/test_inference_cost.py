@@ -123,7 +123,7 @@ def test_measured_memory_on_a_cpu() -> None:
     assert scored.memory.total == pytest.approx(1.40e9, rel=0.10)
 
 
-def test_suggested_settings_come_in_the_order_of_what_they_change() -> None:
+def test_suggested_settings_are_ordered_by_their_effect() -> None:
     one, half, *_ = smaller_settings(EvaluateConfig())
     assert (one, half) == ({"micro_batch_size": 1}, {"precision": "bf16-mixed"})
     assert list(smaller_settings(ScoreConfig()))[3] == {"pipeline_model_parallel_size": 2}

@@ -194,10 +194,8 @@ def test_bytes_of_a_parameter_are_those_of_megatron() -> None:
 
 
 @pytest.mark.parametrize(("batches", "ranks", "size"), [(1, 1, 2), (2, 1, 4), (1, 2, 4)])
-def test_a_cpu_keeps_gradients_that_nothing_is_added_to(
-    batches: int, ranks: int, size: int
-) -> None:
-    """In bfloat16, as they are computed; those of several micro batches or ranks in float32."""
+def test_a_cpu_keeps_the_type_of_unsummed_gradients(batches: int, ranks: int, size: int) -> None:
+    """Gradients of one micro batch on one rank are in bfloat16; sums are in float32."""
     layout = Layout(devices=ranks)
     job = distillation(LLAMA, None, layout=layout, global_batch_size=batches * ranks)
     assert peak_memory(job, CPU).gradients == size * LLAMA.parameters()
@@ -232,7 +230,7 @@ def test_recomputing_and_sequence_parallelism_save_activations() -> None:
     assert step_time(again, H100).compute > 1.2 * step_time(job, H100).compute
 
 
-def test_a_recomputed_feed_forward_layer_is_there_once() -> None:
+def test_recomputed_feed_forward_layers_are_in_memory_one_at_a_time() -> None:
     layout = Layout(micro_batch_size=2, recompute_feed_forward=True)
     job = distillation(LLAMA, LLAMA, layout=layout)
     kept = 2 * (4 * 4096 + 2 * 40 * 128)
