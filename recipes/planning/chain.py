@@ -11,6 +11,7 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.hf import tokenizer_sha256
 from nemo_convert.hf_config import read_architecture
 from nemo_convert.hub import hub_model, in_reach, is_hub_id, read_hf_config
+from nemo_convert.tokenizer_files import needs_conversion
 from recipes.core.files import read_json
 from recipes.core.manifest import manifest_of
 from recipes.core.stage import StageConfig
@@ -114,7 +115,9 @@ def read_config_or_published(hf_path: str) -> tuple[dict[str, Any], bool]:
 
 
 def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
-    """Compares the tokenizers of a stage's inputs whose files are on this machine.
+    """Compares tokenizers and vocabularies of a stage's inputs.
+
+    Tokenizers are compared as far as their files are on this machine.
 
     The stage itself compares the others when it starts.
     """
@@ -127,6 +130,19 @@ def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
             f"the inputs of {cfg.stage} have different tokenizers: {listed}",
             "use models of one vocabulary, and data tokenized with it",
         )
+    sizes = {
+        name: chain.shape_of(cfg.inputs[name]).vocab_size
+        for name in ("teacher", "student")
+        if name in cfg.inputs
+    }
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        yield Problem(
+            rules.VOCABULARY,
+            f"the inputs of {cfg.stage} have vocabularies of different sizes: {listed}",
+            "resize the embeddings of one model to the size of the other "
+            "(resize_token_embeddings), also where only padding differs",
+        )
 
 
 def tokenizer_of(source: str, chain: Chain) -> str | None:
@@ -137,7 +153,8 @@ def tokenizer_of(source: str, chain: Chain) -> str | None:
         return manifest.tokenizer_sha256 if manifest else None
     if "hf_path" in vars(config):
         folder = Path(vars(config)["hf_path"])
-        return tokenizer_sha256(folder) if folder.is_dir() else None
+        known = folder.is_dir() and not needs_conversion(folder)  # import_hf would change it
+        return tokenizer_sha256(folder) if known else None
     upstream = next(
         (config.inputs[name] for name in TOKENIZER_INPUTS if name in config.inputs), None
     )

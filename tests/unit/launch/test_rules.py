@@ -8,6 +8,7 @@ import json
 import re
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,8 @@ from omegaconf import OmegaConf
 
 from launch.plan import Plan, make_plan
 from launch.settings import settings_of
+from nemo_convert.hf_config import read_architecture
+from nemo_convert.smollm2 import HF_CONFIG
 from recipes.core import versions
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest
@@ -320,6 +323,17 @@ def test_different_tokenizers_are_refused(
     edit_manifest(other / "prepare_data", tokenizer_sha256="another")
     with pytest.raises(RecipeError, match=r"different tokenizers: teacher t, data another"):
         plan(*inputs)
+
+
+def test_vocabularies_of_different_padding_are_refused(
+    plan: MakePlan, complete: Complete, tmp_path: Path
+) -> None:
+    complete(plan())
+    other = (tmp_path / "run").rename(tmp_path / "other")
+    padded = replace(read_architecture(HF_CONFIG, "SmolLM2"), vocab_size=49280)
+    edit_manifest(other / "import_hf", architecture=padded.as_dict())
+    with pytest.raises(RecipeError, match=r"different sizes: teacher 49280, student 49152"):
+        plan(f"{D}inputs.teacher={other}/import_hf")
 
 
 @pytest.mark.parametrize("flags", ["avx2", "avx512_bf16"])
