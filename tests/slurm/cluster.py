@@ -1,4 +1,4 @@
-"""A real Slurm for the tests: a controller and its nodes on loopback, without systemd."""
+"""A real Slurm for the tests: a controller and nodes on loopback, without systemd."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ PartitionName=batch Nodes=ALL Default=YES MaxTime=1-00:00:00 DefaultTime=10 Stat
 
 
 class Cluster:
-    """A running Slurm, its files in a directory with a short path."""
+    """A Slurm whose files are in one directory, which needs a short path."""
 
     def __init__(self, directory: Path, nodes: int = 2) -> None:
         self.directory = directory
@@ -67,7 +67,7 @@ class Cluster:
     @classmethod
     @contextlib.contextmanager
     def running(cls) -> Iterator[Self]:
-        """One that is stopped again."""
+        """Starts a cluster, and stops it at the end."""
         cluster = cls(Path(tempfile.mkdtemp(prefix="slurm")))
         cluster.directory.chmod(0o755)
         try:
@@ -99,7 +99,7 @@ class Cluster:
         wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == every, 300)
 
     def stop(self) -> None:
-        """Ends every job and daemon of this cluster, by their process ids."""
+        """Ends the jobs and daemons of this cluster."""
         with contextlib.suppress(Exception):
             run("scancel", "--me")
             wait_for(lambda: not run("squeue", "-h"), 120)
@@ -125,7 +125,7 @@ class Cluster:
         (d / "gres.conf").write_text(f"NodeName=n[1-{nodes}] Name=gpu File={d}/gpu[0-7]\n")
 
     def _make_pyxis(self) -> bool:
-        """Builds the stand-in for Pyxis, where a compiler and the right to mount are there."""
+        """Builds the stand-in for Pyxis; needs a compiler and the right to mount."""
         source, plugin = Path(__file__).with_name("fakepyxis.c"), self.directory / "fakepyxis.so"
         build = ["gcc", "-Wall", "-shared", "-fPIC", "-o", str(plugin), str(source)]
         (self.directory / "plugstack.conf").touch()
@@ -144,7 +144,7 @@ class Cluster:
 
 
 def without_slurm() -> str | None:
-    """Why none can be started here."""
+    """Returns why no Slurm can be started here; ``None`` if one can."""
     missing = [c for c in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(c)]
     if missing:
         return f"no Slurm here: {', '.join(missing)} missing (tests/install_slurm.sh)"
@@ -152,9 +152,9 @@ def without_slurm() -> str | None:
 
 
 def free_port(daemons: int) -> int:
-    """The first of 500 ports that nobody listens to where the daemons are to listen.
+    """Returns the first of 500 ports, of which the daemons' ports are free.
 
-    Jobs are numbered from it: ranks meet at a port that their job's number tells.
+    It is also the first job id, because the port at which ranks meet depends on the job id.
     """
     for number in range(18):
         port = FIRST_PORT + (os.getpid() + number) % 18 * 500
@@ -166,14 +166,14 @@ def free_port(daemons: int) -> int:
 
 
 def run(*command: str) -> str:
-    """Output of a command that must succeed."""
+    """Returns the output of a command, which must succeed."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout
 
 
 def wait_for(condition: object, seconds: float, pause: float = 0.1) -> None:
-    """Waits for something to become true."""
+    """Waits until a condition is true."""
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, f"waited {seconds} s in vain"

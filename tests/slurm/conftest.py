@@ -26,7 +26,7 @@ DISTILL = {
     "val_check_interval": STEPS,
     "checkpoint_interval": STEPS,
     "limit_val_batches": 1,
-    # Large enough that no first batch of a rank is hard for a teacher trained in seconds.
+    # Large enough for the check that a teacher, trained in seconds, predicts the first batch.
     "global_batch_size": 16,
     "micro_batch_size": 8,
     "tensor_model_parallel_size": 2,
@@ -46,7 +46,7 @@ def slurm() -> Iterator[Cluster]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, and what every command line of it has in common."""
+    """A run directory, and the overrides of all its command lines."""
 
     directory: Path
     overrides: tuple[str, ...]
@@ -56,19 +56,19 @@ class Run:
         return run_in_process(*self.words(*more), cwd=self.directory.parent)
 
     def words(self, *more: str) -> tuple[str, ...]:
-        """What stands on its command line."""
+        """Returns the words of a command line."""
         return (*self.overrides, f"run_dir={self.directory}", *more)
 
     def command(self, name: str, *more: str) -> Result:
-        """Runs ``status`` and the like."""
+        """Runs a command about the run, such as ``status``."""
         return run_in_process(name, f"run_dir={self.directory}", *more, cwd=self.directory.parent)
 
     def wait(self, seconds: float = 600) -> None:
-        """Waits until no job of it runs or waits."""
+        """Waits until no job of the run is active."""
         wait_for(lambda: not active_jobs(self.directory), seconds)
 
     def copy_without(self, directory: Path, *stages: str) -> Run:
-        """A copy in which some stages have not run; times are kept, so hashes are trusted."""
+        """Copies the run without some stages. File times stay, so files are not hashed again."""
         copy = directory / "copy"
         shutil.copytree(self.directory, copy)
         (copy / "jobs.txt").unlink()
@@ -81,7 +81,7 @@ class Run:
 def tiny_chain(
     slurm: Cluster, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Run, Result]:
-    """The whole chain, distillation on two nodes with two ranks each, in containers if possible."""
+    """A chain that distilled on two nodes with two ranks each, in containers if possible."""
     folder = tmp_path_factory.mktemp("slurm")
     model = write_tiny_model(folder / "teacher", text_file, **EVEN)
     image = folder / "image.sqsh"
@@ -93,7 +93,7 @@ def tiny_chain(
         "tasks=null",
         "engine=null",
         "cluster=slurm",
-        "skip_rules=[cluster-hardware]",  # its nodes have files for GPUs
+        "skip_rules=[cluster-hardware]",  # the nodes have files in place of GPUs
         f"cluster.images.default={image if slurm.has_containers else 'null'}",
         f"cluster.python={sys.executable}",
         "cluster.time=00:20:00",

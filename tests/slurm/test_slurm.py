@@ -1,4 +1,4 @@
-"""Chains on a real Slurm: two nodes, its own scheduler, its own dependencies and requeues."""
+"""Chains on a real Slurm with two nodes: scheduler, dependencies and requeues."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import Result
 from tests.support.runs import STAGES as ALL
 
-pytestmark = pytest.mark.timeout(1800)  # of which the first test waits for a whole chain
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for a whole chain
 STAGES = ALL[ALL.index("import_hf") :]
 UNTRAINED = STAGES[STAGES.index("distill") :]
 
@@ -59,7 +59,7 @@ def test_chain_runs_on_two_nodes(tiny_chain: tuple[Run, Result], slurm: Cluster)
     assert all(len(used) == 1 for used in nodes.values())
 
 
-def test_secrets_reach_no_file(tiny_chain: tuple[Run, Result]) -> None:
+def test_secrets_are_in_no_file(tiny_chain: tuple[Run, Result]) -> None:
     chain, result = tiny_chain
     assert result.code == 0
     assert "HF_TOKEN" in (chain.directory / "distill" / "job.sbatch").read_text()
@@ -81,13 +81,13 @@ def test_status_and_logs_of_a_complete_run(tiny_chain: tuple[Run, Result]) -> No
     assert read_jobs(chain.directory) == jobs
 
 
-def test_stopped_by_the_clock_twice_gives_the_same_weights(
+def test_training_that_reached_its_limit_twice_has_the_same_weights(
     tiny_chain: tuple[Run, Result], tmp_path: Path
 ) -> None:
-    """Time is up at once, so a step an attempt: requeued, stopped for good, submitted again."""
+    """Each start has time for one step: one requeue, then a stop, then another submission."""
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, "distill", "evaluate", "export_hf", "report")
-    undisturbed = trained_here(original, tmp_path)
+    undisturbed = trained_locally(original, tmp_path)
     clock = ("cluster.time=00:10:00", "cluster.margin_seconds=599", "only=[distill]")
     clock += ("stages.distill.resources.devices=1",)
     assert chain.submit(*clock, "cluster.max_requeues=1").code == 0
@@ -110,11 +110,11 @@ def test_stopped_by_the_clock_twice_gives_the_same_weights(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def trained_here(original: Run, folder: Path) -> Path:
-    """A copy whose distillation ran on as many ranks, two, on this machine."""
+def trained_locally(original: Run, folder: Path) -> Path:
+    """Distils in a copy of the run, on two ranks of this machine; returns its directory."""
     copy = original.copy_without(folder / "here", *UNTRAINED).directory
     words = [word for word in original.overrides if not word.startswith("cluster")]
-    # On Slurm a CPU's precision is float32, since nothing is known of the nodes.
+    # On Slurm a CPU trains in float32, because the nodes' processors are not known.
     layout = ("stages.distill.resources.nodes=1", "hardware.precision='32'")
     run_successfully(*words, *layout, "only=[distill]", f"run_dir={copy}", cwd=folder)
     return copy
@@ -128,11 +128,11 @@ def test_failing_stage_cancels_what_follows(tiny_chain: tuple[Run, Result], tmp_
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, *STAGES[1:])
     short = tmp_path / "short.jsonl"
-    # Large enough for what is checked before, with little in the field that counts.
+    # The file is large enough for the checks, but the field that is read has little text.
     documents = [{"text": text, "other": "x" * 200_000} for text in ("one", "two")]
     short.write_text("".join(json.dumps(document) + "\n" for document in documents))
     submitted = chain.submit(f"data.sources=[{short}]")
-    assert submitted.code == 0, submitted.output  # it was submitted; what becomes of it, later
+    assert submitted.code == 0, submitted.output
     jobs = read_jobs(chain.directory)
     followed = chain.submit(f"data.sources=[{short}]", "cluster.follow=true")
     assert read_jobs(chain.directory) == jobs
@@ -156,7 +156,7 @@ def test_node_that_goes_down_and_cancel(tiny_chain: tuple[Run, Result], tmp_path
     assert chain.submit("only=[prepare_data]").code == 0
     node = running_on(chain)
     run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-    # Not until no job is active: for a moment a job is neither ended nor back in the queue.
+    # Not by ``chain.wait``: for a moment the job is neither active nor back in the queue.
     wait_for(lambda: states(chain)["prepare_data"] == "complete", 600)
     job = read_jobs(chain.directory)["prepare_data"]
     assert "Restarts=1 " in run("scontrol", "show", "job", job.id)
@@ -176,7 +176,7 @@ def test_node_that_goes_down_and_cancel(tiny_chain: tuple[Run, Result], tmp_path
 
 
 def running_on(chain: Run) -> str:
-    """Waits until the run's one job has started; returns its node."""
+    """Waits until the run's only job has started; returns its node."""
 
     def node() -> str:
         states = [state for _, state in active_jobs(chain.directory).values()]
@@ -186,7 +186,7 @@ def running_on(chain: Run) -> str:
     return node()
 
 
-def test_second_submission_adopts_and_cancel_ends_all(
+def test_second_submission_keeps_jobs_and_cancel_cancels_all(
     tiny_chain: tuple[Run, Result], tmp_path: Path
 ) -> None:
     original, _ = tiny_chain
@@ -227,7 +227,7 @@ def test_second_submission_adopts_and_cancel_ends_all(
     assert "nothing runs" in chain.command("cancel").output
 
 
-def test_what_slurm_refuses_is_said_and_what_it_took_before_stays(
+def test_refused_job_is_named_and_earlier_jobs_stay(
     tiny_chain: tuple[Run, Result], tmp_path: Path
 ) -> None:
     original, _ = tiny_chain
@@ -235,7 +235,7 @@ def test_what_slurm_refuses_is_said_and_what_it_took_before_stays(
     held = "cluster.sbatch=[--hold]"
     refused = chain.submit(held, "stages.export_hf.resources.sbatch=['--partition=elsewhere']")
     assert refused.code == 1
-    assert "the job of export_hf was refused" in refused.output
+    assert "Slurm refused the job of export_hf" in refused.output
     assert "invalid partition specified: elsewhere" in refused.output
     taken = read_jobs(chain.directory)
     assert list(taken) == ["distill", "evaluate"]
@@ -251,21 +251,19 @@ def test_what_slurm_refuses_is_said_and_what_it_took_before_stays(
     assert shown.count(taken["distill"].id) == 1
     assert (chain.directory / RECORD).read_text() == submitted
 
-    def cancel_what_is_followed() -> None:
-        # Not after some seconds: a job that ended before the launcher saw it is submitted anew.
+    def cancel_followed_job() -> None:
+        # Once it is followed: the launcher submits a job again that ended before.
         wait_for(lambda: (seen := read_holder(chain.directory)) and seen.stage == "distill", 300)
         run("scancel", taken["distill"].id)
 
-    threading.Thread(target=cancel_what_is_followed).start()
+    threading.Thread(target=cancel_followed_job).start()
     followed = chain.submit(held, "cluster.follow=true")
     assert followed.code == 1
     assert f"job {taken['distill'].id}, failed (CANCELLED): it was cancelled" in followed.output
     assert chain.command("cancel").code == 0
 
 
-def test_sweep_of_three_shares_what_it_reads(
-    tiny_chain: tuple[Run, Result], tmp_path: Path
-) -> None:
+def test_runs_of_a_sweep_share_their_inputs(tiny_chain: tuple[Run, Result], tmp_path: Path) -> None:
     original, _ = tiny_chain
     inputs = OmegaConf.load(original.directory / "report" / "config.yaml").config.inputs
     shared = [f"stages.report.inputs.{k}={original.directory / v}" for k, v in inputs.items()]

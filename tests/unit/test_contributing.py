@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: the files that it says to add work; names in all documents are real."""
+"""The examples of CONTRIBUTING.md work; names in all documents exist."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ CLI = "launch/run.py"
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository with everything added at once."""
+    """A copy of the repository with the files of all examples."""
     return copy_with(tmp_path_factory.mktemp("copy"), *ADDED)
 
 
-def test_the_blocks_are_in_the_style_of_the_house(copy: Path) -> None:
+def test_examples_pass_the_linter(copy: Path) -> None:
     for command in (["check"], ["format", "--check"]):
         done = run(copy, "-m", "ruff", *command, "--no-cache", "recipes", "nemo_convert")
         assert done.returncode == 0, done.stdout
@@ -39,15 +39,15 @@ def test_a_recipe_is_listed_and_planned(copy: Path, tmp_path: Path) -> None:
     [block] = blocks("A recipe")
     name = Path(block.file).stem
     assert name in run(copy, CLI).stdout
-    asked = (f"recipe={name}", f"run_dir={tmp_path}/run", "skip_rules=[disk]")
-    done = run(copy, CLI, *asked, "dry_run=true")
+    words = (f"recipe={name}", f"run_dir={tmp_path}/run", "skip_rules=[disk]")
+    done = run(copy, CLI, *words, "dry_run=true")
     assert done.returncode == 0, done.stderr
     assert f"recipe: {name}" in (tmp_path / "run" / "run.yaml").read_text()
 
 
 @pytest.fixture(scope="module")
 def run_dir(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the command by which the added stage is run."""
+    """The run of the example's command, which runs the added stage."""
     directory = tmp_path_factory.mktemp("runs") / "run"
     [command] = [block.text for block in blocks("A stage") if block.language == "bash"]
     python, *arguments = shlex.split(command)
@@ -75,8 +75,7 @@ def test_every_file_of_a_run_is_in_the_table(run_dir: Path) -> None:
     assert [name for name in found if not re.search(rf"`{re.escape(name)}/?`", TEXT)] == []
 
 
-def test_a_stage_says_what_it_does_not_take(copy: Path, tmp_path: Path) -> None:
-    """Its check is asked, and its config is the schema."""
+def test_an_added_stage_has_its_check_and_its_schema(copy: Path, tmp_path: Path) -> None:
     [command] = [block.text for block in blocks("A stage") if block.language == "bash"]
     arguments = [*shlex.split(command)[1:], f"run_dir={tmp_path}"]
     done = run(copy, *arguments, "stages.plan_csv.resources.devices=2")
@@ -84,7 +83,7 @@ def test_a_stage_says_what_it_does_not_take(copy: Path, tmp_path: Path) -> None:
     assert "delimiter" in run(copy, *arguments, "stages.plan_csv.delimeter=x").stderr
 
 
-def test_the_picture_is_the_rule_that_is_enforced() -> None:
+def test_the_layers_in_the_text_are_those_of_the_linter() -> None:
     with (REPO_ROOT / "pyproject.toml").open("rb") as file:
         contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
     layers = [line.replace("recipes.", "").replace(" | ", ", ") for line in contracts[0]["layers"]]
@@ -95,7 +94,7 @@ def test_the_picture_is_the_rule_that_is_enforced() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_what_a_document_names_exists(document: str) -> None:
+def test_names_in_documents_exist(document: str) -> None:
     text = (REPO_ROOT / document).read_text()
     paths = re.findall(r"\b(?:recipes|nemo_convert|launch|conf|benchmarks|tests)/[\w/.]*\w", text)
     modules = re.findall(r"-m ((?:recipes|nemo_convert|benchmarks)[.\w]*\w)", text)
@@ -119,5 +118,5 @@ def test_make_targets_exist(target: str) -> None:
     ("folder", "word"), re.findall(r"-m pytest .*?(tests/\w+)(?: -k (\w+))?", TEXT)
 )
 def test_commands_of_pytest_find_tests(folder: str, word: str) -> None:
-    """By the names of files, which takes no import of the stack."""
+    """Compares the names of files, because collecting tests imports the libraries."""
     assert any(word in file.stem for file in (REPO_ROOT / folder).rglob("test_*.py"))

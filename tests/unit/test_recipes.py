@@ -1,4 +1,4 @@
-"""The recipes and stage configs that come with the checkout."""
+"""The recipes and stage configs in ``conf``."""
 
 from __future__ import annotations
 
@@ -21,19 +21,26 @@ from tests.support.miniatures import DISTILL
 from tests.support.runs import settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
+
+    from tests.unit.conftest import Compose, MakePlan
 
 ALL_RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 RECIPES = [name for name in ALL_RECIPES if name.endswith("_prune")]
-"""On the embedded model and one CPU."""
+"""Recipes for the embedded model and one CPU."""
 WHOLE = [*RECIPES, "shrink"]
-"""The same, and a search before it."""
+"""The same, and one that searches the shape first."""
 SEARCHES = [name for name in ALL_RECIPES if name.endswith("_search")]
 LARGE = [name for name in ALL_RECIPES if name not in (*WHOLE, *SEARCHES)]
-"""Published ones, on GPUs."""
+"""Published recipes, on GPUs."""
 STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _without_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans use the bundled config of a published model, without asking the hub."""
+    monkeypatch.setattr("recipes.planning.chain.in_reach", lambda _: False)
 
 
 @pytest.mark.parametrize("recipe", ALL_RECIPES)
@@ -46,7 +53,7 @@ def test_recipes_are_short_and_described(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", WHOLE)
-def test_recipes_plan_every_stage(recipe: str, plan: Callable[..., Plan]) -> None:
+def test_recipes_plan_every_stage(recipe: str, plan: MakePlan) -> None:
     planned = plan("engine=openvino", recipe=f"recipe={recipe}")
     assert {stage.action for stage in planned.stages} == {"run"}
     for stage in planned.stages:
@@ -71,11 +78,9 @@ def test_recipes_prune_by_a_fraction_of_any_model(
     recipe: str,
     model: str,
     sizes: tuple[int, ...],
-    plan: Callable[..., Plan],
-    monkeypatch: pytest.MonkeyPatch,
+    plan: MakePlan,
 ) -> None:
-    """Its stages see numbers: a result is the same however its size was asked for."""
-    monkeypatch.setattr("recipes.planning.chain.in_reach", lambda _: False)
+    """A fraction and the number that it gives have the same fingerprint."""
     words = [f"model={model}", "skip_rules=[memory,bundled-config]"]
     planned = plan(*words, recipe=f"recipe={recipe}")
     student = planned.chain.shape_of("prune")
@@ -89,9 +94,7 @@ def test_recipes_prune_by_a_fraction_of_any_model(
     assert {axis: getattr(prune, f"target_{axis}") for axis in numbers} == numbers
 
 
-def test_a_recipe_overrides_the_groups_of_its_chain(
-    compose: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_recipe_overrides_the_groups_of_its_chain(compose: Compose, tmp_path: Path) -> None:
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "mine.yaml").write_text(
         "# @package _global_\n"
@@ -117,7 +120,7 @@ def test_a_recipe_overrides_the_groups_of_its_chain(
     ],
 )
 def test_the_engine_is_chosen(
-    recipe: str, engine: str, student: str | None, plan: Callable[..., Plan]
+    recipe: str, engine: str, student: str | None, plan: MakePlan
 ) -> None:
     """The report shows what was built; the student's engine comes from the end of the chain."""
     sizes = ["stages.prune.target_hidden_size=128", "stages.prune.target_ffn_hidden_size=128"]
@@ -153,9 +156,7 @@ def test_the_engine_is_chosen(
         ("corrected_cached", ["import_hf", "correct_teacher", "cache_logits", "distill"]),
     ],
 )
-def test_the_teacher_is_chosen(
-    recipe: str, teacher: str, order: list[str], plan: Callable[..., Plan]
-) -> None:
+def test_the_teacher_is_chosen(recipe: str, teacher: str, order: list[str], plan: MakePlan) -> None:
     """Each stage of the order takes its teacher from the one before; quality is the original's."""
     planned = {s.name: s for s in plan(f"teacher={teacher}", recipe=f"recipe={recipe}").stages}
     for before, after in pairwise(order):
@@ -165,9 +166,7 @@ def test_the_teacher_is_chosen(
 
 
 @pytest.mark.parametrize("recipe", WHOLE)
-def test_recipes_compose_to_the_dataclasses_of_their_stages(
-    recipe: str, compose: Callable[..., Any]
-) -> None:
+def test_recipes_compose_to_the_dataclasses_of_their_stages(recipe: str, compose: Compose) -> None:
     cfg = compose(f"recipe={recipe}")
     assert cfg.recipe_name == recipe
     typed = typed_stages(cfg)
@@ -177,13 +176,13 @@ def test_recipes_compose_to_the_dataclasses_of_their_stages(
 
 
 @pytest.mark.parametrize("recipe", WHOLE)
-def test_recipes_use_one_sequence_length(recipe: str, compose: Callable[..., Any]) -> None:
+def test_recipes_use_one_sequence_length(recipe: str, compose: Compose) -> None:
     typed = typed_stages(compose(f"recipe={recipe}", "data.seq_length=77"))
     lengths = {config.seq_length for config in typed.values() if hasattr(config, "seq_length")}
     assert lengths == {77}
 
 
-def large(recipe: str, plan: Callable[..., Plan], *overrides: str) -> Plan:
+def large(recipe: str, plan: MakePlan, *overrides: str) -> Plan:
     """A plan of a large recipe."""
     model = recipe.removesuffix("_2.5b").rpartition("_")[0]
     hf_path = str(OmegaConf.load(CONF / "model" / f"{model}.yaml").hf_path)
@@ -196,11 +195,8 @@ def large(recipe: str, plan: Callable[..., Plan], *overrides: str) -> Plan:
 
 
 @pytest.mark.parametrize("recipe", LARGE)
-def test_large_recipes_pass_preflight_on_their_hardware(
-    recipe: str, plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_recipes_pass_preflight_on_their_hardware(recipe: str, plan: MakePlan) -> None:
     """Not even a warning, but that the hub was not asked, and that NVIDIA cut much at once."""
-    monkeypatch.setattr("recipes.planning.chain.in_reach", lambda _: False)
     planned = large(recipe, plan)
     half = {"large-cut"} if recipe.startswith("llama3_1_8b") else set()
     assert {note.rule.name for note in planned.notes} - {"bundled-config"} == half
@@ -231,10 +227,8 @@ def test_large_recipes_are_the_published_ones(
     recipe: str,
     parameters: float,
     tokens: float,
-    plan: Callable[..., Plan],
-    monkeypatch: pytest.MonkeyPatch,
+    plan: MakePlan,
 ) -> None:
-    monkeypatch.setattr("recipes.planning.chain.in_reach", lambda _: False)
     for name, budget in ((recipe, tokens), (f"{recipe}_2.5b", 2.5e9)):
         job = large(name, plan).chain.workloads["distill"]
         assert job.trained is not None
@@ -244,9 +238,8 @@ def test_large_recipes_are_the_published_ones(
 
 @pytest.mark.parametrize("recipe", [name for name in LARGE if name.startswith("qwen3")])
 def test_qwen3_has_the_cheapest_layout_and_the_published_one_fits_too(
-    recipe: str, plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+    recipe: str, plan: MakePlan
 ) -> None:
-    monkeypatch.setattr("recipes.planning.chain.in_reach", lambda _: False)
     costs = []
     for overrides in ((), ("stages.distill.tensor_model_parallel_size=8",)):
         planned = large(recipe, plan, *overrides)
@@ -258,10 +251,7 @@ def test_qwen3_has_the_cheapest_layout_and_the_published_one_fits_too(
     assert costs[0] < 0.97 * costs[1]
 
 
-def test_the_search_of_a_large_model_lists_the_published_shape(
-    plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("recipes.planning.chain.in_reach", lambda _: False)
+def test_the_search_of_a_large_model_lists_the_published_shape(plan: MakePlan) -> None:
     planned = plan(recipe="recipe=qwen3_8b_search")
     assert {note.rule.name for note in planned.notes} <= {"bundled-config"}
     stages: dict[str, Any] = dict(planned.chain.stages)
@@ -279,9 +269,7 @@ def test_every_large_recipe_has_a_small_budget() -> None:
 
 
 @pytest.mark.parametrize("recipe", [name for name in LARGE if not name.endswith("_2.5b")])
-def test_small_budget_differs_only_where_the_miniature_does(
-    recipe: str, compose: Callable[..., Any]
-) -> None:
+def test_small_budget_differs_only_where_the_miniature_does(recipe: str, compose: Compose) -> None:
     replaced = [*settings("distill", **DISTILL), "stages.prepare_data.max_tokens=1"]
     whole, small = (
         OmegaConf.to_container(compose(f"recipe={name}", *replaced).stages, resolve=True)
