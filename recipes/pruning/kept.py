@@ -110,11 +110,10 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
     drop = len(layers) - count
     if drop == 0:
         return layers
-    if method in ("block", "greedy"):
-        measured = (
-            drop in importance.blocks if method == "block" else drop <= len(importance.greedy)
-        )
-        setting = f"block_sizes=[{drop}]" if method == "block" else f"num_greedy_layers={drop}"
+    if method == "block":
+        measured, setting = drop in importance.blocks, f"block_sizes=[{drop}]"
+    elif method == "greedy":
+        measured, setting = drop <= len(importance.greedy), f"num_greedy_layers={drop}"
     else:
         measured, setting = method in importance.layers, "num_loss_samples=8"
     if not measured:
