@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Makes the virtual environment, once: a stamp of what it is made from says whether there is work to do.
-# Of what is locked in requirements, each file must have a hash that stands there; but for torch: a
-# build of the machine's own, in an NGC container or from an index or a folder that its pip is set up
-# for, such as 2.13.0+cpu, is used as it is. PyPI's brings CUDA, and is held to its hashes.
+# Makes the virtual environment once. A stamp holds the hashes of its inputs, so that a second call
+# does nothing. Every package must have a hash that is in requirements/, except torch: a build that
+# the machine has (in an NGC container) or that pip's index or folder provides (2.13.0+cpu) is used
+# as it is.
 set -euo pipefail
+unset PIP_CONSTRAINT # NGC containers set it to the versions of the image
 cd "$(dirname "$0")"
 venv=${VENV:-.venv}
 stamp=$venv/.installed
@@ -40,5 +41,19 @@ if [ ${#options[@]} -eq 0 ]; then
   fi
 fi
 install --no-build-isolation -e .
-"$venv/bin/python" -m pip check
+# Not `pip check`: in a container it would check every package of the image.
+"$venv/bin/python" - requirements/dev.txt <<'CHECK'
+import re
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from packaging.markers import Marker
+
+pins = re.findall(r"^([\w.-]+)==(\S+) ; (.+?) \\$", Path(sys.argv[1]).read_text(), re.M)
+here = {name: pin for name, pin, marker in pins if Marker(marker).evaluate()}
+wrong = [f"{name} {version(name)} instead of {pin}" for name, pin in here.items() if version(name) != pin]
+if not here or wrong:
+    sys.exit(f"error: installed are {', '.join(wrong) or 'no pins'}\n  fix: remove the environment and make install")
+CHECK
 echo "$wanted" >"$stamp"
