@@ -20,16 +20,6 @@ from recipes.core.files import write_json
 from recipes.pruning.kept import KeptIndices, prune_weight, student_name
 
 
-def prune_checkpoint(teacher: Path, student: Architecture, kept: KeptIndices, out: Path) -> None:
-    """Prunes a teacher and writes the student.
-
-    Raises:
-        RecipeError: The pruned weights do not fit the student's shape.
-    """
-    weights = prune_weights(teacher, kept, student.kv_channels)
-    save_weights(teacher, student, weights, out)
-
-
 def save_weights(
     like: Path, shape: Architecture, weights: dict[str, torch.Tensor], out: Path
 ) -> None:

@@ -125,7 +125,7 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     """Chooses layers, channels and heads, and saves the pruned model and their indices."""
     from nemo_convert import nemo
     from recipes.pruning.kept import Importance, choose, layers_to_keep
-    from recipes.pruning.pruned_checkpoint import prune_checkpoint
+    from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
 
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = Importance.load(inputs["importance"].artifact)
@@ -141,7 +141,7 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     kept = choose(importance.widths, whole, student, layers)
 
     checkpoint = out / teacher.name
-    prune_checkpoint(teacher, student, kept, checkpoint)
+    save_weights(teacher, student, prune_weights(teacher, kept, student.kv_channels), checkpoint)
     kept.save(out)
     scored = inputs["importance"].manifest.result(ScoreResult)
     measure, scores = importance.of_layers(cfg.layer_importance)

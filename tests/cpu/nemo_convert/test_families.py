@@ -24,7 +24,7 @@ from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.text_quality import load_transformers
 from recipes.pruning.kept import choose
-from recipes.pruning.pruned_checkpoint import prune_checkpoint
+from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
 from recipes.pruning.scoring import score_checkpoint
 from recipes.pruning.settings import ScoreConfig
 from recipes.pruning.targets import PruneTargets, pruned_shape
@@ -84,7 +84,8 @@ def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
     whole = nemo.architecture_of(teacher)
     student = pruned_shape(whole, PruneTargets(drop_layers=(2,), **TARGETS[family]))
     kept = choose(scores, whole, student, [n for n in range(1, whole.num_layers + 1) if n != 2])
-    prune_checkpoint(teacher, student, kept, folder / "pruned.nemo")
+    weights = prune_weights(teacher, kept, student.kv_channels)
+    save_weights(teacher, student, weights, folder / "pruned.nemo")
 
 
 class StatefulNorm(RMSNorm):

@@ -28,7 +28,7 @@ from recipes.pruning.kept import (
     prune_weight,
     student_name,
 )
-from recipes.pruning.pruned_checkpoint import prune_checkpoint
+from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
 from recipes.pruning.scoring import calibration_text, score_checkpoint
 from recipes.pruning.settings import ScoreConfig
 from recipes.pruning.targets import PruneTargets, pruned_shape
@@ -87,7 +87,8 @@ def prune(
     student = pruned_shape(whole, PruneTargets(**targets))
     layers = layers_to_keep(importance, method, student.num_layers)
     kept = choose(importance.widths, whole, student, layers)
-    prune_checkpoint(teacher, student, kept, out / "even.nemo")
+    weights = prune_weights(teacher, kept, student.kv_channels)
+    save_weights(teacher, student, weights, out / "even.nemo")
     return out / "even.nemo", student, kept
 
 
@@ -318,8 +319,9 @@ def test_noise_and_padding_are_refused_unless_configured(
 
 def test_weights_that_do_not_match_the_config_are_refused(teacher: Path, tmp_path: Path) -> None:
     shape = replace(nemo.architecture_of(teacher), ffn_hidden_size=96)
+    weights = prune_weights(teacher, KeptIndices([1, 2, 3, 4], {}), shape.kv_channels)
     with pytest.raises(RecipeError, match="but the config says"):
-        prune_checkpoint(teacher, shape, KeptIndices([1, 2, 3, 4], {}), tmp_path / "even.nemo")
+        save_weights(teacher, shape, weights, tmp_path / "even.nemo")
     assert not (tmp_path / "even.nemo").exists()
 
 
