@@ -76,7 +76,7 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "mix_devices": (
         "recipes.distillation.model:combined_loss",
         "A tensor is made on the CPU, but the logits are on the GPU.",
-        wrap(lambda loss, logits, *args: loss(logits * torch.ones(logits.shape[-1]), *args)),
+        wrap(lambda loss, logits, *a, **k: loss(logits * torch.ones(logits.shape[-1]), *a, **k)),
     ),
     "gather_too_much": (
         "recipes.distillation.vocabulary:gather",
