@@ -105,7 +105,7 @@ def test_names_in_documents_exist(document: str) -> None:
         for name in names - added
         if not any((REPO_ROOT / f"{name}{end}").exists() for end in ("", ".py"))
     ]
-    assert names
+    assert names or document != "CONTRIBUTING.md"
     assert missing == []
 
 

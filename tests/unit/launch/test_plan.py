@@ -12,7 +12,6 @@ from launch.plan import Plan, make_plan
 from launch.settings import settings_of
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST
-from recipes.core.run_state import InputRef, read_request
 from recipes.stages import score
 from tests.support.runs import STAGES
 from tests.unit.conftest import stage_named
@@ -41,17 +40,6 @@ def test_planning_writes_nothing_and_gives_equal_plans(plan: MakePlan, tmp_path:
     assert first == second
     assert len({stage.fingerprint for stage in first.stages}) == len(STAGES)
     assert os.listdir(tmp_path) == []
-
-
-def test_request_can_be_written_and_read_back(plan: MakePlan, tmp_path: Path) -> None:
-    stage = stage_named(plan(), "distill")
-    stage.request().write(tmp_path)
-    request = read_request(tmp_path)
-    assert request == stage.request()
-    assert (request.config["stage"], request.fingerprint) == ("distill", stage.fingerprint)
-    prune = stage_named(plan(), "prune")
-    student = InputRef(tmp_path / "run" / "prune", "checkpoint_nemo", prune.fingerprint)
-    assert request.inputs["student"] == student
 
 
 @pytest.mark.parametrize(
