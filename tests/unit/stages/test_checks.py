@@ -27,7 +27,6 @@ from recipes.stages import (
     distill,
     evaluate,
     export_gguf,
-    export_hf,
     heal,
     import_hf,
     prepare_data,
@@ -35,7 +34,7 @@ from recipes.stages import (
     report,
     score,
 )
-from recipes.stages.contract import Kind, Stage
+from recipes.stages.contract import Kind
 
 STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
 LAYOUT = {
@@ -90,17 +89,6 @@ def test_stages_keep_the_contract(name: str, chain: Chain) -> None:
     assert fields.get("micro_batch_size", True)
 
 
-@pytest.mark.parametrize(
-    ("change", "named"), [({"kinds": None}, "kinds"), ({"config": ...}, "config")]
-)
-def test_a_misspelt_or_missing_field_of_a_stage_fails_at_import(
-    change: dict[str, Any], named: str
-) -> None:
-    fields = {k: v for k, v in {**vars(prune.STAGE), **change}.items() if v is not ...}
-    with pytest.raises(TypeError, match=named):
-        Stage(**fields)
-
-
 @pytest.mark.parametrize("name", ["import_hf", "prepare_data", "prune", "evaluate", "export_hf"])
 @pytest.mark.parametrize("resources", [TWO_RANKS, Resources(nodes=2)])
 def test_stages_without_parallelism_need_one_rank(
@@ -138,11 +126,6 @@ def test_prepare_data_refuses(
     problem = one(prepare_data.check(PrepareDataConfig(**settings), chain))
     assert problem.rule.name == rule
     assert named in problem.what
-
-
-def test_train_gets_what_other_splits_leave() -> None:
-    cfg = PrepareDataConfig(validation_fraction=0.1)
-    assert cfg.fractions() == {"validation": 0.1, "calibration": 0.04, "heldout": 0.04}
 
 
 def test_prepare_data_names_splits_without_a_sequence() -> None:
@@ -361,8 +344,3 @@ def test_import_depends_on_a_local_folder_only(hf_folder: Path) -> None:
     local, hub = (import_hf.ImportConfig(hf_path=path) for path in (str(hf_folder), "org/name"))
     assert import_hf.external(local) == {"hf_path": hf_folder}
     assert import_hf.external(hub) == {}
-
-
-def test_export_needs_at_most_the_size_of_the_teacher(chain: Chain) -> None:
-    size = export_hf.STAGE.disk_bytes(export_hf.ExportConfig(), chain)
-    assert size == 4 * chain.teacher.parameters()

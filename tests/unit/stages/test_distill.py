@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from launch.plan import with_shapes
-from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import write_manifest
 from recipes.core.metrics import MetricsLog
@@ -63,11 +62,6 @@ def test_loss_and_early_stop(chain: Chain, fields: dict[str, Any], expected: lis
     stages = {"cache_logits": CacheLogitsConfig(stage="cache_logits")}
     cfg = DistillConfig(stage="distill", **fields)
     assert rules(cfg, replace(chain, stages=stages)) == expected
-
-
-@pytest.mark.parametrize("fraction", [float("nan"), 0.0, 1.0, 1.5, -0.5, float("inf")])
-def test_the_fraction_to_stop_at_is_between_0_and_1(fraction: float) -> None:
-    assert list(violations(DistillConfig(stage="distill", stop_at_recovered=fraction)))
 
 
 @pytest.mark.parametrize(
@@ -263,11 +257,12 @@ def test_progress_of_a_cache_counts_complete_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
-@pytest.mark.parametrize("recipe", ["llama_depth_prune", "llama_width_prune"])
 def test_the_teacher_is_chosen_on_the_command_line(
-    recipe: str, teacher: str, compose: Callable[..., Any], plan: Callable[..., Plan]
+    teacher: str, compose: Callable[..., Any], plan: Callable[..., Plan]
 ) -> None:
-    cfg = compose(f"recipe={recipe}", f"teacher={teacher}", "stages.distill.temperature=2.5")
+    cfg = compose(
+        "recipe=llama_depth_prune", f"teacher={teacher}", "stages.distill.temperature=2.5"
+    )
     added = [name for name in cfg.stages if name in ("correct_teacher", "cache_logits")]
     assert added == TEACHERS[teacher]
     assert cfg.stages.distill.inputs.teacher == (added or ["import_hf"])[-1]
