@@ -1,4 +1,4 @@
-"""Files that CONTRIBUTING.md says to write, in a copy of the repository."""
+"""Writes the files of CONTRIBUTING.md into a copy of the repository."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARTS = ("conf", "launch", "nemo_convert", "recipes")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language and text, and the heading above it."""
+    """A fenced block."""
 
     heading: str
     language: str
@@ -26,7 +26,7 @@ class Block:
 
     @property
     def file(self) -> str:
-        """The file that its first line names."""
+        """File name in the first line."""
         return self.text.split("\n", 1)[0].removeprefix("# ")
 
     def write(self, root: Path) -> None:
@@ -37,19 +37,19 @@ class Block:
 
 
 def blocks(heading: str) -> list[Block]:
-    """The blocks below a heading, in order."""
+    """Returns the blocks below a heading, in order."""
     [section] = re.findall(rf"^#+ {heading}\n(.*?)(?=^#+ |\Z)", fenced_aside(TEXT), re.M | re.S)
     found = re.findall(r"```(\w+)\n(.*?)```", section, re.S)
     return [Block(heading, language, text.replace("\0", "#")) for language, text in found]
 
 
 def fenced_aside(text: str) -> str:
-    """The text with the comments of its blocks hidden, which look like headings."""
+    """Hides comments in blocks, which look like headings."""
     return re.sub(r"```.*?```", lambda block: block[0].replace("#", "\0"), text, flags=re.S)
 
 
 def copy_with(root: Path, *headings: str) -> Path:
-    """Copies the repository's packages and adds the files below the headings."""
+    """Copies the repository's packages and writes the files below the headings."""
     for part in PARTS:
         shutil.copytree(REPO_ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPO_ROOT / "pyproject.toml", root)
@@ -61,7 +61,7 @@ def copy_with(root: Path, *headings: str) -> Path:
 
 
 def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python in the copy, on its code alone."""
+    """Runs Python in the copy with only its code."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=root,

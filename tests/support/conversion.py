@@ -1,4 +1,4 @@
-"""``python -m nemo_convert`` in this process, and what it must keep."""
+"""Runs ``python -m nemo_convert`` in this process, and compares models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def convert_by_command(*arguments: str | Path) -> int:
 
 
 def core_of(checkpoint: Path, *, training: bool) -> torch.nn.Module:
-    """The checkpoint's model, of the layers for training or of the usual ones."""
+    """Loads a checkpoint's model with the layers for training or with the usual ones."""
     core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), training=training)
     nemo.load_weights(core, checkpoint)
     return core
@@ -35,7 +35,7 @@ def assert_trains_alike(checkpoint: Path, tokens: torch.Tensor) -> None:
     theirs, ours = found
     assert theirs.keys() == ours.keys()
     for name, tensor in theirs.items():
-        # Random models amplify float32's rounding up to a thousand times, each processor its own.
+        # Random models amplify float32's rounding up to a thousand times, differently by processor.
         difference = torch.linalg.vector_norm(ours[name] - tensor)
         assert difference <= 1e-3 * torch.linalg.vector_norm(tensor) + 1e-6, name
 

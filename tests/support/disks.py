@@ -1,4 +1,4 @@
-"""Disks for tests: small ones in memory, and large ones that plans believe in."""
+"""Small disks in memory, and patches that make disks look large."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 SMALL_DISK = 1 << 30
-"""Bytes; a disk of at most this size was mounted by ``small_disk``."""
+"""Size in bytes that only the disks of ``small_disk`` do not exceed."""
 FREE = 10**15
 """Free bytes of a large disk."""
 
@@ -44,7 +44,7 @@ class Disk:
         subprocess.run(["mount", "-o", f"remount,{options}", self.folder], check=True)
 
     def leave(self, bytes_free: int) -> None:
-        """Takes away all but so much of what is free."""
+        """Leaves this number of free bytes."""
         found = os.statvfs(self.folder)
         used = (found.f_blocks - found.f_bfree) * found.f_frsize
         self.remount(f"size={used + bytes_free}")
@@ -52,7 +52,7 @@ class Disk:
 
 @contextmanager
 def small_disk(folder: Path, size: str = "2m") -> Iterator[Disk]:
-    """Mounts one; skips the test where that is not allowed."""
+    """Mounts a small disk; skips the test without the right to do so."""
     folder.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:

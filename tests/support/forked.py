@@ -1,7 +1,7 @@
-"""Programs in processes forked from one that has imported, once, what they need.
+"""Runs Python programs in forks of one process that has imported their modules.
 
-Each has its own arguments, environment, directory, output and exit status, as if it were started;
-only the seconds of its imports are not spent again.
+Each program has its own arguments, environment, directory, output and exit status, as if it were
+started by a shell, but does not spend seconds on imports.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.fork_server import fork_module, fork_server, watch_child
 from recipes.core.processes import die_with_parent
 
-PATIENCE = 600
-"""Seconds that a command may take, on a machine that has much else to do."""
+TIMEOUT_SECONDS = 600
 
 
 @cache
 def _server(*modules: str) -> tuple[socket.socket, Path]:
-    """What is forked, one for each process of tests; it ends with it."""
+    """Starts a fork server for the rest of this process; returns its socket and log."""
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
     log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "fork_server.log"
@@ -55,77 +54,75 @@ def forked(
     status: Path | None = None,
     ranks: int = 0,
 ) -> Iterator[Callable[[], bool]]:
-    """Runs what would follow ``python`` on a command line; yields what tells whether it has ended.
+    """Runs ``python COMMAND`` in a fork; yields a function that tells whether it has ended.
 
     Args:
-        imports: Modules that are imported before.
+        imports: Modules that the fork server imports.
         command: A file and its arguments, or ``-m``, a module and its arguments.
         environment: All variables.
-        output: Gets standard output, and errors where no file is named for them.
+        output: File for standard output, and for standard error without ``errors``.
         cwd: Directory; by default this process's.
         errors: File for standard error.
         status: File for the exit status.
-        ranks: Processes, each told its rank as torchrun would; 0 starts the command alone.
+        ranks: Number of processes with the ranks of torchrun; 0 for one process without a rank.
     """
     server, log = _server(*imports)
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as request:
-        told = {
-            "command": list(command),
-            "environment": dict(environment),
-            "cwd": str(cwd or Path.cwd()),
-            "errors": errors and str(errors),
-            "status": status and str(status),
-            "ranks": ranks,
-        }
-        json.dump(told, request)
-        request.flush()
-        process = fork_module(server, __name__, [request.name], output)
-        assert process is not None, log.read_text()
-        with watch_child(server, process, output) as ended:
-            yield ended
+    request = {
+        "command": command,
+        "environment": dict(environment),
+        "cwd": str(cwd or Path.cwd()),
+        "errors": errors and str(errors),
+        "status": status and str(status),
+        "ranks": ranks,
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(request, file)
+        file.flush()
+        pidfd = fork_module(server, __name__, [file.name], output)
+        assert pidfd is not None, log.read_text()
+        with watch_child(server, pidfd, output) as has_ended:
+            yield has_ended
 
 
 def run_forked(
     imports: Sequence[str], command: Sequence[str], environment: Mapping[str, str], cwd: Path
 ) -> subprocess.CompletedProcess[str]:
-    """As ``subprocess.run`` with captured output."""
+    """Runs a command to its end, as ``subprocess.run`` with captured output does."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("output", "errors", "status")]
-        out, errors, status = files
+        out, errors, status = (Path(folder) / name for name in ("output", "errors", "status"))
+        files = {"errors": errors, "status": status}
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         with (
             out.open("wb") as output,
-            forked(
-                imports, command, environment, output, cwd=cwd, errors=errors, status=status
-            ) as ended,
+            forked(imports, command, environment, output, cwd=cwd, **files) as has_ended,
         ):
-            deadline = time.monotonic() + PATIENCE
-            while not ended():
+            while not has_ended():
                 if time.monotonic() > deadline:
-                    raise subprocess.TimeoutExpired(list(command), PATIENCE)
+                    raise subprocess.TimeoutExpired(command, TIMEOUT_SECONDS)
                 time.sleep(0.005)
-        code, *texts = (int(status.read_text()), out.read_text(), errors.read_text())
-    return subprocess.CompletedProcess(list(command), code, *texts)
+        code = int(status.read_text())
+        return subprocess.CompletedProcess(command, code, out.read_text(), errors.read_text())
 
 
 def main() -> None:
-    """Runs the command of a request in this child."""
-    told = json.loads(Path(sys.argv[1]).read_text())
+    """Runs the command of a request file in this fork."""
+    request = json.loads(Path(sys.argv[1]).read_text())
     os.environ.clear()
-    os.environ.update(told["environment"])
-    os.chdir(told["cwd"])
-    sys.modules.pop("wandb", None)  # which stages go without, and a launcher may need
-    if told["errors"]:
-        file = os.open(told["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    sys.modules.pop("wandb", None)  # hidden by the fork server; a launcher may need it
+    if request["errors"]:
+        file = os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, sys.stderr.fileno())
         os.close(file)
-    run = _run_ranks if told["ranks"] else _run
-    code = run(told["command"], told["ranks"])
-    if told["status"]:
-        Path(told["status"]).write_text(str(code))
+    ranks, command = request["ranks"], request["command"]
+    code = _run_ranks(command, ranks) if ranks else _run(command)
+    if request["status"]:
+        Path(request["status"]).write_text(str(code))
 
 
-def _run(command: list[str], _: int = 0) -> int:
-    """Runs the command in this process; returns what would be its exit status."""
+def _run(command: list[str]) -> int:
+    """Runs a command in this process and returns its exit status."""
     is_module = command[0] == "-m"
     sys.argv = command[is_module:]
     try:
@@ -143,10 +140,10 @@ def _run(command: list[str], _: int = 0) -> int:
     return 0
 
 
-def _run_ranks(command: list[str], number: int) -> int:
-    """Runs the command in as many processes; when one fails, the others are ended."""
+def _run_ranks(command: list[str], num_ranks: int) -> int:
+    """Runs a command on each rank; when one fails, terminates the others."""
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_be_rank, args=(command, n)) for n in range(number)]
+    ranks = [context.Process(target=_run_rank, args=(command, n)) for n in range(num_ranks)]
     for rank in ranks:
         rank.start()
     running = {rank.sentinel: rank for rank in ranks}
@@ -160,7 +157,7 @@ def _run_ranks(command: list[str], number: int) -> int:
     return max(abs(rank.exitcode or 0) for rank in ranks)
 
 
-def _be_rank(command: list[str], rank: int) -> None:
+def _run_rank(command: list[str], rank: int) -> None:
     die_with_parent()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     sys.exit(_run(command))

@@ -1,4 +1,4 @@
-"""An operation's value and its gradients, of numbers that are the same every time."""
+"""Value and gradients of an operation for fixed random inputs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def inputs(*shapes: tuple[int, ...]) -> list[Tensor]:
-    """Normal numbers in float64."""
+    """Returns normally distributed tensors in float64."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """The function's value, and its gradients under a fixed upstream gradient."""
+    """Returns a function's value and its gradients for a fixed upstream gradient."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     value = function(*leaves)
     [upstream] = inputs(tuple(value.shape))

@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face hub on loopback, as much of it as uploads and datasets ask for.
+"""A fake Hugging Face hub on loopback for uploads and datasets.
 
 The endpoints and their fields are those that ``huggingface_hub`` calls (``hf_api.py``,
 ``_commit_api.py``, ``lfs.py``, ``file_download.py``): whoami, a model's page, create, preupload,
@@ -25,26 +25,26 @@ from urllib.parse import parse_qs, unquote
 
 
 @dataclass
-class StandInHub:
-    """What it has, and what it was told."""
+class FakeHub:
+    """Contents of the hub."""
 
     token: str
     models: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """Files of each model, by name."""
     private: dict[str, bool] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
-    """Large files by their SHA-256, which are sent before the commit that names them."""
+    """Large files by SHA-256; they are uploaded before the commit with their names."""
     commits: list[str] = field(default_factory=list)
-    """Their messages."""
+    """Messages of the commits."""
     datasets: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     """Files of each commit of each dataset, by name; the newest commit is the last."""
     url: str = ""
 
 
 @contextmanager
-def stand_in_hub(token: str) -> Iterator[StandInHub]:
-    """A hub that knows one token, while the block runs."""
-    hub = StandInHub(token)
+def fake_hub(token: str) -> Iterator[FakeHub]:
+    """Runs a hub that accepts one token."""
+    hub = FakeHub(token)
 
     class Handler(_Handler):
         known = hub
@@ -59,8 +59,8 @@ def stand_in_hub(token: str) -> Iterator[StandInHub]:
         server.server_close()
 
 
-def settings_for(hub: StandInHub, home: Path) -> dict[str, str]:
-    """Environment of a process whose hub it is; libraries read it when they are imported."""
+def settings_for(hub: FakeHub, home: Path) -> dict[str, str]:
+    """Returns the variables of a process that uses this hub; libraries read them at import."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
@@ -69,8 +69,8 @@ def settings_for(hub: StandInHub, home: Path) -> dict[str, str]:
     }
 
 
-def said_with(hub: StandInHub, home: Path, code: str) -> str:
-    """What a process with that hub prints."""
+def run_with_hub(hub: FakeHub, home: Path, code: str) -> str:
+    """Runs code in a process that uses the hub; returns its output."""
     env = {**os.environ, **settings_for(hub, home)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
@@ -79,14 +79,14 @@ def said_with(hub: StandInHub, home: Path, code: str) -> str:
     return done.stdout
 
 
-OF_DATASET = re.compile(
+DATASET_PATH = re.compile(
     r"(/api)?/datasets/(?P<name>[^/]+/[^/]+)(/(?P<what>revision|tree|paths-info|resolve)/"
     r"(?P<revision>[^/]+)(/(?P<path>.+))?)?"
 )
 
 
 class _Handler(BaseHTTPRequestHandler):
-    known: StandInHub
+    known: FakeHub
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -112,8 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _dataset(self, body: bytes = b"") -> bool:
-        """Answers what is asked of a dataset; false where something else is asked."""
-        found = OF_DATASET.fullmatch(unquote(self.path.partition("?")[0]))
+        """Answers a request about a dataset; returns false for other requests."""
+        found = DATASET_PATH.fullmatch(unquote(self.path.partition("?")[0]))
         if found is None:
             return False
         commits = self.known.datasets.get(found["name"])
@@ -177,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({})
 
     def do_POST(self) -> None:
-        if OF_DATASET.fullmatch(self.path):
+        if DATASET_PATH.fullmatch(self.path):
             self._dataset(self._body())
             return
         if not self._is_known():
@@ -186,10 +186,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
-            known = name in hub.models
+            exists = name in hub.models
             hub.models.setdefault(name, {})
             hub.private.setdefault(name, asked["private"])
-            self._answer({"url": f"{hub.url}/{name}"}, 409 if known else 200)
+            self._answer({"url": f"{hub.url}/{name}"}, 409 if exists else 200)
         elif self.path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:

@@ -1,8 +1,8 @@
-"""Runs the launcher and its stages in the test's process, which has imported the libraries once.
+"""Runs the launcher and its stages in the test's process, which imports the libraries once.
 
-The launcher is the real one: it composes, plans, prints and returns its exit status. Replaced are
-the start of stages (they run here; the ranks of a stage with several are forked) and the free disk
-space. Tests of processes, signals, logs or memory use ``run_recipe`` instead.
+The launcher composes, plans, prints and returns its exit status as usual, but stages run in this
+process, several ranks are forked, and the disk is large. Tests of processes, signals, logs or
+memory use ``run_recipe`` instead.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run_in_process(*overrides: str, cwd: Path) -> Result:
         mock.patch.object(local, "start", _start),
         mock.patch.object(sys, "argv", ["run.py", *overrides]),
         large_disks(),
-        # Hydra's closes every handler of the process, and absl's then closes pytest's stderr.
+        # Hydra's logging closes all handlers, and that of absl then closes pytest's stderr.
         mock.patch.object(logging.config, "dictConfig"),
         mock.patch.object(halving, "run_child", complete),
         contextlib.chdir(cwd),
@@ -74,7 +74,7 @@ def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bo
 
 
 def complete(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> None:
-    """Runs a stage by itself, as a search runs those of its candidates."""
+    """Runs one stage, in place of ``run_child``."""
     refs = {name: InputRef.of(source) for name, source in inputs.items()}
     _run(load_stage(config.stage), request_of(config.stage, config, refs).write(directory))
 
@@ -84,13 +84,13 @@ def _run(stage: Stage[Any], request: Path) -> None:
         _import_stack()
         from megatron.core import num_microbatches_calculator as batches
 
-        batches.unset_num_microbatches_calculator()  # or it keeps the first training's sizes
+        batches.unset_num_microbatches_calculator()  # it would keep the first training's sizes
     run_stage(stage.run, stage.config, stage.kind, request.parent)
 
 
 @cache
 def _import_stack() -> None:
-    """As in the process that stages are forked from, no stage looks through it for garbage."""
+    """Imports what the fork server imports; as there, no stage searches it for garbage."""
     for module in local.PRELOADED:
         importlib.import_module(module)
     gc.freeze()

@@ -1,4 +1,4 @@
-"""The launcher in a process of its own, as a user starts it, or forked."""
+"""Runs the launcher in another process, started as by a user or forked."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LAUNCHER = str(REPO_ROOT / "launch" / "run.py")
 
 @dataclass(frozen=True)
 class Result:
-    """What a command did."""
+    """Exit status and output of a command."""
 
     code: int
     output: str
 
 
 def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> Result:
-    """Runs the launcher as a user would, in a directory of its own."""
+    """Runs the launcher as a user does."""
     done = subprocess.run(
         [sys.executable, LAUNCHER, *overrides],
         cwd=cwd,
@@ -43,7 +43,7 @@ def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> Result:
 
 
 def fork_launcher(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """The same in half the time: forked after its imports, and with ``large_disks``."""
+    """Runs the launcher in half the time, forked after its imports and with ``large_disks``."""
     environment = {**os.environ, "COLUMNS": "200", **env}
     imports = ["tests.support.launcher_imports"]
     return run_forked(imports, [LAUNCHER, *words], environment, cwd)
@@ -64,13 +64,17 @@ def run_and_kill(
     records: int,
     ready: Callable[[], object] = lambda: True,
 ) -> str:
-    """Starts the launcher and kills it, once a stage has written so many records and is ready.
+    """Starts the launcher, kills it at a moment of a stage, and returns its output.
 
-    Returns:
-        What it has said until then.
+    Args:
+        overrides: Of the recipe.
+        cwd: Working directory.
+        metrics: The stage's metrics file.
+        records: Number of records that the stage writes before.
+        ready: Another condition of the moment.
     """
-    said = cwd / "said.txt"
-    with said.open("w") as output:
+    file = cwd / "output.txt"
+    with file.open("w") as output:
         launcher = subprocess.Popen([sys.executable, LAUNCHER, *overrides], cwd=cwd, stdout=output)
     deadline = time.monotonic() + 600
     while not metrics.exists() or metrics.read_text().count("\n") < records or not ready():
@@ -80,7 +84,7 @@ def run_and_kill(
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
     wait_until_none_works_in(cwd)
-    return said.read_text()
+    return file.read_text()
 
 
 def wait_until_none_works_in(directory: Path) -> None:

@@ -1,15 +1,15 @@
-"""What each start of the launcher works out anew, worked out before it is forked."""
+"""Imports and caches of the launcher, made once before it is forked."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from launch import run as run  # what it imports
+from launch import run as run
 from launch.plan import make_plan
 from launch.schema import compose
 from launch.settings import settings_of
 from tests.support.disks import large_disks
 
-large_disks().start()  # in every fork, which only plans
+large_disks().start()
 cfg = compose("recipe=llama_width_prune")
 make_plan(cfg, settings_of(cfg), Path("nowhere"))

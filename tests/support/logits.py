@@ -1,4 +1,4 @@
-"""How many positions' logits exist at once."""
+"""Largest number of positions whose logits exist at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LogitsWatch(TorchDispatchMode):
-    """While it is on, notes the largest tensor over the vocabulary that is made.
+    """Records the largest tensor over the vocabulary.
 
     Args:
         vocabulary: A size that no other axis has.
@@ -20,7 +20,7 @@ class LogitsWatch(TorchDispatchMode):
         self.vocabulary, self.positions = vocabulary, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation, and looks at what it made."""
+        """Runs an operation and checks the size of its result."""
         made = func(*args, **(kwargs or {}))
         if isinstance(made, Tensor) and not func.is_view and made.shape[-1:] == (self.vocabulary,):
             self.positions = max(self.positions, made.numel() // self.vocabulary)

@@ -1,4 +1,4 @@
-"""Manifests of no stage that ran."""
+"""Manifests of stages that have not run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recipes.data.results import DatasetResult, SourceTokens
 
 
 def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
-    """A manifest that says nothing but what was measured, if anything was."""
+    """Returns a manifest with a result, or with none, and no files."""
     return Manifest(
         stage=stage,
         kind=kind,
@@ -29,7 +29,7 @@ def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
 
 
 def dataset_result(artifact: Path) -> DatasetResult:
-    """Describes parts that ``PartWriter`` wrote as text of one source."""
+    """Describes splits of ``PartWriter`` as text of one source."""
     from recipes.data.token_sequences import read_tokens
 
     parts = {file.stem: read_tokens(artifact, file.stem) for file in artifact.glob("*.bin")}
@@ -50,7 +50,7 @@ def edit_manifest(stage_dir: Path, **changes: Any) -> None:
 
 
 def begun(request: Request) -> Manifest:
-    """The manifest of a start that has no result yet."""
+    """Returns the manifest of a start without a result."""
     inputs = {name: ref.fingerprint for name, ref in request.inputs.items()}
     return Manifest(
         stage=request.config["stage"],

@@ -1,4 +1,4 @@
-"""A newer transformers than the stack's, which users of an exported model have."""
+"""A newer transformers than the stack's, for users of exported models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from recipes.core.files import sha256_of
 from recipes.core.wheels import cache_dir
 
 PINS = Path(__file__).with_name("transformers_5.txt")
-"""It, and of what it needs what the stack has in older versions, or not at all."""
+"""Pins of it and of its dependencies that the stack lacks or has in older versions."""
 
 
 def transformers_5() -> Path:
-    """A folder of these packages in the cache, installed once as ``install.sh`` installs others."""
+    """Returns a folder with these packages, installed once into the cache."""
     folder = cache_dir() / "tests" / sha256_of(PINS)[:16]
     if folder.is_dir():
         return folder

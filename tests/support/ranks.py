@@ -1,6 +1,6 @@
-"""Several ranks as torchrun starts them, forked instead of importing the stack each.
+"""Several ranks as with torchrun, but forked after one import of the stack.
 
-torchrun itself starts those of the tests that kill them, of ``tests/cpu/core`` and of Slurm.
+Tests that kill ranks, ``tests/cpu/core`` and ``tests/slurm`` use torchrun.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.support.forked import forked
 
 @contextmanager
 def stage_ranks(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
-    """Starts a stage of several ranks, for ``local.run``."""
+    """Starts a stage of several ranks."""
     environment = {**os.environ, **local.environment(stage, LocalConfig())}
     with fork_command(local.command(stage, sys.executable), environment, log) as ended:
         yield ended
@@ -34,7 +34,7 @@ def stage_ranks(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[], bo
 def fork_command(
     command: list[str], environment: Mapping[str, str], log: IO[Any]
 ) -> Iterator[Callable[[], bool]]:
-    """Does what a command of ``start_command`` does, for one rank or several."""
+    """Runs a command of ``start_command`` in forks."""
     module = len(command) - command[::-1].index("-m") - 1
     counts = [word.partition("=")[2] for word in command if word.startswith("--nproc-per-node=")]
     start = partial(_ranks, int(counts[0])) if counts else partial(forked, PRELOADED)
@@ -43,7 +43,7 @@ def fork_command(
 
 
 def run_ranks(*command: str, number: int = 2) -> None:
-    """Runs ``python COMMAND`` on each rank; all must succeed."""
+    """Runs ``python COMMAND`` on each rank and asserts that all succeed."""
     environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         log, status = Path(folder) / "log", Path(folder) / "status"
@@ -64,7 +64,7 @@ def _ranks(
     log: IO[bytes],
     status: Path | None = None,
 ) -> Iterator[Callable[[], bool]]:
-    """With the variables of torchrun, and its store, through which ranks meet."""
+    """Runs a command on each rank with torchrun's variables and store."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)

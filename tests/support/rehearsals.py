@@ -1,4 +1,4 @@
-"""Jobs of recipes for models with few layers, since a rehearsal takes longer with more."""
+"""Rehearsal jobs of recipes for models with few layers, which take less time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CONFIGS[MOE_MODEL] = {
 def job_with_layers(
     recipe: str, stage: str, rank: int = 0, overrides: tuple[str, ...] = (), layers: int = 4
 ) -> tuple[Chain, RankJob]:
-    """A recipe's chain whose teacher has this number of layers, and the job of one rank."""
+    """Returns a recipe's chain, for a teacher with this number of layers, and the job of a rank."""
     cfg = compose(f"recipe={recipe}", *overrides)
     if OmegaConf.select(cfg, "stages.prune.target_num_layers") is not None:
         cfg.stages.prune.target_num_layers = layers // 2

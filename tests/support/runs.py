@@ -1,4 +1,4 @@
-"""Runs of tiny models: what their command lines have in common, and copies of finished ones."""
+"""Overrides of runs with tiny models, and copies of complete runs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,25 @@ STAGES = [
     "export_hf",
     "report",
 ]
-"""Of a recipe that prunes, with ``tasks=null engine=null``, in their order."""
+"""Stages of a pruning recipe with ``tasks=null engine=null``, in order."""
 HEALING = [*STAGES[:5], "heal", *STAGES[5:]]
-"""The same with ``heal=least_squares``."""
+"""Stages with ``heal=least_squares`` as well."""
+DISTILL = {
+    "max_steps": 4,
+    "warmup_steps": 1,
+    "global_batch_size": 4,
+    "tensor_model_parallel_size": 1,
+    "resources.nodes": 1,
+    "resources.devices": 1,
+    "val_check_interval": 4,
+    "limit_val_batches": 2,
+    "checkpoint_interval": 4,
+}
+"""Settings of a distillation that make a large recipe small."""
 
 
 def tiny(model: Path, text_file: Path | str, run_dir: Path, seq_length: int = 64) -> list[str]:
-    """Overrides of a recipe: this model, this text (or sources, with commas), there."""
+    """Returns overrides for a model, a text file (or sources with commas) and a run directory."""
     return [
         f"model.hf_path={model}",
         f"data.sources=[{text_file}]",
@@ -36,12 +48,12 @@ def tiny(model: Path, text_file: Path | str, run_dir: Path, seq_length: int = 64
 
 
 def settings(stage: str, **values: object) -> list[str]:
-    """Overrides of a stage's fields."""
+    """Returns overrides of a stage's fields."""
     return [f"stages.{stage}.{name}={value}" for name, value in values.items()]
 
 
 def without(run_dir: Path, copy: Path, *stages: str) -> Path:
-    """A copy of a run in which some stages have not run; times are kept, so hashes are trusted."""
+    """Copies a run without some stages; files keep their times, so that none is hashed again."""
     shutil.copytree(run_dir, copy)
     for stage in stages:
         shutil.rmtree(copy / stage)
@@ -49,14 +61,14 @@ def without(run_dir: Path, copy: Path, *stages: str) -> Path:
 
 
 def manifest_of(run_dir: Path, stage: str) -> Manifest:
-    """Manifest of a stage that must be complete."""
+    """Returns the manifest of a complete stage."""
     manifest = read_manifest(run_dir / stage)
     assert manifest is not None
     return manifest
 
 
 def stage_dir(run_dir: Path, name: str) -> Path:
-    """Where a stage writes its artifact, as it finds it."""
+    """Makes the empty folder to which a stage writes its artifact."""
     out = run_dir / name / "work" / ARTIFACT
     out.mkdir(parents=True)
     return out

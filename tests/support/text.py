@@ -1,4 +1,4 @@
-"""Real text for tests."""
+"""Text and conversations for tests."""
 
 from __future__ import annotations
 
@@ -7,9 +7,29 @@ from pathlib import Path
 
 
 def write_text(path: Path) -> Path:
-    """Real English prose: the language reference that comes with Python."""
+    """Writes English prose, the language reference of Python, as JSON lines."""
     from pydoc_data.topics import topics
 
     paragraphs = [p for topic in topics.values() for p in topic.split("\n\n") if len(p) > 200]
     path.write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs[:1200]))
     return path
+
+
+def write_chats(file: Path, text_file: Path, count: int = 300, letters: int = 12) -> str:
+    """Writes conversations of one or two turns, and returns them as a source of text.
+
+    Args:
+        file: The file to write.
+        text_file: JSON lines whose last texts are used.
+        count: Number of conversations.
+        letters: Length of the user's messages; the assistant's are twice as long.
+    """
+    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()[-count:]]
+    with file.open("w") as opened:
+        for number, text in enumerate(texts):
+            parts = [text[start : start + letters] for start in range(0, 6 * letters, letters)]
+            said = [parts[0], parts[1] + parts[2], parts[3], parts[4] + parts[5]]
+            roles = ("user", "assistant", "user", "assistant")
+            messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=True)]
+            opened.write(json.dumps({"messages": messages[: 2 + 2 * (number % 2)]}) + "\n")
+    return f"{file}#format=chat"

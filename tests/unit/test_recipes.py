@@ -17,8 +17,7 @@ from recipes.planning.chain import CONFIGS
 from recipes.planning.layouts import HEADROOM, best
 from recipes.planning.training_cost import training_cost
 from recipes.search.space import name_of
-from tests.support.miniatures import DISTILL
-from tests.support.runs import settings
+from tests.support.runs import DISTILL, settings
 
 if TYPE_CHECKING:
     from pathlib import Path

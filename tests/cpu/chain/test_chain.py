@@ -33,7 +33,7 @@ from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import HealResult
 from tests.chaos.chain import STEPS, differences, is_of_a_library, overrides
 from tests.chaos.kills import Kill, RunCommand
-from tests.support.generation import NEW_TOKENS, SECOND, said_by, said_in
+from tests.support.generation import NEW_TOKENS, SECOND, output_of, outputs_in
 from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import run_recipe
 from tests.support.llama_cpp import require_near_words
@@ -144,7 +144,7 @@ def test_exported_folder_works_with_plain_transformers(tiny_run: Path, odd_llama
 
 
 def test_exported_folder_chats_and_stops_as_the_teacher(tiny_run: Path, odd_llama: Path) -> None:
-    teacher, student = said_by(odd_llama), said_by(tiny_run / "export_hf" / ARTIFACT)
+    teacher, student = output_of(odd_llama), output_of(tiny_run / "export_hf" / ARTIFACT)
     assert student.chat == teacher.chat
     assert student.generation_config == teacher.generation_config
     assert student.generation_config["temperature"] == 0.7
@@ -155,8 +155,8 @@ def test_exported_folder_chats_and_stops_as_the_teacher(tiny_run: Path, odd_llam
 
 def test_exported_folder_is_the_same_in_transformers_5(tiny_run: Path, odd_llama: Path) -> None:
     folders = (tiny_run / "export_hf" / ARTIFACT, odd_llama)
-    for folder, found in zip(folders, said_in(transformers_5(), *folders), strict=True):
-        installed = said_by(folder)
+    for folder, found in zip(folders, outputs_in(transformers_5(), *folders), strict=True):
+        installed = output_of(folder)
         assert found.version.startswith("5.")
         assert f"transformers {installed.version} and {found.version}" in SERVE
         assert found.chat == installed.chat

@@ -20,9 +20,8 @@ from recipes.pruning.kept import KeptIndices
 from recipes.pruning.targets import interpolated_shape
 from recipes.search.results import SearchResult
 from tests.support.in_process import run_successfully
-from tests.support.miniatures import DISTILL
 from tests.support.models import EVEN, write_tiny_model
-from tests.support.runs import manifest_of, settings, tiny
+from tests.support.runs import DISTILL, manifest_of, settings, tiny
 
 RECIPES = sorted(
     p.stem

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 from recipes.core.files import sha256_of
 from recipes.core.metrics import METRICS, steps_of
 from recipes.data.results import DatasetResult
-from tests.support.chats import write_chats
 from tests.support.in_process import run_in_process
 from tests.support.launcher import Result
 from tests.support.runs import manifest_of, settings, tiny, without
+from tests.support.text import write_chats
 
 STEPS, BATCH = 12, 4
 WRITTEN = "teacher://chat#tokens=600"

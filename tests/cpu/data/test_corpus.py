@@ -10,7 +10,7 @@ import pytest
 
 from recipes.core.errors import RecipeError
 from recipes.data.corpus import read_source
-from tests.support.hub import said_with, stand_in_hub
+from tests.support.hub import fake_hub, run_with_hub
 
 
 def test_hugging_face_dataset(tmp_path: Path) -> None:
@@ -45,10 +45,10 @@ for source in ("hf://me/notes:train", "hf://me/notes:train#revision={old}"):
     print(origin.licence, origin.commit, *texts)
 """
     old, new = "a" * 40, "b" * 40
-    with stand_in_hub("unused") as hub:
+    with fake_hub("unused") as hub:
         hub.datasets["me/notes"] = {
             commit: {"train.jsonl": json.dumps({"text": text}).encode()}
             for commit, text in ((old, "before"), (new, "after"))
         }
-        said = said_with(hub, tmp_path, code.format(old=old))
+        said = run_with_hub(hub, tmp_path, code.format(old=old))
     assert said.splitlines() == [f"cc0-1.0 {new} after", f"cc0-1.0 {old} before"]

@@ -31,7 +31,7 @@ from recipes.data.preparation import PreparationState, prepare
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_sequences import read_loss_mask, read_tokens
 from recipes.data.tokenizer import DocumentTokenizer, encode_all, load_tokenizer
-from tests.support.chats import write_chats
+from tests.support.text import write_chats
 
 LOG = MetricsLog(None)
 LENGTH = 64

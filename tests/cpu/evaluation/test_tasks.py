@@ -30,7 +30,7 @@ from recipes.evaluation import offline_tasks, packed_lm, task_scores
 from recipes.evaluation.results import ROLES, Item
 from recipes.evaluation.settings import EvaluateTasksConfig
 from recipes.stages import evaluate_tasks
-from tests.support.hub import said_with, stand_in_hub
+from tests.support.hub import fake_hub, run_with_hub
 from tests.support.runs import stage_dir
 
 TASKS = ["sciq", "piqa", "arc_challenge", "lambada_openai"]
@@ -235,12 +235,12 @@ for revisions in ({}, {"allenai/sciq": OLD}, {"allenai/sciq": "c" * 40}, {"allen
         print(str(error).splitlines()[0])
 """
     old, new = "a" * 40, "b" * 40
-    with stand_in_hub("unused") as hub:
+    with fake_hub("unused") as hub:
         hub.datasets["allenai/sciq"] = {
             commit: {f"{part}.jsonl": _question(text) for part in ("train", "validation", "test")}
             for commit, text in ((old, "before"), (new, "after"))
         }
-        said = said_with(hub, tmp_path, f"OLD = '{old}'{code}")
+        said = run_with_hub(hub, tmp_path, f"OLD = '{old}'{code}")
     assert said.splitlines() == [
         f"hub allenai/sciq@{new} after",
         f"hub allenai/sciq@{old} before",

@@ -24,10 +24,10 @@ from recipes.evaluation.results import ROLES, EvaluationResult
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.evaluation.text_quality import Scores
 from recipes.stages import evaluate, prepare_data
-from tests.support.chats import write_chats
 from tests.support.logits import LogitsWatch
 from tests.support.manifests import bare_manifest
 from tests.support.runs import stage_dir
+from tests.support.text import write_chats
 
 LENGTH, VOCABULARY = 32, 293
 CONFIG = EvaluateConfig(seq_length=LENGTH, num_sequences=9, prompt_tokens=8, new_tokens=2)

@@ -7,9 +7,6 @@ from recipes.core.errors import RecipeError, did_you_mean
 
 def test_error_shows_the_fix_on_its_own_line() -> None:
     assert str(RecipeError("it broke", "mend it")) == "it broke\n  fix: mend it"
-
-
-def test_error_without_a_fix_is_just_the_message() -> None:
     assert str(RecipeError("it broke", "")) == "it broke"
 
 

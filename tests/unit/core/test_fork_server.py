@@ -80,7 +80,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_stage_starts_as_by_itself(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_fork_equals_a_new_process(environment: dict[str, str], tmp_path: Path) -> None:
     logs = [tmp_path / "first.txt", tmp_path / "second.txt"]
     with fork_server(["heavy"], environment, tmp_path / "fork_server.log") as server:
         for log in logs:
@@ -104,7 +104,7 @@ def test_stage_starts_as_by_itself(environment: dict[str, str], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("victim", ["server", "stage", "follower"])
-def test_all_end_with_whom_they_depend_on(
+def test_processes_end_with_those_they_depend_on(
     environment: dict[str, str], tmp_path: Path, victim: str
 ) -> None:
     log = tmp_path / "log.txt"
@@ -146,7 +146,7 @@ def test_all_end_with_whom_they_depend_on(
         ("cuda", "an import has initialised CUDA"),
     ],
 )
-def test_process_that_cannot_be_forked_says_so(
+def test_a_server_that_cannot_fork_says_why(
     environment: dict[str, str], tmp_path: Path, module: str, reason: str
 ) -> None:
     said, log = tmp_path / "fork_server.log", tmp_path / "log.txt"
@@ -155,7 +155,7 @@ def test_process_that_cannot_be_forked_says_so(
     assert reason in said.read_text()
 
 
-def test_without_a_gpu_cuda_does_not_keep_a_process_from_being_forked(
+def test_without_a_gpu_a_cuda_build_can_be_forked(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     with fork_server(["cuda_without_gpu"], environment, tmp_path / "fork_server.log") as server:
@@ -163,7 +163,7 @@ def test_without_a_gpu_cuda_does_not_keep_a_process_from_being_forked(
     assert "from C" in (tmp_path / "log.txt").read_text()
 
 
-def test_stages_of_one_rank_without_variables_of_their_own_are_forked(
+def test_stages_with_one_rank_and_no_variables_are_forked(
     plan: Callable[..., Plan],
 ) -> None:
     stages = {stage.name: stage for stage in plan().stages}

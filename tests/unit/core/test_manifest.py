@@ -66,7 +66,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class Part:
-    """What is not asked for is passed over."""
+    """Some fields of a result; ``result`` ignores the others."""
 
     licence: str | None = None
 
@@ -116,13 +116,7 @@ def test_failed_write_keeps_the_old_content(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_text_atomically(file, UNENCODABLE)
     assert file.read_text() == "old"
-
-
-def test_failed_write_leaves_no_partial(tmp_path: Path) -> None:
-    file = tmp_path / "x.json"
-    with pytest.raises(UnicodeEncodeError):
-        write_text_atomically(file, UNENCODABLE)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["x.json"]
 
 
 @pytest.mark.parametrize("change", [{"format": FORMAT + 1}, {"format": "1"}, {}])
@@ -143,46 +137,16 @@ def test_manifest_survives_a_round_trip(stage_dir: Path) -> None:
     assert manifest.files["a.txt"].sha256 == HELLO_SHA256
 
 
-def test_no_manifest_means_incomplete(tmp_path: Path) -> None:
-    assert read_manifest(tmp_path) is None
-
-
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "3", "null", '{"format": 1, "files": {"a": {"size": 1}}}', "\0"],
+    ["", "{", "[]", '{"format": 1, "files": {"a": {"size": 1}}}', '{"format": 1, "files": {}}'],
 )
-def test_broken_manifest_is_refused_by_name(tmp_path: Path, text: str) -> None:
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(RecipeError) as caught:
         read_manifest(tmp_path)
     assert str(tmp_path / MANIFEST) in str(caught.value)
     assert "delete the file" in str(caught.value)
-
-
-@pytest.mark.parametrize("change", ["extra", "lacking"])
-def test_manifest_with_other_fields_is_refused(stage_dir: Path, change: str) -> None:
-    file = stage_dir / MANIFEST
-    data = json.loads(file.read_text())
-    if change == "extra":
-        data["surprise"] = 1
-    else:
-        del data["fingerprint"]
-    file.write_text(json.dumps(data))
-    with pytest.raises(RecipeError, match="is not a readable manifest"):
-        read_manifest(stage_dir)
-
-
-def test_stamps_use_relative_posix_names(stage_dir: Path) -> None:
-    stamps = stamp_files(stage_dir / ARTIFACT)
-    assert list(stamps) == ["a.txt", "sub/b.txt"]
-    assert stamps["sub/b.txt"].size == 6
-    assert stamps["sub/b.txt"].mtime_ns == (stage_dir / ARTIFACT / "sub/b.txt").stat().st_mtime_ns
-
-
-@pytest.mark.parametrize("rehash", [True, False])
-def test_untouched_files_are_unchanged(stage_dir: Path, rehash: bool) -> None:
-    stamps = stamp_files(stage_dir / ARTIFACT)
-    assert changed_files(stage_dir / ARTIFACT, stamps, rehash=rehash) == []
 
 
 @pytest.mark.parametrize("rehash", [True, False])
@@ -199,58 +163,38 @@ def test_missing_changed_and_added_files_are_listed(stage_dir: Path, rehash: boo
     ]
 
 
-def test_missing_artifact_directory_lists_every_file(stage_dir: Path) -> None:
-    stamps = stamp_files(stage_dir / ARTIFACT)
-    found = changed_files(stage_dir / "gone", stamps, rehash=False)
-    assert found == ["a.txt (missing)", "sub/b.txt (missing)"]
-
-
-def test_same_size_and_restored_mtime_is_found_by_rehashing_only(stage_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "mtime_change", "trusting", "hashing"),
+    [
+        ("hello", 0, [], []),
+        ("hello", 5, [], []),
+        ("jello", 5, ["a.txt (changed)"], ["a.txt (changed)"]),
+        ("jello", 0, [], ["a.txt (changed)"]),
+    ],
+    ids=["untouched", "touched", "changed", "changed with the old time"],
+)
+def test_a_file_of_the_same_size(
+    stage_dir: Path, text: str, mtime_change: int, trusting: list[str], hashing: list[str]
+) -> None:
     artifact = stage_dir / ARTIFACT
     stamps = stamp_files(artifact)
-    (artifact / "a.txt").write_text("jello")
-    os.utime(artifact / "a.txt", ns=(0, stamps["a.txt"].mtime_ns))
-    assert changed_files(artifact, stamps, rehash=False) == []
-    assert changed_files(artifact, stamps, rehash=True) == ["a.txt (changed)"]
+    assert list(stamps) == ["a.txt", "sub/b.txt"]
+    (artifact / "a.txt").write_text(text)
+    os.utime(artifact / "a.txt", ns=(0, stamps["a.txt"].mtime_ns + mtime_change))
+    assert changed_files(artifact, stamps, rehash=False) == trusting
+    assert changed_files(artifact, stamps, rehash=True) == hashing
 
 
-def test_same_size_and_touched_mtime_is_found_without_rehashing(stage_dir: Path) -> None:
-    artifact = stage_dir / ARTIFACT
-    stamps = stamp_files(artifact)
-    (artifact / "a.txt").write_text("jello")
-    os.utime(artifact / "a.txt", ns=(0, stamps["a.txt"].mtime_ns + 1))
-    assert changed_files(artifact, stamps, rehash=False) == ["a.txt (changed)"]
-
-
-@pytest.mark.parametrize("rehash", [True, False])
-def test_touching_a_file_changes_nothing(stage_dir: Path, rehash: bool) -> None:
-    artifact = stage_dir / ARTIFACT
-    stamps = stamp_files(artifact)
-    os.utime(artifact / "a.txt", ns=(0, 0))
-    assert changed_files(artifact, stamps, rehash=rehash) == []
-
-
-def test_check_returns_the_manifest(stage_dir: Path) -> None:
-    assert check_artifact(stage_dir, "checkpoint_nemo") == read_manifest(stage_dir)
-    assert check_artifact(stage_dir).kind == "checkpoint_nemo"
-
-
-def test_check_refuses_another_kind(stage_dir: Path) -> None:
+def test_an_artifact_is_checked(stage_dir: Path) -> None:
+    assert check_artifact(stage_dir) == check_artifact(stage_dir, "checkpoint_nemo")
     with pytest.raises(RecipeError, match="a checkpoint_nemo, but the input must be a dataset"):
         check_artifact(stage_dir, "dataset")
-
-
-def test_check_refuses_an_incomplete_stage(stage_dir: Path) -> None:
-    (stage_dir / MANIFEST).unlink()
-    with pytest.raises(RecipeError, match="is not complete") as caught:
-        check_artifact(stage_dir)
-    assert str(stage_dir) in str(caught.value)
-
-
-def test_check_names_changed_files(stage_dir: Path) -> None:
     (stage_dir / ARTIFACT / "a.txt").write_text("other")
     with pytest.raises(RecipeError, match=r"a\.txt \(changed\)"):
-        check_artifact(stage_dir, "checkpoint_nemo")
+        check_artifact(stage_dir)
+    (stage_dir / MANIFEST).unlink()
+    with pytest.raises(RecipeError, match=f"{stage_dir} has no manifest.json: it is not complete"):
+        check_artifact(stage_dir)
 
 
 def test_digest_depends_on_names_and_contents_but_not_on_order_or_folder(tmp_path: Path) -> None:
@@ -266,9 +210,3 @@ def test_digest_depends_on_names_and_contents_but_not_on_order_or_folder(tmp_pat
     assert digest_files(files[:2]) != digest_files(files[2:])
     files[1].rename(tmp_path / "x" / "3.json")
     assert digest_files([files[0], tmp_path / "x" / "3.json"]) != digest_files(files[2:])
-
-
-def test_stamp_fields_are_what_the_manifest_stores(stage_dir: Path) -> None:
-    stored = json.loads((stage_dir / MANIFEST).read_text())["files"]["a.txt"]
-    stamps = stamp_files(stage_dir / ARTIFACT)
-    assert stored == asdict(stamps["a.txt"])

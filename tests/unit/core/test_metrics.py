@@ -23,34 +23,17 @@ def test_records_can_be_read_while_the_log_is_open(tmp_path: Path) -> None:
     before = time.time()
     log = MetricsLog(tmp_path / "m.jsonl")
     log.progress("train", 1, 2, loss=0.5)
-    log.log(note="ü")
+    MetricsLog(tmp_path / "m.jsonl").log(note="ü")
     first, second = read_records(tmp_path / "m.jsonl")
     assert before - 0.001 <= first.pop("time") <= time.time() + 0.001
     assert first == {"task": "train", "done": 1, "total": 2, "loss": 0.5}
     assert second["note"] == "ü"
 
 
-def test_log_appends_to_what_is_there(tmp_path: Path) -> None:
-    for step in (1, 2):
-        MetricsLog(tmp_path / "m.jsonl").progress("train", step, 2)
-    assert [r["done"] for r in read_records(tmp_path / "m.jsonl")] == [1, 2]
-
-
-def test_no_file_means_no_records(tmp_path: Path) -> None:
-    assert list(read_records(tmp_path / "m.jsonl")) == []
-    assert steps_of(tmp_path / "m.jsonl", "train") == []
-
-
-def test_truncated_last_line_is_passed_over(tmp_path: Path) -> None:
+def test_a_log_continues_after_a_truncated_line(tmp_path: Path) -> None:
     file = tmp_path / "m.jsonl"
     file.write_text('{"task": "train", "done": 1}\n{"task": "train", "do')
     assert [r["done"] for r in read_records(file)] == [1]
-    assert [r["done"] for r in steps_of(file, "train")] == [1]
-
-
-def test_first_record_after_a_truncated_line_is_kept(tmp_path: Path) -> None:
-    file = tmp_path / "m.jsonl"
-    file.write_text('{"task": "train", "done": 1}\n{"task": "train", "do')
     MetricsLog(file).progress("train", 2, 2)
     assert [r["done"] for r in read_records(file)] == [1, 2]
 

@@ -1,4 +1,4 @@
-"""Processes die with what forked them; what is made ready before the stack is imported."""
+"""Settings of processes: their end, their memory, and preparations for imports."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ print(before / resident())
 """
 
 
-def test_memory_that_is_free_is_given_back() -> None:
-    """200 MB below what is used, which malloc keeps where it is told not to trim."""
+def test_free_memory_is_returned() -> None:
+    """200 MB in the middle of the heap, which malloc keeps with these settings."""
     keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     done = subprocess.run(
         [sys.executable, "-c", FREED], env=os.environ | keep, cwd=REPO_ROOT,
@@ -53,10 +53,10 @@ def test_memory_that_is_free_is_given_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("late", "lives"), [(0, 1), (2, 0.5)], ids=["long there", "while it forks"]
+    ("late", "lives"), [(0, 1), (2, 0.5)], ids=["parent dies later", "parent dies during the fork"]
 )
-def test_children_die_with_what_forked_them(late: float, lives: float) -> None:
-    """All hold the pipe's writing end, so its end is theirs."""
+def test_children_die_with_their_parent(late: float, lives: float) -> None:
+    """All processes hold the pipe's writing end, so it closes when the last one ends."""
     reading, writing = os.pipe()
     program = PARENT.format(late=late, lives=lives)
     began = time.monotonic()
@@ -68,10 +68,9 @@ def test_children_die_with_what_forked_them(late: float, lives: float) -> None:
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_megatron_is_told_what_to_compile_for_where_no_gpu_is(
+def test_without_a_gpu_an_architecture_to_compile_for_is_set(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool
 ) -> None:
-    """Else it cannot be imported there with a CUDA build of torch and CUDA's compiler."""
     device = tmp_path / "nvidiactl"
     monkeypatch.setattr(processes, "NVIDIA_DEVICES", (str(device),))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)

@@ -1,4 +1,4 @@
-"""What the files of a stage and of a run mean together, and in which order they are written."""
+"""States of stages and runs by their files, and the order in which the files are written."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ HUNG = 'Thread 0x1 (most recent call first):\n  File "a.py", line 7 in wait\n'
 
 
 def start(fingerprint: str = "f", at: str = "10:00") -> Manifest:
-    """A start of a stage, which has no result yet."""
+    """Returns the manifest of a start without a result."""
     return replace(bare_manifest("a", "dataset", None), fingerprint=fingerprint, started_at=at)
 
 
 def begin(stage: Path, fingerprint: str = "f", at: str = "10:00") -> Path:
-    """Leaves the unfinished work of a start that failed, and returns its checkpoint."""
+    """Leaves unfinished work of a failed start, and returns its checkpoint."""
     begin_work(stage, start(fingerprint, at))
     (stage / WORK / ARTIFACT / "half").touch()
     record_failure(stage, "old")
@@ -60,7 +60,7 @@ def finish(stage: Path, fingerprint: str = "f", at: str = "10:00") -> None:
     complete_stage(stage, start(fingerprint, at))
 
 
-def test_every_state_is_told_from_the_files(tmp_path: Path) -> None:
+def test_the_files_determine_the_state(tmp_path: Path) -> None:
     stage, work = tmp_path / "stage", tmp_path / "stage" / WORK
 
     def status() -> Status:
@@ -121,8 +121,8 @@ def test_work_of_another_fingerprint_is_deleted(tmp_path: Path) -> None:
     assert stage_state(tmp_path).begun == start("g")
 
 
-def test_work_of_a_result_that_is_there_is_left_over(tmp_path: Path) -> None:
-    """As by a kill just after the manifest; that of a later start, by force, is to be resumed."""
+def test_work_of_an_existing_result_is_leftover(tmp_path: Path) -> None:
+    """As after a kill that follows the manifest. Work of a later start, by force, is resumed."""
     checkpoint = begin(tmp_path)
     os.link(tmp_path / WORK / BEGUN, tmp_path / MANIFEST)
     state = stage_state(tmp_path, "f")
@@ -136,7 +136,7 @@ def test_work_of_a_result_that_is_there_is_left_over(tmp_path: Path) -> None:
     assert state.begun == start(at="11:00")
 
 
-def test_work_that_is_half_deleted_cannot_be_resumed(
+def test_half_deleted_work_cannot_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = begin(tmp_path)
@@ -154,7 +154,7 @@ def test_work_that_is_half_deleted_cannot_be_resumed(
     assert not checkpoint.exists()
 
 
-def test_a_result_replaces_the_old_one_whose_manifest_goes_first(tmp_path: Path) -> None:
+def test_a_new_result_replaces_the_old_one(tmp_path: Path) -> None:
     finish(tmp_path)
     (tmp_path / ARTIFACT / "old").touch()
     begin_work(tmp_path, start(at="11:00"))
@@ -181,7 +181,7 @@ def test_a_request_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert read_request(tmp_path / "run" / "b") == request
 
 
-def test_a_runs_stages_are_those_of_its_last_plan_and_what_was_started(tmp_path: Path) -> None:
+def test_stages_of_a_run_are_planned_or_started(tmp_path: Path) -> None:
     assert read_last_plan(tmp_path) is None
     for name in ("a", "b", "dropped", "started"):
         Request(name, "f", "c", {}, {}).write(tmp_path / name)

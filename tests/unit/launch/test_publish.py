@@ -14,7 +14,7 @@ from launch.sweep import require_separate_results
 from launch.trackers import public_text
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, stamp_files
-from tests.support.hub import StandInHub, settings_for, stand_in_hub
+from tests.support.hub import FakeHub, fake_hub, settings_for
 from tests.support.manifests import edit_manifest
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ RUN = ("recipe=llama_width_prune", "engine=null", "tasks=null")
 
 
 @pytest.fixture
-def hub() -> Iterator[StandInHub]:
-    with stand_in_hub(TOKEN) as found:
+def hub() -> Iterator[FakeHub]:
+    with fake_hub(TOKEN) as found:
         yield found
 
 
@@ -58,7 +58,7 @@ def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def push(launch: Launch, run: Path, hub: StandInHub, tmp_path: Path) -> Launch:
+def push(launch: Launch, run: Path, hub: FakeHub, tmp_path: Path) -> Launch:
     def pushed(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
         settings = {**settings_for(hub, tmp_path / "hub"), "HF_TOKEN": TOKEN, **env}
         return launch(*RUN, f"run_dir={run}", f"hub.push={NAME}", *words, **settings)
@@ -66,7 +66,7 @@ def push(launch: Launch, run: Path, hub: StandInHub, tmp_path: Path) -> Launch:
     return pushed
 
 
-def test_a_complete_run_is_published_private(push: Launch, run: Path, hub: StandInHub) -> None:
+def test_a_complete_run_is_published_private(push: Launch, run: Path, hub: FakeHub) -> None:
     done = push()
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"published: {hub.url}/{NAME}/commit/1" in done.stdout
@@ -83,7 +83,7 @@ def test_a_complete_run_is_published_private(push: Launch, run: Path, hub: Stand
     assert not [file for file in kept if TOKEN.encode() in file.read_bytes()]
 
 
-def test_a_dry_run_lists_the_files(push: Launch, hub: StandInHub) -> None:
+def test_a_dry_run_lists_the_files(push: Launch, hub: FakeHub) -> None:
     done = push("dry_run=true", HF_TOKEN="")
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("model.safetensors", "README.md", "report.html", MANIFEST):
@@ -91,7 +91,7 @@ def test_a_dry_run_lists_the_files(push: Launch, hub: StandInHub) -> None:
     assert hub.models == {}
 
 
-def test_a_run_that_fails_its_gates_is_not_published(push: Launch, hub: StandInHub) -> None:
+def test_a_run_that_fails_its_gates_is_not_published(push: Launch, hub: FakeHub) -> None:
     done = push('gates=["perplexity < 0.5"]')
     assert done.returncode == 1
     assert "1 of 1 gates failed" in done.stderr
@@ -114,7 +114,7 @@ def test_a_run_that_fails_its_gates_is_not_published(push: Launch, hub: StandInH
     ids=["no token", "unknown token", "no hub", "no export", "slurm"],
 )
 def test_runs_that_cannot_be_published_are_refused_before_they_start(
-    push: Launch, hub: StandInHub, words: tuple[str, ...], env: dict[str, str], message: str
+    push: Launch, hub: FakeHub, words: tuple[str, ...], env: dict[str, str], message: str
 ) -> None:
     done = push(*words, **env)
     assert done.returncode == 1
@@ -151,7 +151,7 @@ def test_runs_of_a_sweep_need_separate_results(compose: Compose, word: str, sepa
         require_separate_results(cfg, ["-m", *RUN, word])
 
 
-def test_a_public_model_is_refused_unless_it_may_be_public(push: Launch, hub: StandInHub) -> None:
+def test_a_public_model_is_refused_unless_it_may_be_public(push: Launch, hub: FakeHub) -> None:
     hub.models[NAME], hub.private[NAME] = {}, False
     done = push()
     assert done.returncode == 1
