@@ -6,7 +6,6 @@ exact value of each number beside the rounded one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from nemo_convert.results import ImportResult, ParityResult
+from recipes.core.files import read_json
 from recipes.core.manifest import Manifest
 from recipes.core.metrics import METRICS, Record, steps_of
 from recipes.core.stage import Input, Inputs
@@ -107,6 +107,8 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
     pruned = manifests["pruned"].result_if("prune", PruneResult)
     before, after = manifests["teacher"].parameters, manifests["distilled"].parameters
     distilled = inputs["distilled"]
+    initial = distilled.manifest.inputs.get("student")
+    student = next((m for m in earlier.values() if m.fingerprint == initial), None)
     losses = {
         role: [(role, quality.loss, quality.loss_standard_error)]
         for role, quality in evaluation.models().items()
@@ -122,7 +124,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
         "generations": _generations(inputs["evaluation"]),
         "distillation": _training(distilled),
         "rounds": list(_rounds(distilled, earlier)),
-        "healed": _healed(distilled.manifest, earlier),
+        "healed": student.result_if("heal", HealResult) if student else None,
         **(_layers(pruned) if pruned else {}),
         "serve": list(served(inputs)),
         "settings": distilled.manifest.config,
@@ -134,16 +136,10 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
     }
 
 
-def _healed(distilled: Manifest, earlier: Mapping[str, Manifest]) -> HealResult | None:
-    """Returns the result of the least-squares reconstruction that the distillation started from."""
-    students = (m for m in earlier.values() if m.fingerprint == distilled.inputs.get("student"))
-    return next((m.result_if("heal", HealResult) for m in students), None)
-
-
 def _generations(evaluation: Input) -> list[dict[str, str]]:
     """Returns prompts, each with the continuations of all models."""
     path = evaluation.artifact / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results = read_json(path) if path.is_file() else {}
     generations: list[dict[str, str]] = results.get("generations", [])
     return generations
 

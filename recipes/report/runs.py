@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from recipes.core.errors import RecipeError
+from recipes.core.files import read_json
 from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.run_state import RUN_FILE, Status, read_last_plan, stage_states
 from recipes.core.statistics import standard_error
@@ -115,16 +115,11 @@ def read_run(path: Path) -> RunRecord:
         if state.result is not None and state.status is Status.COMPLETE
     }
     incomplete = tuple(name for name in states if name not in stages)
-    return RunRecord(path, plan.recipe if plan else "", stages, incomplete, _losses(path, stages))
-
-
-def _losses(path: Path, stages: Mapping[str, Manifest]) -> tuple[float, ...]:
-    for name, manifest in stages.items():
-        file = path / name / ARTIFACT / "results.json"
-        if manifest.kind == "eval_results" and file.is_file():
-            results = json.loads(file.read_text(encoding="utf-8"))
-            return tuple(results.get("sequence_losses", {}).get("distilled", ()))
-    return ()
+    evaluations = (path / name for name, m in stages.items() if m.kind == "eval_results")
+    files = (folder / ARTIFACT / "results.json" for folder in evaluations)
+    results = next((read_json(file) for file in files if file.is_file()), {})
+    losses = tuple(results.get("sequence_losses", {}).get("distilled", ()))
+    return RunRecord(path, plan.recipe if plan else "", stages, incomplete, losses)
 
 
 def common_text(runs: Sequence[RunRecord]) -> Text | None:
