@@ -31,7 +31,7 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:
-    """Costs all models in turn; the distilled one has the pruned one's shape."""
+    """Estimates the cost of all models in turn; the distilled one has the pruned one's shape."""
     pruned = chain.shape_of(cfg.inputs.get("pruned"))
     text = Sequences(cfg.num_sequences, cfg.seq_length, cfg.micro_batch_size)
     models = (chain.teacher, pruned, pruned)

@@ -70,7 +70,7 @@ def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
-    """Costs one pass of all models over all items; generated tokens are not counted."""
+    """Estimates the cost of all models over all items; generated tokens do not count."""
     pruned = chain.shape_of(cfg.inputs.get("pruned"))
     tokens = 0
     for name in cfg.tasks:

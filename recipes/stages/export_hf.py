@@ -28,7 +28,7 @@ class ExportConfig(StageConfig):
 
 
 def inference_cost(cfg: ExportConfig, chain: Chain) -> InferenceCost:
-    """Costs the conversion and its verification."""
+    """Estimates the cost of the conversion and its verification."""
     return conversion_cost(chain.shape_of(cfg.inputs.get("checkpoint")), chain.hardware)
 
 

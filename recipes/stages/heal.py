@@ -56,7 +56,7 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
-    """Costs the healing, and the comparison of teacher, pruned and healed student."""
+    """Estimates the cost of the healing and of the comparison of all three models."""
     teacher, student = (chain.shape_of(cfg.inputs.get(name)) for name in ("teacher", "checkpoint"))
     calibration, unseen = (
         Sequences(count, cfg.seq_length, cfg.micro_batch_size)
@@ -66,7 +66,7 @@ def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
     healing = healing_cost(teacher, student, calibration, chain.hardware)
     comparison = comparison_cost((teacher, student), bf16, unseen, chain.hardware)
     compute = healing.compute + comparison.compute + unseen.compute(student, bf16)
-    # All of it counts as float32, as most of it is.
+    # Counts as float32, which most of it is.
     return InferenceCost(largest(healing.memory, comparison.memory), compute, bf16=False)
 
 

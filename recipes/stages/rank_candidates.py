@@ -25,9 +25,9 @@ from recipes.stages.contract import Stage
 
 
 def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
-    """Costs the teacher, each shape as a view of its weights, and the healing of the largest ones.
+    """Estimates the cost of the teacher, of each shape, and of the healing of the largest ones.
 
-    All of it counts as float32 if shapes are healed, as most of it is.
+    With healing the whole cost counts as float32, which most of it is.
     """
     text = Sequences(cfg.num_samples, cfg.seq_length, cfg.micro_batch_size)
     calibration = replace(text, number=cfg.num_calibration_samples)

@@ -61,7 +61,7 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
-    """Costs passes over calibration text, and those without a layer or a block."""
+    """Estimates the cost of passes over calibration text, with and without layers and blocks."""
     model = chain.shape_of(cfg.inputs.get("checkpoint"))
     layers, gone = model.num_layers, cfg.num_greedy_layers
     blocks = resolve_from_chain(cfg, chain).block_sizes or []

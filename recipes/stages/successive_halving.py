@@ -70,9 +70,9 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
-    """Costs the trainings of all rounds, and the evaluation of all candidates after each round.
+    """Estimates the cost of all trainings, and of the evaluations after each round.
 
-    Candidates count as the largest shape within the budget, or as the teacher if it is not known.
+    Every candidate counts as the largest shape within the budget; as the teacher if it is unknown.
     """
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
     candidate = next(iter(shapes), chain.teacher)
