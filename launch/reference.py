@@ -1,7 +1,7 @@
-"""``python -m launch.reference``: writes the tables of ``docs/configuration.md``.
+"""``python -m launch.reference`` writes the tables of ``docs/configuration.md``.
 
-They list every choice of a group and every field, with type, default and meaning, from ``conf`` and
-the code.
+The tables list, from ``conf`` and the code, every choice of a group, and every field with its type,
+default and meaning.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ PAGE = REPO_ROOT / "docs" / "configuration.md"
 MARK = "<!-- From here on: python -m launch.reference -->\n"
 PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 SIGNS: dict[type, str] = {Gt: ">", Ge: "≥", Lt: "<", Le: "≤"}
-LISTED = 12
-"""Allowed names that the table shows of a type."""
+MAX_NAMES = 12
+"""Number of allowed names that the table shows for a field."""
 
 
 def page() -> str:
-    """Returns the page with what a person wrote above the mark, and tables from the code below."""
+    """Returns the page: the hand-written text above the mark, and new tables below it."""
     above, mark, _ = PAGE.read_text(encoding="utf-8").partition(MARK)
     return "\n".join([above + mark, *_sections()])
 
@@ -73,7 +73,7 @@ def _sections() -> Iterator[str]:
 
 
 def _choices() -> Iterator[tuple[str, str]]:
-    """Yields every choice of every group, and the first sentence of its file's comment."""
+    """Yields every choice of every group, with the first sentence of its file's comment."""
     chosen = (group for group in groups() if group != "recipe")
     for file in sorted(file for group in chosen for file in (CONF / group).glob("*.yaml")):
         comments = re.findall(r"^# (?!@)(.+)", file.read_text(encoding="utf-8"), re.M)
@@ -106,7 +106,7 @@ def _stage(name: str) -> Iterator[str]:
 def _fields(
     kind: type, values: Mapping[str, Any] | None = None, without: type | None = None
 ) -> str:
-    """Returns a table of a dataclass's fields; ``values`` of a YAML file replace its defaults."""
+    """Returns a table of a dataclass's fields; ``values`` from a YAML file replace its defaults."""
     rows = list(_rows(kind, values or {}, without=without))
     return _table(("field", "type", "default", "meaning"), rows) if rows else "No own fields.\n"
 
@@ -114,7 +114,7 @@ def _fields(
 def _rows(
     kind: type, values: Mapping[str, Any], prefix: str = "", without: type | None = None
 ) -> Iterator[tuple[str, ...]]:
-    """Yields name, type, default and meaning of each field, also of nested dataclasses."""
+    """Yields name, type, default and meaning of each field, and of those of nested dataclasses."""
     hints, meanings = typing.get_type_hints(kind, include_extras=True), _meanings(kind)
     skipped = {field.name for field in fields(without)} if without else set()
     for field in (field for field in fields(kind) if field.name not in skipped):
@@ -131,13 +131,13 @@ def _rows(
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """Returns the docstring of each field, inherited ones included."""
+    """Returns the docstring of each field, including inherited fields."""
     meanings = {}
     for base in filter(is_dataclass, reversed(kind.__mro__)):
         [tree] = ast.parse(inspect.getsource(base)).body
         assert isinstance(tree, ast.ClassDef)
-        for line in pairwise(tree.body):
-            match line:
+        for statements in pairwise(tree.body):
+            match statements:
                 case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
                     meanings[name] = " ".join(text.replace("``", "`").split())
     return meanings
@@ -150,7 +150,7 @@ def _value(value: object) -> str:
 
 
 def _type(hint: Any) -> str:
-    """Returns a field's type in words."""
+    """Describes a field's type."""
     arguments = typing.get_args(hint)
     match typing.get_origin(hint):
         case typing.Annotated:
@@ -170,10 +170,12 @@ def _type(hint: Any) -> str:
 
 
 def _allowed(mark: object) -> Iterator[str]:
-    """Yields what a constraint allows, in words."""
+    """Describes what a constraint allows."""
     match mark:
         case AfterValidator(Requirement(names=names)) if names:
-            yield ", ".join(f"`{name}`" for name in names[:LISTED]) + ", …" * (len(names) > LISTED)
+            yield ", ".join(f"`{name}`" for name in names[:MAX_NAMES]) + ", …" * (
+                len(names) > MAX_NAMES
+            )
         case AfterValidator(Requirement(description=words)):
             yield words
         case FieldInfo(metadata=marks):
@@ -185,7 +187,6 @@ def _allowed(mark: object) -> Iterator[str]:
 
 
 def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """Returns a Markdown table."""
     lines = [columns, ("---",) * len(columns), *rows]
     cells = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
     return "".join(f"| {line} |\n" for line in cells)
