@@ -77,6 +77,10 @@ def chain(teacher: Architecture) -> Chain:
     return Chain("teacher", teacher, {})
 
 
+SMALL_STUDENT = ("stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128")
+"""Sizes for the model of ``hf_folder``."""
+
+
 @pytest.fixture
 def hf_folder(tmp_path: Path) -> Path:
     """A Hugging Face folder as far as a plan looks into it."""

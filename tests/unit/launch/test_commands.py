@@ -22,7 +22,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST
 from recipes.core.run_state import begin_work, record_failure, stage_state
 from tests.support.manifests import begun, edit_manifest
-from tests.unit.conftest import record, stage_named
+from tests.unit.conftest import SMALL_STUDENT, record, stage_named
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -191,7 +191,7 @@ def test_cancelled_launcher_stops_as_with_ctrl_c(
     run_dir = tmp_path / "cancelled"
     command = [sys.executable, str(root / "launch" / "run.py"), "recipe=llama_width_prune"]
     command += [f"run_dir={run_dir}", f"model.hf_path={hf_folder}"]
-    command += ["stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128"]
+    command += SMALL_STUDENT
     launcher = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while (holder := lock.read_holder(run_dir)) is None or holder.stage is None:

@@ -25,7 +25,7 @@ from recipes.core.wheels import cache_dir
 from recipes.planning.limits import slurm_seconds
 from recipes.planning.training_cost import stopping_seconds
 from tests.support.launcher import write_program
-from tests.unit.conftest import planned_words, stage_named
+from tests.unit.conftest import SMALL_STUDENT, planned_words, stage_named
 
 if TYPE_CHECKING:
     from launch.plan import Plan
@@ -345,8 +345,7 @@ def test_docker_refuses_what_it_cannot_run(prepared: Prepared) -> None:
 def test_inputs_and_models_are_mounted_once_and_read_only(
     prepared: Prepared, plan: MakePlan, complete: Complete, tmp_path: Path, hf_folder: Path
 ) -> None:
-    sizes = ("stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128")
-    model = (f"model.hf_path={hf_folder}", *sizes)
+    model = (f"model.hf_path={hf_folder}", *SMALL_STUDENT)
     complete(plan(*model))
     shared = (tmp_path / "run" / "import_hf").rename(tmp_path / "shared")
     made, cluster = prepared(

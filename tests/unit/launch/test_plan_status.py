@@ -15,6 +15,7 @@ from recipes.core.manifest import ARTIFACT, MANIFEST
 from recipes.core.versions import result_versions
 from tests.support.manifests import edit_manifest
 from tests.support.runs import STAGES
+from tests.unit.conftest import SMALL_STUDENT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,12 +58,8 @@ def test_only_incomplete_stages_run(plan: MakePlan, complete: Complete) -> None:
 def test_a_field_reruns_its_stage_and_what_follows(
     plan: MakePlan, hf_folder: Path, override: str, expected: list[str]
 ) -> None:
-    extra = []
-    if override.endswith("=HF"):
-        override = override.replace("HF", str(hf_folder))
-        # The small model needs smaller targets.
-        extra = ["stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128"]
-    assert list(todo(plan(override, *extra))) == expected
+    sizes = SMALL_STUDENT if override.endswith("=HF") else ()
+    assert list(todo(plan(override.replace("=HF", f"={hf_folder}"), *sizes))) == expected
 
 
 @pytest.mark.parametrize(
@@ -102,7 +99,7 @@ def test_reasons_name_the_change_in_a_few_words(plan: MakePlan) -> None:
     assert todo(long)["prepare_data"] == "sources changed"
 
 
-def test_changed_code_is_the_reason(plan: MakePlan, run: Path) -> None:
+def test_changed_code_or_a_deleted_manifest_is_the_reason(plan: MakePlan, run: Path) -> None:
     edit_manifest(run / "prune", code="old", fingerprint="old")
     assert todo(plan()) == {
         "prune": "code changed",
@@ -111,6 +108,8 @@ def test_changed_code_is_the_reason(plan: MakePlan, run: Path) -> None:
         "export_hf": "after distill, evaluate, prune",
         "report": "after prune, distill, evaluate, export_hf",
     }
+    (run / "prune" / MANIFEST).unlink()
+    assert todo(plan())["prune"] == "not run yet"
 
 
 @pytest.mark.usefixtures("run")
@@ -126,31 +125,23 @@ def test_another_version_of_a_library_is_the_reason(
     assert todo(plan("skip_rules=[stack-versions]")) == {}
 
 
-def test_changed_data_file_is_the_reason(
-    plan: MakePlan, complete: Complete, tmp_path: Path
+def test_changed_source_files_are_the_reason(
+    plan: MakePlan, complete: Complete, tmp_path: Path, hf_folder: Path
 ) -> None:
     file = tmp_path / "text.txt"
     file.write_text("one " * 1000)
-    complete(plan(f"data.sources=[{file}]"))
+    words = (f"data.sources=[{file}]", f"model.hf_path={hf_folder}", *SMALL_STUDENT)
+    complete(plan(*words))
     os.utime(file, ns=(0, 0))
-    assert todo(plan(f"data.sources=[{file}]")) == {}
+    assert todo(plan(*words)) == {}
     file.write_text("two " * 1000)
-    found = todo(plan(f"data.sources=[{file}]"))
-    assert found["prepare_data"] == "source files changed"
-    assert found["score"] == "input calibration changed"
-    assert "import_hf" not in found
-
-
-def test_changed_model_folder_is_the_reason(
-    plan: MakePlan, complete: Complete, hf_folder: Path
-) -> None:
-    sizes = ("stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128")
-    model = (f"model.hf_path={hf_folder}", *sizes)
-    complete(plan(*model))
-    assert todo(plan(*model)) == {}
+    reasons = todo(plan(*words))
+    assert reasons["prepare_data"] == "source files changed"
+    assert reasons["score"] == "input calibration changed"
+    assert "import_hf" not in reasons
     (hf_folder / "LICENSE").write_text("another")
-    assert list(todo(plan(*model))) == STAGES[1:]
-    assert todo(plan(*model))["import_hf"] == "source files changed"
+    assert list(todo(plan(*words))) == STAGES[1:]
+    assert todo(plan(*words))["import_hf"] == "source files changed"
 
 
 @pytest.mark.usefixtures("run")
@@ -165,15 +156,6 @@ def test_forced_stages_run_with_those_that_follow(plan: MakePlan) -> None:
         "evaluate": "forced",
         "export_hf": "after evaluate",
         "report": "forced",
-    }
-
-
-def test_deleted_manifest_reruns_the_stage_and_what_follows(plan: MakePlan, run: Path) -> None:
-    (run / "evaluate" / MANIFEST).unlink()
-    assert todo(plan()) == {
-        "evaluate": "not run yet",
-        "export_hf": "after evaluate",
-        "report": "after evaluate, export_hf",
     }
 
 

@@ -26,7 +26,7 @@ from recipes.planning import hardware, limits, rules
 from recipes.planning.rules import RULES, WARNING
 from tests.support.folders import expected_shapes, write_folder, write_sparse_weights
 from tests.support.manifests import edit_manifest
-from tests.unit.conftest import LLAMA_CONFIG
+from tests.unit.conftest import LLAMA_CONFIG, SMALL_STUDENT
 
 if TYPE_CHECKING:
     from tests.unit.conftest import Complete, Compose, MakePlan
@@ -45,7 +45,6 @@ MOE = {
     "moe_intermediate_size": 64,
 }
 TP2 = (f"{D}tensor_model_parallel_size=2", f"{D}resources.devices=2", f"{D}global_batch_size=8")
-SMALL = ("stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128")
 Patch = pytest.MonkeyPatch
 
 
@@ -119,7 +118,7 @@ TRIPS = {
     "data-sources": trip("data.sources=[nowhere.txt]"),
     "document-end": trip("data.document_end=<end>", config={}),
     "data-parts": trip("stages.prepare_data.heldout_fraction=0.99"),
-    "chat": trip("data.format=chat", "data.sources=[CHAT]", *SMALL, config={}),
+    "chat": trip("data.format=chat", "data.sources=[CHAT]", *SMALL_STUDENT, config={}),
     "seq-length": trip("data.seq_length=10000"),
     "tokens": trip("data.sources=[TEXT]", f"{D}global_batch_size=4000"),
     "epochs": trip("data.sources=[TEXT]"),
@@ -231,7 +230,7 @@ def test_each_rule_is_tripped(
     overrides = [o.replace("TEXT", str(text)).replace("CHAT", str(chats)) for o in case.overrides]
     if case.config is not None:
         write_folder(hf_folder, LLAMA_CONFIG | case.config)
-        overrides += [f"model.hf_path={hf_folder}", *SMALL]
+        overrides += [f"model.hf_path={hf_folder}", *SMALL_STUDENT]
     if case.prepare is not None:
         case.prepare(monkeypatch, hf_folder)
     if RULES[rule].severity == WARNING:

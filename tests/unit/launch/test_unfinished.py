@@ -152,19 +152,16 @@ def test_unfinished_reruns_of_complete_or_unselected_stages_are_ignored(
     assert "seed changed 1 → 2" in refusal(plan, "stages.distill.seed=2")[0]
 
 
-def test_forced_restart_that_is_killed_is_resumed(plan: MakePlan) -> None:
+def test_killed_forced_runs_are_resumed_by_the_same_command(
+    plan: MakePlan, complete: Complete
+) -> None:
+    """Without ``force`` a complete result is used."""
     interrupt(plan(), "distill")
     interrupt(plan("stages.distill.seed=1", "force=[distill]"), "distill")
     assert statuses(plan("stages.distill.seed=1"))["distill"][0] == "resume"
     assert statuses(plan("stages.distill.seed=1", "force=[distill]"))["distill"][0] == "resume"
     assert "seed changed 1 → 1234" in refusal(plan)[0]
-
-
-def test_forced_rerun_of_a_complete_stage_is_resumed_by_the_same_command(
-    plan: MakePlan, complete: Complete
-) -> None:
-    """Without ``force`` the complete result is used."""
-    complete(plan())
+    complete(plan("force=[distill]"))
     interrupt(plan("force=[distill]"), "distill")
     assert statuses(plan("force=[distill]"))["distill"] == ("resume", "was interrupted")
     assert statuses(plan()) == {}
