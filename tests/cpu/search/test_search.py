@@ -12,9 +12,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch.nn.functional import kl_div, nll_loss
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
+from nemo_convert.hf_config import with_shape
 from recipes.core import stage_process
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, Manifest
@@ -73,7 +75,7 @@ RANKED = {"num_samples": 4, "num_healed": 2, "num_calibration_samples": 8}
 
 
 @pytest.fixture(scope="module")
-def before(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ranked_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs a search up to its ranking."""
     run, length = tmp_path_factory.mktemp("search"), {"seq_length": 64}
     model, steps = {"hf_path": str(even_llama)}, Space(1, 8, 8)
@@ -91,10 +93,10 @@ def before(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("targets", SHAPES)
 def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
-    before: Path, targets: dict[str, Any]
+    ranked_run: Path, targets: dict[str, Any]
 ) -> None:
-    teacher = nemo.find_checkpoint(before / "import_hf" / ARTIFACT)
-    scores = Importance.load(before / "score" / ARTIFACT).widths
+    teacher = nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT)
+    scores = Importance.load(ranked_run / "score" / ARTIFACT).widths
     whole = nemo.architecture_of(teacher)
     shape = pruned_shape(whole, PruneTargets(**targets))
     tokens = torch.randint(280, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -125,25 +127,19 @@ def log_probs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def as_transformers(teacher: Path, shape: Architecture, weights: dict[str, torch.Tensor]) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig.from_pretrained(nemo.side_files(teacher))
-    config.num_hidden_layers, config.hidden_size = shape.num_layers, shape.hidden_size
-    config.intermediate_size, config.head_dim = shape.ffn_hidden_size, shape.kv_channels
-    config.num_attention_heads = shape.num_attention_heads
-    config.num_key_value_heads = shape.num_query_groups
-    model = LlamaForCausalLM(config).float()
+    config = AutoConfig.for_model(**with_shape(nemo.read_config(teacher), shape))
+    model = AutoModelForCausalLM.from_config(config).float()
     model.load_state_dict(weights)
     return model.eval()
 
 
-def test_candidates_are_ranked_and_counted(before: Path) -> None:
-    result = manifest_of(before, "rank_candidates").result(SearchResult)
+def test_candidates_are_ranked_and_counted(ranked_run: Path) -> None:
+    result = manifest_of(ranked_run, "rank_candidates").result(SearchResult)
     candidates = result.candidates
-    teacher = manifest_of(before, "import_hf").parameters
+    teacher = manifest_of(ranked_run, "import_hf").parameters
     assert teacher is not None
     assert result.budget == {"parameters": 0.75}
-    listed = manifest_of(before, "enumerate_shapes").result(PlanResult)
+    listed = manifest_of(ranked_run, "enumerate_shapes").result(PlanResult)
     assert len(candidates) == listed.figures["shapes"]
     proxies = [c.proxy for c in candidates]
     assert [c.healed for c in candidates] == [True] * 2 + [False] * (len(candidates) - 2)
@@ -155,21 +151,21 @@ def test_candidates_are_ranked_and_counted(before: Path) -> None:
 
 
 @pytest.mark.parametrize("healed", [True, False])
-def test_candidates_have_the_metrics_of_real_prunings(before: Path, healed: bool) -> None:
+def test_candidates_have_the_metrics_of_real_prunings(ranked_run: Path, healed: bool) -> None:
     """One is pruned, healed and compared with whole logits, on the predictions that count."""
-    candidates = manifest_of(before, "rank_candidates").result(SearchResult).candidates
+    candidates = manifest_of(ranked_run, "rank_candidates").result(SearchResult).candidates
     candidate = next(one for one in candidates if one.healed == healed)
-    teacher = nemo.find_checkpoint(before / "import_hf" / ARTIFACT)
-    importance = Importance.load(before / "score" / ARTIFACT)
+    teacher = nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT)
+    importance = Importance.load(ranked_run / "score" / ARTIFACT)
     whole = nemo.architecture_of(teacher)
     layers = layers_to_keep(importance, "loss", candidate.shape.num_layers)
     kept = choose(importance.widths, whole, candidate.shape, layers)
     weights = prune_weights(teacher, kept, whole.kv_channels)
     if healed:
-        text = first_sequences(before / "prepare_data" / ARTIFACT, "calibration", 64, 8)
+        text = first_sequences(ranked_run / "prepare_data" / ARTIFACT, "calibration", 64, 8)
         heal_weights(teacher, candidate.shape, kept, weights, text.split(4), lambda *done: None)
-    tokens = first_sequences(before / "prepare_data" / ARTIFACT, "validation", 64, 4)
-    end = manifest_of(before, "prepare_data").result(DatasetResult).document_end
+    tokens = first_sequences(ranked_run / "prepare_data" / ARTIFACT, "validation", 64, 4)
+    end = manifest_of(ranked_run, "prepare_data").result(DatasetResult).document_end
     counted = (tokens[:, :-1] != end).flatten()
     assert (~counted).sum() > 0
     expected = log_probs(load_transformers(teacher), tokens)[counted]
@@ -191,7 +187,7 @@ SERVICE = Service(precision="fp32", bytes_per_cached_value=4, context_length=64)
 
 
 @pytest.fixture(scope="module")
-def timed(before: Path) -> Manifest:
+def timed(ranked_run: Path) -> Manifest:
     """Times engines by their fastest repetition, as other processes disturb the median."""
 
     def fastest(row: BenchmarkRow) -> float:
@@ -202,30 +198,30 @@ def timed(before: Path) -> Manifest:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure_latency, "step_ms", fastest)
         run_stage(
-            measure_latency, before, {"checkpoint": "import_hf"}, space=SPACE, service=SERVICE,
+            measure_latency, ranked_run, {"checkpoint": "import_hf"}, space=SPACE, service=SERVICE,
             repetitions=9,
         )  # fmt: skip
-    return manifest_of(before, "measure_latency")
+    return manifest_of(ranked_run, "measure_latency")
 
 
-def test_measured_latency_changes_the_shapes_of_a_budget(before: Path, timed: Manifest) -> None:
+def test_measured_latency_changes_the_shapes_of_a_budget(ranked_run: Path, timed: Manifest) -> None:
     found = timed.result(LatencyResult)
     assert [shape.seen for shape in found.shapes] == [True] * 5 + [False]
     teacher, smallest = found.shapes[0], found.shapes[4]
     assert smallest.step_ms < teacher.step_ms
     assert teacher.fitted_ms == pytest.approx(teacher.step_ms, rel=0.5)
     cfg = EnumerateShapesConfig(budget=Budget(latency_ms=0.8), space=SPACE, service=SERVICE)
-    inputs = {"latency": Input(before, timed)}
-    shape = nemo.architecture_of(nemo.find_checkpoint(before / "import_hf" / ARTIFACT))
+    inputs = {"latency": Input(ranked_run, timed)}
+    shape = nemo.architecture_of(nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT))
     measured = cfg.with_measured_latency(inputs)
     assert measured.service.measured is not None
     assert measured.shapes(shape) != cfg.shapes(shape) != []
 
 
 def test_a_killed_halving_resumes_and_writes_the_winner_as_a_recipe(
-    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ranked_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranked = manifest_of(before, "rank_candidates").result(SearchResult).candidates
+    ranked = manifest_of(ranked_run, "rank_candidates").result(SearchResult).candidates
     training = DistillConfig(
         seq_length=64, limit_val_batches=1, lr=1e-3, tensor_model_parallel_size=2,
         resources=Resources(devices=2),
@@ -239,7 +235,7 @@ def test_a_killed_halving_resumes_and_writes_the_winner_as_a_recipe(
         stage="successive_halving",
     )
     names = {**TEACHER, "data": "prepare_data", "candidates": "rank_candidates"}
-    inputs = {n: Input(before / s, manifest_of(before, s)) for n, s in names.items()}
+    inputs = {n: Input(ranked_run / s, manifest_of(ranked_run, s)) for n, s in names.items()}
     out = tmp_path / "successive_halving" / "work" / ARTIFACT
     out.mkdir(parents=True)
     started: list[str] = []  # the first in a new process, the others by a fork
@@ -279,16 +275,16 @@ def test_a_killed_halving_resumes_and_writes_the_winner_as_a_recipe(
             if name.startswith("target_")
         }
     )
-    teacher = nemo.architecture_of(nemo.find_checkpoint(before / "import_hf" / ARTIFACT))
+    teacher = nemo.architecture_of(nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT))
     assert pruned_shape(teacher, targets) == winner.shape
 
 
-def test_the_report_shows_timed_shapes(before: Path, timed: Manifest, tmp_path: Path) -> None:
-    ranked = manifest_of(before, "rank_candidates")
+def test_the_report_shows_timed_shapes(ranked_run: Path, timed: Manifest, tmp_path: Path) -> None:
+    ranked = manifest_of(ranked_run, "rank_candidates")
     search = replace(ranked, inputs={**ranked.inputs, "latency": timed.fingerprint})
     inputs = {
-        "teacher": Input(before / "import_hf", manifest_of(before, "import_hf")),
-        "search": Input(before / "rank_candidates", search),
+        "teacher": Input(ranked_run / "import_hf", manifest_of(ranked_run, "import_hf")),
+        "search": Input(ranked_run / "rank_candidates", search),
     }
     out = stage_dir(tmp_path, "report")
     report.run(ReportConfig(title="search"), inputs, out)
