@@ -18,20 +18,19 @@ from nemo_convert import convert
 from nemo_convert.hf import load_causal_lm
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT, WORK, Manifest, read_manifest
+from recipes.core.manifest import ARTIFACT, WORK
 from recipes.core.metrics import METRICS, MetricsLog, steps_of
 from recipes.core.stage import DEADLINE, Input
 from recipes.distillation.logit_cache import CacheIndex, TeacherCache
 from recipes.distillation.logit_cache_writer import cache_logits
 from recipes.distillation.objective import _require_same_text
-from recipes.distillation.settings import CacheLogitsConfig, DistillConfig
+from recipes.distillation.settings import CacheLogitsConfig
 from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import run_and_kill
 from tests.support.models import EVEN, write_tiny_model
-from tests.support.runs import tiny, without
+from tests.support.runs import manifest_of, tiny, without
 
 LENGTH, KEPT, DRAWS, TEMPERATURE, SEQUENCES, PER_SHARD = 48, 16, 5, 1.5, 130, 12
-MADE_WITH = {"seq_length": LENGTH, "temperature": TEMPERATURE}
 HALF = 2.0**-11
 """float16 keeps 11 significant bits."""
 
@@ -54,13 +53,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
 
 
 def stage_of(run_dir: Path, stage: str) -> Input:
-    manifest = read_manifest(run_dir / stage)
-    assert isinstance(manifest, Manifest)
-    return Input(run_dir / stage, manifest)
-
-
-def settings(**other: Any) -> DistillConfig:
-    return DistillConfig(stage="distill", **{**MADE_WITH, **other})
+    return Input(run_dir / stage, manifest_of(run_dir, stage))
 
 
 def opened(run_dir: Path) -> TeacherCache:
