@@ -58,7 +58,7 @@ class Plan:
 
 
 def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
-    """Decides which stages must run; refuses a run that fails a check, but for ``skip_rules``."""
+    """Decides which stages must run; refuses a run that fails a check that is not skipped."""
     hf_path = settings.hf_path  # first, because its error is clearer than those of the stages
     configs = typed_stages(cfg)
     only = None if settings.only is None else known_stages(settings.only, configs, "only")
