@@ -14,12 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from recipes.core.errors import RecipeError
 from recipes.core.files import sha256_of_each, write_text_atomically
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-    from pydantic import TypeAdapter
 
 MANIFEST = "manifest.json"
 ARTIFACT = "artifact"
@@ -92,8 +93,6 @@ class Manifest:
         Raises:
             RecipeError: The result has other fields.
         """
-        from pydantic import ValidationError  # the import takes 0.1 s
-
         try:
             result: ResultT = _adapter(of).validate_python(self.metrics)
         except ValidationError as error:
@@ -122,8 +121,6 @@ class Manifest:
 
 @cache
 def _adapter(of: type[ResultT]) -> TypeAdapter[ResultT]:
-    from pydantic import TypeAdapter
-
     return TypeAdapter(of)
 
 

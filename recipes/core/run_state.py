@@ -113,11 +113,9 @@ def request_of(
 def read_request(stage_dir: Path) -> Request:
     """Reads the request of a stage."""
     plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(stage_dir / REQUEST))  # type: ignore[assignment]
-    inputs = {
-        name: InputRef(Path(spec["directory"]), spec["kind"], spec["fingerprint"])
-        for name, spec in plain["inputs"].items()
-    }
-    return Request(**{**plain, "inputs": inputs})
+    inputs = plain.pop("inputs").items()
+    refs = {n: InputRef(**{**ref, "directory": Path(ref["directory"])}) for n, ref in inputs}
+    return Request(**plain, inputs=refs)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The contract of a stage's worker, with a small stage in a process of its own."""
+"""The worker process of a stage, run with a small stage; deadlines."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ UNWRITTEN = (
 
 
 class Worker:
-    """Starts the stage above as a launcher does."""
+    """Starts the small stage as the launcher does."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.path = f"{root}{os.pathsep}{folder}"
@@ -145,7 +145,7 @@ def test_complete_stage(worker: Worker, tmp_path: Path) -> None:
         ("writer", UNWRITTEN, "results_queue should not be empty"),
     ],
 )
-def test_failed_stage_explains_itself_and_keeps_the_old_result(
+def test_a_failed_stage_says_why_and_keeps_the_old_result(
     worker: Worker, tmp_path: Path, fail: str, summary: str, shown: str
 ) -> None:
     stage = tmp_path / "stage"
@@ -161,9 +161,9 @@ def test_failed_stage_explains_itself_and_keeps_the_old_result(
     assert not (stage / WORK).exists()
 
 
-def test_killed_stage_is_incomplete_and_keeps_its_work(worker: Worker, tmp_path: Path) -> None:
+def test_a_killed_stage_is_incomplete_and_keeps_its_work(worker: Worker, tmp_path: Path) -> None:
     stage = tmp_path / "stage"
-    # Also of a process that was still writing for it, as of a checkpoint: it holds the output open.
+    # Its child, such as a writer of checkpoints, dies too: it would hold the output open.
     assert worker.start(stage, fail="kill").returncode == -9
     assert not (stage / MANIFEST).exists()
     assert not (stage / ARTIFACT).exists()
@@ -176,8 +176,8 @@ def test_killed_stage_is_incomplete_and_keeps_its_work(worker: Worker, tmp_path:
     assert [record["task"] for record in state.progress()] == ["write"]
 
 
-def test_stage_that_hangs_says_at_what_and_ends(worker: Worker, tmp_path: Path) -> None:
-    """Not while it records progress, though that takes longer than it may be silent."""
+def test_a_hanging_stage_ends_and_says_where_it_hangs(worker: Worker, tmp_path: Path) -> None:
+    """But it does not end while it records progress."""
     stage = tmp_path / "stage"
     done = worker.start(stage, fail="hang", resources={"hang_timeout": 4})
     assert done.returncode == 1
@@ -190,7 +190,7 @@ def test_stage_that_hangs_says_at_what_and_ends(worker: Worker, tmp_path: Path) 
     assert not (stage / WORK).exists()
 
 
-def test_full_disk_is_named_and_the_work_resumes(worker: Worker, tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_work_resumes(worker: Worker, tmp_path: Path) -> None:
     with small_disk(tmp_path / "small") as disk:
         stage = disk.folder / "stage"
         assert worker.start(stage, fail="bug").returncode == 1
@@ -205,10 +205,10 @@ def test_full_disk_is_named_and_the_work_resumes(worker: Worker, tmp_path: Path)
 
 
 @pytest.mark.parametrize("write", [np.ndarray.tofile, lambda a, file: save_file({"a": a}, file)])
-def test_a_disk_that_is_not_full_afterwards_was_too_small(
+def test_errors_of_a_disk_that_is_too_small_are_explained(
     tmp_path: Path, write: Callable[[np.ndarray, Path], None]
 ) -> None:
-    """The libraries look for room first, or delete what they have written."""
+    """The disk has space afterwards: these libraries check first, or delete their file."""
     with small_disk(tmp_path / "small") as disk:
         with pytest.raises(Exception, match="space") as caught:
             write(np.zeros(32 << 20, np.uint8), disk.folder / "array")
@@ -218,7 +218,7 @@ def test_a_disk_that_is_not_full_afterwards_was_too_small(
 
 
 @pytest.mark.parametrize(("ranks", "said"), [("2", "rank 1 lost its connection"), ("1", "Runtime")])
-def test_a_lost_connection_is_the_end_of_another_rank(
+def test_a_lost_connection_points_to_another_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: str, said: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", ranks)
@@ -228,7 +228,7 @@ def test_a_lost_connection_is_the_end_of_another_rank(
     assert str(error) in _summary(error, tmp_path)
 
 
-def test_failure_before_the_work_begins_is_explained(worker: Worker, tmp_path: Path) -> None:
+def test_an_invalid_setting_is_explained(worker: Worker, tmp_path: Path) -> None:
     stage = tmp_path / "stage"
     assert worker.start(stage, unknown=1).returncode == 1
     assert "unknown" in stage_state(stage).error
@@ -241,12 +241,21 @@ def source(worker: Worker, tmp_path: Path) -> InputRef:
     return InputRef.of(tmp_path / "source")
 
 
-def test_inputs_are_read_and_recorded(worker: Worker, tmp_path: Path, source: InputRef) -> None:
-    assert worker.start(tmp_path / "stage", {"data": source}).returncode == 0
-    manifest = read_manifest(tmp_path / "stage")
+def test_inputs_are_read_recorded_and_hashed(
+    worker: Worker, tmp_path: Path, source: InputRef
+) -> None:
+    stage, file = tmp_path / "stage", tmp_path / "source" / ARTIFACT / "sub" / "a.txt"
+    assert worker.start(stage, {"data": source}).returncode == 0
+    manifest = read_manifest(stage)
     assert manifest is not None
     assert manifest.inputs == {"data": "fingerprint of hello"}
     assert manifest.metrics == {"read": {"data": ["sub"]}}
+    stat = file.stat()
+    file.write_text("jello")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    done = worker.start(stage, {"data": source})
+    assert done.returncode == 1
+    assert "sub/a.txt (changed)" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -264,19 +273,7 @@ def test_input_of_another_kind_or_fingerprint_is_refused(
     assert words in stage_state(tmp_path / "stage").error
 
 
-def test_input_is_hashed_whatever_its_times_say(
-    worker: Worker, tmp_path: Path, source: InputRef
-) -> None:
-    file = tmp_path / "source" / ARTIFACT / "sub" / "a.txt"
-    stat = file.stat()
-    file.write_text("jello")
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    done = worker.start(tmp_path / "stage", {"data": source})
-    assert done.returncode == 1
-    assert "sub/a.txt (changed)" in done.stderr
-
-
-def test_restart_that_is_killed_goes_on_with_its_own_work(worker: Worker, tmp_path: Path) -> None:
+def test_a_killed_restart_resumes_its_own_work(worker: Worker, tmp_path: Path) -> None:
     stage = tmp_path / "stage"
     checkpoint = stage / WORK / "checkpoint"
     worker.start(stage, fail="kill")
@@ -295,7 +292,7 @@ def test_other_ranks_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not (tmp_path / METRICS).exists()
 
 
-def test_time_is_up_once_the_deadline_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_is_up_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(DEADLINE, raising=False)
     assert deadline() is None
     assert not time_is_up()
@@ -305,7 +302,7 @@ def test_time_is_up_once_the_deadline_has_come(monkeypatch: pytest.MonkeyPatch) 
     assert time_is_up()
 
 
-def test_deadline_that_is_no_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_deadline_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DEADLINE, "tomorrow")
     with pytest.raises(RecipeError, match="invalid STAGE_DEADLINE=tomorrow"):
         deadline()
