@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need neither torch nor a network."""
+"""Fixtures of the tests without torch and network."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LLAMA_CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 COMPOSED: dict[tuple[str, ...], tuple[DictConfig, DictConfig | None]] = {}
-"""Composed configs, which nothing changes, with Hydra's; composing one takes longer than a plan."""
+"""Cache of composed configs and Hydra's own, since composing takes longer than planning."""
 
 Compose = Callable[..., DictConfig]
 MakePlan = Callable[..., Plan]
@@ -53,7 +53,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def versions_read_once() -> Iterator[None]:
-    """Reads the versions of installed packages once, which takes half the time of a plan."""
+    """Caches the versions of installed packages, which take half the time of a plan."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(versions, "installed", cache(versions.installed))
         yield
@@ -83,7 +83,7 @@ SMALL_STUDENT = ("stages.prune.target_hidden_size=64", "stages.prune.target_ffn_
 
 @pytest.fixture
 def hf_folder(tmp_path: Path) -> Path:
-    """A Hugging Face folder as far as a plan looks into it."""
+    """A Hugging Face folder with what a plan reads."""
     return write_folder(tmp_path / "hf_model", LLAMA_CONFIG)
 
 
@@ -113,7 +113,7 @@ def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once:
 
 
 def planned_words(recipe: str, overrides: tuple[str, ...]) -> list[str]:
-    """All that ``plan`` composes: without benchmarks and engines, unless they are asked for."""
+    """Returns the words that ``plan`` composes, by default without benchmarks and engines."""
     given = {override.partition("=")[0] for override in overrides}
     if recipe.endswith("_search"):
         given |= {"tasks", "engine"}  # which a search never has
@@ -126,7 +126,7 @@ def stage_named(plan: Plan, name: str) -> PlannedStage:
 
 
 def write_complete(stage: PlannedStage, content: str = "result") -> None:
-    """Writes what a stage leaves behind when it is complete."""
+    """Writes the artifact and manifest of a complete stage."""
     artifact = stage.directory / ARTIFACT
     artifact.mkdir(parents=True, exist_ok=True)
     (artifact / "data.bin").write_text(f"{content} of {stage.name}")
@@ -150,7 +150,7 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
 
 
 def record(plan: Plan) -> None:
-    """Writes what the launcher writes of a plan before it starts anything."""
+    """Writes the files of a plan that the launcher writes before it starts anything."""
     for stage in plan.stages:
         stage.request().write(stage.directory)
     stages = {stage.name: stage.fingerprint for stage in plan.stages}
@@ -159,7 +159,7 @@ def record(plan: Plan) -> None:
 
 @pytest.fixture
 def complete() -> Complete:
-    """Marks stages of a plan as complete: all, or those named."""
+    """Completes all stages of a plan, or those named."""
 
     def completed(plan: Plan, *names: str, content: str = "result") -> None:
         for stage in plan.stages:
@@ -171,10 +171,7 @@ def complete() -> Complete:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """Runs the launcher as a user does, from another directory than the checkout.
-
-    It is forked (``fork_launcher``), and plans of any size fit on its disk.
-    """
+    """Runs ``fork_launcher`` in a directory outside the checkout."""
     cwd = tmp_path / "cwd"
     cwd.mkdir()
 

@@ -1,4 +1,4 @@
-"""The workflow of the continuous integration, as far as it can be read without running it."""
+"""Static checks of the workflow of continuous integration."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ def steps() -> Iterator[dict[str, Any]]:
         yield from job["steps"]
 
 
-def test_it_can_only_read_and_one_push_ends_the_run_of_the_one_before() -> None:
+def test_the_workflow_has_read_access_and_a_push_cancels_the_run_before() -> None:
     assert WORKFLOW["permissions"] == {"contents": "read"}
     assert not any("permissions" in job for job in WORKFLOW["jobs"].values())
     assert WORKFLOW["concurrency"]["cancel-in-progress"] is True
 
 
-def test_it_makes_targets_that_there_are() -> None:
+def test_its_make_targets_exist() -> None:
     makefile = (REPO_ROOT / "Makefile").read_text()
     made = {step["run"].split()[1] for step in steps() if step.get("run", "").startswith("make ")}
     assert made == {"lint", "test"}
     assert all(re.search(rf"^{target}: ", makefile, re.M) for target in made)
 
 
-def test_its_actions_are_of_a_major_version() -> None:
+def test_its_actions_have_a_major_version() -> None:
     used = [step["uses"] for step in steps() if "uses" in step]
     assert used
     assert [name for name in used if not re.fullmatch(r"actions/[\w-]+@v\d+", name)] == []
 
 
-def test_its_cache_is_keyed_by_what_the_installation_is_stamped_with() -> None:
+def test_its_cache_key_covers_the_files_of_the_installation_stamp() -> None:
     stamped = re.findall(r"sha256sum (.+)\)", (REPO_ROOT / "install.sh").read_text())[0].split()
     [key] = {step["with"]["key"] for step in steps() if "cache" in step.get("uses", "")}
     assert re.findall(r"'([^']+)'", key) == stamped
