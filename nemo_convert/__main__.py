@@ -23,7 +23,7 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="check a Hugging Face model without converting it")
-    check.add_argument("source", help="folder or hub id; of a hub model only headers are read")
+    check.add_argument("source", help="folder or hub id; downloads only headers and small files")
     to_nemo = commands.add_parser("to-nemo", help="Hugging Face folder or hub id to NeMo 2")
     to_nemo.add_argument("source")
     to_nemo.add_argument("target", type=Path)
@@ -90,16 +90,19 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     from nemo_convert import convert, hf, nemo, parity
 
     _prepare()
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = nemo.open_checkpoint(arguments.source, Path(scratch))
-        convert.to_hf(checkpoint, arguments.target)
+    target: Path = arguments.target
+    convert.require_new(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        scratch = Path(temporary)
+        checkpoint = nemo.open_checkpoint(arguments.source, scratch / "unpacked")
+        folder, side = scratch / target.name, scratch / "side" / nemo.SIDE
+        convert.to_hf(checkpoint, folder)
         # The model is built from config.json, so nothing that the context names is called.
-        side = Path(scratch) / "data" / nemo.SIDE
-        hf.copy_side_files(nemo.side_files(checkpoint), side)
+        hf.copy_side_files(nemo.side_folder(checkpoint), side)
         core = parity.load_core(checkpoint, nemo.new_model(side))
-        parity.compare(arguments.target, checkpoint, core).require(
-            f"{arguments.source} → {arguments.target}"
-        )
+        parity.compare(folder, checkpoint, core).require(f"{arguments.source} → {target}")
+        folder.rename(target)
 
 
 def _verify(arguments: argparse.Namespace) -> None:

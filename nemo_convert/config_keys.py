@@ -48,7 +48,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "rope_interleaved": (None, False),
     "use_mrope": (None, False),
 }
-"""Keys that change logits, and the values with which they do not."""
+"""Keys that can change logits, with the values that leave them unchanged."""
 HARMLESS: Mapping[str, str] = {
     "_attn_implementation": "chooses a kernel",
     "_attn_implementation_autoset": "chooses a kernel",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,11 +33,11 @@ class MergedWeights:
 
     def __init__(self, weights: Readable, arch: Architecture, family: Family) -> None:
         self._weights, self._arch = weights, arch
-        self._rows = {f"module.{weight.stored}": weight for weight in family.weights}
+        self._by_key = {f"module.{weight.stored}": weight for weight in family.weights}
 
     def __call__(self, key: str, index: tuple[int, ...]) -> torch.Tensor:
         """Returns the weight of a key at a layer and expert."""
-        weight = self._rows[key]
+        weight = self._by_key[key]
         numbers = dict(zip(weight.counts(self._arch), index, strict=True))
         return weight.merge(self._arch, [self._weights.read(n) for n in weight.hf_names(numbers)])
 
@@ -52,7 +51,7 @@ class FiniteWeights:
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor."""
         tensor = self.weights.read(name)
-        if not all(value.isfinite() for value in tensor.aminmax()):  # a NaN is both
+        if not all(value.isfinite() for value in tensor.aminmax()):  # both are NaN if one value is
             raise RecipeError(
                 f"weight {name} has NaN or infinite values.", "the model is damaged; use another"
             )
@@ -65,7 +64,8 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     Weights of several types become float32, which holds all of them exactly.
 
     Two weights are in memory at a time: the one being written and the next. Megatron's model is
-    built only for its plan of the checkpoint; the memory of its weights is never touched.
+    built only for its sharded state dict. Its weights stay uninitialised, so Linux allocates no
+    memory for them.
 
     Raises:
         RecipeError: ``check_model`` finds an error, or a weight is NaN or infinite.
@@ -104,16 +104,24 @@ def hf_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def to_hf(checkpoint: Path, hf_folder: Path) -> None:
     """Converts a NeMo 2 checkpoint directory to a new Hugging Face folder, atomically."""
-    if hf_folder.exists() and any(hf_folder.iterdir()):
-        raise RecipeError(f"{hf_folder} exists and is not empty.", "choose another directory")
-    partial = hf_folder.with_name(hf_folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    copy_side_files(nemo.side_files(checkpoint), partial)
+    require_new(hf_folder)
+    hf_folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=hf_folder.parent) as temporary:
+        partial = Path(temporary) / hf_folder.name
+        _write_hf(checkpoint, partial)
+        partial.rename(hf_folder)
+
+
+def require_new(folder: Path) -> None:
+    """Raises ``RecipeError`` if a folder exists and is not empty."""
+    if folder.exists() and any(folder.iterdir()):
+        raise RecipeError(f"{folder} exists and is not empty.", "choose another directory")
+
+
+def _write_hf(checkpoint: Path, partial: Path) -> None:
+    copy_side_files(nemo.side_folder(checkpoint), partial)
     config = nemo.read_config(checkpoint)
-    # Without it, transformers derives head_dim from the hidden size, which pruning may change.
+    # Without head_dim, transformers computes hidden_size / heads, which is wrong after pruning.
     config["head_dim"] = nemo.architecture_of(checkpoint).kv_channels
     write_json(partial / "config.json", config, indent=2)
     write_weights(hf_weights(checkpoint), partial)
-    if hf_folder.exists():
-        hf_folder.rmdir()
-    partial.rename(hf_folder)

@@ -33,12 +33,15 @@ class Weight:
 
     @property
     def stored(self) -> str:
-        """Key in a checkpoint, where all layers and experts are one tensor [i, e, …]."""
+        """Key in a checkpoint, where all layers and experts are one tensor [i, e, …].
+
+        Megatron stores the experts of a layer under ``experts.experts``.
+        """
         key = self.megatron.replace(".{i}.", ".")
         return key.replace("experts.", "experts.experts.").replace("{e}", "")
 
     def counts(self, architecture: Architecture) -> dict[str, int]:
-        """Returns the number of layers and experts that have the weight, by letter in the name."""
+        """Returns ``{"i": layers, "e": experts}`` for the placeholders that the name has."""
         letters = {"i": architecture.num_layers, "e": architecture.num_moe_experts}
         return {x: count for x, count in letters.items() if f"{{{x}}}" in self.megatron}
 
@@ -72,7 +75,7 @@ class Family:
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)
     """The RoPE scaling that NeMo's config builds; the factor is free."""
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
-    """Returns the fields of the NeMo config that the importer leaves wrong, for a config.json."""
+    """Returns the fields of NeMo's config that the importer sets wrongly for a config.json."""
 
     def has(self, weights: tuple[Weight, ...]) -> bool:
         """Whether the models have ``QKV_BIAS``, ``QK_NORM`` or ``EXPERTS``."""
@@ -88,12 +91,12 @@ class Family:
                 yield weight, dict(zip(counts, numbers, strict=True))
 
     def rows(self, architecture: Architecture) -> dict[str, tuple[Weight, dict[str, int]]]:
-        """Returns ``weights_of`` by Megatron name."""
+        """Returns every weight of a shape, with its layer and expert, by Megatron name."""
         weights = self.weights_of(architecture)
         return {w.megatron.format(**numbers): (w, numbers) for w, numbers in weights}
 
     def canonical_name(self, name: str) -> str:
-        """Returns a parameter's name in the table, for any layer spec of the model."""
+        """Returns a parameter's name in TransformerEngine's layer spec (``Weight.megatron``)."""
         if self.has(EXPERTS) and name.endswith("pre_mlp_layernorm.weight"):
             return name  # TransformerEngine fuses this norm with a matrix, but not with experts
         for local, canonical in LOCAL_SPEC_NAMES.items():
@@ -107,19 +110,18 @@ LOCAL_SPEC_NAMES = {
     r"pre_mlp_layernorm\.weight$": "mlp.linear_fc1.layer_norm_weight",
     r"local_experts\.(\d+)\.(linear_fc[12]\.weight)$": r"\2\1",
 }
-"""Patterns of names in Megatron's local layer spec, and TransformerEngine's names, which the table
-has."""
+"""Regular expressions of names in Megatron's local layer spec, and TransformerEngine's names."""
 
 
-def _same(name: str, hf: str, shape: Callable[[Architecture], tuple[int, ...]]) -> Weight:
+def _unchanged(name: str, hf: str, shape: Callable[[Architecture], tuple[int, ...]]) -> Weight:
     return Weight(name, (hf,), shape, lambda _, tensors: tensors[0], lambda _, tensor: [tensor])
 
 
-def _norm(arch: Architecture) -> tuple[int, ...]:
+def _norm_shape(arch: Architecture) -> tuple[int, ...]:
     return (arch.hidden_size,)
 
 
-def _vocabulary(arch: Architecture) -> tuple[int, ...]:
+def _embedding_shape(arch: Architecture) -> tuple[int, ...]:
     return (arch.vocab_size, arch.hidden_size)
 
 
@@ -161,11 +163,11 @@ def _halves(_: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
 
 _LAYER, _HF = "decoder.layers.{i}.", "model.layers.{i}."
 _ATTENTION = (
-    _same("embedding.word_embeddings.weight", "model.embed_tokens.weight", _vocabulary),
-    _same(
+    _unchanged("embedding.word_embeddings.weight", "model.embed_tokens.weight", _embedding_shape),
+    _unchanged(
         f"{_LAYER}self_attention.linear_qkv.layer_norm_weight",
         f"{_HF}input_layernorm.weight",
-        _norm,
+        _norm_shape,
     ),
     Weight(
         f"{_LAYER}self_attention.linear_qkv.weight",
@@ -175,13 +177,13 @@ _ATTENTION = (
         _split_qkv,
         _rows_of_q_k_v,
     ),
-    _same(
+    _unchanged(
         f"{_LAYER}self_attention.linear_proj.weight",
         f"{_HF}self_attn.o_proj.weight",
         lambda a: (a.hidden_size, a.num_attention_heads * a.kv_channels),
     ),
-    _same("decoder.final_layernorm.weight", "model.norm.weight", _norm),
-    _same(OUTPUT_LAYER, "lm_head.weight", _vocabulary),
+    _unchanged("decoder.final_layernorm.weight", "model.norm.weight", _norm_shape),
+    _unchanged(OUTPUT_LAYER, "lm_head.weight", _embedding_shape),
 )
 QKV_BIAS = (
     Weight(
@@ -194,7 +196,7 @@ QKV_BIAS = (
     ),
 )
 QK_NORM = tuple(
-    _same(
+    _unchanged(
         f"{_LAYER}self_attention.{p}_layernorm.weight",
         f"{_HF}self_attn.{p}_norm.weight",
         lambda a: (a.kv_channels,),
@@ -202,8 +204,10 @@ QK_NORM = tuple(
     for p in "qk"
 )
 _FEED_FORWARD = (
-    _same(
-        f"{_LAYER}mlp.linear_fc1.layer_norm_weight", f"{_HF}post_attention_layernorm.weight", _norm
+    _unchanged(
+        f"{_LAYER}mlp.linear_fc1.layer_norm_weight",
+        f"{_HF}post_attention_layernorm.weight",
+        _norm_shape,
     ),
     Weight(
         f"{_LAYER}mlp.linear_fc1.weight",
@@ -212,15 +216,17 @@ _FEED_FORWARD = (
         _concat,
         _halves,
     ),
-    _same(
+    _unchanged(
         f"{_LAYER}mlp.linear_fc2.weight",
         f"{_HF}mlp.down_proj.weight",
         lambda a: (a.hidden_size, a.ffn_hidden_size),
     ),
 )
 EXPERTS = (
-    _same(f"{_LAYER}pre_mlp_layernorm.weight", f"{_HF}post_attention_layernorm.weight", _norm),
-    _same(
+    _unchanged(
+        f"{_LAYER}pre_mlp_layernorm.weight", f"{_HF}post_attention_layernorm.weight", _norm_shape
+    ),
+    _unchanged(
         f"{_LAYER}mlp.router.weight",
         f"{_HF}mlp.gate.weight",
         lambda a: (a.num_moe_experts, a.hidden_size),
@@ -232,7 +238,7 @@ EXPERTS = (
         _concat,
         _halves,
     ),
-    _same(
+    _unchanged(
         f"{_LAYER}mlp.experts.linear_fc2.weight{{e}}",
         f"{_HF}mlp.experts.{{e}}.down_proj.weight",
         lambda a: (a.hidden_size, a.moe_ffn_hidden_size),
@@ -248,11 +254,19 @@ LLAMA3_ROPE = {
 _NEMO = "nemo.collections.llm.gpt.model"
 
 
+_QWEN = {"max_position_embeddings": 32_768, "use_sliding_window": False}
+
+
 def _no_window(_: Mapping[str, Any]) -> dict[str, Any]:
+    """Removes the sliding window of NeMo's Mistral config; models that need one are refused."""
     return {"window_size": None, "cp_comm_type": None}
 
 
 def _router(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Chooses the order of softmax and top-k.
+
+    A softmax over all experts whose top k are normalised again equals a softmax over the top k.
+    """
     return {"moe_router_pre_softmax": not config.get("norm_topk_prob", False)}
 
 
@@ -273,7 +287,11 @@ FAMILIES = {
             f"{_NEMO}.mistral:HFMistralImporter",
             f"{_NEMO}.mistral:MistralModel",
             _ATTENTION + _FEED_FORWARD,
-            defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+            defaults={
+                "max_position_embeddings": 131_072,
+                "num_key_value_heads": 8,
+                "sliding_window": 4096,
+            },
             settings=_no_window,
         ),
         Family(
@@ -282,7 +300,7 @@ FAMILIES = {
             f"{_NEMO}.qwen2:HFQwen2Importer",
             f"{_NEMO}.qwen2:Qwen2Model",
             _ATTENTION + QKV_BIAS + _FEED_FORWARD,
-            defaults={"num_key_value_heads": 32, "use_sliding_window": False},
+            defaults={**_QWEN, "num_key_value_heads": 32},
         ),
         Family(
             "Qwen3ForCausalLM",
@@ -290,7 +308,7 @@ FAMILIES = {
             f"{_NEMO}.qwen3:HFQwen3Importer",
             f"{_NEMO}.qwen3:Qwen3Model",
             _ATTENTION + QK_NORM + _FEED_FORWARD,
-            defaults={"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
+            defaults={**_QWEN, "num_key_value_heads": 32, "head_dim": 128},
         ),
         Family(
             "Qwen3MoeForCausalLM",
@@ -298,7 +316,7 @@ FAMILIES = {
             f"{_NEMO}.qwen3:HFQwen3Importer",
             f"{_NEMO}.qwen3:Qwen3Model",
             _ATTENTION + QK_NORM + EXPERTS,
-            defaults={"num_key_value_heads": 4, "use_sliding_window": False},
+            defaults={**_QWEN, "num_key_value_heads": 4},
             settings=_router,
         ),
     )

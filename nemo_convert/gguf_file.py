@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_convert import hf
 from nemo_convert.architecture import Architecture
-from nemo_convert.hf_config import read_architecture
+from nemo_convert.hf_config import as_transformers_4, read_architecture, rms_norm_eps, rope_theta
 from nemo_convert.results import GgufResult
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 FILE = "model.gguf"
+SPACE = "▁"
+"""A space in sentencepiece's tokens."""
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
@@ -34,15 +36,17 @@ ARCHITECTURES = {
 }
 """llama.cpp's names of the families; see ``architecture_name`` for the exception."""
 TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-"""Types of matrices, and llama.cpp's names of such files; vectors are float32."""
+"""Types of matrices, and llama.cpp's names of files with them. Vectors are always float32."""
+# Parts of the regular expressions in SPLITS: words with an optional mark before them, contractions,
+# upper and lower letters, and all other characters with space.
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _MARK = r"[^\r\n\p{L}\p{N}]?"
 SPLITS = {
-    rf"{_SHORT}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
-    rf"{_SHORT}|{_WORDS}|\p{{N}}|{_REST}": "qwen2",
+    rf"{_SHORT}|{_WORDS}|\p{{N}}{{1,3}}|{_OTHERS}": "llama-bpe",
+    rf"{_SHORT}|{_WORDS}|\p{{N}}|{_OTHERS}": "qwen2",
     rf"{_MARK}{_UPPER}*{_LOWER}+|{_MARK}{_UPPER}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
@@ -71,8 +75,8 @@ def write(
     Args:
         folder: Hugging Face folder with safetensors.
         file: The new file.
-        matrix_type: One of ``TYPES``. With ``q8_0``, matrices whose rows are no multiple of its
-            block of 32 are ``f16``.
+        matrix_type: One of ``TYPES``. With ``q8_0``, matrices whose row length is not a multiple
+            of 32, its block size, are ``f16``.
         progress: Called with the number of tensors written and their total.
 
     Raises:
@@ -81,7 +85,7 @@ def write(
     import gguf
     import numpy as np
 
-    config = read_json(folder / "config.json")
+    config = as_transformers_4(read_json(folder / "config.json"), str(folder))
     architecture = read_architecture(config, str(folder))
     name = architecture_name(architecture)
     writer = gguf.GGUFWriter(file, name)
@@ -94,6 +98,7 @@ def write(
     ]
     types = [gguf.GGMLQuantizationType[tensor.type] for tensor in tensors]
     for tensor, stored in zip(tensors, types, strict=True):
+        # gguf derives the shape of quantized tensors from their shape in bytes.
         shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, stored)
         writer.add_tensor_info(tensor.name, shape, np.dtype("uint8"), math.prod(shape), stored)
     writer.write_header_to_file()
@@ -109,8 +114,9 @@ def write(
 def architecture_name(architecture: Architecture) -> str:
     """Returns llama.cpp's architecture for a model.
 
-    llama.cpp's Qwen2 requires heads of hidden size / number of heads, which width pruning breaks.
-    Its Llama does not, and has the biases as well, so a width-pruned Qwen2 is a Llama.
+    llama.cpp's Qwen2 requires a head size of hidden size / heads, which width pruning breaks. Its
+    Llama does not, and it supports biases of queries, keys and values. So a width-pruned Qwen2 is
+    written as a Llama.
     """
     name = ARCHITECTURES[architecture.hf_architecture]
     heads = architecture.num_attention_heads * architecture.kv_channels
@@ -172,8 +178,8 @@ def _add_shape(writer: GGUFWriter, shape: Architecture, config: Mapping[str, Any
     writer.add_key_length(shape.kv_channels)
     writer.add_value_length(shape.kv_channels)
     writer.add_rope_dimension_count(shape.kv_channels)
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(rope_theta(config))
+    writer.add_layer_norm_rms_eps(rms_norm_eps(config))
 
 
 def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
@@ -188,7 +194,7 @@ def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
         return
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] / (
-        2 * math.pi * config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
+        2 * math.pi * rope_theta(config) ** (np.arange(0, dim, 2) / dim)
     )
     unscaled = np.clip((turns - low) / (high - low), 0, 1)
     factors = (1 / ((1 - unscaled) / scaling["factor"] + unscaled)).astype(np.float32)
@@ -200,14 +206,16 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     from gguf import SpecialVocab
     from tokenizers import Tokenizer
 
+    path = str(folder / "tokenizer.json")
     tokenizer = read_json(folder / "tokenizer.json")
     tokens, types = _vocabulary(tokenizer, vocab_size)
     if tokenizer["model"].get("byte_fallback"):
         writer.add_tokenizer_model("llama")
-        writer.add_token_scores([-float(number) for number in range(vocab_size)])  # merged in order
-        normalizer = tokenizer.get("normalizer") or {}
-        steps = normalizer.get("normalizers", [normalizer])
-        writer.add_add_space_prefix(any(step.get("type") == "Prepend" for step in steps))
+        writer.add_token_scores(
+            [-float(number) for number in range(vocab_size)]
+        )  # llama.cpp merges the highest score first; lower ids were merged first in training
+        [first, *_] = Tokenizer.from_file(path).encode("a", add_special_tokens=False).tokens
+        writer.add_add_space_prefix(first.startswith(SPACE))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(tokenizer.get("pre_tokenizer") or {}))
@@ -215,7 +223,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
     # SpecialVocab guesses from settings whether text gets BOS and EOS; encoding a text shows it.
-    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").ids
+    ids = Tokenizer.from_file(path).encode("a").ids
     for role, end in (("bos", ids[0]), ("eos", ids[-1])):
         special.add_special_token[role] = special.special_token_ids.get(role) == end
     special.add_to_gguf(writer, quiet=True)

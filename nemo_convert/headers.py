@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_convert.hub import INDEX_FILE, WEIGHTS_FILE, hub_model, is_hub_id
+from nemo_convert.hub import INDEX_FILE, WEIGHTS_FILE, hub_model, is_hub_id, unreachable
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 
+ROTARY_BUFFER = "rotary_emb.inv_freq"
+"""End of the name of a buffer that old checkpoints store. It follows from the config, so it is left
+out of all headers."""
 LFS_POINTER = b"version https://git-lfs"
 CHUNK_BYTES = 16 << 20
 
@@ -34,9 +37,9 @@ Headers = Mapping[str, StoredTensor]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the files that transformers reads weights from, without their content.
+    """Lists the weight files that transformers would load, without reading them.
 
-    Repositories may have ``consolidated.safetensors`` or an adapter beside the model.
+    Other safetensors files, such as ``consolidated.safetensors`` or an adapter, are left out.
 
     Raises:
         RecipeError: There are no weights, or a shard of the index is missing.
@@ -58,18 +61,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Returns the file of each tensor in the index of a folder's shards.
+    """Returns the shard of each tensor: ``weight_map`` in the index.
 
     Raises:
         RecipeError: The index is damaged.
     """
     index = read_json(folder / INDEX_FILE)
-    if "metadata" not in index:  # transformers 4 reads it
+    if "metadata" not in index:  # transformers 4 fails without it
         raise RecipeError(f"{folder / INDEX_FILE} has no metadata.", 'add "metadata": {} to it')
     files = index.get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise RecipeError(f"{folder / INDEX_FILE} has no weight_map.", "download the model again")
-    return files
+    return {name: file for name, file in files.items() if not name.endswith(ROTARY_BUFFER)}
 
 
 def read_headers(hf_path: str) -> dict[str, StoredTensor]:
@@ -131,6 +134,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             *(8 + length + offset for offset in entry["data_offsets"]),
         )
         for name, entry in header.items()
+        if not name.endswith(ROTARY_BUFFER)
     }
 
 
@@ -145,8 +149,11 @@ def _read_hub_headers(hf_path: str) -> dict[str, StoredTensor]:
             f"{hf_path} has neither {WEIGHTS_FILE} nor {INDEX_FILE} on the hub.",
             "use a model with safetensors weights",
         ) from error
+    except Exception as error:
+        raise unreachable(hf_path, "the weights' headers", error) from error
     return {
         name: StoredTensor(file, tensor.dtype, tuple(tensor.shape))
         for file, content in metadata.files_metadata.items()
         for name, tensor in content.tensors.items()
+        if not name.endswith(ROTARY_BUFFER)
     }

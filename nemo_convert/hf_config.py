@@ -16,9 +16,9 @@ SUPPORTED = tuple(FAMILIES)
 DTYPES = ("bfloat16", "float16", "float32")
 DEFAULT_ROPE = {"rope_type": "default"}
 DEFAULT_ROPE_THETA, DEFAULT_RMS_NORM_EPS = 10_000.0, 1e-6
-"""What transformers takes for every supported family where a config has no value."""
+"""transformers' defaults of ``rope_theta`` and ``rms_norm_eps``, which all families share."""
 TRANSFORMERS_5 = ("rope_parameters", "num_local_experts", "dtype")
-"""Keys that transformers 4 does not read, or does not write."""
+"""Keys in the spelling of transformers 5, which ``as_transformers_4`` renames."""
 SIZES = (
     "head_dim",
     "hidden_size",
@@ -30,17 +30,21 @@ SIZES = (
     "num_experts_per_tok",
     "num_hidden_layers",
     "num_key_value_heads",
+    "sliding_window",
     "vocab_size",
 )
-"""Keys whose value is a positive integer, or null for what follows from another key."""
+"""Keys whose value must be a positive integer."""
+NULLABLE_SIZES = ("head_dim", "num_key_value_heads", "sliding_window")
+"""Sizes that may be null as well: they then follow from another key, or there is no window."""
 
 
 def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns a ``config.json`` in a spelling that transformers 4 and 5 both read.
 
     transformers 5 writes ``rope_parameters: {rope_theta, rope_type, ...}``, ``dtype``, and for some
-    models ``num_local_experts``. transformers 4, which NeMo imports with, ignores the first and the
-    last of these, and would take a ``rope_theta`` of 10,000. Equivalent spellings become one.
+    models ``num_local_experts``. transformers 4, with which NeMo imports, ignores the RoPE
+    parameters and the number of experts, so it would use a ``rope_theta`` of 10,000. A RoPE scaling
+    that changes nothing becomes null.
 
     Raises:
         RecipeError: ``rope_parameters`` are incomplete, differ from layer type to layer type, or
@@ -56,17 +60,27 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key, value in renamed.items():
         if config.get(key) not in (None, value):
             raise RecipeError(
-                f"{where}: {key}={config[key]} contradicts {key}={value}, which is written as "
-                "transformers 5 spells it.",
-                f"remove the wrong one from config.json: {key}, or {' and '.join(TRANSFORMERS_5)}",
+                f"{where}: {key}={config[key]} contradicts {value}, which config.json has in the "
+                "spelling of transformers 5.",
+                f"remove the wrong one of {key} and of {', '.join(TRANSFORMERS_5)}",
             )
     dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
     if dtype in DTYPES:
         renamed["torch_dtype"] = dtype
-    # A kernel may not be installed here. transformers multiplies by a null partial_rotary_factor.
+    if (
+        config.get("model_type") is None
+        and (name := _first(config.get("architectures"))) in FAMILIES
+    ):
+        renamed["model_type"] = FAMILIES[name].model_type
+    # transformers 4 multiplies by partial_rotary_factor even if it is null. The kernel that
+    # _attn_implementation names may not be installed.
     unset = {key for key in NEUTRAL if config.get(key) is None}
     dropped = {*TRANSFORMERS_5, *unset, "torch_dtype", "_attn_implementation"}
     return {**{key: value for key, value in config.items() if key not in dropped}, **renamed}
+
+
+def _first(names: Any) -> str | None:
+    return str(names[0]) if isinstance(names, list) and names else None
 
 
 def _theta_and_scaling(rope: object, where: str) -> dict[str, Any]:
@@ -100,7 +114,7 @@ def rope_theta(config: Mapping[str, Any]) -> float:
 
 
 def rms_norm_eps(config: Mapping[str, Any]) -> float:
-    """Returns the term that RMSNorm adds to the mean square in a ``config.json``."""
+    """Returns the epsilon of RMSNorm in a ``config.json``."""
     eps = config.get("rms_norm_eps")
     return DEFAULT_RMS_NORM_EPS if eps is None else float(eps)
 
@@ -117,6 +131,7 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     family = FAMILIES[name]
     config = {**family.defaults, **config}
     _require_numbers(config, where)
+    _require_consistent_sizes(family, config, where)
     for what, fix in _unsupported(family, config):
         raise RecipeError(f"{where}: {what} is not supported for {name}.", fix)
     try:
@@ -143,10 +158,13 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
 
 
 def _architecture_name(config: Mapping[str, Any], where: str) -> str:
-    """Returns the class of a model; transformers chooses it by ``model_type`` alone."""
+    """Returns the class in ``architectures``, or that of ``model_type`` if there is none.
+
+    They must agree, because transformers chooses the class by ``model_type`` alone.
+    """
     model_type = config.get("model_type")
     names = {family.model_type: name for name, family in FAMILIES.items()}
-    name = (config.get("architectures") or [names.get(str(model_type), "none")])[0]
+    name = _first(config.get("architectures")) or names.get(str(model_type), "none")
     if name in FAMILIES and model_type not in (None, FAMILIES[name].model_type):
         raise RecipeError(
             f"{where}: model_type={model_type} contradicts architectures={name}.",
@@ -156,10 +174,12 @@ def _architecture_name(config: Mapping[str, Any], where: str) -> str:
 
 
 def _require_numbers(config: Mapping[str, Any], where: str) -> None:
-    """Refuses a size that is no positive integer, and a constant that is no positive number."""
+    """Refuses sizes that are not positive integers, and constants that are not positive numbers."""
     for key in SIZES:
-        value = config.get(key)
-        if value is not None and (type(value) is not int or value <= 0):
+        value = config.get(key, 1)
+        if value is None and key in NULLABLE_SIZES:
+            continue
+        if type(value) is not int or value <= 0:
             raise RecipeError(
                 f"{where}: invalid {key}={value!r} in config.json: must be a positive integer.",
                 "download config.json again, or correct it",
@@ -167,7 +187,8 @@ def _require_numbers(config: Mapping[str, Any], where: str) -> None:
     scaling = config.get("rope_scaling") or {}
     constants: dict[str, Any] = {key: config.get(key) for key in ("rope_theta", "rms_norm_eps")}
     if "factor" in scaling or scaling.get("rope_type") == "llama3":
-        constants["rope_scaling.factor"] = scaling.get("factor", "missing")
+        factor = scaling.get("factor")
+        constants["rope_scaling.factor"] = "null" if factor is None else factor
     for key, value in constants.items():
         is_number = type(value) in (int, float) and math.isfinite(value)
         if value is not None and not (is_number and value > 0):
@@ -177,11 +198,27 @@ def _require_numbers(config: Mapping[str, Any], where: str) -> None:
             )
 
 
+def _require_consistent_sizes(family: Family, config: Mapping[str, Any], where: str) -> None:
+    """Refuses sizes that contradict each other."""
+    sizes = {key: config.get(key) for key in SIZES}
+    heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    experts, selected = sizes["num_experts"], sizes["num_experts_per_tok"]
+    if heads and groups and heads % groups:
+        what = f"num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}"
+    elif experts and selected and selected > experts:
+        what = f"num_experts_per_tok={selected} is more than num_experts={experts}"
+    elif family.defaults.get("head_dim") and config["head_dim"] is None:
+        what = "head_dim is null, which transformers does not accept for this family"
+    else:
+        return
+    raise RecipeError(f"{where}: {what}.", "download config.json again, or correct it")
+
+
 def with_shape(config: Mapping[str, Any], shape: Architecture) -> dict[str, Any]:
     """A model's ``config.json`` for another shape of the same family."""
     sizes = {hf: getattr(shape, megatron) for megatron, hf in shape.hf_names().items()}
     changed = {**config, **sizes}
-    if "layer_types" in changed:  # one a layer, all the same: a sliding window is refused
+    if changed.get("layer_types"):  # one entry per layer; all are "full_attention"
         changed["layer_types"] = changed["layer_types"][: shape.num_layers]
     return changed
 
@@ -205,13 +242,17 @@ def _unsupported(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[st
         yield f"layer_types={config['layer_types']}", "use a model with full_attention alone"
     for name, only in (("hidden_act", "silu"), ("decoder_sparse_step", 1)):
         if config.get(name, only) != only:
-            yield f"{name}={config[name]}", f"use a model with {only}"
+            yield f"{name}={config[name]}", f"use a model with {name}={only}"
     if (
         family.has(EXPERTS)
         and config.get("norm_topk_prob")
         and config.get("num_experts_per_tok") == 1
     ):
-        yield "norm_topk_prob with one expert a token", "use a model of two or more"
+        # Megatron's softmax over the selected expert alone would weight it by 1.
+        yield (
+            "norm_topk_prob=true with num_experts_per_tok=1",
+            "use a model with num_experts_per_tok of 2 or more",
+        )
     for key in unknown_keys(config):
         yield (
             key,
@@ -225,8 +266,8 @@ def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterato
     scaling, known = config.get("rope_scaling"), family.rope_scaling
     is_known = scaling is not None and {**scaling, "factor": None} == {**known, "factor": None}
     if scaling and not is_known:
-        builds = f"{known}, with any factor" if known else "none"
-        yield f"rope_scaling={scaling}", f"NeMo builds {builds}"
+        allowed = f"rope_scaling={known} and any factor" if known else "no rope_scaling"
+        yield f"rope_scaling={scaling}", f"use a model with {allowed}"
     positions, window = config.get("max_position_embeddings", 2048), config.get("sliding_window")
     if config.get("use_sliding_window", True) and window is not None and window < positions:
         yield (

@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
 SIDE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "LICENSE*", "README.md")
 """Files of a model other than weights, which every conversion copies."""
 HUB_SECONDS = 2.0
-"""Time that preflight waits for a hub."""
+"""Seconds that ``is_config_available`` waits for the hub."""
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
 
 
@@ -59,7 +59,7 @@ def _read_hf_config(hf_path: str) -> dict[str, Any]:
 
         if file.member != MEMBER:
             raise RecipeError(
-                f"{file.member} is not a model that is embedded here.",
+                f"{file.member} is not a model that can be read from a wheel.",
                 "use model=smollm2_135m, or model.hf_path with a folder or a hub id",
             )
         return HF_CONFIG
@@ -76,7 +76,7 @@ def _read_hf_config(hf_path: str) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def small_files(hf_path: str) -> Path:
+def side_folder(hf_path: str) -> Path:
     """Returns a folder with a model's files other than weights; downloads those of a hub model.
 
     Raises:
@@ -111,25 +111,29 @@ def download(hf_path: str) -> Path:
     Raises:
         RecipeError: The hub does not have the model, or cannot be reached.
     """
-    folder = small_files(hf_path)
+    folder = side_folder(hf_path)
     index = folder / INDEX_FILE
-    shards = set(read_json(index)["weight_map"].values()) if index.is_file() else set()
-    return _download(hf_path, [WEIGHTS_FILE, *shards])
+    shards = (read_json(index).get("weight_map") or {}).values() if index.is_file() else ()
+    # The folder of a snapshot is named by its commit, so that the weights are of the same one.
+    return _download(hf_path, [WEIGHTS_FILE, *set(shards)], revision=folder.name)
 
 
-def _download(hf_path: str, patterns: Sequence[str]) -> Path:
+def _download(hf_path: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
+    model = hub_model(hf_path)
+    if revision:
+        model["revision"] = revision
     try:
-        return Path(snapshot_download(allow_patterns=[*patterns], **hub_model(hf_path)))
+        return Path(snapshot_download(allow_patterns=[*patterns], **model))
     except Exception as error:
-        raise _unreachable(hf_path, "files", error) from error
+        raise unreachable(hf_path, "files", error) from error
 
 
-def in_reach(hf_path: str) -> bool:
+def is_config_available(hf_path: str) -> bool:
     """Returns whether a hub model's config is cached, or the hub answers within ``HUB_SECONDS``.
 
-    The hub's client would try for half a minute.
+    The hub's own client would try for half a minute.
     """
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers
@@ -176,10 +180,11 @@ def _hub_file(hf_path: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(filename=name, **hub_model(hf_path)))
     except Exception as error:
-        raise _unreachable(hf_path, name, error) from error
+        raise unreachable(hf_path, name, error) from error
 
 
-def _unreachable(hf_path: str, name: str, error: Exception) -> RecipeError:
+def unreachable(hf_path: str, name: str, error: Exception) -> RecipeError:
+    """Returns the error for something of a hub model that cannot be downloaded."""
     return RecipeError(
         f"could not read {name} of '{hf_path}' from the Hugging Face hub: {error}",
         "check the id, the network, and HF_TOKEN for a gated model",

@@ -23,7 +23,7 @@ from nemo_convert.families import FAMILIES
 from nemo_convert.hf import copy_side_files
 from nemo_convert.hf_config import read_architecture, rope_theta
 from nemo_convert.pipeline import pipeline_split
-from nemo_convert.trust import read_description, require_known_context
+from nemo_convert.trust import read_metadata, require_known_context, require_no_remote_code
 from recipes.backend.device import COLLECTIVE_TIMEOUT, collective_backend, device, select_gpu
 from recipes.backend.local_layers import adapt_config
 from recipes.backend.without_cuda import enable
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS, CONTEXT, SIDE = "weights", "context", "hf"
+"""Directories of a checkpoint, and in the context that of the Hugging Face files."""
 EXTRA_STATE = "_extra_state"
 SEED = 1234
 CHAT_TEMPLATES = "additional_chat_templates"
@@ -57,12 +58,12 @@ def initialize(parallel: Parallelism) -> None:
 
     enable()
     if not torch.distributed.is_initialized():
-        alone = not torch.distributed.is_torchelastic_launched()
+        is_single_process = not torch.distributed.is_torchelastic_launched()
         world: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT}
-        if alone:
+        if is_single_process:
             world |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-        if (mine := select_gpu()) is not None:
-            world["device_id"] = mine
+        if (gpu := select_gpu()) is not None:
+            world["device_id"] = gpu
         torch.distributed.init_process_group(collective_backend(), **world)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -86,7 +87,7 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
     """Returns a checkpoint's directory; unpacks a ``.nemo`` file into ``scratch``.
 
     Raises:
-        RecipeError: It is no NeMo 2 checkpoint, or a file in it leaves its folder.
+        RecipeError: It is not a NeMo 2 checkpoint, or a path in it is outside its own directory.
     """
     if path.is_file():
         try:
@@ -95,7 +96,7 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
         except (tarfile.TarError, OSError) as error:
             raise RecipeError(
                 f"{path} cannot be unpacked safely: {error}",
-                "copy it again if it was cut short; do not use one whose files leave its folder",
+                "copy it again if it is incomplete; do not use it if paths leave its directory",
             ) from error
         path = scratch
     if not (path / WEIGHTS).is_dir() or not (path / CONTEXT / "io.json").is_file():
@@ -121,11 +122,22 @@ def pack(checkpoint: Path, file: Path) -> None:
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
-    """Reads the Hugging Face ``config.json`` in a checkpoint."""
-    return read_json(side_files(checkpoint) / "config.json")
+    """Reads the Hugging Face ``config.json`` in a checkpoint.
+
+    Raises:
+        RecipeError: There is none, as in checkpoints that NeMo's own importer wrote.
+    """
+    file = side_folder(checkpoint) / "config.json"
+    if not file.is_file():
+        raise RecipeError(
+            f"{checkpoint} has no {CONTEXT}/{SIDE}/config.json.",
+            "use a checkpoint that this repository wrote, or copy the model's config.json and "
+            "tokenizer files there",
+        )
+    return read_json(file)
 
 
-def side_files(checkpoint: Path) -> Path:
+def side_folder(checkpoint: Path) -> Path:
     """Returns the folder of the tokenizer and the model's other files that are not weights."""
     return checkpoint / CONTEXT / SIDE
 
@@ -149,10 +161,12 @@ def new_model(hf_folder: Path) -> Any:
     family = FAMILIES[arch.hf_architecture]
     _record_arguments()
     importer = resolve_name(family.importer)(str(hf_folder))
-    importer.trust_remote_code = False  # the Qwen importers read it, and set it only on conversion
+    # The Qwen importers read this attribute, and set it only in a conversion of weights.
+    importer.trust_remote_code = False
     with _generation_config(hf_folder):
         config = importer.config
-    explicit = {**_explicit(arch), "rotary_base": rope_theta(hf_config)}
+    # __io__ is the recorded config, which the context stores. reinit builds the object from it.
+    explicit = {**_fields_that_importers_omit(arch), "rotary_base": rope_theta(hf_config)}
     for name, value in {**explicit, **family.settings(hf_config)}.items():
         setattr(config.__io__, name, value)
     return resolve_name(family.model)(io.reinit(config), tokenizer=AutoTokenizer(str(hf_folder)))
@@ -161,8 +175,9 @@ def new_model(hf_folder: Path) -> Any:
 def _record_arguments() -> None:
     """Makes NeMo record the arguments of every config class, which it writes to the context.
 
-    NeMo marks a class whose arguments it records, and subclasses inherit the mark without being
-    recorded: a Qwen3Config made after a Qwen2Config would have no record.
+    NeMo sets ``__wrapped_init__`` on a class whose arguments it records. A subclass inherits the
+    attribute, so that NeMo does not record it: a Qwen3Config that is made after a Qwen2Config would
+    have no record.
     """
     from nemo.collections.llm import GPTConfig
 
@@ -177,8 +192,8 @@ def _record_arguments() -> None:
 def _generation_config(hf_folder: Path) -> Iterator[None]:
     """Replaces the generation config, while the block runs, by one that NeMo can read and write.
 
-    Most importers need one, which base models do not have. transformers refuses to write one that
-    samples without ``do_sample``, as those of Llama 2 do.
+    Most importers need the file, but base models do not have it. transformers refuses to write
+    sampling settings without ``do_sample``, as Llama 2 has them.
     """
     file = hf_folder / "generation_config.json"
     original = file.read_bytes() if file.exists() else None
@@ -197,8 +212,8 @@ def _generation_config(hf_folder: Path) -> Iterator[None]:
             file.write_bytes(original)
 
 
-def _explicit(arch: Architecture) -> dict[str, Any]:
-    """Returns the fields of NeMo's config that some importer leaves at a default."""
+def _fields_that_importers_omit(arch: Architecture) -> dict[str, Any]:
+    """Returns the fields of NeMo's config that at least one importer does not set."""
     settings = {
         "kv_channels": arch.kv_channels,
         "vocab_size": arch.vocab_size,
@@ -215,13 +230,16 @@ def restore_model(checkpoint: Path) -> Any:
     """Builds the NeMo model of a checkpoint, without weights.
 
     Raises:
-        RecipeError: Opening the checkpoint would run code that no converted model names.
+        RecipeError: The context names objects that ``trust`` does not list, or remote code.
     """
+    import fiddle
     from nemo.lightning.io import load_context
 
     require_known_context(checkpoint / CONTEXT / "io.json")
     _record_arguments()
-    return load_context(checkpoint / CONTEXT, subpath="model")
+    config = load_context(checkpoint / CONTEXT, subpath="model", build=False)
+    require_no_remote_code(config, checkpoint)
+    return fiddle.build(config)
 
 
 def build_core(
@@ -276,7 +294,7 @@ def read_sharded(state: dict[str, Any], weights: Path) -> dict[str, Any]:
         FullyParallelLoadStrategyWrapper,
     )
 
-    read_description(weights)  # refuses harmful pickles, which Megatron would load
+    read_metadata(weights)  # refuses harmful pickles, which Megatron would load
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(weights)),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -310,7 +328,7 @@ def _with_norm_states(state: dict[str, Any]) -> dict[str, Any]:
     norms = {}
     for name, item in state.items():
         if item.key.endswith("norm.weight"):  # those fused into a linear layer are …_norm_weight
-            axes = item.prepend_axis_num  # of the layer
+            axes = item.prepend_axis_num  # leading axes: the layer; without any, the shape is (1,)
             norms[name.replace("weight", EXTRA_STATE)] = ShardedObject(
                 item.key.replace("weight", EXTRA_STATE),
                 None,
@@ -339,7 +357,7 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
         context = TrainerContext(model=model, trainer=trainer, extra={})
         shutil.rmtree(checkpoint / CONTEXT, ignore_errors=True)
         context.io_dump(checkpoint / CONTEXT, yaml_attrs=["model"])
-        copy_side_files(side, side_files(checkpoint))
+        copy_side_files(side, side_folder(checkpoint))
 
 
 @contextmanager
@@ -360,7 +378,7 @@ def leading_axes(arch: Architecture) -> dict[str, int]:
 
 
 def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields weights in the family's names, one at a time."""
+    """Yields the Megatron name and the tensor of each weight."""
     from nemo_convert import streaming
 
     arch = architecture_of(checkpoint)

@@ -1,8 +1,8 @@
 """Parity gates: a converted model has the same weights and logits.
 
-The reference is a forward pass of our own, which executes the config as the strict reader
-understood it. NeMo and transformers must both agree with it: they read configs with the same
-version of transformers, so that their agreement alone proves nothing.
+The reference is the plain PyTorch forward pass of ``reference``, for the config that ``hf_config``
+has read. NeMo and transformers must each agree with it. Both read configs with the same version of
+transformers, so they may share an error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nemo_convert.convert import hf_weights
 from nemo_convert.families import FAMILIES
 from nemo_convert.hf import Weights, load_causal_lm
 from nemo_convert.hf_config import as_transformers_4, read_architecture
-from nemo_convert.preflight import HEAD, ROTARY_BUFFER
+from nemo_convert.preflight import HEAD
 from nemo_convert.reference import reference_logits
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
@@ -72,12 +72,16 @@ class Parity:
         return float(np.maximum(self.nemo_difference, self.transformers_difference))
 
     def require(self, what: str) -> Parity:
-        """Raises ``RecipeError`` unless the models are equal; returns itself."""
+        """Raises ``RecipeError`` unless the models are equal; returns itself.
+
+        Args:
+            what: Names the comparison in the message.
+        """
         if self.different_weight is not None:
             raise RecipeError(
                 f"parity gate failed: {what}: {self.different_weight} differs after the round "
                 "trip.",
-                "if either was changed since, convert it again; do not use it as it is",
+                "do not use this checkpoint; convert the source again",
             )
         tolerance = LOGITS_TOLERANCE * self.logit_spread
         for reader, difference in (
@@ -87,18 +91,18 @@ class Parity:
             if not difference <= tolerance:  # also catches NaN
                 raise RecipeError(
                     f"parity gate failed: {what}: logits of {reader} differ by {difference:.2e} "
-                    f"from those that config.json implies, more than {tolerance:.0e}, "
-                    f"{LOGITS_TOLERANCE:.0e} of their standard deviation.",
-                    f"do not use it: {reader} computes something else than config.json says",
+                    f"from the reference (allowed: {tolerance:.0e}, {LOGITS_TOLERANCE:.0e} of "
+                    "their standard deviation).",
+                    f"do not use this checkpoint: {reader}'s model does not match config.json",
                 )
         return self
 
 
 def multiply_in_float32() -> None:
-    """Turns off TensorFloat-32, in which cuBLAS rounds to 10 bits.
+    """Turns off TensorFloat-32, whose mantissa has 10 bits, by ``NVIDIA_TF32_OVERRIDE``.
 
-    TransformerEngine requests it for every float32 GEMM, whatever PyTorch is set to. cuBLAS reads
-    the variable once: call this before anything runs on a GPU.
+    TransformerEngine and NGC images request it for float32 GEMMs, whatever PyTorch is set to.
+    cuBLAS reads the variable once, so call this before the first GPU operation.
     """
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
@@ -118,7 +122,7 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     from transformers import AutoTokenizer
 
     config = as_transformers_4(read_json(hf_folder / "config.json"), str(hf_folder))
-    tokenizer = AutoTokenizer.from_pretrained(nemo.side_files(checkpoint), trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(checkpoint), trust_remote_code=False)
     tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :TOKENS]
     last = min(LAST_POSITION, read_architecture(config, str(hf_folder)).max_position_embeddings - 1)
     positions = spread_positions(tokens.shape[1], last)
@@ -141,9 +145,10 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
 
 
 def spread_positions(tokens: int, last: int) -> torch.Tensor:
-    """Returns increasing RoPE positions [tokens]: ``ADJACENT`` ones, then some up to ``last``.
+    """Returns increasing RoPE positions [tokens].
 
-    So few tokens cover the positions of a long text. RoPE depends on positions only.
+    The first ``ADJACENT`` are consecutive. The others are spaced evenly up to ``last``. RoPE
+    depends on positions only, so a few tokens cover the positions of a long text.
     """
     import torch
 
@@ -160,7 +165,7 @@ def core_logits(
     """Computes logits [batch, sequence, vocabulary] of a Megatron model at TP=PP=1, in float32.
 
     Args:
-        core: Megatron's ``GPTModel``.
+        core: Megatron's ``GPTModel``; it is converted to float32 and stays so.
         tokens: Token ids [batch, sequence].
         positions: RoPE position of each token [sequence]; by default 0, 1, 2, …
     """
@@ -178,9 +183,10 @@ def core_logits(
 
 @contextmanager
 def _rope_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
-    """Makes a Megatron model rotate its tokens by the angles of other positions.
+    """Applies RoPE at given positions while the block runs.
 
-    Megatron takes angles [sequence, 1, 1, dim] for positions 0, 1, 2, … whatever it is told.
+    Megatron ignores ``position_ids`` for RoPE. Its angles [sequence, 1, 1, dim] are always those of
+    positions 0, 1, 2, …
     """
 
     def select(rope: Any, arguments: Any, angles: torch.Tensor) -> torch.Tensor:
@@ -194,18 +200,21 @@ def _rope_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
 
 
 def different_weight(hf_folder: Path, checkpoint: Path) -> str | None:
-    """Returns the name of a weight that a folder and a checkpoint do not have in common."""
+    """Returns the first weight that is missing on one side or has different values, if any."""
     import torch
 
     source = Weights(hf_folder)
     names = source.names()
     for name, tensor in hf_weights(checkpoint):
-        names.discard(name)
-        # The types differ where the folder has several: the widest holds them exactly.
-        if not torch.equal(source.read(name).to(tensor.dtype), tensor):
+        if name not in names:
             return name
-    # A folder may also store a tied head, and old ones inv_freq buffers, which are not weights.
-    return min((n for n in names if n != HEAD and not n.endswith(ROTARY_BUFFER)), default=None)
+        names.remove(name)
+        original = source.read(name)
+        # A folder of several types was converted to float32, which holds all values exactly.
+        wider = torch.promote_types(original.dtype, tensor.dtype)
+        if not torch.equal(original.to(wider), tensor.to(wider)):
+            return name
+    return min(names - {HEAD}, default=None)  # a folder may store a tied head
 
 
 def verify(first: Path, second: Path) -> Parity:
@@ -213,7 +222,8 @@ def verify(first: Path, second: Path) -> Parity:
     is_nemo = [path.is_file() or (path / nemo.CONTEXT).is_dir() for path in (first, second)]
     if is_nemo[0] == is_nemo[1]:
         raise RecipeError(
-            "verify compares a Hugging Face folder with a NeMo checkpoint; got two of a kind.",
+            "verify compares a Hugging Face folder with a NeMo checkpoint; got two "
+            f"{'NeMo checkpoints' if is_nemo[0] else 'Hugging Face folders'}.",
             "give one of each",
         )
     folder, packed = (second, first) if is_nemo[0] else (first, second)
@@ -239,5 +249,7 @@ def load_core(checkpoint: Path, model: Any = None) -> torch.nn.Module:
     for name, tensor in nemo.read_weights(checkpoint):
         parameters.pop(name).data.copy_(tensor)
     if parameters:
-        raise RecipeError(f"{checkpoint} has no {', '.join(parameters)}.", "it is incomplete")
+        raise RecipeError(
+            f"{checkpoint} has no {', '.join(parameters)}.", "convert the model again"
+        )
     return core

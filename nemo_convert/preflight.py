@@ -1,6 +1,6 @@
 """Checks a Hugging Face model before anything runs, from headers and small files. Torch-free.
 
-``python -m nemo_convert check MODEL`` prints the results; a plan includes them.
+``python -m nemo_convert check MODEL`` prints the findings; a dry run includes them in its plan.
 """
 
 from __future__ import annotations
@@ -19,28 +19,27 @@ from nemo_convert.headers import (
     same_bytes,
     weight_files,
 )
-from nemo_convert.hf_config import as_transformers_4, read_architecture
+from nemo_convert.hf_config import read_architecture
 from nemo_convert.hub import (
     INDEX_FILE,
     WEIGHTS_FILE,
     cached_model,
     is_hub_id,
     is_offline,
-    small_files,
+    read_hf_config,
+    side_folder,
 )
 from nemo_convert.tokenizer_files import read_vocabulary
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-ROTARY_BUFFER = "rotary_emb.inv_freq"
-"""Old checkpoints store this buffer, which follows from the config."""
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types of weights that can be converted, as safetensors and as PyTorch spell them."""
 ADAPTER = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
-NAMED = 3
-"""Weights that a message names; it counts the others."""
+MAX_NAMED = 3
+"""A message names at most this many weights, and says how many more there are."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ def check_model(hf_path: str) -> Iterator[Finding]:
             )
             return
         hf_path = str(folder)
-    folder = small_files(hf_path)
-    config = as_transformers_4(read_json(folder / "config.json"), hf_path)
+    config = read_hf_config(hf_path)
+    folder = side_folder(hf_path)
     shape = read_architecture(config, hf_path)
     if (folder / ADAPTER).exists():
         yield Finding(
@@ -159,10 +158,8 @@ def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Ite
                 "config.json and weights are of different models, or vocab_size is wrong",
             )
             return
-    extra = {name for name in headers.keys() - expected.keys() if not name.endswith(ROTARY_BUFFER)}
-    if shape.tied_embeddings:
-        extra.discard(HEAD)
-    if extra:
+    extra = headers.keys() - expected.keys()
+    if extra := extra - ({HEAD} if shape.tied_embeddings else set()):
         yield Finding(
             f"{hf_path} has {_named(extra)}, which {shape.hf_architecture} does not have.",
             "save the model without these weights; a conversion would lose them",
@@ -191,7 +188,8 @@ def _dtype_findings(hf_path: str, headers: Headers, config: Mapping[str, Any]) -
         )
         return
     stored = sorted({DTYPES[tensor.dtype] for tensor in headers.values()})
-    if (configured := config.get("torch_dtype")) not in (None, *stored[: len(stored) == 1]):
+    configured = config.get("torch_dtype")
+    if configured is not None and stored != [configured]:
         yield Finding(
             f"the weights of {hf_path} are {' and '.join(stored)}, config.json says {configured}.",
             f"none needed: {model_dtype(headers)} is used, which holds every weight exactly",
@@ -240,5 +238,5 @@ def _tokenizer_findings(folder: Path, hf_path: str, shape: Architecture) -> Iter
 def _named(names: Iterator[str] | set[str] | list[str]) -> str:
     """Returns a few names, and the number of the others."""
     ordered = sorted(names)
-    others = len(ordered) - NAMED
-    return ", ".join(ordered[:NAMED]) + (f" and {others} other weights" if others > 0 else "")
+    others = len(ordered) - MAX_NAMED
+    return ", ".join(ordered[:MAX_NAMED]) + (f" and {others} other weights" if others > 0 else "")

@@ -18,12 +18,12 @@ from torch.nn.functional import embedding, linear, silu, softmax
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture, rms_norm_eps, rope_theta
 
-Read = Callable[[str], Tensor]
+ReadWeight = Callable[[str], Tensor]
 """Reads a weight by its Hugging Face name."""
 
 
 def reference_logits(
-    config: Mapping[str, Any], read: Read, tokens: Tensor, positions: Tensor
+    config: Mapping[str, Any], read: ReadWeight, tokens: Tensor, positions: Tensor
 ) -> Tensor:
     """Computes the logits of a decoder-only transformer, in float32.
 
@@ -76,6 +76,7 @@ def inverse_frequencies(config: Mapping[str, Any], dim: int) -> Tensor:
     if kind != "llama3":
         raise ValueError(f"the reference does not have the RoPE scaling {scaling}")
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    # Rotations of each pair within the original context. Many: the frequency stays unscaled.
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     unscaled = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (unscaled + (1 - unscaled) / scaling["factor"])
@@ -94,7 +95,7 @@ def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _attention(
     hidden: Tensor,
     shape: Architecture,
-    read: Read,
+    read: ReadWeight,
     prefix: str,
     cos_sin: tuple[Tensor, Tensor],
     eps: float,
@@ -127,13 +128,13 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return heads * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def _gated_mlp(hidden: Tensor, read: Read, prefix: str) -> Tensor:
+def _gated_mlp(hidden: Tensor, read: ReadWeight, prefix: str) -> Tensor:
     gate, up, down = (read(f"{prefix}{p}_proj.weight").float() for p in ("gate", "up", "down"))
     return linear(silu(linear(hidden, gate)) * linear(hidden, up), down)
 
 
 def _experts(
-    hidden: Tensor, shape: Architecture, read: Read, prefix: str, normalize: bool
+    hidden: Tensor, shape: Architecture, read: ReadWeight, prefix: str, normalize: bool
 ) -> Tensor:
     """Sums the ``moe_router_topk`` most probable experts of each token, weighted.
 

@@ -74,7 +74,7 @@ def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
     """
     from gguf import GGUFReader
 
-    if _is_whole(folder):
+    if _is_intact(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -89,17 +89,17 @@ def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
         )
         write_text_atomically(partial / "README.md", CARD)
         write_json(partial / STAMPS, {n: asdict(s) for n, s in stamp_files(partial).items()})
-        if folder.exists() and not _is_whole(folder):
+        if folder.exists() and not _is_intact(folder):
             folder.rename(Path(temporary) / "damaged")
         try:
             partial.rename(folder)
         except OSError:  # another run was faster
-            if not _is_whole(folder):
+            if not _is_intact(folder):
                 raise
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_intact(folder: Path) -> bool:
     """Returns whether all files have the hashes that they were written with."""
     try:
         stamps = {n: FileStamp(**s) for n, s in read_json(folder / STAMPS).items()}

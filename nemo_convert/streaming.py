@@ -1,7 +1,8 @@
 """Reads and writes torch_dist checkpoints one or two weights at a time.
 
-Megatron-Core reads and writes whole state dicts. This module uses its plan of a checkpoint (keys,
-shards, metadata), with another source and target of the bytes.
+Megatron-Core reads and writes whole state dicts. This module keeps its layout of a checkpoint
+(keys, shards, metadata). When it writes, it takes each tensor from a function. When it reads, it
+yields one tensor at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from nemo_convert.trust import read_description
+from nemo_convert.trust import read_metadata
 from recipes.core.errors import RecipeError
 
 Index = tuple[int, ...]
@@ -54,11 +55,11 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         """Writes the shards of a sharded state dict."""
-        plan, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         with _without_checksums(), closing(_SourcePlanner(self.source, self.leading)) as planner:
             # Copying ahead, which needs a GPU, would change the order of the weights.
             writer = FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0)
-            tensors = mcore_to_pyt_state_dict(plan, False)
+            tensors = mcore_to_pyt_state_dict(by_key, False)
             try:
                 dcp.save(tensors, storage_writer=writer, planner=planner)
             except CheckpointException as error:  # hides what the source raised
@@ -81,6 +82,8 @@ def _without_checksums() -> Iterator[None]:
 
 
 class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
+    """Planner of ``dcp.save`` that takes the data of each tensor from a source."""
+
     def __init__(self, source: Source, leading: dict[str, int]) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._source, self._leading = source, leading
@@ -88,18 +91,21 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
         self._current: tuple[tuple[str, Index] | None, Tensor] = (None, torch.empty(0))
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Starts to read the weights, in the order in which they are written."""
+        """Sets the order in which weights are read: that in which they are written."""
         plan: SavePlan = super().finish_plan(new_plan)
         keys = [key for item in plan.items if (key := self._key(item))]
         self._weights = _prefetch(self._source, list(dict.fromkeys(keys)))
         return plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """Returns the part of a weight that a shard holds; a weight's parts are consecutive."""
+        """Returns the part of a weight that a shard holds.
+
+        The parts of a weight are written one after the other, so one weight is held at a time.
+        """
         if (key := self._key(write_item)) is None:
             return super().resolve_data(write_item)
         if key != self._current[0]:
-            self._current = next(self._weights, self._current)
+            self._current = next(self._weights, self._current)  # at the end, the same one: an error
             if key != self._current[0]:
                 raise RuntimeError(f"{key} is written where the plan has {self._current[0]}")
         axes, target = self._leading[key[0]], write_item.tensor_data
@@ -136,7 +142,7 @@ def _prefetch(
 def read_weights(folder: Path, leading: dict[str, int]) -> Iterator[tuple[str, Index, Tensor]]:
     """Yields (key, index, weight) of each of these keys that a checkpoint has."""
     reader = FileSystemReader(folder)
-    metadata = read_description(folder)
+    metadata = read_metadata(folder)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     for key, axes in leading.items():
         if (stored := metadata.state_dict_metadata.get(key)) is None:
@@ -148,6 +154,7 @@ def read_weights(folder: Path, leading: dict[str, int]) -> Iterator[tuple[str, I
 def _read(
     reader: FileSystemReader, key: str, stored: TensorStorageMetadata, index: Index
 ) -> Tensor:
+    """Reads the tensor of one layer and expert from the shards that have parts of it."""
     inner = stored.size[len(index) :]
     sizes = torch.Size([1] * len(index) + list(inner))
     chunk = ChunkStorageMetadata(torch.Size([*index, *[0] * len(inner)]), sizes)
@@ -165,17 +172,17 @@ def _read(
 
 
 def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
-    """Reads a part of a shard, from its first to its last number.
+    """Reads the contiguous bytes that cover a part of a shard.
 
     Each shard is an uncompressed archive within its file.
     """
-    place = reader.storage_data[item.storage_index]
-    path = Path(reader.path) / place.relative_path
+    location = reader.storage_data[item.storage_index]
+    path = Path(reader.path) / location.relative_path
     with path.open("rb") as file, FakeTensorMode():  # finds where the data is, without reading it
-        shard = torch.load(reader._slice_file(file, place), weights_only=True)
+        shard = torch.load(reader._slice_file(file, location), weights_only=True)
         part = _box(shard, item.storage_offsets, item.lengths)
         count = 1 + sum((n - 1) * s for n, s in zip(part.shape, part.stride(), strict=True))
-    start = place.offset + shard.untyped_storage()._checkpoint_offset
+    start = location.offset + shard.untyped_storage()._checkpoint_offset
     start += part.storage_offset() * part.itemsize
     data = torch.from_numpy(np.fromfile(path, np.uint8, count * part.itemsize, offset=start))
     return data.view(part.dtype).as_strided(part.shape, part.stride())

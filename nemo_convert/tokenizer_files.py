@@ -1,4 +1,4 @@
-"""Tokenizer files as users have them, and as transformers 4 and 5 both read them."""
+"""Reads tokenizer files, and rewrites them so that transformers 4 and 5 load the same tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ CLASSES = {
 }
 """Classes of transformers 4 for the supported families; each also with the suffix ``Fast``."""
 ONLY_TRANSFORMERS_5 = ("backend", "extra_special_tokens", "is_local", "local_files_only")
-"""Settings that transformers 5 writes. Version 4 has none of them, or another type."""
+"""Settings that transformers 5 writes. Version 4 does not have them, or expects another type:
+``extra_special_tokens`` is a dict there."""
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -49,8 +50,8 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     else:
         raise RecipeError(
             f"{folder} has no tokenizer: neither {TOKENIZER} nor {SENTENCEPIECE}.",
-            "save the tokenizer beside the model (tokenizer.save_pretrained); for tekken.json use "
-            "the repository's version for transformers",
+            "save the tokenizer beside the model (tokenizer.save_pretrained). If there is only "
+            "tekken.json, use the version of the model for transformers, which has tokenizer.json",
         )
     if not _is_of_transformers_5(config) and name.removesuffix("Fast") not in CLASSES:
         raise RecipeError(
@@ -70,7 +71,8 @@ def convert_tokenizer(folder: Path) -> None:
     """Rewrites a folder's files so that transformers 4 and 5 load the same tokenizer from them.
 
     transformers 4 cannot read the settings of version 5, and its classes may add other special
-    tokens. The versions also complete a sentencepiece model differently.
+    tokens. The versions also convert ``tokenizer.model`` differently: version 5 adds no beginning
+    of the text unless the settings say so.
 
     Raises:
         RecipeError: transformers cannot convert the sentencepiece model.
@@ -81,10 +83,12 @@ def convert_tokenizer(folder: Path) -> None:
     if not (folder / TOKENIZER).is_file():
         _write_tokenizer_json(folder)
     special = config.get("extra_special_tokens")
-    kept = {key: value for key, value in config.items() if key not in ONLY_TRANSFORMERS_5}
-    if isinstance(special, list) and special:
-        kept["additional_special_tokens"] = special
-    write_json(folder / CONFIG, {**kept, "tokenizer_class": GENERIC}, indent=2)
+    converted = {key: value for key, value in config.items() if key not in ONLY_TRANSFORMERS_5}
+    if isinstance(special, dict):  # as transformers 4 writes it
+        converted["extra_special_tokens"] = special
+    elif special:
+        converted["additional_special_tokens"] = special
+    write_json(folder / CONFIG, {**converted, "tokenizer_class": GENERIC}, indent=2)
 
 
 def _is_of_transformers_5(config: Mapping[str, Any]) -> bool:

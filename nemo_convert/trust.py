@@ -40,7 +40,7 @@ KNOWN = frozenset(
 """Objects that contexts name, in addition to the classes of models."""
 MODELS = re.compile(r"nemo\.collections\.llm\.gpt\.model\.\w+\.\w+(Config\w*|Model)")
 TYPES = re.compile(r"torch\.(bfloat16|float16|float32)")
-DESCRIPTION = frozenset(
+METADATA = frozenset(
     (
         "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata",
         "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan",
@@ -68,49 +68,68 @@ def require_known_context(io_json: Path) -> None:
     """Refuses a context that names unknown objects.
 
     Raises:
-        RecipeError: It names some, and ``TRUST`` is not set.
+        RecipeError: It names an unknown object, and ``TRUST_CHECKPOINTS`` is not 1.
     """
     names = set(_names(read_json(io_json)))
     unknown = sorted(n for n in names - KNOWN if not MODELS.fullmatch(n) and not TYPES.fullmatch(n))
     if unknown and os.environ.get(TRUST) != "1":
         raise RecipeError(
-            f"{io_json} names {', '.join(unknown[:5])}: opening it would call that, as you.",
-            "convert it by its data alone, python -m nemo_convert to-hf SRC DST, and set "
-            f"model.hf_path=DST; or, if you trust who made it, set {TRUST}=1 "
+            f"{io_json} names {', '.join(unknown[:5])}: opening it would run that as you.",
+            "convert the weights alone with python -m nemo_convert to-hf SRC DST, which does not "
+            "open the context, and set model.hf_path=DST; or, if you trust its author, set "
+            f"{TRUST}=1 "
             f"(+cluster.env.{TRUST}='1' for stages)",
         )
 
 
 def _names(value: Any) -> Iterator[str]:
-    """Yields the objects that a context names, and ``trust_remote_code`` where it is on."""
+    """Yields the objects that a context names."""
     if isinstance(value, dict):
         if value.get("type") == "pyref":
             yield f"{value['module']}.{value['name']}"
-        for key, item in value.items():
-            if key != "paths":
-                yield from _names(item)
+        for item in value.values():
+            yield from _names(item)
     elif isinstance(value, list):
-        if len(value) == 2 and value[0] == "Attr(name='trust_remote_code')":
-            yield from ["trust_remote_code"] if _is_on(value[1]) else []
         for item in value:
             yield from _names(item)
 
 
-def _is_on(leaf: Any) -> bool:
-    return not isinstance(leaf, dict) or leaf.get("value") not in (None, False)
+def require_no_remote_code(config: Any, checkpoint: Path) -> None:
+    """Refuses a context, read but not built, in which some call has ``trust_remote_code``.
+
+    Only the config that Fiddle has read shows the arguments: the names in the file's items are
+    labels without a meaning.
+
+    Args:
+        config: Fiddle's config of the model.
+        checkpoint: For the message.
+
+    Raises:
+        RecipeError: A call has it, and ``TRUST_CHECKPOINTS`` is not 1.
+    """
+    from fiddle import Buildable
+    from fiddle.daglish import iterate
+
+    for value, _ in iterate(config):
+        arguments = value.__arguments__ if isinstance(value, Buildable) else {}
+        if arguments.get("trust_remote_code") and os.environ.get(TRUST) != "1":
+            raise RecipeError(
+                f"{checkpoint} asks for trust_remote_code: opening it would run code that it has.",
+                f"use a checkpoint without it; or, if you trust who made it, set {TRUST}=1",
+            )
 
 
-def read_description(weights: Path) -> Any:
+def read_metadata(weights: Path) -> Any:
     """Reads the metadata of a torch_dist checkpoint.
 
     Raises:
-        RecipeError: It names unknown objects, and ``TRUST`` is not set.
+        RecipeError: It names an unknown object, and ``TRUST_CHECKPOINTS`` is not 1.
     """
     with (weights / ".metadata").open("rb") as file:
-        return _Description(file, weights / ".metadata").load()
+        return _MetadataUnpickler(file, weights / ".metadata").load()
 
 
-class _Description(pickle.Unpickler):
+class _MetadataUnpickler(pickle.Unpickler):
     def __init__(self, file: Any, path: Path) -> None:
         super().__init__(file)
         self._path = path
@@ -118,9 +137,9 @@ class _Description(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Imports a known object."""
         full_name = f"{module}.{name}"
-        if full_name in DESCRIPTION or TYPES.fullmatch(full_name) or os.environ.get(TRUST) == "1":
+        if full_name in METADATA or TYPES.fullmatch(full_name) or os.environ.get(TRUST) == "1":
             return super().find_class(module, name)
         raise RecipeError(
-            f"{self._path} names {full_name}: opening it would call that, as you.",
+            f"{self._path} names {full_name}: opening it would run that as you.",
             f"ask for the weights as safetensors; or, if you trust who made it, set {TRUST}=1",
         )

@@ -98,7 +98,7 @@ def train(
             resume=_resume(scratch / CHECKPOINTS, start),
             tokenizer=None,
         )
-    _save_trained(cfg, model, restored, nemo.side_files(start), out)
+    _save_trained(cfg, model, restored, nemo.side_folder(start), out)
 
 
 def _set_environment(cfg: TrainingConfig) -> None:

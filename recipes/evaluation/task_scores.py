@@ -74,7 +74,7 @@ def _answers(
     """Returns one model's answers by task, and the tasks whose answers were in the cache."""
     path = nemo.find_checkpoint(checkpoint.artifact)
     model = load_transformers(path, dtype_of(cfg.precision))
-    tokenizer = AutoTokenizer.from_pretrained(nemo.side_files(path), trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(path), trust_remote_code=False)
     packed = packed_lm.PackedLM(
         model, tokenizer, cfg.pack_tokens, partial(log.progress, f"requests, {role}")
     )

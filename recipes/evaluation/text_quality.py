@@ -61,7 +61,7 @@ def measure(
     """
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
     tokenizer = AutoTokenizer.from_pretrained(
-        nemo.side_files(checkpoints[TEACHER]), trust_remote_code=False
+        nemo.side_folder(checkpoints[TEACHER]), trust_remote_code=False
     )
     step = max(1, len(text) // max(1, cfg.num_generations))
     examples = text.tokens[::step][: cfg.num_generations]
@@ -192,7 +192,7 @@ def _recovered(scores: Mapping[str, Scores], chosen: slice = slice(None)) -> flo
 
 def load_transformers(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Loads a NeMo checkpoint as a transformers model, on the GPU if there is one."""
-    config = AutoConfig.from_pretrained(nemo.side_files(checkpoint), trust_remote_code=False)
+    config = AutoConfig.from_pretrained(nemo.side_folder(checkpoint), trust_remote_code=False)
     config.head_dim = nemo.architecture_of(checkpoint).kv_channels
     return with_weights(config, convert.hf_weights(checkpoint), dtype)
 
@@ -226,7 +226,7 @@ def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
         {
             "weights": weights.hexdigest(),
             "config": nemo.read_config(checkpoint),
-            "tokenizer": tokenizer_sha256(nemo.side_files(checkpoint)),
+            "tokenizer": tokenizer_sha256(nemo.side_folder(checkpoint)),
         }
     )
 

@@ -48,7 +48,7 @@ def save_weights(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         side = Path(temporary) / nemo.SIDE
-        copy_side_files(nemo.side_files(like), side)
+        copy_side_files(nemo.side_folder(like), side)
         write_json(side / "config.json", config, indent=2)
         nemo.save_checkpoint(out, model, core, side, rank=0, strategy=strategy)
 

@@ -193,5 +193,5 @@ PATCHES = (
         ("load_common_state_dict", NO_FILES, "6b40653e2673", constant({})),
     ),
     Patch("nemo_convert.streaming:read_weights", NO_VALUES, "", value(_read_weights)),
-    Patch("nemo_convert.nemo:read_description", NO_FILES, "", constant(None)),
+    Patch("nemo_convert.nemo:read_metadata", NO_FILES, "", constant(None)),
 )

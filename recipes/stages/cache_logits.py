@@ -72,7 +72,7 @@ def run(cfg: CacheLogitsConfig, inputs: Inputs, out: Path) -> Outcome:
     teacher = nemo.find_checkpoint(inputs["teacher"].artifact)
     shards = out.parent / SHARDS
     result = cache_logits(cfg, teacher, inputs["data"], shards, out, metrics_log(out))
-    return Outcome(result, tokenizer_sha256=hf.tokenizer_sha256(nemo.side_files(teacher)))
+    return Outcome(result, tokenizer_sha256=hf.tokenizer_sha256(nemo.side_folder(teacher)))
 
 
 STAGE = Stage(

@@ -73,7 +73,7 @@ def checkpoint_outcome(result: DataclassInstance | None, checkpoint: Path) -> Ou
     from nemo_convert import hf, nemo
 
     arch = nemo.architecture_of(checkpoint)
-    tokenizer = hf.tokenizer_sha256(nemo.side_files(checkpoint))
+    tokenizer = hf.tokenizer_sha256(nemo.side_folder(checkpoint))
     return Outcome(result, arch.as_dict(), arch.parameters(), tokenizer)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from nemo_convert.hub import in_reach, is_hub_id
+from nemo_convert.hub import is_config_available, is_hub_id
 from nemo_convert.preflight import check_model
 from nemo_convert.results import ImportResult
 from recipes.core.manifest import Outcome
@@ -41,7 +41,9 @@ def external(cfg: ImportConfig) -> dict[str, Path]:
 
 def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
     """Yields what is wrong with the model's files, as far as they can be reached."""
-    reachable = in_reach(cfg.hf_path) if is_hub_id(cfg.hf_path) else Path(cfg.hf_path).is_dir()
+    reachable = (
+        is_config_available(cfg.hf_path) if is_hub_id(cfg.hf_path) else Path(cfg.hf_path).is_dir()
+    )
     if not reachable:
         return
     for finding in check_model(cfg.hf_path):

@@ -70,7 +70,7 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
 
     log = metrics_log(out)
     checkpoint = nemo.find_checkpoint(inputs["checkpoint"].artifact)
-    side, config = nemo.side_files(checkpoint), nemo.read_config(checkpoint)
+    side, config = nemo.side_folder(checkpoint), nemo.read_config(checkpoint)
     teacher = read_architecture(config, str(side))
     fitted, between = corners(teacher, cfg.space), middle(teacher, cfg.space)
     shapes = [*fitted, *([] if between in fitted else [between])]

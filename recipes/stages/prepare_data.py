@@ -102,13 +102,13 @@ def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
 
 def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     """Tokenizes all sources; documents get the begin and end tokens of the tokenizer."""
-    from nemo_convert.nemo import find_checkpoint, side_files
+    from nemo_convert.nemo import find_checkpoint, side_folder
     from recipes.data.chat import ChatTokenizer
     from recipes.data.part_writer import LOSS_MASK
     from recipes.data.preparation import prepare
     from recipes.data.tokenizer import load_tokenizer
 
-    side = side_files(find_checkpoint(inputs["tokenizer"].artifact))
+    side = side_folder(find_checkpoint(inputs["tokenizer"].artifact))
     tokenizer = load_tokenizer(side, cfg.document_end)
     chat = ChatTokenizer(side, tokenizer.end, cfg.seq_length) if cfg.chats() else None
     if chat:
@@ -151,12 +151,12 @@ def _write_chats(
     """Lets the teacher write its sources; returns the file and origin of each."""
     from transformers import AutoTokenizer
 
-    from nemo_convert.nemo import find_checkpoint, side_files
+    from nemo_convert.nemo import find_checkpoint, side_folder
     from recipes.data.teacher_chats import ChatRequest, ChatWriter, write_chats
     from recipes.evaluation.text_quality import load_transformers, model_sha256
 
     checkpoint = find_checkpoint(teacher.artifact)
-    side = side_files(checkpoint)
+    side = side_folder(checkpoint)
     model = load_transformers(checkpoint, dtype_of(cfg.precision))
     writer = ChatWriter(
         model,

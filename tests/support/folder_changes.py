@@ -20,7 +20,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Absent(Enum):
-    """Value of a key that a config does not have."""
+    """Marks a key that ``edit`` removes."""
 
     ABSENT = "absent"
 
@@ -30,14 +30,14 @@ ABSENT = Absent.ABSENT
 
 @dataclass(frozen=True)
 class Variant:
-    """A change of a folder, and what must come of it."""
+    """A change of a folder, and its expected outcome."""
 
     name: str
     change: Change
     refused: str = ""
     """A regular expression that the message matches; empty if the conversion is exact."""
     base: str = "llama"
-    """Folder that is changed: a family, with ``-5`` as transformers 5 writes it."""
+    """Folder to change: FAMILY as transformers 4 saves it, FAMILY-5 as transformers 5 does."""
     reads_weights: bool = False
     """Whether the fault is in the values, which only a conversion reads."""
 
@@ -99,7 +99,12 @@ def content(file: str, text: str | bytes) -> Change:
 
 def remove(*files: str) -> Change:
     """Removes files."""
-    return lambda folder: [(folder / file).unlink(missing_ok=True) for file in files] and None
+
+    def change(folder: Path) -> None:
+        for file in files:
+            (folder / file).unlink(missing_ok=True)
+
+    return change
 
 
 def all_of(*changes: Change) -> Change:
@@ -131,7 +136,7 @@ def shards(names: tuple[str, str], extra: Mapping[str, str] | None = None) -> Ch
 
 
 def other_weights(file: str) -> Change:
-    """Writes the weights, changed, under another name as well."""
+    """Adds a file of weights with other values."""
 
     def change(folder: Path) -> None:
         (folder / file).parent.mkdir(exist_ok=True)
@@ -140,18 +145,18 @@ def other_weights(file: str) -> Change:
     return change
 
 
-def untied(tensors: dict[str, Tensor]) -> None:
+def untie(tensors: dict[str, Tensor]) -> None:
     """Stores a head that differs from the embedding in one row."""
     tensors[HEAD] = tensors[EMBEDDING].clone()
     tensors[HEAD][7] += 0.01
 
 
-def poison(value: float) -> Change:
-    """Puts a value into the embedding of a token that the text of the gate does not have."""
+def set_last_embedding(value: float) -> Change:
+    """Sets the last row of the embedding, whose token is not in the text of the parity gate."""
     return weights(lambda tensors: tensors[EMBEDDING][-1].fill_(value))
 
 
-def sentencepiece(folder: Path) -> None:
+def use_sentencepiece(folder: Path) -> None:
     """Replaces the tokenizer by a sentencepiece model."""
     from sentencepiece import SentencePieceTrainer
 
@@ -172,8 +177,8 @@ def sentencepiece(folder: Path) -> None:
     edit("tokenizer_config.json", tokenizer_class="LlamaTokenizer", add_bos_token=True)(folder)
 
 
-def vocabulary_and_merges(folder: Path) -> None:
-    """Replaces the tokenizer by the two files of GPT-2's."""
+def use_vocabulary_and_merges(folder: Path) -> None:
+    """Replaces the tokenizer by ``vocab.json`` and ``merges.txt``, as GPT-2 has them."""
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -182,8 +187,8 @@ def vocabulary_and_merges(folder: Path) -> None:
     edit("tokenizer_config.json", tokenizer_class="GPT2Tokenizer", unk_token="<eos>")(folder)
 
 
-def added_tokens(folder: Path) -> None:
-    """Adds ten tokens, for the last of which there is no row in the embedding."""
+def add_tokens(folder: Path) -> None:
+    """Adds ten tokens. The embedding has no rows for the last four, 294 to 297."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     [token] = tokenizer["added_tokens"]
     tokenizer["added_tokens"] += [
@@ -192,7 +197,7 @@ def added_tokens(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
-def linked(folder: Path) -> None:
+def link_weights(folder: Path) -> None:
     """Replaces the weights by a link, as a hub's cache does."""
     blob = folder.with_name(folder.name + ".blob")
     shutil.move(folder / WEIGHTS, blob)
@@ -205,5 +210,5 @@ def cut_short(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(data[:-7])
 
 
-def nothing(folder: Path) -> None:
+def change_nothing(folder: Path) -> None:
     """Changes nothing."""

@@ -1,4 +1,4 @@
-"""Variants of Hugging Face folders as users have them: converted exactly, or refused by name."""
+"""Variants of Hugging Face folders: each converts exactly, or is refused with its own message."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from tests.support.folder_changes import (
     WEIGHTS,
     Variant,
     add,
-    added_tokens,
+    add_tokens,
     all_of,
     cast,
+    change_nothing,
     config,
     content,
     cut_short,
     drop,
     edit,
-    linked,
-    nothing,
+    link_weights,
     other_weights,
-    poison,
     remove,
-    sentencepiece,
+    set_last_embedding,
     shards,
-    untied,
-    vocabulary_and_merges,
+    untie,
+    use_sentencepiece,
+    use_vocabulary_and_merges,
     weights,
 )
 
@@ -45,7 +45,7 @@ def variants() -> Iterator[Variant]:
     """Yields all variants."""
     for family in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"):
         for base in (family, f"{family}-5"):
-            yield Variant("as written", nothing, base=base)
+            yield Variant("as written", change_nothing, base=base)
     yield from _exact_types_and_rope()
     yield from _exact_keys()
     yield from _exact_files()
@@ -83,6 +83,8 @@ def _exact_keys() -> Iterator[Variant]:
     for key, value in (
         ("head_dim", None),
         ("head_dim", ABSENT),
+        ("layer_types", None),
+        ("model_type", ABSENT),
         ("architectures", None),
         ("architectures", []),
         ("rms_norm_eps", ABSENT),
@@ -177,16 +179,19 @@ def _exact_settings() -> Iterator[Variant]:
     yield Variant("special tokens of version 5", edit(tokenizer, extra_special_tokens=["<eos>"]))
     backend = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
     yield Variant("class of version 5", edit(tokenizer, **backend))
-    yield Variant("sentencepiece", sentencepiece)
+    yield Variant("sentencepiece", use_sentencepiece)
     yield Variant(
         "sentencepiece without settings",
-        all_of(sentencepiece, edit(tokenizer, add_bos_token=ABSENT)),
+        all_of(use_sentencepiece, edit(tokenizer, add_bos_token=ABSENT)),
     )
-    yield Variant("vocab.json and merges.txt", vocabulary_and_merges)
+    yield Variant("vocab.json and merges.txt", use_vocabulary_and_merges)
     yield Variant("two shards", shards(("model-1-of-2.safetensors", "model-2-of-2.safetensors")))
     yield Variant("shards with odd names", shards(("b.safetensors", "a.safetensors")))
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    bfloat16 = all_of(cast(torch.bfloat16), add(buffer, 8))
+    yield Variant("old rotary buffer of another type", bfloat16)
     yield Variant("old rotary buffer", add("model.layers.0.self_attn.rotary_emb.inv_freq", 8))
-    yield Variant("linked weights", linked)
+    yield Variant("linked weights", link_weights)
 
 
 def _unsupported_configs() -> Iterator[Variant]:
@@ -238,8 +243,7 @@ def _unsupported_configs() -> Iterator[Variant]:
     yield Variant("rope of layer types", config(rope_parameters=nested), "is not supported")
     yield Variant("no theta", config(rope_parameters={"rope_type": "default"}), "not supported")
     yield Variant("window", config(sliding_window=16), "sliding_window=16", base="mistral")
-    moe = {"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}
-    for values in moe:
+    for values in ({"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}):
         [key] = values
         yield Variant(f"{values}", config(**values), f"{key}=.* is not supported", "qwen3_moe")
 
@@ -247,13 +251,28 @@ def _unsupported_configs() -> Iterator[Variant]:
 def _invalid_configs() -> Iterator[Variant]:
     for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
         yield Variant(f"no {key}", config(**{key: ABSENT}), f"no '{key}'")
-        for value in (0, -1, "64", 1.5, True, [64]):
+        for value in (None, 0, -1, "64", 1.5, True, [64]):
             yield Variant(f"{key} {value!r}", config(**{key: value}), f"invalid {key}=")
     for key in ("rope_theta", "rms_norm_eps"):
         for value in (0, -1.0, float("nan"), float("inf"), "1e4"):
             yield Variant(f"{key} {value!r}", config(**{key: value}), f"invalid {key}=")
+    no_window = config(sliding_window="16")
+    yield Variant("window as text", no_window, "invalid sliding_window=", base="mistral")
+    for key, value, other in (
+        ("num_attention_heads", 5, "num_key_value_heads=2"),
+        ("max_position_embeddings", None, "must be a positive integer"),
+    ):
+        yield Variant(f"{key} {value}", config(**{key: value}), other)
+    many = config(num_experts_per_tok=9)
+    yield Variant("too few experts", many, "is more than num_experts=6", base="qwen3_moe")
+    yield Variant("no head size", config(head_dim=None), "head_dim is null", base="qwen3")
     missing = {k: v for k, v in LLAMA3.items() if k != "factor"}
-    for scaling in (missing, {**LLAMA3, "factor": 0}, {**LLAMA3, "factor": "8"}):
+    for scaling in (
+        missing,
+        {**LLAMA3, "factor": None},
+        {**LLAMA3, "factor": 0},
+        {**LLAMA3, "factor": "8"},
+    ):
         yield Variant(f"{scaling}", config(rope_scaling=scaling), "invalid rope_scaling.factor")
     yield Variant("rope_scaling is a list", config(rope_scaling=[]), "rope_scaling")
     for name, text, refused in (
@@ -308,11 +327,11 @@ def _refused_weights() -> Iterator[Variant]:
     yield Variant("more layers", config(num_hidden_layers=3), "has no model.layers.2")
     tied = config(tie_word_embeddings=True)
     yield Variant("tied with another head", tied, "differs from model.embed_tokens")
-    yield Variant("tied but one row", all_of(tied, weights(untied)), "differs from model.embed")
+    yield Variant("tied but one row", all_of(tied, weights(untie)), "differs from model.embed")
     for dtype in (torch.float8_e4m3fn, torch.int8, torch.float64):
         yield Variant(f"weights in {dtype}", cast(dtype, "q_proj"), "has weights of type")
     for value in (float("nan"), float("inf")):
-        yield Variant(f"{value}", poison(value), "NaN or infinite", reads_weights=True)
+        yield Variant(f"{value}", set_last_embedding(value), "NaN or infinite", reads_weights=True)
 
 
 def _refused_settings() -> Iterator[Variant]:
@@ -324,16 +343,18 @@ def _refused_settings() -> Iterator[Variant]:
         change = edit(generation, eos_token_id=value)
         yield Variant(f"eos {value!r}", change, "which is not an id of the")
     tokenizer = "tokenizer_config.json"
-    none = remove("tokenizer.json", tokenizer, "special_tokens_map.json")
-    yield Variant("no tokenizer", none, "has no tokenizer")
-    yield Variant("tekken alone", all_of(none, content("tekken.json", "{}")), "has no tokenizer")
-    own = edit(tokenizer, tokenizer_class="Own", auto_map={"AutoTokenizer": [None, "own.Own"]})
-    yield Variant("code of the tokenizer", own, "names the class Own")
+    no_tokenizer = remove("tokenizer.json", tokenizer, "special_tokens_map.json")
+    yield Variant("no tokenizer", no_tokenizer, "has no tokenizer")
+    yield Variant(
+        "tekken alone", all_of(no_tokenizer, content("tekken.json", "{}")), "has no tokenizer"
+    )
+    custom = edit(tokenizer, tokenizer_class="Own", auto_map={"AutoTokenizer": [None, "own.Own"]})
+    yield Variant("code of the tokenizer", custom, "names the class Own")
     yield Variant("unknown class", edit(tokenizer, tokenizer_class="BertTokenizer"), "names the")
     yield Variant("damaged tokenizer", content("tokenizer.json", "{}"), "is not a tokenizer")
-    broken = all_of(sentencepiece, content("tokenizer.model", "x"))
+    broken = all_of(use_sentencepiece, content("tokenizer.model", "x"))
     yield Variant("damaged sentencepiece", broken, "is not a sentencepiece model")
-    yield Variant("a token without embedding", added_tokens, "'<new6>' with id 294")
+    yield Variant("a token without embedding", add_tokens, "'<new6>' with id 294")
     small = all_of(
         config(vocab_size=100),
         weights(

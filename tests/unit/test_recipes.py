@@ -39,7 +39,7 @@ STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
 @pytest.fixture(autouse=True)
 def _without_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans use the bundled config of a published model, without asking the hub."""
-    monkeypatch.setattr("recipes.planning.chain.in_reach", lambda _: False)
+    monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
 
 
 @pytest.mark.parametrize("recipe", ALL_RECIPES)

@@ -206,7 +206,7 @@ def test_the_hash_of_a_model_covers_weights_and_config(
     assert before == task_scores.model_sha256(task_scores.load_transformers(checkpoint), checkpoint)
     # The same weights turn and scale otherwise, by settings that change no shape.
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    config = nemo.side_files(copy) / "config.json"
+    config = nemo.side_folder(copy) / "config.json"
     plain = json.loads(config.read_text())
     for name in ("rope_theta", "rms_norm_eps"):
         config.write_text(json.dumps({**plain, name: 2 * plain[name]}))

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -198,7 +199,7 @@ def test_a_context_that_would_run_anything_is_refused(
     file.write_text(json.dumps(described))
     assert convert_by_command("verify", odd_llama, hostile) == 1
     said = capsys.readouterr().err
-    assert "io.json names subprocess.getoutput: opening it would call that, as you." in said
+    assert "io.json names subprocess.getoutput: opening it would run that as you." in said
     assert "python -m nemo_convert to-hf SRC DST" in said
     assert convert_by_command("to-hf", hostile, tmp_path / "by_data") == 0
     assert_same_weights(odd_llama, tmp_path / "by_data")
@@ -206,6 +207,48 @@ def test_a_context_that_would_run_anything_is_refused(
     with contextlib.suppress(Exception), mock.patch.dict(os.environ, {trust.TRUST: "1"}):
         nemo.restore_model(hostile)
     assert ran.exists(), "what was planted must be able to run"
+
+
+def context_of(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the objects in a context's ``io.json``."""
+    file = checkpoint / nemo.CONTEXT / "io.json"
+    context = json.loads(file.read_text())
+    change(context["objects"])
+    file.write_text(json.dumps(context))
+
+
+def test_a_call_in_an_object_named_paths_is_refused(odd_nemo: Path, tmp_path: Path) -> None:
+    """Contexts also have lists of paths under that name, which name no objects."""
+
+    def plant(objects: dict[str, Any]) -> None:
+        name = objects["auto_tokenizer_1"]["metadata"]["key"]
+        objects["paths"] = objects.pop(name)
+        objects["auto_tokenizer_1"]["metadata"]["key"] = "paths"
+        function = objects["paths"]["items"][0][1]
+        function |= {"module": "subprocess", "name": "getoutput"}
+
+    hostile = tmp_path / "hostile.nemo"
+    shutil.copytree(odd_nemo, hostile)
+    context_of(hostile, plant)
+    with pytest.raises(RecipeError, match=r"names subprocess\.getoutput"):
+        nemo.restore_model(hostile)
+
+
+def test_remote_code_behind_another_label_is_refused(odd_nemo: Path, tmp_path: Path) -> None:
+    """Fiddle takes the names of arguments from the metadata, not from the label of an item."""
+
+    def plant(objects: dict[str, Any]) -> None:
+        metadata = objects[objects["auto_tokenizer_1"]["metadata"]["key"]]
+        names = objects[metadata["items"][1][1]["key"]]
+        for owner, value in ((names, "trust_remote_code"), (objects["auto_tokenizer_1"], True)):
+            item = {"type": "leaf", "value": value, "paths": []}
+            owner["items"].append(["Attr(name='use_fast')", item])
+
+    hostile = tmp_path / "hostile.nemo"
+    shutil.copytree(odd_nemo, hostile)
+    context_of(hostile, plant)
+    with pytest.raises(RecipeError, match="asks for trust_remote_code"):
+        nemo.restore_model(hostile)
 
 
 def test_a_description_that_would_run_anything_is_refused(

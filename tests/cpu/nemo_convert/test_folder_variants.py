@@ -30,6 +30,7 @@ VARIANTS = {f"{variant.base}: {variant.name}": variant for variant in variants()
 EXACT = {name: variant for name, variant in VARIANTS.items() if not variant.refused}
 REFUSED_BY_TRANSFORMERS_5 = {
     *(f"llama: {k} {v}" for k in ("torch_dtype", "dtype") for v in ("auto", "torch.bfloat16")),
+    "llama: model_type Absent.ABSENT",
     "llama: harmless _attn_implementation",  # flash_attention_2, which is not installed
 }
 """Exact variants that transformers 5 cannot load."""
@@ -69,7 +70,7 @@ def run_transformers_5(code: str, *arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """A folder of each family, and with ``-5`` in its name the same as transformers 5 saves it."""
+    """For each family a folder NAME, and NAME-5, which transformers 5 has loaded and saved."""
     root = tmp_path_factory.mktemp("bases")
     shape = {**EVEN, "num_hidden_layers": 2, "train": False}
     folders = [write_tiny_model(root / name, text_file, name, **shape) for name in FAMILIES]
@@ -83,12 +84,12 @@ def make(variant: Variant, bases: Path, folder: Path) -> Path:
     return folder
 
 
-def convert_it(folder: Path, checkpoint: Path) -> None:
+def convert_folder(folder: Path, checkpoint: Path) -> None:
     convert.to_nemo(folder, checkpoint)
 
 
-def check_it(folder: Path, _: Path) -> None:
-    """As a dry run: the config first, then the files."""
+def dry_run(folder: Path, _: Path) -> None:
+    """Makes the checks of a dry run: of the config first, then of the files."""
     read_hf_config(str(folder))
     require_convertible(str(folder))
 
@@ -108,13 +109,13 @@ def test_a_variant_is_exact_or_refused(name: str, bases: Path, tmp_path: Path) -
         parity.compare(folder, checkpoint).require(name)
         return
     with pytest.raises(RecipeError) as refused:
-        (convert_it if variant.reads_weights else check_it)(folder, checkpoint)
+        (convert_folder if variant.reads_weights else dry_run)(folder, checkpoint)
     assert re.search(variant.refused, str(refused.value))
     assert "  fix: " in str(refused.value)
 
 
 def test_transformers_5_agrees_about_every_exact_variant(bases: Path, tmp_path: Path) -> None:
-    """With the reference on what users have, and with version 4 on what is exported."""
+    """Its logits are those of the reference; its token ids of exports are those of version 4."""
     folders = [make(variant, bases, tmp_path / f"{n}") for n, variant in enumerate(EXACT.values())]
     exports = []
     for n, name in enumerate(EXACT):

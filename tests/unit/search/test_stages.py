@@ -75,7 +75,7 @@ def test_the_plan_assumes_the_largest_shape_within_the_budget(
 ) -> None:
     """Torch is not imported: a login node may not have it."""
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setattr("recipes.planning.chain.in_reach", lambda _: False)
+    monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
     planned = plan(*LARGE, *f"budget.{budget}".split(), recipe=RECIPE)
     chain = planned.chain
     student = chain.shape_of("prune")
