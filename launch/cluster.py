@@ -33,8 +33,10 @@ class Cluster:
 
 def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Variables that a stage gets on every cluster: for its layout, and the user's."""
-    connections, workload = stage.chain.hardware.cuda_device_max_connections, stage.workload
-    split = workload and max(workload.layout.tensor, workload.layout.context) > 1
+    connections = stage.chain.hardware.cuda_device_max_connections
+    training = getattr(stage.config, "distill", stage.config)  # of a search: of its candidates
+    sizes = ("tensor_model_parallel_size", "context_parallel_size")
+    split = max(getattr(training, size, 1) for size in sizes) > 1
     ordered = split and connections is not None  # kernels must start in the order of their calls
     layout = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)} if ordered else {}
     return {**layout, **cluster.env, **stage.config.resources.env}

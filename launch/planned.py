@@ -70,6 +70,11 @@ class PlannedStage:
         return self.stage.needs_gpu(self.config, self.chain)
 
     @property
+    def devices(self) -> int:
+        """Devices that it takes on a node, with those of the stages that it starts."""
+        return self.stage.devices(self.config)
+
+    @property
     def result(self) -> Manifest | None:
         """Its result; ``None`` unless there is a complete one with the planned fingerprint."""
         state = self.state()

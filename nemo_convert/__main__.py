@@ -12,7 +12,7 @@ from nemo_convert.hf_config import SUPPORTED
 from nemo_convert.preflight import check_model
 from nemo_convert.trust import TRUST
 from recipes.core.errors import RecipeError
-from recipes.core.processes import expect_no_gpu
+from recipes.core.processes import prepare_imports
 
 
 def main() -> int:
@@ -62,7 +62,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _to_nemo(arguments: argparse.Namespace) -> None:
     from nemo_convert import convert, hf, nemo, parity
 
-    _prepare()
+    prepare_imports()
     target: Path = arguments.target
     if target.exists():
         raise RecipeError(f"{target} exists.", "choose another target")
@@ -78,18 +78,10 @@ def _to_nemo(arguments: argparse.Namespace) -> None:
             checkpoint.rename(target)
 
 
-def _prepare() -> None:
-    """Sets up this process for the comparison of logits, before torch is used."""
-    from nemo_convert.parity import multiply_in_float32
-
-    expect_no_gpu()
-    multiply_in_float32()
-
-
 def _to_hf(arguments: argparse.Namespace) -> None:
     from nemo_convert import convert, hf, nemo, parity
 
-    _prepare()
+    prepare_imports()
     target: Path = arguments.target
     convert.require_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +100,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from nemo_convert import parity
 
-    _prepare()
+    prepare_imports()
     result = parity.verify(arguments.first, arguments.second)
     print(result)
     result.require(f"{arguments.first} and {arguments.second}")

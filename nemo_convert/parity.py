@@ -7,7 +7,6 @@ transformers, so they may share an error.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,15 +95,6 @@ class Parity:
                     f"do not use this checkpoint: {reader}'s model does not match config.json",
                 )
         return self
-
-
-def multiply_in_float32() -> None:
-    """Turns off TensorFloat-32, whose mantissa has 10 bits, by ``NVIDIA_TF32_OVERRIDE``.
-
-    TransformerEngine and NGC images request it for float32 GEMMs, whatever PyTorch is set to.
-    cuBLAS reads the variable once, so call this before the first GPU operation.
-    """
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 
 def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.core.processes import expect_no_gpu
+from recipes.core.processes import prepare_imports
 from tests.support.disks import large_disks
 from tests.support.text import write_text
 
@@ -27,7 +27,7 @@ LONGEST = (
 
 def pytest_configure() -> None:
     """Lets tests import Megatron, as stages do."""
-    expect_no_gpu()
+    prepare_imports()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

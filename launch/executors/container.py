@@ -85,17 +85,24 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
 
 
 def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
-    """Returns the variables in a container: a writable home that is kept, and the user's own."""
+    """Returns the variables of a stage in a container: its paths, and the user's own."""
+    return {
+        "PYTHONPATH": str(REPO_ROOT),
+        "NEMO_RECIPES_CACHE": str(cache_dir().absolute()),
+        **stage_variables(stage, cluster),
+    }
+
+
+def home(stage: PlannedStage) -> dict[str, str]:
+    """Returns the variables of a container's user: a writable home that is kept.
+
+    They are set inside the container. Outside, Enroot would look there for credentials and images.
+    """
     cache = str(cache_dir().absolute())
-    home = {
+    variables = {
         "HOME": cache,
         # Inductor looks up the name of its user, whom the image may not know.
         "USER": "nemo-recipes",
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/torchinductor",
     }
-    return {
-        "PYTHONPATH": str(REPO_ROOT),
-        **(home if stage.image else {}),
-        "NEMO_RECIPES_CACHE": cache,
-        **stage_variables(stage, cluster),
-    }
+    return variables if stage.image else {}

@@ -58,7 +58,8 @@ def container_name(stage: PlannedStage) -> str:
 
 def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
     """Returns the stage's command line; each inner list is a line of the script."""
-    env = {**local.environment(stage, cluster), **container.environment(cluster, stage)}
+    env = local.environment(stage, cluster) | container.home(stage)
+    env |= container.environment(cluster, stage)
     return [
         ["docker", "run", "--rm", f"--name={container_name(stage)}"],
         [f"--gpus={cluster.gpus}"] if cluster.gpus and stage.needs_gpu else [],

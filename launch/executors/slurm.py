@@ -80,7 +80,8 @@ class SlurmConfig(container.Containers):
     """Whether jobs take whole nodes with all of their memory; by default only jobs of several ranks
     do."""
     mpi: dict[str, str | None] = field(default_factory=dict)
-    """For ``srun --mpi``, by stage module; used where the stage starts TensorRT-LLM."""
+    """Command that starts a stage with TensorRT-LLM, by stage module. TensorRT-LLM spawns processes
+    by MPI, even for one GPU, which Slurm's PMIx does not support."""
     sbatch: list[SbatchOption] = field(default_factory=list)
     """Further options of sbatch; ``resources.sbatch`` for one stage."""
     python: Program | None = None
@@ -163,6 +164,8 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         stage=stage,
         cluster=cluster,
         resources=stage.config.resources,
+        devices=stage.devices,
+        cpus_per_task=_cpus_per_task(stage, cluster),
         # Unique to the stage and its run: Slurm runs one job of a name at a time.
         job_name=f"{run_dir.name}.{stage.name}."
         + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8],
@@ -173,8 +176,10 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         env=env,
         image=image,
         mounts=container.mounts_of(stage, cluster) if image else [],
-        # The image's own values of variables win, except for variables that are named here.
-        container_env=[*env, "OMP_NUM_THREADS"],
+        # The image's own values of variables win, except for variables that are named here. Enroot
+        # would set an address of its own.
+        container_env=[*env, "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT"],
+        home=container.home(stage),
         python=shlex.quote(cluster.python or ("python" if image else sys.executable)),
         mpi=cluster.mpi.get(stage.config.stage) if stage.needs_gpu else None,
         margin_seconds=_margin_seconds(stage, cluster),
@@ -189,15 +194,31 @@ def _sbatch_options(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
     yield from (f"--{name}={value}" for name, value in named.items() if value)
     if cluster.gpus and stage.needs_gpu:
         option = "gpus-per-node=" if cluster.gpus == "gpus-per-node" else "gres=gpu:"
-        yield f"--{option}{stage.config.resources.devices}"
-    if cluster.cpus_per_task:
-        yield f"--cpus-per-task={cluster.cpus_per_task}"
-    several_ranks = stage.config.resources.ranks > 1
-    if several_ranks if cluster.exclusive is None else cluster.exclusive:
+        yield f"--{option}{stage.devices}"
+    if cpus := _cpus_per_task(stage, cluster):
+        yield f"--cpus-per-task={cpus}"
+    if _takes_whole_nodes(stage, cluster):
         yield "--exclusive"
         yield "--mem=0"
     yield from cluster.sbatch
     yield from stage.config.resources.sbatch
+
+
+def _takes_whole_nodes(stage: PlannedStage, cluster: SlurmConfig) -> bool:
+    if cluster.exclusive is not None:
+        return cluster.exclusive
+    return stage.devices * stage.config.resources.nodes > 1
+
+
+def _cpus_per_task(stage: PlannedStage, cluster: SlurmConfig) -> int | None:
+    """Returns the CPUs to request, for sbatch and srun alike; ``None`` on whole nodes.
+
+    There a request would imply ``--exact``: the job would use that many CPUs of a node, and leave
+    the others idle.
+    """
+    if _takes_whole_nodes(stage, cluster):
+        return None
+    return stage.config.resources.cpus_per_task or cluster.cpus_per_task
 
 
 def submit_script(plan: Plan) -> str:

@@ -6,6 +6,7 @@ Code that depends on the device asks ``device``. All other code is the same on a
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -74,3 +75,12 @@ def bind_to_near_cores(pci_device: Path, ranks: int) -> None:
     for thread in Path("/proc/self/task").iterdir():  # threads that imports have started, too
         with contextlib.suppress(ProcessLookupError):  # it ended since it was listed
             os.sched_setaffinity(int(thread.name), near)
+
+
+def release_cached_memory() -> None:
+    """Returns the memory that PyTorch's CUDA allocator caches to the GPU."""
+    import torch
+
+    gc.collect()
+    if device() != "cpu":
+        torch.cuda.empty_cache()

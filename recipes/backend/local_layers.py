@@ -15,6 +15,8 @@ from torch import nn
 from recipes.backend.adamw import FusedAdamW
 from recipes.backend.device import device
 from recipes.backend.patches import Patch, value
+from recipes.core.errors import RecipeError
+from recipes.core.versions import TRANSFORMER_ENGINE, installed
 
 FUSIONS = (
     "apply_rope_fusion",
@@ -31,10 +33,22 @@ FUSIONS = (
 
 
 def needs_local_layers() -> bool:
-    """Returns whether models are built of Megatron's local layers: there is no CUDA or no TE."""
+    """Returns whether models are built of Megatron's local layers: there is no CUDA or no TE.
+
+    Raises:
+        RecipeError: TransformerEngine is installed, but cannot be imported. Megatron would take the
+            slower local layers without a word.
+    """
     from megatron.core.models.gpt import gpt_layer_specs
 
-    return device() == "cpu" or not gpt_layer_specs.HAVE_TE
+    if device() == "cpu":
+        return True
+    if not gpt_layer_specs.HAVE_TE and (version := installed(TRANSFORMER_ENGINE)):
+        raise RecipeError(
+            f"TransformerEngine {version} is installed but cannot be imported.",
+            'see the error of: python -c "import transformer_engine.pytorch"; repair or remove it',
+        )
+    return not gpt_layer_specs.HAVE_TE
 
 
 def adapt_config(config: Any, training: bool = False) -> Any:

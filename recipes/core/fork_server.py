@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from recipes.core.processes import death_message, die_with_parent, expect_no_gpu, hide_trackers
+from recipes.core.processes import death_message, die_with_parent, prepare_imports
 
 STARTED, ENDED = b"s", b"e"
 """Messages of the server: a child has started (with its pidfd), or has ended."""
@@ -133,8 +133,7 @@ def main() -> None:
     os.environ |= IMPORT_ENVIRONMENT
     # Only the child handles Ctrl-C; the client ends this process.
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    hide_trackers()
-    expect_no_gpu()
+    prepare_imports()
     for module in sys.argv[2:]:
         importlib.import_module(module)
     gc.freeze()  # children need not search the imported objects for garbage

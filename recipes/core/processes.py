@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
 PR_SET_PDEATHSIG = 1
-NVIDIA_DEVICES = ("/dev/nvidiactl", "/dev/dxg")
-"""Device files of NVIDIA's driver on Linux and on Linux in Windows (WSL)."""
+MANAGED_MEMORY = "megatron.core.inference.unified_memory"
 
 
 def death_message(exit_status: int | None) -> str | None:
@@ -53,23 +53,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def hide_trackers() -> None:
-    """Keeps Megatron from importing wandb, which only the launcher uses.
+def prepare_imports() -> None:
+    """Sets up this process before it imports torch and Megatron.
 
-    The import takes time and makes temporary folders, which a killed process leaves behind.
+    - Megatron must not import wandb. The import takes time, and makes temporary folders that a
+      killed process leaves behind.
+    - Megatron must not import its module for CUDA managed memory, which no stage uses. The import
+      compiles a helper in the home directory, under a lock file. A killed process leaves the lock,
+      and then every later import waits for it without limit. The import also initialises CUDA,
+      which a fork does not survive.
+    - float32 means float32. NGC images and TransformerEngine request TensorFloat-32 for float32
+      GEMMs, whatever PyTorch is set to: 10 bits of mantissa. cuBLAS reads the variable once.
     """
     sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
-
-
-def expect_no_gpu() -> None:
-    """Sets the CUDA architecture to compile for on a machine without a GPU.
-
-    When Megatron is imported, it compiles an extension and tolerates a failure. But with CUDA's
-    compiler and a CUDA build of torch it asks the missing GPU for its architecture first, which
-    raises an IndexError.
-    """
-    if not any(Path(device).exists() for device in NVIDIA_DEVICES):
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+    unused = ModuleType(MANAGED_MEMORY)
+    unused.has_unified_memory = False  # type: ignore[attr-defined]
+    unused.create_unified_mempool = None  # type: ignore[attr-defined]
+    sys.modules.setdefault(MANAGED_MEMORY, unused)
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 
 def return_free_memory() -> None:
@@ -96,4 +97,4 @@ def peak_memory_bytes() -> int:
 # this one. They too must die with their parent.
 if "--multiprocessing-fork" in sys.orig_argv:
     die_with_parent()
-    hide_trackers()
+    prepare_imports()

@@ -37,6 +37,8 @@ class Resources:
     hang_timeout: Count | None = 7200
     """Seconds without a record of progress after which a stage counts as hanging: it ends and says
     what each rank was doing. ``null`` for no limit."""
+    cpus_per_task: Count | None = None
+    """CPUs of its processes on a node together, in a Slurm job; by default the cluster's."""
     time: Duration | None = None
     """Limit of one Slurm job, ``HH:MM:SS`` or ``D-HH:MM:SS``; by default the cluster's."""
     sbatch: list[SbatchOption] = field(default_factory=list)

@@ -31,7 +31,7 @@ from recipes.core.run_state import (
     request_of,
     stage_state,
 )
-from recipes.core.stage import StageConfig
+from recipes.core.stage import StageConfig, StoppedByDeadlineError
 from recipes.core.watchdog import pause_watchdog
 
 LOGS = "logs"
@@ -142,6 +142,7 @@ def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) 
 
     Raises:
         RecipeError: It failed, or an input is not complete.
+        StoppedByDeadlineError: It stopped at the deadline, and so must this stage.
     """
     request = request_of(config.stage, config, {n: InputRef.of(d) for n, d in inputs.items()})
     if stage_state(stage_dir, request.fingerprint).status is Status.COMPLETE:
@@ -149,13 +150,20 @@ def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) 
     devices = config.resources.devices
     file = request.write(stage_dir)
     command = start_command(module_of(config.stage), file, devices, sys.executable)
-    with pause_watchdog():
-        run_to_end(
-            f"{stage_dir.name} of {stage_dir.parent.name}",
-            stage_dir,
-            request.fingerprint,
-            lambda log: start_process(command, log, _child_environment(devices)),
-        )
+    name = f"{stage_dir.name} of {stage_dir.parent.name}"
+    try:
+        with pause_watchdog():
+            run_to_end(
+                name,
+                stage_dir,
+                request.fingerprint,
+                lambda log: start_process(command, log, _child_environment(devices)),
+            )
+    except RecipeError as error:
+        end = last_end(stage_dir)
+        if end is None or end[0] is not Status.STOPPED:
+            raise
+        raise StoppedByDeadlineError(f"{name} stopped at the deadline.", error.fix) from error
 
 
 def _child_environment(devices: int) -> dict[str, str]:

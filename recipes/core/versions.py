@@ -19,6 +19,7 @@ from recipes.core.files import REPO_ROOT
 
 RESULT_LIBRARIES = ("torch", "megatron-core", "nemo_toolkit", "nvidia-modelopt", "transformers")
 """Libraries whose versions are part of a fingerprint."""
+TRANSFORMER_ENGINE = "transformer-engine"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def locked(name: str) -> str:
 
 def installed_versions() -> dict[str, str]:
     """Returns the installed versions that a manifest records."""
-    names = (*RESULT_LIBRARIES, "numpy", "openvino")
+    names = (*RESULT_LIBRARIES, TRANSFORMER_ENGINE, "numpy", "openvino")
     found = {name: version for name in names if (version := installed(name))}
     return {"python": sys.version.split()[0], **found}
 

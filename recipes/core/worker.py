@@ -25,9 +25,8 @@ from recipes.core.manifest import ARTIFACT, WORK, Manifest, Outcome, check_artif
 from recipes.core.processes import (
     children_die_with_this,
     die_with_parent,
-    expect_no_gpu,
-    hide_trackers,
     peak_memory_bytes,
+    prepare_imports,
 )
 from recipes.core.run_state import (
     InputRef,
@@ -59,8 +58,7 @@ def main() -> None:
     module, request_file = sys.argv[1:]
     stage_dir = Path(request_file).parent
     die_with_parent()
-    hide_trackers()
-    expect_no_gpu()
+    prepare_imports()
     children_die_with_this()  # such as the writers of checkpoints
     try:
         stage = importlib.import_module(module).STAGE

@@ -16,6 +16,7 @@ import numpy as np
 
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
+from recipes.core.stage import StoppedByDeadlineError, time_is_up
 from recipes.data.chat import ChatTokenizer, pack
 from recipes.data.corpus import PARTS, Document, Reader, digest, draw_of, part_of, read_source
 from recipes.data.part_writer import PartWriter
@@ -159,6 +160,18 @@ class _Store:
             tokens[source] = tokens.get(source, 0) + len(document.ids)
 
     def save_sometimes(self) -> None:
+        """Saves now and then, and stops at the deadline.
+
+        Raises:
+            StoppedByDeadlineError: The deadline has passed; the work is saved.
+        """
+        if time_is_up():
+            self._save()
+            raise StoppedByDeadlineError(
+                f"stopped at the deadline, after {self.state.documents} documents of source "
+                f"{self.state.done + 1}.",
+                "the same command resumes",
+            )
         if time.monotonic() - self.saved_at > SAVE_SECONDS:
             self._save()
 

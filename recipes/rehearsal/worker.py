@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from recipes.core.processes import die_with_parent, expect_no_gpu
+from recipes.core.processes import die_with_parent, prepare_imports
 from recipes.rehearsal.job import RankJob, RehearsalResult
 
 PRELOADED = (
@@ -36,7 +36,7 @@ Rehearse = Callable[[RankJob], RehearsalResult]
 def main(file: Path) -> None:
     """Rehearses the jobs of a file in order."""
     die_with_parent()
-    expect_no_gpu()
+    prepare_imports()
     jobs: list[RankJob] = TypeAdapter(list[RankJob]).validate_json(file.read_bytes())
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries goes to standard error

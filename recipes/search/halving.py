@@ -71,6 +71,7 @@ class HalvingRun:
     def measure(self, candidates: Sequence[Candidate], number: int) -> list[TokenQuality]:
         """Measures every candidate on validation text after a round; rank 0 does it for all."""
         from nemo_convert import nemo
+        from recipes.backend.device import release_cached_memory
         from recipes.data.token_sequences import read_sequences
         from recipes.evaluation.text_quality import measure_checkpoints
 
@@ -85,6 +86,7 @@ class HalvingRun:
             ]
             qualities = measure_checkpoints(teacher, students, text, self._cfg.precision, size)
             write_text_atomically(results, json.dumps([asdict(one) for one in qualities]))
+            release_cached_memory()  # the next round's training is another process on this GPU
         _wait_until(results.exists)
         return [TokenQuality(**one) for one in json.loads(results.read_text(encoding="utf-8"))]
 

@@ -96,6 +96,8 @@ class Stage(Generic[ConfigT]):
     """Optional inputs, each with the types it may have."""
     starts: tuple[str, ...] = ()
     """Stages that it starts; their code counts as its code in the fingerprint."""
+    devices: Callable[[ConfigT], int] = lambda config: config.resources.devices
+    """Devices that it takes on a node, with those of the stages that it starts."""
     needs_torch: bool = True
     """Whether it imports torch; if not, torchrun never starts it."""
     needs_gpu: Callable[[ConfigT, Chain], bool] = lambda config, chain: True

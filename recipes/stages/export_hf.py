@@ -37,7 +37,6 @@ def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
     from nemo_convert import convert, hf, nemo, parity
     from recipes.report.model_card import write_card
 
-    parity.multiply_in_float32()
     log = metrics_log(out)
     checkpoint = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     log.progress("export", 0, 2)

@@ -57,7 +57,6 @@ def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
     """Converts the model and compares the logits of both."""
     from nemo_convert import convert, hf, nemo, parity
 
-    parity.multiply_in_float32()
     log = metrics_log(out)
     log.progress("import", 0, 3)
     folder = hf.resolve(cfg.hf_path)

@@ -179,6 +179,7 @@ STAGE = Stage(
     check=check,
     inference_cost=inference_cost,
     starts=("prune", "distill"),
+    devices=lambda config: max(config.resources.devices, config.distill.resources.devices),
     inputs={
         "checkpoint": ("checkpoint_nemo",),
         "importance": ("importance",),

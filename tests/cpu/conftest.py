@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,3 +21,10 @@ def odd_llama(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path
 def even_llama(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """Divisible by 2 everywhere, for tensor and pipeline parallelism; untied embeddings."""
     return write_tiny_model(tmp_path_factory.mktemp("even") / "even", text_file, **EVEN)
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder with a short path, since paths of sockets have at most 107 characters."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)

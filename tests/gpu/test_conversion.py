@@ -17,11 +17,12 @@ from tests.gpu.small import Small, on_gpu, record
 LOGIT_DIFFERENCE = """
 import sys, torch
 from pathlib import Path
-from nemo_convert.parity import compare, multiply_in_float32
+from nemo_convert.parity import compare
+from recipes.core.processes import prepare_imports
 folder, checkpoint, *tf32 = sys.argv[1:]
 torch.backends.cuda.matmul.allow_tf32 = True  # as TransformerEngine sets it
 if not tf32:
-    multiply_in_float32()
+    prepare_imports()
 parity = compare(Path(folder), Path(checkpoint))
 print(parity.max_logit_difference / parity.logit_spread)
 """

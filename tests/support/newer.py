@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -37,3 +38,28 @@ def transformers_5() -> Path:
         assert done.returncode == 0, done.stderr
         target.rename(folder)
     return folder
+
+
+SAVE = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, target = sys.argv[1:]
+AutoModelForCausalLM.from_pretrained(folder).save_pretrained(target)
+AutoTokenizer.from_pretrained(folder).save_pretrained(target)
+"""
+
+
+def run_with_transformers_5(code: str, *arguments: str | Path) -> None:
+    """Runs Python code whose transformers is version 5."""
+    env = {**os.environ, "PYTHONPATH": str(transformers_5()), "HF_HUB_OFFLINE": "1"}
+    env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def save_by_transformers_5(folder: Path) -> Path:
+    """Loads a model and its tokenizer and saves both in a new folder beside it."""
+    target = folder.with_name(f"{folder.name}-5")
+    run_with_transformers_5(SAVE, folder, target)
+    return target

@@ -12,10 +12,12 @@ from recipes.backend import without_cuda
 from recipes.backend.local_layers import (
     WITHOUT_TRANSFORMER_ENGINE,
     adapt_config,
+    needs_local_layers,
     training_block_spec,
 )
 from recipes.backend.patches import Patch
 from recipes.backend.without_cuda import enable, limit_other_threads
+from recipes.core.errors import RecipeError
 
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="active only without CUDA")
 SHAPE = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "ffn_hidden_size": 8}
@@ -49,6 +51,16 @@ def test_cuda_without_transformer_engine_has_only_local_layers(
     assert adapted.transformer_layer_spec is training_block_spec
     assert adapted.apply_rope_fusion is False
     assert adapted.use_cpu_initialization is False
+
+
+def test_transformer_engine_that_cannot_be_imported_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert needs_local_layers()
+    monkeypatch.setattr("recipes.backend.local_layers.installed", lambda _: "2.9.0")
+    with pytest.raises(RecipeError, match=r"TransformerEngine 2\.9\.0 is installed but cannot"):
+        needs_local_layers()
 
 
 def test_only_the_calling_thread_computes_on_all_cores() -> None:

@@ -10,8 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -37,7 +35,7 @@ from tests.support.generation import NEW_TOKENS, SECOND, output_of, outputs_in
 from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import run_recipe
 from tests.support.llama_cpp import require_near_words
-from tests.support.newer import transformers_5
+from tests.support.newer import save_by_transformers_5, transformers_5
 from tests.support.runs import HEALING, manifest_of, without
 
 ENGINES = ("build_engine", "build_teacher_engine", "measure_speed", "export_gguf")
@@ -46,14 +44,20 @@ SECRET = "a_token_that_no_file_may_hold"
 
 
 @pytest.fixture(scope="module")
-def tiny_run(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher(odd_llama: Path) -> Path:
+    """The teacher as transformers 5 saves it."""
+    return save_by_transformers_5(odd_llama)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(teacher: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete run, by a launcher in a Slurm job of two tasks: its stages must not join them."""
     run_dir = tmp_path_factory.mktemp("chain") / "run"
     home = run_dir.with_name("home")
     home.mkdir()
     slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "batch"}
     with mock.patch.dict(os.environ, {"HOME": str(home), "HF_TOKEN": SECRET, **slurm}):
-        result = run_recipe(*overrides(odd_llama, text_file, run_dir), cwd=run_dir.parent)
+        result = run_recipe(*overrides(teacher, text_file, run_dir), cwd=run_dir.parent)
     assert result.code == 0, result.output
     for stage in (*HEALING, *ENGINES):
         assert f"{stage}: complete" in result.output
@@ -63,7 +67,7 @@ def tiny_run(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPath
 
 def test_the_tutorial_runs_as_it_stands(
     tiny_run: Path,
-    odd_llama: Path,
+    teacher: Path,
     text_file: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -71,7 +75,7 @@ def test_the_tutorial_runs_as_it_stands(
     """Runs all cells in order, with a complete run and its settings as parameters."""
     before = {file: file.stat().st_mtime_ns for file in tiny_run.glob(f"*/{MANIFEST}")}
     monkeypatch.setattr(sys, "path", list(sys.path))
-    recipe, *words = overrides(odd_llama, text_file, tiny_run)
+    recipe, *words = overrides(teacher, text_file, tiny_run)
     given = {"RECIPE": recipe.partition("=")[2], "RUN_DIR": str(tiny_run), "SETTINGS": words}
     names: dict[str, object] = {}
     shown = []
@@ -135,12 +139,13 @@ def test_exported_folder_works_with_plain_transformers(tiny_run: Path, odd_llama
     folder = tiny_run / "export_hf" / ARTIFACT
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert model.config.head_dim == 10
-    assert model.dtype == torch.bfloat16
+    assert (model.config.head_dim, model.dtype) == (10, torch.bfloat16)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    ids = tokenizer("The import statement", return_tensors="pt")["input_ids"]
+    text = "The import statement"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert ids.tolist() == [AutoTokenizer.from_pretrained(odd_llama)(text)["input_ids"]]
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
-    assert tokenizer_sha256(folder) == tokenizer_sha256(odd_llama)
+    assert tokenizer_sha256(folder) == manifest_of(tiny_run, "import_hf").tokenizer_sha256
 
 
 def test_exported_folder_chats_and_stops_as_the_teacher(tiny_run: Path, odd_llama: Path) -> None:
@@ -236,9 +241,9 @@ def test_the_kl_that_healing_removed_is_reported(tiny_run: Path) -> None:
     )
 
 
-def test_second_run_does_nothing(tiny_run: Path, odd_llama: Path, text_file: Path) -> None:
+def test_second_run_does_nothing(tiny_run: Path, teacher: Path, text_file: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()}
-    result = run_recipe(*overrides(odd_llama, text_file, tiny_run), cwd=tiny_run.parent)
+    result = run_recipe(*overrides(teacher, text_file, tiny_run), cwd=tiny_run.parent)
     assert result.code == 0, result.output
     assert "everything was complete, nothing ran" in result.output
     assert {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()} == before
@@ -288,11 +293,11 @@ def test_a_partly_converted_model_is_converted_again(tiny_run: Path, tmp_path: P
 
 
 def test_the_teacher_is_exported_for_images_without_nemo(
-    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
+    tiny_run: Path, odd_llama: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Without an evaluation there is no model card, unless the teacher has one."""
     run_dir = without(tiny_run, tmp_path / "run")
-    command = overrides(odd_llama, text_file, run_dir, engine="tensorrt_llm")
+    command = overrides(teacher, text_file, run_dir, engine="tensorrt_llm")
     run_successfully(*command, "only=[export_teacher]", cwd=tmp_path)
     folder = run_dir / "export_teacher" / ARTIFACT
     assert not (folder / "README.md").exists()
@@ -304,12 +309,12 @@ def test_the_teacher_is_exported_for_images_without_nemo(
 
 
 def test_a_missing_gpu_is_reported_before_anything_runs(
-    odd_llama: Path, text_file: Path, tmp_path: Path
+    teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
     if shutil.which("nvidia-smi"):
         pytest.skip("there may be a GPU")
     run_dir = tmp_path / "run"
-    command = overrides(odd_llama, text_file, run_dir, engine="tensorrt_llm")
+    command = overrides(teacher, text_file, run_dir, engine="tensorrt_llm")
     second = [
         f"stages.{s}.{setting}"
         for s in ("build_engine", "build_teacher_engine")
@@ -324,10 +329,10 @@ def test_a_missing_gpu_is_reported_before_anything_runs(
 
 
 def test_a_changed_field_and_force_rerun_later_stages(
-    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
+    tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
     run_dir = without(tiny_run, tmp_path / "run")
-    base = overrides(odd_llama, text_file, run_dir)
+    base = overrides(teacher, text_file, run_dir)
     kept = manifest_of(run_dir, "prune").started_at
     first = manifest_of(run_dir, "distill")
     changed = [*base, "stages.distill.lr=5e-4"]
@@ -343,19 +348,12 @@ def test_a_changed_field_and_force_rerun_later_stages(
     assert "1 stage ran" in forced.output
 
 
-@pytest.fixture
-def temporary() -> Iterator[Path]:
-    """A folder with a short path, since paths of sockets have at most 107 characters."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
 def test_kill_9_then_the_same_command_changes_nothing(
-    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path, temporary: Path
+    tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path, temporary: Path
 ) -> None:
     """Kills as ``python -m tests.chaos`` makes: during scoring, and while training saves."""
     run_dir = without(tiny_run, tmp_path / "run", "score", "distill")
-    words = [*overrides(odd_llama, text_file, run_dir), "only=[score,prune,heal,distill]"]
+    words = [*overrides(teacher, text_file, run_dir), "only=[score,prune,heal,distill]"]
     seconds = {stage: manifest_of(tiny_run, stage).seconds for stage in ("score", "distill")}
     command = RunCommand(words, run_dir, seconds, {"TMPDIR": str(temporary)})
 
@@ -384,12 +382,12 @@ def test_kill_9_then_the_same_command_changes_nothing(
 
 
 def test_leftover_work_of_a_complete_stage_is_removed(
-    tiny_run: Path, odd_llama: Path, text_file: Path, tmp_path: Path
+    tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
     run_dir = without(tiny_run, tmp_path / "run")
     left = run_dir / "distill" / WORK
     left.mkdir()
     shutil.copy(run_dir / "distill" / MANIFEST, left / BEGUN)
-    result = run_in_process(*overrides(odd_llama, text_file, run_dir), cwd=tmp_path)
+    result = run_in_process(*overrides(teacher, text_file, run_dir), cwd=tmp_path)
     assert "everything was complete, nothing ran" in result.output
     assert not left.exists()

@@ -23,9 +23,10 @@ from transformers import AutoTokenizer
 
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
+from recipes.core.stage import DEADLINE, StoppedByDeadlineError
 from recipes.data import part_writer, preparation
 from recipes.data.chat import TOO_LONG, ChatTokenizer
-from recipes.data.corpus import PARTS, digest
+from recipes.data.corpus import PARTS
 from recipes.data.part_writer import PartWriter
 from recipes.data.preparation import PreparationState, prepare
 from recipes.data.settings import PrepareDataConfig
@@ -309,6 +310,22 @@ def test_killed_work_resumes_to_the_same_bytes(
     assert ("train.loss_mask" in content(tmp_path)) == chats
 
 
+def test_the_deadline_stops_and_the_next_start_resumes(
+    cfg: PrepareDataConfig,
+    tokenizer: DocumentTokenizer,
+    whole: tuple[Path, PreparationState],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(DEADLINE, "1")
+    for _ in range(3):
+        with pytest.raises(StoppedByDeadlineError, match="the same command resumes"):
+            prepare(cfg, tokenizer, tmp_path, LOG)
+    monkeypatch.delenv(DEADLINE)
+    prepare(cfg, tokenizer, tmp_path, LOG)
+    assert content(tmp_path) == content(whole[0])
+
+
 def _children(pid: int | None) -> list[Path]:
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [Path(f"/proc/{child}/stat") for child in found]
@@ -365,27 +382,3 @@ def test_the_index_is_megatrons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for ending in ("bin", "idx"):
             ours = (tmp_path / f"{part}.{ending}").read_bytes()
             assert ours == (tmp_path / f"theirs-{part}.{ending}").read_bytes()
-
-
-@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
-def test_a_damaged_ledger_is_named(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "ledger.sqlite"
-    with preparation.Ledger(path) as ledger:
-        for number in range(2000):
-            ledger.is_new(digest(str(number)))
-        ledger.save({})
-    if damage == "cut short":
-        os.truncate(path, path.stat().st_size // 2)
-    else:
-        path.write_bytes(b"x" * path.stat().st_size)
-    with pytest.raises(RecipeError, match=r"ledger\.sqlite is damaged") as e:
-        preparation.Ledger(path)
-    assert f"delete {tmp_path} " in str(e.value)
-
-
-def test_a_file_shorter_than_its_record_is_refused(tmp_path: Path) -> None:
-    with PartWriter(tmp_path, ["train"]) as writer:
-        writer.add("train", [1, 2, 3])
-    (tmp_path / "train.bin").write_bytes(b"")
-    with pytest.raises(RecipeError, match="is shorter than its record"):
-        PartWriter(tmp_path, ["train"], writer.sizes)

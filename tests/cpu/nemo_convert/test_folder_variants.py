@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,7 @@ from nemo_convert.reference import reference_logits
 from recipes.core.errors import RecipeError
 from tests.support.folder_changes import Variant
 from tests.support.models import EVEN, FAMILIES, write_tiny_model
-from tests.support.newer import transformers_5
+from tests.support.newer import run_with_transformers_5, save_by_transformers_5
 from tests.support.variants import variants
 
 VARIANTS = {f"{variant.base}: {variant.name}": variant for variant in variants()}
@@ -35,13 +32,6 @@ REFUSED_BY_TRANSFORMERS_5 = {
 }
 """Exact variants that transformers 5 cannot load."""
 TEXT = "A quick brown fox, 3.14 lazy dogs, and 東京."
-RESAVE = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-for folder in sys.argv[1:]:
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder + "-5")
-    AutoTokenizer.from_pretrained(folder).save_pretrained(folder + "-5")
-"""
 LOGITS = """
 import sys, torch
 from safetensors.torch import save_file
@@ -60,21 +50,13 @@ save_file(results, sys.argv[1])
 """
 
 
-def run_transformers_5(code: str, *arguments: str | Path) -> None:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": str(transformers_5()), "HF_HUB_OFFLINE": "1"}
-    env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """For each family a folder NAME, and NAME-5, which transformers 5 has loaded and saved."""
     root = tmp_path_factory.mktemp("bases")
     shape = {**EVEN, "num_hidden_layers": 2, "train": False}
-    folders = [write_tiny_model(root / name, text_file, name, **shape) for name in FAMILIES]
-    run_transformers_5(RESAVE, *folders)
+    for name in FAMILIES:
+        save_by_transformers_5(write_tiny_model(root / name, text_file, name, **shape))
     return root
 
 
@@ -123,7 +105,7 @@ def test_transformers_5_agrees_about_every_exact_variant(bases: Path, tmp_path: 
             convert.to_nemo(folders[n], tmp_path / f"{n}.nemo")
             convert.to_hf(tmp_path / f"{n}.nemo", tmp_path / f"{n}.export")
             exports.append(tmp_path / f"{n}.export")
-    run_transformers_5(LOGITS, tmp_path / "results", TEXT, *folders, *exports)
+    run_with_transformers_5(LOGITS, tmp_path / "results", TEXT, *folders, *exports)
     results = load_file(tmp_path / "results")
     for folder, name in [*zip(folders, EXACT, strict=True), *((e, e.name) for e in exports)]:
         ids = results.get(f"{folder} ids")

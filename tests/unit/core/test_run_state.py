@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from recipes.core import stage_process
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, read_manifest
 from recipes.core.metrics import METRICS, MetricsLog
@@ -27,7 +28,9 @@ from recipes.core.run_state import (
     stage_state,
     stage_states,
 )
+from recipes.core.stage import StoppedByDeadlineError
 from recipes.core.watchdog import STACKS
+from recipes.pruning.settings import PruneConfig
 from tests.support.manifests import bare_manifest
 
 if TYPE_CHECKING:
@@ -194,3 +197,20 @@ def test_stages_of_a_run_are_planned_or_started(tmp_path: Path) -> None:
     expected = {"b": Status.NOT_STARTED, "a": Status.NOT_STARTED, "started": Status.COMPLETE}
     assert list(found.items()) == list(expected.items())
     assert "dropped" in stage_states(tmp_path, also=["dropped"])
+
+
+def test_a_child_that_stops_at_the_deadline_stops_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(name: str, stage_dir: Path, *_: object) -> None:
+        (stage_dir / WORK).mkdir()
+        record_failure(stage_dir, "at step 1", stopped=stopped)
+        raise RecipeError(f"{name} failed", "see the log")
+
+    monkeypatch.setattr(stage_process, "run_to_end", end)
+    for stopped in (True, False):
+        with pytest.raises(RecipeError) as caught:
+            stage_process.run_child(
+                PruneConfig(stage="prune"), tmp_path / str(stopped) / "prune", {}
+            )
+        assert isinstance(caught.value, StoppedByDeadlineError) == stopped

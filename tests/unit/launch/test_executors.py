@@ -131,7 +131,8 @@ def test_only_stages_that_use_gpus_or_torch_get_them(
         text, needs_gpu = slurm.job_script(stage, cluster), stage.name not in on_cpu
         assert (f"#SBATCH --{option}\n" in text) == needs_gpu, stage.name
         assert f"--partition={'gpu' if needs_gpu else 'cpu'}\n" in text
-        assert ("--mpi=pmix" in text) == (needs_gpu and stage.name in engines), stage.name
+        assert ("exec mpirun -n 1" in text) == (needs_gpu and stage.name in engines), stage.name
+        assert ("--mpi=none" in text) == ("exec mpirun" in text)
         if stage.name in ("plan", "prune", "report"):
             assert ("torch.distributed.run" in text) == (stage.name == "prune")
     assert "-m recipes.core.worker recipes.stages.plan" in slurm.job_script(plan.stages[0], cluster)
@@ -186,11 +187,9 @@ def test_split_layouts_limit_the_connections_of_cuda(
     """To one before Blackwell, where kernels must start in order."""
     plan, cluster = prepared("cluster=docker", f"hardware={hardware}")
     stage = stage_named(plan, "distill")
-    assert stage.workload is not None
     for tensor, context, expected in ((1, 1, None), (2, 1, connections), (1, 2, connections)):
-        layout = replace(stage.workload.layout, tensor=tensor, context=context)
-        workloads = {"distill": replace(stage.workload, layout=layout)}
-        split = replace(stage, chain=replace(stage.chain, workloads=workloads))
+        layout = {"tensor_model_parallel_size": tensor, "context_parallel_size": context}
+        split = replace(stage, config=replace(stage.config, **layout))  # type: ignore[arg-type]
         for env in (local.environment(split, cluster), container.environment(cluster, split)):
             assert env.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
         own = replace(cluster, env={"CUDA_DEVICE_MAX_CONNECTIONS": "8"})
@@ -237,7 +236,7 @@ def test_forced_stage_is_complete_only_with_a_new_result(
         ("stages.prune.resources.sbatch=[x]", ["stages.prune.resources.sbatch[0]=x"]),
         ("cluster.python='my python'", ["cluster.python=my python"]),
         ("+cluster.images.distil=x", ["cluster.images.distil is for no stage", "'distill'"]),
-        ("+cluster.mpi.build=pmix", ["cluster.mpi.build is for no stage"]),
+        ("+cluster.mpi.build=mpirun", ["cluster.mpi.build is for no stage"]),
         ("cluster.mounts=[/no/such/folder]", ["/no/such/folder does not exist"]),
         ("cluster.mounts=[here]", ["not an absolute path"]),
         ("+cluster.partitoin=x", ["cluster.partitoin", "Did you mean 'partition'?"]),

@@ -7,7 +7,6 @@ import copy
 import json
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,8 +16,6 @@ from omegaconf import OmegaConf
 
 from launch.plan import Plan, make_plan
 from launch.settings import settings_of
-from nemo_convert.hf_config import read_architecture
-from nemo_convert.smollm2 import HF_CONFIG
 from recipes.core import versions
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest
@@ -161,7 +158,7 @@ TRIPS = {
 ELSEWHERE = {
     "report": "stages/test_checks.py",
     **dict.fromkeys(("budget", "search", "searched-shape"), "search/test_stages.py"),
-    "tokenizer": "launch/test_rules.py",
+    "tokenizer": "planning/test_vocabularies.py",
     **dict.fromkeys(("max-seq-len", "max-input-len", "head-size"), "engines/test_tensorrt_llm.py"),
     **dict.fromkeys(("format", "kv-cache"), "engines/test_tensorrt_llm.py"),
     **dict.fromkeys(("alignment", "length", "engine-limits"), "engines/test_bench.py"),
@@ -303,29 +300,6 @@ def test_memory_fix_of_a_stage_that_only_runs_a_model(
 def test_the_shipped_defaults_break_no_rule(plan: MakePlan) -> None:
     assert plan().notes == ()
     assert plan(recipe="recipe=llama_depth_prune").notes == ()
-
-
-def test_different_tokenizers_are_refused(
-    plan: MakePlan, complete: Complete, tmp_path: Path
-) -> None:
-    complete(plan())
-    other = (tmp_path / "run").rename(tmp_path / "other")
-    inputs = f"{D}inputs.teacher={other}/import_hf", f"{D}inputs.data={other}/prepare_data"
-    plan(*inputs)
-    edit_manifest(other / "prepare_data", tokenizer_sha256="another")
-    with pytest.raises(RecipeError, match=r"different tokenizers: teacher t, data another"):
-        plan(*inputs)
-
-
-def test_vocabularies_of_different_padding_are_refused(
-    plan: MakePlan, complete: Complete, tmp_path: Path
-) -> None:
-    complete(plan())
-    other = (tmp_path / "run").rename(tmp_path / "other")
-    padded = replace(read_architecture(HF_CONFIG, "SmolLM2"), vocab_size=49280)
-    edit_manifest(other / "import_hf", architecture=padded.as_dict())
-    with pytest.raises(RecipeError, match=r"different sizes: teacher 49280, student 49152"):
-        plan(f"{D}inputs.teacher={other}/import_hf")
 
 
 @pytest.mark.parametrize("flags", ["avx2", "avx512_bf16"])

@@ -90,7 +90,7 @@ def test_names_from_outside_are_no_markup(inputs: dict[str, Manifest], tmp_path:
     inputs["data"].metrics["sources"] = [f"hf://{nasty}:train", nasty]
     tasks = inputs["tasks"].metrics["tasks"]
     inputs["tasks"].metrics["tasks"] = {nasty: {**tasks["sciq"], "metric": nasty}}
-    (tmp_path / "README.md").write_text('---\nlicense: "a":b\n---\n')
+    (tmp_path / "README.md").write_text("---\nlicense: '\"a\":b'\n---\n")
     write_card(tmp_path, nasty, nasty, inputs)
     _, header, body = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     fields = yaml.safe_load(header)

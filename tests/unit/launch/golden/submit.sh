@@ -4,6 +4,11 @@
 set -euo pipefail
 cd /TMP/run
 
+# Inside an allocation, its variables would decide the size and the cores of these jobs.
+for name in $(compgen -e | grep -E '^(SLURM|PMIX?)_' | grep -vxE 'SLURM_(CONF|CLUSTERS)'); do
+  unset "$name"
+done
+
 submit() { # STAGE FINGERPRINT DEPENDENCY: prints the job's id and records it for `launch/run.py status`
   local job
   job=$(grep -s "^$1 .* $2\$" jobs.txt | tail -n 1 | cut -d " " -f 2) || true

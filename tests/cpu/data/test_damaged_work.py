@@ -1,0 +1,37 @@
+"""Work of a killed preparation whose files are damaged."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from recipes.core.errors import RecipeError
+from recipes.data import preparation
+from recipes.data.corpus import digest
+from recipes.data.part_writer import PartWriter
+
+
+@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
+def test_a_damaged_ledger_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with preparation.Ledger(path) as ledger:
+        for number in range(2000):
+            ledger.is_new(digest(str(number)))
+        ledger.save({})
+    if damage == "cut short":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(RecipeError, match=r"ledger\.sqlite is damaged") as e:
+        preparation.Ledger(path)
+    assert f"delete {tmp_path} " in str(e.value)
+
+
+def test_a_file_shorter_than_its_record_is_refused(tmp_path: Path) -> None:
+    with PartWriter(tmp_path, ["train"]) as writer:
+        writer.add("train", [1, 2, 3])
+    (tmp_path / "train.bin").write_bytes(b"")
+    with pytest.raises(RecipeError, match="is shorter than its record"):
+        PartWriter(tmp_path, ["train"], writer.sizes)

@@ -1,0 +1,65 @@
+"""What a Slurm job asks for, and what a submission inherits."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from launch.executors import slurm
+from tests.support.launcher import write_program
+from tests.unit.conftest import stage_named
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import MakePlan
+
+SLURM = ("cluster=slurm", "hardware=h100")
+
+
+@pytest.mark.usefixtures("large_disk")
+def test_a_search_gets_the_devices_of_its_trainings(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
+    search = plan(*SLURM, recipe="recipe=qwen3_8b_search")
+    cluster = slurm.SlurmConfig(cpus_per_task=64)
+    text = slurm.job_script(stage_named(search, "successive_halving"), cluster)
+    for words in ("--gpus-per-node=8\n", "--exclusive\n", "CPUS_ON_NODE / 8 :"):
+        assert words in text
+    assert "--nproc-per-node=1 " in text, "its trainings start their own ranks"
+    assert "cpus-per-task" not in text, "of a whole node a job uses all CPUs"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1\n" in text
+
+
+@pytest.mark.usefixtures("large_disk")
+def test_sbatch_and_srun_request_the_same_cpus(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
+    large = plan(*SLURM, recipe="recipe=qwen3_8b_depth")
+    cluster = slurm.SlurmConfig(cpus_per_task=64)
+    for name, cpus in (("prepare_data", "16"), ("prune", "64")):
+        text = slurm.job_script(stage_named(large, name), cluster)
+        assert re.findall(r"--cpus-per-task=(\d+)", text) == [cpus, cpus]
+
+
+def test_submission_from_an_allocation_is_as_from_outside(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(*SLURM)
+    for stage in planned.stages:
+        stage.directory.mkdir(parents=True, exist_ok=True)
+    slurm.write_scripts(planned, slurm.SlurmConfig())
+    seen = tmp_path / "seen"
+    for program, body in (("sbatch", f"env >>{seen}; echo 7"), ("squeue", "true")):
+        write_program(tmp_path / "bin" / program, body)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for name in ("SLURM_NTASKS", "SLURM_CPU_BIND", "PMIX_RANK", "PMI_SIZE", "SLURM_CONF"):
+        monkeypatch.setenv(name, "1")
+    subprocess.run([planned.run_dir / "submit.sh"], check=True)
+    inherited = re.findall(r"^(?:SLURM|PMI)\w*", seen.read_text(), re.M)
+    assert set(inherited) == {"SLURM_CONF"}
