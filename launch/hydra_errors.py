@@ -32,6 +32,7 @@ def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> Config
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
         name, message = f"{where}.{key}".strip("."), str(error).splitlines()[0]
+        # Without the field itself: if its name is right, its value is wrong.
         hint = did_you_mean(key, {field.name for field in fields(schema)} - {key})
         raise RecipeError(f"{name}: {message.rstrip('.')}.{hint}", fix_of(message)) from error
     if invalid := list(violations(typed, where)):
@@ -107,7 +108,9 @@ def _unknown_choice(text: str) -> str | None:
 
 
 def _unknown_group(group: str) -> str:
-    return f"there is no {group}.{did_you_mean(group.rpartition('/')[2], stage_names())}"
+    """Groups of stages are named after their modules."""
+    hint = did_you_mean(group.rpartition("/")[2], stage_names())
+    return f"there is no config group '{group}'.{hint}\n  fix: {SHOW_FIELDS}"
 
 
 def _nearest(where: str, name: str, error: Exception) -> str:
@@ -119,7 +122,7 @@ def _nearest(where: str, name: str, error: Exception) -> str:
         for cause in _causes(error)
         if isinstance(parent := getattr(cause, "parent_node", None), DictConfig)
     ]
-    if any(name in parent._get_root() for parent in parents):
+    if any(name in parent._get_root() for parent in parents):  # a wrong prefix of a root field
         return f" Did you mean '{name}'?"
     new = DICT_KEY.fullmatch(where)
     fix = f"'+{new['field']}={{{new['key']}: …}}' adds it" if new else SHOW_FIELDS

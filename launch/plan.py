@@ -38,7 +38,7 @@ from recipes.report.gates import Gate, known_names, parse, problems
 
 REPEATED = ("prune", "distill", "score")
 HEAL = "heal"
-"""Optional stage, which is also repeated."""
+"""Optional stage that ``rounds=N`` repeats if the recipe has it."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Plan:
 
 def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     """Decides which stages must run; refuses a run that fails a check that is not skipped."""
-    hf_path = settings.hf_path  # first, because its error is clearer than those of the stages
+    hf_path = settings.hf_path  # first: raises a clearer error than the stages if it is missing
     configs = typed_stages(cfg)
     only = None if settings.only is None else known_stages(settings.only, configs, "only")
     force = known_stages(settings.force, configs, "force")
@@ -84,7 +84,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
             require_no_lost_work(stage)
         if name in needed and name not in selected and stage.action != SKIP:
             raise RecipeError(
-                f"only leaves out {name}, but its result is needed and not there ({stage.reason}).",
+                f"only=[…] excludes {name}, but its result is needed and missing ({stage.reason}).",
                 f"add {name} to only, or run the whole chain",
             )
         planned[name] = stage
@@ -96,6 +96,7 @@ def _problems(cfg: DictConfig, chain: Chain, selected: list[str]) -> Iterator[Pr
     """Checks the selected stages, and the cluster and hardware that they run on."""
     yield from cluster_problems(cfg.cluster, chain.hardware)
     yield from mpi_problems(cfg.cluster, chain, selected)
+    # The stage ``plan`` estimates stages that are not selected, too: their settings must be valid.
     planning = any(stage_of(chain.stages[name]).plans_workloads for name in selected)
     for name, config in chain.stages.items():
         stage = stage_of(config)
@@ -164,7 +165,7 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
         raise RecipeError("\n".join(invalid), fix="")
     if not typed:
         raise RecipeError(
-            "the recipe has no stages.", "choose one that has, and leave out stages={}"
+            "the recipe has no stages.", "choose a recipe that has some, and do not set stages={}"
         )
     return typed
 
@@ -174,7 +175,9 @@ def _with_rounds(cfg: DictConfig) -> Mapping[str, Any]:
 
     The chain prunes and distils N times, each time from the previous student. The recipe's own
     stages form the last round. Earlier rounds have copies of them, ``prune_1`` and so on, with
-    other inputs and sizes. All rounds distil from the same teacher.
+    other inputs and sizes. Only ``score`` belongs to the first round, since it scores the teacher;
+    ``score_2`` and so on score the student of the round before. All rounds distil from the same
+    teacher.
     """
     stages: dict[str, Any] = {str(name): node for name, node in cfg.stages.items()}
     rounds = cfg.get("rounds", 1)
@@ -189,6 +192,7 @@ def _with_rounds(cfg: DictConfig) -> Mapping[str, Any]:
     for number in range(1, rounds):
         changes: dict[str, dict[str, Any]] = {
             f"prune_{number}": {
+                # Of what remains to be pruned, so that every round prunes equally much.
                 "round_fraction": 1 / (rounds - number + 1),
                 "inputs": {"checkpoint": model, "importance": scores},
             },
@@ -233,11 +237,11 @@ def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
                 raise RecipeError(
                     f"stages.{name}.inputs.{key}={source} is neither a stage of this recipe nor a "
                     f"stage directory.{did_you_mean(source, configs)}",
-                    f"use one of: {', '.join(configs)}, or a path such as runs/other/{key}",
+                    f"use one of: {', '.join(configs)}, or a stage directory (runs/other/distill)",
                 )
         graph[name] = {source for source in config.inputs.values() if source in configs}
     try:
-        graphlib.TopologicalSorter(graph).prepare()
+        graphlib.TopologicalSorter(graph).prepare()  # only finds cycles: the loop keeps the order
     except graphlib.CycleError as error:
         raise RecipeError(
             f"stages feed each other in a circle: {' → '.join(error.args[1])}.",
@@ -294,7 +298,7 @@ def _resolve_inputs(
         raise RecipeError(
             f"stages.{name}.inputs has {', '.join(names) or 'nothing'}; "
             f"{config.stage} needs {', '.join(needed) or 'nothing'}{also}.",
-            "name each input once",
+            "set exactly the inputs that it needs, and any of the others",
         )
     inputs = {}
     for key, source in config.inputs.items():

@@ -56,7 +56,7 @@ class PlannedStage:
 
     @property
     def workload(self) -> Workload | None:
-        """Its training or pass over text; ``None`` for any other stage."""
+        """Its training, or the teacher's forward passes if it caches logits; ``None`` otherwise."""
         return self.chain.workloads.get(self.name)
 
     @property
@@ -71,7 +71,7 @@ class PlannedStage:
 
     @property
     def devices(self) -> int:
-        """Devices that it takes on a node, with those of the stages that it starts."""
+        """Devices on a node that it and the stages that it starts need."""
         return self.stage.devices(self.config)
 
     @property
@@ -202,13 +202,13 @@ def _changes(
         if before.libraries.get(name) != version
     ]
     # The fingerprint also covers files from outside the run.
-    return fields, others if fields or others else ["source files"]
+    return fields, others if fields or others else ["files from outside the run"]
 
 
 def _differences(
     name: str, old: object, new: object
 ) -> Iterator[tuple[str, tuple[object, object]]]:
-    """Yields the settings that differ; of mappings the single values, ``budget.parameters``."""
+    """Yields each setting that differs; mappings with equal keys are compared key by key."""
     if isinstance(old, Mapping) and isinstance(new, Mapping) and old.keys() == new.keys():
         for key in new:
             yield from _differences(f"{name}.{key}", old[key], new[key])

@@ -70,7 +70,7 @@ def _active_status(
         if queued.state == "PENDING":
             reason = queued.reason if queued.reason not in ("", "None") else "is about to start"
             return StageStatus(state, Status.PENDING, progress_text(state, reason), job)
-        limit = f"{queued.time_left} to its limit on {queued.nodes}"
+        limit = f"on {queued.nodes}, {queued.time_left} until its time limit"
         return StageStatus(state, Status.RUNNING, progress_text(state, limit), job)
     if holder and holder.stage == name:
         return StageStatus(state, Status.RUNNING, progress_text(state))
@@ -79,13 +79,20 @@ def _active_status(
     return None
 
 
+def _job_state(job: SlurmJob | None, queued: JobState | None) -> str:
+    """Returns the last state of a job in Slurm's words; empty if there is none."""
+    if job is None:
+        return ""
+    return (queued.state if queued else final_state(job)) or ""
+
+
 def _ended_status(state: StageState, job: SlurmJob | None, queued: JobState | None) -> StageStatus:
     """Returns the status of a stage that neither runs nor waits."""
     if state.status is Status.COMPLETE and state.result is not None:
         return StageStatus(state, Status.COMPLETE, f"{state.result.seconds:.0f} s", job)
     if state.status is Status.STOPPED:
         return StageStatus(state, Status.STOPPED, state.error, job)
-    job_state = (queued.state if queued else final_state(job)) or "" if job else ""
+    job_state = _job_state(job, queued)
     if job_state.startswith("CANCELLED"):
         return StageStatus(state, Status.CANCELLED, "the same command submits it again", job)
     if reason := STATE_REASONS.get(job_state.rstrip("+")):
@@ -101,7 +108,11 @@ def _ended_status(state: StageState, job: SlurmJob | None, queued: JobState | No
         return StageStatus(state, Status.CANCELLED, detail, job)
     if state.status is Status.INTERRUPTED:
         return StageStatus(state, state.status, progress_text(state))
-    detail = "its result has other settings, inputs or code" if state.result else ""
+    detail = (
+        "its result is from other settings, inputs or code than the last plan"
+        if state.result
+        else ""
+    )
     return StageStatus(state, state.status, detail)
 
 
@@ -116,7 +127,10 @@ def progress_text(state: StageState, detail: str = "") -> str:
 
 
 def time_left(run_dir: Path, statuses: Sequence[StageStatus]) -> float | None:
-    """Returns how many seconds a run will still take; ``None`` if it is complete or unplanned."""
+    """Returns how many seconds a run will still take.
+
+    ``None`` if it is complete, or has no result of its stage ``plan``.
+    """
     spent = {stage.name: stage.result.seconds for stage in statuses if stage.result}
     ahead: dict[str, float | None] = {}
     for stage in statuses:

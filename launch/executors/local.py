@@ -83,12 +83,12 @@ def command(stage: PlannedStage, python: str) -> list[str]:
 def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Returns the variables that a stage gets in addition to the caller's."""
     devices = stage.config.resources.devices
-    # The launcher may itself run as a rank of a job; its stage must not believe to be that rank.
+    # The launcher may itself run as a rank of a job. Its stages must not inherit that rank.
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if devices == 1 else {}
     path = filter(None, [str(REPO_ROOT), os.environ.get("PYTHONPATH")])
     return {
         "PYTHONPATH": os.pathsep.join(path),
-        "OMP_NUM_THREADS": str(max(1, cores() // devices)),
+        "OMP_NUM_THREADS": str(max(1, cores() // stage.devices)),
         **alone,
         **stage_variables(stage, cluster),
     }
@@ -118,10 +118,10 @@ def write_script(
 def may_fork(stage: PlannedStage) -> bool:
     """Whether the fork server can start the stage.
 
-    Libraries read variables when they are imported, so a stage with its own needs a new process.
+    Libraries read environment variables when they are imported, so a stage with variables of its
+    own needs a new process. So does a search whose trainings take several devices.
     """
-    resources = stage.config.resources
-    return stage.stage.needs_torch and resources.devices == 1 and not resources.env
+    return stage.stage.needs_torch and stage.devices == 1 and not stage.config.resources.env
 
 
 def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) -> bool:
@@ -150,7 +150,10 @@ def start_script(stage: PlannedStage, log: IO[bytes]) -> RunningStage:
 
 
 def run_all(plan: Plan, follow: Follow, start: Start = start_script) -> bool:
-    """Runs all stages that must run, in order, until one fails."""
+    """Runs all stages that must run, in order, until one fails.
+
+    Returns true: the stages have ended. Slurm only submits them.
+    """
     for stage in plan.todo():
         with follow(stage) as follower:
             run(stage, follower, start)
@@ -159,5 +162,5 @@ def run_all(plan: Plan, follow: Follow, start: Start = start_script) -> bool:
 
 def run(stage: PlannedStage, follower: Follower, start: Start = start_script) -> None:
     """Runs one stage to its end; raises ``RecipeError`` if it leaves no new result."""
-    started = partial(start, stage)
-    run_to_end(stage.name, stage.directory, stage.fingerprint, started, follower.update)
+    start_with_log = partial(start, stage)
+    run_to_end(stage.name, stage.directory, stage.fingerprint, start_with_log, follower.update)

@@ -1,12 +1,13 @@
-"""AdamW for machines without TransformerEngine, and gradients whose scaling is deferred to it.
+"""AdamW for machines without TransformerEngine, which can also scale gradients.
 
-Megatron multiplies all gradients by a factor twice per step: by one over the number of tokens, and
-to clip them. Each is a pass over memory. A gradient with the attribute ``pending_scale`` notes the
+Megatron scales all gradients twice per step: by 1 / number of tokens, and by the clipping
+coefficient. Each is a pass over memory. A gradient with the attribute ``pending_scale`` notes the
 factor instead, and ``FusedAdamW`` applies it while it reads the gradient.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ def clip_by_total_norm(original: object) -> Any:
     def clip_grad_by_total_norm_fp32(
         parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
     ) -> None:
-        coefficient = max_norm / (total_norm + 1.0e-6)  # as in Megatron; false for NaN below
+        # Megatron's formula. If the norm is NaN, the comparison is false: nothing is scaled.
+        coefficient = max_norm / (total_norm + 1.0e-6)
         if coefficient < 1.0:
             for parameter in parameters:
                 if parameter.grad is not None:
@@ -91,7 +93,9 @@ class FusedAdamW(AdamW):
         gradient exists. The blocks are views: the kernel writes into the parameter and its moments.
         """
         assert weight.grad is not None
-        inverse_scale = torch.tensor(1 / (pending_scale(weight.grad) or 1.0))
+        scale = pending_scale(weight.grad)
+        # The kernel divides by the inverse; an infinite one makes the gradient 0, as a scale of 0.
+        inverse_scale = torch.tensor(1 / scale if scale else math.inf)
         tensors = (weight, weight.grad, *(self.state[weight][name] for name in MOMENTS))
         for block, gradient, *moments in zip(*(t.view(-1).split(BLOCK) for t in tensors)):
             _run_kernel([block], [gradient.float()], [[m] for m in moments], group, inverse_scale)

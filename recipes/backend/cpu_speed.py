@@ -1,6 +1,7 @@
-"""Patches that make training on a CPU faster or smaller, and change no result beyond rounding.
+"""Patches that reduce the time or memory of training on a CPU, without changing results.
 
-They apply to a training of one rank on a CPU, never on CUDA. ``stages.distill.cpu_speed_patches=
+Results change by rounding at most. The patches never apply on CUDA. Those of gradients, gathers and
+optimizer state apply with one rank only. ``stages.distill.cpu_speed_patches=
 []`` disables all of them. ``python -m benchmarks.distill --only nemo-cached-compiled without-NAME``
 measured the gain of each; see benchmarks/README.md.
 """
@@ -89,7 +90,7 @@ def _keep_first_gradient(original: Any) -> Any:
                 else:
                     if self.ddp_config.grad_reduce_in_fp32:
                         weight.main_grad = weight.main_grad.float()
-                    # In place: the first gradient, or its float32 copy, is this weight's alone.
+                    # In place is safe: no other tensor shares the storage of ``main_grad``.
                     weight.main_grad.add_(weight.grad)
                 weight.grad_added_to_main_grad = True
             hook(*unused)
@@ -145,12 +146,18 @@ def _hand_over_gradients(original: Any) -> Any:
         main_weights = chain(*self.shard_fp32_from_float16_groups, *self.shard_fp32_groups)
         for weight, main in zip(weights, main_weights, strict=True):
             if main.dtype != weight.dtype:
-                main.grad_dtype = None  # else PyTorch refuses a bfloat16 gradient of a float32 one
+                main.grad_dtype = None  # else PyTorch refuses a bfloat16 gradient here
             main.grad = weight.main_grad.view(-1)
-            main.grad.pending_scale = pending_scale(weight.main_grad) or 1.0
+            # Its presence tells FusedAdamW to convert the gradient block by block.
+            main.grad.pending_scale = _scale_of(weight.main_grad)
             weight.main_grad = None
 
     return _copy_model_grads_to_main_grads
+
+
+def _scale_of(gradient: Tensor) -> float:
+    scale = pending_scale(gradient)
+    return 1.0 if scale is None else scale
 
 
 def _norm_of_deferred(original: Any) -> Any:
@@ -158,7 +165,7 @@ def _norm_of_deferred(original: Any) -> Any:
 
     def l2_norm(size: int, buffer: Tensor, lists: Any, *args: Any) -> tuple[Tensor, None]:
         squares = [
-            (pending_scale(gradient) or 1.0) ** 2 * _sum_of_squares(gradient)
+            _scale_of(gradient) ** 2 * _sum_of_squares(gradient)
             for gradients in lists
             for gradient in gradients
         ]
@@ -197,8 +204,8 @@ class _Concatenation:
     def __init__(self, states: dict[int, dict[str, Tensor]], name: str) -> None:
         self._states, self._name = states, name
 
-    def __getitem__(self, place: slice) -> Tensor:
-        return self._states[place.start][self._name].detach().flatten()
+    def __getitem__(self, index: slice) -> Tensor:
+        return self._states[index.start][self._name].detach().flatten()
 
 
 def _share_optimizer_state(original: Any) -> Any:
@@ -213,12 +220,12 @@ def _share_optimizer_state(original: Any) -> Any:
         collected: dict[Any, Any] = {"buckets_coalesced": True}
         for number, (buffer, ranges) in enumerate(zip(self.buffers, self.gbuf_ranges, strict=True)):
             states = {
-                place[0]: self._get_main_param_and_optimizer_states(weight)
-                for weight, place in buffer.param_index_map.items()
+                start: self._get_main_param_and_optimizer_states(weight)
+                for weight, (start, *_) in buffer.param_index_map.items()
             }
             names = ("param", "exp_avg", "exp_avg_sq")
             tensors = {name: _Concatenation(states, name) for name in names}
-            [dtype] = ranges
+            [dtype] = ranges  # one pair of types of parameter and gradient per buffer
             collected[number] = {dtype: {**tensors, "numel_unpadded": buffer.numel_unpadded}}
         return collected
 
@@ -228,7 +235,8 @@ def _share_optimizer_state(original: Any) -> Any:
 def _release_buckets(original: Any) -> Any:
     """Frees the copies of weights once the process that writes the checkpoint is forked.
 
-    Megatron holds them until the checkpoint is written, but reads only their number.
+    Megatron keeps the buckets that hold them until the checkpoint is written. By then it only needs
+    the number of buckets.
     """
 
     def schedule_async_call(self: Any, request: Any) -> None:
@@ -242,8 +250,8 @@ def _release_buckets(original: Any) -> Any:
 
 SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
     "unshared_gradients": tuple(  # 13% of a step, 0.8 GB
-        Patch(target, "one rank needs no buffer that ranks add to", original, replace)
-        for target, original, replace in (
+        Patch(target, "with one rank nothing is reduced", fingerprint, replace)
+        for target, fingerprint, replace in (
             (f"{BUFFERS}:_ParamAndGradBuffer.__init__", "351bb840492a", _unshare_gradients),
             (f"{BUFFERS}:_ParamAndGradBuffer.reset", "ad271bc659a5", _drop_gradients),
             (f"{BUFFERS}:_ParamAndGradBuffer.scale_gradients", "fccbc1058068", _defer_scaling),
@@ -265,7 +273,7 @@ SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
         Patch(
             "recipes.backend.training_layers:attend",
             "PyTorch's backward pass is slow for short sequences",
-            "d258b74519f9",
+            "",
             attend_in_blocks,
         ),
     ),

@@ -1,9 +1,9 @@
-"""Layers for models without TransformerEngine that replace slow or unsplittable ones of Megatron.
+"""Layers for models without TransformerEngine that replace Megatron's slow local ones.
 
 PyTorch composes RMSNorm and SwiGLU of many small operations, each of which saves its input for the
 backward pass, and Megatron's local norm refuses sequence parallelism. The functions here save the
-minimum and compute in the type of the activations. Values and gradients are those of the layers
-that they replace, to the rounding of that type.
+minimum and return the type of the activations. Values and gradients are those of the layers that
+they replace, to the rounding of that type.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from recipes.core.compiled import compilable
 from recipes.core.precision import float32_matmul_of
 
 LONG = 1024
-"""Sequence length above which one layer's scores, which grow with its square, are too large to hold
-even once; PyTorch's kernel never holds them."""
+"""Longest sequence of the blockwise backward pass. Beyond it, one layer's scores, whose number
+grows with the square of the length, take too much memory. PyTorch's kernel never stores them."""
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -153,7 +153,8 @@ class _BlockwiseAttention(torch.autograd.Function):
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float, attend: Any
     ) -> Tensor:
         context: Tensor = attend(query, key, value, scale)
-        # ``value`` is a view of the projection's output. A copy lets the rest of that be freed.
+        # ``value`` is a view of the projection's output. A copy lets the rest of the
+        # output be freed.
         ctx.save_for_backward(query, key, value.contiguous(), context)
         ctx.scale = scale
         return context
@@ -180,21 +181,22 @@ def _attention_backward(
     k_float32 = k.float()
     key_grad, value_grad = torch.zeros_like(k_float32), torch.zeros_like(k_float32)
     query_grads = []
-    grad_of = grad.view(query.shape)
-    means = (grad_of.float() * context.view(query.shape)).sum(dim=-1, keepdim=True)
+    grad_heads = grad.view(query.shape)
+    row_sums = (grad_heads.float() * context.view(query.shape)).sum(dim=-1, keepdim=True)
     for start in range(0, length, QUERIES_AT_ONCE):
         stop = min(start + QUERIES_AT_ONCE, length)
         q, shape = _rows_of_groups(query[start:stop], groups)
-        own_grad, _ = _rows_of_groups(grad_of[start:stop], groups)
-        mean, _ = _rows_of_groups(means[start:stop], groups)
+        block_grad, _ = _rows_of_groups(grad_heads[start:stop], groups)
+        row_sum, _ = _rows_of_groups(row_sums[start:stop], groups)
         # Recomputed: saved for every layer, they would be the largest of all activations.
         probabilities = _probabilities(q, k_float32[:, :stop], start, scale)
-        value_grad[:, :stop] += torch.bmm(probabilities.transpose(1, 2), own_grad)
-        mean = mean.to(grad.dtype).expand(-1, -1, stop)
-        scores = torch.baddbmm(mean, own_grad, v[:, :stop].transpose(1, 2), beta=-1)
-        scores.mul_(probabilities)
-        query_grads.append(_tokens_first(torch.bmm(scores, k[:, :stop]), shape))
-        key_grad[:, :stop] += torch.bmm(scores.transpose(1, 2), q)
+        value_grad[:, :stop] += torch.bmm(probabilities.transpose(1, 2), block_grad)
+        row_sum = row_sum.to(grad.dtype).expand(-1, -1, stop)
+        # dP - rowsum(dO * O), and after the multiplication dS.
+        score_grads = torch.baddbmm(row_sum, block_grad, v[:, :stop].transpose(1, 2), beta=-1)
+        score_grads.mul_(probabilities)
+        query_grads.append(_tokens_first(torch.bmm(score_grads, k[:, :stop]), shape))
+        key_grad[:, :stop] += torch.bmm(score_grads.transpose(1, 2), q)
     key_grad, value_grad = (
         t.to(k.dtype).view(batch, groups, length, size).permute(2, 0, 1, 3)
         for t in (key_grad.mul_(scale), value_grad)
@@ -208,16 +210,17 @@ def _probabilities(q: Tensor, k: Tensor, start: int, scale: float) -> Tensor:
     Args:
         q: [batch * groups, rows, channels].
         k: [batch * groups, keys, channels], in float32.
-        start: Position of the block's first query; keys from there on are partly in its future.
+        start: Position of the block's first query. Keys from there on need the causal mask.
         scale: Factor of the scores.
 
     Returns:
         [batch * groups, rows, keys], in the type of ``q``.
     """
     scores = torch.bmm(q.float() * scale, k.transpose(1, 2))
-    own = k.shape[1] - start
-    future = torch.full((own, own), float("-inf")).triu_(1)
-    scores.unflatten(1, (-1, own))[..., start:].add_(future)  # a view: it writes into ``scores``
+    block = k.shape[1] - start
+    future = torch.full((block, block), float("-inf")).triu_(1)
+    # Rows are ordered head by head, so each run of ``block`` rows is the block's queries in order.
+    scores.unflatten(1, (-1, block))[..., start:].add_(future)  # a view: it writes into ``scores``
     return torch.softmax(scores, dim=-1).to(q.dtype)
 
 
@@ -253,7 +256,8 @@ def attend_in_blocks(original: Any) -> Any:
 class CausalAttention(DotProductAttention):  # type: ignore[misc]
     """Causal attention over whole, unpadded sequences.
 
-    Megatron's own class holds every score of every head. ModelOpt knows its subclasses.
+    Megatron's own class stores every score of every head. It is the base class because ModelOpt
+    recognises its subclasses.
     """
 
     def forward(

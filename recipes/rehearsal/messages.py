@@ -2,7 +2,7 @@
 
 Tensors must meet the requirements of NCCL (torch's ``ProcessGroupNCCL.cpp``: ``_allgather_base``,
 ``_reduce_scatter_base``, ``alltoall_base``, ``check_gpu_single_tensor``). Messages between two
-ranks are recorded, for a comparison with the rehearsal of the other rank.
+ranks are recorded. Each rank is rehearsed alone; the records are compared afterwards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MessageError(Exception):
     """A collective that would fail or hang on real ranks."""
 
 
-def stand_in() -> None:
+def install_fake_groups() -> None:
     """Replaces process groups by fake ones of any size, for the rest of the process."""
     distributed.Backend.backend_capability[FAKE].append(NAME)
     apply(PATCHES)
@@ -51,6 +51,7 @@ def _new_group(original: Any, *args: Any, backend: str | None = None, **kwargs: 
 
 
 def _all_gather_object(outputs: list[Any], value: Any, group: object = None) -> None:
+    """Assumes that every rank's object equals this rank's."""
     outputs[:] = [value] * len(outputs)
 
 
@@ -123,7 +124,10 @@ def _require(name: str, fits: bool, what: str) -> None:
 
 def _check_gather_base(name: str, args: Args, size: int) -> None:
     whole, shard = args[:2]
-    what = f"{list(whole.shape)} for {size} ranks with {list(shard.shape)} each"
+    what = (
+        f"the whole tensor is {list(whole.shape)} {whole.dtype}, but must hold {size} shards of "
+        f"{list(shard.shape)} {shard.dtype}"
+    )
     _require(name, whole.numel() == size * shard.numel() and whole.dtype == shard.dtype, what)
 
 
@@ -134,7 +138,10 @@ def _check_scatter_base(name: str, args: Args, size: int) -> None:
 def _check_gather(name: str, args: Args, size: int) -> None:
     for outputs, own in zip(*args[:2], strict=True):
         fits = all(output.shape == own.shape and output.dtype == own.dtype for output in outputs)
-        what = f"{list(own.shape)} into {[list(o.shape) for o in outputs]} of {size} ranks"
+        what = (
+            f"needs {size} outputs of {list(own.shape)} {own.dtype}, got "
+            f"{[list(output.shape) for output in outputs]}"
+        )
         _require(name, fits and len(outputs) == size, what)
 
 
@@ -166,8 +173,9 @@ CHECKS: dict[str, Callable[[str, Args, int], None]] = {
 
 def _separately(collective: Callable[..., Any]) -> Callable[..., Any]:
     def run_each(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any) -> Any:
-        works = [collective(*pair, *args) for pair in zip(outputs, inputs, strict=True)]
-        return works[-1][1]
+        results = [collective(*pair, *args) for pair in zip(outputs, inputs, strict=True)]
+        _, work = results[-1]  # the coalesced operator returns the last work
+        return work
 
     return run_each
 
@@ -184,7 +192,7 @@ COALESCED: dict[str, Callable[..., Any]] = {
 
 
 GROUPS = "groups have ranks that are not here"
-PICKLED = "objects would be pickled into tensors without bytes"
+PICKLED = "objects are pickled into tensors, and fake tensors have no data"
 PATCHES = patches(
     "torch.distributed:",
     ("init_process_group", GROUPS, "b26b016e14cc", wrap(_init_process_group)),

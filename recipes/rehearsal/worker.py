@@ -50,7 +50,7 @@ def prepare() -> Rehearse:
     from recipes.rehearsal import fake_cuda, files, messages
 
     fake_cuda.stand_in()
-    messages.stand_in()
+    messages.install_fake_groups()
     files.stand_in()
     # Only now: some libraries look for a device, or keep references to torch functions, on import.
     from recipes.rehearsal import patches, rank

@@ -40,12 +40,12 @@ LIST_CANDIDATES = "only=[enumerate_shapes] lists them"
 
 
 def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of devices, candidates, tokens and of the trainings."""
+    """Checks devices, the candidates named by ``also``, the tokens, and the first training."""
     if cfg.distill.resources.devices > 1 and cfg.resources.ranks > 1:
         yield Problem(
             rules.SEARCH,
-            f"resources.devices={cfg.resources.devices} and "
-            f"distill.resources.devices={cfg.distill.resources.devices} are both above 1",
+            f"resources has {cfg.resources.ranks} ranks and "
+            f"distill.resources.devices={cfg.distill.resources.devices} is above 1",
             "set one of them to 1",
         )
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
@@ -59,7 +59,8 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
         need = 2 * len(rounds) * rounds[0] * cfg.distill.global_batch_size * cfg.distill.seq_length
         yield Problem(
             rules.SEARCH,
-            f"max_tokens={cfg.max_tokens} is less than two steps for {rounds[0]} candidates",
+            f"max_tokens={cfg.max_tokens} gives a candidate less than two steps: {len(rounds)} "
+            f"rounds share it, and {rounds[0]} candidates share the first",
             f"set it to at least {need}, or use fewer candidates",
         )
     else:
@@ -72,7 +73,8 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
 def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of all trainings, and of the evaluations after each round.
 
-    Every candidate counts as the largest shape within the budget; as the teacher if it is unknown.
+    Every candidate counts as the largest shape within the budget. If the shapes are not known yet,
+    it counts as the teacher.
     """
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
     candidate = next(iter(shapes), chain.teacher)
@@ -102,7 +104,7 @@ def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[st
 
 
 def training_of(cfg: SuccessiveHalvingConfig, rounds: Sequence[int], number: int) -> DistillConfig:
-    """Returns the training of one round; every round has another order of sequences."""
+    """Returns the distillation of one round. Each round has its own order of sequences."""
     steps = cfg.steps(rounds[number], len(rounds))
     settings = {
         "stage": "distill",
@@ -138,7 +140,7 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
             ranked[candidate.name] = replace(
                 candidate, **vars(quality), tokens=candidate.tokens + tokens
             )
-        remaining.sort(key=lambda name: float(getattr(ranked[name], cfg.select_by)))
+        remaining.sort(key=lambda name: _nan_last(float(getattr(ranked[name], cfg.select_by))))
         log.progress("successive_halving", number + 1, len(rounds), leader=remaining[0])
         remaining = remaining[: math.ceil(len(remaining) / 2)]
     winner = ranked[remaining[0]] = replace(ranked[remaining[0]], chosen=True)
@@ -152,8 +154,12 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
     )
 
 
+def _nan_last(score: float) -> tuple[bool, float]:
+    return math.isnan(score), score
+
+
 def recipe(cfg: SuccessiveHalvingConfig, inputs: Inputs, winner: Candidate, method: str) -> str:
-    """Returns a recipe of the winner; in ``conf/recipe/NAME.yaml`` it runs as ``recipe=NAME``."""
+    """Returns the YAML of a recipe that prunes to the winner and distils it."""
     teacher = inputs["checkpoint"].manifest
     shape, sizes = teacher.architecture or {}, axes_of(winner.shape)
     changed = {axis: size for axis, size in sizes.items() if size != shape[axis]}
