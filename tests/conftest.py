@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ LONGEST = (
 def pytest_configure() -> None:
     """Lets tests import Megatron, as stages do."""
     prepare_imports()
+    del sys.modules["wandb"]  # which tests of trackers import
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

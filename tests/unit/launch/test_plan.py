@@ -106,14 +106,14 @@ def test_one_name_is_accepted_as_a_list(plan: MakePlan, name: str) -> None:
 
 def test_only_needs_complete_inputs(plan: MakePlan, complete: Complete) -> None:
     message = refusal(plan, "only=[prune]")
-    for words in ("leaves out import_hf", "not run yet", "add import_hf to only"):
+    for words in ("excludes import_hf", "not run yet", "add import_hf to only"):
         assert words in message
     complete(plan(), "import_hf", "prepare_data", "score")
     planned = plan("only=[prune]", "stages.prune.target_hidden_size=448")
     assert [(stage.name, stage.action) for stage in planned.stages] == [("prune", "run")]
     complete(plan())
     message = refusal(plan, "only=[distill]", "stages.prune.target_hidden_size=448")
-    assert "leaves out prune" in message
+    assert "excludes prune" in message
     assert "target_hidden_size 512 → 448" in message
 
 

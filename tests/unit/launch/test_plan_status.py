@@ -136,12 +136,12 @@ def test_changed_source_files_are_the_reason(
     assert todo(plan(*words)) == {}
     file.write_text("two " * 1000)
     reasons = todo(plan(*words))
-    assert reasons["prepare_data"] == "source files changed"
+    assert reasons["prepare_data"] == "files from outside the run changed"
     assert reasons["score"] == "input calibration changed"
     assert "import_hf" not in reasons
     (hf_folder / "LICENSE").write_text("another")
     assert list(todo(plan(*words))) == STAGES[1:]
-    assert todo(plan(*words))["import_hf"] == "source files changed"
+    assert todo(plan(*words))["import_hf"] == "files from outside the run changed"
 
 
 @pytest.mark.usefixtures("run")

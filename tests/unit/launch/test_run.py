@@ -80,7 +80,7 @@ def test_config_can_be_shown(launch: Launch, tmp_path: Path) -> None:
             [RECIPE, "stages.prune.target_hidden_size=640", "data.sources=[no.txt]"],
             ["larger than the teacher's 576", "[prune-target]", "no file 'no.txt'", "fix:"],
         ),
-        ([RECIPE, "only=[prune]"], ["leaves out import_hf"]),
+        ([RECIPE, "only=[prune]"], ["excludes import_hf"]),
         (
             [RECIPE, "stages.distill.resources.nodes=2", "stages.distill.global_batch_size=8"],
             ["cluster=local is one machine"],
@@ -174,7 +174,7 @@ def test_status_shows_the_last_plan_only(
     complete(plan())
     assert launch(*WORDS, "dry_run=true", "stages.distill.lr=2e-4").returncode == 0
     shown = launch("status", f"run_dir={run}").stdout
-    assert shown.count("its result has other settings, inputs or code") == 4
+    assert shown.count("its result is from other settings, inputs or code") == 4
     assert launch(*WORDS).returncode == 0  # which starts nothing
     assert states() == dict.fromkeys(STAGES, "complete")
     begin_work(run / "export_gguf", begun(read_request(run / "export_gguf")))

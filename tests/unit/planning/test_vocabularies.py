@@ -11,6 +11,7 @@ import pytest
 from nemo_convert.hf_config import read_architecture
 from nemo_convert.smollm2 import HF_CONFIG
 from recipes.core.errors import RecipeError
+from recipes.planning.rules import RULES
 from tests.support.manifests import edit_manifest
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ def test_different_tokenizers_are_refused(
     inputs = f"{D}inputs.teacher={other}/import_hf", f"{D}inputs.data={other}/prepare_data"
     plan(*inputs)
     edit_manifest(other / "prepare_data", tokenizer_sha256="another")
-    with pytest.raises(RecipeError, match=r"different tokenizers: teacher t, data another"):
+    with pytest.raises(RecipeError, match=r"different tokenizers: teacher t, data another") as e:
         plan(*inputs)
+    assert RULES["tokenizer"].reference in str(e.value)
 
 
 def test_vocabularies_of_different_padding_are_refused(
