@@ -55,7 +55,7 @@ def _check(arguments: argparse.Namespace) -> None:
     for finding in findings:
         print(finding)
     if any(finding.is_error for finding in findings):
-        raise RecipeError(f"{arguments.source} cannot be converted as it is.", "see above")
+        raise RecipeError(f"{arguments.source} cannot be converted.", "correct the errors above")
     print(f"{arguments.source} can be converted.")
 
 

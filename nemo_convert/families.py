@@ -90,6 +90,16 @@ class Family:
             for numbers in product(*map(range, counts.values())):
                 yield weight, dict(zip(counts, numbers, strict=True))
 
+    def hf_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of a model's Hugging Face weights by name."""
+        return {
+            name: shape
+            for weight, numbers in self.weights_of(architecture)
+            for name, shape in zip(
+                weight.hf_names(numbers), weight.hf_shapes(architecture), strict=True
+            )
+        }
+
     def rows(self, architecture: Architecture) -> dict[str, tuple[Weight, dict[str, int]]]:
         """Returns every weight of a shape, with its layer and expert, by Megatron name."""
         weights = self.weights_of(architecture)

@@ -13,7 +13,8 @@ from recipes.core.errors import RecipeError
 
 SUPPORTED = tuple(FAMILIES)
 """Hugging Face architectures that can be converted."""
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Types of weights that can be converted, as safetensors and as PyTorch spell them."""
 DEFAULT_ROPE = {"rope_type": "default"}
 DEFAULT_ROPE_THETA, DEFAULT_RMS_NORM_EPS = 10_000.0, 1e-6
 """transformers' defaults of ``rope_theta`` and ``rms_norm_eps``, which all families share."""
@@ -65,7 +66,7 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"remove the wrong one of {key} and of {', '.join(TRANSFORMERS_5)}",
             )
     dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
-    if dtype in DTYPES:
+    if dtype in DTYPES.values():
         renamed["torch_dtype"] = dtype
     if (
         config.get("model_type") is None

@@ -26,6 +26,8 @@ TOKENIZER_FILES = (
 )
 SIDE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "LICENSE*", "README.md")
 """Files of a model other than weights, which every conversion copies."""
+ADAPTER = "adapter_config.json"
+"""Where it is, transformers loads an adapter on another model."""
 HUB_SECONDS = 2.0
 """Seconds that ``is_config_available`` waits for the hub."""
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
@@ -84,7 +86,7 @@ def side_folder(hf_path: str) -> Path:
     """
     if not is_hub_id(hf_path):
         return Path(hf_path)
-    return _download(hf_path, [*SIDE_FILES, INDEX_FILE, "adapter_config.json"])
+    return _download(hf_path, [*SIDE_FILES, INDEX_FILE, ADAPTER])
 
 
 def cached_model(hf_path: str) -> Path | None:
@@ -135,13 +137,13 @@ def is_config_available(hf_path: str) -> bool:
 
     The hub's own client would try for half a minute.
     """
-    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers
 
     model = hub_model(hf_path)
     if isinstance(try_to_load_from_cache(filename="config.json", **model), str):
         return True
-    if constants.HF_HUB_OFFLINE:
+    if is_offline():
         return False
     url = hf_hub_url(filename="config.json", **model)
     request = urllib.request.Request(url, headers=build_hf_headers(), method="HEAD")

@@ -357,7 +357,7 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
         context = TrainerContext(model=model, trainer=trainer, extra={})
         shutil.rmtree(checkpoint / CONTEXT, ignore_errors=True)
         context.io_dump(checkpoint / CONTEXT, yaml_attrs=["model"])
-        copy_side_files(side, side_folder(checkpoint))
+        copy_side_files(side, side_folder(checkpoint))  # adds the directory of chat templates
 
 
 @contextmanager

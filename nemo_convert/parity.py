@@ -115,9 +115,9 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(checkpoint), trust_remote_code=False)
     tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :TOKENS]
     last = min(LAST_POSITION, read_architecture(config, str(hf_folder)).max_position_embeddings - 1)
-    positions = spread_positions(tokens.shape[1], last)
+    positions, weights = spread_positions(tokens.shape[1], last), Weights(hf_folder)
     with torch.no_grad():
-        expected = reference_logits(config, Weights(hf_folder).read, tokens, positions)
+        expected = reference_logits(config, weights.read, tokens, positions)
         transformers = load_causal_lm(hf_folder)(
             tokens,
             # Without a mask, transformers takes each jump of the positions for a new document.
@@ -130,7 +130,7 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
         transformers_difference=(expected - transformers).abs().max().item(),
         logit_spread=expected.std().item(),
         tokens=tokens.numel(),
-        different_weight=different_weight(hf_folder, checkpoint),
+        different_weight=different_weight(weights, checkpoint),
     )
 
 
@@ -189,11 +189,15 @@ def _rope_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def different_weight(hf_folder: Path, checkpoint: Path) -> str | None:
-    """Returns the first weight that is missing on one side or has different values, if any."""
+def different_weight(source: Weights, checkpoint: Path) -> str | None:
+    """Returns the first weight that is missing on one side or has different values, if any.
+
+    Args:
+        source: Weights of the Hugging Face folder.
+        checkpoint: NeMo checkpoint directory.
+    """
     import torch
 
-    source = Weights(hf_folder)
     names = source.names()
     for name, tensor in hf_weights(checkpoint):
         if name not in names:

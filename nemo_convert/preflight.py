@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from nemo_convert.headers import (
     same_bytes,
     weight_files,
 )
-from nemo_convert.hf_config import read_architecture
+from nemo_convert.hf_config import DTYPES, read_architecture
 from nemo_convert.hub import (
+    ADAPTER,
     INDEX_FILE,
     WEIGHTS_FILE,
     cached_model,
@@ -34,9 +35,6 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Types of weights that can be converted, as safetensors and as PyTorch spell them."""
-ADAPTER = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
 MAX_NAMED = 3
 """A message names at most this many weights, and says how many more there are."""
@@ -133,12 +131,7 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
 
 def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Iterator[Finding]:
     """Compares names and shapes with those that follow from the config."""
-    family = FAMILIES[shape.hf_architecture]
-    expected = {
-        name: size
-        for weight, numbers in family.weights_of(shape)
-        for name, size in zip(weight.hf_names(numbers), weight.hf_shapes(shape), strict=True)
-    }
+    expected = FAMILIES[shape.hf_architecture].hf_shapes(shape)
     missing = expected.keys() - headers.keys()
     if missing == {HEAD}:
         yield Finding(
@@ -235,7 +228,7 @@ def _tokenizer_findings(folder: Path, hf_path: str, shape: Architecture) -> Iter
         )
 
 
-def _named(names: Iterator[str] | set[str] | list[str]) -> str:
+def _named(names: Iterable[str]) -> str:
     """Returns a few names, and the number of the others."""
     ordered = sorted(names)
     others = len(ordered) - MAX_NAMED

@@ -12,7 +12,7 @@ from recipes.core.files import read_json, write_json
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SENTENCEPIECE = "tokenizer.model"
 GENERIC = "PreTrainedTokenizerFast"
-"""Class that reads ``tokenizer.json`` and adds nothing of its own, in both versions."""
+"""Class that uses ``tokenizer.json`` unchanged, in both versions."""
 CLASSES = {
     "CodeLlamaTokenizer",
     "GPT2Tokenizer",

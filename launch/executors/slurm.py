@@ -176,8 +176,8 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         env=env,
         image=image,
         mounts=container.mounts_of(stage, cluster) if image else [],
-        # The image's own values of variables win, except for variables that are named here. Enroot
-        # would set an address of its own.
+        # The image's own values of variables win, except for variables that are named here.
+        # Without their names, Enroot would replace the address and port of the first node.
         container_env=[*env, "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT"],
         home=container.home(stage),
         python=shlex.quote(cluster.python or ("python" if image else sys.executable)),

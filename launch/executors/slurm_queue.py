@@ -87,8 +87,11 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
     """Returns the jobs of a run that run or wait, by stage."""
     jobs = read_jobs(run_dir)
     states = job_states(jobs.values())
-    found = {name: (job, states[job.id]) for name, job in jobs.items() if job.id in states}
-    return {name: (job, state) for name, (job, state) in found.items() if state.active}
+    return {
+        name: (job, state)
+        for name, job in jobs.items()
+        if (state := states.get(job.id)) is not None and state.active
+    }
 
 
 def cancel_jobs(jobs: Iterable[SlurmJob]) -> None:

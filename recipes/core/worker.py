@@ -151,7 +151,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
 
 
 def _checked(ref: InputRef) -> Input:
-    """Returns an input that has not changed since the plan; only rank 0 reads every byte."""
+    """Checks that an input has not changed since the plan; only rank 0 reads every byte."""
     manifest = check_artifact(ref.directory, ref.kind, rehash=rank() == 0)
     if manifest.fingerprint != ref.fingerprint:
         raise RecipeError(f"{ref.directory} changed after this stage was planned.", "run again")

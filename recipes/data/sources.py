@@ -240,7 +240,7 @@ def origin_of(text: str) -> Origin:
     """Returns a source's licence and, from the hub, its current commit.
 
     Raises:
-        RecipeError: The hub has no such dataset or cannot be reached.
+        RecipeError: The hub does not have the dataset, or cannot be reached.
     """
     source = parse_source(text)
     if source.hub is None or Path(source.hub.name).exists():

@@ -199,7 +199,7 @@ class HiddenLoss(_Loss):
         """Computes the loss per token [b, s], float32, of hidden states [s, b, h] of any type.
 
         With sequence parallelism s is this rank's part. Megatron's TransformerLayer returns
-        (hidden states, context), of which the first is used. The teacher gets no gradient.
+        (hidden states, context); the context is ignored. The teacher gets no gradient.
         """
         ours = student[0] if isinstance(student, tuple) else student
         theirs = teacher[0] if isinstance(teacher, tuple) else teacher

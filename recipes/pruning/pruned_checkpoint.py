@@ -65,16 +65,13 @@ class NamedWeights:
 
 
 def _require_shapes(weights: dict[str, torch.Tensor], shape: Architecture) -> None:
-    family = FAMILIES[shape.hf_architecture]
-    for weight, numbers in family.weights_of(shape):
-        for name, size in zip(weight.hf_names(numbers), weight.hf_shapes(shape), strict=True):
-            actual = tuple(weights[name].shape) if name in weights else None
-            if actual != size:
-                raise RecipeError(
-                    f"pruned weight {name} is {actual} but the config says {size}.",
-                    "convert the teacher again; its weights are not of its config: "
-                    "force=[import_hf]",
-                )
+    for name, size in FAMILIES[shape.hf_architecture].hf_shapes(shape).items():
+        actual = tuple(weights[name].shape) if name in weights else None
+        if actual != size:
+            raise RecipeError(
+                f"pruned weight {name} is {actual} but the config says {size}.",
+                "convert the teacher again; its weights are not of its config: force=[import_hf]",
+            )
 
 
 def prune_weights(teacher: Path, kept: KeptIndices, head_size: int) -> dict[str, torch.Tensor]:

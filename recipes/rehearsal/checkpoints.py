@@ -59,7 +59,7 @@ class _Saved:
 _saved: dict[Path, _Saved] = {}
 
 
-def stand_in() -> None:
+def install() -> None:
     """Replaces reading and writing for the rest of the process."""
     apply(PATCHES)
 

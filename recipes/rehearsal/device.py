@@ -70,7 +70,7 @@ def _tensor(func: Any, data: Any, *args: Any, device: Any = None, **kwargs: Any)
 
 
 def _copy(func: object, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    """Copies a tensor without its Python attributes, some of which cannot be copied."""
+    """Copies a tensor but not its Python attributes, since some cannot be copied."""
     copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)
     memo[id(tensor)] = copy
     return copy

@@ -18,7 +18,7 @@ from recipes.backend.patches import Patch, apply, constant, value
 
 NAME = "fakecuda"
 DEVICE = torch.device("privateuseone:0")
-"""Has the name ``NAME`` after ``stand_in``."""
+"""Has the name ``NAME`` after ``install``."""
 CAPABILITY = (9, 0)
 MEMORY_BYTES = 80 << 30
 PROPERTIES = SimpleNamespace(
@@ -34,7 +34,7 @@ RNG_STATE = torch.zeros(8, dtype=torch.uint8)
 TYPES = {torch.bfloat16: "torch.cuda.BFloat16Tensor", torch.float32: "torch.cuda.FloatTensor"}
 
 
-def stand_in() -> None:
+def install() -> None:
     """Gives this process GPUs for good, before anything else of the stack is imported.
 
     Raises:

@@ -48,7 +48,7 @@ class _RealFile:
         return _RealFile(self._file.get_slice(name))
 
 
-def stand_in() -> None:
+def install() -> None:
     """Replaces reading and writing for the rest of the process.
 
     Must run before modules that import the functions by name.

@@ -30,7 +30,7 @@ class MessageError(Exception):
     """A collective that would fail or hang on real ranks."""
 
 
-def install_fake_groups() -> None:
+def install() -> None:
     """Replaces process groups by fake ones of any size, for the rest of the process."""
     distributed.Backend.backend_capability[FAKE].append(NAME)
     apply(PATCHES)

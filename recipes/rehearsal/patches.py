@@ -1,6 +1,6 @@
 """Replaces library functions that need values, other ranks, or TransformerEngine.
 
-A process that has called ``stand_in`` can only rehearse.
+A process that has called ``install`` can only rehearse.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from recipes.distillation import vocabulary
 from recipes.rehearsal import checkpoints, fake_cuda
 
 
-def stand_in() -> None:
+def install() -> None:
     """Replaces all of them for the rest of the process.
 
     Raises:
         RecipeError: A library is not the version that the patches were written for.
     """
-    checkpoints.stand_in()
+    checkpoints.install()
     vocabulary.CHUNK_BYTES[fake_cuda.NAME] = vocabulary.CHUNK_BYTES["cuda"]
     apply(PATCHES)
 

@@ -49,13 +49,13 @@ def prepare() -> Rehearse:
     """Replaces the device, and imports what stages need; the process can then only rehearse."""
     from recipes.rehearsal import fake_cuda, files, messages
 
-    fake_cuda.stand_in()
-    messages.install_fake_groups()
-    files.stand_in()
+    fake_cuda.install()
+    messages.install()
+    files.install()
     # Only now: some libraries look for a device, or keep references to torch functions, on import.
     from recipes.rehearsal import patches, rank
 
-    patches.stand_in()
+    patches.install()
     for name in PRELOADED:
         importlib.import_module(name)
     gc.freeze()  # the garbage collector of each rank then skips what was imported

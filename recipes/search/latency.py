@@ -67,7 +67,7 @@ def fit(shapes: Sequence[Architecture], steps: Sequence[float], service: Service
     """Fits the line by least squares of the relative errors, with coefficients of at least 0.
 
     Args:
-        shapes: Timed shapes, at least two of which differ in size.
+        shapes: Timed shapes of at least two sizes.
         steps: Milliseconds of a decoding step of each.
         service: How the steps were served.
 

@@ -41,7 +41,7 @@ def load_teacher(original: Any) -> Any:
 def main(job: RankJob) -> dict[str, Any]:
     """Trains, and returns peak memory and speed."""
     os.environ.update(environment(job))
-    checkpoints.stand_in()
+    checkpoints.install()
     setattr(model, "_load_teacher", load_teacher(model._load_teacher))
     setattr(model, "require_better_than_chance", lambda *args: None)
     # Where the checkpoint would be in float32, main weights would be read from it: from nothing.

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 SLURM = ("cluster=slurm", "hardware=h100")
 
 
-@pytest.mark.usefixtures("large_disk")
-def test_a_search_gets_the_devices_of_its_trainings(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def without_hub(large_disk: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets large recipes be planned from the bundled configs."""
     monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
+
+
+@pytest.mark.usefixtures("without_hub")
+def test_a_search_gets_the_devices_of_its_trainings(plan: MakePlan) -> None:
     search = plan(*SLURM, recipe="recipe=qwen3_8b_search")
     cluster = slurm.SlurmConfig(cpus_per_task=64)
     text = slurm.job_script(stage_named(search, "successive_halving"), cluster)
@@ -35,11 +38,8 @@ def test_a_search_gets_the_devices_of_its_trainings(
     assert "CUDA_DEVICE_MAX_CONNECTIONS=1\n" in text
 
 
-@pytest.mark.usefixtures("large_disk")
-def test_sbatch_and_srun_request_the_same_cpus(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
+@pytest.mark.usefixtures("without_hub")
+def test_sbatch_and_srun_request_the_same_cpus(plan: MakePlan) -> None:
     large = plan(*SLURM, recipe="recipe=qwen3_8b_depth")
     cluster = slurm.SlurmConfig(cpus_per_task=64)
     for name, cpus in (("prepare_data", "16"), ("prune", "64")):
