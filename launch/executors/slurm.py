@@ -75,7 +75,7 @@ class SlurmConfig(container.Containers):
     """How jobs request GPUs: ``gpus-per-node`` or ``gres``. ``null`` requests none, for nodes that
     are allocated whole or have no GPUs."""
     cpus_per_task: Count | None = None
-    """CPUs of all processes of a node together."""
+    """CPUs of all processes of a stage on a node; not requested where jobs take whole nodes."""
     exclusive: bool | None = None
     """Whether jobs take whole nodes with all of their memory; by default only jobs of several ranks
     do."""

@@ -20,7 +20,7 @@ class RecipeError(Exception):
 
     def __reduce__(self) -> tuple[type[RecipeError], tuple[str, str]]:
         """Makes the error survive pickling, by which it crosses processes and threads."""
-        return RecipeError, (self.what, self.fix)
+        return type(self), (self.what, self.fix)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
