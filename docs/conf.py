@@ -1,6 +1,6 @@
-"""How Sphinx makes a site of the repository's Markdown: ``make docs``.
+"""Settings of ``make docs``, which builds a site of the Markdown files with Sphinx.
 
-Its source is the repository, not this folder, so that a link works here as in a repository browser.
+The source folder is the repository, so that links work on the site and in a repository browser.
 """
 
 project = "NeMo recipes"

@@ -87,7 +87,7 @@ def test_the_layers_in_the_text_are_those_of_the_linter() -> None:
     with (REPO_ROOT / "pyproject.toml").open("rb") as file:
         contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
     layers = [line.replace("recipes.", "").replace(" | ", ", ") for line in contracts[0]["layers"]]
-    [picture] = [block.text for block in blocks("Rooms") if block.language == "text"]
+    [picture] = [block.text for block in blocks("Packages and layers") if block.language == "text"]
     assert [line.split("  ")[0] for line in picture.splitlines()] == layers
     package = (REPO_ROOT / "recipes" / "__init__.py").read_text()
     assert [line.strip() for line in re.findall(r"^    (.+)$", package, re.M)] == layers
