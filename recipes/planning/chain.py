@@ -1,4 +1,4 @@
-"""The whole chain before anything runs, as the ``check`` of a stage sees it. Torch-free."""
+"""Describes a whole chain before it runs, for the ``check`` of each stage. Torch-free."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ They are the fields of each public ``config.json`` that a plan needs. Tests comp
 published numbers of parameters.
 """
 TOKENIZER_INPUTS = ("tokenizer", "checkpoint", "student", "teacher")
-"""Inputs whose tokenizer a stage takes over, in order of precedence."""
+"""Inputs that a stage copies its tokenizer from, in order of precedence."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,22 @@ class Chain:
     run_dir: Path | None = None
     """Directory with the results of an earlier run of this chain."""
     runs_here: bool = False
-    """Whether its stages are processes of this machine, in this environment."""
+    """Whether its stages run on this machine, outside of containers."""
     images: Mapping[str, str | None] = field(default_factory=dict)
-    """Image by stage module, ``default`` for all others."""
+    """Container image by stage module; ``default`` for all others."""
     time_limit: str = ""
     """Time limit of a job, in Slurm's format; none by default."""
     from_published_config: bool = False
     """Whether the teacher's shape is the bundled one, because config.json cannot be read."""
     shapes: Mapping[str, Sequence[Architecture]] = field(default_factory=dict)
-    """Shapes that the model of each stage may have, the largest first. Empty for a search that
+    """By stage, the shapes that its model may have, the largest first. Empty for a search that
     measures before it lists them."""
     workloads: Mapping[str, Workload] = field(default_factory=dict)
-    """Each training and each teacher's pass over a text, by stage, once all checks have passed."""
+    """By stage, each training and each teacher's pass over a text. Empty until all checks have
+    passed."""
     inference_costs: Mapping[str, InferenceCost] = field(default_factory=dict)
-    """Cost of each other stage that runs models, once all checks have passed."""
+    """By stage, the cost of each other stage that runs models. Empty until all checks have
+    passed."""
 
     def image_of(self, module: str) -> str | None:
         """Returns the image that a stage module runs in; ``None`` outside of containers."""
@@ -75,7 +77,7 @@ class Chain:
 
 
 def sequence_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
-    """Checks a sequence's length against the teacher's positions, and against conversations."""
+    """Checks a sequence length against the teacher's positions, and against data of chats."""
     limit = chain.teacher.max_position_embeddings
     if not 1 <= seq_length <= limit:
         yield Problem(
@@ -89,21 +91,21 @@ def sequence_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
         if config.seq_length != seq_length:
             yield Problem(
                 rules.CHAT,
-                f"seq_length={seq_length}, but {name} keeps conversations whole in sequences of "
-                f"{config.seq_length}",
-                "set data.seq_length, which all stages take",
+                f"seq_length={seq_length}, but {name} packs whole conversations into sequences of "
+                f"{config.seq_length} tokens",
+                "set data.seq_length, which applies to all stages",
             )
 
 
 def read_chain(hf_path: str, stages: Mapping[str, StageConfig]) -> Chain:
-    """Reads the teacher's shape from its ``config.json``; refuses an unusable one."""
+    """Returns a chain with the teacher's shape from its ``config.json``; refuses an invalid one."""
     config, published = read_config_or_published(hf_path)
     shape = read_architecture(config, hf_path)
     return Chain(hf_path, shape, stages, from_published_config=published)
 
 
 def read_config_or_published(hf_path: str) -> tuple[dict[str, Any], bool]:
-    """Reads a model's ``config.json``; without a hub, uses the bundled copy of a shipped recipe.
+    """Reads a model's ``config.json``, or its bundled copy if the hub cannot be reached.
 
     Returns:
         The config, and whether it is the bundled copy.
@@ -117,9 +119,8 @@ def read_config_or_published(hf_path: str) -> tuple[dict[str, Any], bool]:
 def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
     """Compares tokenizers and vocabularies of a stage's inputs.
 
-    Tokenizers are compared as far as their files are on this machine.
-
-    The stage itself compares the others when it starts.
+    The plan compares tokenizers whose files are on this machine. The stage compares all of them
+    when it starts.
     """
     sources = ((name, tokenizer_of(source, chain)) for name, source in cfg.inputs.items())
     hashes = {name: sha for name, sha in sources if sha is not None}
@@ -128,7 +129,7 @@ def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
         yield Problem(
             rules.TOKENIZER,
             f"the inputs of {cfg.stage} have different tokenizers: {listed}",
-            "use models of one vocabulary, and data tokenized with it",
+            "use models with the same tokenizer, and data that was tokenized with it",
         )
     sizes = {
         name: chain.shape_of(cfg.inputs[name]).vocab_size
@@ -153,8 +154,8 @@ def tokenizer_of(source: str, chain: Chain) -> str | None:
         return manifest.tokenizer_sha256 if manifest else None
     if "hf_path" in vars(config):
         folder = Path(vars(config)["hf_path"])
-        known = folder.is_dir() and not needs_conversion(folder)  # import_hf would change it
-        return tokenizer_sha256(folder) if known else None
+        final = folder.is_dir() and not needs_conversion(folder)  # import_hf converts some files
+        return tokenizer_sha256(folder) if final else None
     upstream = next(
         (config.inputs[name] for name in TOKENIZER_INPUTS if name in config.inputs), None
     )

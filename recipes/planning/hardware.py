@@ -17,9 +17,9 @@ CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Linux's names for bfloat16 GEMMs of x86 and Arm processors."""
 ATTENTION_RATE = 0.6
-"""FLOP/s of blocked attention on a CPU, over those of a float32 linear layer."""
+"""FLOP/s of blocked attention on a CPU, divided by those of a float32 linear layer."""
 LAYER_PASS_SECONDS = 4.5e-3
-"""Time to start the operations of a layer's pass on a CPU, which its threads do not share."""
+"""Time to start the operations of a pass through a layer on a CPU. More threads do not lower it."""
 CPU_PROFILES: dict[bool, dict[str, Any]] = {
     True: {
         "precision": "bf16-mixed",
@@ -34,17 +34,17 @@ CPU_PROFILES: dict[bool, dict[str, Any]] = {
         "bytes_per_second": 2.5e10,
     },
 }
-"""Two cores of an AMD EPYC, by whether they have bfloat16 GEMMs or emulate them."""
+"""Rates of two cores of an AMD EPYC: with bfloat16 GEMMs, and where they are emulated."""
 UNKNOWN_CPU: dict[str, Any] = CPU_PROFILES[True] | {"precision": "32"}
-"""For nodes that are not known here: a precision that every CPU trains in."""
+"""For other machines, such as a cluster's nodes: every CPU trains in float32."""
 
 
 @dataclass
 class Hardware:
-    """One device of a machine. The defaults are those of ``conf/hardware/cpu.yaml``."""
+    """A hardware profile. The defaults are those of ``conf/hardware/cpu.yaml``."""
 
     name: str = "cpu"
-    """For tables."""
+    """Name of the profile in tables and messages."""
     kind: Annotated[str, one_of("cpu", "gpu")] = "cpu"
     """``gpu``: each rank has a device. ``cpu``: the ranks of a node share its memory and FLOP/s."""
     flops_per_second: Rate = 4.0e11
@@ -84,12 +84,12 @@ class Hardware:
         return self.kind == "gpu"
 
     def memory_of_rank(self, ranks_on_node: int) -> float:
-        """Bytes that one of the ranks on a node may use."""
+        """Returns the bytes of memory that one of the ranks on a node may use."""
         memory = physical_memory() if self.memory_bytes is None else self.memory_bytes
         return memory if self.on_gpu else memory / ranks_on_node
 
     def compute_seconds(self, compute: Compute, bf16: bool, ranks_on_node: int = 1) -> float:
-        """Time that one of the ranks on a node takes, in bfloat16 or in float32."""
+        """Returns the seconds that one of the ranks on a node takes, in bfloat16 or in float32."""
         rate = self.utilisation * (self.flops_per_second if bf16 else self.float32_flops_per_second)
         if self.bandwidth_fraction is None:
             seconds = compute.flops / rate
@@ -103,7 +103,7 @@ class Hardware:
 
 
 def physical_memory() -> int:
-    """Bytes of memory of this machine, or of the container that this process is in."""
+    """Returns the bytes of memory of this machine, or of the container around this process."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
@@ -114,7 +114,7 @@ def cpu_profile(name: str, here: bool = True) -> Any:
     """Returns the ``precision`` or a rate of this machine's type of processor.
 
     A processor without bfloat16 GEMMs emulates them a hundred times as slowly, so it trains in
-    float32. So do other machines (``here=False``), whose processors are unknown.
+    float32. Another machine (``here=False``) also trains in float32: its processor is unknown.
     """
     if not here:
         return UNKNOWN_CPU[name]
@@ -127,5 +127,5 @@ def cpuinfo() -> str:
 
 
 def gpus_here() -> int:
-    """Returns the number of GPUs that NVIDIA's driver knows of on this machine."""
+    """Returns the number of this machine's GPUs, according to NVIDIA's driver."""
     return len(list(DRIVER.iterdir())) if DRIVER.is_dir() else 0

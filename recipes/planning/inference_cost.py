@@ -1,11 +1,11 @@
-"""Cost of forward passes: memory of a rank and time of stages that do not train, and serving.
+"""Cost of forward passes: memory and time of stages that do not train, and of serving.
 
 - A forward pass holds one layer's activations. Logits exist for a few positions at a time and come
   from a float32 copy of the head (``recipes.evaluation.predictions``).
-- Importance scores keep the input of every layer. ModelOpt's hooks hold the feed-forward
-  activations in float32, and their absolute values (``modelopt``'s ``mcore_minitron.py``). Of
-  experts they hold the outputs, while Megatron holds the routed inputs twice.
-- Serving is bounded by the roofline model (Williams et al. 2009).
+- Importance scores keep the input of every layer. ModelOpt's hooks (``mcore_minitron.py``) hold the
+  feed-forward activations and their absolute values, in float32. For an MoE, the hooks hold the
+  outputs of experts, and Megatron holds two copies of their inputs.
+- The roofline model bounds the speed of serving (Williams et al. 2009).
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ from recipes.planning.transformer import (
 from recipes.planning.workload import Layout
 
 COMPARISON_BUFFERS, LOSS_BUFFERS = 4, 2
-"""Tensors of ``LOGITS_BYTES`` at once: where two models are compared, and in one model's loss."""
+"""Tensors of ``LOGITS_BYTES`` that are alive at once: in a comparison of two models, and in one
+model's loss."""
 PARITY_TOKENS = 128
-"""Tokens that a conversion is verified on (``nemo_convert.parity``)."""
+"""Tokens that verify a conversion (``nemo_convert.parity``)."""
 SCORED_FRACTION = 0.24
 """Fraction of a benchmark's tokens that are scored; the mean of four benchmarks."""
 BENCHMARK_BUFFERS = 3
-"""Tensors of the logits' size at once: logits, log-probabilities, and a temporary one."""
+"""Tensors of the logits' size that are alive at once: logits, log-probabilities, a temporary."""
 HEALING_BUFFERS = 5
-"""Tensors of the teacher's feed-forward width at once while a layer is healed."""
-ABLATED_PASS = 0.6
-"""Fraction of a forward pass that is computed again if a layer is left out."""
+"""Tensors of the teacher's feed-forward width that are alive at once while a layer is healed."""
+ABLATED_FRACTION = 0.6
+"""Mean fraction of a forward pass that must be recomputed when a layer is removed."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,20 @@ class InferenceCost:
     """Cost of a stage that does not train."""
 
     memory: Memory
-    """Memory of its fullest rank."""
+    """Memory of the fullest rank."""
     compute: Compute
-    """Work of one device, since the ranks of a pipeline compute in turn."""
+    """Work of all ranks together: the ranks of a pipeline compute one after the other."""
     bf16: bool
-    """Whether it computes in bfloat16; else in float32."""
+    """Whether models compute in bfloat16; else in float32."""
 
     def hours(self, hardware: Hardware) -> float:
-        """Time on a hardware profile."""
+        """Returns the time on a hardware profile."""
         return hardware.compute_seconds(self.compute, self.bf16) / 3600
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """The text that models pass over."""
+    """The text of forward passes."""
 
     number: float
     seq_length: int
@@ -99,9 +100,12 @@ class Sequences:
 def comparison_cost(
     models: Sequence[Architecture], bf16: bool, text: Sequences, hardware: Hardware
 ) -> InferenceCost:
-    """Costs models that pass over a text in turn and are then compared with the first of them."""
+    """Returns the cost of running models one after the other and comparing them with the first.
+
+    The last hidden states and the head of each model stay in memory until the comparison.
+    """
     size, reserved, peaks = _bytes(bf16), hardware.reserved_bytes, []
-    heads = states = 0.0  # of earlier models; last hidden states, which a GPU does not hold
+    heads = states = 0.0
     for arch in models:
         states += _state_bytes(arch, size, text, hardware)
         activations = inference_activation_bytes(arch, size, text.micro_batch_tokens)
@@ -121,7 +125,10 @@ def comparison_cost(
 def ranking_cost(
     teacher: Architecture, bf16: bool, text: Sequences, hardware: Hardware
 ) -> InferenceCost:
-    """Costs candidates that are views of the teacher's weights and are compared with it."""
+    """Returns the cost of a comparison of the teacher with one candidate.
+
+    The candidate takes no memory, because its weights are views of the teacher's.
+    """
     size = _bytes(bf16)
     states = 2 * _state_bytes(teacher, size, text, hardware)
     held = Memory(
@@ -140,10 +147,10 @@ def ranking_cost(
 def healing_cost(
     teacher: Architecture, student: Architecture, text: Sequences, hardware: Hardware
 ) -> InferenceCost:
-    """Costs the healing of a student, a layer of both models at a time, in float32.
+    """Returns the cost of healing a student in float32, one layer of both models at a time.
 
-    It holds the residual streams and normed inputs of both models, and the inputs of the student's
-    last projection, for all of the text. A CPU also holds both stored models.
+    For all of the text, memory holds the residual streams and normed inputs of both models, and the
+    inputs of the student's last projection. A CPU's memory also holds both models in bfloat16.
     """
     models = (teacher, student)
     streams = sum(2 * arch.hidden_size for arch in models) + feed_forward_width(student)
@@ -168,9 +175,15 @@ def scoring_cost(
     pipeline: int = 1,
     ablated: float = 0,
 ) -> InferenceCost:
-    """Costs the importance scores of a model that is split over ``pipeline`` ranks.
+    """Returns the cost of the importance scores of a model.
 
-    ``ablated`` counts the sequences that pass again, each without a layer or a block.
+    Args:
+        arch: The model.
+        bf16: Whether it computes in bfloat16.
+        text: The calibration text.
+        hardware: Where it runs.
+        pipeline: Pipeline stages, each on one rank.
+        ablated: Forward passes of one sequence with a layer or a block removed.
     """
     size, tokens = _bytes(bf16), text.micro_batch_tokens
     layout = Layout(devices=pipeline, pipeline=pipeline)
@@ -191,16 +204,16 @@ def scoring_cost(
         replace(held, activations=states + max(layer, hooked)),
         replace(held, logits=_logits_bytes(arch, tokens, LOSS_BUFFERS)),
     )
-    again = replace(text, number=ABLATED_PASS * ablated)
-    return InferenceCost(memory, text.compute(arch, bf16) + again.compute(arch, bf16), bf16)
+    repeated = replace(text, number=ABLATED_FRACTION * ablated)
+    return InferenceCost(memory, text.compute(arch, bf16) + repeated.compute(arch, bf16), bf16)
 
 
 def benchmark_cost(
     models: Sequence[Architecture], bf16: bool, tokens: int, pass_tokens: int, hardware: Hardware
 ) -> InferenceCost:
-    """Costs models that answer benchmark items of ``tokens`` tokens in turn.
+    """Returns the cost of benchmark items of ``tokens`` tokens together, for each model in turn.
 
-    Any of the ``pass_tokens`` tokens of a forward pass may be scored.
+    Memory is enough for the logits of all ``pass_tokens`` tokens of a forward pass.
     """
     largest_model = max(models, key=lambda arch: arch.parameters())
     size = _bytes(bf16)
@@ -215,7 +228,7 @@ def benchmark_cost(
 
 
 def conversion_cost(arch: Architecture, hardware: Hardware) -> InferenceCost:
-    """Costs a conversion, which is verified in float32."""
+    """Returns the cost of a conversion, which is verified in float32."""
     memory = Memory(
         weights=4 * arch.parameters(),
         logits=4 * PARITY_TOKENS * arch.vocab_size,
@@ -233,12 +246,12 @@ def _all_passes(models: Sequence[Architecture], bf16: bool, text: Sequences) -> 
 
 
 def _state_bytes(arch: Architecture, size: int, text: Sequences, hardware: Hardware) -> float:
-    """Last hidden states of the text, which are in the host's memory."""
+    """Returns the bytes of a text's last hidden states; a GPU moves them to the host's memory."""
     return 0 if hardware.on_gpu else size * text.tokens * arch.hidden_size
 
 
 def _head_bytes(arch: Architecture, bf16: bool) -> int:
-    """A float32 copy of a bfloat16 head."""
+    """Returns the bytes of a bfloat16 head's float32 copy."""
     return 4 * arch.vocab_size * arch.hidden_size if bf16 else 0
 
 
@@ -251,20 +264,20 @@ def _logits_bytes(arch: Architecture, tokens: float, buffers: int) -> float:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Rates that bound a model's speed."""
+    """Rates of a device that bound a model's speed."""
 
     flops_per_second: float
     bytes_per_second: float
 
     def seconds(self, flops: float, traffic: float) -> float:
-        """Least time for these FLOPs and this memory traffic."""
+        """Returns the least time for FLOPs and bytes of memory traffic."""
         return max(flops / self.flops_per_second, traffic / self.bytes_per_second)
 
 
 def prefill_seconds(
     arch: Architecture, batch_size: int, prompt_tokens: int, storage: Storage, roofline: Roofline
 ) -> float:
-    """Lower bound of the time to the first token of a batch."""
+    """Returns a lower bound of the time to the first token of a batch."""
     flops = prefill_flops(arch, batch_size, prompt_tokens)
     return roofline.seconds(flops, weight_traffic(arch, storage))
 
@@ -272,6 +285,6 @@ def prefill_seconds(
 def decode_seconds(
     arch: Architecture, batch_size: int, context: float, storage: Storage, roofline: Roofline
 ) -> float:
-    """Lower bound of a decoding step of a batch, after ``context`` tokens of each sequence."""
+    """Returns a lower bound of a batch's decoding step after ``context`` tokens per sequence."""
     flops = decode_flops(arch, batch_size, context)
     return roofline.seconds(flops, decode_traffic(arch, batch_size, context, storage))

@@ -1,4 +1,4 @@
-"""Checks of Megatron's parallel sizes, and the cheapest layout of a training that fits."""
+"""Checks Megatron's parallel sizes, and proposes the cheapest layouts that fit into memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from recipes.planning.rules import Problem
 from recipes.planning.training_cost import TrainingCost, peak_memory, training_cost
 from recipes.planning.workload import Layout, Workload, split_axes
 
-FAST_MULTIPLE = 16
-"""cuBLASLt's FP8 GEMMs need every dimension to be a multiple of 16; bfloat16 needs 8."""
+GEMM_MULTIPLE = 16
+"""cuBLASLt's FP8 GEMMs need every dimension to be a multiple of 16. bfloat16 needs 8."""
 HEADROOM = 0.92
 """Fraction of a device's memory that a proposal may use: estimates are off by a few percent."""
 PARALLEL_SIZES = (1, 2, 4, 8)
@@ -51,7 +51,7 @@ def _rank_problems(job: Workload) -> Iterator[Problem]:
         yield Problem(
             rules.RANKS,
             f"{layout.ranks} rank(s) cannot be split into {sizes}",
-            f"set resources.devices to a multiple of {layout.model}",
+            f"set resources.devices to a multiple of {layout.replica_ranks}",
         )
     elif batch % (step := layout.data * layout.micro_batch_size):
         yield Problem(
@@ -60,13 +60,14 @@ def _rank_problems(job: Workload) -> Iterator[Problem]:
             f"micro_batch_size={layout.micro_batch_size}",
             f"use a multiple of {step}",
         )
+    # Megatron splits the optimizer's state over data- and context-parallel ranks.
     replicas, copies = layout.data * layout.context, layout.optimizer_instances
     if replicas % (copies * layout.expert) and copies > 1:
-        experts = f", of EP={layout.expert}," if layout.expert > 1 else ""
+        experts = f" with EP={layout.expert}" if layout.expert > 1 else ""
         most = max(1, replicas // layout.expert)
         yield Problem(
             rules.OPTIMIZER_INSTANCES,
-            f"{replicas} replica(s){experts} cannot be split into {copies} equal parts",
+            f"{replicas} replica(s){experts} cannot be split into {copies} equal groups",
             f"set num_distributed_optimizer_instances to a divisor of {most}",
         )
 
@@ -78,9 +79,9 @@ def _context_problems(job: Workload, hardware: Hardware) -> Iterator[Problem]:
     if not hardware.on_gpu:
         yield Problem(
             rules.CONTEXT_PARALLEL,
-            f"context_parallel_size={context} with hardware={hardware.name}: TransformerEngine's "
-            "attention over several ranks needs a GPU",
-            "set context_parallel_size=1, or hardware to the GPU that this runs on",
+            f"context_parallel_size={context} needs a GPU, but hardware={hardware.name}: only "
+            "TransformerEngine's attention supports it",
+            "set context_parallel_size=1, or set hardware to your GPU's profile",
         )
     if job.seq_length % (2 * context):
         yield Problem(
@@ -100,12 +101,12 @@ def _expert_problems(layout: Layout, role: str, shape: Architecture) -> Iterator
         yield Problem(
             rules.EXPERT_PARALLEL,
             f"the {role}'s {experts} experts cannot be split over EP={expert} ranks",
-            "set expert_model_parallel_size to a divisor" if experts else "set it to 1",
+            f"set expert_model_parallel_size to {f'a divisor of {experts}' if experts else 1}",
         )
     elif replicas % expert:
         yield Problem(
             rules.EXPERT_PARALLEL,
-            f"EP={expert} does not divide the {replicas} replicas, over which experts are split",
+            f"experts are split over {replicas} replicas, which is not divisible by EP={expert}",
             "lower expert_model_parallel_size",
         )
 
@@ -141,15 +142,15 @@ def _shape_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[
 
 
 def _alignment_problems(layout: Layout, student: Architecture) -> Iterator[Problem]:
-    """Checks the sizes on a rank, which are those of its GEMMs."""
+    """Checks the dimensions of the GEMMs on each rank."""
     for axis, ranks in (("hidden_size", 1), (split_axes(student)[-1], layout.tensor)):
         size = getattr(student, axis)
-        if size % ranks == 0 and size // ranks % FAST_MULTIPLE:
-            where = f", {size // ranks} on each of TP={ranks} ranks," if ranks > 1 else ""
+        if size % ranks == 0 and size // ranks % GEMM_MULTIPLE:
+            where = f" is {size // ranks} on each of TP={ranks} ranks," if ranks > 1 else " is"
             yield Problem(
                 rules.SLOW_SIZES,
-                f"the student's {axis}={size}{where} is not a multiple of {FAST_MULTIPLE}",
-                f"prune to a multiple of {FAST_MULTIPLE * ranks}",
+                f"the student's {axis}={size}{where} not a multiple of {GEMM_MULTIPLE}",
+                f"prune to a multiple of {GEMM_MULTIPLE * ranks}",
             )
 
 
@@ -165,11 +166,11 @@ class Proposal:
 
 
 def fits(job: Workload, hardware: Hardware) -> bool:
-    """Whether a workload can be built on its layout and fits into memory."""
+    """Returns whether a workload's layout is valid and fits into memory."""
     layout = job.layout
     if any(problem.rule.severity == rules.ERROR for problem in layout_problems(job, hardware)):
         return False
-    if job.seq_length % (2 * layout.tensor * layout.context):
+    if job.seq_length % (2 * layout.tensor * layout.context):  # for equal chunks on all ranks
         return False
     available = HEADROOM * hardware.memory_of_rank(layout.devices)
     return peak_memory(job, hardware).total <= available
@@ -181,7 +182,7 @@ def candidates(job: Workload, devices: int, node: int) -> Iterator[Workload]:
     contexts = PARALLEL_SIZES if job.seq_length >= LONG_SEQUENCE else (1,)
     moe = job.trained is not None and job.trained.num_moe_experts
     tensors = [size for size in PARALLEL_SIZES if size <= per_node]
-    # The layers whose hidden states are compared were checked for the given pipeline only.
+    # A loss on hidden states was checked for this pipeline size only, and forbids recomputation.
     pipelines = (job.layout.pipeline,) if job.compares_hidden_states else PARALLEL_SIZES
     recomputed = ("none",) if job.compares_hidden_states else ("none", "full")
     for tensor, pipeline, context, expert, micro, recompute_granularity in product(
@@ -203,7 +204,10 @@ def candidates(job: Workload, devices: int, node: int) -> Iterator[Workload]:
 
 
 def best(job: Workload, hardware: Hardware, devices: int, node: int) -> Proposal | None:
-    """Returns the cheapest layout of ``devices`` devices that fits, the simplest of equal ones."""
+    """Returns the cheapest layout of ``devices`` devices that fits into memory.
+
+    Of equally cheap layouts ``min`` returns the first: the one with the smallest parallel sizes.
+    """
     fitting = [
         Proposal(candidate, training_cost(candidate, hardware))
         for candidate in candidates(job, devices, node)

@@ -24,7 +24,7 @@ NO_TIME_LIMIT = "999999-00:00:00"
 
 
 def limit_problems(chain: Chain, stages: Collection[str]) -> Iterator[Problem]:
-    """Finds limits that the named stages exceed; for a chain whose stages have no errors."""
+    """Yields the limits that the named stages exceed. All checks of the chain must have passed."""
     if chain.from_published_config:
         yield Problem(
             rules.BUNDLED_CONFIG,
@@ -46,7 +46,7 @@ def limit_problems(chain: Chain, stages: Collection[str]) -> Iterator[Problem]:
 
 
 def memory_problem(name: str, needed: float, available: float, device: str, fix: str) -> Problem:
-    """Returns the problem of a stage that needs more memory on a rank than there is."""
+    """Returns the problem of a stage whose rank needs more memory (in bytes) than is available."""
     return Problem(
         rules.MEMORY,
         f"{name} needs about {needed / 1e9:.0f} GB on a rank, but {device} has "
@@ -56,7 +56,7 @@ def memory_problem(name: str, needed: float, available: float, device: str, fix:
 
 
 def _training_memory_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
-    """Suggests the cheapest layout that fits, on as many ranks if there is one."""
+    """Suggests the cheapest layout that fits, if possible on the same number of ranks."""
     hardware = chain.hardware
     needed = peak_memory(job, hardware).total
     available = hardware.memory_of_rank(job.layout.devices)
@@ -106,10 +106,13 @@ def _time_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
 
 
 def _text_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
-    """Compares a training with its text: an error if no tokenizer could make a batch of it."""
+    """Compares a training with its text.
+
+    It is an error if the text cannot fill a batch even with one token per byte.
+    """
     if job.trained is None:
         return
-    expected, most = _train_tokens(chain, chain.stages[name].inputs.get("data", ""))
+    expected, most = _training_tokens(chain, chain.stages[name].inputs.get("data", ""))
     if job.cached_sequences is not None:
         cached = job.cached_sequences * job.seq_length
         expected, most = min(expected, cached), min(most, cached)
@@ -117,38 +120,38 @@ def _text_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
     if most < batch:
         yield Problem(
             rules.TOKENS,
-            f"{name} trains on batches of {batch:,} tokens, but there are {most:,.0f} at most",
-            "give more text or cached sequences, or lower global_batch_size or data.seq_length",
+            f"{name} trains on batches of {batch:,} tokens, but the text has {most:,.0f} at most",
+            "add text or cached sequences, or lower global_batch_size or data.seq_length",
         )
     elif job.tokens > expected:
         yield Problem(
             rules.EPOCHS,
-            f"{name} trains on {job.tokens:,} tokens; there are about {expected:,.0f}, each of "
-            f"which it sees {job.tokens / expected:.1f} times",
-            "give more text or cached sequences, or lower max_steps",
+            f"{name} trains on {job.tokens:,} tokens, but the text has about {expected:,.0f}: "
+            f"{job.tokens / expected:.1f} epochs",
+            "add text or cached sequences, or lower max_steps",
         )
 
 
-def _train_tokens(chain: Chain, data: str) -> tuple[float, float]:
+def _training_tokens(chain: Chain, data: str) -> tuple[float, float]:
     """Returns the expected number of training tokens and an upper bound; infinite if unknown."""
     config = chain.stages.get(data)
-    if (manifest := _prepared(chain, data, config)) is not None:
+    if (manifest := _prepared_text(chain, data, config)) is not None:
         tokens = float(manifest.result(DatasetResult).tokens["train"])
         return tokens, tokens
     if not isinstance(config, PrepareDataConfig) or config.max_documents is not None:
         return math.inf, math.inf
     sizes = [source_bytes(source) for source in config.sources]
-    bytes_of = [size for size in sizes if size is not None]
-    if not bytes_of or len(bytes_of) < len(sizes):
+    known_sizes = [size for size in sizes if size is not None]
+    if not known_sizes or len(known_sizes) < len(sizes):
         return math.inf, math.inf
-    budget = config.max_tokens or math.inf
-    expected = sum(min(size / BYTES_PER_TOKEN, budget) for size in bytes_of)
+    tokens_per_source = config.max_tokens or math.inf
+    expected = sum(min(size / BYTES_PER_TOKEN, tokens_per_source) for size in known_sizes)
     # A token has at least one byte. Splits are random, so all text may be for training.
-    return expected * (1 - sum(config.fractions().values())), float(sum(bytes_of))
+    return expected * (1 - sum(config.fractions().values())), float(sum(known_sizes))
 
 
-def _prepared(chain: Chain, data: str, config: StageConfig | None) -> Manifest | None:
-    """Returns the manifest of the text if it was prepared earlier with the same settings."""
+def _prepared_text(chain: Chain, data: str, config: StageConfig | None) -> Manifest | None:
+    """Returns the manifest of the text if an earlier run prepared it with the same settings."""
     if not isinstance(config, PrepareDataConfig):
         return manifest_of(data)
     manifest = manifest_of(str(chain.run_dir / data)) if chain.run_dir else None

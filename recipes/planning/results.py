@@ -1,4 +1,4 @@
-"""Results of a plan: figures, and tables for a terminal and for the report."""
+"""Result of a plan: figures, and tables for a terminal and for the report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Cell = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of as many cells as there are columns."""
+    """A table. Each row has a cell for each column."""
 
     title: str
     columns: list[str]
@@ -26,4 +26,4 @@ class PlanResult:
     tokens_per_second: dict[str, float] = field(default_factory=dict)
     """Speed of each training, by stage."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Computing time of each stage that runs models."""
+    """Estimated computing time of each stage that runs models."""

@@ -1,6 +1,6 @@
-"""The rules that a plan checks, each with its reason. ``run.py doctor rules`` prints them.
+"""Lists the rules that a plan checks, with their reasons. ``run.py doctor rules`` prints them.
 
-The checks are where the settings are, in each stage's ``check``.
+The checks themselves are in each stage's ``check``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ ERROR, WARNING = "error", "warning"
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule. Errors stop a run before anything starts; warnings are shown with the plan."""
+    """A rule of a plan. An error stops a run before anything starts; a plan shows warnings."""
 
     name: str
     reason: str
     reference: str = ""
-    """Issues of other projects, or a paper."""
+    """Issues of libraries on GitHub, or a paper."""
     severity: str = ERROR
 
 
@@ -68,7 +68,7 @@ MEMORY = Rule(
     "models, optimizer states, activations and logits of a rank must fit into its memory",
     "pytorch/torchtune#2213",
 )
-TIME_LIMIT = _warning("time-limit", "a job that reaches its limit queues again")
+TIME_LIMIT = _warning("time-limit", "a job that reaches its limit is queued again")
 IMAGE = Rule("image", "every job needs its container image")
 MOUNTS = Rule("mounts", "a stage in a container sees only mounted paths")
 CPUS_PER_TASK = _warning(
@@ -77,7 +77,7 @@ CPUS_PER_TASK = _warning(
 MPI = _warning("mpi", "TensorRT-LLM starts MPI, which needs Slurm to connect the job")
 CLUSTER_HARDWARE = Rule(
     "cluster-hardware",
-    "jobs with GPUs would train in a CPU's precision, and memory and time would be wrong",
+    "with a CPU's profile, jobs on GPUs would use a CPU's precision and wrong estimates",
 )
 CPU_PRECISION = _warning(
     "cpu-precision",
@@ -91,7 +91,7 @@ BUNDLED_CONFIG = _warning(
 )
 
 # Model
-MODEL = Rule("model", "checks, plan and report use model.hf_path, whatever a stage imports")
+MODEL = Rule("model", "checks, plan and report use model.hf_path, so a stage must import it")
 CHECKPOINT = Rule(
     "checkpoint",
     "weights, tokenizer and generation config must fit config.json; what does not fit fails late, "
@@ -113,11 +113,13 @@ TOKENIZER = Rule(
 # Data
 DATA_SOURCES = Rule("data-sources", "unreadable text would stop the run after the import")
 CHAT = Rule("chat", "the loss is on whole answers, which the chat template locates")
-DOCUMENT_END = Rule("document-end", "a token that the tokenizer lacks fails after the import")
-DATA_PARTS = Rule("data-parts", "every split of the text is needed")
+DOCUMENT_END = Rule(
+    "document-end", "a token that is not in the tokenizer would stop the run after the import"
+)
+DATA_SPLITS = Rule("data-splits", "every split of the text needs documents")
 SEQ_LENGTH = Rule("seq-length", "the teacher was not trained on positions beyond its limit")
-TOKENS = Rule("tokens", "a batch needs as many tokens as it has positions")
-EPOCHS = _warning("epochs", "text teaches little after 4 epochs", "arXiv:2305.16264")
+TOKENS = Rule("tokens", "the text must fill at least one global batch")
+EPOCHS = _warning("epochs", "a model learns little from a text after 4 epochs", "arXiv:2305.16264")
 
 # Pruning
 PRUNE_TARGET = Rule(
@@ -125,28 +127,29 @@ PRUNE_TARGET = Rule(
     "ModelOpt silently skips an axis whose target is not among its choices",
     f"{_MODELOPT}#2159",
 )
-LARGE_CUT = _warning(
-    "large-cut",
-    "up to a third of the parameters is recovered well; more takes several rounds",
+LARGE_REDUCTION = _warning(
+    "large-reduction",
+    "distillation recovers a removal of up to a third of the parameters; more takes several rounds",
     f"{_MODELOPT}, examples/pruning/README.md; arXiv:2407.14679",
 )
 SEARCHED_SHAPE = _warning("searched-shape", "the search chooses the shape after the plan")
 LAYER_IMPORTANCE = Rule("layer-importance", "layers are chosen by a score that must be measured")
-HEALING = Rule("healing", "least squares need text, and each expert sees too little of it")
-CALIBRATION = Rule("calibration", "importance on padding or noise prunes at random")
+HEALING = Rule("healing", "least squares need text, and one expert of an MoE sees too little")
+CALIBRATION = Rule("calibration", "importance that is measured on padding or noise is random")
 BUDGET = Rule("budget", "a search needs a budget that some shape fits")
 REPORT = Rule("report", "a report needs a whole distillation, a search, or both")
 SEARCH = Rule("search", "a ranking or a halving needs candidates, text and steps")
 SLOW_SIZES = _warning(
-    "slow-sizes", "sizes on a rank that are no multiple of 16 have slow kernels, and none in FP8"
+    "slow-sizes",
+    "GEMMs are slow if a dimension on a rank is not a multiple of 16, and impossible in FP8",
 )
-ONE_RANK = Rule("one-rank", "the stage runs in one process", f"{_NEMO}#11531")
+ONE_RANK = Rule("one-rank", "the stage supports only one process", f"{_NEMO}#11531")
 
 # Layout
 RANKS = Rule("ranks", "TP x PP x CP must divide the ranks")
 BATCH = Rule("batch", "a global batch is a whole number of micro batches on every replica")
 TENSOR_PARALLEL = Rule(
-    "tensor-parallel", "every rank holds as many heads, groups and feed-forward channels"
+    "tensor-parallel", "all ranks hold equal numbers of heads, groups and feed-forward channels"
 )
 PIPELINE_PARALLEL = Rule(
     "pipeline-parallel", "every stage holds at least one layer", f"{_BRIDGE}#1727"
@@ -157,7 +160,7 @@ CONTEXT_PARALLEL = Rule(
 )
 EXPERT_PARALLEL = Rule("expert-parallel", "experts are split over the replicas", f"{_BRIDGE}#1727")
 OPTIMIZER_INSTANCES = Rule(
-    "optimizer-instances", "every copy of the optimizer's state is split over as many replicas"
+    "optimizer-instances", "all copies of the optimizer's state are split over as many replicas"
 )
 RECOMPUTE = Rule(
     "recompute", "recomputed layers return no hidden states, and absent modules save nothing"
@@ -173,33 +176,33 @@ TP_COMM_OVERLAP = Rule(
 COMPILER = Rule("compiler", "kernels for a CPU need a C++ compiler and Python's headers")
 CUDA_GRAPHS = Rule(
     "cuda-graphs",
-    "a captured layer is not recomputed, does not wait for the host and hides its states",
+    "a captured layer cannot be recomputed or wait for the host, and hides its hidden states",
 )
-PROFILE = Rule("profile", "only steps of the training can be traced")
+PROFILE = Rule("profile", "the profiler can only trace steps of the training")
 SCHEDULE = Rule("schedule", "NeMo stops if the learning rate cannot reach its peak or minimum")
 LOSS = Rule("loss", "a training needs at least one term with a weight")
-STOP = Rule("stop", "a training can only stop early by what its validations measure")
+STOP = Rule("stop", "a training can only stop early by a metric that its validations measure")
 HIDDEN_PAIRS = Rule(
     "hidden-pairs",
     "the loss is on the last pipeline stage, so the layers that it compares must be there",
     f"{_NEMO}#13557",
 )
 CACHED_TEACHER = Rule("cached-teacher", "a cache has one temperature, top-k and sequence length")
-TOP_K = Rule("top-k", "a cache must be smaller than the vocabulary")
-EVALUATE = Rule("evaluate", "a prompt must leave room to continue it")
+TOP_K = Rule("top-k", "a cache must store fewer logits per token than the vocabulary has")
+EVALUATE = Rule("evaluate", "a prompt must leave room for a continuation")
 
 # Engines and benchmarks
-FORMAT = Rule("format", "each backend reads a few formats of weights")
-KV_CACHE = Rule("kv-cache", "a cache has few types, and its scales come from calibration")
+FORMAT = Rule("format", "each backend supports only some formats of weights")
+KV_CACHE = Rule("kv-cache", "engines support few types of KV cache; FP8 needs calibrated scales")
 MAX_SEQ_LEN = Rule("max-seq-len", "an engine cannot serve more positions than the model has")
 MAX_INPUT_LEN = Rule("max-input-len", "a prompt must leave room for a token")
 HEAD_SIZE = Rule("head-size", "attention kernels exist for few head sizes")
 ALIGNMENT = Rule("alignment", "kernels of a precision need aligned sizes")
 LENGTH = Rule("length", "prompt and new tokens must fit the model's positions")
-ENGINE_LIMITS = Rule("engine-limits", "an engine refuses more than it was built for")
-TASKS_HARNESS = Rule("tasks-harness", "items were checked with one version of lm-eval")
+ENGINE_LIMITS = Rule("engine-limits", "an engine refuses larger requests than it was built for")
+TASKS_HARNESS = Rule("tasks-harness", "the benchmarks were verified with one version of lm-eval")
 TASKS_NAMES = Rule("tasks-names", "an unknown benchmark would fail after the training")
-TASKS_FEWSHOT = Rule("tasks-fewshot", "examples are only for benchmarks that run")
+TASKS_FEWSHOT = Rule("tasks-fewshot", "only benchmarks that run can have few-shot examples")
 GATES = Rule("gates", "a gate needs a metric that a stage measures")
 
 RULES = {rule.name: rule for rule in list(vars().values()) if isinstance(rule, Rule)}

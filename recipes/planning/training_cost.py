@@ -2,10 +2,10 @@
 
 A teacher's pass over a text, which caches its logits, counts as a training without a student.
 
-- Adam keeps float32 main weights and two moments: 12 bytes a parameter, which Megatron's
-  distributed optimizer splits over the replicas.
-- Tensor parallelism needs two all-reduces per layer and pass, or the same volume as all-gather and
-  reduce-scatter with sequence parallelism (arXiv:2205.05198, section 4.2.2).
+- Adam keeps float32 main weights and two moments: 12 bytes per parameter. Megatron's distributed
+  optimizer splits them over the replicas.
+- Tensor parallelism needs two all-reduces per layer and pass. With sequence parallelism these are
+  all-gathers and reduce-scatters of the same volume (arXiv:2205.05198, section 4.2.2).
 - A pipeline of p stages idles (p - 1) / m of a step of m micro batches (arXiv:2104.04473, 2.2.1).
 """
 
@@ -17,7 +17,7 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.pipeline import pipeline_split
 from recipes.planning.hardware import Hardware
 from recipes.planning.transformer import (
-    BACKWARD,
+    BACKWARD_PASSES,
     Compute,
     Memory,
     feed_forward_recompute,
@@ -43,7 +43,7 @@ STORAGE_BYTES_PER_SECOND = 5e8
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step, by what they are spent on."""
+    """Seconds of an optimizer step, by cause."""
 
     compute: float
     bubble: float
@@ -54,7 +54,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """The sum: nothing is assumed to overlap."""
+        """Sum of all fields: assumes that nothing overlaps."""
         total: float = sum(vars(self).values())
         return total
 
@@ -74,7 +74,7 @@ class TrainingCost:
 
 
 def training_cost(job: Workload, hardware: Hardware) -> TrainingCost:
-    """Computes memory, time and money of a workload."""
+    """Returns memory, time and money of a workload."""
     step = step_time(job, hardware)
     hours = job.steps * step.total / 3600
     devices = job.layout.ranks if hardware.on_gpu else job.layout.nodes
@@ -90,24 +90,24 @@ def training_cost(job: Workload, hardware: Hardware) -> TrainingCost:
 
 
 def peak_memory(job: Workload, hardware: Hardware) -> Memory:
-    """Memory of the fullest rank of all pipeline stages."""
+    """Returns the memory of the fullest rank of all pipeline stages."""
     return largest(*(stage_memory(job, hardware, s) for s in range(job.layout.pipeline)))
 
 
 def stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
-    """Memory of a rank of one pipeline stage, counted from 0."""
+    """Returns the memory of a rank of one pipeline stage, counted from 0."""
     layout, size = job.layout, job.dtype_bytes
     tokens = layout.micro_batch_size * job.seq_length / layout.context
     parts: dict[str, float] = {"reserved": hardware.reserved_bytes}
     if job.trained is not None:
         dense, experts = rank_parameters(job.trained, layout, stage)
-        expert_shards = max(1, layout.shards // layout.expert)
+        expert_shards = max(1, layout.optimizer_shards // layout.expert)
         states = 12 if job.bf16 else 8  # float32 needs no main weights
         activations = peak_activation_bytes(job.trained, job, stage, tokens)
         parts |= {
             "weights": size * (dense + experts),
             "gradients": _gradient_bytes(job, hardware) * (dense + experts),
-            "optimizer": states * (dense / layout.shards + experts / expert_shards),
+            "optimizer": states * (dense / layout.optimizer_shards + experts / expert_shards),
             "activations": activations * size / 2,
         }
     if job.teacher is not None:
@@ -118,7 +118,7 @@ def stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
         assert job.teacher is not None
         layer = size / 2 * layer_activation_bytes(job.teacher, layout, tokens)
         normed = 2 * size * tokens * job.teacher.hidden_size  # before and after the last norm
-        if layer > normed + parts["logits"]:
+        if layer > normed + parts["logits"]:  # the peak is inside a layer, before the logits exist
             parts |= {"activations": layer, "logits": 0.0}
         else:
             parts["activations"] = normed
@@ -126,22 +126,28 @@ def stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
 
 
 def _gradient_bytes(job: Workload, hardware: Hardware) -> int:
-    """Bytes of a parameter's gradient; a CPU keeps its type where nothing is added to it."""
+    """Returns the bytes of a parameter's gradient.
+
+    On a CPU, a gradient that is not summed over micro batches or ranks stays in its own type.
+    """
     if not hardware.on_gpu and job.layout.ranks == job.micro_batches == 1:
         return job.dtype_bytes
     return job.gradient_bytes if job.bf16 else 4
 
 
 def _passes(job: Workload, backward: int = 1) -> list[tuple[Architecture, int]]:
-    """Models, and passes of a token through each; a backward pass counts ``backward`` times."""
+    """Returns each model and a token's passes through it; a backward one counts ``backward`` times.
+
+    FLOPs need ``backward=BACKWARD_PASSES``; a backward pass communicates as much as a forward one.
+    """
     recomputed = job.layout.recompute_granularity == "full"
     passes = [(job.trained, 1 + backward + recomputed), (job.teacher, 1)]
     return [(arch, number) for arch, number in passes if arch is not None]
 
 
 def token_compute(job: Workload) -> Compute:
-    """Computes what a token takes: both models' passes, recomputation, and the loss."""
-    size, models = job.dtype_bytes, _passes(job, BACKWARD)
+    """Returns the work per token: both models' passes, recomputation, and the loss."""
+    size, models = job.dtype_bytes, _passes(job, BACKWARD_PASSES)
     total = Compute()
     for arch, passes in models:
         total += pass_compute(arch, job.seq_length, size, passes)
@@ -158,12 +164,12 @@ def token_compute(job: Workload) -> Compute:
 
 
 def pipeline_imbalance(job: Workload) -> float:
-    """FLOPs of the busiest pipeline stage over those of the mean stage.
+    """Returns the FLOPs of the busiest pipeline stage, divided by those of the mean stage.
 
-    The last stage has the heads. A head with a large vocabulary weighs as much as several layers.
+    The last stage has the heads. With a large vocabulary, a head costs as much as several layers.
     """
     stages = [0.0] * job.layout.pipeline
-    for arch, passes in _passes(job, BACKWARD):
+    for arch, passes in _passes(job, BACKWARD_PASSES):
         head = head_flops(arch)
         layer = (forward_flops(arch, job.seq_length) - head) / arch.num_layers
         for stage, layers in enumerate(pipeline_split(arch.num_layers, job.layout.pipeline)):
@@ -173,11 +179,11 @@ def pipeline_imbalance(job: Workload) -> float:
 
 
 def step_time(job: Workload, hardware: Hardware) -> StepTime:
-    """Computes the time of an optimizer step."""
+    """Returns the time of an optimizer step."""
     layout = job.layout
     tokens = job.global_batch_size * job.seq_length
-    token = hardware.compute_seconds(token_compute(job), job.bf16, layout.devices)
-    compute = token * tokens / layout.ranks * pipeline_imbalance(job)
+    token_seconds = hardware.compute_seconds(token_compute(job), job.bf16, layout.devices)
+    compute = token_seconds * tokens / layout.ranks * pipeline_imbalance(job)
     replica_tokens = tokens / (layout.data * layout.context)
     gradients, optimizer = _update_seconds(job, hardware)
     link = hardware.link_bytes_per_second
@@ -192,50 +198,52 @@ def step_time(job: Workload, hardware: Hardware) -> StepTime:
 
 
 def _all_reduce_bytes(job: Workload) -> float:
-    """Bytes that a rank sends for a token under tensor parallelism."""
+    """Returns the bytes per token that a rank sends in ring all-reduces of tensor parallelism."""
     tensor = job.layout.tensor
     ring = 2 * (tensor - 1) / tensor
-    layers = sum(2 * passes * arch.num_layers * arch.hidden_size for arch, passes in _passes(job))
-    return layers / job.layout.pipeline * job.dtype_bytes * ring
+    values = sum(2 * passes * arch.num_layers * arch.hidden_size for arch, passes in _passes(job))
+    return values / job.layout.pipeline * job.dtype_bytes * ring
 
 
 def _all_to_all_bytes(job: Workload) -> float:
-    """Bytes that a rank sends for a token to experts of other ranks, and back."""
+    """Returns the bytes per token that a rank sends to experts of other ranks, and back."""
     layout = job.layout
-    layers = sum(
+    routed = sum(
         2 * passes * arch.num_layers * arch.moe_router_topk * arch.hidden_size * job.dtype_bytes
         for arch, passes in _passes(job)
     )
-    return layers / (layout.pipeline * layout.tensor) * (layout.expert - 1) / layout.expert
+    return routed / (layout.pipeline * layout.tensor) * (layout.expert - 1) / layout.expert
 
 
 def _update_seconds(job: Workload, hardware: Hardware) -> tuple[float, float]:
-    """Seconds of a step for the communication of gradients and weights, and for the optimizer."""
+    """Returns the seconds per step to communicate gradients and weights, and to update weights."""
     if job.trained is None:
         return 0.0, 0.0
     layout = job.layout
     parameters = max(
         sum(rank_parameters(job.trained, layout, stage)) for stage in range(layout.pipeline)
     )
-    shards, copies = layout.shards, layout.optimizer_instances
+    shards, copies = layout.optimizer_shards, layout.optimizer_instances
     link, network = hardware.link_bytes_per_second, hardware.network_bytes_per_second
     across = link if layout.nodes == 1 else network
-    # The shards of a copy are neighbours, one tensor-parallel group apart.
+    # A copy's shards are on neighbouring tensor-parallel groups, so a copy may fit on one node.
     within = link if copies > 1 and layout.tensor * shards <= layout.devices else across
+    # Within a copy: reduce-scatter of gradients and all-gather of bfloat16 weights.
     seconds = parameters * (job.gradient_bytes + 2) * (shards - 1) / shards / within
+    # Between copies: all-reduce of each shard's gradients.
     seconds += parameters / shards * job.gradient_bytes * 2 * (copies - 1) / copies / across
     if hardware.bandwidth_fraction is None:
         return seconds, parameters * OPTIMIZER_TRAFFIC / shards / hardware.bytes_per_second
-    # Replicas on a CPU share its bandwidth, so shards save no time.
+    # Replicas on a CPU share its bandwidth, so splitting the update over them saves no time.
     traffic = Compute(bytes=parameters * update_bytes(job.micro_batches, job.dtype_bytes))
     return seconds, hardware.compute_seconds(traffic, job.bf16)
 
 
 def stopping_seconds(job: Workload, hardware: Hardware) -> float:
-    """Time that a training may take to stop after its time limit.
+    """Returns the seconds that a training may need to stop at a deadline.
 
-    It finishes two steps with a validation between them, and saves a checkpoint. A teacher's pass
-    has saved its shards, so it stops at once.
+    It may finish two steps with a validation between them, and saves a checkpoint. A teacher's pass
+    saves its shards as it goes, so it stops at once.
     """
     if job.trained is None:
         return 0.0

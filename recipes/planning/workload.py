@@ -1,4 +1,4 @@
-"""A training, or a teacher's pass over a text, and the layout that it runs on. Torch-free."""
+"""Describes a training, or a teacher's pass over a text, and its layout. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nemo_convert.architecture import Architecture
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks of a training, and the shard of the model and batch on each of them."""
+    """Devices of a training, and the parallel sizes that split model and batch over them."""
 
     nodes: int = 1
     devices: int = 1
@@ -27,33 +27,34 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """All processes."""
+        """Number of all processes."""
         return self.nodes * self.devices
 
     @property
-    def model(self) -> int:
-        """Ranks that hold one replica of the model."""
+    def replica_ranks(self) -> int:
+        """Ranks that work on the same sequences."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def data(self) -> int:
-        """Replicas of the model; 0 if the ranks are not divisible."""
-        return self.ranks // self.model if self.ranks % self.model == 0 else 0
+        """Data-parallel size; 0 if the ranks cannot be split equally."""
+        return self.ranks // self.replica_ranks if self.ranks % self.replica_ranks == 0 else 0
 
     @property
-    def shards(self) -> int:
-        """Ranks that share a copy of the optimizer's state."""
+    def optimizer_shards(self) -> int:
+        """Ranks that a copy of the optimizer's state is split over."""
         return self.data * self.context // self.optimizer_instances
 
 
 def split_axes(arch: Architecture) -> tuple[str, str, str]:
-    """Axes of a layer that tensor parallelism splits; the feed-forward axis is last."""
+    """Returns the axes of a layer that tensor parallelism splits; the feed-forward axis is last."""
     feed_forward = "moe_ffn_hidden_size" if arch.num_moe_experts else "ffn_hidden_size"
     return "num_attention_heads", "num_query_groups", feed_forward
 
 
 CHECKPOINT_BYTES = 14
-"""Bytes of a parameter in a training checkpoint: bfloat16, main weights, Adam's two moments."""
+"""Bytes per parameter of a training checkpoint: a bfloat16 weight, a float32 main weight, and
+Adam's two float32 moments."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Workload:
     trained: Architecture | None
     """The model that is trained; ``None`` for a teacher's pass."""
     teacher: Architecture | None
-    """The live teacher; ``None`` for a cached one, or without one."""
+    """The live teacher; ``None`` if the training has a cached teacher or none."""
     layout: Layout
     seq_length: int
     global_batch_size: int
@@ -71,13 +72,13 @@ class Workload:
     bf16: bool = True
     gradient_bytes: int = 4
     validation_batches: int = 0
-    """Global batches of a validation."""
+    """Global batches of one validation."""
     terms: int = 1
-    """Terms of the loss on logits; each has a gradient of the vocabulary's width."""
+    """Terms of the loss on logits. Each has its own gradient for all logits."""
     compares_hidden_states: bool = False
-    """Whether the loss also compares layers' outputs."""
+    """Whether the loss also compares hidden states."""
     cached_sequences: int | None = None
-    """Sequences that a cached teacher has; ``None`` for all of the text."""
+    """Sequences in the cache of a teacher's logits; ``None`` if it covers all of the text."""
 
     @property
     def tokens(self) -> int:
@@ -91,5 +92,5 @@ class Workload:
 
     @property
     def dtype_bytes(self) -> int:
-        """Bytes of a value."""
+        """Bytes of a weight or an activation."""
         return 2 if self.bf16 else 4

@@ -12,7 +12,7 @@ from recipes.core.stage import Inputs
 from recipes.distillation.results import CacheResult, DistillationResult, TrainingResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.planning.transformer import (
-    BACKWARD,
+    BACKWARD_PASSES,
     forward_flops,
     head_flops,
     least_squares_flops,
@@ -21,7 +21,7 @@ from recipes.pruning.results import HealResult, PruneResult
 
 MAX_FILES = 200
 """Files listed per stage; a large checkpoint has thousands, and its manifest names them all."""
-TRAINING_FACTOR = 1 + BACKWARD
+TRAINING_FACTOR = 1 + BACKWARD_PASSES
 """FLOPs of a training step over those of its forward pass."""
 
 

@@ -57,7 +57,7 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
         )
     if (total := sum(cfg.fractions().values())) >= 1:
         yield Problem(
-            rules.DATA_PARTS,
+            rules.DATA_SPLITS,
             f"the fractions of validation, calibration and heldout sum to {total:g}",
             "keep the sum well below 1",
         )

@@ -89,7 +89,7 @@ def _large_cut_problems(
         rounds = math.ceil(math.log(kept) / math.log(1 - MOST_AT_ONCE))
         is_only_round = cfg.round_fraction is None and before == chain.teacher
         yield Problem(
-            rules.LARGE_CUT,
+            rules.LARGE_REDUCTION,
             f"{1 - kept:.0%} of the parameters are pruned at once",
             f"rounds={rounds}: prune and distil {rounds} times, by equal ratios"
             if is_only_round

@@ -197,7 +197,7 @@ def large(recipe: str, plan: MakePlan, *overrides: str) -> Plan:
 def test_large_recipes_pass_preflight_on_their_hardware(recipe: str, plan: MakePlan) -> None:
     """Not even a warning, but that the hub was not asked, and that NVIDIA cut much at once."""
     planned = large(recipe, plan)
-    half = {"large-cut"} if recipe.startswith("llama3_1_8b") else set()
+    half = {"large-reduction"} if recipe.startswith("llama3_1_8b") else set()
     assert {note.rule.name for note in planned.notes} - {"bundled-config"} == half
     assert planned.chain.hardware.name == "h100"
     job = planned.chain.workloads["distill"]

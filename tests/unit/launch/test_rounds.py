@@ -51,7 +51,7 @@ def test_a_large_reduction_is_advised_to_use_rounds(plan: MakePlan) -> None:
 
     def warned(*words: str) -> list[str]:
         notes = plan(*words, recipe="recipe=llama_depth_prune").notes
-        return [note.fix for note in notes if note.rule.name == "large-cut"]
+        return [note.fix for note in notes if note.rule.name == "large-reduction"]
 
     [fix] = warned(HALF)
     assert fix.startswith("rounds=2:")

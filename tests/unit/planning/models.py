@@ -18,7 +18,7 @@ from recipes.planning.workload import Layout, Workload
 
 
 def profile(name: str) -> Hardware:
-    """A profile of ``conf/hardware``."""
+    """Returns a profile of ``conf/hardware``."""
     schema.register()
     cfg = OmegaConf.merge(
         OmegaConf.structured(Hardware), OmegaConf.load(CONF / "hardware" / f"{name}.yaml")
@@ -28,7 +28,7 @@ def profile(name: str) -> Hardware:
 
 
 def published(model: str) -> Architecture:
-    """The bundled shape of a model."""
+    """Returns the bundled shape of a model."""
     return read_architecture(CONFIGS[model], model)
 
 
@@ -39,12 +39,12 @@ NODES_96 = Layout(nodes=96, devices=8, tensor=8, micro_batch_size=2, sequence_pa
 
 
 def distillation(student: Architecture, teacher: Architecture | None, **settings: Any) -> Workload:
-    """A distillation; by default NVIDIA's of Qwen3 8B, 90 B tokens on 768 H100."""
+    """Returns a distillation; by default NVIDIA's of Qwen3 8B on 768 H100 GPUs, on 90 B tokens."""
     defaults = {"layout": NODES_96, "seq_length": 4096, "global_batch_size": 768, "steps": 28_610}
     return Workload(student, teacher, **(defaults | settings))
 
 
 def with_experts(arch: Architecture, **changes: Any) -> Architecture:
-    """An MoE with eight experts, two of which work on a token."""
+    """Returns an MoE with eight experts, two of them active for each token."""
     experts = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 128}
     return replace(arch, **(experts | changes))

@@ -1,4 +1,4 @@
-"""Cost of stages that train nothing: by hand, and as measured."""
+"""Compares the estimated cost of stages that do not train with hand counts and measurements."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ LARGE_VOCABULARY = Architecture(
 
 def test_a_comparison_holds_one_model_and_the_heads_of_all() -> None:
     pruned = replace(LLAMA, num_layers=16)
-    found = comparison_cost([LLAMA, pruned, pruned], True, TEXT, H100)
-    assert found.memory.weights == 2 * LLAMA.parameters() + HEAD
-    assert found.memory.activations == 2 * PASS_TOKENS * 3 * (14336 + 4096)
-    # Where the students are as large, the last has two other heads beside it.
+    cost = comparison_cost([LLAMA, pruned, pruned], True, TEXT, H100)
+    assert cost.memory.weights == 2 * LLAMA.parameters() + HEAD
+    assert cost.memory.activations == 2 * PASS_TOKENS * 3 * (14336 + 4096)
+    # If the students are as large as the teacher, the last one is the peak: two more heads exist.
     last = comparison_cost([LLAMA, LLAMA, LLAMA], True, TEXT, H100)
     assert last.memory.weights == 2 * LLAMA.parameters() + 3 * HEAD
-    # Where all are small, the comparison itself is the peak. It needs only their heads.
+    # If all models are small, the comparison is the peak. It needs only their heads.
     small = comparison_cost([LARGE_VOCABULARY] * 3, True, TEXT, H100)
     assert small.memory.weights == 3 * 4 * 131072 * 256
     assert small.memory.logits == 4 * LOGITS_BYTES
@@ -90,7 +90,7 @@ def test_healing_holds_a_layer_at_a_time_on_a_gpu() -> None:
     tokens = 40 * 8192
     streams = tokens * (2 * (4096 + 3072) + 9216)
     assert gpu.memory.activations == 4 * (streams + PASS_TOKENS * 5 * 14336)
-    # Behind both norms, of the student's width, and before both projections, of their inputs.
+    # Two problems have the student's width as inputs; two have the inputs of an output projection.
     normal = 2 * 3072 * (3072 + 4096) + sum(n * (n + 3072) for n in (32 * 128, 9216))
     headless = replace(TEXT, scored_fraction=0)
     forward = sum(headless.compute(arch, False).gemm_flops for arch in (LLAMA, student))
@@ -98,8 +98,8 @@ def test_healing_holds_a_layer_at_a_time_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", "mistralai/Mistral-Nemo-Base-2407"])
-def test_large_teachers_fit_a_gpu_by_default(model: str) -> None:
-    """In sequences of 8,192 tokens, at the stages' own micro batches."""
+def test_large_teachers_fit_into_a_gpu_with_default_micro_batches(model: str) -> None:
+    """Sequences have 8,192 tokens."""
     teacher, available = published(model), 80e9 * HEADROOM
     text = replace(TEXT, micro_batch_size=EvaluateConfig().micro_batch_size)
     layout = Layout(micro_batch_size=CacheLogitsConfig().micro_batch_size)
@@ -114,8 +114,8 @@ def test_large_teachers_fit_a_gpu_by_default(model: str) -> None:
         assert memory.total < available
 
 
-def test_measured_memory_on_a_cpu() -> None:
-    """Peak memory of the stages' processes, on 8 sequences of 512 tokens, 4 at a time."""
+def test_estimated_memory_is_within_10_percent_of_measurements_on_a_cpu() -> None:
+    """Measured as the peak of the stages' processes, on 8 sequences of 512 tokens, 4 at a time."""
     text, student = Sequences(8, 512, 4), replace(LARGE_VOCABULARY, num_layers=3)
     evaluated = comparison_cost([LARGE_VOCABULARY, student, student], False, text, CPU)
     assert evaluated.memory.total == pytest.approx(1.60e9, rel=0.10)
@@ -123,51 +123,52 @@ def test_measured_memory_on_a_cpu() -> None:
     assert scored.memory.total == pytest.approx(1.40e9, rel=0.10)
 
 
-def test_suggested_settings_are_ordered_by_their_effect() -> None:
+def test_settings_that_change_a_stage_least_are_suggested_first() -> None:
     one, half, *_ = smaller_settings(EvaluateConfig())
     assert (one, half) == ({"micro_batch_size": 1}, {"precision": "bf16-mixed"})
     assert list(smaller_settings(ScoreConfig()))[3] == {"pipeline_model_parallel_size": 2}
 
 
 def cost_of(chain: Chain, stage: str, **changes: object) -> InferenceCost:
-    """Cost of a stage of a chain, with changed settings."""
+    """Returns the cost of a stage of a chain, with changed settings."""
     config = replace(chain.stages[stage], **changes)  # type: ignore[arg-type]
     cost = load_stage(config.stage).inference_cost
     assert cost is not None
     return cost(config, chain)
 
 
-def test_benchmarks_and_the_export_are_planned(plan: MakePlan) -> None:
-    """The first 100 items of four benchmarks; each passes through all three models."""
+def test_cost_of_benchmarks_and_of_the_export(plan: MakePlan) -> None:
+    """Each of three models evaluates the first 100 items of four benchmarks."""
     chain = plan("tasks=quick").chain
     student = chain.shape_of("prune")
     assert cost_of(chain, "export_hf").memory.weights == 4 * student.parameters()
-    found = chain.inference_costs["evaluate_tasks"]
+    cost = chain.inference_costs["evaluate_tasks"]
     models = (chain.teacher, student, student)
     heads = sum(2 * arch.vocab_size * arch.hidden_size for arch in models)
-    each = sum(forward_flops(arch, 512) for arch in models) - 0.76 * heads
-    assert found.compute.flops == pytest.approx(100 * (112 + 60 + 45 + 78) * each)
-    size = 2 if found.bf16 else 4
-    head = 4 * chain.teacher.vocab_size * chain.teacher.hidden_size if found.bf16 else 0
-    assert found.memory.weights == size * chain.teacher.parameters() + head
-    every = cost_of(chain, "evaluate_tasks", limit=None, tasks=["sciq"])
-    assert every.compute.flops == pytest.approx(1000 * 112 * each)
+    per_token = sum(forward_flops(arch, 512) for arch in models) - 0.76 * heads
+    assert cost.compute.flops == pytest.approx(100 * (112 + 60 + 45 + 78) * per_token)
+    size = 2 if cost.bf16 else 4
+    head = 4 * chain.teacher.vocab_size * chain.teacher.hidden_size if cost.bf16 else 0
+    assert cost.memory.weights == size * chain.teacher.parameters() + head
+    all_items = cost_of(chain, "evaluate_tasks", limit=None, tasks=["sciq"])
+    assert all_items.compute.flops == pytest.approx(1000 * 112 * per_token)
     shots = {"limit": 10, "tasks": ["mmlu", "piqa"], "num_fewshot": {"mmlu": 5, "piqa": 2}}
-    fewer = cost_of(chain, "evaluate_tasks", **shots)
-    subjects = 57 * (10 + 5) * 95  # whose examples pass once; piqa's are drawn for each item
-    assert fewer.compute.flops == pytest.approx((subjects + 10 * (1 + 2) * 60) * each)
+    fewshot = cost_of(chain, "evaluate_tasks", **shots)
+    mmlu = 57 * (10 + 5) * 95  # each subject's examples are computed once, and cached
+    piqa = 10 * (1 + 2) * 60  # examples differ for each item
+    assert fewshot.compute.flops == pytest.approx((mmlu + piqa) * per_token)
 
 
 def test_a_halving_trains_and_evaluates_its_candidates(plan: MakePlan) -> None:
-    """Four candidates, then two, each round with half of the tokens, then evaluated."""
+    """The first round trains four candidates, the second two, on half of the tokens each."""
     chain = plan(recipe="recipe=llama_search").chain
-    found = chain.inference_costs["successive_halving"]
+    cost = chain.inference_costs["successive_halving"]
     more = cost_of(chain, "successive_halving", num_samples=32)
     shape = chain.shapes["enumerate_shapes"][0]
     passes = 256 * (2 * forward_flops(chain.teacher, 256) + 6 * forward_flops(shape, 256))
-    assert more.compute.flops - found.compute.flops == pytest.approx(16 * passes)
+    assert more.compute.flops - cost.compute.flops == pytest.approx(16 * passes)
     job = Workload(shape, chain.teacher, Layout(micro_batch_size=4), 256, 4, 1)
-    trained = found.compute.flops - 16 * passes
+    trained = cost.compute.flops - 16 * passes
     assert trained == pytest.approx(200_000 * token_compute(job).flops, rel=0.02)
     bf16 = chain.hardware.precision == "bf16-mixed"
-    assert found.memory == peak_memory(replace(job, terms=2, bf16=bf16), chain.hardware)
+    assert cost.memory == peak_memory(replace(job, terms=2, bf16=bf16), chain.hardware)

@@ -52,7 +52,7 @@ def problems(cfg: DistillConfig, chain: Chain) -> list[Problem]:
         config(devices=2, tp=2, seq_length=255),
     ],
 )
-def test_layouts_that_fit(cfg: DistillConfig, chain: Chain) -> None:
+def test_a_valid_layout_has_no_problems(cfg: DistillConfig, chain: Chain) -> None:
     assert problems(cfg, chain) == []
 
 
@@ -72,7 +72,9 @@ def test_layouts_that_fit(cfg: DistillConfig, chain: Chain) -> None:
         ),
     ],
 )
-def test_each_rule(cfg: DistillConfig, rule: str, what: str, fix: str, chain: Chain) -> None:
+def test_an_invalid_layout_breaks_one_rule(
+    cfg: DistillConfig, rule: str, what: str, fix: str, chain: Chain
+) -> None:
     [problem] = problems(cfg, chain)
     assert problem.rule.name == rule
     assert what in problem.what
@@ -88,7 +90,9 @@ def test_each_rule(cfg: DistillConfig, rule: str, what: str, fix: str, chain: Ch
         ("vocab_size", 513, "vocabulary"),
     ],
 )
-def test_tensor_parallel_axes(teacher: Architecture, axis: str, size: int, rule: str) -> None:
+def test_tensor_parallelism_must_divide_each_axis(
+    teacher: Architecture, axis: str, size: int, rule: str
+) -> None:
     chain = Chain("x", replace(teacher, **{axis: size}), {})
     [problem] = problems(config(devices=2, tp=2), chain)
     assert problem.rule.name == rule
@@ -108,7 +112,7 @@ def test_student_and_teacher_are_both_checked(chain: Chain) -> None:
 
 
 def test_experts_are_trained_with_sequence_parallelism(chain: Chain) -> None:
-    """Their own width must divide, not the one that dense layers would have."""
+    """The width of an expert must be divisible, not the config's width of dense layers."""
     experts = replace(chain.teacher, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=66)
     moe = replace(chain, teacher=experts)
     [problem] = problems(config(devices=2, tp=2), moe)
@@ -160,7 +164,7 @@ def test_proposals_fit_and_the_first_is_the_cheapest() -> None:
 
 
 def test_a_layout_must_split_the_width_of_the_experts() -> None:
-    """An MoE's config has the width of a dense layer, too, which is not used."""
+    """An MoE's config also has the width of a dense layer, which is not used."""
     arch = with_experts(LLAMA, ffn_hidden_size=30, moe_ffn_hidden_size=96)
     layout = Layout(devices=8, tensor=8, sequence_parallel=True)
     job = distillation(arch, None, layout=layout, global_batch_size=8)
@@ -170,7 +174,7 @@ def test_a_layout_must_split_the_width_of_the_experts() -> None:
 
 
 def test_proposals_are_valid_for_a_loss_on_hidden_states() -> None:
-    """If only recomputation fits into memory, there is no proposal."""
+    """A loss on hidden states forbids recomputation, so layouts that need it are not proposed."""
     layout, shape = Layout(devices=8), replace(LLAMA, num_layers=16)
     job = distillation(shape, LLAMA, layout=layout, seq_length=8192, steps=100)
     small = replace(H100, memory_bytes=22e9)

@@ -1,4 +1,4 @@
-"""Cost of trainings: as published, as measured, and by hand."""
+"""Compares the estimated cost of trainings with publications, measurements and hand counts."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ QWEN_NAS = replace(QWEN, num_layers=30, hidden_size=3584, ffn_hidden_size=11776)
 
 
 def hybrid_as_dense(layers: int, hidden: int, parameters: float) -> Architecture:
-    """Represents a hybrid of Mamba, attention and feed-forward blocks (Nemotron Nano v2).
+    """Approximates a hybrid of Mamba, attention and feed-forward blocks (Nemotron Nano v2).
 
-    Two blocks count as one transformer layer. The feed-forward width makes up the published number
-    of parameters, so the FLOPs of linear layers are right. Mamba's scans are not counted.
+    Two blocks count as one transformer layer. The feed-forward width is chosen to match the
+    published number of parameters, so the FLOPs of linear layers are right. Mamba's scans are not
+    counted.
     """
     bare = Architecture("", layers, hidden, 0, 40, 8, 128, 131072, 131072, tied_embeddings=False)
     width = (parameters - bare.parameters()) / (3 * hidden * layers)
@@ -69,12 +70,12 @@ HYBRIDS = hybrid_as_dense(24, 4352, 7.00e9), hybrid_as_dense(28, 4480, 8.89e9)
     ],
     ids=["qwen3-depth", "qwen3-nas-90B", "qwen3-nas-50B", "nemotron-nano-hybrid"],
 )
-def test_published_gpu_hours(
+def test_error_against_published_gpu_hours(
     job: Workload, published: float, error: float, tolerance: float
 ) -> None:
-    found = training_cost(job, H100).device_hours / published - 1
-    assert found == pytest.approx(error, abs=0.015)
-    assert abs(found) <= tolerance
+    estimated = training_cost(job, H100).device_hours / published - 1
+    assert estimated == pytest.approx(error, abs=0.015)
+    assert abs(estimated) <= tolerance
 
 
 EPYC, XEON, XEON_CORE, AVX2 = (
@@ -82,17 +83,17 @@ EPYC, XEON, XEON_CORE, AVX2 = (
     for bf16, f32, copy in (
         (4.02e11, 1.87e11, 2.9e10),
         (1.71e12, 3.11e11, 2.58e10),
-        (8.54e11, 1.65e11, 1.25e10),  # one core, as the next
+        (8.54e11, 1.65e11, 1.25e10),  # one core; so is the next
         (1e10, 9.1e10, 2.03e10),
     )
 )
-"""Rates that were measured beside these trainings."""
+"""Rates of each processor, measured just before the trainings below."""
 DEEP = replace(SMOLLM2, num_layers=24)
 NARROW = replace(SMOLLM2, hidden_size=512, ffn_hidden_size=1152)
 
 
 def cpu_training(student: Architecture, teacher: Architecture | None, **fields: Any) -> Workload:
-    """Ten steps of 4 sequences of 256 tokens."""
+    """Returns a training of ten steps of 4 sequences of 256 tokens."""
     shape = {"seq_length": 256, "global_batch_size": 4, "steps": 10}
     return distillation(student, teacher, layout=Layout(micro_batch_size=4), **shape, **fields)
 
@@ -115,7 +116,7 @@ def cpu_training(student: Architecture, teacher: Architecture | None, **fields: 
         *("float32", "float32-20"),
     ],
 )
-def test_measured_speed_on_a_cpu(
+def test_estimated_speed_is_within_15_percent_of_measurements_on_a_cpu(
     rates: dict[str, float],
     bf16: bool,
     teacher: Architecture | None,
@@ -123,10 +124,10 @@ def test_measured_speed_on_a_cpu(
     terms: int,
     tokens_per_second: float,
 ) -> None:
-    """``benchmarks/README.md``: within 15% on three types of processors."""
+    """``benchmarks/README.md`` describes the measurements."""
     job = cpu_training(student, teacher, bf16=bf16, terms=terms)
-    found = training_cost(job, replace(CPU, **rates)).tokens_per_second
-    assert found == pytest.approx(tokens_per_second, rel=0.15)
+    estimate = training_cost(job, replace(CPU, **rates)).tokens_per_second
+    assert estimate == pytest.approx(tokens_per_second, rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -134,10 +135,10 @@ def test_measured_speed_on_a_cpu(
     [(True, SMOLLM2, 3.5e9), (True, None, 3.1e9), (False, SMOLLM2, 4.5e9)],
     ids=["live", "cached", "live-float32"],
 )
-def test_measured_memory_on_a_cpu(
+def test_estimated_memory_is_within_5_percent_of_measurements_on_a_cpu(
     bf16: bool, teacher: Architecture | None, peak_bytes: float
 ) -> None:
-    """``benchmarks.distill``: within 5%."""
+    """``benchmarks.distill`` measures the peak."""
     job = cpu_training(DEEP, teacher, bf16=bf16)
     if teacher is not None:
         assert token_compute(job).flops == pytest.approx(979e6, rel=0.01)
@@ -151,8 +152,8 @@ def test_float32_takes_longer_than_bfloat16_on_any_device() -> None:
         assert full > least * training_cost(job, hardware).hours
 
 
-def test_a_cpus_step_by_hand() -> None:
-    """One layer of one head of two channels, in sequences of one token, in bfloat16."""
+def test_time_of_a_step_on_a_cpu_equals_a_hand_count() -> None:
+    """The model has one layer with one head of two channels; one token; bfloat16."""
     tiny = Architecture("", 1, 2, 3, 1, 1, 2, 5, 8, tied_embeddings=True)
     job = distillation(tiny, None, layout=Layout(), seq_length=1, global_batch_size=1)
     rates = {"flops_per_second": 10.0, "float32_flops_per_second": 5.0, "bytes_per_second": 4.0}
@@ -163,8 +164,8 @@ def test_a_cpus_step_by_hand() -> None:
     assert traffic > loss_bytes(5, 2, 1, live_teacher=False)
     assert step.compute == pytest.approx(gemms + traffic / 2 + 3 * LAYER_PASS_SECONDS)
     assert step.optimizer == pytest.approx(tiny.parameters() * (2 + 26 + 6) / 2)
-    twice = step_time(replace(job, global_batch_size=2), cpu)
-    assert twice.optimizer == pytest.approx(tiny.parameters() * (10 + 2 + 26 + 6) / 2)
+    two_batches = step_time(replace(job, global_batch_size=2), cpu)
+    assert two_batches.optimizer == pytest.approx(tiny.parameters() * (10 + 2 + 26 + 6) / 2)
 
 
 def test_time_to_stop_is_two_steps_a_validation_and_a_checkpoint() -> None:
@@ -177,11 +178,11 @@ def test_time_to_stop_is_two_steps_a_validation_and_a_checkpoint() -> None:
     assert stopping_seconds(replace(job, trained=None), H100) == 0
 
 
-def test_bytes_of_a_parameter_are_those_of_megatron() -> None:
-    """18 bytes on one rank: bf16 weight, float32 gradient, main weight and two moments."""
+def test_a_parameter_takes_18_bytes_on_one_gpu() -> None:
+    """These are a bfloat16 weight, and in float32 gradient, main weight and two moments."""
     job = distillation(LLAMA, None, layout=Layout())
-    found = peak_memory(job, H100)
-    assert found.weights + found.gradients + found.optimizer == 18 * LLAMA.parameters()
+    one = peak_memory(job, H100)
+    assert one.weights + one.gradients + one.optimizer == 18 * LLAMA.parameters()
     many = peak_memory(replace(job, layout=Layout(nodes=2, devices=8)), H100)
     assert many.optimizer == 12 * LLAMA.parameters() / 16
     full = peak_memory(replace(job, bf16=False), CPU)
@@ -194,16 +195,16 @@ def test_bytes_of_a_parameter_are_those_of_megatron() -> None:
 
 
 @pytest.mark.parametrize(("batches", "ranks", "size"), [(1, 1, 2), (2, 1, 4), (1, 2, 4)])
-def test_a_cpu_keeps_the_type_of_unsummed_gradients(batches: int, ranks: int, size: int) -> None:
-    """Gradients of one micro batch on one rank are in bfloat16; sums are in float32."""
+def test_a_cpu_holds_unsummed_gradients_in_bfloat16(batches: int, ranks: int, size: int) -> None:
+    """Sums over micro batches or ranks are in float32."""
     layout = Layout(devices=ranks)
     job = distillation(LLAMA, None, layout=layout, global_batch_size=batches * ranks)
     assert peak_memory(job, CPU).gradients == size * LLAMA.parameters()
     assert peak_memory(job, H100).gradients == 4 * LLAMA.parameters()
 
 
-def test_copies_of_the_optimizer_take_memory_and_spare_the_network() -> None:
-    """A copy on each of two nodes gathers its weights and sends an eighth of the gradients."""
+def test_copies_of_the_optimizer_take_memory_and_reduce_network_traffic() -> None:
+    """With a copy on each of two nodes, a rank sends an eighth of the gradients between nodes."""
     whole = Layout(nodes=2, devices=8)
     job = distillation(LLAMA, None, layout=whole)
     copied = replace(job, layout=replace(whole, optimizer_instances=2))
@@ -226,8 +227,8 @@ def test_recomputing_and_sequence_parallelism_save_activations() -> None:
 
     assert held(sequence_parallel=True) < held()
     assert held(recompute_granularity="full") < held() / 7
-    again = replace(job, layout=replace(layout, recompute_granularity="full"))
-    assert step_time(again, H100).compute > 1.2 * step_time(job, H100).compute
+    recomputed = replace(job, layout=replace(layout, recompute_granularity="full"))
+    assert step_time(recomputed, H100).compute > 1.2 * step_time(job, H100).compute
 
 
 def test_recomputed_feed_forward_layers_are_in_memory_one_at_a_time() -> None:
@@ -248,16 +249,16 @@ def test_a_pipeline_holds_several_micro_batches_and_idles() -> None:
     layer = layer_activation_bytes(LLAMA, layout, 4096)
     first = replace(job, global_batch_size=64)
     assert stage_memory(first, H100, 0).activations > 4 * 8 * layer
-    # Each stage keeps the states of student and teacher that it received, and one more pair.
-    taught = replace(job, teacher=LLAMA)
+    # A stage keeps the hidden states that it received for each micro batch, and one more buffer.
+    with_teacher = replace(job, teacher=LLAMA)
     state = 2 * 4096 * 4096
     for stage, messages in enumerate((1, 1 + 3, 1 + 2, 1 + 1)):
-        both, one = (stage_memory(each, H100, stage).activations for each in (taught, job))
+        both, one = (stage_memory(each, H100, stage).activations for each in (with_teacher, job))
         assert both - one == pytest.approx(messages * state)
 
 
 def test_a_pipeline_is_as_fast_as_its_busiest_stage() -> None:
-    """36 layers over 8 stages are 3, 5, 5, …; a head of 152k tokens is nearly 3 layers."""
+    """8 stages split 36 layers into 3, 5, 5, …; a head of 152k tokens costs nearly 3 layers."""
     job = distillation(QWEN, None, layout=Layout(devices=8, pipeline=8, micro_batch_size=1))
     head = 2 * QWEN.vocab_size * QWEN.hidden_size
     layer = (forward_flops(QWEN, 4096) - head) / 36

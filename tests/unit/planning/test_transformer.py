@@ -1,4 +1,4 @@
-"""FLOPs, bytes and memory, counted by hand; hardware profiles and this machine's processor."""
+"""Compares FLOPs, bytes and memory with hand counts; tests hardware profiles."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_bundled_shapes_have_the_published_parameters(
     assert arch.parameters() == pytest.approx(parameters, rel=0.002)
 
 
-def test_memory_traffic_of_a_token() -> None:
-    """One layer of one head of two channels, in sequences of one token, in bfloat16."""
+def test_memory_traffic_of_a_token_equals_a_hand_count() -> None:
+    """The model has one layer with one head of two channels; one token; bfloat16."""
     tiny = Architecture("", 1, 2, 3, 1, 1, 2, 5, 8, tied_embeddings=True)
     heads = keys = 2
     forward = 2 * 2 * (22 + 6) + heads * (24 + 12) + keys * (24 + 4) + 3 * 10
@@ -72,8 +72,8 @@ def test_memory_traffic_of_a_token() -> None:
 
 @pytest.mark.parametrize("pipeline", [1, 2, 5])
 @pytest.mark.parametrize("tied", [True, False])
-def test_ranks_hold_the_whole_model(pipeline: int, tied: bool) -> None:
-    """Over all stages and tensor ranks; tied embeddings are on the first and the last stage."""
+def test_all_ranks_together_hold_the_whole_model(pipeline: int, tied: bool) -> None:
+    """A pipeline holds tied embeddings twice: on the first and on the last stage."""
     arch = replace(LLAMA, num_layers=20, tied_embeddings=tied)
     layout = Layout(devices=2 * pipeline, tensor=2, pipeline=pipeline)
     held = 2 * sum(sum(rank_parameters(arch, layout, stage)) for stage in range(pipeline))
@@ -81,9 +81,9 @@ def test_ranks_hold_the_whole_model(pipeline: int, tied: bool) -> None:
     assert held == pytest.approx(arch.parameters() + twice)
 
 
-def test_activations_of_a_layer() -> None:
-    """One token of Llama 3.1 8B: 4 x 4096, 2 x (32 + 8) x 128 and 3 x 14336 values of 2 bytes."""
-    values = 4 * 4096 + 2 * 40 * 128 + 3 * 14336
+def test_activations_of_a_layer_equal_a_hand_count() -> None:
+    """A token of Llama 3.1 8B keeps tensors of norms, attention and the feed-forward layer."""
+    values = 4 * 4096 + 2 * (32 + 8) * 128 + 3 * 14336
     assert layer_activation_bytes(LLAMA, Layout(), 1) == 2 * values
     split = 2 * (4 * 4096 + (2 * 40 * 128 + 3 * 14336) / 2)
     assert layer_activation_bytes(LLAMA, Layout(devices=2, tensor=2), 1) == split
@@ -99,7 +99,7 @@ def test_experts_are_split_and_two_of_them_work_on_a_token() -> None:
     assert expert_parameters(arch) == 30 * 8 * 3 * 576 * 128
     _, experts = rank_parameters(arch, Layout(devices=8, expert=4), 0)
     assert experts == expert_parameters(arch) / 4
-    # Two experts' inputs, four halves or products of each; 9 and 3 heads of 64.
+    # Norms, inputs of two experts, 9 and 3 heads of 64, and four tensors in each expert.
     values = 4 * 576 + 2 * 576 + 2 * (9 + 3) * 64 + 4 * 2 * 128
     assert layer_activation_bytes(arch, Layout(), 1) == 2 * values
     split = (4 * 576 + 2 * (9 + 3) * 64 + 4 * 2 * 128) / 3 + 2 * 576  # inputs are gathered
@@ -130,7 +130,7 @@ def test_profiles_are_complete_and_plausible(name: str) -> None:
         (None, "32"),
     ],
 )
-def test_bfloat16_is_for_processors_that_have_it(
+def test_only_processors_with_bfloat16_instructions_train_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str | None, precision: str
 ) -> None:
     monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")

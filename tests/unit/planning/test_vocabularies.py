@@ -1,4 +1,4 @@
-"""Models and text that meet in one loss have one vocabulary."""
+"""A plan refuses models and text with different vocabularies."""
 
 from __future__ import annotations
 

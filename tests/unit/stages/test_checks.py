@@ -111,8 +111,8 @@ def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
         ({"sources": ["a.csv"]}, "data-sources", "a.csv"),
         ({"heldout_sources": ["missing.txt"]}, "data-sources", "missing.txt"),
         ({"heldout_sources": ["TEXT"]}, "data-sources", "data.heldout_sources"),
-        ({"calibration_fraction": 0.94}, "data-parts", "fractions"),
-        ({"validation_fraction": 0.5, "heldout_fraction": 0.5}, "data-parts", "fractions"),
+        ({"calibration_fraction": 0.94}, "data-splits", "fractions"),
+        ({"validation_fraction": 0.5, "heldout_fraction": 0.5}, "data-splits", "fractions"),
         ({"seq_length": 0}, "seq-length", "seq_length=0"),
         ({"seq_length": 1025}, "seq-length", "seq_length=1025"),
     ],
@@ -145,7 +145,7 @@ def test_sequences_are_within_the_models_positions(stage: Any, chain: Chain) -> 
 
 def prune_errors(cfg: PruneConfig, chain: Chain) -> list[Problem]:
     """Without the warning that more than a third is pruned at once."""
-    return [p for p in prune.check(cfg, chain) if p.rule.name != "large-cut"]
+    return [p for p in prune.check(cfg, chain) if p.rule.name != "large-reduction"]
 
 
 def test_prune_reports_each_wrong_target(chain: Chain) -> None:
