@@ -348,10 +348,11 @@ def test_training_cannot_exceed_the_sequences_of_a_cached_teacher(plan: MakePlan
     def cached(sequences: int) -> Plan:
         return plan("teacher=cached", f"stages.cache_logits.num_sequences={sequences}")
 
-    with pytest.raises(RecipeError, match="batches of 1,024 tokens, but there are 512 at most"):
+    with pytest.raises(RecipeError, match=r"1,024 tokens.* 512 at most"):
         cached(2)
     [note] = [n for n in cached(100).notes if n.rule.name == "epochs"]
-    assert "25,600, each of which it sees 4.0 times" in note.what
+    assert "25,600" in note.what
+    assert "4.0" in note.what
     assert "epochs" not in {n.rule.name for n in cached(400).notes}
 
 
