@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from nemo_convert.hub import INDEX_FILE, WEIGHTS_FILE, hub_model, is_hub_id, unreachable
+from nemo_convert.hub import (
+    INDEX_FILE,
+    ROTARY_BUFFER,
+    WEIGHTS_FILE,
+    hub_model,
+    is_hub_id,
+    read_index,
+    side_folder,
+    unreachable,
+)
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json
 
-ROTARY_BUFFER = "rotary_emb.inv_freq"
-"""End of the name of a buffer that old checkpoints store. It follows from the config, so it is left
-out of all headers."""
 LFS_POINTER = b"version https://git-lfs"
 CHUNK_BYTES = 16 << 20
 
@@ -58,21 +66,6 @@ def weight_files(folder: Path) -> list[Path]:
             "download the model again, or copy all of its shards",
         )
     return files
-
-
-def read_index(folder: Path) -> dict[str, str]:
-    """Returns the shard of each tensor: ``weight_map`` in the index.
-
-    Raises:
-        RecipeError: The index is damaged.
-    """
-    index = read_json(folder / INDEX_FILE)
-    if "metadata" not in index:  # transformers 4 fails without it
-        raise RecipeError(f"{folder / INDEX_FILE} has no metadata.", 'add "metadata": {} to it')
-    files = index.get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise RecipeError(f"{folder / INDEX_FILE} has no weight_map.", "download the model again")
-    return {name: file for name, file in files.items() if not name.endswith(ROTARY_BUFFER)}
 
 
 def read_headers(hf_path: str) -> dict[str, StoredTensor]:
@@ -139,21 +132,42 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_hub_headers(hf_path: str) -> dict[str, StoredTensor]:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import NotASafetensorsRepoError
+    with ThreadPoolExecutor() as threads:
+        headers = [*threads.map(partial(_read_hub_header, hf_path), _hub_weight_files(hf_path))]
+    return {name: tensor for header in headers for name, tensor in header.items()}
 
+
+def _hub_weight_files(hf_path: str) -> list[str]:
+    """Lists what ``weight_files`` would list after a download."""
+    from huggingface_hub import HfApi
+
+    if HfApi().file_exists(filename=WEIGHTS_FILE, **hub_model(hf_path)):
+        return [WEIGHTS_FILE]
+    folder = side_folder(hf_path)
+    if (folder / INDEX_FILE).is_file():
+        return sorted(set(read_index(folder).values()))
+    raise RecipeError(
+        f"{hf_path} has neither {WEIGHTS_FILE} nor {INDEX_FILE} on the hub.",
+        "use a model with safetensors weights",
+    )
+
+
+def _read_hub_header(hf_path: str, file: str) -> dict[str, StoredTensor]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
+
+    api, complete = HfApi(), "choose a complete revision of the model: model.hf_path=NAME@COMMIT"
     try:
-        metadata = HfApi().get_safetensors_metadata(**hub_model(hf_path))
-    except NotASafetensorsRepoError as error:
-        raise RecipeError(
-            f"{hf_path} has neither {WEIGHTS_FILE} nor {INDEX_FILE} on the hub.",
-            "use a model with safetensors weights",
-        ) from error
+        header = api.parse_safetensors_file_metadata(filename=file, **hub_model(hf_path))
+    except EntryNotFoundError as error:
+        what = f"{file} of {INDEX_FILE} is missing in {hf_path} on the hub."
+        raise RecipeError(what, complete) from error
+    except (SafetensorsParsingError, struct.error) as error:
+        raise RecipeError(f"{file} of {hf_path} is damaged on the hub.", complete) from error
     except Exception as error:
-        raise unreachable(hf_path, "the weights' headers", error) from error
+        raise unreachable(hf_path, f"the header of {file}", error) from error
     return {
         name: StoredTensor(file, tensor.dtype, tuple(tensor.shape))
-        for file, content in metadata.files_metadata.items()
-        for name, tensor in content.tensors.items()
+        for name, tensor in header.tensors.items()
         if not name.endswith(ROTARY_BUFFER)
     }

@@ -15,6 +15,9 @@ from recipes.core.wheels import parse_wheel_file
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 """transformers' names of a model's weights in one file, and of the index of its shards."""
+ROTARY_BUFFER = "rotary_emb.inv_freq"
+"""End of the name of a buffer that old checkpoints store. It follows from the config, so it is left
+out of all headers."""
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -100,6 +103,21 @@ def cached_model(hf_path: str) -> Path | None:
         return None
 
 
+def read_index(folder: Path) -> dict[str, str]:
+    """Returns the shard of each tensor: ``weight_map`` in the index.
+
+    Raises:
+        RecipeError: The index is damaged.
+    """
+    index = read_json(folder / INDEX_FILE)
+    if "metadata" not in index:  # transformers 4 fails without it
+        raise RecipeError(f"{folder / INDEX_FILE} has no metadata.", 'add "metadata": {} to it')
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise RecipeError(f"{folder / INDEX_FILE} has no weight_map.", "download the model again")
+    return {name: file for name, file in files.items() if not name.endswith(ROTARY_BUFFER)}
+
+
 def is_offline() -> bool:
     """Returns whether ``HF_HUB_OFFLINE`` forbids requests to the hub."""
     from huggingface_hub import constants
@@ -113,11 +131,12 @@ def download(hf_path: str) -> Path:
     Raises:
         RecipeError: The hub does not have the model, or cannot be reached.
     """
-    folder = side_folder(hf_path)
-    index = folder / INDEX_FILE
-    shards = (read_json(index).get("weight_map") or {}).values() if index.is_file() else ()
     # The folder of a snapshot is named by its commit, so that the weights are of the same one.
-    return _download(hf_path, [WEIGHTS_FILE, *set(shards)], revision=folder.name)
+    commit = side_folder(hf_path).name
+    folder = _download(hf_path, [WEIGHTS_FILE], commit)
+    if (folder / WEIGHTS_FILE).is_file() or not (folder / INDEX_FILE).is_file():
+        return folder
+    return _download(hf_path, sorted(set(read_index(folder).values())), commit)
 
 
 def _download(hf_path: str, patterns: Sequence[str], revision: str | None = None) -> Path:
@@ -126,8 +145,10 @@ def _download(hf_path: str, patterns: Sequence[str], revision: str | None = None
     model = hub_model(hf_path)
     if revision:
         model["revision"] = revision
+    # A * also matches a slash, so that tokenizer* would match all files of a folder tokenizer.
+    folders = [f"{pattern}/*" for pattern in patterns if pattern.endswith("*")]
     try:
-        return Path(snapshot_download(allow_patterns=[*patterns], **model))
+        return Path(snapshot_download(allow_patterns=[*patterns], ignore_patterns=folders, **model))
     except Exception as error:
         raise unreachable(hf_path, "files", error) from error
 

@@ -15,7 +15,6 @@ from nemo_convert.families import FAMILIES
 from nemo_convert.headers import (
     Headers,
     read_headers,
-    read_index,
     same_bytes,
     weight_files,
 )
@@ -28,6 +27,7 @@ from nemo_convert.hub import (
     is_hub_id,
     is_offline,
     read_hf_config,
+    read_index,
     side_folder,
 )
 from nemo_convert.tokenizer_files import read_vocabulary

@@ -1,8 +1,9 @@
-"""A fake Hugging Face hub on loopback for uploads and datasets.
+"""A fake Hugging Face hub on loopback for models and datasets.
 
 The endpoints and their fields are those that ``huggingface_hub`` calls (``hf_api.py``,
-``_commit_api.py``, ``lfs.py``, ``file_download.py``): whoami, a model's page, create, preupload,
-LFS, commit; and of datasets, which need no token, a page, the files of a commit, and a file.
+``_commit_api.py``, ``lfs.py``, ``file_download.py``): whoami, a model's page, a file or a range of
+its bytes, create, preupload, LFS, commit; and of datasets, which need no token, a page, the files
+of a commit, and a file.
 """
 
 from __future__ import annotations
@@ -38,7 +39,13 @@ class FakeHub:
     """Messages of the commits."""
     datasets: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     """Files of each commit of each dataset, by name; the newest commit is the last."""
+    downloads: list[tuple[str, int]] = field(default_factory=list)
+    """Path and number of bytes of each file, or range of a file, that was downloaded."""
     url: str = ""
+
+    def bytes_of(self, path: str) -> int:
+        """Returns how many bytes of a file were downloaded."""
+        return sum(size for name, size in self.downloads if name == path)
 
 
 @contextmanager
@@ -83,6 +90,7 @@ DATASET_PATH = re.compile(
     r"(/api)?/datasets/(?P<name>[^/]+/[^/]+)(/(?P<what>revision|tree|paths-info|resolve)/"
     r"(?P<revision>[^/]+)(/(?P<path>.+))?)?"
 )
+MODEL_FILE = re.compile(r"/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -145,29 +153,49 @@ class _Handler(BaseHTTPRequestHandler):
         elif asked["what"] != "resolve":
             card = {"license": "cc0-1.0"}
             self._answer({"id": asked["name"], "sha": commit, "siblings": [], "cardData": card})
-        elif (data := files.get(asked["path"])) is None:
-            self._answer({}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         else:
-            self.send_response(200)
-            self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
-            self.send_header("X-Repo-Commit", commit)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(data)
+            self._file(files, asked["path"], commit)
+
+    def _file(self, files: dict[str, bytes], path: str, commit: str) -> None:
+        """Sends a file of a commit, or the range of its bytes that is requested."""
+        if (data := files.get(path)) is None:
+            self._answer({}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+            return
+        first_and_last = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        self.send_response(206 if first_and_last else 200)
+        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", commit)
+        if first_and_last:
+            first, last = first_and_last.groups()
+            data = data[int(first) : int(last) + 1 if last else None]
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.known.downloads.append((path, len(data)))
+            self.wfile.write(data)
+
+    def _model_file(self) -> bool:
+        """Answers a request for a model's file; returns false for other requests."""
+        match = MODEL_FILE.fullmatch(unquote(self.path))
+        if match is None or match["name"] not in self.known.models:
+            return False
+        self._file(self.known.models[match["name"]], match["path"], str(len(self.known.commits)))
+        return True
 
     def do_HEAD(self) -> None:
-        self._dataset()
+        if not self._dataset() and self._is_known() and not self._model_file():
+            self._answer({}, 404, X_Error_Code="RepoNotFound")
 
     def do_GET(self) -> None:
-        if self._dataset() or not self._is_known():
+        if self._dataset() or not self._is_known() or self._model_file():
             return
         hub, name = self.known, self.path.removeprefix("/api/models/").split("/revision/")[0]
         if self.path == "/api/whoami-v2":
             self._answer({"name": "me", "type": "user"})
         elif name in hub.models:
-            found = {"id": name, "private": hub.private[name], "sha": str(len(hub.commits))}
-            self._answer({**found, "siblings": [], "tags": []})
+            found = {"id": name, "sha": str(len(hub.commits)), "tags": []}
+            siblings = [{"rfilename": path} for path in hub.models[name]]
+            self._answer({**found, "private": hub.private.get(name), "siblings": siblings})
         else:
             self._answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
 

@@ -1,0 +1,169 @@
+"""Checks and downloads of models on a stand-in of the hub request only the files that are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_convert.headers import LFS_POINTER
+from tests.support.folders import expected_shapes, write_sparse_weights
+from tests.support.hub import FakeHub, fake_hub, run_with_hub, settings_for
+from tests.unit.conftest import LLAMA_CONFIG, SMALL_STUDENT, Launch
+
+TOKEN = "hf_a_token_of_the_stand_in"
+NAME = "me/tiny"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+SMALL_FILES = {"config.json", "generation_config.json", "tokenizer.json", "README.md"}
+NEVER_READ = (
+    "consolidated.safetensors",
+    "pytorch_model.bin",
+    "original/consolidated.00.pth",
+    "original/tokenizer.model",
+    "onnx/model.onnx",
+    "onnx/model.safetensors",
+    "checkpoint-500/model.safetensors",
+    "checkpoint-500/config.json",
+    "tokenizer/model.safetensors",
+    "modeling_custom.py",
+    "training_args.bin",
+)
+HEADER_BYTES = 100_001
+"""huggingface_hub reads the header of a safetensors file with this many bytes at its start."""
+CHECK = f"""
+from nemo_convert.preflight import check_model
+print(*check_model({NAME!r}), sep="\\n")
+"""
+DOWNLOAD = f"""
+from nemo_convert.hub import download
+print(*sorted(file.name for file in download({NAME!r}).rglob("*") if file.is_file()))
+"""
+
+
+@pytest.fixture
+def hub(hf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub with a gated model as users publish them: one file of weights, and much beside it."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (hf_folder / "generation_config.json").write_text("{}")
+    (hf_folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    with fake_hub(TOKEN) as hub:
+        files = {file.name: file.read_bytes() for file in hf_folder.iterdir()}
+        hub.models[NAME] = files | dict.fromkeys(NEVER_READ, b"x" * 200_000)
+        assert len(files[WEIGHTS]) > 2 * HEADER_BYTES
+        yield hub
+
+
+def split_weights(hub: FakeHub, folder: Path) -> None:
+    """Replaces the weights of the hub's model by two shards and their index."""
+    names = sorted(expected_shapes(LLAMA_CONFIG))
+    weight_map = {name: SHARDS[number % 2] for number, name in enumerate(names)}
+    for shard in SHARDS:
+        shapes = expected_shapes(LLAMA_CONFIG)
+        own = {name: shapes[name] for name in names if weight_map[name] == shard}
+        write_sparse_weights(folder / shard, own)
+        hub.models[NAME][shard] = (folder / shard).read_bytes()
+    del hub.models[NAME][WEIGHTS]
+    write_index(hub, weight_map)
+
+
+def write_index(hub: FakeHub, weight_map: object) -> None:
+    index = {"metadata": {}, "weight_map": weight_map}
+    hub.models[NAME][INDEX] = json.dumps(index).encode()
+
+
+def requested(hub: FakeHub) -> set[str]:
+    return {path for path, _ in hub.downloads}
+
+
+def test_a_check_downloads_headers_and_small_files(hub: FakeHub, tmp_path: Path) -> None:
+    assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
+    assert requested(hub) == {*SMALL_FILES, WEIGHTS}
+    assert hub.bytes_of(WEIGHTS) == HEADER_BYTES
+
+
+def test_a_check_of_shards_downloads_their_headers(hub: FakeHub, tmp_path: Path) -> None:
+    split_weights(hub, tmp_path)
+    assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
+    assert requested(hub) == {*SMALL_FILES, INDEX, *SHARDS}
+    assert [hub.bytes_of(shard) for shard in SHARDS] == [HEADER_BYTES, HEADER_BYTES]
+
+
+def test_a_dry_run_checks_the_headers(hub: FakeHub, tmp_path: Path, launch: Launch) -> None:
+    config = {**LLAMA_CONFIG, "intermediate_size": 512}
+    hub.models[NAME]["config.json"] = json.dumps(config).encode()
+    words = ("recipe=llama_width_prune", "dry_run=true", f"model.hf_path={NAME}", *SMALL_STUDENT)
+    done = launch(*words, **settings_for(hub, tmp_path / "home"))
+    assert done.returncode == 1
+    assert f"is [128, 256] in {WEIGHTS}, but [128, 512] by config.json" in done.stderr
+    assert requested(hub) == {*SMALL_FILES, WEIGHTS}
+    assert hub.bytes_of(WEIGHTS) == HEADER_BYTES
+
+
+def test_a_download_has_only_files_that_are_read(hub: FakeHub, tmp_path: Path) -> None:
+    size = len(hub.models[NAME][WEIGHTS])
+    assert set(run_with_hub(hub, tmp_path, DOWNLOAD).split()) == {*SMALL_FILES, WEIGHTS}
+    assert requested(hub) == {*SMALL_FILES, WEIGHTS}
+    assert hub.bytes_of(WEIGHTS) == size
+
+
+def test_a_download_of_shards(hub: FakeHub, tmp_path: Path) -> None:
+    split_weights(hub, tmp_path)
+    run_with_hub(hub, tmp_path, DOWNLOAD)
+    assert requested(hub) == {*SMALL_FILES, INDEX, *SHARDS}
+
+
+def test_shards_beside_one_file_of_weights_are_not_downloaded(hub: FakeHub, tmp_path: Path) -> None:
+    """transformers then reads ``model.safetensors`` alone."""
+    whole = hub.models[NAME][WEIGHTS]
+    split_weights(hub, tmp_path)
+    hub.models[NAME][WEIGHTS] = whole
+    assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
+    run_with_hub(hub, tmp_path, DOWNLOAD)
+    assert requested(hub) == {*SMALL_FILES, INDEX, WEIGHTS}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "fix"),
+    [
+        ("no weights", "has neither model.safetensors nor", "use a model with safetensors"),
+        ("no shard", f"{SHARDS[1]} of {INDEX} is missing", "complete revision"),
+        ("no map", "has no weight_map", "download the model again"),
+        ("pointer", f"{WEIGHTS} of {NAME} is damaged", "complete revision"),
+        ("empty", f"{WEIGHTS} of {NAME} is damaged", "complete revision"),
+    ],
+)
+def test_faults_of_weights_on_the_hub(
+    hub: FakeHub, tmp_path: Path, fault: str, message: str, fix: str
+) -> None:
+    files = hub.models[NAME]
+    if fault in {"no shard", "no map"}:
+        split_weights(hub, tmp_path)
+    if fault == "no weights":
+        del files[WEIGHTS]
+    elif fault == "no shard":
+        del files[SHARDS[1]]
+    elif fault == "no map":
+        write_index(hub, ["a"])
+    else:
+        files[WEIGHTS] = LFS_POINTER * (fault == "pointer")
+    said = run_with_hub(hub, tmp_path, CHECK)
+    assert said.startswith("error: ")
+    assert message in said
+    assert fix in said.partition("fix: ")[2]
+
+
+def test_a_model_that_the_token_does_not_open(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    code = f"""
+from recipes.core.errors import RecipeError
+try:
+    exec({CHECK!r})
+except RecipeError as error:
+    print(error.fix)
+"""
+    assert "HF_TOKEN for a gated model" in run_with_hub(hub, tmp_path, code)
