@@ -15,7 +15,7 @@ from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.screen import plain_table
 from recipes.data.results import DatasetResult, in_words
 from recipes.engines.results import BenchmarkResults, EngineResult
-from recipes.evaluation.results import ROLES, EvaluationResult, TaskResults
+from recipes.evaluation.results import EvaluationResult, TaskResults
 from recipes.planning.results import Cell, PlanResult
 from recipes.pruning.results import HealResult
 from recipes.report.gates import judge
@@ -115,9 +115,13 @@ def _perplexities(manifest: Manifest) -> str:
 
 
 def _mean_score(manifest: Manifest) -> str:
-    tasks = [task.models() for task in manifest.result(TaskResults).tasks.values()]
-    means = (sum(task[role].value for task in tasks) / len(tasks) for role in ROLES)
-    return f"mean score {' → '.join(f'{value:.3f}' for value in means)}"
+    """States the mean of scores that are fractions; other metrics cannot be averaged."""
+    results = manifest.result(TaskResults)
+    number = len(results.fractions())
+    if not number:
+        return f"{', '.join(results.tasks)} evaluated"
+    means = " → ".join(f"{value:.3f}" for value in results.means().values())
+    return f"mean score of {number} benchmark{'s' * (number > 1)} {means}"
 
 
 def _planned_cost(manifest: Manifest) -> str:

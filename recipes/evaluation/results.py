@@ -6,7 +6,7 @@ their interval is narrower than that of two separate means.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -131,7 +131,7 @@ class TaskScores:
         return {role: getattr(self, role) for role in ROLES}
 
     @property
-    def has_fractions(self) -> bool:
+    def is_fraction(self) -> bool:
         """Whether the scores are fractions of the items, as accuracy is."""
         return all(0 <= score.value <= 1 for score in self.models().values())
 
@@ -157,12 +157,19 @@ class TaskResults:
     harness: str
     data: str
 
-    def means(self) -> dict[str, float]:
-        """Returns each model's mean over the tasks whose scores are fractions."""
-        fractions = [task.models() for task in self.tasks.values() if task.has_fractions]
-        if not fractions:
+    def fractions(self) -> list[str]:
+        """Returns the names of the tasks whose scores are fractions, such as accuracy."""
+        return [name for name, task in self.tasks.items() if task.is_fraction]
+
+    def means(self, names: Collection[str] | None = None) -> dict[str, float]:
+        """Returns each model's mean score over the named tasks; by default over all.
+
+        Tasks whose scores are not fractions, such as perplexity, are left out.
+        """
+        used = [self.tasks[name] for name in self.fractions() if names is None or name in names]
+        if not used:
             return {}
-        return {role: fmean([task[role].value for task in fractions]) for role in ROLES}
+        return {role: fmean([task.models()[role].value for task in used]) for role in ROLES}
 
 
 def recovered(

@@ -1,4 +1,4 @@
-"""Compares several runs on one page: quality, cost, Pareto fronts and settings that differ."""
+"""Compares runs on one page: quality, cost, Pareto fronts, and settings that differ."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from recipes.report.sections import (
 
 @dataclass(frozen=True)
 class LatencySetting:
-    """Engine, request and machine of a measured latency."""
+    """Engine, request and machine of a latency."""
 
     engine: str
     batch_size: int
@@ -58,10 +58,10 @@ class RunRow:
     """Whether it was evaluated on the same text as most runs."""
     is_best: bool
     gap: tuple[float, float] | None
-    """Mean difference of its losses to those of the best run, in nats, with its standard error."""
+    """Mean difference of its losses to those of the best run, and standard error, in nats."""
     evaluation: EvaluationResult
     tasks: Mapping[str, float]
-    """Mean task score by role."""
+    """By role, the mean score of the tasks that all runs have in common."""
     disk: int | None
     """Bytes of the exported folder."""
     latency: float | None
@@ -86,7 +86,7 @@ COSTS: dict[str, tuple[Dimension, Metric]] = {
 
 
 def render_comparison(paths: Iterable[Path], out: Path) -> list[RunRow]:
-    """Writes the page about two or more runs in or below ``paths``; returns its rows."""
+    """Compares all runs in or below ``paths``, writes the page and returns its rows."""
     content = comparison([read_run(path) for path in find_runs(paths)])
     render_template("compare.html.j2", content, out)
     rows: list[RunRow] = content["rows"]
@@ -94,7 +94,7 @@ def render_comparison(paths: Iterable[Path], out: Path) -> list[RunRow]:
 
 
 def verdict(rows: Iterable[RunRow]) -> str:
-    """Names the best run, the criterion, and the runs whose difference to it may be noise."""
+    """Names the best run, the criterion, and the runs that are not significantly worse."""
     [best] = [row for row in rows if row.is_best]
     close = [r.name for r in rows if r.gap is not None and r.gap[0] < Z95 * r.gap[1]]
     perplexity = best.evaluation.distilled.perplexity
@@ -114,17 +114,18 @@ def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
     same = [run for run in evaluated if run.text() == text]
     if len(same) < 2:
         raise RecipeError(
-            f"of {len(runs)} run{'s' * (len(runs) != 1)}, {len(evaluated)} have an evaluation "
-            f"and {len(same)} of them on the same held-out text; there is nothing to compare.",
-            "give two or more complete runs of the same data",
+            f"nothing to compare: of {len(runs)} run{'s' * (len(runs) != 1)}, {len(evaluated)} "
+            f"have an evaluation, and {len(same)} of them on the same held-out text",
+            "name two or more complete runs with the same held-out text",
         )
     names = _names(runs)
     best = min(same, key=lambda run: _evaluation(run).distilled.loss)
-    # Latencies are compared in the fastest setting of the first run that has any.
+    tasks = common_tasks(evaluated)
+    # All latencies are those of one setting: the fastest one of the first run that has any.
     latencies = next(filter(None, (dict(_latencies(run)) for run in same)), {})
     latency = min(latencies, key=lambda setting: latencies[setting], default=None)
     rows = [
-        _row(str(number), names[run.path], run, best if run in same else None, latency)
+        _row(str(number), names[run.path], run, best if run in same else None, tasks, latency)
         for number, run in enumerate(evaluated, 1)
     ]
     comparable = [row for row in rows if row.comparable]
@@ -134,6 +135,7 @@ def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "rows": rows,
         "best": names[best.path],
         "teacher": _evaluation(best).teacher,
+        "tasks": tasks,
         "teacher_tasks": next((r.tasks["teacher"] for r in comparable if r.tasks), None),
         "plots": list(_plots(comparable)),
         "latency": latency,
@@ -153,7 +155,7 @@ def _evaluation(run: RunRecord) -> EvaluationResult:
 
 
 def _names(runs: Sequence[RunRecord]) -> dict[Path, str]:
-    """Returns the shortest unique end of each run's path; a bare number gets its folder too."""
+    """Returns the shortest unique end of each run's path. A number alone is not a name."""
     depth = 2 if any(run.path.name.isdigit() for run in runs) else 1
     longest = max(len(run.path.parts) for run in runs)
     while depth < longest and len({run.path.parts[-depth:] for run in runs}) < len(runs):
@@ -161,10 +163,31 @@ def _names(runs: Sequence[RunRecord]) -> dict[Path, str]:
     return {run.path: "/".join(run.path.parts[-depth:]) for run in runs}
 
 
+def common_tasks(runs: Iterable[RunRecord]) -> list[str]:
+    """Returns the tasks that all runs with tasks evaluated by the same metric on as many items."""
+    manifests = filter(None, (run.find("task_results") for run in runs))
+    results = [manifest.result(TaskResults).tasks for manifest in manifests]
+    first, *others = results or [{}]
+    return [
+        name
+        for name, task in first.items()
+        if all(
+            name in other and (other[name].metric, other[name].items) == (task.metric, task.items)
+            for other in others
+        )
+    ]
+
+
 def _row(
-    number: str, name: str, run: RunRecord, best: RunRecord | None, latency: LatencySetting | None
+    number: str,
+    name: str,
+    run: RunRecord,
+    best: RunRecord | None,
+    tasks: Sequence[str],
+    latency: LatencySetting | None,
 ) -> RunRow:
-    tasks, exported = run.find("task_results"), run.exported
+    """Returns a run's row. ``best`` is ``None`` if the run cannot be compared with the best one."""
+    results, exported = run.find("task_results"), run.exported
     trained = (m.result_if("distill", DistillationResult) for m in run.stages.values())
     return RunRow(
         number=number,
@@ -174,7 +197,7 @@ def _row(
         is_best=best is run,
         gap=paired_difference(run.losses, best.losses) if best and best is not run else None,
         evaluation=_evaluation(run),
-        tasks=tasks.result(TaskResults).means() if tasks else {},
+        tasks=results.result(TaskResults).means(tasks) if results else {},
         disk=exported.total_bytes() if exported else None,
         latency=dict(_latencies(run)).get(latency) if latency else None,
         tokens=sum(training.tokens for training in trained if training) or None,
@@ -196,9 +219,9 @@ def _latencies(run: RunRecord) -> Iterator[tuple[LatencySetting, float]]:
 
 
 def _plots(rows: Sequence[RunRow]) -> Iterator[dict[str, str]]:
-    """Yields a plot of each quality against each cost that at least two runs have."""
-    for quality, (up, quality_of) in QUALITIES.items():
-        for cost, (across, cost_of) in COSTS.items():
+    """Yields a plot of each quality against each cost that was measured in at least two runs."""
+    for quality, (y_axis, quality_of) in QUALITIES.items():
+        for cost, (x_axis, cost_of) in COSTS.items():
             values = [(row, cost_of(row), quality_of(row)) for row in rows]
             marks = [
                 quality_mark("distilled", row.number, row.evaluation.distilled, x)
@@ -209,13 +232,13 @@ def _plots(rows: Sequence[RunRow]) -> Iterator[dict[str, str]]:
             ]
             if len(marks) > 1:
                 marks += _teacher_mark(rows, quality) if cost == "parameters" else []
-                name, title = f"plot-{quality}-{cost}", f"{up.title} against {across.title}"
-                plot = trade_off_plot(name, marks, across, up)
+                name, title = f"plot-{quality}-{cost}", f"{y_axis.title} against {x_axis.title}"
+                plot = trade_off_plot(name, marks, x_axis, y_axis)
                 yield {"title": title[:1].upper() + title[1:], "plot": plot}
 
 
 def _teacher_mark(rows: Sequence[RunRow], quality: str) -> list[Mark]:
-    """Returns the teacher as a reference, if all runs have the same one."""
+    """Returns the teacher's mark if all runs have the same teacher."""
     teacher = rows[0].evaluation.teacher
     value = rows[0].tasks.get("teacher") if quality == "tasks" else teacher.perplexity
     if quality == "kl" or value is None or any(r.evaluation.teacher != teacher for r in rows):

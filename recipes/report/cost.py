@@ -1,4 +1,4 @@
-"""The cost of a run: hours, memory and FLOPs."""
+"""Computes the cost of a run from its manifests: hours, memory and FLOPs."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from recipes.planning.transformer import (
 from recipes.pruning.results import HealResult, PruneResult
 
 MAX_FILES = 200
-"""Files listed per stage; a large checkpoint has thousands, and its manifest names them all."""
+"""Files that the report lists per stage. A large checkpoint has thousands, all in its manifest."""
 TRAINING_FACTOR = 1 + BACKWARD_PASSES
-"""FLOPs of a training step over those of its forward pass."""
+"""FLOPs of a training step, divided by those of its forward pass."""
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Tokens that passed through models in a stage, and their FLOPs."""
+    """Tokens that passed through models in a stage, and the FLOPs of these passes."""
 
     label: str
     tokens: int
     student: float
     """FLOPs of the student."""
     teacher: float
+    """FLOPs of the teacher."""
     seconds: float | None = None
-    """Time of these passes without the rest of the stage; ``None`` if unknown."""
+    """Time of the passes without the rest of the stage; ``None`` if unknown."""
 
     @property
     def flops(self) -> float:
@@ -43,10 +44,10 @@ class ModelFlops:
         return self.student + self.teacher
 
 
-def costs(
+def cost_sections(
     inputs: Inputs, earlier: Mapping[str, Manifest], passes: list[ModelFlops]
 ) -> dict[str, object]:
-    """Returns the variables of the sections about cost and provenance."""
+    """Returns the template variables of the sections about cost and provenance."""
     stages = [*earlier.items(), *((item.directory.name, item.manifest) for item in inputs.values())]
     stages.sort(key=lambda item: item[1].started_at)
     manifests = [manifest for _, manifest in stages]
@@ -57,12 +58,12 @@ def costs(
         "processes": max(
             _resource(m.config, "nodes") * _resource(m.config, "devices") for m in manifests
         ),
-        "work": passes,
+        "passes": passes,
         "largest": {
             "bytes": max(m.total_bytes() for m in manifests) or 1,
             "seconds": max(m.seconds for m in manifests) or 1,
             "peak": max(m.peak_rss_bytes for m in manifests) or 1,
-            "flops": max((one.flops for one in passes), default=0) or 1,
+            "flops": max((p.flops for p in passes), default=0) or 1,
         },
         "max_files": MAX_FILES,
     }
@@ -78,22 +79,22 @@ def versions(manifests: Iterable[Manifest]) -> dict[str, list[str]]:
 
 
 def upstream(inputs: Inputs) -> dict[str, Manifest]:
-    """Returns the stages that the inputs were made from, without the inputs themselves.
+    """Returns all stages that the inputs depend on, without the inputs themselves.
 
-    They are directories beside the inputs. Their fingerprints identify them, so a stage of an
-    older run in the same directory does not count.
+    It looks in the run directories of the inputs. A stage must have the fingerprint that a later
+    stage recorded, so results of older settings in the same directory do not count.
     """
     run_dirs = {item.directory.parent for item in inputs.values()}
     folders = [path for run in run_dirs for path in sorted(run.iterdir()) if path.is_dir()]
     complete = ((path.name, read_manifest(path)) for path in folders)
-    beside = {m.fingerprint: (name, m) for name, m in complete if m is not None}
+    by_fingerprint = {m.fingerprint: (name, m) for name, m in complete if m is not None}
     visited = {item.manifest.fingerprint for item in inputs.values()}
     queue = [f for item in inputs.values() for f in item.manifest.inputs.values()]
     stages: dict[str, Manifest] = {}
     while queue:
         fingerprint = queue.pop()
-        if fingerprint not in visited and fingerprint in beside:
-            name, manifest = beside[fingerprint]
+        if fingerprint not in visited and fingerprint in by_fingerprint:
+            name, manifest = by_fingerprint[fingerprint]
             stages[name] = manifest
             queue += manifest.inputs.values()
         visited.add(fingerprint)
@@ -101,7 +102,7 @@ def upstream(inputs: Inputs) -> dict[str, Manifest]:
 
 
 def machine_hours(manifest: Manifest) -> float:
-    """Returns hours times machines."""
+    """Returns a stage's hours, multiplied by its number of machines."""
     return manifest.seconds / 3600 * _resource(manifest.config, "nodes")
 
 
@@ -112,7 +113,7 @@ def _resource(config: Mapping[str, Any], name: str) -> int:
 def model_flops(
     manifests: Mapping[str, Manifest], earlier: Mapping[str, Manifest]
 ) -> list[ModelFlops]:
-    """Returns the FLOPs of each stage that runs models and records its tokens.
+    """Returns the FLOPs of each stage that runs models and records the number of tokens.
 
     Args:
         manifests: Manifests of the report's inputs, by name.
@@ -131,14 +132,17 @@ def model_flops(
     rows += _distillation_flops("Distillation", manifests["distilled"], earlier, teacher)
     evaluation = manifests["evaluation"]
     tokens = evaluation.result(EvaluationResult).tokens
-    ours, theirs = (tokens * _forward_flops(arch, evaluation) for arch in (student, teacher))
-    return [*rows, ModelFlops("Evaluation", tokens, 2 * ours, theirs)]  # pruned and distilled
+    of_student, of_teacher = (
+        tokens * _forward_flops(arch, evaluation) for arch in (student, teacher)
+    )
+    # The pruned and the distilled model have the same shape.
+    return [*rows, ModelFlops("Evaluation", tokens, 2 * of_student, of_teacher)]
 
 
 def _earlier_flops(
     name: str, manifest: Manifest, earlier: Mapping[str, Manifest], teacher: Architecture
 ) -> list[ModelFlops]:
-    """Returns the FLOPs of a stage that is no input of the report."""
+    """Returns the FLOPs of a stage that is not an input of the report."""
     if corrected := manifest.result_if("correct_teacher", TrainingResult):
         flops = TRAINING_FACTOR * corrected.tokens * _forward_flops(teacher, manifest)
         return [ModelFlops(name, corrected.tokens, 0, flops)]
@@ -148,12 +152,12 @@ def _earlier_flops(
     healed, student = manifest.result_if("heal", HealResult), _shape(manifest)
     if healed and student:
         tokens = healed.calibration_tokens
-        ours, theirs = (
+        of_student, of_teacher = (
             tokens * (_forward_flops(arch, manifest) - head_flops(arch))
             for arch in (student, teacher)
         )
         fit = tokens * least_squares_flops(teacher, student)
-        return [ModelFlops(name, tokens, ours + fit, theirs)]
+        return [ModelFlops(name, tokens, of_student + fit, of_teacher)]
     return _distillation_flops(name, manifest, earlier, teacher)
 
 
@@ -168,9 +172,9 @@ def _distillation_flops(
         manifest.kind == "logit_cache" and manifest.fingerprint == distilled.inputs.get("teacher")
         for manifest in earlier.values()
     )
-    ours = TRAINING_FACTOR * tokens * _forward_flops(student, distilled)
-    theirs = 0 if cached else tokens * _forward_flops(teacher, distilled)
-    return [ModelFlops(label, tokens, ours, theirs, tokens / training.tokens_per_second)]
+    of_student = TRAINING_FACTOR * tokens * _forward_flops(student, distilled)
+    of_teacher = 0 if cached else tokens * _forward_flops(teacher, distilled)
+    return [ModelFlops(label, tokens, of_student, of_teacher, tokens / training.tokens_per_second)]
 
 
 def _shape(manifest: Manifest) -> Architecture | None:
@@ -178,5 +182,5 @@ def _shape(manifest: Manifest) -> Architecture | None:
 
 
 def _forward_flops(arch: Architecture, stage: Manifest) -> float:
-    """FLOPs of a token's forward pass in the sequences of a stage."""
+    """Returns the FLOPs of a token's forward pass at a stage's sequence length."""
     return forward_flops(arch, stage.config["seq_length"])

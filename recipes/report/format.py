@@ -25,12 +25,12 @@ LABELS = {
     "kv_channels": "Head size",
     "vocab_size": "Vocabulary",
 }
-"""Labels of fields whose name does not read well."""
+"""Labels of fields that the report does not label with their own names."""
 DASH = Markup('<span class="none">–</span>')
 
 
 def render_template(template: str, content: Mapping[str, object], path: Path) -> None:
-    """Writes one file that loads nothing else; values in HTML are escaped."""
+    """Renders a template into one file, which loads no others. Values in HTML are escaped."""
     write_text_atomically(path, _environment().get_template(template).render(content))
 
 
@@ -51,11 +51,11 @@ def _environment() -> Environment:
     return environment
 
 
-def scaled(value: float, units: str, base: str = "") -> str:
-    """Formats a value in the largest fitting power of 1000; ``units`` are their prefixes."""
-    power = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) // 3), len(units))
+def scaled(value: float, prefixes: str, unit: str = "") -> str:
+    """Formats a value with a prefix, as 1.5 kB; ``prefixes`` are those of 1000, 1000² and so on."""
+    power = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) // 3), len(prefixes))
     text = f"{value / 1000**power:,.1f}" if power else f"{value:,.6g}"
-    return f"{text} {units[power - 1] if power else ''}{base}".rstrip()
+    return f"{text} {prefixes[power - 1] if power else ''}{unit}".rstrip()
 
 
 def duration(seconds: float) -> str:
@@ -73,7 +73,7 @@ def plain(text: str) -> str:
 
 
 def _optional(write: Callable[..., str]) -> Callable[..., Markup]:
-    """Returns a filter that writes a dash for ``None``, and keeps the exact value as a hint."""
+    """Returns a filter that shows a dash for ``None``, and else the exact value as a tooltip."""
 
     def formatted(value: float | None, *args: object) -> Markup:
         if value is None:
@@ -100,7 +100,7 @@ FORMATS: dict[str, Callable[..., Markup]] = {
 
 
 def any_value(value: object, name: str) -> Markup:
-    """Formats a value of any type; the unit of a number is taken from its field's name."""
+    """Formats a value of any type. The last word of its field's name may be a unit."""
     if value is None:
         return DASH
     if isinstance(value, bool):

@@ -1,7 +1,6 @@
-"""Gates: measured values that a run must reach, such as ``recovered.sciq >= 0.95``.
+"""Gates: requirements on measured values of a run, such as ``recovered.sciq >= 0.95``.
 
-A gate compares one measured value with a number. Its text is parsed as NAME OP NUMBER and is never
-executed.
+A gate is parsed as NAME OP NUMBER. It is never executed as code.
 """
 
 from __future__ import annotations
@@ -29,31 +28,32 @@ _GATE = re.compile(
     r"\s*(?P<name>[A-Za-z_]\w*(?:\.[\w-]+)?)\s*(?P<operator>>=|<=|>|<)\s*"
     r"(?P<threshold>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*"
 )
-EVALUATION: dict[str, Callable[[EvaluationResult], float | None]] = {
+TEXT_METRICS: dict[str, Callable[[EvaluationResult], float | None]] = {
     "recovered": lambda e: e.recovered,
     "perplexity": lambda e: e.distilled.perplexity,
     "perplexity_ratio": lambda e: e.distilled.perplexity / e.teacher.perplexity,
     "kl_to_teacher": lambda e: e.distilled.kl_to_teacher,
     "top1_agreement": lambda e: e.distilled.top1_agreement,
 }
-"""Values of the distilled model on held-out text (kind ``eval_results``)."""
-TASK: dict[str, Callable[[TaskScores], float | None]] = {
+"""Metrics of the distilled model on held-out text (kind ``eval_results``)."""
+TASK_METRICS: dict[str, Callable[[TaskScores], float | None]] = {
     "recovered": lambda t: t.recovered,
     "score": lambda t: t.distilled.value,
     "difference": lambda t: t.differences.distilled.value,
     "difference_low": lambda t: t.differences.distilled.low,
 }
-"""Values of one benchmark (kind ``task_results``). Differences are to the teacher."""
-SPEEDUPS: dict[str, Callable[[Speedup], float]] = {
+"""Metrics of one benchmark (kind ``task_results``). Differences are to the teacher."""
+SPEEDUP_METRICS: dict[str, Callable[[Speedup], float]] = {
     "prefill": lambda s: s.prefill,
     "decode": lambda s: s.decode,
 }
-"""Speed-ups of the student over the teacher (kind ``speed_results``); the minimum counts."""
+"""Speed-ups of the student over the teacher (kind ``speed_results``). A gate uses the lowest of all
+engines, batch sizes and prompts."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Name of a measured value, and its required range."""
+    """A measured value's name and required range."""
 
     name: str
     operator: str
@@ -72,7 +72,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether the value is in range; one that could not be measured is not."""
+        """Whether the value is in range; false if it could not be measured."""
         compare = OPERATORS[self.gate.operator]
         return self.measured is not None and compare(self.measured, self.gate.threshold)
 
@@ -80,7 +80,7 @@ class Verdict:
         if self.measured is not None:
             text = f"measured {self.measured:.4g}"
         elif self.gate.name.startswith("recovered"):
-            text = "not measurable, since pruning lost no more than noise"
+            text = "undefined, because the loss by pruning is within noise"
         else:
             text = "not measured"
         return f"{self.gate}: {text}"
@@ -95,8 +95,8 @@ def parse(text: str) -> Gate:
     match = _GATE.fullmatch(text)
     if not match:
         raise RecipeError(
-            f"invalid gate '{text}': it must have the form NAME OP NUMBER.",
-            f"write it like 'recovered.sciq >= 0.95', with one of {' '.join(OPERATORS)}",
+            f"invalid gate '{text}': must be NAME OP NUMBER",
+            f"use a form such as 'recovered.sciq >= 0.95'; OP is one of {' '.join(OPERATORS)}",
         )
     return Gate(match["name"], match["operator"], float(match["threshold"]))
 
@@ -111,12 +111,12 @@ def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> 
     names: list[str] = []
     for stage, config in stages.items():
         if kinds[stage] == "eval_results":
-            names += EVALUATION
+            names += TEXT_METRICS
         if kinds[stage] == "task_results":
             tasks: list[str] = getattr(config, "tasks", [])
-            names += [f"{value}.{task}" for task in tasks for value in TASK]
+            names += [f"{value}.{task}" for task in tasks for value in TASK_METRICS]
         if kinds[stage] == "speed_results":
-            names += [f"speedup.{value}" for value in SPEEDUPS]
+            names += [f"speedup.{value}" for value in SPEEDUP_METRICS]
     return names
 
 
@@ -126,27 +126,34 @@ def problems(gates: Iterable[Gate], names: Collection[str]) -> Iterator[Problem]
         if gate.name not in names:
             yield Problem(
                 rules.GATES,
-                f"gate '{gate}': this recipe does not measure {gate.name}."
+                f"invalid gate '{gate}': this recipe does not measure {gate.name}."
                 f"{did_you_mean(gate.name, names)}",
-                f"use one of: {', '.join(names) or 'none, it has no evaluation'}",
+                f"use one of: {', '.join(names)}"
+                if names
+                else "remove the gate, or add a stage that measures",
             )
 
 
 def judge(gates: Iterable[Gate], results: Mapping[str, Manifest]) -> list[Verdict]:
-    """Compares gates with the values in manifests, by kind; gates without a value are left out."""
+    """Compares gates with measured values; leaves out gates whose stage has no result.
+
+    Args:
+        gates: The gates.
+        results: Manifests by kind of result.
+    """
     values = {name: value for manifest in results.values() for name, value in _values(manifest)}
     return [Verdict(gate, values[gate.name]) for gate in gates if gate.name in values]
 
 
 def _values(manifest: Manifest) -> Iterator[tuple[str, float | None]]:
-    """Yields the values of one result by the names that gates use."""
+    """Yields the metrics of one result, by their names in gates."""
     if manifest.kind == "eval_results":
         evaluation = manifest.result(EvaluationResult)
-        yield from ((name, value(evaluation)) for name, value in EVALUATION.items())
+        yield from ((name, value(evaluation)) for name, value in TEXT_METRICS.items())
     if manifest.kind == "task_results":
         for task, scores in manifest.result(TaskResults).tasks.items():
-            yield from ((f"{name}.{task}", value(scores)) for name, value in TASK.items())
+            yield from ((f"{name}.{task}", value(scores)) for name, value in TASK_METRICS.items())
     if manifest.kind == "speed_results":
         speedups = manifest.result(BenchmarkResults).speedups
-        for name, value in SPEEDUPS.items():
+        for name, value in SPEEDUP_METRICS.items():
             yield f"speedup.{name}", min(map(value, speedups), default=None)

@@ -1,4 +1,4 @@
-"""Writes the exported model's card: its origin, its measured quality, and code that runs it."""
+"""Writes the exported model's card: origin, measured quality, and code that runs the model."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import EvaluationResult, TaskResults
 from recipes.pruning.results import HealResult, PruneResult
 from recipes.report.format import plain, render_template
-from recipes.report.serving import converted, servers
+from recipes.report.serving import conversion_servers, folder_servers
 from recipes.report.settings import CARD_TEMPLATE
 
 
 def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Manifest]) -> None:
-    """Writes ``README.md`` in the exported folder, over the teacher's card.
+    """Writes ``README.md`` in the exported folder, which replaces the teacher's card.
 
     Args:
         folder: The exported Hugging Face folder, with the teacher's card.
         teacher: Path, hub id or address of the teacher.
         recipe: Name of the recipe.
         inputs: Manifests of the inputs of ``export_hf``. ``checkpoint`` and ``evaluation`` are
-            required; each optional one adds its lines.
+            required; each optional input adds its lines.
     """
     model, evaluation = inputs["checkpoint"], inputs["evaluation"].result(EvaluationResult)
     tasks = inputs["tasks"].result(TaskResults) if "tasks" in inputs else None
@@ -63,8 +63,8 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         "evaluation": evaluation,
         "measured_on": f"{evaluation.predictions:,} next-token predictions on held-out text",
         "tasks": tasks,
-        "servers": list(servers(".")),
-        "conversions": list(converted(".", shape)) if shape else [],
+        "servers": list(folder_servers(".")),
+        "conversions": list(conversion_servers(".", shape)) if shape else [],
     }
     render_template(CARD_TEMPLATE.name, content, folder / "README.md")
 
@@ -79,7 +79,7 @@ def _dropped_layers(inputs: Mapping[str, Manifest]) -> list[int]:
 
 
 def _sources(inputs: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
-    """Yields name and licence of each text source; a local file's folder stays private."""
+    """Yields the name and licence of each text source. The path of a local file stays private."""
     if "data" in inputs:
         text = inputs["data"].result(DatasetResult)
         for source in text.sources:
@@ -88,19 +88,19 @@ def _sources(inputs: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
 
 
 def _line(text: str) -> str:
-    """Returns a text as one line, so that it cannot end the card's header."""
+    """Returns a text as one line, so that it cannot end the card's YAML header."""
     return " ".join(text.split())
 
 
 def _results(evaluation: EvaluationResult, tasks: TaskResults | None) -> Iterator[EvalResult]:
-    """Yields the student's results as the hub lists them (``model-index``)."""
+    """Yields the student's results for the hub's ``model-index``."""
     result = partial(EvalResult, task_type="text-generation")
     texts = {name: each.distilled for name, each in evaluation.sources.items()}
     for name, quality in (texts or {"held-out text": evaluation.distilled}).items():
-        text = {"dataset_type": "text", "dataset_name": _line(name)}
-        yield result(**text, metric_type="perplexity", metric_value=round(quality.perplexity, 4))
-        kl = round(quality.kl_to_teacher, 5)
-        yield result(**text, metric_type="kl_to_teacher", metric_value=kl)
+        dataset = {"dataset_type": "text", "dataset_name": _line(name)}
+        perplexity, kl = round(quality.perplexity, 4), round(quality.kl_to_teacher, 5)
+        yield result(**dataset, metric_type="perplexity", metric_value=perplexity)
+        yield result(**dataset, metric_type="kl_to_teacher", metric_value=kl)
     for name, task in (tasks.tasks if tasks else {}).items():
         score = round(task.distilled.value, 4)
         benchmark = {"dataset_type": _line(name), "dataset_name": _line(name)}

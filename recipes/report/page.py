@@ -1,7 +1,7 @@
-"""Renders reports from the manifests and metrics of a run.
+"""Renders a run's report from manifests and logged metrics.
 
-Every number comes from a manifest or from a file whose hash a manifest has. The page keeps the
-exact value of each number beside the rounded one.
+Every number comes from a manifest, or from a file whose hash is in a manifest. The page shows
+rounded numbers, and has the exact value of each as a tooltip.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from recipes.data.results import DatasetResult, in_words
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import HealResult, PruneResult
-from recipes.report.cost import costs, model_flops, upstream, versions
+from recipes.report.cost import cost_sections, model_flops, upstream, versions
 from recipes.report.format import render_template
 from recipes.report.gates import judge, parse
 from recipes.report.plots import (
@@ -35,7 +35,7 @@ from recipes.report.plots import (
     line_plot,
 )
 from recipes.report.sections import sections
-from recipes.report.serving import served
+from recipes.report.serving import run_servers
 from recipes.report.settings import ReportConfig
 
 CONTENTS = {
@@ -58,11 +58,9 @@ CONTENTS = {
     "parity": "Conversion check",
     "provenance": "Provenance",
 }
-"""Sections in order, each a template; results come before settings and plan.
-
-A section is left out if its variable is empty.
-"""
-TERMS = {
+"""Titles of the sections in their order. Each section has a template and a variable of its name; it
+is left out if the variable is empty."""
+LOSS_TERMS = {
     "kd": ("distillation (logits)", "distilled"),
     "hidden": ("hidden states", "pruned"),
     "lm": ("next token", "teacher"),
@@ -78,7 +76,7 @@ CURVES = {
 
 
 def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
-    """Writes the report as one HTML file that loads nothing else."""
+    """Writes the report as one HTML file, which loads no others."""
     manifests = {name: item.manifest for name, item in inputs.items()}
     earlier = upstream(inputs)
     content: dict[str, object] = {
@@ -91,7 +89,9 @@ def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
         "gates": judge(map(parse, cfg.gates), {m.kind: m for m in manifests.values()}),
         **sections(manifests, earlier),
         **(_distillation(inputs, earlier) if "evaluation" in inputs else {}),
-        **costs(inputs, earlier, model_flops(manifests, earlier) if "evaluation" in inputs else []),
+        **cost_sections(
+            inputs, earlier, model_flops(manifests, earlier) if "evaluation" in inputs else []
+        ),
         "cost": True,
         "provenance": True,
     }
@@ -100,15 +100,15 @@ def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
 
 
 def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, object]:
-    """Returns the variables of the sections about a distillation."""
+    """Returns the template variables of the sections about a distillation."""
     manifests = {name: item.manifest for name, item in inputs.items()}
     evaluation = manifests["evaluation"].result(EvaluationResult)
     prepared = manifests["data"].result(DatasetResult)
     pruned = manifests["pruned"].result_if("prune", PruneResult)
     before, after = manifests["teacher"].parameters, manifests["distilled"].parameters
     distilled = inputs["distilled"]
-    initial = distilled.manifest.inputs.get("student")
-    student = next((m for m in earlier.values() if m.fingerprint == initial), None)
+    student_fingerprint = distilled.manifest.inputs.get("student")
+    student = next((m for m in earlier.values() if m.fingerprint == student_fingerprint), None)
     losses = {
         role: [(role, quality.loss, quality.loss_standard_error)]
         for role, quality in evaluation.models().items()
@@ -116,7 +116,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
     return {
         "prepared": prepared,
         "conversations": {name: in_words(n) for name, n in prepared.conversations.items()},
-        "saved": 1 - after / before if before and after else None,
+        "removed": 1 - after / before if before and after else None,
         "quality": evaluation.models(),
         "evaluation": evaluation,
         "quality_plot": interval_plot("plot-quality", "Loss on held-out text", losses),
@@ -126,7 +126,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
         "rounds": list(_rounds(distilled, earlier)),
         "healed": student.result_if("heal", HealResult) if student else None,
         **(_layers(pruned) if pruned else {}),
-        "serve": list(served(inputs)),
+        "serve": list(run_servers(inputs)),
         "settings": distilled.manifest.config,
         "trained": distilled.manifest.result_if("distill", DistillationResult),
         "parity": {
@@ -137,7 +137,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
 
 
 def _generations(evaluation: Input) -> list[dict[str, str]]:
-    """Returns prompts, each with the continuations of all models."""
+    """Returns prompts with the continuations of all models."""
     path = evaluation.artifact / "results.json"
     results = read_json(path) if path.is_file() else {}
     generations: list[dict[str, str]] = results.get("generations", [])
@@ -145,41 +145,41 @@ def _generations(evaluation: Input) -> list[dict[str, str]]:
 
 
 def _training(distilled: Input) -> dict[str, Any]:
-    """Returns the plots of the distillation; a plot is left out if its values were not logged."""
+    """Returns the plots of the distillation, without those whose values were not logged."""
     log = distilled.directory / METRICS
     steps = steps_of(log, "distill")
-    terms = list(_terms(steps))
-    small: list[tuple[str, Markup]] = []
+    terms = list(_loss_terms(steps))
+    curves: list[tuple[str, Markup]] = []
     for key, (title, style) in CURVES.items():
         points = _points(steps_of(log, "validate") if key == "val_loss" else steps, key)
         if points:
             name = f"plot-{key.replace('_', '-')}"
             series = Series(title, style, points, noisy=key == "grad_norm")
             plot = line_plot(name, title, [series], height=130, zero=key != "val_loss")
-            small.append((title, plot))
+            curves.append((title, plot))
     return {
         "terms": terms,
         "smoothed": len(steps) >= 2 * SMOOTHING,
         "loss": line_plot("plot-loss", "Training loss by step", terms) if terms else None,
-        "small": small,
+        "curves": curves,
     }
 
 
 def _rounds(
     distilled: Input, earlier: Mapping[str, Manifest]
 ) -> Iterator[tuple[str, Manifest, DistillationResult]]:
-    """Yields the distillation of every round, if there were several."""
+    """Yields the distillation of every round of pruning, if there were several."""
     stages = {**earlier, distilled.directory.name: distilled.manifest}
     results = [(n, m, m.result_if("distill", DistillationResult)) for n, m in stages.items()]
     rounds = [(name, manifest, result) for name, manifest, result in results if result]
     if len(rounds) > 1:
-        yield from sorted(rounds, key=lambda one: one[1].started_at)
+        yield from sorted(rounds, key=lambda item: item[1].started_at)
 
 
-def _terms(steps: list[Record]) -> Iterator[Series]:
-    """Yields the loss terms in use; the total is left out if it equals the only term."""
+def _loss_terms(steps: list[Record]) -> Iterator[Series]:
+    """Yields the loss terms that are not zero; the total only if it differs from a single term."""
     previous: list[list[Point]] = []
-    for key, (label, style) in TERMS.items():
+    for key, (label, style) in LOSS_TERMS.items():
         points = _points(steps, key)
         if any(y for _, y in points) and points not in previous:
             previous.append(points)
@@ -191,7 +191,7 @@ def _points(steps: list[Record], key: str) -> list[Point]:
 
 
 def _layers(pruned: PruneResult) -> dict[str, object]:
-    """Returns the variables of the section about layer importance."""
+    """Returns the template variables of the section about layer importance."""
     scores = pruned.layer_importance
     title = f"Importance of {len(scores)} layers; dropped: {pruned.dropped_layers() or 'none'}"
     return {

@@ -1,6 +1,6 @@
-"""Plots of the report as inline SVG.
+"""Draws the report's plots as inline SVG.
 
-Positions are percentages and text keeps its size, so a plot fits a phone and a printed page.
+Positions are percentages and text has a fixed size, so a plot fits a phone and a printed page.
 Colours are CSS classes, so a plot follows the reader's light or dark setting.
 """
 
@@ -21,12 +21,12 @@ MAX_POINTS = 500
 MAX_MARKERS = 40
 """A line with at most this many points has a marker at each."""
 SMOOTHING = 30
-"""A moving mean covers 1/30 of a line, and is drawn if the line has at least twice 30 points."""
+"""A moving mean covers 1/30 of a line, and is drawn if the line has at least 60 points."""
 SKEW = 8
-"""A logarithmic scale is used if the largest value exceeds this many times the median."""
+"""A scale is logarithmic if the largest value exceeds this many times the median."""
 ROW_PIXELS = 46
-"""Height of a row of intervals, enough for three of them."""
-NEAR = 4
+"""Height of a row of three intervals."""
+LABEL_DISTANCE = 4
 """Points closer than this, in percent of the plot, share a label, since two would overlap."""
 
 _FRAME = Markup(
@@ -118,13 +118,13 @@ def axis_over(
 
     Args:
         values: Values to cover.
-        zero: Whether the axis starts at zero, for bars.
+        zero: Whether the axis starts at zero.
         pad: Margin at each end, as a fraction of the range.
         logarithmic: Whether the scale is logarithmic. All values must then be positive.
     """
     finite = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = (math.log10(v) if logarithmic else v for v in (min(finite), max(finite)))
-    margin = (high - low) * pad or abs(high) * pad or 1.0
+    margin = (high - low) * pad or abs(high) * pad or 1.0  # an axis of one value needs a length
     return Axis(min(0.0, low) if zero else low - margin, high + margin, logarithmic)
 
 
@@ -148,20 +148,20 @@ def frame(name: str, title: str, height: int, *parts: Markup) -> Markup:
     return _FRAME.format(name=name, title=title, height=height, body=Markup("").join(parts))
 
 
-def y_grid(axis: Axis, write: Callable[[float], str] = number) -> Markup:
+def y_grid(axis: Axis, text_of: Callable[[float], str] = number) -> Markup:
     """Returns horizontal grid lines with labels."""
-    lines = (_Y_TICK.format(at=100 - axis.at(v), label=write(v)) for v in axis.ticks(4))
+    lines = (_Y_TICK.format(at=100 - axis.at(v), label=text_of(v)) for v in axis.ticks(4))
     return Markup("").join(lines)
 
 
-def x_grid(axis: Axis, count: int, write: Callable[[float], str]) -> Markup:
+def x_grid(axis: Axis, count: int, text_of: Callable[[float], str]) -> Markup:
     """Returns about ``count`` vertical grid lines with labels."""
-    positions = ((axis.at(value), write(value)) for value in axis.ticks(count))
+    positions = ((axis.at(value), text_of(value)) for value in axis.ticks(count))
     return Markup("").join(_X_GRID.format(at=at) + _x_tick(at, text) for at, text in positions)
 
 
 def _x_tick(at: float, label: object) -> Markup:
-    """Returns a label below the plot; labels near the ends grow inwards to stay on the page."""
+    """Returns a label below the plot. Labels near an end are aligned to stay on the page."""
     anchor = "start" if at < 2 else "end" if at > 96 else "middle"
     return _X_TICK.format(at=at, anchor=anchor, label=label)
 
@@ -169,25 +169,25 @@ def _x_tick(at: float, label: object) -> Markup:
 def line_plot(
     name: str, title: str, series: Sequence[Series], *, height: int = 220, zero: bool = False
 ) -> Markup:
-    """Draws lines over training steps; noisy ones are pale and have a moving mean on top."""
-    across = Axis(0.0, max((x for s in series for x, _ in s.points), default=0.0) or 1.0)
-    up = axis_over((y for s in series for _, y in s.points), zero=zero)
-    parts = [y_grid(up), x_grid(across, 4, "{:,.6g}".format)]
-    for one in series:
-        if one.noisy and len(one.points) >= 2 * SMOOTHING:
-            parts.append(_line(one.points, f"{one.style} raw", across, up))
-            parts.append(_line(_moving_mean(one.points), one.style, across, up))
+    """Draws lines over training steps. A noisy line is pale, with its moving mean on top."""
+    x_axis = Axis(0.0, max((x for s in series for x, _ in s.points), default=0.0) or 1.0)
+    y_axis = axis_over((y for s in series for _, y in s.points), zero=zero)
+    parts = [y_grid(y_axis), x_grid(x_axis, 4, "{:,.6g}".format)]
+    for line in series:
+        if line.noisy and len(line.points) >= 2 * SMOOTHING:
+            parts.append(_line(line.points, f"{line.style} raw", x_axis, y_axis))
+            parts.append(_line(_moving_mean(line.points), line.style, x_axis, y_axis))
         else:
-            parts.append(_line(one.points, one.style, across, up))
-        if len(one.points) <= MAX_MARKERS:
+            parts.append(_line(line.points, line.style, x_axis, y_axis))
+        if len(line.points) <= MAX_MARKERS:
             parts += [
                 _MARKER.format(
-                    style=one.style,
-                    x=across.at(x),
-                    y=100 - up.at(y),
-                    hint=f"step {x:g}: {one.label} {y:.4g}",
+                    style=line.style,
+                    x=x_axis.at(x),
+                    y=100 - y_axis.at(y),
+                    hint=f"step {x:g}: {line.label} {y:.4g}",
                 )
-                for x, y in one.points
+                for x, y in line.points
             ]
     return frame(name, title, height, *parts)
 
@@ -200,11 +200,11 @@ def _moving_mean(points: Sequence[Point]) -> list[Point]:
     return [(points[i][0], (sums[b] - sums[a]) / (b - a)) for i, (a, b) in enumerate(spans)]
 
 
-def _line(points: Sequence[Point], style: str, across: Axis, up: Axis) -> Markup:
-    """Draws about ``MAX_POINTS`` of the points; the last one is always included."""
+def _line(points: Sequence[Point], style: str, x_axis: Axis, y_axis: Axis) -> Markup:
+    """Draws at most about ``MAX_POINTS`` evenly spaced points, and always the last one."""
     stride = max(1, math.ceil(len(points) / MAX_POINTS))
     pairs = (
-        f"{10 * across.at(x):.1f},{1000 - 10 * up.at(y):.1f}"
+        f"{10 * x_axis.at(x):.1f},{1000 - 10 * y_axis.at(y):.1f}"
         for x, y in [*points[:-1:stride], *points[-1:]]
         if math.isfinite(y)
     )
@@ -215,13 +215,13 @@ def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int
     """Draws a bar per layer, numbered from 1; bars of dropped layers are hollow."""
     skewed = is_skewed(scores.values())
     lowest = min(scores.values()) / 2 if skewed else 0.0
-    up = axis_over([lowest, *scores.values()], logarithmic=skewed)
-    up = replace(up, low=math.log10(lowest) if skewed else 0.0)  # bars start at the lowest value
+    y_axis = axis_over([lowest, *scores.values()], logarithmic=skewed)
+    y_axis = replace(y_axis, low=math.log10(lowest) if skewed else 0.0)  # bars have no margin below
     slot, last = 100 / max(scores), max(scores)
     label_step = next(n for n in (1, 2, 5, 10, 20, last) if last / n <= 12)
-    parts = [y_grid(up)]
+    parts = [y_grid(y_axis)]
     for layer, score in sorted(scores.items()):
-        style, height = "kept" if layer in kept else "dropped", max(0.0, up.at(score))
+        style, height = "kept" if layer in kept else "dropped", max(0.0, y_axis.at(score))
         parts.append(
             _BAR.format(
                 style=style,
@@ -241,32 +241,32 @@ def interval_plot(
     name: str,
     title: str,
     rows: Mapping[str, Sequence[tuple[str, float, float]]],
-    write: Callable[[float], str] = "{:.4g}".format,
+    text_of: Callable[[float], str] = "{:.4g}".format,
 ) -> Markup:
-    """Draws a row per measure, with a value and its 95% interval for each model.
+    """Draws a row per metric, with a value and its 95% interval for each model.
 
     Args:
         name: HTML id of the plot.
         title: Description for screen readers.
         rows: By label of the row, the CSS class, value and standard error of each model.
-        write: Formats a value.
+        text_of: Formats a value.
     """
     ends = (v + sign * Z95 * e for row in rows.values() for _, v, e in row for sign in (-1, 1))
-    across = axis_over(ends, pad=0.04)
-    parts = [x_grid(across, 5, write)]
+    x_axis = axis_over(ends, pad=0.04)
+    parts = [x_grid(x_axis, 5, text_of)]
     step = 100 / len(rows)
     for index, (label, row) in enumerate(rows.items()):
         middle = (index + 0.5) * step
         parts.append(_ROW.format(label=label, y=round(middle, 2)))
-        for place, (style, value, error) in enumerate(row):
+        for position, (style, value, error) in enumerate(row):
             parts.append(
                 _INTERVAL.format(
                     style=style,
-                    at=across.at(value),
-                    low=across.at(value - Z95 * error),
-                    high=across.at(value + Z95 * error),
-                    y=round(middle + (place - (len(row) - 1) / 2) * step / 4, 2),
-                    hint=f"{label}, {style}: {write(value)} ± {write(Z95 * error)}",
+                    at=x_axis.at(value),
+                    low=x_axis.at(value - Z95 * error),
+                    high=x_axis.at(value + Z95 * error),
+                    y=round(middle + (position - (len(row) - 1) / 2) * step / 4, 2),
+                    hint=f"{label}, {style}: {text_of(value)} ± {text_of(Z95 * error)}",
                 )
             )
     return frame(name, title, ROW_PIXELS * len(rows), *parts)
@@ -286,21 +286,23 @@ class Mark:
     interval: tuple[float, float] | None = None
     """95% interval of the quality."""
     reference: bool = False
-    """Whether the model is shown without being a candidate for the front, such as the teacher."""
+    """Whether the model is only shown for reference, and not on the front, such as the teacher."""
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """Title and number format of an axis."""
+    """What an axis shows, and how its values are formatted."""
 
     title: str
-    write: Callable[[float], str] = number
+    text_of: Callable[[float], str] = number
     higher_is_better: bool = False
 
 
-def trade_off_plot(name: str, marks: Sequence[Mark], across: Dimension, up: Dimension) -> Markup:
-    """Draws quality against cost; a stepped line joins the marks on the Pareto front."""
-    sign = -1 if up.higher_is_better else 1
+def trade_off_plot(
+    name: str, marks: Sequence[Mark], x_axis: Dimension, y_axis: Dimension
+) -> Markup:
+    """Draws quality against cost. A stepped line joins the marks on the Pareto front."""
+    sign = -1 if y_axis.higher_is_better else 1
     candidates = [i for i, mark in enumerate(marks) if not mark.reference]
     ranked = pareto_front([(marks[i].cost, sign * marks[i].quality) for i in candidates])
     front = {candidates[i] for i in ranked}
@@ -308,16 +310,16 @@ def trade_off_plot(name: str, marks: Sequence[Mark], across: Dimension, up: Dime
     heights = [v for mark in marks for v in (mark.quality, *(mark.interval or ()))]
     x, y = (axis_over(v, pad=0.12, logarithmic=is_skewed(v)) for v in (costs, heights))
     points = [(x.at(mark.cost), round(100 - y.at(mark.quality), 3)) for mark in marks]
-    parts = [y_grid(y, up.write), x_grid(x, 3, across.write)]
-    # From a mark, the front runs at the same quality to the next cost, and from there to its mark.
+    parts = [y_grid(y, y_axis.text_of), x_grid(x, 3, x_axis.text_of)]
+    # A step is horizontal, at one mark's quality up to the next mark's cost, and then vertical.
     for (x1, y1), (x2, y2) in pairwise(sorted(points[i] for i in front)):
         parts.append(_FRONT.format(x1=x1, x2=x2, y1=y1, y2=y1))
         parts.append(_FRONT.format(x1=x2, x2=x2, y1=y1, y2=y2))
     for i, (mark, label) in enumerate(zip(marks, _labels(marks, points), strict=True)):
-        hint = f"{mark.label or mark.style}: {up.title} {up.write(mark.quality)}, "
-        hint += f"{across.title} {across.write(mark.cost)}"
+        hint = f"{mark.label or mark.style}: {y_axis.title} {y_axis.text_of(mark.quality)}, "
+        hint += f"{x_axis.title} {x_axis.text_of(mark.cost)}"
         parts.append(_mark(mark, points[i], y, i in front, label, hint))
-    return frame(name, f"{up.title} against {across.title}", 230, *parts)
+    return frame(name, f"{y_axis.title} against {x_axis.title}", 230, *parts)
 
 
 def _mark(
@@ -340,11 +342,14 @@ def _mark(
 
 
 def _labels(marks: Sequence[Mark], points: Sequence[tuple[float, float]]) -> list[str]:
-    """Returns the label of each mark; the first of several close ones has the labels of all."""
+    """Returns the label of each mark. The first of several close marks gets the labels of all."""
     labels = []
-    for i, (x, y) in enumerate(points):
-        near = [j for j, (a, b) in enumerate(points) if abs(a - x) < NEAR and abs(b - y) < NEAR]
-        labels.append(
-            ", ".join(filter(None, (marks[j].label for j in near))) if near[0] == i else ""
-        )
+    for i, point in enumerate(points):
+        near = [j for j, other in enumerate(points) if _overlap(point, other)]
+        texts = filter(None, (marks[j].label for j in near))
+        labels.append(", ".join(texts) if near[0] == i else "")
     return labels
+
+
+def _overlap(point: tuple[float, float], other: tuple[float, float]) -> bool:
+    return all(abs(a - b) < LABEL_DISTANCE for a, b in zip(point, other, strict=True))

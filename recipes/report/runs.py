@@ -17,10 +17,10 @@ from recipes.core.statistics import standard_error
 from recipes.evaluation.results import EvaluationResult
 
 IGNORED = ("stage", "inputs", "resources", "title", "description", "recipe")
-"""Settings that only name or place a stage; they do not count as a difference."""
+"""Settings that name a stage or say where it runs. They do not count as differences."""
 
-Text = tuple[str, object, int, int | None, str]
-"""Held-out text: its hash, sequence length, sequences, predictions that count, and precision."""
+TextKey = tuple[str, object, int, int | None, str]
+"""Hash of a held-out text, sequence length, sequences, predictions that count, and precision."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RunRecord:
     recipe: str
     stages: Mapping[str, Manifest]
     incomplete: tuple[str, ...] = ()
-    """Stages that were planned and are not complete."""
+    """Planned stages that are not complete."""
     losses: tuple[float, ...] = field(default=(), repr=False)
     """The distilled model's loss on each held-out sequence, in nats."""
 
@@ -47,15 +47,16 @@ class RunRecord:
 
     @cached_property
     def evaluation(self) -> EvaluationResult | None:
-        """Quality on held-out text; ``None`` if it was not evaluated."""
+        """Quality on held-out text; ``None`` if it was not measured."""
         manifest = self.find("eval_results")
         return manifest.result(EvaluationResult) if manifest else None
 
-    def text(self) -> Text | None:
-        """Returns the text of the evaluation, which comparable perplexities have in common."""
+    def text(self) -> TextKey | None:
+        """Identifies the evaluated text. Perplexities with equal keys can be compared."""
         evaluation = self.find("eval_results")
         if evaluation is None or self.evaluation is None:
             return None
+        # The hash of the held-out file, so that runs with other training text can be compared.
         content = evaluation.input_content.get("data", "")
         data = self.find("dataset")
         heldout = data.files.get("heldout.bin") if data and data.content() == content else None
@@ -69,7 +70,7 @@ class RunRecord:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """Returns the run directories among the paths and below them, in order, without duplicates.
+    """Returns the run directories in and below the paths, in order, without duplicates.
 
     Raises:
         RecipeError: A path is not a directory, or contains no run.
@@ -77,19 +78,21 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     run_dirs: dict[Path, None] = {}
     for path in paths:
         if not path.is_dir():
-            raise RecipeError(f"{path} is not a directory.", "give run directories, or a sweep's")
-        runs = [path] if (path / RUN_FILE).is_file() else _sorted_below(path)
+            raise RecipeError(
+                f"{path} is not a directory", "name directories of runs or of a sweep"
+            )
+        runs = [path] if (path / RUN_FILE).is_file() else _runs_below(path)
         if not runs:
             raise RecipeError(
-                f"{path} is not a run and contains none: it has no {RUN_FILE}.",
-                "give directories such as runs/llama_depth_prune or runs/sweeps/TIME",
+                f"{path} is not a run and contains none: {RUN_FILE} is missing",
+                "name directories such as runs/llama_depth_prune or runs/sweeps/TIME",
             )
         run_dirs.update(dict.fromkeys(run.resolve() for run in runs))
     return list(run_dirs)
 
 
-def _sorted_below(path: Path) -> list[Path]:
-    """Returns the runs of a sweep in numeric order, 2 before 10."""
+def _runs_below(path: Path) -> list[Path]:
+    """Returns the runs of a sweep or of several sweeps, in numeric order: 2 before 10."""
     runs = [file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/{RUN_FILE}")]
 
     def order(run: Path) -> list[tuple[int, str]]:
@@ -101,8 +104,8 @@ def _sorted_below(path: Path) -> list[Path]:
 def read_run(path: Path) -> RunRecord:
     """Reads the results of a run.
 
-    A stage that was planned with other settings after it ran is incomplete, since its results do
-    not belong to the others.
+    A stage counts as incomplete if it was planned with other settings after it ran: its result does
+    not belong to those of the last plan.
 
     Raises:
         RecipeError: A manifest is damaged.
@@ -122,30 +125,30 @@ def read_run(path: Path) -> RunRecord:
     return RunRecord(path, plan.recipe if plan else "", stages, incomplete, losses)
 
 
-def common_text(runs: Sequence[RunRecord]) -> Text | None:
-    """Returns the text that most runs were evaluated on; on a tie, the first run's."""
+def common_text(runs: Sequence[RunRecord]) -> TextKey | None:
+    """Returns the text that most runs were evaluated on; on a tie, that of the first run."""
     texts = Counter(run.text() for run in runs if run.evaluation is not None)
     return texts.most_common(1)[0][0] if texts else None
 
 
 def paired_difference(
-    ours: Sequence[float], reference: Sequence[float]
+    losses: Sequence[float], reference: Sequence[float]
 ) -> tuple[float, float] | None:
-    """Returns the mean difference of losses on the same sequences, with its standard error.
+    """Returns the mean difference to the reference's losses, and its standard error.
 
-    ``None`` if the sequences cannot be paired.
+    Both have the same sequences. ``None`` if their numbers differ, or there are fewer than two.
     """
-    if len(ours) != len(reference) or len(ours) < 2:
+    if len(losses) != len(reference) or len(losses) < 2:
         return None
-    gaps = [a - b for a, b in zip(ours, reference, strict=True)]
+    gaps = [a - b for a, b in zip(losses, reference, strict=True)]
     return fmean(gaps), standard_error(gaps)
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[object]]]:
-    """Returns settings that differ between runs, with the value of each run or ``None``."""
-    values = [dict(_settings(run)) for run in runs]
-    names = sorted({name for one in values for name in one})
-    rows = [(name, [one.get(name) for one in values]) for name in names]
+    """Returns the settings that differ, with the value of each run; ``None`` if it has none."""
+    settings = [dict(_settings(run)) for run in runs]
+    names = sorted({name for run in settings for name in run})
+    rows = [(name, [run.get(name) for run in settings]) for name in names]
     return [(name, row) for name, row in rows if any(value != row[0] for value in row)]
 
 

@@ -1,4 +1,4 @@
-"""Sections of the report for optional inputs, and the plots of quality against cost."""
+"""Prepares the report's sections about optional inputs, and plots of quality against cost."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ ACCURACY = Dimension("mean task score", lambda v: f"{v:.1%}", higher_is_better=T
 EVALUATED_ROLES = {"teacher": "teacher", "student": "distilled"}
 """Evaluated model for each role in a speed measurement."""
 MAX_NAMES = 8
-"""If a search has more candidates, its plot only names the best."""
+"""If a search has more candidates, its plot labels only the chosen one and the Pareto front."""
 
 
 def sections(
     manifests: Mapping[str, Manifest], earlier: Mapping[str, Manifest]
 ) -> dict[str, object]:
-    """Returns the variables of the sections whose inputs are optional.
+    """Returns the template variables of all sections whose inputs are optional.
 
     Args:
         manifests: Manifests of the report's inputs, by name.
@@ -66,11 +66,11 @@ def sections(
 
 
 def tasks_section(results: TaskResults) -> dict[str, object]:
-    """Returns the tasks, and a plot of those whose score is a fraction of the items."""
+    """Returns the tasks, and a plot of those whose scores are fractions."""
     rows = {
         name: [(role, score.value, score.standard_error) for role, score in task.models().items()]
         for name, task in results.tasks.items()
-        if task.has_fractions
+        if task.is_fraction  # other metrics have other scales
     }
     title = "Score by task and model"
     plot = interval_plot("plot-tasks", title, rows, "{:.1%}".format) if rows else None
@@ -79,20 +79,20 @@ def tasks_section(results: TaskResults) -> dict[str, object]:
 
 def speed_section(results: BenchmarkResults) -> dict[str, object]:
     """Returns the measurements, the scale of the bars, and the engine with the best speed-up."""
-    values = [1.0]
-    for one in results.speedups:
-        values += [one.prefill, one.prefill_roofline, one.decode, one.decode_roofline]
-    # The baseline (transformers) is only a reference, since engines are deployed.
-    engines = [one for one in results.speedups if one.backend != BASELINE] or results.speedups
+    bars = [1.0]
+    for speedup in results.speedups:
+        bars += [speedup.prefill, speedup.prefill_roofline, speedup.decode, speedup.decode_roofline]
+    # transformers, the baseline, is left out if there is an engine that would be deployed.
+    engines = [s for s in results.speedups if s.backend != BASELINE] or results.speedups
     return {
         "speed": results,
-        "largest_speedup": 1.08 * max(values),
-        "fastest": max(engines, key=lambda one: one.decode, default=None),
+        "bar_scale": 1.08 * max(bars),  # the longest bar leaves a margin of 8%
+        "fastest": max(engines, key=lambda speedup: speedup.decode, default=None),
     }
 
 
 def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dict[str, object]:
-    """Returns the candidates with their plot, the axes in which they differ, and the latencies."""
+    """Returns the candidates, their plot, the axes in which they differ, and the latency model."""
     candidates = search.candidates
     marks = [
         Mark(
@@ -114,7 +114,7 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
 
 
 def quality_mark(role: str, label: str, quality: TextQuality, cost: float) -> Mark:
-    """Returns a model's perplexity with the 95% interval of its loss."""
+    """Returns a model's perplexity, with the 95% interval that follows from that of its loss."""
     value, factor = quality.perplexity, math.exp(Z95 * quality.loss_standard_error)
     interval = value / factor, value * factor
     return Mark(label, role, cost, value, interval, reference=role == "teacher")
@@ -123,9 +123,14 @@ def quality_mark(role: str, label: str, quality: TextQuality, cost: float) -> Ma
 def trade_offs(
     evaluation: EvaluationResult, rows: Sequence[BenchmarkRow]
 ) -> Iterator[tuple[str, str, Markup]]:
-    """Yields title, note and plot of perplexity against parameters, disk size and latency.
+    """Yields plots of perplexity against parameters, disk size and latency.
 
-    Disk size and latency are those of the engines in ``rows``, at the smallest batch and prompt.
+    Args:
+        evaluation: Quality of the models.
+        rows: Measured engines. Plots show them at the smallest batch and prompt.
+
+    Yields:
+        Title, note and plot.
     """
     quality = evaluation.models()
     sized = [quality_mark(role, role, q, q.parameters) for role, q in quality.items()]
@@ -135,7 +140,7 @@ def trade_offs(
         return
     note = f"batch {setting[0]}, prompt of {setting[1]} tokens"
     numbers = engine_numbers(rows)
-    for name, title, across, cost_of in (
+    for name, title, x_axis, cost_of in (
         ("plot-by-size", "Size on disk", DISK, lambda row: row.disk_bytes),
         ("plot-by-latency", "Decode latency per token", LATENCY, lambda row: row.decode_latency_ms),
     ):
@@ -146,15 +151,15 @@ def trade_offs(
             for role in [EVALUATED_ROLES[row.role]]
         ]
         if marks:
-            yield title, note, trade_off_plot(name, marks, across, PERPLEXITY)
+            yield title, note, trade_off_plot(name, marks, x_axis, PERPLEXITY)
 
 
 def engine_numbers(rows: Iterable[BenchmarkRow]) -> dict[str, str]:
-    """Returns a number for each engine, since names would overlap in a plot."""
+    """Returns a number for each engine; plots show numbers, because names would overlap."""
     names = dict.fromkeys(row.engine for row in rows)
     return {name: str(number) for number, name in enumerate(names, 1)}
 
 
 def smallest_setting(rows: Iterable[BenchmarkRow]) -> tuple[int, int] | None:
-    """Returns the smallest batch and prompt that were measured, which show latency best."""
+    """Returns the smallest measured batch and prompt, which show latency best."""
     return min((row.setting for row in rows), default=None)

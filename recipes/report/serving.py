@@ -1,4 +1,4 @@
-"""Command lines that serve a run's results, for each server that can read them."""
+"""Lists command lines that serve a run's results, for each server that can read them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ GENAI = (
     'print(g.LLMPipeline({engine}, "CPU").generate("Hello", max_new_tokens=64))'
 )
 OPTIMUM_OPTIONS = "--task text-generation-with-past --weight-format fp16"
-"""Optimum does not detect the task, and uses 8 bits for large models by default."""
+"""Optimum does not detect the task. By default it quantises large models to 8 bits."""
 
 
 @dataclass(frozen=True)
-class Served:
-    """A server and the command line that starts it."""
+class ServerCommand:
+    """A server, and a command line that starts it or converts a model for it."""
 
     server: str
     line: str
@@ -30,28 +30,28 @@ class Served:
     """Whether a test of this repository runs the line."""
 
 
-def servers(folder: str) -> Iterator[Served]:
-    """Yields the servers that read a Hugging Face folder."""
-    yield Served("vLLM", f"vllm serve {shlex.quote(folder)}")
-    yield Served("TensorRT-LLM", f"trtllm-serve {shlex.quote(folder)}")
+def folder_servers(folder: str) -> Iterator[ServerCommand]:
+    """Yields servers that read a Hugging Face folder directly."""
+    yield ServerCommand("vLLM", f"vllm serve {shlex.quote(folder)}")
+    yield ServerCommand("TensorRT-LLM", f"trtllm-serve {shlex.quote(folder)}")
 
 
-def converted(folder: str, shape: Architecture) -> Iterator[Served]:
-    """Yields servers that need a conversion: a line that converts, then one that serves."""
+def conversion_servers(folder: str, shape: Architecture) -> Iterator[ServerCommand]:
+    """Yields two lines for each server that needs another format: convert, then serve."""
     path = shlex.quote(folder)
     export = f"optimum-cli export openvino --model {path} {OPTIMUM_OPTIONS} openvino"
-    yield Served("OpenVINO GenAI", export, tested=True)
+    yield ServerCommand("OpenVINO GenAI", export, tested=True)
     yield _genai("openvino")
     usual_name = ARCHITECTURES.get(shape.hf_architecture)
-    # llama.cpp's own converter always writes a family's usual name.
+    # llama.cpp's own converter always writes a family's usual name, which may not fit this shape.
     if usual_name is None or usual_name == architecture_name(shape):
         convert = f"python llama.cpp/convert_hf_to_gguf.py {path} --outfile {FILE}"
-        yield Served("llama.cpp", convert)
+        yield ServerCommand("llama.cpp", convert)
         yield _llama_server(FILE)
 
 
-def served(inputs: Mapping[str, Input]) -> Iterator[Served]:
-    """Yields all servers of the inputs of a report; paths are relative to the run's directory."""
+def run_servers(inputs: Mapping[str, Input]) -> Iterator[ServerCommand]:
+    """Yields servers for each of a report's inputs. Paths are relative to the run's directory."""
     run_dir = inputs["exported"].directory.parent
     paths = {
         name: str(path.relative_to(run_dir) if path.is_relative_to(run_dir) else path)
@@ -65,16 +65,16 @@ def served(inputs: Mapping[str, Input]) -> Iterator[Served]:
             words = ["trtllm-serve", engine]
             if backend == "tensorrt_llm":
                 words += ["--backend", "tensorrt", "--tokenizer", paths["exported"]]
-            yield Served("TensorRT-LLM", shlex.join(words))
+            yield ServerCommand("TensorRT-LLM", shlex.join(words))
     if "gguf" in inputs:
         yield _llama_server(f"{paths['gguf']}/{FILE}")
-    yield from servers(paths["exported"])
+    yield from folder_servers(paths["exported"])
 
 
-def _genai(engine: str) -> Served:
+def _genai(engine: str) -> ServerCommand:
     code = GENAI.format(engine=json.dumps(engine))
-    return Served("OpenVINO GenAI", f"python -c {shlex.quote(code)}", tested=True)
+    return ServerCommand("OpenVINO GenAI", f"python -c {shlex.quote(code)}", tested=True)
 
 
-def _llama_server(file: str) -> Served:
-    return Served("llama.cpp", shlex.join(["llama-server", "-m", file]))
+def _llama_server(file: str) -> ServerCommand:
+    return ServerCommand("llama.cpp", shlex.join(["llama-server", "-m", file]))

@@ -9,7 +9,7 @@ from recipes.core.stage import StageConfig
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).with_name("templates")
-"""The code fingerprint does not cover templates, so stages name them as external files."""
+"""A code fingerprint does not cover templates, so stages declare them as external files."""
 CARD_TEMPLATE = TEMPLATES / "model_card.md.j2"
 
 
@@ -22,5 +22,5 @@ class ReportConfig(StageConfig):
     description: str = ""
     """Purpose of the recipe, in one line."""
     gates: list[str] = field(default_factory=list, metadata={"resource": True})
-    """Gates to show with the measured values. The launcher judges them, so a new threshold reruns
-    no stage."""
+    """Gates, which the report shows with measured values. The launcher judges them, so a changed
+    threshold does not rerun a stage."""

@@ -1,4 +1,4 @@
-"""Pages in a real browser: no errors, every plot is drawn, nothing is wider than the screen."""
+"""Opens pages in a real browser: no errors, all plots drawn, nothing wider than the screen."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def test_page_shows_all_plots_within_its_width(
     assert {name for name, height in layout["plots"] if height > 50} == set(plots)
 
 
-def test_browser_reports_what_the_policy_blocks(tmp_path: Path, page: Path) -> None:
-    """Without this, a page free of errors would prove nothing."""
+def test_browser_reports_content_that_the_policy_blocks(tmp_path: Path, page: Path) -> None:
+    """If the browser did not report errors, the other tests would prove nothing."""
     text = page.read_text(encoding="utf-8")
     broken = tmp_path / "broken.html"
     broken.write_text(text.replace("<main>", '<main><img src="http://127.0.0.1:9/x.png">'))

@@ -1,4 +1,4 @@
-"""The page of a whole run: its numbers, its text, and its plots."""
+"""Report of a whole run: numbers, text and plots."""
 
 from __future__ import annotations
 
@@ -126,7 +126,9 @@ def test_recovered_may_be_unknown_or_outside_0_to_1(
     assert 'width="-' not in text
 
 
-def test_pruning_of_width_keeps_every_layer(inputs: dict[str, Input], tmp_path: Path) -> None:
+def test_a_width_pruned_model_has_no_dropped_layers(
+    inputs: dict[str, Input], tmp_path: Path
+) -> None:
     kept = list(range(1, LAYERS + 1))
     result = replace(inputs["pruned"].manifest.result(PruneResult), kept_layers=kept)
     pruned = changed(inputs["pruned"], result)
@@ -138,7 +140,7 @@ def test_pruning_of_width_keeps_every_layer(inputs: dict[str, Input], tmp_path: 
 
 
 def test_optional_records_may_be_missing(inputs: dict[str, Input], tmp_path: Path) -> None:
-    """For checkpoints of other stages than usual, without a log."""
+    """The checkpoints come from other stages than usual, and no training was logged."""
     bare = {}
     for name, item in inputs.items():
         other = "checkpoint" in item.manifest.kind
@@ -166,7 +168,7 @@ def test_layer_scores_of_zero_are_drawn(scores: dict[int, float]) -> None:
     assert layer_plot("plot-layers", "Layers", scores, {1}).count("<rect") == len(scores)
 
 
-def test_long_runs_stay_small() -> None:
+def test_plots_of_long_runs_are_small() -> None:
     points = [(float(n), wobble(n)) for n in range(1, 100_001)]
     plot = line_plot("plot-long", "Long", [Series("loss", "total", points)])
     assert len(plot) < 50_000
@@ -177,7 +179,9 @@ def test_long_runs_stay_small() -> None:
     ("low", "high", "ticks"),
     [(0, 10, [0, 2, 4, 6, 8, 10]), (2.9, 7.1, [3, 4, 5, 6, 7]), (0, 1e-4, None), (-1, 1, None)],
 )
-def test_ticks_are_round_and_inside(low: float, high: float, ticks: list[float] | None) -> None:
+def test_ticks_are_round_numbers_on_the_axis(
+    low: float, high: float, ticks: list[float] | None
+) -> None:
     values = Axis(low, high).ticks()
     assert ticks is None or values == pytest.approx(ticks)
     assert 3 <= len(values) <= 7

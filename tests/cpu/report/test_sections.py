@@ -1,4 +1,4 @@
-"""Sections of the report for optional stages, and the cost of a run."""
+"""Report sections of optional stages, and the cost of a run."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def text(inputs: dict[str, Input], tmp_path_factory: pytest.TempPathFactory) -> 
     return rendered(inputs, tmp_path_factory.mktemp("page"))
 
 
-def test_names_from_outside_are_escaped(inputs: dict[str, Input], tmp_path: Path) -> None:
-    """Names of documents, tasks, models, files, processors and libraries."""
+def test_names_are_escaped(inputs: dict[str, Input], tmp_path: Path) -> None:
+    """Names are those of documents, tasks, models, files, processors and libraries."""
     hostile = deepcopy(inputs)
     metrics = {name: item.manifest.metrics for name, item in hostile.items()}
     metrics["data"]["sources"] = [NASTY]
@@ -107,12 +107,12 @@ def test_significant_difference_is_marked(inputs: dict[str, Input], tmp_path: Pa
     changed_tasks = changed(inputs["tasks"], replace(results, tasks=tasks))
     text = rendered({**inputs, "tasks": changed_tasks}, tmp_path)
     assert '<span class="worse"><data value="-0.2" title="-0.2">−20.0</data></span>' in text
-    # For a perplexity, it is unknown which direction is better.
+    # Scores that are not fractions have no colour, since lower may be better, as for perplexity.
     assert '<span class="even"><data value="-0.2" title="-0.2">−0.20</data></span>' in text
 
 
 def test_gates_are_shown_with_the_measured_values(inputs: dict[str, Input], tmp_path: Path) -> None:
-    """A gate whose value no input has is left out."""
+    """A gate is left out if no input has its value."""
     gates = ["recovered.sciq >= 0.85", "recovered.piqa >= 0.95", "speedup.decode > 1"]
     chain = {name: item for name, item in inputs.items() if name != "speed"}
     text = rendered(chain, tmp_path, replace(CONFIG, gates=gates))
@@ -155,7 +155,7 @@ def test_only_the_best_of_many_candidates_are_named_in_the_plot(
     assert plot.count("<circle") == 13
 
 
-def test_flops_are_tokens_times_those_of_the_models(text: str) -> None:
+def test_flops_of_training_and_evaluation(text: str) -> None:
     tokens = STEPS * 1024
     teacher, student = (forward_flops(shape, 256) for shape in (TEACHER, STUDENT))
     total = tokens * (teacher + 3 * student)
@@ -164,8 +164,8 @@ def test_flops_are_tokens_times_those_of_the_models(text: str) -> None:
     assert {16384 * teacher, 10240 * (teacher + 2 * student)} <= figures
 
 
-def test_a_cached_teacher_counts_in_its_own_stage(tmp_path: Path) -> None:
-    """The caching stage is no input of the report; its manifest is read from the run."""
+def test_flops_of_a_cached_teacher_are_those_of_its_stage(tmp_path: Path) -> None:
+    """The caching stage is not an input of the report; its manifest is read from the run."""
     run = tmp_path / "run"
     inputs = make_inputs(run)
     config = CacheLogitsConfig("cache_logits")

@@ -1,4 +1,4 @@
-"""The model card, from manifests, and the command lines that serve a run's results."""
+"""Model cards, and command lines that serve a run's results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Manifest
 from recipes.core.stage import Input
 from recipes.report.model_card import write_card
-from recipes.report.serving import converted, served
+from recipes.report.serving import conversion_servers, run_servers
 from recipes.stages import export_hf
 from tests.support.reports import changed, make_inputs, optional_inputs
 from tests.support.results import RESULTS, STUDENT
@@ -84,8 +84,8 @@ def test_folders_of_local_files_stay_private(inputs: dict[str, Manifest], tmp_pa
     assert "/home" not in text
 
 
-def test_names_from_outside_are_no_markup(inputs: dict[str, Manifest], tmp_path: Path) -> None:
-    """Names of models, recipes, documents, tasks and licences; the header is valid YAML."""
+def test_names_cannot_add_markup_to_the_card(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+    """Names are those of models, recipes, documents, tasks and licences."""
     nasty = "x`|<script>alert(1)</script>\n---\n# Title\n[a](javascript:b)![c](d)"
     inputs["data"].metrics["sources"] = [f"hf://{nasty}:train", nasty]
     tasks = inputs["tasks"].metrics["tasks"]
@@ -111,7 +111,9 @@ def test_names_from_outside_are_no_markup(inputs: dict[str, Manifest], tmp_path:
         ("pypi://a/0.1/b/Small.Q4_1.gguf#sha256=bcc8", "Small.Q4_1"),
     ],
 )
-def test_name(inputs: dict[str, Manifest], tmp_path: Path, teacher: str, name: str) -> None:
+def test_a_card_is_named_after_teacher_and_recipe(
+    inputs: dict[str, Manifest], tmp_path: Path, teacher: str, name: str
+) -> None:
     write_card(tmp_path, teacher, RECIPE, inputs)
     assert f"# {name}-llama_width_prune\n" in (tmp_path / "README.md").read_text()
 
@@ -125,10 +127,10 @@ def run_inputs(tmp_path: Path) -> dict[str, Input]:
 
 
 def test_each_artifact_adds_its_server(run_inputs: dict[str, Input]) -> None:
-    folder = list(served({"exported": run_inputs["exported"]}))
+    folder = list(run_servers({"exported": run_inputs["exported"]}))
     assert [one.line for one in folder] == FOLDER
     assert not any(one.tested for one in folder)
-    openvino, llama, *rest = served(run_inputs)
+    openvino, llama, *rest = run_servers(run_inputs)
     assert 'LLMPipeline("engine/artifact", "CPU")' in shlex.split(openvino.line)[2]
     assert openvino.tested
     assert llama.line == "llama-server -m gguf/artifact/model.gguf"
@@ -146,7 +148,7 @@ def test_tensorrt_llm_serves_its_engines(
     run_inputs: dict[str, Input], backend: str, options: str
 ) -> None:
     engine = changed(run_inputs["engine"], replace(RESULTS["build_engine"], backend=backend))
-    first, *_ = served({"exported": run_inputs["exported"], "engine": engine})
+    first, *_ = run_servers({"exported": run_inputs["exported"], "engine": engine})
     assert first.line == f"trtllm-serve engine/artifact{options}"
 
 
@@ -154,7 +156,7 @@ def test_an_artifact_of_another_run_has_its_full_path(
     run_inputs: dict[str, Input], tmp_path: Path
 ) -> None:
     other = replace(run_inputs["engine"], directory=tmp_path / "an other" / "engine")
-    first, *_ = served({**run_inputs, "engine": other})
+    first, *_ = run_servers({**run_inputs, "engine": other})
     assert str(tmp_path / "an other" / "engine" / "artifact") in shlex.split(first.line)[2]
 
 
@@ -167,9 +169,11 @@ def test_an_artifact_of_another_run_has_its_full_path(
         (replace(STUDENT, hf_architecture="Qwen2ForCausalLM"), False),
     ],
 )
-def test_conversions_of_a_folder(shape: Architecture, llama_cpp_converts: bool) -> None:
-    """llama.cpp's converter cannot write every architecture that the GGUF export writes."""
-    export, openvino, *llama = (one.line for one in converted("a b", shape))
+def test_llama_cpp_is_listed_if_its_converter_supports_the_shape(
+    shape: Architecture, llama_cpp_converts: bool
+) -> None:
+    """The converter supports fewer shapes than the GGUF export of this repository."""
+    export, openvino, *llama = (one.line for one in conversion_servers("a b", shape))
     assert export.startswith("optimum-cli export openvino --model 'a b' --task text-generation")
     assert 'LLMPipeline("openvino", "CPU")' in shlex.split(openvino)[2]
     lines = [
