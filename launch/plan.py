@@ -72,8 +72,8 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     chain = _with_costs(chain)
     if not any(note.rule.severity == ERROR for note in notes):  # estimates need valid settings
         notes += require_none(_limit_problems(chain, selected), settings.skip_rules)
-    for name, config in configs.items():
-        configs[name] = stage_of(config).resolve_from_chain(config, chain)
+    # ``chain.stages`` is ``configs``: all stages must see the others as they were configured.
+    configs |= {n: stage_of(c).resolve_from_chain(c, chain) for n, c in configs.items()}
     needed = {*selected, *(s for name in selected for s in configs[name].inputs.values())}
     planned: dict[str, PlannedStage] = {}
     for name in order:

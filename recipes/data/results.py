@@ -15,6 +15,17 @@ class SourceTokens:
 
 
 @dataclass(frozen=True)
+class TrainedSource:
+    """A source's part in a training."""
+
+    source: str
+    tokens: int
+    """Tokens that the training sees, to within a sequence."""
+    epochs: float
+    """How often it sees each token of the source."""
+
+
+@dataclass(frozen=True)
 class Origin:
     """Origin of a source's text."""
 
@@ -46,6 +57,22 @@ class DatasetResult:
     """By source of conversations: numbers of used, shortened and left-out ones, and of tokens."""
     origins: dict[str, Origin] = field(default_factory=dict)
     """Origins by source, as written in the settings."""
+
+    def trained(self, tokens: int, weights: Mapping[str, float]) -> list[TrainedSource]:
+        """Returns how a training on ``tokens`` tokens uses each source.
+
+        Args:
+            tokens: Tokens of the training.
+            weights: Weights by source; without any, sources count by their tokens.
+        """
+        available = {each.source: each.tokens for each in self.source_tokens["train"]}
+        parts = weights or available
+        shares = {name: tokens * part / sum(parts.values()) for name, part in parts.items()}
+        return [
+            TrainedSource(name, round(shares[name]), shares[name] / available[name])
+            for name in shares
+            if available.get(name)
+        ]
 
     def licence(self, source: str) -> str:
         """Returns a source's licence, in words."""

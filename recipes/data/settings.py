@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from recipes.core.constraints import Count, Fraction, Tokens, matching, one_of
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
 from recipes.data import corpus
-from recipes.data.sources import CHAT, FORMATS, parse_source
+from recipes.data.sources import (
+    CHAT,
+    FORMATS,
+    parse_source,
+    source_names,
+    without_weight,
+)
 
 SpecialToken = Annotated[str, matching(r"[<\[].+[>\]]", "a special token such as <|endoftext|>")]
 
@@ -67,6 +73,18 @@ class PrepareDataConfig(StageConfig):
     def chats(self) -> list[str]:
         """Returns the sources that hold conversations."""
         return [source for source in self.all_sources() if self.is_chat(source)]
+
+    def weights(self) -> dict[str, float]:
+        """Returns the valid weights of training sources, by the sources' names in results."""
+        return {
+            name: float(weight)
+            for name, source in source_names(self.all_sources()).items()
+            if source in self.sources and (weight := parse_source(source).weight)
+        }
+
+    def without_weights(self) -> PrepareDataConfig:
+        """Removes the weights, which only trainings use: other weights need no new tokens."""
+        return replace(self, sources=[without_weight(source) for source in self.sources])
 
     def fractions(self) -> dict[str, float]:
         """Returns the fraction of each part except ``train``, which gets the remainder."""

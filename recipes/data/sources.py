@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import re
 import zipfile
 from collections import Counter
@@ -25,7 +26,7 @@ TEACHER_CHAT = "teacher://chat"
 """Conversations that the teacher writes."""
 _HUB = re.compile(r"hf://(?P<name>[^:@]+)(?:@(?P<config>[^:]+))?:(?P<split>.+)")
 _OPTION = re.compile(
-    r"[#&](?P<key>text|format|name|licence|revision|tokens|seed|prompts)=(?P<value>[^#&]+)$"
+    r"[#&](?P<key>text|format|name|licence|revision|tokens|seed|prompts|weight)=(?P<value>[^#&]+)$"
 )
 
 
@@ -46,8 +47,9 @@ class Source:
     ``teacher://chat`` for conversations that the teacher writes (``#tokens=NUMBER``,
     ``#seed=NUMBER``, and ``#prompts=FILE`` of conversations that it answers), then options:
     ``#text=FIELD`` for its own field, ``#format=chat`` for conversations, ``#name=NAME`` for its
-    name in tables, ``#licence=NAME`` for the report and the model's card, and ``#revision=COMMIT``
-    of a dataset on the hub; ``&`` joins them.
+    name in tables, ``#licence=NAME`` for the report and the model's card, ``#revision=COMMIT`` of a
+    dataset on the hub, and ``#weight=NUMBER`` for its fraction of the training tokens relative to
+    the other sources' weights; ``&`` joins them.
     """
 
     path: str
@@ -59,6 +61,7 @@ class Source:
     tokens: str | None = None
     seed: str | None = None
     prompts: str | None = None
+    weight: str | None = None
 
     @property
     def hub(self) -> HubDataset | None:
@@ -125,10 +128,15 @@ def with_option(source: str, key: str, value: object) -> str:
     return f"{source}{'&' if '#' in source else '#'}{key}={value}"
 
 
+def without_weight(source: str) -> str:
+    """Removes the weight from a source."""
+    return re.sub(r"[#&]weight=[^#&]+", "", re.sub(r"#weight=[^#&]+&", "#", source))
+
+
 def source_problem(text: str) -> str | None:
     """Says what is wrong with a source, without reading or downloading it."""
     source = parse_source(text)
-    if problem := _option_problem(text, source):
+    if problem := _weight_problem(text, source.weight) or _option_problem(text, source):
         return problem
     if source.hub or source.by_teacher:
         return None
@@ -141,6 +149,14 @@ def source_problem(text: str) -> str | None:
     if not files:
         return f"there is no file '{source.path}'"
     return None if any(file.stat().st_size for file in files) else f"'{source.path}' is empty"
+
+
+def _weight_problem(text: str, weight: str | None) -> str | None:
+    try:
+        valid = weight is None or 0 < float(weight) < math.inf
+    except ValueError:
+        valid = False
+    return None if valid else f"invalid weight={weight} of '{text}': must be greater than 0"
 
 
 def _option_problem(text: str, source: Source) -> str | None:

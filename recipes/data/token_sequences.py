@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from megatron.core.datasets import helpers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
@@ -187,3 +188,41 @@ def sequence_order(ids: np.ndarray, total: int, seed: int, epoch: int) -> np.nda
     ranks = np.random.default_rng([seed, epoch]).random(total)
     ordered: np.ndarray = ids[np.argsort(ranks[ids], kind="stable")]
     return ordered
+
+
+def weighted_sequences(
+    weights: Mapping[str, float], sources: Sequence[SourceTokens], seq_length: int, total: int
+) -> list[np.ndarray]:
+    """Returns the numbers of each weighted source's sequences, int64 [n], in the weights' order.
+
+    Args:
+        weights: Weights by source.
+        sources: All sources of the part, as in ``spread``.
+        seq_length: Tokens of a sequence.
+        total: Number of sequences in the part, see ``count_sequences``.
+
+    Raises:
+        RecipeError: A source has no whole sequence.
+    """
+    spans = spread(sources, seq_length)
+    for name in weights:
+        if name not in spans:
+            raise RecipeError(
+                f"source '{name}' has a weight, but not one sequence of {seq_length} tokens.",
+                f"remove it, or give it more text; sources with text: {', '.join(spans)}",
+            )
+    ranges = (spans[name] for name in weights)
+    return [np.arange(each.start, min(each.stop, total)) for each in ranges]
+
+
+def blend(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Assigns samples to sources as Megatron's ``BlendedDataset``: to the one furthest behind.
+
+    Returns:
+        The source of each sample, int16 [samples], and the sample's number within its source, int64
+        [samples]. After any number of samples, each source is within a sample of its fraction.
+    """
+    sources, numbers = np.zeros(samples, np.int16), np.zeros(samples, np.int64)
+    fractions = np.array(weights, dtype=np.float64) / math.fsum(weights)
+    helpers.build_blending_indices(sources, numbers, fractions, len(fractions), samples, False)
+    return sources, numbers

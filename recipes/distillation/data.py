@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -18,6 +19,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
 from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.token_sequences import (
+    blend,
     count_sequences,
     counted,
     read_loss_mask,
@@ -26,6 +28,7 @@ from recipes.data.token_sequences import (
     sequence_order,
     sequence_tokens,
     spread,
+    weighted_sequences,
 )
 from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.settings import TrainingConfig
@@ -38,7 +41,8 @@ TEACHER_PREFIX = "teacher_"
 class TrainingSequences(Dataset):
     """Samples of a training: any number of epochs over the sequences of a split.
 
-    Sample i is the sequence at position i mod n of epoch i // n.
+    Sample i is the sequence at position i mod n of epoch i // n. With ``weights``, ``blend``
+    assigns samples to sources, each with its own epochs; sequences across two sources are left out.
     """
 
     tokens: np.ndarray
@@ -56,14 +60,26 @@ class TrainingSequences(Dataset):
     """Restricts the sequences to the cached ones."""
     numbers: list[int] | None = None
     """Restricts the sequences to these, in this order."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Weights by source; without any, the split is one source."""
+    sources: Sequence[SourceTokens] = ()
+    """Sources of the split, for ``weights``."""
     ids: np.ndarray = field(init=False)
-    _epoch: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:
-        self._total = count_sequences(self.tokens, self.seq_length)
-        self.ids = np.arange(self._total) if self.cache is None else self.cache.sequences
+        total = self._total = count_sequences(self.tokens, self.seq_length)
+        self.ids = np.arange(total) if self.cache is None else self.cache.sequences
         if self.numbers is not None:
-            self.ids = np.array([n for n in self.numbers if n < self._total])
+            self.ids = np.array([n for n in self.numbers if n < total])
+        self._parts = [self.ids]
+        if self.weights:
+            parts = weighted_sequences(self.weights, self.sources, self.seq_length, total)
+            self._parts = [np.intersect1d(part, self.ids) for part in parts]
+            _require_sequences(self.weights, self._parts)
+            self._blend = blend(list(self.weights.values()), self.num_samples)
+            self.ids = np.concatenate(self._parts)
+        # Samples come in order, so only the last order of each source is stored, with its epoch.
+        self._orders = [(-1, part) for part in self._parts]
         self._positions = torch.arange(self.seq_length)
 
     def __len__(self) -> int:
@@ -96,13 +112,27 @@ class TrainingSequences(Dataset):
 
     def number_of(self, sample: int) -> int:
         """Returns the number of a sample's sequence."""
-        epoch, position = divmod(sample, len(self.ids))
+        source = 0
+        if self.weights:
+            source, sample = (int(index[sample]) for index in self._blend)
+        part = self._parts[source]
+        epoch, position = divmod(sample, len(part))
         if self.seed is None:
-            return int(self.ids[position])
-        if epoch != self._epoch:  # samples come in order, so only the last order is stored
-            self._order = sequence_order(self.ids, self._total, self.seed, epoch)
-            self._epoch = epoch
-        return int(self._order[position])
+            return int(part[position])
+        if epoch != self._orders[source][0]:
+            order = sequence_order(part, self._total, self.seed, epoch)
+            self._orders[source] = (epoch, order)
+        return int(self._orders[source][1][position])
+
+
+def _require_sequences(weights: Iterable[str], parts: Iterable[np.ndarray]) -> None:
+    """Checks that a cached teacher has sequences of every weighted source."""
+    for name, part in zip(weights, parts, strict=True):
+        if not len(part):
+            raise RecipeError(
+                f"the cached teacher has no sequence of source '{name}'.",
+                "raise num_sequences of cache_logits",
+            )
 
 
 class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
@@ -118,13 +148,14 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         *,
         end: int | None,
         cache: TeacherCache | None,
-        validation: list[SourceTokens],
+        sources: Mapping[str, list[SourceTokens]],
+        weights: Mapping[str, float],
         **settings: Any,
     ) -> None:
         # The base class requires existing paths; ``setup`` reads the splits.
         super().__init__(paths=[str(artifact / "train")], num_workers=0, **settings)
         self._artifact, self._end, self._cache = artifact, end, cache
-        self._validation = validation
+        self._sources, self._weights = sources, weights
 
     @classmethod
     def of(
@@ -141,7 +172,8 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
             data.artifact,
             end=text.document_end if cfg.mask_document_ends else None,
             cache=cache,
-            validation=text.source_tokens["validation"],
+            sources=text.source_tokens,
+            weights=cfg.weights,
             tokenizer=tokenizer,
             seq_length=cfg.seq_length,
             micro_batch_size=cfg.micro_batch_size,
@@ -160,10 +192,17 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         # One batch more than is used: a run that was killed after its last step resumes at the end,
         # where NeMo's sampler would fail.
         samples = (self.trainer.max_steps + 1) * batch
-        self._train_ds = self._sequences("train", samples, seed=self.seed, cache=self._cache)
+        self._train_ds = self._sequences(
+            "train",
+            samples,
+            seed=self.seed,
+            cache=self._cache,
+            weights=self._weights,
+            sources=self._sources["train"],
+        )
         self._require_batch(len(self._train_ds.ids), batch)
         count = self.trainer.limit_val_batches * batch
-        by_source = spread(self._validation, self.seq_length, count).values()
+        by_source = spread(self._sources["validation"], self.seq_length, count).values()
         # Sources alternate, so that whole batches omit none.
         alternating = [n for each in zip_longest(*by_source) for n in each if n is not None]
         self._validation_ds = self._sequences("validation", 0, numbers=alternating)

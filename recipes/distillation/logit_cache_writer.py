@@ -17,7 +17,7 @@ from nemo_convert import nemo
 from recipes.core.files import link_or_copy
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input, StoppedByDeadlineError, deadline, rank, time_is_up
-from recipes.data.results import DatasetResult
+from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.token_sequences import (
     count_sequences,
     read_loss_mask,
@@ -59,13 +59,14 @@ def cache_logits(
     require_seq_length(data, cfg.seq_length)
     tokens = read_tokens(data.artifact, "train")
     total = count_sequences(tokens, cfg.seq_length)
+    result = data.manifest.result(DatasetResult)
     text = TrainingSequences(
         tokens,
         cfg.seq_length,
         num_samples=0,
-        end=data.manifest.result(DatasetResult).document_end,
+        end=result.document_end,
         loss_mask=read_loss_mask(data.artifact, "train"),
-        numbers=sequence_order(np.arange(total), total, cfg.seed, 0)[: cfg.num_sequences].tolist(),
+        numbers=_first_sequences(cfg, tokens, result.source_tokens["train"]),
     )
     vocabulary = nemo.architecture_of(teacher).vocab_size
     count = math.ceil(len(text.ids) / cfg.sequences_per_shard)
@@ -92,6 +93,20 @@ def cache_logits(
         bytes_per_token=bytes_per_token(vocabulary, cfg.top_k, cfg.tail_draws),
         **cache_metrics(out, index),
     )
+
+
+def _first_sequences(
+    cfg: CacheLogitsConfig, tokens: np.ndarray, sources: list[SourceTokens]
+) -> list[int]:
+    """Returns the numbers of the different sequences that a training sees first, in order."""
+    samples = cfg.num_sequences or 0
+    text = TrainingSequences(
+        tokens, cfg.seq_length, samples, cfg.seed, weights=cfg.weights, sources=sources
+    )
+    if cfg.num_sequences is None:
+        total = count_sequences(tokens, cfg.seq_length)
+        return sequence_order(text.ids, total, cfg.seed, 0).tolist()  # type: ignore[no-any-return]
+    return list(dict.fromkeys(map(text.number_of, range(samples))))
 
 
 def _write_shards(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from recipes.data.results import TrainedSource
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class TrainingResult:
     skipped_steps: int
     tokens: int
     tokens_per_second: float
+    sources: list[TrainedSource] = field(default_factory=list, kw_only=True)
+    """Tokens and epochs of each source of text."""
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,9 @@ class TrainingConfig(StageConfig):
     """Steps with a NaN or infinite gradient that are skipped before the run stops."""
     seed: Seed = 1234
     """Seed of the order of sequences."""
+    weights: dict[str, Positive] = field(default_factory=dict)
+    """Fractions of the training tokens by source, relative to their sum; by default the ``#weight``
+    of each source of ``prepare_data``. Without any, all text is one source."""
     tensor_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Ranks that share each layer (TP)."""
     pipeline_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
@@ -182,6 +185,8 @@ class CacheLogitsConfig(StageConfig):
     """Number of sequences: the first that a training with this ``seed`` sees. Default: all."""
     seed: Seed = 1234
     """Seed of the order of sequences; must equal that of ``distill``."""
+    weights: dict[str, Positive] = field(default_factory=dict)
+    """Weights by source, as in ``distill``."""
     sequences_per_shard: Count = 64
     """Sequences per file; a killed run loses at most one file per rank."""
     precision: Precision = "bf16-mixed"

@@ -11,10 +11,14 @@ from typing import TypeVar
 from nemo_convert.architecture import Architecture
 from recipes.core.compiled import missing_compiler
 from recipes.core.metrics import read_records, steps_of
+from recipes.core.stage import Inputs
+from recipes.data.results import DatasetResult, TrainedSource
+from recipes.data.settings import PrepareDataConfig
 from recipes.distillation.results import TrainingResult
 from recipes.distillation.settings import (
     FEED_FORWARD,
     FP8_RECIPES,
+    CacheLogitsConfig,
     DistillConfig,
     TrainingConfig,
 )
@@ -24,6 +28,7 @@ from recipes.planning.rules import Problem
 from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
 Config = TypeVar("Config", bound=TrainingConfig)
+Weighted = TypeVar("Weighted", bound=TrainingConfig | CacheLogitsConfig)
 COMPILED_STEPS = 100
 """Smallest number of steps that is compiled by default: about where compilation pays off."""
 CHECKPOINTS = "checkpoints"
@@ -36,8 +41,17 @@ UNFINISHED = "-unfinished"
 """Suffix of the marker that NeMo keeps beside a checkpoint while it is being written."""
 
 
+def with_weights(cfg: Weighted, chain: Chain, data: str) -> Weighted:
+    """Sets the weights of the sources that the stage ``data`` prepares, if none are set."""
+    text = chain.stages.get(data)
+    if cfg.weights or not isinstance(text, PrepareDataConfig):
+        return cfg
+    return replace(cfg, weights=text.weights())
+
+
 def resolve_from_chain(cfg: Config, chain: Chain) -> Config:
-    """Sets ``compile`` if it is unset: on this machine's CPU, with a compiler, if it pays off."""
+    """Sets unset weights, and ``compile``: on this machine's CPU with a compiler, if it pays."""
+    cfg = with_weights(cfg, chain, cfg.inputs.get("data", ""))
     if cfg.compile is not None:
         return cfg
     pays = cfg.max_steps >= COMPILED_STEPS and _on_cpu_here(chain)
@@ -244,6 +258,13 @@ def training_result(cfg: TrainingConfig, file: Path) -> TrainingResult:
         tokens=last["done"] * cfg.global_batch_size * cfg.seq_length,
         tokens_per_second=median(step["tokens_per_second"] for step in steps),
     )
+
+
+def trained_sources(
+    cfg: TrainingConfig, training: TrainingResult, inputs: Inputs
+) -> list[TrainedSource]:
+    """Returns the tokens and epochs of each source in a training."""
+    return inputs["data"].manifest.result(DatasetResult).trained(training.tokens, cfg.weights)
 
 
 def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:

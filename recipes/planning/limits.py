@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from recipes.core.manifest import Manifest, manifest_of
 from recipes.core.stage import StageConfig
 from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import source_bytes
+from recipes.data.sources import source_bytes, source_names
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.hardware import gpus_here
@@ -20,6 +20,8 @@ from recipes.planning.workload import Layout, Workload
 
 BYTES_PER_TOKEN = 4.0
 """For English text and a vocabulary of at least 50,000; only estimates the number of epochs."""
+MAX_EPOCHS = 4
+"""Passes over a source after which its text teaches little (arXiv:2305.16264)."""
 NO_TIME_LIMIT = "999999-00:00:00"
 
 
@@ -112,7 +114,10 @@ def _text_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
     """
     if job.trained is None:
         return
-    expected, most = _training_tokens(chain, chain.stages[name].inputs.get("data", ""))
+    data = chain.stages[name].inputs.get("data", "")
+    of_source, most = _training_tokens(chain, data)
+    expected = math.fsum(of_source.values())
+    weights = _weights(chain, name, data)
     if job.cached_sequences is not None:
         cached = job.cached_sequences * job.seq_length
         expected, most = min(expected, cached), min(most, cached)
@@ -123,6 +128,8 @@ def _text_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
             f"{name} trains on batches of {batch:,} tokens, but the text has {most:,.0f} at most",
             "add text or cached sequences, or lower global_batch_size or data.seq_length",
         )
+    elif weights:
+        yield from _repeated_sources(name, job.tokens, weights, of_source)
     elif job.tokens > expected:
         yield Problem(
             rules.EPOCHS,
@@ -132,22 +139,51 @@ def _text_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
         )
 
 
-def _training_tokens(chain: Chain, data: str) -> tuple[float, float]:
-    """Returns the expected number of training tokens and an upper bound; infinite if unknown."""
+def _weights(chain: Chain, name: str, data: str) -> dict[str, float]:
+    """Returns the weights of a training's sources: its own, or those of its text."""
+    text = chain.stages.get(data)
+    own: dict[str, float] = vars(chain.stages[name]).get("weights", {})
+    return own or (text.weights() if isinstance(text, PrepareDataConfig) else {})
+
+
+def _repeated_sources(
+    name: str, tokens: int, weights: Mapping[str, float], of_source: Mapping[str, float]
+) -> Iterator[Problem]:
+    """Finds sources that a training with weights repeats too often."""
+    for source, weight in weights.items():
+        share = tokens * weight / math.fsum(weights.values())
+        available = of_source.get(source, math.inf)
+        if share > MAX_EPOCHS * available:
+            yield Problem(
+                rules.EPOCHS,
+                f"{name} trains on {share:,.0f} tokens of '{source}', which has about "
+                f"{available:,.0f}: it sees each {share / available:.1f} times",
+                "lower its weight, give it more text, or lower max_steps",
+            )
+
+
+def _training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
+    """Returns the expected number of training tokens by source, and an upper bound of their sum.
+
+    Both are infinite where they are unknown.
+    """
     config = chain.stages.get(data)
     if (manifest := _prepared_text(chain, data, config)) is not None:
-        tokens = float(manifest.result(DatasetResult).tokens["train"])
-        return tokens, tokens
+        result = manifest.result(DatasetResult)
+        sources = {each.source: float(each.tokens) for each in result.source_tokens["train"]}
+        return sources, float(result.tokens["train"])
     if not isinstance(config, PrepareDataConfig) or config.max_documents is not None:
-        return math.inf, math.inf
-    sizes = [source_bytes(source) for source in config.sources]
-    known_sizes = [size for size in sizes if size is not None]
-    if not known_sizes or len(known_sizes) < len(sizes):
-        return math.inf, math.inf
-    tokens_per_source = config.max_tokens or math.inf
-    expected = sum(min(size / BYTES_PER_TOKEN, tokens_per_source) for size in known_sizes)
+        return {"": math.inf}, math.inf
+    names = source_names(config.all_sources()).items()
+    sizes = {name: source_bytes(source) for name, source in names if source in config.sources}
+    budget, train = config.max_tokens or math.inf, 1 - sum(config.fractions().values())
+    expected = {
+        name: math.inf if size is None else min(size / BYTES_PER_TOKEN, budget) * train
+        for name, size in sizes.items()
+    }
     # A token has at least one byte. Splits are random, so all text may be for training.
-    return expected * (1 - sum(config.fractions().values())), float(sum(known_sizes))
+    known = [size for size in sizes.values() if size is not None]
+    return expected, float(sum(known)) if len(known) == len(sizes) else math.inf
 
 
 def _prepared_text(chain: Chain, data: str, config: StageConfig | None) -> Manifest | None:
@@ -156,7 +192,7 @@ def _prepared_text(chain: Chain, data: str, config: StageConfig | None) -> Manif
         return manifest_of(data)
     manifest = manifest_of(str(chain.run_dir / data)) if chain.run_dir else None
     settings = {
-        "sources": config.sources,
+        "sources": config.without_weights().sources,
         "max_documents": config.max_documents,
         "max_tokens": config.max_tokens,
         "text_field": config.text_field,

@@ -125,19 +125,20 @@ def _write_side_files(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
-    """Writes sparse files of zeros, with text for one batch or all sequences in each split."""
-    names = ("global_batch_size", "num_sequences", "num_calibration_samples", "num_samples")
-    sequences = max(config.get(name) or 1 for name in names)
+    """Writes sparse files of zeros; each source has a batch or all sequences in each split."""
+    counts = ("global_batch_size", "num_sequences", "num_calibration_samples", "num_samples")
+    sequences = max(config.get(name) or 1 for name in counts)
+    names = list(config.get("weights") or ["rehearsal"])
     tokens = (sequences + 1) * config.get("seq_length", 1) + 1
     for part in PARTS:
         builder = IndexedDatasetBuilder(f"{artifact / part}.bin", dtype=np.int32)
-        builder.sequence_lengths.append(tokens)
+        builder.sequence_lengths.append(len(names) * tokens)
         builder.document_indices.append(1)
-        builder.data_file.truncate(4 * tokens)
+        builder.data_file.truncate(4 * len(names) * tokens)
         builder.finalize(f"{artifact / part}.idx")
-    documents, sizes = dict.fromkeys(PARTS, 1), dict.fromkeys(PARTS, tokens)
-    source_tokens = {part: [SourceTokens("rehearsal", tokens)] for part in PARTS}
-    return DatasetResult(documents, sizes, ["rehearsal"], source_tokens, document_end=0)
+    documents, sizes = dict.fromkeys(PARTS, 1), dict.fromkeys(PARTS, len(names) * tokens)
+    source_tokens = {part: [SourceTokens(name, tokens) for name in names] for part in PARTS}
+    return DatasetResult(documents, sizes, names, source_tokens, document_end=0)
 
 
 def _write_logit_cache(source: JobInput, sequences: int, artifact: Path) -> None:

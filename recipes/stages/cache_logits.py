@@ -11,6 +11,7 @@ from pathlib import Path
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.distillation.settings import CacheLogitsConfig, bytes_per_token
+from recipes.distillation.training import with_weights
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.rules import Problem
@@ -81,6 +82,9 @@ STAGE = Stage(
     run=run,
     check=check,
     inputs={"teacher": ("checkpoint_nemo",), "data": ("dataset",)},
+    resolve_from_chain=lambda config, chain: with_weights(
+        config, chain, config.inputs.get("data", "")
+    ),
     disk_bytes=disk_bytes,
     workload=workload,
     progress=progress,

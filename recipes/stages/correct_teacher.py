@@ -8,6 +8,7 @@ Reads the teacher and the prepared text. Writes the corrected teacher as a NeMo 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from recipes.core.manifest import Outcome
@@ -15,6 +16,7 @@ from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
 from recipes.distillation.settings import CorrectTeacherConfig
 from recipes.distillation.training import (
     resolve_from_chain,
+    trained_sources,
     training_bytes,
     training_problems,
     training_progress,
@@ -33,7 +35,10 @@ def run(cfg: CorrectTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
     teacher = nemo.find_checkpoint(inputs["teacher"].artifact)
     objective, log = Objective({"lm": 1.0}), metrics_log(out)
     train(cfg, teacher, objective, inputs["data"], out / teacher.name, log)
-    result = training_result(cfg, metrics_file(out)) if rank() == 0 else None
+    result = None
+    if rank() == 0:
+        result = training_result(cfg, metrics_file(out))
+        result = replace(result, sources=trained_sources(cfg, result, inputs))
     return checkpoint_outcome(result, teacher)
 
 

@@ -29,6 +29,7 @@ from recipes.distillation.training import (
     fp8_size_problems,
     resolve_from_chain,
     stop_reason,
+    trained_sources,
     training_bytes,
     training_problems,
     training_progress,
@@ -221,7 +222,10 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
         log.progress("student", 1, 1, **{INITIAL_KL: healed.remaining_kl})
     train(cfg, student, objective, inputs["data"], out / student.name, log)
     kept = inputs["student"].manifest.result(KeptLayers).kept_layers
-    made = replace(result(cfg, metrics_file(out)), kept_layers=kept) if rank() == 0 else None
+    made = None
+    if rank() == 0:
+        trained = result(cfg, metrics_file(out))
+        made = replace(trained, kept_layers=kept, sources=trained_sources(cfg, trained, inputs))
     return checkpoint_outcome(made, student)
 
 

@@ -71,13 +71,28 @@ def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     for source in cfg.all_sources():
         if problem := source_problem(source):
             yield f"data.sources: {problem}", "see the list of sources in docs/your_model.md"
+    yield from _weight_problems(cfg)
     for source in cfg.teacher_sources():
         if not (parse_source(source).tokens or cfg.max_tokens):
             example = with_option(source, "tokens", 100000)
             yield f"'{source}' sets no number of tokens", f"for example {example}"
-    for source in set(cfg.sources) & set(cfg.heldout_sources):
+    for source in set(cfg.without_weights().sources) & set(cfg.heldout_sources):
         what = f"'{source}' is in both data.sources and data.heldout_sources"
         yield what, "remove it from one of them"
+
+
+def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with the sources' weights as a whole, and a fix."""
+    weighted = [source for source in cfg.sources if parse_source(source).weight]
+    for source in cfg.heldout_sources:
+        if parse_source(source).weight:
+            yield f"held-out source '{source}' has a weight, but is not trained on", "remove it"
+    for source in cfg.sources if weighted else []:
+        if source not in weighted:
+            yield (
+                f"'{source}' has no weight, but {len(weighted)} of {len(cfg.sources)} sources have",
+                "give every training source a weight, or none",
+            )
 
 
 def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
@@ -207,4 +222,5 @@ STAGE = Stage(
     inputs={"tokenizer": ("checkpoint_nemo",)},
     needs_gpu=lambda config, chain: bool(config.teacher_sources()),
     external=external,
+    resolve_from_chain=lambda config, chain: config.without_weights(),
 )

@@ -22,7 +22,7 @@ from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log, rank
 from recipes.distillation.settings import DistillConfig
-from recipes.distillation.training import training_problems, training_workload
+from recipes.distillation.training import training_problems, training_workload, with_weights
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost, Sequences, comparison_cost
@@ -185,6 +185,9 @@ STAGE = Stage(
     check=check,
     inference_cost=inference_cost,
     starts=("prune", "distill"),
+    resolve_from_chain=lambda config, chain: replace(
+        config, distill=with_weights(config.distill, chain, config.inputs.get("data", ""))
+    ),
     devices=lambda config: max(config.resources.devices, config.distill.resources.devices),
     inputs={
         "checkpoint": ("checkpoint_nemo",),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from nemo_convert.architecture import Architecture
 from nemo_convert.results import GgufResult, ImportResult, ParityResult
 from recipes.core.statistics import Difference
-from recipes.data.results import DatasetResult, Origin
+from recipes.data.results import DatasetResult, Origin, SourceTokens, TrainedSource
 from recipes.distillation.results import DistillationResult
 from recipes.engines.results import (
     BenchmarkResults,
@@ -199,7 +199,7 @@ RESULTS = {
         documents={split: tokens // 90 for split, tokens in TOKENS.items()},
         tokens=TOKENS,
         sources=[SOURCE],
-        source_tokens={},
+        source_tokens={split: [SourceTokens("text", n)] for split, n in TOKENS.items()},
         document_end=0,
         origins={SOURCE: Origin("CC-BY-4.0")},
     ),
@@ -223,6 +223,7 @@ RESULTS = {
         tokens=STEPS * 1024,
         tokens_per_second=1210.4,
         teacher_loss=3.02,
+        sources=[TrainedSource("text", STEPS * 1024, 4.5)],
     ),
     "evaluate": quality(),
     "evaluate_tasks": task_results(),

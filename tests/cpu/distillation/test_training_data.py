@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,7 +149,7 @@ def training(data: Path, steps: int, cache: Any = None, **settings: Any) -> Trai
         "output_log": False,
     }
     whole = [SourceTokens("all", len(read_tokens(data, "validation")))]
-    arguments |= {"validation": whole, **settings}
+    arguments |= {"sources": {"train": [], "validation": whole}, "weights": {}, **settings}
     module = TrainingData(data, end=END, cache=cache, **arguments)
     module.trainer = SimpleNamespace(max_steps=steps, limit_val_batches=3, global_step=0)  # type: ignore[assignment]
     module.setup()
@@ -175,6 +176,79 @@ def test_a_resumed_run_continues_at_its_step(data: Path) -> None:
     micro_batches(training(data, steps), "train", steps * BATCH)
 
 
+def weighted(data: Path) -> dict[str, Any]:
+    """Three sources of the training split, with weights far from their sizes."""
+    length = len(read_tokens(data, "train"))
+    sizes = {"small": 3 * LENGTH + 2, "large": 9 * LENGTH, "rest": length - 12 * LENGTH - 2}
+    sources = [SourceTokens(name, size) for name, size in sizes.items()]
+    return {"weights": {"rest": 1.0, "small": 3.0, "large": 6.0}, "sources": sources}
+
+
+def test_weights_set_the_fraction_of_samples_and_sources_have_epochs(data: Path) -> None:
+    blend = weighted(data)
+    dataset = sequences_of(data, 1000, seed=SEED, **blend)
+    numbers = [dataset.number_of(i) for i in range(1000)]
+    spans = {"small": range(3), "large": range(4, 12), "rest": range(13, count_of(data))}
+    of_source = {name: [n for n in numbers if n in span] for name, span in spans.items()}
+    for name, weight in blend["weights"].items():
+        assert abs(len(of_source[name]) - 100 * weight) <= 1
+        size = len(spans[name])
+        for start in range(0, len(of_source[name]) - size, size):
+            assert sorted(of_source[name][start : start + size]) == list(spans[name])
+    for samples in range(1, 1000):  # every beginning of the training, too
+        small = sum(n in spans["small"] for n in numbers[:samples])
+        assert abs(small - 0.3 * samples) <= 1
+    # A sample does not depend on earlier ones, nor on the length of the training.
+    again = sequences_of(data, 800, seed=SEED, **blend)
+    assert [again.number_of(i) for i in (799, 3, 431)] == [numbers[i] for i in (799, 3, 431)]
+
+
+def count_of(data: Path) -> int:
+    return len(sequences_of(data, 0).ids)
+
+
+def test_a_resumed_run_with_weights_continues_at_its_step(data: Path) -> None:
+    blend = weighted(data)
+    settings = {"weights": blend["weights"], "sources": {"train": blend["sources"]}}
+    settings["sources"]["validation"] = [SourceTokens("all", 10 * LENGTH)]
+    whole = micro_batches(training(data, 40, **settings), "train")
+    for step in (1, 33):
+        resumed = micro_batches(training(data, 40, **settings), "train", step * BATCH)
+        assert resumed == whole[step * 2 :]
+
+
+def test_a_cache_gives_the_batches_of_a_live_teacher_with_weights(data: Path) -> None:
+    blend = weighted(data)
+    live = sequences_of(data, 60, seed=SEED, **blend)
+    first = [live.number_of(i) for i in range(12)]
+    cached = sequences_of(data, 60, seed=SEED, cache=Cache(sorted(set(first))), **blend)
+    assert [cached.number_of(i) for i in range(12)] == first
+    with pytest.raises(RecipeError, match=r"no sequence of source 'rest'.*\n.*num_sequences"):
+        sequences_of(data, 60, seed=SEED, cache=Cache([0, 5]), **blend)
+
+
+def test_a_weighted_source_needs_a_whole_sequence(data: Path) -> None:
+    sources = [SourceTokens("large", 5 * LENGTH), SourceTokens("tiny", LENGTH - 1)]
+    with pytest.raises(RecipeError, match="source 'tiny' has a weight, but not one sequence of 8"):
+        sequences_of(data, 4, weights={"large": 1.0, "tiny": 1.0}, sources=sources)
+
+
+def test_weights_serve_a_training_on_100_billion_tokens(tmp_path: Path) -> None:
+    """Sequences take a few bytes each: the tokens are a sparse file, and stay on disk."""
+    length, total = 4096, 10**11 // 4096
+    with (tmp_path / "train.bin").open("wb") as file:
+        file.truncate(4 * length * (total + 1))
+    tokens = np.memmap(tmp_path / "train.bin", dtype=np.int32, mode="r")
+    sources = [SourceTokens(name, length * total // 2) for name in ("web", "chats")]
+    tracemalloc.start()
+    weights = {"web": 0.7, "chats": 0.3}
+    dataset = TrainingSequences(tokens, length, total, SEED, weights=weights, sources=sources)
+    assert dataset[total - 1]["tokens"].shape == (length,)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / total < 64
+
+
 def test_validation_always_has_the_same_whole_batches(data: Path) -> None:
     module = training(data, 5)
     text = read_tokens(data, "validation")
@@ -190,7 +264,8 @@ def test_validation_sees_every_source(data: Path) -> None:
     text = read_tokens(data, "validation")
     first = 3 * LENGTH + 3
     sources = [SourceTokens("one", first), SourceTokens("two", len(text) - first)]
-    module = training(data, 5, validation=sources, micro_batch_size=1, global_batch_size=2)
+    parts = {"train": [], "validation": sources}
+    module = training(data, 5, sources=parts, micro_batch_size=1, global_batch_size=2)
     tokens = [token for batch in micro_batches(module, "validation") for token in batch]
     assert tokens == [int(text[number * LENGTH]) for number in (0, 4, 1, 5, 2, 6)]
 

@@ -24,7 +24,7 @@ from recipes.data.corpus import (
     part_of,
     read_source,
 )
-from recipes.data.results import Origin
+from recipes.data.results import DatasetResult, Origin, SourceTokens, TrainedSource
 from recipes.data.sources import (
     origin_of,
     origins_of,
@@ -32,6 +32,7 @@ from recipes.data.sources import (
     source_bytes,
     source_names,
     source_problem,
+    without_weight,
 )
 
 FRACTIONS = {"validation": 0.02, "calibration": 0.04, "heldout": 0.04}
@@ -317,3 +318,25 @@ def test_local_sources_have_the_licence_of_their_options(tmp_path: Path) -> None
     assert origin_of(f"{file}#name=a&licence=public domain") == Origin("public domain")
     assert origin_of(f"hf://{tmp_path}:train") == Origin()
     assert pinned(str(file), Origin("x")) == str(file)
+
+
+def test_a_weight_is_no_part_of_the_text() -> None:
+    for with_it, without in (
+        ("a.txt#weight=0.3", "a.txt"),
+        ("a.txt#weight=0.3&name=x", "a.txt#name=x"),
+        ("a.txt#name=x&weight=1e-3&licence=MIT", "a.txt#name=x&licence=MIT"),
+        (f"pypi://a/1/b.txt#sha256={SHA}&weight=2", f"pypi://a/1/b.txt#sha256={SHA}"),
+        ("a.txt#name=weight", "a.txt#name=weight"),
+    ):
+        assert without_weight(with_it) == without
+
+
+def test_tokens_and_epochs_of_a_training() -> None:
+    of_part = {"train": [SourceTokens("a", 100), SourceTokens("b", 300), SourceTokens("c", 0)]}
+    result = DatasetResult({}, {}, [], of_part, document_end=0)
+    unweighted = result.trained(800, {})
+    assert unweighted == [TrainedSource("a", 200, 2.0), TrainedSource("b", 600, 2.0)]
+    assert result.trained(800, {"b": 1, "a": 3}) == [
+        TrainedSource("b", 200, 200 / 300),
+        TrainedSource("a", 600, 6.0),
+    ]

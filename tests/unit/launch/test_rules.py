@@ -342,6 +342,41 @@ def test_prepared_text_is_counted_exactly(plan: MakePlan, complete: Complete, te
     assert "epochs" not in {n.rule.name for n in plan(*overrides).notes}
 
 
+def weighted(text: Path, tmp_path: Path, small: str, large: str) -> str:
+    """Two sources, one of them a tenth of the other."""
+    (tmp_path / "small.txt").write_text(text.read_text()[: text.stat().st_size // 10])
+    return f"data.sources=['{tmp_path}/small.txt#weight={small}','{text}#weight={large}']"
+
+
+def test_a_source_that_weights_repeat_too_often_is_warned_of(
+    plan: MakePlan, text: Path, tmp_path: Path
+) -> None:
+    tokens = text.stat().st_size / limits.BYTES_PER_TOKEN
+    steps = f"{D}max_steps={round(tokens / 1024)}"
+    often = plan(weighted(text, tmp_path, "6", "4"), steps)
+    [note] = [n for n in often.notes if n.rule.name == "epochs"]
+    assert note.what.startswith("distill trains on ")
+    assert "tokens of 'small'" in note.what
+    assert "it sees each 6.7 times" in note.what
+    rarely = plan(weighted(text, tmp_path, "3", "7"), steps)
+    assert "epochs" not in {n.rule.name for n in rarely.notes}
+
+
+def test_other_weights_only_train_again(
+    plan: MakePlan, complete: Complete, text: Path, tmp_path: Path
+) -> None:
+    first = plan(weighted(text, tmp_path, "0.1", "0.9"))
+    configs = {stage.name: stage.config for stage in first.stages}
+    assert vars(configs["distill"])["weights"] == {"small": 0.1, text.stem: 0.9}
+    complete(first)
+    todo = {stage.name for stage in plan(weighted(text, tmp_path, "0.2", "0.8")).todo()}
+    assert "distill" in todo
+    assert not {"prepare_data", "score", "prune"} & todo
+    cached = plan("teacher=cached", weighted(text, tmp_path, "1", "3"))
+    [cache] = [stage.config for stage in cached.stages if stage.name == "cache_logits"]
+    assert vars(cache)["weights"] == {"small": 1, text.stem: 3}
+
+
 def test_training_cannot_exceed_the_sequences_of_a_cached_teacher(plan: MakePlan) -> None:
     """The recipe trains on 400 sequences, in batches of 4; its text has thousands."""
 

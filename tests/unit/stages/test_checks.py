@@ -111,6 +111,13 @@ def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
         ({"sources": ["a.csv"]}, "data-sources", "a.csv"),
         ({"heldout_sources": ["missing.txt"]}, "data-sources", "missing.txt"),
         ({"heldout_sources": ["TEXT"]}, "data-sources", "data.heldout_sources"),
+        *(
+            ({"sources": [f"TEXT#weight={weight}"]}, "data-sources", f"invalid weight={weight} ")
+            for weight in ("0", "-1", "nan", "inf", "1e999", "half", "[1,2]")
+        ),
+        ({"sources": ["TEXT#weight=1", "OTHER"]}, "data-sources", "OTHER' has no weight"),
+        ({"heldout_sources": ["OTHER#weight=1"]}, "data-sources", "held-out source 'OTHER#weight"),
+        ({"heldout_sources": ["TEXT"], "sources": ["TEXT#weight=1"]}, "data-sources", "is in both"),
         ({"calibration_fraction": 0.94}, "data-splits", "fractions"),
         ({"validation_fraction": 0.5, "heldout_fraction": 0.5}, "data-splits", "fractions"),
         ({"seq_length": 0}, "seq-length", "seq_length=0"),
@@ -122,7 +129,11 @@ def test_prepare_data_refuses(
 ) -> None:
     settings = {"sources": ["TEXT"], **settings}
     for name in settings.keys() & {"sources", "heldout_sources"}:
-        settings[name] = [text if source == "TEXT" else source for source in settings[name]]
+        other = str(Path(text).with_name("other.txt"))
+        Path(other).write_text("other")
+        for word, path in (("TEXT", text), ("OTHER", other)):
+            settings[name] = [source.replace(word, path) for source in settings[name]]
+        named = named.replace("OTHER", other)
     problem = one(prepare_data.check(PrepareDataConfig(**settings), chain))
     assert problem.rule.name == rule
     assert named in problem.what
