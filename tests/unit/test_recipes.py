@@ -212,6 +212,15 @@ def test_large_recipes_pass_preflight_on_their_hardware(recipe: str, plan: MakeP
         assert getattr(config, "precision", "bf16-mixed") == "bf16-mixed"
 
 
+@pytest.mark.parametrize("data", ["fineweb_edu", "instruct_blend"])
+def test_large_recipes_take_other_text(data: str, plan: MakePlan) -> None:
+    planned = large("qwen3_8b_depth", plan, f"data={data}")
+    configs = {stage.name: vars(stage.config) for stage in planned.stages}
+    assert all("licence=" in source for source in configs["prepare_data"]["sources"])
+    blend = {"web": 30, "math": 30, "code": 20, "science": 15, "chat": 5}
+    assert configs["distill"]["weights"] == (blend if data == "instruct_blend" else {})
+
+
 @pytest.mark.parametrize(
     ("recipe", "parameters", "tokens"),
     [
