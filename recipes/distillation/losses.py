@@ -61,8 +61,6 @@ class LogitsLoss:
     arXiv:2306.13649)."""
     top_k: int | None = None
     """Compares this many of the teacher's likeliest tokens one by one, all others as one."""
-    chunk_bytes: int | None = None
-    """Size of one float32 buffer; ``None`` takes the device's."""
 
 
 Divergence = tuple[Tensor, Callable[[], Tensor]]
@@ -227,7 +225,7 @@ def _chunk_losses(
         lm_loss, lm_gradient = _lm_loss(unscaled, targets.labels, needs_gradient, group)
         del unscaled
     if not isinstance(teacher, TopK) and loss.top_k is not None:
-        teacher = top_k(teacher, loss.top_k, temperature, group, loss.chunk_bytes)
+        teacher = top_k(teacher, loss.top_k, temperature, group)
     if isinstance(teacher, TopK):
         if teacher.draws is None or teacher.tail_entropy is None:
             kd_loss, kd_gradient = _top_k_divergence(teacher, log_q, loss, group)
@@ -276,7 +274,7 @@ class _Distillation(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         copies = needs_gradient and not reuse_logits
         logits = student.detach().clone() if copies else student.detach()
-        for rows in chunks(logits, loss.chunk_bytes):
+        for rows in chunks(logits):
             chunk = losses[:, rows], logits[rows], targets.at(rows)
             _compute_chunk(*chunk, loss, group, needs_gradient)
         ctx.save_for_backward(logits if needs_gradient else None)
@@ -356,7 +354,6 @@ def token_cross_entropy(
     logits: Tensor,
     labels: Tensor,
     group: ProcessGroup | None = None,
-    chunk_bytes: int | None = None,
     reuse_logits: bool = False,
 ) -> Tensor:
     """Computes the LM loss per token [n], float32, of logits [n, vocabulary/tp] for labels [n].
@@ -366,5 +363,4 @@ def token_cross_entropy(
     """
     log_probs = torch.tensor([0.0, -math.inf], dtype=torch.float32, device=logits.device)
     teacher = TopK(labels.unsqueeze(1), log_probs.expand(len(labels), 2))
-    loss = LogitsLoss(chunk_bytes=chunk_bytes)
-    return distillation_loss(logits, teacher, loss, group, reuse_logits)
+    return distillation_loss(logits, teacher, LogitsLoss(), group, reuse_logits)

@@ -55,15 +55,6 @@ SHARED_SETTINGS = (
 """Settings of the teacher's config that are copied from the student's. NeMo copies fewer, and would
 run a float32 teacher with a bfloat16 student."""
 
-FP8_SETTINGS = (
-    "fp8",
-    "fp8_recipe",
-    "first_last_layers_bf16",
-    "num_layers_at_start_in_bf16",
-    "num_layers_at_end_in_bf16",
-)
-"""Settings that are also copied for a teacher in FP8."""
-
 
 class KDModel(llm.GPTModel):  # type: ignore[misc]
     """A NeMo model trained on an ``Objective``; saves and loads as the plain student."""
@@ -143,7 +134,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
     def _with_teacher(self, student: nn.Module, checkpoint: Path) -> Any:
         """Combines student and teacher in a ModelOpt ``DistillationModel`` that runs both."""
         config = adapt_config(nemo.restore_model(checkpoint).config, training=True)
-        for name in (*SHARED_SETTINGS, *(FP8_SETTINGS if self._teacher.fp8 else ())):
+        for name in SHARED_SETTINGS:
             setattr(config, name, getattr(self.config, name))
         nemo.split_pipeline(config)
         # Not for the student: initialisation also marks weights as tensor-parallel, and a gradient

@@ -75,8 +75,6 @@ class TeacherSource:
     pairs: Pairs = ()
     """Pairs of layers whose hidden states are compared."""
     cache: TeacherCache | None = None
-    fp8: bool = False
-    """Whether a live teacher uses FP8 like the student."""
     validates: bool = False
     """Whether a live teacher also runs in validations."""
 
@@ -96,7 +94,7 @@ class TeacherSource:
             layers = nemo.architecture_of(checkpoint).num_layers
             pairs = layer_pairs(cfg, kept, student.num_layers, layers)
         validates = cfg.stop_at_recovered is not None
-        return cls(checkpoint, pairs, fp8=cfg.fp8_teacher, validates=validates)
+        return cls(checkpoint, pairs, validates=validates)
 
 
 def _require_same_text(cache: Input, data: Input) -> None:
@@ -122,11 +120,10 @@ class Objective:
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> Objective:
         """Returns the objective of a distillation."""
         weights = {name: getattr(cfg, f"{name}_weight") for name in TERMS}
-        chunk = None if cfg.loss_chunk_mb is None else cfg.loss_chunk_mb << 20
         return cls(
             {name: weight for name, weight in weights.items() if weight},
             TeacherSource.of(cfg, inputs, student),
-            LogitsLoss(cfg.logits_loss, cfg.temperature, cfg.jsd_beta, cfg.top_k, chunk),
+            LogitsLoss(cfg.logits_loss, cfg.temperature, cfg.jsd_beta, cfg.top_k),
             cfg.hidden_loss,
             cfg.loss_balancer == "dynamic",
         )

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 RECOMPUTE_GRANULARITIES = ("none", "selective", "full")
 FEED_FORWARD = ("mlp", "moe")
 """Megatron's names of a layer's feed-forward network: dense, or MoE."""
-ATTENTION_BACKENDS = ("auto", "flash", "fused", "unfused")
 FP8_RECIPES = {"tensorwise": 16, "blockwise": 16, "delayed": 16, "mxfp8": 32}
 """FP8 scaling recipes, and the number that sizes must be multiples of
 (``megatron/core/fp8_utils.py``)."""
@@ -36,7 +35,6 @@ TERMS = ("kd", "hidden", "lm")
 RESOURCE = {"resource": True}
 RecomputeGranularity = Annotated[str, one_of(*RECOMPUTE_GRANULARITIES)]
 RecomputeModule = Annotated[str, one_of("core_attn", *FEED_FORWARD)]
-AttentionBackend = Annotated[str, one_of(*ATTENTION_BACKENDS)]
 SpeedPatch = Annotated[str, one_of(*SPEED_PATCH_NAMES)]
 Temperature = Annotated[float, between(0.01, 1000)]
 """Outside this range the teacher's distribution is one token, or uniform."""
@@ -81,12 +79,10 @@ class TrainingConfig(StageConfig):
     """Accumulates gradients in float32; ``false`` saves two bytes per parameter."""
     fp8: Annotated[str, one_of("hybrid")] | None = None
     """``hybrid``: matrix multiplications in FP8 (E4M3 forward, E5M2 backward) with
-    TransformerEngine, on GPUs from Hopper on. Weights stay in bfloat16, and so does a live teacher
-    without ``fp8_teacher``."""
+    TransformerEngine, on GPUs from Hopper on. Weights and a live teacher stay in bfloat16."""
     fp8_recipe: Annotated[str, one_of(*FP8_RECIPES)] = "tensorwise"
-    """FP8 scaling: ``tensorwise``, ``blockwise``, ``delayed`` or ``mxfp8`` (Blackwell)."""
-    first_last_layers_bf16: bool = True
-    """Computes the first and the last layer in bfloat16; not with ``delayed``."""
+    """FP8 scaling: ``tensorwise``, ``blockwise``, ``delayed`` or ``mxfp8`` (Blackwell). The first
+    and the last layer are computed in bfloat16, except with ``delayed``."""
     max_nonfinite_steps: CountOrZero = 0
     """Steps with a NaN or infinite gradient that are skipped before the run stops."""
     seed: Seed = 1234
@@ -100,9 +96,6 @@ class TrainingConfig(StageConfig):
     """Ranks that the layers are split over (PP)."""
     sequence_parallel: bool = field(default=False, metadata=RESOURCE)
     """Splits activations between tensor-parallel regions along the sequence; no effect at TP=1."""
-    tp_comm_overlap: bool = field(default=False, metadata=RESOURCE)
-    """Overlaps tensor-parallel communication with matrix multiplications. It uses buffers of
-    TransformerEngine that only one model can have."""
     context_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Splits each sequence over ranks, in attention too (CP); needs TransformerEngine, hence
     GPUs."""
@@ -120,9 +113,6 @@ class TrainingConfig(StageConfig):
     """Modules that ``selective`` recomputes: ``core_attn`` (attention scores, which flash attention
     never stores), ``mlp`` (the feed-forward network, most of a layer's activations) or ``moe`` (the
     same for experts). All of them can be combined with a loss on hidden states."""
-    attention_backend: AttentionBackend = field(default="auto", metadata=RESOURCE)
-    """TransformerEngine's attention: ``auto`` (the fastest available), ``flash``, ``fused`` (cuDNN)
-    or ``unfused``."""
     val_check_interval: Count = 100
     """Steps between validations."""
     limit_val_batches: Count = 4
@@ -141,9 +131,6 @@ class TrainingConfig(StageConfig):
     )
     """Replacements of what is slow on a CPU (``recipes/backend/cpu_speed.py``). No result changes
     beyond rounding, and nothing changes on CUDA. ``[]`` for Megatron's own functions."""
-    cuda_graphs: bool = field(default=False, metadata=RESOURCE)
-    """Captures each of the student's layers as a CUDA graph, which saves kernel launches;
-    worthwhile for short kernels."""
     profile_steps: list[Count] = field(default_factory=list, metadata=RESOURCE)
     """``[first, last]`` step of a profiler trace in ``<stage>/profile/``, counted from 1."""
 
@@ -248,8 +235,6 @@ class DistillConfig(TrainingConfig):
     original, if both are on the last pipeline stage."""
     lm_weight: Weight = 0.0
     """Weight of the next-token (LM) loss; 0 omits it."""
-    fp8_teacher: bool = False
-    """Uses ``fp8`` in a live teacher, too."""
     loss_balancer: Annotated[str, one_of(*LOSS_BALANCERS)] = "fixed"
     """``fixed`` weights, or ``dynamic``: terms are first scaled to equal size, by their means of
     the step before."""
@@ -257,9 +242,6 @@ class DistillConfig(TrainingConfig):
     """Stops the training at the first validation that has recovered this fraction of the KL added
     by pruning. The teacher then runs in validations too, of which one is before the first step. The
     learning rate does not decay earlier than without it."""
-    loss_chunk_mb: Count | None = None
-    """Size of one float32 buffer of the loss, which is computed a chunk of tokens at a time.
-    Default: about a CPU's cache, or 512 on a GPU."""
 
 
 CACHE_FIELDS = ("seq_length", "temperature", "top_k", "tail_draws")

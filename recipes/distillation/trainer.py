@@ -13,10 +13,8 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor, load_tensors_metadata
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.transformer.enums import AttnBackend
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
 from nemo_convert import nemo
 from nemo_convert.hf import copy_side_files
@@ -41,16 +39,6 @@ from recipes.distillation.objective import Objective
 from recipes.distillation.settings import DistillConfig, TrainingConfig
 from recipes.distillation.training import CHECKPOINTS, UNFINISHED, steps_in, whole_checkpoints
 
-OVERLAPS = {
-    "overlap_grad_reduce": True,
-    "overlap_param_gather": True,
-    "overlap_p2p_comm": False,
-    "batch_p2p_comm": True,
-    "wgrad_deferral_limit": 0,
-    "tp_comm_bootstrap_backend": "nccl",
-}
-"""Settings that NeMo's overlap callback would otherwise change."""
-
 
 def train(
     cfg: TrainingConfig, start: Path, objective: Objective, data: Input, out: Path, log: MetricsLog
@@ -64,9 +52,6 @@ def train(
     restored.config.seq_length = cfg.seq_length
     _set_recompute(restored.config, cfg.recompute_granularity)
     restored.config.recompute_modules = cfg.recompute_modules
-    restored.config.attention_backend = AttnBackend[cfg.attention_backend]
-    if cfg.cuda_graphs:
-        restored.config.enable_cuda_graph = restored.config.use_te_rng_tracker = True
     model = KDModel(restored, objective)
     with nemo.outside_slurm():
         trainer = _trainer(cfg)
@@ -78,8 +63,6 @@ def train(
         trainer.callbacks.append(StopAtRecovered(cfg, metrics_file(out.parent)))
     if deadline() is not None:
         trainer.callbacks.append(StopAtDeadline(cfg))
-    if cfg.tp_comm_overlap:
-        trainer.callbacks.append(MegatronCommOverlapCallback(tp_comm_overlap=True, **OVERLAPS))
     if cfg.profile_steps:
         first, last = cfg.profile_steps
         trainer.callbacks.append(Profile((first, last), scratch.parent / "profile"))
@@ -122,8 +105,6 @@ def _set_environment(cfg: TrainingConfig) -> None:
         defaults["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "torchinductor")
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    if cfg.cuda_graphs:  # memory of CUDA graphs must not move
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:False"
 
 
 def _save_trained(
@@ -136,7 +117,7 @@ def _save_trained(
     # The checkpoint has no parallel layout.
     written.tensor_model_parallel_size = written.pipeline_model_parallel_size = 1
     written.context_parallel_size = written.expert_model_parallel_size = 1
-    written.sequence_parallel = written.tp_comm_overlap = False
+    written.sequence_parallel = False
     _set_recompute(written, "none")
     model.module.start_param_sync(force_sync=True)  # else gathered by the next step
     # Within the stage's work directory, which a restart removes.
@@ -218,7 +199,6 @@ def _trainer(cfg: TrainingConfig) -> Any:
             overlap_param_gather=True,
         ),
         process_group_backend=collective_backend(),
-        use_te_rng_tracker=cfg.cuda_graphs,
         # NeMo's progress bar gathers on rank 0 only, and hangs with several gloo ranks.
         replace_progress_bar=False,
         ckpt_async_save=True,
@@ -239,7 +219,8 @@ def _trainer(cfg: TrainingConfig) -> Any:
             grad_reduce_in_fp32=cfg.grad_reduce_in_fp32,
             fp8=cfg.fp8,
             fp8_recipe=cfg.fp8_recipe,
-            first_last_layers_bf16=cfg.fp8 is not None and cfg.first_last_layers_bf16,
+            # Delayed scaling has one recipe for all layers.
+            first_last_layers_bf16=cfg.fp8 is not None and cfg.fp8_recipe != "delayed",
             num_layers_at_start_in_bf16=1,
             num_layers_at_end_in_bf16=1,
         ),

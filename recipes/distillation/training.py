@@ -67,16 +67,6 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     yield from _schedule_problems(cfg)
     if cfg.fp8 is not None:
         yield from _fp8_problems(cfg, chain)
-    if cfg.tp_comm_overlap and not (chain.hardware.on_gpu and cfg.splits_sequence):
-        yield Problem(
-            rules.TP_COMM_OVERLAP,
-            f"tp_comm_overlap with hardware={chain.hardware.name}, "
-            f"tensor_model_parallel_size={cfg.tensor_model_parallel_size} and "
-            f"sequence_parallel={str(cfg.sequence_parallel).lower()} has no effect in NeMo",
-            "remove it; or split over GPUs, with sequence_parallel=true",
-        )
-    if cfg.cuda_graphs:
-        yield from _graph_problems(cfg, chain)
     yield from _compiler_problems(cfg, chain)
     yield from _recompute_problems(cfg, chain)
     steps = cfg.profile_steps
@@ -124,16 +114,6 @@ def _recompute_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
         )
 
 
-def _graph_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
-    reasons = {
-        f"hardware={chain.hardware.name}": not chain.hardware.on_gpu,
-        f"recompute_granularity={cfg.recompute_granularity}": cfg.recompute_granularity != "none",
-        "experts, whose numbers of tokens the host reads": _trained(cfg, chain).num_moe_experts > 0,
-    }
-    for reason in (reason for reason, holds in reasons.items() if holds):
-        yield Problem(rules.CUDA_GRAPHS, f"cuda_graphs with {reason}", "leave one of them out")
-
-
 def _trained(cfg: TrainingConfig, chain: Chain) -> Architecture:
     """Returns the shape of the trained model."""
     student = cfg.inputs.get("student")
@@ -147,23 +127,12 @@ def _fp8_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             f"fp8={cfg.fp8} with hardware={chain.hardware.name} and precision={cfg.precision}",
             "leave fp8 out, or set hardware to a GPU's and precision=bf16-mixed",
         )
-    if cfg.first_last_layers_bf16 and cfg.fp8_recipe == "delayed":
-        yield Problem(
-            rules.FP8,
-            "first_last_layers_bf16 with fp8_recipe=delayed, which scales all layers together",
-            "use fp8_recipe=tensorwise, or first_last_layers_bf16=false",
-        )
-    yield from fp8_size_problems(cfg, _trained(cfg, chain))
-
-
-def fp8_size_problems(cfg: TrainingConfig, shape: Architecture, of: str = "") -> Iterator[Problem]:
-    """Finds matrix multiplications of sizes that FP8 does not support; ``of`` names the model."""
     unit = FP8_RECIPES[cfg.fp8_recipe]
-    for name, size in _fp8_sizes(cfg, shape).items():
+    for name, size in _fp8_sizes(cfg, _trained(cfg, chain)).items():
         if size % unit:
             yield Problem(
                 rules.FP8,
-                f"{name}{of} is {size} on a rank, not a multiple of {unit}",
+                f"{name} is {size} on a rank, not a multiple of {unit}",
                 "prune to another size, lower tensor_model_parallel_size, or leave fp8 out",
             )
 

@@ -41,10 +41,9 @@ class TopK(NamedTuple):
         return TopK(*(None if tensor is None else function(tensor) for tensor in self))
 
 
-def chunks(logits: Tensor, chunk_bytes: int | None) -> Iterator[slice]:
+def chunks(logits: Tensor) -> Iterator[slice]:
     """Yields rows of logits [n, vocabulary/tp]; equal on all ranks, which communicate in each."""
-    size = CHUNK_BYTES[logits.device.type] if chunk_bytes is None else chunk_bytes
-    step = max(1, size // (4 * logits.shape[-1]))
+    step = max(1, CHUNK_BYTES[logits.device.type] // (4 * logits.shape[-1]))
     return (slice(start, start + step) for start in range(0, len(logits), step))
 
 
@@ -119,7 +118,6 @@ def top_k(
     k: int,
     temperature: float,
     group: ProcessGroup | None = None,
-    chunk_bytes: int | None = None,
     quantiles: Tensor | None = None,
 ) -> TopK:
     """Finds the k likeliest tokens of logits [n, vocabulary/tp]; the result is equal on all ranks.
@@ -135,7 +133,7 @@ def top_k(
     log_probs = torch.empty(len(logits), k + 1, dtype=torch.float32, device=logits.device)
     draws = None if quantiles is None else torch.empty_like(quantiles, dtype=torch.int64)
     entropy = None if quantiles is None else torch.empty_like(log_probs[:, :1])
-    for rows in chunks(logits, chunk_bytes):
+    for rows in chunks(logits):
         whole = log_softmax(logits[rows], temperature, group)
         values, ids = whole.topk(min(k, width), dim=-1)
         if group is not None:

@@ -168,16 +168,7 @@ RECOMPUTE = Rule(
 
 # Training
 FP8 = Rule("fp8", "FP8 needs TransformerEngine, a GPU that has it, and aligned sizes")
-TP_COMM_OVERLAP = Rule(
-    "tp-comm-overlap",
-    "TransformerEngine's buffers have one hidden size, which student and teacher would share",
-    "NVIDIA/Megatron-LM#6018",
-)
 COMPILER = Rule("compiler", "kernels for a CPU need a C++ compiler and Python's headers")
-CUDA_GRAPHS = Rule(
-    "cuda-graphs",
-    "a captured layer cannot be recomputed or wait for the host, and hides its hidden states",
-)
 PROFILE = Rule("profile", "the profiler can only trace steps of the training")
 SCHEDULE = Rule("schedule", "NeMo stops if the learning rate cannot reach its peak or minimum")
 LOSS = Rule("loss", "a training needs at least one term with a weight")

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.tensor_parallel import random
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
@@ -45,22 +44,6 @@ def _without_context_parallelism(
     context, config.context_parallel_size = config.context_parallel_size, 1
     original(self, config, *args, **kwargs)
     config.context_parallel_size = context
-
-
-def _with_tensor_type(original: Callable[..., None], self: Any, arg: object) -> None:
-    """Makes fake tensors count as tensors where Megatron compares types."""
-    original(self, arg)
-    if isinstance(arg, Tensor):
-        self.type = Tensor
-
-
-def _with_graph_safe_rng(
-    original: Callable[..., None], use_te_rng_tracker: bool = False, *args: Any, **kwargs: Any
-) -> None:
-    """Marks random numbers as capturable if TransformerEngine's are requested."""
-    original(use_te_rng_tracker, *args, **kwargs)
-    if use_te_rng_tracker:
-        random._CUDA_RNG_STATE_TRACKER.is_inference_rng_tracker = True
 
 
 def _skip_gate(original: object, parity: Any, what: str) -> Any:
@@ -113,24 +96,6 @@ PATCHES = (
             "context parallelism needs TransformerEngine",
             "cde501e0d411",
             wrap(_without_context_parallelism),
-        ),
-        (
-            "transformer.cuda_graphs:_CudagraphGlobalRecord.create_cudagraphs",
-            "only CUDA captures graphs; layers just run",
-            "e2ccbf416924",
-            constant(None),
-        ),
-        (
-            "transformer.cuda_graphs:ArgMetadata.__init__",
-            "Megatron compares the types of tensors",
-            "a6d80c7c04ed",
-            wrap(_with_tensor_type),
-        ),
-        (
-            "tensor_parallel.random:initialize_rng_tracker",
-            "only TransformerEngine's random numbers can be captured",
-            "4bc461df7c7f",
-            wrap(_with_graph_safe_rng),
         ),
         (
             "transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.preprocess",

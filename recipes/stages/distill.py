@@ -26,7 +26,6 @@ from recipes.distillation.settings import (
 )
 from recipes.distillation.training import (
     INITIAL_KL,
-    fp8_size_problems,
     resolve_from_chain,
     stop_reason,
     trained_sources,
@@ -46,15 +45,13 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the settings that would stop the training later."""
-    live = workload(cfg, chain).teacher
     yield from training_problems(cfg, chain)
     yield from _loss_problems(cfg)
     yield from _pair_problems(cfg, chain)
     if (cache := _cached_teacher(cfg, chain)) is not None:
         yield from _cache_problems(cfg, cache)
-    yield from _live_teacher_problems(cfg, live)
     if cfg.stop_at_recovered is not None:
-        yield from _stop_problems(cfg, live)
+        yield from _stop_problems(cfg, workload(cfg, chain).teacher)
     yield from tokenizer_problems(cfg, chain)
 
 
@@ -69,34 +66,6 @@ def _loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
             "hidden_weight with recompute_granularity=full, which has no gradients between layers",
             "use recompute_granularity=none or selective, or hidden_weight=0",
         )
-    if cfg.hidden_weight and cfg.cuda_graphs:
-        yield Problem(
-            rules.CUDA_GRAPHS,
-            "cuda_graphs with hidden_weight: captured layers return no hidden states",
-            "leave one of them out",
-        )
-
-
-def _live_teacher_problems(cfg: DistillConfig, live: Architecture | None) -> Iterator[Problem]:
-    """Checks settings that need a live teacher, or exclude one."""
-    if cfg.tp_comm_overlap and live is not None:
-        yield Problem(
-            rules.TP_COMM_OVERLAP,
-            "tp_comm_overlap with a live teacher, which Megatron's distillation refuses",
-            "leave it out, or use teacher=cached",
-        )
-    if not cfg.fp8_teacher:
-        return
-    if live is None or cfg.fp8 is None or cfg.fp8_recipe == "delayed":
-        settings = f"fp8={cfg.fp8} and fp8_recipe={cfg.fp8_recipe}"
-        yield Problem(
-            rules.FP8,
-            f"fp8_teacher with {settings if live else 'no live teacher'}; without gradients there "
-            "are no delayed scales",
-            "leave fp8_teacher out, or use fp8=hybrid, another fp8_recipe and teacher=live",
-        )
-    else:
-        yield from fp8_size_problems(cfg, live, " of the teacher")
 
 
 def _stop_problems(cfg: DistillConfig, live: Architecture | None) -> Iterator[Problem]:

@@ -17,7 +17,7 @@ from recipes.backend.training_layers import SwiGLU, _RMSNorm
 from recipes.core.compiled import compilable, compilation, missing_compiler
 from recipes.core.files import REPO_ROOT
 from recipes.distillation.losses import LogitsLoss, LossTargets, combined_loss
-from recipes.distillation.vocabulary import top_k
+from recipes.distillation.vocabulary import CHUNK_BYTES, top_k
 from tests.support.gradients import inputs, with_gradients
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason="needs a C++ compiler")
@@ -28,7 +28,7 @@ LABELS = torch.arange(TOKENS) * 7 % VOCABULARY
 
 def loss_of(live: bool) -> Callable[[Tensor], Tensor]:
     """Returns the KD and LM loss of a student, from a live teacher or from a cache with samples."""
-    generator, loss = torch.Generator().manual_seed(1), LogitsLoss(chunk_bytes=CHUNK)
+    generator, loss = torch.Generator().manual_seed(1), LogitsLoss()
     logits = 3 * torch.randn(TOKENS, VOCABULARY, generator=generator)
     quantiles = ((torch.arange(5) + 0.3) / 5).expand(TOKENS, -1)
     targets = LossTargets(
@@ -46,7 +46,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_compiled_kernels_equal_eager(name: str) -> None:
+def test_compiled_kernels_equal_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", CHUNK)
     function, shapes = CASES[name]
     tensors = [tensor.float() for tensor in inputs(*shapes)]
     eager, before = with_gradients(function, tensors), counters["stats"]["unique_graphs"]

@@ -21,7 +21,7 @@ from recipes.distillation.losses import (
     token_cross_entropy,
 )
 from recipes.distillation.settings import LOGITS_LOSSES
-from recipes.distillation.vocabulary import TopK, top_k
+from recipes.distillation.vocabulary import CHUNK_BYTES, TopK, top_k
 from tests.support.ranks import run_ranks
 
 TOKENS, VOCABULARY = 111, 101
@@ -29,6 +29,12 @@ CHUNK = 4 * VOCABULARY * 16  # the last of its chunks is not full
 TOP = (None, 7, VOCABULARY)
 EACH_LOSS = pytest.mark.parametrize("kind", LOGITS_LOSSES)
 EACH_TOP = pytest.mark.parametrize("top", TOP)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits these small vocabularies into several chunks too."""
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", CHUNK)
 
 
 def make_logits(seed: int, scale: float = 3.0) -> Tensor:
@@ -88,7 +94,7 @@ def test_values_and_gradients_equal_the_definition(
     kind: str, temperature: float, top: int | None
 ) -> None:
     for beta in (1e-3, 0.3, 0.5) if kind == "jsd" else (0.5,):
-        loss = LogitsLoss(kind, temperature, beta, top, CHUNK)
+        loss = LogitsLoss(kind, temperature, beta, top)
         losses, expected, gradient, slope = with_reference(make_logits(2), make_logits(1), loss)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-6)
@@ -100,7 +106,7 @@ def test_only_gradients_of_bfloat16_logits_are_rounded(kind: str, top: int | Non
     # Rounded random logits would have ties, and with them more than one top-k.
     steps = torch.arange(VOCABULARY, dtype=torch.float64) / 8 - 6
     order = torch.rand(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(1)).argsort(1)
-    loss = LogitsLoss(kind, 2.0, top_k=top, chunk_bytes=CHUNK)
+    loss = LogitsLoss(kind, 2.0, top_k=top)
     losses, expected, gradient, slope = with_reference(
         make_logits(2), steps[order], loss, torch.bfloat16
     )
@@ -115,7 +121,7 @@ def test_extreme_logits_stay_finite_and_exact(kind: str, top: int | None) -> Non
     # Distinct values, so that there is only one top-k.
     teacher = teacher - torch.arange(VOCABULARY) / 64
     for temperature in (1.0, 0.5):
-        loss = LogitsLoss(kind, temperature, top_k=top, chunk_bytes=CHUNK)
+        loss = LogitsLoss(kind, temperature, top_k=top)
         losses, expected, gradient, slope = with_reference(student, teacher, loss)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-4)
@@ -124,9 +130,9 @@ def test_extreme_logits_stay_finite_and_exact(kind: str, top: int | None) -> Non
 
 @EACH_LOSS
 def test_a_cached_top_k_equals_a_computed_one(kind: str) -> None:
-    loss = LogitsLoss(kind, 2.0, top_k=7, chunk_bytes=CHUNK)
+    loss = LogitsLoss(kind, 2.0, top_k=7)
     teacher = make_logits(1).float()
-    cached = top_k(teacher, 7, 2.0, chunk_bytes=CHUNK // 3)
+    cached = top_k(teacher, 7, 2.0)
     assert cached.indices.dtype == torch.int64
     gradients = []
     for source in (teacher, cached):
@@ -186,7 +192,7 @@ def test_cross_entropy_equals_torch() -> None:
     expected = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
     (expected * make_weights()).sum().backward()
     logits = make_logits(3, 20.0).float().requires_grad_()
-    losses = token_cross_entropy(logits, labels, chunk_bytes=CHUNK)
+    losses = token_cross_entropy(logits, labels)
     (losses * make_weights().float()).sum().backward()
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-5)
     assert logits.grad is not None
@@ -200,7 +206,7 @@ def test_the_combined_loss_is_the_weighted_sum(
     kind: str, top: int | None, temperature: float
 ) -> None:
     labels = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(3))
-    loss = LogitsLoss(kind, temperature, top_k=top, chunk_bytes=CHUNK)
+    loss = LogitsLoss(kind, temperature, top_k=top)
     teacher, counts = make_logits(1).float(), make_weights().float()
     ours, theirs = (make_logits(2).float().requires_grad_() for _ in range(2))
     total, parts = combined_loss(ours, LossTargets(teacher, labels, (0.5, 3.0)), loss)
@@ -249,9 +255,9 @@ def test_no_full_size_float32_tensor_exists(trained: bool, kind: str, top: int |
     student = make_logits(2).bfloat16().requires_grad_(trained)
     teacher, labels = make_logits(1).bfloat16(), torch.zeros(TOKENS, dtype=torch.int64)
     with Allocations() as allocations:
-        loss = LogitsLoss(kind, 2.0, 0.5, top, CHUNK)
+        loss = LogitsLoss(kind, 2.0, 0.5, top)
         losses, _ = combined_loss(student, LossTargets(teacher, labels, (1.0, 1.0)), loss)
-        losses = losses + token_cross_entropy(student, labels, chunk_bytes=CHUNK)
+        losses = losses + token_cross_entropy(student, labels)
         if trained:
             losses.mean().backward()
     assert 0 < allocations.largest[torch.float32] <= CHUNK // 4
@@ -274,7 +280,7 @@ SPLIT_SCRIPT = """
 import torch, torch.distributed as dist
 from recipes.distillation.losses import *
 from recipes.distillation.settings import LOGITS_LOSSES
-from recipes.distillation.vocabulary import TopK, top_k
+from recipes.distillation.vocabulary import CHUNK_BYTES, TopK, top_k
 from tests.support.ranks import run_ranks
 
 dist.init_process_group("gloo")
@@ -284,7 +290,8 @@ whole_s, whole_t = 3 * torch.randn(37, 122), 3 * torch.randn(37, 122)
 whole_t[:5, 61:] -= 100  # tokens whose whole top-k is on the first rank
 labels, weights = torch.randint(122, (37,)), torch.rand(37)
 columns = slice(rank * width, (rank + 1) * width)
-chunk = 4 * width * 10  # 10 rows of a rank, 5 of the whole; 37 is a multiple of neither
+# 10 rows of a rank, 5 of the whole; 37 is a multiple of neither
+CHUNK_BYTES["cpu"] = 4 * width * 10
 
 
 def alike(tensor):
@@ -305,23 +312,23 @@ def compare(loss):
 
 for kind in LOGITS_LOSSES:
     for top in (None, 7, 100, 122):  # 100 is more than a rank has
-        loss = LogitsLoss(kind, 2.0, 0.3, top, chunk)
+        loss = LogitsLoss(kind, 2.0, 0.3, top)
         compare(lambda x, g: distillation_loss(x, whole_t[:, columns] if g else whole_t, loss, g))
         if top:
-            split = top_k(whole_t[:, columns], top, 2.0, group, chunk)
+            split = top_k(whole_t[:, columns], top, 2.0, group)
             expected = top_k(whole_t, top, 2.0)
             assert alike(split.indices) and alike(split.log_probs)
             assert torch.equal(split.indices, expected.indices)
             torch.testing.assert_close(split.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
             compare(lambda x, g: distillation_loss(x, split if g else expected, loss, g))
 quantiles = (torch.rand(37, 1) + torch.arange(4)) / 4
-split = top_k(whole_t[:, columns], 7, 2.0, group, chunk, quantiles)
+split = top_k(whole_t[:, columns], 7, 2.0, group, quantiles)
 expected = top_k(whole_t, 7, 2.0, quantiles=quantiles)
 assert torch.equal(split.draws, expected.draws) and alike(split.draws)
 torch.testing.assert_close(split.tail_entropy, expected.tail_entropy, rtol=1e-5, atol=1e-6)
-loss = LogitsLoss(temperature=2.0, chunk_bytes=chunk)
+loss = LogitsLoss(temperature=2.0)
 compare(lambda x, g: distillation_loss(x, split if g else expected, loss, g))
-compare(lambda x, g: token_cross_entropy(x, labels, g, chunk))
+compare(lambda x, g: token_cross_entropy(x, labels, g))
 both = LossTargets(expected, labels, (0.5, 3.0)), LossTargets(split, labels, (0.5, 3.0))
 compare(lambda x, g: combined_loss(x, both[g is not None], loss, g)[0])
 dist.barrier()
@@ -344,7 +351,7 @@ def test_reused_logits_give_the_same_gradient(compiled: bool) -> None:
         student, teacher = (make_logits(seed)[:64, :64].contiguous().bfloat16() for seed in (2, 1))
         before = student.clone()
         student.requires_grad_()
-        loss = LogitsLoss(chunk_bytes=4 * 64 * 16)
+        loss = LogitsLoss()
         with compilation(compiled):
             losses = distillation_loss(student, teacher, loss, reuse_logits=reuse)
             assert torch.equal(student, before) != reuse

@@ -25,9 +25,7 @@ PIPELINE = (
     f"{D}sequence_parallel=true",
 )
 RECOMPUTE_ALL = (f"{D}recompute_granularity=full", f"{D}micro_batch_size=4")
-CONTEXT = (f"{D}context_parallel_size=2", f"{D}fp8=hybrid", f"{D}fp8_teacher=true")
-GRAPHS = (f"{D}cuda_graphs=true",)
-OVERLAP = ("teacher=cached", f"{D}tp_comm_overlap=true")
+CONTEXT = (f"{D}context_parallel_size=2", f"{D}fp8=hybrid")
 INSTANCES = (f"{D}num_distributed_optimizer_instances=96",)
 RECOMPUTE_MLP = (f"{D}recompute_granularity=selective", f"{D}recompute_modules=[mlp]")
 MOE = (f"model.hf_path={MOE_MODEL}", f"{D}expert_model_parallel_size=8")
@@ -75,8 +73,6 @@ SOUND = (
     *PIPELINE_RANKS,
     Case("qwen3_8b_depth", "distill", 0, RECOMPUTE_ALL, 6),
     Case("qwen3_8b_depth", "distill", 1, CONTEXT),
-    Case("qwen3_8b_depth", "distill", 4, GRAPHS),
-    Case("qwen3_8b_depth", "distill", 4, OVERLAP),
     Case("qwen3_8b_depth", "distill", 2, MOE),
     Case("qwen3_8b_depth", "score", 0, MOE[:1]),
     RESUMED,

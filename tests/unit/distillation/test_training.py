@@ -50,8 +50,7 @@ def test_rules_of_every_training(chain: Chain, fields: dict[str, Any], rule: str
     ("fields", "messages"),
     [
         ({}, []),
-        ({"fp8_recipe": "delayed"}, ["scales all layers together"]),
-        ({"fp8_recipe": "delayed", "first_last_layers_bf16": False}, []),
+        ({"fp8_recipe": "delayed"}, []),
         ({"precision": "32"}, ["precision=32"]),
         ({"micro_batch_size": 1, "seq_length": 40}, ["a micro batch is 40"]),
     ],

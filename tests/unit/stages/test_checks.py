@@ -47,11 +47,8 @@ LAYOUT = {
     "micro_batch_size",
     "recompute_granularity",
     "recompute_modules",
-    "attention_backend",
-    "tp_comm_overlap",
     "compile",
     "cpu_speed_patches",
-    "cuda_graphs",
     "profile_steps",
 }
 # The launcher judges gates, so another threshold reruns nothing.
