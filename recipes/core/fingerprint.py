@@ -21,6 +21,8 @@ from recipes.core.files import REPO_ROOT, sha256_of
 FIRST_PARTY = ("recipes", "nemo_convert")
 WORKER = "recipes.core.worker"
 """Main module of every stage's process."""
+BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
+"""Fields of a syntax tree's nodes that hold statements."""
 MAX_HASHED_BYTES = 1 << 20
 """Larger files from outside the run are not hashed."""
 
@@ -106,21 +108,33 @@ def _read_module(root: Path, module: str) -> tuple[str, frozenset[str]]:
     if path is None:
         raise ValueError(f"there is no module {module} in {root}")
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            node.body = [statement for statement in body if not _is_ignored(statement)]  # type: ignore[attr-defined]
     imports = frozenset(name for name in _imports(path, tree) if _path_of(root, name))
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
 
 
 def _imports(path: Path, tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
+    for node in _counted_statements(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 raise ValueError(f"{path}: relative imports are not followed; name the package")
             yield from (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def _counted_statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Removes ignored statements from a tree in place, and yields all others.
+
+    It does not visit expressions, which would take most of the time.
+    """
+    nodes: list[ast.AST] = [tree]
+    while nodes:
+        node = nodes.pop()
+        yield node
+        for name in BLOCKS:
+            if statements := getattr(node, name, None):
+                statements[:] = [each for each in statements if not _is_ignored(each)]
+                nodes += statements
 
 
 def _path_of(root: Path, module: str) -> Path | None:
