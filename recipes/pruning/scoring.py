@@ -3,12 +3,12 @@
 Scores of widths are ModelOpt's activations (arXiv:2407.14679). Layers have two scores: block
 influence, 1 - cos of the angle between their input and output (arXiv:2403.03853), and the change of
 the loss without the layer. The hidden states before a layer are computed once for all layers.
-Layers may be split over pipeline ranks.
+Layers may be split over pipeline ranks, and micro batches over data-parallel ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nemo_convert import nemo
+from recipes.backend.device import device
 from recipes.backend.local_layers import (
     register_rms_norm,
     restore_fused_attention,
@@ -143,22 +144,21 @@ class LayerAblation:
         # Hidden states before the first layer of a block do not depend on it: computed once.
         layers = [layer for layer in self._core.decoder.layers if layer.layer_number not in removed]
         sums = torch.zeros(len(blocks), dtype=torch.float64)
-        device = next(self._core.parameters()).device
         for done, part in _batches(self._text, self._batch):
-            tokens, counted = part.tokens.to(device), part.counted.to(device)
+            tokens, counted = part.tokens.to(device()), part.counted.to(device())
             states = _states(self._core, layers, tokens)
             for number, block in enumerate(blocks):
                 sums[number] += self._loss_without(block, layers, states, tokens, counted)
             self._log.progress(
                 "leave out", done, len(self._text), blocks=len(blocks), removed=len(removed)
             )
-        sums = sums.to(device)
+        sums = sums.to(device())
         torch.distributed.broadcast(
             sums,
             parallel_state.get_pipeline_model_parallel_last_rank(),
             parallel_state.get_pipeline_model_parallel_group(),
         )
-        means: list[float] = (sums / self._text.predictions).tolist()
+        means: list[float] = (_sum_over_data_ranks(sums) / self._text.predictions).tolist()
         return means
 
     def _loss_without(
@@ -226,6 +226,24 @@ def _send(hidden: Tensor) -> None:
     torch.distributed.send(hidden, parallel_state.get_pipeline_model_parallel_next_rank())
 
 
+class _Estimators(ImportanceEstimatorRegistry):  # type: ignore[misc]
+    """ModelOpt's estimators, without calls for experts that a micro batch routes no token to.
+
+    Their mean over no token is NaN, and would make all scores of the expert's width NaN.
+    """
+
+    def register_hook(
+        self, module: nn.Module, hook_fn: Callable[..., None], *args: Any, **kwargs: Any
+    ) -> None:
+        """Registers a hook that does nothing on empty inputs."""
+
+        def hook(module: nn.Module, inputs: tuple[Any, ...], *values: Any) -> None:
+            if not inputs or inputs[0].numel():
+                hook_fn(module, inputs, *values)
+
+        super().register_hook(module, hook, *args, **kwargs)
+
+
 @torch.no_grad()
 def _activations(
     core: nn.Module, text: TextSequences, batch: int, log: MetricsLog
@@ -240,16 +258,16 @@ def _activations(
     )
     nas.convert(core, mode=[("mcore_minitron", divisors)])
     restore_fused_attention(core)
-    registry = ImportanceEstimatorRegistry(core)
+    registry = _Estimators(core)
     layers = list(core.decoder.layers)
     influences = torch.zeros(len(layers), dtype=torch.float64)
-    device = next(core.parameters()).device
     for done, part in _batches(text, batch):
-        states = _states(core, layers, part.tokens.to(device))
+        states = _states(core, layers, part.tokens.to(device()))
         for number, (before, after) in enumerate(pairwise(states)):
             cosine = functional.cosine_similarity(before.float(), after.float(), dim=2)
             influences[number] += (1 - cosine).mean(dim=0).sum().item()
         log.progress("calibrate", done, len(text))
+    influences = _sum_over_data_ranks(influences)
     influence = {
         layer.layer_number: float(score) / len(text)
         for layer, score in zip(layers, influences, strict=True)
@@ -265,30 +283,39 @@ def _activations(
 
 def _widths(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
     """Returns this rank's scores, from ModelOpt's sums of squares of each sequence's mean."""
-    norms = [squares.sqrt() for squares in core._activations.values()]
+    norms = [_sum_over_data_ranks(squares).sqrt() for squares in core._activations.values()]
     scores = {"hidden_size": torch.stack(norms).sum(dim=0)}
     for layer in layers:
         name = f"layers.{layer.layer_number}"
         if core.config.num_moe_experts:
             scores |= _experts(name, layer.mlp.experts)
         else:
-            scores[f"{name}.ffn_hidden_size"] = layer.mlp._activations.sqrt()
-        heads = layer.self_attention._activations.view(-1, core.config.kv_channels)
+            scores[f"{name}.ffn_hidden_size"] = _sum_over_data_ranks(layer.mlp._activations).sqrt()
+        heads = _sum_over_data_ranks(layer.self_attention._activations)
+        heads = heads.view(-1, core.config.kv_channels)
         scores[f"{name}.num_attention_heads"] = heads.sum(dim=1).sqrt()
     return {name: score.float().cpu().contiguous() for name, score in scores.items()}
 
 
 def _experts(layer: str, experts: nn.Module) -> dict[str, Tensor]:
     """Returns the mean norm of each expert's output, and scores of its width."""
-    sums = experts._activations
+    sums = {name: _sum_over_data_ranks(each) for name, each in experts._activations.items()}
     means = sums["expert_l2_scores"] / sums["expert_sample_counts"].clamp(min=1)
     scores = {f"{layer}.num_moe_experts": means}
     for number, expert in enumerate(experts.local_experts):
         squares = expert._activations
         if squares is None:  # no token was routed to it
             squares = torch.zeros(expert.config.moe_ffn_hidden_size)
+        squares = _sum_over_data_ranks(squares)
         scores[f"{layer}.experts.{number}.moe_ffn_hidden_size"] = squares.sqrt()
     return scores
+
+
+def _sum_over_data_ranks(values: Tensor) -> Tensor:
+    """Returns the sum of ``values`` over the data-parallel ranks, which read different text."""
+    total = values.to(device())  # ModelOpt keeps some sums on the CPU, which NCCL cannot add up
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return total
 
 
 def _gather_ranks(value: Any) -> list[Any]:
@@ -300,6 +327,12 @@ def _gather_ranks(value: Any) -> list[Any]:
 
 
 def _batches(text: TextSequences, size: int) -> Iterator[tuple[int, TextSequences]]:
-    for start in range(0, len(text), size):
+    """Yields the micro batches of this data-parallel rank, and how many sequences are done.
+
+    Ranks share whole micro batches, because ModelOpt's scores of an expert's width depend on which
+    sequences are in one.
+    """
+    first = parallel_state.get_data_parallel_rank() * size
+    for start in range(first, len(text), parallel_state.get_data_parallel_world_size() * size):
         part = text[start : start + size]
         yield start + len(part), part

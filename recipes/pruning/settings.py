@@ -132,7 +132,7 @@ class ScoreConfig(StageConfig):
     seed: Seed = 1234
     """Seed of ``random`` tokens."""
     pipeline_model_parallel_size: Count = field(default=1, metadata={"resource": True})
-    """Ranks that the layers are split over; the scores are the same."""
+    """Ranks that the layers are split over. Further ranks split the text. Scores are the same."""
 
     @property
     def loss_sequences(self) -> int:

@@ -51,12 +51,21 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
             f"leave out fewer than {layers} layers, and set num_loss_samples to at least 1",
         )
     ranks, stages = cfg.resources.ranks, cfg.pipeline_model_parallel_size
-    if ranks != stages or stages > layers:
+    if ranks % stages or stages > layers:
         yield Problem(
             rules.RANKS,
             f"{cfg.stage} has {ranks} rank(s), pipeline_model_parallel_size={stages} and {layers} "
-            "layers; it only supports pipeline parallelism",
-            f"set ranks and pipeline_model_parallel_size to the same number, at most {layers}",
+            "layers",
+            "set ranks to a multiple of pipeline_model_parallel_size, which is at most the number "
+            "of layers",
+        )
+    elif (batches := cfg.num_calibration_samples // cfg.micro_batch_size) < ranks // stages:
+        yield Problem(
+            rules.RANKS,
+            f"{cfg.stage} splits {batches} micro batch(es) over {ranks // stages} data-parallel "
+            "ranks",
+            f"use at most {batches * stages} ranks, a smaller micro_batch_size, or more "
+            "num_calibration_samples",
         )
 
 
@@ -67,13 +76,15 @@ def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
     blocks = resolve_from_chain(cfg, chain).block_sizes or []
     losses = layers + sum(layers - size + 1 for size in blocks)
     losses += sum(2 * gone - number for number in range(1, gone))
+    data_ranks = max(1, cfg.resources.ranks // cfg.pipeline_model_parallel_size)
+    sequences = cfg.num_calibration_samples / data_ranks
     return scoring_cost(
         model,
         cfg.precision == "bf16-mixed",
-        Sequences(cfg.num_calibration_samples, cfg.seq_length, cfg.micro_batch_size),
+        Sequences(sequences, cfg.seq_length, cfg.micro_batch_size),
         chain.hardware,
         cfg.pipeline_model_parallel_size,
-        cfg.num_loss_samples * losses,
+        cfg.num_loss_samples * losses / data_ranks,
     )
 
 

@@ -34,6 +34,7 @@ from recipes.pruning.settings import ScoreConfig
 from recipes.pruning.targets import PruneTargets, pruned_shape
 from tests.support.logits import LogitsWatch
 from tests.support.manifests import bare_manifest
+from tests.support.models import EVEN, write_tiny_model
 from tests.support.ranks import run_ranks
 
 LAYERS = 4
@@ -338,19 +339,40 @@ from pathlib import Path
 from recipes.core.stage import rank
 from tests.cpu.pruning.test_minitron import SCORE, score
 tokens = torch.load(sys.argv[2], weights_only=True)
-scores = score(Path(sys.argv[1]), tokens, replace(SCORE, pipeline_model_parallel_size=2))
+stages = int(sys.argv[4])
+scores = score(Path(sys.argv[1]), tokens, replace(SCORE, pipeline_model_parallel_size=stages))
 if rank() == 0:
     scores.save(Path(sys.argv[3]))
 """
 
 
-def test_two_pipeline_ranks_give_the_scores_of_one(
-    teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path
+def score_on_two_ranks(
+    teacher: Path, calibration: torch.Tensor, stages: int, folder: Path
+) -> Importance:
+    """Scores a checkpoint on two ranks, as ``stages`` pipeline stages or data-parallel."""
+    (folder / "ranks.py").write_text(RANK_SCRIPT)
+    torch.save(calibration, folder / "tokens.pt")
+    files = folder / "ranks.py", teacher, folder / "tokens.pt", folder
+    run_ranks(*map(str, files), str(stages))
+    return Importance.load(folder)
+
+
+@pytest.mark.parametrize("stages", [1, 2], ids=["DP=2", "PP=2"])
+def test_two_ranks_give_the_scores_of_one(
+    teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path, stages: int
 ) -> None:
-    (tmp_path / "ranks.py").write_text(RANK_SCRIPT)
-    torch.save(calibration, tmp_path / "tokens.pt")
-    run_ranks(*map(str, (tmp_path / "ranks.py", teacher, tmp_path / "tokens.pt", tmp_path)))
-    scores = Importance.load(tmp_path)
+    scores = score_on_two_ranks(teacher, calibration, stages, tmp_path)
+    assert scores.teacher_loss == pytest.approx(importance.teacher_loss, rel=1e-6)
     assert scores.greedy == importance.greedy
     assert scores.blocks[2] == pytest.approx(importance.blocks[2], rel=1e-5, abs=1e-6)
     assert_same_scores(scores, importance)
+
+
+def test_two_data_parallel_ranks_give_the_expert_scores_of_one(
+    calibration: torch.Tensor, text_file: Path, tmp_path: Path
+) -> None:
+    write_tiny_model(tmp_path / "hf", text_file, "qwen3_moe", **EVEN)
+    convert.to_nemo(tmp_path / "hf", tmp_path / "moe.nemo")
+    whole = score(tmp_path / "moe.nemo", calibration)
+    assert any("experts" in name for name in whole.widths)
+    assert_same_scores(score_on_two_ranks(tmp_path / "moe.nemo", calibration, 1, tmp_path), whole)
