@@ -1,4 +1,4 @@
-"""The engine backends: their settings, requirements and builders. Torch-free."""
+"""Selects the checks, requirements and builder of an engine's backend. Torch-free."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ KV_CACHE_DTYPES = {
 
 
 def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds settings that would fail after the model was trained."""
+    """Yields invalid settings, which would else fail only after the model was trained."""
     for name, choices in (("precision", PRECISIONS), ("kv_cache_dtype", KV_CACHE_DTYPES)):
         if (value := getattr(cfg, name)) not in choices[cfg.backend]:
-            elsewhere = [backend for backend in choices if value in choices[backend]]
+            supporting = [backend for backend in choices if value in choices[backend]]
             yield Problem(
                 rules.FORMAT,
-                f"{name}={value} is none of {cfg.backend}'s",
+                f"backend={cfg.backend} does not support {name}={value}",
                 f"use one of: {', '.join(choices[cfg.backend])}"
-                + "".join(f", or backend={backend}" for backend in elsewhere),
+                + "".join(f", or backend={backend}" for backend in supporting),
             )
     yield from _length_problems(cfg, chain)
     if cfg.backend == "openvino":
@@ -61,8 +61,9 @@ def _length_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
     if cfg.max_input_len is not None and cfg.max_input_len >= longest:
         yield Problem(
             rules.MAX_INPUT_LEN,
-            f"max_input_len={cfg.max_input_len} leaves no room in max_seq_len={longest}",
-            f"use 1 to {longest - 1}",
+            f"max_input_len={cfg.max_input_len} leaves no room for new tokens in "
+            f"max_seq_len={longest}",
+            f"set max_input_len to at most {longest - 1}",
         )
 
 
@@ -72,7 +73,7 @@ def require_backend(backend: str) -> None:
         tensorrt_llm.require(backend)
     elif importlib.util.find_spec("openvino_genai") is None:
         raise RecipeError(
-            "backend=openvino needs openvino-genai, which is not installed.",
+            "backend=openvino needs openvino-genai, which is not installed",
             "install this repository's dependencies again (make install), or set engine=null",
         )
 
@@ -85,11 +86,11 @@ BUILDERS: dict[str, Callable[[BuildEngineConfig, Path, Path], None]] = {
 
 
 def model_folder(source: Input, scratch: Path) -> Path:
-    """Returns a checkpoint as a Hugging Face folder; converts a NeMo checkpoint to ``scratch``."""
+    """Returns a checkpoint's Hugging Face folder; converts a NeMo checkpoint to ``scratch``."""
     if source.manifest.kind == "checkpoint_hf":
         return source.artifact
     from nemo_convert import convert, nemo
 
-    shutil.rmtree(scratch, ignore_errors=True)  # of a killed process
+    shutil.rmtree(scratch, ignore_errors=True)  # a killed process may have left it
     convert.to_hf(nemo.find_checkpoint(source.artifact), scratch)
     return scratch

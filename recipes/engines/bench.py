@@ -1,7 +1,7 @@
-"""Measures contenders in turn and compares their speed-up with the roofline's. Torch-free.
+"""Measures the speed of models, and the student's speed-up over the teacher. Torch-free.
 
-Each contender runs in its own process, so that its memory can be measured. They take turns
-request by request (A B A B …), so that a change of the machine's speed affects all alike.
+Each model runs in its own process, so that its memory can be measured. The models take turns
+request by request (A B A B …), so that a change of the machine's speed affects all equally.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.processes import cores
 from recipes.engines.results import BenchmarkRow, Speedup
-from recipes.engines.tensorrt_llm import LLM_OPTIONS
+from recipes.engines.tensorrt_llm import LLM_OPTIONS, VERSION
 from recipes.engines.timing import (
-    Contender,
     RequestShape,
+    TimedModel,
     Timing,
     Worker,
     random_prompts,
@@ -41,14 +41,14 @@ MEBIBYTE = 1 << 20
 
 
 class CpuWorker(Worker):
-    """A process that holds one model; see ``bench_worker``."""
+    """Runs ``bench_worker`` in a process, which holds one model."""
 
-    def __init__(self, contender: Contender, threads: int, module: str) -> None:
-        self._name = f"{contender.role} in {contender.backend}"
+    def __init__(self, model: TimedModel, threads: int, module: str) -> None:
+        self._name = f"{model.role} in {model.backend}"
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", module, "--backend", contender.backend),
-                *("--model", str(contender.model), "--threads", str(threads)),
+                *(sys.executable, "-m", module, "--backend", model.backend),
+                *("--model", str(model.path), "--threads", str(threads)),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -72,8 +72,8 @@ class CpuWorker(Worker):
             status = self._process.wait()
             raise RecipeError(
                 f"the process that measures the {self._name} ended with status {status}; its "
-                "messages are in the stage's log.",
-                "if it was killed for memory, use smaller batch_sizes or baseline=false",
+                "messages are in the stage's log",
+                "if it ran out of memory, use smaller batch_sizes or baseline=false",
             )
         answer: dict[str, Any] = json.loads(line)
         return answer
@@ -86,14 +86,17 @@ class CpuWorker(Worker):
 class TensorRtLlmWorker(Worker):
     """Starts ``trtllm-bench`` for every batch, which loads the engine each time."""
 
-    def __init__(self, contender: Contender, scratch: Path) -> None:
-        self._contender, self._scratch = contender, scratch / contender.role
+    def __init__(self, model: TimedModel, scratch: Path) -> None:
+        self._model, self._scratch = model, scratch / model.role
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
-        """Continues one batch of prompts; refuses a run without a usable report.
+        """Continues one batch of prompts.
 
-        ``load_seconds`` are those outside the requests: imports, loading and warm-up.
+        ``load_seconds`` is the time outside the requests: imports, loading and warm-up.
         ``peak_memory_bytes`` includes the pool of the KV cache, which takes most of a GPU.
+
+        Raises:
+            RecipeError: ``trtllm-bench`` failed, or its report does not fit the requests.
         """
         shape = RequestShape(len(prompts), len(prompts[0]), new_tokens)
         self._scratch.mkdir(parents=True, exist_ok=True)
@@ -102,13 +105,13 @@ class TensorRtLlmWorker(Worker):
         report.unlink(missing_ok=True)
         start = time.monotonic()
         with gpu_memory_samples() as samples:
-            argv = trtllm_command(self._contender, shape, self._scratch)
+            argv = trtllm_command(self._model, shape, self._scratch)
             done = subprocess.run(argv, check=False)
         seconds = time.monotonic() - start
         if done.returncode or not report.is_file():
             raise RecipeError(
-                f"trtllm-bench ended with status {done.returncode} and no usable report; its "
-                "messages are in the stage's log.",
+                f"trtllm-bench ended with status {done.returncode} or without a report; its "
+                "messages are in the stage's log",
                 "python launch/run.py logs run_dir=DIR shows them",
             )
         timing = parse_trtllm_report(report.read_text(encoding="utf-8"), shape)
@@ -118,7 +121,7 @@ class TensorRtLlmWorker(Worker):
 
 
 def trtllm_dataset(prompts: list[list[int]], new_tokens: int) -> str:
-    """Returns the requests, one JSON object a line."""
+    """Returns requests in the format of ``trtllm-bench``: one JSON object per line."""
     requests = (
         {"task_id": number, "input_ids": ids, "output_tokens": new_tokens}
         for number, ids in enumerate(prompts)
@@ -126,29 +129,33 @@ def trtllm_dataset(prompts: list[list[int]], new_tokens: int) -> str:
     return "".join(f"{json.dumps(request)}\n" for request in requests)
 
 
-def trtllm_command(contender: Contender, shape: RequestShape, scratch: Path) -> list[str]:
-    """Returns the command for a batch; streaming makes it report the time to first token."""
+def trtllm_command(model: TimedModel, shape: RequestShape, scratch: Path) -> list[str]:
+    """Returns the command that times a batch. It streams, to measure the time to first token."""
     common = [
-        *("trtllm-bench", "--model", contender.folder.name, "--model_path", str(contender.folder)),
+        *("trtllm-bench", "--model", model.folder.name, "--model_path", str(model.folder)),
         *("--workspace", str(scratch), "throughput"),
         *("--dataset", str(scratch / DATASET)),
         *("--report_json", str(scratch / REPORT)),
         *("--num_requests", str(shape.batch_size), "--concurrency", str(shape.batch_size)),
         *("--warmup", str(shape.batch_size), "--streaming"),
     ]
-    if contender.backend == "tensorrt_llm":
-        return [*common, "--backend", "tensorrt", "--engine_dir", str(contender.model)]
+    if model.backend == "tensorrt_llm":
+        return [*common, "--backend", "tensorrt", "--engine_dir", str(model.path)]
     return [
         *common,
-        *("--backend", "pytorch", "--tp", str(contender.tensor_parallel_size)),
+        *("--backend", "pytorch", "--tp", str(model.tensor_parallel_size)),
         *("--max_batch_size", str(shape.batch_size)),
         *("--max_seq_len", str(shape.prompt_tokens + shape.new_tokens)),
-        *("--extra_llm_api_options", str(contender.model / LLM_OPTIONS)),
+        *("--extra_llm_api_options", str(model.path / LLM_OPTIONS)),
     ]
 
 
 def parse_trtllm_report(text: str, shape: RequestShape) -> Timing:
-    """Reads what ``--report_json`` wrote; refuses another form or other requests."""
+    """Parses the file of ``--report_json``.
+
+    Raises:
+        RecipeError: The format is unknown, or the report is about other requests.
+    """
     try:
         report: dict[str, Any] = json.loads(text)
         requests, performance = report["request_info"], report["performance"]
@@ -161,21 +168,26 @@ def parse_trtllm_report(text: str, shape: RequestShape) -> Timing:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(
-            f"trtllm-bench wrote a report of another form: {type(error).__name__}: {error}",
-            "use the pinned release; streaming_metrics needs --streaming",
+            f"trtllm-bench wrote an unknown format of report: {type(error).__name__}: {error}",
+            f"use release {VERSION}",
         ) from error
     expected = (shape.batch_size, shape.prompt_tokens, shape.new_tokens)
     if measured != expected:
         raise RecipeError(
-            f"trtllm-bench measured (requests, input, output) {measured}, not {expected}.",
-            "use the pinned release",
+            f"trtllm-bench measured (requests, input tokens, output tokens) {measured}, not "
+            f"{expected}",
+            f"use release {VERSION}",
         )
     return Timing(first / 1000, total / 1000)
 
 
 @contextmanager
 def gpu_memory_samples() -> Iterator[list[int]]:
-    """Samples the bytes in use on all GPUs together, in a thread, until the context ends."""
+    """Samples the bytes in use on all GPUs together, in a thread, until the context ends.
+
+    Yields:
+        The samples, to which the thread appends.
+    """
     samples, stop = [0], threading.Event()
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
 
@@ -194,52 +206,63 @@ def gpu_memory_samples() -> Iterator[list[int]]:
 
 
 def cpu_threads() -> int:
-    """Returns the number of threads that the launcher gives to a process."""
+    """Returns the number of threads that the launcher assigned to this process."""
     return int(os.environ.get("OMP_NUM_THREADS") or cores())
 
 
-def start_worker(scratch: Path, threads: int, contender: Contender) -> Worker:
-    """Starts the worker of a contender; ``trtllm-bench`` may write to ``scratch``."""
-    if contender.backend.startswith("tensorrt_llm"):
-        return TensorRtLlmWorker(contender, scratch)
+def start_worker(scratch: Path, threads: int, model: TimedModel) -> Worker:
+    """Starts a model's worker. ``trtllm-bench`` may write to ``scratch``."""
+    if model.backend.startswith("tensorrt_llm"):
+        return TensorRtLlmWorker(model, scratch)
     from recipes.engines import bench_worker  # imported so that the fingerprint covers it
 
-    return CpuWorker(contender, threads, bench_worker.__name__)
+    return CpuWorker(model, threads, bench_worker.__name__)
 
 
 def measure(
-    contenders: Sequence[Contender],
+    models: Sequence[TimedModel],
     shapes: Sequence[RequestShape],
     repetitions: int,
-    start: Callable[[Contender], Worker],
+    start: Callable[[TimedModel], Worker],
     log: MetricsLog,
 ) -> list[BenchmarkRow]:
-    """Measures contenders on shapes, in turn; a first round of each shape warms up."""
+    """Measures all models on all shapes.
+
+    Args:
+        models: Models, which take turns.
+        shapes: Batch sizes and lengths.
+        repetitions: Measurements of each shape, after a warm-up.
+        start: Starts a model's worker.
+        log: Metrics file.
+
+    Returns:
+        A row for each shape and model.
+    """
     total, done = len(shapes) * (repetitions + 1), 0
     timings: dict[tuple[RequestShape, int], list[Timing]] = {}
     with ExitStack() as stack:
-        pairs = [(contender, stack.enter_context(start(contender))) for contender in contenders]
+        pairs = [(model, stack.enter_context(start(model))) for model in models]
         for shape in shapes:
             for _ in range(repetitions + 1):
-                for number, (contender, worker) in enumerate(pairs):
-                    prompts = random_prompts(shape, contender.architecture.vocab_size, seed=done)
+                for number, (model, worker) in enumerate(pairs):
+                    prompts = random_prompts(shape, model.architecture.vocab_size, seed=done)
                     timing = worker.generate(prompts, shape.new_tokens)
                     timings.setdefault((shape, number), []).append(timing)
                 done += 1
                 log.progress("measure", done, total)
-    # Workers measure their memory while they generate, so it is complete only now.
+    # A worker's peak memory is known only after its last request.
     return [
         _row(*pairs[number], shape, measured[1:]) for (shape, number), measured in timings.items()
     ]
 
 
 def _row(
-    contender: Contender, worker: Worker, shape: RequestShape, timings: Sequence[Timing]
+    model: TimedModel, worker: Worker, shape: RequestShape, timings: Sequence[Timing]
 ) -> BenchmarkRow:
     return BenchmarkRow(
-        role=contender.role,
-        backend=contender.backend,
-        precision=contender.precision,
+        role=model.role,
+        backend=model.backend,
+        precision=model.precision,
         batch_size=shape.batch_size,
         prompt_tokens=shape.prompt_tokens,
         new_tokens=shape.new_tokens,
@@ -248,44 +271,47 @@ def _row(
         throughput_tokens_per_second=spread(t.throughput(shape) for t in timings),
         peak_memory_bytes=worker.peak_memory_bytes,
         load_seconds=round(worker.load_seconds, 3),
-        disk_bytes=contender.disk_bytes(),
+        disk_bytes=model.disk_bytes(),
     )
 
 
 def speedups(
     rows: Sequence[BenchmarkRow],
-    contenders: Sequence[Contender],
-    roofline: Callable[[Contender], Roofline],
+    models: Sequence[TimedModel],
+    roofline: Callable[[TimedModel], Roofline],
 ) -> list[Speedup]:
-    """Compares student and teacher in each backend, and their rooflines.
+    """Returns the student's speed-ups over the teacher in each backend.
 
-    ``prefill`` is the ratio of the median times to the first token, ``decode`` that of tokens per
-    second after it. Where a measured ratio is below the roofline's, something other than FLOPs and
-    bytes takes time.
+    ``prefill`` is the ratio of the median times to the first token. ``decode`` is the ratio of the
+    median tokens per second after it. If a measured ratio is below the roofline's, something other
+    than FLOPs and memory traffic takes time.
     """
-    models = {(one.backend, one.role): one for one in contenders}
+    by_role = {(model.backend, model.role): model for model in models}
     teachers = {(row.backend, row.setting): row for row in rows if row.role == "teacher"}
-    backends = list(dict.fromkeys(one.backend for one in contenders))
+    backends = list(dict.fromkeys(model.backend for model in models))
     students = [row for row in rows if row.role == "student"]
     results = []
-    for fast in sorted(students, key=lambda row: backends.index(row.backend)):
-        slow = teachers[fast.backend, fast.setting]
-        shape = RequestShape(fast.batch_size, fast.prompt_tokens, fast.new_tokens)
-        prefill, decode = [], []
+    for student in sorted(students, key=lambda row: backends.index(row.backend)):
+        teacher = teachers[student.backend, student.setting]
+        batch, prompt = student.setting
+        context = RequestShape(batch, prompt, student.new_tokens).context
+        prefill, decode = [], []  # roofline seconds of the teacher, then of the student
         for role in ENGINE_ROLES:
-            one = models[fast.backend, role]
-            model, bound = (one.architecture, fast.batch_size), (one.storage, roofline(one))
-            prefill.append(prefill_seconds(*model, fast.prompt_tokens, *bound))
-            decode.append(decode_seconds(*model, shape.context, *bound))
+            model = by_role[student.backend, role]
+            arch, storage, rates = model.architecture, model.storage, roofline(model)
+            prefill.append(prefill_seconds(arch, batch, prompt, storage, rates))
+            decode.append(decode_seconds(arch, batch, context, storage, rates))
+        first_token = teacher.time_to_first_token_ms.median, student.time_to_first_token_ms.median
+        rate = teacher.decode_tokens_per_second.median, student.decode_tokens_per_second.median
         results.append(
             Speedup(
-                backend=fast.backend,
-                precision=fast.precision,
-                batch_size=shape.batch_size,
-                prompt_tokens=shape.prompt_tokens,
-                prefill=slow.time_to_first_token_ms.median / fast.time_to_first_token_ms.median,
+                backend=student.backend,
+                precision=student.precision,
+                batch_size=batch,
+                prompt_tokens=prompt,
+                prefill=first_token[0] / first_token[1],
                 prefill_roofline=prefill[0] / prefill[1],
-                decode=fast.decode_tokens_per_second.median / slow.decode_tokens_per_second.median,
+                decode=rate[1] / rate[0],
                 decode_roofline=decode[0] / decode[1],
             )
         )

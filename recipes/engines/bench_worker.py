@@ -1,8 +1,8 @@
 """Loads one model and times requests to it, in its own process, so its memory can be measured.
 
-Started by ``measure_speed`` as ``python -m recipes.engines.bench_worker --backend B --model DIR``.
-It writes the seconds of loading to standard output, then reads one request a line, ``{"prompts": …,
-"new_tokens": …}``, and answers each with seconds and peak memory. Only the baseline needs torch.
+``measure_speed`` starts it as ``python -m recipes.engines.bench_worker``. It writes the loading
+time to standard output. Then it reads requests, one per line, ``{"prompts": …, "new_tokens": …}``,
+and answers each with timing and peak memory. Only the baseline needs torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from recipes.engines.timing import Generation, Timing
 
 
 class Transformers:
-    """The baseline: a transformers model in eager mode and float32, driven token by token."""
+    """Runs the baseline: a transformers model in eager mode and float32."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         import torch
@@ -53,14 +53,14 @@ class Transformers:
 
 
 def import_library(backend: str) -> None:
-    """Imports the libraries for loading, so that the loading time excludes imports."""
+    """Imports a backend's libraries in advance, so that the loading time excludes imports."""
     openvino = backend == "openvino"
     for name in ("openvino_genai",) if openvino else ("torch", "transformers.models.auto"):
         importlib.import_module(name)
 
 
 def load(backend: str, folder: Path, threads: int) -> Pipeline | Transformers:
-    """Loads a model with ``generate``."""
+    """Loads a model."""
     return Pipeline(folder, threads) if backend == "openvino" else Transformers(folder, threads)
 
 
@@ -85,7 +85,8 @@ def main() -> None:
     args = parser.parse_args()
     die_with_parent()
     without_telemetry()
-    # Libraries print to standard output, which goes to the log from here on.
+    # Libraries may print to standard output. From here on that goes to the log; only answers go to
+    # the pipe.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     import_library(args.backend)

@@ -13,7 +13,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
 from recipes.data.token_sequences import read_sequences
-from recipes.engines.openvino import STORED, Logits, Pipeline, weight_types
+from recipes.engines.openvino import COMPRESSED_TYPES, Logits, Pipeline, weight_types
 from recipes.engines.results import EngineComparison, EngineQuality
 from recipes.engines.settings import BuildEngineConfig
 from recipes.evaluation.predictions import TEACHER, Predictor
@@ -22,7 +22,7 @@ from recipes.evaluation.text_quality import score
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
 LOGITS_TOLERANCE = 1e-3
 """Largest difference between the logits of a float32 engine and of transformers."""
-ENGINE_FIX = "do without it (engine=null), or install the openvino that is tested: make install"
+ENGINE_FIX = "install the tested version of openvino (make install), or set engine=null"
 
 
 def compare_engine(
@@ -34,12 +34,12 @@ def compare_engine(
         cfg: The stage's config.
         folder: Hugging Face folder of the model.
         engine: The engine.
-        data: Output of ``prepare_data``, on whose held-out text quality is measured.
+        data: Output of ``prepare_data``. Quality is measured on its held-out text.
         log: Metrics file.
 
     Raises:
-        RecipeError: A float32 engine does not give the model's logits and tokens, or an engine
-            that should be compressed is not.
+        RecipeError: A float32 engine does not return the model's logits and tokens, or an engine
+            was not compressed as configured.
     """
     source = load_causal_lm(folder)
     logits = Logits(engine)
@@ -56,8 +56,10 @@ def compare_engine(
     if data is not None:
         text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
         teacher = Predictor.of(source)
-        # The engine's head cannot be separated from its layers.
-        predictor = Predictor(lambda t: logits(t).logits, lambda each: each, teacher.vocabulary)
+        # An engine's head cannot run alone, so its logits take the place of hidden states.
+        predictor = Predictor(
+            lambda tokens: logits(tokens).logits, lambda states: states, teacher.vocabulary
+        )
         scores = score({TEACHER: teacher, "engine": predictor}, text, 1, log)
         quality = EngineQuality(
             scores["engine"].quality(),
@@ -73,8 +75,13 @@ def compare_engine(
 def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, tokens: torch.Tensor) -> float:
     """Returns the largest difference between a model's best logit and that of a generated token.
 
-    It is 0 if every token [batch, new] is the model's greedy choice. A comparison of logits, not of
-    tokens, accepts either of two tokens with equal logits.
+    It is 0 if every token is the model's greedy choice. Logits are compared rather than tokens,
+    because either of two tokens with equal logits is right.
+
+    Args:
+        source: The model.
+        prompt: Tokens [batch, prompt].
+        tokens: Generated tokens [batch, new].
     """
     scores = source(torch.cat([prompt, tokens], dim=1)).logits[:, prompt.shape[1] - 1 : -1]
     generated = scores.gather(-1, tokens[..., None]).squeeze(-1)
@@ -83,29 +90,30 @@ def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, tokens: torch.T
 
 
 def require_compressed(cfg: BuildEngineConfig, types: dict[str, int]) -> dict[str, int]:
-    """Returns the number of weights by type; layers without a fitting group size keep 8 bits.
+    """Returns the number of weights by type, if at least one layer is compressed as configured.
+
+    NNCF does not report layers whose width does not fit the group size. They keep 8 bits.
 
     Raises:
-        RecipeError: No layer was compressed, which NNCF does not report.
+        RecipeError: No layer has the configured type.
     """
-    expected = STORED.get(cfg.precision, ())
+    expected = COMPRESSED_TYPES.get(cfg.precision, ())
     if expected and not any(types.get(name) for name in expected):
         raise RecipeError(
             f"the engine is not compressed to precision={cfg.precision}: it stores "
-            f"{', '.join(f'{n:,} {name}' for name, n in types.items())}.",
-            f"no layer's width is a multiple of group_size={cfg.group_size}; set one that fits",
+            f"{', '.join(f'{n:,} {name}' for name, n in types.items())}",
+            f"set a group_size that divides the layers' widths; {cfg.group_size} divides none",
         )
     return types
 
 
 def require_same(engine: Path, difference: float, margin: float) -> None:
-    """Raises ``RecipeError`` unless both differences are float32 rounding."""
+    """Raises ``RecipeError`` unless logits and greedy tokens agree up to float32 rounding."""
     problem = ""
     if not difference <= LOGITS_TOLERANCE:  # also catches NaN
-        problem = f"logits differ from transformers' by {difference:.2e}, more than "
+        problem = f"logits differ from transformers by {difference:.2e}, which is more than "
         problem += f"{LOGITS_TOLERANCE:.0e}"
     elif not margin <= 2 * LOGITS_TOLERANCE:
-        problem = f"it generates a token whose logit is {margin:.2e} below that of transformers'"
-        problem += " choice"
+        problem = f"the engine generates a token whose logit is {margin:.2e} below the best one"
     if problem:
-        raise RecipeError(f"engine gate failed: {engine}: {problem}.", ENGINE_FIX)
+        raise RecipeError(f"engine gate failed: {engine}: {problem}", ENGINE_FIX)

@@ -1,4 +1,4 @@
-"""Measures what this machine reaches at best in GEMMs and copies."""
+"""Measures this machine's peak rates of GEMMs and copies."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from recipes.engines.results import MachineRates, TrainingRates
 from recipes.planning.hardware import cpuinfo
 
 REPEATS, MIN_REPEATS = 5, 3
-ENOUGH_SECONDS = 0.5
-"""Total time after which nothing is repeated: types that the processor emulates are slow."""
+MAX_TOTAL_SECONDS = 0.5
+"""Total time after which no operation is repeated. GEMMs of an emulated type may take minutes."""
 TOKENS = 1024
 """Rows of the GEMMs."""
-UNDISTURBED = 0.8
-"""Fraction of its threads' time that a measurement must have had to be stored."""
+MIN_CPU_FRACTION = 0.8
+"""Least fraction of its threads' time that a valid measurement ran. Other programs took the rest.
+"""
 COPY_BYTES = 1 << 28
-"""Well beyond any cache."""
+"""Much larger than any cache."""
 
 LAYERS, COPIES = 30, 2
-"""Layers of the embedded teacher, and copies of one that are multiplied in turn, so that no cache
-holds them."""
+"""Layers of the embedded teacher, and the number of layers that are measured. Two different ones
+alternate, so that no cache holds their weights."""
 LAYER = ((576, 960), (576, 576), (576, 3072), (1536, 576))
 """Inputs and outputs of a layer's GEMMs."""
 HEAD, HEAD_SHARDS = (576, 6144), 8
@@ -38,9 +39,10 @@ def best_seconds(
     clock: Callable[[], float] = time.perf_counter,
     repeats: int = REPEATS,
 ) -> float:
-    """Returns the shortest time of several runs, after one that warms up.
+    """Returns the shortest time of several runs, after a warm-up.
 
-    Other programs only make a run longer. After ``ENOUGH_SECONDS``, ``MIN_REPEATS`` runs suffice.
+    The shortest is the best estimate, because other programs can only make a run longer. There are
+    ``repeats`` runs, or at least ``MIN_REPEATS`` if they take ``MAX_TOTAL_SECONDS``.
     """
 
     def run() -> float:
@@ -52,18 +54,18 @@ def best_seconds(
 
     run()
     times = [run()]
-    while len(times) < repeats and (len(times) < MIN_REPEATS or sum(times) < ENOUGH_SECONDS):
+    while len(times) < repeats and (len(times) < MIN_REPEATS or sum(times) < MAX_TOTAL_SECONDS):
         times.append(run())
     return min(times)
 
 
 def best_cpu_seconds(work: Callable[[], object], device: str = "cpu") -> float:
-    """Returns the shortest CPU time, of all threads together."""
+    """Returns the shortest CPU time of several runs, summed over threads."""
     return best_seconds(work, device, time.process_time, 3 * REPEATS)
 
 
 def copy_rate(device: str = "cpu", seconds: Callable[..., float] = best_seconds) -> float:
-    """Returns the bytes per second of a copy; each byte counts as read and as written."""
+    """Returns the bytes per second of a copy. Each byte counts twice: as read and as written."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / seconds(lambda: target.copy_(source), device)
@@ -86,10 +88,11 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def _gemms(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> tuple[Callable[[], None], int]:
-    """Returns the GEMMs of a distillation step in linear layers, and their FLOPs.
+    """Returns the GEMMs of linear layers in a distillation step, and their FLOPs.
 
-    They are a teacher's forward pass, and a student's forward and backward pass. On a processor
-    with AMX, those of the backward pass are half as fast as those of the forward pass.
+    A layer has four GEMMs of equal FLOPs: one in the teacher's forward pass, one in the student's
+    forward pass, and two in its backward pass. They are measured together, because GEMMs of the
+    backward pass are half as fast on a processor with AMX.
     """
     matrices = [
         [torch.randn(*shape, dtype=dtype) for shape in ((TOKENS, i), (o, i), (TOKENS, o))]
@@ -109,13 +112,13 @@ def _gemms(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> tuple[Calla
 def _training_rate(dtype: torch.dtype) -> float:
     """Returns the FLOP/s of a thread in a distillation's GEMMs while all threads are busy.
 
-    In a training step, threads read their matrices from memory. A single repeated GEMM would read
-    them from a cache, and with AMX be twice as fast. Threads also share other resources: two do not
-    reach twice the rate of one.
+    Several layers alternate, because a training step reads matrices from memory. A single repeated
+    GEMM would read them from a cache, which is twice as fast with AMX. All threads are busy,
+    because they share caches and memory: two threads do not reach twice the rate of one.
     """
     smallest, flops = _gemms([min(LAYER)], dtype)
-    if (once := best_cpu_seconds(smallest)) > ENOUGH_SECONDS:
-        return flops / once
+    if (seconds := best_cpu_seconds(smallest)) > MAX_TOTAL_SECONDS:
+        return flops / seconds  # the processor emulates this type, so the rest would take minutes
     layers, layers_flops = _gemms(LAYER * COPIES, dtype)
     head, head_flops = _gemms([HEAD], dtype)
     seconds = LAYERS / COPIES * best_cpu_seconds(layers) + HEAD_SHARDS * best_cpu_seconds(head)
@@ -123,9 +126,10 @@ def _training_rate(dtype: torch.dtype) -> float:
 
 
 def training_rates(threads: int) -> tuple[TrainingRates, bool]:
-    """Returns the rates for planning trainings, and whether nothing else used the threads' cores.
+    """Returns the rates for planning trainings, and whether the measurement was undisturbed.
 
-    Rates are measured in CPU time, on which other programs have little influence.
+    It is disturbed if other programs used the threads' cores. Rates are measured in CPU time, which
+    other programs change little.
     """
     with _threads(threads):
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -134,12 +138,12 @@ def training_rates(threads: int) -> tuple[TrainingRates, bool]:
         )
         bandwidth = threads * copy_rate(seconds=best_cpu_seconds)
         cpu_seconds = time.process_time() - cpu_start
-        undisturbed = cpu_seconds > UNDISTURBED * threads * (time.perf_counter() - start)
+        undisturbed = cpu_seconds > MIN_CPU_FRACTION * threads * (time.perf_counter() - start)
     return TrainingRates(bfloat16, float32, bandwidth), undisturbed
 
 
 def measure(arch: Architecture, threads: int, device: str = "cpu") -> MachineRates:
-    """Measures the rates of a model's feed-forward layer and of memory."""
+    """Measures the rates of the GEMMs of a model's feed-forward layer, and of copies."""
 
     def linear_rate(dtype: torch.dtype) -> float:
         x = torch.randn(TOKENS, arch.hidden_size, dtype=dtype, device=device)

@@ -1,7 +1,7 @@
 """Builds OpenVINO engines from a Hugging Face folder, and runs them on a CPU.
 
-OpenVINO was chosen over ONNX Runtime GenAI, llama.cpp and AOTInductor because it gives
-transformers' tokens in float32 for every pruned shape, installs as wheels, and was the fastest.
+It was compared with ONNX Runtime GenAI, llama.cpp and AOTInductor. OpenVINO was the fastest,
+installs as wheels, and generates transformers' tokens in float32 for every pruned shape.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "int8", "int4")
 KV_CACHE_DTYPES = ("auto", "f32", "f16", "bf16", "u8")
 DEVICE = "CPU"
-STORED = {"int8": ("u8", "i8"), "int4": ("u4", "i4")}
-"""OpenVINO's types of compressed weights."""
+COMPRESSED_TYPES = {"int8": ("u8", "i8"), "int4": ("u4", "i4")}
+"""OpenVINO's names of the types of compressed weights, by precision."""
 SETTINGS = "engine.json"
-"""File in the engine's folder with the properties to run it with."""
+"""File in the engine's folder with the properties that the engine is run with."""
 
 
 def problems(cfg: BuildEngineConfig) -> Iterator[Problem]:
-    """Finds settings that OpenVINO does not support."""
+    """Yields settings that OpenVINO does not support."""
     if cfg.tensor_parallel_size != 1:
         yield Problem(
             rules.TENSOR_PARALLEL,
             f"tensor_parallel_size={cfg.tensor_parallel_size}, but OpenVINO runs on one CPU",
-            "set it to 1, or use engine=tensorrt_llm",
+            "set tensor_parallel_size=1, or engine=tensorrt_llm",
         )
 
 
 def properties(cfg: BuildEngineConfig) -> dict[str, str]:
-    """Returns the properties to run an engine with.
+    """Returns the properties that an engine is run with.
 
-    A float32 engine computes in float32 throughout: on CPUs with bfloat16 units OpenVINO would
-    otherwise round activations and use an 8-bit KV cache. Compressed engines use its defaults.
+    A float32 engine computes only in float32. By default, on CPUs with bfloat16 units, OpenVINO
+    would round activations and use an 8-bit KV cache; compressed engines do.
     """
     values = {}
     if cfg.precision == "fp32":
@@ -61,23 +61,26 @@ def properties(cfg: BuildEngineConfig) -> dict[str, str]:
 
 
 def without_telemetry() -> None:
-    """Sets ``CI``, without which OpenVINO writes an identity to the home folder when imported."""
+    """Sets the variable ``CI``, so that the import of OpenVINO does not write to the home folder.
+
+    It would write an identity for telemetry.
+    """
     os.environ["CI"] = "true"
 
 
 def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
-    """Converts a Hugging Face folder to an engine with tokenizer, in ``out``."""
+    """Converts a Hugging Face folder to an engine with a tokenizer, in ``out``."""
     without_telemetry()
     import torch
     from optimum.intel import OVModelForCausalLM
 
-    with _full_disk_named(out), _temporary_files(out.parent):
+    with _full_disk_errors(out), _temporary_files(out.parent):
         model = OVModelForCausalLM.from_pretrained(
             folder,
             export=True,
             compile=False,
             trust_remote_code=False,
-            torch_dtype=torch.float32,  # "dtype" is ignored, and bfloat16 weights would stay
+            torch_dtype=torch.float32,  # optimum ignores "dtype", which would keep bfloat16
             **_compression(cfg),
         )
         model.save_pretrained(out)
@@ -87,8 +90,11 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
 
 
 @contextmanager
-def _full_disk_named(out: Path) -> Iterator[None]:
-    """Translates OpenVINO's ``iostream error``, after which it deletes its partial file."""
+def _full_disk_errors(out: Path) -> Iterator[None]:
+    """Raises an ``OSError`` about a full disk instead of OpenVINO's ``iostream error``.
+
+    OpenVINO has then deleted its partial file, so the disk has space again.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -99,10 +105,10 @@ def _full_disk_named(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _temporary_files(parent: Path) -> Iterator[None]:
-    """Puts temporary files below ``parent``, and deletes them.
+    """Creates temporary files below ``parent``, and deletes them at the end of the context.
 
-    optimum writes the whole engine to a temporary file and deletes it only when the interpreter
-    exits, which a forked or killed process does not reach.
+    optimum writes the whole engine to a temporary file. It deletes the file only when the
+    interpreter exits, which a forked or killed process never does.
     """
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(dir=parent) as tempfile.tempdir:
@@ -116,37 +122,39 @@ def _compression(cfg: BuildEngineConfig) -> dict[str, Any]:
     from optimum.intel import OVWeightQuantizationConfig
 
     if cfg.precision == "fp32":
-        return {"load_in_8bit": False}  # the default for large models
+        return {"load_in_8bit": False}  # optimum's default for large models is 8 bits
     settings: dict[str, Any] = {"bits": 8}
-    if cfg.precision == "int4":  # a pruned width may not be a multiple of the group
+    if cfg.precision == "int4":
+        # A pruned width may not be a multiple of the group size, which is then adjusted.
         settings = {"bits": 4, "ratio": 1.0, "group_size_fallback": "adjust"}
         settings["group_size"] = cfg.group_size
     return {"quantization_config": OVWeightQuantizationConfig(**settings)}
 
 
 def _write_tokenizer(folder: Path, out: Path) -> None:
-    """Saves the tokenizer, also compiled, so that the engine accepts text."""
+    """Saves the tokenizer twice: as it is, and as an OpenVINO model, so the engine accepts text."""
     import openvino
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # transformers 4.57 writes several templates to files of any path (CVE-2026-9856).
-    several = isinstance(tokenizer.chat_template, dict)
-    tokenizer.save_pretrained(out, save_jinja_files=not several)
+    # If there are several templates, transformers 4.57 would write them to any path in their names
+    # (CVE-2026-9856).
+    several_templates = isinstance(tokenizer.chat_template, dict)
+    tokenizer.save_pretrained(out, save_jinja_files=not several_templates)
     models = convert_tokenizer(tokenizer, with_detokenizer=True)
     for model, name in zip(models, ("tokenizer", "detokenizer"), strict=True):
         openvino.save_model(model, out / f"openvino_{name}.xml")
 
 
 def read_properties(engine: Path) -> dict[str, str]:
-    """Returns the properties to run an engine with."""
+    """Reads the properties that an engine is run with."""
     stored: dict[str, str] = read_json(engine / SETTINGS)["properties"]
     return stored
 
 
 def weight_types(engine: Path) -> dict[str, int]:
-    """Returns the number of stored values by type, the most frequent first; includes norms."""
+    """Returns the number of stored values by type, the most frequent type first."""
     import openvino
 
     counts: Counter[str] = Counter()
@@ -157,7 +165,7 @@ def weight_types(engine: Path) -> dict[str, int]:
 
 
 class Logits:
-    """Runs an engine's graph for logits, which the generation pipeline does not return."""
+    """Runs an engine for its logits, which the generation pipeline does not return."""
 
     def __init__(self, engine: Path) -> None:
         without_telemetry()
@@ -175,7 +183,7 @@ class Logits:
 
 
 class Pipeline:
-    """An engine as it is deployed: OpenVINO GenAI's pipeline, on token ids."""
+    """Runs an engine as in deployment, by OpenVINO GenAI's pipeline, on token ids."""
 
     def __init__(self, engine: Path, threads: int | None = None) -> None:
         without_telemetry()

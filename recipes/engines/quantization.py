@@ -1,4 +1,4 @@
-"""Quantizes a Hugging Face folder with ModelOpt, after training."""
+"""Quantizes a trained Hugging Face model with ModelOpt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from recipes.core.stage import Input
 from recipes.data.token_sequences import read_sequences
 from recipes.engines.results import QuantizationQuality, QuantizationResult
 from recipes.engines.settings import QuantizeConfig
-from recipes.engines.tensorrt_llm import QUANT_ALGOS, quantised_as
+from recipes.engines.tensorrt_llm import QUANT_ALGOS, declared_quantization
 from recipes.evaluation.predictions import TEACHER, Predictor
 from recipes.evaluation.text_quality import score
 
@@ -37,16 +37,16 @@ def quantize_folder(
         cfg: The stage's config.
         folder: Hugging Face folder.
         data: Output of ``prepare_data``.
-        out: Where to write.
+        out: Folder of the quantized model.
         log: Metrics file.
 
     Raises:
-        RecipeError: The result has another format, or its loss is not finite.
+        RecipeError: ModelOpt wrote another format, or the quantized model's loss is not finite.
     """
     enable("torch")
     calibration = read_sequences(data, "calibration", cfg.seq_length, cfg.num_sequences)
     text = calibration.tokens.to(device())
-    # Weights that are not quantized are served in bfloat16.
+    # bfloat16, because weights that are not quantized are served in it.
     model = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
         .to(device())
@@ -54,7 +54,7 @@ def quantize_folder(
     )
 
     def calibrate(model: torch.nn.Module) -> None:
-        # One by one: AWQ's scales depend on how the text is divided into batches.
+        # In batches of one sequence, because AWQ's scales depend on the batch size.
         for number, sequence in enumerate(text.split(1), 1):
             model(sequence)
             log.progress("calibrate", number, len(text))
@@ -68,12 +68,12 @@ def quantize_folder(
     with torch.no_grad():
         export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out)
     config = (out / "config.json").read_text(encoding="utf-8")
-    copy_side_files(folder, out)  # tokenizer, templates and card, and the source's config
-    write_text_atomically(out / "config.json", config)
-    algorithm, expected = quantised_as(out), QUANT_ALGOS[cfg.format]
+    copy_side_files(folder, out)  # tokenizer, templates and card, but also the source's config
+    write_text_atomically(out / "config.json", config)  # restores the quantized model's config
+    algorithm, expected = declared_quantization(out), QUANT_ALGOS[cfg.format]
     if algorithm != expected:
         raise RecipeError(
-            f"ModelOpt wrote {algorithm} instead of {expected} for format={cfg.format}.",
+            f"ModelOpt wrote {algorithm} instead of {expected} for format={cfg.format}",
             "use another format, or the nvidia-modelopt that pyproject.toml pins",
         )
     return QuantizationResult(expected, quality)
@@ -82,7 +82,7 @@ def quantize_folder(
 def _quality(
     cfg: QuantizeConfig, folder: Path, model: Any, data: Input, log: MetricsLog
 ) -> QuantizationQuality:
-    """Compares with the original while ModelOpt still simulates quantization."""
+    """Compares the quantized model, which ModelOpt simulates, with the original one."""
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_eval_sequences)
     source = load_causal_lm(folder).to(next(model.parameters()).device)
     models = {TEACHER: Predictor.of(source), "quantized": Predictor.of(model)}
@@ -90,7 +90,7 @@ def _quality(
     quality = QuantizationQuality(scores[TEACHER].quality(), scores["quantized"].quality())
     if not quality.quantized.loss < float("inf"):  # also catches NaN
         raise RecipeError(
-            f"the model quantized as {cfg.format} has a loss of {quality.quantized.loss}.",
+            f"the model quantized with format={cfg.format} has a loss of {quality.quantized.loss}",
             "use another format",
         )
     return quality

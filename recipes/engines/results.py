@@ -19,7 +19,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One model in one backend on requests of one shape; memory and sizes in bytes."""
+    """Speed of one model in one backend, for one batch size and prompt length."""
 
     role: str
     backend: str
@@ -46,13 +46,13 @@ class BenchmarkRow:
 
     @property
     def decode_latency_ms(self) -> float | None:
-        """Milliseconds per token of a single sequence, from the median rate."""
+        """Median milliseconds per token of a single sequence; ``None`` for larger batches."""
         return 1000 / self.decode_tokens_per_second.median if self.batch_size == 1 else None
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """Speed-up of the student over the teacher, measured and by roofline."""
+    """Speed-up of the student over the teacher: measured, and the bound by the roofline model."""
 
     backend: str
     precision: str
@@ -66,7 +66,7 @@ class Speedup:
 
 @dataclass(frozen=True)
 class TrainingRates:
-    """Measured rates of all threads together, with the field names of ``Hardware``."""
+    """Measured rates of all threads together. The fields have their names in ``Hardware``."""
 
     flops_per_second: float
     float32_flops_per_second: float
@@ -100,7 +100,7 @@ class BenchmarkResults:
 
 @dataclass(frozen=True)
 class EngineQuality:
-    """Quality of an engine and of its model on the same held-out sequences."""
+    """Quality of an engine and of its source model on the same held-out sequences."""
 
     engine: TextQuality
     source: TextQuality
@@ -113,19 +113,19 @@ class EngineQuality:
 
 @dataclass(frozen=True)
 class EngineComparison:
-    """Comparison of an engine with its model."""
+    """Comparison of an engine with its source model."""
 
     max_logit_difference: float
     greedy_margin: float
     weight_types: dict[str, int]
-    """Stored values by type."""
+    """Number of stored values by type."""
     quality: EngineQuality | None
-    """``None`` without text to measure it on."""
+    """``None`` if the stage has no text to measure it on."""
 
 
 @dataclass(frozen=True)
 class EngineResult:
-    """A built engine; without a comparison where the backend does not return logits."""
+    """A built engine. The optional fields need a backend that returns logits."""
 
     backend: str
     precision: str

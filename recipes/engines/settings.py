@@ -11,9 +11,9 @@ from recipes.core.constraints import Count, Threads, integer, one_of
 from recipes.core.stage import StageConfig
 
 BACKENDS = ("openvino", "tensorrt_llm", "tensorrt_llm_pytorch")
-CALIBRATED = ("fp8", "int4_awq")
-"""Formats of ``quantize``; others are rounded when the engine is built. Without SmoothQuant: no
-layer of TensorRT-LLM reads ModelOpt's tensors for it."""
+CALIBRATED_FORMATS = ("fp8", "int4_awq")
+"""Formats of ``quantize``. ``build_engine`` rounds to all others without calibration. SmoothQuant
+is missing, because no layer of TensorRT-LLM reads ModelOpt's tensors for it."""
 Grid = Annotated[list[Count], Field(min_length=1)]
 
 
@@ -28,9 +28,9 @@ class MeasureSpeedConfig(StageConfig):
     new_tokens: Annotated[int, integer(2)] = 32
     """Tokens generated after each prompt."""
     repetitions: Count = 3
-    """Measured runs of every batch size and prompt length, after one warm-up."""
+    """Measurements of each batch size and prompt length, after a warm-up."""
     baseline: bool = True
-    """Whether transformers (eager, float32, on the CPU) is measured, too."""
+    """Whether to measure transformers, too (eager, float32, on the CPU)."""
     threads: Threads | None = None
     """CPU threads of each model; by default the launcher's number for a process."""
 
@@ -42,20 +42,22 @@ class BuildEngineConfig(StageConfig):
     backend: Annotated[str, one_of(*BACKENDS)] = "openvino"
     """``openvino``, ``tensorrt_llm`` or ``tensorrt_llm_pytorch``."""
     precision: str = "fp32"
-    """Weights' type. This stage compresses to ``int8`` and ``int4``; ``fp8`` and ``int4_awq`` need
-    a checkpoint of ``quantize``."""
+    """Type of the weights. This stage compresses to ``int8`` and ``int4``; ``fp8`` and ``int4_awq``
+    need a checkpoint of ``quantize``."""
     group_size: Count = 64
     """Weights that share a scale, for OpenVINO's ``int4``."""
     kv_cache_dtype: str = "auto"
-    """Type of keys and values; ``auto``: the backend's default, float32 in float32 engines."""
+    """Type of keys and values. ``auto`` is float32 in float32 engines, else the backend's default.
+    """
     tensor_parallel_size: Count = 1
     """GPUs that share the engine."""
     max_batch_size: Count = 8
-    """This and the lengths below are for TensorRT-LLM; OpenVINO accepts any."""
+    """Largest batch. This and the three limits below are for TensorRT-LLM; OpenVINO has no limits.
+    """
     max_input_len: Count | None = None
-    """Longest prompt; by default ``max_seq_len`` less one new token."""
+    """Longest prompt; by default ``max_seq_len`` minus one new token."""
     max_seq_len: Annotated[int, integer(2)] | None = None
-    """Longest prompt with generated tokens; by default all positions of the model."""
+    """Longest prompt together with its new tokens; by default all positions of the model."""
     max_num_tokens: Count = 8192
     """Tokens of all requests in one step."""
     seq_length: Count = 256
@@ -65,7 +67,7 @@ class BuildEngineConfig(StageConfig):
 
     @property
     def scale_group(self) -> int | None:
-        """Weights that share a scale; ``None`` without groups."""
+        """Weights that share a scale; ``None`` if the precision has no groups."""
         return self.group_size if self.precision == "int4" else None
 
 
@@ -73,13 +75,13 @@ class BuildEngineConfig(StageConfig):
 class QuantizeConfig(StageConfig):
     """Settings of ``quantize``."""
 
-    format: Annotated[str, one_of(*CALIBRATED)] = "fp8"
+    format: Annotated[str, one_of(*CALIBRATED_FORMATS)] = "fp8"
     """``fp8`` (weights and activations) or ``int4_awq`` (weights)."""
     kv_cache_dtype: Annotated[str, one_of("auto", "fp8")] = "auto"
     """``fp8`` also calibrates scales of the KV cache."""
     seq_length: Count = 256
     """Tokens of a sequence."""
     num_sequences: Count = 128
-    """Calibration sequences of ``seq_length`` tokens; fewer if the part is shorter."""
+    """Calibration sequences of ``seq_length`` tokens; fewer if the calibration text is shorter."""
     num_eval_sequences: Count = 8
-    """Held-out sequences on which quality is compared."""
+    """Held-out sequences on which the quality before and after is compared."""

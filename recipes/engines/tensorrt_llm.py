@@ -1,8 +1,8 @@
 """Checks settings for TensorRT-LLM and calls it as a subprocess in NVIDIA's image.
 
-It needs other versions of torch, transformers and ModelOpt than the pinned stack, and the package
-of this name on PyPI is a placeholder, so nothing here imports it. Release 1.2 is the last that
-builds engines; 1.3 removed ``trtllm-build`` and the backend.
+Nothing here imports it: it needs other versions of torch, transformers and ModelOpt than the pinned
+stack, and the package of this name on PyPI is a placeholder. Release 1.2 is the last that builds
+engines; 1.3 removed ``trtllm-build`` and the engine backend.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from recipes.core.files import link_or_copy, read_json, write_text_atomically
 from recipes.core.stage import StageConfig
 from recipes.core.versions import installed
 from recipes.engines import trtllm_build_worker
-from recipes.engines.settings import CALIBRATED, BuildEngineConfig, QuantizeConfig
+from recipes.engines.settings import CALIBRATED_FORMATS, BuildEngineConfig, QuantizeConfig
 from recipes.planning import rules
 from recipes.planning.hardware import gpus_here
 from recipes.planning.rules import Problem
 
 VERSION = "1.2.0"
 IMAGE = f"nvcr.io/nvidia/tensorrt-llm/release:{VERSION}"
-ENGINE_BACKEND_GONE = (1, 3)
+FIRST_RELEASE_WITHOUT_ENGINES = (1, 3)
 
 DTYPES = {"fp16": "float16"}
-"""Type of activations and unquantized weights by precision; bfloat16 for any other precision.
-TensorRT-LLM's default would turn float32 into float16."""
+"""Type of activations and unquantized weights by precision; bfloat16 for all others. TensorRT-LLM's
+default would convert float32 to float16."""
 QUANT_ALGOS = {"int8": "W8A16", "int4": "W4A16", "fp8": "FP8", "int4_awq": "W4A16_AWQ"}
-"""TensorRT-LLM's names; ``hf_quant_config.json`` of a quantised checkpoint uses the same."""
+"""TensorRT-LLM's names of precisions. ``hf_quant_config.json`` of a checkpoint has the same names.
+"""
 ENGINE_PRECISIONS = ("bf16", "fp16", "int8", "int4", "fp8")
 """AWQ is missing: the engine builder reads its scales as ``input_quantizer._pre_quant_scale``, but
 ModelOpt writes ``pre_quant_scale``, which only the PyTorch backend reads."""
@@ -45,7 +46,7 @@ KV_CACHE_DTYPES = ("auto", "fp8")
 HEAD_SIZES = (32, 48, 64, 80, 96, 104, 112, 128, 144, 160, 192, 224, 256)
 """Head sizes of the compiled attention kernels."""
 SIZE_MULTIPLES = {"int8": 64, "int4": 64, "int4_awq": 128, "fp8": 16}
-"""Divisors that rows and columns of a rank's quantized matrices must have."""
+"""Rows and columns of a rank's quantized matrices must be multiples of these."""
 LLM_OPTIONS = "llm_options.yaml"
 QUANTIZATION = "hf_quant_config.json"
 
@@ -53,17 +54,21 @@ QUANTIZATION = "hf_quant_config.json"
 def problems(
     cfg: BuildEngineConfig, arch: Architecture, source: StageConfig | None
 ) -> Iterator[Problem]:
-    """Finds shapes and settings that the builder or its kernels refuse.
+    """Yields shapes and settings that the builder or its kernels do not support.
 
-    ``source`` is the config of the checkpoint's stage, if it is in the same chain.
+    Args:
+        cfg: The stage's config.
+        arch: Shape of the model.
+        source: Config of the checkpoint's stage; ``None`` if it is not in the same chain.
     """
     if cfg.backend == "tensorrt_llm" and cfg.kv_cache_dtype == "fp8":
         yield from _scale_problems(cfg.precision, source)
     if cfg.backend == "tensorrt_llm" and arch.kv_channels not in HEAD_SIZES:
         yield Problem(
             rules.HEAD_SIZE,
-            f"TensorRT-LLM has no attention kernel for a head size of {arch.kv_channels}",
-            f"use backend=tensorrt_llm_pytorch; engines take {', '.join(map(str, HEAD_SIZES))}",
+            f"TensorRT-LLM has no attention kernel for a head size of {arch.kv_channels}, only for "
+            f"{', '.join(map(str, HEAD_SIZES))}",
+            "use backend=tensorrt_llm_pytorch",
         )
     tensor = cfg.tensor_parallel_size
     yield from _parallel_problems(tensor, arch)
@@ -77,27 +82,27 @@ def problems(
         if size % align:
             yield Problem(
                 rules.ALIGNMENT,
-                f"{name} of {size} on a rank is not a multiple of {align}, which the kernels of "
-                f"precision={cfg.precision} need",
+                f"precision={cfg.precision} needs multiples of {align}, but each rank has a {name} "
+                f"of {size}",
                 f"prune to a multiple of {align * tensor}, or use precision=bf16",
             )
 
 
 def _scale_problems(precision: str, source: StageConfig | None) -> Iterator[Problem]:
-    """Finds engines with an fp8 KV cache whose checkpoint has no scales for it."""
+    """Yields a problem if an fp8 KV cache has no calibrated scales."""
     if precision != "fp8":
         yield Problem(
             rules.KV_CACHE,
-            f"precision={precision} with kv_cache_dtype=fp8 leaves the scales of the KV cache to "
-            "the builder, which downloads a data set for them",
+            f"precision={precision} with kv_cache_dtype=fp8 has no calibrated scales of the KV "
+            "cache, so the builder would download a data set to calibrate them",
             "use precision=fp8 from a quantize stage, kv_cache_dtype=auto, or "
             "backend=tensorrt_llm_pytorch",
         )
     elif isinstance(source, QuantizeConfig) and source.kv_cache_dtype != "fp8":
         yield Problem(
             rules.KV_CACHE,
-            "kv_cache_dtype=fp8, but the checkpoint is calibrated without scales of the KV cache",
-            "set kv_cache_dtype=fp8 of the quantize stage, too",
+            "kv_cache_dtype=fp8, but the quantize stage does not calibrate scales of the KV cache",
+            "set kv_cache_dtype=fp8 in the quantize stage, too",
         )
 
 
@@ -119,19 +124,25 @@ def _parallel_problems(tensor: int, arch: Architecture) -> Iterator[Problem]:
 
 
 def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError | None:
-    """Returns the problem of a machine that cannot run a backend, if it cannot."""
+    """Returns why a machine cannot run a backend; ``None`` if it can.
+
+    Args:
+        backend: The backend.
+        version: The installed version of TensorRT-LLM; ``None`` if it is not installed.
+        gpu: Whether the machine has an NVIDIA GPU.
+    """
     missing = [] if gpu else ["an NVIDIA GPU"]
     if version is None:
         missing.append("TensorRT-LLM (PyPI's package of that name is only a placeholder)")
     if missing:
         return RecipeError(
-            f"backend={backend} needs {' and '.join(missing)}, which this machine does not have.",
+            f"backend={backend} needs {' and '.join(missing)}, which this machine does not have",
             f"run this stage on a GPU in {IMAGE}, or set engine=openvino for a CPU",
         )
     release = tuple(int(part) for part in str(version).split(".")[:2])
-    if backend == "tensorrt_llm" and release >= ENGINE_BACKEND_GONE:
+    if backend == "tensorrt_llm" and release >= FIRST_RELEASE_WITHOUT_ENGINES:
         return RecipeError(
-            f"TensorRT-LLM {version} no longer builds engines; 1.2 is the last line that does.",
+            f"TensorRT-LLM {version} cannot build engines; 1.2 is the last release that can",
             f"run this stage in {IMAGE}, or set backend=tensorrt_llm_pytorch",
         )
     return None
@@ -143,33 +154,39 @@ def require(backend: str) -> None:
         raise problem
 
 
-def quantised_as(folder: Path) -> str | None:
-    """Returns the algorithm that a checkpoint declares; ``None`` if it is not quantized."""
+def declared_quantization(folder: Path) -> str | None:
+    """Returns the quantization that a checkpoint declares; ``None`` if it has none."""
     file = folder / QUANTIZATION
     return read_json(file)["quantization"]["quant_algo"] if file.is_file() else None
 
 
 def require_quantization(folder: Path, precision: str) -> None:
     """Raises ``RecipeError`` unless a checkpoint has the quantization of ``precision``."""
-    algorithm = quantised_as(folder)
-    expected = QUANT_ALGOS[precision] if precision in CALIBRATED else None
+    algorithm = declared_quantization(folder)
+    expected = QUANT_ALGOS[precision] if precision in CALIBRATED_FORMATS else None
     if algorithm != expected:
         raise RecipeError(
-            f"precision={precision} needs a checkpoint with quantization {expected or 'none'}; "
-            f"{folder} has {algorithm or 'none'}.",
-            "point inputs.checkpoint at a quantize stage of that format"
+            f"precision={precision} needs a checkpoint with quantization {expected or 'none'}, but "
+            f"{folder} has {algorithm or 'none'}",
+            f"set inputs.checkpoint to a quantize stage with format={precision}"
             if expected
-            else "point inputs.checkpoint at the stage before quantize, or set its precision",
+            else "set inputs.checkpoint to the stage before quantize, or precision to its format",
         )
 
 
 def build_request(
     cfg: BuildEngineConfig, folder: Path, out: Path, positions: int
 ) -> dict[str, Any]:
-    """Returns arguments of the LLM API, which converts, builds and saves.
+    """Returns the arguments of ``trtllm_build_worker``.
 
-    The conversion scripts of TensorRT-LLM's examples are not packaged; its LLM class is, and it
-    reads ModelOpt's checkpoints.
+    They are for TensorRT-LLM's LLM class, which also reads ModelOpt's checkpoints. The conversion
+    scripts of TensorRT-LLM's examples are not part of its package.
+
+    Args:
+        cfg: The stage's config.
+        folder: Hugging Face folder of the model.
+        out: Folder for the engine.
+        positions: Maximum sequence length of the model.
     """
     longest = cfg.max_seq_len or positions
     quantization: dict[str, Any] = {}
@@ -200,7 +217,7 @@ def build_request(
 
 
 def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
-    """Builds a TensorRT engine, one file per rank, in a subprocess, and verifies it."""
+    """Builds a TensorRT engine in a subprocess, one file per rank, and verifies it."""
     require_quantization(folder, cfg.precision)
     request = build_request(cfg, folder, out, _positions(folder))
     file = out.parent / "tensorrt_llm_request.json"
@@ -209,8 +226,8 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     done = subprocess.run(command, check=False)
     if done.returncode:
         raise RecipeError(
-            f"TensorRT-LLM ended with status {done.returncode}; its output is in the stage's log.",
-            "python launch/run.py logs run_dir=DIR shows them",
+            f"TensorRT-LLM ended with status {done.returncode}; its output is in the stage's log",
+            "python launch/run.py logs run_dir=DIR shows it",
         )
     require_engine(out, request)
 
@@ -228,24 +245,24 @@ def require_engine(engine: Path, request: dict[str, Any]) -> None:
         ("tp_size=", pretrained["mapping"]["tp_size"], ranks),
         ("rank*.engine files: ", len(list(engine.glob("rank*.engine"))), ranks),
     )
-    if wrong := [f"{name}{a} instead of {b}" for name, a, b in values if a != b]:
+    if wrong := [f"{name}{actual} instead of {b}" for name, actual, b in values if actual != b]:
         raise RecipeError(
-            f"the engine differs from its config: {', '.join(wrong)}.", f"build it in {IMAGE}"
+            f"the engine differs from the request: {', '.join(wrong)}", f"build it in {IMAGE}"
         )
 
 
 def prepare_pytorch(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
-    """Makes the artifact for the PyTorch backend: the checkpoint, linked or copied, and options."""
+    """Writes the artifact of the PyTorch backend: the checkpoint, linked or copied, and options."""
     require_quantization(folder, cfg.precision)
     shutil.copytree(folder, out, dirs_exist_ok=True, copy_function=link_or_copy)
     write_text_atomically(out / LLM_OPTIONS, llm_options(cfg, _positions(folder)))
 
 
 def llm_options(cfg: BuildEngineConfig, positions: int) -> str:
-    """Returns the file for ``--extra_llm_api_options``; JSON is also YAML.
+    """Returns the content of the file for ``--extra_llm_api_options``, as JSON, which is also YAML.
 
-    ``kv_cache_config`` replaces that of ``trtllm-bench`` as a whole: with block reuse, prompts
-    cached by its warm-up would take no time.
+    ``kv_cache_config`` replaces all of the settings that ``trtllm-bench`` has for the KV cache. It
+    disables block reuse, with which the warm-up would cache the prompts of the measurement.
     """
     options: dict[str, Any] = {
         "dtype": "bfloat16",

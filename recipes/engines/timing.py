@@ -1,4 +1,4 @@
-"""Contenders of a benchmark, random prompts, and the timings of requests. Torch-free."""
+"""Describes models, requests and timings of a speed measurement. Torch-free."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FIRST_ORDINARY_TOKEN = 3
 
 
 @dataclass(frozen=True)
-class Contender:
+class TimedModel:
     """One model in one backend."""
 
     role: str
     backend: str
     precision: str
-    model: Path
-    """Engine or Hugging Face folder that is loaded."""
+    path: Path
+    """Engine or Hugging Face folder that the backend loads."""
     folder: Path
     """Hugging Face folder of the same model."""
     architecture: Architecture
@@ -34,14 +34,14 @@ class Contender:
 
     @property
     def storage(self) -> Storage:
-        """The backend's default types of weights and KV cache."""
-        compressed = 1 if self.backend == "openvino" else 2
-        kv_bytes = 4 if self.precision == "fp32" else compressed
+        """Types of weights and KV cache, by the backend's defaults."""
+        default_kv_bytes = 1 if self.backend == "openvino" else 2
+        kv_bytes = 4 if self.precision == "fp32" else default_kv_bytes
         return Storage(self.precision, self.group_size, kv_bytes)
 
     def disk_bytes(self) -> int:
         """Returns the size of the loaded files."""
-        return sum(file.stat().st_size for file in self.model.rglob("*") if file.is_file())
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RequestShape:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a batch of requests that start and end together."""
+    """Seconds that a batch of requests takes. All start and end together."""
 
     first_seconds: float
     """Time to the first new token."""
@@ -68,12 +68,12 @@ class Timing:
     """Time to the last new token."""
 
     def decode_rate(self, shape: RequestShape) -> float:
-        """Returns new tokens per second after the first, of the whole batch."""
+        """Returns the new tokens per second of the whole batch, without each request's first."""
         tokens = shape.batch_size * (shape.new_tokens - 1)
         return tokens / (self.total_seconds - self.first_seconds)
 
     def throughput(self, shape: RequestShape) -> float:
-        """Returns tokens per second, prompt and new ones, of the whole batch."""
+        """Returns the tokens per second of the whole batch, with those of the prompts."""
         tokens = shape.batch_size * (shape.prompt_tokens + shape.new_tokens)
         return tokens / self.total_seconds
 
@@ -88,13 +88,13 @@ class Generation:
 
 
 class Worker:
-    """Runs one contender; a context manager that stops the contender's processes."""
+    """Runs one model. As a context manager, it stops the model's processes at the end."""
 
     load_seconds: float = 0.0
     peak_memory_bytes: int = 0
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
-        """Continues one batch of prompts."""
+        """Continues one batch of prompts by ``new_tokens`` tokens each, and times it."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -105,11 +105,12 @@ class Worker:
 
 
 def random_prompts(shape: RequestShape, vocabulary: int, seed: int) -> list[list[int]]:
-    """Returns tokens [batch, prompt] that differ by seed, since engines cache prompts."""
-    draw, ordinary = random.Random(seed), range(FIRST_ORDINARY_TOKEN, vocabulary)
-    return [
-        [draw.choice(ordinary) for _ in range(shape.prompt_tokens)] for _ in range(shape.batch_size)
-    ]
+    """Returns random tokens [batch, prompt].
+
+    Each request needs another seed, because engines cache prompts.
+    """
+    generator, ordinary = random.Random(seed), range(FIRST_ORDINARY_TOKEN, vocabulary)
+    return [generator.choices(ordinary, k=shape.prompt_tokens) for _ in range(shape.batch_size)]
 
 
 def spread(values: Iterable[float]) -> Spread:

@@ -1,7 +1,8 @@
-"""Builds one engine with TensorRT-LLM's own Python API; run inside NVIDIA's image.
+"""Builds one engine with TensorRT-LLM's Python API, inside NVIDIA's image.
 
-``python -m recipes.engines.trtllm_build_worker REQUEST.json``, where the request is what
-``tensorrt_llm.build_request`` makes. The calls follow ``tensorrt_llm/bench/build/build.py``.
+``build_engine`` starts it as ``python -m recipes.engines.trtllm_build_worker REQUEST.json``, with
+the request of ``tensorrt_llm.build_request``. The calls follow TensorRT-LLM's own
+``tensorrt_llm/bench/build/build.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 
 def main(request: dict[str, Any]) -> None:
-    """Converts the checkpoint, builds, and saves."""
+    """Converts the checkpoint, builds the engine and saves it."""
     from tensorrt_llm._tensorrt_engine import LLM
     from tensorrt_llm.builder import BuildConfig
     from tensorrt_llm.llmapi.llm_utils import QuantConfig

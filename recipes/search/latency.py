@@ -11,7 +11,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import write_json
 from recipes.engines.backends import BUILDERS
 from recipes.engines.results import BenchmarkRow
-from recipes.engines.timing import Contender
+from recipes.engines.timing import TimedModel
 from recipes.search.settings import MeasureLatencyConfig
 from recipes.search.space import LatencyFit, Service, name_of, read_gigabytes
 
@@ -22,7 +22,7 @@ def build_random_engine(
     config: dict[str, Any],
     shape: Architecture,
     scratch: Path,
-) -> Contender:
+) -> TimedModel:
     """Builds an engine with random weights.
 
     Args:
@@ -46,11 +46,11 @@ def build_random_engine(
     model.save_pretrained(folder)
     engine.mkdir()
     BUILDERS[cfg.engine.backend](cfg.engine, folder, engine)
-    return Contender(
+    return TimedModel(
         role=name_of(shape),
         backend=cfg.engine.backend,
         precision=cfg.engine.precision,
-        model=engine,
+        path=engine,
         folder=folder,
         architecture=shape,
         group_size=cfg.engine.scale_group,

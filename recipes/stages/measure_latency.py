@@ -76,13 +76,13 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
     shapes = [*fitted, *([] if between in fitted else [between])]
     scratch = out.parent / "engines"
     shutil.rmtree(scratch, ignore_errors=True)
-    contenders = []
+    models = []
     for done, shape in enumerate(shapes):
         log.progress("engine", done, len(shapes))
-        contenders.append(build_random_engine(cfg, side, with_shape(config, shape), shape, scratch))
+        models.append(build_random_engine(cfg, side, with_shape(config, shape), shape, scratch))
     threads = cfg.threads or cpu_threads()
     start = partial(start_worker, scratch / "trtllm_bench", threads)
-    rows = measure(contenders, [cfg.request()], cfg.repetitions, start, log)
+    rows = measure(models, [cfg.request()], cfg.repetitions, start, log)
     steps = [step_ms(row) for row in rows]
     line = fit(fitted, steps[: len(fitted)], cfg.service)
     service = replace(cfg.service, measured=line)

@@ -26,7 +26,7 @@ from recipes.engines.bench import (
 )
 from recipes.engines.results import BenchmarkResults, EngineResult, MachineRates
 from recipes.engines.settings import BuildEngineConfig, MeasureSpeedConfig
-from recipes.engines.timing import Contender, RequestShape
+from recipes.engines.timing import RequestShape, TimedModel
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import Roofline
@@ -90,39 +90,39 @@ def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
     """Starts all models, measures them in turn, and computes the speed-ups."""
     from recipes.engines import machine_rates
 
-    contenders = _contenders(cfg, inputs, out.parent)
-    for backend in {c.backend for c in contenders} - {BASELINE}:
+    models = _timed_models(cfg, inputs, out.parent)
+    for backend in {c.backend for c in models} - {BASELINE}:
         require_backend(backend)
-    device = "cuda" if any(c.backend.startswith("tensorrt_llm") for c in contenders) else "cpu"
+    device = "cuda" if any(c.backend.startswith("tensorrt_llm") for c in models) else "cpu"
     threads = cfg.threads or cpu_threads()
-    machine = machine_rates.measure(contenders[0].architecture, threads, device)
+    machine = machine_rates.measure(models[0].architecture, threads, device)
     start = partial(start_worker, out.parent / "trtllm_bench", threads)
     shapes = [
         RequestShape(batch, prompt, cfg.new_tokens)
         for prompt in cfg.prompt_tokens
         for batch in cfg.batch_sizes
     ]
-    rows = measure(contenders, shapes, cfg.repetitions, start, metrics_log(out))
-    ratios = speedups(rows, contenders, lambda contender: _roofline(machine, contender))
+    rows = measure(models, shapes, cfg.repetitions, start, metrics_log(out))
+    ratios = speedups(rows, models, lambda model: _roofline(machine, model))
     results = BenchmarkResults(machine, rows, ratios)
     write_json(out / "results.json", asdict(results))
     return Outcome(results)
 
 
-def _contenders(cfg: MeasureSpeedConfig, inputs: Inputs, scratch: Path) -> list[Contender]:
+def _timed_models(cfg: MeasureSpeedConfig, inputs: Inputs, scratch: Path) -> list[TimedModel]:
     """Returns teacher and student as engines, then as transformers models."""
     folders = {role: model_folder(inputs[role], scratch / f"{role}_hf") for role in ENGINE_ROLES}
     engines = [_engine(role, inputs[f"{role}_engine"], folders[role]) for role in ENGINE_ROLES]
     baselines = [
-        Contender(engine.role, BASELINE, "fp32", engine.folder, engine.folder, engine.architecture)
+        TimedModel(engine.role, BASELINE, "fp32", engine.folder, engine.folder, engine.architecture)
         for engine in engines
     ]
     return [*engines, *(baselines if cfg.baseline else ())]
 
 
-def _engine(role: str, engine: Input, folder: Path) -> Contender:
+def _engine(role: str, engine: Input, folder: Path) -> TimedModel:
     built = engine.manifest.result(EngineResult)
-    return Contender(
+    return TimedModel(
         role,
         built.backend,
         built.precision,
@@ -134,10 +134,10 @@ def _engine(role: str, engine: Input, folder: Path) -> Contender:
     )
 
 
-def _roofline(machine: MachineRates, contender: Contender) -> Roofline:
-    """Returns the rates of the roofline; only an engine in ``fp32`` computes in float32."""
+def _roofline(machine: MachineRates, model: TimedModel) -> Roofline:
+    """Returns the rates that bound a model's speed. Only ``fp32`` engines compute in float32."""
     rates = machine.flops_per_second
-    fastest = rates["float32"] if contender.precision == "fp32" else max(rates.values())
+    fastest = rates["float32"] if model.precision == "fp32" else max(rates.values())
     return Roofline(fastest, machine.bytes_per_second)
 
 

@@ -1,4 +1,4 @@
-"""The roofline, the summary of timings, turn-taking, and checks of ``measure_speed``; no torch."""
+"""Rooflines, timings, the order of measurements, and checks of ``measure_speed``. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recipes.engines.bench import measure, speedups
 from recipes.engines.results import Spread
 from recipes.engines.settings import BuildEngineConfig as EngineConfig
 from recipes.engines.settings import MeasureSpeedConfig, QuantizeConfig
-from recipes.engines.timing import Contender, RequestShape, Timing, Worker, spread
+from recipes.engines.timing import RequestShape, TimedModel, Timing, Worker, spread
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import Roofline, decode_seconds, prefill_seconds
 from recipes.planning.transformer import (
@@ -37,62 +37,64 @@ FP32 = Storage("fp32")
 
 @pytest.fixture
 def untied(teacher: Architecture) -> Architecture:
-    """4 layers, hidden 128, ffn 256, 8 heads of 16 in 4 groups, vocabulary 512."""
+    """Has 4 layers, hidden 128, ffn 256, 8 heads of 16 in 4 groups, vocabulary 512."""
     return replace(teacher, tied_embeddings=False)
 
 
-def test_weights_are_counted_to_the_byte(teacher: Architecture, untied: Architecture) -> None:
+def test_traffic_of_weights_equals_a_hand_count(
+    teacher: Architecture, untied: Architecture
+) -> None:
     assert weight_traffic(teacher, FP32) == 4 * teacher.parameters()
-    # Of an untied embedding only the rows of the prompt are read.
+    # A step reads only a few rows of an untied embedding, which are not counted.
     assert weight_traffic(untied, FP32) == 4 * (untied.parameters() - 512 * 128)
     layers = teacher.parameters() - 512 * 128
     assert weight_traffic(teacher, Storage("int4", 64)) == layers * 4.3125 / 8 + 512 * 128
 
 
-def test_kv_cache_is_counted_to_the_byte(teacher: Architecture) -> None:
+def test_traffic_of_the_kv_cache_equals_a_hand_count(teacher: Architecture) -> None:
     assert kv_cache_bytes(teacher, 10, Storage("fp32", kv_bytes=2)) == 10 * 4 * 2 * 4 * 16 * 2
     plain = weight_traffic(teacher, FP32)
     assert decode_traffic(teacher, 3, 10, FP32) == plain + 3 * kv_cache_bytes(teacher, 10, FP32)
 
 
-def test_flops_of_prompt_and_step(teacher: Architecture) -> None:
+def test_flops_of_prefill_and_decoding_equal_a_hand_count(teacher: Architecture) -> None:
     per_layer = 128 * 16 * (2 * 8 + 2 * 4) + 3 * 128 * 256
     head = 2 * 512 * 128
-    attention = 4 * 2 * (8 * 16)  # layers, causal half of two products, width
+    attention = 4 * 2 * (8 * 16)  # layers, causal half of two GEMMs, width
     assert prefill_flops(teacher, 1, 10) == 10 * (2 * 4 * per_layer + attention * 10) + head
     assert decode_flops(teacher, 2, 10) == 2 * (2 * 4 * per_layer + head + 2 * attention * 10)
 
 
-def test_the_longer_of_two_bounds_counts(teacher: Architecture) -> None:
-    slow_memory, slow_units = Roofline(1e15, 1e9), Roofline(1e9, 1e15)
+def test_a_roofline_is_the_longer_of_two_bounds(teacher: Architecture) -> None:
+    slow_memory, slow_compute = Roofline(1e15, 1e9), Roofline(1e9, 1e15)
     assert decode_seconds(teacher, 2, 105.5, FP32, slow_memory) == pytest.approx(
         decode_traffic(teacher, 2, 105.5, FP32) / 1e9
     )
-    assert prefill_seconds(teacher, 2, 100, FP32, slow_units) == pytest.approx(
+    assert prefill_seconds(teacher, 2, 100, FP32, slow_compute) == pytest.approx(
         prefill_flops(teacher, 2, 100) / 1e9
     )
     assert SHAPE.context == 105.5
 
 
-def test_rates_follow_from_seconds() -> None:
+def test_rates_are_computed_from_seconds() -> None:
     timing = Timing(first_seconds=0.5, total_seconds=1.5)
     assert timing.decode_rate(SHAPE) == 2 * 10
     assert timing.throughput(SHAPE) == 2 * 111 / 1.5
     assert spread([3.0, 1.0, 2.0]) == Spread(median=2.0, low=1.0, high=3.0)
 
 
-class Scripted(Worker):
-    """A worker with given timings, which records its requests."""
+class ScriptedWorker(Worker):
+    """Returns fixed timings and records its requests."""
 
     requests: ClassVar[list[tuple[str, int, list[list[int]]]]] = []
 
-    def __init__(self, contender: Contender, seconds: float) -> None:
-        self.name, self.seconds = contender.role, seconds
+    def __init__(self, model: TimedModel, seconds: float) -> None:
+        self.name, self.seconds = model.role, seconds
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
-        cold = not any(r[:2] == (self.name, len(prompts)) for r in self.requests)
+        first = not any(r[:2] == (self.name, len(prompts)) for r in self.requests)
         self.requests.append((self.name, len(prompts), prompts))
-        seconds = self.seconds * (10 if cold else 1)
+        seconds = self.seconds * (10 if first else 1)
         return Timing(seconds, 3 * seconds)
 
     def __exit__(self, *_: object) -> None:
@@ -100,24 +102,24 @@ class Scripted(Worker):
 
 
 @pytest.fixture
-def pair(teacher: Architecture, tmp_path: Path) -> list[Contender]:
+def pair(teacher: Architecture, tmp_path: Path) -> list[TimedModel]:
     student = replace(teacher, num_layers=2)
     (tmp_path / "engine.bin").write_bytes(b"12345")
     return [
-        Contender(role, "openvino", "fp32", tmp_path, tmp_path, arch)
+        TimedModel(role, "openvino", "fp32", tmp_path, tmp_path, arch)
         for role, arch in (("teacher", teacher), ("student", student))
     ]
 
 
-def test_contenders_take_turns_and_the_first_round_is_dropped(pair: list[Contender]) -> None:
-    Scripted.requests.clear()
+def test_models_take_turns_and_the_warm_up_is_not_counted(pair: list[TimedModel]) -> None:
+    ScriptedWorker.requests.clear()
     shapes = [RequestShape(1, 8, 3), RequestShape(2, 8, 3)]
     seconds = {"teacher": 0.4, "student": 0.1}
-    rows = measure(pair, shapes, 2, lambda c: Scripted(c, seconds[c.role]), MetricsLog(None))
-    order = [name for name, batch, _ in Scripted.requests if batch]
+    rows = measure(pair, shapes, 2, lambda c: ScriptedWorker(c, seconds[c.role]), MetricsLog(None))
+    order = [name for name, batch, _ in ScriptedWorker.requests if batch]
     assert order == ["teacher", "student"] * 6
-    assert Scripted.requests[-2:] == [("student", 0, []), ("teacher", 0, [])]
-    prompts = [str(tokens) for name, _, tokens in Scripted.requests if name == "teacher"][:-1]
+    assert ScriptedWorker.requests[-2:] == [("student", 0, []), ("teacher", 0, [])]
+    prompts = [str(tokens) for name, _, tokens in ScriptedWorker.requests if name == "teacher"][:-1]
     assert len(set(prompts)) == 6  # an engine would answer a known prompt from a cache
     assert [(r.role, r.batch_size) for r in rows] == [
         ("teacher", 1),
@@ -153,10 +155,10 @@ def config(**settings: Any) -> MeasureSpeedConfig:
         ({"prompt_tokens": [256]}, ["length", "engine-limits"]),
     ],
 )
-def test_the_grid_is_checked(
+def test_requests_must_fit_the_model_and_its_engine(
     settings: dict[str, Any], rules: list[str], teacher: Architecture
 ) -> None:
-    """Against 1024 positions, and an engine for 32 requests of at most 200 + 80 tokens."""
+    """The model has 1024 positions. The engine accepts 32 requests of at most 200 + 80 tokens."""
     engine = EngineConfig(
         stage="build_engine",
         backend="tensorrt_llm",
@@ -166,14 +168,14 @@ def test_the_grid_is_checked(
     )
     other = EngineConfig(stage="build_engine")
     chain = Chain("teacher", teacher, {"student_engine": engine, "teacher_engine": other})
-    found = [p.rule.name for p in measure_speed.check(config(**settings), chain)]
+    broken = [p.rule.name for p in measure_speed.check(config(**settings), chain)]
     if settings.get("prompt_tokens") == [1000]:
-        found = found[:1]
-    assert found == rules
+        broken = broken[:1]
+    assert broken == rules
 
 
 def test_quantize_checks_the_pruned_shape() -> None:
-    """Its kernels get the pruned width, also if several stages lie between."""
+    """The pruned width is checked even if several stages are between prune and quantize."""
     from recipes.stages import export_hf
 
     teacher = read_architecture(

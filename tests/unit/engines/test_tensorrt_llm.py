@@ -1,4 +1,7 @@
-"""TensorRT-LLM without it: our calls against the names in its source, checks, and its reports."""
+"""Compares calls of TensorRT-LLM with names in its source; tests checks and reports.
+
+TensorRT-LLM is not installed. ``tensorrt_llm_api.json`` has the names.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from recipes.core.errors import RecipeError
 from recipes.engines import bench, tensorrt_llm, trtllm_build_worker
 from recipes.engines.backends import engine_problems
 from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
-from recipes.engines.timing import Contender, RequestShape, Timing, random_prompts
+from recipes.engines.timing import RequestShape, TimedModel, Timing, random_prompts
 from recipes.planning.chain import Chain
 
 API: dict[str, Any] = json.loads(Path(__file__).with_name("tensorrt_llm_api.json").read_text())
@@ -28,7 +31,7 @@ REPORT: dict[str, Any] = {
     section: dict.fromkeys(API["report"][section], 1.0)
     for section in ("engine", "world_info", "request_info", "performance", "streaming_metrics")
 }
-"""A report with the recorded keys, so a key that we read and TensorRT-LLM lacks is an error."""
+"""A report with the keys of TensorRT-LLM, so that reading any other key is an error."""
 REPORT["request_info"] |= {"num_requests": 4, "avg_input_length": 128.0, "avg_output_length": 32.0}
 REPORT["performance"] |= {
     "total_latency_ms": 250.0,
@@ -49,8 +52,8 @@ def rules(cfg: BuildEngineConfig, chain: Chain) -> list[str]:
 @pytest.mark.parametrize("backend", ["tensorrt_llm", "tensorrt_llm_pytorch"])
 def test_every_option_of_the_benchmark_exists(backend: str, teacher: Architecture) -> None:
     engine, folder = Path("/engine"), Path("/hf/model")
-    contender = Contender("student", backend, "bf16", engine, folder, teacher, None, 2)
-    argv = bench.trtllm_command(contender, SHAPE, Path("/scratch"))
+    model = TimedModel("student", backend, "bf16", engine, folder, teacher, None, 2)
+    argv = bench.trtllm_command(model, SHAPE, Path("/scratch"))
     assert argv[0] == "trtllm-bench"
     split = argv.index("throughput")
     for words, command in (
@@ -87,7 +90,7 @@ def test_every_keyword_of_the_builder_exists(precision: str) -> None:
     assert request["build_config"]["max_input_len"] == 2047
 
 
-def test_the_builder_imports_and_calls_what_exists() -> None:
+def test_every_import_and_call_of_the_builder_exists() -> None:
     tree = ast.parse(Path(trtllm_build_worker.__file__).read_text())
     imports = {
         node.module: [alias.name for alias in node.names]
@@ -117,7 +120,7 @@ def test_options_of_the_pytorch_backend_exist() -> None:
     assert options["max_seq_len"] == 1024
 
 
-def test_report_is_read() -> None:
+def test_report_is_parsed() -> None:
     timing = bench.parse_trtllm_report(json.dumps(REPORT), SHAPE)
     assert timing == Timing(0.026, 0.25)
     assert timing.decode_rate(SHAPE) == pytest.approx(4 * 31 / 0.224)
@@ -128,19 +131,19 @@ def test_report_is_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"streaming_metrics": None}, "report of another form"),
+        ({"streaming_metrics": None}, "unknown format"),
         ({"request_info": {**REPORT["request_info"], "num_requests": 3}}, "not"),
         ({"request_info": {**REPORT["request_info"], "avg_output_length": 9.5}}, "not"),
     ],
 )
-def test_other_reports_are_refused(change: dict[str, Any], message: str) -> None:
+def test_invalid_reports_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         bench.parse_trtllm_report(json.dumps({**REPORT, **change}), SHAPE)
-    with pytest.raises(RecipeError, match="report of another form"):
+    with pytest.raises(RecipeError, match="unknown format"):
         bench.parse_trtllm_report("Traceback", SHAPE)
 
 
-def test_requests_have_the_requested_size_and_differ() -> None:
+def test_requests_have_the_requested_size_and_differ_by_seed() -> None:
     lines, others = (
         bench.trtllm_dataset(random_prompts(SHAPE, 512, seed), 32).splitlines() for seed in (1, 2)
     )
@@ -176,10 +179,10 @@ def test_missing_requirements_of_a_machine_are_named() -> None:
     assert "an NVIDIA GPU and TensorRT-LLM" in nothing
     assert tensorrt_llm.IMAGE in nothing
     assert "GPU" not in str(problem("tensorrt_llm", None, gpu=True)).splitlines()[0]
-    assert "no longer builds engines" in str(problem("tensorrt_llm", "1.3.0rc20", gpu=True))
+    assert "1.3.0rc20" in str(problem("tensorrt_llm", "1.3.0rc20", gpu=True))
 
 
-def test_shapes_that_kernels_refuse(teacher: Architecture) -> None:
+def test_shapes_without_kernels_are_refused(teacher: Architecture) -> None:
     fits = replace(teacher, kv_channels=64, num_attention_heads=8, num_query_groups=4)
     chain = Chain("teacher", fits, {})
     assert rules(config(), chain) == []
@@ -217,12 +220,14 @@ def test_shapes_that_kernels_refuse(teacher: Architecture) -> None:
         ),
     ],
 )
-def test_settings_are_checked(settings: dict[str, Any], rule: str, teacher: Architecture) -> None:
+def test_invalid_settings_break_a_rule(
+    settings: dict[str, Any], rule: str, teacher: Architecture
+) -> None:
     chain = Chain("teacher", replace(teacher, kv_channels=64), {})  # 1024 positions
     assert rules(config(**settings), chain) == [rule]
 
 
-def test_formats_that_only_one_backend_supports(teacher: Architecture) -> None:
+def test_a_format_of_another_backend_is_suggested(teacher: Architecture) -> None:
     chain = Chain("teacher", replace(teacher, kv_channels=64, hidden_size=128), {})
     [awq] = engine_problems(config(precision="int4_awq"), chain)
     assert "or backend=tensorrt_llm_pytorch" in awq.fix
@@ -232,11 +237,11 @@ def test_formats_that_only_one_backend_supports(teacher: Architecture) -> None:
     ):
         assert rules(config(**settings), chain) == []
     cfg = config(precision="fp8", kv_cache_dtype="fp8", inputs={"checkpoint": "quantize"})
-    for dtype, found in (("fp8", []), ("auto", ["kv-cache"])):
+    for dtype, broken in (("fp8", []), ("auto", ["kv-cache"])):
         source = QuantizeConfig(
             stage="quantize", kv_cache_dtype=dtype, inputs={"checkpoint": "import_hf"}
         )
-        assert rules(cfg, replace(chain, stages={"quantize": source})) == found
+        assert rules(cfg, replace(chain, stages={"quantize": source})) == broken
 
 
 def quantised(folder: Path, algorithm: str | None) -> Path:
@@ -289,11 +294,11 @@ def test_the_pytorch_backend_gets_the_checkpoint_and_its_options(tmp_path: Path)
     assert json.loads((out / "llm_options.yaml").read_text())["max_seq_len"] == 512
 
 
-# The recorded names, compared with the package itself
+# Comparison of the recorded names with the package, where it is installed
 
 
 def package_folder() -> Path | None:
-    """Returns the folder of the package: in NVIDIA's image, or ``TENSORRT_LLM_SOURCE``."""
+    """Returns the folder of TensorRT-LLM: ``TENSORRT_LLM_SOURCE``, or the installed package."""
     if named := os.environ.get("TENSORRT_LLM_SOURCE"):
         return Path(named)
     spec = importlib.util.find_spec("tensorrt_llm")
@@ -347,7 +352,7 @@ def parse(path: Path) -> ast.Module:
 
 
 def differences(root: Path) -> list[str]:
-    """Returns recorded names that the package does not have. Its modules are only parsed."""
+    """Returns recorded names that the package does not have. Parses its modules, imports none."""
     missing = []
     for title, entry in API.items():
         if title == "what":
