@@ -14,8 +14,11 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.screen import plain_table
 from recipes.data.results import DatasetResult, in_words
+from recipes.data.settings import PrepareDataConfig
+from recipes.data.sources import parse_source, source_bytes, source_names
 from recipes.engines.results import BenchmarkResults, EngineResult
 from recipes.evaluation.results import EvaluationResult, TaskResults
+from recipes.planning.limits import BYTES_PER_TOKEN
 from recipes.planning.results import Cell, PlanResult
 from recipes.pruning.results import HealResult
 from recipes.report.gates import judge
@@ -39,6 +42,20 @@ def print_plan(plan: Plan, console: Console) -> None:
         style = "dim" if stage.action == SKIP else "bold"
         table.add_row(f"[{style}]{stage.name}", stage.action, escape(stage.reason))
     console.print(table)
+
+
+def print_sources(plan: Plan, console: Console) -> None:
+    """Shows the text that will be tokenised, as far as it is on this machine."""
+    for config in (stage.config for stage in plan.todo()):
+        if not isinstance(config, PrepareDataConfig):
+            continue
+        table = plain_table("text", "source", "used for", "at most", "licence")
+        for name, source in source_names(config.all_sources()).items():
+            size, parsed = source_bytes(source), parse_source(source)
+            used = "training" if source in config.sources else "evaluation only"
+            most = f"about {size / BYTES_PER_TOKEN:,.0f} tokens" if size else "unknown"
+            table.add_row(escape(name), used, most, escape(parsed.licence or "not stated"))
+        console.print(table)
 
 
 def print_notes(plan: Plan, skip_rules: Collection[str], console: Console) -> None:

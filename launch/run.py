@@ -103,6 +103,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
         )
     plan = executor.prepare(make_plan(cfg, settings, run_dir), cluster)
     view.print_plan(plan, console)
+    view.print_sources(plan, console)
     view.print_notes(plan, set(settings.skip_rules), console)
     complete = all(stage.action == SKIP for stage in plan.stages)
     require_publishable(plan, settings, complete or cluster.follow)

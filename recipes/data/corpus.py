@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
+import csv
 import hashlib
 import json
 import zlib
@@ -15,21 +15,18 @@ from typing import IO, Any, Protocol
 import ijson
 
 from recipes.core.errors import RecipeError
-from recipes.data.sources import HubDataset, Source, TextFile, files_of, parse_source
+from recipes.data.records import READERS, Record, dialogue_text, messages_of, text_of_fields
+from recipes.data.sources import DIALOGUE, HubDataset, Source, TextFile, files_of, parse_source
 
 PARTS = ("train", "validation", "calibration", "heldout")
-LONGEST_PARAGRAPH = 1 << 20
-"""Bytes after which a text without blank lines is split anyway, at the end of a line."""
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".json")
-MESSAGES = "messages"
-"""Field of a conversation: ``{"messages": [{"role": "user", "content": "…"}, …]}``."""
 CHECKED_CONVERSATIONS = 100
 """Conversations that a check reads."""
 STRETCH = 4 << 20
 """Approximate bytes of running text that are divided among the parts together."""
 TextOf = Callable[[Any, str], str]
 """Extracts a document's text from a record, given the record's location for messages."""
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ijson.JSONError)
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error, ijson.JSONError)
 
 
 @dataclass(frozen=True)
@@ -60,12 +57,14 @@ def read_source(source: str, text_field: str, state: Any = None, *, chat: bool =
     """Opens a source of ``data.sources``, at the ``state`` of an earlier reader if given.
 
     Text files hold documents separated by blank lines; JSON files a list of records or a mapping to
-    records; JSONL one record per line. A record is a string, a conversation, or has its text in
-    ``text_field`` (``a.b`` for nested fields) or in the source's own field.
+    records; JSONL one record per line; tables one per row. Markdown, reStructuredText and Python
+    files are one document each. A record is a string, a conversation, or has its text in
+    ``text_field`` or in the source's own fields (see ``text_of_fields``).
     """
     parsed = parse_source(source)
     field_text = partial(_column if parsed.hub else _text, parsed.text or text_field)
-    text_of = _conversation if chat else field_text
+    plain_text = _dialogue if parsed.format == DIALOGUE else field_text
+    text_of = _conversation if chat else plain_text
     if parsed.hub:
         return _HubReader(parsed.hub, parsed.revision, text_of, state)
     return _FileReader(parsed, text_of, state)
@@ -109,18 +108,10 @@ class _FileReader:
                         yield Document(text, self._position(record.offset))
             self._bytes_before, self._opened = self._bytes_before + file.size, None
 
-    def _read(self, file: TextFile, opened: IO[bytes]) -> Iterator[_Record]:
-        file_type = self._source.file_type
+    def _read(self, file: TextFile, opened: IO[bytes]) -> Iterator[Record]:
+        file_type = self._source.file_type or ""
         try:
-            if file_type == ".txt":
-                yield from _paragraphs(opened)
-            elif file_type == ".json":
-                for number, value in enumerate(_json_records(opened), 1):
-                    yield _Record(value, f"record {number}")
-            else:
-                yield from _json_lines(
-                    gzip.GzipFile(fileobj=opened) if file_type == ".jsonl.gz" else opened
-                )
+            yield from READERS[file_type](opened)
         except _UNREADABLE as error:
             raise RecipeError(
                 f"{file.name} cannot be read as {file_type}: {error}",
@@ -141,31 +132,6 @@ class _FileReader:
         return (self._bytes_before + here) / self._total_bytes
 
 
-@dataclass(frozen=True)
-class _Record:
-    value: object
-    where: str
-    """Location in the file, for messages."""
-    offset: int | None = None
-    """Bytes of the file before a paragraph."""
-
-
-def messages_of(record: object) -> list[dict[str, Any]]:
-    """Returns the messages of a record.
-
-    Raises:
-        ValueError: It has none, or a message without a role or text.
-    """
-    messages = record.get(MESSAGES) if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"there is no list of messages in '{MESSAGES}'")
-    for number, message in enumerate(messages, 1):
-        for key in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(key), str):
-                raise ValueError(f"message {number} has no text as its '{key}'")
-    return messages
-
-
 def _conversation(record: object, where: str) -> str:
     try:
         return json.dumps(messages_of(record), ensure_ascii=False)
@@ -177,14 +143,22 @@ def _conversation(record: object, where: str) -> str:
         ) from error
 
 
-def _text(field: str, record: object, where: str) -> str:
-    text = record
-    if isinstance(record, dict):
-        for key in [field] if field in record else field.split("."):
-            text = text.get(key) if isinstance(text, dict) else None
-    if not isinstance(text, str):
+def _dialogue(record: object, where: str) -> str:
+    try:
+        return dialogue_text(record)
+    except ValueError as error:
         raise RecipeError(
-            f"{where}: no text in field '{field}'.",
+            f"{where}: {error}.",
+            'a dialogue is {"messages": [{"sender": "…", "text": "…"}, …]} between two people; '
+            "for other text, leave #format=dialogue out",
+        ) from error
+
+
+def _text(fields: str, record: object, where: str) -> str:
+    text = text_of_fields(fields, record)
+    if text is None:
+        raise RecipeError(
+            f"{where}: no text in field '{fields}'.",
             "set data.text_field to the field that holds the text, or #text=FIELD of this source",
         )
     return text
@@ -196,46 +170,6 @@ def _column(field: str, row: dict[str, Any], where: str) -> str:
             f"{where} has no field '{field}'; it has {', '.join(row)}.", "set data.text_field"
         )
     return row[field] or ""
-
-
-def _paragraphs(file: IO[bytes]) -> Iterator[_Record]:
-    """Yields the texts between blank lines."""
-    offset, start, lines = 0, 0, list[bytes]()
-    for line in file:
-        blank = not line.strip()
-        if lines and (blank or offset - start > LONGEST_PARAGRAPH):
-            yield _Record(_decoded(lines), "", start)
-            lines = []
-        if not blank:
-            start = start if lines else offset
-            lines.append(line)
-        offset += len(line)
-    if lines:
-        yield _Record(_decoded(lines), "", start)
-
-
-def _decoded(lines: list[bytes]) -> str:
-    return b"".join(lines).decode("utf-8").replace("\r\n", "\n")
-
-
-def _json_records(file: Any) -> Iterator[object]:
-    first = file.peek(1024).lstrip()[:1]
-    if first == b"[":
-        yield from ijson.items(file, "item", use_float=True)
-    elif first == b"{":
-        yield from (value for _, value in ijson.kvitems(file, "", use_float=True))
-    else:
-        raise ValueError("it is neither a list nor a mapping of records")
-
-
-def _json_lines(file: Any) -> Iterator[_Record]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
-            yield _Record(record, f"line {number}")
 
 
 class _HubReader:

@@ -25,7 +25,7 @@ class PrepareDataConfig(StageConfig):
     """Settings of ``prepare_data``."""
 
     sources: list[str] = field(default_factory=list)
-    """Files (.txt, .json, .jsonl, .jsonl.gz) or patterns, ``hf://NAME[@CONFIG]:SPLIT``,
+    """Files or patterns (types: see ``recipes/data/records.py``), ``hf://NAME[@CONFIG]:SPLIT``,
     ``pypi://`` or ``teacher://chat`` sources; see ``recipes/data/sources.py`` for their options."""
     heldout_sources: list[str] = field(default_factory=list)
     """Text for evaluation only: no training, calibration or selection uses it."""

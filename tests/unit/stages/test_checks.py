@@ -105,7 +105,7 @@ def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
     ("settings", "rule", "named"),
     [
         ({"sources": []}, "data-sources", "data.sources"),
-        ({"sources": ["a.csv"]}, "data-sources", "a.csv"),
+        ({"sources": ["a.doc"]}, "data-sources", "a.doc"),
         ({"heldout_sources": ["missing.txt"]}, "data-sources", "missing.txt"),
         ({"heldout_sources": ["TEXT"]}, "data-sources", "data.heldout_sources"),
         *(

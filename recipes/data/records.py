@@ -1,0 +1,181 @@
+"""Reads the records of one file. A file type is a function here and a suffix in ``READERS``."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import IO, Any
+
+import ijson
+
+LONGEST_PARAGRAPH = 1 << 20
+"""Bytes after which a text without blank lines is split anyway, at the end of a line."""
+LONGEST_FIELD = 1 << 27
+"""Characters of the longest field of a table."""
+MESSAGES = "messages"
+"""Field of a conversation: ``{"messages": [{"role": "user", "content": "…"}, …]}``."""
+SPEAKERS = {"user": "A", "assistant": "B"}
+"""Labels of the two people of a dialogue in plain text, by their roles in a conversation."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record of a file."""
+
+    value: object
+    where: str
+    """Location in the file, for messages."""
+    offset: int | None = None
+    """Bytes of the file before a paragraph."""
+
+
+def _paragraphs(file: IO[bytes]) -> Iterator[Record]:
+    """Yields the texts between blank lines."""
+    offset, start, lines = 0, 0, list[bytes]()
+    for line in file:
+        blank = not line.strip()
+        if lines and (blank or offset - start > LONGEST_PARAGRAPH):
+            yield Record(_decoded(b"".join(lines)), "", start)
+            lines = []
+        if not blank:
+            start = start if lines else offset
+            lines.append(line)
+        offset += len(line)
+    if lines:
+        yield Record(_decoded(b"".join(lines)), "", start)
+
+
+def _whole_file(file: IO[bytes]) -> Iterator[Record]:
+    yield Record(_decoded(file.read()), "the file")
+
+
+def _decoded(text: bytes) -> str:
+    return text.decode("utf-8").replace("\r\n", "\n")
+
+
+def _json_records(file: Any) -> Iterator[Record]:
+    first = file.peek(1024).lstrip()[:1]
+    if first == b"[":
+        values = ijson.items(file, "item", use_float=True)
+    elif first == b"{":
+        values = (value for _, value in ijson.kvitems(file, "", use_float=True))
+    else:
+        raise ValueError("it is neither a list nor a mapping of records")
+    for number, value in enumerate(values, 1):
+        yield Record(value, f"record {number}")
+
+
+def _json_lines(file: Any) -> Iterator[Record]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            yield Record(record, f"line {number}")
+
+
+def _gzipped_lines(file: IO[bytes]) -> Iterator[Record]:
+    yield from _json_lines(gzip.GzipFile(fileobj=file))
+
+
+def _rows(delimiter: str, file: IO[bytes]) -> Iterator[Record]:
+    """Yields the rows of a table whose first line names the columns."""
+    csv.field_size_limit(LONGEST_FIELD)
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    for number, row in enumerate(csv.DictReader(lines, delimiter=delimiter, strict=True), 1):
+        yield Record(row, f"row {number}")
+
+
+READERS: dict[str, Callable[[IO[bytes]], Iterator[Record]]] = {
+    ".txt": _paragraphs,
+    ".json": _json_records,
+    ".jsonl": _json_lines,
+    ".jsonl.gz": _gzipped_lines,
+    ".csv": partial(_rows, ","),
+    ".tab": partial(_rows, "\t"),
+    ".tsv": partial(_rows, "\t"),
+    ".md": _whole_file,
+    ".rst": _whole_file,
+    ".py": _whole_file,
+}
+"""Readers by suffix."""
+
+
+def text_of_fields(fields: str, record: object) -> str | None:
+    """Returns the text in fields of a record, one below the other; ``None`` if it has none of them.
+
+    Args:
+        fields: Names, joined by commas; ``a.b`` for a field in a field. Lists become lines.
+        record: A text, or a mapping.
+    """
+    if not isinstance(record, dict):
+        return record if isinstance(record, str) else None
+    texts = [_lines(_field(name, record)) for name in fields.split(",")]
+    present = [text for text in texts if text is not None]
+    return "\n".join(present) if present else None
+
+
+def _field(name: str, record: Any) -> Any:
+    for key in [name] if name in record else name.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def _lines(value: Any) -> str | None:
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    return value if isinstance(value, str) else None
+
+
+def messages_of(record: object) -> list[dict[str, Any]]:
+    """Returns the messages of a conversation, or of a dialogue between two people.
+
+    A dialogue has ``sender`` and ``text`` in each message, or lists of such messages. The person
+    who begins becomes the user, the other one the assistant.
+
+    Raises:
+        ValueError: It has none, a message without a role or text, or more than two people.
+    """
+    messages = record.get(MESSAGES) if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"there is no list of messages in '{MESSAGES}'")
+    flat = [one for each in messages for one in (each if isinstance(each, list) else [each])]
+    if all(isinstance(one, dict) and {"sender", "text"} <= one.keys() for one in flat):
+        return _dialogue(flat)
+    for number, message in enumerate(messages, 1):
+        for key in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                raise ValueError(f"message {number} has no text as its '{key}'")
+    return messages
+
+
+def _dialogue(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    senders = list(dict.fromkeys(message["sender"] for message in messages))
+    if len(senders) > len(SPEAKERS):
+        raise ValueError(f"{len(senders)} people speak, not two")
+    roles = dict(zip(senders, SPEAKERS, strict=False))
+    return [
+        {"role": roles[sender], "content": "\n".join(str(one["text"]) for one in turn)}
+        for sender, turn in groupby(messages, key=lambda message: message["sender"])
+    ]
+
+
+def dialogue_text(record: object) -> str:
+    """Returns a dialogue as plain text, one line per turn; empty if one person speaks alone.
+
+    Raises:
+        ValueError: It is no conversation of two.
+    """
+    messages = messages_of(record)
+    if len(messages) == 1:
+        return ""
+    labels = SPEAKERS | {"system": "Topic"}
+    turns = ((labels.get(one["role"], one["role"]), one["content"].split()) for one in messages)
+    return "\n".join(f"{label}: {' '.join(words)}" for label, words in turns)
