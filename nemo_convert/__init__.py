@@ -1,1 +1,1 @@
-"""Conversion between Hugging Face and NeMo, and the CPU backend."""
+"""Converts models between Hugging Face, NeMo and GGUF."""

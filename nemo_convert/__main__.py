@@ -36,7 +36,7 @@ def main() -> int:
     verify.add_argument("second", type=Path)
     for command in (to_hf, verify):
         command.add_argument(
-            "--trust", action="store_true", help="open a checkpoint whatever code it would run"
+            "--trust", action="store_true", help="open a checkpoint even if that runs code in it"
         )
     arguments = parser.parse_args()
     if "trust" in arguments and arguments.trust:
@@ -65,7 +65,7 @@ def _to_nemo(arguments: argparse.Namespace) -> None:
     prepare_imports()
     target: Path = arguments.target
     if target.exists():
-        raise RecipeError(f"{target} exists.", "choose another target")
+        raise RecipeError(f"{target} exists already.", "choose another target")
     source = hf.resolve(arguments.source)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
@@ -90,7 +90,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         checkpoint = nemo.open_checkpoint(arguments.source, scratch / "unpacked")
         folder, side = scratch / target.name, scratch / "side" / nemo.SIDE
         convert.to_hf(checkpoint, folder)
-        # The model is built from config.json, so nothing that the context names is called.
+        # Builds the model from config.json: the context could name objects that run code.
         hf.copy_side_files(nemo.side_folder(checkpoint), side)
         core = parity.load_core(checkpoint, nemo.new_model(side))
         parity.compare(folder, checkpoint, core).require(f"{arguments.source} → {target}")

@@ -13,8 +13,9 @@ HF_NAMES = {
     "num_query_groups": "num_key_value_heads",
     "kv_channels": "head_dim",
 }
-"""Megatron's and Hugging Face's names of the sizes that pruning changes or makes explicit."""
+"""Megatron's name of each size that pruning may change, and its key in ``config.json``."""
 HF_EXPERT_NAMES = {"num_moe_experts": "num_experts", "moe_ffn_hidden_size": "moe_intermediate_size"}
+"""The same for sizes that only a MoE has."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class Architecture:
     max_position_embeddings: int
     tied_embeddings: bool
     num_moe_experts: int = 0
-    """0 where the feed-forward layers are dense."""
+    """0 for a dense model."""
     moe_router_topk: int = 0
     """Experts per token."""
     moe_ffn_hidden_size: int = 0
-    """Width of one expert; no weight then has the size ``ffn_hidden_size``."""
+    """Width of one expert. No weight of a MoE has the size ``ffn_hidden_size``."""
     moe_shared_expert_intermediate_size: int = 0
     """Width of the expert that every token uses; 0 without one."""
     qkv_bias: bool = False
@@ -47,7 +48,7 @@ class Architecture:
         return asdict(self)
 
     def hf_names(self) -> dict[str, str]:
-        """Returns the entries of ``HF_NAMES`` that such a model has."""
+        """Maps the sizes that pruning may change from Megatron's names to Hugging Face's."""
         return HF_NAMES | (HF_EXPERT_NAMES if self.num_moe_experts else {})
 
     def parameters(self) -> int:
@@ -57,12 +58,12 @@ class Architecture:
         return self.num_layers * layer + vocabulary + self.hidden_size
 
     def active_weights(self) -> int:
-        """Number of weights that a token is multiplied with; of the experts, those it goes to."""
+        """Counts the weights that one token is multiplied by; of a MoE, only its top-k experts."""
         layer = self._layer_matrices(self.moe_router_topk)
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
     def _layer_matrices(self, experts: int) -> int:
-        """Counts the parameters of a layer's matrices with a number of its experts."""
+        """Counts the parameters of a layer's matrices, of which ``experts`` experts."""
         heads, groups = self.num_attention_heads, self.num_query_groups
         rows = self.kv_channels * (2 * heads + 2 * groups)
         if self.num_moe_experts:

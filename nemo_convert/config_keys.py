@@ -1,7 +1,7 @@
-"""Keys of a ``config.json``: what is read, and what cannot change a logit.
+"""Lists the keys of a ``config.json`` that are read, and those that cannot change a logit.
 
 Any other key may change what a model computes. transformers ignores a key that it does not know, so
-it would be ignored on both sides of a parity gate. ``unknown_keys`` finds such keys.
+a parity gate would not notice it. ``unknown_keys`` finds such keys.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ HARMLESS: Mapping[str, str] = {
     "eos_token_id": "used by generation",
     "gradient_checkpointing": "trades memory for time in training",
     "initializer_range": "used before training only",
-    "is_llama_config": "a mark of the SmolLM2 models",
+    "is_llama_config": "marks the SmolLM2 models",
     "max_length": "used by generation",
     "max_sequence_length": "read by no library",
-    "max_window_layers": "has a meaning with a sliding window only, which is refused",
+    "max_window_layers": "used with a sliding window only, which is not supported",
     "num_beams": "used by generation",
     "output_attentions": "returns more, and changes nothing",
     "output_hidden_states": "returns more, and changes nothing",
@@ -80,9 +80,9 @@ HARMLESS: Mapping[str, str] = {
     "torch_dtype": "weights are read in the type that they are stored in",
     "torchscript": "form of the output",
     "transformers.js_config": "settings of another library",
-    "transformers_version": "what wrote the file",
-    "unsloth_fixed": "what wrote the file",
-    "unsloth_version": "what wrote the file",
+    "transformers_version": "version of the program that wrote the file",
+    "unsloth_fixed": "marks the program that wrote the file",
+    "unsloth_version": "version of the program that wrote the file",
     "use_bfloat16": "weights are read in the type that they are stored in",
     "use_cache": "stores keys and values in generation",
 }
@@ -90,7 +90,7 @@ HARMLESS: Mapping[str, str] = {
 
 
 def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yields each key, with its value, that may change a logit and is not understood."""
+    """Yields ``key=value`` for each key that may change a logit and that nothing reads."""
     for key, value in config.items():
         if key in READ or key in HARMLESS or value in NEUTRAL.get(key, ()):
             continue

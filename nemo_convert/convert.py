@@ -29,11 +29,11 @@ class Readable(Protocol):
 
 
 class MergedWeights:
-    """Makes Megatron weights on demand from Hugging Face ones, by key and (layer, expert)."""
+    """Merges Hugging Face weights into Megatron's on demand, by key and (layer, expert)."""
 
     def __init__(self, weights: Readable, arch: Architecture, family: Family) -> None:
         self._weights, self._arch = weights, arch
-        self._by_key = {f"module.{weight.stored}": weight for weight in family.weights}
+        self._by_key = {f"module.{weight.checkpoint_key}": weight for weight in family.weights}
 
     def __call__(self, key: str, index: tuple[int, ...]) -> torch.Tensor:
         """Returns the weight of a key at a layer and expert."""
@@ -44,14 +44,15 @@ class MergedWeights:
 
 @dataclass(frozen=True)
 class FiniteWeights:
-    """Weights that refuse NaN and infinity."""
+    """Weights that raise an error for NaN or infinity."""
 
     weights: Readable
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor."""
         tensor = self.weights.read(name)
-        if not all(value.isfinite() for value in tensor.aminmax()):  # both are NaN if one value is
+        # The minimum and the maximum are NaN if any value is.
+        if not all(value.isfinite() for value in tensor.aminmax()):
             raise RecipeError(
                 f"weight {name} has NaN or infinite values.", "the model is damaged; use another"
             )
@@ -64,8 +65,8 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     Weights of several types become float32, which holds all of them exactly.
 
     Two weights are in memory at a time: the one being written and the next. Megatron's model is
-    built only for its sharded state dict. Its weights stay uninitialised, so Linux allocates no
-    memory for them.
+    built only for its sharded state dict. Its weights stay uninitialised, so they take no physical
+    memory.
 
     Raises:
         RecipeError: ``check_model`` finds an error, or a weight is NaN or infinite.
@@ -96,9 +97,9 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
 def hf_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields a NeMo checkpoint's weights under their Hugging Face names."""
     arch = nemo.architecture_of(checkpoint)
-    rows = FAMILIES[arch.hf_architecture].rows(arch)
+    by_name = FAMILIES[arch.hf_architecture].by_megatron_name(arch)
     for name, tensor in nemo.read_weights(checkpoint):
-        weight, numbers = rows[name]
+        weight, numbers = by_name[name]
         yield from zip(weight.hf_names(numbers), weight.split(arch, tensor), strict=True)
 
 

@@ -1,4 +1,4 @@
-"""Maps each model family between Hugging Face and NeMo: one row per family."""
+"""Maps the weights and configs of each model family between Hugging Face and NeMo."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Weight:
     merge: Callable[[Architecture, list[torch.Tensor]], torch.Tensor]
     split: Callable[[Architecture, torch.Tensor], list[torch.Tensor]]
     hf_rows: Callable[[Architecture], tuple[int, ...]] | None = None
-    """Rows of each Hugging Face weight; ``None`` if all have the same number."""
+    """Returns the rows of each Hugging Face weight; ``None`` if all have the same number."""
 
     @property
-    def stored(self) -> str:
-        """Key in a checkpoint, where all layers and experts are one tensor [i, e, …].
+    def checkpoint_key(self) -> str:
+        """Returns the key in a checkpoint, which stores all layers and experts as one tensor.
 
-        Megatron stores the experts of a layer under ``experts.experts``.
+        The tensor's axes are [i, e, …]. Megatron stores experts under ``experts.experts``.
         """
         key = self.megatron.replace(".{i}.", ".")
         return key.replace("experts.", "experts.experts.").replace("{e}", "")
@@ -46,7 +46,7 @@ class Weight:
         return {x: count for x, count in letters.items() if f"{{{x}}}" in self.megatron}
 
     def hf_names(self, numbers: Mapping[str, int]) -> list[str]:
-        """Returns the Hugging Face names for one layer and expert."""
+        """Returns the Hugging Face names for one layer and expert, such as ``{"i": 3, "e": 0}``."""
         return [name.format(**numbers) for name in self.hf]
 
     def hf_shapes(self, architecture: Architecture) -> list[tuple[int, ...]]:
@@ -63,7 +63,7 @@ class Family:
 
     hf_architecture: str
     model_type: str
-    """Name in ``config.json`` that transformers chooses the class by."""
+    """Key ``model_type`` of ``config.json``, by which transformers chooses the class."""
     importer: str
     """NeMo's importer class (module:name). Only its NeMo config is used: NeMo's own conversion of
     weights loads the model twice and drops the chat template."""
@@ -74,11 +74,11 @@ class Family:
     """Transformers' defaults of absent config.json fields, where they differ from Llama's."""
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)
     """The RoPE scaling that NeMo's config builds; the factor is free."""
-    settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
-    """Returns the fields of NeMo's config that the importer sets wrongly for a config.json."""
+    corrections: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    """Returns the right values of those fields of NeMo's config that the importer sets wrongly."""
 
     def has(self, weights: tuple[Weight, ...]) -> bool:
-        """Whether the models have ``QKV_BIAS``, ``QK_NORM`` or ``EXPERTS``."""
+        """Returns whether the models have ``QKV_BIAS``, ``QK_NORM`` or ``EXPERTS``."""
         return set(weights) <= set(self.weights)
 
     def weights_of(self, architecture: Architecture) -> Iterator[tuple[Weight, dict[str, int]]]:
@@ -100,7 +100,9 @@ class Family:
             )
         }
 
-    def rows(self, architecture: Architecture) -> dict[str, tuple[Weight, dict[str, int]]]:
+    def by_megatron_name(
+        self, architecture: Architecture
+    ) -> dict[str, tuple[Weight, dict[str, int]]]:
         """Returns every weight of a shape, with its layer and expert, by Megatron name."""
         weights = self.weights_of(architecture)
         return {w.megatron.format(**numbers): (w, numbers) for w, numbers in weights}
@@ -108,7 +110,7 @@ class Family:
     def canonical_name(self, name: str) -> str:
         """Returns a parameter's name in TransformerEngine's layer spec (``Weight.megatron``)."""
         if self.has(EXPERTS) and name.endswith("pre_mlp_layernorm.weight"):
-            return name  # TransformerEngine fuses this norm with a matrix, but not with experts
+            return name  # TransformerEngine fuses this norm with a dense layer, not with experts
         for local, canonical in LOCAL_SPEC_NAMES.items():
             name = re.sub(local, canonical, name)
         return name
@@ -172,7 +174,7 @@ def _halves(_: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 _LAYER, _HF = "decoder.layers.{i}.", "model.layers.{i}."
-_ATTENTION = (
+_COMMON = (
     _unchanged("embedding.word_embeddings.weight", "model.embed_tokens.weight", _embedding_shape),
     _unchanged(
         f"{_LAYER}self_attention.linear_qkv.layer_norm_weight",
@@ -261,10 +263,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 """RoPE scaling of NeMo's Llama 3.1 config, which reads only the factor from the model."""
-_NEMO = "nemo.collections.llm.gpt.model"
-
-
-_QWEN = {"max_position_embeddings": 32_768, "use_sliding_window": False}
+_NEMO_MODELS = "nemo.collections.llm.gpt.model"
+_QWEN_DEFAULTS = {"max_position_embeddings": 32_768, "use_sliding_window": False}
 
 
 def _no_window(_: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,10 +272,11 @@ def _no_window(_: Mapping[str, Any]) -> dict[str, Any]:
     return {"window_size": None, "cp_comm_type": None}
 
 
-def _router(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Chooses the order of softmax and top-k.
+def _router_order(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Chooses whether Megatron's softmax comes before or after top-k.
 
-    A softmax over all experts whose top k are normalised again equals a softmax over the top k.
+    Hugging Face takes the softmax over all experts, then top-k. ``norm_topk_prob`` normalises the
+    top k again, which equals a softmax after top-k.
     """
     return {"moe_router_pre_softmax": not config.get("norm_topk_prob", False)}
 
@@ -286,48 +287,48 @@ FAMILIES = {
         Family(
             "LlamaForCausalLM",
             "llama",
-            f"{_NEMO}.llama:HFLlamaImporter",
-            f"{_NEMO}.llama:LlamaModel",
-            _ATTENTION + _FEED_FORWARD,
+            f"{_NEMO_MODELS}.llama:HFLlamaImporter",
+            f"{_NEMO_MODELS}.llama:LlamaModel",
+            _COMMON + _FEED_FORWARD,
             rope_scaling=LLAMA3_ROPE,
         ),
         Family(
             "MistralForCausalLM",
             "mistral",
-            f"{_NEMO}.mistral:HFMistralImporter",
-            f"{_NEMO}.mistral:MistralModel",
-            _ATTENTION + _FEED_FORWARD,
+            f"{_NEMO_MODELS}.mistral:HFMistralImporter",
+            f"{_NEMO_MODELS}.mistral:MistralModel",
+            _COMMON + _FEED_FORWARD,
             defaults={
                 "max_position_embeddings": 131_072,
                 "num_key_value_heads": 8,
                 "sliding_window": 4096,
             },
-            settings=_no_window,
+            corrections=_no_window,
         ),
         Family(
             "Qwen2ForCausalLM",
             "qwen2",
-            f"{_NEMO}.qwen2:HFQwen2Importer",
-            f"{_NEMO}.qwen2:Qwen2Model",
-            _ATTENTION + QKV_BIAS + _FEED_FORWARD,
-            defaults={**_QWEN, "num_key_value_heads": 32},
+            f"{_NEMO_MODELS}.qwen2:HFQwen2Importer",
+            f"{_NEMO_MODELS}.qwen2:Qwen2Model",
+            _COMMON + QKV_BIAS + _FEED_FORWARD,
+            defaults={**_QWEN_DEFAULTS, "num_key_value_heads": 32},
         ),
         Family(
             "Qwen3ForCausalLM",
             "qwen3",
-            f"{_NEMO}.qwen3:HFQwen3Importer",
-            f"{_NEMO}.qwen3:Qwen3Model",
-            _ATTENTION + QK_NORM + _FEED_FORWARD,
-            defaults={**_QWEN, "num_key_value_heads": 32, "head_dim": 128},
+            f"{_NEMO_MODELS}.qwen3:HFQwen3Importer",
+            f"{_NEMO_MODELS}.qwen3:Qwen3Model",
+            _COMMON + QK_NORM + _FEED_FORWARD,
+            defaults={**_QWEN_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128},
         ),
         Family(
             "Qwen3MoeForCausalLM",
             "qwen3_moe",
-            f"{_NEMO}.qwen3:HFQwen3Importer",
-            f"{_NEMO}.qwen3:Qwen3Model",
-            _ATTENTION + QK_NORM + EXPERTS,
-            defaults={**_QWEN, "num_key_value_heads": 4},
-            settings=_router,
+            f"{_NEMO_MODELS}.qwen3:HFQwen3Importer",
+            f"{_NEMO_MODELS}.qwen3:Qwen3Model",
+            _COMMON + QK_NORM + EXPERTS,
+            defaults={**_QWEN_DEFAULTS, "num_key_value_heads": 4},
+            corrections=_router_order,
         ),
     )
 }

@@ -36,9 +36,9 @@ ARCHITECTURES = {
 }
 """llama.cpp's names of the families; see ``architecture_name`` for the exception."""
 TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-"""Types of matrices, and llama.cpp's names of files with them. Vectors are always float32."""
-# Parts of the regular expressions in SPLITS: words with an optional mark before them, contractions,
-# upper and lower letters, and all other characters with space.
+"""Type of the matrices, and llama.cpp's name of a file with it. Vectors are always float32."""
+# Parts of the regular expressions in SPLITS: words with an optional character before them; runs of
+# other characters and of space; English contractions; upper and lower case; the optional character.
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -61,7 +61,7 @@ class _Tensor:
     shape: tuple[int, ...]
     type: str
     read: Callable[[], np.ndarray]
-    """Returns the float32 values, with rows in the file's order."""
+    """Returns the float32 values, with rows in llama.cpp's order."""
 
 
 def write(
@@ -119,8 +119,8 @@ def architecture_name(architecture: Architecture) -> str:
     written as a Llama.
     """
     name = ARCHITECTURES[architecture.hf_architecture]
-    heads = architecture.num_attention_heads * architecture.kv_channels
-    return "llama" if name == "qwen2" and heads != architecture.hidden_size else name
+    width = architecture.num_attention_heads * architecture.kv_channels
+    return "llama" if name == "qwen2" and width != architecture.hidden_size else name
 
 
 def _weights(
@@ -141,15 +141,16 @@ def _weights(
                 f"llama.cpp has no name for the weight {source} of a {name} model.",
                 "leave export_gguf out (gguf=null)",
             )
-        # Only llama.cpp's Llama rotates adjacent rows; the others rotate halves, as transformers.
-        paired = heads.get(target.split(".")[-2]) if name == "llama" else None
+        # RoPE of llama.cpp's Llama rotates adjacent rows. Its other models, as transformers, rotate
+        # the two halves of a head.
+        reordered = heads.get(target.split(".")[-2]) if name == "llama" else None
         shape = weights.shape(source)
-        yield _Tensor(
-            target, shape, _stored_type(shape, matrix_type), partial(_read, weights, source, paired)
-        )
+        read = partial(_read, weights, source, reordered)
+        yield _Tensor(target, shape, _stored_type(shape, matrix_type), read)
 
 
 def _read(weights: hf.Weights, source: str, heads: int | None) -> np.ndarray:
+    """Reads a weight in float32; with ``heads``, in the order of rows of llama.cpp's Llama."""
     data: np.ndarray = weights.read(source).float().numpy()
     return data if heads is None else half_rotation_to_interleaved(data, heads)
 
@@ -193,6 +194,7 @@ def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
     if scaling.get("rope_type") != "llama3":
         return
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    # Rotations of each pair within the original context: with many, the frequency stays unscaled.
     turns = scaling["original_max_position_embeddings"] / (
         2 * math.pi * rope_theta(config) ** (np.arange(0, dim, 2) / dim)
     )
@@ -211,9 +213,9 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     tokens, types = _vocabulary(tokenizer, vocab_size)
     if tokenizer["model"].get("byte_fallback"):
         writer.add_tokenizer_model("llama")
-        writer.add_token_scores(
-            [-float(number) for number in range(vocab_size)]
-        )  # llama.cpp merges the highest score first; lower ids were merged first in training
+        # llama.cpp merges the highest score first. Training merged lower ids first.
+        writer.add_token_scores([-float(number) for number in range(vocab_size)])
+        # Encoding a text shows whether the tokenizer puts a space before it.
         [first, *_] = Tokenizer.from_file(path).encode("a", add_special_tokens=False).tokens
         writer.add_add_space_prefix(first.startswith(SPACE))
     else:
@@ -230,7 +232,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
 
 
 def _vocabulary(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Returns every token and its type; rows of the embedding without a token are unused."""
+    """Returns the token and the type of each id; an id without a token becomes an unused pad."""
     from gguf import TokenType
 
     tokens = {number: token for token, number in tokenizer["model"]["vocab"].items()}
@@ -252,7 +254,7 @@ def _pre_tokenizer(pre_tokenizer: Mapping[str, Any]) -> str:
     """Returns llama.cpp's name of a pre-tokenizer.
 
     Raises:
-        RecipeError: There is none in ``SPLITS``.
+        RecipeError: Neither ``SPLITS`` nor this function has a name for it.
     """
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     for step in steps:
@@ -265,6 +267,6 @@ def _pre_tokenizer(pre_tokenizer: Mapping[str, Any]) -> str:
     if types == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
     raise RecipeError(
-        f"pre_tokenizer={pre_tokenizer}: no llama.cpp name for it is known.",
+        f"pre_tokenizer={pre_tokenizer} has no known name in llama.cpp.",
         "leave export_gguf out (gguf=null), or add the name to SPLITS in nemo_convert/gguf_file.py",
     )

@@ -1,4 +1,4 @@
-"""Reads which tensors a model has from the headers of its safetensors files. Torch-free."""
+"""Reads the names, types and shapes of a model's tensors from safetensors headers. Torch-free."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_convert.hub import (
     is_hub_id,
     read_index,
     side_folder,
-    unreachable,
+    unreachable_error,
 )
 from recipes.core.errors import RecipeError
 
@@ -37,7 +37,7 @@ class StoredTensor:
     begin: int = 0
     """Offset of its first byte in a local file."""
     end: int = 0
-    """Offset behind its last byte in a local file."""
+    """Offset after its last byte in a local file."""
 
 
 Headers = Mapping[str, StoredTensor]
@@ -62,7 +62,7 @@ def weight_files(folder: Path) -> list[Path]:
     files = [folder / name for name in sorted(set(read_index(folder).values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise RecipeError(
-            f"{folder}: {', '.join(missing)} of {INDEX_FILE} is missing.",
+            f"{folder} does not have {', '.join(missing)}, which {INDEX_FILE} lists.",
             "download the model again, or copy all of its shards",
         )
     return files
@@ -138,7 +138,7 @@ def _read_hub_headers(hf_path: str) -> dict[str, StoredTensor]:
 
 
 def _hub_weight_files(hf_path: str) -> list[str]:
-    """Lists what ``weight_files`` would list after a download."""
+    """Lists the files that ``weight_files`` would list after a download."""
     from huggingface_hub import HfApi
 
     if HfApi().file_exists(filename=WEIGHTS_FILE, **hub_model(hf_path)):
@@ -156,16 +156,16 @@ def _read_hub_header(hf_path: str, file: str) -> dict[str, StoredTensor]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 
-    api, complete = HfApi(), "choose a complete revision of the model: model.hf_path=NAME@COMMIT"
+    fix = "choose a complete revision of the model: model.hf_path=NAME@COMMIT"
     try:
-        header = api.parse_safetensors_file_metadata(filename=file, **hub_model(hf_path))
+        header = HfApi().parse_safetensors_file_metadata(filename=file, **hub_model(hf_path))
     except EntryNotFoundError as error:
-        what = f"{file} of {INDEX_FILE} is missing in {hf_path} on the hub."
-        raise RecipeError(what, complete) from error
+        what = f"{hf_path} does not have {file} on the hub, which {INDEX_FILE} lists."
+        raise RecipeError(what, fix) from error
     except (SafetensorsParsingError, struct.error) as error:
-        raise RecipeError(f"{file} of {hf_path} is damaged on the hub.", complete) from error
+        raise RecipeError(f"{file} of {hf_path} is damaged on the hub.", fix) from error
     except Exception as error:
-        raise unreachable(hf_path, f"the header of {file}", error) from error
+        raise unreachable_error(hf_path, f"the header of {file}", error) from error
     return {
         name: StoredTensor(file, tensor.dtype, tuple(tensor.shape))
         for name, tensor in header.tensors.items()

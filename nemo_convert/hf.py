@@ -113,7 +113,7 @@ def write_weights(
     """Writes shards; a thread writes one shard while the caller's thread reads the next.
 
     At most two shards are in memory. The caller's thread reads ``tensors``, because the fake tensor
-    mode of a rehearsal holds for one thread.
+    mode of a rehearsal applies to that thread only.
     """
     from safetensors.torch import save_file
 

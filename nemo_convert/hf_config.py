@@ -1,4 +1,4 @@
-"""A model's shape from Hugging Face's ``config.json``, and back. Torch-free."""
+"""Reads a model's shape from ``config.json``, and writes a changed one back. Torch-free."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIZES = (
 )
 """Keys whose value must be a positive integer."""
 NULLABLE_SIZES = ("head_dim", "num_key_value_heads", "sliding_window")
-"""Sizes that may be null as well: they then follow from another key, or there is no window."""
+"""Sizes that may also be null. They then follow from another key, or there is no window."""
 
 
 def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -61,9 +61,9 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key, value in renamed.items():
         if config.get(key) not in (None, value):
             raise RecipeError(
-                f"{where}: {key}={config[key]} contradicts {value}, which config.json has in the "
-                "spelling of transformers 5.",
-                f"remove the wrong one of {key} and of {', '.join(TRANSFORMERS_5)}",
+                f"{where}: {key}={config[key]} contradicts {value}, which config.json has under a "
+                "key of transformers 5.",
+                f"remove the wrong one: {key}, or the key among {', '.join(TRANSFORMERS_5)}",
             )
     dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
     if dtype in DTYPES.values():
@@ -121,7 +121,15 @@ def rms_norm_eps(config: Mapping[str, Any]) -> float:
 
 
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
-    """The shape in a ``config.json`` from ``where``; refuses what is missing or not supported."""
+    """Reads the shape in a ``config.json``.
+
+    Args:
+        config: Content of ``config.json``.
+        where: The model's path or id, for messages.
+
+    Raises:
+        RecipeError: A key is missing, invalid or not supported.
+    """
     config = as_transformers_4(config, where)
     name = _architecture_name(config, where)
     if name not in FAMILIES:
@@ -154,7 +162,8 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
         )
     except KeyError as error:
         raise RecipeError(
-            f"{where}: config.json has no {error}.", "transformers' save_pretrained writes it"
+            f"{where}: config.json has no {error}.",
+            "save the model again with transformers' save_pretrained, which writes it",
         ) from error
 
 
@@ -189,6 +198,7 @@ def _require_numbers(config: Mapping[str, Any], where: str) -> None:
     constants: dict[str, Any] = {key: config.get(key) for key in ("rope_theta", "rms_norm_eps")}
     if "factor" in scaling or scaling.get("rope_type") == "llama3":
         factor = scaling.get("factor")
+        # A missing factor is an error, a missing constant is not: the loop below skips None.
         constants["rope_scaling.factor"] = "null" if factor is None else factor
     for key, value in constants.items():
         is_number = type(value) in (int, float) and math.isfinite(value)
@@ -216,7 +226,7 @@ def _require_consistent_sizes(family: Family, config: Mapping[str, Any], where: 
 
 
 def with_shape(config: Mapping[str, Any], shape: Architecture) -> dict[str, Any]:
-    """A model's ``config.json`` for another shape of the same family."""
+    """Returns a model's ``config.json`` with the sizes of another shape of its family."""
     sizes = {hf: getattr(shape, megatron) for megatron, hf in shape.hf_names().items()}
     changed = {**config, **sizes}
     if changed.get("layer_types"):  # one entry per layer; all are "full_attention"
@@ -240,16 +250,16 @@ def _unsupported(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[st
         if config.get(name):
             yield f"{name}={config[name]}", "use a model without it"
     if set(config.get("layer_types") or ()) - {"full_attention"}:
-        yield f"layer_types={config['layer_types']}", "use a model with full_attention alone"
-    for name, only in (("hidden_act", "silu"), ("decoder_sparse_step", 1)):
-        if config.get(name, only) != only:
-            yield f"{name}={config[name]}", f"use a model with {name}={only}"
+        yield f"layer_types={config['layer_types']}", "use a model with full_attention only"
+    for name, supported in (("hidden_act", "silu"), ("decoder_sparse_step", 1)):
+        if config.get(name, supported) != supported:
+            yield f"{name}={config[name]}", f"use a model with {name}={supported}"
     if (
         family.has(EXPERTS)
         and config.get("norm_topk_prob")
         and config.get("num_experts_per_tok") == 1
     ):
-        # Megatron's softmax over the selected expert alone would weight it by 1.
+        # Megatron refuses a softmax over one selected expert, since its gradient is zero.
         yield (
             "norm_topk_prob=true with num_experts_per_tok=1",
             "use a model with num_experts_per_tok of 2 or more",
@@ -264,15 +274,15 @@ def _unsupported(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    scaling, known = config.get("rope_scaling"), family.rope_scaling
-    is_known = scaling is not None and {**scaling, "factor": None} == {**known, "factor": None}
-    if scaling and not is_known:
-        allowed = f"rope_scaling={known} and any factor" if known else "no rope_scaling"
+    scaling, supported = config.get("rope_scaling"), family.rope_scaling
+    # Any factor is supported, so it is left out of the comparison.
+    if scaling and {**scaling, "factor": None} != {**supported, "factor": None}:
+        allowed = f"rope_scaling={supported} and any factor" if supported else "no rope_scaling"
         yield f"rope_scaling={scaling}", f"use a model with {allowed}"
     positions, window = config.get("max_position_embeddings", 2048), config.get("sliding_window")
     if config.get("use_sliding_window", True) and window is not None and window < positions:
         yield (
             f"sliding_window={window}",
-            f"its {positions} positions see only {window} tokens: set max_position_embeddings to "
-            f"{window} in its config.json, if no text will be longer",
+            f"set max_position_embeddings ({positions}) to {window} in its config.json, if no text "
+            "will be longer",
         )

@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
 SIDE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "LICENSE*", "README.md")
 """Files of a model other than weights, which every conversion copies."""
 ADAPTER = "adapter_config.json"
-"""Where it is, transformers loads an adapter on another model."""
+"""In a folder with this file, transformers loads an adapter and the model that it names."""
 HUB_SECONDS = 2.0
 """Seconds that ``is_config_available`` waits for the hub."""
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
@@ -42,7 +42,7 @@ def is_hub_id(hf_path: str) -> bool:
 
 
 def hub_model(hf_path: str) -> dict[str, str | None]:
-    """Returns a hub id as arguments of ``huggingface_hub``; without a commit, the newest."""
+    """Returns a hub id as arguments of ``huggingface_hub``. No revision means the newest."""
     match = _HUB_ID.fullmatch(hf_path)
     assert match is not None
     return {"repo_id": match["name"], "revision": match["revision"]}
@@ -126,12 +126,12 @@ def is_offline() -> bool:
 
 
 def download(hf_path: str) -> Path:
-    """Returns the snapshot of a hub model with exactly the files that transformers reads.
+    """Downloads exactly the files of a hub model that transformers reads; returns their folder.
 
     Raises:
         RecipeError: The hub does not have the model, or cannot be reached.
     """
-    # The folder of a snapshot is named by its commit, so that the weights are of the same one.
+    # The name of a snapshot's folder is its commit. The weights must be of the same commit.
     commit = side_folder(hf_path).name
     folder = _download(hf_path, [WEIGHTS_FILE], commit)
     if (folder / WEIGHTS_FILE).is_file() or not (folder / INDEX_FILE).is_file():
@@ -150,7 +150,7 @@ def _download(hf_path: str, patterns: Sequence[str], revision: str | None = None
     try:
         return Path(snapshot_download(allow_patterns=[*patterns], ignore_patterns=folders, **model))
     except Exception as error:
-        raise unreachable(hf_path, "files", error) from error
+        raise unreachable_error(hf_path, "files", error) from error
 
 
 def is_config_available(hf_path: str) -> bool:
@@ -203,11 +203,11 @@ def _hub_file(hf_path: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(filename=name, **hub_model(hf_path)))
     except Exception as error:
-        raise unreachable(hf_path, name, error) from error
+        raise unreachable_error(hf_path, name, error) from error
 
 
-def unreachable(hf_path: str, name: str, error: Exception) -> RecipeError:
-    """Returns the error for something of a hub model that cannot be downloaded."""
+def unreachable_error(hf_path: str, name: str, error: Exception) -> RecipeError:
+    """Returns the error for a file of a hub model that cannot be downloaded."""
     return RecipeError(
         f"could not read {name} of '{hf_path}' from the Hugging Face hub: {error}",
         "check the id, the network, and HF_TOKEN for a gated model",

@@ -1,4 +1,4 @@
-"""NeMo 2 checkpoints: building, saving, restoring and reading them.
+"""Builds, saves, restores and reads NeMo 2 checkpoints.
 
 A checkpoint is a directory ``<name>.nemo`` with ``weights/`` (Megatron's torch_dist format) and
 ``context/`` (NeMo's serialised model config; tokenizer, templates and generation config in
@@ -34,12 +34,13 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS, CONTEXT, SIDE = "weights", "context", "hf"
-"""Directories of a checkpoint, and in the context that of the Hugging Face files."""
+"""Directories of a checkpoint: weights; context; in the context, the Hugging Face files."""
 EXTRA_STATE = "_extra_state"
+"""End of the names of FP8 states that TransformerEngine's modules store."""
 SEED = 1234
 CHAT_TEMPLATES = "additional_chat_templates"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Settings of generation that have a meaning with ``do_sample`` only."""
+"""Generation settings that are used with ``do_sample`` only."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def initialize(parallel: Parallelism) -> None:
 
 
 def tensor_group() -> Any:
-    """The tensor-parallel group, or ``None`` at size 1."""
+    """Returns the tensor-parallel group, or ``None`` at size 1."""
     from megatron.core import parallel_state
 
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
@@ -96,7 +97,7 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
         except (tarfile.TarError, OSError) as error:
             raise RecipeError(
                 f"{path} cannot be unpacked safely: {error}",
-                "copy it again if it is incomplete; do not use it if paths leave its directory",
+                "copy it again if it is incomplete; do not use it if a path in it leads outside",
             ) from error
         path = scratch
     if not (path / WEIGHTS).is_dir() or not (path / CONTEXT / "io.json").is_file():
@@ -125,7 +126,7 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     """Reads the Hugging Face ``config.json`` in a checkpoint.
 
     Raises:
-        RecipeError: There is none, as in checkpoints that NeMo's own importer wrote.
+        RecipeError: The file is absent, as in checkpoints that NeMo's own importer wrote.
     """
     file = side_folder(checkpoint) / "config.json"
     if not file.is_file():
@@ -138,7 +139,7 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def side_folder(checkpoint: Path) -> Path:
-    """Returns the folder of the tokenizer and the model's other files that are not weights."""
+    """Returns the folder of the side files: tokenizer, templates and Hugging Face configs."""
     return checkpoint / CONTEXT / SIDE
 
 
@@ -167,7 +168,7 @@ def new_model(hf_folder: Path) -> Any:
         config = importer.config
     # __io__ is the recorded config, which the context stores. reinit builds the object from it.
     explicit = {**_fields_that_importers_omit(arch), "rotary_base": rope_theta(hf_config)}
-    for name, value in {**explicit, **family.settings(hf_config)}.items():
+    for name, value in {**explicit, **family.corrections(hf_config)}.items():
         setattr(config.__io__, name, value)
     return resolve_name(family.model)(io.reinit(config), tokenizer=AutoTokenizer(str(hf_folder)))
 
@@ -183,7 +184,7 @@ def _record_arguments() -> None:
 
     classes = GPTConfig.__subclasses__()
     for derived in classes:
-        classes += derived.__subclasses__()  # extends this loop
+        classes += derived.__subclasses__()  # the loop visits these, too
         if "__init__" in vars(derived) and "__wrapped_init__" not in vars(derived):
             derived.__wrapped_init__ = False
 
@@ -328,7 +329,7 @@ def _with_norm_states(state: dict[str, Any]) -> dict[str, Any]:
     norms = {}
     for name, item in state.items():
         if item.key.endswith("norm.weight"):  # those fused into a linear layer are …_norm_weight
-            axes = item.prepend_axis_num  # leading axes: the layer; without any, the shape is (1,)
+            axes = item.prepend_axis_num  # 1 if the layer is an axis of the weight, else 0
             norms[name.replace("weight", EXTRA_STATE)] = ShardedObject(
                 item.key.replace("weight", EXTRA_STATE),
                 None,
@@ -348,7 +349,7 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as temporary:
         staged = Path(temporary) / SIDE
         copy_side_files(side, staged)
-        shutil.rmtree(staged / CHAT_TEMPLATES, ignore_errors=True)  # NeMo copies files only
+        shutil.rmtree(staged / CHAT_TEMPLATES, ignore_errors=True)  # NeMo cannot copy a directory
         tokenizer = AutoTokenizer(str(staged))
         model.tokenizer = tokenizer
         model.__io__.tokenizer = tokenizer.__io__
@@ -357,7 +358,7 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
         context = TrainerContext(model=model, trainer=trainer, extra={})
         shutil.rmtree(checkpoint / CONTEXT, ignore_errors=True)
         context.io_dump(checkpoint / CONTEXT, yaml_attrs=["model"])
-        copy_side_files(side, side_folder(checkpoint))  # adds the directory of chat templates
+        copy_side_files(side, side_folder(checkpoint))  # restores the directory of chat templates
 
 
 @contextmanager
@@ -374,7 +375,7 @@ def outside_slurm() -> Iterator[None]:
 def leading_axes(arch: Architecture) -> dict[str, int]:
     """Returns the number of leading axes (layer, expert) of each key in a checkpoint."""
     weights = FAMILIES[arch.hf_architecture].weights
-    return {f"module.{weight.stored}": len(weight.counts(arch)) for weight in weights}
+    return {f"module.{weight.checkpoint_key}": len(weight.counts(arch)) for weight in weights}
 
 
 def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -382,7 +383,7 @@ def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
     from nemo_convert import streaming
 
     arch = architecture_of(checkpoint)
-    rows = {f"module.{w.stored}": w for w in FAMILIES[arch.hf_architecture].weights}
+    weights = {f"module.{w.checkpoint_key}": w for w in FAMILIES[arch.hf_architecture].weights}
     for key, index, tensor in streaming.read_weights(checkpoint / WEIGHTS, leading_axes(arch)):
-        numbers = zip(rows[key].counts(arch), index, strict=True)
-        yield rows[key].megatron.format(**dict(numbers)), tensor
+        numbers = zip(weights[key].counts(arch), index, strict=True)
+        yield weights[key].megatron.format(**dict(numbers)), tensor

@@ -1,8 +1,8 @@
-"""Parity gates: a converted model has the same weights and logits.
+"""Parity gates: check that a converted model has the same weights and logits.
 
-The reference is the plain PyTorch forward pass of ``reference``, for the config that ``hf_config``
-has read. NeMo and transformers must each agree with it. Both read configs with the same version of
-transformers, so they may share an error.
+NeMo and transformers must each agree with the plain PyTorch forward pass of ``reference``. If they
+only agree with each other, they may share an error, since both read configs with the same version
+of transformers.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 LOGITS_TOLERANCE = 1e-3
 """Largest logit difference in float32, as a fraction of the logits' standard deviation. Rounding
-gives about 1e-5 of it, a wrong conversion a tenth or more."""
+gives about 1e-5, a wrong conversion 0.1 or more."""
 TOKENS = 128
 """Tokens of ``TEXT`` that are compared."""
 ADJACENT = 64
-"""Tokens at positions 0, 1, 2, …; the others are spread up to ``LAST_POSITION``."""
+"""Number of tokens at positions 0, 1, 2, …; the others are spread up to ``LAST_POSITION``."""
 LAST_POSITION = 2047
 TEXT = """\
 A lighthouse keeper wrote down the weather every evening for forty-one years. On most nights the
@@ -63,7 +63,7 @@ class Parity:
     """Standard deviation of the reference's logits."""
     tokens: int
     different_weight: str | None
-    """A weight that the checkpoint does not have, or has with other values."""
+    """A weight that one side does not have, or that has other values there."""
 
     @property
     def max_logit_difference(self) -> float:
@@ -71,15 +71,14 @@ class Parity:
         return float(np.maximum(self.nemo_difference, self.transformers_difference))
 
     def require(self, what: str) -> Parity:
-        """Raises ``RecipeError`` unless the models are equal; returns itself.
+        """Returns itself; raises ``RecipeError`` unless the models are equal.
 
         Args:
             what: Names the comparison in the message.
         """
         if self.different_weight is not None:
             raise RecipeError(
-                f"parity gate failed: {what}: {self.different_weight} differs after the round "
-                "trip.",
+                f"parity gate failed: {what}: {self.different_weight} differs between the two.",
                 "do not use this checkpoint; convert the source again",
             )
         tolerance = LOGITS_TOLERANCE * self.logit_spread
@@ -98,7 +97,7 @@ class Parity:
 
 
 def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
-    """Compares a Hugging Face folder with a NeMo checkpoint, one model in memory after the other.
+    """Compares a Hugging Face folder with a NeMo checkpoint, with one model in memory at a time.
 
     Logits are compared on ``TEXT`` in float32. Weights are read back from the checkpoint's files
     and compared for equality, every row of the vocabulary included.
@@ -106,7 +105,7 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     Args:
         hf_folder: Hugging Face folder.
         checkpoint: NeMo checkpoint directory.
-        core: Megatron model to compute logits with, instead of the checkpoint's.
+        core: Megatron model that computes NeMo's logits; by default, the checkpoint's.
     """
     import torch
     from transformers import AutoTokenizer
@@ -120,7 +119,7 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
         expected = reference_logits(config, weights.read, tokens, positions)
         transformers = load_causal_lm(hf_folder)(
             tokens,
-            # Without a mask, transformers takes each jump of the positions for a new document.
+            # Without a mask, transformers starts a new document at each jump of the positions.
             attention_mask=torch.ones_like(tokens),
             position_ids=positions[None],
         ).logits
@@ -180,6 +179,7 @@ def _rope_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
     """
 
     def select(rope: Any, arguments: Any, angles: torch.Tensor) -> torch.Tensor:
+        # forward() does not call hooks, so this one does not call itself.
         return rope.forward(int(positions[-1]) + 1)[positions.to(angles.device)]
 
     hook = core.rotary_pos_emb.register_forward_hook(select)
@@ -204,7 +204,7 @@ def different_weight(source: Weights, checkpoint: Path) -> str | None:
             return name
         names.remove(name)
         original = source.read(name)
-        # A folder of several types was converted to float32, which holds all values exactly.
+        # A folder of several dtypes was converted to float32, which holds all values exactly.
         wider = torch.promote_types(original.dtype, tensor.dtype)
         if not torch.equal(original.to(wider), tensor.to(wider)):
             return name
@@ -231,7 +231,7 @@ def load_core(checkpoint: Path, model: Any = None) -> torch.nn.Module:
 
     Args:
         checkpoint: NeMo checkpoint directory.
-        model: NeMo model to build, instead of the one in the checkpoint's context.
+        model: NeMo model to build; by default, the one in the checkpoint's context.
     """
     import torch
 

@@ -37,7 +37,7 @@ from recipes.core.files import read_json
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 GENERATION_CONFIG = "generation_config.json"
 MAX_NAMED = 3
-"""A message names at most this many weights, and says how many more there are."""
+"""Most weights that a message names."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Finding:
 
 
 def check_model(hf_path: str) -> Iterator[Finding]:
-    """Yields what is wrong with a model folder or hub model.
+    """Yields the faults of a model folder or hub model.
 
-    Only headers and small files are read, except where a head and a tied embedding are both in a
-    local folder: their bytes are compared.
+    Only headers and small files are read, with one exception: if a local folder has both a head and
+    a tied embedding, their bytes are compared.
 
     Raises:
         RecipeError: The config cannot be read, or the hub cannot be reached.
@@ -102,7 +102,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def require_convertible(hf_path: str) -> None:
-    """Raises ``RecipeError`` for a model that ``check_model`` finds an error in."""
+    """Raises ``RecipeError`` if ``check_model`` finds an error in a model."""
     errors = [finding for finding in check_model(hf_path) if finding.is_error]
     if errors:
         raise RecipeError("\n".join(error.what for error in errors), errors[0].fix)
@@ -124,7 +124,7 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
     wrong += sorted(index.keys() ^ headers.keys())
     if wrong:
         yield Finding(
-            f"{INDEX_FILE} and the shards differ about {_named(wrong)}.",
+            f"{INDEX_FILE} and the shards disagree about {_list_names(wrong)}.",
             "download the model again, or save it with save_pretrained",
         )
 
@@ -140,22 +140,22 @@ def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Ite
         )
     elif missing:
         yield Finding(
-            f"{hf_path} has no {_named(missing)}, which config.json implies.",
+            f"{hf_path} has no {_list_names(missing)}, which config.json implies.",
             "the weights are incomplete or of another model: download it again",
         )
     for name in sorted(expected.keys() & headers.keys()):
         if headers[name].shape != expected[name]:
             yield Finding(
-                f"{name} is {[*headers[name].shape]} in {headers[name].file}, but "
-                f"{[*expected[name]]} by config.json.",
-                "config.json and weights are of different models, or vocab_size is wrong",
+                f"{name} has shape {[*headers[name].shape]} in {headers[name].file}, but "
+                f"{[*expected[name]]} according to config.json.",
+                "use config.json and weights of the same model, or correct vocab_size",
             )
             return
     extra = headers.keys() - expected.keys()
     if extra := extra - ({HEAD} if shape.tied_embeddings else set()):
         yield Finding(
-            f"{hf_path} has {_named(extra)}, which {shape.hf_architecture} does not have.",
-            "save the model without these weights; a conversion would lose them",
+            f"{hf_path} has {_list_names(extra)}, which {shape.hf_architecture} does not have.",
+            "save the model without these weights: a conversion would drop them",
         )
 
 
@@ -184,7 +184,7 @@ def _dtype_findings(hf_path: str, headers: Headers, config: Mapping[str, Any]) -
     configured = config.get("torch_dtype")
     if configured is not None and stored != [configured]:
         yield Finding(
-            f"the weights of {hf_path} are {' and '.join(stored)}, config.json says {configured}.",
+            f"the weights of {hf_path} are {' and '.join(stored)}, torch_dtype={configured}.",
             f"none needed: {model_dtype(headers)} is used, which holds every weight exactly",
             is_error=False,
         )
@@ -202,8 +202,8 @@ def _generation_findings(folder: Path, shape: Architecture) -> Iterator[Finding]
     ids = [i for key in ("bos_token_id", "eos_token_id") for i in _as_list(config.get(key))]
     if wrong := [i for i in ids if not isinstance(i, int) or not 0 <= i < shape.vocab_size]:
         yield Finding(
-            f"{GENERATION_CONFIG} has the token {wrong[0]!r}, which is not an id of the "
-            f"{shape.vocab_size} tokens of the vocabulary.",
+            f"{GENERATION_CONFIG} has the token id {wrong[0]!r}: must be from 0 to "
+            f"{shape.vocab_size - 1}, the last id of the vocabulary.",
             "correct bos_token_id and eos_token_id",
         )
 
@@ -221,15 +221,15 @@ def _tokenizer_findings(folder: Path, hf_path: str, shape: Architecture) -> Iter
     if too_large := {token: i for token, i in vocabulary.items() if i >= shape.vocab_size}:
         token = min(too_large, key=lambda name: too_large[name])
         yield Finding(
-            f"the tokenizer of {hf_path} has {len(too_large)} tokens without an embedding, the "
-            f"first {token!r} with id {too_large[token]} (vocab_size is {shape.vocab_size}).",
+            f"the tokenizer of {hf_path} has {len(too_large)} tokens without an embedding; the "
+            f"first is {token!r} with id {too_large[token]} (vocab_size={shape.vocab_size}).",
             "use the tokenizer that the model was trained with, or resize the embeddings "
             "(resize_token_embeddings) and save the model",
         )
 
 
-def _named(names: Iterable[str]) -> str:
-    """Returns a few names, and the number of the others."""
+def _list_names(names: Iterable[str]) -> str:
+    """Returns the first ``MAX_NAMED`` names, and the number of the others."""
     ordered = sorted(names)
     others = len(ordered) - MAX_NAMED
     return ", ".join(ordered[:MAX_NAMED]) + (f" and {others} other weights" if others > 0 else "")

@@ -1,8 +1,8 @@
 """A plain PyTorch forward pass of every supported family: the reference of the parity gate.
 
-It executes the config as ``hf_config`` understood it. It shares no code with transformers or
-Megatron, so a key of the config that either of them reads differently shows up as different logits.
-Weights keep their Hugging Face names and layout. One layer is in memory at a time, in float32.
+It follows the config as ``hf_config`` reads it. It shares no code with transformers or Megatron: if
+either of them reads a key of the config differently, its logits differ. Weights have their Hugging
+Face names and layout. One layer is in memory at a time, in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def reference_logits(
 
     Args:
         config: ``config.json`` in the spelling of transformers 4 (``as_transformers_4``).
-        read: Reads a weight in any type.
+        read: Reads a weight of any dtype.
         tokens: Token ids [batch, sequence].
         positions: RoPE position of each token [sequence]. Attention is causal in the order of the
             tokens, whatever the positions are.
@@ -70,20 +70,19 @@ def inverse_frequencies(config: Mapping[str, Any], dim: int) -> Tensor:
     """
     frequencies = rope_theta(config) ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     scaling = config.get("rope_scaling") or {"rope_type": "default"}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "default":
+    if scaling["rope_type"] == "default":
         return frequencies
-    if kind != "llama3":
+    if scaling["rope_type"] != "llama3":
         raise ValueError(f"the reference does not have the RoPE scaling {scaling}")
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    # Rotations of each pair within the original context. Many: the frequency stays unscaled.
+    # Rotations of each pair within the original context: with many, the frequency stays unscaled.
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     unscaled = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (unscaled + (1 - unscaled) / scaling["factor"])
 
 
 def _rotations(config: Mapping[str, Any], dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns cosines and sines [sequence, dim] of RoPE's angles; both halves are equal."""
+    """Returns cosines and sines [sequence, dim] of RoPE's angles, repeated for both halves."""
     angles = torch.outer(positions.double(), inverse_frequencies(config, dim)).repeat(1, 2)
     return angles.cos().float(), angles.sin().float()
 

@@ -20,7 +20,7 @@ class ImportResult(ParityResult):
     licence: str
     """From the model card, or ``unknown``."""
     hub_commit: str | None = None
-    """Commit of a hub model: that of its id, or the newest at the time."""
+    """Commit of a hub model; the newest at the time of the download, if its id has none."""
 
 
 @dataclass(frozen=True)

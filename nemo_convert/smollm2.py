@@ -105,6 +105,7 @@ def _is_intact(folder: Path) -> bool:
         stamps = {n: FileStamp(**s) for n, s in read_json(folder / STAMPS).items()}
     except (OSError, RecipeError, TypeError):
         return False
+    # The file of hashes does not list itself.
     return changed_files(folder, stamps, rehash=True) == [f"{STAMPS} (added)"]
 
 

@@ -1,8 +1,7 @@
-"""Reads and writes torch_dist checkpoints one or two weights at a time.
+"""Reads and writes torch_dist checkpoints with one or two weights in memory at a time.
 
-Megatron-Core reads and writes whole state dicts. This module keeps its layout of a checkpoint
-(keys, shards, metadata). When it writes, it takes each tensor from a function. When it reads, it
-yields one tensor at a time.
+Megatron-Core reads and writes whole state dicts. This module writes the same layout (keys, shards,
+metadata), but takes each tensor from a function. When it reads, it yields one tensor at a time.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron's save strategy for one rank, with weights from a source instead of the model.
 
     Args:
-        source: Called from a thread, one weight ahead of the writer. The model's memory is never
-            touched.
-        leading: Number of leading axes of each key.
+        source: Called from a thread, one weight ahead of the writer. The tensors of the state dict
+            that is saved are never read.
+        leading: Number of leading axes (layer, expert) of each key.
     """
 
     def __init__(self, source: Source, leading: dict[str, int]) -> None:
@@ -57,12 +56,12 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         """Writes the shards of a sharded state dict."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         with _without_checksums(), closing(_SourcePlanner(self.source, self.leading)) as planner:
-            # Copying ahead, which needs a GPU, would change the order of the weights.
+            # Without copying ahead, which is for GPUs: it would change the order of the weights.
             writer = FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0)
             tensors = mcore_to_pyt_state_dict(by_key, False)
             try:
                 dcp.save(tensors, storage_writer=writer, planner=planner)
-            except CheckpointException as error:  # hides what the source raised
+            except CheckpointException as error:  # wraps the error that the source raised
                 cause, _ = error.failures[0]
                 raise cause from error
 
@@ -91,26 +90,27 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
         self._current: tuple[tuple[str, Index] | None, Tensor] = (None, torch.empty(0))
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Sets the order in which weights are read: that in which they are written."""
+        """Reads weights in the order in which the plan writes them."""
         plan: SavePlan = super().finish_plan(new_plan)
         keys = [key for item in plan.items if (key := self._key(item))]
         self._weights = _prefetch(self._source, list(dict.fromkeys(keys)))
         return plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """Returns the part of a weight that a shard holds.
+        """Returns the block of a weight that a shard holds.
 
-        The parts of a weight are written one after the other, so one weight is held at a time.
+        The blocks of a weight are written one after the other, so one weight is held at a time.
         """
         if (key := self._key(write_item)) is None:
             return super().resolve_data(write_item)
         if key != self._current[0]:
-            self._current = next(self._weights, self._current)  # at the end, the same one: an error
+            # After the last weight, the current one stays, and the next line raises an error.
+            self._current = next(self._weights, self._current)
             if key != self._current[0]:
                 raise RuntimeError(f"{key} is written where the plan has {self._current[0]}")
         axes, target = self._leading[key[0]], write_item.tensor_data
-        part = _box(self._current[1], target.chunk.offsets[axes:], target.chunk.sizes[axes:])
-        return part.reshape(target.chunk.sizes).to(target.properties.dtype)
+        block = _block(self._current[1], target.chunk.offsets[axes:], target.chunk.sizes[axes:])
+        return block.reshape(target.chunk.sizes).to(target.properties.dtype)
 
     def close(self) -> None:
         """Stops the thread and releases its weight."""
@@ -140,7 +140,7 @@ def _prefetch(
 
 
 def read_weights(folder: Path, leading: dict[str, int]) -> Iterator[tuple[str, Index, Tensor]]:
-    """Yields (key, index, weight) of each of these keys that a checkpoint has."""
+    """Yields (key, index, weight) for each key of ``leading`` that a checkpoint has."""
     reader = FileSystemReader(folder)
     metadata = read_metadata(folder)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -154,7 +154,7 @@ def read_weights(folder: Path, leading: dict[str, int]) -> Iterator[tuple[str, I
 def _read(
     reader: FileSystemReader, key: str, stored: TensorStorageMetadata, index: Index
 ) -> Tensor:
-    """Reads the tensor of one layer and expert from the shards that have parts of it."""
+    """Reads the tensor of one layer and expert from the shards that have blocks of it."""
     inner = stored.size[len(index) :]
     sizes = torch.Size([1] * len(index) + list(inner))
     chunk = ChunkStorageMetadata(torch.Size([*index, *[0] * len(inner)]), sizes)
@@ -167,12 +167,12 @@ def _read(
         return _read_item(reader, items[0]).reshape(inner)
     tensor = torch.empty(sizes, dtype=stored.properties.dtype)
     for item in items:
-        _box(tensor, item.dest_offsets, item.lengths).copy_(_read_item(reader, item))
+        _block(tensor, item.dest_offsets, item.lengths).copy_(_read_item(reader, item))
     return tensor.view(inner)
 
 
 def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
-    """Reads the contiguous bytes that cover a part of a shard.
+    """Reads the contiguous bytes that cover a block of a shard.
 
     Each shard is an uncompressed archive within its file.
     """
@@ -180,14 +180,15 @@ def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
     path = Path(reader.path) / location.relative_path
     with path.open("rb") as file, FakeTensorMode():  # finds where the data is, without reading it
         shard = torch.load(reader._slice_file(file, location), weights_only=True)
-        part = _box(shard, item.storage_offsets, item.lengths)
-        count = 1 + sum((n - 1) * s for n, s in zip(part.shape, part.stride(), strict=True))
+        block = _block(shard, item.storage_offsets, item.lengths)
+    # Elements from the block's first to its last, including those of the shard between its rows.
+    count = 1 + sum((n - 1) * s for n, s in zip(block.shape, block.stride(), strict=True))
     start = location.offset + shard.untyped_storage()._checkpoint_offset
-    start += part.storage_offset() * part.itemsize
-    data = torch.from_numpy(np.fromfile(path, np.uint8, count * part.itemsize, offset=start))
-    return data.view(part.dtype).as_strided(part.shape, part.stride())
+    start += block.storage_offset() * block.itemsize
+    data = torch.from_numpy(np.fromfile(path, np.uint8, count * block.itemsize, offset=start))
+    return data.view(block.dtype).as_strided(block.shape, block.stride())
 
 
-def _box(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+def _block(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
     slices = (slice(o, o + size) for o, size in zip(offsets, sizes, strict=True))
     return tensor[tuple(slices)]

@@ -12,7 +12,7 @@ from recipes.core.files import read_json, write_json
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SENTENCEPIECE = "tokenizer.model"
 GENERIC = "PreTrainedTokenizerFast"
-"""Class that uses ``tokenizer.json`` unchanged, in both versions."""
+"""Class that uses ``tokenizer.json`` unchanged, in transformers 4 and 5."""
 CLASSES = {
     "CodeLlamaTokenizer",
     "GPT2Tokenizer",
@@ -20,14 +20,14 @@ CLASSES = {
     "PreTrainedTokenizer",
     "Qwen2Tokenizer",
 }
-"""Classes of transformers 4 for the supported families; each also with the suffix ``Fast``."""
+"""Tokenizer classes of transformers 4 for the supported families, without the suffix ``Fast``."""
 ONLY_TRANSFORMERS_5 = ("backend", "extra_special_tokens", "is_local", "local_files_only")
 """Settings that transformers 5 writes. Version 4 does not have them, or expects another type:
 ``extra_special_tokens`` is a dict there."""
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """Returns ``tokenizer_config.json``, or nothing if there is none."""
+    """Returns ``tokenizer_config.json``, or an empty dict if there is none."""
     file = folder / CONFIG
     return read_json(file) if file.is_file() else {}
 
@@ -55,8 +55,8 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
         )
     if not _is_of_transformers_5(config) and name.removesuffix("Fast") not in CLASSES:
         raise RecipeError(
-            f"{folder / CONFIG} names the class {name}, which would run code of the model or is "
-            "not known here.",
+            f"{folder / CONFIG} names the class {name}, which is unknown here or would run code of "
+            "the model.",
             f'set tokenizer_class to "{GENERIC}" if {TOKENIZER} is complete',
         )
     return {**vocabulary, **_added_tokens(folder, config)}
@@ -71,8 +71,8 @@ def convert_tokenizer(folder: Path) -> None:
     """Rewrites a folder's files so that transformers 4 and 5 load the same tokenizer from them.
 
     transformers 4 cannot read the settings of version 5, and its classes may add other special
-    tokens. The versions also convert ``tokenizer.model`` differently: version 5 adds no beginning
-    of the text unless the settings say so.
+    tokens. The versions also convert ``tokenizer.model`` differently: version 5 adds BOS only if
+    the settings say so.
 
     Raises:
         RecipeError: transformers cannot convert the sentencepiece model.

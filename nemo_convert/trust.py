@@ -19,7 +19,7 @@ from recipes.core.files import read_json
 
 TRUST = "TRUST_CHECKPOINTS"
 """Environment variable: with ``1``, all checkpoints are opened."""
-KNOWN = frozenset(
+CONTEXT_OBJECTS = frozenset(
     (
         "builtins.dict",
         "builtins.list",
@@ -37,10 +37,10 @@ KNOWN = frozenset(
         "transformers.generation.configuration_utils.GenerationConfig",
     )
 )
-"""Objects that contexts name, in addition to the classes of models."""
+"""Objects that contexts may name, in addition to ``MODELS`` and ``TYPES``."""
 MODELS = re.compile(r"nemo\.collections\.llm\.gpt\.model\.\w+\.\w+(Config\w*|Model)")
 TYPES = re.compile(r"torch\.(bfloat16|float16|float32)")
-METADATA = frozenset(
+METADATA_OBJECTS = frozenset(
     (
         "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata",
         "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan",
@@ -61,7 +61,7 @@ METADATA = frozenset(
         "torch.serialization._get_layout",
     )
 )
-"""Objects that ``weights/.metadata`` names."""
+"""Objects that ``weights/.metadata`` may name, in addition to ``TYPES``."""
 
 
 def require_known_context(io_json: Path) -> None:
@@ -71,14 +71,14 @@ def require_known_context(io_json: Path) -> None:
         RecipeError: It names an unknown object, and ``TRUST_CHECKPOINTS`` is not 1.
     """
     names = set(_names(read_json(io_json)))
-    unknown = sorted(n for n in names - KNOWN if not MODELS.fullmatch(n) and not TYPES.fullmatch(n))
+    others = sorted(names - CONTEXT_OBJECTS)
+    unknown = [n for n in others if not MODELS.fullmatch(n) and not TYPES.fullmatch(n)]
     if unknown and os.environ.get(TRUST) != "1":
         raise RecipeError(
-            f"{io_json} names {', '.join(unknown[:5])}: opening it would run that as you.",
-            "convert the weights alone with python -m nemo_convert to-hf SRC DST, which does not "
+            f"{io_json} names {', '.join(unknown[:5])}: opening it would run that code.",
+            "convert only the weights with python -m nemo_convert to-hf SRC DST, which does not "
             "open the context, and set model.hf_path=DST; or, if you trust its author, set "
-            f"{TRUST}=1 "
-            f"(+cluster.env.{TRUST}='1' for stages)",
+            f"{TRUST}=1 (+cluster.env.{TRUST}='1' for stages)",
         )
 
 
@@ -95,13 +95,11 @@ def _names(value: Any) -> Iterator[str]:
 
 
 def require_no_remote_code(config: Any, checkpoint: Path) -> None:
-    """Refuses a context, read but not built, in which some call has ``trust_remote_code``.
-
-    Only the config that Fiddle has read shows the arguments: the names in the file's items are
-    labels without a meaning.
+    """Refuses a context in which a call has ``trust_remote_code``.
 
     Args:
-        config: Fiddle's config of the model.
+        config: Fiddle's config of the model, not built yet. The names of arguments in ``io.json``
+            cannot be checked instead, because Fiddle ignores them.
         checkpoint: For the message.
 
     Raises:
@@ -114,8 +112,8 @@ def require_no_remote_code(config: Any, checkpoint: Path) -> None:
         arguments = value.__arguments__ if isinstance(value, Buildable) else {}
         if arguments.get("trust_remote_code") and os.environ.get(TRUST) != "1":
             raise RecipeError(
-                f"{checkpoint} asks for trust_remote_code: opening it would run code that it has.",
-                f"use a checkpoint without it; or, if you trust who made it, set {TRUST}=1",
+                f"{checkpoint} sets trust_remote_code: opening it would run code in it.",
+                f"use a checkpoint without it; or, if you trust its author, set {TRUST}=1",
             )
 
 
@@ -137,9 +135,10 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Imports a known object."""
         full_name = f"{module}.{name}"
-        if full_name in METADATA or TYPES.fullmatch(full_name) or os.environ.get(TRUST) == "1":
+        is_known = full_name in METADATA_OBJECTS or TYPES.fullmatch(full_name)
+        if is_known or os.environ.get(TRUST) == "1":
             return super().find_class(module, name)
         raise RecipeError(
-            f"{self._path} names {full_name}: opening it would run that as you.",
-            f"ask for the weights as safetensors; or, if you trust who made it, set {TRUST}=1",
+            f"{self._path} names {full_name}: opening it would run that code.",
+            f"get the weights as safetensors; or, if you trust its author, set {TRUST}=1",
         )

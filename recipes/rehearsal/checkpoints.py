@@ -103,7 +103,7 @@ def _stored_shapes(checkpoint: Path) -> dict[str, Shape]:
     arch = nemo.architecture_of(checkpoint)
     rows = FAMILIES[arch.hf_architecture].weights
     return {
-        f"module.{row.stored}": (*row.counts(arch).values(), *row.shape(arch))
+        f"module.{row.checkpoint_key}": (*row.counts(arch).values(), *row.shape(arch))
         for row in rows
         if not (arch.tied_embeddings and row.megatron == OUTPUT_WEIGHT)
     }

@@ -287,7 +287,7 @@ def _invalid_configs() -> Iterator[Variant]:
 def _refused_weights() -> Iterator[Variant]:
     yield Variant("no weights", remove(WEIGHTS), "has neither model.safetensors nor")
     two = ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
-    yield Variant("no shard", all_of(shards(two), remove(two[1])), f"{two[1]} .*is missing")
+    yield Variant("no shard", all_of(shards(two), remove(two[1])), f"does not have {two[1]}, which")
     yield Variant("no index", all_of(shards(two), remove(INDEX)), "has neither")
     damaged = all_of(shards(two), content(INDEX, "{"))
     yield Variant("damaged index", damaged, "is not valid JSON")
@@ -297,9 +297,9 @@ def _refused_weights() -> Iterator[Variant]:
     without = all_of(shards(two), edit(INDEX, metadata=ABSENT))
     yield Variant("index without metadata", without, "has no metadata")
     listed = shards(two, {"model.extra": two[0]})
-    yield Variant("index with another tensor", listed, "the shards differ about model.extra")
+    yield Variant("index with another tensor", listed, "the shards disagree about model.extra")
     moved = shards(two, {QUERY: two[0], EMBEDDING: two[1]})
-    yield Variant("index with wrong shards", moved, "the shards differ about")
+    yield Variant("index with wrong shards", moved, "the shards disagree about")
     for name, text, refused in (
         ("an LFS pointer", "version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         ("empty", "", "is empty"),
@@ -320,9 +320,9 @@ def _refused_weights() -> Iterator[Variant]:
     ):
         yield Variant(f"extra {name}", add(name, *shape), f"has {name}, which LlamaForCausalLM")
     for name, shape in ((QUERY, (32, 64)), (EMBEDDING, (300, 64)), ("model.norm.weight", (32,))):
-        yield Variant(f"shape of {name}", add(name, *shape), f"{name} is .* by config.json")
+        yield Variant(f"shape of {name}", add(name, *shape), f"{name} has shape .* according to")
     for key, value in (("vocab_size", 300), ("intermediate_size", 96), ("head_dim", 8)):
-        yield Variant(f"other {key}", config(**{key: value}), "by config.json")
+        yield Variant(f"other {key}", config(**{key: value}), "according to config.json")
     yield Variant("fewer layers", config(num_hidden_layers=1), "model.layers.1")
     yield Variant("more layers", config(num_hidden_layers=3), "has no model.layers.2")
     tied = config(tie_word_embeddings=True)
@@ -341,7 +341,7 @@ def _refused_settings() -> Iterator[Variant]:
     yield Variant("list in generation", content(generation, "[]"), "not contain a JSON object")
     for value in (999, -5, "</s>", [0, 999]):
         change = edit(generation, eos_token_id=value)
-        yield Variant(f"eos {value!r}", change, "which is not an id of the")
+        yield Variant(f"eos {value!r}", change, "must be from 0 to")
     tokenizer = "tokenizer_config.json"
     no_tokenizer = remove("tokenizer.json", tokenizer, "special_tokens_map.json")
     yield Variant("no tokenizer", no_tokenizer, "has no tokenizer")

@@ -1,4 +1,4 @@
-"""What every rank of ``test_families`` does: all families, one after the other, in one layout."""
+"""Runs on every rank of ``test_families``: all families, one after the other, in one layout."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 from tests.support.manifests import bare_manifest, dataset_result
 
 TP, PP, DP = "TP=2", "PP=2", "DP=2"
-HALVED = ("llama", "qwen3_moe")
+DATA_PARALLEL = ("llama", "qwen3_moe")
+"""Families that are trained at DP=2: a dense one and a MoE."""
 LENGTH = 32
 LEARNING_RATE = 1e-2
 LOGITS = "logits.safetensors"
 
 
 def main(layout: str, root: Path) -> None:
-    """Writes ``root/<family>/<layout>/``: logits, and a student after one step.
+    """Writes ``root/<family>/<layout>/``: logits, and a student after one training step.
 
-    That is trained at TP=2; and where ``PP=2`` has nothing to train, of a dense model and of a
-    mixture of experts at DP=2, each rank of which has one half of the optimizer's weights.
+    The run for TP=2 trains students of all families at TP=2. The run for PP=2 trains those of
+    ``DATA_PARALLEL`` at DP=2, where each rank has half of the optimizer's weights.
     """
     from megatron.core import parallel_state
 
@@ -29,13 +30,14 @@ def main(layout: str, root: Path) -> None:
     folders = sorted(path.parent for path in root.glob("*/teacher.nemo"))
     for folder in folders:
         (folder / layout).mkdir(exist_ok=True)
-    trained = TP if layout == TP else DP
-    # Before anything else: NeMo's trainer has to set up the ranks itself.
+    training_layout = TP if layout == TP else DP
+    # Training comes first, because NeMo's trainer must set up the ranks itself.
     for folder in folders:
-        if trained == TP or folder.name in HALVED:
-            (folder / trained).mkdir(exist_ok=True)
-            distil(folder, root / "data", folder / trained, tensor=2 if trained == TP else 1)
-    if trained == DP:
+        if training_layout == TP or folder.name in DATA_PARALLEL:
+            out = folder / training_layout
+            out.mkdir(exist_ok=True)
+            distil(folder, root / "data", out, tensor=2 if training_layout == TP else 1)
+    if training_layout == DP:
         parallel_state.destroy_model_parallel()
     parallel = nemo.Parallelism(*((2, 1) if layout == TP else (1, 2)))
     nemo.initialize(parallel)
@@ -44,7 +46,7 @@ def main(layout: str, root: Path) -> None:
 
 
 def write_logits(folder: Path, layout: str, parallel: Any) -> None:
-    """Logits [batch, sequence, vocabulary] of the layers for training, in float32."""
+    """Writes logits [batch, sequence, vocabulary] of the training layers, in float32."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -73,7 +75,7 @@ def write_logits(folder: Path, layout: str, parallel: Any) -> None:
 
 
 def distil(folder: Path, data: Path, out: Path, tensor: int) -> None:
-    """One step in bfloat16, with a loss on logits and one on hidden states."""
+    """Trains one step in bfloat16, with losses on logits, hidden states and next tokens."""
     from recipes.core.metrics import METRICS, MetricsLog
     from recipes.core.stage import rank
     from recipes.distillation.objective import Objective, TeacherSource

@@ -1,4 +1,4 @@
-"""Every key that transformers writes for a supported family is understood, in both versions."""
+"""Every key that transformers 4 or 5 writes for a supported family is known."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ WRITE = """
 import json, sys
 from transformers import AutoConfig, PretrainedConfig
 
-def written(name, settings):
+def complete_config(name, settings):
     config = AutoConfig.for_model(name, rope_theta=5000.0, **settings)
-    of_any_model = PretrainedConfig().to_dict()
-    own = {k: v for k, v in config.to_dict().items() if k not in of_any_model}
+    common = PretrainedConfig().to_dict()
+    own = {k: v for k, v in config.to_dict().items() if k not in common}
     return {**own, **config.to_diff_dict()}
 
 families = json.loads(sys.argv[1])
-print(json.dumps({name: written(name, settings) for name, settings in families.items()}))
+print(json.dumps({name: complete_config(name, settings) for name, settings in families.items()}))
 """
 NAMES = {
     "llama": "LlamaForCausalLM",
@@ -49,7 +49,7 @@ def configs(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_config_is_read_whole(configs: dict[str, dict[str, Any]], family: str) -> None:
+def test_every_key_of_a_config_is_known(configs: dict[str, dict[str, Any]], family: str) -> None:
     written = {**configs[family], "architectures": [NAMES[family]]}
     config = as_transformers_4(written, family)
     assert list(unknown_keys(config)) == []

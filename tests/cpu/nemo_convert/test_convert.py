@@ -1,4 +1,4 @@
-"""Conversion: weights bit for bit, logits as transformers', side files unchanged."""
+"""Conversion keeps weights bit for bit, logits, and side files."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_weight_that_would_be_lost_is_named(
     assert message in capsys.readouterr().err
 
 
-def test_a_tied_head_may_be_stored_twice(odd_llama: Path, tmp_path: Path) -> None:
+def test_a_copy_of_a_tied_head_is_accepted(odd_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     shutil.copytree(odd_llama, folder)
     weights = tensors(odd_llama)
@@ -129,13 +129,13 @@ def test_a_missing_shard_is_named(
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.unlink()
     assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
-    assert f"{shard.name} of model.safetensors.index.json is missing" in capsys.readouterr().err
+    assert f"does not have {shard.name}, which" in capsys.readouterr().err
 
 
 def test_code_of_a_tokenizer_does_not_run(
     odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers asks on standard input whether to run it, unless it is told."""
+    """By default, transformers asks on standard input whether to run it."""
     folder, planted = tmp_path / "hf", tmp_path / "ran"
     shutil.copytree(odd_llama, folder)
     (folder / "custom.py").write_text(f"open({str(planted)!r}, 'w')\n")
@@ -179,37 +179,37 @@ def test_archive_that_leaves_its_directory_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "outside").exists()
 
 
-def test_a_context_that_would_run_anything_is_refused(
+def test_context_that_would_run_code_is_refused(
     odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A planted call, which NeMo makes; conversion by data alone does not, and works."""
+    """NeMo would make the planted call. ``to-hf`` does not read the context, and works."""
     hostile, ran = tmp_path / "hostile.nemo", tmp_path / "ran"
     shutil.copytree(odd_nemo, hostile)
     file = hostile / nemo.CONTEXT / "io.json"
     text = file.read_text()
     tokenizer = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer", "AutoTokenizer"
-    named = '"module": "{}", "name": "{}"'
-    assert named.format(*tokenizer) in text
-    text = text.replace(named.format(*tokenizer), named.format("subprocess", "getoutput"))
-    described = json.loads(text.replace('"pretrained_model_name"', '"cmd"'))
-    for item in described["objects"].values():
+    reference = '"module": "{}", "name": "{}"'
+    assert reference.format(*tokenizer) in text
+    text = text.replace(reference.format(*tokenizer), reference.format("subprocess", "getoutput"))
+    context = json.loads(text.replace('"pretrained_model_name"', '"cmd"'))
+    for item in context["objects"].values():
         for pair in item["items"]:
             if pair[0] == "Attr(name='pretrained_model_name')":
                 pair[:] = "Attr(name='cmd')", {"type": "leaf", "value": f"touch {ran}"}
-    file.write_text(json.dumps(described))
+    file.write_text(json.dumps(context))
     assert convert_by_command("verify", odd_llama, hostile) == 1
-    said = capsys.readouterr().err
-    assert "io.json names subprocess.getoutput: opening it would run that as you." in said
-    assert "python -m nemo_convert to-hf SRC DST" in said
-    assert convert_by_command("to-hf", hostile, tmp_path / "by_data") == 0
-    assert_same_weights(odd_llama, tmp_path / "by_data")
+    error = capsys.readouterr().err
+    assert "io.json names subprocess.getoutput: opening it would run that code." in error
+    assert "python -m nemo_convert to-hf SRC DST" in error
+    assert convert_by_command("to-hf", hostile, tmp_path / "converted") == 0
+    assert_same_weights(odd_llama, tmp_path / "converted")
     assert not ran.exists()
     with contextlib.suppress(Exception), mock.patch.dict(os.environ, {trust.TRUST: "1"}):
         nemo.restore_model(hostile)
-    assert ran.exists(), "what was planted must be able to run"
+    assert ran.exists(), "the planted call must work when the checkpoint is trusted"
 
 
-def context_of(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def change_context(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Changes the objects in a context's ``io.json``."""
     file = checkpoint / nemo.CONTEXT / "io.json"
     context = json.loads(file.read_text())
@@ -218,7 +218,7 @@ def context_of(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> 
 
 
 def test_a_call_in_an_object_named_paths_is_refused(odd_nemo: Path, tmp_path: Path) -> None:
-    """Contexts also have lists of paths under that name, which name no objects."""
+    """Contexts also have harmless lists under the key ``paths``."""
 
     def plant(objects: dict[str, Any]) -> None:
         name = objects["auto_tokenizer_1"]["metadata"]["key"]
@@ -229,7 +229,7 @@ def test_a_call_in_an_object_named_paths_is_refused(odd_nemo: Path, tmp_path: Pa
 
     hostile = tmp_path / "hostile.nemo"
     shutil.copytree(odd_nemo, hostile)
-    context_of(hostile, plant)
+    change_context(hostile, plant)
     with pytest.raises(RecipeError, match=r"names subprocess\.getoutput"):
         nemo.restore_model(hostile)
 
@@ -246,12 +246,12 @@ def test_remote_code_behind_another_label_is_refused(odd_nemo: Path, tmp_path: P
 
     hostile = tmp_path / "hostile.nemo"
     shutil.copytree(odd_nemo, hostile)
-    context_of(hostile, plant)
-    with pytest.raises(RecipeError, match="asks for trust_remote_code"):
+    change_context(hostile, plant)
+    with pytest.raises(RecipeError, match="sets trust_remote_code"):
         nemo.restore_model(hostile)
 
 
-def test_a_description_that_would_run_anything_is_refused(
+def test_metadata_that_would_run_code_is_refused(
     odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hostile, ran = tmp_path / "hostile.nemo", tmp_path / "ran"
@@ -325,11 +325,11 @@ DENSE = {
     "qwen2": "Qwen2Model",
     "qwen3": "Qwen3Model",
 }
-"""Not experts: for those, stock Megatron without TransformerEngine has other keys."""
+"""No MoE, because stock Megatron without TransformerEngine has other keys for experts."""
 
 
-def test_stock_nemo_loads_it_without_our_code(text_file: Path, tmp_path: Path) -> None:
-    """NeMo's own loader; only what needs a GPU (fused kernels, one assertion) is switched off."""
+def test_stock_nemo_loads_checkpoints_without_our_code(text_file: Path, tmp_path: Path) -> None:
+    """Runs NeMo's own loader, without its fused kernels and the assertion that need a GPU."""
     script = tmp_path / "stock.py"
     script.write_text(STOCK)
     expected = []
@@ -351,8 +351,8 @@ def test_stock_nemo_loads_it_without_our_code(text_file: Path, tmp_path: Path) -
     assert [[float(total), model, int(size)] for _, total, model, size in lines] == expected
 
 
-def test_context_says_what_a_gpu_wants(odd_nemo: Path) -> None:
-    """A checkpoint written on a CPU must not tie a GPU to the CPU's choices."""
+def test_context_has_the_settings_for_a_gpu(odd_nemo: Path) -> None:
+    """A checkpoint that was written on a CPU must not slow a GPU down."""
     text = (odd_nemo / "context" / "model.yaml").read_text()
     assert "sdpa" not in text
     assert "use_cpu_initialization: false" in text

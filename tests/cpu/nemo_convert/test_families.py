@@ -1,4 +1,4 @@
-"""Every family: there and back, in every layout, pruned, and taught for a step."""
+"""Converts, prunes and trains a tiny model of every family, on one rank and on two."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from nemo_convert import convert, hf, nemo, parity, streaming
-from nemo_convert.families import FAMILIES as ROWS
+from nemo_convert.families import FAMILIES as SUPPORTED
 from nemo_convert.hf_config import read_architecture
 from recipes.backend.training_layers import RMSNorm
 from recipes.core.metrics import METRICS, MetricsLog, steps_of
@@ -28,7 +28,15 @@ from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
 from recipes.pruning.scoring import score_checkpoint
 from recipes.pruning.settings import ScoreConfig
 from recipes.pruning.targets import PruneTargets, pruned_shape
-from tests.cpu.nemo_convert.family_ranks import DP, HALVED, LEARNING_RATE, LENGTH, LOGITS, PP, TP
+from tests.cpu.nemo_convert.family_ranks import (
+    DATA_PARALLEL,
+    DP,
+    LEARNING_RATE,
+    LENGTH,
+    LOGITS,
+    PP,
+    TP,
+)
 from tests.support.conversion import (
     assert_same_weights,
     assert_trains_alike,
@@ -51,12 +59,12 @@ def test_every_family_has_a_tiny_model() -> None:
 
     mapping = AutoModelForCausalLM._model_mapping
     tiny = {mapping[type(AutoConfig.for_model(name))].__name__ for name in FAMILIES}
-    assert tiny == set(ROWS)
+    assert tiny == set(SUPPORTED)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """``<family>/{hf,teacher.nemo,pruned.nemo}`` of trained models, tokens and training data."""
+    """Has ``<family>/{hf,teacher.nemo,pruned.nemo}`` of trained models, tokens, training data."""
     root = tmp_path_factory.mktemp("families")
     for family in FAMILIES:
         folder = root / family
@@ -89,7 +97,7 @@ def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
 
 
 class StatefulNorm(RMSNorm):
-    """Has a state beside its weight, as TransformerEngine's (``pytorch/ops/op.py``)."""
+    """Has an extra state beside its weight, as TransformerEngine's (``pytorch/ops/op.py``)."""
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
@@ -98,37 +106,43 @@ class StatefulNorm(RMSNorm):
         assert state is None or state.numel() == 0
 
 
-def require_states_of_norms(checkpoint: Path, before: Path) -> None:
-    """TransformerEngine's norms find what they ask for, also in a checkpoint from before."""
+def require_norm_states(checkpoint: Path, stateless: Path) -> None:
+    """Asserts that norms with an extra state load ``checkpoint``, and one that has no states.
+
+    The second checkpoint is written to ``stateless``.
+    """
     nemo.initialize(nemo.Parallelism())
     core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), training=True)
-    (before / nemo.WEIGHTS).mkdir(parents=True)
-    dist_checkpointing.save(core.sharded_state_dict(prefix="module."), str(before / nemo.WEIGHTS))
-    alone = {"final_layernorm", "q_layernorm", "k_layernorm"}
-    if core.config.num_moe_experts:  # else it is a part of the layer behind it
-        alone.add("pre_mlp_layernorm")
-    norms = [m for name, m in core.named_modules() if name.rpartition(".")[2] in alone]
+    weights = stateless / nemo.WEIGHTS
+    weights.mkdir(parents=True)
+    dist_checkpointing.save(core.sharded_state_dict(prefix="module."), str(weights))
+    unfused = {"final_layernorm", "q_layernorm", "k_layernorm"}
+    if core.config.num_moe_experts:  # a dense model has it fused into the next linear layer
+        unfused.add("pre_mlp_layernorm")
+    norms = [m for name, m in core.named_modules() if name.rpartition(".")[2] in unfused]
     for norm in norms:
         if isinstance(norm, RMSNorm):
             norm.__class__ = StatefulNorm
-    asked = core.sharded_state_dict(prefix="module.")
-    assert any(name.endswith(f"norm.{nemo.EXTRA_STATE}") for name in asked)
-    dist_checkpointing.load(asked, str(checkpoint / nemo.WEIGHTS))
-    nemo.load_weights(core, before)
+    state = core.sharded_state_dict(prefix="module.")
+    assert any(name.endswith(f"norm.{nemo.EXTRA_STATE}") for name in state)
+    dist_checkpointing.load(state, str(checkpoint / nemo.WEIGHTS))
+    nemo.load_weights(core, stateless)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_odd_shapes_go_there_and_back(family: str, text_file: Path, tmp_path: Path) -> None:
+def test_round_trip_of_odd_shapes(family: str, text_file: Path, tmp_path: Path) -> None:
     source, back = tmp_path / "hf", tmp_path / "back"
     write_tiny_model(source, text_file, family, train=False, **ODD)
     assert convert_by_command("to-nemo", source, tmp_path / "m.nemo") == 0
-    require_states_of_norms(tmp_path / "m.nemo", tmp_path / "before.nemo")
+    require_norm_states(tmp_path / "m.nemo", tmp_path / "stateless.nemo")
     assert convert_by_command("to-hf", tmp_path / "m.nemo", back) == 0
     assert_same_weights(source, back)
     for name in SIDE:
         assert (back / name).read_bytes() == (source / name).read_bytes(), name
     before, after = (json.loads((f / "config.json").read_text()) for f in (source, back))
-    before["torch_dtype"] = before.pop("dtype")  # older versions read it, too
+    before["torch_dtype"] = before.pop(
+        "dtype"
+    )  # the key that older versions of transformers read, too
     assert after == before | {"head_dim": ODD["head_dim"]}
     arch = read_architecture(after, family)
     model = hf.load_causal_lm(back)
@@ -136,10 +150,8 @@ def test_odd_shapes_go_there_and_back(family: str, text_file: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_in_shards_goes_there_and_back(
-    family: str, text_file: Path, tmp_path: Path
-) -> None:
-    """Untied, and a base model: it has no generation config, and gets none."""
+def test_round_trip_of_bfloat16_shards(family: str, text_file: Path, tmp_path: Path) -> None:
+    """The model is untied, and a base model: it has no generation config, and gets none."""
     source, back = tmp_path / "hf", tmp_path / "back"
     shape = {**EVEN, "dtype": torch.bfloat16, "max_shard_size": "60KB"}
     write_tiny_model(source, text_file, family, train=False, **shape)
@@ -161,17 +173,14 @@ def tokens_of(root: Path) -> torch.Tensor:
     return load_file(root / "tokens.safetensors")["tokens"]
 
 
-def require_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+def require_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_pruned_model_is_one_for_transformers(family: str, root: Path, tmp_path: Path) -> None:
-    """Same logits as Megatron's and as the model that evaluation measures."""
-    checkpoint, tokens = (
-        root / family / "pruned.nemo",
-        tokens_of(root),
-    )
+def test_transformers_loads_a_pruned_model(family: str, root: Path, tmp_path: Path) -> None:
+    """Its logits are Megatron's, and those of the model that evaluation loads."""
+    checkpoint, tokens = root / family / "pruned.nemo", tokens_of(root)
     convert.to_hf(checkpoint, tmp_path / "hf")
     logits = logits_of(tmp_path / "hf", tokens)
     require_close(parity.core_logits(parity.load_core(checkpoint), tokens), logits)
@@ -187,30 +196,29 @@ def test_a_pruned_model_is_one_for_transformers(family: str, root: Path, tmp_pat
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_layers_for_training_are_the_same_model(family: str, root: Path) -> None:
-    """Logits and every weight's gradient, with and without the CPU's own layers."""
+def test_training_layers_compute_the_same_model(family: str, root: Path) -> None:
+    """Compares logits and the gradient of every weight with and without the training layers."""
     assert_trains_alike(root / family / "teacher.nemo", tokens_of(root))
 
 
 @pytest.fixture(scope="module", params=[TP, PP])
 def layout(request: pytest.FixtureRequest, root: Path) -> str:
-    # All families at once: importing the stack takes longer than what is done with it.
+    # One start for all families, because importing the stack takes longer than the work.
     run_ranks("-m", "tests.cpu.nemo_convert.family_ranks", request.param, str(root))
     return str(request.param)
 
 
-def test_two_ranks_give_transformers_logits(layout: str, root: Path) -> None:
+def test_two_ranks_give_the_logits_of_transformers_and_train(layout: str, root: Path) -> None:
     tokens = tokens_of(root)
     for family in FAMILIES:
-        found = load_file(root / family / layout / LOGITS)["logits"]
-        require_close(found, logits_of(root / family / "hf", tokens))
-    trained = {TP: FAMILIES, PP: HALVED}
-    for family in trained[layout]:
-        require_taught(root / family / (TP if layout == TP else DP))
+        logits = load_file(root / family / layout / LOGITS)["logits"]
+        require_close(logits, logits_of(root / family / "hf", tokens))
+    for family in FAMILIES if layout == TP else DATA_PARALLEL:
+        require_trained(root / family / (TP if layout == TP else DP))
 
 
-def require_taught(folder: Path) -> None:
-    """One step with finite losses changed every weight of the student."""
+def require_trained(folder: Path) -> None:
+    """Asserts that one step with finite losses changed every weight of the student."""
     [step] = steps_of(folder / METRICS, "distill")
     assert step["teacher_loss"] < 5.0
     assert min(step[name] for name in ("kd", "hidden", "lm", "grad_norm")) > 0, step
@@ -223,13 +231,13 @@ def require_taught(folder: Path) -> None:
 
 
 def require_exact_start(trained: Path, start: Path) -> None:
-    """Adam's first step began at the weights that were stored, not at them rounded to bfloat16."""
+    """Asserts that Adam's first step started from the stored weights, not from bfloat16 ones."""
     leading = nemo.leading_axes(nemo.architecture_of(start))
 
     def read(folder: Path, prefix: str = "") -> dict[tuple[str, Any], torch.Tensor]:
-        wanted = {prefix + key: axes for key, axes in leading.items()}
-        every = streaming.read_weights(folder / nemo.WEIGHTS, wanted)
-        return {(key.removeprefix(prefix), place): tensor for key, place, tensor in every}
+        keys = {prefix + key: axes for key, axes in leading.items()}
+        weights = streaming.read_weights(folder / nemo.WEIGHTS, keys)
+        return {(key.removeprefix(prefix), index): tensor for key, index, tensor in weights}
 
     before = read(start)
     after, mean, square = (
@@ -238,6 +246,7 @@ def require_exact_start(trained: Path, start: Path) -> None:
     assert after.keys() == before.keys()
     beta1, beta2 = DistillConfig().adam_beta1, DistillConfig().adam_beta2
     for key, weight in before.items():
-        gradient = mean[key] / (1 - beta1) / ((square[key] / (1 - beta2)).sqrt() + 1e-8)
-        expected = weight - LEARNING_RATE * gradient
+        # Adam's first step: both moments are divided by 1 - beta, their bias correction.
+        update = mean[key] / (1 - beta1) / ((square[key] / (1 - beta2)).sqrt() + 1e-8)
+        expected = weight - LEARNING_RATE * update
         torch.testing.assert_close(after[key], expected, rtol=1e-6, atol=1e-6, msg=key[0])

@@ -97,7 +97,7 @@ def test_a_variant_is_exact_or_refused(name: str, bases: Path, tmp_path: Path) -
 
 
 def test_transformers_5_agrees_about_every_exact_variant(bases: Path, tmp_path: Path) -> None:
-    """Its logits are those of the reference; its token ids of exports are those of version 4."""
+    """It gives the reference's logits and, for exported folders, the token ids of version 4."""
     folders = [make(variant, bases, tmp_path / f"{n}") for n, variant in enumerate(EXACT.values())]
     exports = []
     for n, name in enumerate(EXACT):

@@ -1,4 +1,4 @@
-"""GGUF files against llama.cpp: it must read prompts, and go on, as transformers does."""
+"""llama.cpp tokenizes prompts and generates from a GGUF file as transformers does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.models import EVEN, FAMILIES, write_tiny_model
 
 LENGTH = 12
 NARROW = {**EVEN, "hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 96}
-"""As pruning leaves them: heads are not the hidden size divided by their number."""
+"""A width-pruned model: the head size is not hidden size / heads."""
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 4.0,
@@ -39,47 +39,45 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def attentive(folder: Path) -> None:
-    """Lets it matter where tokens are, which a tiny model hardly looks at."""
+def sharpen_attention(folder: Path) -> None:
+    """Scales the queries up, so that a tiny model's tokens depend on RoPE."""
     weights = load_file(folder / "model.safetensors")
     sharper = {name: (8 if "q_proj" in name else 1) * value for name, value in weights.items()}
     save_file(sharper, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def require_same_words(folder: Path, file: Path) -> None:
-    """llama.cpp's tokens, their probabilities and where it stops are transformers'."""
+def require_same_generation(folder: Path, file: Path) -> None:
+    """Asserts that llama.cpp generates transformers' tokens with the same log probabilities."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     options = {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
-    for prompt, said in zip(PROMPTS, greedy(file, PROMPTS, LENGTH), strict=True):
+    for prompt, completion in zip(PROMPTS, greedy(file, PROMPTS, LENGTH), strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        assert said.prompt_tokens == ids.shape[1]
-        made = model.generate(ids, max_new_tokens=LENGTH, **options)
-        assert said.tokens == made.sequences[0, ids.shape[1] :].tolist()
-        scores = torch.stack(made.scores).log_softmax(-1)[:, 0].max(-1).values
+        assert completion.prompt_tokens == ids.shape[1]
+        expected = model.generate(ids, max_new_tokens=LENGTH, **options)
+        assert completion.tokens == expected.sequences[0, ids.shape[1] :].tolist()
+        scores = torch.stack(expected.scores).log_softmax(-1)[:, 0].max(-1).values
         # Some of llama.cpp's kernels round more than others: 2.5e-3 apart where there is only AVX2.
         torch.testing.assert_close(
-            torch.tensor(said.log_probabilities), scores, rtol=0, atol=5e-3, check_dtype=False
+            torch.tensor(completion.log_probabilities), scores, rtol=0, atol=5e-3, check_dtype=False
         )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_llama_cpp_says_what_transformers_says(
-    variant: str, text_file: Path, tmp_path: Path
-) -> None:
+def test_llama_cpp_generates_as_transformers(variant: str, text_file: Path, tmp_path: Path) -> None:
     family, shape = variant.partition(",")[0], NARROW | VARIANTS[variant]
     folder = write_tiny_model(tmp_path / "hf", text_file, family, **shape)
-    attentive(folder)
-    found = write(folder, tmp_path / "model.gguf", "f32")
-    # A narrowed Qwen2 has heads that llama.cpp's own Qwen2 cannot have.
+    sharpen_attention(folder)
+    result = write(folder, tmp_path / "model.gguf", "f32")
+    # A width-pruned Qwen2 has heads that llama.cpp's own Qwen2 cannot have.
     expected = {"qwen2": "llama", "qwen3": "qwen3", "qwen2, whole": "qwen2"}
-    assert found.architecture == expected.get(variant, "llama")
-    require_same_words(folder, tmp_path / "model.gguf")
+    assert result.architecture == expected.get(variant, "llama")
+    require_same_generation(folder, tmp_path / "model.gguf")
     template = GGUFReader(tmp_path / "model.gguf").fields["tokenizer.chat_template"].contents()
     assert template == AutoTokenizer.from_pretrained(folder).chat_template
 
 
-def test_frequencies_are_divided_as_transformers_divides_them() -> None:
+def test_rope_factors_are_those_of_transformers() -> None:
     config = AutoConfig.for_model("llama", rope_theta=500000.0, rope_scaling=LLAMA3, head_dim=64)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     config.rope_scaling = None
@@ -90,23 +88,23 @@ def test_frequencies_are_divided_as_transformers_divides_them() -> None:
     torch.testing.assert_close(torch.from_numpy(factors), plain / scaled, rtol=1e-5, atol=0)
 
 
-def test_smaller_types_hold_what_they_can(even_llama: Path, tmp_path: Path) -> None:
-    """Every matrix within its type's rounding; vectors as they are."""
+def test_matrices_are_rounded_and_vectors_are_exact(even_llama: Path, tmp_path: Path) -> None:
     weights = load_file(even_llama / "model.safetensors")
     for kind, bound in (("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 1 / 127)):
         write(even_llama, tmp_path / kind, kind)
-        found = {t.name: t for t in GGUFReader(tmp_path / kind).tensors}
-        assert len(found) == len(weights)
-        for ours, theirs in (
+        stored = {t.name: t for t in GGUFReader(tmp_path / kind).tensors}
+        assert len(stored) == len(weights)
+        for name, hf_name in (
             ("blk.1.ffn_up.weight", "model.layers.1.mlp.up_proj.weight"),
             ("output.weight", "lm_head.weight"),
             ("output_norm.weight", "model.norm.weight"),
         ):
-            held = torch.from_numpy(dequantize(found[ours].data, found[ours].tensor_type))
-            exact = weights[theirs]
-            assert held.shape == exact.shape
+            tensor = stored[name]
+            rounded = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+            exact = weights[hf_name]
+            assert rounded.shape == exact.shape
             allowed = 0 if exact.dim() == 1 else bound * exact.abs().max()
-            assert (held - exact).abs().max() <= allowed
+            assert (rounded - exact).abs().max() <= allowed
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.01), ("bf16", 0.1), ("q8_0", 0.2)])
@@ -114,13 +112,13 @@ def test_llama_cpp_reads_smaller_types(
     even_llama: Path, tmp_path: Path, kind: str, tolerance: float
 ) -> None:
     folder = shutil.copytree(even_llama, tmp_path / "hf")
-    attentive(folder)
+    sharpen_attention(folder)
     write(folder, tmp_path / "model.gguf", kind)
     require_near_words(folder, tmp_path / "model.gguf", tolerance)
 
 
-def sentencepiece_like(text_file: Path, folder: Path) -> None:
-    """Replaces a tokenizer by one such as Llama 2's: spaces are letters, bytes a last resort."""
+def write_byte_fallback_tokenizer(text_file: Path, folder: Path) -> None:
+    """Replaces a tokenizer by one like Llama 2's: "▁" is a space, unknown characters are bytes."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     lines = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
@@ -140,14 +138,15 @@ def sentencepiece_like(text_file: Path, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
-def test_tokenizers_that_fall_back_to_bytes(text_file: Path, tmp_path: Path) -> None:
+def test_byte_fallback_tokenizer_gives_as_many_tokens(text_file: Path, tmp_path: Path) -> None:
     shape = {**NARROW, "vocab_size": 440}
     folder = write_tiny_model(tmp_path / "hf", text_file, "llama", train=False, **shape)
-    sentencepiece_like(text_file, folder)
+    write_byte_fallback_tokenizer(text_file, folder)
     write(folder, tmp_path / "model.gguf", "f32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for prompt, said in zip(PROMPTS, greedy(tmp_path / "model.gguf", PROMPTS, 1), strict=True):
-        assert said.prompt_tokens == len(tokenizer(prompt).input_ids)
+    completions = greedy(tmp_path / "model.gguf", PROMPTS, 1)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        assert completion.prompt_tokens == len(tokenizer(prompt).input_ids)
 
 
 def test_unknown_pre_tokenizer_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The parity gate sees every planted fault, on either side."""
+"""The parity gate detects every planted fault, in NeMo or in transformers."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_the_checkpoint_passes(source: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", PLANTED)
-def test_a_fault_of_nemos_model_is_seen(fault: str, source: Path) -> None:
+def test_a_fault_of_nemos_model_is_detected(fault: str, source: Path) -> None:
     result = parity.compare(source / "hf", source / "m.nemo", PLANTED[fault](source))
     with pytest.raises(RecipeError, match="logits of NeMo differ"):
         result.require("test")
 
 
 @pytest.mark.parametrize("key", ["rope_theta", "rope_scaling", "rms_norm_eps"])
-def test_a_key_that_transformers_does_not_read_is_seen(
+def test_a_key_that_transformers_does_not_read_is_detected(
     source: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For example, transformers 4 does not read ``rope_parameters``."""
@@ -98,8 +98,8 @@ def test_a_key_that_transformers_does_not_read_is_seen(
 
 
 @pytest.mark.parametrize("row", [7, EVEN["vocab_size"] - 1])
-def test_one_row_of_the_embedding_is_seen(source: Path, row: int, tmp_path: Path) -> None:
-    """The last row has no token, so that no logit of the text depends on its embedding."""
+def test_a_change_of_one_embedding_row_is_detected(source: Path, row: int, tmp_path: Path) -> None:
+    """No token has the last row's id, so no logit of the text depends on that row."""
     shutil.copytree(source / "hf", tmp_path / "hf")
     weights(lambda tensors: tensors[EMBEDDING][row].add_(1e-3))(tmp_path / "hf")
     result = parity.compare(tmp_path / "hf", source / "m.nemo")
@@ -108,7 +108,7 @@ def test_one_row_of_the_embedding_is_seen(source: Path, row: int, tmp_path: Path
         result.require("test")
 
 
-def test_a_head_that_is_not_tied_is_seen(source: Path, tmp_path: Path) -> None:
+def test_an_untied_head_is_detected(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source / "hf", tmp_path / "hf")
     weights(untie)(tmp_path / "hf")
     assert parity.compare(tmp_path / "hf", source / "m.nemo").different_weight == "lm_head.weight"

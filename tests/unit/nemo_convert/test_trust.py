@@ -1,4 +1,4 @@
-"""Nothing here may run code that comes with a model or a tokenizer."""
+"""No code of this repository may run code that comes with a model or a tokenizer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def calls(file: Path) -> Iterator[ast.Call]:
 
 
 def test_every_loader_refuses_remote_code() -> None:
-    """Left out, transformers asks on standard input, and runs the code if the answer is yes."""
+    """Without ``trust_remote_code=False``, transformers asks on standard input."""
     folders = ("recipes", "nemo_convert", "benchmarks")
     files = [file for folder in folders for file in (REPO_ROOT / folder).rglob("*.py")]
-    found = {f"{file}:{call.lineno}": call for file in files for call in calls(file)}
-    assert found
-    for place, call in found.items():
-        trusted = {k.arg: ast.unparse(k.value) for k in call.keywords}.get("trust_remote_code")
-        assert trusted == "False", place
+    loads = {f"{file}:{call.lineno}": call for file in files for call in calls(file)}
+    assert loads
+    for location, call in loads.items():
+        trust = {k.arg: ast.unparse(k.value) for k in call.keywords}.get("trust_remote_code")
+        assert trust == "False", location
