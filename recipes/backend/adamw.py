@@ -1,8 +1,9 @@
-"""AdamW for machines without TransformerEngine, which can also scale gradients.
+"""AdamW for machines without TransformerEngine. It can also scale gradients.
 
 Megatron scales all gradients twice per step: by 1 / number of tokens, and by the clipping
-coefficient. Each is a pass over memory. A gradient with the attribute ``pending_scale`` notes the
-factor instead, and ``FusedAdamW`` applies it while it reads the gradient.
+coefficient. Each time it reads and writes all of them. A gradient with the attribute
+``pending_scale`` stores the factor instead, and ``FusedAdamW`` applies it while it reads the
+gradient.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def pending_scale(gradient: Any) -> float | None:
-    """Returns the factor that a gradient still lacks; ``None`` where nothing is deferred."""
+    """Returns the factor that is still to be applied; ``None`` if scaling is not deferred."""
     return getattr(gradient, "pending_scale", None)
 
 
 def scale_gradient(gradient: Any, factor: float) -> None:
-    """Multiplies a gradient in place, or notes the factor where scaling is deferred."""
+    """Multiplies a gradient in place, or stores the factor if scaling is deferred."""
     pending = pending_scale(gradient)
     if pending is None:
         gradient.mul_(factor)
@@ -82,9 +83,9 @@ class FusedAdamW(AdamW):
             for weight in deferred:
                 self._update_in_blocks(weight, group)
                 weight.grad = None
-            if whole := [weight for weight in weights if weight.grad is not None]:
-                moments = [[self.state[weight][name] for weight in whole] for name in MOMENTS]
-                _run_kernel(whole, [weight.grad for weight in whole], moments, group)
+            if others := [weight for weight in weights if weight.grad is not None]:
+                moments = [[self.state[weight][name] for weight in others] for name in MOMENTS]
+                _run_kernel(others, [weight.grad for weight in others], moments, group)
 
     def _update_in_blocks(self, weight: Tensor, group: dict[str, Any]) -> None:
         """Updates a parameter from a gradient that is not scaled yet and may be bfloat16.
@@ -94,7 +95,7 @@ class FusedAdamW(AdamW):
         """
         assert weight.grad is not None
         scale = pending_scale(weight.grad)
-        # The kernel divides by the inverse; an infinite one makes the gradient 0, as a scale of 0.
+        # The kernel divides by the inverse. Dividing by infinity gives 0, as a scale of 0 must.
         inverse_scale = torch.tensor(1 / scale if scale else math.inf)
         tensors = (weight, weight.grad, *(self.state[weight][name] for name in MOMENTS))
         for block, gradient, *moments in zip(*(t.view(-1).split(BLOCK) for t in tensors)):

@@ -1,9 +1,9 @@
 """Patches that reduce the time or memory of training on a CPU, without changing results.
 
 Results change by rounding at most. The patches never apply on CUDA. Those of gradients, gathers and
-optimizer state apply with one rank only. ``stages.distill.cpu_speed_patches=
-[]`` disables all of them. ``python -m benchmarks.distill --only nemo-cached-compiled without-NAME``
-measured the gain of each; see benchmarks/README.md.
+optimizer state apply with one rank only. ``stages.distill.cpu_speed_patches=[]`` disables them all.
+``python -m benchmarks.distill --only nemo-cached-compiled without-NAME`` measured the gain of each;
+see benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def speed_patches(names: Iterable[str]) -> AbstractContextManager[None]:
     return applied(patch for name in names for patch in SPEED_PATCHES[name] if on_cpu)
 
 
-class _Done:
-    """Handle of a collective that has nothing to do."""
+class _CompletedCollective:
+    """Handle of a collective that was skipped."""
 
     def wait(self) -> None:
         """Returns at once."""
 
 
 def _unshare_gradients(original: Any) -> Any:
-    """Frees the buffer of gradients where no other rank adds to it.
+    """Frees the buffer of gradients if no other rank adds to it.
 
     Megatron allocates one float32 buffer for all gradients, from the first step to the last. An
     unshared gradient is the tensor that autograd makes, and lives until the optimizer has read it.
@@ -62,7 +62,7 @@ def _unshare_gradients(original: Any) -> Any:
 
 
 def _drop_gradients(original: Any) -> Any:
-    """Drops gradients when a step starts, where Megatron fills their buffer with zeros."""
+    """Drops gradients when a step starts; Megatron fills their buffer with zeros."""
 
     def reset(self: Any) -> None:
         if not self.unshared:
@@ -75,7 +75,7 @@ def _drop_gradients(original: Any) -> Any:
 
 
 def _keep_first_gradient(original: Any) -> Any:
-    """Keeps a step's first gradient of a parameter as it is, where Megatron adds it to zeros."""
+    """Keeps a step's first gradient of a parameter unchanged; Megatron adds it to zeros."""
 
     def _make_backward_post_hook(self: Any, weight: Any) -> Any:
         hook = original(self, weight)
@@ -112,13 +112,13 @@ def _skip_reduction(original: Any) -> Any:
             if weight.main_grad is None:
                 weight.main_grad = torch.zeros_like(weight)
         if self.ddp_config.overlap_grad_reduce:
-            self.grad_reduce_handle = _Done()
+            self.grad_reduce_handle = _CompletedCollective()
 
     return start_grad_sync
 
 
 def _defer_scaling(original: Any) -> Any:
-    """Notes the factor of unshared gradients, which the optimizer applies."""
+    """Stores the factor of unshared gradients, which the optimizer applies."""
 
     def scale_gradients(self: Any, factor: float) -> None:
         if not self.unshared:
@@ -161,7 +161,7 @@ def _scale_of(gradient: Tensor) -> float:
 
 
 def _norm_of_deferred(original: Any) -> Any:
-    """Computes the norm of gradients of any type, including their pending scale."""
+    """Computes the norm of gradients of any dtype, multiplied by their pending scales."""
 
     def l2_norm(size: int, buffer: Tensor, lists: Any, *args: Any) -> tuple[Tensor, None]:
         squares = [
@@ -198,7 +198,7 @@ def _skip_single_rank_gather(original: Any) -> Any:
 class _Concatenation:
     """Optimizer states of one type, indexed as if they were one flat tensor.
 
-    A slice must be the range of one parameter; Megatron takes no others.
+    A slice must be the range of one parameter. Megatron requests no others.
     """
 
     def __init__(self, states: dict[int, dict[str, Tensor]], name: str) -> None:
@@ -209,7 +209,7 @@ class _Concatenation:
 
 
 def _share_optimizer_state(original: Any) -> Any:
-    """Gives a checkpoint the optimizer's own tensors, where Megatron makes three copies of them.
+    """Gives a checkpoint the optimizer's own tensors; Megatron makes three copies of them.
 
     The process that writes the checkpoint is forked, so it sees the state as it is now.
     """
@@ -225,7 +225,7 @@ def _share_optimizer_state(original: Any) -> Any:
             }
             names = ("param", "exp_avg", "exp_avg_sq")
             tensors = {name: _Concatenation(states, name) for name in names}
-            [dtype] = ranges  # one pair of types of parameter and gradient per buffer
+            [dtype] = ranges  # a buffer has one pair of dtypes: of parameters, of gradients
             collected[number] = {dtype: {**tensors, "numel_unpadded": buffer.numel_unpadded}}
         return collected
 

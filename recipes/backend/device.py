@@ -19,7 +19,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other, for example for the one that writes a model."""
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 QUERIES_AT_ONCE = 128
-"""Queries whose attention the backward pass of ``attend_in_blocks`` computes together."""
+"""Number of queries in a block of the backward pass of ``attend_in_blocks``."""
 
 
 def device() -> str:
@@ -35,10 +35,10 @@ def collective_backend() -> str:
 
 
 def select_gpu() -> torch.device | None:
-    """Selects this rank's GPU, without which all ranks of a node use the first; ``None`` on a CPU.
+    """Selects this rank's GPU and the cores near it; returns ``None`` on a machine without a GPU.
 
-    The process moves to the cores near its GPU. torchrun's ``--numa-binding`` needs numactl in the
-    image and fails where a job may not use those cores.
+    PyTorch selects the first GPU on every rank. torchrun's ``--numa-binding`` would select cores,
+    but it needs numactl in the image and fails if a job may not use the cores near a GPU.
     """
     import torch
 
@@ -56,24 +56,25 @@ def select_gpu() -> torch.device | None:
 
 
 def bind_to_near_cores(pci_device: Path, ranks: int) -> None:
-    """Moves this process to the cores near a device, if they are its fraction of the node's.
+    """Moves this process to the cores near a device, unless that leaves it too few.
 
     Args:
-        pci_device: The device's folder in ``/sys``. Nothing moves if it does not list near cores.
-        ranks: Number of processes that share the cores this process may use.
+        pci_device: The device's folder in ``/sys``. If it lists no cores, the process stays.
+        ranks: Number of processes that share the cores this process may use. Each must have at
+            least one ``ranks``-th of them.
     """
     try:
-        listed = (pci_device / "local_cpulist").read_text(encoding="ascii").strip()
+        cpu_list = (pci_device / "local_cpulist").read_text(encoding="ascii").strip()
     except OSError:
         return
-    spans = [span.partition("-") for span in listed.split(",") if span]
-    cores = {core for a, _, b in spans for core in range(int(a), int(b or a) + 1)}
+    spans = [span.partition("-") for span in cpu_list.split(",") if span]
+    cores = {c for first, _, last in spans for c in range(int(first), int(last or first) + 1)}
     allowed = os.sched_getaffinity(0)
     near = cores & allowed
     if near == allowed or len(near) * ranks < len(allowed):
         return
-    for thread in Path("/proc/self/task").iterdir():  # threads that imports have started, too
-        with contextlib.suppress(ProcessLookupError):  # it ended since it was listed
+    for thread in Path("/proc/self/task").iterdir():  # including threads that imports started
+        with contextlib.suppress(ProcessLookupError):  # the thread has ended meanwhile
             os.sched_setaffinity(int(thread.name), near)
 
 

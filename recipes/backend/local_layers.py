@@ -14,7 +14,7 @@ from torch import nn
 
 from recipes.backend.adamw import FusedAdamW
 from recipes.backend.device import device
-from recipes.backend.patches import Patch, value
+from recipes.backend.patches import Patch, replace_with
 from recipes.core.errors import RecipeError
 from recipes.core.versions import TRANSFORMER_ENGINE, installed
 
@@ -33,11 +33,11 @@ FUSIONS = (
 
 
 def needs_local_layers() -> bool:
-    """Returns whether models are built of Megatron's local layers: there is no CUDA or no TE.
+    """Returns whether models use Megatron's local layers: without CUDA or TransformerEngine.
 
     Raises:
-        RecipeError: TransformerEngine is installed, but cannot be imported. Megatron would take the
-            slower local layers without a word.
+        RecipeError: TransformerEngine is installed, but cannot be imported. Megatron would use the
+            slower local layers silently.
     """
     from megatron.core.models.gpt import gpt_layer_specs
 
@@ -54,21 +54,21 @@ def needs_local_layers() -> bool:
 def adapt_config(config: Any, training: bool = False) -> Any:
     """Makes a NeMo model config buildable on this machine, in place, and returns it.
 
-    The local layer spec has the checkpoint keys of TransformerEngine's, so a checkpoint moves
-    freely between both. ``training`` uses the layers of ``training_layers``, which ModelOpt cannot
-    prune.
+    The local layer spec has the checkpoint keys of TransformerEngine's spec, so either can load the
+    other's checkpoints. With ``training``, the model has the layers of ``training_layers``, which
+    ModelOpt cannot prune.
     """
     if needs_local_layers():
         use_local_layers(config)
         if training:
             config.transformer_layer_spec = training_block_spec
-        config.use_te_activation_func = training  # the spec has a module for the activation
+        config.use_te_activation_func = training  # its spec has a module for the activation
         config.use_cpu_initialization = device() == "cpu"
     return config
 
 
 def use_local_layers(config: Any) -> None:
-    """Selects Megatron's local layers in place, on any device: scoring hooks their parts."""
+    """Selects Megatron's local layers in place, on CUDA too: scoring hooks their submodules."""
     config.transformer_layer_spec = local_layer_spec
     for fusion in FUSIONS:
         setattr(config, fusion, False)
@@ -86,7 +86,7 @@ def local_layer_spec(config: Any) -> Any:
         qk_layernorm=config.qk_layernorm,
     )
     if config.num_moe_experts:
-        # TransformerEngine does not fuse this norm with experts, so a checkpoint has its own key.
+        # TransformerEngine does not fuse this norm with experts, so the norm keeps its own key.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
     return spec
@@ -115,7 +115,7 @@ def training_block_spec(config: Any) -> Any:
 def restore_fused_attention(core: nn.Module) -> None:
     """Restores the fused attention of a model that ModelOpt has converted, in place.
 
-    ModelOpt replaces it by Megatron's own attention, which holds every score of every head.
+    ModelOpt replaces it by Megatron's own attention, which stores the scores of all heads.
     """
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
@@ -172,16 +172,16 @@ WITHOUT_TRANSFORMER_ENGINE = (
         "megatron.core.transformer.moe.router:router_gating_linear",
         "reads a name that only TransformerEngine defines",
         "2592286669f7",
-        value(_router_logits),
+        replace_with(_router_logits),
     ),
     Patch(
         "megatron.core.optimizer:Adam",
-        "PyTorch's has a step count per parameter, which Megatron cannot reshard",
+        "PyTorch's AdamW has a step count per parameter, which Megatron cannot reshard",
         "",
-        value(FusedAdamW),
+        replace_with(FusedAdamW),
     ),
     *(
-        Patch(target, "FusedAdamW has the state of TransformerEngine's", "bool", value(flag))
+        Patch(target, "FusedAdamW has the state of TransformerEngine's", "bool", replace_with(flag))
         for target, flag in (
             ("megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", False),
             ("megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", True),

@@ -24,20 +24,20 @@ class Patch:
     """``module:attribute`` or ``module:Class.attribute``."""
     reason: str
     """Why the original does not work here."""
-    original: str
-    """``fingerprint`` of the original: if it changes, its patch has to be reviewed. Empty for
-    our own code, and where the replacement does not depend on the original."""
+    source_hash: str
+    """``fingerprint`` of the original: if it changes, the patch must be reviewed. Empty for our own
+    code, and where the replacement does not depend on the original."""
     replace: Replacement
     """Receives the original and returns the replacement."""
 
 
 def constant(value: Any) -> Replacement:
-    """Returns a replacement for a function: one that returns ``value`` for any arguments."""
+    """Returns a replacement: a function that returns ``value`` for any arguments."""
     return lambda original: lambda *args, **kwargs: value
 
 
-def value(new: Any) -> Replacement:
-    """Returns a replacement that is ``new`` itself, such as a class or a flag."""
+def replace_with(new: Any) -> Replacement:
+    """Returns a replacement that is ``new`` itself, such as a function, a class or a flag."""
     return lambda original: new
 
 
@@ -55,10 +55,10 @@ def wrap(wrapper: Callable[..., Any]) -> Replacement:
 
 
 def patches(prefix: str, *rows: tuple[str, str, str, Replacement]) -> tuple[Patch, ...]:
-    """Returns a patch for each row of a target after ``prefix``, reason, original, replacement."""
+    """Returns a patch for each row: the target after ``prefix``, then the other fields."""
     return tuple(
-        Patch(f"{prefix}{name}", reason, original, replace)
-        for name, reason, original, replace in rows
+        Patch(f"{prefix}{name}", reason, source_hash, replace)
+        for name, reason, source_hash, replace in rows
     )
 
 
@@ -118,14 +118,14 @@ def _find(patch: Patch) -> tuple[Any, str, Any]:
         original = getattr(holder, name)
     except AttributeError as error:
         raise _changed(patch, "does not exist") from error
-    if patch.original and (current := fingerprint(original)) != patch.original:
-        raise _changed(patch, f"has the fingerprint {current}, not {patch.original}")
+    if patch.source_hash and (current := fingerprint(original)) != patch.source_hash:
+        raise _changed(patch, f"has the fingerprint {current}, not {patch.source_hash}")
     return holder, name, original
 
 
 def _changed(patch: Patch, what: str) -> RecipeError:
     return RecipeError(
-        f"{patch.target} {what} in the installed version; it is replaced because: {patch.reason}.",
+        f"{patch.target} {what} in the installed version. It is patched because: {patch.reason}.",
         "install the locked versions (make install), or review the patch in recipes/backend or "
         "recipes/rehearsal and write the new fingerprint there",
     )

@@ -1,9 +1,9 @@
 """Layers for models without TransformerEngine that replace Megatron's slow local ones.
 
 PyTorch composes RMSNorm and SwiGLU of many small operations, each of which saves its input for the
-backward pass, and Megatron's local norm refuses sequence parallelism. The functions here save the
-minimum and return the type of the activations. Values and gradients are those of the layers that
-they replace, to the rounding of that type.
+backward pass. Megatron's local norm refuses sequence parallelism. The functions here save the
+minimum, and return the dtype of the activations. Values and gradients equal those of the replaced
+layers up to the rounding of that dtype.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from recipes.backend.device import QUERIES_AT_ONCE
 from recipes.core.compiled import compilable
 from recipes.core.precision import float32_matmul_of
 
-LONG = 1024
-"""Longest sequence of the blockwise backward pass. Beyond it, one layer's scores, whose number
-grows with the square of the length, take too much memory. PyTorch's kernel never stores them."""
+LONGEST_BLOCKWISE = 1024
+"""Longest sequence, in tokens, for the blockwise backward pass. It stores a block's scores, which
+grow with the length; PyTorch's kernel stores none."""
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -71,7 +71,8 @@ class RMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Megatron sums the gradients of all ranks' sections of the sequence where this is set.
+        # With sequence parallelism, each rank has a section of the sequence. Megatron sums the
+        # gradients of a weight over these ranks if the weight has this attribute.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self._eps = eps
 
@@ -153,8 +154,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float, attend: Any
     ) -> Tensor:
         context: Tensor = attend(query, key, value, scale)
-        # ``value`` is a view of the projection's output. A copy lets the rest of the
-        # output be freed.
+        # ``value`` is a view of the projection's output. Saving a copy frees the rest of that.
         ctx.save_for_backward(query, key, value.contiguous(), context)
         ctx.scale = scale
         return context
@@ -188,7 +188,7 @@ def _attention_backward(
         q, shape = _rows_of_groups(query[start:stop], groups)
         block_grad, _ = _rows_of_groups(grad_heads[start:stop], groups)
         row_sum, _ = _rows_of_groups(row_sums[start:stop], groups)
-        # Recomputed: saved for every layer, they would be the largest of all activations.
+        # Recomputed, because saving them for every layer would need more memory than all else.
         probabilities = _probabilities(q, k_float32[:, :stop], start, scale)
         value_grad[:, :stop] += torch.bmm(probabilities.transpose(1, 2), block_grad)
         row_sum = row_sum.to(grad.dtype).expand(-1, -1, stop)
@@ -241,10 +241,10 @@ def _tokens_first(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def attend_in_blocks(original: Any) -> Any:
-    """Replaces ``attend`` for sequences up to ``LONG``."""
+    """Replaces ``attend`` for sequences up to ``LONGEST_BLOCKWISE``."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if len(query) > LONG:
+        if len(query) > LONGEST_BLOCKWISE:
             context: Tensor = original(query, key, value, scale)
         else:
             context = _BlockwiseAttention.apply(query, key, value, scale, original)

@@ -1,4 +1,4 @@
-"""Patches with which Megatron-Core, NeMo and ModelOpt run without CUDA.
+"""Patches that let Megatron-Core, NeMo and ModelOpt run without CUDA.
 
 ``enable()`` applies the patches that this machine needs: those listed here without CUDA, and those
 of ``local_layers`` without TransformerEngine. Patches that only make a CPU faster are in
@@ -17,7 +17,7 @@ import torch
 from recipes.backend.adamw import clip_by_total_norm
 from recipes.backend.device import device
 from recipes.backend.local_layers import WITHOUT_TRANSFORMER_ENGINE, needs_local_layers
-from recipes.backend.patches import Patch, apply, constant, patches, value
+from recipes.backend.patches import Patch, apply, constant, patches, replace_with
 
 CPU = torch.device("cpu")
 _enabled: set[str] = set()
@@ -32,7 +32,8 @@ def enable(*groups: str) -> None:
     for group, required in REQUIRED.items():
         if group in _enabled or (groups and group not in groups):
             continue
-        if needs_local_layers() if group == "layers" else device() == "cpu":
+        is_needed = needs_local_layers() if group == "layers" else device() == "cpu"
+        if is_needed:
             apply(required)
             _enabled.add(group)
             if group == "torch":
@@ -42,12 +43,12 @@ def enable(*groups: str) -> None:
 def limit_other_threads() -> None:
     """Lets this thread compute on all cores, and every later thread on one.
 
-    gloo's threads copy the tensors that they send. With OpenMP helpers for each of them there would
+    gloo's threads copy the tensors that they send. If each of them had OpenMP helpers, there would
     be more threads than cores. OpenMP would then put all of them to sleep between operations, and a
     step of distillation would take a quarter longer.
     """
     torch.get_num_threads()  # fixes the number for this thread
-    other = threading.Thread(target=torch.set_num_threads, args=(1,))  # sets it for later ones
+    other = threading.Thread(target=torch.set_num_threads, args=(1,))  # for later threads
     other.start()
     other.join()
 
@@ -103,7 +104,9 @@ def _move_to_cpu(original: Any) -> Any:
 def _gather_scalar(original: Any) -> Any:
     """Reshapes a 0-dimensional input to one dimension, as NCCL does and gloo does not."""
 
-    @functools.wraps(original)  # Megatron holds it under another name, whose patch is checked
+    # Megatron imports it as dist_all_gather_func. wraps() lets that name's patch still find the
+    # source of the original.
+    @functools.wraps(original)
     def all_gather_into_tensor(output: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         return original(output, tensor.reshape(1) if tensor.dim() == 0 else tensor, *args, **kwargs)
 
@@ -123,7 +126,7 @@ def _seed_all(original: Any) -> Any:
 
 
 def _name_cuda_types(original: Any) -> Any:
-    """Gives tensor types their CUDA names while the original runs, which compares the names."""
+    """Gives tensor types their CUDA names while the original runs, because it compares names."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         type_of = torch.Tensor.type
@@ -149,30 +152,30 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
                 "get_rng_state",
                 "checkpoints hold the random state",
                 "1190f97901d7",
-                value(lambda device=None: torch.get_rng_state()),
+                replace_with(lambda device=None: torch.get_rng_state()),
             ),
             (
                 "set_rng_state",
                 "checkpoints restore the random state",
                 "2aaed350f20b",
-                value(lambda state, device=None: torch.set_rng_state(state)),
+                replace_with(lambda state, device=None: torch.set_rng_state(state)),
             ),
-            ("manual_seed", "seeds the device", "a71497712eba", value(torch.manual_seed)),
-            ("Stream", "DDP and checkpoint streams", "f5b9547b4660", value(_Stream)),
-            ("Event", "pipeline schedule", "cc34c59c482f", value(_Stream)),
+            ("manual_seed", "seeds the device", "a71497712eba", replace_with(torch.manual_seed)),
+            ("Stream", "DDP and checkpoint streams", "f5b9547b4660", replace_with(_Stream)),
+            ("Event", "pipeline schedule", "cc34c59c482f", replace_with(_Stream)),
             (
                 "stream",
                 "DDP communicates on a stream",
                 "a701c622b6f5",
-                value(lambda stream: contextlib.nullcontext()),
+                replace_with(lambda stream: contextlib.nullcontext()),
             ),
             ("current_stream", "DDP waits for it", "ca5387f64ee1", constant(_Stream())),
             ("default_stream", "DDP waits for it", "b0a2135268c6", constant(_Stream())),
         ),
         *patches(
             "torch:",
-            ("Tensor.cuda", "Megatron moves results", "554cb3ab866a", value(_stay)),
-            ("nn.Module.cuda", "NeMo moves the model", "a3f558ba5849", value(_stay)),
+            ("Tensor.cuda", "Megatron moves results", "554cb3ab866a", replace_with(_stay)),
+            ("nn.Module.cuda", "NeMo moves the model", "a3f558ba5849", replace_with(_stay)),
             ("Tensor.to", "literal 'cuda' in NeMo's metric logging", "6f7a670dec75", _move_to_cpu),
             *(
                 (name, "literal device='cuda' in Megatron and NeMo", original, _create_on_cpu)
@@ -200,13 +203,17 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
             "tensor_parallel.random:_get_cuda_rng_state",
             "the tracker reads a device generator",
             "aa26caaa069c",
-            value(lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()),
+            replace_with(
+                lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+            ),
         ),
         (
             "tensor_parallel.random:_set_cuda_rng_state",
             "the tracker writes a device generator",
             "b179c9d95438",
-            value(lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)),
+            replace_with(
+                lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+            ),
         ),
         (
             "optimizer.optimizer:clip_grad_by_total_norm_fp32",
@@ -227,11 +234,11 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
             "io.pl:_fix_tensors_device",
             "asks CUDA for the current device when loading",
             "561d518d996e",
-            value(lambda checkpoint: checkpoint),
+            replace_with(lambda checkpoint: checkpoint),
         ),
         (
             "megatron_init:_set_random_seed",
-            "seeds Megatron's generators only where a GPU is counted",
+            "seeds Megatron's generators only if there is a GPU",
             "431f155d7863",
             _seed_all,
         ),

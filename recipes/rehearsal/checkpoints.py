@@ -33,7 +33,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from nemo_convert import nemo, streaming
 from nemo_convert.families import FAMILIES
-from recipes.backend.patches import Patch, apply, constant, patches, value
+from recipes.backend.patches import Patch, apply, constant, patches, replace_with
 
 Shape = tuple[int, ...]
 OUTPUT_WEIGHT = "output_layer.weight"
@@ -186,12 +186,12 @@ NO_VALUES, NO_FILES = "tensors have no values", "nothing is on the disk"
 PATCHES = (
     *patches(
         "megatron.core.dist_checkpointing:",
-        ("load", NO_VALUES, "05ca3c94389b", value(_load)),
-        ("save", NO_VALUES, "977482f07f35", value(_save)),
-        ("load_content_metadata", NO_FILES, "06ea7b873631", value(_load_content_metadata)),
-        ("load_tensors_metadata", NO_FILES, "3f26dd3969d3", value(_metadata)),
+        ("load", NO_VALUES, "05ca3c94389b", replace_with(_load)),
+        ("save", NO_VALUES, "977482f07f35", replace_with(_save)),
+        ("load_content_metadata", NO_FILES, "06ea7b873631", replace_with(_load_content_metadata)),
+        ("load_tensors_metadata", NO_FILES, "3f26dd3969d3", replace_with(_metadata)),
         ("load_common_state_dict", NO_FILES, "6b40653e2673", constant({})),
     ),
-    Patch("nemo_convert.streaming:read_weights", NO_VALUES, "", value(_read_weights)),
+    Patch("nemo_convert.streaming:read_weights", NO_VALUES, "", replace_with(_read_weights)),
     Patch("nemo_convert.nemo:read_metadata", NO_FILES, "", constant(None)),
 )

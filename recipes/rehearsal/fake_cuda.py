@@ -14,7 +14,7 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
-from recipes.backend.patches import Patch, apply, constant, value
+from recipes.backend.patches import Patch, apply, constant, replace_with
 
 NAME = "fakecuda"
 DEVICE = torch.device("privateuseone:0")
@@ -52,7 +52,7 @@ def patches() -> Iterator[Patch]:
         "torch:Tensor.type", "Megatron compares CUDA's type names", "49d1168ec63d", _name_types
     )
     reason = "PyTorch cannot move a fake tensor that something else holds"
-    yield Patch("torch:nn.Module._apply", reason, "e50d01ca9c5c", value(_apply))
+    yield Patch("torch:nn.Module._apply", reason, "e50d01ca9c5c", replace_with(_apply))
 
 
 class _Nothing:
@@ -132,9 +132,9 @@ FUNCTIONS = {
     "graph_pool_handle": ("884b90f16984", constant((0, 0))),
     "get_rng_state": ("1190f97901d7", constant(RNG_STATE)),
     "random.get_rng_state": ("1190f97901d7", constant(RNG_STATE)),
-    "device_count": ("efd183354fc3", value(_count_devices)),
-    "Stream": ("f5b9547b4660", value(_Nothing)),
-    "Event": ("cc34c59c482f", value(_Nothing)),
+    "device_count": ("efd183354fc3", replace_with(_count_devices)),
+    "Stream": ("f5b9547b4660", replace_with(_Nothing)),
+    "Event": ("cc34c59c482f", replace_with(_Nothing)),
     "init": ("85035f109983", constant(None)),
     "_lazy_init": ("f6316f9c5c9b", constant(None)),
     "_lazy_call": ("237e5407a66c", constant(None)),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from recipes.backend.patches import apply, patches, value, wrap
+from recipes.backend.patches import apply, patches, replace_with, wrap
 
 Shapes = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
@@ -93,7 +93,7 @@ def _load(original: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
 NO_VALUES, FAKE_MODE = "tensors have no values", "real tensors are read in fake mode"
 PATCHES = patches(
     "safetensors",
-    (".torch:save_file", NO_VALUES, "650f051ef93f", value(_save)),
+    (".torch:save_file", NO_VALUES, "650f051ef93f", replace_with(_save)),
     (".torch:load_file", FAKE_MODE, "e4dd067a5239", wrap(_load)),
     (":safe_open", FAKE_MODE, "bfa8cd9502ef", wrap(_open)),
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.backend.patches import Patch, apply, value, wrap
+from recipes.backend.patches import Patch, apply, replace_with, wrap
 from recipes.evaluation import predictions
 from recipes.rehearsal.fake_cuda import DEVICE
 
@@ -125,7 +125,7 @@ def label_models(memory: MemoryTracker) -> None:
 
     target, reason = "torch.optim.optimizer:Optimizer.load_state_dict", "its states get a label"
     apply([Patch(target, reason, "7f8aa58e98c5", wrap(load_and_label))])
-    head = value(_labeled_head(memory, predictions.float32_head))
+    head = replace_with(_labeled_head(memory, predictions.float32_head))
     for module in ("recipes.evaluation.predictions", "recipes.pruning.scoring"):
         apply([Patch(f"{module}:float32_head", "its weight gets a label", "", head)])
     nn.modules.module.register_module_forward_pre_hook(before_forward)

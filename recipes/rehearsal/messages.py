@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.backend.patches import apply, constant, patches, value, wrap
+from recipes.backend.patches import apply, constant, patches, replace_with, wrap
 from recipes.rehearsal.fake_cuda import DEVICE, NAME
 from recipes.rehearsal.job import Message
 
@@ -197,7 +197,7 @@ PATCHES = patches(
     "torch.distributed:",
     ("init_process_group", GROUPS, "b26b016e14cc", wrap(_init_process_group)),
     ("new_group", GROUPS, "8c5521f14690", wrap(_new_group)),
-    ("all_gather_object", PICKLED, "df42d97f87f9", value(_all_gather_object)),
-    ("gather_object", PICKLED, "a147590828d6", value(_gather_object)),
+    ("all_gather_object", PICKLED, "df42d97f87f9", replace_with(_all_gather_object)),
+    ("gather_object", PICKLED, "a147590828d6", replace_with(_gather_object)),
     ("broadcast_object_list", PICKLED, "8dded8659019", constant(None)),
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
-from recipes.backend.patches import Patch, apply, constant, patches, value, wrap
+from recipes.backend.patches import Patch, apply, constant, patches, replace_with, wrap
 from recipes.distillation import vocabulary
 from recipes.rehearsal import checkpoints, fake_cuda
 
@@ -107,13 +107,13 @@ PATCHES = (
             "transformer.moe.token_dispatcher:permute",
             "the number of rows depends on values",
             "782a5e8fd925",
-            value(_permute),
+            replace_with(_permute),
         ),
     ),
     *patches(
         "nemo.collections.llm.gpt.",
-        ("model.base:HAVE_TE", NO_MASK, "bool", value(True)),
-        ("data.pre_training:HAVE_TE", NO_MASK, "bool", value(True)),
+        ("model.base:HAVE_TE", NO_MASK, "bool", replace_with(True)),
+        ("data.pre_training:HAVE_TE", NO_MASK, "bool", replace_with(True)),
     ),
     Patch(
         "torch.distributed.device_mesh:DeviceMesh.from_group",
@@ -129,7 +129,7 @@ PATCHES = (
     ),
     *patches(
         "nemo_convert.parity:",
-        ("load_causal_lm", "transformers runs on the CPU", "", value(_load_causal_lm)),
+        ("load_causal_lm", "transformers runs on the CPU", "", replace_with(_load_causal_lm)),
         ("Parity.require", "without values there is no parity", "", wrap(_skip_gate)),
     ),
 )

@@ -20,20 +20,20 @@ SETTINGS = {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.2, "eps": 1e-3}
 def test_updates_equal_adamw_and_continue_from_a_saved_state() -> None:
     torch.manual_seed(0)
     shapes = ((5,), (3, 4), (2,))
-    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
-    one, other = FusedAdamW(ours, **SETTINGS), AdamW(theirs, **SETTINGS)
+    weights, expected = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    fused, reference = FusedAdamW(weights, **SETTINGS), AdamW(expected, **SETTINGS)
     for number in range(4):
-        for our, their in zip(ours[:-1], theirs[:-1], strict=True):  # one is without a gradient
-            our.grad = torch.randn(our.shape)
-            their.grad = our.grad.clone()
-        one.step()
-        other.step()
-        assert all("step" not in one.state[weight] for weight in ours)
-        assert one.param_groups[0]["step"] == number + 1
-        saved, one = one.state_dict(), FusedAdamW(ours, **SETTINGS)
-        one.load_state_dict(saved)
-    for our, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our, their, rtol=1e-6, atol=1e-7)
+        for weight, other in zip(weights[:-1], expected[:-1], strict=True):  # the last has none
+            weight.grad = torch.randn(weight.shape)
+            other.grad = weight.grad.clone()
+        fused.step()
+        reference.step()
+        assert all("step" not in fused.state[weight] for weight in weights)
+        assert fused.param_groups[0]["step"] == number + 1
+        saved, fused = fused.state_dict(), FusedAdamW(weights, **SETTINGS)
+        fused.load_state_dict(saved)
+    for weight, other in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("block", [2, 1 << 22])
@@ -43,20 +43,20 @@ def test_deferred_gradients_are_scaled_and_dropped(
 ) -> None:
     monkeypatch.setattr(adamw, "BLOCK", block)
     torch.manual_seed(2)
-    ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
-    ours.grad_dtype = None
-    one, other = FusedAdamW([ours], **SETTINGS), AdamW([theirs], **SETTINGS)
+    weight, expected = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    weight.grad_dtype = None
+    fused, reference = FusedAdamW([weight], **SETTINGS), AdamW([expected], **SETTINGS)
     for _ in range(3):
         gradient = torch.randn(5).to(dtype)
-        theirs.grad = gradient.float() * 0.3
+        expected.grad = gradient.float() * 0.3
         gradient.pending_scale = 1.0  # type: ignore[attr-defined]
         scale_gradient(gradient, 0.5)
         scale_gradient(gradient, 0.6)
-        ours.grad = gradient
-        one.step()
-        other.step()
-        assert ours.grad is None
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        weight.grad = gradient
+        fused.step()
+        reference.step()
+        assert weight.grad is None
+        torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_coupled_weight_decay_is_refused() -> None:
@@ -64,7 +64,7 @@ def test_coupled_weight_decay_is_refused() -> None:
         FusedAdamW([nn.Parameter(torch.ones(1))], adam_w_mode=False)
 
 
-def test_megatron_builds_it(odd_llama: Path, tmp_path: Path) -> None:
+def test_megatron_uses_fused_adamw(odd_llama: Path, tmp_path: Path) -> None:
     """Megatron's fallback would be PyTorch's unfused AdamW, which takes five times as long."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer

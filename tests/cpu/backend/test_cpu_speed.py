@@ -1,4 +1,4 @@
-"""Speed patches give the gradients, norms and checkpoints of what they replace."""
+"""Speed patches give the same gradients, norms and checkpoints as the functions they replace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="active onl
 
 
 class Tied(nn.Module):
-    """A weight that is used twice, as a tied embedding is, and one that is not always used."""
+    """Has a weight that is used twice, as a tied embedding is, and one that may be unused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,10 +65,10 @@ def scaled(gradient: Any) -> torch.Tensor:
 def expected_gradients(model: nn.Module, batches: list[Batch]) -> dict[str, torch.Tensor]:
     """Sums the gradients of micro-batches in float32, as plain PyTorch computes them."""
     sums = {name: torch.zeros(weight.shape) for name, weight in model.named_parameters()}
-    for x, every in batches:
+    for x, all_weights in batches:
         plain = Tied()
         plain.load_state_dict(model.state_dict())
-        plain(x, every).backward()
+        plain(x, all_weights).backward()
         for name, weight in plain.named_parameters():
             sums[name] += 0 if weight.grad is None else weight.grad.float()
     return sums
@@ -86,17 +86,17 @@ def expected_gradients(model: nn.Module, batches: list[Batch]) -> dict[str, torc
 def test_each_step_has_its_own_gradients(
     wrap: Wrap, micro_batches: list[bool], distributed: bool, overlap: bool
 ) -> None:
-    """Micro-batches are added in float32, scaled at the end, and independent of the last step."""
+    """Micro-batches are added in float32, then scaled. No gradient of an earlier step remains."""
     settings = {"use_distributed_optimizer": distributed, "overlap_grad_reduce": overlap}
     wrapped = wrap(grad_reduce_in_fp32=True, **settings)
     for _ in range(2):
-        batches = [(torch.randn(3, 5, dtype=torch.bfloat16), every) for every in micro_batches]
+        batches = [(torch.randn(3, 5, dtype=torch.bfloat16), used) for used in micro_batches]
         expected = expected_gradients(wrapped.module, batches)
         wrapped.zero_grad_buffer()
-        for number, (x, every) in enumerate(batches):
+        for number, (x, all_weights) in enumerate(batches):
             for group in wrapped.bucket_groups:
                 group.is_last_microbatch = number == len(batches) - 1
-            wrapped(x, every).backward()
+            wrapped(x, all_weights).backward()
         wrapped.finish_grad_sync()
         wrapped.scale_gradients(0.5)
         for name, weight in wrapped.module.named_parameters():
@@ -141,28 +141,28 @@ def test_a_forked_writer_still_has_released_buckets(wrap: Wrap) -> None:
         TemporalAsyncCaller,
     )
 
-    ours, theirs = multiprocessing.Pipe(duplex=False)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
     buckets = [torch.arange(3), torch.arange(4)]
 
     def write(rank: int, tensors: list[torch.Tensor]) -> None:
-        theirs.send([tensor.tolist() for tensor in tensors])
+        sender.send([tensor.tolist() for tensor in tensors])
 
     caller = TemporalAsyncCaller()
     caller.schedule_async_call(AsyncRequest(write, (0, buckets), []))
     assert buckets == [None, None]
-    assert ours.recv() == [[0, 1, 2], [0, 1, 2, 3]]
+    assert receiver.recv() == [[0, 1, 2], [0, 1, 2, 3]]
     assert caller.is_current_async_call_done(blocking=True)
     caller.schedule_async_call(AsyncRequest(None, (), []))  # a rank that has nothing to write
 
 
 @pytest.mark.parametrize(("ranks", "calls"), [(1, 0), (2, 1)])
 def test_a_gather_in_a_group_of_one_rank_is_skipped(ranks: int, calls: int) -> None:
-    """The buffer of one rank is its own shard."""
-    made, buffer = list[torch.Tensor](), torch.arange(4.0)
+    """With one rank, the buffer is the rank's own shard."""
+    outputs, buffer = list[torch.Tensor](), torch.arange(4.0)
     group = SimpleNamespace(size=lambda: ranks)
-    gather = cpu_speed._skip_single_rank_gather(lambda *args, **_: made.append(*args[:1]))
+    gather = cpu_speed._skip_single_rank_gather(lambda output, *_, **__: outputs.append(output))
     gather(buffer.view(-1), buffer, group=group, async_op=True)
-    assert len(made) == calls
+    assert len(outputs) == calls
     if ranks == 1:
         with pytest.raises(AssertionError, match="whole buffer"):
             gather(torch.empty(4), buffer, group=group)

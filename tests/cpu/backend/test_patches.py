@@ -1,4 +1,4 @@
-"""Libraries are replaced by one mechanism, which refuses an original that has changed."""
+"""Patches replace attributes of libraries, and refuse an original that has changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.backend.patches import Patch, applied, apply, constant, fingerprint, value
+from recipes.backend.patches import Patch, applied, apply, constant, fingerprint, replace_with
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 
@@ -43,7 +43,7 @@ def patch_of(library: Any, name: str, **fields: Any) -> Patch:
     return replace(patch, **fields)
 
 
-def test_all_originals_are_what_their_patches_were_written_for() -> None:
+def test_originals_have_the_fingerprints_of_their_patches() -> None:
     """In a new process; importing the patches must not replace anything."""
     subprocess.run([sys.executable, "-c", CHECK], cwd=REPO_ROOT, check=True)
 
@@ -52,13 +52,13 @@ def test_functions_in_c_are_distinguished_by_signature() -> None:
     assert fingerprint(torch.mm) != fingerprint(torch.bmm)
 
 
-def test_a_patch_stays(library: Any) -> None:
-    apply([patch_of(library, "rate"), patch_of(library, "FAST", replace=value(True))])
+def test_apply_replaces_for_the_rest_of_the_process(library: Any) -> None:
+    apply([patch_of(library, "rate"), patch_of(library, "FAST", replace=replace_with(True))])
     assert library.rate("x") == 7
     assert library.FAST is True
 
 
-def test_a_patch_ends_with_its_block(library: Any) -> None:
+def test_applied_restores_the_original_after_its_block(library: Any) -> None:
     before = library.rate
     with contextlib.suppress(KeyError), applied([patch_of(library, "rate")]):
         assert library.rate() == 7
@@ -74,14 +74,14 @@ def test_a_missing_target_is_named(library: Any) -> None:
 
 @pytest.mark.parametrize("name", ["rate", "FAST"])
 def test_a_changed_original_is_named(library: Any, name: str) -> None:
-    patch = patch_of(library, name, original="0123456789ab")
+    patch = patch_of(library, name, source_hash="0123456789ab")
     with pytest.raises(RecipeError, match=f"library_to_patch:{name} has the fingerprint"):
         apply([patch])
 
 
-def test_a_failed_block_restores_what_it_had_replaced(library: Any) -> None:
+def test_a_block_that_cannot_start_restores_the_originals(library: Any) -> None:
     before = library.rate
-    patches = [patch_of(library, "rate"), patch_of(library, "FAST", original="str")]
+    patches = [patch_of(library, "rate"), patch_of(library, "FAST", source_hash="str")]
     with pytest.raises(RecipeError), applied(patches):
         pytest.fail("the block must not start")
     assert library.rate is before

@@ -1,4 +1,4 @@
-"""Local layers have the values and gradients of plain PyTorch in float64."""
+"""Training layers have the values and gradients of plain PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from nemo_convert import nemo
 from recipes.backend.device import QUERIES_AT_ONCE
-from recipes.backend.training_layers import LONG, SwiGLU, _RMSNorm, attend, attend_in_blocks
+from recipes.backend.training_layers import (
+    LONGEST_BLOCKWISE,
+    SwiGLU,
+    _RMSNorm,
+    attend,
+    attend_in_blocks,
+)
 from tests.support.conversion import assert_trains_alike, convert_by_command
 from tests.support.gradients import inputs, with_gradients
 
@@ -55,17 +61,17 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
 def test_values_and_gradients(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    ours, theirs, shapes = CASES[name]
+    layer, reference, shapes = CASES[name]
     tensors = [t.to(dtype) for t in inputs(*shapes)]
-    found = with_gradients(ours, tensors)
-    expected = with_gradients(theirs, [t.double() for t in tensors])
-    assert len(found) == len(expected) == len(shapes) + 1
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == dtype
-        assert (one.double() - other).norm() < tolerance * other.norm()
+    actual = with_gradients(layer, tensors)
+    expected = with_gradients(reference, [t.double() for t in tensors])
+    assert len(actual) == len(expected) == len(shapes) + 1
+    for tensor, exact in zip(actual, expected, strict=True):
+        assert tensor.dtype == dtype
+        assert (tensor.double() - exact).norm() < tolerance * exact.norm()
 
 
-def test_a_model_of_these_layers_has_the_same_logits_and_gradients(
+def test_a_model_of_training_layers_has_the_same_logits_and_gradients(
     odd_llama: Path, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "odd.nemo"
@@ -76,7 +82,7 @@ def test_a_model_of_these_layers_has_the_same_logits_and_gradients(
 
 
 def test_long_sequences_keep_pytorchs_backward_pass() -> None:
-    """Blocks would hold scores that grow with the square of the length."""
-    query, key, value = inputs((LONG + 1, 1, 2, 4), *[(LONG + 1, 1, 2, 4)] * 2)
+    """The memory of the scores in a block grows with the length."""
+    query, key, value = inputs(*[(LONGEST_BLOCKWISE + 1, 1, 2, 4)] * 3)
     context = attend_in_blocks(attend)(query.requires_grad_(), key, value, SCALE)
     assert "BlockwiseAttention" not in type(context.grad_fn).__name__

@@ -1,4 +1,4 @@
-"""Patches for machines without CUDA or TransformerEngine do what their reasons say."""
+"""Patches for machines without CUDA or TransformerEngine have the effects that they state."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from recipes.backend.patches import Patch, apply, value, wrap
+from recipes.backend.patches import Patch, apply, replace_with, wrap
 from recipes.rehearsal.job import RankJob, RehearsalResult
 from recipes.rehearsal.worker import in_fork, prepare
 
@@ -81,12 +81,12 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "gather_too_much": (
         "recipes.distillation.vocabulary:gather",
         "Ranks gather one row more than each of them has.",
-        value(gather_too_much),
+        replace_with(gather_too_much),
     ),
     "match_names": (
         "recipes.distillation.trainer:_load_main_weights",
         "Main weights are restored as in Megatron, which also matches the teacher's names.",
-        value(load_as_megatron),
+        replace_with(load_as_megatron),
     ),
     "leave_on_cpu": (
         "nemo_convert.nemo:build_core",
